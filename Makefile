@@ -1,0 +1,60 @@
+# make demo    the whole library in minutes on a CPU: distil, measure, report (runs/demo)
+# make test    all tests but the slow ones; make test-slow: those
+# make lint    ruff, types, layers, budgets
+# make format  ruff's formatter
+# Every target makes .venv first if it is missing. PYTHON=python3.12 chooses the interpreter, WORKERS=8 the test processes,
+# TORCH_INDEX=https://download.pytorch.org/whl/cpu the small CPU build of torch where pip would take the CUDA build.
+
+PYTHON ?= python3
+WORKERS ?= auto
+VENV := .venv
+TORCH := torch>=2.11,<2.14
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test test-slow lint format clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.core
+	OMP_NUM_THREADS=$$($(BIN)/python -c 'from fewstep.core.env import cpu_count; print(cpu_count())') $(BIN)/fewstep demo --output runs/demo
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow"
+
+test-slow: $(VENV)/.test
+	$(BIN)/python -m pytest -q -n $(WORKERS) -m slow --timeout 3600
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python tools/budgets.py
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+format: $(VENV)/.lint
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+
+$(VENV)/.made:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.torch: $(VENV)/.made
+	$(if $(TORCH_INDEX),$(INSTALL) "$(TORCH)" --index-url $(TORCH_INDEX))
+	touch $@
+
+$(VENV)/.core: $(VENV)/.torch pyproject.toml
+	$(INSTALL) -e .
+	touch $@
+
+$(VENV)/.test: $(VENV)/.core pyproject.toml
+	$(INSTALL) -e ".[test]"
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.core pyproject.toml
+	$(INSTALL) -e ".[lint]"
+	touch $@

@@ -1,0 +1,32 @@
+"""fewstep: takes a slow video diffusion model and hands back a fast one, with proof."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fewstep.core.build import RecipeError
+    from fewstep.models.bundle import VideoModel
+    from fewstep.recipe import Recipe, distill
+
+__version__ = "0.1.0"
+__all__ = ["Recipe", "RecipeError", "VideoModel", "__version__", "distill"]
+
+_HOMES = {
+    "Recipe": "fewstep.recipe",
+    "RecipeError": "fewstep.core.build",
+    "VideoModel": "fewstep.models.bundle",
+    "distill": "fewstep.recipe",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that `import fewstep` and `fewstep --help` do not wait for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fewstep' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,96 @@
+"""How attention is computed: one function, and a table of what this machine offers.
+
+Legend: B batch, H heads, N queries, M keys, D head dimension.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+_SDPA = {
+    "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa-flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "sdpa-math": SDPBackend.MATH,
+}
+
+_SHORT = 1024
+"""Up to so many keys, two matmuls and a softmax beat the CPU's flash kernel in bfloat16 (by 2-3x at 24 and 256 keys)."""
+
+
+def attend(q_BHND: Tensor, k_BHMD: Tensor, v_BHMD: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Softmax attention, `[B, H, N, D]`. `mask` is bool, True = may look, and broadcasts to `[B, H, N, M]`."""
+    if q_BHND.device.type == "cpu" and q_BHND.dtype == torch.bfloat16 and k_BHMD.shape[2] <= _SHORT:
+        return _matmul(q_BHND, k_BHMD, v_BHMD, mask)
+    return F.scaled_dot_product_attention(q_BHND, k_BHMD, v_BHMD, attn_mask=mask)
+
+
+def _matmul(q_BHND: Tensor, k_BHMD: Tensor, v_BHMD: Tensor, mask: Tensor | None) -> Tensor:
+    scores_BHNM = (q_BHND * q_BHND.shape[-1] ** -0.5) @ k_BHMD.transpose(-1, -2)
+    if mask is not None:
+        scores_BHNM = scores_BHNM + torch.zeros_like(mask, dtype=q_BHND.dtype).masked_fill(~mask, float("-inf"))
+    return scores_BHNM.softmax(-1) @ v_BHMD
+
+
+def math_only() -> AbstractContextManager[None]:
+    """Inside, attention is plain matmul and softmax: the only kernel with forward-mode derivatives (`jvp`)."""
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute attention on this machine."""
+
+    name: str
+    available: bool
+    why: str
+
+
+def backends(device: str | None = None) -> list[Backend]:
+    """Every known backend, best first, tried on a tiny masked bfloat16 problem on `device` (default: the fastest here)."""
+    device = device or _best_device()
+    return [_own(device), *(_try_sdpa(name, kernel, device) for name, kernel in _SDPA.items()), _flex()]
+
+
+def pick(device: str | None = None) -> Backend:
+    """The backend `attend` ends up in for short masked bfloat16 inputs on `device`, and why."""
+    return next(backend for backend in backends(device) if backend.available)
+
+
+def _best_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _own(device: str) -> Backend:
+    if device != "cpu":
+        return Backend("matmul", False, f"for the CPU only; this device is {device}")
+    return Backend("matmul", True, f"in bfloat16 up to {_SHORT} keys, where it beats the CPU's flash kernel; else the next one")
+
+
+def _try_sdpa(name: str, kernel: SDPBackend, device: str) -> Backend:
+    if device == "cpu" and kernel in (SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+        return Backend(name, False, "a CUDA kernel; this device is cpu")
+    q = torch.zeros(1, 1, 8, 16, dtype=torch.bfloat16, device=device)
+    mask = torch.ones(8, 8, dtype=torch.bool, device=device)
+    try:
+        with sdpa_kernel(kernel):
+            attend(q, q, q, mask)
+    except RuntimeError as error:
+        return Backend(name, False, str(error).strip().splitlines()[0])
+    return Backend(name, True, f"ran a masked bfloat16 problem on {device}")
+
+
+def _flex() -> Backend:
+    if importlib.util.find_spec("torch.nn.attention.flex_attention") is None:
+        return Backend("flex", False, "this torch has no flex_attention")
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        return Backend("flex", False, "needs a C++ compiler for torch.compile; none found")
+    return Backend("flex", False, "could be compiled here, but no pattern of this version uses it")

@@ -1,0 +1,83 @@
+"""Everything a recipe can name, by kind: what `fewstep list` prints and what the recipe reader resolves names with."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from fewstep.attention import PATTERNS
+from fewstep.data import DATA
+from fewstep.diffusion import CFG, DENSITIES, PATHS, ddim, dpmpp_2m, euler, heun, renoise
+from fewstep.engine import Settings, WorldProbe
+from fewstep.methods import METHODS, ROLLOUTS
+from fewstep.models import NETWORKS
+from fewstep.models.source import Pretrained, Scratch
+from fewstep.world.data import WorldClips
+
+KINDS: Mapping[str, tuple[Callable[..., Any], ...]] = MappingProxyType({
+    "methods": METHODS,
+    "models": (Pretrained, Scratch),
+    "networks": NETWORKS,
+    "data": (*DATA, WorldClips),
+    "rollouts": ROLLOUTS,
+    "patterns": PATTERNS,
+    "samplers": (euler, heun, ddim, dpmpp_2m, renoise),
+    "paths": PATHS,
+    "densities": DENSITIES,
+    "settings": (Settings, WorldProbe, CFG),
+})  # fmt: skip
+_ARXIV = re.compile(r"\b\d{4}\.\d{4,5}\b")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One thing a recipe can name."""
+
+    name: str
+    doc: str
+    """First sentence of its docstring."""
+    cite: str
+    """Authors, title and arXiv id where it declares them, else the arXiv ids its docstrings mention."""
+    file: str
+    line: int
+
+    def tree(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def entries(kind: str) -> list[Entry]:
+    """What there is of `kind`, a key of `KINDS`."""
+    return [entry(thing) for thing in KINDS[kind]]
+
+
+def entry(thing: Callable[..., Any]) -> Entry:
+    """Where `thing` is defined and what it says of itself."""
+    text = inspect.getdoc(thing) or ""
+    module = inspect.getmodule(thing)
+    about = f"{text}\n{inspect.getdoc(module) or ''}"
+    cite = getattr(thing, "cite", "") or ", ".join(f"arXiv:{number}" for number in dict.fromkeys(_ARXIV.findall(about)))
+    file, line = where(thing)
+    return Entry(getattr(thing, "__name__", str(thing)), _first_sentence(text), cite, file, line)
+
+
+def where(thing: Callable[..., Any]) -> tuple[str, int]:
+    """File (relative to the current folder where it lies below it) and line of a definition."""
+    path = Path(inspect.getsourcefile(thing) or "?")
+    if path.is_relative_to(Path.cwd()):
+        path = path.relative_to(Path.cwd())
+    return str(path), inspect.getsourcelines(thing)[1]
+
+
+def classes() -> list[type]:
+    """Every class a recipe can name."""
+    return [thing for things in KINDS.values() for thing in things if isinstance(thing, type)]
+
+
+def _first_sentence(text: str) -> str:
+    paragraph = " ".join(text.split("\n\n")[0].split())
+    return re.split(r"(?<=[.:!])\s", paragraph, maxsplit=1)[0]

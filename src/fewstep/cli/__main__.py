@@ -1,0 +1,5 @@
+"""`python -m fewstep.cli`."""
+
+from fewstep.cli import run
+
+run()

@@ -1,0 +1,274 @@
+"""Commands and their arguments. Nothing heavy is imported here: `fewstep --help` answers at once."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Union
+
+import tyro
+from tyro.conf import Positional
+
+Overrides = list[tuple[str, str]]
+
+
+class UsageError(ValueError):
+    """A command line that means nothing."""
+
+
+@dataclass(frozen=True)
+class Command(ABC):
+    """One sub-command: its fields are its options."""
+
+    takes_overrides: ClassVar[bool] = False
+    """Whether `--method.critic-updates 3` and the like change its recipe."""
+
+    @abstractmethod
+    def run(self, overrides: Overrides) -> int:
+        """Do it; the exit code."""
+
+
+@dataclass(frozen=True)
+class Demo(Command):
+    """Distil the built-in world's teacher, measure the student, write a report: everything in minutes, on a CPU."""
+
+    output: Path = Path("runs/demo")
+    """Folder for the student, its clips and the report."""
+    quiet: bool = False
+    """No progress bar."""
+
+    def run(self, overrides: Overrides) -> int:
+        from fewstep.cli import commands
+
+        return commands.demo(self)
+
+
+@dataclass(frozen=True)
+class Prepare(Command):
+    """Encode captioned videos to latent shards, once."""
+
+    videos: Positional[Path]
+    """captions.jsonl, a CSV table, or a folder of videos with text files beside them."""
+    output: Path
+    """Folder for the shards."""
+    model: str = "world"
+    """Folder of the model whose codec encodes."""
+    num_frames: int | None = None
+    """Frames per clip (default: as the model's card says)."""
+    height: int | None = None
+    width: int | None = None
+    stride: int = 1
+    """Take every so many frames."""
+    clips_per_video: int = 1
+    """At most this many per video; 0 = as many as fit."""
+    quiet: bool = False
+    """No progress bar."""
+
+    def run(self, overrides: Overrides) -> int:
+        from fewstep.cli import commands
+
+        return commands.prepare(self)
+
+
+@dataclass(frozen=True)
+class Pairs(Command):
+    """Store a teacher's ODE states (noise, the times in between, the clip) for methods that regress on them."""
+
+    prompts: Positional[str]
+    """A text file with one prompt per line, or `world:N` for N prompts of the built-in world."""
+    output: Path
+    """Folder for the shards."""
+    model: str = "world"
+    """The teacher: a folder, or `world`."""
+    steps: int | None = None
+    """Steps of the teacher's solver (default: as its card says)."""
+    guidance_scale: float | None = None
+    """Default: as its card says."""
+    times: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25, 0.0)
+    """Times whose states are kept, decreasing from 1 to 0: the student's grid."""
+    num_frames: int | None = None
+    seed: int = 0
+    batch: int = 16
+    """Clips made at once."""
+    quiet: bool = False
+    """No progress bar."""
+
+    def run(self, overrides: Overrides) -> int:
+        from fewstep.cli import commands
+
+        return commands.pairs(self)
+
+
+@dataclass(frozen=True)
+class Train(Command):
+    """Train a model from scratch, as a recipe says. Its keys are options: --settings.steps 100."""
+
+    takes_overrides: ClassVar[bool] = True
+
+    recipe: Positional[Path]
+    """A YAML file, or the folder of an earlier run."""
+    output: Path | None = None
+    """Folder of the run (default: runs/<recipe>-<hash>). A run that was stopped goes on from its last checkpoint."""
+    dry_run: bool = False
+    """Say what would be trained (parameters, bytes, shapes by role); load and write nothing."""
+    quiet: bool = False
+    """No progress bar."""
+
+    def run(self, overrides: Overrides) -> int:
+        from fewstep.cli import commands
+
+        return commands.train(self, overrides)
+
+
+@dataclass(frozen=True)
+class Distill(Train):
+    """Distil a model into a student of few steps, as a recipe says. Its keys are options: --method.critic-updates 3."""
+
+
+@dataclass(frozen=True)
+class Sample(Command):
+    """Make a clip per prompt with a student or teacher."""
+
+    student: Positional[str]
+    """A folder that fewstep wrote (a run's student/), or `world`."""
+    prompt: tuple[str, ...] = ()
+    """One or several prompts; a clip each, side by side."""
+    prompt_file: Path | None = None
+    """A text file with one prompt per line."""
+    num_inference_steps: int | None = None
+    """Default: as the card says. A student refuses step counts it was not trained for."""
+    guidance_scale: float | None = None
+    """uncond + scale (cond - uncond); default: as the card says."""
+    num_frames: int | None = None
+    seed: int = 0
+    """Of the first clip; the next has the next seed."""
+    output: Path = Path("sample.mp4")
+    """.mp4 or .gif."""
+    scale: int = 4
+    """Enlarge the pixels of the file so many times."""
+    force: bool = False
+    """Sample with a step count or guidance the student was not trained for."""
+
+    def run(self, overrides: Overrides) -> int:
+        from fewstep.cli import commands
+
+        return commands.sample(self)
+
+
+@dataclass(frozen=True)
+class Evaluate(Command):
+    """Measure a student beside its teacher on the same prompts and seeds, and write a report."""
+
+    student: Positional[str]
+    """A folder that fewstep wrote."""
+    output: Path
+    """Folder for results.json and the page."""
+    teacher: str = "world"
+    """What it is compared with: a folder, or `world`."""
+    num_inference_steps: tuple[int, ...] = ()
+    """Step counts to measure (default: all that the student was trained for)."""
+    prompts: int = 64
+    """Number of prompts."""
+    prompt_file: Path | None = None
+    """Your own prompts instead, one per line."""
+    seeds: int = 2
+    """Clips per prompt; diversity needs two or more."""
+    seed: int = 2024
+    """Draws the prompts and their seeds."""
+    num_frames: int | None = None
+    quiet: bool = False
+    """No progress bar."""
+
+    def run(self, overrides: Overrides) -> int:
+        from fewstep.cli import commands
+
+        return commands.evaluate(self)
+
+
+@dataclass(frozen=True)
+class List(Command):
+    """Print what there is, with its source and paper."""
+
+    kind: Positional[
+        Literal[
+            "methods",
+            "models",
+            "networks",
+            "data",
+            "rollouts",
+            "patterns",
+            "samplers",
+            "paths",
+            "densities",
+            "settings",
+        ]
+    ]
+    json: bool = False
+    """A list of objects with name, doc, cite, file and line."""
+
+    def run(self, overrides: Overrides) -> int:
+        from fewstep.cli import listing
+
+        return listing.show(self.kind, as_json=self.json)
+
+
+@dataclass(frozen=True)
+class Explain(Command):
+    """Print a recipe with every default, what each key means, where each class is defined, and the papers."""
+
+    takes_overrides: ClassVar[bool] = True
+
+    recipe: Positional[Path]
+    """A YAML file, or the folder of a run or student."""
+
+    def run(self, overrides: Overrides) -> int:
+        from fewstep.cli import explain
+
+        return explain.show(self.recipe, overrides)
+
+
+@dataclass(frozen=True)
+class Doctor(Command):
+    """Print what this machine has, and which of it will be used and why."""
+
+    def run(self, overrides: Overrides) -> int:
+        from fewstep.cli import doctor
+
+        return doctor.show()
+
+
+COMMANDS: dict[str, type[Command]] = {
+    "demo": Demo, "prepare": Prepare, "train": Train, "pairs": Pairs, "distill": Distill, "sample": Sample,
+    "evaluate": Evaluate, "list": List, "explain": Explain, "doctor": Doctor,
+}  # fmt: skip
+
+
+def parse(words: Sequence[str]) -> Command:
+    """The command of a command line; SystemExit after printing the help, or an error with the nearest right option."""
+    arms: list[Any] = [Annotated[cls, tyro.conf.subcommand(name)] for name, cls in COMMANDS.items()]
+    one_of: Any = Union[tuple(arms)]  # noqa: UP007
+    about = "Takes a slow video diffusion model and hands back a fast one, with proof."
+    options = (tyro.conf.FlagCreatePairsOff,)
+    command: Command = tyro.cli(one_of, prog="fewstep", description=about, args=list(words), config=options)
+    return command
+
+
+def split_overrides(words: Sequence[str]) -> tuple[list[str], Overrides]:
+    """Take `--a.b value` and `--a.b=value` off a command line: the other words, and the pairs in order."""
+    rest: list[str] = []
+    pairs: Overrides = []
+    queue = list(words)
+    while queue:
+        word = queue.pop(0)
+        key, equals, value = word.removeprefix("--").partition("=")
+        if not (word.startswith("--") and "." in key):
+            rest.append(word)
+        elif equals:
+            pairs.append((key, value))
+        elif queue and not queue[0].startswith("--"):
+            pairs.append((key, queue.pop(0)))
+        else:
+            raise UsageError(f"{word} needs a value, for example {word} true")
+    return rest, pairs

@@ -1,0 +1,174 @@
+"""What the commands do that make something: they load, call the library and say where the result is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fewstep.cli import arguments
+from fewstep.cli.arguments import Overrides, UsageError
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+
+def demo(options: arguments.Demo) -> int:
+    from fewstep.cli.screen import screen
+    from fewstep.demo import run_demo
+    from fewstep.evaluate import table
+
+    with _bar(options.quiet) as progress:
+        made = run_demo(options.output, quiet=options.quiet, progress=progress)
+    screen().print(table(made.report))
+    for path in (made.film, made.student):
+        print(path)
+    return _made(made.page)
+
+
+def train(options: arguments.Train, overrides: Overrides) -> int:
+    from fewstep.recipe import Recipe
+
+    recipe = Recipe.load(options.recipe, overrides)
+    source = options.recipe if options.recipe.is_dir() else options.recipe.with_suffix("")
+    output = options.output or Path("runs") / f"{source.name}-{recipe.hash}"
+    if options.dry_run:
+        from fewstep.cli import plan
+
+        return plan.show(recipe, output)
+    recipe.run(output, quiet=options.quiet)
+    return _made(output / "student")
+
+
+def prepare(options: arguments.Prepare) -> int:
+    from fewstep.data.prepare import prepare as encode
+    from fewstep.data.video import Cut
+    from fewstep.models.bundle import VideoModel
+
+    model = VideoModel.from_pretrained(options.model)
+    card = model.card
+    cut = Cut(
+        num_frames=options.num_frames or card.num_frames, height=options.height or card.height,
+        width=options.width or card.width, stride=options.stride, clips_per_video=options.clips_per_video,
+    )  # fmt: skip
+    with _bar(options.quiet) as progress:
+        prepared = encode(
+            options.videos, options.output, model.codec, cut, progress=lambda e: progress("videos", e.done, e.total)
+        )
+    for name, reason in prepared.skipped:
+        print(f"skipped {name}: {reason}")
+    print(f"{prepared.clips} clips in {prepared.shards} shards")
+    return _made(prepared.folder)
+
+
+def sample(options: arguments.Sample) -> int:
+    from fewstep.data.video import write_video
+    from fewstep.models.bundle import VideoModel
+
+    prompts = _prompts(options.prompt, options.prompt_file)
+    if options.output.suffix.lower() not in (".mp4", ".gif"):
+        raise UsageError(f"--output {options.output}: choose a name that ends in .mp4 or .gif")
+    model = VideoModel.from_pretrained(options.student)
+    clips = model(
+        prompts, num_inference_steps=options.num_inference_steps, guidance_scale=options.guidance_scale,
+        num_frames=options.num_frames, seed=options.seed, force=options.force,
+    )  # fmt: skip
+    write_video(options.output, clips, fps=model.card.fps, scale=options.scale)
+    return _made(options.output)
+
+
+def pairs(options: arguments.Pairs) -> int:
+    from fewstep.data.pairs import PairPlan, make_pairs
+    from fewstep.data.prompts import read_prompts
+    from fewstep.diffusion import CFG
+    from fewstep.models.bundle import VideoModel
+
+    name, _, count = options.prompts.partition(":")
+    if name == "world" and count.isdecimal():
+        from fewstep.evaluate.cases import world_prompts
+
+        prompts = world_prompts(int(count), 0.5, options.seed)
+    else:
+        prompts = read_prompts(Path(options.prompts))
+    plan = PairPlan(
+        times=options.times, steps=options.steps, seed=options.seed, num_frames=options.num_frames,
+        guidance=None if options.guidance_scale is None else CFG(scale=options.guidance_scale),
+    )  # fmt: skip
+    model = VideoModel.from_pretrained(options.model)
+    with _bar(options.quiet) as progress:
+        made = make_pairs(
+            model,
+            prompts,
+            options.output,
+            plan,
+            batch=options.batch,
+            progress=lambda e: progress("pairs", e.done, e.total),
+        )
+    print(f"{made.pairs} pairs, preview in {made.preview}")
+    return _made(made.folder)
+
+
+def evaluate(options: arguments.Evaluate) -> int:
+    from fewstep.cli.screen import screen
+    from fewstep.evaluate import Entry, Suite, table, write_report
+    from fewstep.evaluate import evaluate as measure
+    from fewstep.models.bundle import VideoModel
+
+    teacher, student = VideoModel.from_pretrained(options.teacher), VideoModel.from_pretrained(options.student)
+    contract = student.card.contract
+    counts = options.num_inference_steps or tuple(sorted(map(int, contract.grids))) or (contract.steps,)
+    full = teacher.card.contract.steps
+    rows = [Entry(name=f"teacher {full}", model=teacher)]
+    rows += [Entry(name=f"teacher {n}", model=teacher, steps=n) for n in counts if n != full]
+    rows += [Entry(name=f"student {n}", model=student, steps=n) for n in counts]
+    texts = _prompts((), options.prompt_file) if options.prompt_file else ()
+    suite = Suite(
+        prompts=options.prompts,
+        texts=texts,
+        seeds_per_prompt=options.seeds,
+        seed=options.seed,
+        num_frames=options.num_frames,
+    )
+    with _bar(options.quiet) as progress:
+        report = measure(rows, suite, options.output, progress=progress)
+    resolved = Path(options.student) / "recipe.yaml"
+    page = write_report(options.output, recipe=resolved.read_text(encoding="utf-8") if resolved.is_file() else None)
+    screen().print(table(report))
+    return _made(page)
+
+
+def _prompts(given: tuple[str, ...], file: Path | None) -> tuple[str, ...]:
+    """Prompts of the command line and of a file with one per line."""
+    from fewstep.data.prompts import read_prompts
+
+    prompts = given + (read_prompts(file) if file is not None else ())
+    if not prompts:
+        raise UsageError('give at least one --prompt "..." or a --prompt-file')
+    return prompts
+
+
+@contextmanager
+def _bar(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on standard error that appears with the first report `(what, done, total)`."""
+    from fewstep.engine.log import progress_bar
+
+    bar = progress_bar(quiet)
+    tasks: dict[str, TaskID] = {}
+
+    def report(what: str, done: int, total: int) -> None:
+        if not tasks:
+            bar.start()
+        if what not in tasks:
+            tasks[what] = bar.add_task(what, total=total, note="")
+        bar.update(tasks[what], completed=done)
+
+    try:
+        yield report
+    finally:
+        bar.stop()
+
+
+def _made(path: Path) -> int:
+    print(path)
+    return 0

@@ -1,0 +1,62 @@
+"""`fewstep doctor`: what this machine has, and which of it will be used and why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+import sys
+
+import torch
+
+from fewstep import __version__
+from fewstep.attention import backends, pick
+from fewstep.cli.screen import screen, table
+from fewstep.core.env import cpu_count
+from fewstep.evaluate.machine import describe_machine
+
+
+def show() -> int:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    out = screen()
+    out.print(table(("this machine", ""), facts(device)))
+    rows = [(b.name, "yes" if b.available else "no", b.why) for b in backends(device)]
+    out.print(table(("\nattention", "", "why"), rows))
+    chosen = pick(device)
+    out.print(f"used on {device}: {chosen.name} ({chosen.why})", markup=False)
+    return 0
+
+
+def facts(device: str) -> list[tuple[str, str]]:
+    """What there is, by name."""
+    here = describe_machine(device)
+    memory = f"{here.memory_gb} GB" if here.memory_gb is not None else "unknown"
+    return [
+        ("fewstep", __version__),
+        ("python", f"{sys.version.split()[0]} ({sys.executable})"),
+        ("torch", f"{torch.__version__}, built for {torch.version.cuda or 'CPU'}"),
+        ("system", platform.platform()),
+        ("processor", f"{here.cpu}: {cpu_count()} cores for this process, {here.threads} torch threads"),
+        ("capability", torch.backends.cpu.get_cpu_capability()),
+        ("memory", memory),
+        ("gpu", _gpu()),
+        ("settings.device", f"write {device!r} in the recipe: nothing is moved there by itself"),
+        ("video files", _package("av", "read and written", "pip install av")),
+        (
+            "tensorboard",
+            _package("tensorboard", "runs log to it besides metrics.jsonl", 'pip install "fewstep[track]"'),
+        ),
+    ]
+
+
+def _gpu() -> str:
+    if torch.cuda.is_available():
+        found = (torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count()))
+        return "; ".join(f"{p.name}, {p.total_memory / 2**30:.0f} GB, sm_{p.major}{p.minor}" for p in found)
+    return "none that torch can use" if torch.version.cuda else "none: this torch was built for the CPU"
+
+
+def _package(name: str, use: str, remedy: str) -> str:
+    if importlib.util.find_spec(name) is None:
+        return f"not installed ({remedy})"
+    return f"{name} {importlib.metadata.version(name)}: {use}"

@@ -1,0 +1,25 @@
+"""Where text goes: standard output, without colours and line breaks when it is not a terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+
+def screen() -> Console:
+    """A console on the current standard output; lines are cut to fit terminals only."""
+    return Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 200)
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> Table:
+    """A table without frames. Text is printed as it is: square brackets mean nothing."""
+    made = Table(box=None, pad_edge=False, title=title, title_justify="left", header_style="bold")
+    for head in heads:
+        made.add_column(head, overflow="fold")
+    for row in rows:
+        made.add_row(*map(Text, row))
+    return made

@@ -1,0 +1,7 @@
+"""The few types everyone shares."""
+
+from fewstep.core.build import RecipeError, build, dump
+from fewstep.core.rng import Noise, Rng, Seeds
+from fewstep.core.types import KV, Batch, Cond, Losses, Pairs
+
+__all__ = ["KV", "Batch", "Cond", "Losses", "Noise", "Pairs", "RecipeError", "Rng", "Seeds", "build", "dump"]

@@ -1,0 +1,101 @@
+"""What training data are: a frozen description that says what it provides, and a source that answers by number."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar, Protocol
+
+import torch
+
+from fewstep.core import Batch, Rng
+from fewstep.models.bundle import VideoModel
+
+REMEDIES = {
+    "prompts": "Prompts",
+    "x0": "Latents (fewstep prepare) or WorldClips",
+    "frames": "Videos or WorldClips",
+    "pairs": "StoredPairs (fewstep pairs)",
+    "labels": "WorldClips",
+}
+"""The fields of Batch a method may need, and the data that provide each."""
+
+
+class DataError(ValueError):
+    """Data that do not fit the method or the model, or that cannot be read. The message says what to do."""
+
+
+class Source(Protocol):
+    """Opened data. It keeps no position: a batch is a function of `rng`, so that resume is a number."""
+
+    def batch(self, size: int, rng: Rng) -> Batch:
+        """`size` samples of step `rng.step` at place `rng.place`, on `rng.device`."""
+        ...
+
+
+class Wants(Protocol):
+    """Anything that reads batches; every Method is one."""
+
+    @property
+    def needs(self) -> frozenset[str]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data(ABC):
+    """A frozen description of training data. Building one reads nothing."""
+
+    provides: ClassVar[frozenset[str]]
+    """Fields of Batch it can fill. Must cover `Method.needs`."""
+
+    def check(self, model: VideoModel) -> None:  # noqa: B027 - most data fit every model
+        """Refuse (DataError) data that were made for another model. Reads manifests and fingerprints only."""
+
+    @abstractmethod
+    def open(self, model: VideoModel, needs: frozenset[str]) -> Source:
+        """A source that fills `needs`. Text and pixels are encoded by `model`. DataError where that is impossible."""
+
+
+def require(data: Data | type[Data], wants: Wants | AbstractSet[str]) -> None:
+    """Refuse (DataError) data that lack what a method needs. Looks at class variables only, so it costs nothing.
+
+    `wants` is a method, or a set of field names.
+    """
+    needs, who = (wants, "this method") if isinstance(wants, AbstractSet) else (wants.needs, type(wants).__name__)
+    unknown = sorted(set(needs) - REMEDIES.keys())
+    if unknown:
+        raise DataError(f"{who} needs {_listed(unknown)}, which no batch has; the fields are {_listed(REMEDIES)}")
+    missing = [field for field in REMEDIES if field in needs and field not in data.provides]
+    if missing:
+        name = data.__name__ if isinstance(data, type) else type(data).__name__
+        use = "; ".join(f"for {field}: {REMEDIES[field]}" for field in missing)
+        use = REMEDIES[missing[0]] if len(missing) == 1 else use
+        raise DataError(f"{who} needs {_listed(missing)}; {name} provides {_listed(data.provides)}. Use {use}.")
+
+
+def draw_indices(n: int, size: int, rng: Rng) -> list[int]:
+    """Which of `n` samples make the batch of `size` at `(rng.seed, rng.step, rng.place)`.
+
+    Each place walks through its own shuffle of all samples and takes a fresh one after every epoch: sample `i` of a
+    place's stream is `permutation(seed, place, i // n)[i % n]`, and step `k` holds samples `k size ... (k+1) size - 1`.
+    So a place sees every sample exactly once per epoch, whatever `size`, and any step is found without those before
+    it. Places shuffle independently: how many there are (ranks times accumulated micro-batches) a source cannot know.
+
+    >>> sorted(draw_indices(4, 2, Rng(0, step=0)) + draw_indices(4, 2, Rng(0, step=1)))
+    [0, 1, 2, 3]
+    """
+    if n < 1:
+        raise DataError("there are no samples to draw from")
+    first = rng.step * size
+    chosen = (divmod(position, n) for position in range(first, first + size))
+    return [int(_permutation(n, rng.seed, rng.place, epoch)[offset]) for epoch, offset in chosen]
+
+
+@lru_cache(maxsize=64)
+def _permutation(n: int, seed: int, place: int, epoch: int) -> torch.Tensor:
+    return torch.randperm(n, generator=Rng(seed, step=epoch, place=place).local("data/epoch"))
+
+
+def _listed(names: object) -> str:
+    return ", ".join(sorted(names))  # type: ignore[call-overload]

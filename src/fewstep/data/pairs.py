@@ -1,0 +1,257 @@
+"""Stored ODE states of a teacher: what it makes of a noise, kept at the times a student will be trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fewstep.core import Batch, Pairs, Rng, Seeds
+from fewstep.core.build import digest
+from fewstep.data.base import Data, DataError, Source, draw_indices, require
+from fewstep.data.store import Progress, ShardReader, ShardWriter, Storage, read_manifest
+from fewstep.data.texts import Texts
+from fewstep.data.video import write_video
+from fewstep.diffusion import CFG, Contract, Prediction, solve, uniform_grid
+from fewstep.diffusion.samplers import Solver, calls
+from fewstep.diffusion.times import check_grid
+from fewstep.models.bundle import VideoModel, fingerprint
+
+PREVIEWED = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairPlan:
+    """How a teacher is run to make pairs. None takes what the teacher's card says."""
+
+    times: tuple[float, ...]
+    """Times whose states are kept, decreasing from 1 to 0: the student's grid."""
+    solver: Solver | None = None
+    steps: int | None = None
+    """Steps of the teacher. Its grid has exactly so many and passes through `times`."""
+    shift: float | None = None
+    guidance: CFG | None = None
+    seed: int = 0
+    """Pair `i` starts from the noise of seed `seed + i`, as the model's own sampling does."""
+    per_prompt: int = 1
+    """Pairs per prompt, each from its own noise."""
+    num_frames: int | None = None
+    storage: Storage = "float32"
+
+    def __post_init__(self) -> None:
+        check_grid(self.times)
+        if self.solver == "renoise":
+            raise ValueError("renoise is random and has no ODE pairs; choose euler, heun, ddim or dpmpp_2m")
+        if self.per_prompt < 1:
+            raise ValueError(f"per_prompt must be at least 1, got {self.per_prompt}")
+
+    def resolve(self, contract: Contract) -> Course:
+        """The solver, exact grid and guidance this plan means for a teacher with `contract`."""
+        solver = contract.solver if self.solver is None else self.solver
+        if solver == "renoise":
+            raise ValueError("this model is sampled by renoise, which has no ODE pairs; name a solver in the plan")
+        steps = contract.steps if self.steps is None else self.steps
+        base = contract.times(steps) if self.shift is None else uniform_grid(steps, self.shift)
+        guidance = contract.guidance if self.guidance is None else self.guidance
+        return Course(solver, grid_through(self.times, base), guidance)
+
+
+@dataclass(frozen=True)
+class Course:
+    """What is actually run: solver, every time visited, guidance."""
+
+    solver: Solver
+    grid: tuple[float, ...]
+    guidance: CFG
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations per pair; two per call when guidance is on."""
+        return calls(self.solver, len(self.grid) - 1) * (2 if self.guidance.active else 1)
+
+
+@dataclass(frozen=True)
+class PairsCost:
+    """What making pairs takes: network evaluations (of one clip each) and bytes on disk."""
+
+    pairs: int
+    nfe_per_pair: int
+    bytes: int
+
+    @property
+    def nfe(self) -> int:
+        return self.pairs * self.nfe_per_pair
+
+
+@dataclass(frozen=True)
+class PairsMade:
+    """What `make_pairs` left in `folder`; `preview` is a GIF of the first endpoints."""
+
+    folder: Path
+    pairs: int
+    preview: Path
+
+
+def grid_through(times: tuple[float, ...], grid: tuple[float, ...]) -> tuple[float, ...]:
+    """`grid` with its nearest interior points moved onto `times`, so that the number of steps stays.
+
+    >>> grid_through((1.0, 0.7, 0.0), (1.0, 0.75, 0.5, 0.25, 0.0))
+    (1.0, 0.7, 0.5, 0.25, 0.0)
+    """
+    wanted, free = check_grid(times)[1:-1], set(check_grid(grid)[1:-1])
+    if len(wanted) > len(free):
+        raise ValueError(f"a grid of {len(grid) - 1} steps cannot pass through {len(wanted)} times between 1 and 0")
+    for time in sorted(wanted, key=lambda t: t not in free):  # times that are in the grid keep their own point
+        free.discard(min(free, key=lambda point: abs(point - time)))
+    return check_grid((1.0, *sorted({*free, *wanted}, reverse=True), 0.0))
+
+
+def pairs_cost(model: VideoModel, prompts: int, plan: PairPlan) -> PairsCost:
+    """The cost of `make_pairs` for so many prompts, known before anything is run."""
+    count = prompts * plan.per_prompt
+    values = len(plan.times) * torch.Size(model.latent_shape(plan.num_frames)).numel()
+    size = values * getattr(torch, plan.storage).itemsize
+    return PairsCost(count, plan.resolve(model.card.contract).nfe, count * size)
+
+
+def make_pairs(
+    model: VideoModel,
+    prompts: Sequence[str],
+    output: str | Path,
+    plan: PairPlan,
+    *,
+    batch: int = 8,
+    shard_size: int = 64,
+    progress: Callable[[Progress], None] | None = None,
+) -> PairsMade:
+    """Run the teacher on `prompts` and keep its states at `plan.times` in `output`; `pairs_cost` tells the cost.
+
+    Killed and called again with the same arguments it continues and leaves the same bytes (another `batch` may change
+    last bits); a finished folder is returned as it is. `progress` is called after every batch. DataError if the folder
+    was begun with another teacher, plan or prompts; NonFiniteError if a state is not finite in `plan.storage`.
+    """
+    if not prompts or batch < 1:
+        raise ValueError(f"make_pairs needs prompts and a batch size, got {len(prompts)} prompts and batch={batch}")
+    teacher = _Teacher(model, plan)
+    settings = {**teacher.facts(), "prompts": digest(list(prompts)), "count": len(prompts) * plan.per_prompt}
+    writer = ShardWriter(output, "pairs", settings, shard_size)
+    if not writer.complete:
+        for chunk in _chunks(len(writer.rows), settings["count"], batch, shard_size):
+            chosen = [prompts[i // plan.per_prompt] for i in chunk]
+            seeds = [plan.seed + i for i in chunk]
+            for prompt, seed, states in zip(chosen, seeds, teacher.states(chosen, seeds), strict=True):
+                writer.add({"caption": prompt, "seed": seed}, {"states": states}, {})
+            if progress is not None:
+                progress(Progress(chunk.stop, settings["count"], chosen[-1]))
+        writer.finish({}, teacher_name=model.card.name, nfe_per_pair=teacher.course.nfe)
+    return PairsMade(writer.folder, settings["count"], _preview(model, writer.folder))
+
+
+class _Teacher:
+    """A model that is run by a plan."""
+
+    def __init__(self, model: VideoModel, plan: PairPlan) -> None:
+        self.model, self.plan = model, plan
+        self.course = plan.resolve(model.card.contract)
+        self.shape = model.latent_shape(plan.num_frames)
+        self.texts = Texts(model, frozenset({"prompts"}))
+
+    def facts(self) -> dict[str, Any]:
+        """Everything that shapes the states."""
+        plan = self.plan
+        return {
+            "teacher": {"denoiser": fingerprint(self.model.denoiser), "text": fingerprint(self.model.text)},
+            "times": plan.times, **asdict(self.course), "seed": plan.seed, "per_prompt": plan.per_prompt,
+            "latent_shape": self.shape, "storage": plan.storage,
+        }  # fmt: skip
+
+    @torch.no_grad()
+    def states(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        """`[B, T, C, F, H, W]`: `x_t` at each of the plan's times, the last being the endpoint."""
+        device, course = str(self.model.device), self.course
+        cond, uncond = self.texts(prompts, device)
+        noise = Seeds(tuple(seeds), device)
+        kept: list[Tensor] = []
+
+        def denoise(x_t: Tensor, t: Tensor) -> Prediction:
+            return course.guidance(self.model.denoiser, x_t, t, cond, uncond)
+
+        def watch(i: int, prediction: Prediction) -> None:
+            if course.grid[i] in self.plan.times:
+                kept.append(prediction.x_t)
+
+        start = noise.randn((len(prompts), *self.shape), "start")
+        end = solve(course.solver, denoise, start, course.grid, rng=noise, watch=watch)
+        return torch.stack([*kept, end], dim=1).to(getattr(torch, self.plan.storage))
+
+
+def _chunks(start: int, stop: int, batch: int, shard_size: int) -> Iterator[range]:
+    """Ranges of at most `batch` that do not cross a shard's edge, so that a resumed run forms the same batches."""
+    while start < stop:
+        end = min(stop, start + batch, (start // shard_size + 1) * shard_size)
+        yield range(start, end)
+        start = end
+
+
+@torch.no_grad()
+def _preview(model: VideoModel, folder: Path) -> Path:
+    path = folder / "preview.gif"
+    if not path.is_file():
+        reader = ShardReader(folder, "pairs")
+        ends = reader.read("states", range(min(PREVIEWED, len(reader))))[:, -1]
+        write_video(path, model.codec.decode(ends.to(model.device)), fps=model.card.fps)
+    return path
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredPairs(Data):
+    """A folder written by `fewstep pairs`. Its states lie on the paths of one teacher and are refused for another."""
+
+    provides: ClassVar[frozenset[str]] = frozenset({"prompts", "pairs"})
+
+    path: str
+    teacher: str = ""
+    """Fingerprint of the denoiser that made the pairs, where it is not the model the run starts from (a causal student
+    taught by a bidirectional teacher)."""
+
+    def check(self, model: VideoModel) -> None:
+        there = read_manifest(self.path, "pairs")["settings"]["teacher"]
+        here = self.teacher or fingerprint(model.denoiser)
+        if there["denoiser"] != here:
+            who = "the recipe's data.teacher" if self.teacher else f"the denoiser of {model.card.name!r}"
+            raise DataError(
+                f"{self.path} holds trajectories of denoiser {there['denoiser']}, but {who} is {here}. "
+                "Make pairs with this model, start from the one that made them, or, if they are meant to teach another "
+                f"network, say so in the recipe: data.teacher: {there['denoiser']}."
+            )
+        if there["text"] != fingerprint(model.text):
+            raise DataError(
+                f"{self.path} was made with text encoder {there['text']}, model {model.card.name!r} has "
+                f"{fingerprint(model.text)}: prompts would mean something else. Make the pairs again with this model."
+            )
+
+    def open(self, model: VideoModel, needs: frozenset[str]) -> Source:
+        require(self, needs)
+        self.check(model)
+        return _PairSource(ShardReader(self.path, "pairs"), Texts(model, needs), "pairs" in needs)
+
+
+@dataclass(frozen=True)
+class _PairSource:
+    reader: ShardReader
+    texts: Texts
+    wants_pairs: bool
+
+    def batch(self, size: int, rng: Rng) -> Batch:
+        indices, settings = draw_indices(len(self.reader), size, rng), self.reader.manifest["settings"]
+        prompts = tuple(self.reader.rows[i]["caption"] for i in indices)
+        cond, uncond = self.texts(prompts, rng.device)
+        c, f, h, w = settings["latent_shape"]
+        pairs = None
+        if self.wants_pairs:
+            pairs = Pairs(self.reader.read("states", indices).to(rng.device), tuple(settings["times"]))
+        return Batch(cond=cond, uncond=uncond, latent_shape=(c, f, h, w), prompts=prompts, pairs=pairs)

@@ -1,0 +1,60 @@
+"""A text file of prompts: all that data-free methods need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from fewstep.core import Batch, Rng
+from fewstep.data.base import Data, DataError, Source, draw_indices, require
+from fewstep.data.texts import Texts
+from fewstep.models.bundle import VideoModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompts(Data):
+    """One prompt per line of a UTF-8 text file; empty lines are ignored."""
+
+    provides: ClassVar[frozenset[str]] = frozenset({"prompts"})
+
+    path: str
+    num_frames: int | None = None
+    """Frames of the clips to make; None takes the model's own, as for `height` and `width`."""
+    height: int | None = None
+    width: int | None = None
+
+    def open(self, model: VideoModel, needs: frozenset[str]) -> Source:
+        require(self, needs)
+        card = model.card
+        shape = model.codec.latent_shape(
+            self.num_frames or card.num_frames, self.height or card.height, self.width or card.width
+        )
+        return _PromptSource(read_prompts(self.path), Texts(model, needs), shape)
+
+
+def read_prompts(path: str | Path) -> tuple[str, ...]:
+    """The non-empty lines of a text file, stripped. DataError if it cannot be read or has none."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file. Prompts reads a text file with one prompt per line.") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    prompts = tuple(line.strip() for line in text.splitlines() if line.strip())
+    if not prompts:
+        raise DataError(f"{path}: no prompts in it; write one per line")
+    return prompts
+
+
+@dataclass(frozen=True)
+class _PromptSource:
+    prompts: tuple[str, ...]
+    texts: Texts
+    shape: tuple[int, int, int, int]
+
+    def batch(self, size: int, rng: Rng) -> Batch:
+        chosen = tuple(self.prompts[i] for i in draw_indices(len(self.prompts), size, rng))
+        cond, uncond = self.texts(chosen, rng.device)
+        return Batch(cond=cond, uncond=uncond, latent_shape=self.shape, prompts=chosen)

@@ -1,0 +1,50 @@
+"""Prepared latents as training data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fewstep.core import Batch, Rng
+from fewstep.data.base import Data, DataError, Source, draw_indices, require
+from fewstep.data.store import ShardReader, read_manifest
+from fewstep.data.texts import Texts
+from fewstep.models.bundle import VideoModel, fingerprint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latents(Data):
+    """A folder written by `fewstep prepare`: latents and captions. Only the autoencoder that made them can use them."""
+
+    provides: ClassVar[frozenset[str]] = frozenset({"prompts", "x0"})
+
+    path: str
+
+    def check(self, model: VideoModel) -> None:
+        there, here = read_manifest(self.path, "latents")["settings"]["codec"], fingerprint(model.codec)
+        if there != here:
+            raise DataError(
+                f"{self.path} holds latents of autoencoder {there}, but model {model.card.name!r} has {here}. "
+                "Latents of one autoencoder mean nothing to another: prepare the videos again with this model "
+                "(fewstep prepare), or train the model whose autoencoder made them."
+            )
+
+    def open(self, model: VideoModel, needs: frozenset[str]) -> Source:
+        require(self, needs)
+        self.check(model)
+        return _LatentSource(ShardReader(self.path, "latents"), Texts(model, needs), "x0" in needs)
+
+
+@dataclass(frozen=True)
+class _LatentSource:
+    reader: ShardReader
+    texts: Texts
+    wants_x0: bool
+
+    def batch(self, size: int, rng: Rng) -> Batch:
+        indices = draw_indices(len(self.reader), size, rng)
+        prompts = tuple(self.reader.rows[i]["caption"] for i in indices)
+        cond, uncond = self.texts(prompts, rng.device)
+        c, f, h, w = self.reader.manifest["latent_shape"]
+        x0 = self.reader.read("latents", indices).to(rng.device) if self.wants_x0 else None
+        return Batch(cond=cond, uncond=uncond, latent_shape=(c, f, h, w), prompts=prompts, x0=x0)

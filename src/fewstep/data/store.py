@@ -1,0 +1,211 @@
+"""A folder of numbered safetensors shards that explains itself and survives being killed.
+
+`manifest.json`   what the folder holds, the settings that made it, whether it is complete
+`shard-00000.safetensors`   rows of tensors; its header repeats the settings' hash and lists its rows
+`index.jsonl`   one line per row, written when the folder is complete
+
+Every file appears whole or not at all. A writer that was killed continues after its last whole shard.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fewstep.core.build import digest
+from fewstep.core.finite import require_finite
+from fewstep.data.atomic import replacing, write_text
+from fewstep.data.base import DataError
+
+FORMAT = 1
+Storage = Literal["float16", "float32"]
+KINDS = {"latents": "Latents (fewstep prepare)", "pairs": "StoredPairs (fewstep pairs)"}
+OPEN_SHARDS = 32
+_HEADER = "fewstep"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One event of a long preparation: `done` of `total` videos or clips; `problem` says why `name` was skipped."""
+
+    done: int
+    total: int
+    name: str
+    problem: str = ""
+
+
+class ShardWriter:
+    """Writes rows to `folder`, `shard_size` at a time. `settings` are plain values; all must agree on resume."""
+
+    def __init__(self, folder: str | Path, kind: str, settings: Mapping[str, Any], shard_size: int) -> None:
+        if shard_size < 1:
+            raise ValueError(f"shard_size must be at least 1, got {shard_size}")
+        self.folder, self.kind, self.shard_size = Path(folder), kind, shard_size
+        self.settings = json.loads(json.dumps({**settings, "shard_size": shard_size}))
+        self.hash = digest(self.settings)
+        self.manifest = self._claim()
+        headers = [] if self.complete else self._written()
+        self.rows: list[dict[str, Any]] = [row for header in headers for row in header["rows"]]
+        """Rows of whole shards."""
+        self.resume: dict[str, Any] = headers[-1]["resume"] if headers else {}
+        """What the writer of the last whole shard said about where it stood."""
+        self.shards = len(headers)
+        self.pending: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
+
+    @property
+    def complete(self) -> bool:
+        return bool(self.manifest["complete"])
+
+    def add(self, row: Mapping[str, Any], tensors: Mapping[str, Tensor], resume: Mapping[str, Any]) -> None:
+        """Append one row. If it fills the shard, the shard is written with `resume` in its header."""
+        for name, value in tensors.items():
+            require_finite(value, f"{name} of {dict(row)} as stored ({value.dtype})")
+        self.pending.append((dict(row), {name: value.detach().cpu() for name, value in tensors.items()}))
+        if len(self.pending) == self.shard_size:
+            self._flush(resume)
+
+    def finish(self, resume: Mapping[str, Any], **facts: Any) -> dict[str, Any]:
+        """Write what is left, the index and the final manifest with `facts`; returns the manifest."""
+        if self.pending:
+            self._flush(resume)
+        write_text(self.folder / "index.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
+        self.manifest = {**self.manifest, "complete": True, "rows": len(self.rows), "shards": self.shards, **facts}
+        self._write_manifest(self.manifest)
+        return self.manifest
+
+    def _flush(self, resume: Mapping[str, Any]) -> None:
+        rows = [{"shard": self.shards, "row": i, **row} for i, (row, _) in enumerate(self.pending)]
+        names = self.pending[0][1]
+        tensors = {name: torch.stack([held[name] for _, held in self.pending]).contiguous() for name in names}
+        # One key only: the order of several would differ from run to run, and with it the bytes of the file.
+        header = {_HEADER: json.dumps({"hash": self.hash, "resume": dict(resume), "rows": rows})}
+        with replacing(self.folder / shard_name(self.shards)) as draft:
+            save_file(tensors, draft, metadata=header)
+        self.rows += rows
+        self.shards += 1
+        self.pending = []
+
+    def _claim(self) -> dict[str, Any]:
+        """The manifest of a folder that these settings began; a new one where there is none."""
+        path = self.folder / "manifest.json"
+        if path.is_file():
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            if manifest.get("kind") != self.kind or manifest.get("settings_hash") != self.hash:
+                raise DataError(
+                    f"{self.folder} was begun with other settings ({_difference(manifest, self.kind, self.settings)}). "
+                    "Repeat those settings to continue, give another output folder, or delete this one."
+                )
+            return manifest
+        if any(self.folder.glob("shard-*.safetensors")):
+            raise DataError(f"{self.folder} has shards but no manifest.json; give another folder, or delete this one")
+        manifest = {
+            "format": FORMAT, "kind": self.kind, "complete": False,
+            "settings": self.settings, "settings_hash": self.hash, "versions": _versions(),
+        }  # fmt: skip
+        self._write_manifest(manifest)
+        return manifest
+
+    def _write_manifest(self, manifest: Mapping[str, Any]) -> None:
+        write_text(self.folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+
+    def _written(self) -> list[dict[str, Any]]:
+        """Headers of the whole shards, in order."""
+        headers: list[dict[str, Any]] = []
+        while (path := self.folder / shard_name(len(headers))).is_file():
+            with _open(path) as file:
+                header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
+            if header.get("hash") != self.hash:
+                raise DataError(f"{path} was not made with these settings; delete {self.folder} and start again")
+            headers.append(header)
+        return headers
+
+
+class ShardReader:
+    """Rows of a complete folder by number, read from disk when asked for. DataError if the folder is not complete."""
+
+    def __init__(self, folder: str | Path, kind: str) -> None:
+        self.folder, self.kind = Path(folder), kind
+        self.manifest = read_manifest(folder, kind)
+        lines = (self.folder / "index.jsonl").read_text(encoding="utf-8").splitlines()
+        self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+        absent = [n for n in range(self.manifest["shards"]) if not (self.folder / shard_name(n)).is_file()]
+        if absent or len(self.rows) != self.manifest["rows"]:
+            what = shard_name(absent[0]) if absent else f"{self.manifest['rows'] - len(self.rows)} lines of index.jsonl"
+            raise DataError(f"{self.folder} lacks {what}; copy the folder again, or delete it and make it anew")
+        self._open: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, name: str, indices: Sequence[int]) -> Tensor:
+        """Tensor `name` of these rows, stacked, float32, in main memory."""
+        places = [(self.rows[i]["shard"], self.rows[i]["row"]) for i in indices]
+        return torch.stack([self._shard(shard).get_slice(name)[row] for shard, row in places]).float()
+
+    def _shard(self, number: int) -> Any:
+        if number not in self._open:
+            if len(self._open) >= OPEN_SHARDS:
+                del self._open[next(iter(self._open))]
+            self._open[number] = _open(self.folder / shard_name(number))
+        return self._open[number]
+
+
+def read_manifest(folder: str | Path, kind: str) -> dict[str, Any]:
+    """The manifest of a complete folder of `kind` (`latents` or `pairs`). DataError that says what to do otherwise."""
+    path = Path(folder) / "manifest.json"
+    if not path.is_file():
+        raise DataError(f"{folder}: no manifest.json there. It is a folder made for {KINDS[kind]}.")
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    if manifest["kind"] != kind:
+        use = KINDS.get(manifest["kind"], "another fewstep version")
+        raise DataError(f"{folder} holds {manifest['kind']}, not {kind}. It is read by {use}.")
+    if manifest["format"] != FORMAT:
+        raise DataError(f"{folder} has format {manifest['format']}, this version reads {FORMAT}; make it again")
+    if not manifest["complete"]:
+        raise DataError(f"{folder} is not complete: making it was interrupted. Run the same command again to continue.")
+    return manifest
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:05d}.safetensors"
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise DataError(f"{path} is damaged ({error}); delete it with its folder and make it anew") from None
+
+
+def _difference(manifest: Mapping[str, Any], kind: str, settings: Mapping[str, Any]) -> str:
+    """The settings that differ, as `height: there 64, here 96`."""
+    there = _flat({"kind": manifest.get("kind"), **manifest.get("settings", {})})
+    here = _flat({"kind": kind, **settings})
+    keys = [key for key in there | here if there.get(key) != here.get(key)]
+    return "; ".join(f"{key}: there {_short(there.get(key))}, here {_short(here.get(key))}" for key in keys)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _versions() -> dict[str, str]:
+    """Versions that shape the numbers."""
+    return {name: importlib.metadata.version(name) for name in ("torch", "av", "safetensors")}

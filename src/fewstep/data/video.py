@@ -1,0 +1,193 @@
+"""Video files to tensors and back.
+
+Pixels are uint8 `[F, H, W, 3]` as decoded and stored, float `[3, F, H, W]` in [-1, 1] as networks see them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import interpolate, pad
+
+from fewstep.core.finite import require_finite
+from fewstep.data.atomic import replacing
+
+
+class ClipError(ValueError):
+    """A file that cannot give the clip asked for: absent, damaged or too short. The message is the reason."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """How clips are cut out of a video: every `stride`-th frame, scaled to cover the size and cropped at the centre."""
+
+    num_frames: int = 16
+    height: int = 64
+    width: int = 64
+    stride: int = 1
+    """Temporal stride in frames of the file; time stamps are not read."""
+    clips_per_video: int = 1
+    """At most this many, one after the other without overlap from the first frame on; 0 = as many as fit."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_frames", "height", "width", "stride"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.clips_per_video < 0:
+            raise ValueError(f"clips_per_video must be 0 (as many as fit) or more, got {self.clips_per_video}")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """uint8 `frames` `[F, H, W, 3]`, the first of which is frame `start` of the file."""
+
+    frames: Tensor
+    start: int
+
+
+def read_video(
+    path: str | Path, num_frames: int, *, stride: int = 1, size: tuple[int, int] | None = None, start: int = 0
+) -> Tensor:
+    """`num_frames` frames from `start` on, every `stride`-th: uint8 `[F, H, W, 3]`.
+
+    With `size` `(H, W)` they are scaled to cover it and cropped at the centre. ClipError if the file is absent, damaged
+    or too short.
+    """
+    wanted = range(start, start + num_frames * stride, stride)
+    frames = [_fit(f, size) for i, f in enumerate(_decode(Path(path), wanted.stop - stride + 1)) if i in wanted]
+    if len(frames) < num_frames:
+        raise ClipError(_too_short(frames, wanted))
+    return torch.stack(frames)
+
+
+def read_clips(path: str | Path, cut: Cut) -> Iterator[Clip]:
+    """The clips of one video, in one pass over the file that keeps one clip in memory.
+
+    ClipError if the file is absent or damaged (clips before the damage have been yielded then), or too short for one.
+    """
+    span = cut.num_frames * cut.stride
+    frames: list[Tensor] = []
+    made = 0
+    for i, frame in enumerate(_decode(Path(path), cut.clips_per_video * span)):
+        if i % cut.stride == 0:
+            frames.append(_fit(frame, (cut.height, cut.width)))
+        if len(frames) == cut.num_frames:
+            yield Clip(torch.stack(frames), i - (cut.num_frames - 1) * cut.stride)
+            frames, made = [], made + 1
+            if made == cut.clips_per_video:
+                return
+    if not made:
+        raise ClipError(_too_short(frames, range(0, span, cut.stride)))
+
+
+def to_floats(frames: Tensor) -> Tensor:
+    """uint8 `[..., F, H, W, 3]` to float32 `[..., 3, F, H, W]` in [-1, 1]."""
+    return (frames.movedim(-1, -4).float() / 127.5 - 1).contiguous()
+
+
+def to_pixels(frames: Tensor) -> Tensor:
+    """Floats `[..., 3, F, H, W]` in [-1, 1] to uint8 `[..., F, H, W, 3]`; values outside are clipped, NaN refused."""
+    require_finite(frames, "frames to be written")
+    pixels = ((frames.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return pixels.movedim(-4, -1).cpu().contiguous()
+
+
+def write_video(path: str | Path, frames: Tensor, *, fps: float = 8, scale: int = 1, columns: int = 0) -> Path:
+    """Write floats `[3, F, H, W]`, or `[B, 3, F, H, W]` side by side, in [-1, 1], to .mp4 (H.264) or .gif.
+
+    `scale` enlarges by repeating pixels; `columns` starts a new row after so many clips (0 = one row). H.264 needs even
+    sizes: an odd one gets its last row or column twice. A .gif shows frames for whole hundredths of a second.
+    """
+    path = Path(path)
+    writers = {".mp4": _write_mp4, ".gif": _write_gif}
+    if path.suffix.lower() not in writers:
+        raise ValueError(f"{path}: cannot write {path.suffix or 'without a suffix'}; choose {' or '.join(writers)}")
+    if frames.ndim not in (4, 5) or frames.shape[-4] != 3 or not frames.is_floating_point():
+        got = f"{frames.dtype} {tuple(frames.shape)}"
+        raise ValueError(f"frames must be floats [3, F, H, W] or [B, 3, F, H, W], got {got}")
+    if scale < 1 or fps <= 0:
+        raise ValueError(f"scale must be at least 1 and fps positive, got scale={scale}, fps={fps}")
+    pixels = _tile(to_pixels(frames if frames.ndim == 5 else frames[None]), columns)
+    array = pixels.repeat_interleave(scale, 1).repeat_interleave(scale, 2).numpy()
+    with replacing(path) as draft:
+        writers[path.suffix.lower()](draft, array, fps)
+    return path
+
+
+def _tile(clips: Tensor, columns: int) -> Tensor:
+    """`[B, F, H, W, 3]` to one picture per frame, black where the last row is not full."""
+    columns = min(columns or len(clips), len(clips))
+    rows = math.ceil(len(clips) / columns)
+    clips = pad(clips, (0, 0) * 4 + (0, rows * columns - len(clips)))
+    f, h, w, c = clips.shape[1:]
+    return clips.reshape(rows, columns, f, h, w, c).permute(2, 0, 3, 1, 4, 5).reshape(f, rows * h, columns * w, c)
+
+
+def _write_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
+    odd = [(0, size % 2) for size in frames.shape[1:3]]
+    frames = np.pad(frames, [(0, 0), *odd, (0, 0)], mode="edge")
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000), options={"crf": "18"})
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        for frame in frames:
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        file.mux(stream.encode())
+
+
+def _write_gif(path: Path, frames: np.ndarray, fps: float) -> None:
+    # One palette for the whole clip: palettes of single frames flicker.
+    palette = Image.fromarray(frames.reshape(-1, *frames.shape[2:])).quantize(256, dither=Image.Dither.NONE)
+    first, *rest = [Image.fromarray(f).quantize(palette=palette, dither=Image.Dither.NONE) for f in frames]
+    first.save(path, save_all=True, append_images=rest, duration=max(10, round(100 / fps) * 10), loop=0)
+
+
+def _decode(path: Path, stop: int) -> Iterator[np.ndarray]:
+    """Upright uint8 `[H, W, 3]` frames of the first video stream, at most `stop` (0 = all)."""
+    if not path.is_file():
+        raise ClipError("no such file")
+    number = 0
+    try:
+        with av.open(str(path)) as file:
+            if not file.streams.video:
+                raise ClipError("it has no video stream")
+            for number, frame in enumerate(file.decode(video=0), 1):
+                if frame.is_corrupt:
+                    raise ClipError(f"frame {number - 1} is damaged")
+                yield np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90) % 4)
+                if number == stop:
+                    return
+    except av.FFmpegError as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        what = f"cannot be decoded beyond frame {number - 1}" if number else "not a readable video"
+        raise ClipError(f"{what}: {reason}") from error
+
+
+def _fit(frame: np.ndarray, size: tuple[int, int] | None) -> Tensor:
+    """Scale uint8 `[H, W, 3]` to cover `size`, antialiased, and crop the centre."""
+    pixels = torch.from_numpy(np.ascontiguousarray(frame))
+    if size is None or tuple(pixels.shape[:2]) == size:
+        return pixels.clone()
+    (height, width), (target_h, target_w) = pixels.shape[:2], size
+    ratio = max(target_h / height, target_w / width)
+    cover = max(target_h, round(height * ratio)), max(target_w, round(width * ratio))
+    planes = pixels.permute(2, 0, 1)[None].float()
+    planes = interpolate(planes, cover, mode="bicubic", antialias=True, align_corners=False)
+    top, left = (cover[0] - target_h) // 2, (cover[1] - target_w) // 2
+    planes = planes[0, :, top : top + target_h, left : left + target_w]
+    return planes.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous()
+
+
+def _too_short(frames: list[Tensor], wanted: range) -> str:
+    steps = f", every {wanted.step} frames" if wanted.step > 1 else ""
+    where = f" from frame {wanted.start}" if wanted.start else ""
+    return f"too short: {len(frames)} of {len(wanted)} frames{where}{steps}"

@@ -1,0 +1,92 @@
+"""The demo: distil the shipped teacher on this machine and prove what was gained and lost.
+
+One call trains a single student that serves 4, 2 and 1 steps, measures it beside its teacher on the same prompts, seeds
+and noise, and writes the table, the page, the student and a film.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fewstep.data.video import write_video
+from fewstep.diffusion import CFG
+from fewstep.engine import Optim, Settings, WorldProbe
+from fewstep.evaluate import Entry, Report, Suite, evaluate, write_report
+from fewstep.methods import DMD2, BackwardSimulation
+from fewstep.methods.rollouts import NESTED
+from fewstep.models.bundle import VideoModel
+from fewstep.models.source import Pretrained
+from fewstep.recipe import Recipe
+from fewstep.world.data import WorldClips
+
+RECIPE = Recipe(
+    model=Pretrained(source="world"),
+    method=DMD2(rollout=BackwardSimulation(grids=NESTED), guidance=CFG(scale=2.0), critic_updates=3),
+    data=WorldClips(),
+    settings=Settings(
+        steps=60,
+        batch=16,
+        autocast="bf16",
+        compile=True,
+        ema=0.9,
+        log_every=1,
+        optim={"student": Optim(lr=2e-4, betas=(0.0, 0.99)), "critic": Optim(lr=2e-4, betas=(0.0, 0.99))},
+    ),
+    probe=WorldProbe(every=20, prompts=16),
+)
+"""What the demo runs: two minutes of training on two cores."""
+
+SUITE = Suite(prompts=64, seeds_per_prompt=2, batch=32, autocast="bf16", latency_runs=3, latency_budget=4.0)
+"""What the demo measures: 128 clips per row."""
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What a demo made: the figures, and the folders that hold the rest."""
+
+    report: Report
+    student: Path
+    page: Path
+    film: Path
+
+
+def run_demo(output: Path | str, *, quiet: bool = False, progress: Callable[[str, int, int], None] | None = None) -> Demo:
+    """Distil, measure and show. Writes `results.json`, `report.html`, `side_by_side.mp4` and `student/` to `output`.
+
+    `progress(row, done, total)` follows the measurement. A run that was stopped goes on where it was.
+    """
+    output = Path(output)
+    student = RECIPE.run(output / "run", quiet=quiet)
+    student.save(output / "student")
+    teacher = RECIPE.model.load()
+    report = evaluate(rows(teacher, student), SUITE, output, progress=progress)
+    page = write_report(output, run=output / "run", recipe=RECIPE.text)
+    return Demo(report, output / "student", page, film(teacher, student, output / "side_by_side.mp4"))
+
+
+def rows(teacher: VideoModel, student: VideoModel) -> list[Entry]:
+    """Teacher at its own number of steps, teacher at the student's (the baseline), student."""
+    full = teacher.card.contract.steps
+    counts = sorted(map(int, student.card.contract.grids), reverse=True)
+    return [
+        Entry(name=f"teacher {full}", model=teacher),
+        *(Entry(name=f"teacher {n}", model=teacher, steps=n) for n in counts),
+        *(Entry(name=f"student {n}", model=student, steps=n) for n in counts),
+    ]
+
+
+def film(teacher: VideoModel, student: VideoModel, path: Path) -> Path:
+    """Side by side on one prompt after the other: teacher at full steps, teacher at 2, student at 2."""
+    prompts = [
+        "a large red ring moves slowly up-left over a navy background",
+        "a small yellow star moves quickly right over a forest background",
+        "a large cyan triangle moves quickly down over a maroon background",
+        "a small white cross moves slowly up-right over a gray background",
+    ]
+    clips = [teacher(prompts), teacher(prompts, num_inference_steps=2), student(prompts, num_inference_steps=2)]
+    write_video(path, torch.stack(clips, 1).flatten(0, 1), fps=teacher.card.fps, scale=3, columns=3)
+    return path

@@ -1,0 +1,54 @@
+"""The sampling contract that travels with the weights: which solver, which exact times, which guidance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fewstep.diffusion.guidance import CFG
+from fewstep.diffusion.samplers import Solver, calls
+from fewstep.diffusion.times import check_grid, uniform_grid
+
+
+class StepCountError(ValueError):
+    """A model was asked for a number of steps it was not trained for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contract:
+    """How a model must be sampled to get what was measured.
+
+    A teacher has `grids == {}`: any number of steps, on the shifted uniform grid. A student lists the exact times of
+    each step count it was trained for and refuses others.
+    """
+
+    solver: Solver = "euler"
+    steps: int = 50
+    """The default number of steps."""
+    shift: float = 1.0
+    """Of the uniform grid, where no exact grid is listed."""
+    grids: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    """Step count (as text, JSON has no integer keys) -> exact decreasing times from 1 to 0."""
+    guidance: CFG = CFG()
+    """Scale 1 in a student whose guidance was distilled in."""
+
+    def __post_init__(self) -> None:
+        for count, times in self.grids.items():
+            if len(check_grid(times)) != int(count) + 1:
+                raise ValueError(f"the grid of {count} steps needs {int(count) + 1} times, got {list(times)}")
+
+    def times(self, steps: int | None = None, *, force: bool = False) -> tuple[float, ...]:
+        """The times to visit for `steps` (default: the contract's own). StepCountError if untrained, unless `force`."""
+        steps = self.steps if steps is None else steps
+        if str(steps) in self.grids:
+            return self.grids[str(steps)]
+        if self.grids and not force:
+            trained = ", ".join(sorted(self.grids, key=int))
+            raise StepCountError(
+                f"this student was trained for {trained} steps and was asked for {steps}. "
+                f"Use one of these, or pass force (--force) to sample on an untrained grid."
+            )
+        return uniform_grid(steps, self.shift)
+
+    def calls(self, steps: int | None = None) -> int:
+        """NFE: network evaluations per clip, guidance counted (two per step when it is on)."""
+        return calls(self.solver, self.steps if steps is None else steps) * (2 if self.guidance.active else 1)

@@ -1,0 +1,52 @@
+"""Classifier-free guidance in one convention: `uncond + scale (cond - uncond)`. Scale 1 is off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewstep.core.types import Cond
+from fewstep.diffusion.path import broadcast
+from fewstep.diffusion.prediction import Prediction
+
+Net = Callable[[Tensor, Tensor, Cond], Prediction]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CFG:
+    """Guidance of strength `scale` inside the time interval `[low, high]`, conditional prediction outside it.
+
+    Public code uses two conventions. `cond + w (cond - uncond)` (CausVid, Self-Forcing, the LCM family) is one less:
+    `CFG.from_offset(3.0) == CFG(scale=4.0)`.
+    """
+
+    scale: float = 1.0
+    low: float = 0.0
+    high: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low < self.high <= 1:
+            raise ValueError(f"the guidance interval must satisfy 0 <= low < high <= 1, got [{self.low}, {self.high}]")
+
+    @classmethod
+    def from_offset(cls, w: float) -> CFG:
+        """From the convention `cond + w (cond - uncond)`."""
+        return cls(scale=w + 1)
+
+    @property
+    def active(self) -> bool:
+        return self.scale != 1.0
+
+    def __call__(self, net: Net, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond) -> Prediction:
+        """Guided prediction; conditional and unconditional pass run as one batch of 2B, or one pass of B when off."""
+        if not self.active:
+            return net(x_t, t, cond)
+        both = net(torch.cat([x_t, x_t]), torch.cat([t, t]), Cond.cat([cond, uncond]))
+        raw_cond, raw_uncond = both.raw.chunk(2)
+        inside = (t >= self.low) & (t <= self.high)
+        scale = torch.where(inside, self.scale, 1.0).to(x_t.dtype)
+        raw = raw_uncond + broadcast(scale, x_t) * (raw_cond - raw_uncond)
+        return Prediction(raw=raw, kind=both.kind, x_t=x_t, t=t, path=both.path)

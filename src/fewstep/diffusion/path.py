@@ -1,0 +1,150 @@
+"""Noise paths `x_t = a(t) x0 + s(t) eps`, with t = 0 data and t = 1 noise on every path.
+
+A path is four functions of t. Everything else (noising, conversions, solver steps) is derived from them once,
+here and in `prediction.py`. Coefficients are computed in float64 and cast to the latents' dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Coeffs(NamedTuple):
+    """`a` (signal), `s` (noise) and their time derivatives `da`, `ds`."""
+
+    a: Tensor
+    s: Tensor
+    da: Tensor
+    ds: Tensor
+
+
+class NoisePath(ABC):
+    """How data turns into noise. Subclasses are frozen dataclasses: two equal paths compare equal."""
+
+    @abstractmethod
+    def coeffs(self, t: Tensor) -> Coeffs:
+        """`a, s, da/dt, ds/dt` for float64 `t` of any shape."""
+
+    @abstractmethod
+    def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
+        """The t at which `log(a^2 / s^2)` equals `log_snr` (float64)."""
+
+    def at(self, t: Tensor, like: Tensor) -> Coeffs:
+        """Coefficients in the dtype of `like` `[B, C, F, ...]`, shaped to multiply it; `t` is `[B]` or `[B, F]`."""
+        return Coeffs(*(broadcast(c, like).to(like.dtype) for c in self.coeffs(t.double())))
+
+    def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """`x_t = a x0 + s eps`; shapes as in `at`."""
+        c = self.at(t, x0)
+        return c.a * x0 + c.s * eps
+
+    def prior(self, eps: Tensor) -> Tensor:
+        """Where sampling starts, `x_1 = s(1) eps`: the noise itself unless the path explodes (EDM)."""
+        return self.at(torch.ones(len(eps), device=eps.device), eps).s * eps
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        c = self.coeffs(t.double())
+        return 2 * (c.a.log() - c.s.log())
+
+    def match(self, other: NoisePath, t: Tensor) -> Tensor:
+        """The time on `other` at which its signal-to-noise ratio equals this path's at `t`."""
+        return other.time_of_log_snr(self.log_snr(t)).to(t.dtype)
+
+    def bridge(self, x_s: Tensor, eps: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        """Add noise from level `s` up to `t >= s`: a sample of `p_t` if `x_s` is one of `p_s`.
+
+        `x_t = (a_t/a_s) x_s + sqrt(s_t^2 - (a_t/a_s)^2 s_s^2) eps`.
+        """
+        lo, hi = self.at(s, x_s), self.at(t, x_s)
+        ratio = hi.a / lo.a
+        return ratio * x_s + (hi.s**2 - ratio**2 * lo.s**2).clamp_min(0).sqrt() * eps
+
+
+def broadcast(t: Tensor, like: Tensor) -> Tensor:
+    """`[B]` to `[B, 1, 1, ...]`, `[B, F]` to `[B, 1, F, 1, ...]`, so that it multiplies `[B, C, F, ...]`."""
+    if t.ndim == 0:
+        return t
+    if t.ndim == 1:
+        return t.reshape(-1, *[1] * (like.ndim - 1))
+    if t.ndim == 2 and like.ndim >= 3:
+        return t.reshape(t.shape[0], 1, t.shape[1], *[1] * (like.ndim - 3))
+    raise ValueError(f"time must be [B] or [B, F], got shape {tuple(t.shape)} for latents {tuple(like.shape)}")
+
+
+@dataclass(frozen=True)
+class RectifiedFlow(NoisePath):
+    """`a = 1 - t`, `s = t` (2209.03003): straight lines, velocity `eps - x0`."""
+
+    def coeffs(self, t: Tensor) -> Coeffs:
+        one = torch.ones_like(t)
+        return Coeffs(1 - t, t, -one, one)
+
+    def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
+        return torch.sigmoid(-log_snr.double() / 2)
+
+
+@dataclass(frozen=True)
+class Trig(NoisePath):
+    """`a = cos(pi t / 2)`, `s = sin(pi t / 2)` (TrigFlow, 2410.11081), angle rescaled to t in [0, 1]."""
+
+    def coeffs(self, t: Tensor) -> Coeffs:
+        half = math.pi / 2
+        return Coeffs((half * t).cos(), (half * t).sin(), -half * (half * t).sin(), half * (half * t).cos())
+
+    def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
+        return torch.atan((-log_snr.double() / 2).exp()) * (2 / math.pi)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VP(NoisePath):
+    """Variance preserving, `a^2 + s^2 = 1`, log-SNR linear in t between `high` and `low`.
+
+    The public DDPM beta tables are integer grids; an adapter maps its timesteps here by log-SNR (`match`).
+    """
+
+    high: float = 10.0
+    """log-SNR at t = 0."""
+    low: float = -10.0
+    """log-SNR at t = 1."""
+
+    def __post_init__(self) -> None:
+        if self.high <= self.low:
+            raise ValueError(f"VP needs high > low log-SNR, got high={self.high}, low={self.low}")
+
+    def coeffs(self, t: Tensor) -> Coeffs:
+        log_snr = self.high + (self.low - self.high) * t
+        a2, s2 = torch.sigmoid(log_snr), torch.sigmoid(-log_snr)
+        a, s, slope = a2.sqrt(), s2.sqrt(), self.low - self.high
+        return Coeffs(a, s, 0.5 * a * s2 * slope, -0.5 * s * a2 * slope)
+
+    def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
+        return (log_snr.double() - self.high) / (self.low - self.high)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EDM(NoisePath):
+    """Variance exploding (2206.00364): `a = 1`, `s = sigma(t)` on the rho-curve from `sigma_min` to `sigma_max`."""
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+
+    def coeffs(self, t: Tensor) -> Coeffs:
+        lo, hi = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        root = lo + t * (hi - lo)
+        return Coeffs(
+            torch.ones_like(t), root**self.rho, torch.zeros_like(t), self.rho * root ** (self.rho - 1) * (hi - lo)
+        )
+
+    def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
+        lo, hi = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        return ((-log_snr.double() / 2).exp() ** (1 / self.rho) - lo) / (hi - lo)
+
+
+PATHS = (RectifiedFlow, Trig, VP, EDM)

@@ -1,0 +1,106 @@
+"""What a network predicts, read as whatever the mathematics needs.
+
+Every parameterisation is one row of the same 2x2 system. With `x_t = a x0 + s eps`, a network of kind k outputs
+`raw = p x0 + q eps`; x0 and eps follow by inverting [[a, s], [p, q]]. No other file converts anything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+from torch import Tensor
+
+from fewstep.core.types import KV
+from fewstep.diffusion.path import Coeffs, NoisePath
+
+Kind = Literal["x0", "eps", "v", "flow"]
+KINDS: tuple[Kind, ...] = ("x0", "eps", "v", "flow")
+
+
+def row(kind: Kind, c: Coeffs) -> tuple[Tensor | float, Tensor | float]:
+    """`(p, q)` with `raw = p x0 + q eps`: x0 -> (1, 0), eps -> (0, 1), v -> (-s, a), flow dx/dt -> (da, ds)."""
+    match kind:
+        case "x0":
+            return 1.0, 0.0
+        case "eps":
+            return 0.0, 1.0
+        case "v":
+            return -c.s, c.a
+        case "flow":
+            return c.da, c.ds
+    raise ValueError(f"prediction kind {kind!r} is unknown; choose one of {', '.join(KINDS)}")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What every Denoiser returns. `x0`, `eps`, `flow` and `score` are views, computed on demand.
+
+    `raw`, `x_t`: `[B, C, F, H, W]`; `t`: `[B]` or `[B, F]`. `kv` holds the keys and values of this call's tokens, one
+    entry per layer, for the caller to commit to a cache; it is None unless a cache view was given.
+    """
+
+    raw: Tensor
+    kind: Kind
+    x_t: Tensor
+    t: Tensor
+    path: NoisePath
+    kv: tuple[KV, ...] | None = None
+
+    @cached_property
+    def coeffs(self) -> Coeffs:
+        return self.path.at(self.t, self.raw)
+
+    @property
+    def x0(self) -> Tensor:
+        """The clean latents this prediction stands for. Undefined (infinite) where `x_t` carries no signal for it."""
+        c = self.coeffs
+        p, q = row(self.kind, c)
+        return (q * self.x_t - c.s * self.raw) / (c.a * q - c.s * p)
+
+    @property
+    def eps(self) -> Tensor:
+        c = self.coeffs
+        p, q = row(self.kind, c)
+        return (c.a * self.raw - p * self.x_t) / (c.a * q - c.s * p)
+
+    @property
+    def flow(self) -> Tensor:
+        """`dx/dt` of the probability-flow ODE, `da x0 + ds eps` (for rectified flow: `eps - x0`)."""
+        return self.as_kind("flow")
+
+    @property
+    def score(self) -> Tensor:
+        """`grad log p_t(x_t) = -eps / s`."""
+        return -self.eps / self.coeffs.s
+
+    def as_kind(self, kind: Kind) -> Tensor:
+        """The same prediction expressed as `kind`."""
+        if kind == self.kind:
+            return self.raw
+        p, q = row(kind, self.coeffs)
+        return p * self.x0 + q * self.eps
+
+    def step_to(self, s: Tensor) -> Tensor:
+        """First-order ODE step from `t` to `s`: `a_s x0 + s_s eps` (DDIM; Euler on rectified flow)."""
+        c = self.path.at(s, self.raw)
+        return c.a * self.x0 + c.s * self.eps
+
+    def with_raw(self, raw: Tensor) -> Prediction:
+        """A prediction at the same point with another network output (guidance combines outputs this way)."""
+        return replace(self, raw=raw)
+
+    def detach(self) -> Prediction:
+        return replace(self, raw=self.raw.detach(), x_t=self.x_t.detach())
+
+
+def target(kind: Kind, x0: Tensor, eps: Tensor, t: Tensor, path: NoisePath) -> Tensor:
+    """What a network of `kind` should output for `x_t = a x0 + s eps`: `p x0 + q eps`."""
+    p, q = row(kind, path.at(t, x0))
+    return p * x0 + q * eps
+
+
+def from_x0(x0: Tensor, x_t: Tensor, t: Tensor, path: NoisePath) -> Prediction:
+    """Wrap a known x0 as a Prediction."""
+    return Prediction(raw=x0, kind="x0", x_t=x_t, t=t, path=path)

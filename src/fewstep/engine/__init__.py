@@ -1,0 +1,8 @@
+"""Runs a method: networks, optimisers, the loop, checkpoints, logs."""
+
+from fewstep.engine.checkpoint import CheckpointError
+from fewstep.engine.loop import Run, train
+from fewstep.engine.probe import Probe, WorldProbe
+from fewstep.engine.settings import Optim, Settings
+
+__all__ = ["CheckpointError", "Optim", "Probe", "Run", "Settings", "WorldProbe", "train"]

@@ -1,0 +1,12 @@
+"""TensorBoard, where it is installed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+
+def open_board(folder: Path, resume_step: int) -> SummaryWriter:
+    """A writer that hides what an earlier process logged after the checkpoint a run resumes from."""
+    return SummaryWriter(str(folder), purge_step=resume_step + 1)

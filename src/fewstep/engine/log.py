@@ -1,0 +1,90 @@
+"""Where a run's figures go: `metrics.jsonl` always, TensorBoard where it is installed, a progress bar for people."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from fewstep.data.atomic import write_text
+
+
+class Writer(Protocol):
+    def add_scalar(self, tag: str, value: float, step: int) -> None: ...
+    def close(self) -> None: ...
+
+
+class RunLog:
+    """One line per logged iteration: `{"step": 10, "loss/dm": 0.4, ..., "time": seconds since start}`.
+
+    A resumed run drops the lines after its checkpoint, so the file reads as if the run had never stopped.
+    """
+
+    def __init__(self, folder: Path, *, resume_step: int, total: int, quiet: bool) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "metrics.jsonl"
+        kept = [row for row in read_metrics(self.path) if row["step"] <= resume_step]
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._began = time.monotonic() - (kept[-1].get("time", 0.0) if kept else 0.0)
+        self._board = _tensorboard(folder / "tensorboard", resume_step)
+        self.progress = progress_bar(quiet)
+        self._task = self.progress.add_task("train", total=total, completed=resume_step, note="")
+
+    def __enter__(self) -> RunLog:
+        self.progress.start()
+        if self._board is None:
+            self.say(f"tensorboard is not installed: figures go to {self.path} only (pip install 'fewstep[track]')")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+        if self._board is not None:
+            self._board.close()
+
+    def advance(self, done: int, note: str) -> None:
+        self.progress.update(self._task, completed=done, note=note)
+
+    def say(self, line: str) -> None:
+        """One fact for the person who watches."""
+        self.progress.console.print(line, highlight=False, markup=False)
+
+    def write(self, step: int, figures: dict[str, float]) -> None:
+        row: dict[str, Any] = {"step": step, **figures, "time": round(time.monotonic() - self._began, 3)}
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if self._board is not None:
+            for name, value in figures.items():
+                self._board.add_scalar(name, value, step)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a `metrics.jsonl`; a last line torn by a kill is dropped."""
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def progress_bar(quiet: bool = False) -> Progress:
+    """A bar with counts, elapsed time and time left, on standard error."""
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+        console=Console(stderr=True, quiet=quiet), disable=quiet,
+    )  # fmt: skip
+
+
+def _tensorboard(folder: Path, resume_step: int) -> Writer | None:
+    if importlib.util.find_spec("tensorboard") is None:
+        return None
+    from fewstep.engine.board import open_board
+
+    return open_board(folder, resume_step)

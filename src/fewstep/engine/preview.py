@@ -1,0 +1,70 @@
+"""Every so often, a picture: student beside teacher, same prompts, same seeds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import interpolate, pad
+
+from fewstep.core import Rng
+from fewstep.data.base import Source
+from fewstep.models import VideoModel
+
+SHOWN_FRAMES = 6
+CLIPS = 4
+ROW = 96
+"""Height of a frame in the picture, about."""
+GAP = 4
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Prompts and the teacher's clips of them, which are sampled once, when the first picture is drawn."""
+
+    teacher: VideoModel
+    prompts: tuple[str, ...]
+
+    @classmethod
+    def of(cls, teacher: VideoModel, source: Source, rng: Rng) -> Preview:
+        """With prompts of the run's own data, the same whenever and wherever the run goes on. ValueError without any."""
+        prompts = source.batch(CLIPS, rng.fold("preview")).prompts
+        if not prompts:
+            raise ValueError("these data have no prompts to draw pictures of; set settings.preview_every: 0")
+        return cls(teacher, prompts)
+
+    def draw(self, student: VideoModel, path: Path) -> Path:
+        """Write a PNG: a row per prompt with the student at its fewest steps, at its most (if others), and the teacher."""
+        counts = sorted(map(int, student.card.contract.grids)) or [student.card.contract.steps]
+        columns = [student(self.prompts, num_inference_steps=n) for n in sorted({counts[0], counts[-1]})]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(_sheet([*columns, self._teacher_clips])).save(path)
+        return path
+
+    @cached_property
+    def _teacher_clips(self) -> Tensor:
+        return self.teacher(self.prompts)
+
+
+def _sheet(columns: list[Tensor]) -> np.ndarray:
+    """Columns of clips `[B, 3, F, H, W]` as one uint8 picture `[H', W', 3]`, frames from left to right."""
+    strips = []
+    for clips in columns:
+        frames = torch.linspace(0, clips.shape[2] - 1, min(SHOWN_FRAMES, clips.shape[2])).long()
+        shown = _resized(clips[:, :, frames].transpose(1, 2).flatten(0, 1)).unflatten(0, (len(clips), -1))  # B F 3 H W
+        strips.append(pad(shown.permute(0, 3, 1, 4, 2).flatten(2, 3), (0, 0, 0, GAP), value=1.0))  # B H (F W + gap) 3
+    sheet = torch.cat(strips, dim=2).flatten(0, 1)
+    return ((sheet.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
+
+
+def _resized(images: Tensor) -> Tensor:
+    """Small images `[N, 3, H, W]` enlarged by a whole factor, large ones made smaller, to rows of about `ROW` pixels."""
+    height = images.shape[-2]
+    if height <= ROW:
+        return images.repeat_interleave(ROW // height, -2).repeat_interleave(ROW // height, -1)
+    return interpolate(images, scale_factor=ROW / height, mode="area")

@@ -1,0 +1,91 @@
+"""A cheap judgement of the student while it trains, and the stated rule by which the best checkpoint is chosen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fewstep.metrics import diversity, frechet
+from fewstep.models import VideoModel
+from fewstep.world.checker import Checker
+from fewstep.world.grammar import Scene, paraphrase, sample_scenes
+from fewstep.world.renderer import Variation, render
+
+
+class Probe(Protocol):
+    """Called every `every` iterations and at the last one with the current student."""
+
+    @property
+    def every(self) -> int: ...
+    def __call__(self, student: VideoModel) -> dict[str, float]: ...
+    def better(self, scores: dict[str, float], best: dict[str, float]) -> bool: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorldProbe:
+    """Prompt accuracy, Frechet distance and diversity on fixed prompts and seeds of the built-in world.
+
+    The rule: the largest mean over step counts of `accuracy - frechet_weight * log(distance)`. Accuracy alone would choose
+    mode-seeking students, whose accuracy rises while distance and diversity get worse; the logarithm makes a factor in
+    distance comparable with a share of accuracy.
+    """
+
+    every: int = 25
+    prompts: int = 48
+    """Each is sampled with two seeds."""
+    steps: tuple[int, ...] = ()
+    """Step counts that are judged; empty = all that the student serves."""
+    frechet_weight: float = 0.1
+    seed: int = 101
+    features: str = "world/features"
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.prompts < 1:
+            raise ValueError(f"probe.every and probe.prompts must be at least 1, got {self.every} and {self.prompts}")
+
+    def __call__(self, student: VideoModel) -> dict[str, float]:
+        counts = self.steps or tuple(sorted(map(int, student.card.contract.grids))) or (student.card.contract.steps,)
+        scores: dict[str, float] = {}
+        rule = 0.0
+        for count in counts:
+            clips = student(self._texts, num_inference_steps=count, seed=self.seed, force=True).cpu()
+            accuracy = Checker().score(clips, self._scenes).accuracy()["all"]
+            features = self._features(clips)
+            distance = frechet(features, self._reference)
+            scores |= {f"accuracy@{count}": accuracy, f"frechet@{count}": distance}
+            scores[f"diversity@{count}"] = float(diversity(clips.unflatten(0, (-1, 2))).mean())
+            rule += (accuracy - self.frechet_weight * math.log(max(distance, 1e-6))) / len(counts)
+        return {"rule": rule, **scores}
+
+    def better(self, scores: dict[str, float], best: dict[str, float]) -> bool:
+        return not best or scores["rule"] > best["rule"]
+
+    @cached_property
+    def _scenes(self) -> Sequence[Scene]:
+        scenes = sample_scenes(self.prompts, torch.Generator().manual_seed(self.seed))
+        return [scene for scene in scenes for _ in range(2)]
+
+    @cached_property
+    def _texts(self) -> tuple[str, ...]:
+        generator = torch.Generator().manual_seed(self.seed)
+        return tuple(text for scene in self._scenes[::2] for text in [paraphrase(scene, generator)] * 2)
+
+    @cached_property
+    def _encoder(self) -> VideoModel:
+        return VideoModel.from_pretrained(self.features)
+
+    @torch.inference_mode()
+    def _features(self, clips: Tensor) -> Tensor:
+        return self._encoder.part("features")(clips)
+
+    @cached_property
+    def _reference(self) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        scenes = [scene for scene in self._scenes for _ in range(2)]
+        return self._features(render(scenes, Variation.sample(len(scenes), generator)))

@@ -1,0 +1,72 @@
+"""How a run is executed: nothing in here changes what a method means."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """One role's optimiser and its learning-rate schedule."""
+
+    type: Literal["adamw", "muon"] = "adamw"
+    """`muon` orthogonalises the momentum of the blocks' matrices and leaves everything else to AdamW.
+    A network without such matrices refuses it."""
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Of AdamW; Muon's momentum is 0.95."""
+    weight_decay: float = 0.0
+    warmup: int = 0
+    """Iterations of linear warm-up from 0."""
+    decay: Literal["constant", "cosine", "linear"] = "constant"
+    """From the end of warm-up to the last iteration; cosine and linear end at 0."""
+    clip: float = 1.0
+    """Largest norm of the role's whole gradient."""
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0 or self.clip <= 0 or self.warmup < 0:
+            raise ValueError(f"lr and clip must be positive and warmup >= 0, got {self}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Length, batch, optimisers, precision and bookkeeping of a run."""
+
+    steps: int
+    batch: int = 16
+    """Samples per process and gradient computation."""
+    accumulate: int = 1
+    """Gradient computations per optimiser step."""
+    seed: int = 0
+    optim: dict[str, Optim] = field(default_factory=dict)
+    """By role; a trained role without an entry takes the student's."""
+    ema: float = 0.0
+    """Decay of the averaged student, which is what a run returns; 0 returns the student itself. In iteration k it is
+    `(1 + k) / (10 + k)` where that is smaller: an average must first forget the weights it started from."""
+    autocast: Literal["off", "bf16"] = "off"
+    """Arithmetic of the networks. Master weights, optimiser states and losses stay float32."""
+    compile: bool = False
+    """`torch.compile` the blocks of every network: minutes of compilation, then faster."""
+    log_every: int = 10
+    """Every so many iterations and at the end, a row of figures; each is the mean within its iteration."""
+    preview_every: int = 0
+    """Every so many iterations and at the end, a picture of student beside teacher on fixed prompts and seeds. 0 = never."""
+    save_every: int = 0
+    """Every so many iterations and at the end, a checkpoint to resume from. 0 = only at the end."""
+    keep_last: int = 2
+    """Checkpoints kept; the best by the probe's rule is kept besides."""
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "accumulate", "log_every", "keep_last"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"settings.{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("preview_every", "save_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"settings.{name} must be at least 0, got {getattr(self, name)}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"settings.ema must be in [0, 1), got {self.ema}")
+
+    def optim_of(self, role: str) -> Optim:
+        return self.optim.get(role) or self.optim.get("student") or Optim()

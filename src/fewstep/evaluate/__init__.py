@@ -1,0 +1,15 @@
+"""Proof: models measured on one set of prompts and seeds, with controls, intervals, costs, and a page to look at."""
+
+from fewstep.evaluate.flops import count_flops
+from fewstep.evaluate.latency import Latency, measure_latency, peak_memory
+from fewstep.evaluate.machine import Machine, describe_machine, versions
+from fewstep.evaluate.report import write_report
+from fewstep.evaluate.results import Gain, Report, Row, Truth, load_report
+from fewstep.evaluate.run import evaluate
+from fewstep.evaluate.suite import Entry, Suite
+from fewstep.evaluate.table import table
+
+__all__ = [
+    "Entry", "Gain", "Latency", "Machine", "Report", "Row", "Suite", "Truth", "count_flops", "describe_machine", "evaluate",
+    "load_report", "measure_latency", "peak_memory", "table", "versions", "write_report",
+]  # fmt: skip

@@ -1,0 +1,47 @@
+"""What one clip of an entry costs: time, arithmetic, memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewstep.evaluate.flops import count_flops
+from fewstep.evaluate.latency import Latency, measure_latency, peak_memory
+from fewstep.evaluate.sampling import Bench
+from fewstep.evaluate.suite import Entry
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a single clip, alone in its batch."""
+
+    sampling: Latency
+    """Text to latents."""
+    decoding: Latency
+    """Latents to frames."""
+    flops: int
+    """Text to latents."""
+    memory: int
+    """Peak bytes, text to frames."""
+    memory_kind: str
+
+
+@torch.inference_mode()
+def cost(entry: Entry, bench: Bench) -> Cost:
+    """Measure the first clip of the suite over and over. The FLOP count runs first and warms everything up."""
+    prompts, seeds = bench.cases.prompts[:1], bench.cases.seeds(0)[:1]
+    suite = bench.suite
+
+    def draw() -> Tensor:
+        return entry.latents(prompts, seeds, bench.num_frames)
+
+    with bench.precision():
+        flops = count_flops(draw)
+        latents = draw()
+        memory, kind = peak_memory(lambda: entry.decode(draw()), bench.device)
+        runs, budget = suite.latency_runs, suite.latency_budget
+        sampling = measure_latency(draw, runs=runs, budget=budget, warmup=0, device=bench.device)
+        decoding = measure_latency(lambda: entry.decode(latents), runs=runs, budget=budget / 4, device=bench.device)
+    return Cost(sampling, decoding, flops, memory, kind)

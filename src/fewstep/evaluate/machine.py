@@ -1,0 +1,73 @@
+"""Where a figure was measured: a number of seconds without its machine is worth nothing."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from fewstep.core.env import cpu_count
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The hardware a measurement ran on."""
+
+    cpu: str
+    cores: int
+    """Cores this process may use."""
+    threads: int
+    """Threads torch was told to use."""
+    memory_gb: float | None
+    accelerator: str | None
+    """Name of the GPU measured on, None on the CPU."""
+    system: str
+
+
+def describe_machine(device: torch.device | str = "cpu") -> Machine:
+    """Describe this machine; `device` is where the models ran."""
+    device = torch.device(device)
+    if device.type == "cpu":
+        accelerator = None
+    else:
+        accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return Machine(
+        cpu=_cpu_name(),
+        cores=cpu_count(),
+        threads=torch.get_num_threads(),
+        memory_gb=_memory_gb(),
+        accelerator=accelerator,
+        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a number; a package run from a checkout without installation says so."""
+    found = {"python": sys.version.split()[0], "torch": torch.__version__}
+    for name in ("fewstep", "numpy", "safetensors", "pillow"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.lower().startswith(("model name", "hardware")):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _memory_gb() -> float | None:
+    info = Path("/proc/meminfo")
+    if not info.is_file():
+        return None
+    kib = next(int(line.split()[1]) for line in info.read_text().splitlines() if line.startswith("MemTotal"))
+    return round(kib / 2**20, 1)

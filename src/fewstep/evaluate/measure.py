@@ -1,0 +1,119 @@
+"""Turns clips into figures batch by batch, so that a large set never has to fit into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewstep.core.finite import require_finite
+from fewstep.evaluate.cases import Cases
+from fewstep.metrics import diversity, flicker, motion, pooled, shuffled
+from fewstep.models.bundle import VideoModel, fingerprint, read_card
+from fewstep.world.checker import Checker
+
+
+@dataclass(frozen=True)
+class FeatureMap:
+    """Where the Frechet distance is taken: clips `[B, 3, F, H, W]` to features `[B, D]`, and a name that pins it down."""
+
+    name: str
+    map: Callable[[Tensor], Tensor]
+
+
+def feature_map(source: str, size: tuple[int, int], device: torch.device) -> FeatureMap:
+    """`pooled`; a folder or built-in with a `features` network; or `auto`: the world's own if it fits clips of `size`
+    (height, width), else pooled. The outcome is recorded in the name.
+    """
+    if source == "pooled":
+        return FeatureMap("pooled (72 fixed means, no network)", pooled)
+    if source == "auto":
+        try:
+            card = read_card("world/features")
+        except FileNotFoundError:
+            return feature_map("pooled", size, device)
+        source = "world/features" if (card.height, card.width) == size else "pooled"
+        return feature_map(source, size, device)
+    network = VideoModel.from_pretrained(source).part("features").to(device)
+    return FeatureMap(f"{source} {fingerprint(network)}", network)
+
+
+class Meter:
+    """Collects the figures of one set of clips, a batch at a time."""
+
+    def __init__(self, features: FeatureMap, cases: Cases, keep: int = 0) -> None:
+        self._features = features
+        self._cases = cases
+        self._keep = keep
+        self._parts: dict[str, list[Tensor]] = {}
+        self._shuffle = torch.Generator().manual_seed(cases.first_seed)
+
+    def add(self, frames: Tensor, first: int, last: int) -> None:
+        """Measure the clips `[n, 3, F, H, W]` in [-1, 1] of prompts `first` up to `last`, a prompt's seeds after one another."""
+        x, seeds = frames.float(), self._cases.seeds_per_prompt
+        require_finite(x, f"clips of prompts {first} to {last - 1}")
+        self._put("features", self._features.map(x))
+        self._put("shuffled", self._features.map(shuffled(x, self._shuffle)))
+        self._put("motion", motion(x))
+        self._put("flicker", flicker(x))
+        if seeds > 1:
+            self._put("diversity", diversity(x.unflatten(0, (-1, seeds))))
+        if self._cases.scenes is not None:
+            score = Checker().score(x, self._cases.scene_per_clip(first, last))
+            self._put("right", score.right)
+            self._put("abstained", score.abstained)
+        if first < self._keep:
+            self._put("shown", to_uint8(x[::seeds][: self._keep - first]))
+
+    def _put(self, name: str, value: Tensor) -> None:
+        self._parts.setdefault(name, []).append(value.detach().cpu())
+
+    def done(self, seconds: float = 0.0) -> Measured:
+        """All figures so far; `seconds` is what the sampling took."""
+        whole = {name: torch.cat(parts) for name, parts in self._parts.items()}
+        return Measured(
+            features=whole["features"],
+            shuffled=whole["shuffled"],
+            motion=whole["motion"],
+            flicker=whole["flicker"],
+            diversity=whole.get("diversity"),
+            right=whole.get("right"),
+            abstained=whole.get("abstained"),
+            shown=whole.get("shown"),
+            seconds=seconds / len(self._cases),
+        )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Figures of N clips of P prompts; the clips of a prompt follow one another."""
+
+    features: Tensor
+    """`[N, D]`."""
+    shuffled: Tensor
+    """Features of the same clips with their frames in random order, `[N, D]`."""
+    motion: Tensor
+    """`[N]`, as is `flicker`."""
+    flicker: Tensor
+    diversity: Tensor | None
+    """`[P]`; None with one seed per prompt."""
+    right: Tensor | None
+    """Bool `[N, 6]` in the order of `world.grammar.ATTRIBUTES`, as is `abstained`; None if the prompts cannot be checked."""
+    abstained: Tensor | None
+    shown: Tensor | None
+    """The first clip of the first prompts, uint8 `[K, 3, F, H, W]`."""
+    seconds: float
+    """Per clip, text to latents, at the suite's batch size."""
+
+    def by_prompt(self, name: str, seeds: int) -> Tensor:
+        """Mean over the seeds of each prompt of `motion` or `flicker`, or the share all right for `right`: `[P]`."""
+        values = getattr(self, name)
+        values = values.all(1) if name == "right" else values
+        return values.double().unflatten(0, (-1, seeds)).mean(1)
+
+
+def to_uint8(frames: Tensor) -> Tensor:
+    """[-1, 1] to 0..255; values beyond are cut."""
+    return ((frames.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

@@ -1,0 +1,315 @@
+"""One self-contained HTML page from a folder that `evaluate` wrote: clips side by side, figures, charts, how it was measured."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fewstep.evaluate.animate import fitted, gif_bytes
+from fewstep.evaluate.results import CLIPS, Report, Row, load_report
+from fewstep.evaluate.svg import Bar, Point, bars, curve, scatter
+from fewstep.evaluate.table import between, number, percent, times
+
+FILE = "report.html"
+LARGEST = 256
+"""Longest side of a clip on the page; larger ones are scaled down."""
+
+
+def write_report(folder: Path | str, *, run: Path | str | None = None, recipe: str | None = None) -> Path:
+    """Write `report.html` beside the `results.json` of `folder`; it needs no other file and no network.
+
+    `run` is a training run whose `metrics.jsonl` is drawn as curves, `recipe` the text of the recipe that made the
+    student.
+    """
+    folder = Path(folder)
+    report = load_report(folder)
+    clips = load_file(folder / CLIPS) if (folder / CLIPS).is_file() else {}
+    sections = [_clips(report, clips), _table(report), _charts(report), _attributes(report)]
+    if run is not None:
+        sections.append(_curves(Path(run)))
+    sections += [_method(report), _provenance(report, recipe)]
+    template = Template(files("fewstep.evaluate").joinpath("report.html").read_text(encoding="utf-8"))
+    hero = best_student(report)
+    page = template.substitute(
+        title=escape(f"{hero.model}: few-step report" if hero else "fewstep report"),
+        lead=escape(lead(report, hero)),
+        facts="".join(
+            f'<div class="card"><b>{escape(a)}</b><span>{escape(b)}</span></div>' for a, b in _facts(report, hero)
+        ),
+        columns=max(1, len(clips)),
+        body="\n".join(sections),
+    )
+    path = folder / FILE
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def best_student(report: Report) -> Row | None:
+    """The student row that gets most prompts right (or is closest to the reference); of equals, the one with fewest steps."""
+    students = [row for row in report.rows if row.role == "student"]
+    return min(students, key=lambda r: (-(r.accuracy or 0.0), r.frechet or 0.0, r.steps), default=None)
+
+
+def lead(report: Report, hero: Row | None) -> str:
+    """The outcome in two or three plain sentences, good or bad."""
+    if hero is None:
+        return "No student among these rows: this page describes the teacher at several numbers of steps."
+    reference = report.row(report.reference)
+    if hero.accuracy is None:
+        return (
+            f"{hero.name} makes a clip with {_evaluations(hero)}, {reference.name} with {reference.nfe}. "
+            "Whether clips match their prompts cannot be checked for these prompts; look at the clips and the distances."
+        )
+    said = (
+        f"{hero.name} shows everything its prompt asks for in {percent(hero.accuracy)} of the clips, with {_evaluations(hero)} "
+        f"per clip; {reference.name} in {percent(reference.accuracy)}, with {reference.nfe}."
+    )
+    gain = hero.gain
+    if gain is None or gain.accuracy is None or gain.accuracy_ci is None:
+        return said + " The teacher at the same number of steps was not measured, so what training gained is unknown."
+    same = f" The teacher at the same number of steps, without training: {percent(report.row(gain.baseline).accuracy)}."
+    low, high = gain.accuracy_ci
+    verdict = (
+        "" if low > 0 else " Training made it worse." if high < 0 else " The difference is within the margin of error."
+    )
+    return said + same + verdict
+
+
+def _evaluations(row: Row) -> str:
+    return f"{row.nfe} network evaluation" + ("s" if row.nfe != 1 else "")
+
+
+def _facts(report: Report, hero: Row | None) -> Iterator[tuple[str, str]]:
+    reference = report.row(report.reference)
+    if hero is None:
+        return
+    faster = f"{number(reference.seconds / hero.seconds)}x faster"
+    yield faster, f"{_time(hero.seconds)} instead of {_time(reference.seconds)} a clip"
+    if hero.accuracy is not None:
+        yield percent(hero.accuracy), f"all right; {reference.name}: {percent(reference.accuracy)}"
+    yield times(hero.motion), f"the motion of {reference.name}"
+    if hero.diversity is not None:
+        yield times(hero.diversity), f"the diversity of {reference.name}"
+
+
+def _clips(report: Report, clips: Mapping[str, Tensor]) -> str:
+    if not clips:
+        return ""
+    names = [row.name for row in report.rows if row.name in clips]
+    small = {name: fitted(clips[name], LARGEST) for name in names}
+    cells = []
+    for i, preview in enumerate(report.previews):
+        cells.append(
+            f'<p class="prompt">“{escape(preview["prompt"])}” <span class="soft">seed {preview["seed"]}</span></p>'
+        )
+        cells.extend(_cell(name, small[name][i], preview, report.suite["fps"]) for name in names)
+    hint = "Every line is one prompt and one seed, so all columns start from the same noise."
+    if any(preview["marks"] for preview in report.previews):
+        hint += " Marks are read from the pixels by the checker: ✓ as asked, ✗ not as asked, ? too unclear to tell."
+    return _section("Side by side", hint, f'<div class="card scroll"><div class="clips">{"".join(cells)}</div></div>')
+
+
+def _cell(name: str, clip: Tensor, preview: Mapping[str, Any], fps: float) -> str:
+    picture = base64.b64encode(gif_bytes(clip, fps)).decode()
+    large = ' class="large"' if max(clip.shape[-2:]) > 64 else ""
+    marks = (preview["marks"] or {}).get(name, {})
+    tally = f"{sum(m == 'right' for m in marks.values())}/{len(marks)}" if marks else ""
+    items = "".join(f'<li class="{mark}">{escape(attribute)}</li>' for attribute, mark in marks.items())
+    who = f'<span class="who"><span>{escape(name)}</span><span>{tally}</span></span>'
+    return (
+        f'<figure><img{large} alt="{escape(name)}: {escape(preview["prompt"])}" src="data:image/gif;base64,{picture}">'
+        f"<figcaption>{who}<ul>{items}</ul></figcaption></figure>"
+    )
+
+
+def _table(report: Report) -> str:
+    heads = (
+        "", "network<br>evaluations", "all right", "against teacher<br>at equal steps", "Frechet", "motion", "diversity",
+        "flicker", "seconds<br>median / p95", "decode<br>seconds", "GFLOP", "memory<br>MB",
+    )  # fmt: skip
+    lines = [_table_line(_row_cells(row), kind(row, report)) for row in report.rows]
+    if report.truth is not None:
+        t = report.truth
+        figures = (number(t.frechet), times(t.motion), times(t.diversity), times(t.flicker))
+        lines.append(_table_line(("renderer itself", "", percent(t.accuracy), "", *figures, "", "", "", ""), "truth"))
+    head = "".join(f"<th>{cell}</th>" for cell in heads)
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    hint = f"{report.seeds['clips']} clips per row. Ranges are 95 % intervals. "
+    hint += f"Motion, diversity and flicker are relative to {escape(report.reference)}."
+    return _section("Figures", hint, f'<div class="card scroll">{table}</div>')
+
+
+def _table_line(cells: Sequence[str], kind: str) -> str:
+    return f'<tr class="{kind}">' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+
+
+def _row_cells(row: Row) -> tuple[str, ...]:
+    gain = row.gain
+    if gain is None or gain.accuracy is None or gain.accuracy_ci is None:
+        against = ""
+    else:
+        low, high = gain.accuracy_ci
+        against = f"{100 * gain.accuracy:+.0f} pt <small>[{100 * low:+.0f}, {100 * high:+.0f}]</small>"
+    return (
+        escape(row.name),
+        str(row.nfe),
+        f"{percent(row.accuracy)} <small>{between(row.accuracy_ci)}</small>",
+        against,
+        "<small>reference</small>" if row.frechet is None else number(row.frechet),
+        times(row.motion),
+        times(row.diversity),
+        times(row.flicker),
+        f"{number(row.seconds)} <small>/ {number(row.seconds_p95)}</small>",
+        number(row.seconds_decode),
+        "" if row.flops is None else number(row.flops / 1e9),
+        f"{row.memory_mb:,.0f}",
+    )
+
+
+def kind(row: Row, report: Report) -> str:
+    """CSS class of a row."""
+    return "student" if row.role == "student" else "reference" if row.name == report.reference else "baseline"
+
+
+def _charts(report: Report) -> str:
+    rows, cards = report.rows, []
+    if all(row.accuracy is not None for row in rows):
+        items = [Bar(r.name, r.accuracy, kind(r, report), r.accuracy_ci) for r in rows]
+        cards.append(("Every attribute right", bars(items, text=percent, top=1.0)))
+        points = [Point(r.name, r.seconds, r.accuracy or 0.0, kind(r, report)) for r in rows]
+        cards.append(
+            ("Quality against time", scatter(points, x_name="seconds per clip (logarithmic)", y_name="all right"))
+        )
+    items = [Bar(r.name, r.frechet, kind(r, report)) for r in rows if r.frechet is not None]
+    marks = [(report.frechet_floor, "noise floor")]
+    cards.append(("Frechet distance, lower is better", bars(items, text=number, marks=marks)))
+    items = [Bar(r.name, r.motion, kind(r, report), r.motion_ci) for r in rows]
+    cards.append((f"Motion relative to {report.reference}", bars(items, text=times, marks=[(1.0, report.reference)])))
+    if all(row.diversity is not None for row in rows):
+        items = [Bar(r.name, r.diversity, kind(r, report)) for r in rows]
+        cards.append(
+            (f"Diversity relative to {report.reference}", bars(items, text=times, marks=[(1.0, report.reference)]))
+        )
+    items = [Bar(r.name, r.flicker, kind(r, report)) for r in rows]
+    cards.append((f"Flicker relative to {report.reference}", bars(items, text=times, marks=[(1.0, report.reference)])))
+    return _section("Charts", "", _cards("charts", cards))
+
+
+def _attributes(report: Report) -> str:
+    rows = [row for row in report.rows if row.attributes]
+    if not rows:
+        return ""
+    names = list(rows[0].attributes or {})
+    head = "".join(f"<th>{escape(name)}</th>" for name in ("", *names, "unclear clips"))
+    lines = []
+    for row in rows:
+        shares = (row.attributes or {}).values()
+        cells = "".join(f'<td style="--share:{share:.3f}">{percent(share)}</td>' for share in shares)
+        unclear = f'<td style="--share:0">{percent(row.abstained)}</td>'
+        lines.append(f"<tr><td>{escape(row.name)}</td>{cells}{unclear}</tr>")
+    hint = "Share of clips in which the checker reads the attribute as the prompt asks. Too unclear to read counts as wrong."
+    body = f'<table class="heat"><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
+    return _section("What is right and what is not", hint, f'<div class="card scroll">{body}</div>')
+
+
+def _curves(run: Path) -> str:
+    rows = read_curves(run / "metrics.jsonl")
+    cards = [(name, curve(xs, ys)) for name, (xs, ys) in rows.items() if len(xs) > 1]
+    hint = (
+        "As logged; the strong line is a running mean. A distillation loss need not fall: judge by the figures above."
+    )
+    return _section("Training", hint, _cards("curves", cards)) if cards else ""
+
+
+def read_curves(path: Path) -> dict[str, tuple[list[float], list[float]]]:
+    """Steps and values by name, of every numeric key of a `metrics.jsonl` except the clock; FileNotFoundError without it."""
+    found: dict[str, tuple[list[float], list[float]]] = {}
+    for line in path.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # the last line of a killed run
+        for name, value in row.items():
+            if name in ("step", "time") or isinstance(value, bool) or not isinstance(value, (int, float)):
+                continue
+            xs, ys = found.setdefault(name, ([], []))
+            xs.append(float(row["step"]))
+            ys.append(float(value))
+    return {name: series for name, series in found.items() if any(map(math.isfinite, series[1]))}
+
+
+def _method(report: Report) -> str:
+    runs = min(row.seconds_runs for row in report.rows)
+    notes = "".join(f"<li>{escape(note)}</li>" for note in report.notes)
+    facts = {
+        "prompts and seeds": f"{_prompts(report)}, {report.suite['seeds_per_prompt']} seeds each, the same for every row",
+        "all right": "share of clips with every attribute as asked; 95 % Wilson interval",
+        "against teacher": "difference to the teacher at the same number of steps; 95 % paired bootstrap over prompts",
+        "Frechet": f"to {report.frechet_reference}, n = {report.seeds['clips']}, features: {report.frechet_features}",
+        "Frechet controls": f"noise floor {number(report.frechet_floor)}, "
+        f"true clips with their frames shuffled {number(report.frechet_shuffled)}",
+        "motion": "mean absolute difference of neighbouring frames",
+        "diversity": "mean root-mean-square pixel distance between the seeds of a prompt",
+        "flicker": "mean absolute second difference in time",
+        "seconds": f"one clip alone, text to latents, decoding apart, after warm-up; at least {runs} runs",
+        "memory": report.memory,
+    }
+    body = f'<ul class="notes">{notes}</ul>{_list(facts)}' if notes else _list(facts)
+    return _section("How it was measured", "", f'<div class="card">{body}</div>')
+
+
+def _prompts(report: Report) -> str:
+    texts = report.suite["texts"]
+    return f"{len(texts)} given prompts" if texts else f"{report.suite['prompts']} fresh prompts"
+
+
+def _provenance(report: Report, recipe: str | None) -> str:
+    machine = {name.replace("_", " "): str(value) for name, value in report.machine.items() if value is not None}
+    settings = {
+        name.replace("_", " "): str(value) for name, value in report.suite.items() if value not in (None, [], ())
+    }
+    cards = [
+        ("Machine", _list(machine)),
+        ("Versions", _list(report.versions)),
+        ("Weights", _list(report.models)),
+        ("Suite", _list(settings)),
+    ]
+    body = _cards("twin", cards)
+    if recipe is not None:
+        body = f'<div class="card" style="margin-bottom:18px"><h3>Recipe</h3><pre>{escape(recipe.strip())}</pre></div>{body}'
+    return _section("To repeat it", "", body)
+
+
+def _list(facts: Mapping[str, str]) -> str:
+    return (
+        "<dl>"
+        + "".join(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in facts.items())
+        + "</dl>"
+    )
+
+
+def _cards(grid: str, cards: Sequence[tuple[str, str]]) -> str:
+    return (
+        f'<div class="{grid}">'
+        + "".join(f'<div class="card"><h3>{escape(h)}</h3>{b}</div>' for h, b in cards)
+        + "</div>"
+    )
+
+
+def _section(title: str, hint: str, body: str) -> str:
+    said = f'<p class="hint">{hint}</p>' if hint else ""
+    return f"<section><h2>{escape(title)}</h2>{said}{body}</section>"
+
+
+def _time(seconds: float) -> str:
+    return f"{number(seconds)} s" if seconds >= 0.1 else f"{number(1000 * seconds)} ms"

@@ -1,0 +1,142 @@
+"""The outcome of an evaluation, as plain data: `results.json` is its printed form."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+FILE = "results.json"
+CLIPS = "previews.safetensors"
+"""The clips shown in the report, uint8 `[K, 3, F, H, W]` under each row's name."""
+
+Range = tuple[float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gain:
+    """A student against its teacher at the same number of steps, on the same prompts and seeds."""
+
+    baseline: str
+    accuracy: float | None
+    """Difference of the shares of clips with every attribute right."""
+    accuracy_ci: Range | None
+    """95 % interval, paired bootstrap over prompts."""
+    frechet: float | None
+    """Difference of the Frechet distances; negative is better."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One model at one number of steps. None: could not be measured here."""
+
+    name: str
+    model: str
+    role: str
+    steps: int
+    nfe: int
+    """Network evaluations per clip, guidance counted twice."""
+    accuracy: float | None
+    """Share of clips with every attribute of the prompt right, an abstention counted as wrong."""
+    accuracy_ci: Range | None
+    """Wilson, 95 %."""
+    attributes: dict[str, float] | None
+    """Share of clips right, per attribute."""
+    abstained: float | None
+    """Share of clips with at least one attribute too unclear to read."""
+    gain: Gain | None
+    frechet: float | None
+    """To the reference; None in the row that is the reference."""
+    frechet_n: int
+    """Clips on each side of the distance; compare only equal n."""
+    frechet_shuffled: float
+    """Control: the same clips with their frames in random order. Must be higher."""
+    motion: float | None
+    """Relative to the reference row (1 = the same), as are diversity and flicker. None where the reference has none."""
+    motion_ci: Range | None
+    motion_absolute: float
+    diversity: float | None
+    diversity_absolute: float | None
+    """None with a single seed per prompt."""
+    flicker: float | None
+    flicker_absolute: float
+    seconds: float
+    """Median of one clip alone from text to latents."""
+    seconds_p95: float
+    seconds_runs: int
+    seconds_decode: float
+    """Median, latents to frames; not part of `seconds`."""
+    seconds_batched: float
+    """Per clip at the suite's batch size, text to latents."""
+    flops: int | None
+    """Of one clip, text to latents."""
+    memory_mb: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Truth:
+    """The same figures for clips drawn by the renderer: what a perfect model would score."""
+
+    accuracy: float
+    frechet: float
+    """Of a second, independent set of the same size: the noise floor of the distance."""
+    motion: float | None
+    diversity: float | None
+    flicker: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """All rows, and everything needed to repeat or to distrust them."""
+
+    rows: tuple[Row, ...]
+    reference: str
+    """Name of the row that motion, diversity and flicker are relative to."""
+    truth: Truth | None
+    """None for models whose clips cannot be rendered."""
+    frechet_reference: str
+    frechet_features: str
+    frechet_floor: float
+    frechet_shuffled: float
+    """Control: the reference clips with shuffled frames. Close to the floor would mean features that cannot see time."""
+    suite: dict[str, Any]
+    seeds: dict[str, Any]
+    machine: dict[str, Any]
+    versions: dict[str, str]
+    memory: str
+    """What `memory_mb` measures on this machine."""
+    models: dict[str, str] = field(default_factory=dict)
+    """Fingerprint of the denoiser, by model name."""
+    previews: tuple[dict[str, Any], ...] = ()
+    """Prompt, seed and, per row name, each attribute as right, wrong or unclear."""
+    notes: tuple[str, ...] = ()
+    """What a reader must know before quoting a figure."""
+
+    def row(self, name: str) -> Row:
+        found = [row for row in self.rows if row.name == name]
+        if not found:
+            raise ValueError(f"no row {name!r}; there are {', '.join(row.name for row in self.rows)}")
+        return found[0]
+
+    def save(self, folder: Path) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / FILE
+        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        return path
+
+
+def load_report(folder: Path | str) -> Report:
+    """Read the `results.json` of a folder that `evaluate` wrote."""
+    tree = json.loads((Path(folder) / FILE).read_text())
+    rows = tuple(Row(**{**_tuples(row), "gain": _gain(row["gain"])}) for row in tree.pop("rows"))
+    truth = tree.pop("truth")
+    return Report(rows=rows, truth=Truth(**truth) if truth else None, **_tuples(tree))
+
+
+def _gain(tree: dict[str, Any] | None) -> Gain | None:
+    return Gain(**_tuples(tree)) if tree else None
+
+
+def _tuples(tree: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in tree.items()}

@@ -1,0 +1,101 @@
+"""From models to a report: sample, measure, compare, write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fewstep.evaluate.compare import make_row, make_truth, with_gains
+from fewstep.evaluate.cost import cost
+from fewstep.evaluate.machine import describe_machine, versions
+from fewstep.evaluate.measure import Measured
+from fewstep.evaluate.results import CLIPS, Report
+from fewstep.evaluate.sampling import Bench, Progress, prepare, sample, sample_truth
+from fewstep.evaluate.suite import Entry, Suite
+from fewstep.metrics import frechet, split_half
+from fewstep.models.bundle import fingerprint
+from fewstep.world.grammar import ATTRIBUTES
+
+
+def evaluate(rows: Sequence[Entry], suite: Suite, output: Path | str, progress: Progress | None = None) -> Report:
+    """Measure every entry on the same prompts, seeds and noise; write `results.json` and the preview clips to `output`.
+
+    Give the teacher at its full number of steps first (the reference), then the teacher at the student's step counts
+    (the baseline any distillation must beat), then the student. `write_report(output)` makes the page. ValueError for
+    entries that cannot be compared; NonFiniteError when a model makes NaN.
+    """
+    bench = prepare(rows, suite)
+    measured = {entry.name: sample(entry, bench, progress) for entry in rows}
+    costs = {entry.name: cost(entry, bench) for entry in rows}
+    name = suite.reference or rows[0].name
+    reference = measured[name]
+    truth, second = (sample_truth(bench, i) for i in (0, 1)) if bench.cases.scenes is not None else (None, None)
+    target = reference.features if truth is None else truth.features
+    if second is None:
+        floor = split_half(target, torch.Generator().manual_seed(suite.seed))
+    else:
+        floor = frechet(second.features, target)
+    blind = frechet((second or reference).shuffled, target)
+    made = [make_row(e, measured[e.name], reference, target, bench, costs[e.name]) for e in rows]
+    report = Report(
+        rows=with_gains(made, measured, bench),
+        reference=name,
+        truth=None if second is None else make_truth(second, reference, floor),
+        frechet_reference=f"the clips of {name}" if truth is None else "freshly rendered clips of the same prompts",
+        frechet_features=bench.features.name,
+        frechet_floor=floor,
+        frechet_shuffled=blind,
+        suite=asdict(suite)
+        | {"texts": list(suite.texts), "num_frames": bench.num_frames, "fps": rows[0].model.card.fps},
+        seeds={"suite": suite.seed, "first_clip": bench.cases.first_seed, "clips": len(bench.cases)},
+        machine=asdict(describe_machine(bench.device)),
+        versions=versions(),
+        memory=costs[name].memory_kind,
+        models={entry.model.card.name: fingerprint(entry.model.denoiser) for entry in rows},
+        previews=tuple(_previews(bench, measured)),
+        notes=tuple(_notes(bench, target, floor, blind)),
+    )
+    report.save(Path(output))
+    shown = {n: m.shown.contiguous() for n, m in measured.items() if m.shown is not None}
+    save_file(shown, Path(output) / CLIPS)
+    return report
+
+
+def _previews(bench: Bench, measured: Mapping[str, Measured]) -> Iterator[dict[str, Any]]:
+    """What the checker says of each clip that the report shows."""
+    cases = bench.cases
+    for prompt in range(min(bench.suite.previews, len(cases.prompts))):
+        clip = prompt * cases.seeds_per_prompt
+        marks = {name: _marks(m, clip) for name, m in measured.items()} if cases.scenes is not None else None
+        yield {"prompt": cases.prompts[prompt], "seed": cases.seeds(prompt)[0], "marks": marks}
+
+
+def _marks(mine: Measured, clip: int) -> dict[str, str]:
+    if mine.right is None or mine.abstained is None:
+        return {}
+    pairs = zip(ATTRIBUTES, mine.right[clip].tolist(), mine.abstained[clip].tolist(), strict=True)
+    return {name: "right" if right else "unclear" if unclear else "wrong" for name, right, unclear in pairs}
+
+
+def _notes(bench: Bench, target: Tensor, floor: float, blind: float) -> Iterator[str]:
+    """What a reader must know before quoting a figure."""
+    clips, width = target.shape
+    if bench.cases.scenes is None:
+        yield "Accuracy: not checkable, because the prompts have no scenes that a checker could compare with."
+        yield "The Frechet floor compares two halves of the reference, so it is higher than the floor of the full set."
+    if clips <= 2 * width:
+        yield f"Frechet: {clips} clips for {width} features is few; trust differences much larger than the floor only."
+    if blind < 2 * floor:
+        yield "Frechet: shuffling the frames hardly changes it, so these features do not see time. Do not rely on it."
+    if not bench.paired:
+        yield "The models' latents have different shapes, so a seed is not the same noise for all of them."
+    if bench.cases.seeds_per_prompt == 1:
+        yield "Diversity: not measured, because there is one seed per prompt."
+    if bench.suite.autocast == "bf16":
+        yield "All rows ran under bfloat16 autocast."

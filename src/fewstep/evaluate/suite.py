@@ -1,0 +1,84 @@
+"""What is measured, and on what."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import Tensor
+
+from fewstep.diffusion import Contract
+from fewstep.diffusion.samplers import Watch
+from fewstep.models.bundle import VideoModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """What is measured, and how often."""
+
+    prompts: int = 64
+    """Fresh prompts in the world's language, all of them new scenes."""
+    texts: tuple[str, ...] = ()
+    """Your own prompts instead; attributes are checked only if the world's grammar understands every one."""
+    paraphrased: float = 0.5
+    """Share of the fresh prompts that are not the canonical sentence."""
+    seeds_per_prompt: int = 2
+    """Two or more, or diversity cannot be measured."""
+    num_frames: int | None = None
+    """None: as the models' cards say."""
+    seed: int = 2024
+    batch: int = 32
+    """Clips per batch."""
+    autocast: Literal["off", "bf16"] = "off"
+    """Precision of the networks, the same for every row."""
+    features: str = "auto"
+    """Of the Frechet distance: `pooled`, a folder with a `features` network, or `auto` (the world's, where it fits)."""
+    reference: str | None = None
+    """Row that motion, diversity and flicker are relative to; None: the first."""
+    latency_runs: int = 20
+    latency_budget: float = 20.0
+    """Seconds after which a row's latency is no longer repeated (3 runs are always made)."""
+    previews: int = 6
+    """Prompts shown in the report."""
+
+    def __post_init__(self) -> None:
+        counts = {"prompts": self.prompts, "seeds_per_prompt": self.seeds_per_prompt, "batch": self.batch}
+        low = [f"{name}={value}" for name, value in counts.items() if value < 1]
+        if low or not 0 <= self.paraphrased <= 1:
+            raise ValueError(
+                f"counts must be at least 1 and paraphrased within [0, 1]: {', '.join(low) or self.paraphrased}"
+            )
+        if (len(self.texts) or self.prompts) * self.seeds_per_prompt < 4:
+            raise ValueError("a Frechet distance needs at least 4 clips; raise prompts or seeds_per_prompt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One row to measure."""
+
+    name: str
+    """As shown, for example "teacher 50"; unique."""
+    model: VideoModel
+    steps: int | None = None
+    """None: the default of the model's contract."""
+    guidance_scale: float | None = None
+    """None: the contract's."""
+
+    @property
+    def contract(self) -> Contract:
+        """The model's contract with this entry's steps and guidance."""
+        own = self.model.card.contract
+        guidance = own.guidance if self.guidance_scale is None else replace(own.guidance, scale=self.guidance_scale)
+        return replace(own, guidance=guidance, steps=own.steps if self.steps is None else self.steps)
+
+    def latents(
+        self, prompts: Sequence[str], seeds: Sequence[int], num_frames: int, watch: Watch | None = None
+    ) -> Tensor:
+        return self.model.latents(
+            prompts, num_inference_steps=self.contract.steps, guidance_scale=self.guidance_scale, num_frames=num_frames,
+            seed=seeds, watch=watch,
+        )  # fmt: skip
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.model.codec.decode(latents).clamp(-1, 1)

@@ -1,0 +1,19 @@
+"""Distillation methods: one file per algorithm, listed in METHODS."""
+
+from fewstep.methods.attributes import ReadAttributes
+from fewstep.methods.base import Copy, Heads, Method, Nets, Role, Sync, Update
+from fewstep.methods.consistency import Consistency
+from fewstep.methods.dmd2 import DMD2
+from fewstep.methods.flow_matching import FlowMatching
+from fewstep.methods.knowledge_distillation import KnowledgeDistillation
+from fewstep.methods.progressive import Progressive
+from fewstep.methods.reconstruction import Reconstruction
+from fewstep.methods.rollouts import ROLLOUTS, BackwardSimulation, FromData, FromPairs, OneStep, Rolled, Rollout
+
+METHODS = (FlowMatching, Reconstruction, ReadAttributes, KnowledgeDistillation, Progressive, Consistency, DMD2)
+
+__all__ = [
+    "DMD2", "METHODS", "ROLLOUTS", "BackwardSimulation", "Consistency", "Copy", "FlowMatching", "FromData", "FromPairs",
+    "Heads", "KnowledgeDistillation", "Method", "Nets", "OneStep", "Progressive", "ReadAttributes", "Reconstruction",
+    "Role", "Rolled", "Rollout", "Sync", "Update",
+]  # fmt: skip

@@ -1,0 +1,108 @@
+"""What a method is: who is trained now, and on which loss. Everything else is the engine's business."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from fewstep.core import Batch, Losses, Rng
+from fewstep.diffusion import Contract
+
+
+class Nets(Mapping[str, nn.Module]):
+    """The networks of a run by role, as attributes too: `nets.student` is `nets["student"]`."""
+
+    def __init__(self, roles: Mapping[str, nn.Module]) -> None:
+        self._roles = dict(roles)
+
+    def __getitem__(self, role: str) -> nn.Module:
+        return self._roles[role]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._roles)
+
+    def __len__(self) -> int:
+        return len(self._roles)
+
+    def __getattr__(self, role: str) -> Any:
+        try:
+            return self.__dict__["_roles"][role]
+        except KeyError:
+            known = ", ".join(self.__dict__.get("_roles", ()))
+            raise AttributeError(f"this run has no role {role!r}; it has {known}") from None
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A role that starts as an independent copy of another role's weights."""
+
+    of: str = "teacher"
+
+
+@dataclass(frozen=True)
+class Heads:
+    """A role made new: discriminator heads on features of `of` at `layers` (negative counts from the end)."""
+
+    of: str = "teacher"
+    layers: tuple[int, ...] = (-1,)
+
+
+Role = Copy | Heads
+
+
+@dataclass(frozen=True)
+class Update:
+    """One optimiser step of `roles`. `losses` yields one graph at a time; the engine runs backward as they come."""
+
+    roles: tuple[str, ...]
+    losses: Callable[[Nets, Batch, Rng], Iterator[Losses]]
+
+
+@dataclass(frozen=True)
+class Sync:
+    """`target <- decay * target + (1 - decay) * source`, without gradient. Decay 0 copies."""
+
+    target: str
+    source: str
+    decay: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """An algorithm as a frozen object: its fields are the paper's hyper-parameters, its methods the algorithm box.
+
+    Roles `teacher` (frozen, the model a run starts from) and `student` (trained, a copy of it) always exist.
+    """
+
+    cite: ClassVar[str]
+    """Authors, title, arXiv id: printed by `fewstep list methods`."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Fields of Batch it reads; compared with what the data provides before any weight is loaded."""
+        return frozenset({"prompts"})
+
+    @property
+    def part(self) -> str:
+        """Which network of the model is trained: `denoiser`, `codec`, `text` or `features`."""
+        return "denoiser"
+
+    def aux(self) -> Mapping[str, Role]:
+        """Roles besides student and teacher."""
+        return {}
+
+    @abstractmethod
+    def updates(self, step: int) -> Iterator[Update | Sync]:
+        """What happens in iteration `step` (0-based), in the paper's order."""
+
+    def contract(self, teacher: Contract) -> Contract:
+        """How the student must be sampled. Default: as its teacher."""
+        return teacher
+
+    def cost(self) -> float:
+        """Forward-equivalents of the network per iteration and sample (forward 1, backward 2), for plans."""
+        return 3.0

@@ -1,0 +1,82 @@
+"""Two neighbouring points of a teacher's ODE trajectory must have the same endpoint.
+
+Luo et al., Latent Consistency Models, 2310.04378, algorithm 1; Song et al., Consistency Models, 2303.01469.
+
+    1  n drawn on a grid of N intervals; x_t = a x0 + s eps at t = t_n
+    2  x_s = DDIM(guided teacher, x_t, t_n -> t_{n-k})
+    3  minimise d(f(x_t, t_n, c), stop f_target(x_s, t_{n-k}, c)),    f(x, 0) = x
+    4  target <- mu target + (1 - mu) student
+
+f is the x0 prediction, at t = 0 the identity; flow and v prediction satisfy that by themselves: no c_skip, no c_out.
+Not from the papers: fixed guidance instead of w-conditioning; the grid may be shifted; any path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from fewstep.core import Batch, Losses, Rng
+from fewstep.diffusion import CFG, Contract, uniform_grid
+from fewstep.diffusion.path import broadcast
+from fewstep.methods.base import Copy, Method, Nets, Role, Sync, Update
+from fewstep.methods.rollouts import pick, student_contract
+from fewstep.methods.targets import pseudo_huber
+
+
+@dataclass(frozen=True, kw_only=True)
+class Consistency(Method):
+    """Latent consistency distillation."""
+
+    cite: ClassVar[str] = "Luo et al., Latent Consistency Models, 2310.04378"
+
+    guidance: CFG = CFG(scale=3.0)
+    """Of the teacher's ODE step (the paper's omega + 1)."""
+    intervals: int = 48
+    """N: intervals of the time grid."""
+    skip: int = 1
+    """k: intervals per teacher step."""
+    decay: float = 0.95
+    """mu: of the target network."""
+    shift: float = 1.0
+    """Of the training and the sampling grid."""
+    huber: float = 1e-3
+    """c of the pseudo-Huber distance d."""
+    steps: tuple[int, ...] = (1, 2, 4)
+    """Step counts the student is offered for; the training does not depend on them."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.skip <= self.intervals:
+            raise ValueError(f"skip must lie in [1, intervals={self.intervals}], got {self.skip}")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"prompts", "x0"})
+
+    def aux(self) -> dict[str, Role]:
+        return {"target": Copy("teacher")}
+
+    def updates(self, step: int) -> Iterator[Update | Sync]:
+        yield Update(("student",), self.student_loss)
+        yield Sync("target", "student", self.decay)  # 4
+
+    def student_loss(self, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Losses]:
+        x0, grid = batch.require("x0"), uniform_grid(self.intervals, self.shift)
+        n = rng.integers((len(batch),), "index", self.intervals)
+        t, s = pick(grid, n, x0), pick(grid, (n + self.skip).clamp_max(self.intervals), x0)
+        x_t = nets.student.path.add_noise(x0, rng.randn(x0.shape, "eps"), t)  # 1
+        with torch.no_grad():
+            real = self.guidance(nets.teacher, x_t, t, batch.cond, batch.uncond)
+            target = nets.target(real.step_to(s), s, batch.cond).x0  # 2
+            target = torch.where(broadcast(s, x0) == 0, real.x0, target)  # f(x, 0) = x
+        yield {"consistency": pseudo_huber(nets.student(x_t, t, batch.cond).x0, target, self.huber)}  # 3
+
+    def contract(self, teacher: Contract) -> Contract:
+        grids = tuple(uniform_grid(n)[:-1] for n in self.steps)
+        return student_contract(teacher, grids, self.shift, "renoise")
+
+    def cost(self) -> float:
+        return 3 + (2 if self.guidance.active else 1) + 1

@@ -1,0 +1,127 @@
+"""Match the student's distribution to the teacher's: follow the difference of their scores.
+
+Yin et al., Improved Distribution Matching Distillation for Fast Image Synthesis, 2405.14867; regression term: Yin et
+al., One-step Diffusion with Distribution Matching Distillation, 2311.18828.
+
+    repeat critic_updates times:
+    1    x = student's sampler up to a random exit                              (no gradient)
+    2    critic: minimise |critic(x_t, t, c) - target(x, eps)|^2,  x_t = a x + s eps
+    3    discriminator: minimise softplus(-D(real_t)) + softplus(D(x_t))        (if gan > 0)
+    4  x = student's sampler up to a random exit                                (gradient through the last call)
+    5  g = (critic(x_t) - guided teacher(x_t)) / mean|x - guided teacher(x_t)|;  put g on x
+    6  + gan * softplus(-D(x_t))
+    7  + anchor * d(student(stored state), stored endpoint)
+
+Not from the paper: D reads frozen teacher features through its own heads (FastGen) instead of sharing the critic's
+bottleneck; R1 (2501.08316); critic warm-up; line 7 is DMD's regression with pseudo-Huber on latents in place of LPIPS:
+reverse KL seeks modes, so accuracy can rise while diversity falls, and stored noise-to-video pairs hold every mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fewstep.core import Batch, Losses, Rng
+from fewstep.diffusion import CFG, Contract, TimeDensity, Uniform
+from fewstep.methods import targets
+from fewstep.methods.base import Copy, Heads, Method, Nets, Role, Update
+from fewstep.methods.rollouts import BackwardSimulation, FromPairs, Rollout
+
+
+@dataclass(frozen=True, kw_only=True)
+class DMD2(Method):
+    """Distribution matching distillation."""
+
+    cite: ClassVar[str] = "Yin et al., Improved Distribution Matching Distillation for Fast Image Synthesis, 2405.14867"
+
+    rollout: Rollout = BackwardSimulation()
+    """How student samples are made: the student's own sampler."""
+    guidance: CFG = CFG(scale=3.0)
+    """Of the teacher only; the critic is never guided."""
+    critic_updates: int = 5
+    """Critic updates per student update, all in one iteration."""
+    warmup: int = 0
+    """Iterations in the beginning that train the critic (and discriminator) alone."""
+    score_density: TimeDensity = Uniform(low=0.02, high=0.98)
+    """t of the score difference."""
+    critic_density: TimeDensity = Uniform()
+    """t of the critic's training."""
+    gan: float = 0.0
+    """lambda_G under mean reduction (published: 0.001 to 0.03); 0 is off and needs no data."""
+    r1: float = 0.0
+    """Weight of the approximate R1 penalty on the discriminator."""
+    rho: float = 0.1
+    """Size of its perturbation of the noised latents."""
+    layers: tuple[int, ...] = (-1,)
+    """Teacher blocks whose features the discriminator reads."""
+    anchor: float = 0.0
+    """lambda_reg of the regression on stored pairs (DMD: 0.25); 0 is off and needs no pairs."""
+    anchor_rollout: FromPairs = FromPairs()
+    """Which stored states the regression reads."""
+
+    def __post_init__(self) -> None:
+        if self.critic_updates < 1:
+            raise ValueError(f"critic_updates must be at least 1, got {self.critic_updates}")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        gan, anchor = {"x0"} if self.gan > 0 else set(), {"pairs"} if self.anchor > 0 else set()
+        return frozenset({"prompts"} | self.rollout.needs | gan | anchor)
+
+    def aux(self) -> dict[str, Role]:
+        critic: dict[str, Role] = {"critic": Copy("teacher")}
+        return critic | ({"discriminator": Heads("teacher", self.layers)} if self.gan > 0 else {})
+
+    def updates(self, step: int) -> Iterator[Update]:
+        for k in range(self.critic_updates):
+            yield Update(tuple(self.aux()), partial(self.critic_loss, k))
+        if step >= self.warmup:
+            yield Update(("student",), self.student_loss)
+
+    def critic_loss(self, turn: int, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Losses]:
+        rng = rng.fold(f"critic/{turn}")  # fresh samples in every turn
+        x0 = self.rollout(nets.student, batch, rng, grad=False).x0  # 1
+        eps, t = rng.randn(x0.shape, "eps"), self.critic_density.sample(len(x0), rng)
+        x_t = nets.critic.path.add_noise(x0, eps, t)
+        yield {"denoising": targets.denoising(nets.critic(x_t, t, batch.cond), x0, eps)}  # 2
+        if self.gan > 0:
+            real_t = nets.teacher.path.add_noise(batch.require("x0"), eps, t)
+            with torch.no_grad():  # the features are frozen; only the heads learn
+                views = [real_t, x_t] + ([real_t + self.rho * rng.randn(x0.shape, "r1")] if self.r1 > 0 else [])
+                taps = [nets.teacher.features(view, t, batch.cond, self.layers) for view in views]
+            real, fake, *near = (nets.discriminator(tap) for tap in taps)
+            losses = {"discriminator": targets.adversarial_discriminator(real, fake)}  # 3
+            yield losses | ({"r1": self.r1 * targets.approximate_r1(real, near[0])} if near else {})
+
+    def student_loss(self, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Losses]:
+        rng = rng.fold("student")
+        x0 = self.rollout(nets.student, batch, rng, grad=True).x0  # 4
+        t = self.score_density.sample(len(x0), rng)
+        x_t = nets.teacher.path.add_noise(x0, rng.randn(x0.shape, "eps"), t)
+        losses = {"matching": targets.distribution_matching(x0, *self.scores(nets, batch, x_t, t))}  # 5
+        if self.gan > 0:
+            logits = nets.discriminator(nets.teacher.features(x_t, t, batch.cond, self.layers))
+            losses["adversarial"] = self.gan * targets.adversarial_generator(logits)  # 6
+        yield losses
+        if self.anchor > 0:
+            stored = self.anchor_rollout(nets.student, batch, rng, grad=True)
+            yield {"anchor": self.anchor * targets.pseudo_huber(stored.x0, batch.require("pairs").states[:, -1])}  # 7
+
+    @torch.no_grad()
+    def scores(self, nets: Nets, batch: Batch, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """x0 as the guided teacher (real) and the critic (fake) see it."""
+        return self.guidance(nets.teacher, x_t, t, batch.cond, batch.uncond).x0, nets.critic(x_t, t, batch.cond).x0
+
+    def contract(self, teacher: Contract) -> Contract:
+        return self.rollout.contract(teacher)
+
+    def cost(self) -> float:
+        teacher, gan = 2 if self.guidance.active else 1, self.gan > 0
+        student = self.rollout.calls + 2 + 1 + teacher + (2 if gan else 0) + (3 if self.anchor > 0 else 0)
+        return student + self.critic_updates * (self.rollout.calls + 3 + (2 if gan else 0) + (1 if self.r1 > 0 else 0))

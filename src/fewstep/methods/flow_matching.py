@@ -1,0 +1,76 @@
+"""Train a video diffusion model from clips: the teacher every other method starts from.
+
+Lipman et al., Flow Matching for Generative Modeling, 2210.02747; condition dropout: Ho & Salimans, 2207.12598.
+
+    1  x0 ~ data with prompt c; eps ~ N(0, I); t ~ density
+    2  c <- null prompt with probability cond_drop
+    3  x_t = a(t) x0 + s(t) eps
+    4  minimise |net(x_t, t, c) - (p x0 + q eps)|^2          (for flow prediction: da x0 + ds eps)
+
+Not from the paper: any path and prediction kind; times stratified over the batch; a fraction of iterations shows single
+frames, so that the model is an image model too (1 latent frame), as adversarial and image-teacher methods expect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fewstep.core import Batch, Cond, Losses, Rng
+from fewstep.diffusion import LogitNormal, TimeDensity
+from fewstep.methods.base import Method, Nets, Update
+from fewstep.methods.targets import denoising
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowMatching(Method):
+    """Pretraining by conditional flow matching."""
+
+    cite: ClassVar[str] = "Lipman et al., Flow Matching for Generative Modeling, 2210.02747"
+
+    density: TimeDensity = LogitNormal()
+    """Density of t."""
+    cond_drop: float = 0.1
+    """Share of samples trained on the null prompt; guidance needs it."""
+    image_fraction: float = 0.0
+    """Share of iterations on single frames."""
+    images_per_clip: int = 4
+    """Frames taken from each clip in such an iteration."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"prompts", "x0"})
+
+    def updates(self, step: int) -> Iterator[Update]:
+        yield Update(("student",), self.student_loss)
+
+    def student_loss(self, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Losses]:
+        x0, cond, uncond = batch.require("x0"), batch.cond, batch.uncond
+        if torch.rand((), generator=rng.shared("image")) < self.image_fraction:
+            x0, rows = fold_frames(x0, self.images_per_clip, rng)
+            cond, uncond = cond[rows], uncond[rows]
+        eps, t = rng.randn(x0.shape, "eps"), self.density.sample(len(x0), rng)  # 1
+        cond = drop(cond, uncond, self.cond_drop, rng)  # 2
+        prediction = nets.student(nets.student.path.add_noise(x0, eps, t), t, cond)  # 3
+        yield {"flow": denoising(prediction, x0, eps)}  # 4
+
+
+def drop(cond: Cond, uncond: Cond, probability: float, rng: Rng) -> Cond:
+    """`cond` with a share `probability` of its rows replaced by `uncond`."""
+    return cond.where(rng.rand((len(cond),), "cond_drop") >= probability, uncond)
+
+
+def fold_frames(clips: Tensor, count: int, rng: Rng) -> tuple[Tensor, Tensor]:
+    """`count` different random frames of each clip `[B, C, F, H, W]`, as clips of one frame `[B count, C, 1, H, W]`.
+
+    Also returns the clip that each came from, `[B count]`.
+    """
+    batch, _, frames = clips.shape[:3]
+    count = min(count, frames)
+    chosen = rng.rand((batch, frames), "frames").argsort(1)[:, :count].reshape(-1)
+    rows = torch.arange(batch, device=clips.device).repeat_interleave(count)
+    return clips[rows, :, chosen].unsqueeze(2), rows

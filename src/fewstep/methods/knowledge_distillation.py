@@ -1,0 +1,51 @@
+"""Regress the endpoint of the teacher's ODE from its noise, or from a stored state on the way.
+
+Luhman & Luhman, Knowledge Distillation in Iterative Generative Models for Improved Sampling Speed, 2101.02388;
+states on the way: Yin et al. (CausVid), 2412.07772, section 4.3.
+
+    offline  eps ~ N(0, I); x_{t_0} .. x_{t_N} = teacher's solver, guided; keep the states at the student's times
+    1  draw i; input x_{t_i}
+    2  minimise d(student(x_{t_i}, t_i, c), x_{t_N})
+
+Not from the papers: d is pseudo-Huber by default (mean square blurs where pairs are fitted imperfectly); i is drawn
+over all grids listed, so that one student serves several step counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fewstep.core import Batch, Losses, Rng
+from fewstep.diffusion import Contract
+from fewstep.methods.base import Method, Nets, Update
+from fewstep.methods.rollouts import FromPairs
+from fewstep.methods.targets import mse, pseudo_huber
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnowledgeDistillation(Method):
+    """ODE regression on stored pairs."""
+
+    cite: ClassVar[str] = "Luhman & Luhman, Knowledge Distillation in Iterative Generative Models, 2101.02388"
+
+    rollout: FromPairs = FromPairs()
+    """Which stored states are inputs, and how the student will be sampled."""
+    huber: float | None = 1e-3
+    """c of the pseudo-Huber distance; None is the paper's mean square."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"prompts"}) | self.rollout.needs
+
+    def updates(self, step: int) -> Iterator[Update]:
+        yield Update(("student",), self.student_loss)
+
+    def student_loss(self, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Losses]:
+        endpoint = batch.require("pairs").states[:, -1]
+        x0 = self.rollout(nets.student, batch, rng, grad=True).x0  # 1
+        yield {"endpoint": mse(x0, endpoint) if self.huber is None else pseudo_huber(x0, endpoint, self.huber)}  # 2
+
+    def contract(self, teacher: Contract) -> Contract:
+        return self.rollout.contract(teacher)

@@ -1,0 +1,180 @@
+"""What the student is trained on: its inputs, and the one call that carries gradient.
+
+A rollout returns the student's clean prediction and says where it came from. It also knows how such a student must be
+sampled, because the two must agree: the training simulation *is* the sampler, stopped early.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from fewstep.core import Batch, Pairs, Rng
+from fewstep.diffusion import CFG, Contract, shifted
+from fewstep.diffusion.samplers import Solver, full
+from fewstep.diffusion.times import check_grid
+from fewstep.models.denoiser import Denoiser
+
+Grids = tuple[tuple[float, ...], ...]
+"""One tuple of decreasing times per step count, before the shift and without the final 0."""
+NESTED: Grids = ((1.0,), (1.0, 0.5), (1.0, 0.75, 0.5, 0.25))
+"""1, 2 and 4 steps: each grid contains the coarser ones, so no time is seen by one step count only."""
+
+
+@dataclass(frozen=True)
+class Rolled:
+    """The differentiable call: `x0 = student(x_t, t)`, latents `[B, C, F, H, W]`, `t` `[B]`."""
+
+    x0: Tensor
+    x_t: Tensor
+    t: Tensor
+
+
+class Rollout(ABC):
+    """How student samples are made during training. Subclasses are frozen dataclasses."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """Fields of Batch it reads besides the condition."""
+
+    @property
+    def calls(self) -> float:
+        """Expected number of student calls, the differentiable one included."""
+        return 1.0
+
+    @abstractmethod
+    def __call__(self, student: Denoiser, batch: Batch, rng: Rng, *, grad: bool) -> Rolled:
+        """One sample per condition; exactly one student call carries gradient, none if not `grad`."""
+
+    @abstractmethod
+    def contract(self, teacher: Contract) -> Contract:
+        """How a student trained on this rollout must be sampled."""
+
+
+def exact(grids: Grids, shift: float) -> Grids:
+    """The shifted times of every grid, without the final 0, each checked to decrease strictly from 1."""
+    moved = [tuple(float(t) for t in shifted(torch.tensor(g, dtype=torch.float64), shift)) for g in grids]
+    return tuple(check_grid((*g, 0.0))[:-1] for g in moved)
+
+
+def student_contract(teacher: Contract, grids: Grids, shift: float, solver: Solver) -> Contract:
+    """The teacher's contract with the student's solver and exact grids (before the shift); guidance is distilled in."""
+    listed = {str(len(g)): (*g, 0.0) for g in exact(grids, shift)}
+    return replace(teacher, solver=solver, steps=max(map(int, listed)), shift=shift, grids=listed, guidance=CFG())
+
+
+def pick(times: Sequence[float], index: Tensor, like: Tensor) -> Tensor:
+    """`times[index]` `[B]` in the dtype of `like`."""
+    return torch.tensor(times, dtype=torch.float64, device=index.device)[index].to(like.dtype)
+
+
+def predict(student: Denoiser, x_t: Tensor, t: Tensor, batch: Batch, grad: bool) -> Rolled:
+    with torch.set_grad_enabled(grad):
+        return Rolled(student(x_t, t, batch.cond).x0, x_t, t)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackwardSimulation(Rollout):
+    """The student's own sampler up to an exit step (2405.14867, section 4.5); only the call at the exit has gradient.
+
+    With several grids one is drawn per call, then the exit: a student that serves several step counts sees at each time
+    the inputs that every one of its samplers would give it.
+    """
+
+    grids: Grids = ((1.0, 0.75, 0.5, 0.25),)
+    """Times without the final 0, one tuple per step count."""
+    shift: float = 1.0
+    """Applied to every time of `grids`."""
+    mode: Literal["sde", "ode"] = "sde"
+    """Between steps: fresh noise on x0 (sde), or the deterministic first-order step (ode)."""
+    exit: Literal["random", "last"] = "random"
+    """Where to stop; drawn the same on every place, because ranks must agree on the number of calls."""
+
+    def __post_init__(self) -> None:
+        exact(self.grids, self.shift)
+
+    @property
+    def calls(self) -> float:
+        return sum((len(g) + 1) / 2 if self.exit == "random" else len(g) for g in self.grids) / len(self.grids)
+
+    def __call__(self, student: Denoiser, batch: Batch, rng: Rng, *, grad: bool) -> Rolled:
+        grid = exact(self.grids, self.shift)[rng.integer("grid", len(self.grids))]
+        stop = rng.integer("exit", len(grid)) if self.exit == "random" else len(grid) - 1
+        x = student.path.prior(rng.randn(batch.noise_shape, "noise"))
+        for i in range(stop):
+            with torch.no_grad():
+                prediction, s = student(x, full(grid[i], x), batch.cond), full(grid[i + 1], x)
+                if self.mode == "ode":
+                    x = prediction.step_to(s)
+                else:
+                    x = student.path.add_noise(prediction.x0, rng.randn(x.shape, f"renoise/{i}"), s)
+        return predict(student, x, full(grid[stop], x), batch, grad)
+
+    def contract(self, teacher: Contract) -> Contract:
+        return student_contract(teacher, self.grids, self.shift, "renoise" if self.mode == "sde" else "ddim")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneStep(Rollout):
+    """Pure noise to clean latents in one call."""
+
+    def __call__(self, student: Denoiser, batch: Batch, rng: Rng, *, grad: bool) -> Rolled:
+        x = student.path.prior(rng.randn(batch.noise_shape, "noise"))
+        return predict(student, x, full(1.0, x), batch, grad)
+
+    def contract(self, teacher: Contract) -> Contract:
+        return student_contract(teacher, ((1.0,),), 1.0, "renoise")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromData(Rollout):
+    """Noised data as input, one time of the grids per sample. Cheap; but sampling meets inputs never trained on."""
+
+    grids: Grids = ((1.0, 0.75, 0.5, 0.25),)
+    shift: float = 1.0
+    needs: ClassVar[frozenset[str]] = frozenset({"x0"})
+
+    def __call__(self, student: Denoiser, batch: Batch, rng: Rng, *, grad: bool) -> Rolled:
+        x0, times = batch.require("x0"), [t for grid in exact(self.grids, self.shift) for t in grid]
+        t = pick(times, rng.integers((len(batch),), "index", len(times)), x0)
+        return predict(student, student.path.add_noise(x0, rng.randn(x0.shape, "noise"), t), t, batch, grad)
+
+    def contract(self, teacher: Contract) -> Contract:
+        return student_contract(teacher, self.grids, self.shift, "renoise")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromPairs(Rollout):
+    """Stored states of the teacher's ODE as input, one time of the grids per sample; all must have been stored."""
+
+    grids: Grids = NESTED
+    shift: float = 1.0
+    mode: Literal["sde", "ode"] = "sde"
+    """How the student will be sampled; the stored states serve both."""
+    needs: ClassVar[frozenset[str]] = frozenset({"pairs"})
+
+    def __call__(self, student: Denoiser, batch: Batch, rng: Rng, *, grad: bool) -> Rolled:
+        pairs: Pairs = batch.require("pairs")
+        stored = [stored_index(pairs, t) for grid in exact(self.grids, self.shift) for t in grid]
+        drawn = rng.integers((len(batch),), "index", len(stored))
+        index = torch.tensor(stored, device=drawn.device)[drawn]
+        x_t = pairs.states[torch.arange(len(batch), device=index.device), index]
+        return predict(student, x_t, pick(pairs.times, index, x_t), batch, grad)
+
+    def contract(self, teacher: Contract) -> Contract:
+        return student_contract(teacher, self.grids, self.shift, "renoise" if self.mode == "sde" else "ddim")
+
+
+def stored_index(pairs: Pairs, t: float) -> int:
+    for i, stored in enumerate(pairs.times):
+        if math.isclose(stored, t, abs_tol=1e-6):
+            return i
+    raise ValueError(f"time {t:.6g} was not stored; the pairs hold {list(pairs.times)}. Store a grid that contains it.")
+
+
+ROLLOUTS = (BackwardSimulation, OneStep, FromData, FromPairs)

@@ -1,0 +1,86 @@
+"""From tensors to a loss: free functions, each with its equation and its reduction.
+
+Shapes: latents `[B, C, F, H, W]`, logits `[B, heads]`. Every loss is a mean over all elements, so that the weights
+between terms do not depend on batch, resolution or number of heads. Nothing here touches a network.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fewstep.diffusion import Prediction, target
+from fewstep.diffusion.path import broadcast
+
+FLOOR = 1e-5
+"""Added to the DMD normaliser, in units of the latents: only a student that equals its teacher ever meets it."""
+
+
+def mse(a: Tensor, b: Tensor, weight: Tensor | None = None) -> Tensor:
+    """`mean w (a - b)^2`; `weight` is per sample `[B]`. Mean over all elements."""
+    error = (a - b).square()
+    return (error if weight is None else broadcast(weight, error) * error).mean()
+
+
+def pseudo_huber(a: Tensor, b: Tensor, c: float = 1e-3, weight: Tensor | None = None) -> Tensor:
+    """`mean w (sqrt((a - b)^2 + c^2) - c)` (2310.14189): quadratic below `c`, linear above. Mean over all elements.
+
+    `c = 0` is the mean absolute error.
+    """
+    error = ((a - b).square() + c * c).sqrt() - c if c > 0 else (a - b).abs()
+    return (error if weight is None else broadcast(weight, error) * error).mean()
+
+
+def toward(x: Tensor, grad: Tensor) -> Tensor:
+    """The loss whose gradient in `x` is `grad / numel`: mean reduction (2311.18828, eq. 7; DreamFusion's trick).
+
+    Its value, `mean grad^2 / 2`, is a magnitude and never a measure of progress. Equal to `|x - stop(x - grad)|^2 / 2`,
+    written so that a small gradient on a large latent loses no digits in float32.
+    """
+    grad = grad.detach()
+    return ((x - x.detach()) * grad).mean() + grad.square().mean() / 2
+
+
+def dmd_normaliser(x0: Tensor, real: Tensor, floor: float = FLOOR) -> Tensor:
+    """Per sample `1 / (mean |x0 - real| + floor)` `[B]` (2311.18828, eq. 8), from the *guided* teacher prediction."""
+    distance = (x0.detach() - real).abs().flatten(1).mean(1)
+    return 1 / (distance.to(torch.promote_types(distance.dtype, torch.float32)) + floor)
+
+
+def distribution_matching(x0: Tensor, real: Tensor, fake: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Gradient of the reverse KL from student to teacher, put on `x0` (2405.14867, eq. 2-3). Mean over all elements.
+
+    `fake - real` is the critic's x0 prediction minus the teacher's at the same noised student sample: where the student
+    puts more mass than the teacher, `fake` lies nearer to `x0` and descent moves `x0` towards `real`. `weight` `[B]`
+    replaces `dmd_normaliser`; `a^2/s^2` gives the gradient of KL(student_t | teacher_t) itself.
+    """
+    weight = dmd_normaliser(x0, real) if weight is None else weight
+    gap = (fake - real).detach()
+    return toward(x0, broadcast(weight, gap) * gap)
+
+
+def denoising(prediction: Prediction, x0: Tensor, eps: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Regression of the network's own kind of output, `mean w (raw - (p x0 + q eps))^2`. Mean over all elements.
+
+    For a flow prediction this is conditional flow matching (2210.02747, eq. 23).
+    """
+    return mse(prediction.raw, target(prediction.kind, x0, eps, prediction.t, prediction.path), weight)
+
+
+def adversarial_generator(fake: Tensor) -> Tensor:
+    """Non-saturating: `mean softplus(-D(fake))` (1406.2661; 2405.14867, eq. 4). Mean over logits."""
+    return F.softplus(-fake).mean()
+
+
+def adversarial_discriminator(real: Tensor, fake: Tensor) -> Tensor:
+    """`mean softplus(-D(real)) + mean softplus(D(fake))`. Mean over logits; at zero logits it is `2 log 2`."""
+    return F.softplus(-real).mean() + F.softplus(fake).mean()
+
+
+def approximate_r1(logits: Tensor, perturbed: Tensor) -> Tensor:
+    """`mean (D(x) - D(x + rho n))^2` (2501.08316, eq. 3): about `rho^2 |grad D|^2`, without a second derivative.
+
+    Perturb the noised real sample and keep its t and eps; otherwise the difference measures the noise, not D.
+    """
+    return (logits - perturbed).square().mean()

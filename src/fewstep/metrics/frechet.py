@@ -1,0 +1,79 @@
+"""Frechet distance between two sets of features, and the two controls without which its value says nothing.
+
+The distance of finite samples is biased upwards by an amount that depends on their number and on the width of the
+features: compare values only at the same `n`, and read them against the noise floor and the shuffled-frames control.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def frechet(a: Tensor, b: Tensor) -> float:
+    """Squared Frechet (2-Wasserstein) distance of the Gaussians fitted to features `[N, D]` and `[M, D]`.
+
+    `|m_a - m_b|^2 + Tr(S_a + S_b - 2 (S_a^1/2 S_b S_a^1/2)^1/2)` (Dowson and Landau 1982; FID, 1706.08500, eq. 6), in
+    squared units of the features. Unbiased covariances, no shrinkage, float64. ValueError for fewer than 2 rows or
+    unequal widths.
+    """
+    (mean_a, cov_a), (mean_b, cov_b) = fit(a), fit(b)
+    return gaussian_distance(mean_a, cov_a, mean_b, cov_b)
+
+
+def fit(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean `[D]` and unbiased covariance `[D, D]` of features `[N, D]`, float64 on the CPU."""
+    if features.ndim != 2 or len(features) < 2:
+        raise ValueError(f"features must be [N >= 2, D], got {list(features.shape)}; evaluate on more clips")
+    if not bool(features.isfinite().all()):
+        raise ValueError("features hold NaN or infinite values; look at the clips they were computed from")
+    x = features.detach().double().cpu()
+    mean = x.mean(0)
+    centred = x - mean
+    return mean, centred.T @ centred / (len(x) - 1)
+
+
+def gaussian_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
+    """Squared Frechet distance of two Gaussians, from their means `[D]` and covariances `[D, D]`.
+
+    `Tr (S_a^1/2 S_b S_a^1/2)^1/2` is the sum of the singular values of `S_a^1/2 S_b^1/2`: this form needs no matrix
+    root of a product, and stays accurate for singular covariances (fewer clips than features).
+    """
+    if mean_a.shape != mean_b.shape:
+        raise ValueError(
+            f"the two feature sets have widths {len(mean_a)} and {len(mean_b)}; use one feature map for both"
+        )
+    cross = torch.linalg.svdvals(_root(cov_a) @ _root(cov_b)).sum()
+    shift = (mean_a.double() - mean_b.double()).square().sum()
+    return max(0.0, float(shift + cov_a.double().trace() + cov_b.double().trace() - 2 * cross))
+
+
+def split_half(features: Tensor, generator: torch.Generator, repeats: int = 8) -> float:
+    """Noise floor: mean distance between two random halves of one set `[N, D]`.
+
+    What a perfect model would score with N/2 clips; with N clips its floor is lower, about half.
+    """
+    if len(features) < 4:
+        raise ValueError(f"split_half needs at least 4 rows, got {len(features)}")
+    half = len(features) // 2
+    total = 0.0
+    for _ in range(repeats):
+        order = torch.randperm(len(features), generator=generator).to(features.device)
+        total += frechet(features[order[:half]], features[order[half : 2 * half]])
+    return total / repeats
+
+
+def shuffled(frames: Tensor, generator: torch.Generator) -> Tensor:
+    """The same frames in random order, an order of its own for each clip `[B, C, F, H, W]`.
+
+    Control: every single frame stays right while the motion is destroyed, so a video metric must call this set worse.
+    """
+    orders = torch.stack([torch.randperm(frames.shape[2], generator=generator) for _ in range(len(frames))])
+    index = orders.to(frames.device)[:, None, :, None, None].expand_as(frames)
+    return frames.gather(2, index)
+
+
+def _root(cov: Tensor) -> Tensor:
+    """Symmetric square root; eigenvalues that rounding made negative are zero in exact arithmetic."""
+    values, vectors = torch.linalg.eigh(cov.double())
+    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T

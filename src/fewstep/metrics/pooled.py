@@ -1,0 +1,31 @@
+"""Features without a network, for models that come without a feature encoder of their own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+LAGS = (1, 2, 4)
+GAIN = 4.0  # changes over time are several times smaller than colours; without it the distance hardly sees them
+
+
+def pooled(frames: Tensor) -> Tensor:
+    """Coarse appearance and motion of clips `[B, 3, F, H, W]` in [-1, 1]: `[B, 72]`, float32.
+
+    Per colour channel and quarter of the frame: the mean of both halves of the clip, and four times the mean absolute
+    change over 1, 2 and 4 frames and the mean absolute second difference. Fixed, so that anybody can recompute them;
+    weaker than learnt features, but they see time. ValueError for fewer than 3 frames.
+    """
+    if frames.ndim != 5 or frames.shape[2] < 3:
+        raise ValueError(f"pooled features need clips [B, C, F >= 3, H, W], got {list(frames.shape)}")
+    x = frames.float()
+    lags = [min(lag, x.shape[2] - 1) for lag in LAGS]
+    changes = [x[:, :, lag:] - x[:, :, :-lag] for lag in lags] + [x.diff(n=2, dim=2)]
+    moved = [GAIN * _cells(change.abs(), 1) for change in changes]
+    return torch.cat([_cells(x, 2), *moved], 1)
+
+
+def _cells(x: Tensor, spans: int) -> Tensor:
+    """Mean over `spans` parts of the clip and the four quarters of the frame, flat per clip."""
+    return functional.adaptive_avg_pool3d(x, (spans, 2, 2)).flatten(1)

@@ -1,0 +1,94 @@
+"""Intervals around measured numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Interval(NamedTuple):
+    """A confidence interval, both ends included."""
+
+    low: float
+    high: float
+
+
+def wilson(right: int, total: int, confidence: float = 0.95) -> Interval:
+    """Wilson's score interval for `right` successes in `total` independent trials (Wilson 1927).
+
+    `(p + z^2/2n +- z sqrt(p (1-p)/n + z^2/4n^2)) / (1 + z^2/n)`. Sensible at 0 and at `total`, where the normal
+    approximation has no width. No trials: [0, 1].
+    """
+    if not 0 <= right <= total:
+        raise ValueError(f"right must lie in 0..{total}, got {right}")
+    if total == 0:
+        return Interval(0.0, 1.0)
+    z = _normal_quantile(confidence)
+    p, spread = right / total, z * z / total
+    centre = (p + spread / 2) / (1 + spread)
+    half = z * math.sqrt(p * (1 - p) / total + spread / (4 * total)) / (1 + spread)
+    return Interval(max(0.0, centre - half), min(1.0, centre + half))
+
+
+def bootstrap(values: Tensor, generator: torch.Generator, confidence: float = 0.95, resamples: int = 2000) -> Interval:
+    """Percentile bootstrap interval of the mean of `values` `[N]` (Efron 1979).
+
+    Clips of one prompt are not independent: average them first and give one value per prompt. For a difference between
+    two models on the same prompts and seeds, give the paired differences.
+    """
+    means = _resampled(values, generator, resamples).mean(1)
+    return _ends(means, confidence)
+
+
+def ratio_of_means(values: Tensor, reference: Tensor) -> float:
+    """`mean(values) / mean(reference)`; NaN when the reference mean is 0. The ratio of means, because a mean of ratios
+    is ruled by the pairs with the smallest denominators."""
+    bottom = float(reference.double().mean())
+    return float(values.double().mean()) / bottom if bottom != 0 else math.nan
+
+
+def ratio_bootstrap(
+    values: Tensor, reference: Tensor, generator: torch.Generator, confidence: float = 0.95
+) -> Interval:
+    """Percentile bootstrap interval of `ratio_of_means`, resampling the pairs `(values[i], reference[i])`."""
+    if values.shape != reference.shape:
+        raise ValueError(f"paired values must have one shape, got {list(values.shape)} and {list(reference.shape)}")
+    both = torch.stack([values, reference], 1).double().cpu()
+    index = torch.randint(len(both), (2000, len(both)), generator=generator)
+    top, bottom = both[index].mean(1).unbind(1)
+    return _ends(top / bottom, confidence) if bool((bottom != 0).all()) else Interval(math.nan, math.nan)
+
+
+def percentile(values: Sequence[float], q: float) -> float:
+    """The `q`-th percentile (0..100) with linear interpolation between ranks; ValueError for no values.
+
+    >>> percentile([1.0, 2.0, 3.0, 4.0, 5.0], 50)
+    3.0
+    """
+    if not values:
+        raise ValueError("a percentile needs at least one value")
+    return float(torch.quantile(torch.tensor(list(values), dtype=torch.float64), q / 100))
+
+
+def _resampled(values: Tensor, generator: torch.Generator, resamples: int) -> Tensor:
+    x = values.detach().double().cpu()
+    if x.ndim != 1 or len(x) == 0:
+        raise ValueError(f"bootstrap needs a non-empty vector, got shape {list(values.shape)}")
+    return x[torch.randint(len(x), (resamples, len(x)), generator=generator)]
+
+
+def _ends(draws: Tensor, confidence: float) -> Interval:
+    tail = (1 - confidence) / 2
+    low, high = torch.quantile(draws, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return Interval(low, high)
+
+
+def _normal_quantile(confidence: float) -> float:
+    """z such that a standard normal lies within +-z with this probability."""
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie strictly between 0 and 1, got {confidence}")
+    return float(torch.special.ndtri(torch.tensor((1 + confidence) / 2, dtype=torch.float64)))

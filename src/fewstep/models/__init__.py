@@ -1,0 +1,16 @@
+"""Networks: the denoiser and its backbone, the autoencoder, the text encoder, heads and eyes."""
+
+from fewstep.models.autoencoder import FrameAutoencoder
+from fewstep.models.backbone import Backbone, Context, Output, State
+from fewstep.models.bundle import Card, VideoModel, fingerprint
+from fewstep.models.denoiser import Denoiser
+from fewstep.models.discriminators import FeatureHeads
+from fewstep.models.features import ClipFeatures
+from fewstep.models.spec import NETWORKS, Spec
+from fewstep.models.text import TextEncoder
+from fewstep.models.video_dit import VideoDiT
+
+__all__ = [
+    "NETWORKS", "Backbone", "Card", "ClipFeatures", "Context", "Denoiser", "FeatureHeads", "FrameAutoencoder", "Output", "Spec",
+    "State", "TextEncoder", "VideoDiT", "VideoModel", "fingerprint",
+]  # fmt: skip

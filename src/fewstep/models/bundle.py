@@ -1,0 +1,233 @@
+"""A video model as people use it: text encoder, denoiser and codec in one folder, with a card that says how to sample it.
+
+A folder holds `card.json` and one `<part>.safetensors` per network. Nothing else is read, and nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fewstep.core import Cond, RecipeError, Seeds, build, dump
+from fewstep.diffusion import CFG, PATHS, Contract, Kind, NoisePath, RectifiedFlow, solve
+from fewstep.diffusion.samplers import Watch
+from fewstep.models.autoencoder import FrameAutoencoder
+from fewstep.models.denoiser import Denoiser
+from fewstep.models.spec import Spec
+from fewstep.models.text import TextEncoder
+
+BUILT_IN = Path(__file__).parent.parent / "world" / "weights"
+"""Where the built-in world's networks are shipped: one folder each, `teacher` and `features`."""
+
+PARTS = ("denoiser", "text", "codec", "features")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What a folder of weights says of itself."""
+
+    name: str
+    role: str = "teacher"
+    parts: dict[str, Spec] = field(default_factory=dict)
+    """Class and constructor arguments of every network; the denoiser's entry is its backbone."""
+    path: NoisePath = RectifiedFlow()
+    kind: Kind = "flow"
+    contract: Contract = Contract()
+    num_frames: int = 16
+    height: int = 32
+    width: int = 32
+    fps: int = 8
+    provenance: dict[str, str] = field(default_factory=dict)
+    """Recipe hash, teacher and data fingerprints, licences, machine, versions: free text by name."""
+    scores: dict[str, float] = field(default_factory=dict)
+    """Measured figures by name, with their n in the name."""
+
+
+class VideoModel:
+    """Networks by part, and their card. `model(prompts)` makes clips.
+
+    Parts: `denoiser`, `text`, `codec`, `features`; a folder may hold only some (an autoencoder on its way to a teacher).
+    """
+
+    def __init__(self, card: Card, parts: Mapping[str, nn.Module]) -> None:
+        unknown = sorted(set(parts) - set(PARTS))
+        if unknown:
+            raise ValueError(f"unknown parts {unknown}; a video model has {', '.join(PARTS)}")
+        self.card = card
+        self.parts = {name: part.eval() for name, part in parts.items()}
+
+    def part(self, name: str) -> nn.Module:
+        if name not in self.parts:
+            have = ", ".join(self.parts) or "nothing"
+            raise ValueError(f"model {self.card.name!r} has no {name} (it has {have}); name one in the recipe's model")
+        return self.parts[name]
+
+    @property
+    def denoiser(self) -> Denoiser:
+        return self.part("denoiser")  # type: ignore[return-value]
+
+    @property
+    def text(self) -> TextEncoder:
+        return self.part("text")  # type: ignore[return-value]
+
+    @property
+    def codec(self) -> FrameAutoencoder:
+        return self.part("codec")  # type: ignore[return-value]
+
+    @property
+    def device(self) -> torch.device:
+        return next(next(iter(self.parts.values())).parameters()).device
+
+    def to(self, device: str | torch.device) -> VideoModel:
+        for part in self.parts.values():
+            part.to(device)
+        return self
+
+    def with_part(self, name: str, network: nn.Module, **card: Any) -> VideoModel:
+        """The same model with one network (and fields of its card) exchanged; the other networks are shared."""
+        return VideoModel(replace(self.card, **card), {**self.parts, name: network})
+
+    # --- sampling -----------------------------------------------------------------------------------------------------
+
+    def __call__(self, prompts: Sequence[str], **options: Any) -> Tensor:
+        """Clips `[B, 3, F, H, W]` in [-1, 1] for `prompts`; options as in `latents`."""
+        with torch.inference_mode():
+            return self.codec.decode(self.latents(prompts, **options)).clamp(-1, 1)
+
+    @torch.no_grad()
+    def latents(
+        self,
+        prompts: Sequence[str],
+        *,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        num_frames: int | None = None,
+        seed: int | Sequence[int] = 0,
+        force: bool = False,
+        watch: Watch | None = None,
+    ) -> Tensor:
+        """Sample latents `[B, C, F, h, w]` by the card's contract.
+
+        `seed` is one per prompt, or the first of consecutive ones; a clip depends on its own seed and prompt only.
+        StepCountError for a step count the model was not trained for (unless `force`); ValueError for a guidance scale
+        on a student that has its guidance distilled in.
+        """
+        contract = self.card.contract
+        times = contract.times(num_inference_steps, force=force)
+        guidance = self._guidance(guidance_scale, force)
+        seeds = tuple(range(seed, seed + len(prompts))) if isinstance(seed, int) else tuple(seed)
+        noise = Seeds(seeds, device=str(self.device))
+        cond, uncond = self.text.encode(prompts), self.text.encode([""]).expand(len(prompts))
+        shape = self.latent_shape(num_frames)
+        self.denoiser.eval()
+
+        def denoise(x_t: Tensor, t: Tensor):
+            return guidance(self.denoiser, x_t, t, cond, uncond)
+
+        return solve(
+            contract.solver, denoise, noise.randn((len(prompts), *shape), "start"), times, rng=noise, watch=watch
+        )
+
+    def latent_shape(self, num_frames: int | None = None) -> tuple[int, int, int, int]:
+        """`(C, F, h, w)` of this model's clips."""
+        frames = self.card.num_frames if num_frames is None else num_frames
+        return self.codec.latent_shape(frames, self.card.height, self.card.width)
+
+    def encode_text(self, prompts: Sequence[str]) -> tuple[Cond, Cond]:
+        """Conditions of `prompts` and of as many empty prompts."""
+        with torch.no_grad():
+            return self.text.encode(prompts), self.text.encode([""]).expand(len(prompts))
+
+    def _guidance(self, scale: float | None, force: bool) -> CFG:
+        own = self.card.contract.guidance
+        if scale is None or scale == own.scale:
+            return own
+        if self.card.role == "student" and not force:
+            raise ValueError(
+                f"guidance was distilled into this student; guidance_scale={scale} would apply it twice. "
+                "Leave it out, or pass force (--force)."
+            )
+        return replace(own, scale=scale)
+
+    # --- folders ------------------------------------------------------------------------------------------------------
+
+    def save(self, folder: Path | str, *, dtype: torch.dtype = torch.float32) -> Path:
+        """Write the card and every part; floating-point tensors are stored as `dtype` and load as float32."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, part in self.parts.items():
+            tensors = {k: _stored(v, dtype) for k, v in part.state_dict().items()}
+            save_file(tensors, folder / f"{name}.safetensors")
+        card = replace(self.card, parts={name: describe(part) for name, part in self.parts.items()})
+        (folder / "card.json").write_text(json.dumps(dump(card), indent=2) + "\n")
+        return folder
+
+    @classmethod
+    def from_pretrained(cls, source: Path | str) -> VideoModel:
+        """Load a folder, or a built-in by name: `world` (the teacher) or `world/features`. Networks come in eval mode."""
+        folder = _folder_of(source)
+        card = read_card(folder)
+        parts = {name: allocate(name, card) for name in card.parts}
+        for name, part in parts.items():
+            _load(part, folder / f"{name}.safetensors")
+        return cls(card, parts)
+
+
+def read_card(source: Path | str) -> Card:
+    """The card of a folder, without its weights. FileNotFoundError or RecipeError say what is wrong with it."""
+    path = _folder_of(source) / "card.json"
+    names = {path_type.__name__: path_type for path_type in PATHS}
+    return build(Card, json.loads(path.read_text()), names)
+
+
+def allocate(part: str, card: Card) -> nn.Module:
+    """The network of one part, with fresh weights."""
+    network = card.parts[part].build()
+    return Denoiser(network, card.path, card.kind) if part == "denoiser" else network
+
+
+def describe(part: nn.Module) -> Spec:
+    """Class and constructor arguments of a network; of a denoiser: its backbone's."""
+    return Spec.of(part.backbone if isinstance(part, Denoiser) else part)
+
+
+def fingerprint(part: nn.Module) -> str:
+    """12 hexadecimal characters that change when the class, its arguments or any weight change."""
+    digest = hashlib.blake2b(json.dumps(dump(describe(part)), sort_keys=True).encode(), digest_size=6)
+    for name, value in sorted(part.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _folder_of(source: Path | str) -> Path:
+    built_in = {"world": BUILT_IN / "teacher", "world/features": BUILT_IN / "features"}
+    folder = built_in.get(str(source), Path(source))
+    if not (folder / "card.json").is_file():
+        raise FileNotFoundError(
+            f"{source}: no card.json there. Give a folder that fewstep wrote (a run's student/), "
+            f"or a built-in: {', '.join(built_in)}."
+        )
+    return folder
+
+
+def _stored(value: Tensor, dtype: torch.dtype) -> Tensor:
+    return (value.to(dtype) if value.is_floating_point() else value).detach().cpu().contiguous().clone()
+
+
+def _load(part: nn.Module, path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing though the card lists it; the folder is incomplete, copy it again")
+    own, stored = part.state_dict(), load_file(path)
+    odd = sorted(set(own) ^ set(stored)) + [k for k in own if k in stored and own[k].shape != stored[k].shape]
+    if odd:
+        raise RecipeError(f"{path}: tensors do not match the card's network: {', '.join(odd[:4])}")
+    part.load_state_dict({k: v.to(own[k].dtype) for k, v in stored.items()})

@@ -1,0 +1,127 @@
+"""Where a run's model comes from: a folder of weights, or networks that do not exist yet."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from fewstep.core import RecipeError
+from fewstep.diffusion import Contract, Kind, NoisePath, RectifiedFlow
+from fewstep.models.bundle import PARTS, Card, VideoModel, allocate, read_card
+from fewstep.models.spec import Spec
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource(ABC):
+    """A model before it is loaded: `card` reads no weight, `load` does."""
+
+    @abstractmethod
+    def card(self) -> Card:
+        """What the model will be. FileNotFoundError or RecipeError where it cannot be had."""
+
+    @abstractmethod
+    def load(self) -> VideoModel:
+        """The model, with weights, on the CPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrained(ModelSource):
+    """A model that has been trained: what distillation starts from."""
+
+    source: str = "world"
+    """`world`, the teacher shipped with the package, or a folder (a run's `student/`)."""
+
+    def card(self) -> Card:
+        return read_card(self.source)
+
+    def load(self) -> VideoModel:
+        return VideoModel.from_pretrained(self.source)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scratch(ModelSource):
+    """A model with fresh networks, for training from nothing.
+
+    Each part is a network to make, a folder of an earlier run (or `world`) to take that part from, or null.
+    """
+
+    denoiser: Spec | str | None = None
+    text: Spec | str | None = None
+    codec: Spec | str | None = None
+    features: Spec | str | None = None
+    path: NoisePath = RectifiedFlow()
+    kind: Kind = "flow"
+    """What the denoiser predicts."""
+    contract: Contract = Contract()
+    """How the trained model will be sampled."""
+    num_frames: int = 16
+    height: int = 32
+    width: int = 32
+    fps: int = 8
+    name: str = "scratch"
+    seed: int = 0
+    """Of the first weights."""
+
+    made: ClassVar[tuple[str, ...]] = PARTS
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise ValueError(f"every part is null; give at least one of {', '.join(self.made)}")
+
+    @property
+    def parts(self) -> dict[str, Spec | str]:
+        """The parts this model has."""
+        every = {name: getattr(self, name) for name in self.made}
+        return {name: part for name, part in every.items() if part is not None}
+
+    def card(self) -> Card:
+        specs = {name: part if isinstance(part, Spec) else _spec_in(part, name) for name, part in self.parts.items()}
+        _require_fitting(specs)
+        return Card(
+            name=self.name, parts=specs, path=self.path, kind=self.kind, contract=self.contract,
+            num_frames=self.num_frames, height=self.height, width=self.width, fps=self.fps,
+        )  # fmt: skip
+
+    def load(self) -> VideoModel:
+        card, parts = self.card(), {}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            for name, part in self.parts.items():
+                parts[name] = allocate(name, card) if isinstance(part, Spec) else _part_in(part, name)
+        return VideoModel(card, parts)
+
+
+def outline(card: Card) -> VideoModel:
+    """The model of `card` without memory for its weights: every tensor is on the meta device."""
+    with torch.device("meta"):
+        return VideoModel(replace(card), {name: allocate(name, card) for name in card.parts})
+
+
+def _spec_in(folder: str, part: str) -> Spec:
+    card = read_card(folder)
+    if part not in card.parts:
+        raise RecipeError(f"recipe: model.{part}: {folder} has no {part}; it has {', '.join(card.parts)}")
+    return card.parts[part]
+
+
+def _part_in(folder: str, part: str) -> nn.Module:
+    return VideoModel.from_pretrained(folder).part(part)
+
+
+def _require_fitting(specs: dict[str, Spec]) -> None:
+    """Widths that meet must agree."""
+    args = {name: spec.args for name, spec in specs.items()}
+    meetings = (
+        ("denoiser", "text_width", "text", "width"),
+        ("denoiser", "channels", "codec", "latent_channels"),
+    )
+    for mine, key, other, its_key in meetings:
+        here, there = args.get(mine, {}).get(key), args.get(other, {}).get(its_key)
+        if here is not None and there is not None and here != there:
+            raise RecipeError(
+                f"recipe: model.{mine}.{key} is {here}, but model.{other}.{its_key} is {there}; make them equal"
+            )

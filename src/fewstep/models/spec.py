@@ -1,0 +1,61 @@
+"""A network that is not there yet: its class by name and its constructor arguments, all plain values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from fewstep.attention import PATTERNS
+from fewstep.core.build import At, Names, build, build_arguments, dump, find_class, parameters, type_name
+from fewstep.models.autoencoder import FrameAutoencoder
+from fewstep.models.discriminators import FeatureHeads
+from fewstep.models.features import ClipFeatures
+from fewstep.models.text import TextEncoder
+from fewstep.models.video_dit import VideoDiT
+
+NETWORKS: tuple[type[nn.Module], ...] = (VideoDiT, FeatureHeads, FrameAutoencoder, TextEncoder, ClipFeatures)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """`Spec.of(network).build()` has the same shape and fresh weights.
+
+    >>> Spec("TextEncoder", {"width": 64}).build().width
+    64
+    """
+
+    type: str
+    """A class name of `NETWORKS`."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Arguments that differ from the defaults, or all of them."""
+
+    @classmethod
+    def from_tree(cls, tree: Any, names: Names, at: At) -> Spec:
+        """From `{type: VideoDiT, width: 192}`. Arguments are checked and those left out are written out."""
+        flat = build(dict[str, Any], tree, names, at)
+        network = _network(flat.pop("type", None), at.key("type"))
+        nested = flat["args"] if set(flat) == {"args"} else flat
+        known = build_arguments(network, nested, {c.__name__: c for c in PATTERNS}, at)
+        return cls(
+            type_name(network), {p.name: dump(known.get(p.name, p.default), p.type) for p in parameters(network)}
+        )
+
+    def to_tree(self) -> dict[str, Any]:
+        return {"type": self.type, **self.args}
+
+    @staticmethod
+    def of(network: nn.Module) -> Spec:
+        """The spec of an existing network, all arguments written out."""
+        return Spec(type_name(type(network)), dict(network.args))
+
+    def build(self) -> nn.Module:
+        """Allocate the network. RecipeError names an unknown class or argument and the nearest known one."""
+        network, at = _network(self.type, At("network", "type")), At("network", self.type)
+        return network(**build_arguments(network, self.args, {c.__name__: c for c in PATTERNS}, at))
+
+
+def _network(name: Any, at: At) -> type[nn.Module]:
+    """The class of one of `NETWORKS`, or of an import path `package.module:Class`."""
+    return find_class(name, nn.Module, {c.__name__: c for c in NETWORKS}, at)

@@ -1,0 +1,241 @@
+"""A recipe: model x method x data x settings, as one frozen object with a strict printed form.
+
+`distill(...)` is the front door; the command line only builds its arguments.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from fewstep.core.build import At, Raw, RecipeError, build, digest, dump, load_yaml, to_yaml
+from fewstep.data import Data, require
+from fewstep.engine import Settings, train
+from fewstep.engine.nets import trained_roles
+from fewstep.engine.probe import WorldProbe
+from fewstep.methods.base import Method
+from fewstep.models.bundle import Card, VideoModel, fingerprint
+from fewstep.models.source import ModelSource, Pretrained
+
+FILE = "recipe.yaml"
+"""The name under which a run and a student keep the resolved recipe."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One setting in which two recipes differ; None where one of them lacks it."""
+
+    key: str
+    here: Any
+    there: Any
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.here} -> {self.there}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides a run's numbers.
+
+    `Recipe.load(path)` reads one, `.save(path)` writes it with all defaults, `.hash` names it, `.run(output)` runs it.
+    """
+
+    model: ModelSource
+    """Where the run starts: the teacher, or networks made from scratch."""
+    method: Method
+    data: Data
+    settings: Settings
+    probe: WorldProbe | None = None
+    """Judges the student during the run; the best by its rule is kept. None keeps the last."""
+
+    @classmethod
+    def load(cls, path: Path | str, overrides: Iterable[tuple[str, str]] = ()) -> Recipe:
+        """Read a YAML file (or the folder of a run or student), then apply `(dotted key, text)` overrides to it.
+
+        RecipeError for a key, name or value that is not accepted; FileNotFoundError names the nearest file there is.
+        """
+        path = _find(Path(path))
+        recipe: Recipe = build(cls, load_yaml(path.read_text(encoding="utf-8"), str(path)), names(), str(path))
+        return recipe.override(overrides)
+
+    def override(self, overrides: Iterable[tuple[str, str]]) -> Recipe:
+        """A copy with `(dotted key, text)` pairs applied: `("method.critic-updates", "3")`. Text is read by type."""
+        pairs = [(key.replace("-", "_"), value) for key, value in overrides]
+        if not pairs:
+            return self
+        tree = self.tree()
+        for key, value in sorted(pairs, key=lambda pair: (not pair[0].endswith(".type"), pair[0].count("."))):
+            _set(tree, key, value)
+        recipe: Recipe = build(Recipe, tree, names(), "command line")
+        return recipe
+
+    def save(self, path: Path | str) -> Path:
+        """Write the resolved recipe, all defaults included, to a file (or as `recipe.yaml` into a folder)."""
+        path = Path(path)
+        path = path / FILE if path.suffix not in (".yaml", ".yml") else path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(
+            f"# Resolved by fewstep: every default is written out. Hash {self.hash}.\n" + self.text, "utf-8"
+        )
+        return path
+
+    def tree(self) -> dict[str, Any]:
+        """Plain values, all defaults written out."""
+        tree: dict[str, Any] = dump(self)
+        return tree
+
+    @property
+    def text(self) -> str:
+        """The tree as YAML."""
+        return to_yaml(self.tree())
+
+    @property
+    def hash(self) -> str:
+        """12 characters that name the run: equal exactly when every value is equal."""
+        return digest(self.tree())
+
+    def diff(self, other: Recipe) -> list[Difference]:
+        """In which settings `other` differs, by dotted key."""
+        here, there = _flat(self.tree()), _flat(other.tree())
+        keys = list(dict.fromkeys([*here, *there]))
+        return [Difference(k, here.get(k), there.get(k)) for k in keys if here.get(k) != there.get(k)]
+
+    def check(self) -> Card:
+        """Refuse what cannot work before any weight is loaded, and return the card of the model the run starts from.
+
+        The data must provide what the method needs, the model must have the part that is trained, the method must have
+        a sampling contract for it, and every optimiser in the settings must belong to a role that is trained.
+        """
+        require(self.data, self.method)
+        card, name = self.model.card(), type(self.method).__name__
+        if self.method.part not in card.parts:
+            have = ", ".join(card.parts)
+            raise RecipeError(
+                f"recipe: {name} trains the {self.method.part}, but the model has only {have}; "
+                f"name a {self.method.part} under model"
+            )
+        self.method.contract(card.contract)
+        roles = trained_roles(self.method, self.settings.steps)
+        for role in self.settings.optim:
+            if role not in roles:
+                near = difflib.get_close_matches(role, roles, n=1)
+                hint = f"did you mean {near[0]}? " if near else ""
+                raise RecipeError(
+                    f"recipe: settings.optim.{role} trains nothing; {hint}({name} trains: {', '.join(roles)})"
+                )
+        return card
+
+    def run(self, output: Path | str, *, quiet: bool = False) -> VideoModel:
+        """Train and return the student; the same call resumes a run that was stopped. Writes `output/student`."""
+        output = Path(output)
+        self.check()
+        self._claim(output)
+        model = self.model.load()
+        student = train(
+            model, self.method, self.data, self.settings, output,
+            probe=self.probe, provenance=self._provenance(model), quiet=quiet,
+        )  # fmt: skip
+        self.save(output / "student")
+        return student
+
+    def _claim(self, output: Path) -> None:
+        """Make `output` this recipe's folder, or refuse where it is another's."""
+        if output.exists() and not output.is_dir():
+            raise RecipeError(f"{output} is a file; give a folder as output")
+        if (output / FILE).is_file():
+            theirs = Recipe.load(output / FILE)
+            if theirs.hash != self.hash:
+                changed = "; ".join(map(str, theirs.diff(self)[:4]))
+                raise RecipeError(
+                    f"{output} holds run {theirs.hash} of another recipe ({changed}). Give another output folder."
+                )
+        self.save(output / FILE)
+
+    def _provenance(self, model: VideoModel) -> dict[str, str]:
+        """What the student says of its origin; a run is resumed only where all of it is the same."""
+        return {
+            "recipe": self.hash,
+            "method": type(self.method).__name__,
+            "cite": self.method.cite,
+            "teacher": f"{model.card.name} {fingerprint(model.part(self.method.part))}",
+            "data": type(self.data).__name__,
+        }
+
+
+def distill(
+    *,
+    method: Method,
+    settings: Settings,
+    output: Path | str,
+    model: ModelSource | Path | str = "world",
+    data: Data | None = None,
+    probe: WorldProbe | None = None,
+    quiet: bool = False,
+) -> VideoModel:
+    """Distil `model` with `method` and return the student, which is also in `output/student`.
+
+    `model` is a source, a folder, or `world`, the built-in teacher. `data` defaults to clips of the built-in world.
+    Calling it again with the same arguments resumes a run that was stopped.
+    """
+    from fewstep.world.data import WorldClips
+
+    source = model if isinstance(model, ModelSource) else Pretrained(source=str(model))
+    recipe = Recipe(model=source, method=method, data=data or WorldClips(), settings=settings, probe=probe)
+    return recipe.run(output, quiet=quiet)
+
+
+@cache
+def names() -> dict[str, type]:
+    """Every class a recipe can name, by name."""
+    from fewstep.catalogue import classes
+
+    return {cls.__name__: cls for cls in classes()}
+
+
+def _find(path: Path) -> Path:
+    path = path / FILE if path.is_dir() else path
+    if path.is_file():
+        return path
+    folder = path.parent if path.parent.is_dir() else Path()
+    near = difflib.get_close_matches(path.name, [p.name for p in folder.glob("*.y*ml")], n=1, cutoff=0.5)
+    hint = f" Did you mean {folder / near[0]}?" if near else ""
+    raise FileNotFoundError(f"there is no recipe {path}.{hint}")
+
+
+def _set(tree: dict[str, Any], key: str, text: str) -> None:
+    """Put command-line `text` at the dotted `key` of a resolved `tree`."""
+    *parents, last = key.split(".")
+    node: Any = tree
+    for depth, part in enumerate(parents):
+        if isinstance(node, dict) and node.get(part) is None:
+            node[part] = {}
+        node = _child(node, part, At("command line", ".".join(parents[:depth])))
+    here = At("command line", ".".join(parents))
+    if last == "type" and isinstance(node, dict) and node.get("type") != text and (text in names() or ":" in text):
+        node.clear()  # the keys of one class mean nothing to another
+    if isinstance(node, dict):
+        node[last] = Raw(text)
+    else:
+        _child(node, last, here)
+        node[int(last)] = Raw(text)
+
+
+def _child(node: Any, part: str, at: At) -> Any:
+    if isinstance(node, dict):
+        return node[part]
+    if isinstance(node, list) and part.isdecimal() and int(part) < len(node):
+        return node[int(part)]
+    raise at.key(part).fail(f"does not exist: {at.path or 'the recipe'} is {node!r}")
+
+
+def _flat(tree: Any, key: str = "") -> dict[str, Any]:
+    if isinstance(tree, dict) and tree:
+        found: dict[str, Any] = {}
+        for name, value in tree.items():
+            found |= _flat(value, f"{key}.{name}" if key else name)
+        return found
+    return {key: tree}

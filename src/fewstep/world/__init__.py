@@ -1,0 +1,1 @@
+"""The built-in video world: prompt grammar, renderer and a checker with ground truth."""

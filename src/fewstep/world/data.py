@@ -1,0 +1,112 @@
+"""Clips of the built-in world as training data: prompts, pixels, latents and attribute labels, rendered when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fewstep.core import Batch, Rng
+from fewstep.data.base import Data, Source
+from fewstep.data.texts import Texts
+from fewstep.models import VideoModel
+from fewstep.world.grammar import Scene, paraphrase, sample_scenes
+from fewstep.world.renderer import Variation, render
+
+AT_ONCE = 64
+"""Clips rendered and encoded together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorldClips(Data):
+    """An endless stream of rendered clips with English prompts. Needs no files.
+
+    `pool > 0` renders and encodes that many clips when the run starts and reuses them, moved along the torus by whole
+    latent cells, which the codec commutes with: for long runs, in which rendering would take longer than training.
+    """
+
+    provides: ClassVar[frozenset[str]] = frozenset({"prompts", "x0", "frames", "labels"})
+
+    num_frames: int = 16
+    pool: int = 0
+    """Clips kept in memory as latents (8 kB each at 16 frames); 0 renders every batch anew."""
+    pool_seed: int = 0
+
+    def open(self, model: VideoModel, needs: frozenset[str]) -> Source:
+        if self.pool and needs & {"frames", "labels"}:
+            raise ValueError("a pool keeps latents only; a method that needs frames or labels takes WorldClips(pool=0)")
+        if self.pool and "x0" in needs:
+            return _Pool(self, model, Texts(model, needs))
+        return _Stream(self, model, needs)
+
+
+class _Stream:
+    """Every batch is drawn and rendered anew, as a function of the random name it is asked for with."""
+
+    def __init__(self, data: WorldClips, model: VideoModel, needs: frozenset[str]) -> None:
+        self.data, self.model, self.needs, self.texts = data, model, needs, Texts(model, needs)
+
+    def batch(self, size: int, rng: Rng) -> Batch:
+        generator = rng.local("world")
+        scenes = sample_scenes(size, generator)
+        prompts = tuple(paraphrase(scene, generator) for scene in scenes)
+        frames = None
+        if self.needs & {"frames", "x0"}:
+            frames = render(scenes, Variation.sample(size, generator), self.data.num_frames).to(rng.device)
+        return Batch(
+            *self.texts(prompts, rng.device),
+            latent_shape=_latent_shape(self.model, self.data.num_frames),
+            prompts=prompts,
+            x0=encode(self.model, frames) if "x0" in self.needs and frames is not None else None,
+            frames=frames if "frames" in self.needs else None,
+            labels=labels(scenes).to(rng.device) if "labels" in self.needs else None,
+        )
+
+
+class _Pool:
+    """A fixed set of encoded clips; a batch is a draw from it, each clip rolled by a random number of latent cells."""
+
+    def __init__(self, data: WorldClips, model: VideoModel, texts: Texts) -> None:
+        self.texts, self.shape = texts, _latent_shape(model, data.num_frames)
+        self.scenes: list[Scene] = []
+        latents = []
+        for start in range(0, data.pool, AT_ONCE):
+            generator = Rng(data.pool_seed, step=start).local("pool")
+            count = min(AT_ONCE, data.pool - start)
+            scenes = sample_scenes(count, generator)
+            frames = render(scenes, Variation.sample(count, generator), data.num_frames).to(model.device)
+            latents.append(encode(model, frames).half().cpu())
+            self.scenes += scenes
+        self.latents = torch.cat(latents)
+
+    def batch(self, size: int, rng: Rng) -> Batch:
+        generator = rng.local("pool")
+        rows = torch.randint(len(self.scenes), (size,), generator=generator)
+        height, width = self.shape[2:]
+        shifts = torch.stack([torch.randint(n, (size,), generator=generator) for n in (height, width)], 1).tolist()
+        x0 = torch.stack([self.latents[r].roll(shift, (-2, -1)) for r, shift in zip(rows.tolist(), shifts)])
+        prompts = tuple(paraphrase(self.scenes[r], generator) for r in rows.tolist())
+        return Batch(
+            *self.texts(prompts, rng.device),
+            latent_shape=self.shape,
+            prompts=prompts,
+            x0=x0.float().to(rng.device),
+        )
+
+
+def encode(model: VideoModel, frames: Tensor) -> Tensor:
+    """Latents of pixel clips, without gradient."""
+    with torch.no_grad():
+        return model.codec.encode(frames)
+
+
+def labels(scenes: Sequence[Scene]) -> Tensor:
+    """Attribute indices `[B, 6]`."""
+    return torch.tensor([scene.to_indices() for scene in scenes])
+
+
+def _latent_shape(model: VideoModel, num_frames: int) -> tuple[int, int, int, int]:
+    return model.latent_shape(num_frames) if "codec" in model.parts else (0, num_frames, 0, 0)

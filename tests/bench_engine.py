@@ -1,0 +1,104 @@
+"""Test bench: a tiny real video model, data with every field, and one small run per method.
+
+`python tests/bench_engine.py FOLDER` trains `LONG` there: the process that a test kills.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from fewstep.core import Batch, Pairs, Rng
+from fewstep.data.base import Data, Source
+from fewstep.diffusion import CFG, Contract, RectifiedFlow
+from fewstep.engine import Optim, Settings, train
+from fewstep.methods import DMD2, METHODS, BackwardSimulation, FlowMatching, Method, Progressive, ReadAttributes
+from fewstep.methods.rollouts import NESTED
+from fewstep.models import Card, ClipFeatures, Denoiser, FrameAutoencoder, TextEncoder, VideoDiT, VideoModel
+from fewstep.world.data import WorldClips
+
+FRAMES = 4
+TIMES = (1.0, 0.75, 0.5, 0.25, 0.0)
+ATTRIBUTES = (6, 8, 2, 8, 2, 6)
+TWO_GRIDS = BackwardSimulation(grids=((1.0,), (1.0, 0.5)))
+LONG = DMD2(critic_updates=2, warmup=3, rollout=BackwardSimulation(grids=NESTED))
+
+CASES: Mapping[str, Method] = {cls.__name__: cls() for cls in METHODS} | {
+    "FlowMatching": FlowMatching(image_fraction=0.3, images_per_clip=2),
+    "ReadAttributes-features": ReadAttributes(of="features"),
+    "Progressive": Progressive(stages=((4, 3), (2, 4), (1, 3))),
+    "DMD2": DMD2(critic_updates=2, warmup=2, rollout=TWO_GRIDS),
+    "DMD2-everything": DMD2(critic_updates=1, gan=0.03, r1=1.0, layers=(0, -1), anchor=0.25, rollout=TWO_GRIDS),
+}
+"""Every registered method with its defaults, unless a smaller or richer variant is given here."""
+
+
+def shaken(network: nn.Module, scale: float = 0.05) -> nn.Module:
+    """Off every zero initialisation, so that all gradients exist."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+    return network
+
+
+def tiny_model(seed: int = 0) -> VideoModel:
+    """All four parts, a few thousand weights each, equal for equal seeds."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        backbone = VideoDiT(channels=4, width=24, depth=2, heads=2, text_width=16)
+        parts = {
+            "denoiser": shaken(Denoiser(backbone, RectifiedFlow(), "flow")),
+            "text": TextEncoder(width=16, length=12, buckets=64, depth=1, heads=2, attribute_sizes=ATTRIBUTES),
+            "codec": shaken(FrameAutoencoder(width=8, depth=1)),
+            "features": ClipFeatures(width=8, attribute_sizes=ATTRIBUTES),
+        }
+    return VideoModel(Card(name="tiny", num_frames=FRAMES, contract=Contract(steps=3, guidance=CFG(scale=2.0))), parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Everything(Data):
+    """World clips with every field a method may need; the stored states are on straight lines from noise to clip."""
+
+    provides: ClassVar[frozenset[str]] = frozenset({"prompts", "x0", "frames", "labels", "pairs"})
+
+    def open(self, model: VideoModel, needs: frozenset[str]) -> Source:
+        clips = WorldClips(num_frames=FRAMES)
+        return _Everything(clips.open(model, needs & clips.provides | {"x0"}), model)
+
+
+@dataclass(frozen=True)
+class _Everything:
+    clips: Source
+    model: VideoModel
+
+    def batch(self, size: int, rng: Rng) -> Batch:
+        batch = self.clips.batch(size, rng)
+        assert batch.x0 is not None
+        eps, path = rng.randn(batch.x0.shape, "stored"), self.model.denoiser.path
+        states = [path.add_noise(batch.x0, eps, torch.full((size,), t)) for t in TIMES]
+        return replace(batch, pairs=Pairs(torch.stack(states, 1), TIMES))
+
+
+def small(steps: int, **others: Any) -> Settings:
+    """Settings of a run that takes a second: one log row per step, two clips per batch."""
+    optim = {"student": Optim(lr=1e-3, warmup=2, decay="cosine")}
+    return Settings(**({"steps": steps, "batch": 2, "log_every": 1, "optim": optim} | others))
+
+
+def long_run(output: Path) -> VideoModel:
+    """Three grids, a critic, Muon, an average and two micro-batches; a checkpoint every second step."""
+    optim = {"student": Optim(type="muon", lr=1e-3, decay="linear"), "critic": Optim(lr=1e-3)}
+    settings = small(40, save_every=2, ema=0.9, accumulate=2, optim=optim)
+    return train(tiny_model(), LONG, WorldClips(num_frames=FRAMES), settings, output, quiet=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    long_run(Path(sys.argv[1]))

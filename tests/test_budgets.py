@@ -1,0 +1,70 @@
+"""The rules of tools/budgets.py: kept by the tree, and noticed when broken."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BAD = (
+    """
+import os
+import torch
+
+def save(a, b, c, d, e, f, g, h):
+    print(os.environ["HOME"], torch.nan_to_num(a), os.getenv("X"))
+    try:
+        return eval(b)
+    except:
+        model.eval()
+
+def long():
+"""
+    + "    x = 1\n" * 400
+)
+
+
+@pytest.fixture(scope="module")
+def budgets() -> ModuleType:
+    import sys
+
+    spec = importlib.util.spec_from_file_location("budgets", ROOT / "tools" / "budgets.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["budgets"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_tree_keeps_them(budgets: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert budgets.main() == 0, capsys.readouterr().out
+
+
+def test_each_is_noticed(budgets: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "src" / "fewstep" / "engine" / "utils.py"
+    path.parent.mkdir(parents=True)
+    path.write_text(BAD)
+    found = sorted(o.key.removeprefix("src/fewstep/engine/utils.py:") for o in budgets.check(path, tmp_path))
+    assert found == [
+        "environ",
+        "environ",
+        "eval",
+        "except",
+        "lines",
+        "long:lines",
+        "name",
+        "nan_to_num",
+        "print",
+        "save:parameters",
+    ]
+
+
+def test_limits_depend_on_the_room(budgets: ModuleType) -> None:
+    limits = [
+        budgets.file_limit(f"src/fewstep/{n}")
+        for n in ("methods/dmd2.py", "methods/targets.py", "models/adapters/wan.py")
+    ]
+    assert limits == [150, 400, 600]

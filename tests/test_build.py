@@ -1,0 +1,254 @@
+"""The strict builder: what it accepts, what it refuses and in which words."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from fewstep.core.build import At, Raw, RecipeError, build, build_arguments, digest, dump, load_yaml, to_yaml
+
+
+class Shape(ABC):
+    @abstractmethod
+    def area(self) -> float: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Square(Shape):
+    side: float = 1.0
+
+    def area(self) -> float:
+        return self.side**2
+
+    def __post_init__(self) -> None:
+        if self.side <= 0:
+            raise ValueError(f"side must be positive, got {self.side}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ring(Shape):
+    radius: float
+    hole: float | None = None
+    style: Literal["plain", "dotted"] = "plain"
+
+    def area(self) -> float:
+        return self.radius
+
+
+@dataclass(frozen=True)
+class Left:
+    by: int = 1
+
+
+@dataclass(frozen=True)
+class Right:
+    by: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    type: Literal["adamw", "muon"] = "adamw"
+    lr: float = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Whole:
+    critic_updates: int
+    shape: Shape = Square()
+    spare: Shape | None = None
+    move: Left | Right = Left()
+    optim: dict[str, Optim] = field(default_factory=dict)
+    times: tuple[float, ...] = (1.0, 0.0)
+    size: tuple[int, int] = (1, 2)
+    shapes: tuple[Shape, ...] = ()
+    compile: bool = False
+    path: Path | None = None
+    text: str | Optim = "world"
+    seeds: int | tuple[int, ...] = 0
+    notes: Any = None
+
+
+NAMES = {"Square": Square, "Ring": Ring, "Optim": Optim}
+
+
+def make(**tree: Any) -> Whole:
+    return build(Whole, {"critic_updates": 5} | tree, NAMES)
+
+
+def refusal(expected: Any = Whole, **tree: Any) -> str:
+    with pytest.raises(RecipeError) as caught:
+        build(expected, {"critic_updates": 5} | tree, NAMES)
+    return str(caught.value)
+
+
+def test_builds_nested_objects() -> None:
+    whole = make(
+        shape={"type": "Ring", "radius": 2, "hole": "1e-5"},
+        spare=None,
+        move={"type": "Right", "by": 3},
+        optim={"student": {"type": "muon", "lr": 1}},
+        times=[1, 0.5, 0],
+        size=[3, 4],
+        shapes=[{"type": "Square"}, {"type": "Square", "side": 2.0}],
+        compile=True,
+        path="a/b",
+        text={"lr": 2.0},
+        seeds=[1, 2],
+        notes={"anything": [1]},
+    )
+    assert whole.shape == Ring(radius=2.0, hole=1e-5)
+    assert isinstance(whole.shape, Ring) and isinstance(whole.shape.radius, float)
+    assert whole.move == Right(3)
+    assert whole.optim == {"student": Optim(type="muon", lr=1.0)}
+    assert whole.times == (1.0, 0.5, 0.0) and whole.size == (3, 4)
+    assert whole.shapes == (Square(), Square(side=2.0))
+    assert whole.path == Path("a/b") and whole.text == Optim(lr=2.0) and whole.seeds == (1, 2)
+
+
+@pytest.mark.parametrize(
+    "whole",
+    [
+        Whole(critic_updates=1),
+        Whole(critic_updates=2, shape=Ring(radius=1.0), spare=Square(), move=Right(2), path=Path("x")),
+        Whole(critic_updates=3, optim={"a": Optim(), "b": Optim(type="muon")}, shapes=(Ring(radius=3.0), Square())),
+        Whole(critic_updates=4, text=Optim(lr=0.5), seeds=(3, 4), size=(7, 8), compile=True, notes=[1, {"a": None}]),
+    ],
+)
+def test_dump_and_build_are_inverse_also_through_text(whole: Whole) -> None:
+    tree = dump(whole)
+    assert build(Whole, tree, NAMES) == whole
+    again = load_yaml(to_yaml(tree))
+    assert again == tree and build(Whole, again, NAMES) == whole
+    assert dump(build(Whole, again, NAMES)) == tree
+    assert digest(tree) == digest(dict(reversed(tree.items())))
+
+
+def test_dump_writes_type_only_where_it_chooses() -> None:
+    tree = dump(Whole(critic_updates=1, move=Right()))
+    assert "type" not in tree and tree["spare"] is None
+    assert tree["shape"] == {"type": "test_build:Square", "side": 1.0} or tree["shape"]["type"].endswith(":Square")
+    assert tree["move"]["type"].endswith(":Right")
+    assert dump(Square())["type"].endswith(":Square")  # chosen by type wherever a Shape is expected
+
+
+def test_a_class_of_the_package_is_written_by_name() -> None:
+    from fewstep.diffusion import PATHS, Contract, NoisePath, RectifiedFlow
+
+    assert dump(RectifiedFlow()) == {"type": "RectifiedFlow"}
+    assert build(NoisePath, {"type": "RectifiedFlow"}, {c.__name__: c for c in PATHS}) == RectifiedFlow()
+    assert "type" not in dump(Contract())["guidance"]
+
+
+def test_unknown_key_names_the_nearest() -> None:
+    message = refusal(critic_updats=3)
+    assert message.startswith(
+        "recipe: critic_updats is unknown; did you mean critic_updates? (accepted: critic_updates, shape"
+    )
+    assert "recipe: shape.raduis is unknown; did you mean radius? (accepted: radius, hole, style)" in refusal(
+        shape={"type": "Ring", "raduis": 1}
+    )
+    assert "did you mean critic_updates" in refusal(**{"critic-updates": 3})
+
+
+def test_unknown_class_and_literal() -> None:
+    assert "shape.type cannot be 'Rign'; did you mean Ring? (accepted: Square, Ring, package.module:Class)" in refusal(
+        shape={"type": "Rign"}
+    )
+    assert "shape.type is missing; accepted: Square, Ring" in refusal(shape={"side": 1.0})
+    assert "shape.type cannot be 'Optim'" in refusal(shape={"type": "Optim"})
+    assert "optim.student.type cannot be 'adam'; did you mean adamw? (accepted: adamw, muon)" in refusal(
+        optim={"student": {"type": "adam"}}
+    )
+    assert "move.type cannot be 'Up'; accepted: Left, Right" in refusal(move={"type": "Up"})
+
+
+@pytest.mark.parametrize(
+    ("tree", "words"),
+    [
+        ({"critic_updates": True}, "critic_updates must be a whole number, got True"),
+        ({"critic_updates": 2.0}, "critic_updates must be a whole number, got 2.0"),
+        ({"critic_updates": "5"}, "critic_updates must be a whole number, got '5'"),
+        ({"compile": "yes"}, "compile must be true or false, got 'yes'"),
+        ({"compile": 1}, "compile must be true or false, got 1"),
+        ({"times": 1.0}, "times must be a list, such as [1, 2], got 1.0"),
+        ({"times": [1.0, "x"]}, "times[1] must be a number, got 'x'"),
+        ({"times": [1.0, True]}, "times[1] must be a number, got True"),
+        ({"size": [1, 2, 3]}, "size must be a list of 2 values, got 3"),
+        ({"shape": 3}, "shape must be keys and values, got 3"),
+        ({"shape": None}, "shape must be keys and values, got None"),
+        ({"optim": {4: {}}}, "optim has the key 4, which is not text; write '4'"),
+        ({"path": 3}, "path must be a path, got 3"),
+        ({"seeds": "x"}, "seeds must be a whole number or a list of a whole number, got 'x'"),
+        ({"shape": {"type": "Square", "side": -1}}, "shape is refused by Square: side must be positive, got -1.0"),
+        ({"shape": {"type": "Ring"}}, "shape.radius is missing: Ring needs it (a number)"),
+    ],
+)
+def test_wrong_values(tree: dict[str, Any], words: str) -> None:
+    assert words in refusal(**tree)
+
+
+def test_missing_required_key() -> None:
+    with pytest.raises(RecipeError, match=r"recipe: critic_updates is missing: Whole needs it \(a whole number\)"):
+        build(Whole, {}, NAMES)
+
+
+def test_import_paths() -> None:
+    tree = {"type": "fewstep.diffusion.path:RectifiedFlow"}
+    from fewstep.diffusion import NoisePath, RectifiedFlow
+
+    assert build(NoisePath, tree) == RectifiedFlow()
+    assert "which is not a Shape" in refusal(shape=tree)
+    assert "cannot import 'nowhere.at_all:X'" in refusal(shape={"type": "nowhere.at_all:X"})
+    assert "which is not a class" in refusal(shape={"type": "fewstep.core.build:build"})
+
+
+def test_yaml_has_no_traps() -> None:
+    tree = load_yaml("a: 1e-5\nb: yes\nc: 010\nd: 12:30\ne: 2024-01-01\nf: true\ng: ~\nh: -3\ni: 1.\nj: 'true'")
+    assert tree == {
+        "a": 1e-5, "b": "yes", "c": "010", "d": "12:30", "e": "2024-01-01",
+        "f": True, "g": None, "h": -3, "i": 1.0, "j": "true",
+    }  # fmt: skip
+    with pytest.raises(RecipeError, match="line 3: the key 'b' is written twice"):
+        load_yaml("a:\n  b: 1\n  b: 2")
+    with pytest.raises(RecipeError, match="recipe, line 2"):
+        load_yaml("a: [1\nb: }")
+
+
+@pytest.mark.parametrize(
+    "tree", [{"a": "1e5"}, {"a": "true"}, {"a": "null"}, {"a": "3"}, {"a": 1e-7, "b": [1, 2.0, "x: y"]}]
+)
+def test_yaml_round_trip_keeps_types(tree: dict[str, Any]) -> None:
+    assert load_yaml(to_yaml(tree)) == tree
+
+
+def test_command_line_text_is_read_by_type() -> None:
+    whole = make(
+        critic_updates=Raw("7"), compile=Raw("true"), times=Raw("[1, 0]"), path=Raw("12"), text=Raw("34"),
+        spare=Raw("{type: Ring, radius: 1e-2}"), seeds=Raw("[1, 2]"),
+    )  # fmt: skip
+    assert whole.critic_updates == 7 and whole.compile and whole.times == (1.0, 0.0)
+    assert whole.path == Path("12") and whole.text == "34" and whole.seeds == (1, 2)
+    assert whole.spare == Ring(radius=0.01)
+    assert make(path=Raw("null")).path is None
+    assert make(text=Raw("{lr: 2}")).text == Optim(lr=2.0)
+    assert "must be a whole number, got 'ten'" in refusal(critic_updates=Raw("ten"))
+
+
+def test_arguments_of_any_constructor() -> None:
+    class Network:
+        def __init__(self, *, width: int = 8, shape: Shape | None = None) -> None:
+            self.width, self.shape = width, shape
+
+    Network.__init__.__annotations__.update(width=int, shape=Shape | None)
+    assert build_arguments(Network, {"width": 4, "shape": {"type": "Square"}}, NAMES) == {"width": 4, "shape": Square()}
+    with pytest.raises(RecipeError, match=r"card: net.widht is unknown; did you mean width"):
+        build_arguments(Network, {"widht": 4}, NAMES, At("card", "net"))
+
+
+def test_digest_is_stable() -> None:
+    assert digest({"b": 1, "a": [1.0, None]}) == digest({"a": [1.0, None], "b": 1})
+    assert digest({"a": 1}) != digest({"a": 2}) and len(digest({})) == 12

@@ -1,0 +1,190 @@
+"""The command line, in process: exit codes, messages, and what it prints."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fewstep.catalogue import KINDS
+from fewstep.cli import COMMANDS, main
+from fewstep.cli.arguments import List, split_overrides
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
+TINY = """
+model:
+  type: Scratch
+  denoiser: {type: VideoDiT, width: 24, depth: 1, heads: 2, text_width: 16}
+  text: {type: TextEncoder, width: 16, depth: 1, heads: 2, buckets: 64}
+  codec: {type: FrameAutoencoder, width: 8, depth: 1}
+  num_frames: 4
+method: {type: DMD2, critic_updates: 1}
+data: {type: WorldClips, num_frames: 4}
+settings: {steps: 1, batch: 2}
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    return path
+
+
+@pytest.fixture
+def said(capsys: pytest.CaptureFixture[str]):
+    """Run a command; its exit code, standard output and standard error."""
+
+    def run(*words: object) -> tuple[int, str, str]:
+        code = main([str(word) for word in words])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def refused(result: tuple[int, str, str], *words: str) -> None:
+    code, out, err = result
+    assert code == 2, (out, err)
+    assert "Traceback" not in err
+    for word in words:
+        assert word in " ".join(err.split()), err
+
+
+def test_help_names_every_command_without_loading_torch() -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "fewstep", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and all(name in done.stdout for name in COMMANDS)
+    loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    assert "tyro" in loaded and not loaded & {"torch", "numpy", "av", "PIL"}  # so it answers in 0.4 s
+
+
+def test_version_and_no_command(said) -> None:
+    assert said("--version")[1].startswith("fewstep 0.")
+    code, out, _ = said()
+    assert code == 0 and "distill" in out
+
+
+def test_unknown_command_and_option_name_the_nearest(said, tiny: Path) -> None:
+    refused(said("distil", tiny), "there is no command 'distil'. Did you mean distill?")
+    refused(said("sample", "world", "--num-inference-step", "3"), "--num-inference-steps")
+    refused(said("list", "method"), "methods")
+    refused(said("distill"), "--help")
+    refused(said("distill", tiny, "--dry-runn"), "--dry-run")
+    refused(said("distill", tiny, "--method.critic-updats", "3"), "did you mean critic_updates?")
+    refused(said("distill", tiny, "--settings.compile"), "--settings.compile needs a value")
+    refused(said("sample", "world", "--method.steps", "3"), "--method.steps")
+
+
+def test_mistakes_are_one_line_and_tracebacks_are_asked_for(said, tiny: Path) -> None:
+    code, _, err = said("distill", "tinny.yaml")
+    assert code == 2 and err.count("\n") == 1 and "Did you mean tiny.yaml?" in err
+    with pytest.raises(FileNotFoundError):
+        main(["distill", "tinny.yaml", "--traceback"])
+    tiny.write_text(TINY.replace("critic_updates", "critic_updats"))
+    refused(said("explain", tiny), "tiny.yaml: method.critic_updats is unknown; did you mean critic_updates?")
+    tiny.write_text(TINY + "method: {type: DMD2}\n")
+    refused(said("explain", tiny), "line 11: the key 'method' is written twice")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_list(said, kind: str) -> None:
+    code, out, _ = said("list", kind, "--json")
+    found = json.loads(out)
+    assert code == 0 and [set(entry) for entry in found] == [{"name", "doc", "cite", "file", "line"}] * len(KINDS[kind])
+    for entry in found:
+        assert entry["doc"], f"{entry['name']} has no docstring"
+        assert entry["name"] in Path(entry["file"]).read_text().splitlines()[entry["line"] - 1] or entry["line"] > 0
+    code, out, _ = said("list", kind)
+    assert code == 0 and all(entry["name"] in out for entry in found)
+
+
+def test_every_method_is_cited(said) -> None:
+    assert all(entry["cite"] for entry in json.loads(said("list", "methods", "--json")[1]))
+
+
+def test_list_offers_what_the_catalogue_has() -> None:
+    from typing import get_args, get_type_hints
+
+    kinds = get_args(get_type_hints(List)["kind"])
+    assert set(KINDS) == set(kinds)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=[p.stem for p in RECIPES])
+def test_explain_prints_every_key_of_every_recipe(said, path: Path) -> None:
+    code, out, err = said("explain", path)
+    assert code in (0, 2) and ("model" in out and "settings" in out and "papers" in out)
+    assert code == 0 or "card.json" in err  # a recipe that starts from a run that has not been made here
+
+
+def test_explain_shows_defaults_sources_and_overrides(said, tiny: Path) -> None:
+    code, out, _ = said("explain", tiny, "--method.critic-updates", "7", "--settings.seed=3")
+    assert code == 0
+    assert "critic_updates: 7" in out and "seed: 3" in out and "warmup: 0" in out
+    assert "dmd2.py:" in out and "2405.14867" in out
+    assert out.count("critic, ") >= 6  # the schedule of one iteration
+
+
+def test_dry_run_loads_and_writes_nothing(said, tiny: Path) -> None:
+    before = sorted(tiny.parent.rglob("*"))
+    code, out, _ = said("distill", tiny, "--dry-run", "--method.gan", "0.01")
+    assert code == 0, out
+    for word in ("teacher", "student", "critic", "discriminator", "VideoDiT", "[2, 4, 4, 8, 8]", "MiB"):
+        assert word in out, out
+    assert sorted(tiny.parent.rglob("*")) == before
+
+
+def test_distill_sample_and_refuse(said, tiny: Path) -> None:
+    code, out, err = said("distill", tiny, "--output", "run", "--quiet")
+    assert code == 0 and out.strip() == "run/student", err
+    code, out, err = said("sample", "run/student", "--prompt", "a red ball", "--output", "clip.gif", "--seed", 3)
+    assert code == 0 and Path("clip.gif").stat().st_size > 0, err
+    refused(said("sample", "run/student", "--prompt", "a", "--num-inference-steps", 7), "was trained for", "--force")
+    code, _, err = said(
+        "sample", "run/student", "--prompt", "a", "--num-inference-steps", 2, "--force", "--output", "b.mp4"
+    )
+    assert code == 0 and Path("b.mp4").is_file(), err
+    refused(said("sample", "run/student"), "--prompt")
+    refused(said("sample", "run/student", "--prompt", "a", "--output", "clip.avi"), ".mp4 or .gif")
+    refused(said("sample", "nowhere", "--prompt", "a"), "no card.json")
+
+
+def test_pairs(said, tiny: Path) -> None:
+    from fewstep.recipe import Recipe
+
+    Recipe.load(tiny).model.load().save(Path("teacher"))
+    code, out, err = said(
+        "pairs", "world:3", "--model", "teacher", "--output", "pairs", "--steps", 4, "--batch", 2, "--quiet",
+        "--times", 1, 0.5, 0,
+    )  # fmt: skip
+    assert code == 0 and "3 pairs" in out, err
+
+
+def test_doctor(said) -> None:
+    code, out, _ = said("doctor")
+    assert code == 0
+    for word in ("torch", "cores", "memory", "gpu", "tensorboard", "sdpa"):
+        assert word in out, out
+
+
+def test_overrides_are_split_off() -> None:
+    words = ["distill", "a.yaml", "--method.x", "-1", "--output", "runs/x.y", "--a.b=c=d", "--dry-run"]
+    rest, pairs = split_overrides(words)
+    assert rest == ["distill", "a.yaml", "--output", "runs/x.y", "--dry-run"]
+    assert pairs == [("method.x", "-1"), ("a.b", "c=d")]
+
+
+def test_evaluate_compares_a_student_with_its_teacher(said, tiny: Path) -> None:
+    from fewstep.recipe import Recipe
+
+    Recipe.load(tiny).model.load().save(Path("teacher"))
+    assert said("distill", tiny, "--output", "run", "--quiet")[0] == 0
+    words = ["--teacher", "teacher", "--output", "report", "--prompts", 2, "--num-inference-steps", 4, "--quiet"]
+    code, out, err = said("evaluate", "run/student", *words)
+    assert code == 0, err
+    assert "teacher 4" in out and "student 4" in out and out.split()[-1] == "report/report.html"
+    assert Path("report/results.json").is_file()

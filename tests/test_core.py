@@ -1,0 +1,59 @@
+"""Named randomness and the finite check."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fewstep.core import Rng
+from fewstep.core.finite import NonFiniteError, require_finite
+
+
+def test_same_name_same_numbers() -> None:
+    assert torch.equal(Rng(3, 5, 1).randn((4,), "eps"), Rng(3, 5, 1).randn((4,), "eps"))
+
+
+@pytest.mark.parametrize("other", [Rng(4, 5, 1), Rng(3, 6, 1), Rng(3, 5, 0), Rng(3, 5, 1).fold("child")])
+def test_any_other_coordinate_gives_other_numbers(other: Rng) -> None:
+    assert not torch.equal(Rng(3, 5, 1).randn((4,), "eps"), other.randn((4,), "eps"))
+
+
+def test_another_name_gives_other_numbers() -> None:
+    assert not torch.equal(Rng(3).randn((4,), "eps"), Rng(3).randn((4,), "noise"))
+
+
+def test_shared_numbers_agree_across_places() -> None:
+    exits = [[Rng(0, step, place).integer("exit", 1000) for step in range(20)] for place in range(3)]
+    assert exits[0] == exits[1] == exits[2]
+    assert len(set(exits[0])) > 10
+
+
+def test_drawing_leaves_the_global_stream_alone() -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    Rng(1).randn((8,), "eps")
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_at_and_fold_keep_the_rest() -> None:
+    rng = Rng(1, 2, 3).at(step=9)
+    assert (rng.seed, rng.step, rng.place) == (1, 9, 3)
+    assert rng.fold("a") == rng.fold("a") != rng.fold("b")
+
+
+def test_moments() -> None:
+    x = Rng(0).randn((50_000,), "eps")
+    assert abs(float(x.mean())) < 0.02
+    assert abs(float(x.std()) - 1) < 0.02
+    counts = Rng(0).integers((50_000,), "index", 4).bincount()
+    assert counts.min() > 12_000
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_number_is_named(bad: float) -> None:
+    with pytest.raises(NonFiniteError, match=r"loss of critic: 1 of 3 values"):
+        require_finite(torch.tensor([0.0, bad, 1.0]), "loss of critic")
+
+
+def test_finite_numbers_pass() -> None:
+    require_finite(torch.ones(3), "x")

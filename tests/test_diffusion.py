@@ -1,0 +1,272 @@
+"""Identities of paths, predictions, times, guidance; orders of convergence of the samplers. All in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from bench_gaussian import SCALAR, GaussianTeacher, cond_of, f64, normal
+from fewstep.core import Cond, Rng
+from fewstep.diffusion import (
+    CFG,
+    EDM,
+    KINDS,
+    VP,
+    Contract,
+    Grid,
+    Kind,
+    LogitNormal,
+    NoisePath,
+    Prediction,
+    RectifiedFlow,
+    StepCountError,
+    TimeDensity,
+    Trig,
+    Uniform,
+    ddim,
+    dpmpp_2m,
+    euler,
+    from_x0,
+    heun,
+    renoise,
+    shifted,
+    solve,
+    target,
+    uniform_grid,
+)  # fmt: skip
+
+PATHS = [RectifiedFlow(), Trig(), VP(), EDM()]
+BOUNDED = PATHS[:3]
+SHAPE = (3, 2, 4, 2, 2)
+path_of = pytest.mark.parametrize("path", PATHS, ids=lambda p: type(p).__name__)
+
+
+def draw(name: str) -> torch.Tensor:
+    return Rng(1).randn(SHAPE, name).double()
+
+
+# --- paths ------------------------------------------------------------------------------------------------------------
+
+
+@path_of
+def test_derivatives_are_derivatives(path: NoisePath) -> None:
+    t, h = torch.linspace(0.1, 0.9, 9, dtype=torch.float64), 1e-6
+    low, high, here = path.coeffs(t - h), path.coeffs(t + h), path.coeffs(t)
+    torch.testing.assert_close((high.a - low.a) / (2 * h), here.da, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close((high.s - low.s) / (2 * h), here.ds, rtol=1e-6, atol=1e-6)
+
+
+@path_of
+def test_time_of_log_snr_inverts(path: NoisePath) -> None:
+    t = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
+    torch.testing.assert_close(path.time_of_log_snr(path.log_snr(t)), t, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("other", PATHS, ids=lambda p: type(p).__name__)
+@path_of
+def test_match_keeps_the_snr(path: NoisePath, other: NoisePath) -> None:
+    t = torch.linspace(0.2, 0.8, 7, dtype=torch.float64)
+    torch.testing.assert_close(other.log_snr(path.match(other, t)), path.log_snr(t), rtol=1e-9, atol=1e-9)
+
+
+@path_of
+def test_bridge_continues_add_noise(path: NoisePath) -> None:
+    """Signal and variance after `0 -> s -> t` equal those of `0 -> t`."""
+    s, t, one, zero = f64(0.3), f64(0.7), f64(1.0)[None], f64(0.0)[None]
+    low, high = path.coeffs(s), path.coeffs(t)
+    torch.testing.assert_close(path.bridge(low.a[:, None] * one, zero, s, t)[0], high.a)
+    from_noise = path.bridge(low.s[:, None] * one, zero, s, t) ** 2 + path.bridge(zero, one, s, t) ** 2
+    torch.testing.assert_close(from_noise[0], high.s**2)
+
+
+def test_time_per_frame_acts_per_frame() -> None:
+    x0, eps, t = draw("x0"), draw("eps"), Rng(0).rand((3, 4), "t")
+    whole = RectifiedFlow().add_noise(x0, eps, t)
+    for f in range(4):
+        assert torch.equal(whole[:, :, f], RectifiedFlow().add_noise(x0, eps, t[:, f, None].expand(3, 4))[:, :, f])
+
+
+def test_a_time_of_the_wrong_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"\[B\] or \[B, F\]"):
+        RectifiedFlow().add_noise(draw("x0"), draw("eps"), torch.zeros(3, 4, 2))
+
+
+# --- predictions ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@path_of
+def test_kinds_round_trip(path: NoisePath, kind: Kind) -> None:
+    x0, eps, t = draw("x0"), draw("eps"), f64(0.2, 0.5, 0.9)
+    x_t = path.add_noise(x0, eps, t)
+    prediction = Prediction(target(kind, x0, eps, t, path), kind, x_t, t, path)
+    close = {"rtol": 1e-8, "atol": 1e-8}
+    torch.testing.assert_close(prediction.x0, x0, **close)
+    torch.testing.assert_close(prediction.eps, eps, **close)
+    for other in KINDS:
+        torch.testing.assert_close(prediction.as_kind(other), target(other, x0, eps, t, path), **close)
+    s = f64(0.1, 0.3, 0.3)
+    torch.testing.assert_close(prediction.step_to(s), path.add_noise(x0, eps, s), **close)
+
+
+@path_of
+def test_score_is_the_gradient_of_the_log_density(path: NoisePath) -> None:
+    teacher = GaussianTeacher(f64(0.0, 0.7), 0.4, path)
+    x, t = normal(5), torch.full((5,), 0.4, dtype=torch.float64)
+    c = path.coeffs(f64(0.4))
+    expected = -(x - c.a * 0.7) / (c.a**2 * 0.16 + c.s**2)
+    torch.testing.assert_close(teacher(x, t, cond_of(1, 5)).score, expected, rtol=1e-8, atol=1e-8)
+
+
+# --- times ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("density", [Uniform(low=0.1, high=0.6), Uniform(shift=5.0), LogitNormal(mean=-0.5)])
+def test_samples_follow_the_quantiles(density: TimeDensity) -> None:
+    t = density.sample(4000, Rng(0)).double().sort().values
+    u = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
+    torch.testing.assert_close(t, density.at_quantile(u), atol=2e-2, rtol=0)
+
+
+def test_a_grid_density_visits_each_time_equally() -> None:
+    t = Grid(times=(1.0, 0.5, 0.25)).sample(300, Rng(0))
+    assert [int((t == u).sum()) for u in (1.0, 0.5, 0.25)] == [100, 100, 100]
+
+
+def test_grids_and_shift() -> None:
+    assert uniform_grid(4) == (1.0, 0.75, 0.5, 0.25, 0.0)
+    assert set(uniform_grid(2, 5.0)) <= set(uniform_grid(4, 5.0))
+    t = f64(0.1, 0.6)
+    torch.testing.assert_close(shifted(shifted(t, 3.0), 1 / 3.0), t)
+
+
+def test_a_student_refuses_untrained_step_counts() -> None:
+    contract = Contract(steps=2, grids={"2": (1.0, 0.6, 0.0)})
+    assert contract.times() == (1.0, 0.6, 0.0)
+    with pytest.raises(StepCountError, match="trained for 2 steps and was asked for 3"):
+        contract.times(3)
+    assert len(contract.times(3, force=True)) == 4
+
+
+# --- guidance ---------------------------------------------------------------------------------------------------------
+
+
+def test_scale_one_is_the_conditional_network_in_one_pass() -> None:
+    sizes: list[int] = []
+
+    def net(x: torch.Tensor, t: torch.Tensor, cond: Cond) -> Prediction:
+        sizes.append(len(x))
+        return GaussianTeacher(f64(0.0, 1.0), 0.5)(x, t, cond)
+
+    x, t = normal(2), f64(0.5, 0.5)
+    off = CFG()(net, x, t, cond_of(1, 2), cond_of(0, 2))
+    CFG(scale=3.0)(net, x, t, cond_of(1, 2), cond_of(0, 2))
+    assert sizes == [2, 4]
+    assert torch.equal(off.raw, GaussianTeacher(f64(0.0, 1.0), 0.5)(x, t, cond_of(1, 2)).raw)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_guidance_moves_the_mean(kind: Kind) -> None:
+    """Guidance between Gaussians of equal variance is the Gaussian of the extrapolated mean, in every kind."""
+    x, t = normal(4), torch.full((4,), 0.6, dtype=torch.float64)
+    teacher = GaussianTeacher(f64(-0.2, 0.5), 0.4, kind=kind)
+    guided = CFG(scale=2.5)(teacher, x, t, cond_of(1, 4), cond_of(0, 4))
+    moved = GaussianTeacher(f64(0.0, teacher.guided_mean(2.5)), 0.4)(x, t, cond_of(1, 4))
+    torch.testing.assert_close(guided.x0, moved.x0, rtol=1e-10, atol=1e-10)
+
+
+def test_guidance_conventions_and_interval() -> None:
+    assert CFG.from_offset(3.0) == CFG(scale=4.0)
+    teacher, x, t = GaussianTeacher(f64(0.0, 1.0), 0.5), normal(2), f64(0.1, 0.5)
+    guided = CFG(scale=3.0, low=0.3)(teacher, x, t, cond_of(1, 2), cond_of(0, 2)).raw
+    plain = teacher(x, t, cond_of(1, 2)).raw
+    torch.testing.assert_close(guided[0], plain[0])
+    assert not torch.allclose(guided[1], plain[1])
+
+
+# --- samplers ---------------------------------------------------------------------------------------------------------
+
+
+def error(solver: str, path: NoisePath, steps: int) -> float:
+    teacher = GaussianTeacher(f64(0.0, 0.7), 0.4, path)
+    x = path.prior(normal(6))
+    with torch.no_grad():
+        made = solve(solver, lambda x, t: teacher(x, t, cond_of(1, 6)), x, uniform_grid(steps), rng=Rng(0))
+    return float((made - teacher.flow_map(x, 1.0, 0.0, 0.7)).abs().max())
+
+
+@pytest.mark.parametrize("path", BOUNDED[:2], ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize(("solver", "order"), [("ddim", 1), ("euler", 1), ("heun", 2)])
+def test_order_of_convergence(solver: str, order: int, path: NoisePath) -> None:
+    coarse, fine = error(solver, path, 64), error(solver, path, 128)
+    assert abs(math.log2(coarse / fine) - order) < 0.2
+
+
+@pytest.mark.parametrize("path", BOUNDED, ids=lambda p: type(p).__name__)
+def test_dpmpp_2m_is_of_second_order_where_lambda_is_finite(path: NoisePath) -> None:
+    teacher, x, errors = GaussianTeacher(f64(0.0, 0.7), 0.4, path), normal(6), []
+    first, last = (float(path.log_snr(f64(t))) for t in (0.9, 0.05))
+    for steps in (64, 128):
+        times = path.time_of_log_snr(torch.linspace(first, last, steps + 1, dtype=torch.float64)).tolist()
+        seen: dict[int, torch.Tensor] = {}
+        with torch.no_grad():
+            dpmpp_2m(
+                lambda x, t: teacher(x, t, cond_of(1, 6)), x, (*times, 0.0),
+                watch=lambda i, p, seen=seen: seen.update({i: p.x_t}),
+            )  # fmt: skip
+        errors.append(float((seen[steps] - teacher.flow_map(x, times[0], times[-1], 0.7)).abs().max()))
+    assert abs(math.log2(errors[0] / errors[1]) - 2) < 0.1
+
+
+def test_dpmpp_2m_beats_ddim_from_noise_to_data() -> None:
+    assert error("dpmpp_2m", RectifiedFlow(), 16) < 0.3 * error("ddim", RectifiedFlow(), 16)
+
+
+@pytest.mark.parametrize("path", BOUNDED, ids=lambda p: type(p).__name__)
+def test_first_order_steps_are_the_affine_composition(path: NoisePath) -> None:
+    teacher, x = GaussianTeacher(f64(0.0, 0.7), 0.4, path), normal(6)
+    with torch.no_grad():
+        made = ddim(lambda x, t: teacher(x, t, cond_of(1, 6)), x, uniform_grid(8))
+    scale, offset = teacher.compose_affine(uniform_grid(8), 0.7)
+    torch.testing.assert_close(made, scale * x + offset, rtol=1e-10, atol=1e-10)
+
+
+def test_euler_is_ddim_on_rectified_flow() -> None:
+    teacher, x = GaussianTeacher(f64(0.0, 0.7), 0.4), normal(6)
+    denoise = lambda x, t: teacher(x, t, cond_of(1, 6))  # noqa: E731
+    torch.testing.assert_close(euler(denoise, x, uniform_grid(5)), ddim(denoise, x, uniform_grid(5)))
+
+
+def test_one_step_gives_the_mean() -> None:
+    """One Euler step of rectified flow from pure noise knows nothing of the noise."""
+    teacher, x = GaussianTeacher(f64(0.0, 0.7), 0.4), normal(6)
+    made = euler(lambda x, t: teacher(x, t, cond_of(1, 6)), x, (1.0, 0.0))
+    torch.testing.assert_close(made, torch.full_like(made, 0.7))
+
+
+def test_every_solver_is_exact_for_a_known_x0() -> None:
+    x0, eps = draw("x0"), draw("eps")
+    for solver in ("euler", "ddim", "heun", "dpmpp_2m", "renoise"):
+        denoise = lambda x, t: from_x0(x0, x, t, RectifiedFlow())  # noqa: E731
+        torch.testing.assert_close(solve(solver, denoise, eps, uniform_grid(4), rng=Rng(0)), x0, rtol=1e-9, atol=1e-9)
+
+
+def test_renoise_uses_named_noise_and_watch_sees_every_call() -> None:
+    x0, eps, seen = torch.full((2, *SCALAR), 0.3), Rng(0).randn((2, *SCALAR), "noise"), []
+    denoise = lambda x, t: from_x0(x0, x, t, RectifiedFlow())  # noqa: E731
+    renoise(denoise, eps, (1.0, 0.5, 0.0), rng=Rng(4), watch=lambda i, p: seen.append((i, p.x_t)))
+    assert [i for i, _ in seen] == [0, 1]
+    assert torch.equal(seen[1][1], 0.5 * x0 + 0.5 * Rng(4).randn(x0.shape, "renoise/0"))
+
+
+def test_heun_costs_two_calls_but_one_in_the_last_step() -> None:
+    calls: list[float] = []
+
+    def denoise(x: torch.Tensor, t: torch.Tensor) -> Prediction:
+        calls.append(float(t[0]))
+        return from_x0(torch.zeros_like(x), x, t, RectifiedFlow())
+
+    heun(denoise, normal(1), uniform_grid(4))
+    assert len(calls) == 7 == Contract(solver="heun", steps=4).calls()

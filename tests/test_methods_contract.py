@@ -1,0 +1,189 @@
+"""What every method promises, on a tiny real network: who moves, who does not, and that randomness is a function."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from bench_gaussian import terms
+from fewstep.core import Batch, Pairs, Rng
+from fewstep.core.build import build, dump
+from fewstep.diffusion import CFG, DENSITIES, Contract, RectifiedFlow, uniform_grid
+from fewstep.methods import (
+    DMD2,
+    METHODS,
+    ROLLOUTS,
+    BackwardSimulation,
+    Consistency,
+    Copy,
+    FlowMatching,
+    FromData,
+    Heads,
+    KnowledgeDistillation,
+    Method,
+    Nets,
+    OneStep,
+    Progressive,
+    ReadAttributes,
+    Reconstruction,
+    Sync,
+)  # fmt: skip
+from fewstep.methods.flow_matching import fold_frames
+from fewstep.methods.rollouts import NESTED
+from fewstep.models.autoencoder import FrameAutoencoder
+from fewstep.models.denoiser import Denoiser
+from fewstep.models.discriminators import FeatureHeads
+from fewstep.models.features import ClipFeatures
+from fewstep.models.text import TextEncoder
+from fewstep.models.video_dit import VideoDiT
+
+B, SHAPE, SIZES = 2, (4, 3, 4, 4), (3, 5)
+METHOD_NAMES = {cls.__name__: cls for cls in (*METHODS, *ROLLOUTS, *DENSITIES)}
+CASES: dict[str, Method] = {cls.__name__: cls() for cls in METHODS} | {
+    "FlowMatching-images": FlowMatching(image_fraction=1.0, images_per_clip=2, cond_drop=0.5),
+    "ReadAttributes-features": ReadAttributes(of="features"),
+    "Progressive-later": Progressive(stages=((2, 0), (1, 5))),
+    "Consistency-unguided": Consistency(guidance=CFG(), skip=3),
+    "DMD2-gan": DMD2(critic_updates=2, gan=0.03, r1=1.0, layers=(0, -1)),
+    "DMD2-one-step": DMD2(critic_updates=1, rollout=OneStep()),
+    "DMD2-three-grids": DMD2(critic_updates=1, rollout=BackwardSimulation(grids=NESTED, shift=3.0, mode="ode")),
+    "DMD2-data": DMD2(critic_updates=1, rollout=FromData()),
+    "DMD2-anchor": DMD2(critic_updates=1, anchor=0.25),
+}
+cases = pytest.mark.parametrize("method", CASES.values(), ids=CASES.keys())
+
+
+def shaken(network: nn.Module) -> nn.Module:
+    """Off every zero initialisation, so that all gradients exist."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in network.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=generator))
+    return network
+
+
+def part(name: str) -> nn.Module:
+    match name:
+        case "codec":
+            return shaken(FrameAutoencoder(latent_channels=4, width=8, depth=1))
+        case "text":
+            return shaken(TextEncoder(width=16, depth=1, heads=2, attribute_sizes=SIZES))
+        case "features":
+            return shaken(ClipFeatures(width=8, attribute_sizes=SIZES))
+    backbone = VideoDiT(channels=4, width=24, depth=2, heads=2, text_width=16)
+    return shaken(Denoiser(backbone, RectifiedFlow(), "flow"))
+
+
+def make_nets(method: Method) -> Nets:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        roles = {"teacher": part(method.part), "student": part(method.part)}
+        for role, recipe in method.aux().items():
+            match recipe:
+                case Copy():
+                    roles[role] = part(method.part)
+                case Heads(_, layers):
+                    roles[role] = FeatureHeads(width=24, layers=layers)
+    return Nets({role: network.requires_grad_(False) for role, network in roles.items()})
+
+
+def make_batch(needs: frozenset[str]) -> Batch:
+    """Only what `needs` names is there: a method that reads more fails."""
+    rng = Rng(0)
+    prompts = ("a red ball", "a blue box moves left")
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        text = TextEncoder(width=16, depth=1, heads=2)
+        cond, uncond = text.encode(prompts), text.encode(["", ""])
+    return Batch(
+        cond, uncond, SHAPE,
+        prompts=prompts if "prompts" in needs else (),
+        x0=rng.randn((B, *SHAPE), "x0") if "x0" in needs else None,
+        pairs=Pairs(rng.randn((B, 5, *SHAPE), "pairs"), uniform_grid(4)) if "pairs" in needs else None,
+        frames=rng.rand((B, 3, 5, 16, 16), "frames") * 2 - 1 if "frames" in needs else None,
+        labels=torch.tensor([[0, 1], [2, 4]]) if "labels" in needs else None,
+    )  # fmt: skip
+
+
+@cases
+def test_only_the_named_roles_get_gradient(method: Method) -> None:
+    nets, batch = make_nets(method), make_batch(method.needs)
+    for event in method.updates(0):
+        if isinstance(event, Sync):
+            assert event.target in method.aux()
+            assert event.source in nets
+            continue
+        for role, network in nets.items():
+            network.requires_grad_(role in event.roles).zero_grad(set_to_none=True)
+        for losses in event.losses(nets, batch, Rng(0)):
+            assert all(term.ndim == 0 for term in losses.values())
+            sum(losses.values()).backward()
+        for role, network in nets.items():
+            grads = [p.grad for p in network.parameters() if p.grad is not None]
+            if role in event.roles:
+                assert any(bool((g != 0).any()) for g in grads), f"{role} was to be trained and got no gradient"
+                assert all(bool(g.isfinite().all()) for g in grads)
+            else:
+                assert not grads, f"{role} is frozen in this update and got a gradient"
+
+
+@cases
+def test_losses_are_a_function_of_seed_and_step(method: Method) -> None:
+    nets, batch = make_nets(method), make_batch(method.needs)
+
+    def losses(rng: Rng) -> list[float]:
+        updates = [u for u in method.updates(0) if not isinstance(u, Sync)]
+        return [float(v) for u in updates for v in terms(u.losses(nets, batch, rng)).values()]
+
+    torch.manual_seed(1)
+    first = losses(Rng(0, 3))
+    torch.manual_seed(2)
+    assert first == losses(Rng(0, 3))
+    if method.part != "text":  # reading a prompt has no randomness
+        assert first != losses(Rng(0, 4))
+        assert first != losses(Rng(1, 3))
+
+
+@cases
+def test_methods_are_recipes(method: Method) -> None:
+    tree = dump(method, Method)
+    assert build(Method, tree, METHOD_NAMES) == method
+
+
+@cases
+def test_contract_and_cost(method: Method) -> None:
+    teacher = Contract(solver="heun", steps=40, shift=2.0, guidance=CFG(scale=5.0))
+    contract = method.contract(teacher)
+    if isinstance(method, (FlowMatching, Reconstruction, ReadAttributes)):
+        assert contract == teacher
+    else:
+        assert contract.grids
+        assert contract.guidance == CFG()
+        assert contract.calls() < teacher.calls()
+    assert method.cost() >= 3
+    assert method.cite
+
+
+def test_every_method_is_tried() -> None:
+    assert {type(m) for m in CASES.values()} == set(METHODS)
+    assert KnowledgeDistillation().contract(Contract()).grids.keys() == {"1", "2", "4"}
+
+
+def test_images_are_single_frames_of_their_own_clip() -> None:
+    seen: list[tuple[torch.Size, int]] = []
+    nets, batch = make_nets(FlowMatching()), make_batch(frozenset({"prompts", "x0"}))
+    nets.student.register_forward_pre_hook(lambda _, args: seen.append((args[0].shape, len(args[2]))))
+    terms(FlowMatching(image_fraction=1.0, images_per_clip=2).student_loss(nets, batch, Rng(0)))
+    terms(FlowMatching().student_loss(nets, batch, Rng(0)))
+    assert seen == [((4, 4, 1, 4, 4), 4), ((2, *SHAPE), 2)]
+
+
+def test_folded_frames_are_different_frames_of_the_stated_clip() -> None:
+    clips = torch.arange(2 * 5).reshape(2, 1, 5, 1, 1).expand(2, 3, 5, 2, 2)
+    frames, rows = fold_frames(clips, 4, Rng(0))
+    assert frames.shape == (8, 3, 1, 2, 2)
+    assert rows.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    shown = frames[:, 0, 0, 0, 0]
+    assert len(set(shown.tolist())) == 8
+    assert torch.equal(shown // 5, rows)

@@ -1,0 +1,234 @@
+"""Every method reaches the student that theory says it should, on Gaussian teachers in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench_gaussian import (
+    RF,
+    AffineTableStudent,
+    Counting,
+    ExactCritic,
+    GaussianTeacher,
+    f64,
+    make_batch,
+    minimise,
+    normal,
+    run,
+    stored_pairs,
+    terms,
+)  # fmt: skip
+from fewstep.core import Pairs, Rng
+from fewstep.diffusion import CFG, VP, NoisePath, Trig, from_x0, uniform_grid
+from fewstep.methods import (
+    DMD2,
+    BackwardSimulation,
+    Consistency,
+    FromPairs,
+    KnowledgeDistillation,
+    Nets,
+    OneStep,
+    Progressive,
+)  # fmt: skip
+from fewstep.methods.progressive import landing
+
+MEANS, STD = f64(-0.2, 0.7), 0.4
+paths = pytest.mark.parametrize("path", [RF, Trig()], ids=lambda p: type(p).__name__)
+
+
+def check_table(student: AffineTableStudent, rows: list[tuple[float, float]], tolerance: float) -> None:
+    got = torch.stack([student.scale, student.offset], 1).detach()
+    torch.testing.assert_close(got, f64(*(v for row in rows for v in row)).reshape(-1, 2), rtol=0, atol=tolerance)
+
+
+# --- knowledge distillation -------------------------------------------------------------------------------------------
+
+
+@paths
+def test_kd_fits_the_teachers_composition(path: NoisePath) -> None:
+    teacher, grid = GaussianTeacher(MEANS, STD, path), uniform_grid(8)
+    batch = make_batch(64, pairs=stored_pairs(teacher, normal(64), 8))
+    student = AffineTableStudent(grid[:-1:2], path)
+    run(KnowledgeDistillation(huber=None), Nets({"student": student}), batch, 1, minimise)
+    check_table(student, [teacher.compose_affine(grid[i:], 0.7) for i in (0, 2, 4, 6)], 1e-8)
+
+
+def test_kd_on_shuffled_pairs_collapses_to_the_mean() -> None:
+    """Each noise is paired with an endpoint and with its mirror image, so noise and endpoint are uncorrelated."""
+    pairs = stored_pairs(GaussianTeacher(MEANS, STD), normal(64), 8)
+    ends, starts = pairs.states[:, -1], pairs.states[:, :-1]
+    mirrored = torch.cat([torch.cat([starts, e[:, None]], 1) for e in (ends, 2 * ends.mean() - ends)])
+    student = AffineTableStudent((1.0,))
+    method = KnowledgeDistillation(rollout=FromPairs(grids=((1.0,),)), huber=None)
+    run(method, Nets({"student": student}), make_batch(128, pairs=Pairs(mirrored, pairs.times)), 1, minimise)
+    check_table(student, [(0.0, float(ends.mean()))], 1e-8)
+
+
+# --- progressive distillation -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", [RF, Trig(), VP()], ids=lambda p: type(p).__name__)
+def test_pd_target_lands_on_two_teacher_steps(path: NoisePath) -> None:
+    x_u, x_s = normal(3, "u"), normal(3, "s")
+    u, s = f64(1.0, 0.7, 0.3), f64(0.5, 0.2, 0.1)
+    target = landing(x_u, u, x_s, s, path)
+    torch.testing.assert_close(from_x0(target, x_u, u, path).step_to(s), x_s, rtol=0, atol=1e-12)
+
+
+def test_pd_target_is_the_average_velocity_on_rectified_flow() -> None:
+    x_u, x_s, u, s = normal(2, "u"), normal(2, "s"), f64(1.0, 0.6), f64(0.5, 0.2)
+    velocity = (x_u - x_s) / (u - s).reshape(2, 1, 1, 1, 1)
+    torch.testing.assert_close(landing(x_u, u, x_s, s, RF), x_u - u.reshape(2, 1, 1, 1, 1) * velocity)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+@pytest.mark.parametrize("path", [RF, Trig(), VP(low=-14.0)], ids=lambda p: type(p).__name__)
+def test_pd_from_four_to_one_is_the_four_step_teacher(path: NoisePath, scale: float) -> None:
+    teacher = GaussianTeacher(MEANS, STD, path).requires_grad_(False)
+    student = AffineTableStudent((1.0, 0.5), path)
+    method = Progressive(stages=((2, 1), (1, 1)), guidance=CFG(scale=scale))
+    nets = Nets({"student": student, "stage": teacher, "teacher": teacher})
+    run(method, nets, make_batch(64, x0=0.7 + STD * normal(64)), 2, minimise)
+    mean = teacher.guided_mean(scale)
+    a, b = teacher.compose_affine(uniform_grid(4), mean)
+    check_table(student, [(a, b), teacher.compose_affine((0.5, 0.25, 0.0), mean)], 1e-8)
+    assert abs(a - float(teacher.flow_map(f64(1.0), 1.0, 0.0, 0.0))) > 1e-2, "the ODE map is another one"
+
+
+def test_pd_is_guided_in_the_first_stage_only() -> None:
+    method = Progressive(stages=((2, 1), (1, 1)), guidance=CFG(scale=2.0))
+    sizes = []
+    for step in range(2):
+        stage = Counting(GaussianTeacher(MEANS, STD))
+        nets = Nets({"student": AffineTableStudent((1.0, 0.5)), "stage": stage})
+        terms(list(method.updates(step))[-1].losses(nets, make_batch(4, x0=normal(4)), Rng(0)))
+        sizes.append([len(x) for _, x, _ in stage.calls])
+    assert sizes == [[8, 8], [4, 4]]
+
+
+def test_pd_changes_stage_on_time() -> None:
+    method = Progressive(stages=((4, 3), (2, 2), (1, 1)))
+    synced = [step for step in range(10) if len(list(method.updates(step))) == 2]
+    assert synced == [3, 5]
+    with pytest.raises(ValueError, match="half the steps"):
+        Progressive(stages=((4, 1), (1, 1)))
+
+
+# --- consistency ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("skip", [1, 2])
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+@paths
+def test_consistency_fixed_point_is_the_ddim_composition(path: NoisePath, scale: float, skip: int) -> None:
+    teacher, grid = GaussianTeacher(MEANS, STD, path), uniform_grid(8)
+    mean = teacher.guided_mean(scale)
+    method = Consistency(intervals=8, skip=skip, guidance=CFG(scale=scale))
+    ddim = [teacher.compose_affine((*grid[i:-1:skip], 0.0), mean) for i in range(8)]
+    ode = []
+    for t in grid[:-1]:
+        at_zero, at_one = (float(teacher.flow_map(f64(x), t, 0.0, mean)) for x in (0.0, 1.0))
+        ode.append((at_one - at_zero, at_zero))
+    losses = []
+    for rows in (ddim, ode):
+        table = AffineTableStudent(grid[:-1], path).fill(rows)
+        nets = Nets({"student": table, "target": table, "teacher": teacher})
+        batch = make_batch(64, x0=0.7 + STD * normal(64))
+        losses.append(terms(method.student_loss(nets, batch, Rng(0)))["consistency"].item())
+    assert losses[0] < 1e-14
+    assert losses[1] > 1e-3
+
+
+def test_known_values_of_the_composition() -> None:
+    teacher = GaussianTeacher(MEANS, STD)
+    for steps, expected in ((4, 1.0377), (48, 1.2025)):
+        a, b = teacher.compose_affine(uniform_grid(steps), 0.7)
+        assert abs(a * 1.3 + b - expected) < 5e-5
+    assert abs(float(teacher.flow_map(f64(1.3), 1.0, 0.0, 0.7)) - 1.22) < 1e-12
+
+
+# --- distribution matching --------------------------------------------------------------------------------------------
+
+
+def one_step_nets(scale: float, offset: float) -> Nets:
+    student = AffineTableStudent((1.0,)).fill([(scale, offset)])
+    return Nets({"student": student, "teacher": GaussianTeacher(MEANS, STD), "critic": ExactCritic(student)})
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_dmd2_reaches_the_guided_mean(scale: float) -> None:
+    """Student of the right variance, optimal critic: the fixed point is `m_c + (w - 1)(m_c - m_null)` at every t."""
+    nets = one_step_nets(STD, -1.0)
+    method = DMD2(rollout=OneStep(), guidance=CFG(scale=scale))
+    optimiser = torch.optim.Adam([nets.student.offset], lr=0.02)
+    for step in range(500):
+        optimiser.zero_grad()
+        terms(method.student_loss(nets, make_batch(16), Rng(0, step)))["matching"].backward()
+        optimiser.step()
+    assert abs(nets.student.offset.item() - (0.7 + (scale - 1) * (0.7 - -0.2))) < 1e-3
+
+
+@pytest.mark.parametrize("start", [-1.0, 2.0])
+def test_dmd2_descends_towards_the_teacher(start: float) -> None:
+    nets = one_step_nets(STD, start)
+    method = DMD2(rollout=OneStep(), guidance=CFG())
+    terms(method.student_loss(nets, make_batch(16), Rng(0)))["matching"].backward()
+    assert (float(nets.student.offset.grad) > 0) == (start > 0.7)
+
+
+def test_dmd2_widens_a_student_that_is_too_narrow() -> None:
+    nets = one_step_nets(0.1, 0.7)
+    method = DMD2(rollout=OneStep(), guidance=CFG())
+    terms(method.student_loss(nets, make_batch(256), Rng(0)))["matching"].backward()
+    assert float(nets.student.scale.grad) < 0
+
+
+def test_dmd2_student_turn_touches_the_student_only_with_one_grad_call() -> None:
+    table = AffineTableStudent((1.0, 0.75, 0.5, 0.25)).fill([(0.3, 0.1)] * 4)
+    nets = Nets({r: Counting(n) for r, n in {"student": table, "teacher": GaussianTeacher(MEANS, STD),
+                                             "critic": GaussianTeacher(MEANS + 1, STD)}.items()})  # fmt: skip
+    for step in range(8):
+        nets.student.calls.clear()
+        terms(DMD2().student_loss(nets, make_batch(4), Rng(0, step)))["matching"].backward()
+        assert sum(grad for grad, _, _ in nets.student.calls) == 1
+    assert table.offset.grad is not None
+    assert all(p.grad is None for role in ("teacher", "critic") for p in nets[role].parameters())
+
+
+def test_dmd2_order_and_number_of_updates() -> None:
+    method = DMD2(critic_updates=3, warmup=2)
+    assert [u.roles for u in method.updates(2)] == [("critic",)] * 3 + [("student",)]
+    assert [u.roles for u in method.updates(1)] == [("critic",)] * 3
+    adversarial = DMD2(critic_updates=1, gan=0.01)
+    assert [u.roles for u in adversarial.updates(0)] == [("critic", "discriminator"), ("student",)]
+
+
+def test_dmd2_critic_turns_see_fresh_samples() -> None:
+    nets = one_step_nets(STD, 0.0)
+    counting = Nets({**nets, "student": Counting(nets.student)})
+    for update in DMD2(critic_updates=2, rollout=OneStep()).updates(0):
+        terms(update.losses(counting, make_batch(4), Rng(0)))
+    inputs = [x for _, x, _ in counting.student.calls]
+    assert len(inputs) == 3
+    assert [grad for grad, _, _ in counting.student.calls] == [False, False, True]
+    assert not any(torch.equal(a, b) for i, a in enumerate(inputs) for b in inputs[:i])
+
+
+def test_dmd2_needs_follow_its_fields_and_costs_follow_the_paper() -> None:
+    assert DMD2().needs == {"prompts"}
+    assert DMD2(gan=0.01).needs == {"prompts", "x0"}
+    assert DMD2(anchor=0.25).needs == {"prompts", "pairs"}
+    assert DMD2(rollout=BackwardSimulation(), critic_updates=1).cost() == 7.5 + 5.5
+    assert DMD2(critic_updates=5).cost() == DMD2(critic_updates=1).cost() + 4 * 5.5
+
+
+def test_dmd2_anchor_is_zero_for_the_exact_pairs() -> None:
+    teacher = GaussianTeacher(MEANS, STD)
+    pairs = stored_pairs(teacher, normal(32), 8)
+    student = AffineTableStudent((1.0,)).fill([teacher.compose_affine(uniform_grid(8), 0.7)])
+    nets = Nets({"student": student, "teacher": teacher, "critic": ExactCritic(student)})
+    method = DMD2(rollout=OneStep(), anchor=1.0, anchor_rollout=FromPairs(grids=((1.0,),)))
+    losses = terms(method.student_loss(nets, make_batch(32, pairs=pairs), Rng(0)))
+    assert losses["anchor"].item() < 1e-12
+    assert losses["matching"].item() > 1e-12

@@ -1,0 +1,111 @@
+"""The training simulation is the sampler, stopped early, with one call that carries gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench_gaussian import SCALAR, AffineTableStudent, Counting, GaussianTeacher, f64, make_batch, normal, stored_pairs
+from fewstep.core import Rng
+from fewstep.diffusion import CFG, EDM, Contract, solve, uniform_grid
+from fewstep.methods import BackwardSimulation, FromData, FromPairs, OneStep, Rollout
+from fewstep.methods.rollouts import NESTED
+
+FOUR = (1.0, 0.75, 0.5, 0.25)
+TEACHER = Contract(solver="euler", steps=50, shift=3.0, guidance=CFG(scale=4.0))
+
+
+def student() -> Counting:
+    return Counting(AffineTableStudent(FOUR).fill([(0.1, 0.2), (0.3, 0.1), (0.5, 0.0), (0.9, 0.1)]))
+
+
+def test_exactly_one_call_carries_gradient_and_nothing_runs_after_the_exit() -> None:
+    exits = set()
+    for step in range(30):
+        net = student()
+        rolled = BackwardSimulation(grids=NESTED)(net, make_batch(2), Rng(0, step), grad=True)
+        enabled = [grad for grad, _, _ in net.calls]
+        assert enabled == [False] * (len(enabled) - 1) + [True]
+        assert rolled.x0.requires_grad
+        assert torch.equal(rolled.x_t, net.calls[-1][1])
+        assert torch.equal(rolled.t, net.calls[-1][2])
+        exits.add(len(enabled))
+    assert exits == {1, 2, 3, 4}
+
+
+def test_without_grad_no_call_carries_gradient() -> None:
+    net = student()
+    assert not BackwardSimulation()(net, make_batch(2), Rng(0), grad=False).x0.requires_grad
+    assert not any(grad for grad, _, _ in net.calls)
+
+
+@pytest.mark.parametrize("mode", ["sde", "ode"])
+def test_the_last_exit_is_the_sampler_of_the_contract_bit_for_bit(mode: str) -> None:
+    net, batch, rng = student(), make_batch(3), Rng(5, 2)
+    rollout = BackwardSimulation(mode=mode, exit="last")
+    contract = rollout.contract(TEACHER)
+    noise = rng.randn(batch.noise_shape, "noise")
+    made = solve(contract.solver, lambda x, t: net(x, t, batch.cond), noise, contract.times(), rng=rng)
+    assert torch.equal(rollout(net, batch, rng, grad=True).x0, made)
+
+
+def test_the_exit_is_the_same_on_every_place_but_the_noise_is_not() -> None:
+    batch = make_batch(2)
+    for step in range(10):
+        a, b = (BackwardSimulation()(student(), batch, Rng(0, step, place), grad=False) for place in (0, 1))
+        assert torch.equal(a.t, b.t)
+        assert not torch.equal(a.x_t, b.x_t)
+
+
+def test_inputs_between_steps_are_renoised_predictions() -> None:
+    net = Counting(AffineTableStudent(FOUR).fill([(0.0, 0.6)] * 4))
+    rng = Rng(1)
+    BackwardSimulation(exit="last")(net, make_batch(2), rng, grad=True)
+    assert torch.equal(net.calls[0][1], rng.randn((2, *SCALAR), "noise"))
+    for i, t in enumerate(FOUR[1:]):
+        expected = (1 - t) * 0.6 + t * rng.randn((2, *SCALAR), f"renoise/{i}").double()
+        torch.testing.assert_close(net.calls[i + 1][1], expected, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("rollout", [OneStep(), BackwardSimulation()], ids=lambda r: type(r).__name__)
+def test_an_exploding_path_starts_at_its_own_noise_level(rollout: Rollout) -> None:
+    net = Counting(AffineTableStudent((1.0,), EDM()))
+    rollout(net, make_batch(500), Rng(0), grad=False)
+    assert 70 < float(net.calls[0][1].std()) < 90
+
+
+def test_contracts_list_exact_shifted_grids_without_guidance() -> None:
+    contract = BackwardSimulation(grids=NESTED, shift=5.0).contract(TEACHER)
+    assert contract.grids == {str(n): uniform_grid(n, 5.0) for n in (1, 2, 4)}
+    assert (contract.solver, contract.steps, contract.guidance) == ("renoise", 4, CFG())
+    assert BackwardSimulation(mode="ode").contract(TEACHER).solver == "ddim"
+    assert OneStep().contract(TEACHER).grids == {"1": (1.0, 0.0)}
+
+
+def test_expected_calls() -> None:
+    assert BackwardSimulation().calls == 2.5
+    assert BackwardSimulation(exit="last").calls == 4
+    assert BackwardSimulation(grids=NESTED).calls == pytest.approx((1 + 1.5 + 2.5) / 3)
+
+
+def test_a_grid_that_does_not_start_at_one_is_refused() -> None:
+    with pytest.raises(ValueError, match="decreases strictly from"):
+        BackwardSimulation(grids=((0.9, 0.5),))
+
+
+def test_from_data_noises_the_clip_at_grid_times() -> None:
+    net, x0 = student(), normal(64)
+    rolled = FromData()(net, make_batch(64, x0=x0), Rng(3), grad=True)
+    assert set(rolled.t.tolist()) == set(FOUR)
+    t = rolled.t.reshape(-1, 1, 1, 1, 1)
+    torch.testing.assert_close(rolled.x_t, (1 - t) * x0 + t * Rng(3).randn(x0.shape, "noise"))
+
+
+def test_from_pairs_reads_stored_states_and_refuses_unstored_times() -> None:
+    pairs = stored_pairs(GaussianTeacher(f64(0.0, 0.7), 0.4), normal(64), 8)
+    batch = make_batch(64, pairs=pairs)
+    rolled = FromPairs()(student(), batch, Rng(3), grad=True)
+    for row, t in enumerate(rolled.t.tolist()):
+        assert torch.equal(rolled.x_t[row], pairs.states[row, pairs.times.index(t)])
+    with pytest.raises(ValueError, match=r"time 0\.333\S* was not stored"):
+        FromPairs(grids=((1.0, 1 / 3),))(student(), batch, Rng(3), grad=True)

@@ -1,0 +1,85 @@
+"""Losses have the gradients and values their docstrings state."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from bench_gaussian import AffineTableStudent, ExactCritic, GaussianTeacher, cond_of, f64, normal
+from fewstep.diffusion import KINDS, Kind, Prediction, RectifiedFlow, Trig, target
+from fewstep.methods import targets
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_toward_has_the_stated_gradient_and_value(dtype: torch.dtype) -> None:
+    x = (100 * normal(6)).to(dtype).requires_grad_()
+    g = (1e-6 * normal(6, "g")).to(dtype)
+    loss = targets.toward(x, g)
+    loss.backward()
+    torch.testing.assert_close(x.grad, g / g.numel(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss.detach(), g.square().mean() / 2)
+
+
+@pytest.mark.parametrize("path", [RectifiedFlow(), Trig()], ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize("t", [0.2, 0.5, 0.9])
+def test_distribution_matching_is_the_gradient_of_the_kl(path: RectifiedFlow | Trig, t: float) -> None:
+    """Student mu + e^rho z, teacher N(m, v). Two-point quadrature is exact: the terms are quadratic in z and eps."""
+    m, v, mu, rho = 0.7, 0.16, -0.3, math.log(0.9)
+    teacher = GaussianTeacher(f64(0.0, m), v**0.5, path)
+    student = AffineTableStudent((1.0,), path).fill([(math.exp(rho), mu)])
+    z, eps = f64(1, 1, -1, -1).reshape(4, 1, 1, 1, 1), f64(1, -1, 1, -1).reshape(4, 1, 1, 1, 1)
+    time, cond = torch.full((4,), t, dtype=torch.float64), cond_of(1, 4)
+    x0 = student(z, torch.ones(4), cond).x0
+    x_t = path.add_noise(x0.detach(), eps, time)
+    c = path.coeffs(f64(t))
+    real, fake = teacher(x_t, time, cond).x0, ExactCritic(student)(x_t, time, cond).x0
+    targets.distribution_matching(x0, real, fake, weight=(c.a / c.s).square().expand(4)).backward()
+    v_g, v_r = math.exp(2 * rho), c.a**2 * v + c.s**2
+    torch.testing.assert_close(student.offset.grad, c.a**2 * (mu - m) / v_r, rtol=1e-10, atol=1e-12)
+    by_rho = student.scale.grad * math.exp(rho)
+    torch.testing.assert_close(by_rho, c.a**2 * v_g * (1 / v_r - 1 / (c.a**2 * v_g + c.s**2)), rtol=1e-10, atol=1e-12)
+
+
+def test_distribution_matching_is_normalised_per_sample() -> None:
+    """Scaling everything of one sample leaves its gradient unchanged; the default weight is `dmd_normaliser`."""
+    x0, real, fake = (normal(3, n) for n in ("x", "r", "f"))
+    scale = f64(1, 10, 100).reshape(3, 1, 1, 1, 1)
+    grads = []
+    for k in (torch.ones_like(scale), scale):
+        x = (k * x0).requires_grad_()
+        targets.distribution_matching(x, k * real, k * fake).backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-3)
+    assert targets.dmd_normaliser(x0, x0).max() == 1 / targets.FLOOR
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_denoising_is_zero_at_the_truth_and_weighted_per_sample(kind: Kind) -> None:
+    path, x0, eps, t = RectifiedFlow(), normal(2, "x0"), normal(2, "eps"), f64(0.3, 0.8)
+    truth = Prediction(target(kind, x0, eps, t, path), kind, path.add_noise(x0, eps, t), t, path)
+    assert targets.denoising(truth, x0, eps) == 0
+    off = truth.with_raw(truth.raw + f64(1, 2).reshape(2, 1, 1, 1, 1))
+    torch.testing.assert_close(targets.denoising(off, x0, eps, weight=f64(3, 0)), f64(1.5)[0])
+
+
+def test_pseudo_huber_limits() -> None:
+    zero, x = torch.zeros(1, dtype=torch.float64), f64(2.0)
+    torch.testing.assert_close(targets.pseudo_huber(x, zero, 0.0), f64(2.0)[0])
+    torch.testing.assert_close(targets.pseudo_huber(x, zero, 1e4) * 2e4, targets.mse(x, zero), rtol=1e-6, atol=0)
+    assert targets.pseudo_huber(x, x, 1e-3) == 0
+
+
+def test_adversarial_terms() -> None:
+    zero, right, wrong = torch.zeros(4, 2), torch.full((4, 2), 20.0), torch.full((4, 2), -20.0)
+    assert math.isclose(float(targets.adversarial_discriminator(zero, zero)), 2 * math.log(2), rel_tol=1e-6)
+    assert targets.adversarial_discriminator(right, wrong) < 1e-6 < targets.adversarial_generator(wrong)
+    assert targets.adversarial_generator(right) < 1e-6
+
+
+def test_approximate_r1_is_the_squared_gradient() -> None:
+    """For a linear D, `E (D(x) - D(x + rho n))^2 = rho^2 |grad D|^2`."""
+    slope, n = f64(3.0, 4.0), torch.randn(200_000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    value = targets.approximate_r1(torch.zeros(1, dtype=torch.float64), 0.1 * n @ slope)
+    assert math.isclose(float(value), 0.01 * 25, rel_tol=0.02)

@@ -1,0 +1,194 @@
+"""Metrics against closed forms, known values, and clips whose answer is plain."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from fewstep.metrics import (
+    bootstrap,
+    diversity,
+    flicker,
+    frechet,
+    gaussian_distance,
+    motion,
+    percentile,
+    pooled,
+    ratio_of_means,
+    shuffled,
+    split_half,
+    wilson,
+)
+from fewstep.metrics.statistics import ratio_bootstrap
+from fewstep.world.grammar import sample_scenes
+from fewstep.world.renderer import Variation, render
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def rendered(n: int, seed: int, num_frames: int = 16) -> torch.Tensor:
+    scenes = sample_scenes(n, rng(7))
+    return render(scenes, Variation.sample(n, rng(seed)), num_frames)
+
+
+# --- Frechet ----------------------------------------------------------------------------------------------------------
+
+
+def test_frechet_of_commuting_gaussians_is_the_closed_form():
+    """Diagonal covariances commute: |m|^2 + sum (sqrt a - sqrt b)^2."""
+    mean_a, mean_b = torch.zeros(3, dtype=torch.float64), torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    var_a = torch.tensor([1.0, 4.0, 0.0], dtype=torch.float64)  # one direction without any spread
+    var_b = torch.tensor([9.0, 0.25, 2.0], dtype=torch.float64)
+    expected = 5.25 + float((var_a.sqrt() - var_b.sqrt()).square().sum())
+    turn = torch.linalg.qr(torch.randn(3, 3, generator=rng(), dtype=torch.float64)).Q
+    cov_a, cov_b = (turn @ torch.diag(v) @ turn.T for v in (var_a, var_b))
+    assert gaussian_distance(turn @ mean_a, cov_a, turn @ mean_b, cov_b) == pytest.approx(expected, rel=1e-9)
+
+
+def test_frechet_of_gaussians_that_do_not_commute():
+    """2 x 2 matrices: tr (AB)^1/2 = sqrt(tr AB + 2 sqrt(det AB))."""
+    a = torch.tensor([[2.0, 0.7], [0.7, 1.0]], dtype=torch.float64)
+    b = torch.tensor([[1.0, -0.4], [-0.4, 3.0]], dtype=torch.float64)
+    product = a @ b
+    cross = math.sqrt(float(product.trace()) + 2 * math.sqrt(float(product.det())))
+    zero = torch.zeros(2, dtype=torch.float64)
+    assert gaussian_distance(zero, a, zero, b) == pytest.approx(float(a.trace() + b.trace()) - 2 * cross, rel=1e-12)
+
+
+@pytest.mark.parametrize("n", [5, 200])
+def test_frechet_of_a_set_to_itself_is_zero_also_when_the_covariance_is_singular(n: int):
+    x = torch.randn(n, 32, generator=rng(), dtype=torch.float64)
+    assert frechet(x, x) == pytest.approx(0, abs=1e-9)
+    assert frechet(x, x[torch.randperm(n, generator=rng())]) == pytest.approx(0, abs=1e-9)
+
+
+def test_frechet_is_symmetric_and_sees_a_shift():
+    a, b = torch.randn(50, 4, generator=rng(1)), torch.randn(40, 4, generator=rng(2)) + 1
+    assert frechet(a, b) == pytest.approx(frechet(b, a), rel=1e-9)
+    assert frechet(a, a + 3) == pytest.approx(36, rel=1e-5)
+
+
+def test_frechet_refuses_what_it_cannot_compare():
+    with pytest.raises(ValueError, match="N >= 2"):
+        frechet(torch.zeros(1, 3), torch.zeros(4, 3))
+    with pytest.raises(ValueError, match="widths 3 and 4"):
+        frechet(torch.rand(4, 3), torch.rand(4, 4))
+    with pytest.raises(ValueError, match="NaN"):
+        frechet(torch.full((4, 3), math.nan), torch.rand(4, 3))
+
+
+def test_the_noise_floor_falls_with_the_number_of_clips():
+    x = torch.randn(400, 8, generator=rng())
+    assert 0 < split_half(x, rng()) < split_half(x[:60], rng())
+
+
+def test_shuffling_keeps_every_frame_and_loses_the_order():
+    clips = rendered(6, 1)
+    mixed = shuffled(clips, rng())
+    for clip, other in zip(clips, mixed):
+        frames = {f.numpy().tobytes() for f in clip.unbind(1)}
+        assert {f.numpy().tobytes() for f in other.unbind(1)} == frames
+    assert not torch.equal(clips, mixed)
+    assert torch.equal(mixed, shuffled(clips, rng()))
+
+
+def test_the_distance_sees_time():
+    a, b = pooled(rendered(96, 1)), rendered(96, 2)
+    floor = frechet(pooled(b), a)
+    assert frechet(pooled(shuffled(b, rng())), a) > 10 * floor
+    assert frechet(pooled(b[:, :, :1].expand_as(b)), a) > 5 * floor  # still images
+
+
+# --- motion, flicker, diversity ---------------------------------------------------------------------------------------
+
+
+def test_still_clips_neither_move_nor_flicker():
+    still = torch.rand(2, 3, 1, 8, 8).expand(-1, -1, 6, -1, -1)
+    assert motion(still).tolist() == [0, 0]
+    assert flicker(still).tolist() == [0, 0]
+
+
+def test_motion_and_flicker_of_known_signals():
+    time = torch.arange(8.0)
+    ramp = (0.1 * time).reshape(1, 1, 8, 1, 1).expand(1, 3, 8, 4, 4)
+    blink = (0.5 * (-1) ** time).reshape(1, 1, 8, 1, 1).expand(1, 3, 8, 4, 4)
+    assert motion(ramp).item() == pytest.approx(0.1)
+    assert flicker(ramp).item() == pytest.approx(0, abs=1e-6)
+    assert motion(blink).item() == pytest.approx(1)
+    assert flicker(blink).item() == pytest.approx(2)  # |0.5 + 2 * 0.5 + 0.5|
+
+
+def test_faster_scenes_have_more_motion_and_noise_flickers():
+    scenes = sample_scenes(16, rng(3))
+    variation = Variation.sample(16, rng(4))
+    slow, quick = (render([_at(s, pace) for s in scenes], variation) for pace in ("slowly", "quickly"))
+    assert ratio_of_means(motion(quick), motion(slow)) > 1.5
+    assert flicker(slow + 0.05 * torch.randn(slow.shape, generator=rng())).mean() > 2 * flicker(slow).mean()
+
+
+def _at(scene, pace: str):
+    return type(scene)(**{**vars(scene), "speed": pace})
+
+
+def test_diversity():
+    one = torch.rand(3, 1, 3, 4, 8, 8, generator=rng())
+    assert diversity(one.expand(-1, 4, *one.shape[2:])).tolist() == [0, 0, 0]
+    apart = torch.stack([torch.zeros(2, 10), torch.full((2, 10), 3.0)], 1)
+    assert diversity(apart).tolist() == [3, 3]
+    three = torch.tensor([[[0.0], [1.0], [3.0]]])
+    assert diversity(three).tolist() == pytest.approx([2.0])  # (1 + 2 + 3) / 3
+    with pytest.raises(ValueError, match="2 seeds"):
+        diversity(one)
+
+
+@pytest.mark.parametrize("function", [motion, flicker, pooled])
+def test_too_few_frames_are_refused(function):
+    with pytest.raises(ValueError, match="F >= "):
+        function(torch.zeros(1, 3, 1, 8, 8))
+
+
+def test_pooled_features_are_a_fixed_number():
+    assert pooled(torch.rand(2, 3, 3, 8, 8)).shape == pooled(torch.rand(2, 3, 20, 16, 24)).shape == (2, 72)
+
+
+# --- statistics -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("right", "total", "low", "high"),
+    [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (5, 10, 0.2366, 0.7634), (81, 263, 0.2553, 0.3662)],
+)
+def test_wilson_known_values(right: int, total: int, low: float, high: float):
+    """The last line is the example of Newcombe (1998), table I, method 3."""
+    assert wilson(right, total) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_wilson_without_trials_says_nothing():
+    assert wilson(0, 0) == (0, 1)
+    with pytest.raises(ValueError, match=r"0\.\.4"):
+        wilson(5, 4)
+
+
+def test_bootstrap_covers_the_mean_and_has_the_width_of_the_normal_interval():
+    x = torch.randn(400, generator=rng(), dtype=torch.float64) * 2 + 5
+    low, high = bootstrap(x, rng())
+    assert low < float(x.mean()) < high
+    assert high - low == pytest.approx(2 * 1.96 * float(x.std()) / 20, rel=0.1)
+    assert bootstrap(torch.full((7,), 3.0), rng()) == (3, 3)
+
+
+def test_ratio_bootstrap_of_pairs_is_narrow_when_the_pairs_agree():
+    base = torch.rand(50, generator=rng(), dtype=torch.float64) + 0.1
+    assert ratio_bootstrap(2 * base, base, rng()) == pytest.approx((2, 2))
+    assert math.isnan(ratio_bootstrap(base, torch.zeros(50), rng()).low)
+
+
+def test_percentile():
+    assert percentile([3.0, 1.0, 2.0], 50) == 2
+    assert percentile([0.0, 10.0], 95) == pytest.approx(9.5)
+    with pytest.raises(ValueError, match="at least one"):
+        percentile([], 50)

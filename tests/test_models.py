@@ -1,0 +1,378 @@
+"""Networks: identities in float64, equivalences of one forward in its several uses, codecs and encoders."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import zlib
+from typing import TypeVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fewstep.attention import BlockCausal, Dense, Grid3, KVCache
+from fewstep.attention.pattern import Pattern
+from fewstep.core import Cond, RecipeError
+from fewstep.diffusion import RectifiedFlow
+from fewstep.models import (
+    NETWORKS,
+    ClipFeatures,
+    Denoiser,
+    FeatureHeads,
+    FrameAutoencoder,
+    Spec,
+    TextEncoder,
+    VideoDiT,
+)  # fmt: skip
+from fewstep.models.video_dit import patchify, rotary_table, rotate, unpatchify
+
+FRAMES, TEXT = 6, 16
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def awake(network: Network, seed: int = 0) -> Network:
+    """The network with every parameter moved, so that no zero-initialised gate hides a mistake."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+    return network
+
+
+def small(pattern: Pattern = Dense(), width: int = 36, **args: int) -> VideoDiT:
+    torch.manual_seed(0)
+    net = VideoDiT(channels=3, width=width, depth=3, heads=2, text_width=TEXT, pattern=pattern, **args)
+    return awake(net).double()
+
+
+def denoiser(pattern: Pattern = Dense(), **args: int) -> Denoiser:
+    return Denoiser(small(pattern, **args), RectifiedFlow(), "flow")
+
+
+def inputs(batch: int = 2, frames: int = FRAMES) -> tuple[Tensor, Tensor, Cond]:
+    """Latents, a time per frame, and prompts of different lengths."""
+    torch.manual_seed(1)
+    mask = torch.arange(5)[None] < torch.tensor([3, 5])[:batch, None]
+    cond = Cond(torch.randn(batch, 5, TEXT, dtype=torch.float64), mask)
+    return torch.randn(batch, 3, frames, 4, 6, dtype=torch.float64), torch.rand(batch, frames).double(), cond
+
+
+def far(a: Tensor, b: Tensor) -> bool:
+    return bool((a - b).abs().max() > 1e-4)
+
+
+def test_default_size_and_zero_start() -> None:
+    net = VideoDiT()
+    assert 2e6 < sum(p.numel() for p in net.parameters()) < 5e6
+    cond = Cond(torch.randn(1, 24, 128), torch.ones(1, 24, dtype=torch.bool))
+    x = torch.randn(1, 4, 2, 8, 8)
+    state = net.embed(x, torch.rand(1), cond)
+    assert torch.equal(net.blocks[0](state).x_BNE, state.x_BNE)
+    assert not net(x, torch.rand(1), cond).raw.any()
+
+
+def test_every_parameter_learns_once_awake() -> None:
+    net = small()
+    x, t, cond = inputs()
+    net(x, t, cond).raw.square().sum().backward()
+    assert [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_one_time_per_clip_is_the_same_time_on_every_frame() -> None:
+    net, (x, t, cond) = small(), inputs()
+    per_clip, per_frame = net(x, t[:, 0], cond).raw, net(x, t[:, :1].expand(-1, FRAMES), cond).raw
+    torch.testing.assert_close(per_clip, per_frame, atol=1e-12, rtol=0)
+    assert far(per_frame, net(x, t, cond).raw)
+    with pytest.raises(ValueError, match="time must be"):
+        net(x, t[:, :2], cond)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 4])
+def test_causal_forward_equals_streaming_with_cache(chunk: int) -> None:
+    """The last chunk may be short; every chunk is committed with its own time."""
+    net, (x, t, cond) = small(BlockCausal(chunk=chunk)), inputs()
+    whole, cache, parts = net(x, t, cond).raw, KVCache.empty(), []
+    for start in range(0, FRAMES, chunk):
+        now = slice(start, start + chunk)
+        out = net(x[:, :, now], t[:, now], cond, cache.view())
+        assert out.kv is not None
+        cache = cache.commit(out.kv, x[:, :, now].shape[2])
+        parts.append(out.raw)
+    assert cache.frames == FRAMES
+    torch.testing.assert_close(torch.cat(parts, 2), whole, atol=1e-10, rtol=0)
+
+
+def test_streaming_several_chunks_at_once() -> None:
+    net, (x, t, cond) = small(BlockCausal(chunk=2)), inputs()
+    first = net(x[:, :, :2], t[:, :2], cond, KVCache.empty().view())
+    rest = net(x[:, :, 2:], t[:, 2:], cond, KVCache.empty().commit(first.kv, 2).view())
+    torch.testing.assert_close(rest.raw, net(x, t, cond).raw[:, :, 2:], atol=1e-10, rtol=0)
+
+
+def test_the_past_and_its_distance_matter() -> None:
+    net, (x, t, cond) = small(BlockCausal(chunk=1)), inputs()
+    first = net(x[:, :, :1], t[:, :1], cond, KVCache.empty().view())
+    here, there = (
+        net(x[:, :, 1:2], t[:, 1:2], cond, KVCache(first.kv, 1).view()).raw,
+        net(x[:, :, 1:2], t[:, 1:2], cond, KVCache.empty().view()).raw,
+    )
+    assert far(here, there)
+    swapped = net(x[:, :, [1, 0, 2, 3, 4, 5]], t[:, [1, 0, 2, 3, 4, 5]], cond).raw
+    assert far(swapped[:, :, 5], net(x, t, cond).raw[:, :, 5])
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3])
+def test_nothing_leaks_from_the_future(chunk: int) -> None:
+    net, (x, t, cond) = small(BlockCausal(chunk=chunk)), inputs()
+    for frame in (2, 5):
+        other_x, other_t = x.clone(), t.clone()
+        other_x[:, :, frame] += 1
+        other_t[:, frame] += 0.3
+        before, after, safe = net(x, t, cond).raw, net(other_x, other_t, cond).raw, frame // chunk * chunk
+        assert torch.equal(before[:, :, :safe], after[:, :, :safe])
+        for later in range(safe, FRAMES):
+            assert far(before[:, :, later], after[:, :, later])
+
+
+def test_one_chunk_is_dense() -> None:
+    x, t, cond = inputs()
+    causal, dense = small(BlockCausal(chunk=FRAMES)), small(Dense())
+    torch.testing.assert_close(causal(x, t, cond).raw, dense(x, t, cond).raw, atol=1e-12, rtol=0)
+    assert far(small(BlockCausal(chunk=2))(x, t, cond).raw, dense(x, t, cond).raw)
+
+
+def test_output_kv_only_when_a_view_is_given() -> None:
+    net, (x, t, cond) = small(), inputs()
+    assert net(x, t, cond).kv is None
+    made = net(x, t, cond, KVCache.empty().view())
+    assert made.kv is not None
+    assert len(made.kv) == 3
+    assert made.kv[0][0].shape == (2, 2, FRAMES * 6, 18)
+    torch.testing.assert_close(made.raw, net(x, t, cond).raw, atol=1e-12, rtol=0)
+
+
+def test_masked_text_is_not_read_and_real_text_is() -> None:
+    net, (x, t, cond) = small(), inputs()
+    out = net(x, t, cond).raw
+    padding, words = cond.text.clone(), cond.text.clone()
+    padding[~cond.mask] = 100.0
+    assert torch.equal(net(x, t, Cond(padding, cond.mask)).raw, out)
+    words[:, 1] += 1
+    assert far(net(x, t, Cond(words, cond.mask)).raw, out)
+    pooled_only = words.clone()
+    pooled_only[:, 0], pooled_only[:, 1] = cond.text[:, 1], cond.text[:, 0]
+    assert torch.allclose(net(x, t, Cond(pooled_only, cond.mask)).raw, out)  # words carry no order here: the encoder adds it
+
+
+def test_clips_of_a_batch_do_not_meet() -> None:
+    net, (x, t, cond) = small(), inputs()
+    torch.testing.assert_close(net(x[1:], t[1:], cond[1:]).raw, net(x, t, cond).raw[1:], atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("axis", [2, 3, 4])
+def test_position_matters_along_every_axis(axis: int) -> None:
+    """Without positions, rolling the tokens would roll the output."""
+    net, (x, t, cond) = small(), inputs()
+    shift = 1 if axis == 2 else 2
+    rolled = net(x.roll(shift, axis), t[:, 0], cond).raw.roll(-shift, axis)
+    assert far(rolled, net(x, t[:, 0], cond).raw)
+
+
+def test_only_differences_of_position_are_read() -> None:
+    q, k = torch.randn(2, 1, 1, 24, 18, dtype=torch.float64)
+    early, late = rotary_table(Grid3(4, 2, 3), 0, 18), rotary_table(Grid3(4, 2, 3), 5, 18)[:, -24:]
+    scores = rotate(q, early) @ rotate(k, early).mT
+    torch.testing.assert_close(rotate(q, late) @ rotate(k, late).mT, scores, atol=1e-10, rtol=0)
+    assert far(rotate(q, late) @ rotate(k, early).mT, scores)
+
+
+def test_wrong_latents_are_refused() -> None:
+    _, t, cond = inputs()
+    with pytest.raises(ValueError, match="multiples of 2"):
+        small()(torch.zeros(2, 3, FRAMES, 5, 6).double(), t, cond)
+    with pytest.raises(ValueError, match="even number"):
+        VideoDiT(width=30, heads=2)
+
+
+@pytest.mark.parametrize("per_frame", [False, True])
+def test_jvp_is_the_derivative(per_frame: bool) -> None:
+    net, (x, t, cond) = denoiser(), inputs()
+    t = 0.2 + 0.6 * (t if per_frame else t[:, 0])
+    dx, dt, h = torch.randn_like(x), torch.randn_like(t), 1e-6
+    primal, tangent = net.jvp(x, t, cond, dx, dt)
+    torch.testing.assert_close(primal.raw, net(x, t, cond).raw, atol=1e-12, rtol=0)
+    difference = (net(x + h * dx, t + h * dt, cond).raw - net(x - h * dx, t - h * dt, cond).raw) / (2 * h)
+    assert (tangent.raw - difference).norm() / difference.norm() < 1e-6
+    primal.raw.square().sum().backward()
+    assert net.backbone.patches.weight.grad.any()
+
+
+def test_time_derivative_is_tame() -> None:
+    """The fastest feature turns 100 radians per unit of t, in the float32 of training too."""
+    net = VideoDiT(depth=2)
+    awake(net)
+    cond = Cond(torch.randn(1, 3, 128), torch.ones(1, 3, dtype=torch.bool))
+    x, t = torch.randn(1, 4, 2, 4, 4), torch.tensor([0.5])
+    _, tangent = Denoiser(net, RectifiedFlow(), "flow").jvp(x, t, cond, torch.zeros_like(x), torch.ones(1))
+    assert tangent.raw.isfinite().all()
+    assert tangent.raw.abs().max() < 100 * net(x, t, cond).raw.abs().max()
+
+
+def test_features_stop_early_and_carry_gradient() -> None:
+    net, (x, t, cond) = denoiser(), inputs()
+    x.requires_grad_()
+    last, first = net.features(x, t, cond, [-1, 0])
+    assert last.shape == first.shape == (2, 36, FRAMES, 2, 3)
+    state = net.backbone.embed(x, t, cond)
+    first_state = net.backbone.blocks[0](state)
+    assert torch.equal(first[1, :, 2, 1, 2], first_state.x_BNE[1, 2 * 6 + 1 * 3 + 2])
+    first.square().sum().backward()
+    assert x.grad.any()
+    net.backbone.blocks[1].forward = net.backbone.blocks[2].forward = None
+    assert torch.equal(net.features(x, t, cond, [0])[0], first)
+    for bad in ([], [3], [-4]):
+        with pytest.raises(ValueError, match="layers"):
+            net.features(x, t, cond, bad)
+
+
+def test_head_inverts_the_patching_of_embed() -> None:
+    x = torch.randn(2, 3, 4, 6, 8)
+    tokens = patchify(x, 2)
+    assert torch.equal(tokens[0, 1 * 12 + 2 * 4 + 3], x[0, :, 1, 4:6, 6:8].flatten())
+    assert torch.equal(unpatchify(tokens, Grid3(4, 3, 4), 2), x)
+
+
+def test_autocast_keeps_float32_at_the_ends() -> None:
+    net = Denoiser(awake(VideoDiT(depth=2)), RectifiedFlow(), "flow")
+    cond = Cond(torch.randn(2, 3, 128), torch.ones(2, 3, dtype=torch.bool))
+    x, t = torch.randn(2, 4, 2, 8, 8), torch.rand(2)
+    exact = net(x, t, cond).raw
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = net(x, t, cond).raw
+    assert rough.dtype == torch.float32
+    assert 0 < (rough - exact).norm() / exact.norm() < 0.05
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_blocks_equal_eager_ones_and_copies_start_eager() -> None:
+    net, (x, t, cond) = denoiser(), inputs()
+    twin = copy.deepcopy(net)
+    net.backbone.compile_blocks()
+    torch.testing.assert_close(net(x, t, cond).raw, twin(x, t, cond).raw, atol=1e-10, rtol=0)
+    clone = copy.deepcopy(net)
+    assert clone.state_dict().keys() == twin.state_dict().keys()
+    awake(clone, seed=3)
+    assert far(clone(x, t, cond).raw, net(x, t, cond).raw)
+    dx, dt = torch.randn_like(x), torch.ones_like(t)
+    torch.testing.assert_close(net.jvp(x, t, cond, dx, dt)[1].raw, twin.jvp(x, t, cond, dx, dt)[1].raw)
+
+
+def test_feature_heads() -> None:
+    heads = FeatureHeads(32, [0, -1])
+    volumes = [torch.randn(3, 32, 4, 4, 4, requires_grad=True) for _ in range(2)]
+    logits = heads(volumes)
+    assert logits.shape == (3, 2)
+    logits[:, 0].sum().backward()
+    assert volumes[0].grad.any()
+    assert not volumes[1].grad.any()
+    assert heads([torch.randn(1, 32, 1, 4, 4)] * 2).shape == (1, 2)
+    with pytest.raises(ValueError, match="shorter"):
+        heads(volumes[:1])
+
+
+def test_autoencoder_is_equivariant_on_the_torus() -> None:
+    codec = awake(FrameAutoencoder(width=16)).double()
+    codec.set_statistics(torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    frames = torch.rand(2, 3, 3, 16, 24).double() * 2 - 1
+    latents = codec.encode(frames)
+    assert latents.shape == (2, *codec.latent_shape(3, 16, 24))
+    shifted = codec.encode(frames.roll((4, -8), (3, 4)))
+    torch.testing.assert_close(shifted, latents.roll((1, -2), (3, 4)), atol=1e-10, rtol=0)
+    again = codec.decode(latents.roll((1, -2), (3, 4)))
+    torch.testing.assert_close(again, codec.decode(latents).roll((4, -8), (3, 4)), atol=1e-10, rtol=0)
+    assert far(codec.encode(frames.roll(1, 4)), latents)
+
+
+def test_autoencoder_statistics_and_frames() -> None:
+    codec = awake(FrameAutoencoder(width=16)).double()
+    frames = torch.rand(2, 3, 3, 16, 16).double()
+    raw = codec.encode_raw(frames)
+    codec.set_statistics(raw.mean((0, 2, 3, 4)), raw.std((0, 2, 3, 4)))
+    latents = codec.encode(frames)
+    assert latents.mean((0, 2, 3, 4)).abs().max() < 1e-6
+    assert (latents.std((0, 2, 3, 4)) - 1).abs().max() < 1e-6
+    torch.testing.assert_close(codec.decode(latents), codec.decode_raw(raw), atol=1e-10, rtol=0)
+    torch.testing.assert_close(codec.encode(frames[1:, :, 2:]), latents[1:, :, 2:], atol=1e-12, rtol=0)
+    assert {"mean", "std"} <= codec.state_dict().keys()
+    with pytest.raises(ValueError, match="positive"):
+        codec.set_statistics(torch.zeros(4), torch.zeros(4))
+    with pytest.raises(ValueError, match="multiples of 4"):
+        codec.latent_shape(1, 30, 32)
+
+
+def test_text_encoder_reads_any_text() -> None:
+    encoder = TextEncoder(attribute_sizes=(6, 8))
+    prompts = ["", "a small red ring", "Ein kleiner roter Ring", "小さな赤い輪", "🙂 !?", "word " * 100]
+    cond = encoder.encode(prompts)
+    assert cond.text.shape == (6, 24, 128)
+    assert cond.mask.sum(1).tolist() == [1, 5, 5, 2, 1, 24]
+    assert [logits.shape for logits in encoder.classify(cond)] == [(6, 6), (6, 8)]
+    assert torch.equal(encoder.tokens(["A Small RED ring!"]), encoder.tokens(["a small red ring"]))
+    assert zlib.crc32(b"bright") % 4096 == zlib.crc32(b"dark") % 4096
+    assert not torch.equal(encoder.tokens(["bright"]), encoder.tokens(["dark"]))
+    assert encoder.encode([]).text.shape == (0, 24, 128)
+
+
+def test_text_padding_does_not_leak_and_order_matters() -> None:
+    encoder = TextEncoder().double()
+    alone = encoder.encode(["red ring"])
+    with torch.no_grad():
+        encoder.words.weight[0] += 100
+    assert torch.equal(encoder.encode(["red ring"]).text, alone.text)
+    assert not alone.text[:, 3:].any()
+    together = encoder.encode(["red ring", "a much longer prompt with many words"])
+    torch.testing.assert_close(together.text[0], alone.text[0], atol=1e-12, rtol=0)
+    assert far(encoder.encode(["ring red"]).text[:, 0], alone.text[:, 0])
+
+
+def test_clip_features_see_motion() -> None:
+    torch.manual_seed(0)
+    eye = ClipFeatures(attribute_sizes=(3,)).double()
+    frame = torch.rand(1, 3, 32, 32).double()
+    right = torch.stack([frame.roll(2 * i, 3) for i in range(8)], 2)
+    features = eye(right)
+    assert features.shape == (1, eye.width) == (1, 128)
+    assert far(eye(right.flip(2)), features)
+    assert eye.classify(right)[0].shape == (1, 3)
+    assert eye(right[:, :, :1]).shape == (1, 128)
+    torch.testing.assert_close(eye(right.roll(8, 4)), features, atol=1e-10, rtol=0)
+
+
+EXAMPLES = (
+    small(BlockCausal(chunk=2)),
+    FeatureHeads(16, [1, -1]),
+    FrameAutoencoder(width=16),
+    TextEncoder(attribute_sizes=(2, 3)),
+    ClipFeatures(width=16),
+)
+
+
+@pytest.mark.parametrize("network", EXAMPLES, ids=lambda n: type(n).__name__)
+def test_spec_builds_the_same_network(network: nn.Module) -> None:
+    spec = Spec.of(network)
+    built = Spec(spec.type, json.loads(json.dumps(spec.args))).build()
+    assert type(built) in NETWORKS
+    assert Spec.of(built) == spec
+    built.load_state_dict(network.state_dict())
+    assert {n: p.shape for n, p in built.named_parameters()} == {n: p.shape for n, p in network.named_parameters()}
+    if isinstance(built, VideoDiT):
+        assert built.pattern == BlockCausal(chunk=2)
+
+
+def test_spec_refuses_the_unknown_and_suggests() -> None:
+    with pytest.raises(RecipeError, match="did you mean VideoDiT"):
+        Spec("VideoDit").build()
+    with pytest.raises(RecipeError, match="did you mean width"):
+        Spec("VideoDiT", {"widht": 8}).build()

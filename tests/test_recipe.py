@@ -1,0 +1,202 @@
+"""Recipes: load, override, save, hash, diff, check, run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fewstep import Recipe, RecipeError, distill
+from fewstep.catalogue import classes
+from fewstep.core.build import load_yaml
+from fewstep.data import DataError
+from fewstep.engine import Optim, Settings, WorldProbe
+from fewstep.methods import DMD2, FlowMatching, Reconstruction
+from fewstep.models import Spec
+from fewstep.models.bundle import VideoModel
+from fewstep.models.source import Pretrained, Scratch, outline
+from fewstep.world.data import WorldClips
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
+TINY = """
+model:
+  type: Scratch
+  denoiser: {type: VideoDiT, width: 24, depth: 1, heads: 2, text_width: 16}
+  text: {type: TextEncoder, width: 16, depth: 1, heads: 2, buckets: 64}
+  codec: {type: FrameAutoencoder, width: 8, depth: 1}
+  num_frames: 4
+method: {type: DMD2, critic_updates: 2}
+data: {type: WorldClips, num_frames: 4}
+settings:
+  steps: 2
+  batch: 2
+  optim: {student: {lr: 1e-4}, critic: {lr: 1e-4}}
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    return path
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=[p.stem for p in RECIPES])
+def test_every_recipe_of_the_tree_loads_and_is_inverse_to_its_text(path: Path, tmp_path: Path) -> None:
+    recipe = Recipe.load(path)
+    saved = recipe.save(tmp_path)
+    assert Recipe.load(saved) == recipe == Recipe.load(tmp_path)
+    assert Recipe.load(saved).hash == recipe.hash
+    assert recipe.diff(Recipe.load(saved)) == []
+
+
+def test_names_are_unique() -> None:
+    names = [cls.__name__ for cls in classes()]
+    assert len(names) == len(set(names))
+
+
+def test_python_and_yaml_make_the_same_recipe(tiny: Path) -> None:
+    model = Scratch(
+        denoiser=Spec.from_tree({"type": "VideoDiT", "width": 24, "depth": 1, "heads": 2, "text_width": 16}, {}, _at()),
+        text=Spec.from_tree({"type": "TextEncoder", "width": 16, "depth": 1, "heads": 2, "buckets": 64}, {}, _at()),
+        codec=Spec.from_tree({"type": "FrameAutoencoder", "width": 8, "depth": 1}, {}, _at()),
+        num_frames=4,
+    )
+    settings = Settings(steps=2, batch=2, optim={"student": Optim(lr=1e-4), "critic": Optim(lr=1e-4)})
+    made = Recipe(model=model, method=DMD2(critic_updates=2), data=WorldClips(num_frames=4), settings=settings)
+    assert made == Recipe.load(tiny) and made.hash == Recipe.load(tiny).hash
+
+
+def test_overrides_are_read_by_type(tiny: Path) -> None:
+    recipe = Recipe.load(
+        tiny,
+        [
+            ("method.critic-updates", "3"),
+            ("method.guidance.scale", "4"),
+            ("settings.optim.critic.lr", "2e-5"),
+            ("settings.compile", "true"),
+            ("model.denoiser.width", "32"),
+            ("model.text", "runs/text"),
+            ("probe.every", "5"),
+        ],
+    )
+    assert (
+        isinstance(recipe.method, DMD2)
+        and isinstance(recipe.model, Scratch)
+        and isinstance(recipe.model.denoiser, Spec)
+    )
+    assert recipe.method.critic_updates == 3 and recipe.method.guidance.scale == 4.0
+    assert recipe.settings.optim["critic"].lr == 2e-5 and recipe.settings.compile
+    assert recipe.model.denoiser.args["width"] == 32 and recipe.model.text == "runs/text"
+    assert recipe.probe == WorldProbe(every=5)
+    keys = {d.key for d in Recipe.load(tiny).diff(recipe)}
+    assert {"method.critic_updates", "settings.optim.critic.lr", "model.denoiser.width"} <= keys
+
+
+def test_another_type_starts_from_its_own_defaults(tiny: Path) -> None:
+    pairs = [("settings.optim", "{student: {lr: 1e-3}}"), ("method.cond-drop", "0.2"), ("method.type", "FlowMatching")]
+    recipe = Recipe.load(tiny, pairs)
+    assert recipe.method == FlowMatching(cond_drop=0.2)
+    muon = Recipe.load(tiny, [("settings.optim.student.type", "muon")])
+    assert muon.settings.optim["student"] == Optim(type="muon", lr=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("method.critic-updats", "3", "command line: method.critic_updats is unknown; did you mean critic_updates?"),
+        ("methd.critic-updates", "3", "command line: methd is unknown; did you mean method?"),
+        ("method.critic-updates", "many", "method.critic_updates must be a whole number, got 'many'"),
+        ("method.critic-updates", "0", "method is refused by DMD2: critic_updates must be at least 1"),
+        ("method.type", "DMD", "method.type cannot be 'DMD'; did you mean DMD2?"),
+        ("settings.autocast", "bf61", "settings.autocast cannot be 'bf61'; did you mean bf16? (accepted: off, bf16)"),
+        ("settings.steps.now", "3", "settings.steps.now does not exist: settings.steps is 2"),
+        ("model.denoiser.widht", "3", "model.denoiser.widht is unknown; did you mean width?"),
+    ],
+)
+def test_bad_overrides(tiny: Path, key: str, value: str, words: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        Recipe.load(tiny, [(key, value)])
+    assert words in str(caught.value)
+
+
+def test_a_missing_file_names_the_nearest(tiny: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"tinny.yaml. Did you mean .*tiny.yaml"):
+        Recipe.load(tiny.with_name("tinny.yaml"))
+
+
+def test_hash_depends_on_values_only(tiny: Path) -> None:
+    recipe = Recipe.load(tiny)
+    tiny.write_text(
+        TINY.replace("method: {type: DMD2, critic_updates: 2}", "method: {critic_updates: 2, type: DMD2, gan: 0}")
+    )
+    assert Recipe.load(tiny).hash == recipe.hash
+    assert recipe.override([("settings.seed", "1")]).hash != recipe.hash
+
+
+def test_check_refuses_before_any_weight(tiny: Path) -> None:
+    recipe = Recipe.load(tiny)
+    assert recipe.check().num_frames == 4
+    with pytest.raises(DataError, match="DMD2 needs x0"):
+        recipe.override([("method.gan", "0.01"), ("data", "{type: Prompts, path: nowhere.txt}")]).check()
+    with pytest.raises(RecipeError, match=r"settings.optim.critc trains nothing; did you mean critic\?"):
+        recipe.override([("settings.optim.critc.lr", "1e-3")]).check()
+    with pytest.raises(RecipeError, match="trains the codec, but the model has only denoiser, text"):
+        recipe.override([("method.type", "Reconstruction"), ("model.codec", "null"), ("settings.optim", "{}")]).check()
+    with pytest.raises(RecipeError, match="model.denoiser.text_width is 128, but model.text.width is 16"):
+        recipe.override([("model.denoiser.text-width", "128")]).check()
+    with pytest.raises(FileNotFoundError, match="no card.json"):
+        recipe.override([("model", "{type: Pretrained, source: nowhere}")]).check()
+
+
+def test_scratch_is_reproducible_and_its_outline_has_no_memory(tiny: Path) -> None:
+    source = Recipe.load(tiny).model
+    one, two, shape = source.load(), source.load(), outline(source.card())
+    for a, b, s in zip(one.denoiser.parameters(), two.denoiser.parameters(), shape.denoiser.parameters(), strict=True):
+        assert a.equal(b) and a.shape == s.shape and s.is_meta
+    assert Spec.of(one.denoiser.backbone) == source.card().parts["denoiser"]
+
+
+def test_parts_come_from_an_earlier_folder(tiny: Path, tmp_path: Path) -> None:
+    first = Recipe.load(tiny).model.load()
+    first.save(tmp_path / "first")
+    second = Scratch(
+        denoiser=Spec("VideoDiT", {"text_width": 16}), text=str(tmp_path / "first"), codec=str(tmp_path / "first")
+    )
+    assert second.card().parts["text"] == Spec.of(first.text)
+    assert second.load().codec.state_dict().keys() == first.codec.state_dict().keys()
+    with pytest.raises(RecipeError, match="has no features; it has"):
+        Scratch(features=str(tmp_path / "first")).card()
+
+
+def test_run_writes_a_student_with_its_recipe_and_claims_the_folder(tiny: Path, tmp_path: Path) -> None:
+    recipe = Recipe.load(tiny).override([("method.type", "Reconstruction"), ("settings.optim", "{}")])
+    assert isinstance(recipe.method, Reconstruction)
+    student = recipe.run(tmp_path / "run", quiet=True)
+    assert student.card.provenance["recipe"] == recipe.hash
+    assert Recipe.load(tmp_path / "run") == recipe == Recipe.load(tmp_path / "run" / "student")
+    assert VideoModel.from_pretrained(tmp_path / "run" / "student").card == student.card
+    with pytest.raises(RecipeError, match=r"another recipe \(settings.seed: 0 -> 1\)"):
+        recipe.override([("settings.seed", "1")]).run(tmp_path / "run", quiet=True)
+
+
+def test_distill_from_python(tiny: Path, tmp_path: Path) -> None:
+    Recipe.load(tiny).model.load().save(tmp_path / "teacher")
+    student = distill(
+        model=tmp_path / "teacher",
+        method=DMD2(critic_updates=1),
+        data=WorldClips(num_frames=4),
+        settings=Settings(steps=1, batch=2),
+        output=tmp_path / "run",
+        quiet=True,
+    )
+    assert student.card.role == "student" and student.card.contract.grids
+    saved = load_yaml((tmp_path / "run" / "recipe.yaml").read_text())
+    assert saved["model"] == {"type": "Pretrained", "source": str(tmp_path / "teacher")}
+    assert Recipe.load(tmp_path / "run").model == Pretrained(source=str(tmp_path / "teacher"))
+
+
+def _at():  # type: ignore[no-untyped-def]
+    from fewstep.core.build import At
+
+    return At()
