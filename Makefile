@@ -3,7 +3,7 @@
 # make lint    ruff, types, layers, budgets
 # make format  ruff's formatter
 # Every target makes .venv first if it is missing. PYTHON=python3.12 chooses the interpreter, WORKERS=8 the test processes,
-# TORCH_INDEX=https://download.pytorch.org/whl/cpu the small CPU build of torch where pip would take the CUDA build.
+# TORCH_INDEX=... takes torch from an index that has the CPU build, where pip would take the much larger CUDA build.
 
 PYTHON ?= python3
 WORKERS ?= auto

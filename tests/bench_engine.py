@@ -95,7 +95,7 @@ def small(steps: int, **others: Any) -> Settings:
 def long_run(output: Path) -> VideoModel:
     """Three grids, a critic, Muon, an average and two micro-batches; a checkpoint every second step."""
     optim = {"student": Optim(type="muon", lr=1e-3, decay="linear"), "critic": Optim(lr=1e-3)}
-    settings = small(40, save_every=2, ema=0.9, accumulate=2, optim=optim)
+    settings = small(24, save_every=2, ema=0.9, accumulate=2, optim=optim)
     return train(tiny_model(), LONG, WorldClips(num_frames=FRAMES), settings, output, quiet=True)
 
 

@@ -13,10 +13,12 @@ sys.path.insert(0, str(Path(__file__).parent))  # for the test benches, `bench_*
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--update-golden", action="store_true", help="write tests/golden/ anew instead of comparing with it")
+    parser.addoption(
+        "--update-golden", action="store_true", help="write tests/golden/ anew instead of comparing with it"
+    )
 
 
-@pytest.fixture()
+@pytest.fixture
 def single_thread() -> Iterator[None]:
     """Sums in one order on every machine, and tiny networks run fastest so."""
     before = torch.get_num_threads()

@@ -132,7 +132,7 @@ class Recipe:
     def run(self, output: Path | str, *, quiet: bool = False) -> VideoModel:
         """Train and return the student; the same call resumes a run that was stopped. Writes `output/student`."""
         output = Path(output)
-        self.check()
+        self.data.check_card(self.check())
         self._claim(output)
         model = self.model.load()
         student = train(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,15 +17,20 @@ if TYPE_CHECKING:
 
 def demo(options: arguments.Demo) -> int:
     from fewstep.cli.screen import screen
+    from fewstep.cli.screen import table as columns
     from fewstep.demo import run_demo
     from fewstep.evaluate import table
 
+    began = time.monotonic()
     with _bar(options.quiet) as progress:
         made = run_demo(options.output, quiet=options.quiet, progress=progress)
-    screen().print(table(made.report))
-    for path in (made.film, made.student):
-        print(path)
-    return _made(made.page)
+    minutes, seconds = divmod(round(time.monotonic() - began), 60)
+    out = screen()
+    out.print(table(made.report))
+    places = {"the page": made.page, "the figures": made.page.with_name("results.json"), "the film": made.film}
+    places |= {"the student": made.student, "the run": made.page.with_name("run")}
+    out.print(columns((f"\n{minutes} min {seconds:02d} s", ""), [(what, str(path)) for what, path in places.items()]))
+    return 0
 
 
 def train(options: arguments.Train, overrides: Overrides) -> int:
@@ -52,6 +58,8 @@ def prepare(options: arguments.Prepare) -> int:
         num_frames=options.num_frames or card.num_frames, height=options.height or card.height,
         width=options.width or card.width, stride=options.stride, clips_per_video=options.clips_per_video,
     )  # fmt: skip
+    every = f", every {cut.stride} frames of the file" if cut.stride > 1 else ""
+    print(f"clips of {cut.num_frames} frames of {cut.height} x {cut.width}{every}")
     with _bar(options.quiet) as progress:
         prepared = encode(
             options.videos, options.output, model.codec, cut, progress=lambda e: progress("videos", e.done, e.total)
@@ -79,7 +87,7 @@ def sample(options: arguments.Sample) -> int:
 
 
 def pairs(options: arguments.Pairs) -> int:
-    from fewstep.data.pairs import PairPlan, make_pairs
+    from fewstep.data.pairs import PairPlan, make_pairs, pairs_cost
     from fewstep.data.prompts import read_prompts
     from fewstep.diffusion import CFG
     from fewstep.models.bundle import VideoModel
@@ -96,6 +104,12 @@ def pairs(options: arguments.Pairs) -> int:
         guidance=None if options.guidance_scale is None else CFG(scale=options.guidance_scale),
     )  # fmt: skip
     model = VideoModel.from_pretrained(options.model)
+    cost = pairs_cost(model, len(prompts), plan)
+    print(
+        f"{cost.pairs} pairs of {cost.nfe_per_pair} network evaluations each, {cost.nfe:,} in all; "
+        f"{cost.bytes / 2**20:,.1f} MiB",
+        flush=True,
+    )
     with _bar(options.quiet) as progress:
         made = make_pairs(
             model,
@@ -132,8 +146,11 @@ def evaluate(options: arguments.Evaluate) -> int:
     )
     with _bar(options.quiet) as progress:
         report = measure(rows, suite, options.output, progress=progress)
-    resolved = Path(options.student) / "recipe.yaml"
-    page = write_report(options.output, recipe=resolved.read_text(encoding="utf-8") if resolved.is_file() else None)
+    folder = Path(options.student)
+    run = folder.parent if (folder.parent / "metrics.jsonl").is_file() else None
+    resolved = next((p for p in (folder / "recipe.yaml", folder.parent / "recipe.yaml") if p.is_file()), None)
+    recipe = resolved.read_text(encoding="utf-8") if resolved is not None else None
+    page = write_report(options.output, run=run, recipe=recipe)
     screen().print(table(report))
     return _made(page)
 

@@ -11,7 +11,7 @@ from typing import ClassVar, Protocol
 import torch
 
 from fewstep.core import Batch, Rng
-from fewstep.models.bundle import VideoModel
+from fewstep.models.bundle import Card, VideoModel
 
 REMEDIES = {
     "prompts": "Prompts",
@@ -48,6 +48,9 @@ class Data(ABC):
 
     provides: ClassVar[frozenset[str]]
     """Fields of Batch it can fill. Must cover `Method.needs`."""
+
+    def check_card(self, card: Card) -> None:  # noqa: B027 - most data fit every model
+        """Refuse (DataError) what the model's card rules out already: asked before weights are loaded or files written."""
 
     def check(self, model: VideoModel) -> None:  # noqa: B027 - most data fit every model
         """Refuse (DataError) data that were made for another model. Reads manifests and fingerprints only."""

@@ -18,7 +18,7 @@ from fewstep.data.base import Data, DataError, Source, draw_indices, require
 from fewstep.data.listing import Item, read_listing
 from fewstep.data.texts import Texts
 from fewstep.data.video import ClipError, Cut, read_clips, to_floats
-from fewstep.models.bundle import VideoModel
+from fewstep.models.bundle import Card, VideoModel
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +51,15 @@ class Videos(Data):
 
     def __post_init__(self) -> None:
         _ = self.cut  # its own checks
+
+    def check_card(self, card: Card) -> None:
+        read_listing(self.path)
+        mine, its = (self.num_frames, self.height, self.width), (card.num_frames, card.height, card.width)
+        if mine != its:
+            raise DataError(
+                f"data.num_frames, height, width are {mine}, but model {card.name!r} says {its}; make them equal, "
+                "so that fewstep prepare cuts clips as this model saw them"
+            )
 
     def open(self, model: VideoModel, needs: frozenset[str]) -> Source:
         require(self, needs)

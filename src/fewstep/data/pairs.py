@@ -19,7 +19,7 @@ from fewstep.data.video import write_video
 from fewstep.diffusion import CFG, Contract, Prediction, solve, uniform_grid
 from fewstep.diffusion.samplers import Solver, calls
 from fewstep.diffusion.times import check_grid
-from fewstep.models.bundle import VideoModel, fingerprint
+from fewstep.models.bundle import Card, VideoModel, fingerprint
 
 PREVIEWED = 4
 
@@ -218,20 +218,28 @@ class StoredPairs(Data):
     """Fingerprint of the denoiser that made the pairs, where it is not the model the run starts from (a causal student
     taught by a bidirectional teacher)."""
 
+    def check_card(self, card: Card) -> None:
+        read_manifest(self.path, "pairs")
+        if {"denoiser", "text"} <= {name for name, known in card.fingerprints.items() if known}:
+            self._compare(card.fingerprints["denoiser"], card.fingerprints["text"], card.name)
+
     def check(self, model: VideoModel) -> None:
+        self._compare(fingerprint(model.denoiser), fingerprint(model.text), model.card.name)
+
+    def _compare(self, denoiser: str, text: str, name: str) -> None:
         there = read_manifest(self.path, "pairs")["settings"]["teacher"]
-        here = self.teacher or fingerprint(model.denoiser)
+        here = self.teacher or denoiser
         if there["denoiser"] != here:
-            who = "the recipe's data.teacher" if self.teacher else f"the denoiser of {model.card.name!r}"
+            who = "the recipe's data.teacher" if self.teacher else f"the denoiser of {name!r}"
             raise DataError(
                 f"{self.path} holds trajectories of denoiser {there['denoiser']}, but {who} is {here}. "
                 "Make pairs with this model, start from the one that made them, or, if they are meant to teach another "
                 f"network, say so in the recipe: data.teacher: {there['denoiser']}."
             )
-        if there["text"] != fingerprint(model.text):
+        if there["text"] != text:
             raise DataError(
-                f"{self.path} was made with text encoder {there['text']}, model {model.card.name!r} has "
-                f"{fingerprint(model.text)}: prompts would mean something else. Make the pairs again with this model."
+                f"{self.path} was made with text encoder {there['text']}, model {name!r} has {text}: "
+                "prompts would mean something else. Make the pairs again with this model."
             )
 
     def open(self, model: VideoModel, needs: frozenset[str]) -> Source:

@@ -9,7 +9,7 @@ from typing import ClassVar
 from fewstep.core import Batch, Rng
 from fewstep.data.base import Data, DataError, Source, draw_indices, require
 from fewstep.data.texts import Texts
-from fewstep.models.bundle import VideoModel
+from fewstep.models.bundle import Card, VideoModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +23,9 @@ class Prompts(Data):
     """Frames of the clips to make; None takes the model's own, as for `height` and `width`."""
     height: int | None = None
     width: int | None = None
+
+    def check_card(self, card: Card) -> None:
+        read_prompts(self.path)
 
     def open(self, model: VideoModel, needs: frozenset[str]) -> Source:
         require(self, needs)

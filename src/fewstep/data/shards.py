@@ -9,7 +9,7 @@ from fewstep.core import Batch, Rng
 from fewstep.data.base import Data, DataError, Source, draw_indices, require
 from fewstep.data.store import ShardReader, read_manifest
 from fewstep.data.texts import Texts
-from fewstep.models.bundle import VideoModel, fingerprint
+from fewstep.models.bundle import Card, VideoModel, fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,11 +20,27 @@ class Latents(Data):
 
     path: str
 
-    def check(self, model: VideoModel) -> None:
-        there, here = read_manifest(self.path, "latents")["settings"]["codec"], fingerprint(model.codec)
+    def check_card(self, card: Card) -> None:
+        cut = read_manifest(self.path, "latents")["settings"]["cut"]
+        there = {name: cut[name] for name in ("num_frames", "height", "width")}
+        here = {name: getattr(card, name) for name in there}
         if there != here:
             raise DataError(
-                f"{self.path} holds latents of autoencoder {there}, but model {model.card.name!r} has {here}. "
+                f"{self.path} holds clips of {_size(there)}, but model {card.name!r} makes {_size(here)}. Prepare the "
+                "videos in the model's size, or give a model that is made from scratch theirs: model.num_frames, "
+                "model.height, model.width."
+            )
+        if card.fingerprints.get("codec"):
+            self._compare(card.fingerprints["codec"], card)
+
+    def check(self, model: VideoModel) -> None:
+        self._compare(fingerprint(model.codec), model.card)
+
+    def _compare(self, here: str, card: Card) -> None:
+        there = read_manifest(self.path, "latents")["settings"]["codec"]
+        if there != here:
+            raise DataError(
+                f"{self.path} holds latents of autoencoder {there}, but model {card.name!r} has {here}. "
                 "Latents of one autoencoder mean nothing to another: prepare the videos again with this model "
                 "(fewstep prepare), or train the model whose autoencoder made them."
             )
@@ -33,6 +49,10 @@ class Latents(Data):
         require(self, needs)
         self.check(model)
         return _LatentSource(ShardReader(self.path, "latents"), Texts(model, needs), "x0" in needs)
+
+
+def _size(clip: dict[str, int]) -> str:
+    return f"{clip['num_frames']} frames of {clip['height']} x {clip['width']}"
 
 
 @dataclass(frozen=True)

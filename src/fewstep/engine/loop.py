@@ -145,7 +145,9 @@ class Run:
         if odd:
             raise CheckpointError(f"the checkpoint in {self.output} lacks or adds components: {', '.join(odd)}")
         if state.values["best"] and not (self.output / "best" / "card.json").is_file():
-            raise CheckpointError(f"{self.output / 'best'}, the best student so far, is gone. Put it back, or start anew.")
+            raise CheckpointError(
+                f"{self.output / 'best'}, the best student so far, is gone. Put it back, or start anew."
+            )
         for name, network in self.changing.items():
             network.load_state_dict(state.components[name])
         for role, optimizer in self.optimizers.items():
@@ -210,13 +212,17 @@ def prepare(
     source = data.open(model, method.needs)
     rng = Rng(settings.seed, device=settings.device)
     preview = Preview.of(model, source, rng) if settings.preview_every else None
-    return Run(model, method, settings, output, nets, source, optimizers, average, identity, dict(provenance), probe, preview)
+    return Run(
+        model, method, settings, output, nets, source, optimizers, average, identity, dict(provenance), probe, preview
+    )
 
 
 def require_possible(method: Method, settings: Settings, roles: tuple[str, ...]) -> None:
     """Refuse what would silently do nothing."""
     if place().world_size > 1:
-        raise ValueError(f"training runs in one process, and this is one of {place().world_size}; start it without torchrun")
+        raise ValueError(
+            f"training runs in one process, and this is one of {place().world_size}; start it without torchrun"
+        )
     if "teacher" in roles:
         raise ValueError(f"{type(method).__name__} trains the teacher; train a Copy of it")
     idle = sorted(set(settings.optim) - {*roles, "student"})

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import nn
 
-from fewstep.methods.base import Copy, Heads, Method, Nets
+from fewstep.methods.base import Copy, Heads, Method, Nets, Update
 from fewstep.models import FeatureHeads, VideoModel
 from fewstep.models.denoiser import Denoiser
 
@@ -37,10 +37,13 @@ def build_nets(model: VideoModel, method: Method, seed: int) -> Nets:
 def trained_roles(method: Method, steps: int) -> tuple[str, ...]:
     """Every role that some update of the run trains, in order of appearance."""
     seen: dict[str, None] = {}
+    possible = {"student", *method.aux()}
     for step in range(steps):
         for event in method.updates(step):
-            for role in getattr(event, "roles", ()):
-                seen[role] = None
+            if isinstance(event, Update):
+                seen |= dict.fromkeys(event.roles)
+        if seen.keys() >= possible:
+            break
     return tuple(seen)
 
 

@@ -30,9 +30,7 @@ class RoleOptimizer:
             self.parts["muon"] = torch.optim.Muon(
                 matrices, lr=optim.lr, weight_decay=optim.weight_decay, adjust_lr_fn="match_rms_adamw"
             )
-        self.parts["adamw"] = torch.optim.AdamW(
-            others, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay
-        )
+        self.parts["adamw"] = torch.optim.AdamW(others, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay)
 
     def clip(self) -> Tensor:
         """Scale the role's gradient to the largest norm allowed; its norm before. ValueError if there is no gradient."""

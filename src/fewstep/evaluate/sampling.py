@@ -58,7 +58,7 @@ def prepare(entries: Sequence[Entry], suite: Suite) -> Bench:
     prompts = suite.texts or world_prompts(suite.prompts, suite.paraphrased, suite.seed)
     scenes = read_scenes(prompts, height, width)
     if scenes is None and not suite.texts:
-        raise ValueError(f"{height}x{width} clips are not of the built-in world: give your own prompts in texts")
+        raise ValueError(f"{height}x{width} clips are not of the built-in world: give your own prompts (texts, --prompt-file)")
     return Bench(
         suite=suite,
         cases=Cases(prompts, scenes, suite.seeds_per_prompt, suite.seed * SEED_STRIDE),

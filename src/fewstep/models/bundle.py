@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fewstep.core import Cond, RecipeError, Seeds, build, dump
+from fewstep.core.build import At
 from fewstep.diffusion import CFG, PATHS, Contract, Kind, NoisePath, RectifiedFlow, solve
 from fewstep.diffusion.samplers import Watch
 from fewstep.models.autoencoder import FrameAutoencoder
@@ -38,6 +40,8 @@ class Card:
     role: str = "teacher"
     parts: dict[str, Spec] = field(default_factory=dict)
     """Class and constructor arguments of every network; the denoiser's entry is its backbone."""
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    """Of every part's weights as they load: data made by other weights is refused before any is read."""
     path: NoisePath = RectifiedFlow()
     kind: Kind = "flow"
     contract: Contract = Contract()
@@ -93,7 +97,8 @@ class VideoModel:
 
     def with_part(self, name: str, network: nn.Module, **card: Any) -> VideoModel:
         """The same model with one network (and fields of its card) exchanged; the other networks are shared."""
-        return VideoModel(replace(self.card, **card), {**self.parts, name: network})
+        known = {part: value for part, value in self.card.fingerprints.items() if part != name}
+        return VideoModel(replace(self.card, **{"fingerprints": known, **card}), {**self.parts, name: network})
 
     # --- sampling -----------------------------------------------------------------------------------------------------
 
@@ -163,10 +168,13 @@ class VideoModel:
         """Write the card and every part; floating-point tensors are stored as `dtype` and load as float32."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        prints = {}
         for name, part in self.parts.items():
             tensors = {k: _stored(v, dtype) for k, v in part.state_dict().items()}
+            prints[name] = _print_of(part, {k: tensors[k].to(v.dtype) for k, v in part.state_dict().items()})
             save_file(tensors, folder / f"{name}.safetensors")
-        card = replace(self.card, parts={name: describe(part) for name, part in self.parts.items()})
+        parts = {name: describe(part) for name, part in self.parts.items()}
+        card = replace(self.card, parts=parts, fingerprints=prints)
         (folder / "card.json").write_text(json.dumps(dump(card), indent=2) + "\n")
         return folder
 
@@ -182,10 +190,18 @@ class VideoModel:
 
 
 def read_card(source: Path | str) -> Card:
-    """The card of a folder, without its weights. FileNotFoundError or RecipeError say what is wrong with it."""
+    """The card of a folder, without its weights. FileNotFoundError or RecipeError say what is wrong with it.
+
+    A card may name classes outside this package only from modules that the caller has imported: reading it runs no code.
+    """
     path = _folder_of(source) / "card.json"
     names = {path_type.__name__: path_type for path_type in PATHS}
-    return build(Card, json.loads(path.read_text()), names)
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RecipeError(f"{path} is not a card: {error}; copy the folder again") from None
+    _refuse_imports(tree, At("card.json"))
+    return build(Card, tree, names, "card.json")
 
 
 def allocate(part: str, card: Card) -> nn.Module:
@@ -201,11 +217,26 @@ def describe(part: nn.Module) -> Spec:
 
 def fingerprint(part: nn.Module) -> str:
     """12 hexadecimal characters that change when the class, its arguments or any weight change."""
+    return _print_of(part, part.state_dict())
+
+
+def _print_of(part: nn.Module, tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.blake2b(json.dumps(dump(describe(part)), sort_keys=True).encode(), digest_size=6)
-    for name, value in sorted(part.state_dict().items()):
+    for name, value in sorted(tensors.items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _refuse_imports(tree: Any, at: At) -> None:
+    """A folder of weights comes from anywhere, so its card must not choose what is imported."""
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        module = value.partition(":")[0] if key == "type" and isinstance(value, str) and ":" in value else None
+        if module is not None and module not in sys.modules:
+            raise at.key(key).fail(
+                f"is {value!r}, a class outside fewstep. If you trust it, import {module} in Python before loading"
+            )
+        _refuse_imports(value, at.key(key))
 
 
 def _folder_of(source: Path | str) -> Path:

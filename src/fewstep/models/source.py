@@ -15,6 +15,10 @@ from fewstep.models.bundle import PARTS, Card, VideoModel, allocate, read_card
 from fewstep.models.spec import Spec
 
 
+MADE_NEW = "made new"
+"""What stands for the fingerprint of a network that has no weights yet: nothing was made by it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSource(ABC):
     """A model before it is loaded: `card` reads no weight, `load` does."""
@@ -81,9 +85,12 @@ class Scratch(ModelSource):
     def card(self) -> Card:
         specs = {name: part if isinstance(part, Spec) else _spec_in(part, name) for name, part in self.parts.items()}
         _require_fitting(specs)
+        taken = {name: part for name, part in self.parts.items() if isinstance(part, str)}
+        prints = {name: read_card(folder).fingerprints.get(name, "") for name, folder in taken.items()}
         return Card(
             name=self.name, parts=specs, path=self.path, kind=self.kind, contract=self.contract,
             num_frames=self.num_frames, height=self.height, width=self.width, fps=self.fps,
+            fingerprints={name: prints.get(name, MADE_NEW) for name in specs},
         )  # fmt: skip
 
     def load(self) -> VideoModel:

@@ -1,0 +1,198 @@
+"""A killed run goes on bit for bit, whenever it was killed; a checkpoint that cannot be trusted is refused by name."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench_engine import CASES, Everything, long_run, small, tiny_model
+from fewstep.engine import CheckpointError, Settings, checkpoint, train
+from fewstep.engine.checkpoint import RunState, checkpoints, prune
+from fewstep.engine.log import read_metrics
+from fewstep.methods import Method
+from fewstep.models import VideoModel
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("single_thread")
+
+
+class Stopped(Exception):
+    """The plug was pulled."""
+
+
+@dataclass
+class Plug:
+    """A probe that ends the process' work at iteration `at`, after which nothing is saved."""
+
+    at: int
+    every: int = 1
+    calls: int = 0
+
+    def __call__(self, student: VideoModel) -> dict[str, float]:
+        self.calls += 1
+        if self.calls == self.at:
+            raise Stopped
+        return {"rule": 0.0}
+
+    def better(self, scores: Mapping[str, float], best: Mapping[str, float]) -> bool:
+        return False
+
+
+def last_state(output: Path) -> RunState:
+    return RunState.load(checkpoints(output / "checkpoints")[-1])
+
+
+def assert_same_state(a: RunState, b: RunState) -> None:
+    assert (a.step, a.values) == (b.step, b.values)
+    assert a.components.keys() == b.components.keys()
+    for name, tensors in a.components.items():
+        assert tensors.keys() == b.components[name].keys()
+        for key, tensor in tensors.items():
+            assert torch.equal(tensor, b.components[name][key]), f"{name}: {key}"
+
+
+def figures(output: Path) -> list[dict[str, float]]:
+    """The log without the clock and the plug's verdicts."""
+    rows = read_metrics(output / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k not in ("time", "probe/rule")} for row in rows]
+
+
+def run(output: Path, method: Method, settings: Settings, plug: int = 0) -> None:
+    train(tiny_model(), method, Everything(), settings, output, quiet=True, probe=Plug(plug) if plug else None)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_stopping_and_going_on_changes_no_bit(case: str, tmp_path: Path) -> None:
+    method, settings = CASES[case], small(8, save_every=2, ema=0.9, accumulate=2)
+    run(tmp_path / "straight", method, settings)
+    with pytest.raises(Stopped):
+        run(tmp_path / "stopped", method, settings, plug=6)
+    assert last_state(tmp_path / "stopped").step == 4  # iterations 5 and 6 are done again
+    run(tmp_path / "stopped", method, settings)
+    assert_same_state(last_state(tmp_path / "straight"), last_state(tmp_path / "stopped"))
+    assert figures(tmp_path / "straight") == figures(tmp_path / "stopped")
+    for file in (tmp_path / "straight" / "student").iterdir():
+        assert file.read_bytes() == (tmp_path / "stopped" / "student" / file.name).read_bytes()
+
+
+def test_sigkill_at_random_moments_changes_no_bit(tmp_path: Path) -> None:
+    long_run(tmp_path / "straight")
+    moments = random.SystemRandom()
+    for earliest in (moments.randint(1, 6), moments.randint(10, 16)):
+        kill_after(tmp_path / "killed", earliest, moments.uniform(0, 0.1))
+    assert 10 <= checkpoint_step(tmp_path / "killed") < 24
+    long_run(tmp_path / "killed")
+    state = last_state(tmp_path / "killed")
+    assert set(state.components) == {"student", "student.optim", "critic", "critic.optim", "ema"}
+    assert_same_state(last_state(tmp_path / "straight"), state)
+    assert figures(tmp_path / "straight") == figures(tmp_path / "killed")
+
+
+def kill_after(output: Path, step: int, delay: float) -> None:
+    """Train in another process; SIGKILL it `delay` seconds after its first checkpoint at or after `step`."""
+    paths = [str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    command = [sys.executable, str(ROOT / "tests" / "bench_engine.py"), str(output)]
+    process = subprocess.Popen(
+        command, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    )
+    try:
+        while checkpoint_step(output) < step:
+            assert process.poll() is None, "it ended by itself"
+            time.sleep(0.002)
+        time.sleep(delay)
+    finally:
+        process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
+def checkpoint_step(output: Path) -> int:
+    found = checkpoints(output / "checkpoints")
+    return int(found[-1].name.removeprefix("step-")) if found else 0
+
+
+@pytest.mark.parametrize("file", ["student", "student.optim"])
+def test_a_kill_while_saving_leaves_the_checkpoint_before(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method, settings = CASES["Consistency"], small(6, save_every=2)
+    write = checkpoint.save_file
+
+    def torn(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        write(tensors, path)
+        if path.name == f"{file}.safetensors" and "000004" in str(path):
+            path.write_bytes(path.read_bytes()[:100])
+            raise Stopped
+
+    monkeypatch.setattr(checkpoint, "save_file", torn)
+    with pytest.raises(Stopped):
+        run(tmp_path / "torn", method, settings)
+    monkeypatch.undo()
+    assert checkpoint_step(tmp_path / "torn") == 2
+    run(tmp_path / "torn", method, settings)
+    run(tmp_path / "straight", method, settings)
+    assert_same_state(last_state(tmp_path / "straight"), last_state(tmp_path / "torn"))
+    names = {path.name for path in (tmp_path / "torn" / "checkpoints").iterdir()}
+    assert names == {"step-000004", "step-000006"}  # no litter
+
+
+def test_a_damaged_or_missing_component_is_named(tmp_path: Path) -> None:
+    method, settings = CASES["DMD2"], small(4, save_every=2)
+    with pytest.raises(Stopped):
+        run(tmp_path, method, settings, plug=3)
+    component = tmp_path / "checkpoints" / "step-000002" / "critic.optim.safetensors"
+    whole = component.read_bytes()
+    component.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match=r"critic\.optim\.safetensors is missing, cut short or unreadable"):
+        run(tmp_path, method, settings)
+    component.unlink()
+    with pytest.raises(CheckpointError, match=r"critic\.optim\.safetensors.*Delete"):
+        run(tmp_path, method, settings)
+    component.write_bytes(whole)
+    (component.parent / "state.json").write_text('{"step": 2')
+    with pytest.raises(CheckpointError, match=r"state\.json"):
+        run(tmp_path, method, settings)
+
+
+def test_another_run_is_refused(tmp_path: Path) -> None:
+    method, settings = CASES["Consistency"], small(2)
+    run(tmp_path, method, settings)
+    with pytest.raises(CheckpointError, match="denoiser weights was"):
+        train(tiny_model(seed=1), method, Everything(), settings, tmp_path, quiet=True)
+    with pytest.raises(CheckpointError, match="method digest was"):
+        run(tmp_path, type(method)(decay=0.5), settings)
+    with pytest.raises(CheckpointError, match="settings digest was"):
+        run(tmp_path, method, small(3))
+    run(tmp_path, method, settings)  # the same run: nothing left to do
+    arguments = (method, Everything(), settings, tmp_path / "named")
+    train(tiny_model(), *arguments, provenance={"recipe": "abc"}, quiet=True)
+    with pytest.raises(CheckpointError, match="recipe was abc, is xyz"):
+        train(tiny_model(), *arguments, provenance={"recipe": "xyz"}, quiet=True)
+
+
+def test_checkpoints_are_in_order_of_steps_and_pruned(tmp_path: Path) -> None:
+    for step in (999_998, 999_999, 1_000_000):
+        RunState(step, {"student": {}}, {}).save(tmp_path)
+    (tmp_path / ".draft-step-1000002").mkdir()
+    (tmp_path / "step-kept-by-hand").mkdir()
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-999998", "step-999999", "step-1000000"]
+    prune(tmp_path, 1)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-1000000"]
+    RunState(1_000_000, {"student": {"w": torch.ones(2)}}, {}).save(tmp_path)  # replaces its namesake
+    assert torch.equal(RunState.load(tmp_path / "step-1000000").components["student"]["w"], torch.ones(2))
+
+
+def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+    run(tmp_path, CASES["Consistency"], small(7, save_every=2, keep_last=3))
+    assert [p.name for p in checkpoints(tmp_path / "checkpoints")] == ["step-000004", "step-000006", "step-000007"]
+    run(tmp_path / "end", CASES["Consistency"], small(3))
+    assert [p.name for p in checkpoints(tmp_path / "end" / "checkpoints")] == ["step-000003"]

@@ -1,0 +1,435 @@
+"""The loop: who moves, what a gradient is, what stops a run, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bench_engine import CASES, FRAMES, LONG, Everything, small, tiny_model
+from fewstep.core import Batch, Losses, Rng
+from fewstep.core.finite import NonFiniteError
+from fewstep.data.base import Data, Source
+from fewstep.engine import CheckpointError, Optim, Settings, train
+from fewstep.engine.checkpoint import RunState, checkpoints
+from fewstep.engine.log import RunLog, read_metrics
+from fewstep.engine.loop import Run, prepare
+from fewstep.engine.nets import trained_roles
+from fewstep.engine.optim import RoleOptimizer, learning_rate
+from fewstep.methods import DMD2, Copy, FlowMatching, Method, Nets, Sync, Update
+from fewstep.models import Backbone, FeatureHeads, VideoModel, fingerprint
+
+pytestmark = pytest.mark.usefixtures("single_thread")
+
+
+def prepared(tmp_path: Path, method: Method, settings: Settings, data: Data = Everything()) -> Run:
+    return prepare(tiny_model(), method, data, settings, tmp_path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Denoise(Method):
+    """Predict clean latents from half noise that depends on nothing but the clip."""
+
+    cite: ClassVar[str] = "none"
+    spoil: str = ""
+    """`loss` or `gradient` becomes NaN in the third iteration; `nothing` gives the critic a loss of the student."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"prompts", "x0"})
+
+    def aux(self) -> dict[str, Copy]:
+        return {"critic": Copy("teacher")}
+
+    def updates(self, step: int) -> Iterator[Update | Sync]:
+        spoil = self.spoil if step == 2 else ""
+        yield Update(
+            ("critic",), lambda nets, batch, rng: self.losses(nets, batch, "" if self.spoil != "nothing" else spoil)
+        )
+        yield Update(("student",), lambda nets, batch, rng: self.losses(nets, batch, spoil))
+
+    def losses(self, nets: Nets, batch: Batch, spoil: str) -> Iterator[Losses]:
+        assert batch.x0 is not None
+        trained = next(net for net in nets.values() if next(net.parameters()).requires_grad)
+        if spoil == "nothing":
+            yield {"free": torch.zeros((), requires_grad=True)}
+            return
+        out = trained(batch.x0.flip(2), torch.full((len(batch),), 0.5), batch.cond).x0
+        if spoil == "gradient":
+            out = out + (out - out.detach()).clamp_min(0).sqrt()  # value unchanged, slope infinite
+        yield {"first": (out - batch.x0).square().mean()}
+        again = trained(batch.x0, torch.full((len(batch),), 0.3), batch.cond).x0
+        yield {"second": (again - batch.x0).abs().mean() * (float("nan") if spoil == "loss" else 1.0)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut(Data):
+    """The same clips whether they come as one batch or as one micro-batch per place."""
+
+    provides: ClassVar[frozenset[str]] = frozenset({"prompts", "x0"})
+
+    def open(self, model: VideoModel, needs: frozenset[str]) -> Source:
+        return _Cut(Everything().open(model, needs))
+
+
+@dataclass(frozen=True)
+class _Cut:
+    whole: Source
+
+    def batch(self, size: int, rng: Rng) -> Batch:
+        every = self.whole.batch(6, rng.at(place=0))
+        rows = slice(rng.place * size, (rng.place + 1) * size)
+        assert every.x0 is not None
+        return replace(every, cond=every.cond[rows], uncond=every.uncond[rows], x0=every.x0[rows])
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+
+def test_micro_batches_add_up_to_the_large_batch(tmp_path: Path) -> None:
+    runs = [
+        prepared(tmp_path, Denoise(), small(1, batch=batch, accumulate=accumulate), Cut())
+        for batch, accumulate in ((6, 1), (2, 3))
+    ]
+    gradients = []
+    for run in runs:
+        seen: dict[str, torch.Tensor] = {}
+        clip = run.optimizers["student"].clip
+
+        def spy(run: Run = run, seen: dict[str, torch.Tensor] = seen, clip: Any = clip) -> torch.Tensor:
+            seen.update({name: p.grad.clone() for name, p in run.nets.student.named_parameters() if p.grad is not None})
+            return clip()
+
+        run.optimizers["student"].clip = spy  # type: ignore[method-assign]
+        run.iterate()
+        gradients.append(seen)
+    whole, summed = gradients
+    assert whole.keys() == summed.keys()
+    for name, gradient in whole.items():
+        torch.testing.assert_close(summed[name], gradient, rtol=1e-4, atol=1e-7)
+    assert runs[0].figures == pytest.approx(runs[1].figures, rel=1e-5)  # losses are averaged, not the last one shown
+
+
+def test_the_gradient_of_a_role_is_clipped_as_a_whole() -> None:
+    network = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    for parameter in network.parameters():
+        parameter.grad = torch.full_like(parameter, 3.0)
+    optimizer = RoleOptimizer(network, Optim(clip=0.5), 10)
+    assert float(optimizer.clip()) == pytest.approx(3.0 * 12**0.5)
+    norm = torch.stack([p.grad.square().sum() for p in network.parameters() if p.grad is not None]).sum().sqrt()
+    assert float(norm) == pytest.approx(0.5, rel=1e-4)
+
+
+def test_clipping_one_role_does_not_see_the_other(tmp_path: Path) -> None:
+    optim = {"student": Optim(clip=1e-3), "critic": Optim(clip=1e3)}
+    run = prepared(tmp_path, Denoise(), small(2, optim=optim))
+    run.iterate()
+    assert run.figures["grad/student"] == pytest.approx(run.figures["grad/critic"])  # equal before clipping
+    assert all(p.grad is None for net in run.nets.values() for p in net.parameters())
+
+
+# --- who moves --------------------------------------------------------------------------------------------------------
+
+
+def test_only_the_named_roles_move_and_train(tmp_path: Path) -> None:
+    run = prepared(tmp_path, LONG, small(9))
+    prints = lambda: {role: fingerprint(net) for role, net in run.nets.items()}  # noqa: E731
+    modes = {}
+    for _ in range(LONG.warmup):
+        before = prints()
+        run.iterate()
+        after = prints()
+        assert {role for role in after if after[role] != before[role]} == {"critic"}
+        modes |= {role: net.training for role, net in run.nets.items()}
+    assert modes == {"teacher": False, "student": False, "critic": True}
+    assert not any(p.requires_grad for role in ("teacher", "student") for p in run.nets[role].parameters())
+    before = prints()
+    run.iterate()
+    after = prints()
+    assert {role for role in after if after[role] != before[role]} == {"critic", "student"}
+    assert [role for role, net in run.nets.items() if net.training] == ["student"]
+
+
+def test_heads_are_made_for_the_layers_asked_for(tmp_path: Path) -> None:
+    run = prepared(tmp_path, DMD2(gan=0.1, layers=(0, -1)), small(1))
+    assert isinstance(run.nets.discriminator, FeatureHeads) and len(run.nets.discriminator.heads) == 2
+
+
+def test_average_follows_its_formula(tmp_path: Path) -> None:
+    run = prepared(tmp_path, Denoise(), small(3, ema=0.15))
+    expected = {k: v.clone() for k, v in run.nets.student.state_dict().items()}
+    for decay in (1 / 10, 0.15, 0.15):  # 2/11 is more than 0.15
+        run.iterate()
+        for name, value in run.nets.student.state_dict().items():
+            expected[name] = decay * expected[name] + (1 - decay) * value
+    assert run.average is not None
+    for name, value in run.average.state_dict().items():
+        torch.testing.assert_close(value, expected[name])
+    assert run.student().denoiser is run.average
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_weights_and_moments_stay_float32_under_autocast(kind: Any, tmp_path: Path) -> None:
+    settings = small(5, autocast="bf16", ema=0.9, optim={"student": Optim(type=kind)})
+    run = prepared(tmp_path, LONG, settings)
+    before = {name: p.detach().clone() for name, p in run.nets.student.named_parameters()}
+    for _ in range(5):  # with calls under no_grad before the one that carries gradient
+        run.iterate()
+    state = run.state().components
+    assert {t.dtype for tensors in state.values() for t in tensors.values()} == {torch.float32}
+    still = [name for name, p in run.nets.student.named_parameters() if torch.equal(before[name], p)]
+    assert still == []
+    slots = {key.split("/")[1] for key in state["student.optim"]}
+    assert slots == {"step", "exp_avg", "exp_avg_sq"} | ({"momentum_buffer"} if kind == "muon" else set())
+
+
+def test_learning_rate_is_a_function_of_the_step() -> None:
+    optim = Optim(lr=1.0, warmup=3, decay="cosine")
+    assert [learning_rate(optim, step, 13) for step in range(3)] == pytest.approx([0.25, 0.5, 0.75])
+    assert learning_rate(optim, 3, 13) == 1.0
+    assert learning_rate(optim, 8, 13) == pytest.approx(0.5)
+    assert learning_rate(Optim(lr=1.0, decay="linear"), 9, 10) == pytest.approx(0.1)
+
+
+# --- what stops a run -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [("loss", "step 2, loss second of student"), ("gradient", "step 2, gradient norm of student")],
+)
+def test_a_number_that_is_none_stops_the_run(spoil: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteError, match=message):
+        train(tiny_model(), Denoise(spoil=spoil), Everything(), small(5, save_every=1), tmp_path, quiet=True)
+    found = checkpoints(tmp_path / "checkpoints")
+    assert found[-1].name == "step-000002"
+    state = RunState.load(found[-1])
+    assert all(bool(t.isfinite().all()) for tensors in state.components.values() for t in tensors.values())
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_nothing_has_moved_when_the_run_stops(tmp_path: Path) -> None:
+    run = prepared(tmp_path, Denoise(spoil="gradient"), small(5))
+    for _ in range(2):
+        run.iterate()
+    before = fingerprint(run.nets.student)
+    with pytest.raises(NonFiniteError):
+        run.iterate()
+    assert fingerprint(run.nets.student) == before
+
+
+def test_a_bad_probe_figure_stops_the_run(tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteError, match="step 1, probe figure rule of student"):
+        train(tiny_model(), Denoise(), Everything(), small(2), tmp_path, probe=Scripted([float("nan")]), quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("method", "others", "message"),
+    [
+        (CASES["Reconstruction"], {"compile": True}, "settings.compile is for denoisers"),
+        (CASES["Reconstruction"], {"preview_every": 1}, "settings.preview_every is for denoisers"),
+        (CASES["Reconstruction"], {"optim": {"student": Optim(type="muon")}}, "give its role an entry of type adamw"),
+        (DMD2(gan=0.1), {"optim": {"student": Optim(type="muon")}}, "this FeatureHeads has none"),
+        (CASES["DMD2"], {"optim": {"critc": Optim()}}, "settings.optim has critc"),
+        (Denoise(spoil="nothing"), {}, "no loss of this update depends on the Denoiser"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(method: Method, others: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(tiny_model(), method, Everything(), small(3, **others), tmp_path, quiet=True)
+
+
+def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="one of 2; start it without torchrun"):
+        train(tiny_model(), Denoise(), Everything(), small(1), tmp_path, quiet=True)
+
+
+@pytest.mark.parametrize("field", ["steps", "batch", "accumulate", "log_every", "keep_last"])
+def test_settings_are_checked(field: str) -> None:
+    with pytest.raises(ValueError, match=f"settings.{field} must be at least 1, got 0"):
+        Settings(**{"steps": 1, field: 0})
+    with pytest.raises(ValueError, match="preview_every must be at least 0"):
+        Settings(steps=1, preview_every=-1)
+
+
+# --- what a run leaves behind -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Scripted:
+    """A probe whose verdicts are written down; larger is better."""
+
+    rules: list[float]
+    every: int = 1
+    calls: int = 0
+
+    def __call__(self, student: VideoModel) -> dict[str, float]:
+        self.calls += 1
+        return {"rule": self.rules[self.calls - 1]}
+
+    def better(self, scores: Mapping[str, float], best: Mapping[str, float]) -> bool:
+        return not best or scores["rule"] > best["rule"]
+
+
+def test_the_best_is_returned_and_not_the_last(tmp_path: Path) -> None:
+    reference = prepared(tmp_path, Denoise(), small(4))
+    prints = []
+    for _ in range(4):
+        reference.iterate()
+        prints.append(fingerprint(reference.nets.student))
+    probe = Scripted([0.1, 0.7, 0.3, 0.6])
+    student = train(tiny_model(), Denoise(), Everything(), small(4), tmp_path / "run", probe=probe, quiet=True)
+    assert fingerprint(student.denoiser) == prints[1] != prints[3]
+    assert student.card.scores == {"rule": 0.7}
+    assert fingerprint(VideoModel.from_pretrained(tmp_path / "run" / "best").denoiser) == prints[1]
+    last = train(tiny_model(), Denoise(), Everything(), small(4), tmp_path / "last", quiet=True)
+    assert fingerprint(last.denoiser) == prints[3]
+
+
+def test_the_best_before_a_stop_still_counts_after_it(tmp_path: Path) -> None:
+    class Stopping(Scripted):
+        def __call__(self, student: VideoModel) -> dict[str, float]:
+            if self.calls == 3:
+                raise KeyboardInterrupt
+            return super().__call__(student)
+
+    settings = small(4, save_every=3)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_model(), Denoise(), Everything(), settings, tmp_path, probe=Stopping([0.1, 0.7, 0.3]), quiet=True)
+    best = fingerprint(VideoModel.from_pretrained(tmp_path / "best").denoiser)
+    student = train(tiny_model(), Denoise(), Everything(), settings, tmp_path, probe=Scripted([0.6]), quiet=True)
+    assert student.card.scores == {"rule": 0.7} and fingerprint(student.denoiser) == best
+    (tmp_path / "best").rename(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="the best student so far, is gone"):
+        train(tiny_model(), Denoise(), Everything(), settings, tmp_path, probe=Scripted([0.6]), quiet=True)
+
+
+def test_previews_are_pictures_of_student_beside_teacher(tmp_path: Path) -> None:
+    model = tiny_model()
+    calls = []
+    original = model.latents
+    model.latents = lambda prompts, **options: calls.append(tuple(prompts)) or original(prompts, **options)  # type: ignore[func-returns-value,method-assign]
+    train(model, CASES["DMD2"], Everything(), small(5, preview_every=2), tmp_path, quiet=True)
+    names = sorted(path.name for path in (tmp_path / "previews").iterdir())
+    assert names == ["000002.png", "000004.png", "000005.png"]
+    assert len(calls) == 1 and len(calls[0]) == 4  # the teacher's clips are sampled once per run
+    picture = np.asarray(Image.open(tmp_path / "previews" / names[0]))
+    # four prompts; columns: student at 1 step, student at 2 steps, teacher; 4 frames of 32 x 32, three times enlarged
+    assert picture.shape == (4 * 96, 3 * (FRAMES * 96 + 4), 3)
+    last = np.asarray(Image.open(tmp_path / "previews" / names[-1]))
+    teacher = slice(2 * (FRAMES * 96 + 4), None)
+    assert np.array_equal(picture[:, teacher], last[:, teacher])
+    assert not np.array_equal(picture[:, : teacher.start], last[:, : teacher.start])
+    assert picture.std() > 1
+
+
+def test_pictures_of_large_clips_are_made_smaller() -> None:
+    from fewstep.engine.preview import _sheet
+
+    assert _sheet([torch.zeros(1, 3, 9, 480, 832)] * 2).shape == (96, 2 * (6 * 166 + 4), 3)
+
+
+def test_no_previews_unless_asked_for(tmp_path: Path) -> None:
+    train(tiny_model(), Denoise(), Everything(), small(1), tmp_path, quiet=True)
+    assert not (tmp_path / "previews").exists()
+
+
+def test_rows_hold_their_own_iteration_only(tmp_path: Path) -> None:
+    probe = Scripted([0.5, 0.6, 0.6], every=3)
+    settings = small(8, log_every=2)
+    train(tiny_model(), Denoise(), Everything(), settings, tmp_path, probe=probe, quiet=True)
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [2, 3, 4, 6, 8]
+    assert [row.get("probe/rule") for row in rows] == [None, 0.5, None, 0.6, 0.6]
+    usual = {"step", "time", "loss/first", "loss/second", "grad/student", "grad/critic", "lr/student", "lr/critic"}
+    assert all(row.keys() - {"probe/rule"} == usual for row in rows)
+    assert [row["time"] for row in rows] == sorted(row["time"] for row in rows)
+
+
+def test_a_resumed_log_drops_what_came_after_the_checkpoint(tmp_path: Path) -> None:
+    with RunLog(tmp_path, resume_step=0, total=9, quiet=True) as log:
+        for step in range(1, 6):
+            log.write(step, {"loss/a": float(step)})
+    with log.path.open("a") as file:
+        file.write('{"step": 6, "los')  # torn by a kill
+    with RunLog(tmp_path, resume_step=3, total=9, quiet=True) as log:
+        log.write(4, {"loss/a": 40.0})
+    assert [(row["step"], row["loss/a"]) for row in read_metrics(log.path)] == [(1, 1), (2, 2), (3, 3), (4, 40)]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")
+def test_tensorboard_holds_the_figures(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(tiny_model(), Denoise(), Everything(), small(3), tmp_path, quiet=True)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    for tag in ("loss/first", "grad/student", "lr/critic"):
+        assert [(e.step, e.value) for e in events.Scalars(tag)] == [(r["step"], pytest.approx(r[tag])) for r in rows]
+
+
+def test_missing_tensorboard_is_announced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with RunLog(tmp_path, resume_step=0, total=1, quiet=False) as log:
+        log.write(1, {"loss/a": 1.0})
+    assert "tensorboard is not installed" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "tensorboard").exists()
+    with RunLog(tmp_path, resume_step=0, total=1, quiet=True):
+        pass
+    assert capsys.readouterr().err == ""
+
+
+def test_a_trained_codec_knows_the_statistics_of_its_latents(tmp_path: Path) -> None:
+    model = train(tiny_model(), CASES["Reconstruction"], Everything(), small(3), tmp_path, quiet=True)
+    frames = Everything().open(model, frozenset({"frames"})).batch(32, Rng(5)).frames
+    assert frames is not None
+    latents = model.codec.encode(frames)
+    assert bool((latents.mean((0, 2, 3, 4)).abs() < 0.5).all()) and bool(
+        ((latents.std((0, 2, 3, 4)) - 1).abs() < 0.5).all()
+    )
+
+
+def test_a_student_of_a_student_stays_one(tmp_path: Path) -> None:
+    teacher = tiny_model()
+    first = train(teacher, CASES["Consistency"], Everything(), small(1), tmp_path / "first", quiet=True)
+    again = train(first, CASES["Consistency"], Everything(), small(1), tmp_path / "again", quiet=True)
+    pretrained = train(tiny_model(), FlowMatching(), Everything(), small(1), tmp_path / "teacher", quiet=True)
+    assert [model.card.role for model in (first, again, pretrained)] == ["student", "student", "teacher"]
+
+
+def test_every_variant_of_a_block_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Roles, batch sizes, grad modes and autocast make more variants of one block than torch allows by default."""
+
+    class Sizes(Scripted):
+        def __call__(self, student: VideoModel) -> dict[str, float]:
+            for count in (1, 2, 3, 5):
+                student(["a red circle"] * count)
+            return super().__call__(student)
+
+    def traced(self: Backbone) -> None:  # the variants are counted before code is generated, which takes minutes
+        for block in self.blocks:
+            block.compile(fullgraph=True, dynamic=False, backend="eager")
+
+    monkeypatch.setattr(Backbone, "compile_blocks", traced)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", torch._dynamo.config.recompile_limit)
+    torch._dynamo.reset()
+    settings = small(4, compile=True, autocast="bf16", preview_every=2)
+    train(tiny_model(), replace(LONG, warmup=1), Everything(), settings, tmp_path, probe=Sizes([0.0] * 4), quiet=True)
+    torch._dynamo.reset()
+
+
+def test_trained_roles_are_those_that_some_step_trains() -> None:
+    assert trained_roles(DMD2(gan=0.1, warmup=3), 3) == ("critic", "discriminator")
+    assert trained_roles(DMD2(gan=0.1, warmup=3), 10**9) == ("critic", "discriminator", "student")
+    assert trained_roles(CASES["Progressive"], 10) == ("student",)
