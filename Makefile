@@ -3,7 +3,8 @@
 # make lint    ruff, types, layers, budgets
 # make format  ruff's formatter
 # Every target makes .venv first if it is missing. PYTHON=python3.12 chooses the interpreter, WORKERS=8 the test processes,
-# TORCH_INDEX=... takes torch from an index that has the CPU build, where pip would take the much larger CUDA build.
+# TORCH_INDEX=... takes torch from an index that has the CPU build, where pip would take the much larger CUDA build; it
+# counts when .venv is made, and is refused afterwards if it is another one.
 
 PYTHON ?= python3
 WORKERS ?= auto
@@ -12,6 +13,14 @@ TORCH := torch>=2.11,<2.14
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export OMP_NUM_THREADS ?= 1
+
+ifneq ($(and $(TORCH_INDEX),$(wildcard $(VENV)/.torch)),)
+ifneq ($(TORCH_INDEX),$(shell cat $(VENV)/.index 2>/dev/null))
+ifneq ($(MAKECMDGOALS),clean)
+$(error $(VENV) already has a torch, which is not from TORCH_INDEX=$(TORCH_INDEX); run "make clean" first)
+endif
+endif
+endif
 
 .PHONY: demo test test-slow lint format clean
 .DELETE_ON_ERROR:
@@ -44,8 +53,9 @@ $(VENV)/.made:
 	touch $@
 
 $(VENV)/.torch: $(VENV)/.made
-	$(if $(TORCH_INDEX),$(INSTALL) "$(TORCH)" --index-url $(TORCH_INDEX))
-	touch $@
+	$(INSTALL) "$(TORCH)" $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	echo "$(TORCH_INDEX)" > $(VENV)/.index
+	$(BIN)/python -W ignore -c 'import torch; print(torch.__version__)' > $@
 
 $(VENV)/.core: $(VENV)/.torch pyproject.toml
 	$(INSTALL) -e .

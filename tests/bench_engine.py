@@ -1,13 +1,16 @@
 """Test bench: a tiny real video model, data with every field, and one small run per method.
 
-`python tests/bench_engine.py FOLDER` trains `LONG` there: the process that a test kills.
+`python tests/bench_engine.py FOLDER MOMENT N` trains `LONG` there and dies by SIGKILL at the N-th such moment.
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,7 +20,9 @@ from torch import nn
 from fewstep.core import Batch, Pairs, Rng
 from fewstep.data.base import Data, Source
 from fewstep.diffusion import CFG, Contract, RectifiedFlow
-from fewstep.engine import Optim, Settings, train
+from fewstep.engine import Optim, Settings, checkpoint, train
+from fewstep.engine.log import RunLog
+from fewstep.engine.optim import RoleOptimizer
 from fewstep.methods import DMD2, METHODS, BackwardSimulation, FlowMatching, Method, Progressive, ReadAttributes
 from fewstep.methods.rollouts import NESTED
 from fewstep.models import Card, ClipFeatures, Denoiser, FrameAutoencoder, TextEncoder, VideoDiT, VideoModel
@@ -99,6 +104,36 @@ def long_run(output: Path) -> VideoModel:
     return train(tiny_model(), LONG, WorldClips(num_frames=FRAMES), settings, output, quiet=True)
 
 
+MOMENTS: Mapping[str, tuple[Any, str]] = {
+    "update": (RoleOptimizer, "step"),
+    "file": (checkpoint, "save_file"),
+    "line": (RunLog, "write"),
+    "rename": (Path, "rename"),
+}
+"""Before an optimiser's step; half-way through a file of a checkpoint, or a line of the log; before a folder gets its name."""
+
+
+def die_at(moment: str, number: int) -> None:
+    """Send this process SIGKILL at call `number` of what makes up `moment`."""
+    owner, name = MOMENTS[moment]
+    real, calls = getattr(owner, name), count(1)
+
+    def fatal(*args: Any, **options: Any) -> Any:
+        if next(calls) < number:
+            return real(*args, **options)
+        if moment == "file":
+            real(*args, **options)
+            os.truncate(args[1], args[1].stat().st_size // 2)
+        if moment == "line":
+            with args[0].path.open("a") as file:
+                file.write('{"step": 1, "los')
+        os.kill(os.getpid(), signal.SIGKILL)
+        return None
+
+    setattr(owner, name, fatal)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    die_at(sys.argv[2], int(sys.argv[3]))
     long_run(Path(sys.argv[1]))

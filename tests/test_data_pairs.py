@@ -12,11 +12,13 @@ import torch
 from PIL import Image
 
 from fewstep.core import Rng
-from fewstep.data import DataError, PairPlan, Progress, StoredPairs, make_pairs, pairs_cost
+from fewstep.data import DataError, PairPlan, Progress, StoredPairs, make_pairs, pairs_cost, require
 from fewstep.data.pairs import grid_through
 from fewstep.data.store import ShardReader
-from fewstep.diffusion import CFG, Contract, RectifiedFlow, uniform_grid
+from fewstep.diffusion import CFG, EDM, Contract, NoisePath, RectifiedFlow, uniform_grid
+from fewstep.methods import DMD2
 from fewstep.models import Card, Denoiser, FrameAutoencoder, TextEncoder, VideoDiT, VideoModel, fingerprint
+from fewstep.models.bundle import read_card
 
 TIMES = (1.0, 0.75, 0.5, 0.0)
 PROMPTS = ("a red ball", "a blue box", "a green ring", "a white star", "nothing")
@@ -26,13 +28,13 @@ class Killed(Exception):
     """Stands for a signal."""
 
 
-def tiny(seed: int = 0, *, solver: str = "euler") -> VideoModel:
+def tiny(seed: int = 0, *, solver: str = "euler", path: NoisePath = RectifiedFlow()) -> VideoModel:
     torch.manual_seed(seed)
     backbone = VideoDiT(channels=4, width=24, depth=1, heads=2, text_width=16)
     for parameter in backbone.parameters():  # a fresh network is zero in places
         torch.nn.init.normal_(parameter, std=0.1)
     parts = {
-        "denoiser": Denoiser(backbone, RectifiedFlow(), "flow"),
+        "denoiser": Denoiser(backbone, path, "flow"),
         "text": TextEncoder(width=16, length=8, buckets=64, depth=1),
         "codec": FrameAutoencoder(width=8, depth=1),
     }
@@ -49,6 +51,16 @@ def test_endpoint_is_the_models_own_sample(tmp_path: Path, solver: str) -> None:
     model = tiny(solver=solver)
     make_pairs(model, PROMPTS[:2], tmp_path, PairPlan(times=TIMES, seed=5), batch=2)
     states = ShardReader(tmp_path, "pairs").read("states", [0, 1])
+    torch.testing.assert_close(states[:, -1], model.latents(PROMPTS[:2], seed=5))
+
+
+def test_sampling_starts_from_the_prior_of_the_path(tmp_path: Path) -> None:
+    model, seen = tiny(path=EDM()), []
+    model.latents(PROMPTS[:2], seed=5, watch=lambda i, prediction: seen.append(prediction.x_t))
+    assert float(seen[0].std()) == pytest.approx(80, rel=0.2)  # EDM's largest sigma; the noise itself has 1
+    make_pairs(model, PROMPTS[:2], tmp_path, PairPlan(times=TIMES, seed=5), batch=2)
+    states = ShardReader(tmp_path, "pairs").read("states", [0, 1])
+    torch.testing.assert_close(states[:, 0], seen[0])
     torch.testing.assert_close(states[:, -1], model.latents(PROMPTS[:2], seed=5))
 
 
@@ -114,6 +126,27 @@ def test_stored_pairs_as_data(tmp_path: Path) -> None:
     assert batch.pairs.states.shape == (3, 4, *batch.latent_shape)
     for prompt, states in zip(batch.prompts, batch.pairs.states):
         assert torch.equal(states, reader.read("states", [PROMPTS.index(prompt)])[0])
+
+
+def test_endpoints_serve_as_clips(tmp_path: Path) -> None:
+    model = tiny()
+    make_pairs(model, PROMPTS, tmp_path, PairPlan(times=TIMES, steps=4))
+    data = StoredPairs(path=str(tmp_path))
+    require(data, DMD2(gan=0.01, anchor=0.25))
+    both = data.open(model, frozenset({"prompts", "pairs", "x0"})).batch(3, Rng(0))
+    assert both.x0 is not None and torch.equal(both.x0, both.require("pairs").states[:, -1])
+    one = data.open(model, frozenset({"prompts", "x0"})).batch(3, Rng(0))
+    assert one.pairs is None and torch.equal(one.require("x0"), both.x0)
+
+
+def test_pairs_of_another_size_are_refused(tmp_path: Path) -> None:
+    model = tiny()
+    make_pairs(model, PROMPTS[:2], tmp_path / "pairs", PairPlan(times=TIMES, steps=4, num_frames=3))
+    model.save(tmp_path / "model")
+    data = StoredPairs(path=str(tmp_path / "pairs"))
+    for refuse in (lambda: data.check(model), lambda: data.check_card(read_card(tmp_path / "model"))):
+        with pytest.raises(DataError, match=r"\[4, 3, 4, 4\], but model 'tiny0' makes \[4, 2, 4, 4\]"):
+            refuse()
 
 
 def test_pairs_of_another_teacher_are_refused(tmp_path: Path) -> None:

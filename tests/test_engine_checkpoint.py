@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +14,12 @@ import pytest
 import torch
 
 from bench_engine import CASES, Everything, long_run, small, tiny_model
+from fewstep.core.atomic import recover
 from fewstep.engine import CheckpointError, Settings, checkpoint, train
 from fewstep.engine.checkpoint import RunState, checkpoints, prune
 from fewstep.engine.log import read_metrics
 from fewstep.methods import Method
-from fewstep.models import VideoModel
+from fewstep.models import Card, VideoModel
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("single_thread")
@@ -37,6 +36,8 @@ class Plug:
     at: int
     every: int = 1
     calls: int = 0
+
+    def check(self, card: Card, part: str) -> None: ...
 
     def __call__(self, student: VideoModel) -> dict[str, float]:
         self.calls += 1
@@ -85,12 +86,14 @@ def test_stopping_and_going_on_changes_no_bit(case: str, tmp_path: Path) -> None
         assert file.read_bytes() == (tmp_path / "stopped" / "student" / file.name).read_bytes()
 
 
-def test_sigkill_at_random_moments_changes_no_bit(tmp_path: Path) -> None:
+def test_sigkill_at_any_moment_changes_no_bit(tmp_path: Path) -> None:
     long_run(tmp_path / "straight")
-    moments = random.SystemRandom()
-    for earliest in (moments.randint(1, 6), moments.randint(10, 16)):
-        kill_after(tmp_path / "killed", earliest, moments.uniform(0, 0.1))
-    assert 10 <= checkpoint_step(tmp_path / "killed") < 24
+    steps = []
+    for moment, number in (("file", 8), ("update", 25), ("line", 3), ("rename", 6)):
+        kill(tmp_path / "killed", moment, number)
+        steps.append(checkpoint_step(tmp_path / "killed"))
+        print(f"killed at {moment} {number}: goes on from step {steps[-1]}")
+    assert steps == [2, 10, 12, 16]
     long_run(tmp_path / "killed")
     state = last_state(tmp_path / "killed")
     assert set(state.components) == {"student", "student.optim", "critic", "critic.optim", "ema"}
@@ -98,21 +101,12 @@ def test_sigkill_at_random_moments_changes_no_bit(tmp_path: Path) -> None:
     assert figures(tmp_path / "straight") == figures(tmp_path / "killed")
 
 
-def kill_after(output: Path, step: int, delay: float) -> None:
-    """Train in another process; SIGKILL it `delay` seconds after its first checkpoint at or after `step`."""
+def kill(output: Path, moment: str, number: int) -> None:
+    """Train in another process, which sends itself SIGKILL at a fixed moment: no clock decides what is tested."""
     paths = [str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    command = [sys.executable, str(ROOT / "tests" / "bench_engine.py"), str(output)]
-    process = subprocess.Popen(
-        command, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    )
-    try:
-        while checkpoint_step(output) < step:
-            assert process.poll() is None, "it ended by itself"
-            time.sleep(0.002)
-        time.sleep(delay)
-    finally:
-        process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    command = [sys.executable, str(ROOT / "tests" / "bench_engine.py"), str(output), moment, str(number)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    assert subprocess.run(command, env=environment, check=False).returncode == -signal.SIGKILL
 
 
 def checkpoint_step(output: Path) -> int:
@@ -196,3 +190,43 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     assert [p.name for p in checkpoints(tmp_path / "checkpoints")] == ["step-000004", "step-000006", "step-000007"]
     run(tmp_path / "end", CASES["Consistency"], small(3))
     assert [p.name for p in checkpoints(tmp_path / "end" / "checkpoints")] == ["step-000003"]
+
+
+def test_a_kill_while_the_best_is_replaced_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the two renames nothing is called `best`; what was there is put back."""
+
+    class Better(Plug):
+        def better(self, scores: Mapping[str, float], best: Mapping[str, float]) -> bool:
+            return True
+
+    method, settings = CASES["Consistency"], small(6, save_every=2)
+    arguments = (method, Everything(), settings, tmp_path / "run")
+    rename, names = Path.rename, []
+
+    def stop(self: Path, target: Path) -> Path:
+        names.append(self.name)
+        if names.count(".draft-best") == 4:  # the fourth best takes the place of the third
+            raise Stopped
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", stop)
+    with pytest.raises(Stopped):
+        train(tiny_model(), *arguments, probe=Better(0), quiet=True)
+    monkeypatch.undo()
+    assert not (tmp_path / "run" / "best").exists() and last_state(tmp_path / "run").values["best"]
+    train(tiny_model(), *arguments, probe=Better(0), quiet=True)
+    train(tiny_model(), *arguments[:3], tmp_path / "straight", probe=Better(0), quiet=True)
+    weights = "denoiser.safetensors"
+    ends = [(tmp_path / name / "student" / weights).read_bytes() for name in ("run", "straight")]
+    assert ends[0] == ends[1]
+    assert not list((tmp_path / "run").glob(".d*-best"))  # no litter
+
+
+def test_only_what_was_replaced_is_recovered(tmp_path: Path) -> None:
+    recover(tmp_path / "best")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / ".discarded-best").mkdir()
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "new").touch()
+    recover(tmp_path / "best")  # the new one was in place: the old one is litter
+    assert (tmp_path / "best" / "new").exists()

@@ -17,14 +17,14 @@ from bench_engine import CASES, FRAMES, LONG, Everything, small, tiny_model
 from fewstep.core import Batch, Losses, Rng
 from fewstep.core.finite import NonFiniteError
 from fewstep.data.base import Data, Source
-from fewstep.engine import CheckpointError, Optim, Settings, train
+from fewstep.engine import CheckpointError, Optim, Settings, WorldProbe, train
 from fewstep.engine.checkpoint import RunState, checkpoints
 from fewstep.engine.log import RunLog, read_metrics
 from fewstep.engine.loop import Run, prepare
 from fewstep.engine.nets import trained_roles
 from fewstep.engine.optim import RoleOptimizer, learning_rate
 from fewstep.methods import DMD2, Copy, FlowMatching, Method, Nets, Sync, Update
-from fewstep.models import Backbone, FeatureHeads, VideoModel, fingerprint
+from fewstep.models import Backbone, Card, FeatureHeads, VideoModel, fingerprint
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 
@@ -239,11 +239,34 @@ def test_a_bad_probe_figure_stops_the_run(tmp_path: Path) -> None:
         (DMD2(gan=0.1), {"optim": {"student": Optim(type="muon")}}, "this FeatureHeads has none"),
         (CASES["DMD2"], {"optim": {"critc": Optim()}}, "settings.optim has critc"),
         (Denoise(spoil="nothing"), {}, "no loss of this update depends on the Denoiser"),
+        (DMD2(warmup=3), {}, "DMD2 does not train the student within settings.steps: 3 .only critic."),
+        (CASES["Progressive"], {}, "the student of 1 steps. begins after 7 iterations; give it 10, or at least 8"),
     ],
 )
 def test_what_would_do_nothing_is_refused(method: Method, others: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         train(tiny_model(), method, Everything(), small(3, **others), tmp_path, quiet=True)
+
+
+def test_progressive_may_end_with_its_last_stage_begun(tmp_path: Path) -> None:
+    student = train(tiny_model(), CASES["Progressive"], Everything(), small(8), tmp_path, quiet=True)
+    assert set(student.card.contract.grids) == {"1"}
+
+
+def test_a_probe_that_cannot_work_is_refused_up_front(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.save(tmp_path / "eyes")
+    probe = WorldProbe(features=str(tmp_path / "eyes"))
+    train(model, Denoise(), Everything(), small(1), tmp_path / "fits", probe=replace(probe, prompts=2), quiet=True)
+    with pytest.raises(ValueError, match="judges clips, and this run trains the codec; leave probe out"):
+        train(model, CASES["Reconstruction"], Everything(), small(1), tmp_path / "codec", probe=probe, quiet=True)
+    large = VideoModel(replace(model.card, height=64, width=64), model.parts)
+    with pytest.raises(ValueError, match="32 x 32, and model 'tiny' makes 64 x 64"):
+        train(large, Denoise(), Everything(), small(1), tmp_path / "large", probe=probe, quiet=True)
+    blind = VideoModel(model.card, {k: v for k, v in model.parts.items() if k != "features"}).save(tmp_path / "blind")
+    with pytest.raises(ValueError, match="has no features; it has denoiser"):
+        train(model, Denoise(), Everything(), small(1), tmp_path / "b", probe=WorldProbe(features=str(blind)), quiet=True)
+    assert not any((tmp_path / name).exists() for name in ("codec", "large", "b"))
 
 
 def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,6 +293,8 @@ class Scripted:
     rules: list[float]
     every: int = 1
     calls: int = 0
+
+    def check(self, card: Card, part: str) -> None: ...
 
     def __call__(self, student: VideoModel) -> dict[str, float]:
         self.calls += 1

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import re
+import shutil
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -33,7 +35,7 @@ def test_torchvision_is_not_needed() -> None:
         p for p in (ROOT / "src").rglob("*.py") if re.search(r"^\s*(?:import|from) torchvision", p.read_text(), re.M)
     ]
     assert importing == []
-    assert importlib.util.find_spec("torchvision") is None or "torchvision" not in sys.modules
+    assert importlib.util.find_spec("torchvision") is None, "something has installed torchvision, which nothing needs"
 
 
 def test_torch_is_in_the_declared_range() -> None:
@@ -42,14 +44,49 @@ def test_torch_is_in_the_declared_range() -> None:
     assert low <= tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])) < high
 
 
-def test_the_cpu_build_of_torch_was_not_replaced() -> None:
-    """Where there is no CUDA device, installing the project must leave the small CPU build in place."""
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a CUDA device")
-    if "+cpu" not in importlib.metadata.version("torch") and sys.platform != "darwin":
-        pytest.skip("torch was installed from an index without CPU builds")
-    assert torch.version.cuda is None
-    assert not [d.name for d in importlib.metadata.distributions() if (d.name or "").startswith("nvidia-")]
+def replacement(installed: str, version: str, cuda: str | None, packages: set[str]) -> str:
+    """How the torch of an environment differs from the one `installed` first; empty if it does not."""
+    if version != installed:
+        return f"torch {installed} was installed first, and now there is {version}"
+    if "+cpu" not in installed:
+        return ""
+    extra = sorted(name for name in packages if name.startswith("nvidia-"))
+    return f"the CPU build of torch has CUDA {cuda} {', '.join(extra)}" if cuda is not None or extra else ""
+
+
+def test_the_torch_that_was_installed_was_not_replaced() -> None:
+    """`make` writes down which torch it installed before anything else: the CPU build, where one was asked for."""
+    record = Path(sys.prefix) / ".torch"
+    if not record.is_file() or not record.read_text().strip():
+        pytest.skip("this environment was not made by the Makefile, so what was installed first is not known")
+    packages = {(d.name or "").lower() for d in importlib.metadata.distributions()}
+    assert replacement(record.read_text().strip(), torch.__version__, torch.version.cuda, packages) == ""
+
+
+def test_a_replaced_torch_is_noticed() -> None:
+    assert replacement("2.13.0+cpu", "2.13.0+cpu", None, {"torch"}) == ""
+    assert replacement("2.13.0+cu130", "2.13.0+cu130", "13.0", {"torch", "nvidia-nccl"}) == ""
+    assert "now there is 2.13.0+cu130" in replacement("2.13.0+cpu", "2.13.0+cu130", "13.0", {"torch"})
+    assert "nvidia-nccl" in replacement("2.13.0+cpu", "2.13.0+cpu", None, {"torch", "nvidia-nccl"})
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_another_index_for_torch_is_refused_once_there_is_an_environment(tmp_path: Path) -> None:
+    def make(*words: str) -> subprocess.CompletedProcess[str]:
+        command = ["make", "-n", "-f", str(ROOT / "Makefile"), *words]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    (tmp_path / "pyproject.toml").touch()
+    assert "--index-url https://one" in make("test", "TORCH_INDEX=https://one").stdout
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / ".made").touch()
+    (tmp_path / ".venv" / ".torch").write_text("2.13.0+cpu\n")
+    (tmp_path / ".venv" / ".index").write_text("https://one\n")
+    assert make("test", "TORCH_INDEX=https://one").returncode == 0
+    assert make("test").returncode == 0
+    refused = make("test", "TORCH_INDEX=https://two")
+    assert refused.returncode != 0 and 'run "make clean" first' in refused.stderr
+    assert make("clean", "TORCH_INDEX=https://two").returncode == 0
 
 
 def test_core_dependencies_stay_few() -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import av
 import pytest
-from bench_videos import RECIPES, Said, make_videos, run, sized
 
+from bench_videos import RECIPES, Said, make_videos, run, sized
 from fewstep.cli import main
 
 TEXT = "{type: TextEncoder, width: 16, depth: 1, heads: 2, buckets: 64}"
@@ -63,7 +63,12 @@ def test_from_video_files_to_a_measured_student(videos: Path, said: Said, single
     code, out, err = said("prepare", videos, "--output", "latents", *cut)
     assert code == 0 and "clips of 4 frames of 32 x 32, every 2 frames of the file" in out, err
     assert "6 clips in 1 shards" in out and out.split()[-1] == "latents"
-    for line in ("torn.mp4: ", "text.mp4: not a readable video", "short.mp4: too short: 3 of 4", "absent.mp4: captions"):
+    for line in (
+        "torn.mp4: ",
+        "text.mp4: not a readable video",
+        "short.mp4: too short: 3 of 4",
+        "absent.mp4: captions",
+    ):
         assert f"skipped {line}" in out, out
     assert said("prepare", videos, "--output", "latents", *cut)[1] == out  # finished: reported again, not made again
     code, _, err = said("prepare", videos, "--output", "latents", *cut[:-1], "--num-frames", 8)
@@ -71,7 +76,16 @@ def test_from_video_files_to_a_measured_student(videos: Path, said: Said, single
 
     code, out, err = said(*teacher("teacher"))
     assert code == 0 and out.strip() == "teacher/student", err
-    small = ["--model.source", "teacher/student", "--data.path", "latents", "--settings.steps", 2, "--settings.batch", 2]
+    small = [
+        "--model.source",
+        "teacher/student",
+        "--data.path",
+        "latents",
+        "--settings.steps",
+        2,
+        "--settings.batch",
+        2,
+    ]
     small += ["--settings.log-every", 1]
     code, out, err = said("distill", RECIPES / "dmd2.yaml", *small, "--output", "student", "--quiet")
     assert code == 0 and Path("student/previews/000002.png").is_file(), err
@@ -97,7 +111,10 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(videos: Path, sa
     for more, words in {
         ("--model.codec", "other/student"): "holds latents of autoencoder",
         ("--model.codec", "{type: FrameAutoencoder}"): "but model 'videos-teacher' has made new",
-        ("--model.height", "64"): "holds clips of 4 frames of 32 x 32, but model 'videos-teacher' makes 4 frames of 64 x 32",
+        (
+            "--model.height",
+            "64",
+        ): "holds clips of 4 frames of 32 x 32, but model 'videos-teacher' makes 4 frames of 64 x 32",
         ("--data.type", "Prompts", "--data.path", "prompts.txt"): "FlowMatching needs x0; Prompts provides prompts",
         ("--data.type", "Videos", "--data.path", str(videos)): "FlowMatching needs x0; Videos provides frames, prompts",
         ("--data.path", "nowhere"): "nowhere: no manifest.json there",

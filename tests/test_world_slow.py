@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,6 @@ import torch
 from fewstep.cli import main
 from fewstep.core.env import cpu_count
 from fewstep.evaluate import Entry, Report, Suite, evaluate
-from fewstep.models import VideoModel
 from fewstep.models.bundle import BUILT_IN
 from fewstep.recipe import Recipe
 
@@ -54,9 +54,12 @@ BARS = (
 
 
 @pytest.fixture(autouse=True)
-def every_core() -> None:
-    """Minutes on two cores; the quick tests of the same process want one thread."""
+def every_core() -> Iterator[None]:
+    """Minutes on two cores; the quick tests want one thread."""
+    before = torch.get_num_threads()
     torch.set_num_threads(cpu_count())
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("bar", BARS, ids=lambda bar: bar.recipe)
@@ -95,8 +98,3 @@ def judge(report: Report, bar: Bar) -> None:
     said = "\n".join(f"{'ok  ' if met else 'FAIL'} {text}" for text, met in conditions.items())
     print(f"\n{bar.recipe}, {bar.steps} steps\n{said}")
     assert all(conditions.values()), f"{bar.recipe} at {bar.steps} steps, 128 clips\n{said}"
-
-
-def test_the_shipped_teacher_loads_by_name() -> None:
-    """What every recipe here starts from."""
-    assert VideoModel.from_pretrained("world").card.role == "teacher"

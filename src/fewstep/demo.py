@@ -6,7 +6,6 @@ and noise, and writes the table, the page, the student and a film.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,8 @@ import torch
 from fewstep.data.video import write_video
 from fewstep.diffusion import CFG
 from fewstep.engine import Optim, Settings, WorldProbe
-from fewstep.evaluate import Entry, Report, Suite, evaluate, write_report
+from fewstep.engine.compiling import compile_problem
+from fewstep.evaluate import Report, Suite, entries, evaluate, write_report
 from fewstep.methods import DMD2, BackwardSimulation
 from fewstep.methods.rollouts import NESTED
 from fewstep.models.bundle import VideoModel
@@ -53,40 +53,35 @@ class Demo:
     film: Path
 
 
-def run_demo(output: Path | str, *, quiet: bool = False, progress: Callable[[str, int, int], None] | None = None) -> Demo:
+def run_demo(
+    output: Path | str,
+    *,
+    recipe: Recipe = RECIPE,
+    suite: Suite = SUITE,
+    quiet: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Demo:
     """Distil, measure and show. Writes `results.json`, `report.html`, `side_by_side.mp4` and `student/` to `output`.
 
     `progress(row, done, total)` follows the measurement. A run that was stopped goes on where it was.
     """
-    output, recipe = Path(output), fitted(RECIPE)
+    output, recipe = Path(output), fitted(recipe)
     student = recipe.run(output / "run", quiet=quiet)
     student.save(output / "student")
     teacher = recipe.model.load()
-    suite = replace(SUITE, autocast=recipe.settings.autocast)
-    report = evaluate(rows(teacher, student), suite, output, progress=progress)
+    suite = replace(suite, autocast=recipe.settings.autocast)
+    report = evaluate(entries(teacher, student), suite, output, progress=progress)
     page = write_report(output, run=output / "run", recipe=recipe.text)
     return Demo(report, output / "student", page, film(teacher, student, output / "side_by_side.mp4"))
 
 
 def fitted(recipe: Recipe) -> Recipe:
-    """The recipe with what makes this machine faster: compiled blocks where there is a C++ compiler, bfloat16 arithmetic
-    where the processor has it. The resolved recipe in the output says which.
+    """The recipe with what makes this machine faster: compiled blocks where compiling works, bfloat16 arithmetic where the
+    processor has it. The resolved recipe in the output says which.
     """
-    compiler = any(shutil.which(name) for name in ("g++", "clang++", "cl"))
     bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    settings = replace(recipe.settings, compile=compiler, autocast="bf16" if bfloat16 else "off")
+    settings = replace(recipe.settings, compile=not compile_problem(), autocast="bf16" if bfloat16 else "off")
     return replace(recipe, settings=settings)
-
-
-def rows(teacher: VideoModel, student: VideoModel) -> list[Entry]:
-    """Teacher at its own number of steps, teacher at the student's (the baseline), student."""
-    full = teacher.card.contract.steps
-    counts = sorted(map(int, student.card.contract.grids), reverse=True)
-    return [
-        Entry(name=f"teacher {full}", model=teacher),
-        *(Entry(name=f"teacher {n}", model=teacher, steps=n) for n in counts),
-        *(Entry(name=f"student {n}", model=student, steps=n) for n in counts),
-    ]
 
 
 def film(teacher: VideoModel, student: VideoModel, path: Path) -> Path:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -15,8 +16,10 @@ from typing import Any
 from fewstep.core.build import At, Raw, RecipeError, build, digest, dump, load_yaml, to_yaml
 from fewstep.data import Data, require
 from fewstep.engine import Settings, train
+from fewstep.engine.loop import require_possible
 from fewstep.engine.nets import trained_roles
 from fewstep.engine.probe import WorldProbe
+from fewstep.evaluate.machine import describe_machine, versions
 from fewstep.methods.base import Method
 from fewstep.models.bundle import Card, VideoModel, fingerprint
 from fewstep.models.source import ModelSource, Pretrained
@@ -107,8 +110,8 @@ class Recipe:
     def check(self) -> Card:
         """Refuse what cannot work before any weight is loaded, and return the card of the model the run starts from.
 
-        The data must provide what the method needs, the model must have the part that is trained, the method must have
-        a sampling contract for it, and every optimiser in the settings must belong to a role that is trained.
+        The data must provide what the method needs, and fit the model; the model must have the part that is trained, the
+        method a sampling contract for it, every optimiser a role that is trained; and the run must be long enough.
         """
         require(self.data, self.method)
         card, name = self.model.card(), type(self.method).__name__
@@ -121,18 +124,20 @@ class Recipe:
         self.method.contract(card.contract)
         roles = trained_roles(self.method, self.settings.steps)
         for role in self.settings.optim:
-            if role not in roles:
+            if role not in (*roles, "student"):
                 near = difflib.get_close_matches(role, roles, n=1)
                 hint = f"did you mean {near[0]}? " if near else ""
                 raise RecipeError(
                     f"recipe: settings.optim.{role} trains nothing; {hint}({name} trains: {', '.join(roles)})"
                 )
+        require_possible(self.method, self.settings, card, self.probe)
+        self.data.check_card(card)
         return card
 
     def run(self, output: Path | str, *, quiet: bool = False) -> VideoModel:
         """Train and return the student; the same call resumes a run that was stopped. Writes `output/student`."""
         output = Path(output)
-        self.data.check_card(self.check())
+        self.check()
         self._claim(output)
         model = self.model.load()
         student = train(
@@ -156,14 +161,26 @@ class Recipe:
         self.save(output / FILE)
 
     def _provenance(self, model: VideoModel) -> dict[str, str]:
-        """What the student says of its origin; a run is resumed only where all of it is the same."""
-        return {
-            "recipe": self.hash,
-            "method": type(self.method).__name__,
-            "cite": self.method.cite,
-            "teacher": f"{model.card.name} {fingerprint(model.part(self.method.part))}",
-            "data": type(self.data).__name__,
-        }
+        """What the student says of its origin. What the model said of its own is kept, under `teacher.` if it has one."""
+        distilled = isinstance(self.model, Pretrained)
+        before = model.card.provenance
+        chain = {f"teacher.{key}" if distilled else key: value for key, value in before.items()}
+        machine = describe_machine(self.settings.device)
+        licence = {"licence": before["licence"]} if distilled and "licence" in before else {}
+        return (
+            chain
+            | licence
+            | {
+                "recipe": self.hash,
+                "method": type(self.method).__name__,
+                "cite": self.method.cite,
+                "teacher": f"{model.card.name} {fingerprint(model.part(self.method.part))}",
+                "data": type(self.data).__name__,
+                "data settings": json.dumps(dump(self.data, Data), sort_keys=True),
+                "machine": f"{machine.accelerator or machine.cpu}, {machine.cores} CPU cores, {machine.system}",
+                "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+            }
+        )
 
 
 def distill(
@@ -184,7 +201,8 @@ def distill(
     from fewstep.world.data import WorldClips
 
     source = model if isinstance(model, ModelSource) else Pretrained(source=str(model))
-    recipe = Recipe(model=source, method=method, data=data or WorldClips(), settings=settings, probe=probe)
+    data = WorldClips(num_frames=source.card().num_frames) if data is None else data
+    recipe = Recipe(model=source, method=method, data=data, settings=settings, probe=probe)
     return recipe.run(output, quiet=quiet)
 
 

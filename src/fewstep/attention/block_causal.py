@@ -26,7 +26,9 @@ class BlockCausal(Pattern):
 
     def mask(self, grid: Grid3, cached: int = 0) -> Tensor | None:
         if cached % self.chunk:
-            raise ValueError(f"a cache of {cached} frames ends inside a chunk of {self.chunk}; commit whole chunks only")
+            raise ValueError(
+                f"a cache of {cached} frames ends inside a chunk of {self.chunk}; commit whole chunks only"
+            )
         if grid.frames <= self.chunk:
             return None  # one chunk: the past and itself, that is everything
         chunk_of_key = torch.arange(cached + grid.frames) // self.chunk

@@ -54,38 +54,57 @@ class Backend:
     why: str
 
 
-def backends(device: str | None = None) -> list[Backend]:
-    """Every known backend, best first, tried on a tiny masked bfloat16 problem on `device` (default: the fastest here)."""
+def backends(device: str | None = None, dtype: torch.dtype = torch.bfloat16) -> list[Backend]:
+    """Every known backend, tried on a tiny masked problem of `dtype` on `device` (default: the fastest here)."""
     device = device or _best_device()
-    return [_own(device), *(_try_sdpa(name, kernel, device) for name, kernel in _SDPA.items()), _flex()]
+    return [_own(device, dtype), *(_try_sdpa(name, kernel, device, dtype) for name, kernel in _SDPA.items()), _flex()]
 
 
-def pick(device: str | None = None) -> Backend:
-    """The backend `attend` ends up in for short masked bfloat16 inputs on `device`, and why."""
-    return next(backend for backend in backends(device) if backend.available)
+def pick(device: str | None = None, dtype: torch.dtype = torch.bfloat16) -> Backend:
+    """The backend `attend` ends up in for short masked inputs of `dtype` on `device`, and why."""
+    device = device or _best_device()
+    own = _own(device, dtype)
+    if own.available:
+        return own
+    q, mask = _tiny(device, dtype)
+    chosen = SDPBackend(
+        torch._fused_sdp_choice(q, q, q, attn_mask=mask)
+    )  # what scaled_dot_product_attention itself asks
+    name = next(name for name, kernel in _SDPA.items() if kernel.value == chosen.value)
+    return Backend(name, True, "torch's own choice for this problem")
 
 
 def _best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _own(device: str) -> Backend:
+def _own(device: str, dtype: torch.dtype) -> Backend:
     if device != "cpu":
         return Backend("matmul", False, f"for the CPU only; this device is {device}")
-    return Backend("matmul", True, f"in bfloat16 up to {_SHORT} keys, where it beats the CPU's flash kernel; else the next one")
+    if dtype != torch.bfloat16:
+        return Backend("matmul", False, f"for bfloat16 only; this is {_short(dtype)}")
+    return Backend("matmul", True, f"in bfloat16 up to {_SHORT} keys, where it beats the CPU's flash kernel")
 
 
-def _try_sdpa(name: str, kernel: SDPBackend, device: str) -> Backend:
+def _try_sdpa(name: str, kernel: SDPBackend, device: str, dtype: torch.dtype) -> Backend:
     if device == "cpu" and kernel in (SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
         return Backend(name, False, "a CUDA kernel; this device is cpu")
-    q = torch.zeros(1, 1, 8, 16, dtype=torch.bfloat16, device=device)
-    mask = torch.ones(8, 8, dtype=torch.bool, device=device)
+    q, mask = _tiny(device, dtype)
     try:
         with sdpa_kernel(kernel):
-            attend(q, q, q, mask)
+            F.scaled_dot_product_attention(q, q, q, attn_mask=mask)
     except RuntimeError as error:
         return Backend(name, False, str(error).strip().splitlines()[0])
-    return Backend(name, True, f"ran a masked bfloat16 problem on {device}")
+    return Backend(name, True, f"ran a masked {_short(dtype)} problem on {device}")
+
+
+def _tiny(device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    q = torch.zeros(1, 1, 8, 16, dtype=dtype, device=device)
+    return q, torch.ones(8, 8, dtype=torch.bool, device=device)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _flex() -> Backend:

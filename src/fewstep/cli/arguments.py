@@ -142,6 +142,7 @@ class Sample(Command):
     guidance_scale: float | None = None
     """uncond + scale (cond - uncond); default: as the card says."""
     num_frames: int | None = None
+    """Default: as the card says; another number needs --force."""
     seed: int = 0
     """Of the first clip; the next has the next seed."""
     output: Path = Path("sample.mp4")
@@ -149,7 +150,7 @@ class Sample(Command):
     scale: int = 4
     """Enlarge the pixels of the file so many times."""
     force: bool = False
-    """Sample with a step count or guidance the student was not trained for."""
+    """Sample with a step count, number of frames or guidance the student was not trained for."""
 
     def run(self, overrides: Overrides) -> int:
         from fewstep.cli import commands

@@ -19,7 +19,7 @@ def demo(options: arguments.Demo) -> int:
     from fewstep.cli.screen import screen
     from fewstep.cli.screen import table as columns
     from fewstep.demo import run_demo
-    from fewstep.evaluate import table
+    from fewstep.evaluate import details, table
 
     began = time.monotonic()
     with _bar(options.quiet) as progress:
@@ -27,6 +27,7 @@ def demo(options: arguments.Demo) -> int:
     minutes, seconds = divmod(round(time.monotonic() - began), 60)
     out = screen()
     out.print(table(made.report))
+    out.print(details(made.report))
     places = {"the page": made.page, "the figures": made.page.with_name("results.json"), "the film": made.film}
     places |= {"the student": made.student, "the run": made.page.with_name("run")}
     out.print(columns((f"\n{minutes} min {seconds:02d} s", ""), [(what, str(path)) for what, path in places.items()]))
@@ -94,7 +95,7 @@ def pairs(options: arguments.Pairs) -> int:
 
     name, _, count = options.prompts.partition(":")
     if name == "world" and count.isdecimal():
-        from fewstep.evaluate.cases import world_prompts
+        from fewstep.world.grammar import world_prompts
 
         prompts = world_prompts(int(count), 0.5, options.seed)
     else:
@@ -125,17 +126,11 @@ def pairs(options: arguments.Pairs) -> int:
 
 def evaluate(options: arguments.Evaluate) -> int:
     from fewstep.cli.screen import screen
-    from fewstep.evaluate import Entry, Suite, table, write_report
+    from fewstep.evaluate import Suite, details, entries, table, write_report
     from fewstep.evaluate import evaluate as measure
     from fewstep.models.bundle import VideoModel
 
     teacher, student = VideoModel.from_pretrained(options.teacher), VideoModel.from_pretrained(options.student)
-    contract = student.card.contract
-    counts = options.num_inference_steps or tuple(sorted(map(int, contract.grids))) or (contract.steps,)
-    full = teacher.card.contract.steps
-    rows = [Entry(name=f"teacher {full}", model=teacher)]
-    rows += [Entry(name=f"teacher {n}", model=teacher, steps=n) for n in counts if n != full]
-    rows += [Entry(name=f"student {n}", model=student, steps=n) for n in counts]
     texts = _prompts((), options.prompt_file) if options.prompt_file else ()
     suite = Suite(
         prompts=options.prompts,
@@ -145,13 +140,16 @@ def evaluate(options: arguments.Evaluate) -> int:
         num_frames=options.num_frames,
     )
     with _bar(options.quiet) as progress:
+        rows = entries(teacher, student, options.num_inference_steps)
         report = measure(rows, suite, options.output, progress=progress)
     folder = Path(options.student)
     run = folder.parent if (folder.parent / "metrics.jsonl").is_file() else None
     resolved = next((p for p in (folder / "recipe.yaml", folder.parent / "recipe.yaml") if p.is_file()), None)
     recipe = resolved.read_text(encoding="utf-8") if resolved is not None else None
     page = write_report(options.output, run=run, recipe=recipe)
-    screen().print(table(report))
+    out = screen()
+    out.print(table(report))
+    out.print(details(report))
     return _made(page)
 
 

@@ -20,10 +20,16 @@ def show() -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     out = screen()
     out.print(table(("this machine", ""), facts(device)))
-    rows = [(b.name, "yes" if b.available else "no", b.why) for b in backends(device)]
+    kinds = (torch.float32, torch.bfloat16)
+    rows = [
+        (f"{str(kind).removeprefix('torch.')}  {b.name}", "yes" if b.available else "no", b.why)
+        for kind in kinds
+        for b in backends(device, kind)
+    ]
     out.print(table(("\nattention", "", "why"), rows))
-    chosen = pick(device)
-    out.print(f"used on {device}: {chosen.name} ({chosen.why})", markup=False)
+    for kind in kinds:
+        chosen = pick(device, kind)
+        out.print(f"used on {device} in {str(kind).removeprefix('torch.')}: {chosen.name} ({chosen.why})", markup=False)
     return 0
 
 

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from fewstep.core import Batch, Rng
+from fewstep.core.atomic import replacing
 from fewstep.core.build import digest
-from fewstep.data.atomic import replacing
 from fewstep.data.base import Data, DataError, Source, draw_indices, require
 from fewstep.data.listing import Item, read_listing
 from fewstep.data.texts import Texts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,7 +19,7 @@ from fewstep.data.video import write_video
 from fewstep.diffusion import CFG, Contract, Prediction, solve, uniform_grid
 from fewstep.diffusion.samplers import Solver, calls
 from fewstep.diffusion.times import check_grid
-from fewstep.models.bundle import Card, VideoModel, fingerprint
+from fewstep.models.bundle import Card, VideoModel, fingerprint, latent_shape_of
 
 PREVIEWED = 4
 
@@ -184,7 +184,7 @@ class _Teacher:
             if course.grid[i] in self.plan.times:
                 kept.append(prediction.x_t)
 
-        start = noise.randn((len(prompts), *self.shape), "start")
+        start = self.model.denoiser.path.prior(noise.randn((len(prompts), *self.shape), "start"))
         end = solve(course.solver, denoise, start, course.grid, rng=noise, watch=watch)
         return torch.stack([*kept, end], dim=1).to(getattr(torch, self.plan.storage))
 
@@ -209,9 +209,13 @@ def _preview(model: VideoModel, folder: Path) -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredPairs(Data):
-    """A folder written by `fewstep pairs`. Its states lie on the paths of one teacher and are refused for another."""
+    """A folder written by `fewstep pairs`. Its states lie on the paths of one teacher and are refused for another.
 
-    provides: ClassVar[frozenset[str]] = frozenset({"prompts", "pairs"})
+    Its `x0` are the endpoints: guided samples of the teacher, not recorded data. A discriminator that calls them real
+    (DMD2 with `gan`) pulls the student towards what the teacher makes, with the teacher's faults.
+    """
+
+    provides: ClassVar[frozenset[str]] = frozenset({"prompts", "pairs", "x0"})
 
     path: str
     teacher: str = ""
@@ -219,12 +223,21 @@ class StoredPairs(Data):
     taught by a bidirectional teacher)."""
 
     def check_card(self, card: Card) -> None:
-        read_manifest(self.path, "pairs")
+        self._fit(latent_shape_of(card), card.name)
         if {"denoiser", "text"} <= {name for name, known in card.fingerprints.items() if known}:
             self._compare(card.fingerprints["denoiser"], card.fingerprints["text"], card.name)
 
     def check(self, model: VideoModel) -> None:
+        self._fit(model.latent_shape() if "codec" in model.parts else None, model.card.name)
         self._compare(fingerprint(model.denoiser), fingerprint(model.text), model.card.name)
+
+    def _fit(self, here: tuple[int, ...] | None, name: str) -> None:
+        there = tuple(read_manifest(self.path, "pairs")["settings"]["latent_shape"])
+        if here is not None and here != there:
+            raise DataError(
+                f"{self.path} holds latents [C, F, h, w] = {list(there)}, but model {name!r} makes {list(here)}. "
+                "Make the pairs again with this model, without --num-frames."
+            )
 
     def _compare(self, denoiser: str, text: str, name: str) -> None:
         there = read_manifest(self.path, "pairs")["settings"]["teacher"]
@@ -245,21 +258,26 @@ class StoredPairs(Data):
     def open(self, model: VideoModel, needs: frozenset[str]) -> Source:
         require(self, needs)
         self.check(model)
-        return _PairSource(ShardReader(self.path, "pairs"), Texts(model, needs), "pairs" in needs)
+        return _PairSource(ShardReader(self.path, "pairs"), Texts(model, needs), needs)
 
 
 @dataclass(frozen=True)
 class _PairSource:
     reader: ShardReader
     texts: Texts
-    wants_pairs: bool
+    needs: frozenset[str]
 
     def batch(self, size: int, rng: Rng) -> Batch:
         indices, settings = draw_indices(len(self.reader), size, rng), self.reader.manifest["settings"]
         prompts = tuple(self.reader.rows[i]["caption"] for i in indices)
         cond, uncond = self.texts(prompts, rng.device)
         c, f, h, w = settings["latent_shape"]
-        pairs = None
-        if self.wants_pairs:
-            pairs = Pairs(self.reader.read("states", indices).to(rng.device), tuple(settings["times"]))
-        return Batch(cond=cond, uncond=uncond, latent_shape=(c, f, h, w), prompts=prompts, pairs=pairs)
+        batch = Batch(cond=cond, uncond=uncond, latent_shape=(c, f, h, w), prompts=prompts)
+        if not self.needs & {"pairs", "x0"}:
+            return batch
+        states = self.reader.read("states", indices).to(rng.device)
+        return replace(
+            batch,
+            pairs=Pairs(states, tuple(settings["times"])) if "pairs" in self.needs else None,
+            x0=states[:, -1] if "x0" in self.needs else None,
+        )

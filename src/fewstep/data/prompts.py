@@ -14,26 +14,18 @@ from fewstep.models.bundle import Card, VideoModel
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts(Data):
-    """One prompt per line of a UTF-8 text file; empty lines are ignored."""
+    """One prompt per line of a UTF-8 text file; empty lines are ignored. Clips have the model's own size."""
 
     provides: ClassVar[frozenset[str]] = frozenset({"prompts"})
 
     path: str
-    num_frames: int | None = None
-    """Frames of the clips to make; None takes the model's own, as for `height` and `width`."""
-    height: int | None = None
-    width: int | None = None
 
     def check_card(self, card: Card) -> None:
         read_prompts(self.path)
 
     def open(self, model: VideoModel, needs: frozenset[str]) -> Source:
         require(self, needs)
-        card = model.card
-        shape = model.codec.latent_shape(
-            self.num_frames or card.num_frames, self.height or card.height, self.width or card.width
-        )
-        return _PromptSource(read_prompts(self.path), Texts(model, needs), shape)
+        return _PromptSource(read_prompts(self.path), Texts(model, needs), model.latent_shape())
 
 
 def read_prompts(path: str | Path) -> tuple[str, ...]:

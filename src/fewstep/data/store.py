@@ -21,9 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fewstep.core.atomic import replacing, write_text
 from fewstep.core.build import digest
 from fewstep.core.finite import require_finite
-from fewstep.data.atomic import replacing, write_text
 from fewstep.data.base import DataError
 
 FORMAT = 1

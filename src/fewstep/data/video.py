@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from io import BytesIO
 from pathlib import Path
 
 import av
@@ -18,8 +19,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
+from fewstep.core.atomic import replacing
 from fewstep.core.finite import require_finite
-from fewstep.data.atomic import replacing
 
 
 class ClipError(ValueError):
@@ -97,8 +98,12 @@ def to_floats(frames: Tensor) -> Tensor:
 def to_pixels(frames: Tensor) -> Tensor:
     """Floats `[..., 3, F, H, W]` in [-1, 1] to uint8 `[..., F, H, W, 3]`; values outside are clipped, NaN refused."""
     require_finite(frames, "frames to be written")
-    pixels = ((frames.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return pixels.movedim(-4, -1).cpu().contiguous()
+    return to_uint8(frames).movedim(-4, -1).cpu().contiguous()
+
+
+def to_uint8(values: Tensor) -> Tensor:
+    """Floats in [-1, 1] of any shape to uint8 0..255; values outside are clipped."""
+    return ((values.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def write_video(path: str | Path, frames: Tensor, *, fps: float = 8, scale: int = 1, columns: int = 0) -> Path:
@@ -145,10 +150,18 @@ def _write_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
 
 
 def _write_gif(path: Path, frames: np.ndarray, fps: float) -> None:
+    path.write_bytes(encode_gif(frames, fps))
+
+
+def encode_gif(frames: np.ndarray, fps: float) -> bytes:
+    """uint8 `[F, H, W, 3]` as an endless GIF of at most 256 colours."""
     # One palette for the whole clip: palettes of single frames flicker.
     palette = Image.fromarray(frames.reshape(-1, *frames.shape[2:])).quantize(256, dither=Image.Dither.NONE)
     first, *rest = [Image.fromarray(f).quantize(palette=palette, dither=Image.Dither.NONE) for f in frames]
-    first.save(path, save_all=True, append_images=rest, duration=max(10, round(100 / fps) * 10), loop=0)
+    buffer = BytesIO()
+    duration = max(20, round(100 / fps) * 10)  # browsers slow down anything faster than 20 ms
+    first.save(buffer, "GIF", save_all=True, append_images=rest, duration=duration, loop=0)
+    return buffer.getvalue()
 
 
 def _decode(path: Path, stop: int) -> Iterator[np.ndarray]:

@@ -44,8 +44,7 @@ class Contract:
         if self.grids and not force:
             trained = ", ".join(sorted(self.grids, key=int))
             raise StepCountError(
-                f"this student was trained for {trained} steps and was asked for {steps}. "
-                f"Use one of these, or pass force (--force) to sample on an untrained grid."
+                f"this student was trained for {trained} steps and was asked for {steps}. Use one of these."
             )
         return uniform_grid(steps, self.shift)
 

@@ -47,6 +47,7 @@ class CFG:
         both = net(torch.cat([x_t, x_t]), torch.cat([t, t]), Cond.cat([cond, uncond]))
         raw_cond, raw_uncond = both.raw.chunk(2)
         inside = (t >= self.low) & (t <= self.high)
-        scale = torch.where(inside, self.scale, 1.0).to(x_t.dtype)
+        one = torch.ones_like(t, dtype=x_t.dtype)
+        scale = torch.where(inside, self.scale * one, one)  # in the latents' dtype: float64 stays float64
         raw = raw_uncond + broadcast(scale, x_t) * (raw_cond - raw_uncond)
         return Prediction(raw=raw, kind=both.kind, x_t=x_t, t=t, path=both.path)

@@ -85,9 +85,7 @@ def dpmpp_2m(denoise: Denoise, x: Tensor, times: tuple[float, ...], *, watch: Wa
     return x
 
 
-def renoise(
-    denoise: Denoise, x: Tensor, times: tuple[float, ...], *, rng: Noise, watch: Watch | None = None
-) -> Tensor:
+def renoise(denoise: Denoise, x: Tensor, times: tuple[float, ...], *, rng: Noise, watch: Watch | None = None) -> Tensor:
     """Predict x0, add fresh noise of the next time, repeat (LCM, DMD2). The noise of step i is `rng`'s `renoise/i`."""
     for i, (t, s) in enumerate(pairwise(times)):
         prediction = denoise(x, full(t, x))

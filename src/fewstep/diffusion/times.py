@@ -13,8 +13,11 @@ from fewstep.core.rng import Rng
 
 
 def shifted(t: Tensor, shift: float) -> Tensor:
-    """`shift t / (1 + (shift - 1) t)`: shift > 1 spends more time at high noise; 1 is the identity."""
-    return shift * t / (1 + (shift - 1) * t)
+    """`shift t / (1 + (shift - 1) t)`: shift > 1 spends more time at high noise; 1 is the identity.
+
+    The denominator is written so that 1 goes to exactly 1 for every shift, and 0 to 0.
+    """
+    return shift * t / (shift * t + (1 - t))
 
 
 def uniform_grid(steps: int, shift: float = 1.0) -> tuple[float, ...]:

@@ -7,10 +7,6 @@ Folders are written beside and renamed at the end: whatever carries its final na
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +14,8 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from fewstep.core.atomic import discard, replacing_folder
 
 PREFIX = "step-"
 
@@ -71,30 +69,4 @@ def checkpoints(folder: Path) -> list[Path]:
 def prune(folder: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints."""
     for old in checkpoints(folder)[:-keep]:
-        _discard(old)
-
-
-@contextmanager
-def replacing_folder(target: Path) -> Iterator[Path]:
-    """An empty sibling of `target` that takes its place when the block ends without an error."""
-    draft = target.with_name(f".draft-{target.name}")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    yield draft
-    for path in draft.iterdir():
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())  # otherwise a power cut may leave the final name on files without content
-    if target.exists():
-        _discard(target, successor=draft)
-    else:
-        draft.rename(target)
-
-
-def _discard(folder: Path, successor: Path | None = None) -> None:
-    """Delete a folder, whose name may pass to a successor; a kill half-way leaves nothing torn under that name."""
-    doomed = folder.with_name(f".discarded-{folder.name}")
-    shutil.rmtree(doomed, ignore_errors=True)
-    folder.rename(doomed)
-    if successor is not None:
-        successor.rename(folder)
-    shutil.rmtree(doomed)
+        discard(old)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from fewstep.data.atomic import write_text
+from fewstep.core.atomic import write_text
 
 
 class Writer(Protocol):

@@ -20,11 +20,12 @@ import torch
 from torch import nn
 
 from fewstep.core import Batch, Losses, Rng, dump
+from fewstep.core.atomic import recover, replacing_folder
 from fewstep.core.build import digest
 from fewstep.core.env import place
 from fewstep.core.finite import require_finite
 from fewstep.data.base import Data, Source, require
-from fewstep.engine.checkpoint import CheckpointError, RunState, checkpoints, prune, replacing_folder
+from fewstep.engine.checkpoint import CheckpointError, RunState, checkpoints, prune
 from fewstep.engine.log import RunLog
 from fewstep.engine.nets import build_nets, trained_roles
 from fewstep.engine.optim import RoleOptimizer
@@ -32,7 +33,10 @@ from fewstep.engine.preview import Preview
 from fewstep.engine.probe import Probe
 from fewstep.engine.settings import Settings
 from fewstep.methods.base import Method, Nets, Sync, Update
-from fewstep.models import Denoiser, VideoModel, fingerprint
+from fewstep.models import Card, Denoiser, VideoModel, fingerprint
+
+WHOSE = ("recipe", "method", "cite", "teacher", "data")
+"""Entries of the provenance that say which run it is; the others (machine, versions) may change when it goes on."""
 
 
 @dataclass
@@ -144,6 +148,7 @@ class Run:
         odd = sorted(expected ^ set(state.components))
         if odd:
             raise CheckpointError(f"the checkpoint in {self.output} lacks or adds components: {', '.join(odd)}")
+        recover(self.output / "best")
         if state.values["best"] and not (self.output / "best" / "card.json").is_file():
             raise CheckpointError(
                 f"{self.output / 'best'}, the best student so far, is gone. Put it back, or start anew."
@@ -200,9 +205,8 @@ def prepare(
     provenance: Mapping[str, str] = MappingProxyType({}),
 ) -> Run:
     """Allocate everything a run owns. ValueError names a setting that could not take effect."""
-    roles = trained_roles(method, settings.steps)
-    require_possible(method, settings, roles)
-    identity = {**provenance, **identify(model, method, data, settings)}
+    roles = require_possible(method, settings, model.card, probe)
+    identity = {key: provenance[key] for key in WHOSE if key in provenance} | identify(model, method, data, settings)
     model = model.to(settings.device)
     nets = build_nets(model, method, settings.seed)
     average = copy.deepcopy(nets.student) if settings.ema > 0 else None
@@ -217,22 +221,32 @@ def prepare(
     )
 
 
-def require_possible(method: Method, settings: Settings, roles: tuple[str, ...]) -> None:
-    """Refuse what would silently do nothing."""
+def require_possible(method: Method, settings: Settings, card: Card, probe: Probe | None) -> tuple[str, ...]:
+    """The roles that will be trained. Refuse (ValueError) what would silently do nothing, or break in mid-run."""
+    name, roles = type(method).__name__, trained_roles(method, settings.steps)
+    method.check(settings.steps)
+    if "student" not in roles:
+        raise ValueError(
+            f"{name} does not train the student within settings.steps: {settings.steps} (only {', '.join(roles)}); "
+            "give it more steps than its warm-up has"
+        )
     if place().world_size > 1:
         raise ValueError(
             f"training runs in one process, and this is one of {place().world_size}; start it without torchrun"
         )
     if "teacher" in roles:
-        raise ValueError(f"{type(method).__name__} trains the teacher; train a Copy of it")
+        raise ValueError(f"{name} trains the teacher; train a Copy of it")
     idle = sorted(set(settings.optim) - {*roles, "student"})
     if idle:
         raise ValueError(f"settings.optim has {', '.join(idle)}, but this run trains {', '.join(roles)}")
     if method.part != "denoiser":
-        for name in ("compile", "preview_every"):
-            if getattr(settings, name):
-                who = f"{type(method).__name__} trains the {method.part}"
-                raise ValueError(f"settings.{name} is for denoisers, and {who}; leave it out")
+        for setting in ("compile", "preview_every"):
+            if getattr(settings, setting):
+                who = f"{name} trains the {method.part}"
+                raise ValueError(f"settings.{setting} is for denoisers, and {who}; leave it out")
+    if probe is not None:
+        probe.check(card, method.part)
+    return roles
 
 
 def identify(model: VideoModel, method: Method, data: Data, settings: Settings) -> dict[str, str]:

@@ -14,6 +14,7 @@ from torch.nn.functional import interpolate, pad
 
 from fewstep.core import Rng
 from fewstep.data.base import Source
+from fewstep.data.video import to_uint8
 from fewstep.models import VideoModel
 
 SHOWN_FRAMES = 6
@@ -59,7 +60,7 @@ def _sheet(columns: list[Tensor]) -> np.ndarray:
         shown = _resized(clips[:, :, frames].transpose(1, 2).flatten(0, 1)).unflatten(0, (len(clips), -1))  # B F 3 H W
         strips.append(pad(shown.permute(0, 3, 1, 4, 2).flatten(2, 3), (0, 0, 0, GAP), value=1.0))  # B H (F W + gap) 3
     sheet = torch.cat(strips, dim=2).flatten(0, 1)
-    return ((sheet.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
+    return to_uint8(sheet).cpu().numpy()
 
 
 def _resized(images: Tensor) -> Tensor:

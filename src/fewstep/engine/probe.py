@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from fewstep.metrics import diversity, frechet
-from fewstep.models import VideoModel
+from fewstep.models import Card, VideoModel
+from fewstep.models.bundle import read_card
 from fewstep.world.checker import Checker
 from fewstep.world.grammar import Scene, paraphrase, sample_scenes
-from fewstep.world.renderer import Variation, render
+from fewstep.world.renderer import CANVAS, Variation, render
 
 
 class Probe(Protocol):
@@ -23,6 +24,10 @@ class Probe(Protocol):
 
     @property
     def every(self) -> int: ...
+    def check(self, card: Card, part: str) -> None:
+        """Refuse (ValueError) to judge a run of the model of `card` that trains `part`, where that cannot work."""
+        ...
+
     def __call__(self, student: VideoModel) -> dict[str, float]: ...
     def better(self, scores: dict[str, float], best: dict[str, float]) -> bool: ...
 
@@ -49,6 +54,17 @@ class WorldProbe:
         if self.every < 1 or self.prompts < 1:
             raise ValueError(f"probe.every and probe.prompts must be at least 1, got {self.every} and {self.prompts}")
 
+    def check(self, card: Card, part: str) -> None:
+        if part != "denoiser":
+            raise ValueError(f"probe: WorldProbe judges clips, and this run trains the {part}; leave probe out")
+        if (card.height, card.width) != (CANVAS, CANVAS):
+            raise ValueError(
+                f"probe: WorldProbe judges clips of the built-in world, {CANVAS} x {CANVAS}, and model {card.name!r} "
+                f"makes {card.height} x {card.width}; leave probe out"
+            )
+        if "features" not in (eyes := read_card(self.features)).parts:
+            raise ValueError(f"probe.features: {self.features} has no features; it has {', '.join(eyes.parts)}")
+
     def __call__(self, student: VideoModel) -> dict[str, float]:
         counts = self.steps or tuple(sorted(map(int, student.card.contract.grids))) or (student.card.contract.steps,)
         scores: dict[str, float] = {}
@@ -57,7 +73,7 @@ class WorldProbe:
             clips = student(self._texts, num_inference_steps=count, seed=self.seed, force=True).cpu()
             accuracy = Checker().score(clips, self._scenes).accuracy()["all"]
             features = self._features(clips)
-            distance = frechet(features, self._reference)
+            distance = frechet(features, _reference(self, clips.shape[2]))
             scores |= {f"accuracy@{count}": accuracy, f"frechet@{count}": distance}
             scores[f"diversity@{count}"] = float(diversity(clips.unflatten(0, (-1, 2))).mean())
             rule += (accuracy - self.frechet_weight * math.log(max(distance, 1e-6))) / len(counts)
@@ -84,8 +100,10 @@ class WorldProbe:
     def _features(self, clips: Tensor) -> Tensor:
         return self._encoder.part("features")(clips)
 
-    @cached_property
-    def _reference(self) -> Tensor:
-        generator = torch.Generator().manual_seed(self.seed + 1)
-        scenes = [scene for scene in self._scenes for _ in range(2)]
-        return self._features(render(scenes, Variation.sample(len(scenes), generator)))
+
+@lru_cache(maxsize=4)
+def _reference(probe: WorldProbe, num_frames: int) -> Tensor:
+    """Features of rendered clips of the probe's scenes, as long as those they are compared with."""
+    generator = torch.Generator().manual_seed(probe.seed + 1)
+    scenes = [scene for scene in probe._scenes for _ in range(2)]
+    return probe._features(render(scenes, Variation.sample(len(scenes), generator), num_frames))

@@ -6,10 +6,10 @@ from fewstep.evaluate.machine import Machine, describe_machine, versions
 from fewstep.evaluate.report import write_report
 from fewstep.evaluate.results import Gain, Report, Row, Truth, load_report
 from fewstep.evaluate.run import evaluate
-from fewstep.evaluate.suite import Entry, Suite
-from fewstep.evaluate.table import table
+from fewstep.evaluate.suite import Entry, Suite, entries
+from fewstep.evaluate.table import details, table
 
 __all__ = [
-    "Entry", "Gain", "Latency", "Machine", "Report", "Row", "Suite", "Truth", "count_flops", "describe_machine", "evaluate",
-    "load_report", "measure_latency", "peak_memory", "table", "versions", "write_report",
+    "Entry", "Gain", "Latency", "Machine", "Report", "Row", "Suite", "Truth", "count_flops", "describe_machine", "details",
+    "entries", "evaluate", "load_report", "measure_latency", "peak_memory", "table", "versions", "write_report",
 ]  # fmt: skip

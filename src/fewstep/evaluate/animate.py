@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional
 
-from fewstep.evaluate.measure import to_uint8
+from fewstep.data.video import encode_gif, to_uint8
 
 GAP = 6
 """Pixels between the clips of a grid."""
@@ -20,8 +20,7 @@ INK, PAPER = (40, 44, 52), (255, 255, 255)
 
 def gif_bytes(frames: Tensor, fps: float = 8.0, scale: int = 1) -> bytes:
     """One clip `[3, F, H, W]`, uint8 or in [-1, 1], as an endless GIF, each pixel `scale` pixels wide, at most 256 colours."""
-    pixels = enlarge(_uint8(frames), scale).permute(1, 2, 3, 0).contiguous().cpu().numpy()
-    return _encode([Image.fromarray(frame) for frame in pixels], fps)
+    return encode_gif(enlarge(_uint8(frames), scale).permute(1, 2, 3, 0).contiguous().cpu().numpy(), fps)
 
 
 def grid_gif(path: Path | str, columns: Mapping[str, Tensor], *, fps: float = 8.0, scale: int = 4) -> Path:
@@ -46,7 +45,7 @@ def grid_gif(path: Path | str, columns: Mapping[str, Tensor], *, fps: float = 8.
         images.append(image)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(_encode(images, fps))
+    path.write_bytes(encode_gif(np.stack([np.asarray(image) for image in images]), fps))
     return path
 
 
@@ -73,16 +72,3 @@ def _uint8(frames: Tensor) -> Tensor:
 def _padded(clip: Tensor) -> Tensor:
     """White margin around one clip `[3, F, H, W]`."""
     return functional.pad(clip, (GAP // 2, GAP // 2, GAP // 2, GAP // 2), value=255)
-
-
-def _encode(images: list[Image.Image], fps: float) -> bytes:
-    """One palette for the whole clip: a palette per frame would flicker, and flicker is what people look for here."""
-    strip = Image.new("RGB", (images[0].width, images[0].height * len(images)))
-    for i, image in enumerate(images):
-        strip.paste(image, (0, i * image.height))
-    palette = strip.quantize(256, method=Image.Quantize.MEDIANCUT)
-    frames = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
-    buffer = BytesIO()
-    duration = max(20, round(1000 / fps))  # browsers slow down anything faster than 20 ms
-    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], duration=duration, loop=0, disposal=1)
-    return buffer.getvalue()

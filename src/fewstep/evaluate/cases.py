@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewstep.world.grammar import Scene, describe, paraphrase, parse, sample_scenes
+from fewstep.world.grammar import Scene, parse
 from fewstep.world.renderer import CANVAS, Variation, render
 
 
@@ -34,14 +34,6 @@ class Cases:
         if self.scenes is None:
             raise ValueError("these prompts have no scenes: they cannot be rendered or checked")
         return [scene for scene in self.scenes[first:last] for _ in range(self.seeds_per_prompt)]
-
-
-def world_prompts(count: int, paraphrased: float, seed: int) -> tuple[str, ...]:
-    """`count` fresh prompts: the canonical sentence, or with probability `paraphrased` another wording."""
-    generator = torch.Generator().manual_seed(seed)
-    scenes = sample_scenes(count, generator)
-    varied = torch.rand(count, generator=generator) < paraphrased
-    return tuple(paraphrase(s, generator) if v else describe(s) for s, v in zip(scenes, varied.tolist(), strict=True))
 
 
 def read_scenes(prompts: Sequence[str], height: int, width: int) -> tuple[Scene, ...] | None:

@@ -14,15 +14,16 @@ from fewstep.evaluate.measure import Measured
 from fewstep.evaluate.results import Gain, Range, Row, Truth
 from fewstep.evaluate.sampling import Bench
 from fewstep.evaluate.suite import Entry
-from fewstep.metrics import bootstrap, frechet, ratio_of_means, wilson
-from fewstep.metrics.statistics import ratio_bootstrap
+from fewstep.metrics import bootstrap, frechet, ratio_of_means
+from fewstep.metrics.statistics import clustered_wilson, ratio_bootstrap
 from fewstep.world.grammar import ATTRIBUTES
 
 
 def make_row(entry: Entry, mine: Measured, reference: Measured, target: Tensor, bench: Bench, cost: Cost) -> Row:
     """One row; `target` are the features that Frechet distances are taken to."""
-    seeds, right = bench.cases.seeds_per_prompt, mine.right
-    whole = None if right is None else int(right.all(1).sum())
+    seeds, checked = bench.cases.seeds_per_prompt, mine.right is not None
+    whole = mine.by_prompt("right", seeds) if checked else None
+    each = dict(zip(ATTRIBUTES, mine.by_prompt("attributes", seeds).unbind(1), strict=True)) if checked else {}
     moved, reference_moved = mine.by_prompt("motion", seeds), reference.by_prompt("motion", seeds)
     return Row(
         name=entry.name,
@@ -30,9 +31,10 @@ def make_row(entry: Entry, mine: Measured, reference: Measured, target: Tensor, 
         role=entry.model.card.role,
         steps=entry.contract.steps,
         nfe=entry.contract.calls(),
-        accuracy=None if right is None or whole is None else whole / len(right),
-        accuracy_ci=None if right is None or whole is None else _range(wilson(whole, len(right))),
-        attributes=None if right is None else dict(zip(ATTRIBUTES, right.double().mean(0).tolist())),
+        accuracy=None if whole is None else float(whole.mean()),
+        accuracy_ci=None if whole is None else clustered_wilson(whole, seeds)[:],
+        attributes={name: float(shares.mean()) for name, shares in each.items()} or None,
+        attributes_ci={name: clustered_wilson(shares, seeds)[:] for name, shares in each.items()} or None,
         abstained=None if mine.abstained is None else float(mine.abstained.any(1).double().mean()),
         gain=None,
         frechet=None if target is mine.features else frechet(mine.features, target),

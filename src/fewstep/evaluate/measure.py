@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core.finite import require_finite
+from fewstep.data.video import to_uint8
 from fewstep.evaluate.cases import Cases
 from fewstep.metrics import diversity, flicker, motion, pooled, shuffled
 from fewstep.models.bundle import VideoModel, fingerprint, read_card
@@ -108,12 +109,12 @@ class Measured:
     """Per clip, text to latents, at the suite's batch size."""
 
     def by_prompt(self, name: str, seeds: int) -> Tensor:
-        """Mean over the seeds of each prompt of `motion` or `flicker`, or the share all right for `right`: `[P]`."""
-        values = getattr(self, name)
+        """Mean over the seeds of each prompt of `motion` or `flicker`, or the share all right for `right`: `[P]`.
+
+        `attributes` gives the share right of each attribute, `[P, 6]`.
+        """
+        values = self.right if name == "attributes" else getattr(self, name)
+        if values is None:
+            raise ValueError(f"{name}: these clips have not been checked")
         values = values.all(1) if name == "right" else values
         return values.double().unflatten(0, (-1, seeds)).mean(1)
-
-
-def to_uint8(frames: Tensor) -> Tensor:
-    """[-1, 1] to 0..255; values beyond are cut."""
-    return ((frames.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
@@ -15,6 +14,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fewstep.engine.log import read_metrics
 from fewstep.evaluate.animate import fitted, gif_bytes
 from fewstep.evaluate.results import CLIPS, Report, Row, load_report
 from fewstep.evaluate.svg import Bar, Point, bars, curve, scatter
@@ -213,11 +213,15 @@ def _attributes(report: Report) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in ("", *names, "unclear clips"))
     lines = []
     for row in rows:
-        shares = (row.attributes or {}).values()
-        cells = "".join(f'<td style="--share:{share:.3f}">{percent(share)}</td>' for share in shares)
+        ranges = row.attributes_ci or {}
+        cells = "".join(
+            f'<td style="--share:{share:.3f}">{percent(share)} <small>{between(ranges.get(name))}</small></td>'
+            for name, share in (row.attributes or {}).items()
+        )
         unclear = f'<td style="--share:0">{percent(row.abstained)}</td>'
         lines.append(f"<tr><td>{escape(row.name)}</td>{cells}{unclear}</tr>")
-    hint = "Share of clips in which the checker reads the attribute as the prompt asks. Too unclear to read counts as wrong."
+    hint = "Share of clips in which the checker reads the attribute as the prompt asks, with its 95 % interval. "
+    hint += "Too unclear to read counts as wrong."
     body = f'<table class="heat"><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
     return _section("What is right and what is not", hint, f'<div class="card scroll">{body}</div>')
 
@@ -233,12 +237,10 @@ def _curves(run: Path) -> str:
 
 def read_curves(path: Path) -> dict[str, tuple[list[float], list[float]]]:
     """Steps and values by name, of every numeric key of a `metrics.jsonl` except the clock; FileNotFoundError without it."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; give the folder of a training run")
     found: dict[str, tuple[list[float], list[float]]] = {}
-    for line in path.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # the last line of a killed run
+    for row in read_metrics(path):
         for name, value in row.items():
             if name in ("step", "time") or isinstance(value, bool) or not isinstance(value, (int, float)):
                 continue
@@ -253,7 +255,8 @@ def _method(report: Report) -> str:
     notes = "".join(f"<li>{escape(note)}</li>" for note in report.notes)
     facts = {
         "prompts and seeds": f"{_prompts(report)}, {report.suite['seeds_per_prompt']} seeds each, the same for every row",
-        "all right": "share of clips with every attribute as asked; 95 % Wilson interval",
+        "all right": "share of clips with every attribute as asked; 95 % Wilson interval, for as many independent clips as "
+        "these are worth: clips of one prompt resemble each other (design effect)",
         "against teacher": "difference to the teacher at the same number of steps; 95 % paired bootstrap over prompts",
         "Frechet": f"to {report.frechet_reference}, n = {report.seeds['clips']}, features: {report.frechet_features}",
         "Frechet controls": f"noise floor {number(report.frechet_floor)}, "

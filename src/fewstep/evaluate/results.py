@@ -40,9 +40,11 @@ class Row:
     accuracy: float | None
     """Share of clips with every attribute of the prompt right, an abstention counted as wrong."""
     accuracy_ci: Range | None
-    """Wilson, 95 %."""
+    """95 %: Wilson's, for as many independent clips as these are worth (`metrics.statistics.clustered_wilson`)."""
     attributes: dict[str, float] | None
     """Share of clips right, per attribute."""
+    attributes_ci: dict[str, Range] | None = None
+    """As `accuracy_ci`."""
     abstained: float | None
     """Share of clips with at least one attribute too unclear to read."""
     gain: Gain | None
@@ -129,9 +131,14 @@ class Report:
 def load_report(folder: Path | str) -> Report:
     """Read the `results.json` of a folder that `evaluate` wrote."""
     tree = json.loads((Path(folder) / FILE).read_text())
-    rows = tuple(Row(**{**_tuples(row), "gain": _gain(row["gain"])}) for row in tree.pop("rows"))
+    rows = tuple(_row(row) for row in tree.pop("rows"))
     truth = tree.pop("truth")
     return Report(rows=rows, truth=Truth(**truth) if truth else None, **_tuples(tree))
+
+
+def _row(tree: dict[str, Any]) -> Row:
+    ranges = tree.get("attributes_ci")
+    return Row(**{**_tuples(tree), "gain": _gain(tree["gain"]), "attributes_ci": _tuples(ranges) if ranges else None})
 
 
 def _gain(tree: dict[str, Any] | None) -> Gain | None:

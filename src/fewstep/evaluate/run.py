@@ -59,7 +59,7 @@ def evaluate(rows: Sequence[Entry], suite: Suite, output: Path | str, progress: 
         memory=costs[name].memory_kind,
         models={entry.model.card.name: fingerprint(entry.model.denoiser) for entry in rows},
         previews=tuple(_previews(bench, measured)),
-        notes=tuple(_notes(bench, target, floor, blind)),
+        notes=tuple(_notes(rows, bench, target, floor, blind)),
     )
     report.save(Path(output))
     shown = {n: m.shown.contiguous() for n, m in measured.items() if m.shown is not None}
@@ -83,7 +83,7 @@ def _marks(mine: Measured, clip: int) -> dict[str, str]:
     return {name: "right" if right else "unclear" if unclear else "wrong" for name, right, unclear in pairs}
 
 
-def _notes(bench: Bench, target: Tensor, floor: float, blind: float) -> Iterator[str]:
+def _notes(rows: Sequence[Entry], bench: Bench, target: Tensor, floor: float, blind: float) -> Iterator[str]:
     """What a reader must know before quoting a figure."""
     clips, width = target.shape
     if bench.cases.scenes is None:
@@ -91,6 +91,9 @@ def _notes(bench: Bench, target: Tensor, floor: float, blind: float) -> Iterator
         yield "The Frechet floor compares two halves of the reference, so it is higher than the floor of the full set."
     if clips <= 2 * width:
         yield f"Frechet: {clips} clips for {width} features is few; trust differences much larger than the floor only."
+    trained = {entry.model.card.num_frames for entry in rows} - {bench.num_frames}
+    if trained:
+        yield f"Clips have {bench.num_frames} frames; the models were made for {', '.join(map(str, sorted(trained)))}."
     if blind < 2 * floor:
         yield "Frechet: shuffling the frames hardly changes it, so these features do not see time. Do not rely on it."
     if not bench.paired:

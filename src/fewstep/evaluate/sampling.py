@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 import torch
 
-from fewstep.evaluate.cases import Cases, read_scenes, true_clips, world_prompts
+from fewstep.evaluate.cases import Cases, read_scenes, true_clips
 from fewstep.evaluate.latency import synchronize
 from fewstep.evaluate.measure import FeatureMap, Measured, Meter, feature_map
 from fewstep.evaluate.suite import Entry, Suite
+from fewstep.world.grammar import world_prompts
 
 Progress = Callable[[str, int, int], None]
 """Called as `(row, network steps done, of how many)`."""
@@ -58,7 +59,9 @@ def prepare(entries: Sequence[Entry], suite: Suite) -> Bench:
     prompts = suite.texts or world_prompts(suite.prompts, suite.paraphrased, suite.seed)
     scenes = read_scenes(prompts, height, width)
     if scenes is None and not suite.texts:
-        raise ValueError(f"{height}x{width} clips are not of the built-in world: give your own prompts (texts, --prompt-file)")
+        raise ValueError(
+            f"{height}x{width} clips are not of the built-in world: give your own prompts (texts, --prompt-file)"
+        )
     return Bench(
         suite=suite,
         cases=Cases(prompts, scenes, suite.seeds_per_prompt, suite.seed * SEED_STRIDE),

@@ -18,7 +18,7 @@ class Suite:
     """What is measured, and how often."""
 
     prompts: int = 64
-    """Fresh prompts in the world's language, all of them new scenes."""
+    """Fresh prompts in the world's language: scenes and wordings drawn by `seed`, which no training uses."""
     texts: tuple[str, ...] = ()
     """Your own prompts instead; attributes are checked only if the world's grammar understands every one."""
     paraphrased: float = 0.5
@@ -26,7 +26,7 @@ class Suite:
     seeds_per_prompt: int = 2
     """Two or more, or diversity cannot be measured."""
     num_frames: int | None = None
-    """None: as the models' cards say."""
+    """None: as the models' cards say. Another number is measured all the same, and the report says so."""
     seed: int = 2024
     batch: int = 32
     """Clips per batch."""
@@ -77,8 +77,22 @@ class Entry:
     ) -> Tensor:
         return self.model.latents(
             prompts, num_inference_steps=self.contract.steps, guidance_scale=self.guidance_scale, num_frames=num_frames,
-            seed=seeds, watch=watch,
+            seed=seeds, watch=watch, force=num_frames != self.model.card.num_frames,
         )  # fmt: skip
 
     def decode(self, latents: Tensor) -> Tensor:
         return self.model.codec.decode(latents).clamp(-1, 1)
+
+
+def entries(teacher: VideoModel, student: VideoModel, counts: Sequence[int] = ()) -> list[Entry]:
+    """The rows of a fair comparison: the teacher at its own number of steps (the reference), the teacher at each of the
+    student's (the baseline that training must beat), the student at each. `counts` defaults to all that the student
+    was trained for.
+    """
+    full, contract = teacher.card.contract.steps, student.card.contract
+    counts = counts or sorted(map(int, contract.grids), reverse=True) or (contract.steps,)
+    return [
+        Entry(name=f"teacher {full}", model=teacher),
+        *(Entry(name=f"teacher {n}", model=teacher, steps=n) for n in counts if n != full),
+        *(Entry(name=f"student {n}", model=student, steps=n) for n in counts),
+    ]

@@ -24,6 +24,22 @@ def table(report: Report) -> Table:
     return grid
 
 
+def details(report: Report) -> Table:
+    """What the first table has no room for: every attribute with its interval, and what a clip costs."""
+    names = list(report.rows[0].attributes or {})
+    grid = Table(pad_edge=False)
+    grid.add_column("", no_wrap=True)
+    for head in (*names, *(["unclear"] if names else []), "p95 s/clip", "decode s", "MB"):
+        grid.add_column(head, justify="right")
+    for row in report.rows:
+        shares, ranges = row.attributes or {}, row.attributes_ci or {}
+        right = [percent(shares.get(name)) + between(ranges.get(name)) for name in names]
+        unclear = [percent(row.abstained)] if names else []
+        costs = (number(row.seconds_p95), number(row.seconds_decode), f"{row.memory_mb:,.0f}")
+        grid.add_row(row.name, *right, *unclear, *costs, style="bold" if row.role == "student" else "")
+    return grid
+
+
 def cells(row: Row) -> tuple[str, ...]:
     """One row as text."""
     gain = "" if row.gain is None or row.gain.accuracy is None else f"{100 * row.gain.accuracy:+.0f} pt"
@@ -45,7 +61,8 @@ def captions(report: Report) -> list[str]:
     """What the columns mean, and what to beware of."""
     clips = report.seeds["clips"]
     return [
-        f"{clips} clips per row. all right: every attribute of the prompt, with 95 % interval; vs teacher: at the same steps.",
+        f"{clips} clips per row. all right: every attribute of the prompt, with 95 % interval (clips of one prompt count for "
+        "fewer); vs teacher: at the same steps.",
         f"Frechet: n = {clips}, to {report.frechet_reference}, features {report.frechet_features}; "
         f"floor {number(report.frechet_floor)}, frames shuffled {number(report.frechet_shuffled)}.",
         f"motion, diversity, flicker: relative to {report.reference}. s/clip: one clip alone, text to latents, median.",

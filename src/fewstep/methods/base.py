@@ -99,6 +99,9 @@ class Method(ABC):
     def updates(self, step: int) -> Iterator[Update | Sync]:
         """What happens in iteration `step` (0-based), in the paper's order."""
 
+    def check(self, steps: int) -> None:  # noqa: B027 - most methods are as long as one likes
+        """Refuse (ValueError) a run of so many iterations if its student could not do what `contract` claims."""
+
     def contract(self, teacher: Contract) -> Contract:
         """How the student must be sampled. Default: as its teacher."""
         return teacher

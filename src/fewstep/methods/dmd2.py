@@ -12,9 +12,10 @@ al., One-step Diffusion with Distribution Matching Distillation, 2311.18828.
     6  + gan * softplus(-D(x_t))
     7  + anchor * d(student(stored state), stored endpoint)
 
-Not from the paper: D reads frozen teacher features through its own heads (FastGen) instead of sharing the critic's
-bottleneck; R1 (2501.08316); critic warm-up; line 7 is DMD's regression with pseudo-Huber on latents in place of LPIPS:
-reverse KL seeks modes, so accuracy can rise while diversity falls, and stored noise-to-video pairs hold every mode.
+Not from the paper: all turns of an iteration, the critic's and the student's, share its prompts, their noise differs; D
+reads frozen teacher features through its own heads (FastGen) instead of sharing the critic's bottleneck; R1 (2501.08316);
+critic warm-up; line 7 is DMD's regression with pseudo-Huber on latents in place of LPIPS: reverse KL seeks modes, so
+accuracy can rise while diversity falls, and stored noise-to-video pairs hold every mode.
 """
 
 from __future__ import annotations

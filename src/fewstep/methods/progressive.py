@@ -68,6 +68,14 @@ class Progressive(Method):
         guidance = self.guidance if index == 0 else CFG()
         yield Update(("student",), partial(self.student_loss, self.stages[index][0], guidance))
 
+    def check(self, steps: int) -> None:
+        before = sum(length for _, length in self.stages[:-1])
+        if steps <= before:
+            raise ValueError(
+                f"settings.steps is {steps}, but the last stage (the student of {self.stages[-1][0]} steps) begins after "
+                f"{before} iterations; give it {sum(n for _, n in self.stages)}, or at least {before + 1}, or shorten stages"
+            )
+
     def student_loss(self, steps: int, guidance: CFG, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Losses]:
         x0, path, fine = batch.require("x0"), nets.student.path, uniform_grid(2 * steps, self.shift)
         i = 2 * rng.integers((len(batch),), "index", steps)

@@ -5,9 +5,9 @@ from fewstep.metrics.flicker import flicker
 from fewstep.metrics.frechet import frechet, gaussian_distance, shuffled, split_half
 from fewstep.metrics.motion import motion
 from fewstep.metrics.pooled import pooled
-from fewstep.metrics.statistics import Interval, bootstrap, percentile, ratio_of_means, wilson
+from fewstep.metrics.statistics import Interval, bootstrap, clustered_wilson, percentile, ratio_of_means, wilson
 
 __all__ = [
-    "Interval", "bootstrap", "diversity", "flicker", "frechet", "gaussian_distance", "motion", "percentile", "pooled",
-    "ratio_of_means", "shuffled", "split_half", "wilson",
+    "Interval", "bootstrap", "clustered_wilson", "diversity", "flicker", "frechet", "gaussian_distance", "motion",
+    "percentile", "pooled", "ratio_of_means", "shuffled", "split_half", "wilson",
 ]  # fmt: skip

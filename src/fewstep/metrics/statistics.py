@@ -17,11 +17,11 @@ class Interval(NamedTuple):
     high: float
 
 
-def wilson(right: int, total: int, confidence: float = 0.95) -> Interval:
+def wilson(right: float, total: float, confidence: float = 0.95) -> Interval:
     """Wilson's score interval for `right` successes in `total` independent trials (Wilson 1927).
 
     `(p + z^2/2n +- z sqrt(p (1-p)/n + z^2/4n^2)) / (1 + z^2/n)`. Sensible at 0 and at `total`, where the normal
-    approximation has no width. No trials: [0, 1].
+    approximation has no width. No trials: [0, 1]. Trials that are not independent: `clustered_wilson`.
     """
     if not 0 <= right <= total:
         raise ValueError(f"right must lie in 0..{total}, got {right}")
@@ -32,6 +32,23 @@ def wilson(right: int, total: int, confidence: float = 0.95) -> Interval:
     centre = (p + spread / 2) / (1 + spread)
     half = z * math.sqrt(p * (1 - p) / total + spread / (4 * total)) / (1 + spread)
     return Interval(max(0.0, centre - half), min(1.0, centre + half))
+
+
+def clustered_wilson(shares: Tensor, size: int, confidence: float = 0.95) -> Interval:
+    """Wilson's interval where trials come in groups: `shares` `[G]` of right ones in each group of `size` trials.
+
+    Trials of a group resemble each other, so they count for fewer. The design effect (Kish 1965) is the variance of the
+    mean over groups, divided by what it would be if all trials were independent; the interval is that of
+    `trials / effect` trials. The effect is kept within 1 (independent) and `size` (a group is one trial), and is `size`
+    where it cannot be estimated: with one group, or if all or none are right.
+    """
+    groups, p = len(shares), float(shares.double().mean())
+    effect = float(size)
+    if groups > 1 and 0 < p < 1:
+        spread = float(shares.double().var()) / groups
+        effect = min(max(spread / (p * (1 - p) / (groups * size)), 1.0), effect)
+    total = groups * size / effect
+    return wilson(min(p * total, total), total, confidence)
 
 
 def bootstrap(values: Tensor, generator: torch.Generator, confidence: float = 0.95, resamples: int = 2000) -> Interval:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from fewstep.core import Cond, RecipeError, Seeds, build, dump
 from fewstep.core.build import At
-from fewstep.diffusion import CFG, PATHS, Contract, Kind, NoisePath, RectifiedFlow, solve
+from fewstep.diffusion import CFG, PATHS, Contract, Kind, NoisePath, Prediction, RectifiedFlow, solve
+from fewstep.diffusion.contract import StepCountError
 from fewstep.diffusion.samplers import Watch
 from fewstep.models.autoencoder import FrameAutoencoder
 from fewstep.models.denoiser import Denoiser
@@ -122,11 +123,19 @@ class VideoModel:
         """Sample latents `[B, C, F, h, w]` by the card's contract.
 
         `seed` is one per prompt, or the first of consecutive ones; a clip depends on its own seed and prompt only.
-        StepCountError for a step count the model was not trained for (unless `force`); ValueError for a guidance scale
-        on a student that has its guidance distilled in.
+        Refused unless `force`: a step count the model was not trained for (StepCountError), another number of frames than
+        its card's, and a guidance scale on a student that has its guidance distilled in (ValueError).
         """
-        contract = self.card.contract
-        times = contract.times(num_inference_steps, force=force)
+        contract, own = self.card.contract, self.card.num_frames
+        try:
+            times = contract.times(num_inference_steps, force=force)
+        except StepCountError as error:
+            raise StepCountError(f"{error} Or pass force (--force) to sample on an untrained grid.") from None
+        if num_frames not in (None, own) and not force:
+            raise ValueError(
+                f"{self.card.name!r} makes clips of {own} frames and was asked for {num_frames}, which it was not trained "
+                "for. Leave num_frames out, or pass force (--force)."
+            )
         guidance = self._guidance(guidance_scale, force)
         seeds = tuple(range(seed, seed + len(prompts))) if isinstance(seed, int) else tuple(seed)
         noise = Seeds(seeds, device=str(self.device))
@@ -134,12 +143,11 @@ class VideoModel:
         shape = self.latent_shape(num_frames)
         self.denoiser.eval()
 
-        def denoise(x_t: Tensor, t: Tensor):
+        def denoise(x_t: Tensor, t: Tensor) -> Prediction:
             return guidance(self.denoiser, x_t, t, cond, uncond)
 
-        return solve(
-            contract.solver, denoise, noise.randn((len(prompts), *shape), "start"), times, rng=noise, watch=watch
-        )
+        start = self.denoiser.path.prior(noise.randn((len(prompts), *shape), "start"))
+        return solve(contract.solver, denoise, start, times, rng=noise, watch=watch)
 
     def latent_shape(self, num_frames: int | None = None) -> tuple[int, int, int, int]:
         """`(C, F, h, w)` of this model's clips."""
@@ -208,6 +216,15 @@ def allocate(part: str, card: Card) -> nn.Module:
     """The network of one part, with fresh weights."""
     network = card.parts[part].build()
     return Denoiser(network, card.path, card.kind) if part == "denoiser" else network
+
+
+def latent_shape_of(card: Card) -> tuple[int, int, int, int] | None:
+    """`(C, F, h, w)` of the clips of a model that is not loaded; None without a codec."""
+    if "codec" not in card.parts:
+        return None
+    with torch.device("meta"):
+        codec = card.parts["codec"].build()
+    return codec.latent_shape(card.num_frames, card.height, card.width)
 
 
 def describe(part: nn.Module) -> Spec:

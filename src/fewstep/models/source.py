@@ -14,7 +14,6 @@ from fewstep.diffusion import Contract, Kind, NoisePath, RectifiedFlow
 from fewstep.models.bundle import PARTS, Card, VideoModel, allocate, read_card
 from fewstep.models.spec import Spec
 
-
 MADE_NEW = "made new"
 """What stands for the fingerprint of a network that has no weights yet: nothing was made by it."""
 
@@ -86,11 +85,13 @@ class Scratch(ModelSource):
         specs = {name: part if isinstance(part, Spec) else _spec_in(part, name) for name, part in self.parts.items()}
         _require_fitting(specs)
         taken = {name: part for name, part in self.parts.items() if isinstance(part, str)}
-        prints = {name: read_card(folder).fingerprints.get(name, "") for name, folder in taken.items()}
+        cards = {name: read_card(folder) for name, folder in taken.items()}
+        prints = {name: card.fingerprints.get(name, "") for name, card in cards.items()}
         return Card(
             name=self.name, parts=specs, path=self.path, kind=self.kind, contract=self.contract,
             num_frames=self.num_frames, height=self.height, width=self.width, fps=self.fps,
             fingerprints={name: prints.get(name, MADE_NEW) for name in specs},
+            provenance={f"{name}.{key}": value for name, card in cards.items() for key, value in card.provenance.items()},
         )  # fmt: skip
 
     def load(self) -> VideoModel:

@@ -7,7 +7,7 @@ never counts as right: a sloppy generator cannot score by chance.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -209,7 +209,7 @@ def _group_mean(values: Tensor, group: Tensor) -> Tensor:
     return torch.einsum("bf...,fg->bg...", values, weight / weight.sum(0))
 
 
-def _palette(table: dict, names: Sequence[str], device: torch.device) -> Tensor:
+def _palette(table: Mapping[str, tuple[int, int, int]], names: Sequence[str], device: torch.device) -> Tensor:
     return torch.tensor([table[name] for name in names], device=device, dtype=torch.float32) / 255
 
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from fewstep.core import Batch, Rng
-from fewstep.data.base import Data, Source
+from fewstep.data.base import Data, DataError, Source
 from fewstep.data.texts import Texts
-from fewstep.models import VideoModel
+from fewstep.models import Card, VideoModel
 from fewstep.world.grammar import Scene, paraphrase, sample_scenes
-from fewstep.world.renderer import Variation, render
+from fewstep.world.renderer import CANVAS, Variation, render
 
 AT_ONCE = 64
 """Clips rendered and encoded together."""
@@ -34,6 +34,22 @@ class WorldClips(Data):
     pool: int = 0
     """Clips kept in memory as latents (8 kB each at 16 frames); 0 renders every batch anew."""
     pool_seed: int = 0
+
+    def check_card(self, card: Card) -> None:
+        if (card.height, card.width) != (CANVAS, CANVAS):
+            raise DataError(
+                f"the built-in world's clips are {CANVAS} x {CANVAS}, but model {card.name!r} makes {card.height} x "
+                f"{card.width}; train it on your own data (Prompts, Latents, Videos), or give a model that is made from "
+                f"scratch model.height: {CANVAS} and model.width: {CANVAS}"
+            )
+        if self.num_frames != card.num_frames:
+            raise DataError(
+                f"data.num_frames is {self.num_frames}, but model {card.name!r} makes {card.num_frames} frames; "
+                f"write data.num_frames: {card.num_frames}"
+            )
+
+    def check(self, model: VideoModel) -> None:
+        self.check_card(model.card)
 
     def open(self, model: VideoModel, needs: frozenset[str]) -> Source:
         if self.pool and needs & {"frames", "labels"}:

@@ -166,6 +166,14 @@ def paraphrase(scene: Scene, generator: torch.Generator) -> str:
     return choose((f"{subject} {moved} {place}", f"{place}, {subject} {moved}", f"{subject} {place} {moved}"))
 
 
+def world_prompts(count: int, paraphrased: float, seed: int) -> tuple[str, ...]:
+    """`count` prompts drawn by `seed`: the canonical sentence, or with probability `paraphrased` another wording."""
+    generator = torch.Generator().manual_seed(seed)
+    scenes = sample_scenes(count, generator)
+    varied = torch.rand(count, generator=generator) < paraphrased
+    return tuple(paraphrase(s, generator) if v else describe(s) for s, v in zip(scenes, varied.tolist(), strict=True))
+
+
 def parse(prompt: str) -> Scene:
     """Read a sentence of the grammar.
 

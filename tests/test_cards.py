@@ -1,0 +1,61 @@
+"""What a card vouches for, and what it may not do."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fewstep.core import RecipeError
+from fewstep.models import Card, FrameAutoencoder, TextEncoder, VideoModel, fingerprint
+from fewstep.models.bundle import read_card
+from fewstep.models.source import Scratch
+
+
+def model() -> VideoModel:
+    parts = {"codec": FrameAutoencoder(width=8, depth=1), "text": TextEncoder(width=16, buckets=64, depth=1)}
+    return VideoModel(Card(name="tiny"), parts)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_fingerprints_are_those_of_the_weights_as_they_load(tmp_path: Path, dtype: torch.dtype) -> None:
+    folder = model().save(tmp_path, dtype=dtype)
+    loaded = VideoModel.from_pretrained(folder)
+    assert read_card(folder).fingerprints == {name: fingerprint(part) for name, part in loaded.parts.items()}
+    changed = loaded.with_part("codec", FrameAutoencoder(width=8, depth=1))
+    assert set(changed.card.fingerprints) == {"text"}  # nobody has looked at the new codec yet
+
+
+def test_a_model_from_scratch_knows_what_it_takes(tmp_path: Path) -> None:
+    folder = model().save(tmp_path)
+    text = Scratch(codec=str(folder)).card()
+    assert text.fingerprints == {"codec": read_card(folder).fingerprints["codec"]}
+
+
+def test_a_card_imports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "outsider.py").write_text(
+        "from fewstep.models import FrameAutoencoder\nclass Mine(FrameAutoencoder): ...\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    folder = model().save(tmp_path / "model")
+    card = json.loads((folder / "card.json").read_text())
+    card["parts"]["codec"]["type"] = "outsider:Mine"
+    (folder / "card.json").write_text(json.dumps(card))
+    with pytest.raises(RecipeError, match=r"card.json: parts.codec.type is 'outsider:Mine'.*import outsider"):
+        read_card(folder)
+    assert "outsider" not in sys.modules
+    __import__("outsider")  # what a caller does who trusts it
+    try:
+        assert type(VideoModel.from_pretrained(folder).codec).__name__ == "Mine"
+    finally:
+        del sys.modules["outsider"]
+
+
+def test_a_torn_card_is_said_to_be_torn(tmp_path: Path) -> None:
+    path = model().save(tmp_path) / "card.json"
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(RecipeError, match=r"card.json is not a card: .*copy the folder again"):
+        read_card(tmp_path)

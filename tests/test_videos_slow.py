@@ -1,0 +1,74 @@
+"""Your own videos, for long enough to learn something: real clips where they are at hand, otherwise three made here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import fmean
+
+import av
+import pytest
+import torch
+
+from bench_videos import CLIPS, RECIPES, make_videos, run, sized
+from fewstep.core import Rng
+from fewstep.data import Latents, Videos
+from fewstep.engine.log import read_metrics
+from fewstep.evaluate.results import load_report
+from fewstep.models import VideoModel
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+
+FRAMES, SIZE = 8, 32
+
+
+@pytest.fixture
+def videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return CLIPS if CLIPS.is_dir() else make_videos(tmp_path / "videos", frames=48)
+
+
+def test_autoencoder_teacher_student_film(videos: Path, single_thread: None) -> None:
+    cut = ["--data.stride", 2, "--data.clips-per-video", 0]
+    run("train", RECIPES / "autoencoder.yaml", "--data.path", videos, *sized(FRAMES, SIZE, "model", "data"), *cut,
+        "--model.codec.width", 16, "--settings.steps", 200, "--output", "autoencoder", "--quiet")  # fmt: skip
+    run("prepare", videos, "--model", "autoencoder/student", "--output", "latents", "--stride", 2,
+        "--clips-per-video", 0, "--quiet")  # fmt: skip
+    run("train", RECIPES / "teacher.yaml", *sized(FRAMES, SIZE, "model"), "--data.path", "latents",
+        "--model.text", "{type: TextEncoder, width: 64, depth: 1}", "--model.denoiser.text-width", 64,
+        "--model.denoiser.width", 64, "--model.denoiser.depth", 3, "--model.codec", "autoencoder/student",
+        "--settings.steps", 400, "--output", "teacher", "--quiet")  # fmt: skip
+    run("distill", RECIPES / "dmd2.yaml", "--model.source", "teacher/student", "--data.path", "latents",
+        "--settings.steps", 60, "--output", "run", "--quiet")  # fmt: skip
+
+    teacher, student = VideoModel.from_pretrained("teacher/student"), VideoModel.from_pretrained("run/student")
+    assert psnr(videos, student) > 20
+    latents = Latents(path="latents").open(student, frozenset({"x0"})).batch(16, Rng(0)).x0
+    assert latents is not None and 0.7 < float(latents.std()) < 1.3  # normalised by what the autoencoder saw
+    losses = [row["loss/flow"] for row in read_metrics(Path("teacher/metrics.jsonl"))]
+    assert fmean(losses[-5:]) < 0.8 * fmean(losses[:2]), losses
+    assert sorted(student.card.contract.grids) == ["1", "2", "4"] and student.card.role == "student"
+    assert student.card.provenance["teacher"].startswith(teacher.card.name)
+
+    source = Videos(path=str(videos), num_frames=FRAMES, height=SIZE, width=SIZE).open(student, frozenset({"prompts"}))
+    prompts = sorted(set(source.batch(8, Rng(0)).prompts))
+    Path("prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
+    run("sample", "run/student", "--prompt-file", "prompts.txt", "--num-inference-steps", 2, "--output", "clips.mp4")
+    with av.open("clips.mp4") as file:
+        assert sum(1 for _ in file.decode(video=0)) == FRAMES
+    run("evaluate", "run/student", "--teacher", "teacher/student", "--prompt-file", "prompts.txt",
+        "--seeds", 8, "--output", "report", "--quiet")  # fmt: skip
+    report = load_report("report")
+    assert [row.nfe for row in report.rows if row.role == "student"] == [1, 2, 4]
+    hasty, student_row = report.row("teacher 1"), report.row("student 1")
+    assert hasty.frechet is not None and student_row.frechet is not None
+    assert student_row.frechet < hasty.frechet  # one step: nearer to the teacher's clips than the teacher in one step
+
+
+@torch.no_grad()
+def psnr(videos: Path, model: VideoModel) -> float:
+    """Of the reconstruction, in dB."""
+    data = Videos(path=str(videos), num_frames=FRAMES, height=SIZE, width=SIZE, stride=2, clips_per_video=0)
+    frames = data.open(model, frozenset({"frames"})).batch(8, Rng(0)).frames
+    assert frames is not None
+    error = (model.codec.decode(model.codec.encode(frames)).clamp(-1, 1) - frames).square().mean()
+    return float(10 * torch.log10(4 / error))

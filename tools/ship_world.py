@@ -1,0 +1,47 @@
+"""Put the built-in world's trained networks into the package: half-precision weights, and a card that says how they were made.
+
+`python tools/ship_world.py` after the runs of recipes/world (autoencoder, text_encoder, features, teacher, teacher_motion);
+`--runs DIR` where they lie elsewhere. The teacher's contract, measured best, is given by `--guidance` and `--shift`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from fewstep.diffusion import CFG
+from fewstep.evaluate import describe_machine, versions
+from fewstep.models.bundle import BUILT_IN, VideoModel
+
+SHIPPED = {"teacher": "teacher_motion", "features": "features"}
+"""Folder in the package: the run it comes from."""
+LICENCE = "Apache-2.0; trained on clips rendered by fewstep.world only, from random weights"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--runs", type=Path, default=Path("runs/world"))
+    parser.add_argument("--guidance", type=float, default=2.0)
+    parser.add_argument("--shift", type=float, default=1.0)
+    options, machine = parser.parse_args(), describe_machine()
+    for name, run in SHIPPED.items():
+        model = VideoModel.from_pretrained(options.runs / run / "student")
+        contract = replace(model.card.contract, guidance=CFG(scale=options.guidance), shift=options.shift)
+        made = {
+            "recipe file": f"recipes/world/{run}.yaml",
+            "trained on": f"{machine.cores} CPU cores ({machine.cpu}), no GPU",
+            "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+            "licence": LICENCE,
+        }
+        card = replace(model.card, name=f"world-{name}", contract=contract, provenance=model.card.provenance | made)
+        folder = VideoModel(card, model.parts).save(BUILT_IN / name, dtype=torch.float16)
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        print(f"{folder}: {size / 1e6:.1f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
