@@ -21,7 +21,6 @@ from fewstep.core import Batch, Pairs, Rng
 from fewstep.data.base import Data, Source
 from fewstep.diffusion import CFG, Contract, RectifiedFlow
 from fewstep.engine import Optim, Settings, checkpoint, train
-from fewstep.engine.log import RunLog
 from fewstep.engine.optim import RoleOptimizer
 from fewstep.methods import DMD2, METHODS, BackwardSimulation, FlowMatching, Method, Progressive, ReadAttributes
 from fewstep.methods.rollouts import NESTED
@@ -107,10 +106,9 @@ def long_run(output: Path) -> VideoModel:
 MOMENTS: Mapping[str, tuple[Any, str]] = {
     "update": (RoleOptimizer, "step"),
     "file": (checkpoint, "save_file"),
-    "line": (RunLog, "write"),
     "rename": (Path, "rename"),
 }
-"""Before an optimiser's step; half-way through a file of a checkpoint, or a line of the log; before a folder gets its name."""
+"""Before an optimiser's step; half-way through a file of a checkpoint; before a folder gets its name."""
 
 
 def die_at(moment: str, number: int) -> None:
@@ -124,9 +122,6 @@ def die_at(moment: str, number: int) -> None:
         if moment == "file":
             real(*args, **options)
             os.truncate(args[1], args[1].stat().st_size // 2)
-        if moment == "line":
-            with args[0].path.open("a") as file:
-                file.write('{"step": 1, "los')
         os.kill(os.getpid(), signal.SIGKILL)
         return None
 

@@ -82,3 +82,18 @@ def test_backends_are_reported_with_a_reason() -> None:
     assert any(backend.name == "sdpa-math" and backend.available for backend in table)
     assert pick("cpu") == table[0]
     assert pick("cpu").name == "matmul"
+    assert pick("cpu", torch.float32).name.startswith("sdpa-")
+    assert not backends("cpu", torch.float32)[0].available
+
+
+def test_a_backend_is_tried_by_running_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[torch.dtype] = []
+
+    def refuse(q: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
+        ran.append(q.dtype)
+        raise RuntimeError("no such kernel here")
+
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", refuse)
+    found = {backend.name: backend for backend in backends("cpu")}
+    assert ran == [torch.bfloat16] * 2  # flash and math: the others are for CUDA
+    assert not found["sdpa-flash"].available and found["sdpa-math"].why == "no such kernel here"

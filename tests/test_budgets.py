@@ -65,6 +65,21 @@ def test_each_is_noticed(budgets: ModuleType, tmp_path: Path) -> None:
 def test_limits_depend_on_the_room(budgets: ModuleType) -> None:
     limits = [
         budgets.file_limit(f"src/fewstep/{n}")
-        for n in ("methods/dmd2.py", "methods/targets.py", "models/adapters/wan.py")
+        for n in ("methods/dmd2.py", "methods/targets.py", "models/adapters/wan.py", "models/bundle.py", "cli/plan.py")
     ]
-    assert limits == [150, 400, 600]
+    assert limits == [150, 400, 600, 400, 400]
+
+
+@pytest.mark.parametrize("room", ["methods", "attention"])
+def test_a_method_or_pattern_file_holds_one_public_class(budgets: ModuleType, tmp_path: Path, room: str) -> None:
+    path = tmp_path / "src" / "fewstep" / room / "mine.py"
+    path.parent.mkdir(parents=True)
+    for source, offences in (
+        ("class Mine: ...\nclass _Part: ...\n", []),
+        ("class Mine: ...\nclass Yours: ...\n", ["classes"]),
+        ("def mine(): ...\n", ["classes"]),
+    ):
+        path.write_text(source)
+        assert [o.key.rpartition(":")[2] for o in budgets.check(path, tmp_path)] == offences
+    path.rename(path.with_name("__init__.py"))
+    assert list(budgets.check(path.with_name("__init__.py"), tmp_path)) == []

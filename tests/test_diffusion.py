@@ -270,3 +270,22 @@ def test_heun_costs_two_calls_but_one_in_the_last_step() -> None:
 
     heun(denoise, normal(1), uniform_grid(4))
     assert len(calls) == 7 == Contract(solver="heun", steps=4).calls()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_shift_keeps_both_ends_exactly(dtype: torch.dtype) -> None:
+    ends = torch.tensor([0.0, 1.0], dtype=dtype)
+    for shift in torch.linspace(0.1, 12, 500).tolist():
+        assert shifted(ends, shift).tolist() == [0.0, 1.0]
+    inside = torch.linspace(0, 1, 1001, dtype=dtype)
+    assert torch.equal(shifted(inside, 1.0), inside)
+
+
+def test_guidance_is_exact_in_float64() -> None:
+    x, t = torch.ones(1, 1, dtype=torch.float64), torch.full((1,), 0.5, dtype=torch.float64)
+
+    def net(x_t: torch.Tensor, t: torch.Tensor, cond: Cond) -> Prediction:
+        return Prediction(raw=torch.tensor([[1.0], [0.0]]).double(), kind="x0", x_t=x_t, t=t, path=RectifiedFlow())
+
+    cond = cond_of(1, 1)
+    assert float(CFG(scale=1.3)(net, x, t, cond, cond).raw) == 1.3  # not float32's 1.2999999523

@@ -265,7 +265,9 @@ def test_a_probe_that_cannot_work_is_refused_up_front(tmp_path: Path) -> None:
         train(large, Denoise(), Everything(), small(1), tmp_path / "large", probe=probe, quiet=True)
     blind = VideoModel(model.card, {k: v for k, v in model.parts.items() if k != "features"}).save(tmp_path / "blind")
     with pytest.raises(ValueError, match="has no features; it has denoiser"):
-        train(model, Denoise(), Everything(), small(1), tmp_path / "b", probe=WorldProbe(features=str(blind)), quiet=True)
+        train(
+            model, Denoise(), Everything(), small(1), tmp_path / "b", probe=WorldProbe(features=str(blind)), quiet=True
+        )
     assert not any((tmp_path / name).exists() for name in ("codec", "large", "b"))
 
 

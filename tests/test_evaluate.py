@@ -20,6 +20,8 @@ from fewstep.evaluate import (
     Suite,
     count_flops,
     describe_machine,
+    details,
+    entries,
     evaluate,
     load_report,
     measure_latency,
@@ -85,7 +87,9 @@ def test_results_file(finished: tuple[Report, Path]):
     for row in tree["rows"]:
         assert set(wanted.split()) <= set(row)
         assert 0 <= row["accuracy_ci"][0] <= row["accuracy"] <= row["accuracy_ci"][1] <= 1
-        assert set(row["attributes"]) == set(ATTRIBUTES)
+        assert set(row["attributes"]) == set(row["attributes_ci"]) == set(ATTRIBUTES)
+        for name, (low, high) in row["attributes_ci"].items():
+            assert 0 <= low <= row["attributes"][name] <= high <= 1 and high - low > 0.2  # 8 clips of 4 prompts
         assert row["frechet_n"] == 8
         assert row["seconds"] > 0 and row["seconds_p95"] >= row["seconds"] and row["seconds_runs"] >= 3
     assert [(row["steps"], row["nfe"]) for row in tree["rows"]] == [(4, 8), (2, 4), (2, 2), (1, 1)]
@@ -305,6 +309,23 @@ def test_the_lead_says_so_when_training_did_not_help(finished: tuple[Report, Pat
 def test_the_terminal_table_has_every_row(finished: tuple[Report, Path]):
     report, _ = finished
     assert table(report).row_count == len(report.rows) + 1
+    assert details(report).row_count == len(report.rows)
+    heads = [str(column.header) for column in details(report).columns]
+    assert set(ATTRIBUTES) <= set(heads) and {"p95 s/clip", "MB"} <= set(heads)
+
+
+def test_rows_of_a_comparison(teacher: VideoModel, student: VideoModel):
+    def listed(*counts: int) -> list[tuple[str, int]]:
+        return [(entry.name, entry.contract.steps) for entry in entries(teacher, student, counts)]
+
+    assert listed() == [("teacher 4", 4), ("teacher 2", 2), ("teacher 1", 1), ("student 2", 2), ("student 1", 1)]
+    assert listed(1) == [("teacher 4", 4), ("teacher 1", 1), ("student 1", 1)]
+    assert [name for name, _ in listed(4)] == ["teacher 4", "student 4"]  # the reference is not repeated
+
+
+def test_another_number_of_frames_is_measured_and_noted(teacher: VideoModel, tmp_path: Path):
+    report = evaluate([Entry(name="teacher 4", model=teacher)], replace(SMALL, num_frames=6), tmp_path)
+    assert any("Clips have 6 frames; the models were made for 4" in note for note in report.notes)
 
 
 def test_gif_keeps_frames_colours_and_speed(tmp_path: Path):
@@ -350,4 +371,6 @@ def test_curves_are_read_by_name(tmp_path: Path):
     lines = ['{"step": 1, "a": 1, "time": 3, "ok": true}', '{"step": 2, "a": NaN, "b": 4.5}', '{"step": 3, "c": NaN}']
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     found = read_curves(tmp_path / "metrics.jsonl")
+    with pytest.raises(FileNotFoundError, match="training run"):
+        read_curves(tmp_path / "nowhere.jsonl")
     assert set(found) == {"a", "b"} and found["b"] == ([2.0], [4.5])

@@ -21,7 +21,7 @@ from fewstep.metrics import (
     split_half,
     wilson,
 )
-from fewstep.metrics.statistics import ratio_bootstrap
+from fewstep.metrics.statistics import clustered_wilson, ratio_bootstrap
 from fewstep.world.grammar import sample_scenes
 from fewstep.world.renderer import Variation, render
 
@@ -192,3 +192,24 @@ def test_percentile():
     assert percentile([0.0, 10.0], 95) == pytest.approx(9.5)
     with pytest.raises(ValueError, match="at least one"):
         percentile([], 50)
+
+
+def test_clustered_wilson_counts_what_the_trials_are_worth() -> None:
+    shares = torch.tensor([1.0, 0, 1, 1, 0, 1, 1, 1], dtype=torch.float64)
+    assert clustered_wilson(shares, 1) == wilson(6, 8)
+    assert clustered_wilson(shares, 4) == pytest.approx(wilson(6, 8))  # every group agrees with itself: one trial each
+    assert clustered_wilson(torch.full((8,), 0.5), 2) == wilson(8, 16)  # less spread than independent trials: no bonus
+    assert clustered_wilson(torch.ones(8), 2) == wilson(8, 8)  # nothing to estimate the effect from
+
+
+def test_clustered_wilson_covers_the_truth_and_plain_wilson_does_not() -> None:
+    generator, groups, size = torch.Generator().manual_seed(0), 64, 2
+    hits, plain = 0, 0
+    for _ in range(1000):
+        chance = (torch.rand(groups, generator=generator) < 0.6).double() * 0.9 + 0.05  # prompts are easy or hard
+        right = (torch.rand(groups, size, generator=generator) < chance[:, None]).double()
+        low, high = clustered_wilson(right.mean(1), size)
+        hits += low <= 0.59 <= high
+        low, high = wilson(int(right.sum()), groups * size)
+        plain += low <= 0.59 <= high
+    assert hits / 1000 > 0.93 > 0.88 > plain / 1000

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from fewstep.data import DataError
 from fewstep.engine import Optim, Settings, WorldProbe
 from fewstep.methods import DMD2, FlowMatching, Reconstruction
 from fewstep.models import Spec
-from fewstep.models.bundle import VideoModel
+from fewstep.models.bundle import VideoModel, read_card
 from fewstep.models.source import Pretrained, Scratch, outline
 from fewstep.world.data import WorldClips
 
@@ -145,6 +147,20 @@ def test_check_refuses_before_any_weight(tiny: Path) -> None:
         recipe.override([("method.type", "Reconstruction"), ("model.codec", "null"), ("settings.optim", "{}")]).check()
     with pytest.raises(RecipeError, match="model.denoiser.text_width is 128, but model.text.width is 16"):
         recipe.override([("model.denoiser.text-width", "128")]).check()
+    with pytest.raises(DataError, match=r"data.num_frames is 16, but model 'scratch' makes 4.*data.num_frames: 4"):
+        recipe.override([("data.num-frames", "16")]).check()
+    with pytest.raises(DataError, match="clips are 32 x 32, but model 'scratch' makes 64 x 64"):
+        recipe.override([("model.height", "64"), ("model.width", "64")]).check()
+    with pytest.raises(DataError, match="no such file"):
+        recipe.override([("data", "{type: Prompts, path: nowhere.txt}")]).check()
+    with pytest.raises(ValueError, match="does not train the student within settings.steps: 2"):
+        recipe.override([("method.warmup", "2")]).check()
+    with pytest.raises(ValueError, match="begins after 1200 iterations"):
+        recipe.override([("method.type", "Progressive"), ("settings.optim", "{}")]).check()
+    with pytest.raises(ValueError, match="this run trains the codec; leave probe out"):
+        recipe.override(
+            [("method.type", "Reconstruction"), ("settings.optim", "{}"), ("probe", "{prompts: 2}")]
+        ).check()
     with pytest.raises(FileNotFoundError, match="no card.json"):
         recipe.override([("model", "{type: Pretrained, source: nowhere}")]).check()
 
@@ -185,15 +201,48 @@ def test_distill_from_python(tiny: Path, tmp_path: Path) -> None:
     student = distill(
         model=tmp_path / "teacher",
         method=DMD2(critic_updates=1),
-        data=WorldClips(num_frames=4),
         settings=Settings(steps=1, batch=2),
         output=tmp_path / "run",
         quiet=True,
     )
+    assert Recipe.load(tmp_path / "run").data == WorldClips(num_frames=4)  # of the teacher's size
     assert student.card.role == "student" and student.card.contract.grids
     saved = load_yaml((tmp_path / "run" / "recipe.yaml").read_text())
     assert saved["model"] == {"type": "Pretrained", "source": str(tmp_path / "teacher")}
     assert Recipe.load(tmp_path / "run").model == Pretrained(source=str(tmp_path / "teacher"))
+
+
+def test_a_student_remembers_where_everything_comes_from(tiny: Path, tmp_path: Path) -> None:
+    codec = Recipe.load(tiny).model.load()
+    made = {"licence": "CC0-1.0", "recipe": "abc"}
+    VideoModel(replace(codec.card, provenance=made), codec.parts).save(tmp_path / "first")
+    teacher = Recipe.load(tiny, [("model.codec", str(tmp_path / "first")), ("method.type", "FlowMatching")])
+    teacher = teacher.override([("settings.optim", "{}"), ("settings.steps", "1")])
+    card = teacher.run(tmp_path / "teacher", quiet=True).card
+    assert card.provenance["codec.recipe"] == "abc" and card.provenance["recipe"] == teacher.hash
+    assert "teacher.recipe" not in card.provenance and "licence" not in card.provenance  # it was made from scratch
+    folder = tmp_path / "teacher" / "student"
+    known = read_card(folder)
+    told = json.loads((folder / "card.json").read_text())
+    told["provenance"]["licence"] = "Apache-2.0"
+    (folder / "card.json").write_text(json.dumps(told))
+    source = tmp_path / "teacher" / "student"
+    student = distill(
+        model=source,
+        method=DMD2(critic_updates=1),
+        settings=Settings(steps=1, batch=2),
+        output=tmp_path / "s",
+        quiet=True,
+    )
+    said = student.card.provenance
+    assert (
+        said["teacher.recipe"] == teacher.hash == known.provenance["recipe"] and said["teacher.codec.recipe"] == "abc"
+    )
+    assert said["licence"] == said["teacher.licence"] == "Apache-2.0" and said["teacher.codec.licence"] == "CC0-1.0"
+    assert json.loads(said["data settings"]) == {"type": "WorldClips", "num_frames": 4, "pool": 0, "pool_seed": 0}
+    assert "cores" in said["machine"] and "torch" in said["versions"]
+    state = json.loads(next((tmp_path / "s" / "checkpoints").glob("*/state.json")).read_text())
+    assert not {"machine", "versions"} & state["values"]["identity"].keys()  # a run may go on elsewhere
 
 
 def _at():  # type: ignore[no-untyped-def]

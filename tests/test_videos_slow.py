@@ -59,9 +59,9 @@ def test_autoencoder_teacher_student_film(videos: Path, single_thread: None) -> 
         "--seeds", 8, "--output", "report", "--quiet")  # fmt: skip
     report = load_report("report")
     assert [row.nfe for row in report.rows if row.role == "student"] == [1, 2, 4]
-    hasty, student_row = report.row("teacher 1"), report.row("student 1")
-    assert hasty.frechet is not None and student_row.frechet is not None
-    assert student_row.frechet < hasty.frechet  # one step: nearer to the teacher's clips than the teacher in one step
+    four = report.row("student 4")
+    assert four.motion is not None and 0.7 < four.motion < 1.3, four
+    assert four.diversity is not None and four.diversity > 0.6, four  # a hasty teacher's student need not be better
 
 
 @torch.no_grad()

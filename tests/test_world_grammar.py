@@ -1,6 +1,7 @@
 """The grammar reads back everything it writes, and refuses what it cannot read."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -65,7 +66,10 @@ def test_reads_sentences_nobody_wrote_for_it(prompt, canonical):
     ("prompt", "fault"),
     [
         ("a small red ring moves slowly over a navy background", "direction is missing"),
-        ("a red small ring moves slowly left and right over a navy background", r"direction is ambiguous \(left and right\)"),
+        (
+            "a red small ring moves slowly left and right over a navy background",
+            r"direction is ambiguous \(left and right\)",
+        ),
         ("a small red ring and a star moves slowly left over a navy background", "shape is ambiguous"),
         ("a small purple ring moves slowly left over a navy background", "colour is missing.*unknown words: purple"),
         ("a small red ring and 2 dogs move slowly left over a navy background", "unknown words: 2, dogs"),
@@ -93,3 +97,9 @@ def test_sampling_is_reproducible_and_covers_every_value():
     assert first == again
     for name, values in ATTRIBUTES.items():
         assert {getattr(scene, name) for scene in first} == set(values)
+
+
+def test_the_world_has_as_many_scenes_as_the_docs_say():
+    assert math.prod(map(len, ATTRIBUTES.values())) == 9216
+    seen = 1 - (1 - 1 / 9216) ** 8192  # share of the scenes in a pool of 8192 random clips
+    assert round(seen, 2) == 0.59

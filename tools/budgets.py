@@ -15,7 +15,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FILE_LINES, NETWORK_FILE_LINES, METHOD_FILE_LINES = 400, 600, 150
 FUNCTION_LINES, PARAMETERS = 60, 7
-METHOD_SUPPORT = {"__init__", "base", "rollouts", "targets", "aux", "schedules"}
+SUPPORT = {  # files of a room that are not one of its algorithms, and may hold several classes that belong together
+    "methods": {"__init__", "base", "rollouts", "targets", "aux", "schedules"},
+    "attention": {"__init__", "pattern", "kernels", "kv"},
+    "models": {"__init__", "bundle", "source", "spec"},  # no networks in them
+}
 NUMBERED = {"dmd2"}  # what the field calls it
 BANNED_NAMES = {"utils", "util", "common", "misc", "helpers", "helper"}
 NEVER = {"nan_to_num": "bad numbers are never hidden", "eval": "text is never run", "exec": "text is never run"}
@@ -57,6 +61,10 @@ def check(path: Path, root: Path = ROOT) -> Iterator[Offence]:
     if path.stem in BANNED_NAMES or (path.stem[-1:].isdigit() and path.stem not in NUMBERED):
         yield Offence(f"{name}:name", name, 1, f"{path.name}: a file is named after what it holds")
     tree = ast.parse(source)
+    classes = [node.name for node in tree.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
+    if is_one_of(name, "methods", "attention") and len(classes) != 1:
+        text = f"one public class per method or pattern file, here: {', '.join(classes) or 'none'}"
+        yield Offence(f"{name}:classes", name, 1, text)
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             yield from check_function(name, node)
@@ -65,10 +73,16 @@ def check(path: Path, root: Path = ROOT) -> Iterator[Offence]:
 
 
 def file_limit(name: str) -> int:
-    folder, _, file = name.removeprefix("src/fewstep/").rpartition("/")
-    if folder == "methods" and file.removesuffix(".py") not in METHOD_SUPPORT:
+    if is_one_of(name, "methods"):
         return METHOD_FILE_LINES
-    return NETWORK_FILE_LINES if folder.startswith("models") else FILE_LINES
+    return NETWORK_FILE_LINES if is_one_of(name, "models") else FILE_LINES
+
+
+def is_one_of(name: str, *rooms: str) -> bool:
+    """Whether a file is a method, a pattern or a network of these rooms, and not one that serves them."""
+    folder, _, file = name.removeprefix("src/fewstep/").rpartition("/")
+    room = folder.partition("/")[0]
+    return room in rooms and file.removesuffix(".py") not in SUPPORT[room]
 
 
 def check_function(name: str, node: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[Offence]:

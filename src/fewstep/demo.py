@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from fewstep.data.video import write_video
-from fewstep.diffusion import CFG
+from fewstep.diffusion import CFG, Uniform
 from fewstep.engine import Optim, Settings, WorldProbe
 from fewstep.engine.compiling import compile_problem
 from fewstep.evaluate import Report, Suite, entries, evaluate, write_report
@@ -26,7 +26,13 @@ from fewstep.world.data import WorldClips
 
 RECIPE = Recipe(
     model=Pretrained(source="world"),
-    method=DMD2(rollout=BackwardSimulation(grids=NESTED), guidance=CFG(scale=2.0), critic_updates=3),
+    method=DMD2(
+        rollout=BackwardSimulation(grids=NESTED, shift=3.0),
+        guidance=CFG(scale=2.5),
+        critic_updates=3,
+        score_density=Uniform(low=0.02, high=0.98, shift=2.0),
+        critic_density=Uniform(shift=2.0),
+    ),
     data=WorldClips(),
     settings=Settings(
         steps=60,
