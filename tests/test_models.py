@@ -163,7 +163,9 @@ def test_masked_text_is_not_read_and_real_text_is() -> None:
     assert far(net(x, t, Cond(words, cond.mask)).raw, out)
     pooled_only = words.clone()
     pooled_only[:, 0], pooled_only[:, 1] = cond.text[:, 1], cond.text[:, 0]
-    assert torch.allclose(net(x, t, Cond(pooled_only, cond.mask)).raw, out)  # words carry no order here: the encoder adds it
+    assert torch.allclose(
+        net(x, t, Cond(pooled_only, cond.mask)).raw, out
+    )  # words carry no order here: the encoder adds it
 
 
 def test_clips_of_a_batch_do_not_meet() -> None:

@@ -19,7 +19,9 @@ SCENE = parse("a large red star moves slowly right over a navy background")
 
 def variation(n: int, position: tuple[float, float] = (16.0, 16.0)) -> Variation:
     one = torch.ones(n)
-    return Variation(position=torch.tensor([position]).repeat(n, 1), tilt=0 * one, radius_scale=one, speed_scale=one, shade=one)
+    return Variation(
+        position=torch.tensor([position]).repeat(n, 1), tilt=0 * one, radius_scale=one, speed_scale=one, shade=one
+    )
 
 
 def clip(scene: Scene, position: tuple[float, float] = (16.0, 16.0), num_frames: int = 16) -> torch.Tensor:
@@ -66,7 +68,11 @@ def test_readings_give_scenes_back(truth):
 
 
 def test_every_direction_across_the_seam():
-    scenes = [dataclasses.replace(SCENE, direction=d, speed=s, size="small") for d in DIRECTIONS for s in ("slowly", "quickly")]
+    scenes = [
+        dataclasses.replace(SCENE, direction=d, speed=s, size="small")
+        for d in DIRECTIONS
+        for s in ("slowly", "quickly")
+    ]
     for corner in ((0.0, 0.0), (31.5, 16.0), (16.0, 0.5)):
         score = CHECKER.score(render(scenes, variation(len(scenes), corner)), scenes)
         assert score.all_right.all(), corner
@@ -77,7 +83,12 @@ def test_up_is_towards_row_0_and_x_is_the_last_axis():
     for f in range(8):
         bar[:, 0, f, 22 - 2 * f : 30 - 2 * f, 12:20] = 1.0  # a red square whose rows go down in number
     readings = CHECKER.read(bar).scene(0)
-    assert (readings.shape, readings.colour, readings.direction, readings.background) == ("square", "red", "up", "black")
+    assert (readings.shape, readings.colour, readings.direction, readings.background) == (
+        "square",
+        "red",
+        "up",
+        "black",
+    )
     turned = CHECKER.read(bar.transpose(3, 4)).scene(0)
     assert turned.direction == "left"
 
@@ -134,7 +145,9 @@ def test_garbage_abstains():
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(8, 3, 16, 32, 32, generator=generator) * 2 - 1
     normal = torch.randn(8, 3, 16, 32, 32, generator=generator)
-    smooth = functional.interpolate(torch.randn(8, 3, 4, 4, 4, generator=generator), size=(16, 32, 32), mode="trilinear")
+    smooth = functional.interpolate(
+        torch.randn(8, 3, 4, 4, 4, generator=generator), size=(16, 32, 32), mode="trilinear"
+    )
     constant = torch.tensor([-0.2, 0.0, 0.5, 0.9])[:, None, None, None, None].expand(4, 3, 16, 32, 32)
     values = CHECKER.read(torch.cat([noise, normal, smooth, constant[1:]])).values
     assert (values == ABSTAIN).all()

@@ -9,12 +9,21 @@ import torch
 from fewstep.world.grammar import ATTRIBUTES, BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, Scene, sample_scenes
 from fewstep.world.renderer import BACKGROUND_RGB, COLOUR_RGB, RADIUS, SPEED, Variation, coverage, render
 
-PLAIN = {"shape": "circle", "colour": "white", "size": "small", "direction": "right", "speed": "quickly", "background": "black"}
+PLAIN = {
+    "shape": "circle",
+    "colour": "white",
+    "size": "small",
+    "direction": "right",
+    "speed": "quickly",
+    "background": "black",
+}
 
 
 def still(n: int, x: float = 16.0, y: float = 16.0) -> Variation:
     one = torch.ones(n)
-    return Variation(position=torch.tensor([[x, y]]).repeat(n, 1), tilt=0 * one, radius_scale=one, speed_scale=one, shade=one)
+    return Variation(
+        position=torch.tensor([[x, y]]).repeat(n, 1), tilt=0 * one, radius_scale=one, speed_scale=one, shade=one
+    )
 
 
 def test_shape_range_and_dtype():

@@ -35,17 +35,17 @@ RECIPE = Recipe(
     ),
     data=WorldClips(),
     settings=Settings(
-        steps=60,
+        steps=120,
         batch=16,
-        ema=0.9,
+        ema=0.95,
         log_every=1,
-        optim={"student": Optim(lr=2e-4, betas=(0.0, 0.99)), "critic": Optim(lr=2e-4, betas=(0.0, 0.99))},
+        optim={"student": Optim(lr=3e-4, betas=(0.0, 0.99)), "critic": Optim(lr=3e-4, betas=(0.0, 0.99))},
     ),
-    probe=WorldProbe(every=20, prompts=16),
+    probe=WorldProbe(every=40, prompts=16),
 )
 """What the demo runs: two minutes of training on two cores."""
 
-SUITE = Suite(prompts=64, seeds_per_prompt=2, batch=32, latency_runs=3, latency_budget=4.0)
+SUITE = Suite(prompts=64, seeds_per_prompt=2, batch=16, latency_runs=3, latency_budget=4.0)
 """What the demo measures: 128 clips per row."""
 
 

@@ -62,7 +62,9 @@ class TextEncoder(nn.Module):
 
     def tokens(self, prompts: Sequence[str]) -> Tensor:
         """Two bucket numbers per token, `[B, length, 2]`; a begin token comes first, so that an empty prompt has one too."""
-        rows = [[(_BEGIN, _BEGIN), *map(self._buckets, _WORD.findall(prompt.lower()))][: self.length] for prompt in prompts]
+        rows = [
+            [(_BEGIN, _BEGIN), *map(self._buckets, _WORD.findall(prompt.lower()))][: self.length] for prompt in prompts
+        ]
         padded = [row + [(_PAD, _PAD)] * (self.length - len(row)) for row in rows]
         return torch.tensor(padded, dtype=torch.long, device=self.positions.device).reshape(-1, self.length, 2)
 

@@ -228,7 +228,9 @@ def _groups(t: Tensor, x: Tensor) -> Tensor:
     """`t` as `[B, G]` in the dtype of x."""
     batch, frames = x.shape[0], x.shape[2]
     if t.shape not in ((batch,), (batch, frames)):
-        raise ValueError(f"time must be [{batch}] or [{batch}, {frames}] for latents {tuple(x.shape)}, got {tuple(t.shape)}")
+        raise ValueError(
+            f"time must be [{batch}] or [{batch}, {frames}] for latents {tuple(x.shape)}, got {tuple(t.shape)}"
+        )
     return (t[:, None] if t.ndim == 1 else t).to(x.dtype)
 
 

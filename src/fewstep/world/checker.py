@@ -101,7 +101,9 @@ class Checker:
         if len(clips) != len(scenes):
             raise ValueError(f"{len(clips)} clips but {len(scenes)} scenes; give one scene per clip")
         values = self.read(clips).values
-        wanted = torch.tensor([scene.to_indices() for scene in scenes], dtype=torch.long).reshape(-1, 6).to(values.device)
+        wanted = (
+            torch.tensor([scene.to_indices() for scene in scenes], dtype=torch.long).reshape(-1, 6).to(values.device)
+        )
         return Score(right=values == wanted, abstained=values == ABSTAIN)
 
     def _read(self, clips: Tensor) -> Tensor:
@@ -189,7 +191,9 @@ class Checker:
         straight = (heading - direction).abs() * sector <= self.heading_error
         slow, quick = (SPEED[name] for name in SPEEDS)
         pace = (speed > math.sqrt(slow * quick)).long()
-        return direction.long().remainder(len(DIRECTIONS)).where(steady & straight, ABSTAIN), pace.where(steady, ABSTAIN)
+        return direction.long().remainder(len(DIRECTIONS)).where(steady & straight, ABSTAIN), pace.where(
+            steady, ABSTAIN
+        )
 
 
 def temporal_groups(num_frames: int) -> Tensor:

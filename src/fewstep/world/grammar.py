@@ -20,7 +20,14 @@ SPEEDS = ("slowly", "quickly")
 BACKGROUNDS = ("black", "navy", "forest", "maroon", "gray", "sand")
 
 ATTRIBUTES: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"shape": SHAPES, "colour": COLOURS, "size": SIZES, "direction": DIRECTIONS, "speed": SPEEDS, "background": BACKGROUNDS}
+    {
+        "shape": SHAPES,
+        "colour": COLOURS,
+        "size": SIZES,
+        "direction": DIRECTIONS,
+        "speed": SPEEDS,
+        "background": BACKGROUNDS,
+    }
 )
 """Attribute name -> its values, in the order used by every index tuple and every `[B, 6]` tensor of this room."""
 
@@ -209,7 +216,9 @@ def _lexicon() -> dict[tuple[str, ...], tuple[str, str]]:
         for value in values:
             for phrase in (value, *_SYNONYMS[value], *_READ_ONLY.get(value, ())):
                 if entries.setdefault(_tokens(phrase), (name, value)) != (name, value):
-                    raise AssertionError(f"the phrase {phrase!r} names two values: {value} and {entries[_tokens(phrase)][1]}")
+                    raise AssertionError(
+                        f"the phrase {phrase!r} names two values: {value} and {entries[_tokens(phrase)][1]}"
+                    )
     # Corner and edge words alone, so that any preposition may stand before them.
     for corner, up in (("upper", "up"), ("top", "up"), ("lower", "down"), ("bottom", "down")):
         for side in ("left", "right"):

@@ -164,7 +164,9 @@ def _star(x: Tensor, y: Tensor, r: Tensor) -> Tensor:
     outer, inner = 1.30 * r, 0.45
     c36, s36 = math.cos(math.pi / 5), math.sin(math.pi / 5)
     x, y = x.abs(), -y
-    fold = 2 * (c36 * x - s36 * y).clamp(min=0)  # reflect across the ray of the inner corner, 36 degrees from the top point
+    fold = 2 * (c36 * x - s36 * y).clamp(
+        min=0
+    )  # reflect across the ray of the inner corner, 36 degrees from the top point
     x, y = (x - fold * c36).abs(), y + fold * s36
     fold = 2 * (c36 * x - s36 * y).clamp(min=0)
     x, y = (x - fold * c36).abs(), y + fold * s36
