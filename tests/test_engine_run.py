@@ -452,7 +452,7 @@ def test_every_variant_of_a_block_compiles(tmp_path: Path, monkeypatch: pytest.M
     torch._dynamo.reset()
     settings = small(4, compile=True, autocast="bf16", preview_every=2)
     probe, method = Sizes([0.0] * 4), replace(LONG, warmup=1)
-    with torch._dynamo.config.patch(recompile_limit=8):  # torch's own; monkeypatch would take the setting away afterwards
+    with torch._dynamo.config.patch(recompile_limit=8):  # monkeypatch would take the setting away afterwards
         train(tiny_model(), method, Everything(), settings, tmp_path, probe=probe, quiet=True)
     torch._dynamo.reset()
 
