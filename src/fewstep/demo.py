@@ -35,15 +35,15 @@ RECIPE = Recipe(
     ),
     data=WorldClips(),
     settings=Settings(
-        steps=120,
+        steps=100,
         batch=16,
         ema=0.95,
         log_every=1,
         optim={"student": Optim(lr=3e-4, betas=(0.0, 0.99)), "critic": Optim(lr=3e-4, betas=(0.0, 0.99))},
     ),
-    probe=WorldProbe(every=40, prompts=16),
+    probe=WorldProbe(every=50, prompts=16),
 )
-"""What the demo runs: two minutes of training on two cores."""
+"""What the demo runs: three minutes of training on two cores."""
 
 SUITE = Suite(prompts=64, seeds_per_prompt=2, batch=16, latency_runs=3, latency_budget=4.0)
 """What the demo measures: 128 clips per row."""
