@@ -154,6 +154,9 @@ def test_other_commands_exist(page: str, command: str) -> None:
             *project["optional-dependencies"],
             "",
         }
+    elif program == "python":
+        script = (ROOT / words[0]).read_text(encoding="utf-8")
+        assert all(f'"{word}"' in script for word in words if word.startswith("--")), command
     else:
         assert program == "pytest"
 

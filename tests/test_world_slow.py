@@ -67,7 +67,24 @@ def test_student_beats_its_teacher_at_the_same_steps(bar: Bar, tmp_path: Path) -
     overrides = bar.length
     if bar.recipe == "knowledge_distillation":
         pairs = str(tmp_path / "pairs")
-        assert main(["pairs", "world:512", "--times", *"1 0.9 0.75 0.5 0".split(), "--output", pairs, "--steps", "20", "--batch", "32", "--quiet"]) == 0
+        assert (
+            main(
+                [
+                    "pairs",
+                    "world:512",
+                    "--times",
+                    *["1", "0.9", "0.75", "0.5", "0"],
+                    "--output",
+                    pairs,
+                    "--steps",
+                    "20",
+                    "--batch",
+                    "32",
+                    "--quiet",
+                ]
+            )
+            == 0
+        )
         overrides = (*overrides, ("data.path", pairs))
     recipe = Recipe.load(RECIPES / f"{bar.recipe}.yaml", overrides)
     student, teacher = recipe.run(tmp_path / "run", quiet=True), recipe.model.load()

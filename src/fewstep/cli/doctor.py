@@ -13,6 +13,7 @@ from fewstep import __version__
 from fewstep.attention import backends, pick
 from fewstep.cli.screen import screen, table
 from fewstep.core.env import cpu_count
+from fewstep.engine.compiling import compile_problem
 from fewstep.evaluate.machine import describe_machine
 
 
@@ -44,6 +45,7 @@ def facts(device: str) -> list[tuple[str, str]]:
         ("system", platform.platform()),
         ("processor", f"{here.cpu}: {cpu_count()} cores for this process, {here.threads} torch threads"),
         ("capability", torch.backends.cpu.get_cpu_capability()),
+        ("settings.compile", compile_problem(device) or "works: a function was compiled and run"),
         ("memory", memory),
         ("gpu", _gpu()),
         ("settings.device", f"write {device!r} in the recipe: nothing is moved there by itself"),

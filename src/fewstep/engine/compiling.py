@@ -19,5 +19,5 @@ def compile_problem(device: str = "cpu") -> str:
         torch.compile(double_sine)(torch.ones(8, device=device))
     except Exception as error:
         first = str(error).strip().splitlines() or [type(error).__name__]
-        return f"torch.compile fails on this machine ({first[0][:200]}); it needs a C++ compiler and Python's headers"
+        return f"torch.compile fails on this machine ({first[0][:200]}); it needs a C++ compiler, OpenMP and Python's headers"
     return ""

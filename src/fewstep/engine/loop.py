@@ -26,6 +26,7 @@ from fewstep.core.env import place
 from fewstep.core.finite import require_finite
 from fewstep.data.base import Data, Source, require
 from fewstep.engine.checkpoint import CheckpointError, RunState, checkpoints, prune
+from fewstep.engine.compiling import compile_problem
 from fewstep.engine.log import RunLog
 from fewstep.engine.nets import build_nets, trained_roles
 from fewstep.engine.optim import RoleOptimizer
@@ -212,7 +213,7 @@ def prepare(
     average = copy.deepcopy(nets.student) if settings.ema > 0 else None
     optimizers = {role: RoleOptimizer(nets[role], settings.optim_of(role), settings.steps) for role in roles}
     if settings.compile:
-        compile_blocks(nets)
+        compile_blocks(nets, settings.device)
     source = data.open(model, method.needs)
     rng = Rng(settings.seed, device=settings.device)
     preview = Preview.of(model, source, rng) if settings.preview_every else None
@@ -256,8 +257,11 @@ def identify(model: VideoModel, method: Method, data: Data, settings: Settings) 
     return weights | {f"{name} digest": digest(tree) for name, tree in trees.items()}
 
 
-def compile_blocks(nets: Nets) -> None:
+def compile_blocks(nets: Nets, device: str) -> None:
     """Compile in place. Every role, batch size, grad mode and autocast state is a variant of the one block graph."""
+    problem = compile_problem(device)
+    if problem:
+        raise ValueError(f"settings.compile: {problem}. Install them, or write compile: false")
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     for network in nets.values():
         if isinstance(network, Denoiser):

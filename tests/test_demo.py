@@ -1,0 +1,50 @@
+"""The demo's path, shortened: same recipe, same measurement, same files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fewstep import demo
+from fewstep.evaluate import Suite
+from fewstep.models.bundle import VideoModel
+from fewstep.recipe import Recipe
+
+
+@pytest.mark.usefixtures("single_thread")
+def test_demo_writes_what_it_promises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "compile_problem", lambda: "compiling takes longer than this test")
+    short = replace(demo.RECIPE, settings=replace(demo.RECIPE.settings, steps=1, batch=2), probe=None)
+    suite = Suite(prompts=2, seeds_per_prompt=2, batch=4, latency_runs=1, latency_budget=0.0)
+    made = demo.run_demo(tmp_path, recipe=short, suite=suite, quiet=True)
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == [f"teacher {n}" for n in (50, 4, 2, 1)] + [
+        f"student {n}" for n in (4, 2, 1)
+    ]
+    assert [row["nfe"] for row in rows] == [100, 8, 4, 2, 4, 2, 1]
+    wanted = {
+        "name",
+        "steps",
+        "nfe",
+        "accuracy",
+        "accuracy_ci",
+        "frechet",
+        "frechet_n",
+        "motion",
+        "diversity",
+        "flicker",
+    }
+    assert all(wanted | {"seconds"} <= row.keys() for row in rows)
+    assert made.film.stat().st_size > 1000
+    assert "<svg" in made.page.read_text(encoding="utf-8")
+    assert VideoModel.from_pretrained(made.student).card.contract.grids.keys() == {"1", "2", "4"}
+
+
+def test_the_longer_recipe_is_the_demo_with_more_iterations() -> None:
+    recipes = Path(__file__).resolve().parent.parent / "recipes" / "world"
+    longer = Recipe.load(recipes / "dmd2.yaml")
+    assert (longer.model, longer.method, longer.data) == (demo.RECIPE.model, demo.RECIPE.method, demo.RECIPE.data)
+    assert longer.settings.steps > demo.RECIPE.settings.steps
