@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -28,15 +28,8 @@ def long():
 
 
 @pytest.fixture(scope="module")
-def budgets() -> ModuleType:
-    import sys
-
-    spec = importlib.util.spec_from_file_location("budgets", ROOT / "tools" / "budgets.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["budgets"] = module
-    spec.loader.exec_module(module)
-    return module
+def budgets(load_tool: Callable[[str], ModuleType]) -> ModuleType:
+    return load_tool("budgets")
 
 
 def test_the_tree_keeps_them(budgets: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,15 +11,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from fewstep.data.video import write_video
 from fewstep.diffusion import CFG, Uniform
 from fewstep.engine import Optim, Settings, WorldProbe
 from fewstep.engine.compiling import compile_problem
-from fewstep.evaluate import Report, Suite, entries, evaluate, write_report
+from fewstep.evaluate import Report, Suite, entries, evaluate, load_report, write_report
+from fewstep.evaluate.results import CLIPS
 from fewstep.methods import DMD2, BackwardSimulation
 from fewstep.methods.rollouts import NESTED
-from fewstep.models.bundle import VideoModel
 from fewstep.models.source import Pretrained
 from fewstep.recipe import Recipe
 from fewstep.world.data import WorldClips
@@ -39,6 +40,7 @@ RECIPE = Recipe(
         batch=16,
         ema=0.95,
         log_every=1,
+        save_every=25,
         optim={"student": Optim(lr=3e-4, betas=(0.0, 0.99)), "critic": Optim(lr=3e-4, betas=(0.0, 0.99))},
     ),
     probe=WorldProbe(every=50, prompts=16),
@@ -78,7 +80,7 @@ def run_demo(
     suite = replace(suite, autocast=recipe.settings.autocast)
     report = evaluate(entries(teacher, student), suite, output, progress=progress)
     page = write_report(output, run=output / "run", recipe=recipe.text)
-    return Demo(report, output / "student", page, film(teacher, student, output / "side_by_side.mp4"))
+    return Demo(report, output / "student", page, film(output, teacher.card.fps))
 
 
 def fitted(recipe: Recipe) -> Recipe:
@@ -90,14 +92,9 @@ def fitted(recipe: Recipe) -> Recipe:
     return replace(recipe, settings=settings)
 
 
-def film(teacher: VideoModel, student: VideoModel, path: Path) -> Path:
-    """Side by side on one prompt after the other: teacher at full steps, teacher at 2, student at 2."""
-    prompts = [
-        "a large red ring moves slowly up-left over a navy background",
-        "a small yellow star moves quickly right over a forest background",
-        "a large cyan triangle moves quickly down over a maroon background",
-        "a small white cross moves slowly up-right over a gray background",
-    ]
-    clips = [teacher(prompts), teacher(prompts, num_inference_steps=2), student(prompts, num_inference_steps=2)]
-    write_video(path, torch.stack(clips, 1).flatten(0, 1), fps=teacher.card.fps, scale=3, columns=3)
-    return path
+def film(folder: Path, fps: float) -> Path:
+    """Side by side, one of the measured prompts under the other: teacher at full steps, teacher at 2, student at 2."""
+    clips = load_file(folder / CLIPS)
+    columns = [clips[name] for name in (load_report(folder).reference, "teacher 2", "student 2")]
+    path = folder / "side_by_side.mp4"
+    return write_video(path, torch.stack(columns, 1).flatten(0, 1).float() / 127.5 - 1, fps=fps, scale=3, columns=3)
