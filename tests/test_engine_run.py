@@ -237,7 +237,7 @@ def test_a_bad_probe_figure_stops_the_run(tmp_path: Path) -> None:
         (CASES["Reconstruction"], {"preview_every": 1}, "settings.preview_every is for denoisers"),
         (CASES["Reconstruction"], {"optim": {"student": Optim(type="muon")}}, "give its role an entry of type adamw"),
         (DMD2(gan=0.1), {"optim": {"student": Optim(type="muon")}}, "this FeatureHeads has none"),
-        (CASES["DMD2"], {"optim": {"critc": Optim()}}, "settings.optim has critc"),
+        (CASES["DMD2"], {"optim": {"critc": Optim()}}, r"settings.optim.critc trains nothing; did you mean critic\?"),
         (Denoise(spoil="nothing"), {}, "no loss of this update depends on the Denoiser"),
         (DMD2(warmup=3), {}, "DMD2 does not train the student within settings.steps: 3 .only critic."),
         (CASES["Progressive"], {}, "the student of 1 steps. begins after 7 iterations; give it 10, or at least 8"),

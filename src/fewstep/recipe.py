@@ -17,7 +17,6 @@ from fewstep.core.build import At, Raw, RecipeError, build, digest, dump, load_y
 from fewstep.data import Data, require
 from fewstep.engine import Settings, train
 from fewstep.engine.loop import require_possible
-from fewstep.engine.nets import trained_roles
 from fewstep.engine.probe import WorldProbe
 from fewstep.evaluate.machine import describe_machine, versions
 from fewstep.methods.base import Method
@@ -122,14 +121,6 @@ class Recipe:
                 f"name a {self.method.part} under model"
             )
         self.method.contract(card.contract)
-        roles = trained_roles(self.method, self.settings.steps)
-        for role in self.settings.optim:
-            if role not in (*roles, "student"):
-                near = difflib.get_close_matches(role, roles, n=1)
-                hint = f"did you mean {near[0]}? " if near else ""
-                raise RecipeError(
-                    f"recipe: settings.optim.{role} trains nothing; {hint}({name} trains: {', '.join(roles)})"
-                )
         require_possible(self.method, self.settings, card, self.probe)
         self.data.check_card(card)
         return card

@@ -7,6 +7,7 @@ picture, log, checkpoint. Distilling a student and training a teacher from scrat
 from __future__ import annotations
 
 import copy
+import difflib
 import shutil
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -237,9 +238,10 @@ def require_possible(method: Method, settings: Settings, card: Card, probe: Prob
         )
     if "teacher" in roles:
         raise ValueError(f"{name} trains the teacher; train a Copy of it")
-    idle = sorted(set(settings.optim) - {*roles, "student"})
-    if idle:
-        raise ValueError(f"settings.optim has {', '.join(idle)}, but this run trains {', '.join(roles)}")
+    for role in sorted(set(settings.optim) - {*roles, "student"}):
+        near = difflib.get_close_matches(role, roles, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(f"settings.optim.{role} trains nothing; {hint}({name} trains: {', '.join(roles)})")
     if method.part != "denoiser":
         for setting in ("compile", "preview_every"):
             if getattr(settings, setting):
