@@ -105,10 +105,10 @@ def long_run(output: Path) -> VideoModel:
 
 MOMENTS: Mapping[str, tuple[Any, str]] = {
     "update": (RoleOptimizer, "step"),
-    "file": (checkpoint, "save_file"),
+    "file": (checkpoint, "write_component"),
     "rename": (Path, "rename"),
 }
-"""Before an optimiser's step; half-way through a file of a checkpoint; before a folder gets its name."""
+"""Before an optimiser's step; half-way through a component of a checkpoint; before a folder gets its name."""
 
 
 def die_at(moment: str, number: int) -> None:
@@ -121,7 +121,8 @@ def die_at(moment: str, number: int) -> None:
             return real(*args, **options)
         if moment == "file":
             real(*args, **options)
-            os.truncate(args[1], args[1].stat().st_size // 2)
+            for file in args[1].iterdir():
+                os.truncate(file, file.stat().st_size // 2)
         os.kill(os.getpid(), signal.SIGKILL)
         return None
 

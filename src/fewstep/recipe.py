@@ -16,7 +16,7 @@ from typing import Any
 from fewstep.core.build import At, Raw, RecipeError, build, digest, dump, load_yaml, to_yaml
 from fewstep.data import Data, require
 from fewstep.engine import Settings, train
-from fewstep.engine.loop import require_possible
+from fewstep.engine.prepare import require_possible
 from fewstep.engine.probe import WorldProbe
 from fewstep.evaluate.machine import describe_machine, versions
 from fewstep.methods.base import Method

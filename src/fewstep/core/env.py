@@ -12,10 +12,16 @@ class Place:
 
     rank: int
     world_size: int
+    local_rank: int = 0
+    """Among the processes of this machine: the number of its device."""
 
 
 def place() -> Place:
-    return Place(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    rank, world_size, local_rank = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+    )
+    return Place(rank, world_size, local_rank)
 
 
 def cpu_count() -> int:

@@ -12,8 +12,11 @@ from fewstep.models import FeatureHeads, VideoModel
 from fewstep.models.denoiser import Denoiser
 
 
-def build_nets(model: VideoModel, method: Method, seed: int) -> Nets:
-    """Teacher (the model's own network), student (a copy of it) and the method's roles, in that order."""
+def build_nets(model: VideoModel, method: Method, seed: int, device: str | None = None) -> Nets:
+    """Teacher (the model's own network), student (a copy of it) and the method's roles, in that order.
+
+    What is made new goes to `device`, or where the network is whose features it reads.
+    """
     teacher = model.part(method.part)
     roles: dict[str, nn.Module] = {"teacher": teacher, "student": copy.deepcopy(teacher)}
     for role, recipe in method.aux().items():
@@ -28,7 +31,7 @@ def build_nets(model: VideoModel, method: Method, seed: int) -> Nets:
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(seed)
                     heads = FeatureHeads(width=_width(roles[of]), layers=layers)
-                roles[role] = heads.to(next(roles[of].parameters()).device)
+                roles[role] = heads.to(device or next(roles[of].parameters()).device)
     for network in roles.values():
         network.requires_grad_(False)
     return Nets(roles)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from fewstep.engine.settings import Optim
 
@@ -36,7 +38,12 @@ class RoleOptimizer:
         """Scale the role's gradient to the largest norm allowed; its norm before. ValueError if there is no gradient."""
         if all(parameter.grad is None for parameter in self.network.parameters()):
             raise ValueError(f"no loss of this update depends on the {type(self.network).__name__} it should train")
-        return nn.utils.clip_grad_norm_(self.network.parameters(), self.optim.clip)
+        gradients = [parameter.grad for parameter in self.network.parameters() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()  # of all shards; scaling is each one's own business
+        nn.utils.clip_grads_with_norm_(self.network.parameters(), self.optim.clip, norm)
+        return norm
 
     def step(self, step: int) -> float:
         """Update with the learning rate of iteration `step`, which is returned, and clear the gradient."""
@@ -58,12 +65,18 @@ class RoleOptimizer:
             for slot, value in slots.items()
         }
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def allocate(self, keys: Iterable[str]) -> dict[str, Tensor]:
+        """Empty optimiser tensors for the keys of an earlier `state`, already in their places, to be filled.
+
+        Keys of parameters that this role does not have are left out.
+        """
         parameters = dict(self.network.named_parameters())
-        for key, value in state.items():
-            kind, slot, name = key.split("/", 2)
-            device = "cpu" if slot == "step" else parameters[name].device  # torch counts steps on the CPU
-            self.parts[kind].state[parameters[name]][slot] = value.to(device)
+        for kind, slot, name in (key.split("/", 2) for key in keys):
+            if kind in self.parts and name in parameters:
+                # torch counts steps on the CPU
+                empty = torch.zeros(()) if slot == "step" else torch.zeros_like(parameters[name], requires_grad=False)
+                self.parts[kind].state[parameters[name]][slot] = empty
+        return self.state()
 
 
 def learning_rate(optim: Optim, step: int, steps: int) -> float:

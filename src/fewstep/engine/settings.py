@@ -30,14 +30,43 @@ class Optim:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """How a run is spread over the processes that `torchrun` started, and where it trades time for memory.
+
+    None of it changes a run's numbers beyond rounding, so none of it is part of what identifies a run: a run may go on
+    with other values. Processes = replicate x shard x sequence.
+    """
+
+    shard: int = 0
+    """Processes over which every denoiser's weights, gradients and optimiser states are cut (times `sequence`).
+    0 = as many as there are."""
+    replicate: int = 1
+    """Copies of that group (HSDP): gradients travel between groups, weights stay within."""
+    sequence: int = 1
+    """Neighbouring processes that share every clip, each with its part of the tokens (Ulysses): for clips that are too
+    long for one device. Must divide the heads of the network and its tokens."""
+    checkpointing: bool = False
+    """Keep only what flows between the denoisers' blocks, and compute the rest again in the backward pass: a third more
+    computation for a small part of the memory."""
+    offload: bool = False
+    """Networks that the current update does not touch, the average, and optimiser states between steps wait on the CPU."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("shard", 0), ("replicate", 1), ("sequence", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"settings.parallel.{name} must be at least {least}, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """Length, batch, optimisers, precision and bookkeeping of a run."""
 
     steps: int
     batch: int = 16
-    """Samples per process and gradient computation."""
+    """Samples per gradient computation."""
     accumulate: int = 1
-    """Gradient computations per optimiser step."""
+    """Gradient computations per optimiser step, in all processes together: N processes make 1/N of them each. So one
+    process with `accumulate: 8` and eight processes train on the same samples with the same noise."""
     seed: int = 0
     optim: dict[str, Optim] = field(default_factory=dict)
     """By role; a trained role without an entry takes the student's."""
@@ -57,6 +86,7 @@ class Settings:
     keep_last: int = 2
     """Checkpoints kept; the best by the probe's rule is kept besides."""
     device: str = "cpu"
+    parallel: Parallel = Parallel()
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "accumulate", "log_every", "keep_last"):

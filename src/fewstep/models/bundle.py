@@ -105,8 +105,9 @@ class VideoModel:
 
     def __call__(self, prompts: Sequence[str], **options: Any) -> Tensor:
         """Clips `[B, 3, F, H, W]` in [-1, 1] for `prompts`; options as in `latents`."""
+        latents = self.latents(prompts, **options)  # without inference mode, which sharded networks do not bear
         with torch.inference_mode():
-            return self.codec.decode(self.latents(prompts, **options)).clamp(-1, 1)
+            return self.codec.decode(latents).clamp(-1, 1)
 
     @torch.no_grad()
     def latents(

@@ -1,0 +1,162 @@
+"""Everything a run needs, allocated; and everything that could not take effect, refused before."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+
+from fewstep.core import Rng, dump
+from fewstep.core.build import digest
+from fewstep.core.env import place
+from fewstep.data.base import Data
+from fewstep.engine.compiling import compile_problem
+from fewstep.engine.mesh import Processes, join, require_mesh
+from fewstep.engine.nets import build_nets, trained_roles
+from fewstep.engine.optim import RoleOptimizer
+from fewstep.engine.preview import Preview
+from fewstep.engine.probe import Probe
+from fewstep.engine.run import Run
+from fewstep.engine.settings import Parallel, Settings
+from fewstep.engine.shard import hollow, shard
+from fewstep.methods.base import Method, Nets
+from fewstep.models import Card, Denoiser, VideoModel, fingerprint
+
+WHOSE = ("recipe", "method", "cite", "teacher", "data")
+"""Entries of the provenance that say which run it is; the others (machine, versions) may change when it goes on."""
+
+
+def prepare(
+    model: VideoModel,
+    method: Method,
+    data: Data,
+    settings: Settings,
+    output: Path,
+    *,
+    probe: Probe | None = None,
+    provenance: Mapping[str, str] = MappingProxyType({}),
+) -> Run:
+    """Allocate everything a run owns. ValueError names a setting that could not take effect."""
+    roles = require_possible(method, settings, model.card, probe)
+    trees = describe(method, data, settings)
+    identity = {key: provenance[key] for key in WHOSE if key in provenance} | identify(model, trees)
+    processes = join(settings)
+    model, nets, average, shell = make_networks(model, method, settings, processes)
+    optimizers = {role: RoleOptimizer(nets[role], settings.optim_of(role), settings.steps) for role in roles}
+    if settings.compile:
+        compile_blocks(nets, settings.device)
+    source = data.open(model, method.needs)
+    rng = Rng(settings.seed, device=settings.device)
+    preview = Preview.of(model, source, rng) if settings.preview_every else None
+    return Run(
+        model=model, method=method, settings=settings, output=output, processes=processes, nets=nets, source=source,
+        optimizers=optimizers, average=average, shell=shell, identity=identity, provenance=dict(provenance), trees=trees,
+        probe=probe, preview=preview,
+    )  # fmt: skip
+
+
+def make_networks(
+    model: VideoModel, method: Method, settings: Settings, processes: Processes
+) -> tuple[VideoModel, Nets, nn.Module | None, nn.Module]:
+    """The model on its device, its networks by role, their average, and the student's structure without weights.
+
+    Of a network that will be sharded only the structure is copied, and every role takes its shards of the one set of
+    weights that is there: all denoisers of a run begin as the teacher.
+    """
+    part = method.part
+    weights, shell = model.part(part).state_dict(), hollow(model.part(part))
+    sharded = processes.weights is not None and isinstance(shell, Denoiser)
+    if sharded:
+        model = VideoModel(model.card, {**model.parts, part: copy.deepcopy(shell)})
+    for name, network in model.parts.items():
+        if not sharded or name != part:
+            network.to(settings.device)
+    nets = build_nets(model, method, settings.seed, settings.device)
+    average = copy.deepcopy(nets.student) if settings.ema > 0 else None
+    for network in (*nets.values(), average):
+        if isinstance(network, Denoiser):
+            if processes.weights is not None:
+                shard(network, weights, processes.weights)
+            network.backbone.spread(processes.tokens, settings.parallel.checkpointing)
+    return model, nets, average, shell
+
+
+def require_possible(method: Method, settings: Settings, card: Card, probe: Probe | None) -> tuple[str, ...]:
+    """The roles that will be trained. Refuse (ValueError) what would silently do nothing, or break in mid-run."""
+    name, roles = type(method).__name__, trained_roles(method, settings.steps)
+    method.check(settings.steps)
+    if "student" not in roles:
+        raise ValueError(
+            f"{name} does not train the student within settings.steps: {settings.steps} (only {', '.join(roles)}); "
+            "give it more steps than its warm-up has"
+        )
+    require_mesh(settings.parallel, settings.accumulate, settings.device)
+    require_spread(method, settings)
+    if "teacher" in roles:
+        raise ValueError(f"{name} trains the teacher; train a Copy of it")
+    for role in sorted(set(settings.optim) - {*roles, "student"}):
+        near = difflib.get_close_matches(role, roles, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(f"settings.optim.{role} trains nothing; {hint}({name} trains: {', '.join(roles)})")
+    if method.part != "denoiser":
+        for setting in ("compile", "preview_every"):
+            if getattr(settings, setting):
+                who = f"{name} trains the {method.part}"
+                raise ValueError(f"settings.{setting} is for denoisers, and {who}; leave it out")
+    if probe is not None:
+        probe.check(card, method.part)
+    return roles
+
+
+def require_spread(method: Method, settings: Settings) -> None:
+    """Refuse (ValueError) what several processes do not allow."""
+    parallel, several = settings.parallel, place().world_size > 1
+    if several and settings.compile:
+        raise ValueError(
+            "settings.compile works in one process so far; write compile: false, or start without torchrun"
+        )
+    muon = sorted(role for role, optim in settings.optim.items() if optim.type == "muon")
+    if several and muon:
+        raise ValueError(
+            f"settings.optim.{muon[0]}: muon works on whole matrices, which sharded networks do not have; "
+            "give it type adamw, or start without torchrun"
+        )
+    if method.part != "denoiser":
+        for name in ("checkpointing", "sequence"):
+            if getattr(parallel, name) != getattr(Parallel(), name):
+                raise ValueError(
+                    f"settings.parallel.{name} is for denoisers, and {type(method).__name__} trains the {method.part}; "
+                    "leave it out"
+                )
+
+
+def describe(method: Method, data: Data, settings: Settings) -> dict[str, Any]:
+    """Everything besides the weights that decides a run's numbers, as plain values with every default written out."""
+    return {
+        "method": dump(method, Method),
+        "data": dump(data, Data),
+        "settings": {key: value for key, value in dump(settings).items() if key != "parallel"},
+    }
+
+
+def identify(model: VideoModel, trees: Mapping[str, Any]) -> dict[str, str]:
+    """What makes a run this run: the weights it starts from, and a digest of everything that decides its numbers."""
+    weights = {f"{name} weights": fingerprint(part) for name, part in model.parts.items()}
+    return weights | {f"{name} digest": digest(tree) for name, tree in trees.items()}
+
+
+def compile_blocks(nets: Nets, device: str) -> None:
+    """Compile in place. Every role, batch size, grad mode and autocast state is a variant of the one block graph."""
+    problem = compile_problem(device)
+    if problem:
+        raise ValueError(f"settings.compile: {problem}. Install them, or write compile: false")
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    for network in nets.values():
+        if isinstance(network, Denoiser):
+            network.backbone.compile_blocks()
