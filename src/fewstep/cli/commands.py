@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from fewstep.cli import arguments
 from fewstep.cli.arguments import Overrides, UsageError
+from fewstep.core.env import place
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -185,5 +186,7 @@ def _bar(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
 
 
 def _made(path: Path) -> int:
-    print(path)
+    """Say where the result is; of several processes one does."""
+    if place().rank == 0:
+        print(path)
     return 0

@@ -19,7 +19,7 @@ from fewstep.data.video import write_video
 from fewstep.diffusion import CFG, Contract, Prediction, solve, uniform_grid
 from fewstep.diffusion.samplers import Solver, calls
 from fewstep.diffusion.times import check_grid
-from fewstep.models.bundle import Card, VideoModel, fingerprint, latent_shape_of
+from fewstep.models.bundle import Card, VideoModel, latent_shape_of
 
 PREVIEWED = 4
 
@@ -164,7 +164,7 @@ class _Teacher:
         """Everything that shapes the states."""
         plan = self.plan
         return {
-            "teacher": {"denoiser": fingerprint(self.model.denoiser), "text": fingerprint(self.model.text)},
+            "teacher": {name: self.model.fingerprint(name) for name in ("denoiser", "text")},
             "times": plan.times, **asdict(self.course), "seed": plan.seed, "per_prompt": plan.per_prompt,
             "latent_shape": self.shape, "storage": plan.storage,
         }  # fmt: skip
@@ -229,7 +229,7 @@ class StoredPairs(Data):
 
     def check(self, model: VideoModel) -> None:
         self._fit(model.latent_shape() if "codec" in model.parts else None, model.card.name)
-        self._compare(fingerprint(model.denoiser), fingerprint(model.text), model.card.name)
+        self._compare(model.fingerprint("denoiser"), model.fingerprint("text"), model.card.name)
 
     def _fit(self, here: tuple[int, ...] | None, name: str) -> None:
         there = tuple(read_manifest(self.path, "pairs")["settings"]["latent_shape"])

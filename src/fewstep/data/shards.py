@@ -9,7 +9,7 @@ from fewstep.core import Batch, Rng
 from fewstep.data.base import Data, DataError, Source, draw_indices, require
 from fewstep.data.store import ShardReader, read_manifest
 from fewstep.data.texts import Texts
-from fewstep.models.bundle import Card, VideoModel, fingerprint
+from fewstep.models.bundle import Card, VideoModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Latents(Data):
             self._compare(card.fingerprints["codec"], card)
 
     def check(self, model: VideoModel) -> None:
-        self._compare(fingerprint(model.codec), model.card)
+        self._compare(model.fingerprint("codec"), model.card)
 
     def _compare(self, here: str, card: Card) -> None:
         there = read_manifest(self.path, "latents")["settings"]["codec"]

@@ -41,9 +41,9 @@ def train(
 
     Started by `torchrun`, all processes call it with the same arguments, and on a file system that all of them see.
     Writes to `output`: `metrics.jsonl`, `tensorboard/`, `previews/`, `checkpoints/`, `student/` (and `best/` with a
-    probe). With a probe the returned model is the best by its rule, otherwise the last. `model` becomes the frozen
-    teacher. Raises ValueError when something asked for cannot be had, NonFiniteError when a number stops being one,
-    CheckpointError when `output` belongs to another run.
+    probe). With a probe the returned model is the best by its rule, otherwise the last; of several processes only the
+    leader gets its denoiser's weights. `model` becomes the frozen teacher. Raises ValueError when something asked for
+    cannot be had, NonFiniteError when a number stops being one, CheckpointError when `output` belongs to another run.
     """
     output = Path(output)
     require(data, method)
@@ -72,6 +72,8 @@ def after(run: Run, log: RunLog, saver: Saver) -> None:
     if run.probe is not None and probed:
         judge(run, run.probe, log)
     if run.preview is not None and (last or step % settings.preview_every == 0):
+        run.nets.begin(("teacher", "student"))
+        _ = run.nets.teacher  # both are in the picture, wherever they were
         picture = run.preview.draw(run.student())
         log.picture(picture, run.output / "previews" / f"{step:06d}.png")
     if probed or last or step % settings.log_every == 0:
@@ -104,6 +106,8 @@ def finish(run: Run) -> VideoModel:
         with replacing_folder(folder) as draft:
             shutil.copytree(run.output / "best", draft, dirs_exist_ok=True)
     run.processes.barrier()
+    if not run.processes.leads:
+        return VideoModel.from_pretrained(folder, leave=("denoiser",))
     return VideoModel.from_pretrained(folder).to(run.settings.device)
 
 

@@ -31,8 +31,10 @@ class Processes:
     """Over which every network is sharded: `(shard,)` or `(replicate, shard)`. None in a run of one."""
     tokens: dist.ProcessGroup | None = None
     """Those that share this process' clips; None where every process has its own."""
+    talk: dist.ProcessGroup | None = None
+    """All of them, over a backend for the CPU."""
     disk: dist.ProcessGroup | None = None
-    """All of them, over a backend for the CPU: checkpoints are written beside the training."""
+    """The same once more, for checkpoints alone: they are written beside the training, and must not hear it talk."""
 
     @property
     def leads(self) -> bool:
@@ -51,24 +53,24 @@ class Processes:
 
     def mean(self, figures: dict[str, float]) -> dict[str, float]:
         """Of every figure, over all processes."""
-        if self.disk is None:
+        if self.talk is None:
             return figures
         values = torch.tensor(list(figures.values()), dtype=torch.float64)
-        dist.all_reduce(values, group=self.disk)
+        dist.all_reduce(values, group=self.talk)
         return dict(zip(figures, (values / self.world).tolist(), strict=True))
 
     def from_leader(self, value: T) -> T:
         """What the leader passes, in every process."""
-        if self.disk is None:
+        if self.talk is None:
             return value
         box: list[Any] = [value]
-        dist.broadcast_object_list(box, src=0, group=self.disk)
+        dist.broadcast_object_list(box, src=0, group=self.talk)
         chosen: T = box[0]
         return chosen
 
     def barrier(self) -> None:
-        if self.disk is not None:
-            dist.barrier(self.disk)
+        if self.talk is not None:
+            dist.barrier(self.talk)
 
 
 def join(settings: Settings) -> Processes:
@@ -89,8 +91,8 @@ def join(settings: Settings) -> Processes:
     if sequence > 1:
         clips = init_device_mesh(device, (here.world_size // sequence, sequence), mesh_dim_names=("clips", "tokens"))
         tokens = clips["tokens"].get_group()
-    disk = dist.new_group(backend="gloo")
-    return Processes(here.rank, here.world_size, sequence, weights, tokens, disk)
+    talk, disk = (dist.new_group(backend="gloo") for _ in range(2))
+    return Processes(here.rank, here.world_size, sequence, weights, tokens, talk, disk)
 
 
 def require_mesh(parallel: Parallel, accumulate: int, device: str) -> None:

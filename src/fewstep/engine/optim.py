@@ -18,8 +18,9 @@ class RoleOptimizer:
     ValueError where Muon is asked for and the network has no such matrices.
     """
 
-    def __init__(self, network: nn.Module, optim: Optim, steps: int) -> None:
-        self.optim, self.steps, self.network = optim, steps, network
+    def __init__(self, network: nn.Module, optim: Optim, steps: int, *, rest: bool = False) -> None:
+        """With `rest`, the optimiser's tensors wait on the CPU between steps."""
+        self.optim, self.steps, self.network, self.rest = optim, steps, network, rest
         self.parts: dict[str, torch.optim.Optimizer] = {}
         matrices, others = _split(network) if optim.type == "muon" else ([], list(network.parameters()))
         if optim.type == "muon":
@@ -51,9 +52,20 @@ class RoleOptimizer:
         for part in self.parts.values():
             for group in part.param_groups:
                 group["lr"] = rate
+            if self.rest:
+                self._move(part, None)
             part.step()
+            if self.rest:
+                self._move(part, "cpu")
             part.zero_grad(set_to_none=True)
         return rate
+
+    def _move(self, part: torch.optim.Optimizer, where: str | None) -> None:
+        """Every tensor to one device, or each to its parameter's."""
+        for parameter, slots in part.state.items():
+            for slot, value in slots.items():
+                if slot != "step":  # torch counts steps on the CPU
+                    slots[slot] = value.to(where or parameter.device)
 
     def state(self) -> dict[str, Tensor]:
         """Every optimiser tensor by `<optimiser>/<slot>/<parameter name>`."""
@@ -73,7 +85,6 @@ class RoleOptimizer:
         parameters = dict(self.network.named_parameters())
         for kind, slot, name in (key.split("/", 2) for key in keys):
             if kind in self.parts and name in parameters:
-                # torch counts steps on the CPU
                 empty = torch.zeros(()) if slot == "step" else torch.zeros_like(parameters[name], requires_grad=False)
                 self.parts[kind].state[parameters[name]][slot] = empty
         return self.state()

@@ -19,6 +19,7 @@ from fewstep.data.base import Data
 from fewstep.engine.compiling import compile_problem
 from fewstep.engine.mesh import Processes, join, require_mesh
 from fewstep.engine.nets import build_nets, trained_roles
+from fewstep.engine.offload import Shelf
 from fewstep.engine.optim import RoleOptimizer
 from fewstep.engine.preview import Preview
 from fewstep.engine.probe import Probe
@@ -26,7 +27,7 @@ from fewstep.engine.run import Run
 from fewstep.engine.settings import Parallel, Settings
 from fewstep.engine.shard import hollow, shard
 from fewstep.methods.base import Method, Nets
-from fewstep.models import Card, Denoiser, VideoModel, fingerprint
+from fewstep.models import Card, Denoiser, VideoModel
 
 WHOSE = ("recipe", "method", "cite", "teacher", "data")
 """Entries of the provenance that say which run it is; the others (machine, versions) may change when it goes on."""
@@ -48,7 +49,10 @@ def prepare(
     identity = {key: provenance[key] for key in WHOSE if key in provenance} | identify(model, trees)
     processes = join(settings)
     model, nets, average, shell = make_networks(model, method, settings, processes)
-    optimizers = {role: RoleOptimizer(nets[role], settings.optim_of(role), settings.steps) for role in roles}
+    rest = settings.parallel.offload
+    optimizers = {
+        role: RoleOptimizer(nets.roles[role], settings.optim_of(role), settings.steps, rest=rest) for role in roles
+    }
     if settings.compile:
         compile_blocks(nets, settings.device)
     source = data.open(model, method.needs)
@@ -70,7 +74,7 @@ def make_networks(
     weights that is there: all denoisers of a run begin as the teacher.
     """
     part = method.part
-    weights, shell = model.part(part).state_dict(), hollow(model.part(part))
+    weights, shell = model.weights(part), hollow(model.part(part))
     sharded = processes.weights is not None and isinstance(shell, Denoiser)
     if sharded:
         model = VideoModel(model.card, {**model.parts, part: copy.deepcopy(shell)})
@@ -84,6 +88,8 @@ def make_networks(
             if processes.weights is not None:
                 shard(network, weights, processes.weights)
             network.backbone.spread(processes.tokens, settings.parallel.checkpointing)
+    if settings.parallel.offload:
+        nets = Shelf(nets.roles, settings.device)
     return model, nets, average, shell
 
 
@@ -147,7 +153,7 @@ def describe(method: Method, data: Data, settings: Settings) -> dict[str, Any]:
 
 def identify(model: VideoModel, trees: Mapping[str, Any]) -> dict[str, str]:
     """What makes a run this run: the weights it starts from, and a digest of everything that decides its numbers."""
-    weights = {f"{name} weights": fingerprint(part) for name, part in model.parts.items()}
+    weights = {f"{name} weights": model.fingerprint(name) for name in model.parts}
     return weights | {f"{name} digest": digest(tree) for name, tree in trees.items()}
 
 
@@ -157,6 +163,6 @@ def compile_blocks(nets: Nets, device: str) -> None:
     if problem:
         raise ValueError(f"settings.compile: {problem}. Install them, or write compile: false")
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    for network in nets.values():
+    for network in nets.roles.values():
         if isinstance(network, Denoiser):
             network.backbone.compile_blocks()

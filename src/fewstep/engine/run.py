@@ -76,13 +76,16 @@ class Run:
                     blend(self.nets[target], self.nets[source], decay)
         if self.average is not None:
             # A short memory at first: an average that starts at the teacher would stay there for 1/(1-ema) steps.
+            if self.settings.parallel.offload:
+                self.average.to("cpu")
             blend(self.average, self.nets.student, min(self.settings.ema, (1 + self.step) / (10 + self.step)))
         self.figures = self.processes.mean({name: fmean(values) for name, values in seen.items()})
         self.step += 1
 
     def update(self, update: Update, batches: list[tuple[Batch, int]], rng: Rng) -> list[tuple[str, float]]:
         """One optimiser step of the update's roles; its figures. Nothing has moved if a number is not finite."""
-        for role, network in self.nets.items():
+        self.nets.begin(update.roles)
+        for role, network in self.nets.roles.items():
             network.requires_grad_(role in update.roles).train(role in update.roles)
         figures = []
         for batch, place in batches:
@@ -90,7 +93,7 @@ class Run:
                 for terms in update.losses(self.nets, batch, rng.at(place=place)):
                     figures += self.backward(terms, "+".join(update.roles))
         for role in update.roles:
-            add_gradients(self.nets[role], self.processes)
+            add_gradients(self.nets.roles[role], self.processes)
         norms = {role: self.optimizers[role].clip() for role in update.roles}
         for role, norm in norms.items():
             require_finite(norm, f"step {self.step}, gradient norm of {role}")
@@ -115,14 +118,18 @@ class Run:
 
     def student(self) -> VideoModel:
         """The model with the student (its average, where one is kept) in the trained part's place, as it is trained."""
-        return self._with(self.average if self.average is not None else self.nets.student)
+        return self._with(self._result())
 
     def keep(self, folder: Path) -> None:
         """Write the student's folder, whole or not at all. Every process must call: each gives its shards."""
-        network = whole(self.average if self.average is not None else self.nets.student, self.shell, self.processes)
+        network = whole(self._result(), self.shell, self.processes)
         if self.processes.leads:
             with replacing_folder(folder) as draft:
                 self._with(network).save(draft)
+
+    def _result(self) -> nn.Module:
+        network: nn.Module = self.average if self.average is not None else self.nets.student
+        return network.to(self.settings.device)
 
     def _with(self, network: nn.Module) -> VideoModel:
         card = self.model.card
@@ -137,7 +144,7 @@ class Run:
     @property
     def changing(self) -> dict[str, nn.Module]:
         """Every network a checkpoint holds, by component."""
-        roles = {role: network for role, network in self.nets.items() if role != "teacher"}
+        roles = {role: network for role, network in self.nets.roles.items() if role != "teacher"}
         return roles if self.average is None else roles | {"ema": self.average}
 
     def state(self) -> RunState:
@@ -180,7 +187,7 @@ def blend(target: nn.Module, source: nn.Module, decay: float) -> None:
     for mine, theirs in zip(target.state_dict().values(), source.state_dict().values(), strict=True):
         mine, theirs = (t.to_local() if isinstance(t, DTensor) else t for t in (mine, theirs))
         if mine.is_floating_point():
-            mine.lerp_(theirs, 1 - decay)
+            mine.lerp_(theirs.to(mine.device), 1 - decay)
         else:
             mine.copy_(theirs)
 

@@ -37,7 +37,8 @@ def hollow(network: nn.Module) -> nn.Module:
 def shard(network: Denoiser, weights: Mapping[str, Tensor], mesh: DeviceMesh) -> None:
     """Cut a hollow denoiser over the processes of `mesh`, and give every one its share of `weights`, on its device.
 
-    Master weights, gradients and their sums stay float32; what a gathered block computes in is autocast's business.
+    It begins frozen, as every network of a run does. Master weights, gradients and their sums stay float32; what a
+    gathered block computes in is autocast's business.
     """
     for unit in (*network.backbone.blocks, network):
         fully_shard(unit, mesh=mesh, reshard_after_forward=True)
@@ -48,10 +49,10 @@ def shard(network: Denoiser, weights: Mapping[str, Tensor], mesh: DeviceMesh) ->
     register_fsdp_forward_method(network, "features")
     shares: dict[str, Tensor] = {}
     for name, empty in network.state_dict().items():
-        full = weights[name].detach().to(mesh.device_type)
+        full = weights[name].detach().to(mesh.device_type, empty.dtype)
         if isinstance(empty, DTensor):  # every process has the whole tensor at hand: it takes its part, nothing is sent
             share = distribute_tensor(full, mesh, empty.placements, src_data_rank=None)
-            shares[name] = nn.Parameter(share, requires_grad=empty.requires_grad)
+            shares[name] = nn.Parameter(share.clone(), requires_grad=False)  # a view would keep the whole tensor
         else:
             shares[name] = full.clone()
     network.load_state_dict(shares, assign=True)

@@ -29,11 +29,20 @@ class Nets(Mapping[str, nn.Module]):
         return len(self._roles)
 
     def __getattr__(self, role: str) -> Any:
+        if role.startswith("_"):
+            raise AttributeError(role)
         try:
-            return self.__dict__["_roles"][role]
+            return self[role]
         except KeyError:
-            known = ", ".join(self.__dict__.get("_roles", ()))
-            raise AttributeError(f"this run has no role {role!r}; it has {known}") from None
+            raise AttributeError(f"this run has no role {role!r}; it has {', '.join(self._roles)}") from None
+
+    @property
+    def roles(self) -> Mapping[str, nn.Module]:
+        """All of them, wherever they are: for those who look after networks and do not run them."""
+        return self._roles
+
+    def begin(self, roles: tuple[str, ...]) -> None:
+        """An update of `roles` begins."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,296 @@
+"""Many processes do what one does: same samples, same losses, same gradients; and they come back when one is killed."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bench_parallel
+from bench_engine import CASES, Everything, small, tiny_model
+from bench_parallel import launch, per_frame, results, watched, whole_run
+from fewstep.core import Rng
+from fewstep.engine import Optim, Parallel, train
+from fewstep.engine.checkpoint import Checkpoint, RunState, checkpoints
+from fewstep.engine.log import RunLog, read_metrics
+from fewstep.engine.mesh import Processes, require_mesh
+from fewstep.engine.offload import Shelf
+from fewstep.engine.prepare import prepare
+from fewstep.engine.shard import hollow
+from fewstep.methods import METHODS, Method
+from fewstep.models import VideoModel
+
+ROOT = Path(__file__).parent.parent
+LOSS, GRADIENT = 1e-4, 2e-4
+"""Relative difference of figures, and of a gradient to the largest entry of its tensor: sums in another order, in float32."""
+ROUGH = 3e-2
+"""The same where blocks compute in bfloat16."""
+
+pytestmark = pytest.mark.usefixtures("single_thread")
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float, what: str) -> None:
+    assert found.keys() == expected.keys(), what
+    for name, value in expected.items():
+        difference, size = float((found[name] - value).abs().max()), float(value.abs().max())
+        assert difference <= tolerance * size + 1e-7, f"{what}, {name}: {difference:.3g} of {size:.3g}"
+
+
+def assert_as_one(folder: Path, processes: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What several processes found is what this one finds."""
+    method, spread, *autocast = name.split(".")
+    monkeypatch.setitem(bench_parallel.SPREADS, spread, replace(Parallel(), checkpointing=False))  # type: ignore[arg-type]
+    one = watched(method, spread, *autocast, folder=folder)
+    monkeypatch.undo()
+    loose = ROUGH if autocast else None
+    found = [results(folder, name, rank) for rank in range(processes)]
+    for row, expected in zip(found[0]["rows"], one["rows"], strict=True):
+        assert row == pytest.approx(expected, rel=loose or LOSS, abs=1e-6), name
+    assert_close(found[0]["gradients"], one["gradients"], loose or GRADIENT, name)
+    assert_close(found[0]["weights"], one["weights"], loose or 1e-2, name)
+    share = processes // bench_parallel.SPREADS[spread].sequence
+    for rank in found:  # every process calls the student as often: it draws the same grids and exits
+        assert [calls * share for calls in rank["calls"]] == one["calls"], name
+        assert rank["rows"] == found[0]["rows"], name
+
+
+def test_two_processes_compute_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [
+        "DMD2.shard", "Consistency.shard", "KnowledgeDistillation.shard", "DMD2-everything.sequence",
+        "Reconstruction.shard", "Consistency.shard.bf16", "KnowledgeDistillation.checkpointing",
+    ]  # fmt: skip
+    done = launch(2, tmp_path, *names, "per_frame")
+    assert done.returncode == 0, done.stderr[-4000:]
+    for name in names:
+        assert_as_one(tmp_path, 2, name, monkeypatch)
+    assert_close(results(tmp_path, "per_frame")["found"], per_frame("one"), GRADIENT, "a time per frame, shared tokens")
+
+
+def test_four_processes_compute_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["DMD2.replicate", "Consistency.sequence", "KnowledgeDistillation.shard"]
+    done = launch(4, tmp_path, *names)
+    assert done.returncode == 0, done.stderr[-4000:]
+    for name in names:
+        assert_as_one(tmp_path, 4, name, monkeypatch)
+
+
+def test_a_killed_process_comes_back_and_nothing_is_lost(tmp_path: Path) -> None:
+    done = launch(2, tmp_path, "killed_run", restarts=1)
+    assert done.returncode == 0, done.stderr[-4000:]
+    straight = launch(2, tmp_path, "whole_run")
+    assert straight.returncode == 0, straight.stderr[-4000:]
+    folders = [tmp_path / name for name in ("killed_run", "whole_run")]
+    states = [RunState.load(checkpoints(folder / "checkpoints")[-1]) for folder in folders]
+    assert {name: list(t) for name, t in states[0].components.items()} == {
+        name: list(t) for name, t in states[1].components.items()
+    }
+    for name, tensors in states[1].components.items():
+        for key, tensor in tensors.items():
+            assert torch.equal(states[0].components[name][key], tensor), f"{name}: {key}"
+    rows = [read_metrics(folder / "metrics.jsonl") for folder in folders]
+    assert [[r["step"] for r in run] for run in rows] == [list(range(1, 7))] * 2
+    assert_goes_on_alone(tmp_path / "whole_run")
+
+
+def assert_goes_on_alone(folder: Path) -> None:
+    """One process takes over what two have begun: equal state, and the same end to rounding."""
+    last = checkpoints(folder / "checkpoints")[-2]
+    settings = small(6, save_every=2, ema=0.9, accumulate=2, batch=1)
+    run = prepare(tiny_model(), CASES["DMD2"], Everything(), settings, folder)
+    run.restore(Checkpoint.open(last))
+    saved, taken = RunState.load(last), run.state()
+    for name, tensors in saved.components.items():
+        for key, tensor in tensors.items():
+            assert torch.equal(taken.components[name][key], tensor), f"{name}: {key}"
+    while run.step < settings.steps:
+        run.iterate()
+    end = RunState.load(checkpoints(folder / "checkpoints")[-1])
+    assert_close(dict(run.nets.student.state_dict()), end.components["student"], 1e-4, "one process after two")
+
+
+def test_two_processes_go_on_with_what_one_has_begun(tmp_path: Path) -> None:
+    whole_run(tmp_path / "one")
+    (tmp_path / "both").mkdir()
+    output = tmp_path / "both" / "whole_run"
+    (tmp_path / "one").rename(output)
+    newest = checkpoints(output / "checkpoints")[-1]
+    end = RunState.load(newest)
+    for path in sorted(newest.rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+    newest.rmdir()
+    done = launch(2, tmp_path / "both", "whole_run")
+    assert done.returncode == 0, done.stderr[-4000:]
+    again = RunState.load(newest)
+    for name, tensors in end.components.items():
+        assert_close(again.components[name], tensors, 1e-3, name)
+
+
+@pytest.mark.slow
+def test_an_error_in_one_process_ends_all(tmp_path: Path) -> None:
+    done = launch(2, tmp_path, "raising_run")
+    assert done.returncode != 0
+    assert "this disk is gone" in done.stderr
+
+
+# --- who does what ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("world", "sequence"), [(1, 1), (2, 1), (4, 2), (8, 2)])
+def test_all_places_are_dealt_once(world: int, sequence: int) -> None:
+    dealt = [list(Processes(rank, world, sequence).places(8)) for rank in range(world)]
+    assert sorted(chain(*dealt[::sequence])) == list(range(8))
+    assert all(dealt[rank] == dealt[rank - rank % sequence] for rank in range(world))  # neighbours share clips
+
+
+def test_methods_draw_what_must_agree_without_a_word() -> None:
+    places = [Rng(3, step=5, place=place) for place in range(4)]
+    assert len({rng.integer("exit", 1000) for rng in places}) == 1
+    for cls in METHODS:
+        source = Path(str(__import__(cls.__module__, fromlist=["x"]).__file__)).read_text()
+        assert not re.search(r"torch\.distributed|\bdist\.", source), cls
+
+
+def test_a_hollow_copy_has_the_shape_and_not_the_memory() -> None:
+    network = tiny_model().denoiser
+    shell = hollow(network)
+    assert all(p.is_meta for p in shell.parameters()) and not any(p.is_meta for p in network.parameters())
+    shapes = lambda net: {name: p.shape for name, p in net.named_parameters()}  # noqa: E731
+    assert shapes(shell) == shapes(network)
+    shell.load_state_dict(network.state_dict(), assign=True)
+    assert all(torch.equal(a, b) for a, b in zip(shell.parameters(), network.parameters(), strict=True))
+
+
+def test_checkpointing_changes_no_number_and_keeps_less(tmp_path: Path) -> None:
+    kept = {}
+    grads = {}
+    for checkpointing in (False, True):
+        settings = small(1, parallel=Parallel(checkpointing=checkpointing))
+        run = prepare(tiny_model(), CASES["Consistency"], Everything(), settings, tmp_path)
+        found: dict[str, Tensor] = {}
+        bench_parallel.watch_gradients(run, found)
+        kept[checkpointing] = 0
+
+        def count(tensor: Tensor, which: bool = checkpointing) -> Tensor:
+            kept[which] += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            run.iterate()
+        grads[checkpointing] = found
+    assert grads[True].keys() == grads[False].keys()
+    assert all(torch.equal(grads[True][name], grad) for name, grad in grads[False].items())
+    assert kept[True] < 0.8 * kept[False]
+
+
+def test_only_the_leader_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with RunLog(tmp_path / "run", resume_step=0, total=1, quiet=False, leads=False) as log:
+        log.write(1, {"loss/a": 1.0})
+        log.say("hello")
+    assert not (tmp_path / "run").exists() and capsys.readouterr().err == ""
+
+
+class Travels(nn.Linear):
+    """Says where it is sent."""
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        super().__init__(1, 1)
+        self.name, self.log, self.where = name, log, ""
+
+    def to(self, where: str) -> Travels:  # type: ignore[override]
+        if where != self.where:
+            self.log.append(f"{self.name} to {where}")
+        self.where = where
+        return self
+
+
+def test_networks_wait_on_the_cpu_until_an_update_asks_for_them() -> None:
+    log: list[str] = []
+    shelf = Shelf({role: Travels(role, log) for role in ("teacher", "student", "critic")}, "cuda")
+    assert all(shelf.roles[role].where == "cpu" for role in shelf)
+
+    def iteration() -> list[str]:
+        log.clear()
+        for _ in range(2):
+            shelf.begin(("critic",))
+            assert shelf.student.where == shelf.critic.where == "cuda"
+        shelf.begin(("student",))
+        assert shelf["student"].where == shelf.teacher.where == shelf.critic.where == "cuda"
+        return list(log)
+
+    assert iteration() == ["student to cuda", "critic to cuda", "teacher to cuda"]
+    assert iteration() == ["teacher to cpu", "teacher to cuda"]  # no network that the next update needs ever leaves
+    with pytest.raises(AttributeError, match="no role 'critc'; it has teacher, student, critic"):
+        _ = shelf.critc
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_offloading_changes_no_number(tmp_path: Path) -> None:
+    ends = []
+    for offload in (False, True):
+        settings = small(4, device="cuda", ema=0.9, parallel=Parallel(offload=offload))
+        run = prepare(tiny_model(), CASES["DMD2"], Everything(), settings, tmp_path)
+        for _ in range(4):
+            run.iterate()
+        ends.append({key: value.cpu() for key, value in run.student().denoiser.state_dict().items()})
+        if offload:
+            assert {t.device.type for o in run.optimizers.values() for t in o.state().values()} == {"cpu"}
+    assert_close(ends[0], ends[1], 1e-6, "offload")
+
+
+# --- what cannot be had -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("world", "parallel", "accumulate", "message"),
+    [
+        (1, Parallel(shard=4), 4, r"needs 4 processes, and this run has 1; start it with torchrun --nproc-per-node 4"),
+        (6, Parallel(sequence=4), 4, r"needs a multiple of 4 processes, and this run has 6"),
+        (8, Parallel(replicate=2, shard=2), 8, r"replicate 2 x shard 2 x sequence 1 needs 4 processes"),
+        (8, Parallel(), 4, r"4 micro-batches per step cannot be dealt to 8 processes evenly; write accumulate: 8"),
+        (8, Parallel(sequence=2), 6, r"write accumulate: 8"),
+        (1, Parallel(offload=True), 1, r"settings.parallel.offload moves idle networks to the CPU, and .* cpu already"),
+    ],
+)
+def test_processes_that_cannot_do_it_are_refused(
+    world: int, parallel: Parallel, accumulate: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    with pytest.raises(ValueError, match=message):
+        require_mesh(parallel, accumulate, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("method", "others", "message"),
+    [
+        (CASES["Consistency"], {"compile": True}, "settings.compile works in one process so far"),
+        (CASES["Consistency"], {"optim": {"student": Optim(type="muon")}}, "muon works on whole matrices"),
+        (CASES["Reconstruction"], {"parallel": Parallel(sequence=2)}, "settings.parallel.sequence is for denoisers"),
+        (CASES["Reconstruction"], {"parallel": Parallel(checkpointing=True)}, "checkpointing is for denoisers"),
+    ],
+)
+def test_what_several_processes_cannot_do_is_refused(
+    method: Method, others: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=message):
+        train(tiny_model(), method, Everything(), small(2, accumulate=2, **others), tmp_path, quiet=True)
+
+
+@pytest.mark.parametrize("field", ["shard", "replicate", "sequence"])
+def test_sizes_are_checked(field: str) -> None:
+    with pytest.raises(ValueError, match=f"settings.parallel.{field} must be at least"):
+        Parallel(**{field: -1})
+
+
+def test_a_run_may_go_on_with_another_spread(tmp_path: Path) -> None:
+    settings = small(2)
+    train(tiny_model(), CASES["Consistency"], Everything(), settings, tmp_path, quiet=True)
+    other = replace(settings, parallel=Parallel(checkpointing=True))
+    assert isinstance(train(tiny_model(), CASES["Consistency"], Everything(), other, tmp_path, quiet=True), VideoModel)
