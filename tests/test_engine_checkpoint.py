@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import pickle
-import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
@@ -16,18 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench_engine import CASES, Everything, long_run, small, tiny_model
+from bench_engine import CASES, Everything, die, long_run, short_run, small, tiny_model
 from fewstep.core import build
 from fewstep.core.atomic import recover
 from fewstep.engine import CheckpointError, Settings, checkpoint, train
 from fewstep.engine.checkpoint import Checkpoint, RunState, Saver, checkpoints, prune
 from fewstep.engine.log import read_metrics
 from fewstep.engine.prepare import prepare
-from fewstep.methods import Method
+from fewstep.methods import METHODS, Method
 from fewstep.models import Card, VideoModel
 from fewstep.recipe import names
 
-ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("single_thread")
 
 
@@ -78,25 +73,27 @@ def run(output: Path, method: Method, settings: Settings, plug: int = 0) -> None
     train(tiny_model(), method, Everything(), settings, output, quiet=True, probe=Plug(plug) if plug else None)
 
 
+def test_every_method_has_a_case() -> None:
+    assert {type(method) for method in CASES.values()} == set(METHODS)
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_stopping_and_going_on_changes_no_bit(case: str, tmp_path: Path) -> None:
-    method, settings = CASES[case], small(8, save_every=2, ema=0.9, accumulate=2)
-    run(tmp_path / "straight", method, settings)
-    with pytest.raises(Stopped):
-        run(tmp_path / "stopped", method, settings, plug=6)
-    assert last_state(tmp_path / "stopped").step == 4  # iterations 5 and 6 are done again
-    run(tmp_path / "stopped", method, settings)
-    assert_same_state(last_state(tmp_path / "straight"), last_state(tmp_path / "stopped"))
-    assert figures(tmp_path / "straight") == figures(tmp_path / "stopped")
+def test_being_killed_and_going_on_changes_no_bit(case: str, tmp_path: Path) -> None:
+    short_run(tmp_path / "straight", case)
+    die(short_run, "iteration", 6, tmp_path / "killed", case)
+    assert checkpoint_step(tmp_path / "killed") in (2, 4)  # saving goes on beside the training
+    short_run(tmp_path / "killed", case)
+    assert_same_state(last_state(tmp_path / "straight"), last_state(tmp_path / "killed"))
+    assert figures(tmp_path / "straight") == figures(tmp_path / "killed")
     for file in (tmp_path / "straight" / "student").iterdir():
-        assert file.read_bytes() == (tmp_path / "stopped" / "student" / file.name).read_bytes()
+        assert file.read_bytes() == (tmp_path / "killed" / "student" / file.name).read_bytes()
 
 
 def test_sigkill_at_any_moment_changes_no_bit(tmp_path: Path) -> None:
     long_run(tmp_path / "straight")
     steps = []
     for moment, number in (("file", 8), ("update", 25), ("rename", 5)):
-        kill(tmp_path / "killed", moment, number)
+        die(long_run, moment, number, tmp_path / "killed")
         steps.append(checkpoint_step(tmp_path / "killed"))
         print(f"killed at {moment} {number}: goes on from step {steps[-1]}")
     # Saving goes on beside the training: the checkpoint of step 10 may or may not have been complete at update 25.
@@ -106,14 +103,6 @@ def test_sigkill_at_any_moment_changes_no_bit(tmp_path: Path) -> None:
     assert set(state.components) == {"student", "student.optim", "critic", "critic.optim", "ema"}
     assert_same_state(last_state(tmp_path / "straight"), state)
     assert figures(tmp_path / "straight") == figures(tmp_path / "killed")
-
-
-def kill(output: Path, moment: str, number: int) -> None:
-    """Train in another process, which sends itself SIGKILL at a fixed moment: no clock decides what is tested."""
-    paths = [str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    command = [sys.executable, str(ROOT / "tests" / "bench_engine.py"), str(output), moment, str(number)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    assert subprocess.run(command, env=environment, check=False).returncode == -signal.SIGKILL
 
 
 def checkpoint_step(output: Path, folder: str = "checkpoints") -> int:

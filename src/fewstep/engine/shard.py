@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -16,8 +17,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import register_dataclass
 
+from fewstep.diffusion import Prediction
 from fewstep.engine.mesh import Processes
+from fewstep.models.backbone import State
 from fewstep.models.denoiser import Denoiser
 
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -40,6 +44,7 @@ def shard(network: Denoiser, weights: Mapping[str, Tensor], mesh: DeviceMesh) ->
     It begins frozen, as every network of a run does. Master weights, gradients and their sums stay float32; what a
     gathered block computes in is autocast's business.
     """
+    _let_fsdp_see_inside()
     for unit in (*network.backbone.blocks, network):
         fully_shard(unit, mesh=mesh, reshard_after_forward=True)
     for unit in network.modules():
@@ -83,3 +88,10 @@ def add_gradients(network: nn.Module, processes: Processes) -> None:
         dist.all_reduce(flat)
         for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(total.view_as(gradient))
+
+
+@cache
+def _let_fsdp_see_inside() -> None:
+    """Its hooks look for tensors in what goes in and out of a unit; earlier versions know registered types only."""
+    for cls in (State, Prediction):
+        register_dataclass(cls)
