@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from bench_engine import CASES, Everything, small, tiny_model
+from fewstep import distill
 from fewstep.core import Cond
 from fewstep.core.env import place
-from fewstep.engine import Parallel, Settings, train
+from fewstep.engine import Parallel, Settings
 from fewstep.engine.optim import RoleOptimizer
 from fewstep.engine.prepare import prepare
 from fewstep.engine.run import Run
@@ -102,10 +103,11 @@ def per_frame(spread: str) -> dict[str, Tensor]:
     return {"output": prediction.raw.detach(), **gradients}
 
 
-def whole_run(output: Path, **others: Any) -> None:
-    """A short DMD2 run with an average, saved at every second step."""
-    settings = small(**({"steps": 6, "save_every": 2, "ema": 0.9, "accumulate": 2, "batch": 1} | others))
-    train(tiny_model(), CASES["DMD2"], Everything(), settings, output, quiet=True)
+def whole_run(output: Path) -> None:
+    """A short DMD2 run with an average, from the teacher's folder beside `output`, saved at every second step."""
+    settings = small(6, save_every=2, ema=0.9, accumulate=2, batch=1)
+    teacher = output.parent / "teacher"
+    distill(method=CASES["DMD2"], settings=settings, output=output, model=teacher, data=Everything(), quiet=True)
 
 
 def killed_run(output: Path) -> None:
@@ -115,6 +117,7 @@ def killed_run(output: Path) -> None:
 
         def fatal(self: RoleOptimizer, number: int) -> float:
             if number == 4 and next(calls) == 2:
+                (output.parent / "was_killed").touch()
                 os.kill(os.getpid(), signal.SIGKILL)
             return step(self, number)
 

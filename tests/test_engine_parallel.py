@@ -16,6 +16,7 @@ import bench_parallel
 from bench_engine import CASES, Everything, small, tiny_model
 from bench_parallel import launch, per_frame, results, watched, whole_run
 from fewstep.core import Rng
+from fewstep.core.atomic import discard
 from fewstep.engine import Optim, Parallel, train
 from fewstep.engine.checkpoint import Checkpoint, RunState, checkpoints
 from fewstep.engine.log import RunLog, read_metrics
@@ -31,6 +32,8 @@ LOSS, GRADIENT = 1e-4, 2e-4
 """Relative difference of figures, and of a gradient to the largest entry of its tensor: sums in another order, in float32."""
 ROUGH = 3e-2
 """The same where blocks compute in bfloat16."""
+TAKEN_OVER = 1e-3
+"""The same for weights, averages and optimiser states two steps after another number of processes took over."""
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 
@@ -80,60 +83,70 @@ def test_four_processes_compute_what_one_does(tmp_path: Path, monkeypatch: pytes
         assert_as_one(tmp_path, 4, name, monkeypatch)
 
 
-def test_a_killed_process_comes_back_and_nothing_is_lost(tmp_path: Path) -> None:
-    done = launch(2, tmp_path, "killed_run", restarts=1)
+@pytest.fixture
+def place_to_run(tmp_path: Path) -> Path:
+    """A folder with a teacher for `whole_run`."""
+    tiny_model().save(tmp_path / "teacher")
+    return tmp_path
+
+
+def last_state(output: Path) -> RunState:
+    return RunState.load(checkpoints(output / "checkpoints")[-1])
+
+
+def assert_equal(found: RunState, expected: RunState) -> None:
+    assert found.components.keys() == expected.components.keys()
+    for name, tensors in expected.components.items():
+        assert found.components[name].keys() == tensors.keys()
+        for key, tensor in tensors.items():
+            assert torch.equal(found.components[name][key], tensor), f"{name}: {key}"
+
+
+def test_a_killed_process_comes_back_and_nothing_is_lost(place_to_run: Path) -> None:
+    """Two runs of two processes: one is killed and restarted by torchrun, one is left in peace."""
+    done = launch(2, place_to_run, "whole_run", "killed_run", restarts=1)
     assert done.returncode == 0, done.stderr[-4000:]
-    straight = launch(2, tmp_path, "whole_run")
-    assert straight.returncode == 0, straight.stderr[-4000:]
-    folders = [tmp_path / name for name in ("killed_run", "whole_run")]
-    states = [RunState.load(checkpoints(folder / "checkpoints")[-1]) for folder in folders]
-    assert {name: list(t) for name, t in states[0].components.items()} == {
-        name: list(t) for name, t in states[1].components.items()
-    }
-    for name, tensors in states[1].components.items():
-        for key, tensor in tensors.items():
-            assert torch.equal(states[0].components[name][key], tensor), f"{name}: {key}"
-    rows = [read_metrics(folder / "metrics.jsonl") for folder in folders]
-    assert [[r["step"] for r in run] for run in rows] == [list(range(1, 7))] * 2
-    assert_goes_on_alone(tmp_path / "whole_run")
+    killed, straight = place_to_run / "killed_run", place_to_run / "whole_run"
+    assert (place_to_run / "was_killed").exists()
+    assert_equal(last_state(killed), last_state(straight))
+    for output in (killed, straight):
+        assert [row["step"] for row in read_metrics(output / "metrics.jsonl")] == list(range(1, 7))
+        assert {path.name for path in output.iterdir()} >= {"recipe.yaml", "student", "checkpoints"}
+        assert not list(output.rglob(".d*-*"))  # no litter
+    students = [VideoModel.from_pretrained(output / "student").denoiser.state_dict() for output in (killed, straight)]
+    assert all(torch.equal(students[0][name], value) for name, value in students[1].items())
+    assert_one_takes_over(straight)
 
 
-def assert_goes_on_alone(folder: Path) -> None:
-    """One process takes over what two have begun: equal state, and the same end to rounding."""
-    last = checkpoints(folder / "checkpoints")[-2]
+def assert_one_takes_over(output: Path) -> None:
+    """One process goes on with what two have begun: an equal state, and the same end to rounding."""
+    before, end = checkpoints(output / "checkpoints")
+    theirs, saved = RunState.load(end), Checkpoint.open(before)
     settings = small(6, save_every=2, ema=0.9, accumulate=2, batch=1)
-    run = prepare(tiny_model(), CASES["DMD2"], Everything(), settings, folder)
-    run.restore(Checkpoint.open(last))
-    saved, taken = RunState.load(last), run.state()
-    for name, tensors in saved.components.items():
-        for key, tensor in tensors.items():
-            assert torch.equal(taken.components[name][key], tensor), f"{name}: {key}"
+    run = prepare(tiny_model(), CASES["DMD2"], Everything(), settings, output, provenance=saved.values["identity"])
+    run.restore(saved)
+    assert_equal(run.state(), RunState.load(before))
     while run.step < settings.steps:
         run.iterate()
-    end = RunState.load(checkpoints(folder / "checkpoints")[-1])
-    assert_close(dict(run.nets.student.state_dict()), end.components["student"], 1e-4, "one process after two")
+    for name, tensors in theirs.components.items():
+        assert_close(run.state().components[name], tensors, TAKEN_OVER, name)
 
 
-def test_two_processes_go_on_with_what_one_has_begun(tmp_path: Path) -> None:
-    whole_run(tmp_path / "one")
-    (tmp_path / "both").mkdir()
-    output = tmp_path / "both" / "whole_run"
-    (tmp_path / "one").rename(output)
+def test_two_processes_take_over_what_one_has_begun(place_to_run: Path) -> None:
+    output = place_to_run / "whole_run"
+    whole_run(output)
     newest = checkpoints(output / "checkpoints")[-1]
     end = RunState.load(newest)
-    for path in sorted(newest.rglob("*"), reverse=True):
-        path.unlink() if path.is_file() else path.rmdir()
-    newest.rmdir()
-    done = launch(2, tmp_path / "both", "whole_run")
+    discard(newest)
+    done = launch(2, place_to_run, "whole_run")
     assert done.returncode == 0, done.stderr[-4000:]
-    again = RunState.load(newest)
     for name, tensors in end.components.items():
-        assert_close(again.components[name], tensors, 1e-3, name)
+        assert_close(last_state(output).components[name], tensors, TAKEN_OVER, name)
 
 
 @pytest.mark.slow
-def test_an_error_in_one_process_ends_all(tmp_path: Path) -> None:
-    done = launch(2, tmp_path, "raising_run")
+def test_an_error_in_one_process_ends_all(place_to_run: Path) -> None:
+    done = launch(2, place_to_run, "raising_run")
     assert done.returncode != 0
     assert "this disk is gone" in done.stderr
 
@@ -272,6 +285,7 @@ def test_processes_that_cannot_do_it_are_refused(
         (CASES["Consistency"], {"compile": True}, "settings.compile works in one process so far"),
         (CASES["Consistency"], {"optim": {"student": Optim(type="muon")}}, "muon works on whole matrices"),
         (CASES["Reconstruction"], {"parallel": Parallel(sequence=2)}, "settings.parallel.sequence is for denoisers"),
+        (CASES["Reconstruction"], {"parallel": Parallel(shard=2)}, "shard is for denoisers, and Reconstruction trains"),
         (CASES["Reconstruction"], {"parallel": Parallel(checkpointing=True)}, "checkpointing is for denoisers"),
     ],
 )

@@ -17,7 +17,7 @@ from fewstep.core.build import At, Raw, RecipeError, build, digest, dump, load_y
 from fewstep.core.env import place
 from fewstep.data import Data, require
 from fewstep.engine import Settings, train
-from fewstep.engine.prepare import require_possible
+from fewstep.engine.prepare import require_possible, require_processes
 from fewstep.engine.probe import WorldProbe
 from fewstep.evaluate.machine import describe_machine, versions
 from fewstep.methods.base import Method
@@ -134,6 +134,7 @@ class Recipe:
         """Train and return the student; the same call resumes a run that was stopped. Writes `output/student`."""
         output = Path(output)
         self.check()
+        require_processes(self.settings)
         leads = place().rank == 0
         if leads:
             self._claim(output)

@@ -45,6 +45,7 @@ def prepare(
 ) -> Run:
     """Allocate everything a run owns. ValueError names a setting that could not take effect."""
     roles = require_possible(method, settings, model.card, probe)
+    require_processes(settings)
     trees = describe(method, data, settings)
     identity = {key: provenance[key] for key in WHOSE if key in provenance} | identify(model, trees)
     processes = join(settings)
@@ -102,8 +103,6 @@ def require_possible(method: Method, settings: Settings, card: Card, probe: Prob
             f"{name} does not train the student within settings.steps: {settings.steps} (only {', '.join(roles)}); "
             "give it more steps than its warm-up has"
         )
-    require_mesh(settings.parallel, settings.accumulate, settings.device)
-    require_spread(method, settings)
     if "teacher" in roles:
         raise ValueError(f"{name} trains the teacher; train a Copy of it")
     for role in sorted(set(settings.optim) - {*roles, "student"}):
@@ -115,31 +114,32 @@ def require_possible(method: Method, settings: Settings, card: Card, probe: Prob
             if getattr(settings, setting):
                 who = f"{name} trains the {method.part}"
                 raise ValueError(f"settings.{setting} is for denoisers, and {who}; leave it out")
+        for field in ("shard", "replicate", "sequence", "checkpointing"):
+            if getattr(settings.parallel, field) != getattr(Parallel(), field):
+                raise ValueError(
+                    f"settings.parallel.{field} is for denoisers, and {name} trains the {method.part}, which stays whole "
+                    "on every process; leave it out"
+                )
     if probe is not None:
         probe.check(card, method.part)
     return roles
 
 
-def require_spread(method: Method, settings: Settings) -> None:
-    """Refuse (ValueError) what several processes do not allow."""
-    parallel, several = settings.parallel, place().world_size > 1
-    if several and settings.compile:
+def require_processes(settings: Settings) -> None:
+    """Refuse (ValueError) what the processes that are there now cannot do; a recipe may be right for other machines."""
+    require_mesh(settings.parallel, settings.accumulate, settings.device)
+    if place().world_size == 1:
+        return
+    if settings.compile:
         raise ValueError(
             "settings.compile works in one process so far; write compile: false, or start without torchrun"
         )
     muon = sorted(role for role, optim in settings.optim.items() if optim.type == "muon")
-    if several and muon:
+    if muon:
         raise ValueError(
             f"settings.optim.{muon[0]}: muon works on whole matrices, which sharded networks do not have; "
             "give it type adamw, or start without torchrun"
         )
-    if method.part != "denoiser":
-        for name in ("checkpointing", "sequence"):
-            if getattr(parallel, name) != getattr(Parallel(), name):
-                raise ValueError(
-                    f"settings.parallel.{name} is for denoisers, and {type(method).__name__} trains the {method.part}; "
-                    "leave it out"
-                )
 
 
 def describe(method: Method, data: Data, settings: Settings) -> dict[str, Any]:
