@@ -154,7 +154,7 @@ def launch(processes: int, folder: Path, *names: str, restarts: int = 0) -> subp
         str(folder),
         *names,
     ]
-    return subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=280)
+    return subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
 
 
 def results(folder: Path, name: str, rank: int = 0) -> dict[str, Any]:

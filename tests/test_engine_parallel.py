@@ -63,6 +63,7 @@ def assert_as_one(folder: Path, processes: int, name: str, monkeypatch: pytest.M
         assert rank["rows"] == found[0]["rows"], name
 
 
+@pytest.mark.timeout(900)  # processes that share two cores with other tests
 def test_two_processes_compute_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = [
         "DMD2.shard", "Consistency.shard", "KnowledgeDistillation.shard", "DMD2-everything.sequence",
@@ -75,6 +76,7 @@ def test_two_processes_compute_what_one_does(tmp_path: Path, monkeypatch: pytest
     assert_close(results(tmp_path, "per_frame")["found"], per_frame("one"), GRADIENT, "a time per frame, shared tokens")
 
 
+@pytest.mark.timeout(900)  # processes that share two cores with other tests
 def test_four_processes_compute_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["DMD2.replicate", "Consistency.sequence", "KnowledgeDistillation.shard"]
     done = launch(4, tmp_path, *names)
@@ -102,6 +104,7 @@ def assert_equal(found: RunState, expected: RunState) -> None:
             assert torch.equal(found.components[name][key], tensor), f"{name}: {key}"
 
 
+@pytest.mark.timeout(900)  # processes that share two cores with other tests
 def test_a_killed_process_comes_back_and_nothing_is_lost(place_to_run: Path) -> None:
     """Two runs of two processes: one is killed and restarted by torchrun, one is left in peace."""
     done = launch(2, place_to_run, "whole_run", "killed_run", restarts=1)
@@ -132,6 +135,7 @@ def assert_one_takes_over(output: Path) -> None:
         assert_close(run.state().components[name], tensors, TAKEN_OVER, name)
 
 
+@pytest.mark.timeout(900)  # processes that share two cores with other tests
 def test_two_processes_take_over_what_one_has_begun(place_to_run: Path) -> None:
     output = place_to_run / "whole_run"
     whole_run(output)
