@@ -36,6 +36,7 @@ def demo(options: arguments.Demo) -> int:
 
 
 def train(options: arguments.Train, overrides: Overrides) -> int:
+    from fewstep.engine.mesh import part_company
     from fewstep.recipe import Recipe
 
     recipe = Recipe.load(options.recipe, overrides)
@@ -46,6 +47,7 @@ def train(options: arguments.Train, overrides: Overrides) -> int:
 
         return plan.show(recipe, output)
     recipe.run(output, quiet=options.quiet)
+    part_company()
     return _made(output / "student")
 
 

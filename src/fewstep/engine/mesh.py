@@ -95,6 +95,12 @@ def join(settings: Settings) -> Processes:
     return Processes(here.rank, here.world_size, sequence, weights, tokens, talk, disk)
 
 
+def part_company() -> None:
+    """The end of a program whose processes met: tell the libraries between them. A program of one does nothing."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def require_mesh(parallel: Parallel, accumulate: int, device: str) -> None:
     """Refuse (ValueError) what the processes that there are cannot do."""
     world = place().world_size
