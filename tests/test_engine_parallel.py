@@ -25,7 +25,7 @@ from fewstep.engine.offload import Shelf
 from fewstep.engine.prepare import prepare
 from fewstep.engine.shard import hollow
 from fewstep.methods import METHODS, Method
-from fewstep.models import VideoModel
+from fewstep.models import VideoDiT, VideoModel
 
 ROOT = Path(__file__).parent.parent
 LOSS, GRADIENT = 1e-4, 2e-4
@@ -299,6 +299,16 @@ def test_what_several_processes_cannot_do_is_refused(
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=message):
         train(tiny_model(), method, Everything(), small(2, accumulate=2, **others), tmp_path, quiet=True)
+
+
+def test_a_network_that_cannot_share_its_tokens_says_so() -> None:
+    class Alone(VideoDiT):
+        shares = False
+
+    network = Alone(channels=4, width=24, depth=1, heads=2, text_width=16)
+    network.spread(None, checkpointing=True)
+    with pytest.raises(ValueError, match="cannot share the tokens of a Alone; set parallel.sequence: 1"):
+        network.spread(object(), checkpointing=False)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("field", ["shard", "replicate", "sequence"])

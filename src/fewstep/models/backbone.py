@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -33,7 +33,7 @@ class Context(NamedTuple):
     """The processes that hold the other tokens of these clips, if they are shared."""
 
     def attend(self, q_BHND: Tensor, k_BHMD: Tensor, v_BHMD: Tensor) -> Tensor:
-        """Self-attention of this call's tokens, wherever the others are."""
+        """Self-attention of this call's tokens, wherever the others are: what blocks use in place of `attention.attend`."""
         if self.shared is None:
             return attend(q_BHND, k_BHMD, v_BHMD, self.mask_NM)
         return self.shared.attend(q_BHND, k_BHMD, v_BHMD, self.mask_NM)
@@ -89,6 +89,9 @@ class Backbone(nn.Module, ABC):
     width: int
     blocks: nn.ModuleList
     """Each maps State to State."""
+    shares: ClassVar[bool] = False
+    """Whether the tokens of a clip may lie on several processes: the blocks' self-attention is `context.attend`, and
+    everything else they do is done token by token."""
     shared: Ulysses | None = None
     """The processes that share every clip of this network, see `spread`."""
     checkpointing: bool = False
@@ -120,7 +123,12 @@ class Backbone(nn.Module, ABC):
 
     def spread(self, group: dist.ProcessGroup | None, checkpointing: bool) -> None:
         """From now on: the processes of `group` share the tokens of every call, block by block (they must all make it);
-        with `checkpointing` only what flows between blocks is kept for the backward pass. A copy begins without."""
+        with `checkpointing` only what flows between blocks is kept for the backward pass. Copy a network before, not after.
+
+        ValueError if this network cannot share its tokens.
+        """
+        if group is not None and not self.shares:
+            raise ValueError(f"processes cannot share the tokens of a {type(self).__name__}; set parallel.sequence: 1")
         self.shared, self.checkpointing = None if group is None else Ulysses(group), checkpointing
 
     def compile_blocks(self) -> None:

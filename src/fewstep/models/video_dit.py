@@ -29,6 +29,8 @@ _ROTARY_BASE = 100.0
 class VideoDiT(Backbone):
     """2-5 M parameters at the default size; head dimension `width / heads` must be even and at least 6."""
 
+    shares = True
+
     def __init__(
         self,
         *,
