@@ -9,7 +9,6 @@ import hashlib
 import json
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -209,10 +208,7 @@ class VideoModel:
         folder = _folder_of(source)
         card = read_card(folder)
         stored = {name: folder / f"{name}.safetensors" for name in card.parts if name in leave}
-        parts = {}
-        for name in card.parts:
-            with torch.device("meta") if name in stored else nullcontext():
-                parts[name] = allocate(name, card)
+        parts = {name: sketch(name, card) if name in stored else allocate(name, card) for name in card.parts}
         for name, part in parts.items():
             if name in stored:
                 _require_matching(part, Stored(stored[name], part.state_dict()).shapes(), stored[name])
@@ -270,6 +266,12 @@ def allocate(part: str, card: Card) -> nn.Module:
     """The network of one part, with fresh weights."""
     network = card.parts[part].build()
     return Denoiser(network, card.path, card.kind) if part == "denoiser" else network
+
+
+def sketch(part: str, card: Card) -> nn.Module:
+    """The network of one part without memory for its weights: every tensor is on the meta device."""
+    with torch.device("meta"):
+        return allocate(part, card)
 
 
 def latent_shape_of(card: Card) -> tuple[int, int, int, int] | None:
