@@ -107,7 +107,7 @@ def assert_equal(found: RunState, expected: RunState) -> None:
 @pytest.mark.timeout(900)  # processes that share two cores with other tests
 def test_a_killed_process_comes_back_and_nothing_is_lost(place_to_run: Path) -> None:
     """Two runs of two processes: one is killed and restarted by torchrun, one is left in peace."""
-    done = launch(2, place_to_run, "whole_run", "killed_run", restarts=1)
+    done = launch(2, place_to_run, "killed_run", "whole_run", restarts=1)
     assert done.returncode == 0, done.stderr[-4000:]
     killed, straight = place_to_run / "killed_run", place_to_run / "whole_run"
     assert (place_to_run / "was_killed").exists()
