@@ -151,9 +151,10 @@ class Saver:
     def __enter__(self) -> Saver:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._thread.shutdown(wait=True)  # also when the run fails: what was begun is finished
-        self.wait()
+        if kind is None:  # otherwise the run's own error is the one to tell
+            self.wait()
 
     def save(self, state: RunState) -> None:
         self.wait()
