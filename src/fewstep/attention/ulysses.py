@@ -45,7 +45,8 @@ class Ulysses:
 
     def attend(self, q_BHnD: Tensor, k_BHnD: Tensor, v_BHnD: Tensor, mask_NN: Tensor | None) -> Tensor:
         """Attention of this process' queries to the keys of all, `[B, H, n, D]`. H must be a multiple of P."""
-        y_BhND = attend(*(self._to_heads(x) for x in (q_BHnD, k_BHnD, v_BHnD)), mask_NN)
+        q_BhND, k_BhND, v_BhND = (self._to_heads(x) for x in (q_BHnD, k_BHnD, v_BHnD))
+        y_BhND = attend(q_BhND, k_BhND, v_BhND, mask_NN)
         received_PBhnD = _Exchange.apply(y_BhND.unflatten(2, (self.size, -1)).movedim(2, 0), self.group)
         return received_PBhnD.movedim(0, 1).flatten(1, 2)
 

@@ -84,11 +84,11 @@ def make_networks(
             network.to(settings.device)
     nets = build_nets(model, method, settings.seed, settings.device)
     average = copy.deepcopy(nets.student) if settings.ema > 0 else None
-    for network in (*nets.values(), average):
-        if isinstance(network, Denoiser):
+    for denoiser in (*nets.values(), average):
+        if isinstance(denoiser, Denoiser):
             if processes.weights is not None:
-                shard(network, weights, processes.weights)
-            network.backbone.spread(processes.tokens, settings.parallel.checkpointing)
+                shard(denoiser, weights, processes.weights)
+            denoiser.backbone.spread(processes.tokens, settings.parallel.checkpointing)
     if settings.parallel.offload:
         nets = Shelf(nets.roles, settings.device)
     return model, nets, average, shell
