@@ -112,7 +112,15 @@ class Train(Command):
     output: Path | None = None
     """Folder of the run (default: runs/<recipe>-<hash>). A run that was stopped goes on from its last checkpoint."""
     dry_run: bool = False
-    """Say what would be trained (parameters, bytes, shapes by role); load and write nothing."""
+    """Say what would be trained, what memory it takes and when; load and write nothing."""
+    memory: str | None = None
+    """With --dry-run: of one device, such as 24GB; says whether the run fits, and what would make it fit."""
+    flops: float | None = None
+    """With --dry-run: floating-point operations per second that the device keeps up, such as 150e12; gives the time."""
+    price: float | None = None
+    """With --dry-run and --flops: of one hour of the device; gives the cost."""
+    shard: int = 8
+    """With --dry-run and --memory: over how many devices sharding would spread the run."""
     quiet: bool = False
     """No progress bar."""
 

@@ -43,7 +43,12 @@ def train(options: arguments.Train, overrides: Overrides) -> int:
     if options.dry_run:
         from fewstep.cli import plan
 
-        return plan.show(recipe, output)
+        return plan.show(recipe, output, plan.Device.of(options))
+    for option in ("memory", "flops", "price"):
+        if getattr(options, option) is not None:
+            raise UsageError(
+                f"--{option} belongs to --dry-run, which says what a run would take; add it, or leave this out"
+            )
     recipe.run(output, quiet=options.quiet)
     return _made(output / "student")
 

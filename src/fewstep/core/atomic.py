@@ -39,7 +39,7 @@ def replacing_folder(target: Path) -> Iterator[Path]:
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     yield draft
-    for path in draft.iterdir():
+    for path in (path for path in draft.rglob("*") if path.is_file()):
         with path.open("rb+") as file:
             os.fsync(file.fileno())  # otherwise a power cut may leave the final name on files without content
     if target.exists():

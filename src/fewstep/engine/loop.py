@@ -6,7 +6,6 @@ picture, log, checkpoint. Distilling a student and training a teacher from scrat
 
 from __future__ import annotations
 
-import copy
 import difflib
 import shutil
 from collections.abc import Mapping
@@ -34,8 +33,9 @@ from fewstep.engine.optim import RoleOptimizer
 from fewstep.engine.preview import Preview
 from fewstep.engine.probe import Probe
 from fewstep.engine.settings import Settings
-from fewstep.methods.base import Method, Nets, Sync, Update
+from fewstep.methods.base import Method, Nets, Sync, Update, Weak
 from fewstep.models import Card, Denoiser, VideoModel, fingerprint
+from fewstep.models.lora import duplicate, merge, save_adapter
 
 WHOSE = ("recipe", "method", "cite", "teacher", "data")
 """Entries of the provenance that say which run it is; the others (machine, versions) may change when it goes on."""
@@ -115,21 +115,29 @@ class Run:
     # --- what a run returns and keeps ---------------------------------------------------------------------------------
 
     def student(self) -> VideoModel:
-        """The model with the student (its average, where one is kept) in the trained part's place."""
+        """The model with the student (its average, where one is kept; adapters merged) in the trained part's place."""
         network = self.average if self.average is not None else self.nets.student
         card = self.model.card
         if self.method.part != "denoiser":
             return self.model.with_part(self.method.part, network, provenance=self.provenance)
         contract = self.method.contract(card.contract)
         role = card.role if contract == card.contract else "student"
+        network = merge(self.nets.teacher, network)
         return self.model.with_part(
             "denoiser", network, contract=contract, role=role, provenance=self.provenance, scores=dict(self.best)
         )
 
+    def save_student(self, folder: Path) -> None:
+        """The student as a folder of its own; adapters lie beside the merged weights."""
+        self.student().save(folder)
+        if self.settings.lora is not None:
+            network = self.average if self.average is not None else self.nets.student
+            save_adapter(network, folder / "adapter", self.model.card.name)
+
     @property
     def changing(self) -> dict[str, nn.Module]:
         """Every network a checkpoint holds, by component."""
-        roles = {role: network for role, network in self.nets.items() if role != "teacher"}
+        roles = {role: net for role, net in self.nets.items() if role != "teacher" and net.state_dict()}
         return roles if self.average is None else roles | {"ema": self.average}
 
     def state(self) -> RunState:
@@ -210,8 +218,8 @@ def prepare(
     roles = require_possible(method, settings, model.card, probe)
     identity = {key: provenance[key] for key in WHOSE if key in provenance} | identify(model, method, data, settings)
     model = model.to(settings.device)
-    nets = build_nets(model, method, settings.seed)
-    average = copy.deepcopy(nets.student) if settings.ema > 0 else None
+    nets = build_nets(model, method, settings.seed, settings.lora)
+    average = duplicate(nets.student) if settings.ema > 0 else None
     optimizers = {role: RoleOptimizer(nets[role], settings.optim_of(role), settings.steps) for role in roles}
     if settings.compile:
         compile_blocks(nets, settings.device)
@@ -242,8 +250,10 @@ def require_possible(method: Method, settings: Settings, card: Card, probe: Prob
         near = difflib.get_close_matches(role, roles, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise ValueError(f"settings.optim.{role} trains nothing; {hint}({name} trains: {', '.join(roles)})")
+    if settings.lora is None and any(isinstance(role, Weak) for role in method.aux().values()):
+        raise ValueError(f"{name} weakens adapters, and this run has none; set settings.lora, or method.weak: 0")
     if method.part != "denoiser":
-        for setting in ("compile", "preview_every"):
+        for setting in ("compile", "preview_every", "lora"):
             if getattr(settings, setting):
                 who = f"{name} trains the {method.part}"
                 raise ValueError(f"settings.{setting} is for denoisers, and {who}; leave it out")
@@ -296,7 +306,7 @@ def judge(run: Run, probe: Probe, log: RunLog) -> None:
     if probe.better(scores, run.best):
         run.best = scores
         with replacing_folder(run.output / "best") as draft:
-            run.student().save(draft)
+            run.save_student(draft)
         log.say(f"step {run.step}: best so far, " + ", ".join(f"{name} {score:.3f}" for name, score in scores.items()))
 
 
@@ -309,7 +319,7 @@ def finish(run: Run) -> VideoModel:
         if run.best:
             shutil.copytree(run.output / "best", draft, dirs_exist_ok=True)
         else:
-            run.student().save(draft)
+            run.save_student(draft)
     return VideoModel.from_pretrained(folder).to(run.settings.device)
 
 
