@@ -119,8 +119,12 @@ class Train(Command):
     """With --dry-run: floating-point operations per second that the device keeps up, such as 150e12; gives the time."""
     price: float | None = None
     """With --dry-run and --flops: of one hour of the device; gives the cost."""
-    shard: int = 8
-    """With --dry-run and --memory: over how many devices sharding would spread the run."""
+    shard: int | None = None
+    """With --dry-run and --memory: over how many devices sharding would spread the run (default: 8)."""
+    allow_fallback: bool = False
+    """Where something asked for cannot be had, run otherwise and write it into the student's card. Default: refuse."""
+    strict: bool = False
+    """The default, for those who like to see it written: refuse what cannot be had."""
     quiet: bool = False
     """No progress bar."""
 

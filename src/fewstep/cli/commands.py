@@ -37,6 +37,10 @@ def demo(options: arguments.Demo) -> int:
 def train(options: arguments.Train, overrides: Overrides) -> int:
     from fewstep.recipe import Recipe
 
+    if options.strict and options.allow_fallback:
+        raise UsageError("--strict and --allow-fallback are opposites; give one of them")
+    if options.strict or options.allow_fallback:
+        overrides = [*overrides, ("settings.allow_fallback", str(options.allow_fallback).lower())]
     recipe = Recipe.load(options.recipe, overrides)
     source = options.recipe if options.recipe.is_dir() else options.recipe.with_suffix("")
     output = options.output or Path("runs") / f"{source.name}-{recipe.hash}"
@@ -44,7 +48,7 @@ def train(options: arguments.Train, overrides: Overrides) -> int:
         from fewstep.cli import plan
 
         return plan.show(recipe, output, plan.Device.of(options))
-    for option in ("memory", "flops", "price"):
+    for option in ("memory", "flops", "price", "shard"):
         if getattr(options, option) is not None:
             raise UsageError(
                 f"--{option} belongs to --dry-run, which says what a run would take; add it, or leave this out"

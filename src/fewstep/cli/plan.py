@@ -10,7 +10,7 @@ from rich.console import Console
 
 from fewstep.cli.arguments import Train, UsageError
 from fewstep.cli.screen import screen, table
-from fewstep.engine.memory import Plan, Remedy, fitting, parse_bytes, remedies
+from fewstep.engine.memory import Means, Plan, Remedy, fitting, parse_bytes, remedies
 from fewstep.engine.outline import Outline
 from fewstep.engine.settings import Settings
 from fewstep.models import Lora
@@ -39,14 +39,16 @@ class Device:
         for option in ("flops", "price"):
             if (getattr(options, option) or 1.0) <= 0:
                 raise UsageError(f"--{option} must be positive, got {getattr(options, option)}")
+        if options.shard is not None and options.memory is None:
+            raise UsageError("--shard needs --memory: it says how far sharding would go to make the run fit")
         memory = None if options.memory is None else parse_bytes(options.memory)
-        return cls(memory=memory, flops=options.flops, price=options.price, shard=options.shard)
+        return cls(memory=memory, flops=options.flops, price=options.price, shard=options.shard or 8)
 
 
 def show(recipe: Recipe, output: Path, device: Device = Device()) -> int:
     card = recipe.check()
     out = screen()
-    plan = outline(recipe, recipe.settings, card).plan()
+    plan = outline(recipe, recipe.settings, card).plan().by(means(recipe))
     out.print(
         f"recipe {recipe.hash}: {type(recipe.method).__name__} on {card.name}, would write {output}", markup=False
     )
@@ -65,6 +67,11 @@ def show(recipe: Recipe, output: Path, device: Device = Device()) -> int:
 
 def outline(recipe: Recipe, settings: Settings, card: Card) -> Outline:
     return Outline.of(card, recipe.method, settings, getattr(recipe.data, "num_frames", None))
+
+
+def means(recipe: Recipe) -> Means:
+    """What the recipe does already to be small."""
+    return Means(stored_text=bool(getattr(recipe.data, "text_cache", "")) and recipe.settings.device != "cpu")
 
 
 def holdings(plan: Plan) -> Iterator[tuple[str, ...]]:
@@ -122,7 +129,7 @@ def verdict(out: Console, recipe: Recipe, card: Card, plan: Plan, device: Device
         out.print(f"fits in {size(limit)}: {size(limit - plan.peak.bytes)} are left for the program and the kernels")
         return
     out.print(f"does not fit in {size(limit)}: {size(plan.peak.bytes - limit)} too much")
-    found = remedies(variants(recipe, card, plan), device.shard)
+    found = remedies(variants(recipe, card, plan), device.shard, recipe.settings.device != "cpu")
     single = [remedy for remedy in found if len(remedy.names) == 1]
     out.print(table(("\nalone", "peak", "fits"), (_row(remedy, limit) for remedy in single)))
     ways = list(fitting([remedy for remedy in found if remedy.names], limit))

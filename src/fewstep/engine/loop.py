@@ -26,7 +26,7 @@ from fewstep.core.env import place
 from fewstep.core.finite import require_finite
 from fewstep.data.base import Data, Source, require
 from fewstep.engine.checkpoint import CheckpointError, RunState, checkpoints, prune
-from fewstep.engine.compiling import compile_problem
+from fewstep.engine.effective import WATCHED, Effective, Watch, in_effect
 from fewstep.engine.log import RunLog
 from fewstep.engine.nets import build_nets, trained_roles
 from fewstep.engine.optim import RoleOptimizer
@@ -57,12 +57,16 @@ class Run:
     """What a checkpoint must agree with."""
     provenance: dict[str, str]
     """What the student's card says of its making."""
+    effective: Effective
+    """What is really done, beside what was asked for."""
     probe: Probe | None = None
     preview: Preview | None = None
     step: int = 0
     """Iterations done."""
     best: dict[str, float] = field(default_factory=dict)
     """Scores of the best student so far, which is in `output/best`."""
+    watch: Watch | None = field(default_factory=Watch)
+    """Notes the times of all calls in the first iterations; None afterwards."""
     figures: dict[str, float] = field(default_factory=dict)
     """Of the last iteration, by name; a loss is the mean over micro-batches and repeated updates."""
 
@@ -92,9 +96,10 @@ class Run:
         for role, network in self.nets.items():
             network.requires_grad_(role in update.roles).train(role in update.roles)
         figures = []
+        nets = self.nets if self.watch is None else self.watch.over(self.nets)
         for number, batch in enumerate(batches):
             with autocast(self.settings):
-                for terms in update.losses(self.nets, batch, rng.at(place=number)):
+                for terms in update.losses(nets, batch, rng.at(place=number)):
                     figures += self.backward(terms, "+".join(update.roles))
         norms = {role: self.optimizers[role].clip() for role in update.roles}
         for role, norm in norms.items():
@@ -198,8 +203,12 @@ def train(
     with RunLog(output, resume_step=run.step, total=settings.steps, quiet=quiet) as log:
         if found:
             log.say(f"resumed from {found[-1].name}")
+        run.effective.publish(output, log.say)
+        watched = min(run.step + WATCHED, settings.steps)
         while run.step < settings.steps:
             run.iterate()
+            if run.watch is not None and run.step == watched:
+                run.effective, run.watch = run.effective.seen(run.watch, output, log.say), None
             after(run, log)
     return finish(run)
 
@@ -221,14 +230,18 @@ def prepare(
     nets = build_nets(model, method, settings.seed, settings.lora)
     average = duplicate(nets.student) if settings.ema > 0 else None
     optimizers = {role: RoleOptimizer(nets[role], settings.optim_of(role), settings.steps) for role in roles}
-    if settings.compile:
-        compile_blocks(nets, settings.device)
+    effective = in_effect(model, method, settings, nets, identity)
+    if effective.compiles:
+        compile_blocks(nets)
     source = data.open(model, method.needs)
+    if getattr(data, "text_cache", ""):
+        model.part("text").to("cpu")  # its work is done; what pictures and probes ask of it, it does there
     rng = Rng(settings.seed, device=settings.device)
     preview = Preview.of(model, source, rng) if settings.preview_every else None
     return Run(
-        model, method, settings, output, nets, source, optimizers, average, identity, dict(provenance), probe, preview
-    )
+        model, method, settings, output, nets, source, optimizers, average, identity,
+        dict(provenance) | effective.provenance, effective, probe, preview,
+    )  # fmt: skip
 
 
 def require_possible(method: Method, settings: Settings, card: Card, probe: Probe | None) -> tuple[str, ...]:
@@ -269,11 +282,8 @@ def identify(model: VideoModel, method: Method, data: Data, settings: Settings) 
     return weights | {f"{name} digest": digest(tree) for name, tree in trees.items()}
 
 
-def compile_blocks(nets: Nets, device: str) -> None:
+def compile_blocks(nets: Nets) -> None:
     """Compile in place. Every role, batch size, grad mode and autocast state is a variant of the one block graph."""
-    problem = compile_problem(device)
-    if problem:
-        raise ValueError(f"settings.compile: {problem}. Install them, or write compile: false")
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     for network in nets.values():
         if isinstance(network, Denoiser):

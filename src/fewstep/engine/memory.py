@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations
+from typing import Any
 
 FLOAT = 4
 """Bytes of a master weight, a gradient, an optimiser's moment."""
@@ -122,22 +123,26 @@ def optimizer_bytes(trained: int, momentum_only: int = 0) -> int:
     return FLOAT * (2 * trained - momentum_only)
 
 
-def remedies(variants: dict[tuple[str, ...], Plan], shard: int) -> list[Remedy]:
+def remedies(variants: dict[tuple[str, ...], Plan], shard: int, elsewhere: bool) -> list[Remedy]:
     """Every combination of the measured `variants` (by the names of what they change) with what arithmetic can tell.
 
-    Fewest changes first, then the smallest peak.
+    `elsewhere`: main memory is another memory than the one that must suffice. Fewest changes first, then the smallest peak.
     """
-    changes = {
+    changes: dict[str, dict[str, Any]] = {
         "stored text": {"stored_text": True},
         "offload": {"offload": True},
         f"sharding over {shard}": {"shard": shard},
     }
-    found = [
-        Remedy((*names, *chosen), plan.by(Means(**{k: v for name in chosen for k, v in changes[name].items()})))  # type: ignore[arg-type]
-        for names, plan in variants.items()
-        for count in range(len(changes) + 1)
-        for chosen in combinations(changes, count)
-    ]
+    if not elsewhere:
+        changes = {name: means for name, means in changes.items() if "shard" in means}
+    found = []
+    for names, plan in variants.items():
+        for count in range(len(changes) + 1):
+            for chosen in combinations(changes, count):
+                means: dict[str, Any] = {}
+                for name in chosen:
+                    means |= changes[name]
+                found.append(Remedy((*names, *chosen), plan.by(Means(**means))))
     return sorted(found, key=lambda remedy: (len(remedy.names), remedy.bytes))
 
 

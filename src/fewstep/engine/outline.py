@@ -54,7 +54,7 @@ class Ledger(TorchDispatchMode):
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self.note(leaf)
-        formula = FORMULAS.get(func._overloadpacket)
+        formula: Any = FORMULAS.get(func._overloadpacket)
         if formula is not None:
             shapes = tree_map(lambda x: tuple(x.shape) if isinstance(x, Tensor) else x, args)
             self.flops += formula(*shapes)
@@ -163,8 +163,8 @@ class Outline:
     def batch(self) -> Batch:
         """One batch of shapes: everything that the method needs, prompts of the greatest length."""
         model, card, size = self.model, self.model.card, self.settings.batch
-        needs, text = self.method.needs, model.parts.get("text")
-        length, width = (text.length, text.width) if text is not None else (1, 1)
+        needs = self.method.needs
+        length, width = (model.text.length, model.text.width) if "text" in model.parts else (1, 1)
         frames = (self.frames, card.height, card.width)
         shape = model.codec.latent_shape(*frames) if "codec" in model.parts else (3, *frames)
         grids = self.method.contract(card.contract).grids.values()

@@ -61,6 +61,8 @@ class Settings:
     keep_last: int = 2
     """Checkpoints kept; the best by the probe's rule is kept besides."""
     device: str = "cpu"
+    allow_fallback: bool = False
+    """Where something asked for cannot be had, run otherwise and record it in the student's card, instead of refusing."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "accumulate", "log_every", "keep_last"):
