@@ -53,8 +53,7 @@ def show(recipe: Recipe, output: Path, device: Device = Device()) -> int:
         f"recipe {recipe.hash}: {type(recipe.method).__name__} on {card.name}, would write {output}", markup=False
     )
     out.print(table(("held all the time", "network", "parameters", "trained", "weights", "optimiser"), holdings(plan)))
-    out.print(table(("\nmeanwhile", "", "", ""), []))
-    out.print(table(("training", "gradients", "activations", "with all that is held"), phases(plan)))
+    out.print(table(("\nmeanwhile, training", "gradients", "activations", "with all that is held"), phases(plan)))
     out.print(table(("\nshapes", ""), shapes(recipe, card)))
     out.print()
     for line in work(recipe, plan, device):

@@ -204,7 +204,7 @@ _FUSED = "_scaled_dot_product_"
 
 def attention_of(network: nn.Module, model: VideoModel, settings: Settings) -> tuple[tuple[str, ...], int]:
     """The kernels of every block, tried on one clip of the model's size; and the most keys of one that is not fused."""
-    if not isinstance(network, Denoiser):
+    if not isinstance(network, Denoiser) or "codec" not in model.parts:
         return (), 0
     shape, found, unfused = model.latent_shape(), [], 0
     device, width = next(network.backbone.parameters(), next(network.backbone.buffers(), torch.empty(0))).device, 1
@@ -217,6 +217,7 @@ def attention_of(network: nn.Module, model: VideoModel, settings: Settings) -> t
         for block in network.backbone.blocks:
             with Kernels() as kernels:
                 state = block(replace(state, past=None, new=None))
+            state = replace(state, x_BNE=state.x_BNE.detach().requires_grad_())  # one block's graph at a time
             found.append(", ".join(kernels.names) or "none")
             unfused = max(unfused, kernels.unfused)
     return tuple(found), unfused

@@ -28,8 +28,8 @@ class Holding:
     """Number of those that an optimiser changes."""
     weights: int
     optimizer: int
-    largest: int = 0
-    """Of its trained tensors: what the optimiser works on at once."""
+    stepping: int = 0
+    """Bytes that the optimiser's own step takes meanwhile."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +90,8 @@ class Plan:
 
     def total(self, phase: Phase) -> int:
         """Bytes at the fullest moment of an update: in its backward pass, or when its optimiser works."""
-        stepping = max((h.largest for h in self.holdings if h.role in phase.roles), default=0)
-        return self.resident(phase) + phase.gradients // self.means.shard + max(phase.activations, FLOAT * 2 * stepping)
+        stepping = max((h.stepping for h in self.holdings if h.role in phase.roles), default=0) // self.means.shard
+        return self.resident(phase) + phase.gradients // self.means.shard + max(phase.activations, stepping)
 
     @property
     def peak(self) -> Peak:
