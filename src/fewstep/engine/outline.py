@@ -28,6 +28,7 @@ from fewstep.engine.nets import build_nets, trained_roles
 from fewstep.engine.optim import matrices_of
 from fewstep.engine.settings import Settings
 from fewstep.methods.base import Method, Nets, Update
+from fewstep.methods.rollouts import Rollout
 from fewstep.models import Card, Denoiser, VideoModel
 from fewstep.models.source import outline
 
@@ -100,8 +101,7 @@ class Outline:
     def of(cls, card: Card, method: Method, settings: Settings, frames: int | None = None) -> Outline:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         model = outline(card)
-        with torch.device("meta"):
-            nets = build_nets(model, method, settings.seed, settings.lora)
+        nets = build_nets(model, method, settings.seed, settings.lora)
         for network in {id(network): network for network in (*model.parts.values(), *nets.values())}.values():
             _imagine(network, mode)
         return cls(
@@ -170,13 +170,15 @@ class Outline:
         length, width = (model.text.length, model.text.width) if "text" in model.parts else (1, 1)
         frames = (self.frames, card.height, card.width)
         shape = model.codec.latent_shape(*frames) if "codec" in model.parts else (3, *frames)
-        grids = self.method.contract(card.contract).grids.values()
+        rollouts = [value for value in vars(self.method).values() if isinstance(value, Rollout)]
+        grids = [grid for rollout in rollouts for grid in rollout.contract(card.contract).grids.values()]
         times = tuple(sorted({1.0, 0.0, *(t for grid in grids for t in grid)}, reverse=True))
         with self.mode:
             cond = Cond(torch.empty(size, length, width), torch.ones(size, length, dtype=torch.bool))
             uncond = Cond(torch.empty(1, length, width), torch.ones(1, length, dtype=torch.bool)).expand(size)
             return Batch(
                 cond, uncond, shape,
+                prompts=("word " * length,) * size if "prompts" in needs else (),
                 x0=torch.empty(size, *shape) if "x0" in needs else None,
                 pairs=Pairs(torch.empty(size, len(times), *shape), times) if "pairs" in needs else None,
                 frames=torch.empty(size, 3, *frames) if "frames" in needs else None,
