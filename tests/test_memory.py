@@ -181,7 +181,7 @@ def predicted(given: dict[str, Any]) -> int:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("given", [{"batch": 12}, {"batch": 12, "lora": 16}], ids=["whole", "lora"])
+@pytest.mark.parametrize("given", [{"batch": 6}, {"batch": 6, "lora": 16}], ids=["whole", "lora"])
 def test_the_plan_is_what_a_process_takes(given: dict[str, Any]) -> None:
     assert predicted(given) == pytest.approx(taken(given), rel=TOLERANCE)
 

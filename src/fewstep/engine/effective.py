@@ -147,9 +147,20 @@ class Watch:
 
     def over(self, nets: Nets) -> Nets:
         """The same networks; calls through them are noted."""
-        return Nets(
-            {role: _Watched(net, role, self) if isinstance(net, Denoiser) else net for role, net in nets.items()}
-        )
+        return Nets({role: self._over(role, net) if isinstance(net, Denoiser) else net for role, net in nets.items()})
+
+    def _over(self, role: str, network: Denoiser) -> Denoiser:
+        """A second object with the very attributes of `network` that notes a call before it does what `network` would."""
+        note = self.note
+
+        class Watched(type(network)):  # type: ignore[misc]
+            def forward(self, x_t: Tensor, t: Tensor, *args: Any, **options: Any) -> Any:
+                note(role, t)
+                return super().forward(x_t, t, *args, **options)
+
+        twin = Watched.__new__(Watched)
+        twin.__dict__ = network.__dict__
+        return cast(Denoiser, twin)
 
     def note(self, role: str, t: Tensor) -> None:
         self.seen.setdefault(role, set()).update(t.detach().flatten().tolist())
@@ -162,21 +173,6 @@ class Watch:
             listed = ordered if len(ordered) <= LISTED else ()
             found[role] = Times(len(ordered), listed, ordered[-1], ordered[0])
         return found
-
-
-class _Watched(nn.Module):
-    """Stands before a denoiser: a call is noted and passed on, everything else is the denoiser's own."""
-
-    def __init__(self, network: Denoiser, role: str, watch: Watch) -> None:
-        super().__init__()
-        self.__dict__.update(network=network, role=role, watch=watch)  # not a child: it owns nothing
-
-    def forward(self, x_t: Tensor, t: Tensor, *args: Any, **options: Any) -> Any:
-        self.watch.note(self.role, t)
-        return self.network(x_t, t, *args, **options)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["network"], name)
 
 
 class Kernels(TorchDispatchMode):
