@@ -25,7 +25,7 @@ from fewstep.engine.offload import Shelf
 from fewstep.engine.prepare import prepare
 from fewstep.engine.shard import hollow
 from fewstep.methods import METHODS, Method
-from fewstep.models import VideoDiT, VideoModel
+from fewstep.models import Lora, VideoDiT, VideoModel
 
 ROOT = Path(__file__).parent.parent
 LOSS, GRADIENT = 1e-4, 2e-4
@@ -287,6 +287,7 @@ def test_processes_that_cannot_do_it_are_refused(
     ("method", "others", "message"),
     [
         (CASES["Consistency"], {"compile": True}, "settings.compile works in one process so far"),
+        (CASES["Consistency"], {"lora": Lora()}, "settings.lora works in one process so far; write lora: null"),
         (CASES["Consistency"], {"optim": {"student": Optim(type="muon")}}, "muon works on whole matrices"),
         (CASES["Reconstruction"], {"parallel": Parallel(sequence=2)}, "settings.parallel.sequence is for denoisers"),
         (CASES["Reconstruction"], {"parallel": Parallel(shard=2)}, "shard is for denoisers, and Reconstruction trains"),

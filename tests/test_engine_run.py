@@ -459,6 +459,6 @@ def test_trained_roles_are_those_that_some_step_trains() -> None:
 
 
 def test_compile_is_refused_where_nothing_can_be_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fewstep.engine.prepare.compile_problem", lambda device: "no compiler here")
+    monkeypatch.setattr("fewstep.engine.effective.compile_problem", lambda device: "no compiler here")
     with pytest.raises(ValueError, match=r"settings\.compile: no compiler here"):
         train(tiny_model(), CASES["FlowMatching"], Everything(), small(1, compile=True), tmp_path, quiet=True)

@@ -112,7 +112,19 @@ class Train(Command):
     output: Path | None = None
     """Folder of the run (default: runs/<recipe>-<hash>). A run that was stopped goes on from its last checkpoint."""
     dry_run: bool = False
-    """Say what would be trained (parameters, bytes, shapes by role); load and write nothing."""
+    """Say what would be trained, what memory it takes and when; load and write nothing."""
+    memory: str | None = None
+    """With --dry-run: of one device, such as 24GB; says whether the run fits, and what would make it fit."""
+    flops: float | None = None
+    """With --dry-run: floating-point operations per second that the device keeps up, such as 150e12; gives the time."""
+    price: float | None = None
+    """With --dry-run and --flops: of one hour of the device; gives the cost."""
+    shard: int | None = None
+    """With --dry-run and --memory: over how many devices sharding would spread the run (default: 8)."""
+    allow_fallback: bool = False
+    """Where something asked for cannot be had, run otherwise and write it into the student's card. Default: refuse."""
+    strict: bool = False
+    """The default, for those who like to see it written: refuse what cannot be had."""
     quiet: bool = False
     """No progress bar."""
 

@@ -221,6 +221,8 @@ class StoredPairs(Data):
     teacher: str = ""
     """Fingerprint of the denoiser that made the pairs, where it is not the model the run starts from (a causal student
     taught by a bidirectional teacher)."""
+    text_cache: str = ""
+    """Folder for the text states of all captions, as in Prompts."""
 
     def check_card(self, card: Card) -> None:
         self._fit(latent_shape_of(card), card.name)
@@ -258,7 +260,9 @@ class StoredPairs(Data):
     def open(self, model: VideoModel, needs: frozenset[str]) -> Source:
         require(self, needs)
         self.check(model)
-        return _PairSource(ShardReader(self.path, "pairs"), Texts(model, needs), needs)
+        reader = ShardReader(self.path, "pairs")
+        captions = [row["caption"] for row in reader.rows]
+        return _PairSource(reader, Texts(model, needs, self.text_cache, captions), needs)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from fewstep.core.atomic import replacing_folder
 from fewstep.core.finite import require_finite
 from fewstep.data.base import Data, require
 from fewstep.engine.checkpoint import Checkpoint, Saver, checkpoints
+from fewstep.engine.effective import WATCHED
 from fewstep.engine.log import RunLog
 from fewstep.engine.prepare import prepare
 from fewstep.engine.probe import Probe
@@ -58,10 +59,23 @@ def train(
     ):
         if found:
             log.say(f"resumed from {found[-1].name}")
+        publish(run, log, run.effective.lines())
+        watched = min(run.step + WATCHED, settings.steps)
         while run.step < settings.steps:
             run.iterate()
+            if run.watch is not None and run.step == watched:
+                run.effective, run.watch = run.effective.with_seen(run.watch), None
+                publish(run, log, run.effective.seen())
             after(run, log, saver)
     return finish(run)
+
+
+def publish(run: Run, log: RunLog, facts: list[str]) -> None:
+    """Say some of what is in effect, and keep all of it in the run's folder."""
+    for fact in facts:
+        log.say(fact)
+    if run.processes.leads:
+        run.effective.save(run.output)
 
 
 def after(run: Run, log: RunLog, saver: Saver) -> None:

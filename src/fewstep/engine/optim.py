@@ -104,6 +104,11 @@ def learning_rate(optim: Optim, step: int, steps: int) -> float:
             return optim.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def matrices_of(network: nn.Module) -> list[nn.Parameter]:
+    """What Muon would work on."""
+    return _split(network)[0]
+
+
 def _split(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Matrices inside `blocks`, and all other parameters (embeddings, heads, vectors, modulation tables)."""
     matrices: list[nn.Parameter] = []

@@ -15,8 +15,8 @@ from torch import nn
 from fewstep.core import Rng, dump
 from fewstep.core.build import digest
 from fewstep.core.env import place
-from fewstep.data.base import Data
-from fewstep.engine.compiling import compile_problem
+from fewstep.data.base import Data, Source
+from fewstep.engine.effective import in_effect
 from fewstep.engine.mesh import Processes, join, require_mesh
 from fewstep.engine.nets import build_nets, trained_roles
 from fewstep.engine.offload import Shelf
@@ -26,8 +26,9 @@ from fewstep.engine.probe import Probe
 from fewstep.engine.run import Run
 from fewstep.engine.settings import Parallel, Settings
 from fewstep.engine.shard import hollow, shard
-from fewstep.methods.base import Method, Nets
+from fewstep.methods.base import Method, Nets, Weak
 from fewstep.models import Card, Denoiser, VideoModel
+from fewstep.models.lora import duplicate
 
 WHOSE = ("recipe", "method", "cite", "teacher", "data")
 """Entries of the provenance that say which run it is; the others (machine, versions) may change when it goes on."""
@@ -54,15 +55,16 @@ def prepare(
     optimizers = {
         role: RoleOptimizer(nets.roles[role], settings.optim_of(role), settings.steps, rest=rest) for role in roles
     }
-    if settings.compile:
-        compile_blocks(nets, settings.device)
-    source = data.open(model, method.needs)
+    effective = in_effect(model, method, settings, nets, shell=shell, processes=processes, identity=identity)
+    if effective.compiles:
+        compile_blocks(nets)
+    source = open_data(data, model, method, processes)
     rng = Rng(settings.seed, device=settings.device)
     preview = Preview.of(model, source, rng) if settings.preview_every else None
     return Run(
         model=model, method=method, settings=settings, output=output, processes=processes, nets=nets, source=source,
-        optimizers=optimizers, average=average, shell=shell, identity=identity, provenance=dict(provenance), trees=trees,
-        probe=probe, preview=preview,
+        optimizers=optimizers, average=average, shell=shell, identity=identity, trees=trees, effective=effective,
+        provenance=dict(provenance) | effective.provenance, probe=probe, preview=preview,
     )  # fmt: skip
 
 
@@ -82,8 +84,8 @@ def make_networks(
     for name, network in model.parts.items():
         if not sharded or name != part:
             network.to(settings.device)
-    nets = build_nets(model, method, settings.seed, settings.device)
-    average = copy.deepcopy(nets.student) if settings.ema > 0 else None
+    nets = build_nets(model, method, settings.seed, settings.lora, settings.device)
+    average = duplicate(nets.student) if settings.ema > 0 else None
     for denoiser in (*nets.values(), average):
         if isinstance(denoiser, Denoiser):
             if processes.weights is not None:
@@ -109,8 +111,15 @@ def require_possible(method: Method, settings: Settings, card: Card, probe: Prob
         near = difflib.get_close_matches(role, roles, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise ValueError(f"settings.optim.{role} trains nothing; {hint}({name} trains: {', '.join(roles)})")
+    if settings.lora is None and any(isinstance(role, Weak) for role in method.aux().values()):
+        raise ValueError(f"{name} weakens adapters, and this run has none; set settings.lora, or method.weak: 0")
+    if settings.lora is not None and settings.parallel.offload:
+        raise ValueError(
+            "settings.parallel.offload sends networks away one by one, and with settings.lora all of them are adapters over "
+            "the same weights; leave out one of the two"
+        )
     if method.part != "denoiser":
-        for setting in ("compile", "preview_every"):
+        for setting in ("compile", "preview_every", "lora"):
             if getattr(settings, setting):
                 who = f"{name} trains the {method.part}"
                 raise ValueError(f"settings.{setting} is for denoisers, and {who}; leave it out")
@@ -130,10 +139,11 @@ def require_processes(settings: Settings) -> None:
     require_mesh(settings.parallel, settings.accumulate, settings.device)
     if place().world_size == 1:
         return
-    if settings.compile:
-        raise ValueError(
-            "settings.compile works in one process so far; write compile: false, or start without torchrun"
-        )
+    for setting, without in (("compile", "false"), ("lora", "null")):
+        if getattr(settings, setting):
+            raise ValueError(
+                f"settings.{setting} works in one process so far; write {setting}: {without}, or start without torchrun"
+            )
     muon = sorted(role for role, optim in settings.optim.items() if optim.type == "muon")
     if muon:
         raise ValueError(
@@ -157,11 +167,20 @@ def identify(model: VideoModel, trees: Mapping[str, Any]) -> dict[str, str]:
     return weights | {f"{name} digest": digest(tree) for name, tree in trees.items()}
 
 
-def compile_blocks(nets: Nets, device: str) -> None:
+def open_data(data: Data, model: VideoModel, method: Method, processes: Processes) -> Source:
+    """The leader opens the data first: what it stores (text states), the others find there."""
+    if not processes.leads:
+        processes.barrier()
+    source = data.open(model, method.needs)
+    if processes.leads:
+        processes.barrier()
+    if getattr(data, "text_cache", ""):
+        model.part("text").to("cpu")  # its work is done; what pictures and probes ask of it, it does there
+    return source
+
+
+def compile_blocks(nets: Nets) -> None:
     """Compile in place. Every role, batch size, grad mode and autocast state is a variant of the one block graph."""
-    problem = compile_problem(device)
-    if problem:
-        raise ValueError(f"settings.compile: {problem}. Install them, or write compile: false")
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     for network in nets.roles.values():
         if isinstance(network, Denoiser):

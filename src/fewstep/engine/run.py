@@ -17,6 +17,8 @@ from fewstep.core.atomic import recover, replacing_folder
 from fewstep.core.finite import require_finite
 from fewstep.data.base import Source
 from fewstep.engine.checkpoint import Checkpoint, CheckpointError, RunState
+from fewstep.engine.effective import Effective, Watch
+from fewstep.engine.listening import Listener, Overheard
 from fewstep.engine.mesh import Processes
 from fewstep.engine.optim import RoleOptimizer
 from fewstep.engine.preview import Preview
@@ -25,6 +27,7 @@ from fewstep.engine.settings import Settings
 from fewstep.engine.shard import add_gradients, whole
 from fewstep.methods.base import Method, Nets, Sync, Update
 from fewstep.models import VideoModel
+from fewstep.models.lora import merge, save_adapter
 
 
 @dataclass
@@ -48,6 +51,8 @@ class Run:
     """What the student's card says of its making."""
     trees: dict[str, Any]
     """Method, data and settings with every default written out: kept in every checkpoint."""
+    effective: Effective
+    """What is really done, beside what was asked for."""
     probe: Probe | None = None
     preview: Preview | None = None
     step: int = 0
@@ -56,6 +61,8 @@ class Run:
     """Scores of the best student so far, which is in `output/best`."""
     health: dict[str, Any] = field(default_factory=dict)
     """What a monitor remembers of the run, as plain values; it travels with the checkpoints."""
+    watch: Watch | None = field(default_factory=Watch)
+    """Notes the times of all calls in the first iterations; None afterwards."""
     figures: dict[str, float] = field(default_factory=dict)
     """Of the last iteration, by name; a loss is the mean over micro-batches, processes and repeated updates."""
 
@@ -88,9 +95,10 @@ class Run:
         for role, network in self.nets.roles.items():
             network.requires_grad_(role in update.roles).train(role in update.roles)
         figures = []
+        nets = Overheard(self.nets, self.listeners) if self.listeners else self.nets
         for batch, place in batches:
             with autocast(self.settings):
-                for terms in update.losses(self.nets, batch, rng.at(place=place)):
+                for terms in update.losses(nets, batch, rng.at(place=place)):
                     figures += self.backward(terms, "+".join(update.roles))
         for role in update.roles:
             add_gradients(self.nets.roles[role], self.processes)
@@ -114,18 +122,28 @@ class Run:
             (torch.stack(list(terms.values())).sum() / share).backward()
         return [(f"loss/{name}", float(term.detach())) for name, term in terms.items()]
 
+    @property
+    def listeners(self) -> list[Listener]:
+        """Whoever is told of every call."""
+        return [] if self.watch is None else [self.watch]
+
     # --- what a run returns and keeps ---------------------------------------------------------------------------------
 
     def student(self) -> VideoModel:
-        """The model with the student (its average, where one is kept) in the trained part's place, as it is trained."""
+        """The model with the student (its average, where one is kept; adapters merged) in the trained part's place."""
         return self._with(self._result())
 
     def keep(self, folder: Path) -> None:
-        """Write the student's folder, whole or not at all. Every process must call: each gives its shards."""
+        """Write the student's folder, whole or not at all; adapters lie beside the merged weights.
+
+        Every process must call: each gives its shards.
+        """
         network = whole(self._result(), self.shell, self.processes)
         if self.processes.leads:
             with replacing_folder(folder) as draft:
                 self._with(network).save(draft)
+                if self.settings.lora is not None:
+                    save_adapter(network, draft / "adapter", self.model.card.name)
 
     def _result(self) -> nn.Module:
         network: nn.Module = self.average if self.average is not None else self.nets.student
@@ -137,6 +155,7 @@ class Run:
             return self.model.with_part(self.method.part, network, provenance=self.provenance)
         contract = self.method.contract(card.contract)
         role = card.role if contract == card.contract else "student"
+        network = merge(self.nets.roles["teacher"], network)
         return self.model.with_part(
             "denoiser", network, contract=contract, role=role, provenance=self.provenance, scores=dict(self.best)
         )
@@ -144,7 +163,7 @@ class Run:
     @property
     def changing(self) -> dict[str, nn.Module]:
         """Every network a checkpoint holds, by component."""
-        roles = {role: network for role, network in self.nets.roles.items() if role != "teacher"}
+        roles = {role: net for role, net in self.nets.roles.items() if role != "teacher" and net.state_dict()}
         return roles if self.average is None else roles | {"ema": self.average}
 
     def state(self) -> RunState:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from fewstep.models.lora import Lora
+
 
 @dataclass(frozen=True, kw_only=True)
 class Optim:
@@ -70,6 +72,8 @@ class Settings:
     seed: int = 0
     optim: dict[str, Optim] = field(default_factory=dict)
     """By role; a trained role without an entry takes the student's."""
+    lora: Lora | None = None
+    """Train adapters over one frozen set of the teacher's weights, in place of whole copies of it. null: whole networks."""
     ema: float = 0.0
     """Decay of the averaged student, which is what a run returns; 0 returns the student itself. In iteration k it is
     `(1 + k) / (10 + k)` where that is smaller: an average must first forget the weights it started from."""
@@ -87,6 +91,8 @@ class Settings:
     """Checkpoints kept; the best by the probe's rule is kept besides."""
     device: str = "cpu"
     parallel: Parallel = Parallel()
+    allow_fallback: bool = False
+    """Where something asked for cannot be had, run otherwise and record it in the student's card, instead of refusing."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "accumulate", "log_every", "keep_last"):

@@ -60,7 +60,18 @@ class Heads:
     layers: tuple[int, ...] = (-1,)
 
 
-Role = Copy | Heads
+@dataclass(frozen=True)
+class Weak:
+    """A view of the role `of`, whose adapters count `scale` times: between the teacher (0) and that role (1).
+
+    It has nothing of its own to train. A run without adapters refuses it.
+    """
+
+    of: str
+    scale: float
+
+
+Role = Copy | Heads | Weak
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,8 @@ class VideoModel:
 
     @property
     def device(self) -> torch.device:
-        return next(next(iter(self.parts.values())).parameters()).device
+        """Where clips are made. The text encoder may wait elsewhere."""
+        return next(self.parts.get("denoiser", next(iter(self.parts.values()))).parameters()).device
 
     def to(self, device: str | torch.device) -> VideoModel:
         for part in self.parts.values():
@@ -152,7 +153,7 @@ class VideoModel:
         guidance = self._guidance(guidance_scale, force)
         seeds = tuple(range(seed, seed + len(prompts))) if isinstance(seed, int) else tuple(seed)
         noise = Seeds(seeds, device=str(self.device))
-        cond, uncond = self.text.encode(prompts), self.text.encode([""]).expand(len(prompts))
+        cond, uncond = self.encode_text(prompts)
         shape = self.latent_shape(num_frames)
         self.denoiser.eval()
 
@@ -170,7 +171,8 @@ class VideoModel:
     def encode_text(self, prompts: Sequence[str]) -> tuple[Cond, Cond]:
         """Conditions of `prompts` and of as many empty prompts."""
         with torch.no_grad():
-            return self.text.encode(prompts), self.text.encode([""]).expand(len(prompts))
+            given, empty = self.text.encode(prompts).to(self.device), self.text.encode([""]).to(self.device)
+            return given, empty.expand(len(prompts))
 
     def _guidance(self, scale: float | None, force: bool) -> CFG:
         own = self.card.contract.guidance
