@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from types import MappingProxyType
@@ -28,6 +29,8 @@ from fewstep.core.finite import require_finite
 from fewstep.data.base import Data, Source, require
 from fewstep.engine.checkpoint import CheckpointError, RunState, checkpoints, prune
 from fewstep.engine.compiling import compile_problem
+from fewstep.engine.health.examine import announce, examine
+from fewstep.engine.health.monitor import Monitor, watching
 from fewstep.engine.log import RunLog
 from fewstep.engine.nets import build_nets, trained_roles
 from fewstep.engine.optim import RoleOptimizer
@@ -59,6 +62,7 @@ class Run:
     """What the student's card says of its making."""
     probe: Probe | None = None
     preview: Preview | None = None
+    monitor: Monitor | None = None
     step: int = 0
     """Iterations done."""
     best: dict[str, float] = field(default_factory=dict)
@@ -74,7 +78,8 @@ class Run:
         places = [rng.at(place=p) for p in range(self.settings.accumulate)]
         batches = [self.source.batch(self.settings.batch, where) for where in places]
         seen: dict[str, list[float]] = {}
-        for number, event in enumerate(self.method.updates(self.step)):
+        events = self.monitor.events(self.step) if self.monitor is not None else self.method.updates(self.step)
+        for number, event in enumerate(events):
             match event:
                 case Update():
                     for name, value in self.update(event, batches, rng.fold(f"update/{number}")):
@@ -92,9 +97,10 @@ class Run:
         for role, network in self.nets.items():
             network.requires_grad_(role in update.roles).train(role in update.roles)
         figures = []
+        nets = self.monitor.nets if self.monitor is not None else self.nets
         for number, batch in enumerate(batches):
             with autocast(self.settings):
-                for terms in update.losses(self.nets, batch, rng.at(place=number)):
+                for terms in update.losses(nets, batch, rng.at(place=number)):
                     figures += self.backward(terms, "+".join(update.roles))
         norms = {role: self.optimizers[role].clip() for role in update.roles}
         for role, norm in norms.items():
@@ -109,6 +115,8 @@ class Run:
         for name, term in terms.items():
             require_finite(term.detach(), f"step {self.step}, loss {name} of {roles}")
         with torch.autocast(_device_type(self.settings), enabled=False):
+            if self.monitor is not None:
+                self.monitor.hear(terms, roles)
             (torch.stack(list(terms.values())).sum() / self.settings.accumulate).backward()
         return [(f"loss/{name}", float(term.detach())) for name, term in terms.items()]
 
@@ -135,7 +143,8 @@ class Run:
     def state(self) -> RunState:
         components = {name: network.state_dict() for name, network in self.changing.items()}
         components |= {f"{role}.optim": optimizer.state() for role, optimizer in self.optimizers.items()}
-        return RunState(self.step, components, {"identity": self.identity, "best": self.best})
+        health = self.monitor.state() if self.monitor is not None else None
+        return RunState(self.step, components, {"identity": self.identity, "best": self.best, "health": health})
 
     def restore(self, state: RunState) -> None:
         """Go on from a checkpoint. CheckpointError if it belongs to another run or is not whole."""
@@ -160,6 +169,13 @@ class Run:
         for role, optimizer in self.optimizers.items():
             optimizer.load_state(state.components[f"{role}.optim"])
         self.step, self.best = state.step, dict(state.values["best"])
+        if self.monitor is not None:
+            self.monitor.restore(state.values["health"], self.output / "best")
+
+    @property
+    def over(self) -> bool:
+        """Is this the last iteration: all are done, or a collapse has ended the run?"""
+        return self.step >= self.settings.steps or (self.monitor is not None and bool(self.monitor.stopped))
 
 
 def train(
@@ -175,10 +191,10 @@ def train(
 ) -> VideoModel:
     """Train the method's student and return it; the same call resumes a run that was killed.
 
-    Writes to `output`: `metrics.jsonl`, `tensorboard/`, `previews/`, `checkpoints/`, `student/` (and `best/` with a
-    probe). With a probe the returned model is the best by its rule, otherwise the last. `model` becomes the frozen
-    teacher. Raises ValueError when something asked for cannot be had, NonFiniteError when a number stops being one,
-    CheckpointError when `output` belongs to another run.
+    Writes to `output`: `metrics.jsonl`, `tensorboard/`, `previews/`, `checkpoints/`, `health.json`, `health/`, `best/`,
+    `student/`. With a probe the returned model is the best by its rule; otherwise the last, or the best so far where the
+    last is ill (`settings.health`). `model` becomes the frozen teacher. Raises ValueError when something asked for cannot
+    be had, NonFiniteError when a number stops being one, CheckpointError when `output` belongs to another run.
     """
     output = Path(output)
     require(data, method)
@@ -190,7 +206,9 @@ def train(
     with RunLog(output, resume_step=run.step, total=settings.steps, quiet=quiet) as log:
         if found:
             log.say(f"resumed from {found[-1].name}")
-        while run.step < settings.steps:
+        else:
+            announce(run, log)
+        while not run.over:
             run.iterate()
             after(run, log)
     return finish(run)
@@ -218,9 +236,11 @@ def prepare(
     source = data.open(model, method.needs)
     rng = Rng(settings.seed, device=settings.device)
     preview = Preview.of(model, source, rng) if settings.preview_every else None
+    monitor = watching(model, method, settings, nets, source, partial(autocast, settings))
     return Run(
-        model, method, settings, output, nets, source, optimizers, average, identity, dict(provenance), probe, preview
-    )
+        model, method, settings, output, nets, source, optimizers, average, identity, dict(provenance), probe, preview,
+        monitor,
+    )  # fmt: skip
 
 
 def require_possible(method: Method, settings: Settings, card: Card, probe: Probe | None) -> tuple[str, ...]:
@@ -271,15 +291,18 @@ def compile_blocks(nets: Nets, device: str) -> None:
 
 
 def after(run: Run, log: RunLog) -> None:
-    """Probe, picture, log and checkpoint, each at its own interval and after the last iteration."""
+    """Check, probe, picture, log and checkpoint, each at its own interval and after the last iteration."""
     step, settings = run.step, run.settings
-    last = step == settings.steps
+    examined = run.monitor is not None and run.monitor.due(step)
+    if run.monitor is not None and examined:
+        examine(run, run.monitor, log)
+    last = run.over
     probed = run.probe is not None and (last or step % run.probe.every == 0)
     if run.probe is not None and probed:
         judge(run, run.probe, log)
     if run.preview is not None and (last or step % settings.preview_every == 0):
         run.preview.draw(run.student(), run.output / "previews" / f"{step:06d}.png")
-    if probed or last or step % settings.log_every == 0:
+    if probed or examined or last or step % settings.log_every == 0:
         log.write(step, run.figures)
     log.advance(step, " ".join(f"{k[5:]} {v:.3g}" for k, v in run.figures.items() if k.startswith("loss/")))
     if last or (settings.save_every and step % settings.save_every == 0):
@@ -301,12 +324,12 @@ def judge(run: Run, probe: Probe, log: RunLog) -> None:
 
 
 def finish(run: Run) -> VideoModel:
-    """Write `student/`: the best by the probe's rule, or the last."""
+    """Write `student/`: the best by the probe's rule, or the last, or the best so far where the last is ill."""
     if run.method.part == "codec":
         calibrate(run)
     folder = run.output / "student"
     with replacing_folder(folder) as draft:
-        if run.best:
+        if run.best or (run.monitor is not None and run.monitor.returns_best):
             shutil.copytree(run.output / "best", draft, dirs_exist_ok=True)
         else:
             run.student().save(draft)

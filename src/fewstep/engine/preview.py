@@ -44,7 +44,7 @@ class Preview:
         counts = sorted(map(int, student.card.contract.grids)) or [student.card.contract.steps]
         columns = [student(self.prompts, num_inference_steps=n) for n in sorted({counts[0], counts[-1]})]
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(_sheet([*columns, self._teacher_clips])).save(path)
+        Image.fromarray(sheet([*columns, self._teacher_clips])).save(path)
         return path
 
     @cached_property
@@ -52,7 +52,7 @@ class Preview:
         return self.teacher(self.prompts)
 
 
-def _sheet(columns: list[Tensor]) -> np.ndarray:
+def sheet(columns: list[Tensor]) -> np.ndarray:
     """Columns of clips `[B, 3, F, H, W]` as one uint8 picture `[H', W', 3]`, frames from left to right."""
     strips = []
     for clips in columns:

@@ -1,0 +1,45 @@
+"""A check in the course of a run: figures to the log, the record to disk, the best student to its folder."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fewstep.core.atomic import replacing_folder
+from fewstep.engine.health.monitor import Monitor, unexamined
+from fewstep.engine.health.vitals import figures
+from fewstep.engine.log import RunLog
+
+if TYPE_CHECKING:
+    from fewstep.engine.loop import Run
+
+
+def announce(run: Run, log: RunLog) -> None:
+    """Say once what will be checked and what may follow, or why nothing will be."""
+    if run.monitor is None:
+        log.say(f"no health checks: {unexamined(run.method, run.settings, run.model.card)}")
+        return
+    health = run.monitor.health
+    policies = {
+        "keeps the best student": health.keep_best and run.probe is None,
+        "stops on collapse": health.stop_on_collapse,
+        "gives the critic more updates when it lags": health.help_critic > 0 and "critic" in run.nets,
+    }
+    log.say(
+        f"health: a check every {health.every} iterations on {health.prompts} prompts x {health.seeds} seeds; "
+        + ", ".join(name for name, on in policies.items() if on)
+    )
+
+
+def examine(run: Run, monitor: Monitor, log: RunLog) -> None:
+    """Check the student, act on the verdict, and leave all of it in `health.json` and a picture in `health/`."""
+    student = run.student()
+    check = monitor.check(student, run.step)
+    run.figures |= {f"health/{name}": value for name, value in figures(check.vitals).items()}
+    log.say(f"step {run.step}: {check.verdict}" + "".join(f"; {what}" for what in check.done))
+    if run.probe is None and monitor.better(check):
+        with replacing_folder(run.output / "best") as draft:
+            student.save(draft)
+    if run.probe is None and monitor.returns_best and (monitor.stopped or run.step == run.settings.steps):
+        log.say(f"the run returns its best student, of step {monitor.best[0] if monitor.best else run.step}")
+    monitor.draw(run.output / "health" / f"{run.step:06d}.png")
+    monitor.record.save(run.output)

@@ -1,0 +1,138 @@
+"""What training feeds its student, overheard: times, mean squares of inputs, and gradients of loss terms.
+
+An `Ear` stands in the student's place in the networks a method is given. It answers exactly as the student does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+
+from fewstep.core import Losses
+from fewstep.diffusion import NoisePath
+
+MIDDLE = (0.4, 0.85)
+"""Times at which paths differ clearly, and noise counts for more than what was noised."""
+FEW = 32
+"""Inputs below which their mean says nothing."""
+ENOUGH = 100
+"""Calls after which a time that was not seen is not trained: a rare exit of a rollout comes up once in a dozen."""
+NEAR = 0.05
+"""Distance in time within which a network generalises."""
+TAIL = 8
+"""Gradients of loss terms are compared on so many of the student's last weight tensors: their backward is short."""
+
+
+class Ear(nn.Module):
+    """The student, with every call noted."""
+
+    def __init__(self, student: nn.Module) -> None:
+        super().__init__()
+        self.student = student
+        self.notes: list[tuple[Tensor, Tensor]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("student"), name)
+
+    def forward(self, x_t: Tensor, t: Tensor, *args: Any, **options: Any) -> Any:
+        self.note(x_t, t)
+        return self.student(x_t, t, *args, **options)
+
+    def jvp(self, x_t: Tensor, t: Tensor, *args: Any) -> Any:
+        self.note(x_t, t)
+        return self.student.jvp(x_t, t, *args)  # type: ignore[operator]
+
+    @torch.no_grad()
+    def note(self, x_t: Tensor, t: Tensor) -> None:
+        """Times and mean squares, of whole clips or frame by frame; nothing is waited for."""
+        over = [d for d in range(1, x_t.ndim) if not (d == 2 and t.ndim == 2)]
+        self.notes.append((t.detach().float(), x_t.detach().float().square().mean(over)))
+
+
+class Heard:
+    """What an Ear has noted, as plain numbers: per time, how often and with which sum of mean squares."""
+
+    def __init__(self, ear: Ear) -> None:
+        self.ear = ear
+        self.recent: dict[str, list[float]] = {}
+        """Time with three decimals -> [count, sum of mean squares], since the last check."""
+        self.times: list[float] = []
+        """Every time since the run began."""
+        self.calls = 0
+
+    def drain(self) -> None:
+        """Take over the Ear's notes."""
+        for t, square in self.ear.notes:
+            self.calls += 1
+            for time, value in zip(t.flatten().tolist(), square.flatten().tolist(), strict=True):
+                entry = self.recent.setdefault(f"{time:.3f}", [0, 0.0])
+                entry[0] += 1
+                entry[1] += value
+        self.ear.notes.clear()
+
+    def forget(self) -> None:
+        """Begin a new interval: the times stay, the squares go."""
+        self.times = sorted({*self.times, *map(float, self.recent)})
+        self.recent = {}
+
+    def inputs(self, path: NoisePath, powers: tuple[float, ...]) -> float | None:
+        """Mean square of the inputs relative to `a^2 power + s^2`, in the middle of the times; None with too few there.
+
+        `powers` are mean squares of what may have been noised: the student's own clips, the teacher's, the data. 1 where
+        the inputs lie between the least and the greatest, else the factor by which they lie outside.
+        """
+        found = {float(time): entry for time, entry in self.recent.items() if MIDDLE[0] < float(time) < MIDDLE[1]}
+        count = sum(number for number, _ in found.values())
+        if count < FEW:
+            return None
+        c = path.coeffs(torch.tensor(list(found), dtype=torch.float64))
+        low, high = (
+            sum(total / wanted for (_, total), wanted in zip(found.values(), expected.tolist(), strict=True)) / count
+            for expected in (c.a.square() * power + c.s.square() for power in (max(powers), min(powers)))
+        )
+        return float(low if low > 1 else min(high, 1.0))
+
+    def unseen(self, visited: tuple[float, ...]) -> tuple[float, ...]:
+        """Those of the `visited` times that training has not come near, once it has had the time to."""
+        known = {*self.times, *map(float, self.recent)}
+        if self.calls < ENOUGH:
+            return ()
+        return tuple(t for t in visited if min((abs(t - k) for k in known), default=1.0) > NEAR)
+
+    def state(self) -> dict[str, Any]:
+        self.drain()
+        return {"recent": self.recent, "times": self.times, "calls": self.calls}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.recent, self.times, self.calls = dict(state["recent"]), list(state["times"]), state["calls"]
+
+
+class Terms:
+    """Gradients of the loss terms of one update, added up over micro-batches."""
+
+    def __init__(self) -> None:
+        self.gradients: dict[str, Tensor] = {}
+
+    def add(self, terms: Losses, network: nn.Module) -> None:
+        """To be called before backward; the graph stays."""
+        tail = [p for p in network.parameters() if p.requires_grad][-TAIL:]
+        for name, term in terms.items():
+            grads = torch.autograd.grad(term, tail, retain_graph=True, allow_unused=True)
+            flat = torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for g, p in zip(grads, tail)])
+            self.gradients[name] = self.gradients[name] + flat if name in self.gradients else flat
+
+    def cosine(self) -> float | None:
+        """The smallest between two terms; None with fewer than two."""
+        return min(self._cosines(), default=None)
+
+    def _cosines(self) -> Iterator[float]:
+        for a, b in combinations(self.gradients.values(), 2):
+            yield float(cosine_similarity(a.double(), b.double(), dim=0))

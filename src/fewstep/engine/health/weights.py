@@ -1,0 +1,33 @@
+"""Do weights move? Seen on a fixed sample of them, before and after one iteration."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+SAMPLED = 1 << 16
+"""Weights that are looked at, spread over all tensors: a share is known to a fifth of a point."""
+
+
+@torch.no_grad()
+def sample(network: nn.Module) -> Tensor:
+    """Every n-th weight of a network, float32, a copy."""
+    parameters = [p.detach() for p in network.parameters()]
+    stride = max(1, sum(p.numel() for p in parameters) // SAMPLED)
+    return torch.cat([p.flatten()[::stride].float() for p in parameters]).clone()
+
+
+def moved(before: Tensor, after: Tensor) -> float:
+    """Share that is not what it was."""
+    return float((before != after).double().mean())
+
+
+def change(before: Tensor, after: Tensor) -> float:
+    """`|after - before| / |before|`."""
+    return float((after.double() - before.double()).norm() / before.double().norm().clamp_min(1e-30))
+
+
+def coarse(weights: Tensor) -> float:
+    """Share that bfloat16 holds exactly; zeros, which every format holds, are left out."""
+    some = weights[weights != 0]
+    return float((some == some.bfloat16().float()).double().mean()) if len(some) else 0.0
