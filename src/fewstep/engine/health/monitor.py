@@ -239,6 +239,7 @@ def watching(
     batch = source.batch(health.prompts, rng.fold("health"))
     if not batch.prompts:
         raise ValueError("these data have no prompts to examine the student on; write settings.health: null")
+    endpoints = batch.pairs.states[:, -1] if batch.pairs is not None else None
     ear = Ear(nets.student)
     return Monitor(
         health=health,
@@ -249,7 +250,7 @@ def watching(
         nets=Nets({**nets, "student": ear}),
         heard=Heard(ear),
         record=Record(steps=settings.steps, baselines={}),
-        powers=tuple(power(x) for x in (batch.x0, batch.pairs and batch.pairs.states[:, -1]) if x is not None),
+        powers=tuple(power(x) for x in (batch.x0, endpoints) if x is not None),
     )
 
 
