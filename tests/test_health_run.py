@@ -69,8 +69,7 @@ def run(output: Path, steps: int = 6, method: Method = METHOD, at: int = 0, **ot
 
 def scripted(*words: str) -> Any:
     """Verdicts that are written down."""
-    left = list(words)
-    return mock.patch.object(monitor, "judge", lambda history, baselines: Verdict(left.pop(0), "as written"))  # type: ignore[arg-type]
+    return mock.patch.object(monitor, "judge", side_effect=[Verdict(word, "as written") for word in words])  # type: ignore[arg-type]
 
 
 # --- what a run leaves ------------------------------------------------------------------------------------------------
@@ -174,8 +173,7 @@ def test_policies_can_be_left_out(tmp_path: Path) -> None:
 
 def test_a_lagging_critic_gets_more_updates(tmp_path: Path) -> None:
     """Twice and three times as many while it lags, one less at each check when it does not; and the resumed run agrees."""
-    lagging = iter([True, True, True, False, False])
-    with mock.patch.object(monitor, "lags", lambda vitals: next(lagging)):
+    with mock.patch.object(monitor, "lags", side_effect=[True, True, True, False, False]):
         record = run(tmp_path, 15, save_every=15)
     assert [check.done for check in record.checks] == [
         ("the critic gets 2 updates in the place of each",),

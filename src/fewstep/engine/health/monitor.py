@@ -29,7 +29,7 @@ from fewstep.engine.health.vitals import Baselines, Verdict, Vitals, figures
 from fewstep.engine.preview import sheet
 from fewstep.engine.settings import Health, Settings
 from fewstep.methods.base import Method, Nets, Sync, Update
-from fewstep.models import Card, VideoModel
+from fewstep.models import Card, Denoiser, VideoModel
 
 SHOWN = 4
 """Clips in the picture of a check."""
@@ -60,6 +60,8 @@ class Monitor:
     terms: Terms | None = None
     before: dict[str, Tensor] = field(default_factory=dict)
     starts: dict[str, Sampled] = field(default_factory=dict)
+    teacher_errors: dict[str, float] = field(default_factory=dict)
+    """On the clips of `starts`."""
     shown: Sampled | None = None
     """Clips of the last check."""
 
@@ -171,13 +173,14 @@ class Monitor:
         """The critic's error relative to the teacher's on fresh samples, and that relative to the same on old ones."""
         if "critic" not in self.nets:
             return None, None
-        networks = (self.nets["critic"].eval(), self.model.denoiser)
-        fresh, old = (
-            self.gauge.errors(networks, self.gauge.mixed(clips), self.model)  # type: ignore[arg-type]
-            for clips in (sampled, self._start(grid, contract))
-        )
-        ratios = [mine / max(teachers, 1e-12) for mine, teachers in (fresh, old)]
-        return ratios[0], ratios[0] / max(ratios[1], 1e-12)
+        critic: Denoiser = self.nets["critic"].eval()  # type: ignore[assignment]
+        teacher, start = self.model.denoiser, self.gauge.mixed(self._start(grid, contract))
+        if grid not in self.teacher_errors:
+            self.teacher_errors = {grid: self.gauge.errors((teacher,), start, self.model)[0]}
+        mine, theirs = self.gauge.errors((critic, teacher), self.gauge.mixed(sampled), self.model)
+        fresh = mine / max(theirs, 1e-12)
+        old = self.gauge.errors((critic,), start, self.model)[0] / max(self.teacher_errors[grid], 1e-12)
+        return fresh, fresh / max(old, 1e-12)
 
     @cached_property
     def _teacher(self) -> Sampled:
