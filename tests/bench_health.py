@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -133,7 +133,7 @@ SPOILED: dict[str, Spoiled] = {
     "other shift when sampled": Spoiled(
         "stalled", "times the student is not trained at", method=OtherShift(**vars(SOUND))
     ),
-    "guidance 30": Spoiled("diverging", "times the teacher's", method=replace(SOUND, guidance=CFG(scale=30.0))),
+    "guidance 30": Spoiled("diverging", "the teacher", method=replace(SOUND, guidance=CFG(scale=30.0))),
     "learning rate x100": Spoiled(
         "diverging", "learning rate", settings=settings(optim={"student": HUGE, "critic": FAST})
     ),
@@ -176,12 +176,8 @@ def run_sound(name: str, output: Path, steps: int = LIMIT) -> Outcome:
 def run(method: Method, data: Any, settings: Settings, output: Path, spoil: Callable[[], Any] | None = None) -> Outcome:
     """Train until something else than `improving` is said, or to the end."""
     began = time.monotonic()
-    with ending_at_a_verdict():
-        if spoil is None:
-            train(VideoModel.from_pretrained("world"), method, data, settings, output, quiet=True)
-        else:
-            with spoil():
-                train(VideoModel.from_pretrained("world"), method, data, settings, output, quiet=True)
+    with ending_at_a_verdict(), nullcontext() if spoil is None else spoil():
+        train(VideoModel.from_pretrained("world"), method, data, settings, output, quiet=True)
     record = read_record(output)
     assert record is not None and record.checks
     last = record.checks[-1]

@@ -18,7 +18,7 @@ START = replace(TEACHER, accuracy=0.1, distance=2.0, drift=0.2, std=0.8, saturat
 LINES = Baselines(teacher=TEACHER, untrained=replace(TEACHER, accuracy=0.3, distance=1.5), start=START)
 SOUND = Vitals(
     step=25, grid="1, 2, 4", looks=replace(TEACHER, accuracy=0.4, distance=1.2), moved={"student": 1.0, "critic": 1.0},
-    change=0.003, coarse=0.0, inputs=1.0, critic=0.8, lag=0.95,
+    change=0.003, coarse=0.0, noise=1.0, critic=0.8, lag=0.95,
 )  # fmt: skip
 
 
@@ -51,8 +51,8 @@ FLAT = [{"accuracy": 0.2, "distance": 1.6}] * PATIENCE
         ("stalled", "only 1% of the student's weights moved", [{"moved": {"student": 0.01}}]),
         ("stalled", "times the student is not trained at .0.750, 0.250.", [{"unseen": (0.75, 0.25)}]),
         ("diverging", "changed the student's weights by 30%.*about 60 times too high", [{"change": 0.3}]),
-        ("diverging", "has 1.80 times the mean square.*another path", [{"inputs": 1.8}]),
-        ("diverging", "has 0.50 times the mean square", [{"inputs": 0.5}]),
+        ("diverging", "holds 1.50 times the noise.*another path", [{"noise": 1.5}]),
+        ("diverging", "holds 0.50 times the noise", [{"noise": 0.5}]),
         ("diverging", "the critic does not learn .0% of its weights", [{"moved": {"student": 1.0, "critic": 0.0}}]),
         ("diverging", "the discriminator does not learn", [{"moved": {"student": 1.0, "discriminator": 0.01}}]),
         ("diverging", "saturation is 1.67 times the teacher's .before training 0.83.", [{"saturation": 0.5}]),
@@ -80,7 +80,7 @@ def test_the_word_and_its_reason(word: str, reason: str, checks: list[dict[str, 
         [*FALLING, {"accuracy": 0.5}],
         [{"saturation": 0.38}],  # 1.27 times the teacher's
         [{"coarse": 1.0}],  # on the grid before its first update, and yet all of it moved
-        [{"inputs": None, "change": None, "coarse": None, "critic": None, "lag": None, "motion": None}],
+        [{"noise": None, "change": None, "coarse": None, "critic": None, "lag": None, "motion": None}],
         [{"accuracy": None}] * 3,
     ],
 )

@@ -24,7 +24,7 @@ OWN = {
     "critic": "Critic's error on fresh samples, relative to the teacher's",
     "lag": "Critic lag: the same relative to old samples",
     "change": "Size of an update relative to the weights",
-    "inputs": "Mean square of the inputs, as their noise path gives it",
+    "noise": "Noise in the student's inputs, relative to its path's",
     "cosine": "Smallest cosine between gradients of loss terms",
 }
 

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 def announce(run: Run, log: RunLog) -> None:
     """Say once what will be checked and what may follow, or why nothing will be."""
     if run.monitor is None:
-        log.say(f"no health checks: {unexamined(run.method, run.settings, run.model.card)}")
+        reason = unexamined(run.method, run.settings, run.model.card)
+        log.say(f"no health checks: {reason or 'the data have no prompts, or the model no codec or text encoder'}")
         return
     health = run.monitor.health
     policies = {

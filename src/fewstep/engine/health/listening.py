@@ -16,11 +16,13 @@ from torch.nn.functional import cosine_similarity
 from fewstep.core import Losses
 from fewstep.diffusion import NoisePath
 
-MIDDLE = (0.4, 0.85)
-"""Times at which paths differ clearly, and noise counts for more than what was noised."""
+MIDDLE = (0.2, 0.85)
+"""Times at which paths differ clearly; at the ends all of them are data or noise."""
+APART = 0.1
+"""Times must lie as far apart for noise and what was noised to be told from each other."""
 FEW = 32
 """Inputs below which their mean says nothing."""
-ENOUGH = 100
+ENOUGH = 200
 """Calls after which a time that was not seen is not trained: a rare exit of a rollout comes up once in a dozen."""
 NEAR = 0.05
 """Distance in time within which a network generalises."""
@@ -83,22 +85,20 @@ class Heard:
         self.times = sorted({*self.times, *map(float, self.recent)})
         self.recent = {}
 
-    def inputs(self, path: NoisePath, powers: tuple[float, ...]) -> float | None:
-        """Mean square of the inputs relative to `a^2 power + s^2`, in the middle of the times; None with too few there.
+    def noise(self, path: NoisePath) -> float | None:
+        """How much noise the inputs hold, relative to what `path` puts there at their times; None with too few to tell.
 
-        `powers` are mean squares of what may have been noised: the student's own clips, the teacher's, the data. 1 where
-        the inputs lie between the least and the greatest, else the factor by which they lie outside.
+        Fits `mean square = a^2 P + s^2 N` over the middle of the times and returns N. What was noised, dull or garish, is P.
         """
         found = {float(time): entry for time, entry in self.recent.items() if MIDDLE[0] < float(time) < MIDDLE[1]}
-        count = sum(number for number, _ in found.values())
-        if count < FEW:
+        counts = torch.tensor([count for count, _ in found.values()], dtype=torch.float64)
+        if counts.sum() < FEW or max(found) - min(found) < APART:
             return None
         c = path.coeffs(torch.tensor(list(found), dtype=torch.float64))
-        low, high = (
-            sum(total / wanted for (_, total), wanted in zip(found.values(), expected.tolist(), strict=True)) / count
-            for expected in (c.a.square() * power + c.s.square() for power in (max(powers), min(powers)))
-        )
-        return float(low if low > 1 else min(high, 1.0))
+        means = torch.tensor([total for _, total in found.values()], dtype=torch.float64) / counts
+        weight = counts.sqrt()[:, None]
+        powers = torch.stack([c.a.square(), c.s.square()], 1)
+        return float(torch.linalg.lstsq(weight * powers, weight * means[:, None]).solution[1])
 
     def unseen(self, visited: tuple[float, ...]) -> tuple[float, ...]:
         """Those of the `visited` times that training has not come near, once it has had the time to."""

@@ -47,8 +47,6 @@ class Monitor:
     nets: Nets
     heard: Heard
     record: Record
-    powers: tuple[float, ...]
-    """Mean squares of the latents in the data."""
     extra: int = 0
     """Extra turns of every update that does not train the student."""
     best: tuple[int, float] | None = None
@@ -153,7 +151,6 @@ class Monitor:
         after = {role: weights.sample(self.nets[role]) for role in self.before}
         own = "student" in after
         self.heard.drain()
-        powers = (power(sampled.latents), power(self._teacher.latents), *self.powers)
         critic, lag = self._critic(sampled, grid, contract)
         return Vitals(
             step=step,
@@ -162,7 +159,7 @@ class Monitor:
             moved={role: weights.moved(self.before[role], after[role]) for role in after},
             change=weights.change(self.before["student"], after["student"]) if own else None,
             coarse=weights.coarse(after["student"]) if own else None,
-            inputs=self.heard.inputs(self.model.denoiser.path, powers),
+            noise=self.heard.noise(self.model.denoiser.path),
             unseen=self.heard.unseen(sampled.times) if contract.grids else (),
             critic=critic,
             lag=lag,
@@ -235,25 +232,27 @@ class Monitor:
 def watching(
     model: VideoModel, method: Method, settings: Settings, nets: Nets, source: Source, precision: Callable[[], Any]
 ) -> Monitor | None:
-    """The monitor of a run, None where `unexamined` says why there is none."""
-    if settings.health is None or unexamined(method, settings, model.card):
+    """The monitor of a run; None where `unexamined` says why there is none, or there is nothing to make clips of."""
+    if (
+        settings.health is None
+        or unexamined(method, settings, model.card)
+        or not {"codec", "text"} <= model.parts.keys()
+    ):
         return None
     health, rng = settings.health, Rng(settings.seed, device=settings.device)
-    batch = source.batch(health.prompts, rng.fold("health"))
-    if not batch.prompts:
-        raise ValueError("these data have no prompts to examine the student on; write settings.health: null")
-    endpoints = batch.pairs.states[:, -1] if batch.pairs is not None else None
+    prompts = source.batch(health.prompts, rng.fold("health")).prompts
+    if not prompts:
+        return None
     ear = Ear(nets.student)
     return Monitor(
         health=health,
-        gauge=Gauge.of(model, batch.prompts, health.seeds, settings.batch, precision),
+        gauge=Gauge.of(model, prompts, health.seeds, settings.batch, precision),
         model=model,
         method=method,
         settings=settings,
         nets=Nets({**nets, "student": ear}),
         heard=Heard(ear),
         record=Record(steps=settings.steps, baselines={}),
-        powers=tuple(power(x) for x in (batch.x0, endpoints) if x is not None),
     )
 
 
@@ -275,11 +274,6 @@ def trained(method: Method, step: int) -> tuple[str, ...]:
     """Roles that 0-based iteration `step` trains."""
     events = [event for event in method.updates(step) if isinstance(event, Update)]
     return tuple(dict.fromkeys(role for event in events for role in event.roles))
-
-
-def power(latents: Tensor) -> float:
-    """Mean square."""
-    return float(latents.float().square().mean())
 
 
 def counts_of(contract: Contract) -> tuple[int, ...]:

@@ -17,9 +17,8 @@ STILL = 0.05
 """Fewer weights than this moved: nothing was trained."""
 CHANGE = 0.05
 """AdamW at a usual rate changes weights by 0.01 to 1 % an iteration; at 5 % a network forgets what it was in twenty."""
-INPUTS = 1.35
-"""Another path doubles the mean square in the middle of the times; a student whose samples are dull or garish changes it
-by less than this."""
+NOISE = 1.25
+"""Another path holds half as much noise again (or less by as much) in the middle of the times; chance changes a few per cent."""
 GARISH = 1.35
 """Saturation, contrast or latent deviation relative to the teacher's. Sound students stay within 15 %."""
 SHIFTED = 0.5
@@ -97,11 +96,11 @@ def weights(history: Sequence[Vitals], baselines: Baselines) -> Iterator[Verdict
 
 
 def noise(history: Sequence[Vitals], baselines: Baselines) -> Iterator[Verdict]:
-    ratio = history[-1].inputs
-    if ratio is not None and not 1 / INPUTS < ratio < INPUTS:
+    ratio = history[-1].noise
+    if ratio is not None and not 1 / NOISE < ratio < NOISE:
         yield Verdict(
             "diverging",
-            f"what the student is fed has {ratio:.2f} times the mean square that its noise path gives at these times; "
+            f"what the student is fed holds {ratio:.2f} times the noise that its path gives at these times; "
             "its inputs are noised on another path or at other times than it is told",
         )
 

@@ -44,8 +44,8 @@ class Vitals:
     """Size of the student's last update relative to its weights, `|after - before| / |before|`."""
     coarse: float | None = None
     """Share of the student's weights that bfloat16 holds exactly: 1 if they are kept in it, about 0 in float32."""
-    inputs: float | None = None
-    """Mean square of what the student is fed in training, relative to what its noise path gives at the same times."""
+    noise: float | None = None
+    """Power of the noise in what the student is fed in training, relative to what its path gives at the same times."""
     unseen: tuple[float, ...] = ()
     """Times its sampler visits and its training does not."""
     critic: float | None = None
