@@ -164,13 +164,15 @@ def run_spoiled(name: str, output: Path) -> Outcome:
 
 
 def run_sound(name: str, output: Path, steps: int = LIMIT) -> Outcome:
-    method, data = SOUND_RUNS[name], WorldClips()
+    method, run_settings = SOUND_RUNS[name], settings(steps)
+    if name == "DMD2":
+        return run(method, WorldClips(), run_settings, output)
+    run_settings = replace(run_settings, optim={"student": Optim(lr=2e-4, warmup=10)})
     if "pairs" not in method.needs:
-        return run(method, data, settings(steps), output)
-
+        return run(method, WorldClips(), run_settings, output)
     folder, plan = output / "pairs", PairPlan(steps=20, guidance=CFG(scale=2.5), times=(1.0, 0.9, 0.75, 0.5, 0.0))
     make_pairs(VideoModel.from_pretrained("world"), world_prompts(256, 0.5, 7), folder, plan, batch=32)
-    return run(method, StoredPairs(path=str(folder)), settings(steps), output / "run")
+    return run(method, StoredPairs(path=str(folder)), run_settings, output / "run")
 
 
 def run(method: Method, data: Any, settings: Settings, output: Path, spoil: Callable[[], Any] | None = None) -> Outcome:

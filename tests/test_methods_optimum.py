@@ -20,7 +20,7 @@ from bench_gaussian import (
     terms,
 )  # fmt: skip
 from fewstep.core import Pairs, Rng
-from fewstep.diffusion import CFG, VP, NoisePath, Trig, from_x0, uniform_grid
+from fewstep.diffusion import CFG, VP, Contract, NoisePath, Trig, from_x0, uniform_grid
 from fewstep.methods import (
     DMD2,
     BackwardSimulation,

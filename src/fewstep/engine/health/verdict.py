@@ -60,8 +60,8 @@ def lags(vitals: Vitals) -> bool:
 def progress(history: Sequence[Vitals], baselines: Baselines) -> str:
     """Where the student stands, in words."""
     now, start, teacher = history[-1].looks, baselines.start, baselines.teacher
-    if "student" not in history[-1].moved:
-        return "the student is not trained yet"
+    if not any("student" in check.moved for check in history):
+        return "no update of the student has been seen yet"
     said = f"{_share(now.distance, start.distance):.0%} of its first distance to the teacher is left"
     if now.accuracy is not None and teacher.accuracy is not None:
         said = (
