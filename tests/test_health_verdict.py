@@ -41,7 +41,7 @@ FLAT = [{"accuracy": 0.2, "distance": 1.6}] * PATIENCE
     [
         ("improving", "accuracy 0.80 .before training 0.10, teacher 0.90., 20% of its first distance", FALLING),
         ("improving", "accuracy 0.40", [{}]),
-        ("improving", "no update of the student has been seen yet", [{"moved": {"critic": 1.0}, "change": None, "coarse": None}] * 12),
+        ("improving", "no update of the student has been seen", [{"moved": {"critic": 1.0}, "change": None}] * 12),
         ("improving", "the critic lags .1.20 times", [{"lag": 1.2}]),
         ("improving", "accuracy 0.88", [{"accuracy": 0.88, "distance": 0.3}] * 12),  # level with its teacher
         ("improving", "of its first distance", [*FALLING[:4], *FLAT[:4], *FALLING[4:]]),
