@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,9 @@ from fewstep.engine.health import Record, judge, monitor, read_record, weights
 from fewstep.engine.health.listening import Ear, Heard, Terms
 from fewstep.engine.health.measure import decode, drift
 from fewstep.engine.health.vitals import Verdict
-from fewstep.engine.log import read_metrics
+from fewstep.engine.log import RunLog, read_metrics
 from fewstep.methods import DMD2, Method
-from fewstep.models import Card, VideoModel
+from fewstep.models import Card
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 
@@ -39,29 +38,9 @@ class Stopped(Exception):
     """The plug was pulled."""
 
 
-class Plug:
-    """A probe that ends the process' work at iteration `at`; it judges nothing."""
-
-    every = 1
-
-    def __init__(self, at: int) -> None:
-        self.left = at
-
-    def check(self, card: Card, part: str) -> None: ...
-
-    def __call__(self, student: VideoModel) -> dict[str, float]:
-        self.left -= 1
-        if not self.left:
-            raise Stopped
-        return {"rule": 0.0}
-
-    def better(self, scores: Mapping[str, float], best: Mapping[str, float]) -> bool:
-        return False
-
-
-def run(output: Path, steps: int = 6, method: Method = METHOD, at: int = 0, **others: Any) -> Record:
+def run(output: Path, steps: int = 6, method: Method = METHOD, **others: Any) -> Record:
     settings = small(steps, **({"health": OFTEN} | others))
-    train(tiny_model(), method, Everything(), settings, output, quiet=True, probe=Plug(at) if at else None)
+    train(tiny_model(), method, Everything(), settings, output, quiet=True)
     record = read_record(output)
     assert record is not None
     return record
@@ -134,8 +113,9 @@ def test_examining_changes_no_number_and_a_stopped_run_says_the_same(tmp_path: P
     common: dict[str, Any] = {"save_every": 2, "ema": 0.9, "accumulate": 2}
     train(tiny_model(), METHOD, Everything(), small(8, health=None, **common), tmp_path / "blind", quiet=True)
     whole = run(tmp_path / "whole", 8, **common)
-    with pytest.raises(Stopped):
-        run(tmp_path / "stopped", 8, at=6, **common)
+    pulled = mock.patch.object(RunLog, "advance", side_effect=[*[None] * 5, Stopped])  # after the check of iteration 6
+    with pulled, pytest.raises(Stopped):
+        run(tmp_path / "stopped", 8, **common)
     resumed = run(tmp_path / "stopped", 8, **common)
     assert resumed == whole and [check.vitals.step for check in whole.checks] == [3, 6, 8]
     states = [RunState.load(checkpoints(tmp_path / n / "checkpoints")[-1]) for n in ("blind", "whole", "stopped")]
@@ -176,11 +156,11 @@ def test_a_lagging_critic_gets_more_updates(tmp_path: Path) -> None:
     with mock.patch.object(monitor, "lags", side_effect=[True, True, True, False, False]):
         record = run(tmp_path, 15, save_every=15)
     assert [check.done for check in record.checks] == [
-        ("the critic gets 2 updates in the place of each",),
-        ("the critic gets 3 updates in the place of each",),
+        ("each critic update is done 2 times",),
+        ("each critic update is done 3 times",),
         (),
-        ("the critic gets 2 updates in the place of each",),
-        ("the critic gets 1 updates in the place of each",),
+        ("each critic update is done 2 times",),
+        ("each critic update is done once",),
     ]
     optimizer = RunState.load(checkpoints(tmp_path / "checkpoints")[-1]).components["critic.optim"]
     steps = {int(value) for key, value in optimizer.items() if "/step/" in key}

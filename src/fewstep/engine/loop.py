@@ -170,7 +170,7 @@ class Run:
             optimizer.load_state(state.components[f"{role}.optim"])
         self.step, self.best = state.step, dict(state.values["best"])
         if self.monitor is not None:
-            self.monitor.restore(state.values["health"], self.output / "best")
+            self.monitor.restore(state.values["health"], self.output)
 
     @property
     def over(self) -> bool:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from fewstep.core.atomic import replacing_folder
 from fewstep.engine.health.monitor import Monitor, unexamined
+from fewstep.engine.health.record import FILE
 from fewstep.engine.health.vitals import figures
 from fewstep.engine.log import RunLog
 
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
 
 
 def announce(run: Run, log: RunLog) -> None:
-    """Say once what will be checked and what may follow, or why nothing will be."""
+    """Say once what will be checked and what may follow, or why nothing will be. An earlier start's record goes."""
+    (run.output / FILE).unlink(missing_ok=True)
     if run.monitor is None:
         reason = unexamined(run.method, run.settings, run.model.card)
         log.say(f"no health checks: {reason or 'the data have no prompts, or the model no codec or text encoder'}")

@@ -117,7 +117,11 @@ class Monitor:
         elif self.extra:
             self.extra -= 1
         if self.extra != before:
-            yield f"the critic gets {1 + self.extra} updates in the place of each"
+            yield (
+                f"each critic update is done {1 + self.extra} times"
+                if self.extra
+                else "each critic update is done once"
+            )
         checks = self.record.checks
         twice = bool(checks) and checks[-1].verdict.word == verdict.word == "collapsing"
         if twice and self.health.stop_on_collapse and vitals.step < self.settings.steps:
@@ -219,14 +223,15 @@ class Monitor:
             "stopped": self.stopped, "names": sorted(self.names), "heard": self.heard.state(),
         }  # fmt: skip
 
-    def restore(self, state: Mapping[str, Any], best: Path) -> None:
-        """Go on from `state`. CheckpointError if the best student so far, in the folder `best`, is gone."""
+    def restore(self, state: Mapping[str, Any], output: Path) -> None:
+        """Go on from `state`; the record on disk is put back to it. CheckpointError if the best student so far is gone."""
         self.record, self.extra = Record.of(state["record"]), state["extra"]
         self.best = (int(state["best"][0]), float(state["best"][1])) if state["best"] else None
         self.stopped, self.names = state["stopped"], set(state["names"])
         self.heard.restore(state["heard"])
-        if self.best and not (best / "card.json").is_file():
-            raise CheckpointError(f"{best}, the best student so far, is gone. Put it back, or start anew.")
+        if self.best and not (output / "best" / "card.json").is_file():
+            raise CheckpointError(f"{output / 'best'}, the best student so far, is gone. Put it back, or start anew.")
+        self.record.save(output)
 
 
 def watching(
