@@ -24,7 +24,8 @@ from fewstep.engine.health.listening import Ear, Heard, Terms
 from fewstep.engine.health.measure import decode, drift
 from fewstep.engine.health.vitals import Verdict
 from fewstep.engine.log import RunLog, read_metrics
-from fewstep.methods import DMD2, Method
+from fewstep.methods import DMD2, BackwardSimulation, Method
+from fewstep.methods.rollouts import NESTED
 from fewstep.models import Card
 
 pytestmark = pytest.mark.usefixtures("single_thread")
@@ -194,7 +195,7 @@ def test_settings_are_checked() -> None:
     ],
 )
 def test_a_spoiled_run_is_named(word: str, reason: str, spoil: Any, rate: float, tmp_path: Path) -> None:
-    method = DMD2(critic_updates=2, rollout=replace(TWO_GRIDS, shift=2.0))
+    method = DMD2(critic_updates=2, rollout=BackwardSimulation(grids=NESTED))
     optim = {"student": Optim(lr=rate), "critic": Optim(lr=1e-3)}
     with spoil() if spoil is not None else mock.patch.dict({}):
         record = run(tmp_path, 8, method, optim=optim, batch=8, health=Health(every=8, prompts=2))
@@ -221,16 +222,19 @@ def test_times_that_training_does_not_visit_are_named() -> None:
 # --- measurements -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("path", "expected"), [(RectifiedFlow(), 1.0), (Trig(), 1.5)])
+@pytest.mark.parametrize(("path", "least", "most"), [(RectifiedFlow(), 0.95, 1.05), (Trig(), 1.4, 1.7)])
 @pytest.mark.parametrize("garish", [0.5, 1.0, 2.0])
-def test_inputs_on_another_path_hold_another_amount_of_noise(path: Any, expected: float, garish: float) -> None:
+def test_inputs_on_another_path_hold_another_amount_of_noise(
+    path: Any, least: float, most: float, garish: float
+) -> None:
     """However dull or garish is what was noised."""
     rng, heard = Rng(0), Heard(Ear(torch.nn.Identity()))
     for t in (0.5, 0.75, 1.0):
         x0, eps, times = rng.randn((64, 4, 4, 4, 4), "x"), rng.randn((64, 4, 4, 4, 4), "eps"), torch.full((64,), t)
         heard.ear.note(path.add_noise(garish * x0, eps, times), times)
     heard.drain()
-    assert heard.noise(RectifiedFlow()) == pytest.approx(expected, rel=0.05)
+    found = heard.noise(RectifiedFlow())
+    assert found is not None and least < found < most
     heard.forget()
     assert heard.noise(RectifiedFlow()) is None
 

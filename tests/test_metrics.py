@@ -222,8 +222,8 @@ def test_clustered_wilson_covers_the_truth_and_plain_wilson_does_not() -> None:
 
 
 def test_energy_is_zero_for_equal_distributions_and_grows_with_their_distance() -> None:
-    a, b = torch.randn(400, 2, 8, generator=rng(1)), torch.randn(400, 2, 8, generator=rng(2))
-    assert torch.equal(energy(a, a), torch.zeros(400, dtype=torch.float64))
+    a, b = torch.randn(4000, 2, 8, generator=rng(1)), torch.randn(4000, 2, 8, generator=rng(2))
+    assert torch.equal(energy(a, a), torch.zeros(4000, dtype=torch.float64))
     near, mid, far = (float(energy(a, b + shift).mean()) for shift in (0.0, 0.5, 2.0))
     assert abs(near) < 0.05 < mid < far
     shared = float(energy(a, a + 0.5).mean())  # clips that share their noise: no bias from equal pairs
