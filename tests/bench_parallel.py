@@ -26,7 +26,7 @@ from bench_engine import CASES, Everything, small, tiny_model
 from fewstep import distill
 from fewstep.core import Cond
 from fewstep.core.env import place
-from fewstep.engine import Parallel, Settings
+from fewstep.engine import Health, Parallel, Settings
 from fewstep.engine.optim import RoleOptimizer
 from fewstep.engine.prepare import prepare
 from fewstep.engine.run import Run
@@ -42,6 +42,7 @@ METHODS: Mapping[str, Method] = {
     "KnowledgeDistillation": CASES["KnowledgeDistillation"],
     "Reconstruction": CASES["Reconstruction"],
 }
+EXAMINED = small(6, save_every=2, ema=0.9, accumulate=2, batch=1, health=Health(every=3, prompts=1))
 SPREADS: Mapping[str, Parallel] = {
     "shard": Parallel(),
     "replicate": Parallel(replicate=2),
@@ -105,9 +106,8 @@ def per_frame(spread: str) -> dict[str, Tensor]:
 
 def whole_run(output: Path) -> None:
     """A short DMD2 run with an average, from the teacher's folder beside `output`, saved at every second step."""
-    settings = small(6, save_every=2, ema=0.9, accumulate=2, batch=1)
     teacher = output.parent / "teacher"
-    distill(method=CASES["DMD2"], settings=settings, output=output, model=teacher, data=Everything(), quiet=True)
+    distill(method=CASES["DMD2"], settings=EXAMINED, output=output, model=teacher, data=Everything(), quiet=True)
 
 
 def killed_run(output: Path) -> None:

@@ -15,12 +15,14 @@ import torch
 
 from bench_engine import CASES, FRAMES, Everything, small, tiny_model
 from fewstep.catalogue import classes
+from fewstep.core import Rng
 from fewstep.core.build import digest, dump
 from fewstep.engine import Optim, Parallel, Settings, effective, train
-from fewstep.engine.effective import FallbackError, Times, attention_of, unfused_problem
+from fewstep.engine.effective import FallbackError, Times, Watch, attention_of, unfused_problem
+from fewstep.engine.listening import Overheard
 from fewstep.engine.prepare import prepare
 from fewstep.methods import DMD2, BackwardSimulation, Reconstruction
-from fewstep.models import Lora, VideoModel
+from fewstep.models import Denoiser, Lora, VideoModel
 from fewstep.models.source import Pretrained, Scratch
 from fewstep.models.spec import Spec
 from fewstep.world.data import WorldClips
@@ -188,6 +190,20 @@ def test_watching_changes_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for run in runs:
         run.iterate()
     assert runs[0].figures == runs[1].figures
+
+
+def test_an_overheard_network_is_the_network(tmp_path: Path) -> None:
+    run = prepare(tiny_model(), METHOD, DATA, small(2), tmp_path)
+    heard = Overheard(run.nets, [watch := Watch()])
+    student = heard.student
+    assert isinstance(student, Denoiser) and student is heard["student"] and heard.roles == run.nets.roles
+    assert all(a is b for a, b in zip(student.parameters(), run.nets.student.parameters(), strict=True))
+    batch, t = run.source.batch(1, Rng(0)), torch.full((1,), 0.5)
+    x = Rng(0).randn(batch.noise_shape, "x")
+    assert torch.equal(student(x, t, batch.cond).raw, run.nets.student(x, t, batch.cond).raw)
+    there, here = student.jvp(x, t, batch.cond, x, t), run.nets.student.jvp(x, t, batch.cond, x, t)
+    assert all(torch.equal(a.raw, b.raw) for a, b in zip(there, here, strict=True))
+    assert watch.seen == {"student": {0.5}}
 
 
 def test_networks_without_attention_have_none(tmp_path: Path) -> None:

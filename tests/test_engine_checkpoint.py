@@ -15,7 +15,7 @@ import torch
 from bench_engine import CASES, Everything, die, long_run, short_run, small, tiny_model
 from fewstep.core import build
 from fewstep.core.atomic import recover
-from fewstep.engine import CheckpointError, Settings, checkpoint, train
+from fewstep.engine import CheckpointError, Health, Settings, checkpoint, train
 from fewstep.engine.checkpoint import Checkpoint, RunState, Saver, checkpoints, prune
 from fewstep.engine.log import read_metrics
 from fewstep.engine.prepare import prepare
@@ -207,15 +207,16 @@ def test_a_save_that_had_begun_is_finished_when_the_run_fails(tmp_path: Path) ->
 
 
 def test_a_checkpoint_holds_everything_a_run_owns(tmp_path: Path) -> None:
-    method, settings = CASES["DMD2"], small(4, ema=0.9)
+    method, settings = CASES["DMD2"], small(4, ema=0.9, health=Health(every=2, prompts=1))
     owner = prepare(tiny_model(), method, Everything(), settings, tmp_path)
-    owner.health["verdicts"] = ["improving"]
     for _ in range(2):
         owner.iterate()
+    assert owner.monitor is not None
+    owner.monitor.check(owner.student(), 2)
     owner.state().save(tmp_path)
     again = prepare(tiny_model(), method, Everything(), settings, tmp_path)
     again.restore(Checkpoint.open(tmp_path / "step-000002"))
-    assert again.health == {"verdicts": ["improving"]} and again.step == 2
+    assert again.monitor is not None and again.monitor.record == owner.monitor.record and again.step == 2
     assert_same_state(owner.state(), again.state())
     assert build(Method, owner.state().values["run"]["method"], names()) == method
     state = owner.state()

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 import bench_parallel
 from bench_engine import CASES, Everything, small, tiny_model
-from bench_parallel import launch, per_frame, results, watched, whole_run
+from bench_parallel import EXAMINED, launch, per_frame, results, watched, whole_run
 from fewstep.core import Rng
 from fewstep.core.atomic import discard
 from fewstep.engine import Optim, Parallel, train
 from fewstep.engine.checkpoint import Checkpoint, RunState, checkpoints
+from fewstep.engine.health import read_record
+from fewstep.engine.listening import Overheard
 from fewstep.engine.log import RunLog, read_metrics
 from fewstep.engine.mesh import Processes, require_mesh
 from fewstep.engine.offload import Shelf
@@ -114,8 +116,13 @@ def test_a_killed_process_comes_back_and_nothing_is_lost(place_to_run: Path) -> 
     assert_equal(last_state(killed), last_state(straight))
     for output in (killed, straight):
         assert [row["step"] for row in read_metrics(output / "metrics.jsonl")] == list(range(1, 7))
-        assert {path.name for path in output.iterdir()} >= {"recipe.yaml", "student", "checkpoints"}
+        names = {path.name for path in output.iterdir()}
+        assert names >= {"recipe.yaml", "student", "checkpoints", "effective.json", "health.json"}
+        assert "2 processes: replicate 1 x shard 2 x sequence 1" in (output / "effective.json").read_text()
         assert not list(output.rglob(".d*-*"))  # no litter
+    records = [read_record(output) for output in (killed, straight)]
+    assert records[0] == records[1] and records[1] is not None
+    assert [check.vitals.step for check in records[1].checks] == [3, 6]
     students = [VideoModel.from_pretrained(output / "student").denoiser.state_dict() for output in (killed, straight)]
     assert all(torch.equal(students[0][name], value) for name, value in students[1].items())
     assert_one_takes_over(straight)
@@ -125,7 +132,7 @@ def assert_one_takes_over(output: Path) -> None:
     """One process goes on with what two have begun: an equal state, and the same end to rounding."""
     before, end = checkpoints(output / "checkpoints")
     theirs, saved = RunState.load(end), Checkpoint.open(before)
-    settings = small(6, save_every=2, ema=0.9, accumulate=2, batch=1)
+    settings = EXAMINED
     run = prepare(tiny_model(), CASES["DMD2"], Everything(), settings, output, provenance=saved.values["identity"])
     run.restore(saved)
     assert_equal(run.state(), RunState.load(before))
@@ -244,6 +251,9 @@ def test_networks_wait_on_the_cpu_until_an_update_asks_for_them() -> None:
     assert iteration() == ["teacher to cpu", "teacher to cuda"]  # no network that the next update needs ever leaves
     with pytest.raises(AttributeError, match="no role 'critc'; it has teacher, student, critic"):
         _ = shelf.critc
+    overheard = Overheard(shelf, [])
+    overheard.begin(("critic",))
+    assert overheard.critic.where == "cuda" and shelf.roles["teacher"].where == "cpu"  # listening brings nobody in
 
 
 @pytest.mark.gpu

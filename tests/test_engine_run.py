@@ -354,9 +354,9 @@ def test_previews_are_pictures_of_student_beside_teacher(tmp_path: Path) -> None
 
 
 def test_pictures_of_large_clips_are_made_smaller() -> None:
-    from fewstep.engine.preview import _sheet
+    from fewstep.engine.preview import sheet
 
-    assert _sheet([torch.zeros(1, 3, 9, 480, 832)] * 2).shape == (96, 2 * (6 * 166 + 4), 3)
+    assert sheet([torch.zeros(1, 3, 9, 480, 832)] * 2).shape == (96, 2 * (6 * 166 + 4), 3)
 
 
 def test_no_previews_unless_asked_for(tmp_path: Path) -> None:

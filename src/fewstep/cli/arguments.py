@@ -201,6 +201,21 @@ class Evaluate(Command):
 
 
 @dataclass(frozen=True)
+class Watch(Command):
+    """Show how a run is doing: its verdict and figures beside the teacher's, its losses. Live on a terminal."""
+
+    run_folder: Positional[Path]
+    """Output folder of a run, going on or ended."""
+    every: float = 2.0
+    """Seconds between two looks; 0 prints once."""
+
+    def run(self, overrides: Overrides) -> int:
+        from fewstep.cli import watch
+
+        return watch.show(self.run_folder, every=self.every)
+
+
+@dataclass(frozen=True)
 class List(Command):
     """Print what there is, with its source and paper."""
 
@@ -254,7 +269,7 @@ class Doctor(Command):
 
 COMMANDS: dict[str, type[Command]] = {
     "demo": Demo, "prepare": Prepare, "train": Train, "pairs": Pairs, "distill": Distill, "sample": Sample,
-    "evaluate": Evaluate, "list": List, "explain": Explain, "doctor": Doctor,
+    "evaluate": Evaluate, "watch": Watch, "list": List, "explain": Explain, "doctor": Doctor,
 }  # fmt: skip
 
 

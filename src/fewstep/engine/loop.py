@@ -18,6 +18,7 @@ from fewstep.core.finite import require_finite
 from fewstep.data.base import Data, require
 from fewstep.engine.checkpoint import Checkpoint, Saver, checkpoints
 from fewstep.engine.effective import WATCHED
+from fewstep.engine.health.examine import announce, examine
 from fewstep.engine.log import RunLog
 from fewstep.engine.prepare import prepare
 from fewstep.engine.probe import Probe
@@ -41,10 +42,11 @@ def train(
     """Train the method's student and return it; the same call resumes a run that was killed.
 
     Started by `torchrun`, all processes call it with the same arguments, and on a file system that all of them see.
-    Writes to `output`: `metrics.jsonl`, `tensorboard/`, `previews/`, `checkpoints/`, `student/` (and `best/` with a
-    probe). With a probe the returned model is the best by its rule, otherwise the last; of several processes only the
-    leader gets its denoiser's weights. `model` becomes the frozen teacher. Raises ValueError when something asked for
-    cannot be had, NonFiniteError when a number stops being one, CheckpointError when `output` belongs to another run.
+    Writes to `output`: `metrics.jsonl`, `tensorboard/`, `previews/`, `checkpoints/`, `health.json`, `health/`,
+    `effective.json`, `best/`, `student/`. With a probe the returned model is the best by its rule; otherwise the last, or
+    the best so far where the last is ill (`settings.health`). Of several processes only the leader gets its denoiser's
+    weights. `model` becomes the frozen teacher. Raises ValueError when something asked for cannot be had,
+    NonFiniteError when a number stops being one, CheckpointError when `output` belongs to another run.
     """
     output = Path(output)
     require(data, method)
@@ -59,9 +61,11 @@ def train(
     ):
         if found:
             log.say(f"resumed from {found[-1].name}")
+        else:
+            announce(run, log)
         publish(run, log, run.effective.lines())
         watched = min(run.step + WATCHED, settings.steps)
-        while run.step < settings.steps:
+        while not run.over:
             run.iterate()
             if run.watch is not None and run.step == watched:
                 run.effective, run.watch = run.effective.with_seen(run.watch), None
@@ -79,9 +83,12 @@ def publish(run: Run, log: RunLog, facts: list[str]) -> None:
 
 
 def after(run: Run, log: RunLog, saver: Saver) -> None:
-    """Probe, picture, log and checkpoint, each at its own interval and after the last iteration."""
+    """Check, probe, picture, log and checkpoint, each at its own interval and after the last iteration."""
     step, settings = run.step, run.settings
-    last = step == settings.steps
+    examined = run.monitor is not None and run.monitor.due(step)
+    if run.monitor is not None and examined:
+        examine(run, run.monitor, log)
+    last = run.over
     probed = run.probe is not None and (last or step % run.probe.every == 0)
     if run.probe is not None and probed:
         judge(run, run.probe, log)
@@ -90,7 +97,7 @@ def after(run: Run, log: RunLog, saver: Saver) -> None:
         _ = run.nets.teacher  # both are in the picture, wherever they were
         picture = run.preview.draw(run.student())
         log.picture(picture, run.output / "previews" / f"{step:06d}.png")
-    if probed or last or step % settings.log_every == 0:
+    if probed or examined or last or step % settings.log_every == 0:
         log.write(step, run.figures)
     log.advance(step, " ".join(f"{k[5:]} {v:.3g}" for k, v in run.figures.items() if k.startswith("loss/")))
     if last or (settings.save_every and step % settings.save_every == 0):
@@ -110,11 +117,11 @@ def judge(run: Run, probe: Probe, log: RunLog) -> None:
 
 
 def finish(run: Run) -> VideoModel:
-    """Write `student/`: the best by the probe's rule, or the last."""
+    """Write `student/`: the best by the probe's rule, or the last, or the best so far where the last is ill."""
     if run.method.part == "codec":
         calibrate(run)
     folder = run.output / "student"
-    if not run.best:
+    if not run.best and not (run.monitor is not None and run.monitor.returns_best):
         run.keep(folder)
     elif run.processes.leads:
         with replacing_folder(folder) as draft:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,13 +18,14 @@ from fewstep.core.build import digest
 from fewstep.core.env import place
 from fewstep.data.base import Data, Source
 from fewstep.engine.effective import in_effect
+from fewstep.engine.health.monitor import watching
 from fewstep.engine.mesh import Processes, join, require_mesh
 from fewstep.engine.nets import build_nets, trained_roles
 from fewstep.engine.offload import Shelf
 from fewstep.engine.optim import RoleOptimizer
 from fewstep.engine.preview import Preview
 from fewstep.engine.probe import Probe
-from fewstep.engine.run import Run
+from fewstep.engine.run import Run, autocast
 from fewstep.engine.settings import Parallel, Settings
 from fewstep.engine.shard import hollow, shard
 from fewstep.methods.base import Method, Nets, Weak
@@ -61,10 +63,11 @@ def prepare(
     source = open_data(data, model, method, processes)
     rng = Rng(settings.seed, device=settings.device)
     preview = Preview.of(model, source, rng) if settings.preview_every else None
+    monitor = watching(model, method, settings, nets, processes, source, partial(autocast, settings))
     return Run(
         model=model, method=method, settings=settings, output=output, processes=processes, nets=nets, source=source,
         optimizers=optimizers, average=average, shell=shell, identity=identity, trees=trees, effective=effective,
-        provenance=dict(provenance) | effective.provenance, probe=probe, preview=preview,
+        provenance=dict(provenance) | effective.provenance, probe=probe, preview=preview, monitor=monitor,
     )  # fmt: skip
 
 

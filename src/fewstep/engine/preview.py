@@ -42,14 +42,14 @@ class Preview:
         """A row per prompt with the student at its fewest steps, at its most (if others), and the teacher."""
         counts = sorted(map(int, student.card.contract.grids)) or [student.card.contract.steps]
         columns = [student(self.prompts, num_inference_steps=n) for n in sorted({counts[0], counts[-1]})]
-        return Image.fromarray(_sheet([*columns, self._teacher_clips]))
+        return Image.fromarray(sheet([*columns, self._teacher_clips]))
 
     @cached_property
     def _teacher_clips(self) -> Tensor:
         return self.teacher(self.prompts)
 
 
-def _sheet(columns: list[Tensor]) -> np.ndarray:
+def sheet(columns: list[Tensor]) -> np.ndarray:
     """Columns of clips `[B, 3, F, H, W]` as one uint8 picture `[H', W', 3]`, frames from left to right."""
     strips = []
     for clips in columns:

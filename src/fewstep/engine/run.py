@@ -18,6 +18,7 @@ from fewstep.core.finite import require_finite
 from fewstep.data.base import Source
 from fewstep.engine.checkpoint import Checkpoint, CheckpointError, RunState
 from fewstep.engine.effective import Effective, Watch
+from fewstep.engine.health.monitor import Monitor
 from fewstep.engine.listening import Listener, Overheard
 from fewstep.engine.mesh import Processes
 from fewstep.engine.optim import RoleOptimizer
@@ -55,12 +56,11 @@ class Run:
     """What is really done, beside what was asked for."""
     probe: Probe | None = None
     preview: Preview | None = None
+    monitor: Monitor | None = None
     step: int = 0
     """Iterations done."""
     best: dict[str, float] = field(default_factory=dict)
     """Scores of the best student so far, which is in `output/best`."""
-    health: dict[str, Any] = field(default_factory=dict)
-    """What a monitor remembers of the run, as plain values; it travels with the checkpoints."""
     watch: Watch | None = field(default_factory=Watch)
     """Notes the times of all calls in the first iterations; None afterwards."""
     figures: dict[str, float] = field(default_factory=dict)
@@ -74,7 +74,8 @@ class Run:
         places = [rng.at(place=place) for place in self.processes.places(self.settings.accumulate)]
         batches = [(self.source.batch(self.settings.batch, where), where.place) for where in places]
         seen: dict[str, list[float]] = {}
-        for number, event in enumerate(self.method.updates(self.step)):
+        events = self.monitor.events(self.step) if self.monitor is not None else self.method.updates(self.step)
+        for number, event in enumerate(events):
             match event:
                 case Update():
                     for name, value in self.update(event, batches, rng.fold(f"update/{number}")):
@@ -119,13 +120,21 @@ class Run:
             require_finite(term.detach(), f"step {self.step}, loss {name} of {roles}")
         share = self.settings.accumulate * self.processes.sequence
         with torch.autocast(device_type(self.settings), enabled=False):
+            if self.monitor is not None:
+                self.monitor.compare(terms, roles)
             (torch.stack(list(terms.values())).sum() / share).backward()
         return [(f"loss/{name}", float(term.detach())) for name, term in terms.items()]
 
     @property
     def listeners(self) -> list[Listener]:
         """Whoever is told of every call."""
-        return [] if self.watch is None else [self.watch]
+        heard = None if self.monitor is None else self.monitor.heard
+        return [listener for listener in (self.watch, heard) if listener is not None]
+
+    @property
+    def over(self) -> bool:
+        """Is this the last iteration: all are done, or a collapse has ended the run?"""
+        return self.step >= self.settings.steps or (self.monitor is not None and bool(self.monitor.stopped))
 
     # --- what a run returns and keeps ---------------------------------------------------------------------------------
 
@@ -169,7 +178,8 @@ class Run:
     def state(self) -> RunState:
         components = {name: network.state_dict() for name, network in self.changing.items()}
         components |= {f"{role}.optim": optimizer.state() for role, optimizer in self.optimizers.items()}
-        values = {"identity": self.identity, "best": self.best, "health": self.health, "run": self.trees}
+        health = self.monitor.state() if self.monitor is not None else None
+        values = {"identity": self.identity, "best": self.best, "health": health, "run": self.trees}
         return RunState(self.step, components, values)
 
     def restore(self, saved: Checkpoint) -> None:
@@ -188,7 +198,8 @@ class Run:
         if self.processes.leads:
             recover(self.output / "best")
         self.processes.barrier()
-        if saved.values["best"] and not (self.output / "best" / "card.json").is_file():
+        health = saved.values["health"]
+        if (saved.values["best"] or (health and health["best"])) and not (self.output / "best" / "card.json").is_file():
             raise CheckpointError(
                 f"{self.output / 'best'}, the best student so far, is gone. Put it back, or start anew."
             )
@@ -197,7 +208,11 @@ class Run:
         for role, optimizer in self.optimizers.items():
             name = f"{role}.optim"
             saved.read(name, optimizer.allocate(saved.shapes(name)), self.processes.disk)
-        self.step, self.best, self.health = saved.step, dict(saved.values["best"]), dict(saved.values["health"])
+        self.step, self.best = saved.step, dict(saved.values["best"])
+        if self.monitor is not None:
+            self.monitor.restore(health)
+            if self.processes.leads:
+                self.monitor.record.save(self.output)
 
 
 @torch.no_grad()

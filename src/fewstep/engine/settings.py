@@ -60,6 +60,33 @@ class Parallel:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Health:
+    """A verdict on the student every so often, from clips of fixed prompts and seeds; and what is done about a bad one.
+
+    Nothing here changes what a run computes while its student is sound and its critic keeps up. Runs that are shorter
+    than `every`, and those that distil nothing, are not examined.
+    """
+
+    every: int = 25
+    """Every so many iterations and at the end, a check. It samples `prompts x seeds` clips per step count."""
+    prompts: int = 8
+    """Of the run's own data, fixed by its seed."""
+    seeds: int = 2
+    """Clips per prompt; without two there is no diversity."""
+    keep_best: bool = True
+    """Keep the best student so far, and return it where the run ends diverging or collapsing. A probe has its own rule."""
+    stop_on_collapse: bool = True
+    """End the run after two checks in a row that say `collapsing`; more iterations have never mended that."""
+    help_critic: int = 2
+    """Most extra turns of every update that does not train the student, while the critic lags; 0 = never."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("every", 1), ("prompts", 1), ("seeds", 2), ("help_critic", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"settings.health.{name} must be at least {least}, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """Length, batch, optimisers, precision and bookkeeping of a run."""
 
@@ -89,6 +116,8 @@ class Settings:
     """Every so many iterations and at the end, a checkpoint to resume from. 0 = only at the end."""
     keep_last: int = 2
     """Checkpoints kept; the best by the probe's rule is kept besides."""
+    health: Health | None = Health()
+    """Checks of the student during the run, and what is done about a bad verdict. Null = none."""
     device: str = "cpu"
     parallel: Parallel = Parallel()
     allow_fallback: bool = False

@@ -126,6 +126,10 @@ class Method(ABC):
         """How the student must be sampled. Default: as its teacher."""
         return teacher
 
+    def contract_at(self, teacher: Contract, step: int) -> Contract:
+        """How the student of iteration `step` is best sampled, for figures during the run. Default: as it will be."""
+        return self.contract(teacher)
+
     def cost(self) -> float:
         """Forward-equivalents of the network per iteration and sample (forward 1, backward 2), for plans."""
         return 3.0

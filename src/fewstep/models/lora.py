@@ -92,10 +92,10 @@ def weaken(network: Denoiser, scale: float) -> Denoiser:
 
     ValueError for a network without adapters.
     """
-    if not _layers(network):
+    if not adapters(network):
         raise ValueError("only the adapters of a network can be weakened, and this one has none; set settings.lora")
     view = _borrow(network)
-    for layer in _layers(view).values():
+    for layer in adapters(view).values():
         layer.scale *= scale
     return view
 
@@ -111,10 +111,15 @@ def duplicate(network: _Network) -> _Network:
     return copy.deepcopy(network, {id(tensor): tensor for tensor in loans})
 
 
+def adapters(network: nn.Module) -> dict[str, LoraLinear]:
+    """The adapted layers of a network, by name."""
+    return {name: module for name, module in network.named_modules() if isinstance(module, LoraLinear)}
+
+
 @torch.no_grad()
 def merge(base: nn.Module, network: nn.Module) -> nn.Module:
     """A plain network with the weights of `base` plus the adapters of `network`; `network` itself if it has none."""
-    layers = _layers(network)
+    layers = adapters(network)
     if not layers:
         return network
     whole = copy.deepcopy(base)
@@ -128,7 +133,7 @@ def save_adapter(network: nn.Module, folder: Path, base: str) -> Path:
 
     `base` names the model they belong to, for people. ValueError for a network without adapters.
     """
-    layers = _layers(network)
+    layers = adapters(network)
     if not layers:
         raise ValueError("this network has no adapters to save")
     rank = next(iter(layers.values())).lora_A.out_features
@@ -158,7 +163,7 @@ def load_adapter(base: Denoiser, folder: Path | str) -> Denoiser:
         )
     lora = Lora(rank=config["r"], alpha=config["lora_alpha"], targets=tuple(config["target_modules"]))
     network = adapt(base, lora, Rng(0))
-    mine = {f"{_PREFIX}{name}.{end}": value for name, end, value in _matrices(_layers(network))}
+    mine = {f"{_PREFIX}{name}.{end}": value for name, end, value in _matrices(adapters(network))}
     odd = sorted(mine.keys() ^ stored.keys()) + [k for k in mine if k in stored and mine[k].shape != stored[k].shape]
     if odd:
         raise ValueError(f"{folder / WEIGHTS} does not fit this network: {', '.join(odd[:3])}")
@@ -188,10 +193,6 @@ def _linears(network: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Linea
         for child, layer in parent.named_children():
             if type(layer) is nn.Linear:
                 yield parent, child, f"{path}.{child}" if path else child, layer
-
-
-def _layers(network: nn.Module) -> dict[str, LoraLinear]:
-    return {name: module for name, module in network.named_modules() if isinstance(module, LoraLinear)}
 
 
 def _matrices(layers: dict[str, LoraLinear]) -> Iterator[tuple[str, str, Tensor]]:
