@@ -50,6 +50,8 @@ class Lora:
 class LoraLinear(nn.Module):
     """`x W^T + b + scale (x A^T) B^T`: W and b are borrowed, A and B are its own."""
 
+    weight: Tensor
+
     def __init__(self, base: nn.Linear, rank: int, scale: float) -> None:
         super().__init__()
         self.scale = scale
