@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from fewstep.core.env import place
 from fewstep.engine.settings import Parallel, Settings
@@ -82,7 +83,10 @@ def join(settings: Settings) -> Processes:
     if device != "cpu":
         torch.accelerator.set_device_index(here.local_rank)
     if not dist.is_initialized():
-        dist.init_process_group()
+        store, rank, world = next(rendezvous("env://"))
+        # torchrun keeps its store when it starts a run again, with the addresses of the processes that are gone.
+        store = dist.PrefixStore(f"attempt {here.attempt}", store)
+        dist.init_process_group(store=store, rank=rank, world_size=world)
     replicate, sequence = parallel.replicate, parallel.sequence
     shard = here.world_size // replicate  # shards of one network lie across the neighbours that share a clip, too
     shape = (shard,) if replicate == 1 else (replicate, shard)
