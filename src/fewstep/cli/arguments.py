@@ -191,6 +191,8 @@ class Evaluate(Command):
     seed: int = 2024
     """Draws the prompts and their seeds."""
     num_frames: int | None = None
+    autocast: Literal["off", "bf16"] = "off"
+    """Arithmetic of the networks, for every row."""
     quiet: bool = False
     """No progress bar."""
 

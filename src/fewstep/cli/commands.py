@@ -150,6 +150,7 @@ def evaluate(options: arguments.Evaluate) -> int:
         seeds_per_prompt=options.seeds,
         seed=options.seed,
         num_frames=options.num_frames,
+        autocast=options.autocast,
     )
     with _bar(options.quiet) as progress:
         rows = entries(teacher, student, options.num_inference_steps)
