@@ -35,7 +35,7 @@ SOUND = DMD2(
     rollout=SIMULATED, guidance=CFG(scale=2.5), critic_updates=2,
     score_density=Uniform(low=0.02, high=0.98, shift=2.0), critic_density=Uniform(shift=2.0),
 )  # fmt: skip
-"""The demo's method with a critic update fewer."""
+"""Like the demo's method."""
 LIMIT = 200
 """Iterations within which a spoiled run must be named."""
 INTERVAL = 20

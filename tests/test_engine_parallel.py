@@ -17,6 +17,7 @@ from bench_engine import CASES, Everything, small, tiny_model
 from bench_parallel import EXAMINED, launch, per_frame, results, watched, whole_run
 from fewstep.core import Rng
 from fewstep.core.atomic import discard
+from fewstep.data.base import Source
 from fewstep.engine import Optim, Parallel, train
 from fewstep.engine.checkpoint import Checkpoint, RunState, checkpoints
 from fewstep.engine.health import read_record
@@ -24,7 +25,7 @@ from fewstep.engine.listening import Overheard
 from fewstep.engine.log import RunLog, read_metrics
 from fewstep.engine.mesh import Processes, require_mesh
 from fewstep.engine.offload import Shelf
-from fewstep.engine.prepare import prepare
+from fewstep.engine.prepare import open_data, prepare
 from fewstep.engine.shard import hollow
 from fewstep.methods import METHODS, Method
 from fewstep.models import Lora, VideoDiT, VideoModel
@@ -210,6 +211,24 @@ def test_checkpointing_changes_no_number_and_keeps_less(tmp_path: Path) -> None:
     assert grads[True].keys() == grads[False].keys()
     assert all(torch.equal(grads[True][name], grad) for name, grad in grads[False].items())
     assert kept[True] < 0.8 * kept[False]
+
+
+@pytest.mark.parametrize(("rank", "order"), [(0, ["open", "barrier"]), (1, ["barrier", "open"])])
+def test_the_leader_opens_the_data_first(rank: int, order: list[str]) -> None:
+    """What it stores (text states), the others read."""
+    seen: list[str] = []
+
+    class Peers(Processes):
+        def barrier(self) -> None:
+            seen.append("barrier")
+
+    class Noted(Everything):
+        def open(self, model: VideoModel, needs: frozenset[str]) -> Source:
+            seen.append("open")
+            return super().open(model, needs)
+
+    open_data(Noted(), tiny_model(), CASES["DMD2"], Peers(rank, 2))
+    assert seen == order
 
 
 def test_only_the_leader_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

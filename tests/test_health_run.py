@@ -26,7 +26,8 @@ from fewstep.engine.health.vitals import Verdict
 from fewstep.engine.log import RunLog, read_metrics
 from fewstep.methods import DMD2, BackwardSimulation, Method
 from fewstep.methods.rollouts import NESTED
-from fewstep.models import Card
+from fewstep.models import Card, Lora
+from fewstep.models.lora import adapt, adapters, merge
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 
@@ -254,6 +255,21 @@ def test_opposite_terms_have_opposite_gradients() -> None:
     terms.add({"up": out, "down": -2 * out}, layer)
     assert terms.cosine() == pytest.approx(-1.0) and Terms().cosine() is None
     (out * 1).backward()  # the graph is still there
+
+
+def test_adapters_are_judged_by_the_weights_they_make(tmp_path: Path) -> None:
+    network = adapt(base := tiny_model().denoiser, lora := Lora(rank=2), Rng(0))
+    before = weights.sample(network)
+    assert weights.moved(before, weights.sample(network)) == 0
+    with torch.no_grad():
+        for layer in adapters(network).values():
+            layer.lora_B.weight += 1
+    merged = merge(base, network)
+    made = [merged.get_submodule(name).weight.flatten() for name in adapters(network)]
+    assert torch.equal(weights.sample(network), torch.cat(made))
+    check = run(tmp_path, 3, lora=lora).checks[-1]
+    assert set(check.vitals.moved) == {"student", "critic"} and check.vitals.moved["student"] > 0.9
+    assert check.vitals.change is not None and 0 < check.vitals.change < 0.1
 
 
 def test_weights_that_stand_still_are_counted() -> None:

@@ -80,6 +80,13 @@ def test_the_fewest_changes_that_fit_are_found() -> None:
     assert not any("offload" in r.names for r in remedies({(): PLAN}, 4, elsewhere=False))
 
 
+def test_what_is_done_already_or_cannot_be_is_not_offered() -> None:
+    found = remedies({(): replace(PLAN, shared=True)}, 4, elsewhere=True)
+    assert {remedy.names for remedy in found} == {(), ("stored text",)}
+    found = remedies({(): PLAN.by(Means(offload=True))}, 4, elsewhere=True)
+    assert all("offload" not in remedy.names and remedy.plan.means.offload for remedy in found) and len(found) == 4
+
+
 def test_time_follows_from_the_rate() -> None:
     assert PLAN.seconds(1e12, 1000) == 1000.0
 
