@@ -148,12 +148,16 @@ def test_two_processes_take_over_what_one_has_begun(place_to_run: Path) -> None:
     output = place_to_run / "whole_run"
     whole_run(output)
     newest = checkpoints(output / "checkpoints")[-1]
-    end = RunState.load(newest)
+    end, alone = RunState.load(newest), read_record(output)
     discard(newest)
     done = launch(2, place_to_run, "whole_run")
     assert done.returncode == 0, done.stderr[-4000:]
     for name, tensors in end.components.items():
         assert_close(last_state(output).components[name], tensors, TAKEN_OVER, name)
+    together = read_record(output)
+    assert alone is not None and together is not None and together.checks[0] == alone.checks[0]
+    looks = [record.checks[-1].vitals.looks for record in (alone, together)]
+    assert looks[1].distance == pytest.approx(looks[0].distance, rel=1e-2) and looks[1].accuracy == looks[0].accuracy
 
 
 @pytest.mark.slow
