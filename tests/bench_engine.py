@@ -1,16 +1,13 @@
-"""Test bench: a tiny real video model, data with every field, and one small run per method.
-
-`python tests/bench_engine.py FOLDER MOMENT N` trains `LONG` there and dies by SIGKILL at the N-th such moment.
-"""
+"""Test bench: a tiny real video model, data with every field, and one small run per method."""
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import count
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,6 +19,7 @@ from fewstep.data.base import Data, Source
 from fewstep.diffusion import CFG, Contract, RectifiedFlow
 from fewstep.engine import Optim, Settings, checkpoint, train
 from fewstep.engine.optim import RoleOptimizer
+from fewstep.engine.run import Run
 from fewstep.methods import DMD2, METHODS, BackwardSimulation, FlowMatching, Method, Progressive, ReadAttributes
 from fewstep.methods.rollouts import NESTED
 from fewstep.models import Card, ClipFeatures, Denoiser, FrameAutoencoder, TextEncoder, VideoDiT, VideoModel
@@ -103,12 +101,19 @@ def long_run(output: Path) -> VideoModel:
     return train(tiny_model(), LONG, WorldClips(num_frames=FRAMES), settings, output, quiet=True)
 
 
+def short_run(output: Path, case: str) -> VideoModel:
+    """Eight iterations of one method, a checkpoint every second."""
+    settings = small(8, save_every=2, ema=0.9, accumulate=2)
+    return train(tiny_model(), CASES[case], Everything(), settings, output, quiet=True)
+
+
 MOMENTS: Mapping[str, tuple[Any, str]] = {
+    "iteration": (Run, "iterate"),
     "update": (RoleOptimizer, "step"),
-    "file": (checkpoint, "save_file"),
+    "file": (checkpoint, "write_component"),
     "rename": (Path, "rename"),
 }
-"""Before an optimiser's step; half-way through a file of a checkpoint; before a folder gets its name."""
+"""Before an iteration; an optimiser's step; half-way through a component of a checkpoint; before a folder is renamed."""
 
 
 def die_at(moment: str, number: int) -> None:
@@ -121,14 +126,25 @@ def die_at(moment: str, number: int) -> None:
             return real(*args, **options)
         if moment == "file":
             real(*args, **options)
-            os.truncate(args[1], args[1].stat().st_size // 2)
+            for file in args[1].iterdir():
+                os.truncate(file, file.stat().st_size // 2)
         os.kill(os.getpid(), signal.SIGKILL)
         return None
 
     setattr(owner, name, fatal)
 
 
-if __name__ == "__main__":
+def die(target: Callable[..., VideoModel], moment: str, number: int, *arguments: Any) -> None:
+    """Call `target` in another process, which sends itself SIGKILL at a fixed moment: no clock decides what is tested."""
+    context = get_context("forkserver")  # which imports torch once, for all its children
+    context.set_forkserver_preload(["bench_engine"])
+    process = context.Process(target=_die, args=(target, moment, number, arguments))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def _die(target: Callable[..., VideoModel], moment: str, number: int, arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    die_at(sys.argv[2], int(sys.argv[3]))
-    long_run(Path(sys.argv[1]))
+    die_at(moment, number)
+    target(*arguments)

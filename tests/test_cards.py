@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench_engine import tiny_model
 from fewstep.core import RecipeError
 from fewstep.models import Card, FrameAutoencoder, TextEncoder, VideoModel, fingerprint
 from fewstep.models.bundle import read_card
@@ -59,3 +60,18 @@ def test_a_torn_card_is_said_to_be_torn(tmp_path: Path) -> None:
     path.write_text(path.read_text()[:100])
     with pytest.raises(RecipeError, match=r"card.json is not a card: .*copy the folder again"):
         read_card(tmp_path)
+
+
+def test_weights_may_stay_in_their_file(tmp_path: Path) -> None:
+    teacher = tiny_model()
+    teacher.save(tmp_path)
+    left = VideoModel.from_pretrained(tmp_path, leave=("denoiser",))
+    assert all(p.is_meta for p in left.denoiser.parameters()) and not next(left.codec.parameters()).is_meta
+    weights = left.weights("denoiser")
+    assert weights.keys() == teacher.denoiser.state_dict().keys()
+    assert all(torch.equal(weights[name], value) for name, value in teacher.denoiser.state_dict().items())
+    assert left.fingerprint("denoiser") == teacher.fingerprint("denoiser") == left.card.fingerprints["denoiser"]
+    assert left.weights("codec").keys() == teacher.codec.state_dict().keys()
+    (tmp_path / "codec.safetensors").replace(tmp_path / "denoiser.safetensors")
+    with pytest.raises(RecipeError, match=r"denoiser\.safetensors: tensors do not match the card's network"):
+        VideoModel.from_pretrained(tmp_path, leave=("denoiser",))

@@ -20,9 +20,10 @@ from fewstep.data.base import Data, Source
 from fewstep.engine import CheckpointError, Optim, Settings, WorldProbe, train
 from fewstep.engine.checkpoint import RunState, checkpoints
 from fewstep.engine.log import RunLog, read_metrics
-from fewstep.engine.loop import Run, prepare
 from fewstep.engine.nets import trained_roles
 from fewstep.engine.optim import RoleOptimizer, learning_rate
+from fewstep.engine.prepare import prepare
+from fewstep.engine.run import Run
 from fewstep.methods import DMD2, Copy, FlowMatching, Method, Nets, Sync, Update
 from fewstep.models import Backbone, Card, FeatureHeads, VideoModel, fingerprint
 
@@ -271,12 +272,6 @@ def test_a_probe_that_cannot_work_is_refused_up_front(tmp_path: Path) -> None:
     assert not any((tmp_path / name).exists() for name in ("codec", "large", "b"))
 
 
-def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="one of 2; start it without torchrun"):
-        train(tiny_model(), Denoise(), Everything(), small(1), tmp_path, quiet=True)
-
-
 @pytest.mark.parametrize("field", ["steps", "batch", "accumulate", "log_every", "keep_last"])
 def test_settings_are_checked(field: str) -> None:
     with pytest.raises(ValueError, match=f"settings.{field} must be at least 1, got 0"):
@@ -359,9 +354,9 @@ def test_previews_are_pictures_of_student_beside_teacher(tmp_path: Path) -> None
 
 
 def test_pictures_of_large_clips_are_made_smaller() -> None:
-    from fewstep.engine.preview import _sheet
+    from fewstep.engine.preview import sheet
 
-    assert _sheet([torch.zeros(1, 3, 9, 480, 832)] * 2).shape == (96, 2 * (6 * 166 + 4), 3)
+    assert sheet([torch.zeros(1, 3, 9, 480, 832)] * 2).shape == (96, 2 * (6 * 166 + 4), 3)
 
 
 def test_no_previews_unless_asked_for(tmp_path: Path) -> None:
@@ -464,6 +459,6 @@ def test_trained_roles_are_those_that_some_step_trains() -> None:
 
 
 def test_compile_is_refused_where_nothing_can_be_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fewstep.engine.loop.compile_problem", lambda device: "no compiler here")
+    monkeypatch.setattr("fewstep.engine.effective.compile_problem", lambda device: "no compiler here")
     with pytest.raises(ValueError, match=r"settings\.compile: no compiler here"):
         train(tiny_model(), CASES["FlowMatching"], Everything(), small(1, compile=True), tmp_path, quiet=True)

@@ -30,13 +30,14 @@ from fewstep.evaluate import (
     write_report,
 )
 from fewstep.evaluate.animate import enlarge, fitted, gif_bytes, grid_gif
-from fewstep.evaluate.cases import Cases, read_scenes, true_clips
+from fewstep.evaluate.cases import Cases, true_clips
 from fewstep.evaluate.compare import make_truth
 from fewstep.evaluate.measure import Meter, feature_map
 from fewstep.evaluate.report import best_student, lead, read_curves
 from fewstep.evaluate.sampling import prepare, sample, sample_truth
 from fewstep.evaluate.svg import Point, curve, running_mean, scatter
 from fewstep.models import Card, ClipFeatures, Denoiser, FrameAutoencoder, TextEncoder, VideoDiT, VideoModel
+from fewstep.world.checker import read_scenes
 from fewstep.world.grammar import ATTRIBUTES, describe, parse, world_prompts
 
 SMALL = Suite(prompts=4, seeds_per_prompt=2, batch=4, features="pooled", latency_runs=3, latency_budget=0.5, previews=3)

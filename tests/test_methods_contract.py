@@ -28,6 +28,7 @@ from fewstep.methods import (
     ReadAttributes,
     Reconstruction,
     Sync,
+    Weak,
 )  # fmt: skip
 from fewstep.methods.flow_matching import fold_frames
 from fewstep.methods.rollouts import NESTED
@@ -50,6 +51,7 @@ CASES: dict[str, Method] = {cls.__name__: cls() for cls in METHODS} | {
     "DMD2-three-grids": DMD2(critic_updates=1, rollout=BackwardSimulation(grids=NESTED, shift=3.0, mode="ode")),
     "DMD2-data": DMD2(critic_updates=1, rollout=FromData()),
     "DMD2-anchor": DMD2(critic_updates=1, anchor=0.25),
+    "DMD2-weak": DMD2(critic_updates=1, weak=0.25),
 }
 cases = pytest.mark.parametrize("method", CASES.values(), ids=CASES.keys())
 
@@ -81,7 +83,7 @@ def make_nets(method: Method) -> Nets:
         roles = {"teacher": part(method.part), "student": part(method.part)}
         for role, recipe in method.aux().items():
             match recipe:
-                case Copy():
+                case Copy() | Weak():
                     roles[role] = part(method.part)
                 case Heads(_, layers):
                     roles[role] = FeatureHeads(width=24, layers=layers)

@@ -9,7 +9,9 @@ import torch
 
 from fewstep.metrics import (
     bootstrap,
+    contrast,
     diversity,
+    energy,
     flicker,
     frechet,
     gaussian_distance,
@@ -17,6 +19,7 @@ from fewstep.metrics import (
     percentile,
     pooled,
     ratio_of_means,
+    saturation,
     shuffled,
     split_half,
     wilson,
@@ -213,3 +216,36 @@ def test_clustered_wilson_covers_the_truth_and_plain_wilson_does_not() -> None:
         low, high = wilson(int(right.sum()), groups * size)
         plain += low <= 0.59 <= high
     assert hits / 1000 > 0.93 > 0.88 > plain / 1000
+
+
+# --- energy, colour ---------------------------------------------------------------------------------------------------
+
+
+def test_energy_is_zero_for_equal_distributions_and_grows_with_their_distance() -> None:
+    a, b = torch.randn(4000, 2, 8, generator=rng(1)), torch.randn(4000, 2, 8, generator=rng(2))
+    assert torch.equal(energy(a, a), torch.zeros(4000, dtype=torch.float64))
+    near, mid, far = (float(energy(a, b + shift).mean()) for shift in (0.0, 0.5, 2.0))
+    assert abs(near) < 0.05 < mid < far
+    shared = float(energy(a, a + 0.5).mean())  # clips that share their noise: no bias from equal pairs
+    assert shared == pytest.approx(mid, rel=0.1)
+    assert float(energy(a, b.roll(1, 0)).mean()) == pytest.approx(near, abs=0.05)
+    with pytest.raises(ValueError, match="S >= 2"):
+        energy(a[:, :1], b[:, :1])
+
+
+def test_energy_sees_the_right_clip_for_the_wrong_prompt() -> None:
+    prompts = 10 * torch.randn(50, 1, 8, generator=rng(1))
+    a, b = (prompts + torch.randn(50, 2, 8, generator=rng(seed)) for seed in (2, 3))
+    assert float(energy(a, b).mean()) < 0.5 < 10 < float(energy(a, b.roll(1, 0)).mean())
+
+
+def test_saturation_and_contrast() -> None:
+    red, grey = torch.full((1, 3, 2, 4, 4), -1.0), torch.zeros(1, 3, 2, 4, 4)
+    red[:, 0] = 1
+    assert float(saturation(red)) == 1 and float(saturation(grey)) == 0 == float(contrast(grey))
+    halves = grey.clone()
+    halves[..., :2], halves[..., 2:] = -1, 1
+    assert float(contrast(halves)) == pytest.approx((16 / 15) ** 0.5) and float(saturation(halves)) == 0
+    for metric in (saturation, contrast):
+        with pytest.raises(ValueError, match=r"\[B, 3, F, H, W\]"):
+            metric(torch.zeros(1, 4, 2, 4, 4))

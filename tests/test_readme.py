@@ -148,6 +148,10 @@ def test_other_commands_exist(page: str, command: str) -> None:
             *project["optional-dependencies"],
             "",
         }
+    elif program == "torchrun":
+        arguments, overrides = split_overrides(words[words.index("fewstep") + 1 :])
+        assert words[words.index("fewstep") - 1] == "-m"
+        Recipe.load(ROOT / parse(arguments).recipe, overrides)  # type: ignore[attr-defined]
     elif program == "python":
         script = (ROOT / words[0]).read_text(encoding="utf-8")
         assert all(f'"{word}"' in script for word in words if word.startswith("--")), command

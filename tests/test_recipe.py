@@ -134,6 +134,8 @@ def test_hash_depends_on_values_only(tiny: Path) -> None:
     )
     assert Recipe.load(tiny).hash == recipe.hash
     assert recipe.override([("settings.seed", "1")]).hash != recipe.hash
+    spread = recipe.override([("settings.parallel.checkpointing", "true")])
+    assert spread != recipe and spread.hash == recipe.hash  # how a run is spread decides none of its numbers
 
 
 def test_check_refuses_before_any_weight(tiny: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from fewstep.attention import PATTERNS
 from fewstep.data import DATA
 from fewstep.diffusion import CFG, DENSITIES, PATHS, ddim, dpmpp_2m, euler, heun, renoise
-from fewstep.engine import Settings, WorldProbe
+from fewstep.engine import Health, Settings, WorldProbe
 from fewstep.methods import METHODS, ROLLOUTS
 from fewstep.models import NETWORKS
 from fewstep.models.source import Pretrained, Scratch
@@ -29,7 +29,7 @@ KINDS: Mapping[str, tuple[Callable[..., Any], ...]] = MappingProxyType({
     "samplers": (euler, heun, ddim, dpmpp_2m, renoise),
     "paths": PATHS,
     "densities": DENSITIES,
-    "settings": (Settings, WorldProbe, CFG),
+    "settings": (Settings, Health, WorldProbe, CFG),
 })  # fmt: skip
 _ARXIV = re.compile(r"\b\d{4}\.\d{4,5}\b")
 

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.core.build import At, Raw, RecipeError, build, digest, dump, load_yaml, to_yaml
+from fewstep.core.env import place
 from fewstep.data import Data, require
 from fewstep.engine import Settings, train
-from fewstep.engine.loop import require_possible
+from fewstep.engine.prepare import require_possible, require_processes
 from fewstep.engine.probe import WorldProbe
 from fewstep.evaluate.machine import describe_machine, versions
 from fewstep.methods.base import Method
-from fewstep.models.bundle import Card, VideoModel, fingerprint
+from fewstep.models.bundle import Card, VideoModel
 from fewstep.models.source import ModelSource, Pretrained
 
 FILE = "recipe.yaml"
@@ -97,8 +98,12 @@ class Recipe:
 
     @property
     def hash(self) -> str:
-        """12 characters that name the run: equal exactly when every value is equal."""
-        return digest(self.tree())
+        """12 characters that name the run: equal exactly when every value is equal that decides its numbers.
+
+        How it is spread over processes (`settings.parallel`) is not among them.
+        """
+        tree = self.tree()
+        return digest(tree | {"settings": {key: v for key, v in tree["settings"].items() if key != "parallel"}})
 
     def diff(self, other: Recipe) -> list[Difference]:
         """In which settings `other` differs, by dotted key."""
@@ -129,13 +134,18 @@ class Recipe:
         """Train and return the student; the same call resumes a run that was stopped. Writes `output/student`."""
         output = Path(output)
         self.check()
-        self._claim(output)
-        model = self.model.load()
+        require_processes(self.settings)
+        leads = place().rank == 0
+        if leads:
+            self._claim(output)
+        several = place().world_size > 1  # each then keeps its share of the weights only
+        model = self.model.load(leave=("denoiser",) if several and self.method.part == "denoiser" else ())
         student = train(
             model, self.method, self.data, self.settings, output,
             probe=self.probe, provenance=self._provenance(model), quiet=quiet,
         )  # fmt: skip
-        self.save(output / "student")
+        if leads:
+            self.save(output / "student")
         return student
 
     def _claim(self, output: Path) -> None:
@@ -165,7 +175,7 @@ class Recipe:
                 "recipe": self.hash,
                 "method": type(self.method).__name__,
                 "cite": self.method.cite,
-                "teacher": f"{model.card.name} {fingerprint(model.part(self.method.part))}",
+                "teacher": f"{model.card.name} {model.fingerprint(self.method.part)}",
                 "data": type(self.data).__name__,
                 "data settings": json.dumps(dump(self.data, Data), sort_keys=True),
                 "machine": f"{machine.accelerator or machine.cpu}, {machine.cores} CPU cores, {machine.system}",

@@ -5,10 +5,11 @@ from fewstep.attention.dense import Dense
 from fewstep.attention.kernels import Backend, attend, backends, math_only, pick
 from fewstep.attention.kv import KVCache, KVView
 from fewstep.attention.pattern import Grid3, Pattern
+from fewstep.attention.ulysses import Ulysses
 
 PATTERNS: tuple[type[Pattern], ...] = (Dense, BlockCausal)
 
 __all__ = [
-    "PATTERNS", "Backend", "BlockCausal", "Dense", "Grid3", "KVCache", "KVView", "Pattern", "attend", "backends",
-    "math_only", "pick",
+    "PATTERNS", "Backend", "BlockCausal", "Dense", "Grid3", "KVCache", "KVView", "Pattern", "Ulysses", "attend",
+    "backends", "math_only", "pick",
 ]  # fmt: skip

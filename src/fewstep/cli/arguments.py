@@ -112,7 +112,19 @@ class Train(Command):
     output: Path | None = None
     """Folder of the run (default: runs/<recipe>-<hash>). A run that was stopped goes on from its last checkpoint."""
     dry_run: bool = False
-    """Say what would be trained (parameters, bytes, shapes by role); load and write nothing."""
+    """Say what would be trained, what memory it takes and when; load and write nothing."""
+    memory: str | None = None
+    """With --dry-run: of one device, such as 24GB; says whether the run fits, and what would make it fit."""
+    flops: float | None = None
+    """With --dry-run: floating-point operations per second that the device keeps up, such as 150e12; gives the time."""
+    price: float | None = None
+    """With --dry-run and --flops: of one hour of the device; gives the cost."""
+    shard: int | None = None
+    """With --dry-run and --memory: over how many devices sharding would spread the run (default: 8)."""
+    allow_fallback: bool = False
+    """Where something asked for cannot be had, run otherwise and write it into the student's card. Default: refuse."""
+    strict: bool = False
+    """The default, for those who like to see it written: refuse what cannot be had."""
     quiet: bool = False
     """No progress bar."""
 
@@ -191,6 +203,21 @@ class Evaluate(Command):
 
 
 @dataclass(frozen=True)
+class Watch(Command):
+    """Show how a run is doing: its verdict and figures beside the teacher's, its losses. Live on a terminal."""
+
+    run_folder: Positional[Path]
+    """Output folder of a run, going on or ended."""
+    every: float = 2.0
+    """Seconds between two looks; 0 prints once."""
+
+    def run(self, overrides: Overrides) -> int:
+        from fewstep.cli import watch
+
+        return watch.show(self.run_folder, every=self.every)
+
+
+@dataclass(frozen=True)
 class List(Command):
     """Print what there is, with its source and paper."""
 
@@ -244,7 +271,7 @@ class Doctor(Command):
 
 COMMANDS: dict[str, type[Command]] = {
     "demo": Demo, "prepare": Prepare, "train": Train, "pairs": Pairs, "distill": Distill, "sample": Sample,
-    "evaluate": Evaluate, "list": List, "explain": Explain, "doctor": Doctor,
+    "evaluate": Evaluate, "watch": Watch, "list": List, "explain": Explain, "doctor": Doctor,
 }  # fmt: skip
 
 

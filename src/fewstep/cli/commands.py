@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from fewstep.cli import arguments
 from fewstep.cli.arguments import Overrides, UsageError
+from fewstep.core.env import place
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -35,16 +36,27 @@ def demo(options: arguments.Demo) -> int:
 
 
 def train(options: arguments.Train, overrides: Overrides) -> int:
+    from fewstep.engine.mesh import part_company
     from fewstep.recipe import Recipe
 
+    if options.strict and options.allow_fallback:
+        raise UsageError("--strict and --allow-fallback are opposites; give one of them")
+    if options.strict or options.allow_fallback:
+        overrides = [*overrides, ("settings.allow_fallback", str(options.allow_fallback).lower())]
     recipe = Recipe.load(options.recipe, overrides)
     source = options.recipe if options.recipe.is_dir() else options.recipe.with_suffix("")
     output = options.output or Path("runs") / f"{source.name}-{recipe.hash}"
     if options.dry_run:
         from fewstep.cli import plan
 
-        return plan.show(recipe, output)
+        return plan.show(recipe, output, plan.Device.of(options))
+    for option in ("memory", "flops", "price", "shard"):
+        if getattr(options, option) is not None:
+            raise UsageError(
+                f"--{option} belongs to --dry-run, which says what a run would take; add it, or leave this out"
+            )
     recipe.run(output, quiet=options.quiet)
+    part_company()
     return _made(output / "student")
 
 
@@ -186,5 +198,7 @@ def _bar(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
 
 
 def _made(path: Path) -> int:
-    print(path)
+    """Say where the result is; of several processes one does."""
+    if place().rank == 0:
+        print(path)
     return 0

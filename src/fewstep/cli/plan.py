@@ -1,79 +1,175 @@
-"""`--dry-run`: what a recipe would train, computed on networks that have shapes but no memory."""
+"""`--dry-run`: what a recipe would train, hold and cost, computed on networks that have shapes but no memory."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import torch
-from torch import nn
+from rich.console import Console
 
+from fewstep.cli.arguments import Train, UsageError
 from fewstep.cli.screen import screen, table
-from fewstep.engine.nets import build_nets, trained_roles
+from fewstep.core.env import place
+from fewstep.engine.memory import Means, Plan, Remedy, fitting, parse_bytes, remedies
+from fewstep.engine.outline import Outline
+from fewstep.engine.settings import Settings
+from fewstep.models import Lora
 from fewstep.models.bundle import Card, VideoModel
-from fewstep.models.source import outline
 from fewstep.recipe import Recipe
 
+TRIED = 6
+"""Ways to fit that are shown."""
 
-def show(recipe: Recipe, output: Path) -> int:
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """What a run is compared with; None where nothing was said."""
+
+    memory: int | None = None
+    flops: float | None = None
+    """Per second."""
+    price: float | None = None
+    """Of an hour."""
+    shard: int = 8
+
+    @classmethod
+    def of(cls, options: Train) -> Device:
+        if options.price is not None and options.flops is None:
+            raise UsageError("--price needs --flops: without a speed there is no time to pay for")
+        for option in ("flops", "price"):
+            if (getattr(options, option) or 1.0) <= 0:
+                raise UsageError(f"--{option} must be positive, got {getattr(options, option)}")
+        if options.shard is not None and options.memory is None:
+            raise UsageError("--shard needs --memory: it says how far sharding would go to make the run fit")
+        memory = None if options.memory is None else parse_bytes(options.memory)
+        return cls(memory=memory, flops=options.flops, price=options.price, shard=options.shard or 8)
+
+
+def show(recipe: Recipe, output: Path, device: Device = Device()) -> int:
     card = recipe.check()
     out = screen()
-    model = outline(card)
+    plan = planned(recipe, recipe.settings, card)
     out.print(
         f"recipe {recipe.hash}: {type(recipe.method).__name__} on {card.name}, would write {output}", markup=False
     )
-    heads = ("role", "network", "parameters", "trained", "weights, gradients, optimiser")
-    out.print(table(heads, roles(recipe, model)))
-    out.print(table(("\nshapes", ""), shapes(recipe, card, model)))
-    settings = recipe.settings
-    clips = settings.batch * settings.accumulate
-    work = f"{recipe.method.cost():g} forward-equivalents per clip and iteration"
-    out.print(f"\n{settings.steps} iterations of {clips} clips, {work}")
+    out.print(table(("held all the time", "network", "parameters", "trained", "weights", "optimiser"), holdings(plan)))
+    out.print(table(("\nmeanwhile, training", "gradients", "activations", "with all that is held"), phases(plan)))
+    out.print(table(("\nshapes", ""), shapes(recipe, card)))
+    out.print()
+    for line in work(recipe, plan, device):
+        out.print(line, markup=False)
+    if device.memory is not None:
+        verdict(out, recipe, card, plan, device)
     out.print("nothing was loaded or written")
     return 0
 
 
-def roles(recipe: Recipe, model: VideoModel) -> list[tuple[str, ...]]:
-    """One row per role, and one per part of the model that no role trains."""
-    with torch.device("meta"):
-        nets = dict(build_nets(model, recipe.method, recipe.settings.seed))
-    trained = set(trained_roles(recipe.method, recipe.settings.steps))
-    if recipe.settings.ema > 0:
-        nets["student average"] = nets["student"]
-    nets |= {name: part for name, part in model.parts.items() if name != recipe.method.part}
-    return [_row(role, network, role in trained) for role, network in nets.items()]
+def planned(recipe: Recipe, settings: Settings, card: Card) -> Plan:
+    """The recipe with other `settings`, and what its data and `settings.parallel` do already to be small."""
+    parallel = settings.parallel
+    shard = parallel.shard * parallel.sequence or max(1, place().world_size // parallel.replicate)
+    stored = bool(getattr(recipe.data, "text_cache", "")) and settings.device != "cpu"
+    plan = Outline.of(card, recipe.method, settings, getattr(recipe.data, "num_frames", None)).plan()
+    return plan.by(Means(shard=shard, offload=parallel.offload, stored_text=stored))
 
 
-def shapes(recipe: Recipe, card: Card, model: VideoModel) -> list[tuple[str, str]]:
+def holdings(plan: Plan) -> Iterator[tuple[str, ...]]:
+    """One row per network."""
+    for held in plan.holdings:
+        trained = f"{held.trained:,}" if held.trained else "no"
+        sizes = (size(held.weights), size(held.optimizer) if held.optimizer else "-")
+        yield held.role, held.network, f"{held.parameters:,}", trained, *sizes
+
+
+def phases(plan: Plan) -> Iterator[tuple[str, ...]]:
+    """One row per kind of update."""
+    for phase in plan.phases:
+        yield "+".join(phase.roles), size(phase.gradients), size(phase.activations), size(plan.total(phase))
+
+
+def shapes(recipe: Recipe, card: Card) -> list[tuple[str, str]]:
     """Shapes of what flows through a run, by name."""
+    from fewstep.models.source import outline as sketch
+
+    model: VideoModel = sketch(card)
     batch = recipe.settings.batch
     frames = getattr(recipe.data, "num_frames", None) or card.num_frames
     rows = [("frames [B, 3, F, H, W]", str([batch, 3, frames, card.height, card.width]))]
     if "codec" in model.parts:
-        rows.append(
-            ("latents [B, C, F, h, w]", str([batch, *model.codec.latent_shape(frames, card.height, card.width)]))
-        )
+        latents = [batch, *model.codec.latent_shape(frames, card.height, card.width)]
+        rows.append(("latents [B, C, F, h, w]", str(latents)))
     if "text" in model.parts:
         rows.append(("text states [B, L, D]", str([batch, model.text.length, model.text.width])))
     if "denoiser" in model.parts:
         contract = recipe.method.contract(card.contract)
         grids = {steps: [round(t, 4) for t in times] for steps, times in contract.grids.items()}
-        rows.append(
-            (
-                "sampled with",
-                f"{contract.solver}, guidance {contract.guidance.scale:g}, times {grids or 'of any number'}",
-            )
-        )
+        how = f"{contract.solver}, guidance {contract.guidance.scale:g}, times {grids or 'of any number'}"
+        rows.append(("sampled with", how))
     return rows
 
 
-def _row(role: str, network: nn.Module, trained: bool) -> tuple[str, ...]:
-    count = sum(p.numel() for p in network.parameters())
-    copies = 4 if trained else 1  # weights, gradients and two moments, all float32
-    inner = getattr(network, "backbone", network)
+def work(recipe: Recipe, plan: Plan, device: Device) -> Iterator[str]:
+    """Peak, length, time and cost, a line each."""
+    settings, peak = recipe.settings, plan.peak
+    yield f"peak {size(peak.bytes)} while {'+'.join(peak.phase.roles)} is trained, beside the program itself"
+    clips = settings.batch * settings.accumulate
+    yield f"{settings.steps} iterations of {clips} clips, {recipe.method.cost():g} forward-equivalents per clip and iteration"
+    yield f"{plan.flops / 1e12:.3g} TFLOP per iteration"
+    if device.flops is not None:
+        hours = plan.seconds(device.flops, 1000) / 3600
+        cost = f", costs {device.price * hours:,.2f}" if device.price is not None else ""
+        yield f"1000 iterations take {duration(hours)} at {device.flops:.3g} FLOP/s{cost}"
+
+
+def verdict(out: Console, recipe: Recipe, card: Card, plan: Plan, device: Device) -> None:
+    """Whether the run fits, and the simplest ways to make it fit."""
+    limit = device.memory or 0
+    if plan.peak.bytes <= limit:
+        out.print(f"fits in {size(limit)}: {size(limit - plan.peak.bytes)} are left for the program and the kernels")
+        return
+    out.print(f"does not fit in {size(limit)}: {size(plan.peak.bytes - limit)} too much")
+    found = remedies(variants(recipe, card, plan), device.shard, recipe.settings.device != "cpu")
+    single = [remedy for remedy in found if len(remedy.names) == 1]
+    out.print(table(("\nalone", "peak", "fits"), (_row(remedy, limit) for remedy in single)))
+    ways = list(fitting([remedy for remedy in found if remedy.names], limit))
+    if not ways:
+        out.print("\nnone of these fits, nor all together: take a smaller settings.batch, clip or network")
+    elif any(len(remedy.names) > 1 for remedy in ways):
+        shown = [remedy for remedy in ways if len(remedy.names) > 1][:TRIED]
+        out.print(table(("\ntogether", "peak", "fits"), (_row(remedy, limit) for remedy in shown)))
+
+
+def variants(recipe: Recipe, card: Card, plan: Plan) -> dict[tuple[str, ...], Plan]:
+    """The run as it is and with what changes its activations, measured each."""
+    settings, denoiser = recipe.settings, recipe.method.part == "denoiser"
+    found: dict[tuple[str, ...], Plan] = {(): plan}
+    if not denoiser:
+        return found
+    again = {"parallel": replace(settings.parallel, checkpointing=True)}
+    ways: dict[tuple[str, ...], dict[str, Any]] = {}
+    if not settings.parallel.checkpointing:
+        ways["checkpointing",] = again
+    if settings.lora is None and not settings.parallel.offload and plan.means.shard == 1:
+        ways |= {("LoRA", *names): {"lora": Lora(), **way} for names, way in {(): {}, **ways}.items()}
+    return found | {names: planned(recipe, replace(settings, **way), card) for names, way in ways.items()}
+
+
+def _row(remedy: Remedy, limit: int) -> tuple[str, str, str]:
+    return " + ".join(remedy.names), size(remedy.bytes), "yes" if remedy.bytes <= limit else "no"
+
+
+def size(amount: int) -> str:
+    """Bytes for people."""
+    return f"{amount / 2**30:,.1f} GiB" if amount >= 10 * 2**30 else f"{amount / 2**20:,.1f} MiB"
+
+
+def duration(hours: float) -> str:
     return (
-        role,
-        type(inner).__name__,
-        f"{count:,}",
-        "yes" if trained else "no",
-        f"{4 * copies * count / 2**20:,.1f} MiB",
+        f"{hours:.1f} hours"
+        if hours >= 1
+        else f"{60 * hours:.1f} minutes"
+        if hours >= 1 / 60
+        else f"{3600 * hours:.1f} s"
     )

@@ -35,17 +35,22 @@ def replacing_folder(target: Path) -> Iterator[Path]:
 
     A kill while the names change hands leaves what was there before beside it; `recover(target)` puts it back.
     """
-    draft = target.with_name(f".draft-{target.name}")
+    draft = draft_of(target)
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     yield draft
-    for path in draft.iterdir():
+    for path in filter(Path.is_file, draft.rglob("*")):
         with path.open("rb+") as file:
             os.fsync(file.fileno())  # otherwise a power cut may leave the final name on files without content
     if target.exists():
         discard(target, successor=draft)
     else:
         draft.rename(target)
+
+
+def draft_of(target: Path) -> Path:
+    """Where `replacing_folder(target)` writes."""
+    return target.with_name(f".draft-{target.name}")
 
 
 def discard(folder: Path, successor: Path | None = None) -> None:

@@ -12,10 +12,15 @@ class Place:
 
     rank: int
     world_size: int
+    local_rank: int = 0
+    """Among the processes of this machine: the number of its device."""
+    attempt: int = 0
+    """How often all of them have been started again."""
 
 
 def place() -> Place:
-    return Place(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    defaults = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "TORCHELASTIC_RESTART_COUNT": 0}
+    return Place(*(int(os.environ.get(name, default)) for name, default in defaults.items()))
 
 
 def cpu_count() -> int:

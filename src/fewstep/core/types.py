@@ -32,6 +32,9 @@ class Cond:
     def __getitem__(self, index: Tensor | slice) -> Cond:
         return Cond(self.text[index], self.mask[index])
 
+    def to(self, device: str | torch.device) -> Cond:
+        return Cond(self.text.to(device), self.mask.to(device))
+
     def expand(self, batch: int) -> Cond:
         """The single condition of this object, repeated `batch` times."""
         return Cond(self.text.expand(batch, -1, -1), self.mask.expand(batch, -1))

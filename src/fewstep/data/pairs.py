@@ -19,7 +19,7 @@ from fewstep.data.video import write_video
 from fewstep.diffusion import CFG, Contract, Prediction, solve, uniform_grid
 from fewstep.diffusion.samplers import Solver, calls
 from fewstep.diffusion.times import check_grid
-from fewstep.models.bundle import Card, VideoModel, fingerprint, latent_shape_of
+from fewstep.models.bundle import Card, VideoModel, latent_shape_of
 
 PREVIEWED = 4
 
@@ -164,7 +164,7 @@ class _Teacher:
         """Everything that shapes the states."""
         plan = self.plan
         return {
-            "teacher": {"denoiser": fingerprint(self.model.denoiser), "text": fingerprint(self.model.text)},
+            "teacher": {name: self.model.fingerprint(name) for name in ("denoiser", "text")},
             "times": plan.times, **asdict(self.course), "seed": plan.seed, "per_prompt": plan.per_prompt,
             "latent_shape": self.shape, "storage": plan.storage,
         }  # fmt: skip
@@ -221,6 +221,8 @@ class StoredPairs(Data):
     teacher: str = ""
     """Fingerprint of the denoiser that made the pairs, where it is not the model the run starts from (a causal student
     taught by a bidirectional teacher)."""
+    text_cache: str = ""
+    """Folder for the text states of all captions, as in Prompts."""
 
     def check_card(self, card: Card) -> None:
         self._fit(latent_shape_of(card), card.name)
@@ -229,7 +231,7 @@ class StoredPairs(Data):
 
     def check(self, model: VideoModel) -> None:
         self._fit(model.latent_shape() if "codec" in model.parts else None, model.card.name)
-        self._compare(fingerprint(model.denoiser), fingerprint(model.text), model.card.name)
+        self._compare(model.fingerprint("denoiser"), model.fingerprint("text"), model.card.name)
 
     def _fit(self, here: tuple[int, ...] | None, name: str) -> None:
         there = tuple(read_manifest(self.path, "pairs")["settings"]["latent_shape"])
@@ -258,7 +260,9 @@ class StoredPairs(Data):
     def open(self, model: VideoModel, needs: frozenset[str]) -> Source:
         require(self, needs)
         self.check(model)
-        return _PairSource(ShardReader(self.path, "pairs"), Texts(model, needs), needs)
+        reader = ShardReader(self.path, "pairs")
+        captions = [row["caption"] for row in reader.rows]
+        return _PairSource(reader, Texts(model, needs, self.text_cache, captions), needs)
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,17 @@ class Prompts(Data):
     provides: ClassVar[frozenset[str]] = frozenset({"prompts"})
 
     path: str
+    text_cache: str = ""
+    """Folder for the text states of all prompts: encoded once, before training, and read from there. The text encoder is
+    then not on the device that trains. Empty encodes each prompt when it is first drawn."""
 
     def check_card(self, card: Card) -> None:
         read_prompts(self.path)
 
     def open(self, model: VideoModel, needs: frozenset[str]) -> Source:
         require(self, needs)
-        return _PromptSource(read_prompts(self.path), Texts(model, needs), model.latent_shape())
+        prompts = read_prompts(self.path)
+        return _PromptSource(prompts, Texts(model, needs, self.text_cache, prompts), model.latent_shape())
 
 
 def read_prompts(path: str | Path) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from fewstep.core import Batch, Rng
 from fewstep.data.base import Data, DataError, Source, draw_indices, require
 from fewstep.data.store import ShardReader, read_manifest
 from fewstep.data.texts import Texts
-from fewstep.models.bundle import Card, VideoModel, fingerprint
+from fewstep.models.bundle import Card, VideoModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +19,8 @@ class Latents(Data):
     provides: ClassVar[frozenset[str]] = frozenset({"prompts", "x0"})
 
     path: str
+    text_cache: str = ""
+    """Folder for the text states of all captions, as in Prompts."""
 
     def check_card(self, card: Card) -> None:
         cut = read_manifest(self.path, "latents")["settings"]["cut"]
@@ -34,7 +36,7 @@ class Latents(Data):
             self._compare(card.fingerprints["codec"], card)
 
     def check(self, model: VideoModel) -> None:
-        self._compare(fingerprint(model.codec), model.card)
+        self._compare(model.fingerprint("codec"), model.card)
 
     def _compare(self, here: str, card: Card) -> None:
         there = read_manifest(self.path, "latents")["settings"]["codec"]
@@ -48,7 +50,9 @@ class Latents(Data):
     def open(self, model: VideoModel, needs: frozenset[str]) -> Source:
         require(self, needs)
         self.check(model)
-        return _LatentSource(ShardReader(self.path, "latents"), Texts(model, needs), "x0" in needs)
+        reader = ShardReader(self.path, "latents")
+        captions = [row["caption"] for row in reader.rows]
+        return _LatentSource(reader, Texts(model, needs, self.text_cache, captions), "x0" in needs)
 
 
 def _size(clip: dict[str, int]) -> str:

@@ -28,7 +28,11 @@ from fewstep.data.base import DataError
 
 FORMAT = 1
 Storage = Literal["float16", "float32"]
-KINDS = {"latents": "Latents (fewstep prepare)", "pairs": "StoredPairs (fewstep pairs)"}
+KINDS = {
+    "latents": "Latents (fewstep prepare)",
+    "pairs": "StoredPairs (fewstep pairs)",
+    "texts": "a recipe's data.text_cache",
+}
 OPEN_SHARDS = 32
 _HEADER = "fewstep"
 
@@ -160,7 +164,7 @@ class ShardReader:
 
 
 def read_manifest(folder: str | Path, kind: str) -> dict[str, Any]:
-    """The manifest of a complete folder of `kind` (`latents` or `pairs`). DataError that says what to do otherwise."""
+    """The manifest of a complete folder of `kind` (a key of `KINDS`). DataError that says what to do otherwise."""
     path = Path(folder) / "manifest.json"
     if not path.is_file():
         raise DataError(f"{folder}: no manifest.json there. It is a folder made for {KINDS[kind]}.")

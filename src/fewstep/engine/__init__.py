@@ -3,6 +3,6 @@
 from fewstep.engine.checkpoint import CheckpointError
 from fewstep.engine.loop import Run, train
 from fewstep.engine.probe import Probe, WorldProbe
-from fewstep.engine.settings import Optim, Settings
+from fewstep.engine.settings import Health, Optim, Parallel, Settings
 
-__all__ = ["CheckpointError", "Optim", "Probe", "Run", "Settings", "WorldProbe", "train"]
+__all__ = ["CheckpointError", "Health", "Optim", "Parallel", "Probe", "Run", "Settings", "WorldProbe", "train"]

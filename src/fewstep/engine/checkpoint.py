@@ -1,23 +1,37 @@
-"""A run's whole state on disk, from which a killed run goes on bit for bit.
+"""A run's whole state on disk, from which a killed run goes on bit for bit, on as many processes as there are then.
 
-One folder per checkpoint: a safetensors file per component (`student`, `student.optim`, `ema`, ...) and `state.json`.
+One folder per checkpoint: a folder per component (`student`, `student.optim`, `ema`, ...) and `state.json`. Tensors are
+written by torch.distributed.checkpoint in its safetensors format: every process writes its own shards and reads what it
+needs, whatever the number of processes was. Nothing is ever unpickled: files hold tensors, `state.json` plain values.
 Folders are written beside and renamed at the end: whatever carries its final name is complete, whenever a kill came.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import dataclass
+import warnings
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from fewstep.core.atomic import discard, replacing_folder
+from fewstep.core.atomic import discard, draft_of, replacing_folder
 
 PREFIX = "step-"
+FILE = "state.json"
+_SAMPLED = 1 << 16
+
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+"""Said whenever one process saves or loads, which is no news to anyone."""
 
 
 class CheckpointError(ValueError):
@@ -26,38 +40,142 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class RunState:
-    """Everything a run owns: tensors by component, and plain values (what run it is, best scores)."""
+    """Everything a run owns: tensors by component (shared with the run), and plain values (what run it is, best scores).
+
+    The learning rate and the position in the data are functions of `step`; random numbers have no state at all.
+    """
 
     step: int
     components: dict[str, dict[str, Tensor]]
     values: dict[str, Any]
 
-    def save(self, folder: Path) -> Path:
-        """Write `folder/step-NNNNNN`, whole or not at all, and return it."""
+    def staged(self) -> RunState:
+        """A copy on the CPU, shard by shard, that later steps do not change."""
+        copies = {
+            name: {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
+            for name, tensors in self.components.items()
+        }
+        return replace(self, components=copies, values=json.loads(json.dumps(self.values)))
+
+    def save(self, folder: Path, group: dist.ProcessGroup | None = None) -> Path:
+        """Write `folder/step-NNNNNN`, whole or not at all, and return it. With a group, all its processes must call."""
         target = folder / f"{PREFIX}{self.step:06d}"
-        with replacing_folder(target) as draft:
+        leads = group is None or dist.get_rank(group) == 0
+        with replacing_folder(target) if leads else nullcontext(draft_of(target)) as draft:
+            if group is not None:
+                dist.barrier(group)  # the draft is empty and nobody has begun to write
             for name, tensors in self.components.items():
-                save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, draft / f"{name}.safetensors")
-            state = {"step": self.step, "components": sorted(self.components), "values": self.values}
-            (draft / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
+                write_component(tensors, draft / name, group)
+            if leads:
+                listing = {name: {file.name: _stamp(file) for file in _files(draft / name)} for name in self.components}
+                state = {"step": self.step, "components": listing, "values": self.values}
+                (draft / FILE).write_text(json.dumps(state, indent=2), encoding="utf-8")
         return target
 
     @classmethod
     def load(cls, folder: Path) -> RunState:
-        """Read one checkpoint. CheckpointError names the file that is missing, cut short or unreadable."""
-        file = folder / "state.json"
+        """Read a checkpoint whole, into this process, however many wrote it. Errors as in `Checkpoint.open`."""
+        saved = Checkpoint.open(folder)
+        components = {name: saved.blank(name) for name in saved.components}
+        for name, tensors in components.items():
+            saved.read(name, tensors)
+        return cls(saved.step, components, saved.values)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk, of which nothing but `state.json` has been read."""
+
+    folder: Path
+    step: int
+    components: tuple[str, ...]
+    values: dict[str, Any]
+
+    @classmethod
+    def open(cls, folder: Path) -> Checkpoint:
+        """CheckpointError names the file that is missing, cut short, unreadable, or not the one that was saved."""
+        file = folder / FILE
         try:
             state = json.loads(file.read_text(encoding="utf-8"))
-            components = {}
-            for name in state["components"]:
-                file = folder / f"{name}.safetensors"
-                components[name] = load_file(file)
-            return cls(state["step"], components, state["values"])
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            listing: Mapping[str, Mapping[str, str]] = state["components"]
+            for name, stamps in listing.items():
+                for file in (folder / name / shard for shard in stamps):
+                    if _stamp(file) != stamps[file.name]:
+                        raise ValueError("it is not the file that was saved here")
+            opened = cls(folder, state["step"], tuple(listing), state["values"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{file} is missing, cut short or unreadable ({error}). "
                 f"Delete {folder} to go on from the checkpoint before it, or from the start if there is none."
             ) from error
+        known = {folder / FILE, *(folder / name / shard for name, stamps in listing.items() for shard in stamps)}
+        if foreign := sorted({path for path in folder.rglob("*") if path.is_file()} - known):
+            raise CheckpointError(f"{foreign[0]} was not written by the run whose checkpoint this is; delete that file")
+        return opened
+
+    def shapes(self, name: str) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        """Shape and dtype of every tensor of a component."""
+        if not (self.folder / name).is_dir():
+            return {}
+        stored = HuggingFaceStorageReader(str(self.folder / name)).read_metadata().state_dict_metadata
+        return {key: (entry.size, entry.properties.dtype) for key, entry in stored.items()}  # type: ignore[union-attr]
+
+    def blank(self, name: str) -> dict[str, Tensor]:
+        """Tensors on the CPU, into which `read` can read a component whole."""
+        return {key: torch.empty(size, dtype=dtype) for key, (size, dtype) in self.shapes(name).items()}
+
+    def read(self, name: str, into: dict[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
+        """Fill the tensors of a component in place, of a sharded one this process' part. With a group, all must call."""
+        stored = self.shapes(name)
+        odd = sorted(into.keys() ^ stored.keys())
+        odd += [key for key, tensor in into.items() if key in stored and tensor.shape != stored[key][0]]
+        if odd:
+            raise CheckpointError(f"{self.folder / name} is of another network: {', '.join(odd[:4])} do not match")
+        if into:
+            reader = HuggingFaceStorageReader(str(self.folder / name))
+            dcp.load(dict(into), storage_reader=reader, process_group=group, no_dist=group is None)
+
+
+class Saver:
+    """Writes checkpoints beside the training, one at a time, and keeps the newest `keep`.
+
+    `save` returns as soon as the state is copied; `wait` (or the next `save`) raises what went wrong with it.
+    """
+
+    def __init__(self, folder: Path, keep: int, group: dist.ProcessGroup | None = None) -> None:
+        self.folder, self.keep, self.group = folder, keep, group
+        self._leads = group is None or dist.get_rank(group) == 0
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._thread.shutdown(wait=True)  # also when the run fails: what was begun is finished
+        if kind is None:  # otherwise the run's own error is the one to tell
+            self.wait()
+
+    def save(self, state: RunState) -> None:
+        self.wait()
+        self._pending = self._thread.submit(self._write, state.staged())
+
+    def wait(self) -> None:
+        """Until the last checkpoint has its name."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _write(self, state: RunState) -> None:
+        state.save(self.folder, self.group)
+        if self._leads:
+            prune(self.folder, self.keep)
+
+
+def write_component(tensors: dict[str, Tensor], folder: Path, group: dist.ProcessGroup | None) -> None:
+    """One safetensors file per process that holds some of it, each flushed to the disk."""
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    dcp.save(dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -70,3 +188,15 @@ def prune(folder: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints."""
     for old in checkpoints(folder)[:-keep]:
         discard(old)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def _stamp(file: Path) -> str:
+    """Length, and a digest of both ends: tells truncated and exchanged files without reading gigabytes."""
+    with file.open("rb") as stream:
+        start, size = stream.read(_SAMPLED), stream.seek(0, 2)
+        stream.seek(max(0, size - _SAMPLED))
+        return f"{size} {hashlib.blake2b(start + stream.read(), digest_size=8).hexdigest()}"

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -22,18 +23,24 @@ class Writer(Protocol):
 class RunLog:
     """One line per logged iteration: `{"step": 10, "loss/dm": 0.4, ..., "time": seconds since start}`.
 
-    A resumed run drops the lines after its checkpoint, so the file reads as if the run had never stopped.
+    A resumed run drops the lines after its checkpoint, so the file reads as if the run had never stopped. Of several
+    processes only the one that `leads` writes and shows anything.
     """
 
-    def __init__(self, folder: Path, *, resume_step: int, total: int, quiet: bool) -> None:
+    def __init__(self, folder: Path, *, resume_step: int, total: int, quiet: bool, leads: bool = True) -> None:
+        self.path, self.leads = folder / "metrics.jsonl", leads
+        self.progress = progress_bar(quiet or not leads)
+        self._task = self.progress.add_task("train", total=total, completed=resume_step, note="")
+        self._board: Writer | None = None
+        if leads:
+            self._open(folder, resume_step)
+
+    def _open(self, folder: Path, resume_step: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "metrics.jsonl"
         kept = [row for row in read_metrics(self.path) if row["step"] <= resume_step]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self._began = time.monotonic() - (kept[-1].get("time", 0.0) if kept else 0.0)
         self._board = _tensorboard(folder / "tensorboard", resume_step)
-        self.progress = progress_bar(quiet)
-        self._task = self.progress.add_task("train", total=total, completed=resume_step, note="")
 
     def __enter__(self) -> RunLog:
         self.progress.start()
@@ -53,7 +60,14 @@ class RunLog:
         """One fact for the person who watches."""
         self.progress.console.print(line, highlight=False, markup=False)
 
+    def picture(self, image: Image.Image, path: Path) -> None:
+        if self.leads:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.save(path)
+
     def write(self, step: int, figures: dict[str, float]) -> None:
+        if not self.leads:
+            return
         row: dict[str, Any] = {"step": step, **figures, "time": round(time.monotonic() - self._began, 3)}
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")

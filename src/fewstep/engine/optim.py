@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from fewstep.engine.settings import Optim
 
@@ -16,8 +18,9 @@ class RoleOptimizer:
     ValueError where Muon is asked for and the network has no such matrices.
     """
 
-    def __init__(self, network: nn.Module, optim: Optim, steps: int) -> None:
-        self.optim, self.steps, self.network = optim, steps, network
+    def __init__(self, network: nn.Module, optim: Optim, steps: int, *, rest: bool = False) -> None:
+        """With `rest`, the optimiser's tensors wait on the CPU between steps."""
+        self.optim, self.steps, self.network, self.rest = optim, steps, network, rest
         self.parts: dict[str, torch.optim.Optimizer] = {}
         matrices, others = _split(network) if optim.type == "muon" else ([], list(network.parameters()))
         if optim.type == "muon":
@@ -36,7 +39,12 @@ class RoleOptimizer:
         """Scale the role's gradient to the largest norm allowed; its norm before. ValueError if there is no gradient."""
         if all(parameter.grad is None for parameter in self.network.parameters()):
             raise ValueError(f"no loss of this update depends on the {type(self.network).__name__} it should train")
-        return nn.utils.clip_grad_norm_(self.network.parameters(), self.optim.clip)
+        gradients = [parameter.grad for parameter in self.network.parameters() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()  # of all shards; scaling is each one's own business
+        nn.utils.clip_grads_with_norm_(self.network.parameters(), self.optim.clip, norm)
+        return norm
 
     def step(self, step: int) -> float:
         """Update with the learning rate of iteration `step`, which is returned, and clear the gradient."""
@@ -44,9 +52,20 @@ class RoleOptimizer:
         for part in self.parts.values():
             for group in part.param_groups:
                 group["lr"] = rate
+            if self.rest:
+                self._move(part, None)
             part.step()
+            if self.rest:
+                self._move(part, "cpu")
             part.zero_grad(set_to_none=True)
         return rate
+
+    def _move(self, part: torch.optim.Optimizer, where: str | None) -> None:
+        """Every tensor to one device, or each to its parameter's."""
+        for parameter, slots in part.state.items():
+            for slot, value in slots.items():
+                if slot != "step":  # torch counts steps on the CPU
+                    slots[slot] = value.to(where or parameter.device)
 
     def state(self) -> dict[str, Tensor]:
         """Every optimiser tensor by `<optimiser>/<slot>/<parameter name>`."""
@@ -58,12 +77,17 @@ class RoleOptimizer:
             for slot, value in slots.items()
         }
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def allocate(self, keys: Iterable[str]) -> dict[str, Tensor]:
+        """Empty optimiser tensors for the keys of an earlier `state`, already in their places, to be filled.
+
+        Keys of parameters that this role does not have are left out.
+        """
         parameters = dict(self.network.named_parameters())
-        for key, value in state.items():
-            kind, slot, name = key.split("/", 2)
-            device = "cpu" if slot == "step" else parameters[name].device  # torch counts steps on the CPU
-            self.parts[kind].state[parameters[name]][slot] = value.to(device)
+        for kind, slot, name in (key.split("/", 2) for key in keys):
+            if kind in self.parts and name in parameters:
+                empty = torch.zeros(()) if slot == "step" else torch.zeros_like(parameters[name], requires_grad=False)
+                self.parts[kind].state[parameters[name]][slot] = empty
+        return self.state()
 
 
 def learning_rate(optim: Optim, step: int, steps: int) -> float:
@@ -78,6 +102,11 @@ def learning_rate(optim: Optim, step: int, steps: int) -> float:
             return optim.lr * (1 - progress)
         case "cosine":
             return optim.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def matrices_of(network: nn.Module) -> list[nn.Parameter]:
+    """What Muon would work on."""
+    return _split(network)[0]
 
 
 def _split(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -39,20 +38,18 @@ class Preview:
             raise ValueError("these data have no prompts to draw pictures of; set settings.preview_every: 0")
         return cls(teacher, prompts)
 
-    def draw(self, student: VideoModel, path: Path) -> Path:
-        """Write a PNG: a row per prompt with the student at its fewest steps, at its most (if others), and the teacher."""
+    def draw(self, student: VideoModel) -> Image.Image:
+        """A row per prompt with the student at its fewest steps, at its most (if others), and the teacher."""
         counts = sorted(map(int, student.card.contract.grids)) or [student.card.contract.steps]
         columns = [student(self.prompts, num_inference_steps=n) for n in sorted({counts[0], counts[-1]})]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(_sheet([*columns, self._teacher_clips])).save(path)
-        return path
+        return Image.fromarray(sheet([*columns, self._teacher_clips]))
 
     @cached_property
     def _teacher_clips(self) -> Tensor:
         return self.teacher(self.prompts)
 
 
-def _sheet(columns: list[Tensor]) -> np.ndarray:
+def sheet(columns: list[Tensor]) -> np.ndarray:
     """Columns of clips `[B, 3, F, H, W]` as one uint8 picture `[H', W', 3]`, frames from left to right."""
     strips = []
     for clips in columns:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from fewstep.models.lora import Lora
+
 
 @dataclass(frozen=True, kw_only=True)
 class Optim:
@@ -30,17 +32,75 @@ class Optim:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """How a run is spread over the processes that `torchrun` started, and where it trades time for memory.
+
+    None of it changes a run's numbers beyond rounding, so none of it is part of what identifies a run: a run may go on
+    with other values. Processes = replicate x shard x sequence.
+    """
+
+    shard: int = 0
+    """Processes over which every denoiser's weights, gradients and optimiser states are cut (times `sequence`).
+    0 = as many as there are."""
+    replicate: int = 1
+    """Copies of that group (HSDP): gradients travel between groups, weights stay within."""
+    sequence: int = 1
+    """Neighbouring processes that share every clip, each with its part of the tokens (Ulysses): for clips that are too
+    long for one device. Must divide the heads of the network and its tokens."""
+    checkpointing: bool = False
+    """Keep only what flows between the denoisers' blocks, and compute the rest again in the backward pass: a third more
+    computation for a small part of the memory."""
+    offload: bool = False
+    """Networks that the current update does not touch, the average, and optimiser states between steps wait on the CPU."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("shard", 0), ("replicate", 1), ("sequence", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"settings.parallel.{name} must be at least {least}, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Health:
+    """A verdict on the student every so often, from clips of fixed prompts and seeds; and what is done about a bad one.
+
+    Nothing here changes what a run computes while its student is sound and its critic keeps up. Runs that are shorter
+    than `every`, and those that distil nothing, are not examined.
+    """
+
+    every: int = 25
+    """Every so many iterations and at the end, a check. It samples `prompts x seeds` clips per step count."""
+    prompts: int = 8
+    """Of the run's own data, fixed by its seed."""
+    seeds: int = 2
+    """Clips per prompt; without two there is no diversity."""
+    keep_best: bool = True
+    """Keep the best student so far, and return it where the run ends diverging or collapsing. A probe has its own rule."""
+    stop_on_collapse: bool = True
+    """End the run after two checks in a row that say `collapsing`; more iterations have never mended that."""
+    help_critic: int = 2
+    """Most extra turns of every update that does not train the student, while the critic lags; 0 = never."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("every", 1), ("prompts", 1), ("seeds", 2), ("help_critic", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"settings.health.{name} must be at least {least}, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """Length, batch, optimisers, precision and bookkeeping of a run."""
 
     steps: int
     batch: int = 16
-    """Samples per process and gradient computation."""
+    """Samples per gradient computation."""
     accumulate: int = 1
-    """Gradient computations per optimiser step."""
+    """Gradient computations per optimiser step, in all processes together: N processes make 1/N of them each. So one
+    process with `accumulate: 8` and eight processes train on the same samples with the same noise."""
     seed: int = 0
     optim: dict[str, Optim] = field(default_factory=dict)
     """By role; a trained role without an entry takes the student's."""
+    lora: Lora | None = None
+    """Train adapters over one frozen set of the teacher's weights, in place of whole copies of it. null: whole networks."""
     ema: float = 0.0
     """Decay of the averaged student, which is what a run returns; 0 returns the student itself. In iteration k it is
     `(1 + k) / (10 + k)` where that is smaller: an average must first forget the weights it started from."""
@@ -56,7 +116,12 @@ class Settings:
     """Every so many iterations and at the end, a checkpoint to resume from. 0 = only at the end."""
     keep_last: int = 2
     """Checkpoints kept; the best by the probe's rule is kept besides."""
+    health: Health | None = Health()
+    """Checks of the student during the run, and what is done about a bad verdict. Null = none."""
     device: str = "cpu"
+    parallel: Parallel = Parallel()
+    allow_fallback: bool = False
+    """Where something asked for cannot be had, run otherwise and record it in the student's card, instead of refusing."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "accumulate", "log_every", "keep_last"):

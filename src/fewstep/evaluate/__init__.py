@@ -1,6 +1,6 @@
 """Proof: models measured on one set of prompts and seeds, with controls, intervals, costs, and a page to look at."""
 
-from fewstep.evaluate.flops import count_flops
+from fewstep.core.flops import count_flops
 from fewstep.evaluate.latency import Latency, measure_latency, peak_memory
 from fewstep.evaluate.machine import Machine, describe_machine, versions
 from fewstep.evaluate.report import write_report

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewstep.world.grammar import Scene, parse
-from fewstep.world.renderer import CANVAS, Variation, render
+from fewstep.world.grammar import Scene
+from fewstep.world.renderer import Variation, render
 
 
 @dataclass(frozen=True)
@@ -34,16 +34,6 @@ class Cases:
         if self.scenes is None:
             raise ValueError("these prompts have no scenes: they cannot be rendered or checked")
         return [scene for scene in self.scenes[first:last] for _ in range(self.seeds_per_prompt)]
-
-
-def read_scenes(prompts: Sequence[str], height: int, width: int) -> tuple[Scene, ...] | None:
-    """The scenes of prompts in the world's language, None if one is not or if the clips are of another size."""
-    if (height, width) != (CANVAS, CANVAS):
-        return None
-    try:
-        return tuple(parse(prompt) for prompt in prompts)
-    except ValueError:
-        return None
 
 
 def true_clips(scenes: Sequence[Scene], num_frames: int, generator: torch.Generator) -> Tensor:

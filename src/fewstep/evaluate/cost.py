@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewstep.evaluate.flops import count_flops
+from fewstep.core.flops import count_flops
 from fewstep.evaluate.latency import Latency, measure_latency, peak_memory
 from fewstep.evaluate.sampling import Bench
 from fewstep.evaluate.suite import Entry

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fewstep.engine.log import read_metrics
+from fewstep.evaluate import health
 from fewstep.evaluate.animate import fitted, gif_bytes
 from fewstep.evaluate.results import CLIPS, Report, Row, load_report
 from fewstep.evaluate.svg import Bar, Point, bars, curve, scatter
@@ -36,7 +37,7 @@ def write_report(folder: Path | str, *, run: Path | str | None = None, recipe: s
     clips = load_file(folder / CLIPS) if (folder / CLIPS).is_file() else {}
     sections = [_clips(report, clips), _table(report), _charts(report), _attributes(report)]
     if run is not None:
-        sections.append(_curves(Path(run)))
+        sections += [_health(Path(run)), _curves(Path(run))]
     sections += [_method(report), _provenance(report, recipe)]
     template = Template(files("fewstep.evaluate").joinpath("report.html").read_text(encoding="utf-8"))
     hero = best_student(report)
@@ -226,8 +227,19 @@ def _attributes(report: Report) -> str:
     return _section("What is right and what is not", hint, f'<div class="card scroll">{body}</div>')
 
 
+def _health(run: Path) -> str:
+    said = health.said(run)
+    if said is None:
+        return ""
+    hint = (
+        f"{said} Figures of fixed prompts and seeds, beside the teacher's own and the teacher at the student's steps."
+    )
+    return _section("Health", hint, _cards("curves", health.curves(run)) + health.picture(run))
+
+
 def _curves(run: Path) -> str:
-    rows = read_curves(run / "metrics.jsonl")
+    found = read_curves(run / "metrics.jsonl")
+    rows = {name: series for name, series in found.items() if not name.startswith("health/")}
     cards = [(name, curve(xs, ys)) for name, (xs, ys) in rows.items() if len(xs) > 1]
     hint = (
         "As logged; the strong line is a running mean. A distillation loss need not fall: judge by the figures above."

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 import torch
 
-from fewstep.evaluate.cases import Cases, read_scenes, true_clips
+from fewstep.evaluate.cases import Cases, true_clips
 from fewstep.evaluate.latency import synchronize
 from fewstep.evaluate.measure import FeatureMap, Measured, Meter, feature_map
 from fewstep.evaluate.suite import Entry, Suite
+from fewstep.world.checker import read_scenes
 from fewstep.world.grammar import world_prompts
 
 Progress = Callable[[str, int, int], None]

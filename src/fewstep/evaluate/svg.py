@@ -106,14 +106,18 @@ def scatter(points: Sequence[Point], *, x_name: str, y_name: str) -> str:
     return _svg(lower + 44, parts)
 
 
-def curve(xs: Sequence[float], ys: Sequence[float]) -> str:
-    """One training curve: the figures as logged, pale, and a running mean over 1/20 of them."""
+def curve(xs: Sequence[float], ys: Sequence[float], *, marks: Sequence[tuple[float, str]] = ()) -> str:
+    """One training curve: the figures as logged, pale, and a running mean over 1/20 of them.
+
+    `marks` (value, name) are dashed level lines to compare with; the axis reaches all of them.
+    """
     left, right, upper, lower = 48, CURVE_WIDTH - 8, 8, 128
     finite = [(x, y) for x, y in zip(xs, ys, strict=True) if math.isfinite(y)]
     if not finite:
         return _svg(40, [_text(left, 24, "no finite value", "small")], CURVE_WIDTH)
     x_low, x_high = finite[0][0], max(finite[-1][0], finite[0][0] + 1)
-    y_low, y_high = min(y for _, y in finite), max(y for _, y in finite)
+    levels = [*(y for _, y in finite), *(value for value, _ in marks)]
+    y_low, y_high = min(levels), max(levels)
     if y_low == y_high:
         y_low, y_high = y_low - 0.5, y_high + 0.5
 
@@ -129,6 +133,9 @@ def curve(xs: Sequence[float], ys: Sequence[float]) -> str:
     smooth = running_mean([y for _, y in finite], max(1, len(finite) // 20))
     raw = " ".join(place(x, y) for x, y in _thinned(finite))
     mean = " ".join(place(x, y) for x, y in _thinned([(x, m) for (x, _), m in zip(finite, smooth, strict=True)]))
+    for value, name in marks:
+        y = float(place(x_low, value).split(",")[1])
+        parts += [_line(left, y, right, y, "mark"), _text(right, y - 3 if y > 24 else y + 12, name, "small", "end")]
     parts += [f'<polyline class="raw" points="{raw}"/>', f'<polyline class="mean" points="{mean}"/>']
     return _svg(lower + 24, parts, CURVE_WIDTH)
 

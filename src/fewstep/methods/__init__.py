@@ -1,7 +1,7 @@
 """Distillation methods: one file per algorithm, listed in METHODS."""
 
 from fewstep.methods.attributes import ReadAttributes
-from fewstep.methods.base import Copy, Heads, Method, Nets, Role, Sync, Update
+from fewstep.methods.base import Copy, Heads, Method, Nets, Role, Sync, Update, Weak
 from fewstep.methods.consistency import Consistency
 from fewstep.methods.dmd2 import DMD2
 from fewstep.methods.flow_matching import FlowMatching
@@ -15,5 +15,5 @@ METHODS = (FlowMatching, Reconstruction, ReadAttributes, KnowledgeDistillation, 
 __all__ = [
     "DMD2", "METHODS", "ROLLOUTS", "BackwardSimulation", "Consistency", "Copy", "FlowMatching", "FromData", "FromPairs",
     "Heads", "KnowledgeDistillation", "Method", "Nets", "OneStep", "Progressive", "ReadAttributes", "Reconstruction",
-    "Role", "Rolled", "Rollout", "Sync", "Update",
+    "Role", "Rolled", "Rollout", "Sync", "Update", "Weak",
 ]  # fmt: skip

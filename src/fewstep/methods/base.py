@@ -29,11 +29,20 @@ class Nets(Mapping[str, nn.Module]):
         return len(self._roles)
 
     def __getattr__(self, role: str) -> Any:
+        if role.startswith("_"):
+            raise AttributeError(role)
         try:
-            return self.__dict__["_roles"][role]
+            return self[role]
         except KeyError:
-            known = ", ".join(self.__dict__.get("_roles", ()))
-            raise AttributeError(f"this run has no role {role!r}; it has {known}") from None
+            raise AttributeError(f"this run has no role {role!r}; it has {', '.join(self._roles)}") from None
+
+    @property
+    def roles(self) -> Mapping[str, nn.Module]:
+        """All of them, wherever they are: for those who look after networks and do not run them."""
+        return self._roles
+
+    def begin(self, roles: tuple[str, ...]) -> None:
+        """An update of `roles` begins."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,18 @@ class Heads:
     layers: tuple[int, ...] = (-1,)
 
 
-Role = Copy | Heads
+@dataclass(frozen=True)
+class Weak:
+    """A view of the role `of`, whose adapters count `scale` times: between the teacher (0) and that role (1).
+
+    It has nothing of its own to train. A run without adapters refuses it.
+    """
+
+    of: str
+    scale: float
+
+
+Role = Copy | Heads | Weak
 
 
 @dataclass(frozen=True)
@@ -105,6 +125,10 @@ class Method(ABC):
     def contract(self, teacher: Contract) -> Contract:
         """How the student must be sampled. Default: as its teacher."""
         return teacher
+
+    def contract_at(self, teacher: Contract, step: int) -> Contract:
+        """How the student of iteration `step` is best sampled, for figures during the run. Default: as it will be."""
+        return self.contract(teacher)
 
     def cost(self) -> float:
         """Forward-equivalents of the network per iteration and sample (forward 1, backward 2), for plans."""

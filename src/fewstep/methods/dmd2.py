@@ -15,7 +15,8 @@ al., One-step Diffusion with Distribution Matching Distillation, 2311.18828.
 Not from the paper: all turns of an iteration, the critic's and the student's, share its prompts, their noise differs; D
 reads frozen teacher features through its own heads (FastGen) instead of sharing the critic's bottleneck; R1 (2501.08316);
 critic warm-up; line 7 is DMD's regression with pseudo-Huber on latents in place of LPIPS: reverse KL seeks modes, so
-accuracy can rise while diversity falls, and stored noise-to-video pairs hold every mode.
+accuracy can rise while diversity falls, and stored noise-to-video pairs hold every mode; `weak` is MagicDistillation's
+(2503.13319): the real score of line 5 comes from weights moved part of the way to the critic's, where the student is.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from torch import Tensor
 from fewstep.core import Batch, Losses, Rng
 from fewstep.diffusion import CFG, Contract, TimeDensity, Uniform
 from fewstep.methods import targets
-from fewstep.methods.base import Copy, Heads, Method, Nets, Role, Update
+from fewstep.methods.base import Copy, Heads, Method, Nets, Role, Update, Weak
 from fewstep.methods.rollouts import BackwardSimulation, FromPairs, Rollout
 
 
@@ -61,6 +62,9 @@ class DMD2(Method):
     """Size of its perturbation of the noised latents."""
     layers: tuple[int, ...] = (-1,)
     """Teacher blocks whose features the discriminator reads."""
+    weak: float = 0.0
+    """How much of the critic's adapters the real score sees (MagicDistillation: 0.25); 0 is the teacher. Needs
+    settings.lora."""
     anchor: float = 0.0
     """lambda_reg of the regression on stored pairs (DMD: 0.25); 0 is off and needs no pairs."""
     anchor_rollout: FromPairs = FromPairs()
@@ -69,6 +73,8 @@ class DMD2(Method):
     def __post_init__(self) -> None:
         if self.critic_updates < 1:
             raise ValueError(f"critic_updates must be at least 1, got {self.critic_updates}")
+        if not 0 <= self.weak < 1:
+            raise ValueError(f"weak must be in [0, 1), got {self.weak}: at 1 real and fake score are the same")
 
     @property
     def needs(self) -> frozenset[str]:
@@ -77,11 +83,12 @@ class DMD2(Method):
 
     def aux(self) -> dict[str, Role]:
         critic: dict[str, Role] = {"critic": Copy("teacher")}
-        return critic | ({"discriminator": Heads("teacher", self.layers)} if self.gan > 0 else {})
+        real: dict[str, Role] = {"real": Weak("critic", self.weak)} if self.weak > 0 else {}
+        return critic | real | ({"discriminator": Heads("teacher", self.layers)} if self.gan > 0 else {})
 
     def updates(self, step: int) -> Iterator[Update]:
         for k in range(self.critic_updates):
-            yield Update(tuple(self.aux()), partial(self.critic_loss, k))
+            yield Update(tuple(role for role in self.aux() if role != "real"), partial(self.critic_loss, k))
         if step >= self.warmup:
             yield Update(("student",), self.student_loss)
 
@@ -117,7 +124,8 @@ class DMD2(Method):
     @torch.no_grad()
     def scores(self, nets: Nets, batch: Batch, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """x0 as the guided teacher (real) and the critic (fake) see it."""
-        return self.guidance(nets.teacher, x_t, t, batch.cond, batch.uncond).x0, nets.critic(x_t, t, batch.cond).x0
+        real = nets["real"] if self.weak > 0 else nets.teacher
+        return self.guidance(real, x_t, t, batch.cond, batch.uncond).x0, nets.critic(x_t, t, batch.cond).x0
 
     def contract(self, teacher: Contract) -> Contract:
         return self.rollout.contract(teacher)

@@ -60,13 +60,18 @@ class Progressive(Method):
         return {"stage": Copy("teacher")}
 
     def updates(self, step: int) -> Iterator[Update | Sync]:
-        index, start = 0, 0
-        while index < len(self.stages) - 1 and step >= start + self.stages[index][1]:
-            start, index = start + self.stages[index][1], index + 1
+        index, start = self.stage(step)
         if index > 0 and step == start:
             yield Sync("stage", "student")  # 1
         guidance = self.guidance if index == 0 else CFG()
         yield Update(("student",), partial(self.student_loss, self.stages[index][0], guidance))
+
+    def stage(self, step: int) -> tuple[int, int]:
+        """Number and first iteration of the stage that iteration `step` belongs to."""
+        index, start = 0, 0
+        while index < len(self.stages) - 1 and step >= start + self.stages[index][1]:
+            start, index = start + self.stages[index][1], index + 1
+        return index, start
 
     def check(self, steps: int) -> None:
         before = sum(length for _, length in self.stages[:-1])
@@ -90,8 +95,10 @@ class Progressive(Method):
         yield {"halving": mse(nets.student(x_u, u, batch.cond).x0, target, snr.clamp_min(1))}  # 6
 
     def contract(self, teacher: Contract) -> Contract:
-        steps = self.stages[-1][0]
-        return student_contract(teacher, (uniform_grid(steps)[:-1],), self.shift, "ddim")
+        return student_contract(teacher, (uniform_grid(self.stages[-1][0])[:-1],), self.shift, "ddim")
+
+    def contract_at(self, teacher: Contract, step: int) -> Contract:
+        return student_contract(teacher, (uniform_grid(self.stages[self.stage(step)[0]][0])[:-1],), self.shift, "ddim")
 
     def cost(self) -> float:
         total = sum(n for _, n in self.stages)

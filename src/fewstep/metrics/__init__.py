@@ -1,6 +1,8 @@
 """Pure functions on clips `[B, 3, F, H, W]` in [-1, 1] and on features `[N, D]`; no network, no file, no global state."""
 
+from fewstep.metrics.colour import contrast, saturation
 from fewstep.metrics.diversity import diversity
+from fewstep.metrics.energy import energy
 from fewstep.metrics.flicker import flicker
 from fewstep.metrics.frechet import frechet, gaussian_distance, shuffled, split_half
 from fewstep.metrics.motion import motion
@@ -8,6 +10,7 @@ from fewstep.metrics.pooled import pooled
 from fewstep.metrics.statistics import Interval, bootstrap, clustered_wilson, percentile, ratio_of_means, wilson
 
 __all__ = [
-    "Interval", "bootstrap", "clustered_wilson", "diversity", "flicker", "frechet", "gaussian_distance", "motion",
-    "percentile", "pooled", "ratio_of_means", "shuffled", "split_half", "wilson",
+    "Interval", "bootstrap", "clustered_wilson", "contrast", "diversity", "energy", "flicker", "frechet",
+    "gaussian_distance", "motion", "percentile", "pooled", "ratio_of_means", "saturation", "shuffled", "split_half",
+    "wilson",
 ]  # fmt: skip

@@ -6,11 +6,12 @@ from fewstep.models.bundle import Card, VideoModel, fingerprint
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.discriminators import FeatureHeads
 from fewstep.models.features import ClipFeatures
+from fewstep.models.lora import Lora
 from fewstep.models.spec import NETWORKS, Spec
 from fewstep.models.text import TextEncoder
 from fewstep.models.video_dit import VideoDiT
 
 __all__ = [
-    "NETWORKS", "Backbone", "Card", "ClipFeatures", "Context", "Denoiser", "FeatureHeads", "FrameAutoencoder", "Output", "Spec",
-    "State", "TextEncoder", "VideoDiT", "VideoModel", "fingerprint",
+    "NETWORKS", "Backbone", "Card", "ClipFeatures", "Context", "Denoiser", "FeatureHeads", "FrameAutoencoder", "Lora", "Output",
+    "Spec", "State", "TextEncoder", "VideoDiT", "VideoModel", "fingerprint",
 ]  # fmt: skip

@@ -9,11 +9,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from fewstep.attention import Grid3, KVView
+from fewstep.attention import Grid3, KVView, Ulysses, attend
 from fewstep.core.types import KV, Cond
 
 
@@ -26,6 +29,14 @@ class Context(NamedTuple):
     rotary_2MD: Tensor
     """Cosines and sines of all M positions; the queries are the last N."""
     mask_NM: Tensor | None
+    shared: Ulysses | None = None
+    """The processes that hold the other tokens of these clips, if they are shared."""
+
+    def attend(self, q_BHND: Tensor, k_BHMD: Tensor, v_BHMD: Tensor) -> Tensor:
+        """Self-attention of this call's tokens, wherever the others are: what blocks use in place of `attention.attend`."""
+        if self.shared is None:
+            return attend(q_BHND, k_BHMD, v_BHMD, self.mask_NM)
+        return self.shared.attend(q_BHND, k_BHMD, v_BHMD, self.mask_NM)
 
 
 @dataclass(frozen=True)
@@ -44,7 +55,23 @@ class State:
     @property
     def volume(self) -> Tensor:
         """The tokens as `[B, E, F, h, w]`."""
-        return self.x_BNE.unflatten(1, self.grid).permute(0, 4, 1, 2, 3)
+        return self.joined.x_BNE.unflatten(1, self.grid).permute(0, 4, 1, 2, 3)
+
+    def split(self, processes: Ulysses) -> State:
+        """This process' share of the tokens, with what belongs to each of them."""
+        context, tokens = self.context, self.x_BNE.shape[1]
+        modulation = context.modulation_BG6E
+        if modulation.shape[1] > 1:  # the groups of time are runs of tokens
+            modulation = processes.split(modulation.repeat_interleave(tokens // modulation.shape[1], 1), 1)
+        rotary = processes.split(context.rotary_2MD, 1)
+        context = context._replace(modulation_BG6E=modulation, rotary_2MD=rotary, shared=processes)
+        return replace(self, x_BNE=processes.split(self.x_BNE, 1), context=context)
+
+    @property
+    def joined(self) -> State:
+        """All tokens again, for the head; this state itself where they were never split."""
+        shared = self.context.shared
+        return self if shared is None else replace(self, x_BNE=shared.join(self.x_BNE, 1))
 
 
 class Output(NamedTuple):
@@ -62,6 +89,12 @@ class Backbone(nn.Module, ABC):
     width: int
     blocks: nn.ModuleList
     """Each maps State to State."""
+    shares: ClassVar[bool] = False
+    """Whether the tokens of a clip may lie on several processes: the blocks' self-attention is `context.attend`, and
+    everything else they do is done token by token."""
+    shared: Ulysses | None = None
+    """The processes that share every clip of this network, see `spread`."""
+    checkpointing: bool = False
 
     @abstractmethod
     def embed(self, x: Tensor, t: Tensor, cond: Cond, kv: KVView | None = None) -> State: ...
@@ -71,8 +104,14 @@ class Backbone(nn.Module, ABC):
 
     def walk(self, state: State, kv: KVView | None = None) -> Iterator[State]:
         """The state after each block."""
+        if self.shared is not None:
+            if kv is not None:
+                raise ValueError("a clip that processes share has no cache; set settings.parallel.sequence: 1")
+            state = state.split(self.shared)
+        again = self.checkpointing and torch.is_grad_enabled()
         for index, block in enumerate(self.blocks):
-            state = block(replace(state, past=kv.layer(index) if kv else None, new=None))
+            state = replace(state, past=kv.layer(index) if kv else None, new=None)
+            state = checkpoint(block, state, use_reentrant=False, preserve_rng_state=False) if again else block(state)
             yield state
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond, kv: KVView | None = None) -> Output:
@@ -80,7 +119,17 @@ class Backbone(nn.Module, ABC):
         for state in self.walk(start, kv):
             if kv is not None:
                 made.append(state.new)
-        return Output(self.head(state), None if kv is None else tuple(made))
+        return Output(self.head(state.joined), None if kv is None else tuple(made))
+
+    def spread(self, group: dist.ProcessGroup | None, checkpointing: bool) -> None:
+        """From now on: the processes of `group` share the tokens of every call, block by block (they must all make it);
+        with `checkpointing` only what flows between blocks is kept for the backward pass. Copy a network before, not after.
+
+        ValueError if this network cannot share its tokens.
+        """
+        if group is not None and not self.shares:
+            raise ValueError(f"processes cannot share the tokens of a {type(self).__name__}; set parallel.sequence: 1")
+        self.shared, self.checkpointing = None if group is None else Ulysses(group), checkpointing
 
     def compile_blocks(self) -> None:
         """Compile every block in place (one graph serves all). A copy of this network starts uncompiled."""

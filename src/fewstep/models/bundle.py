@@ -8,12 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -68,6 +69,8 @@ class VideoModel:
             raise ValueError(f"unknown parts {unknown}; a video model has {', '.join(PARTS)}")
         self.card = card
         self.parts = {name: part.eval() for name, part in parts.items()}
+        self.stored: dict[str, Path] = {}
+        """Parts without memory for their weights (on the meta device), and the files these can be read from."""
 
     def part(self, name: str) -> nn.Module:
         if name not in self.parts:
@@ -87,9 +90,19 @@ class VideoModel:
     def codec(self) -> FrameAutoencoder:
         return self.part("codec")  # type: ignore[return-value]
 
+    def weights(self, name: str) -> Mapping[str, Tensor]:
+        """A part's tensors by name; those of a part that is only stored are read one at a time, when asked for."""
+        own = self.part(name).state_dict()
+        return Stored(self.stored[name], own) if name in self.stored else own
+
+    def fingerprint(self, name: str) -> str:
+        """Of a part, wherever its weights are."""
+        return _print_of(self.part(name), self.weights(name))
+
     @property
     def device(self) -> torch.device:
-        return next(next(iter(self.parts.values())).parameters()).device
+        """Where clips are made. The text encoder may wait elsewhere."""
+        return next(self.parts.get("denoiser", next(iter(self.parts.values()))).parameters()).device
 
     def to(self, device: str | torch.device) -> VideoModel:
         for part in self.parts.values():
@@ -105,8 +118,9 @@ class VideoModel:
 
     def __call__(self, prompts: Sequence[str], **options: Any) -> Tensor:
         """Clips `[B, 3, F, H, W]` in [-1, 1] for `prompts`; options as in `latents`."""
+        latents = self.latents(prompts, **options)  # without inference mode, which sharded networks do not bear
         with torch.inference_mode():
-            return self.codec.decode(self.latents(prompts, **options)).clamp(-1, 1)
+            return self.codec.decode(latents).clamp(-1, 1)
 
     @torch.no_grad()
     def latents(
@@ -139,7 +153,7 @@ class VideoModel:
         guidance = self._guidance(guidance_scale, force)
         seeds = tuple(range(seed, seed + len(prompts))) if isinstance(seed, int) else tuple(seed)
         noise = Seeds(seeds, device=str(self.device))
-        cond, uncond = self.text.encode(prompts), self.text.encode([""]).expand(len(prompts))
+        cond, uncond = self.encode_text(prompts)
         shape = self.latent_shape(num_frames)
         self.denoiser.eval()
 
@@ -157,7 +171,8 @@ class VideoModel:
     def encode_text(self, prompts: Sequence[str]) -> tuple[Cond, Cond]:
         """Conditions of `prompts` and of as many empty prompts."""
         with torch.no_grad():
-            return self.text.encode(prompts), self.text.encode([""]).expand(len(prompts))
+            given, empty = self.text.encode(prompts).to(self.device), self.text.encode([""]).to(self.device)
+            return given, empty.expand(len(prompts))
 
     def _guidance(self, scale: float | None, force: bool) -> CFG:
         own = self.card.contract.guidance
@@ -187,14 +202,51 @@ class VideoModel:
         return folder
 
     @classmethod
-    def from_pretrained(cls, source: Path | str) -> VideoModel:
-        """Load a folder, or a built-in by name: `world` (the teacher) or `world/features`. Networks come in eval mode."""
+    def from_pretrained(cls, source: Path | str, *, leave: Collection[str] = ()) -> VideoModel:
+        """Load a folder, or a built-in by name: `world` (the teacher) or `world/features`. Networks come in eval mode.
+
+        The weights of parts to `leave` stay in their files: `weights` reads them when they are wanted.
+        """
         folder = _folder_of(source)
         card = read_card(folder)
-        parts = {name: allocate(name, card) for name in card.parts}
+        stored = {name: folder / f"{name}.safetensors" for name in card.parts if name in leave}
+        parts = {name: sketch(name, card) if name in stored else allocate(name, card) for name in card.parts}
         for name, part in parts.items():
-            _load(part, folder / f"{name}.safetensors")
-        return cls(card, parts)
+            if name in stored:
+                _require_matching(part, Stored(stored[name], part.state_dict()).shapes(), stored[name])
+            else:
+                _load(part, folder / f"{name}.safetensors")
+        model = cls(card, parts)
+        model.stored = stored
+        return model
+
+
+class Stored(Mapping[str, Tensor]):
+    """Tensors in a safetensors file, each read when it is asked for, in the dtype of its namesake in `like`."""
+
+    def __init__(self, path: Path, like: Mapping[str, Tensor]) -> None:
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} is missing though the card lists it; the folder is incomplete, copy it again"
+            )
+        self._file, self._like = safe_open(path, framework="pt"), like
+        self._names = tuple(self._file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor.to(self._like[name].dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every tensor, without reading it."""
+        return {name: tuple(self._file.get_slice(name).get_shape()) for name in self._names}
 
 
 def read_card(source: Path | str) -> Card:
@@ -216,6 +268,12 @@ def allocate(part: str, card: Card) -> nn.Module:
     """The network of one part, with fresh weights."""
     network = card.parts[part].build()
     return Denoiser(network, card.path, card.kind) if part == "denoiser" else network
+
+
+def sketch(part: str, card: Card) -> nn.Module:
+    """The network of one part without memory for its weights: every tensor is on the meta device."""
+    with torch.device("meta"):
+        return allocate(part, card)
 
 
 def latent_shape_of(card: Card) -> tuple[int, int, int, int] | None:
@@ -275,7 +333,12 @@ def _load(part: nn.Module, path: Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing though the card lists it; the folder is incomplete, copy it again")
     own, stored = part.state_dict(), load_file(path)
-    odd = sorted(set(own) ^ set(stored)) + [k for k in own if k in stored and own[k].shape != stored[k].shape]
+    _require_matching(part, {name: tuple(tensor.shape) for name, tensor in stored.items()}, path)
+    part.load_state_dict({k: v.to(own[k].dtype) for k, v in stored.items()})
+
+
+def _require_matching(part: nn.Module, stored: Mapping[str, tuple[int, ...]], path: Path) -> None:
+    own = {name: tuple(tensor.shape) for name, tensor in part.state_dict().items()}
+    odd = sorted(own.keys() ^ stored.keys()) + [name for name in own if name in stored and own[name] != stored[name]]
     if odd:
         raise RecipeError(f"{path}: tensors do not match the card's network: {', '.join(odd[:4])}")
-    part.load_state_dict({k: v.to(own[k].dtype) for k, v in stored.items()})

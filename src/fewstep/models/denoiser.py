@@ -44,6 +44,8 @@ class Denoiser(nn.Module):
 
     def jvp(self, x_t: Tensor, t: Tensor, cond: Cond, dx: Tensor, dt: Tensor) -> tuple[Prediction, Prediction]:
         """The prediction, and one whose `raw` is its derivative along `(dx, dt)`; that one's views mean nothing."""
+        if self.backbone.shared is not None:
+            raise ValueError("processes that share a clip have no forward-mode derivatives; set parallel.sequence: 1")
 
         def raw(x: Tensor, t: Tensor) -> Tensor:
             return self.backbone(x, t, cond).raw

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -27,8 +28,8 @@ class ModelSource(ABC):
         """What the model will be. FileNotFoundError or RecipeError where it cannot be had."""
 
     @abstractmethod
-    def load(self) -> VideoModel:
-        """The model, with weights, on the CPU."""
+    def load(self, leave: Collection[str] = ()) -> VideoModel:
+        """The model, with weights, on the CPU; those of parts to `leave` may stay where they are stored."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +42,8 @@ class Pretrained(ModelSource):
     def card(self) -> Card:
         return read_card(self.source)
 
-    def load(self) -> VideoModel:
-        return VideoModel.from_pretrained(self.source)
+    def load(self, leave: Collection[str] = ()) -> VideoModel:
+        return VideoModel.from_pretrained(self.source, leave=leave)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +95,7 @@ class Scratch(ModelSource):
             provenance={f"{name}.{key}": value for name, card in cards.items() for key, value in card.provenance.items()},
         )  # fmt: skip
 
-    def load(self) -> VideoModel:
+    def load(self, leave: Collection[str] = ()) -> VideoModel:
         card, parts = self.card(), {}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)

@@ -29,6 +29,8 @@ _ROTARY_BASE = 100.0
 class VideoDiT(Backbone):
     """2-5 M parameters at the default size; head dimension `width / heads` must be even and at least 6."""
 
+    shares = True
+
     def __init__(
         self,
         *,
@@ -136,7 +138,7 @@ class SelfAttention(nn.Module):
         k_BHMD, v_BHMD = (k, v) if past is None else (torch.cat([past[0], k], 2), torch.cat([past[1], v], 2))
         rotary_q = context.rotary_2MD[:, -q.shape[2] :]
         q, k_BHMD = rotate(q, rotary_q).to(v), rotate(k_BHMD, context.rotary_2MD).to(v)
-        y_BHND = attend(q, k_BHMD, v_BHMD, context.mask_NM)
+        y_BHND = context.attend(q, k_BHMD, v_BHMD)
         return self.out(merge_heads(y_BHND)), (k, v)
 
 

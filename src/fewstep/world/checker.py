@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fewstep.world.grammar import ATTRIBUTES, BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, SIZES, SPEEDS, Scene
+from fewstep.world.grammar import ATTRIBUTES, BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, SIZES, SPEEDS, Scene, parse
 from fewstep.world.renderer import BACKGROUND_RGB, CANVAS, COLOUR_RGB, RADIUS, SPEED, coverage
 
 ABSTAIN = -1
@@ -194,6 +194,16 @@ class Checker:
         return direction.long().remainder(len(DIRECTIONS)).where(steady & straight, ABSTAIN), pace.where(
             steady, ABSTAIN
         )
+
+
+def read_scenes(prompts: Sequence[str], height: int, width: int) -> tuple[Scene, ...] | None:
+    """The scenes of prompts in the world's language, None if one is not or if the clips are of another size."""
+    if (height, width) != (CANVAS, CANVAS):
+        return None
+    try:
+        return tuple(parse(prompt) for prompt in prompts)
+    except ValueError:
+        return None
 
 
 def temporal_groups(num_frames: int) -> Tensor:

@@ -1,0 +1,292 @@
+"""What a run really does, beside what it was asked to do: printed when it starts, kept as `effective.json`.
+
+Looked at, not derived from the settings, wherever looking is cheap: which kernel each attention layer ends up in, which
+types the weights have, how many graphs were compiled and broken, at which times each network was called.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fewstep.core import Cond
+from fewstep.core.atomic import write_text
+from fewstep.engine.compiling import compile_problem
+from fewstep.engine.mesh import Processes
+from fewstep.engine.nets import trained_roles
+from fewstep.engine.settings import Parallel, Settings
+from fewstep.engine.shard import hollow
+from fewstep.methods.base import Method, Nets
+from fewstep.models import Denoiser
+from fewstep.models.bundle import VideoModel
+
+FILE = "effective.json"
+WATCHED = 20
+"""Iterations after a start in which the times of all calls are noted."""
+LISTED = 64
+"""So many distinct times are listed; more are given as their range."""
+LONG = 1024
+"""Keys from which on attention without a fused kernel counts as a fallback on a GPU: it would store every weight."""
+
+
+class FallbackError(ValueError):
+    """Something asked for cannot be had, and nobody said that something else would do."""
+
+
+@dataclass(frozen=True)
+class Times:
+    """Times at which a network was called: all of them, or how many and their range."""
+
+    count: int = 0
+    listed: tuple[float, ...] = ()
+    low: float = 0.0
+    high: float = 0.0
+
+    def __str__(self) -> str:
+        if self.listed:
+            return ", ".join(f"{t:.6g}" for t in self.listed)
+        return f"{self.count} between {self.low:.6g} and {self.high:.6g}" if self.count else "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effective:
+    """What is in effect. Everything is plain values."""
+
+    identity: dict[str, str]
+    """What the run starts from and is made of, as digests."""
+    device: str
+    attention: tuple[str, ...]
+    """Kernels of each block of the student, in the order they run; empty where no denoiser is trained."""
+    weights: dict[str, str]
+    """Type of the trained weights, by role."""
+    arithmetic: str
+    """Type in which the networks' matrix products run."""
+    optimizers: dict[str, str]
+    spread: str
+    """Over which processes, and what of `settings.parallel` is done on each."""
+    compiles: bool
+    """Whether blocks are compiled."""
+    graphs: str
+    """What compiling came to."""
+    average: str
+    """Of the student: what the run returns."""
+    adapters: str
+    evaluation_times: dict[str, tuple[float, ...]]
+    """Per step count, what sampling visits."""
+    training_times: dict[str, Times] = field(default_factory=dict)
+    """Per role, what it was called at in the first iterations."""
+    fallbacks: tuple[str, ...] = ()
+    """What was asked for and is not so."""
+
+    def lines(self) -> list[str]:
+        """For people: a fact each."""
+        kinds = sorted(set(self.attention))
+        shown = ", ".join(f"{self.attention.count(k)} x ({k})" for k in kinds) or "none"
+        roles = ", ".join(f"{role} {what}" for role, what in self.optimizers.items())
+        facts = [
+            f"on {self.device}, {self.spread}; {self.graphs}",
+            f"attention by block: {shown}",
+            f"weights {', '.join(sorted(set(self.weights.values())))}, arithmetic {self.arithmetic}",
+            f"trained: {roles}; {self.adapters}",
+            f"returned: {self.average}",
+        ]
+        for steps, times in self.evaluation_times.items():
+            facts.append(f"sampled in {steps} steps at {', '.join(f'{t:.6g}' for t in times)}")
+        return facts + [f"FALLBACK: {what}" for what in self.fallbacks]
+
+    def unvisited(self) -> tuple[float, ...]:
+        """Times at which the student will be sampled, but at which it was not called while it was watched."""
+        seen = self.training_times.get("student", Times())
+        if not seen.listed:
+            return ()
+        wanted = sorted({t for times in self.evaluation_times.values() for t in times if t > 0}, reverse=True)
+        return tuple(t for t in wanted if not any(abs(t - s) < 1e-6 for s in seen.listed))
+
+    @property
+    def provenance(self) -> dict[str, str]:
+        """What the student's card says of it: that which is not as it was asked for."""
+        return {"fallbacks": "; ".join(self.fallbacks)} if self.fallbacks else {}
+
+    def with_seen(self, watch: Watch) -> Effective:
+        """With what the first iterations showed."""
+        return replace(self, training_times=watch.times, graphs=graphs(self.compiles))
+
+    def seen(self) -> list[str]:
+        """For people: what the first iterations showed."""
+        facts = [f"student called at t = {self.training_times.get('student', Times())}"]
+        facts += [self.graphs] * self.compiles
+        if missed := self.unvisited():
+            facts.append(f"not yet called at {', '.join(f'{t:.6g}' for t in missed)}, where it will be sampled")
+        return facts
+
+    def tree(self) -> dict[str, Any]:
+        return cast(dict[str, Any], json.loads(json.dumps(asdict(self))))
+
+    def save(self, folder: Path) -> Path:
+        """Write `effective.json` into the run's folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / FILE, json.dumps(self.tree(), indent=2) + "\n")
+        return folder / FILE
+
+
+class Watch:
+    """Notes at which times each denoiser of a run is called (a Listener)."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, set[float]] = {}
+
+    def hear(self, role: str, x_t: Tensor, t: Tensor) -> None:
+        self.seen.setdefault(role, set()).update(t.detach().flatten().tolist())
+
+    @property
+    def times(self) -> dict[str, Times]:
+        found = {}
+        for role, seen in sorted(self.seen.items()):
+            ordered = tuple(sorted(seen, reverse=True))
+            listed = ordered if len(ordered) <= LISTED else ()
+            found[role] = Times(len(ordered), listed, ordered[-1], ordered[0])
+        return found
+
+
+class Kernels(TorchDispatchMode):
+    """Names of the attention kernels that run inside, in order, and the greatest number of keys of an unfused one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.unfused = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._overloadpacket.__name__
+        if name == "_softmax" or name == "_safe_softmax":
+            self.names.append("matmul")
+            self.unfused = max(self.unfused, args[0].shape[-1])
+        elif name.startswith(_FUSED) and "backward" not in name:
+            self.names.append(
+                "sdpa-" + name.removeprefix(_FUSED).removesuffix("_attention_for_cpu").removesuffix("_attention")
+            )
+        return func(*args, **(kwargs or {}))
+
+
+_FUSED = "_scaled_dot_product_"
+
+
+def attention_of(network: nn.Module, model: VideoModel, settings: Settings) -> tuple[tuple[str, ...], int]:
+    """The kernels of every block, tried on one clip of the model's size; and the most keys of one that is not fused.
+
+    A copy is tried, of which one block at a time has memory, so it does not matter where the network's weights are.
+    """
+    if not isinstance(network, Denoiser) or "codec" not in model.parts:
+        return (), 0
+    shape, found, unfused = model.latent_shape(), [], 0
+    device, width = torch.empty(0, device=settings.device).device, model.text.width if "text" in model.parts else 1
+    backbone = hollow(network.backbone)
+    blocks, backbone.blocks = list(backbone.blocks), nn.ModuleList()  # type: ignore[arg-type]
+    solid(backbone, device)
+    cond = Cond(torch.zeros(1, 2, width, device=device), torch.ones(1, 2, dtype=torch.bool, device=device))
+    with torch.enable_grad(), torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast == "bf16"):
+        x = torch.zeros(1, *shape, device=device, requires_grad=True)
+        state = backbone.embed(x, torch.full((1,), 0.5, device=device), cond)  # type: ignore[operator]
+        while blocks:
+            with Kernels() as kernels:
+                state = solid(blocks.pop(0), device)(replace(state, past=None, new=None))
+            state = replace(state, x_BNE=state.x_BNE.detach().requires_grad_())  # one block's graph at a time
+            found.append(", ".join(kernels.names) or "none")
+            unfused = max(unfused, kernels.unfused)
+    return tuple(found), unfused
+
+
+def solid(network: nn.Module, device: torch.device) -> nn.Module:
+    """A hollow network with zeros for weights, in place."""
+    for module in network.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                zeros = torch.zeros(parameter.shape, dtype=parameter.dtype, device=device)
+                module._parameters[name] = nn.Parameter(zeros, requires_grad=parameter.requires_grad)
+    return network.to(device)
+
+
+def in_effect(
+    model: VideoModel, method: Method, settings: Settings, nets: Nets, *,
+    shell: nn.Module, processes: Processes, identity: Mapping[str, str],
+) -> Effective:  # fmt: skip
+    """What the settings come to for these networks, before the first iteration. FallbackError where that is not what was
+    asked for and settings.allow_fallback is false. `shell` is the trained network before it was spread over `processes`.
+    """
+    roles = trained_roles(method, settings.steps)
+    kernels, unfused = attention_of(shell, model, settings)
+    compiling = compile_problem(settings.device) if settings.compile else ""
+    fallbacks = settle({"compile": compiling, "device": unfused_problem(settings.device, unfused)}, settings)
+    compiles, lora = settings.compile and not compiling, settings.lora
+    contract = method.contract(model.card.contract) if "denoiser" in model.parts else None
+    optims = {role: settings.optim_of(role) for role in roles}
+    return Effective(
+        identity=dict(identity),
+        device=str(torch.empty(0, device=settings.device).device),
+        attention=kernels,
+        weights=types_of({role: nets.roles[role] for role in roles}),
+        arithmetic="bfloat16" if settings.autocast == "bf16" else "float32",
+        optimizers={role: f"{optim.type} lr {optim.lr:g} {optim.decay}" for role, optim in optims.items()},
+        spread=spread_of(settings.parallel, processes),
+        compiles=compiles,
+        graphs="compiled at the first call" if compiles else "not compiled",
+        average=f"average of the student, decay {settings.ema:g}" if settings.ema else "the student itself",
+        adapters="whole networks"
+        if lora is None
+        else f"adapters of rank {lora.rank}, strength {lora.alpha / lora.rank:g}",
+        evaluation_times={n: tuple(t) for n, t in contract.grids.items()} if contract else {},
+        fallbacks=fallbacks,
+    )
+
+
+def spread_of(parallel: Parallel, processes: Processes) -> str:
+    """How the run is spread over processes and memories."""
+    groups, sequence = parallel.replicate, processes.sequence
+    facts = ["one process"]
+    if processes.world > 1:
+        shards = processes.world // (groups * sequence)
+        facts = [f"{processes.world} processes: replicate {groups} x shard {shards} x sequence {sequence}"]
+    facts += ["blocks computed again in the backward pass"] * parallel.checkpointing
+    facts += ["idle networks on the CPU"] * parallel.offload
+    return ", ".join(facts)
+
+
+def unfused_problem(device: str, keys: int) -> str:
+    """What to say of attention that would store every weight on a GPU; empty where all is well."""
+    if torch.device(device).type != "cuda" or keys <= LONG:
+        return ""
+    return f"attention over {keys} keys runs as plain matrix products on {device}: no fused kernel takes these shapes"
+
+
+def settle(problems: Mapping[str, str], settings: Settings) -> tuple[str, ...]:
+    """The fallbacks of a run: those of the `problems`, by setting, that are not empty. FallbackError if none is allowed."""
+    found = tuple(f"{setting}: {problem}" for setting, problem in problems.items() if problem)
+    if found and not settings.allow_fallback:
+        raise FallbackError(
+            f"settings.{'; settings.'.join(found)}. Change that setting, or let the run go on without it: --allow-fallback"
+        )
+    return found
+
+
+def graphs(compiles: bool) -> str:
+    """What torch.compile has done so far in this process."""
+    if not compiles:
+        return "not compiled"
+    counters = torch._dynamo.utils.counters
+    made, broken = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+    return f"blocks compiled: {made} graphs, {broken} graph breaks"
+
+
+def types_of(networks: Mapping[str, nn.Module]) -> dict[str, str]:
+    """The types of each network's own weights."""
+    return {
+        role: ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in network.parameters()})) or "none"
+        for role, network in networks.items()
+    }

@@ -1,0 +1,50 @@
+"""A check in the course of a run: figures to the log, the record to disk, the best student to its folder."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fewstep.engine.health.monitor import Monitor, unexamined
+from fewstep.engine.health.record import FILE
+from fewstep.engine.health.vitals import figures
+from fewstep.engine.log import RunLog
+
+if TYPE_CHECKING:
+    from fewstep.engine.run import Run
+
+
+def announce(run: Run, log: RunLog) -> None:
+    """Say once what will be checked and what may follow, or why nothing will be. An earlier start's record goes."""
+    if run.processes.leads:
+        (run.output / FILE).unlink(missing_ok=True)
+    if run.monitor is None:
+        reason = unexamined(run.method, run.settings, run.model.card)
+        log.say(f"no health checks: {reason or 'the data have no prompts, or the model no codec or text encoder'}")
+        return
+    health = run.monitor.health
+    policies = {
+        "keeps the best student": health.keep_best and run.probe is None,
+        "stops on collapse": health.stop_on_collapse,
+        "gives the critic more updates when it lags": health.help_critic > 0 and "critic" in run.nets,
+    }
+    log.say(
+        f"health: a check every {health.every} iterations on {health.prompts} prompts x {health.seeds} seeds; "
+        + ", ".join(name for name, on in policies.items() if on)
+    )
+
+
+def examine(run: Run, monitor: Monitor, log: RunLog) -> None:
+    """Check the student, act on the verdict, and leave all of it in `health.json` and a picture in `health/`."""
+    run.nets.begin(("health",))  # where networks wait elsewhere, these are brought in and the others make room
+    for role in run.nets.keys() & {"teacher", "critic"}:
+        _ = run.nets[role]
+    check = monitor.check(run.student(), run.step)
+    run.figures |= {f"health/{name}": value for name, value in figures(check.vitals).items()}
+    log.say(f"step {run.step}: {check.verdict}" + "".join(f"; {what}" for what in check.done))
+    if run.probe is None and monitor.better(check):
+        run.keep(run.output / "best")
+    if run.probe is None and monitor.returns_best and (monitor.stopped or run.step == run.settings.steps):
+        log.say(f"the run returns its best student, of step {monitor.best[0] if monitor.best else run.step}")
+    log.picture(monitor.draw(), run.output / "health" / f"{run.step:06d}.png")
+    if run.processes.leads:
+        monitor.record.save(run.output)

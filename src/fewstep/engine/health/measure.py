@@ -1,0 +1,171 @@
+"""Clips of fixed prompts and seeds, and what they look like."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool3d, interpolate
+
+from fewstep.core import Seeds
+from fewstep.diffusion import Prediction
+from fewstep.diffusion.prediction import target
+from fewstep.engine.health.vitals import Looks
+from fewstep.metrics import contrast, diversity, energy, motion, pooled, saturation
+from fewstep.models import Denoiser, VideoModel
+from fewstep.world.checker import Checker, read_scenes
+from fewstep.world.grammar import Scene
+
+LARGEST = 64
+"""Longest side of what is kept of a frame; figures are relative, so they may be read from small ones."""
+NOISE = (0.1, 0.9)
+"""Times at which critics are tested."""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Clips of all prompts and seeds at every step count, one count after the other."""
+
+    latents: Tensor
+    """`[N P S, C, F, h, w]` for N step counts."""
+    frames: Tensor
+    """`[N P S, 3, F, H, W]`, large ones made smaller."""
+    times: tuple[float, ...]
+    """Every time at which the network was called."""
+
+
+@dataclass(frozen=True)
+class Gauge:
+    """Samples and judges, in batches of the run's own size and precision: what is compiled for training serves here."""
+
+    prompts: tuple[str, ...]
+    scenes: tuple[Scene, ...] | None
+    """What the prompts mean, where that can be checked."""
+    seeds: int
+    batch: int
+    precision: Callable[[], AbstractContextManager[Any]]
+
+    @classmethod
+    def of(
+        cls, model: VideoModel, prompts: tuple[str, ...], seeds: int, batch: int, precision: Callable[[], Any]
+    ) -> Gauge:
+        scenes = read_scenes(prompts, model.card.height, model.card.width)
+        return cls(prompts, scenes, seeds, batch, precision)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The prompt of every clip of one step count."""
+        return tuple(prompt for prompt in self.prompts for _ in range(self.seeds))
+
+    def parts(self) -> Iterator[slice]:
+        """Clips that are made together."""
+        return (slice(first, first + self.batch) for first in range(0, len(self.texts), self.batch))
+
+    def sample(self, model: VideoModel, counts: tuple[int, ...]) -> Sampled:
+        latents, frames, times = [], [], set()
+
+        def watch(step: int, prediction: Prediction) -> None:
+            times.update(prediction.t.unique().tolist())
+
+        for count in counts:
+            for part in self.parts():
+                with self.precision():
+                    made = model.latents(
+                        self.texts[part], num_inference_steps=count, seed=part.start, force=True, watch=watch
+                    )
+                latents.append(made.float())
+                frames.append(decode(model, made))
+        return Sampled(torch.cat(latents), torch.cat(frames), tuple(sorted(times, reverse=True)))
+
+    def looks(self, sampled: Sampled, teacher: Sampled) -> Looks:
+        """Means over all clips; `teacher` holds its clips of the same prompts at one step count."""
+        latents, frames, groups = sampled.latents, sampled.frames, (-1, self.seeds)
+        return Looks(
+            accuracy=self._accuracy(frames),
+            distance=0.0 if sampled is teacher else self._distance(frames, teacher.frames),
+            drift=drift(latents, teacher.latents),
+            std=float(latents.std()),
+            saturation=float(saturation(frames).mean()),
+            contrast=float(contrast(frames).mean()),
+            motion=float(motion(frames).mean()) if frames.shape[2] > 1 else None,
+            diversity=float(diversity(frames.unflatten(0, groups)).mean()),
+            by_frame=tuple(latents.transpose(0, 2).flatten(1).std(1).tolist()),
+        )
+
+    def mixed(self, sampled: Sampled) -> Tensor:
+        """One clip per prompt and seed, from each step count in turn: `[P S, C, F, h, w]`."""
+        by_count = sampled.latents.unflatten(0, (-1, len(self.texts)))
+        row = torch.arange(len(self.texts), device=by_count.device)
+        return by_count[row % len(by_count), row]
+
+    def errors(self, networks: tuple[Denoiser, ...], x0: Tensor, model: VideoModel) -> list[float]:
+        """Mean squared denoising error of each network on `mixed` clips, in its own kind of prediction."""
+        totals = [0.0] * len(networks)
+        with torch.no_grad(), self.precision():
+            for part in self.parts():
+                cond, _ = model.encode_text(self.texts[part])
+                x_t, t, eps = (v[part] for v in noised(model.denoiser, x0))
+                for i, network in enumerate(networks):
+                    totals[i] += error(network(x_t, t, cond), x0[part], eps) * len(x_t) / len(x0)
+        return totals
+
+    def _accuracy(self, frames: Tensor) -> float | None:
+        if self.scenes is None:
+            return None
+        scenes = [scene for scene in self.scenes for _ in range(self.seeds)]
+        return Checker().score(frames.cpu(), scenes * (len(frames) // len(scenes))).accuracy()["all"]
+
+    def _distance(self, frames: Tensor, teacher: Tensor) -> float:
+        reference = features(teacher).unflatten(0, (-1, self.seeds))
+        mine = features(frames).unflatten(0, (-1, self.seeds)).split(len(self.prompts))
+        return sum(float(energy(part, reference).mean()) for part in mine) / len(mine)
+
+
+@torch.no_grad()
+def decode(model: VideoModel, latents: Tensor) -> Tensor:
+    """Frames in [-1, 1], with sides of at most `LARGEST`."""
+    frames = model.codec.decode(latents.float()).clamp(-1, 1).float()
+    if max(frames.shape[-2:]) <= LARGEST:
+        return frames
+    factor = LARGEST / max(frames.shape[-2:])
+    images = interpolate(frames.transpose(1, 2).flatten(0, 1), scale_factor=factor, mode="area")
+    return images.unflatten(0, (len(frames), -1)).transpose(1, 2)
+
+
+def features(frames: Tensor) -> Tensor:
+    """`[B, D]`: appearance and motion, or appearance alone where there is no motion to speak of."""
+    return pooled(frames) if frames.shape[2] >= 3 else adaptive_avg_pool3d(frames.float(), (1, 4, 4)).flatten(1)
+
+
+def drift(latents: Tensor, reference: Tensor) -> float:
+    """Root mean square over channels of the shift of the mean, in the reference's standard deviations."""
+    over = (0, 2, 3, 4)
+    shift = (latents.mean(over) - reference.mean(over)) / reference.std(over).clamp_min(1e-6)
+    return float(shift.square().mean().sqrt())
+
+
+def noised(denoiser: Denoiser, x0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`x_t`, `t` and the noise: clip i at the i-th of equally spaced times, the same at every check."""
+    low, high = NOISE
+    t = low + (high - low) * (torch.arange(len(x0), device=x0.device) + 0.5) / len(x0)
+    eps = Seeds(tuple(range(len(x0))), device=str(x0.device)).randn(x0.shape, "health")
+    return denoiser.path.add_noise(x0, eps, t), t, eps
+
+
+def error(prediction: Prediction, x0: Tensor, eps: Tensor) -> float:
+    wanted = target(prediction.kind, x0, eps, prediction.t, prediction.path)
+    return float((prediction.raw.float() - wanted).square().mean())
+
+
+def eyes(networks: tuple[nn.Module, ...], x0: Tensor, model: VideoModel, prompts: tuple[str, ...]) -> list[Tensor]:
+    """What each network makes of the same noised clips, as frames: a picture of who believes what."""
+    cond, _ = model.encode_text(prompts)
+    t = torch.full((len(x0),), 0.6, device=x0.device)
+    eps = Seeds(tuple(range(len(x0))), device=str(x0.device)).randn(x0.shape, "eyes")
+    x_t = model.denoiser.path.add_noise(x0, eps, t)
+    with torch.no_grad():
+        return [decode(model, network(x_t, t, cond).x0) for network in networks]

@@ -1,0 +1,287 @@
+"""Examines a run every so often and acts on what it finds: keeps the best, helps the critic, stops a collapse.
+
+All it knows is plain numbers in `state`, so a resumed run reaches the same verdicts as one that never stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from fewstep.core import Rng
+from fewstep.core.finite import require_finite
+from fewstep.data.base import Source
+from fewstep.diffusion import Contract
+from fewstep.engine.health import weights
+from fewstep.engine.health.heard import Heard, Terms
+from fewstep.engine.health.measure import Gauge, Sampled, eyes
+from fewstep.engine.health.record import Check, Record
+from fewstep.engine.health.verdict import judge, lags
+from fewstep.engine.health.vitals import Baselines, Verdict, Vitals, figures
+from fewstep.engine.mesh import Processes
+from fewstep.engine.preview import sheet
+from fewstep.engine.settings import Health, Settings
+from fewstep.methods.base import Method, Nets, Sync, Update
+from fewstep.models import Card, Denoiser, VideoModel
+
+SHOWN = 4
+"""Clips in the picture of a check."""
+
+
+@dataclass
+class Monitor:
+    """Made by `watching`. Of several processes all must make every check, and all go by what the leader finds."""
+
+    health: Health
+    gauge: Gauge
+    model: VideoModel
+    method: Method
+    settings: Settings
+    nets: Nets
+    processes: Processes
+    heard: Heard
+    """One of the run's listeners."""
+    record: Record
+    extra: int = 0
+    """Extra turns of every update that does not train the student."""
+    best: tuple[int, float] | None = None
+    """Step and score of the student in the run's `best` folder."""
+    stopped: str = ""
+    """Why the run was ended early."""
+    names: set[str] = field(default_factory=set)
+    """Loss terms of the student."""
+    terms: Terms | None = None
+    before: dict[str, Tensor] = field(default_factory=dict)
+    starts: dict[str, Sampled] = field(default_factory=dict)
+    teacher_errors: dict[str, float] = field(default_factory=dict)
+    """On the clips of `starts`."""
+    shown: Sampled | None = None
+    """Clips of the last check."""
+
+    # --- during an iteration ------------------------------------------------------------------------------------------
+
+    def due(self, step: int) -> bool:
+        """Is there a check after iteration `step` (1-based)?"""
+        return step % self.health.every == 0 or step == self.settings.steps
+
+    def events(self, step: int) -> Iterator[Update | Sync]:
+        """The method's updates of 0-based iteration `step`, those that do not train the student `extra` times more."""
+        self.terms, self.before = None, {}
+        if self.due(step + 1):
+            self.before = {role: weights.sample(self.nets.roles[role]) for role in trained(self.method, step)}
+            self.terms = Terms()
+        for event in self.method.updates(step):
+            yield event
+            if isinstance(event, Update) and "student" not in event.roles:
+                yield from [event] * self.extra
+
+    def compare(self, terms: Mapping[str, Tensor], roles: str) -> None:
+        """The loss terms of a graph that is about to run backward: how their gradients agree, where that can be had."""
+        if "student" not in roles.split("+"):
+            return
+        self.names |= set(terms)
+        if self.terms is not None and len(self.names) > 1 and not self.settings.compile and self.processes.world == 1:
+            self.terms.add(terms, self.nets.roles["student"])
+
+    # --- a check ------------------------------------------------------------------------------------------------------
+
+    def check(self, student: VideoModel, step: int) -> Check:
+        """Examine the student after `step` iterations; its verdict, what is to be done, and the record of both."""
+        contract = self.method.contract_at(self.model.card.contract, step - 1)
+        sampled = self.gauge.sample(_sampled_as(student, contract), counts_of(contract))
+        grid = ", ".join(map(str, counts_of(contract)))
+        if grid not in self.record.baselines:
+            found = self.processes.from_leader(self._baselines(grid, contract))
+            self.record = replace(self.record, baselines={**self.record.baselines, grid: found})
+        vitals = self.processes.from_leader(self._vitals(sampled, grid, contract, step))
+        for name, value in figures(vitals).items():
+            require_finite(torch.tensor(value), f"step {step}, health figure {name} of student")
+        verdict = judge([*self.record.history, vitals], self.record.baselines[grid])
+        check = Check(vitals=vitals, verdict=verdict, done=tuple(self._act(vitals, verdict)))
+        self.record = self.record.with_check(check)
+        self.heard.forget()
+        self.shown = sampled
+        return check
+
+    def _act(self, vitals: Vitals, verdict: Verdict) -> Iterator[str]:
+        """The policies but keep-best, which needs the run's folder."""
+        before = self.extra
+        if lags(vitals):
+            self.extra = min(self.extra + 1, self.health.help_critic)
+        elif self.extra:
+            self.extra -= 1
+        if self.extra != before:
+            yield (
+                f"each critic update is done {1 + self.extra} times"
+                if self.extra
+                else "each critic update is done once"
+            )
+        checks = self.record.checks
+        twice = bool(checks) and checks[-1].verdict.word == verdict.word == "collapsing"
+        if twice and self.health.stop_on_collapse and vitals.step < self.settings.steps:
+            self.stopped = str(verdict)
+            yield "stopped: two checks in a row say so"
+
+    def better(self, check: Check) -> bool:
+        """Is this the best student so far? The score is accuracy (if any) minus the share of the first distance left."""
+        if not self.health.keep_best or check.verdict.word not in ("improving", "stalled"):
+            return False
+        start, looks = self.record.baselines[check.vitals.grid].start, check.vitals.looks
+        score = (looks.accuracy or 0.0) - looks.distance / max(start.distance, 1e-9)
+        same = self.best is not None and self._grid_of(self.best[0]) == check.vitals.grid
+        if same and self.best is not None and score <= self.best[1]:
+            return False
+        self.best = (check.vitals.step, score)
+        return True
+
+    @property
+    def returns_best(self) -> bool:
+        """Does the run return its best student, because its last is ill?"""
+        ill = bool(self.record.checks) and self.record.checks[-1].verdict.word in ("diverging", "collapsing")
+        return ill and self.best is not None
+
+    def _grid_of(self, step: int) -> str:
+        return next(check.vitals.grid for check in self.record.checks if check.vitals.step == step)
+
+    # --- what is measured ---------------------------------------------------------------------------------------------
+
+    def _vitals(self, sampled: Sampled, grid: str, contract: Contract, step: int) -> Vitals:
+        after = {role: weights.sample(self.nets.roles[role]) for role in self.before}
+        own = "student" in after
+        self.heard.drain()
+        critic, lag = self._critic(sampled, grid, contract)
+        return Vitals(
+            step=step,
+            grid=grid,
+            looks=self.gauge.looks(sampled, self._teacher),
+            moved={role: weights.moved(self.before[role], after[role]) for role in after},
+            change=weights.change(self.before["student"], after["student"]) if own else None,
+            coarse=weights.coarse(after["student"]) if own else None,
+            noise=self.heard.noise(self.model.denoiser.path),
+            unseen=self.heard.unseen(sampled.times) if contract.grids else (),
+            critic=critic,
+            lag=lag,
+            cosine=self.terms.cosine() if self.terms is not None else None,
+        )
+
+    def _critic(self, sampled: Sampled, grid: str, contract: Contract) -> tuple[float | None, float | None]:
+        """The critic's error relative to the teacher's on fresh samples, and that relative to the same on old ones."""
+        if "critic" not in self.nets:
+            return None, None
+        critic: Denoiser = self.nets["critic"].eval()  # type: ignore[assignment]
+        teacher, start = self.model.denoiser, self.gauge.mixed(self._start(grid, contract))
+        if grid not in self.teacher_errors:
+            self.teacher_errors = {grid: self.gauge.errors((teacher,), start, self.model)[0]}
+        mine, theirs = self.gauge.errors((critic, teacher), self.gauge.mixed(sampled), self.model)
+        fresh = mine / max(theirs, 1e-12)
+        old = self.gauge.errors((critic,), start, self.model)[0] / max(self.teacher_errors[grid], 1e-12)
+        return fresh, fresh / max(old, 1e-12)
+
+    @cached_property
+    def _teacher(self) -> Sampled:
+        return self.gauge.sample(self.model, (self.model.card.contract.steps,))
+
+    def _start(self, grid: str, contract: Contract) -> Sampled:
+        """Clips of the student before training: the teacher's weights in the student's sampler."""
+        if grid not in self.starts:
+            self.starts = {grid: self.gauge.sample(_sampled_as(self.model, contract), counts_of(contract))}
+        return self.starts[grid]
+
+    def _baselines(self, grid: str, contract: Contract) -> Baselines:
+        untrained = self.gauge.sample(self.model, counts_of(contract))
+        clips = (self._teacher, untrained, self._start(grid, contract))
+        teacher, same_steps, start = (self.gauge.looks(each, self._teacher) for each in clips)
+        return Baselines(teacher=teacher, untrained=same_steps, start=start)
+
+    def draw(self) -> Image.Image:
+        """A picture of the last check: student at fewest and most steps; critic and teacher on it, noised; the teacher."""
+        if self.shown is None:
+            raise ValueError("there is nothing to draw before the first check")
+        rows = self.gauge.seeds * torch.arange(len(self.gauge.prompts))[:SHOWN]
+        by_count = self.shown.frames.unflatten(0, (-1, len(self.gauge.texts)))
+        x0 = self.gauge.mixed(self.shown)[rows]
+        who: tuple[nn.Module, ...] = (self.model.denoiser,)
+        who = (self.nets["critic"], *who) if "critic" in self.nets else who
+        with self.gauge.precision():
+            seen = eyes(who, x0, self.model, self.gauge.prompts[: len(rows)])
+        ends = [by_count[0][rows], by_count[-1][rows]][: len(by_count)]
+        return Image.fromarray(sheet([*ends, *seen, self._teacher.frames[rows]]))
+
+    # --- state --------------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "record": self.record.tree(), "extra": self.extra, "best": list(self.best) if self.best else None,
+            "stopped": self.stopped, "names": sorted(self.names), "heard": self.heard.state(),
+        }  # fmt: skip
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`."""
+        self.record, self.extra = Record.of(state["record"]), state["extra"]
+        self.best = (int(state["best"][0]), float(state["best"][1])) if state["best"] else None
+        self.stopped, self.names = state["stopped"], set(state["names"])
+        self.heard.restore(state["heard"])
+
+
+def watching(
+    model: VideoModel, method: Method, settings: Settings, nets: Nets, processes: Processes, source: Source,
+    precision: Callable[[], Any],
+) -> Monitor | None:  # fmt: skip
+    """The monitor of a run; None where `unexamined` says why there is none, or there is nothing to make clips of."""
+    if (
+        settings.health is None
+        or unexamined(method, settings, model.card)
+        or not {"codec", "text"} <= model.parts.keys()
+    ):
+        return None
+    health, rng = settings.health, Rng(settings.seed, device=settings.device)
+    prompts = source.batch(health.prompts, rng.fold("health")).prompts
+    if not prompts:
+        return None
+    return Monitor(
+        health=health,
+        gauge=Gauge.of(model, prompts, health.seeds, settings.batch, precision),
+        model=model,
+        method=method,
+        settings=settings,
+        nets=nets,
+        processes=processes,
+        heard=Heard(),
+        record=Record(steps=settings.steps, baselines={}),
+    )
+
+
+def unexamined(method: Method, settings: Settings, card: Card) -> str:
+    """Why a run has no checks; empty where it has."""
+    name = type(method).__name__
+    if settings.health is None:
+        return "settings.health is null"
+    if method.part != "denoiser":
+        return f"{name} trains the {method.part}, and checks are made on clips"
+    if method.contract(card.contract) == card.contract:
+        return f"{name} distils nothing: its student is sampled as its teacher"
+    if settings.steps < settings.health.every:
+        return f"{settings.steps} iterations are fewer than settings.health.every: {settings.health.every}"
+    return ""
+
+
+def trained(method: Method, step: int) -> tuple[str, ...]:
+    """Roles that 0-based iteration `step` trains."""
+    events = [event for event in method.updates(step) if isinstance(event, Update)]
+    return tuple(dict.fromkeys(role for event in events for role in event.roles))
+
+
+def counts_of(contract: Contract) -> tuple[int, ...]:
+    """Step counts a model is examined at."""
+    return tuple(sorted(map(int, contract.grids))) or (contract.steps,)
+
+
+def _sampled_as(model: VideoModel, contract: Contract) -> VideoModel:
+    return VideoModel(replace(model.card, contract=contract), model.parts)

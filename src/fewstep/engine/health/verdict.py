@@ -1,0 +1,212 @@
+"""From a history of figures to one word and its reason: a pure function.
+
+Causes come before symptoms. What is wrong with the weights, the noise path, the critic or the times explains bad clips,
+while bad clips explain nothing. Every threshold is a constant below, with the reason for its value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from statistics import fmean
+
+from fewstep.engine.health.vitals import Baselines, Looks, Verdict, Vitals
+
+COARSE, MOVED = 0.9, 0.95
+"""Weights on bfloat16's grid by chance: 1 in 65536. In float32 every weight that has a gradient moves."""
+STILL = 0.05
+"""Fewer weights than this moved: nothing was trained."""
+CHANGE = 0.05
+"""AdamW at a usual rate changes weights by 0.01 to 1 % an iteration; at 5 % a network forgets what it was in twenty."""
+NOISE = 1.25
+"""Another path holds half as much noise again (or less by as much) in the middle of the times; chance changes a few per cent."""
+GARISH = 1.35
+"""Saturation, contrast or latent deviation relative to the teacher's. Sound students stay within 15 %."""
+SHIFTED = 0.5
+"""Latent means that have moved by half a standard deviation show as a tint."""
+COLLAPSED = 0.4
+"""Diversity, motion or contrast relative to the teacher's. Releases ask for at least 0.7."""
+WORSE = 1.25
+"""By which factor a figure must be worse than before training too: a student is not blamed for where it started."""
+FURTHER = 1.3
+"""Distance to the teacher relative to before training: beyond the noise of a dozen clips."""
+FALL = 0.25
+"""Drop of accuracy below the best so far: three standard errors of a few dozen clips."""
+PATIENCE = 8
+"""Checks, the later half of which are compared with the earlier half."""
+GAIN, CLOSER = 0.02, 0.95
+"""What counts as progress from half to half: accuracy by two points, or distance by 5 %."""
+LEVEL = 0.05
+"""So close to the teacher's accuracy, or with such a share of the first distance left, there is nothing more to gain."""
+LAG = 1.1
+"""The critic explains old samples a tenth better than fresh ones: it no longer knows the student it should describe."""
+
+Rule = Callable[[Sequence[Vitals], Baselines], Iterator[Verdict]]
+
+
+def judge(history: Sequence[Vitals], baselines: Baselines) -> Verdict:
+    """The verdict on the newest of `history` (oldest first, not empty). Only checks of its own grid are compared."""
+    same = [check for check in history if check.grid == history[-1].grid]
+    for rule in RULES:
+        for verdict in rule(same, baselines):
+            return verdict
+    return Verdict("improving", progress(same, baselines))
+
+
+def lags(vitals: Vitals) -> bool:
+    """Does the critic need more updates?"""
+    return vitals.lag is not None and vitals.lag > LAG
+
+
+def progress(history: Sequence[Vitals], baselines: Baselines) -> str:
+    """Where the student stands, in words."""
+    now, start, teacher = history[-1].looks, baselines.start, baselines.teacher
+    if not any("student" in check.moved for check in history):
+        return "no update of the student has been seen yet"
+    said = f"{_share(now.distance, start.distance):.0%} of its first distance to the teacher is left"
+    if now.accuracy is not None and teacher.accuracy is not None:
+        said = (
+            f"accuracy {now.accuracy:.2f} (before training {start.accuracy:.2f}, teacher {teacher.accuracy:.2f}), "
+            + said
+        )
+    return said + (
+        f"; the critic lags ({history[-1].lag:.2f} times its error on old samples)" if lags(history[-1]) else ""
+    )
+
+
+# --- causes -----------------------------------------------------------------------------------------------------------
+
+
+def weights(history: Sequence[Vitals], baselines: Baselines) -> Iterator[Verdict]:
+    now = history[-1]
+    moved = now.moved.get("student")
+    if moved is not None and now.coarse is not None and now.coarse > COARSE and moved < MOVED:
+        yield Verdict(
+            "stalled",
+            f"the student's weights are kept in bfloat16 ({now.coarse:.0%} lie on its grid), too coarse for its updates: "
+            f"{moved:.0%} of them moved in the last iteration; keep them in float32 (autocast: bf16 is another thing)",
+        )
+    if now.change is not None and now.change > CHANGE:
+        yield Verdict(
+            "diverging",
+            f"the last update changed the student's weights by {now.change:.0%} of their size; "
+            f"its learning rate is about {now.change / (CHANGE / 10):.0f} times too high",
+        )
+    if moved is not None and moved < STILL:
+        yield Verdict("stalled", f"only {moved:.0%} of the student's weights moved in the last iteration")
+
+
+def noise(history: Sequence[Vitals], baselines: Baselines) -> Iterator[Verdict]:
+    ratio = history[-1].noise
+    if ratio is not None and not 1 / NOISE < ratio < NOISE:
+        yield Verdict(
+            "diverging",
+            f"what the student is fed holds {ratio:.2f} times the noise that its path gives at these times; "
+            "its inputs are noised on another path or at other times than it is told",
+        )
+
+
+def critic(history: Sequence[Vitals], baselines: Baselines) -> Iterator[Verdict]:
+    for role in ("critic", "discriminator"):
+        moved = history[-1].moved.get(role)
+        if moved is not None and moved < STILL:
+            yield Verdict(
+                "diverging",
+                f"the {role} does not learn ({moved:.0%} of its weights moved in the last iteration), so the student "
+                "runs away from a picture of itself that is out of date",
+            )
+
+
+def times(history: Sequence[Vitals], baselines: Baselines) -> Iterator[Verdict]:
+    unseen = history[-1].unseen
+    if unseen:
+        listed = ", ".join(f"{t:.3f}" for t in unseen)
+        yield Verdict(
+            "stalled",
+            f"clips are sampled at times the student is not trained at ({listed}); "
+            "training and sampling must use the same grid and shift",
+        )
+
+
+# --- symptoms ---------------------------------------------------------------------------------------------------------
+
+
+def collapse(history: Sequence[Vitals], baselines: Baselines) -> Iterator[Verdict]:
+    names = {
+        "diversity": "clips of one prompt look alike",
+        "motion": "clips stand still",
+        "contrast": "clips fade to one colour",
+    }
+    for name, what in names.items():
+        now, start, teacher = (
+            getattr(looks, name) for looks in (history[-1].looks, baselines.start, baselines.teacher)
+        )
+        if now is None or not teacher:
+            continue
+        if now < COLLAPSED * teacher and now < start / WORSE:
+            yield Verdict("collapsing", f"{what}: {name} is {now / teacher:.2f} of the teacher's")
+
+
+def garish(history: Sequence[Vitals], baselines: Baselines) -> Iterator[Verdict]:
+    now, start, teacher = history[-1].looks, baselines.start, baselines.teacher
+    for name, what in (("std", "latent deviation"), ("saturation", "saturation"), ("contrast", "contrast")):
+        mine, before, theirs = (getattr(looks, name) for looks in (now, start, teacher))
+        if theirs > 0 and mine > GARISH * theirs and mine > WORSE * before:
+            yield Verdict(
+                "diverging",
+                f"{what} is {mine / theirs:.2f} times the teacher's (before training {before / theirs:.2f}); "
+                "guidance too strong, or a critic that cannot keep up",
+            )
+    if now.drift > SHIFTED and now.drift > WORSE * start.drift:
+        yield Verdict(
+            "diverging",
+            f"latent means have moved by {now.drift:.2f} standard deviations (before training {start.drift:.2f})",
+        )
+
+
+def away(history: Sequence[Vitals], baselines: Baselines) -> Iterator[Verdict]:
+    """Two checks in a row, because one check is a dozen clips."""
+    if len(history) < 2:
+        return
+    two = [check.looks.distance for check in history[-2:]]
+    if min(two) > FURTHER * max(baselines.start.distance, 0.0):
+        yield Verdict(
+            "diverging",
+            f"further from the teacher than before training ({_share(two[-1], baselines.start.distance):.1f} times)",
+        )
+    right = [check.looks.accuracy for check in history if check.looks.accuracy is not None]
+    if len(right) > 2 and max(right[-2:]) < max(right) - FALL:
+        yield Verdict("diverging", f"accuracy has fallen from {max(right):.2f} to {right[-1]:.2f}")
+
+
+def plateau(history: Sequence[Vitals], baselines: Baselines) -> Iterator[Verdict]:
+    recent = [check.looks for check in history[-PATIENCE:] if "student" in check.moved]
+    if len(recent) < PATIENCE or level(recent[-1], baselines):
+        return
+    half = PATIENCE // 2
+    gain = _mean(recent[half:]) - _mean(recent[:half])
+    closer = _share(fmean(x.distance for x in recent[half:]), fmean(x.distance for x in recent[:half]))
+    if gain < GAIN and closer > CLOSER:
+        span = history[-1].step - history[-PATIENCE].step
+        yield Verdict("stalled", f"no closer to the teacher than {span} iterations ago")
+
+
+def level(looks: Looks, baselines: Baselines) -> bool:
+    """Is the student as good as its teacher?"""
+    teacher = baselines.teacher
+    if looks.accuracy is not None and teacher.accuracy is not None:
+        return looks.accuracy > teacher.accuracy - LEVEL
+    return looks.distance < LEVEL * baselines.start.distance
+
+
+RULES: tuple[Rule, ...] = (weights, noise, critic, times, collapse, garish, away, plateau)
+"""In order; the first that has something to say is the verdict."""
+
+
+def _mean(looks: Sequence[Looks]) -> float:
+    """Mean accuracy; 0 where there is none, so that only the distance counts."""
+    return fmean(x.accuracy or 0.0 for x in looks)
+
+
+def _share(value: float, whole: float) -> float:
+    """`value / whole`; distances may be negative by chance."""
+    return max(value, 0.0) / whole if whole > 0 else 1.0

@@ -1,0 +1,42 @@
+"""Do weights move? Seen on a fixed sample of them, before and after one iteration."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from fewstep.models.lora import adapters
+
+SAMPLED = 1 << 16
+"""Weights that are looked at, spread over all tensors: a share is known to a fifth of a point."""
+
+
+@torch.no_grad()
+def sample(network: nn.Module) -> Tensor:
+    """Every n-th weight of a network, float32, a copy on the CPU.
+
+    Of a sharded network those of this process; of one with adapters those that the adapters change, changed.
+    """
+    layers = list(adapters(network).values())
+    own = [p.to_local() if isinstance(p, DTensor) else p for p in network.parameters()]
+    tensors = (layer.weight + layer.update for layer in layers) if layers else iter(own)  # one at a time
+    count = sum(tensor.numel() for tensor in ([layer.weight for layer in layers] or own))
+    stride = max(1, count // SAMPLED)
+    return torch.cat([tensor.detach().flatten()[::stride].float().cpu() for tensor in tensors]).clone()
+
+
+def moved(before: Tensor, after: Tensor) -> float:
+    """Share that is not what it was."""
+    return float((before != after).double().mean())
+
+
+def change(before: Tensor, after: Tensor) -> float:
+    """`|after - before| / |before|`."""
+    return float((after.double() - before.double()).norm() / before.double().norm().clamp_min(1e-30))
+
+
+def coarse(weights: Tensor) -> float:
+    """Share that bfloat16 holds exactly; zeros, which every format holds, are left out."""
+    some = weights[weights != 0]
+    return float((some == some.bfloat16().float()).double().mean()) if len(some) else 0.0

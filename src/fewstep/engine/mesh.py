@@ -1,0 +1,127 @@
+"""The processes of a run: how many there are, what each one holds, and the few things they tell each other.
+
+`torchrun` starts them; nothing here launches anything. Ranks count fastest through `sequence`, then `shard`, then
+`replicate`, so that the processes that talk most are neighbours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
+
+from fewstep.core.env import place
+from fewstep.engine.settings import Parallel, Settings
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """What this process is among its peers. `Processes()` is a run of one."""
+
+    rank: int = 0
+    world: int = 1
+    sequence: int = 1
+    """Neighbours that work on the same clips, each on its share of the tokens."""
+    weights: DeviceMesh | None = None
+    """Over which every network is sharded: `(shard,)` or `(replicate, shard)`. None in a run of one."""
+    tokens: dist.ProcessGroup | None = None
+    """Those that share this process' clips; None where every process has its own."""
+    talk: dist.ProcessGroup | None = None
+    """All of them, over a backend for the CPU."""
+    disk: dist.ProcessGroup | None = None
+    """The same once more, for checkpoints alone: they are written beside the training, and must not hear it talk."""
+
+    @property
+    def leads(self) -> bool:
+        """Whether this one writes what is written once: logs, pictures, students."""
+        return self.rank == 0
+
+    def places(self, accumulate: int) -> range:
+        """The places of random numbers and data whose micro-batches are computed here.
+
+        All processes together have the places `0 ... accumulate - 1`, as one process has: so a step's samples and noise
+        do not depend on how many there are.
+        """
+        own = accumulate * self.sequence // self.world
+        first = self.rank // self.sequence * own
+        return range(first, first + own)
+
+    def mean(self, figures: dict[str, float]) -> dict[str, float]:
+        """Of every figure, over all processes."""
+        if self.talk is None:
+            return figures
+        values = torch.tensor(list(figures.values()), dtype=torch.float64)
+        dist.all_reduce(values, group=self.talk)
+        return dict(zip(figures, (values / self.world).tolist(), strict=True))
+
+    def from_leader(self, value: T) -> T:
+        """What the leader passes, in every process."""
+        if self.talk is None:
+            return value
+        box: list[Any] = [value]
+        dist.broadcast_object_list(box, src=0, group=self.talk)
+        chosen: T = box[0]
+        return chosen
+
+    def barrier(self) -> None:
+        if self.talk is not None:
+            dist.barrier(self.talk)
+
+
+def join(settings: Settings) -> Processes:
+    """Meet the other processes of this run, which `require_mesh` has found possible. A run of one meets nobody."""
+    here = place()
+    if here.world_size == 1:
+        return Processes()
+    device, parallel = torch.device(settings.device).type, settings.parallel
+    if device != "cpu":
+        torch.accelerator.set_device_index(here.local_rank)
+    if not dist.is_initialized():
+        store, rank, world = next(rendezvous("env://"))
+        # torchrun keeps its store when it starts a run again, with the addresses of the processes that are gone.
+        store = dist.PrefixStore(f"attempt {here.attempt}", store)
+        dist.init_process_group(store=store, rank=rank, world_size=world)
+    replicate, sequence = parallel.replicate, parallel.sequence
+    shard = here.world_size // replicate  # shards of one network lie across the neighbours that share a clip, too
+    shape = (shard,) if replicate == 1 else (replicate, shard)
+    weights = init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+    tokens = None
+    if sequence > 1:
+        clips = init_device_mesh(device, (here.world_size // sequence, sequence), mesh_dim_names=("clips", "tokens"))
+        tokens = clips["tokens"].get_group()
+    talk, disk = (dist.new_group(backend="gloo") for _ in range(2))
+    return Processes(here.rank, here.world_size, sequence, weights, tokens, talk, disk)
+
+
+def part_company() -> None:
+    """The end of a program whose processes met: tell the libraries between them. A program of one does nothing."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def require_mesh(parallel: Parallel, accumulate: int, device: str) -> None:
+    """Refuse (ValueError) what the processes that there are cannot do."""
+    world = place().world_size
+    rest = parallel.replicate * parallel.sequence
+    wanted = rest * max(parallel.shard, 1)
+    if world % rest or (parallel.shard and wanted != world):
+        sizes = f"replicate {parallel.replicate} x shard {parallel.shard or 'any'} x sequence {parallel.sequence}"
+        multiple = "" if parallel.shard else "a multiple of "
+        raise ValueError(
+            f"settings.parallel: {sizes} needs {multiple}{wanted} processes, and this run has {world}; "
+            f"start it with torchrun --nproc-per-node {wanted}, or change the sizes (shard: 0 takes all that are left)"
+        )
+    places = world // parallel.sequence
+    if accumulate % places:
+        raise ValueError(
+            f"settings.accumulate: {accumulate} micro-batches per step cannot be dealt to {places} processes evenly; "
+            f"write accumulate: {-(-accumulate // places) * places} (their number in all processes together)"
+        )
+    if parallel.offload and torch.device(device).type == "cpu":
+        raise ValueError("settings.parallel.offload moves idle networks to the CPU, and settings.device is cpu already")

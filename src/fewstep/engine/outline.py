@@ -1,0 +1,235 @@
+"""What a run will hold in memory, before anything is allocated: the measurement.
+
+The method's own updates are run once on the networks' own code, with tensors that have shapes and places but no values.
+Every tensor that is made is written down while it lives. So a new method, network or attention pattern is measured
+without being described a second time. Compiled blocks hold less than what is found here.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import flop_registry
+
+from fewstep.core import Batch, Cond, Pairs, Rng
+from fewstep.core.flops import FORMULAS
+from fewstep.engine.memory import FLOAT, Holding, Phase, Plan, optimizer_bytes
+from fewstep.engine.nets import build_nets, trained_roles
+from fewstep.engine.optim import matrices_of
+from fewstep.engine.settings import Settings
+from fewstep.methods.base import Method, Nets, Update
+from fewstep.methods.rollouts import Rollout
+from fewstep.models import Card, Denoiser, VideoModel
+from fewstep.models.source import outline
+
+
+class Ledger(TorchDispatchMode):
+    """Bytes of the tensors made inside, now and at most; who of `owners` was read; floating-point operations."""
+
+    def __init__(self, owners: Mapping[str, nn.Module] | None = None) -> None:
+        super().__init__()
+        self.live = self.peak = self.flops = 0
+        self.reads: set[str] = set()
+        self._alive: dict[int, Any] = {}
+        self._owned: dict[int, tuple[str, Any]] = {}
+        for name, network in (owners or {}).items():
+            for tensor in (*network.parameters(), *network.buffers()):
+                storage = tensor.untyped_storage()
+                self._owned.setdefault(id(storage), (name, storage))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor) and (owned := self._owned.get(id(leaf.untyped_storage()))):
+                self.reads.add(owned[0])
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self.note(leaf)
+        formula: Any = FORMULAS.get(func._overloadpacket)
+        if formula is not None:
+            shapes = tree_map(lambda x: tuple(x.shape) if isinstance(x, Tensor) else x, args)
+            self.flops += formula(*shapes)
+        elif func._overloadpacket in flop_registry:
+            self.flops += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
+
+    def note(self, tensor: Tensor) -> None:
+        """Count the memory behind `tensor`, once, until nothing refers to it."""
+        storage = tensor.untyped_storage()
+        key, size = id(storage), storage.nbytes()
+        if key in self._alive or key in self._owned or not size:
+            return
+        self._alive[key] = weakref.ref(storage, lambda _: self._forget(key, size))
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+    def _forget(self, key: int, size: int) -> None:
+        if self._alive.pop(key, None) is not None:
+            self.live -= size
+
+
+@dataclass(frozen=True)
+class Shortest(Rng):
+    """Random numbers of a run that stops every rollout at its first exit: it holds as much as the longest."""
+
+    def integer(self, name: str, high: int) -> int:
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outline:
+    """A run that exists in shapes only."""
+
+    model: VideoModel
+    method: Method
+    settings: Settings
+    nets: Nets
+    frames: int
+    mode: FakeTensorMode = field(repr=False)
+
+    @classmethod
+    def of(cls, card: Card, method: Method, settings: Settings, frames: int | None = None) -> Outline:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        model = outline(card)
+        nets = build_nets(model, method, settings.seed, settings.lora)
+        for network in {id(network): network for network in (*model.parts.values(), *nets.values())}.values():
+            _imagine(network, mode)
+        return cls(
+            model=model, method=method, settings=settings, nets=nets, frames=frames or card.num_frames, mode=mode
+        )
+
+    def plan(self) -> Plan:
+        """Memory and work of one process that has the whole run to itself."""
+        for network in self.nets.values():
+            if isinstance(network, Denoiser):
+                network.backbone.spread(None, self.settings.parallel.checkpointing)
+        phases = tuple(self._phase(update) for update in self._kinds())
+        shared = self.settings.lora is not None
+        return Plan(holdings=tuple(self._holdings()), phases=phases, flops=self._flops(phases), shared=shared)
+
+    def _holdings(self) -> Iterator[Holding]:
+        trained = trained_roles(self.method, self.settings.steps)
+        for role, network in self.nets.items():
+            optim = self.settings.optim_of(role)
+            slim = sum(p.numel() for p in matrices_of(network)) if optim.type == "muon" else 0
+            held = _holding(role, network, trained=role in trained, slim=slim)
+            # AdamW takes the root of all second moments at once on a GPU, of one tensor after the other on a CPU.
+            at_once = held.trained - slim if self.settings.device != "cpu" else 2 * _largest(network)
+            yield replace(held, stepping=FLOAT * at_once if held.trained else 0)
+        if self.settings.ema > 0:
+            yield replace(_holding("student", self.nets.student, trained=False), role="student average")
+        for name, part in self.model.parts.items():
+            if name != self.method.part:
+                yield _holding(name, part, trained=False)
+
+    def _kinds(self) -> Iterator[Update]:
+        """The first update of every set of roles."""
+        wanted, seen = set(trained_roles(self.method, self.settings.steps)), set()
+        for step in range(self.settings.steps):
+            for event in self.method.updates(step):
+                if isinstance(event, Update) and event.roles not in seen:
+                    seen.add(event.roles)
+                    yield event
+            if wanted <= {role for roles in seen for role in roles}:
+                return
+
+    def _phase(self, update: Update) -> Phase:
+        for role, network in self.nets.items():
+            network.requires_grad_(role in update.roles).train(role in update.roles)
+        batch = self.batch()
+        ledger = Ledger({**self.nets, **{n: p for n, p in self.model.parts.items() if n != self.method.part}})
+        cast = torch.autocast("cpu", torch.bfloat16, enabled=self.settings.autocast == "bf16", cache_enabled=False)
+        with ledger:
+            for leaf in _tensors(batch):
+                ledger.note(leaf)
+            with cast:
+                for terms in update.losses(self.nets, batch, Shortest(self.settings.seed)):
+                    with torch.autocast("cpu", enabled=False):
+                        torch.stack(list(terms.values())).sum().backward()
+        gradients = 0
+        for role in update.roles:
+            for parameter in self.nets[role].parameters():
+                gradients += 0 if parameter.grad is None else parameter.grad.nbytes
+                parameter.grad = None
+        activations = max(0, ledger.peak - gradients)
+        lender = {"teacher"} if self.settings.lora is not None else set()
+        reads = frozenset(ledger.reads | set(update.roles) | lender)
+        return Phase(roles=update.roles, reads=reads, gradients=gradients, activations=activations, flops=ledger.flops)
+
+    def batch(self) -> Batch:
+        """One batch of shapes: everything that the method needs, prompts of the greatest length."""
+        model, card, size = self.model, self.model.card, self.settings.batch
+        needs = self.method.needs
+        length, width = (model.text.length, model.text.width) if "text" in model.parts else (1, 1)
+        frames = (self.frames, card.height, card.width)
+        shape = model.codec.latent_shape(*frames) if "codec" in model.parts else (3, *frames)
+        rollouts = [value for value in vars(self.method).values() if isinstance(value, Rollout)]
+        grids = [grid for rollout in rollouts for grid in rollout.contract(card.contract).grids.values()]
+        times = tuple(sorted({1.0, 0.0, *(t for grid in grids for t in grid)}, reverse=True))
+        with self.mode:
+            cond = Cond(torch.empty(size, length, width), torch.ones(size, length, dtype=torch.bool))
+            uncond = Cond(torch.empty(1, length, width), torch.ones(1, length, dtype=torch.bool)).expand(size)
+            return Batch(
+                cond, uncond, shape,
+                prompts=("word " * length,) * size if "prompts" in needs else (),
+                x0=torch.empty(size, *shape) if "x0" in needs else None,
+                pairs=Pairs(torch.empty(size, len(times), *shape), times) if "pairs" in needs else None,
+                frames=torch.empty(size, 3, *frames) if "frames" in needs else None,
+                labels=torch.zeros(size, 6, dtype=torch.long) if "labels" in needs else None,
+            )  # fmt: skip
+
+    def _flops(self, phases: tuple[Phase, ...]) -> int:
+        """Of one iteration. For denoisers by the method's own cost line, which knows the expected length of rollouts."""
+        times = self.settings.accumulate
+        if self.method.part != "denoiser":
+            return times * sum(phase.flops for phase in phases)
+        batch = self.batch()
+        with torch.no_grad(), Ledger() as ledger, self.mode:
+            self.model.denoiser(torch.empty(batch.noise_shape), torch.ones(len(batch)), batch.cond)
+        return round(times * self.method.cost() * ledger.flops)
+
+
+def _imagine(network: nn.Module, mode: FakeTensorMode) -> None:
+    """Put a network of the meta device where autocast and attention know what to do: the CPU, still without memory."""
+    with mode:
+        for module in network.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    made = torch.empty(parameter.shape, dtype=parameter.dtype)
+                    module._parameters[name] = nn.Parameter(made, requires_grad=False)
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def _holding(role: str, network: nn.Module, *, trained: bool, slim: int = 0) -> Holding:
+    own = list(network.parameters())
+    count = sum(p.numel() for p in own)
+    borrowed = {name for module in network.modules() for name in module._non_persistent_buffers_set}
+    buffers = [b for name, b in network.named_buffers() if name.rpartition(".")[2] not in borrowed]
+    return Holding(
+        role=role,
+        network=type(getattr(network, "backbone", network)).__name__,
+        parameters=count,
+        trained=count if trained else 0,
+        weights=FLOAT * count + sum(b.nbytes for b in buffers),
+        optimizer=optimizer_bytes(count, slim) if trained else 0,
+    )
+
+
+def _largest(network: nn.Module) -> int:
+    return max((p.numel() for p in network.parameters()), default=0)
+
+
+def _tensors(batch: Batch) -> Iterator[Tensor]:
+    states = batch.pairs.states if batch.pairs is not None else None
+    every = (batch.cond.text, batch.cond.mask, batch.x0, states, batch.frames, batch.labels)
+    return (tensor for tensor in every if tensor is not None)

@@ -1,0 +1,190 @@
+"""Everything a run needs, allocated; and everything that could not take effect, refused before."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+
+from fewstep.core import Rng, dump
+from fewstep.core.build import digest
+from fewstep.core.env import place
+from fewstep.data.base import Data, Source
+from fewstep.engine.effective import in_effect
+from fewstep.engine.health.monitor import watching
+from fewstep.engine.mesh import Processes, join, require_mesh
+from fewstep.engine.nets import build_nets, trained_roles
+from fewstep.engine.offload import Shelf
+from fewstep.engine.optim import RoleOptimizer
+from fewstep.engine.preview import Preview
+from fewstep.engine.probe import Probe
+from fewstep.engine.run import Run, autocast
+from fewstep.engine.settings import Parallel, Settings
+from fewstep.engine.shard import hollow, shard
+from fewstep.methods.base import Method, Nets, Weak
+from fewstep.models import Card, Denoiser, VideoModel
+from fewstep.models.lora import duplicate
+
+WHOSE = ("recipe", "method", "cite", "teacher", "data")
+"""Entries of the provenance that say which run it is; the others (machine, versions) may change when it goes on."""
+
+
+def prepare(
+    model: VideoModel,
+    method: Method,
+    data: Data,
+    settings: Settings,
+    output: Path,
+    *,
+    probe: Probe | None = None,
+    provenance: Mapping[str, str] = MappingProxyType({}),
+) -> Run:
+    """Allocate everything a run owns. ValueError names a setting that could not take effect."""
+    roles = require_possible(method, settings, model.card, probe)
+    require_processes(settings)
+    trees = describe(method, data, settings)
+    identity = {key: provenance[key] for key in WHOSE if key in provenance} | identify(model, trees)
+    processes = join(settings)
+    model, nets, average, shell = make_networks(model, method, settings, processes)
+    rest = settings.parallel.offload
+    optimizers = {
+        role: RoleOptimizer(nets.roles[role], settings.optim_of(role), settings.steps, rest=rest) for role in roles
+    }
+    effective = in_effect(model, method, settings, nets, shell=shell, processes=processes, identity=identity)
+    if effective.compiles:
+        compile_blocks(nets)
+    source = open_data(data, model, method, processes)
+    rng = Rng(settings.seed, device=settings.device)
+    preview = Preview.of(model, source, rng) if settings.preview_every else None
+    monitor = watching(model, method, settings, nets, processes, source, partial(autocast, settings))
+    return Run(
+        model=model, method=method, settings=settings, output=output, processes=processes, nets=nets, source=source,
+        optimizers=optimizers, average=average, shell=shell, identity=identity, trees=trees, effective=effective,
+        provenance=dict(provenance) | effective.provenance, probe=probe, preview=preview, monitor=monitor,
+    )  # fmt: skip
+
+
+def make_networks(
+    model: VideoModel, method: Method, settings: Settings, processes: Processes
+) -> tuple[VideoModel, Nets, nn.Module | None, nn.Module]:
+    """The model on its device, its networks by role, their average, and the student's structure without weights.
+
+    Of a network that will be sharded only the structure is copied, and every role takes its shards of the one set of
+    weights that is there: all denoisers of a run begin as the teacher.
+    """
+    part = method.part
+    weights, shell = model.weights(part), hollow(model.part(part))
+    sharded = processes.weights is not None and isinstance(shell, Denoiser)
+    if sharded:
+        model = VideoModel(model.card, {**model.parts, part: copy.deepcopy(shell)})
+    for name, network in model.parts.items():
+        if not sharded or name != part:
+            network.to(settings.device)
+    nets = build_nets(model, method, settings.seed, settings.lora, settings.device)
+    average = duplicate(nets.student) if settings.ema > 0 else None
+    for denoiser in (*nets.values(), average):
+        if isinstance(denoiser, Denoiser):
+            if processes.weights is not None:
+                shard(denoiser, weights, processes.weights)
+            denoiser.backbone.spread(processes.tokens, settings.parallel.checkpointing)
+    if settings.parallel.offload:
+        nets = Shelf(nets.roles, settings.device)
+    return model, nets, average, shell
+
+
+def require_possible(method: Method, settings: Settings, card: Card, probe: Probe | None) -> tuple[str, ...]:
+    """The roles that will be trained. Refuse (ValueError) what would silently do nothing, or break in mid-run."""
+    name, roles = type(method).__name__, trained_roles(method, settings.steps)
+    method.check(settings.steps)
+    if "student" not in roles:
+        raise ValueError(
+            f"{name} does not train the student within settings.steps: {settings.steps} (only {', '.join(roles)}); "
+            "give it more steps than its warm-up has"
+        )
+    if "teacher" in roles:
+        raise ValueError(f"{name} trains the teacher; train a Copy of it")
+    for role in sorted(set(settings.optim) - {*roles, "student"}):
+        near = difflib.get_close_matches(role, roles, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(f"settings.optim.{role} trains nothing; {hint}({name} trains: {', '.join(roles)})")
+    if settings.lora is None and any(isinstance(role, Weak) for role in method.aux().values()):
+        raise ValueError(f"{name} weakens adapters, and this run has none; set settings.lora, or method.weak: 0")
+    if settings.lora is not None and settings.parallel.offload:
+        raise ValueError(
+            "settings.parallel.offload sends networks away one by one, and with settings.lora all of them are adapters over "
+            "the same weights; leave out one of the two"
+        )
+    if method.part != "denoiser":
+        for setting in ("compile", "preview_every", "lora"):
+            if getattr(settings, setting):
+                who = f"{name} trains the {method.part}"
+                raise ValueError(f"settings.{setting} is for denoisers, and {who}; leave it out")
+        for field in ("shard", "replicate", "sequence", "checkpointing"):
+            if getattr(settings.parallel, field) != getattr(Parallel(), field):
+                raise ValueError(
+                    f"settings.parallel.{field} is for denoisers, and {name} trains the {method.part}, which stays whole "
+                    "on every process; leave it out"
+                )
+    if probe is not None:
+        probe.check(card, method.part)
+    return roles
+
+
+def require_processes(settings: Settings) -> None:
+    """Refuse (ValueError) what the processes that are there now cannot do; a recipe may be right for other machines."""
+    require_mesh(settings.parallel, settings.accumulate, settings.device)
+    if place().world_size == 1:
+        return
+    for setting, without in (("compile", "false"), ("lora", "null")):
+        if getattr(settings, setting):
+            raise ValueError(
+                f"settings.{setting} works in one process so far; write {setting}: {without}, or start without torchrun"
+            )
+    muon = sorted(role for role, optim in settings.optim.items() if optim.type == "muon")
+    if muon:
+        raise ValueError(
+            f"settings.optim.{muon[0]}: muon works on whole matrices, which sharded networks do not have; "
+            "give it type adamw, or start without torchrun"
+        )
+
+
+def describe(method: Method, data: Data, settings: Settings) -> dict[str, Any]:
+    """Everything besides the weights that decides a run's numbers, as plain values with every default written out."""
+    return {
+        "method": dump(method, Method),
+        "data": dump(data, Data),
+        "settings": {key: value for key, value in dump(settings).items() if key != "parallel"},
+    }
+
+
+def identify(model: VideoModel, trees: Mapping[str, Any]) -> dict[str, str]:
+    """What makes a run this run: the weights it starts from, and a digest of everything that decides its numbers."""
+    weights = {f"{name} weights": model.fingerprint(name) for name in model.parts}
+    return weights | {f"{name} digest": digest(tree) for name, tree in trees.items()}
+
+
+def open_data(data: Data, model: VideoModel, method: Method, processes: Processes) -> Source:
+    """The leader opens the data first: what it stores (text states), the others find there."""
+    if not processes.leads:
+        processes.barrier()
+    source = data.open(model, method.needs)
+    if processes.leads:
+        processes.barrier()
+    if getattr(data, "text_cache", ""):
+        model.part("text").to("cpu")  # its work is done; what pictures and probes ask of it, it does there
+    return source
+
+
+def compile_blocks(nets: Nets) -> None:
+    """Compile in place. Every role, batch size, grad mode and autocast state is a variant of the one block graph."""
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    for network in nets.roles.values():
+        if isinstance(network, Denoiser):
+            network.backbone.compile_blocks()

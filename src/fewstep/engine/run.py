@@ -1,0 +1,237 @@
+"""A run in progress: one iteration of it, its student, and its whole state."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from fewstep.core import Batch, Losses, Rng
+from fewstep.core.atomic import recover, replacing_folder
+from fewstep.core.finite import require_finite
+from fewstep.data.base import Source
+from fewstep.engine.checkpoint import Checkpoint, CheckpointError, RunState
+from fewstep.engine.effective import Effective, Watch
+from fewstep.engine.health.monitor import Monitor
+from fewstep.engine.listening import Listener, Overheard
+from fewstep.engine.mesh import Processes
+from fewstep.engine.optim import RoleOptimizer
+from fewstep.engine.preview import Preview
+from fewstep.engine.probe import Probe
+from fewstep.engine.settings import Settings
+from fewstep.engine.shard import add_gradients, whole
+from fewstep.methods.base import Method, Nets, Sync, Update
+from fewstep.models import VideoModel
+from fewstep.models.lora import merge, save_adapter
+
+
+@dataclass
+class Run:
+    """Made by `prepare`; everything that changes during a run lives here."""
+
+    model: VideoModel
+    method: Method
+    settings: Settings
+    output: Path
+    processes: Processes
+    nets: Nets
+    source: Source
+    optimizers: dict[str, RoleOptimizer]
+    average: nn.Module | None
+    shell: nn.Module
+    """The student's structure without its weights."""
+    identity: dict[str, str]
+    """What a checkpoint must agree with."""
+    provenance: dict[str, str]
+    """What the student's card says of its making."""
+    trees: dict[str, Any]
+    """Method, data and settings with every default written out: kept in every checkpoint."""
+    effective: Effective
+    """What is really done, beside what was asked for."""
+    probe: Probe | None = None
+    preview: Preview | None = None
+    monitor: Monitor | None = None
+    step: int = 0
+    """Iterations done."""
+    best: dict[str, float] = field(default_factory=dict)
+    """Scores of the best student so far, which is in `output/best`."""
+    watch: Watch | None = field(default_factory=Watch)
+    """Notes the times of all calls in the first iterations; None afterwards."""
+    figures: dict[str, float] = field(default_factory=dict)
+    """Of the last iteration, by name; a loss is the mean over micro-batches, processes and repeated updates."""
+
+    # --- one iteration ------------------------------------------------------------------------------------------------
+
+    def iterate(self) -> None:
+        """All updates of the current step, in the method's order."""
+        rng = Rng(self.settings.seed, self.step, device=self.settings.device)
+        places = [rng.at(place=place) for place in self.processes.places(self.settings.accumulate)]
+        batches = [(self.source.batch(self.settings.batch, where), where.place) for where in places]
+        seen: dict[str, list[float]] = {}
+        events = self.monitor.events(self.step) if self.monitor is not None else self.method.updates(self.step)
+        for number, event in enumerate(events):
+            match event:
+                case Update():
+                    for name, value in self.update(event, batches, rng.fold(f"update/{number}")):
+                        seen.setdefault(name, []).append(value)
+                case Sync(target, source, decay):
+                    blend(self.nets[target], self.nets[source], decay)
+        if self.average is not None:
+            # A short memory at first: an average that starts at the teacher would stay there for 1/(1-ema) steps.
+            if self.settings.parallel.offload:
+                self.average.to("cpu")
+            blend(self.average, self.nets.student, min(self.settings.ema, (1 + self.step) / (10 + self.step)))
+        self.figures = self.processes.mean({name: fmean(values) for name, values in seen.items()})
+        self.step += 1
+
+    def update(self, update: Update, batches: list[tuple[Batch, int]], rng: Rng) -> list[tuple[str, float]]:
+        """One optimiser step of the update's roles; its figures. Nothing has moved if a number is not finite."""
+        self.nets.begin(update.roles)
+        for role, network in self.nets.roles.items():
+            network.requires_grad_(role in update.roles).train(role in update.roles)
+        figures = []
+        nets = Overheard(self.nets, self.listeners) if self.listeners else self.nets
+        for batch, place in batches:
+            with autocast(self.settings):
+                for terms in update.losses(nets, batch, rng.at(place=place)):
+                    figures += self.backward(terms, "+".join(update.roles))
+        for role in update.roles:
+            add_gradients(self.nets.roles[role], self.processes)
+        norms = {role: self.optimizers[role].clip() for role in update.roles}
+        for role, norm in norms.items():
+            require_finite(norm, f"step {self.step}, gradient norm of {role}")
+            figures.append((f"grad/{role}", float(norm)))
+        for role in update.roles:
+            figures.append((f"lr/{role}", self.optimizers[role].step(self.step)))
+        return figures
+
+    def backward(self, terms: Losses, roles: str) -> list[tuple[str, float]]:
+        """Add the gradient of one graph to what this update has; the value of each term.
+
+        Processes add their gradients up, so each divides by what all of them do in this iteration.
+        """
+        for name, term in terms.items():
+            require_finite(term.detach(), f"step {self.step}, loss {name} of {roles}")
+        share = self.settings.accumulate * self.processes.sequence
+        with torch.autocast(device_type(self.settings), enabled=False):
+            if self.monitor is not None:
+                self.monitor.compare(terms, roles)
+            (torch.stack(list(terms.values())).sum() / share).backward()
+        return [(f"loss/{name}", float(term.detach())) for name, term in terms.items()]
+
+    @property
+    def listeners(self) -> list[Listener]:
+        """Whoever is told of every call."""
+        heard = None if self.monitor is None else self.monitor.heard
+        return [listener for listener in (self.watch, heard) if listener is not None]
+
+    @property
+    def over(self) -> bool:
+        """Is this the last iteration: all are done, or a collapse has ended the run?"""
+        return self.step >= self.settings.steps or (self.monitor is not None and bool(self.monitor.stopped))
+
+    # --- what a run returns and keeps ---------------------------------------------------------------------------------
+
+    def student(self) -> VideoModel:
+        """The model with the student (its average, where one is kept; adapters merged) in the trained part's place."""
+        return self._with(self._result())
+
+    def keep(self, folder: Path) -> None:
+        """Write the student's folder, whole or not at all; adapters lie beside the merged weights.
+
+        Every process must call: each gives its shards.
+        """
+        network = whole(self._result(), self.shell, self.processes)
+        if self.processes.leads:
+            with replacing_folder(folder) as draft:
+                self._with(network).save(draft)
+                if self.settings.lora is not None:
+                    save_adapter(network, draft / "adapter", self.model.card.name)
+
+    def _result(self) -> nn.Module:
+        network: nn.Module = self.average if self.average is not None else self.nets.student
+        return network.to(self.settings.device)
+
+    def _with(self, network: nn.Module) -> VideoModel:
+        card = self.model.card
+        if self.method.part != "denoiser":
+            return self.model.with_part(self.method.part, network, provenance=self.provenance)
+        contract = self.method.contract(card.contract)
+        role = card.role if contract == card.contract else "student"
+        network = merge(self.nets.roles["teacher"], network)
+        return self.model.with_part(
+            "denoiser", network, contract=contract, role=role, provenance=self.provenance, scores=dict(self.best)
+        )
+
+    @property
+    def changing(self) -> dict[str, nn.Module]:
+        """Every network a checkpoint holds, by component."""
+        roles = {role: net for role, net in self.nets.roles.items() if role != "teacher" and net.state_dict()}
+        return roles if self.average is None else roles | {"ema": self.average}
+
+    def state(self) -> RunState:
+        components = {name: network.state_dict() for name, network in self.changing.items()}
+        components |= {f"{role}.optim": optimizer.state() for role, optimizer in self.optimizers.items()}
+        health = self.monitor.state() if self.monitor is not None else None
+        values = {"identity": self.identity, "best": self.best, "health": health, "run": self.trees}
+        return RunState(self.step, components, values)
+
+    def restore(self, saved: Checkpoint) -> None:
+        """Go on from a checkpoint of this run. CheckpointError where it is another run's or incomplete."""
+        theirs: dict[str, str] = saved.values["identity"]
+        pairs = {key: (was, self.identity.get(key, "absent")) for key, was in theirs.items()}
+        changed = [f"{key} was {was}, is {now}" for key, (was, now) in pairs.items() if was != now]
+        if changed:
+            raise CheckpointError(
+                f"{self.output} holds another run ({'; '.join(changed)}). Give another output folder, or delete this one."
+            )
+        expected = {*self.changing, *(f"{role}.optim" for role in self.optimizers)}
+        odd = sorted(expected ^ set(saved.components))
+        if odd:
+            raise CheckpointError(f"the checkpoint in {self.output} lacks or adds components: {', '.join(odd)}")
+        if self.processes.leads:
+            recover(self.output / "best")
+        self.processes.barrier()
+        health = saved.values["health"]
+        if (saved.values["best"] or (health and health["best"])) and not (self.output / "best" / "card.json").is_file():
+            raise CheckpointError(
+                f"{self.output / 'best'}, the best student so far, is gone. Put it back, or start anew."
+            )
+        for name, network in self.changing.items():
+            saved.read(name, network.state_dict(), self.processes.disk)
+        for role, optimizer in self.optimizers.items():
+            name = f"{role}.optim"
+            saved.read(name, optimizer.allocate(saved.shapes(name)), self.processes.disk)
+        self.step, self.best = saved.step, dict(saved.values["best"])
+        if self.monitor is not None:
+            self.monitor.restore(health)
+            if self.processes.leads:
+                self.monitor.record.save(self.output)
+
+
+@torch.no_grad()
+def blend(target: nn.Module, source: nn.Module, decay: float) -> None:
+    """`target <- decay * target + (1 - decay) * source`, parameters and floating-point buffers; of a shard, its own."""
+    for mine, theirs in zip(target.state_dict().values(), source.state_dict().values(), strict=True):
+        mine, theirs = (t.to_local() if isinstance(t, DTensor) else t for t in (mine, theirs))
+        if mine.is_floating_point():
+            mine.lerp_(theirs.to(mine.device), 1 - decay)
+        else:
+            mine.copy_(theirs)
+
+
+def autocast(settings: Settings) -> AbstractContextManager[Any]:
+    """Without a cache of cast weights: a copy cast under no_grad must not serve the call that carries gradient."""
+    return torch.autocast(
+        device_type(settings), dtype=torch.bfloat16, enabled=settings.autocast == "bf16", cache_enabled=False
+    )
+
+
+def device_type(settings: Settings) -> str:
+    return torch.device(settings.device).type

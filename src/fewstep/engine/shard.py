@@ -1,0 +1,97 @@
+"""Networks spread over processes with FSDP2: every process holds its share of each weight and gathers a block when it runs.
+
+A denoiser is cut along the three-part contract: each block on its own, embedding and head together. Every other network
+(discriminator heads, codecs, encoders) is small, stays whole on every process and has its gradients added up.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+from functools import cache
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import register_dataclass
+
+from fewstep.diffusion import Prediction
+from fewstep.engine.mesh import Processes
+from fewstep.models.backbone import State
+from fewstep.models.denoiser import Denoiser
+
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+"""It warns of changing such a tensor in place, which no method may do with what a network returned."""
+
+
+def hollow(network: nn.Module) -> nn.Module:
+    """A copy whose parameters have shapes but no memory (the meta device); buffers are copied."""
+    memo: dict[int, object] = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
+        for p in network.parameters()
+    }
+    shell: nn.Module = copy.deepcopy(network, memo)
+    return shell
+
+
+def shard(network: Denoiser, weights: Mapping[str, Tensor], mesh: DeviceMesh) -> None:
+    """Cut a hollow denoiser over the processes of `mesh`, and give every one its share of `weights`, on its device.
+
+    It begins frozen, as every network of a run does. Master weights, gradients and their sums stay float32; what a
+    gathered block computes in is autocast's business.
+    """
+    _let_fsdp_see_inside()
+    for unit in (*network.backbone.blocks, network):
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+    for unit in network.modules():
+        if isinstance(unit, FSDPModule):
+            unit.set_gradient_divide_factor(1.0)  # the loss is divided already, and gloo cannot average
+            unit.set_force_sum_reduction_for_comms(True)
+    register_fsdp_forward_method(network, "features")
+    shares: dict[str, Tensor] = {}
+    for name, empty in network.state_dict().items():
+        full = weights[name].detach().to(mesh.device_type, empty.dtype)
+        if isinstance(empty, DTensor):  # every process has the whole tensor at hand: it takes its part, nothing is sent
+            share = distribute_tensor(full, mesh, empty.placements, src_data_rank=None)
+            shares[name] = nn.Parameter(share.clone(), requires_grad=False)  # a view would keep the whole tensor
+        else:
+            shares[name] = full.clone()
+    network.load_state_dict(shares, assign=True)
+
+
+def whole(network: nn.Module, shell: nn.Module, processes: Processes) -> nn.Module:
+    """The network in one piece on the CPU, for the leader to save. Every process must call; others get an empty shell."""
+    if not isinstance(network, FSDPModule):
+        return network
+    tensors = {}
+    for name, tensor in network.state_dict().items():
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if processes.leads:
+            tensors[name] = full.detach().cpu()
+    piece = copy.deepcopy(shell)
+    if processes.leads:
+        piece.load_state_dict(tensors, assign=True)
+    return piece
+
+
+def add_gradients(network: nn.Module, processes: Processes) -> None:
+    """Add up the gradients of a network that is whole on every process; FSDP has done so for the others."""
+    if processes.weights is None or isinstance(network, FSDPModule):
+        return
+    gradients = [p.grad for p in network.parameters() if p.grad is not None]
+    if gradients:
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(total.view_as(gradient))
+
+
+@cache
+def _let_fsdp_see_inside() -> None:
+    """Its hooks look for tensors in what goes in and out of a unit; earlier versions know registered types only."""
+    for cls in (State, Prediction):
+        register_dataclass(cls)

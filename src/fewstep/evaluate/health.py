@@ -1,0 +1,75 @@
+"""The health of a run for the report: its verdict, curves with two reference lines, and the last picture."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+from html import escape
+from pathlib import Path
+
+from fewstep.engine.health import Record, read_record
+from fewstep.evaluate.svg import curve
+
+CURVES = {
+    "accuracy": "Every attribute right",
+    "distance": "Distance to the teacher's clips",
+    "diversity": "Diversity",
+    "motion": "Motion",
+    "saturation": "Saturation",
+    "contrast": "Contrast",
+    "std": "Deviation of the latents",
+    "drift": "Shift of the latent means",
+}
+OWN = {
+    "critic": "Critic's error on fresh samples, relative to the teacher's",
+    "lag": "Critic lag: the same relative to old samples",
+    "change": "Size of an update relative to the weights",
+    "noise": "Noise in the student's inputs, relative to its path's",
+    "cosine": "Smallest cosine between gradients of loss terms",
+}
+
+
+def said(run: Path) -> str | None:
+    """The last verdict and what followed from it, as HTML; None where the run was not examined."""
+    record = read_record(run)
+    if record is None or not record.checks:
+        return None
+    last = record.checks[-1]
+    done = "".join(f" {escape(what)}." for check in record.checks for what in check.done)
+    return f"<b>{last.verdict.word}</b> at step {last.vitals.step}: {escape(last.verdict.reason)}.{done}"
+
+
+def curves(run: Path) -> list[tuple[str, str]]:
+    """Title and chart of every figure with two checks or more."""
+    record = read_record(run)
+    return [] if record is None or not record.checks else list(_curves(record))
+
+
+def picture(run: Path) -> str:
+    """The picture of the last check as an HTML figure; empty without one."""
+    found = sorted((run / "health").glob("*.png"))
+    if not found:
+        return ""
+    data = base64.b64encode(found[-1].read_bytes()).decode()
+    caption = (
+        f"Step {int(found[-1].stem)}. From left to right: student at its fewest and at its most steps; what critic and teacher "
+        "make of the student's clips after noise of t = 0.6; the teacher's own clips. Without a critic, its column is missing."
+    )
+    return (
+        f'<figure class="card scroll"><img alt="student, critic and teacher" src="data:image/png;base64,{data}">'
+        f"<figcaption>{caption}</figcaption></figure>"
+    )
+
+
+def _curves(record: Record) -> Iterator[tuple[str, str]]:
+    grid, lines = record.checks[-1].vitals.grid, record.newest
+    same = [vitals for vitals in record.history if vitals.grid == grid]
+    for name, title in CURVES.items():
+        points = [(float(v.step), getattr(v.looks, name)) for v in same if getattr(v.looks, name) is not None]
+        marks = [(getattr(lines.teacher, name), "teacher"), (getattr(lines.untrained, name), "teacher, same steps")]
+        if len(points) > 1:
+            yield title, curve(*zip(*points), marks=[(value, who) for value, who in marks if value is not None])
+    for name, title in OWN.items():
+        points = [(float(v.step), getattr(v, name)) for v in same if getattr(v, name) is not None]
+        if len(points) > 1:
+            yield title, curve(*zip(*points))

@@ -1,0 +1,26 @@
+"""Saturation and contrast: what too much guidance and a critic that lags raise first, long before clips look broken."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def saturation(frames: Tensor) -> Tensor:
+    """Mean chroma `max(r, g, b) - min(r, g, b)` of each clip `[B, 3, F, H, W]` in [-1, 1]: `[B]` in [0, 1], float64."""
+    if frames.ndim != 5 or frames.shape[1] != 3:
+        raise ValueError(f"saturation needs clips [B, 3, F, H, W], got {list(frames.shape)}")
+    chroma = frames.float().amax(1) - frames.float().amin(1)
+    return (chroma / 2).flatten(1).mean(1).double().cpu()
+
+
+def contrast(frames: Tensor) -> Tensor:
+    """Standard deviation of brightness within a frame, mean over the frames of each clip `[B, 3, F, H, W]`: `[B]`, float64.
+
+    Brightness is Rec. 601 luma of pixels in [-1, 1].
+    """
+    if frames.ndim != 5 or frames.shape[1] != 3:
+        raise ValueError(f"contrast needs clips [B, 3, F, H, W], got {list(frames.shape)}")
+    weights = torch.tensor([0.299, 0.587, 0.114], device=frames.device)
+    luma = torch.einsum("bcfhw,c->bfhw", frames.float(), weights)
+    return luma.flatten(2).std(2).mean(1).double().cpu()

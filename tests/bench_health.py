@@ -1,0 +1,215 @@
+"""Test bench: runs on the built-in world that are spoiled in one known way each, and runs that are sound.
+
+`python tests/bench_health.py [NAME ...]` runs them one after the other and prints a table: run, verdict, step, reason.
+The sabotage is here and not in the library: it is what a user's mistake or our bug would do.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from fewstep.data.pairs import PairPlan, StoredPairs, make_pairs
+from fewstep.diffusion import CFG, Contract, Trig, Uniform
+from fewstep.engine import Health, Optim, Settings, train
+from fewstep.engine.health import Record, read_record
+from fewstep.engine.optim import RoleOptimizer
+from fewstep.methods import DMD2, BackwardSimulation, Consistency, KnowledgeDistillation, Method
+from fewstep.methods.rollouts import NESTED, FromPairs, student_contract
+from fewstep.models import VideoModel
+from fewstep.world.data import WorldClips
+from fewstep.world.grammar import world_prompts
+
+FAST = Optim(lr=3e-4, betas=(0.0, 0.99))
+SIMULATED = BackwardSimulation(grids=NESTED, shift=3.0)
+SOUND = DMD2(
+    rollout=SIMULATED, guidance=CFG(scale=2.5), critic_updates=2,
+    score_density=Uniform(low=0.02, high=0.98, shift=2.0), critic_density=Uniform(shift=2.0),
+)  # fmt: skip
+"""Like the demo's method."""
+LIMIT = 200
+"""Iterations within which a spoiled run must be named."""
+INTERVAL = 20
+
+
+def settings(steps: int = LIMIT, **others: Any) -> Settings:
+    """Half of the demo's batch. The runs end at the first verdict that is not `improving`."""
+    health = Health(every=INTERVAL, prompts=8, seeds=2)
+    plain = {"steps": steps, "batch": 8, "ema": 0.9, "log_every": 1, "health": health}
+    return Settings(**(plain | {"optim": {"student": FAST, "critic": FAST}} | others))
+
+
+@dataclass(frozen=True)
+class Spoiled:
+    """A run, what is wrong with it, and what it must be called within how many iterations."""
+
+    word: str
+    because: str
+    """A word of the reason."""
+    method: Method = SOUND
+    settings: Settings = settings()
+    spoil: Callable[[], Any] | None = None
+    """A context in which the run is made."""
+
+
+class OtherShift(DMD2):
+    """Trains on times shifted by 3 and has its student sampled on times shifted by 1."""
+
+    def contract(self, teacher: Contract) -> Contract:
+        return student_contract(teacher, NESTED, 1.0, "renoise")
+
+
+@contextmanager
+def coarse_weights() -> Iterator[None]:
+    """What `model.bfloat16()` does to the student: whatever an update leaves is rounded to eight bits."""
+    step = RoleOptimizer.step
+
+    def rounded(self: RoleOptimizer, at: int) -> float:
+        rate = step(self, at)
+        with torch.no_grad():
+            for parameter in self.network.parameters():
+                parameter.copy_(parameter.bfloat16().float())
+        return rate
+
+    with mock.patch.object(RoleOptimizer, "step", rounded):
+        yield
+
+
+@contextmanager
+def frozen_critic() -> Iterator[None]:
+    """The critic's optimiser does not step."""
+    made, step = RoleOptimizer.__init__, RoleOptimizer.step
+    roles: list[RoleOptimizer] = []
+
+    def note(self: RoleOptimizer, *arguments: Any, **options: Any) -> None:
+        made(self, *arguments, **options)
+        roles.append(self)
+
+    def held(self: RoleOptimizer, at: int) -> float:
+        if self is roles[0]:  # DMD2 trains its critic first
+            for part in self.parts.values():
+                part.zero_grad(set_to_none=True)
+            return 0.0
+        return step(self, at)
+
+    with mock.patch.object(RoleOptimizer, "__init__", note), mock.patch.object(RoleOptimizer, "step", held):
+        yield
+
+
+@contextmanager
+def other_path() -> Iterator[None]:
+    """The student is fed on a trigonometric path, though it has learnt the straight one."""
+    from fewstep.engine import prepare
+
+    build = prepare.build_nets
+
+    def wrong(*arguments: Any) -> Any:
+        nets = build(*arguments)
+        nets.student.path = Trig()
+        return nets
+
+    with mock.patch.object(prepare, "build_nets", wrong):
+        yield
+
+
+SLOW = Optim(lr=2e-5, betas=(0.0, 0.99))
+"""As in published runs at scale, relative to the size of these weights: most updates are below bfloat16's steps."""
+HUGE = Optim(lr=3e-2, betas=(0.0, 0.99))
+
+SPOILED: dict[str, Spoiled] = {
+    "pure-bf16 weights": Spoiled(
+        "stalled", "bfloat16", settings=settings(optim={"student": SLOW, "critic": SLOW}), spoil=coarse_weights
+    ),
+    "frozen critic": Spoiled("diverging", "critic does not learn", spoil=frozen_critic),
+    "other shift when sampled": Spoiled(
+        "stalled", "times the student is not trained at", method=OtherShift(**vars(SOUND))
+    ),
+    "guidance 30": Spoiled("diverging", "the teacher", method=replace(SOUND, guidance=CFG(scale=30.0))),
+    "learning rate x100": Spoiled(
+        "diverging", "learning rate", settings=settings(optim={"student": HUGE, "critic": FAST})
+    ),
+    "wrong noise path": Spoiled("diverging", "another path", spoil=other_path),
+}
+
+SOUND_RUNS: dict[str, Method] = {
+    "DMD2": SOUND,
+    "Consistency": Consistency(guidance=CFG(scale=2.5), shift=3.0),
+    "KnowledgeDistillation": KnowledgeDistillation(rollout=FromPairs(grids=NESTED, shift=3.0, mode="ode")),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The first verdict that is not `improving`, or the last one."""
+
+    word: str
+    step: int
+    reason: str
+    record: Record
+    seconds: float
+
+
+def run_spoiled(name: str, output: Path) -> Outcome:
+    case = SPOILED[name]
+    return run(case.method, WorldClips(), case.settings, output, spoil=case.spoil)
+
+
+def run_sound(name: str, output: Path, steps: int = LIMIT) -> Outcome:
+    method, run_settings = SOUND_RUNS[name], settings(steps)
+    if name == "DMD2":
+        return run(method, WorldClips(), run_settings, output)
+    run_settings = replace(run_settings, optim={"student": Optim(lr=2e-4, warmup=10)})
+    if "pairs" not in method.needs:
+        return run(method, WorldClips(), run_settings, output)
+    folder, plan = output / "pairs", PairPlan(steps=20, guidance=CFG(scale=2.5), times=(1.0, 0.9, 0.75, 0.5, 0.0))
+    make_pairs(VideoModel.from_pretrained("world"), world_prompts(256, 0.5, 7), folder, plan, batch=32)
+    return run(method, StoredPairs(path=str(folder)), run_settings, output / "run")
+
+
+def run(method: Method, data: Any, settings: Settings, output: Path, spoil: Callable[[], Any] | None = None) -> Outcome:
+    """Train until something else than `improving` is said, or to the end."""
+    began = time.monotonic()
+    with ending_at_a_verdict(), nullcontext() if spoil is None else spoil():
+        train(VideoModel.from_pretrained("world"), method, data, settings, output, quiet=True)
+    record = read_record(output)
+    assert record is not None and record.checks
+    last = record.checks[-1]
+    return Outcome(last.verdict.word, last.vitals.step, last.verdict.reason, record, time.monotonic() - began)
+
+
+@contextmanager
+def ending_at_a_verdict() -> Iterator[None]:
+    """A spoiled run that is named needs no more iterations."""
+    from fewstep.engine.health.monitor import Monitor
+
+    check = Monitor.check
+
+    def ending(self: Monitor, student: VideoModel, step: int) -> Any:
+        found = check(self, student, step)
+        if found.verdict.word != "improving":
+            self.stopped = str(found.verdict)
+        return found
+
+    with mock.patch.object(Monitor, "check", ending):
+        yield
+
+
+def main(names: list[str]) -> None:
+    wanted = names or [*SPOILED, *SOUND_RUNS]
+    for name in wanted:
+        with tempfile.TemporaryDirectory() as folder:
+            made = run_spoiled(name, Path(folder)) if name in SPOILED else run_sound(name, Path(folder))
+        print(f"| {name} | {made.word} | {made.step} | {made.reason} | {made.seconds:.0f} s |", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

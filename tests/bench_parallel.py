@@ -1,0 +1,190 @@
+"""Test bench for several processes: `torchrun ... tests/bench_parallel.py FOLDER NAME ...` runs what is named, in order.
+
+The same functions, called in one process, are what the results are compared with.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from bench_engine import CASES, Everything, small, tiny_model
+from fewstep import distill
+from fewstep.core import Cond
+from fewstep.core.env import place
+from fewstep.engine import Health, Parallel, Settings
+from fewstep.engine.optim import RoleOptimizer
+from fewstep.engine.prepare import prepare
+from fewstep.engine.run import Run
+from fewstep.methods import Method
+
+ROOT = Path(__file__).parent.parent
+STEPS = 3
+WHOLE = Settings(**vars(small(STEPS, ema=0.5, accumulate=4, batch=1)))
+METHODS: Mapping[str, Method] = {
+    "DMD2": replace(CASES["DMD2"], warmup=1),  # type: ignore[type-var]
+    "DMD2-everything": CASES["DMD2-everything"],
+    "Consistency": CASES["Consistency"],
+    "KnowledgeDistillation": CASES["KnowledgeDistillation"],
+    "Reconstruction": CASES["Reconstruction"],
+}
+EXAMINED = small(6, save_every=2, ema=0.9, accumulate=2, batch=1, health=Health(every=3, prompts=1))
+SPREADS: Mapping[str, Parallel] = {
+    "shard": Parallel(),
+    "replicate": Parallel(replicate=2),
+    "sequence": Parallel(sequence=2),
+    "checkpointing": Parallel(checkpointing=True),
+}
+
+
+def full(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def watched(method: str, spread: str, autocast: str = "off", folder: Path = Path()) -> dict[str, Any]:
+    """Three iterations: figures, whole gradients of the first two, whole networks at the end, calls of the student."""
+    settings = replace(WHOLE, parallel=SPREADS[spread], autocast=autocast)
+    run = prepare(tiny_model(), METHODS[method], Everything(), settings, folder)
+    calls, gradients = [0], {}
+    run.nets.student.register_forward_pre_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
+    watch_gradients(run, gradients)
+    rows, counts = [], []
+    for _ in range(STEPS):
+        run.iterate()
+        rows.append(run.figures)
+        counts.append(calls[0])
+    weights = {f"{name}.{key}": full(t) for name, net in run.changing.items() for key, t in net.state_dict().items()}
+    assert all(t.dtype == torch.float32 for t in weights.values())
+    return {"rows": rows, "calls": counts, "gradients": gradients, "weights": weights}
+
+
+def watch_gradients(run: Run, into: dict[str, Tensor]) -> None:
+    for role, optimizer in run.optimizers.items():
+
+        def spy(role: str = role, optimizer: RoleOptimizer = optimizer, clip: Any = optimizer.clip) -> Tensor:
+            if run.step < 2:
+                named = optimizer.network.named_parameters()
+                into.update({f"{run.step}.{role}.{name}": full(p.grad) for name, p in named if p.grad is not None})
+            return clip()
+
+        optimizer.clip = spy  # type: ignore[method-assign]
+
+
+def per_frame(spread: str) -> dict[str, Tensor]:
+    """The reference network with a time of its own for every frame: its output, and gradients of input and weights."""
+    network, generator = tiny_model().denoiser, torch.Generator().manual_seed(0)
+    size = place().world_size if spread == "sequence" else 1
+    if size > 1:
+        if not dist.is_initialized():
+            dist.init_process_group()
+        network.backbone.spread(dist.group.WORLD, checkpointing=False)
+    x = torch.randn(2, 4, 4, 8, 8, generator=generator).requires_grad_()
+    t, text = torch.rand(2, 4, generator=generator), torch.randn(2, 5, 16, generator=generator)
+    prediction = network(x, t, Cond(text, torch.ones(2, 5, dtype=torch.bool)))
+    (prediction.raw.square().mean() / size).backward()
+    found = {"input": x.grad, **{name: p.grad for name, p in network.named_parameters()}}
+    gradients = {name: grad for name, grad in found.items() if grad is not None}
+    if size > 1:
+        for gradient in gradients.values():
+            dist.all_reduce(gradient)
+    return {"output": prediction.raw.detach(), **gradients}
+
+
+def whole_run(output: Path) -> None:
+    """A short DMD2 run with an average, from the teacher's folder beside `output`, saved at every second step."""
+    teacher = output.parent / "teacher"
+    distill(method=CASES["DMD2"], settings=EXAMINED, output=output, model=teacher, data=Everything(), quiet=True)
+
+
+def killed_run(output: Path) -> None:
+    """As `whole_run`, but in the first attempt of torchrun the second process kills itself in iteration 5."""
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and place().rank == 1:
+        step, calls = RoleOptimizer.step, count(1)
+
+        def fatal(self: RoleOptimizer, number: int) -> float:
+            if number == 4 and next(calls) == 2:
+                (output.parent / "was_killed").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return step(self, number)
+
+        RoleOptimizer.step = fatal  # type: ignore[method-assign]
+    whole_run(output)
+
+
+def raising_run(output: Path) -> None:
+    """As `whole_run`, but the second process meets an error that the first one does not."""
+    if place().rank == 1:
+
+        def broken(self: Run) -> None:
+            raise OSError("this disk is gone")
+
+        Run.iterate = broken  # type: ignore[method-assign]
+    whole_run(output)
+
+
+WHOLE_RUNS: Mapping[str, Callable[[Path], None]] = {
+    "whole_run": whole_run, "killed_run": killed_run, "raising_run": raising_run,
+}  # fmt: skip
+
+
+def launch(processes: int, folder: Path, *names: str, restarts: int = 0) -> subprocess.CompletedProcess[str]:
+    """What is named, under torchrun."""
+    paths = [str(ROOT / "src"), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [
+        *torchrun,
+        f"--max-restarts={restarts}",
+        "--monitor-interval=0.1",
+        str(Path(__file__)),
+        str(folder),
+        *names,
+    ]
+    return subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+
+
+def results(folder: Path, name: str, rank: int = 0) -> dict[str, Any]:
+    """What `name` found in one process."""
+    stem = folder / f"{name}.{rank}"
+    found = json.loads(Path(f"{stem}.json").read_text())
+    return found | {kind: load_file(f"{stem}.{kind}.safetensors") for kind in found.pop("tensors")}
+
+
+def keep(folder: Path, name: str, found: dict[str, Any]) -> None:
+    stem = folder / f"{name}.{place().rank}"
+    tensors = {kind: value for kind, value in found.items() if isinstance(value, dict)}
+    for kind, value in tensors.items():
+        save_file({key: t.contiguous() for key, t in value.items()}, f"{stem}.{kind}.safetensors")
+    plain = {kind: value for kind, value in found.items() if kind not in tensors} | {"tensors": list(tensors)}
+    Path(f"{stem}.json").write_text(json.dumps(plain))
+
+
+def main(folder: Path, names: list[str]) -> None:
+    for name in names:
+        if name in WHOLE_RUNS:
+            WHOLE_RUNS[name](folder / name)
+        elif name == "per_frame":
+            keep(folder, name, {"found": per_frame("sequence")})
+        else:
+            keep(folder, name, watched(*name.split("."), folder=folder))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]), sys.argv[2:])
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,86 @@
+"""Text states that are encoded once, stored, and read from there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench_engine import FRAMES, small, tiny_model
+from fewstep.core import Rng
+from fewstep.data import Prompts, StoredPairs
+from fewstep.data.pairs import PairPlan, make_pairs
+from fewstep.data.texts import Texts
+from fewstep.engine.loop import prepare
+from fewstep.methods import DMD2, KnowledgeDistillation
+from fewstep.models import VideoModel, fingerprint
+
+pytestmark = pytest.mark.usefixtures("single_thread")
+PROMPTS = ("a red ball", "a blue box moves left", "a red ball")
+NEEDS = frozenset({"prompts"})
+
+
+class Deaf(torch.nn.Module):
+    """Stands for an encoder that must not be asked."""
+
+    def encode(self, prompts):
+        raise AssertionError(f"encoded {prompts} again")
+
+
+def test_stored_states_are_the_encoder_s_bit_for_bit(tmp_path: Path) -> None:
+    model = tiny_model()
+    fresh, stored = Texts(model, NEEDS), Texts(model, NEEDS, tmp_path, PROMPTS)
+    stored.encoder = Deaf()  # type: ignore[assignment]
+    for a, b in zip(fresh(PROMPTS, "cpu"), stored(PROMPTS, "cpu"), strict=True):
+        assert torch.equal(a.text, b.text) and torch.equal(a.mask, b.mask)
+
+
+def test_they_are_encoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Texts(tiny_model(), NEEDS, tmp_path, PROMPTS)
+    monkeypatch.setattr(Texts, "_encode", lambda self, prompt: pytest.fail(f"encoded {prompt!r} again"))
+    again = Texts(tiny_model(), NEEDS, tmp_path, PROMPTS)
+    assert again.rows.keys() == {"", *PROMPTS}
+
+
+def test_another_encoder_or_other_prompts_have_a_folder_of_their_own(tmp_path: Path) -> None:
+    for seed, prompts in ((0, PROMPTS), (1, PROMPTS), (0, PROMPTS[:1])):
+        Texts(tiny_model(seed), NEEDS, tmp_path, prompts)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_run_on_stored_texts_is_the_same_run(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(PROMPTS))
+    figures = []
+    for cache in ("", str(tmp_path / "texts")):
+        model = tiny_model()
+        run = prepare(model, DMD2(critic_updates=1), Prompts(path=str(file), text_cache=cache), small(2), tmp_path)
+        if cache:
+            model.parts["text"] = Deaf()
+        run.iterate()
+        figures.append(run.figures)
+    assert figures[0] == figures[1]
+
+
+def test_pairs_too(tmp_path: Path) -> None:
+    model = tiny_model()
+    make_pairs(model, PROMPTS[:2], tmp_path / "pairs", PairPlan(times=(1.0, 0.5, 0.0), steps=2))
+    data = StoredPairs(path=str(tmp_path / "pairs"), text_cache=str(tmp_path / "texts"))
+    source = data.open(model, KnowledgeDistillation().needs)
+    source.texts.encoder = Deaf()  # type: ignore[attr-defined]
+    assert len(source.batch(2, Rng(0)).cond) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_encoder_is_not_where_the_training_is(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(PROMPTS))
+    model: VideoModel = tiny_model()
+    data = Prompts(path=str(file), text_cache=str(tmp_path / "texts"))
+    before = fingerprint(model.text)
+    run = prepare(model, DMD2(critic_updates=1), data, small(1, device="cuda", preview_every=1), tmp_path)
+    run.iterate()
+    assert next(model.text.parameters()).device.type == "cpu" and model.device.type == "cuda"
+    assert run.student()(["a red ball"], num_inference_steps=4).shape[2] == FRAMES and fingerprint(model.text) == before

@@ -1,0 +1,246 @@
+"""Asked for is what happens: every field of a recipe counts, and what a run really does is written down."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import pytest
+import torch
+
+from bench_engine import CASES, FRAMES, Everything, small, tiny_model
+from fewstep.catalogue import classes
+from fewstep.core import Rng
+from fewstep.core.build import digest, dump
+from fewstep.engine import Optim, Parallel, Settings, effective, train
+from fewstep.engine.effective import FallbackError, Times, Watch, attention_of, unfused_problem
+from fewstep.engine.listening import Overheard
+from fewstep.engine.prepare import prepare
+from fewstep.methods import DMD2, BackwardSimulation, Reconstruction
+from fewstep.models import Denoiser, Lora, VideoModel
+from fewstep.models.source import Pretrained, Scratch
+from fewstep.models.spec import Spec
+from fewstep.world.data import WorldClips
+
+pytestmark = pytest.mark.usefixtures("single_thread")
+DATA = WorldClips(num_frames=FRAMES)
+METHOD = DMD2(critic_updates=1, rollout=BackwardSimulation(grids=((1.0, 0.5),), shift=3.0))
+
+
+# --- every field counts ---------------------------------------------------------------------------------------------------
+
+
+def held(thing: Any) -> Iterator[Any]:
+    """`thing` and every dataclass below it."""
+    if is_dataclass(thing) and not isinstance(thing, type):
+        yield thing
+        for field in fields(thing):
+            value = getattr(thing, field.name)
+            inner = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else (value,)
+            for item in inner:
+                yield from held(item)
+
+
+def whole() -> dict[type, Any]:
+    """One object of every dataclass that a recipe can hold, by class."""
+    made: dict[type, Any] = {}
+    starts: list[Any] = [
+        Settings(steps=3, optim={"student": Optim()}, lora=Lora()),
+        Pretrained(),
+        Scratch(denoiser=Spec("VideoDiT"), codec="world"),
+        *(cls(**{f.name: "x" for f in fields(cls) if f.default is f.default_factory}) for cls in _plain()),
+    ]
+    for start in starts:
+        for thing in held(start):
+            made.setdefault(type(thing), thing)
+    return made
+
+
+def _plain() -> list[type]:
+    """Classes that are made from their defaults, and from text where they have none."""
+    chosen = []
+    for cls in classes():
+        if is_dataclass(cls) and cls not in (Settings, Scratch, Pretrained):
+            hints = get_type_hints(cls)
+            lacking = [
+                f for f in fields(cls) if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+            ]
+            if all(hints[f.name] is str for f in lacking):
+                chosen.append(cls)
+    return chosen
+
+
+def others(value: Any, hint: Any) -> Iterator[Any]:
+    """Values unlike `value` that the annotation allows."""
+    arms = list(get_args(hint)) if get_origin(hint) in (Union, UnionType) else [hint]
+    for arm in arms:
+        if get_origin(arm) is Literal:
+            yield from (choice for choice in get_args(arm) if choice != value)
+        elif arm is bool:
+            yield not value
+        elif arm is int:
+            yield (value if isinstance(value, int) else 0) + 1
+        elif arm is float:
+            yield (value if isinstance(value, float) else 1.0) * 0.37 + 0.013
+        elif arm is str:
+            yield f"{value}-other"
+        elif arm is NoneType and value is not None:
+            yield None
+        elif get_origin(arm) in (tuple, list) and isinstance(value, tuple):
+            yield from (value[:-1], value + value[-1:]) if value else ((1,), (1.0,), ("qkv",))
+        elif get_origin(arm) is dict and isinstance(value, dict):
+            yield dict(list(value.items())[:-1]) if value else {"other": "x"}
+            yield value | {"other": next(iter(value.values()), "x")}
+        elif isinstance(arm, type) and is_dataclass(arm) and value is None:
+            yield from (thing for cls, thing in whole().items() if issubclass(cls, arm))
+        elif isinstance(arm, type):
+            yield from (thing for cls, thing in whole().items() if issubclass(cls, arm) and thing != value)
+    if is_dataclass(value):
+        hints = get_type_hints(type(value))
+        for field in fields(value):
+            for other in others(getattr(value, field.name), hints[field.name]):
+                try:
+                    yield replace(value, **{field.name: other})
+                except (ValueError, TypeError):
+                    continue
+
+
+FIELDS = [(cls, field.name) for cls in whole() for field in fields(cls) if field.init]
+
+
+@pytest.mark.parametrize(("cls", "name"), FIELDS, ids=[f"{cls.__name__}.{name}" for cls, name in FIELDS])
+def test_changing_a_field_changes_the_hash_or_raises(cls: type, name: str) -> None:
+    thing = whole()[cls]
+    tried = 0
+    for other in others(getattr(thing, name), get_type_hints(cls)[name]):
+        tried += 1
+        try:
+            changed = replace(thing, **{name: other})
+        except (ValueError, TypeError):
+            continue
+        assert digest(dump(changed)) != digest(dump(thing)), f"{cls.__name__}.{name} = {other!r} is not in the recipe"
+    assert tried, f"this test knows no other value of {cls.__name__}.{name}"
+
+
+def test_the_walk_meets_every_class_of_the_catalogue() -> None:
+    walked = set(whole())
+    missed = {cls.__name__ for cls in classes() if is_dataclass(cls)} - {cls.__name__ for cls in walked}
+    assert missed <= {"Grid"}  # it has no defaults, and its one field is a tuple of numbers
+    assert {Settings, Optim, Lora} <= walked
+
+
+# --- what is in effect ----------------------------------------------------------------------------------------------------
+
+CHANGES: dict[str, Settings] = {
+    "autocast": small(2, autocast="bf16"),
+    "ema": small(2, ema=0.9),
+    "lora": small(2, lora=Lora(rank=2)),
+    "lora.alpha": small(2, lora=Lora(rank=2, alpha=3.0)),
+    "parallel.checkpointing": small(2, parallel=Parallel(checkpointing=True)),
+    "optim.lr": small(2, optim={"student": Optim(lr=2e-3)}),
+    "optim.type": small(2, optim={"student": Optim(type="muon", lr=1e-3)}),
+    "optim.critic": small(2, optim={"student": Optim(lr=1e-3), "critic": Optim(lr=5e-3)}),
+}
+
+
+def state_of(settings: Settings, folder: Path) -> dict[str, Any]:
+    tree = prepare(tiny_model(), METHOD, DATA, settings, folder).effective.tree()
+    return {key: value for key, value in tree.items() if key != "identity"}
+
+
+def test_settings_show_in_what_is_in_effect_beyond_their_digest(tmp_path: Path) -> None:
+    states = [state_of(small(2), tmp_path)] + [state_of(settings, tmp_path) for settings in CHANGES.values()]
+    for i, (name, state) in enumerate(zip(["nothing", *CHANGES], states)):
+        assert state not in states[:i], f"{name} leaves no trace"
+
+
+def test_a_run_writes_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tiny_model(), METHOD, DATA, small(6), tmp_path)
+    state = json.loads((tmp_path / "effective.json").read_text())
+    assert state["attention"] == ["sdpa-flash, sdpa-flash"] * 2
+    assert state["weights"] == {"critic": "float32", "student": "float32"} and state["arithmetic"] == "float32"
+    assert state["evaluation_times"] == {"2": [1.0, 0.75, 0.0]}
+    assert state["training_times"]["student"]["listed"] == [1.0, 0.75]
+    assert state["training_times"]["critic"]["count"] > 4 and state["fallbacks"] == []
+    said = capsys.readouterr().err
+    assert "attention by block: 2 x (sdpa-flash, sdpa-flash)" in said and "student called at t = 1, 0.75" in said
+
+
+def test_times_of_sampling_that_training_never_saw_are_named(tmp_path: Path) -> None:
+    run = prepare(tiny_model(), METHOD, DATA, small(2), tmp_path)
+    seen = replace(run.effective, training_times={"student": Times(1, (1.0,), 1.0, 1.0)})
+    assert seen.unvisited() == (0.75,)
+    assert run.effective.unvisited() == ()  # nothing was watched yet
+
+
+def test_bf16_kernels_are_found_by_looking(tmp_path: Path) -> None:
+    model = tiny_model()
+    kernels, unfused = attention_of(model.denoiser, model, small(2, autocast="bf16"))
+    assert kernels == ("matmul, matmul",) * 2 and 0 < unfused <= 64
+
+
+def test_watching_changes_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [prepare(tiny_model(), CASES["DMD2-everything"], Everything(), small(2), tmp_path) for _ in range(2)]
+    runs[1].watch = None
+    for run in runs:
+        run.iterate()
+    assert runs[0].figures == runs[1].figures
+
+
+def test_an_overheard_network_is_the_network(tmp_path: Path) -> None:
+    run = prepare(tiny_model(), METHOD, DATA, small(2), tmp_path)
+    heard = Overheard(run.nets, [watch := Watch()])
+    student = heard.student
+    assert isinstance(student, Denoiser) and student is heard["student"] and heard.roles == run.nets.roles
+    assert all(a is b for a, b in zip(student.parameters(), run.nets.student.parameters(), strict=True))
+    batch, t = run.source.batch(1, Rng(0)), torch.full((1,), 0.5)
+    x = Rng(0).randn(batch.noise_shape, "x")
+    assert torch.equal(student(x, t, batch.cond).raw, run.nets.student(x, t, batch.cond).raw)
+    there, here = student.jvp(x, t, batch.cond, x, t), run.nets.student.jvp(x, t, batch.cond, x, t)
+    assert all(torch.equal(a.raw, b.raw) for a, b in zip(there, here, strict=True))
+    assert watch.seen == {"student": {0.5}}
+
+
+def test_networks_without_attention_have_none(tmp_path: Path) -> None:
+    run = prepare(tiny_model(), Reconstruction(), DATA, small(1), tmp_path)
+    assert run.effective.attention == () and run.effective.evaluation_times == {}
+    run.iterate()
+
+
+# --- strict, or recorded --------------------------------------------------------------------------------------------------
+
+
+def test_a_fallback_is_refused_or_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(effective, "compile_problem", lambda device: "no compiler here")
+    with pytest.raises(FallbackError, match=r"settings\.compile: no compiler here.*--allow-fallback"):
+        prepare(tiny_model(), METHOD, DATA, small(1, compile=True), tmp_path / "strict")
+    student = train(
+        tiny_model(), METHOD, DATA, small(1, compile=True, allow_fallback=True), tmp_path / "lax", quiet=True
+    )
+    assert student.card.provenance["fallbacks"] == "compile: no compiler here"
+    assert VideoModel.from_pretrained(tmp_path / "lax" / "student").card.provenance["fallbacks"]
+    state = json.loads((tmp_path / "lax" / "effective.json").read_text())
+    assert state["compiles"] is False and state["graphs"] == "not compiled"
+
+
+def test_attention_that_would_store_every_weight_on_a_gpu_is_a_fallback() -> None:
+    assert "30000 keys" in unfused_problem("cuda", 30000)
+    assert not unfused_problem("cuda", 256) and not unfused_problem("cpu", 30000)
+
+
+def test_nothing_falls_back_by_default(tmp_path: Path) -> None:
+    run = prepare(tiny_model(), METHOD, DATA, small(1), tmp_path)
+    assert run.effective.fallbacks == () and "fallbacks" not in run.student().card.provenance
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_kernels_on_a_gpu(tmp_path: Path) -> None:
+    run = prepare(tiny_model(), METHOD, DATA, small(2, device="cuda", autocast="bf16"), tmp_path)
+    assert len(run.effective.attention) == 2 and run.effective.device.startswith("cuda")
+    run.iterate()

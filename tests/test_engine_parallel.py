@@ -1,0 +1,358 @@
+"""Many processes do what one does: same samples, same losses, same gradients; and they come back when one is killed."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bench_parallel
+from bench_engine import CASES, Everything, small, tiny_model
+from bench_parallel import EXAMINED, launch, per_frame, results, watched, whole_run
+from fewstep.core import Rng
+from fewstep.core.atomic import discard
+from fewstep.data.base import Source
+from fewstep.engine import Optim, Parallel, train
+from fewstep.engine.checkpoint import Checkpoint, RunState, checkpoints
+from fewstep.engine.health import read_record
+from fewstep.engine.listening import Overheard
+from fewstep.engine.log import RunLog, read_metrics
+from fewstep.engine.mesh import Processes, require_mesh
+from fewstep.engine.offload import Shelf
+from fewstep.engine.prepare import open_data, prepare
+from fewstep.engine.shard import hollow
+from fewstep.methods import METHODS, Method
+from fewstep.models import Lora, VideoDiT, VideoModel
+
+ROOT = Path(__file__).parent.parent
+LOSS, GRADIENT = 1e-4, 2e-4
+"""Relative difference of figures, and of a gradient to the largest entry of its tensor: sums in another order, in float32."""
+ROUGH = 3e-2
+"""The same where blocks compute in bfloat16."""
+TAKEN_OVER = 1e-3
+"""The same for weights, averages and optimiser states two steps after another number of processes took over."""
+
+pytestmark = pytest.mark.usefixtures("single_thread")
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float, what: str) -> None:
+    assert found.keys() == expected.keys(), what
+    for name, value in expected.items():
+        difference, size = float((found[name] - value).abs().max()), float(value.abs().max())
+        assert difference <= tolerance * size + 1e-7, f"{what}, {name}: {difference:.3g} of {size:.3g}"
+
+
+def assert_as_one(folder: Path, processes: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What several processes found is what this one finds."""
+    method, spread, *autocast = name.split(".")
+    monkeypatch.setitem(bench_parallel.SPREADS, spread, replace(Parallel(), checkpointing=False))  # type: ignore[arg-type]
+    one = watched(method, spread, *autocast, folder=folder)
+    monkeypatch.undo()
+    loose = ROUGH if autocast else None
+    found = [results(folder, name, rank) for rank in range(processes)]
+    for row, expected in zip(found[0]["rows"], one["rows"], strict=True):
+        assert row == pytest.approx(expected, rel=loose or LOSS, abs=1e-6), name
+    assert_close(found[0]["gradients"], one["gradients"], loose or GRADIENT, name)
+    assert_close(found[0]["weights"], one["weights"], loose or 1e-2, name)
+    share = processes // bench_parallel.SPREADS[spread].sequence
+    for rank in found:  # every process calls the student as often: it draws the same grids and exits
+        assert [calls * share for calls in rank["calls"]] == one["calls"], name
+        assert rank["rows"] == found[0]["rows"], name
+
+
+@pytest.mark.timeout(900)  # processes that share two cores with other tests
+def test_two_processes_compute_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [
+        "DMD2.shard", "Consistency.shard", "KnowledgeDistillation.shard", "DMD2-everything.sequence",
+        "Reconstruction.shard", "Consistency.shard.bf16", "KnowledgeDistillation.checkpointing",
+    ]  # fmt: skip
+    done = launch(2, tmp_path, *names, "per_frame")
+    assert done.returncode == 0, done.stderr[-4000:]
+    for name in names:
+        assert_as_one(tmp_path, 2, name, monkeypatch)
+    assert_close(results(tmp_path, "per_frame")["found"], per_frame("one"), GRADIENT, "a time per frame, shared tokens")
+
+
+@pytest.mark.timeout(900)  # processes that share two cores with other tests
+def test_four_processes_compute_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["DMD2.replicate", "Consistency.sequence", "KnowledgeDistillation.shard"]
+    done = launch(4, tmp_path, *names)
+    assert done.returncode == 0, done.stderr[-4000:]
+    for name in names:
+        assert_as_one(tmp_path, 4, name, monkeypatch)
+
+
+@pytest.fixture
+def place_to_run(tmp_path: Path) -> Path:
+    """A folder with a teacher for `whole_run`."""
+    tiny_model().save(tmp_path / "teacher")
+    return tmp_path
+
+
+def last_state(output: Path) -> RunState:
+    return RunState.load(checkpoints(output / "checkpoints")[-1])
+
+
+def assert_equal(found: RunState, expected: RunState) -> None:
+    assert found.components.keys() == expected.components.keys()
+    for name, tensors in expected.components.items():
+        assert found.components[name].keys() == tensors.keys()
+        for key, tensor in tensors.items():
+            assert torch.equal(found.components[name][key], tensor), f"{name}: {key}"
+
+
+@pytest.mark.timeout(900)  # processes that share two cores with other tests
+def test_a_killed_process_comes_back_and_nothing_is_lost(place_to_run: Path) -> None:
+    """Two runs of two processes: one is killed and restarted by torchrun, one is left in peace."""
+    done = launch(2, place_to_run, "killed_run", "whole_run", restarts=1)
+    assert done.returncode == 0, done.stderr[-4000:]
+    killed, straight = place_to_run / "killed_run", place_to_run / "whole_run"
+    assert (place_to_run / "was_killed").exists()
+    assert_equal(last_state(killed), last_state(straight))
+    for output in (killed, straight):
+        assert [row["step"] for row in read_metrics(output / "metrics.jsonl")] == list(range(1, 7))
+        names = {path.name for path in output.iterdir()}
+        assert names >= {"recipe.yaml", "student", "checkpoints", "effective.json", "health.json"}
+        assert "2 processes: replicate 1 x shard 2 x sequence 1" in (output / "effective.json").read_text()
+        assert not list(output.rglob(".d*-*"))  # no litter
+    records = [read_record(output) for output in (killed, straight)]
+    assert records[0] == records[1] and records[1] is not None
+    assert [check.vitals.step for check in records[1].checks] == [3, 6]
+    students = [VideoModel.from_pretrained(output / "student").denoiser.state_dict() for output in (killed, straight)]
+    assert all(torch.equal(students[0][name], value) for name, value in students[1].items())
+    assert_one_takes_over(straight)
+
+
+def assert_one_takes_over(output: Path) -> None:
+    """One process goes on with what two have begun: an equal state, and the same end to rounding."""
+    before, end = checkpoints(output / "checkpoints")
+    theirs, saved = RunState.load(end), Checkpoint.open(before)
+    settings = EXAMINED
+    run = prepare(tiny_model(), CASES["DMD2"], Everything(), settings, output, provenance=saved.values["identity"])
+    run.restore(saved)
+    assert_equal(run.state(), RunState.load(before))
+    while run.step < settings.steps:
+        run.iterate()
+    for name, tensors in theirs.components.items():
+        assert_close(run.state().components[name], tensors, TAKEN_OVER, name)
+
+
+@pytest.mark.timeout(900)  # processes that share two cores with other tests
+def test_two_processes_take_over_what_one_has_begun(place_to_run: Path) -> None:
+    output = place_to_run / "whole_run"
+    whole_run(output)
+    newest = checkpoints(output / "checkpoints")[-1]
+    end, alone = RunState.load(newest), read_record(output)
+    discard(newest)
+    done = launch(2, place_to_run, "whole_run")
+    assert done.returncode == 0, done.stderr[-4000:]
+    for name, tensors in end.components.items():
+        assert_close(last_state(output).components[name], tensors, TAKEN_OVER, name)
+    together = read_record(output)
+    assert alone is not None and together is not None and together.checks[0] == alone.checks[0]
+    looks = [record.checks[-1].vitals.looks for record in (alone, together)]
+    assert looks[1].distance == pytest.approx(looks[0].distance, rel=1e-2) and looks[1].accuracy == looks[0].accuracy
+
+
+@pytest.mark.slow
+def test_an_error_in_one_process_ends_all(place_to_run: Path) -> None:
+    done = launch(2, place_to_run, "raising_run")
+    assert done.returncode != 0
+    assert "this disk is gone" in done.stderr
+
+
+# --- who does what ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("world", "sequence"), [(1, 1), (2, 1), (4, 2), (8, 2)])
+def test_all_places_are_dealt_once(world: int, sequence: int) -> None:
+    dealt = [list(Processes(rank, world, sequence).places(8)) for rank in range(world)]
+    assert sorted(chain(*dealt[::sequence])) == list(range(8))
+    assert all(dealt[rank] == dealt[rank - rank % sequence] for rank in range(world))  # neighbours share clips
+
+
+def test_methods_draw_what_must_agree_without_a_word() -> None:
+    places = [Rng(3, step=5, place=place) for place in range(4)]
+    assert len({rng.integer("exit", 1000) for rng in places}) == 1
+    for cls in METHODS:
+        source = Path(str(__import__(cls.__module__, fromlist=["x"]).__file__)).read_text()
+        assert not re.search(r"torch\.distributed|\bdist\.", source), cls
+
+
+def test_a_hollow_copy_has_the_shape_and_not_the_memory() -> None:
+    network = tiny_model().denoiser
+    shell = hollow(network)
+    assert all(p.is_meta for p in shell.parameters()) and not any(p.is_meta for p in network.parameters())
+    shapes = lambda net: {name: p.shape for name, p in net.named_parameters()}  # noqa: E731
+    assert shapes(shell) == shapes(network)
+    shell.load_state_dict(network.state_dict(), assign=True)
+    assert all(torch.equal(a, b) for a, b in zip(shell.parameters(), network.parameters(), strict=True))
+
+
+def test_checkpointing_changes_no_number_and_keeps_less(tmp_path: Path) -> None:
+    kept = {}
+    grads = {}
+    for checkpointing in (False, True):
+        settings = small(1, parallel=Parallel(checkpointing=checkpointing))
+        run = prepare(tiny_model(), CASES["Consistency"], Everything(), settings, tmp_path)
+        found: dict[str, Tensor] = {}
+        bench_parallel.watch_gradients(run, found)
+        kept[checkpointing] = 0
+
+        def count(tensor: Tensor, which: bool = checkpointing) -> Tensor:
+            kept[which] += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            run.iterate()
+        grads[checkpointing] = found
+    assert grads[True].keys() == grads[False].keys()
+    assert all(torch.equal(grads[True][name], grad) for name, grad in grads[False].items())
+    assert kept[True] < 0.8 * kept[False]
+
+
+@pytest.mark.parametrize(("rank", "order"), [(0, ["open", "barrier"]), (1, ["barrier", "open"])])
+def test_the_leader_opens_the_data_first(rank: int, order: list[str]) -> None:
+    """What it stores (text states), the others read."""
+    seen: list[str] = []
+
+    class Peers(Processes):
+        def barrier(self) -> None:
+            seen.append("barrier")
+
+    class Noted(Everything):
+        def open(self, model: VideoModel, needs: frozenset[str]) -> Source:
+            seen.append("open")
+            return super().open(model, needs)
+
+    open_data(Noted(), tiny_model(), CASES["DMD2"], Peers(rank, 2))
+    assert seen == order
+
+
+def test_only_the_leader_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with RunLog(tmp_path / "run", resume_step=0, total=1, quiet=False, leads=False) as log:
+        log.write(1, {"loss/a": 1.0})
+        log.say("hello")
+    assert not (tmp_path / "run").exists() and capsys.readouterr().err == ""
+
+
+class Travels(nn.Linear):
+    """Says where it is sent."""
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        super().__init__(1, 1)
+        self.name, self.log, self.where = name, log, ""
+
+    def to(self, where: str) -> Travels:  # type: ignore[override]
+        if where != self.where:
+            self.log.append(f"{self.name} to {where}")
+        self.where = where
+        return self
+
+
+def test_networks_wait_on_the_cpu_until_an_update_asks_for_them() -> None:
+    log: list[str] = []
+    shelf = Shelf({role: Travels(role, log) for role in ("teacher", "student", "critic")}, "cuda")
+    assert all(shelf.roles[role].where == "cpu" for role in shelf)
+
+    def iteration() -> list[str]:
+        log.clear()
+        for _ in range(2):
+            shelf.begin(("critic",))
+            assert shelf.student.where == shelf.critic.where == "cuda"
+        shelf.begin(("student",))
+        assert shelf["student"].where == shelf.teacher.where == shelf.critic.where == "cuda"
+        return list(log)
+
+    assert iteration() == ["student to cuda", "critic to cuda", "teacher to cuda"]
+    assert iteration() == ["teacher to cpu", "teacher to cuda"]  # no network that the next update needs ever leaves
+    with pytest.raises(AttributeError, match="no role 'critc'; it has teacher, student, critic"):
+        _ = shelf.critc
+    overheard = Overheard(shelf, [])
+    overheard.begin(("critic",))
+    assert overheard.critic.where == "cuda" and shelf.roles["teacher"].where == "cpu"  # listening brings nobody in
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_offloading_changes_no_number(tmp_path: Path) -> None:
+    ends = []
+    for offload in (False, True):
+        settings = small(4, device="cuda", ema=0.9, parallel=Parallel(offload=offload))
+        run = prepare(tiny_model(), CASES["DMD2"], Everything(), settings, tmp_path)
+        for _ in range(4):
+            run.iterate()
+        ends.append({key: value.cpu() for key, value in run.student().denoiser.state_dict().items()})
+        if offload:
+            assert {t.device.type for o in run.optimizers.values() for t in o.state().values()} == {"cpu"}
+    assert_close(ends[0], ends[1], 1e-6, "offload")
+
+
+# --- what cannot be had -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("world", "parallel", "accumulate", "message"),
+    [
+        (1, Parallel(shard=4), 4, r"needs 4 processes, and this run has 1; start it with torchrun --nproc-per-node 4"),
+        (6, Parallel(sequence=4), 4, r"needs a multiple of 4 processes, and this run has 6"),
+        (8, Parallel(replicate=2, shard=2), 8, r"replicate 2 x shard 2 x sequence 1 needs 4 processes"),
+        (8, Parallel(), 4, r"4 micro-batches per step cannot be dealt to 8 processes evenly; write accumulate: 8"),
+        (8, Parallel(sequence=2), 6, r"write accumulate: 8"),
+        (1, Parallel(offload=True), 1, r"settings.parallel.offload moves idle networks to the CPU, and .* cpu already"),
+    ],
+)
+def test_processes_that_cannot_do_it_are_refused(
+    world: int, parallel: Parallel, accumulate: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    with pytest.raises(ValueError, match=message):
+        require_mesh(parallel, accumulate, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("method", "others", "message"),
+    [
+        (CASES["Consistency"], {"compile": True}, "settings.compile works in one process so far"),
+        (CASES["Consistency"], {"lora": Lora()}, "settings.lora works in one process so far; write lora: null"),
+        (CASES["Consistency"], {"optim": {"student": Optim(type="muon")}}, "muon works on whole matrices"),
+        (CASES["Reconstruction"], {"parallel": Parallel(sequence=2)}, "settings.parallel.sequence is for denoisers"),
+        (CASES["Reconstruction"], {"parallel": Parallel(shard=2)}, "shard is for denoisers, and Reconstruction trains"),
+        (CASES["Reconstruction"], {"parallel": Parallel(checkpointing=True)}, "checkpointing is for denoisers"),
+    ],
+)
+def test_what_several_processes_cannot_do_is_refused(
+    method: Method, others: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=message):
+        train(tiny_model(), method, Everything(), small(2, accumulate=2, **others), tmp_path, quiet=True)
+
+
+def test_a_network_that_cannot_share_its_tokens_says_so() -> None:
+    class Alone(VideoDiT):
+        shares = False
+
+    network = Alone(channels=4, width=24, depth=1, heads=2, text_width=16)
+    network.spread(None, checkpointing=True)
+    with pytest.raises(ValueError, match="cannot share the tokens of a Alone; set parallel.sequence: 1"):
+        network.spread(object(), checkpointing=False)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("field", ["shard", "replicate", "sequence"])
+def test_sizes_are_checked(field: str) -> None:
+    with pytest.raises(ValueError, match=f"settings.parallel.{field} must be at least"):
+        Parallel(**{field: -1})
+
+
+def test_a_run_may_go_on_with_another_spread(tmp_path: Path) -> None:
+    settings = small(2)
+    train(tiny_model(), CASES["Consistency"], Everything(), settings, tmp_path, quiet=True)
+    other = replace(settings, parallel=Parallel(checkpointing=True))
+    assert isinstance(train(tiny_model(), CASES["Consistency"], Everything(), other, tmp_path, quiet=True), VideoModel)

@@ -1,0 +1,207 @@
+"""Does it fit? The arithmetic, the measurement on shapes, and both against what a process really takes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fewstep
+from bench_engine import CASES, FRAMES, small, tiny_model
+from bench_memory import METHOD, settings_of
+from fewstep.engine import Parallel
+from fewstep.engine.memory import FLOAT, Holding, Means, Phase, Plan, fitting, optimizer_bytes, parse_bytes, remedies
+from fewstep.engine.outline import Ledger, Outline, Shortest
+from fewstep.engine.prepare import prepare
+from fewstep.methods import DMD2
+from fewstep.models import Card, Lora, VideoModel
+from fewstep.models.bundle import describe, read_card
+from fewstep.world.data import WorldClips
+
+TOLERANCE = 0.15
+
+
+def tiny_card() -> Card:
+    model = tiny_model()
+    return replace(model.card, parts={name: describe(part) for name, part in model.parts.items()})
+
+
+# --- arithmetic -----------------------------------------------------------------------------------------------------------
+
+
+def held(role: str, count: int, *, trained: bool) -> Holding:
+    own = count if trained else 0
+    return Holding(
+        role=role, network="Net", parameters=count, trained=own, weights=FLOAT * count, optimizer=optimizer_bytes(own)
+    )
+
+
+PLAN = Plan(
+    holdings=(held("teacher", 100, trained=False), held("student", 100, trained=True), held("text", 50, trained=False)),
+    phases=(
+        Phase(roles=("student",), reads=frozenset({"student"}), gradients=400, activations=1000),
+        Phase(roles=("critic",), reads=frozenset({"student", "teacher"}), gradients=0, activations=900),
+    ),
+    flops=10**12,
+)  # fmt: skip
+
+
+def test_the_peak_is_what_stays_plus_the_fullest_update() -> None:
+    assert PLAN.resident(PLAN.phases[0]) == 400 + 400 + 800 + 200
+    assert PLAN.peak.phase.roles == ("student",) and PLAN.peak.bytes == 1800 + 400 + 1000
+
+
+@pytest.mark.parametrize(
+    ("means", "peak"),
+    [
+        (Means(stored_text=True), 3000),
+        (Means(offload=True), 400 + 800 + 400 + 1000),
+        (Means(shard=4), 450 + 100 + 1000),
+        (Means(shard=2, offload=True, stored_text=True), 600 + 200 + 1000),
+    ],
+)
+def test_means_make_it_smaller(means: Means, peak: int) -> None:
+    assert PLAN.by(means).peak.bytes == peak
+
+
+def test_the_fewest_changes_that_fit_are_found() -> None:
+    half = replace(PLAN, phases=(replace(PLAN.phases[0], activations=500),))
+    found = remedies({(): PLAN, ("checkpointing",): half}, 4, elsewhere=True)
+    assert [r.names for r in fitting(found, 1600)] == [("sharding over 4",)]
+    assert {r.names for r in fitting(found, 2200)} >= {("sharding over 4",), ("checkpointing", "offload")}
+    assert next(fitting(found, 5000)).names == ()
+    assert not list(fitting(found, 10))
+    assert not any("offload" in r.names for r in remedies({(): PLAN}, 4, elsewhere=False))
+
+
+def test_what_is_done_already_or_cannot_be_is_not_offered() -> None:
+    found = remedies({(): replace(PLAN, shared=True)}, 4, elsewhere=True)
+    assert {remedy.names for remedy in found} == {(), ("stored text",)}
+    found = remedies({(): PLAN.by(Means(offload=True))}, 4, elsewhere=True)
+    assert all("offload" not in remedy.names and remedy.plan.means.offload for remedy in found) and len(found) == 4
+
+
+def test_time_follows_from_the_rate() -> None:
+    assert PLAN.seconds(1e12, 1000) == 1000.0
+
+
+def test_sizes_are_read() -> None:
+    assert parse_bytes("24GB") == parse_bytes("24 GiB") == 24 * 2**30 and parse_bytes("1.5mb") == 3 * 2**19
+    for wrong in ("24", "GB", "-1GB", "nanGB", "24XB"):
+        with pytest.raises(ValueError, match="24GB"):
+            parse_bytes(wrong)
+
+
+# --- measurement ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_ledger_counts_memory_once_and_while_it_lives() -> None:
+    network = torch.nn.Linear(8, 8)
+    with Ledger({"net": network}) as ledger:
+        x = torch.zeros(4, 8)
+        view = x.view(2, 16)
+        assert ledger.live == 4 * 32
+        y = network(x)
+        assert ledger.live == 2 * 4 * 32 and ledger.reads == {"net"} and ledger.flops == 2 * 4 * 8 * 8
+        del x, y
+        assert ledger.live == 4 * 32  # the view holds it
+        del view
+    assert ledger.live == 0 and ledger.peak == 2 * 4 * 32
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_method_can_be_planned(name: str) -> None:
+    plan = Outline.of(tiny_card(), CASES[name], small(20), FRAMES).plan()
+    trained = {h.role for h in plan.holdings if h.trained}
+    assert trained == {role for phase in plan.phases for role in phase.roles}
+    assert all(phase.gradients > 0 and phase.activations > 0 for phase in plan.phases)
+    assert plan.flops > 0 and plan.peak.bytes > sum(h.weights for h in plan.holdings)
+
+
+@pytest.mark.parametrize("others", [{}, {"autocast": "bf16"}, {"lora": Lora(rank=4)}], ids=["plain", "bf16", "lora"])
+def test_shapes_hold_what_the_run_holds(others: dict[str, Any], tmp_path: Path) -> None:
+    """The same ledger over a real iteration: prompts are shorter there, nothing else differs."""
+    method, settings = DMD2(critic_updates=1), small(20, **others)
+    plan = Outline.of(tiny_card(), method, settings, FRAMES).plan()
+    run = prepare(tiny_model(), method, WorldClips(num_frames=FRAMES), settings, tmp_path)
+    run.watch = None
+    batch = run.source.batch(settings.batch, Shortest(settings.seed))
+    for phase, update in zip(plan.phases, method.updates(0), strict=True):
+        for role, network in run.nets.items():
+            network.requires_grad_(role in update.roles)
+        cast = torch.autocast("cpu", torch.bfloat16, enabled=settings.autocast == "bf16", cache_enabled=False)
+        with Ledger({**run.nets, **run.model.parts}) as ledger, cast:
+            for terms in update.losses(run.nets, batch, Shortest(settings.seed)):
+                with torch.autocast("cpu", enabled=False):
+                    torch.stack(list(terms.values())).sum().backward()
+        found = phase.gradients + phase.activations
+        assert found == pytest.approx(ledger.peak, rel=0.1)
+        for network in run.nets.values():
+            network.zero_grad(set_to_none=True)
+
+
+def test_recomputed_blocks_and_adapters_hold_less() -> None:
+    card, settings = tiny_card(), small(20, batch=4)
+    whole = Outline.of(card, METHOD, settings, FRAMES).plan()
+    again = Outline.of(card, METHOD, replace(settings, parallel=Parallel(checkpointing=True)), FRAMES).plan()
+    lora = Outline.of(card, METHOD, replace(settings, lora=Lora(rank=2)), FRAMES).plan()
+    assert again.peak.bytes < whole.peak.bytes
+    assert sum(h.weights + h.optimizer for h in lora.holdings) < sum(h.weights + h.optimizer for h in whole.holdings)
+    assert all(phase.gradients < other.gradients for phase, other in zip(lora.phases, whole.phases))
+
+
+def test_nothing_is_allocated_for_a_network_of_fourteen_billion_weights() -> None:
+    from fewstep.models.spec import Spec
+
+    card = read_card("world")
+    parts = dict(card.parts)
+    parts["denoiser"] = Spec("VideoDiT", parts["denoiser"].args | {"width": 5120, "heads": 40, "depth": 40})
+    plan = Outline.of(replace(card, parts=parts), METHOD, settings_of({"batch": 1})).plan()
+    assert plan.holdings[0].parameters > 10**10 and plan.peak.bytes > 200 * 2**30
+
+
+# --- against a process ------------------------------------------------------------------------------------------------------
+
+
+def taken(given: dict[str, Any]) -> int:
+    """Peak memory of a process that runs DMD2 on the built-in model, beyond the program itself."""
+    # Freed memory goes back at once, so that what is held is what is counted; by default glibc keeps some of it.
+    environment = {
+        "PYTHONPATH": str(Path(fewstep.__file__).parents[1]), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1",
+        "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536",
+    }  # fmt: skip
+    bench = Path(__file__).parent / "bench_memory.py"
+    done = subprocess.run(
+        [sys.executable, str(bench), json.dumps(given)], env=environment, capture_output=True, text=True, check=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])["peak"]
+
+
+def predicted(given: dict[str, Any]) -> int:
+    return Outline.of(read_card("world"), METHOD, settings_of(given)).plan().peak.bytes
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("given", [{"batch": 6}, {"batch": 6, "lora": 16}], ids=["whole", "lora"])
+def test_the_plan_is_what_a_process_takes(given: dict[str, Any]) -> None:
+    assert predicted(given) == pytest.approx(taken(given), rel=TOLERANCE)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("others", [{}, {"lora": 16}, {"autocast": "bf16"}], ids=["whole", "lora", "bf16"])
+def test_the_plan_is_what_a_gpu_takes(others: dict[str, Any]) -> None:
+    given = {"batch": 32, "device": "cuda"} | others
+    assert predicted(given) == pytest.approx(taken(given), rel=TOLERANCE)
+
+
+def test_models_are_planned_from_their_cards_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(VideoModel, "from_pretrained", lambda *_: pytest.fail("weights were read"))
+    assert predicted({"batch": 1}) > 0
