@@ -43,7 +43,7 @@ INTERVAL = 20
 
 def settings(steps: int = LIMIT, **others: Any) -> Settings:
     """Half of the demo's batch. The runs end at the first verdict that is not `improving`."""
-    health = Health(every=INTERVAL, prompts=8, seeds=2)
+    health = Health(every=INTERVAL, prompts=8, seeds=2, stop_on_collapse=True, help_critic=2)
     plain = {"steps": steps, "batch": 8, "ema": 0.9, "log_every": 1, "health": health}
     return Settings(**(plain | {"optim": {"student": FAST, "critic": FAST}} | others))
 
