@@ -11,6 +11,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from fewstep.core.env import cpu_count
+
 sys.path.insert(0, str(Path(__file__).parent))  # for the test benches, `bench_*.py`
 
 
@@ -25,6 +27,15 @@ def single_thread() -> Iterator[None]:
     """Sums in one order on every machine, and tiny networks run fastest so."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def every_core() -> Iterator[None]:
+    """Minutes of training on all cores; the quick tests want one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(cpu_count())
     yield
     torch.set_num_threads(before)
 

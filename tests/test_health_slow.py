@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from bench_health import LIMIT, SOUND_RUNS, SPOILED, run_sound, run_spoiled
-from fewstep.core.env import cpu_count
 from fewstep.models.bundle import BUILT_IN
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.usefixtures("every_core"),
     pytest.mark.timeout(3600),
     pytest.mark.skipif(not (BUILT_IN / "teacher" / "card.json").is_file(), reason="the built-in teacher is not here"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def every_core() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(cpu_count())
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("name", SPOILED)

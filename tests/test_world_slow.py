@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 
 from fewstep.cli import main
-from fewstep.core.env import cpu_count
 from fewstep.evaluate import Entry, Report, Suite, evaluate
 from fewstep.models.bundle import BUILT_IN
 from fewstep.recipe import Recipe
@@ -20,6 +17,7 @@ SHIPPED = all((BUILT_IN / name / "card.json").is_file() for name in ("teacher", 
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.usefixtures("every_core"),
     pytest.mark.timeout(3600),
     pytest.mark.skipif(not SHIPPED, reason=f"the built-in world's networks are not in this checkout ({BUILT_IN})"),
 ]
@@ -53,15 +51,6 @@ BARS = (
     Bar("progressive", 1, 0.05, 0.8, motion=0.5),  # regressed to one step it blurs: 0.66 measured, of its teacher 0.35
     Bar("consistency", 2, 0.05, 0.8, length=(("settings.steps", "200"),)),
 )
-
-
-@pytest.fixture(autouse=True)
-def every_core() -> Iterator[None]:
-    """Minutes on two cores; the quick tests want one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(cpu_count())
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("bar", BARS, ids=lambda bar: bar.recipe)

@@ -36,6 +36,11 @@ class Contract:
             if len(check_grid(times)) != int(count) + 1:
                 raise ValueError(f"the grid of {count} steps needs {int(count) + 1} times, got {list(times)}")
 
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The step counts it was trained for, increasing; of a teacher, which takes any, its default alone."""
+        return tuple(sorted(map(int, self.grids))) or (self.steps,)
+
     def times(self, steps: int | None = None, *, force: bool = False) -> tuple[float, ...]:
         """The times to visit for `steps` (default: the contract's own). StepCountError if untrained, unless `force`."""
         steps = self.steps if steps is None else steps

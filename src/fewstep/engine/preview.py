@@ -40,7 +40,7 @@ class Preview:
 
     def draw(self, student: VideoModel) -> Image.Image:
         """A row per prompt with the student at its fewest steps, at its most (if others), and the teacher."""
-        counts = sorted(map(int, student.card.contract.grids)) or [student.card.contract.steps]
+        counts = student.card.contract.counts
         columns = [student(self.prompts, num_inference_steps=n) for n in sorted({counts[0], counts[-1]})]
         return Image.fromarray(sheet([*columns, self._teacher_clips]))
 

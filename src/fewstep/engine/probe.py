@@ -66,7 +66,7 @@ class WorldProbe:
             raise ValueError(f"probe.features: {self.features} has no features; it has {', '.join(eyes.parts)}")
 
     def __call__(self, student: VideoModel) -> dict[str, float]:
-        counts = self.steps or tuple(sorted(map(int, student.card.contract.grids))) or (student.card.contract.steps,)
+        counts = self.steps or student.card.contract.counts
         scores: dict[str, float] = {}
         rule = 0.0
         for count in counts:

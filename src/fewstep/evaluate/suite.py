@@ -90,7 +90,7 @@ def entries(teacher: VideoModel, student: VideoModel, counts: Sequence[int] = ()
     was trained for.
     """
     full, contract = teacher.card.contract.steps, student.card.contract
-    counts = counts or sorted(map(int, contract.grids), reverse=True) or (contract.steps,)
+    counts = counts or contract.counts[::-1]
     return [
         Entry(name=f"teacher {full}", model=teacher),
         *(Entry(name=f"teacher {n}", model=teacher, steps=n) for n in counts if n != full),

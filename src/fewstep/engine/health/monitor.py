@@ -94,8 +94,8 @@ class Monitor:
     def check(self, student: VideoModel, step: int) -> Check:
         """Examine the student after `step` iterations; its verdict, what is to be done, and the record of both."""
         contract = self.method.contract_at(self.model.card.contract, step - 1)
-        sampled = self.gauge.sample(_sampled_as(student, contract), counts_of(contract))
-        grid = ", ".join(map(str, counts_of(contract)))
+        sampled = self.gauge.sample(_sampled_as(student, contract), contract.counts)
+        grid = ", ".join(map(str, contract.counts))
         if grid not in self.record.baselines:
             found = self.processes.from_leader(self._baselines(grid, contract))
             self.record = replace(self.record, baselines={**self.record.baselines, grid: found})
@@ -190,11 +190,11 @@ class Monitor:
     def _start(self, grid: str, contract: Contract) -> Sampled:
         """Clips of the student before training: the teacher's weights in the student's sampler."""
         if grid not in self.starts:
-            self.starts = {grid: self.gauge.sample(_sampled_as(self.model, contract), counts_of(contract))}
+            self.starts = {grid: self.gauge.sample(_sampled_as(self.model, contract), contract.counts)}
         return self.starts[grid]
 
     def _baselines(self, grid: str, contract: Contract) -> Baselines:
-        untrained = self.gauge.sample(self.model, counts_of(contract))
+        untrained = self.gauge.sample(self.model, contract.counts)
         clips = (self._teacher, untrained, self._start(grid, contract))
         teacher, same_steps, start = (self.gauge.looks(each, self._teacher) for each in clips)
         return Baselines(teacher=teacher, untrained=same_steps, start=start)
@@ -276,11 +276,6 @@ def trained(method: Method, step: int) -> tuple[str, ...]:
     """Roles that 0-based iteration `step` trains."""
     events = [event for event in method.updates(step) if isinstance(event, Update)]
     return tuple(dict.fromkeys(role for event in events for role in event.roles))
-
-
-def counts_of(contract: Contract) -> tuple[int, ...]:
-    """Step counts a model is examined at."""
-    return tuple(sorted(map(int, contract.grids))) or (contract.steps,)
 
 
 def _sampled_as(model: VideoModel, contract: Contract) -> VideoModel:
