@@ -25,7 +25,8 @@ class Lines(Sequence[str]):
         with self.path.open("rb") as file:
             for line in file:
                 bom = len(codecs.BOM_UTF8) if not position and line.startswith(codecs.BOM_UTF8) else 0
-                if self._text(line[bom:], position + bom):
+                blank = line.isspace() if line.isascii() else not self._text(line[bom:], position + bom)
+                if not blank:
                     self._starts.append(position + bom)
                 position += len(line)
             self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if position else b""
