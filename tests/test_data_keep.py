@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fewstep.data import ClipError, Cut, Keep, Preparation, prepare, read_clips, read_listing
+from fewstep.cli import main
+from fewstep.cli.pace import Pace
+from fewstep.core import Rng
+from fewstep.data import ClipError, Cut, Keep, Latents, Preparation, prepare, read_clips, read_listing
 from fewstep.data.keep import motion
 from fewstep.data.report import read_report
 from fewstep.data.shots import find_cuts
 from fewstep.data.video import read_facts, read_video, write_video
-from fewstep.models import FrameAutoencoder
+from fewstep.models import FrameAutoencoder, VideoModel
 
+NEEDS = frozenset({"prompts", "x0"})
 CLIPS = Path(__file__).resolve().parents[2] / "shared" / "data" / "clips"
 
 
@@ -136,3 +141,27 @@ def test_what_is_dropped_is_reported(tmp_path: Path) -> None:
     picture = np.asarray(Image.open(made.folder / "dropped.png"))
     dark, grey = picture[14:86, :128], picture[3 * 86 + 14 : 4 * 86, :128]  # brightness; no caption, so no frame
     assert dark.mean() < 40 and (grey == 160).all()
+
+
+def test_the_command_line_reports_what_was_dropped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, size in (("small", 32), ("large", 48)):
+        path = write_video(tmp_path / "videos" / "YoYo" / f"{name}.mp4", scene(0, 20, size=size))
+        assert path.is_file()
+    words = ["prepare", str(tmp_path / "videos"), "--layout", "ucf101", "--output", str(tmp_path / "out")]
+    assert main([*words, "--min-side", "40", "--shots", "--texts", "--quiet"]) == 0
+    out = capsys.readouterr().out
+    assert "1 clips in 1 shards, from 2 videos" in out
+    assert next(line for line in out.splitlines() if line.startswith("resolution")).split()[1] == "1"
+    model = VideoModel.from_pretrained("world")
+    source = Latents(path=str(tmp_path / "out"), text_cache=str(tmp_path / "out" / "texts")).open(model, NEEDS)
+    model.parts["text"].encode = lambda *_: pytest.fail("encoded again")  # type: ignore[method-assign, union-attr]
+    assert source.batch(1, Rng(0)).prompts == ("yo yo",)
+    assert main([*words[:-1], str(tmp_path / "none"), "--min-side", "400", "--quiet"]) == 2
+    assert "no video gave a clip: YoYo/large.mp4: resolution: 48, at least 400" in capsys.readouterr().err
+    assert main([*words, "--device", "warp", "--quiet"]) == 2
+
+
+def test_pace_counts_from_the_first_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "monotonic", lambda: 110.0)
+    pace = Pace(first=5000, began=100.0)  # 5000 were done by an earlier run
+    assert pace.line("videos", 5020, 6000) == "videos: 5,020 of 6,000, 2 per second, 0:08:10 left"

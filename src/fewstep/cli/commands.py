@@ -123,10 +123,10 @@ def _own_device(name: str) -> str:
 
     if name == "cpu" or ":" in name:
         return name
-    count = torch.accelerator.device_count()
-    if not count:
-        raise UsageError(f"--device {name}: there is no such device on this machine; leave it out for the CPU")
-    return f"{name}:{place().local_rank % count}"
+    have = torch.accelerator.current_accelerator()
+    if have is None or have.type != name:
+        raise UsageError(f"--device {name}: this machine has {have.type if have else 'only cpu'}")
+    return f"{name}:{place().local_rank % torch.accelerator.device_count()}"
 
 
 def sample(options: arguments.Sample) -> int:

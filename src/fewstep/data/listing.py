@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,11 @@ class Listing:
 def write_listing(file: Path, source: str | Path, layout: Layout = "plain", root: str | Path = "") -> Listing:
     """Write the items that `read_listing` would give to `file`, one by one. Where the dataset is does not show in it."""
     folder = root_of(source, root)
+    within = f"{folder}{os.sep}"
     with replacing(file) as draft, draft.open("w", encoding="utf-8") as lines:
         for item in _usable(source, layout, folder):
-            path = item.path.relative_to(folder) if item.path.is_relative_to(folder) else item.path
-            row = {key: value for key, value in {**vars(item), "path": path.as_posix()}.items() if value}
+            row = {key: value for key, value in vars(item).items() if value}
+            row["path"] = str(item.path).removeprefix(within)
             lines.write(json.dumps(row, ensure_ascii=False) + "\n")
     return Listing(file, folder)
 
