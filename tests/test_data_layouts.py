@@ -13,7 +13,19 @@ import numpy as np
 import pytest
 import torch
 
-from fewstep.data import ClipError, Cut, DataError, Item, Latents, Preparation, prepare, read_clips, read_listing
+from fewstep.core import Rng
+from fewstep.data import (
+    ClipError,
+    Cut,
+    DataError,
+    Item,
+    Latents,
+    Preparation,
+    Videos,
+    prepare,
+    read_clips,
+    read_listing,
+)  # fmt: skip
 from fewstep.data.layouts import LAYOUTS
 from fewstep.data.listing import Listing, write_listing
 from fewstep.data.video import write_video
@@ -217,6 +229,9 @@ def test_errors_name_the_place_and_the_column(tmp_path: Path) -> None:
     (tmp_path / "list.xml").touch()
     with pytest.raises(DataError, match=r"ends in .jsonl or .csv"):
         read_listing(tmp_path / "list.xml")
+    table.write_text('video,caption\na.mp4,"' + "x" * 200_000)
+    with pytest.raises(DataError, match=r"captions.csv is not CSV after line 1: field larger"):
+        read_listing(table)
     (tmp_path / "other.csv").touch()
     with pytest.raises(DataError, match=r"which .csv\? It has captions.csv, other.csv"):
         read_listing(tmp_path, "webvid")
@@ -258,3 +273,8 @@ def test_every_layout_can_be_prepared(layout: str, request: pytest.FixtureReques
     made = prepare(source, tmp_path / "out", model.codec, Preparation(cut=CUT), layout=layout, root=root)  # type: ignore[arg-type]
     assert made.clips == (3 if layout in ("plain", "ucf101") else 2)
     assert len(Latents(path=str(made.folder)).open(model, frozenset({"x0"})).reader) == made.clips  # type: ignore[attr-defined]
+    for cache in ("", str(tmp_path / "cache")):
+        data = Videos(path=str(source), layout=layout, root=root, num_frames=2, height=16, width=16, cache=cache)  # type: ignore[arg-type]
+        frames = data.open(model, frozenset({"frames"})).batch(made.clips, Rng(0)).frames
+        assert frames is not None
+        assert len({round(float(clip.mean()), 1) for clip in frames}) == made.clips  # each is another grey

@@ -206,8 +206,11 @@ def _json_rows(table: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 def _csv_rows(table: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     with table.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, skipinitialspace=True)
-        for row in reader:
-            yield f"{table.name}, line {reader.line_num},", row
+        try:
+            for row in reader:
+                yield f"{table.name}, line {reader.line_num},", row
+        except csv.Error as error:
+            raise DataError(f"{table.name} is not CSV after line {reader.line_num}: {error}") from None
 
 
 def _cell(row: Mapping[str, Any], columns: tuple[str, ...], where: str) -> Any:

@@ -35,7 +35,7 @@ class Preparation:
     storage: Storage = "float16"
     shard_size: int = 64
     """Clips per file."""
-    part_size: int = 256
+    part_size: int = 64
     """Videos that one process takes at once."""
 
     def __post_init__(self) -> None:

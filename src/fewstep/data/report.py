@@ -18,7 +18,7 @@ from fewstep.data.listing import Listing
 from fewstep.data.video import ClipError, read_video
 
 EXAMPLES = 6
-"""Pictures per reason."""
+"""Pictures per reason, each of another video."""
 TILE = (72, 128)
 
 
@@ -74,7 +74,7 @@ def write_report(folder: Path, listing: Listing, parts: Iterable[Mapping[str, An
                 count.videos += case.start is None
                 count.clips += case.start is not None
                 examples = shown.setdefault(case.reason, [])
-                if len(examples) < EXAMPLES:
+                if len(examples) < EXAMPLES and case.item not in (example.item for example in examples):
                     examples.append(case)
     report = Report(len(listing), clips, dict(sorted(counts.items())))
     if not clips:
