@@ -366,7 +366,13 @@ def test_two_processes_train_as_one(source: Diffusers, tmp_path: Path, parallel:
     figures = []
     for processes, settings in ((1, ""), (2, f", parallel: {parallel}")):
         run = tmp_path / f"run{processes}"
-        command = ["distill", str(written(source, tmp_path, f"accumulate: 2{settings}")), "--output", str(run), "--quiet"]
+        command = [
+            "distill",
+            str(written(source, tmp_path, f"accumulate: 2{settings}")),
+            "--output",
+            str(run),
+            "--quiet",
+        ]
         start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "fewstep"]
         done = subprocess.run([sys.executable, *start, *command], check=False, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
