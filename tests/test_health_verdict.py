@@ -18,7 +18,7 @@ START = replace(TEACHER, accuracy=0.1, distance=2.0, drift=0.2, std=0.8, saturat
 LINES = Baselines(teacher=TEACHER, untrained=replace(TEACHER, accuracy=0.3, distance=1.5), start=START)
 SOUND = Vitals(
     step=25, grid="1, 2, 4", looks=replace(TEACHER, accuracy=0.4, distance=1.2), moved={"student": 1.0, "critic": 1.0},
-    change=0.003, coarse=0.0, noise=1.0, critic=0.8, lag=0.95,
+    change=0.003, coarse=0.0, noise=1.0, asked=1.1, critic=0.8, lag=0.95,
 )  # fmt: skip
 
 
@@ -53,6 +53,7 @@ FLAT = [{"accuracy": 0.2, "distance": 1.6}] * PATIENCE
         ("diverging", "changed the student's weights by 30%.*about 60 times too high", [{"change": 0.3}]),
         ("diverging", "holds 1.50 times the noise.*another path", [{"noise": 1.5}]),
         ("diverging", "holds 0.50 times the noise", [{"noise": 0.5}]),
+        ("diverging", "guidance is far too strong.*4.9 times", [{"asked": 4.9}]),
         ("diverging", "the critic does not learn .0% of its weights", [{"moved": {"student": 1.0, "critic": 0.0}}]),
         ("diverging", "the discriminator does not learn", [{"moved": {"student": 1.0, "discriminator": 0.01}}]),
         ("diverging", "saturation is 1.67 times the teacher's .before training 0.83.", [{"saturation": 0.5}]),
