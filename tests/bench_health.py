@@ -39,7 +39,7 @@ SOUND: DMD2 = demo.RECIPE.method  # type: ignore[assignment]
 
 def settings(**others: Any) -> Settings:
     """Of a spoiled run, which ends at the first verdict that is not `improving`: half of the demo's batch will do."""
-    health = Health(every=INTERVAL, prompts=8, seeds=2, stop_on_collapse=True, help_critic=2)
+    health = Health(every=INTERVAL, prompts=8, seeds=2)
     plain = {"steps": LIMIT, "batch": 8, "ema": 0.9, "log_every": 1, "health": health}
     return Settings(**(plain | {"optim": {"student": FAST, "critic": FAST}} | others))
 

@@ -34,7 +34,7 @@ from fewstep.world.grammar import world_prompts
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 
-OFTEN = Health(every=3, prompts=2, stop_on_collapse=True, help_critic=2)
+OFTEN = Health(every=3, prompts=2)
 METHOD = CASES["DMD2"]
 """Two warm-up iterations of its critic, then one and two steps."""
 

@@ -42,7 +42,7 @@ FLAT = [{"accuracy": 0.2, "distance": 1.6}] * PATIENCE
         ("improving", "accuracy 0.80 .before training 0.10, teacher 0.90., 20% of its first distance", FALLING),
         ("improving", "accuracy 0.40", [{}]),
         ("improving", "no update of the student has been seen", [{"moved": {"critic": 1.0}, "change": None}] * 12),
-        ("improving", "the critic lags .1.20 times", [{"lag": 1.2}]),
+        ("improving", "the critic lags .1.30 times", [{"lag": 1.3}]),
         ("improving", "accuracy 0.88", [{"accuracy": 0.88, "distance": 0.3}] * 12),  # level with its teacher
         ("improving", "of its first distance", [*FALLING[:4], *FLAT[:4], *FALLING[4:]]),
         ("improving", "0% of its first distance", [{"distance": -0.01}]),
@@ -118,7 +118,7 @@ def test_without_accuracy_the_distance_decides() -> None:
 
 
 def test_a_critic_lags_when_it_knows_old_samples_better() -> None:
-    assert [lags(replace(SOUND, lag=lag)) for lag in (None, 0.9, 1.05, 1.2)] == [False, False, False, True]
+    assert [lags(replace(SOUND, lag=lag)) for lag in (None, 0.9, 1.1, 1.3)] == [False, False, False, True]
 
 
 def test_a_record_is_plain_values_and_back() -> None:
