@@ -38,7 +38,7 @@ def run(videos: Path, output: Path, rank: int = -1, number: int = 0) -> None:
 
     model.codec.encode = noted  # type: ignore[method-assign]
     made = prepare(videos, output, model.codec, PLAN)
-    store_texts(model.text, ShardReader(made.folder, "latents").captions, output / "texts", peers=meet_peers())
+    store_texts(model, ShardReader(made.folder, "latents").captions, output / "texts", peers=meet_peers())
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fewstep.cli import main
 from fewstep.core import Rng, build, dump
 from fewstep.core.finite import NonFiniteError
 from fewstep.data import (
@@ -295,3 +296,24 @@ def test_recipes_can_hold_any_data(data: type[Data]) -> None:
     made = data(path="somewhere")
     assert "prompts" in made.provides
     assert build(Data, dump(made, Data), {cls.__name__: cls for cls in DATA}) == made
+
+
+def test_models_of_diffusers_prepare_with_their_own_encoders(videos: Path, tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    from fewstep.models.source import Diffusers
+    from tiny_models import save_tiny
+
+    folder, size = save_tiny("wan", tmp_path / "wan"), {"num_frames": 5, "height": 32, "width": 48}
+    words = [word for name, value in size.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    words += ["--model", str(folder), "--texts", "--quiet"]
+    assert main(["prepare", str(videos), "--output", str(tmp_path / "out"), *words]) == 0
+    model = Diffusers(source=str(folder), **size).load()
+    data = Latents(path=str(tmp_path / "out"), text_cache=str(tmp_path / "out" / "texts"))
+    source = data.open(model, frozenset({"prompts", "x0"}))
+    model.parts["text"].encode = lambda *_: pytest.fail("encoded again")  # type: ignore[method-assign, union-attr]
+    batch = source.batch(5, Rng(0))
+    assert batch.x0 is not None and batch.x0.shape == (5, *model.latent_shape())
+    clip = next(read_clips(read_listing(videos)[0].video(), Cut(num_frames=5, height=32, width=48)))
+    with torch.no_grad():
+        expected = model.codec.encode(to_floats(clip.frames)[None])[0]
+    torch.testing.assert_close(batch.x0[batch.prompts.index("video number 0")], expected, atol=2e-3, rtol=2e-3)

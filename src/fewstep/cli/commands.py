@@ -96,7 +96,7 @@ def prepare(options: arguments.Prepare) -> int:
         )  # fmt: skip
         if options.texts:
             store_texts(
-                model.text, ShardReader(prepared.folder, "latents").captions, prepared.folder / "texts", peers=peers,
+                model, ShardReader(prepared.folder, "latents").captions, prepared.folder / "texts", peers=peers,
                 progress=lambda e: tell(f"texts{share}", e.done, e.total),
             )  # fmt: skip
     if peers.leads:

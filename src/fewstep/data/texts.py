@@ -5,10 +5,10 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.nn.functional import pad
 
 from fewstep.core import Cond
@@ -40,57 +40,54 @@ class Texts:
     def __init__(
         self, model: VideoModel, needs: frozenset[str], cache: str | Path = "", prompts: Iterable[str] = ()
     ) -> None:
+        self.model, self.negative = model, model.card.negative_prompt
         self.encoder = model.text if "prompts" in needs or "text" in model.parts else None
-        self.known: dict[str, tuple[Tensor, Tensor]] = {}
-        self.stored = store_texts(self.encoder, prompts, cache) if cache and self.encoder is not None else None
+        self.length = self.encoder.length if self.encoder is not None else 1
+        self.known: dict[str, Cond] = {}
+        self.stored = store_texts(model, prompts, cache) if cache and self.encoder is not None else None
 
     def __call__(self, prompts: Sequence[str], device: str | torch.device) -> tuple[Cond, Cond]:
-        """Conditions of `prompts` and of as many empty prompts, of one length."""
-        states = [self._states(prompt) for prompt in (*prompts, "")]
-        length = max(len(mask) for _, mask in states)
-        both = Cond(
-            torch.stack([pad(text, (0, 0, 0, length - len(text))) for text, _ in states]).to(device),
-            torch.stack([pad(mask, (0, length - len(mask))) for _, mask in states]).to(device),
-        )
+        """Conditions of `prompts`, and the negative prompt as many times."""
+        states = [self._states(prompt) for prompt in (*prompts, self.negative)]
+        both = Cond.cat([_padded(cond, self.length) for cond in states]).to(device)
         return both[:-1], both[-1:].expand(len(prompts))
 
-    def _states(self, prompt: str) -> tuple[Tensor, Tensor]:
+    def _states(self, prompt: str) -> Cond:
         if prompt not in self.known:
             if len(self.known) >= KEPT:
                 del self.known[next(iter(self.known))]
             self.known[prompt] = self._make(prompt)
         return self.known[prompt]
 
-    def _make(self, prompt: str) -> tuple[Tensor, Tensor]:
+    def _make(self, prompt: str) -> Cond:
         if self.stored is not None:
             return _read(self.stored, prompt)
-        if self.encoder is None:
-            return torch.zeros(1, 1), torch.zeros(1, dtype=torch.bool)
-        return _encode(self.encoder, prompt)
+        return self.model.blank_cond(1) if self.encoder is None else _encode(self.encoder, prompt)
 
 
 def store_texts(
-    encoder: TextEncoder,
+    model: VideoModel,
     prompts: Iterable[str],
     cache: str | Path,
     *,
     peers: Peers = Peers(),
     progress: Callable[[Progress], None] = lambda event: None,
 ) -> ShardReader:
-    """The states of all distinct `prompts`, and of the empty one, from a folder of their own in `cache`.
+    """The states of all distinct `prompts`, and of the model's negative one, from a folder of their own in `cache`.
 
     What is not stored yet is encoded, by each of the `peers` a share: after a kill it goes on after the last whole shard.
     Rows are in the order of their texts. `progress` is called once per part.
     """
-    settings = {"text": fingerprint(encoder), "prompts": _digest(prompts)}
+    everything = chain((model.card.negative_prompt,), prompts)
+    settings = {"text": fingerprint(model.text), "prompts": _digest(everything)}
     folder = Path(cache) / digest(settings)
     if not is_complete(folder):
-        wanted = sorted({"", *prompts})
+        wanted = sorted({model.card.negative_prompt, *prompts})
         writer = PartedWriter(folder, "texts", settings, -(-len(wanted) // PART), peers)
         for done, number in enumerate(writer.mine, 1):
             part = writer.part(number, SHARD)
             if not part.complete:
-                _store_part(encoder, wanted[PART * number : PART * (number + 1)], part)
+                _store_part(model.text, wanted[PART * number : PART * (number + 1)], part)
             progress(Progress(done, len(writer.mine), f"part {number}"))
         peers.barrier()
         if peers.leads:
@@ -101,10 +98,11 @@ def store_texts(
 
 def _store_part(encoder: TextEncoder, prompts: Sequence[str], part: ShardWriter) -> None:
     for prompt in prompts[len(part.rows) :]:
-        text, mask = _encode(encoder, prompt)
-        room = max(0, encoder.length - len(mask))
-        tensors = {"text": pad(text.float(), (0, 0, 0, room)), "mask": pad(mask, (0, room)).to(torch.uint8)}
-        part.add({"caption": prompt, "length": len(mask)}, tensors, {})
+        cond = _encode(encoder, prompt)
+        full = _padded(cond, encoder.length)
+        tensors = {"text": full.text[0].float(), "mask": full.mask[0].to(torch.uint8)}
+        row = {"caption": prompt, "length": cond.mask.shape[1], "extra": sorted(cond.extra)}
+        part.add(row, tensors | {name: x[0].float() for name, x in cond.extra.items()}, {})
     part.finish({})
 
 
@@ -116,16 +114,25 @@ def _digest(prompts: Iterable[str]) -> str:
     return hashed.hexdigest()[:12]
 
 
-def _read(stored: ShardReader, prompt: str) -> tuple[Tensor, Tensor]:
+def _read(stored: ShardReader, prompt: str) -> Cond:
     index = bisect_left(range(len(stored)), prompt, key=lambda i: stored.row(i)["caption"])
     row = stored.row(index) if index < len(stored) else {}
     if row.get("caption") != prompt:
         raise KeyError(prompt)
-    text, mask = (stored.read(name, [index])[0, : row["length"]] for name in ("text", "mask"))
-    return text, mask.bool()
+    read = {name: stored.read(name, [index]) for name in ("text", "mask", *row["extra"])}
+    text, mask = (read.pop(name)[:, : row["length"]] for name in ("text", "mask"))
+    return Cond(text, mask.bool(), read)
 
 
 @torch.no_grad()
-def _encode(encoder: TextEncoder, prompt: str) -> tuple[Tensor, Tensor]:
-    cond = encoder.encode([prompt])
-    return cond.text[0].cpu(), cond.mask[0].cpu()
+def _encode(encoder: TextEncoder, prompt: str) -> Cond:
+    """One prompt, without the padding that is zero."""
+    cond = encoder.encode([prompt]).to("cpu")
+    end = int((cond.mask | (cond.text != 0).any(-1)).nonzero()[-1, 1]) + 1
+    return Cond(cond.text[:, :end].clone(), cond.mask[:, :end].clone(), cond.extra)
+
+
+def _padded(cond: Cond, length: int) -> Cond:
+    """With zeros after its end, up to `length` tokens."""
+    room = length - cond.mask.shape[1]
+    return Cond(pad(cond.text, (0, 0, 0, room)), pad(cond.mask, (0, room)), cond.extra)
