@@ -25,7 +25,8 @@ class Context(NamedTuple):
 
     modulation_BG6E: Tensor
     text_BLE: Tensor
-    text_mask_B11L: Tensor
+    text_mask_B11L: Tensor | None
+    """None: padding is read like words."""
     rotary_2MD: Tensor
     """Cosines and sines of all M positions; the queries are the last N."""
     mask_NM: Tensor | None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -16,22 +16,23 @@ from fewstep.core import Cond
 class ClipText(nn.Module):
     """The last hidden states of all 77 places: these U-Nets were trained to read the padding too, so no place is masked.
 
-    `config` is that of transformers. Prompts that are longer are cut; the weights are never trained.
+    `config` is that of transformers. Prompts that are longer are cut; the weights are kept as `dtype`, and never trained.
     """
 
     folders: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
 
-    def __init__(self, *, config: dict[str, Any]) -> None:
+    def __init__(self, *, config: dict[str, Any], dtype: Literal["float32", "bfloat16"] = "float32") -> None:
         super().__init__()
-        self.args = {"config": config}
-        self.encoder = CLIPTextModel(CLIPTextConfig(**config))
+        self.args = {"config": config, "dtype": dtype}
+        self.dtype = getattr(torch, dtype)
+        self.encoder = CLIPTextModel(CLIPTextConfig(**config)).to(self.dtype)
         self.length, self.width = self.encoder.config.max_position_embeddings, self.encoder.config.hidden_size
         self.tokenizer: Any = None
 
     def load(self, folder: Path) -> None:
         """Take weights and tokenizer of a folder in diffusers' layout."""
         encoder, tokenizer = (folder / part for part in self.folders)
-        self.encoder = CLIPTextModel.from_pretrained(encoder, dtype=torch.float32, use_safetensors=True)
+        self.encoder = CLIPTextModel.from_pretrained(encoder, dtype=self.dtype, use_safetensors=True)
         self.tokenizer = CLIPTokenizer.from_pretrained(tokenizer)
 
     @torch.no_grad()
@@ -42,7 +43,7 @@ class ClipText(nn.Module):
         ).input_ids.to(self.encoder.device)
         with torch.autocast(ids.device.type, enabled=False):
             states = self.encoder(ids).last_hidden_state
-        return Cond(states, torch.ones_like(ids, dtype=torch.bool))
+        return Cond(states.float(), torch.ones_like(ids, dtype=torch.bool))
 
     def forward(self, prompts: Sequence[str]) -> Cond:
         return self.encode(prompts)

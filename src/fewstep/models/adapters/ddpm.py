@@ -1,17 +1,42 @@
-"""What a diffusers scheduler says of a DDPM-trained model: its noise table, what it predicts, which timesteps it visits."""
+"""Cards of DDPM-trained U-Nets, and what a scheduler of diffusers says of them: table, prediction, timesteps to visit."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from fewstep.core import RecipeError
 from fewstep.diffusion import CFG, Betas, Contract, Kind, Timesteps
+from fewstep.models.adapters.layout import Layout
+from fewstep.models.bundle import Card
+from fewstep.models.spec import Spec
 
 _KINDS: Mapping[str, Kind] = MappingProxyType({"epsilon": "eps", "v_prediction": "v", "sample": "x0"})
 _SCHEDULES = ("linear", "scaled_linear")
 _REFUSED = ("trained_betas", "clip_sample", "thresholding")
+
+
+def card_of(layout: Layout, family: str, *, num_frames: int, steps: int, licence: str) -> Card:
+    """A U-Net of `family` with CLIP's text encoder and an image autoencoder, at the size it was trained on."""
+    scheduler, unet, vae = layout.scheduler(), layout.config("unet"), layout.config("vae")
+    size = (unet.get("sample_size") or 64) * 2 ** (len(vae["block_out_channels"]) - 1)
+    path = path_of(scheduler)
+    return Card(
+        name=Path(layout.source).name,
+        parts={
+            "denoiser": Spec(family, {"config": unet, "num_train_timesteps": path.num_train_timesteps}),
+            "text": Spec("ClipText", {"config": layout.config("text_encoder"), "dtype": "float32"}),
+            "codec": Spec("FrameCodec", {"config": vae, "tiling": False, "chunk": 16}),
+        },
+        sources=dict.fromkeys(("denoiser", "text", "codec"), layout.source),
+        path=path,
+        kind=kind_of(scheduler),
+        contract=contract_of(scheduler, steps=steps, scale=7.5),
+        num_frames=num_frames, height=size, width=size, fps=8,
+        provenance={"source": layout.source, "licence": licence},
+    )  # fmt: skip
 
 
 def path_of(scheduler: Mapping[str, Any]) -> Betas:

@@ -16,14 +16,15 @@ from fewstep.models.adapters.unet import to_clips, to_images
 class FrameCodec(nn.Module):
     """The autoencoder of Stable Diffusion and AnimateDiff; always computed in float32, `chunk` frames at once.
 
-    `config` is the arguments of diffusers' class; its scaling factor (0.18215) is part of the latents.
+    `config` is the arguments of diffusers' class; its scaling factor (0.18215) is part of the latents. With `tiling` large
+    frames are done in overlapping tiles, which need less memory and are not exactly the whole.
     """
 
     folders: ClassVar[tuple[str, ...]] = ("vae",)
 
-    def __init__(self, *, config: dict[str, Any], chunk: int = 16) -> None:
+    def __init__(self, *, config: dict[str, Any], tiling: bool = False, chunk: int = 16) -> None:
         super().__init__()
-        self.args = {"config": config, "chunk": chunk}
+        self.args = {"config": config, "tiling": tiling, "chunk": chunk}
         self.chunk = chunk
         self._hold(AutoencoderKL.from_config(config))
 
@@ -38,6 +39,8 @@ class FrameCodec(nn.Module):
     def _hold(self, vae: AutoencoderKL) -> None:
         self.vae, self.scale, self.shift = vae, vae.config.scaling_factor, vae.config.shift_factor or 0.0
         self.downsample = 2 ** (len(vae.config.block_out_channels) - 1)
+        if self.args["tiling"]:
+            vae.enable_tiling()
 
     def encode(self, frames: Tensor) -> Tensor:
         """`[B, 3, F, H, W]` in [-1, 1] to latents `[B, C, F, H / 8, W / 8]`: the mode of the posterior."""

@@ -7,7 +7,15 @@ from __future__ import annotations
 
 from diffusers import UNet2DConditionModel
 
+from fewstep.models.adapters.ddpm import card_of
+from fewstep.models.adapters.layout import Layout
 from fewstep.models.adapters.unet import UNet
+from fewstep.models.bundle import Card
+
+
+def card(layout: Layout) -> Card:
+    """Stable Diffusion as a model of clips of one frame: 50 steps of DDIM, guidance 7.5."""
+    return card_of(layout, "StableDiffusion", num_frames=1, steps=50, licence="CreativeML OpenRAIL-M")
 
 
 class StableDiffusion(UNet):

@@ -7,6 +7,7 @@ Legend: B clips, F frames, K = B x F images, C channels, L text tokens, D their 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -54,21 +55,31 @@ class UNet(Backbone):
 
     network: ClassVar[type[ModelMixin]]
     """The class of diffusers that this family is made of."""
+    folders: ClassVar[tuple[str, ...]] = ("unet",)
 
     def __init__(self, *, config: dict[str, Any], num_train_timesteps: int = 1000) -> None:
-        """`config` is diffusers' own (`unet/config.json`); ValueError where it asks for more than text and time."""
+        """`config` is the arguments of diffusers' class; ValueError where it asks for more than text and time."""
         super().__init__()
-        network = self.network.from_config(config)
-        self.config = plain(network.config)
-        self.args = {"config": self.config, "num_train_timesteps": num_train_timesteps}
-        self.num_train_timesteps, self.channels = num_train_timesteps, self.config["in_channels"]
+        self.args = {"config": config, "num_train_timesteps": num_train_timesteps}
+        self.num_train_timesteps = num_train_timesteps
+        self._hold(self.network.from_config(config))
+
+    def load(self, folder: Path) -> None:
+        """Take the weights of a folder in diffusers' layout, as float32."""
+        self._hold(
+            self.network.from_pretrained(
+                folder, subfolder=self.folders[0], torch_dtype=torch.float32, use_safetensors=True
+            )
+        )
+
+    def _hold(self, network: Any) -> None:
         for key in _REFUSED:
-            if self.config.get(key):
+            if network.config.get(key):
                 raise ValueError(
-                    f"a {type(self).__name__} with {key}: {self.config[key]!r} needs more than text and time; "
+                    f"a {type(self).__name__} with {key}: {network.config[key]!r} needs more than text and time; "
                     "give the U-Net of a text-to-image or text-to-video model of the SD 1.x / 2.x family"
                 )
-        self.factor = 2**network.num_upsamplers
+        self.config, self.factor = network.config, 2**network.num_upsamplers
         self.time_proj, self.time_embedding, self.conv_in = network.time_proj, network.time_embedding, network.conv_in
         downs, ups = map(Down, network.down_blocks), map(Up, network.up_blocks)
         self.blocks = nn.ModuleList([*downs, Mid(network.mid_block), *ups])
@@ -106,9 +117,9 @@ class UNet(Backbone):
         return f"down_blocks.{block}.{rest}" if block < depth else f"up_blocks.{block - depth - 1}.{rest}"
 
     def _check(self, x: Tensor, t: Tensor, kv: KVView | None) -> None:
-        if x.shape[1] != self.channels or x.shape[3] % self.factor or x.shape[4] % self.factor:
+        if x.shape[1] != self.config["in_channels"] or x.shape[3] % self.factor or x.shape[4] % self.factor:
             raise ValueError(
-                f"latents [B, C, F, H, W] need C = {self.channels} and H, W multiples of {self.factor}, "
+                f"latents [B, C, F, H, W] need C = {self.config['in_channels']} and H, W multiples of {self.factor}, "
                 f"got {tuple(x.shape)}"
             )
         if t.shape != x.shape[:1]:
@@ -167,7 +178,3 @@ def to_clips(x_KCHW: Tensor, frames: int) -> Tensor:
     """`[B, C, F, H, W]` again."""
     return x_KCHW.unflatten(0, (-1, frames)).transpose(1, 2)
 
-
-def plain(config: Any) -> dict[str, Any]:
-    """diffusers' config as JSON has it, without its notes to itself."""
-    return {key: list(v) if isinstance(v, tuple) else v for key, v in config.items() if not key.startswith("_")}

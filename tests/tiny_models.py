@@ -1,0 +1,76 @@
+"""Tiny models of the diffusers ecosystem: the real classes with random weights, saved as the published ones are.
+
+A new family is one function that saves a pipeline, and one entry of `TINY`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+WORDS = "a red ball blue box moves left cat walks in the rain slow dark frames <unk> </s> <pad>".split()
+TEXT_WIDTH = 24
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """One family."""
+
+    make: Callable[[], Any]
+    """The pipeline."""
+    size: dict[str, int] = field(default_factory=dict)
+    """Arguments of `Diffusers` for a clip that is quick to make."""
+
+
+def wan() -> WanPipeline:
+    """Wan 2.1 text to video."""
+    transformer = WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=TEXT_WIDTH, freq_dim=16,
+        ffn_dim=32, num_layers=2, rope_max_seq_len=32,
+    )  # fmt: skip
+    vae = AutoencoderKLWan(
+        base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
+        latents_mean=[-0.7, 0.2, 0.0, 0.1], latents_std=[2.8, 1.4, 0.5, 1.0],
+    )  # fmt: skip
+    return WanPipeline(
+        tokenizer=tokenizer(), text_encoder=umt5(), vae=vae, transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )  # fmt: skip
+
+
+TINY = {"wan": Tiny(wan, {"num_frames": 5, "height": 32, "width": 48})}
+
+
+def save_tiny(name: str, folder: Path, seed: int = 0) -> Path:
+    """The tiny model `name` in diffusers' layout; no weight of its denoiser is zero."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        pipeline = TINY[name].make()
+        with torch.no_grad():
+            for parameter in pipeline.transformer.parameters():
+                parameter.add_(0.05 * torch.randn(parameter.shape))
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def umt5() -> UMT5EncoderModel:
+    return UMT5EncoderModel(
+        UMT5Config(vocab_size=len(WORDS), d_model=TEXT_WIDTH, d_kv=8, d_ff=32, num_layers=2, num_heads=3)
+    )
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Words between spaces, and the end token of T5."""
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+    words.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", WORDS.index("</s>"))]
+    )  # type: ignore[assignment]
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>", pad_token="<pad>")
