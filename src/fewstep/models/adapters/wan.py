@@ -90,7 +90,11 @@ class Wan(Backbone):
                 f"image_dim={config.image_dim}, patch_size={list(config.patch_size)}"
             )
         self.heads, self.head_width = config.num_attention_heads, config.attention_head_dim
-        self.width, self.patch, self.longest = self.heads * self.head_width, config.patch_size[1:], config.rope_max_seq_len
+        self.width, self.patch, self.longest = (
+            self.heads * self.head_width,
+            config.patch_size[1:],
+            config.rope_max_seq_len,
+        )
         self.patch_embedding, self.condition_embedder = network.patch_embedding, network.condition_embedder
         self.blocks = nn.ModuleList(Block(block) for block in network.blocks)
         self.norm_out, self.proj_out, self.scale_shift_table = (
@@ -149,12 +153,14 @@ class Block(nn.Module):
 
     def forward(self, state: Tokens) -> Tokens:
         x, context = state.x_BNE, state.context
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (
-            self.scale_shift_table + context.modulation_BG6E
-        ).unbind(2)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (self.scale_shift_table + context.modulation_BG6E).unbind(
+            2
+        )
         h = modulate(self.norm1(x), shift_a, scale_a)
         q, k, v = _project(self.attn1, h, h)
-        k_BHMD, v_BHMD = (k, v) if state.past is None else (torch.cat([state.past[0], k], 2), torch.cat([state.past[1], v], 2))
+        k_BHMD, v_BHMD = (
+            (k, v) if state.past is None else (torch.cat([state.past[0], k], 2), torch.cat([state.past[1], v], 2))
+        )
         rotary_q = context.rotary_2MD[:, -q.shape[2] :]
         mixed = context.attend(_rotate(q, rotary_q), _rotate(k_BHMD, context.rotary_2MD), v_BHMD)
         x = x + gate(_out(self.attn1, mixed), gate_a)
