@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fewstep.attention import KVView
 from fewstep.core.types import Cond
 from fewstep.diffusion import timestep
+from fewstep.models.adapters.ddpm import require_whole_clips
 from fewstep.models.backbone import Backbone, State
 
 _REFUSED = (
@@ -122,12 +123,7 @@ class UNet(Backbone):
                 f"latents [B, C, F, H, W] need C = {self.config['in_channels']} and H, W multiples of {self.factor}, "
                 f"got {tuple(x.shape)}"
             )
-        if t.shape != x.shape[:1]:
-            raise ValueError(
-                f"a {type(self).__name__} was trained with one time per clip: t must be [{len(x)}], got {tuple(t.shape)}"
-            )
-        if kv is not None:
-            raise ValueError(f"a {type(self).__name__} sees whole clips and has no cache; call it without kv")
+        require_whole_clips(type(self).__name__, x, t, kv)
 
 
 class _Block(nn.Module):
