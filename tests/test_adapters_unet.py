@@ -192,7 +192,7 @@ def test_what_a_unet_cannot_do_is_refused(family: type[UNet]) -> None:
     with pytest.raises(ValueError, match="no cache"):
         mine(x, t, cond, KVCache.empty().view())
     extra = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
-    with pytest.raises(ValueError, match="needs more than text and time"):
+    with pytest.raises(ValueError, match="addition_embed_type: 'text_time' cannot be read"):
         family(config=FAMILIES[family] | extra | {"projection_class_embeddings_input_dim": 60})
 
 

@@ -203,6 +203,8 @@ def test_a_saved_student_is_the_same_model(model: VideoModel, tmp_path: Path) ->
 def test_what_a_family_does_not_have_is_refused(folder: Path) -> None:
     with pytest.raises(RecipeError, match="has no pattern; leave it out"):
         Diffusers(source=str(folder), pattern=BlockCausal(chunk=1)).card()
+    with pytest.raises(ValueError, match="multiples of 8, got 12 x 16"):  # 2 pixels per latent, 4 latents per bottom
+        Diffusers(source=str(folder), height=12).card()
 
 
 def test_a_discriminator_reads_several_scales(model: VideoModel) -> None:

@@ -25,13 +25,14 @@ def card_of(layout: Layout, family: str, *, num_frames: int, steps: int, licence
     """A U-Net of `family` with CLIP's text encoder and an image autoencoder, at the size it was trained on."""
     scheduler, unet, vae = layout.scheduler(), layout.config("unet"), layout.config("vae")
     size = (unet.get("sample_size") or 64) * 2 ** (len(vae["block_out_channels"]) - 1)
+    patch = 2 ** (len(unet["block_out_channels"]) - 1)
     path = path_of(scheduler)
     return Card(
         name=Path(layout.source).name,
         parts={
             "denoiser": Spec(family, {"config": unet, "num_train_timesteps": path.num_train_timesteps}),
             "text": Spec("ClipText", {"config": layout.config("text_encoder"), "dtype": "float32"}),
-            "codec": Spec("FrameCodec", {"config": vae, "tiling": False, "chunk": 16}),
+            "codec": Spec("FrameCodec", {"config": vae, "patch": patch, "tiling": False, "chunk": 16}),
         },
         sources=dict.fromkeys(("denoiser", "text", "codec"), layout.source),
         path=path,

@@ -77,8 +77,8 @@ class UNet(Backbone):
         for key in _REFUSED:
             if network.config.get(key):
                 raise ValueError(
-                    f"a {type(self).__name__} with {key}: {network.config[key]!r} needs more than text and time; "
-                    "give the U-Net of a text-to-image or text-to-video model of the SD 1.x / 2.x family"
+                    f"a {type(self).__name__} with {key}: {network.config[key]!r} cannot be read: it does more than "
+                    "denoise by one text and one time; give a text-to-image or text-to-video model of SD 1.x or 2.x"
                 )
         self.config, self.factor = network.config, 2**network.num_upsamplers
         self.time_proj, self.time_embedding, self.conv_in = network.time_proj, network.time_embedding, network.conv_in
