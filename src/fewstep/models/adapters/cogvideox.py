@@ -98,7 +98,6 @@ class CogVideoX(Backbone):
         return x.permute(0, 4, 1, 2, 5, 3, 6).flatten(5).flatten(3, 4)
 
     def foreign(self, name: str) -> str:
-        """What diffusers calls the parameter `name` of this network."""
         if not name.startswith("blocks."):
             return name
         _, index, _, rest = name.split(".", 3)

@@ -107,7 +107,6 @@ class UNet(Backbone):
             return to_clips(self.conv_out(self.conv_act(x)), state.frames)
 
     def foreign(self, name: str) -> str:
-        """What diffusers calls the parameter `name` of this network."""
         depth = len(self.config["block_out_channels"])
         if not name.startswith("blocks."):
             return name
