@@ -223,6 +223,7 @@ def test_features_of_a_folder_and_bfloat16_are_recorded(teacher: VideoModel, tmp
     suite = replace(SMALL, features=str(tmp_path / "eye"), autocast="bf16")
     report = evaluate([Entry(name="teacher 4", model=teacher)], suite, tmp_path)
     assert report.frechet_features.startswith(str(tmp_path / "eye"))
+    assert report.rows[0].frechet_infinity is None  # 8 clips for 32 features
     assert any("bfloat16" in note for note in report.notes)
     assert "bf16" in write_report(tmp_path).read_text()
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from fewstep.world.grammar import Scene
 from fewstep.world.renderer import Variation, render
 
-
 SEED_STRIDE = 1_000_003  # keeps the clips of two suites with neighbouring seeds apart
 
 

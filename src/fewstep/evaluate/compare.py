@@ -14,26 +14,32 @@ from fewstep.evaluate.measure import Measured
 from fewstep.evaluate.results import Gain, Range, Row, Truth
 from fewstep.evaluate.sampling import Bench
 from fewstep.evaluate.suite import Entry
-from fewstep.metrics import bootstrap, frechet, frechet_without, jackknife, ratio_of_means
+from fewstep.metrics import bootstrap, frechet, frechet_infinity, frechet_without, jackknife, ratio_of_means
 from fewstep.metrics.statistics import clustered_wilson, ratio_bootstrap
 from fewstep.world.grammar import ATTRIBUTES
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Distance:
     """Frechet distance of one set of clips to the target."""
 
     value: float
     without: Tensor | None
     """With one prompt after another left out, `[P]`; None with a single prompt."""
+    infinity: float | None
+    """Extrapolated to infinitely many clips; None where two clips per feature are not at hand."""
     shuffled: float
     """Of the same clips with their frames in random order."""
 
     @classmethod
     def measure(cls, mine: Measured, target: Tensor, bench: Bench) -> Distance:
-        several = len(bench.cases.prompts) > 1
-        without = frechet_without(mine.features, target, bench.cases.seeds_per_prompt) if several else None
-        return cls(frechet(mine.features, target), without, frechet(mine.shuffled, target))
+        x, (clips, width) = mine.features, target.shape
+        return cls(
+            value=frechet(x, target),
+            without=frechet_without(x, target, bench.cases.seeds_per_prompt) if len(bench.cases.prompts) > 1 else None,
+            infinity=frechet_infinity(x, target, _generator(bench)) if clips >= 2 * width else None,
+            shuffled=frechet(mine.shuffled, target),
+        )
 
     @property
     def interval(self) -> Range | None:
@@ -71,6 +77,7 @@ def make_row(entry: Entry, mine: Measured, reference: Measured, distance: Distan
         gain=None,
         frechet=None if is_reference else distance.value,
         frechet_ci=None if is_reference else distance.interval,
+        frechet_infinity=None if is_reference else distance.infinity,
         frechet_n=len(mine.features),
         frechet_shuffled=distance.shuffled,
         motion=_ratio(mine.motion, reference.motion),

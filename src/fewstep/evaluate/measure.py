@@ -15,7 +15,6 @@ from fewstep.evaluate.extractors import FeatureMap
 from fewstep.metrics import diversity, flicker, motion, shuffled
 from fewstep.world.checker import Checker
 
-
 Judge = Callable[[Tensor, int, int], Mapping[str, Tensor]]
 """Scores clips `[n, 3, F, H, W]` of prompts `first` up to `last`: one row per clip, under the name of a field of `Measured`."""
 

@@ -30,7 +30,10 @@ class RealClips:
         so that real and generated clips go the same way from there on. Every file is decoded here once, because one that
         cannot be read must not lend its caption.
         """
-        listing, cut = read_listing(self.path), Cut(num_frames=num_frames, height=size[0], width=size[1], stride=self.stride)
+        listing, cut = (
+            read_listing(self.path),
+            Cut(num_frames=num_frames, height=size[0], width=size[1], stride=self.stride),
+        )
         order = torch.randperm(len(listing.items), generator=torch.Generator().manual_seed(seed)).tolist()
         usable: list[Item] = []
         skipped = list(listing.skipped)
@@ -48,7 +51,9 @@ class RealClips:
                 f"{self.path}: {len(usable)} videos give {num_frames} frames at stride {self.stride}, and {count} are asked for"
                 f"{f' ({why})' if why else ''}; ask for fewer prompts or give more videos"
             )
-        return Drawn(tuple(usable), count, cut, len(skipped), f"{count} real clips of {self.path}, stride {self.stride}")
+        return Drawn(
+            tuple(usable), count, cut, len(skipped), f"{count} real clips of {self.path}, stride {self.stride}"
+        )
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,8 @@ class Row:
     """To the reference; None in the row that is the reference."""
     frechet_ci: Range | None = None
     """95 %, jackknife over prompts: of distances at this n, whose bias it does not contain."""
+    frechet_infinity: float | None = None
+    """Extrapolated to infinitely many clips; None with fewer than two clips per feature."""
     frechet_n: int
     """Clips on each side of the distance; compare only equal n."""
     frechet_shuffled: float
@@ -141,6 +143,11 @@ class Report:
     def checked(self) -> bool:
         """Whether the world's checker could read what the prompts ask."""
         return any(row.accuracy is not None for row in self.rows)
+
+    @property
+    def aligned(self) -> bool:
+        """Whether CLIPScore was measured."""
+        return self.clip_score_model is not None
 
     def row(self, name: str) -> Row:
         found = [row for row in self.rows if row.name == name]

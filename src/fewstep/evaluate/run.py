@@ -85,7 +85,7 @@ def _notes(rows: Sequence[Entry], bench: Bench, target: Target) -> Iterator[str]
         yield "Accuracy: not checkable, because the prompts have no scenes that a checker could compare with."
     if target.halves:
         yield "The Frechet floor compares two halves of the reference, so it is higher than the floor of the full set."
-    if clips <= 2 * width:
+    if clips < 2 * width:
         yield (
             f"Frechet: {clips} clips for {width} features is few, so it is far too high for every row: compare it only with "
             "figures of as many clips and the same features, and trust differences much larger than the floor only."

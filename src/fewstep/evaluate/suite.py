@@ -68,7 +68,9 @@ class Suite:
 
         The paper's extractor is I3D; it names neither the CLIP nor how real clips are cut. `options` are other fields.
         """
-        return cls(real=real, features=features, clip=clip, **{"prompts": 100, "seeds_per_prompt": 1, "batch": 4, **options})
+        return cls(
+            real=real, features=features, clip=clip, **{"prompts": 100, "seeds_per_prompt": 1, "batch": 4, **options}
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
