@@ -186,6 +186,8 @@ def test_what_is_no_extractor_is_refused_before_anything_is_sampled(tmp_path: Pa
     torch.save({"weights": torch.zeros(1)}, tmp_path / "weights.pt")
     with pytest.raises(ValueError, match="not a TorchScript file"):
         feature_map(str(tmp_path / "weights.pt"), (SIDE, SIDE), CPU)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        feature_map(str(tmp_path / "i3d.pt"), (SIDE, SIDE), CPU)
     with pytest.raises(FileNotFoundError, match=r"no card\.json"):
         feature_map(str(tmp_path), (SIDE, SIDE), CPU)
 
@@ -330,7 +332,7 @@ def test_features_and_n_are_said_wherever_a_figure_is(finished: tuple[Report, Pa
     assert "FVD" in heads and "CLIPScore" in heads and "Frechet" not in heads
     said = str(table(report).caption)
     assert "FVD: n = 5, to 5 real clips" in said and "i3d_torchscript.pt" in said
-    assert "CLIPScore: n = 5" in said and "5 clips for 9 features is few" in said
+    assert "CLIPScore: n = 5" in said and "FVD: 5 clips for 9 features is few" in said
     page = write_report(folder).read_text()
     for words in ("the captions of 5 real clips", "1 seed each", "real clips</td>", "CLIPScore", "FVD controls"):
         assert words in page

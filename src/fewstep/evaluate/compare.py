@@ -43,7 +43,10 @@ class Distance:
 
     @property
     def interval(self) -> Range | None:
-        return None if self.without is None else _range(jackknife(self.value, self.without))
+        if self.without is None:
+            return None
+        low, high = jackknife(self.value, self.without)
+        return _range((max(0.0, low), high))
 
     def minus(self, other: Distance) -> tuple[float, Range | None]:
         """The difference to another row's distance, and its interval."""

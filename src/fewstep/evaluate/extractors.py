@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fewstep.evaluate.inputs import as_read, fingerprint_files
+from fewstep.evaluate.inputs import as_read, fingerprint_files, require_transformers
 from fewstep.metrics import pooled
 from fewstep.models.bundle import VideoModel, fingerprint, read_card
 
@@ -51,9 +51,14 @@ def feature_map(source: str, size: tuple[int, int], device: torch.device) -> Fea
             return feature_map("pooled", size, device)
         source = "world/features" if (card.height, card.width) == size else "pooled"
         return feature_map(source, size, device)
+    if Path(source).suffix and not Path(source).exists():
+        raise FileNotFoundError(
+            f"{source}: no such file; features come from a TorchScript file, a folder, pooled or auto"
+        )
     if Path(source).is_file():
         return _torchscript(Path(source), device)
     if (Path(source) / "config.json").is_file():
+        require_transformers(source)
         from fewstep.evaluate.video_encoder import VideoEncoder
 
         encoder = VideoEncoder(Path(source), device)

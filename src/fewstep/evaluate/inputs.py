@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 from collections.abc import Iterable
 from pathlib import Path
 
 from torch import Tensor
 
 from fewstep.data.video import cover
+
+
+def require_transformers(what: str) -> None:
+    """ValueError that says how to get transformers, where it is not installed."""
+    if importlib.util.find_spec("transformers") is None:
+        raise ValueError(f'{what} needs transformers, which is not installed: pip install "fewstep[diffusers]"')
 
 
 def as_read(frames: Tensor, size: tuple[int, int], num_frames: int | None = None) -> Tensor:

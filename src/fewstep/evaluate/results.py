@@ -114,6 +114,8 @@ class Report:
     """Name of the row that motion, diversity and flicker are relative to."""
     truth: Truth | None
     """None for clips that can neither be rendered nor compared with real ones."""
+    distance: str = "Frechet"
+    """What the Frechet distance is called here: `FVD` where it is one to real clips."""
     frechet_reference: str
     frechet_features: str
     frechet_floor: float
@@ -133,11 +135,6 @@ class Report:
     """Prompt, seed and, per row name, each attribute as right, wrong or unclear."""
     notes: tuple[str, ...] = ()
     """What a reader must know before quoting a figure."""
-
-    @property
-    def distance(self) -> str:
-        """What the Frechet distance is called: FVD if it is one to real clips."""
-        return "FVD" if self.suite.get("real") else "Frechet"
 
     @property
     def checked(self) -> bool:

@@ -41,6 +41,7 @@ def evaluate(rows: Sequence[Entry], suite: Suite, output: Path | str, progress: 
         rows=with_gains(made, measured, distances, bench),
         reference=name,
         truth=target.truth,
+        distance=suite.distance,
         frechet_reference=target.name,
         frechet_features=bench.features.name,
         frechet_floor=target.floor,
@@ -80,25 +81,25 @@ def _marks(mine: Measured, clip: int) -> dict[str, str]:
 
 def _notes(rows: Sequence[Entry], bench: Bench, target: Target) -> Iterator[str]:
     """What a reader must know before quoting a figure."""
-    clips, width = target.features.shape
+    (clips, width), distance = target.features.shape, bench.suite.distance
     if bench.cases.scenes is None and bench.clip is None:
         yield "Accuracy: not checkable, because the prompts have no scenes that a checker could compare with."
     if target.halves:
-        yield "The Frechet floor compares two halves of the reference, so it is higher than the floor of the full set."
+        yield f"The {distance} floor compares two halves of the reference, so it is higher than the floor of the full set."
     if clips < 2 * width:
         yield (
-            f"Frechet: {clips} clips for {width} features is few, so it is far too high for every row: compare it only with "
-            "figures of as many clips and the same features, and trust differences much larger than the floor only."
+            f"{distance}: {clips} clips for {width} features is few, so the values are biased upwards: compare only at equal "
+            "n and features, and trust differences much larger than the floor only."
         )
     trained = {entry.model.card.num_frames for entry in rows} - {bench.num_frames}
     if trained:
         yield f"Clips have {bench.num_frames} frames; the models were made for {', '.join(map(str, sorted(trained)))}."
     if target.shuffled < 2 * target.floor:
-        yield "Frechet: shuffling the frames hardly changes it, so these features do not see time. Do not rely on it."
+        yield f"{distance}: shuffling the frames hardly changes it, so these features do not see time. Do not rely on it."
     if bench.clip is not None and bench.clip.cut:
         yield f"CLIPScore: {bench.clip.cut} of {len(bench.cases.prompts)} prompts are too long for CLIP and were cut."
     if isinstance(bench.truth, Drawn) and bench.truth.skipped:
-        yield f"Real clips: {bench.truth.skipped} videos were absent, damaged or too short; others took their place."
+        yield f"Real clips passed over because they are absent, damaged or too short: {bench.truth.skipped}."
     if not bench.paired:
         yield "The models' latents have different shapes, so a seed is not the same noise for all of them."
     if bench.cases.seeds_per_prompt == 1:

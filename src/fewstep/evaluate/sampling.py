@@ -13,6 +13,7 @@ import torch
 
 from fewstep.evaluate.cases import SEED_STRIDE, Cases, Rendered, TrueClips
 from fewstep.evaluate.extractors import FeatureMap, feature_map
+from fewstep.evaluate.inputs import require_transformers
 from fewstep.evaluate.latency import synchronize
 from fewstep.evaluate.measure import Judge, Measured, Meter, checked
 from fewstep.evaluate.suite import Entry, Suite
@@ -104,6 +105,7 @@ def ask(suite: Suite, num_frames: int, size: tuple[int, int]) -> tuple[Cases, Tr
 
 
 def _clip_score(folder: str, cases: Cases, device: torch.device) -> ClipScore:
+    require_transformers("CLIPScore")
     from fewstep.evaluate.clip_score import ClipScore
 
     return ClipScore(Path(folder), cases, device)

@@ -62,6 +62,11 @@ class Suite:
                 "and a distance needs as many of both; measure diversity without real clips"
             )
 
+    @property
+    def distance(self) -> str:
+        """What the Frechet distance is called: FVD where it is one to real clips."""
+        return "Frechet" if self.real is None else "FVD"
+
     @classmethod
     def avdm2(cls, *, real: RealClips, features: str, clip: str, **options: Any) -> Suite:
         """The protocol of AVDM2 (2412.05899): 100 captions of real clips, one clip each; FVD to these clips, CLIPScore.
