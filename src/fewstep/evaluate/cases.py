@@ -45,6 +45,8 @@ class TrueClips(ABC):
 
     kind: ClassVar[str]
     """What the report's row is called."""
+    batch: ClassVar[int]
+    """Clips drawn and measured at once."""
     name: str
     """What the report says distances are taken to."""
 
@@ -68,6 +70,7 @@ class Rendered(TrueClips):
     """Freshly rendered clips of the prompts' scenes."""
 
     kind: ClassVar[str] = "renderer"
+    batch: ClassVar[int] = 64  # which clips are drawn depends on it
 
     cases: Cases
     num_frames: int

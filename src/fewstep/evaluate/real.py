@@ -61,6 +61,7 @@ class Drawn(TrueClips):
     """One set of `count` real clips, or two."""
 
     kind: ClassVar[str] = "real clips"
+    batch: ClassVar[int] = 4  # large pictures
 
     items: tuple[Item, ...]
     count: int

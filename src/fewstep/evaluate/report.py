@@ -67,9 +67,14 @@ def lead(report: Report, hero: Row | None) -> str:
         return "No student among these rows: this page describes the teacher at several numbers of steps."
     reference = report.row(report.reference)
     if hero.accuracy is None and report.aligned:
+        same = (
+            f" {hero.gain.baseline}, without training: {_alignment(report.row(hero.gain.baseline), report)}."
+            if hero.gain
+            else ""
+        )
         return (
-            f"{hero.name} makes a clip with {_evaluations(hero)} at {_alignment(hero, report)}; {reference.name} with "
-            f"{reference.nfe} at {_alignment(reference, report)}. Both measures miss flicker: look at the clips too."
+            f"{hero.name}, with {_evaluations(hero)} per clip: {_alignment(hero, report)}. {reference.name}, with "
+            f"{reference.nfe}: {_alignment(reference, report)}.{same} Neither figure sees flicker: look at the clips too."
         )
     if hero.accuracy is None:
         return (

@@ -142,7 +142,7 @@ def sample(entry: Entry, bench: Bench, progress: Progress | None = None) -> Meas
 @torch.inference_mode()
 def sample_truth(bench: Bench, truth: TrueClips, which: int) -> Measured:
     """Draw and measure one set of true clips, one clip for each clip of the suite."""
-    cases, group = bench.cases, max(1, 64 // bench.cases.seeds_per_prompt)
+    cases, group = bench.cases, max(1, truth.batch // bench.cases.seeds_per_prompt)
     meter = Meter(bench.features, cases, bench.judges if which == truth.judged else ())
     spans = [(first, min(first + group, len(cases.prompts))) for first in range(0, len(cases.prompts), group)]
     for (first, last), clips in zip(spans, truth.draw(which, spans), strict=True):

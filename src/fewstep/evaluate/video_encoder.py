@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -18,8 +19,8 @@ class VideoEncoder:
     """Clips `[B, 3, F, H, W]` in [-1, 1] to the mean `[B, D]` of a video encoder's last hidden states.
 
     `folder` is what `save_pretrained` of the model and of its image processor wrote: a network that reads `pixel_values`
-    `[B, F, 3, H, W]` (VideoMAE, ViViT, TimeSformer). Number of frames and size are its own; so are mean and deviation of
-    the pixels. ValueError for other folders.
+    `[B, F, 3, H, W]` in [0, 1] before normalisation (VideoMAE, TimeSformer). Number of frames and size are its own; so are
+    mean and deviation of the pixels. ValueError for other folders.
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
@@ -31,6 +32,10 @@ class VideoEncoder:
         if not (folder / SETTINGS).is_file():
             raise ValueError(f"{folder}: no {SETTINGS}; save the model's image processor there too (save_pretrained)")
         settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        if not math.isclose(settings.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-6) or settings.get("offset"):
+            raise ValueError(
+                f"{folder}: {SETTINGS} scales pixels otherwise than to [0, 1]; take VideoMAE or TimeSformer"
+            )
         self._network, self._frames = network, int(frames)
         self._size = (side, side) if isinstance(side, int) else (int(side[0]), int(side[1]))
         self._mean, self._std = (
