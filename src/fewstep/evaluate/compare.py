@@ -18,6 +18,9 @@ from fewstep.metrics import bootstrap, frechet, frechet_infinity, frechet_withou
 from fewstep.metrics.statistics import clustered_wilson, ratio_bootstrap
 from fewstep.world.grammar import ATTRIBUTES
 
+BLOCKS = 100
+"""Of a jackknife: with more prompts than this, several are left out at once, for the sake of time."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Distance:
@@ -25,7 +28,7 @@ class Distance:
 
     value: float
     without: Tensor | None
-    """With one prompt after another left out, `[P]`; None with a single prompt."""
+    """With one prompt after another left out, or one of about `BLOCKS` groups of prompts; None with a single prompt."""
     infinity: float | None
     """Extrapolated to infinitely many clips; None where two clips per feature are not at hand."""
     shuffled: float
@@ -34,9 +37,11 @@ class Distance:
     @classmethod
     def measure(cls, mine: Measured, target: Tensor, bench: Bench) -> Distance:
         x, (clips, width) = mine.features, target.shape
+        prompts = len(bench.cases.prompts)
+        block = math.ceil(prompts / BLOCKS) * bench.cases.seeds_per_prompt
         return cls(
             value=frechet(x, target),
-            without=frechet_without(x, target, bench.cases.seeds_per_prompt) if len(bench.cases.prompts) > 1 else None,
+            without=frechet_without(x, target, block) if prompts > 1 else None,
             infinity=frechet_infinity(x, target, _generator(bench)) if clips >= 2 * width else None,
             shuffled=frechet(mine.shuffled, target),
         )

@@ -29,14 +29,15 @@ def frechet(a: Tensor, b: Tensor) -> float:
 
 
 def frechet_without(a: Tensor, b: Tensor, size: int = 1) -> Tensor:
-    """Distances `[N / size]` of features `[N, D]` when one block of `size` rows after another is left out of both sets.
+    """Distances of features `[N, D]` when one block of `size` rows after another is left out of both sets.
 
-    They feed `metrics.statistics.jackknife`. A block is a prompt: rows of one prompt resemble each other, in both sets.
+    They feed `metrics.statistics.jackknife`. A block is a prompt or several: rows of one prompt resemble each other, in both
+    sets. The last block may be smaller. ValueError for sets of unequal shape, or if fewer than 2 rows would be left.
     """
-    if a.shape != b.shape or len(a) % size or len(a) < size + 2:
-        raise ValueError(f"two sets of equal shape, of whole blocks of {size}: got {list(a.shape)} and {list(b.shape)}")
+    if a.shape != b.shape or len(a) < size + 2:
+        raise ValueError(f"two sets of one shape with {size + 2} rows or more: got {list(a.shape)} and {list(b.shape)}")
     block = torch.arange(len(a)) // size
-    left = [frechet(a[block != i], b[block != i]) for i in range(len(a) // size)]
+    left = [frechet(a[block != i], b[block != i]) for i in range(int(block[-1]) + 1)]
     return torch.tensor(left, dtype=torch.float64)
 
 
