@@ -19,6 +19,7 @@ from fewstep.core.env import place
 from fewstep.data.base import Data, Source
 from fewstep.engine.effective import in_effect
 from fewstep.engine.health.monitor import watching
+from fewstep.engine.heap import keep_freed_memory
 from fewstep.engine.mesh import Processes, join, require_mesh
 from fewstep.engine.nets import build_nets, trained_roles
 from fewstep.engine.offload import Shelf
@@ -52,6 +53,8 @@ def prepare(
     trees = describe(method, data, settings)
     identity = {key: provenance[key] for key in WHOSE if key in provenance} | identify(model, trees)
     processes = join(settings)
+    if settings.device == "cpu":
+        keep_freed_memory()
     model, nets, average, shell = make_networks(model, method, settings, processes)
     rest = settings.parallel.offload
     optimizers = {
