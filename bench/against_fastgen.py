@@ -1,14 +1,16 @@
-"""One DMD2 cycle of ours beside one of NVlabs/FastGen's, on the same network, weights and batch, in one process, in turns.
+"""One DMD2 cycle of ours beside one of NVlabs/FastGen's: the same network, weights and batch, in turns.
 
     git clone https://github.com/NVlabs/FastGen CHECKOUT
     python bench/against_fastgen.py --fastgen CHECKOUT
 
-FastGen's side is its own code, imported from the checkout: `Trainer.train_step` with gradient clipping, `DMD2Model`,
-its optimisers and its noise schedule. Ours is `Run.iterate` with default settings. Equal in both: four turns of the
-critic and one of the student per cycle (its `student_update_freq: 5`), one student call in each turn on noised latents at
-one of four times, teacher guided, no discriminator, no average, AdamW, clipping, float32 master weights. It needs what
-FastGen's core imports (hydra-core, omegaconf, attrs, loguru, boto3, wandb, pandas, imageio, ftfy, einops, scipy,
-diffusers); packages that only its other networks and its data loaders use may be missing.
+FastGen's side is its own code, imported from the checkout: `Trainer.train_step` with gradient clipping, `DMD2Model`, its
+optimisers, its noise schedule. Ours is `Run.iterate`. Each lives in a process of its own, as its users run it, and they
+take turns, so a slow minute of the machine hits both. Equal in both: four turns of the critic and one of the student per
+cycle (its `student_update_freq: 5`), one student call in each turn on noised latents at one of four times, a guided
+teacher, no discriminator, no average, AdamW, clipping, float32 master weights, nothing logged.
+
+It needs what FastGen's core imports: hydra-core, omegaconf, attrs, loguru, boto3, wandb, pandas, imageio, ftfy, einops,
+scipy, diffusers. Packages that only its other networks and its data loaders use (`UNUSED`) may be missing.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ from __future__ import annotations
 import copy
 import importlib.abc
 import importlib.machinery
-import importlib.util
 import os
 import subprocess
 import sys
@@ -24,30 +25,35 @@ import tempfile
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import tyro
-from measuring import Fixed, Forward, load, middle, rounded, seconds, without_defaults, write
 from torch import Tensor
 
-from fewstep.core import Batch, Cond
+from fewstep.core import Batch, Cond, Rng
 from fewstep.diffusion import CFG
 from fewstep.engine import Optim, Settings
 from fewstep.engine.prepare import prepare
 from fewstep.methods import DMD2
 from fewstep.methods.rollouts import FromData
-from fewstep.models import Denoiser
+from fewstep.models import VideoModel
+from measuring import Clock, Fixed, Timer, load, middle, rounded, without_defaults, write
 
 TIMES = (0.999, 0.75, 0.5, 0.25)
-"""FastGen's rectified flow ends at 0.999."""
+"""Where FastGen's student is trained: its rectified flow ends at 0.999. Ours begins at 1."""
 CRITIC_UPDATES = 4
 GUIDANCE = 3.0
 METHOD = DMD2(rollout=FromData(grids=((1.0, *TIMES[1:]),)), guidance=CFG(scale=GUIDANCE), critic_updates=CRITIC_UPDATES)
 OPTIM = Optim(lr=1e-5, weight_decay=0.01)
 UNUSED = ("torchvision", "timm", "cv2")
-"""Of FastGen's dependencies, those that nothing measured here calls."""
+"""Of what FastGen imports, packages that nothing measured here calls."""
+WARM_UP = 2
+
+Cycle = Callable[[], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,79 +66,79 @@ class Case:
     batch: int = 16
     autocast: Literal["off", "bf16"] = "off"
     compile: bool = False
-    """Of ours: FastGen does not compile networks."""
+    """Of ours: FastGen has no such setting for its networks."""
     device: str = "cpu"
     rounds: int = 7
+    clock: Clock = "wall"
 
 
-class Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Empty modules in place of packages that are imported and not used."""
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        known = name.partition(".")[0] in UNUSED
-        return importlib.machinery.ModuleSpec(name, self, is_package=True) if known else None
-
-    def create_module(self, spec: Any) -> types.ModuleType:
-        module = types.ModuleType(spec.name)
-        module.__getattr__ = lambda name: _no_dunder(name)  # type: ignore[method-assign]
-        return module
-
-    def exec_module(self, module: types.ModuleType) -> None:
-        pass
-
-
-def _no_dunder(name: str) -> type:
-    if name.startswith("__"):
-        raise AttributeError(name)
-    return object
-
-
-def ours(case: Case) -> tuple[Callable[[], None], Batch, Denoiser, Forward]:
-    """Our cycle; its batch and the network before training; one forward."""
+def same(case: Case) -> tuple[VideoModel, Fixed, Batch]:
+    """What both sides start from: equal in every process."""
     model, _ = load(case.model)
     data = Fixed(latents=model.latent_shape(), text=(model.text.length, model.text.width))
-    start = copy.deepcopy(model.denoiser)
+    return model, data, data.open(model, METHOD.needs).batch(case.batch, Rng(0, device=case.device))
+
+
+def ours(case: Case) -> Cycle:
+    """One iteration of a run."""
+    model, data, _ = same(case)
     settings = Settings(
         steps=10000, batch=case.batch, autocast=case.autocast, compile=case.compile, device=case.device,
         optim={"student": OPTIM},
     )  # fmt: skip
-    run = prepare(model, METHOD, data, settings, Path(tempfile.mkdtemp()))
-    forward = Forward(run)
-    return run.iterate, forward.batch, start, forward
+    return prepare(model, METHOD, data, settings, Path(tempfile.mkdtemp())).iterate
 
 
-def theirs(case: Case, batch: Batch, start: Denoiser) -> Callable[[], None]:
-    """Their cycle, as `Trainer.run` makes it: preprocess, train_step, callbacks."""
-    import diffusers  # noqa: F401, PLC0415 - asks for torchvision before anything pretends to be it
-    import transformers  # noqa: F401, PLC0415
-
-    sys.path.insert(0, str(case.fastgen))
-    os.environ.setdefault("FASTGEN_OUTPUT_ROOT", tempfile.mkdtemp())
-    sys.meta_path.append(Absent())
-    from fastgen.configs.callbacks import GradClip_CALLBACK  # noqa: PLC0415
-    from fastgen.configs.methods.config_dmd2 import create_config  # noqa: PLC0415
-    from fastgen.methods import DMD2Model  # noqa: PLC0415
-    from fastgen.networks.network import FastGenNetwork  # noqa: PLC0415
-    from fastgen.trainer import Trainer  # noqa: PLC0415
-    from fastgen.utils.logging_utils import logger  # noqa: PLC0415
-    from omegaconf import DictConfig  # noqa: PLC0415
+def theirs(case: Case) -> Cycle:
+    """Five iterations of `Trainer.run` without its logging: preprocess, train_step, callbacks."""
+    import_fastgen(case.fastgen)
+    from fastgen.configs.callbacks import GradClip_CALLBACK
+    from fastgen.methods import DMD2Model
+    from fastgen.trainer import Trainer
+    from fastgen.utils.logging_utils import logger
+    from omegaconf import DictConfig
 
     logger.remove()
+    batch, config = same(case)[2], configured(case)
+    config.trainer.callbacks = DictConfig({**GradClip_CALLBACK})
+    config.trainer.checkpointer.save_dir = tempfile.mkdtemp()
+    trainer, model, step = Trainer(config), DMD2Model(config.model), [0]
+    model.on_train_begin()
+    model.init_optimizers()
+
+    def cycle() -> None:
+        for _ in range(CRITIC_UPDATES + 1):
+            step[0] += 1
+            data = {"real": batch.x0, "condition": batch.cond.text, "neg_condition": batch.uncond.text}
+            data = trainer.preprocess_data(model, data)
+            trainer.callbacks.on_training_step_begin(model, iteration=step[0])
+            losses, outputs = trainer.train_step(model, model, data, step[0], 0)
+            trainer.callbacks.on_training_step_end(
+                model=model, data_batch=data, output_batch=outputs, loss_dict=losses, iteration=step[0]
+            )
+
+    return cycle
+
+
+def configured(case: Case) -> Any:
+    """FastGen's own DMD2 configuration, with our network in place of its and with what is equal in both."""
+    from fastgen.configs.methods.config_dmd2 import create_config
+    from fastgen.networks.network import FastGenNetwork
+
+    start, _, batch = same(case)
 
     class Same(FastGenNetwork):
-        """Our denoiser behind their interface."""
+        """Our denoiser behind FastGen's interface."""
 
         def __init__(self) -> None:
             super().__init__(net_pred_type="flow", schedule_type="rf")
-            self.inner = copy.deepcopy(start)
+            self.inner = copy.deepcopy(start.denoiser)
 
-        def forward(self, x_t: Tensor, t: Tensor, condition: Any = None, fwd_pred_type: str | None = None, **_: Any) -> Any:
+        def forward(self, x_t: Tensor, t: Tensor, condition: Any = None, fwd_pred_type: str = "", **_: Any) -> Any:
             mask = condition.new_ones(condition.shape[:2], dtype=torch.bool)
             raw = self.inner(x_t, t, Cond(condition, mask)).raw
             wanted = fwd_pred_type or self.net_pred_type
-            return self.noise_scheduler.convert_model_output(
-                x_t, raw, t, src_pred_type=self.net_pred_type, target_pred_type=wanted
-            )
+            return self.noise_scheduler.convert_model_output(x_t, raw, t, self.net_pred_type, wanted)
 
     config = create_config()
     model = config.model
@@ -142,51 +148,79 @@ def theirs(case: Case, batch: Batch, start: Denoiser) -> Callable[[], None]:
     model.student_sample_steps, model.sample_t_cfg.t_list = len(TIMES), [*TIMES, 0.0]
     model.sample_t_cfg.time_dist_type, model.sample_t_cfg.min_t, model.sample_t_cfg.max_t = "uniform", 0.02, 0.98
     for optimizer in (model.net_optimizer, model.fake_score_optimizer):
-        optimizer.lr = OPTIM.lr
-    config.trainer.callbacks = DictConfig({**GradClip_CALLBACK})
-    config.trainer.checkpointer.save_dir = tempfile.mkdtemp()
+        optimizer.lr, optimizer.weight_decay = OPTIM.lr, OPTIM.weight_decay
+    return config
 
-    trainer, distilled = Trainer(config), DMD2Model(model)
-    distilled.on_train_begin()
-    distilled.init_optimizers()
-    step = [0]
 
-    def cycle() -> None:
-        for _ in range(CRITIC_UPDATES + 1):
-            step[0] += 1
-            data = {"real": batch.x0, "condition": batch.cond.text, "neg_condition": batch.uncond.text}
-            data = trainer.preprocess_data(distilled, data)
-            trainer.callbacks.on_training_step_begin(distilled, iteration=step[0])
-            losses, outputs = trainer.train_step(distilled, distilled, data, step[0], 0)
-            trainer.callbacks.on_training_step_end(
-                model=distilled, data_batch=data, output_batch=outputs, loss_dict=losses, iteration=step[0]
-            )
+class Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Empty modules in place of packages that are imported and not used."""
 
-    return cycle
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        unused = name.partition(".")[0] in UNUSED
+        return importlib.machinery.ModuleSpec(name, self, is_package=True) if unused else None
+
+    def create_module(self, spec: Any) -> types.ModuleType:
+        return _Empty(spec.name)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        pass
+
+
+class _Empty(types.ModuleType):
+    def __getattr__(self, name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return object
+
+
+def import_fastgen(checkout: Path) -> None:
+    """Make `fastgen` importable, and say so where something else is missing."""
+    import diffusers  # noqa: F401 - asks for torchvision, so before anything pretends to be it
+    import transformers  # noqa: F401
+
+    os.environ.setdefault("FASTGEN_OUTPUT_ROOT", tempfile.mkdtemp())
+    sys.path.insert(0, str(checkout))
+    sys.meta_path.append(Absent())
+
+
+def serve(side: Callable[[Case], Cycle], case: Case, pipe: Connection) -> None:
+    """One side in its own process: the time of a cycle for every request."""
+    torch.manual_seed(0)
+    cycle, timer = side(case), Timer(case.device, case.clock)
+    while pipe.recv():
+        pipe.send(timer.of(cycle))
 
 
 def compare(case: Case) -> dict[str, Any]:
     """Seconds of both by round, and our share of theirs; medians."""
-    torch.manual_seed(0)
-    mine, batch, start, forward = ours(case)
-    other = theirs(case, batch, start)
-    for _ in range(2):
-        mine(), other(), forward.plain()
+    context, pipes = get_context("spawn"), {}
+    for side in (ours, theirs):
+        pipes[side.__name__], far = context.Pipe()
+        context.Process(target=serve, args=(side, case, far), daemon=True).start()
+        far.close()  # so that a side that ends is noticed
+
+    def ask(side: str) -> float:
+        pipes[side].send(True)
+        return pipes[side].recv()  # type: ignore[no-any-return]
+
+    for side in ("ours", "theirs") * WARM_UP:
+        ask(side)
     rounds: list[dict[str, float]] = []
     for number in range(case.rounds):
-        first, second = (mine, other) if number % 2 else (other, mine)
-        spent = {fn: seconds(case.device, fn) for fn in (first, second)}
-        rounds.append({
-            "ours": spent[mine], "theirs": spent[other], "ours over theirs": spent[mine] / spent[other],
-            "forward": forward.plain(),
-        })  # fmt: skip
+        order = ("ours", "theirs") if number % 2 else ("theirs", "ours")
+        spent = {side: ask(side) for side in order}
+        rounds.append(
+            {"ours": spent["ours"], "theirs": spent["theirs"], "ours over theirs": spent["ours"] / spent["theirs"]}
+        )
+    for pipe in pipes.values():
+        pipe.send(False)
     medians = {name: middle([r[name] for r in rounds]) for name in rounds[0]}
     return {"cost": METHOD.cost(), "medians": medians, "rounds": [rounded(r) for r in rounds]}
 
 
 def main(case: Case) -> int:
     if not (case.fastgen / "fastgen").is_dir():
-        print(f"{case.fastgen}: no checkout of FastGen there; clone https://github.com/NVlabs/FastGen, pass --fastgen")
+        print(f"{case.fastgen}: no checkout of https://github.com/NVlabs/FastGen there; pass --fastgen")
         return 1
     found = compare(case)
     git = ["git", "-C", str(case.fastgen), "rev-parse", "HEAD"]

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import wraps
 from pathlib import Path
 from statistics import median
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 from unittest.mock import patch
 
 import torch
@@ -74,20 +74,34 @@ def load(name: str) -> tuple[VideoModel, Data]:
     return model, Fixed(latents=model.latent_shape(), text=(model.text.length, model.text.width))
 
 
-def seconds(device: str, fn: Callable[[], Any]) -> float:
-    """Wall time of one call, the device waited for."""
-    synchronize(torch.device(device))
-    start = time.perf_counter()
-    fn()
-    synchronize(torch.device(device))
-    return time.perf_counter() - start
+Clock = Literal["wall", "processor"]
+"""`processor`: what this process computed, for a CPU that others use meanwhile."""
+CLOCKS: Mapping[Clock, Callable[[], float]] = {"wall": time.perf_counter, "processor": time.process_time}
+
+
+@dataclass(frozen=True)
+class Timer:
+    """A clock that waits for the device."""
+
+    device: str = "cpu"
+    clock: Clock = "wall"
+
+    def __call__(self) -> float:
+        synchronize(torch.device(self.device))
+        return CLOCKS[self.clock]()
+
+    def of(self, fn: Callable[[], Any]) -> float:
+        """Seconds of one call."""
+        start = self()
+        fn()
+        return self() - start
 
 
 class Forward:
     """One call of a run's network on a batch of the run's, as the run makes it; and its backward pass."""
 
-    def __init__(self, run: Run, role: str = "critic") -> None:
-        self.run, self.network, device = run, run.nets.roles[role], run.settings.device
+    def __init__(self, run: Run, timer: Timer) -> None:
+        self.run, self.network, self.timer, device = run, run.nets.roles["critic"], timer, run.settings.device
         self.batch = run.source.batch(run.settings.batch, Rng(run.settings.seed, device=device))
         self.x_t = Rng(1, device=device).randn(self.batch.noise_shape, "x_t")
         self.t = Rng(1, device=device).rand((len(self.batch),), "t")
@@ -99,14 +113,14 @@ class Forward:
     def plain(self) -> float:
         """Seconds of a call without gradient."""
         with torch.no_grad():
-            return seconds(self.run.settings.device, self)
+            return self.timer.of(self)
 
     def trained(self) -> tuple[float, float]:
         """Seconds of a call with gradient, and of the backward pass to all weights."""
-        device, kept = self.run.settings.device, []
+        kept: list[Tensor] = []
         self.network.requires_grad_(True)
-        ahead = seconds(device, lambda: kept.append(self()))
-        back = seconds(device, kept[0].square().mean().backward)
+        ahead = self.timer.of(lambda: kept.append(self()))
+        back = self.timer.of(kept[0].square().mean().backward)
         self.network.zero_grad(set_to_none=True)
         return ahead, back
 
@@ -114,10 +128,10 @@ class Forward:
 class Stopwatch:
     """Seconds and calls by phase; what a phase spends in another one counts there alone."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, timer: Timer) -> None:
         self.seconds: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()
-        self._device, self._open, self._since = torch.device(device), ["rest"], 0.0
+        self._timer, self._open, self._since = timer, ["rest"], 0.0
 
     def enter(self, phase: str, weight: float = 1) -> None:
         self._lap()
@@ -166,8 +180,7 @@ class Stopwatch:
             hook.remove()
 
     def _lap(self, start: bool = False) -> None:
-        synchronize(self._device)
-        now = time.perf_counter()
+        now = self._timer()
         if not start:
             self.seconds[self._open[-1]] += now - self._since
         self._since = now
@@ -209,5 +222,5 @@ def without_defaults(case: Any) -> list[str]:
     return [
         f"{key}-{value}".lower().replace("true", "on")
         for key, value in vars(case).items()
-        if value != getattr(default, key) and key not in ("rounds", "fastgen")
+        if value != getattr(default, key) and key not in ("rounds", "fastgen", "clock")
     ]

@@ -15,13 +15,13 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from measuring import Forward, Stopwatch, load, middle, rounded, seconds, without_defaults, write
 
 from fewstep.engine import Parallel, Settings
 from fewstep.engine.outline import Outline
 from fewstep.engine.prepare import prepare
 from fewstep.evaluate.latency import peak_memory
 from fewstep.methods import DMD2, BackwardSimulation
+from measuring import Clock, Forward, Stopwatch, Timer, load, middle, rounded, without_defaults, write
 
 METHOD = DMD2(rollout=BackwardSimulation(grids=((1.0, 0.5),), exit="last"), critic_updates=5)
 """Two steps of the student's sampler in every turn: no draw decides how long a cycle takes."""
@@ -41,6 +41,7 @@ class Case:
     checkpointing: bool = False
     device: str = "cpu"
     rounds: int = 5
+    clock: Clock = "wall"
 
     @property
     def settings(self) -> Settings:
@@ -54,14 +55,15 @@ def measure(case: Case) -> dict[str, Any]:
     """Figures of one case, in seconds and bytes; medians over rounds."""
     model, data = load(case.model)
     run = prepare(model, METHOD, data, case.settings, Path(tempfile.mkdtemp()))
-    forward, watch = Forward(run), Stopwatch(case.device)
+    timer = Timer(case.device, case.clock)
+    forward, watch = Forward(run, timer), Stopwatch(timer)
     for _ in range(WARM_UP):
         run.iterate()
         forward.plain(), forward.trained()
     rounds: list[dict[str, float]] = []
     for _ in range(case.rounds):
         plain = [forward.plain() for _ in range(3)]
-        cycle = seconds(case.device, run.iterate)
+        cycle = timer.of(run.iterate)
         plain += [forward.plain() for _ in range(3)]
         with watch.inside(run):
             run.iterate()
@@ -100,7 +102,8 @@ def main(case: Case) -> int:
     path = write("-".join(["train_step", *without_defaults(case)]), case, found, case.device)
     for name, value in (found["medians"] | found["phases"]).items():
         print(f"{name:40} {value:9.4f}")
-    print(f"cost {found['cost']:g}, counted {found['counted']:g}; peak {found['memory']['peak'] / 2**20:.0f} MiB; {path}")
+    print(f"cost {found['cost']:g}, counted {found['counted']:g}; peak {found['memory']['peak'] / 2**20:.0f} MiB")
+    print(path)
     return 0
 
 

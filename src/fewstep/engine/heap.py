@@ -9,14 +9,20 @@ from __future__ import annotations
 import ctypes
 import platform
 
+from fewstep.core.env import allocator_is_set
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGEST = 32 * 2**20
 """Of what lies on the heap, in bytes: where glibc's own moving threshold ends."""
 
+SLACK = 0.3
+"""Of what an update allocates: what lies unused between its tensors at the fullest moment. Measured, not derived
+(docs/memory.md has the table); tensors come in few sizes, and glibc cannot put one exactly where an equal one was."""
+
 
 def keep_freed_memory() -> None:
-    """From now on this process keeps what it frees. Without glibc nothing happens."""
-    if platform.libc_ver()[0] == "glibc":
+    """From now on this process keeps what it frees. Nothing happens without glibc, or where it was told otherwise."""
+    if platform.libc_ver()[0] == "glibc" and not allocator_is_set():
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_THRESHOLD, LARGEST)
         libc.mallopt(M_TRIM_THRESHOLD, -1)

@@ -28,8 +28,6 @@ class Holding:
     """Number of those that an optimiser changes."""
     weights: int
     optimizer: int
-    stepping: int = 0
-    """Bytes that the optimiser's own step takes meanwhile."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +80,8 @@ class Plan:
     means: Means = Means()
     shared: bool = False
     """Networks are adapters over the same weights, which can neither wait elsewhere nor be sharded so far."""
+    slack: float = 0.0
+    """What the allocator holds beyond what is asked of it, as a share of what comes and goes in an update."""
 
     def resident(self, phase: Phase) -> int:
         """Bytes that stay, as this update sees them."""
@@ -91,9 +91,9 @@ class Plan:
         return sum(h.weights + h.optimizer for h in kept) // self.means.shard
 
     def total(self, phase: Phase) -> int:
-        """Bytes at the fullest moment of an update: in its backward pass, or when its optimiser works."""
-        stepping = max((h.stepping for h in self.holdings if h.role in phase.roles), default=0) // self.means.shard
-        return self.resident(phase) + phase.gradients // self.means.shard + max(phase.activations, stepping)
+        """Bytes at the fullest moment of an update, which is in its backward pass."""
+        passing = phase.gradients // self.means.shard + phase.activations
+        return self.resident(phase) + passing + round(self.slack * passing)
 
     @property
     def peak(self) -> Peak:

@@ -88,9 +88,8 @@ class RoleOptimizer:
         for kind, slot, name in (key.split("/", 2) for key in keys):
             if kind in self.parts and name in parameters:
                 parameter = parameters[name]
-                step = slot == "step"  # a number, which AdamW keeps beside its parameter
-                empty = torch.zeros((), device=parameter.device) if step else torch.zeros_like(parameter, requires_grad=False)
-                self.parts[kind].state[parameter][slot] = empty
+                empty = torch.zeros((), device=parameter.device) if slot == "step" else torch.zeros_like(parameter)
+                self.parts[kind].state[parameter][slot] = empty.requires_grad_(False)
         return self.state()
 
 
