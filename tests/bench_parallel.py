@@ -57,7 +57,9 @@ def full(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-def watched(method: str, spread: str, autocast: str = "off", backend: str = "", folder: Path = Path()) -> dict[str, Any]:
+def watched(
+    method: str, spread: str, autocast: str = "off", backend: str = "", folder: Path = Path()
+) -> dict[str, Any]:
     """Three iterations: figures, whole gradients of the first two, whole networks at the end, calls of the student.
 
     With a `backend` blocks are compiled by it: one that traces and generates no code takes seconds in place of minutes.

@@ -15,10 +15,6 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGEST = 32 * 2**20
 """Of what lies on the heap, in bytes: where glibc's own moving threshold ends."""
 
-SLACK = 0.3
-"""Of what an update allocates: what lies unused between its tensors at the fullest moment. Measured, not derived
-(docs/memory.md has the table); tensors come in few sizes, and glibc cannot put one exactly where an equal one was."""
-
 
 def keep_freed_memory() -> None:
     """From now on this process keeps what it frees. Nothing happens without glibc, or where it was told otherwise."""

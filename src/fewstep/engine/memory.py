@@ -80,8 +80,6 @@ class Plan:
     means: Means = Means()
     shared: bool = False
     """Networks are adapters over the same weights, which can neither wait elsewhere nor be sharded so far."""
-    slack: float = 0.0
-    """What the allocator holds beyond what is asked of it, as a share of what comes and goes in an update."""
 
     def resident(self, phase: Phase) -> int:
         """Bytes that stay, as this update sees them."""
@@ -92,8 +90,7 @@ class Plan:
 
     def total(self, phase: Phase) -> int:
         """Bytes at the fullest moment of an update, which is in its backward pass."""
-        passing = phase.gradients // self.means.shard + phase.activations
-        return self.resident(phase) + passing + round(self.slack * passing)
+        return self.resident(phase) + phase.gradients // self.means.shard + phase.activations
 
     @property
     def peak(self) -> Peak:

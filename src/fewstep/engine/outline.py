@@ -21,7 +21,6 @@ from torch.utils.flop_counter import flop_registry
 
 from fewstep.core import Batch, Cond, Pairs, Rng
 from fewstep.core.flops import FORMULAS
-from fewstep.engine.heap import SLACK
 from fewstep.engine.memory import FLOAT, Holding, Phase, Plan, optimizer_bytes
 from fewstep.engine.nets import build_nets, trained_roles
 from fewstep.engine.optim import matrices_of
@@ -113,13 +112,8 @@ class Outline:
             if isinstance(network, Denoiser):
                 network.backbone.spread(None, self.settings.parallel.checkpointing)
         phases = tuple(self._phase(update) for update in self._kinds())
-        return Plan(
-            holdings=tuple(self._holdings()),
-            phases=phases,
-            flops=self._flops(phases),
-            shared=self.settings.lora is not None,
-            slack=SLACK if self.settings.device == "cpu" else 0.0,
-        )
+        shared = self.settings.lora is not None
+        return Plan(holdings=tuple(self._holdings()), phases=phases, flops=self._flops(phases), shared=shared)
 
     def _holdings(self) -> Iterator[Holding]:
         trained = trained_roles(self.method, self.settings.steps)
