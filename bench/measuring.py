@@ -209,7 +209,7 @@ def middle(values: list[float]) -> float:
 
 def write(name: str, case: Any, found: Mapping[str, Any], device: str = "cpu") -> Path:
     """Keep figures with where they come from."""
-    facts = {"case": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(case).items()}, **found}
+    facts = {"case": {key: value for key, value in asdict(case).items() if not isinstance(value, Path)}, **found}
     facts |= {"machine": asdict(describe_machine(device)), "versions": versions()}
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(facts, indent=2) + "\n")
