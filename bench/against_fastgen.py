@@ -174,7 +174,7 @@ class _Empty(types.ModuleType):
 
 
 def import_fastgen(checkout: Path) -> None:
-    """Make `fastgen` importable, and say so where something else is missing."""
+    """Make `fastgen` importable."""
     import diffusers  # noqa: F401 - asks for torchvision, so before anything pretends to be it
     import transformers  # noqa: F401
 

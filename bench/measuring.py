@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import wraps
 from pathlib import Path
 from statistics import median
@@ -218,7 +218,7 @@ def write(name: str, case: Any, found: Mapping[str, Any], device: str = "cpu") -
 
 def without_defaults(case: Any) -> list[str]:
     """What a case changes, for its file's name."""
-    default = replace(type(case)())
+    default = type(case)()
     return [
         f"{key}-{value}".lower().replace("true", "on")
         for key, value in vars(case).items()

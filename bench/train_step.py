@@ -59,7 +59,8 @@ def measure(case: Case) -> dict[str, Any]:
     forward, watch = Forward(run, timer), Stopwatch(timer)
     for _ in range(WARM_UP):
         run.iterate()
-        forward.plain(), forward.trained()
+        forward.plain()
+        forward.trained()
     rounds: list[dict[str, float]] = []
     for _ in range(case.rounds):
         plain = [forward.plain() for _ in range(3)]
