@@ -21,7 +21,7 @@ from torch.utils.flop_counter import flop_registry
 
 from fewstep.core import Batch, Pairs, Rng
 from fewstep.core.flops import FORMULAS
-from fewstep.engine.memory import FLOAT, Holding, Phase, Plan, optimizer_bytes
+from fewstep.engine.memory import Holding, Phase, Plan, optimizer_bytes
 from fewstep.engine.nets import build_nets, trained_roles
 from fewstep.engine.optim import matrices_of
 from fewstep.engine.settings import Settings
