@@ -86,7 +86,7 @@ def make_nets(method: Method) -> Nets:
                 case Copy() | Weak():
                     roles[role] = part(method.part)
                 case Heads(_, layers):
-                    roles[role] = FeatureHeads(width=24, layers=layers)
+                    roles[role] = FeatureHeads([24] * len(layers), layers)
     return Nets({role: network.requires_grad_(False) for role, network in roles.items()})
 
 

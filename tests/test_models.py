@@ -272,14 +272,14 @@ def test_compiled_blocks_equal_eager_ones_and_copies_start_eager() -> None:
 
 
 def test_feature_heads() -> None:
-    heads = FeatureHeads(32, [0, -1])
-    volumes = [torch.randn(3, 32, 4, 4, 4, requires_grad=True) for _ in range(2)]
+    heads = FeatureHeads([32, 16], [0, -1])
+    volumes = [torch.randn(3, 32, 4, 8, 8, requires_grad=True), torch.randn(3, 16, 4, 4, 4, requires_grad=True)]
     logits = heads(volumes)
     assert logits.shape == (3, 2)
     logits[:, 0].sum().backward()
     assert volumes[0].grad.any()
     assert not volumes[1].grad.any()
-    assert heads([torch.randn(1, 32, 1, 4, 4)] * 2).shape == (1, 2)
+    assert heads([torch.randn(1, 32, 1, 4, 4), torch.randn(1, 16, 1, 2, 2)]).shape == (1, 2)
     with pytest.raises(ValueError, match="shorter"):
         heads(volumes[:1])
 
@@ -354,7 +354,7 @@ def test_clip_features_see_motion() -> None:
 
 EXAMPLES = (
     small(BlockCausal(chunk=2)),
-    FeatureHeads(16, [1, -1]),
+    FeatureHeads([16, 8], [1, -1]),
     FrameAutoencoder(width=16),
     TextEncoder(attribute_sizes=(2, 3)),
     ClipFeatures(width=16),

@@ -196,7 +196,7 @@ def attention_of(network: nn.Module, model: VideoModel, settings: Settings) -> t
         while blocks:
             with Kernels() as kernels:
                 state = solid(blocks.pop(0), device)(replace(state, past=None, new=None))
-            state = replace(state, x_BNE=state.x_BNE.detach().requires_grad_())  # one block's graph at a time
+            state = state.detached  # one block's graph at a time
             found.append(", ".join(kernels.names) or "none")
             unfused = max(unfused, kernels.unfused)
     return tuple(found), unfused

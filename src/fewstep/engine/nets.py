@@ -35,7 +35,7 @@ def build_nets(
             case Heads(of, layers):
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(seed)
-                    heads = FeatureHeads(width=_width(roles[of]), layers=layers)
+                    heads = FeatureHeads(widths=_widths(roles[of], layers), layers=layers)
                 roles[role] = heads.to(device or next(roles[of].parameters()).device)
     for network in roles.values():
         network.requires_grad_(False)
@@ -62,8 +62,11 @@ def _second(roles: dict[str, nn.Module], of: str, role: str, lora: Lora | None, 
     return adapt(_denoiser(roles[of]), lora, Rng(seed).fold(f"lora/{role}"))
 
 
-def _width(network: nn.Module) -> int:
-    return _denoiser(network).backbone.width
+def _widths(network: nn.Module, layers: tuple[int, ...]) -> list[int]:
+    widths = _denoiser(network).backbone.widths
+    if not all(-len(widths) <= layer < len(widths) for layer in layers):
+        raise ValueError(f"feature layers must be in [-{len(widths)}, {len(widths) - 1}], got {list(layers)}")
+    return [widths[layer] for layer in layers]
 
 
 def _denoiser(network: nn.Module) -> Denoiser:

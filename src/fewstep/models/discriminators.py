@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 
 class FeatureHeads(nn.Module):
-    """One head per feature layer: `[B, width, F, h, w]` each, to one logit each."""
+    """One head per feature layer: `[B, width, F, h, w]` each, every layer with its own width and size, to one logit each."""
 
-    def __init__(self, width: int, layers: Sequence[int], hidden: int = 64) -> None:
+    def __init__(self, widths: Sequence[int], layers: Sequence[int], hidden: int = 64) -> None:
         super().__init__()
-        self.args = {"width": width, "layers": list(layers), "hidden": hidden}
+        self.args = {"widths": list(widths), "layers": list(layers), "hidden": hidden}
         self.layers = tuple(layers)
-        self.heads = nn.ModuleList(_Head(width, hidden) for _ in self.layers)
+        self.heads = nn.ModuleList(_Head(width, hidden) for width, _ in zip(widths, self.layers, strict=True))
 
     def forward(self, features: list[Tensor]) -> Tensor:
         """Logits `[B, len(layers)]`; large means real."""

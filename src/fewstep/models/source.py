@@ -63,9 +63,9 @@ class Diffusers(ModelSource):
     """What guidance leads away from."""
     pattern: Pattern | None = None
     """Which frames the denoiser's attention reads: BlockCausal makes a causal model of a bidirectional one."""
-    tiling: bool = False
+    tiling: bool | None = None
     """Whether the codec works in overlapping tiles: less memory, nearly the same frames."""
-    text_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    text_dtype: Literal["float32", "bfloat16"] | None = None
     """Of the text encoder's weights."""
 
     def card(self) -> Card:

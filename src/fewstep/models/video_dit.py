@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fewstep.attention import Dense, Grid3, KVView, Pattern, attend
 from fewstep.core.types import KV, Cond
-from fewstep.models.backbone import Backbone, Context, State
+from fewstep.models.backbone import Backbone, Context, Tokens
 
 _TIME_FEATURES = 128
 _FASTEST = 100.0
@@ -60,7 +60,7 @@ class VideoDiT(Backbone):
         self.out = nn.Linear(width, channels * patch * patch)
         self._initialise()
 
-    def embed(self, x: Tensor, t: Tensor, cond: Cond, kv: KVView | None = None) -> State:
+    def embed(self, x: Tensor, t: Tensor, cond: Cond, kv: KVView | None = None) -> Tokens:
         grid, cached = self._grid(x), kv.frames if kv else 0
         with torch.autocast(x.device.type, enabled=False):
             x_BNE = self.patches(patchify(x, self.patch))
@@ -75,9 +75,9 @@ class VideoDiT(Backbone):
             rotary_2MD=rotary_table(grid, cached, self.width // self.heads, _ROTARY_BASE).to(x),
             mask_NM=None if mask is None else mask.to(x.device),
         )
-        return State(x_BNE, time_BGE, grid, context)
+        return Tokens(x_BNE, time_BGE, grid, context)
 
-    def head(self, state: State) -> Tensor:
+    def head(self, state: Tokens) -> Tensor:
         with torch.autocast(state.x_BNE.device.type, enabled=False):
             shift, scale = (self.final_table + state.time_BGE[:, :, None]).unbind(2)
             tokens = self.out(modulate(_norm(state.x_BNE), shift, scale))
@@ -111,7 +111,7 @@ class Block(nn.Module):
         self.cross = CrossAttention(width, heads, text_width)
         self.mlp = MLP(width, round(width * mlp_ratio))
 
-    def forward(self, state: State) -> State:
+    def forward(self, state: Tokens) -> Tokens:
         x, context = state.x_BNE, state.context
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (self.table + context.modulation_BG6E).unbind(2)
         mixed, new = self.attention(modulate(_norm(x), shift_a, scale_a), context, state.past)

@@ -20,9 +20,16 @@ if TYPE_CHECKING:
     from fewstep.models.bundle import Card
     from fewstep.models.stored import Stored
 
-PIPELINES = MappingProxyType({"WanPipeline": "wan"})
+PIPELINES = MappingProxyType(
+    {"WanPipeline": "wan", "AnimateDiffPipeline": "animatediff", "StableDiffusionPipeline": "stable_diffusion"}
+)
 """Diffusers' pipelines, as `model_index.json` names them, and the file here that makes their card."""
-PARTS = MappingProxyType({"Wan": "wan", "T5Text": "t5", "VideoCodec": "codec"})
+PARTS = MappingProxyType(
+    {
+        "Wan": "wan", "T5Text": "t5", "VideoCodec": "codec",
+        "AnimateDiff": "animatediff", "StableDiffusion": "stable_diffusion", "ClipText": "clip", "FrameCodec": "frame_codec",
+    }
+)  # fmt: skip
 """Networks a card may name, and the file each is in."""
 
 

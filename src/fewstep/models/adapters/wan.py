@@ -20,7 +20,7 @@ from fewstep.core import RecipeError
 from fewstep.core.types import Cond
 from fewstep.diffusion import CFG, Contract
 from fewstep.models.adapters.layout import Layout
-from fewstep.models.backbone import Backbone, Context, State
+from fewstep.models.backbone import Backbone, Context, Tokens
 from fewstep.models.bundle import Card
 from fewstep.models.spec import Spec
 from fewstep.models.video_dit import gate, merge_heads, modulate, rotary_table, split_heads, time_groups
@@ -101,7 +101,7 @@ class Wan(Backbone):
             network.norm_out, network.proj_out, network.scale_shift_table,
         )  # fmt: skip
 
-    def embed(self, x: Tensor, t: Tensor, cond: Cond, kv: KVView | None = None) -> State:
+    def embed(self, x: Tensor, t: Tensor, cond: Cond, kv: KVView | None = None) -> Tokens:
         grid, cached = self._grid(x), kv.frames if kv else 0
         if cached + grid.frames > self.longest:
             raise ValueError(f"Wan knows positions of {self.longest} latent frames, not {cached + grid.frames}")
@@ -121,9 +121,9 @@ class Wan(Backbone):
             rotary_2MD=rotary_table(grid, cached, self.head_width, _ROTARY_BASE).to(x),
             mask_NM=None if mask is None else mask.to(x.device),
         )
-        return State(x_BNE, time_BGE, grid, context)
+        return Tokens(x_BNE, time_BGE, grid, context)
 
-    def head(self, state: State) -> Tensor:
+    def head(self, state: Tokens) -> Tensor:
         with torch.autocast(state.x_BNE.device.type, enabled=False):
             shift, scale = (self.scale_shift_table + state.time_BGE[:, :, None]).unbind(2)
             tokens_BNP = self.proj_out(modulate(self.norm_out(state.x_BNE), shift, scale))
@@ -151,7 +151,7 @@ class Block(nn.Module):
         self.norm3, self.ffn = block.norm3, block.ffn
         self.scale_shift_table = block.scale_shift_table
 
-    def forward(self, state: State) -> State:
+    def forward(self, state: Tokens) -> Tokens:
         x, context = state.x_BNE, state.context
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (self.scale_shift_table + context.modulation_BG6E).unbind(
             2
