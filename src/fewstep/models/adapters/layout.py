@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from torch import nn
+from torch import Tensor, nn
 
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.stored import Stored
@@ -51,10 +51,13 @@ class Layout:
     def stored(self, part: nn.Module) -> Stored | None:
         """Weights of a part in their files; None where their names are not the part's own, or the part needs more."""
         network: Any = part.backbone if isinstance(part, Denoiser) else part
-        prefix = "backbone." if isinstance(part, Denoiser) else ""
-        stored = Stored(_weight_files(self.folder / network.folders[0]), part.state_dict(), prefix)
+        stored = self.weights(network.folders[0], part.state_dict(), "backbone." if isinstance(part, Denoiser) else "")
         whole = not any(module._non_persistent_buffers_set for module in part.modules())
         return stored if whole and not stored.odd(part) else None
+
+    def weights(self, part: str, like: Mapping[str, Tensor], prefix: str = "") -> Stored:
+        """What the files of `part/` hold, by `prefix` and diffusers' name, in the dtypes of `like`."""
+        return Stored(_weight_files(self.folder / part), like, prefix)
 
 
 def _download(source: str, folders: Sequence[str]) -> Path:
