@@ -6,7 +6,7 @@ A check's docstring says in its first paragraph what must hold, and in the secon
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +17,8 @@ from fewstep.evaluate.conformance.subject import Fault, Measured, NotApplicable,
 from fewstep.models import VideoModel
 
 Check = Callable[[Subject], Measured]
+Progress = Callable[[str, int, int], None]
+"""Called as `("checks", done, of how many)`."""
 Outcome = Literal["pass", "fail", "not applicable"]
 
 CHECKS: tuple[Check, ...] = (
@@ -49,8 +51,10 @@ class Finding:
 
     name: str
     outcome: Outcome
-    measured: Measured | None
-    """None where the check does not apply, or failed without a figure."""
+    figure: float | None
+    """None where nothing was measured."""
+    bound: str
+    """What the figure is compared with, such as `<= 1.0e-04`."""
     note: str
     what: str
     """What was checked."""
@@ -58,19 +62,50 @@ class Finding:
     """What a failure usually means."""
 
 
-def check_model(model: VideoModel, options: Options = Options(), only: Sequence[str] = ()) -> Iterator[Finding]:
-    """Run the checks (those named, or all) on a model, one after the other. The model is left as it is.
+@dataclass(frozen=True)
+class Conformance:
+    """Every finding on a model, and at what size and in which arithmetic it was checked."""
+
+    model: str
+    network: str
+    num_frames: int
+    height: int
+    width: int
+    latents: tuple[int, ...]
+    """`(C, F, h, w)`."""
+    dtype: str
+    device: str
+    findings: tuple[Finding, ...]
+
+    @property
+    def failed(self) -> tuple[Finding, ...]:
+        return tuple(finding for finding in self.findings if finding.outcome == "fail")
+
+
+def check_model(
+    model: VideoModel, options: Options = Options(), only: Sequence[str] = (), progress: Progress | None = None
+) -> Conformance:
+    """Run the checks (those named, or all) on a model, which is left as it is.
 
     ValueError names an unknown check, or says why the model cannot be checked at this size.
     """
     known = {check.__name__: check for check in CHECKS}
     if unknown := sorted(set(only) - known.keys()):
         raise ValueError(f"there are no checks {', '.join(unknown)}; choose from {', '.join(known)}")
+    names = [name for name in known if not only or name in only]
+    findings = []
     with torch.no_grad():
-        subject = Subject(model, options)
-        for name, check in known.items():
-            if not only or name in only:
-                yield _finding(name, check, subject)
+        s = Subject(model, options)
+        for done, name in enumerate(names, 1):
+            findings.append(_finding(name, known[name], s))
+            if progress is not None:
+                progress("checks", done, len(names))
+    card = s.model.card
+    return Conformance(
+        model=card.name, network=type(s.backbone).__name__, num_frames=card.num_frames, height=card.height,
+        width=card.width, latents=s.shape, dtype=str(s.dtype).removeprefix("torch."), device=str(s.x_t.device),
+        findings=tuple(findings),
+    )  # fmt: skip
 
 
 def explain(check: Check) -> tuple[str, str]:
@@ -81,18 +116,19 @@ def explain(check: Check) -> tuple[str, str]:
 
 def _finding(name: str, check: Check, subject: Subject) -> Finding:
     what, meaning = explain(check)
-    outcome: Outcome
     try:
         measured = check(subject)
-        outcome, note = "pass" if measured.good else "fail", measured.note
     except NotApplicable as reason:
-        measured, outcome, note = None, "not applicable", str(reason)
+        return Finding(name, "not applicable", None, "", str(reason), what, meaning)
     except Exception as error:  # whatever a broken model does: the other checks still say something
-        measured, outcome = None, "fail"
-        note = str(error) if isinstance(error, Fault) else f"{type(error).__name__}: {error}"
-    if outcome == "fail":
         subject.failed.add(name)
-    return Finding(name, outcome, measured, note, what, meaning)
+        note = str(error) if isinstance(error, Fault) else f"{type(error).__name__}: {error}"
+        return Finding(name, "fail", None, "", note, what, meaning)
+    if not measured.good:
+        subject.failed.add(name)
+    outcome: Outcome = "pass" if measured.good else "fail"
+    bound = f"{'>=' if measured.at_least else '<='} {measured.bound:.1e}"
+    return Finding(name, outcome, measured.figure, bound, measured.note, what, meaning)
 
 
-__all__ = ["CHECKS", "Check", "Finding", "Measured", "Options", "Outcome", "check_model", "explain"]
+__all__ = ["CHECKS", "Check", "Conformance", "Finding", "Measured", "Options", "Outcome", "check_model", "explain"]

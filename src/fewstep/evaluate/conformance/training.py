@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.core import Cond
-from fewstep.evaluate.conformance.subject import Fault, Measured, Subject, relative, worst
+from fewstep.evaluate.conformance.subject import Fault, Measured, NotApplicable, Subject, relative, worst
 from fewstep.models import Denoiser, VideoModel
 
 _COPIED = 500_000_000
@@ -77,6 +77,8 @@ def bf16(s: Subject) -> Measured:
     Something that needs float32 follows autocast: time features (1000 t has no room in bfloat16), modulation, norms, or
     the head. Keep it in `autocast(enabled=False)`, as diffusers keeps its own `_keep_in_fp32_modules`.
     """
+    if s.dtype != torch.float32:
+        raise NotApplicable("autocast leaves float64 as it is")
     exact = s.network(s.x_t, s.t, s.cond).raw
     with torch.autocast(s.x_t.device.type, torch.bfloat16):
         rough = s.network(s.x_t, s.t, s.cond).raw
