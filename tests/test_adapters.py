@@ -265,6 +265,8 @@ def test_weights_in_several_files_may_stay_there(
 def test_what_cannot_be_read_is_refused(folder: Path, source: Diffusers, tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(ValueError, match="num_frames must be 4 k \\+ 1 .* such as 5, got 7"):
         replace(source, num_frames=7).card()
+    with pytest.raises(ValueError, match="multiples of 16, got 40 x 48"):
+        replace(source, height=40).card()
     with pytest.raises(RecipeError, match="folder of fewstep's own; write type: Pretrained"):
         Diffusers(source="world").card()
     index = json.loads((folder / "model_index.json").read_text())
@@ -332,22 +334,48 @@ def test_distil_in_python(source: Diffusers, tmp_path: Path, lora: Lora | None) 
     assert (tmp_path / "run" / "student" / "adapter").is_dir() == (lora is not None)
 
 
-def test_distil_sample_and_explain_by_command(
-    source: Diffusers, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "prompts.txt").write_text("a red ball\na blue box\n")
+def written(source: Diffusers, folder: Path, settings: str) -> Path:
+    """A recipe of two iterations."""
+    (folder / "prompts.txt").write_text("a red ball\na blue box\n")
     size = f"num_frames: {source.num_frames}, height: {source.height}, width: {source.width}"
-    recipe = tmp_path / "dmd2.yaml"
+    recipe = folder / "dmd2.yaml"
     recipe.write_text(
         f"model: {{type: Diffusers, source: {source.source}, {size}}}\n"
         "method: {type: DMD2, critic_updates: 1, rollout: {type: BackwardSimulation, grids: [[1.0, 0.5]]}}\n"
-        f"data: {{type: Prompts, path: {tmp_path / 'prompts.txt'}}}\n"
-        "settings: {steps: 2, batch: 1, health: null}\n"
+        f"data: {{type: Prompts, path: {folder / 'prompts.txt'}}}\n"
+        f"settings: {{steps: 2, batch: 1, log_every: 1, health: null, {settings}}}\n"
     )
-    assert main(["explain", str(recipe)]) == 0
-    assert main(["distill", str(recipe), "--output", str(tmp_path / "run"), "--dry-run"]) == 0
+    return recipe
+
+
+def test_distil_sample_and_explain_by_command(
+    source: Diffusers, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, run = str(written(source, tmp_path, "preview_every: 2")), str(tmp_path / "run")
+    assert main(["explain", recipe]) == 0
+    assert main(["distill", recipe, "--output", run, "--dry-run"]) == 0
     assert "text states [B, L, D]" in (said := capsys.readouterr().out) and "nothing was loaded" in said
-    assert main(["distill", str(recipe), "--output", str(tmp_path / "run"), "--quiet"]) == 0
+    assert main(["distill", recipe, "--output", run, "--quiet"]) == 0
     video = tmp_path / "clip.gif"
-    assert main(["sample", str(tmp_path / "run" / "student"), "--prompt", "a red ball", "--output", str(video)]) == 0
+    assert main(["sample", f"{run}/student", "--prompt", "a red ball", "--output", str(video)]) == 0
     assert video.stat().st_size > 0
+
+
+@pytest.mark.parametrize("parallel", ["{shard: 2}", "{sequence: 2}"], ids=["shard", "sequence"])
+def test_two_processes_train_as_one(source: Diffusers, tmp_path: Path, parallel: str) -> None:
+    figures = []
+    for processes, settings in ((1, ""), (2, f", parallel: {parallel}")):
+        run = tmp_path / f"run{processes}"
+        command = [
+            "distill",
+            str(written(source, tmp_path, f"accumulate: 2{settings}")),
+            "--output",
+            str(run),
+            "--quiet",
+        ]
+        start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "fewstep"]
+        done = subprocess.run([sys.executable, *start, *command], check=False, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        figures.append([{key: value for key, value in row.items() if key != "time"} for row in rows])
+    assert figures[1] == [pytest.approx(row, rel=1e-4) for row in figures[0]]
