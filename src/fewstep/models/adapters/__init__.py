@@ -28,6 +28,7 @@ PARTS = MappingProxyType(
     {
         "Wan": "wan", "T5Text": "t5", "VideoCodec": "codec",
         "AnimateDiff": "animatediff", "StableDiffusion": "stable_diffusion", "ClipText": "clip", "FrameCodec": "frame_codec",
+        "CogVideoX": "cogvideox",
     }
 )  # fmt: skip
 """Networks a card may name, and the file each is in."""
