@@ -192,9 +192,7 @@ def check_model(options: arguments.CheckModel) -> int:
     out = screen()
     size = f"{found.num_frames} frames of {found.height} x {found.width}, latents {found.latents}"
     out.print(f"{found.model} ({found.network}): {size}, {found.dtype} on {found.device}\n", markup=False)
-    rows = [
-        (f.name, f.outcome, "" if f.figure is None else f"{f.figure:.1e}", f.bound, f.note) for f in found.findings
-    ]
+    rows = [(f.name, f.outcome, "" if f.figure is None else f"{f.figure:.1e}", f.bound, f.note) for f in found.findings]
     out.print(columns(("check", "", "figure", "bound", ""), rows))
     for f in found.failed:
         out.print(f"\n{f.name}: {f.what}\n  {f.meaning}", markup=False, soft_wrap=True)

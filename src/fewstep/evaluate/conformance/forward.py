@@ -72,7 +72,7 @@ def pipeline(s: Subject) -> Measured:
     The network is right, but what is made of its output is not: look at the card's `kind` (flow, eps, v, x0) and `path`,
     at the sign of the flow, at what t the timestep stands for, at the guidance scale, and at the scale of the first noise.
     """
-    s.require("forward", "times", "guidance", "batch")
+    s.require("forward", "times", "padding", "batch", "guidance")
     layout = s.layout
     from fewstep.models.adapters.pipeline import sample
 

@@ -57,7 +57,7 @@ def cache(s: Subject) -> Measured:
     Positions of cached keys are off (`kv.frames` is where a call begins), keys are cached after rotation, or something
     besides keys and values reaches from frame to frame.
     """
-    s.require("future", "frame_times")
+    s.require("full_mask", "future", "frame_times")
     causal, parts = _chunks(s)
     memory, made = KVCache.empty(), []
     t = torch.linspace(0.9, 0.1, s.shape[1]).to(s.t).expand(2, -1)
@@ -72,5 +72,7 @@ def _chunks(s: Subject) -> tuple[Denoiser, tuple[Tensor, ...]]:
     """The causal denoiser, and the latents in chunks of its pattern."""
     parts = s.x_t.split(s.pattern.chunk, 2)
     if len(parts) < 2:
-        raise NotApplicable(f"{s.shape[1]} latent frames are one chunk, which has no past; check with more --num-frames")
+        raise NotApplicable(
+            f"{s.shape[1]} latent frames are one chunk, which has no past; check with more --num-frames"
+        )
     return s.twin(pattern=s.pattern), parts

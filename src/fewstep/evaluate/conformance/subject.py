@@ -68,7 +68,9 @@ class Subject:
         self.network: Denoiser = self.model.denoiser.eval()
         self.dtype = next(self.network.parameters()).dtype
         if self.dtype not in _TOLERANCE:
-            raise ValueError(f"networks are checked in float32 or float64, not in {self.dtype}: that is autocast's business")
+            raise ValueError(
+                f"networks are checked in float32 or float64, not in {self.dtype}: that is autocast's business"
+            )
         self.tolerance = _TOLERANCE[self.dtype]
         self.shape = self.model.latent_shape()
         self.failed: set[str] = set()
@@ -76,7 +78,7 @@ class Subject:
         self.prompts = tuple((self.captions * 2)[:2])
         self.cond, self.uncond = self.model.encode_text(self.prompts)
         self.x_t = self.randn("x_t", 2)
-        self.t = torch.tensor([0.9, 0.35], device=self.model.device, dtype=self.dtype)
+        self.t = torch.tensor([0.9037, 0.3513], device=self.model.device, dtype=self.dtype)
         self.backbone.embed(self.x_t, self.t, self.cond)  # ValueError where the network does not take this size
 
     @property
@@ -88,7 +90,9 @@ class Subject:
         """Diffusers' networks around the same weights."""
         made = self.backbone.original()
         if made is None:
-            raise NotApplicable(f"{type(self.backbone).__name__} is fewstep's own: diffusers has no class to compare with")
+            raise NotApplicable(
+                f"{type(self.backbone).__name__} is fewstep's own: diffusers has no class to compare with"
+            )
         return made
 
     @property
@@ -101,7 +105,9 @@ class Subject:
         if not sources:
             raise NotApplicable("the card names no folder in diffusers' layout")
         own = "denoiser" in sources
-        return Layout.find(sources["denoiser"] if own else next(iter(sources.values())), self.backbone.folders if own else ())
+        return Layout.find(
+            sources["denoiser"] if own else next(iter(sources.values())), self.backbone.folders if own else ()
+        )
 
     def require(self, *checks: str) -> None:
         """What is wrong there would show here as well: put that right first."""
@@ -117,7 +123,9 @@ class Subject:
     def pattern(self) -> BlockCausal:
         """A causal pattern: the network's own, or frame by frame."""
         if not hasattr(self.backbone, "pattern"):
-            raise NotApplicable(f"{type(self.backbone).__name__} sees whole clips: no pattern, no cache, one time per clip")
+            raise NotApplicable(
+                f"{type(self.backbone).__name__} sees whole clips: no pattern, no cache, one time per clip"
+            )
         own = self.backbone.pattern
         return own if isinstance(own, BlockCausal) else BlockCausal(chunk=1)
 
@@ -157,7 +165,9 @@ def _sized(model: VideoModel, options: Options) -> VideoModel:
     if frames * rows * columns > _SMALL:
         size["height"] = card.height // rows * min(rows, _LATENT_SIZE[0])
         size["width"] = card.width // columns * min(columns, _LATENT_SIZE[1])
-        size["num_frames"] = next(n for n in range(1, card.num_frames + 1) if _frames(model, n) >= min(frames, _LATENT_FRAMES))
+        size["num_frames"] = next(
+            n for n in range(1, card.num_frames + 1) if _frames(model, n) >= min(frames, _LATENT_FRAMES)
+        )
     given = {name: getattr(options, name) for name in size}
     size |= {name: value for name, value in given.items() if value is not None}
     return VideoModel(replace(card, **size), model.parts)

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from statistics import fmean
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from fewstep.data.video import read_video, to_floats
-from fewstep.diffusion import KINDS, Kind, Prediction
-from fewstep.evaluate.conformance.subject import Measured, NotApplicable, Subject
+from fewstep.diffusion import KINDS, Prediction
+from fewstep.evaluate.conformance.subject import Measured, NotApplicable, Subject, relative
 from fewstep.world.grammar import parse, world_prompts
 from fewstep.world.renderer import CANVAS, Variation, render
 
 _TIMES = (0.3, 0.5, 0.7)
 _TOLD = (0.1, 0.3, 0.5, 0.7, 0.9)
-_UNINFORMATIVE = "informative only with trained weights: this network denoises a known clip no better than shrinking it does"
+_UNINFORMATIVE = (
+    "informative only with trained weights: this network denoises a known clip no better than shrinking it does"
+)
 
 
 def convention(s: Subject) -> Measured:
@@ -26,18 +29,18 @@ def convention(s: Subject) -> Measured:
     """
     s.require("forward")
     clip = _Noised(s)
-    errors: dict[tuple[Kind, int], float] = {
-        (kind, sign): clip.error(lambda t, k=kind, g=sign: replace(clip.told(t, t), raw=g * clip.told(t, t).raw, kind=k))
+    made = [clip.predict(t) for t in _TIMES]
+    errors = {
+        (kind, sign): fmean(clip.error(replace(p, raw=sign * p.raw, kind=kind).x0) for p in made)
         for kind in KINDS
         for sign in (1, -1)
     }
-    best = min(errors, key=errors.__getitem__)
-    if not errors[best] < clip.shrinking:
+    best, shrinking = min(errors, key=errors.__getitem__), fmean(map(clip.shrinking, made))
+    if not errors[best] < shrinking:
         raise NotApplicable(_UNINFORMATIVE)
-    own = (s.network.kind, 1)
-    others = min(error for convention, error in errors.items() if convention != own)
+    own = errors.pop((s.network.kind, 1))
     looks = f"{'-' if best[1] < 0 else ''}{best[0]}"
-    return Measured(errors[own], others, f"the output looks like {looks}; shrinking gives {clip.shrinking:.2f}")
+    return Measured(own, min(errors.values()), f"the output looks like {looks}; shrinking gives {shrinking:.2f}")
 
 
 def told_time(s: Subject) -> Measured:
@@ -46,51 +49,41 @@ def told_time(s: Subject) -> Measured:
     Time is turned round (0 is data here), in other units, or shifted twice.
     """
     s.require("forward", "convention")
-    clip = _Noised(s)
-    off, least = 0.0, float("inf")
+    clip, off, informative = _Noised(s), 0.0, False
     for t in _TIMES:
-        errors = {told: clip.error(lambda u, t=t, told=told: clip.told(t, told), (t,)) for told in _TOLD}
+        made = {told: clip.predict(t, told) for told in _TOLD}
+        errors = {told: clip.error(prediction.x0) for told, prediction in made.items()}
         best = min(errors, key=errors.__getitem__)
-        least, off = min(least, errors[best] / clip.shrinking_at(t)), max(off, abs(best - t))
-    if not least < 1:
+        off, informative = max(off, abs(best - t)), informative or errors[best] < clip.shrinking(made[best])
+    if not informative:
         raise NotApplicable(_UNINFORMATIVE)
-    return Measured(off, 0.21, f"the best time to tell is off by {off:.1f} at most")
+    return Measured(off, 0.21)
 
 
 class _Noised:
-    """A known clip, and what the network makes of it under noise. Errors are of x0, relative to it."""
+    """A known clip, and what the network makes of it under noise."""
 
     def __init__(self, s: Subject) -> None:
         frames, caption = _known(s)
-        self._s, self._made = s, {}  # type: ignore[var-annotated]
-        self.x0 = s.model.codec.encode(frames.to(s.model.device)).to(s.dtype)
-        self.eps = s.randn("eps", 1)
-        self.cond = s.model.encode_text([caption])[0]
+        self._s = s
+        self._x0 = s.model.codec.encode(frames.to(s.model.device)).to(s.dtype)
+        self._cond = s.model.encode_text([caption])[0]
 
-    def told(self, t: float, told: float) -> Prediction:
-        """The prediction at `t` by a network that is told another time."""
-        if (t, told) not in self._made:
-            s = self._s
-            x_t = s.network.path.add_noise(self.x0, self.eps, s.time(t))
-            raw = s.network(x_t, s.time(told), self.cond).raw
-            self._made[t, told] = Prediction(raw, s.network.kind, x_t, s.time(t), s.network.path)
-        made: Prediction = self._made[t, told]
-        return made
+    def predict(self, t: float, told: float | None = None) -> Prediction:
+        """What a network that is told another time makes of the clip at `t`."""
+        s = self._s
+        x_t = s.network.path.add_noise(self._x0, s.randn("eps", 1), s.time(t))
+        raw = s.network(x_t, s.time(t if told is None else told), self._cond).raw
+        return Prediction(raw, s.network.kind, x_t, s.time(t), s.network.path)
 
-    def error(self, predict, times: tuple[float, ...] = _TIMES) -> float:  # type: ignore[no-untyped-def]
-        return float(torch.tensor([self._relative(predict(t).x0) for t in times]).mean())
+    def error(self, x0: Tensor) -> float:
+        """Relative to the clip."""
+        return relative(x0, self._x0)
 
-    @property
-    def shrinking(self) -> float:
-        return float(torch.tensor([self.shrinking_at(t) for t in _TIMES]).mean())
-
-    def shrinking_at(self, t: float) -> float:
-        """Of the best multiple of x_t, which is what one gets without a network."""
-        x_t = self.told(t, t).x_t.double()
-        return self._relative((x_t * self.x0).sum() / x_t.square().sum() * x_t)
-
-    def _relative(self, x0: Tensor) -> float:
-        return float((x0.double() - self.x0.double()).norm() / self.x0.double().norm())
+    def shrinking(self, prediction: Prediction) -> float:
+        """The error of the best multiple of x_t, which is what one gets without a network."""
+        x_t = prediction.x_t
+        return self.error((x_t * self._x0).sum() / x_t.square().sum() * x_t)
 
 
 def _known(s: Subject) -> tuple[Tensor, str]:

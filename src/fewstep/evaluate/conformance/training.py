@@ -32,7 +32,8 @@ def features(s: Subject) -> Measured:
     `embed` or a block.
     """
     depth = len(s.backbone.blocks)
-    layers = sorted({0, depth // 2, depth - 1})
+    middle = (depth - 1) // 2
+    layers = sorted({0, middle, depth - 1})
     with torch.enable_grad():
         x = s.x_t.clone().requires_grad_()
         volumes = s.network.features(x, s.t, s.cond, layers)
@@ -43,7 +44,6 @@ def features(s: Subject) -> Measured:
             reached = torch.autograd.grad(volume.square().sum(), x, retain_graph=True, allow_unused=True)[0]
             if reached is None or not reached.any():
                 raise Fault(f"no gradient goes from layer {layer} to x_t")
-    middle = depth // 2
     closed = nn.ModuleList([*s.backbone.blocks[: middle + 1], *(_Closed() for _ in range(depth - middle - 1))])
     short = s.twin(blocks=closed).features(s.x_t, s.t, s.cond, [middle])[0]
     *_, last = s.backbone.walk(s.backbone.embed(s.x_t, s.t, s.cond))
@@ -57,6 +57,7 @@ def jvp(s: Subject) -> Measured:
     Something is cut from the graph (`detach`, integer timesteps, a table look-up) or computed in low precision. Along t
     alone: the time features. Methods of continuous consistency need this; others can live without.
     """
+    s.require("features")
     exact = sum(p.numel() for p in s.network.parameters()) <= _COPIED
     kind = torch.float64 if exact else s.t.dtype
     network: Denoiser = copy.deepcopy(s.network).to(kind) if exact else s.network
@@ -91,6 +92,7 @@ def checkpointing(s: Subject) -> Measured:
     A block is not a function of its state: it draws random numbers (dropout in train mode), writes somewhere, or reads
     what another call left.
     """
+    s.require("features")
     first = dict(s.backbone.blocks[0].named_parameters())
     name, weight = next((n, p) for n, p in first.items() if p.is_floating_point())
     found: list[tuple[Tensor, ...]] = []
@@ -101,7 +103,9 @@ def checkpointing(s: Subject) -> Measured:
             raw = s.twin(checkpointing=on)(x, s.t, s.cond).raw
             wanted = [x] if frozen else [x, weight]
             found.append((raw.detach(), *torch.autograd.grad(raw.square().mean(), wanted)))
-    return Measured(worst(list(zip(found[1], found[0], strict=True))), s.tolerance, f"gradients of x_t and blocks.0.{name}")
+    return Measured(
+        worst(list(zip(found[1], found[0], strict=True))), s.tolerance, f"gradients of x_t and blocks.0.{name}"
+    )
 
 
 def saved(s: Subject) -> Measured:
