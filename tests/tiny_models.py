@@ -13,7 +13,11 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from fewstep.core import Cond
+from fewstep.diffusion import CFG, Contract
 
 WORDS = [
     "<pad>",
@@ -35,14 +39,29 @@ WORDS = [
 TEXT_WIDTH = 24
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Tiny:
-    """One family."""
+    """One family: how its pipeline is made, and what diffusers' own classes do where the tests compare."""
 
     make: Callable[[], Any]
     """The pipeline."""
-    size: dict[str, int] = field(default_factory=dict)
+    size: dict[str, int]
     """Arguments of `Diffusers` for a clip that is quick to make."""
+    card: dict[str, Any]
+    """Fields that the card must have by itself."""
+    forward: Callable[[Any, Tensor, Tensor, Cond], Tensor]
+    """Diffusers' network (the pipeline's) on x, t and conditions; t is that of fewstep, per sample or per token."""
+    encode: Callable[[Any, Tensor], Tensor]
+    """Latents of frames as the pipeline's denoiser knows them."""
+    text_arguments: dict[str, Any] = field(default_factory=dict)
+    """Of the pipeline's `encode_prompt`."""
+    causal: bool = False
+    """Whether it takes a pattern, a cache and a time per frame."""
+
+    @staticmethod
+    def times(pipeline: Any) -> tuple[float, ...]:
+        """Where the pipeline's scheduler has been in its last call."""
+        return tuple(map(float, pipeline.scheduler.sigmas))
 
 
 def wan() -> WanPipeline:
@@ -61,7 +80,23 @@ def wan() -> WanPipeline:
     )  # fmt: skip
 
 
-TINY = {"wan": Tiny(wan, {"num_frames": 5, "height": 32, "width": 48})}
+def wan_forward(pipeline: WanPipeline, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    return pipeline.transformer(x, 1000 * t, cond.text, return_dict=False)[0]
+
+
+def wan_encode(pipeline: WanPipeline, frames: Tensor) -> Tensor:
+    config = pipeline.vae.config
+    mean, std = (torch.tensor(x)[None, :, None, None, None] for x in (config.latents_mean, config.latents_std))
+    return (pipeline.vae.encode(frames).latent_dist.mode() - mean) / std
+
+
+TINY = {
+    "wan": Tiny(
+        make=wan, size={"num_frames": 5, "height": 32, "width": 48}, forward=wan_forward, encode=wan_encode, causal=True,
+        card={"num_frames": 81, "fps": 16, "contract": Contract(steps=50, shift=3.0, guidance=CFG(scale=5.0))},
+        text_arguments={"max_sequence_length": 512},
+    )
+}  # fmt: skip
 
 
 def save_tiny(name: str, folder: Path, seed: int = 0) -> Path:
