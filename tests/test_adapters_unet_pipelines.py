@@ -200,6 +200,13 @@ def test_a_saved_student_is_the_same_model(model: VideoModel, tmp_path: Path) ->
     assert torch.equal(*clips)
 
 
+def test_weights_may_stay_in_their_files(folder: Path, model: VideoModel) -> None:
+    """Under diffusers' names, which are others: every process of a sharded run reads its part from there."""
+    left = VideoModel.from_pretrained(folder, leave=("denoiser",))
+    assert all(p.is_meta for p in left.denoiser.parameters()) and not next(left.codec.parameters()).is_meta
+    assert left.fingerprint("denoiser") == model.fingerprint("denoiser")
+
+
 def test_what_a_family_does_not_have_is_refused(folder: Path) -> None:
     with pytest.raises(RecipeError, match="has no pattern; leave it out"):
         Diffusers(source=str(folder), pattern=BlockCausal(chunk=1)).card()

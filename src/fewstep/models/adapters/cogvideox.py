@@ -99,8 +99,7 @@ class CogVideoX(Backbone):
         return x.permute(0, 4, 1, 2, 5, 3, 6).flatten(5).flatten(3, 4)
 
     def original(self) -> Original:
-        weights = {self.foreign(name): tensor for name, tensor in self.state_dict().items()}
-        network = rebuilt(CogVideoXTransformer3DModel, self.args["config"], weights)
+        network = rebuilt(CogVideoXTransformer3DModel, self)
 
         def forward(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
             steps, rotary = timestep(t, self.num_train_timesteps), self._rotary(self._grid(x), x.device)
@@ -111,7 +110,6 @@ class CogVideoX(Backbone):
         return Original({"transformer": network}, forward, pack=_frames_first, unpack=_frames_first)
 
     def foreign(self, name: str) -> str:
-        """What diffusers calls the parameter `name` of this network."""
         if not name.startswith("blocks."):
             return name
         _, index, _, rest = name.split(".", 3)

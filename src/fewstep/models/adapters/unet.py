@@ -109,8 +109,7 @@ class UNet(Backbone):
             return to_clips(self.conv_out(self.conv_act(x)), state.frames)
 
     def original(self) -> Original:
-        weights = {self.foreign(name): tensor for name, tensor in self.state_dict().items()}
-        network = rebuilt(self.network, self.args["config"], weights)
+        network = rebuilt(self.network, self)
         return Original({self.folders[0]: network}, partial(self._by_original, network))
 
     def _by_original(self, network: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
@@ -120,7 +119,6 @@ class UNet(Backbone):
         return made
 
     def foreign(self, name: str) -> str:
-        """What diffusers calls the parameter `name` of this network."""
         depth = len(self.config["block_out_channels"])
         if not name.startswith("blocks."):
             return name

@@ -130,7 +130,7 @@ class Wan(Backbone):
         return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5).flatten(3, 4)
 
     def original(self) -> Original:
-        network = rebuilt(WanTransformer3DModel, self.args["config"], self.state_dict())
+        network = rebuilt(WanTransformer3DModel, self)
         return Original(
             {"transformer": network},
             lambda x, t, cond: network(x, _TIMESTEPS * t, cond.text.to(x.dtype), return_dict=False)[0],
