@@ -56,12 +56,12 @@ def times(s: Subject) -> Measured:
     contract, layout = s.model.card.contract, s.layout
     if contract.grids:
         raise NotApplicable("a student has times of its own")
-    from fewstep.models.adapters.pipeline import recommended_times
+    from fewstep.models.adapters.pipeline import NoCounterpart, recommended_times
 
     try:
         theirs = recommended_times(layout.scheduler(), s.options.steps)
-    except ValueError as error:
-        raise NotApplicable(str(error)) from None
+    except NoCounterpart as reason:
+        raise NotApplicable(str(reason)) from None
     ours = contract.times(s.options.steps)
     return Measured(max(abs(a - b) for a, b in zip(ours, theirs, strict=True)), 1e-5)
 
@@ -74,7 +74,7 @@ def pipeline(s: Subject) -> Measured:
     """
     s.require("forward", "times", "padding", "batch", "guidance")
     layout = s.layout
-    from fewstep.models.adapters.pipeline import sample
+    from fewstep.models.adapters.pipeline import NoCounterpart, sample
 
     contract, options = s.model.card.contract, s.options
     if s.dtype != torch.float32:
@@ -85,8 +85,8 @@ def pipeline(s: Subject) -> Measured:
     noise = Seeds((options.seed,), str(s.model.device)).randn((1, *s.shape), "start")
     try:
         theirs = sample(s.model, layout, noise, s.cond[:1], s.uncond[:1], steps)
-    except ValueError as error:
-        raise NotApplicable(f"no pipeline to compare with: {error}") from None
+    except NoCounterpart as reason:
+        raise NotApplicable(str(reason)) from None
     ours = s.model.latents(s.prompts[:1], num_inference_steps=steps, seed=options.seed)
     return Measured(relative(ours, theirs), 10 * s.tolerance)  # errors of the steps add up, guidance enlarges them
 
@@ -98,8 +98,7 @@ def text(s: Subject) -> Measured:
     """
     s.require("forward")
     words, negative = (s.network(s.x_t, s.t, cond).raw for cond in (s.cond, s.uncond))
-    change = relative(words, negative)
-    return Measured(change, 1e-6, at_least=True)
+    return Measured(relative(words, negative), 1e-6, at_least=True)
 
 
 def batch(s: Subject) -> Measured:

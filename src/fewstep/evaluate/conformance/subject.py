@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,8 +18,13 @@ from fewstep.models import Denoiser, VideoModel
 from fewstep.models.backbone import Backbone, Original
 from fewstep.world.grammar import world_prompts
 
+if TYPE_CHECKING:
+    from fewstep.models.adapters.layout import Layout
+
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}  # diffusers' time features are never better than float32
-_LATENT_FRAMES, _LATENT_SIZE, _SMALL = 3, (8, 16), 4096
+_LATENT_FRAMES, _LATENT_SIZE = 3, (8, 16)
+_SMALL = 4096
+"""Clips of no more latent pixels are checked at their own size."""
 
 
 class NotApplicable(Exception):
@@ -96,18 +101,18 @@ class Subject:
         return made
 
     @property
-    def layout(self) -> Any:
-        """The folder in diffusers' layout that the model, or a student's teacher, came from."""
-        _ = self.original
-        from fewstep.models.adapters.layout import Layout
+    def layout(self) -> Layout:
+        """The folder in diffusers' layout that the model, or of a student its text encoder or codec, came from."""
+        from fewstep.models.adapters.layout import (
+            Layout,
+        )  # needs the extra, which a model without such a folder does not
 
         sources = self.model.card.sources
         if not sources:
             raise NotApplicable("the card names no folder in diffusers' layout")
-        own = "denoiser" in sources
-        return Layout.find(
-            sources["denoiser"] if own else next(iter(sources.values())), self.backbone.folders if own else ()
-        )
+        if "denoiser" in sources:
+            return Layout.find(sources["denoiser"], getattr(self.backbone, "folders", ()))
+        return Layout.find(next(iter(sources.values())))
 
     def require(self, *checks: str) -> None:
         """What is wrong there would show here as well: put that right first."""
@@ -133,8 +138,9 @@ class Subject:
         rng = Rng(self.options.seed, device=str(self.model.device))
         return rng.randn((batch, *self.shape), f"conformance/{name}").to(self.dtype)
 
-    def time(self, t: float, batch: int = 1) -> Tensor:
-        return self.t.new_full((batch,), t)
+    def time(self, t: float) -> Tensor:
+        """Of one sample."""
+        return self.t.new_full((1,), t)
 
     def twin(self, **changes: Any) -> Denoiser:
         """The same denoiser with other attributes of its backbone; the weights are shared."""
@@ -161,7 +167,7 @@ def worst(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
 def _sized(model: VideoModel, options: Options) -> VideoModel:
     """The model with a card of the size to check at."""
     card, (_, frames, rows, columns) = model.card, model.latent_shape()
-    size = {"num_frames": card.num_frames, "height": card.height, "width": card.width}
+    size: dict[str, Any] = {"num_frames": card.num_frames, "height": card.height, "width": card.width}
     if frames * rows * columns > _SMALL:
         size["height"] = card.height // rows * min(rows, _LATENT_SIZE[0])
         size["width"] = card.width // columns * min(columns, _LATENT_SIZE[1])

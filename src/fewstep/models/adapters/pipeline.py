@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from fewstep.models.bundle import VideoModel
 
 
+class NoCounterpart(Exception):
+    """Diffusers has nothing that does the same, and why."""
+
+
 class ExactSigmas(FlowMatchEulerDiscreteScheduler):
     """Diffusers' Euler solver on given times, whatever its pipeline asks for."""
 
@@ -34,7 +38,7 @@ def recommended_times(scheduler: Mapping[str, Any], steps: int) -> tuple[float, 
     """The times of `steps` steps by a layout's scheduler settings: our t, from noise to data.
 
     A flow model's are those of its authors, the uniform grid under the scheduler's shift; diffusers' own solvers begin or
-    end that grid a little off, each in its way. ValueError where the shift depends on the size of the clip.
+    end that grid a little off, each in its way. NoCounterpart where the shift depends on the size of the clip.
     """
     if "beta_schedule" in scheduler and not scheduler.get("use_flow_sigmas"):
         ddim = DDIMScheduler.from_config(scheduler)
@@ -42,7 +46,7 @@ def recommended_times(scheduler: Mapping[str, Any], steps: int) -> tuple[float, 
         total = ddim.config.num_train_timesteps
         return (*((k + 1) / total for k in ddim.timesteps.tolist()), 0.0 if ddim.config.set_alpha_to_one else 1 / total)
     if scheduler.get("use_dynamic_shifting"):
-        raise ValueError("the scheduler's shift depends on the size of the clip (use_dynamic_shifting)")
+        raise NoCounterpart("the scheduler's shift depends on the size of the clip (use_dynamic_shifting)")
     euler = FlowMatchEulerDiscreteScheduler(shift=scheduler.get("flow_shift", scheduler.get("shift", 1.0)))
     euler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)])
     return tuple(euler.sigmas.tolist())
@@ -50,13 +54,13 @@ def recommended_times(scheduler: Mapping[str, Any], steps: int) -> tuple[float, 
 
 def sample(model: VideoModel, layout: Layout, noise: Tensor, cond: Cond, uncond: Cond, steps: int) -> Tensor:
     """Latents that the layout's pipeline makes of `noise` with this model's weights, times and guidance, without its text
-    encoder. ValueError says why it cannot make them.
+    encoder. NoCounterpart says why it cannot make them.
     """
     original, contract = model.denoiser.backbone.original(), model.card.contract
     if original is None:
-        raise ValueError("this network is no class of diffusers")
+        raise NoCounterpart("this network is no class of diffusers")
     if contract.guidance.low > 0 or contract.guidance.high < 1:
-        raise ValueError("diffusers has no guidance in a part of the time only")
+        raise NoCounterpart("diffusers has no guidance in a part of the time only")
     scheduler = _scheduler(model.denoiser.path, contract, layout.scheduler(), steps)
     pipeline = _pipeline(layout, original, model, scheduler)
     card, scale = model.card, contract.guidance.scale
@@ -80,7 +84,7 @@ def _scheduler(path: NoisePath, contract: Contract, settings: Mapping[str, Any],
         return exact
     if isinstance(path, Betas) and contract.solver == "ddim" and not contract.grids:
         return DDIMScheduler.from_config(settings)
-    raise ValueError(f"diffusers has no scheduler for the solver {contract.solver} with these times on this path")
+    raise NoCounterpart(f"diffusers has no scheduler for the solver {contract.solver} with these times on this path")
 
 
 def _pipeline(layout: Layout, original: Original, model: VideoModel, scheduler: Any) -> DiffusionPipeline:
