@@ -103,13 +103,11 @@ class Subject:
     @property
     def layout(self) -> Layout:
         """The folder in diffusers' layout that the model, or of a student its text encoder or codec, came from."""
-        from fewstep.models.adapters.layout import (
-            Layout,
-        )  # needs the extra, which a model without such a folder does not
-
         sources = self.model.card.sources
         if not sources:
             raise NotApplicable("the card names no folder in diffusers' layout")
+        from fewstep.models.adapters.layout import Layout
+
         if "denoiser" in sources:
             return Layout.find(sources["denoiser"], getattr(self.backbone, "folders", ()))
         return Layout.find(next(iter(sources.values())))
