@@ -20,7 +20,8 @@ from fewstep.attention import Grid3, KVView
 from fewstep.core.types import Cond
 from fewstep.diffusion import timestep
 from fewstep.models.adapters.ddpm import require_whole_clips
-from fewstep.models.backbone import Backbone, State
+from fewstep.models.adapters.rebuilt import rebuilt
+from fewstep.models.backbone import Backbone, Original, State
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,17 @@ class CogVideoX(Backbone):
         x = tokens.unflatten(2, (-1, self.patch, self.patch)).unflatten(1, state.grid)  # B F h w C p q
         return x.permute(0, 4, 1, 2, 5, 3, 6).flatten(5).flatten(3, 4)
 
+    def original(self) -> Original:
+        network = rebuilt(CogVideoXTransformer3DModel, self)
+
+        def forward(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+            steps, rotary = timestep(t, self.num_train_timesteps), self._rotary(self._grid(x), x.device)
+            text = cond.text.to(x.dtype)
+            made = network(x.transpose(1, 2), text, steps, image_rotary_emb=rotary, return_dict=False)[0]
+            return made.transpose(1, 2)
+
+        return Original({"transformer": network}, forward, pack=_frames_first, unpack=_frames_first)
+
     def foreign(self, name: str) -> str:
         if not name.startswith("blocks."):
             return name
@@ -123,6 +135,11 @@ class CogVideoX(Backbone):
             grid_size=size, temporal_size=grid.frames, device=device,
         )  # fmt: skip
         return cos, sin
+
+
+def _frames_first(x: Tensor) -> Tensor:
+    """Between `[B, C, F, H, W]` and diffusers' `[B, F, C, H, W]`, both ways."""
+    return x.transpose(1, 2)
 
 
 class Block(nn.Module):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from torch import nn
+from torch import Tensor, nn
 
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.stored import Stored
@@ -54,9 +55,13 @@ class Layout:
         own, names = part.state_dict(), {}
         if isinstance(part, Denoiser):
             names = {name: network.foreign(name.removeprefix("backbone.")) for name in own}
-        stored = Stored(_weight_files(self.folder / network.folders[0]), own, names)
+        stored = self.weights(network.folders[0], own, names)
         whole = not any(module._non_persistent_buffers_set for module in part.modules())
         return stored if whole and not stored.odd(part) else None
+
+    def weights(self, part: str, like: Mapping[str, Tensor], names: Mapping[str, str] = MappingProxyType({})) -> Stored:
+        """What the files of `part/` hold; `like` and `names` as in `Stored`."""
+        return Stored(_weight_files(self.folder / part), like, names)
 
 
 def _download(source: str, folders: Sequence[str]) -> Path:

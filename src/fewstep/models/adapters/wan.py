@@ -20,7 +20,8 @@ from fewstep.core import RecipeError
 from fewstep.core.types import Cond
 from fewstep.diffusion import CFG, Contract
 from fewstep.models.adapters.layout import Layout
-from fewstep.models.backbone import Backbone, Context, Tokens
+from fewstep.models.adapters.rebuilt import rebuilt
+from fewstep.models.backbone import Backbone, Context, Original, Tokens
 from fewstep.models.bundle import Card
 from fewstep.models.spec import Spec
 from fewstep.models.video_dit import gate, merge_heads, modulate, rotary_table, split_heads, time_groups
@@ -127,6 +128,13 @@ class Wan(Backbone):
             tokens_BNP = self.proj_out(modulate(self.norm_out(state.x_BNE), shift, scale))
         x = tokens_BNP.unflatten(2, (*self.patch, -1)).unflatten(1, state.grid)  # B F h w p q C
         return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5).flatten(3, 4)
+
+    def original(self) -> Original:
+        network = rebuilt(WanTransformer3DModel, self)
+        return Original(
+            {"transformer": network},
+            lambda x, t, cond: network(x, _TIMESTEPS * t, cond.text.to(x.dtype), return_dict=False)[0],
+        )
 
     def _grid(self, x: Tensor) -> Grid3:
         _, channels, frames, height, width = x.shape
