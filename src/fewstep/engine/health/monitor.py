@@ -128,8 +128,11 @@ class Monitor:
             self.stopped = str(verdict)
             yield "stopped: two checks in a row say so"
 
-    def better(self, check: Check) -> bool:
-        """Is this the best student so far? The score is accuracy (if any) minus the share of the first distance left."""
+    def note_best(self, check: Check) -> bool:
+        """Make the student of `check` the `best` if it is; whether it is.
+
+        The score is accuracy (if any) minus the share of the first distance that is left.
+        """
         if not self.health.keep_best or check.verdict.word not in ("improving", "stalled"):
             return False
         start, looks = self.record.baselines[check.vitals.grid].start, check.vitals.looks
