@@ -159,8 +159,8 @@ def test_recomputed_blocks_and_adapters_hold_less() -> None:
 
 def test_what_stays_whole_and_resident_is_known() -> None:
     holdings = Outline.of(tiny_card(), CASES["DMD2-everything"], small(20), FRAMES).plan().holdings
-    assert {h.role for h in holdings if not h.sharded} == {"text", "codec", "discriminator"}
-    assert {h.role for h in holdings if not h.idles} == {"text", "codec"}
+    assert {h.role for h in holdings if not h.sharded} == {"text", "codec", "features", "discriminator"}
+    assert {h.role for h in holdings if not h.idles} == {"text", "codec", "features"}
 
 
 def test_nothing_is_allocated_for_a_network_of_fourteen_billion_weights() -> None:
