@@ -111,7 +111,13 @@ def others(value: Any, hint: Any) -> Iterator[Any]:
                     continue
 
 
-FIELDS = [(cls, field.name) for cls in whole() for field in fields(cls) if field.init]
+FIELDS = [
+    (cls, field.name)
+    for cls in whole()
+    for field in fields(cls)
+    if field.init and cls is not Parallel and (cls, field.name) != (Settings, "parallel")
+]
+"""How a run is spread is no part of its hash: it has a test of its own."""
 
 
 @pytest.mark.parametrize(("cls", "name"), FIELDS, ids=[f"{cls.__name__}.{name}" for cls, name in FIELDS])
@@ -158,6 +164,21 @@ def test_settings_show_in_what_is_in_effect_beyond_their_digest(tmp_path: Path) 
     states = [state_of(small(2), tmp_path)] + [state_of(settings, tmp_path) for settings in CHANGES.values()]
     for i, (name, state) in enumerate(zip(["nothing", *CHANGES], states)):
         assert state not in states[:i], f"{name} leaves no trace"
+
+
+FOR_OTHERS: dict[str, Any] = {"shard": 2, "replicate": 2, "sequence": 2, "offload": True}
+"""What one process on a CPU cannot have of `settings.parallel`."""
+
+
+@pytest.mark.parametrize("name", FOR_OTHERS)
+def test_a_spread_that_cannot_be_had_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"settings\.parallel.*{name}"):
+        prepare(tiny_model(), METHOD, DATA, small(2, parallel=Parallel(**{name: FOR_OTHERS[name]})), tmp_path)
+
+
+def test_every_way_to_spread_a_run_is_shown_or_refused() -> None:
+    shown = {key.removeprefix("parallel.") for key in CHANGES if key.startswith("parallel.")}
+    assert {*FOR_OTHERS, *shown} == {field.name for field in fields(Parallel)}
 
 
 def test_a_run_writes_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
