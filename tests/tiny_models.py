@@ -15,7 +15,23 @@ from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipe
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-WORDS = "a red ball blue box moves left cat walks in the rain slow dark frames <unk> </s> <pad>".split()
+WORDS = [
+    "<pad>",
+    "</s>",
+    "<unk>",
+    "a",
+    "red",
+    "ball",
+    "blue",
+    "box",
+    "cat",
+    "walks",
+    "in",
+    "the",
+    "rain",
+    "dark",
+    "frames",
+]
 TEXT_WIDTH = 24
 
 

@@ -24,9 +24,9 @@ from fewstep.core.build import At
 from fewstep.diffusion import CFG, PATHS, Contract, Kind, NoisePath, Prediction, RectifiedFlow, solve
 from fewstep.diffusion.contract import StepCountError
 from fewstep.diffusion.samplers import Watch
+from fewstep.models import adapters
 from fewstep.models.autoencoder import FrameAutoencoder
 from fewstep.models.denoiser import Denoiser
-from fewstep.models import adapters
 from fewstep.models.spec import Spec
 from fewstep.models.stored import Stored
 from fewstep.models.text import TextEncoder

@@ -72,7 +72,9 @@ class Diffusers(ModelSource):
     def card(self) -> Card:
         card = read_card(self.source)
         if not card.sources:
-            raise RecipeError(f"recipe: model.source: {self.source} is a folder of fewstep's own; write type: Pretrained")
+            raise RecipeError(
+                f"recipe: model.source: {self.source} is a folder of fewstep's own; write type: Pretrained"
+            )
         pattern = None if self.pattern is None else self.pattern.tree()
         parts = dict(card.parts)
         for part, key, value in (

@@ -38,7 +38,7 @@ PARTS = MappingProxyType(
 
 
 def part_class(name: str) -> type[nn.Module]:
-    """The class of one of `PARTS`. ImportError says what to install."""
+    """The class of one of `PARTS`."""
     found: type[nn.Module] = getattr(_module(PARTS[name]), name)
     return found
 
@@ -77,9 +77,10 @@ def load(part: nn.Module, source: str, *, leave: bool = False) -> Stored | None:
 
 
 def _module(name: str) -> ModuleType:
+    """A file of this room. RecipeError says what to install."""
     try:
         return importlib.import_module(f"{__name__}.{name}")
     except ModuleNotFoundError as error:
-        raise ImportError(
+        raise RecipeError(
             f"models of the diffusers ecosystem need {error.name}: pip install 'fewstep[diffusers]'"
         ) from error

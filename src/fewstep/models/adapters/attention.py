@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.core.types import KV
 from fewstep.models.video_dit import merge_heads, split_heads
 
 
@@ -19,6 +20,11 @@ def project(attention: Any, x_BNE: Tensor, source_BME: Tensor) -> tuple[Tensor, 
     with torch.autocast(x_BNE.device.type, enabled=False):
         q, k = (norm(y.to(x_BNE.dtype)).to(v.dtype) for norm, y in ((attention.norm_q, q), (attention.norm_k, k)))
     return split_heads(q, attention.heads), split_heads(k, attention.heads), split_heads(v, attention.heads)
+
+
+def after(past: KV | None, new: KV) -> KV:
+    """Keys and values of earlier frames, followed by the new ones."""
+    return new if past is None else (torch.cat([past[0], new[0]], 2), torch.cat([past[1], new[1]], 2))
 
 
 def out(attention: Any, mixed_BHND: Tensor) -> Tensor:

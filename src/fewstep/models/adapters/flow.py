@@ -31,7 +31,9 @@ def _shift(scheduler: Mapping[str, Any], tokens: int) -> float:
     if not scheduler.get("use_dynamic_shifting"):
         return float(scheduler.get("shift", 1.0))
     if scheduler.get("time_shift_type", "exponential") != "exponential":
-        raise RecipeError(f"scheduler_config.json: time_shift_type: {scheduler['time_shift_type']!r} is not exponential")
+        raise RecipeError(
+            f"scheduler_config.json: time_shift_type: {scheduler['time_shift_type']!r} is not exponential"
+        )
     short, long = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
     low, high = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
     return math.exp(low + (high - low) * (tokens - short) / (long - short))

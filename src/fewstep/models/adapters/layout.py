@@ -32,10 +32,13 @@ class Layout:
         folder = Path(source).expanduser()
         if folder.is_dir():
             source, folder = str(folder.resolve()), folder.resolve()
+        elif folder.is_absolute():
+            raise FileNotFoundError(
+                f"{source}: no such folder; if it was moved, correct `sources` in the student's card.json"
+            )
         else:
             folder = _download(source, folders)
-        index = _read(folder / "model_index.json")
-        return cls(source, folder, index)
+        return cls(source, folder, _read(folder / "model_index.json"))
 
     def config(self, part: str) -> dict[str, Any]:
         """Constructor arguments in `part/config.json`."""
@@ -47,10 +50,11 @@ class Layout:
 
     def stored(self, part: nn.Module) -> Stored | None:
         """Weights of a part in their files; None where their names are not the part's own, or the part needs more."""
-        folder = self.folder / getattr(part, "backbone", part).folders[0]
+        network: Any = part.backbone if isinstance(part, Denoiser) else part
         prefix = "backbone." if isinstance(part, Denoiser) else ""
-        stored = Stored(_weight_files(folder), part.state_dict(), prefix)
-        return None if stored.odd(part) or any(module._non_persistent_buffers_set for module in part.modules()) else stored
+        stored = Stored(_weight_files(self.folder / network.folders[0]), part.state_dict(), prefix)
+        whole = not any(module._non_persistent_buffers_set for module in part.modules())
+        return stored if whole and not stored.odd(part) else None
 
 
 def _download(source: str, folders: Sequence[str]) -> Path:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fewstep.attention import Dense, Grid3, KVView, Pattern, attend
 from fewstep.core.types import Cond
-from fewstep.models.adapters.attention import out, project, rotate_pairs
+from fewstep.models.adapters.attention import after, out, project, rotate_pairs
 from fewstep.models.adapters.flow import contract_of
 from fewstep.models.adapters.layout import Layout
 from fewstep.models.backbone import Backbone, Context, Tokens
@@ -73,9 +73,7 @@ class LTX(Backbone):
     shares = True
     folders: ClassVar[tuple[str, ...]] = ("transformer",)
 
-    def __init__(
-        self, *, config: dict[str, Any], compression: list[int], fps: int, pattern: Pattern = Dense()
-    ) -> None:
+    def __init__(self, *, config: dict[str, Any], compression: list[int], fps: int, pattern: Pattern = Dense()) -> None:
         super().__init__()
         self.args = {"config": config, "compression": compression, "fps": fps, "pattern": pattern.tree()}
         self.compression, self.fps, self.pattern = compression, fps, pattern
@@ -115,9 +113,7 @@ class LTX(Backbone):
         with torch.autocast(x.device.type, enabled=False):
             x_BNE = self.proj_in(x.flatten(2).transpose(1, 2))
             time_BG = time_groups(t, x)
-            modulation, time = self.time_embed(
-                _TIMESTEPS * time_BG.flatten(), batch_size=len(x), hidden_dtype=x.dtype
-            )
+            modulation, time = self.time_embed(_TIMESTEPS * time_BG.flatten(), batch_size=len(x), hidden_dtype=x.dtype)
             text = self.caption_projection(cond.text.to(x.dtype))
         mask = self.pattern.mask(grid, cached)
         context = Context(
@@ -157,12 +153,12 @@ class Block(nn.Module):
         self.scale_shift_table = block.scale_shift_table
 
     def forward(self, state: Tokens) -> Tokens:
-        x, context, past = state.x_BNE, state.context, state.past
+        x, context = state.x_BNE, state.context
         parts = (self.scale_shift_table + context.modulation_BG6E).unbind(2)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts
         h = modulate(self.norm1(x), shift_a, scale_a)
         q, k, v = project(self.attn1, h, h)
-        k_BHMD, v_BHMD = (k, v) if past is None else (torch.cat([past[0], k], 2), torch.cat([past[1], v], 2))
+        k_BHMD, v_BHMD = after(state.past, (k, v))
         rotary_2HMD = context.rotary_2MD.unflatten(-1, (self.attn1.heads, -1)).transpose(1, 2)
         rotary_q = rotary_2HMD[:, :, -q.shape[2] :]
         mixed = context.attend(rotate_pairs(q, rotary_q), rotate_pairs(k_BHMD, rotary_2HMD), v_BHMD)

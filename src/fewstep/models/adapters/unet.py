@@ -177,4 +177,3 @@ def to_images(x_BCFHW: Tensor) -> Tensor:
 def to_clips(x_KCHW: Tensor, frames: int) -> Tensor:
     """`[B, C, F, H, W]` again."""
     return x_KCHW.unflatten(0, (-1, frames)).transpose(1, 2)
-

@@ -19,7 +19,7 @@ from fewstep.attention import Dense, Grid3, KVView, Pattern, attend
 from fewstep.core import RecipeError
 from fewstep.core.types import Cond
 from fewstep.diffusion import CFG, Contract
-from fewstep.models.adapters.attention import out, project, rotate_pairs
+from fewstep.models.adapters.attention import after, out, project, rotate_pairs
 from fewstep.models.adapters.layout import Layout
 from fewstep.models.backbone import Backbone, Context, Tokens
 from fewstep.models.bundle import Card
@@ -91,7 +91,11 @@ class Wan(Backbone):
                 f"image_dim={config.image_dim}, patch_size={list(config.patch_size)}"
             )
         self.heads, self.head_width = config.num_attention_heads, config.attention_head_dim
-        self.width, self.patch, self.longest = self.heads * self.head_width, config.patch_size[1:], config.rope_max_seq_len
+        self.width, self.patch, self.longest = (
+            self.heads * self.head_width,
+            config.patch_size[1:],
+            config.rope_max_seq_len,
+        )
         self.patch_embedding, self.condition_embedder = network.patch_embedding, network.condition_embedder
         self.blocks = nn.ModuleList(Block(block) for block in network.blocks)
         self.norm_out, self.proj_out, self.scale_shift_table = (
@@ -150,12 +154,11 @@ class Block(nn.Module):
 
     def forward(self, state: Tokens) -> Tokens:
         x, context = state.x_BNE, state.context
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (
-            self.scale_shift_table + context.modulation_BG6E
-        ).unbind(2)
+        parts = (self.scale_shift_table + context.modulation_BG6E).unbind(2)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts
         h = modulate(self.norm1(x), shift_a, scale_a)
         q, k, v = project(self.attn1, h, h)
-        k_BHMD, v_BHMD = (k, v) if state.past is None else (torch.cat([state.past[0], k], 2), torch.cat([state.past[1], v], 2))
+        k_BHMD, v_BHMD = after(state.past, (k, v))
         rotary_q = context.rotary_2MD[:, -q.shape[2] :]
         mixed = context.attend(rotate_pairs(q, rotary_q), rotate_pairs(k_BHMD, context.rotary_2MD), v_BHMD)
         x = x + gate(out(self.attn1, mixed), gate_a)
