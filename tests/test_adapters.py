@@ -76,73 +76,93 @@ def drawn(model: VideoModel, batch: int = 2, frames: int | None = None) -> tuple
 
 
 @torch.no_grad()
-def test_forward_is_diffusers_own(model: VideoModel, pipeline: DiffusionPipeline) -> None:
+def test_forward_is_diffusers_own(name: str, model: VideoModel, pipeline: DiffusionPipeline) -> None:
     x, t, cond = drawn(model)
-    theirs = pipeline.transformer(x, 1000 * t, cond.text, return_dict=False)[0]
+    theirs = TINY[name].forward(pipeline, x, t, cond)
     ours = model.denoiser(x, t, cond).raw
     assert theirs.abs().max() > 0.1
     torch.testing.assert_close(ours, theirs, **EXACT)
 
 
 @torch.no_grad()
-def test_a_time_per_frame_is_diffusers_time_per_token(model: VideoModel, pipeline: DiffusionPipeline) -> None:
+def test_a_time_per_frame_is_diffusers_time_per_token(
+    name: str, model: VideoModel, pipeline: DiffusionPipeline
+) -> None:
     x, _, cond = drawn(model)
     t = Rng(1).rand((2, x.shape[2]), "t")
+    if not TINY[name].causal:
+        with pytest.raises(ValueError, match="one time per clip"):
+            model.denoiser(x, t, cond)
+        return
     tokens = model.denoiser.backbone.embed(x, t, cond).grid.per_frame
-    theirs = pipeline.transformer(x, 1000 * t.repeat_interleave(tokens, 1), cond.text, return_dict=False)[0]
+    theirs = TINY[name].forward(pipeline, x, t.repeat_interleave(tokens, 1), cond)
     torch.testing.assert_close(model.denoiser(x, t, cond).raw, theirs, **EXACT)
 
 
 def test_weights_have_diffusers_names(model: VideoModel, pipeline: DiffusionPipeline) -> None:
-    ours, theirs = model.denoiser.backbone.state_dict(), pipeline.transformer.state_dict()
+    backbone, theirs = model.denoiser.backbone, pipeline.transformer.state_dict()
+    ours = {backbone.foreign(name): weight for name, weight in backbone.state_dict().items()}
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 @torch.no_grad()
 def test_text_is_the_pipeline_s(model: VideoModel, pipeline: DiffusionPipeline) -> None:
     prompts = [*PROMPTS, ""]
-    theirs, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=512)
+    length = model.text.length
+    theirs = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=length)[0]
     cond = model.text.encode(prompts)
     torch.testing.assert_close(cond.text, theirs, **EXACT)
-    assert cond.mask.sum(1).tolist() == [4, 9, 1] and cond.text.shape == (3, model.text.length, model.text.width)
+    assert cond.mask.sum(1).tolist() == [4, 9, 1] and cond.text.shape == (3, length, model.text.width)
 
 
 @torch.no_grad()
-def test_clips_are_the_pipeline_s(model: VideoModel, pipeline: DiffusionPipeline) -> None:
+def test_clips_are_the_pipeline_s(name: str, model: VideoModel, pipeline: DiffusionPipeline) -> None:
     """Same latents, steps and guidance, the scheduler's own times: same latents out, and the same frames."""
-    card, steps = model.card, 3
+    card, steps, sample = model.card, 3, TINY[name].sample
     noise = Seeds((5, 6)).randn((2, *model.latent_shape()), "start")
     options = {
         "prompt": PROMPTS, "negative_prompt": card.negative_prompt, "num_frames": card.num_frames, "height": card.height,
-        "width": card.width, "num_inference_steps": steps, "guidance_scale": 5.0, "latents": noise,
+        "width": card.width, "num_inference_steps": steps, "guidance_scale": 5.0,
     }  # fmt: skip
-    theirs = pipeline(**options, output_type="latent").frames
-    times = tuple(map(float, pipeline.scheduler.sigmas))
-    model.card = replace(card, contract=replace(card.contract, grids={str(steps): times}, steps=steps))
-    ours = model.latents(PROMPTS, seed=(5, 6), guidance_scale=5.0)
+    theirs = sample(pipeline, noise, **options, output_type="latent")
+    if name == "wan":  # whose pipeline leaves the ends of the grid to the scheduler
+        times = tuple(map(float, pipeline.scheduler.sigmas))
+        model.card = replace(card, contract=replace(card.contract, grids={str(steps): times}))
+    again = {"num_inference_steps": steps, "guidance_scale": 5.0, "seed": (5, 6)}
+    ours = model.latents(PROMPTS, **again)
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
-    frames = torch.as_tensor(pipeline(**options, output_type="np").frames).permute(0, 4, 1, 2, 3)
-    torch.testing.assert_close((model(PROMPTS, seed=(5, 6)) + 1) / 2, frames, atol=1e-4, rtol=1e-4)
+    frames = sample(pipeline, noise, **options, output_type="np").permute(0, 4, 1, 2, 3)
+    torch.testing.assert_close((model(PROMPTS, **again) + 1) / 2, frames, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
-def test_codec_is_diffusers_with_its_statistics(model: VideoModel, pipeline: DiffusionPipeline) -> None:
+def test_codec_takes_its_latents_to_mean_0_and_deviation_1(model: VideoModel, pipeline: DiffusionPipeline) -> None:
+    """By the statistics that diffusers' autoencoder keeps; that frames are decoded as the pipeline does is tested above."""
     card, vae = model.card, pipeline.vae
     frames = Rng(2).rand((1, 3, card.num_frames, card.height, card.width), "frames") * 2 - 1
-    mean, std = (torch.tensor(x)[None, :, None, None, None] for x in (vae.config.latents_mean, vae.config.latents_std))
+    mean, std = (
+        torch.as_tensor(value)[None, :, None, None, None]
+        if (value := getattr(vae, key, vae.config.get(key))) is not None
+        else fill
+        for key, fill in (("latents_mean", 0.0), ("latents_std", 1.0))
+    )
+    expected = (vae.encode(frames).latent_dist.mode() - mean) * vae.config.get("scaling_factor", 1.0) / std
     latents = model.codec.encode(frames)
     assert latents.shape[1:] == model.latent_shape()
-    torch.testing.assert_close(latents, (vae.encode(frames).latent_dist.mode() - mean) / std, **EXACT)
+    torch.testing.assert_close(latents, expected, **EXACT)
     decoded = model.codec.decode(latents)
-    torch.testing.assert_close(decoded, vae.decode(latents * std + mean).sample, **EXACT)
-    assert decoded.shape == frames.shape and decoded.abs().max() <= 1
+    assert decoded.shape == frames.shape and decoded.abs().max() > 0.01
 
 
 # --- the backbone's contract ----------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def test_causal_with_one_chunk_is_bidirectional(source: Diffusers, model: VideoModel) -> None:
+def test_causal_with_one_chunk_is_bidirectional(name: str, source: Diffusers, model: VideoModel) -> None:
+    if not TINY[name].causal:
+        with pytest.raises(RecipeError, match="has no pattern; leave it out"):
+            replace(source, pattern=BlockCausal(chunk=1)).load()
+        return
     x, t, cond = drawn(model)
     causal = replace(source, pattern=BlockCausal(chunk=x.shape[2])).load()
     assert torch.equal(causal.denoiser(x, t, cond).raw, model.denoiser(x, t, cond).raw)
@@ -154,7 +174,12 @@ def test_causal_with_one_chunk_is_bidirectional(source: Diffusers, model: VideoM
 
 
 @torch.no_grad()
-def test_chunk_by_chunk_with_a_cache_is_one_masked_forward(source: Diffusers) -> None:
+def test_chunk_by_chunk_with_a_cache_is_one_masked_forward(name: str, source: Diffusers, model: VideoModel) -> None:
+    if not TINY[name].causal:
+        x, t, cond = drawn(model)
+        with pytest.raises(ValueError, match="no cache"):
+            model.denoiser(x, t, cond, KVCache.empty().view())
+        return
     model = replace(source, pattern=BlockCausal(chunk=2)).load()
     x, _, cond = drawn(model, frames=13)
     t, cache, made = Rng(3).rand((2, x.shape[2]), "t"), KVCache.empty(), []
@@ -210,7 +235,7 @@ def test_bfloat16_arithmetic_is_near(model: VideoModel) -> None:
 def test_lora_finds_every_linear_layer_of_the_blocks(model: VideoModel) -> None:
     twin = adapt(model.denoiser, Lora(rank=2, alpha=2.0), Rng(0))
     linear = {n for n, m in model.denoiser.named_modules() if ".blocks." in n and isinstance(m, torch.nn.Linear)}
-    assert adapters(twin).keys() == linear and len(linear) == 10 * len(model.denoiser.backbone.blocks)
+    assert adapters(twin).keys() == linear and linear
     x, t, cond = drawn(model)
     assert torch.equal(twin(x, t, cond).raw, model.denoiser(x, t, cond).raw)
 
@@ -223,8 +248,10 @@ def test_a_card_needs_no_weights(name: str, tmp_path: Path) -> None:
     for weights in tmp_path.rglob("*.safetensors"):
         weights.unlink()
     card = read_card(folder)
-    assert (card.num_frames, card.fps, card.contract.shift, card.contract.guidance.scale) == (81, 16, 3.0, 5.0)
-    assert card.negative_prompt and card.provenance["licence"] and card.sources["text"] == str(folder.resolve())
+    contract = card.contract
+    made = (card.num_frames, card.height, card.width, card.fps, contract.shift, contract.guidance.scale)
+    assert made == pytest.approx(TINY[name].card)
+    assert card.provenance["licence"] and card.sources["text"] == str(folder.resolve())
 
 
 def test_a_student_has_its_denoiser_and_names_the_rest(model: VideoModel, source: Diffusers, tmp_path: Path) -> None:
@@ -297,8 +324,8 @@ def test_importing_fewstep_imports_no_diffusers() -> None:
 
 
 def test_without_the_extra_one_is_told_to_install_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("wan", "layout", "codec", "t5"):
-        monkeypatch.delitem(sys.modules, f"fewstep.models.adapters.{module}", raising=False)
+    for module in [module for module in sys.modules if module.startswith("fewstep.models.adapters.")]:
+        monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(RecipeError, match=r"pip install 'fewstep\[diffusers\]'"):
         read_card(folder)

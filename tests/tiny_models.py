@@ -5,15 +5,27 @@ A new family is one function that saves a pipeline, and one entry of `TINY`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import (
+    AutoencoderKLLTXVideo,
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    LTXPipeline,
+    LTXVideoTransformer3DModel,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
+
+from fewstep.core import Cond
 
 WORDS = [
     "<pad>",
@@ -41,8 +53,16 @@ class Tiny:
 
     make: Callable[[], Any]
     """The pipeline."""
-    size: dict[str, int] = field(default_factory=dict)
+    size: dict[str, int]
     """Arguments of `Diffusers` for a clip that is quick to make."""
+    card: tuple[int, int, int, int, float, float]
+    """Frames, height, width, frames per second, shift and guidance of its card."""
+    forward: Callable[[Any, Tensor, Tensor, Cond], Tensor]
+    """What the pipeline's network makes of our latents, times (`[B]`, or `[B, N]` by token) and conditions."""
+    sample: Callable[..., Tensor]
+    """Called with the pipeline, our noise and the pipeline's options: its latents in our order, or its frames."""
+    causal: bool = True
+    """Whether every frame may have its own time, and attention a pattern."""
 
 
 def wan() -> WanPipeline:
@@ -61,7 +81,58 @@ def wan() -> WanPipeline:
     )  # fmt: skip
 
 
-TINY = {"wan": Tiny(wan, {"num_frames": 5, "height": 32, "width": 48})}
+def wan_forward(pipeline: WanPipeline, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    return pipeline.transformer(x, 1000 * t, cond.text, return_dict=False)[0]
+
+
+def wan_sample(pipeline: WanPipeline, noise: Tensor, **options: Any) -> Tensor:
+    return torch.as_tensor(pipeline(latents=noise, **options).frames)
+
+
+def ltx() -> LTXPipeline:
+    """LTX-Video; its width is no multiple of 6, so that some values are not rotated."""
+    transformer = LTXVideoTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=10, in_channels=4, out_channels=4, cross_attention_dim=20,
+        caption_channels=TEXT_WIDTH, num_layers=2,
+    )  # fmt: skip
+    vae = AutoencoderKLLTXVideo(
+        latent_channels=4, block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4, layers_per_block=(1,) * 5,
+        decoder_layers_per_block=(1,) * 5, spatio_temporal_scaling=(True, True, False, False),
+        decoder_spatio_temporal_scaling=(True, True, False, False), patch_size=8, scaling_factor=0.9,
+        timestep_conditioning=True,
+    )  # fmt: skip
+    vae.latents_mean.copy_(torch.tensor([-0.7, 0.2, 0.0, 0.1]))
+    vae.latents_std.copy_(torch.tensor([2.8, 1.4, 0.5, 1.0]))
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_image_seq_len=1024, max_image_seq_len=4096, base_shift=0.95, max_shift=2.05,
+        shift_terminal=0.1,
+    )  # fmt: skip
+    return LTXPipeline(tokenizer=tokenizer(), text_encoder=t5(), vae=vae, transformer=transformer, scheduler=scheduler)
+
+
+def ltx_forward(pipeline: LTXPipeline, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    tokens = x.flatten(2).transpose(1, 2)
+    made = pipeline.transformer(
+        tokens, cond.text, 1000 * t, cond.mask, *x.shape[2:], rope_interpolation_scale=(4 / 20, 32, 32), return_dict=False
+    )[0]
+    return made.transpose(1, 2).reshape(x.shape)
+
+
+def ltx_sample(pipeline: LTXPipeline, noise: Tensor, **options: Any) -> Tensor:
+    tokens = noise.flatten(2).transpose(1, 2)
+    made = torch.as_tensor(pipeline(latents=tokens, frame_rate=20, **options).frames)
+    return made.transpose(1, 2).reshape(noise.shape) if options["output_type"] == "latent" else made
+
+
+TINY = {
+    "wan": Tiny(
+        wan, {"num_frames": 5, "height": 32, "width": 48}, (81, 480, 832, 16, 3.0, 5.0), wan_forward, wan_sample
+    ),
+    "ltx": Tiny(
+        ltx, {"num_frames": 5, "height": 64, "width": 96, "fps": 20}, (161, 512, 704, 25, math.exp(0.95 + 1.1 * (41 * 16 * 22 - 1024) / 3072), 3.0),
+        ltx_forward, ltx_sample,
+    ),
+}  # fmt: skip
 
 
 def save_tiny(name: str, folder: Path, seed: int = 0) -> Path:
@@ -74,6 +145,12 @@ def save_tiny(name: str, folder: Path, seed: int = 0) -> Path:
                 parameter.add_(0.05 * torch.randn(parameter.shape))
     pipeline.save_pretrained(folder)
     return folder
+
+
+def t5() -> T5EncoderModel:
+    return T5EncoderModel(
+        T5Config(vocab_size=len(WORDS), d_model=TEXT_WIDTH, d_kv=8, d_ff=32, num_layers=2, num_heads=3)
+    )
 
 
 def umt5() -> UMT5EncoderModel:

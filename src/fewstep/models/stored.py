@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -14,33 +15,33 @@ from fewstep.core import RecipeError
 class Stored(Mapping[str, Tensor]):
     """Tensors of one or several safetensors files, each read when it is asked for, in the dtype of its namesake in `like`.
 
-    A tensor's name here is `prefix` and its name in the file. FileNotFoundError names a file that is missing.
+    `names` says what a tensor of the files is called here, if something else. FileNotFoundError names a missing file.
     """
 
-    def __init__(self, paths: Sequence[Path], like: Mapping[str, Tensor], prefix: str = "") -> None:
+    def __init__(
+        self, paths: Sequence[Path], like: Mapping[str, Tensor], names: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         for path in paths:
             if not path.is_file():
                 raise FileNotFoundError(f"{path} is missing; the folder is incomplete, copy it again")
-        self._prefix, self._like = prefix, like
         files = [safe_open(path, framework="pt") for path in paths]
-        self._file_of = {prefix + name: file for file in files for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        self._like = like
+        self._places = {names.get(name, name): (file, name) for file in files for name in file.keys()}  # noqa: SIM118
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self._file_of[name].get_tensor(name.removeprefix(self._prefix))
+        file, stored = self._places[name]
+        tensor: Tensor = file.get_tensor(stored)
         return tensor.to(self._like[name].dtype)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._file_of)
+        return iter(self._places)
 
     def __len__(self) -> int:
-        return len(self._file_of)
+        return len(self._places)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of every tensor, without reading it."""
-        prefix = self._prefix
-        return {
-            name: tuple(file.get_slice(name.removeprefix(prefix)).get_shape()) for name, file in self._file_of.items()
-        }
+        return {name: tuple(file.get_slice(stored).get_shape()) for name, (file, stored) in self._places.items()}
 
     def odd(self, network: nn.Module) -> list[str]:
         """Names that only one of the files and `network` has, and those whose shapes differ."""

@@ -102,6 +102,10 @@ class Wan(Backbone):
             network.norm_out, network.proj_out, network.scale_shift_table,
         )  # fmt: skip
 
+    def foreign(self, name: str) -> str:
+        """What diffusers calls the parameter `name` of this network: the same."""
+        return name
+
     def embed(self, x: Tensor, t: Tensor, cond: Cond, kv: KVView | None = None) -> Tokens:
         grid, cached = self._grid(x), kv.frames if kv else 0
         if cached + grid.frames > self.longest:
