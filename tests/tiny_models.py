@@ -13,8 +13,12 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderKLCogVideoX,
     AutoencoderKLLTXVideo,
     AutoencoderKLWan,
+    CogVideoXDDIMScheduler,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
     FlowMatchEulerDiscreteScheduler,
     LTXPipeline,
     LTXVideoTransformer3DModel,
@@ -113,7 +117,13 @@ def ltx() -> LTXPipeline:
 def ltx_forward(pipeline: LTXPipeline, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
     tokens = x.flatten(2).transpose(1, 2)
     made = pipeline.transformer(
-        tokens, cond.text, 1000 * t, cond.mask, *x.shape[2:], rope_interpolation_scale=(4 / 20, 32, 32), return_dict=False
+        tokens,
+        cond.text,
+        1000 * t,
+        cond.mask,
+        *x.shape[2:],
+        rope_interpolation_scale=(4 / 20, 32, 32),
+        return_dict=False,
     )[0]
     return made.transpose(1, 2).reshape(x.shape)
 
@@ -124,6 +134,42 @@ def ltx_sample(pipeline: LTXPipeline, noise: Tensor, **options: Any) -> Tensor:
     return made.transpose(1, 2).reshape(noise.shape) if options["output_type"] == "latent" else made
 
 
+def cogvideox(**config: Any) -> CogVideoXPipeline:
+    """CogVideoX 1.0 with rotary positions, as its 5B model."""
+    vae = AutoencoderKLCogVideoX(
+        block_out_channels=(4,) * 4, latent_channels=4, layers_per_block=1, norm_num_groups=2, sample_height=64,
+        sample_width=80,
+    )  # fmt: skip
+    scheduler = CogVideoXDDIMScheduler(
+        prediction_type="v_prediction", rescale_betas_zero_snr=True, snr_shift_scale=3.0, timestep_spacing="trailing",
+        clip_sample=False,
+    )  # fmt: skip
+    transformer = CogVideoXTransformer3DModel(**COGVIDEOX | config)
+    return CogVideoXPipeline(
+        tokenizer=tokenizer(), text_encoder=t5(), vae=vae, transformer=transformer, scheduler=scheduler
+    )
+
+
+COGVIDEOX = {
+    "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4, "time_embed_dim": 12,
+    "text_embed_dim": TEXT_WIDTH, "num_layers": 2, "sample_width": 10, "sample_height": 8, "sample_frames": 9,
+    "max_text_seq_length": 16, "use_rotary_positional_embeddings": True,
+}  # fmt: skip
+
+
+def cogvideox_forward(pipeline: CogVideoXPipeline, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    rotary = pipeline._prepare_rotary_positional_embeddings(8 * x.shape[3], 8 * x.shape[4], x.shape[2], x.device)
+    made = pipeline.transformer(
+        x.transpose(1, 2), cond.text, (1000 * t - 1).round().long(), image_rotary_emb=rotary, return_dict=False
+    )[0]
+    return made.transpose(1, 2)
+
+
+def cogvideox_sample(pipeline: CogVideoXPipeline, noise: Tensor, **options: Any) -> Tensor:
+    made = torch.as_tensor(pipeline(latents=noise.transpose(1, 2), max_sequence_length=16, **options).frames)
+    return made.transpose(1, 2) if options["output_type"] == "latent" else made
+
+
 TINY = {
     "wan": Tiny(
         wan, {"num_frames": 5, "height": 32, "width": 48}, (81, 480, 832, 16, 3.0, 5.0), wan_forward, wan_sample
@@ -131,6 +177,10 @@ TINY = {
     "ltx": Tiny(
         ltx, {"num_frames": 5, "height": 64, "width": 96, "fps": 20}, (161, 512, 704, 25, math.exp(0.95 + 1.1 * (41 * 16 * 22 - 1024) / 3072), 3.0),
         ltx_forward, ltx_sample,
+    ),
+    "cogvideox": Tiny(
+        cogvideox, {"num_frames": 9, "height": 48, "width": 80}, (9, 64, 80, 8, 1.0, 6.0),
+        cogvideox_forward, cogvideox_sample, causal=False,
     ),
 }  # fmt: skip
 

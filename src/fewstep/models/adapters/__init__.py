@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 PIPELINES = MappingProxyType(
     {
         "WanPipeline": "wan", "AnimateDiffPipeline": "animatediff", "StableDiffusionPipeline": "stable_diffusion",
-        "LTXPipeline": "ltx",
+        "LTXPipeline": "ltx", "CogVideoXPipeline": "cogvideox",
     }
 )  # fmt: skip
 """Diffusers' pipelines, as `model_index.json` names them, and the file here that makes their card."""
@@ -31,7 +31,7 @@ PARTS = MappingProxyType(
     {
         "Wan": "wan", "T5Text": "t5", "VideoCodec": "codec",
         "AnimateDiff": "animatediff", "StableDiffusion": "stable_diffusion", "ClipText": "clip", "FrameCodec": "frame_codec",
-        "LTX": "ltx",
+        "LTX": "ltx", "CogVideoX": "cogvideox",
     }
 )  # fmt: skip
 """Networks a card may name, and the file each is in."""
