@@ -14,12 +14,15 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKLCogVideoX,
+    AutoencoderKLHunyuanVideo,
     AutoencoderKLLTXVideo,
     AutoencoderKLWan,
     CogVideoXDDIMScheduler,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
     FlowMatchEulerDiscreteScheduler,
+    HunyuanVideoPipeline,
+    HunyuanVideoTransformer3DModel,
     LTXPipeline,
     LTXVideoTransformer3DModel,
     WanPipeline,
@@ -27,7 +30,17 @@ from diffusers import (
 )
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    LlamaConfig,
+    LlamaModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 from fewstep.core import Cond
 
@@ -170,6 +183,47 @@ def cogvideox_sample(pipeline: CogVideoXPipeline, noise: Tensor, **options: Any)
     return made.transpose(1, 2) if options["output_type"] == "latent" else made
 
 
+def hunyuan(**config: Any) -> HunyuanVideoPipeline:
+    """HunyuanVideo with embedded guidance, one block of each kind."""
+    transformer = HunyuanVideoTransformer3DModel(**HUNYUAN | config)
+    vae = AutoencoderKLHunyuanVideo(
+        block_out_channels=(4,) * 4, latent_channels=4, layers_per_block=1, norm_num_groups=2,
+        mid_block_add_attention=False,
+    )  # fmt: skip
+    llama = LlamaConfig(
+        vocab_size=len(WORDS), hidden_size=TEXT_WIDTH, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2,
+        pad_token_id=0,
+    )  # fmt: skip
+    clip = CLIPTextConfig(
+        vocab_size=len(WORDS), hidden_size=12, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        eos_token_id=WORDS.index("</s>"),
+    )  # fmt: skip
+    return HunyuanVideoPipeline(
+        tokenizer=tokenizer("</s> " * 38), text_encoder=LlamaModel(llama), tokenizer_2=tokenizer(),
+        text_encoder_2=CLIPTextModel(clip), vae=vae, transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+    )  # fmt: skip
+
+
+HUNYUAN = {
+    "num_attention_heads": 2, "attention_head_dim": 10, "in_channels": 4, "out_channels": 4, "num_layers": 1,
+    "num_single_layers": 1, "num_refiner_layers": 1, "text_embed_dim": TEXT_WIDTH, "pooled_projection_dim": 12,
+    "rope_axes_dim": (2, 4, 4),
+}  # fmt: skip
+
+
+def hunyuan_forward(pipeline: HunyuanVideoPipeline, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    return pipeline.transformer(
+        x, 1000 * t, cond.text, cond.mask, cond.extra["pooled"], torch.full_like(t, 6000.0), return_dict=False
+    )[0]
+
+
+def hunyuan_sample(pipeline: HunyuanVideoPipeline, noise: Tensor, guidance_scale: float, **options: Any) -> Tensor:
+    """With classifier-free guidance beside the embedded one."""
+    made = pipeline(latents=noise, true_cfg_scale=guidance_scale, guidance_scale=6.0, **options)
+    return torch.as_tensor(made.frames)
+
+
 TINY = {
     "wan": Tiny(
         wan, {"num_frames": 5, "height": 32, "width": 48}, (81, 480, 832, 16, 3.0, 5.0), wan_forward, wan_sample
@@ -181,6 +235,10 @@ TINY = {
     "cogvideox": Tiny(
         cogvideox, {"num_frames": 9, "height": 48, "width": 80}, (9, 64, 80, 8, 1.0, 6.0),
         cogvideox_forward, cogvideox_sample, causal=False,
+    ),
+    "hunyuan": Tiny(
+        hunyuan, {"num_frames": 5, "height": 48, "width": 80}, (129, 720, 1280, 24, 7.0, 1.0),
+        hunyuan_forward, hunyuan_sample, causal=False,
     ),
 }  # fmt: skip
 
@@ -209,11 +267,11 @@ def umt5() -> UMT5EncoderModel:
     )
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Words between spaces, and the end token of T5."""
+def tokenizer(start: str = "") -> PreTrainedTokenizerFast:
+    """Words between spaces, after those of `start`, and the end token of T5."""
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
     words.post_processor = processors.TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", WORDS.index("</s>"))]
+        single=f"{start}$A </s>", special_tokens=[("</s>", WORDS.index("</s>"))]
     )  # type: ignore[assignment]
     return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>", pad_token="<pad>")

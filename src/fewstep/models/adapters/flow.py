@@ -12,8 +12,11 @@ from fewstep.diffusion import CFG, Contract
 _REFUSED = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas", "stochastic_sampling")
 
 
-def contract_of(scheduler: Mapping[str, Any], *, tokens: int, steps: int, scale: float) -> Contract:
-    """Euler over the times of `FlowMatchEulerDiscreteScheduler`, with guidance of strength `scale`."""
+def contract_of(scheduler: Mapping[str, Any], *, steps: int, scale: float, tokens: int | None = None) -> Contract:
+    """Euler over the times of `FlowMatchEulerDiscreteScheduler`, with guidance of strength `scale`.
+
+    `tokens` of a clip, for models whose shift may depend on them.
+    """
     for key in _REFUSED:
         if scheduler.get(key):
             raise RecipeError(f"scheduler_config.json: {key}: {scheduler[key]!r} cannot be followed; set it to false")
@@ -26,10 +29,12 @@ def contract_of(scheduler: Mapping[str, Any], *, tokens: int, steps: int, scale:
     )
 
 
-def _shift(scheduler: Mapping[str, Any], tokens: int) -> float:
+def _shift(scheduler: Mapping[str, Any], tokens: int | None) -> float:
     """With `use_dynamic_shifting` its logarithm is linear in the number of tokens."""
     if not scheduler.get("use_dynamic_shifting"):
         return float(scheduler.get("shift", 1.0))
+    if tokens is None:
+        raise RecipeError("scheduler_config.json: use_dynamic_shifting: this family has one shift for every size")
     if scheduler.get("time_shift_type", "exponential") != "exponential":
         raise RecipeError(
             f"scheduler_config.json: time_shift_type: {scheduler['time_shift_type']!r} is not exponential"
