@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from transformers import (
 )
 
 from fewstep.core import Cond
+from fewstep.diffusion import CFG, Betas, Contract
 
 WORDS = [
     "<pad>",
@@ -64,22 +65,36 @@ WORDS = [
 TEXT_WIDTH = 24
 
 
-@dataclass(frozen=True)
+def sample(pipeline: Any, noise: Tensor, **options: Any) -> Tensor:
+    return torch.as_tensor(pipeline(latents=noise, **options).frames)
+
+
+def sigmas(pipeline: Any) -> tuple[float, ...]:
+    return tuple(map(float, pipeline.scheduler.sigmas))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Tiny:
-    """One family."""
+    """One family: how its pipeline is made, and what diffusers' own classes do where the tests compare."""
 
     make: Callable[[], Any]
     """The pipeline."""
     size: dict[str, int]
     """Arguments of `Diffusers` for a clip that is quick to make."""
-    card: tuple[int, int, int, int, float, float]
-    """Frames, height, width, frames per second, shift and guidance of its card."""
+    card: dict[str, Any]
+    """Fields that the card must have by itself."""
     forward: Callable[[Any, Tensor, Tensor, Cond], Tensor]
-    """What the pipeline's network makes of our latents, times (`[B]`, or `[B, N]` by token) and conditions."""
-    sample: Callable[..., Tensor]
-    """Called with the pipeline, our noise and the pipeline's options: its latents in our order, or its frames."""
-    causal: bool = True
-    """Whether every frame may have its own time, and attention a pattern."""
+    """Diffusers' network (the pipeline's) on x, t and conditions; t is that of fewstep, per sample or per token."""
+    encode: Callable[[Any, Tensor], Tensor]
+    """Latents of frames as the pipeline's denoiser knows them."""
+    sample: Callable[..., Tensor] = sample
+    """The pipeline's clips of given noise, with its own options: frames, or latents in the order of fewstep."""
+    times: Callable[[Any], tuple[float, ...]] = sigmas
+    """Where the pipeline's scheduler has been in its last call."""
+    text_arguments: dict[str, Any] = field(default_factory=lambda: {"do_classifier_free_guidance": False})
+    """Of the pipeline's `encode_prompt`."""
+    causal: bool = False
+    """Whether it takes a pattern, a cache and a time per frame."""
 
 
 def wan() -> WanPipeline:
@@ -102,8 +117,10 @@ def wan_forward(pipeline: WanPipeline, x: Tensor, t: Tensor, cond: Cond) -> Tens
     return pipeline.transformer(x, 1000 * t, cond.text, return_dict=False)[0]
 
 
-def wan_sample(pipeline: WanPipeline, noise: Tensor, **options: Any) -> Tensor:
-    return torch.as_tensor(pipeline(latents=noise, **options).frames)
+def wan_encode(pipeline: WanPipeline, frames: Tensor) -> Tensor:
+    config = pipeline.vae.config
+    mean, std = (torch.tensor(x)[None, :, None, None, None] for x in (config.latents_mean, config.latents_std))
+    return (pipeline.vae.encode(frames).latent_dist.mode() - mean) / std
 
 
 def ltx() -> LTXPipeline:
@@ -139,6 +156,16 @@ def ltx_forward(pipeline: LTXPipeline, x: Tensor, t: Tensor, cond: Cond) -> Tens
         return_dict=False,
     )[0]
     return made.transpose(1, 2).reshape(x.shape)
+
+
+def ltx_encode(pipeline: LTXPipeline, frames: Tensor) -> Tensor:
+    vae, shape = pipeline.vae, (1, -1, 1, 1, 1)
+    latents = vae.encode(frames).latent_dist.mode() - vae.latents_mean.reshape(shape)
+    return latents * vae.config.scaling_factor / vae.latents_std.reshape(shape)
+
+
+LTX_SHIFT = math.exp(0.95 + (2.05 - 0.95) * (41 * 16 * 22 - 1024) / (4096 - 1024))
+"""Of a clip of 161 frames of 512 x 704, with this codec."""
 
 
 def ltx_sample(pipeline: LTXPipeline, noise: Tensor, **options: Any) -> Tensor:
@@ -183,6 +210,13 @@ def cogvideox_sample(pipeline: CogVideoXPipeline, noise: Tensor, **options: Any)
     return made.transpose(1, 2) if options["output_type"] == "latent" else made
 
 
+def levels(pipeline: CogVideoXPipeline) -> tuple[float, ...]:
+    return (*((int(k) + 1) / 1000 for k in pipeline.scheduler.timesteps), 0.0)
+
+
+COGVIDEOX_PATH = Betas(snr_shift=3.0, zero_snr=True)
+
+
 def hunyuan(**config: Any) -> HunyuanVideoPipeline:
     """HunyuanVideo with embedded guidance, one block of each kind."""
     transformer = HunyuanVideoTransformer3DModel(**HUNYUAN | config)
@@ -224,21 +258,34 @@ def hunyuan_sample(pipeline: HunyuanVideoPipeline, noise: Tensor, guidance_scale
     return torch.as_tensor(made.frames)
 
 
+def scaled_encode(pipeline: Any, frames: Tensor) -> Tensor:
+    return pipeline.vae.encode(frames).latent_dist.mode() * pipeline.vae.config.scaling_factor
+
+
 TINY = {
     "wan": Tiny(
-        wan, {"num_frames": 5, "height": 32, "width": 48}, (81, 480, 832, 16, 3.0, 5.0), wan_forward, wan_sample
+        make=wan, size={"num_frames": 5, "height": 32, "width": 48}, forward=wan_forward, encode=wan_encode, causal=True,
+        card={"num_frames": 81, "fps": 16, "contract": Contract(steps=50, shift=3.0, guidance=CFG(scale=5.0))},
+        text_arguments={"do_classifier_free_guidance": False, "max_sequence_length": 512},
     ),
     "ltx": Tiny(
-        ltx, {"num_frames": 5, "height": 64, "width": 96, "fps": 20}, (161, 512, 704, 25, math.exp(0.95 + 1.1 * (41 * 16 * 22 - 1024) / 3072), 3.0),
-        ltx_forward, ltx_sample,
+        make=ltx, size={"num_frames": 5, "height": 64, "width": 96, "fps": 20}, forward=ltx_forward, encode=ltx_encode,
+        sample=ltx_sample, causal=True,
+        card={
+            "num_frames": 161, "height": 512, "width": 704, "fps": 25,
+            "contract": Contract(steps=50, shift=LTX_SHIFT, terminal=0.1, guidance=CFG(scale=3.0)),
+        },
     ),
     "cogvideox": Tiny(
-        cogvideox, {"num_frames": 9, "height": 48, "width": 80}, (9, 64, 80, 8, 1.0, 6.0),
-        cogvideox_forward, cogvideox_sample, causal=False,
+        make=cogvideox, size={"num_frames": 9, "height": 48, "width": 80}, forward=cogvideox_forward, encode=scaled_encode,
+        sample=cogvideox_sample, times=levels,
+        card={"num_frames": 9, "height": 64, "width": 80, "fps": 8, "kind": "v", "path": COGVIDEOX_PATH},
+        text_arguments={"do_classifier_free_guidance": False, "max_sequence_length": 16},
     ),
     "hunyuan": Tiny(
-        hunyuan, {"num_frames": 5, "height": 48, "width": 80}, (129, 720, 1280, 24, 7.0, 1.0),
-        hunyuan_forward, hunyuan_sample, causal=False,
+        make=hunyuan, size={"num_frames": 5, "height": 48, "width": 80}, forward=hunyuan_forward, encode=scaled_encode,
+        sample=hunyuan_sample, text_arguments={},
+        card={"num_frames": 129, "height": 720, "width": 1280, "fps": 24, "contract": Contract(steps=50, shift=7.0)},
     ),
 }  # fmt: skip
 

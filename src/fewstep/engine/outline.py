@@ -197,12 +197,15 @@ class Outline:
 
 def _imagine(network: nn.Module, mode: FakeTensorMode) -> None:
     """Put a network of the meta device where autocast and attention know what to do: the CPU, still without memory."""
+    made: dict[nn.Parameter, nn.Parameter] = {}  # what two modules share stays one
     with mode:
         for module in network.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
-                    made = torch.empty(parameter.shape, dtype=parameter.dtype)
-                    module._parameters[name] = nn.Parameter(made, requires_grad=False)
+                    if parameter not in made:
+                        empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                        made[parameter] = nn.Parameter(empty, requires_grad=False)
+                    module._parameters[name] = made[parameter]
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)

@@ -13,16 +13,18 @@ from torch import Tensor, nn
 class VideoCodec(nn.Module):
     """Latents have mean 0 and deviation 1 per channel, as the denoiser knows them; always computed in float32.
 
-    `config` is the arguments of diffusers' class `kind`; with `tiling` large frames are done in overlapping tiles, which
-    need less memory and are not exactly the whole.
+    `config` is the arguments of diffusers' class `kind`; the denoiser takes latents in whole patches of `patch` rows and
+    columns. With `tiling` large frames are done in overlapping tiles, which need less memory and are not exactly the whole.
     """
 
     folders: ClassVar[tuple[str, ...]] = ("vae",)
 
-    def __init__(self, *, config: dict[str, Any], kind: str = "AutoencoderKLWan", tiling: bool = False) -> None:
+    def __init__(
+        self, *, config: dict[str, Any], kind: str = "AutoencoderKLWan", patch: int = 1, tiling: bool = False
+    ) -> None:
         super().__init__()
-        self.args = {"config": config, "kind": kind, "tiling": tiling}
-        self.kind = getattr(diffusers, kind)
+        self.args = {"config": config, "kind": kind, "patch": patch, "tiling": tiling}
+        self.kind, self.patch = getattr(diffusers, kind), patch
         self._hold(self.kind.from_config(config))
 
     def load(self, folder: Path) -> None:
@@ -71,8 +73,8 @@ class VideoCodec(nn.Module):
         if num_frames % time != 1:
             near = num_frames // time * time + 1
             raise ValueError(f"num_frames must be {time} k + 1 for this codec, such as {near}, got {num_frames}")
-        if height % space or width % space:
-            raise ValueError(f"height and width must be multiples of {space}, got {height} x {width}")
+        if height % (space * self.patch) or width % (space * self.patch):
+            raise ValueError(f"height and width must be multiples of {space * self.patch}, got {height} x {width}")
         channels = config["z_dim"] if "z_dim" in config else config["latent_channels"]
         return channels, num_frames // time + 1, height // space, width // space
 

@@ -34,12 +34,13 @@ def card(layout: Layout) -> Card:
     path, space = path_of(scheduler), 2 ** (len(vae["block_out_channels"]) - 1)
     text = {"config": layout.config("text_encoder"), "length": network["max_text_seq_length"], "plain": True}
     large = network["use_rotary_positional_embeddings"]
+    codec = {"config": vae, "kind": "AutoencoderKLCogVideoX", "patch": network["patch_size"], "tiling": False}
     return Card(
         name=Path(layout.source).name,
         parts={
             "denoiser": Spec("CogVideoX", {"config": network, "num_train_timesteps": path.num_train_timesteps}),
             "text": Spec("T5Text", {**text, "dtype": "bfloat16"}),
-            "codec": Spec("VideoCodec", {"config": vae, "kind": "AutoencoderKLCogVideoX", "tiling": False}),
+            "codec": Spec("VideoCodec", codec),
         },
         sources=dict.fromkeys(("denoiser", "text", "codec"), layout.source),
         path=path,

@@ -32,12 +32,13 @@ def card(layout: Layout) -> Card:
     network, vae = layout.config("transformer"), layout.config("vae")
     text = {"llama": layout.config("text_encoder"), "clip": layout.config("text_encoder_2"), "length": 256}
     scale = 1.0 if network["guidance_embeds"] else _GUIDANCE
+    codec = {"config": vae, "kind": "AutoencoderKLHunyuanVideo", "patch": network["patch_size"], "tiling": False}
     return Card(
         name=Path(layout.source).name,
         parts={
             "denoiser": Spec("HunyuanVideo", {"config": network, "guidance": _GUIDANCE}),
             "text": Spec("HunyuanText", {**text, "dtype": "bfloat16"}),
-            "codec": Spec("VideoCodec", {"config": vae, "kind": "AutoencoderKLHunyuanVideo", "tiling": False}),
+            "codec": Spec("VideoCodec", codec),
         },
         sources=dict.fromkeys(("denoiser", "text", "codec"), layout.source),
         contract=contract_of(layout.scheduler(), steps=50, scale=scale),
@@ -69,7 +70,10 @@ class HunyuanVideo(StreamsBackbone):
                 f"image_condition_type={config.image_condition_type!r}, patch_size_t={config.patch_size_t}"
             )
         self.channels, self.patch, self.double = config.in_channels, config.patch_size, config.num_layers
-        self.width, self.embeds_guidance = config.num_attention_heads * config.attention_head_dim, config.guidance_embeds
+        self.width, self.embeds_guidance = (
+            config.num_attention_heads * config.attention_head_dim,
+            config.guidance_embeds,
+        )
         self.x_embedder, self.context_embedder = network.x_embedder, network.context_embedder
         self.time_text_embed, self.rope = network.time_text_embed, network.rope
         inner = (*network.transformer_blocks, *network.single_transformer_blocks)

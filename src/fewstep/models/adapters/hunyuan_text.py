@@ -77,4 +77,6 @@ class HunyuanText(nn.Module):
     def blank(self, batch: int) -> Cond:
         """As many conditions of full length, all zero."""
         mask = torch.ones(batch, self.length, dtype=torch.bool)
-        return Cond(torch.zeros(batch, self.length, self.width), mask, {"pooled": torch.zeros(batch, self.pooled_width)})
+        return Cond(
+            torch.zeros(batch, self.length, self.width), mask, {"pooled": torch.zeros(batch, self.pooled_width)}
+        )

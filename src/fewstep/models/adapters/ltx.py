@@ -35,7 +35,7 @@ _NEGATIVE = "worst quality, inconsistent motion, blurry, jittery, distorted"
 def card(layout: Layout) -> Card:
     """LTX as diffusers samples it: 161 frames of 512 x 704 at 25 per second, 50 steps, guidance 3."""
     vae, text = layout.config("vae"), layout.config("text_encoder")
-    codec = Spec("VideoCodec", {"config": vae, "kind": "AutoencoderKLLTXVideo", "tiling": False})
+    codec = Spec("VideoCodec", {"config": vae, "kind": "AutoencoderKLLTXVideo", "patch": 1, "tiling": False})
     with torch.device("meta"):
         compression = list(codec.build().factors)
     network = {"config": layout.config("transformer"), "compression": compression, "fps": 25, "pattern": Dense().tree()}

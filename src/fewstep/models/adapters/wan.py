@@ -40,13 +40,15 @@ def card(layout: Layout) -> Card:
     """Wan as its authors sample it at 480p: 81 frames, 50 steps, guidance 5, the shift of the layout's scheduler."""
     if layout.index.get("boundary_ratio") is not None:
         raise RecipeError(f"{layout.source} has two experts (Wan 2.2 A14B), which cannot be read yet")
-    scheduler, text = layout.scheduler(), layout.config("text_encoder")
+    scheduler, transformer = layout.scheduler(), layout.config("transformer")
+    text = {"config": layout.config("text_encoder"), "length": _TEXT_LENGTH, "dtype": "bfloat16"}
+    codec = {"config": layout.config("vae"), "patch": transformer["patch_size"][1], "tiling": False}
     return Card(
         name=Path(layout.source).name,
         parts={
-            "denoiser": Spec("Wan", {"config": layout.config("transformer"), "pattern": Dense().tree()}),
-            "text": Spec("T5Text", {"config": text, "length": _TEXT_LENGTH, "dtype": "bfloat16"}),
-            "codec": Spec("VideoCodec", {"config": layout.config("vae"), "tiling": False}),
+            "denoiser": Spec("Wan", {"config": transformer, "pattern": Dense().tree()}),
+            "text": Spec("T5Text", text),
+            "codec": Spec("VideoCodec", codec),
         },
         sources=dict.fromkeys(("denoiser", "text", "codec"), layout.source),
         contract=Contract(
