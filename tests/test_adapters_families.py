@@ -14,7 +14,6 @@ import torch
 pytest.importorskip("diffusers", reason="needs the extra diffusers")
 
 from diffusers import (
-    CogVideoXTransformer3DModel,
     FlowMatchEulerDiscreteScheduler,
     HunyuanVideoTransformer3DModel,
     LTXVideoTransformer3DModel,
@@ -23,13 +22,12 @@ from diffusers import (
 from fewstep.core import Cond, RecipeError, Rng
 from fewstep.diffusion import Contract
 from fewstep.models import Denoiser
-from fewstep.models.adapters.cogvideox import CogVideoX
 from fewstep.models.adapters.flow import contract_of
 from fewstep.models.adapters.hunyuan import HunyuanVideo
 from fewstep.models.adapters.ltx import LTX
 from fewstep.models.bundle import read_card
 from fewstep.models.source import Diffusers
-from tiny_models import COGVIDEOX, HUNYUAN, TINY, save_tiny
+from tiny_models import HUNYUAN, TINY, save_tiny
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 
@@ -78,28 +76,8 @@ def test_published_ltx_places() -> None:
 # --- CogVideoX ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rotary", [False, True], ids=["2B", "5B"])
-@pytest.mark.parametrize("grid", [(3, 8, 10), (2, 6, 10), (4, 10, 6)], ids=str)
-@torch.no_grad()
-def test_places_of_cogvideox(tmp_path: Path, grid: tuple[int, int, int], rotary: bool) -> None:
-    """Sinusoids of the 2B model and rotations of the 5B model, at the trained size, a wider and a taller one."""
-    config: dict[str, Any] = COGVIDEOX | {"use_rotary_positional_embeddings": rotary}
-    torch.manual_seed(0)
-    theirs = CogVideoXTransformer3DModel(**config).eval()
-    ours = CogVideoX(config=config).eval()
-    weights = theirs.state_dict()
-    ours.load_state_dict({name: weights[ours.foreign(name)] for name in ours.state_dict()})
-    x, cond = drawn((2, 4, *grid), (2, 16, 24))
-    pipeline = TINY["cogvideox"].make()
-    table = pipeline._prepare_rotary_positional_embeddings(8 * grid[1], 8 * grid[2], grid[0], x.device)
-    made = theirs(
-        x.transpose(1, 2), cond.text, torch.tensor([999, 499]), image_rotary_emb=table if rotary else None
-    ).sample
-    torch.testing.assert_close(ours(x, torch.tensor([1.0, 0.5]), cond).raw, made.transpose(1, 2), atol=1e-5, rtol=1e-5)
-
-
 def test_what_is_published_of_cogvideox(tmp_path: Path) -> None:
-    """Sizes, licences and times of both models follow from their JSON files; CogVideoX 1.5 is refused."""
+    """Sizes, licences and times of both models follow from their JSON files."""
     folder = save_tiny("cogvideox", tmp_path)
     file = folder / "transformer" / "config.json"
     config = json.loads(file.read_text()) | {"sample_frames": 49, "sample_height": 60, "sample_width": 90}
@@ -110,8 +88,6 @@ def test_what_is_published_of_cogvideox(tmp_path: Path) -> None:
         assert card.provenance["licence"] == licence and card.contract.guidance.scale == 6.0
     assert card.contract.times(4) == (1.0, 0.75, 0.5, 0.25, 0.0)
     assert card.path.coeffs(torch.ones(1, dtype=torch.float64)).a.abs() < 1e-12
-    with pytest.raises(ValueError, match=r"patch_size_t=2; of CogVideoX the text-to-video models 1\.0"):
-        CogVideoX(config=COGVIDEOX | {"patch_size_t": 2})
 
 
 # --- HunyuanVideo ---------------------------------------------------------------------------------------------------------

@@ -138,6 +138,17 @@ def test_derivatives_are_those_of_finite_differences(family: type[UNet]) -> None
 
 
 @every_family
+@torch.no_grad()
+def test_bfloat16_arithmetic_is_near(family: type[UNet]) -> None:
+    network, (x, t, cond) = pair(family)[0], inputs()
+    exact = network(x, t, cond).raw
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = network(x, t, cond).raw
+    assert rough.dtype == torch.float32
+    assert 0 < (rough - exact).norm() < 0.03 * exact.norm()
+
+
+@every_family
 def test_blocks_compile_without_graph_breaks(family: type[UNet]) -> None:
     network, (x, t, cond) = pair(family)[0], inputs(frames=2, height=4, width=4)
     eager = network(x, t, cond).raw
@@ -181,7 +192,7 @@ def test_what_a_unet_cannot_do_is_refused(family: type[UNet]) -> None:
     with pytest.raises(ValueError, match="no cache"):
         mine(x, t, cond, KVCache.empty().view())
     extra = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
-    with pytest.raises(ValueError, match="needs more than text and time"):
+    with pytest.raises(ValueError, match="addition_embed_type: 'text_time' cannot be read"):
         family(config=FAMILIES[family] | extra | {"projection_class_embeddings_input_dim": 60})
 
 

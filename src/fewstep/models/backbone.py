@@ -137,6 +137,10 @@ class Backbone(nn.Module, ABC):
         """Channels of `State.volume` after each block."""
         return (self.width,) * len(self.blocks)
 
+    def foreign(self, name: str) -> str:
+        """What the parameter `name` is called in the files of the library that the network comes from."""
+        return name
+
     def walk(self, state: State, kv: KVView | None = None) -> Iterator[State]:
         """The state after each block."""
         if self.shared is not None:

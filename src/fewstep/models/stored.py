@@ -15,7 +15,7 @@ from fewstep.core import RecipeError
 class Stored(Mapping[str, Tensor]):
     """Tensors of one or several safetensors files, each read when it is asked for, in the dtype of its namesake in `like`.
 
-    `names` says what a tensor of the files is called here, if something else. FileNotFoundError names a missing file.
+    `names` are those in the files, by those in `like`, where they differ. FileNotFoundError names a file that is missing.
     """
 
     def __init__(
@@ -24,24 +24,24 @@ class Stored(Mapping[str, Tensor]):
         for path in paths:
             if not path.is_file():
                 raise FileNotFoundError(f"{path} is missing; the folder is incomplete, copy it again")
+        self._like, mine = like, {names.get(name, name): name for name in like}
         files = [safe_open(path, framework="pt") for path in paths]
-        self._like = like
-        self._places = {names.get(name, name): (file, name) for file in files for name in file.keys()}  # noqa: SIM118
+        self._place = {mine.get(name, name): (file, name) for file in files for name in file.keys()}  # noqa: SIM118 - it is no mapping
 
     def __getitem__(self, name: str) -> Tensor:
-        file, stored = self._places[name]
+        file, stored = self._place[name]
         tensor: Tensor = file.get_tensor(stored)
         return tensor.to(self._like[name].dtype)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return iter(self._place)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._place)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of every tensor, without reading it."""
-        return {name: tuple(file.get_slice(stored).get_shape()) for name, (file, stored) in self._places.items()}
+        return {name: tuple(file.get_slice(stored).get_shape()) for name, (file, stored) in self._place.items()}
 
     def odd(self, network: nn.Module) -> list[str]:
         """Names that only one of the files and `network` has, and those whose shapes differ."""

@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 PIPELINES = MappingProxyType(
     {
         "WanPipeline": "wan", "AnimateDiffPipeline": "animatediff", "StableDiffusionPipeline": "stable_diffusion",
-        "LTXPipeline": "ltx", "CogVideoXPipeline": "cogvideox",
-        "HunyuanVideoPipeline": "hunyuan",
+        "LTXPipeline": "ltx", "CogVideoXPipeline": "cogvideox", "HunyuanVideoPipeline": "hunyuan",
     }
 )  # fmt: skip
 """Diffusers' pipelines, as `model_index.json` names them, and the file here that makes their card."""

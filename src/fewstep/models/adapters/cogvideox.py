@@ -68,8 +68,7 @@ class CogVideoX(StreamsBackbone):
         for key in _REFUSED:
             if self.config[key]:
                 raise ValueError(
-                    f"this network has {key}={self.config[key]!r}; of CogVideoX the text-to-video models 1.0, 2B and 5B, "
-                    "can be read"
+                    f"CogVideoX 1.0 text to video is what is read; this network has {key}: {self.config[key]!r}"
                 )
         self.channels, self.patch = self.config.in_channels, self.config.patch_size
         self.width = self.config.num_attention_heads * self.config.attention_head_dim
@@ -80,7 +79,6 @@ class CogVideoX(StreamsBackbone):
         self.norm_final, self.norm_out, self.proj_out = network.norm_final, network.norm_out, network.proj_out
 
     def foreign(self, name: str) -> str:
-        """What diffusers calls the parameter `name` of this network."""
         return f"transformer_{name.replace('.inner.', '.', 1)}" if name.startswith("blocks.") else name
 
     def embed(self, x: Tensor, t: Tensor, cond: Cond, kv: KVView | None = None) -> Streams:

@@ -1,4 +1,4 @@
-"""Cards of DDPM-trained U-Nets, and what a scheduler of diffusers says of them: table, prediction, timesteps to visit."""
+"""DDPM-trained models: what a scheduler of diffusers says of them (table, prediction, timesteps to visit), cards of U-Nets."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from torch import Tensor
+
+from fewstep.attention import KVView
 from fewstep.core import RecipeError
 from fewstep.diffusion import CFG, Betas, Contract, Kind, Timesteps
 from fewstep.models.adapters.layout import Layout
@@ -22,13 +25,14 @@ def card_of(layout: Layout, family: str, *, num_frames: int, steps: int, licence
     """A U-Net of `family` with CLIP's text encoder and an image autoencoder, at the size it was trained on."""
     scheduler, unet, vae = layout.scheduler(), layout.config("unet"), layout.config("vae")
     size = (unet.get("sample_size") or 64) * 2 ** (len(vae["block_out_channels"]) - 1)
+    patch = 2 ** (len(unet["block_out_channels"]) - 1)
     path = path_of(scheduler)
     return Card(
         name=Path(layout.source).name,
         parts={
             "denoiser": Spec(family, {"config": unet, "num_train_timesteps": path.num_train_timesteps}),
             "text": Spec("ClipText", {"config": layout.config("text_encoder"), "dtype": "float32"}),
-            "codec": Spec("FrameCodec", {"config": vae, "tiling": False, "chunk": 16}),
+            "codec": Spec("FrameCodec", {"config": vae, "patch": patch, "tiling": False, "chunk": 16}),
         },
         sources=dict.fromkeys(("denoiser", "text", "codec"), layout.source),
         path=path,
@@ -37,6 +41,14 @@ def card_of(layout: Layout, family: str, *, num_frames: int, steps: int, licence
         num_frames=num_frames, height=size, width=size, fps=8,
         provenance={"source": layout.source, "licence": licence},
     )  # fmt: skip
+
+
+def require_whole_clips(name: str, x: Tensor, t: Tensor, kv: KVView | None) -> None:
+    """ValueError for a time per frame or a cache, neither of which a network called `name` was trained with."""
+    if t.shape != x.shape[:1]:
+        raise ValueError(f"{name} was trained with one time per clip: t must be [{len(x)}], got {tuple(t.shape)}")
+    if kv is not None:
+        raise ValueError(f"{name} sees whole clips and has no cache; call it without kv")
 
 
 def path_of(scheduler: Mapping[str, Any]) -> Betas:

@@ -16,16 +16,17 @@ from fewstep.models.adapters.unet import to_clips, to_images
 class FrameCodec(nn.Module):
     """The autoencoder of Stable Diffusion and AnimateDiff; always computed in float32, `chunk` frames at once.
 
-    `config` is the arguments of diffusers' class; its scaling factor (0.18215) is part of the latents. With `tiling` large
-    frames are done in overlapping tiles, which need less memory and are not exactly the whole.
+    `config` is the arguments of diffusers' class; its scaling factor (0.18215) is part of the latents. The denoiser takes
+    latents whose rows and columns are multiples of `patch`. With `tiling` large frames are done in overlapping tiles, which
+    need less memory and are not exactly the whole.
     """
 
     folders: ClassVar[tuple[str, ...]] = ("vae",)
 
-    def __init__(self, *, config: dict[str, Any], tiling: bool = False, chunk: int = 16) -> None:
+    def __init__(self, *, config: dict[str, Any], patch: int = 1, tiling: bool = False, chunk: int = 16) -> None:
         super().__init__()
-        self.args = {"config": config, "tiling": tiling, "chunk": chunk}
-        self.chunk = chunk
+        self.args = {"config": config, "patch": patch, "tiling": tiling, "chunk": chunk}
+        self.patch, self.chunk = patch, chunk
         self._hold(AutoencoderKL.from_config(config))
 
     def load(self, folder: Path) -> None:
@@ -53,8 +54,9 @@ class FrameCodec(nn.Module):
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """`(C, F, h, w)` of a clip; ValueError if the size cannot be encoded."""
-        if height % self.downsample or width % self.downsample:
-            raise ValueError(f"height and width must be multiples of {self.downsample}, got {height} x {width}")
+        unit = self.downsample * self.patch
+        if height % unit or width % unit:
+            raise ValueError(f"height and width must be multiples of {unit}, got {height} x {width}")
         return self.vae.config.latent_channels, num_frames, height // self.downsample, width // self.downsample
 
     def _per_frame(self, change: Callable[[Tensor], Tensor], video: Tensor) -> Tensor:

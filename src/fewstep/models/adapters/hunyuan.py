@@ -81,7 +81,6 @@ class HunyuanVideo(StreamsBackbone):
         self.norm_out, self.proj_out = network.norm_out, network.proj_out
 
     def foreign(self, name: str) -> str:
-        """What diffusers calls the parameter `name` of this network."""
         if not name.startswith("blocks."):
             return name
         _, index, _, rest = name.split(".", 3)

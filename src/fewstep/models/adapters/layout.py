@@ -51,10 +51,10 @@ class Layout:
     def stored(self, part: nn.Module) -> Stored | None:
         """Weights of a part in their files; None where their names are not the part's own, or the part needs more."""
         network: Any = part.backbone if isinstance(part, Denoiser) else part
-        prefix = "backbone." if isinstance(part, Denoiser) else ""
-        foreign = getattr(network, "foreign", str)
-        names = {foreign(name): prefix + name for name in network.state_dict()}
-        stored = Stored(_weight_files(self.folder / network.folders[0]), part.state_dict(), names)
+        own, names = part.state_dict(), {}
+        if isinstance(part, Denoiser):
+            names = {name: network.foreign(name.removeprefix("backbone.")) for name in own}
+        stored = Stored(_weight_files(self.folder / network.folders[0]), own, names)
         whole = not any(module._non_persistent_buffers_set for module in part.modules())
         return stored if whole and not stored.odd(part) else None
 

@@ -103,7 +103,6 @@ class LTX(Backbone):
         )  # fmt: skip
 
     def foreign(self, name: str) -> str:
-        """What diffusers calls the parameter `name` of this network."""
         return f"transformer_{name}" if name.startswith("blocks.") else name
 
     def embed(self, x: Tensor, t: Tensor, cond: Cond, kv: KVView | None = None) -> Tokens:

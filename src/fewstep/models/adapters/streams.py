@@ -15,6 +15,7 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from fewstep.attention import Grid3, KVView
+from fewstep.models.adapters.ddpm import require_whole_clips
 from fewstep.models.backbone import Backbone, State
 
 
@@ -64,18 +65,12 @@ class StreamsBackbone(Backbone):
 
     def _grid(self, x: Tensor, t: Tensor, kv: KVView | None) -> Grid3:
         _, channels, frames, height, width = x.shape
-        family, patch = type(self).__name__, self.patch
-        if channels != self.channels or height % patch or width % patch:
+        if channels != self.channels or height % self.patch or width % self.patch:
             raise ValueError(
-                f"latents [B, C, F, H, W] need C = {self.channels} and H, W multiples of {patch}, got {tuple(x.shape)}"
+                f"latents [B, C, F, H, W] need C = {self.channels} and H, W multiples of {self.patch}, got {tuple(x.shape)}"
             )
-        if t.shape != x.shape[:1]:
-            raise ValueError(
-                f"a {family} was trained with one time per clip: t must be [{len(x)}], got {tuple(t.shape)}"
-            )
-        if kv is not None:
-            raise ValueError(f"a {family} sees whole clips and has no cache; call it without kv")
-        return Grid3(frames, height // patch, width // patch)
+        require_whole_clips(type(self).__name__, x, t, kv)
+        return Grid3(frames, height // self.patch, width // self.patch)
 
 
 class StreamsBlock(nn.Module):

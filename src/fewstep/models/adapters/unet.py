@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fewstep.attention import KVView
 from fewstep.core.types import Cond
 from fewstep.diffusion import timestep
+from fewstep.models.adapters.ddpm import require_whole_clips
 from fewstep.models.backbone import Backbone, State
 
 _REFUSED = (
@@ -76,8 +77,8 @@ class UNet(Backbone):
         for key in _REFUSED:
             if network.config.get(key):
                 raise ValueError(
-                    f"a {type(self).__name__} with {key}: {network.config[key]!r} needs more than text and time; "
-                    "give the U-Net of a text-to-image or text-to-video model of the SD 1.x / 2.x family"
+                    f"a {type(self).__name__} with {key}: {network.config[key]!r} cannot be read: it does more than "
+                    "denoise by one text and one time; give a text-to-image or text-to-video model of SD 1.x or 2.x"
                 )
         self.config, self.factor = network.config, 2**network.num_upsamplers
         self.time_proj, self.time_embedding, self.conv_in = network.time_proj, network.time_embedding, network.conv_in
@@ -106,7 +107,6 @@ class UNet(Backbone):
             return to_clips(self.conv_out(self.conv_act(x)), state.frames)
 
     def foreign(self, name: str) -> str:
-        """What diffusers calls the parameter `name` of this network."""
         depth = len(self.config["block_out_channels"])
         if not name.startswith("blocks."):
             return name
@@ -122,12 +122,7 @@ class UNet(Backbone):
                 f"latents [B, C, F, H, W] need C = {self.config['in_channels']} and H, W multiples of {self.factor}, "
                 f"got {tuple(x.shape)}"
             )
-        if t.shape != x.shape[:1]:
-            raise ValueError(
-                f"a {type(self).__name__} was trained with one time per clip: t must be [{len(x)}], got {tuple(t.shape)}"
-            )
-        if kv is not None:
-            raise ValueError(f"a {type(self).__name__} sees whole clips and has no cache; call it without kv")
+        require_whole_clips(type(self).__name__, x, t, kv)
 
 
 class _Block(nn.Module):

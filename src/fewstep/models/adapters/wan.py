@@ -93,20 +93,12 @@ class Wan(Backbone):
                 f"image_dim={config.image_dim}, patch_size={list(config.patch_size)}"
             )
         self.heads, self.head_width = config.num_attention_heads, config.attention_head_dim
-        self.width, self.patch, self.longest = (
-            self.heads * self.head_width,
-            config.patch_size[1:],
-            config.rope_max_seq_len,
-        )
+        self.width, self.patch = self.heads * self.head_width, tuple(config.patch_size[1:])
+        self.longest = config.rope_max_seq_len
         self.patch_embedding, self.condition_embedder = network.patch_embedding, network.condition_embedder
         self.blocks = nn.ModuleList(Block(block) for block in network.blocks)
-        self.norm_out, self.proj_out, self.scale_shift_table = (
-            network.norm_out, network.proj_out, network.scale_shift_table,
-        )  # fmt: skip
-
-    def foreign(self, name: str) -> str:
-        """What diffusers calls the parameter `name` of this network: the same."""
-        return name
+        self.norm_out, self.proj_out = network.norm_out, network.proj_out
+        self.scale_shift_table = network.scale_shift_table
 
     def embed(self, x: Tensor, t: Tensor, cond: Cond, kv: KVView | None = None) -> Tokens:
         grid, cached = self._grid(x), kv.frames if kv else 0
