@@ -14,6 +14,7 @@ import torch
 pytest.importorskip("diffusers", reason="needs the extra diffusers")
 
 from diffusers import (
+    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     HunyuanVideoTransformer3DModel,
     LTXVideoTransformer3DModel,
@@ -136,8 +137,6 @@ def test_guidance_of_hunyuan_is_an_input_or_of_the_sampler(tmp_path: Path) -> No
 
 @torch.no_grad()
 def test_hunyuan_reads_clip_too(tmp_path: Path) -> None:
-    from diffusers import DiffusionPipeline
-
     source = Diffusers(source=str(save_tiny("hunyuan", tmp_path)), text_dtype="float32", **TINY["hunyuan"].size)
     text = source.load().text
     prompts = ["a red ball", "the cat walks in the rain", ""]
@@ -148,6 +147,38 @@ def test_hunyuan_reads_clip_too(tmp_path: Path) -> None:
     assert (cond.text[0, 0] - cond.text[1, 0]).abs().max() > 1e-3 and cond.text.shape == states.shape
     with pytest.raises(ValueError, match="reads a pooled text state too"):
         hunyuan()[0](torch.zeros(3, 4, 2, 6, 10), torch.ones(3), Cond(cond.text, cond.mask))
+
+
+@torch.no_grad()
+def test_quoted_letters_are_read_by_hunyuan_1_5(tmp_path: Path) -> None:
+    """Prompts with and without them in one batch; diffusers orders its tokens otherwise, which attention does not see."""
+    tiny = TINY["hunyuan15"]
+    source = Diffusers(source=str(save_tiny("hunyuan15", tmp_path)), text_dtype="float32", **tiny.size)
+    model, pipeline = source.load(), DiffusionPipeline.from_pretrained(tmp_path)
+    cond = model.text.encode(['a box says "red" and “blue”', "a cat walks"])
+    _, mask, glyphs, glyph_mask = pipeline.encode_prompt(['a box says "red" and “blue”', "a cat walks"], batch_size=2)
+    torch.testing.assert_close(cond.extra["glyphs"], glyphs, atol=1e-5, rtol=1e-5)
+    assert torch.equal(cond.extra["glyph_mask"], glyph_mask) and torch.equal(cond.mask, mask.bool())
+    assert glyph_mask.sum(1).tolist() == [len('Text "red". Text "blue". ') + 1, 0]
+    x, t = Rng(0).randn((2, *model.latent_shape()), "x"), torch.tensor([0.5, 0.9])
+    made = model.denoiser(x, t, cond).raw
+    torch.testing.assert_close(made, tiny.forward(pipeline, x, t, cond), atol=1e-5, rtol=1e-5)
+    silent = {"glyphs": cond.extra["glyphs"], "glyph_mask": torch.zeros_like(glyph_mask)}
+    changed = (model.denoiser(x, t, Cond(cond.text, cond.mask, silent)).raw - made).abs().amax((1, 2, 3, 4))
+    assert changed[0] > 1e-4 and changed[1] < 1e-6
+    with pytest.raises(ValueError, match="reads states of letters too"):
+        model.denoiser(x, t, Cond(cond.text, cond.mask))
+
+
+def test_the_guider_of_hunyuan_1_5_is_followed_or_refused(tmp_path: Path) -> None:
+    file = save_tiny("hunyuan15", tmp_path) / "guider" / "guider_config.json"
+    config = json.loads(file.read_text())
+    for change, scale in (({"guidance_scale": 1.0}, 1.0), ({"enabled": False}, 1.0), ({}, 6.0)):
+        file.write_text(json.dumps(config | change))
+        assert read_card(tmp_path).contract.guidance.scale == scale
+    file.write_text(json.dumps(config | {"guidance_rescale": 0.7}))
+    with pytest.raises(RecipeError, match=r"guidance_rescale: 0\.7 cannot be followed"):
+        read_card(tmp_path)
 
 
 # --- flow schedulers ------------------------------------------------------------------------------------------------------

@@ -15,12 +15,16 @@ import torch
 from diffusers import (
     AutoencoderKLCogVideoX,
     AutoencoderKLHunyuanVideo,
+    AutoencoderKLHunyuanVideo15,
     AutoencoderKLLTXVideo,
     AutoencoderKLWan,
+    ClassifierFreeGuidance,
     CogVideoXDDIMScheduler,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
     FlowMatchEulerDiscreteScheduler,
+    HunyuanVideo15Pipeline,
+    HunyuanVideo15Transformer3DModel,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
     LTXPipeline,
@@ -31,11 +35,14 @@ from diffusers import (
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import (
+    ByT5Tokenizer,
     CLIPTextConfig,
     CLIPTextModel,
     LlamaConfig,
     LlamaModel,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLTextConfig,
+    Qwen2_5_VLTextModel,
     T5Config,
     T5EncoderModel,
     UMT5Config,
@@ -93,6 +100,8 @@ class Tiny:
     """Where the pipeline's scheduler has been in its last call."""
     text_arguments: dict[str, Any] = field(default_factory=lambda: {"do_classifier_free_guidance": False})
     """Of the pipeline's `encode_prompt`."""
+    unread: tuple[str, ...] = ()
+    """Parts of names of weights that nothing depends on."""
     causal: bool = False
     """Whether it takes a pattern, a cache and a time per frame."""
 
@@ -258,6 +267,51 @@ def hunyuan_sample(pipeline: HunyuanVideoPipeline, noise: Tensor, guidance_scale
     return torch.as_tensor(made.frames)
 
 
+def hunyuan15(**config: Any) -> HunyuanVideo15Pipeline:
+    """HunyuanVideo 1.5: two blocks, and no image."""
+    transformer = HunyuanVideo15Transformer3DModel(**HUNYUAN15 | config)
+    vae = AutoencoderKLHunyuanVideo15(
+        block_out_channels=(8, 8, 8, 8, 8), latent_channels=4, layers_per_block=1, scaling_factor=1.04
+    )
+    qwen = Qwen2_5_VLTextConfig(
+        vocab_size=len(WORDS), hidden_size=TEXT_WIDTH, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2,
+        num_key_value_heads=1, pad_token_id=0, rope_scaling={"type": "default", "mrope_section": [2, 2, 2]},
+    )  # fmt: skip
+    byt5 = T5Config(vocab_size=384, d_model=12, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    words = tokenizer()
+    words.chat_template = (
+        "</s> " * (108 - 65) + "{% for message in messages %}{{ message['content'] + ' ' }}{% endfor %}</s>"
+    )
+    return HunyuanVideo15Pipeline(
+        tokenizer=words, text_encoder=Qwen2_5_VLTextModel(qwen), tokenizer_2=ByT5Tokenizer(),
+        text_encoder_2=T5EncoderModel(byt5), vae=vae, transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0), guider=ClassifierFreeGuidance(guidance_scale=6.0),
+    )  # fmt: skip
+
+
+HUNYUAN15 = {
+    "num_attention_heads": 2, "attention_head_dim": 10, "in_channels": 9, "out_channels": 4, "num_layers": 2,
+    "num_refiner_layers": 1, "text_embed_dim": TEXT_WIDTH, "text_embed_2_dim": 12, "image_embed_dim": 8,
+    "rope_axes_dim": (2, 4, 4), "task_type": "t2v",
+}  # fmt: skip
+
+
+def hunyuan15_forward(pipeline: HunyuanVideo15Pipeline, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    conditional = torch.cat([x, torch.zeros_like(x), torch.zeros_like(x[:, :1])], 1)
+    return pipeline.transformer(
+        conditional, 1000 * t, cond.text, cond.mask, None, cond.extra["glyphs"], cond.extra["glyph_mask"],
+        torch.zeros(len(x), 3, 8), return_dict=False,
+    )[0]  # fmt: skip
+
+
+def hunyuan15_sample(
+    pipeline: HunyuanVideo15Pipeline, noise: Tensor, guidance_scale: float, negative_prompt: str, **options: Any
+) -> Tensor:
+    pipeline.guider = ClassifierFreeGuidance(guidance_scale=guidance_scale)
+    pipeline.vae.enable_slicing()  # which it does not work without, for more than one clip
+    return sample(pipeline, noise, negative_prompt=[negative_prompt] * len(noise), **options)
+
+
 def scaled_encode(pipeline: Any, frames: Tensor) -> Tensor:
     return pipeline.vae.encode(frames).latent_dist.mode() * pipeline.vae.config.scaling_factor
 
@@ -286,6 +340,16 @@ TINY = {
         make=hunyuan, size={"num_frames": 5, "height": 48, "width": 80}, forward=hunyuan_forward, encode=scaled_encode,
         sample=hunyuan_sample, text_arguments={},
         card={"num_frames": 129, "height": 720, "width": 1280, "fps": 24, "contract": Contract(steps=50, shift=7.0)},
+    ),
+    "hunyuan15": Tiny(
+        make=hunyuan15, size={"num_frames": 5, "height": 48, "width": 80}, forward=hunyuan15_forward,
+        encode=scaled_encode, sample=hunyuan15_sample, text_arguments={"batch_size": 3},
+        unread=("image_embedder.", "context_embedder_2.", "blocks.1.inner.norm1_context.", "blocks.1.inner.attn.to_add_out.",
+                "blocks.1.inner.attn.add_q_proj.", "blocks.1.inner.attn.norm_added_q.", "blocks.1.inner.ff_context."),
+        card={
+            "num_frames": 121, "height": 480, "width": 848, "fps": 24,
+            "contract": Contract(steps=50, shift=5.0, guidance=CFG(scale=6.0)),
+        },
     ),
 }  # fmt: skip
 

@@ -24,6 +24,7 @@ PIPELINES = MappingProxyType(
     {
         "WanPipeline": "wan", "AnimateDiffPipeline": "animatediff", "StableDiffusionPipeline": "stable_diffusion",
         "LTXPipeline": "ltx", "CogVideoXPipeline": "cogvideox", "HunyuanVideoPipeline": "hunyuan",
+        "HunyuanVideo15Pipeline": "hunyuan15",
     }
 )  # fmt: skip
 """Diffusers' pipelines, as `model_index.json` names them, and the file here that makes their card."""
@@ -32,6 +33,7 @@ PARTS = MappingProxyType(
         "Wan": "wan", "T5Text": "t5", "VideoCodec": "codec",
         "AnimateDiff": "animatediff", "StableDiffusion": "stable_diffusion", "ClipText": "clip", "FrameCodec": "frame_codec",
         "LTX": "ltx", "CogVideoX": "cogvideox", "HunyuanVideo": "hunyuan", "HunyuanText": "hunyuan_text",
+        "HunyuanVideo15": "hunyuan15", "QwenByT5Text": "qwen_byt5",
     }
 )  # fmt: skip
 """Networks a card may name, and the file each is in."""

@@ -37,6 +37,7 @@ class VideoCodec(nn.Module):
 
     def _hold(self, vae: Any) -> None:
         self.vae = vae
+        vae.enable_slicing()  # clip by clip needs less memory, and is all that some of them can do
         if self.args["tiling"]:
             vae.enable_tiling()
 

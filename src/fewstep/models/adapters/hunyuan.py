@@ -69,7 +69,7 @@ class HunyuanVideo(StreamsBackbone):
                 "HunyuanVideo is read without image conditions and with patches of one frame; this network has "
                 f"image_condition_type={config.image_condition_type!r}, patch_size_t={config.patch_size_t}"
             )
-        self.channels, self.patch, self.double = config.in_channels, config.patch_size, config.num_layers
+        self.channels, self.patch, self.dual = config.in_channels, config.patch_size, config.num_layers
         self.width, self.embeds_guidance = (
             config.num_attention_heads * config.attention_head_dim,
             config.guidance_embeds,
@@ -85,9 +85,9 @@ class HunyuanVideo(StreamsBackbone):
             return name
         _, index, _, rest = name.split(".", 3)
         block = int(index)
-        if block < self.double:
+        if block < self.dual:
             return f"transformer_blocks.{block}.{rest}"
-        return f"single_transformer_blocks.{block - self.double}.{rest}"
+        return f"single_transformer_blocks.{block - self.dual}.{rest}"
 
     def embed(self, x: Tensor, t: Tensor, cond: Cond, kv: KVView | None = None) -> Streams:
         grid = self._grid(x, t, kv)

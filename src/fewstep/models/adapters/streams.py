@@ -1,6 +1,6 @@
 """Transformers of diffusers in which the tokens of a clip and of its text read each other: a state of two streams.
 
-Legend: as in `models/backbone.py`; K = N + L tokens of both streams.
+Legend: as in `models/backbone.py`.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Streams(State):
     grid: Grid3
     rotary_2ND: Tensor | None = None
     """Cosines and sines of the clip's tokens; None where positions were added to them instead."""
-    mask_B11K: Tensor | None = None
-    """Which tokens may be read; None: all of them, padding included."""
+    mask: Tensor | None = None
+    """Which tokens may be read, as the blocks want it; None: all of them, padding included."""
 
     @property
     def volume(self) -> Tensor:
@@ -81,7 +81,7 @@ class StreamsBlock(nn.Module):
         self.inner = inner
 
     def forward(self, state: Streams) -> Streams:
-        mask = () if state.mask_B11K is None else (state.mask_B11K,)
+        mask = () if state.mask is None else (state.mask,)
         rotary = None if state.rotary_2ND is None else tuple(state.rotary_2ND)
         x, text = self.inner(state.x_BNE, state.text_BLE, state.time_BE, *mask, rotary)
         return replace(state, x_BNE=x, text_BLE=text)
