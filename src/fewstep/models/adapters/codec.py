@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import diffusers
 import torch
 from torch import Tensor, nn
 
+Kind = Literal[
+    "AutoencoderKLWan", "AutoencoderKLLTXVideo", "AutoencoderKLCogVideoX", "AutoencoderKLHunyuanVideo",
+    "AutoencoderKLHunyuanVideo15",
+]  # fmt: skip
+
 
 class VideoCodec(nn.Module):
-    """Latents have mean 0 and deviation 1 per channel, as the denoiser knows them; always computed in float32.
+    """Latents have mean 0 and deviation 1 per channel, as the denoiser knows them; always computed in float32, clip by clip.
 
     `config` is the arguments of diffusers' class `kind`; the denoiser takes latents in whole patches of `patch` rows and
     columns. With `tiling` large frames are done in overlapping tiles, which need less memory and are not exactly the whole.
@@ -20,7 +25,7 @@ class VideoCodec(nn.Module):
     folders: ClassVar[tuple[str, ...]] = ("vae",)
 
     def __init__(
-        self, *, config: dict[str, Any], kind: str = "AutoencoderKLWan", patch: int = 1, tiling: bool = False
+        self, *, config: dict[str, Any], kind: Kind = "AutoencoderKLWan", patch: int = 1, tiling: bool = False
     ) -> None:
         super().__init__()
         self.args = {"config": config, "kind": kind, "patch": patch, "tiling": tiling}
@@ -37,7 +42,6 @@ class VideoCodec(nn.Module):
 
     def _hold(self, vae: Any) -> None:
         self.vae = vae
-        vae.enable_slicing()  # clip by clip needs less memory, and is all that some of them can do
         if self.args["tiling"]:
             vae.enable_tiling()
 
@@ -57,16 +61,17 @@ class VideoCodec(nn.Module):
         self.latent_shape(*frames.shape[2:])
         mean, std = self._statistics(frames)
         with torch.autocast(frames.device.type, enabled=False):
-            return (self.vae.encode(frames.float()).latent_dist.mode() - mean) / std
+            modes = [self.vae.encode(clip).latent_dist.mode() for clip in frames.float().split(1)]
+            return (torch.cat(modes) - mean) / std
 
     def decode(self, latents: Tensor) -> Tensor:
         """The frames, in [-1, 1]. A decoder that reads a time is given 0, as diffusers does."""
         mean, std = self._statistics(latents)
         reads_time = self.vae.config.get("timestep_conditioning", False)
-        time = {"temb": torch.zeros(len(latents), device=latents.device)} if reads_time else {}
+        time = {"temb": torch.zeros(1, device=latents.device)} if reads_time else {}
         with torch.autocast(latents.device.type, enabled=False):
-            frames: Tensor = self.vae.decode(latents.float() * std + mean, **time).sample
-        return frames
+            clips = (latents.float() * std + mean).split(1)
+            return torch.cat([self.vae.decode(clip, **time).sample for clip in clips])
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """`(C, F, h, w)` of a clip; ValueError if the size cannot be encoded."""
