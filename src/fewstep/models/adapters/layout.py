@@ -49,6 +49,10 @@ class Layout:
         """The scheduler's settings."""
         return _arguments(self.folder / "scheduler" / "scheduler_config.json")
 
+    def guider(self) -> dict[str, Any]:
+        """The settings of its guidance, where it has such a folder."""
+        return _arguments(self.folder / "guider" / "guider_config.json")
+
     def stored(self, part: nn.Module) -> Stored | None:
         """Weights of a part in their files; None where their names are not the part's own, or the part needs more."""
         network: Any = part.backbone if isinstance(part, Denoiser) else part
