@@ -151,6 +151,11 @@ CHANGES: dict[str, Settings] = {
     "parallel.checkpointing": small(2, parallel=Parallel(checkpointing=True)),
     "optim.lr": small(2, optim={"student": Optim(lr=2e-3)}),
     "optim.type": small(2, optim={"student": Optim(type="muon", lr=1e-3)}),
+    "optim.betas": small(2, optim={"student": Optim(lr=1e-3, betas=(0.5, 0.9))}),
+    "optim.clip": small(2, optim={"student": Optim(lr=1e-3, clip=0.5)}),
+    "optim.weight_decay": small(2, optim={"student": Optim(lr=1e-3, weight_decay=0.1)}),
+    "optim.warmup": small(2, optim={"student": Optim(lr=1e-3, warmup=2)}),
+    "optim.decay": small(2, optim={"student": Optim(lr=1e-3, decay="cosine")}),
     "optim.critic": small(2, optim={"student": Optim(lr=1e-3), "critic": Optim(lr=5e-3)}),
 }
 
@@ -185,7 +190,8 @@ def test_a_run_writes_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixture[
     train(tiny_model(), METHOD, DATA, small(6), tmp_path)
     state = json.loads((tmp_path / "effective.json").read_text())
     assert state["attention"] == ["sdpa-flash, sdpa-flash"] * 2
-    assert state["weights"] == {"critic": "float32", "student": "float32"} and state["arithmetic"] == "float32"
+    assert set(state["weights"]) == {"teacher", "student", "critic", "text", "codec", "features"}
+    assert set(state["weights"].values()) == {state["arithmetic"]} == {"float32"}
     assert state["evaluation_times"] == {"2": [1.0, 0.75, 0.0]}
     assert state["training_times"]["student"]["listed"] == [1.0, 0.75]
     assert state["training_times"]["critic"]["count"] > 4 and state["fallbacks"] == []
