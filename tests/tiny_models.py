@@ -64,20 +64,37 @@ class Tiny:
         return tuple(map(float, pipeline.scheduler.sigmas))
 
 
-def wan() -> WanPipeline:
+def wan(**vae: Any) -> WanPipeline:
     """Wan 2.1 text to video."""
-    transformer = WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=TEXT_WIDTH, freq_dim=16,
-        ffn_dim=32, num_layers=2, rope_max_seq_len=32,
-    )  # fmt: skip
-    vae = AutoencoderKLWan(
-        base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
-        latents_mean=[-0.7, 0.2, 0.0, 0.1], latents_std=[2.8, 1.4, 0.5, 1.0],
-    )  # fmt: skip
     return WanPipeline(
-        tokenizer=tokenizer(), text_encoder=umt5(), vae=vae, transformer=transformer,
+        tokenizer=tokenizer(), text_encoder=umt5(), vae=wan_codec(**vae), transformer=wan_transformer(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     )  # fmt: skip
+
+
+def wan_ti2v() -> WanPipeline:
+    """The 5B model of Wan 2.2: its autoencoder takes patches of 2 x 2 pixels, and adds what it down- and upsamples."""
+    pipeline = wan(
+        in_channels=12, out_channels=12, patch_size=2, scale_factor_spatial=16, is_residual=True, decoder_base_dim=8
+    )
+    pipeline.register_to_config(expand_timesteps=True)
+    return pipeline
+
+
+def wan_transformer(**changes: Any) -> WanTransformer3DModel:
+    config = {
+        "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": TEXT_WIDTH,
+        "freq_dim": 16, "ffn_dim": 32, "num_layers": 2, "rope_max_seq_len": 32,
+    }  # fmt: skip
+    return WanTransformer3DModel(**(config | changes))
+
+
+def wan_codec(**changes: Any) -> AutoencoderKLWan:
+    config = {
+        "base_dim": 4, "z_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1,
+        "latents_mean": [-0.7, 0.2, 0.0, 0.1], "latents_std": [2.8, 1.4, 0.5, 1.0],
+    }  # fmt: skip
+    return AutoencoderKLWan(**(config | changes))
 
 
 def wan_forward(pipeline: WanPipeline, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
@@ -95,7 +112,15 @@ TINY = {
         make=wan, size={"num_frames": 5, "height": 32, "width": 48}, forward=wan_forward, encode=wan_encode, causal=True,
         card={"num_frames": 81, "fps": 16, "contract": Contract(steps=50, shift=3.0, guidance=CFG(scale=5.0))},
         text_arguments={"max_sequence_length": 512},
-    )
+    ),
+    "wan_ti2v": Tiny(
+        make=wan_ti2v, size={"num_frames": 5, "height": 64, "width": 96}, forward=wan_forward, encode=wan_encode, causal=True,
+        card={
+            "num_frames": 121, "height": 704, "width": 1280, "fps": 24,
+            "contract": Contract(steps=50, shift=3.0, guidance=CFG(scale=5.0)),
+        },
+        text_arguments={"max_sequence_length": 512},
+    ),
 }  # fmt: skip
 
 

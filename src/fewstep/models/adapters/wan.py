@@ -1,4 +1,4 @@
-"""Wan 2.1 text to video (2503.20314) over diffusers' WanTransformer3DModel.
+"""Wan (2503.20314), text to video: 2.1 and the 5B model of 2.2, over diffusers' WanTransformer3DModel.
 
 Legend: as in `backbone.py`; p, q rows and columns of a patch, P values per patch.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -29,6 +30,9 @@ from fewstep.models.video_dit import gate, merge_heads, modulate, rotary_table, 
 _TIMESTEPS = 1000
 _ROTARY_BASE = 10000.0
 _TEXT_LENGTH = 512
+_SIZE = MappingProxyType({"num_frames": 81, "height": 480, "width": 832, "fps": 16})
+_TI2V = MappingProxyType({"num_frames": 121, "height": 704, "width": 1280, "fps": 24})
+"""Of the 5B model of Wan 2.2, whose pipeline tells every token its own time (`expand_timesteps`)."""
 _NEGATIVE = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
     "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
@@ -37,10 +41,11 @@ _NEGATIVE = (
 
 
 def card(layout: Layout) -> Card:
-    """Wan as its authors sample it at 480p: 81 frames, 50 steps, guidance 5, the shift of the layout's scheduler."""
+    """Wan as its authors sample it: 50 steps, guidance 5, the shift of the layout's scheduler; 2.1 at 480p."""
     if layout.index.get("boundary_ratio") is not None:
         raise RecipeError(f"{layout.source} has two experts (Wan 2.2 A14B), which cannot be read yet")
     scheduler, transformer = layout.scheduler(), layout.config("transformer")
+    size = _TI2V if layout.index.get("expand_timesteps") else _SIZE
     text = {"config": layout.config("text_encoder"), "length": _TEXT_LENGTH, "dtype": "bfloat16"}
     codec = {"config": layout.config("vae"), "patch": transformer["patch_size"][1], "tiling": False}
     return Card(
@@ -57,9 +62,10 @@ def card(layout: Layout) -> Card:
             shift=float(scheduler.get("flow_shift", scheduler.get("shift", 1.0))),
             guidance=CFG(scale=5.0),
         ),
-        num_frames=81, height=480, width=832, fps=16, negative_prompt=_NEGATIVE,
+        negative_prompt=_NEGATIVE,
         provenance={"source": layout.source, "licence": "Apache-2.0"},
-    )  # fmt: skip
+        **size,
+    )
 
 
 class Wan(Backbone):
