@@ -81,6 +81,22 @@ def wan_ti2v() -> WanPipeline:
     return pipeline
 
 
+def wan_experts() -> WanPipeline:
+    """The A14B model of Wan 2.2."""
+    pipeline = wan()
+    pipeline.register_modules(transformer_2=wan_transformer())
+    pipeline.register_to_config(boundary_ratio=0.875)
+    return pipeline
+
+
+def wan_experts_forward(pipeline: WanPipeline, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    early, late = (
+        network(x, 1000 * t, cond.text, return_dict=False)[0]
+        for network in (pipeline.transformer, pipeline.transformer_2)
+    )
+    return torch.where((t >= 0.875)[:, None, None, None, None], early, late)
+
+
 def wan_transformer(**changes: Any) -> WanTransformer3DModel:
     config = {
         "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": TEXT_WIDTH,
@@ -121,6 +137,14 @@ TINY = {
         },
         text_arguments={"max_sequence_length": 512},
     ),
+    "wan_experts": Tiny(
+        make=wan_experts, size={"num_frames": 5, "height": 32, "width": 48}, forward=wan_experts_forward, encode=wan_encode,
+        card={
+            "num_frames": 81, "height": 720, "width": 1280, "fps": 16,
+            "contract": Contract(steps=40, shift=3.0, guidance=CFG(scale=4.0, low=0.875, outside=3.0)),
+        },
+        text_arguments={"max_sequence_length": 512},
+    ),
 }  # fmt: skip
 
 
@@ -130,8 +154,9 @@ def save_tiny(name: str, folder: Path, seed: int = 0) -> Path:
         torch.manual_seed(seed)
         pipeline = TINY[name].make()
         with torch.no_grad():
-            for parameter in pipeline.transformer.parameters():
-                parameter.add_(0.05 * torch.randn(parameter.shape))
+            for network in (pipeline.transformer, getattr(pipeline, "transformer_2", None)):
+                for parameter in network.parameters() if network else ():
+                    parameter.add_(0.05 * torch.randn(parameter.shape))
     pipeline.save_pretrained(folder)
     return folder
 

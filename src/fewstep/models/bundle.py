@@ -190,14 +190,14 @@ class VideoModel:
 
     def _guidance(self, scale: float | None, force: bool) -> CFG:
         own = self.card.contract.guidance
-        if scale is None or scale == own.scale:
+        if scale is None or own.rescaled(scale) == own:
             return own
         if self.card.role == "student" and not force:
             raise ValueError(
                 f"guidance was distilled into this student; guidance_scale={scale} would apply it twice. "
                 "Leave it out, or pass force (--force)."
             )
-        return replace(own, scale=scale)
+        return own.rescaled(scale)
 
     # --- folders ------------------------------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ PIPELINES = MappingProxyType(
 """Diffusers' pipelines, as `model_index.json` names them, and the file here that makes their card."""
 PARTS = MappingProxyType(
     {
-        "Wan": "wan", "T5Text": "t5", "VideoCodec": "codec",
+        "Wan": "wan", "WanExperts": "wan_experts", "T5Text": "t5", "VideoCodec": "codec",
         "AnimateDiff": "animatediff", "StableDiffusion": "stable_diffusion", "ClipText": "clip", "FrameCodec": "frame_codec",
         "CogVideoX": "cogvideox",
     }

@@ -1,4 +1,4 @@
-"""Wan (2503.20314), text to video: 2.1 and the 5B model of 2.2, over diffusers' WanTransformer3DModel.
+"""Wan (2503.20314), text to video, over diffusers' WanTransformer3DModel.
 
 Legend: as in `backbone.py`; p, q rows and columns of a patch, P values per patch.
 """
@@ -31,6 +31,7 @@ _TIMESTEPS = 1000
 _ROTARY_BASE = 10000.0
 _TEXT_LENGTH = 512
 _SIZE = MappingProxyType({"num_frames": 81, "height": 480, "width": 832, "fps": 16})
+_A14B = MappingProxyType({"num_frames": 81, "height": 720, "width": 1280, "fps": 16})
 _TI2V = MappingProxyType({"num_frames": 121, "height": 704, "width": 1280, "fps": 24})
 """Of the 5B model of Wan 2.2, whose pipeline tells every token its own time (`expand_timesteps`)."""
 _NEGATIVE = (
@@ -41,31 +42,40 @@ _NEGATIVE = (
 
 
 def card(layout: Layout) -> Card:
-    """Wan as its authors sample it: 50 steps, guidance 5, the shift of the layout's scheduler; 2.1 at 480p."""
-    if layout.index.get("boundary_ratio") is not None:
-        raise RecipeError(f"{layout.source} has two experts (Wan 2.2 A14B), which cannot be read yet")
+    """Wan as its authors sample it, with the shift of the layout's scheduler."""
     scheduler, transformer = layout.scheduler(), layout.config("transformer")
-    size = _TI2V if layout.index.get("expand_timesteps") else _SIZE
     text = {"config": layout.config("text_encoder"), "length": _TEXT_LENGTH, "dtype": "bfloat16"}
     codec = {"config": layout.config("vae"), "patch": transformer["patch_size"][1], "tiling": False}
+    boundary = layout.index.get("boundary_ratio")
+    if boundary is not None:
+        denoiser = _experts(layout, boundary)
+        steps, guidance, size = 40, CFG(scale=4.0, low=boundary, outside=3.0), _A14B
+    else:
+        denoiser = Spec("Wan", {"config": transformer, "pattern": Dense().tree()})
+        steps, guidance, size = 50, CFG(scale=5.0), _TI2V if layout.index.get("expand_timesteps") else _SIZE
     return Card(
         name=Path(layout.source).name,
-        parts={
-            "denoiser": Spec("Wan", {"config": transformer, "pattern": Dense().tree()}),
-            "text": Spec("T5Text", text),
-            "codec": Spec("VideoCodec", codec),
-        },
+        parts={"denoiser": denoiser, "text": Spec("T5Text", text), "codec": Spec("VideoCodec", codec)},
         sources=dict.fromkeys(("denoiser", "text", "codec"), layout.source),
         contract=Contract(
             solver="euler",
-            steps=50,
+            steps=steps,
             shift=float(scheduler.get("flow_shift", scheduler.get("shift", 1.0))),
-            guidance=CFG(scale=5.0),
+            guidance=guidance,
         ),
         negative_prompt=_NEGATIVE,
         provenance={"source": layout.source, "licence": "Apache-2.0"},
         **size,
     )
+
+
+def _experts(layout: Layout, boundary: float) -> Spec:
+    config = layout.config("transformer")
+    if layout.config("transformer_2") != config:
+        raise RecipeError(
+            f"{layout.source}: the experts transformer and transformer_2 differ in more than their weights"
+        )
+    return Spec("WanExperts", {"config": config, "boundaries": [boundary]})
 
 
 class Wan(Backbone):
@@ -83,11 +93,11 @@ class Wan(Backbone):
         self.pattern = pattern
         self._hold(WanTransformer3DModel.from_config(config))
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path, part: str = "transformer") -> None:
         """Take the weights of a folder in diffusers' layout, as float32."""
         self._hold(
             WanTransformer3DModel.from_pretrained(
-                folder, subfolder=self.folders[0], torch_dtype=torch.float32, use_safetensors=True
+                folder, subfolder=part, torch_dtype=torch.float32, use_safetensors=True
             )
         )
 
