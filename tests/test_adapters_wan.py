@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("diffusers", reason="needs the extra diffusers")
 
 
+from diffusers import WanImageToVideoPipeline
+from PIL import Image
+
+from fewstep import distill
 from fewstep.attention import KVCache
+from fewstep.cli import main
 from fewstep.core import Cond, Rng, Seeds
 from fewstep.core.build import RecipeError
+from fewstep.data import Prompts
 from fewstep.diffusion import CFG, Prediction, RectifiedFlow
+from fewstep.engine import Settings
+from fewstep.evaluate.conformance import check_model
+from fewstep.methods import DMD2
 from fewstep.models import VideoModel
 from fewstep.models.adapters.layout import Layout
 from fewstep.models.adapters.pipeline import sample
 from fewstep.models.bundle import read_card
 from fewstep.models.source import Diffusers
-from tiny_models import TINY, save_tiny
+from tiny_models import IMAGE, IMAGE_SIZE, TINY, save_tiny
 
 pytestmark = [pytest.mark.usefixtures("single_thread"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 PROMPTS = ["a red ball", "a cat walks in the rain"]
@@ -102,3 +114,94 @@ def test_guidance_has_a_scale_for_the_other_times() -> None:
     assert guidance(net, x, t, cond, uncond).raw.flatten().tolist() == [4.0, 5.0, 5.0]
     assert guidance.rescaled(2.0) == CFG(scale=2.0, low=0.5, outside=2.0) and CFG(outside=2.0).active
     assert CFG(scale=3.0, low=0.5).rescaled(2.0) == CFG(scale=2.0, low=0.5)
+
+
+# --- images ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=list(IMAGE))
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture
+def model(folder: Path) -> VideoModel:
+    return Diffusers(source=str(folder), text_dtype="float32", **IMAGE_SIZE).load()
+
+
+def picture(seed: int = 0) -> Image.Image:
+    drawn = 255 * Rng(seed).rand((IMAGE_SIZE["height"], IMAGE_SIZE["width"], 3), "picture")
+    return Image.fromarray(drawn.to(torch.uint8).numpy())
+
+
+def pixels(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
+
+
+@torch.no_grad()
+def test_clips_of_an_image_are_the_pipeline_s(folder: Path, model: VideoModel) -> None:
+    """Same image, latents, prompts and times: same latents out."""
+    pipeline = WanImageToVideoPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    noise = Seeds((5, 6)).randn((2, *model.latent_shape()), "start")
+    theirs = pipeline(
+        image=picture(), prompt=PROMPTS, negative_prompt=model.card.negative_prompt, num_inference_steps=3,
+        guidance_scale=5.0, latents=noise, output_type="latent", **IMAGE_SIZE,
+    ).frames  # fmt: skip
+    times = tuple(map(float, pipeline.scheduler.sigmas))
+    model.card = replace(model.card, contract=replace(model.card.contract, grids={"3": times}, steps=3))
+    ours = model.latents(PROMPTS, image=pixels(picture()), seed=(5, 6), guidance_scale=5.0)
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    other = model.latents(PROMPTS, image=pixels(picture(1)), seed=(5, 6), guidance_scale=5.0)
+    assert (other - ours).abs().max() > 1e-2
+    two = torch.stack([pixels(picture()), pixels(picture(1))])
+    both = model.latents(PROMPTS, image=two, seed=(5, 6), guidance_scale=5.0)
+    torch.testing.assert_close(both, torch.cat([ours[:1], other[1:]]), atol=1e-4, rtol=1e-4)
+
+
+def test_models_of_images_pass_the_checks(model: VideoModel) -> None:
+    """Among them: forward and weights equal diffusers', saved and loaded, jvp, checkpointing, cached equal to masked."""
+    found = check_model(model)
+    assert not found.failed
+    passed = {finding.name for finding in found.findings if finding.outcome == "pass"}
+    assert passed >= {"forward", "weights", "saved", "batch", "checkpointing", "jvp"}
+    assert ("cache" in passed) == hasattr(model.denoiser.backbone, "pattern")
+
+
+def test_a_model_of_images_comes_back_from_its_folder(model: VideoModel, tmp_path: Path) -> None:
+    twin = copy.deepcopy(model.denoiser)
+    saved = model.with_part("denoiser", twin, role="student").save(tmp_path)
+    assert sorted(path.name for path in saved.iterdir()) == ["card.json", "denoiser.safetensors"]
+    clips = [
+        m(PROMPTS[:1], image=pixels(picture()), num_inference_steps=2)
+        for m in (VideoModel.from_pretrained(saved), model)
+    ]
+    assert torch.equal(*clips)
+
+
+def test_an_image_is_asked_for_where_it_is_read(folder: Path, model: VideoModel, experts: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"makes clips of images: give image \(--image\), \[3, 32, 48\]; got none"):
+        model.latents(PROMPTS)
+    with pytest.raises(ValueError, match=r"got \[3, 16, 16\]"):
+        model.latents(PROMPTS, image=torch.zeros(3, 16, 16))
+    with pytest.raises(ValueError, match="makes clips of text alone"):
+        loaded(experts, "wan_experts").latents(PROMPTS, image=pixels(picture()))
+    x = Rng(0).randn((1, *model.latent_shape()), "x")
+    with pytest.raises(ValueError, match="makes a clip of an image, and the condition has no image_latents"):
+        model.denoiser(x, torch.tensor([0.5]), model.text.encode(PROMPTS[:1]))
+    (tmp_path / "prompts.txt").write_text("a red ball\n")
+    source = Diffusers(source=str(folder), **IMAGE_SIZE)
+    with pytest.raises(ValueError, match="makes clips of images, and no data give images yet"):
+        distill(
+            model=source, method=DMD2(), data=Prompts(path=str(tmp_path / "prompts.txt")), settings=Settings(steps=1),
+            output=tmp_path / "run", quiet=True,
+        )  # fmt: skip
+
+
+def test_sample_reads_a_picture(model: VideoModel, tmp_path: Path) -> None:
+    saved, file, video = model.save(tmp_path / "model"), tmp_path / "picture.png", tmp_path / "clip.gif"
+    picture().resize((60, 60)).save(file)
+    options = ["--prompt", "a red ball", "--num-inference-steps", "2", "--output", str(video)]
+    assert main(["sample", str(saved), "--image", str(file), *options]) == 0 and video.stat().st_size > 0
+    assert main(["sample", str(saved), "--image", str(file), str(file), *options]) == 2
+    assert main(["sample", str(saved), "--image", str(tmp_path / "prompts.txt"), *options]) != 0

@@ -11,10 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import (
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    PreTrainedTokenizerFast,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 from fewstep.core import Cond
 from fewstep.diffusion import CFG, Contract
@@ -89,6 +102,30 @@ def wan_experts() -> WanPipeline:
     return pipeline
 
 
+def wan_image(**more: Any) -> WanImageToVideoPipeline:
+    """Wan 2.1 image to video: 4 channels of noise, 4 of a mask and 4 of the image."""
+    eye = CLIPVisionConfig(
+        hidden_size=20, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    parts = {
+        "image_encoder": CLIPVisionModel(eye),
+        "image_processor": CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}),
+        "transformer": wan_transformer(in_channels=12, image_dim=20, added_kv_proj_dim=24),
+    }
+    return WanImageToVideoPipeline(
+        tokenizer=tokenizer(), text_encoder=umt5(), vae=wan_codec(), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        **(parts | more),
+    )  # fmt: skip
+
+
+def wan_image_experts() -> WanImageToVideoPipeline:
+    """Wan 2.2 I2V-A14B: no vision encoder."""
+    first, second = (wan_transformer(in_channels=12) for _ in range(2))
+    return wan_image(
+        image_encoder=None, image_processor=None, transformer=first, transformer_2=second, boundary_ratio=0.9
+    )
+
+
 def wan_experts_forward(pipeline: WanPipeline, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
     early, late = (
         network(x, 1000 * t, cond.text, return_dict=False)[0]
@@ -148,11 +185,16 @@ TINY = {
 }  # fmt: skip
 
 
+IMAGE = {"wan_image": wan_image, "wan_image_experts": wan_image_experts}
+"""Families that make clips of images."""
+IMAGE_SIZE = {"num_frames": 5, "height": 32, "width": 48}
+
+
 def save_tiny(name: str, folder: Path, seed: int = 0) -> Path:
     """The tiny model `name` in diffusers' layout; no weight of its denoiser is zero."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        pipeline = TINY[name].make()
+        pipeline = TINY[name].make() if name in TINY else IMAGE[name]()
         with torch.no_grad():
             for network in (pipeline.transformer, getattr(pipeline, "transformer_2", None)):
                 for parameter in network.parameters() if network else ():

@@ -133,6 +133,6 @@ def padding(s: Subject) -> Measured:
 
     The text encoder pads to the longest prompt of a batch, and the padding is read.
     """
-    alone: Cond = s.model.encode_text(s.prompts[:1])[0]
+    alone: Cond = s.conditions(s.prompts[:1])[0]
     pairs = list(zip(s.cond[:1].tensors, alone.tensors, strict=True))
     return Measured(worst([(a, b) for a, b in pairs if b.is_floating_point()]), 0.05)  # encoders may be bfloat16

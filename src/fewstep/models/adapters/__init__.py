@@ -21,12 +21,15 @@ if TYPE_CHECKING:
     from fewstep.models.stored import Stored
 
 PIPELINES = MappingProxyType(
-    {"WanPipeline": "wan", "AnimateDiffPipeline": "animatediff", "StableDiffusionPipeline": "stable_diffusion"}
-)
+    {
+        "WanPipeline": "wan", "WanImageToVideoPipeline": "wan",
+        "AnimateDiffPipeline": "animatediff", "StableDiffusionPipeline": "stable_diffusion",
+    }
+)  # fmt: skip
 """Diffusers' pipelines, as `model_index.json` names them, and the file here that makes their card."""
 PARTS = MappingProxyType(
     {
-        "Wan": "wan", "WanExperts": "wan_experts", "T5Text": "t5", "VideoCodec": "codec",
+        "Wan": "wan", "WanExperts": "wan_experts", "WanImage": "wan_image", "T5Text": "t5", "VideoCodec": "codec",
         "AnimateDiff": "animatediff", "StableDiffusion": "stable_diffusion", "ClipText": "clip", "FrameCodec": "frame_codec",
         "CogVideoX": "cogvideox",
     }

@@ -59,6 +59,8 @@ def sample(model: VideoModel, layout: Layout, noise: Tensor, cond: Cond, uncond:
     original, contract = model.denoiser.backbone.original(), model.card.contract
     if original is None:
         raise NoCounterpart("this network is no class of diffusers")
+    if "image" in model.parts:
+        raise NoCounterpart("diffusers' pipeline reads the image with an encoder of its own")
     scheduler = _scheduler(model.denoiser.path, contract, layout.scheduler(), steps)
     pipeline = _pipeline(layout, original, model, scheduler)
     card = model.card

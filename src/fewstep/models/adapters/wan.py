@@ -1,4 +1,4 @@
-"""Wan (2503.20314), text to video, over diffusers' WanTransformer3DModel.
+"""Wan (2503.20314), text or image to video, over diffusers' WanTransformer3DModel.
 
 Legend: as in `backbone.py`; p, q rows and columns of a patch, P values per patch.
 """
@@ -6,6 +6,7 @@ Legend: as in `backbone.py`; p, q rows and columns of a patch, P values per patc
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -46,17 +47,25 @@ def card(layout: Layout) -> Card:
     scheduler, transformer = layout.scheduler(), layout.config("transformer")
     text = {"config": layout.config("text_encoder"), "length": _TEXT_LENGTH, "dtype": "bfloat16"}
     codec = {"config": layout.config("vae"), "patch": transformer["patch_size"][1], "tiling": False}
-    boundary = layout.index.get("boundary_ratio")
+    boundary, of_image = layout.index.get("boundary_ratio"), transformer["in_channels"] != transformer["out_channels"]
     if boundary is not None:
-        denoiser = _experts(layout, boundary)
-        steps, guidance, size = 40, CFG(scale=4.0, low=boundary, outside=3.0), _A14B
+        denoiser, size = _experts(layout, boundary), _A14B
+        early, late = (3.5, 3.5) if of_image else (4.0, 3.0)
+        steps, guidance = 40, CFG(scale=early, low=boundary, outside=late)
     else:
         denoiser = Spec("Wan", {"config": transformer, "pattern": Dense().tree()})
-        steps, guidance, size = 50, CFG(scale=5.0), _TI2V if layout.index.get("expand_timesteps") else _SIZE
+        size = _TI2V if layout.index.get("expand_timesteps") else _SIZE
+        steps, guidance = 40 if of_image else 50, CFG(scale=5.0)
+    parts = {"denoiser": denoiser, "text": Spec("T5Text", text), "codec": Spec("VideoCodec", codec)}
+    if of_image:
+        config = layout.config("image_encoder") if transformer.get("image_dim") else None
+        parts["image"] = Spec("WanImage", {"config": config, "dtype": "float32"})
+    elif layout.index["_class_name"] != "WanPipeline":
+        raise RecipeError(f"{layout.source} takes the image as its first latent frame (TI2V), which is not read yet")
     return Card(
         name=Path(layout.source).name,
-        parts={"denoiser": denoiser, "text": Spec("T5Text", text), "codec": Spec("VideoCodec", codec)},
-        sources=dict.fromkeys(("denoiser", "text", "codec"), layout.source),
+        parts=parts,
+        sources=dict.fromkeys(parts, layout.source),
         contract=Contract(
             solver="euler",
             steps=steps,
@@ -103,14 +112,14 @@ class Wan(Backbone):
 
     def _hold(self, network: WanTransformer3DModel) -> None:
         config = network.config
-        if config.image_dim is not None or config.patch_size[0] != 1:
+        if config.pos_embed_seq_len is not None or config.patch_size[0] != 1:
             raise ValueError(
-                "Wan is read without image conditions and with patches of one frame; this network has "
-                f"image_dim={config.image_dim}, patch_size={list(config.patch_size)}"
+                "Wan is read with one image at most and with patches of one frame; this network has "
+                f"pos_embed_seq_len={config.pos_embed_seq_len}, patch_size={list(config.patch_size)}"
             )
         self.heads, self.head_width = config.num_attention_heads, config.attention_head_dim
         self.width, self.patch = self.heads * self.head_width, tuple(config.patch_size[1:])
-        self.longest = config.rope_max_seq_len
+        self.longest, self.channels = config.rope_max_seq_len, config.out_channels
         self.patch_embedding, self.condition_embedder = network.patch_embedding, network.condition_embedder
         self.blocks = nn.ModuleList(Block(block) for block in network.blocks)
         self.norm_out, self.proj_out = network.norm_out, network.proj_out
@@ -122,12 +131,14 @@ class Wan(Backbone):
             raise ValueError(f"Wan knows positions of {self.longest} latent frames, not {cached + grid.frames}")
         embedder = self.condition_embedder
         with torch.autocast(x.device.type, enabled=False):
-            x_BNE = self.patch_embedding(x).flatten(2).transpose(1, 2)
+            x_BNE = self.patch_embedding(self._beside_image(x, cond, cached)).flatten(2).transpose(1, 2)
             time_BG = time_groups(t, x)
             waves = embedder.timesteps_proj(_TIMESTEPS * time_BG.flatten()).to(x.dtype)
             time_BGE = embedder.time_embedder(waves).unflatten(0, time_BG.shape)
             modulation = embedder.time_proj(F.silu(time_BGE)).unflatten(-1, (6, self.width))
             text = embedder.text_embedder(cond.text.to(x.dtype))
+            seen = embedder.image_embedder
+            image = None if seen is None else seen(_of_image(cond, "image_states").to(x.dtype))
         mask = self.pattern.mask(grid, cached)
         context = Context(
             modulation_BG6E=modulation,
@@ -135,6 +146,7 @@ class Wan(Backbone):
             text_mask_B11L=None,  # Wan was trained to read the zeros after a prompt
             rotary_2MD=rotary_table(grid, cached, self.head_width, _ROTARY_BASE).to(x),
             mask_NM=None if mask is None else mask.to(x.device),
+            image_BKE=image,
         )
         return Tokens(x_BNE, time_BGE, grid, context)
 
@@ -147,17 +159,27 @@ class Wan(Backbone):
 
     def original(self) -> Original:
         network = rebuilt(WanTransformer3DModel, self)
-        return Original(
-            {"transformer": network},
-            lambda x, t, cond: network(x, _TIMESTEPS * t, cond.text.to(x.dtype), return_dict=False)[0],
-        )
+        return Original({"transformer": network}, partial(self.by_original, network))
+
+    def by_original(self, network: WanTransformer3DModel, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """What diffusers' own forward makes of the inputs of this one."""
+        x, states = self._beside_image(x, cond, 0), cond.extra.get("image_states")
+        made: Tensor = network(x, _TIMESTEPS * t, cond.text.to(x.dtype), states, return_dict=False)[0]
+        return made
+
+    def _beside_image(self, x: Tensor, cond: Cond, cached: int) -> Tensor:
+        """The latents, and in further channels those of the image, of the frames after `cached`."""
+        if self.patch_embedding.in_channels == self.channels:
+            return x
+        image = _of_image(cond, "image_latents")[:, :, cached : cached + x.shape[2]]
+        return torch.cat([x, image.to(x)], 1)
 
     def _grid(self, x: Tensor) -> Grid3:
         _, channels, frames, height, width = x.shape
         rows, columns = self.patch
-        if channels != self.patch_embedding.in_channels or height % rows or width % columns:
+        if channels != self.channels or height % rows or width % columns:
             raise ValueError(
-                f"latents [B, C, F, H, W] need C = {self.patch_embedding.in_channels}, H a multiple of {rows} and W of "
+                f"latents [B, C, F, H, W] need C = {self.channels}, H a multiple of {rows} and W of "
                 f"{columns}, got {tuple(x.shape)}"
             )
         return Grid3(frames, height // rows, width // columns)
@@ -186,8 +208,7 @@ class Block(nn.Module):
         rotary_q = context.rotary_2MD[:, -q.shape[2] :]
         mixed = context.attend(_rotate(q, rotary_q), _rotate(k_BHMD, context.rotary_2MD), v_BHMD)
         x = x + gate(_out(self.attn1, mixed), gate_a)
-        read = attend(*_project(self.attn2, self.norm2(x), context.text_BLE), context.text_mask_B11L)
-        x = x + _out(self.attn2, read)
+        x = x + _read(self.attn2, self.norm2(x), context)
         x = x + gate(self.ffn(modulate(self.norm3(x), shift_m, scale_m)), gate_m)
         return replace(state, x_BNE=x, new=(k, v))
 
@@ -198,6 +219,31 @@ def _project(attention: WanAttention, x_BNE: Tensor, source_BME: Tensor) -> tupl
     with torch.autocast(x_BNE.device.type, enabled=False):
         q, k = (norm(y.to(x_BNE.dtype)).to(v.dtype) for norm, y in ((attention.norm_q, q), (attention.norm_k, k)))
     return split_heads(q, attention.heads), split_heads(k, attention.heads), split_heads(v, attention.heads)
+
+
+def _read(attention: WanAttention, x_BNE: Tensor, context: Context) -> Tensor:
+    """What tokens take from the text and, where there is one, from the image."""
+    q, k, v = _project(attention, x_BNE, context.text_BLE)
+    read = attend(q, k, v, context.text_mask_B11L)
+    if context.image_BKE is not None:
+        read = read + attend(q, *_project_image(attention, context.image_BKE, x_BNE.dtype))
+    return _out(attention, read)
+
+
+def _project_image(attention: WanAttention, image_BKE: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys and values of the image, by weights of their own."""
+    k, v = attention.add_k_proj(image_BKE), attention.add_v_proj(image_BKE)
+    with torch.autocast(image_BKE.device.type, enabled=False):
+        k = attention.norm_added_k(k.to(dtype)).to(v.dtype)
+    return split_heads(k, attention.heads), split_heads(v, attention.heads)
+
+
+def _of_image(cond: Cond, name: str) -> Tensor:
+    if name not in cond.extra:
+        raise ValueError(
+            f"this Wan makes a clip of an image, and the condition has no {name}; give image=... (--image)"
+        )
+    return cond.extra[name]
 
 
 def _out(attention: WanAttention, mixed_BHND: Tensor) -> Tensor:

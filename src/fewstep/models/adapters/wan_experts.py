@@ -82,9 +82,8 @@ class WanExperts(Backbone):
 
     def _hold(self, experts: list[Wan]) -> None:
         self.width = experts[0].width
-        self.blocks = nn.ModuleList(
-            Block(row) for row in zip(*(list(expert.blocks) for expert in experts), strict=True)
-        )
+        columns = [list(expert.blocks) for expert in experts]
+        self.blocks = nn.ModuleList(Block(row) for row in zip(*columns, strict=True))
         for expert in experts:
             expert.blocks = nn.ModuleList()
         self.experts = nn.ModuleList(experts)
@@ -92,7 +91,7 @@ class WanExperts(Backbone):
     def expert(self, index: int) -> Wan:
         """One expert as a network of its own, around the same tensors."""
         alone: Wan = copy.copy(self.experts[index])  # type: ignore[assignment]
-        blocks = nn.ModuleList(block.experts[index] for block in self.blocks)  # type: ignore[union-attr, index]
+        blocks = nn.ModuleList(block.experts[index] for block in self.blocks)  # type: ignore[union-attr, index, misc]
         alone._modules = {**alone._modules, "blocks": blocks}
         return alone
 
@@ -120,7 +119,7 @@ class WanExperts(Backbone):
             made = []
             for row, index in enumerate(self._chosen(t)):
                 one, network = slice(row, row + 1), networks[self.folders[index]]
-                made.append(network(x[one], 1000 * t[one], cond.text[one].to(x.dtype), return_dict=False)[0])
+                made.append(self.expert(index).by_original(network, x[one], t[one], cond[one]))
             return torch.cat(made)
 
         return Original(networks, forward)
