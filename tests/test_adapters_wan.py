@@ -15,6 +15,7 @@ pytest.importorskip("diffusers", reason="needs the extra diffusers")
 
 from diffusers import WanImageToVideoPipeline
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from fewstep import distill
 from fewstep.attention import KVCache
@@ -166,6 +167,18 @@ def test_models_of_images_pass_the_checks(model: VideoModel) -> None:
     passed = {finding.name for finding in found.findings if finding.outcome == "pass"}
     assert passed >= {"forward", "weights", "saved", "batch", "checkpointing", "jvp"}
     assert ("cache" in passed) == hasattr(model.denoiser.backbone, "pattern")
+
+
+def test_weights_that_diffusers_leaves_unread_may_be_in_the_files(tmp_path: Path) -> None:
+    """Those of the published Wan 2.1 I2V have a `norm_added_q`."""
+    file = save_tiny("wan_image", tmp_path) / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    save_file(weights | {"blocks.0.attn2.norm_added_q.weight": torch.ones(24)}, file)
+    model = Diffusers(source=str(tmp_path), **IMAGE_SIZE).load(leave=("denoiser",))
+    assert not next(model.denoiser.parameters()).is_meta
+    assert [finding.outcome for finding in check_model(model, only=("weights",)).findings] == ["pass"]
+    save_file(weights | {"blocks.0.attn2.norm_added_x.weight": torch.ones(24)}, file)
+    assert [finding.outcome for finding in check_model(model, only=("weights",)).findings] == ["fail"]
 
 
 def test_a_model_of_images_comes_back_from_its_folder(model: VideoModel, tmp_path: Path) -> None:

@@ -90,7 +90,8 @@ def _experts(layout: Layout, boundary: float) -> Spec:
 class Wan(Backbone):
     """The modules and weight names are diffusers' own; `config` is its constructor's arguments.
 
-    Every frame may have its own time, and with `pattern` and a cache view it is a causal model.
+    Every frame may have its own time, and with `pattern` and a cache view it is a causal model. A network with more input
+    than output channels makes clips of an image: it reads `image_latents` and, if it can, `image_states` of `Cond.extra`.
     """
 
     shares = True
