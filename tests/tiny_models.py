@@ -98,7 +98,7 @@ def wan_experts() -> WanPipeline:
     """The A14B model of Wan 2.2."""
     pipeline = wan()
     pipeline.register_modules(transformer_2=wan_transformer())
-    pipeline.register_to_config(boundary_ratio=0.875)
+    pipeline.register_to_config(boundary_ratio=0.6)
     return pipeline
 
 
@@ -131,7 +131,7 @@ def wan_experts_forward(pipeline: WanPipeline, x: Tensor, t: Tensor, cond: Cond)
         network(x, 1000 * t, cond.text, return_dict=False)[0]
         for network in (pipeline.transformer, pipeline.transformer_2)
     )
-    return torch.where((t >= 0.875)[:, None, None, None, None], early, late)
+    return torch.where((t >= 0.6)[:, None, None, None, None], early, late)
 
 
 def wan_transformer(**changes: Any) -> WanTransformer3DModel:
@@ -178,7 +178,7 @@ TINY = {
         make=wan_experts, size={"num_frames": 5, "height": 32, "width": 48}, forward=wan_experts_forward, encode=wan_encode,
         card={
             "num_frames": 81, "height": 720, "width": 1280, "fps": 16,
-            "contract": Contract(steps=40, shift=3.0, guidance=CFG(scale=4.0, low=0.875, outside=3.0)),
+            "contract": Contract(steps=40, shift=3.0, guidance=CFG(scale=4.0, low=0.6, outside=3.0)),
         },
         text_arguments={"max_sequence_length": 512},
     ),
