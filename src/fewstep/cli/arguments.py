@@ -170,6 +170,8 @@ class Sample(Command):
     """One or several prompts; a clip each, side by side."""
     prompt_file: Path | None = None
     """A text file with one prompt per line."""
+    image: tuple[Path, ...] = ()
+    """Of a model that makes clips of images: the picture that all begin with, or one for each prompt."""
     num_inference_steps: int | None = None
     """Default: as the card says. A student refuses step counts it was not trained for."""
     guidance_scale: float | None = None

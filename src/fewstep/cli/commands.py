@@ -133,16 +133,21 @@ def _own_device(name: str) -> str:
 
 
 def sample(options: arguments.Sample) -> int:
-    from fewstep.data.video import write_video
+    import torch
+
+    from fewstep.data.video import read_image, write_video
     from fewstep.models.bundle import VideoModel
 
     prompts = _prompts(options.prompt, options.prompt_file)
+    if len(options.image) not in (0, 1, len(prompts)):
+        raise UsageError(f"--image: give one picture, or one for each of the {len(prompts)} prompts")
     if options.output.suffix.lower() not in (".mp4", ".gif"):
         raise UsageError(f"--output {options.output}: choose a name that ends in .mp4 or .gif")
     model = VideoModel.from_pretrained(options.student)
+    images = [read_image(path, (model.card.height, model.card.width)) for path in options.image]
     clips = model(
-        prompts, num_inference_steps=options.num_inference_steps, guidance_scale=options.guidance_scale,
-        num_frames=options.num_frames, seed=options.seed, force=options.force,
+        prompts, image=torch.stack(images) if images else None, num_inference_steps=options.num_inference_steps,
+        guidance_scale=options.guidance_scale, num_frames=options.num_frames, seed=options.seed, force=options.force,
     )  # fmt: skip
     write_video(options.output, clips, fps=model.card.fps, scale=options.scale)
     return _made(options.output)

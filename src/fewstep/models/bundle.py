@@ -34,7 +34,7 @@ from fewstep.models.text import TextEncoder
 BUILT_IN = Path(__file__).parent.parent / "world" / "weights"
 """Where the built-in world's networks are shipped: one folder each, `teacher` and `features`."""
 
-PARTS = ("denoiser", "text", "codec", "features")
+PARTS = ("denoiser", "text", "image", "codec", "features")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,8 @@ class Card:
 class VideoModel:
     """Networks by part, and their card. `model(prompts)` makes clips.
 
-    Parts: `denoiser`, `text`, `codec`, `features`; a folder may hold only some (an autoencoder on its way to a teacher).
+    Parts: `denoiser`, `text`, `codec`, `features`, and `image` where clips are made of images; a folder may hold only some
+    (an autoencoder on its way to a teacher).
     """
 
     def __init__(self, card: Card, parts: Mapping[str, nn.Module]) -> None:
@@ -135,6 +136,7 @@ class VideoModel:
         self,
         prompts: Sequence[str],
         *,
+        image: Tensor | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         num_frames: int | None = None,
@@ -144,6 +146,7 @@ class VideoModel:
     ) -> Tensor:
         """Sample latents `[B, C, F, h, w]` by the card's contract.
 
+        A model with a part `image` makes clips of images: `image` is one, or one per prompt, as in `conditions`.
         `seed` is one per prompt, or the first of consecutive ones; a clip depends on its own seed and prompt only.
         Refused unless `force`: a step count the model was not trained for (StepCountError), another number of frames than
         its card's, and a guidance scale on a student that has its guidance distilled in (ValueError).
@@ -161,7 +164,7 @@ class VideoModel:
         guidance = self._guidance(guidance_scale, force)
         seeds = tuple(range(seed, seed + len(prompts))) if isinstance(seed, int) else tuple(seed)
         noise = Seeds(seeds, device=str(self.device))
-        cond, uncond = self.encode_text(prompts)
+        cond, uncond = self.conditions(prompts, image, num_frames)
         shape = self.latent_shape(num_frames)
         self.denoiser.eval()
 
@@ -182,6 +185,28 @@ class VideoModel:
             given, negative = self.text.encode(prompts), self.text.encode([self.card.negative_prompt])
             return given.to(self.device), negative.to(self.device).expand(len(prompts))
 
+    def conditions(
+        self, prompts: Sequence[str], image: Tensor | None = None, num_frames: int | None = None
+    ) -> tuple[Cond, Cond]:
+        """Conditions of `prompts` and of the negative prompt, both with the image where this model makes clips of images.
+
+        `image` is `[3, H, W]` or `[B, 3, H, W]` in [-1, 1], as large as the clips. ValueError where it is missing or of no use.
+        """
+        cond, uncond = self.encode_text(prompts)
+        if "image" not in self.parts:
+            if image is not None:
+                raise ValueError(f"{self.card.name!r} makes clips of text alone; leave out image (--image)")
+            return cond, uncond
+        size = (3, self.card.height, self.card.width)
+        if image is None or image.shape[-3:] != size or image.ndim not in (3, 4):
+            got = "none" if image is None else str(list(image.shape))
+            raise ValueError(f"{self.card.name!r} makes clips of images: give image (--image), {list(size)}; got {got}")
+        images = (image if image.ndim == 4 else image[None]).to(self.device)
+        frames = self.card.num_frames if num_frames is None else num_frames
+        extra = self.part("image").encode(images, self.codec, frames)  # type: ignore[operator]
+        extra = {name: x.to(self.device).expand(len(prompts), *x.shape[1:]) for name, x in extra.items()}
+        return replace(cond, extra={**cond.extra, **extra}), replace(uncond, extra={**uncond.extra, **extra})
+
     def blank_cond(self, batch: int) -> Cond:
         """Conditions that say nothing, as long and wide as this model's longest; of width 1 without a text encoder."""
         if "text" in self.parts:
@@ -190,14 +215,14 @@ class VideoModel:
 
     def _guidance(self, scale: float | None, force: bool) -> CFG:
         own = self.card.contract.guidance
-        if scale is None or scale == own.scale:
+        if scale is None or own.rescaled(scale) == own:
             return own
         if self.card.role == "student" and not force:
             raise ValueError(
                 f"guidance was distilled into this student; guidance_scale={scale} would apply it twice. "
                 "Leave it out, or pass force (--force)."
             )
-        return replace(own, scale=scale)
+        return own.rescaled(scale)
 
     # --- folders ------------------------------------------------------------------------------------------------------
 

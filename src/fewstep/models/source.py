@@ -14,7 +14,7 @@ from fewstep.attention import Pattern
 from fewstep.core import RecipeError
 from fewstep.diffusion import Contract, Kind, NoisePath, RectifiedFlow
 from fewstep.models import adapters
-from fewstep.models.bundle import PARTS, Card, VideoModel, allocate, latent_shape_of, read_card
+from fewstep.models.bundle import Card, VideoModel, allocate, latent_shape_of, read_card
 from fewstep.models.spec import Spec
 
 MADE_NEW = "made new"
@@ -118,7 +118,7 @@ class Scratch(ModelSource):
     seed: int = 0
     """Of the first weights."""
 
-    made: ClassVar[tuple[str, ...]] = PARTS
+    made: ClassVar[tuple[str, ...]] = ("denoiser", "text", "codec", "features")
 
     def __post_init__(self) -> None:
         if not self.parts:

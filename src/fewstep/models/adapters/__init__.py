@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 PIPELINES = MappingProxyType(
     {
-        "WanPipeline": "wan", "AnimateDiffPipeline": "animatediff", "StableDiffusionPipeline": "stable_diffusion",
+        "WanPipeline": "wan", "WanImageToVideoPipeline": "wan",
+        "AnimateDiffPipeline": "animatediff", "StableDiffusionPipeline": "stable_diffusion",
         "LTXPipeline": "ltx", "CogVideoXPipeline": "cogvideox", "HunyuanVideoPipeline": "hunyuan",
         "HunyuanVideo15Pipeline": "hunyuan15",
     }
@@ -30,7 +31,7 @@ PIPELINES = MappingProxyType(
 """Diffusers' pipelines, as `model_index.json` names them, and the file here that makes their card."""
 PARTS = MappingProxyType(
     {
-        "Wan": "wan", "T5Text": "t5", "VideoCodec": "codec",
+        "Wan": "wan", "WanExperts": "wan_experts", "WanImage": "wan_image", "T5Text": "t5", "VideoCodec": "codec",
         "AnimateDiff": "animatediff", "StableDiffusion": "stable_diffusion", "ClipText": "clip", "FrameCodec": "frame_codec",
         "LTX": "ltx", "CogVideoX": "cogvideox", "HunyuanVideo": "hunyuan", "HunyuanText": "hunyuan_text",
         "HunyuanVideo15": "hunyuan15", "QwenByT5Text": "qwen_byt5",
