@@ -201,6 +201,18 @@ def check_model(options: arguments.CheckModel) -> int:
     return 1 if found.failed else 0
 
 
+def export(options: arguments.Export) -> int:
+    from fewstep.models import adapters
+    from fewstep.models.bundle import VideoModel
+
+    model = VideoModel.from_pretrained(options.student)
+    if options.lora:
+        return _made(
+            adapters.export_lora(model, Path(options.student) / "adapter", options.folder, names=options.names)
+        )
+    return _made(model.export(options.folder, names=options.names, link=options.link))
+
+
 def _prompts(given: tuple[str, ...], file: Path | None) -> tuple[str, ...]:
     """Prompts of the command line and of a file with one per line."""
     from fewstep.data.prompts import read_prompts

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -222,6 +222,16 @@ class VideoModel:
         (folder / "card.json").write_text(json.dumps(dump(card), indent=2) + "\n")
         return folder
 
+    def export(
+        self, folder: Path | str, *, names: Literal["diffusers", "comfyui"] = "diffusers", link: bool = False
+    ) -> Path:
+        """Write a folder in diffusers' layout that makes the same clips without this package; `from_pretrained` reads it.
+
+        What was not trained is copied from its source (`link`: linked). ValueError where diffusers could not do the same.
+        With `comfyui` the denoiser alone, in one file, by the names that its authors gave the weights.
+        """
+        return adapters.export(self, Path(folder), names=names, link=link)
+
     @classmethod
     def from_pretrained(cls, source: Path | str, *, leave: Collection[str] = ()) -> VideoModel:
         """Load a folder, a model in diffusers' layout (a folder or its hub name), or a built-in: `world`, `world/features`.
@@ -261,13 +271,18 @@ def read_card(source: Path | str) -> Card:
     if adapters.is_layout(source):
         return adapters.card(source)
     path = _folder_of(source) / "card.json"
-    names = {path_type.__name__: path_type for path_type in PATHS}
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise RecipeError(f"{path} is not a card: {error}; copy the folder again") from None
-    _refuse_imports(tree, At("card.json"))
-    return build(Card, tree, names, "card.json")
+    return parse_card(tree, "card.json")
+
+
+def parse_card(tree: Any, where: str) -> Card:
+    """The card of its plain values. RecipeError says what is wrong with them, or that they would import code."""
+    _refuse_imports(tree, At(where))
+    card: Card = build(Card, tree, {path.__name__: path for path in PATHS}, where)
+    return card
 
 
 def allocate(part: str, card: Card) -> nn.Module:

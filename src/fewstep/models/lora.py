@@ -27,7 +27,7 @@ from fewstep.models.denoiser import Denoiser
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """The files of an adapter folder, as peft names them."""
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 """What peft writes before the name of every adapted module."""
 _Network = TypeVar("_Network", bound=nn.Module)
 
@@ -61,8 +61,9 @@ class LoraLinear(nn.Module):
         self.lora_A = nn.utils.skip_init(nn.Linear, base.in_features, rank, bias=False, **place)
         self.lora_B = nn.utils.skip_init(nn.Linear, rank, base.out_features, bias=False, **place)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias) + self.scale * self.lora_B(self.lora_A(x))
+    def forward(self, input: Tensor) -> Tensor:
+        """The argument has `nn.Linear`'s name, by which some networks give it."""
+        return F.linear(input, self.weight, self.bias) + self.scale * self.lora_B(self.lora_A(input))
 
     @property
     def update(self) -> Tensor:
@@ -140,7 +141,7 @@ def save_adapter(network: nn.Module, folder: Path, base: str) -> Path:
         raise ValueError("this network has no adapters to save")
     rank = next(iter(layers.values())).lora_A.out_features
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"{_PREFIX}{name}.{end}": value for name, end, value in _matrices(layers)}
+    tensors = {f"{PREFIX}{name}.{end}": value for name, end, value in _matrices(layers)}
     save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, folder / WEIGHTS)
     config = {
         "peft_type": "LORA", "task_type": None, "base_model_name_or_path": base, "inference_mode": True, "r": rank,
@@ -165,7 +166,7 @@ def load_adapter(base: Denoiser, folder: Path | str) -> Denoiser:
         )
     lora = Lora(rank=config["r"], alpha=config["lora_alpha"], targets=tuple(config["target_modules"]))
     network = adapt(base, lora, Rng(0))
-    mine = {f"{_PREFIX}{name}.{end}": value for name, end, value in _matrices(adapters(network))}
+    mine = {f"{PREFIX}{name}.{end}": value for name, end, value in _matrices(adapters(network))}
     odd = sorted(mine.keys() ^ stored.keys()) + [k for k in mine if k in stored and mine[k].shape != stored[k].shape]
     if odd:
         raise ValueError(f"{folder / WEIGHTS} does not fit this network: {', '.join(odd[:3])}")
