@@ -128,4 +128,4 @@ def _lcm(path: Betas, table: dict[str, Any], levels: list[int]) -> Exact | None:
     scheduler = LCMScheduler(**settings)
     scheduler.set_timesteps(len(levels) - 1)
     own = scheduler.timesteps.tolist() == levels[:-1]
-    return Exact(LCMScheduler(**settings), {} if own else {"timesteps": levels[:-1]})
+    return Exact(LCMScheduler(**settings), {} if own else {"timesteps": [float(k) for k in levels[:-1]]})
