@@ -255,6 +255,32 @@ class Export(Command):
 
 
 @dataclass(frozen=True)
+class CheckLora(Command):
+    """Try a style LoRA of the teacher on teacher and student, and say how much of it survives."""
+
+    lora: Positional[str]
+    """A LoRA file, or a folder with one."""
+    student: str
+    output: Path
+    """Folder for the figures and the picture."""
+    teacher: str = "world"
+    prompt: tuple[str, ...] = ()
+    """Default: 16 prompts of the built-in world."""
+    prompt_file: Path | None = None
+    """A text file with one prompt per line."""
+    seeds: int = 2
+    """Clips per prompt."""
+    device: str = "cpu"
+    quiet: bool = False
+    """No progress bar."""
+
+    def run(self, overrides: Overrides) -> int:
+        from fewstep.cli import commands
+
+        return commands.check_lora(self)
+
+
+@dataclass(frozen=True)
 class Watch(Command):
     """Show how a run is doing: its verdict and figures beside the teacher's, its losses. Live on a terminal."""
 
@@ -323,7 +349,7 @@ class Doctor(Command):
 
 COMMANDS: dict[str, type[Command]] = {
     "demo": Demo, "prepare": Prepare, "train": Train, "pairs": Pairs, "distill": Distill, "sample": Sample,
-    "evaluate": Evaluate, "check-model": CheckModel, "export": Export,
+    "evaluate": Evaluate, "check-model": CheckModel, "export": Export, "check-lora": CheckLora,
     "watch": Watch, "list": List, "explain": Explain, "doctor": Doctor,
 }  # fmt: skip
 

@@ -27,6 +27,7 @@ from fewstep.diffusion.samplers import Watch
 from fewstep.models import adapters
 from fewstep.models.autoencoder import FrameAutoencoder
 from fewstep.models.denoiser import Denoiser
+from fewstep.models.lora import updated
 from fewstep.models.spec import Spec
 from fewstep.models.stored import Stored
 from fewstep.models.text import TextEncoder
@@ -121,6 +122,14 @@ class VideoModel:
         elsewhere = {part: source for part, source in self.card.sources.items() if part != name}
         changes = {"fingerprints": known, "sources": elsewhere, **card}
         return VideoModel(replace(self.card, **changes), {**self.parts, name: network})
+
+    def with_lora(self, source: Path | str) -> VideoModel:
+        """The same model with a LoRA merged into its denoiser: a file or folder that diffusers, ComfyUI or peft reads.
+
+        FileNotFoundError or ValueError say why it does not fit.
+        """
+        network = updated(self.denoiser, adapters.read_lora(self.denoiser, Path(source)))
+        return self.with_part("denoiser", network, provenance={**self.card.provenance, "lora": str(source)})
 
     # --- sampling -----------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -119,15 +119,19 @@ def adapters(network: nn.Module) -> dict[str, LoraLinear]:
     return {name: module for name, module in network.named_modules() if isinstance(module, LoraLinear)}
 
 
-@torch.no_grad()
 def merge(base: nn.Module, network: nn.Module) -> nn.Module:
     """A plain network with the weights of `base` plus the adapters of `network`; `network` itself if it has none."""
     layers = adapters(network)
-    if not layers:
-        return network
+    return updated(base, {name: layer.update for name, layer in layers.items()}) if layers else network
+
+
+@torch.no_grad()
+def updated(base: _Network, updates: Mapping[str, Tensor]) -> _Network:
+    """A copy of `base` with `updates` added to the weights of the layers they are named after."""
     whole = copy.deepcopy(base)
-    for name, layer in layers.items():
-        whole.get_submodule(name).weight += layer.update
+    for name, update in updates.items():
+        weight: Tensor = whole.get_submodule(name).weight  # type: ignore[assignment]
+        weight += update.to(weight)
     return whole
 
 

@@ -12,12 +12,13 @@ from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 
 from fewstep.core import RecipeError
 
 if TYPE_CHECKING:
     from fewstep.models.bundle import Card, VideoModel
+    from fewstep.models.denoiser import Denoiser
     from fewstep.models.stored import Stored
 
 PIPELINES = MappingProxyType(
@@ -83,6 +84,12 @@ def export_lora(model: VideoModel, adapter: Path, folder: Path, *, names: str) -
     """Write a student's adapters, which lie in the folder `adapter`, as a LoRA file that diffusers or ComfyUI reads."""
     made: Path = _module("exporting").export_lora(model, adapter, folder, names=names)
     return made
+
+
+def read_lora(denoiser: Denoiser, source: Path) -> dict[str, Tensor]:
+    """What a LoRA file or folder adds to the weights of a denoiser, by layer."""
+    updates: dict[str, Tensor] = _module("lora_file").read_lora(denoiser, source)
+    return updates
 
 
 def _module(name: str) -> ModuleType:

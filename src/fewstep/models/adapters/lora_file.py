@@ -11,9 +11,10 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -25,6 +26,7 @@ NAMES: Mapping[Names, str] = MappingProxyType(
     {"diffusers": "pytorch_lora_weights.safetensors", "comfyui": "{}.safetensors"}
 )
 """What a LoRA file is called, by who shall read it; diffusers looks for this name in a folder."""
+_ENDS = ("lora_A.weight", "lora_B.weight", "lora_down.weight", "lora_up.weight", "alpha")
 _UNCALLABLE = re.compile(r"motion_modules\.\d+\.proj_(in|out)$")
 """Layers that diffusers calls with a keyword which peft's layers do not know: its pipelines fail with adapters there."""
 
@@ -63,11 +65,88 @@ def write_lora(denoiser: Denoiser, adapter: Path, file: Path, names: Names) -> N
     save_file(tensors, file, {"format": "pt"})
 
 
+@torch.no_grad()
+def read_lora(denoiser: Denoiser, source: Path) -> dict[str, Tensor]:
+    """What a LoRA adds to the weights of the denoiser's layers, by their names here; every tensor of it must find its layer.
+
+    `source` is a file with names as in diffusers, in ComfyUI or here, or a folder with one (also as peft writes it).
+    FileNotFoundError or ValueError say what is wrong.
+    """
+    file, config = _find(source)
+    tensors, strength = load_file(file), _strength(file, config)
+    layers, updates = _layers(denoiser), {}
+    odd = sorted(name for name in tensors if _split(name)[0] not in layers or _split(name)[1] not in _ENDS)
+    if odd:
+        raise ValueError(
+            f"{file}: {len(odd)} of {len(tensors)} tensors belong to no linear layer of this {type(denoiser.backbone).__name__}: "
+            f"{', '.join(odd[:3])}"
+        )
+    for name in dict.fromkeys(_split(name)[0] for name in tensors):
+        down, up = (_either(tensors, name, *ends) for ends in (("lora_A", "lora_down"), ("lora_B", "lora_up")))
+        weight = denoiser.get_submodule(layers[name]).weight
+        if (up.shape[0], down.shape[1]) != tuple(weight.shape) or up.shape[1] != down.shape[0]:
+            raise ValueError(
+                f"{file}: {name} is {tuple(up.shape)} times {tuple(down.shape)}, and the layer {tuple(weight.shape)}"
+            )
+        alpha = tensors.get(f"{name}.alpha")
+        scale = strength if alpha is None else float(alpha) / down.shape[0]
+        updates[layers[name]] = scale * (up.float() @ down.float())
+    return updates
+
+
+def _find(source: Path) -> tuple[Path, dict[str, Any]]:
+    """The safetensors file, and peft's settings where they lie beside it."""
+    if source.is_file():
+        return source, {}
+    if (source / CONFIG).is_file():
+        return source / WEIGHTS, json.loads((source / CONFIG).read_text(encoding="utf-8"))
+    files = sorted(source.glob("*.safetensors"))
+    if len(files) != 1:
+        raise FileNotFoundError(
+            f"{source}: give a LoRA as a .safetensors file, or a folder with one ({len(files)} there)"
+        )
+    return files[0], {}
+
+
+def _strength(file: Path, config: dict[str, Any]) -> float:
+    """`alpha / rank` of tensors that have no alpha of their own."""
+    if not config:
+        with safe_open(file, framework="pt") as opened:
+            written = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+        config = {key.rpartition(".")[2]: value for key, value in written.items()}
+    special = [key for key in ("rank_pattern", "alpha_pattern", "use_dora", "use_rslora") if config.get(key)]
+    if special:
+        raise ValueError(f"{file}: LoRAs with {', '.join(special)} are not read; merge it with the tool that made it")
+    return float(config["lora_alpha"] / config["r"]) if config else 1.0
+
+
+def _layers(denoiser: Denoiser) -> dict[str, str]:
+    """Linear layers by every name that a file may call them."""
+    found = {}
+    for name, module in denoiser.backbone.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            known = [f"{PREFIX}backbone.{name}"]
+            for names in NAMES:
+                if names == "diffusers" and hasattr(denoiser.backbone, "folders"):
+                    known.append(_prefix(denoiser, names) + denoiser.backbone.foreign(name))
+                elif names == "comfyui" and hasattr(denoiser.backbone, "authors"):
+                    known.append(_prefix(denoiser, names) + denoiser.backbone.authors(name))
+            found |= dict.fromkeys(known, f"backbone.{name}")
+    return found
+
+
+def _either(tensors: Mapping[str, Tensor], layer: str, *matrices: str) -> Tensor:
+    for matrix in matrices:
+        if f"{layer}.{matrix}.weight" in tensors:
+            return tensors[f"{layer}.{matrix}.weight"]
+    raise ValueError(f"{layer} has no {' or '.join(matrices)}; the file is incomplete")
+
+
 def _prefix(denoiser: Denoiser, names: Names) -> str:
     return "diffusion_model." if names == "comfyui" else f"{denoiser.backbone.folders[0]}."  # type: ignore[index]
 
 
 def _split(name: str) -> tuple[str, str]:
     """Layer, and which matrix of it."""
-    layer, matrix, end = name.rsplit(".", 2)
-    return layer, f"{matrix}.{end}"
+    end = next((end for end in _ENDS if name.endswith(f".{end}")), "")
+    return name.removesuffix(f".{end}"), end
