@@ -201,6 +201,10 @@ def test_what_diffusers_cannot_do_is_refused(layouts: dict[str, Path], tmp_path:
     causal = Diffusers(source=str(layouts["wan"]), pattern=BlockCausal(chunk=1), **SIZES["wan"]).load()
     with pytest.raises(ValueError, match="this one is causal"):
         causal.export(tmp_path / "causal")
+    with pytest.raises(ValueError, match="this one is causal"):
+        causal.export(tmp_path / "causal", names="comfyui")
+    with pytest.raises(ValueError, match="nothing to link"):
+        student.export(tmp_path / "linked", names="comfyui", link=True)
     part_time = replace(student.card.contract, guidance=CFG(scale=3.0, high=0.9))
     with pytest.raises(ValueError, match="guides at all times"):
         student.with_part("denoiser", student.denoiser, contract=part_time).export(tmp_path / "guided")
@@ -306,6 +310,7 @@ def test_the_names_of_wans_authors_are_a_bijection(layouts: dict[str, Path], tmp
     """Diffusers' own converter turns every name back, and no tensor changes."""
     student = student_of(layouts, CASES["wan-one"])
     written = load_file(student.export(tmp_path / "wan", names="comfyui") / "wan.safetensors")
+    assert "In 1 steps the noise levels are 1, 0." in (tmp_path / "wan" / "README.md").read_text()
     own = student.denoiser.backbone.state_dict()
     assert len(written) == len(own)
     assert {

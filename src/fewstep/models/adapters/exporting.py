@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save_file
 
+from fewstep.attention import Dense
 from fewstep.core import dump
 from fewstep.core.atomic import replacing_folder, write_text
 from fewstep.models.adapters.layout import Layout
@@ -39,11 +40,10 @@ def export(model: VideoModel, folder: Path, *, names: Names, link: bool) -> Path
     same clips; FileExistsError for a folder that is not empty.
     """
     if names == "comfyui":
-        theirs = {name: names_of(model.denoiser, names)(name) for name in model.denoiser.backbone.state_dict()}
-        tensors = {theirs[name]: value.contiguous() for name, value in model.denoiser.backbone.state_dict().items()}
-        with _new(folder) as draft:
-            save_file(tensors, draft / f"{folder.name}.safetensors", {"fewstep": json.dumps(dump(_sealed(model)))})
-        return folder
+        if link:
+            raise ValueError("one file of weights has nothing to link; leave link out, or write diffusers' layout")
+        return _export_weights(model, folder, names)
+    _require_dense(model)
     original = model.denoiser.backbone.original()
     if original is None:
         raise ValueError(f"{type(model.denoiser.backbone).__name__} is fewstep's own: diffusers has no class for it")
@@ -70,10 +70,22 @@ def export_lora(model: VideoModel, adapter: Path, folder: Path, *, names: Names)
 
     Errors as in `export`; FileNotFoundError where there are no adapters.
     """
+    _require_dense(model)
     usage = Usage(model, _layout(model.card))
     with _new(folder) as draft:
         write_lora(model.denoiser, adapter, draft / NAMES[names].format(folder.name), names)
         write_text(draft / "README.md", readme(model.card, usage.pages(usage.layout.source, folder.name)))
+    return folder
+
+
+def _export_weights(model: VideoModel, folder: Path, names: Names) -> Path:
+    """The denoiser alone; the card is in the file's metadata, and on the page."""
+    _require_dense(model)
+    rename, card = names_of(model.denoiser, names), _sealed(model)
+    tensors = {rename(name): value.contiguous() for name, value in model.denoiser.backbone.state_dict().items()}
+    with _new(folder) as draft:
+        save_file(tensors, draft / f"{folder.name}.safetensors", {"fewstep": json.dumps(dump(card))})
+        write_text(draft / "README.md", readme(card, {}))
     return folder
 
 
@@ -83,6 +95,15 @@ def stamped(layout: Layout) -> Card | None:
         return None
     card = parse_card(layout.index[STAMP], f"{layout.source}: model_index.json")
     return replace(card, sources=dict.fromkeys(card.parts, layout.source))
+
+
+def _require_dense(model: VideoModel) -> None:
+    """ValueError for a causal student."""
+    if not isinstance(getattr(model.denoiser.backbone, "pattern", Dense()), Dense):
+        name = type(model.denoiser.backbone).__name__
+        raise ValueError(
+            f"elsewhere every frame of {name} reads every other, and this one is causal; keep it in fewstep's folder"
+        )
 
 
 def _new(folder: Path) -> Any:

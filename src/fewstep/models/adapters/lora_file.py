@@ -122,17 +122,19 @@ def _strength(file: Path, config: dict[str, Any]) -> float:
 
 def _layers(denoiser: Denoiser) -> dict[str, str]:
     """Linear layers by every name that a file may call them."""
-    found = {}
-    for name, module in denoiser.backbone.named_modules():
+    backbone, found = denoiser.backbone, dict[str, str]()
+    outside = [(names_of(denoiser, names), _prefix(denoiser, names)) for names in _known(denoiser)]
+    for name, module in backbone.named_modules():
         if isinstance(module, torch.nn.Linear):
-            known = [f"{PREFIX}backbone.{name}"]
-            for names in NAMES:
-                if names == "diffusers" and hasattr(denoiser.backbone, "folders"):
-                    known.append(_prefix(denoiser, names) + denoiser.backbone.foreign(name))
-                elif names == "comfyui" and hasattr(denoiser.backbone, "authors"):
-                    known.append(_prefix(denoiser, names) + denoiser.backbone.authors(name))
-            found |= dict.fromkeys(known, f"backbone.{name}")
+            found |= {prefix + rename(name): f"backbone.{name}" for rename, prefix in outside}
+            found[f"{PREFIX}backbone.{name}"] = f"backbone.{name}"
     return found
+
+
+def _known(denoiser: Denoiser) -> list[Names]:
+    """Whose names there are for this network."""
+    names: list[Names] = ["diffusers"] if hasattr(denoiser.backbone, "folders") else []
+    return [*names, "comfyui"] if hasattr(denoiser.backbone, "authors") else names
 
 
 def _either(tensors: Mapping[str, Tensor], layer: str, *matrices: str) -> Tensor:

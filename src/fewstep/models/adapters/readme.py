@@ -18,7 +18,7 @@ def restrictions(provenance: Mapping[str, str]) -> dict[str, str]:
 
 
 def readme(card: Card, usage: Mapping[int, str]) -> str:
-    """Markdown; `usage` is Python by step count, the contract's own among them."""
+    """Markdown; `usage` is Python by step count, or nothing where it is used with other tools."""
     return "\n\n".join([_head(card), _warning(card), *_sampling(card, usage), *_origin(card), *_scores(card)]) + "\n"
 
 
@@ -56,18 +56,18 @@ def _warning(card: Card) -> str:
 
 def _sampling(card: Card, usage: Mapping[int, str]) -> list[str]:
     contract, steps = card.contract, card.contract.steps
-    sections = ["## Sampling", _block(usage[steps])]
-    made = "`pipe(prompt, **sampling)` makes the clip"
+    sections = ["## Sampling"]
+    if steps in usage:
+        made = "`pipe(prompt, **sampling)` makes the clip that was trained for, with plain diffusers."
+        sections += [_block(usage[steps]), made]
     random = " Between steps it draws fresh noise." if contract.solver == "renoise" else ""
-    times = ", ".join(f"{t:.6g}" for t in contract.times(steps))
-    guidance = (
-        f"guidance {contract.guidance.scale:g}" if contract.guidance.active else "no guidance (it is distilled in)"
-    )
-    sections.append(f"{made} that was trained for, with plain diffusers: solver {contract.solver}, {guidance}.{random}")
-    sections.append(f"Noise levels, 1 to 0: {times}.")
-    for count, code in usage.items():
-        if count != steps:
-            sections += [f"In {count} steps:", _block(code)]
+    scale = f"{contract.guidance.scale:g}" if contract.guidance.active else "none (1)"
+    sections.append(f"Solver {contract.solver}, guidance {scale}.{random}")
+    for count in (steps, *(n for n in contract.counts if n != steps)):
+        times = ", ".join(f"{t:.6g}" for t in contract.times(count))
+        sections.append(f"In {count} steps the noise levels are {times}.")
+        if count != steps and count in usage:
+            sections.append(_block(usage[count]))
     return sections
 
 
