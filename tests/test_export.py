@@ -310,7 +310,7 @@ def test_the_names_of_wans_authors_are_a_bijection(layouts: dict[str, Path], tmp
     """Diffusers' own converter turns every name back, and no tensor changes."""
     student = student_of(layouts, CASES["wan-one"])
     written = load_file(student.export(tmp_path / "wan", names="comfyui") / "wan.safetensors")
-    assert "In 1 steps the noise levels are 1, 0." in (tmp_path / "wan" / "README.md").read_text()
+    assert "In 1 step the noise levels are 1, 0." in (tmp_path / "wan" / "README.md").read_text()
     own = student.denoiser.backbone.state_dict()
     assert len(written) == len(own)
     assert {

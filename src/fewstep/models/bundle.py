@@ -35,6 +35,9 @@ from fewstep.models.text import TextEncoder
 BUILT_IN = Path(__file__).parent.parent / "world" / "weights"
 """Where the built-in world's networks are shipped: one folder each, `teacher` and `features`."""
 
+_BUILT_INS = {"world": BUILT_IN / "teacher", "world/features": BUILT_IN / "features"}
+"""Folders by the names they go by, which look like names on the hub and are none."""
+
 PARTS = ("denoiser", "text", "codec", "features")
 
 
@@ -277,7 +280,7 @@ def read_card(source: Path | str) -> Card:
 
     A card may name classes outside this package only from modules that the caller has imported: reading it runs no code.
     """
-    if adapters.is_layout(source):
+    if str(source) not in _BUILT_INS and adapters.is_layout(source):
         return adapters.card(source)
     path = _folder_of(source) / "card.json"
     try:
@@ -345,12 +348,11 @@ def _refuse_imports(tree: Any, at: At) -> None:
 
 
 def _folder_of(source: Path | str) -> Path:
-    built_in = {"world": BUILT_IN / "teacher", "world/features": BUILT_IN / "features"}
-    folder = built_in.get(str(source), Path(source))
+    folder = _BUILT_INS.get(str(source), Path(source))
     if not (folder / "card.json").is_file():
         raise FileNotFoundError(
             f"{source}: no card.json there. Give a folder that fewstep wrote (a run's student/), one in diffusers' layout "
-            f"(with model_index.json), its name on the hub (owner/name), or a built-in: {', '.join(built_in)}."
+            f"(with model_index.json), its name on the hub (owner/name), or a built-in: {', '.join(_BUILT_INS)}."
         )
     return folder
 

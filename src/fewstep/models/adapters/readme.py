@@ -65,7 +65,7 @@ def _sampling(card: Card, usage: Mapping[int, str]) -> list[str]:
     sections.append(f"Solver {contract.solver}, guidance {scale}.{random}")
     for count in (steps, *(n for n in contract.counts if n != steps)):
         times = ", ".join(f"{t:.6g}" for t in contract.times(count))
-        sections.append(f"In {count} steps the noise levels are {times}.")
+        sections.append(f"In {count} {'step' if count == 1 else 'steps'} the noise levels are {times}.")
         if count != steps and count in usage:
             sections.append(_block(usage[count]))
     return sections
