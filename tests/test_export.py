@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bench_engine import tiny_model
-from bench_unets import animatediff, stable_diffusion
+from bench_unets import animatediff, scheduler, stable_diffusion
 from fewstep.attention import BlockCausal
 from fewstep.cli import main
 from fewstep.core import RecipeError, Rng, Seeds
@@ -29,6 +29,7 @@ from fewstep.diffusion import CFG, Betas, Contract, RectifiedFlow
 from fewstep.diffusion.samplers import Solver
 from fewstep.models import Lora, VideoModel
 from fewstep.models.adapters import export_lora
+from fewstep.models.adapters.ddpm import contract_of, path_of
 from fewstep.models.adapters.schedulers import exact_scheduler
 from fewstep.models.lora import adapt, adapters, merge, save_adapter
 from fewstep.models.source import Diffusers
@@ -187,6 +188,22 @@ def test_every_shifted_grid_is_a_setting_of_diffusers(shift: float, steps: int) 
     torch.testing.assert_close(exact.scheduler.sigmas, expected, atol=1e-7, rtol=0)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"timestep_spacing": "leading", "steps_offset": 1}, {"timestep_spacing": "trailing", "set_alpha_to_one": True}],
+    ids=["leading", "trailing"],
+)
+def test_a_teacher_keeps_its_own_timesteps(settings: dict[str, Any]) -> None:
+    theirs = scheduler("linear", **settings)
+    contract = contract_of(theirs.config, steps=25, scale=7.5)
+    exact = exact_scheduler(path_of(theirs.config), "eps", contract, 25)
+    theirs.set_timesteps(25)
+    exact.scheduler.set_timesteps(25)
+    assert not exact.pinned and torch.equal(exact.scheduler.timesteps, theirs.timesteps)
+    assert exact.scheduler.final_alpha_cumprod == theirs.final_alpha_cumprod
+    torch.testing.assert_close(exact.scheduler.alphas_cumprod, theirs.alphas_cumprod)
+
+
 def test_what_diffusers_cannot_do_is_refused(layouts: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="VideoDiT is fewstep's own"):
         tiny_model().export(tmp_path / "world")
@@ -298,6 +315,11 @@ def test_diffusers_loads_every_key_of_the_adapters(
     if names == "diffusers":
         prefix = "transformer." if family == "wan" else "unet."
         assert all(torch.equal(loaded[key.removeprefix(prefix)], value) for key, value in written.items())
+    teacher = Diffusers(source=next(iter(student.card.sources.values()))).load()
+    for ours, merged in zip(
+        student.denoiser.parameters(), teacher.with_lora(tmp_path / "lora").denoiser.parameters(), strict=True
+    ):
+        torch.testing.assert_close(ours, merged)  # read back here, too
     start = Seeds((5, 6)).randn((2, *student.latent_shape()), "start")
     theirs = pipe(PROMPTS, latents=start, output_type="latent", **scope["sampling"])[0]
     ours = student.latents(PROMPTS, seed=(5, 6))
