@@ -352,10 +352,21 @@ def test_a_student_without_adapters_has_no_lora_file(layouts: dict[str, Path], t
     assert not (tmp_path / "lora").exists()
 
 
+def test_adapters_over_another_teacher_are_refused(tuned: dict[str, Path], tmp_path: Path) -> None:
+    """A restyled teacher's student is not its layout plus the adapters."""
+    student = VideoModel.from_pretrained(tuned["wan"])
+    with torch.no_grad():
+        student.denoiser.backbone.proj_out.bias.add_(1e-3)
+    with pytest.raises(ValueError, match="with these adapters is not this student"):
+        export_lora(student, tuned["wan"] / "adapter", tmp_path / "lora", names="diffusers")
+    assert not (tmp_path / "lora").exists()
+
+
 def test_adapters_that_diffusers_cannot_run_are_refused(tuned: dict[str, Path], tmp_path: Path) -> None:
     student = VideoModel.from_pretrained(tuned["animatediff"])
     with pytest.raises(ValueError, match="known for Wan, not for AnimateDiff"):
         export_lora(student, tuned["animatediff"] / "adapter", tmp_path / "lora", names="comfyui")
+    student = Diffusers(source=next(iter(student.card.sources.values())), num_frames=4).load()
     network = adapt(student.denoiser, Lora(rank=2), Rng(0))
     x, cond = Rng(0).randn((1, *student.latent_shape()), "x"), student.encode_text(PROMPTS[:1])[0]
     torch.testing.assert_close(network(x, torch.ones(1), cond).raw, student.denoiser(x, torch.ones(1), cond).raw)

@@ -139,7 +139,7 @@ def test_every_tool_s_names_are_the_same_style(tmp_path: Path) -> None:
     for file in ("a.safetensors", "b.safetensors"):
         updates = read_lora(denoiser, tmp_path / file)
         assert updates.keys() == {"backbone.blocks.1.attn1.to_out.0"}
-        torch.testing.assert_close(updates["backbone.blocks.1.attn1.to_out.0"], 3.0 * up @ down)
+        torch.testing.assert_close(updates["backbone.blocks.1.attn1.to_out.0"].update, 3.0 * up @ down)
 
 
 # --- the teacher of a short re-distillation --------------------------------------------------------------------------------

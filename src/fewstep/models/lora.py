@@ -15,7 +15,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +71,21 @@ class LoraLinear(nn.Module):
         return self.scale * (self.lora_B.weight @ self.lora_A.weight)
 
 
+class LowRank(NamedTuple):
+    """What a LoRA file holds of one layer."""
+
+    up: Tensor
+    """B, `[out, rank]`."""
+    down: Tensor
+    """A, `[rank, in]`."""
+    scale: float
+
+    @property
+    def update(self) -> Tensor:
+        """What is added to W, float32."""
+        return self.scale * (self.up.float() @ self.down.float())
+
+
 def adapt(base: Denoiser, lora: Lora, rng: Rng) -> Denoiser:
     """A network that equals `base` until its adapters, its only parameters, are trained. It follows `base`'s weights.
 
@@ -122,16 +137,16 @@ def adapters(network: nn.Module) -> dict[str, LoraLinear]:
 def merge(base: nn.Module, network: nn.Module) -> nn.Module:
     """A plain network with the weights of `base` plus the adapters of `network`; `network` itself if it has none."""
     layers = adapters(network)
-    return updated(base, {name: layer.update for name, layer in layers.items()}) if layers else network
+    return updated(base, layers) if layers else network
 
 
 @torch.no_grad()
-def updated(base: _Network, updates: Mapping[str, Tensor]) -> _Network:
-    """A copy of `base` with `updates` added to the weights of the layers they are named after."""
+def updated(base: _Network, layers: Mapping[str, LoraLinear] | Mapping[str, LowRank]) -> _Network:
+    """A copy of `base` with each update added to the weight of the layer it is named after."""
     whole = copy.deepcopy(base)
-    for name, update in updates.items():
+    for name, layer in layers.items():
         weight: Tensor = whole.get_submodule(name).weight  # type: ignore[assignment]
-        weight += update.to(weight)
+        weight += layer.update.to(weight)
     return whole
 
 

@@ -12,13 +12,14 @@ from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import nn
 
 from fewstep.core import RecipeError
 
 if TYPE_CHECKING:
     from fewstep.models.bundle import Card, VideoModel
     from fewstep.models.denoiser import Denoiser
+    from fewstep.models.lora import LowRank
     from fewstep.models.stored import Stored
 
 PIPELINES = MappingProxyType(
@@ -86,9 +87,9 @@ def export_lora(model: VideoModel, adapter: Path, folder: Path, *, names: str) -
     return made
 
 
-def read_lora(denoiser: Denoiser, source: Path) -> dict[str, Tensor]:
+def read_lora(denoiser: Denoiser, source: Path) -> dict[str, LowRank]:
     """What a LoRA file or folder adds to the weights of a denoiser, by layer."""
-    updates: dict[str, Tensor] = _module("lora_file").read_lora(denoiser, source)
+    updates: dict[str, LowRank] = _module("lora_file").read_lora(denoiser, source)
     return updates
 
 

@@ -13,13 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors.torch import save_file
 
 from fewstep.attention import Dense
 from fewstep.core import dump
 from fewstep.core.atomic import replacing_folder, write_text
 from fewstep.models.adapters.layout import Layout
-from fewstep.models.adapters.lora_file import NAMES, Names, names_of, write_lora
+from fewstep.models.adapters.lora_file import NAMES, Names, names_of, read_lora, require_adapter, write_lora
 from fewstep.models.adapters.readme import readme
 from fewstep.models.adapters.usage import Usage
 from fewstep.models.bundle import Card, describe, parse_card
@@ -72,10 +73,28 @@ def export_lora(model: VideoModel, adapter: Path, folder: Path, *, names: Names)
     """
     _require_dense(model)
     usage = Usage(model, _layout(model.card))
+    _require_base(model, adapter, usage.layout)
     with _new(folder) as draft:
         write_lora(model.denoiser, adapter, draft / NAMES[names].format(folder.name), names)
         write_text(draft / "README.md", readme(model.card, usage.pages(usage.layout.source, folder.name)))
     return folder
+
+
+def _require_base(model: VideoModel, adapter: Path, layout: Layout) -> None:
+    """ValueError where the student is not the layout's network plus these adapters: over it they would do something else."""
+    updates, backbone = read_lora(model.denoiser, require_adapter(adapter)), model.denoiser.backbone
+    part = backbone.folders[0]  # type: ignore[index]
+    own = backbone.state_dict()
+    stored = Layout.find(layout.source, (part,)).weights(part, own, {name: backbone.foreign(name) for name in own})
+    for name, value in own.items():
+        expected, layer = stored[name].to(value.device), f"backbone.{name.removesuffix('.weight')}"
+        if layer in updates:
+            expected = expected + updates[layer].update.to(value)
+        if not torch.allclose(value, expected, atol=1e-5, rtol=1e-5):
+            raise ValueError(
+                f"{layout.source} with these adapters is not this student: they belong to a teacher that was trained or "
+                "restyled; export the whole student"
+            )
 
 
 def _export_weights(model: VideoModel, folder: Path, names: Names) -> Path:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fewstep.models.denoiser import Denoiser
-from fewstep.models.lora import CONFIG, PREFIX, WEIGHTS
+from fewstep.models.lora import CONFIG, PREFIX, WEIGHTS, LowRank
 
 Names = Literal["diffusers", "comfyui"]
 NAMES: Mapping[Names, str] = MappingProxyType(
@@ -42,14 +42,19 @@ def names_of(denoiser: Denoiser, names: Names) -> Callable[[str], str]:
     return authors
 
 
+def require_adapter(folder: Path) -> Path:
+    """The folder itself; FileNotFoundError where it has no adapters."""
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{folder / CONFIG} is missing: only a run with settings.lora has adapters to export")
+    return folder
+
+
 @torch.no_grad()
 def write_lora(denoiser: Denoiser, adapter: Path, file: Path, names: Names) -> None:
     """The adapters in the folder `adapter`; their strength `alpha / rank` is multiplied into B, so that no reader can miss it.
 
-    FileNotFoundError where the folder has none, ValueError where diffusers could not run with them.
+    ValueError where diffusers could not run with them.
     """
-    if not (adapter / CONFIG).is_file():
-        raise FileNotFoundError(f"{adapter / CONFIG} is missing: only a run with settings.lora has adapters to export")
     config = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
     rename, prefix = names_of(denoiser, names), _prefix(denoiser, names)
     tensors: dict[str, Tensor] = {}
@@ -65,8 +70,7 @@ def write_lora(denoiser: Denoiser, adapter: Path, file: Path, names: Names) -> N
     save_file(tensors, file, {"format": "pt"})
 
 
-@torch.no_grad()
-def read_lora(denoiser: Denoiser, source: Path) -> dict[str, Tensor]:
+def read_lora(denoiser: Denoiser, source: Path) -> dict[str, LowRank]:
     """What a LoRA adds to the weights of the denoiser's layers, by their names here; every tensor of it must find its layer.
 
     `source` is a file with names as in diffusers, in ComfyUI or here, or a folder with one (also as peft writes it).
@@ -90,7 +94,7 @@ def read_lora(denoiser: Denoiser, source: Path) -> dict[str, Tensor]:
             )
         alpha = tensors.get(f"{name}.alpha")
         scale = strength if alpha is None else float(alpha) / down.shape[0]
-        updates[layers[name]] = scale * (up.float() @ down.float())
+        updates[layers[name]] = LowRank(up, down, scale)
     return updates
 
 
