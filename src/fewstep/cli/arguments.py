@@ -271,6 +271,53 @@ class CheckModel(Command):
 
 
 @dataclass(frozen=True)
+class Export(Command):
+    """Write a student for other tools. In diffusers' layout, plain diffusers makes the same clips with it."""
+
+    student: Positional[str]
+    """A run's student/, or another folder with a network of diffusers in it."""
+    folder: Positional[Path]
+    """Where to; it must not exist, or be empty."""
+    names: Literal["diffusers", "comfyui"] = "diffusers"
+    """comfyui: the denoiser alone, one file by the names that its authors gave the weights."""
+    lora: bool = False
+    """Of a student trained with settings.lora: its adapters alone, one file to load over the teacher."""
+    link: bool = False
+    """Link text encoder and codec to where they are, in place of a copy."""
+
+    def run(self, overrides: Overrides) -> int:
+        from fewstep.cli import commands
+
+        return commands.export(self)
+
+
+@dataclass(frozen=True)
+class CheckLora(Command):
+    """Try a style LoRA of the teacher on teacher and student, and say how much of it survives."""
+
+    lora: Positional[str]
+    """A LoRA file, or a folder with one."""
+    student: str
+    output: Path
+    """Folder for the figures and the picture."""
+    teacher: str = "world"
+    prompt: tuple[str, ...] = ()
+    """Default: 16 prompts of the built-in world."""
+    prompt_file: Path | None = None
+    """A text file with one prompt per line."""
+    seeds: int = 2
+    """Clips per prompt."""
+    device: str = "cpu"
+    quiet: bool = False
+    """No progress bar."""
+
+    def run(self, overrides: Overrides) -> int:
+        from fewstep.cli import commands
+
+        return commands.check_lora(self)
+
+
+@dataclass(frozen=True)
 class Watch(Command):
     """Show how a run is doing: its verdict and figures beside the teacher's, its losses. Live on a terminal."""
 
@@ -339,7 +386,8 @@ class Doctor(Command):
 
 COMMANDS: dict[str, type[Command]] = {
     "demo": Demo, "prepare": Prepare, "train": Train, "pairs": Pairs, "distill": Distill, "sample": Sample,
-    "evaluate": Evaluate, "check-model": CheckModel, "watch": Watch, "list": List, "explain": Explain, "doctor": Doctor,
+    "evaluate": Evaluate, "check-model": CheckModel, "export": Export, "check-lora": CheckLora,
+    "watch": Watch, "list": List, "explain": Explain, "doctor": Doctor,
 }  # fmt: skip
 
 

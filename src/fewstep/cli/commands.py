@@ -272,6 +272,38 @@ def check_model(options: arguments.CheckModel) -> int:
     return 1 if found.failed else 0
 
 
+def export(options: arguments.Export) -> int:
+    from fewstep.models import adapters
+    from fewstep.models.bundle import VideoModel
+
+    model = VideoModel.from_pretrained(options.student)
+    if options.lora:
+        return _made(
+            adapters.export_lora(model, Path(options.student) / "adapter", options.folder, names=options.names)
+        )
+    return _made(model.export(options.folder, names=options.names, link=options.link))
+
+
+def check_lora(options: arguments.CheckLora) -> int:
+    from fewstep.cli.screen import screen
+    from fewstep.evaluate.style import check_lora as check
+    from fewstep.models.bundle import VideoModel
+    from fewstep.world.grammar import world_prompts
+
+    given = options.prompt or options.prompt_file
+    prompts = _prompts(options.prompt, options.prompt_file) if given else world_prompts(16, 0.5, 0)
+    teacher, student = (VideoModel.from_pretrained(x).to(options.device) for x in (options.teacher, options.student))
+    with _bar(options.quiet) as progress:
+        found = check(teacher, student, options.lora, prompts, options.output, seeds=options.seeds, progress=progress)
+    out = screen()
+    out.print(
+        f"score {found.score:.3f} +- {found.error:.3f} (1 as on the teacher, 0 no trace): direction {found.cosine:.3f}, "
+        f"size {found.size:.3f}; {found.n} clips of each kind, features {found.features}",
+        markup=False, soft_wrap=True,
+    )  # fmt: skip
+    return _made(options.output / "lora.gif")
+
+
 def _prompts(given: tuple[str, ...], file: Path | None) -> tuple[str, ...]:
     """Prompts of the command line and of a file with one per line."""
     from fewstep.data.prompts import read_prompts

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -27,12 +27,16 @@ from fewstep.diffusion.samplers import Watch
 from fewstep.models import adapters
 from fewstep.models.autoencoder import FrameAutoencoder
 from fewstep.models.denoiser import Denoiser
+from fewstep.models.lora import updated
 from fewstep.models.spec import Spec
 from fewstep.models.stored import Stored
 from fewstep.models.text import TextEncoder
 
 BUILT_IN = Path(__file__).parent.parent / "world" / "weights"
 """Where the built-in world's networks are shipped: one folder each, `teacher` and `features`."""
+
+_BUILT_INS = {"world": BUILT_IN / "teacher", "world/features": BUILT_IN / "features"}
+"""Folders by the names they go by, which look like names on the hub and are none."""
 
 PARTS = ("denoiser", "text", "image", "codec", "features")
 
@@ -122,6 +126,14 @@ class VideoModel:
         elsewhere = {part: source for part, source in self.card.sources.items() if part != name}
         changes = {"fingerprints": known, "sources": elsewhere, **card}
         return VideoModel(replace(self.card, **changes), {**self.parts, name: network})
+
+    def with_lora(self, source: Path | str) -> VideoModel:
+        """The same model with a LoRA merged into its denoiser: a file or folder that diffusers, ComfyUI or peft reads.
+
+        FileNotFoundError or ValueError say why it does not fit.
+        """
+        network = updated(self.denoiser, adapters.read_lora(self.denoiser, Path(source)))
+        return self.with_part("denoiser", network, provenance={**self.card.provenance, "lora": str(source)})
 
     # --- sampling -----------------------------------------------------------------------------------------------------
 
@@ -247,6 +259,16 @@ class VideoModel:
         (folder / "card.json").write_text(json.dumps(dump(card), indent=2) + "\n")
         return folder
 
+    def export(
+        self, folder: Path | str, *, names: Literal["diffusers", "comfyui"] = "diffusers", link: bool = False
+    ) -> Path:
+        """Write a folder in diffusers' layout that makes the same clips without this package; `from_pretrained` reads it.
+
+        What was not trained is copied from its source (`link`: linked). ValueError where diffusers could not do the same.
+        With `comfyui` the denoiser alone, in one file, by the names that its authors gave the weights.
+        """
+        return adapters.export(self, Path(folder), names=names, link=link)
+
     @classmethod
     def from_pretrained(cls, source: Path | str, *, leave: Collection[str] = ()) -> VideoModel:
         """Load a folder, a model in diffusers' layout (a folder or its hub name), or a built-in: `world`, `world/features`.
@@ -283,16 +305,21 @@ def read_card(source: Path | str) -> Card:
 
     A card may name classes outside this package only from modules that the caller has imported: reading it runs no code.
     """
-    if adapters.is_layout(source):
+    if str(source) not in _BUILT_INS and adapters.is_layout(source):
         return adapters.card(source)
     path = _folder_of(source) / "card.json"
-    names = {path_type.__name__: path_type for path_type in PATHS}
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise RecipeError(f"{path} is not a card: {error}; copy the folder again") from None
-    _refuse_imports(tree, At("card.json"))
-    return build(Card, tree, names, "card.json")
+    return parse_card(tree, "card.json")
+
+
+def parse_card(tree: Any, where: str) -> Card:
+    """The card of its plain values. RecipeError says what is wrong with them, or that they would import code."""
+    _refuse_imports(tree, At(where))
+    card: Card = build(Card, tree, {path.__name__: path for path in PATHS}, where)
+    return card
 
 
 def allocate(part: str, card: Card) -> nn.Module:
@@ -346,12 +373,11 @@ def _refuse_imports(tree: Any, at: At) -> None:
 
 
 def _folder_of(source: Path | str) -> Path:
-    built_in = {"world": BUILT_IN / "teacher", "world/features": BUILT_IN / "features"}
-    folder = built_in.get(str(source), Path(source))
+    folder = _BUILT_INS.get(str(source), Path(source))
     if not (folder / "card.json").is_file():
         raise FileNotFoundError(
             f"{source}: no card.json there. Give a folder that fewstep wrote (a run's student/), one in diffusers' layout "
-            f"(with model_index.json), its name on the hub (owner/name), or a built-in: {', '.join(built_in)}."
+            f"(with model_index.json), its name on the hub (owner/name), or a built-in: {', '.join(_BUILT_INS)}."
         )
     return folder
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
@@ -40,12 +41,14 @@ class Pretrained(ModelSource):
 
     source: str = "world"
     """`world`, the teacher shipped with the package, or a folder (a run's `student/`)."""
+    lora: str | None = None
+    """A LoRA to merge into the teacher, file or folder: its style is then what the student learns."""
 
     def card(self) -> Card:
-        return read_card(self.source)
+        return _restyled(read_card(self.source), self.lora)
 
     def load(self, leave: Collection[str] = ()) -> VideoModel:
-        return VideoModel.from_pretrained(self.source, leave=leave)
+        return _load(read_card(self.source), self.source, self.lora, leave)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +71,14 @@ class Diffusers(ModelSource):
     """Whether the codec works in overlapping tiles: less memory, nearly the same frames."""
     text_dtype: Literal["float32", "bfloat16"] | None = None
     """Of the text encoder's weights."""
+    lora: str | None = None
+    """A LoRA to merge into the teacher, file or folder: its style is then what the student learns."""
 
     def card(self) -> Card:
+        return _restyled(self._plain(), self.lora)
+
+    def _plain(self) -> Card:
+        """The card without the LoRA."""
         card = read_card(self.source)
         if not card.sources:
             raise RecipeError(
@@ -91,7 +100,7 @@ class Diffusers(ModelSource):
         return adapters.at_size(card)
 
     def load(self, leave: Collection[str] = ()) -> VideoModel:
-        return VideoModel.load(self.card(), self.source, leave=leave)
+        return _load(self._plain(), self.source, self.lora, leave)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +165,23 @@ def outline(card: Card) -> VideoModel:
     """The model of `card` without memory for its weights: every tensor is on the meta device."""
     with torch.device("meta"):
         return VideoModel(replace(card), {name: allocate(name, card) for name in card.parts})
+
+
+def _restyled(card: Card, lora: str | None) -> Card:
+    """With a LoRA: the denoiser's weights are not those that the card knew. FileNotFoundError where it is not there."""
+    if lora is None:
+        return card
+    if not Path(lora).exists():
+        raise FileNotFoundError(f"model.lora: {lora} is not there; give a LoRA file or folder")
+    prints = {part: known for part, known in card.fingerprints.items() if part != "denoiser"}
+    return replace(card, fingerprints=prints, provenance=card.provenance | {"lora": lora})
+
+
+def _load(card: Card, source: str, lora: str | None, leave: Collection[str]) -> VideoModel:
+    """With a LoRA every weight is read, because every weight may change."""
+    if lora is None:
+        return VideoModel.load(card, source, leave=leave)
+    return VideoModel.load(card, source, leave=set(leave) - {"denoiser"}).with_lora(lora)
 
 
 def _with(spec: Spec, key: str, value: object) -> Spec:

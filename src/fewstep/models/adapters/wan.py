@@ -5,6 +5,7 @@ Legend: as in `backbone.py`; p, q rows and columns of a patch, P values per patc
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -41,6 +42,18 @@ _NEGATIVE = (
     "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 )
 """The negative prompt that Wan's authors sample with."""
+_AUTHORS = MappingProxyType(
+    {
+        "condition_embedder.time_embedder.linear_1": "time_embedding.0", "attn1": "self_attn", "to_q": "q",
+        "condition_embedder.time_embedder.linear_2": "time_embedding.2", "attn2": "cross_attn", "to_k": "k",
+        "condition_embedder.text_embedder.linear_1": "text_embedding.0", "ffn.net.0.proj": "ffn.0", "to_v": "v",
+        "condition_embedder.text_embedder.linear_2": "text_embedding.2", "ffn.net.2": "ffn.2", "to_out.0": "o",
+        "condition_embedder.time_proj": "time_projection.1", "scale_shift_table": "modulation", "norm2": "norm3",
+        "proj_out": "head.head",
+    }
+)  # fmt: skip
+"""Parts of diffusers' names, and what Wan's authors call them; what is not here has one name."""
+_PART = re.compile(rf"(?<![^.])({'|'.join(map(re.escape, _AUTHORS))})(?![^.])")
 
 
 def card(layout: Layout) -> Card:
@@ -175,6 +188,12 @@ class Wan(Backbone):
             return x
         image = _of_image(cond, "image_latents")[:, :, cached : cached + x.shape[2]]
         return torch.cat([x, image.to(x)], 1)
+
+    @staticmethod
+    def authors(name: str) -> str:
+        """What Wan's authors, and ComfyUI, call the parameter or module `name`."""
+        head = "head." if name == "scale_shift_table" else ""
+        return head + _PART.sub(lambda part: _AUTHORS[part[0]], name)
 
     def _grid(self, x: Tensor) -> Grid3:
         _, channels, frames, height, width = x.shape
