@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,23 +10,8 @@ from typing import Annotated, Any, ClassVar, Literal, Union
 import tyro
 from tyro.conf import Positional
 
-Overrides = list[tuple[str, str]]
-
-
-class UsageError(ValueError):
-    """A command line that means nothing."""
-
-
-@dataclass(frozen=True)
-class Command(ABC):
-    """One sub-command: its fields are its options."""
-
-    takes_overrides: ClassVar[bool] = False
-    """Whether `--method.critic-updates 3` and the like change its recipe."""
-
-    @abstractmethod
-    def run(self, overrides: Overrides) -> int:
-        """Do it; the exit code."""
+from fewstep.cli.command import Command, Overrides, UsageError
+from fewstep.cli.questions import Doctor, Explain, List, Watch
 
 
 @dataclass(frozen=True)
@@ -315,73 +299,6 @@ class CheckLora(Command):
         from fewstep.cli import commands
 
         return commands.check_lora(self)
-
-
-@dataclass(frozen=True)
-class Watch(Command):
-    """Show how a run is doing: its verdict and figures beside the teacher's, its losses. Live on a terminal."""
-
-    run_folder: Positional[Path]
-    """Output folder of a run, going on or ended."""
-    every: float = 2.0
-    """Seconds between two looks; 0 prints once."""
-
-    def run(self, overrides: Overrides) -> int:
-        from fewstep.cli import watch
-
-        return watch.show(self.run_folder, every=self.every)
-
-
-@dataclass(frozen=True)
-class List(Command):
-    """Print what there is, with its source and paper."""
-
-    kind: Positional[
-        Literal[
-            "methods",
-            "models",
-            "networks",
-            "data",
-            "rollouts",
-            "patterns",
-            "samplers",
-            "paths",
-            "densities",
-            "settings",
-        ]
-    ]
-    json: bool = False
-    """A list of objects with name, doc, cite, file and line."""
-
-    def run(self, overrides: Overrides) -> int:
-        from fewstep.cli import listing
-
-        return listing.show(self.kind, as_json=self.json)
-
-
-@dataclass(frozen=True)
-class Explain(Command):
-    """Print a recipe with every default, what each key means, where each class is defined, and the papers."""
-
-    takes_overrides: ClassVar[bool] = True
-
-    recipe: Positional[Path]
-    """A YAML file, or the folder of a run or student."""
-
-    def run(self, overrides: Overrides) -> int:
-        from fewstep.cli import explain
-
-        return explain.show(self.recipe, overrides)
-
-
-@dataclass(frozen=True)
-class Doctor(Command):
-    """Print what this machine has, and which of it will be used and why."""
-
-    def run(self, overrides: Overrides) -> int:
-        from fewstep.cli import doctor
-
-        return doctor.show()
 
 
 COMMANDS: dict[str, type[Command]] = {

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fewstep.cli import arguments
-from fewstep.cli.arguments import Overrides, UsageError
+from fewstep.cli.command import Overrides, UsageError
 from fewstep.core.env import place
 
 if TYPE_CHECKING:
@@ -285,6 +285,7 @@ def export(options: arguments.Export) -> int:
 
 
 def check_lora(options: arguments.CheckLora) -> int:
+    from fewstep.cli.pace import telling
     from fewstep.cli.screen import screen
     from fewstep.evaluate.style import check_lora as check
     from fewstep.models.bundle import VideoModel
@@ -293,7 +294,7 @@ def check_lora(options: arguments.CheckLora) -> int:
     given = options.prompt or options.prompt_file
     prompts = _prompts(options.prompt, options.prompt_file) if given else world_prompts(16, 0.5, 0)
     teacher, student = (VideoModel.from_pretrained(x).to(options.device) for x in (options.teacher, options.student))
-    with _bar(options.quiet) as progress:
+    with telling(options.quiet) as progress:
         found = check(teacher, student, options.lora, prompts, options.output, seeds=options.seeds, progress=progress)
     out = screen()
     out.print(

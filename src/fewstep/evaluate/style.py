@@ -15,7 +15,7 @@ from fewstep.core.atomic import write_text
 from fewstep.core.finite import require_finite
 from fewstep.data.video import to_uint8
 from fewstep.evaluate.animate import grid_gif
-from fewstep.evaluate.measure import feature_map
+from fewstep.evaluate.extractors import feature_map
 from fewstep.models.bundle import VideoModel
 
 Progress = Callable[[str, int, int], None]

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from huggingface_hub import snapshot_download
@@ -63,9 +64,9 @@ class Layout:
         whole = not any(module._non_persistent_buffers_set for module in part.modules())
         return stored if whole and not stored.odd(part) else None
 
-    def weights(self, part: str, like: Mapping[str, Tensor]) -> Stored:
-        """What the files of `part/` hold by their own names, in the dtypes of `like`."""
-        return Stored(_weight_files(self.folder / part), like)
+    def weights(self, part: str, like: Mapping[str, Tensor], names: Mapping[str, str] = MappingProxyType({})) -> Stored:
+        """What the files of `part/` hold, in the dtypes of `like`; `names` are theirs by those of `like`."""
+        return Stored(_weight_files(self.folder / part), like, names)
 
 
 def _download(source: str, folders: Sequence[str]) -> Path:
