@@ -87,6 +87,7 @@ class Backbone(nn.Module, ABC):
     args: dict[str, object]
     """Constructor arguments as plain values: what `Spec` needs to build the same network again."""
     width: int
+    """Channels of `State.volume`, where all blocks have the same (see `widths`)."""
     blocks: nn.ModuleList
     """Each maps State to State."""
     shares: ClassVar[bool] = False
@@ -101,6 +102,11 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def head(self, state: State) -> Tensor: ...
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of `State.volume` after each block."""
+        return (self.width,) * len(self.blocks)
 
     def walk(self, state: State, kv: KVView | None = None) -> Iterator[State]:
         """The state after each block."""
