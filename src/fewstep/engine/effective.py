@@ -21,7 +21,7 @@ from fewstep.core.atomic import write_text
 from fewstep.engine.compiling import compile_problem
 from fewstep.engine.mesh import Processes
 from fewstep.engine.nets import trained_roles
-from fewstep.engine.settings import Parallel, Settings
+from fewstep.engine.settings import Optim, Parallel, Settings
 from fewstep.engine.shard import hollow
 from fewstep.methods.base import Method, Nets
 from fewstep.models import Denoiser
@@ -233,7 +233,7 @@ def in_effect(
         attention=kernels,
         weights=types_of({role: nets.roles[role] for role in roles}),
         arithmetic="bfloat16" if settings.autocast == "bf16" else "float32",
-        optimizers={role: f"{optim.type} lr {optim.lr:g} {optim.decay}" for role, optim in optims.items()},
+        optimizers={role: told(optim) for role, optim in optims.items()},
         spread=spread_of(settings.parallel, processes),
         compiles=compiles,
         graphs="compiled at the first call" if compiles else "not compiled",
@@ -244,6 +244,12 @@ def in_effect(
         evaluation_times={n: tuple(t) for n, t in contract.grids.items()} if contract else {},
         fallbacks=fallbacks,
     )
+
+
+def told(optim: Optim) -> str:
+    """An optimiser in a line."""
+    rates = [f"{optim.lr:g}", *(f"{rate:g} for {key}" for key, rate in optim.lr_of.items())]
+    return f"{optim.type} lr {', '.join(rates)} {optim.decay}"
 
 
 def spread_of(parallel: Parallel, processes: Processes) -> str:

@@ -23,7 +23,7 @@ from fewstep.core import Batch, Cond, Pairs, Rng
 from fewstep.core.flops import FORMULAS
 from fewstep.engine.memory import FLOAT, Holding, Phase, Plan, optimizer_bytes
 from fewstep.engine.nets import build_nets, sources, trained_roles
-from fewstep.engine.optim import matrices_of
+from fewstep.engine.optim import matrices_of, require_named
 from fewstep.engine.settings import Settings
 from fewstep.methods.base import Method, Nets, Update
 from fewstep.methods.rollouts import Rollout
@@ -101,6 +101,8 @@ class Outline:
         model = outline(card)
         others = {role: outline(source.card()) for role, source in sources(method).items()}
         nets = build_nets(model, method, settings.seed, settings.lora, others=others)
+        for role in trained_roles(method, settings.steps):
+            require_named(nets[role], settings.optim_of(role))
         for network in {id(network): network for network in (*model.parts.values(), *nets.values())}.values():
             _imagine(network, mode)
         return cls(
