@@ -18,33 +18,29 @@ from unittest import mock
 
 import torch
 
+from fewstep import demo
 from fewstep.data.pairs import PairPlan, StoredPairs, make_pairs
-from fewstep.diffusion import CFG, Contract, Trig, Uniform
+from fewstep.diffusion import CFG, Contract, Trig
 from fewstep.engine import Health, Optim, Settings, train
 from fewstep.engine.health import Record, read_record
 from fewstep.engine.optim import RoleOptimizer
-from fewstep.methods import DMD2, BackwardSimulation, Consistency, KnowledgeDistillation, Method
+from fewstep.methods import DMD2, Consistency, KnowledgeDistillation, Method
 from fewstep.methods.rollouts import NESTED, FromPairs, student_contract
 from fewstep.models import VideoModel
 from fewstep.world.data import WorldClips
 from fewstep.world.grammar import world_prompts
 
-FAST = Optim(lr=3e-4, betas=(0.0, 0.99))
-SIMULATED = BackwardSimulation(grids=NESTED, shift=3.0)
-SOUND = DMD2(
-    rollout=SIMULATED, guidance=CFG(scale=2.5), critic_updates=2,
-    score_density=Uniform(low=0.02, high=0.98, shift=2.0), critic_density=Uniform(shift=2.0),
-)  # fmt: skip
-"""Like the demo's method."""
 LIMIT = 200
-"""Iterations within which a spoiled run must be named."""
+"""Iterations within which a spoiled run must be named, and which sound runs last."""
 INTERVAL = 20
+FAST = Optim(lr=3e-4, betas=(0.0, 0.99))
+SOUND: DMD2 = demo.RECIPE.method  # type: ignore[assignment]
 
 
-def settings(steps: int = LIMIT, **others: Any) -> Settings:
-    """Half of the demo's batch. The runs end at the first verdict that is not `improving`."""
-    health = Health(every=INTERVAL, prompts=8, seeds=2, stop_on_collapse=True, help_critic=2)
-    plain = {"steps": steps, "batch": 8, "ema": 0.9, "log_every": 1, "health": health}
+def settings(**others: Any) -> Settings:
+    """Of a spoiled run, which ends at the first verdict that is not `improving`: half of the demo's batch will do."""
+    health = Health(every=INTERVAL, prompts=8, seeds=2)
+    plain = {"steps": LIMIT, "batch": 8, "ema": 0.9, "log_every": 1, "health": health}
     return Settings(**(plain | {"optim": {"student": FAST, "critic": FAST}} | others))
 
 
@@ -65,7 +61,7 @@ class OtherShift(DMD2):
     """Trains on times shifted by 3 and has its student sampled on times shifted by 1."""
 
     def contract(self, teacher: Contract) -> Contract:
-        return student_contract(teacher, NESTED, 1.0, "renoise")
+        return student_contract(teacher, demo.GRIDS, 1.0, "renoise")
 
 
 @contextmanager
@@ -133,18 +129,23 @@ SPOILED: dict[str, Spoiled] = {
     "other shift when sampled": Spoiled(
         "stalled", "times the student is not trained at", method=OtherShift(**vars(SOUND))
     ),
-    "guidance 30": Spoiled("diverging", "the teacher", method=replace(SOUND, guidance=CFG(scale=30.0))),
+    "guidance 30": Spoiled("diverging", "guidance is far too strong", method=replace(SOUND, guidance=CFG(scale=30.0))),
     "learning rate x100": Spoiled(
         "diverging", "learning rate", settings=settings(optim={"student": HUGE, "critic": FAST})
     ),
     "wrong noise path": Spoiled("diverging", "another path", spoil=other_path),
 }
 
-SOUND_RUNS: dict[str, Method] = {
-    "DMD2": SOUND,
-    "Consistency": Consistency(guidance=CFG(scale=2.5), shift=3.0),
-    "KnowledgeDistillation": KnowledgeDistillation(rollout=FromPairs(grids=NESTED, shift=3.0, mode="ode")),
-}
+SOUND_RUNS: dict[str, tuple[Method, Settings]] = {
+    "DMD2": (SOUND, settings(batch=16, optim=demo.RECIPE.settings.optim, autocast="bf16", compile=True)),
+    "Consistency": (
+        Consistency(guidance=CFG(scale=2.5), shift=3.0), settings(optim={"student": Optim(lr=2e-4, warmup=10)})
+    ),
+    "KnowledgeDistillation": (
+        KnowledgeDistillation(rollout=FromPairs(grids=NESTED, shift=3.0, mode="ode")),
+        settings(optim={"student": Optim(lr=2e-4, warmup=10)}),
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -163,16 +164,13 @@ def run_spoiled(name: str, output: Path) -> Outcome:
     return run(case.method, WorldClips(), case.settings, output, spoil=case.spoil)
 
 
-def run_sound(name: str, output: Path, steps: int = LIMIT) -> Outcome:
-    method, run_settings = SOUND_RUNS[name], settings(steps)
-    if name == "DMD2":
-        return run(method, WorldClips(), run_settings, output)
-    run_settings = replace(run_settings, optim={"student": Optim(lr=2e-4, warmup=10)})
+def run_sound(name: str, output: Path) -> Outcome:
+    method, settings = SOUND_RUNS[name]
     if "pairs" not in method.needs:
-        return run(method, WorldClips(), run_settings, output)
+        return run(method, WorldClips(), settings, output)
     folder, plan = output / "pairs", PairPlan(steps=20, guidance=CFG(scale=2.5), times=(1.0, 0.9, 0.75, 0.5, 0.0))
     make_pairs(VideoModel.from_pretrained("world"), world_prompts(256, 0.5, 7), folder, plan, batch=32)
-    return run(method, StoredPairs(path=str(folder)), run_settings, output / "run")
+    return run(method, StoredPairs(path=str(folder)), settings, output / "run")
 
 
 def run(method: Method, data: Any, settings: Settings, output: Path, spoil: Callable[[], Any] | None = None) -> Outcome:

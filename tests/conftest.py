@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 
 from fewstep.core.env import cpu_count
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # recipes name published models; no test asks for one
 sys.path.insert(0, str(Path(__file__).parent))  # for the test benches, `bench_*.py`
 
 

@@ -1,12 +1,13 @@
-"""Named randomness and the finite check."""
+"""Named randomness, the finite check, and conditions."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from fewstep.core import Rng
+from fewstep.core import Cond, Rng
 from fewstep.core.finite import NonFiniteError, require_finite
+from fewstep.diffusion import CFG, Prediction, RectifiedFlow
 
 
 def test_same_name_same_numbers() -> None:
@@ -57,3 +58,31 @@ def test_a_bad_number_is_named(bad: float) -> None:
 
 def test_finite_numbers_pass() -> None:
     require_finite(torch.ones(3), "x")
+
+
+def test_everything_in_a_condition_travels_together() -> None:
+    def cond(value: float, batch: int = 2) -> Cond:
+        full = {"pooled": torch.full((batch, 5), value), "image": torch.full((batch, 2, 3, 4, 4), value)}
+        return Cond(torch.full((batch, 3, 4), value), torch.ones(batch, 3, dtype=torch.bool), full)
+
+    both = Cond.cat([cond(1.0), cond(2.0)])
+    assert [len(x) for x in both.tensors] == [4] * 4 and both.extra["pooled"][:, 0].tolist() == [1, 1, 2, 2]
+    assert both[1:3].extra["image"][:, 0, 0, 0, 0].tolist() == [1, 2]
+    assert both[torch.tensor([3, 0])].extra["pooled"][:, 0].tolist() == [2, 1]
+    assert cond(1.0, 1).expand(3).extra["image"].shape == (3, 2, 3, 4, 4)
+    mixed = cond(1.0).where(torch.tensor([True, False]), cond(2.0))
+    assert [x.flatten(1)[:, 0].tolist() for x in (mixed.text, *mixed.extra.values())] == [[1, 2]] * 3
+    assert {x.device.type for x in both.to("meta").tensors} == {"meta"}
+    with pytest.raises(ValueError, match="different extras cannot be one batch: image, pooled; none"):
+        Cond.cat([cond(1.0), Cond(cond(1.0).text, cond(1.0).mask)])
+
+
+def test_guidance_reads_both_conditions_whole() -> None:
+    def net(x_t: torch.Tensor, t: torch.Tensor, cond: Cond) -> Prediction:
+        return Prediction(x_t * 0 + cond.extra["pooled"][:, :, None, None, None], "flow", x_t, t, RectifiedFlow())
+
+    def cond(value: float) -> Cond:
+        return Cond(torch.zeros(2, 1, 1), torch.ones(2, 1, dtype=torch.bool), {"pooled": torch.full((2, 1), value)})
+
+    guided = CFG(scale=3.0)(net, torch.zeros(2, 1, 1, 1, 1), torch.ones(2), cond(1.0), cond(0.5))
+    assert torch.equal(guided.raw, torch.full_like(guided.raw, 0.5 + 3 * 0.5))

@@ -15,7 +15,7 @@ from fewstep.core import Rng
 from fewstep.data import DataError, PairPlan, Progress, StoredPairs, make_pairs, pairs_cost, require
 from fewstep.data.pairs import grid_through
 from fewstep.data.store import ShardReader
-from fewstep.diffusion import CFG, EDM, Contract, NoisePath, RectifiedFlow, uniform_grid
+from fewstep.diffusion import CFG, EDM, Contract, NoisePath, RectifiedFlow, Timesteps, uniform_grid
 from fewstep.methods import DMD2
 from fewstep.models import Card, Denoiser, FrameAutoencoder, TextEncoder, VideoDiT, VideoModel, fingerprint
 from fewstep.models.bundle import read_card
@@ -174,6 +174,10 @@ def test_plans_that_cannot_be_run() -> None:
         PairPlan(times=TIMES).resolve(Contract(solver="renoise"))
     with pytest.raises(ValueError, match="2 steps cannot pass through 2 times"):
         PairPlan(times=TIMES, steps=2).resolve(Contract())
+    leading = Contract(steps=25, timesteps=Timesteps(spacing="leading", steps_offset=1))
+    with pytest.raises(ValueError, match=r"from t = 0\.962 to 0, .* name a shift"):
+        PairPlan(times=TIMES).resolve(leading)
+    assert PairPlan(times=TIMES, shift=1.0).resolve(leading).grid[0] == 1.0
 
 
 def test_grid_passes_through_the_times() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import ModuleType
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from fewstep.diffusion import (
     EDM,
     KINDS,
     VP,
+    Betas,
     Contract,
     Grid,
     Kind,
@@ -23,6 +25,7 @@ from fewstep.diffusion import (
     RectifiedFlow,
     StepCountError,
     TimeDensity,
+    Timesteps,
     Trig,
     Uniform,
     ddim,
@@ -34,13 +37,18 @@ from fewstep.diffusion import (
     shifted,
     solve,
     target,
+    timestep,
     uniform_grid,
 )  # fmt: skip
 
-PATHS = [RectifiedFlow(), Trig(), VP(), EDM()]
+PATHS = [RectifiedFlow(), Trig(), VP(), EDM(), Betas(schedule="linear"), Betas(snr_shift=3.0, zero_snr=True)]
 BOUNDED = PATHS[:3]
 SHAPE = (3, 2, 4, 2, 2)
 path_of = pytest.mark.parametrize("path", PATHS, ids=lambda p: type(p).__name__)
+
+
+def diffusers() -> ModuleType:
+    return pytest.importorskip("diffusers")
 
 
 def draw(name: str) -> torch.Tensor:
@@ -52,7 +60,7 @@ def draw(name: str) -> torch.Tensor:
 
 @path_of
 def test_derivatives_are_derivatives(path: NoisePath) -> None:
-    t, h = torch.linspace(0.1, 0.9, 9, dtype=torch.float64), 1e-6
+    t, h = torch.linspace(0.1003, 0.9003, 9, dtype=torch.float64), 1e-6  # between the points of a table
     low, high, here = path.coeffs(t - h), path.coeffs(t + h), path.coeffs(t)
     torch.testing.assert_close((high.a - low.a) / (2 * h), here.da, rtol=1e-7, atol=1e-7)
     torch.testing.assert_close((high.s - low.s) / (2 * h), here.ds, rtol=1e-6, atol=1e-6)
@@ -79,6 +87,65 @@ def test_bridge_continues_add_noise(path: NoisePath) -> None:
     torch.testing.assert_close(path.bridge(low.a[:, None] * one, zero, s, t)[0], high.a)
     from_noise = path.bridge(low.s[:, None] * one, zero, s, t) ** 2 + path.bridge(zero, one, s, t) ** 2
     torch.testing.assert_close(from_noise[0], high.s**2)
+
+
+TABLES = [
+    (Betas(schedule="linear"), {"beta_schedule": "linear"}),
+    (Betas(), {"beta_schedule": "scaled_linear"}),
+    (Betas(zero_snr=True), {"beta_schedule": "scaled_linear", "rescale_betas_zero_snr": True}),
+    (Betas(num_train_timesteps=50, beta_start=0.01, beta_end=0.2), {"beta_schedule": "scaled_linear"}),
+]
+
+
+@pytest.mark.parametrize(("path", "config"), TABLES)
+@pytest.mark.parametrize("scheduler", ["DDPMScheduler", "DDIMScheduler"])
+def test_tables_are_those_of_diffusers(path: Betas, config: dict[str, object], scheduler: str) -> None:
+    """Off by one level, or linear taken for scaled linear, would be far outside."""
+    total = path.num_train_timesteps
+    sizes = {"num_train_timesteps": total, "beta_start": path.beta_start, "beta_end": path.beta_end}
+    theirs = getattr(diffusers(), scheduler)(**sizes, **config).alphas_cumprod.double()
+    c = path.coeffs((torch.arange(total, dtype=torch.float64) + 1) / total)
+    torch.testing.assert_close(c.a**2, theirs, rtol=2e-5, atol=1e-7)  # theirs are products in float32
+    torch.testing.assert_close(c.s**2, 1 - theirs, rtol=2e-5, atol=1e-6)
+    torch.testing.assert_close(c.a**2 + c.s**2, torch.ones_like(theirs), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("zero", [False, True])
+def test_tables_are_those_of_cogvideox(zero: bool, shift: float) -> None:
+    theirs = diffusers().CogVideoXDDIMScheduler(rescale_betas_zero_snr=zero, snr_shift_scale=shift).alphas_cumprod
+    c = Betas(zero_snr=zero, snr_shift=shift).coeffs((torch.arange(1000, dtype=torch.float64) + 1) / 1000)
+    torch.testing.assert_close(c.a**2, theirs, rtol=1e-10, atol=1e-14)
+
+
+def test_a_table_ends_exactly_clean_and_starts_from_plain_noise() -> None:
+    for path in (Betas(), Betas(zero_snr=True)):
+        c = path.coeffs(f64(0.0, 1.0))
+        assert c.a[0] == 1 and c.s[0] == 0 and c.da.isfinite().all() and c.ds.isfinite().all()
+        assert path.log_snr(f64(0.0)) == math.inf and path.time_of_log_snr(f64(math.inf)) == 0
+        assert torch.equal(path.prior(draw("eps")), draw("eps"))
+    assert 0.004 < float(Betas().coeffs(f64(1.0)).a ** 2) < 0.005  # a little signal is left, and
+    assert abs(float(Betas(zero_snr=True).coeffs(f64(1.0)).a)) < 1e-15  # here it is not
+    assert Betas().time_of_log_snr(f64(-20.0)) == 1  # noisier than its last level
+    with pytest.raises(ValueError, match="beta_start <= beta_end"):
+        Betas(beta_start=0.1)
+
+
+def test_two_tables_meet_at_equal_snr_and_not_at_equal_times() -> None:
+    """The image and the video teacher of AVDM2: one timestep, two noise levels."""
+    image, video, t = Betas(), Betas(schedule="linear"), torch.linspace(0.2, 0.98, 40, dtype=torch.float64)
+    there = image.match(video, t)
+    assert ((there - t).abs() > 0.01).sum() > 30
+    torch.testing.assert_close(video.match(image, there), t, rtol=1e-10, atol=1e-10)
+
+
+def test_timesteps_are_whole_on_the_table_and_follow_t_between() -> None:
+    k = torch.arange(1000)
+    assert torch.equal(timestep(((k + 1) / 1000).float(), 1000), k.float())
+    assert timestep(f64(0.0, 0.0005, 0.5004), 1000).tolist() == [0.0, 0.0, pytest.approx(499.4, abs=1e-4)]
+    for t in (0.25, 0.2504):
+        _, slope = torch.func.jvp(lambda t: timestep(t, 1000), (f64(t),), (f64(1.0),))
+        assert float(slope) == 1000
 
 
 def test_time_per_frame_acts_per_frame() -> None:
@@ -140,6 +207,28 @@ def test_grids_and_shift() -> None:
     assert set(uniform_grid(2, 5.0)) <= set(uniform_grid(4, 5.0))
     t = f64(0.1, 0.6)
     torch.testing.assert_close(shifted(shifted(t, 3.0), 1 / 3.0), t)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 25, 50])
+@pytest.mark.parametrize(
+    ("spacing", "offset"), [("leading", 0), ("leading", 1), ("trailing", 0), ("linspace", 0)], ids=lambda v: str(v)
+)
+def test_grids_of_timesteps_are_those_of_diffusers(spacing: str, offset: int, steps: int) -> None:
+    scheduler = diffusers().DDIMScheduler(timestep_spacing=spacing, steps_offset=offset)
+    scheduler.set_timesteps(steps)
+    for clean in (True, False):
+        grid = Timesteps(spacing=spacing, steps_offset=offset, ends_clean=clean).grid(steps)  # type: ignore[arg-type]
+        assert [round(1000 * t) - 1 for t in grid[:-1]] == scheduler.timesteps.tolist()
+        assert grid[-1] == (0.0 if clean else 0.001)
+
+
+def test_a_contract_follows_its_timesteps() -> None:
+    contract = Contract(steps=25, timesteps=Timesteps(spacing="leading", steps_offset=1))
+    assert contract.times()[:2] == (0.962, 0.922) and contract.times(2) == (0.502, 0.002, 0.0)
+    with pytest.raises(ValueError, match="1 to 1000 steps"):
+        contract.times(1001)
+    with pytest.raises(ValueError, match="beyond timestep 999"):
+        contract.times(1000)
 
 
 def test_a_student_refuses_untrained_step_counts() -> None:

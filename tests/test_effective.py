@@ -17,6 +17,7 @@ from bench_engine import CASES, FRAMES, Everything, small, tiny_model
 from fewstep.catalogue import classes
 from fewstep.core import Rng
 from fewstep.core.build import digest, dump
+from fewstep.diffusion import Contract, Timesteps
 from fewstep.engine import Optim, Parallel, Settings, effective, train
 from fewstep.engine.effective import FallbackError, Times, Watch, attention_of, unfused_problem
 from fewstep.engine.listening import Overheard
@@ -52,7 +53,7 @@ def whole() -> dict[type, Any]:
     starts: list[Any] = [
         Settings(steps=3, optim={"student": Optim()}, lora=Lora()),
         Pretrained(),
-        Scratch(denoiser=Spec("VideoDiT"), codec="world"),
+        Scratch(denoiser=Spec("VideoDiT"), codec="world", contract=Contract(timesteps=Timesteps())),
         *(cls(**{f.name: "x" for f in fields(cls) if f.default is f.default_factory}) for cls in _plain()),
     ]
     for start in starts:

@@ -32,7 +32,8 @@ from fewstep.evaluate import (
 from fewstep.evaluate.animate import enlarge, fitted, gif_bytes, grid_gif
 from fewstep.evaluate.cases import Cases, true_clips
 from fewstep.evaluate.compare import make_truth
-from fewstep.evaluate.measure import Meter, feature_map
+from fewstep.evaluate.extractors import feature_map
+from fewstep.evaluate.measure import Meter
 from fewstep.evaluate.report import best_student, lead, read_curves
 from fewstep.evaluate.sampling import prepare, sample, sample_truth
 from fewstep.evaluate.svg import Point, curve, running_mean, scatter
@@ -197,13 +198,14 @@ def test_seeds_are_unique_and_the_seeds_of_a_prompt_stay_together():
 
 def test_rendered_clips_are_right_and_their_shuffled_frames_are_not(teacher: VideoModel):
     bench = prepare([Entry(name="a", model=teacher)], replace(SMALL, prompts=24, num_frames=12))
-    truth, second = sample_truth(bench, 0), sample_truth(bench, 1)
-    figures = make_truth(second, truth, 0.0)
+    assert bench.truth is not None and bench.truth.sets == 2
+    truth, second = (sample_truth(bench, bench.truth, which) for which in range(2))
+    figures = make_truth(second, truth, 0.0, "renderer")
     assert figures.accuracy > 0.9
     assert figures.motion == pytest.approx(1, abs=0.2)
     assert not torch.equal(truth.features, second.features)
     scenes = bench.cases.scene_per_clip(0, 24)
-    meter = Meter(bench.features, bench.cases)
+    meter = Meter(bench.features, bench.cases, bench.judges)
     clips = true_clips(scenes, 12, torch.Generator().manual_seed(1))
     meter.add(clips[:, :, torch.randperm(12, generator=torch.Generator().manual_seed(0))], 0, 24)
     assert meter.done().by_prompt("right", 2).mean() < 0.2
@@ -221,6 +223,7 @@ def test_features_of_a_folder_and_bfloat16_are_recorded(teacher: VideoModel, tmp
     suite = replace(SMALL, features=str(tmp_path / "eye"), autocast="bf16")
     report = evaluate([Entry(name="teacher 4", model=teacher)], suite, tmp_path)
     assert report.frechet_features.startswith(str(tmp_path / "eye"))
+    assert report.rows[0].frechet_infinity is None  # 8 clips for 32 features
     assert any("bfloat16" in note for note in report.notes)
     assert "bf16" in write_report(tmp_path).read_text()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,22 +17,24 @@ from bench_engine import CASES, TWO_GRIDS, Everything, small, tiny_model
 from bench_health import OtherShift, coarse_weights, frozen_critic, other_path
 from fewstep.cli import main
 from fewstep.core import Rng
-from fewstep.diffusion import RectifiedFlow, Trig
+from fewstep.diffusion import CFG, RectifiedFlow, Trig
 from fewstep.engine import CheckpointError, Health, Optim, train
 from fewstep.engine.checkpoint import RunState, checkpoints
 from fewstep.engine.health import Record, judge, monitor, read_record, weights
 from fewstep.engine.health.heard import Heard, Terms
-from fewstep.engine.health.measure import decode, drift
+from fewstep.engine.health.measure import Gauge, decode, drift
+from fewstep.engine.health.verdict import ASKED
 from fewstep.engine.health.vitals import Verdict
 from fewstep.engine.log import RunLog, read_metrics
 from fewstep.methods import DMD2, BackwardSimulation, Method
 from fewstep.methods.rollouts import NESTED
-from fewstep.models import Card, Lora
+from fewstep.models import Card, Lora, VideoModel
 from fewstep.models.lora import adapt, adapters, merge
+from fewstep.world.grammar import world_prompts
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 
-OFTEN = Health(every=3, prompts=2, stop_on_collapse=True, help_critic=2)
+OFTEN = Health(every=3, prompts=2)
 METHOD = CASES["DMD2"]
 """Two warm-up iterations of its critic, then one and two steps."""
 
@@ -237,6 +240,15 @@ def test_inputs_on_another_path_hold_another_amount_of_noise(
     assert found is not None and least < found < most
     heard.forget()
     assert heard.noise(RectifiedFlow()) is None
+
+
+def test_strong_guidance_asks_for_other_clips_than_the_teachers() -> None:
+    model = VideoModel.from_pretrained("world")
+    prompts = tuple(world_prompts(2, 0.5, 0))
+    gauge = Gauge.of(model, prompts, 2, 4, nullcontext)
+    clips = gauge.sample(model, (4,)).latents
+    weak, usual, far = (gauge.asked(CFG(scale=scale), clips, model) for scale in (1.0, 2.5, 30.0))
+    assert 0.8 < weak < usual < 1.3 and far > 2 * ASKED
 
 
 def test_what_the_student_is_fed_is_heard_and_nothing_else() -> None:

@@ -18,7 +18,7 @@ START = replace(TEACHER, accuracy=0.1, distance=2.0, drift=0.2, std=0.8, saturat
 LINES = Baselines(teacher=TEACHER, untrained=replace(TEACHER, accuracy=0.3, distance=1.5), start=START)
 SOUND = Vitals(
     step=25, grid="1, 2, 4", looks=replace(TEACHER, accuracy=0.4, distance=1.2), moved={"student": 1.0, "critic": 1.0},
-    change=0.003, coarse=0.0, noise=1.0, critic=0.8, lag=0.95,
+    change=0.003, coarse=0.0, noise=1.0, asked=1.1, critic=0.8, lag=0.95,
 )  # fmt: skip
 
 
@@ -42,7 +42,7 @@ FLAT = [{"accuracy": 0.2, "distance": 1.6}] * PATIENCE
         ("improving", "accuracy 0.80 .before training 0.10, teacher 0.90., 20% of its first distance", FALLING),
         ("improving", "accuracy 0.40", [{}]),
         ("improving", "no update of the student has been seen", [{"moved": {"critic": 1.0}, "change": None}] * 12),
-        ("improving", "the critic lags .1.20 times", [{"lag": 1.2}]),
+        ("improving", "the critic lags .1.30 times", [{"lag": 1.3}]),
         ("improving", "accuracy 0.88", [{"accuracy": 0.88, "distance": 0.3}] * 12),  # level with its teacher
         ("improving", "of its first distance", [*FALLING[:4], *FLAT[:4], *FALLING[4:]]),
         ("improving", "0% of its first distance", [{"distance": -0.01}]),
@@ -53,6 +53,7 @@ FLAT = [{"accuracy": 0.2, "distance": 1.6}] * PATIENCE
         ("diverging", "changed the student's weights by 30%.*about 60 times too high", [{"change": 0.3}]),
         ("diverging", "holds 1.50 times the noise.*another path", [{"noise": 1.5}]),
         ("diverging", "holds 0.50 times the noise", [{"noise": 0.5}]),
+        ("diverging", "guidance is far too strong.*4.9 times", [{"asked": 4.9}]),
         ("diverging", "the critic does not learn .0% of its weights", [{"moved": {"student": 1.0, "critic": 0.0}}]),
         ("diverging", "the discriminator does not learn", [{"moved": {"student": 1.0, "discriminator": 0.01}}]),
         ("diverging", "saturation is 1.67 times the teacher's .before training 0.83.", [{"saturation": 0.5}]),
@@ -117,7 +118,7 @@ def test_without_accuracy_the_distance_decides() -> None:
 
 
 def test_a_critic_lags_when_it_knows_old_samples_better() -> None:
-    assert [lags(replace(SOUND, lag=lag)) for lag in (None, 0.9, 1.05, 1.2)] == [False, False, False, True]
+    assert [lags(replace(SOUND, lag=lag)) for lag in (None, 0.9, 1.1, 1.3)] == [False, False, False, True]
 
 
 def test_a_record_is_plain_values_and_back() -> None:

@@ -14,7 +14,10 @@ from fewstep.metrics import (
     energy,
     flicker,
     frechet,
+    frechet_infinity,
+    frechet_without,
     gaussian_distance,
+    jackknife,
     motion,
     percentile,
     pooled,
@@ -67,6 +70,54 @@ def test_frechet_of_a_set_to_itself_is_zero_also_when_the_covariance_is_singular
     x = torch.randn(n, 32, generator=rng(), dtype=torch.float64)
     assert frechet(x, x) == pytest.approx(0, abs=1e-9)
     assert frechet(x, x[torch.randperm(n, generator=rng())]) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize(("n", "m"), [(6, 6), (6, 9), (20, 6)])
+def test_frechet_of_few_rows_takes_a_shorter_way_to_the_same_value(n: int, m: int):
+    a, b = torch.randn(n, 12, generator=rng(1)).double(), 2 * torch.randn(m, 12, generator=rng(2)).double() + 1
+    whole = gaussian_distance(a.mean(0), a.T.cov(), b.mean(0), b.T.cov())
+    assert frechet(a, b) == pytest.approx(whole, rel=1e-6)
+    assert frechet(a[torch.randperm(n, generator=rng())], b) == pytest.approx(whole, rel=1e-6)
+
+
+def test_frechet_of_samples_approaches_that_of_their_gaussians():
+    a, b = torch.randn(20_000, 3, generator=rng(1)), 2 * torch.randn(20_000, 3, generator=rng(2)) + 1
+    assert frechet(a, b) == pytest.approx(3 + 3, rel=0.03)  # |m|^2 + sum (2 - 1)^2
+
+
+def test_frechet_without_one_prompt_after_another():
+    a, b = torch.randn(6, 4, generator=rng(1)), torch.randn(6, 4, generator=rng(2))
+    left = frechet_without(a, b, 2)
+    assert left.tolist() == pytest.approx(
+        [frechet(a[2:], b[2:]), frechet(a[[0, 1, 4, 5]], b[[0, 1, 4, 5]]), frechet(a[:4], b[:4])]
+    )
+    assert frechet_without(a, b, 4).tolist() == pytest.approx([frechet(a[4:], b[4:]), frechet(a[:4], b[:4])])
+    for other, size in ((b[:4], 2), (b, 5)):
+        with pytest.raises(ValueError, match="of one shape"):
+            frechet_without(a, other, size)
+
+
+def test_the_extrapolation_has_no_bias_where_it_is_given():
+    a, b = torch.randn(400, 40, generator=rng(1)), 1.2 * torch.randn(400, 40, generator=rng(2)) + 0.3
+    true = 40 * (0.3**2 + 0.2**2)
+    assert frechet(a, b) > 1.5 * true
+    assert frechet_infinity(a, b, rng()) == pytest.approx(true, rel=0.15)
+    with pytest.raises(ValueError, match="N >= 2 D"):
+        frechet_infinity(a[:79], b[:79], rng())
+
+
+@pytest.mark.parametrize("width", [4, 60])  # more clips than features, and fewer
+def test_the_jackknife_of_a_distance_covers_what_samples_of_that_size_give(width: int):
+    generator, drawn = rng(3), []
+    for _ in range(100):
+        a, b = torch.randn(30, width, generator=generator), 1.5 * torch.randn(30, width, generator=generator) + 0.3
+        drawn.append((frechet(a, b), jackknife(frechet(a, b), frechet_without(a, b))))
+    mean = sum(value for value, _ in drawn) / len(drawn)
+    hits = sum(low <= mean <= high for _, (low, high) in drawn)
+    assert hits >= 90
+    spread = torch.tensor([value for value, _ in drawn]).std()
+    mean_width = sum(high - low for _, (low, high) in drawn) / len(drawn)
+    assert mean_width < 2 * (2 * 1.96 * spread)  # and is not much wider than it must be
 
 
 def test_frechet_is_symmetric_and_sees_a_shift():
@@ -188,6 +239,16 @@ def test_ratio_bootstrap_of_pairs_is_narrow_when_the_pairs_agree():
     base = torch.rand(50, generator=rng(), dtype=torch.float64) + 0.1
     assert ratio_bootstrap(2 * base, base, rng()) == pytest.approx((2, 2))
     assert math.isnan(ratio_bootstrap(base, torch.zeros(50), rng()).low)
+
+
+def test_the_jackknife_of_a_mean_is_its_standard_error():
+    x = torch.randn(50, generator=rng(), dtype=torch.float64)
+    without = (x.sum() - x) / 49
+    low, high = jackknife(float(x.mean()), without)
+    assert (low + high) / 2 == pytest.approx(float(x.mean()))
+    assert high - low == pytest.approx(2 * 1.959964 * float(x.std()) / 50**0.5, rel=1e-6)
+    with pytest.raises(ValueError, match="2 groups"):
+        jackknife(1.0, without[:1])
 
 
 def test_percentile():

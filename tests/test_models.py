@@ -185,7 +185,7 @@ def test_position_matters_along_every_axis(axis: int) -> None:
 
 def test_only_differences_of_position_are_read() -> None:
     q, k = torch.randn(2, 1, 1, 24, 18, dtype=torch.float64)
-    early, late = rotary_table(Grid3(4, 2, 3), 0, 18), rotary_table(Grid3(4, 2, 3), 5, 18)[:, -24:]
+    early, late = rotary_table(Grid3(4, 2, 3), 0, 18, 100.0), rotary_table(Grid3(4, 2, 3), 5, 18, 100.0)[:, -24:]
     scores = rotate(q, early) @ rotate(k, early).mT
     torch.testing.assert_close(rotate(q, late) @ rotate(k, late).mT, scores, atol=1e-10, rtol=0)
     assert far(rotate(q, late) @ rotate(k, early).mT, scores)

@@ -25,7 +25,10 @@ ROOT = Path(__file__).parent.parent
 TOP = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LOG.md")]
 PAGES = [*TOP, *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-SMALL = {r"Settings\(steps=\d+, batch=\d+": "Settings(steps=2, batch=2", r"Suite\(prompts=\d+": "Suite(prompts=2"}
+SMALL = {
+    r"Settings\(steps=\d+, batch=\d+": "Settings(steps=2, batch=2", r"Suite\(prompts=\d+": "Suite(prompts=2",
+    r"Wan-AI/[\w.-]+": "wan", r"\(16, 21": "(4, 21",
+}  # fmt: skip
 """Sizes in code blocks, and what they become here."""
 WHOLE = {
     "model": {"type": "Pretrained"}, "method": {"type": "DMD2"}, "data": {"type": "WorldClips"}, "settings": {"steps": 1},
@@ -69,6 +72,14 @@ def tiny_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, single_thread: N
     Path("videos/duck.txt").write_text("a duck")
     Path("prompts.txt").write_text("a duck\na goose\n")
     return tmp_path
+
+
+@pytest.fixture
+def tiny_wan(tiny_world: Path) -> None:
+    """There is a tiny Wan too."""
+    from tiny_models import save_tiny
+
+    save_tiny("wan", tiny_world / "wan")
 
 
 # --- generated parts ----------------------------------------------------------------------------------------------------
@@ -197,8 +208,10 @@ def test_layers_are_those_that_are_checked() -> None:
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda page: page.name)
-def test_python_blocks_run(page: Path, tiny_world: Path) -> None:
+def test_python_blocks_run(page: Path, tiny_world: Path, request: pytest.FixtureRequest) -> None:
     """All blocks of a page, in order, in one namespace. A block with `>>>` is compared with what it says it prints."""
+    if page.stem == "models":
+        request.getfixturevalue("tiny_wan")
     module = ModuleType(f"blocks_of_{page.stem}")
     sys.modules[module.__name__] = module
     try:

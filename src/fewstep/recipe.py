@@ -22,7 +22,7 @@ from fewstep.engine.probe import WorldProbe
 from fewstep.evaluate.machine import describe_machine, versions
 from fewstep.methods.base import Method
 from fewstep.models.bundle import Card, VideoModel
-from fewstep.models.source import ModelSource, Pretrained
+from fewstep.models.source import ModelSource, Pretrained, Scratch
 
 FILE = "recipe.yaml"
 """The name under which a run and a student keep the resolved recipe."""
@@ -163,7 +163,7 @@ class Recipe:
 
     def _provenance(self, model: VideoModel) -> dict[str, str]:
         """What the student says of its origin. What the model said of its own is kept, under `teacher.` if it has one."""
-        distilled = isinstance(self.model, Pretrained)
+        distilled = not isinstance(self.model, Scratch)
         before = model.card.provenance
         chain = {f"teacher.{key}" if distilled else key: value for key, value in before.items()}
         machine = describe_machine(self.settings.device)

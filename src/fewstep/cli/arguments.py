@@ -182,15 +182,29 @@ class Evaluate(Command):
     """What it is compared with: a folder, or `world`."""
     num_inference_steps: tuple[int, ...] = ()
     """Step counts to measure (default: all that the student was trained for)."""
-    prompts: int = 64
-    """Number of prompts."""
+    suite: Literal["world", "avdm2"] = "world"
+    """world: prompts of the built-in world, or your own. avdm2: FVD to real clips and CLIPScore, as in that paper; needs
+    --real, --features and --clip."""
+    real: Path | None = None
+    """Captioned videos (a folder, captions.jsonl or a CSV table); their captions are the prompts."""
+    stride: int | None = None
+    """Of the real clips: take every so many frames of the file (default: 4)."""
+    features: str = "auto"
+    """Of the distance: a TorchScript file (I3D), which runs code, so give only one that you trust; a folder of a video
+    encoder (VideoMAE) or with features of fewstep's own; `pooled`; or auto: the built-in world's where they fit."""
+    clip: Path | None = None
+    """Folder of CLIPModel and CLIPProcessor, for CLIPScore."""
+    prompts: int | None = None
+    """Number of prompts (default: 64; avdm2: 100)."""
     prompt_file: Path | None = None
     """Your own prompts instead, one per line."""
-    seeds: int = 2
-    """Clips per prompt; diversity needs two or more."""
+    seeds: int | None = None
+    """Clips per prompt; diversity needs two or more (default: 2; avdm2: 1)."""
     seed: int = 2024
-    """Draws the prompts and their seeds."""
+    """Draws the prompts, their seeds and the real clips."""
     num_frames: int | None = None
+    batch: int | None = None
+    """Clips made at once (default: 32; avdm2: 4)."""
     autocast: Literal["off", "bf16"] = "off"
     """Arithmetic of the networks, for every row."""
     quiet: bool = False

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fewstep.cli import arguments
 from fewstep.cli.arguments import Overrides, UsageError
@@ -14,6 +14,8 @@ from fewstep.core.env import place
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
+
+    from fewstep.evaluate import Suite
 
 
 def demo(options: arguments.Demo) -> int:
@@ -138,20 +140,12 @@ def pairs(options: arguments.Pairs) -> int:
 
 def evaluate(options: arguments.Evaluate) -> int:
     from fewstep.cli.screen import screen
-    from fewstep.evaluate import Suite, details, entries, table, write_report
+    from fewstep.evaluate import details, entries, table, write_report
     from fewstep.evaluate import evaluate as measure
     from fewstep.models.bundle import VideoModel
 
+    suite = _suite(options)
     teacher, student = VideoModel.from_pretrained(options.teacher), VideoModel.from_pretrained(options.student)
-    texts = _prompts((), options.prompt_file) if options.prompt_file else ()
-    suite = Suite(
-        prompts=options.prompts,
-        texts=texts,
-        seeds_per_prompt=options.seeds,
-        seed=options.seed,
-        num_frames=options.num_frames,
-        autocast=options.autocast,
-    )
     with _bar(options.quiet) as progress:
         rows = entries(teacher, student, options.num_inference_steps)
         report = measure(rows, suite, options.output, progress=progress)
@@ -164,6 +158,30 @@ def evaluate(options: arguments.Evaluate) -> int:
     out.print(table(report))
     out.print(details(report))
     return _made(page)
+
+
+def _suite(options: arguments.Evaluate) -> Suite:
+    """The suite that the options choose; what they leave out is as the suite has it."""
+    from fewstep.evaluate import RealClips, Suite
+
+    given = {
+        "prompts": options.prompts, "seeds_per_prompt": options.seeds, "batch": options.batch, "seed": options.seed,
+        "num_frames": options.num_frames, "autocast": options.autocast,
+        "texts": _prompts((), options.prompt_file) if options.prompt_file else None,
+    }  # fmt: skip
+    chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if options.suite == "world":
+        if options.real is not None or options.stride is not None:
+            raise UsageError("--real and --stride belong to --suite avdm2; add it, or leave them out")
+        return Suite(features=options.features, clip=str(options.clip or ""), **chosen)
+    if options.real is None or options.clip is None or options.features == "auto":
+        raise UsageError(
+            "--suite avdm2 compares with real clips: give --real (captioned videos), --features (for example "
+            "i3d_torchscript.pt) and --clip (a folder with CLIPModel and CLIPProcessor)"
+        )
+    stride = {} if options.stride is None else {"stride": options.stride}
+    real = RealClips(path=str(options.real), **stride)
+    return Suite.avdm2(real=real, features=options.features, clip=str(options.clip), **chosen)
 
 
 def _prompts(given: tuple[str, ...], file: Path | None) -> tuple[str, ...]:

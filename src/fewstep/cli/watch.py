@@ -21,7 +21,7 @@ BARS = "▁▂▃▄▅▆▇█"
 WIDTH = 32
 """Characters of a curve."""
 SHOWN = ("accuracy", "distance", "diversity", "motion", "saturation", "contrast", "std", "drift")
-OTHERS = ("critic", "lag", "noise", "change", "coarse", "cosine")
+OTHERS = ("critic", "lag", "noise", "asked", "change", "coarse", "cosine")
 
 
 def show(folder: Path, *, every: float) -> int:

@@ -5,8 +5,8 @@ Shapes: latents are `[B, C, F, H, W]`, text states `[B, L, D]`, time `t` is `[B]
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,34 +21,51 @@ KV = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Cond:
-    """Text condition: states `[B, L, D]` and a mask `[B, L]` that is True on real tokens."""
+    """What a clip shall show: text states `[B, L, D]` and a mask `[B, L]` that is True on real tokens."""
 
     text: Tensor
     mask: Tensor
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    """Further conditions by name, each `[B, ...]` (pooled text, image states): what a text encoder gives its own denoiser."""
 
     def __len__(self) -> int:
         return len(self.text)
 
     def __getitem__(self, index: Tensor | slice) -> Cond:
-        return Cond(self.text[index], self.mask[index])
+        return self._each(lambda x: x[index])
 
     def to(self, device: str | torch.device) -> Cond:
-        return Cond(self.text.to(device), self.mask.to(device))
+        return self._each(lambda x: x.to(device))
 
     def expand(self, batch: int) -> Cond:
         """The single condition of this object, repeated `batch` times."""
-        return Cond(self.text.expand(batch, -1, -1), self.mask.expand(batch, -1))
+        return self._each(lambda x: x.expand(batch, *x.shape[1:]))
 
     def where(self, keep: Tensor, other: Cond) -> Cond:
         """This condition where `keep` `[B]` is True, `other` elsewhere (condition dropout)."""
-        return Cond(
-            torch.where(keep[:, None, None], self.text, other.text),
-            torch.where(keep[:, None], self.mask, other.mask),
-        )
+        return Cond._join([self, other], lambda x, y: torch.where(keep.reshape(-1, *[1] * (x.ndim - 1)), x, y))
 
     @staticmethod
     def cat(parts: list[Cond]) -> Cond:
-        return Cond(torch.cat([p.text for p in parts]), torch.cat([p.mask for p in parts]))
+        return Cond._join(parts, lambda *tensors: torch.cat(tensors))
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them: text, mask, then what is extra."""
+        return self.text, self.mask, *self.extra.values()
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Cond:
+        return Cond(change(self.text), change(self.mask), {name: change(x) for name, x in self.extra.items()})
+
+    @staticmethod
+    def _join(parts: list[Cond], join: Callable[..., Tensor]) -> Cond:
+        """ValueError where the parts have not the same extra conditions."""
+        names = parts[0].extra.keys()
+        if any(part.extra.keys() != names for part in parts):
+            have = "; ".join(", ".join(sorted(part.extra)) or "none" for part in parts)
+            raise ValueError(f"conditions with different extras cannot be one batch: {have}")
+        extra = {name: join(*(part.extra[name] for part in parts)) for name in names}
+        return Cond(join(*(part.text for part in parts)), join(*(part.mask for part in parts)), extra)
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,11 @@ class PairPlan:
             raise ValueError("this model is sampled by renoise, which has no ODE pairs; name a solver in the plan")
         steps = contract.steps if self.steps is None else self.steps
         base = contract.times(steps) if self.shift is None else uniform_grid(steps, self.shift)
+        if (base[0], base[-1]) != (1.0, 0.0):
+            raise ValueError(
+                f"this model's own steps lead from t = {base[0]:g} to {base[-1]:g}, and pairs go from 1 to 0; "
+                "name a shift in the plan (1.0 for uniform steps)"
+            )
         guidance = contract.guidance if self.guidance is None else self.guidance
         return Course(solver, grid_through(self.times, base), guidance)
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.nn.functional import pad
 
 from fewstep.core import Cond
@@ -32,25 +31,23 @@ class Texts:
     def __init__(
         self, model: VideoModel, needs: frozenset[str], cache: str | Path = "", prompts: Sequence[str] = ()
     ) -> None:
+        self.model, self.negative = model, model.card.negative_prompt
         self.encoder = model.text if "prompts" in needs or "text" in model.parts else None
-        self.known: dict[str, tuple[Tensor, Tensor]] = {}
+        self.length = self.encoder.length if self.encoder is not None else 1
+        self.known: dict[str, Cond] = {}
         self.rows: dict[str, int] = {}
         """Where each stored prompt is."""
         if cache and self.encoder is not None:
-            self.reader = self._store(Path(cache), tuple(dict.fromkeys(("", *prompts))))
+            self.reader = self._store(Path(cache), tuple(dict.fromkeys((self.negative, *prompts))))
             self.rows = {row["caption"]: i for i, row in enumerate(self.reader.rows)}
 
     def __call__(self, prompts: Sequence[str], device: str | torch.device) -> tuple[Cond, Cond]:
-        """Conditions of `prompts` and of as many empty prompts, of one length."""
-        states = [self._states(prompt) for prompt in (*prompts, "")]
-        length = max(len(mask) for _, mask in states)
-        both = Cond(
-            torch.stack([pad(text, (0, 0, 0, length - len(text))) for text, _ in states]).to(device),
-            torch.stack([pad(mask, (0, length - len(mask))) for _, mask in states]).to(device),
-        )
+        """Conditions of `prompts`, and the negative prompt as many times."""
+        states = [self._states(prompt) for prompt in (*prompts, self.negative)]
+        both = Cond.cat([_padded(cond, self.length) for cond in states]).to(device)
         return both[:-1], both[-1:].expand(len(prompts))
 
-    def _states(self, prompt: str) -> tuple[Tensor, Tensor]:
+    def _states(self, prompt: str) -> Cond:
         if prompt not in self.known:
             if len(self.known) >= KEPT:
                 del self.known[next(iter(self.known))]
@@ -58,17 +55,19 @@ class Texts:
         return self.known[prompt]
 
     @torch.no_grad()
-    def _encode(self, prompt: str) -> tuple[Tensor, Tensor]:
+    def _encode(self, prompt: str) -> Cond:
+        """One prompt, without the padding that is zero."""
         if self.encoder is None:
-            return torch.zeros(1, 1), torch.zeros(1, dtype=torch.bool)
-        cond = self.encoder.encode([prompt])
-        return cond.text[0].cpu(), cond.mask[0].cpu()
+            return self.model.blank_cond(1)
+        cond = self.encoder.encode([prompt]).to("cpu")
+        end = int((cond.mask | (cond.text != 0).any(-1)).nonzero()[-1, 1]) + 1
+        return Cond(cond.text[:, :end].clone(), cond.mask[:, :end].clone(), cond.extra)
 
-    def _read(self, prompt: str) -> tuple[Tensor, Tensor]:
-        index = self.rows[prompt]
-        length = self.reader.rows[index]["length"]
-        text, mask = (self.reader.read(name, [index])[0, :length] for name in ("text", "mask"))
-        return text, mask.bool()
+    def _read(self, prompt: str) -> Cond:
+        row = self.reader.rows[self.rows[prompt]]
+        read = {name: self.reader.read(name, [self.rows[prompt]]) for name in ("text", "mask", *row.get("extra", ()))}
+        text, mask = (read.pop(name)[:, : row["length"]] for name in ("text", "mask"))
+        return Cond(text, mask.bool(), read)
 
     def _store(self, cache: Path, prompts: tuple[str, ...]) -> ShardReader:
         """Encode what is not stored yet: a run that was killed goes on after its last whole shard."""
@@ -78,9 +77,16 @@ class Texts:
         writer = ShardWriter(cache / digest(settings), "texts", settings, shard_size=64)
         if not writer.complete:
             for prompt in prompts[len(writer.rows) :]:
-                text, mask = self._encode(prompt)
-                room = max(0, encoder.length - len(mask))
-                tensors = {"text": pad(text.float(), (0, 0, 0, room)), "mask": pad(mask, (0, room)).to(torch.uint8)}
-                writer.add({"caption": prompt, "length": len(mask)}, tensors, {})
+                cond = self._encode(prompt)
+                full = _padded(cond, self.length)
+                tensors = {"text": full.text[0].float(), "mask": full.mask[0].to(torch.uint8)}
+                row = {"caption": prompt, "length": cond.mask.shape[1], "extra": sorted(cond.extra)}
+                writer.add(row, tensors | {name: x[0].float() for name, x in cond.extra.items()}, {})
             writer.finish({})
         return ShardReader(writer.folder, "texts")
+
+
+def _padded(cond: Cond, length: int) -> Cond:
+    """With zeros after its end, up to `length` tokens."""
+    room = length - cond.mask.shape[1]
+    return Cond(pad(cond.text, (0, 0, 0, room)), pad(cond.mask, (0, room)), cond.extra)

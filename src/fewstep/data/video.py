@@ -106,6 +106,19 @@ def to_uint8(values: Tensor) -> Tensor:
     return ((values.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
+def cover(planes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Floats `[N, C, H, W]` scaled to cover `size`, bicubic and antialiased, and cropped at the centre.
+
+    One side then fits exactly. Bicubic interpolation overshoots at edges: values may leave the range of the input.
+    """
+    (height, width), (target_h, target_w) = planes.shape[-2:], size
+    ratio = max(target_h / height, target_w / width)
+    covered = max(target_h, round(height * ratio)), max(target_w, round(width * ratio))
+    planes = interpolate(planes, covered, mode="bicubic", antialias=True, align_corners=False)
+    top, left = (covered[0] - target_h) // 2, (covered[1] - target_w) // 2
+    return planes[..., top : top + target_h, left : left + target_w]
+
+
 def write_video(path: str | Path, frames: Tensor, *, fps: float = 8, scale: int = 1, columns: int = 0) -> Path:
     """Write floats `[3, F, H, W]`, or `[B, 3, F, H, W]` side by side, in [-1, 1], to .mp4 (H.264) or .gif.
 
@@ -190,13 +203,7 @@ def _fit(frame: np.ndarray, size: tuple[int, int] | None) -> Tensor:
     pixels = torch.from_numpy(np.ascontiguousarray(frame))
     if size is None or tuple(pixels.shape[:2]) == size:
         return pixels.clone()
-    (height, width), (target_h, target_w) = pixels.shape[:2], size
-    ratio = max(target_h / height, target_w / width)
-    cover = max(target_h, round(height * ratio)), max(target_w, round(width * ratio))
-    planes = pixels.permute(2, 0, 1)[None].float()
-    planes = interpolate(planes, cover, mode="bicubic", antialias=True, align_corners=False)
-    top, left = (cover[0] - target_h) // 2, (cover[1] - target_w) // 2
-    planes = planes[0, :, top : top + target_h, left : left + target_w]
+    planes = cover(pixels.permute(2, 0, 1)[None].float(), size)[0]
     return planes.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous()
 
 

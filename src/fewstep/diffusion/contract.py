@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from fewstep.diffusion.guidance import CFG
 from fewstep.diffusion.samplers import Solver, calls
-from fewstep.diffusion.times import check_grid, uniform_grid
+from fewstep.diffusion.times import Timesteps, check_grid, uniform_grid
 
 
 class StepCountError(ValueError):
@@ -17,8 +17,8 @@ class StepCountError(ValueError):
 class Contract:
     """How a model must be sampled to get what was measured.
 
-    A teacher has `grids == {}`: any number of steps, on the shifted uniform grid. A student lists the exact times of
-    each step count it was trained for and refuses others.
+    A teacher has `grids == {}`: any number of steps, on the shifted uniform grid or by its `timesteps`. A student lists
+    the exact times of each step count it was trained for and refuses others.
     """
 
     solver: Solver = "euler"
@@ -26,6 +26,8 @@ class Contract:
     """The default number of steps."""
     shift: float = 1.0
     """Of the uniform grid, where no exact grid is listed."""
+    timesteps: Timesteps | None = None
+    """Of a model trained on integer timesteps: takes the place of the uniform grid."""
     grids: dict[str, tuple[float, ...]] = field(default_factory=dict)
     """Step count (as text, JSON has no integer keys) -> exact decreasing times from 1 to 0."""
     guidance: CFG = CFG()
@@ -51,7 +53,7 @@ class Contract:
             raise StepCountError(
                 f"this student was trained for {trained} steps and was asked for {steps}. Use one of these."
             )
-        return uniform_grid(steps, self.shift)
+        return uniform_grid(steps, self.shift) if self.timesteps is None else self.timesteps.grid(steps)
 
     def calls(self, steps: int | None = None) -> int:
         """NFE: network evaluations per clip, guidance counted (two per step when it is on)."""

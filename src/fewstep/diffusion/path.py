@@ -9,7 +9,10 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cache
+from itertools import accumulate
+from operator import mul
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -105,7 +108,7 @@ class Trig(NoisePath):
 class VP(NoisePath):
     """Variance preserving, `a^2 + s^2 = 1`, log-SNR linear in t between `high` and `low`.
 
-    The public DDPM beta tables are integer grids; an adapter maps its timesteps here by log-SNR (`match`).
+    The public DDPM beta tables are `Betas`.
     """
 
     high: float = 10.0
@@ -147,4 +150,65 @@ class EDM(NoisePath):
         return ((-log_snr.double() / 2).exp() ** (1 / self.rho) - lo) / (hi - lo)
 
 
-PATHS = (RectifiedFlow, Trig, VP, EDM)
+@dataclass(frozen=True, kw_only=True)
+class Betas(NoisePath):
+    """A DDPM (2006.11239) table of `num_train_timesteps` noise levels: timestep k is `t = (k + 1) / num_train_timesteps`.
+
+    At t = 0 data are exactly clean. Between two points of the table the angle `atan(s / a)` is linear in t.
+    """
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    schedule: Literal["linear", "scaled_linear"] = "scaled_linear"
+    """What runs linearly from start to end: beta itself (AnimateDiff), or its root (Stable Diffusion, CogVideoX)."""
+    snr_shift: float = 1.0
+    """The signal-to-noise ratio of the whole table is divided by this (`snr_shift_scale` in CogVideoX)."""
+    zero_snr: bool = False
+    """Rescaled so that t = 1 is pure noise (2305.08891, algorithm 1). Otherwise a little signal is left there."""
+
+    def __post_init__(self) -> None:
+        if self.num_train_timesteps < 2 or not 0 < self.beta_start <= self.beta_end < 1 or self.snr_shift <= 0:
+            raise ValueError(
+                "Betas needs at least 2 timesteps, 0 < beta_start <= beta_end < 1 and snr_shift > 0, "
+                f"got {self.num_train_timesteps}, {self.beta_start}, {self.beta_end}, {self.snr_shift}"
+            )
+
+    def coeffs(self, t: Tensor) -> Coeffs:
+        angles, place = self._angles(t), t * self.num_train_timesteps
+        below = place.detach().floor().long().clamp(0, self.num_train_timesteps - 1)
+        slope = angles[below + 1] - angles[below]
+        angle = angles[below] + (place - below) * slope
+        a, s, speed = angle.cos(), angle.sin(), slope * self.num_train_timesteps
+        return Coeffs(a, s, -s * speed, a * speed)
+
+    def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
+        """As in `NoisePath`; 1 for what is noisier than the table's last level."""
+        angles = self._angles(log_snr)
+        angle = torch.atan((-log_snr.double() / 2).exp())
+        above = torch.searchsorted(angles, angle).clamp(1, self.num_train_timesteps)
+        share = (angle - angles[above - 1]) / (angles[above] - angles[above - 1])
+        return ((above - 1 + share) / self.num_train_timesteps).clamp(0, 1)
+
+    def prior(self, eps: Tensor) -> Tensor:
+        """The noise itself, as these models are sampled, though the table may end with a little signal left."""
+        return eps
+
+    def _angles(self, like: Tensor) -> Tensor:
+        return torch.tensor(_table(self), dtype=torch.float64, device=like.device)
+
+
+@cache
+def _table(path: Betas) -> tuple[float, ...]:
+    """`atan(s / a)` at t = 0, 1/T, ..., 1."""
+    last, power = path.num_train_timesteps - 1, 1 if path.schedule == "linear" else 2
+    low, high = path.beta_start ** (1 / power), path.beta_end ** (1 / power)
+    betas = [(low + (high - low) * k / last) ** power for k in range(last + 1)]
+    signal = [a2 / (path.snr_shift + (1 - path.snr_shift) * a2) for a2 in accumulate((1 - b for b in betas), mul)]
+    roots = [math.sqrt(a2) for a2 in signal]
+    if path.zero_snr:
+        roots = [(a - roots[-1]) * roots[0] / (roots[0] - roots[-1]) for a in roots]
+    return (0.0, *(math.acos(a) for a in roots))
+
+
+PATHS = (RectifiedFlow, Trig, VP, EDM, Betas)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -37,6 +38,52 @@ def check_grid(times: tuple[float, ...]) -> tuple[float, ...]:
     if not ok:
         raise ValueError(f"a time grid decreases strictly from 1.0 to 0.0, got {list(times)}")
     return times
+
+
+def timestep(t: Tensor, num_train_timesteps: int) -> Tensor:
+    """What a network trained on integer timesteps is told at time `t`: `k = T t - 1`, float32, never below 0.
+
+    Whole where `t` is `(k + 1) / T` in float32; in between, the same line, which derivatives follow everywhere.
+    """
+    k = num_train_timesteps * t.double() - 1
+    whole = k.round()
+    rounding = torch.where((k - whole).abs() < 1e-3, whole - k, torch.zeros_like(k))
+    return (k + rounding.detach()).clamp_min(0).float()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timesteps:
+    """Which integer timesteps of a DDPM-trained model are visited (2305.08891, table 2), as times `(k + 1) / T`.
+
+    diffusers' DDIM moves by `T // steps` levels whatever timestep comes next. Where that is the next one, which holds for
+    `leading`, and for `trailing` if `steps` divides T, both make the same clip; elsewhere this grid goes to the next one.
+    """
+
+    spacing: Literal["leading", "trailing", "linspace"] = "trailing"
+    num_train_timesteps: int = 1000
+    steps_offset: int = 0
+    """Added to the timesteps of `leading`."""
+    ends_clean: bool = True
+    """The last step ends at t = 0; otherwise at the first level of the table (`set_alpha_to_one: false`)."""
+
+    def grid(self, steps: int) -> tuple[float, ...]:
+        """`steps + 1` decreasing times. They begin below 1 where the spacing leaves out the last timestep.
+
+        >>> Timesteps().grid(4)
+        (1.0, 0.75, 0.5, 0.25, 0.0)
+        """
+        total = self.num_train_timesteps
+        if not 1 <= steps <= total:
+            raise ValueError(f"a model of {total} timesteps is sampled in 1 to {total} steps, got {steps}")
+        if self.spacing == "leading":
+            levels = [i * (total // steps) + self.steps_offset + 1 for i in reversed(range(steps))]
+        elif self.spacing == "trailing":
+            levels = [round(total - i * total / steps) for i in range(steps)]
+        else:
+            levels = [round(i * (total - 1) / max(steps - 1, 1)) + 1 for i in reversed(range(steps))]
+        if levels[0] > total:
+            raise ValueError(f"{steps} steps with steps_offset {self.steps_offset} go beyond timestep {total - 1}")
+        return (*(level / total for level in levels), 0.0 if self.ends_clean else 1 / total)
 
 
 class TimeDensity(ABC):

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fewstep.core import Cond
 from fewstep.core.atomic import write_text
 from fewstep.engine.compiling import compile_problem
 from fewstep.engine.mesh import Processes
@@ -186,18 +185,18 @@ def attention_of(network: nn.Module, model: VideoModel, settings: Settings) -> t
     if not isinstance(network, Denoiser) or "codec" not in model.parts:
         return (), 0
     shape, found, unfused = model.latent_shape(), [], 0
-    device, width = torch.empty(0, device=settings.device).device, model.text.width if "text" in model.parts else 1
+    device = torch.empty(0, device=settings.device).device
     backbone = hollow(network.backbone)
     blocks, backbone.blocks = list(backbone.blocks), nn.ModuleList()  # type: ignore[arg-type]
     solid(backbone, device)
-    cond = Cond(torch.zeros(1, 2, width, device=device), torch.ones(1, 2, dtype=torch.bool, device=device))
+    cond = model.blank_cond(1).to(device)
     with torch.enable_grad(), torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast == "bf16"):
         x = torch.zeros(1, *shape, device=device, requires_grad=True)
         state = backbone.embed(x, torch.full((1,), 0.5, device=device), cond)  # type: ignore[operator]
         while blocks:
             with Kernels() as kernels:
                 state = solid(blocks.pop(0), device)(replace(state, past=None, new=None))
-            state = replace(state, x_BNE=state.x_BNE.detach().requires_grad_())  # one block's graph at a time
+            state = state.detached  # one block's graph at a time
             found.append(", ".join(kernels.names) or "none")
             unfused = max(unfused, kernels.unfused)
     return tuple(found), unfused

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
-from fewstep.core import Batch, Cond, Pairs, Rng
+from fewstep.core import Batch, Pairs, Rng
 from fewstep.core.flops import FORMULAS
 from fewstep.engine.memory import FLOAT, Holding, Phase, Plan, optimizer_bytes
 from fewstep.engine.nets import build_nets, sources, trained_roles
@@ -171,18 +171,16 @@ class Outline:
         """One batch of shapes: everything that the method needs, prompts of the greatest length."""
         model, card, size = self.model, self.model.card, self.settings.batch
         needs = self.method.needs
-        length, width = (model.text.length, model.text.width) if "text" in model.parts else (1, 1)
         frames = (self.frames, card.height, card.width)
         shape = model.codec.latent_shape(*frames) if "codec" in model.parts else (3, *frames)
         rollouts = [value for value in vars(self.method).values() if isinstance(value, Rollout)]
         grids = [grid for rollout in rollouts for grid in rollout.contract(card.contract).grids.values()]
         times = tuple(sorted({1.0, 0.0, *(t for grid in grids for t in grid)}, reverse=True))
         with self.mode:
-            cond = Cond(torch.empty(size, length, width), torch.ones(size, length, dtype=torch.bool))
-            uncond = Cond(torch.empty(1, length, width), torch.ones(1, length, dtype=torch.bool)).expand(size)
+            cond, uncond = model.blank_cond(size), model.blank_cond(1).expand(size)
             return Batch(
                 cond, uncond, shape,
-                prompts=("word " * length,) * size if "prompts" in needs else (),
+                prompts=("word " * cond.text.shape[1],) * size if "prompts" in needs else (),
                 x0=torch.empty(size, *shape) if "x0" in needs else None,
                 pairs=Pairs(torch.empty(size, len(times), *shape), times) if "pairs" in needs else None,
                 frames=torch.empty(size, 3, *frames) if "frames" in needs else None,
@@ -202,12 +200,15 @@ class Outline:
 
 def _imagine(network: nn.Module, mode: FakeTensorMode) -> None:
     """Put a network of the meta device where autocast and attention know what to do: the CPU, still without memory."""
+    made: dict[nn.Parameter, nn.Parameter] = {}  # what two modules share stays one
     with mode:
         for module in network.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
-                    made = torch.empty(parameter.shape, dtype=parameter.dtype)
-                    module._parameters[name] = nn.Parameter(made, requires_grad=False)
+                    if parameter not in made:
+                        empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                        made[parameter] = nn.Parameter(empty, requires_grad=False)
+                    module._parameters[name] = made[parameter]
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
@@ -223,7 +224,7 @@ def _holding(role: str, network: nn.Module, *, trained: bool, slim: int = 0) -> 
         network=type(getattr(network, "backbone", network)).__name__,
         parameters=count,
         trained=count if trained else 0,
-        weights=FLOAT * count + sum(b.nbytes for b in buffers),
+        weights=sum(tensor.nbytes for tensor in (*own, *buffers)),
         optimizer=optimizer_bytes(count, slim) if trained else 0,
     )
 
@@ -234,5 +235,5 @@ def _largest(network: nn.Module) -> int:
 
 def _tensors(batch: Batch) -> Iterator[Tensor]:
     states = batch.pairs.states if batch.pairs is not None else None
-    every = (batch.cond.text, batch.cond.mask, batch.x0, states, batch.frames, batch.labels)
+    every = (*batch.cond.tensors, batch.x0, states, batch.frames, batch.labels)
     return (tensor for tensor in every if tensor is not None)

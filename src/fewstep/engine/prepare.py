@@ -30,7 +30,6 @@ from fewstep.engine.settings import Parallel, Settings
 from fewstep.engine.shard import hollow, shard
 from fewstep.methods.base import Method, Nets, Weak
 from fewstep.models import Card, Denoiser, VideoModel
-from fewstep.models.bundle import PARTS
 from fewstep.models.lora import duplicate
 
 WHOSE = ("recipe", "method", "cite", "teacher", "data")
@@ -74,8 +73,8 @@ def prepare(
 
 
 def load_others(method: Method, processes: Processes) -> dict[str, VideoModel]:
-    """The other models a method reads, by role; of their networks only the denoiser, which stays on disk if it is sharded."""
-    leave = PARTS if processes.weights is not None else tuple(part for part in PARTS if part != "denoiser")
+    """The other models a method reads, by role. Weights that will be sharded stay where they are stored."""
+    leave = ("denoiser",) if processes.weights is not None else ()
     return {role: source.load(leave=leave) for role, source in sources(method).items()}
 
 

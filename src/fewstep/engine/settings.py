@@ -65,8 +65,8 @@ class Parallel:
 class Health:
     """A verdict on the student every so often, from clips of fixed prompts and seeds; and what is done about a bad one.
 
-    By default nothing here changes what a run computes; the last two fields do, and are off because their thresholds have
-    been tried on few runs. Runs that are shorter than `every`, and those that distil nothing, are not examined.
+    Only the last two fields can change what a run computes, and only where it is ill. Runs that are shorter than `every`,
+    and those that distil nothing, are not examined.
     """
 
     every: int = 25
@@ -77,9 +77,9 @@ class Health:
     """Clips per prompt; without two there is no diversity."""
     keep_best: bool = True
     """Keep the best student so far, and return it where the run ends diverging or collapsing. A probe has its own rule."""
-    stop_on_collapse: bool = False
+    stop_on_collapse: bool = True
     """End the run after two checks in a row that say `collapsing`; more iterations have never mended that."""
-    help_critic: int = 0
+    help_critic: int = 2
     """Most extra turns of every update that does not train the student, while the critic lags; 0 = never."""
 
     def __post_init__(self) -> None:

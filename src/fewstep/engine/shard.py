@@ -90,8 +90,12 @@ def add_gradients(network: nn.Module, processes: Processes) -> None:
             gradient.copy_(total.view_as(gradient))
 
 
-@cache
 def _let_fsdp_see_inside() -> None:
     """Its hooks look for tensors in what goes in and out of a unit; earlier versions know registered types only."""
-    for cls in (State, Prediction):
-        register_dataclass(cls)
+    for cls in (*State.__subclasses__(), Prediction):
+        _register(cls)
+
+
+@cache
+def _register(cls: type) -> None:
+    register_dataclass(cls)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from fewstep.world.grammar import Scene
 from fewstep.world.renderer import Variation, render
+
+SEED_STRIDE = 1_000_003  # keeps the clips of two suites with neighbouring seeds apart
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,56 @@ class Cases:
         if self.scenes is None:
             raise ValueError("these prompts have no scenes: they cannot be rendered or checked")
         return [scene for scene in self.scenes[first:last] for _ in range(self.seeds_per_prompt)]
+
+
+class TrueClips(ABC):
+    """Clips that no model made, in one or two independent sets: what Frechet distances are taken to, and their floor."""
+
+    kind: ClassVar[str]
+    """What the report's row is called."""
+    batch: ClassVar[int]
+    """Clips drawn and measured at once."""
+    name: str
+    """What the report says distances are taken to."""
+
+    @property
+    @abstractmethod
+    def sets(self) -> int:
+        """1 or 2. The first is what distances are taken to; the second, measured like a model, gives the floor."""
+
+    @property
+    @abstractmethod
+    def judged(self) -> int | None:
+        """The set that is scored against the prompts too, as a model is; None if no set answers the prompts."""
+
+    @abstractmethod
+    def draw(self, which: int, spans: Iterable[tuple[int, int]]) -> Iterator[Tensor]:
+        """Clips `[n, 3, F, H, W]` of one set, for the prompts of one span `(first, last)` after another."""
+
+
+@dataclass(frozen=True)
+class Rendered(TrueClips):
+    """Freshly rendered clips of the prompts' scenes."""
+
+    kind: ClassVar[str] = "renderer"
+    batch: ClassVar[int] = 64  # which clips are drawn depends on it
+
+    cases: Cases
+    num_frames: int
+    name: str = "freshly rendered clips of the same prompts"
+
+    @property
+    def sets(self) -> int:
+        return 2
+
+    @property
+    def judged(self) -> int | None:
+        return 1
+
+    def draw(self, which: int, spans: Iterable[tuple[int, int]]) -> Iterator[Tensor]:
+        generator = torch.Generator().manual_seed(self.cases.first_seed + SEED_STRIDE // 2 + which)
+        for first, last in spans:
+            yield true_clips(self.cases.scene_per_clip(first, last), self.num_frames, generator)
 
 
 def true_clips(scenes: Sequence[Scene], num_frames: int, generator: torch.Generator) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,16 +14,60 @@ from fewstep.evaluate.measure import Measured
 from fewstep.evaluate.results import Gain, Range, Row, Truth
 from fewstep.evaluate.sampling import Bench
 from fewstep.evaluate.suite import Entry
-from fewstep.metrics import bootstrap, frechet, ratio_of_means
+from fewstep.metrics import bootstrap, frechet, frechet_infinity, frechet_without, jackknife, ratio_of_means
 from fewstep.metrics.statistics import clustered_wilson, ratio_bootstrap
 from fewstep.world.grammar import ATTRIBUTES
 
+BLOCKS = 100
+"""Of a jackknife: with more prompts than this, several are left out at once, for the sake of time."""
 
-def make_row(entry: Entry, mine: Measured, reference: Measured, target: Tensor, bench: Bench, cost: Cost) -> Row:
-    """One row; `target` are the features that Frechet distances are taken to."""
+
+@dataclass(frozen=True, kw_only=True)
+class Distance:
+    """Frechet distance of one set of clips to the target."""
+
+    value: float
+    without: Tensor | None
+    """With one prompt after another left out, or one of about `BLOCKS` groups of prompts; None with a single prompt."""
+    infinity: float | None
+    """Extrapolated to infinitely many clips; None where two clips per feature are not at hand."""
+    shuffled: float
+    """Of the same clips with their frames in random order."""
+
+    @classmethod
+    def measure(cls, mine: Measured, target: Tensor, bench: Bench) -> Distance:
+        x, (clips, width) = mine.features, target.shape
+        prompts = len(bench.cases.prompts)
+        block = math.ceil(prompts / BLOCKS) * bench.cases.seeds_per_prompt
+        return cls(
+            value=frechet(x, target),
+            without=frechet_without(x, target, block) if prompts > 1 else None,
+            infinity=frechet_infinity(x, target, _generator(bench)) if clips >= 2 * width else None,
+            shuffled=frechet(mine.shuffled, target),
+        )
+
+    @property
+    def interval(self) -> Range | None:
+        if self.without is None:
+            return None
+        low, high = jackknife(self.value, self.without)
+        return _range((max(0.0, low), high))
+
+    def minus(self, other: Distance) -> tuple[float, Range | None]:
+        """The difference to another row's distance, and its interval."""
+        value = self.value - other.value
+        if self.without is None or other.without is None:
+            return value, None
+        return value, _range(jackknife(value, self.without - other.without))
+
+
+def make_row(entry: Entry, mine: Measured, reference: Measured, distance: Distance, bench: Bench, cost: Cost) -> Row:
+    """One row; motion, diversity and flicker are relative to `reference`."""
     seeds, checked = bench.cases.seeds_per_prompt, mine.right is not None
     whole = mine.by_prompt("right", seeds) if checked else None
     each = dict(zip(ATTRIBUTES, mine.by_prompt("attributes", seeds).unbind(1), strict=True)) if checked else {}
+    fits = None if mine.clip_score is None else mine.by_prompt("clip_score", seeds)
+    is_reference = bench.truth is None and mine is reference
     moved, reference_moved = mine.by_prompt("motion", seeds), reference.by_prompt("motion", seeds)
     return Row(
         name=entry.name,
@@ -36,10 +80,14 @@ def make_row(entry: Entry, mine: Measured, reference: Measured, target: Tensor, 
         attributes={name: float(shares.mean()) for name, shares in each.items()} or None,
         attributes_ci={name: clustered_wilson(shares, seeds)[:] for name, shares in each.items()} or None,
         abstained=None if mine.abstained is None else float(mine.abstained.any(1).double().mean()),
+        clip_score=None if fits is None else float(fits.mean()),
+        clip_score_ci=None if fits is None else _range(bootstrap(fits, _generator(bench))),
         gain=None,
-        frechet=None if target is mine.features else frechet(mine.features, target),
+        frechet=None if is_reference else distance.value,
+        frechet_ci=None if is_reference else distance.interval,
+        frechet_infinity=None if is_reference else distance.infinity,
         frechet_n=len(mine.features),
-        frechet_shuffled=frechet(mine.shuffled, target),
+        frechet_shuffled=distance.shuffled,
         motion=_ratio(mine.motion, reference.motion),
         motion_ci=_range(ratio_bootstrap(moved, reference_moved, _generator(bench))),
         motion_absolute=float(mine.motion.mean()),
@@ -57,12 +105,12 @@ def make_row(entry: Entry, mine: Measured, reference: Measured, target: Tensor, 
     )
 
 
-def make_truth(truth: Measured, reference: Measured, floor: float) -> Truth:
-    """The renderer's own clips, measured like a model's."""
-    if truth.right is None:
-        raise ValueError("rendered clips are always checkable; these have no scores")
+def make_truth(truth: Measured, reference: Measured, floor: float | None, name: str) -> Truth:
+    """Clips that no model made, measured like a model's."""
     return Truth(
-        accuracy=float(truth.right.all(1).double().mean()),
+        name=name,
+        accuracy=None if truth.right is None else float(truth.right.all(1).double().mean()),
+        clip_score=None if truth.clip_score is None else float(truth.clip_score.double().mean()),
         frechet=floor,
         motion=_ratio(truth.motion, reference.motion),
         diversity=_ratio(truth.diversity, reference.diversity),
@@ -70,25 +118,44 @@ def make_truth(truth: Measured, reference: Measured, floor: float) -> Truth:
     )
 
 
-def with_gains(rows: Sequence[Row], measured: Mapping[str, Measured], bench: Bench) -> tuple[Row, ...]:
+def with_gains(
+    rows: Sequence[Row], measured: Mapping[str, Measured], distances: Mapping[str, Distance], bench: Bench
+) -> tuple[Row, ...]:
     """Give every student row its distance to the teacher at the same number of steps, where that was measured."""
     baselines = {row.steps: row for row in rows if row.role == "teacher"}
     finished = []
     for row in rows:
         baseline = baselines.get(row.steps) if row.role == "student" else None
-        gain = None if baseline is None else _gain(row, baseline, measured, bench)
+        gain = None if baseline is None else _gain(row, baseline, measured, distances, bench)
         finished.append(replace(row, gain=gain))
     return tuple(finished)
 
 
-def _gain(row: Row, baseline: Row, measured: Mapping[str, Measured], bench: Bench) -> Gain:
-    mine, other, seeds = measured[row.name], measured[baseline.name], bench.cases.seeds_per_prompt
-    accuracy, interval = None, None
-    if mine.right is not None and other.right is not None:
-        difference = mine.by_prompt("right", seeds) - other.by_prompt("right", seeds)
-        accuracy, interval = float(difference.mean()), _range(bootstrap(difference, _generator(bench)))
-    closer = None if row.frechet is None or baseline.frechet is None else row.frechet - baseline.frechet
-    return Gain(baseline=baseline.name, accuracy=accuracy, accuracy_ci=interval, frechet=closer)
+def _gain(
+    row: Row, baseline: Row, measured: Mapping[str, Measured], distances: Mapping[str, Distance], bench: Bench
+) -> Gain:
+    mine, other, comparable = measured[row.name], measured[baseline.name], None not in (row.frechet, baseline.frechet)
+    accuracy, accuracy_ci = _difference("right", mine, other, bench)
+    clip_score, clip_score_ci = _difference("clip_score", mine, other, bench)
+    closer, closer_ci = distances[row.name].minus(distances[baseline.name]) if comparable else (None, None)
+    return Gain(
+        baseline=baseline.name,
+        accuracy=accuracy,
+        accuracy_ci=accuracy_ci,
+        frechet=closer,
+        frechet_ci=closer_ci,
+        clip_score=clip_score,
+        clip_score_ci=clip_score_ci,
+    )
+
+
+def _difference(name: str, mine: Measured, other: Measured, bench: Bench) -> tuple[float | None, Range | None]:
+    """Mean difference of a score by prompt, and its interval; None for a score that was not taken."""
+    if getattr(mine, name) is None or getattr(other, name) is None:
+        return None, None
+    seeds = bench.cases.seeds_per_prompt
+    differences = mine.by_prompt(name, seeds) - other.by_prompt(name, seeds)
+    return float(differences.mean()), _range(bootstrap(differences, _generator(bench)))
 
 
 def _ratio(values: Tensor | None, reference: Tensor | None) -> float | None:

@@ -25,6 +25,7 @@ OWN = {
     "lag": "Critic lag: the same relative to old samples",
     "change": "Size of an update relative to the weights",
     "noise": "Noise in the student's inputs, relative to its path's",
+    "asked": "Deviation that the guided teacher asks for, relative to its own clips'",
     "cosine": "Smallest cosine between gradients of loss terms",
 }
 

@@ -48,7 +48,7 @@ def describe_machine(device: torch.device | str = "cpu") -> Machine:
 def versions() -> dict[str, str]:
     """Versions of what decides a number; a package run from a checkout without installation says so."""
     found = {"python": sys.version.split()[0], "torch": torch.__version__}
-    for name in ("fewstep", "numpy", "safetensors", "pillow"):
+    for name in ("fewstep", "numpy", "safetensors", "pillow", "transformers"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

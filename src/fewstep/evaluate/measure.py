@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,42 +11,31 @@ from torch import Tensor
 from fewstep.core.finite import require_finite
 from fewstep.data.video import to_uint8
 from fewstep.evaluate.cases import Cases
-from fewstep.metrics import diversity, flicker, motion, pooled, shuffled
-from fewstep.models.bundle import VideoModel, fingerprint, read_card
+from fewstep.evaluate.extractors import FeatureMap
+from fewstep.metrics import diversity, flicker, motion, shuffled
 from fewstep.world.checker import Checker
 
-
-@dataclass(frozen=True)
-class FeatureMap:
-    """Where the Frechet distance is taken: clips `[B, 3, F, H, W]` to features `[B, D]`, and a name that pins it down."""
-
-    name: str
-    map: Callable[[Tensor], Tensor]
+Judge = Callable[[Tensor, int, int], Mapping[str, Tensor]]
+"""Scores clips `[n, 3, F, H, W]` of prompts `first` up to `last`: one row per clip, under the name of a field of `Measured`."""
 
 
-def feature_map(source: str, size: tuple[int, int], device: torch.device) -> FeatureMap:
-    """`pooled`; a folder or built-in with a `features` network; or `auto`: the world's own if it fits clips of `size`
-    (height, width), else pooled. The outcome is recorded in the name.
-    """
-    if source == "pooled":
-        return FeatureMap("pooled (72 fixed means, no network)", pooled)
-    if source == "auto":
-        try:
-            card = read_card("world/features")
-        except FileNotFoundError:
-            return feature_map("pooled", size, device)
-        source = "world/features" if (card.height, card.width) == size else "pooled"
-        return feature_map(source, size, device)
-    network = VideoModel.from_pretrained(source).part("features").to(device)
-    return FeatureMap(f"{source} {fingerprint(network)}", network)
+def checked(cases: Cases) -> Judge:
+    """The world's checker: `right` and `abstained`."""
+
+    def judge(frames: Tensor, first: int, last: int) -> Mapping[str, Tensor]:
+        score = Checker().score(frames, cases.scene_per_clip(first, last))
+        return {"right": score.right, "abstained": score.abstained}
+
+    return judge
 
 
 class Meter:
     """Collects the figures of one set of clips, a batch at a time."""
 
-    def __init__(self, features: FeatureMap, cases: Cases, keep: int = 0) -> None:
+    def __init__(self, features: FeatureMap, cases: Cases, judges: Sequence[Judge] = (), keep: int = 0) -> None:
         self._features = features
         self._cases = cases
+        self._judges = judges
         self._keep = keep
         self._parts: dict[str, list[Tensor]] = {}
         self._shuffle = torch.Generator().manual_seed(cases.first_seed)
@@ -61,10 +50,9 @@ class Meter:
         self._put("flicker", flicker(x))
         if seeds > 1:
             self._put("diversity", diversity(x.unflatten(0, (-1, seeds))))
-        if self._cases.scenes is not None:
-            score = Checker().score(x, self._cases.scene_per_clip(first, last))
-            self._put("right", score.right)
-            self._put("abstained", score.abstained)
+        for judge in self._judges:
+            for name, scores in judge(x, first, last).items():
+                self._put(name, scores)
         if first < self._keep:
             self._put("shown", to_uint8(x[::seeds][: self._keep - first]))
 
@@ -82,6 +70,7 @@ class Meter:
             diversity=whole.get("diversity"),
             right=whole.get("right"),
             abstained=whole.get("abstained"),
+            clip_score=whole.get("clip_score"),
             shown=whole.get("shown"),
             seconds=seconds / len(self._cases),
         )
@@ -103,18 +92,20 @@ class Measured:
     right: Tensor | None
     """Bool `[N, 6]` in the order of `world.grammar.ATTRIBUTES`, as is `abstained`; None if the prompts cannot be checked."""
     abstained: Tensor | None
+    clip_score: Tensor | None
+    """`[N]`; None if no CLIP was given."""
     shown: Tensor | None
     """The first clip of the first prompts, uint8 `[K, 3, F, H, W]`."""
     seconds: float
     """Per clip, text to latents, at the suite's batch size."""
 
     def by_prompt(self, name: str, seeds: int) -> Tensor:
-        """Mean over the seeds of each prompt of `motion` or `flicker`, or the share all right for `right`: `[P]`.
+        """Mean over the seeds of each prompt of `motion`, `flicker` or `clip_score`, or the share all right for `right`: `[P]`.
 
         `attributes` gives the share right of each attribute, `[P, 6]`.
         """
         values = self.right if name == "attributes" else getattr(self, name)
         if values is None:
-            raise ValueError(f"{name}: these clips have not been checked")
+            raise ValueError(f"{name}: these clips have not been judged by it")
         values = values.all(1) if name == "right" else values
         return values.double().unflatten(0, (-1, seeds)).mean(1)

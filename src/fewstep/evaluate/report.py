@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -17,9 +17,9 @@ from torch import Tensor
 from fewstep.engine.log import read_metrics
 from fewstep.evaluate import health
 from fewstep.evaluate.animate import fitted, gif_bytes
-from fewstep.evaluate.results import CLIPS, Report, Row, load_report
+from fewstep.evaluate.results import CLIPS, Range, Report, Row, load_report
 from fewstep.evaluate.svg import Bar, Point, bars, curve, scatter
-from fewstep.evaluate.table import between, number, percent, times
+from fewstep.evaluate.table import between, ends, number, percent, score, times, truth_cells
 
 FILE = "report.html"
 LARGEST = 256
@@ -66,6 +66,16 @@ def lead(report: Report, hero: Row | None) -> str:
     if hero is None:
         return "No student among these rows: this page describes the teacher at several numbers of steps."
     reference = report.row(report.reference)
+    if hero.accuracy is None and report.aligned:
+        same = (
+            f" {hero.gain.baseline}, without training: {_alignment(report.row(hero.gain.baseline), report)}."
+            if hero.gain
+            else ""
+        )
+        return (
+            f"{hero.name}, with {_evaluations(hero)} per clip: {_alignment(hero, report)}. {reference.name}, with "
+            f"{reference.nfe}: {_alignment(reference, report)}.{same} Neither figure sees flicker: look at the clips too."
+        )
     if hero.accuracy is None:
         return (
             f"{hero.name} makes a clip with {_evaluations(hero)}, {reference.name} with {reference.nfe}. "
@@ -84,6 +94,11 @@ def lead(report: Report, hero: Row | None) -> str:
         "" if low > 0 else " Training made it worse." if high < 0 else " The difference is within the margin of error."
     )
     return said + same + verdict
+
+
+def _alignment(row: Row, report: Report) -> str:
+    far = "" if row.frechet is None else f" and {report.distance} {number(row.frechet)}"
+    return f"CLIPScore {score(row.clip_score)}{far}"
 
 
 def _evaluations(row: Row) -> str:
@@ -134,15 +149,15 @@ def _cell(name: str, clip: Tensor, preview: Mapping[str, Any], fps: float) -> st
 
 
 def _table(report: Report) -> str:
-    heads = (
-        "", "network<br>evaluations", "all right", "against teacher<br>at equal steps", "Frechet", "motion", "diversity",
-        "flicker", "seconds<br>median / p95", "decode<br>seconds", "GFLOP", "memory<br>MB",
-    )  # fmt: skip
-    lines = [_table_line(_row_cells(row), kind(row, report)) for row in report.rows]
+    scores = {"all right": report.checked or not report.aligned, "CLIPScore": report.aligned}
+    heads = ["", "network<br>evaluations"]
+    heads += [head for name, shown in scores.items() if shown for head in (name, "against teacher<br>at equal steps")]
+    heads += [report.distance, "motion", "diversity", "flicker", "seconds<br>median / p95", "decode<br>seconds"]
+    heads += ["GFLOP", "memory<br>MB"]
+    lines = [_table_line(_row_cells(row, report), kind(row, report)) for row in report.rows]
     if report.truth is not None:
-        t = report.truth
-        figures = (number(t.frechet), times(t.motion), times(t.diversity), times(t.flicker))
-        lines.append(_table_line(("renderer itself", "", percent(t.accuracy), "", *figures, "", "", "", ""), "truth"))
+        cells = truth_cells(report.truth, report)
+        lines.append(_table_line([*cells, *[""] * (len(heads) - len(cells))], "truth"))
     head = "".join(f"<th>{cell}</th>" for cell in heads)
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
     hint = f"{report.seeds['clips']} clips per row. Ranges are 95 % intervals. "
@@ -154,19 +169,22 @@ def _table_line(cells: Sequence[str], kind: str) -> str:
     return f'<tr class="{kind}">' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
 
 
-def _row_cells(row: Row) -> tuple[str, ...]:
-    gain = row.gain
-    if gain is None or gain.accuracy is None or gain.accuracy_ci is None:
-        against = ""
-    else:
-        low, high = gain.accuracy_ci
-        against = f"{100 * gain.accuracy:+.0f} pt <small>[{100 * low:+.0f}, {100 * high:+.0f}]</small>"
-    return (
+def _row_cells(row: Row, report: Report) -> list[str]:
+    gain, scores = row.gain, []
+    if report.checked or not report.aligned:
+        against = (
+            "" if gain is None else _gained(gain.accuracy, gain.accuracy_ci, lambda share: f"{100 * share:+.0f}", " pt")
+        )
+        scores += [f"{percent(row.accuracy)} <small>{between(row.accuracy_ci)}</small>", against]
+    if report.aligned:
+        against = "" if gain is None else _gained(gain.clip_score, gain.clip_score_ci, lambda points: f"{points:+.1f}")
+        scores += [f"{score(row.clip_score)} <small>{ends(row.clip_score_ci, score)}</small>", against]
+    far = "" if row.frechet is None else f"{number(row.frechet)} <small>{ends(row.frechet_ci, number)}</small>"
+    return [
         escape(row.name),
         str(row.nfe),
-        f"{percent(row.accuracy)} <small>{between(row.accuracy_ci)}</small>",
-        against,
-        "<small>reference</small>" if row.frechet is None else number(row.frechet),
+        *scores,
+        far or "<small>reference</small>",
         times(row.motion),
         times(row.diversity),
         times(row.flicker),
@@ -174,7 +192,14 @@ def _row_cells(row: Row) -> tuple[str, ...]:
         number(row.seconds_decode),
         "" if row.flops is None else number(row.flops / 1e9),
         f"{row.memory_mb:,.0f}",
-    )
+    ]
+
+
+def _gained(value: float | None, interval: Range | None, text: Callable[[float], str], unit: str = "") -> str:
+    if value is None or interval is None:
+        return ""
+    low, high = interval
+    return f"{text(value)}{unit} <small>[{text(low)}, {text(high)}]</small>"
 
 
 def kind(row: Row, report: Report) -> str:
@@ -191,9 +216,12 @@ def _charts(report: Report) -> str:
         cards.append(
             ("Quality against time", scatter(points, x_name="seconds per clip (logarithmic)", y_name="all right"))
         )
-    items = [Bar(r.name, r.frechet, kind(r, report)) for r in rows if r.frechet is not None]
+    if report.aligned:
+        items = [Bar(r.name, r.clip_score or 0.0, kind(r, report), r.clip_score_ci) for r in rows]
+        cards.append(("CLIPScore", bars(items, text=score)))
+    items = [Bar(r.name, r.frechet, kind(r, report), r.frechet_ci) for r in rows if r.frechet is not None]
     marks = [(report.frechet_floor, "noise floor")]
-    cards.append(("Frechet distance, lower is better", bars(items, text=number, marks=marks)))
+    cards.append((f"{report.distance}, lower is better", bars(items, text=number, marks=marks)))
     items = [Bar(r.name, r.motion, kind(r, report), r.motion_ci) for r in rows]
     cards.append((f"Motion relative to {report.reference}", bars(items, text=times, marks=[(1.0, report.reference)])))
     if all(row.diversity is not None for row in rows):
@@ -265,13 +293,15 @@ def read_curves(path: Path) -> dict[str, tuple[list[float], list[float]]]:
 def _method(report: Report) -> str:
     runs = min(row.seconds_runs for row in report.rows)
     notes = "".join(f"<li>{escape(note)}</li>" for note in report.notes)
+    seeds = report.suite["seeds_per_prompt"]
     facts = {
-        "prompts and seeds": f"{_prompts(report)}, {report.suite['seeds_per_prompt']} seeds each, the same for every row",
+        "prompts and seeds": f"{_prompts(report)}, {seeds} seed{'s' if seeds > 1 else ''} each, the same for every row",
         "all right": "share of clips with every attribute as asked; 95 % Wilson interval, for as many independent clips as "
         "these are worth: clips of one prompt resemble each other (design effect)",
         "against teacher": "difference to the teacher at the same number of steps; 95 % paired bootstrap over prompts",
-        "Frechet": f"to {report.frechet_reference}, n = {report.seeds['clips']}, features: {report.frechet_features}",
-        "Frechet controls": f"noise floor {number(report.frechet_floor)}, "
+        report.distance: f"to {report.frechet_reference}, n = {report.seeds['clips']}, features: {report.frechet_features}; "
+        "95 % jackknife over prompts, of distances at this n: the bias of few clips is not in it",
+        f"{report.distance} controls": f"noise floor {number(report.frechet_floor)}, "
         f"true clips with their frames shuffled {number(report.frechet_shuffled)}",
         "motion": "mean absolute difference of neighbouring frames",
         "diversity": "mean root-mean-square pixel distance between the seeds of a prompt",
@@ -279,12 +309,19 @@ def _method(report: Report) -> str:
         "seconds": f"one clip alone, text to latents, decoding apart, after warm-up; at least {runs} runs",
         "memory": report.memory,
     }
+    if report.aligned:
+        facts["CLIPScore"] = (
+            f"100 cos(frame, prompt), mean over frames, then clips, n = {report.seeds['clips']}; 95 % bootstrap over prompts; "
+            f"by {report.clip_score_model}"
+        )
     body = f'<ul class="notes">{notes}</ul>{_list(facts)}' if notes else _list(facts)
     return _section("How it was measured", "", f'<div class="card">{body}</div>')
 
 
 def _prompts(report: Report) -> str:
     texts = report.suite["texts"]
+    if report.suite.get("real") and not texts:
+        return f"the captions of {report.suite['prompts']} real clips"
     return f"{len(texts)} given prompts" if texts else f"{report.suite['prompts']} fresh prompts"
 
 

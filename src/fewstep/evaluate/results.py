@@ -25,6 +25,12 @@ class Gain:
     """95 % interval, paired bootstrap over prompts."""
     frechet: float | None
     """Difference of the Frechet distances; negative is better."""
+    frechet_ci: Range | None = None
+    """95 % interval, jackknife over prompts."""
+    clip_score: float | None = None
+    """Difference of the CLIPScores."""
+    clip_score_ci: Range | None = None
+    """95 % interval, paired bootstrap over prompts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +53,17 @@ class Row:
     """As `accuracy_ci`."""
     abstained: float | None
     """Share of clips with at least one attribute too unclear to read."""
+    clip_score: float | None = None
+    """100 cos(image, text), mean over frames, then clips."""
+    clip_score_ci: Range | None = None
+    """95 %, bootstrap over prompts."""
     gain: Gain | None
     frechet: float | None
     """To the reference; None in the row that is the reference."""
+    frechet_ci: Range | None = None
+    """95 %, jackknife over prompts: of distances at this n, whose bias it does not contain."""
+    frechet_infinity: float | None = None
+    """Extrapolated to infinitely many clips; None with fewer than two clips per feature."""
     frechet_n: int
     """Clips on each side of the distance; compare only equal n."""
     frechet_shuffled: float
@@ -78,11 +92,14 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Truth:
-    """The same figures for clips drawn by the renderer: what a perfect model would score."""
+    """The same figures for clips that no model made: what a perfect model would score."""
 
-    accuracy: float
-    frechet: float
-    """Of a second, independent set of the same size: the noise floor of the distance."""
+    name: str = "renderer"
+    """`renderer`, or `real clips`."""
+    accuracy: float | None
+    clip_score: float | None = None
+    frechet: float | None
+    """Between two independent sets of the same size: the noise floor of the distance. None with a single set."""
     motion: float | None
     diversity: float | None
     flicker: float | None
@@ -96,12 +113,16 @@ class Report:
     reference: str
     """Name of the row that motion, diversity and flicker are relative to."""
     truth: Truth | None
-    """None for models whose clips cannot be rendered."""
+    """None for clips that can neither be rendered nor compared with real ones."""
+    distance: str = "Frechet"
+    """What the Frechet distance is called here: `FVD` where it is one to real clips."""
     frechet_reference: str
     frechet_features: str
     frechet_floor: float
     frechet_shuffled: float
     """Control: the reference clips with shuffled frames. Close to the floor would mean features that cannot see time."""
+    clip_score_model: str | None = None
+    """The CLIP that CLIPScore was taken with."""
     suite: dict[str, Any]
     seeds: dict[str, Any]
     machine: dict[str, Any]
@@ -114,6 +135,16 @@ class Report:
     """Prompt, seed and, per row name, each attribute as right, wrong or unclear."""
     notes: tuple[str, ...] = ()
     """What a reader must know before quoting a figure."""
+
+    @property
+    def checked(self) -> bool:
+        """Whether the world's checker could read what the prompts ask."""
+        return any(row.accuracy is not None for row in self.rows)
+
+    @property
+    def aligned(self) -> bool:
+        """Whether CLIPScore was measured."""
+        return self.clip_score_model is not None
 
     def row(self, name: str) -> Row:
         found = [row for row in self.rows if row.name == name]

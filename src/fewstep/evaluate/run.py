@@ -7,18 +7,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
-from fewstep.evaluate.compare import make_row, make_truth, with_gains
+from fewstep.evaluate.compare import Distance, make_row, with_gains
 from fewstep.evaluate.cost import cost
 from fewstep.evaluate.machine import describe_machine, versions
 from fewstep.evaluate.measure import Measured
+from fewstep.evaluate.real import Drawn
 from fewstep.evaluate.results import CLIPS, Report
-from fewstep.evaluate.sampling import Bench, Progress, prepare, sample, sample_truth
+from fewstep.evaluate.sampling import Bench, Progress, prepare, sample
 from fewstep.evaluate.suite import Entry, Suite
-from fewstep.metrics import frechet, split_half
+from fewstep.evaluate.target import Target, make_target
 from fewstep.models.bundle import fingerprint
 from fewstep.world.grammar import ATTRIBUTES
 
@@ -35,22 +34,19 @@ def evaluate(rows: Sequence[Entry], suite: Suite, output: Path | str, progress: 
     costs = {entry.name: cost(entry, bench) for entry in rows}
     name = suite.reference or rows[0].name
     reference = measured[name]
-    truth, second = (sample_truth(bench, i) for i in (0, 1)) if bench.cases.scenes is not None else (None, None)
-    target = reference.features if truth is None else truth.features
-    if second is None:
-        floor = split_half(target, torch.Generator().manual_seed(suite.seed))
-    else:
-        floor = frechet(second.features, target)
-    blind = frechet((second or reference).shuffled, target)
-    made = [make_row(e, measured[e.name], reference, target, bench, costs[e.name]) for e in rows]
+    target = make_target(bench, name, reference)
+    distances = {entry.name: Distance.measure(measured[entry.name], target.features, bench) for entry in rows}
+    made = [make_row(e, measured[e.name], reference, distances[e.name], bench, costs[e.name]) for e in rows]
     report = Report(
-        rows=with_gains(made, measured, bench),
+        rows=with_gains(made, measured, distances, bench),
         reference=name,
-        truth=None if second is None else make_truth(second, reference, floor),
-        frechet_reference=f"the clips of {name}" if truth is None else "freshly rendered clips of the same prompts",
+        truth=target.truth,
+        distance=suite.distance,
+        frechet_reference=target.name,
         frechet_features=bench.features.name,
-        frechet_floor=floor,
-        frechet_shuffled=blind,
+        frechet_floor=target.floor,
+        frechet_shuffled=target.shuffled,
+        clip_score_model=None if bench.clip is None else bench.clip.name,
         suite=asdict(suite)
         | {"texts": list(suite.texts), "num_frames": bench.num_frames, "fps": rows[0].model.card.fps},
         seeds={"suite": suite.seed, "first_clip": bench.cases.first_seed, "clips": len(bench.cases)},
@@ -59,7 +55,7 @@ def evaluate(rows: Sequence[Entry], suite: Suite, output: Path | str, progress: 
         memory=costs[name].memory_kind,
         models={entry.model.card.name: fingerprint(entry.model.denoiser) for entry in rows},
         previews=tuple(_previews(bench, measured)),
-        notes=tuple(_notes(rows, bench, target, floor, blind)),
+        notes=tuple(_notes(rows, bench, target)),
     )
     report.save(Path(output))
     shown = {n: m.shown.contiguous() for n, m in measured.items() if m.shown is not None}
@@ -83,19 +79,27 @@ def _marks(mine: Measured, clip: int) -> dict[str, str]:
     return {name: "right" if right else "unclear" if unclear else "wrong" for name, right, unclear in pairs}
 
 
-def _notes(rows: Sequence[Entry], bench: Bench, target: Tensor, floor: float, blind: float) -> Iterator[str]:
+def _notes(rows: Sequence[Entry], bench: Bench, target: Target) -> Iterator[str]:
     """What a reader must know before quoting a figure."""
-    clips, width = target.shape
-    if bench.cases.scenes is None:
+    (clips, width), distance = target.features.shape, bench.suite.distance
+    if bench.cases.scenes is None and bench.clip is None:
         yield "Accuracy: not checkable, because the prompts have no scenes that a checker could compare with."
-        yield "The Frechet floor compares two halves of the reference, so it is higher than the floor of the full set."
-    if clips <= 2 * width:
-        yield f"Frechet: {clips} clips for {width} features is few; trust differences much larger than the floor only."
+    if target.halves:
+        yield f"The {distance} floor compares two halves of the reference, so it is higher than the floor of the full set."
+    if clips < 2 * width:
+        yield (
+            f"{distance}: {clips} clips for {width} features is few, so the values are biased upwards: compare only at equal "
+            "n and features, and trust differences much larger than the floor only."
+        )
     trained = {entry.model.card.num_frames for entry in rows} - {bench.num_frames}
     if trained:
         yield f"Clips have {bench.num_frames} frames; the models were made for {', '.join(map(str, sorted(trained)))}."
-    if blind < 2 * floor:
-        yield "Frechet: shuffling the frames hardly changes it, so these features do not see time. Do not rely on it."
+    if target.shuffled < 2 * target.floor:
+        yield f"{distance}: shuffling the frames hardly changes it, so these features do not see time. Do not rely on it."
+    if bench.clip is not None and bench.clip.cut:
+        yield f"CLIPScore: {bench.clip.cut} of {len(bench.cases.prompts)} prompts are too long for CLIP and were cut."
+    if isinstance(bench.truth, Drawn) and bench.truth.skipped:
+        yield f"Real clips passed over because they are absent, damaged or too short: {bench.truth.skipped}."
     if not bench.paired:
         yield "The models' latents have different shapes, so a seed is not the same noise for all of them."
     if bench.cases.seeds_per_prompt == 1:

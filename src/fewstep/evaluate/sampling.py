@@ -5,21 +5,26 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from fewstep.evaluate.cases import Cases, true_clips
+from fewstep.evaluate.cases import SEED_STRIDE, Cases, Rendered, TrueClips
+from fewstep.evaluate.extractors import FeatureMap, feature_map
+from fewstep.evaluate.inputs import require_transformers
 from fewstep.evaluate.latency import synchronize
-from fewstep.evaluate.measure import FeatureMap, Measured, Meter, feature_map
+from fewstep.evaluate.measure import Judge, Measured, Meter, checked
 from fewstep.evaluate.suite import Entry, Suite
 from fewstep.world.checker import read_scenes
 from fewstep.world.grammar import world_prompts
 
+if TYPE_CHECKING:
+    from fewstep.evaluate.clip_score import ClipScore
+
 Progress = Callable[[str, int, int], None]
 """Called as `(row, network steps done, of how many)`."""
-
-SEED_STRIDE = 1_000_003  # keeps the clips of two suites with neighbouring seeds apart
 
 
 @dataclass(frozen=True)
@@ -30,9 +35,18 @@ class Bench:
     cases: Cases
     num_frames: int
     features: FeatureMap
+    clip: ClipScore | None
+    truth: TrueClips | None
+    """What distances are taken to; None: the reference row's own clips."""
     device: torch.device
     paired: bool
     """Every model starts from the same noise (their latents have one shape)."""
+
+    @property
+    def judges(self) -> tuple[Judge, ...]:
+        """What scores clips against their prompts."""
+        world = () if self.cases.scenes is None else (checked(self.cases),)
+        return world if self.clip is None else (*world, self.clip)
 
     def precision(self) -> AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.suite.autocast == "bf16")
@@ -57,27 +71,51 @@ def prepare(entries: Sequence[Entry], suite: Suite) -> Bench:
         raise ValueError(f"num_frames must be at least 3 for motion and flicker, got {num_frames}")
     if len({entry.model.device for entry in entries}) > 1:
         raise ValueError("the models lie on different devices; move them to one with model.to(device)")
-    prompts = suite.texts or world_prompts(suite.prompts, suite.paraphrased, suite.seed)
-    scenes = read_scenes(prompts, height, width)
-    if scenes is None and not suite.texts:
-        raise ValueError(
-            f"{height}x{width} clips are not of the built-in world: give your own prompts (texts, --prompt-file)"
-        )
+    size, device = (height, width), entries[0].model.device
+    features = feature_map(suite.features, size, device)
+    features.check(num_frames, size, device)
+    cases, truth = ask(suite, num_frames, size)
     return Bench(
         suite=suite,
-        cases=Cases(prompts, scenes, suite.seeds_per_prompt, suite.seed * SEED_STRIDE),
+        cases=cases,
         num_frames=num_frames,
-        features=feature_map(suite.features, (height, width), entries[0].model.device),
-        device=entries[0].model.device,
+        features=features,
+        clip=_clip_score(suite.clip, cases, device) if suite.clip else None,
+        truth=truth,
+        device=device,
         paired=len({entry.model.latent_shape(num_frames) for entry in entries}) == 1,
     )
+
+
+def ask(suite: Suite, num_frames: int, size: tuple[int, int]) -> tuple[Cases, TrueClips | None]:
+    """The prompts of a suite and the true clips to compare with: real ones, else rendered ones where prompts have scenes."""
+    prompts, real = suite.texts, None
+    if suite.real is not None:
+        real = suite.real.draw(len(prompts) or suite.prompts, num_frames, size, suite.seed)
+        real = replace(real, asked=not prompts)
+        prompts = prompts or real.captions
+    prompts = prompts or world_prompts(suite.prompts, suite.paraphrased, suite.seed)
+    scenes = read_scenes(prompts, *size)
+    if scenes is None and not (suite.texts or real):
+        raise ValueError(
+            f"{size[0]}x{size[1]} clips are not of the built-in world: give your own prompts (texts, --prompt-file)"
+        )
+    cases = Cases(prompts, scenes, suite.seeds_per_prompt, suite.seed * SEED_STRIDE)
+    return cases, real or (None if scenes is None else Rendered(cases, num_frames))
+
+
+def _clip_score(folder: str, cases: Cases, device: torch.device) -> ClipScore:
+    require_transformers("CLIPScore")
+    from fewstep.evaluate.clip_score import ClipScore
+
+    return ClipScore(Path(folder), cases, device)
 
 
 @torch.inference_mode()
 def sample(entry: Entry, bench: Bench, progress: Progress | None = None) -> Measured:
     """Draw and measure every clip of one entry."""
     cases, suite = bench.cases, bench.suite
-    meter = Meter(bench.features, cases, keep=suite.previews)
+    meter = Meter(bench.features, cases, bench.judges, keep=suite.previews)
     group = max(1, suite.batch // cases.seeds_per_prompt)  # the seeds of a prompt stay in one batch
     starts = range(0, len(cases.prompts), group)
     steps, seconds = entry.contract.steps, 0.0
@@ -102,13 +140,11 @@ def sample(entry: Entry, bench: Bench, progress: Progress | None = None) -> Meas
 
 
 @torch.inference_mode()
-def sample_truth(bench: Bench, which: int) -> Measured:
-    """Draw and measure one rendered clip for each clip of the suite; another `which` is an independent set."""
-    cases, group = bench.cases, max(1, 64 // bench.cases.seeds_per_prompt)
-    meter = Meter(bench.features, cases)
-    generator = torch.Generator().manual_seed(cases.first_seed + SEED_STRIDE // 2 + which)
-    for first in range(0, len(cases.prompts), group):
-        last = min(first + group, len(cases.prompts))
-        clips = true_clips(cases.scene_per_clip(first, last), bench.num_frames, generator)
+def sample_truth(bench: Bench, truth: TrueClips, which: int) -> Measured:
+    """Draw and measure one set of true clips, one clip for each clip of the suite."""
+    cases, group = bench.cases, max(1, truth.batch // bench.cases.seeds_per_prompt)
+    meter = Meter(bench.features, cases, bench.judges if which == truth.judged else ())
+    spans = [(first, min(first + group, len(cases.prompts))) for first in range(0, len(cases.prompts), group)]
+    for (first, last), clips in zip(spans, truth.draw(which, spans), strict=True):
         meter.add(clips.to(bench.device), first, last)
     return meter.done()

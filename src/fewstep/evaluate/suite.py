@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
 from fewstep.diffusion import Contract
 from fewstep.diffusion.samplers import Watch
+from fewstep.evaluate.real import RealClips
 from fewstep.models.bundle import VideoModel
 
 
@@ -33,7 +34,11 @@ class Suite:
     autocast: Literal["off", "bf16"] = "off"
     """Precision of the networks, the same for every row."""
     features: str = "auto"
-    """Of the Frechet distance: `pooled`, a folder with a `features` network, or `auto` (the world's, where it fits)."""
+    """Of the Frechet distance: `pooled`, a file or folder (`extractors.feature_map`), or `auto` (the world's, where it fits)."""
+    real: RealClips | None = None
+    """Real videos that distances are taken to, one per prompt; without `texts`, their captions are the prompts."""
+    clip: str = ""
+    """Folder of a CLIP for CLIPScore (`clip_score.ClipScore`); empty: not measured."""
     reference: str | None = None
     """Row that motion, diversity and flicker are relative to; None: the first."""
     latency_runs: int = 20
@@ -51,6 +56,26 @@ class Suite:
             )
         if (len(self.texts) or self.prompts) * self.seeds_per_prompt < 4:
             raise ValueError("a Frechet distance needs at least 4 clips; raise prompts or seeds_per_prompt")
+        if self.real is not None and self.seeds_per_prompt != 1:
+            raise ValueError(
+                f"seeds_per_prompt must be 1 with real clips, got {self.seeds_per_prompt}: there is one real clip per prompt, "
+                "and a distance needs as many of both; measure diversity without real clips"
+            )
+
+    @property
+    def distance(self) -> str:
+        """What the Frechet distance is called: FVD where it is one to real clips."""
+        return "Frechet" if self.real is None else "FVD"
+
+    @classmethod
+    def avdm2(cls, *, real: RealClips, features: str, clip: str, **options: Any) -> Suite:
+        """The protocol of AVDM2 (2412.05899): 100 captions of real clips, one clip each; FVD to these clips, CLIPScore.
+
+        The paper's extractor is I3D; it names neither the CLIP nor how real clips are cut. `options` are other fields.
+        """
+        return cls(
+            real=real, features=features, clip=clip, **{"prompts": 100, "seeds_per_prompt": 1, "batch": 4, **options}
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

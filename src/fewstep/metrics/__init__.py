@@ -4,13 +4,28 @@ from fewstep.metrics.colour import contrast, saturation
 from fewstep.metrics.diversity import diversity
 from fewstep.metrics.energy import energy
 from fewstep.metrics.flicker import flicker
-from fewstep.metrics.frechet import frechet, gaussian_distance, shuffled, split_half
+from fewstep.metrics.frechet import (
+    frechet,
+    frechet_infinity,
+    frechet_without,
+    gaussian_distance,
+    shuffled,
+    split_half,
+)
 from fewstep.metrics.motion import motion
 from fewstep.metrics.pooled import pooled
-from fewstep.metrics.statistics import Interval, bootstrap, clustered_wilson, percentile, ratio_of_means, wilson
+from fewstep.metrics.statistics import (
+    Interval,
+    bootstrap,
+    clustered_wilson,
+    jackknife,
+    percentile,
+    ratio_of_means,
+    wilson,
+)
 
 __all__ = [
     "Interval", "bootstrap", "clustered_wilson", "contrast", "diversity", "energy", "flicker", "frechet",
-    "gaussian_distance", "motion", "percentile", "pooled", "ratio_of_means", "saturation", "shuffled", "split_half",
-    "wilson",
+    "frechet_infinity", "frechet_without", "gaussian_distance", "jackknife", "motion", "percentile", "pooled",
+    "ratio_of_means", "saturation", "shuffled", "split_half", "wilson",
 ]  # fmt: skip

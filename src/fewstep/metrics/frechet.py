@@ -6,6 +6,8 @@ features: compare values only at the same `n`, and read them against the noise f
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -17,20 +19,61 @@ def frechet(a: Tensor, b: Tensor) -> float:
     squared units of the features. Unbiased covariances, no shrinkage, float64. ValueError for fewer than 2 rows or
     unequal widths.
     """
-    (mean_a, cov_a), (mean_b, cov_b) = fit(a), fit(b)
-    return gaussian_distance(mean_a, cov_a, mean_b, cov_b)
+    (mean_a, x), (mean_b, y) = _centred(a), _centred(b)
+    if len(mean_a) == len(mean_b) >= max(len(x), len(y)):
+        # Fewer rows than features: X Y^T has the singular values of S_a^1/2 S_b^1/2 (up to the row counts) and is smaller.
+        cross = torch.linalg.svdvals(x @ y.T).sum() / math.sqrt((len(x) - 1) * (len(y) - 1))
+        spread = x.square().sum() / (len(x) - 1) + y.square().sum() / (len(y) - 1)
+        return max(0.0, float((mean_a - mean_b).square().sum() + spread - 2 * cross))
+    return gaussian_distance(mean_a, _covariance(x), mean_b, _covariance(y))
 
 
-def fit(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean `[D]` and unbiased covariance `[D, D]` of features `[N, D]`, float64 on the CPU."""
+def frechet_without(a: Tensor, b: Tensor, size: int = 1) -> Tensor:
+    """Distances of features `[N, D]` when one block of `size` rows after another is left out of both sets.
+
+    They feed `metrics.statistics.jackknife`. A block is a prompt or several: rows of one prompt resemble each other, in both
+    sets. The last block may be smaller. ValueError for sets of unequal shape, or if fewer than 2 rows would be left.
+    """
+    if a.shape != b.shape or len(a) < size + 2:
+        raise ValueError(f"two sets of one shape with {size + 2} rows or more: got {list(a.shape)} and {list(b.shape)}")
+    block = torch.arange(len(a)) // size
+    left = [frechet(a[block != i], b[block != i]) for i in range(int(block[-1]) + 1)]
+    return torch.tensor(left, dtype=torch.float64)
+
+
+def frechet_infinity(a: Tensor, b: Tensor, generator: torch.Generator, repeats: int = 4) -> float:
+    """Distance that infinitely many rows would have, from features `[N, D]` of as many rows each, `N >= 2 D`.
+
+    The bias falls like 1/N (Chong and Forsyth 2020, 1911.07023): the intercept of the line through distances of random
+    subsets of N/2, 0.7 N and N rows. With fewer rows than that the bias does not follow 1/N, and the intercept would be as
+    wrong as the distance: ValueError.
+    """
+    n, width = a.shape
+    if a.shape != b.shape or n < 2 * width:
+        raise ValueError(f"an extrapolation needs [N, D] twice with N >= 2 D, got {list(a.shape)} and {list(b.shape)}")
+    inverse, distances = [], []
+    for rows in (n // 2, round(0.7 * n), n):
+        for _ in range(repeats):
+            mine, other = (x[torch.randperm(n, generator=generator)[:rows]] for x in (a, b))
+            inverse.append(1 / rows)
+            distances.append(frechet(mine, other))
+    line = torch.stack([torch.ones(len(inverse)), torch.tensor(inverse)], 1).double()
+    return float(torch.linalg.lstsq(line, torch.tensor(distances, dtype=torch.float64)[:, None]).solution[0])
+
+
+def _centred(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean `[D]` and deviations from it `[N, D]`, float64 on the CPU."""
     if features.ndim != 2 or len(features) < 2:
         raise ValueError(f"features must be [N >= 2, D], got {list(features.shape)}; evaluate on more clips")
     if not bool(features.isfinite().all()):
         raise ValueError("features hold NaN or infinite values; look at the clips they were computed from")
     x = features.detach().double().cpu()
     mean = x.mean(0)
-    centred = x - mean
-    return mean, centred.T @ centred / (len(x) - 1)
+    return mean, x - mean
+
+
+def _covariance(centred: Tensor) -> Tensor:
+    return centred.T @ centred / (len(centred) - 1)
 
 
 def gaussian_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:

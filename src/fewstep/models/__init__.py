@@ -1,7 +1,7 @@
 """Networks: the denoiser and its backbone, the autoencoder, the text encoder, heads and eyes."""
 
 from fewstep.models.autoencoder import FrameAutoencoder
-from fewstep.models.backbone import Backbone, Context, Output, State
+from fewstep.models.backbone import Backbone, Context, Output, State, Tokens
 from fewstep.models.bundle import Card, VideoModel, fingerprint
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.discriminators import FeatureHeads, JointHead
@@ -13,5 +13,5 @@ from fewstep.models.video_dit import VideoDiT
 
 __all__ = [
     "NETWORKS", "Backbone", "Card", "ClipFeatures", "Context", "Denoiser", "FeatureHeads", "FrameAutoencoder", "JointHead",
-    "Lora", "Output", "Spec", "State", "TextEncoder", "VideoDiT", "VideoModel", "fingerprint",
+    "Lora", "Output", "Spec", "State", "TextEncoder", "Tokens", "VideoDiT", "VideoModel", "fingerprint",
 ]  # fmt: skip

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,8 @@ class Context(NamedTuple):
 
     modulation_BG6E: Tensor
     text_BLE: Tensor
-    text_mask_B11L: Tensor
+    text_mask_B11L: Tensor | None
+    """None: padding is read like words."""
     rotary_2MD: Tensor
     """Cosines and sines of all M positions; the queries are the last N."""
     mask_NM: Tensor | None
@@ -40,24 +41,52 @@ class Context(NamedTuple):
 
 
 @dataclass(frozen=True)
-class State:
+class State(ABC):
     """What flows from block to block."""
+
+    past: KV | None = field(default=None, kw_only=True)
+    """In: keys and values the next block may read besides its own."""
+    new: KV | None = field(default=None, kw_only=True)
+    """Out: keys and values the last block made, keys without rotary position."""
+
+    @property
+    @abstractmethod
+    def volume(self) -> Tensor:
+        """What the next block reads as `[B, width, F, h, w]`."""
+
+    @property
+    @abstractmethod
+    def detached(self) -> Self:
+        """The same state as the start of a graph."""
+
+    def split(self, processes: Ulysses) -> Self:
+        """This process' share of the tokens; only of a backbone that `shares`."""
+        raise NotImplementedError
+
+    @property
+    def joined(self) -> Self:
+        """All tokens again, for the head; this state itself where they were never split."""
+        return self
+
+
+@dataclass(frozen=True)
+class Tokens(State):
+    """The state of a transformer over space-time patches."""
 
     x_BNE: Tensor
     time_BGE: Tensor
     grid: Grid3
     context: Context
-    past: KV | None = None
-    """In: keys and values the next block may read besides its own."""
-    new: KV | None = None
-    """Out: keys and values the last block made, keys without rotary position."""
 
     @property
     def volume(self) -> Tensor:
-        """The tokens as `[B, E, F, h, w]`."""
         return self.joined.x_BNE.unflatten(1, self.grid).permute(0, 4, 1, 2, 3)
 
-    def split(self, processes: Ulysses) -> State:
+    @property
+    def detached(self) -> Tokens:
+        return replace(self, x_BNE=self.x_BNE.detach().requires_grad_())
+
+    def split(self, processes: Ulysses) -> Tokens:
         """This process' share of the tokens, with what belongs to each of them."""
         context, tokens = self.context, self.x_BNE.shape[1]
         modulation = context.modulation_BG6E
@@ -68,8 +97,7 @@ class State:
         return replace(self, x_BNE=processes.split(self.x_BNE, 1), context=context)
 
     @property
-    def joined(self) -> State:
-        """All tokens again, for the head; this state itself where they were never split."""
+    def joined(self) -> Tokens:
         shared = self.context.shared
         return self if shared is None else replace(self, x_BNE=shared.join(self.x_BNE, 1))
 
@@ -101,12 +129,17 @@ class Backbone(nn.Module, ABC):
     def embed(self, x: Tensor, t: Tensor, cond: Cond, kv: KVView | None = None) -> State: ...
 
     @abstractmethod
-    def head(self, state: State) -> Tensor: ...
+    def head(self, state: Any) -> Tensor:
+        """From the kind of state that `embed` makes."""
 
     @property
     def widths(self) -> tuple[int, ...]:
         """Channels of `State.volume` after each block."""
         return (self.width,) * len(self.blocks)
+
+    def foreign(self, name: str) -> str:
+        """What the parameter `name` is called in the files of the library that the network comes from."""
+        return name
 
     def walk(self, state: State, kv: KVView | None = None) -> Iterator[State]:
         """The state after each block."""

@@ -1,6 +1,8 @@
 """A video model as people use it: text encoder, denoiser and codec in one folder, with a card that says how to sample it.
 
 A folder holds `card.json` and one `<part>.safetensors` per network. Nothing else is read, and nothing is unpickled.
+A folder in diffusers' layout (`model_index.json`) is read through `adapters`. A student of such a model has its denoiser in
+its own folder and names the source of its text encoder and codec, which it did not change and which are large.
 """
 
 from __future__ import annotations
@@ -8,14 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fewstep.core import Cond, RecipeError, Seeds, build, dump
@@ -23,9 +24,11 @@ from fewstep.core.build import At
 from fewstep.diffusion import CFG, PATHS, Contract, Kind, NoisePath, Prediction, RectifiedFlow, solve
 from fewstep.diffusion.contract import StepCountError
 from fewstep.diffusion.samplers import Watch
+from fewstep.models import adapters
 from fewstep.models.autoencoder import FrameAutoencoder
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.spec import Spec
+from fewstep.models.stored import Stored
 from fewstep.models.text import TextEncoder
 
 BUILT_IN = Path(__file__).parent.parent / "world" / "weights"
@@ -42,6 +45,8 @@ class Card:
     role: str = "teacher"
     parts: dict[str, Spec] = field(default_factory=dict)
     """Class and constructor arguments of every network; the denoiser's entry is its backbone."""
+    sources: dict[str, str] = field(default_factory=dict)
+    """Of parts whose weights are not in this folder: the folder in diffusers' layout, or its hub name, that has them."""
     fingerprints: dict[str, str] = field(default_factory=dict)
     """Of every part's weights as they load: data made by other weights is refused before any is read."""
     path: NoisePath = RectifiedFlow()
@@ -51,6 +56,8 @@ class Card:
     height: int = 32
     width: int = 32
     fps: int = 8
+    negative_prompt: str = ""
+    """What guidance leads away from."""
     provenance: dict[str, str] = field(default_factory=dict)
     """Recipe hash, teacher and data fingerprints, licences, machine, versions: free text by name."""
     scores: dict[str, float] = field(default_factory=dict)
@@ -69,8 +76,8 @@ class VideoModel:
             raise ValueError(f"unknown parts {unknown}; a video model has {', '.join(PARTS)}")
         self.card = card
         self.parts = {name: part.eval() for name, part in parts.items()}
-        self.stored: dict[str, Path] = {}
-        """Parts without memory for their weights (on the meta device), and the files these can be read from."""
+        self.stored: dict[str, Stored] = {}
+        """Weights of the parts that have no memory for them (on the meta device)."""
 
     def part(self, name: str) -> nn.Module:
         if name not in self.parts:
@@ -92,8 +99,7 @@ class VideoModel:
 
     def weights(self, name: str) -> Mapping[str, Tensor]:
         """A part's tensors by name; those of a part that is only stored are read one at a time, when asked for."""
-        own = self.part(name).state_dict()
-        return Stored(self.stored[name], own) if name in self.stored else own
+        return self.stored[name] if name in self.stored else self.part(name).state_dict()
 
     def fingerprint(self, name: str) -> str:
         """Of a part, wherever its weights are."""
@@ -112,7 +118,9 @@ class VideoModel:
     def with_part(self, name: str, network: nn.Module, **card: Any) -> VideoModel:
         """The same model with one network (and fields of its card) exchanged; the other networks are shared."""
         known = {part: value for part, value in self.card.fingerprints.items() if part != name}
-        return VideoModel(replace(self.card, **{"fingerprints": known, **card}), {**self.parts, name: network})
+        elsewhere = {part: source for part, source in self.card.sources.items() if part != name}
+        changes = {"fingerprints": known, "sources": elsewhere, **card}
+        return VideoModel(replace(self.card, **changes), {**self.parts, name: network})
 
     # --- sampling -----------------------------------------------------------------------------------------------------
 
@@ -169,10 +177,16 @@ class VideoModel:
         return self.codec.latent_shape(frames, self.card.height, self.card.width)
 
     def encode_text(self, prompts: Sequence[str]) -> tuple[Cond, Cond]:
-        """Conditions of `prompts` and of as many empty prompts."""
+        """Conditions of `prompts`, and the card's negative prompt as many times."""
         with torch.no_grad():
-            given, empty = self.text.encode(prompts).to(self.device), self.text.encode([""]).to(self.device)
-            return given, empty.expand(len(prompts))
+            given, negative = self.text.encode(prompts), self.text.encode([self.card.negative_prompt])
+            return given.to(self.device), negative.to(self.device).expand(len(prompts))
+
+    def blank_cond(self, batch: int) -> Cond:
+        """Conditions that say nothing, as long and wide as this model's longest; of width 1 without a text encoder."""
+        if "text" in self.parts:
+            return self.text.blank(batch)
+        return Cond(torch.zeros(batch, 1, 1), torch.zeros(batch, 1, dtype=torch.bool))
 
     def _guidance(self, scale: float | None, force: bool) -> CFG:
         own = self.card.contract.guidance
@@ -188,65 +202,55 @@ class VideoModel:
     # --- folders ------------------------------------------------------------------------------------------------------
 
     def save(self, folder: Path | str, *, dtype: torch.dtype = torch.float32) -> Path:
-        """Write the card and every part; floating-point tensors are stored as `dtype` and load as float32."""
+        """Write the card and every part; floating-point tensors are stored as `dtype` and load as float32.
+
+        A text encoder or codec that came from a source of its own (`card.sources`) is named, not copied.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        elsewhere = {name: source for name, source in self.card.sources.items() if name != "denoiser"}
         prints = {}
         for name, part in self.parts.items():
+            if name in elsewhere:
+                prints[name] = self.card.fingerprints.get(name) or self.fingerprint(name)
+                continue
             tensors = {k: _stored(v, dtype) for k, v in part.state_dict().items()}
             prints[name] = _print_of(part, {k: tensors[k].to(v.dtype) for k, v in part.state_dict().items()})
             save_file(tensors, folder / f"{name}.safetensors")
         parts = {name: describe(part) for name, part in self.parts.items()}
-        card = replace(self.card, parts=parts, fingerprints=prints)
+        card = replace(self.card, parts=parts, sources=elsewhere, fingerprints=prints)
         (folder / "card.json").write_text(json.dumps(dump(card), indent=2) + "\n")
         return folder
 
     @classmethod
     def from_pretrained(cls, source: Path | str, *, leave: Collection[str] = ()) -> VideoModel:
-        """Load a folder, or a built-in by name: `world` (the teacher) or `world/features`. Networks come in eval mode.
+        """Load a folder, a model in diffusers' layout (a folder or its hub name), or a built-in: `world`, `world/features`.
 
-        The weights of parts to `leave` stay in their files: `weights` reads them when they are wanted.
+        Networks come in eval mode. The weights of parts to `leave` stay in their files: `weights` reads them when wanted.
         """
-        folder = _folder_of(source)
-        card = read_card(folder)
-        stored = {name: folder / f"{name}.safetensors" for name in card.parts if name in leave}
-        parts = {name: sketch(name, card) if name in stored else allocate(name, card) for name in card.parts}
-        for name, part in parts.items():
-            if name in stored:
-                _require_matching(part, Stored(stored[name], part.state_dict()).shapes(), stored[name])
+        return cls.load(read_card(source), source, leave=leave)
+
+    @classmethod
+    def load(cls, card: Card, source: Path | str, *, leave: Collection[str] = ()) -> VideoModel:
+        """As `from_pretrained`, by a card that may say more than the source does (another size, another pattern)."""
+        model = cls(card, {})
+        for name in card.parts:
+            left, weights = name in leave, None
+            if name in card.sources:
+                part = sketch(name, card)
+                weights = adapters.load(part, card.sources[name], leave=left)
             else:
-                _load(part, folder / f"{name}.safetensors")
-        model = cls(card, parts)
-        model.stored = stored
+                path = _folder_of(source) / f"{name}.safetensors"
+                part = sketch(name, card) if left else allocate(name, card)
+                weights = Stored([path], part.state_dict())
+                weights.require_matching(part, path)
+                if not left:
+                    part.load_state_dict(dict(weights))
+                    weights = None
+            model.parts[name] = part.eval()
+            if weights is not None:
+                model.stored[name] = weights
         return model
-
-
-class Stored(Mapping[str, Tensor]):
-    """Tensors in a safetensors file, each read when it is asked for, in the dtype of its namesake in `like`."""
-
-    def __init__(self, path: Path, like: Mapping[str, Tensor]) -> None:
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{path} is missing though the card lists it; the folder is incomplete, copy it again"
-            )
-        self._file, self._like = safe_open(path, framework="pt"), like
-        self._names = tuple(self._file.keys())
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        tensor: Tensor = self._file.get_tensor(name)
-        return tensor.to(self._like[name].dtype)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of every tensor, without reading it."""
-        return {name: tuple(self._file.get_slice(name).get_shape()) for name in self._names}
 
 
 def read_card(source: Path | str) -> Card:
@@ -254,6 +258,8 @@ def read_card(source: Path | str) -> Card:
 
     A card may name classes outside this package only from modules that the caller has imported: reading it runs no code.
     """
+    if adapters.is_layout(source):
+        return adapters.card(source)
     path = _folder_of(source) / "card.json"
     names = {path_type.__name__: path_type for path_type in PATHS}
     try:
@@ -308,7 +314,7 @@ def _print_of(part: nn.Module, tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.blake2b(json.dumps(dump(describe(part)), sort_keys=True).encode(), digest_size=6)
     for name, value in sorted(tensors.items()):
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())  # NumPy has no bfloat16
     return digest.hexdigest()
 
 
@@ -328,26 +334,11 @@ def _folder_of(source: Path | str) -> Path:
     folder = built_in.get(str(source), Path(source))
     if not (folder / "card.json").is_file():
         raise FileNotFoundError(
-            f"{source}: no card.json there. Give a folder that fewstep wrote (a run's student/), "
-            f"or a built-in: {', '.join(built_in)}."
+            f"{source}: no card.json there. Give a folder that fewstep wrote (a run's student/), one in diffusers' layout "
+            f"(with model_index.json), its name on the hub (owner/name), or a built-in: {', '.join(built_in)}."
         )
     return folder
 
 
 def _stored(value: Tensor, dtype: torch.dtype) -> Tensor:
     return (value.to(dtype) if value.is_floating_point() else value).detach().cpu().contiguous().clone()
-
-
-def _load(part: nn.Module, path: Path) -> None:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing though the card lists it; the folder is incomplete, copy it again")
-    own, stored = part.state_dict(), load_file(path)
-    _require_matching(part, {name: tuple(tensor.shape) for name, tensor in stored.items()}, path)
-    part.load_state_dict({k: v.to(own[k].dtype) for k, v in stored.items()})
-
-
-def _require_matching(part: nn.Module, stored: Mapping[str, tuple[int, ...]], path: Path) -> None:
-    own = {name: tuple(tensor.shape) for name, tensor in part.state_dict().items()}
-    odd = sorted(own.keys() ^ stored.keys()) + [name for name in own if name in stored and own[name] != stored[name]]
-    if odd:
-        raise RecipeError(f"{path}: tensors do not match the card's network: {', '.join(odd[:4])}")

@@ -1,18 +1,19 @@
-"""Where a run's model comes from: a folder of weights, or networks that do not exist yet."""
+"""Where a run's model comes from: a folder of weights, the diffusers ecosystem, or networks that do not exist yet."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
 
+from fewstep.attention import Pattern
 from fewstep.core import RecipeError
 from fewstep.diffusion import Contract, Kind, NoisePath, RectifiedFlow
-from fewstep.models.bundle import PARTS, Card, VideoModel, allocate, read_card
+from fewstep.models.bundle import PARTS, Card, VideoModel, allocate, latent_shape_of, read_card
 from fewstep.models.spec import Spec
 
 MADE_NEW = "made new"
@@ -44,6 +45,52 @@ class Pretrained(ModelSource):
 
     def load(self, leave: Collection[str] = ()) -> VideoModel:
         return VideoModel.from_pretrained(self.source, leave=leave)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diffusers(ModelSource):
+    """A model of the diffusers ecosystem: a folder with `model_index.json`, or its name on the Hugging Face hub.
+
+    null keeps what the family recommends. The denoiser's weights are kept as float32.
+    """
+
+    source: str
+    num_frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    fps: int | None = None
+    negative_prompt: str | None = None
+    """What guidance leads away from."""
+    pattern: Pattern | None = None
+    """Which frames the denoiser's attention reads: BlockCausal makes a causal model of a bidirectional one."""
+    tiling: bool | None = None
+    """Whether the codec works in overlapping tiles: less memory, nearly the same frames."""
+    text_dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the text encoder's weights."""
+
+    def card(self) -> Card:
+        card = read_card(self.source)
+        if not card.sources:
+            raise RecipeError(
+                f"recipe: model.source: {self.source} is a folder of fewstep's own; write type: Pretrained"
+            )
+        pattern = None if self.pattern is None else self.pattern.tree()
+        parts = dict(card.parts)
+        for part, key, value in (
+            ("denoiser", "pattern", pattern),
+            ("codec", "tiling", self.tiling),
+            ("text", "dtype", self.text_dtype),
+        ):
+            if value is not None:
+                parts[part] = _with(parts[part], key, value)
+        sizes = ("num_frames", "height", "width", "fps", "negative_prompt")
+        chosen = {name: getattr(self, name) for name in sizes if getattr(self, name) is not None}
+        card = replace(card, parts=parts, **chosen)
+        latent_shape_of(card)
+        return card
+
+    def load(self, leave: Collection[str] = ()) -> VideoModel:
+        return VideoModel.load(self.card(), self.source, leave=leave)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +155,12 @@ def outline(card: Card) -> VideoModel:
     """The model of `card` without memory for its weights: every tensor is on the meta device."""
     with torch.device("meta"):
         return VideoModel(replace(card), {name: allocate(name, card) for name in card.parts})
+
+
+def _with(spec: Spec, key: str, value: object) -> Spec:
+    if key not in spec.args:
+        raise RecipeError(f"recipe: model: a {spec.type} has no {key}; leave it out")
+    return Spec(spec.type, {**spec.args, key: value})
 
 
 def _spec_in(folder: str, part: str) -> Spec:

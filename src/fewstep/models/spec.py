@@ -9,6 +9,7 @@ from torch import nn
 
 from fewstep.attention import PATTERNS
 from fewstep.core.build import At, Names, build, build_arguments, dump, find_class, parameters, type_name
+from fewstep.models.adapters import PARTS, part_class
 from fewstep.models.autoencoder import FrameAutoencoder
 from fewstep.models.discriminators import FeatureHeads, JointHead
 from fewstep.models.features import ClipFeatures
@@ -27,7 +28,7 @@ class Spec:
     """
 
     type: str
-    """A class name of `NETWORKS`."""
+    """A class name of `NETWORKS` or of the adapters' `PARTS`."""
     args: dict[str, Any] = field(default_factory=dict)
     """Arguments that differ from the defaults, or all of them."""
 
@@ -57,5 +58,7 @@ class Spec:
 
 
 def _network(name: Any, at: At) -> type[nn.Module]:
-    """The class of one of `NETWORKS`, or of an import path `package.module:Class`."""
+    """The class of one of `NETWORKS` or of the adapters' `PARTS`, or of an import path `package.module:Class`."""
+    if name in PARTS:
+        return part_class(name)
     return find_class(name, nn.Module, {c.__name__: c for c in NETWORKS}, at)

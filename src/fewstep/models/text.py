@@ -57,6 +57,10 @@ class TextEncoder(nn.Module):
             x_BLE = layer(x_BLE, mask_BL[:, None, None])
         return Cond(self.norm(x_BLE) * mask_BL[..., None], mask_BL)
 
+    def blank(self, batch: int) -> Cond:
+        """As many conditions of full length, all zero."""
+        return Cond(torch.zeros(batch, self.length, self.width), torch.ones(batch, self.length, dtype=torch.bool))
+
     def forward(self, prompts: Sequence[str]) -> Cond:
         return self.encode(prompts)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fewstep.attention import Dense, Grid3, KVView, Pattern, attend
 from fewstep.core.types import KV, Cond
-from fewstep.models.backbone import Backbone, Context, State
+from fewstep.models.backbone import Backbone, Context, Tokens
 
 _TIME_FEATURES = 128
 _FASTEST = 100.0
@@ -60,24 +60,24 @@ class VideoDiT(Backbone):
         self.out = nn.Linear(width, channels * patch * patch)
         self._initialise()
 
-    def embed(self, x: Tensor, t: Tensor, cond: Cond, kv: KVView | None = None) -> State:
+    def embed(self, x: Tensor, t: Tensor, cond: Cond, kv: KVView | None = None) -> Tokens:
         grid, cached = self._grid(x), kv.frames if kv else 0
         with torch.autocast(x.device.type, enabled=False):
             x_BNE = self.patches(patchify(x, self.patch))
             text = cond.text.to(x.dtype)
-            time_BGE = self.time(time_features(_groups(t, x))) + self.pooled_text(_mean(text, cond.mask))[:, None]
+            time_BGE = self.time(time_features(time_groups(t, x))) + self.pooled_text(_mean(text, cond.mask))[:, None]
             modulation = self.modulation(F.silu(time_BGE)).unflatten(-1, (6, self.width))
         mask = self.pattern.mask(grid, cached)
         context = Context(
             modulation_BG6E=modulation,
             text_BLE=text,
             text_mask_B11L=cond.mask[:, None, None],
-            rotary_2MD=rotary_table(grid, cached, self.width // self.heads).to(x),
+            rotary_2MD=rotary_table(grid, cached, self.width // self.heads, _ROTARY_BASE).to(x),
             mask_NM=None if mask is None else mask.to(x.device),
         )
-        return State(x_BNE, time_BGE, grid, context)
+        return Tokens(x_BNE, time_BGE, grid, context)
 
-    def head(self, state: State) -> Tensor:
+    def head(self, state: Tokens) -> Tensor:
         with torch.autocast(state.x_BNE.device.type, enabled=False):
             shift, scale = (self.final_table + state.time_BGE[:, :, None]).unbind(2)
             tokens = self.out(modulate(_norm(state.x_BNE), shift, scale))
@@ -111,7 +111,7 @@ class Block(nn.Module):
         self.cross = CrossAttention(width, heads, text_width)
         self.mlp = MLP(width, round(width * mlp_ratio))
 
-    def forward(self, state: State) -> State:
+    def forward(self, state: Tokens) -> Tokens:
         x, context = state.x_BNE, state.context
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (self.table + context.modulation_BG6E).unbind(2)
         mixed, new = self.attention(modulate(_norm(x), shift_a, scale_a), context, state.past)
@@ -197,14 +197,14 @@ def gate(x_BNE: Tensor, gate_BGE: Tensor) -> Tensor:
     return (x_BNE.unflatten(1, (gate_BGE.shape[1], -1)) * gate_BGE[:, :, None]).flatten(1, 2)
 
 
-def rotary_table(grid: Grid3, cached: int, dim: int) -> Tensor:
+def rotary_table(grid: Grid3, cached: int, dim: int, base: float) -> Tensor:
     """Cosines and sines `[2, M, dim / 2]`, float64: part of the angles turn with the frame, part with row and column."""
     frames = torch.arange(cached + grid.frames)
     positions = torch.meshgrid(frames, torch.arange(grid.height), torch.arange(grid.width), indexing="ij")
     pairs = dim // 2
     sizes = (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3)
     angles = [
-        position.flatten()[:, None] * _ROTARY_BASE ** (-torch.arange(size, dtype=torch.float64) / size)
+        position.flatten()[:, None] * base ** (-torch.arange(size, dtype=torch.float64) / size)
         for position, size in zip(positions, sizes, strict=True)
     ]
     angle = torch.cat(angles, -1)
@@ -226,7 +226,7 @@ def time_features(t: Tensor) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], -1)
 
 
-def _groups(t: Tensor, x: Tensor) -> Tensor:
+def time_groups(t: Tensor, x: Tensor) -> Tensor:
     """`t` as `[B, G]` in the dtype of x."""
     batch, frames = x.shape[0], x.shape[2]
     if t.shape not in ((batch,), (batch, frames)):

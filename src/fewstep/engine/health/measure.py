@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool3d, interpolate
 
 from fewstep.core import Seeds
-from fewstep.diffusion import Prediction
+from fewstep.diffusion import CFG, Prediction
 from fewstep.diffusion.prediction import target
 from fewstep.engine.health.vitals import Looks
 from fewstep.metrics import contrast, diversity, energy, motion, pooled, saturation
@@ -112,6 +112,16 @@ class Gauge:
                 for i, network in enumerate(networks):
                     totals[i] += error(network(x_t, t, cond), x0[part], eps) * len(x_t) / len(x0)
         return totals
+
+    @torch.no_grad()
+    def asked(self, guidance: CFG, x0: Tensor, model: VideoModel) -> float:
+        """Standard deviation of what the guided denoiser makes of its own clips `x0`, noised, relative to theirs."""
+        made = []
+        with self.precision():
+            for part in self.parts():
+                x_t, t, _ = (v[part] for v in noised(model.denoiser, x0))
+                made.append(guidance(model.denoiser, x_t, t, *model.encode_text(self.texts[part])).x0.float())
+        return float(torch.cat(made).std() / x0.std())
 
     def _accuracy(self, frames: Tensor) -> float | None:
         if self.scenes is None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fewstep.core import Rng
 from fewstep.core.finite import require_finite
 from fewstep.data.base import Source
-from fewstep.diffusion import Contract
+from fewstep.diffusion import CFG, Contract
 from fewstep.engine.health import weights
 from fewstep.engine.health.heard import Heard, Terms
 from fewstep.engine.health.measure import Gauge, Sampled, eyes
@@ -164,6 +164,7 @@ class Monitor:
             change=weights.change(self.before["student"], after["student"]) if own else None,
             coarse=weights.coarse(after["student"]) if own else None,
             noise=self.heard.noise(self.model.denoiser.path),
+            asked=self._asked,
             unseen=self.heard.unseen(sampled.times) if contract.grids else (),
             critic=critic,
             lag=lag,
@@ -182,6 +183,12 @@ class Monitor:
         fresh = mine / max(theirs, 1e-12)
         old = self.gauge.errors((critic,), start, self.model)[0] / max(self.teacher_errors[grid], 1e-12)
         return fresh, fresh / max(old, 1e-12)
+
+    @cached_property
+    def _asked(self) -> float | None:
+        """By methods whose guidance is a field of that name."""
+        guidance: CFG | None = getattr(self.method, "guidance", None)
+        return None if guidance is None else self.gauge.asked(guidance, self._teacher.latents, self.model)
 
     @cached_property
     def _teacher(self) -> Sampled:

@@ -46,6 +46,9 @@ class Vitals:
     """Share of the student's weights that bfloat16 holds exactly: 1 if they are kept in it, about 0 in float32."""
     noise: float | None = None
     """Power of the noise in what the student is fed in training, relative to what its path gives at the same times."""
+    asked: float | None = None
+    """Deviation of the clean clips that the guided teacher predicts from its own noised clips, relative to theirs: what
+    guidance asks of the student. None for a method without guidance."""
     unseen: tuple[float, ...] = ()
     """Times its sampler visits and its training does not."""
     critic: float | None = None

@@ -1,0 +1,50 @@
+"""What a network from outside is given of a clip, and what pins the network down."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Iterable
+from pathlib import Path
+
+from torch import Tensor
+
+from fewstep.data.video import cover
+
+
+def require_transformers(what: str) -> None:
+    """ValueError that says how to get transformers, where it is not installed."""
+    if importlib.util.find_spec("transformers") is None:
+        raise ValueError(f'{what} needs transformers, which is not installed: pip install "fewstep[diffusers]"')
+
+
+def as_read(frames: Tensor, size: tuple[int, int], num_frames: int | None = None) -> Tensor:
+    """Clips `[B, 3, F, H, W]` in [-1, 1] as a network for `num_frames` frames of `size` (height, width) reads them.
+
+    Frames are taken evenly from the first to the last (all of them for None); pictures are scaled to cover the size, the
+    shorter side exactly for square ones, and cropped at the centre (`data.video.cover`). What fits already is not touched.
+    ValueError for clips with fewer frames.
+    """
+    count = frames.shape[2]
+    if num_frames is not None and num_frames != count:
+        if count < num_frames:
+            raise ValueError(f"the network reads {num_frames} frames and the clips have {count}; make longer clips")
+        frames = frames[:, :, [round(i * (count - 1) / (num_frames - 1)) for i in range(num_frames)]]
+    if frames.shape[-2:] == size:
+        return frames
+    planes = cover(frames.transpose(1, 2).flatten(0, 1).float(), size).clamp(-1, 1)
+    return planes.unflatten(0, (len(frames), -1)).transpose(1, 2)
+
+
+def fingerprint_files(paths: Iterable[Path]) -> str:
+    """12 hexadecimal characters that change when the content of any file does."""
+    digest = hashlib.blake2b(digest_size=6)
+    for path in sorted(paths):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, hashlib.blake2b).digest())
+    return digest.hexdigest()
+
+
+def fingerprint_folder(folder: Path) -> str:
+    """`fingerprint_files` of the weights and settings in a folder that `save_pretrained` wrote."""
+    return fingerprint_files(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".json", ".txt"))

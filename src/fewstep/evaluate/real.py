@@ -1,0 +1,94 @@
+"""Real clips that generated ones are compared with, drawn from a collection of captioned videos."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fewstep.data.base import DataError
+from fewstep.data.listing import Item, read_listing
+from fewstep.data.video import Clip, ClipError, Cut, read_clips, to_floats
+from fewstep.evaluate.cases import TrueClips
+
+
+@dataclass(frozen=True, kw_only=True)
+class RealClips:
+    """Captioned videos: a folder, a .csv or a .jsonl (see `data.read_listing`)."""
+
+    path: str
+    stride: int = 4
+    """Every so many frames of the file. WebVid has about 30 a second, AnimateDiff makes 8."""
+
+    def draw(self, count: int, num_frames: int, size: tuple[int, int], seed: int) -> Drawn:
+        """`count` videos at random, and as many again where there are enough; DataError if there are too few.
+
+        Clips are the first frames of a video, scaled to cover the models' `size` (height, width) and cropped at the centre,
+        so that real and generated clips go the same way from there on. Every file is decoded here once, because one that
+        cannot be read must not lend its caption.
+        """
+        listing, cut = (
+            read_listing(self.path),
+            Cut(num_frames=num_frames, height=size[0], width=size[1], stride=self.stride),
+        )
+        order = torch.randperm(len(listing.items), generator=torch.Generator().manual_seed(seed)).tolist()
+        usable: list[Item] = []
+        skipped = list(listing.skipped)
+        for item in (listing.items[i] for i in order):
+            if len(usable) == 2 * count:
+                break
+            try:
+                _first(item, cut)
+                usable.append(item)
+            except ClipError as error:
+                skipped.append((item.name, str(error)))
+        if len(usable) < count:
+            why = "; ".join(f"{name}: {reason}" for name, reason in skipped[:3])
+            raise DataError(
+                f"{self.path}: {len(usable)} videos give {num_frames} frames at stride {self.stride}, and {count} are asked for"
+                f"{f' ({why})' if why else ''}; ask for fewer prompts or give more videos"
+            )
+        return Drawn(
+            tuple(usable), count, cut, len(skipped), f"{count} real clips of {self.path}, stride {self.stride}"
+        )
+
+
+@dataclass(frozen=True)
+class Drawn(TrueClips):
+    """One set of `count` real clips, or two."""
+
+    kind: ClassVar[str] = "real clips"
+    batch: ClassVar[int] = 4  # large pictures
+
+    items: tuple[Item, ...]
+    count: int
+    cut: Cut
+    skipped: int
+    """Videos that were absent, damaged or too short."""
+    name: str
+    asked: bool = True
+    """The captions of the first set are the prompts."""
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        return tuple(item.caption for item in self.items[: self.count])
+
+    @property
+    def sets(self) -> int:
+        return len(self.items) // self.count
+
+    @property
+    def judged(self) -> int | None:
+        return 0 if self.asked else None
+
+    def draw(self, which: int, spans: Iterable[tuple[int, int]]) -> Iterator[Tensor]:
+        mine = self.items[which * self.count : (which + 1) * self.count]
+        for first, last in spans:
+            yield to_floats(torch.stack([_first(item, self.cut).frames for item in mine[first:last]]))
+
+
+def _first(item: Item, cut: Cut) -> Clip:
+    return next(read_clips(item.path, cut))

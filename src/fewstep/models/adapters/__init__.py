@@ -1,0 +1,77 @@
+"""Models of the diffusers ecosystem, a file per family; none is imported before a model asks for it.
+
+A family is a module with `card(layout) -> Card` and a `Backbone` that holds the modules of diffusers' own network. A part
+that comes from there has `folders`, those of the layout it reads, and `load(folder)`, which takes its weights from them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+from types import MappingProxyType, ModuleType
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from fewstep.core import RecipeError
+
+if TYPE_CHECKING:
+    from fewstep.models.bundle import Card
+    from fewstep.models.stored import Stored
+
+PIPELINES = MappingProxyType(
+    {"WanPipeline": "wan", "AnimateDiffPipeline": "animatediff", "StableDiffusionPipeline": "stable_diffusion"}
+)
+"""Diffusers' pipelines, as `model_index.json` names them, and the file here that makes their card."""
+PARTS = MappingProxyType(
+    {
+        "Wan": "wan", "T5Text": "t5", "VideoCodec": "codec",
+        "AnimateDiff": "animatediff", "StableDiffusion": "stable_diffusion", "ClipText": "clip", "FrameCodec": "frame_codec",
+        "CogVideoX": "cogvideox",
+    }
+)  # fmt: skip
+"""Networks a card may name, and the file each is in."""
+
+
+def part_class(name: str) -> type[nn.Module]:
+    """The class of one of `PARTS`."""
+    found: type[nn.Module] = getattr(_module(PARTS[name]), name)
+    return found
+
+
+def is_layout(source: Path | str) -> bool:
+    """Whether `source` is a folder in diffusers' layout, or may be the name of one on the hub."""
+    path = Path(source)
+    on_hub = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(source)) and not path.parent.exists()
+    return bool(on_hub) or (path / "model_index.json").is_file()
+
+
+def card(source: Path | str) -> Card:
+    """What a model in diffusers' layout is, by its JSON files alone. RecipeError where no family reads it."""
+    layout = _module("layout").Layout.find(str(source))
+    pipeline = layout.index["_class_name"]
+    if pipeline not in PIPELINES:
+        raise RecipeError(f"{source} is a {pipeline}; the pipelines that can be read are {', '.join(PIPELINES)}")
+    made: Card = _module(PIPELINES[pipeline]).card(layout)
+    return made
+
+
+def load(part: nn.Module, source: str, *, leave: bool = False) -> Stored | None:
+    """Give a part of the meta device its weights; with `leave` return them in their files instead, if names allow."""
+    network = getattr(part, "backbone", part)
+    layout = _module("layout").Layout.find(source, network.folders)
+    stored: Stored | None = layout.stored(part) if leave else None
+    if stored is None:
+        network.load(layout.folder)
+    return stored
+
+
+def _module(name: str) -> ModuleType:
+    """A file of this room. RecipeError says what to install."""
+    try:
+        return importlib.import_module(f"{__name__}.{name}")
+    except ModuleNotFoundError as error:
+        raise RecipeError(
+            f"models of the diffusers ecosystem need {error.name}: pip install 'fewstep[diffusers]'"
+        ) from error

@@ -1,0 +1,65 @@
+"""Frames to latents and back by an image autoencoder of diffusers, one frame at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from fewstep.models.adapters.unet import to_clips, to_images
+
+
+class FrameCodec(nn.Module):
+    """The autoencoder of Stable Diffusion and AnimateDiff; always computed in float32, `chunk` frames at once.
+
+    `config` is the arguments of diffusers' class; its scaling factor (0.18215) is part of the latents. The denoiser takes
+    latents whose rows and columns are multiples of `patch`. With `tiling` large frames are done in overlapping tiles, which
+    need less memory and are not exactly the whole.
+    """
+
+    folders: ClassVar[tuple[str, ...]] = ("vae",)
+
+    def __init__(self, *, config: dict[str, Any], patch: int = 1, tiling: bool = False, chunk: int = 16) -> None:
+        super().__init__()
+        self.args = {"config": config, "patch": patch, "tiling": tiling, "chunk": chunk}
+        self.patch, self.chunk = patch, chunk
+        self._hold(AutoencoderKL.from_config(config))
+
+    def load(self, folder: Path) -> None:
+        """Take the weights of a folder in diffusers' layout, as float32."""
+        self._hold(
+            AutoencoderKL.from_pretrained(
+                folder, subfolder=self.folders[0], torch_dtype=torch.float32, use_safetensors=True
+            )
+        )
+
+    def _hold(self, vae: AutoencoderKL) -> None:
+        self.vae, self.scale, self.shift = vae, vae.config.scaling_factor, vae.config.shift_factor or 0.0
+        self.downsample = 2 ** (len(vae.config.block_out_channels) - 1)
+        if self.args["tiling"]:
+            vae.enable_tiling()
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """`[B, 3, F, H, W]` in [-1, 1] to latents `[B, C, F, H / 8, W / 8]`: the mode of the posterior."""
+        self.latent_shape(*frames.shape[2:])
+        return self._per_frame(lambda x: (self.vae.encode(x).latent_dist.mode() - self.shift) * self.scale, frames)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """The frames, not clamped."""
+        return self._per_frame(lambda z: self.vae.decode(z / self.scale + self.shift).sample, latents)
+
+    def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """`(C, F, h, w)` of a clip; ValueError if the size cannot be encoded."""
+        unit = self.downsample * self.patch
+        if height % unit or width % unit:
+            raise ValueError(f"height and width must be multiples of {unit}, got {height} x {width}")
+        return self.vae.config.latent_channels, num_frames, height // self.downsample, width // self.downsample
+
+    def _per_frame(self, change: Callable[[Tensor], Tensor], video: Tensor) -> Tensor:
+        with torch.autocast(video.device.type, enabled=False):
+            made = [change(images) for images in to_images(video).float().split(self.chunk)]
+        return to_clips(torch.cat(made), video.shape[2]).to(video.dtype)

@@ -1,0 +1,84 @@
+"""A model in diffusers' folder layout: `model_index.json`, and a folder for each of its networks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from torch import nn
+
+from fewstep.models.denoiser import Denoiser
+from fewstep.models.stored import Stored
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where it lies and what it says of itself."""
+
+    source: str
+    """A name on the hub, or an absolute path."""
+    folder: Path
+    index: dict[str, Any]
+    """`model_index.json`."""
+
+    @classmethod
+    def find(cls, source: str, folders: Sequence[str] = ()) -> Layout:
+        """The layout in a folder, or on the hub: then its JSON files and all of `folders` are downloaded, unless they are
+        here already. FileNotFoundError says what is not there."""
+        folder = Path(source).expanduser()
+        if folder.is_dir():
+            source, folder = str(folder.resolve()), folder.resolve()
+        elif folder.is_absolute():
+            raise FileNotFoundError(
+                f"{source}: no such folder; if it was moved, correct `sources` in the student's card.json"
+            )
+        else:
+            folder = _download(source, folders)
+        return cls(source, folder, _read(folder / "model_index.json"))
+
+    def config(self, part: str) -> dict[str, Any]:
+        """Constructor arguments in `part/config.json`."""
+        return _arguments(self.folder / part / "config.json")
+
+    def scheduler(self) -> dict[str, Any]:
+        """The scheduler's settings."""
+        return _arguments(self.folder / "scheduler" / "scheduler_config.json")
+
+    def stored(self, part: nn.Module) -> Stored | None:
+        """Weights of a part in their files; None where their names are not the part's own, or the part needs more."""
+        network: Any = part.backbone if isinstance(part, Denoiser) else part
+        own, names = part.state_dict(), {}
+        if isinstance(part, Denoiser):
+            names = {name: network.foreign(name.removeprefix("backbone.")) for name in own}
+        stored = Stored(_weight_files(self.folder / network.folders[0]), own, names)
+        whole = not any(module._non_persistent_buffers_set for module in part.modules())
+        return stored if whole and not stored.odd(part) else None
+
+
+def _download(source: str, folders: Sequence[str]) -> Path:
+    wanted = ["*.json", "*/*.json", *(f"{folder}/*" for folder in folders)]
+    try:
+        return Path(snapshot_download(source, allow_patterns=wanted, ignore_patterns=["*.bin", "*.msgpack", "*.onnx*"]))
+    except Exception as error:  # its own errors and those of the network have no class in common
+        raise FileNotFoundError(f"{source}: there is no such folder, and the hub did not give it: {error}") from error
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        return [folder / name for name in sorted(set(_read(index)["weight_map"].values()))]
+    return [folder / "diffusion_pytorch_model.safetensors"]
+
+
+def _arguments(path: Path) -> dict[str, Any]:
+    return {key: value for key, value in _read(path).items() if not key.startswith("_")}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; the model's folder is incomplete, copy or download it again")
+    read: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return read

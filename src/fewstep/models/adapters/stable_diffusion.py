@@ -1,0 +1,24 @@
+"""Stable Diffusion 1.x and 2.x (2112.10752): an image model, which sees the frames of a clip one by one.
+
+SD 1.x predicts eps on `Betas(schedule="scaled_linear")`. With one frame it is the image model itself.
+"""
+
+from __future__ import annotations
+
+from diffusers import UNet2DConditionModel
+
+from fewstep.models.adapters.ddpm import card_of
+from fewstep.models.adapters.layout import Layout
+from fewstep.models.adapters.unet import UNet
+from fewstep.models.bundle import Card
+
+
+def card(layout: Layout) -> Card:
+    """Stable Diffusion as a model of clips of one frame: 50 steps of DDIM, guidance 7.5."""
+    return card_of(layout, "StableDiffusion", num_frames=1, steps=50, licence="CreativeML OpenRAIL-M")
+
+
+class StableDiffusion(UNet):
+    """Clips `[B, 4, F, h, w]` as `B x F` images under the text and time of their clip."""
+
+    network = UNet2DConditionModel

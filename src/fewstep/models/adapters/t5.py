@@ -1,0 +1,64 @@
+"""Prompts to text states by transformers' T5 encoders."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import ftfy
+import torch
+import transformers
+from torch import nn
+
+from fewstep.core import Cond
+
+
+class T5Text(nn.Module):
+    """Prompts are repaired (ftfy, HTML entities, white space), cut at `length` tokens, and zero after their end.
+
+    `config` is that of transformers, which names the class; the weights are kept as `dtype`, and never trained.
+    """
+
+    folders: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
+
+    def __init__(
+        self, *, config: dict[str, Any], length: int = 512, dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    ) -> None:
+        super().__init__()
+        self.args = {"config": config, "length": length, "dtype": dtype}
+        self.length, self.width, self.dtype = length, int(config["d_model"]), getattr(torch, dtype)
+        self.kind = getattr(transformers, config["architectures"][0])
+        self.encoder = self.kind(transformers.AutoConfig.for_model(**config)).to(self.dtype)
+        self.tokenizer: Any = None
+
+    def load(self, folder: Path) -> None:
+        """Take weights and tokenizer of a folder in diffusers' layout."""
+        encoder, tokenizer = (folder / part for part in self.folders)
+        self.encoder = self.kind.from_pretrained(encoder, dtype=self.dtype, use_safetensors=True)
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Cond:
+        """States `[B, length, width]`, float32."""
+        tokens = self.tokenizer(
+            [clean(prompt) for prompt in prompts],
+            padding="max_length", max_length=self.length, truncation=True, return_tensors="pt",
+        ).to(self.encoder.device)  # fmt: skip
+        mask = tokens.attention_mask.bool()
+        with torch.autocast(mask.device.type, enabled=False):
+            states = self.encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
+        return Cond(states.float().masked_fill(~mask[..., None], 0.0), mask)
+
+    def forward(self, prompts: Sequence[str]) -> Cond:
+        return self.encode(prompts)
+
+    def blank(self, batch: int) -> Cond:
+        """As many conditions of full length, all zero."""
+        return Cond(torch.zeros(batch, self.length, self.width), torch.ones(batch, self.length, dtype=torch.bool))
+
+
+def clean(prompt: str) -> str:
+    """Text as Wan's pipelines clean it."""
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split())

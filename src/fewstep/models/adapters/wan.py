@@ -1,0 +1,188 @@
+"""Wan 2.1 text to video (2503.20314) over diffusers' WanTransformer3DModel.
+
+Legend: as in `backbone.py`; p, q rows and columns of a patch, P values per patch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from diffusers import WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformerBlock
+from torch import Tensor, nn
+
+from fewstep.attention import Dense, Grid3, KVView, Pattern, attend
+from fewstep.core import RecipeError
+from fewstep.core.types import Cond
+from fewstep.diffusion import CFG, Contract
+from fewstep.models.adapters.layout import Layout
+from fewstep.models.backbone import Backbone, Context, Tokens
+from fewstep.models.bundle import Card
+from fewstep.models.spec import Spec
+from fewstep.models.video_dit import gate, merge_heads, modulate, rotary_table, split_heads, time_groups
+
+_TIMESTEPS = 1000
+_ROTARY_BASE = 10000.0
+_TEXT_LENGTH = 512
+_NEGATIVE = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
+    "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+"""The negative prompt that Wan's authors sample with."""
+
+
+def card(layout: Layout) -> Card:
+    """Wan as its authors sample it at 480p: 81 frames, 50 steps, guidance 5, the shift of the layout's scheduler."""
+    if layout.index.get("boundary_ratio") is not None:
+        raise RecipeError(f"{layout.source} has two experts (Wan 2.2 A14B), which cannot be read yet")
+    scheduler, transformer = layout.scheduler(), layout.config("transformer")
+    text = {"config": layout.config("text_encoder"), "length": _TEXT_LENGTH, "dtype": "bfloat16"}
+    codec = {"config": layout.config("vae"), "patch": transformer["patch_size"][1], "tiling": False}
+    return Card(
+        name=Path(layout.source).name,
+        parts={
+            "denoiser": Spec("Wan", {"config": transformer, "pattern": Dense().tree()}),
+            "text": Spec("T5Text", text),
+            "codec": Spec("VideoCodec", codec),
+        },
+        sources=dict.fromkeys(("denoiser", "text", "codec"), layout.source),
+        contract=Contract(
+            solver="euler",
+            steps=50,
+            shift=float(scheduler.get("flow_shift", scheduler.get("shift", 1.0))),
+            guidance=CFG(scale=5.0),
+        ),
+        num_frames=81, height=480, width=832, fps=16, negative_prompt=_NEGATIVE,
+        provenance={"source": layout.source, "licence": "Apache-2.0"},
+    )  # fmt: skip
+
+
+class Wan(Backbone):
+    """The modules and weight names are diffusers' own; `config` is its constructor's arguments.
+
+    Every frame may have its own time, and with `pattern` and a cache view it is a causal model.
+    """
+
+    shares = True
+    folders: ClassVar[tuple[str, ...]] = ("transformer",)
+
+    def __init__(self, *, config: dict[str, Any], pattern: Pattern = Dense()) -> None:
+        super().__init__()
+        self.args = {"config": config, "pattern": pattern.tree()}
+        self.pattern = pattern
+        self._hold(WanTransformer3DModel.from_config(config))
+
+    def load(self, folder: Path) -> None:
+        """Take the weights of a folder in diffusers' layout, as float32."""
+        self._hold(
+            WanTransformer3DModel.from_pretrained(
+                folder, subfolder=self.folders[0], torch_dtype=torch.float32, use_safetensors=True
+            )
+        )
+
+    def _hold(self, network: WanTransformer3DModel) -> None:
+        config = network.config
+        if config.image_dim is not None or config.patch_size[0] != 1:
+            raise ValueError(
+                "Wan is read without image conditions and with patches of one frame; this network has "
+                f"image_dim={config.image_dim}, patch_size={list(config.patch_size)}"
+            )
+        self.heads, self.head_width = config.num_attention_heads, config.attention_head_dim
+        self.width, self.patch = self.heads * self.head_width, tuple(config.patch_size[1:])
+        self.longest = config.rope_max_seq_len
+        self.patch_embedding, self.condition_embedder = network.patch_embedding, network.condition_embedder
+        self.blocks = nn.ModuleList(Block(block) for block in network.blocks)
+        self.norm_out, self.proj_out = network.norm_out, network.proj_out
+        self.scale_shift_table = network.scale_shift_table
+
+    def embed(self, x: Tensor, t: Tensor, cond: Cond, kv: KVView | None = None) -> Tokens:
+        grid, cached = self._grid(x), kv.frames if kv else 0
+        if cached + grid.frames > self.longest:
+            raise ValueError(f"Wan knows positions of {self.longest} latent frames, not {cached + grid.frames}")
+        embedder = self.condition_embedder
+        with torch.autocast(x.device.type, enabled=False):
+            x_BNE = self.patch_embedding(x).flatten(2).transpose(1, 2)
+            time_BG = time_groups(t, x)
+            waves = embedder.timesteps_proj(_TIMESTEPS * time_BG.flatten()).to(x.dtype)
+            time_BGE = embedder.time_embedder(waves).unflatten(0, time_BG.shape)
+            modulation = embedder.time_proj(F.silu(time_BGE)).unflatten(-1, (6, self.width))
+            text = embedder.text_embedder(cond.text.to(x.dtype))
+        mask = self.pattern.mask(grid, cached)
+        context = Context(
+            modulation_BG6E=modulation,
+            text_BLE=text,
+            text_mask_B11L=None,  # Wan was trained to read the zeros after a prompt
+            rotary_2MD=rotary_table(grid, cached, self.head_width, _ROTARY_BASE).to(x),
+            mask_NM=None if mask is None else mask.to(x.device),
+        )
+        return Tokens(x_BNE, time_BGE, grid, context)
+
+    def head(self, state: Tokens) -> Tensor:
+        with torch.autocast(state.x_BNE.device.type, enabled=False):
+            shift, scale = (self.scale_shift_table + state.time_BGE[:, :, None]).unbind(2)
+            tokens_BNP = self.proj_out(modulate(self.norm_out(state.x_BNE), shift, scale))
+        x = tokens_BNP.unflatten(2, (*self.patch, -1)).unflatten(1, state.grid)  # B F h w p q C
+        return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5).flatten(3, 4)
+
+    def _grid(self, x: Tensor) -> Grid3:
+        _, channels, frames, height, width = x.shape
+        rows, columns = self.patch
+        if channels != self.patch_embedding.in_channels or height % rows or width % columns:
+            raise ValueError(
+                f"latents [B, C, F, H, W] need C = {self.patch_embedding.in_channels}, H a multiple of {rows} and W of "
+                f"{columns}, got {tuple(x.shape)}"
+            )
+        return Grid3(frames, height // rows, width // columns)
+
+
+class Block(nn.Module):
+    """One of diffusers' blocks: self-attention, cross-attention to the text, MLP; the first and last modulated by time."""
+
+    def __init__(self, block: WanTransformerBlock) -> None:
+        super().__init__()
+        self.norm1, self.attn1 = block.norm1, block.attn1
+        self.norm2, self.attn2 = block.norm2, block.attn2
+        self.norm3, self.ffn = block.norm3, block.ffn
+        self.scale_shift_table = block.scale_shift_table
+
+    def forward(self, state: Tokens) -> Tokens:
+        x, context = state.x_BNE, state.context
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (self.scale_shift_table + context.modulation_BG6E).unbind(
+            2
+        )
+        h = modulate(self.norm1(x), shift_a, scale_a)
+        q, k, v = _project(self.attn1, h, h)
+        k_BHMD, v_BHMD = (
+            (k, v) if state.past is None else (torch.cat([state.past[0], k], 2), torch.cat([state.past[1], v], 2))
+        )
+        rotary_q = context.rotary_2MD[:, -q.shape[2] :]
+        mixed = context.attend(_rotate(q, rotary_q), _rotate(k_BHMD, context.rotary_2MD), v_BHMD)
+        x = x + gate(_out(self.attn1, mixed), gate_a)
+        read = attend(*_project(self.attn2, self.norm2(x), context.text_BLE), context.text_mask_B11L)
+        x = x + _out(self.attn2, read)
+        x = x + gate(self.ffn(modulate(self.norm3(x), shift_m, scale_m)), gate_m)
+        return replace(state, x_BNE=x, new=(k, v))
+
+
+def _project(attention: WanAttention, x_BNE: Tensor, source_BME: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries of x, keys and values of the source, by heads; normalised over all heads together, in full precision."""
+    q, k, v = attention.to_q(x_BNE), attention.to_k(source_BME), attention.to_v(source_BME)
+    with torch.autocast(x_BNE.device.type, enabled=False):
+        q, k = (norm(y.to(x_BNE.dtype)).to(v.dtype) for norm, y in ((attention.norm_q, q), (attention.norm_k, k)))
+    return split_heads(q, attention.heads), split_heads(k, attention.heads), split_heads(v, attention.heads)
+
+
+def _out(attention: WanAttention, mixed_BHND: Tensor) -> Tensor:
+    linear: Tensor = attention.to_out[0](merge_heads(mixed_BHND))
+    return linear
+
+
+def _rotate(x_BHND: Tensor, rotary_2ND: Tensor) -> Tensor:
+    """Turn each pair `(x[2i], x[2i + 1])` by the angle of its token."""
+    cos, sin = rotary_2ND
+    a, b = x_BHND.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x_BHND.dtype)

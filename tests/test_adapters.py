@@ -1,0 +1,396 @@
+"""Models of the diffusers ecosystem: what diffusers computes is computed here, and everything a run does works on them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers", reason="needs the extra diffusers")
+
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from fewstep import distill
+from fewstep.attention import BlockCausal, KVCache
+from fewstep.cli import main
+from fewstep.core import Cond, Rng, Seeds
+from fewstep.core.build import RecipeError
+from fewstep.data import Prompts
+from fewstep.data.texts import Texts
+from fewstep.diffusion import CFG
+from fewstep.engine import Settings
+from fewstep.methods import DMD2, BackwardSimulation
+from fewstep.models import Lora, VideoModel, fingerprint
+from fewstep.models.adapters import layout
+from fewstep.models.bundle import read_card
+from fewstep.models.lora import adapt, adapters
+from fewstep.models.source import Diffusers
+from tiny_models import TINY, save_tiny
+
+pytestmark = [pytest.mark.usefixtures("single_thread"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+PROMPTS = ["a red ball", "a  cat walks &amp; walks in the rain"]
+EXACT = {"atol": 1e-5, "rtol": 1e-5}
+"""float32, sums in another order."""
+
+
+@pytest.fixture(scope="session", params=list(TINY))
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def folder(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(name, tmp_path_factory.mktemp(name))
+
+
+@pytest.fixture(scope="session")
+def source(name: str, folder: Path) -> Diffusers:
+    return Diffusers(source=str(folder), text_dtype="float32", **TINY[name].size)
+
+
+@pytest.fixture
+def model(source: Diffusers) -> VideoModel:
+    return source.load()
+
+
+@pytest.fixture
+def pipeline(folder: Path) -> DiffusionPipeline:
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def drawn(model: VideoModel, batch: int = 2, frames: int | None = None) -> tuple[Tensor, Tensor, Cond]:
+    """Latents, times and conditions of a batch."""
+    shape = model.latent_shape(frames)
+    return Rng(0).randn((batch, *shape), "x"), torch.tensor([0.3, 0.95])[:batch], model.text.encode(PROMPTS[:batch])
+
+
+# --- equal to diffusers ---------------------------------------------------------------------------------------------------
+
+
+def causal_only(name: str) -> None:
+    if not TINY[name].causal:
+        pytest.skip(f"{name} takes no pattern")
+
+
+@torch.no_grad()
+def test_forward_is_diffusers_own(name: str, model: VideoModel, pipeline: DiffusionPipeline) -> None:
+    x, t, cond = drawn(model)
+    theirs = TINY[name].forward(pipeline, x, t, cond)
+    ours = model.denoiser(x, t, cond).raw
+    assert theirs.abs().max() > 0.1
+    torch.testing.assert_close(ours, theirs, **EXACT)
+
+
+@torch.no_grad()
+def test_a_time_per_frame_is_diffusers_time_per_token(
+    name: str, model: VideoModel, pipeline: DiffusionPipeline
+) -> None:
+    causal_only(name)
+    x, _, cond = drawn(model)
+    t = Rng(1).rand((2, x.shape[2]), "t")
+    tokens = model.denoiser.backbone.embed(x, t, cond).grid.per_frame
+    theirs = TINY[name].forward(pipeline, x, t.repeat_interleave(tokens, 1), cond)
+    torch.testing.assert_close(model.denoiser(x, t, cond).raw, theirs, **EXACT)
+
+
+def test_weights_have_diffusers_names(model: VideoModel, pipeline: DiffusionPipeline) -> None:
+    ours, theirs = model.denoiser.backbone.state_dict(), pipeline.transformer.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@torch.no_grad()
+def test_text_is_the_pipeline_s(name: str, model: VideoModel, pipeline: DiffusionPipeline) -> None:
+    prompts = [*PROMPTS, ""]
+    theirs = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, **TINY[name].text_arguments)[0]
+    cond = model.text.encode(prompts)
+    torch.testing.assert_close(cond.text, theirs, **EXACT)
+    assert cond.mask.any(1).all() and cond.text.shape == (3, model.text.length, model.text.width)
+    assert [x.shape for x in model.text.blank(3).tensors] == [x.shape for x in cond.tensors]
+
+
+@torch.no_grad()
+def test_clips_are_the_pipeline_s(name: str, model: VideoModel, pipeline: DiffusionPipeline) -> None:
+    """Same latents, steps and guidance, the scheduler's own times: same latents out, and the same frames."""
+    card, steps = model.card, 3
+    noise = Seeds((5, 6)).randn((2, *model.latent_shape()), "start")
+    options = {
+        "prompt": PROMPTS, "negative_prompt": card.negative_prompt, "num_frames": card.num_frames, "height": card.height,
+        "width": card.width, "num_inference_steps": steps, "guidance_scale": 5.0, "latents": noise,
+    }  # fmt: skip
+    theirs = pipeline(**options, output_type="latent").frames
+    times = TINY[name].times(pipeline)
+    model.card = replace(card, contract=replace(card.contract, grids={str(steps): times}, steps=steps))
+    ours = model.latents(PROMPTS, seed=(5, 6), guidance_scale=5.0)
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    frames = torch.as_tensor(pipeline(**options, output_type="np").frames).permute(0, 4, 1, 2, 3)
+    torch.testing.assert_close((model(PROMPTS, seed=(5, 6)) + 1) / 2, frames, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_latents_of_frames_are_the_pipeline_s(name: str, model: VideoModel, pipeline: DiffusionPipeline) -> None:
+    card = model.card
+    frames = Rng(2).rand((1, 3, card.num_frames, card.height, card.width), "frames") * 2 - 1
+    latents = model.codec.encode(frames)
+    assert latents.shape[1:] == model.latent_shape()
+    torch.testing.assert_close(latents, TINY[name].encode(pipeline, frames), **EXACT)
+    assert model.codec.decode(latents).shape == frames.shape
+
+
+# --- the backbone's contract ----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_causal_with_one_chunk_is_bidirectional(name: str, source: Diffusers, model: VideoModel) -> None:
+    causal_only(name)
+    x, t, cond = drawn(model)
+    causal = replace(source, pattern=BlockCausal(chunk=x.shape[2])).load()
+    assert torch.equal(causal.denoiser(x, t, cond).raw, model.denoiser(x, t, cond).raw)
+    looking_back = replace(source, pattern=BlockCausal(chunk=1)).load().denoiser
+    changed = x.clone()
+    changed[:, :, -1] += 1
+    difference = (looking_back(x, t, cond).raw - looking_back(changed, t, cond).raw).abs().amax((0, 1, 3, 4))
+    assert difference[:-1].max() == 0 and difference[-1] > 1e-3
+
+
+@torch.no_grad()
+def test_chunk_by_chunk_with_a_cache_is_one_masked_forward(name: str, source: Diffusers) -> None:
+    causal_only(name)
+    model = replace(source, pattern=BlockCausal(chunk=2)).load()
+    x, _, cond = drawn(model, frames=13)
+    t, cache, made = Rng(3).rand((2, x.shape[2]), "t"), KVCache.empty(), []
+    for part, times in zip(x.split(2, 2), t.split(2, 1), strict=True):
+        prediction = model.denoiser(part, times, cond, cache.view())
+        cache = cache.commit(prediction.kv, part.shape[2])
+        made.append(prediction.raw)
+    torch.testing.assert_close(torch.cat(made, 2), model.denoiser(x, t, cond).raw, **EXACT)
+
+
+def test_features_gradients_and_checkpointing(model: VideoModel) -> None:
+    x, t, cond = drawn(model)
+    width, grid = model.denoiser.backbone.width, model.denoiser.backbone.embed(x, t, cond).grid
+    feature = model.denoiser.features(x.requires_grad_(), t, cond, [-1])[0]
+    assert feature.shape == (2, width, *grid)
+    gradients = []
+    for checkpointing in (False, True):
+        model.denoiser.backbone.spread(None, checkpointing)
+        model.denoiser.zero_grad()
+        model.denoiser(x, t, cond).raw.square().mean().backward()
+        gradients.append({name: p.grad for name, p in model.denoiser.named_parameters()})
+        assert all(g is not None and g.abs().sum() > 0 for name, g in gradients[-1].items() if "to_k.bias" not in name)
+    assert all(torch.equal(g, gradients[1][name]) for name, g in gradients[0].items())
+
+
+def test_jvp_is_the_finite_difference(model: VideoModel) -> None:
+    x, t, cond = drawn(model)
+    dx, dt, h = Rng(4).randn(x.shape, "dx"), torch.ones(2), 1e-4
+    with torch.no_grad():
+        _, tangent = model.denoiser.jvp(x, t, cond, dx, dt)
+        ahead, behind = (model.denoiser(x + s * h * dx, t + s * h * dt, cond).raw for s in (1, -1))
+    difference = (ahead - behind) / (2 * h)
+    assert (tangent.raw - difference).norm() < 0.01 * difference.norm()
+
+
+def test_every_block_is_one_graph(model: VideoModel) -> None:
+    x, t, cond = drawn(model)
+    state = model.denoiser.backbone.embed(x, t, cond)
+    block = model.denoiser.backbone.blocks[0]
+    compiled = torch.compile(block, backend="eager", fullgraph=True, dynamic=False)
+    assert torch.equal(compiled(state).x_BNE, block(state).x_BNE)
+
+
+def test_bfloat16_arithmetic_is_near(model: VideoModel) -> None:
+    x, t, cond = drawn(model)
+    with torch.no_grad():
+        exact = model.denoiser(x, t, cond).raw
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = model.denoiser(x, t, cond).raw
+    assert 0 < (rough - exact).norm() < 0.02 * exact.norm()
+
+
+def test_lora_finds_every_linear_layer_of_the_blocks(model: VideoModel) -> None:
+    twin = adapt(model.denoiser, Lora(rank=2, alpha=2.0), Rng(0))
+    linear = {n for n, m in model.denoiser.named_modules() if ".blocks." in n and isinstance(m, torch.nn.Linear)}
+    assert adapters(twin).keys() == linear and len(linear) >= len(model.denoiser.backbone.blocks)
+    x, t, cond = drawn(model)
+    assert torch.equal(twin(x, t, cond).raw, model.denoiser(x, t, cond).raw)
+
+
+# --- folders --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_card_needs_no_weights(name: str, tmp_path: Path) -> None:
+    folder = save_tiny(name, tmp_path)
+    for weights in tmp_path.rglob("*.safetensors"):
+        weights.unlink()
+    card = read_card(folder)
+    assert {field: getattr(card, field) for field in TINY[name].card} == TINY[name].card
+    assert card.provenance["licence"] and card.sources["text"] == str(folder.resolve())
+
+
+def test_a_student_has_its_denoiser_and_names_the_rest(model: VideoModel, source: Diffusers, tmp_path: Path) -> None:
+    twin = source.load().denoiser
+    with torch.no_grad():
+        next(twin.parameters()).add_(1.0)
+    saved = model.with_part("denoiser", twin, role="student").save(tmp_path / "student")
+    assert sorted(path.name for path in saved.iterdir()) == ["card.json", "denoiser.safetensors"]
+    loaded = VideoModel.from_pretrained(saved)
+    assert loaded.card.sources.keys() == {"text", "codec"} and loaded.card.role == "student"
+    assert loaded.card.fingerprints == {name: fingerprint(part) for name, part in loaded.parts.items()}
+    assert loaded.card.fingerprints["denoiser"] == fingerprint(twin)
+    clips = [m(PROMPTS[:1], num_inference_steps=2) for m in (loaded, model.with_part("denoiser", twin))]
+    assert torch.equal(*clips)
+    again = loaded.save(tmp_path / "again")
+    assert VideoModel.from_pretrained(again).card == loaded.card
+
+
+def test_a_student_whose_source_is_gone_says_so(name: str, tmp_path: Path) -> None:
+    source = Diffusers(source=str(save_tiny(name, tmp_path / "teacher")), **TINY[name].size)
+    saved = source.load().save(tmp_path / "student")
+    (tmp_path / "teacher").rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError, match=r"teacher: no such folder; if it was moved, .*card\.json"):
+        VideoModel.from_pretrained(saved)
+
+
+def test_weights_in_several_files_may_stay_there(
+    name: str, model: VideoModel, pipeline: DiffusionPipeline, tmp_path: Path
+) -> None:
+    pipeline.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert len(list((tmp_path / "transformer").glob("*.safetensors"))) > 1
+    source = Diffusers(source=str(tmp_path), text_dtype="float32", **TINY[name].size)
+    left = source.load(leave=("denoiser",))
+    assert all(p.is_meta for p in left.denoiser.parameters()) and not next(left.codec.parameters()).is_meta
+    assert left.fingerprint("denoiser") == model.fingerprint("denoiser") == source.load().fingerprint("denoiser")
+
+
+def test_what_cannot_be_read_is_refused(folder: Path, source: Diffusers, tmp_path: Path, monkeypatch) -> None:
+    with pytest.raises(ValueError, match="height and width must be multiples of"):
+        replace(source, height=41).card()
+    with pytest.raises(RecipeError, match="folder of fewstep's own; write type: Pretrained"):
+        Diffusers(source="world").card()
+    index = json.loads((folder / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps(index | {"_class_name": "FluxPipeline"}))
+    with pytest.raises(RecipeError, match="is a FluxPipeline; the pipelines that can be read are .*WanPipeline"):
+        read_card(tmp_path)
+    monkeypatch.setattr(layout, "snapshot_download", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
+    with pytest.raises(FileNotFoundError, match="owner/model: .*the hub did not give it: no network"):
+        read_card("owner/model")
+
+
+def test_sizes_that_wan_cannot_make_are_refused_before_loading(tmp_path: Path) -> None:
+    source = Diffusers(source=str(save_tiny("wan", tmp_path)))
+    with pytest.raises(ValueError, match="num_frames must be 4 k \\+ 1 .* such as 5, got 7"):
+        replace(source, num_frames=7).card()
+    with pytest.raises(ValueError, match="multiples of 16, got 40 x 832"):
+        replace(source, height=40).card()
+
+
+def test_what_is_downloaded_is_what_is_read(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def download(repo: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr(layout, "snapshot_download", download)
+    card = read_card("owner/model")
+    assert card.name == "model" and set(card.sources.values()) == {"owner/model"}
+    assert all(pattern.endswith(".json") for patterns in asked for pattern in patterns)
+    model = VideoModel.from_pretrained("owner/model")
+    parts = [getattr(part, "backbone", part) for part in model.parts.values()]
+    assert {f"{folder}/*" for part in parts for folder in part.folders} <= {p for patterns in asked for p in patterns}
+
+
+def test_importing_fewstep_imports_no_diffusers() -> None:
+    code = "import sys, fewstep.catalogue, fewstep.cli; sys.exit('diffusers' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_without_the_extra_one_is_told_to_install_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("wan", "layout", "codec", "t5"):
+        monkeypatch.delitem(sys.modules, f"fewstep.models.adapters.{module}", raising=False)
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(RecipeError, match=r"pip install 'fewstep\[diffusers\]'"):
+        read_card(folder)
+
+
+# --- runs -----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_negative_prompt_is_what_guidance_leads_away_from(model: VideoModel) -> None:
+    model.card = replace(model.card, negative_prompt="dark frames")
+    (_, sampled), (_, trained) = model.encode_text(PROMPTS), Texts(model, frozenset({"prompts"}))(PROMPTS, "cpu")
+    expected = model.text.encode(["dark frames", "dark frames"])
+    assert torch.equal(sampled.text, expected.text) and torch.equal(trained.text, expected.text)
+    assert torch.equal(trained.mask, expected.mask)
+
+
+@pytest.mark.parametrize("lora", [None, Lora(rank=2, alpha=2.0)], ids=["whole", "lora"])
+def test_distil_in_python(source: Diffusers, tmp_path: Path, lora: Lora | None) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a red ball\na blue box\n")
+    method = DMD2(critic_updates=1, guidance=CFG(scale=5.0), rollout=BackwardSimulation(grids=((1.0, 0.5),), shift=3.0))
+    student = distill(
+        model=source, method=method, data=Prompts(path=str(file), text_cache=str(tmp_path / "texts")),
+        settings=Settings(steps=2, batch=1, lora=lora, health=None), output=tmp_path / "run", quiet=True,
+    )  # fmt: skip
+    loaded = VideoModel.from_pretrained(tmp_path / "run" / "student")
+    clip = loaded(["a red ball"])
+    assert torch.equal(clip, student(["a red ball"])) and clip.shape[2] == source.num_frames
+    assert loaded.fingerprint("denoiser") != source.load().fingerprint("denoiser")
+    assert loaded.card.provenance["licence"] and "teacher.source" in loaded.card.provenance
+    assert (tmp_path / "run" / "student" / "adapter").is_dir() == (lora is not None)
+
+
+def written(source: Diffusers, folder: Path, settings: str) -> Path:
+    """A recipe of two iterations."""
+    (folder / "prompts.txt").write_text("a red ball\na blue box\n")
+    size = f"num_frames: {source.num_frames}, height: {source.height}, width: {source.width}"
+    recipe = folder / "dmd2.yaml"
+    recipe.write_text(
+        f"model: {{type: Diffusers, source: {source.source}, {size}}}\n"
+        "method: {type: DMD2, critic_updates: 1, rollout: {type: BackwardSimulation, grids: [[1.0, 0.5]]}}\n"
+        f"data: {{type: Prompts, path: {folder / 'prompts.txt'}}}\n"
+        f"settings: {{steps: 2, batch: 1, log_every: 1, health: null, {settings}}}\n"
+    )
+    return recipe
+
+
+def test_distil_sample_and_explain_by_command(
+    source: Diffusers, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, run = str(written(source, tmp_path, "preview_every: 2")), str(tmp_path / "run")
+    assert main(["explain", recipe]) == 0
+    assert main(["distill", recipe, "--output", run, "--dry-run"]) == 0
+    assert "text states [B, L, D]" in (said := capsys.readouterr().out) and "nothing was loaded" in said
+    assert main(["distill", recipe, "--output", run, "--quiet"]) == 0
+    video = tmp_path / "clip.gif"
+    assert main(["sample", f"{run}/student", "--prompt", "a red ball", "--output", str(video)]) == 0
+    assert video.stat().st_size > 0
+
+
+@pytest.mark.parametrize("parallel", ["{shard: 2}", "{sequence: 2}"], ids=["shard", "sequence"])
+def test_two_processes_train_as_one(source: Diffusers, tmp_path: Path, parallel: str) -> None:
+    figures = []
+    for processes, settings in ((1, ""), (2, f", parallel: {parallel}")):
+        run = tmp_path / f"run{processes}"
+        command = [
+            "distill",
+            str(written(source, tmp_path, f"accumulate: 2{settings}")),
+            "--output",
+            str(run),
+            "--quiet",
+        ]
+        start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "fewstep"]
+        done = subprocess.run([sys.executable, *start, *command], check=False, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        figures.append([{key: value for key, value in row.items() if key != "time"} for row in rows])
+    assert figures[1] == [pytest.approx(row, rel=1e-4) for row in figures[0]]
