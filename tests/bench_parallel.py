@@ -12,9 +12,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -56,10 +58,17 @@ def full(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-def watched(method: str, spread: str, autocast: str = "off", folder: Path = Path()) -> dict[str, Any]:
-    """Three iterations: figures, whole gradients of the first two, whole networks at the end, calls of the student."""
-    settings = replace(WHOLE, parallel=SPREADS[spread], autocast=autocast)
-    run = prepare(tiny_model(), METHODS[method], Everything(), settings, folder)
+def watched(
+    method: str, spread: str, autocast: str = "off", backend: str = "", folder: Path = Path()
+) -> dict[str, Any]:
+    """Three iterations: figures, whole gradients of the first two, whole networks at the end, calls of the student.
+
+    With a `backend` blocks are compiled by it: one that traces and generates no code takes seconds in place of minutes.
+    """
+    settings = replace(WHOLE, parallel=SPREADS[spread], autocast=autocast, compile=bool(backend))
+    compiler = partial(torch.compile, backend=backend) if backend else torch.compile
+    with patch.object(torch, "compile", compiler):
+        run = prepare(tiny_model(), METHODS[method], Everything(), settings, folder)
     calls, gradients = [0], {}
     run.nets.student.register_forward_pre_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
     watch_gradients(run, gradients)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
+from fewstep.cli import main
 from fewstep.core import Rng, build, dump
 from fewstep.core.finite import NonFiniteError
 from fewstep.data import (
@@ -17,13 +20,14 @@ from fewstep.data import (
     Cut,
     Data,
     DataError,
+    Keep,
     Latents,
+    Preparation,
     Progress,
     Prompts,
     StoredPairs,
     Texts,
     Videos,
-    draw_indices,
     prepare,
     read_clips,
     read_listing,
@@ -37,6 +41,7 @@ from fewstep.world.data import WorldClips
 
 CLIPS = Path(__file__).resolve().parents[2] / "shared" / "data" / "clips"
 CUT = Cut(num_frames=4, height=16, width=16, stride=2, clips_per_video=2)
+PLAN = Preparation(cut=CUT, shard_size=3, part_size=4)
 
 
 class Killed(Exception):
@@ -67,7 +72,7 @@ def videos(tmp_path: Path) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def killing(after: int) -> Callable[[Progress], None]:
@@ -83,79 +88,88 @@ def killing(after: int) -> Callable[[Progress], None]:
 
 def test_prepare_keeps_good_clips_and_reports_bad_ones(videos: Path, tmp_path: Path) -> None:
     model, seen = tiny(), []
-    made = prepare(videos, tmp_path / "out", model.codec, CUT, shard_size=3, progress=seen.append)
-    assert (made.clips, made.shards) == (8, 3)
-    reasons = dict(made.skipped)
+    made = prepare(videos, tmp_path / "out", model.codec, PLAN, progress=seen.append)
+    assert (made.clips, made.shards, made.report.videos) == (8, 4, 7)
+    dropped = [json.loads(line) for line in (made.folder / "dropped.jsonl").read_text().splitlines()]
+    reasons = {case["name"]: case["problem"] for case in dropped}
     assert reasons["v3.mp4"] == "too short: 3 of 4 frames, every 2 frames"
     assert "not a readable video" in reasons["v1.mp4"]
-    assert "no such file" in reasons["gone.mp4"]
-    assert [event.done for event in seen] == [1, 2, 3, 4, 5, 6]
-    assert {event.name for event in seen if event.problem} == {"v1.mp4", "v3.mp4"}
-    assert set(contents(made.folder)) == {
-        "index.jsonl", "manifest.json", "shard-00000.safetensors", "shard-00001.safetensors", "shard-00002.safetensors",
+    assert reasons["gone.mp4"] == f"no such file: {videos / 'gone.mp4'}"
+    assert {reason: (count.videos, count.clips) for reason, count in made.report.dropped.items()} == {
+        "no such file": (1, 0), "not a readable video": (1, 0), "too short": (1, 0),
     }  # fmt: skip
+    assert Image.open(made.folder / "dropped.png").size == (6 * 128, 3 * (72 + 14))
+    assert [event.done for event in seen] == [1, 2, 3, 4, 5, 6, 7]
+    assert {event.name for event in seen if event.problem} == {"v1.mp4", "v3.mp4", "gone.mp4"}
+    shards = [f"part-0000{part}/shard-0000{shard}.safetensors" for part in (0, 1) for shard in (0, 1)]
+    assert [name for name in contents(made.folder) if "shard" in name] == shards
     rows = [json.loads(line) for line in (made.folder / "index.jsonl").read_text().splitlines()]
-    assert rows[3] == {"shard": 1, "row": 0, "caption": "video number 2", "video": "v2.mp4", "start": 8}
+    assert rows[3] == {"part": 0, "shard": 1, "row": 0, "caption": "video number 2", "video": "v2.mp4", "start": 8}
 
 
-@pytest.mark.parametrize("after", range(1, 7))
+@pytest.mark.parametrize("after", range(1, 8))
 def test_killed_preparation_continues_to_the_same_bytes(videos: Path, tmp_path: Path, after: int) -> None:
     codec = tiny().codec
-    whole = prepare(videos, tmp_path / "whole", codec, CUT, shard_size=3)
+    whole = prepare(videos, tmp_path / "whole", codec, PLAN)
     with pytest.raises(Killed):
-        prepare(videos, tmp_path / "killed", codec, CUT, shard_size=3, progress=killing(after))
-    (tmp_path / "killed" / ".shard-00002.draft.safetensors").write_bytes(b"half a file")
+        prepare(videos, tmp_path / "killed", codec, PLAN, progress=killing(after))
+    (tmp_path / "killed" / "part-00000" / ".shard-00002.draft.safetensors").write_bytes(b"half a file")
     with pytest.raises(DataError, match="not complete"):
         Latents(path=str(tmp_path / "killed")).check(tiny())
     seen: list[Progress] = []
-    again = prepare(videos, tmp_path / "killed", codec, CUT, shard_size=3, progress=seen.append)
-    assert (again.clips, again.skipped) == (whole.clips, whole.skipped)
+    again = prepare(videos, tmp_path / "killed", codec, PLAN, progress=seen.append)
+    assert (again.clips, again.report) == (whole.clips, whole.report)
+    (tmp_path / "killed" / "part-00000" / ".shard-00002.draft.safetensors").unlink()
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
-    assert after < 3 or len(seen) < 6  # the first shard is full after the third video
+    assert after < 3 or len(seen) < 7  # the first shard is full after the third video
 
 
 def test_finished_preparation_is_left_alone(videos: Path, tmp_path: Path) -> None:
     codec = tiny().codec
-    first = prepare(videos, tmp_path / "out", codec, CUT)
-    stamps = {path.name: path.stat().st_mtime_ns for path in first.folder.iterdir()}
-    assert prepare(videos, tmp_path / "out", codec, CUT, progress=killing(1)) == first
-    assert stamps == {path.name: path.stat().st_mtime_ns for path in first.folder.iterdir()}
+    first = prepare(videos, tmp_path / "out", codec, PLAN)
+    shards = list(first.folder.rglob("*.safetensors"))
+    stamps = [path.stat().st_mtime_ns for path in shards]
+    assert prepare(videos, tmp_path / "out", codec, PLAN, progress=killing(1)) == first
+    assert stamps == [path.stat().st_mtime_ns for path in shards]
 
 
 def test_other_settings_are_refused(videos: Path, tmp_path: Path) -> None:
     out, codec = tmp_path / "out", tiny().codec
-    prepare(videos, out, codec, CUT)
+    prepare(videos, out, codec, PLAN)
     with pytest.raises(DataError, match=r"cut.stride: there 2, here 1.*another output folder"):
-        prepare(videos, out, codec, Cut(num_frames=4, height=16, width=16, clips_per_video=2))
+        prepare(videos, out, codec, replace(PLAN, cut=replace(CUT, stride=1)))
     with pytest.raises(DataError, match="codec: there"):
-        prepare(videos, out, tiny(1).codec, CUT)
+        prepare(videos, out, tiny(1).codec, PLAN)
     with pytest.raises(DataError, match="storage: there float16, here float32"):
-        prepare(videos, out, codec, CUT, storage="float32")
-    (videos / "gone.mp4").write_bytes((videos / "v0.mp4").read_bytes())
-    with pytest.raises(DataError, match="listing: there"):
-        prepare(videos, out, codec, CUT)
-    (out / "manifest.json").unlink()
-    with pytest.raises(DataError, match=r"shards but no manifest.json"):
-        prepare(videos, out, codec, CUT)
+        prepare(videos, out, codec, replace(PLAN, storage="float32"))
+    with pytest.raises(DataError, match="keep.min_motion: there None, here 0.1"):
+        prepare(videos, out, codec, replace(PLAN, keep=Keep(min_motion=0.1)))
+    before = contents(out)
+    with (videos / "captions.jsonl").open("a") as table:
+        table.write('\n{"video": "v0.mp4", "caption": "the same again"}')
+    with pytest.raises(DataError, match="lists other videos or captions than when"):
+        prepare(videos, out, codec, PLAN)
+    assert contents(out) == before
 
 
 def test_impossible_preparations(videos: Path, tmp_path: Path) -> None:
     codec = tiny().codec
-    with pytest.raises(DataError, match=r"no video gave a clip: gone.mp4|no video gave a clip: v0"):
-        prepare(videos, tmp_path / "long", codec, Cut(num_frames=99, height=16, width=16))
+    with pytest.raises(DataError, match=r"no video gave a clip: gone.mp4.*; v0.mp4: too short: 16 of 99"):
+        prepare(videos, tmp_path / "long", codec, Preparation(cut=Cut(num_frames=99, height=16, width=16)))
     with pytest.raises(ValueError, match="multiples of 4"):
-        prepare(videos, tmp_path / "odd", codec, Cut(num_frames=4, height=18, width=16))
+        prepare(videos, tmp_path / "odd", codec, Preparation(cut=Cut(num_frames=4, height=18, width=16)))
     with torch.no_grad():
         codec.std.fill_(1e-9)
     with pytest.raises(NonFiniteError, match=r"v0.mp4.*float16"):
-        prepare(videos, tmp_path / "huge", codec, CUT)
+        prepare(videos, tmp_path / "huge", codec, PLAN)
 
 
 @pytest.mark.skipif(not CLIPS.is_dir(), reason="the shared clips are not on this machine")
 def test_prepare_real_clips(tmp_path: Path) -> None:
     model = tiny()
-    made = prepare(CLIPS, tmp_path, model.codec, Cut(num_frames=8, height=32, width=56, stride=2, clips_per_video=0))
-    assert (made.clips, made.skipped) == (40, ())
+    cut = Cut(num_frames=8, height=32, width=56, stride=2, clips_per_video=0)
+    made = prepare(CLIPS, tmp_path, model.codec, Preparation(cut=cut))
+    assert (made.clips, made.report.dropped) == (40, {})
     source = Latents(path=str(tmp_path)).open(model, frozenset({"x0"}))
     batch = source.batch(40, Rng(0))
     assert batch.x0.shape == (40, 4, 8, 8, 14)
@@ -167,14 +181,14 @@ def test_prepare_real_clips(tmp_path: Path) -> None:
 
 def test_latents_are_the_encoded_clips(videos: Path, tmp_path: Path) -> None:
     model = tiny()
-    prepare(videos, tmp_path / "out", model.codec, CUT, storage="float32", shard_size=3)
+    prepare(videos, tmp_path / "out", model.codec, replace(PLAN, storage="float32"))
     source = Latents(path=str(tmp_path / "out")).open(model, frozenset({"prompts", "x0"}))
     batch = source.batch(8, Rng(0))
     assert batch.latent_shape == (4, 4, 4, 4)
     assert batch.x0.shape == batch.noise_shape
-    items = {item.caption: item for item in read_listing(videos).items}
+    items = {item.caption: item for item in read_listing(videos)}
     for prompt, x0 in zip(batch.prompts, batch.x0):
-        clips = [to_floats(clip.frames) for clip in read_clips(items[prompt].path, CUT)]
+        clips = [to_floats(clip.frames) for clip in read_clips(items[prompt].video(), CUT)]
         with torch.no_grad():
             encoded = [model.codec.encode(clip[None])[0] for clip in clips]
         assert any(torch.equal(x0, latents) for latents in encoded)
@@ -182,7 +196,7 @@ def test_latents_are_the_encoded_clips(videos: Path, tmp_path: Path) -> None:
 
 
 def test_latents_of_another_autoencoder_are_refused(videos: Path, tmp_path: Path) -> None:
-    prepare(videos, tmp_path / "out", tiny().codec, CUT)
+    prepare(videos, tmp_path / "out", tiny().codec, PLAN)
     data = Latents(path=str(tmp_path / "out"))
     with pytest.raises(DataError, match=r"autoencoder [0-9a-f]{12}, but model 'tiny1' has [0-9a-f]{12}.*prepare"):
         data.open(tiny(1), frozenset({"x0"}))
@@ -190,7 +204,7 @@ def test_latents_of_another_autoencoder_are_refused(videos: Path, tmp_path: Path
         StoredPairs(path=data.path).check(tiny())
     with pytest.raises(DataError, match=r"no manifest.json there. It is a folder made for Latents"):
         Latents(path=str(videos)).check(tiny())
-    (tmp_path / "out" / "shard-00000.safetensors").unlink()
+    (tmp_path / "out" / "part-00000" / "shard-00000.safetensors").unlink()
     with pytest.raises(DataError, match=r"lacks shard-00000.safetensors"):
         data.open(tiny(), frozenset({"x0"}))
 
@@ -250,22 +264,7 @@ def test_text_states_depend_on_the_prompt_only() -> None:
     assert not cond.text.requires_grad
 
 
-# --- what is drawn, what is needed ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("size", [1, 3, 4, 10, 25])
-def test_every_epoch_has_every_sample_once(size: int) -> None:
-    n = 10
-    stream = [i for step in range(40) for i in draw_indices(n, size, Rng(3, step=step, place=1))]
-    epochs = [stream[k : k + n] for k in range(0, len(stream) - n + 1, n)]
-    assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == len(epochs)  # shuffled anew each time
-    assert draw_indices(n, size, Rng(3, step=17, place=1)) == stream[17 * size : 18 * size]
-
-
-def test_places_and_seeds_draw_differently() -> None:
-    assert draw_indices(1000, 8, Rng(0)) != draw_indices(1000, 8, Rng(0, place=1))
-    assert draw_indices(1000, 8, Rng(0)) != draw_indices(1000, 8, Rng(1))
+# --- what is needed ---------------------------------------------------------------------------------------------------
 
 
 class Consistency(Method):
@@ -297,3 +296,24 @@ def test_recipes_can_hold_any_data(data: type[Data]) -> None:
     made = data(path="somewhere")
     assert "prompts" in made.provides
     assert build(Data, dump(made, Data), {cls.__name__: cls for cls in DATA}) == made
+
+
+def test_models_of_diffusers_prepare_with_their_own_encoders(videos: Path, tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    from fewstep.models.source import Diffusers
+    from tiny_models import save_tiny
+
+    folder, size = save_tiny("wan", tmp_path / "wan"), {"num_frames": 5, "height": 32, "width": 48}
+    words = [word for name, value in size.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    words += ["--model", str(folder), "--texts", "--quiet"]
+    assert main(["prepare", str(videos), "--output", str(tmp_path / "out"), *words]) == 0
+    model = Diffusers(source=str(folder), **size).load()
+    data = Latents(path=str(tmp_path / "out"), text_cache=str(tmp_path / "out" / "texts"))
+    source = data.open(model, frozenset({"prompts", "x0"}))
+    model.parts["text"].encode = lambda *_: pytest.fail("encoded again")  # type: ignore[method-assign, union-attr]
+    batch = source.batch(5, Rng(0))
+    assert batch.x0 is not None and batch.x0.shape == (5, *model.latent_shape())
+    clip = next(read_clips(read_listing(videos)[0].video(), Cut(num_frames=5, height=32, width=48)))
+    with torch.no_grad():
+        expected = model.codec.encode(to_floats(clip.frames)[None])[0]
+    torch.testing.assert_close(batch.x0[batch.prompts.index("video number 0")], expected, atol=2e-3, rtol=2e-3)

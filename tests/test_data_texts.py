@@ -9,7 +9,7 @@ import torch
 
 from bench_engine import FRAMES, small, tiny_model
 from fewstep.core import Rng
-from fewstep.data import Prompts, StoredPairs
+from fewstep.data import Prompts, StoredPairs, texts
 from fewstep.data.pairs import PairPlan, make_pairs
 from fewstep.data.texts import Texts
 from fewstep.engine.loop import prepare
@@ -38,9 +38,12 @@ def test_stored_states_are_the_encoder_s_bit_for_bit(tmp_path: Path) -> None:
 
 def test_they_are_encoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Texts(tiny_model(), NEEDS, tmp_path, PROMPTS)
-    monkeypatch.setattr(Texts, "_encode", lambda self, prompt: pytest.fail(f"encoded {prompt!r} again"))
+    monkeypatch.setattr(texts, "_encode", lambda encoder, prompt: pytest.fail(f"encoded {prompt!r} again"))
     again = Texts(tiny_model(), NEEDS, tmp_path, PROMPTS)
-    assert again.rows.keys() == {"", *PROMPTS}
+    assert again.stored is not None
+    assert list(again.stored.captions) == ["", "a blue box moves left", "a red ball"]
+    with pytest.raises(KeyError, match="a green cow"):
+        again(["a green cow"], "cpu")
 
 
 def test_another_encoder_or_other_prompts_have_a_folder_of_their_own(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import av
@@ -15,7 +14,6 @@ from fewstep.core.finite import NonFiniteError
 from fewstep.data import (
     ClipError,
     Cut,
-    DataError,
     read_clips,
     read_listing,
     read_video,
@@ -164,51 +162,10 @@ def test_pixel_round_trip() -> None:
     assert torch.equal(to_pixels(to_floats(pixels)), pixels)
 
 
-def test_listing_forms_agree(tmp_path: Path) -> None:
-    for name in ("a.mp4", "b.mp4"):
-        write_video(tmp_path / name, ramp(1))
-        (tmp_path / name).with_suffix(".txt").write_text(f"clip {name[0]}\n")
-    (tmp_path / "c.mp4").write_bytes(b"?")
-    plain = read_listing(tmp_path)
-    assert [(i.name, i.caption) for i in plain.items] == [("a.mp4", "clip a"), ("b.mp4", "clip b")]
-    assert plain.skipped == (("c.mp4", "no caption: there is no c.txt beside it"),)
-    table = tmp_path / "captions.csv"
-    table.write_text('path,caption,fps\na.mp4,"clip a",8\nb.mp4,clip b,8\ngone.mp4,x,8\n', encoding="utf-8-sig")
-    by_table = read_listing(table)
-    assert by_table.items == read_listing(tmp_path).items == plain.items
-    assert by_table.skipped == (("gone.mp4", "captions.csv, line 4, lists it, but there is no such file"),)
-    lines = [{"video": i.name, "caption": i.caption, "frames": 1} for i in plain.items]
-    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    assert read_listing(tmp_path).items == plain.items
-    assert read_listing(tmp_path).digest() != plain.digest()  # c.mp4 is not listed any more
-
-
-def test_listing_errors_name_the_place(tmp_path: Path) -> None:
-    table = tmp_path / "captions.csv"
-    table.write_text("video,captoin\na.mp4,x\n")
-    with pytest.raises(DataError, match="line 2, has no 'caption', only video, captoin; rename 'captoin' to 'caption'"):
-        read_listing(table)
-    lines = tmp_path / "list.jsonl"
-    lines.write_text('{"video": "a.mp4", "caption": "x"}\n{"video": ')
-    with pytest.raises(DataError, match=r"list.jsonl, line 2, is not JSON"):
-        read_listing(lines)
-    lines.write_text('{"video": "a.mp4", "caption": null}')
-    with pytest.raises(DataError, match="no text under 'caption', but None"):
-        read_listing(lines)
-    lines.write_text('{"video": "a.mp4", "caption": "x"}')
-    with pytest.raises(DataError, match=r"no captioned video .*a.mp4"):
-        read_listing(lines)
-    with pytest.raises(DataError, match="no such file or folder"):
-        read_listing(tmp_path / "nowhere")
-    (tmp_path / "list.xml").touch()
-    with pytest.raises(DataError, match=r"ends in .jsonl or .csv"):
-        read_listing(tmp_path / "list.xml")
-
-
 @pytest.mark.skipif(not CLIPS.is_dir(), reason="the shared clips are not on this machine")
 def test_real_clips() -> None:
     listing = read_listing(CLIPS)
-    assert len(listing.items) == 8
-    clips = list(read_clips(listing.items[0].path, Cut(num_frames=8, height=36, width=64, stride=3, clips_per_video=0)))
+    assert len(listing) == 8
+    clips = list(read_clips(listing[0].video(), Cut(num_frames=8, height=36, width=64, stride=3, clips_per_video=0)))
     assert [clip.start for clip in clips] == [0, 24, 48]
     assert all(clip.frames.shape == (8, 36, 64, 3) and clip.frames.float().std() > 10 for clip in clips)

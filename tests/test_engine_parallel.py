@@ -50,11 +50,11 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
 
 def assert_as_one(folder: Path, processes: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What several processes found is what this one finds."""
-    method, spread, *autocast = name.split(".")
+    method, spread, autocast, *_ = (*name.split("."), "off")
     monkeypatch.setitem(bench_parallel.SPREADS, spread, replace(Parallel(), checkpointing=False))  # type: ignore[arg-type]
-    one = watched(method, spread, *autocast, folder=folder)
+    one = watched(method, spread, autocast, folder=folder)
     monkeypatch.undo()
-    loose = ROUGH if autocast else None
+    loose = ROUGH if autocast == "bf16" else None
     found = [results(folder, name, rank) for rank in range(processes)]
     for row, expected in zip(found[0]["rows"], one["rows"], strict=True):
         assert row == pytest.approx(expected, rel=loose or LOSS, abs=1e-6), name
@@ -71,6 +71,7 @@ def test_two_processes_compute_what_one_does(tmp_path: Path, monkeypatch: pytest
     names = [
         "DMD2.shard", "AVDM2.shard", "Consistency.shard", "KnowledgeDistillation.shard", "DMD2-everything.sequence",
         "Reconstruction.shard", "Consistency.shard.bf16", "KnowledgeDistillation.checkpointing",
+        "KnowledgeDistillation.shard.off.aot_eager",
     ]  # fmt: skip
     done = launch(2, tmp_path, *names, "per_frame")
     assert done.returncode == 0, done.stderr[-4000:]
@@ -319,7 +320,11 @@ def test_processes_that_cannot_do_it_are_refused(
 @pytest.mark.parametrize(
     ("method", "others", "message"),
     [
-        (CASES["Consistency"], {"compile": True}, "settings.compile works in one process so far"),
+        (
+            CASES["Consistency"],
+            {"compile": True, "parallel": Parallel(sequence=2)},
+            "compile cannot look into the exchanges",
+        ),
         (CASES["Consistency"], {"lora": Lora()}, "settings.lora works in one process so far; write lora: null"),
         (CASES["Consistency"], {"optim": {"student": Optim(type="muon")}}, "muon works on whole matrices"),
         (CASES["Reconstruction"], {"parallel": Parallel(sequence=2)}, "settings.parallel.sequence is for denoisers"),

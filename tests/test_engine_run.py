@@ -469,7 +469,9 @@ def test_every_variant_of_a_block_compiles(tmp_path: Path, monkeypatch: pytest.M
                 student(["a red circle"] * count)
             return super().__call__(student)
 
-    def traced(self: Backbone) -> None:  # the variants are counted before code is generated, which takes minutes
+    def traced(
+        self: Backbone, *, hooked: bool = False
+    ) -> None:  # the variants are counted before code is generated, which takes minutes
         for block in self.blocks:
             block.compile(fullgraph=True, dynamic=False, backend="eager")
 

@@ -47,14 +47,18 @@ class Demo(Command):
 
 @dataclass(frozen=True)
 class Prepare(Command):
-    """Encode captioned videos to latent shards, once."""
+    """Encode captioned videos to latent shards, once. Under torchrun each process takes a share."""
 
     videos: Positional[Path]
-    """captions.jsonl, a CSV table, or a folder of videos with text files beside them."""
+    """The dataset: a folder, or its table (.csv, .jsonl), list (UCF-101) or archive (.tar)."""
     output: Path
     """Folder for the shards."""
     model: str = "world"
     """Folder of the model whose codec encodes."""
+    layout: Literal["plain", "openvid", "webvid", "ucf101", "tars"] = "plain"
+    """How the dataset lies on disk; plain is captions.jsonl, a table, or a folder of videos with text files beside them."""
+    root: str = ""
+    """Folder that the names of the videos start from (default: the dataset's own)."""
     num_frames: int | None = None
     """Frames per clip (default: as the model's card says)."""
     height: int | None = None
@@ -63,6 +67,23 @@ class Prepare(Command):
     """Take every so many frames."""
     clips_per_video: int = 1
     """At most this many per video; 0 = as many as fit."""
+    shots: bool = False
+    """Look for cuts: every clip comes from one shot, and every shot gives one clip at most."""
+    min_seconds: float | None = None
+    """Drop shorter videos."""
+    max_seconds: float | None = None
+    min_side: int | None = None
+    """Drop videos with fewer pixels along the shorter side."""
+    min_motion: float | None = None
+    """Drop clips that move less: mean difference of neighbouring frames, 0 to 1."""
+    max_motion: float | None = None
+    min_brightness: float | None = None
+    """Drop clips that are darker on average, 0 to 1."""
+    max_brightness: float | None = None
+    texts: bool = False
+    """Encode the captions too, into OUTPUT/texts, for a recipe's data.text_cache."""
+    device: str = "cpu"
+    """Where networks run; processes of one machine share its devices."""
     quiet: bool = False
     """No progress bar."""
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,19 +13,21 @@ from fewstep.cli.arguments import Overrides, UsageError
 from fewstep.core.env import place
 
 if TYPE_CHECKING:
-    from rich.progress import TaskID
+    from rich.table import Table
 
+    from fewstep.data.prepare import Prepared
     from fewstep.evaluate import Suite
 
 
 def demo(options: arguments.Demo) -> int:
+    from fewstep.cli.pace import telling
     from fewstep.cli.screen import screen
     from fewstep.cli.screen import table as columns
     from fewstep.demo import run_demo
     from fewstep.evaluate import details, table
 
     began = time.monotonic()
-    with _bar(options.quiet) as progress:
+    with telling(options.quiet) as progress:
         made = run_demo(options.output, quiet=options.quiet, progress=progress)
     minutes, seconds = divmod(round(time.monotonic() - began), 60)
     out = screen()
@@ -38,7 +40,7 @@ def demo(options: arguments.Demo) -> int:
 
 
 def train(options: arguments.Train, overrides: Overrides) -> int:
-    from fewstep.engine.mesh import part_company
+    from fewstep.core.peers import part_company
     from fewstep.recipe import Recipe
 
     if options.strict and options.allow_fallback:
@@ -63,26 +65,69 @@ def train(options: arguments.Train, overrides: Overrides) -> int:
 
 
 def prepare(options: arguments.Prepare) -> int:
+    from fewstep.cli.pace import telling
+    from fewstep.cli.screen import screen
+    from fewstep.core.peers import meet_peers, part_company
+    from fewstep.data.keep import Keep
+    from fewstep.data.prepare import Preparation
     from fewstep.data.prepare import prepare as encode
+    from fewstep.data.store import ShardReader
+    from fewstep.data.texts import store_texts
     from fewstep.data.video import Cut
     from fewstep.models.bundle import VideoModel
 
-    model = VideoModel.from_pretrained(options.model)
-    card = model.card
+    peers = meet_peers()
+    model = VideoModel.from_pretrained(options.model, leave=("denoiser", "features"))
+    for part in {"codec", *(("text",) if options.texts else ())}:
+        model.part(part).to(_own_device(options.device))
     cut = Cut(
-        num_frames=options.num_frames or card.num_frames, height=options.height or card.height,
-        width=options.width or card.width, stride=options.stride, clips_per_video=options.clips_per_video,
+        num_frames=options.num_frames or model.card.num_frames, height=options.height or model.card.height,
+        width=options.width or model.card.width, stride=options.stride, clips_per_video=options.clips_per_video,
+        shots=options.shots,
     )  # fmt: skip
-    every = f", every {cut.stride} frames of the file" if cut.stride > 1 else ""
-    print(f"clips of {cut.num_frames} frames of {cut.height} x {cut.width}{every}")
-    with _bar(options.quiet) as progress:
+    keep = Keep(**{field.name: getattr(options, field.name) for field in fields(Keep)})
+    share = f" (process 1 of {peers.world})" if peers.world > 1 else ""
+    if peers.leads:
+        every = f", every {cut.stride} frames of the file" if cut.stride > 1 else ""
+        print(f"clips of {cut.num_frames} frames of {cut.height} x {cut.width}{every}", flush=True)
+    with telling(options.quiet or not peers.leads) as tell:
         prepared = encode(
-            options.videos, options.output, model.codec, cut, progress=lambda e: progress("videos", e.done, e.total)
-        )
-    for name, reason in prepared.skipped:
-        print(f"skipped {name}: {reason}")
-    print(f"{prepared.clips} clips in {prepared.shards} shards")
+            options.videos, options.output, model.codec, Preparation(cut=cut, keep=keep), layout=options.layout,
+            root=options.root, progress=lambda e: tell(f"videos{share}", e.done, e.total),
+        )  # fmt: skip
+        if options.texts:
+            store_texts(
+                model, ShardReader(prepared.folder, "latents").captions, prepared.folder / "texts", peers=peers,
+                progress=lambda e: tell(f"texts{share}", e.done, e.total),
+            )  # fmt: skip
+    if peers.leads:
+        if prepared.report.dropped:
+            screen().print(_dropped(prepared))
+        print(f"{prepared.clips} clips in {prepared.shards} shards, from {prepared.report.videos} videos")
+    part_company()
     return _made(prepared.folder)
+
+
+def _dropped(prepared: Prepared) -> Table:
+    from fewstep.cli.screen import table
+
+    rows = [
+        (reason, str(count.videos or ""), str(count.clips or ""), count.example)
+        for reason, count in prepared.report.dropped.items()
+    ]
+    return table(("dropped", "videos", "clips", "for example"), rows)
+
+
+def _own_device(name: str) -> str:
+    """Processes of one machine share its devices evenly."""
+    import torch
+
+    if name == "cpu" or ":" in name:
+        return name
+    have = torch.accelerator.current_accelerator()
+    if have is None or have.type != name:
+        raise UsageError(f"--device {name}: this machine has {have.type if have else 'only cpu'}")
+    return f"{name}:{place().local_rank % torch.accelerator.device_count()}"
 
 
 def sample(options: arguments.Sample) -> int:
@@ -102,11 +147,13 @@ def sample(options: arguments.Sample) -> int:
 
 
 def pairs(options: arguments.Pairs) -> int:
+    from fewstep.cli.pace import telling
     from fewstep.data.pairs import PairPlan, make_pairs, pairs_cost
     from fewstep.data.prompts import read_prompts
     from fewstep.diffusion import CFG
     from fewstep.models.bundle import VideoModel
 
+    prompts: Sequence[str]
     name, _, count = options.prompts.partition(":")
     if name == "world" and count.isdecimal():
         from fewstep.world.grammar import world_prompts
@@ -125,7 +172,7 @@ def pairs(options: arguments.Pairs) -> int:
         f"{cost.bytes / 2**20:,.1f} MiB",
         flush=True,
     )
-    with _bar(options.quiet) as progress:
+    with telling(options.quiet) as progress:
         made = make_pairs(
             model,
             prompts,
@@ -139,6 +186,7 @@ def pairs(options: arguments.Pairs) -> int:
 
 
 def evaluate(options: arguments.Evaluate) -> int:
+    from fewstep.cli.pace import telling
     from fewstep.cli.screen import screen
     from fewstep.evaluate import details, entries, table, write_report
     from fewstep.evaluate import evaluate as measure
@@ -146,7 +194,7 @@ def evaluate(options: arguments.Evaluate) -> int:
 
     suite = _suite(options)
     teacher, student = VideoModel.from_pretrained(options.teacher), VideoModel.from_pretrained(options.student)
-    with _bar(options.quiet) as progress:
+    with telling(options.quiet) as progress:
         rows = entries(teacher, student, options.num_inference_steps)
         report = measure(rows, suite, options.output, progress=progress)
     folder = Path(options.student)
@@ -188,31 +236,10 @@ def _prompts(given: tuple[str, ...], file: Path | None) -> tuple[str, ...]:
     """Prompts of the command line and of a file with one per line."""
     from fewstep.data.prompts import read_prompts
 
-    prompts = given + (read_prompts(file) if file is not None else ())
+    prompts = (*given, *(read_prompts(file) if file is not None else ()))
     if not prompts:
         raise UsageError('give at least one --prompt "..." or a --prompt-file')
     return prompts
-
-
-@contextmanager
-def _bar(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar on standard error that appears with the first report `(what, done, total)`."""
-    from fewstep.engine.log import progress_bar
-
-    bar = progress_bar(quiet)
-    tasks: dict[str, TaskID] = {}
-
-    def report(what: str, done: int, total: int) -> None:
-        if not tasks:
-            bar.start()
-        if what not in tasks:
-            tasks[what] = bar.add_task(what, total=total, note="")
-        bar.update(tasks[what], completed=done)
-
-    try:
-        yield report
-    finally:
-        bar.stop()
 
 
 def _made(path: Path) -> int:

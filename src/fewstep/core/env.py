@@ -26,3 +26,8 @@ def place() -> Place:
 def cpu_count() -> int:
     """Cores this process may use (containers and affinity masks respected)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def allocator_is_set() -> bool:
+    """Whether whoever started this process told glibc how to allocate."""
+    return any(name in os.environ for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"))

@@ -5,10 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar, Protocol
-
-import torch
 
 from fewstep.core import Batch, Rng
 from fewstep.models.bundle import Card, VideoModel
@@ -75,29 +72,6 @@ def require(data: Data | type[Data], wants: Wants | AbstractSet[str]) -> None:
         use = "; ".join(f"for {field}: {REMEDIES[field]}" for field in missing)
         use = REMEDIES[missing[0]] if len(missing) == 1 else use
         raise DataError(f"{who} needs {_listed(missing)}; {name} provides {_listed(data.provides)}. Use {use}.")
-
-
-def draw_indices(n: int, size: int, rng: Rng) -> list[int]:
-    """Which of `n` samples make the batch of `size` at `(rng.seed, rng.step, rng.place)`.
-
-    Each place walks through its own shuffle of all samples and takes a fresh one after every epoch: sample `i` of a
-    place's stream is `permutation(seed, place, i // n)[i % n]`, and step `k` holds samples `k size ... (k+1) size - 1`.
-    So a place sees every sample exactly once per epoch, whatever `size`, and any step is found without those before
-    it. Places shuffle independently: how many there are (ranks times accumulated micro-batches) a source cannot know.
-
-    >>> sorted(draw_indices(4, 2, Rng(0, step=0)) + draw_indices(4, 2, Rng(0, step=1)))
-    [0, 1, 2, 3]
-    """
-    if n < 1:
-        raise DataError("there are no samples to draw from")
-    first = rng.step * size
-    chosen = (divmod(position, n) for position in range(first, first + size))
-    return [int(_permutation(n, rng.seed, rng.place, epoch)[offset]) for epoch, offset in chosen]
-
-
-@lru_cache(maxsize=64)
-def _permutation(n: int, seed: int, place: int, epoch: int) -> torch.Tensor:
-    return torch.randperm(n, generator=Rng(seed, step=epoch, place=place).local("data/epoch"))
 
 
 def _listed(names: object) -> str:

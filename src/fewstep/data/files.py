@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import ClassVar
 
@@ -14,8 +15,10 @@ from numpy.typing import NDArray
 from fewstep.core import Batch, Rng
 from fewstep.core.atomic import replacing
 from fewstep.core.build import digest
-from fewstep.data.base import Data, DataError, Source, draw_indices, require
-from fewstep.data.listing import Item, read_listing
+from fewstep.data.base import Data, DataError, Source, require
+from fewstep.data.layouts import Item, Layout
+from fewstep.data.listing import read_listing
+from fewstep.data.order import draw_indices
 from fewstep.data.texts import Texts
 from fewstep.data.video import ClipError, Cut, read_clips, to_floats
 from fewstep.models.bundle import Card, VideoModel
@@ -39,6 +42,10 @@ class Videos(Data):
     stride: int = 1
     clips_per_video: int = 1
     """At most this many per file, without overlap; 0 = as many as fit."""
+    layout: Layout = "plain"
+    """How the dataset lies on disk, see `fewstep.data.layouts`."""
+    root: str = ""
+    """Folder that the names of the videos start from; empty is `path`, or the folder it is in."""
     cache: str = ""
     """Folder for decoded clips, one .npy file per video, read when drawn. Empty keeps them in memory, as uint8."""
 
@@ -53,7 +60,7 @@ class Videos(Data):
         _ = self.cut  # its own checks
 
     def check_card(self, card: Card) -> None:
-        read_listing(self.path)
+        read_listing(self.path, self.layout, self.root)
         mine, its = (self.num_frames, self.height, self.width), (card.num_frames, card.height, card.width)
         if mine != its:
             raise DataError(
@@ -71,35 +78,34 @@ class Videos(Data):
 
     def _decode(self) -> tuple[tuple[NDArray[np.uint8], str], ...]:
         """Every clip `[F, H, W, 3]` with its caption."""
-        listing = read_listing(self.path)
         clips: list[tuple[NDArray[np.uint8], str]] = []
-        skipped = list(listing.skipped)
-        for item in listing.items:
+        skipped: list[str] = []
+        for item in read_listing(self.path, self.layout, self.root):
             try:
                 clips += [(clip, item.caption) for clip in self._clips(item)]
             except ClipError as error:
-                skipped.append((item.name, str(error)))
-        for name, reason in skipped:
-            log.warning("%s skipped: %s", name, reason)
+                skipped.append(f"{item.name} skipped: {error}")
+                log.warning("%s", skipped[-1])
         if not clips:
-            raise DataError(f"{self.path}: no video gave a clip ({'; '.join(f'{n}: {why}' for n, why in skipped[:3])})")
+            raise DataError(f"{self.path}: no video gave a clip ({'; '.join(skipped[:3])})")
         return tuple(clips)
 
     def _clips(self, item: Item) -> NDArray[np.uint8]:
+        video = item.video()
         if not self.cache:
-            return _read(item.path, self.cut)
+            return _read(video, self.cut)
         facts = item.path.stat()
-        key = digest([str(item.path.resolve()), facts.st_size, facts.st_mtime_ns, repr(self.cut)])
-        stored = Path(self.cache) / f"{item.path.stem}-{key}.npy"
+        key = digest([str(item.path.resolve()), item.span, facts.st_size, facts.st_mtime_ns, repr(self.cut)])
+        stored = Path(self.cache) / f"{Path(item.name).stem}-{key}.npy"
         if not stored.is_file():
-            clips = _read(item.path, self.cut)
+            clips = _read(video, self.cut)
             with replacing(stored) as draft:
                 np.save(draft, clips)
         return np.load(stored, mmap_mode="r")
 
 
-def _read(path: Path, cut: Cut) -> NDArray[np.uint8]:
-    return np.stack([clip.frames.numpy() for clip in read_clips(path, cut)])
+def _read(video: Path | BytesIO, cut: Cut) -> NDArray[np.uint8]:
+    return np.stack([clip.frames.numpy() for clip in read_clips(video, cut)])
 
 
 @dataclass(frozen=True)

@@ -1,126 +1,75 @@
-"""Which videos there are and what they show: captions.jsonl, a CSV table, or text files beside the videos."""
+"""The list of a dataset's videos: made from whatever layout it has on disk, and kept as a file that is read in place."""
 
 from __future__ import annotations
 
-import csv
-import difflib
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fewstep.core.build import digest
+from fewstep.core.atomic import replacing
 from fewstep.data.base import DataError
-
-VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")
-VIDEO_COLUMNS = ("video", "path")
-"""Names of the column that holds the file, first match wins. The text is always in `caption`."""
+from fewstep.data.layouts import LAYOUTS, Item, Layout
+from fewstep.data.lines import Lines
 
 
-@dataclass(frozen=True)
-class Item:
-    """One captioned video. `name` is the path as listed; `path` is where the file should be."""
-
-    name: str
-    path: Path
-    caption: str
-
-
-@dataclass(frozen=True)
 class Listing:
-    """Videos that exist, in the order listed, and those that cannot be used, each with the reason."""
+    """The items of a file that `write_listing` wrote, read when asked for: it may be larger than memory."""
 
-    items: tuple[Item, ...]
-    skipped: tuple[tuple[str, str], ...] = ()
+    def __init__(self, file: str | Path, root: str | Path) -> None:
+        self.lines, self.root = Lines(file), Path(root)
 
-    def digest(self) -> str:
-        """Changes when names, captions or file sizes change; the place of the folder does not matter."""
-        usable = [[item.name, item.caption, item.path.stat().st_size] for item in self.items]
-        return digest([usable, sorted(map(list, self.skipped))])
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def __getitem__(self, index: int) -> Item:
+        row: dict[str, Any] = json.loads(self.lines[index])
+        span = tuple(row["span"]) if "span" in row else None
+        return Item(**{**row, "path": self.root / row["path"], "span": span})
 
 
-def read_listing(source: str | Path) -> Listing:
-    """The captioned videos of a folder, a .jsonl file or a .csv file.
+def write_listing(file: Path, source: str | Path, layout: Layout = "plain", root: str | Path = "") -> Listing:
+    """Write the items that `read_listing` would give to `file`, one by one. Where the dataset is does not show in it."""
+    folder = root_of(source, root)
+    within = f"{folder}{os.sep}"
+    with replacing(file) as draft, draft.open("w", encoding="utf-8") as lines:
+        for item in _usable(source, layout, folder):
+            row = {key: value for key, value in vars(item).items() if value}
+            row["path"] = str(item.path).removeprefix(within)
+            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return Listing(file, folder)
 
-    A folder is read by its `captions.jsonl` (keys `video` or `path`, and `caption`), else its `captions.csv` (columns
-    of the same names), else by its video files, each with a text file of the same name beside it. Paths in a table are
-    relative to it. A listed file that is absent is reported in `skipped`. DataError if the table itself is wrong.
+
+def read_listing(source: str | Path, layout: Layout = "plain", root: str | Path = "") -> tuple[Item, ...]:
+    """The videos of a dataset, in its order.
+
+    `layout` is a key of `LAYOUTS`; `root` is the folder that the names of its videos start from (default: `source`, or
+    the folder it is in). Whether the files are there is not looked at: `Item.video` does that. DataError if `source` is
+    not laid out so, or has no captioned video.
     """
+    return tuple(_usable(source, layout, root_of(source, root)))
+
+
+def root_of(source: str | Path, root: str | Path = "") -> Path:
+    """The folder that the names of a dataset's videos start from."""
     source = Path(source)
-    if not source.exists():
-        raise DataError(f"{source}: no such file or folder")
-    if source.is_dir():
-        tables = [source / "captions.jsonl", source / "captions.csv"]
-        table = next((t for t in tables if t.is_file()), None)
-        listing = _read_table(table) if table else _read_folder(source)
-    else:
-        listing = _read_table(source)
-    if not listing.items:
-        why = "; ".join(f"{name}: {reason}" for name, reason in listing.skipped[:3]) or "it lists nothing"
-        raise DataError(f"{source}: no captioned video ({why})")
-    return listing
+    return Path(root) if str(root) else source if source.is_dir() else source.parent
 
 
-def _read_table(table: Path) -> Listing:
-    readers = {".jsonl": _json_rows, ".csv": _csv_rows}
-    if table.suffix.lower() not in readers:
-        raise DataError(f"{table}: a list of videos ends in .jsonl or .csv; or give the folder that holds the videos")
-    items, skipped = [], []
-    try:
-        for where, row in readers[table.suffix.lower()](table):
-            name = _cell(row, VIDEO_COLUMNS, where)
-            item = Item(name, table.parent / name, _cell(row, ("caption",), where).strip())
-            if item.path.is_file():
-                items.append(item)
-            else:
-                skipped.append((name, f"{where} lists it, but there is no such file"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{table}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
-    return Listing(tuple(items), tuple(skipped))
-
-
-def _json_rows(table: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    with table.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            where = f"{table.name}, line {number},"
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{where} is not JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise DataError(f'{where} must be an object such as {{"video": "duck.mp4", "caption": "a duck"}}')
-            yield where, row
-
-
-def _csv_rows(table: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    with table.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, skipinitialspace=True)
-        for row in reader:
-            yield f"{table.name}, line {reader.line_num},", row
-
-
-def _cell(row: Mapping[str, Any], columns: tuple[str, ...], where: str) -> str:
-    """The text in the first of `columns` that the row has."""
-    for column in columns:
-        if column in row:
-            if isinstance(row[column], str):
-                return row[column]
-            raise DataError(f"{where} has no text under {column!r}, but {row[column]!r}")
-    have = [str(key) for key in row]
-    near = [(match, column) for column in columns for match in difflib.get_close_matches(column, have, n=1)]
-    hint = f"; rename {near[0][0]!r} to {near[0][1]!r}" if near else ""
-    raise DataError(f"{where} has no {' or '.join(map(repr, columns))}, only {', '.join(have) or 'nothing'}{hint}")
-
-
-def _read_folder(folder: Path) -> Listing:
-    items, skipped = [], []
-    for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in VIDEO_SUFFIXES):
-        caption = path.with_suffix(".txt")
-        if caption.is_file():
-            items.append(Item(path.name, path, caption.read_text(encoding="utf-8-sig").strip()))
-        else:
-            skipped.append((path.name, f"no caption: there is no {caption.name} beside it"))
-    return Listing(tuple(items), tuple(skipped))
+def _usable(source: str | Path, layout: Layout, root: Path) -> Iterator[Item]:
+    """What the layout finds; DataError at the end if nothing of it can be used."""
+    source, usable = Path(source), 0
+    problems: list[str] = []
+    if layout not in LAYOUTS:
+        raise DataError(f"there is no layout {layout!r}; choose {', '.join(LAYOUTS)}")
+    for place in (source, root):
+        if not place.exists():
+            raise DataError(f"{place}: no such file or folder")
+    for item in LAYOUTS[layout](source, root):
+        usable += not item.problem
+        if item.problem and len(problems) < 3:
+            problems.append(f"{item.name}: {item.problem}")
+        yield item
+    if not usable:
+        raise DataError(f"{source}: no captioned video ({'; '.join(problems) or 'it lists nothing'})")

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fewstep.core import Batch, Pairs, Rng, Seeds
 from fewstep.core.build import digest
-from fewstep.data.base import Data, DataError, Source, draw_indices, require
+from fewstep.data.base import Data, DataError, Source, require
+from fewstep.data.order import draw_indices
 from fewstep.data.store import Progress, ShardReader, ShardWriter, Storage, read_manifest
 from fewstep.data.texts import Texts
 from fewstep.data.video import write_video
@@ -266,8 +267,7 @@ class StoredPairs(Data):
         require(self, needs)
         self.check(model)
         reader = ShardReader(self.path, "pairs")
-        captions = [row["caption"] for row in reader.rows]
-        return _PairSource(reader, Texts(model, needs, self.text_cache, captions), needs)
+        return _PairSource(reader, Texts(model, needs, self.text_cache, reader.captions), needs)
 
 
 @dataclass(frozen=True)
@@ -278,7 +278,7 @@ class _PairSource:
 
     def batch(self, size: int, rng: Rng) -> Batch:
         indices, settings = draw_indices(len(self.reader), size, rng), self.reader.manifest["settings"]
-        prompts = tuple(self.reader.rows[i]["caption"] for i in indices)
+        prompts = tuple(self.reader.row(i)["caption"] for i in indices)
         cond, uncond = self.texts(prompts, rng.device)
         c, f, h, w = settings["latent_shape"]
         batch = Batch(cond=cond, uncond=uncond, latent_shape=(c, f, h, w), prompts=prompts)

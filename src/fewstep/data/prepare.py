@@ -2,99 +2,188 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fewstep.core.peers import meet_peers
 from fewstep.data.base import DataError
-from fewstep.data.listing import Item, Listing, read_listing
-from fewstep.data.store import Progress, ShardWriter, Storage
+from fewstep.data.keep import Keep
+from fewstep.data.layouts import Item, Layout
+from fewstep.data.listing import Listing, root_of, write_listing
+from fewstep.data.report import Dropped, Report, read_report, write_report
+from fewstep.data.store import PartedWriter, Progress, ShardWriter, Storage, read_manifest
 from fewstep.data.video import Clip, ClipError, Cut, read_clips, to_floats
 from fewstep.models.autoencoder import FrameAutoencoder
 from fewstep.models.bundle import fingerprint
 
+LISTING = "listing.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """How videos become latents."""
+
+    cut: Cut = Cut()
+    keep: Keep = Keep()
+    storage: Storage = "float16"
+    shard_size: int = 64
+    """Clips per file."""
+    part_size: int = 64
+    """Videos that one process takes at once."""
+
+    def __post_init__(self) -> None:
+        if self.part_size < 1:
+            raise ValueError(f"part_size must be at least 1, got {self.part_size}")
+
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a preparation left in `folder`. `skipped` pairs a file with the reason."""
+    """What a preparation left in `folder`."""
 
     folder: Path
     clips: int
     shards: int
-    skipped: tuple[tuple[str, str], ...]
+    report: Report
 
 
 def prepare(
     source: str | Path,
     output: str | Path,
     codec: FrameAutoencoder,
-    cut: Cut,
+    plan: Preparation,
     *,
-    storage: Storage = "float16",
-    shard_size: int = 64,
-    progress: Callable[[Progress], None] | None = None,
+    layout: Layout = "plain",
+    root: str | Path = "",
+    progress: Callable[[Progress], None] = lambda event: None,
 ) -> Prepared:
     """Decode, cut and encode the captioned videos of `source` (see `read_listing`) into shards in `output`.
 
-    Killed and called again with the same arguments it continues and leaves the same bytes; a finished folder is left
-    as it is. A file that is absent, damaged or too short is skipped and recorded with the reason. `progress` is called
-    once per video. DataError if the folder was begun with other settings, files or codec, or if no video gave a clip;
-    NonFiniteError if a latent does not fit `storage`.
+    Under torchrun every process calls it, and each takes its share; the folder does not depend on how many there are.
+    Killed and called again with the same arguments, by as many or others, it continues and leaves the same bytes; a
+    finished folder is left as it is. What is dropped is reported with the reason (`Report`). `progress` is called once per
+    video of this process' share. DataError if the folder was begun with other settings, videos or codec, or if no video
+    gave a clip; NonFiniteError if a latent does not fit `plan.storage`.
     """
-    listing = read_listing(source)
-    settings = {"codec": fingerprint(codec), "cut": asdict(cut), "storage": storage, "listing": listing.digest()}
-    writer = ShardWriter(output, "latents", settings, shard_size)
+    cut, output, peers = plan.cut, Path(output), meet_peers()
+    latent_shape = codec.latent_shape(cut.num_frames, cut.height, cut.width)
+    with peers.in_turn():
+        if peers.leads:
+            _list(source, output, layout, root)
+        listing = Listing(output / LISTING, root_of(source, root))
+    settings = {
+        "codec": fingerprint(codec), "cut": asdict(cut), "keep": asdict(plan.keep), "storage": plan.storage,
+        "listing": _digest(output / LISTING), "part_size": plan.part_size, "shard_size": plan.shard_size,
+    }  # fmt: skip
+    writer = PartedWriter(output, "latents", settings, -(-len(listing) // plan.part_size), peers)
     if not writer.complete:
-        _Run(writer, codec, cut, getattr(torch, storage)).run(listing, progress or (lambda event: None))
-    done = writer.manifest
-    return Prepared(writer.folder, done["rows"], done["shards"], tuple((n, why) for n, why in done["skipped"]))
+        _Share(writer, listing, codec, plan, progress).run()
+        peers.barrier()
+        if peers.leads:
+            write_report(output, listing, writer.manifests())
+            writer.finish(latent_shape=list(latent_shape))
+        peers.barrier()
+    done = read_manifest(output, "latents")
+    return Prepared(output, done["rows"], done["shards"], read_report(output))
 
 
-class _Run:
-    """One pass over the listing, from where the last whole shard ended."""
+def _list(source: str | Path, output: Path, layout: Layout, root: str | Path) -> None:
+    """Write the list of the videos; refuse (DataError) one that is not the one this preparation was begun with."""
+    file, fresh = output / LISTING, output / f"new-{LISTING}"
+    write_listing(fresh, source, layout, root)
+    if (output / "manifest.json").is_file() and (not file.is_file() or _digest(fresh) != _digest(file)):
+        fresh.unlink()
+        raise DataError(
+            f"{source} lists other videos or captions than when {output} was begun (see {file}). "
+            "Give another output folder, or delete this one."
+        )
+    fresh.replace(file)
 
-    def __init__(self, writer: ShardWriter, codec: FrameAutoencoder, cut: Cut, dtype: torch.dtype) -> None:
-        self.writer, self.codec, self.cut, self.dtype = writer, codec, cut, dtype
-        self.item: int = writer.resume.get("item", 0)
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What this process does: the parts that are its own and not there yet."""
+
+    writer: PartedWriter
+    listing: Listing
+    codec: FrameAutoencoder
+    plan: Preparation
+    progress: Callable[[Progress], None]
+
+    def run(self) -> None:
+        size, count = self.plan.part_size, len(self.listing)
+        parts = {number: range(number * size, min((number + 1) * size, count)) for number in self.writer.mine}
+        done, total = 0, sum(map(len, parts.values()))
+        for number, items in parts.items():
+            shards = self.writer.part(number, self.plan.shard_size)
+            if not shards.complete:
+                part = _Part(shards, items.start, self.codec, self.plan)
+                while part.item < items.stop:
+                    item = self.listing[part.item]
+                    problem = part.video(item)
+                    self.progress(Progress(done + part.item - items.start, total, item.name, problem))
+                shards.finish(part.state(), dropped=part.dropped)
+            done += len(items)
+
+
+class _Part:
+    """One pass over the videos of a part, from where the last whole shard ended."""
+
+    def __init__(self, writer: ShardWriter, first: int, codec: FrameAutoencoder, plan: Preparation) -> None:
+        self.writer, self.codec, self.plan = writer, codec, plan
+        self.item: int = writer.resume.get("item", first)
+        """The current video's number in the listing."""
         self.clips: int = writer.resume.get("clips", 0)
         """Clips of the current video that are done."""
-        self.skipped: list[list[str]] = writer.resume.get("skipped", [])
+        self.dropped: list[dict[str, Any]] = writer.resume.get("dropped", [])
 
-    def run(self, listing: Listing, progress: Callable[[Progress], None]) -> None:
-        items = listing.items
-        shape = self.codec.latent_shape(self.cut.num_frames, self.cut.height, self.cut.width)
-        while self.item < len(items):
-            problem = self._video(items[self.item])
-            if problem:
-                self.skipped.append([items[self.item].name, problem])
-            progress(Progress(self.item + 1, len(items), items[self.item].name, problem))
-            self.item, self.clips = self.item + 1, 0
-        skipped = [*map(list, listing.skipped), *self.skipped]
-        if not self.writer.rows and not self.writer.pending:
-            raise DataError("no video gave a clip: " + "; ".join(f"{name}: {why}" for name, why in skipped[:3]))
-        self.writer.finish(self._state(), latent_shape=list(shape), skipped=skipped)
-
-    def _video(self, item: Item) -> str:
-        """Encode the clips of one video; the reason if it gave fewer than it should."""
+    def video(self, item: Item) -> str:
+        """Encode the clips of the current video; the reason if it was dropped, or broke off."""
         try:
-            for number, clip in enumerate(read_clips(item.path, self.cut)):
-                if number < self.clips:
-                    continue  # in a shard written before the interruption
-                self.clips = number + 1
-                row = {"caption": item.caption, "video": item.name, "start": clip.start}
-                self.writer.add(row, {"latents": self._encode(clip)}, self._state())
+            video = item.video()
+            problem = self.plan.keep.of_video(video)
+            if not problem:
+                self._clips(item, video)
         except ClipError as error:
-            return f"{error} (after {self.clips} clips)" if self.clips else str(error)
-        return ""
+            problem = f"{error} (after {self.clips} clips)" if self.clips else str(error)
+        if problem:
+            self._drop(item, problem)
+        self.item, self.clips = self.item + 1, 0
+        return problem
+
+    def _clips(self, item: Item, video: Path | BytesIO) -> None:
+        for number, clip in enumerate(read_clips(video, self.plan.cut)):
+            if number < self.clips:
+                continue  # in a shard written before the interruption, or dropped before it
+            self.clips = number + 1
+            problem = clip.problem or self.plan.keep.of_clip(clip.frames)
+            if problem:
+                self._drop(item, problem, clip.start)
+                continue
+            row = {"caption": item.caption, "video": item.name, "start": clip.start}
+            tags = {"tags": dict(item.tags)} if item.tags else {}
+            self.writer.add(row | tags, {"latents": self._encode(clip)}, self.state())
+
+    def _drop(self, item: Item, problem: str, start: int | None = None) -> None:
+        self.dropped.append(vars(Dropped(self.item, item.name, problem, start)))
 
     @torch.no_grad()
     def _encode(self, clip: Clip) -> Tensor:
         # One at a time: the latents of a clip then do not depend on which others were encoded with it.
         device = next(self.codec.parameters()).device
-        return self.codec.encode(to_floats(clip.frames)[None].to(device))[0].to(self.dtype)
+        latents = self.codec.encode(to_floats(clip.frames)[None].to(device))[0]
+        return latents.to(getattr(torch, self.plan.storage))
 
-    def _state(self) -> dict[str, object]:
-        return {"item": self.item, "clips": self.clips, "skipped": list(self.skipped)}
+    def state(self) -> dict[str, Any]:
+        return {"item": self.item, "clips": self.clips, "dropped": list(self.dropped)}

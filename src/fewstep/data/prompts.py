@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from fewstep.core import Batch, Rng
-from fewstep.data.base import Data, DataError, Source, draw_indices, require
+from fewstep.data.base import Data, DataError, Source, require
+from fewstep.data.lines import Lines
+from fewstep.data.order import draw_indices
 from fewstep.data.texts import Texts
 from fewstep.models.bundle import Card, VideoModel
 
@@ -32,16 +34,12 @@ class Prompts(Data):
         return _PromptSource(prompts, Texts(model, needs, self.text_cache, prompts), model.latent_shape())
 
 
-def read_prompts(path: str | Path) -> tuple[str, ...]:
+def read_prompts(path: str | Path) -> Lines:
     """The non-empty lines of a text file, stripped. DataError if it cannot be read or has none."""
-    path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        prompts = Lines(path)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file. Prompts reads a text file with one prompt per line.") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
-    prompts = tuple(line.strip() for line in text.splitlines() if line.strip())
     if not prompts:
         raise DataError(f"{path}: no prompts in it; write one per line")
     return prompts
@@ -49,7 +47,7 @@ def read_prompts(path: str | Path) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class _PromptSource:
-    prompts: tuple[str, ...]
+    prompts: Lines
     texts: Texts
     shape: tuple[int, int, int, int]
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fewstep.core import Batch, Rng
-from fewstep.data.base import Data, DataError, Source, draw_indices, require
+from fewstep.data.base import Data, DataError, Source, require
+from fewstep.data.order import draw_indices
 from fewstep.data.store import ShardReader, read_manifest
 from fewstep.data.texts import Texts
 from fewstep.models.bundle import Card, VideoModel
@@ -51,8 +52,7 @@ class Latents(Data):
         require(self, needs)
         self.check(model)
         reader = ShardReader(self.path, "latents")
-        captions = [row["caption"] for row in reader.rows]
-        return _LatentSource(reader, Texts(model, needs, self.text_cache, captions), "x0" in needs)
+        return _LatentSource(reader, Texts(model, needs, self.text_cache, reader.captions), "x0" in needs)
 
 
 def _size(clip: dict[str, int]) -> str:
@@ -67,7 +67,7 @@ class _LatentSource:
 
     def batch(self, size: int, rng: Rng) -> Batch:
         indices = draw_indices(len(self.reader), size, rng)
-        prompts = tuple(self.reader.rows[i]["caption"] for i in indices)
+        prompts = tuple(self.reader.row(i)["caption"] for i in indices)
         cond, uncond = self.texts(prompts, rng.device)
         c, f, h, w = self.reader.manifest["latent_shape"]
         x0 = self.reader.read("latents", indices).to(rng.device) if self.wants_x0 else None

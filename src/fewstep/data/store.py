@@ -2,7 +2,8 @@
 
 `manifest.json`   what the folder holds, the settings that made it, whether it is complete
 `shard-00000.safetensors`   rows of tensors; its header repeats the settings' hash and lists its rows
-`index.jsonl`   one line per row, written when the folder is complete
+`index.jsonl`   one line per row, written when the folder is complete; read in place
+`part-00000/`   such a folder again, where several processes made parts of it
 
 Every file appears whole or not at all. A writer that was killed continues after its last whole shard.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,9 @@ from torch import Tensor
 from fewstep.core.atomic import replacing, write_text
 from fewstep.core.build import digest
 from fewstep.core.finite import require_finite
+from fewstep.core.peers import Peers
 from fewstep.data.base import DataError
+from fewstep.data.lines import Lines
 
 FORMAT = 1
 Storage = Literal["float16", "float32"]
@@ -54,9 +57,8 @@ class ShardWriter:
         if shard_size < 1:
             raise ValueError(f"shard_size must be at least 1, got {shard_size}")
         self.folder, self.kind, self.shard_size = Path(folder), kind, shard_size
-        self.settings = json.loads(json.dumps({**settings, "shard_size": shard_size}))
-        self.hash = digest(self.settings)
-        self.manifest = self._claim()
+        self.manifest = claim(self.folder, kind, {**settings, "shard_size": shard_size})
+        self.hash = self.manifest["settings_hash"]
         headers = [] if self.complete else self._written()
         self.rows: list[dict[str, Any]] = [row for header in headers for row in header["rows"]]
         """Rows of whole shards."""
@@ -82,8 +84,8 @@ class ShardWriter:
         if self.pending:
             self._flush(resume)
         write_text(self.folder / "index.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
-        self.manifest = {**self.manifest, "complete": True, "rows": len(self.rows), "shards": self.shards, **facts}
-        self._write_manifest(self.manifest)
+        self.manifest |= {"complete": True, "rows": len(self.rows), "shards": self.shards, **facts}
+        _write_manifest(self.folder, self.manifest)
         return self.manifest
 
     def _flush(self, resume: Mapping[str, Any]) -> None:
@@ -98,29 +100,6 @@ class ShardWriter:
         self.shards += 1
         self.pending = []
 
-    def _claim(self) -> dict[str, Any]:
-        """The manifest of a folder that these settings began; a new one where there is none."""
-        path = self.folder / "manifest.json"
-        if path.is_file():
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-            if manifest.get("kind") != self.kind or manifest.get("settings_hash") != self.hash:
-                raise DataError(
-                    f"{self.folder} was begun with other settings ({_difference(manifest, self.kind, self.settings)}). "
-                    "Repeat those settings to continue, give another output folder, or delete this one."
-                )
-            return manifest
-        if any(self.folder.glob("shard-*.safetensors")):
-            raise DataError(f"{self.folder} has shards but no manifest.json; give another folder, or delete this one")
-        manifest = {
-            "format": FORMAT, "kind": self.kind, "complete": False,
-            "settings": self.settings, "settings_hash": self.hash, "versions": _versions(),
-        }  # fmt: skip
-        self._write_manifest(manifest)
-        return manifest
-
-    def _write_manifest(self, manifest: Mapping[str, Any]) -> None:
-        write_text(self.folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
-
     def _written(self) -> list[dict[str, Any]]:
         """Headers of the whole shards, in order."""
         headers: list[dict[str, Any]] = []
@@ -133,34 +112,124 @@ class ShardWriter:
         return headers
 
 
+class PartedWriter:
+    """A folder of `count` parts, each written whole by one of `peers`: what it holds does not depend on how many there are."""
+
+    def __init__(self, folder: str | Path, kind: str, settings: Mapping[str, Any], count: int, peers: Peers) -> None:
+        self.folder, self.kind, self.settings, self.count = Path(folder), kind, dict(settings), count
+        with peers.in_turn():
+            self.manifest = claim(self.folder, kind, {**settings, "parts": count})
+        self.mine = peers.share(range(count))
+        """Numbers of the parts that this process writes."""
+
+    @property
+    def complete(self) -> bool:
+        return bool(self.manifest["complete"])
+
+    def part(self, number: int, shard_size: int) -> ShardWriter:
+        return ShardWriter(self.folder / part_name(number), self.kind, {**self.settings, "part": number}, shard_size)
+
+    def manifests(self) -> Iterator[dict[str, Any]]:
+        """Of the parts, which must be complete (DataError)."""
+        return (read_manifest(self.folder / part_name(number), self.kind) for number in range(self.count))
+
+    def finish(self, **facts: Any) -> None:
+        """Make one index of all parts, and write the final manifest with `facts`. For one process."""
+        shards = [part["shards"] for part in self.manifests()]
+        rows = 0
+        with replacing(self.folder / "index.jsonl") as draft, draft.open("w", encoding="utf-8") as index:
+            for number in range(self.count):
+                for line in Lines(self.folder / part_name(number) / "index.jsonl"):
+                    index.write(f'{{"part": {number}, {line[1:]}\n')
+                    rows += 1
+        self.manifest |= {"complete": True, "rows": rows, "shards": sum(shards), "shards_of_parts": shards, **facts}
+        _write_manifest(self.folder, self.manifest)
+
+
 class ShardReader:
     """Rows of a complete folder by number, read from disk when asked for. DataError if the folder is not complete."""
 
     def __init__(self, folder: str | Path, kind: str) -> None:
         self.folder, self.kind = Path(folder), kind
         self.manifest = read_manifest(folder, kind)
-        lines = (self.folder / "index.jsonl").read_text(encoding="utf-8").splitlines()
-        self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
-        absent = [n for n in range(self.manifest["shards"]) if not (self.folder / shard_name(n)).is_file()]
-        if absent or len(self.rows) != self.manifest["rows"]:
-            what = shard_name(absent[0]) if absent else f"{self.manifest['rows'] - len(self.rows)} lines of index.jsonl"
-            raise DataError(f"{self.folder} lacks {what}; copy the folder again, or delete it and make it anew")
-        self._open: dict[int, Any] = {}
+        self.index = Lines(self.folder / "index.jsonl")
+        self.captions = Captions(self.index)
+        absent = next((path for path in self._paths() if not path.is_file()), None)
+        if absent is not None or len(self.index) != self.manifest["rows"]:
+            gap = f"{self.manifest['rows'] - len(self.index)} lines of index.jsonl" if absent is None else absent.name
+            raise DataError(f"{self.folder} lacks {gap}; copy the folder again, or delete it and make it anew")
+        self._open: dict[Path, Any] = {}
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.index)
+
+    def row(self, number: int) -> dict[str, Any]:
+        """What the index says of a row: its caption, and where it came from."""
+        row: dict[str, Any] = json.loads(self.index[number])
+        return row
 
     def read(self, name: str, indices: Sequence[int]) -> Tensor:
         """Tensor `name` of these rows, stacked, float32, in main memory."""
-        places = [(self.rows[i]["shard"], self.rows[i]["row"]) for i in indices]
-        return torch.stack([self._shard(shard).get_slice(name)[row] for shard, row in places]).float()
+        rows = [self.row(i) for i in indices]
+        return torch.stack([self._shard(self._path(row)).get_slice(name)[row["row"]] for row in rows]).float()
 
-    def _shard(self, number: int) -> Any:
-        if number not in self._open:
+    def _path(self, row: Mapping[str, Any]) -> Path:
+        return self.folder / (part_name(row["part"]) if "part" in row else "") / shard_name(row["shard"])
+
+    def _paths(self) -> Iterator[Path]:
+        """Of all shards."""
+        for part, shards in enumerate(self.manifest.get("shards_of_parts", ())):
+            yield from (self._path({"part": part, "shard": shard}) for shard in range(shards))
+        if "shards_of_parts" not in self.manifest:
+            yield from (self._path({"shard": shard}) for shard in range(self.manifest["shards"]))
+
+    def _shard(self, path: Path) -> Any:
+        if path not in self._open:
             if len(self._open) >= OPEN_SHARDS:
                 del self._open[next(iter(self._open))]
-            self._open[number] = _open(self.folder / shard_name(number))
-        return self._open[number]
+            self._open[path] = _open(path)
+        return self._open[path]
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Those of all rows, in order; read anew each time they are gone through."""
+
+    index: Lines
+
+    def __iter__(self) -> Iterator[str]:
+        return (json.loads(line)["caption"] for line in self.index)
+
+
+def is_complete(folder: Path) -> bool:
+    path = folder / "manifest.json"
+    return path.is_file() and bool(json.loads(path.read_text(encoding="utf-8"))["complete"])
+
+
+def claim(folder: Path, kind: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest of a folder that these settings began; a new one where there is none. DataError for other settings."""
+    settings = json.loads(json.dumps(settings))
+    path, hashed = folder / "manifest.json", digest(settings)
+    if path.is_file():
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if manifest.get("kind") != kind or manifest.get("settings_hash") != hashed:
+            raise DataError(
+                f"{folder} was begun with other settings ({_difference(manifest, kind, settings)}). "
+                "Repeat those settings to continue, give another output folder, or delete this one."
+            )
+        return manifest
+    if any(folder.glob("shard-*.safetensors")):
+        raise DataError(f"{folder} has shards but no manifest.json; give another folder, or delete this one")
+    manifest = {
+        "format": FORMAT, "kind": kind, "complete": False,
+        "settings": settings, "settings_hash": hashed, "versions": _versions(),
+    }  # fmt: skip
+    _write_manifest(folder, manifest)
+    return manifest
+
+
+def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    write_text(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
 
 
 def read_manifest(folder: str | Path, kind: str) -> dict[str, Any]:
@@ -177,6 +246,10 @@ def read_manifest(folder: str | Path, kind: str) -> dict[str, Any]:
     if not manifest["complete"]:
         raise DataError(f"{folder} is not complete: making it was interrupted. Run the same command again to continue.")
     return manifest
+
+
+def part_name(number: int) -> str:
+    return f"part-{number:05d}"
 
 
 def shard_name(number: int) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
+from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -10,9 +13,14 @@ from torch.nn.functional import pad
 
 from fewstep.core import Cond
 from fewstep.core.build import digest
-from fewstep.data.store import ShardReader, ShardWriter
+from fewstep.core.peers import Peers
+from fewstep.data.store import PartedWriter, Progress, ShardReader, ShardWriter, is_complete
 from fewstep.models.bundle import VideoModel, fingerprint
+from fewstep.models.text import TextEncoder
 
+PART = 1024
+"""Prompts per part: what one process takes at once."""
+SHARD = 64
 KEPT = 8192
 """Distinct prompts kept. Beyond that the oldest are forgotten, and read or encoded again when they come back."""
 
@@ -24,22 +32,19 @@ class Texts:
     nor on whether it was cached. A model without a text encoder (one whose autoencoder is being trained) gets blank
     conditions of width 1; ValueError if `needs` has prompts.
 
-    With a `cache` folder all of `prompts` are encoded at once and stored there, unless they are there already; from then
-    on the encoder is not asked again, and need not be where the training is.
+    With a `cache` folder all of `prompts` are encoded at once and stored there (`store_texts`), unless they are there
+    already; from then on the encoder is not asked again, and need not be where the training is. `prompts` may be longer
+    than memory; they are gone through in order, more than once.
     """
 
     def __init__(
-        self, model: VideoModel, needs: frozenset[str], cache: str | Path = "", prompts: Sequence[str] = ()
+        self, model: VideoModel, needs: frozenset[str], cache: str | Path = "", prompts: Iterable[str] = ()
     ) -> None:
         self.model, self.negative = model, model.card.negative_prompt
         self.encoder = model.text if "prompts" in needs or "text" in model.parts else None
         self.length = self.encoder.length if self.encoder is not None else 1
         self.known: dict[str, Cond] = {}
-        self.rows: dict[str, int] = {}
-        """Where each stored prompt is."""
-        if cache and self.encoder is not None:
-            self.reader = self._store(Path(cache), tuple(dict.fromkeys((self.negative, *prompts))))
-            self.rows = {row["caption"]: i for i, row in enumerate(self.reader.rows)}
+        self.stored = store_texts(model, prompts, cache) if cache and self.encoder is not None else None
 
     def __call__(self, prompts: Sequence[str], device: str | torch.device) -> tuple[Cond, Cond]:
         """Conditions of `prompts`, and the negative prompt as many times."""
@@ -51,39 +56,80 @@ class Texts:
         if prompt not in self.known:
             if len(self.known) >= KEPT:
                 del self.known[next(iter(self.known))]
-            self.known[prompt] = self._read(prompt) if self.rows else self._encode(prompt)
+            self.known[prompt] = self._make(prompt)
         return self.known[prompt]
 
-    @torch.no_grad()
-    def _encode(self, prompt: str) -> Cond:
-        """One prompt, without the padding that is zero."""
-        if self.encoder is None:
-            return self.model.blank_cond(1)
-        cond = self.encoder.encode([prompt]).to("cpu")
-        end = int((cond.mask | (cond.text != 0).any(-1)).nonzero()[-1, 1]) + 1
-        return Cond(cond.text[:, :end].clone(), cond.mask[:, :end].clone(), cond.extra)
+    def _make(self, prompt: str) -> Cond:
+        if self.stored is not None:
+            return _read(self.stored, prompt)
+        return self.model.blank_cond(1) if self.encoder is None else _encode(self.encoder, prompt)
 
-    def _read(self, prompt: str) -> Cond:
-        row = self.reader.rows[self.rows[prompt]]
-        read = {name: self.reader.read(name, [self.rows[prompt]]) for name in ("text", "mask", *row.get("extra", ()))}
-        text, mask = (read.pop(name)[:, : row["length"]] for name in ("text", "mask"))
-        return Cond(text, mask.bool(), read)
 
-    def _store(self, cache: Path, prompts: tuple[str, ...]) -> ShardReader:
-        """Encode what is not stored yet: a run that was killed goes on after its last whole shard."""
-        encoder = self.encoder
-        assert encoder is not None
-        settings = {"text": fingerprint(encoder), "prompts": digest(list(prompts)), "count": len(prompts)}
-        writer = ShardWriter(cache / digest(settings), "texts", settings, shard_size=64)
-        if not writer.complete:
-            for prompt in prompts[len(writer.rows) :]:
-                cond = self._encode(prompt)
-                full = _padded(cond, self.length)
-                tensors = {"text": full.text[0].float(), "mask": full.mask[0].to(torch.uint8)}
-                row = {"caption": prompt, "length": cond.mask.shape[1], "extra": sorted(cond.extra)}
-                writer.add(row, tensors | {name: x[0].float() for name, x in cond.extra.items()}, {})
-            writer.finish({})
-        return ShardReader(writer.folder, "texts")
+def store_texts(
+    model: VideoModel,
+    prompts: Iterable[str],
+    cache: str | Path,
+    *,
+    peers: Peers = Peers(),
+    progress: Callable[[Progress], None] = lambda event: None,
+) -> ShardReader:
+    """The states of all distinct `prompts`, and of the model's negative one, from a folder of their own in `cache`.
+
+    What is not stored yet is encoded, by each of the `peers` a share: after a kill it goes on after the last whole shard.
+    Rows are in the order of their texts. `progress` is called once per part.
+    """
+    everything = chain((model.card.negative_prompt,), prompts)
+    settings = {"text": fingerprint(model.text), "prompts": _digest(everything)}
+    folder = Path(cache) / digest(settings)
+    if not is_complete(folder):
+        wanted = sorted({model.card.negative_prompt, *prompts})
+        writer = PartedWriter(folder, "texts", settings, -(-len(wanted) // PART), peers)
+        for done, number in enumerate(writer.mine, 1):
+            part = writer.part(number, SHARD)
+            if not part.complete:
+                _store_part(model.text, wanted[PART * number : PART * (number + 1)], part)
+            progress(Progress(done, len(writer.mine), f"part {number}"))
+        peers.barrier()
+        if peers.leads:
+            writer.finish()
+        peers.barrier()
+    return ShardReader(folder, "texts")
+
+
+def _store_part(encoder: TextEncoder, prompts: Sequence[str], part: ShardWriter) -> None:
+    for prompt in prompts[len(part.rows) :]:
+        cond = _encode(encoder, prompt)
+        full = _padded(cond, encoder.length)
+        tensors = {"text": full.text[0].float(), "mask": full.mask[0].to(torch.uint8)}
+        row = {"caption": prompt, "length": cond.mask.shape[1], "extra": sorted(cond.extra)}
+        part.add(row, tensors | {name: x[0].float() for name, x in cond.extra.items()}, {})
+    part.finish({})
+
+
+def _digest(prompts: Iterable[str]) -> str:
+    """Of all of them, without holding them."""
+    hashed = sha256()
+    for prompt in prompts:
+        hashed.update(prompt.encode() + b"\0")
+    return hashed.hexdigest()[:12]
+
+
+def _read(stored: ShardReader, prompt: str) -> Cond:
+    index = bisect_left(range(len(stored)), prompt, key=lambda i: stored.row(i)["caption"])
+    row = stored.row(index) if index < len(stored) else {}
+    if row.get("caption") != prompt:
+        raise KeyError(prompt)
+    read = {name: stored.read(name, [index]) for name in ("text", "mask", *row["extra"])}
+    text, mask = (read.pop(name)[:, : row["length"]] for name in ("text", "mask"))
+    return Cond(text, mask.bool(), read)
+
+
+@torch.no_grad()
+def _encode(encoder: TextEncoder, prompt: str) -> Cond:
+    """One prompt, without the padding that is zero."""
+    cond = encoder.encode([prompt]).to("cpu")
+    end = int((cond.mask | (cond.text != 0).any(-1)).nonzero()[-1, 1]) + 1
+    return Cond(cond.text[:, :end].clone(), cond.mask[:, :end].clone(), cond.extra)
 
 
 def _padded(cond: Cond, length: int) -> Cond:

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from io import BytesIO
+from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -21,10 +24,11 @@ from torch.nn.functional import interpolate, pad
 
 from fewstep.core.atomic import replacing
 from fewstep.core.finite import require_finite
+from fewstep.data.shots import find_cuts
 
 
 class ClipError(ValueError):
-    """A file that cannot give the clip asked for: absent, damaged or too short. The message is the reason."""
+    """A video that cannot give the clip asked for. The message is the reason, a colon, and the particulars if any."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +42,8 @@ class Cut:
     """Temporal stride in frames of the file; time stamps are not read."""
     clips_per_video: int = 1
     """At most this many, one after the other without overlap from the first frame on; 0 = as many as fit."""
+    shots: bool = False
+    """Look for cuts (see `fewstep.data.shots`): every clip comes from one shot, and every shot gives one clip at most."""
 
     def __post_init__(self) -> None:
         for name in ("num_frames", "height", "width", "stride"):
@@ -53,10 +59,17 @@ class Clip:
 
     frames: Tensor
     start: int
+    problem: str = ""
+    """Why it cannot be used: a shot that is too short gives the frames that there are."""
 
 
 def read_video(
-    path: str | Path, num_frames: int, *, stride: int = 1, size: tuple[int, int] | None = None, start: int = 0
+    source: str | Path | BytesIO,
+    num_frames: int,
+    *,
+    stride: int = 1,
+    size: tuple[int, int] | None = None,
+    start: int = 0,
 ) -> Tensor:
     """`num_frames` frames from `start` on, every `stride`-th: uint8 `[F, H, W, 3]`.
 
@@ -64,30 +77,59 @@ def read_video(
     or too short.
     """
     wanted = range(start, start + num_frames * stride, stride)
-    frames = [_fit(f, size) for i, f in enumerate(_decode(Path(path), wanted.stop - stride + 1)) if i in wanted]
+    frames = [_fit(f, size) for i, f in enumerate(_decode(source, wanted.stop - stride + 1)) if i in wanted]
     if len(frames) < num_frames:
         raise ClipError(_too_short(frames, wanted))
     return torch.stack(frames)
 
 
-def read_clips(path: str | Path, cut: Cut) -> Iterator[Clip]:
+def read_clips(source: str | Path | BytesIO, cut: Cut) -> Iterator[Clip]:
     """The clips of one video, in one pass over the file that keeps one clip in memory.
 
     ClipError if the file is absent or damaged (clips before the damage have been yielded then), or too short for one.
+    With `cut.shots` a shot that is too short is yielded with its `problem`, and is no error.
     """
-    span = cut.num_frames * cut.stride
-    frames: list[Tensor] = []
-    made = 0
-    for i, frame in enumerate(_decode(Path(path), cut.clips_per_video * span)):
-        if i % cut.stride == 0:
+    span, frames, made, begin = cut.num_frames * cut.stride, list[Tensor](), 0, 0
+    done = False  # with this shot
+    decoded = _decode(source, 0 if cut.shots else cut.clips_per_video * span)
+    for i, (frame, is_cut) in enumerate(find_cuts(decoded) if cut.shots else zip(decoded, repeat(False))):
+        if is_cut:
+            if not done:
+                yield _short_shot(frames, cut, begin)
+            frames, begin, done = [], i, False
+        if not done and (i - begin) % cut.stride == 0:
             frames.append(_fit(frame, (cut.height, cut.width)))
         if len(frames) == cut.num_frames:
-            yield Clip(torch.stack(frames), i - (cut.num_frames - 1) * cut.stride)
-            frames, made = [], made + 1
+            yield Clip(torch.stack(frames), begin)
+            frames, made, begin, done = [], made + 1, begin + span, cut.shots
             if made == cut.clips_per_video:
                 return
-    if not made:
+    if cut.shots and frames:
+        yield _short_shot(frames, cut, begin)
+    elif not made:
         raise ClipError(_too_short(frames, range(0, span, cut.stride)))
+
+
+def _short_shot(frames: list[Tensor], cut: Cut, begin: int) -> Clip:
+    return Clip(torch.stack(frames), begin, f"shot too short: {len(frames)} of {cut.num_frames} frames")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the head of a file says, without decoding: `seconds` (None if it does not say) and the shorter `side`."""
+
+    seconds: float | None
+    side: int
+
+
+def read_facts(source: str | Path | BytesIO) -> Facts:
+    """ClipError if it is no video."""
+    with _opened(source) as file:
+        stream = file.streams.video[0]
+        length = None if stream.duration is None else float(stream.duration * stream.time_base)
+        if length is None and file.duration is not None:
+            length = file.duration / av.time_base
+        return Facts(length, min(stream.width, stream.height))
 
 
 def to_floats(frames: Tensor) -> Tensor:
@@ -177,25 +219,41 @@ def encode_gif(frames: np.ndarray, fps: float) -> bytes:
     return buffer.getvalue()
 
 
-def _decode(path: Path, stop: int) -> Iterator[np.ndarray]:
+def _decode(source: str | Path | BytesIO, stop: int) -> Iterator[np.ndarray]:
     """Upright uint8 `[H, W, 3]` frames of the first video stream, at most `stop` (0 = all)."""
-    if not path.is_file():
-        raise ClipError("no such file")
     number = 0
-    try:
-        with av.open(str(path)) as file:
-            if not file.streams.video:
-                raise ClipError("it has no video stream")
+    with _opened(source) as file:
+        try:
             for number, frame in enumerate(file.decode(video=0), 1):
                 if frame.is_corrupt:
-                    raise ClipError(f"frame {number - 1} is damaged")
+                    raise ClipError(f"damaged: frame {number - 1}")
                 yield np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90) % 4)
                 if number == stop:
                     return
+        except av.FFmpegError as error:
+            if not number:
+                raise
+            raise ClipError(f"damaged: cannot be decoded beyond frame {number - 1} ({_reason(error)})") from error
+
+
+@contextmanager
+def _opened(source: str | Path | BytesIO) -> Iterator[Any]:
+    """A file with a video stream, from its beginning."""
+    if isinstance(source, BytesIO):
+        source.seek(0)
+    elif not Path(source).is_file():
+        raise ClipError("no such file")
+    try:
+        with av.open(source if isinstance(source, BytesIO) else str(source)) as file:
+            if not file.streams.video:
+                raise ClipError("no video: it has no video stream")
+            yield file
     except av.FFmpegError as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        what = f"cannot be decoded beyond frame {number - 1}" if number else "not a readable video"
-        raise ClipError(f"{what}: {reason}") from error
+        raise ClipError(f"not a readable video: {_reason(error)}") from error
+
+
+def _reason(error: av.FFmpegError) -> str:
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _fit(frame: np.ndarray, size: tuple[int, int] | None) -> Tensor:

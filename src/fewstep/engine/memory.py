@@ -28,8 +28,6 @@ class Holding:
     """Number of those that an optimiser changes."""
     weights: int
     optimizer: int
-    stepping: int = 0
-    """Bytes that the optimiser's own step takes meanwhile."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,9 +89,8 @@ class Plan:
         return sum(h.weights + h.optimizer for h in kept) // self.means.shard
 
     def total(self, phase: Phase) -> int:
-        """Bytes at the fullest moment of an update: in its backward pass, or when its optimiser works."""
-        stepping = max((h.stepping for h in self.holdings if h.role in phase.roles), default=0) // self.means.shard
-        return self.resident(phase) + phase.gradients // self.means.shard + max(phase.activations, stepping)
+        """Bytes at the fullest moment of an update, which is in its backward pass."""
+        return self.resident(phase) + phase.gradients // self.means.shard + phase.activations
 
     @property
     def peak(self) -> Peak:

@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.rendezvous import rendezvous
 
 from fewstep.core.env import place
+from fewstep.core.peers import meet
 from fewstep.engine.settings import Parallel, Settings
 
 T = TypeVar("T")
@@ -83,10 +83,7 @@ def join(settings: Settings) -> Processes:
     if device != "cpu":
         torch.accelerator.set_device_index(here.local_rank)
     if not dist.is_initialized():
-        store, rank, world = next(rendezvous("env://"))
-        # torchrun keeps its store when it starts a run again, with the addresses of the processes that are gone.
-        store = dist.PrefixStore(f"attempt {here.attempt}", store)
-        dist.init_process_group(store=store, rank=rank, world_size=world)
+        meet()
     replicate, sequence = parallel.replicate, parallel.sequence
     shard = here.world_size // replicate  # shards of one network lie across the neighbours that share a clip, too
     shape = (shard,) if replicate == 1 else (replicate, shard)
@@ -97,12 +94,6 @@ def join(settings: Settings) -> Processes:
         tokens = clips["tokens"].get_group()
     talk, disk = (dist.new_group(backend="gloo") for _ in range(2))
     return Processes(here.rank, here.world_size, sequence, weights, tokens, talk, disk)
-
-
-def part_company() -> None:
-    """The end of a program whose processes met: tell the libraries between them. A program of one does nothing."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def require_mesh(parallel: Parallel, accumulate: int, device: str) -> None:

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import flop_registry
 
 from fewstep.core import Batch, Pairs, Rng
 from fewstep.core.flops import FORMULAS
-from fewstep.engine.memory import FLOAT, Holding, Phase, Plan, optimizer_bytes
+from fewstep.engine.memory import Holding, Phase, Plan, optimizer_bytes
 from fewstep.engine.nets import build_nets, sources, trained_roles
 from fewstep.engine.optim import matrices_of, require_named
 from fewstep.engine.settings import Settings
@@ -123,10 +123,7 @@ class Outline:
         for role, network in self.nets.items():
             optim = self.settings.optim_of(role)
             slim = sum(p.numel() for p in matrices_of(network)) if optim.type == "muon" else 0
-            held = _holding(role, network, trained=role in trained, slim=slim)
-            # AdamW takes the root of all second moments at once on a GPU, of one tensor after the other on a CPU.
-            at_once = held.trained - slim if self.settings.device != "cpu" else 2 * _largest(network)
-            yield replace(held, stepping=FLOAT * at_once if held.trained else 0)
+            yield _holding(role, network, trained=role in trained, slim=slim)
         if self.settings.ema > 0:
             yield replace(_holding("student", self.nets.student, trained=False), role="student average")
         for name, part in self.model.parts.items():
@@ -227,10 +224,6 @@ def _holding(role: str, network: nn.Module, *, trained: bool, slim: int = 0) -> 
         weights=sum(tensor.nbytes for tensor in (*own, *buffers)),
         optimizer=optimizer_bytes(count, slim) if trained else 0,
     )
-
-
-def _largest(network: nn.Module) -> int:
-    return max((p.numel() for p in network.parameters()), default=0)
 
 
 def _tensors(batch: Batch) -> Iterator[Tensor]:

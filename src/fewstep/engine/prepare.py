@@ -19,6 +19,7 @@ from fewstep.core.env import place
 from fewstep.data.base import Data, Source
 from fewstep.engine.effective import in_effect
 from fewstep.engine.health.monitor import watching
+from fewstep.engine.heap import keep_freed_memory
 from fewstep.engine.mesh import Processes, join, require_mesh
 from fewstep.engine.nets import build_nets, origin, require_alike, sources, trained_roles
 from fewstep.engine.offload import Shelf
@@ -51,6 +52,8 @@ def prepare(
     require_processes(settings)
     trees = describe(method, data, settings)
     processes = join(settings)
+    if settings.device == "cpu":
+        keep_freed_memory()
     others = load_others(method, processes)
     identity = {key: provenance[key] for key in WHOSE if key in provenance} | identify(model, trees, others)
     model, nets, average, shell = make_networks(model, method, settings, processes, others)
@@ -60,7 +63,7 @@ def prepare(
     }
     effective = in_effect(model, method, settings, nets, shell=shell, processes=processes, identity=identity)
     if effective.compiles:
-        compile_blocks(nets)
+        compile_blocks(nets, sharded=processes.weights is not None)
     source = open_data(data, model, method, processes)
     rng = Rng(settings.seed, device=settings.device)
     preview = Preview.of(model, source, rng) if settings.preview_every else None
@@ -161,11 +164,13 @@ def require_processes(settings: Settings) -> None:
     require_mesh(settings.parallel, settings.accumulate, settings.device)
     if place().world_size == 1:
         return
-    for setting, without in (("compile", "false"), ("lora", "null")):
-        if getattr(settings, setting):
-            raise ValueError(
-                f"settings.{setting} works in one process so far; write {setting}: {without}, or start without torchrun"
-            )
+    if settings.lora is not None:
+        raise ValueError("settings.lora works in one process so far; write lora: null, or start without torchrun")
+    if settings.compile and settings.parallel.sequence > 1:
+        raise ValueError(
+            "settings.compile cannot look into the exchanges of processes that share a clip; write compile: false, or "
+            "settings.parallel.sequence: 1"
+        )
     muon = sorted(role for role, optim in settings.optim.items() if optim.type == "muon")
     if muon:
         raise ValueError(
@@ -202,9 +207,9 @@ def open_data(data: Data, model: VideoModel, method: Method, processes: Processe
     return source
 
 
-def compile_blocks(nets: Nets) -> None:
+def compile_blocks(nets: Nets, *, sharded: bool) -> None:
     """Compile in place. Every role, batch size, grad mode and autocast state is a variant of the one block graph."""
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     for network in nets.roles.values():
         if isinstance(network, Denoiser):
-            network.backbone.compile_blocks()
+            network.backbone.compile_blocks(hooked=sharded)

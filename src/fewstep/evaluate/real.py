@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fewstep.data.base import DataError
-from fewstep.data.listing import Item, read_listing
+from fewstep.data.layouts import Item
+from fewstep.data.listing import read_listing
 from fewstep.data.video import Clip, ClipError, Cut, read_clips, to_floats
 from fewstep.evaluate.cases import TrueClips
 
@@ -30,23 +31,23 @@ class RealClips:
         so that real and generated clips go the same way from there on. Every file is decoded here once, because one that
         cannot be read must not lend its caption.
         """
-        listing, cut = (
+        items, cut = (
             read_listing(self.path),
             Cut(num_frames=num_frames, height=size[0], width=size[1], stride=self.stride),
         )
-        order = torch.randperm(len(listing.items), generator=torch.Generator().manual_seed(seed)).tolist()
+        order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()
         usable: list[Item] = []
-        skipped = list(listing.skipped)
-        for item in (listing.items[i] for i in order):
+        skipped: list[str] = []
+        for item in (items[i] for i in order):
             if len(usable) == 2 * count:
                 break
             try:
                 _first(item, cut)
                 usable.append(item)
             except ClipError as error:
-                skipped.append((item.name, str(error)))
+                skipped.append(f"{item.name}: {error}")
         if len(usable) < count:
-            why = "; ".join(f"{name}: {reason}" for name, reason in skipped[:3])
+            why = "; ".join(skipped[:3])
             raise DataError(
                 f"{self.path}: {len(usable)} videos give {num_frames} frames at stride {self.stride}, and {count} are asked for"
                 f"{f' ({why})' if why else ''}; ask for fewer prompts or give more videos"
@@ -91,4 +92,4 @@ class Drawn(TrueClips):
 
 
 def _first(item: Item, cut: Cut) -> Clip:
-    return next(read_clips(item.path, cut))
+    return next(read_clips(item.video(), cut))

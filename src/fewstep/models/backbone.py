@@ -170,7 +170,13 @@ class Backbone(nn.Module, ABC):
             raise ValueError(f"processes cannot share the tokens of a {type(self).__name__}; set parallel.sequence: 1")
         self.shared, self.checkpointing = None if group is None else Ulysses(group), checkpointing
 
-    def compile_blocks(self) -> None:
-        """Compile every block in place (one graph serves all). A copy of this network starts uncompiled."""
+    def compile_blocks(self, *, hooked: bool = False) -> None:
+        """Compile every block in place (one graph serves all). A copy of this network starts uncompiled.
+
+        `hooked`: what others do around a block's forward (FSDP gathers its weights) stays outside. Copy no such network.
+        """
         for block in self.blocks:
-            block.compile(fullgraph=True, dynamic=False)
+            if hooked:
+                block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+            else:
+                block.compile(fullgraph=True, dynamic=False)

@@ -1,0 +1,66 @@
+"""Which videos and clips are worth training on: simple limits, each with the reason it gives when it drops something."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from io import BytesIO
+from pathlib import Path
+
+from torch import Tensor
+
+from fewstep.data.video import read_facts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keep:
+    """Limits that videos and clips must be within. None is no limit."""
+
+    min_seconds: float | None = None
+    """Of the whole video, as its head says; a video that does not say is dropped."""
+    max_seconds: float | None = None
+    min_side: int | None = None
+    """Pixels of the shorter side of the file, before scaling."""
+    min_motion: float | None = None
+    """Of a clip: see `motion`. A still picture has 0."""
+    max_motion: float | None = None
+    min_brightness: float | None = None
+    """Of a clip: mean of all pixels, 0 black to 1 white."""
+    max_brightness: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in (field.name for field in fields(self)):
+            other = name.replace("min_", "max_")
+            low, high = getattr(self, name), getattr(self, other, None)
+            if name.startswith("min_") and None not in (low, high) and low > high:
+                raise ValueError(f"{name} {low:g} is above {other} {high:g}: nothing would be kept")
+
+    def of_video(self, source: Path | BytesIO) -> str:
+        """Why a video is dropped before it is decoded; empty if it is not. ClipError if it is no video."""
+        if self.min_seconds is self.max_seconds is self.min_side is None:
+            return ""
+        facts = read_facts(source)
+        if facts.seconds is None and (self.min_seconds, self.max_seconds) != (None, None):
+            return "duration: the file does not say"
+        return self._outside("duration", facts.seconds or 0, "seconds") or self._outside(
+            "resolution", facts.side, "side"
+        )
+
+    def of_clip(self, frames: Tensor) -> str:
+        """Why a clip, uint8 `[F, H, W, 3]`, is dropped; empty if it is not."""
+        return self._outside("motion", motion(frames), "motion") or self._outside(
+            "brightness", float(frames.float().mean()) / 255, "brightness"
+        )
+
+    def _outside(self, reason: str, value: float, name: str) -> str:
+        low, high = getattr(self, f"min_{name}"), getattr(self, f"max_{name}", None)
+        if low is not None and value < low:
+            return f"{reason}: {value:.4g}, at least {low:g}"
+        if high is not None and value > high:
+            return f"{reason}: {value:.4g}, at most {high:g}"
+        return ""
+
+
+def motion(frames: Tensor) -> float:
+    """Mean absolute difference of neighbouring frames, uint8 `[F, H, W, 3]`: 0 still, 1 from black to white; one frame is 0."""
+    levels = frames.float()
+    return float((levels[1:] - levels[:-1]).abs().mean()) / 255 if len(frames) > 1 else 0.0

@@ -1,0 +1,235 @@
+"""Video datasets as they lie on disk: one function per layout, all of which yield the same thing."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import json
+import os
+import re
+import tarfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+from fewstep.data.base import DataError
+from fewstep.data.video import ClipError
+
+VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")
+VIDEO_COLUMNS = ("video", "path")
+"""Names of the column that holds the file, first match wins. The text is always in `caption`."""
+
+Layout = Literal["plain", "openvid", "webvid", "ucf101", "tars"]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One captioned video, or a `problem`: the reason why it cannot be used."""
+
+    name: str
+    """As the dataset names it."""
+    path: Path
+    caption: str = ""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    """What else the dataset says of it: a class, scores, a duration."""
+    span: tuple[int, int] | None = None
+    """First byte and number of bytes, where `path` is a tar archive that holds it."""
+    problem: str = ""
+
+    def video(self) -> Path | BytesIO:
+        """What to decode. ClipError if the item cannot be used, or is not there."""
+        if self.problem:
+            raise ClipError(self.problem)
+        if not self.path.is_file():
+            raise ClipError(f"no such file: {self.path}")
+        if self.span is None:
+            return self.path
+        with self.path.open("rb") as archive:
+            archive.seek(self.span[0])
+            return BytesIO(archive.read(self.span[1]))
+
+
+def plain(source: Path, root: Path) -> Iterator[Item]:
+    """A .jsonl or .csv file (keys `video` or `path`, and `caption`), or a folder of videos.
+
+    A folder is read by its `captions.jsonl`, else its `captions.csv`, else by its video files, each with a text file of
+    the same name beside it.
+    """
+    tables = [source / "captions.jsonl", source / "captions.csv"] if source.is_dir() else [source]
+    table = next((t for t in tables if t.is_file()), None)
+    if table is None:
+        yield from _folder(source)
+        return
+    for where, row in _rows(table):
+        yield _item(root, _cell(row, VIDEO_COLUMNS, where), _cell(row, ("caption",), where), row, where)
+
+
+def openvid(source: Path, root: Path) -> Iterator[Item]:
+    """OpenVid-1M: a CSV with `video` and `caption`, and the .mp4 files anywhere below the root, in one folder or several."""
+    walked = sorted(os.walk(root, followlinks=True), reverse=True)  # of two files of one name the first folder's wins
+    folders = {name: at for at, _, names in walked for name in names}
+    for where, row in _rows(_the_table(source)):
+        name = _cell(row, ("video",), where)
+        yield _item(Path(folders.get(name, root)), name, _cell(row, ("caption",), where), row, where)
+
+
+def webvid(source: Path, root: Path) -> Iterator[Item]:
+    """WebVid-10M: a CSV with `videoid`, `name` (the caption) and `page_dir`; videos at `page_dir/videoid.mp4`."""
+    for where, row in _rows(_the_table(source)):
+        number, folder = (_cell(row, (column,), where) for column in ("videoid", "page_dir"))
+        name = f"{folder}/{number}.mp4" if folder and number else None
+        yield _item(root, name, _cell(row, ("name",), where), row, where)
+
+
+def ucf101(source: Path, root: Path) -> Iterator[Item]:
+    """UCF-101: one folder of .avi files per class, whose name is the caption.
+
+    `source` is the folder of these folders, or a list such as `trainlist01.txt` (then the root is the folder of folders).
+    """
+    if source.is_dir():
+        names = [p.relative_to(root).as_posix() for p in sorted(source.glob("*/*")) if p.suffix in VIDEO_SUFFIXES]
+    else:
+        names = [line.split()[0] for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
+    for name in names:
+        category = Path(name).parent.name
+        if not category:
+            raise DataError(f"{source}: {name!r} is not in a class folder; lines look like YoYo/v_YoYo_g01_c01.avi 101")
+        words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", category).lower()
+        yield Item(name, root / name, words, {"class": category})
+
+
+def tars(source: Path, root: Path) -> Iterator[Item]:
+    """Tar archives of samples (WebDataset): files of one sample share their name up to its first dot.
+
+    The caption is its .txt, or `caption` or `text` in its .json, whose other texts and numbers become tags. Archives are
+    not extracted.
+    """
+    archives = sorted(source.rglob("*.tar")) if source.is_dir() else [source]
+    if not archives:
+        raise DataError(
+            f"{source}: no .tar archive in it; compressed ones cannot be read in place, unpack them to .tar"
+        )
+    for path in archives:
+        samples: dict[str, dict[str, tarfile.TarInfo]] = {}
+        name, problem = path.name if path == source else path.relative_to(source).as_posix(), ""
+        with path.open("rb") as raw:
+            try:
+                with tarfile.open(fileobj=raw, mode="r:") as archive:
+                    for member in archive:
+                        folder, _, base = member.name.rpartition("/")
+                        key, _, suffix = base.partition(".")
+                        if member.isfile() and base[:1] != ".":
+                            samples.setdefault(f"{folder}/{key}".lstrip("/"), {})[f".{suffix.lower()}"] = member
+            except tarfile.TarError as error:
+                problem = f"damaged archive: {error}"
+            for key, members in samples.items():
+                yield _sample(path, f"{name}/{key}", members, raw)
+        if problem:
+            yield Item(name, path, problem=problem)
+
+
+LAYOUTS: Mapping[Layout, Callable[[Path, Path], Iterator[Item]]] = {
+    "plain": plain, "openvid": openvid, "webvid": webvid, "ucf101": ucf101, "tars": tars,
+}  # fmt: skip
+
+
+def _folder(folder: Path) -> Iterator[Item]:
+    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in VIDEO_SUFFIXES)
+    if not paths and any(folder.glob("*.tar")):
+        raise DataError(f"{folder}: no videos, but .tar archives; say that this is layout tars")
+    for path in paths:
+        caption = path.with_suffix(".txt")
+        if caption.is_file():
+            yield Item(path.name, path, caption.read_text(encoding="utf-8-sig").strip())
+        else:
+            yield Item(path.name, path, problem=f"no caption: there is no {caption.name} beside it")
+
+
+def _sample(archive: Path, name: str, members: Mapping[str, tarfile.TarInfo], raw: BinaryIO) -> Item:
+    """One sample of an archive that is open as `raw`."""
+
+    def text(suffix: str) -> str:
+        raw.seek(members[suffix].offset_data)
+        return raw.read(members[suffix].size).decode("utf-8-sig")
+
+    suffix = next((s for s in VIDEO_SUFFIXES if s in members), None)
+    if suffix is None:
+        return Item(name, archive, problem=f"no video: the sample has only {', '.join(sorted(members))}")
+    try:
+        facts = json.loads(text(".json")) if ".json" in members else {}
+        caption = text(".txt") if ".txt" in members else facts.get("caption") or facts.get("text")
+    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
+        return Item(name + suffix, archive, problem=f"no caption: its text cannot be read ({error})")
+    item = _item(archive.parent, name + suffix, caption, facts, "its sample")
+    return replace(item, path=archive, span=(members[suffix].offset_data, members[suffix].size))
+
+
+def _the_table(source: Path) -> Path:
+    """The CSV of a dataset: `source` itself, or the only one in that folder."""
+    if source.is_file():
+        return source
+    tables = sorted(source.glob("*.csv"))
+    if len(tables) != 1:
+        have = ", ".join(table.name for table in tables) or "none"
+        raise DataError(f"{source}: which .csv? It has {have}; give the file, and the folder of the videos as root")
+    return tables[0]
+
+
+def _rows(table: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Where each row is, for messages, and its cells by column."""
+    readers = {".jsonl": _json_rows, ".csv": _csv_rows}
+    if table.suffix.lower() not in readers:
+        raise DataError(f"{table}: a list of videos ends in .jsonl or .csv; or give the folder that holds the videos")
+    try:
+        yield from readers[table.suffix.lower()](table)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{table}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+
+
+def _json_rows(table: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    with table.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            where = f"{table.name}, line {number},"
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{where} is not JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise DataError(f'{where} must be an object such as {{"video": "duck.mp4", "caption": "a duck"}}')
+            yield where, row
+
+
+def _csv_rows(table: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    with table.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, skipinitialspace=True)
+        try:
+            for row in reader:
+                yield f"{table.name}, line {reader.line_num},", row
+        except csv.Error as error:
+            raise DataError(f"{table.name} is not CSV after line {reader.line_num}: {error}") from None
+
+
+def _cell(row: Mapping[str, Any], columns: tuple[str, ...], where: str) -> Any:
+    """What is in the first of `columns` that the row has. DataError if it has none of them."""
+    for column in columns:
+        if column in row:
+            return row[column]
+    have = [str(key) for key in row]
+    near = [(match, column) for column in columns for match in difflib.get_close_matches(column, have, n=1)]
+    hint = f"; rename {near[0][0]!r} to {near[0][1]!r}" if near else ""
+    raise DataError(f"{where} has no {' or '.join(map(repr, columns))}, only {', '.join(have) or 'nothing'}{hint}")
+
+
+def _item(folder: Path, name: Any, caption: Any, row: Mapping[str, Any], where: str) -> Item:
+    """A row's video in `folder`, with its other cells as tags; a problem if a cell is empty."""
+    if not isinstance(name, str) or not name:
+        return Item(where.rstrip(","), folder, problem=f"no file name: {where} has {name!r}")
+    if not isinstance(caption, str) or not caption.strip():
+        return Item(name, folder / name, problem=f"no caption: {where} has {caption!r}")
+    others = {key: value for key, value in row.items() if isinstance(value, (str, int, float)) and value}
+    tags = {key: str(value) for key, value in others.items() if value not in (name, caption)}
+    return Item(name, folder / name, caption.strip(), tags)

@@ -1,0 +1,56 @@
+"""In which order samples are drawn: a function of seed, epoch and place that nobody has to hold."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from hashlib import blake2b
+
+import torch
+
+from fewstep.core import Rng
+from fewstep.data.base import DataError
+
+ROUNDS = 8
+
+
+def draw_indices(n: int, size: int, rng: Rng) -> list[int]:
+    """Which of `n` samples make the batch of `size` at `(rng.seed, rng.step, rng.place)`.
+
+    Each place walks through its own shuffle of all samples and takes a fresh one after every epoch: sample `i` of a
+    place's stream is place `i % n` in the order of epoch `i // n`, and step `k` holds samples `k size ... (k+1) size - 1`.
+    So a place sees every sample exactly once per epoch, whatever `size`, and any step is found without those before
+    it, in the same time and memory for any `n`. Places shuffle independently: how many there are (ranks times
+    accumulated micro-batches) a source cannot know.
+
+    >>> sorted(draw_indices(4, 2, Rng(0, step=0)) + draw_indices(4, 2, Rng(0, step=1)))
+    [0, 1, 2, 3]
+    """
+    if n < 1:
+        raise DataError("there are no samples to draw from")
+    first = rng.step * size
+    chosen = (divmod(position, n) for position in range(first, first + size))
+    return [shuffled(offset, n, _key(rng.seed, rng.place, epoch)) for epoch, offset in chosen]
+
+
+def shuffled(position: int, n: int, key: bytes) -> int:
+    """What stands at `position` in the order of 0 ... n-1 that `key` names.
+
+    A Feistel network permutes the numbers of 2k bits, the next power of 4 from `n` on; it is applied again until the
+    result is below `n` (cycle walking; Black and Rogaway, Ciphers with arbitrary finite domains, 2002).
+    """
+    half = max(2, (n - 1).bit_length() + 1 >> 1)
+    mask = (1 << half) - 1
+    while True:
+        left, right = position >> half, position & mask
+        for number in range(ROUNDS):
+            drawn = blake2b(b"%d %d" % (number, right), key=key, digest_size=8).digest()
+            left, right = right, left ^ int.from_bytes(drawn, "little") & mask
+        position = left << half | right
+        if position < n:
+            return position
+
+
+@lru_cache(maxsize=64)
+def _key(seed: int, place: int, epoch: int) -> bytes:
+    generator = Rng(seed, step=epoch, place=place).local("data/epoch")
+    return bytes(torch.randint(256, (16,), generator=generator).tolist())

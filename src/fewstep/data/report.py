@@ -1,0 +1,108 @@
+"""What a preparation dropped, and why: counts by reason, every case by name, and a picture of a few."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from fewstep.core.atomic import replacing, write_text
+from fewstep.data.base import DataError
+from fewstep.data.listing import Listing
+from fewstep.data.video import ClipError, read_video
+
+EXAMPLES = 6
+"""Pictures per reason, each of another video."""
+TILE = (72, 128)
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A video, or one of its clips, that is not in the latents."""
+
+    item: int
+    """Its number in the listing."""
+    name: str
+    problem: str
+    """The reason, a colon, and the particulars if any."""
+    start: int | None = None
+    """First frame of the clip; None if it is the whole video, or all of it from some point on."""
+
+    @property
+    def reason(self) -> str:
+        return self.problem.partition(":")[0].partition(" (after")[0]
+
+
+@dataclass
+class Count:
+    """How often a reason was given, and one case of it."""
+
+    videos: int = 0
+    clips: int = 0
+    example: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """`videos` of the listing gave `clips`; `dropped` counts the rest by reason."""
+
+    videos: int
+    clips: int
+    dropped: Mapping[str, Count] = field(default_factory=dict)
+
+
+def write_report(folder: Path, listing: Listing, parts: Iterable[Mapping[str, Any]]) -> Report:
+    """From the manifests of all parts: `dropped.jsonl` (every case), `report.json` (counts), `dropped.png` (some cases).
+
+    DataError if no clip is left.
+    """
+    counts: dict[str, Count] = {}
+    shown: dict[str, list[Dropped]] = {}
+    clips = 0
+    with replacing(folder / "dropped.jsonl") as draft, draft.open("w", encoding="utf-8") as lines:
+        for part in parts:
+            clips += part["rows"]
+            for case in (Dropped(**row) for row in part["dropped"]):
+                lines.write(json.dumps(vars(case), ensure_ascii=False) + "\n")
+                count = counts.setdefault(case.reason, Count(example=f"{case.name}: {case.problem}"))
+                count.videos += case.start is None
+                count.clips += case.start is not None
+                examples = shown.setdefault(case.reason, [])
+                if len(examples) < EXAMPLES and case.item not in (example.item for example in examples):
+                    examples.append(case)
+    report = Report(len(listing), clips, dict(sorted(counts.items())))
+    if not clips:
+        raise DataError("no video gave a clip: " + "; ".join(count.example for count in report.dropped.values()))
+    if shown:
+        _draw(folder / "dropped.png", listing, dict(sorted(shown.items())))
+    write_text(folder / "report.json", json.dumps(asdict(report), indent=2, ensure_ascii=False) + "\n")
+    return report
+
+
+def read_report(folder: str | Path) -> Report:
+    """What `write_report` left in a prepared folder."""
+    tree = json.loads((Path(folder) / "report.json").read_text(encoding="utf-8"))
+    return Report(**{**tree, "dropped": {reason: Count(**count) for reason, count in tree["dropped"].items()}})
+
+
+def _draw(path: Path, listing: Listing, shown: Mapping[str, list[Dropped]]) -> None:
+    """First frames, one row per reason; grey where there is none."""
+    height, width = TILE
+    sheet = Image.new("RGB", (EXAMPLES * width, len(shown) * (height + 14)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for row, (reason, cases) in enumerate(shown.items()):
+        top = row * (height + 14)
+        pen.text((2, top + 1), reason, fill="black")
+        for column, case in enumerate(cases):
+            frame = np.full((*TILE, 3), 160, np.uint8)
+            with suppress(ClipError):
+                frame = read_video(listing[case.item].video(), 1, size=TILE, start=case.start or 0)[0].numpy()
+            sheet.paste(Image.fromarray(frame), (column * width, top + 14))
+    with replacing(path) as draft:
+        sheet.save(draft)

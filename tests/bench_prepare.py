@@ -1,0 +1,47 @@
+"""A preparation that several processes share, as a program: `torchrun ... tests/bench_prepare.py VIDEOS OUTPUT [RANK NUMBER]`.
+
+In the first attempt of torchrun process RANK kills itself when it is about to encode its clip NUMBER. Every clip that is
+encoded is noted beside OUTPUT.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from itertools import count
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bench_data import tiny
+from fewstep.core.env import place
+from fewstep.core.peers import meet_peers, part_company
+from fewstep.data import Cut, Preparation, prepare, store_texts
+from fewstep.data.store import ShardReader
+
+PLAN = Preparation(cut=Cut(num_frames=4, height=16, width=16, clips_per_video=0), shard_size=2, part_size=2)
+
+
+def run(videos: Path, output: Path, rank: int = -1, number: int = 0) -> None:
+    model, here = tiny(), place()
+    encode, notes = model.codec.encode, output.with_name(f"{output.name}.encoded.{here.rank}")
+    calls = count(1)
+
+    def noted(frames: Tensor) -> Tensor:
+        with notes.open("a") as file:
+            file.write(f"{float(frames.mean()):.3f}\n")
+        if (here.rank, here.attempt, next(calls)) == (rank, 0, number):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return encode(frames)
+
+    model.codec.encode = noted  # type: ignore[method-assign]
+    made = prepare(videos, output, model.codec, PLAN)
+    store_texts(model, ShardReader(made.folder, "latents").captions, output / "texts", peers=meet_peers())
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    run(Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:]))
+    part_company()

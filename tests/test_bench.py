@@ -1,0 +1,49 @@
+"""The benchmark of a training step counts what it says it counts: on a tiny model, in the engine's own loop."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from bench_engine import FRAMES, tiny_model
+from fewstep.diffusion import CFG
+from fewstep.methods import DMD2
+from fewstep.world.data import WorldClips
+
+pytestmark = pytest.mark.usefixtures("single_thread")
+
+
+@pytest.fixture
+def train_step(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """`bench/train_step.py` with a tiny model in place of its own."""
+    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parent.parent / "bench")])
+    module = importlib.import_module("train_step")
+    monkeypatch.setattr(module, "load", lambda name: (tiny_model(), WorldClips(num_frames=FRAMES)))
+    return module
+
+
+@pytest.mark.parametrize("changes", [{}, {"guidance": CFG(scale=1.0), "critic_updates": 1}], ids=["guided", "unguided"])
+def test_the_calls_of_a_cycle_are_what_the_method_says_they_cost(
+    changes: dict[str, object], train_step: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method: DMD2 = replace(train_step.METHOD, **changes)
+    monkeypatch.setattr(train_step, "METHOD", method)
+    found = train_step.measure(train_step.Case(batch=2, rounds=2))
+    assert found["counted"] == found["cost"] == method.cost()
+
+
+def test_phases_add_up_to_the_cycle_and_nothing_stays_behind(train_step: ModuleType) -> None:
+    found = train_step.measure(train_step.Case(batch=2, rounds=3))
+    assert sum(found["phases"].values()) == pytest.approx(found["medians"]["cycle"], rel=0.5)
+    assert {"student", "teacher", "critic", "backward", "optimizer", "average", "data"} <= found["phases"].keys()
+    assert found["memory"]["peak"] > 0
+
+
+def test_a_gpu_that_is_not_there_is_said_to_be(train_step: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_step.main(train_step.Case(model="wan-1.3b")) == 0
+    assert "skipped" in capsys.readouterr().out

@@ -1,0 +1,84 @@
+"""A preparation by several processes is the preparation by one, also when one of them is killed on the way."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import bench_prepare
+from fewstep.data import texts
+from fewstep.data.video import write_video
+
+ROOT = Path(__file__).parent.parent
+VIDEOS, CLIPS = 7, 2
+
+pytestmark = pytest.mark.usefixtures("single_thread")
+
+
+@pytest.fixture
+def videos(tmp_path: Path) -> Path:
+    """Seven videos of two clips each, all of different greys, and one that is none."""
+    folder = tmp_path / "videos"
+    for number in range(VIDEOS):
+        first, second = (torch.full((3, 4, 16, 16), -0.9 + 0.13 * (2 * number + k)) for k in range(CLIPS))
+        path = write_video(folder / f"v{number}.mp4", torch.cat([first, second], 1))
+        path.with_suffix(".txt").write_text(f"video number {number}")
+    (folder / "v7.mp4").write_text("not a video")
+    (folder / "v7.txt").write_text("not a video")
+    return folder
+
+
+def launch(processes: int, *words: object, restarts: int = 0) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    program = [f"--max-restarts={restarts}", "--monitor-interval=0.1", str(ROOT / "tests" / "bench_prepare.py")]
+    return subprocess.run(
+        [*torchrun, *program, *map(str, words)], env=environment, check=False, capture_output=True, text=True
+    )
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def encoded(output: Path) -> list[str]:
+    """What was encoded, by all processes and attempts."""
+    return sorted(
+        line for file in output.parent.glob(f"{output.name}.encoded.*") for line in file.read_text().splitlines()
+    )
+
+
+@pytest.mark.timeout(600)
+def test_killed_and_started_again_nothing_is_lost_or_done_twice(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, killed, parts = tmp_path / "whole", tmp_path / "killed", tmp_path / "parts"
+    bench_prepare.run(videos, whole)
+    once = encoded(whole)
+    assert len(once) == len({*once}) == VIDEOS * CLIPS
+
+    # Process 1 has parts 1 and 3, of two shards each; it dies when the second half of a shard is not there yet.
+    done = launch(2, videos, killed, 1, 4, restarts=1)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert contents(killed) == contents(whole)
+    again = encoded(killed)
+    for clip in {*again}:
+        again.remove(clip)
+    assert {*encoded(killed)} == {*once}
+    assert len(again) <= 2 * bench_prepare.PLAN.shard_size  # at most what either process had not yet written
+
+    failed = launch(2, videos, parts, 1, 4)  # no restart: both are gone
+    assert failed.returncode != 0 and not (parts / "index.jsonl").exists()
+    before = len(encoded(parts))
+    assert before < len(once)
+    bench_prepare.run(videos, parts)  # one process takes over from two
+    assert contents(parts) == contents(whole)
+    assert len(encoded(parts)) <= len(once) + 2 * bench_prepare.PLAN.shard_size
+    monkeypatch.setattr(texts, "_encode", lambda *_: pytest.fail("a prompt was encoded again"))
+    bench_prepare.run(videos, parts)
+    assert contents(parts) == contents(whole)
