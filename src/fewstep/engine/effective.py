@@ -247,11 +247,12 @@ def in_effect(
 
 def spread_of(parallel: Parallel, processes: Processes) -> str:
     """How the run is spread over processes and memories."""
-    groups, sequence = parallel.replicate, processes.sequence
+    world, sequence = processes.world, processes.sequence
     facts = ["one process"]
-    if processes.world > 1:
-        shards = processes.world // (groups * sequence)
-        facts = [f"{processes.world} processes: replicate {groups} x shard {shards} x sequence {sequence}"]
+    if world > 1:
+        groups = world // sequence if processes.weights is None else parallel.replicate
+        shards = world // (groups * sequence)
+        facts = [f"{world} processes: replicate {groups} x shard {shards} x sequence {sequence}"]
     facts += ["blocks computed again in the backward pass"] * parallel.checkpointing
     facts += ["idle networks on the CPU"] * parallel.offload
     return ", ".join(facts)
