@@ -25,7 +25,7 @@ from fewstep.engine.listening import Overheard
 from fewstep.engine.log import RunLog, read_metrics
 from fewstep.engine.mesh import Processes, require_mesh
 from fewstep.engine.offload import Shelf
-from fewstep.engine.prepare import open_data, prepare
+from fewstep.engine.prepare import open_data, prepare, require_processes
 from fewstep.engine.shard import hollow
 from fewstep.methods import METHODS, Method
 from fewstep.models import Lora, VideoDiT, VideoModel
@@ -82,7 +82,12 @@ def test_two_processes_compute_what_one_does(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.timeout(900)  # processes that share two cores with other tests
 def test_four_processes_compute_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ["DMD2.replicate", "Consistency.sequence", "KnowledgeDistillation.shard", "KnowledgeDistillation-adapters.sequence"]
+    names = [
+        "DMD2.replicate",
+        "Consistency.sequence",
+        "KnowledgeDistillation.shard",
+        "KnowledgeDistillation-adapters.sequence",
+    ]
     done = launch(4, tmp_path, *names)
     assert done.returncode == 0, done.stderr[-4000:]
     for name in names:
@@ -326,7 +331,6 @@ def test_processes_that_cannot_do_it_are_refused(
             {"compile": True, "parallel": Parallel(sequence=2)},
             "compile cannot look into the exchanges",
         ),
-        (CASES["Consistency"], {"lora": Lora(), "parallel": Parallel(shard=2)}, "are whole on every process"),
         (CASES["Consistency"], {"optim": {"student": Optim(type="muon")}}, "muon works on whole matrices"),
         (CASES["Reconstruction"], {"parallel": Parallel(sequence=2)}, "settings.parallel.sequence is for denoisers"),
         (CASES["Reconstruction"], {"parallel": Parallel(shard=2)}, "shard is for denoisers, and Reconstruction trains"),
@@ -339,6 +343,11 @@ def test_what_several_processes_cannot_do_is_refused(
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=message):
         train(tiny_model(), method, Everything(), small(2, accumulate=2, **others), tmp_path, quiet=True)
+
+
+def test_adapters_are_whole_on_every_process_so_muon_can_work_on_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    require_processes(small(2, accumulate=2, lora=Lora(), optim={"student": Optim(type="muon")}))
 
 
 def test_a_network_that_cannot_share_its_tokens_says_so() -> None:
