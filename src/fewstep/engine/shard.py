@@ -1,8 +1,8 @@
 """Networks spread over processes with FSDP2: every process holds its share of each weight and gathers a block when it runs.
 
 A denoiser is cut along the three-part contract: each block on its own, embedding and head together. Every other network
-(discriminator heads, codecs, encoders) is small, stays whole on every process and has its gradients added up; so are
-adapters and, as all roles borrow them, the weights below.
+(discriminator heads, codecs, encoders) is small, stays whole on every process and has its gradients added up.
+So it is with adapters, and the weights that all roles borrow are whole, too.
 """
 
 from __future__ import annotations
