@@ -90,6 +90,19 @@ def test_forward_is_diffusers_own(name: str, model: VideoModel, pipeline: Diffus
 
 
 @torch.no_grad()
+def test_a_model_of_whole_clips_refuses_what_it_cannot_do(name: str, source: Diffusers, model: VideoModel) -> None:
+    if TINY[name].causal:
+        return
+    x, t, cond = drawn(model)
+    with pytest.raises(ValueError, match=r"one time per clip: t must be \[2\], got \(2, \d\)"):
+        model.denoiser(x, t[:, None].expand(-1, x.shape[2]), cond)
+    with pytest.raises(ValueError, match="sees whole clips and has no cache"):
+        model.denoiser(x, t, cond, KVCache.empty().view())
+    with pytest.raises(RecipeError, match="has no pattern; leave it out"):
+        replace(source, pattern=BlockCausal(chunk=1)).load()
+
+
+@torch.no_grad()
 def test_a_time_per_frame_is_diffusers_time_per_token(
     name: str, model: VideoModel, pipeline: DiffusionPipeline
 ) -> None:
@@ -102,14 +115,15 @@ def test_a_time_per_frame_is_diffusers_time_per_token(
 
 
 def test_weights_have_diffusers_names(model: VideoModel, pipeline: DiffusionPipeline) -> None:
-    ours, theirs = model.denoiser.backbone.state_dict(), pipeline.transformer.state_dict()
+    backbone, theirs = model.denoiser.backbone, pipeline.transformer.state_dict()
+    ours = {backbone.foreign(name): weight for name, weight in backbone.state_dict().items()}
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 @torch.no_grad()
 def test_text_is_the_pipeline_s(name: str, model: VideoModel, pipeline: DiffusionPipeline) -> None:
     prompts = [*PROMPTS, ""]
-    theirs = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, **TINY[name].text_arguments)[0]
+    theirs = pipeline.encode_prompt(prompts, **TINY[name].text_arguments)[0]
     cond = model.text.encode(prompts)
     torch.testing.assert_close(cond.text, theirs, **EXACT)
     assert cond.mask.any(1).all() and cond.text.shape == (3, model.text.length, model.text.width)
@@ -119,19 +133,21 @@ def test_text_is_the_pipeline_s(name: str, model: VideoModel, pipeline: Diffusio
 @torch.no_grad()
 def test_clips_are_the_pipeline_s(name: str, model: VideoModel, pipeline: DiffusionPipeline) -> None:
     """Same latents, steps and guidance, the scheduler's own times: same latents out, and the same frames."""
-    card, steps = model.card, 3
+    card, steps, tiny = model.card, 4, TINY[name]
     noise = Seeds((5, 6)).randn((2, *model.latent_shape()), "start")
     options = {
         "prompt": PROMPTS, "negative_prompt": card.negative_prompt, "num_frames": card.num_frames, "height": card.height,
-        "width": card.width, "num_inference_steps": steps, "guidance_scale": 5.0, "latents": noise,
+        "width": card.width, "num_inference_steps": steps, "guidance_scale": 5.0,
     }  # fmt: skip
-    theirs = pipeline(**options, output_type="latent").frames
-    times = TINY[name].times(pipeline)
+    theirs = tiny.sample(pipeline, noise, **options, output_type="latent")
+    times = tiny.times(pipeline)
+    assert name == "wan" or card.contract.times(steps) == pytest.approx(times)  # its pipeline leaves the ends to others
     model.card = replace(card, contract=replace(card.contract, grids={str(steps): times}, steps=steps))
     ours = model.latents(PROMPTS, seed=(5, 6), guidance_scale=5.0)
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
-    frames = torch.as_tensor(pipeline(**options, output_type="np").frames).permute(0, 4, 1, 2, 3)
-    torch.testing.assert_close((model(PROMPTS, seed=(5, 6)) + 1) / 2, frames, atol=1e-4, rtol=1e-4)
+    frames = tiny.sample(pipeline, noise, **options, output_type="np").permute(0, 4, 1, 2, 3)
+    made = model(PROMPTS, seed=(5, 6), guidance_scale=5.0)
+    torch.testing.assert_close((made + 1) / 2, frames, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -173,7 +189,7 @@ def test_chunk_by_chunk_with_a_cache_is_one_masked_forward(name: str, source: Di
     torch.testing.assert_close(torch.cat(made, 2), model.denoiser(x, t, cond).raw, **EXACT)
 
 
-def test_features_gradients_and_checkpointing(model: VideoModel) -> None:
+def test_features_gradients_and_checkpointing(name: str, model: VideoModel) -> None:
     x, t, cond = drawn(model)
     width, grid = model.denoiser.backbone.width, model.denoiser.backbone.embed(x, t, cond).grid
     feature = model.denoiser.features(x.requires_grad_(), t, cond, [-1])[0]
@@ -183,9 +199,11 @@ def test_features_gradients_and_checkpointing(model: VideoModel) -> None:
         model.denoiser.backbone.spread(None, checkpointing)
         model.denoiser.zero_grad()
         model.denoiser(x, t, cond).raw.square().mean().backward()
-        gradients.append({name: p.grad for name, p in model.denoiser.named_parameters()})
-        assert all(g is not None and g.abs().sum() > 0 for name, g in gradients[-1].items() if "to_k.bias" not in name)
-    assert all(torch.equal(g, gradients[1][name]) for name, g in gradients[0].items())
+        gradients.append({key: p.grad for key, p in model.denoiser.named_parameters()})
+        unread = ("to_k.bias", *TINY[name].unread)
+        reached = {key: g for key, g in gradients[-1].items() if not any(part in key for part in unread)}
+        assert all(g is not None and g.abs().sum() > 0 for g in reached.values())
+    assert all(torch.equal(g, gradients[1][key]) for key, g in gradients[0].items() if g is not None)
 
 
 def test_jvp_is_the_finite_difference(model: VideoModel) -> None:
@@ -246,7 +264,7 @@ def test_a_student_has_its_denoiser_and_names_the_rest(model: VideoModel, source
     assert loaded.card.fingerprints == {name: fingerprint(part) for name, part in loaded.parts.items()}
     assert loaded.card.fingerprints["denoiser"] == fingerprint(twin)
     clips = [m(PROMPTS[:1], num_inference_steps=2) for m in (loaded, model.with_part("denoiser", twin))]
-    assert torch.equal(*clips)
+    torch.testing.assert_close(*clips, **EXACT)  # weights lie elsewhere in memory, so sums may be rounded otherwise
     again = loaded.save(tmp_path / "again")
     assert VideoModel.from_pretrained(again).card == loaded.card
 
@@ -314,8 +332,8 @@ def test_importing_fewstep_imports_no_diffusers() -> None:
 
 
 def test_without_the_extra_one_is_told_to_install_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("wan", "layout", "codec", "t5"):
-        monkeypatch.delitem(sys.modules, f"fewstep.models.adapters.{module}", raising=False)
+    for module in [module for module in sys.modules if module.startswith("fewstep.models.adapters.")]:
+        monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(RecipeError, match=r"pip install 'fewstep\[diffusers\]'"):
         read_card(folder)
@@ -377,7 +395,9 @@ def test_distil_sample_and_explain_by_command(
 
 
 @pytest.mark.parametrize("parallel", ["{shard: 2}", "{sequence: 2}"], ids=["shard", "sequence"])
-def test_two_processes_train_as_one(source: Diffusers, tmp_path: Path, parallel: str) -> None:
+def test_two_processes_train_as_one(name: str, source: Diffusers, tmp_path: Path, parallel: str) -> None:
+    if "sequence" in parallel:
+        causal_only(name)  # whose blocks share their tokens as well
     figures = []
     for processes, settings in ((1, ""), (2, f", parallel: {parallel}")):
         run = tmp_path / f"run{processes}"

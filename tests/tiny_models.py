@@ -5,19 +5,52 @@ A new family is one function that saves a pipeline, and one entry of `TINY`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    AutoencoderKLHunyuanVideo,
+    AutoencoderKLHunyuanVideo15,
+    AutoencoderKLLTXVideo,
+    AutoencoderKLWan,
+    ClassifierFreeGuidance,
+    CogVideoXDDIMScheduler,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+    FlowMatchEulerDiscreteScheduler,
+    HunyuanVideo15Pipeline,
+    HunyuanVideo15Transformer3DModel,
+    HunyuanVideoPipeline,
+    HunyuanVideoTransformer3DModel,
+    LTXPipeline,
+    LTXVideoTransformer3DModel,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from transformers import (
+    ByT5Tokenizer,
+    CLIPTextConfig,
+    CLIPTextModel,
+    LlamaConfig,
+    LlamaModel,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLTextConfig,
+    Qwen2_5_VLTextModel,
+    T5Config,
+    T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 from fewstep.core import Cond
-from fewstep.diffusion import CFG, Contract
+from fewstep.diffusion import CFG, Betas, Contract
 
 WORDS = [
     "<pad>",
@@ -39,6 +72,14 @@ WORDS = [
 TEXT_WIDTH = 24
 
 
+def sample(pipeline: Any, noise: Tensor, **options: Any) -> Tensor:
+    return torch.as_tensor(pipeline(latents=noise, **options).frames)
+
+
+def sigmas(pipeline: Any) -> tuple[float, ...]:
+    return tuple(map(float, pipeline.scheduler.sigmas))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Tiny:
     """One family: how its pipeline is made, and what diffusers' own classes do where the tests compare."""
@@ -53,15 +94,16 @@ class Tiny:
     """Diffusers' network (the pipeline's) on x, t and conditions; t is that of fewstep, per sample or per token."""
     encode: Callable[[Any, Tensor], Tensor]
     """Latents of frames as the pipeline's denoiser knows them."""
-    text_arguments: dict[str, Any] = field(default_factory=dict)
+    sample: Callable[..., Tensor] = sample
+    """The pipeline's clips of given noise, with its own options: frames, or latents in the order of fewstep."""
+    times: Callable[[Any], tuple[float, ...]] = sigmas
+    """Where the pipeline's scheduler has been in its last call."""
+    text_arguments: dict[str, Any] = field(default_factory=lambda: {"do_classifier_free_guidance": False})
     """Of the pipeline's `encode_prompt`."""
+    unread: tuple[str, ...] = ()
+    """Parts of names of weights that nothing depends on."""
     causal: bool = False
     """Whether it takes a pattern, a cache and a time per frame."""
-
-    @staticmethod
-    def times(pipeline: Any) -> tuple[float, ...]:
-        """Where the pipeline's scheduler has been in its last call."""
-        return tuple(map(float, pipeline.scheduler.sigmas))
 
 
 def wan() -> WanPipeline:
@@ -90,12 +132,225 @@ def wan_encode(pipeline: WanPipeline, frames: Tensor) -> Tensor:
     return (pipeline.vae.encode(frames).latent_dist.mode() - mean) / std
 
 
+def ltx() -> LTXPipeline:
+    """LTX-Video; its width is no multiple of 6, so that some values are not rotated."""
+    transformer = LTXVideoTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=10, in_channels=4, out_channels=4, cross_attention_dim=20,
+        caption_channels=TEXT_WIDTH, num_layers=2,
+    )  # fmt: skip
+    vae = AutoencoderKLLTXVideo(
+        latent_channels=4, block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4, layers_per_block=(1,) * 5,
+        decoder_layers_per_block=(1,) * 5, spatio_temporal_scaling=(True, True, False, False),
+        decoder_spatio_temporal_scaling=(True, True, False, False), patch_size=8, scaling_factor=0.9,
+        timestep_conditioning=True,
+    )  # fmt: skip
+    vae.latents_mean.copy_(torch.tensor([-0.7, 0.2, 0.0, 0.1]))
+    vae.latents_std.copy_(torch.tensor([2.8, 1.4, 0.5, 1.0]))
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_image_seq_len=1024, max_image_seq_len=4096, base_shift=0.95, max_shift=2.05,
+        shift_terminal=0.1,
+    )  # fmt: skip
+    return LTXPipeline(tokenizer=tokenizer(), text_encoder=t5(), vae=vae, transformer=transformer, scheduler=scheduler)
+
+
+def ltx_forward(pipeline: LTXPipeline, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    tokens = x.flatten(2).transpose(1, 2)
+    made = pipeline.transformer(
+        tokens,
+        cond.text,
+        1000 * t,
+        cond.mask,
+        *x.shape[2:],
+        rope_interpolation_scale=(4 / 20, 32, 32),
+        return_dict=False,
+    )[0]
+    return made.transpose(1, 2).reshape(x.shape)
+
+
+def ltx_encode(pipeline: LTXPipeline, frames: Tensor) -> Tensor:
+    vae, shape = pipeline.vae, (1, -1, 1, 1, 1)
+    latents = vae.encode(frames).latent_dist.mode() - vae.latents_mean.reshape(shape)
+    return latents * vae.config.scaling_factor / vae.latents_std.reshape(shape)
+
+
+LTX_SHIFT = math.exp(0.95 + (2.05 - 0.95) * (41 * 16 * 22 - 1024) / (4096 - 1024))
+"""Of a clip of 161 frames of 512 x 704, with this codec."""
+
+
+def ltx_sample(pipeline: LTXPipeline, noise: Tensor, **options: Any) -> Tensor:
+    tokens = noise.flatten(2).transpose(1, 2)
+    made = torch.as_tensor(pipeline(latents=tokens, frame_rate=20, **options).frames)
+    return made.transpose(1, 2).reshape(noise.shape) if options["output_type"] == "latent" else made
+
+
+def cogvideox(**config: Any) -> CogVideoXPipeline:
+    """CogVideoX 1.0 with rotary positions, as its 5B model."""
+    vae = AutoencoderKLCogVideoX(
+        block_out_channels=(4,) * 4, latent_channels=4, layers_per_block=1, norm_num_groups=2, sample_height=64,
+        sample_width=80,
+    )  # fmt: skip
+    scheduler = CogVideoXDDIMScheduler(
+        prediction_type="v_prediction", rescale_betas_zero_snr=True, snr_shift_scale=3.0, timestep_spacing="trailing",
+        clip_sample=False,
+    )  # fmt: skip
+    transformer = CogVideoXTransformer3DModel(**COGVIDEOX | config)
+    return CogVideoXPipeline(
+        tokenizer=tokenizer(), text_encoder=t5(), vae=vae, transformer=transformer, scheduler=scheduler
+    )
+
+
+COGVIDEOX = {
+    "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4, "time_embed_dim": 12,
+    "text_embed_dim": TEXT_WIDTH, "num_layers": 2, "sample_width": 10, "sample_height": 8, "sample_frames": 9,
+    "max_text_seq_length": 16, "use_rotary_positional_embeddings": True,
+}  # fmt: skip
+
+
+def cogvideox_forward(pipeline: CogVideoXPipeline, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    rotary = pipeline._prepare_rotary_positional_embeddings(8 * x.shape[3], 8 * x.shape[4], x.shape[2], x.device)
+    made = pipeline.transformer(
+        x.transpose(1, 2), cond.text, (1000 * t - 1).round().long(), image_rotary_emb=rotary, return_dict=False
+    )[0]
+    return made.transpose(1, 2)
+
+
+def cogvideox_sample(pipeline: CogVideoXPipeline, noise: Tensor, **options: Any) -> Tensor:
+    made = torch.as_tensor(pipeline(latents=noise.transpose(1, 2), max_sequence_length=16, **options).frames)
+    return made.transpose(1, 2) if options["output_type"] == "latent" else made
+
+
+def levels(pipeline: CogVideoXPipeline) -> tuple[float, ...]:
+    return (*((int(k) + 1) / 1000 for k in pipeline.scheduler.timesteps), 0.0)
+
+
+COGVIDEOX_PATH = Betas(snr_shift=3.0, zero_snr=True)
+
+
+def hunyuan(**config: Any) -> HunyuanVideoPipeline:
+    """HunyuanVideo with embedded guidance, one block of each kind."""
+    transformer = HunyuanVideoTransformer3DModel(**HUNYUAN | config)
+    vae = AutoencoderKLHunyuanVideo(
+        block_out_channels=(4,) * 4, latent_channels=4, layers_per_block=1, norm_num_groups=2,
+        mid_block_add_attention=False,
+    )  # fmt: skip
+    llama = LlamaConfig(
+        vocab_size=len(WORDS), hidden_size=TEXT_WIDTH, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2,
+        pad_token_id=0,
+    )  # fmt: skip
+    clip = CLIPTextConfig(
+        vocab_size=len(WORDS), hidden_size=12, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        eos_token_id=WORDS.index("</s>"),
+    )  # fmt: skip
+    return HunyuanVideoPipeline(
+        tokenizer=tokenizer("</s> " * 38), text_encoder=LlamaModel(llama), tokenizer_2=tokenizer(),
+        text_encoder_2=CLIPTextModel(clip), vae=vae, transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+    )  # fmt: skip
+
+
+HUNYUAN = {
+    "num_attention_heads": 2, "attention_head_dim": 10, "in_channels": 4, "out_channels": 4, "num_layers": 1,
+    "num_single_layers": 1, "num_refiner_layers": 1, "text_embed_dim": TEXT_WIDTH, "pooled_projection_dim": 12,
+    "rope_axes_dim": (2, 4, 4),
+}  # fmt: skip
+
+
+def hunyuan_forward(pipeline: HunyuanVideoPipeline, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    return pipeline.transformer(
+        x, 1000 * t, cond.text, cond.mask, cond.extra["pooled"], torch.full_like(t, 6000.0), return_dict=False
+    )[0]
+
+
+def hunyuan_sample(pipeline: HunyuanVideoPipeline, noise: Tensor, guidance_scale: float, **options: Any) -> Tensor:
+    """With classifier-free guidance beside the embedded one."""
+    made = pipeline(latents=noise, true_cfg_scale=guidance_scale, guidance_scale=6.0, **options)
+    return torch.as_tensor(made.frames)
+
+
+def hunyuan15(**config: Any) -> HunyuanVideo15Pipeline:
+    """HunyuanVideo 1.5: two blocks, and no image."""
+    transformer = HunyuanVideo15Transformer3DModel(**HUNYUAN15 | config)
+    vae = AutoencoderKLHunyuanVideo15(
+        block_out_channels=(8, 8, 8, 8, 8), latent_channels=4, layers_per_block=1, scaling_factor=1.04
+    )
+    qwen = Qwen2_5_VLTextConfig(
+        vocab_size=len(WORDS), hidden_size=TEXT_WIDTH, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2,
+        num_key_value_heads=1, pad_token_id=0, rope_scaling={"type": "default", "mrope_section": [2, 2, 2]},
+    )  # fmt: skip
+    byt5 = T5Config(vocab_size=384, d_model=12, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    words = tokenizer()
+    words.chat_template = (
+        "</s> " * (108 - 65) + "{% for message in messages %}{{ message['content'] + ' ' }}{% endfor %}</s>"
+    )
+    return HunyuanVideo15Pipeline(
+        tokenizer=words, text_encoder=Qwen2_5_VLTextModel(qwen), tokenizer_2=ByT5Tokenizer(),
+        text_encoder_2=T5EncoderModel(byt5), vae=vae, transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0), guider=ClassifierFreeGuidance(guidance_scale=6.0),
+    )  # fmt: skip
+
+
+HUNYUAN15 = {
+    "num_attention_heads": 2, "attention_head_dim": 10, "in_channels": 9, "out_channels": 4, "num_layers": 2,
+    "num_refiner_layers": 1, "text_embed_dim": TEXT_WIDTH, "text_embed_2_dim": 12, "image_embed_dim": 8,
+    "rope_axes_dim": (2, 4, 4), "task_type": "t2v",
+}  # fmt: skip
+
+
+def hunyuan15_forward(pipeline: HunyuanVideo15Pipeline, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    conditional = torch.cat([x, torch.zeros_like(x), torch.zeros_like(x[:, :1])], 1)
+    return pipeline.transformer(
+        conditional, 1000 * t, cond.text, cond.mask, None, cond.extra["glyphs"], cond.extra["glyph_mask"],
+        torch.zeros(len(x), 3, 8), return_dict=False,
+    )[0]  # fmt: skip
+
+
+def hunyuan15_sample(
+    pipeline: HunyuanVideo15Pipeline, noise: Tensor, guidance_scale: float, negative_prompt: str, **options: Any
+) -> Tensor:
+    pipeline.guider = ClassifierFreeGuidance(guidance_scale=guidance_scale)
+    pipeline.vae.enable_slicing()  # which it does not work without, for more than one clip
+    return sample(pipeline, noise, negative_prompt=[negative_prompt] * len(noise), **options)
+
+
+def scaled_encode(pipeline: Any, frames: Tensor) -> Tensor:
+    return pipeline.vae.encode(frames).latent_dist.mode() * pipeline.vae.config.scaling_factor
+
+
 TINY = {
     "wan": Tiny(
         make=wan, size={"num_frames": 5, "height": 32, "width": 48}, forward=wan_forward, encode=wan_encode, causal=True,
         card={"num_frames": 81, "fps": 16, "contract": Contract(steps=50, shift=3.0, guidance=CFG(scale=5.0))},
-        text_arguments={"max_sequence_length": 512},
-    )
+        text_arguments={"do_classifier_free_guidance": False, "max_sequence_length": 512},
+    ),
+    "ltx": Tiny(
+        make=ltx, size={"num_frames": 5, "height": 64, "width": 96, "fps": 20}, forward=ltx_forward, encode=ltx_encode,
+        sample=ltx_sample, causal=True,
+        card={
+            "num_frames": 161, "height": 512, "width": 704, "fps": 25,
+            "contract": Contract(steps=50, shift=LTX_SHIFT, terminal=0.1, guidance=CFG(scale=3.0)),
+        },
+    ),
+    "cogvideox": Tiny(
+        make=cogvideox, size={"num_frames": 9, "height": 48, "width": 80}, forward=cogvideox_forward, encode=scaled_encode,
+        sample=cogvideox_sample, times=levels,
+        card={"num_frames": 9, "height": 64, "width": 80, "fps": 8, "kind": "v", "path": COGVIDEOX_PATH},
+        text_arguments={"do_classifier_free_guidance": False, "max_sequence_length": 16},
+    ),
+    "hunyuan": Tiny(
+        make=hunyuan, size={"num_frames": 5, "height": 48, "width": 80}, forward=hunyuan_forward, encode=scaled_encode,
+        sample=hunyuan_sample, text_arguments={},
+        card={"num_frames": 129, "height": 720, "width": 1280, "fps": 24, "contract": Contract(steps=50, shift=7.0)},
+    ),
+    "hunyuan15": Tiny(
+        make=hunyuan15, size={"num_frames": 5, "height": 48, "width": 80}, forward=hunyuan15_forward,
+        encode=scaled_encode, sample=hunyuan15_sample, text_arguments={"batch_size": 3},
+        unread=("image_embedder.", "context_embedder_2.", "blocks.1.inner.norm1_context.", "blocks.1.inner.attn.to_add_out.",
+                "blocks.1.inner.attn.add_q_proj.", "blocks.1.inner.attn.norm_added_q.", "blocks.1.inner.ff_context."),
+        card={
+            "num_frames": 121, "height": 480, "width": 848, "fps": 24,
+            "contract": Contract(steps=50, shift=5.0, guidance=CFG(scale=6.0)),
+        },
+    ),
 }  # fmt: skip
 
 
@@ -111,17 +366,23 @@ def save_tiny(name: str, folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def t5() -> T5EncoderModel:
+    return T5EncoderModel(
+        T5Config(vocab_size=len(WORDS), d_model=TEXT_WIDTH, d_kv=8, d_ff=32, num_layers=2, num_heads=3)
+    )
+
+
 def umt5() -> UMT5EncoderModel:
     return UMT5EncoderModel(
         UMT5Config(vocab_size=len(WORDS), d_model=TEXT_WIDTH, d_kv=8, d_ff=32, num_layers=2, num_heads=3)
     )
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Words between spaces, and the end token of T5."""
+def tokenizer(start: str = "") -> PreTrainedTokenizerFast:
+    """Words between spaces, after those of `start`, and the end token of T5."""
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
     words.post_processor = processors.TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", WORDS.index("</s>"))]
+        single=f"{start}$A </s>", special_tokens=[("</s>", WORDS.index("</s>"))]
     )  # type: ignore[assignment]
     return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>", pad_token="<pad>")

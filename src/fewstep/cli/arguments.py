@@ -238,6 +238,37 @@ class Evaluate(Command):
 
 
 @dataclass(frozen=True)
+class CheckModel(Command):
+    """Check that a model keeps the conventions everything else counts on: most failures are wrong conventions."""
+
+    source: Positional[str]
+    """A folder in diffusers' layout or its name on the hub, a folder that fewstep wrote, or `world`."""
+    only: tuple[str, ...] = ()
+    """Names of checks to run (default: all)."""
+    num_frames: int | None = None
+    """Size to check at (default: the card's where that is small, else a few latent frames of 8 x 16)."""
+    height: int | None = None
+    width: int | None = None
+    num_inference_steps: int = 3
+    """Steps of the clip that is compared with the pipeline's."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Of the denoiser. float64 tells rounding from mistakes, and takes twice the memory."""
+    device: str = "cpu"
+    prompt: tuple[str, ...] = ()
+    """Two are used; the first one captions --video."""
+    video: Path | None = None
+    """A video file as the known clip of the checks that need trained weights (default: a rendered clip)."""
+    seed: int = 0
+    json: bool = False
+    """Print the findings as a list of objects."""
+
+    def run(self, overrides: Overrides) -> int:
+        from fewstep.cli import commands
+
+        return commands.check_model(self)
+
+
+@dataclass(frozen=True)
 class Watch(Command):
     """Show how a run is doing: its verdict and figures beside the teacher's, its losses. Live on a terminal."""
 
@@ -306,7 +337,7 @@ class Doctor(Command):
 
 COMMANDS: dict[str, type[Command]] = {
     "demo": Demo, "prepare": Prepare, "train": Train, "pairs": Pairs, "distill": Distill, "sample": Sample,
-    "evaluate": Evaluate, "watch": Watch, "list": List, "explain": Explain, "doctor": Doctor,
+    "evaluate": Evaluate, "check-model": CheckModel, "watch": Watch, "list": List, "explain": Explain, "doctor": Doctor,
 }  # fmt: skip
 
 

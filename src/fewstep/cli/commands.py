@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -230,6 +232,39 @@ def _suite(options: arguments.Evaluate) -> Suite:
     stride = {} if options.stride is None else {"stride": options.stride}
     real = RealClips(path=str(options.real), **stride)
     return Suite.avdm2(real=real, features=options.features, clip=str(options.clip), **chosen)
+
+
+def check_model(options: arguments.CheckModel) -> int:
+    """Exit code 1 if a check fails."""
+    import torch
+
+    from fewstep.cli.pace import telling
+    from fewstep.cli.screen import screen
+    from fewstep.cli.screen import table as columns
+    from fewstep.evaluate import conformance
+    from fewstep.models.bundle import VideoModel
+
+    model = VideoModel.from_pretrained(options.source).to(options.device)
+    model.denoiser.to(getattr(torch, options.dtype))
+    inputs = conformance.Options(
+        num_frames=options.num_frames, height=options.height, width=options.width, steps=options.num_inference_steps,
+        seed=options.seed, prompts=options.prompt, video=options.video,
+    )  # fmt: skip
+    with telling(options.json) as progress:
+        found = conformance.check_model(model, inputs, options.only, progress)
+    if options.json:
+        print(json.dumps(asdict(found), indent=2))
+        return 1 if found.failed else 0
+    out = screen()
+    size = f"{found.num_frames} frames of {found.height} x {found.width}, latents {found.latents}"
+    out.print(f"{found.model} ({found.network}): {size}, {found.dtype} on {found.device}\n", markup=False)
+    rows = [(f.name, f.outcome, "" if f.figure is None else f"{f.figure:.1e}", f.bound, f.note) for f in found.findings]
+    out.print(columns(("check", "", "figure", "bound", ""), rows))
+    for f in found.failed:
+        out.print(f"\n{f.name}: {f.what}\n  {f.meaning}", markup=False, soft_wrap=True)
+    counts = Counter(f.outcome for f in found.findings)
+    out.print("\n" + ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items(), reverse=True)))
+    return 1 if found.failed else 0
 
 
 def _prompts(given: tuple[str, ...], file: Path | None) -> tuple[str, ...]:

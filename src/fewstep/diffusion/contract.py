@@ -26,6 +26,8 @@ class Contract:
     """The default number of steps."""
     shift: float = 1.0
     """Of the uniform grid, where no exact grid is listed."""
+    terminal: float = 0.0
+    """The last time before 0 of that grid (LTX), if not 0."""
     timesteps: Timesteps | None = None
     """Of a model trained on integer timesteps: takes the place of the uniform grid."""
     grids: dict[str, tuple[float, ...]] = field(default_factory=dict)
@@ -53,7 +55,9 @@ class Contract:
             raise StepCountError(
                 f"this student was trained for {trained} steps and was asked for {steps}. Use one of these."
             )
-        return uniform_grid(steps, self.shift) if self.timesteps is None else self.timesteps.grid(steps)
+        if self.timesteps is not None:
+            return self.timesteps.grid(steps)
+        return uniform_grid(steps, self.shift, self.terminal)
 
     def calls(self, steps: int | None = None) -> int:
         """NFE: network evaluations per clip, guidance counted (two per step when it is on)."""

@@ -21,15 +21,18 @@ def shifted(t: Tensor, shift: float) -> Tensor:
     return shift * t / (shift * t + (1 - t))
 
 
-def uniform_grid(steps: int, shift: float = 1.0) -> tuple[float, ...]:
-    """`steps + 1` decreasing times from 1 to 0.
+def uniform_grid(steps: int, shift: float = 1.0, terminal: float = 0.0) -> tuple[float, ...]:
+    """`steps + 1` decreasing times from 1 to 0; with `terminal` all but the last are stretched to end at that time.
 
     >>> uniform_grid(4, shift=5.0)
     (1.0, 0.9375, 0.8333333333333334, 0.625, 0.0)
     """
     if steps < 1:
         raise ValueError(f"a sampling grid needs at least 1 step, got {steps}")
-    return tuple(float(t) for t in shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift))
+    times = shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift)
+    if terminal and steps > 1:
+        times[:-1] = 1 - (1 - times[:-1]) * (1 - terminal) / (1 - times[-2])
+    return tuple(map(float, times))
 
 
 def check_grid(times: tuple[float, ...]) -> tuple[float, ...]:

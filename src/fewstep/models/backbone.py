@@ -7,7 +7,7 @@ E width, L text tokens, G time groups (1 when t is `[B]`, F when t is `[B, F]`).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -109,6 +109,22 @@ class Output(NamedTuple):
     kv: tuple[KV, ...] | None
 
 
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+class Original(NamedTuple):
+    """What an adapter was read from: its own library's networks with the same weights, and how that library calls them."""
+
+    networks: Mapping[str, nn.Module]
+    """By the folder that each is saved in, in eval mode. Their tensors are the adapter's: nothing is copied."""
+    forward: Callable[[Tensor, Tensor, Cond], Tensor]
+    """`(x, t [B], cond)` to what `Output.raw` must be, by the networks' own forward."""
+    pack: Callable[[Tensor], Tensor] = _same
+    """From latents `[B, C, F, H, W]` to the layout in which the library's pipeline takes them; `unpack` turns back."""
+    unpack: Callable[[Tensor], Tensor] = _same
+
+
 class Backbone(nn.Module, ABC):
     """A video network: latents `[B, C, F, H, W]`, time `[B]` or `[B, F]` and text in, a tensor like the latents out."""
 
@@ -131,6 +147,10 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def head(self, state: Any) -> Tensor:
         """From the kind of state that `embed` makes."""
+
+    def original(self) -> Original | None:
+        """The networks this one was read from, to compare with or to save; None where the class is fewstep's own."""
+        return None
 
     @property
     def widths(self) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from torch import nn
 from fewstep.attention import Pattern
 from fewstep.core import RecipeError
 from fewstep.diffusion import Contract, Kind, NoisePath, RectifiedFlow
+from fewstep.models import adapters
 from fewstep.models.bundle import PARTS, Card, VideoModel, allocate, latent_shape_of, read_card
 from fewstep.models.spec import Spec
 
@@ -87,7 +88,7 @@ class Diffusers(ModelSource):
         chosen = {name: getattr(self, name) for name in sizes if getattr(self, name) is not None}
         card = replace(card, parts=parts, **chosen)
         latent_shape_of(card)
-        return card
+        return adapters.at_size(card)
 
     def load(self, leave: Collection[str] = ()) -> VideoModel:
         return VideoModel.load(self.card(), self.source, leave=leave)

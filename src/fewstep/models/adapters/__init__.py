@@ -21,14 +21,19 @@ if TYPE_CHECKING:
     from fewstep.models.stored import Stored
 
 PIPELINES = MappingProxyType(
-    {"WanPipeline": "wan", "AnimateDiffPipeline": "animatediff", "StableDiffusionPipeline": "stable_diffusion"}
-)
+    {
+        "WanPipeline": "wan", "AnimateDiffPipeline": "animatediff", "StableDiffusionPipeline": "stable_diffusion",
+        "LTXPipeline": "ltx", "CogVideoXPipeline": "cogvideox", "HunyuanVideoPipeline": "hunyuan",
+        "HunyuanVideo15Pipeline": "hunyuan15",
+    }
+)  # fmt: skip
 """Diffusers' pipelines, as `model_index.json` names them, and the file here that makes their card."""
 PARTS = MappingProxyType(
     {
         "Wan": "wan", "T5Text": "t5", "VideoCodec": "codec",
         "AnimateDiff": "animatediff", "StableDiffusion": "stable_diffusion", "ClipText": "clip", "FrameCodec": "frame_codec",
-        "CogVideoX": "cogvideox",
+        "LTX": "ltx", "CogVideoX": "cogvideox", "HunyuanVideo": "hunyuan", "HunyuanText": "hunyuan_text",
+        "HunyuanVideo15": "hunyuan15", "QwenByT5Text": "qwen_byt5",
     }
 )  # fmt: skip
 """Networks a card may name, and the file each is in."""
@@ -55,6 +60,12 @@ def card(source: Path | str) -> Card:
         raise RecipeError(f"{source} is a {pipeline}; the pipelines that can be read are {', '.join(PIPELINES)}")
     made: Card = _module(PIPELINES[pipeline]).card(layout)
     return made
+
+
+def at_size(card: Card) -> Card:
+    """The card of a model in diffusers' layout, with what follows from its size and frame rate."""
+    family = _module(PARTS[card.parts["denoiser"].type])
+    return family.at_size(card) if hasattr(family, "at_size") else card
 
 
 def load(part: nn.Module, source: str, *, leave: bool = False) -> Stored | None:

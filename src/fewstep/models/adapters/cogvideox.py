@@ -1,137 +1,136 @@
-"""CogVideoX 1.0 (2408.06072) over diffusers' CogVideoXTransformer3DModel: text and video are one sequence.
+"""CogVideoX 1.0 text to video (2408.06072) over diffusers' CogVideoXTransformer3DModel.
 
-It predicts v on `Betas(zero_snr=True)`, the 2B model with `snr_shift=3.0`.
-Legend: as in `backbone.py`; p, q rows and columns of a patch.
+It predicts v on a scaled-linear table of noise whose signal-to-noise ratio is shifted and which ends in pure noise. The 2B
+model adds sinusoids to its tokens, the 5B model rotates queries and keys.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from diffusers import CogVideoXTransformer3DModel
-from diffusers.models.embeddings import get_3d_rotary_pos_embed
-from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+from diffusers.models.embeddings import get_3d_rotary_pos_embed, get_3d_sincos_pos_embed
 from torch import Tensor, nn
 
 from fewstep.attention import Grid3, KVView
 from fewstep.core.types import Cond
 from fewstep.diffusion import timestep
-from fewstep.models.adapters.ddpm import require_whole_clips
-from fewstep.models.backbone import Backbone, State
+from fewstep.models.adapters.ddpm import contract_of, kind_of, path_of
+from fewstep.models.adapters.layout import Layout
+from fewstep.models.adapters.rebuilt import rebuilt
+from fewstep.models.adapters.streams import Streams, StreamsBackbone, StreamsBlock
+from fewstep.models.backbone import Original
+from fewstep.models.bundle import Card
+from fewstep.models.spec import Spec
+from fewstep.models.video_dit import unpatchify
+
+_REFUSED = ("patch_size_t", "ofs_embed_dim", "use_learned_positional_embeddings", "dropout")
+"""Settings of CogVideoX 1.5 and of its image-to-video models."""
 
 
-@dataclass(frozen=True)
-class JointState(State):
-    """What flows from block to block: the video's tokens and the text's."""
+def card(layout: Layout) -> Card:
+    """CogVideoX at the size it was trained on, 50 steps of DDIM with guidance 6."""
+    scheduler, network, vae = layout.scheduler(), layout.config("transformer"), layout.config("vae")
+    path, space = path_of(scheduler), 2 ** (len(vae["block_out_channels"]) - 1)
+    text = {"config": layout.config("text_encoder"), "length": network["max_text_seq_length"], "plain": True}
+    large = network["use_rotary_positional_embeddings"]
+    codec = {"config": vae, "kind": "AutoencoderKLCogVideoX", "patch": network["patch_size"], "tiling": False}
+    return Card(
+        name=Path(layout.source).name,
+        parts={
+            "denoiser": Spec("CogVideoX", {"config": network, "num_train_timesteps": path.num_train_timesteps}),
+            "text": Spec("T5Text", {**text, "dtype": "bfloat16"}),
+            "codec": Spec("VideoCodec", codec),
+        },
+        sources=dict.fromkeys(("denoiser", "text", "codec"), layout.source),
+        path=path,
+        kind=kind_of(scheduler),
+        contract=contract_of(scheduler, steps=50, scale=6.0),
+        num_frames=network["sample_frames"], height=network["sample_height"] * space,
+        width=network["sample_width"] * space, fps=8,
+        provenance={"source": layout.source, "licence": "CogVideoX License" if large else "Apache-2.0"},
+    )  # fmt: skip
 
-    x_BNE: Tensor
-    text_BLE: Tensor
-    time_BE: Tensor
-    grid: Grid3
-    rotary: tuple[Tensor, Tensor] | None
-    """Cosines and sines of the video's positions; None where positions were added in the beginning (2B)."""
 
-    @property
-    def volume(self) -> Tensor:
-        return self.x_BNE.unflatten(1, self.grid).permute(0, 4, 1, 2, 3)
+class CogVideoX(StreamsBackbone):
+    """The modules are diffusers' own; `config` is its constructor's arguments. All text tokens are read, padding too."""
 
-    @property
-    def detached(self) -> JointState:
-        x, text = (tokens.detach().requires_grad_() for tokens in (self.x_BNE, self.text_BLE))
-        return replace(self, x_BNE=x, text_BLE=text)
-
-
-class CogVideoX(Backbone):
-    """Clips `[B, 16, F, h, w]` with one time each; `config` is the arguments of diffusers' class.
-
-    All text tokens are read, padding included, as it was trained.
-    """
-
-    folders: ClassVar[tuple[str, ...]] = ("transformer",)
+    network = CogVideoXTransformer3DModel
 
     def __init__(self, *, config: dict[str, Any], num_train_timesteps: int = 1000) -> None:
         super().__init__()
         self.args = {"config": config, "num_train_timesteps": num_train_timesteps}
         self.num_train_timesteps = num_train_timesteps
-        self._hold(CogVideoXTransformer3DModel.from_config(config))
+        self._hold(self.network.from_config(config))
 
-    def load(self, folder: Path) -> None:
-        """Take the weights of a folder in diffusers' layout, as float32."""
-        self._hold(
-            CogVideoXTransformer3DModel.from_pretrained(
-                folder, subfolder=self.folders[0], torch_dtype=torch.float32, use_safetensors=True
-            )
-        )
-
-    def _hold(self, network: CogVideoXTransformer3DModel) -> None:
-        for key in ("patch_size_t", "ofs_embed_dim", "use_learned_positional_embeddings", "dropout"):
-            if network.config[key]:
+    def _hold(self, network: Any) -> None:
+        self.config = network.config
+        for key in _REFUSED:
+            if self.config[key]:
                 raise ValueError(
-                    f"CogVideoX 1.0 text to video is what is read; this network has {key}: {network.config[key]!r}"
+                    f"CogVideoX 1.0 text to video is what is read; this network has {key}: {self.config[key]!r}"
                 )
-        self.config, self.patch = network.config, network.config.patch_size
+        self.channels, self.patch = self.config.in_channels, self.config.patch_size
         self.width = self.config.num_attention_heads * self.config.attention_head_dim
-        self.patch_embed, self.time_proj, self.time_embedding = (
-            network.patch_embed, network.time_proj, network.time_embedding,
-        )  # fmt: skip
-        self.blocks = nn.ModuleList(map(Block, network.transformer_blocks))
+        inner = network.patch_embed
+        self.patch_embed = nn.ModuleDict({"proj": inner.proj, "text_proj": inner.text_proj})
+        self.time_proj, self.time_embedding = network.time_proj, network.time_embedding
+        self.blocks = nn.ModuleList(map(StreamsBlock, network.transformer_blocks))
         self.norm_final, self.norm_out, self.proj_out = network.norm_final, network.norm_out, network.proj_out
 
-    def embed(self, x: Tensor, t: Tensor, cond: Cond, kv: KVView | None = None) -> JointState:
-        require_whole_clips("CogVideoX", x, t, kv)
-        grid = self._grid(x)
-        with torch.autocast(x.device.type, enabled=False):
-            waves = self.time_proj(timestep(t, self.num_train_timesteps)).to(x.dtype)
-            time_BE = self.time_embedding(waves)
-            tokens = self.patch_embed(cond.text.to(x.dtype), x.transpose(1, 2))
-        text, video = tokens.tensor_split([cond.text.shape[1]], 1)
-        return JointState(video, text, time_BE, grid, self._rotary(grid, x.device))
+    def original(self) -> Original:
+        network = rebuilt(self.network, self)
 
-    def head(self, state: JointState) -> Tensor:
-        with torch.autocast(state.x_BNE.device.type, enabled=False):
-            tokens = self.norm_final(state.x_BNE.to(self.proj_out.weight.dtype))
-            tokens = self.proj_out(self.norm_out(tokens, temb=state.time_BE))
-        x = tokens.unflatten(2, (-1, self.patch, self.patch)).unflatten(1, state.grid)  # B F h w C p q
-        return x.permute(0, 4, 1, 2, 5, 3, 6).flatten(5).flatten(3, 4)
+        def forward(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+            steps, text = timestep(t, self.num_train_timesteps), cond.text.to(x.dtype)
+            rotates = self.config.use_rotary_positional_embeddings
+            rotary = tuple(self._rotary(self._grid(x, t, None), x.device)) if rotates else None
+            made = network(x.transpose(1, 2), text, steps, image_rotary_emb=rotary, return_dict=False)[0]
+            return made.transpose(1, 2)
+
+        return Original({"transformer": network}, forward, pack=frames_first, unpack=frames_first)
 
     def foreign(self, name: str) -> str:
-        if not name.startswith("blocks."):
-            return name
-        _, index, _, rest = name.split(".", 3)
-        return f"transformer_blocks.{index}.{rest}"
+        return f"transformer_{name.replace('.inner.', '.', 1)}" if name.startswith("blocks.") else name
 
-    def _grid(self, x: Tensor) -> Grid3:
-        _, channels, frames, height, width = x.shape
-        if channels != self.config.in_channels or height % self.patch or width % self.patch:
-            raise ValueError(
-                f"latents [B, C, F, H, W] need C = {self.config.in_channels} and H, W multiples of {self.patch}, "
-                f"got {tuple(x.shape)}"
-            )
-        return Grid3(frames, height // self.patch, width // self.patch)
+    def embed(self, x: Tensor, t: Tensor, cond: Cond, kv: KVView | None = None) -> Streams:
+        grid = self._grid(x, t, kv)
+        with torch.autocast(x.device.type, enabled=False):
+            patches = self.patch_embed["proj"](x.transpose(1, 2).flatten(0, 1))
+            x_BNE = patches.unflatten(0, (len(x), -1)).permute(0, 1, 3, 4, 2).flatten(1, 3)
+            text = self.patch_embed["text_proj"](cond.text.to(x.dtype))
+            time = self.time_embedding(self.time_proj(timestep(t, self.num_train_timesteps)).to(x.dtype))
+        if self.config.use_rotary_positional_embeddings:
+            return Streams(x_BNE, text, time, grid, self._rotary(grid, x.device))
+        return Streams(x_BNE + self._sinusoids(grid, x.device).to(x.dtype), text, time, grid)
 
-    def _rotary(self, grid: Grid3, device: torch.device) -> tuple[Tensor, Tensor] | None:
-        """Positions as if every size were the trained one, stretched."""
-        if not self.config.use_rotary_positional_embeddings:
-            return None
-        size = (grid.height, grid.width)
-        trained = (self.config.sample_width // self.patch, self.config.sample_height // self.patch)
-        cos, sin = get_3d_rotary_pos_embed(
-            embed_dim=self.config.attention_head_dim, crops_coords=get_resize_crop_region_for_grid(size, *trained),
-            grid_size=size, temporal_size=grid.frames, device=device,
-        )  # fmt: skip
-        return cos, sin
+    def head(self, state: Streams) -> Tensor:
+        with torch.autocast(state.x_BNE.device.type, enabled=False):
+            x = self.norm_final(state.x_BNE)
+            return unpatchify(self.proj_out(self.norm_out(x, temb=state.time_BE)), state.grid, self.patch)
+
+    def _sinusoids(self, grid: Grid3, device: torch.device) -> Tensor:
+        """`[N, E]`."""
+        scales = self.config.spatial_interpolation_scale, self.config.temporal_interpolation_scale
+        size = (grid.width, grid.height)
+        table: Tensor = get_3d_sincos_pos_embed(self.width, size, grid.frames, *scales, device, output_type="pt")
+        return table.flatten(0, 1)
+
+    def _rotary(self, grid: Grid3, device: torch.device) -> Tensor:
+        """`[2, N, D]`, as if the clip had been cut from the middle of one of the size that was trained on."""
+        trained = self.config.sample_height // self.patch, self.config.sample_width // self.patch
+        scale = min(trained[0] / grid.height, trained[1] / grid.width)
+        fitted = round(grid.height * scale), round(grid.width * scale)
+        start = round((trained[0] - fitted[0]) / 2), round((trained[1] - fitted[1]) / 2)
+        stop = start[0] + fitted[0], start[1] + fitted[1]
+        tables = get_3d_rotary_pos_embed(
+            self.config.attention_head_dim, (start, stop), (grid.height, grid.width), grid.frames, device=device
+        )
+        return torch.stack(tables)
 
 
-class Block(nn.Module):
-    """A block of diffusers, State to State."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, state: JointState) -> JointState:
-        x, text = self.inner(state.x_BNE, state.text_BLE, state.time_BE, image_rotary_emb=state.rotary)
-        return replace(state, x_BNE=x, text_BLE=text)
+def frames_first(x: Tensor) -> Tensor:
+    """Between `[B, C, F, H, W]` and diffusers' `[B, F, C, H, W]`, both ways."""
+    return x.transpose(1, 2)

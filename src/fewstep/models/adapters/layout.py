@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from torch import nn
+from torch import Tensor, nn
 
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.stored import Stored
@@ -48,15 +49,23 @@ class Layout:
         """The scheduler's settings."""
         return _arguments(self.folder / "scheduler" / "scheduler_config.json")
 
+    def guider(self) -> dict[str, Any]:
+        """The settings of its guidance, where it has such a folder."""
+        return _arguments(self.folder / "guider" / "guider_config.json")
+
     def stored(self, part: nn.Module) -> Stored | None:
         """Weights of a part in their files; None where their names are not the part's own, or the part needs more."""
         network: Any = part.backbone if isinstance(part, Denoiser) else part
         own, names = part.state_dict(), {}
         if isinstance(part, Denoiser):
             names = {name: network.foreign(name.removeprefix("backbone.")) for name in own}
-        stored = Stored(_weight_files(self.folder / network.folders[0]), own, names)
+        stored = self.weights(network.folders[0], own, names)
         whole = not any(module._non_persistent_buffers_set for module in part.modules())
         return stored if whole and not stored.odd(part) else None
+
+    def weights(self, part: str, like: Mapping[str, Tensor], names: Mapping[str, str] = MappingProxyType({})) -> Stored:
+        """What the files of `part/` hold; `like` and `names` as in `Stored`."""
+        return Stored(_weight_files(self.folder / part), like, names)
 
 
 def _download(source: str, folders: Sequence[str]) -> Path:

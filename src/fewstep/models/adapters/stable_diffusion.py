@@ -6,10 +6,14 @@ SD 1.x predicts eps on `Betas(schedule="scaled_linear")`. With one frame it is t
 from __future__ import annotations
 
 from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
 
+from fewstep.core.types import Cond
+from fewstep.diffusion import timestep
 from fewstep.models.adapters.ddpm import card_of
 from fewstep.models.adapters.layout import Layout
-from fewstep.models.adapters.unet import UNet
+from fewstep.models.adapters.unet import UNet, to_clips, to_images
+from fewstep.models.backbone import Original
 from fewstep.models.bundle import Card
 
 
@@ -22,3 +26,13 @@ class StableDiffusion(UNet):
     """Clips `[B, 4, F, h, w]` as `B x F` images under the text and time of their clip."""
 
     network = UNet2DConditionModel
+
+    def original(self) -> Original:
+        """Pipelines take one image, so only clips of one frame."""
+        return super().original()._replace(pack=lambda x: x[:, :, 0], unpack=lambda x: x[:, :, None])
+
+    def _by_original(self, network: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        frames = x.shape[2]
+        steps = timestep(t, self.num_train_timesteps).repeat_interleave(frames, 0)
+        text = cond.text.to(x.dtype).repeat_interleave(frames, 0)
+        return to_clips(network(to_images(x), steps, text, return_dict=False)[0], frames)

@@ -18,17 +18,24 @@ from fewstep.core import Cond
 class T5Text(nn.Module):
     """Prompts are repaired (ftfy, HTML entities, white space), cut at `length` tokens, and zero after their end.
 
+    If `plain` they are not repaired, and the encoder reads the padding like words, as LTX and CogVideoX were trained.
     `config` is that of transformers, which names the class; the weights are kept as `dtype`, and never trained.
     """
 
     folders: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
 
     def __init__(
-        self, *, config: dict[str, Any], length: int = 512, dtype: Literal["float32", "bfloat16"] = "bfloat16"
+        self,
+        *,
+        config: dict[str, Any],
+        length: int = 512,
+        plain: bool = False,
+        dtype: Literal["float32", "bfloat16"] = "bfloat16",
     ) -> None:
         super().__init__()
-        self.args = {"config": config, "length": length, "dtype": dtype}
-        self.length, self.width, self.dtype = length, int(config["d_model"]), getattr(torch, dtype)
+        self.args = {"config": config, "length": length, "plain": plain, "dtype": dtype}
+        self.length, self.width = length, int(config["d_model"])
+        self.plain, self.dtype = plain, getattr(torch, dtype)
         self.kind = getattr(transformers, config["architectures"][0])
         self.encoder = self.kind(transformers.AutoConfig.for_model(**config)).to(self.dtype)
         self.tokenizer: Any = None
@@ -43,13 +50,13 @@ class T5Text(nn.Module):
     def encode(self, prompts: Sequence[str]) -> Cond:
         """States `[B, length, width]`, float32."""
         tokens = self.tokenizer(
-            [clean(prompt) for prompt in prompts],
+            list(prompts) if self.plain else [clean(prompt) for prompt in prompts],
             padding="max_length", max_length=self.length, truncation=True, return_tensors="pt",
         ).to(self.encoder.device)  # fmt: skip
         mask = tokens.attention_mask.bool()
         with torch.autocast(mask.device.type, enabled=False):
-            states = self.encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
-        return Cond(states.float().masked_fill(~mask[..., None], 0.0), mask)
+            states = self.encoder(tokens.input_ids, None if self.plain else tokens.attention_mask).last_hidden_state
+        return Cond(states.float() if self.plain else states.float().masked_fill(~mask[..., None], 0.0), mask)
 
     def forward(self, prompts: Sequence[str]) -> Cond:
         return self.encode(prompts)

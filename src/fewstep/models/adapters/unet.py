@@ -7,6 +7,7 @@ Legend: B clips, F frames, K = B x F images, C channels, L text tokens, D their 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,7 +19,8 @@ from fewstep.attention import KVView
 from fewstep.core.types import Cond
 from fewstep.diffusion import timestep
 from fewstep.models.adapters.ddpm import require_whole_clips
-from fewstep.models.backbone import Backbone, State
+from fewstep.models.adapters.rebuilt import rebuilt
+from fewstep.models.backbone import Backbone, Original, State
 
 _REFUSED = (
     "class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim", "encoder_hid_dim_type",
@@ -105,6 +107,16 @@ class UNet(Backbone):
         with torch.autocast(state.x_KCHW.device.type, enabled=False):
             x = self.conv_norm_out(state.x_KCHW.to(self.conv_out.weight.dtype))
             return to_clips(self.conv_out(self.conv_act(x)), state.frames)
+
+    def original(self) -> Original:
+        network = rebuilt(self.network, self)
+        return Original({self.folders[0]: network}, partial(self._by_original, network))
+
+    def _by_original(self, network: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """Diffusers' own forward on whole clips."""
+        steps = timestep(t, self.num_train_timesteps)
+        made: Tensor = network(x, steps, cond.text.to(x.dtype).repeat_interleave(x.shape[2], 0), return_dict=False)[0]
+        return made
 
     def foreign(self, name: str) -> str:
         depth = len(self.config["block_out_channels"])

@@ -12,18 +12,20 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
-from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformerBlock
+from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor, nn
 
 from fewstep.attention import Dense, Grid3, KVView, Pattern, attend
 from fewstep.core import RecipeError
 from fewstep.core.types import Cond
 from fewstep.diffusion import CFG, Contract
+from fewstep.models.adapters.attention import after, out, project, rotate_pairs
 from fewstep.models.adapters.layout import Layout
-from fewstep.models.backbone import Backbone, Context, Tokens
+from fewstep.models.adapters.rebuilt import rebuilt
+from fewstep.models.backbone import Backbone, Context, Original, Tokens
 from fewstep.models.bundle import Card
 from fewstep.models.spec import Spec
-from fewstep.models.video_dit import gate, merge_heads, modulate, rotary_table, split_heads, time_groups
+from fewstep.models.video_dit import gate, modulate, rotary_table, time_groups
 
 _TIMESTEPS = 1000
 _ROTARY_BASE = 10000.0
@@ -128,6 +130,13 @@ class Wan(Backbone):
         x = tokens_BNP.unflatten(2, (*self.patch, -1)).unflatten(1, state.grid)  # B F h w p q C
         return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5).flatten(3, 4)
 
+    def original(self) -> Original:
+        network = rebuilt(WanTransformer3DModel, self)
+        return Original(
+            {"transformer": network},
+            lambda x, t, cond: network(x, _TIMESTEPS * t, cond.text.to(x.dtype), return_dict=False)[0],
+        )
+
     def _grid(self, x: Tensor) -> Grid3:
         _, channels, frames, height, width = x.shape
         rows, columns = self.patch
@@ -151,38 +160,15 @@ class Block(nn.Module):
 
     def forward(self, state: Tokens) -> Tokens:
         x, context = state.x_BNE, state.context
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (self.scale_shift_table + context.modulation_BG6E).unbind(
-            2
-        )
+        parts = (self.scale_shift_table + context.modulation_BG6E).unbind(2)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts
         h = modulate(self.norm1(x), shift_a, scale_a)
-        q, k, v = _project(self.attn1, h, h)
-        k_BHMD, v_BHMD = (
-            (k, v) if state.past is None else (torch.cat([state.past[0], k], 2), torch.cat([state.past[1], v], 2))
-        )
+        q, k, v = project(self.attn1, h, h)
+        k_BHMD, v_BHMD = after(state.past, (k, v))
         rotary_q = context.rotary_2MD[:, -q.shape[2] :]
-        mixed = context.attend(_rotate(q, rotary_q), _rotate(k_BHMD, context.rotary_2MD), v_BHMD)
-        x = x + gate(_out(self.attn1, mixed), gate_a)
-        read = attend(*_project(self.attn2, self.norm2(x), context.text_BLE), context.text_mask_B11L)
-        x = x + _out(self.attn2, read)
+        mixed = context.attend(rotate_pairs(q, rotary_q), rotate_pairs(k_BHMD, context.rotary_2MD), v_BHMD)
+        x = x + gate(out(self.attn1, mixed), gate_a)
+        read = attend(*project(self.attn2, self.norm2(x), context.text_BLE), context.text_mask_B11L)
+        x = x + out(self.attn2, read)
         x = x + gate(self.ffn(modulate(self.norm3(x), shift_m, scale_m)), gate_m)
         return replace(state, x_BNE=x, new=(k, v))
-
-
-def _project(attention: WanAttention, x_BNE: Tensor, source_BME: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries of x, keys and values of the source, by heads; normalised over all heads together, in full precision."""
-    q, k, v = attention.to_q(x_BNE), attention.to_k(source_BME), attention.to_v(source_BME)
-    with torch.autocast(x_BNE.device.type, enabled=False):
-        q, k = (norm(y.to(x_BNE.dtype)).to(v.dtype) for norm, y in ((attention.norm_q, q), (attention.norm_k, k)))
-    return split_heads(q, attention.heads), split_heads(k, attention.heads), split_heads(v, attention.heads)
-
-
-def _out(attention: WanAttention, mixed_BHND: Tensor) -> Tensor:
-    linear: Tensor = attention.to_out[0](merge_heads(mixed_BHND))
-    return linear
-
-
-def _rotate(x_BHND: Tensor, rotary_2ND: Tensor) -> Tensor:
-    """Turn each pair `(x[2i], x[2i + 1])` by the angle of its token."""
-    cos, sin = rotary_2ND
-    a, b = x_BHND.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x_BHND.dtype)

@@ -1,0 +1,138 @@
+"""Is it the same network: diffusers' forward, its times, its pipeline; text, guidance and batches as one expects."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from fewstep.attention import Dense
+from fewstep.core import Cond, Seeds
+from fewstep.evaluate.conformance.subject import Fault, Measured, NotApplicable, Subject, relative, worst
+
+_TIMES = (1.0, 0.7, 0.3, 0.05)
+
+
+def forward(s: Subject) -> Measured:
+    """The output equals that of diffusers' own forward, at several times.
+
+    The adapter does something before, between or after the blocks that diffusers does not, or not so: compare `embed` and
+    `head` with the forward of diffusers' class line by line. Usual suspects: the factor 1000 of the timestep, the order of
+    rows and columns in patches, padding of the text that is masked or not, rotary positions.
+    """
+    original = s.original
+    pairs = [
+        (s.dense(s.x_t[:1], t, s.cond[:1]).raw, original.forward(s.x_t[:1], t, s.cond[:1])) for t in map(s.time, _TIMES)
+    ]
+    return Measured(worst(pairs), s.tolerance)
+
+
+def weights(s: Subject) -> Measured:
+    """The weights are those in the model's files, name by name and bit by bit.
+
+    The folder is of another version of the model than its config says, or a file is missing: weights without a file are
+    random. In a new adapter: its names do not go back to diffusers' own, and an export would be wrong.
+    """
+    if "denoiser" not in s.model.card.sources:
+        raise NotApplicable("the weights are in a folder of fewstep's own")
+    layout, count = s.layout, 0
+    for folder, network in s.original.networks.items():
+        stored = layout.weights(folder, network.state_dict())
+        if odd := stored.odd(network):
+            raise Fault(f"{folder}: names or shapes that only the files or only the network have: {', '.join(odd[:4])}")
+        for name, tensor in network.state_dict().items():
+            if not torch.equal(stored[name], tensor.cpu()):
+                raise Fault(f"{folder}: {name} is not what its file says")
+            count += 1
+    return Measured(0.0, 0.0, f"{count} tensors")
+
+
+def times(s: Subject) -> Measured:
+    """The times that are visited are those of the model's scheduler.
+
+    The card's contract was read wrongly: look at `shift` (`flow_shift`) for flow models, at `timestep_spacing`,
+    `steps_offset` and `set_alpha_to_one` for DDPM-trained ones. A wrong shift makes clips washed out or full of noise.
+    """
+    contract, layout = s.model.card.contract, s.layout
+    if contract.grids:
+        raise NotApplicable("a student has times of its own")
+    from fewstep.models.adapters.pipeline import NoCounterpart, recommended_times
+
+    try:
+        theirs = recommended_times(layout.scheduler(), s.options.steps)
+    except NoCounterpart as reason:
+        raise NotApplicable(str(reason)) from None
+    ours = contract.times(s.options.steps)
+    return Measured(max(abs(a - b) for a, b in zip(ours, theirs, strict=True)), 1e-5)
+
+
+def pipeline(s: Subject) -> Measured:
+    """Sampling a few steps gives the latents of diffusers' pipeline, with the same solver, noise, text and guidance.
+
+    The network is right, but what is made of its output is not: look at the card's `kind` (flow, eps, v, x0) and `path`,
+    at the sign of the flow, at what t the timestep stands for, at the guidance scale, and at the scale of the first noise.
+    """
+    s.require("forward", "times", "padding", "batch", "guidance")
+    layout = s.layout
+    from fewstep.models.adapters.pipeline import NoCounterpart, sample
+
+    contract, options = s.model.card.contract, s.options
+    if s.dtype != torch.float32:
+        raise NotApplicable("clips are sampled in float32")
+    if not isinstance(getattr(s.backbone, "pattern", Dense()), Dense):
+        raise NotApplicable("diffusers' pipeline has no causal model")
+    steps = contract.steps if contract.grids else options.steps
+    noise = Seeds((options.seed,), str(s.model.device)).randn((1, *s.shape), "start")
+    try:
+        theirs = sample(s.model, layout, noise, s.cond[:1], s.uncond[:1], steps)
+    except NoCounterpart as reason:
+        raise NotApplicable(str(reason)) from None
+    ours = s.model.latents(s.prompts[:1], num_inference_steps=steps, seed=options.seed)
+    return Measured(relative(ours, theirs), 10 * s.tolerance)  # errors of the steps add up, guidance enlarges them
+
+
+def text(s: Subject) -> Measured:
+    """The prompt is read: with another one the output changes.
+
+    The text states do not reach the network, or all prompts give the same: look at the tokenizer, and at the mask.
+    """
+    s.require("forward")
+    words, negative = (s.network(s.x_t, s.t, cond).raw for cond in (s.cond, s.uncond))
+    return Measured(relative(words, negative), 1e-6, at_least=True)
+
+
+def batch(s: Subject) -> Measured:
+    """A batch of two equals two batches of one, at two times and two prompts.
+
+    Something is shared between samples that should not be: a time or condition taken from the first one, a norm over the
+    batch, frames folded into the batch in the wrong order.
+    """
+    both = s.network(s.x_t, s.t, s.cond).raw
+    alone = [s.network(s.x_t[i : i + 1], s.t[i : i + 1], s.cond[i : i + 1]).raw for i in range(2)]
+    return Measured(relative(both, torch.cat(alone)), s.tolerance)
+
+
+def guidance(s: Subject) -> Measured:
+    """Guidance is `uncond + w (cond - uncond)`: at 1 it is the conditional pass, at 0 the other, at 3 the formula.
+
+    Another convention: `cond + w (cond - uncond)` is one less everywhere (`CFG.from_offset`). Or conditions are not put
+    together in the order in which they are taken apart.
+    """
+    s.require("batch")
+    words, negative = (s.network(s.x_t, s.t, cond).raw for cond in (s.cond, s.uncond))
+    pairs = []
+    for scale in (0.0, 1.0, 3.0):
+        guided = replace(s.model.card.contract.guidance, scale=scale, low=0.0, high=1.0)
+        made = guided(s.network, s.x_t, s.t, s.cond, s.uncond).raw
+        pairs.append((made, negative + scale * (words - negative)))
+    return Measured(worst(pairs), s.tolerance)
+
+
+def padding(s: Subject) -> Measured:
+    """A condition is the same alone and beside another in a batch: text states do not depend on their neighbours.
+
+    The text encoder pads to the longest prompt of a batch, and the padding is read.
+    """
+    alone: Cond = s.model.encode_text(s.prompts[:1])[0]
+    pairs = list(zip(s.cond[:1].tensors, alone.tensors, strict=True))
+    return Measured(worst([(a, b) for a, b in pairs if b.is_floating_point()]), 0.05)  # encoders may be bfloat16

@@ -1,0 +1,185 @@
+"""What is checked: one model at one size, with the inputs that all checks share."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fewstep.attention import BlockCausal, Dense
+from fewstep.core import Rng
+from fewstep.models import Denoiser, VideoModel
+from fewstep.models.backbone import Backbone, Original
+from fewstep.world.grammar import world_prompts
+
+if TYPE_CHECKING:
+    from fewstep.models.adapters.layout import Layout
+
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}  # diffusers' time features are never better than float32
+_LATENT_FRAMES, _LATENT_SIZE = 3, (8, 16)
+_SMALL = 4096
+"""Clips of no more latent pixels are checked at their own size."""
+
+
+class NotApplicable(Exception):
+    """A check that says nothing about this model, and why."""
+
+
+class Fault(Exception):
+    """A check that failed in a way that no figure tells."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A figure that may be `bound` at most, or must be that at least. NaN is never good."""
+
+    figure: float
+    bound: float
+    note: str = ""
+    at_least: bool = False
+
+    @property
+    def good(self) -> bool:
+        return self.figure >= self.bound if self.at_least else self.figure <= self.bound
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """At what size, and with which inputs. None is the model's own size where that is small, or else a small one."""
+
+    num_frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    steps: int = 3
+    """Of sampling."""
+    seed: int = 0
+    prompts: tuple[str, ...] = ()
+    """The first one captions `video`. Default: of the built-in world, whose clips any trained model can denoise."""
+    video: Path | None = None
+    """A known clip for the checks that need trained weights (default: a rendered one)."""
+
+
+class Subject:
+    """A model under test. Nothing in it is changed: checks that need another pattern or other blocks take a `twin`."""
+
+    def __init__(self, model: VideoModel, options: Options) -> None:
+        self.options, self.model = options, _sized(model, options)
+        self.network: Denoiser = self.model.denoiser.eval()
+        self.dtype = next(self.network.parameters()).dtype
+        if self.dtype not in _TOLERANCE:
+            raise ValueError(
+                f"networks are checked in float32 or float64, not in {self.dtype}: that is autocast's business"
+            )
+        self.tolerance = _TOLERANCE[self.dtype]
+        self.shape = self.model.latent_shape()
+        self.failed: set[str] = set()
+        self.captions = options.prompts or world_prompts(2, 0.0, options.seed)
+        self.prompts = tuple((self.captions * 2)[:2])
+        self.cond, self.uncond = self.model.encode_text(self.prompts)
+        self.x_t = self.randn("x_t", 2)
+        self.t = torch.tensor([0.9037, 0.3513], device=self.model.device, dtype=self.dtype)
+        self.backbone.embed(self.x_t, self.t, self.cond)  # ValueError where the network does not take this size
+
+    @property
+    def backbone(self) -> Backbone:
+        return self.network.backbone
+
+    @cached_property
+    def original(self) -> Original:
+        """Diffusers' networks around the same weights."""
+        made = self.backbone.original()
+        if made is None:
+            raise NotApplicable(
+                f"{type(self.backbone).__name__} is fewstep's own: diffusers has no class to compare with"
+            )
+        return made
+
+    @property
+    def layout(self) -> Layout:
+        """The folder in diffusers' layout that the model, or of a student its text encoder or codec, came from."""
+        sources = self.model.card.sources
+        if not sources:
+            raise NotApplicable("the card names no folder in diffusers' layout")
+        from fewstep.models.adapters.layout import Layout
+
+        if "denoiser" in sources:
+            return Layout.find(sources["denoiser"], getattr(self.backbone, "folders", ()))
+        return Layout.find(next(iter(sources.values())))
+
+    def require(self, *checks: str) -> None:
+        """What is wrong there would show here as well: put that right first."""
+        if broken := [name for name in checks if name in self.failed]:
+            raise NotApplicable(f"put {', '.join(broken)} right first")
+
+    @property
+    def dense(self) -> Denoiser:
+        """The denoiser with every frame reading every other, as the original does."""
+        return self.twin(pattern=Dense()) if hasattr(self.backbone, "pattern") else self.network
+
+    @property
+    def pattern(self) -> BlockCausal:
+        """A causal pattern: the network's own, or frame by frame."""
+        if not hasattr(self.backbone, "pattern"):
+            raise NotApplicable(
+                f"{type(self.backbone).__name__} sees whole clips: no pattern, no cache, one time per clip"
+            )
+        own = self.backbone.pattern
+        return own if isinstance(own, BlockCausal) else BlockCausal(chunk=1)
+
+    def randn(self, name: str, batch: int) -> Tensor:
+        rng = Rng(self.options.seed, device=str(self.model.device))
+        return rng.randn((batch, *self.shape), f"conformance/{name}").to(self.dtype)
+
+    def time(self, t: float) -> Tensor:
+        """Of one sample."""
+        return self.t.new_full((1,), t)
+
+    def twin(self, **changes: Any) -> Denoiser:
+        """The same denoiser with other attributes of its backbone; the weights are shared."""
+        network, backbone = copy.copy(self.network), copy.copy(self.backbone)
+        network._modules, backbone._modules = dict(network._modules), dict(backbone._modules)
+        for name, value in changes.items():
+            setattr(backbone, name, value)
+        network.backbone = backbone
+        return network
+
+
+def relative(value: Tensor, truth: Tensor) -> float:
+    """`|value - truth| / |truth|`."""
+    if value.shape != truth.shape:
+        raise Fault(f"shape {tuple(value.shape)}, but it should be {tuple(truth.shape)}")
+    return float((value.double() - truth.double()).norm() / truth.double().norm())
+
+
+def worst(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """The largest relative difference; NaN if one is."""
+    return float(torch.tensor([relative(value, truth) for value, truth in pairs], dtype=torch.float64).max())
+
+
+def _sized(model: VideoModel, options: Options) -> VideoModel:
+    """The model with a card of the size to check at."""
+    card, (_, frames, rows, columns) = model.card, model.latent_shape()
+    size: dict[str, Any] = {"num_frames": card.num_frames, "height": card.height, "width": card.width}
+    if frames * rows * columns > _SMALL:
+        size["height"] = card.height // rows * min(rows, _LATENT_SIZE[0])
+        size["width"] = card.width // columns * min(columns, _LATENT_SIZE[1])
+        size["num_frames"] = next(
+            n for n in range(1, card.num_frames + 1) if _frames(model, n) >= min(frames, _LATENT_FRAMES)
+        )
+    given = {name: getattr(options, name) for name in size}
+    size |= {name: value for name, value in given.items() if value is not None}
+    return VideoModel(replace(card, **size), model.parts)
+
+
+def _frames(model: VideoModel, num_frames: int) -> int:
+    """Latent frames of a clip of `num_frames`; 0 where the codec refuses that number."""
+    try:
+        return model.latent_shape(num_frames)[1]
+    except ValueError:
+        return 0

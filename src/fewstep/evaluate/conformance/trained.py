@@ -1,0 +1,101 @@
+"""What only trained weights can tell: whether the output means what the card says, and whether t does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from statistics import fmean
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from fewstep.data.video import read_video, to_floats
+from fewstep.diffusion import KINDS, Prediction
+from fewstep.evaluate.conformance.subject import Measured, NotApplicable, Subject, relative
+from fewstep.world.grammar import parse, world_prompts
+from fewstep.world.renderer import CANVAS, Variation, render
+
+_TIMES = (0.3, 0.5, 0.7)
+_TOLD = (0.1, 0.3, 0.5, 0.7, 0.9)
+_UNINFORMATIVE = (
+    "informative only with trained weights: this network denoises a known clip no better than shrinking it does"
+)
+
+
+def convention(s: Subject) -> Measured:
+    """Of a known clip with noise, the output read as the card says gives the clip better than under any other convention.
+
+    The card's `kind` is wrong, or the sign: the note says what the output looks like.
+    """
+    s.require("forward")
+    clip = _Noised(s)
+    made = [clip.predict(t) for t in _TIMES]
+    errors = {
+        (kind, sign): fmean(clip.error(replace(p, raw=sign * p.raw, kind=kind).x0) for p in made)
+        for kind in KINDS
+        for sign in (1, -1)
+    }
+    best, shrinking = min(errors, key=errors.__getitem__), fmean(map(clip.shrinking, made))
+    if not errors[best] < shrinking:
+        raise NotApplicable(_UNINFORMATIVE)
+    own = errors.pop((s.network.kind, 1))
+    looks = f"{'-' if best[1] < 0 else ''}{best[0]}"
+    return Measured(own, min(errors.values()), f"the output looks like {looks}; shrinking gives {shrinking:.2f}")
+
+
+def told_time(s: Subject) -> Measured:
+    """A known clip with noise is denoised best when the network is told the true time.
+
+    Time is turned round (0 is data here), in other units, or shifted twice.
+    """
+    s.require("forward", "convention")
+    clip, off, informative = _Noised(s), 0.0, False
+    for t in _TIMES:
+        made = {told: clip.predict(t, told) for told in _TOLD}
+        errors = {told: clip.error(prediction.x0) for told, prediction in made.items()}
+        best = min(errors, key=errors.__getitem__)
+        off, informative = max(off, abs(best - t)), informative or errors[best] < clip.shrinking(made[best])
+    if not informative:
+        raise NotApplicable(_UNINFORMATIVE)
+    return Measured(off, 0.21)
+
+
+class _Noised:
+    """A known clip, and what the network makes of it under noise."""
+
+    def __init__(self, s: Subject) -> None:
+        frames, caption = _known(s)
+        self._s = s
+        self._x0 = s.model.codec.encode(frames.to(s.model.device)).to(s.dtype)
+        self._cond = s.model.encode_text([caption])[0]
+
+    def predict(self, t: float, told: float | None = None) -> Prediction:
+        """What a network that is told another time makes of the clip at `t`."""
+        s = self._s
+        x_t = s.network.path.add_noise(self._x0, s.randn("eps", 1), s.time(t))
+        raw = s.network(x_t, s.time(t if told is None else told), self._cond).raw
+        return Prediction(raw, s.network.kind, x_t, s.time(t), s.network.path)
+
+    def error(self, x0: Tensor) -> float:
+        """Relative to the clip."""
+        return relative(x0, self._x0)
+
+    def shrinking(self, prediction: Prediction) -> float:
+        """The error of the best multiple of x_t, which is what one gets without a network."""
+        x_t = prediction.x_t
+        return self.error((x_t * self._x0).sum() / x_t.square().sum() * x_t)
+
+
+def _known(s: Subject) -> tuple[Tensor, str]:
+    """A clip `[1, 3, F, H, W]` and what it shows."""
+    card, options = s.model.card, s.options
+    if options.video is not None:
+        frames = read_video(options.video, card.num_frames, size=(card.height, card.width))
+        return to_floats(frames)[None], s.captions[0]
+    caption = world_prompts(1, 0.0, options.seed)[0]
+    drawn = Variation.sample(1, torch.Generator().manual_seed(options.seed))
+    frames = render([parse(caption)], drawn, card.num_frames)
+    if (card.height, card.width) == (CANVAS, CANVAS):
+        return frames, caption
+    scaled = interpolate(frames[0].transpose(0, 1), (card.height, card.width), mode="bicubic", align_corners=False)
+    return scaled.transpose(0, 1)[None].clamp(-1, 1), caption

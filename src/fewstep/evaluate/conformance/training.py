@@ -1,0 +1,143 @@
+"""Can it be trained: features, derivatives, precision, checkpointing, and weights that come back from a folder."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fewstep.core import Cond
+from fewstep.evaluate.conformance.subject import Fault, Measured, NotApplicable, Subject, relative, worst
+from fewstep.models import Denoiser, VideoModel
+
+_COPIED = 500_000_000
+"""Parameters of the largest network that is copied into float64."""
+
+
+class _Closed(nn.Module):
+    """A block that nobody should reach."""
+
+    def forward(self, state: object) -> object:
+        raise Fault("blocks deeper than the deepest layer asked for are computed")
+
+
+def features(s: Subject) -> Measured:
+    """Features have one entry per layer asked for, of the widths told, pass gradients to x_t, and compute nothing deeper;
+    what follows from the last is the output.
+
+    Look at `widths` and at `volume` of the backbone's state (`[B, width, F, h, w]`), and for a `detach` or `no_grad` in
+    `embed` or a block.
+    """
+    depth = len(s.backbone.blocks)
+    middle = (depth - 1) // 2
+    layers = sorted({0, middle, depth - 1})
+    with torch.enable_grad():
+        x = s.x_t.clone().requires_grad_()
+        volumes = s.network.features(x, s.t, s.cond, layers)
+        for layer, volume in zip(layers, volumes, strict=True):
+            expected = (2, s.backbone.widths[layer], s.shape[1])
+            if volume.shape[:3] != expected or volume.ndim != 5:
+                raise Fault(f"layer {layer} has the shape {tuple(volume.shape)}, which should begin with {expected}")
+            reached = torch.autograd.grad(volume.square().sum(), x, retain_graph=True, allow_unused=True)[0]
+            if reached is None or not reached.any():
+                raise Fault(f"no gradient goes from layer {layer} to x_t")
+    closed = nn.ModuleList([*s.backbone.blocks[: middle + 1], *(_Closed() for _ in range(depth - middle - 1))])
+    short = s.twin(blocks=closed).features(s.x_t, s.t, s.cond, [middle])[0]
+    *_, last = s.backbone.walk(s.backbone.embed(s.x_t, s.t, s.cond))
+    whole = s.backbone.head(last.joined), s.network(s.x_t, s.t, s.cond).raw
+    return Measured(worst([(short, volumes[layers.index(middle)].detach()), whole]), s.tolerance)
+
+
+def jvp(s: Subject) -> Measured:
+    """Derivatives along x_t and along t equal finite differences.
+
+    Something is cut from the graph (`detach`, integer timesteps, a table look-up) or computed in low precision. Along t
+    alone: the time features. Methods of continuous consistency need this; others can live without.
+    """
+    s.require("features")
+    network = _in_float64(s)
+    kind = s.dtype if network is None else torch.float64
+    x, t, cond = s.x_t[:1].to(kind), s.t[:1].to(kind), _to(s.cond[:1], kind)
+    step_x, step_t, bound = (
+        (1e-2, 1e-4, 0.05) if kind == torch.float32 else (1e-3, 3e-5, 0.02)
+    )  # time features are float32
+    along_x = s.randn("dx", 1).to(kind), torch.zeros_like(t), step_x
+    along_t = torch.zeros_like(x), torch.ones_like(t), step_t
+    network = network or s.network
+    pairs = []
+    for dx, dt, h in (along_x, along_t):
+        _, tangent = network.jvp(x, t, cond, dx, dt)
+        ahead, behind = (network(x + e * dx, t + e * dt, cond).raw for e in (h, -h))
+        pairs.append((tangent.raw, (ahead - behind) / (2 * h)))
+    return Measured(worst(pairs), bound, f"along x_t {relative(*pairs[0]):.1e}, along t {relative(*pairs[1]):.1e}")
+
+
+def bf16(s: Subject) -> Measured:
+    """The output under bfloat16 autocast is near that in full precision.
+
+    Something that needs float32 follows autocast: time features (1000 t has no room in bfloat16), modulation, norms, or
+    the head. Keep it in `autocast(enabled=False)`, as diffusers keeps its own `_keep_in_fp32_modules`.
+    """
+    if s.dtype != torch.float32:
+        raise NotApplicable("autocast leaves float64 as it is")
+    exact = s.network(s.x_t, s.t, s.cond).raw
+    with torch.autocast(s.x_t.device.type, torch.bfloat16):
+        rough = s.network(s.x_t, s.t, s.cond).raw
+    return Measured(relative(rough, exact), 0.05)
+
+
+def checkpointing(s: Subject) -> Measured:
+    """Output and gradients are the same with gradient checkpointing.
+
+    A block is not a function of its state: it draws random numbers (dropout in train mode), writes somewhere, or reads
+    what another call left.
+    """
+    s.require("features")
+    weights = [p for p in s.backbone.blocks[0].parameters() if p.requires_grad]
+    found = []
+    with torch.enable_grad():
+        for on in (False, True):
+            x = s.x_t.clone().requires_grad_()
+            raw = s.twin(checkpointing=on)(x, s.t, s.cond).raw
+            gradients = torch.autograd.grad(raw.square().mean(), [x, *weights])
+            found.append((raw.detach(), torch.cat([gradient.flatten() for gradient in gradients])))
+    return Measured(
+        worst(list(zip(found[1], found[0], strict=True))),
+        s.tolerance,
+        "gradients of x_t and of the first block's weights",
+    )
+
+
+def saved(s: Subject) -> Measured:
+    """After saving and loading, the output is the same.
+
+    A weight is not in `state_dict`, or a constructor argument is not in `args`: what comes back is another network.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        kept = VideoModel(s.model.card, {"denoiser": s.network}).save(Path(folder))
+        loaded = VideoModel.from_pretrained(kept).denoiser.to(s.x_t.device, s.dtype)
+    return Measured(relative(loaded(s.x_t, s.t, s.cond).raw, s.network(s.x_t, s.t, s.cond).raw), 0.01 * s.tolerance)
+
+
+def _in_float64(s: Subject) -> Denoiser | None:
+    """A copy; None of a network that is too large for that, or that has parts which insist on float32."""
+    if sum(p.numel() for p in s.network.parameters()) > _COPIED:
+        return None
+    network: Denoiser = copy.deepcopy(s.network).double()
+    try:
+        network(s.x_t[:1].double(), s.t[:1].double(), _to(s.cond[:1], torch.float64))
+    except RuntimeError:
+        return None
+    return network
+
+
+def _to(cond: Cond, dtype: torch.dtype) -> Cond:
+    """Floating-point conditions in another precision."""
+    return Cond(
+        cond.text.to(dtype),
+        cond.mask,
+        {name: value.to(dtype) if value.is_floating_point() else value for name, value in cond.extra.items()},
+    )

@@ -1,0 +1,167 @@
+"""LTX-Video text to video (2501.00103) over diffusers' LTXVideoTransformer3DModel.
+
+Positions are seconds and pixels, so the network knows the frame rate and how much the codec compresses.
+Legend: as in `models/backbone.py`; tokens are single latent pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import LTXVideoTransformer3DModel
+from diffusers.models.transformers.transformer_ltx import LTXVideoTransformerBlock
+from torch import Tensor, nn
+
+from fewstep.attention import Dense, Grid3, KVView, Pattern, attend
+from fewstep.core.types import Cond
+from fewstep.models.adapters.attention import after, out, project, rotate_pairs
+from fewstep.models.adapters.flow import contract_of
+from fewstep.models.adapters.layout import Layout
+from fewstep.models.backbone import Backbone, Context, Tokens
+from fewstep.models.bundle import Card, latent_shape_of
+from fewstep.models.spec import Spec
+from fewstep.models.video_dit import gate, modulate, time_groups
+
+_TIMESTEPS = 1000
+_TEXT_LENGTH = 128
+_NEGATIVE = "worst quality, inconsistent motion, blurry, jittery, distorted"
+"""The negative prompt that LTX's authors sample with."""
+
+
+def card(layout: Layout) -> Card:
+    """LTX as diffusers samples it: 161 frames of 512 x 704 at 25 per second, 50 steps, guidance 3."""
+    vae, text = layout.config("vae"), layout.config("text_encoder")
+    codec = Spec("VideoCodec", {"config": vae, "kind": "AutoencoderKLLTXVideo", "patch": 1, "tiling": False})
+    with torch.device("meta"):
+        compression = list(codec.build().factors)
+    network = {"config": layout.config("transformer"), "compression": compression, "fps": 25, "pattern": Dense().tree()}
+    made = Card(
+        name=Path(layout.source).name,
+        parts={
+            "denoiser": Spec("LTX", network),
+            "text": Spec("T5Text", {"config": text, "length": _TEXT_LENGTH, "plain": True, "dtype": "bfloat16"}),
+            "codec": codec,
+        },
+        sources=dict.fromkeys(("denoiser", "text", "codec"), layout.source),
+        num_frames=161, height=512, width=704, fps=25, negative_prompt=_NEGATIVE,
+        provenance={"source": layout.source, "licence": "LTX-Video Open Weights License"},
+    )  # fmt: skip
+    return at_size(made)
+
+
+def at_size(card: Card) -> Card:
+    """The same model for the size and frame rate of its card: they decide the shift of its times, and its positions."""
+    shape = latent_shape_of(card)
+    assert shape is not None  # `card` gave it a codec
+    scheduler = Layout.find(card.sources["denoiser"]).scheduler()
+    contract = contract_of(scheduler, tokens=math.prod(shape[1:]), steps=50, scale=3.0)
+    denoiser = Spec("LTX", {**card.parts["denoiser"].args, "fps": card.fps})
+    return replace(card, parts={**card.parts, "denoiser": denoiser}, contract=contract)
+
+
+class LTX(Backbone):
+    """The modules are diffusers' own; `config` is its constructor's arguments.
+
+    `compression` is frames per latent frame and pixels per latent row of the codec, `fps` frames per second. Every frame
+    may have its own time, and with `pattern` and a cache view it is a causal model.
+    """
+
+    shares = True
+    folders: ClassVar[tuple[str, ...]] = ("transformer",)
+
+    def __init__(self, *, config: dict[str, Any], compression: list[int], fps: int, pattern: Pattern = Dense()) -> None:
+        super().__init__()
+        self.args = {"config": config, "compression": compression, "fps": fps, "pattern": pattern.tree()}
+        self.compression, self.fps, self.pattern = compression, fps, pattern
+        self._hold(LTXVideoTransformer3DModel.from_config(config))
+
+    def load(self, folder: Path) -> None:
+        """Take the weights of a folder in diffusers' layout, as float32."""
+        self._hold(
+            LTXVideoTransformer3DModel.from_pretrained(
+                folder, subfolder=self.folders[0], torch_dtype=torch.float32, use_safetensors=True
+            )
+        )
+
+    def _hold(self, network: LTXVideoTransformer3DModel) -> None:
+        config = network.config
+        if config.patch_size != 1 or config.patch_size_t != 1:
+            raise ValueError(
+                "LTX is read with patches of one latent pixel; this network has "
+                f"patch_size={config.patch_size}, patch_size_t={config.patch_size_t}"
+            )
+        self.width = config.num_attention_heads * config.attention_head_dim
+        self.proj_in, self.time_embed, self.rope = network.proj_in, network.time_embed, network.rope
+        self.caption_projection = network.caption_projection
+        self.blocks = nn.ModuleList(Block(block) for block in network.transformer_blocks)
+        self.norm_out, self.proj_out, self.scale_shift_table = (
+            network.norm_out, network.proj_out, network.scale_shift_table,
+        )  # fmt: skip
+
+    def foreign(self, name: str) -> str:
+        return f"transformer_{name}" if name.startswith("blocks.") else name
+
+    def embed(self, x: Tensor, t: Tensor, cond: Cond, kv: KVView | None = None) -> Tokens:
+        if x.shape[1] != self.proj_in.in_features:
+            raise ValueError(f"latents [B, C, F, H, W] need C = {self.proj_in.in_features}, got {tuple(x.shape)}")
+        grid, cached = Grid3(*x.shape[2:]), kv.frames if kv else 0
+        with torch.autocast(x.device.type, enabled=False):
+            x_BNE = self.proj_in(x.flatten(2).transpose(1, 2))
+            time_BG = time_groups(t, x)
+            modulation, time = self.time_embed(_TIMESTEPS * time_BG.flatten(), batch_size=len(x), hidden_dtype=x.dtype)
+            text = self.caption_projection(cond.text.to(x.dtype))
+        mask = self.pattern.mask(grid, cached)
+        context = Context(
+            modulation_BG6E=modulation.unflatten(0, time_BG.shape).unflatten(-1, (6, self.width)),
+            text_BLE=text,
+            text_mask_B11L=cond.mask[:, None, None],
+            rotary_2MD=self._rotary(grid, cached, x.device).to(x.dtype),
+            mask_NM=None if mask is None else mask.to(x.device),
+        )
+        return Tokens(x_BNE, time.unflatten(0, time_BG.shape), grid, context)
+
+    def head(self, state: Tokens) -> Tensor:
+        with torch.autocast(state.x_BNE.device.type, enabled=False):
+            shift, scale = (self.scale_shift_table + state.time_BGE[:, :, None]).unbind(2)
+            tokens_BNC = self.proj_out(modulate(self.norm_out(state.x_BNE), shift, scale))
+        return tokens_BNC.transpose(1, 2).unflatten(2, state.grid)
+
+    def _rotary(self, grid: Grid3, cached: int, device: torch.device) -> Tensor:
+        """Cosines and sines `[2, M, E / 2]`: the angles of all heads, which differ. float32, as LTX was trained."""
+        time, space = self.compression
+        axes = (
+            torch.arange(cached + grid.frames, dtype=torch.float32, device=device) * (time / self.fps),
+            torch.arange(grid.height, dtype=torch.float32, device=device) * space,
+            torch.arange(grid.width, dtype=torch.float32, device=device) * space,
+        )
+        places_13M = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)[None]
+        return torch.stack([table[0, :, ::2] for table in self.rope(places_13M, video_coords=places_13M)])
+
+
+class Block(nn.Module):
+    """One of diffusers' blocks: self-attention, cross-attention to the text, MLP; the first and last modulated by time."""
+
+    def __init__(self, block: LTXVideoTransformerBlock) -> None:
+        super().__init__()
+        self.norm1, self.attn1, self.attn2 = block.norm1, block.attn1, block.attn2
+        self.norm2, self.ff = block.norm2, block.ff
+        self.scale_shift_table = block.scale_shift_table
+
+    def forward(self, state: Tokens) -> Tokens:
+        x, context = state.x_BNE, state.context
+        parts = (self.scale_shift_table + context.modulation_BG6E).unbind(2)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts
+        h = modulate(self.norm1(x), shift_a, scale_a)
+        q, k, v = project(self.attn1, h, h)
+        k_BHMD, v_BHMD = after(state.past, (k, v))
+        rotary_2HMD = context.rotary_2MD.unflatten(-1, (self.attn1.heads, -1)).transpose(1, 2)
+        rotary_q = rotary_2HMD[:, :, -q.shape[2] :]
+        mixed = context.attend(rotate_pairs(q, rotary_q), rotate_pairs(k_BHMD, rotary_2HMD), v_BHMD)
+        x = x + gate(out(self.attn1, mixed), gate_a)
+        x = x + out(self.attn2, attend(*project(self.attn2, x, context.text_BLE), context.text_mask_B11L))
+        x = x + gate(self.ff(modulate(self.norm2(x), shift_m, scale_m)), gate_m)
+        return replace(state, x_BNE=x, new=(k, v))

@@ -1,0 +1,103 @@
+"""One of our models as its own pipeline of diffusers, around the same weights: what its samples are compared with."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import diffusers
+from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+from fewstep.core import Cond
+from fewstep.diffusion import Betas, Contract, NoisePath, RectifiedFlow
+from fewstep.models.adapters.layout import Layout
+from fewstep.models.backbone import Original
+
+if TYPE_CHECKING:
+    from fewstep.models.bundle import VideoModel
+
+
+class NoCounterpart(Exception):
+    """Diffusers has nothing that does the same, and why."""
+
+
+class ExactSigmas(FlowMatchEulerDiscreteScheduler):
+    """Diffusers' Euler solver on given times, whatever its pipeline asks for."""
+
+    times: tuple[float, ...] = (1.0, 0.0)
+
+    def set_timesteps(
+        self, num_inference_steps: int | None = None, device: Any = None, sigmas: Any = None, mu: float | None = None
+    ) -> None:
+        super().set_timesteps(device=device, sigmas=list(self.times[:-1]))
+
+
+def recommended_times(scheduler: Mapping[str, Any], steps: int) -> tuple[float, ...]:
+    """The times of `steps` steps by a layout's scheduler settings: our t, from noise to data.
+
+    A flow model's are those of its authors, the uniform grid under the scheduler's shift; diffusers' own solvers begin or
+    end that grid a little off, each in its way. NoCounterpart where the shift depends on the size of the clip.
+    """
+    if "beta_schedule" in scheduler and not scheduler.get("use_flow_sigmas"):
+        ddim = DDIMScheduler.from_config(scheduler)
+        ddim.set_timesteps(steps)
+        total = ddim.config.num_train_timesteps
+        return (*((k + 1) / total for k in ddim.timesteps.tolist()), 0.0 if ddim.config.set_alpha_to_one else 1 / total)
+    if scheduler.get("use_dynamic_shifting"):
+        raise NoCounterpart("the scheduler's shift depends on the size of the clip (use_dynamic_shifting)")
+    euler = FlowMatchEulerDiscreteScheduler(shift=scheduler.get("flow_shift", scheduler.get("shift", 1.0)))
+    euler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)])
+    return tuple(euler.sigmas.tolist())
+
+
+def sample(model: VideoModel, layout: Layout, noise: Tensor, cond: Cond, uncond: Cond, steps: int) -> Tensor:
+    """Latents that the layout's pipeline makes of `noise` with this model's weights, times and guidance, without its text
+    encoder. NoCounterpart says why it cannot make them.
+    """
+    original, contract = model.denoiser.backbone.original(), model.card.contract
+    if original is None:
+        raise NoCounterpart("this network is no class of diffusers")
+    if contract.guidance.low > 0 or contract.guidance.high < 1:
+        raise NoCounterpart("diffusers has no guidance in a part of the time only")
+    scheduler = _scheduler(model.denoiser.path, contract, layout.scheduler(), steps)
+    pipeline = _pipeline(layout, original, model, scheduler)
+    card, scale = model.card, contract.guidance.scale
+    offered = {
+        "num_frames": card.num_frames, "height": card.height, "width": card.width, "num_inference_steps": steps,
+        "guidance_scale": scale, "latents": original.pack(noise), "output_type": "latent", "return_dict": False,
+        "prompt_embeds": cond.text, "prompt_attention_mask": cond.mask, **cond.extra,
+    }  # fmt: skip
+    if contract.guidance.active:
+        offered |= {"negative_prompt_embeds": uncond.text, "negative_prompt_attention_mask": uncond.mask}
+        offered |= {f"negative_{name}": value for name, value in uncond.extra.items()}
+    known = inspect.signature(pipeline.__call__).parameters
+    made: Tensor = pipeline(**{name: value for name, value in offered.items() if name in known})[0]
+    return original.unpack(made)
+
+
+def _scheduler(path: NoisePath, contract: Contract, settings: Mapping[str, Any], steps: int) -> Any:
+    if isinstance(path, RectifiedFlow) and contract.solver == "euler":
+        exact = ExactSigmas(num_train_timesteps=settings.get("num_train_timesteps", 1000))
+        exact.times = contract.times(steps)
+        return exact
+    if isinstance(path, Betas) and contract.solver == "ddim" and not contract.grids:
+        return DDIMScheduler.from_config(settings)
+    raise NoCounterpart(f"diffusers has no scheduler for the solver {contract.solver} with these times on this path")
+
+
+def _pipeline(layout: Layout, original: Original, model: VideoModel, scheduler: Any) -> DiffusionPipeline:
+    """The layout's pipeline with our networks; of what it asks for besides, the settings of the layout or nothing."""
+    kind = getattr(diffusers, layout.index["_class_name"])
+    settings = {key: value for key, value in layout.index.items() if not isinstance(value, list)}
+    ours = {"scheduler": scheduler, "vae": model.codec.vae, **original.networks}
+    parts = {}
+    for name, parameter in inspect.signature(kind.__init__).parameters.items():
+        if name in ours or name in settings:
+            parts[name] = ours.get(name, settings.get(name))
+        elif name != "self" and parameter.default is inspect.Parameter.empty:
+            parts[name] = None
+    pipeline: DiffusionPipeline = kind(**parts)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
