@@ -294,8 +294,6 @@ def graphs(compiles: bool) -> str:
 
 
 def types_of(networks: Mapping[str, nn.Module]) -> dict[str, str]:
-    """The types of each network's own weights."""
-    return {
-        role: ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in network.parameters()})) or "none"
-        for role, network in networks.items()
-    }
+    """The types of each network's own weights; one that has none of its own is left out."""
+    types = {role: {str(p.dtype).removeprefix("torch.") for p in net.parameters()} for role, net in networks.items()}
+    return {role: ", ".join(sorted(found)) for role, found in types.items() if found}
