@@ -33,6 +33,7 @@ from fewstep.engine.optim import RoleOptimizer
 from fewstep.engine.prepare import prepare
 from fewstep.engine.run import Run
 from fewstep.methods import Method
+from fewstep.models import Lora
 
 ROOT = Path(__file__).parent.parent
 STEPS = 3
@@ -44,10 +45,15 @@ METHODS: Mapping[str, Method] = {
     "Consistency": CASES["Consistency"],
     "KnowledgeDistillation": CASES["KnowledgeDistillation"],
     "Reconstruction": CASES["Reconstruction"],
+    "DMD2-adapters": replace(CASES["DMD2"], warmup=1, weak=0.25),  # type: ignore[type-var]
+    "KnowledgeDistillation-adapters": CASES["KnowledgeDistillation"],
 }
+LORA = Lora(rank=2)
+"""Of the methods above that are called adapters."""
 EXAMINED = small(6, save_every=2, ema=0.9, accumulate=2, batch=1, health=Health(every=3, prompts=1))
 SPREADS: Mapping[str, Parallel] = {
     "shard": Parallel(),
+    "whole": Parallel(),
     "replicate": Parallel(replicate=2),
     "sequence": Parallel(sequence=2),
     "checkpointing": Parallel(checkpointing=True),
@@ -65,7 +71,8 @@ def watched(
 
     With a `backend` blocks are compiled by it: one that traces and generates no code takes seconds in place of minutes.
     """
-    settings = replace(WHOLE, parallel=SPREADS[spread], autocast=autocast, compile=bool(backend))
+    lora = LORA if method.endswith("-adapters") else None
+    settings = replace(WHOLE, parallel=SPREADS[spread], autocast=autocast, compile=bool(backend), lora=lora)
     compiler = partial(torch.compile, backend=backend) if backend else torch.compile
     with patch.object(torch, "compile", compiler):
         run = prepare(tiny_model(), METHODS[method], Everything(), settings, folder)
@@ -114,10 +121,15 @@ def per_frame(spread: str) -> dict[str, Tensor]:
     return {"output": prediction.raw.detach(), **gradients}
 
 
-def whole_run(output: Path) -> None:
+def whole_run(output: Path, **others: Any) -> None:
     """A short DMD2 run with an average, from the teacher's folder beside `output`, saved at every second step."""
-    teacher = output.parent / "teacher"
-    distill(method=CASES["DMD2"], settings=EXAMINED, output=output, model=teacher, data=Everything(), quiet=True)
+    teacher, settings = output.parent / "teacher", replace(EXAMINED, **others)
+    distill(method=CASES["DMD2"], settings=settings, output=output, model=teacher, data=Everything(), quiet=True)
+
+
+def adapters_run(output: Path) -> None:
+    """As `whole_run`, but of adapters, and all processes share every clip."""
+    whole_run(output, lora=LORA, parallel=Parallel(sequence=place().world_size))
 
 
 def killed_run(output: Path) -> None:
@@ -147,7 +159,7 @@ def raising_run(output: Path) -> None:
 
 
 WHOLE_RUNS: Mapping[str, Callable[[Path], None]] = {
-    "whole_run": whole_run, "killed_run": killed_run, "raising_run": raising_run,
+    "whole_run": whole_run, "adapters_run": adapters_run, "killed_run": killed_run, "raising_run": raising_run,
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import bench_parallel
 from bench_engine import CASES, Everything, small, tiny_model
-from bench_parallel import EXAMINED, launch, per_frame, results, watched, whole_run
+from bench_parallel import EXAMINED, WHOLE_RUNS, launch, per_frame, results, watched
 from fewstep.core import Rng
 from fewstep.core.atomic import discard
 from fewstep.data.base import Source
@@ -25,7 +25,7 @@ from fewstep.engine.listening import Overheard
 from fewstep.engine.log import RunLog, read_metrics
 from fewstep.engine.mesh import Processes, require_mesh
 from fewstep.engine.offload import Shelf
-from fewstep.engine.prepare import open_data, prepare
+from fewstep.engine.prepare import open_data, prepare, require_processes
 from fewstep.engine.shard import hollow
 from fewstep.methods import METHODS, Method
 from fewstep.models import Lora, VideoDiT, VideoModel
@@ -71,7 +71,7 @@ def test_two_processes_compute_what_one_does(tmp_path: Path, monkeypatch: pytest
     names = [
         "DMD2.shard", "AVDM2.shard", "Consistency.shard", "KnowledgeDistillation.shard", "DMD2-everything.sequence",
         "Reconstruction.shard", "Consistency.shard.bf16", "KnowledgeDistillation.checkpointing",
-        "KnowledgeDistillation.shard.off.aot_eager",
+        "KnowledgeDistillation.shard.off.aot_eager", "DMD2-adapters.whole", "KnowledgeDistillation-adapters.checkpointing",
     ]  # fmt: skip
     done = launch(2, tmp_path, *names, "per_frame")
     assert done.returncode == 0, done.stderr[-4000:]
@@ -82,7 +82,12 @@ def test_two_processes_compute_what_one_does(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.timeout(900)  # processes that share two cores with other tests
 def test_four_processes_compute_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ["DMD2.replicate", "Consistency.sequence", "KnowledgeDistillation.shard"]
+    names = [
+        "DMD2.replicate",
+        "Consistency.sequence",
+        "KnowledgeDistillation.shard",
+        "KnowledgeDistillation-adapters.sequence",
+    ]
     done = launch(4, tmp_path, *names)
     assert done.returncode == 0, done.stderr[-4000:]
     for name in names:
@@ -145,13 +150,14 @@ def assert_one_takes_over(output: Path) -> None:
 
 
 @pytest.mark.timeout(900)  # processes that share two cores with other tests
-def test_two_processes_take_over_what_one_has_begun(place_to_run: Path) -> None:
-    output = place_to_run / "whole_run"
-    whole_run(output)
+@pytest.mark.parametrize("name", ["whole_run", "adapters_run"])
+def test_two_processes_take_over_what_one_has_begun(place_to_run: Path, name: str) -> None:
+    output = place_to_run / name
+    WHOLE_RUNS[name](output)
     newest = checkpoints(output / "checkpoints")[-1]
     end, alone = RunState.load(newest), read_record(output)
     discard(newest)
-    done = launch(2, place_to_run, "whole_run")
+    done = launch(2, place_to_run, name)
     assert done.returncode == 0, done.stderr[-4000:]
     for name, tensors in end.components.items():
         assert_close(last_state(output).components[name], tensors, TAKEN_OVER, name)
@@ -325,7 +331,6 @@ def test_processes_that_cannot_do_it_are_refused(
             {"compile": True, "parallel": Parallel(sequence=2)},
             "compile cannot look into the exchanges",
         ),
-        (CASES["Consistency"], {"lora": Lora()}, "settings.lora works in one process so far; write lora: null"),
         (CASES["Consistency"], {"optim": {"student": Optim(type="muon")}}, "muon works on whole matrices"),
         (CASES["Reconstruction"], {"parallel": Parallel(sequence=2)}, "settings.parallel.sequence is for denoisers"),
         (CASES["Reconstruction"], {"parallel": Parallel(shard=2)}, "shard is for denoisers, and Reconstruction trains"),
@@ -338,6 +343,11 @@ def test_what_several_processes_cannot_do_is_refused(
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=message):
         train(tiny_model(), method, Everything(), small(2, accumulate=2, **others), tmp_path, quiet=True)
+
+
+def test_adapters_are_whole_on_every_process_so_muon_can_work_on_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    require_processes(small(2, accumulate=2, lora=Lora(), optim={"student": Optim(type="muon")}))
 
 
 def test_a_network_that_cannot_share_its_tokens_says_so() -> None:

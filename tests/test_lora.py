@@ -197,11 +197,14 @@ def test_checkpoints_hold_adapters_and_students_are_whole(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("method", [Progressive(stages=((2, 1), (1, 2))), Consistency()], ids=["Progressive", "target"])
-def test_other_methods_train_adapters(method, tmp_path: Path) -> None:
-    model = tiny_model()
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+def test_other_methods_train_adapters(method, optim, tmp_path: Path) -> None:
+    model, optims = tiny_model(), {"student": Optim(type=optim, lr=1e-3)}
     before = fingerprint(model.denoiser)
-    train(model, method, WorldClips(num_frames=FRAMES), small(3, lora=LORA), tmp_path, quiet=True)
-    assert fingerprint(model.denoiser) == before
+    student = train(
+        model, method, WorldClips(num_frames=FRAMES), small(3, lora=LORA, optim=optims), tmp_path, quiet=True
+    )
+    assert fingerprint(model.denoiser) == before != fingerprint(student.denoiser)
 
 
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
@@ -214,6 +217,9 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
         DMD2(weak=1.0)
     with pytest.raises(ValueError, match=r"settings\.parallel\.offload .* leave out one of the two"):
         prepare(tiny_model(), DMD, data, small(1, lora=LORA, parallel=Parallel(offload=True)), tmp_path)
+    for cut in (Parallel(shard=2), Parallel(replicate=2)):
+        with pytest.raises(ValueError, match="leave out shard and replicate"):
+            prepare(tiny_model(), DMD, data, small(1, lora=LORA, parallel=cut), tmp_path)
 
 
 def test_weak_real_score_shrinks_the_matching_gradient() -> None:

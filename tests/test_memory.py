@@ -15,6 +15,7 @@ import torch
 import fewstep
 from bench_engine import CASES, FRAMES, small, tiny_model
 from bench_memory import METHOD, settings_of
+from fewstep.cli.plan import planned, variants
 from fewstep.engine import Parallel
 from fewstep.engine.memory import FLOAT, Holding, Means, Phase, Plan, fitting, optimizer_bytes, parse_bytes, remedies
 from fewstep.engine.outline import Ledger, Outline, Shortest
@@ -22,6 +23,8 @@ from fewstep.engine.prepare import prepare
 from fewstep.methods import DMD2
 from fewstep.models import Card, Lora, VideoModel
 from fewstep.models.bundle import describe, read_card
+from fewstep.models.source import Pretrained
+from fewstep.recipe import Recipe
 from fewstep.world.data import WorldClips
 
 TOLERANCE = 0.15
@@ -155,6 +158,19 @@ def test_recomputed_blocks_and_adapters_hold_less() -> None:
     assert again.peak.bytes < whole.peak.bytes
     assert sum(h.weights + h.optimizer for h in lora.holdings) < sum(h.weights + h.optimizer for h in whole.holdings)
     assert all(phase.gradients < other.gradients for phase, other in zip(lora.phases, whole.phases))
+
+
+def test_adapters_are_planned_whole_on_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    card, whole = tiny_card(), small(20, accumulate=4)
+    lora = replace(whole, lora=Lora(rank=2))
+    recipe = Recipe(model=Pretrained(source="world"), method=METHOD, data=WorldClips(num_frames=FRAMES), settings=whole)
+    alone = [planned(recipe, settings, card) for settings in (whole, lora)]
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    spread = [planned(recipe, settings, card) for settings in (whole, lora)]
+    assert spread[0].peak.bytes < alone[0].peak.bytes and spread[1].peak.bytes == alone[1].peak.bytes
+    assert variants(recipe, card, spread[0])["LoRA",].means.shard == 1
+    cut = replace(recipe, settings=replace(whole, parallel=Parallel(shard=4)))
+    assert ("LoRA",) not in variants(cut, card, spread[0])
 
 
 def test_what_stays_whole_and_resident_is_known() -> None:

@@ -138,8 +138,8 @@ class Recipe:
         leads = place().rank == 0
         if leads:
             self._claim(output)
-        several = place().world_size > 1  # each then keeps its share of the weights only
-        model = self.model.load(leave=("denoiser",) if several and self.method.part == "denoiser" else ())
+        cut = place().world_size > 1 and self.method.part == "denoiser" and self.settings.lora is None
+        model = self.model.load(leave=("denoiser",) if cut else ())  # each process then keeps its share only
         student = train(
             model, self.method, self.data, self.settings, output,
             probe=self.probe, provenance=self._provenance(model), quiet=quiet,

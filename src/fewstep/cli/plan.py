@@ -71,6 +71,7 @@ def planned(recipe: Recipe, settings: Settings, card: Card) -> Plan:
     """The recipe with other `settings`, and what its data and `settings.parallel` do already to be small."""
     parallel = settings.parallel
     shard = parallel.shard * parallel.sequence or max(1, place().world_size // parallel.replicate)
+    shard = shard if settings.lora is None else 1
     stored = bool(getattr(recipe.data, "text_cache", "")) and settings.device != "cpu"
     plan = Outline.of(card, recipe.method, settings, getattr(recipe.data, "num_frames", None)).plan()
     return plan.by(Means(shard=shard, offload=parallel.offload, stored_text=stored))
@@ -152,7 +153,7 @@ def variants(recipe: Recipe, card: Card, plan: Plan) -> dict[tuple[str, ...], Pl
     ways: dict[tuple[str, ...], dict[str, Any]] = {}
     if not settings.parallel.checkpointing:
         ways["checkpointing",] = again
-    if settings.lora is None and not settings.parallel.offload and plan.means.shard == 1:
+    if settings.lora is None and not settings.parallel.offload and settings.parallel.whole:
         ways |= {("LoRA", *names): {"lora": Lora(), **way} for names, way in {(): {}, **ways}.items()}
     return found | {names: planned(recipe, replace(settings, **way), card) for names, way in ways.items()}
 

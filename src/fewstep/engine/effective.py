@@ -257,11 +257,12 @@ def told(optim: Optim) -> str:
 
 def spread_of(parallel: Parallel, processes: Processes) -> str:
     """How the run is spread over processes and memories."""
-    groups, sequence = parallel.replicate, processes.sequence
+    world, sequence = processes.world, processes.sequence
     facts = ["one process"]
-    if processes.world > 1:
-        shards = processes.world // (groups * sequence)
-        facts = [f"{processes.world} processes: replicate {groups} x shard {shards} x sequence {sequence}"]
+    if world > 1:
+        groups = world // sequence if processes.weights is None else parallel.replicate
+        shards = world // (groups * sequence)
+        facts = [f"{world} processes: replicate {groups} x shard {shards} x sequence {sequence}"]
     facts += ["blocks computed again in the backward pass"] * parallel.checkpointing
     facts += ["idle networks on the CPU"] * parallel.offload
     return ", ".join(facts)
@@ -294,8 +295,6 @@ def graphs(compiles: bool) -> str:
 
 
 def types_of(networks: Mapping[str, nn.Module]) -> dict[str, str]:
-    """The types of each network's own weights."""
-    return {
-        role: ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in network.parameters()})) or "none"
-        for role, network in networks.items()
-    }
+    """The types of each network's own weights; one that has none of its own is left out."""
+    types = {role: {str(p.dtype).removeprefix("torch.") for p in net.parameters()} for role, net in networks.items()}
+    return {role: ", ".join(sorted(found)) for role, found in types.items() if found}

@@ -83,7 +83,7 @@ class Plan:
     """Of one iteration."""
     means: Means = Means()
     shared: bool = False
-    """Networks are adapters over the same weights, which can neither wait elsewhere nor be sharded so far."""
+    """Networks are adapters over the same weights, which can neither wait elsewhere nor be cut over processes."""
 
     def resident(self, phase: Phase) -> int:
         """Bytes that stay, as this update sees them."""

@@ -29,7 +29,8 @@ class Processes:
     sequence: int = 1
     """Neighbours that work on the same clips, each on its share of the tokens."""
     weights: DeviceMesh | None = None
-    """Over which every network is sharded: `(shard,)` or `(replicate, shard)`. None in a run of one."""
+    """Over which every network is sharded: `(shard,)` or `(replicate, shard)`. None in a run of one and in one of adapters,
+    where every process has its networks whole."""
     tokens: dist.ProcessGroup | None = None
     """Those that share this process' clips; None where every process has its own."""
     talk: dist.ProcessGroup | None = None
@@ -85,10 +86,11 @@ def join(settings: Settings) -> Processes:
     if not dist.is_initialized():
         meet()
     replicate, sequence = parallel.replicate, parallel.sequence
-    shard = here.world_size // replicate  # shards of one network lie across the neighbours that share a clip, too
-    shape = (shard,) if replicate == 1 else (replicate, shard)
-    weights = init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
-    tokens = None
+    weights = tokens = None
+    if settings.lora is None:
+        shard = here.world_size // replicate  # shards of one network lie across the neighbours that share a clip, too
+        shape = (shard,) if replicate == 1 else (replicate, shard)
+        weights = init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
     if sequence > 1:
         clips = init_device_mesh(device, (here.world_size // sequence, sequence), mesh_dim_names=("clips", "tokens"))
         tokens = clips["tokens"].get_group()

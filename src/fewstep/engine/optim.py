@@ -35,10 +35,11 @@ class RoleOptimizer:
             self.parts["muon"] = torch.optim.Muon(
                 _groups(matrices, optim), lr=optim.lr, weight_decay=optim.weight_decay, adjust_lr_fn="match_rms_adamw"
             )
-        # One kernel for all that an update does to a weight: three times as fast on a CPU as tensor after tensor.
-        self.parts["adamw"] = torch.optim.AdamW(
-            _groups(others, optim), lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True
-        )
+        if others:  # adapters are matrices inside `blocks`, all of them
+            # One kernel for all that an update does to a weight: three times as fast on a CPU as tensor after tensor.
+            self.parts["adamw"] = torch.optim.AdamW(
+                _groups(others, optim), lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True
+            )
 
     def clip(self) -> Tensor:
         """Scale the role's gradient to the largest norm allowed; its norm before. ValueError if there is no gradient."""

@@ -148,6 +148,11 @@ def require_possible(method: Method, settings: Settings, card: Card, probe: Prob
             "settings.parallel.offload sends networks away one by one, and with settings.lora all of them are adapters over "
             "the same weights; leave out one of the two"
         )
+    if settings.lora is not None and not settings.parallel.whole:
+        raise ValueError(
+            "settings.lora: the frozen weights that all roles borrow are whole on every process, and settings.parallel asks "
+            "for a part of them on each; leave out shard and replicate"
+        )
     if method.part != "denoiser":
         for setting in ("compile", "preview_every", "lora"):
             if getattr(settings, setting):
@@ -169,15 +174,13 @@ def require_processes(settings: Settings) -> None:
     require_mesh(settings.parallel, settings.accumulate, settings.device)
     if place().world_size == 1:
         return
-    if settings.lora is not None:
-        raise ValueError("settings.lora works in one process so far; write lora: null, or start without torchrun")
     if settings.compile and settings.parallel.sequence > 1:
         raise ValueError(
             "settings.compile cannot look into the exchanges of processes that share a clip; write compile: false, or "
             "settings.parallel.sequence: 1"
         )
     muon = sorted(role for role, optim in settings.optim.items() if optim.type == "muon")
-    if muon:
+    if muon and settings.lora is None:
         raise ValueError(
             f"settings.optim.{muon[0]}: muon works on whole matrices, which sharded networks do not have; "
             "give it type adamw, or start without torchrun"

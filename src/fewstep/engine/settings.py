@@ -43,7 +43,7 @@ class Parallel:
 
     shard: int = 0
     """Processes over which every denoiser's weights, gradients and optimiser states are cut (times `sequence`).
-    0 = as many as there are."""
+    0 = as many as there are; with `settings.lora`, 1."""
     replicate: int = 1
     """Copies of that group (HSDP): gradients travel between groups, weights stay within."""
     sequence: int = 1
@@ -59,6 +59,11 @@ class Parallel:
         for name, least in (("shard", 0), ("replicate", 1), ("sequence", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"settings.parallel.{name} must be at least {least}, got {getattr(self, name)}")
+
+    @property
+    def whole(self) -> bool:
+        """Whether every process may hold its networks in one piece: nothing asks for a cut. With adapters it does so."""
+        return self.shard == 1 or (self.shard, self.replicate) == (0, 1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 A denoiser is cut along the three-part contract: each block on its own, embedding and head together. Every other network
 (discriminator heads, codecs, encoders) is small, stays whole on every process and has its gradients added up.
+So it is with adapters, and the weights that all roles borrow are whole, too.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def whole(network: nn.Module, shell: nn.Module, processes: Processes) -> nn.Modu
 
 def add_gradients(network: nn.Module, processes: Processes) -> None:
     """Add up the gradients of a network that is whole on every process; FSDP has done so for the others."""
-    if processes.weights is None or isinstance(network, FSDPModule):
+    if processes.world == 1 or isinstance(network, FSDPModule):
         return
     gradients = [p.grad for p in network.parameters() if p.grad is not None]
     if gradients:
