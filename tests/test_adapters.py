@@ -81,9 +81,9 @@ def causal_only(name: str) -> None:
 
 
 @torch.no_grad()
-def test_forward_is_diffusers_own(name: str, model: VideoModel, pipeline: DiffusionPipeline) -> None:
+def test_forward_is_diffusers_own(model: VideoModel) -> None:
     x, t, cond = drawn(model)
-    theirs = TINY[name].forward(pipeline, x, t, cond)
+    theirs = model.denoiser.backbone.original().forward(x, t, cond)
     ours = model.denoiser(x, t, cond).raw
     assert theirs.abs().max() > 0.1
     torch.testing.assert_close(ours, theirs, **EXACT)
@@ -103,14 +103,12 @@ def test_a_model_of_whole_clips_refuses_what_it_cannot_do(name: str, source: Dif
 
 
 @torch.no_grad()
-def test_a_time_per_frame_is_diffusers_time_per_token(
-    name: str, model: VideoModel, pipeline: DiffusionPipeline
-) -> None:
+def test_a_time_per_frame_is_diffusers_time_per_token(name: str, model: VideoModel) -> None:
     causal_only(name)
     x, _, cond = drawn(model)
     t = Rng(1).rand((2, x.shape[2]), "t")
     tokens = model.denoiser.backbone.embed(x, t, cond).grid.per_frame
-    theirs = TINY[name].forward(pipeline, x, t.repeat_interleave(tokens, 1), cond)
+    theirs = model.denoiser.backbone.original().forward(x, t.repeat_interleave(tokens, 1), cond)
     torch.testing.assert_close(model.denoiser(x, t, cond).raw, theirs, **EXACT)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,8 @@ from fewstep.core.types import Cond
 from fewstep.diffusion import CFG, Contract
 from fewstep.models.adapters.attention import after, out, project, rotate_pairs
 from fewstep.models.adapters.layout import Layout
-from fewstep.models.adapters.rebuilt import rebuilt
-from fewstep.models.backbone import Backbone, Context, Original, Tokens
+from fewstep.models.adapters.network import DiffusersBackbone
+from fewstep.models.backbone import Context, Tokens
 from fewstep.models.bundle import Card
 from fewstep.models.spec import Spec
 from fewstep.models.video_dit import gate, modulate, rotary_table, time_groups
@@ -63,28 +63,20 @@ def card(layout: Layout) -> Card:
     )  # fmt: skip
 
 
-class Wan(Backbone):
+class Wan(DiffusersBackbone):
     """The modules and weight names are diffusers' own; `config` is its constructor's arguments.
 
     Every frame may have its own time, and with `pattern` and a cache view it is a causal model.
     """
 
+    network = WanTransformer3DModel
     shares = True
-    folders: ClassVar[tuple[str, ...]] = ("transformer",)
 
     def __init__(self, *, config: dict[str, Any], pattern: Pattern = Dense()) -> None:
         super().__init__()
         self.args = {"config": config, "pattern": pattern.tree()}
         self.pattern = pattern
-        self._hold(WanTransformer3DModel.from_config(config))
-
-    def load(self, folder: Path) -> None:
-        """Take the weights of a folder in diffusers' layout, as float32."""
-        self._hold(
-            WanTransformer3DModel.from_pretrained(
-                folder, subfolder=self.folders[0], torch_dtype=torch.float32, use_safetensors=True
-            )
-        )
+        self._hold(self.network.from_config(config))
 
     def _hold(self, network: WanTransformer3DModel) -> None:
         config = network.config
@@ -130,12 +122,9 @@ class Wan(Backbone):
         x = tokens_BNP.unflatten(2, (*self.patch, -1)).unflatten(1, state.grid)  # B F h w p q C
         return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5).flatten(3, 4)
 
-    def original(self) -> Original:
-        network = rebuilt(WanTransformer3DModel, self)
-        return Original(
-            {"transformer": network},
-            lambda x, t, cond: network(x, _TIMESTEPS * t, cond.text.to(x.dtype), return_dict=False)[0],
-        )
+    def _by_original(self, network: Any, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        made: Tensor = network(x, _TIMESTEPS * t, cond.text.to(x.dtype), return_dict=False)[0]
+        return made
 
     def _grid(self, x: Tensor) -> Grid3:
         _, channels, frames, height, width = x.shape
