@@ -127,6 +127,20 @@ def test_a_student_is_compared_at_its_own_times(load: Callable[..., VideoModel],
     )
 
 
+def test_a_shift_that_is_of_another_size_is_found(load: Callable[..., VideoModel]) -> None:
+    """LTX's times follow from the size of its clip: of its own, at whichever size it is checked."""
+    model = load("ltx", num_frames=9)
+    assert not failures(model, Options(num_frames=5), ("times",))
+    model.card = replace(model.card, contract=load("ltx").card.contract)
+    assert failures(model, only=("times",)) == {"times"}
+
+
+def test_what_diffusers_does_not_do_itself_is_not_compared(load: Callable[..., VideoModel]) -> None:
+    """Its DDIM steps by whole strides, which three steps of a thousand timesteps are not."""
+    (finding,) = check_model(load("cogvideox"), Options(steps=3), ["pipeline"]).findings
+    assert finding.outcome == "not applicable" and "does not step to its own next timestep" in finding.note
+
+
 def test_the_model_is_left_as_it_is(load: Callable[..., VideoModel]) -> None:
     model = load("wan")
     before, card, pattern = model.fingerprint("denoiser"), model.card, model.denoiser.backbone.pattern

@@ -98,7 +98,8 @@ class CogVideoX(StreamsBackbone):
 
     def original(self) -> Original:
         """Diffusers has frames before channels."""
-        return super().original()._replace(pack=lambda x: x.transpose(1, 2), unpack=lambda x, _: x.transpose(1, 2))
+        original = super().original()
+        return original._replace(pack=lambda x: x.transpose(1, 2), unpack=lambda made, _: made.transpose(1, 2))
 
     def _by_original(self, network: Any, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         rotary = None

@@ -25,8 +25,6 @@ from fewstep.models.bundle import Card
 from fewstep.models.spec import Spec
 
 _TIMESTEPS = 1000
-_IMAGE_TOKENS = 729
-"""Of the image that diffusers' network is given, and masks where there is none."""
 
 
 def card(layout: Layout) -> Card:
@@ -108,7 +106,7 @@ class HunyuanVideo15(StreamsBackbone):
 
     def _by_original(self, network: Any, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         glyphs, glyph_mask = cond.extra["glyphs"].to(x.dtype), cond.extra["glyph_mask"]
-        no_image = x.new_zeros(len(x), _IMAGE_TOKENS, network.config.image_embed_dim)
+        no_image = x.new_zeros(len(x), 1, network.config.image_embed_dim)  # masked, because it is zero
         made: Tensor = network(
             self._with_image(x), _TIMESTEPS * t, cond.text.to(x.dtype), cond.mask, None, glyphs, glyph_mask, no_image,
             return_dict=False,

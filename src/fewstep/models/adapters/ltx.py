@@ -125,11 +125,9 @@ class LTX(DiffusersBackbone):
         return _latents(tokens_BNC, state.grid)
 
     def original(self) -> Original:
-        told = {"frame_rate": self.fps}
-        return (
-            super()
-            .original()
-            ._replace(pack=_tokens, unpack=lambda tokens_BNC, shape: _latents(tokens_BNC, shape[2:]), told=told)
+        original = super().original()
+        return original._replace(
+            pack=_tokens, unpack=lambda made, shape: _latents(made, shape[2:]), told={"frame_rate": self.fps}
         )
 
     def _by_original(self, network: Any, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
