@@ -82,7 +82,7 @@ def causal_only(name: str) -> None:
 
 @torch.no_grad()
 def test_a_model_of_whole_clips_refuses_what_it_cannot_do(name: str, source: Diffusers, model: VideoModel) -> None:
-    if TINY[name].causal:
+    if TINY[name].causal or name == "wan_experts":  # whose frames may have their own times, of one expert
         return
     x, t, cond = drawn(model)
     with pytest.raises(ValueError, match=r"one time per clip: t must be \[2\], got \(2, \d\)"):
@@ -104,7 +104,10 @@ def test_a_time_per_frame_is_diffusers_time_per_token(name: str, model: VideoMod
 
 
 def test_weights_have_diffusers_names(model: VideoModel, pipeline: DiffusionPipeline) -> None:
-    backbone, theirs = model.denoiser.backbone, pipeline.transformer.state_dict()
+    backbone = model.denoiser.backbone
+    networks = {folder: getattr(pipeline, folder).state_dict() for folder in backbone.folders}
+    several = len(networks) > 1
+    theirs = {f"{folder}/{n}" if several else n: w for folder, own in networks.items() for n, w in own.items()}
     ours = {backbone.foreign(name): weight for name, weight in backbone.state_dict().items()}
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
@@ -130,7 +133,8 @@ def test_clips_are_the_pipeline_s(name: str, model: VideoModel, pipeline: Diffus
     }  # fmt: skip
     theirs = tiny.sample(pipeline, noise, **options, output_type="latent")
     times = tiny.times(pipeline)
-    assert name == "wan" or card.contract.times(steps) == pytest.approx(times)  # its pipeline leaves the ends to others
+    if not name.startswith("wan"):  # its pipelines leave the ends of the grid to others
+        assert card.contract.times(steps) == pytest.approx(times)
     model.card = replace(card, contract=replace(card.contract, grids={str(steps): times}, steps=steps))
     ours = model.latents(PROMPTS, seed=(5, 6), guidance_scale=5.0)
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
@@ -180,9 +184,9 @@ def test_chunk_by_chunk_with_a_cache_is_one_masked_forward(name: str, source: Di
 
 def test_features_gradients_and_checkpointing(name: str, model: VideoModel) -> None:
     x, t, cond = drawn(model)
-    width, grid = model.denoiser.backbone.width, model.denoiser.backbone.embed(x, t, cond).grid
+    start = model.denoiser.backbone.embed(x, t, cond).volume
     feature = model.denoiser.features(x.requires_grad_(), t, cond, [-1])[0]
-    assert feature.shape == (2, width, *grid)
+    assert feature.shape == start.shape and feature.shape[:2] == (2, model.denoiser.backbone.width)
     gradients = []
     for checkpointing in (False, True):
         model.denoiser.backbone.spread(None, checkpointing)
@@ -200,7 +204,7 @@ def test_every_block_is_one_graph(model: VideoModel) -> None:
     state = model.denoiser.backbone.embed(x, t, cond)
     block = model.denoiser.backbone.blocks[0]
     compiled = torch.compile(block, backend="eager", fullgraph=True, dynamic=False)
-    assert torch.equal(compiled(state).x_BNE, block(state).x_BNE)
+    assert torch.equal(compiled(state).volume, block(state).volume)
 
 
 def test_lora_finds_every_linear_layer_of_the_blocks(model: VideoModel) -> None:

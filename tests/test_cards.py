@@ -11,6 +11,7 @@ import torch
 
 from bench_engine import tiny_model
 from fewstep.core import RecipeError
+from fewstep.evaluate.measure import feature_map
 from fewstep.models import Card, FrameAutoencoder, TextEncoder, VideoModel, fingerprint
 from fewstep.models.bundle import read_card
 from fewstep.models.source import Scratch
@@ -75,3 +76,10 @@ def test_weights_may_stay_in_their_file(tmp_path: Path) -> None:
     (tmp_path / "codec.safetensors").replace(tmp_path / "denoiser.safetensors")
     with pytest.raises(RecipeError, match=r"denoiser\.safetensors: tensors do not match the card's network"):
         VideoModel.from_pretrained(tmp_path, leave=("denoiser",))
+
+
+def test_built_in_models_are_not_looked_for_on_the_hub() -> None:
+    """`world/features` has the form of a name on the hub."""
+    assert "features" in read_card("world/features").parts and read_card("world").role == "teacher"
+    name = feature_map("auto", (32, 32), torch.device("cpu")).name
+    assert name.startswith("world/features "), name

@@ -11,7 +11,8 @@ import pytest
 
 from fewstep.catalogue import KINDS
 from fewstep.cli import COMMANDS, main
-from fewstep.cli.arguments import List, split_overrides
+from fewstep.cli.arguments import split_overrides
+from fewstep.cli.questions import List
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
 TINY = """

@@ -105,7 +105,7 @@ def test_manifest_tells_how_the_pairs_were_made(tmp_path: Path) -> None:
     settings = manifest["settings"]
     assert settings["solver"] == "euler"
     assert settings["grid"] == [1.0, 0.7, 0.5, 0.25, 0.0]
-    assert settings["guidance"] == {"scale": 2.0, "low": 0.0, "high": 0.9}
+    assert settings["guidance"] == {"scale": 2.0, "low": 0.0, "high": 0.9, "outside": 1.0}
     assert set(settings["teacher"]) == {"denoiser", "text"}
     assert (manifest["rows"], manifest["nfe_per_pair"], manifest["complete"]) == (1, 8, True)
 

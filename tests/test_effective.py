@@ -111,7 +111,13 @@ def others(value: Any, hint: Any) -> Iterator[Any]:
                     continue
 
 
-FIELDS = [(cls, field.name) for cls in whole() for field in fields(cls) if field.init]
+FIELDS = [
+    (cls, field.name)
+    for cls in whole()
+    for field in fields(cls)
+    if field.init and cls is not Parallel and (cls, field.name) != (Settings, "parallel")
+]
+"""How a run is spread is no part of its hash: it has a test of its own."""
 
 
 @pytest.mark.parametrize(("cls", "name"), FIELDS, ids=[f"{cls.__name__}.{name}" for cls, name in FIELDS])
@@ -145,6 +151,11 @@ CHANGES: dict[str, Settings] = {
     "parallel.checkpointing": small(2, parallel=Parallel(checkpointing=True)),
     "optim.lr": small(2, optim={"student": Optim(lr=2e-3)}),
     "optim.type": small(2, optim={"student": Optim(type="muon", lr=1e-3)}),
+    "optim.betas": small(2, optim={"student": Optim(lr=1e-3, betas=(0.5, 0.9))}),
+    "optim.clip": small(2, optim={"student": Optim(lr=1e-3, clip=0.5)}),
+    "optim.weight_decay": small(2, optim={"student": Optim(lr=1e-3, weight_decay=0.1)}),
+    "optim.warmup": small(2, optim={"student": Optim(lr=1e-3, warmup=2)}),
+    "optim.decay": small(2, optim={"student": Optim(lr=1e-3, decay="cosine")}),
     "optim.critic": small(2, optim={"student": Optim(lr=1e-3), "critic": Optim(lr=5e-3)}),
 }
 
@@ -160,11 +171,27 @@ def test_settings_show_in_what_is_in_effect_beyond_their_digest(tmp_path: Path) 
         assert state not in states[:i], f"{name} leaves no trace"
 
 
+FOR_OTHERS: dict[str, Any] = {"shard": 2, "replicate": 2, "sequence": 2, "offload": True}
+"""What one process on a CPU cannot have of `settings.parallel`."""
+
+
+@pytest.mark.parametrize("name", FOR_OTHERS)
+def test_a_spread_that_cannot_be_had_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"settings\.parallel.*{name}"):
+        prepare(tiny_model(), METHOD, DATA, small(2, parallel=Parallel(**{name: FOR_OTHERS[name]})), tmp_path)
+
+
+def test_every_way_to_spread_a_run_is_shown_or_refused() -> None:
+    shown = {key.removeprefix("parallel.") for key in CHANGES if key.startswith("parallel.")}
+    assert {*FOR_OTHERS, *shown} == {field.name for field in fields(Parallel)}
+
+
 def test_a_run_writes_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(tiny_model(), METHOD, DATA, small(6), tmp_path)
     state = json.loads((tmp_path / "effective.json").read_text())
     assert state["attention"] == ["sdpa-flash, sdpa-flash"] * 2
-    assert state["weights"] == {"critic": "float32", "student": "float32"} and state["arithmetic"] == "float32"
+    assert set(state["weights"]) == {"teacher", "student", "critic", "text", "codec", "features"}
+    assert set(state["weights"].values()) == {state["arithmetic"]} == {"float32"}
     assert state["evaluation_times"] == {"2": [1.0, 0.75, 0.0]}
     assert state["training_times"]["student"]["listed"] == [1.0, 0.75]
     assert state["training_times"]["critic"]["count"] > 4 and state["fallbacks"] == []

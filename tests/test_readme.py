@@ -18,6 +18,7 @@ from bench_engine import tiny_model
 from fewstep.cli.arguments import COMMANDS, parse, split_overrides
 from fewstep.core.build import build, load_yaml
 from fewstep.data import write_video
+from fewstep.engine.prepare import require_processes
 from fewstep.models import bundle
 from fewstep.recipe import Recipe, names
 
@@ -147,11 +148,11 @@ def assert_runs(command: list[str]) -> None:
     assert words[0] in COMMANDS and (options.takes_overrides or not overrides)
     recipe = getattr(options, "recipe", None)
     if recipe is not None:
-        Recipe.load(ROOT / recipe, overrides)
+        require_processes(Recipe.load(ROOT / recipe, overrides).settings)
 
 
 @pytest.mark.parametrize(("page", "command"), [c for c in shell_lines() if not c[1].startswith("fewstep ")])
-def test_other_commands_exist(page: str, command: str) -> None:
+def test_other_commands_exist(page: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     program, words = command.split()[0], words_of(command)
     if program == "make":
@@ -165,6 +166,7 @@ def test_other_commands_exist(page: str, command: str) -> None:
         }
     elif program == "torchrun":
         assert words[words.index("fewstep") - 1] == "-m"
+        monkeypatch.setenv("WORLD_SIZE", words[words.index("--nproc-per-node") + 1])
         assert_runs(words[words.index("fewstep") + 1 :])
     elif program == "python":
         script = (ROOT / words[0]).read_text(encoding="utf-8")

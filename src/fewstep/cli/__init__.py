@@ -6,7 +6,8 @@ import difflib
 import sys
 from collections.abc import Sequence
 
-from fewstep.cli.arguments import COMMANDS, Command, UsageError, parse, split_overrides
+from fewstep.cli.arguments import COMMANDS, parse, split_overrides
+from fewstep.cli.command import Command, UsageError
 
 __all__ = ["COMMANDS", "main", "run"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,23 +10,8 @@ from typing import Annotated, Any, ClassVar, Literal, Union
 import tyro
 from tyro.conf import Positional
 
-Overrides = list[tuple[str, str]]
-
-
-class UsageError(ValueError):
-    """A command line that means nothing."""
-
-
-@dataclass(frozen=True)
-class Command(ABC):
-    """One sub-command: its fields are its options."""
-
-    takes_overrides: ClassVar[bool] = False
-    """Whether `--method.critic-updates 3` and the like change its recipe."""
-
-    @abstractmethod
-    def run(self, overrides: Overrides) -> int:
-        """Do it; the exit code."""
+from fewstep.cli.command import Command, Overrides, UsageError
+from fewstep.cli.questions import Doctor, Explain, List, Watch
 
 
 @dataclass(frozen=True)
@@ -170,6 +154,8 @@ class Sample(Command):
     """One or several prompts; a clip each, side by side."""
     prompt_file: Path | None = None
     """A text file with one prompt per line."""
+    image: tuple[Path, ...] = ()
+    """Of a model that makes clips of images: the picture that all begin with, or one for each prompt."""
     num_inference_steps: int | None = None
     """Default: as the card says. A student refuses step counts it was not trained for."""
     guidance_scale: float | None = None
@@ -269,75 +255,56 @@ class CheckModel(Command):
 
 
 @dataclass(frozen=True)
-class Watch(Command):
-    """Show how a run is doing: its verdict and figures beside the teacher's, its losses. Live on a terminal."""
+class Export(Command):
+    """Write a student for other tools. In diffusers' layout, plain diffusers makes the same clips with it."""
 
-    run_folder: Positional[Path]
-    """Output folder of a run, going on or ended."""
-    every: float = 2.0
-    """Seconds between two looks; 0 prints once."""
+    student: Positional[str]
+    """A run's student/, or another folder with a network of diffusers in it."""
+    folder: Positional[Path]
+    """Where to; it must not exist, or be empty."""
+    names: Literal["diffusers", "comfyui"] = "diffusers"
+    """comfyui: the denoiser alone, one file by the names that its authors gave the weights."""
+    lora: bool = False
+    """Of a student trained with settings.lora: its adapters alone, one file to load over the teacher."""
+    link: bool = False
+    """Link text encoder and codec to where they are, in place of a copy."""
 
     def run(self, overrides: Overrides) -> int:
-        from fewstep.cli import watch
+        from fewstep.cli import commands
 
-        return watch.show(self.run_folder, every=self.every)
+        return commands.export(self)
 
 
 @dataclass(frozen=True)
-class List(Command):
-    """Print what there is, with its source and paper."""
+class CheckLora(Command):
+    """Try a style LoRA of the teacher on teacher and student, and say how much of it survives."""
 
-    kind: Positional[
-        Literal[
-            "methods",
-            "models",
-            "networks",
-            "data",
-            "rollouts",
-            "patterns",
-            "samplers",
-            "paths",
-            "densities",
-            "settings",
-        ]
-    ]
-    json: bool = False
-    """A list of objects with name, doc, cite, file and line."""
-
-    def run(self, overrides: Overrides) -> int:
-        from fewstep.cli import listing
-
-        return listing.show(self.kind, as_json=self.json)
-
-
-@dataclass(frozen=True)
-class Explain(Command):
-    """Print a recipe with every default, what each key means, where each class is defined, and the papers."""
-
-    takes_overrides: ClassVar[bool] = True
-
-    recipe: Positional[Path]
-    """A YAML file, or the folder of a run or student."""
+    lora: Positional[str]
+    """A LoRA file, or a folder with one."""
+    student: str
+    output: Path
+    """Folder for the figures and the picture."""
+    teacher: str = "world"
+    prompt: tuple[str, ...] = ()
+    """Default: 16 prompts of the built-in world."""
+    prompt_file: Path | None = None
+    """A text file with one prompt per line."""
+    seeds: int = 2
+    """Clips per prompt."""
+    device: str = "cpu"
+    quiet: bool = False
+    """No progress bar."""
 
     def run(self, overrides: Overrides) -> int:
-        from fewstep.cli import explain
+        from fewstep.cli import commands
 
-        return explain.show(self.recipe, overrides)
-
-
-@dataclass(frozen=True)
-class Doctor(Command):
-    """Print what this machine has, and which of it will be used and why."""
-
-    def run(self, overrides: Overrides) -> int:
-        from fewstep.cli import doctor
-
-        return doctor.show()
+        return commands.check_lora(self)
 
 
 COMMANDS: dict[str, type[Command]] = {
     "demo": Demo, "prepare": Prepare, "train": Train, "pairs": Pairs, "distill": Distill, "sample": Sample,
-    "evaluate": Evaluate, "check-model": CheckModel, "watch": Watch, "list": List, "explain": Explain, "doctor": Doctor,
+    "evaluate": Evaluate, "check-model": CheckModel, "export": Export, "check-lora": CheckLora,
+    "watch": Watch, "list": List, "explain": Explain, "doctor": Doctor,
 }  # fmt: skip
 
 

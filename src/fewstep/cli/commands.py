@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fewstep.cli import arguments
-from fewstep.cli.arguments import Overrides, UsageError
+from fewstep.cli.command import Overrides, UsageError
 from fewstep.core.env import place
 
 if TYPE_CHECKING:
@@ -133,16 +133,21 @@ def _own_device(name: str) -> str:
 
 
 def sample(options: arguments.Sample) -> int:
-    from fewstep.data.video import write_video
+    import torch
+
+    from fewstep.data.video import read_image, write_video
     from fewstep.models.bundle import VideoModel
 
     prompts = _prompts(options.prompt, options.prompt_file)
+    if len(options.image) not in (0, 1, len(prompts)):
+        raise UsageError(f"--image: give one picture, or one for each of the {len(prompts)} prompts")
     if options.output.suffix.lower() not in (".mp4", ".gif"):
         raise UsageError(f"--output {options.output}: choose a name that ends in .mp4 or .gif")
     model = VideoModel.from_pretrained(options.student)
+    images = [read_image(path, (model.card.height, model.card.width)) for path in options.image]
     clips = model(
-        prompts, num_inference_steps=options.num_inference_steps, guidance_scale=options.guidance_scale,
-        num_frames=options.num_frames, seed=options.seed, force=options.force,
+        prompts, image=torch.stack(images) if images else None, num_inference_steps=options.num_inference_steps,
+        guidance_scale=options.guidance_scale, num_frames=options.num_frames, seed=options.seed, force=options.force,
     )  # fmt: skip
     write_video(options.output, clips, fps=model.card.fps, scale=options.scale)
     return _made(options.output)
@@ -265,6 +270,39 @@ def check_model(options: arguments.CheckModel) -> int:
     counts = Counter(f.outcome for f in found.findings)
     out.print("\n" + ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items(), reverse=True)))
     return 1 if found.failed else 0
+
+
+def export(options: arguments.Export) -> int:
+    from fewstep.models import adapters
+    from fewstep.models.bundle import VideoModel
+
+    model = VideoModel.from_pretrained(options.student)
+    if options.lora:
+        return _made(
+            adapters.export_lora(model, Path(options.student) / "adapter", options.folder, names=options.names)
+        )
+    return _made(model.export(options.folder, names=options.names, link=options.link))
+
+
+def check_lora(options: arguments.CheckLora) -> int:
+    from fewstep.cli.pace import telling
+    from fewstep.cli.screen import screen
+    from fewstep.evaluate.style import check_lora as check
+    from fewstep.models.bundle import VideoModel
+    from fewstep.world.grammar import world_prompts
+
+    given = options.prompt or options.prompt_file
+    prompts = _prompts(options.prompt, options.prompt_file) if given else world_prompts(16, 0.5, 0)
+    teacher, student = (VideoModel.from_pretrained(x).to(options.device) for x in (options.teacher, options.student))
+    with telling(options.quiet) as progress:
+        found = check(teacher, student, options.lora, prompts, options.output, seeds=options.seeds, progress=progress)
+    out = screen()
+    out.print(
+        f"score {found.score:.3f} +- {found.error:.3f} (1 as on the teacher, 0 no trace): direction {found.cosine:.3f}, "
+        f"size {found.size:.3f}; {found.n} clips of each kind, features {found.features}",
+        markup=False, soft_wrap=True,
+    )  # fmt: skip
+    return _made(options.output / "lora.gif")
 
 
 def _prompts(given: tuple[str, ...], file: Path | None) -> tuple[str, ...]:

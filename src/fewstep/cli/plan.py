@@ -9,7 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
-from fewstep.cli.arguments import Train, UsageError
+from fewstep.cli.arguments import Train
+from fewstep.cli.command import UsageError
 from fewstep.cli.screen import screen, table
 from fewstep.core.env import place
 from fewstep.engine.memory import Means, Plan, Remedy, fitting, parse_bytes, remedies

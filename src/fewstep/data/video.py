@@ -83,6 +83,16 @@ def read_video(
     return torch.stack(frames)
 
 
+def read_image(path: str | Path, size: tuple[int, int]) -> Tensor:
+    """A picture, scaled to cover `size` `(H, W)` and cropped at the centre: `[3, H, W]` in [-1, 1]. ClipError as above."""
+    try:
+        with Image.open(path) as image:
+            pixels = np.array(image.convert("RGB"))
+    except OSError as error:
+        raise ClipError(f"{path} is no picture that can be read: {error}") from None
+    return to_floats(_fit(pixels, size)[None])[:, 0]
+
+
 def read_clips(source: str | Path | BytesIO, cut: Cut) -> Iterator[Clip]:
     """The clips of one video, in one pass over the file that keeps one clip in memory.
 

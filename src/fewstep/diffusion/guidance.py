@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ Net = Callable[[Tensor, Tensor, Cond], Prediction]
 
 @dataclass(frozen=True, kw_only=True)
 class CFG:
-    """Guidance of strength `scale` inside the time interval `[low, high]`, conditional prediction outside it.
+    """Guidance of strength `scale` inside the time interval `[low, high]`, of strength `outside` at other times.
 
     Public code uses two conventions. `cond + w (cond - uncond)` (CausVid, Self-Forcing, the LCM family) is one less:
     `CFG.from_offset(3.0) == CFG(scale=4.0)`.
@@ -26,6 +26,8 @@ class CFG:
     scale: float = 1.0
     low: float = 0.0
     high: float = 1.0
+    outside: float = 1.0
+    """Models with an expert for the noisy times and one for the rest have a scale for each."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.low < self.high <= 1:
@@ -38,7 +40,11 @@ class CFG:
 
     @property
     def active(self) -> bool:
-        return self.scale != 1.0
+        return self.scale != 1.0 or self.outside != 1.0
+
+    def rescaled(self, scale: float) -> CFG:
+        """The same, with the one scale `scale` at all times at which there is guidance."""
+        return replace(self, scale=scale, outside=1.0 if self.outside == 1.0 else scale)
 
     def __call__(self, net: Net, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond) -> Prediction:
         """Guided prediction; conditional and unconditional pass run as one batch of 2B, or one pass of B when off."""
@@ -48,6 +54,8 @@ class CFG:
         raw_cond, raw_uncond = both.raw.chunk(2)
         inside = (t >= self.low) & (t <= self.high)
         one = torch.ones_like(t, dtype=x_t.dtype)
-        scale = torch.where(inside, self.scale * one, one)  # in the latents' dtype: float64 stays float64
+        scale = torch.where(
+            inside, self.scale * one, self.outside * one
+        )  # in the latents' dtype: float64 stays float64
         raw = raw_uncond + broadcast(scale, x_t) * (raw_cond - raw_uncond)
         return Prediction(raw=raw, kind=both.kind, x_t=x_t, t=t, path=both.path)

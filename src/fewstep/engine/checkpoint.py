@@ -40,7 +40,7 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class RunState:
-    """Everything a run owns: tensors by component (shared with the run), and plain values (what run it is, best scores).
+    """Everything a run owns: tensors by component (shared with the run), and plain values (what run it is, health).
 
     The learning rate and the position in the data are functions of `step`; random numbers have no state at all.
     """
@@ -130,7 +130,9 @@ class Checkpoint:
         odd = sorted(into.keys() ^ stored.keys())
         odd += [key for key, tensor in into.items() if key in stored and tensor.shape != stored[key][0]]
         if odd:
-            raise CheckpointError(f"{self.folder / name} is of another network: {', '.join(odd[:4])} do not match")
+            raise CheckpointError(
+                f"{self.folder / name} is of another network: {', '.join(odd[:4])} do not match. Give another output folder."
+            )
         if into:
             reader = HuggingFaceStorageReader(str(self.folder / name))
             dcp.load(dict(into), storage_reader=reader, process_group=group, no_dist=group is None)

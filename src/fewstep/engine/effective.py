@@ -20,7 +20,7 @@ from fewstep.core.atomic import write_text
 from fewstep.engine.compiling import compile_problem
 from fewstep.engine.mesh import Processes
 from fewstep.engine.nets import trained_roles
-from fewstep.engine.settings import Parallel, Settings
+from fewstep.engine.settings import Optim, Parallel, Settings
 from fewstep.engine.shard import hollow
 from fewstep.methods.base import Method, Nets
 from fewstep.models import Denoiser
@@ -64,7 +64,7 @@ class Effective:
     attention: tuple[str, ...]
     """Kernels of each block of the student, in the order they run; empty where no denoiser is trained."""
     weights: dict[str, str]
-    """Type of the trained weights, by role."""
+    """Types of all weights a run holds, by role, or by part of the model."""
     arithmetic: str
     """Type in which the networks' matrix products run."""
     optimizers: dict[str, str]
@@ -230,9 +230,9 @@ def in_effect(
         identity=dict(identity),
         device=str(torch.empty(0, device=settings.device).device),
         attention=kernels,
-        weights=types_of({role: nets.roles[role] for role in roles}),
+        weights=types_of({**{part: net for part, net in model.parts.items() if part != method.part}, **nets.roles}),
         arithmetic="bfloat16" if settings.autocast == "bf16" else "float32",
-        optimizers={role: f"{optim.type} lr {optim.lr:g} {optim.decay}" for role, optim in optims.items()},
+        optimizers={role: told(optim) for role, optim in optims.items()},
         spread=spread_of(settings.parallel, processes),
         compiles=compiles,
         graphs="compiled at the first call" if compiles else "not compiled",
@@ -243,6 +243,15 @@ def in_effect(
         evaluation_times={n: tuple(t) for n, t in contract.grids.items()} if contract else {},
         fallbacks=fallbacks,
     )
+
+
+def told(optim: Optim) -> str:
+    """Everything an optimiser goes by."""
+    betas = " and ".join(f"{beta:g}" for beta in optim.betas)
+    facts = [f"{optim.type} lr {optim.lr:g} {optim.decay}", f"betas {betas}", f"clip {optim.clip:g}"]
+    facts += [f"weight decay {optim.weight_decay:g}"] * bool(optim.weight_decay)
+    facts += [f"warm-up {optim.warmup}"] * bool(optim.warmup)
+    return ", ".join(facts)
 
 
 def spread_of(parallel: Parallel, processes: Processes) -> str:

@@ -45,7 +45,7 @@ def train(
     Writes to `output`: `metrics.jsonl`, `tensorboard/`, `previews/`, `checkpoints/`, `health.json`, `health/`,
     `effective.json`, `best/`, `student/`. With a probe the returned model is the best by its rule; otherwise the last, or
     the best so far where the last is ill (`settings.health`). Of several processes only the leader gets its denoiser's
-    weights. `model` becomes the frozen teacher. Raises ValueError when something asked for cannot be had,
+    weights, in main memory. `model` becomes the frozen teacher. Raises ValueError when something asked for cannot be had,
     NonFiniteError when a number stops being one, CheckpointError when `output` belongs to another run.
     """
     output = Path(output)
@@ -129,7 +129,8 @@ def finish(run: Run) -> VideoModel:
     run.processes.barrier()
     if not run.processes.leads:
         return VideoModel.from_pretrained(folder, leave=("denoiser",))
-    return VideoModel.from_pretrained(folder).to(run.settings.device)
+    student = VideoModel.from_pretrained(folder)
+    return student if run.processes.world > 1 else student.to(run.settings.device)  # beside shards it may not fit
 
 
 @torch.no_grad()

@@ -28,6 +28,10 @@ class Holding:
     """Number of those that an optimiser changes."""
     weights: int
     optimizer: int
+    sharded: bool = True
+    """Whether sharding cuts it; discriminators, codecs and encoders stay whole on every process."""
+    idles: bool = True
+    """Whether offload sends it away while nobody asks for it; the model's other parts stay."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +40,7 @@ class Phase:
 
     roles: tuple[str, ...]
     reads: frozenset[str]
-    """Networks that are called or trained in it; all others could wait in main memory."""
+    """Networks that are called or trained in it; of the others those that idle could wait in main memory."""
     gradients: int
     activations: int
     """Everything else that is alive at its fullest moment: saved for the backward pass, or just being computed."""
@@ -49,9 +53,9 @@ class Means:
     """What makes a run smaller without making it another network."""
 
     shard: int = 1
-    """Processes that share weights, gradients and optimiser states equally."""
+    """Processes that share the denoisers' weights, gradients and optimiser states equally."""
     offload: bool = False
-    """Networks that an update does not read wait in main memory."""
+    """Roles that an update does not read wait in main memory."""
     stored_text: bool = False
     """The text encoder has done its work before training and is not resident."""
 
@@ -85,8 +89,8 @@ class Plan:
         """Bytes that stay, as this update sees them."""
         kept = [h for h in self.holdings if not (self.means.stored_text and h.role == "text")]
         if self.means.offload:
-            kept = [h for h in kept if h.role in phase.reads]
-        return sum(h.weights + h.optimizer for h in kept) // self.means.shard
+            kept = [h for h in kept if h.role in phase.reads or not h.idles]
+        return sum((h.weights + h.optimizer) // (self.means.shard if h.sharded else 1) for h in kept)
 
     def total(self, phase: Phase) -> int:
         """Bytes at the fullest moment of an update, which is in its backward pass."""

@@ -125,7 +125,7 @@ class Outline:
             yield replace(_holding("student", self.nets.student, trained=False), role="student average")
         for name, part in self.model.parts.items():
             if name != self.method.part:
-                yield _holding(name, part, trained=False)
+                yield replace(_holding(name, part, trained=False), idles=False)
 
     def _kinds(self) -> Iterator[Update]:
         """The first update of every set of roles."""
@@ -220,6 +220,7 @@ def _holding(role: str, network: nn.Module, *, trained: bool, slim: int = 0) -> 
         trained=count if trained else 0,
         weights=sum(tensor.nbytes for tensor in (*own, *buffers)),
         optimizer=optimizer_bytes(count, slim) if trained else 0,
+        sharded=isinstance(network, Denoiser),
     )
 
 

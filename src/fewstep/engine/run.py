@@ -194,7 +194,10 @@ class Run:
         expected = {*self.changing, *(f"{role}.optim" for role in self.optimizers)}
         odd = sorted(expected ^ set(saved.components))
         if odd:
-            raise CheckpointError(f"the checkpoint in {self.output} lacks or adds components: {', '.join(odd)}")
+            raise CheckpointError(
+                f"the checkpoint in {self.output} lacks or adds components: {', '.join(odd)}. "
+                "It was written by another version; give another output folder."
+            )
         if self.processes.leads:
             recover(self.output / "best")
         self.processes.barrier()

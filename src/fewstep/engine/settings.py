@@ -115,7 +115,7 @@ class Settings:
     save_every: int = 0
     """Every so many iterations and at the end, a checkpoint to resume from. 0 = only at the end."""
     keep_last: int = 2
-    """Checkpoints kept; the best by the probe's rule is kept besides."""
+    """Checkpoints kept; the best student so far is kept besides."""
     health: Health | None = Health()
     """Checks of the student during the run, and what is done about a bad verdict. Null = none."""
     device: str = "cpu"

@@ -68,7 +68,7 @@ def peak_memory(fn: Callable[[], Any], device: torch.device | str = "cpu") -> tu
         return torch.cuda.max_memory_allocated(device), "CUDA allocator peak"
     if _reset_resident_peak():
         fn()
-        return _resident_peak(), "resident set peak during one clip"
+        return _resident_peak(), "resident set peak of the process"
     fn()
     import resource  # not on Windows
 

@@ -94,7 +94,7 @@ class Entry:
     def contract(self) -> Contract:
         """The model's contract with this entry's steps and guidance."""
         own = self.model.card.contract
-        guidance = own.guidance if self.guidance_scale is None else replace(own.guidance, scale=self.guidance_scale)
+        guidance = own.guidance if self.guidance_scale is None else own.guidance.rescaled(self.guidance_scale)
         return replace(own, guidance=guidance, steps=own.steps if self.steps is None else self.steps)
 
     def latents(

@@ -33,6 +33,8 @@ class Context(NamedTuple):
     mask_NM: Tensor | None
     shared: Ulysses | None = None
     """The processes that hold the other tokens of these clips, if they are shared."""
+    image_BKE: Tensor | None = None
+    """K tokens of an image that is read beside the text, where there is one."""
 
     def attend(self, q_BHND: Tensor, k_BHMD: Tensor, v_BHMD: Tensor) -> Tensor:
         """Self-attention of this call's tokens, wherever the others are: what blocks use in place of `attention.attend`."""

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -27,6 +27,7 @@ from fewstep.diffusion.samplers import Watch
 from fewstep.models import adapters
 from fewstep.models.autoencoder import FrameAutoencoder
 from fewstep.models.denoiser import Denoiser
+from fewstep.models.lora import updated
 from fewstep.models.spec import Spec
 from fewstep.models.stored import Stored
 from fewstep.models.text import TextEncoder
@@ -34,7 +35,10 @@ from fewstep.models.text import TextEncoder
 BUILT_IN = Path(__file__).parent.parent / "world" / "weights"
 """Where the built-in world's networks are shipped: one folder each, `teacher` and `features`."""
 
-PARTS = ("denoiser", "text", "codec", "features")
+_BUILT_INS = {"world": BUILT_IN / "teacher", "world/features": BUILT_IN / "features"}
+"""Folders by the names they go by, which look like names on the hub and are none."""
+
+PARTS = ("denoiser", "text", "image", "codec", "features")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +71,8 @@ class Card:
 class VideoModel:
     """Networks by part, and their card. `model(prompts)` makes clips.
 
-    Parts: `denoiser`, `text`, `codec`, `features`; a folder may hold only some (an autoencoder on its way to a teacher).
+    Parts: `denoiser`, `text`, `codec`, `features`, and `image` where clips are made of images; a folder may hold only some
+    (an autoencoder on its way to a teacher).
     """
 
     def __init__(self, card: Card, parts: Mapping[str, nn.Module]) -> None:
@@ -122,6 +127,14 @@ class VideoModel:
         changes = {"fingerprints": known, "sources": elsewhere, **card}
         return VideoModel(replace(self.card, **changes), {**self.parts, name: network})
 
+    def with_lora(self, source: Path | str) -> VideoModel:
+        """The same model with a LoRA merged into its denoiser: a file or folder that diffusers, ComfyUI or peft reads.
+
+        FileNotFoundError or ValueError say why it does not fit.
+        """
+        network = updated(self.denoiser, adapters.read_lora(self.denoiser, Path(source)))
+        return self.with_part("denoiser", network, provenance={**self.card.provenance, "lora": str(source)})
+
     # --- sampling -----------------------------------------------------------------------------------------------------
 
     def __call__(self, prompts: Sequence[str], **options: Any) -> Tensor:
@@ -135,6 +148,7 @@ class VideoModel:
         self,
         prompts: Sequence[str],
         *,
+        image: Tensor | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         num_frames: int | None = None,
@@ -144,6 +158,7 @@ class VideoModel:
     ) -> Tensor:
         """Sample latents `[B, C, F, h, w]` by the card's contract.
 
+        A model with a part `image` makes clips of images: `image` is one, or one per prompt, as in `conditions`.
         `seed` is one per prompt, or the first of consecutive ones; a clip depends on its own seed and prompt only.
         Refused unless `force`: a step count the model was not trained for (StepCountError), another number of frames than
         its card's, and a guidance scale on a student that has its guidance distilled in (ValueError).
@@ -161,7 +176,7 @@ class VideoModel:
         guidance = self._guidance(guidance_scale, force)
         seeds = tuple(range(seed, seed + len(prompts))) if isinstance(seed, int) else tuple(seed)
         noise = Seeds(seeds, device=str(self.device))
-        cond, uncond = self.encode_text(prompts)
+        cond, uncond = self.conditions(prompts, image, num_frames)
         shape = self.latent_shape(num_frames)
         self.denoiser.eval()
 
@@ -182,6 +197,28 @@ class VideoModel:
             given, negative = self.text.encode(prompts), self.text.encode([self.card.negative_prompt])
             return given.to(self.device), negative.to(self.device).expand(len(prompts))
 
+    def conditions(
+        self, prompts: Sequence[str], image: Tensor | None = None, num_frames: int | None = None
+    ) -> tuple[Cond, Cond]:
+        """Conditions of `prompts` and of the negative prompt, both with the image where this model makes clips of images.
+
+        `image` is `[3, H, W]` or `[B, 3, H, W]` in [-1, 1], as large as the clips. ValueError where it is missing or of no use.
+        """
+        cond, uncond = self.encode_text(prompts)
+        if "image" not in self.parts:
+            if image is not None:
+                raise ValueError(f"{self.card.name!r} makes clips of text alone; leave out image (--image)")
+            return cond, uncond
+        size = (3, self.card.height, self.card.width)
+        if image is None or image.shape[-3:] != size or image.ndim not in (3, 4):
+            got = "none" if image is None else str(list(image.shape))
+            raise ValueError(f"{self.card.name!r} makes clips of images: give image (--image), {list(size)}; got {got}")
+        images = (image if image.ndim == 4 else image[None]).to(self.device)
+        frames = self.card.num_frames if num_frames is None else num_frames
+        extra = self.part("image").encode(images, self.codec, frames)  # type: ignore[operator]
+        extra = {name: x.to(self.device).expand(len(prompts), *x.shape[1:]) for name, x in extra.items()}
+        return replace(cond, extra={**cond.extra, **extra}), replace(uncond, extra={**uncond.extra, **extra})
+
     def blank_cond(self, batch: int) -> Cond:
         """Conditions that say nothing, as long and wide as this model's longest; of width 1 without a text encoder."""
         if "text" in self.parts:
@@ -190,14 +227,14 @@ class VideoModel:
 
     def _guidance(self, scale: float | None, force: bool) -> CFG:
         own = self.card.contract.guidance
-        if scale is None or scale == own.scale:
+        if scale is None or own.rescaled(scale) == own:
             return own
         if self.card.role == "student" and not force:
             raise ValueError(
                 f"guidance was distilled into this student; guidance_scale={scale} would apply it twice. "
                 "Leave it out, or pass force (--force)."
             )
-        return replace(own, scale=scale)
+        return own.rescaled(scale)
 
     # --- folders ------------------------------------------------------------------------------------------------------
 
@@ -221,6 +258,16 @@ class VideoModel:
         card = replace(self.card, parts=parts, sources=elsewhere, fingerprints=prints)
         (folder / "card.json").write_text(json.dumps(dump(card), indent=2) + "\n")
         return folder
+
+    def export(
+        self, folder: Path | str, *, names: Literal["diffusers", "comfyui"] = "diffusers", link: bool = False
+    ) -> Path:
+        """Write a folder in diffusers' layout that makes the same clips without this package; `from_pretrained` reads it.
+
+        What was not trained is copied from its source (`link`: linked). ValueError where diffusers could not do the same.
+        With `comfyui` the denoiser alone, in one file, by the names that its authors gave the weights.
+        """
+        return adapters.export(self, Path(folder), names=names, link=link)
 
     @classmethod
     def from_pretrained(cls, source: Path | str, *, leave: Collection[str] = ()) -> VideoModel:
@@ -258,16 +305,21 @@ def read_card(source: Path | str) -> Card:
 
     A card may name classes outside this package only from modules that the caller has imported: reading it runs no code.
     """
-    if adapters.is_layout(source):
+    if str(source) not in _BUILT_INS and adapters.is_layout(source):
         return adapters.card(source)
     path = _folder_of(source) / "card.json"
-    names = {path_type.__name__: path_type for path_type in PATHS}
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise RecipeError(f"{path} is not a card: {error}; copy the folder again") from None
-    _refuse_imports(tree, At("card.json"))
-    return build(Card, tree, names, "card.json")
+    return parse_card(tree, "card.json")
+
+
+def parse_card(tree: Any, where: str) -> Card:
+    """The card of its plain values. RecipeError says what is wrong with them, or that they would import code."""
+    _refuse_imports(tree, At(where))
+    card: Card = build(Card, tree, {path.__name__: path for path in PATHS}, where)
+    return card
 
 
 def allocate(part: str, card: Card) -> nn.Module:
@@ -321,12 +373,11 @@ def _refuse_imports(tree: Any, at: At) -> None:
 
 
 def _folder_of(source: Path | str) -> Path:
-    built_in = {"world": BUILT_IN / "teacher", "world/features": BUILT_IN / "features"}
-    folder = built_in.get(str(source), Path(source))
+    folder = _BUILT_INS.get(str(source), Path(source))
     if not (folder / "card.json").is_file():
         raise FileNotFoundError(
             f"{source}: no card.json there. Give a folder that fewstep wrote (a run's student/), one in diffusers' layout "
-            f"(with model_index.json), its name on the hub (owner/name), or a built-in: {', '.join(built_in)}."
+            f"(with model_index.json), its name on the hub (owner/name), or a built-in: {', '.join(_BUILT_INS)}."
         )
     return folder
 

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ from fewstep.models.denoiser import Denoiser
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """The files of an adapter folder, as peft names them."""
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 """What peft writes before the name of every adapted module."""
 _Network = TypeVar("_Network", bound=nn.Module)
 
@@ -61,13 +61,29 @@ class LoraLinear(nn.Module):
         self.lora_A = nn.utils.skip_init(nn.Linear, base.in_features, rank, bias=False, **place)
         self.lora_B = nn.utils.skip_init(nn.Linear, rank, base.out_features, bias=False, **place)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias) + self.scale * self.lora_B(self.lora_A(x))
+    def forward(self, input: Tensor) -> Tensor:
+        """The argument has `nn.Linear`'s name, by which some networks give it."""
+        return F.linear(input, self.weight, self.bias) + self.scale * self.lora_B(self.lora_A(input))
 
     @property
     def update(self) -> Tensor:
         """What is added to W."""
         return self.scale * (self.lora_B.weight @ self.lora_A.weight)
+
+
+class LowRank(NamedTuple):
+    """What a LoRA file holds of one layer."""
+
+    up: Tensor
+    """B, `[out, rank]`."""
+    down: Tensor
+    """A, `[rank, in]`."""
+    scale: float
+
+    @property
+    def update(self) -> Tensor:
+        """What is added to W, float32."""
+        return self.scale * (self.up.float() @ self.down.float())
 
 
 def adapt(base: Denoiser, lora: Lora, rng: Rng) -> Denoiser:
@@ -118,15 +134,19 @@ def adapters(network: nn.Module) -> dict[str, LoraLinear]:
     return {name: module for name, module in network.named_modules() if isinstance(module, LoraLinear)}
 
 
-@torch.no_grad()
 def merge(base: nn.Module, network: nn.Module) -> nn.Module:
     """A plain network with the weights of `base` plus the adapters of `network`; `network` itself if it has none."""
     layers = adapters(network)
-    if not layers:
-        return network
+    return updated(base, layers) if layers else network
+
+
+@torch.no_grad()
+def updated(base: _Network, layers: Mapping[str, LoraLinear] | Mapping[str, LowRank]) -> _Network:
+    """A copy of `base` with each update added to the weight of the layer it is named after."""
     whole = copy.deepcopy(base)
     for name, layer in layers.items():
-        whole.get_submodule(name).weight += layer.update
+        weight: Tensor = whole.get_submodule(name).weight  # type: ignore[assignment]
+        weight += layer.update.to(weight)
     return whole
 
 
@@ -140,7 +160,7 @@ def save_adapter(network: nn.Module, folder: Path, base: str) -> Path:
         raise ValueError("this network has no adapters to save")
     rank = next(iter(layers.values())).lora_A.out_features
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"{_PREFIX}{name}.{end}": value for name, end, value in _matrices(layers)}
+    tensors = {f"{PREFIX}{name}.{end}": value for name, end, value in _matrices(layers)}
     save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, folder / WEIGHTS)
     config = {
         "peft_type": "LORA", "task_type": None, "base_model_name_or_path": base, "inference_mode": True, "r": rank,
@@ -165,7 +185,7 @@ def load_adapter(base: Denoiser, folder: Path | str) -> Denoiser:
         )
     lora = Lora(rank=config["r"], alpha=config["lora_alpha"], targets=tuple(config["target_modules"]))
     network = adapt(base, lora, Rng(0))
-    mine = {f"{_PREFIX}{name}.{end}": value for name, end, value in _matrices(adapters(network))}
+    mine = {f"{PREFIX}{name}.{end}": value for name, end, value in _matrices(adapters(network))}
     odd = sorted(mine.keys() ^ stored.keys()) + [k for k in mine if k in stored and mine[k].shape != stored[k].shape]
     if odd:
         raise ValueError(f"{folder / WEIGHTS} does not fit this network: {', '.join(odd[:3])}")

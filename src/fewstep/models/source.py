@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
@@ -14,7 +15,7 @@ from fewstep.attention import Pattern
 from fewstep.core import RecipeError
 from fewstep.diffusion import Contract, Kind, NoisePath, RectifiedFlow
 from fewstep.models import adapters
-from fewstep.models.bundle import PARTS, Card, VideoModel, allocate, latent_shape_of, read_card
+from fewstep.models.bundle import Card, VideoModel, allocate, latent_shape_of, read_card
 from fewstep.models.spec import Spec
 
 MADE_NEW = "made new"
@@ -40,12 +41,14 @@ class Pretrained(ModelSource):
 
     source: str = "world"
     """`world`, the teacher shipped with the package, or a folder (a run's `student/`)."""
+    lora: str | None = None
+    """A LoRA to merge into the teacher, file or folder: its style is then what the student learns."""
 
     def card(self) -> Card:
-        return read_card(self.source)
+        return _restyled(read_card(self.source), self.lora)
 
     def load(self, leave: Collection[str] = ()) -> VideoModel:
-        return VideoModel.from_pretrained(self.source, leave=leave)
+        return _load(read_card(self.source), self.source, self.lora, leave)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +71,14 @@ class Diffusers(ModelSource):
     """Whether the codec works in overlapping tiles: less memory, nearly the same frames."""
     text_dtype: Literal["float32", "bfloat16"] | None = None
     """Of the text encoder's weights."""
+    lora: str | None = None
+    """A LoRA to merge into the teacher, file or folder: its style is then what the student learns."""
 
     def card(self) -> Card:
+        return _restyled(self._plain(), self.lora)
+
+    def _plain(self) -> Card:
+        """The card without the LoRA."""
         card = read_card(self.source)
         if not card.sources:
             raise RecipeError(
@@ -91,7 +100,7 @@ class Diffusers(ModelSource):
         return adapters.at_size(card)
 
     def load(self, leave: Collection[str] = ()) -> VideoModel:
-        return VideoModel.load(self.card(), self.source, leave=leave)
+        return _load(self._plain(), self.source, self.lora, leave)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +127,7 @@ class Scratch(ModelSource):
     seed: int = 0
     """Of the first weights."""
 
-    made: ClassVar[tuple[str, ...]] = PARTS
+    made: ClassVar[tuple[str, ...]] = ("denoiser", "text", "codec", "features")
 
     def __post_init__(self) -> None:
         if not self.parts:
@@ -156,6 +165,23 @@ def outline(card: Card) -> VideoModel:
     """The model of `card` without memory for its weights: every tensor is on the meta device."""
     with torch.device("meta"):
         return VideoModel(replace(card), {name: allocate(name, card) for name in card.parts})
+
+
+def _restyled(card: Card, lora: str | None) -> Card:
+    """With a LoRA: the denoiser's weights are not those that the card knew. FileNotFoundError where it is not there."""
+    if lora is None:
+        return card
+    if not Path(lora).exists():
+        raise FileNotFoundError(f"model.lora: {lora} is not there; give a LoRA file or folder")
+    prints = {part: known for part, known in card.fingerprints.items() if part != "denoiser"}
+    return replace(card, fingerprints=prints, provenance=card.provenance | {"lora": lora})
+
+
+def _load(card: Card, source: str, lora: str | None, leave: Collection[str]) -> VideoModel:
+    """With a LoRA every weight is read, because every weight may change."""
+    if lora is None:
+        return VideoModel.load(card, source, leave=leave)
+    return VideoModel.load(card, source, leave=set(leave) - {"denoiser"}).with_lora(lora)
 
 
 def _with(spec: Spec, key: str, value: object) -> Spec:

@@ -15,7 +15,8 @@ from fewstep.core import RecipeError
 class Stored(Mapping[str, Tensor]):
     """Tensors of one or several safetensors files, each read when it is asked for, in the dtype of its namesake in `like`.
 
-    `names` are those in the files, by those in `like`, where they differ. FileNotFoundError names a file that is missing.
+    `names` are those in the files, by those in `like`, where they differ: with the file's folder and a `/` in front where
+    several folders may have the same. FileNotFoundError names a file that is missing.
     """
 
     def __init__(
@@ -25,8 +26,11 @@ class Stored(Mapping[str, Tensor]):
             if not path.is_file():
                 raise FileNotFoundError(f"{path} is missing; the folder is incomplete, copy it again")
         self._like, mine = like, {names.get(name, name): name for name in like}
-        files = [safe_open(path, framework="pt") for path in paths]
-        self._place = {mine.get(name, name): (file, name) for file in files for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        self._place = {}
+        for path in paths:
+            file = safe_open(path, framework="pt")
+            for name in file.keys():  # noqa: SIM118 - it is no mapping
+                self._place[mine.get(f"{path.parent.name}/{name}", mine.get(name, name))] = (file, name)
 
     def __getitem__(self, name: str) -> Tensor:
         file, stored = self._place[name]

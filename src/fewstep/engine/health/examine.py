@@ -27,9 +27,9 @@ def announce(run: Run, log: RunLog) -> None:
         "stops on collapse": health.stop_on_collapse,
         "gives the critic more updates when it lags": health.help_critic > 0 and "critic" in run.nets,
     }
+    active = ", ".join(name for name, on in policies.items() if on) or "changes nothing"
     log.say(
-        f"health: a check every {health.every} iterations on {health.prompts} prompts x {health.seeds} seeds; "
-        + ", ".join(name for name, on in policies.items() if on)
+        f"health: a check every {health.every} iterations on {health.prompts} prompts x {health.seeds} seeds; {active}"
     )
 
 
@@ -41,7 +41,7 @@ def examine(run: Run, monitor: Monitor, log: RunLog) -> None:
     check = monitor.check(run.student(), run.step)
     run.figures |= {f"health/{name}": value for name, value in figures(check.vitals).items()}
     log.say(f"step {run.step}: {check.verdict}" + "".join(f"; {what}" for what in check.done))
-    if run.probe is None and monitor.better(check):
+    if run.probe is None and monitor.note_best(check):
         run.keep(run.output / "best")
     if run.probe is None and monitor.returns_best and (monitor.stopped or run.step == run.settings.steps):
         log.say(f"the run returns its best student, of step {monitor.best[0] if monitor.best else run.step}")

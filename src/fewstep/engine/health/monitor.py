@@ -103,33 +103,34 @@ class Monitor:
         for name, value in figures(vitals).items():
             require_finite(torch.tensor(value), f"step {step}, health figure {name} of student")
         verdict = judge([*self.record.history, vitals], self.record.baselines[grid])
-        check = Check(vitals=vitals, verdict=verdict, done=tuple(self._act(vitals, verdict)))
+        check = Check(vitals=vitals, verdict=verdict, done=self._act(vitals, verdict))
         self.record = self.record.with_check(check)
         self.heard.forget()
         self.shown = sampled
         return check
 
-    def _act(self, vitals: Vitals, verdict: Verdict) -> Iterator[str]:
-        """The policies but keep-best, which needs the run's folder."""
-        before = self.extra
+    def _act(self, vitals: Vitals, verdict: Verdict) -> tuple[str, ...]:
+        """Follow the policies but keep-best, which needs the run's folder; what was done, in words."""
+        before, done = self.extra, []
         if lags(vitals):
             self.extra = min(self.extra + 1, self.health.help_critic)
         elif self.extra:
             self.extra -= 1
         if self.extra != before:
-            yield (
-                f"each critic update is done {1 + self.extra} times"
-                if self.extra
-                else "each critic update is done once"
-            )
+            often = f"{1 + self.extra} times" if self.extra else "once"
+            done.append(f"each critic update is done {often}")
         checks = self.record.checks
         twice = bool(checks) and checks[-1].verdict.word == verdict.word == "collapsing"
         if twice and self.health.stop_on_collapse and vitals.step < self.settings.steps:
             self.stopped = str(verdict)
-            yield "stopped: two checks in a row say so"
+            done.append("stopped: two checks in a row say so")
+        return tuple(done)
 
-    def better(self, check: Check) -> bool:
-        """Is this the best student so far? The score is accuracy (if any) minus the share of the first distance left."""
+    def note_best(self, check: Check) -> bool:
+        """Make the student of `check` the `best` if it is; whether it is.
+
+        The score is accuracy (if any) minus the share of the first distance that is left.
+        """
         if not self.health.keep_best or check.verdict.word not in ("improving", "stalled"):
             return False
         start, looks = self.record.baselines[check.vitals.grid].start, check.vitals.looks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import torch
@@ -38,7 +39,8 @@ def weights(s: Subject) -> Measured:
     layout, count = s.layout, 0
     for folder, network in s.original.networks.items():
         stored = layout.weights(folder, network.state_dict())
-        if odd := stored.odd(network):
+        unread = getattr(network, "_keys_to_ignore_on_load_unexpected", None) or ()
+        if odd := [name for name in stored.odd(network) if not any(re.search(pattern, name) for pattern in unread)]:
             raise Fault(f"{folder}: names or shapes that only the files or only the network have: {', '.join(odd[:4])}")
         for name, tensor in network.state_dict().items():
             if not torch.equal(stored[name], tensor.cpu()):
@@ -130,6 +132,6 @@ def padding(s: Subject) -> Measured:
 
     The text encoder pads to the longest prompt of a batch, and the padding is read.
     """
-    alone: Cond = s.model.encode_text(s.prompts[:1])[0]
+    alone: Cond = s.conditions(s.prompts[:1])[0]
     pairs = list(zip(s.cond[:1].tensors, alone.tensors, strict=True))
     return Measured(worst([(a, b) for a, b in pairs if b.is_floating_point()]), 0.05)  # encoders may be bfloat16

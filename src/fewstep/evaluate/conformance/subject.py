@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fewstep.attention import BlockCausal, Dense
-from fewstep.core import Rng
+from fewstep.core import Cond, Rng
 from fewstep.models import Denoiser, VideoModel
 from fewstep.models.backbone import Backbone, Original
 from fewstep.world.grammar import world_prompts
@@ -84,10 +84,18 @@ class Subject:
         self.failed: set[str] = set()
         self.captions = options.prompts or world_prompts(2, 0.0, options.seed)
         self.prompts = tuple((self.captions * 2)[:2])
-        self.cond, self.uncond = self.model.encode_text(self.prompts)
+        self.cond, self.uncond = self.conditions(self.prompts)
         self.x_t = self.randn("x_t", 2)
         self.t = torch.tensor([0.9037, 0.3513], device=self.model.device, dtype=self.dtype)
         self.backbone.embed(self.x_t, self.t, self.cond)  # ValueError where the network does not take this size
+
+    def conditions(self, prompts: Sequence[str], image: Tensor | None = None) -> tuple[Cond, Cond]:
+        """As the model's, with the image given or another one where it makes clips of images."""
+        if "image" not in self.model.parts:
+            return self.model.encode_text(prompts)
+        card = self.model.card
+        noise = Rng(self.options.seed).rand((3, card.height, card.width), "conformance/image")
+        return self.model.conditions(prompts, 2 * noise - 1 if image is None else image)
 
     @property
     def backbone(self) -> Backbone:

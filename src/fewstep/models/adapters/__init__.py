@@ -17,12 +17,15 @@ from torch import nn
 from fewstep.core import RecipeError
 
 if TYPE_CHECKING:
-    from fewstep.models.bundle import Card
+    from fewstep.models.bundle import Card, VideoModel
+    from fewstep.models.denoiser import Denoiser
+    from fewstep.models.lora import LowRank
     from fewstep.models.stored import Stored
 
 PIPELINES = MappingProxyType(
     {
-        "WanPipeline": "wan", "AnimateDiffPipeline": "animatediff", "StableDiffusionPipeline": "stable_diffusion",
+        "WanPipeline": "wan", "WanImageToVideoPipeline": "wan",
+        "AnimateDiffPipeline": "animatediff", "StableDiffusionPipeline": "stable_diffusion",
         "LTXPipeline": "ltx", "CogVideoXPipeline": "cogvideox", "HunyuanVideoPipeline": "hunyuan",
         "HunyuanVideo15Pipeline": "hunyuan15",
     }
@@ -30,7 +33,7 @@ PIPELINES = MappingProxyType(
 """Diffusers' pipelines, as `model_index.json` names them, and the file here that makes their card."""
 PARTS = MappingProxyType(
     {
-        "Wan": "wan", "T5Text": "t5", "VideoCodec": "codec",
+        "Wan": "wan", "WanExperts": "wan_experts", "WanImage": "wan_image", "T5Text": "t5", "VideoCodec": "codec",
         "AnimateDiff": "animatediff", "StableDiffusion": "stable_diffusion", "ClipText": "clip", "FrameCodec": "frame_codec",
         "LTX": "ltx", "CogVideoX": "cogvideox", "HunyuanVideo": "hunyuan", "HunyuanText": "hunyuan_text",
         "HunyuanVideo15": "hunyuan15", "QwenByT5Text": "qwen_byt5",
@@ -53,8 +56,14 @@ def is_layout(source: Path | str) -> bool:
 
 
 def card(source: Path | str) -> Card:
-    """What a model in diffusers' layout is, by its JSON files alone. RecipeError where no family reads it."""
+    """What a model in diffusers' layout is, by its JSON files alone; of one that was exported here: its own card.
+
+    RecipeError where no family reads it.
+    """
     layout = _module("layout").Layout.find(str(source))
+    own: Card | None = _module("exporting").stamped(layout)
+    if own is not None:
+        return own
     pipeline = layout.index["_class_name"]
     if pipeline not in PIPELINES:
         raise RecipeError(f"{source} is a {pipeline}; the pipelines that can be read are {', '.join(PIPELINES)}")
@@ -76,6 +85,24 @@ def load(part: nn.Module, source: str, *, leave: bool = False) -> Stored | None:
     if stored is None:
         network.load(layout.folder)
     return stored
+
+
+def export(model: VideoModel, folder: Path, *, names: str, link: bool) -> Path:
+    """See `VideoModel.export`."""
+    made: Path = _module("exporting").export(model, folder, names=names, link=link)
+    return made
+
+
+def export_lora(model: VideoModel, adapter: Path, folder: Path, *, names: str) -> Path:
+    """Write a student's adapters, which lie in the folder `adapter`, as a LoRA file that diffusers or ComfyUI reads."""
+    made: Path = _module("exporting").export_lora(model, adapter, folder, names=names)
+    return made
+
+
+def read_lora(denoiser: Denoiser, source: Path) -> dict[str, LowRank]:
+    """What a LoRA file or folder adds to the weights of a denoiser, by layer."""
+    updates: dict[str, LowRank] = _module("lora_file").read_lora(denoiser, source)
+    return updates
 
 
 def _module(name: str) -> ModuleType:

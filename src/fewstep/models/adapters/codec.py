@@ -56,8 +56,7 @@ class VideoCodec(nn.Module):
         return config.temporal_compression_ratio, 2 ** (len(config.block_out_channels) - 1)  # CogVideoX
 
     def encode(self, frames: Tensor) -> Tensor:
-        """`[B, 3, F, H, W]` in [-1, 1] to latents `[B, C, (F - 1) / 4 + 1, H / 8, W / 8]`, or what else `factors` are: the
-        mode of the posterior."""
+        """`[B, 3, F, H, W]` in [-1, 1] to latents `[B, *latent_shape(F, H, W)]`: the mode of the posterior."""
         self.latent_shape(*frames.shape[2:])
         mean, std = self._statistics(frames)
         with torch.autocast(frames.device.type, enabled=False):

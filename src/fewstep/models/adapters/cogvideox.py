@@ -101,7 +101,7 @@ class CogVideoX(StreamsBackbone):
         original = super().original()
         return original._replace(pack=lambda x: x.transpose(1, 2), unpack=lambda made, _: made.transpose(1, 2))
 
-    def _by_original(self, network: Any, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    def by_original(self, network: Any, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         rotary = None
         if network.config.use_rotary_positional_embeddings:  # as the pipeline makes them, for latents
             settings = SimpleNamespace(transformer=network, vae_scale_factor_spatial=1)

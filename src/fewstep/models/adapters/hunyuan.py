@@ -107,7 +107,7 @@ class HunyuanVideo(StreamsBackbone):
         names = {"pooled": "pooled_prompt_embeds", "guidance_scale": "true_cfg_scale"}
         return super().original()._replace(names=names, told={"guidance_scale": self.guidance})
 
-    def _by_original(self, network: Any, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    def by_original(self, network: Any, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         text, pooled = cond.text.to(x.dtype), cond.extra["pooled"].to(x.dtype)
         scale = x.new_full((len(x),), _TIMESTEPS * self.guidance)
         made: Tensor = network(x, _TIMESTEPS * t, text, cond.mask, pooled, scale, return_dict=False)[0]

@@ -104,7 +104,7 @@ class HunyuanVideo15(StreamsBackbone):
         }  # fmt: skip
         return super().original()._replace(names=names)
 
-    def _by_original(self, network: Any, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    def by_original(self, network: Any, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         glyphs, glyph_mask = cond.extra["glyphs"].to(x.dtype), cond.extra["glyph_mask"]
         no_image = x.new_zeros(len(x), 1, network.config.image_embed_dim)  # masked, because it is zero
         made: Tensor = network(

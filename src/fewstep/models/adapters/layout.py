@@ -56,15 +56,16 @@ class Layout:
     def stored(self, part: nn.Module) -> Stored | None:
         """Weights of a part in their files; None where their names are not the part's own, or the part needs more."""
         network: Any = part.backbone if isinstance(part, Denoiser) else part
-        own, names = part.state_dict(), {}
+        own, names, folders = part.state_dict(), {}, network.folders[:1]
         if isinstance(part, Denoiser):
             names = {name: network.foreign(name.removeprefix("backbone.")) for name in own}
-        stored = self.weights(network.folders[0], own, names)
+            folders = network.folders
+        stored = Stored([file for folder in folders for file in _weight_files(self.folder / folder)], own, names)
         whole = not any(module._non_persistent_buffers_set for module in part.modules())
         return stored if whole and not stored.odd(part) else None
 
     def weights(self, part: str, like: Mapping[str, Tensor], names: Mapping[str, str] = MappingProxyType({})) -> Stored:
-        """What the files of `part/` hold; `like` and `names` as in `Stored`."""
+        """What the files of `part/` hold, in the dtypes of `like`; `names` are theirs by those of `like`."""
         return Stored(_weight_files(self.folder / part), like, names)
 
 

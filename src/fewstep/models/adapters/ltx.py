@@ -130,7 +130,7 @@ class LTX(DiffusersBackbone):
             pack=_tokens, unpack=lambda made, shape: _latents(made, shape[2:]), told={"frame_rate": self.fps}
         )
 
-    def _by_original(self, network: Any, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    def by_original(self, network: Any, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         time, space = self.compression
         scale, text = (time / self.fps, space, space), cond.text.to(x.dtype)
         options = {"rope_interpolation_scale": scale, "return_dict": False}

@@ -23,25 +23,25 @@ class DiffusersBackbone(Backbone):
     """The class of diffusers that this family is made of."""
     folders: ClassVar[tuple[str, ...]] = ("transformer",)
 
-    def load(self, folder: Path) -> None:
-        """Take the weights of a folder in diffusers' layout, as float32."""
+    def load(self, folder: Path, part: str | None = None) -> None:
+        """Take the weights of a folder in diffusers' layout, of its `part` if not the usual one, as float32."""
         self._hold(
             self.network.from_pretrained(
-                folder, subfolder=self.folders[0], torch_dtype=torch.float32, use_safetensors=True
+                folder, subfolder=part or self.folders[0], torch_dtype=torch.float32, use_safetensors=True
             )
         )
 
     def original(self) -> Original:
         network = self._rebuilt()
-        return Original({self.folders[0]: network}, partial(self._by_original, network))
+        return Original({self.folders[0]: network}, partial(self.by_original, network))
+
+    @abstractmethod
+    def by_original(self, network: Any, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """What diffusers' own forward makes of the inputs of this one."""
 
     @abstractmethod
     def _hold(self, network: Any) -> None:
         """Make the modules of `network` this backbone's own. ValueError where it does what is not read."""
-
-    @abstractmethod
-    def _by_original(self, network: Any, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """Diffusers' own forward."""
 
     def _rebuilt(self) -> ModelMixin:
         """A `network` that holds this backbone's very tensors by diffusers' names, frozen, in eval mode."""

@@ -18,7 +18,7 @@ from diffusers.pipelines.ltx.pipeline_ltx import calculate_shift
 from torch import Tensor
 
 from fewstep.core import Cond
-from fewstep.diffusion import Betas, Contract, NoisePath, RectifiedFlow
+from fewstep.diffusion import CFG, Betas, Contract, NoisePath, RectifiedFlow
 from fewstep.models.adapters.layout import Layout
 from fewstep.models.backbone import Original
 
@@ -69,15 +69,16 @@ def sample(model: VideoModel, layout: Layout, noise: Tensor, cond: Cond, uncond:
     original, contract = model.denoiser.backbone.original(), model.card.contract
     if original is None:
         raise NoCounterpart("this network is no class of diffusers")
-    if contract.guidance.low > 0 or contract.guidance.high < 1:
-        raise NoCounterpart("diffusers has no guidance in a part of the time only")
+    if "image" in model.parts:
+        raise NoCounterpart("diffusers' pipeline reads the image with an encoder of its own")
     scheduler = _scheduler(model.denoiser.path, contract, layout.scheduler(), steps)
     pipeline = _pipeline(layout, original, model, scheduler)
-    card, scale = model.card, contract.guidance.scale
+    card = model.card
     offered = {
         "num_frames": card.num_frames, "height": card.height, "width": card.width, "num_inference_steps": steps,
-        "guidance_scale": scale, "latents": original.pack(noise), "output_type": "latent", "return_dict": False,
+        "latents": original.pack(noise), "output_type": "latent", "return_dict": False,
         "prompt_embeds": cond.text, "prompt_attention_mask": cond.mask, **cond.extra,
+        **_guidance(contract.guidance, layout.index.get("boundary_ratio")),
     }  # fmt: skip
     if contract.guidance.active:
         offered |= {"negative_prompt_embeds": uncond.text, "negative_prompt_attention_mask": uncond.mask}
@@ -92,6 +93,14 @@ def _named(name: str, names: Mapping[str, str]) -> str:
     """What the pipeline calls an argument, or the negative prompt's."""
     rest = name.removeprefix("negative_")
     return name.removesuffix(rest) + names.get(rest, rest)
+
+
+def _guidance(guidance: CFG, boundary: float | None) -> dict[str, float]:
+    if (guidance.low, guidance.high) == (0, 1):
+        return {"guidance_scale": guidance.scale}
+    if (guidance.low, guidance.high) == (boundary, 1):
+        return {"guidance_scale": guidance.scale, "guidance_scale_2": guidance.outside}
+    raise NoCounterpart("diffusers changes the guidance scale with the expert only")
 
 
 def _scheduler(path: NoisePath, contract: Contract, settings: Mapping[str, Any], steps: int) -> Any:

@@ -33,7 +33,7 @@ class StableDiffusion(UNet):
         """Pipelines take one image, so only clips of one frame."""
         return super().original()._replace(pack=lambda x: x[:, :, 0])
 
-    def _by_original(self, network: Any, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    def by_original(self, network: Any, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         frames = x.shape[2]
         steps = timestep(t, self.num_train_timesteps).repeat_interleave(frames, 0)
         text = cond.text.to(x.dtype).repeat_interleave(frames, 0)

@@ -95,7 +95,7 @@ class UNet(DiffusersBackbone):
             x = self.conv_norm_out(state.x_KCHW.to(self.conv_out.weight.dtype))
             return to_clips(self.conv_out(self.conv_act(x)), state.frames)
 
-    def _by_original(self, network: Any, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    def by_original(self, network: Any, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         steps = timestep(t, self.num_train_timesteps)
         made: Tensor = network(x, steps, cond.text.to(x.dtype).repeat_interleave(x.shape[2], 0), return_dict=False)[0]
         return made

@@ -1,18 +1,20 @@
-"""Wan 2.1 text to video (2503.20314) over diffusers' WanTransformer3DModel.
+"""Wan (2503.20314), text or image to video, over diffusers' WanTransformer3DModel.
 
 Legend: as in `backbone.py`; p, q rows and columns of a patch, P values per patch.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
-from diffusers.models.transformers.transformer_wan import WanTransformerBlock
+from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformerBlock
 from torch import Tensor, nn
 
 from fewstep.attention import Dense, Grid3, KVView, Pattern, attend
@@ -25,48 +27,84 @@ from fewstep.models.adapters.network import DiffusersBackbone
 from fewstep.models.backbone import Context, Tokens
 from fewstep.models.bundle import Card
 from fewstep.models.spec import Spec
-from fewstep.models.video_dit import gate, modulate, rotary_table, time_groups
+from fewstep.models.video_dit import gate, modulate, rotary_table, split_heads, time_groups
 
 _TIMESTEPS = 1000
 _ROTARY_BASE = 10000.0
 _TEXT_LENGTH = 512
+_SIZE = MappingProxyType({"num_frames": 81, "height": 480, "width": 832, "fps": 16})
+_A14B = MappingProxyType({"num_frames": 81, "height": 720, "width": 1280, "fps": 16})
+_TI2V = MappingProxyType({"num_frames": 121, "height": 704, "width": 1280, "fps": 24})
+"""Of the 5B model of Wan 2.2, whose pipeline tells every token its own time (`expand_timesteps`)."""
 _NEGATIVE = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
     "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 )
 """The negative prompt that Wan's authors sample with."""
+_AUTHORS = MappingProxyType(
+    {
+        "condition_embedder.time_embedder.linear_1": "time_embedding.0", "attn1": "self_attn", "to_q": "q",
+        "condition_embedder.time_embedder.linear_2": "time_embedding.2", "attn2": "cross_attn", "to_k": "k",
+        "condition_embedder.text_embedder.linear_1": "text_embedding.0", "ffn.net.0.proj": "ffn.0", "to_v": "v",
+        "condition_embedder.text_embedder.linear_2": "text_embedding.2", "ffn.net.2": "ffn.2", "to_out.0": "o",
+        "condition_embedder.time_proj": "time_projection.1", "scale_shift_table": "modulation", "norm2": "norm3",
+        "proj_out": "head.head",
+    }
+)  # fmt: skip
+"""Parts of diffusers' names, and what Wan's authors call them; what is not here has one name."""
+_PART = re.compile(rf"(?<![^.])({'|'.join(map(re.escape, _AUTHORS))})(?![^.])")
 
 
 def card(layout: Layout) -> Card:
-    """Wan as its authors sample it at 480p: 81 frames, 50 steps, guidance 5, the shift of the layout's scheduler."""
-    if layout.index.get("boundary_ratio") is not None:
-        raise RecipeError(f"{layout.source} has two experts (Wan 2.2 A14B), which cannot be read yet")
+    """Wan as its authors sample it, with the shift of the layout's scheduler."""
     scheduler, transformer = layout.scheduler(), layout.config("transformer")
     text = {"config": layout.config("text_encoder"), "length": _TEXT_LENGTH, "dtype": "bfloat16"}
     codec = {"config": layout.config("vae"), "patch": transformer["patch_size"][1], "tiling": False}
+    boundary, of_image = layout.index.get("boundary_ratio"), transformer["in_channels"] != transformer["out_channels"]
+    if boundary is not None:
+        denoiser, size = _experts(layout, boundary), _A14B
+        early, late = (3.5, 3.5) if of_image else (4.0, 3.0)
+        steps, guidance = 40, CFG(scale=early, low=boundary, outside=late)
+    else:
+        denoiser = Spec("Wan", {"config": transformer, "pattern": Dense().tree()})
+        size = _TI2V if layout.index.get("expand_timesteps") else _SIZE
+        steps, guidance = 40 if of_image else 50, CFG(scale=5.0)
+    parts = {"denoiser": denoiser, "text": Spec("T5Text", text), "codec": Spec("VideoCodec", codec)}
+    if of_image:
+        config = layout.config("image_encoder") if transformer.get("image_dim") else None
+        parts["image"] = Spec("WanImage", {"config": config, "dtype": "float32"})
+    elif layout.index["_class_name"] != "WanPipeline":
+        raise RecipeError(f"{layout.source} takes the image as its first latent frame (TI2V), which is not read yet")
     return Card(
         name=Path(layout.source).name,
-        parts={
-            "denoiser": Spec("Wan", {"config": transformer, "pattern": Dense().tree()}),
-            "text": Spec("T5Text", text),
-            "codec": Spec("VideoCodec", codec),
-        },
-        sources=dict.fromkeys(("denoiser", "text", "codec"), layout.source),
+        parts=parts,
+        sources=dict.fromkeys(parts, layout.source),
         contract=Contract(
             solver="euler",
-            steps=50,
+            steps=steps,
             shift=float(scheduler.get("flow_shift", scheduler.get("shift", 1.0))),
-            guidance=CFG(scale=5.0),
+            guidance=guidance,
         ),
-        num_frames=81, height=480, width=832, fps=16, negative_prompt=_NEGATIVE,
+        negative_prompt=_NEGATIVE,
         provenance={"source": layout.source, "licence": "Apache-2.0"},
-    )  # fmt: skip
+        **size,
+    )
+
+
+def _experts(layout: Layout, boundary: float) -> Spec:
+    config = layout.config("transformer")
+    if layout.config("transformer_2") != config:
+        raise RecipeError(
+            f"{layout.source}: the experts transformer and transformer_2 differ in more than their weights"
+        )
+    return Spec("WanExperts", {"config": config, "boundaries": [boundary]})
 
 
 class Wan(DiffusersBackbone):
     """The modules and weight names are diffusers' own; `config` is its constructor's arguments.
 
-    Every frame may have its own time, and with `pattern` and a cache view it is a causal model.
+    Every frame may have its own time, and with `pattern` and a cache view it is a causal model. A network with more input
+    than output channels makes clips of an image: it reads `image_latents` and, if it can, `image_states` of `Cond.extra`.
     """
 
     network = WanTransformer3DModel
@@ -80,14 +118,14 @@ class Wan(DiffusersBackbone):
 
     def _hold(self, network: WanTransformer3DModel) -> None:
         config = network.config
-        if config.image_dim is not None or config.patch_size[0] != 1:
+        if config.pos_embed_seq_len is not None or config.patch_size[0] != 1:
             raise ValueError(
-                "Wan is read without image conditions and with patches of one frame; this network has "
-                f"image_dim={config.image_dim}, patch_size={list(config.patch_size)}"
+                "Wan is read with one image at most and with patches of one frame; this network has "
+                f"pos_embed_seq_len={config.pos_embed_seq_len}, patch_size={list(config.patch_size)}"
             )
         self.heads, self.head_width = config.num_attention_heads, config.attention_head_dim
         self.width, self.patch = self.heads * self.head_width, tuple(config.patch_size[1:])
-        self.longest = config.rope_max_seq_len
+        self.longest, self.channels = config.rope_max_seq_len, config.out_channels
         self.patch_embedding, self.condition_embedder = network.patch_embedding, network.condition_embedder
         self.blocks = nn.ModuleList(Block(block) for block in network.blocks)
         self.norm_out, self.proj_out = network.norm_out, network.proj_out
@@ -99,12 +137,14 @@ class Wan(DiffusersBackbone):
             raise ValueError(f"Wan knows positions of {self.longest} latent frames, not {cached + grid.frames}")
         embedder = self.condition_embedder
         with torch.autocast(x.device.type, enabled=False):
-            x_BNE = self.patch_embedding(x).flatten(2).transpose(1, 2)
+            x_BNE = self.patch_embedding(self._beside_image(x, cond, cached)).flatten(2).transpose(1, 2)
             time_BG = time_groups(t, x)
             waves = embedder.timesteps_proj(_TIMESTEPS * time_BG.flatten()).to(x.dtype)
             time_BGE = embedder.time_embedder(waves).unflatten(0, time_BG.shape)
             modulation = embedder.time_proj(F.silu(time_BGE)).unflatten(-1, (6, self.width))
             text = embedder.text_embedder(cond.text.to(x.dtype))
+            seen = embedder.image_embedder
+            image = None if seen is None else seen(_of_image(cond, "image_states").to(x.dtype))
         mask = self.pattern.mask(grid, cached)
         context = Context(
             modulation_BG6E=modulation,
@@ -112,6 +152,7 @@ class Wan(DiffusersBackbone):
             text_mask_B11L=None,  # Wan was trained to read the zeros after a prompt
             rotary_2MD=rotary_table(grid, cached, self.head_width, _ROTARY_BASE).to(x),
             mask_NM=None if mask is None else mask.to(x.device),
+            image_BKE=image,
         )
         return Tokens(x_BNE, time_BGE, grid, context)
 
@@ -122,16 +163,30 @@ class Wan(DiffusersBackbone):
         x = tokens_BNP.unflatten(2, (*self.patch, -1)).unflatten(1, state.grid)  # B F h w p q C
         return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5).flatten(3, 4)
 
-    def _by_original(self, network: Any, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        made: Tensor = network(x, _TIMESTEPS * t, cond.text.to(x.dtype), return_dict=False)[0]
+    def by_original(self, network: Any, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        x, states = self._beside_image(x, cond, 0), cond.extra.get("image_states")
+        made: Tensor = network(x, _TIMESTEPS * t, cond.text.to(x.dtype), states, return_dict=False)[0]
         return made
+
+    def _beside_image(self, x: Tensor, cond: Cond, cached: int) -> Tensor:
+        """The latents, and in further channels those of the image, of the frames after `cached`."""
+        if self.patch_embedding.in_channels == self.channels:
+            return x
+        image = _of_image(cond, "image_latents")[:, :, cached : cached + x.shape[2]]
+        return torch.cat([x, image.to(x)], 1)
+
+    @staticmethod
+    def authors(name: str) -> str:
+        """What Wan's authors, and ComfyUI, call the parameter or module `name`."""
+        head = "head." if name == "scale_shift_table" else ""
+        return head + _PART.sub(lambda part: _AUTHORS[part[0]], name)
 
     def _grid(self, x: Tensor) -> Grid3:
         _, channels, frames, height, width = x.shape
         rows, columns = self.patch
-        if channels != self.patch_embedding.in_channels or height % rows or width % columns:
+        if channels != self.channels or height % rows or width % columns:
             raise ValueError(
-                f"latents [B, C, F, H, W] need C = {self.patch_embedding.in_channels}, H a multiple of {rows} and W of "
+                f"latents [B, C, F, H, W] need C = {self.channels}, H a multiple of {rows} and W of "
                 f"{columns}, got {tuple(x.shape)}"
             )
         return Grid3(frames, height // rows, width // columns)
@@ -157,7 +212,31 @@ class Block(nn.Module):
         rotary_q = context.rotary_2MD[:, -q.shape[2] :]
         mixed = context.attend(rotate_pairs(q, rotary_q), rotate_pairs(k_BHMD, context.rotary_2MD), v_BHMD)
         x = x + gate(out(self.attn1, mixed), gate_a)
-        read = attend(*project(self.attn2, self.norm2(x), context.text_BLE), context.text_mask_B11L)
-        x = x + out(self.attn2, read)
+        x = x + _read(self.attn2, self.norm2(x), context)
         x = x + gate(self.ffn(modulate(self.norm3(x), shift_m, scale_m)), gate_m)
         return replace(state, x_BNE=x, new=(k, v))
+
+
+def _read(attention: WanAttention, x_BNE: Tensor, context: Context) -> Tensor:
+    """What tokens take from the text and, where there is one, from the image."""
+    q, k, v = project(attention, x_BNE, context.text_BLE)
+    read = attend(q, k, v, context.text_mask_B11L)
+    if context.image_BKE is not None:
+        read = read + attend(q, *_project_image(attention, context.image_BKE, x_BNE.dtype))
+    return out(attention, read)
+
+
+def _project_image(attention: WanAttention, image_BKE: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys and values of the image, by weights of their own."""
+    k, v = attention.add_k_proj(image_BKE), attention.add_v_proj(image_BKE)
+    with torch.autocast(image_BKE.device.type, enabled=False):
+        k = attention.norm_added_k(k.to(dtype)).to(v.dtype)
+    return split_heads(k, attention.heads), split_heads(v, attention.heads)
+
+
+def _of_image(cond: Cond, name: str) -> Tensor:
+    if name not in cond.extra:
+        raise ValueError(
+            f"this Wan makes a clip of an image, and the condition has no {name}; give image=... (--image)"
+        )
+    return cond.extra[name]

@@ -1,0 +1,25 @@
+"""What a command is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+Overrides = list[tuple[str, str]]
+
+
+class UsageError(ValueError):
+    """A command line that means nothing."""
+
+
+@dataclass(frozen=True)
+class Command(ABC):
+    """One sub-command: its fields are its options."""
+
+    takes_overrides: ClassVar[bool] = False
+    """Whether `--method.critic-updates 3` and the like change its recipe."""
+
+    @abstractmethod
+    def run(self, overrides: Overrides) -> int:
+        """Do it; the exit code."""

@@ -1,0 +1,122 @@
+"""Does a style LoRA that was trained on the teacher still work on its student?"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fewstep.core.atomic import write_text
+from fewstep.core.finite import require_finite
+from fewstep.data.video import to_uint8
+from fewstep.evaluate.animate import grid_gif
+from fewstep.evaluate.extractors import feature_map
+from fewstep.models.bundle import VideoModel
+
+Progress = Callable[[str, int, int], None]
+_SHOWN = 4
+_NOTHING = 1e-6
+"""A shift this small beside the features is none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survival:
+    """How much of what a LoRA does to the teacher it does to the student.
+
+    `d_T` is the mean over n clips of the features with the LoRA minus those without, same prompts and noise; `d_S` is that of
+    the student. What the LoRA changes in every clip is in it; what it changes in some clips one way and in others another
+    is not. It says nothing about quality, and features that do not see a style cannot measure it.
+    """
+
+    score: float
+    """`<d_T, d_S> / <d_T, d_T>`: 1 like the teacher, 0 no trace, above 1 stronger, below 0 the opposite."""
+    cosine: float
+    """Whether it goes the same way: 1 yes, 0 elsewhere. 0 where the student does not move at all."""
+    size: float
+    """`|d_S| / |d_T|`; the score is `cosine * size`."""
+    error: float
+    """Standard error of the score over prompts (jackknife); NaN with one prompt."""
+    n: int
+    """Clips of each of the four kinds."""
+    features: str
+
+
+def check_lora(
+    teacher: VideoModel, student: VideoModel, lora: Path | str, prompts: Sequence[str], output: Path | str,
+    *, seeds: int = 2, progress: Progress | None = None,
+) -> Survival:  # fmt: skip
+    """Make clips with both models, with and without the LoRA; write `lora.json` and the picture `lora.gif` to `output`.
+
+    Both are sampled by their own contracts, from `seeds` noises per prompt. ValueError where the models' clips differ in
+    size, the LoRA does not fit, or does nothing to the teacher.
+    """
+    sizes = {(m.card.num_frames, m.card.height, m.card.width) for m in (teacher, student)}
+    if len(sizes) > 1:
+        raise ValueError(f"the models make clips of different (frames, height, width): {sorted(sizes)}")
+    size = (teacher.card.height, teacher.card.width)
+    features = feature_map("auto", size, teacher.device)
+    found: dict[str, Tensor] = {}
+    shown: dict[str, Tensor] = {}
+    for name, model in (("teacher", teacher), ("student", student)):
+        for label, variant in ((name, model), (f"{name} + LoRA", model.with_lora(lora))):
+            found[label], shown[label] = _features(variant, prompts, seeds, features.map, label, progress)
+    survival = _survival(found, len(prompts), features.name)
+    output = Path(output)
+    grid_gif(output / "lora.gif", shown, fps=teacher.card.fps, scale=max(1, 128 // max(size)))
+    write_text(output / "lora.json", json.dumps(asdict(survival), indent=2) + "\n")
+    return survival
+
+
+@torch.no_grad()
+def _features(
+    model: VideoModel, prompts: Sequence[str], seeds: int, look: Callable[[Tensor], Tensor], label: str,
+    progress: Progress | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Features `[n, D]` of every clip, and the first clip of the first prompts."""
+    rows, shown = [], []
+    for number, prompt in enumerate(prompts):
+        first = number * seeds
+        clips = model([prompt] * seeds, seed=tuple(range(first, first + seeds)))
+        require_finite(clips, f"clips of {label} for {prompt!r}")
+        rows.append(look(clips.float()).double().cpu())
+        if number < _SHOWN:
+            shown.append(to_uint8(clips[:1]).cpu())
+        if progress is not None:
+            progress(label, number + 1, len(prompts))
+    return torch.cat(rows), torch.cat(shown)
+
+
+def _survival(found: dict[str, Tensor], prompts: int, features: str) -> Survival:
+    by_teacher, by_student = (
+        (found[f"{name} + LoRA"] - found[name]).unflatten(0, (prompts, -1)).mean(1) for name in ("teacher", "student")
+    )
+    reach, size = float(by_teacher.mean(0).norm()), float(by_student.mean(0).norm())
+    if reach <= _NOTHING * float(found["teacher"].norm(dim=1).mean()):
+        raise ValueError(
+            "this LoRA does not change what the teacher makes, as far as the features see; is it the teacher's?"
+        )
+    score = _score(by_teacher, by_student)
+    return Survival(
+        score=score, cosine=score * reach / size if size > 0 else 0.0, size=size / reach,
+        error=_error(by_teacher, by_student), n=len(found["teacher"]), features=features,
+    )  # fmt: skip
+
+
+def _score(by_teacher: Tensor, by_student: Tensor) -> float:
+    of_teacher = by_teacher.mean(0)
+    return float(by_student.mean(0) @ of_teacher / of_teacher.square().sum())
+
+
+def _error(by_teacher: Tensor, by_student: Tensor) -> float:
+    """Jackknife: how much the score depends on any one prompt."""
+    count = len(by_teacher)
+    if count == 1:
+        return math.nan
+    others = [torch.arange(count) != left_out for left_out in range(count)]
+    scores = torch.tensor([_score(by_teacher[kept], by_student[kept]) for kept in others], dtype=torch.float64)
+    return float(((count - 1) * scores.var(unbiased=False)).sqrt())

@@ -1,0 +1,164 @@
+"""Out again: one of our models as files that other tools read, which then make the same clips without this package.
+
+In diffusers' layout `model_index.json` carries the card under `_fewstep`: diffusers ignores private keys, and `read_card`
+prefers it to what the family says of such a layout, so that a student comes back as the student it is.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+
+from fewstep.attention import Dense
+from fewstep.core import dump
+from fewstep.core.atomic import replacing_folder, write_text
+from fewstep.models.adapters.layout import Layout
+from fewstep.models.adapters.lora_file import NAMES, Names, names_of, read_lora, require_adapter, write_lora
+from fewstep.models.adapters.readme import readme
+from fewstep.models.adapters.usage import Usage
+from fewstep.models.bundle import Card, describe, parse_card
+
+if TYPE_CHECKING:
+    from fewstep.models.bundle import VideoModel
+
+STAMP = "_fewstep"
+"""Key of the card in `model_index.json`."""
+_NOT_WRITTEN = ("motion_adapter",)
+"""Parts of layouts whose weights the denoiser holds as well: a teacher's copy would contradict the student."""
+
+
+def export(model: VideoModel, folder: Path, *, names: Names, link: bool) -> Path:
+    """Write `model` in diffusers' layout, or its denoiser as one file by the names that its authors gave the weights.
+
+    What the model did not change is copied from its source, or linked. ValueError where plain diffusers could not make the
+    same clips; FileExistsError for a folder that is not empty.
+    """
+    if names == "comfyui":
+        if link:
+            raise ValueError("one file of weights has nothing to link; leave link out, or write diffusers' layout")
+        return _export_weights(model, folder, names)
+    _require_dense(model)
+    original = model.denoiser.backbone.original()
+    if original is None:
+        raise ValueError(f"{type(model.denoiser.backbone).__name__} is fewstep's own: diffusers has no class for it")
+    usage = Usage(model, _layout(model.card))
+    card, layout, scheduler = _sealed(model), usage.layout, usage.exact(model.card.contract.steps).scheduler
+    index = layout.index | {
+        "scheduler": ["diffusers", type(scheduler).__name__],
+        **{name: [None, None] for name in _NOT_WRITTEN if name in layout.index},
+        STAMP: dump(card),
+    }
+    with _new(folder) as draft:
+        for name, network in original.networks.items():
+            network.save_pretrained(draft / name)  # type: ignore[operator]
+        scheduler.save_pretrained(draft / "scheduler")
+        for name in _folders(index, leave={*original.networks, "scheduler"}):
+            _bring(Layout.find(layout.source, (name,)).folder / name, draft / name, link=link)
+        write_text(draft / "model_index.json", json.dumps(index, indent=2) + "\n")
+        write_text(draft / "README.md", readme(card, usage.pages(folder.name)))
+    return folder
+
+
+def export_lora(model: VideoModel, adapter: Path, folder: Path, *, names: Names) -> Path:
+    """Write the adapters of a student, which are in the folder `adapter`, as one file for its teacher's pipeline.
+
+    Errors as in `export`; FileNotFoundError where there are no adapters.
+    """
+    _require_dense(model)
+    usage = Usage(model, _layout(model.card))
+    _require_base(model, adapter, usage.layout)
+    with _new(folder) as draft:
+        write_lora(model.denoiser, adapter, draft / NAMES[names].format(folder.name), names)
+        write_text(draft / "README.md", readme(model.card, usage.pages(usage.layout.source, folder.name)))
+    return folder
+
+
+def _require_base(model: VideoModel, adapter: Path, layout: Layout) -> None:
+    """ValueError where the student is not the layout's network plus these adapters: over it they would do something else."""
+    updates, backbone = read_lora(model.denoiser, require_adapter(adapter)), model.denoiser.backbone
+    part = backbone.folders[0]  # type: ignore[index]
+    own = backbone.state_dict()
+    stored = Layout.find(layout.source, (part,)).weights(part, own, {name: backbone.foreign(name) for name in own})
+    for name, value in own.items():
+        expected, layer = stored[name].to(value.device), f"backbone.{name.removesuffix('.weight')}"
+        if layer in updates:
+            expected = expected + updates[layer].update.to(value)
+        if not torch.allclose(value, expected, atol=1e-5, rtol=1e-5):
+            raise ValueError(
+                f"{layout.source} with these adapters is not this student: they belong to a teacher that was trained or "
+                "restyled; export the whole student"
+            )
+
+
+def _export_weights(model: VideoModel, folder: Path, names: Names) -> Path:
+    """The denoiser alone; the card is in the file's metadata, and on the page."""
+    _require_dense(model)
+    rename, card = names_of(model.denoiser, names), _sealed(model)
+    tensors = {rename(name): value.contiguous() for name, value in model.denoiser.backbone.state_dict().items()}
+    with _new(folder) as draft:
+        save_file(tensors, draft / f"{folder.name}.safetensors", {"fewstep": json.dumps(dump(card))})
+        write_text(draft / "README.md", readme(card, {}))
+    return folder
+
+
+def stamped(layout: Layout) -> Card | None:
+    """The card of a layout that `export` wrote; None of any other."""
+    if STAMP not in layout.index:
+        return None
+    card = parse_card(layout.index[STAMP], f"{layout.source}: model_index.json")
+    return replace(card, sources=dict.fromkeys(card.parts, layout.source))
+
+
+def _require_dense(model: VideoModel) -> None:
+    """ValueError for a causal student."""
+    if not isinstance(getattr(model.denoiser.backbone, "pattern", Dense()), Dense):
+        name = type(model.denoiser.backbone).__name__
+        raise ValueError(
+            f"elsewhere every frame of {name} reads every other, and this one is causal; keep it in fewstep's folder"
+        )
+
+
+def _new(folder: Path) -> Any:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} is not empty; give another folder, or delete it")
+    return replacing_folder(folder)
+
+
+def _sealed(model: VideoModel) -> Card:
+    """The card as it goes out: everything in one folder."""
+    prints = {name: model.card.fingerprints.get(name) or model.fingerprint(name) for name in model.parts}
+    prints["denoiser"] = model.fingerprint("denoiser")
+    parts = {name: describe(part) for name, part in model.parts.items()}
+    return replace(model.card, parts=parts, sources={}, fingerprints=prints)
+
+
+def _layout(card: Card) -> Layout:
+    """Where the parts that were not trained came from."""
+    sources = {source for part, source in card.sources.items() if part != "denoiser"}
+    made_here = [part for part in card.parts if part not in ("denoiser", *card.sources)]
+    if made_here or len(sources) != 1:
+        own = f", and has its own {' and '.join(made_here)}" if made_here else ""
+        raise ValueError(
+            "text encoder and codec must come from one layout of diffusers; this card names "
+            f"{' and '.join(sorted(sources)) or 'none'}{own}"
+        )
+    return Layout.find(sources.pop())
+
+
+def _folders(index: Mapping[str, Any], leave: set[str]) -> list[str]:
+    """Folders of the parts that are there, besides those to `leave`."""
+    return [k for k, v in index.items() if isinstance(v, list) and v[:1] not in ([], [None]) and k not in leave]
+
+
+def _bring(source: Path, target: Path, *, link: bool) -> None:
+    if link:
+        target.symlink_to(source.resolve(), target_is_directory=True)
+    else:
+        shutil.copytree(source, target)

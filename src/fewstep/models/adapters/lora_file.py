@@ -1,0 +1,158 @@
+"""LoRA files as other tools write and read them: one safetensors file, `<layer>.lora_A.weight` and `<layer>.lora_B.weight`.
+
+Layers are called as in diffusers (`transformer.blocks.0.attn1.to_q`), or by the names that a family's authors gave them,
+which is what ComfyUI expects (`diffusion_model.blocks.0.self_attn.q`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fewstep.models.denoiser import Denoiser
+from fewstep.models.lora import CONFIG, PREFIX, WEIGHTS, LowRank
+
+Names = Literal["diffusers", "comfyui"]
+NAMES: Mapping[Names, str] = MappingProxyType(
+    {"diffusers": "pytorch_lora_weights.safetensors", "comfyui": "{}.safetensors"}
+)
+"""What a LoRA file is called, by who shall read it; diffusers looks for this name in a folder."""
+_ENDS = ("lora_A.weight", "lora_B.weight", "lora_down.weight", "lora_up.weight", "alpha")
+_UNCALLABLE = re.compile(r"motion_modules\.\d+\.proj_(in|out)$")
+"""Layers that diffusers calls with a keyword which peft's layers do not know: its pipelines fail with adapters there."""
+
+
+def names_of(denoiser: Denoiser, names: Names) -> Callable[[str], str]:
+    """What others call a parameter or layer of the backbone. ValueError where they have no other name for it."""
+    backbone = denoiser.backbone
+    if names == "diffusers":
+        return backbone.foreign
+    authors: Callable[[str], str] | None = getattr(backbone, "authors", None)
+    if authors is None:
+        raise ValueError(f"the names that ComfyUI expects are known for Wan, not for {type(backbone).__name__}")
+    return authors
+
+
+def require_adapter(folder: Path) -> Path:
+    """The folder itself; FileNotFoundError where it has no adapters."""
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{folder / CONFIG} is missing: only a run with settings.lora has adapters to export")
+    return folder
+
+
+@torch.no_grad()
+def write_lora(denoiser: Denoiser, adapter: Path, file: Path, names: Names) -> None:
+    """The adapters in the folder `adapter`; their strength `alpha / rank` is multiplied into B, so that no reader can miss it.
+
+    ValueError where diffusers could not run with them.
+    """
+    config = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
+    rename, prefix = names_of(denoiser, names), _prefix(denoiser, names)
+    tensors: dict[str, Tensor] = {}
+    for name, value in load_file(adapter / WEIGHTS).items():
+        layer, end = _split(name.removeprefix(f"{PREFIX}backbone."))
+        if _UNCALLABLE.search(layer):
+            raise ValueError(
+                f"diffusers fails with adapters on {layer}; export the merged student, or train with "
+                "settings.lora.targets: [to_q, to_k, to_v, to_out.0]"
+            )
+        scale = config["lora_alpha"] / config["r"] if end == "lora_B.weight" else 1.0
+        tensors[f"{prefix}{rename(layer)}.{end}"] = (scale * value).contiguous()
+    save_file(tensors, file, {"format": "pt"})
+
+
+def read_lora(denoiser: Denoiser, source: Path) -> dict[str, LowRank]:
+    """What a LoRA adds to the weights of the denoiser's layers, by their names here; every tensor of it must find its layer.
+
+    `source` is a file with names as in diffusers, in ComfyUI or here, or a folder with one (also as peft writes it).
+    FileNotFoundError or ValueError say what is wrong.
+    """
+    file, config = _find(source)
+    tensors, strength = load_file(file), _strength(file, config)
+    layers, updates = _layers(denoiser), {}
+    odd = sorted(name for name in tensors if _split(name)[0] not in layers or _split(name)[1] not in _ENDS)
+    if odd:
+        raise ValueError(
+            f"{file}: {len(odd)} of {len(tensors)} tensors belong to no linear layer of this {type(denoiser.backbone).__name__}: "
+            f"{', '.join(odd[:3])}"
+        )
+    for name in dict.fromkeys(_split(name)[0] for name in tensors):
+        down, up = (_either(tensors, name, *ends) for ends in (("lora_A", "lora_down"), ("lora_B", "lora_up")))
+        weight = denoiser.get_submodule(layers[name]).weight
+        if (up.shape[0], down.shape[1]) != tuple(weight.shape) or up.shape[1] != down.shape[0]:
+            raise ValueError(
+                f"{file}: {name} is {tuple(up.shape)} times {tuple(down.shape)}, and the layer {tuple(weight.shape)}"
+            )
+        alpha = tensors.get(f"{name}.alpha")
+        scale = strength if alpha is None else float(alpha) / down.shape[0]
+        updates[layers[name]] = LowRank(up, down, scale)
+    return updates
+
+
+def _find(source: Path) -> tuple[Path, dict[str, Any]]:
+    """The safetensors file, and peft's settings where they lie beside it."""
+    if source.is_file():
+        return source, {}
+    if (source / CONFIG).is_file():
+        return source / WEIGHTS, json.loads((source / CONFIG).read_text(encoding="utf-8"))
+    files = sorted(source.glob("*.safetensors"))
+    if len(files) != 1:
+        raise FileNotFoundError(
+            f"{source}: give a LoRA as a .safetensors file, or a folder with one ({len(files)} there)"
+        )
+    return files[0], {}
+
+
+def _strength(file: Path, config: dict[str, Any]) -> float:
+    """`alpha / rank` of tensors that have no alpha of their own."""
+    if not config:
+        with safe_open(file, framework="pt") as opened:
+            written = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+        config = {key.rpartition(".")[2]: value for key, value in written.items()}
+    special = [key for key in ("rank_pattern", "alpha_pattern", "use_dora", "use_rslora") if config.get(key)]
+    if special:
+        raise ValueError(f"{file}: LoRAs with {', '.join(special)} are not read; merge it with the tool that made it")
+    return float(config["lora_alpha"] / config["r"]) if config else 1.0
+
+
+def _layers(denoiser: Denoiser) -> dict[str, str]:
+    """Linear layers by every name that a file may call them."""
+    backbone, found = denoiser.backbone, dict[str, str]()
+    outside = [(names_of(denoiser, names), _prefix(denoiser, names)) for names in _known(denoiser)]
+    for name, module in backbone.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            found |= {prefix + rename(name): f"backbone.{name}" for rename, prefix in outside}
+            found[f"{PREFIX}backbone.{name}"] = f"backbone.{name}"
+    return found
+
+
+def _known(denoiser: Denoiser) -> list[Names]:
+    """Whose names there are for this network."""
+    names: list[Names] = ["diffusers"] if hasattr(denoiser.backbone, "folders") else []
+    return [*names, "comfyui"] if hasattr(denoiser.backbone, "authors") else names
+
+
+def _either(tensors: Mapping[str, Tensor], layer: str, *matrices: str) -> Tensor:
+    for matrix in matrices:
+        if f"{layer}.{matrix}.weight" in tensors:
+            return tensors[f"{layer}.{matrix}.weight"]
+    raise ValueError(f"{layer} has no {' or '.join(matrices)}; the file is incomplete")
+
+
+def _prefix(denoiser: Denoiser, names: Names) -> str:
+    return "diffusion_model." if names == "comfyui" else f"{denoiser.backbone.folders[0]}."  # type: ignore[index]
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Layer, and which matrix of it."""
+    end = next((end for end in _ENDS if name.endswith(f".{end}")), "")
+    return name.removesuffix(f".{end}"), end

@@ -1,0 +1,93 @@
+"""The page that a folder of weights shows on the hub: what it is, how to sample it, where it comes from, for what use."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+
+from fewstep.models.bundle import Card
+
+_RESTRICTED = re.compile(r"\bnc\b|non[-_ ]?commercial|research[-_ ](use[-_ ])?only|academic", re.IGNORECASE)
+_CAPITALS = re.compile(r"[A-Za-z0-9.-]+")
+
+
+def restrictions(provenance: Mapping[str, str]) -> dict[str, str]:
+    """Entries anywhere in the chain that forbid commercial use, by their name. Words are all that is looked at."""
+    return {key: value for key, value in provenance.items() if _RESTRICTED.search(value)}
+
+
+def readme(card: Card, usage: Mapping[int, str]) -> str:
+    """Markdown; `usage` is Python by step count, or nothing where it is used with other tools."""
+    return "\n\n".join([_head(card), _warning(card), *_sampling(card, usage), *_origin(card), *_scores(card)]) + "\n"
+
+
+def _head(card: Card) -> str:
+    """The hub's front matter, the title, and what this is."""
+    licence = card.provenance.get("licence", "")
+    plain = bool(_CAPITALS.fullmatch(licence)) and not restrictions(card.provenance)
+    front = {
+        "library_name": "diffusers",
+        "license": licence.lower() if plain else "other",
+        "base_model": _base(card),
+        "tags": ["fewstep", *(["distillation"] if card.role == "student" else [])],
+    }
+    lines = [f"{key}: {json.dumps(value)}" for key, value in front.items() if value]
+    steps = " or ".join(map(str, card.contract.counts))
+    size = f"{card.num_frames} frames of {card.height} x {card.width}, {card.fps} per second"
+    text = f"A {card.role} in {steps} steps: {size}."
+    return "\n".join(["---", *lines, "---", "", f"# {card.name}", "", text])
+
+
+def _base(card: Card) -> str:
+    """What the hub may link to: the first source that is no folder."""
+    sources = [value for key, value in card.provenance.items() if key.rpartition(".")[2] == "source"]
+    return next((source for source in sources if not source.startswith("/")), "")
+
+
+def _warning(card: Card) -> str:
+    """Before anything else, because a licence is inherited."""
+    found = restrictions(card.provenance)
+    if not found:
+        return f"Licence: {card.provenance.get('licence', 'unknown; ask those who made what it was made from')}."
+    named = "\n".join(f"- {key}: {value}" for key, value in sorted(found.items()))
+    return f"**Not for commercial use.** What this was made from forbids it:\n\n{named}"
+
+
+def _sampling(card: Card, usage: Mapping[int, str]) -> list[str]:
+    contract, steps = card.contract, card.contract.steps
+    sections = ["## Sampling"]
+    if steps in usage:
+        made = "`pipe(prompt, **sampling)` makes the clip that was trained for, with plain diffusers."
+        sections += [_block(usage[steps]), made]
+    random = " Between steps it draws fresh noise." if contract.solver == "renoise" else ""
+    scale = f"{contract.guidance.scale:g}" if contract.guidance.active else "none (1)"
+    sections.append(f"Solver {contract.solver}, guidance {scale}.{random}")
+    for count in (steps, *(n for n in contract.counts if n != steps)):
+        times = ", ".join(f"{t:.6g}" for t in contract.times(count))
+        sections.append(f"In {count} {'step' if count == 1 else 'steps'} the noise levels are {times}.")
+        if count != steps and count in usage:
+            sections.append(_block(usage[count]))
+    return sections
+
+
+def _block(code: str) -> str:
+    return f"```python\n{code}\n```"
+
+
+def _origin(card: Card) -> list[str]:
+    if not card.provenance:
+        return []
+    rows = [f"| {key} | {_cell(value)} |" for key, value in card.provenance.items()]
+    return ["## Origin", "\n".join(["| what | |", "| --- | --- |", *rows])]
+
+
+def _scores(card: Card) -> list[str]:
+    if not card.scores:
+        return ["## Scores", "Not measured."]
+    rows = [f"| {key} | {value:.4g} |" for key, value in card.scores.items()]
+    return ["## Scores", "\n".join(["| figure | |", "| --- | --- |", *rows])]
+
+
+def _cell(value: str) -> str:
+    return " ".join(value.replace("|", "\\|").split())

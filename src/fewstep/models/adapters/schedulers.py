@@ -1,0 +1,131 @@
+"""Schedulers of diffusers that visit exactly the times of a contract, and take the very steps of its solver."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+from types import MappingProxyType
+from typing import Any
+
+from diffusers import (
+    CogVideoXDDIMScheduler,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
+    SchedulerMixin,
+)
+
+from fewstep.diffusion import Betas, Contract, Kind, NoisePath, RectifiedFlow
+
+_PREDICTIONS = MappingProxyType({"eps": "epsilon", "v": "v_prediction", "x0": "sample"})
+_NEAR = 1e-6
+"""Two times of float32 are the same."""
+_NO_SKIP = 1e5
+"""Diffusers' LCM mixes `x_t` into x0 by `0.25 / (this k)^2`: nothing that float32 could hold, from timestep 1 on."""
+
+
+@dataclass(frozen=True)
+class Exact:
+    """A scheduler that does what a contract says."""
+
+    scheduler: SchedulerMixin
+    pinned: dict[str, list[float]] = field(default_factory=dict)
+    """What its `set_timesteps` must be given; empty where the number of steps is enough."""
+
+
+def exact_scheduler(path: NoisePath, kind: Kind, contract: Contract, steps: int) -> Exact:
+    """Of the clip in `steps` steps. ValueError where diffusers has no scheduler that makes the same one."""
+    times, solver = contract.times(steps), contract.solver
+    if isinstance(path, RectifiedFlow) and kind == "flow" and solver in ("euler", "ddim", "renoise"):
+        return _flow(times, stochastic=solver == "renoise")
+    if isinstance(path, Betas) and kind in _PREDICTIONS:
+        table = {
+            "num_train_timesteps": path.num_train_timesteps, "beta_start": path.beta_start, "beta_end": path.beta_end,
+            "beta_schedule": path.schedule, "prediction_type": _PREDICTIONS[kind],
+        }  # fmt: skip
+        levels = [round(t * path.num_train_timesteps) - 1 for t in times]
+        whole = all(abs((k + 1) / path.num_train_timesteps - t) < _NEAR for k, t in zip(levels, times, strict=True))
+        found = None
+        if whole and solver == "ddim":
+            found = _ddim(path, table, contract, levels) or _euler(path, table, levels)
+        elif whole and solver == "renoise":
+            found = _lcm(path, table, levels)
+        if found is not None:
+            return found
+    raise ValueError(
+        f"diffusers has no scheduler that does what {solver} does on {type(path).__name__} at the times {list(times)} "
+        f"with a network that predicts {kind}; a folder of fewstep's own keeps this student exactly"
+    )
+
+
+def _flow(times: tuple[float, ...], *, stochastic: bool) -> Exact:
+    """Euler in t, or x0 and fresh noise: one class of diffusers, whose own grid has two numbers to turn."""
+    plain: dict[str, Any] = {"shift": 1.0, "stochastic_sampling": stochastic}
+    scheduler = FlowMatchEulerDiscreteScheduler(**(plain | _stretch(times)))
+    scheduler.set_timesteps(len(times) - 1)
+    if all(abs(sigma - t) < _NEAR for sigma, t in zip(scheduler.sigmas.tolist(), times, strict=True)):
+        return Exact(scheduler)
+    return Exact(FlowMatchEulerDiscreteScheduler(**plain), {"sigmas": list(times[:-1])})
+
+
+def _stretch(times: tuple[float, ...]) -> dict[str, float]:
+    """Settings under which diffusers' grid is `times`, if it can be: every shifted uniform grid can.
+
+    It shifts times that are uniform between 1 and its smallest, then stretches the distances from 1 so that the last is
+    `shift_terminal`. With `w_k = 1 - t_k` that makes `k / w_k` a line in k, whose slope fixes the shift.
+    """
+    count = len(times) - 1
+    if count == 1:
+        return {}
+    ratio = [k / (1 - times[k]) for k in range(1, count)]
+    slope = (ratio[-1] - ratio[0]) / (count - 2) if count > 2 else 0.0
+    start, shift = ratio[0] - slope, 1.0
+    for _ in range(30):  # the smallest time depends on the shift, very little
+        smallest = 1 / (1 + 999 / shift)
+        bend = -slope / start * (count - 1) / (1 - smallest)
+        if bend >= 1:
+            return {}
+        shift = 1 / (1 - bend)
+    return {"shift": shift, "shift_terminal": times[-2]}
+
+
+def _ddim(path: Betas, table: dict[str, Any], contract: Contract, levels: list[int]) -> Exact | None:
+    """Diffusers' DDIM moves down by one number of levels, whatever timestep comes next."""
+    asked, steps = contract.timesteps, len(levels) - 1
+    teacher = asked is not None and not contract.grids
+    settings = table | {
+        "rescale_betas_zero_snr": path.zero_snr, "set_alpha_to_one": levels[-1] < 0, "clip_sample": False,
+        "timestep_spacing": asked.spacing if teacher else "trailing", "steps_offset": asked.steps_offset if teacher else 0,
+    }  # fmt: skip
+    if path.snr_shift == 1.0:
+        scheduler: Any = DDIMScheduler(**settings)
+    else:
+        scheduler = CogVideoXDDIMScheduler(**settings, snr_shift_scale=path.snr_shift)
+    scheduler.set_timesteps(steps)
+    stride = path.num_train_timesteps // steps
+    even = all(a - b == stride for a, b in pairwise(levels[:-1])) and levels[-2] < stride
+    return Exact(scheduler) if even and scheduler.timesteps.tolist() == levels[:-1] else None
+
+
+def _euler(path: Betas, table: dict[str, Any], levels: list[int]) -> Exact | None:
+    """DDIM is Euler in s / a, from any level to any other."""
+    if path.zero_snr or path.snr_shift != 1.0:
+        return None
+    end = "zero" if levels[-1] < 0 else "sigma_min"
+    scheduler = EulerDiscreteScheduler(**table, timestep_spacing="leading", final_sigmas_type=end)
+    return Exact(scheduler, {"timesteps": [float(k) for k in levels[:-1]]})
+
+
+def _lcm(path: Betas, table: dict[str, Any], levels: list[int]) -> Exact | None:
+    """x0 and fresh noise of the next level; x0 itself at the end."""
+    if path.snr_shift != 1.0 or levels[-1] >= 0 or levels[-2] < 1:
+        return None
+    settings = table | {
+        "rescale_betas_zero_snr": path.zero_snr, "original_inference_steps": path.num_train_timesteps,
+        "timestep_scaling": _NO_SKIP, "clip_sample": False,
+    }  # fmt: skip
+    scheduler = LCMScheduler(**settings)
+    scheduler.set_timesteps(len(levels) - 1)
+    own = scheduler.timesteps.tolist() == levels[:-1]
+    return Exact(LCMScheduler(**settings), {} if own else {"timesteps": [float(k) for k in levels[:-1]]})

@@ -1,0 +1,220 @@
+"""The Wan family beyond one text-to-video network: experts by time, and images that a clip begins with."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("diffusers", reason="needs the extra diffusers")
+
+
+from diffusers import WanImageToVideoPipeline
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from fewstep import distill
+from fewstep.attention import KVCache
+from fewstep.cli import main
+from fewstep.core import Cond, Rng, Seeds
+from fewstep.core.build import RecipeError
+from fewstep.data import Prompts
+from fewstep.diffusion import CFG, Prediction, RectifiedFlow
+from fewstep.engine import Settings
+from fewstep.evaluate.conformance import check_model
+from fewstep.methods import DMD2
+from fewstep.models import VideoModel
+from fewstep.models.adapters.layout import Layout
+from fewstep.models.adapters.pipeline import sample
+from fewstep.models.bundle import read_card
+from fewstep.models.source import Diffusers
+from tiny_models import IMAGE, IMAGE_SIZE, TINY, save_tiny
+
+pytestmark = [pytest.mark.usefixtures("single_thread"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+PROMPTS = ["a red ball", "a cat walks in the rain"]
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("wan_experts", tmp_path_factory.mktemp("experts"))
+
+
+def loaded(folder: Path, name: str) -> VideoModel:
+    return Diffusers(source=str(folder), text_dtype="float32", **TINY[name].size).load()
+
+
+# --- experts --------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_each_sample_goes_to_the_expert_of_its_time(experts: Path) -> None:
+    model = loaded(experts, "wan_experts")
+    backbone = model.denoiser.backbone
+    x, t = Rng(0).randn((4, *model.latent_shape()), "x"), torch.tensor([0.2, 0.6, 0.599, 1.0])
+    cond = model.text.encode([PROMPTS[0]] * 4)
+    made = backbone(x, t, cond).raw
+    for row, index in enumerate((1, 0, 1, 0)):
+        one = slice(row, row + 1)
+        assert torch.allclose(made[one], backbone.expert(index)(x[one], t[one], cond[one]).raw, atol=1e-6)
+    assert torch.equal(backbone(x[1::2], t[1::2], cond[1::2]).raw, backbone.expert(0)(x[1::2], t[1::2], cond[1::2]).raw)
+    features = model.denoiser.features(x, t, cond, [0])[0]
+    assert torch.allclose(features[3:], model.denoiser.features(x[3:], t[3:], cond[3:], [0])[0], atol=1e-6)
+
+
+def test_an_idle_expert_has_a_gradient_of_zero(experts: Path) -> None:
+    """Or processes that drew other times would add up gradients of other parameters."""
+    model = loaded(experts, "wan_experts")
+    x, cond = Rng(0).randn((1, *model.latent_shape()), "x"), model.text.encode(PROMPTS[:1])
+    for t, idle in ((0.95, 1), (0.2, 0)):
+        model.denoiser.zero_grad()
+        model.denoiser(x, torch.tensor([t]), cond).raw.square().mean().backward()
+        gradients = {name: p.grad for name, p in model.denoiser.named_parameters()}
+        assert all(g is not None for g in gradients.values())
+        alive = {name for name, g in gradients.items() if g.any()}
+        assert alive and not any(f"experts.{idle}." in name for name in alive)
+
+
+@torch.no_grad()
+def test_the_scale_of_each_expert_is_the_pipeline_s(experts: Path) -> None:
+    model, layout = loaded(experts, "wan_experts"), Layout.find(str(experts))
+    cond, uncond = model.encode_text(PROMPTS[:1])
+    noise = Seeds((3,)).randn((1, *model.latent_shape()), "start")
+    theirs = sample(model, layout, noise, cond, uncond, 4)
+    torch.testing.assert_close(model.latents(PROMPTS[:1], num_inference_steps=4, seed=3), theirs, atol=1e-4, rtol=1e-4)
+    one_scale = model.latents(PROMPTS[:1], num_inference_steps=4, seed=3, guidance_scale=4.0)
+    assert (one_scale - theirs).abs().max() > 1e-3
+
+
+def test_what_experts_cannot_do_is_refused(experts: Path, tmp_path: Path) -> None:
+    model = loaded(experts, "wan_experts")
+    x, cond = Rng(0).randn((1, *model.latent_shape()), "x"), model.text.encode(PROMPTS[:1])
+    with pytest.raises(ValueError, match="the frames of a clip must have times of one expert"):
+        model.denoiser(x, torch.tensor([[0.9, 0.2]]), cond)
+    assert model.denoiser(x, torch.tensor([[0.5, 0.2]]), cond).raw.isfinite().all()
+    with pytest.raises(ValueError, match="experts have no cache"):
+        model.denoiser(x, torch.tensor([0.2]), cond, KVCache.empty().view())
+    save_tiny("wan_experts", tmp_path)
+    config = tmp_path / "transformer_2" / "config.json"
+    config.write_text(config.read_text().replace('"ffn_dim": 32', '"ffn_dim": 64'))
+    with pytest.raises(RecipeError, match="differ in more than their weights"):
+        read_card(tmp_path)
+
+
+def test_guidance_has_a_scale_for_the_other_times() -> None:
+    guidance, t = CFG(scale=4.0, low=0.5, outside=3.0), torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)
+
+    def net(x: torch.Tensor, t: torch.Tensor, cond: Cond) -> Prediction:
+        return Prediction(cond.text[:, :, None, None, None].expand_as(x), "flow", x, t, RectifiedFlow())
+
+    x, mask = torch.zeros(3, 1, 1, 1, 1, dtype=torch.float64), torch.ones(3, 1, dtype=torch.bool)
+    cond, uncond = Cond(torch.full((3, 1), 2.0).double(), mask), Cond(torch.ones(3, 1).double(), mask)
+    assert guidance(net, x, t, cond, uncond).raw.flatten().tolist() == [4.0, 5.0, 5.0]
+    assert guidance.rescaled(2.0) == CFG(scale=2.0, low=0.5, outside=2.0) and CFG(outside=2.0).active
+    assert CFG(scale=3.0, low=0.5).rescaled(2.0) == CFG(scale=2.0, low=0.5)
+
+
+# --- images ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=list(IMAGE))
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture
+def model(folder: Path) -> VideoModel:
+    return Diffusers(source=str(folder), text_dtype="float32", **IMAGE_SIZE).load()
+
+
+def picture(seed: int = 0) -> Image.Image:
+    drawn = 255 * Rng(seed).rand((IMAGE_SIZE["height"], IMAGE_SIZE["width"], 3), "picture")
+    return Image.fromarray(drawn.to(torch.uint8).numpy())
+
+
+def pixels(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
+
+
+@torch.no_grad()
+def test_clips_of_an_image_are_the_pipeline_s(folder: Path, model: VideoModel) -> None:
+    """Same image, latents, prompts and times: same latents out."""
+    pipeline = WanImageToVideoPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    noise = Seeds((5, 6)).randn((2, *model.latent_shape()), "start")
+    theirs = pipeline(
+        image=picture(), prompt=PROMPTS, negative_prompt=model.card.negative_prompt, num_inference_steps=3,
+        guidance_scale=5.0, latents=noise, output_type="latent", **IMAGE_SIZE,
+    ).frames  # fmt: skip
+    times = tuple(map(float, pipeline.scheduler.sigmas))
+    model.card = replace(model.card, contract=replace(model.card.contract, grids={"3": times}, steps=3))
+    ours = model.latents(PROMPTS, image=pixels(picture()), seed=(5, 6), guidance_scale=5.0)
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    other = model.latents(PROMPTS, image=pixels(picture(1)), seed=(5, 6), guidance_scale=5.0)
+    assert (other - ours).abs().max() > 1e-2
+    two = torch.stack([pixels(picture()), pixels(picture(1))])
+    both = model.latents(PROMPTS, image=two, seed=(5, 6), guidance_scale=5.0)
+    torch.testing.assert_close(both, torch.cat([ours[:1], other[1:]]), atol=1e-4, rtol=1e-4)
+
+
+def test_models_of_images_pass_the_checks(model: VideoModel) -> None:
+    """Among them: forward and weights equal diffusers', saved and loaded, jvp, checkpointing, cached equal to masked."""
+    found = check_model(model)
+    assert not found.failed
+    passed = {finding.name for finding in found.findings if finding.outcome == "pass"}
+    assert passed >= {"forward", "weights", "saved", "batch", "checkpointing", "jvp"}
+    assert ("cache" in passed) == hasattr(model.denoiser.backbone, "pattern")
+
+
+def test_weights_that_diffusers_leaves_unread_may_be_in_the_files(tmp_path: Path) -> None:
+    """Those of the published Wan 2.1 I2V have a `norm_added_q`."""
+    file = save_tiny("wan_image", tmp_path) / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    save_file(weights | {"blocks.0.attn2.norm_added_q.weight": torch.ones(24)}, file)
+    model = Diffusers(source=str(tmp_path), **IMAGE_SIZE).load(leave=("denoiser",))
+    assert not next(model.denoiser.parameters()).is_meta
+    assert [finding.outcome for finding in check_model(model, only=("weights",)).findings] == ["pass"]
+    save_file(weights | {"blocks.0.attn2.norm_added_x.weight": torch.ones(24)}, file)
+    assert [finding.outcome for finding in check_model(model, only=("weights",)).findings] == ["fail"]
+
+
+def test_a_model_of_images_comes_back_from_its_folder(model: VideoModel, tmp_path: Path) -> None:
+    twin = copy.deepcopy(model.denoiser)
+    saved = model.with_part("denoiser", twin, role="student").save(tmp_path)
+    assert sorted(path.name for path in saved.iterdir()) == ["card.json", "denoiser.safetensors"]
+    clips = [
+        m(PROMPTS[:1], image=pixels(picture()), num_inference_steps=2)
+        for m in (VideoModel.from_pretrained(saved), model)
+    ]
+    assert torch.equal(*clips)
+
+
+def test_an_image_is_asked_for_where_it_is_read(folder: Path, model: VideoModel, experts: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"makes clips of images: give image \(--image\), \[3, 32, 48\]; got none"):
+        model.latents(PROMPTS)
+    with pytest.raises(ValueError, match=r"got \[3, 16, 16\]"):
+        model.latents(PROMPTS, image=torch.zeros(3, 16, 16))
+    with pytest.raises(ValueError, match="makes clips of text alone"):
+        loaded(experts, "wan_experts").latents(PROMPTS, image=pixels(picture()))
+    x = Rng(0).randn((1, *model.latent_shape()), "x")
+    with pytest.raises(ValueError, match="makes a clip of an image, and the condition has no image_latents"):
+        model.denoiser(x, torch.tensor([0.5]), model.text.encode(PROMPTS[:1]))
+    (tmp_path / "prompts.txt").write_text("a red ball\n")
+    source = Diffusers(source=str(folder), **IMAGE_SIZE)
+    with pytest.raises(ValueError, match="makes clips of images, and no data give images yet"):
+        distill(
+            model=source, method=DMD2(), data=Prompts(path=str(tmp_path / "prompts.txt")), settings=Settings(steps=1),
+            output=tmp_path / "run", quiet=True,
+        )  # fmt: skip
+
+
+def test_sample_reads_a_picture(model: VideoModel, tmp_path: Path) -> None:
+    saved, file, video = model.save(tmp_path / "model"), tmp_path / "picture.png", tmp_path / "clip.gif"
+    picture().resize((60, 60)).save(file)
+    options = ["--prompt", "a red ball", "--num-inference-steps", "2", "--output", str(video)]
+    assert main(["sample", str(saved), "--image", str(file), *options]) == 0 and video.stat().st_size > 0
+    assert main(["sample", str(saved), "--image", str(file), str(file), *options]) == 2
+    assert main(["sample", str(saved), "--image", str(tmp_path / "prompts.txt"), *options]) != 0

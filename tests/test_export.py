@@ -1,0 +1,382 @@
+"""Students go back to diffusers: without this package they make the same clips, and they come back as what they were."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers", reason="needs the extra diffusers")
+
+from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+from peft import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bench_engine import tiny_model
+from bench_unets import animatediff, scheduler, stable_diffusion
+from fewstep.attention import BlockCausal
+from fewstep.cli import main
+from fewstep.core import RecipeError, Rng, Seeds
+from fewstep.diffusion import CFG, Betas, Contract, RectifiedFlow
+from fewstep.diffusion.samplers import Solver
+from fewstep.models import Lora, VideoModel
+from fewstep.models.adapters import export_lora
+from fewstep.models.adapters.ddpm import contract_of, path_of
+from fewstep.models.adapters.schedulers import exact_scheduler
+from fewstep.models.lora import adapt, adapters, merge, save_adapter
+from fewstep.models.source import Diffusers
+from tiny_models import TINY, save_tiny
+
+pytestmark = [pytest.mark.usefixtures("single_thread"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+PROMPTS = ["a red ball", "a cat walks"]
+SIZES = {"wan": TINY["wan"].size, "animatediff": {"num_frames": 4}, "stable_diffusion": {}}
+
+PLAIN = """
+import json, re, sys
+sys.modules["fewstep"] = None  # importing it is an error from here on
+import torch
+from safetensors.torch import load_file, save_file
+from diffusers.schedulers import scheduling_flow_match_euler_discrete as flow, scheduling_lcm as lcm
+for name in json.loads(sys.argv[1]):
+    for number, code in enumerate(re.findall("```python\\n(.*?)```", open(f"{name}/README.md").read(), re.DOTALL)):
+        exec(code)
+        pipe.set_progress_bar_config(disable=True)
+        given, made = load_file(f"{name}.given"), {}
+        for kind in ("latent", "np"):
+            noises = [given[key] for key in sorted(given) if key.startswith("renoise")]
+            flow.randn_tensor = lcm.randn_tensor = lambda shape, **_: noises.pop(0)
+            out = pipe(json.loads(sys.argv[2]), latents=given["start"], output_type=kind, **sampling)
+            made[kind] = torch.as_tensor(out[0]).contiguous()
+        save_file(made, f"{name}.made{number}")
+assert sys.modules["fewstep"] is None
+"""
+"""Runs the code of every page as it stands, with plain diffusers, from given latents and noises."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A student of few steps."""
+
+    family: str
+    solver: Solver
+    times: tuple[tuple[float, ...], ...]
+    """A grid per step count: the default, then the others, increasing."""
+    guidance: CFG = CFG()
+
+    @property
+    def contract(self) -> Contract:
+        grids = {str(len(times) - 1): times for times in self.times}
+        return Contract(solver=self.solver, steps=len(self.times[0]) - 1, grids=grids, guidance=self.guidance)
+
+
+SHIFTED = (1.0, 0.9375, 0.8333333333333334, 0.625, 0.0)
+UNEVEN = (1.0, 0.97, 0.5, 0.45, 0.2, 0.0)
+CASES = {
+    "wan-one": Case("wan", "renoise", ((1.0, 0.0),)),
+    "wan-shifted": Case("wan", "euler", (SHIFTED, (1.0, 0.5, 0.0), UNEVEN)),
+    "wan-uneven": Case("wan", "ddim", (UNEVEN,), CFG(scale=3.0)),
+    "wan-renoise": Case("wan", "renoise", (SHIFTED,)),
+    "animatediff-even": Case("animatediff", "ddim", ((1.0, 0.75, 0.5, 0.25, 0.0),)),
+    "animatediff-uneven": Case("animatediff", "ddim", ((1.0, 0.9, 0.3, 0.0),), CFG(scale=2.0)),
+    "animatediff-renoise": Case("animatediff", "renoise", ((1.0, 0.75, 0.5, 0.25, 0.0), (1.0, 0.6, 0.0))),
+    "stable_diffusion": Case("stable_diffusion", "ddim", ((1.0, 0.5, 0.0),)),
+}
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A teacher's folder by family."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in SIZES}
+    save_tiny("wan", folders["wan"])
+    animatediff().save_pretrained(folders["animatediff"])
+    stable_diffusion().save_pretrained(folders["stable_diffusion"])
+    return folders
+
+
+def student_of(layouts: dict[str, Path], case: Case, **card: Any) -> VideoModel:
+    """A teacher with other weights and a contract of its own."""
+    model = Diffusers(source=str(layouts[case.family]), text_dtype="float32", **SIZES[case.family]).load()
+    with torch.no_grad():
+        for parameter in model.denoiser.parameters():
+            parameter.mul_(1.01)
+    return model.with_part("denoiser", model.denoiser, role="student", contract=case.contract, **card)
+
+
+@pytest.fixture(scope="module")
+def exported(layouts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[VideoModel, Path]]:
+    """Every student and its folder, after one process of plain diffusers has made clips with all of them."""
+    root, made = tmp_path_factory.mktemp("exported"), {}
+    for name, case in CASES.items():
+        student = student_of(layouts, case)
+        made[name] = student, student.export(root / name)
+        shape, noise = (2, *student.latent_shape()), Seeds((5, 6))
+        given = {key: noise.randn(shape, key) for key in ("start", *(f"renoise/{i}" for i in range(4)))}
+        if case.family == "stable_diffusion":
+            given = {key: value[:, :, 0].contiguous() for key, value in given.items()}
+        save_file(given, root / f"{name}.given")
+    command = [sys.executable, "-c", PLAIN, json.dumps(list(CASES)), json.dumps(PROMPTS)]
+    ran = subprocess.run(command, cwd=root, check=False, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return made
+
+
+def as_pipelines_give(latents: Tensor, family: str) -> Tensor:
+    return latents[:, :, 0] if family == "stable_diffusion" else latents
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_plain_diffusers_makes_the_same_clips(exported: dict[str, tuple[VideoModel, Path]], name: str) -> None:
+    (student, folder), case = exported[name], CASES[name]
+    for number, times in enumerate(case.times):
+        theirs = load_file(folder.parent / f"{name}.made{number}")
+        options: dict[str, Any] = {"seed": (5, 6), "num_inference_steps": len(times) - 1}
+        ours = as_pipelines_give(student.latents(PROMPTS, **options), case.family)
+        assert theirs["latent"].std() > 0.1
+        torch.testing.assert_close(ours, theirs["latent"], atol=1e-4, rtol=1e-4)
+        frames = as_pipelines_give(student(PROMPTS, **options) / 2 + 0.5, case.family)
+        torch.testing.assert_close(frames.movedim(1, -1), theirs["np"], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["wan-shifted", "wan-one", "animatediff-renoise"])
+def test_the_round_trip_is_exact(exported: dict[str, tuple[VideoModel, Path]], name: str, tmp_path: Path) -> None:
+    student, folder = exported[name]
+    back = VideoModel.from_pretrained(folder)
+    for part in student.parts:
+        ours, theirs = student.part(part).state_dict(), back.part(part).state_dict()
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+        assert back.fingerprint(part) == student.fingerprint(part) == back.card.fingerprints[part]
+    own = {"sources": {}, "fingerprints": {}}
+    assert replace(back.card, **own) == replace(student.card, **own)
+    assert set(back.card.sources.values()) == {str(folder)}
+    again = back.export(tmp_path / name)
+    assert VideoModel.from_pretrained(again).fingerprint("denoiser") == student.fingerprint("denoiser")
+    assert back.save(tmp_path / "own").joinpath("denoiser.safetensors").is_file()
+
+
+def test_other_times_make_other_clips(exported: dict[str, tuple[VideoModel, Path]]) -> None:
+    """The comparison above would see a wrong grid."""
+    student, folder = exported["wan-shifted"]
+    theirs = load_file(folder.parent / "wan-shifted.made0")["latent"]
+    plain = Contract(solver="euler", steps=4, shift=4.0)
+    wrong = student.with_part("denoiser", student.denoiser, contract=plain).latents(PROMPTS, seed=(5, 6))
+    assert (wrong - theirs).abs().max() > 1e-2
+
+
+def test_the_default_needs_no_pinned_times(exported: dict[str, tuple[VideoModel, Path]]) -> None:
+    """Whoever types `pipe(prompt, num_inference_steps=4)` gets the trained times."""
+    pages = {name: (folder / "README.md").read_text() for name, (_, folder) in exported.items()}
+    first = {name: re.findall("```python\n(.*?)```", page, re.DOTALL)[0] for name, page in pages.items()}
+    assert {name for name, code in first.items() if "set_timesteps" in code} == {"wan-uneven", "animatediff-uneven"}
+
+
+@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0, 5.0, 12.0])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 8, 50])
+def test_every_shifted_grid_is_a_setting_of_diffusers(shift: float, steps: int) -> None:
+    contract = Contract(steps=steps, shift=shift)
+    exact = exact_scheduler(RectifiedFlow(), "flow", contract, steps)
+    assert not exact.pinned
+    exact.scheduler.set_timesteps(steps)
+    expected = torch.tensor(contract.times(), dtype=torch.float64).float()
+    torch.testing.assert_close(exact.scheduler.sigmas, expected, atol=1e-7, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"timestep_spacing": "leading", "steps_offset": 1}, {"timestep_spacing": "trailing", "set_alpha_to_one": True}],
+    ids=["leading", "trailing"],
+)
+def test_a_teacher_keeps_its_own_timesteps(settings: dict[str, Any]) -> None:
+    theirs = scheduler("linear", **settings)
+    contract = contract_of(theirs.config, steps=25, scale=7.5)
+    exact = exact_scheduler(path_of(theirs.config), "eps", contract, 25)
+    theirs.set_timesteps(25)
+    exact.scheduler.set_timesteps(25)
+    assert not exact.pinned and torch.equal(exact.scheduler.timesteps, theirs.timesteps)
+    assert exact.scheduler.final_alpha_cumprod == theirs.final_alpha_cumprod
+    torch.testing.assert_close(exact.scheduler.alphas_cumprod, theirs.alphas_cumprod)
+
+
+def test_what_diffusers_cannot_do_is_refused(layouts: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="VideoDiT is fewstep's own"):
+        tiny_model().export(tmp_path / "world")
+    for solver in ("heun", "dpmpp_2m"):
+        with pytest.raises(ValueError, match=f"no scheduler that does what {solver} does"):
+            exact_scheduler(RectifiedFlow(), "flow", Contract(solver=solver), 4)
+    with pytest.raises(ValueError, match=r"times \[1\.0, 0\.33333, 0\.0\]"):  # between two timesteps
+        exact_scheduler(Betas(), "eps", Contract(solver="ddim", grids={"2": (1.0, 0.33333, 0.0)}), 2)
+    with pytest.raises(ValueError, match="predicts x0"):
+        exact_scheduler(RectifiedFlow(), "x0", Contract(), 4)
+    student = student_of(layouts, CASES["wan-one"])
+    causal = Diffusers(source=str(layouts["wan"]), pattern=BlockCausal(chunk=1), **SIZES["wan"]).load()
+    with pytest.raises(ValueError, match="this one is causal"):
+        causal.export(tmp_path / "causal")
+    with pytest.raises(ValueError, match="this one is causal"):
+        causal.export(tmp_path / "causal", names="comfyui")
+    with pytest.raises(ValueError, match="nothing to link"):
+        student.export(tmp_path / "linked", names="comfyui", link=True)
+    part_time = replace(student.card.contract, guidance=CFG(scale=3.0, high=0.9))
+    with pytest.raises(ValueError, match="guides at all times"):
+        student.with_part("denoiser", student.denoiser, contract=part_time).export(tmp_path / "guided")
+    with pytest.raises(ValueError, match="come from one layout"):
+        student.with_part("codec", student.codec).export(tmp_path / "codec")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(FileExistsError, match="not empty"):
+        student.export(tmp_path / "full")
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+def test_a_stamp_may_not_import_code(exported: dict[str, tuple[VideoModel, Path]], tmp_path: Path) -> None:
+    index = json.loads((exported["wan-one"][1] / "model_index.json").read_text())
+    index["_fewstep"]["parts"]["codec"]["type"] = "outsider:Mine"
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(RecipeError, match=r"model_index\.json: parts\.codec\.type is 'outsider:Mine'"):
+        VideoModel.from_pretrained(tmp_path)
+
+
+def test_the_page_says_where_a_student_comes_from(layouts: dict[str, Path], tmp_path: Path) -> None:
+    chain = {
+        "teacher.source": "owner/model",
+        "licence": "Apache-2.0",
+        "teacher.licence": "Apache-2.0",
+        "recipe": "abc",
+        "data": "A|B",
+    }
+    student = student_of(layouts, CASES["wan-one"], provenance=chain, scores={"accuracy (n = 64)": 0.87654})
+    page = (student.export(tmp_path / "free", link=True) / "README.md").read_text()
+    assert 'license: "apache-2.0"' in page and 'base_model: "owner/model"' in page and "commercial" not in page
+    assert "| data | A\\|B |" in page and "| accuracy (n = 64) | 0.8765 |" in page and "| recipe | abc |" in page
+    assert (tmp_path / "free" / "vae").is_symlink() and not (tmp_path / "free" / "transformer").is_symlink()
+    bound = chain | {"teacher.teacher.licence": "CC-BY-NC-4.0", "teacher.data": "clips for research only"}
+    page = (
+        student_of(layouts, CASES["wan-one"], provenance=bound).export(tmp_path / "bound") / "README.md"
+    ).read_text()
+    assert "**Not for commercial use.**" in page and 'license: "other"' in page and "Not measured." in page
+    assert "- teacher.teacher.licence: CC-BY-NC-4.0" in page and "- teacher.data: clips for research only" in page
+
+
+# --- adapters, and the names of Wan's authors -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tuned(layouts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """By family the folder of a student that was trained with adapters, as a run writes it."""
+    folders = {}
+    targets = ("to_q", "to_k", "to_v", "to_out.0", "net.2")
+    for name, case, lora in (
+        ("wan", CASES["wan-uneven"], Lora(rank=3, alpha=2.0)),
+        ("animatediff", CASES["animatediff-even"], Lora(rank=3, alpha=2.0, targets=targets)),
+    ):
+        teacher = Diffusers(source=str(layouts[name]), text_dtype="float32", **SIZES[name]).load()
+        network = adapt(teacher.denoiser, lora, Rng(0))
+        with torch.no_grad():
+            for adapter in adapters(network).values():
+                adapter.lora_B.weight.copy_(0.3 * Rng(1).randn(tuple(adapter.lora_B.weight.shape), "b"))
+        whole = teacher.with_part("denoiser", merge(teacher.denoiser, network), role="student", contract=case.contract)
+        folders[name] = whole.save(tmp_path_factory.mktemp("runs") / name)
+        save_adapter(network, folders[name] / "adapter", teacher.card.name)
+    return folders
+
+
+@pytest.mark.parametrize(("family", "names"), [("wan", "diffusers"), ("wan", "comfyui"), ("animatediff", "diffusers")])
+@torch.no_grad()
+def test_diffusers_loads_every_key_of_the_adapters(
+    tuned: dict[str, Path], family: str, names: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is missing, nothing is left over, and the pipeline is the student."""
+    command = ["export", str(tuned[family]), str(tmp_path / "lora"), "--lora", "--names", names]
+    assert main(command) == 0
+    (file,) = (tmp_path / "lora").glob("*.safetensors")
+    written = load_file(file)
+    assert file.name == ("pytorch_lora_weights.safetensors" if names == "diffusers" else "lora.safetensors")
+    first = {
+        "wan diffusers": "transformer.blocks.0.attn1.to_q.lora_A.weight",
+        "wan comfyui": "diffusion_model.blocks.0.self_attn.q.lora_A.weight",
+        "animatediff diffusers": "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight",
+    }
+    assert first[f"{family} {names}"] in written
+
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, Any] = {}
+    exec(re.findall("```python\n(.*?)```", (tmp_path / "lora" / "README.md").read_text(), re.DOTALL)[0], scope)
+    pipe, student = scope["pipe"], VideoModel.from_pretrained(tuned[family])
+    network = pipe.transformer if family == "wan" else pipe.unet
+    loaded = get_peft_model_state_dict(network, adapter_name="default_0")
+    assert len(loaded) == len(written) > 20
+    assert {tuple(v.shape): 0 for v in loaded.values()} == {tuple(v.shape): 0 for v in written.values()}
+    if names == "diffusers":
+        prefix = "transformer." if family == "wan" else "unet."
+        assert all(torch.equal(loaded[key.removeprefix(prefix)], value) for key, value in written.items())
+    teacher = Diffusers(source=next(iter(student.card.sources.values()))).load()
+    for ours, merged in zip(
+        student.denoiser.parameters(), teacher.with_lora(tmp_path / "lora").denoiser.parameters(), strict=True
+    ):
+        torch.testing.assert_close(ours, merged)  # read back here, too
+    start = Seeds((5, 6)).randn((2, *student.latent_shape()), "start")
+    theirs = pipe(PROMPTS, latents=start, output_type="latent", **scope["sampling"])[0]
+    ours = student.latents(PROMPTS, seed=(5, 6))
+    torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=2e-4)
+    pipe.unload_lora_weights()
+    assert (pipe(PROMPTS, latents=start, output_type="latent", **scope["sampling"])[0] - ours).abs().max() > 1e-2
+
+
+def test_the_names_of_wans_authors_are_a_bijection(layouts: dict[str, Path], tmp_path: Path) -> None:
+    """Diffusers' own converter turns every name back, and no tensor changes."""
+    student = student_of(layouts, CASES["wan-one"])
+    written = load_file(student.export(tmp_path / "wan", names="comfyui") / "wan.safetensors")
+    assert "In 1 step the noise levels are 1, 0." in (tmp_path / "wan" / "README.md").read_text()
+    own = student.denoiser.backbone.state_dict()
+    assert len(written) == len(own)
+    assert {
+        "head.modulation",
+        "blocks.1.modulation",
+        "blocks.0.self_attn.norm_q.weight",
+        "blocks.0.norm3.weight",
+    } <= written.keys()
+    back = convert_wan_transformer_to_diffusers(dict(written))
+    assert back.keys() == own.keys() and all(torch.equal(back[key], own[key]) for key in own)
+
+
+def test_a_student_without_adapters_has_no_lora_file(layouts: dict[str, Path], tmp_path: Path) -> None:
+    student = student_of(layouts, CASES["wan-one"])
+    with pytest.raises(FileNotFoundError, match=r"only a run with settings\.lora"):
+        export_lora(student, tmp_path / "adapter", tmp_path / "lora", names="diffusers")
+    assert not (tmp_path / "lora").exists()
+
+
+def test_adapters_over_another_teacher_are_refused(tuned: dict[str, Path], tmp_path: Path) -> None:
+    """A restyled teacher's student is not its layout plus the adapters."""
+    student = VideoModel.from_pretrained(tuned["wan"])
+    with torch.no_grad():
+        student.denoiser.backbone.proj_out.bias.add_(1e-3)
+    with pytest.raises(ValueError, match="with these adapters is not this student"):
+        export_lora(student, tuned["wan"] / "adapter", tmp_path / "lora", names="diffusers")
+    assert not (tmp_path / "lora").exists()
+
+
+def test_adapters_that_diffusers_cannot_run_are_refused(tuned: dict[str, Path], tmp_path: Path) -> None:
+    student = VideoModel.from_pretrained(tuned["animatediff"])
+    with pytest.raises(ValueError, match="known for Wan, not for AnimateDiff"):
+        export_lora(student, tuned["animatediff"] / "adapter", tmp_path / "lora", names="comfyui")
+    student = Diffusers(source=next(iter(student.card.sources.values())), num_frames=4).load()
+    network = adapt(student.denoiser, Lora(rank=2), Rng(0))
+    x, cond = Rng(0).randn((1, *student.latent_shape()), "x"), student.encode_text(PROMPTS[:1])[0]
+    torch.testing.assert_close(network(x, torch.ones(1), cond).raw, student.denoiser(x, torch.ones(1), cond).raw)
+    adapter = save_adapter(network, tmp_path / "adapter", "tiny")
+    with pytest.raises(ValueError, match=r"fails with adapters on .*proj_in"):
+        export_lora(student, adapter, tmp_path / "lora", names="diffusers")
+
+
+def test_by_command(layouts: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    student_of(layouts, CASES["wan-one"]).save(tmp_path / "student")
+    assert main(["export", str(tmp_path / "student"), str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "out")
+    assert VideoModel.from_pretrained(tmp_path / "out").card.role == "student"
