@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from itertools import count
 from multiprocessing import get_context
@@ -16,13 +16,15 @@ from torch import nn
 
 from fewstep.core import Batch, Pairs, Rng
 from fewstep.data.base import Data, Source
-from fewstep.diffusion import CFG, Contract, RectifiedFlow
+from fewstep.diffusion import CFG, VP, Contract, Kind, NoisePath, RectifiedFlow
 from fewstep.engine import Optim, Settings, checkpoint, train
 from fewstep.engine.optim import RoleOptimizer
 from fewstep.engine.run import Run
-from fewstep.methods import DMD2, METHODS, BackwardSimulation, FlowMatching, Method, Progressive, ReadAttributes
+from fewstep.methods import AVDM2, DMD2, METHODS, BackwardSimulation, FlowMatching, Method, Progressive, ReadAttributes
 from fewstep.methods.rollouts import NESTED
 from fewstep.models import Card, ClipFeatures, Denoiser, FrameAutoencoder, TextEncoder, VideoDiT, VideoModel
+from fewstep.models.bundle import describe
+from fewstep.models.source import ModelSource
 from fewstep.world.data import WorldClips
 
 FRAMES = 4
@@ -30,15 +32,6 @@ TIMES = (1.0, 0.75, 0.5, 0.25, 0.0)
 ATTRIBUTES = (6, 8, 2, 8, 2, 6)
 TWO_GRIDS = BackwardSimulation(grids=((1.0,), (1.0, 0.5)))
 LONG = DMD2(critic_updates=2, warmup=3, rollout=BackwardSimulation(grids=NESTED))
-
-CASES: Mapping[str, Method] = {cls.__name__: cls() for cls in METHODS} | {
-    "FlowMatching": FlowMatching(image_fraction=0.3, images_per_clip=2),
-    "ReadAttributes-features": ReadAttributes(of="features"),
-    "Progressive": Progressive(stages=((4, 3), (2, 4), (1, 3))),
-    "DMD2": DMD2(critic_updates=2, warmup=2, rollout=TWO_GRIDS),
-    "DMD2-everything": DMD2(critic_updates=1, gan=0.03, r1=1.0, layers=(0, -1), anchor=0.25, rollout=TWO_GRIDS),
-}
-"""Every registered method with its defaults, unless a smaller or richer variant is given here."""
 
 
 def shaken(network: nn.Module, scale: float = 0.05) -> nn.Module:
@@ -50,18 +43,45 @@ def shaken(network: nn.Module, scale: float = 0.05) -> nn.Module:
     return network
 
 
-def tiny_model(seed: int = 0) -> VideoModel:
+def tiny_model(seed: int = 0, path: NoisePath = RectifiedFlow(), kind: Kind = "flow") -> VideoModel:
     """All four parts, a few thousand weights each, equal for equal seeds."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         backbone = VideoDiT(channels=4, width=24, depth=2, heads=2, text_width=16)
         parts = {
-            "denoiser": shaken(Denoiser(backbone, RectifiedFlow(), "flow")),
+            "denoiser": shaken(Denoiser(backbone, path, kind)),
             "text": TextEncoder(width=16, length=12, buckets=64, depth=1, heads=2, attribute_sizes=ATTRIBUTES),
             "codec": shaken(FrameAutoencoder(width=8, depth=1)),
             "features": ClipFeatures(width=8, attribute_sizes=ATTRIBUTES),
         }
-    return VideoModel(Card(name="tiny", num_frames=FRAMES, contract=Contract(steps=3, guidance=CFG(scale=2.0))), parts)
+    contract = Contract(steps=3, guidance=CFG(scale=2.0))
+    card = Card(name="tiny", num_frames=FRAMES, path=path, kind=kind, contract=contract)
+    return VideoModel(card, parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyImages(ModelSource):
+    """Another tiny model of another kind on another path: an image teacher that shares nothing but widths."""
+
+    seed: int = 7
+
+    def card(self) -> Card:
+        model = self.load()
+        return replace(model.card, parts={name: describe(part) for name, part in model.parts.items()})
+
+    def load(self, leave: Collection[str] = ()) -> VideoModel:
+        return tiny_model(self.seed, VP(), "eps")
+
+
+CASES: Mapping[str, Method] = {cls.__name__: cls() for cls in METHODS} | {
+    "FlowMatching": FlowMatching(image_fraction=0.3, images_per_clip=2),
+    "ReadAttributes-features": ReadAttributes(of="features"),
+    "Progressive": Progressive(stages=((4, 3), (2, 4), (1, 3))),
+    "DMD2": DMD2(critic_updates=2, warmup=2, rollout=TWO_GRIDS),
+    "AVDM2": AVDM2(image_teacher=TinyImages(), frames=2, rollout=TWO_GRIDS),
+    "DMD2-everything": DMD2(critic_updates=1, gan=0.03, r1=1.0, layers=(0, -1), anchor=0.25, rollout=TWO_GRIDS),
+}
+"""Every registered method with its defaults, unless a smaller or richer variant is given here."""
 
 
 @dataclass(frozen=True, kw_only=True)

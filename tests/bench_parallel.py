@@ -40,6 +40,7 @@ WHOLE = Settings(**vars(small(STEPS, ema=0.5, accumulate=4, batch=1)))
 METHODS: Mapping[str, Method] = {
     "DMD2": replace(CASES["DMD2"], warmup=1),  # type: ignore[type-var]
     "DMD2-everything": CASES["DMD2-everything"],
+    "AVDM2": CASES["AVDM2"],
     "Consistency": CASES["Consistency"],
     "KnowledgeDistillation": CASES["KnowledgeDistillation"],
     "Reconstruction": CASES["Reconstruction"],

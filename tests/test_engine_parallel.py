@@ -69,7 +69,7 @@ def assert_as_one(folder: Path, processes: int, name: str, monkeypatch: pytest.M
 @pytest.mark.timeout(900)  # processes that share two cores with other tests
 def test_two_processes_compute_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = [
-        "DMD2.shard", "Consistency.shard", "KnowledgeDistillation.shard", "DMD2-everything.sequence",
+        "DMD2.shard", "AVDM2.shard", "Consistency.shard", "KnowledgeDistillation.shard", "DMD2-everything.sequence",
         "Reconstruction.shard", "Consistency.shard.bf16", "KnowledgeDistillation.checkpointing",
         "KnowledgeDistillation.shard.off.aot_eager",
     ]  # fmt: skip

@@ -238,6 +238,16 @@ def test_a_bad_probe_figure_stops_the_run(tmp_path: Path) -> None:
         (CASES["Reconstruction"], {"preview_every": 1}, "settings.preview_every is for denoisers"),
         (CASES["Reconstruction"], {"optim": {"student": Optim(type="muon")}}, "give its role an entry of type adamw"),
         (DMD2(gan=0.1), {"optim": {"student": Optim(type="muon")}}, "this FeatureHeads has none"),
+        (
+            DMD2(),
+            {"optim": {"student": Optim(lr_of={"motion": 1e-4})}},
+            "lr_of: no parameter of this Denoiser has 'motion'",
+        ),
+        (
+            DMD2(),
+            {"optim": {"student": Optim(lr_of={"cross": 1.0, "cross.q": 1.0})}},
+            "cross and cross.q are both part of",
+        ),
         (CASES["DMD2"], {"optim": {"critc": Optim()}}, r"settings.optim.critc trains nothing; did you mean critic\?"),
         (Denoise(spoil="nothing"), {}, "no loss of this update depends on the Denoiser"),
         (DMD2(warmup=3), {}, "DMD2 does not train the student within settings.steps: 3 .only critic."),
@@ -247,6 +257,26 @@ def test_a_bad_probe_figure_stops_the_run(tmp_path: Path) -> None:
 def test_what_would_do_nothing_is_refused(method: Method, others: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         train(tiny_model(), method, Everything(), small(3, **others), tmp_path, quiet=True)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_parts_of_a_network_have_their_own_learning_rate(kind: str, tmp_path: Path) -> None:
+    """Halving the rate of a part equals halving it for all, there; elsewhere nothing changes."""
+    moved = {}
+    for case, optim in {
+        "all": Optim(type=kind, lr=2e-3, warmup=2),
+        "half": Optim(type=kind, lr=1e-3, warmup=2),
+        "part": Optim(type=kind, lr=2e-3, warmup=2, lr_of={"attention": 1e-3}),
+    }.items():
+        run = prepared(tmp_path, Denoise(), small(1, optim={"student": optim}))
+        before = {name: p.detach().clone() for name, p in run.nets.student.named_parameters()}
+        run.iterate()
+        assert run.figures["lr/student"] == pytest.approx(optim.lr / 3)
+        moved[case] = {name: p.detach() - before[name] for name, p in run.nets.student.named_parameters()}
+    assert any("attention" in name for name in moved["part"])
+    for name, change in moved["part"].items():
+        assert torch.equal(change, moved["half" if "attention" in name else "all"][name]), name
+    assert "0.001 for attention" in run.effective.optimizers["student"]
 
 
 def test_progressive_may_end_with_its_last_stage_begun(tmp_path: Path) -> None:

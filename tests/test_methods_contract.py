@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import nn
 
+from bench_engine import TinyImages
 from bench_gaussian import terms
 from fewstep.core import Batch, Pairs, Rng
 from fewstep.core.build import build, dump
 from fewstep.diffusion import CFG, DENSITIES, Contract, RectifiedFlow, uniform_grid
 from fewstep.methods import (
+    AVDM2,
     DMD2,
     METHODS,
     ROLLOUTS,
@@ -24,17 +26,17 @@ from fewstep.methods import (
     Method,
     Nets,
     OneStep,
+    Other,
     Progressive,
     ReadAttributes,
     Reconstruction,
     Sync,
     Weak,
 )  # fmt: skip
-from fewstep.methods.flow_matching import fold_frames
-from fewstep.methods.rollouts import NESTED
+from fewstep.methods.rollouts import NESTED, fold_frames
 from fewstep.models.autoencoder import FrameAutoencoder
 from fewstep.models.denoiser import Denoiser
-from fewstep.models.discriminators import FeatureHeads
+from fewstep.models.discriminators import FeatureHeads, JointHead
 from fewstep.models.features import ClipFeatures
 from fewstep.models.text import TextEncoder
 from fewstep.models.video_dit import VideoDiT
@@ -52,6 +54,10 @@ CASES: dict[str, Method] = {cls.__name__: cls() for cls in METHODS} | {
     "DMD2-data": DMD2(critic_updates=1, rollout=FromData()),
     "DMD2-anchor": DMD2(critic_updates=1, anchor=0.25),
     "DMD2-weak": DMD2(critic_updates=1, weak=0.25),
+    "AVDM2-image-teacher": AVDM2(image_teacher=TinyImages(), frames=2),
+    "AVDM2-video-score": AVDM2(score="video"),
+    "AVDM2-adversarial-only": AVDM2(score="none"),
+    "AVDM2-score-only": AVDM2(adversarial=0.0, guidance=CFG()),
 }
 cases = pytest.mark.parametrize("method", CASES.values(), ids=CASES.keys())
 
@@ -83,10 +89,11 @@ def make_nets(method: Method) -> Nets:
         roles = {"teacher": part(method.part), "student": part(method.part)}
         for role, recipe in method.aux().items():
             match recipe:
-                case Copy() | Weak():
+                case Copy() | Weak() | Other():
                     roles[role] = part(method.part)
-                case Heads(_, layers):
-                    roles[role] = FeatureHeads([24] * len(layers), layers)
+                case Heads(_, layers, joint):
+                    widths = [24] * len(layers)
+                    roles[role] = JointHead(widths) if joint else FeatureHeads(widths, layers)
     return Nets({role: network.requires_grad_(False) for role, network in roles.items()})
 
 

@@ -22,6 +22,7 @@ from fewstep.models import (
     Denoiser,
     FeatureHeads,
     FrameAutoencoder,
+    JointHead,
     Spec,
     TextEncoder,
     VideoDiT,
@@ -352,9 +353,21 @@ def test_clip_features_see_motion() -> None:
     torch.testing.assert_close(eye(right.roll(8, 4)), features, atol=1e-10, rtol=0)
 
 
+def test_joint_head_brings_layers_of_any_size_and_width_together() -> None:
+    head = JointHead([32, 8, 16])
+    volumes = [torch.randn(2, 32, 3, 8, 8), torch.randn(2, 8, 3, 8, 8), torch.randn(2, 16, 3, 4, 4)]
+    volumes = [volume.requires_grad_() for volume in volumes]
+    logits = head(volumes)
+    assert logits.shape == (2, 3 * 2 * 2)
+    assert logits.min() < 0 < logits.max(), "logits, not probabilities"
+    logits[:, 0].sum().backward()
+    assert all(volume.grad is not None and volume.grad.any() for volume in volumes)
+
+
 EXAMPLES = (
     small(BlockCausal(chunk=2)),
     FeatureHeads([16, 8], [1, -1]),
+    JointHead([16, 24]),
     FrameAutoencoder(width=16),
     TextEncoder(attribute_sizes=(2, 3)),
     ClipFeatures(width=16),

@@ -198,3 +198,12 @@ def test_refuses_what_it_cannot_read(truth):
         CHECKER.read(clips[:, :, 0])
     with pytest.raises(ValueError, match="2 clips but 3 scenes"):
         CHECKER.score(clips[:2], scenes[:3])
+
+
+def test_reads_another_style_but_its_background():
+    generator = torch.Generator().manual_seed(0)
+    scenes = sample_scenes(200, generator)
+    clips = render(scenes, Variation.sample(200, generator), style="neon")
+    score = Checker(style="neon").score(clips, scenes)
+    assert score.right[:, :5].all(1).float().mean() > 0.95
+    assert CHECKER.score(clips, scenes).accuracy()["all"] < 0.1

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fewstep.world.grammar import ATTRIBUTES, BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, Scene, sample_scenes
-from fewstep.world.renderer import BACKGROUND_RGB, COLOUR_RGB, RADIUS, SPEED, Variation, coverage, render
+from fewstep.world.renderer import BACKGROUND_RGB, COLOUR_RGB, RADIUS, SPEED, STYLES, Variation, coverage, render
 
 PLAIN = {
     "shape": "circle",
@@ -130,3 +130,19 @@ def test_directions_are_a_full_turn_in_equal_steps():
     assert all(torch.allclose(shown[k], turned[(k + 4) % 8], atol=1e-4) for k in range(8))
     assert all(not torch.allclose(a, b, atol=0.1) for a, b in pairwise(shown))
     assert len(DIRECTIONS) == len(ATTRIBUTES["direction"]) == 8
+
+
+def test_an_outline_is_the_rim_of_the_filled_shape():
+    centre, radius, tilt = torch.full((1, 1, 2), 16.0), torch.tensor([8.5]), torch.zeros(1)
+    for shape in SHAPES:
+        filled, outline = (coverage(shape, centre, radius, tilt, line=line)[0, 0] for line in (0.0, 3.0))
+        assert (outline <= filled + 1e-6).all() and outline.max() == 1
+    circle = coverage("circle", centre, radius, tilt, line=3.0)[0, 0]
+    assert circle[16, 16] == 0 and circle[16, 9] == 1
+    assert float(circle.sum()) == pytest.approx(math.pi * (8.33**2 - 5.33**2), rel=0.02)
+
+
+def test_neon_is_drawn_on_black_whatever_is_asked_for():
+    scenes = [Scene(**{**PLAIN, "background": name}) for name in BACKGROUNDS]
+    plain, neon = (render(scenes, still(len(scenes)), style=style) for style in STYLES)
+    assert torch.equal(neon, neon[:1].expand_as(neon)) and not torch.equal(plain[0], plain[1])

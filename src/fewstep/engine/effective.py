@@ -247,8 +247,9 @@ def in_effect(
 
 def told(optim: Optim) -> str:
     """Everything an optimiser goes by."""
+    rates = ", ".join([f"{optim.lr:g}", *(f"{rate:g} for {key}" for key, rate in optim.lr_of.items())])
     betas = " and ".join(f"{beta:g}" for beta in optim.betas)
-    facts = [f"{optim.type} lr {optim.lr:g} {optim.decay}", f"betas {betas}", f"clip {optim.clip:g}"]
+    facts = [f"{optim.type} lr {rates} {optim.decay}", f"betas {betas}", f"clip {optim.clip:g}"]
     facts += [f"weight decay {optim.weight_decay:g}"] * bool(optim.weight_decay)
     facts += [f"warm-up {optim.warmup}"] * bool(optim.warmup)
     return ", ".join(facts)

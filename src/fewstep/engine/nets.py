@@ -2,50 +2,92 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 from torch import nn
 
 from fewstep.core import Rng
-from fewstep.methods.base import Copy, Heads, Method, Nets, Update, Weak
-from fewstep.models import FeatureHeads, VideoModel
+from fewstep.methods.base import Copy, Heads, Method, Nets, Other, Update, Weak
+from fewstep.models import Card, FeatureHeads, JointHead, VideoModel
+from fewstep.models.bundle import latent_shape_of, text_width_of
 from fewstep.models.denoiser import Denoiser
-from fewstep.models.lora import Lora, adapt, duplicate, weaken
+from fewstep.models.lora import Lora, adapt, adapters, duplicate, weaken
+from fewstep.models.source import ModelSource
 
 
 def build_nets(
-    model: VideoModel, method: Method, seed: int, lora: Lora | None = None, device: str | None = None
+    model: VideoModel,
+    method: Method,
+    seed: int,
+    lora: Lora | None = None,
+    device: str | None = None,
+    others: Mapping[str, VideoModel] = MappingProxyType({}),
 ) -> Nets:
     """Teacher (the model's own network), student (a copy of it) and the method's roles, in that order.
 
-    With `lora` no copy is made: each is a set of adapters over the teacher's weights. What is made new goes to `device`,
-    or where the network is whose features it reads.
+    With `lora` no copy is made: each is a set of adapters over the teacher's weights, or another frozen network's. What is
+    made new goes to `device`, or where the network is whose features it reads. `others` are the models of `sources`.
     """
     roles: dict[str, nn.Module] = {"teacher": model.part(method.part)}
     roles["student"] = _second(roles, "teacher", "student", lora, seed)
     for role, recipe in method.aux().items():
         if role in (*roles, "ema"):
             raise ValueError(f"a method cannot redefine the role {role!r}")
-        if recipe.of not in roles:
+        if not isinstance(recipe, Other) and recipe.of not in roles:
             raise ValueError(f"role {role!r} is made from {recipe.of!r}, which this run does not have")
         match recipe:
             case Copy(of):
                 roles[role] = _second(roles, of, role, lora, seed)
             case Weak(of, scale):
                 roles[role] = weaken(_denoiser(roles[of]), scale)
-            case Heads(of, layers):
+            case Heads(of):
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(seed)
-                    heads = FeatureHeads(widths=_widths(roles[of], layers), layers=layers)
+                    heads = _heads(roles[of], recipe)
                 roles[role] = heads.to(device or next(roles[of].parameters()).device)
+            case Other():
+                roles[role] = others[role].denoiser
     for network in roles.values():
         network.requires_grad_(False)
     return Nets(roles)
 
 
+def sources(method: Method) -> dict[str, ModelSource]:
+    """Where the method's frozen networks of other models come from, by role."""
+    return {role: recipe.source for role, recipe in method.aux().items() if isinstance(recipe, Other)}
+
+
+def origin(method: Method, role: str) -> str:
+    """The frozen role with whose weights `role` begins."""
+    match method.aux().get(role):
+        case Copy(of):
+            return origin(method, of)
+        case Other():
+            return role
+    return "teacher"
+
+
+def require_alike(method: Method, card: Card) -> None:
+    """Refuse (ValueError) another model whose networks could not read the latents or text states of this run's."""
+    for role, source in sources(method).items():
+        other = source.card()
+        if "denoiser" not in other.parts:
+            raise ValueError(f"method.{role}: {other.name!r} has no denoiser; it has {', '.join(other.parts)}")
+        here, there = ((latent_shape_of(c) or (None,))[0] for c in (card, other))
+        for what, mine, its in (("latents", here, there), ("text states", text_width_of(card), text_width_of(other))):
+            if None not in (mine, its) and mine != its:
+                raise ValueError(
+                    f"method.{role}: {other.name!r} has {what} of width {its}, and {card.name!r} of width {mine}; "
+                    "give a model that was trained with the same autoencoder and text encoder"
+                )
+
+
 def trained_roles(method: Method, steps: int) -> tuple[str, ...]:
     """Every role that some update of the run trains, in order of appearance."""
     seen: dict[str, None] = {}
-    possible = {"student", *(role for role, recipe in method.aux().items() if not isinstance(recipe, Weak))}
+    possible = {"student", *(role for role, recipe in method.aux().items() if not isinstance(recipe, Weak | Other))}
     for step in range(steps):
         for event in method.updates(step):
             if isinstance(event, Update):
@@ -56,10 +98,15 @@ def trained_roles(method: Method, steps: int) -> tuple[str, ...]:
 
 
 def _second(roles: dict[str, nn.Module], of: str, role: str, lora: Lora | None, seed: int) -> nn.Module:
-    """A network that starts as the role `of`: a copy, or adapters over the teacher."""
-    if lora is None or of != "teacher":
+    """A network that starts as the role `of`: a copy, or adapters over a frozen network."""
+    if lora is None or adapters(roles[of]):
         return duplicate(roles[of])
     return adapt(_denoiser(roles[of]), lora, Rng(seed).fold(f"lora/{role}"))
+
+
+def _heads(network: nn.Module, recipe: Heads) -> nn.Module:
+    widths = _widths(network, recipe.layers)
+    return JointHead(widths) if recipe.joint else FeatureHeads(widths=widths, layers=recipe.layers)
 
 
 def _widths(network: nn.Module, layers: tuple[int, ...]) -> list[int]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +16,15 @@ from fewstep.engine.settings import Optim
 class RoleOptimizer:
     """The optimiser(s) of one role: AdamW, or Muon on the blocks' matrices and AdamW on the rest.
 
-    ValueError where Muon is asked for and the network has no such matrices.
+    ValueError where Muon is asked for and the network has no such matrices, or a learning rate for parameters it lacks.
     """
 
     def __init__(self, network: nn.Module, optim: Optim, steps: int, *, rest: bool = False) -> None:
         """With `rest`, the optimiser's tensors wait on the CPU between steps."""
         self.optim, self.steps, self.network, self.rest = optim, steps, network, rest
         self.parts: dict[str, torch.optim.Optimizer] = {}
-        matrices, others = _split(network) if optim.type == "muon" else ([], list(network.parameters()))
+        require_named(network, optim)
+        matrices, others = _split(network) if optim.type == "muon" else ({}, dict(network.named_parameters()))
         if optim.type == "muon":
             if not matrices:
                 raise ValueError(
@@ -31,11 +33,11 @@ class RoleOptimizer:
                 )
             # match_rms_adamw gives Muon's update the RMS of AdamW's, so that one learning rate serves both (2502.16982).
             self.parts["muon"] = torch.optim.Muon(
-                matrices, lr=optim.lr, weight_decay=optim.weight_decay, adjust_lr_fn="match_rms_adamw"
+                _groups(matrices, optim), lr=optim.lr, weight_decay=optim.weight_decay, adjust_lr_fn="match_rms_adamw"
             )
         # One kernel for all that an update does to a weight: three times as fast on a CPU as tensor after tensor.
         self.parts["adamw"] = torch.optim.AdamW(
-            others, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True
+            _groups(others, optim), lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True
         )
 
     def clip(self) -> Tensor:
@@ -54,7 +56,7 @@ class RoleOptimizer:
         rate = learning_rate(self.optim, step, self.steps)
         for part in self.parts.values():
             for group in part.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["share"]
             if self.rest:
                 self._move(part, None)
             part.step()
@@ -109,14 +111,37 @@ def learning_rate(optim: Optim, step: int, steps: int) -> float:
 
 def matrices_of(network: nn.Module) -> list[nn.Parameter]:
     """What Muon would work on."""
-    return _split(network)[0]
+    return list(_split(network)[0].values())
 
 
-def _split(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+def require_named(network: nn.Module, optim: Optim) -> None:
+    """Refuse (ValueError) a learning rate for parameters that `network` lacks, or two for one."""
+    names = [name for name, _ in network.named_parameters()]
+    for key in optim.lr_of:
+        if not any(key in name for name in names):
+            raise ValueError(
+                f"lr_of: no parameter of this {type(network).__name__} has {key!r} in its name, as {names[len(names) // 2]} has; "
+                "a role without an entry in settings.optim takes the student's"
+            )
+    for name in names:
+        if len(found := [key for key in optim.lr_of if key in name]) > 1:
+            raise ValueError(f"lr_of: {' and '.join(found)} are both part of {name}; make them apart")
+
+
+def _groups(named: Mapping[str, nn.Parameter], optim: Optim) -> list[dict[str, Any]]:
+    """Parameters by learning rate; `share` is that rate in units of `optim.lr`, to which the schedule applies."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in named.items():
+        rate = next((rate for key, rate in optim.lr_of.items() if key in name), optim.lr)
+        groups.setdefault(rate / optim.lr, []).append(parameter)
+    return [{"params": parameters, "share": share} for share, parameters in groups.items()]
+
+
+def _split(network: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
     """Matrices inside `blocks`, and all other parameters (embeddings, heads, vectors, modulation tables)."""
-    matrices: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
+    matrices: dict[str, nn.Parameter] = {}
+    others: dict[str, nn.Parameter] = {}
     for name, parameter in network.named_parameters():
         inside = "blocks." in name and parameter.ndim == 2 and name.endswith("weight")
-        (matrices if inside else others).append(parameter)
+        (matrices if inside else others)[name] = parameter
     return matrices, others

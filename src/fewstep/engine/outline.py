@@ -22,8 +22,8 @@ from torch.utils.flop_counter import flop_registry
 from fewstep.core import Batch, Pairs, Rng
 from fewstep.core.flops import FORMULAS
 from fewstep.engine.memory import Holding, Phase, Plan, optimizer_bytes
-from fewstep.engine.nets import build_nets, trained_roles
-from fewstep.engine.optim import matrices_of
+from fewstep.engine.nets import build_nets, sources, trained_roles
+from fewstep.engine.optim import matrices_of, require_named
 from fewstep.engine.settings import Settings
 from fewstep.methods.base import Method, Nets, Update
 from fewstep.methods.rollouts import Rollout
@@ -99,7 +99,10 @@ class Outline:
     def of(cls, card: Card, method: Method, settings: Settings, frames: int | None = None) -> Outline:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         model = outline(card)
-        nets = build_nets(model, method, settings.seed, settings.lora)
+        others = {role: outline(source.card()) for role, source in sources(method).items()}
+        nets = build_nets(model, method, settings.seed, settings.lora, others=others)
+        for role in trained_roles(method, settings.steps):
+            require_named(nets[role], settings.optim_of(role))
         for network in {id(network): network for network in (*model.parts.values(), *nets.values())}.values():
             _imagine(network, mode)
         return cls(
@@ -157,7 +160,7 @@ class Outline:
                 gradients += 0 if parameter.grad is None else parameter.grad.nbytes
                 parameter.grad = None
         activations = max(0, ledger.peak - gradients)
-        lender = {"teacher"} if self.settings.lora is not None else set()
+        lender = {"teacher", *sources(self.method)} if self.settings.lora is not None else set()
         reads = frozenset(ledger.reads | set(update.roles) | lender)
         return Phase(roles=update.roles, reads=reads, gradients=gradients, activations=activations, flops=ledger.flops)
 

@@ -21,7 +21,7 @@ from fewstep.engine.effective import in_effect
 from fewstep.engine.health.monitor import watching
 from fewstep.engine.heap import keep_freed_memory
 from fewstep.engine.mesh import Processes, join, require_mesh
-from fewstep.engine.nets import build_nets, trained_roles
+from fewstep.engine.nets import build_nets, origin, require_alike, sources, trained_roles
 from fewstep.engine.offload import Shelf
 from fewstep.engine.optim import RoleOptimizer
 from fewstep.engine.preview import Preview
@@ -51,11 +51,12 @@ def prepare(
     roles = require_possible(method, settings, model.card, probe)
     require_processes(settings)
     trees = describe(method, data, settings)
-    identity = {key: provenance[key] for key in WHOSE if key in provenance} | identify(model, trees)
     processes = join(settings)
     if settings.device == "cpu":
         keep_freed_memory()
-    model, nets, average, shell = make_networks(model, method, settings, processes)
+    others = load_others(method, processes)
+    identity = {key: provenance[key] for key in WHOSE if key in provenance} | identify(model, trees, others)
+    model, nets, average, shell = make_networks(model, method, settings, processes, others)
     rest = settings.parallel.offload
     optimizers = {
         role: RoleOptimizer(nets.roles[role], settings.optim_of(role), settings.steps, rest=rest) for role in roles
@@ -70,32 +71,49 @@ def prepare(
     return Run(
         model=model, method=method, settings=settings, output=output, processes=processes, nets=nets, source=source,
         optimizers=optimizers, average=average, shell=shell, identity=identity, trees=trees, effective=effective,
-        provenance=dict(provenance) | effective.provenance, probe=probe, preview=preview, monitor=monitor,
+        provenance=dict(provenance) | told(others) | effective.provenance, probe=probe, preview=preview, monitor=monitor,
     )  # fmt: skip
 
 
+def load_others(method: Method, processes: Processes) -> dict[str, VideoModel]:
+    """The other models a method reads, by role. Weights that will be sharded stay where they are stored."""
+    leave = ("denoiser",) if processes.weights is not None else ()
+    return {role: source.load(leave=leave) for role, source in sources(method).items()}
+
+
+def told(others: Mapping[str, VideoModel]) -> dict[str, str]:
+    """What a student's card says of the other models behind it: name, fingerprint, and what they say of themselves."""
+    names = {role: f"{other.card.name} {other.fingerprint('denoiser')}" for role, other in others.items()}
+    return names | {f"{role}.{key}": v for role, other in others.items() for key, v in other.card.provenance.items()}
+
+
 def make_networks(
-    model: VideoModel, method: Method, settings: Settings, processes: Processes
+    model: VideoModel, method: Method, settings: Settings, processes: Processes, others: Mapping[str, VideoModel]
 ) -> tuple[VideoModel, Nets, nn.Module | None, nn.Module]:
     """The model on its device, its networks by role, their average, and the student's structure without weights.
 
-    Of a network that will be sharded only the structure is copied, and every role takes its shards of the one set of
-    weights that is there: all denoisers of a run begin as the teacher.
+    Of a network that will be sharded only the structure is copied, and every role takes its shards of the weights it
+    begins with: the teacher's, or another model's.
     """
     part = method.part
-    weights, shell = model.weights(part), hollow(model.part(part))
+    weights, shell = {"teacher": model.weights(part)}, hollow(model.part(part))
+    weights |= {role: other.weights("denoiser") for role, other in others.items()}
     sharded = processes.weights is not None and isinstance(shell, Denoiser)
     if sharded:
         model = VideoModel(model.card, {**model.parts, part: copy.deepcopy(shell)})
+        others = {role: VideoModel(o.card, {"denoiser": hollow(o.denoiser)}) for role, o in others.items()}
     for name, network in model.parts.items():
         if not sharded or name != part:
             network.to(settings.device)
-    nets = build_nets(model, method, settings.seed, settings.lora, settings.device)
+    if not sharded:
+        for other in others.values():
+            other.denoiser.to(settings.device)
+    nets = build_nets(model, method, settings.seed, settings.lora, settings.device, others)
     average = duplicate(nets.student) if settings.ema > 0 else None
-    for denoiser in (*nets.values(), average):
+    for role, denoiser in {**nets, "ema": average}.items():
         if isinstance(denoiser, Denoiser):
             if processes.weights is not None:
-                shard(denoiser, weights, processes.weights)
+                shard(denoiser, weights[origin(method, role)], processes.weights)
             denoiser.backbone.spread(processes.tokens, settings.parallel.checkpointing)
     if settings.parallel.offload:
         nets = Shelf(nets.roles, settings.device)
@@ -116,8 +134,9 @@ def require_possible(method: Method, settings: Settings, card: Card, probe: Prob
             f"{name} does not train the student within settings.steps: {settings.steps} (only {', '.join(roles)}); "
             "give it more steps than its warm-up has"
         )
-    if "teacher" in roles:
-        raise ValueError(f"{name} trains the teacher; train a Copy of it")
+    require_alike(method, card)
+    for role in {"teacher", *sources(method)}.intersection(roles):
+        raise ValueError(f"{name} trains the {role}; train a Copy of it")
     for role in sorted(set(settings.optim) - {*roles, "student"}):
         near = difflib.get_close_matches(role, roles, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
@@ -174,9 +193,10 @@ def describe(method: Method, data: Data, settings: Settings) -> dict[str, Any]:
     }
 
 
-def identify(model: VideoModel, trees: Mapping[str, Any]) -> dict[str, str]:
+def identify(model: VideoModel, trees: Mapping[str, Any], others: Mapping[str, VideoModel]) -> dict[str, str]:
     """What makes a run this run: the weights it starts from, and a digest of everything that decides its numbers."""
     weights = {f"{name} weights": model.fingerprint(name) for name in model.parts}
+    weights |= {f"{role} weights": other.fingerprint("denoiser") for role, other in others.items()}
     return weights | {f"{name} digest": digest(tree) for name, tree in trees.items()}
 
 

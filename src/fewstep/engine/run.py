@@ -21,6 +21,7 @@ from fewstep.engine.effective import Effective, Watch
 from fewstep.engine.health.monitor import Monitor
 from fewstep.engine.listening import Listener, Overheard
 from fewstep.engine.mesh import Processes
+from fewstep.engine.nets import sources
 from fewstep.engine.optim import RoleOptimizer
 from fewstep.engine.preview import Preview
 from fewstep.engine.probe import Probe
@@ -172,7 +173,8 @@ class Run:
     @property
     def changing(self) -> dict[str, nn.Module]:
         """Every network a checkpoint holds, by component."""
-        roles = {role: net for role, net in self.nets.roles.items() if role != "teacher" and net.state_dict()}
+        frozen = {"teacher", *sources(self.method)}
+        roles = {role: net for role, net in self.nets.roles.items() if role not in frozen and net.state_dict()}
         return roles if self.average is None else roles | {"ema": self.average}
 
     def state(self) -> RunState:

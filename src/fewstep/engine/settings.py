@@ -16,6 +16,8 @@ class Optim:
     """`muon` orthogonalises the momentum of the blocks' matrices and leaves everything else to AdamW.
     A network without such matrices refuses it."""
     lr: float = 1e-4
+    lr_of: dict[str, float] = field(default_factory=dict)
+    """Another learning rate, by a part of the names of the parameters it is for: `{motion_modules: 2.0e-5}`."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Of AdamW; Muon's momentum is 0.95."""
     weight_decay: float = 0.0
@@ -27,8 +29,8 @@ class Optim:
     """Largest norm of the role's whole gradient."""
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or self.clip <= 0 or self.warmup < 0:
-            raise ValueError(f"lr and clip must be positive and warmup >= 0, got {self}")
+        if min(self.lr, self.clip, *self.lr_of.values()) <= 0 or self.warmup < 0:
+            raise ValueError(f"learning rates and clip must be positive and warmup >= 0, got {self}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,8 @@
 """Distillation methods: one file per algorithm, listed in METHODS."""
 
 from fewstep.methods.attributes import ReadAttributes
-from fewstep.methods.base import Copy, Heads, Method, Nets, Role, Sync, Update, Weak
+from fewstep.methods.avdm2 import AVDM2
+from fewstep.methods.base import Copy, Heads, Method, Nets, Other, Role, Sync, Update, Weak
 from fewstep.methods.consistency import Consistency
 from fewstep.methods.dmd2 import DMD2
 from fewstep.methods.flow_matching import FlowMatching
@@ -10,10 +11,10 @@ from fewstep.methods.progressive import Progressive
 from fewstep.methods.reconstruction import Reconstruction
 from fewstep.methods.rollouts import ROLLOUTS, BackwardSimulation, FromData, FromPairs, OneStep, Rolled, Rollout
 
-METHODS = (FlowMatching, Reconstruction, ReadAttributes, KnowledgeDistillation, Progressive, Consistency, DMD2)
+METHODS = (FlowMatching, Reconstruction, ReadAttributes, KnowledgeDistillation, Progressive, Consistency, DMD2, AVDM2)
 
 __all__ = [
-    "DMD2", "METHODS", "ROLLOUTS", "BackwardSimulation", "Consistency", "Copy", "FlowMatching", "FromData", "FromPairs",
-    "Heads", "KnowledgeDistillation", "Method", "Nets", "OneStep", "Progressive", "ReadAttributes", "Reconstruction",
+    "AVDM2", "DMD2", "METHODS", "ROLLOUTS", "BackwardSimulation", "Consistency", "Copy", "FlowMatching", "FromData", "FromPairs",
+    "Heads", "KnowledgeDistillation", "Method", "Nets", "OneStep", "Other", "Progressive", "ReadAttributes", "Reconstruction",
     "Role", "Rolled", "Rollout", "Sync", "Update", "Weak",
 ]  # fmt: skip

@@ -11,6 +11,7 @@ from torch import nn
 
 from fewstep.core import Batch, Losses, Rng
 from fewstep.diffusion import Contract
+from fewstep.models.source import ModelSource
 
 
 class Nets(Mapping[str, nn.Module]):
@@ -54,10 +55,14 @@ class Copy:
 
 @dataclass(frozen=True)
 class Heads:
-    """A role made new: discriminator heads on features of `of` at `layers` (negative counts from the end)."""
+    """A role made new: discriminator heads on features of `of` at `layers` (negative counts from the end).
+
+    One head per layer with one logit per clip, or, if `joint`, one head on all layers with a logit per patch.
+    """
 
     of: str = "teacher"
     layers: tuple[int, ...] = (-1,)
+    joint: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,14 @@ class Weak:
     scale: float
 
 
-Role = Copy | Heads | Weak
+@dataclass(frozen=True)
+class Other:
+    """A role that stays frozen: the denoiser of another model, which must have this one's latents and text states."""
+
+    source: ModelSource
+
+
+Role = Copy | Heads | Weak | Other
 
 
 @dataclass(frozen=True)

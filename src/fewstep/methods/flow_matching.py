@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from fewstep.core import Batch, Cond, Losses, Rng
 from fewstep.diffusion import LogitNormal, TimeDensity
 from fewstep.methods.base import Method, Nets, Update
+from fewstep.methods.rollouts import fold_frames
 from fewstep.methods.targets import denoising
 
 
@@ -62,15 +62,3 @@ class FlowMatching(Method):
 def drop(cond: Cond, uncond: Cond, probability: float, rng: Rng) -> Cond:
     """`cond` with a share `probability` of its rows replaced by `uncond`."""
     return cond.where(rng.rand((len(cond),), "cond_drop") >= probability, uncond)
-
-
-def fold_frames(clips: Tensor, count: int, rng: Rng) -> tuple[Tensor, Tensor]:
-    """`count` different random frames of each clip `[B, C, F, H, W]`, as clips of one frame `[B count, C, 1, H, W]`.
-
-    Also returns the clip that each came from, `[B count]`.
-    """
-    batch, _, frames = clips.shape[:3]
-    count = min(count, frames)
-    chosen = rng.rand((batch, frames), "frames").argsort(1)[:, :count].reshape(-1)
-    rows = torch.arange(batch, device=clips.device).repeat_interleave(count)
-    return clips[rows, :, chosen].unsqueeze(2), rows

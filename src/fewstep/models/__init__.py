@@ -4,7 +4,7 @@ from fewstep.models.autoencoder import FrameAutoencoder
 from fewstep.models.backbone import Backbone, Context, Output, State, Tokens
 from fewstep.models.bundle import Card, VideoModel, fingerprint
 from fewstep.models.denoiser import Denoiser
-from fewstep.models.discriminators import FeatureHeads
+from fewstep.models.discriminators import FeatureHeads, JointHead
 from fewstep.models.features import ClipFeatures
 from fewstep.models.lora import Lora
 from fewstep.models.spec import NETWORKS, Spec
@@ -12,6 +12,6 @@ from fewstep.models.text import TextEncoder
 from fewstep.models.video_dit import VideoDiT
 
 __all__ = [
-    "NETWORKS", "Backbone", "Card", "ClipFeatures", "Context", "Denoiser", "FeatureHeads", "FrameAutoencoder", "Lora", "Output",
-    "Spec", "State", "TextEncoder", "Tokens", "VideoDiT", "VideoModel", "fingerprint",
+    "NETWORKS", "Backbone", "Card", "ClipFeatures", "Context", "Denoiser", "FeatureHeads", "FrameAutoencoder", "JointHead",
+    "Lora", "Output", "Spec", "State", "TextEncoder", "Tokens", "VideoDiT", "VideoModel", "fingerprint",
 ]  # fmt: skip

@@ -343,6 +343,15 @@ def latent_shape_of(card: Card) -> tuple[int, int, int, int] | None:
     return codec.latent_shape(card.num_frames, card.height, card.width)
 
 
+def text_width_of(card: Card) -> int | None:
+    """Width of the text states of a model that is not loaded; None without a text encoder."""
+    if "text" not in card.parts:
+        return None
+    with torch.device("meta"):
+        text: Any = card.parts["text"].build()
+    return int(text.width)
+
+
 def describe(part: nn.Module) -> Spec:
     """Class and constructor arguments of a network; of a denoiser: its backbone's."""
     return Spec.of(part.backbone if isinstance(part, Denoiser) else part)

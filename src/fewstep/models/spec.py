@@ -11,12 +11,12 @@ from fewstep.attention import PATTERNS
 from fewstep.core.build import At, Names, build, build_arguments, dump, find_class, parameters, type_name
 from fewstep.models.adapters import PARTS, part_class
 from fewstep.models.autoencoder import FrameAutoencoder
-from fewstep.models.discriminators import FeatureHeads
+from fewstep.models.discriminators import FeatureHeads, JointHead
 from fewstep.models.features import ClipFeatures
 from fewstep.models.text import TextEncoder
 from fewstep.models.video_dit import VideoDiT
 
-NETWORKS: tuple[type[nn.Module], ...] = (VideoDiT, FeatureHeads, FrameAutoencoder, TextEncoder, ClipFeatures)
+NETWORKS: tuple[type[nn.Module], ...] = (VideoDiT, FeatureHeads, JointHead, FrameAutoencoder, TextEncoder, ClipFeatures)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fewstep.world.grammar import ATTRIBUTES, BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, SIZES, SPEEDS, Scene, parse
-from fewstep.world.renderer import BACKGROUND_RGB, CANVAS, COLOUR_RGB, RADIUS, SPEED, coverage
+from fewstep.world.renderer import CANVAS, RADIUS, SPEED, STYLES, coverage
 
 ABSTAIN = -1
 
@@ -56,6 +56,8 @@ class Score:
 class Checker:
     """Thresholds of the analysis; colours are RGB in [0, 1], lengths pixels, and the defaults suit decoded clips."""
 
+    style: str = "plain"
+    """How the world is drawn, one of `STYLES`. One that draws several backgrounds alike cannot be asked for them."""
     background_tolerance: float = 0.15
     """Largest RGB distance of a pixel to the background it votes for."""
     background_share: float = 0.5
@@ -123,7 +125,7 @@ class Checker:
 
     def _background(self, rgb: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
         """Index of the background `[B, G]` (or -1) and its mean colour as seen `[B, G, 3]`."""
-        palette = _palette(BACKGROUND_RGB, BACKGROUNDS, rgb.device)
+        palette = _palette(STYLES[self.style].backgrounds, BACKGROUNDS, rgb.device)
         distance = rgb.square().sum(3, keepdim=True) - 2 * rgb @ palette.T + palette.square().sum(1)
         nearest, vote = distance.min(3)
         votes = functional.one_hot(vote, len(palette)) * (nearest < self.background_tolerance**2)[..., None]
@@ -136,7 +138,7 @@ class Checker:
 
     def _colour(self, contrast: Tensor, ground: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
         """Object colour `[B, G]` (or -1), and every pixel's share of the best colour `[B, F, P]` in [0, 1.15]."""
-        palette = _palette(COLOUR_RGB, COLOURS, contrast.device)
+        palette = _palette(STYLES[self.style].colours, COLOURS, contrast.device)
         line = palette - ground[:, :, None]  # [B, G, 8, 3]: from the background to each colour
         length = line.square().sum(3)
         energy = contrast.square().sum(3)
@@ -156,7 +158,7 @@ class Checker:
     def _shape(self, alpha: Tensor, centre: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
         """Shape and size of the centred mean object of each group, `[B, G]` each (or -1)."""
         seen = functional.normalize(_centred(alpha, centre, group), dim=2)  # [B, G, P]
-        bank = _templates().to(alpha.device)  # [shapes, sizes, variants, P]
+        bank = _templates(STYLES[self.style].line).to(alpha.device)  # [shapes, sizes, variants, P]
         match = torch.einsum("bgp,smvp->bgsmv", seen, bank).amax(4)
         by_shape, by_size = match.amax(3), match.amax(2)
         similar = by_shape.amax(2) >= self.shape_similarity
@@ -260,15 +262,17 @@ def _centred(alpha: Tensor, centre: Tensor, group: Tensor) -> Tensor:
     return torch.fft.irfft2(spectrum, s=(CANVAS, CANVAS)).flatten(2)
 
 
-@lru_cache(maxsize=1)
-def _templates() -> Tensor:
+@lru_cache(maxsize=len(STYLES))
+def _templates(line: float) -> Tensor:
     """Unit templates `[shapes, sizes, variants, P]`: radius -8..8 %, tilt -12..12 degrees, sharp and blurred."""
     scales, tilts = torch.linspace(0.92, 1.08, 5), torch.linspace(-12, 12, 7).deg2rad()
     scale, tilt = scales.repeat_interleave(7), tilts.repeat(5)
     middle = torch.full((len(scale), 1, 2), CANVAS / 2)
-    bank = torch.stack(
-        [torch.stack([coverage(shape, middle, scale * RADIUS[size], tilt)[:, 0] for size in SIZES]) for shape in SHAPES]
-    )
+
+    def drawn(shape: str, size: str) -> Tensor:
+        return coverage(shape, middle, scale * RADIUS[size], tilt, line=line)[:, 0]
+
+    bank = torch.stack([torch.stack([drawn(shape, size) for size in SIZES]) for shape in SHAPES])
     flat = bank.reshape(-1, 1, CANVAS, CANVAS)
     blurred = functional.avg_pool2d(flat, 3, stride=1, padding=1).view_as(bank)
     return functional.normalize(torch.cat([bank, (bank + blurred) / 2, blurred], 2).flatten(3), dim=3)

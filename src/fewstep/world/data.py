@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ class WorldClips(Data):
     pool: int = 0
     """Clips kept in memory as latents (8 kB each at 16 frames); 0 renders every batch anew."""
     pool_seed: int = 0
+    style: Literal["plain", "neon"] = "plain"
+    """How the world is drawn: filled shapes as the shipped teacher knows them, or light outlines on black."""
 
     def check_card(self, card: Card) -> None:
         if (card.height, card.width) != (CANVAS, CANVAS):
@@ -71,7 +73,9 @@ class _Stream:
         prompts = tuple(paraphrase(scene, generator) for scene in scenes)
         frames = None
         if self.needs & {"frames", "x0"}:
-            frames = render(scenes, Variation.sample(size, generator), self.data.num_frames).to(rng.device)
+            frames = render(scenes, Variation.sample(size, generator), self.data.num_frames, style=self.data.style).to(
+                rng.device
+            )
         return Batch(
             *self.texts(prompts, rng.device),
             latent_shape=_latent_shape(self.model, self.data.num_frames),
@@ -93,7 +97,9 @@ class _Pool:
             generator = Rng(data.pool_seed, step=start).local("pool")
             count = min(AT_ONCE, data.pool - start)
             scenes = sample_scenes(count, generator)
-            frames = render(scenes, Variation.sample(count, generator), data.num_frames).to(model.device)
+            frames = render(scenes, Variation.sample(count, generator), data.num_frames, style=data.style).to(
+                model.device
+            )
             latents.append(encode(model, frames).half().cpu())
             self.scenes += scenes
         self.latents = torch.cat(latents)

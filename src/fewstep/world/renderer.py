@@ -34,6 +34,29 @@ BACKGROUND_RGB: Mapping[str, tuple[int, int, int]] = {
     "gray": (96, 96, 96),
     "sand": (170, 145, 100),
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Style:
+    """How a world is drawn: what its words for colours look like, and whether shapes are filled."""
+
+    colours: Mapping[str, tuple[int, int, int]]
+    backgrounds: Mapping[str, tuple[int, int, int]]
+    line: float = 0.0
+    """Width of the outline in reference pixels, inside the edge; 0 fills the shape."""
+
+
+STYLES: Mapping[str, Style] = {
+    "plain": Style(colours=COLOUR_RGB, backgrounds=BACKGROUND_RGB),
+    "neon": Style(
+        colours={
+            name: (76 + 7 * r // 10, 76 + 7 * g // 10, 76 + 7 * b // 10) for name, (r, g, b) in COLOUR_RGB.items()
+        },
+        backgrounds=dict.fromkeys(BACKGROUND_RGB, BACKGROUND_RGB["black"]),
+        line=3.0,
+    ),
+}
+"""`neon`: lighter outlines on black, whatever the background asked for; the shipped autoencoder can show it."""
 RADIUS: Mapping[str, float] = {"small": 5.0, "large": 8.5}
 """Nominal radius in pixels; each shape's own extent is a fixed multiple of it, chosen so that all look equally big."""
 SPEED: Mapping[str, float] = {"slowly": 0.7, "quickly": 1.8}
@@ -74,17 +97,19 @@ class Variation:
         )
 
 
-def render(scenes: Sequence[Scene], variation: Variation, num_frames: int = 16, size: int = CANVAS) -> Tensor:
+def render(
+    scenes: Sequence[Scene], variation: Variation, num_frames: int = 16, size: int = CANVAS, style: str = "plain"
+) -> Tensor:
     """Draw one clip per scene: float32 `[B, 3, num_frames, size, size]` in [-1, 1], on the device of `variation`.
 
     Frame f does not depend on `num_frames`: a longer clip starts with the shorter one, bit for bit.  `ValueError` when the
-    number of scenes and of variations differ, or when a count is not positive.
+    number of scenes and of variations differ, or when a count is not positive.  `style` is one of `STYLES`.
     """
     if len(scenes) != len(variation.tilt):
         raise ValueError(f"{len(scenes)} scenes but {len(variation.tilt)} variations; give one variation per scene")
     if num_frames < 1 or size < 1:
         raise ValueError(f"num_frames and size must be at least 1, got {num_frames} and {size}")
-    device = variation.tilt.device
+    device, look = variation.tilt.device, STYLES[style]
     index = torch.tensor([scene.to_indices() for scene in scenes], dtype=torch.long).reshape(-1, 6).to(device)
     shape, colour, extent, direction, speed, background = index.unbind(1)
 
@@ -98,18 +123,18 @@ def render(scenes: Sequence[Scene], variation: Variation, num_frames: int = 16, 
     for k, name in enumerate(SHAPES):
         rows = (shape == k).nonzero()[:, 0]
         if len(rows):
-            alpha[rows] = coverage(name, centre[rows], radius[rows], variation.tilt[rows], size)
-    paint = (_table(COLOUR_RGB, COLOURS, device)[colour] / 255 * variation.shade[:, None]).clamp(max=1)
-    ground = _table(BACKGROUND_RGB, BACKGROUNDS, device)[background] / 255
+            alpha[rows] = coverage(name, centre[rows], radius[rows], variation.tilt[rows], size, look.line)
+    paint = (_table(look.colours, COLOURS, device)[colour] / 255 * variation.shade[:, None]).clamp(max=1)
+    ground = _table(look.backgrounds, BACKGROUNDS, device)[background] / 255
     change = (2 * (paint - ground))[:, :, None, None, None]
     return alpha[:, None].mul(change).add_((2 * ground - 1)[:, :, None, None, None]).clamp_(-1, 1)
 
 
-def coverage(shape: str, centre: Tensor, radius: Tensor, tilt: Tensor, size: int = CANVAS) -> Tensor:
+def coverage(shape: str, centre: Tensor, radius: Tensor, tilt: Tensor, size: int = CANVAS, line: float = 0.0) -> Tensor:
     """How much of each pixel one shape covers: `[B, F, size, size]` in [0, 1], with an edge one canvas pixel wide.
 
     `centre` is `[B, F, 2]` (x, y) and may lie anywhere (it is wrapped); `radius` is `[B]` in reference pixels; `tilt` is `[B]`
-    in radians.
+    in radians.  With a `line`, only the outline of that width inside the edge.
     """
     grid = (torch.arange(size, device=centre.device, dtype=torch.float32) + 0.5) * (CANVAS / size)
     # Wrapping the offset to the centre (not the centre) draws the part that left on one side at the other side.
@@ -118,6 +143,8 @@ def coverage(shape: str, centre: Tensor, radius: Tensor, tilt: Tensor, size: int
     dx, dy = dx[:, :, None, :], dy[:, :, :, None]
     cos, sin, r = (v[:, None, None, None] for v in (tilt.cos(), tilt.sin(), radius))
     distance = _DISTANCE[shape](cos * dx + sin * dy, cos * dy - sin * dx, r)
+    if line > 0:
+        distance = distance.add_(line / 2).abs_().sub_(line / 2)
     return distance.mul_(-size / CANVAS).add_(0.5).clamp_(0, 1)
 
 

@@ -1,0 +1,150 @@
+"""Match clips to real ones with a discriminator, and single frames to an image teacher through its scores.
+
+Zhu et al., Accelerating Video Diffusion Models via Distribution Matching, 2412.05899, algorithm 1.
+
+    repeat critic_updates times:
+    1    x = student's sampler up to a random exit                              (no gradient)
+    2    image critic: minimise |critic(X_s, s, c) - target(X, eps)|^2          X = K random frames of x
+    3    discriminator: minimise softplus(-D(real_t, t, c)) + softplus(D(x_t', t', c))
+    4  x = student's sampler up to a random exit                                (gradient through the last call)
+    5  g = (critic(X_s) - guided image teacher(X_s)) / mean|X - guided image teacher(X_s)|;  put lambda_SDM g on X
+    6  + lambda_ADM softplus(-D(x_t, t, c))
+
+X_s is noised on the image teacher's path, all else on the video teacher's. D is a head on frozen blocks of the video teacher.
+
+Not from the paper, which leaves them open: K, both lambdas, the normaliser of line 5 (DMD's, frame by frame), guidance, the
+grid, the head's layout, and that line 2 sees K frames at the times of line 5. A video teacher that knows single frames may
+be its own image teacher. Corrected: the sign of the paper's eq. 7, and whose weights its line 15 updates (the critic's).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from fewstep.core import Batch, Cond, Losses, Rng
+from fewstep.diffusion import CFG, Contract, TimeDensity, Uniform
+from fewstep.methods import targets
+from fewstep.methods.base import Copy, Heads, Method, Nets, Other, Role, Update
+from fewstep.methods.rollouts import BackwardSimulation, Rollout, fold_frames
+from fewstep.models.source import ModelSource
+
+
+@dataclass(frozen=True, kw_only=True)
+class AVDM2(Method):
+    """Adversarial distribution matching of clips with score matching of their frames."""
+
+    cite: ClassVar[str] = "Zhu et al., Accelerating Video Diffusion Models via Distribution Matching, 2412.05899"
+
+    image_teacher: ModelSource | None = None
+    """phi_2D: an image model with the video teacher's latents and text states. null: the video teacher, frame by frame."""
+    rollout: Rollout = BackwardSimulation()
+    """How student samples are made: the student's own sampler."""
+    score: Literal["frames", "video", "none"] = "frames"
+    """Whose scores are matched: single frames', or the paper's two ablations: whole clips' with the video teacher, or none."""
+    frames: int = 4
+    """K: random frames per clip, all different (all there are of a shorter clip)."""
+    guidance: CFG = CFG(scale=7.5)
+    """Of the teacher whose score is matched; its critic is never guided."""
+    score_weight: float = 1.0
+    """lambda_SDM."""
+    adversarial: float = 0.01
+    """lambda_ADM under mean reduction; 0 is off and needs no clips."""
+    critic_updates: int = 2
+    """Updates of critic and discriminator per student update, all in one iteration."""
+    score_density: TimeDensity = Uniform(low=0.2, high=0.98)
+    """s: of scores and critic, on the path of the teacher whose score is matched."""
+    adversarial_density: TimeDensity = Uniform(low=0.0, high=0.5)
+    """t: of the discriminator; high enough for real and made to overlap, low enough to tell them apart."""
+    layers: tuple[int, ...] = (0, 1)
+    """Blocks of the video teacher whose features the discriminator reads."""
+
+    def __post_init__(self) -> None:
+        if self.critic_updates < 1 or self.frames < 1:
+            raise ValueError(f"critic_updates and frames must be at least 1, got {self.critic_updates}, {self.frames}")
+        if self.score == "none" and self.adversarial == 0:
+            raise ValueError("with score none and adversarial 0 nothing trains the student; set one of them")
+        if self.score != "frames" and self.image_teacher is not None:
+            raise ValueError(f"with score {self.score} no image teacher is asked; set image_teacher to null")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"prompts"} | self.rollout.needs | ({"x0"} if self.adversarial > 0 else set()))
+
+    @property
+    def real(self) -> str:  # the role whose score is matched
+        return "teacher" if self.image_teacher is None else "image_teacher"
+
+    @property
+    def fake(self) -> str:  # the role that learns the student's score
+        return "image_critic" if self.score == "frames" else "critic"
+
+    def aux(self) -> dict[str, Role]:
+        roles: dict[str, Role] = {} if self.image_teacher is None else {"image_teacher": Other(self.image_teacher)}
+        critic = {} if self.score == "none" else {self.fake: Copy(self.real)}
+        return roles | critic | ({"discriminator": Heads("teacher", self.layers, True)} if self.adversarial > 0 else {})
+
+    def updates(self, step: int) -> Iterator[Update]:
+        trained = tuple(role for role, recipe in self.aux().items() if not isinstance(recipe, Other))
+        for k in range(self.critic_updates):
+            yield Update(trained, partial(self.critic_loss, k))
+        yield Update(("student",), self.student_loss)
+
+    def critic_loss(self, turn: int, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Losses]:
+        rng = rng.fold(f"critic/{turn}")  # fresh samples in every turn
+        x, losses = self.rollout(nets.student, batch, rng, grad=False).x0, {}  # 1
+        if self.score != "none":
+            seen, cond, _ = self.seen(x, batch, rng)
+            x_s, s, eps = self.noised(nets, seen, rng)
+            losses["denoising"] = targets.denoising(nets[self.fake](x_s, s, cond), seen, eps)  # 2
+        if self.adversarial > 0:
+            real = self.logits(nets, batch.require("x0"), batch.cond, rng.fold("real"))
+            fake = self.logits(nets, x, batch.cond, rng.fold("fake"))
+            losses["discriminator"] = targets.adversarial_discriminator(real, fake)  # 3
+        yield losses
+
+    def student_loss(self, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Losses]:
+        rng = rng.fold("student")
+        x, losses = self.rollout(nets.student, batch, rng, grad=True).x0, {}  # 4
+        if self.score != "none":
+            seen, cond, uncond = self.seen(x, batch, rng)
+            with torch.no_grad():
+                x_s, s, _ = self.noised(nets, seen, rng)
+                real = self.guidance(nets[self.real], x_s, s, cond, uncond).x0
+                fake = nets[self.fake](x_s, s, cond).x0
+            losses["matching"] = self.score_weight * targets.distribution_matching(seen, real, fake)  # 5
+        if self.adversarial > 0:
+            logits = self.logits(nets, x, batch.cond, rng.fold("fake"))
+            losses["adversarial"] = self.adversarial * targets.adversarial_generator(logits)  # 6
+        yield losses
+
+    def seen(self, x: Tensor, batch: Batch, rng: Rng) -> tuple[Tensor, Cond, Cond]:
+        """What the score networks see of clips `[B, C, F, H, W]`: K frames of each, `[B K, C, 1, H, W]`, or clips."""
+        if self.score == "video":
+            return x, batch.cond, batch.uncond
+        frames, rows = fold_frames(x, self.frames, rng)
+        return frames, batch.cond[rows], batch.uncond[rows]
+
+    def noised(self, nets: Nets, seen: Tensor, rng: Rng) -> tuple[Tensor, Tensor, Tensor]:
+        """`X_s` on the path of the score networks, `s` and the noise."""
+        s, eps = self.score_density.sample(len(seen), rng), rng.randn(seen.shape, "eps")
+        return getattr(nets, self.fake).path.add_noise(seen, eps, s), s, eps
+
+    def logits(self, nets: Nets, x: Tensor, cond: Cond, rng: Rng) -> Tensor:
+        """D of clips noised on the video teacher's path. Its features are frozen, yet gradient reaches `x`."""
+        t = self.adversarial_density.sample(len(x), rng)
+        x_t = nets.teacher.path.add_noise(x, rng.randn(x.shape, "eps"), t)
+        return nets.discriminator(nets.teacher.features(x_t, t, cond, self.layers))
+
+    def contract(self, teacher: Contract) -> Contract:
+        return self.rollout.contract(teacher)
+
+    def cost(self) -> float:
+        share = {"frames": self.frames / 16, "video": 1.0, "none": 0.0}[self.score]  # of a clip of 16 frames
+        scores, eyes = share * (3 if self.guidance.active else 2), 1.0 if self.adversarial > 0 else 0.0
+        return self.rollout.calls + 2 + scores + eyes + self.critic_updates * (self.rollout.calls + 3 * share + eyes)
