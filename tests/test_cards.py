@@ -11,7 +11,7 @@ import torch
 
 from bench_engine import tiny_model
 from fewstep.core import RecipeError
-from fewstep.evaluate.measure import feature_map
+from fewstep.evaluate.extractors import feature_map
 from fewstep.models import Card, FrameAutoencoder, TextEncoder, VideoModel, fingerprint
 from fewstep.models.bundle import read_card
 from fewstep.models.source import Scratch

@@ -53,7 +53,6 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from fewstep.core import Cond
 from fewstep.diffusion import CFG, Betas, Contract
 
 WORDS = [
@@ -88,14 +87,12 @@ def sigmas(pipeline: Any) -> tuple[float, ...]:
 class Tiny:
     """One family: how its pipeline is made, and what diffusers' own classes do where the tests compare."""
 
-    make: Callable[[], Any]
+    make: Callable[..., Any]
     """The pipeline."""
     size: dict[str, int]
     """Arguments of `Diffusers` for a clip that is quick to make."""
     card: dict[str, Any]
     """Fields that the card must have by itself."""
-    forward: Callable[[Any, Tensor, Tensor, Cond], Tensor]
-    """Diffusers' network (the pipeline's) on x, t and conditions; t is that of fewstep, per sample or per token."""
     encode: Callable[[Any, Tensor], Tensor]
     """Latents of frames as the pipeline's denoiser knows them."""
     sample: Callable[..., Tensor] = sample
@@ -159,14 +156,6 @@ def wan_image_experts() -> WanImageToVideoPipeline:
     )
 
 
-def wan_experts_forward(pipeline: WanPipeline, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-    early, late = (
-        network(x, 1000 * t, cond.text, return_dict=False)[0]
-        for network in (pipeline.transformer, pipeline.transformer_2)
-    )
-    return torch.where((t >= 0.6)[:, None, None, None, None], early, late)
-
-
 def wan_transformer(**changes: Any) -> WanTransformer3DModel:
     config = {
         "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": TEXT_WIDTH,
@@ -181,10 +170,6 @@ def wan_codec(**changes: Any) -> AutoencoderKLWan:
         "latents_mean": [-0.7, 0.2, 0.0, 0.1], "latents_std": [2.8, 1.4, 0.5, 1.0],
     }  # fmt: skip
     return AutoencoderKLWan(**(config | changes))
-
-
-def wan_forward(pipeline: WanPipeline, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-    return pipeline.transformer(x, 1000 * t, cond.text, return_dict=False)[0]
 
 
 def wan_encode(pipeline: WanPipeline, frames: Tensor) -> Tensor:
@@ -212,20 +197,6 @@ def ltx() -> LTXPipeline:
         shift_terminal=0.1,
     )  # fmt: skip
     return LTXPipeline(tokenizer=tokenizer(), text_encoder=t5(), vae=vae, transformer=transformer, scheduler=scheduler)
-
-
-def ltx_forward(pipeline: LTXPipeline, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-    tokens = x.flatten(2).transpose(1, 2)
-    made = pipeline.transformer(
-        tokens,
-        cond.text,
-        1000 * t,
-        cond.mask,
-        *x.shape[2:],
-        rope_interpolation_scale=(4 / 20, 32, 32),
-        return_dict=False,
-    )[0]
-    return made.transpose(1, 2).reshape(x.shape)
 
 
 def ltx_encode(pipeline: LTXPipeline, frames: Tensor) -> Tensor:
@@ -265,14 +236,6 @@ COGVIDEOX = {
     "text_embed_dim": TEXT_WIDTH, "num_layers": 2, "sample_width": 10, "sample_height": 8, "sample_frames": 9,
     "max_text_seq_length": 16, "use_rotary_positional_embeddings": True,
 }  # fmt: skip
-
-
-def cogvideox_forward(pipeline: CogVideoXPipeline, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-    rotary = pipeline._prepare_rotary_positional_embeddings(8 * x.shape[3], 8 * x.shape[4], x.shape[2], x.device)
-    made = pipeline.transformer(
-        x.transpose(1, 2), cond.text, (1000 * t - 1).round().long(), image_rotary_emb=rotary, return_dict=False
-    )[0]
-    return made.transpose(1, 2)
 
 
 def cogvideox_sample(pipeline: CogVideoXPipeline, noise: Tensor, **options: Any) -> Tensor:
@@ -316,12 +279,6 @@ HUNYUAN = {
 }  # fmt: skip
 
 
-def hunyuan_forward(pipeline: HunyuanVideoPipeline, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-    return pipeline.transformer(
-        x, 1000 * t, cond.text, cond.mask, cond.extra["pooled"], torch.full_like(t, 6000.0), return_dict=False
-    )[0]
-
-
 def hunyuan_sample(pipeline: HunyuanVideoPipeline, noise: Tensor, guidance_scale: float, **options: Any) -> Tensor:
     """With classifier-free guidance beside the embedded one."""
     made = pipeline(latents=noise, true_cfg_scale=guidance_scale, guidance_scale=6.0, **options)
@@ -357,14 +314,6 @@ HUNYUAN15 = {
 }  # fmt: skip
 
 
-def hunyuan15_forward(pipeline: HunyuanVideo15Pipeline, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-    conditional = torch.cat([x, torch.zeros_like(x), torch.zeros_like(x[:, :1])], 1)
-    return pipeline.transformer(
-        conditional, 1000 * t, cond.text, cond.mask, None, cond.extra["glyphs"], cond.extra["glyph_mask"],
-        torch.zeros(len(x), 3, 8), return_dict=False,
-    )[0]  # fmt: skip
-
-
 def hunyuan15_sample(
     pipeline: HunyuanVideo15Pipeline, noise: Tensor, guidance_scale: float, negative_prompt: str, **options: Any
 ) -> Tensor:
@@ -379,12 +328,12 @@ def scaled_encode(pipeline: Any, frames: Tensor) -> Tensor:
 
 TINY = {
     "wan": Tiny(
-        make=wan, size={"num_frames": 5, "height": 32, "width": 48}, forward=wan_forward, encode=wan_encode, causal=True,
+        make=wan, size={"num_frames": 5, "height": 32, "width": 48}, encode=wan_encode, causal=True,
         card={"num_frames": 81, "fps": 16, "contract": Contract(steps=50, shift=3.0, guidance=CFG(scale=5.0))},
         text_arguments={"do_classifier_free_guidance": False, "max_sequence_length": 512},
     ),
     "ltx": Tiny(
-        make=ltx, size={"num_frames": 5, "height": 64, "width": 96, "fps": 20}, forward=ltx_forward, encode=ltx_encode,
+        make=ltx, size={"num_frames": 5, "height": 64, "width": 96, "fps": 20}, encode=ltx_encode,
         sample=ltx_sample, causal=True,
         card={
             "num_frames": 161, "height": 512, "width": 704, "fps": 25,
@@ -392,18 +341,18 @@ TINY = {
         },
     ),
     "cogvideox": Tiny(
-        make=cogvideox, size={"num_frames": 9, "height": 48, "width": 80}, forward=cogvideox_forward, encode=scaled_encode,
+        make=cogvideox, size={"num_frames": 9, "height": 48, "width": 80}, encode=scaled_encode,
         sample=cogvideox_sample, times=levels,
         card={"num_frames": 9, "height": 64, "width": 80, "fps": 8, "kind": "v", "path": COGVIDEOX_PATH},
         text_arguments={"do_classifier_free_guidance": False, "max_sequence_length": 16},
     ),
     "hunyuan": Tiny(
-        make=hunyuan, size={"num_frames": 5, "height": 48, "width": 80}, forward=hunyuan_forward, encode=scaled_encode,
+        make=hunyuan, size={"num_frames": 5, "height": 48, "width": 80}, encode=scaled_encode,
         sample=hunyuan_sample, text_arguments={},
         card={"num_frames": 129, "height": 720, "width": 1280, "fps": 24, "contract": Contract(steps=50, shift=7.0)},
     ),
     "hunyuan15": Tiny(
-        make=hunyuan15, size={"num_frames": 5, "height": 48, "width": 80}, forward=hunyuan15_forward,
+        make=hunyuan15, size={"num_frames": 5, "height": 48, "width": 80},
         encode=scaled_encode, sample=hunyuan15_sample, text_arguments={"batch_size": 3},
         unread=("image_embedder.", "context_embedder_2.", "blocks.1.inner.norm1_context.", "blocks.1.inner.attn.to_add_out.",
                 "blocks.1.inner.attn.add_q_proj.", "blocks.1.inner.attn.norm_added_q.", "blocks.1.inner.ff_context."),
@@ -413,7 +362,7 @@ TINY = {
         },
     ),
     "wan_ti2v": Tiny(
-        make=wan_ti2v, size={"num_frames": 5, "height": 64, "width": 96}, forward=wan_forward, encode=wan_encode, causal=True,
+        make=wan_ti2v, size={"num_frames": 5, "height": 64, "width": 96}, encode=wan_encode, causal=True,
         card={
             "num_frames": 121, "height": 704, "width": 1280, "fps": 24,
             "contract": Contract(steps=50, shift=3.0, guidance=CFG(scale=5.0)),
@@ -421,7 +370,7 @@ TINY = {
         text_arguments={"do_classifier_free_guidance": False, "max_sequence_length": 512},
     ),
     "wan_experts": Tiny(
-        make=wan_experts, size={"num_frames": 5, "height": 32, "width": 48}, forward=wan_experts_forward, encode=wan_encode,
+        make=wan_experts, size={"num_frames": 5, "height": 32, "width": 48}, encode=wan_encode,
         card={
             "num_frames": 81, "height": 720, "width": 1280, "fps": 16,
             "contract": Contract(steps=40, shift=3.0, guidance=CFG(scale=4.0, low=0.6, outside=3.0)),
@@ -436,11 +385,11 @@ IMAGE = {"wan_image": wan_image, "wan_image_experts": wan_image_experts}
 IMAGE_SIZE = {"num_frames": 5, "height": 32, "width": 48}
 
 
-def save_tiny(name: str, folder: Path, seed: int = 0) -> Path:
-    """The tiny model `name` in diffusers' layout; no weight of its denoiser is zero."""
+def save_tiny(name: str, folder: Path, seed: int = 0, **config: Any) -> Path:
+    """The tiny model `name` (its denoiser with other `config`) in diffusers' layout; no weight of its denoiser is zero."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        pipeline = TINY[name].make() if name in TINY else IMAGE[name]()
+        pipeline = (TINY[name].make if name in TINY else IMAGE[name])(**config)
         with torch.no_grad():
             for network in (pipeline.transformer, getattr(pipeline, "transformer_2", None)):
                 for parameter in network.parameters() if network else ():

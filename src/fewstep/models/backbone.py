@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -123,8 +124,13 @@ class Original(NamedTuple):
     forward: Callable[[Tensor, Tensor, Cond], Tensor]
     """`(x, t [B], cond)` to what `Output.raw` must be, by the networks' own forward."""
     pack: Callable[[Tensor], Tensor] = _same
-    """From latents `[B, C, F, H, W]` to the layout in which the library's pipeline takes them; `unpack` turns back."""
-    unpack: Callable[[Tensor], Tensor] = _same
+    """From latents `[B, C, F, H, W]` to the layout in which the library's pipeline takes them."""
+    unpack: Callable[[Tensor, torch.Size], Tensor] = Tensor.reshape
+    """Of what the pipeline made, latents of that shape again."""
+    names: Mapping[str, str] = MappingProxyType({})
+    """What the pipeline calls a field of `Cond.extra` or an argument, where that is not its usual name."""
+    told: Mapping[str, float] = MappingProxyType({})
+    """Arguments that the pipeline is given besides: what the adapter has as a setting."""
 
 
 class Backbone(nn.Module, ABC):

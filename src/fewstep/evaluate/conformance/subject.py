@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -56,7 +57,7 @@ class Options:
     num_frames: int | None = None
     height: int | None = None
     width: int | None = None
-    steps: int = 3
+    steps: int = 4
     """Of sampling."""
     seed: int = 0
     prompts: tuple[str, ...] = ()
@@ -70,6 +71,8 @@ class Subject:
 
     def __init__(self, model: VideoModel, options: Options) -> None:
         self.options, self.model = options, _sized(model, options)
+        self.tokens = math.prod(model.latent_shape()[1:])
+        """Latent pixels of a clip of the model's own size, for which its times are."""
         self.network: Denoiser = self.model.denoiser.eval()
         self.dtype = next(self.network.parameters()).dtype
         if self.dtype not in _TOLERANCE:
@@ -159,10 +162,11 @@ class Subject:
 
 
 def relative(value: Tensor, truth: Tensor) -> float:
-    """`|value - truth| / |truth|`."""
+    """`|value - truth| / |truth|`; 0 where they are equal, even if both are zero."""
     if value.shape != truth.shape:
         raise Fault(f"shape {tuple(value.shape)}, but it should be {tuple(truth.shape)}")
-    return float((value.double() - truth.double()).norm() / truth.double().norm())
+    difference = (value.double() - truth.double()).norm()
+    return float(difference / truth.double().norm()) if difference else 0.0
 
 
 def worst(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:

@@ -17,8 +17,10 @@ from fewstep.world.renderer import CANVAS, Variation, render
 
 _TIMES = (0.3, 0.5, 0.7)
 _TOLD = (0.1, 0.3, 0.5, 0.7, 0.9)
+_SHARE = 0.9
+"""Of the error of shrinking: a network that leaves more (a mean is enough for a little less) was not trained."""
 _UNINFORMATIVE = (
-    "informative only with trained weights: this network denoises a known clip no better than shrinking it does"
+    "informative only with trained weights: this network denoises a known clip hardly better than shrinking it does"
 )
 
 
@@ -36,7 +38,7 @@ def convention(s: Subject) -> Measured:
         for sign in (1, -1)
     }
     best, shrinking = min(errors, key=errors.__getitem__), fmean(map(clip.shrinking, made))
-    if not errors[best] < shrinking:
+    if not errors[best] < _SHARE * shrinking:
         raise NotApplicable(_UNINFORMATIVE)
     own = errors.pop((s.network.kind, 1))
     looks = f"{'-' if best[1] < 0 else ''}{best[0]}"
@@ -54,7 +56,8 @@ def told_time(s: Subject) -> Measured:
         made = {told: clip.predict(t, told) for told in _TOLD}
         errors = {told: clip.error(prediction.x0) for told, prediction in made.items()}
         best = min(errors, key=errors.__getitem__)
-        off, informative = max(off, abs(best - t)), informative or errors[best] < clip.shrinking(made[best])
+        informative = informative or errors[best] < _SHARE * clip.shrinking(made[best])
+        off = max(off, abs(best - t))
     if not informative:
         raise NotApplicable(_UNINFORMATIVE)
     return Measured(off, 0.21)

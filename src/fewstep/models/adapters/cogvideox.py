@@ -7,10 +7,11 @@ model adds sinusoids to its tokens, the 5B model rotates queries and keys.
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from diffusers import CogVideoXTransformer3DModel
+from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from diffusers.models.embeddings import get_3d_rotary_pos_embed, get_3d_sincos_pos_embed
 from torch import Tensor, nn
 
@@ -19,7 +20,6 @@ from fewstep.core.types import Cond
 from fewstep.diffusion import timestep
 from fewstep.models.adapters.ddpm import contract_of, kind_of, path_of
 from fewstep.models.adapters.layout import Layout
-from fewstep.models.adapters.rebuilt import rebuilt
 from fewstep.models.adapters.streams import Streams, StreamsBackbone, StreamsBlock
 from fewstep.models.backbone import Original
 from fewstep.models.bundle import Card
@@ -80,21 +80,6 @@ class CogVideoX(StreamsBackbone):
         self.blocks = nn.ModuleList(map(StreamsBlock, network.transformer_blocks))
         self.norm_final, self.norm_out, self.proj_out = network.norm_final, network.norm_out, network.proj_out
 
-    def original(self) -> Original:
-        network = rebuilt(self.network, self)
-
-        def forward(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-            steps, text = timestep(t, self.num_train_timesteps), cond.text.to(x.dtype)
-            rotates = self.config.use_rotary_positional_embeddings
-            rotary = tuple(self._rotary(self._grid(x, t, None), x.device)) if rotates else None
-            made = network(x.transpose(1, 2), text, steps, image_rotary_emb=rotary, return_dict=False)[0]
-            return made.transpose(1, 2)
-
-        return Original({"transformer": network}, forward, pack=frames_first, unpack=frames_first)
-
-    def foreign(self, name: str) -> str:
-        return f"transformer_{name.replace('.inner.', '.', 1)}" if name.startswith("blocks.") else name
-
     def embed(self, x: Tensor, t: Tensor, cond: Cond, kv: KVView | None = None) -> Streams:
         grid = self._grid(x, t, kv)
         with torch.autocast(x.device.type, enabled=False):
@@ -110,6 +95,21 @@ class CogVideoX(StreamsBackbone):
         with torch.autocast(state.x_BNE.device.type, enabled=False):
             x = self.norm_final(state.x_BNE)
             return unpatchify(self.proj_out(self.norm_out(x, temb=state.time_BE)), state.grid, self.patch)
+
+    def original(self) -> Original:
+        """Diffusers has frames before channels."""
+        original = super().original()
+        return original._replace(pack=lambda x: x.transpose(1, 2), unpack=lambda made, _: made.transpose(1, 2))
+
+    def by_original(self, network: Any, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        rotary = None
+        if network.config.use_rotary_positional_embeddings:  # as the pipeline makes them, for latents
+            settings = SimpleNamespace(transformer=network, vae_scale_factor_spatial=1)
+            _, _, frames, height, width = x.shape
+            rotary = CogVideoXPipeline._prepare_rotary_positional_embeddings(settings, height, width, frames, x.device)
+        steps, text = timestep(t, self.num_train_timesteps), cond.text.to(x.dtype)
+        made: Tensor = network(x.transpose(1, 2), text, steps, image_rotary_emb=rotary, return_dict=False)[0]
+        return made.transpose(1, 2)
 
     def _sinusoids(self, grid: Grid3, device: torch.device) -> Tensor:
         """`[N, E]`."""
@@ -129,8 +129,3 @@ class CogVideoX(StreamsBackbone):
             self.config.attention_head_dim, (start, stop), (grid.height, grid.width), grid.frames, device=device
         )
         return torch.stack(tables)
-
-
-def frames_first(x: Tensor) -> Tensor:
-    """Between `[B, C, F, H, W]` and diffusers' `[B, F, C, H, W]`, both ways."""
-    return x.transpose(1, 2)

@@ -18,9 +18,9 @@ from fewstep.core.types import Cond
 from fewstep.models.adapters.flow import contract_of
 from fewstep.models.adapters.layout import Layout
 from fewstep.models.adapters.streams import Streams, StreamsBackbone, StreamsBlock
+from fewstep.models.backbone import Original
 from fewstep.models.bundle import Card
 from fewstep.models.spec import Spec
-from fewstep.models.video_dit import unpatchify
 
 _TIMESTEPS = 1000
 _GUIDANCE = 6.0
@@ -103,7 +103,12 @@ class HunyuanVideo(StreamsBackbone):
         mask = torch.cat([clip, cond.mask], 1)[:, None, None]
         return Streams(x_BNE, text, time_BE, grid, torch.stack(self.rope(x)), mask)
 
-    def head(self, state: Streams) -> Tensor:
-        with torch.autocast(state.x_BNE.device.type, enabled=False):
-            tokens = self.proj_out(self.norm_out(state.x_BNE, state.time_BE))
-        return unpatchify(tokens, state.grid, self.patch)
+    def original(self) -> Original:
+        names = {"pooled": "pooled_prompt_embeds", "guidance_scale": "true_cfg_scale"}
+        return super().original()._replace(names=names, told={"guidance_scale": self.guidance})
+
+    def by_original(self, network: Any, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        text, pooled = cond.text.to(x.dtype), cond.extra["pooled"].to(x.dtype)
+        scale = x.new_full((len(x),), _TIMESTEPS * self.guidance)
+        made: Tensor = network(x, _TIMESTEPS * t, text, cond.mask, pooled, scale, return_dict=False)[0]
+        return made

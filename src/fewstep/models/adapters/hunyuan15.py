@@ -20,9 +20,9 @@ from fewstep.core.types import Cond
 from fewstep.models.adapters.flow import contract_of
 from fewstep.models.adapters.layout import Layout
 from fewstep.models.adapters.streams import Streams, StreamsBackbone, StreamsBlock
+from fewstep.models.backbone import Original
 from fewstep.models.bundle import Card
 from fewstep.models.spec import Spec
-from fewstep.models.video_dit import unpatchify
 
 _TIMESTEPS = 1000
 
@@ -84,24 +84,35 @@ class HunyuanVideo15(StreamsBackbone):
         self.blocks = nn.ModuleList(map(StreamsBlock, network.transformer_blocks))
         self.norm_out, self.proj_out = network.norm_out, network.proj_out
 
-    def foreign(self, name: str) -> str:
-        return f"transformer_{name.replace('.inner.', '.', 1)}" if name.startswith("blocks.") else name
-
     def embed(self, x: Tensor, t: Tensor, cond: Cond, kv: KVView | None = None) -> Streams:
         grid = self._grid(x, t, kv)
         if "glyphs" not in cond.extra:
             raise ValueError("HunyuanVideo 1.5 reads states of letters too; encode prompts with its own text encoder")
         time, glyph_mask = (_TIMESTEPS * t).to(x.dtype), cond.extra["glyph_mask"].bool()
         with torch.autocast(x.device.type, enabled=False):
-            no_image = x.new_zeros(len(x), self.channels + 1, *x.shape[2:])
-            x_BNE = self.x_embedder(torch.cat([x, no_image], 1))
+            x_BNE = self.x_embedder(self._with_image(x))
             words = self.context_embedder(cond.text.to(x.dtype), time, cond.mask) + self.cond_type_embed.weight[0]
             glyphs = self.context_embedder_2(cond.extra["glyphs"].to(x.dtype)) + self.cond_type_embed.weight[1]
             time_BE = self.time_embed(time)
         mask = torch.cat([glyph_mask, cond.mask], 1)
         return Streams(x_BNE, torch.cat([glyphs, words], 1), time_BE, grid, torch.stack(self.rope(x)), mask)
 
-    def head(self, state: Streams) -> Tensor:
-        with torch.autocast(state.x_BNE.device.type, enabled=False):
-            tokens = self.proj_out(self.norm_out(state.x_BNE, state.time_BE))
-        return unpatchify(tokens, state.grid, self.patch)
+    def original(self) -> Original:
+        names = {
+            "prompt_attention_mask": "prompt_embeds_mask", "glyphs": "prompt_embeds_2",
+            "glyph_mask": "prompt_embeds_mask_2",
+        }  # fmt: skip
+        return super().original()._replace(names=names)
+
+    def by_original(self, network: Any, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        glyphs, glyph_mask = cond.extra["glyphs"].to(x.dtype), cond.extra["glyph_mask"]
+        no_image = x.new_zeros(len(x), 1, network.config.image_embed_dim)  # masked, because it is zero
+        made: Tensor = network(
+            self._with_image(x), _TIMESTEPS * t, cond.text.to(x.dtype), cond.mask, None, glyphs, glyph_mask, no_image,
+            return_dict=False,
+        )[0]  # fmt: skip
+        return made
+
+    def _with_image(self, x: Tensor) -> Tensor:
+        """Latents followed by those of an image and where it is, of which there is none."""
+        return torch.cat([x, x.new_zeros(len(x), self.channels + 1, *x.shape[2:])], 1)

@@ -7,9 +7,10 @@ Legend: as in `models/backbone.py`; tokens are single latent pixels.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from diffusers import LTXVideoTransformer3DModel
@@ -21,7 +22,8 @@ from fewstep.core.types import Cond
 from fewstep.models.adapters.attention import after, out, project, rotate_pairs
 from fewstep.models.adapters.flow import contract_of
 from fewstep.models.adapters.layout import Layout
-from fewstep.models.backbone import Backbone, Context, Tokens
+from fewstep.models.adapters.network import DiffusersBackbone
+from fewstep.models.backbone import Context, Original, Tokens
 from fewstep.models.bundle import Card, latent_shape_of
 from fewstep.models.spec import Spec
 from fewstep.models.video_dit import gate, modulate, time_groups
@@ -63,29 +65,21 @@ def at_size(card: Card) -> Card:
     return replace(card, parts={**card.parts, "denoiser": denoiser}, contract=contract)
 
 
-class LTX(Backbone):
+class LTX(DiffusersBackbone):
     """The modules are diffusers' own; `config` is its constructor's arguments.
 
     `compression` is frames per latent frame and pixels per latent row of the codec, `fps` frames per second. Every frame
     may have its own time, and with `pattern` and a cache view it is a causal model.
     """
 
+    network = LTXVideoTransformer3DModel
     shares = True
-    folders: ClassVar[tuple[str, ...]] = ("transformer",)
 
     def __init__(self, *, config: dict[str, Any], compression: list[int], fps: int, pattern: Pattern = Dense()) -> None:
         super().__init__()
         self.args = {"config": config, "compression": compression, "fps": fps, "pattern": pattern.tree()}
         self.compression, self.fps, self.pattern = compression, fps, pattern
-        self._hold(LTXVideoTransformer3DModel.from_config(config))
-
-    def load(self, folder: Path) -> None:
-        """Take the weights of a folder in diffusers' layout, as float32."""
-        self._hold(
-            LTXVideoTransformer3DModel.from_pretrained(
-                folder, subfolder=self.folders[0], torch_dtype=torch.float32, use_safetensors=True
-            )
-        )
+        self._hold(self.network.from_config(config))
 
     def _hold(self, network: LTXVideoTransformer3DModel) -> None:
         config = network.config
@@ -110,7 +104,7 @@ class LTX(Backbone):
             raise ValueError(f"latents [B, C, F, H, W] need C = {self.proj_in.in_features}, got {tuple(x.shape)}")
         grid, cached = Grid3(*x.shape[2:]), kv.frames if kv else 0
         with torch.autocast(x.device.type, enabled=False):
-            x_BNE = self.proj_in(x.flatten(2).transpose(1, 2))
+            x_BNE = self.proj_in(_tokens(x))
             time_BG = time_groups(t, x)
             modulation, time = self.time_embed(_TIMESTEPS * time_BG.flatten(), batch_size=len(x), hidden_dtype=x.dtype)
             text = self.caption_projection(cond.text.to(x.dtype))
@@ -128,7 +122,19 @@ class LTX(Backbone):
         with torch.autocast(state.x_BNE.device.type, enabled=False):
             shift, scale = (self.scale_shift_table + state.time_BGE[:, :, None]).unbind(2)
             tokens_BNC = self.proj_out(modulate(self.norm_out(state.x_BNE), shift, scale))
-        return tokens_BNC.transpose(1, 2).unflatten(2, state.grid)
+        return _latents(tokens_BNC, state.grid)
+
+    def original(self) -> Original:
+        original = super().original()
+        return original._replace(
+            pack=_tokens, unpack=lambda made, shape: _latents(made, shape[2:]), told={"frame_rate": self.fps}
+        )
+
+    def by_original(self, network: Any, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        time, space = self.compression
+        scale, text = (time / self.fps, space, space), cond.text.to(x.dtype)
+        options = {"rope_interpolation_scale": scale, "return_dict": False}
+        return _latents(network(_tokens(x), text, _TIMESTEPS * t, cond.mask, *x.shape[2:], **options)[0], x.shape[2:])
 
     def _rotary(self, grid: Grid3, cached: int, device: torch.device) -> Tensor:
         """Cosines and sines `[2, M, E / 2]`: the angles of all heads, which differ. float32, as LTX was trained."""
@@ -165,3 +171,13 @@ class Block(nn.Module):
         x = x + out(self.attn2, attend(*project(self.attn2, x, context.text_BLE), context.text_mask_B11L))
         x = x + gate(self.ff(modulate(self.norm2(x), shift_m, scale_m)), gate_m)
         return replace(state, x_BNE=x, new=(k, v))
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """`[B, N, C]` of latents."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def _latents(tokens_BNC: Tensor, grid: Sequence[int]) -> Tensor:
+    """`[B, C, F, H, W]` again."""
+    return tokens_BNC.transpose(1, 2).unflatten(2, grid)

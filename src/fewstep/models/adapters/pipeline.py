@@ -7,7 +7,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import diffusers
-from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    ClassifierFreeGuidance,
+    CogVideoXDDIMScheduler,
+    DDIMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+)
+from diffusers.pipelines.ltx.pipeline_ltx import calculate_shift
 from torch import Tensor
 
 from fewstep.core import Cond
@@ -17,6 +24,9 @@ from fewstep.models.backbone import Original
 
 if TYPE_CHECKING:
     from fewstep.models.bundle import VideoModel
+
+_BY_SIZE = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+"""Settings of a scheduler whose shift depends on the number of tokens."""
 
 
 class NoCounterpart(Exception):
@@ -34,21 +44,21 @@ class ExactSigmas(FlowMatchEulerDiscreteScheduler):
         super().set_timesteps(device=device, sigmas=list(self.times[:-1]))
 
 
-def recommended_times(scheduler: Mapping[str, Any], steps: int) -> tuple[float, ...]:
-    """The times of `steps` steps by a layout's scheduler settings: our t, from noise to data.
+def recommended_times(scheduler: Mapping[str, Any], steps: int, tokens: int) -> tuple[float, ...]:
+    """The times of `steps` steps by a layout's scheduler settings, for a clip of so many tokens: our t, from noise to data.
 
     A flow model's are those of its authors, the uniform grid under the scheduler's shift; diffusers' own solvers begin or
-    end that grid a little off, each in its way. NoCounterpart where the shift depends on the size of the clip.
+    end that grid a little off, each in its way.
     """
     if "beta_schedule" in scheduler and not scheduler.get("use_flow_sigmas"):
-        ddim = DDIMScheduler.from_config(scheduler)
+        ddim = _ddim(scheduler)
         ddim.set_timesteps(steps)
         total = ddim.config.num_train_timesteps
         return (*((k + 1) / total for k in ddim.timesteps.tolist()), 0.0 if ddim.config.set_alpha_to_one else 1 / total)
-    if scheduler.get("use_dynamic_shifting"):
-        raise NoCounterpart("the scheduler's shift depends on the size of the clip (use_dynamic_shifting)")
-    euler = FlowMatchEulerDiscreteScheduler(shift=scheduler.get("flow_shift", scheduler.get("shift", 1.0)))
-    euler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)])
+    shift = scheduler.get("flow_shift", scheduler.get("shift", 1.0))
+    euler = FlowMatchEulerDiscreteScheduler.from_config(dict(scheduler), shift=shift)
+    mu = calculate_shift(tokens, *(euler.config[key] for key in _BY_SIZE))
+    euler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)], mu=mu)
     return tuple(euler.sigmas.tolist())
 
 
@@ -73,9 +83,16 @@ def sample(model: VideoModel, layout: Layout, noise: Tensor, cond: Cond, uncond:
     if contract.guidance.active:
         offered |= {"negative_prompt_embeds": uncond.text, "negative_prompt_attention_mask": uncond.mask}
         offered |= {f"negative_{name}": value for name, value in uncond.extra.items()}
+    offered = {_named(name, original.names): value for name, value in offered.items()} | original.told
     known = inspect.signature(pipeline.__call__).parameters
     made: Tensor = pipeline(**{name: value for name, value in offered.items() if name in known})[0]
-    return original.unpack(made)
+    return original.unpack(made, noise.shape)
+
+
+def _named(name: str, names: Mapping[str, str]) -> str:
+    """What the pipeline calls an argument, or the negative prompt's."""
+    rest = name.removeprefix("negative_")
+    return name.removesuffix(rest) + names.get(rest, rest)
 
 
 def _guidance(guidance: CFG, boundary: float | None) -> dict[str, float]:
@@ -92,15 +109,24 @@ def _scheduler(path: NoisePath, contract: Contract, settings: Mapping[str, Any],
         exact.times = contract.times(steps)
         return exact
     if isinstance(path, Betas) and contract.solver == "ddim" and not contract.grids:
-        return DDIMScheduler.from_config(settings)
+        ddim = _ddim(settings)
+        ddim.set_timesteps(steps)
+        if (ddim.timesteps.diff() != -(ddim.config.num_train_timesteps // steps)).any():
+            raise NoCounterpart(f"diffusers' DDIM does not step to its own next timestep at {steps} steps")
+        return ddim
     raise NoCounterpart(f"diffusers has no scheduler for the solver {contract.solver} with these times on this path")
+
+
+def _ddim(settings: Mapping[str, Any]) -> Any:
+    return (CogVideoXDDIMScheduler if "snr_shift_scale" in settings else DDIMScheduler).from_config(settings)
 
 
 def _pipeline(layout: Layout, original: Original, model: VideoModel, scheduler: Any) -> DiffusionPipeline:
     """The layout's pipeline with our networks; of what it asks for besides, the settings of the layout or nothing."""
     kind = getattr(diffusers, layout.index["_class_name"])
     settings = {key: value for key, value in layout.index.items() if not isinstance(value, list)}
-    ours = {"scheduler": scheduler, "vae": model.codec.vae, **original.networks}
+    guider = ClassifierFreeGuidance(guidance_scale=model.card.contract.guidance.scale)
+    ours = {"scheduler": scheduler, "vae": model.codec.vae, "guider": guider, **original.networks}
     parts = {}
     for name, parameter in inspect.signature(kind.__init__).parameters.items():
         if name in ours or name in settings:

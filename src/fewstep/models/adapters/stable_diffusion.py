@@ -5,8 +5,10 @@ SD 1.x predicts eps on `Betas(schedule="scaled_linear")`. With one frame it is t
 
 from __future__ import annotations
 
+from typing import Any
+
 from diffusers import UNet2DConditionModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewstep.core.types import Cond
 from fewstep.diffusion import timestep
@@ -29,9 +31,9 @@ class StableDiffusion(UNet):
 
     def original(self) -> Original:
         """Pipelines take one image, so only clips of one frame."""
-        return super().original()._replace(pack=lambda x: x[:, :, 0], unpack=lambda x: x[:, :, None])
+        return super().original()._replace(pack=lambda x: x[:, :, 0])
 
-    def _by_original(self, network: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    def by_original(self, network: Any, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         frames = x.shape[2]
         steps = timestep(t, self.num_train_timesteps).repeat_interleave(frames, 0)
         text = cond.text.to(x.dtype).repeat_interleave(frames, 0)

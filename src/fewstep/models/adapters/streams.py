@@ -5,18 +5,16 @@ Legend: as in `models/backbone.py`.
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, ClassVar
 
 import torch
-from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from fewstep.attention import Grid3, KVView
 from fewstep.models.adapters.ddpm import require_whole_clips
-from fewstep.models.backbone import Backbone, State
+from fewstep.models.adapters.network import DiffusersBackbone
+from fewstep.models.backbone import State
+from fewstep.models.video_dit import unpatchify
 
 
 @dataclass(frozen=True)
@@ -42,26 +40,21 @@ class Streams(State):
         return replace(self, x_BNE=x, text_BLE=text)
 
 
-class StreamsBackbone(Backbone):
+class StreamsBackbone(DiffusersBackbone):
     """Its blocks are diffusers' own and do the attention themselves: whole clips only, with one time each."""
 
-    network: ClassVar[type[ModelMixin]]
-    """The class of diffusers that this family is made of."""
-    folders: ClassVar[tuple[str, ...]] = ("transformer",)
     channels: int
     patch: int
+    norm_out: nn.Module
+    proj_out: nn.Module
 
-    def load(self, folder: Path) -> None:
-        """Take the weights of a folder in diffusers' layout, as float32."""
-        self._hold(
-            self.network.from_pretrained(
-                folder, subfolder=self.folders[0], torch_dtype=torch.float32, use_safetensors=True
-            )
-        )
+    def foreign(self, name: str) -> str:
+        return f"transformer_{name.replace('.inner.', '.', 1)}" if name.startswith("blocks.") else name
 
-    @abstractmethod
-    def _hold(self, network: Any) -> None:
-        """Make the modules of `network` this backbone's own."""
+    def head(self, state: Streams) -> Tensor:
+        with torch.autocast(state.x_BNE.device.type, enabled=False):
+            tokens = self.proj_out(self.norm_out(state.x_BNE, state.time_BE))
+        return unpatchify(tokens, state.grid, self.patch)
 
     def _grid(self, x: Tensor, t: Tensor, kv: KVView | None) -> Grid3:
         _, channels, frames, height, width = x.shape

@@ -7,20 +7,17 @@ Legend: B clips, F frames, K = B x F images, C channels, L text tokens, D their 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from fewstep.attention import KVView
 from fewstep.core.types import Cond
 from fewstep.diffusion import timestep
 from fewstep.models.adapters.ddpm import require_whole_clips
-from fewstep.models.adapters.rebuilt import rebuilt
-from fewstep.models.backbone import Backbone, Original, State
+from fewstep.models.adapters.network import DiffusersBackbone
+from fewstep.models.backbone import State
 
 _REFUSED = (
     "class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim", "encoder_hid_dim_type",
@@ -50,15 +47,13 @@ class UNetState(State):
         return replace(self, x_KCHW=x, skips=tuple(skip.detach().requires_grad_() for skip in self.skips))
 
 
-class UNet(Backbone):
+class UNet(DiffusersBackbone):
     """A U-Net of diffusers: one text condition and one time per clip, predicting a tensor like the latents.
 
     All text tokens are read, padding included, as these models were trained.
     """
 
-    network: ClassVar[type[ModelMixin]]
-    """The class of diffusers that this family is made of."""
-    folders: ClassVar[tuple[str, ...]] = ("unet",)
+    folders = ("unet",)
 
     def __init__(self, *, config: dict[str, Any], num_train_timesteps: int = 1000) -> None:
         """`config` is the arguments of diffusers' class; ValueError where it asks for more than text and time."""
@@ -66,14 +61,6 @@ class UNet(Backbone):
         self.args = {"config": config, "num_train_timesteps": num_train_timesteps}
         self.num_train_timesteps = num_train_timesteps
         self._hold(self.network.from_config(config))
-
-    def load(self, folder: Path) -> None:
-        """Take the weights of a folder in diffusers' layout, as float32."""
-        self._hold(
-            self.network.from_pretrained(
-                folder, subfolder=self.folders[0], torch_dtype=torch.float32, use_safetensors=True
-            )
-        )
 
     def _hold(self, network: Any) -> None:
         for key in _REFUSED:
@@ -108,12 +95,7 @@ class UNet(Backbone):
             x = self.conv_norm_out(state.x_KCHW.to(self.conv_out.weight.dtype))
             return to_clips(self.conv_out(self.conv_act(x)), state.frames)
 
-    def original(self) -> Original:
-        network = rebuilt(self.network, self)
-        return Original({self.folders[0]: network}, partial(self._by_original, network))
-
-    def _by_original(self, network: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """Diffusers' own forward on whole clips."""
+    def by_original(self, network: Any, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         steps = timestep(t, self.num_train_timesteps)
         made: Tensor = network(x, steps, cond.text.to(x.dtype).repeat_interleave(x.shape[2], 0), return_dict=False)[0]
         return made

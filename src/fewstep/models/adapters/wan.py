@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +23,8 @@ from fewstep.core.types import Cond
 from fewstep.diffusion import CFG, Contract
 from fewstep.models.adapters.attention import after, out, project, rotate_pairs
 from fewstep.models.adapters.layout import Layout
-from fewstep.models.adapters.rebuilt import rebuilt
-from fewstep.models.backbone import Backbone, Context, Original, Tokens
+from fewstep.models.adapters.network import DiffusersBackbone
+from fewstep.models.backbone import Context, Tokens
 from fewstep.models.bundle import Card
 from fewstep.models.spec import Spec
 from fewstep.models.video_dit import gate, modulate, rotary_table, split_heads, time_groups
@@ -101,29 +100,21 @@ def _experts(layout: Layout, boundary: float) -> Spec:
     return Spec("WanExperts", {"config": config, "boundaries": [boundary]})
 
 
-class Wan(Backbone):
+class Wan(DiffusersBackbone):
     """The modules and weight names are diffusers' own; `config` is its constructor's arguments.
 
     Every frame may have its own time, and with `pattern` and a cache view it is a causal model. A network with more input
     than output channels makes clips of an image: it reads `image_latents` and, if it can, `image_states` of `Cond.extra`.
     """
 
+    network = WanTransformer3DModel
     shares = True
-    folders: ClassVar[tuple[str, ...]] = ("transformer",)
 
     def __init__(self, *, config: dict[str, Any], pattern: Pattern = Dense()) -> None:
         super().__init__()
         self.args = {"config": config, "pattern": pattern.tree()}
         self.pattern = pattern
-        self._hold(WanTransformer3DModel.from_config(config))
-
-    def load(self, folder: Path, part: str = "transformer") -> None:
-        """Take the weights of a folder in diffusers' layout, as float32."""
-        self._hold(
-            WanTransformer3DModel.from_pretrained(
-                folder, subfolder=part, torch_dtype=torch.float32, use_safetensors=True
-            )
-        )
+        self._hold(self.network.from_config(config))
 
     def _hold(self, network: WanTransformer3DModel) -> None:
         config = network.config
@@ -172,12 +163,7 @@ class Wan(Backbone):
         x = tokens_BNP.unflatten(2, (*self.patch, -1)).unflatten(1, state.grid)  # B F h w p q C
         return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5).flatten(3, 4)
 
-    def original(self) -> Original:
-        network = rebuilt(WanTransformer3DModel, self)
-        return Original({"transformer": network}, partial(self.by_original, network))
-
-    def by_original(self, network: WanTransformer3DModel, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """What diffusers' own forward makes of the inputs of this one."""
+    def by_original(self, network: Any, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         x, states = self._beside_image(x, cond, 0), cond.extra.get("image_states")
         made: Tensor = network(x, _TIMESTEPS * t, cond.text.to(x.dtype), states, return_dict=False)[0]
         return made

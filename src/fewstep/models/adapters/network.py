@@ -1,0 +1,55 @@
+"""A network of diffusers taken apart: how its weights come in, and how it is put together again to compare with."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import ModelMixin
+from torch import Tensor
+
+from fewstep.core.types import Cond
+from fewstep.models.backbone import Backbone, Original
+
+
+class DiffusersBackbone(Backbone):
+    """Its modules are those of one `network`, whose constructor's arguments are `args["config"]`."""
+
+    network: ClassVar[type[ModelMixin]]
+    """The class of diffusers that this family is made of."""
+    folders: ClassVar[tuple[str, ...]] = ("transformer",)
+
+    def load(self, folder: Path, part: str | None = None) -> None:
+        """Take the weights of a folder in diffusers' layout, of its `part` if not the usual one, as float32."""
+        self._hold(
+            self.network.from_pretrained(
+                folder, subfolder=part or self.folders[0], torch_dtype=torch.float32, use_safetensors=True
+            )
+        )
+
+    def original(self) -> Original:
+        network = self._rebuilt()
+        return Original({self.folders[0]: network}, partial(self.by_original, network))
+
+    @abstractmethod
+    def by_original(self, network: Any, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """What diffusers' own forward makes of the inputs of this one."""
+
+    @abstractmethod
+    def _hold(self, network: Any) -> None:
+        """Make the modules of `network` this backbone's own. ValueError where it does what is not read."""
+
+    def _rebuilt(self) -> ModelMixin:
+        """A `network` that holds this backbone's very tensors by diffusers' names, frozen, in eval mode."""
+        weights = {self.foreign(name): tensor for name, tensor in self.state_dict().items()}
+        with init_empty_weights(include_buffers=False):  # buffers that are not saved are computed
+            made = self.network.from_config(self.args["config"])
+        made.load_state_dict(weights, assign=True)
+        device = next(iter(weights.values())).device
+        for buffer in made.buffers():
+            buffer.data = buffer.data.to(device)
+        return made.requires_grad_(False).eval()
