@@ -368,6 +368,13 @@ def test_distil_sample_and_explain_by_command(
     assert video.stat().st_size > 0
 
 
+UNLIKE = ("wan", "wan_experts", "hunyuan")
+"""Families whose blocks are cut into shards differently; the others are like one of them, and take half a minute each."""
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in UNLIKE else pytest.param(n, marks=pytest.mark.slow) for n in TINY], scope="session"
+)
 @pytest.mark.parametrize("parallel", ["{shard: 2}", "{sequence: 2}"], ids=["shard", "sequence"])
 def test_two_processes_train_as_one(name: str, source: Diffusers, tmp_path: Path, parallel: str) -> None:
     if "sequence" in parallel:

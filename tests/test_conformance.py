@@ -298,7 +298,8 @@ def test_a_sabotage_is_caught_by_its_check(
     check, sabotage = SABOTAGES[name]
     model = load("wan")
     sabotage(monkeypatch, model)
-    assert failures(model) == {check}
+    timeless = {"jvp"} if "1000" in name else set()  # where time hardly counts, finite differences drown in rounding
+    assert failures(model) - timeless == {check}
 
 
 # --- sabotages of the world's trained teacher -----------------------------------------------------------------------------

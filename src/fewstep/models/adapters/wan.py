@@ -58,8 +58,9 @@ _PART = re.compile(rf"(?<![^.])({'|'.join(map(re.escape, _AUTHORS))})(?![^.])")
 def card(layout: Layout) -> Card:
     """Wan as its authors sample it, with the shift of the layout's scheduler."""
     scheduler, transformer = layout.scheduler(), layout.config("transformer")
-    text = {"config": layout.config("text_encoder"), "length": _TEXT_LENGTH, "dtype": "bfloat16"}
-    codec = {"config": layout.config("vae"), "patch": transformer["patch_size"][1], "tiling": False}
+    text = {"config": layout.config("text_encoder"), "length": _TEXT_LENGTH, "plain": False, "dtype": "bfloat16"}
+    patch = transformer["patch_size"][1]
+    codec = {"config": layout.config("vae"), "kind": "AutoencoderKLWan", "patch": patch, "tiling": False}
     boundary, of_image = layout.index.get("boundary_ratio"), transformer["in_channels"] != transformer["out_channels"]
     if boundary is not None:
         denoiser, size = _experts(layout, boundary), _A14B
