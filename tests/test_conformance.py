@@ -94,6 +94,14 @@ def test_every_family_passes(name: str, load: Callable[..., VideoModel]) -> None
     model = load(name)
     found = check_model(model)
     assert not found.failed
+    figures = {finding.name: finding.figure for finding in found.findings}
+    for tight in {
+        "forward",
+        "pipeline",
+        "batch",
+        "guidance",
+    } & figures.keys():  # the suite's own bounds are for any machine
+        assert figures[tight] is None or figures[tight] < 1e-5, (tight, figures[tight])
     skipped = {finding.name for finding in found.findings if finding.outcome == "not applicable"}
     assert skipped == UNTRAINED | (set() if name in TINY and TINY[name].causal else CAUSAL)
 
