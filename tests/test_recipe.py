@@ -241,7 +241,13 @@ def test_a_student_remembers_where_everything_comes_from(tiny: Path, tmp_path: P
         said["teacher.recipe"] == teacher.hash == known.provenance["recipe"] and said["teacher.codec.recipe"] == "abc"
     )
     assert said["licence"] == said["teacher.licence"] == "Apache-2.0" and said["teacher.codec.licence"] == "CC0-1.0"
-    assert json.loads(said["data settings"]) == {"type": "WorldClips", "num_frames": 4, "pool": 0, "pool_seed": 0}
+    assert json.loads(said["data settings"]) == {
+        "type": "WorldClips",
+        "num_frames": 4,
+        "pool": 0,
+        "pool_seed": 0,
+        "style": "plain",
+    }
     assert "cores" in said["machine"] and "torch" in said["versions"]
     state = json.loads(next((tmp_path / "s" / "checkpoints").glob("*/state.json")).read_text())
     assert not {"machine", "versions"} & state["values"]["identity"].keys()  # a run may go on elsewhere
