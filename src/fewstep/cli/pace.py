@@ -52,6 +52,7 @@ def telling(quiet: bool) -> Iterator[Tell]:
             bar.start()
         if what not in shown:
             shown[what] = bar.add_task(what, total=total, completed=done, note=""), Pace(done)
+            said = time.monotonic()  # there is no speed to tell yet
         task, pace = shown[what]
         bar.update(task, completed=done, note=f"{pace.per_second(done):.3g}/s" if done > pace.first else "")
         if not bar.console.is_terminal and time.monotonic() - said > EVERY:
