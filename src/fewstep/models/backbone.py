@@ -63,8 +63,8 @@ class State(ABC):
         """The same state as the start of a graph."""
 
     def split(self, processes: Ulysses) -> Self:
-        """This process' share of the tokens; only of a backbone that `shares`."""
-        raise NotImplementedError
+        """This process' share of the tokens. ValueError unless its backbone `shares`."""
+        raise ValueError(f"the tokens of a {type(self).__name__} cannot be shared; set parallel.sequence: 1")
 
     @property
     def joined(self) -> Self:
