@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
+from bench_evaluate import guided_teacher
 from fewstep.core.finite import NonFiniteError
-from fewstep.diffusion import CFG, Contract, RectifiedFlow, StepCountError
+from fewstep.diffusion import Contract, StepCountError
 from fewstep.evaluate import (
     Entry,
     Report,
@@ -37,7 +38,7 @@ from fewstep.evaluate.measure import Meter
 from fewstep.evaluate.report import best_student, lead, read_curves
 from fewstep.evaluate.sampling import prepare, sample, sample_truth
 from fewstep.evaluate.svg import Point, curve, running_mean, scatter
-from fewstep.models import Card, ClipFeatures, Denoiser, FrameAutoencoder, TextEncoder, VideoDiT, VideoModel
+from fewstep.models import Card, ClipFeatures, VideoModel
 from fewstep.world.checker import read_scenes
 from fewstep.world.grammar import ATTRIBUTES, describe, parse, world_prompts
 
@@ -46,18 +47,7 @@ SMALL = Suite(prompts=4, seeds_per_prompt=2, batch=4, features="pooled", latency
 
 @pytest.fixture(scope="module")
 def teacher() -> VideoModel:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        backbone = VideoDiT(channels=4, width=32, depth=1, heads=2, text_width=16)
-        parts = {
-            "denoiser": Denoiser(backbone, RectifiedFlow(), "flow"),
-            "text": TextEncoder(width=16),
-            "codec": FrameAutoencoder(latent_channels=4, width=8),
-        }
-        for parameter in backbone.parameters():  # a new network predicts 0 whatever it sees
-            torch.nn.init.normal_(parameter, std=0.1) if not parameter.any() else None
-    contract = Contract(steps=4, guidance=CFG(scale=3.0))
-    return VideoModel(Card(name="tiny teacher", contract=contract, num_frames=4), parts)
+    return guided_teacher(steps=4, num_frames=4)
 
 
 @pytest.fixture(scope="module")

@@ -11,17 +11,18 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from bench_evaluate import guided_teacher
 from fewstep.cli import main
 from fewstep.data import DataError, write_video
 from fewstep.data.video import cover, to_floats, to_pixels
-from fewstep.diffusion import CFG, Contract, RectifiedFlow
+from fewstep.diffusion import Contract
 from fewstep.evaluate import Entry, RealClips, Report, Suite, details, evaluate, load_report, table, write_report
 from fewstep.evaluate.cases import Cases
 from fewstep.evaluate.extractors import feature_map
 from fewstep.evaluate.inputs import as_read
 from fewstep.evaluate.sampling import ask
 from fewstep.metrics import frechet
-from fewstep.models import Card, ClipFeatures, Denoiser, FrameAutoencoder, TextEncoder, VideoDiT, VideoModel
+from fewstep.models import Card, ClipFeatures, VideoModel
 from fewstep.world.grammar import parse, world_prompts
 from fewstep.world.renderer import Variation, render
 
@@ -99,18 +100,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def teacher() -> VideoModel:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        backbone = VideoDiT(channels=4, width=32, depth=1, heads=2, text_width=16)
-        parts = {
-            "denoiser": Denoiser(backbone, RectifiedFlow(), "flow"),
-            "text": TextEncoder(width=16),
-            "codec": FrameAutoencoder(latent_channels=4, width=8),
-        }
-        for parameter in backbone.parameters():  # a new network predicts 0 whatever it sees
-            torch.nn.init.normal_(parameter, std=0.1) if not parameter.any() else None
-    contract = Contract(steps=3, guidance=CFG(scale=3.0))
-    return VideoModel(Card(name="tiny teacher", contract=contract, num_frames=FRAMES), parts)
+    return guided_teacher(steps=3, num_frames=FRAMES)
 
 
 @pytest.fixture(scope="module")
