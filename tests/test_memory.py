@@ -19,6 +19,7 @@ from fewstep.cli.plan import planned, variants
 from fewstep.engine import Parallel
 from fewstep.engine.memory import FLOAT, Holding, Means, Phase, Plan, fitting, optimizer_bytes, parse_bytes, remedies
 from fewstep.engine.outline import Ledger, Outline, Shortest
+from fewstep.engine.precision import autocast, float32
 from fewstep.engine.prepare import prepare
 from fewstep.methods import DMD2
 from fewstep.models import Card, Lora, VideoModel
@@ -166,10 +167,9 @@ def test_shapes_hold_what_the_run_holds(others: dict[str, Any], tmp_path: Path) 
     for phase, update in zip(plan.phases, method.updates(0), strict=True):
         for role, network in run.nets.items():
             network.requires_grad_(role in update.roles)
-        cast = torch.autocast("cpu", torch.bfloat16, enabled=settings.autocast == "bf16", cache_enabled=False)
-        with Ledger({**run.nets, **run.model.parts}) as ledger, cast:
+        with Ledger({**run.nets, **run.model.parts}) as ledger, autocast(settings):
             for terms in update.losses(run.nets, batch, Shortest(settings.seed)):
-                with torch.autocast("cpu", enabled=False):
+                with float32(settings):
                     torch.stack(list(terms.values())).sum().backward()
         found = sum(phase.gradients.values()) + phase.activations
         assert found == pytest.approx(ledger.peak, rel=0.1)

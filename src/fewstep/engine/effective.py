@@ -20,6 +20,7 @@ from fewstep.core.atomic import write_text
 from fewstep.engine.compiling import compile_problem
 from fewstep.engine.mesh import Processes
 from fewstep.engine.nets import trained_roles
+from fewstep.engine.precision import autocast
 from fewstep.engine.settings import Optim, Parallel, Settings
 from fewstep.engine.shard import hollow
 from fewstep.methods.base import Method, Nets
@@ -190,7 +191,7 @@ def attention_of(network: nn.Module, model: VideoModel, settings: Settings) -> t
     blocks, backbone.blocks = list(backbone.blocks), nn.ModuleList()  # type: ignore[arg-type]
     solid(backbone, device)
     cond = model.blank_cond(1).to(device)
-    with torch.enable_grad(), torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast == "bf16"):
+    with torch.enable_grad(), autocast(settings):
         x = torch.zeros(1, *shape, device=device, requires_grad=True)
         state = backbone.embed(x, torch.full((1,), 0.5, device=device), cond)  # type: ignore[operator]
         while blocks:

@@ -24,6 +24,7 @@ from fewstep.core.flops import FORMULAS
 from fewstep.engine.memory import Holding, Phase, Plan, optimizer_bytes
 from fewstep.engine.nets import build_nets, sources, trained_roles
 from fewstep.engine.optim import matrices_of, require_named
+from fewstep.engine.precision import autocast, float32
 from fewstep.engine.settings import Settings
 from fewstep.methods.base import Method, Nets, Update
 from fewstep.methods.rollouts import Rollout
@@ -148,13 +149,12 @@ class Outline:
             network.requires_grad_(role in update.roles).train(role in update.roles)
         batch = self.batch()
         ledger = Ledger({**self.nets, **{n: p for n, p in self.model.parts.items() if n != self.method.part}})
-        cast = torch.autocast("cpu", torch.bfloat16, enabled=self.settings.autocast == "bf16", cache_enabled=False)
         with ledger:
             for leaf in _tensors(batch):
                 ledger.note(leaf)
-            with cast:
+            with autocast(self.settings, "cpu"):
                 for terms in update.losses(self.nets, batch, Shortest(self.settings.seed)):
-                    with torch.autocast("cpu", enabled=False):
+                    with float32(self.settings, "cpu"):
                         torch.stack(list(terms.values())).sum().backward()
         gradients = {}
         for role in update.roles:

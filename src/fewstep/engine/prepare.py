@@ -24,9 +24,10 @@ from fewstep.engine.mesh import Processes, join, require_mesh
 from fewstep.engine.nets import build_nets, origin, require_alike, sources, trained_roles
 from fewstep.engine.offload import Shelf
 from fewstep.engine.optim import RoleOptimizer
+from fewstep.engine.precision import autocast
 from fewstep.engine.preview import Preview
 from fewstep.engine.probe import Probe
-from fewstep.engine.run import Run, autocast
+from fewstep.engine.run import Run
 from fewstep.engine.settings import Parallel, Settings
 from fewstep.engine.shard import hollow, shard
 from fewstep.methods.base import Method, Nets, Weak

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -23,6 +22,7 @@ from fewstep.engine.listening import Listener, Overheard
 from fewstep.engine.mesh import Processes
 from fewstep.engine.nets import sources
 from fewstep.engine.optim import RoleOptimizer
+from fewstep.engine.precision import autocast, float32
 from fewstep.engine.preview import Preview
 from fewstep.engine.probe import Probe
 from fewstep.engine.settings import Settings
@@ -120,7 +120,7 @@ class Run:
         for name, term in terms.items():
             require_finite(term.detach(), f"step {self.step}, loss {name} of {roles}")
         share = self.settings.accumulate * self.processes.sequence
-        with torch.autocast(device_type(self.settings), enabled=False):
+        with float32(self.settings):
             if self.monitor is not None:
                 self.monitor.compare(terms, roles)
             (torch.stack(list(terms.values())).sum() / share).backward()
@@ -229,14 +229,3 @@ def blend(target: nn.Module, source: nn.Module, decay: float) -> None:
             mine.lerp_(theirs.to(mine.device), 1 - decay)
         else:
             mine.copy_(theirs)
-
-
-def autocast(settings: Settings) -> AbstractContextManager[Any]:
-    """Without a cache of cast weights: a copy cast under no_grad must not serve the call that carries gradient."""
-    return torch.autocast(
-        device_type(settings), dtype=torch.bfloat16, enabled=settings.autocast == "bf16", cache_enabled=False
-    )
-
-
-def device_type(settings: Settings) -> str:
-    return torch.device(settings.device).type
