@@ -179,7 +179,7 @@ def test_an_error_in_one_process_ends_all(place_to_run: Path) -> None:
 
 @pytest.mark.parametrize(("world", "sequence"), [(1, 1), (2, 1), (4, 2), (8, 2)])
 def test_all_places_are_dealt_once(world: int, sequence: int) -> None:
-    dealt = [list(Processes(rank, world, sequence).places(8)) for rank in range(world)]
+    dealt = [list(Processes(rank, world, sequence=sequence).places(8)) for rank in range(world)]
     assert sorted(chain(*dealt[::sequence])) == list(range(8))
     assert all(dealt[rank] == dealt[rank - rank % sequence] for rank in range(world))  # neighbours share clips
 
@@ -229,7 +229,7 @@ def test_the_leader_opens_the_data_first(rank: int, order: list[str]) -> None:
     """What it stores (text states), the others read."""
     seen: list[str] = []
 
-    class Peers(Processes):
+    class Waiting(Processes):
         def barrier(self) -> None:
             seen.append("barrier")
 
@@ -238,7 +238,7 @@ def test_the_leader_opens_the_data_first(rank: int, order: list[str]) -> None:
             seen.append("open")
             return super().open(model, needs)
 
-    open_data(Noted(), tiny_model(), CASES["DMD2"], Peers(rank, 2))
+    open_data(Noted(), tiny_model(), CASES["DMD2"], Waiting(rank, 2))
     assert seen == order
 
 

@@ -206,11 +206,8 @@ def identify(model: VideoModel, trees: Mapping[str, Any], others: Mapping[str, V
 
 def open_data(data: Data, model: VideoModel, method: Method, processes: Processes) -> Source:
     """The leader opens the data first: what it stores (text states), the others find there."""
-    if not processes.leads:
-        processes.barrier()
-    source = data.open(model, method.needs)
-    if processes.leads:
-        processes.barrier()
+    with processes.in_turn():
+        source = data.open(model, method.needs)
     if getattr(data, "text_cache", ""):
         model.part("text").to("cpu")  # its work is done; what pictures and probes ask of it, it does there
     return source
