@@ -202,8 +202,8 @@ def test_a_run_writes_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_times_of_sampling_that_training_never_saw_are_named(tmp_path: Path) -> None:
     run = prepare(tiny_model(), METHOD, DATA, small(2), tmp_path)
     seen = replace(run.effective, training_times={"student": Times(1, (1.0,), 1.0, 1.0)})
-    assert seen.unvisited() == (0.75,)
-    assert run.effective.unvisited() == ()  # nothing was watched yet
+    assert seen.uncalled() == (0.75,)
+    assert run.effective.uncalled() == ()  # nothing was watched yet
 
 
 def test_bf16_kernels_are_found_by_looking(tmp_path: Path) -> None:
