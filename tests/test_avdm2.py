@@ -11,8 +11,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench_engine import Everything, TinyImages, small, tiny_model
-from bench_gaussian import RF, Counting, GaussianTeacher, cond_of, f64, terms
 from fewstep.core import Batch, Cond, Rng
 from fewstep.diffusion import CFG, VP, NoisePath, Prediction
 from fewstep.diffusion.path import broadcast
@@ -26,6 +24,8 @@ from fewstep.methods.rollouts import fold_frames
 from fewstep.models import JointHead, Lora, TextEncoder, VideoModel
 from fewstep.models.lora import adapters
 from fewstep.recipe import Recipe
+from support_engine import Everything, TinyImages, small, tiny_model
+from support_gaussian import RF, Counting, GaussianTeacher, cond_of, f64, terms
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 B, F, K = 3, 5, 2

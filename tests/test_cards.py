@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench_engine import tiny_model
 from fewstep.core import RecipeError
 from fewstep.evaluate.extractors import feature_map
 from fewstep.models import Card, FrameAutoencoder, TextEncoder, VideoModel, fingerprint
 from fewstep.models.bundle import read_card
 from fewstep.models.source import Scratch
+from support_engine import tiny_model
 
 
 def model() -> VideoModel:

@@ -13,7 +13,6 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import pytest
 import torch
 
-from bench_engine import CASES, FRAMES, Everything, small, tiny_model
 from fewstep.catalogue import classes
 from fewstep.core import Rng
 from fewstep.core.build import digest, dump
@@ -27,6 +26,7 @@ from fewstep.models import Denoiser, Lora, VideoModel
 from fewstep.models.source import Pretrained, Scratch
 from fewstep.models.spec import Spec
 from fewstep.world.data import WorldClips
+from support_engine import CASES, FRAMES, Everything, small, tiny_model
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 DATA = WorldClips(num_frames=FRAMES)

@@ -13,8 +13,6 @@ from unittest import mock
 import pytest
 import torch
 
-from bench_engine import CASES, TWO_GRIDS, Everything, small, tiny_model
-from bench_health import OtherShift, coarse_weights, frozen_critic, other_path
 from fewstep.cli import main
 from fewstep.core import Rng
 from fewstep.diffusion import CFG, RectifiedFlow, Trig
@@ -31,6 +29,8 @@ from fewstep.methods.rollouts import NESTED
 from fewstep.models import Card, Lora, VideoModel
 from fewstep.models.lora import adapt, adapters, merge
 from fewstep.world.grammar import world_prompts
+from support_engine import CASES, TWO_GRIDS, Everything, small, tiny_model
+from support_health import OtherShift, coarse_weights, frozen_critic, other_path
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 

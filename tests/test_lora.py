@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bench_engine import FRAMES, small, tiny_model
 from fewstep.core import Batch, Cond, Rng
 from fewstep.diffusion import CFG
 from fewstep.engine import Optim, Parallel, Settings, train
@@ -22,6 +21,7 @@ from fewstep.methods import DMD2, Consistency, Nets, OneStep, Progressive, Recon
 from fewstep.models import Denoiser, Lora, VideoModel, fingerprint
 from fewstep.models.lora import adapt, duplicate, load_adapter, merge, save_adapter, weaken
 from fewstep.world.data import WorldClips
+from support_engine import FRAMES, small, tiny_model
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 LORA = Lora(rank=4, alpha=8.0)

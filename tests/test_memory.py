@@ -13,8 +13,6 @@ import pytest
 import torch
 
 import fewstep
-from bench_engine import CASES, FRAMES, small, tiny_model
-from bench_memory import METHOD, settings_of
 from fewstep.cli.plan import planned, variants
 from fewstep.engine import Parallel
 from fewstep.engine.memory import FLOAT, Holding, Means, Phase, Plan, fitting, optimizer_bytes, parse_bytes, remedies
@@ -27,6 +25,8 @@ from fewstep.models.bundle import describe, read_card
 from fewstep.models.source import Pretrained
 from fewstep.recipe import Recipe
 from fewstep.world.data import WorldClips
+from support_engine import CASES, FRAMES, small, tiny_model
+from support_memory import METHOD, settings_of
 
 TOLERANCE = 0.15
 
@@ -245,7 +245,7 @@ def taken(given: dict[str, Any]) -> int:
         "PYTHONPATH": str(Path(fewstep.__file__).parents[1]), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1",
         "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536",
     }  # fmt: skip
-    bench = Path(__file__).parent / "bench_memory.py"
+    bench = Path(__file__).parent / "support_memory.py"
     done = subprocess.run(
         [sys.executable, str(bench), json.dumps(given)], env=environment, capture_output=True, text=True, check=True
     )

@@ -6,8 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from bench_engine import TinyImages
-from bench_gaussian import terms
 from fewstep.core import Batch, Pairs, Rng
 from fewstep.core.build import build, dump
 from fewstep.diffusion import CFG, DENSITIES, Contract, RectifiedFlow, uniform_grid
@@ -40,6 +38,8 @@ from fewstep.models.discriminators import FeatureHeads, JointHead
 from fewstep.models.features import ClipFeatures
 from fewstep.models.text import TextEncoder
 from fewstep.models.video_dit import VideoDiT
+from support_engine import TinyImages
+from support_gaussian import terms
 
 B, SHAPE, SIZES = 2, (4, 3, 4, 4), (3, 5)
 METHOD_NAMES = {cls.__name__: cls for cls in (*METHODS, *ROLLOUTS, *DENSITIES)}

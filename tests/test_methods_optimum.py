@@ -5,20 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench_gaussian import (
-    RF,
-    AffineTableStudent,
-    Counting,
-    ExactCritic,
-    GaussianTeacher,
-    f64,
-    make_batch,
-    minimise,
-    normal,
-    run,
-    stored_pairs,
-    terms,
-)  # fmt: skip
 from fewstep.core import Pairs, Rng
 from fewstep.diffusion import CFG, VP, Contract, NoisePath, Trig, from_x0, uniform_grid
 from fewstep.methods import (
@@ -32,6 +18,20 @@ from fewstep.methods import (
     Progressive,
 )  # fmt: skip
 from fewstep.methods.progressive import landing
+from support_gaussian import (
+    RF,
+    AffineTableStudent,
+    Counting,
+    ExactCritic,
+    GaussianTeacher,
+    f64,
+    make_batch,
+    minimise,
+    normal,
+    run,
+    stored_pairs,
+    terms,
+)  # fmt: skip
 
 MEANS, STD = f64(-0.2, 0.7), 0.4
 paths = pytest.mark.parametrize("path", [RF, Trig()], ids=lambda p: type(p).__name__)

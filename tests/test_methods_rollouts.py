@@ -5,11 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench_gaussian import SCALAR, AffineTableStudent, Counting, GaussianTeacher, f64, make_batch, normal, stored_pairs
 from fewstep.core import Rng
 from fewstep.diffusion import CFG, EDM, Contract, solve, uniform_grid
 from fewstep.methods import BackwardSimulation, FromData, FromPairs, OneStep, Rollout
 from fewstep.methods.rollouts import NESTED
+from support_gaussian import (
+    SCALAR,
+    AffineTableStudent,
+    Counting,
+    GaussianTeacher,
+    f64,
+    make_batch,
+    normal,
+    stored_pairs,
+)
 
 FOUR = (1.0, 0.75, 0.5, 0.25)
 TEACHER = Contract(solver="euler", steps=50, shift=3.0, guidance=CFG(scale=4.0))

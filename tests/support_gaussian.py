@@ -1,4 +1,4 @@
-"""Test bench: diffusion models whose every quantity has a closed form.
+"""What tests share: diffusion models whose every quantity has a closed form.
 
 Data of class c are `N(mean_c, std^2)` in every latent element. The class travels as `cond.text[:, 0, 0]`; class 0 is
 the null prompt. With `S_t^2 = a^2 std^2 + s^2` the posterior mean, the ODE flow map, guidance and any number of DDIM

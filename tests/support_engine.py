@@ -1,4 +1,4 @@
-"""Test bench: a tiny real video model, data with every field, and one small run per method."""
+"""What tests share: a tiny real video model, data with every field, and one small run per method."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def die_at(moment: str, number: int) -> None:
 def die(target: Callable[..., VideoModel], moment: str, number: int, *arguments: Any) -> None:
     """Call `target` in another process, which sends itself SIGKILL at a fixed moment: no clock decides what is tested."""
     context = get_context("forkserver")  # which imports torch once, for all its children
-    context.set_forkserver_preload(["bench_engine"])
+    context.set_forkserver_preload(["support_engine"])
     process = context.Process(target=_die, args=(target, moment, number, arguments))
     process.start()
     process.join()
