@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from fewstep.core import Batch, Cond, Pairs, Rng
 from fewstep.diffusion import Kind, NoisePath, Prediction, RectifiedFlow, target, uniform_grid
 from fewstep.diffusion.path import broadcast
-from fewstep.methods import Method, Nets, Sync, Update
+from fewstep.methods import BackwardSimulation, Method, Nets, Sync, Update
 
 RF = RectifiedFlow()
 SCALAR = (1, 1, 1, 1)
+ONE_STEP = BackwardSimulation(grids=((1.0,),))
+"""Pure noise to clean latents in one call."""
 
 
 def f64(*values: float) -> Tensor:
