@@ -179,6 +179,20 @@ def test_runs_that_distil_nothing_are_not_examined(tmp_path: Path, capsys: pytes
         assert reason in " ".join(capsys.readouterr().err.split()) and read_record(tmp_path / case) is None
 
 
+def test_every_run_without_checks_has_its_reason() -> None:
+    silent, settings = tiny_model(), small(3, health=OFTEN)
+    del silent.parts["text"], silent.parts["codec"]
+    for reason, arguments in {
+        "settings.health is null": (tiny_model(), METHOD, small(3, health=None)),
+        "2 iterations are fewer": (tiny_model(), METHOD, small(2, health=OFTEN)),
+        "the model has no codec and no text": (silent, METHOD, settings),
+        "Silent reads no prompts": (tiny_model(), type("Silent", (DMD2,), {"needs": frozenset()})(), settings),
+        "": (tiny_model(), METHOD, settings),
+    }.items():
+        said = monitor.unexamined(*arguments)
+        assert said.startswith(reason) and bool(said) == bool(reason)
+
+
 def test_settings_are_checked() -> None:
     with pytest.raises(ValueError, match="settings.health.seeds must be at least 2, got 1"):
         Health(seeds=1)
