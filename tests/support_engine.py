@@ -23,7 +23,7 @@ from fewstep.engine.run import Run
 from fewstep.methods import AVDM2, DMD2, METHODS, BackwardSimulation, FlowMatching, Method, Progressive, ReadAttributes
 from fewstep.methods.rollouts import NESTED
 from fewstep.models import Card, ClipFeatures, Denoiser, FrameAutoencoder, TextEncoder, VideoDiT, VideoModel
-from fewstep.models.bundle import describe
+from fewstep.models.bundle import PARTS, describe
 from fewstep.models.source import ModelSource
 from fewstep.world.data import WorldClips
 
@@ -69,8 +69,9 @@ class TinyImages(ModelSource):
         model = self.load()
         return replace(model.card, parts={name: describe(part) for name, part in model.parts.items()})
 
-    def load(self, leave: Collection[str] = ()) -> VideoModel:
-        return tiny_model(self.seed, VP(), "eps")
+    def load(self, leave: Collection[str] = (), parts: Collection[str] = PARTS) -> VideoModel:
+        model = tiny_model(self.seed, VP(), "eps")
+        return VideoModel(model.card, {name: part for name, part in model.parts.items() if name in parts})
 
 
 CASES: Mapping[str, Method] = {cls.__name__: cls() for cls in METHODS} | {

@@ -272,7 +272,7 @@ def test_another_model_is_checked_and_not_stored(tmp_path: Path) -> None:
 
     @dataclass(frozen=True, kw_only=True)
     class Retrained(TinyImages):
-        def load(self, leave: Any = ()) -> VideoModel:
+        def load(self, leave: Any = (), parts: Any = ()) -> VideoModel:
             return TinyImages(seed=8).load()
 
     with pytest.raises(CheckpointError, match="image_teacher weights was"):
@@ -282,7 +282,7 @@ def test_another_model_is_checked_and_not_stored(tmp_path: Path) -> None:
 def test_another_models_latents_and_text_must_fit() -> None:
     @dataclass(frozen=True, kw_only=True)
     class OtherWords(TinyImages):
-        def load(self, leave: Any = ()) -> VideoModel:
+        def load(self, leave: Any = (), parts: Any = ()) -> VideoModel:
             return tiny_model().with_part("text", TextEncoder(width=32, depth=1, heads=2))
 
     recipe = Recipe(model=TinyImages(), method=ENGINE, data=Everything(), settings=small(1))

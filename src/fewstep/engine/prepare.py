@@ -77,9 +77,9 @@ def prepare(
 
 
 def load_others(method: Method, processes: Processes) -> dict[str, VideoModel]:
-    """The other models a method reads, by role. Weights that will be sharded stay where they are stored."""
+    """The denoisers of other models that a method reads, by role. Weights that will be sharded stay where they are stored."""
     leave = ("denoiser",) if processes.weights is not None else ()
-    return {role: source.load(leave=leave) for role, source in sources(method).items()}
+    return {role: source.load(leave=leave, parts=("denoiser",)) for role, source in sources(method).items()}
 
 
 def told(others: Mapping[str, VideoModel]) -> dict[str, str]:
