@@ -81,9 +81,9 @@ class Monitor:
             if isinstance(event, Update) and "student" not in event.roles:
                 yield from [event] * self.extra
 
-    def compare(self, terms: Mapping[str, Tensor], roles: str) -> None:
+    def compare(self, terms: Mapping[str, Tensor], roles: tuple[str, ...]) -> None:
         """The loss terms of a graph that is about to run backward: how their gradients agree, where that can be had."""
-        if "student" not in roles.split("+"):
+        if "student" not in roles:
             return
         self.names |= set(terms)
         if self.terms is not None and len(self.names) > 1 and not self.settings.compile and self.processes.world == 1:
