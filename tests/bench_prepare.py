@@ -29,12 +29,12 @@ def run(videos: Path, output: Path, rank: int = -1, number: int = 0) -> None:
     encode, notes = model.codec.encode, output.with_name(f"{output.name}.encoded.{here.rank}")
     calls = count(1)
 
-    def noted(frames: Tensor) -> Tensor:
+    def noted(frames: Tensor, **options: bool) -> Tensor:
         with notes.open("a") as file:
             file.write(f"{float(frames.mean()):.3f}\n")
         if (here.rank, here.attempt, next(calls)) == (rank, 0, number):
             os.kill(os.getpid(), signal.SIGKILL)
-        return encode(frames)
+        return encode(frames, **options)
 
     model.codec.encode = noted  # type: ignore[method-assign]
     made = prepare(videos, output, model.codec, PLAN)

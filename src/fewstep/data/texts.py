@@ -9,6 +9,7 @@ from itertools import chain
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.nn.functional import pad
 
 from fewstep.core import Cond
@@ -21,8 +22,8 @@ from fewstep.models.text import TextEncoder
 PART = 1024
 """Prompts per part: what one process takes at once."""
 SHARD = 64
-KEPT = 8192
-"""Distinct prompts kept. Beyond that the oldest are forgotten, and read or encoded again when they come back."""
+KEPT = 2**31
+"""Bytes of states kept. Beyond that the oldest are forgotten, and read or encoded again when they come back."""
 
 
 class Texts:
@@ -44,6 +45,7 @@ class Texts:
         self.encoder = model.text if "prompts" in needs or "text" in model.parts else None
         self.length = self.encoder.length if self.encoder is not None else 1
         self.known: dict[str, Cond] = {}
+        self.bytes = 0
         self.stored = store_texts(model, prompts, cache) if cache and self.encoder is not None else None
 
     def __call__(self, prompts: Sequence[str], device: str | torch.device) -> tuple[Cond, Cond]:
@@ -54,9 +56,10 @@ class Texts:
 
     def _states(self, prompt: str) -> Cond:
         if prompt not in self.known:
-            if len(self.known) >= KEPT:
-                del self.known[next(iter(self.known))]
             self.known[prompt] = self._make(prompt)
+            self.bytes += _size(self.known[prompt])
+            while self.bytes > KEPT and len(self.known) > 1:
+                self.bytes -= _size(self.known.pop(next(iter(self.known))))
         return self.known[prompt]
 
     def _make(self, prompt: str) -> Cond:
@@ -97,13 +100,20 @@ def store_texts(
 
 
 def _store_part(encoder: TextEncoder, prompts: Sequence[str], part: ShardWriter) -> None:
+    """Every prompt as long as it is, in the type that the encoder's weights have where that loses nothing."""
+    dtype = next(encoder.parameters()).dtype
     for prompt in prompts[len(part.rows) :]:
         cond = _encode(encoder, prompt)
-        full = _padded(cond, encoder.length)
-        tensors = {"text": full.text[0].float(), "mask": full.mask[0].to(torch.uint8)}
-        row = {"caption": prompt, "length": cond.mask.shape[1], "extra": sorted(cond.extra)}
-        part.add(row, tensors | {name: x[0].float() for name, x in cond.extra.items()}, {})
+        tensors = {"text": _narrow(cond.text[0], dtype), "mask": cond.mask[0].to(torch.uint8)}
+        extra = {name: _narrow(x[0], dtype) for name, x in cond.extra.items()}
+        part.add({"caption": prompt, "length": cond.mask.shape[1], "extra": sorted(extra)}, tensors | extra, {})
     part.finish({})
+
+
+def _narrow(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """As float32 if not all of it is exact in `dtype`."""
+    narrow, exact = value.to(dtype), value.float()
+    return narrow if torch.equal(narrow.float(), exact) else exact
 
 
 def _digest(prompts: Iterable[str]) -> str:
@@ -119,9 +129,13 @@ def _read(stored: ShardReader, prompt: str) -> Cond:
     row = stored.row(index) if index < len(stored) else {}
     if row.get("caption") != prompt:
         raise KeyError(prompt)
-    read = {name: stored.read(name, [index]) for name in ("text", "mask", *row["extra"])}
+    read = {name: stored.read_ragged(name, row)[None].float() for name in ("text", "mask", *row["extra"])}
     text, mask = (read.pop(name)[:, : row["length"]] for name in ("text", "mask"))
     return Cond(text, mask.bool(), read)
+
+
+def _size(cond: Cond) -> int:
+    return sum(x.nbytes for x in cond.tensors)
 
 
 @torch.no_grad()
