@@ -88,13 +88,16 @@ def prepare(options: arguments.Prepare) -> int:
         shots=options.shots,
     )  # fmt: skip
     keep = Keep(**{field.name: getattr(options, field.name) for field in fields(Keep)})
+    plan = Preparation(
+        cut=cut, keep=keep, batch=options.batch, threads=options.threads, autocast=options.autocast
+    )  # fmt: skip
     share = f" (process 1 of {peers.world})" if peers.world > 1 else ""
     if peers.leads:
         every = f", every {cut.stride} frames of the file" if cut.stride > 1 else ""
         print(f"clips of {cut.num_frames} frames of {cut.height} x {cut.width}{every}", flush=True)
     with telling(options.quiet or not peers.leads) as tell:
         prepared = encode(
-            options.videos, options.output, model.codec, Preparation(cut=cut, keep=keep), layout=options.layout,
+            options.videos, options.output, model.codec, plan, layout=options.layout,
             root=options.root, progress=lambda e: tell(f"videos{share}", e.done, e.total),
         )  # fmt: skip
         if options.texts:
@@ -155,6 +158,7 @@ def sample(options: arguments.Sample) -> int:
 
 def pairs(options: arguments.Pairs) -> int:
     from fewstep.cli.pace import telling
+    from fewstep.core.peers import meet_peers, part_company
     from fewstep.data.pairs import PairPlan, make_pairs, pairs_cost
     from fewstep.data.prompts import read_prompts
     from fewstep.diffusion import CFG
@@ -171,24 +175,26 @@ def pairs(options: arguments.Pairs) -> int:
     plan = PairPlan(
         times=options.times, steps=options.steps, seed=options.seed, num_frames=options.num_frames,
         guidance=None if options.guidance_scale is None else CFG(scale=options.guidance_scale),
+        storage=options.storage, autocast=options.autocast, shard_size=options.shard_size,
     )  # fmt: skip
-    model = VideoModel.from_pretrained(options.model)
+    peers = meet_peers()
+    model = VideoModel.from_pretrained(options.model).to(_own_device(options.device))
     cost = pairs_cost(model, len(prompts), plan)
-    print(
-        f"{cost.pairs} pairs of {cost.nfe_per_pair} network evaluations each, {cost.nfe:,} in all; "
-        f"{cost.bytes / 2**20:,.1f} MiB",
-        flush=True,
-    )
-    with telling(options.quiet) as progress:
-        made = make_pairs(
-            model,
-            prompts,
-            options.output,
-            plan,
-            batch=options.batch,
-            progress=lambda e: progress("pairs", e.done, e.total),
+    share = f" (process 1 of {peers.world})" if peers.world > 1 else ""
+    if peers.leads:
+        print(
+            f"{cost.pairs} pairs of {cost.nfe_per_pair} network evaluations each, {cost.nfe:,} in all; "
+            f"{cost.bytes / 2**20:,.1f} MiB",
+            flush=True,
         )
-    print(f"{made.pairs} pairs, preview in {made.preview}")
+    with telling(options.quiet or not peers.leads) as tell:
+        made = make_pairs(
+            model, prompts, options.output, plan, batch=options.batch,
+            progress=lambda e: tell(f"pairs{share}", e.done, e.total),
+        )  # fmt: skip
+    if peers.leads:
+        print(f"{made.pairs} pairs, preview in {made.preview}")
+    part_company()
     return _made(made.folder)
 
 
