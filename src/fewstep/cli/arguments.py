@@ -210,6 +210,10 @@ class Evaluate(Command):
     """Captioned videos (a folder, captions.jsonl or a CSV table); their captions are the prompts."""
     stride: int | None = None
     """Of the real clips: take every so many frames of the file (default: 4)."""
+    layout: Literal["plain", "openvid", "webvid", "ucf101", "tars"] | None = None
+    """How the real clips lie on disk, as for fewstep prepare (default: plain)."""
+    root: str | None = None
+    """Folder that the names of the real clips start from (default: the dataset's own)."""
     features: str = "auto"
     """Of the distance: a TorchScript file (I3D), which runs code, so give only one that you trust; a folder of a video
     encoder (VideoMAE) or with features of fewstep's own; `pooled`; or auto: the built-in world's where they fit."""

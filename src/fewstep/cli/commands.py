@@ -232,16 +232,16 @@ def _suite(options: arguments.Evaluate) -> Suite:
     }  # fmt: skip
     chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if options.suite == "world":
-        if options.real is not None or options.stride is not None:
-            raise UsageError("--real and --stride belong to --suite avdm2; add it, or leave them out")
+        if any(getattr(options, name) is not None for name in ("real", "stride", "layout", "root")):
+            raise UsageError("--real, --stride, --layout and --root belong to --suite avdm2; add it, or leave them out")
         return Suite(features=options.features, clip=str(options.clip or ""), **chosen)
     if options.real is None or options.clip is None or options.features == "auto":
         raise UsageError(
             "--suite avdm2 compares with real clips: give --real (captioned videos), --features (for example "
             "i3d_torchscript.pt) and --clip (a folder with CLIPModel and CLIPProcessor)"
         )
-    stride = {} if options.stride is None else {"stride": options.stride}
-    real = RealClips(path=str(options.real), **stride)
+    asked = {name: getattr(options, name) for name in ("stride", "layout", "root")}
+    real = RealClips(path=str(options.real), **{name: value for name, value in asked.items() if value is not None})
     return Suite.avdm2(real=real, features=options.features, clip=str(options.clip), **chosen)
 
 

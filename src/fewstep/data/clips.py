@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
@@ -42,7 +42,7 @@ def clips_of(item: Item, cut: Cut, keep: Keep) -> Iterator[Clip]:
 
 def ahead(
     sources: Iterable[tuple[K, Callable[[], Iterator[T]]]], *, threads: int, window: int, depth: int
-) -> Iterator[tuple[K, Iterator[T]]]:
+) -> Generator[tuple[K, Iterator[T]]]:
     """Every source in order, with its elements; `threads` read the next `window` sources meanwhile, `depth` elements of each.
 
     An error of a source comes where its next element would have been. Each source must be gone through before the next.

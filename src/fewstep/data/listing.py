@@ -36,15 +36,17 @@ class Listing:
         return Item(**{**row, "path": self.root / row["path"], "span": span})
 
 
-def open_listing(
-    source: str | Path, layout: Layout = "plain", root: str | Path = "", file: str | Path = ""
-) -> Listing:
+def open_listing(source: str | Path, layout: Layout = "plain", root: str | Path = "", file: str | Path = "") -> Listing:
     """The items of a dataset, read when asked for. `file` keeps them: it is written unless it is there already.
 
     Without it the list is made anew each time, in a temporary file. DataError as `read_listing`.
     """
     if file:
-        return Listing(file, root_of(source, root)) if Path(file).is_file() else write_listing(Path(file), source, layout, root)
+        return (
+            Listing(file, root_of(source, root))
+            if Path(file).is_file()
+            else write_listing(Path(file), source, layout, root)
+        )
     with tempfile.TemporaryDirectory(prefix="fewstep-") as folder:  # what is mapped into memory outlives its name
         return write_listing(Path(folder) / LISTING, source, layout, root)
 
