@@ -73,7 +73,7 @@ def prepare(options: arguments.Prepare) -> int:
     from fewstep.data.keep import Keep
     from fewstep.data.prepare import Preparation
     from fewstep.data.prepare import prepare as encode
-    from fewstep.data.store import ShardReader
+    from fewstep.data.store import Progress, ShardReader
     from fewstep.data.texts import store_texts
     from fewstep.data.video import Cut
     from fewstep.models.bundle import VideoModel
@@ -95,10 +95,18 @@ def prepare(options: arguments.Prepare) -> int:
     if peers.leads:
         every = f", every {cut.stride} frames of the file" if cut.stride > 1 else ""
         print(f"clips of {cut.num_frames} frames of {cut.height} x {cut.width}{every}", flush=True)
+        print("making the list of the videos", flush=True)
+    skipped = 0
     with telling(options.quiet or not peers.leads) as tell:
+
+        def progress(event: Progress) -> None:
+            nonlocal skipped
+            skipped += bool(event.problem)
+            tell(f"videos{share}", event.done, event.total, f"{skipped:,} dropped" if skipped else "")
+
         prepared = encode(
-            options.videos, options.output, model.codec, plan, layout=options.layout,
-            root=options.root, progress=lambda e: tell(f"videos{share}", e.done, e.total),
+            options.videos, options.output, model.codec, plan, layout=options.layout, root=options.root,
+            progress=progress,
         )  # fmt: skip
         if options.texts:
             store_texts(
