@@ -186,16 +186,21 @@ def test_errors_of_reading_are_problems_of_the_file(tmp_path: Path) -> None:
             next(clips_of(Item("name", path, "caption"), CUT, Keep()))
 
 
-def test_a_lost_disk_stops_the_run_and_costs_nothing(videos: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mounted", [False, True])
+def test_a_lost_disk_stops_the_run_and_costs_nothing(videos: Path, tmp_path: Path, mounted: bool) -> None:
     away = videos.with_name("away")
 
     def unmount(event: Progress) -> None:
         if event.done == 2:
             videos.rename(away)
+            if mounted:  # the empty folder stays
+                videos.mkdir()
 
     whole = prepare(videos, tmp_path / "whole", codec(), PLAN)
-    with pytest.raises(DataError, match=r"videos is not there any more, .* same command again to continue"):
+    with pytest.raises(DataError, match=r"videos is empty or not there any more, .* same command again to continue"):
         prepare(videos, tmp_path / "out", codec(), replace(PLAN, threads=1), progress=unmount)
+    if mounted:
+        videos.rmdir()
     away.rename(videos)
     assert prepare(videos, tmp_path / "out", codec(), PLAN).report == whole.report
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")

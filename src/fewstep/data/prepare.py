@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -119,6 +120,15 @@ def _list(source: str | Path, output: Path, layout: Layout, root: str | Path) ->
     fresh.replace(file)
 
 
+def _is_gone(folder: Path) -> bool:
+    """A disk that was taken away leaves nothing, or the empty folder that it was mounted on."""
+    try:
+        with os.scandir(folder) as found:  # which does not list a million files to find the first
+            return next(found, None) is None
+    except OSError:
+        return True
+
+
 def _digest(file: Path) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()[:12]
@@ -215,10 +225,10 @@ class _Part:
         try:
             self._take(item, clips)
         except ClipError as error:
-            if not self.root.is_dir():
+            if _is_gone(self.root):
                 raise DataError(
-                    f"{self.root} is not there any more, so this is no fault of its videos: bring it back, and run the "
-                    "same command again to continue"
+                    f"{self.root} is empty or not there any more, so this is no fault of its videos: bring it back, and run "
+                    "the same command again to continue"
                 ) from None
             problem = f"{error} (after {self.clips} clips)" if self.clips else str(error)
             self._drop(item, problem)
