@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from bench_engine import FRAMES, small, tiny_model
 from fewstep.core import Rng
-from fewstep.data import Prompts, StoredPairs, store, texts
+from fewstep.data import Progress, Prompts, StoredPairs, store, texts
 from fewstep.data.pairs import PairPlan, make_pairs
 from fewstep.data.texts import Texts
 from fewstep.engine.loop import prepare
@@ -85,6 +85,23 @@ def test_padded_states_of_earlier_versions_are_read(tmp_path: Path, monkeypatch:
     with safe_open(file, "pt") as shard:
         assert shard.get_tensor("text").shape == (3, model.text.length, model.text.width)
     assert torch.equal(Texts(model, NEEDS, tmp_path, PROMPTS)(PROMPTS, "cpu")[0].text, before(PROMPTS, "cpu")[0].text)
+
+
+def test_progress_counts_prompts_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(texts, "PART", 4)
+    monkeypatch.setattr(texts, "SHARD", 2)
+    model, prompts = tiny_model(), [f"prompt {number}" for number in range(8)]  # and the negative one
+    seen: list[int] = []
+
+    def killing(event: Progress) -> None:
+        seen.append(event.done)
+        if event.done == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        texts.store_texts(model, prompts, tmp_path, progress=killing)
+    texts.store_texts(model, prompts, tmp_path, progress=lambda event: seen.append(event.done))
+    assert seen == [1, 2, 3, 4, 5, 6, 7, 7, 8, 9]
 
 
 def test_what_is_kept_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:

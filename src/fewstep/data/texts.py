@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
@@ -79,7 +79,7 @@ def store_texts(
     """The states of all distinct `prompts`, and of the model's negative one, from a folder of their own in `cache`.
 
     What is not stored yet is encoded, by each of the `peers` a share: after a kill it goes on after the last whole shard.
-    Rows are in the order of their texts. `progress` is called once per part.
+    Rows are in the order of their texts. `progress` is called after every prompt of this process' share.
     """
     everything = chain((model.card.negative_prompt,), prompts)
     settings = {"text": fingerprint(model.text), "prompts": _digest(everything)}
@@ -87,11 +87,13 @@ def store_texts(
     if not is_complete(folder):
         wanted = sorted({model.card.negative_prompt, *prompts})
         writer = PartedWriter(folder, "texts", settings, -(-len(wanted) // PART), peers)
-        for done, number in enumerate(writer.mine, 1):
+        parts = {number: wanted[PART * number : PART * (number + 1)] for number in writer.mine}
+        done, total = 0, sum(map(len, parts.values()))
+        for number, mine in parts.items():
             part = writer.part(number, SHARD)
-            if not part.complete:
-                _store_part(model.text, wanted[PART * number : PART * (number + 1)], part)
-            progress(Progress(done, len(writer.mine), f"part {number}"))
+            for here, prompt in _store_part(model.text, mine, part) if not part.complete else ():
+                progress(Progress(done + here, total, prompt))
+            done += len(mine)
         peers.barrier()
         if peers.leads:
             writer.finish()
@@ -99,14 +101,18 @@ def store_texts(
     return ShardReader(folder, "texts")
 
 
-def _store_part(encoder: TextEncoder, prompts: Sequence[str], part: ShardWriter) -> None:
-    """Every prompt as long as it is, in the type that the encoder's weights have where that loses nothing."""
+def _store_part(encoder: TextEncoder, prompts: Sequence[str], part: ShardWriter) -> Iterator[tuple[int, str]]:
+    """Every prompt as long as it is, in the type that the encoder's weights have where that loses nothing.
+
+    How many are done, and the last of them.
+    """
     dtype = next(encoder.parameters()).dtype
-    for prompt in prompts[len(part.rows) :]:
+    for done, prompt in enumerate(prompts[len(part.rows) :], len(part.rows) + 1):
         cond = _encode(encoder, prompt)
         tensors = {"text": _narrow(cond.text[0], dtype), "mask": cond.mask[0].to(torch.uint8)}
         extra = {name: _narrow(x[0], dtype) for name, x in cond.extra.items()}
         part.add({"caption": prompt, "length": cond.mask.shape[1], "extra": sorted(extra)}, tensors | extra, {})
+        yield done, prompt
     part.finish({})
 
 
