@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from fewstep.core import Batch, Pairs, Rng, Seeds
 from fewstep.core.build import digest
+from fewstep.core.peers import meet_peers
 from fewstep.data.base import Data, DataError, Source, require
 from fewstep.data.order import draw_indices
-from fewstep.data.store import Progress, ShardReader, ShardWriter, Storage, read_manifest
+from fewstep.data.store import PartedWriter, Progress, ShardReader, ShardWriter, Storage, read_manifest
 from fewstep.data.texts import Texts
 from fewstep.data.video import write_video
 from fewstep.diffusion import CFG, Contract, Prediction, solve, uniform_grid
@@ -42,13 +43,20 @@ class PairPlan:
     """Pairs per prompt, each from its own noise."""
     num_frames: int | None = None
     storage: Storage = "float32"
+    autocast: Literal["off", "bf16"] = "off"
+    """Arithmetic of the teacher, as a run's `settings.autocast`: give the one that the student will be trained with."""
+    shard_size: int = 16
+    """Pairs per file: what is lost when it is killed, at most."""
+    part_size: int = 64
+    """Pairs that one process takes at once."""
 
     def __post_init__(self) -> None:
         check_grid(self.times)
         if self.solver == "renoise":
             raise ValueError("renoise is random and has no ODE pairs; choose euler, heun, ddim or dpmpp_2m")
-        if self.per_prompt < 1:
-            raise ValueError(f"per_prompt must be at least 1, got {self.per_prompt}")
+        for name in ("per_prompt", "shard_size", "part_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     def resolve(self, contract: Contract) -> Course:
         """The solver, exact grid and guidance this plan means for a teacher with `contract`."""
@@ -131,30 +139,48 @@ def make_pairs(
     plan: PairPlan,
     *,
     batch: int = 8,
-    shard_size: int = 64,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[Progress], None] = lambda event: None,
 ) -> PairsMade:
     """Run the teacher on `prompts` and keep its states at `plan.times` in `output`; `pairs_cost` tells the cost.
 
-    Killed and called again with the same arguments it continues and leaves the same bytes (another `batch` may change
-    last bits); a finished folder is returned as it is. `progress` is called after every batch. DataError if the folder
-    was begun with another teacher, plan or prompts; NonFiniteError if a state is not finite in `plan.storage`.
+    Under torchrun every process calls it, and each takes its share; the folder does not depend on how many there are.
+    Killed and called again with the same arguments, by as many or others, it continues and leaves the same bytes (another
+    `batch` may change last bits); a finished folder is returned as it is. `progress` is called after every batch of this
+    process' share. DataError if the folder was begun with another teacher, plan or prompts; NonFiniteError if a state is
+    not finite in `plan.storage`.
     """
     if not prompts or batch < 1:
         raise ValueError(f"make_pairs needs prompts and a batch size, got {len(prompts)} prompts and batch={batch}")
-    teacher = _Teacher(model, plan)
-    settings = {**teacher.facts(), "prompts": digest(list(prompts)), "count": len(prompts) * plan.per_prompt}
-    writer = ShardWriter(output, "pairs", settings, shard_size)
+    teacher, peers = _Teacher(model, plan), meet_peers()
+    count = len(prompts) * plan.per_prompt
+    settings = {**teacher.facts(), "prompts": digest(list(prompts)), "count": count}
+    writer = PartedWriter(output, "pairs", settings, -(-count // plan.part_size), peers)
     if not writer.complete:
-        for chunk in _chunks(len(writer.rows), settings["count"], batch, shard_size):
-            chosen = [prompts[i // plan.per_prompt] for i in chunk]
-            seeds = [plan.seed + i for i in chunk]
-            for prompt, seed, states in zip(chosen, seeds, teacher.states(chosen, seeds), strict=True):
-                writer.add({"caption": prompt, "seed": seed}, {"states": states}, {})
-            if progress is not None:
-                progress(Progress(chunk.stop, settings["count"], chosen[-1]))
-        writer.finish({}, teacher_name=model.card.name, nfe_per_pair=teacher.course.nfe)
-    return PairsMade(writer.folder, settings["count"], _preview(model, writer.folder))
+        parts = [range(n * plan.part_size, min((n + 1) * plan.part_size, count)) for n in writer.mine]
+        done, total = 0, sum(map(len, parts))
+        for number, pairs in zip(writer.mine, parts, strict=True):
+            part = writer.part(number, plan.shard_size)
+            for chunk in _chunks(len(part.rows), len(pairs), batch, plan.shard_size) if not part.complete else ():
+                last = _add(part, teacher, prompts, pairs[chunk.start : chunk.stop])
+                progress(Progress(done + chunk.stop, total, last))
+            if not part.complete:
+                part.finish({})
+            done += len(pairs)
+        peers.barrier()
+        if peers.leads:
+            writer.finish(teacher_name=model.card.name, nfe_per_pair=teacher.course.nfe)
+        peers.barrier()
+    with peers.in_turn():
+        return PairsMade(writer.folder, count, _preview(model, writer.folder))
+
+
+def _add(part: ShardWriter, teacher: _Teacher, prompts: Sequence[str], pairs: range) -> str:
+    """Make the pairs of these numbers, in one batch; the last one's prompt."""
+    plan = teacher.plan
+    chosen, seeds = [prompts[i // plan.per_prompt] for i in pairs], [plan.seed + i for i in pairs]
+    for prompt, seed, states in zip(chosen, seeds, teacher.states(chosen, seeds), strict=True):
+        part.add({"caption": prompt, "seed": seed}, {"states": states}, {})
+    return chosen[-1]
 
 
 class _Teacher:
@@ -172,7 +198,8 @@ class _Teacher:
         return {
             "teacher": {name: self.model.fingerprint(name) for name in ("denoiser", "text")},
             "times": plan.times, **asdict(self.course), "seed": plan.seed, "per_prompt": plan.per_prompt,
-            "latent_shape": self.shape, "storage": plan.storage,
+            "latent_shape": self.shape, "storage": plan.storage, "autocast": plan.autocast,
+            "shard_size": plan.shard_size, "part_size": plan.part_size,
         }  # fmt: skip
 
     @torch.no_grad()
@@ -184,7 +211,8 @@ class _Teacher:
         kept: list[Tensor] = []
 
         def denoise(x_t: Tensor, t: Tensor) -> Prediction:
-            return course.guidance(self.model.denoiser, x_t, t, cond, uncond)
+            with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.plan.autocast == "bf16"):
+                return course.guidance(self.model.denoiser, x_t, t, cond, uncond)
 
         def watch(i: int, prediction: Prediction) -> None:
             if course.grid[i] in self.plan.times:
