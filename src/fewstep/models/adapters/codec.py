@@ -9,6 +9,9 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
+from fewstep.models.adapters.chunks import CHUNKS, Chunks
+from fewstep.models.decoding import Decoded
+
 Kind = Literal[
     "AutoencoderKLWan", "AutoencoderKLLTXVideo", "AutoencoderKLCogVideoX", "AutoencoderKLHunyuanVideo",
     "AutoencoderKLHunyuanVideo15",
@@ -19,17 +22,27 @@ class VideoCodec(nn.Module):
     """Latents have mean 0 and deviation 1 per channel, as the denoiser knows them; always computed in float32, clip by clip.
 
     `config` is the arguments of diffusers' class `kind`; the denoiser takes latents in whole patches of `patch` rows and
-    columns. With `tiling` large frames are done in overlapping tiles, which need less memory and are not exactly the whole.
+    columns, and of `patch_frames` frames: repetitions of the first one are put before it, and left out again when decoded.
+    With `tiling` large frames are done in overlapping tiles, which need less memory and are not exactly the whole.
     """
 
     folders: ClassVar[tuple[str, ...]] = ("vae",)
 
     def __init__(
-        self, *, config: dict[str, Any], kind: Kind = "AutoencoderKLWan", patch: int = 1, tiling: bool = False
+        self,
+        *,
+        config: dict[str, Any],
+        kind: Kind = "AutoencoderKLWan",
+        patch: int = 1,
+        patch_frames: int = 1,
+        tiling: bool = False,
     ) -> None:
         super().__init__()
-        self.args = {"config": config, "kind": kind, "patch": patch, "tiling": tiling}
-        self.kind, self.patch = getattr(diffusers, kind), patch
+        self.args = {
+            "config": config, "kind": kind, "patch": patch, "patch_frames": patch_frames, "tiling": tiling
+        }  # fmt: skip
+        self.kind, self.patch, self.patch_frames = getattr(diffusers, kind), patch, patch_frames
+        self._chunks: type[Chunks] = CHUNKS[kind]
         self._hold(self.kind.from_config(config))
 
     def load(self, folder: Path) -> None:
@@ -57,31 +70,63 @@ class VideoCodec(nn.Module):
 
     def encode(self, frames: Tensor) -> Tensor:
         """`[B, 3, F, H, W]` in [-1, 1] to latents `[B, *latent_shape(F, H, W)]`: the mode of the posterior."""
-        self.latent_shape(*frames.shape[2:])
+        _, whole, _, _ = self.latent_shape(*frames.shape[2:])
         mean, std = self._statistics(frames)
         with torch.autocast(frames.device.type, enabled=False):
             modes = [self.vae.encode(clip).latent_dist.mode() for clip in frames.float().split(1)]
-            return (torch.cat(modes) - mean) / std
+            latents = (torch.cat(modes) - mean) / std
+        missing = whole - latents.shape[2]
+        return torch.cat([latents[:, :, :1].repeat(1, 1, missing, 1, 1), latents], 2) if missing else latents
 
     def decode(self, latents: Tensor) -> Tensor:
         """The frames, in [-1, 1]. A decoder that reads a time is given 0, as diffusers does."""
-        mean, std = self._statistics(latents)
-        reads_time = self.vae.config.get("timestep_conditioning", False)
-        time = {"temb": torch.zeros(1, device=latents.device)} if reads_time else {}
+        clips = self._own(latents, begins=True)
         with torch.autocast(latents.device.type, enabled=False):
-            clips = (latents.float() * std + mean).split(1)
-            return torch.cat([self.vae.decode(clip, **time).sample for clip in clips])
+            return torch.cat([self.vae.decode(clip, **self._told(latents)).sample for clip in clips.split(1)])
+
+    def decode_next(self, latents: Tensor, past: Any = None, *, last: bool = False) -> Decoded:
+        """As in `ChunkCodec`. Joined, the frames are those of `decode`; but for LTX, whose decoder looks far ahead: those of
+        overlapping tiles of three latent frames.
+
+        The first frames come with the first latent (Wan, HunyuanVideo 1.5), the third (CogVideoX, LTX) or the fifth
+        (HunyuanVideo). What is remembered does not grow with the clip, but for keys and values of one attention layer in
+        HunyuanVideo 1.5. ValueError where it cannot be done.
+        """
+        chunks = self._chunks(self.vae, self._told(latents))
+        if self.args["tiling"] and not chunks.tiles:
+            raise ValueError(f"{self.kind.__name__} does not decode chunks in tiles; set tiling: false")
+        clips = self._own(latents, begins=past is None).split(1)
+        with torch.autocast(latents.device.type, enabled=False):
+            made = [
+                chunks.next(clip, seen, last) for clip, seen in zip(clips, past or [None] * len(clips), strict=True)
+            ]
+        (_, space), (height, width) = self.factors, latents.shape[3:]
+        nothing = latents.new_zeros(1, 3, 0, height * space, width * space, dtype=torch.float32)
+        frames = [torch.cat([nothing, *parts], 2) for parts, _ in made]
+        return Decoded(torch.cat(frames), [seen for _, seen in made])
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """`(C, F, h, w)` of a clip; ValueError if the size cannot be encoded."""
         config, (time, space) = self.vae.config, self.factors
-        if num_frames % time != 1:
-            near = num_frames // time * time + 1
-            raise ValueError(f"num_frames must be {time} k + 1 for this codec, such as {near}, got {num_frames}")
+        unit = time * self._chunks.group
+        if num_frames % unit != 1:
+            near = num_frames // unit * unit + 1
+            raise ValueError(f"num_frames must be {unit} k + 1 for this codec, such as {near}, got {num_frames}")
         if height % (space * self.patch) or width % (space * self.patch):
             raise ValueError(f"height and width must be multiples of {space * self.patch}, got {height} x {width}")
         channels = config["z_dim"] if "z_dim" in config else config["latent_channels"]
-        return channels, num_frames // time + 1, height // space, width // space
+        frames = -(-(num_frames // time + 1) // self.patch_frames) * self.patch_frames
+        return channels, frames, height // space, width // space
+
+    def _own(self, latents: Tensor, *, begins: bool) -> Tensor:
+        """The autoencoder's own latents; where a clip begins, without the frames that only fill the first patch."""
+        mean, std = self._statistics(latents)
+        return latents[:, :, self.patch_frames - 1 if begins else 0 :].float() * std + mean
+
+    def _told(self, latents: Tensor) -> dict[str, Tensor]:
+        """What the decoder reads besides."""
+        reads_time = self.vae.config.get("timestep_conditioning", False)
+        return {"temb": torch.zeros(1, device=latents.device)} if reads_time else {}
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and deviation of the autoencoder's own latents, which its config or its weights name."""
