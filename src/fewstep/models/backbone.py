@@ -140,6 +140,8 @@ class Backbone(nn.Module, ABC):
     """Constructor arguments as plain values: what `Spec` needs to build the same network again."""
     width: int
     """Channels of `State.volume`, where all blocks have the same (see `widths`)."""
+    patch_frames: int = 1
+    """Latent frames that are one frame of `State.volume`."""
     blocks: nn.ModuleList
     """Each maps State to State."""
     shares: ClassVar[bool] = False

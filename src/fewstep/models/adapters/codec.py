@@ -9,6 +9,7 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
+from fewstep.core import Rng
 from fewstep.models.adapters.chunks import CHUNKS, Chunks
 from fewstep.models.decoding import Decoded
 
@@ -23,7 +24,8 @@ class VideoCodec(nn.Module):
 
     `config` is the arguments of diffusers' class `kind`; the denoiser takes latents in whole patches of `patch` rows and
     columns, and of `patch_frames` frames: repetitions of the first one are put before it, and left out again when decoded.
-    With `tiling` large frames are done in overlapping tiles, which need less memory and are not exactly the whole.
+    With `tiling` large frames are done in overlapping tiles, which need less memory and are not exactly the whole. A decoder
+    that reads a time is told `decode_time` and given latents of which `decode_noise` is noise, the same for every clip.
     """
 
     folders: ClassVar[tuple[str, ...]] = ("vae",)
@@ -36,12 +38,16 @@ class VideoCodec(nn.Module):
         patch: int = 1,
         patch_frames: int = 1,
         tiling: bool = False,
+        decode_time: float = 0.0,
+        decode_noise: float = 0.0,
     ) -> None:
         super().__init__()
         self.args = {
-            "config": config, "kind": kind, "patch": patch, "patch_frames": patch_frames, "tiling": tiling
+            "config": config, "kind": kind, "patch": patch, "patch_frames": patch_frames, "tiling": tiling,
+            "decode_time": decode_time, "decode_noise": decode_noise,
         }  # fmt: skip
         self.kind, self.patch, self.patch_frames = getattr(diffusers, kind), patch, patch_frames
+        self.decode_time, self.decode_noise = decode_time, decode_noise
         self._chunks: type[Chunks] = CHUNKS[kind]
         self._hold(self.kind.from_config(config))
 
@@ -79,8 +85,8 @@ class VideoCodec(nn.Module):
         return torch.cat([latents[:, :, :1].repeat(1, 1, missing, 1, 1), latents], 2) if missing else latents
 
     def decode(self, latents: Tensor) -> Tensor:
-        """The frames, in [-1, 1]. A decoder that reads a time is given 0, as diffusers does."""
-        clips = self._own(latents, begins=True)
+        """The frames, in [-1, 1]."""
+        clips = self._own(latents, 0)
         with torch.autocast(latents.device.type, enabled=False):
             return torch.cat([self.vae.decode(clip, **self._told(latents)).sample for clip in clips.split(1)])
 
@@ -95,15 +101,16 @@ class VideoCodec(nn.Module):
         chunks = self._chunks(self.vae, self._told(latents))
         if self.args["tiling"] and not chunks.tiles:
             raise ValueError(f"{self.kind.__name__} does not decode chunks in tiles; set tiling: false")
-        clips = self._own(latents, begins=past is None).split(1)
+        if any(self.vae.config.get("decoder_inject_noise") or ()):
+            raise ValueError("this autoencoder draws noise for a whole clip; decode its clips whole")
+        before, pasts = past or (0, [None] * len(latents))
         with torch.autocast(latents.device.type, enabled=False):
-            made = [
-                chunks.next(clip, seen, last) for clip, seen in zip(clips, past or [None] * len(clips), strict=True)
-            ]
+            clips = self._own(latents, before).split(1)
+            made = [chunks.next(clip, seen, last) for clip, seen in zip(clips, pasts, strict=True)]
         (_, space), (height, width) = self.factors, latents.shape[3:]
         nothing = latents.new_zeros(1, 3, 0, height * space, width * space, dtype=torch.float32)
         frames = [torch.cat([nothing, *parts], 2) for parts, _ in made]
-        return Decoded(torch.cat(frames), [seen for _, seen in made])
+        return Decoded(torch.cat(frames), (before + latents.shape[2], [seen for _, seen in made]))
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """`(C, F, h, w)` of a clip; ValueError if the size cannot be encoded."""
@@ -118,15 +125,21 @@ class VideoCodec(nn.Module):
         frames = -(-(num_frames // time + 1) // self.patch_frames) * self.patch_frames
         return channels, frames, height // space, width // space
 
-    def _own(self, latents: Tensor, *, begins: bool) -> Tensor:
-        """The autoencoder's own latents; where a clip begins, without the frames that only fill the first patch."""
+    def _own(self, latents: Tensor, before: int) -> Tensor:
+        """The autoencoder's own latents of those that follow `before` others, without what only fills the first patch."""
         mean, std = self._statistics(latents)
-        return latents[:, :, self.patch_frames - 1 if begins else 0 :].float() * std + mean
+        z = latents.float() * std + mean
+        if self.decode_noise and z.shape[2]:
+            _, channels, frames, height, width = z.shape
+            shape, rng = (channels, height, width), Rng(0, device=str(z.device))
+            drawn = [rng.randn(shape, f"decode/{frame}") for frame in range(before, before + frames)]
+            z = torch.lerp(z, torch.stack(drawn, 1).expand_as(z), self.decode_noise)
+        return z if before else z[:, :, self.patch_frames - 1 :]
 
     def _told(self, latents: Tensor) -> dict[str, Tensor]:
         """What the decoder reads besides."""
         reads_time = self.vae.config.get("timestep_conditioning", False)
-        return {"temb": torch.zeros(1, device=latents.device)} if reads_time else {}
+        return {"temb": torch.full((1,), self.decode_time, device=latents.device)} if reads_time else {}
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and deviation of the autoencoder's own latents, which its config or its weights name."""

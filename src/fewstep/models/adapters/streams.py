@@ -58,12 +58,13 @@ class StreamsBackbone(DiffusersBackbone):
 
     def _grid(self, x: Tensor, t: Tensor, kv: KVView | None) -> Grid3:
         _, channels, frames, height, width = x.shape
-        if channels != self.channels or height % self.patch or width % self.patch:
+        if channels != self.channels or frames % self.patch_frames or height % self.patch or width % self.patch:
             raise ValueError(
-                f"latents [B, C, F, H, W] need C = {self.channels} and H, W multiples of {self.patch}, got {tuple(x.shape)}"
+                f"latents [B, C, F, H, W] need C = {self.channels}, F a multiple of {self.patch_frames} and H, W multiples "
+                f"of {self.patch}, got {tuple(x.shape)}"
             )
         require_whole_clips(type(self).__name__, x, t, kv)
-        return Grid3(frames, height // self.patch, width // self.patch)
+        return Grid3(frames // self.patch_frames, height // self.patch, width // self.patch)
 
 
 class StreamsBlock(nn.Module):
