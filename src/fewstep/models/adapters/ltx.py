@@ -158,10 +158,11 @@ class LTX(DiffusersBackbone):
         return _latents(tokens_BNC, state.grid)
 
     def original(self) -> Original:
-        original = super().original()
-        return original._replace(
-            pack=_tokens, unpack=lambda made, shape: _latents(made, shape[2:]), told={"frame_rate": self.fps}
-        )
+        """Diffusers' newer pipeline gives latents, the older one tokens."""
+        original = super().original()._replace(pack=_tokens, told={"frame_rate": self.fps})
+        if self.first_pixels:
+            return original
+        return original._replace(unpack=lambda made, shape: _latents(made, shape[2:]))
 
     def by_original(self, network: Any, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         time, space = self.compression
