@@ -406,7 +406,7 @@ TINY = {
         text_arguments={"do_classifier_free_guidance": False, "max_sequence_length": 256},
     ),
     "cogvideox": Tiny(
-        make=cogvideox, size={"num_frames": 9, "height": 48, "width": 80}, encode=scaled_encode,
+        make=cogvideox, size={"num_frames": 9, "height": 48, "width": 96}, encode=scaled_encode,
         sample=cogvideox_sample, times=levels,
         card={"num_frames": 9, "height": 64, "width": 80, "fps": 8, "kind": "v", "path": COGVIDEOX_PATH},
         text_arguments={"do_classifier_free_guidance": False, "max_sequence_length": 16},

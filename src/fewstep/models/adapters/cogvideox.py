@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
-from diffusers.models.embeddings import get_3d_rotary_pos_embed, get_3d_sincos_pos_embed
+from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
+from diffusers.models.embeddings import apply_rotary_emb, get_3d_rotary_pos_embed, get_3d_sincos_pos_embed
 from torch import Tensor, nn
 
-from fewstep.attention import Grid3, KVView
+from fewstep.attention import Grid3, KVView, Ulysses
 from fewstep.core.types import Cond
 from fewstep.diffusion import timestep
 from fewstep.models.adapters.ddpm import contract_of, kind_of, path_of
@@ -25,6 +26,7 @@ from fewstep.models.adapters.streams import Streams, StreamsBackbone, StreamsBlo
 from fewstep.models.backbone import Original
 from fewstep.models.bundle import Card
 from fewstep.models.spec import Spec
+from fewstep.models.video_dit import split_heads
 
 _OFFSET = 2.0
 """What an `ofs` embedding is told, always."""
@@ -76,6 +78,7 @@ class CogVideoX(StreamsBackbone):
     """
 
     network = CogVideoXTransformer3DModel
+    shares = True
 
     def __init__(self, *, config: dict[str, Any], num_train_timesteps: int = 1000) -> None:
         super().__init__()
@@ -96,6 +99,8 @@ class CogVideoX(StreamsBackbone):
             self.patch_embed.register_buffer("pos_embedding", inner.pos_embedding)
         self.time_proj, self.time_embedding = network.time_proj, network.time_embedding
         self.ofs_proj, self.ofs_embedding = network.ofs_proj, network.ofs_embedding
+        for block in network.transformer_blocks:
+            block.attn1.set_processor(SharedAttention())
         self.blocks = nn.ModuleList(map(StreamsBlock, network.transformer_blocks))
         self.norm_final, self.norm_out, self.proj_out = network.norm_final, network.norm_out, network.proj_out
 
@@ -202,3 +207,32 @@ class CogVideoX(StreamsBackbone):
         return torch.stack(
             get_3d_rotary_pos_embed(width, grid_size=size, temporal_size=grid.frames, device=device, **places)
         )
+
+
+class SharedAttention(CogVideoXAttnProcessor2_0):
+    """Diffusers' attention of text and clip, or the same where processes share the clip's tokens."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        shared: Ulysses | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        if shared is None:
+            done: tuple[Tensor, Tensor] = super().__call__(
+                attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
+            )
+            return done
+        length, x = encoder_hidden_states.shape[1], torch.cat([encoder_hidden_states, hidden_states], 1)
+        q, k, v = (split_heads(layer(x), attn.heads) for layer in (attn.to_q, attn.to_k, attn.to_v))
+        q, k = attn.norm_q(q), attn.norm_k(k)
+        if image_rotary_emb is not None:
+            q, k = (
+                torch.cat([h[:, :, :length], apply_rotary_emb(h[:, :, length:], image_rotary_emb)], 2) for h in (q, k)
+            )
+        mixed = shared.attend_beside(q, k, v, length).transpose(1, 2).flatten(2)
+        text, clip = attn.to_out[0](mixed).tensor_split((length,), 1)
+        return clip, text
