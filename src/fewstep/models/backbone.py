@@ -145,8 +145,8 @@ class Backbone(nn.Module, ABC):
     blocks: nn.ModuleList
     """Each maps State to State."""
     shares: ClassVar[bool] = False
-    """Whether the tokens of a clip may lie on several processes: the blocks' self-attention is `context.attend`, and
-    everything else they do is done token by token."""
+    """Whether the tokens of a clip may lie on several processes: the blocks' self-attention is `context.attend` (or
+    `Ulysses.attend_beside`), and everything else they do is done token by token."""
     shared: Ulysses | None = None
     """The processes that share every clip of this network, see `spread`."""
     checkpointing: bool = False
