@@ -198,8 +198,8 @@ def frames_by(vae: Any) -> FrameCodec:
 
 
 def memory(past: Any) -> int:
-    """Numbers in it."""
+    """float32 numbers that it keeps alive."""
     if isinstance(past, Tensor):
-        return past.numel()
+        return past.untyped_storage().nbytes() // 4
     inner = past.values() if isinstance(past, dict) else past if isinstance(past, list | tuple) else ()
     return sum(map(memory, inner))

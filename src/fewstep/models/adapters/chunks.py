@@ -97,7 +97,7 @@ class TimeTiles(Chunks):
             if tail is not None:  # the first frame is that of a clip which begins here
                 frames, kept = vae.blend_t(tail, frames[:, :, 1:].contiguous(), blend), kept - 1
             made.append(frames[:, :, :kept])
-            waiting, tail = waiting[:, :, stride:], frames[:, :, -blend:]
+            waiting, tail = waiting[:, :, stride:], frames[:, :, -blend:].clone()
         return made, (waiting, tail)
 
     def _decode(self, z: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ class _Walk:
         left, right, top, bottom, back, _ = conv.time_causal_padding
         before = self.past[len(self.new)] if self.past else x[:, :, :1].repeat(1, 1, back, 1, 1)
         read = torch.cat([before, x], 2)
-        self.new.append(read[:, :, -back:])
+        self.new.append(read[:, :, -back:].clone())  # not a view, which would keep all of `read`
         padded: Tensor = conv.conv(F.pad(read, (left, right, top, bottom, 0, 0), mode=conv.pad_mode))
         return padded
 
