@@ -6,17 +6,17 @@ exactly its latents shifted by 1. Legend: K frames of the whole batch (B x F fol
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fewstep.models.decoding import FrameByFrame
 
-class FrameAutoencoder(nn.Module):
+
+class FrameAutoencoder(FrameByFrame, nn.Module):
     """Compresses each frame by 4 x 4 pixels; about one million parameters at the default size."""
 
-    downsample: ClassVar[int] = 4
+    downsample: int = 4
 
     def __init__(self, *, latent_channels: int = 4, width: int = 48, depth: int = 2) -> None:
         super().__init__()

@@ -140,11 +140,13 @@ class Backbone(nn.Module, ABC):
     """Constructor arguments as plain values: what `Spec` needs to build the same network again."""
     width: int
     """Channels of `State.volume`, where all blocks have the same (see `widths`)."""
+    patch_frames: int = 1
+    """Latent frames that are one frame of `State.volume`."""
     blocks: nn.ModuleList
     """Each maps State to State."""
     shares: ClassVar[bool] = False
-    """Whether the tokens of a clip may lie on several processes: the blocks' self-attention is `context.attend`, and
-    everything else they do is done token by token."""
+    """Whether the tokens of a clip may lie on several processes: the blocks' self-attention is `context.attend` (or
+    `Ulysses.attend_beside`), and everything else they do is done token by token."""
     shared: Ulysses | None = None
     """The processes that share every clip of this network, see `spread`."""
     checkpointing: bool = False

@@ -60,7 +60,7 @@ def times(s: Subject) -> Measured:
         raise NotApplicable("a student has times of its own")
     from fewstep.models.adapters.pipeline import recommended_times
 
-    theirs = recommended_times(layout.scheduler(), s.options.steps, s.tokens)
+    theirs = recommended_times(layout, s.options.steps, s.tokens)
     ours = contract.times(s.options.steps)
     return Measured(max(abs(a - b) for a, b in zip(ours, theirs, strict=True)), 1e-5)
 

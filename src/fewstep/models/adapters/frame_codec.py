@@ -11,9 +11,10 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from fewstep.models.adapters.unet import to_clips, to_images
+from fewstep.models.decoding import FrameByFrame
 
 
-class FrameCodec(nn.Module):
+class FrameCodec(FrameByFrame, nn.Module):
     """The autoencoder of Stable Diffusion and AnimateDiff; always computed in float32, `chunk` frames at once.
 
     `config` is the arguments of diffusers' class; its scaling factor (0.18215) is part of the latents. The denoiser takes
