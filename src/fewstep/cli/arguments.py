@@ -156,6 +156,8 @@ class Sample(Command):
     """A text file with one prompt per line."""
     image: tuple[Path, ...] = ()
     """Of a model that makes clips of images: the picture that all begin with, or one for each prompt."""
+    last_image: tuple[Path, ...] = ()
+    """Of a model that makes clips between two images: the picture that they end with."""
     num_inference_steps: int | None = None
     """Default: as the card says. A student refuses step counts it was not trained for."""
     guidance_scale: float | None = None

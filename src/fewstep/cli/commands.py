@@ -139,15 +139,19 @@ def sample(options: arguments.Sample) -> int:
     from fewstep.models.bundle import VideoModel
 
     prompts = _prompts(options.prompt, options.prompt_file)
-    if len(options.image) not in (0, 1, len(prompts)):
-        raise UsageError(f"--image: give one picture, or one for each of the {len(prompts)} prompts")
+    pictures = {"image": options.image, "last_image": options.last_image}
+    for name, paths in pictures.items():
+        if len(paths) not in (0, 1, len(prompts)):
+            option = f"--{name}".replace("_", "-")
+            raise UsageError(f"{option}: give one picture, or one for each of the {len(prompts)} prompts")
     if options.output.suffix.lower() not in (".mp4", ".gif"):
         raise UsageError(f"--output {options.output}: choose a name that ends in .mp4 or .gif")
     model = VideoModel.from_pretrained(options.student)
-    images = [read_image(path, (model.card.height, model.card.width)) for path in options.image]
+    size = (model.card.height, model.card.width)
+    images = {name: torch.stack([read_image(p, size) for p in paths]) for name, paths in pictures.items() if paths}
     clips = model(
-        prompts, image=torch.stack(images) if images else None, num_inference_steps=options.num_inference_steps,
-        guidance_scale=options.guidance_scale, num_frames=options.num_frames, seed=options.seed, force=options.force,
+        prompts, **images, num_inference_steps=options.num_inference_steps, guidance_scale=options.guidance_scale,
+        num_frames=options.num_frames, seed=options.seed, force=options.force,
     )  # fmt: skip
     write_video(options.output, clips, fps=model.card.fps, scale=options.scale)
     return _made(options.output)
