@@ -82,7 +82,8 @@ class Pairs(Command):
     """Store a teacher's ODE states (noise, the times in between, the clip) for methods that regress on them."""
 
     prompts: Positional[str]
-    """A text file with one prompt per line, or `world:N` for N prompts of the built-in world."""
+    """A text file with one prompt per line, `world:N` for N prompts of the built-in world, or, for a model that makes clips
+    of images, a .csv with caption, image and perhaps last_image."""
     output: Path
     """Folder for the shards."""
     model: str = "world"

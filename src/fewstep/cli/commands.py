@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from fewstep.cli import arguments
 from fewstep.cli.command import Overrides, UsageError
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from fewstep.data.prepare import Prepared
     from fewstep.evaluate import Suite
+    from fewstep.models.images import ImageEncoder
 
 
 def demo(options: arguments.Demo) -> int:
@@ -80,7 +81,7 @@ def prepare(options: arguments.Prepare) -> int:
 
     peers = meet_peers()
     model = VideoModel.from_pretrained(options.model, leave=("denoiser", "features"))
-    for part in {"codec", *(("text",) if options.texts else ())}:
+    for part in model.parts.keys() & {"codec", "image", *(("text",) if options.texts else ())}:
         model.part(part).to(_own_device(options.device))
     cut = Cut(
         num_frames=options.num_frames or model.card.num_frames, height=options.height or model.card.height,
@@ -96,6 +97,7 @@ def prepare(options: arguments.Prepare) -> int:
         prepared = encode(
             options.videos, options.output, model.codec, Preparation(cut=cut, keep=keep), layout=options.layout,
             root=options.root, progress=lambda e: tell(f"videos{share}", e.done, e.total),
+            image=cast("ImageEncoder | None", model.parts.get("image")),
         )  # fmt: skip
         if options.texts:
             store_texts(

@@ -26,7 +26,7 @@ class Cond:
     text: Tensor
     mask: Tensor
     extra: Mapping[str, Tensor] = field(default_factory=dict)
-    """Further conditions by name, each `[B, ...]` (pooled text, image states): what a text encoder or an image gives the denoiser."""
+    """Further conditions by name, each `[B, ...]` (pooled text, image states): what an encoder gives its own denoiser."""
 
     def __len__(self) -> int:
         return len(self.text)

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.core.peers import meet_peers
 from fewstep.data.base import DataError
@@ -22,6 +22,7 @@ from fewstep.data.store import PartedWriter, Progress, ShardWriter, Storage, rea
 from fewstep.data.video import Clip, ClipError, Cut, read_clips, to_floats
 from fewstep.models.autoencoder import FrameAutoencoder
 from fewstep.models.bundle import fingerprint
+from fewstep.models.images import ImageEncoder
 
 LISTING = "listing.jsonl"
 
@@ -62,14 +63,16 @@ def prepare(
     layout: Layout = "plain",
     root: str | Path = "",
     progress: Callable[[Progress], None] = lambda event: None,
+    image: ImageEncoder | None = None,
 ) -> Prepared:
     """Decode, cut and encode the captioned videos of `source` (see `read_listing`) into shards in `output`.
 
     Under torchrun every process calls it, and each takes its share; the folder does not depend on how many there are.
     Killed and called again with the same arguments, by as many or others, it continues and leaves the same bytes; a
     finished folder is left as it is. What is dropped is reported with the reason (`Report`). `progress` is called once per
-    video of this process' share. DataError if the folder was begun with other settings, videos or codec, or if no video
-    gave a clip; NonFiniteError if a latent does not fit `plan.storage`.
+    video of this process' share. With the part `image` of a model that makes clips of images, what it makes of each clip's
+    first frame (and last, if it needs that) is stored too. DataError if the folder was begun with other settings, videos or
+    networks, or if no video gave a clip; NonFiniteError if a latent does not fit `plan.storage`.
     """
     cut, output, peers = plan.cut, Path(output), meet_peers()
     latent_shape = codec.latent_shape(cut.num_frames, cut.height, cut.width)
@@ -80,10 +83,10 @@ def prepare(
     settings = {
         "codec": fingerprint(codec), "cut": asdict(cut), "keep": asdict(plan.keep), "storage": plan.storage,
         "listing": _digest(output / LISTING), "part_size": plan.part_size, "shard_size": plan.shard_size,
-    }  # fmt: skip
+    } | ({} if image is None else {"image": fingerprint(cast(nn.Module, image))})  # fmt: skip
     writer = PartedWriter(output, "latents", settings, -(-len(listing) // plan.part_size), peers)
     if not writer.complete:
-        _Share(writer, listing, codec, plan, progress).run()
+        _Share(writer, listing, codec, image, plan, progress).run()
         peers.barrier()
         if peers.leads:
             write_report(output, listing, writer.manifests())
@@ -118,6 +121,7 @@ class _Share:
     writer: PartedWriter
     listing: Listing
     codec: FrameAutoencoder
+    image: ImageEncoder | None
     plan: Preparation
     progress: Callable[[Progress], None]
 
@@ -128,7 +132,7 @@ class _Share:
         for number, items in parts.items():
             shards = self.writer.part(number, self.plan.shard_size)
             if not shards.complete:
-                part = _Part(shards, items.start, self.codec, self.plan)
+                part = _Part(shards, items.start, self.codec, self.image, self.plan)
                 while part.item < items.stop:
                     item = self.listing[part.item]
                     problem = part.video(item)
@@ -140,8 +144,15 @@ class _Share:
 class _Part:
     """One pass over the videos of a part, from where the last whole shard ended."""
 
-    def __init__(self, writer: ShardWriter, first: int, codec: FrameAutoencoder, plan: Preparation) -> None:
-        self.writer, self.codec, self.plan = writer, codec, plan
+    def __init__(
+        self,
+        writer: ShardWriter,
+        first: int,
+        codec: FrameAutoencoder,
+        image: ImageEncoder | None,
+        plan: Preparation,
+    ) -> None:
+        self.writer, self.codec, self.image, self.plan = writer, codec, image, plan
         self.item: int = writer.resume.get("item", first)
         """The current video's number in the listing."""
         self.clips: int = writer.resume.get("clips", 0)
@@ -173,17 +184,20 @@ class _Part:
                 continue
             row = {"caption": item.caption, "video": item.name, "start": clip.start}
             tags = {"tags": dict(item.tags)} if item.tags else {}
-            self.writer.add(row | tags, {"latents": self._encode(clip)}, self.state())
+            self.writer.add(row | tags, self._encode(clip), self.state())
 
     def _drop(self, item: Item, problem: str, start: int | None = None) -> None:
         self.dropped.append(vars(Dropped(self.item, item.name, problem, start)))
 
     @torch.no_grad()
-    def _encode(self, clip: Clip) -> Tensor:
+    def _encode(self, clip: Clip) -> dict[str, Tensor]:
         # One at a time: the latents of a clip then do not depend on which others were encoded with it.
-        device = next(self.codec.parameters()).device
-        latents = self.codec.encode(to_floats(clip.frames)[None].to(device))[0]
-        return latents.to(getattr(torch, self.plan.storage))
+        frames = to_floats(clip.frames)[None].to(next(self.codec.parameters()).device)
+        made = {"latents": self.codec.encode(frames)}
+        if self.image is not None:
+            last = frames[:, :, -1] if self.image.needs_last else None
+            made |= self.image.encode(frames[:, :, 0], self.codec, frames.shape[2], last)
+        return {name: tensor[0].to(getattr(torch, self.plan.storage)) for name, tensor in made.items()}
 
     def state(self) -> dict[str, Any]:
         return {"item": self.item, "clips": self.clips, "dropped": list(self.dropped)}

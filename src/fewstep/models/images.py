@@ -3,17 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol, cast
 
 from torch import Tensor
 
 from fewstep.core import Cond
+from fewstep.models.autoencoder import FrameAutoencoder
 
 if TYPE_CHECKING:
     from fewstep.models.bundle import VideoModel
 
 Images = Tensor | Mapping[str, Tensor]
 """Pictures `[3, H, W]` or `[B, 3, H, W]` in [-1, 1], as large as the clips; or the conditions that were made of them."""
+
+
+class ImageEncoder(Protocol):
+    """What a part `image` is."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of what it makes, in `Cond.extra`."""
+        ...
+
+    @property
+    def needs_last(self) -> bool:
+        """Whether a clip needs its last image as well as its first."""
+        ...
+
+    def encode(
+        self, image: Tensor, codec: FrameAutoencoder, num_frames: int, last_image: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Conditions of images `[B, 3, H, W]`. ValueError for a last image of no use, or a missing one."""
+        ...
+
+    def blank(self, batch: int, codec: FrameAutoencoder, size: tuple[int, int, int]) -> dict[str, Tensor]:
+        """What `encode` would make of clips of `size` `(F, H, W)`, all zero."""
+        ...
 
 
 def image_conditions(
@@ -52,14 +77,14 @@ def image_names(model: VideoModel) -> tuple[str, ...]:
     return _part(model).names if "image" in model.parts else ()
 
 
-def _part(model: VideoModel) -> Any:
-    return model.part("image")
+def _part(model: VideoModel) -> ImageEncoder:
+    return cast(ImageEncoder, model.part("image"))
 
 
 def _picture(model: VideoModel, name: str, picture: Tensor | None) -> Tensor:
-    """As `[B, 3, H, W]` where the model is."""
+    """As `[B, 3, H, W]` where the codec is."""
     size = (3, model.card.height, model.card.width)
     if picture is None or picture.shape[-3:] != size or picture.ndim not in (3, 4):
         got = "none" if picture is None else str(list(picture.shape))
         raise ValueError(f"{model.card.name!r} makes clips of images: give {name} (--image), {list(size)}; got {got}")
-    return (picture if picture.ndim == 4 else picture[None]).to(model.device)
+    return (picture if picture.ndim == 4 else picture[None]).to(next(model.codec.parameters()).device)

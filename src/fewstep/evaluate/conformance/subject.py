@@ -93,7 +93,7 @@ class Subject:
         """As the model's, with the ends of `frames` `[3, F, H, W]` (or of any) where it makes clips of images."""
         return self.model.conditions(prompts, **self.images(frames))
 
-    def images(self, frames: Tensor | None = None) -> dict[str, Tensor]:
+    def images(self, frames: Tensor | None = None) -> dict[str, Any]:
         """The ends of `frames`, or of any, as `VideoModel.latents` takes them; empty where it makes clips of text alone."""
         if "image" not in self.model.parts:
             return {}

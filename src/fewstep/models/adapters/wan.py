@@ -104,7 +104,9 @@ def _of_images(layout: Layout, transformer: Mapping[str, Any]) -> Reads | None:
     if layout.index["_class_name"] == "WanPipeline":
         return None
     if not layout.index.get("expand_timesteps"):
-        raise RecipeError(f"{layout.source} has no channels for an image, and no expand_timesteps in its model_index.json")
+        raise RecipeError(
+            f"{layout.source} has no channels for an image, and no expand_timesteps in its model_index.json"
+        )
     return "frame"
 
 

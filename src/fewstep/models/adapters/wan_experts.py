@@ -37,7 +37,7 @@ class Routed(State):
 
     @property
     def volume(self) -> Tensor:
-        return self.together([part and part.volume for part in self.parts])
+        return self.together([None if part is None else part.volume for part in self.parts])
 
     @property
     def detached(self) -> Routed:
@@ -126,7 +126,7 @@ class WanExperts(Backbone):
 
     def head(self, state: Routed) -> Tensor:
         experts = zip(self.experts, state.parts, strict=True)
-        return state.together([part and expert.head(part) for expert, part in experts])  # type: ignore[operator]
+        return state.together([None if part is None else expert.head(part) for expert, part in experts])  # type: ignore[operator]
 
     def original(self) -> Original:
         networks = {folder: self.expert(i).original().networks["transformer"] for i, folder in enumerate(self.folders)}

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
-from fewstep.models.adapters.codec import VideoCodec
-
 Reads = Literal["image", "ends", "frame"]
 """image: the first image; a last one too, where there is no vision encoder (Wan 2.1 I2V, Wan 2.2 I2V-A14B).
 ends: the first and the last image (Wan 2.1 FLF2V). frame: the latents of the image are the clip's first frame (TI2V-5B)."""
@@ -25,7 +23,11 @@ class WanImage(nn.Module):
     folders: ClassVar[tuple[str, ...]] = ("image_encoder", "image_processor")
 
     def __init__(
-        self, *, config: dict[str, Any] | None, reads: Reads = "image", dtype: Literal["float32", "bfloat16"] = "float32"
+        self,
+        *,
+        config: dict[str, Any] | None,
+        reads: Reads = "image",
+        dtype: Literal["float32", "bfloat16"] = "float32",
     ) -> None:
         super().__init__()
         self.args = {"config": config, "reads": reads, "dtype": dtype}
@@ -52,15 +54,13 @@ class WanImage(nn.Module):
 
     def check_last(self, given: bool) -> None:
         """ValueError if a last image was `given` that is not read, or was not and is needed."""
-        if given and (self.reads == "frame" or self.reads == "image" and self.encoder is not None):
+        if given and (self.reads == "frame" or (self.reads == "image" and self.encoder is not None)):
             raise ValueError("this model reads the first image of a clip only; leave out last_image (--last-image)")
         if not given and self.needs_last:
             raise ValueError("this model makes clips between two images; give last_image (--last-image) as well")
 
     @torch.no_grad()
-    def encode(
-        self, image: Tensor, codec: VideoCodec, num_frames: int, last_image: Tensor | None = None
-    ) -> dict[str, Tensor]:
+    def encode(self, image: Tensor, codec: Any, num_frames: int, last_image: Tensor | None = None) -> dict[str, Tensor]:
         """Of images `[B, 3, H, W]` in [-1, 1] as large as the clips, by their names in `Cond.extra`:
 
         `image_latents` `[B, m + C, F, h, w]`, a mask that is 1 in the frames that are given and the latents of a clip that is
@@ -80,7 +80,7 @@ class WanImage(nn.Module):
         made = {"image_latents": torch.cat([mask, latents], 1)}
         return made if self.encoder is None else made | {"image_states": torch.cat([self._see(end) for end in ends], 1)}
 
-    def blank(self, batch: int, codec: VideoCodec, size: tuple[int, int, int]) -> dict[str, Tensor]:
+    def blank(self, batch: int, codec: Any, size: tuple[int, int, int]) -> dict[str, Tensor]:
         """What `encode` would make of clips of `size` `(F, H, W)`, all zero."""
         channels, frames, height, width = codec.latent_shape(*size)
         if self.reads == "frame":
