@@ -281,6 +281,14 @@ def test_the_known_frame_is_not_trained_on(model: VideoModel, videos: Path, tmp_
     assert (prediction.raw[:, :, 1:] - (eps - x0)[:, :, 1:]).abs().mean() > 0.1
 
 
+def test_single_frames_of_clips_that_begin_with_an_image_are_refused(
+    model: VideoModel, source: Diffusers, videos: Path, tmp_path: Path
+) -> None:
+    data, method = prepared(model, videos, tmp_path / "out"), FlowMatching(image_fraction=1.0)
+    with pytest.raises(ValueError, match="makes whole clips of an image, and was given latents of 1 frames"):
+        train(model, method, data, settings(1), tmp_path / "run", quiet=True)
+
+
 @pytest.mark.parametrize("folder", ["wan_image"], indirect=True)
 @pytest.mark.parametrize("method", [DMD, FlowMatching()], ids=["DMD2", "FlowMatching"])
 def test_a_killed_run_goes_on_to_the_same_student(
@@ -316,12 +324,11 @@ def test_the_commands_take_videos_and_pictures(
     folder: Path, model: VideoModel, videos: Path, pictures: Path, tmp_path: Path
 ) -> None:
     own = model.save(tmp_path / "model")
-    size = [f"--{name.replace('_', '-')}={value}" for name, value in IMAGE_SIZE.items()]
-    assert main(["prepare", str(videos), str(tmp_path / "latents"), "--model", str(own), *size, "--quiet"]) == 0
+    assert main(["prepare", str(videos), "--output", str(tmp_path / "latents"), "--model", str(own), "--quiet"]) == 0
     assert batch(Latents(path=str(tmp_path / "latents")), model).cond.extra.keys() == {"image_latents", "image_states"}
     plan = ["--times", "1.0", "0.5", "0.0", "--steps", "2", "--quiet"]
     table, pairs = str(pictures / "first.csv"), str(tmp_path / "pairs")
-    assert main(["pairs", table, pairs, "--model", str(own), *plan]) == 0
+    assert main(["pairs", table, "--output", pairs, "--model", str(own), *plan]) == 0
     chosen = replace(settings(1), steps=1)
     data = StoredPairs(path=str(tmp_path / "pairs"))
     distill(

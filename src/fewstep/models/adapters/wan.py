@@ -156,6 +156,8 @@ class Wan(DiffusersBackbone):
         if cached + grid.frames > self.longest:
             raise ValueError(f"Wan knows positions of {self.longest} latent frames, not {cached + grid.frames}")
         known = None
+        if kv is None:
+            self._require_whole(x, cond)
         if self.first_frame and not cached:
             x, t, known = _begun(x, t, cond)
         embedder = self.condition_embedder
@@ -202,6 +204,16 @@ class Wan(DiffusersBackbone):
             return x
         image = _of_image(cond, "image_latents")[:, :, cached : cached + x.shape[2]]
         return torch.cat([x, image.to(x)], 1)
+
+    def _require_whole(self, x: Tensor, cond: Cond) -> None:
+        """ValueError for single frames of clips that begin with an image: which of them they are is not known here."""
+        reads = self.first_frame or self.patch_embedding.in_channels != self.channels
+        frames = _of_image(cond, "image_latents").shape[2] if reads else 0
+        if (self.first_frame and x.shape[2] == 1) or (frames > 1 and x.shape[2] != frames):
+            raise ValueError(
+                f"this Wan makes whole clips of an image, and was given latents of {x.shape[2]} frames; methods that look at "
+                "single frames (AVDM2, FlowMatching with image_fraction) cannot train it"
+            )
 
     def _seen(self, states_BKD: Tensor) -> Tensor:
         """As the embedder takes them: those of two images one after the other in the batch."""
