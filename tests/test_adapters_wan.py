@@ -26,6 +26,7 @@ from fewstep.evaluate.conformance import check_model
 from fewstep.models import VideoModel
 from fewstep.models.adapters.layout import Layout
 from fewstep.models.adapters.pipeline import sample
+from fewstep.models.adapters.wan import Wan
 from fewstep.models.bundle import read_card
 from fewstep.models.source import Diffusers
 from tiny_models import IMAGE, IMAGE_SIZE, TINY, save_tiny
@@ -293,3 +294,19 @@ def test_sample_reads_a_picture(model: VideoModel, tmp_path: Path) -> None:
     assert main(["sample", str(saved), "--image", str(file), *options]) == 0 and video.stat().st_size > 0
     assert main(["sample", str(saved), "--image", str(file), str(file), *options]) == 2
     assert main(["sample", str(saved), "--image", str(tmp_path / "prompts.txt"), *options]) != 0
+
+
+def test_the_authors_names_of_image_layers() -> None:
+    embedder, block = "condition_embedder.image_embedder.", "blocks.3.attn2."
+    names = {
+        f"{embedder}norm1.weight": "img_emb.proj.0.weight",
+        f"{embedder}ff.net.0.proj.bias": "img_emb.proj.1.bias",
+        f"{embedder}ff.net.2.weight": "img_emb.proj.3.weight",
+        f"{embedder}norm2.bias": "img_emb.proj.4.bias",
+        f"{embedder}pos_embed": "img_emb.emb_pos",
+        f"{block}add_k_proj.weight": "blocks.3.cross_attn.k_img.weight",
+        f"{block}add_v_proj.bias": "blocks.3.cross_attn.v_img.bias",
+        f"{block}norm_added_k.weight": "blocks.3.cross_attn.norm_k_img.weight",
+        "blocks.3.norm2.weight": "blocks.3.norm3.weight",
+    }
+    assert {name: Wan.authors(name) for name in names} == names
