@@ -88,7 +88,8 @@ class Pairs(Command):
     """Store a teacher's ODE states, for methods that regress on them. Under torchrun each process takes a share."""
 
     prompts: Positional[str]
-    """A text file with one prompt per line, or `world:N` for N prompts of the built-in world."""
+    """A text file with one prompt per line, `world:N` for N prompts of the built-in world, or, for a model that makes clips
+    of images, a .csv with caption, image and perhaps last_image."""
     output: Path
     """Folder for the shards."""
     model: str = "world"
@@ -170,6 +171,8 @@ class Sample(Command):
     """A text file with one prompt per line."""
     image: tuple[Path, ...] = ()
     """Of a model that makes clips of images: the picture that all begin with, or one for each prompt."""
+    last_image: tuple[Path, ...] = ()
+    """Of a model that makes clips between two images: the picture that they end with."""
     num_inference_steps: int | None = None
     """Default: as the card says. A student refuses step counts it was not trained for."""
     guidance_scale: float | None = None

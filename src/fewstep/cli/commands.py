@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from fewstep.cli import arguments
 from fewstep.cli.command import Overrides, UsageError
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from fewstep.data.prepare import Prepared
     from fewstep.evaluate import Suite
+    from fewstep.models.images import ImageEncoder
 
 
 def demo(options: arguments.Demo) -> int:
@@ -80,7 +81,7 @@ def prepare(options: arguments.Prepare) -> int:
 
     peers = meet_peers()
     model = VideoModel.from_pretrained(options.model, leave=("denoiser", "features"))
-    for part in {"codec", *(("text",) if options.texts else ())}:
+    for part in model.parts.keys() & {"codec", "image", *(("text",) if options.texts else ())}:
         model.part(part).to(_own_device(options.device))
     cut = Cut(
         num_frames=options.num_frames or model.card.num_frames, height=options.height or model.card.height,
@@ -106,7 +107,7 @@ def prepare(options: arguments.Prepare) -> int:
 
         prepared = encode(
             options.videos, options.output, model.codec, plan, layout=options.layout, root=options.root,
-            progress=progress,
+            progress=progress, image=cast("ImageEncoder | None", model.parts.get("image")),
         )  # fmt: skip
         if options.texts:
             store_texts(
@@ -150,15 +151,19 @@ def sample(options: arguments.Sample) -> int:
     from fewstep.models.bundle import VideoModel
 
     prompts = _prompts(options.prompt, options.prompt_file)
-    if len(options.image) not in (0, 1, len(prompts)):
-        raise UsageError(f"--image: give one picture, or one for each of the {len(prompts)} prompts")
+    pictures = {"image": options.image, "last_image": options.last_image}
+    for name, paths in pictures.items():
+        if len(paths) not in (0, 1, len(prompts)):
+            option = f"--{name}".replace("_", "-")
+            raise UsageError(f"{option}: give one picture, or one for each of the {len(prompts)} prompts")
     if options.output.suffix.lower() not in (".mp4", ".gif"):
         raise UsageError(f"--output {options.output}: choose a name that ends in .mp4 or .gif")
     model = VideoModel.from_pretrained(options.student)
-    images = [read_image(path, (model.card.height, model.card.width)) for path in options.image]
+    size = (model.card.height, model.card.width)
+    images = {name: torch.stack([read_image(p, size) for p in paths]) for name, paths in pictures.items() if paths}
     clips = model(
-        prompts, image=torch.stack(images) if images else None, num_inference_steps=options.num_inference_steps,
-        guidance_scale=options.guidance_scale, num_frames=options.num_frames, seed=options.seed, force=options.force,
+        prompts, **images, num_inference_steps=options.num_inference_steps, guidance_scale=options.guidance_scale,
+        num_frames=options.num_frames, seed=options.seed, force=options.force,
     )  # fmt: skip
     write_video(options.output, clips, fps=model.card.fps, scale=options.scale)
     return _made(options.output)

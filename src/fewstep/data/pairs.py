@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -14,6 +14,7 @@ from fewstep.core import Batch, Pairs, Rng, Seeds
 from fewstep.core.build import digest
 from fewstep.core.peers import meet_peers
 from fewstep.data.base import Data, DataError, Source, require
+from fewstep.data.images import Pictured, encode_pictures, require_pictures, require_stored
 from fewstep.data.order import draw_indices
 from fewstep.data.store import PartedWriter, Progress, ShardReader, ShardWriter, Storage, read_manifest
 from fewstep.data.texts import Texts
@@ -22,6 +23,7 @@ from fewstep.diffusion import CFG, Contract, Prediction, solve, uniform_grid
 from fewstep.diffusion.samplers import Solver, calls
 from fewstep.diffusion.times import check_grid
 from fewstep.models.bundle import Card, VideoModel, latent_shape_of
+from fewstep.models.images import image_names
 
 PREVIEWED = 4
 
@@ -144,6 +146,7 @@ def make_pairs(
     """Run the teacher on `prompts` and keep its states at `plan.times` in `output`; `pairs_cost` tells the cost.
 
     Under torchrun every process calls it, and each takes its share; the folder does not depend on how many there are.
+    A teacher that makes clips of images is given prompts with pictures (`Pictured`), whose conditions are kept too.
     Killed and called again with the same arguments, by as many or others, it continues and leaves the same bytes (another
     `batch` may change last bits); a finished folder is returned as it is. `progress` is called after every batch of this
     process' share. DataError if the folder was begun with another teacher, plan or prompts; NonFiniteError if a state is
@@ -151,9 +154,12 @@ def make_pairs(
     """
     if not prompts or batch < 1:
         raise ValueError(f"make_pairs needs prompts and a batch size, got {len(prompts)} prompts and batch={batch}")
+    require_pictures(prompts, model.card, "make_pairs")
     teacher, peers = _Teacher(model, plan), meet_peers()
     count = len(prompts) * plan.per_prompt
     settings = {**teacher.facts(), "prompts": digest(list(prompts)), "count": count}
+    if isinstance(prompts, Pictured):
+        settings |= {"image": model.fingerprint("image"), "pictures": prompts.digest()}
     writer = PartedWriter(output, "pairs", settings, -(-count // plan.part_size), peers)
     if not writer.complete:
         parts = [range(n * plan.part_size, min((n + 1) * plan.part_size, count)) for n in writer.mine]
@@ -177,9 +183,12 @@ def make_pairs(
 def _add(part: ShardWriter, teacher: _Teacher, prompts: Sequence[str], pairs: range) -> str:
     """Make the pairs of these numbers, in one batch; the last one's prompt."""
     plan = teacher.plan
-    chosen, seeds = [prompts[i // plan.per_prompt] for i in pairs], [plan.seed + i for i in pairs]
-    for prompt, seed, states in zip(chosen, seeds, teacher.states(chosen, seeds), strict=True):
-        part.add({"caption": prompt, "seed": seed}, {"states": states}, {})
+    rows, seeds = [i // plan.per_prompt for i in pairs], [plan.seed + i for i in pairs]
+    chosen = [prompts[row] for row in rows]
+    pictured = isinstance(prompts, Pictured)
+    images = encode_pictures(teacher.model, prompts, rows, teacher.num_frames) if pictured else {}
+    for i, states in enumerate(teacher.states(chosen, seeds, images)):
+        part.add({"caption": chosen[i], "seed": seeds[i]}, {"states": states, **{n: x[i] for n, x in images.items()}}, {})
     return chosen[-1]
 
 
@@ -189,7 +198,8 @@ class _Teacher:
     def __init__(self, model: VideoModel, plan: PairPlan) -> None:
         self.model, self.plan = model, plan
         self.course = plan.resolve(model.card.contract)
-        self.shape = model.latent_shape(plan.num_frames)
+        self.num_frames = plan.num_frames or model.card.num_frames
+        self.shape = model.latent_shape(self.num_frames)
         self.texts = Texts(model, frozenset({"prompts"}))
 
     def facts(self) -> dict[str, Any]:
@@ -203,10 +213,10 @@ class _Teacher:
         }  # fmt: skip
 
     @torch.no_grad()
-    def states(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+    def states(self, prompts: Sequence[str], seeds: Sequence[int], images: Mapping[str, Tensor]) -> Tensor:
         """`[B, T, C, F, H, W]`: `x_t` at each of the plan's times, the last being the endpoint."""
         device, course = str(self.model.device), self.course
-        cond, uncond = self.texts(prompts, device)
+        cond, uncond = (each.with_extra(images).to(device) for each in self.texts(prompts, device))
         noise = Seeds(tuple(seeds), device)
         kept: list[Tensor] = []
 
@@ -262,10 +272,15 @@ class StoredPairs(Data):
         self._fit(latent_shape_of(card), card.name)
         if {"denoiser", "text"} <= {name for name, known in card.fingerprints.items() if known}:
             self._compare(card.fingerprints["denoiser"], card.fingerprints["text"], card.name)
+        require_stored(
+            read_manifest(self.path, "pairs")["settings"], card, card.fingerprints.get("image", ""), self.path
+        )
 
     def check(self, model: VideoModel) -> None:
         self._fit(model.latent_shape() if "codec" in model.parts else None, model.card.name)
         self._compare(model.fingerprint("denoiser"), model.fingerprint("text"), model.card.name)
+        image = model.fingerprint("image") if "image" in model.parts else ""
+        require_stored(read_manifest(self.path, "pairs")["settings"], model.card, image, self.path)
 
     def _fit(self, here: tuple[int, ...] | None, name: str) -> None:
         there = tuple(read_manifest(self.path, "pairs")["settings"]["latent_shape"])
@@ -295,7 +310,7 @@ class StoredPairs(Data):
         require(self, needs)
         self.check(model)
         reader = ShardReader(self.path, "pairs")
-        return _PairSource(reader, Texts(model, needs, self.text_cache, reader.captions), needs)
+        return _PairSource(reader, Texts(model, needs, self.text_cache, reader.captions), needs, image_names(model))
 
 
 @dataclass(frozen=True)
@@ -303,11 +318,14 @@ class _PairSource:
     reader: ShardReader
     texts: Texts
     needs: frozenset[str]
+    images: tuple[str, ...]
+    """Names of the conditions that were made of images."""
 
     def batch(self, size: int, rng: Rng) -> Batch:
         indices, settings = draw_indices(len(self.reader), size, rng), self.reader.manifest["settings"]
         prompts = tuple(self.reader.row(i)["caption"] for i in indices)
-        cond, uncond = self.texts(prompts, rng.device)
+        images = {name: self.reader.read(name, indices) for name in self.images}
+        cond, uncond = (each.with_extra(images).to(rng.device) for each in self.texts(prompts, rng.device))
         c, f, h, w = settings["latent_shape"]
         batch = Batch(cond=cond, uncond=uncond, latent_shape=(c, f, h, w), prompts=prompts)
         if not self.needs & {"pairs", "x0"}:

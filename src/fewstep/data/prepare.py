@@ -9,10 +9,10 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.core.peers import meet_peers
 from fewstep.data.base import DataError
@@ -25,6 +25,7 @@ from fewstep.data.store import PartedWriter, Progress, ShardWriter, Storage, rea
 from fewstep.data.video import Clip, ClipError, Cut, to_floats
 from fewstep.models.autoencoder import FrameAutoencoder
 from fewstep.models.bundle import fingerprint
+from fewstep.models.images import ImageEncoder
 
 PIXELS, MOST_CLIPS = 2**24, 16
 """What is encoded at once unless said otherwise: pixels of all frames, and clips. About 2 GiB for the built-in codec."""
@@ -74,17 +75,19 @@ def prepare(
     layout: Layout = "plain",
     root: str | Path = "",
     progress: Callable[[Progress], None] = lambda event: None,
+    image: ImageEncoder | None = None,
 ) -> Prepared:
     """Decode, cut and encode the captioned videos of `source` (see `read_listing`) into shards in `output`.
 
     Under torchrun every process calls it, and each takes its share; the folder does not depend on how many there are.
     Killed and called again with the same arguments, by as many or others, it continues and leaves the same bytes; a
     finished folder is left as it is. What is dropped is reported with the reason (`Report`). `progress` is called once per
-    video of this process' share. DataError if the folder was begun with other settings, videos or codec, or if no video
-    gave a clip; NonFiniteError if a latent does not fit `plan.storage`.
+    video of this process' share. With the part `image` of a model that makes clips of images, what it makes of each clip's
+    first frame (and last, if it needs that) is stored too. DataError if the folder was begun with other settings, videos or
+    networks, or if no video gave a clip; NonFiniteError if a latent does not fit `plan.storage`.
     """
     cut, output, peers = plan.cut, Path(output), meet_peers()
-    encoder = _Encoder(codec, plan)
+    encoder = _Encoder(codec, image, plan)
     encoder.check()
     latent_shape = codec.latent_shape(cut.num_frames, cut.height, cut.width)
     with peers.in_turn():
@@ -94,7 +97,7 @@ def prepare(
     settings = {
         "codec": fingerprint(codec), "cut": asdict(cut), "keep": asdict(plan.keep), "listing": _digest(output / LISTING),
         "storage": plan.storage, "autocast": plan.autocast, "part_size": plan.part_size, "shard_size": plan.shard_size,
-    }  # fmt: skip
+    } | ({} if image is None else {"image": fingerprint(cast(nn.Module, image))})  # fmt: skip
     writer = PartedWriter(output, "latents", settings, -(-len(listing) // plan.part_size), peers)
     if not writer.complete:
         _Share(writer, listing, encoder, plan, progress).run()
@@ -175,9 +178,10 @@ class _Share:
 
 @dataclass(frozen=True)
 class _Encoder:
-    """Clips to latents, as they are stored."""
+    """Clips to what is stored of them."""
 
     codec: FrameAutoencoder
+    image: ImageEncoder | None
     plan: Preparation
 
     @property
@@ -199,11 +203,14 @@ class _Encoder:
             )
 
     @torch.no_grad()
-    def __call__(self, clips: Sequence[Clip]) -> Tensor:
+    def __call__(self, clips: Sequence[Clip]) -> dict[str, Tensor]:
         device = next(self.codec.parameters()).device
         frames = to_floats(torch.stack([clip.frames for clip in clips]).to(device))
-        latents = self.codec.encode(frames, autocast=self.plan.autocast == "bf16")
-        return latents.to("cpu", getattr(torch, self.plan.storage))
+        made = {"latents": self.codec.encode(frames, autocast=self.plan.autocast == "bf16")}
+        if self.image is not None:
+            last = frames[:, :, -1] if self.image.needs_last else None
+            made |= self.image.encode(frames[:, :, 0], self.codec, frames.shape[2], last)
+        return {name: tensor.to("cpu", getattr(torch, self.plan.storage)) for name, tensor in made.items()}
 
 
 class _Part:
@@ -256,9 +263,9 @@ class _Part:
 
     def _encode(self) -> None:
         waiting, self.waiting = self.waiting, []
-        latents = self.encoder([clip for _, clip, _ in waiting]) if waiting else ()
-        for (row, _, state), latent in zip(waiting, latents, strict=True):
-            self.writer.add(row, {"latents": latent}, state)
+        made = self.encoder([clip for _, clip, _ in waiting]) if waiting else {}
+        for i, (row, _, state) in enumerate(waiting):
+            self.writer.add(row, {name: tensor[i] for name, tensor in made.items()}, state)
 
     def _drop(self, item: Item, problem: str, start: int | None = None) -> None:
         self.dropped.append(vars(Dropped(self.item, item.name, problem, start)))
