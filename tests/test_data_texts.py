@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from bench_engine import FRAMES, small, tiny_model
 from fewstep.core import Rng
 from fewstep.data import Progress, Prompts, StoredPairs, store, texts
 from fewstep.data.pairs import PairPlan, make_pairs
@@ -17,6 +16,7 @@ from fewstep.data.texts import Texts
 from fewstep.engine.loop import prepare
 from fewstep.methods import DMD2, KnowledgeDistillation
 from fewstep.models import TextEncoder, VideoModel, fingerprint
+from support_engine import FRAMES, small, tiny_model
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 PROMPTS = ("a red ball", "a blue box moves left", "a red ball")
