@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import diffusers
@@ -13,8 +14,11 @@ from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    LTXConditionPipeline,
 )
 from diffusers.pipelines.ltx.pipeline_ltx import calculate_shift
+from diffusers.pipelines.ltx.pipeline_ltx_condition import linear_quadratic_schedule
+from PIL import Image
 from torch import Tensor
 
 from fewstep.core import Cond
@@ -39,17 +43,33 @@ class ExactSigmas(FlowMatchEulerDiscreteScheduler):
     times: tuple[float, ...] = (1.0, 0.0)
 
     def set_timesteps(
-        self, num_inference_steps: int | None = None, device: Any = None, sigmas: Any = None, mu: float | None = None
+        self,
+        num_inference_steps: int | None = None,
+        device: Any = None,
+        sigmas: Any = None,
+        mu: float | None = None,
+        timesteps: Any = None,
     ) -> None:
         super().set_timesteps(device=device, sigmas=list(self.times[:-1]))
 
 
-def recommended_times(scheduler: Mapping[str, Any], steps: int, tokens: int) -> tuple[float, ...]:
-    """The times of `steps` steps by a layout's scheduler settings, for a clip of so many tokens: our t, from noise to data.
+class GivenNoise(LTXConditionPipeline):
+    """Diffusers' pipeline, which would draw noise of its own, from given latents."""
+
+    def prepare_latents(self, *given: Any, latents: Tensor | None = None, **named: Any) -> Any:
+        _, *rest = super().prepare_latents(*given, latents=latents, **named)
+        return latents, *rest
+
+
+def recommended_times(layout: Layout, steps: int, tokens: int) -> tuple[float, ...]:
+    """The times of `steps` steps by a layout's scheduler, for a clip of so many tokens: our t, from noise to data.
 
     A flow model's are those of its authors, the uniform grid under the scheduler's shift; diffusers' own solvers begin or
     end that grid a little off, each in its way.
     """
+    scheduler = layout.scheduler()
+    if layout.index["_class_name"] == LTXConditionPipeline.__name__:
+        return (*linear_quadratic_schedule(steps).tolist(), 0.0)
     if "beta_schedule" in scheduler and not scheduler.get("use_flow_sigmas"):
         ddim = _ddim(scheduler)
         ddim.set_timesteps(steps)
@@ -62,15 +82,16 @@ def recommended_times(scheduler: Mapping[str, Any], steps: int, tokens: int) -> 
     return tuple(euler.sigmas.tolist())
 
 
-def sample(model: VideoModel, layout: Layout, noise: Tensor, cond: Cond, uncond: Cond, steps: int) -> Tensor:
+def sample(
+    model: VideoModel, layout: Layout, noise: Tensor, cond: Cond, uncond: Cond, steps: int,
+    pictures: Mapping[str, Image.Image] = MappingProxyType({}),
+) -> Tensor:  # fmt: skip
     """Latents that the layout's pipeline makes of `noise` with this model's weights, times and guidance, without its text
-    encoder. NoCounterpart says why it cannot make them.
+    encoder; of `pictures` by the pipeline's names for them. NoCounterpart says why it cannot make them.
     """
     original, contract = model.denoiser.backbone.original(), model.card.contract
     if original is None:
         raise NoCounterpart("this network is no class of diffusers")
-    if "image" in model.parts:
-        raise NoCounterpart("diffusers' pipeline reads the image with an encoder of its own")
     scheduler = _scheduler(model.denoiser.path, contract, layout.scheduler(), steps)
     pipeline = _pipeline(layout, original, model, scheduler)
     card = model.card
@@ -79,6 +100,7 @@ def sample(model: VideoModel, layout: Layout, noise: Tensor, cond: Cond, uncond:
         "latents": original.pack(noise), "output_type": "latent", "return_dict": False,
         "prompt_embeds": cond.text, "prompt_attention_mask": cond.mask, **cond.extra,
         **_guidance(contract.guidance, layout.index.get("boundary_ratio")),
+        **pictures,
     }  # fmt: skip
     if contract.guidance.active:
         offered |= {"negative_prompt_embeds": uncond.text, "negative_prompt_attention_mask": uncond.mask}
@@ -123,10 +145,14 @@ def _ddim(settings: Mapping[str, Any]) -> Any:
 
 def _pipeline(layout: Layout, original: Original, model: VideoModel, scheduler: Any) -> DiffusionPipeline:
     """The layout's pipeline with our networks; of what it asks for besides, the settings of the layout or nothing."""
-    kind = getattr(diffusers, layout.index["_class_name"])
+    name = layout.index["_class_name"]
+    kind = GivenNoise if name == LTXConditionPipeline.__name__ else getattr(diffusers, name)
     settings = {key: value for key, value in layout.index.items() if not isinstance(value, list)}
     guider = ClassifierFreeGuidance(guidance_scale=model.card.contract.guidance.scale)
     ours = {"scheduler": scheduler, "vae": model.codec.vae, "guider": guider, **original.networks}
+    if "image" in model.parts:
+        eye: Any = model.part("image")
+        ours |= {"image_encoder": eye.encoder, "image_processor": eye.processor}
     parts = {}
     for name, parameter in inspect.signature(kind.__init__).parameters.items():
         if name in ours or name in settings:

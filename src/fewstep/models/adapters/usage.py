@@ -32,6 +32,11 @@ class Usage:
             )
         if "num_frames" not in self._known and card.num_frames != 1:
             raise ValueError(f"{self.pipeline} makes images, and this card asks for {card.num_frames} frames")
+        if self.pipeline == "LTXConditionPipeline":
+            raise ValueError(
+                "LTXConditionPipeline goes by times of its own, whatever its scheduler says; a folder of fewstep's own keeps "
+                "this student exactly"
+            )
         self.exact(card.contract.steps)
 
     @property
