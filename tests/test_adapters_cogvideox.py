@@ -15,7 +15,6 @@ pytest.importorskip("diffusers", reason="needs the extra diffusers")
 from diffusers import CogVideoXDDIMScheduler, CogVideoXImageToVideoPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-from bench_unets import awake
 from fewstep.attention import KVCache
 from fewstep.core import Cond, Rng, Seeds
 from fewstep.diffusion import Betas, Contract, ddim
@@ -25,6 +24,7 @@ from fewstep.models.adapters.cogvideox import CogVideoX
 from fewstep.models.adapters.ddpm import contract_of, kind_of, path_of
 from fewstep.models.lora import adapt, adapters
 from fewstep.models.source import Diffusers
+from support_unets import awake
 from tiny_models import COGVIDEOX_IMAGE, COGVIDEOX_IMAGE_SIZE, save_tiny
 
 pytestmark = [pytest.mark.usefixtures("single_thread"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]

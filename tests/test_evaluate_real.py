@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from bench_evaluate import guided_teacher
 from fewstep.cli import main
 from fewstep.data import DataError, write_video
 from fewstep.data.video import cover, to_floats, to_pixels
@@ -25,6 +24,7 @@ from fewstep.metrics import frechet
 from fewstep.models import Card, ClipFeatures, VideoModel
 from fewstep.world.grammar import parse, world_prompts
 from fewstep.world.renderer import Variation, render
+from support_evaluate import guided_teacher
 
 CPU = torch.device("cpu")
 FRAMES, SIDE = 16, 32
@@ -261,6 +261,15 @@ def test_real_clips_are_drawn_by_seed_without_the_unreadable(videos: Path):
         real.draw(20, FRAMES, (SIDE, SIDE), 0)
     with pytest.raises(DataError, match="too short"):
         RealClips(path=str(videos), stride=4).draw(4, FRAMES, (SIDE, SIDE), 0)
+
+
+def test_real_clips_lie_as_datasets_do(videos: Path, tmp_path: Path):
+    for number, path in enumerate(sorted(videos.glob("*.mp4"))):
+        folder = tmp_path / "UCF" / ("YoYo" if number % 2 else "PlayingCello")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / path.name).symlink_to(path)
+    drawn = RealClips(path=str(tmp_path / "UCF"), stride=2, layout="ucf101").draw(6, FRAMES, (SIDE, SIDE), 0)
+    assert set(drawn.captions) == {"yo yo", "playing cello"}
 
 
 def test_prompts_are_captions_unless_given(videos: Path):

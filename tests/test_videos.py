@@ -8,8 +8,8 @@ from pathlib import Path
 import av
 import pytest
 
-from bench_videos import RECIPES, Said, make_videos, run, sized
 from fewstep.cli import main
+from support_videos import RECIPES, Said, make_videos, run, sized
 
 TEXT = "{type: TextEncoder, width: 16, depth: 1, heads: 2, buckets: 64}"
 SIZE = (4, 32)
@@ -116,7 +116,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(videos: Path, sa
             "64",
         ): "holds clips of 4 frames of 32 x 32, but model 'videos-teacher' makes 4 frames of 64 x 32",
         ("--data.type", "Prompts", "--data.path", "prompts.txt"): "FlowMatching needs x0; Prompts provides prompts",
-        ("--data.type", "Videos", "--data.path", str(videos)): "FlowMatching needs x0; Videos provides frames, prompts",
+        ("--data.type", "Videos", "--data.path", str(videos)): "data.num_frames, height, width are (16, 64, 64)",
         ("--data.path", "nowhere"): "nowhere: no manifest.json there",
     }.items():
         code, _, err = said(*teacher("refused", *more))

@@ -161,6 +161,19 @@ def wan_image_experts() -> WanImageToVideoPipeline:
     )
 
 
+def wan_ends() -> WanImageToVideoPipeline:
+    """Wan 2.1 FLF2V: it sees the first and the last image, each as 5 tokens."""
+    return wan_image(
+        transformer=wan_transformer(in_channels=12, image_dim=20, added_kv_proj_dim=24, pos_embed_seq_len=10)
+    )
+
+
+def wan_ti2v_image() -> WanImageToVideoPipeline:
+    """The 5B model of Wan 2.2 with an image."""
+    parts = {name: part for name, part in wan_ti2v().components.items() if not name.startswith("image")}
+    return WanImageToVideoPipeline(**parts, expand_timesteps=True)
+
+
 def wan_transformer(**changes: Any) -> WanTransformer3DModel:
     config = {
         "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": TEXT_WIDTH,
@@ -441,7 +454,7 @@ TINY = {
         text_arguments={"do_classifier_free_guidance": False, "max_sequence_length": 512},
     ),
     "wan_experts": Tiny(
-        make=wan_experts, size={"num_frames": 5, "height": 32, "width": 48}, encode=wan_encode,
+        make=wan_experts, size={"num_frames": 5, "height": 32, "width": 48}, encode=wan_encode, causal=True,
         card={
             "num_frames": 81, "height": 720, "width": 1280, "fps": 16,
             "contract": Contract(steps=40, shift=3.0, guidance=CFG(scale=4.0, low=0.6, outside=3.0)),
@@ -451,9 +464,11 @@ TINY = {
 }  # fmt: skip
 
 
-IMAGE = {"wan_image": wan_image, "wan_image_experts": wan_image_experts}
+IMAGE = {
+    "wan_image": wan_image, "wan_image_experts": wan_image_experts, "wan_ends": wan_ends, "wan_ti2v_image": wan_ti2v_image,
+}  # fmt: skip
 """Families that make clips of images."""
-IMAGE_SIZE = {"num_frames": 5, "height": 32, "width": 48}
+IMAGE_SIZE = {"num_frames": 5, "height": 32, "width": 64}
 COGVIDEOX_IMAGE = {"cogvideox_image": cogvideox_image, "cogvideox15_image": cogvideox15_image}
 """The same of CogVideoX, at the size that learned positions are for."""
 COGVIDEOX_IMAGE_SIZE = {"num_frames": 9, "height": 64, "width": 80}

@@ -24,9 +24,10 @@ from fewstep.engine.mesh import Processes, join, require_mesh
 from fewstep.engine.nets import build_nets, origin, require_alike, sources, trained_roles
 from fewstep.engine.offload import Shelf
 from fewstep.engine.optim import RoleOptimizer
+from fewstep.engine.precision import autocast
 from fewstep.engine.preview import Preview
 from fewstep.engine.probe import Probe
-from fewstep.engine.run import Run, autocast
+from fewstep.engine.run import Run
 from fewstep.engine.settings import Parallel, Settings
 from fewstep.engine.shard import hollow, shard
 from fewstep.methods.base import Method, Nets, Weak
@@ -76,9 +77,9 @@ def prepare(
 
 
 def load_others(method: Method, processes: Processes) -> dict[str, VideoModel]:
-    """The other models a method reads, by role. Weights that will be sharded stay where they are stored."""
+    """The denoisers of other models that a method reads, by role. Weights that will be sharded stay where they are stored."""
     leave = ("denoiser",) if processes.weights is not None else ()
-    return {role: source.load(leave=leave) for role, source in sources(method).items()}
+    return {role: source.load(leave=leave, parts=("denoiser",)) for role, source in sources(method).items()}
 
 
 def told(others: Mapping[str, VideoModel]) -> dict[str, str]:
@@ -124,11 +125,6 @@ def require_possible(method: Method, settings: Settings, card: Card, probe: Prob
     """The roles that will be trained. Refuse (ValueError) what would silently do nothing, or break in mid-run."""
     name, roles = type(method).__name__, trained_roles(method, settings.steps)
     method.check(settings.steps)
-    if "image" in card.parts:
-        raise ValueError(
-            f"{card.name!r} makes clips of images, and no data give images yet; it can be sampled, and a text-to-video "
-            "model can be trained"
-        )
     if "student" not in roles:
         raise ValueError(
             f"{name} does not train the student within settings.steps: {settings.steps} (only {', '.join(roles)}); "
@@ -205,11 +201,8 @@ def identify(model: VideoModel, trees: Mapping[str, Any], others: Mapping[str, V
 
 def open_data(data: Data, model: VideoModel, method: Method, processes: Processes) -> Source:
     """The leader opens the data first: what it stores (text states), the others find there."""
-    if not processes.leads:
-        processes.barrier()
-    source = data.open(model, method.needs)
-    if processes.leads:
-        processes.barrier()
+    with processes.in_turn():
+        source = data.open(model, method.needs)
     if getattr(data, "text_cache", ""):
         model.part("text").to("cpu")  # its work is done; what pictures and probes ask of it, it does there
     return source

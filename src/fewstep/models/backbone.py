@@ -86,10 +86,10 @@ class Tokens(State):
         return self.joined.x_BNE.unflatten(1, self.grid).permute(0, 4, 1, 2, 3)
 
     @property
-    def detached(self) -> Tokens:
+    def detached(self) -> Self:
         return replace(self, x_BNE=self.x_BNE.detach().requires_grad_())
 
-    def split(self, processes: Ulysses) -> Tokens:
+    def split(self, processes: Ulysses) -> Self:
         """This process' share of the tokens, with what belongs to each of them."""
         context, tokens = self.context, self.x_BNE.shape[1]
         modulation = context.modulation_BG6E
@@ -100,7 +100,7 @@ class Tokens(State):
         return replace(self, x_BNE=processes.split(self.x_BNE, 1), context=context)
 
     @property
-    def joined(self) -> Tokens:
+    def joined(self) -> Self:
         shared = self.context.shared
         return self if shared is None else replace(self, x_BNE=shared.join(self.x_BNE, 1))
 

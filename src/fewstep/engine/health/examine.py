@@ -18,8 +18,7 @@ def announce(run: Run, log: RunLog) -> None:
     if run.processes.leads:
         (run.output / FILE).unlink(missing_ok=True)
     if run.monitor is None:
-        reason = unexamined(run.method, run.settings, run.model.card)
-        log.say(f"no health checks: {reason or 'the data have no prompts, or the model no codec or text encoder'}")
+        log.say(f"no health checks: {unexamined(run.model, run.method, run.settings)}")
         return
     health = run.monitor.health
     policies = {
@@ -35,9 +34,7 @@ def announce(run: Run, log: RunLog) -> None:
 
 def examine(run: Run, monitor: Monitor, log: RunLog) -> None:
     """Check the student, act on the verdict, and leave all of it in `health.json` and a picture in `health/`."""
-    run.nets.begin(("health",))  # where networks wait elsewhere, these are brought in and the others make room
-    for role in run.nets.keys() & {"teacher", "critic"}:
-        _ = run.nets[role]
+    run.nets.bring(*sorted(run.nets.keys() & {"teacher", "critic"}))
     check = monitor.check(run.student(), run.step)
     run.figures |= {f"health/{name}": value for name, value in figures(check.vitals).items()}
     log.say(f"step {run.step}: {check.verdict}" + "".join(f"; {what}" for what in check.done))

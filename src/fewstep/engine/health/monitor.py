@@ -28,7 +28,8 @@ from fewstep.engine.mesh import Processes
 from fewstep.engine.preview import sheet
 from fewstep.engine.settings import Health, Settings
 from fewstep.methods.base import Method, Nets, Sync, Update
-from fewstep.models import Card, Denoiser, VideoModel
+from fewstep.models import Denoiser, VideoModel
+from fewstep.models.images import images_in
 
 SHOWN = 4
 """Clips in the picture of a check."""
@@ -81,9 +82,9 @@ class Monitor:
             if isinstance(event, Update) and "student" not in event.roles:
                 yield from [event] * self.extra
 
-    def compare(self, terms: Mapping[str, Tensor], roles: str) -> None:
+    def compare(self, terms: Mapping[str, Tensor], roles: tuple[str, ...]) -> None:
         """The loss terms of a graph that is about to run backward: how their gradients agree, where that can be had."""
-        if "student" not in roles.split("+"):
+        if "student" not in roles:
             return
         self.names |= set(terms)
         if self.terms is not None and len(self.names) > 1 and not self.settings.compile and self.processes.world == 1:
@@ -217,7 +218,7 @@ class Monitor:
         who: tuple[nn.Module, ...] = (self.model.denoiser,)
         who = (self.nets["critic"], *who) if "critic" in self.nets else who
         with self.gauge.precision():
-            seen = eyes(who, x0, self.model, self.gauge.prompts[: len(rows)])
+            seen = eyes(who, x0, self.model, self.gauge.shown(self.model, len(rows)))
         ends = [by_count[0][rows], by_count[-1][rows]][: len(by_count)]
         return Image.fromarray(sheet([*ends, *seen, self._teacher.frames[rows]]))
 
@@ -242,20 +243,15 @@ def watching(
     model: VideoModel, method: Method, settings: Settings, nets: Nets, processes: Processes, source: Source,
     precision: Callable[[], Any],
 ) -> Monitor | None:  # fmt: skip
-    """The monitor of a run; None where `unexamined` says why there is none, or there is nothing to make clips of."""
-    if (
-        settings.health is None
-        or unexamined(method, settings, model.card)
-        or not {"codec", "text"} <= model.parts.keys()
-    ):
+    """The monitor of a run; None where `unexamined` says why there is none."""
+    health = settings.health
+    if health is None or unexamined(model, method, settings):
         return None
-    health, rng = settings.health, Rng(settings.seed, device=settings.device)
-    prompts = source.batch(health.prompts, rng.fold("health")).prompts
-    if not prompts:
-        return None
+    rng = Rng(settings.seed, device=settings.device).fold("health")
+    batch = source.batch(health.prompts, rng)
     return Monitor(
         health=health,
-        gauge=Gauge.of(model, prompts, health.seeds, settings.batch, precision),
+        gauge=Gauge.of(model, batch.prompts, health.seeds, settings.batch, precision, images_in(model, batch.cond)),
         model=model,
         method=method,
         settings=settings,
@@ -266,15 +262,19 @@ def watching(
     )
 
 
-def unexamined(method: Method, settings: Settings, card: Card) -> str:
+def unexamined(model: VideoModel, method: Method, settings: Settings) -> str:
     """Why a run has no checks; empty where it has."""
-    name = type(method).__name__
+    name, card = type(method).__name__, model.card
     if settings.health is None:
         return "settings.health is null"
     if method.part != "denoiser":
         return f"{name} trains the {method.part}, and checks are made on clips"
     if method.contract(card.contract) == card.contract:
         return f"{name} distils nothing: its student is sampled as its teacher"
+    if "prompts" not in method.needs:
+        return f"{name} reads no prompts, and checks are made on clips of some"
+    if lacking := sorted({"codec", "text"} - model.parts.keys()):
+        return f"the model has no {' and no '.join(lacking)} to make clips with"
     if settings.steps < settings.health.every:
         return f"{settings.steps} iterations are fewer than settings.health.every: {settings.health.every}"
     return ""

@@ -20,7 +20,7 @@ Kind = Literal[
 
 
 class VideoCodec(nn.Module):
-    """Latents have mean 0 and deviation 1 per channel, as the denoiser knows them; always computed in float32, clip by clip.
+    """Latents have mean 0 and deviation 1 per channel, as the denoiser knows them; computed clip by clip, in float32.
 
     `config` is the arguments of diffusers' class `kind`; the denoiser takes latents in whole patches of `patch` rows and
     columns, and of `patch_frames` frames: repetitions of the first one are put before it, and left out again when decoded.
@@ -29,6 +29,8 @@ class VideoCodec(nn.Module):
     """
 
     folders: ClassVar[tuple[str, ...]] = ("vae",)
+    one_at_a_time: ClassVar[bool] = True
+    """Clips of a batch are encoded one after the other: some of these autoencoders can do no more."""
 
     def __init__(
         self,
@@ -74,13 +76,16 @@ class VideoCodec(nn.Module):
             return vae.temporal_compression_ratio, vae.spatial_compression_ratio
         return config.temporal_compression_ratio, 2 ** (len(config.block_out_channels) - 1)  # CogVideoX
 
-    def encode(self, frames: Tensor) -> Tensor:
-        """`[B, 3, F, H, W]` in [-1, 1] to latents `[B, *latent_shape(F, H, W)]`: the mode of the posterior."""
+    def encode(self, frames: Tensor, *, autocast: bool = False) -> Tensor:
+        """`[B, 3, F, H, W]` in [-1, 1] to latents `[B, *latent_shape(F, H, W)]`: the mode of the posterior.
+
+        With `autocast` convolutions are computed in bfloat16.
+        """
         _, whole, _, _ = self.latent_shape(*frames.shape[2:])
         mean, std = self._statistics(frames)
-        with torch.autocast(frames.device.type, enabled=False):
+        with torch.autocast(frames.device.type, torch.bfloat16, enabled=autocast):
             modes = [self.vae.encode(clip).latent_dist.mode() for clip in frames.float().split(1)]
-            latents = (torch.cat(modes) - mean) / std
+        latents = (torch.cat(modes).float() - mean) / std
         missing = whole - latents.shape[2]
         return torch.cat([latents[:, :, :1].repeat(1, 1, missing, 1, 1), latents], 2) if missing else latents
 

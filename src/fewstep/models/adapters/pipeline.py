@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import diffusers
@@ -17,6 +18,7 @@ from diffusers import (
 )
 from diffusers.pipelines.ltx.pipeline_ltx import calculate_shift
 from diffusers.pipelines.ltx.pipeline_ltx_condition import linear_quadratic_schedule
+from PIL import Image
 from torch import Tensor
 
 from fewstep.core import Cond
@@ -80,15 +82,16 @@ def recommended_times(layout: Layout, steps: int, tokens: int) -> tuple[float, .
     return tuple(euler.sigmas.tolist())
 
 
-def sample(model: VideoModel, layout: Layout, noise: Tensor, cond: Cond, uncond: Cond, steps: int) -> Tensor:
+def sample(
+    model: VideoModel, layout: Layout, noise: Tensor, cond: Cond, uncond: Cond, steps: int,
+    pictures: Mapping[str, Image.Image] = MappingProxyType({}),
+) -> Tensor:  # fmt: skip
     """Latents that the layout's pipeline makes of `noise` with this model's weights, times and guidance, without its text
-    encoder. NoCounterpart says why it cannot make them.
+    encoder; of `pictures` by the pipeline's names for them. NoCounterpart says why it cannot make them.
     """
     original, contract = model.denoiser.backbone.original(), model.card.contract
     if original is None:
         raise NoCounterpart("this network is no class of diffusers")
-    if "image" in model.parts:
-        raise NoCounterpart("diffusers' pipeline reads the image with an encoder of its own")
     scheduler = _scheduler(model.denoiser.path, contract, layout.scheduler(), steps)
     pipeline = _pipeline(layout, original, model, scheduler)
     card = model.card
@@ -97,6 +100,7 @@ def sample(model: VideoModel, layout: Layout, noise: Tensor, cond: Cond, uncond:
         "latents": original.pack(noise), "output_type": "latent", "return_dict": False,
         "prompt_embeds": cond.text, "prompt_attention_mask": cond.mask, **cond.extra,
         **_guidance(contract.guidance, layout.index.get("boundary_ratio")),
+        **pictures,
     }  # fmt: skip
     if contract.guidance.active:
         offered |= {"negative_prompt_embeds": uncond.text, "negative_prompt_attention_mask": uncond.mask}
@@ -146,6 +150,9 @@ def _pipeline(layout: Layout, original: Original, model: VideoModel, scheduler: 
     settings = {key: value for key, value in layout.index.items() if not isinstance(value, list)}
     guider = ClassifierFreeGuidance(guidance_scale=model.card.contract.guidance.scale)
     ours = {"scheduler": scheduler, "vae": model.codec.vae, "guider": guider, **original.networks}
+    if "image" in model.parts:
+        eye: Any = model.part("image")
+        ours |= {"image_encoder": eye.encoder, "image_processor": eye.processor}
     parts = {}
     for name, parameter in inspect.signature(kind.__init__).parameters.items():
         if name in ours or name in settings:
