@@ -11,12 +11,12 @@ pytest.importorskip("diffusers", reason="needs the extra diffusers")
 
 from torch import Tensor
 
-from bench_unets import vae as image_autoencoder
 from fewstep.core import Rng
 from fewstep.models import FrameAutoencoder
 from fewstep.models.adapters.codec import VideoCodec
 from fewstep.models.adapters.frame_codec import FrameCodec
 from fewstep.models.decoding import Decoded, decode_stream
+from support_unets import vae as image_autoencoder
 from tiny_models import TINY
 
 pytestmark = pytest.mark.usefixtures("single_thread")
