@@ -23,7 +23,9 @@ from torch import Tensor
 
 from fewstep.core import Cond
 from fewstep.diffusion import CFG, Betas, Contract, NoisePath, RectifiedFlow
+from fewstep.models.adapters.cogvideox_image import CogVideoXImage
 from fewstep.models.adapters.layout import Layout
+from fewstep.models.adapters.wan_image import WanImage
 from fewstep.models.backbone import Original
 
 if TYPE_CHECKING:
@@ -92,6 +94,8 @@ def sample(
     original, contract = model.denoiser.backbone.original(), model.card.contract
     if original is None:
         raise NoCounterpart("this network is no class of diffusers")
+    if isinstance(model.parts.get("image"), CogVideoXImage):
+        raise NoCounterpart("diffusers' pipeline draws the latents of the image from their posterior")
     scheduler = _scheduler(model.denoiser.path, contract, layout.scheduler(), steps)
     pipeline = _pipeline(layout, original, model, scheduler)
     card = model.card
@@ -150,8 +154,7 @@ def _pipeline(layout: Layout, original: Original, model: VideoModel, scheduler: 
     settings = {key: value for key, value in layout.index.items() if not isinstance(value, list)}
     guider = ClassifierFreeGuidance(guidance_scale=model.card.contract.guidance.scale)
     ours = {"scheduler": scheduler, "vae": model.codec.vae, "guider": guider, **original.networks}
-    if "image" in model.parts:
-        eye: Any = model.part("image")
+    if isinstance(eye := model.parts.get("image"), WanImage):
         ours |= {"image_encoder": eye.encoder, "image_processor": eye.processor}
     parts = {}
     for name, parameter in inspect.signature(kind.__init__).parameters.items():
