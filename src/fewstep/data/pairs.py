@@ -188,7 +188,9 @@ def _add(part: ShardWriter, teacher: _Teacher, prompts: Sequence[str], pairs: ra
     pictured = isinstance(prompts, Pictured)
     images = encode_pictures(teacher.model, prompts, rows, teacher.num_frames) if pictured else {}
     for i, states in enumerate(teacher.states(chosen, seeds, images)):
-        part.add({"caption": chosen[i], "seed": seeds[i]}, {"states": states, **{n: x[i] for n, x in images.items()}}, {})
+        part.add(
+            {"caption": chosen[i], "seed": seeds[i]}, {"states": states, **{n: x[i] for n, x in images.items()}}, {}
+        )
     return chosen[-1]
 
 
