@@ -285,6 +285,8 @@ class CheckLora(Command):
     output: Path
     """Folder for the figures and the picture."""
     teacher: str = "world"
+    restyled: str | None = None
+    """A student distilled from the teacher with the LoRA, to measure instead of the student with the LoRA."""
     prompt: tuple[str, ...] = ()
     """Default: 16 prompts of the built-in world."""
     prompt_file: Path | None = None

@@ -287,15 +287,20 @@ def export(options: arguments.Export) -> int:
 def check_lora(options: arguments.CheckLora) -> int:
     from fewstep.cli.pace import telling
     from fewstep.cli.screen import screen
-    from fewstep.evaluate.style import check_lora as check
+    from fewstep.evaluate.style import Styled, check_style
     from fewstep.models.bundle import VideoModel
     from fewstep.world.grammar import world_prompts
 
     given = options.prompt or options.prompt_file
     prompts = _prompts(options.prompt, options.prompt_file) if given else world_prompts(16, 0.5, 0)
     teacher, student = (VideoModel.from_pretrained(x).to(options.device) for x in (options.teacher, options.student))
+    if options.restyled is None:
+        tried = Styled.by_lora(student, options.lora)
+    else:
+        tried = Styled(student, VideoModel.from_pretrained(options.restyled).to(options.device), "restyled")
     with telling(options.quiet) as progress:
-        found = check(teacher, student, options.lora, prompts, options.output, seeds=options.seeds, progress=progress)
+        pair = Styled.by_lora(teacher, options.lora)
+        found = check_style(pair, tried, prompts, options.output, seeds=options.seeds, progress=progress)
     out = screen()
     out.print(
         f"score {found.score:.3f} +- {found.error:.3f} (1 as on the teacher, 0 no trace): direction {found.cosine:.3f}, "

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry
 from fewstep.core import Batch, Pairs, Rng
 from fewstep.core.flops import FORMULAS
 from fewstep.engine.memory import Holding, Phase, Plan, optimizer_bytes
-from fewstep.engine.nets import build_nets, sources, trained_roles
+from fewstep.engine.nets import build_nets, sources, start_card, trained_roles
 from fewstep.engine.optim import matrices_of, require_named
 from fewstep.engine.settings import Settings
 from fewstep.methods.base import Method, Nets, Update
@@ -99,7 +99,10 @@ class Outline:
     def of(cls, card: Card, method: Method, settings: Settings, frames: int | None = None) -> Outline:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         model = outline(card)
-        others = {role: outline(source.card()) for role, source in sources(method).items()}
+        cards = {role: source.card() for role, source in sources(method).items()}
+        if begun := start_card(settings):
+            cards["student"] = begun
+        others = {role: outline(other) for role, other in cards.items()}
         nets = build_nets(model, method, settings.seed, settings.lora, others=others)
         for role in trained_roles(method, settings.steps):
             require_named(nets[role], settings.optim_of(role))

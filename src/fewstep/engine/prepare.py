@@ -21,7 +21,7 @@ from fewstep.engine.effective import in_effect
 from fewstep.engine.health.monitor import watching
 from fewstep.engine.heap import keep_freed_memory
 from fewstep.engine.mesh import Processes, join, require_mesh
-from fewstep.engine.nets import build_nets, origin, require_alike, sources, trained_roles
+from fewstep.engine.nets import build_nets, origin, require_alike, sources, start_card, trained_roles
 from fewstep.engine.offload import Shelf
 from fewstep.engine.optim import RoleOptimizer
 from fewstep.engine.preview import Preview
@@ -54,7 +54,7 @@ def prepare(
     processes = join(settings)
     if settings.device == "cpu":
         keep_freed_memory()
-    others = load_others(method, processes)
+    others = load_others(method, settings, processes)
     identity = {key: provenance[key] for key in WHOSE if key in provenance} | identify(model, trees, others)
     model, nets, average, shell = make_networks(model, method, settings, processes, others)
     rest = settings.parallel.offload
@@ -75,10 +75,14 @@ def prepare(
     )  # fmt: skip
 
 
-def load_others(method: Method, processes: Processes) -> dict[str, VideoModel]:
-    """The other models a method reads, by role. Weights that will be sharded stay where they are stored."""
+def load_others(method: Method, settings: Settings, processes: Processes) -> dict[str, VideoModel]:
+    """The other models a run reads, by role. Weights that will be sharded stay where they are stored."""
     leave = ("denoiser",) if processes.weights is not None else ()
-    return {role: source.load(leave=leave) for role, source in sources(method).items()}
+    others = {role: source.load(leave=leave) for role, source in sources(method).items()}
+    begun = start_card(settings)
+    if begun is not None and settings.start is not None:
+        others["student"] = VideoModel.load(begun, settings.start, leave=leave)
+    return others
 
 
 def told(others: Mapping[str, VideoModel]) -> dict[str, str]:
@@ -113,7 +117,7 @@ def make_networks(
     for role, denoiser in {**nets, "ema": average}.items():
         if isinstance(denoiser, Denoiser):
             if processes.weights is not None:
-                shard(denoiser, weights[origin(method, role)], processes.weights)
+                shard(denoiser, weights[origin(method, role, weights)], processes.weights)
             denoiser.backbone.spread(processes.tokens, settings.parallel.checkpointing)
     if settings.parallel.offload:
         nets = Shelf(nets.roles, settings.device)
@@ -135,6 +139,7 @@ def require_possible(method: Method, settings: Settings, card: Card, probe: Prob
             "give it more steps than its warm-up has"
         )
     require_alike(method, card)
+    require_same(method, settings, card)
     for role in {"teacher", *sources(method)}.intersection(roles):
         raise ValueError(f"{name} trains the {role}; train a Copy of it")
     for role in sorted(set(settings.optim) - {*roles, "student"}):
@@ -167,6 +172,29 @@ def require_possible(method: Method, settings: Settings, card: Card, probe: Prob
     if probe is not None:
         probe.check(card, method.part)
     return roles
+
+
+def require_same(method: Method, settings: Settings, card: Card) -> None:
+    """Refuse (ValueError) a start that is no denoiser like the teacher's."""
+    begun = start_card(settings)
+    if begun is None:
+        return
+    if method.part != "denoiser" or settings.lora is not None:
+        raise ValueError(
+            "settings.start: only a denoiser that is trained whole goes on from an earlier one; leave out settings.lora, "
+            "or settings.start"
+        )
+    pairs = {
+        "denoiser": (begun.parts["denoiser"], card.parts.get("denoiser", begun.parts["denoiser"])),
+        "path": (begun.path, card.path),
+        "kind": (begun.kind, card.kind),
+    }
+    for what, (theirs, own) in pairs.items():
+        if theirs != own:
+            raise ValueError(
+                f"settings.start: {settings.start} is no student of this teacher: its {what} is {theirs}, and the "
+                f"teacher's {own}"
+            )
 
 
 def require_processes(settings: Settings) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from fewstep.attention import Dense
 from fewstep.core import dump
 from fewstep.core.atomic import replacing_folder, write_text
+from fewstep.models.adapters import PARTS
 from fewstep.models.adapters.layout import Layout
 from fewstep.models.adapters.lora_file import NAMES, Names, names_of, read_lora, require_adapter, write_lora
 from fewstep.models.adapters.readme import readme
@@ -45,24 +46,23 @@ def export(model: VideoModel, folder: Path, *, names: Names, link: bool) -> Path
             raise ValueError("one file of weights has nothing to link; leave link out, or write diffusers' layout")
         return _export_weights(model, folder, names)
     _require_dense(model)
-    original = model.denoiser.backbone.original()
-    if original is None:
-        raise ValueError(f"{type(model.denoiser.backbone).__name__} is fewstep's own: diffusers has no class for it")
-    usage = Usage(model, _layout(model.card))
-    card, layout, scheduler = _sealed(model), usage.layout, usage.exact(model.card.contract.steps).scheduler
+    usage = Usage(model, _layout(model))
+    card, layout = _sealed(model), usage.layout
+    made: dict[str, Any] = {**usage.original.networks, **usage.schedulers()}
+    if usage.guider is not None:
+        made["guider"] = usage.guider
     index = layout.index | {
-        "scheduler": ["diffusers", type(scheduler).__name__],
+        "scheduler": ["diffusers", type(made["scheduler"]).__name__],
         **{name: [None, None] for name in _NOT_WRITTEN if name in layout.index},
         STAMP: dump(card),
     }
     with _new(folder) as draft:
-        for name, network in original.networks.items():
-            network.save_pretrained(draft / name)  # type: ignore[operator]
-        scheduler.save_pretrained(draft / "scheduler")
-        for name in _folders(index, leave={*original.networks, "scheduler"}):
+        for name, part in made.items():
+            part.save_pretrained(draft / name)
+        for name in _folders(index, leave=made.keys()):
             _bring(Layout.find(layout.source, (name,)).folder / name, draft / name, link=link)
         write_text(draft / "model_index.json", json.dumps(index, indent=2) + "\n")
-        write_text(draft / "README.md", readme(card, usage.pages(folder.name)))
+        write_text(draft / "README.md", readme(card, usage.pages(folder.name, folder.name)))
     return folder
 
 
@@ -72,11 +72,13 @@ def export_lora(model: VideoModel, adapter: Path, folder: Path, *, names: Names)
     Errors as in `export`; FileNotFoundError where there are no adapters.
     """
     _require_dense(model)
-    usage = Usage(model, _layout(model.card))
+    usage = Usage(model, _layout(model))
     _require_base(model, adapter, usage.layout)
     with _new(folder) as draft:
         write_lora(model.denoiser, adapter, draft / NAMES[names].format(folder.name), names)
-        write_text(draft / "README.md", readme(model.card, usage.pages(usage.layout.source, folder.name)))
+        for name, scheduler in usage.schedulers().items():
+            scheduler.save_pretrained(draft / name)
+        write_text(draft / "README.md", readme(model.card, usage.pages(usage.layout.source, folder.name, lora=True)))
     return folder
 
 
@@ -139,8 +141,11 @@ def _sealed(model: VideoModel) -> Card:
     return replace(model.card, parts=parts, sources={}, fingerprints=prints)
 
 
-def _layout(card: Card) -> Layout:
+def _layout(model: VideoModel) -> Layout:
     """Where the parts that were not trained came from."""
+    card, backbone = model.card, type(model.denoiser.backbone).__name__
+    if backbone not in PARTS:
+        raise ValueError(f"{backbone} is fewstep's own: diffusers has no class for it")
     sources = {source for part, source in card.sources.items() if part != "denoiser"}
     made_here = [part for part in card.parts if part not in ("denoiser", *card.sources)]
     if made_here or len(sources) != 1:
@@ -152,7 +157,7 @@ def _layout(card: Card) -> Layout:
     return Layout.find(sources.pop())
 
 
-def _folders(index: Mapping[str, Any], leave: set[str]) -> list[str]:
+def _folders(index: Mapping[str, Any], leave: Collection[str]) -> list[str]:
     """Folders of the parts that are there, besides those to `leave`."""
     return [k for k, v in index.items() if isinstance(v, list) and v[:1] not in ([], [None]) and k not in leave]
 
