@@ -191,8 +191,9 @@ def test_a_recipe_distils_the_restyled_teacher(teacher: VideoModel, lora: Path, 
 
 def test_a_student_goes_on_with_the_restyled_teacher(teacher: VideoModel, lora: Path, tmp_path: Path) -> None:
     """Its first weights are its own, the critic's are the teacher's, and its card names both."""
-    folder, first = teacher.save(tmp_path / "teacher"), with_denoiser(
-        teacher, stretch, provenance={"licence": "CC-BY-NC-4.0"}
+    folder, first = (
+        teacher.save(tmp_path / "teacher"),
+        with_denoiser(teacher, stretch, provenance={"licence": "CC-BY-NC-4.0"}),
     )
     first.save(tmp_path / "first")
     settings = small(1, start=str(tmp_path / "first"), health=None)
@@ -201,9 +202,9 @@ def test_a_student_goes_on_with_the_restyled_teacher(teacher: VideoModel, lora: 
     nets = prepare(model, METHOD, data, settings, tmp_path / "run").nets
     assert fingerprint(nets.student) == first.fingerprint("denoiser")
     assert fingerprint(nets.critic) == fingerprint(nets.teacher) == model.fingerprint("denoiser")
-    student = Recipe(model=Pretrained(source=str(folder), lora=str(lora)), method=METHOD, data=data, settings=settings).run(
-        tmp_path / "run", quiet=True
-    )
+    student = Recipe(
+        model=Pretrained(source=str(folder), lora=str(lora)), method=METHOD, data=data, settings=settings
+    ).run(tmp_path / "run", quiet=True)
     assert student.card.provenance["student"] == f"tiny {first.fingerprint('denoiser')}"
     assert student.card.provenance["student.licence"] == "CC-BY-NC-4.0"
     ours, before, restyled = (m.weights("denoiser")["backbone.out.weight"] for m in (student, first, model))
@@ -234,7 +235,12 @@ def test_every_role_begins_with_stored_weights() -> None:
     """Of a sharded run, where networks are made without any."""
     roles = ("teacher", "student", "ema", "critic")
     assert [origin(METHOD, role, {"teacher"}) for role in roles] == ["teacher"] * 4
-    assert [origin(METHOD, role, {"teacher", "student"}) for role in roles] == ["teacher", "student", "student", "teacher"]
+    assert [origin(METHOD, role, {"teacher", "student"}) for role in roles] == [
+        "teacher",
+        "student",
+        "student",
+        "teacher",
+    ]
 
 
 # --- on the built-in world ------------------------------------------------------------------------------------------------

@@ -268,6 +268,8 @@ class Export(Command):
     """Of a student trained with settings.lora: its adapters alone, one file to load over the teacher."""
     link: bool = False
     """Link text encoder and codec to where they are, in place of a copy."""
+    evaluation: Path | None = None
+    """A folder of `fewstep evaluate`: its figures of this student go onto the card and the page."""
 
     def run(self, overrides: Overrides) -> int:
         from fewstep.cli import commands

@@ -6,7 +6,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -273,15 +273,19 @@ def check_model(options: arguments.CheckModel) -> int:
 
 
 def export(options: arguments.Export) -> int:
+    from fewstep.evaluate.results import figures, load_report
     from fewstep.models import adapters
     from fewstep.models.bundle import VideoModel
+    from fewstep.recipe import FILE
 
-    model = VideoModel.from_pretrained(options.student)
+    model, home = VideoModel.from_pretrained(options.student), Path(options.student)
+    if options.evaluation is not None:
+        scores = figures(load_report(options.evaluation), model.fingerprint("denoiser"))
+        model = VideoModel(replace(model.card, scores=model.card.scores | scores), model.parts)
+    recipe = (home / FILE).read_text(encoding="utf-8") if (home / FILE).is_file() else ""
     if options.lora:
-        return _made(
-            adapters.export_lora(model, Path(options.student) / "adapter", options.folder, names=options.names)
-        )
-    return _made(model.export(options.folder, names=options.names, link=options.link))
+        return _made(adapters.export_lora(model, home / "adapter", options.folder, names=options.names, recipe=recipe))
+    return _made(model.export(options.folder, names=options.names, link=options.link, recipe=recipe))
 
 
 def check_lora(options: arguments.CheckLora) -> int:

@@ -29,8 +29,8 @@ class Survival:
     """How much of what a LoRA does to the teacher happened to the student.
 
     `d_T` is the mean over n clips of the features with the LoRA minus those without, same prompts and noise; `d_S` is that of
-    the student, with the LoRA or distilled anew. What the style changes in every clip is in it; what it changes in some clips one way and in others another
-    is not. It says nothing about quality, and features that do not see a style cannot measure it.
+    the student, with the LoRA or distilled anew. What the style changes in every clip is in it; what it changes in some clips
+    one way and in others another is not. It says nothing about quality, and features that do not see a style cannot measure it.
     """
 
     score: float

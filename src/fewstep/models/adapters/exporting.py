@@ -31,20 +31,21 @@ if TYPE_CHECKING:
 
 STAMP = "_fewstep"
 """Key of the card in `model_index.json`."""
+RECIPE = "recipe.yaml"
 _NOT_WRITTEN = ("motion_adapter",)
 """Parts of layouts whose weights the denoiser holds as well: a teacher's copy would contradict the student."""
 
 
-def export(model: VideoModel, folder: Path, *, names: Names, link: bool) -> Path:
+def export(model: VideoModel, folder: Path, *, names: Names, link: bool, recipe: str) -> Path:
     """Write `model` in diffusers' layout, or its denoiser as one file by the names that its authors gave the weights.
 
-    What the model did not change is copied from its source, or linked. ValueError where plain diffusers could not make the
-    same clips; FileExistsError for a folder that is not empty.
+    What the model did not change is copied from its source, or linked; `recipe` is the text of what made it, if known.
+    ValueError where plain diffusers could not make the same clips; FileExistsError for a folder that is not empty.
     """
     if names == "comfyui":
         if link:
             raise ValueError("one file of weights has nothing to link; leave link out, or write diffusers' layout")
-        return _export_weights(model, folder, names)
+        return _export_weights(model, folder, names, recipe)
     _require_dense(model)
     usage = Usage(model, _layout(model))
     card, layout = _sealed(model), usage.layout
@@ -62,11 +63,11 @@ def export(model: VideoModel, folder: Path, *, names: Names, link: bool) -> Path
         for name in _folders(index, leave=made.keys()):
             _bring(Layout.find(layout.source, (name,)).folder / name, draft / name, link=link)
         write_text(draft / "model_index.json", json.dumps(index, indent=2) + "\n")
-        write_text(draft / "README.md", readme(card, usage.pages(folder.name, folder.name)))
+        _describe(draft, card, folder.name, usage.pages(folder.name, folder.name), recipe)
     return folder
 
 
-def export_lora(model: VideoModel, adapter: Path, folder: Path, *, names: Names) -> Path:
+def export_lora(model: VideoModel, adapter: Path, folder: Path, *, names: Names, recipe: str) -> Path:
     """Write the adapters of a student, which are in the folder `adapter`, as one file for its teacher's pipeline.
 
     Errors as in `export`; FileNotFoundError where there are no adapters.
@@ -78,7 +79,7 @@ def export_lora(model: VideoModel, adapter: Path, folder: Path, *, names: Names)
         write_lora(model.denoiser, adapter, draft / NAMES[names].format(folder.name), names)
         for name, scheduler in usage.schedulers().items():
             scheduler.save_pretrained(draft / name)
-        write_text(draft / "README.md", readme(model.card, usage.pages(usage.layout.source, folder.name, lora=True)))
+        _describe(draft, model.card, folder.name, usage.pages(usage.layout.source, folder.name, lora=True), recipe)
     return folder
 
 
@@ -99,14 +100,21 @@ def _require_base(model: VideoModel, adapter: Path, layout: Layout) -> None:
             )
 
 
-def _export_weights(model: VideoModel, folder: Path, names: Names) -> Path:
+def _describe(draft: Path, card: Card, title: str, usage: Mapping[int, str], recipe: str) -> None:
+    """The page, and the recipe as a file, where the next export finds it."""
+    write_text(draft / "README.md", readme(card, title, usage, recipe))
+    if recipe:
+        write_text(draft / RECIPE, recipe)
+
+
+def _export_weights(model: VideoModel, folder: Path, names: Names, recipe: str) -> Path:
     """The denoiser alone; the card is in the file's metadata, and on the page."""
     _require_dense(model)
     rename, card = names_of(model.denoiser, names), _sealed(model)
     tensors = {rename(name): value.contiguous() for name, value in model.denoiser.backbone.state_dict().items()}
     with _new(folder) as draft:
         save_file(tensors, draft / f"{folder.name}.safetensors", {"fewstep": json.dumps(dump(card))})
-        write_text(draft / "README.md", readme(card, {}))
+        _describe(draft, card, folder.name, {}, recipe)
     return folder
 
 

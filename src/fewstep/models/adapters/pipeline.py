@@ -55,6 +55,8 @@ def sample(model: VideoModel, layout: Layout, noise: Tensor, cond: Cond, uncond:
     """Latents that the layout's pipeline makes of `noise` with this model's weights, times and guidance, without its text
     encoder. NoCounterpart says why it cannot make them.
     """
+    if "image" in model.parts:
+        raise NoCounterpart("diffusers' pipeline reads the image with an encoder of its own")
     try:
         usage = Usage(model, layout)
         scheduler = usage.exact(steps).pin()

@@ -55,16 +55,14 @@ def exact_scheduler(path: NoisePath, kind: Kind, contract: Contract, steps: int,
     if isinstance(path, RectifiedFlow) and kind == "flow" and solver in ("euler", "ddim", "renoise"):
         return _flow(times, stochastic=solver == "renoise", uniform=uniform)
     if isinstance(path, Betas) and kind in _PREDICTIONS:
-        levels = [round(t * path.num_train_timesteps) - 1 for t in times]
-        whole = all(abs((k + 1) / path.num_train_timesteps - t) < _NEAR for k, t in zip(levels, times, strict=True))
-        prediction, found = _PREDICTIONS[kind], None
-        if whole and solver == "ddim":
+        levels, prediction, found = [_level(t, path) for t in times], _PREDICTIONS[kind], None
+        if solver == "ddim":
             found = (
                 _ddim(path, prediction, contract, levels)
                 or _euler(path, prediction, levels)
                 or _tcd(path, prediction, levels)
             )
-        elif whole and solver == "renoise":
+        elif solver == "renoise":
             found = _lcm(path, prediction, levels)
         if found is not None:
             return found
@@ -74,12 +72,20 @@ def exact_scheduler(path: NoisePath, kind: Kind, contract: Contract, steps: int,
     )
 
 
+def _level(t: float, path: Betas) -> float:
+    """The timestep; a whole one where float32 cannot tell it from that."""
+    level = t * path.num_train_timesteps - 1
+    return round(level) if abs(level - round(level)) < _NEAR * path.num_train_timesteps else level
+
+
 def _flow(times: tuple[float, ...], *, stochastic: bool, uniform: bool) -> Exact:
     """Euler in t, or x0 and fresh noise: one class of diffusers, whose grid has two numbers to turn."""
     steps = len(times) - 1
     plain: dict[str, Any] = {"shift": 1.0, "stochastic_sampling": stochastic}
     scheduler = FlowMatchEulerDiscreteScheduler(**(plain | _stretch(times, uniform)))
-    scheduler.set_timesteps(**({"sigmas": [1 - k / steps for k in range(steps)]} if uniform else {"num_inference_steps": steps}))
+    scheduler.set_timesteps(
+        **({"sigmas": [1 - k / steps for k in range(steps)]} if uniform else {"num_inference_steps": steps})
+    )
     if all(abs(sigma - t) < _NEAR for sigma, t in zip(scheduler.sigmas.tolist(), times, strict=True)):
         return Exact(scheduler)
     return Exact(FlowMatchEulerDiscreteScheduler(**plain), {"sigmas": list(times[:-1])})
@@ -107,7 +113,7 @@ def _stretch(times: tuple[float, ...], uniform: bool) -> dict[str, float]:
     return {"shift": shift, "shift_terminal": times[-2]}
 
 
-def _ddim(path: Betas, prediction: str, contract: Contract, levels: list[int]) -> Exact | None:
+def _ddim(path: Betas, prediction: str, contract: Contract, levels: list[float]) -> Exact | None:
     """Diffusers' DDIM moves down by one number of levels, whatever timestep comes next."""
     asked, steps = contract.timesteps, len(levels) - 1
     teacher = asked is not None and not contract.grids
@@ -125,29 +131,35 @@ def _ddim(path: Betas, prediction: str, contract: Contract, levels: list[int]) -
     return Exact(scheduler) if even and scheduler.timesteps.tolist() == levels[:-1] else None
 
 
-def _euler(path: Betas, prediction: str, levels: list[int]) -> Exact | None:
-    """DDIM is Euler in s / a, from any level to any other, where that is finite."""
-    if path.zero_snr or path.snr_shift != 1.0:
+def _euler(path: Betas, prediction: str, levels: list[float]) -> Exact | None:
+    """DDIM is Euler in s / a, from any level to any other, where that is finite.
+
+    Between two levels s / a is interpolated, where the path interpolates `atan(s / a)`: within 1e-5 of it.
+    """
+    if path.zero_snr or path.snr_shift != 1.0 or levels[-2] < 0:
         return None
     end = "zero" if levels[-1] < 0 else "sigma_min"
     settings = _schedule(path, prediction) | {"timestep_spacing": "leading", "final_sigmas_type": end}
     return Exact(EulerDiscreteScheduler(**settings), _pinned(levels))
 
 
-def _tcd(path: Betas, prediction: str, levels: list[int]) -> Exact | None:
+def _tcd(path: Betas, prediction: str, levels: list[float]) -> Exact | None:
     """With `eta = 0`, which is what pipelines ask for, this is DDIM from any level to any other, and at last to level 0.
 
     Where the clip ends clean, that level, at which no step begins, is made clean.
     """
     clean = levels[-1] < 0
-    if clean and levels[-2] < 1:
+    if (clean and levels[-2] < 1) or any(level % 1 for level in levels):
         return None
-    return Exact(TCDScheduler(**_table(path, prediction, clean=clean), original_inference_steps=path.num_train_timesteps), _pinned(levels))
+    return Exact(
+        TCDScheduler(**_table(path, prediction, clean=clean), original_inference_steps=path.num_train_timesteps),
+        _pinned(levels),
+    )
 
 
-def _lcm(path: Betas, prediction: str, levels: list[int]) -> Exact | None:
+def _lcm(path: Betas, prediction: str, levels: list[float]) -> Exact | None:
     """x0 and fresh noise of the next level; x0 itself at the end."""
-    if levels[-1] >= 0 or levels[-2] < 1:
+    if levels[-1] >= 0 or levels[-2] < 1 or any(level % 1 for level in levels):
         return None
     if path.snr_shift == 1.0:
         settings = _schedule(path, prediction) | {"rescale_betas_zero_snr": path.zero_snr}
@@ -183,5 +195,5 @@ def _table(path: Betas, prediction: str, *, clean: bool = False) -> dict[str, An
     }  # fmt: skip
 
 
-def _pinned(levels: list[int]) -> dict[str, list[float]]:
+def _pinned(levels: list[float]) -> dict[str, list[float]]:
     return {"timesteps": [float(k) for k in levels[:-1]]}

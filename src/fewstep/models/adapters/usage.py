@@ -35,8 +35,6 @@ class Usage:
     def __post_init__(self) -> None:
         card = self.model.card
         _ = self.original
-        if "image" in self.model.parts:
-            raise ValueError(f"{self.pipeline} reads the image with an encoder of its own, in another precision")
         if "num_frames" not in self.known and card.num_frames != 1:
             raise ValueError(f"{self.pipeline} makes images, and this card asks for {card.num_frames} frames")
         self.options(card.contract.steps)
