@@ -122,6 +122,8 @@ def test_by_command(teacher: VideoModel, lora: Path, tmp_path: Path, capsys: pyt
     assert "score 1.000" in capsys.readouterr().out and (tmp_path / "out" / "lora.gif").is_file()
     assert main(["check-lora", str(lora), *options, "--restyled", folder, "--quiet"]) == 0
     assert "score 0.000" in capsys.readouterr().out
+    assert main(["check-lora", str(lora), *options, "--num-inference-steps", "1", "--quiet"]) == 0
+    assert "score 1.000" not in capsys.readouterr().out
 
 
 # --- files ----------------------------------------------------------------------------------------------------------------

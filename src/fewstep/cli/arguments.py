@@ -289,6 +289,8 @@ class CheckLora(Command):
     teacher: str = "world"
     restyled: str | None = None
     """A student distilled from the teacher with the LoRA, to measure instead of the student with the LoRA."""
+    num_inference_steps: int | None = None
+    """Of the student; default: its own."""
     prompt: tuple[str, ...] = ()
     """Default: 16 prompts of the built-in world."""
     prompt_file: Path | None = None

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from fewstep.data.prepare import Prepared
     from fewstep.evaluate import Suite
+    from fewstep.models.bundle import VideoModel
 
 
 def demo(options: arguments.Demo) -> int:
@@ -297,11 +298,13 @@ def check_lora(options: arguments.CheckLora) -> int:
 
     given = options.prompt or options.prompt_file
     prompts = _prompts(options.prompt, options.prompt_file) if given else world_prompts(16, 0.5, 0)
-    teacher, student = (VideoModel.from_pretrained(x).to(options.device) for x in (options.teacher, options.student))
+    teacher = VideoModel.from_pretrained(options.teacher).to(options.device)
+    student = _at_steps(VideoModel.from_pretrained(options.student), options.num_inference_steps).to(options.device)
     if options.restyled is None:
         tried = Styled.by_lora(student, options.lora)
     else:
-        tried = Styled(student, VideoModel.from_pretrained(options.restyled).to(options.device), "restyled")
+        restyled = _at_steps(VideoModel.from_pretrained(options.restyled), options.num_inference_steps)
+        tried = Styled(student, restyled.to(options.device), "restyled")
     with telling(options.quiet) as progress:
         pair = Styled.by_lora(teacher, options.lora)
         found = check_style(pair, tried, prompts, options.output, seeds=options.seeds, progress=progress)
@@ -312,6 +315,15 @@ def check_lora(options: arguments.CheckLora) -> int:
         markup=False, soft_wrap=True,
     )  # fmt: skip
     return _made(options.output / "lora.gif")
+
+
+def _at_steps(model: VideoModel, steps: int | None) -> VideoModel:
+    """With another default number of steps. StepCountError where it was not trained for it."""
+    from fewstep.models.bundle import VideoModel
+
+    contract = model.card.contract
+    contract.times(steps)
+    return VideoModel(replace(model.card, contract=replace(contract, steps=steps or contract.steps)), model.parts)
 
 
 def _prompts(given: tuple[str, ...], file: Path | None) -> tuple[str, ...]:

@@ -81,7 +81,7 @@ def check_style(
     for label, model in zip(labels, models, strict=True):
         rows, shown[label] = _features(model, prompts, seeds, features.map, label, progress)
         found.append(rows.unflatten(0, (len(prompts), -1)))
-    survival = _survival(*found, features.name)
+    survival = _survival(found, features.name)
     output = Path(output)
     grid_gif(output / "lora.gif", shown, fps=card.fps, scale=max(1, 128 // max(card.height, card.width)))
     write_text(output / "lora.json", json.dumps(asdict(survival), indent=2) + "\n")
@@ -107,9 +107,10 @@ def _features(
     return torch.cat(rows), torch.cat(shown)
 
 
-def _survival(teacher: Tensor, restyled: Tensor, student: Tensor, changed: Tensor, features: str) -> Survival:
-    """Of features `[P, S, D]`: prompts, clips of each, values."""
-    by_teacher, by_student = (restyled - teacher).mean(1), (changed - student).mean(1)
+def _survival(found: Sequence[Tensor], features: str) -> Survival:
+    """Of the features of teacher and student, each without and with the style: `[P, S, D]`, prompts, clips of each, values."""
+    teacher, teacher_styled, student, student_styled = found
+    by_teacher, by_student = (teacher_styled - teacher).mean(1), (student_styled - student).mean(1)
     reach, size = float(by_teacher.mean(0).norm()), float(by_student.mean(0).norm())
     if reach <= _NOTHING * float(teacher.norm(dim=-1).mean()):
         raise ValueError(

@@ -74,6 +74,8 @@ def export_lora(model: VideoModel, adapter: Path, folder: Path, *, names: Names,
     """
     _require_dense(model)
     usage = Usage(model, _layout(model))
+    if not usage.takes_lora:
+        raise ValueError(f"diffusers loads no LoRA of one file into its {usage.pipeline}; export the whole student")
     _require_base(model, adapter, usage.layout)
     with _new(folder) as draft:
         write_lora(model.denoiser, adapter, draft / NAMES[names].format(folder.name), names)

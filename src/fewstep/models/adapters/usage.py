@@ -54,6 +54,11 @@ class Usage:
         """Name of its class."""
         return str(self.layout.index["_class_name"])
 
+    @property
+    def takes_lora(self) -> bool:
+        """Whether the pipeline loads LoRAs, and one file is enough for its network."""
+        return hasattr(getattr(diffusers, self.pipeline), "load_lora_weights") and len(self.original.networks) == 1
+
     @cached_property
     def known(self) -> Mapping[str, inspect.Parameter]:
         """Arguments of the pipeline's call."""
