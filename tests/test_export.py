@@ -457,12 +457,43 @@ def test_diffusers_loads_every_key_of_the_adapters(
     assert (theirs() - ours).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("family", ["hunyuan15", "wan_experts"])
-def test_a_pipeline_that_loads_no_such_file_gets_none(tuned: dict[str, Path], family: str, tmp_path: Path) -> None:
-    student = VideoModel.from_pretrained(tuned[family])
-    with pytest.raises(ValueError, match="export the whole student"):
-        export_lora(student, tuned[family] / "adapter", tmp_path / "lora", names="diffusers")
+def test_a_pipeline_that_loads_no_lora_gets_none(tuned: dict[str, Path], tmp_path: Path) -> None:
+    student = VideoModel.from_pretrained(tuned["hunyuan15"])
+    with pytest.raises(ValueError, match="loads no LoRA into its HunyuanVideo15Pipeline"):
+        export_lora(student, tuned["hunyuan15"] / "adapter", tmp_path / "lora", names="diffusers")
     assert not (tmp_path / "lora").exists()
+
+
+@torch.no_grad()
+def test_two_experts_are_two_files(tuned: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page loads both; ComfyUI's have the same names in each, and diffusers' converter turns them back."""
+    student = VideoModel.from_pretrained(tuned["wan_experts"])
+    files = ["pytorch_lora_weights.safetensors", "pytorch_lora_weights_2.safetensors"]
+    export_lora(student, tuned["wan_experts"] / "adapter", tmp_path / "lora", names="diffusers")
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, Any] = {}
+    exec(re.findall("```python\n(.*?)```", (tmp_path / "lora" / "README.md").read_text(), re.DOTALL)[0], scope)
+    pipe = scope["pipe"]
+    for number, (network, file) in enumerate(zip((pipe.transformer, pipe.transformer_2), files, strict=True)):
+        loaded, written = (
+            get_peft_model_state_dict(network, adapter_name=f"default_{number}"),
+            load_file(Path("lora", file)),
+        )
+        assert {f"transformer.{key}" for key in loaded} == written.keys() and len(written) > 20
+        assert all(torch.equal(loaded[key.removeprefix("transformer.")], value) for key, value in written.items())
+    start = Seeds((5, 6)).randn((2, *student.latent_shape()), "start")
+    theirs = pipe(PROMPTS, latents=start, output_type="latent", **scope["sampling"])[0]
+    torch.testing.assert_close(student.latents(PROMPTS, seed=(5, 6)), theirs, atol=2e-4, rtol=2e-4)
+    export_lora(student, tuned["wan_experts"] / "adapter", tmp_path / "comfy", names="comfyui")
+    comfy = [load_file(tmp_path / "comfy" / name) for name in ("comfy.safetensors", "comfy_2.safetensors")]
+    assert "diffusion_model.blocks.0.self_attn.q.lora_A.weight" in comfy[0].keys() & comfy[1].keys()
+    student.export(tmp_path / "whole", names="comfyui")
+    for folder, file in zip(
+        ("transformer", "transformer_2"), ("whole.safetensors", "whole_2.safetensors"), strict=True
+    ):
+        back = convert_wan_transformer_to_diffusers(load_file(tmp_path / "whole" / file))
+        original = student.denoiser.backbone.original().networks[folder].state_dict()
+        assert back.keys() == original.keys() and all(torch.equal(back[key], original[key]) for key in original)
 
 
 def test_the_names_of_wans_authors_are_a_bijection(layouts: dict[str, Path], tmp_path: Path) -> None:

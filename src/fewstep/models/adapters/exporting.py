@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import ChainMap
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from fewstep.attention import Dense
 from fewstep.core import dump
 from fewstep.core.atomic import replacing_folder, write_text
 from fewstep.models.adapters import PARTS
 from fewstep.models.adapters.layout import Layout
-from fewstep.models.adapters.lora_file import NAMES, Names, names_of, read_lora, require_adapter, write_lora
+from fewstep.models.adapters.lora_file import Names, file_names, names_of, read_lora, require_adapter, write_lora
 from fewstep.models.adapters.readme import readme
 from fewstep.models.adapters.usage import Usage
 from fewstep.models.bundle import Card, describe, parse_card
@@ -75,10 +77,10 @@ def export_lora(model: VideoModel, adapter: Path, folder: Path, *, names: Names,
     _require_dense(model)
     usage = Usage(model, _layout(model))
     if not usage.takes_lora:
-        raise ValueError(f"diffusers loads no LoRA of one file into its {usage.pipeline}; export the whole student")
+        raise ValueError(f"diffusers loads no LoRA into its {usage.pipeline}; export the whole student")
     _require_base(model, adapter, usage.layout)
     with _new(folder) as draft:
-        write_lora(model.denoiser, adapter, draft / NAMES[names].format(folder.name), names)
+        write_lora(model.denoiser, adapter, draft, names, folder.name)
         for name, scheduler in usage.schedulers().items():
             scheduler.save_pretrained(draft / name)
         _describe(draft, model.card, folder.name, usage.pages(usage.layout.source, folder.name, lora=True), recipe)
@@ -88,9 +90,9 @@ def export_lora(model: VideoModel, adapter: Path, folder: Path, *, names: Names,
 def _require_base(model: VideoModel, adapter: Path, layout: Layout) -> None:
     """ValueError where the student is not the layout's network plus these adapters: over it they would do something else."""
     updates, backbone = read_lora(model.denoiser, require_adapter(adapter)), model.denoiser.backbone
-    part = backbone.folders[0]  # type: ignore[index]
-    own = backbone.state_dict()
-    stored = Layout.find(layout.source, (part,)).weights(part, own, {name: backbone.foreign(name) for name in own})
+    own, parts = backbone.state_dict(), tuple(backbone.folders)  # type: ignore[arg-type]
+    layout, names = Layout.find(layout.source, parts), {name: backbone.foreign(name) for name in own}
+    stored = ChainMap(*(layout.weights(part, own, names) for part in parts))  # type: ignore[arg-type]
     for name, value in own.items():
         expected, layer = stored[name].to(value.device), f"backbone.{name.removesuffix('.weight')}"
         if layer in updates:
@@ -110,12 +112,18 @@ def _describe(draft: Path, card: Card, title: str, usage: Mapping[int, str], rec
 
 
 def _export_weights(model: VideoModel, folder: Path, names: Names, recipe: str) -> Path:
-    """The denoiser alone; the card is in the file's metadata, and on the page."""
+    """The denoiser alone, a file for each of its networks; the card is in the files' metadata, and on the page."""
     _require_dense(model)
-    rename, card = names_of(model.denoiser, names), _sealed(model)
-    tensors = {rename(name): value.contiguous() for name, value in model.denoiser.backbone.state_dict().items()}
+    backbone, card = model.denoiser.backbone, _sealed(model)
+    rename = names_of(model.denoiser, names)
+    files = file_names(backbone.folders, names, folder.name)  # type: ignore[arg-type]
+    written: dict[str, dict[str, Tensor]] = {network: {} for network in files}
+    for name, value in backbone.state_dict().items():
+        network, _, within = rename(name).rpartition("/")
+        written[network or next(iter(files))][within] = value.contiguous()
     with _new(folder) as draft:
-        save_file(tensors, draft / f"{folder.name}.safetensors", {"fewstep": json.dumps(dump(card))})
+        for network, tensors in written.items():
+            save_file(tensors, draft / files[network], {"fewstep": json.dumps(dump(card))})
         _describe(draft, card, folder.name, {}, recipe)
     return folder
 

@@ -12,6 +12,7 @@ import diffusers
 from diffusers import ClassifierFreeGuidance, SchedulerMixin
 
 from fewstep.models.adapters.layout import Layout
+from fewstep.models.adapters.lora_file import file_names
 from fewstep.models.adapters.schedulers import Exact, exact_scheduler
 from fewstep.models.backbone import Original
 from fewstep.models.bundle import VideoModel
@@ -56,8 +57,8 @@ class Usage:
 
     @property
     def takes_lora(self) -> bool:
-        """Whether the pipeline loads LoRAs, and one file is enough for its network."""
-        return hasattr(getattr(diffusers, self.pipeline), "load_lora_weights") and len(self.original.networks) == 1
+        """Whether the pipeline loads LoRAs."""
+        return hasattr(getattr(diffusers, self.pipeline), "load_lora_weights")
 
     @cached_property
     def known(self) -> Mapping[str, inspect.Parameter]:
@@ -114,6 +115,9 @@ class Usage:
         lines = [f'pipe = {self.pipeline}.from_pretrained("{source}")']
         if lora:
             lines.append(f'pipe.load_lora_weights("{home}")')
+            (_, *others) = file_names(tuple(self.original.networks), "diffusers", home).items()
+            for network, file in others:
+                lines.append(f'pipe.load_lora_weights("{home}", weight_name="{file}", load_into_{network}=True)')
         if lora or folder != _SCHEDULER:
             scheduler = type(exact.scheduler).__name__
             names.add(scheduler)
