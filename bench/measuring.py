@@ -20,7 +20,8 @@ from torch import Tensor
 from fewstep.core import Batch, Cond, Rng
 from fewstep.data.base import Data, Source
 from fewstep.engine import run as loop
-from fewstep.engine.run import Run, autocast
+from fewstep.engine.precision import autocast
+from fewstep.engine.run import Run
 from fewstep.evaluate.latency import synchronize
 from fewstep.evaluate.machine import describe_machine, versions
 from fewstep.models import Card, Denoiser, VideoDiT, VideoModel

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 
-from bench_memory import process
 from fewstep.core import Rng
 from fewstep.core.peers import Peers
 from fewstep.data import Latents, read_prompts
 from fewstep.data.store import PartedWriter
 from fewstep.models import Card, FrameAutoencoder, TextEncoder, VideoModel, fingerprint
+from support_memory import process
 
 PART, SHARD, BATCH = 16_384, 4096, 64
 """Few files: making them is not what is measured."""

@@ -15,7 +15,7 @@ import torch
 from fewstep.core.env import cpu_count
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # recipes name published models; no test asks for one
-sys.path.insert(0, str(Path(__file__).parent))  # for the test benches, `bench_*.py`
+sys.path.insert(0, str(Path(__file__).parent))  # for what tests share: `support_*.py`, `tiny_*.py`
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -12,13 +12,13 @@ pytest.importorskip("diffusers", reason="needs the extra diffusers")
 
 from diffusers import CogVideoXDDIMScheduler
 
-from bench_unets import awake
 from fewstep.attention import KVCache
 from fewstep.core import Cond, Rng
 from fewstep.diffusion import Betas, Contract, ddim
 from fewstep.models import Denoiser
 from fewstep.models.adapters.cogvideox import CogVideoX
 from fewstep.models.adapters.ddpm import contract_of, kind_of, path_of
+from support_unets import awake
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 SMALL: dict[str, Any] = {

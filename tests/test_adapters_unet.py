@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 pytest.importorskip("diffusers")
 
-from bench_unets import IMAGE, VIDEO, awake
 from fewstep.attention import KVCache
 from fewstep.core import Cond, Rng
 from fewstep.diffusion import Betas
@@ -21,6 +20,7 @@ from fewstep.models.adapters.animatediff import AnimateDiff
 from fewstep.models.adapters.stable_diffusion import StableDiffusion
 from fewstep.models.adapters.unet import UNet, to_images
 from fewstep.models.lora import Lora, adapt, adapters
+from support_unets import IMAGE, VIDEO, awake
 
 FAMILIES: dict[type[UNet], dict[str, Any]] = {AnimateDiff: VIDEO, StableDiffusion: IMAGE}
 every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.__name__)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 pytest.importorskip("diffusers", reason="needs the extra diffusers")
 
-from bench_unets import animatediff, scheduler, stable_diffusion
 from fewstep.attention import BlockCausal
 from fewstep.cli import main
 from fewstep.core import Batch, Cond, RecipeError, Rng, Seeds
@@ -23,6 +22,7 @@ from fewstep.models.adapters.ddpm import contract_of, kind_of, path_of
 from fewstep.models.adapters.frame_codec import FrameCodec
 from fewstep.models.bundle import read_card
 from fewstep.models.source import Diffusers
+from support_unets import animatediff, scheduler, stable_diffusion
 
 pytestmark = [pytest.mark.usefixtures("single_thread"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 MAKE = {"animatediff": animatediff, "stable_diffusion": stable_diffusion}

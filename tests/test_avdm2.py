@@ -11,8 +11,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench_engine import Everything, TinyImages, small, tiny_model
-from bench_gaussian import RF, Counting, GaussianTeacher, cond_of, f64, terms
 from fewstep.core import Batch, Cond, Rng
 from fewstep.diffusion import CFG, VP, NoisePath, Prediction
 from fewstep.diffusion.path import broadcast
@@ -21,18 +19,20 @@ from fewstep.engine.checkpoint import checkpoints
 from fewstep.engine.outline import Outline
 from fewstep.engine.prepare import prepare
 from fewstep.engine.run import Run
-from fewstep.methods import AVDM2, BackwardSimulation, Nets, OneStep
+from fewstep.methods import AVDM2, BackwardSimulation, Nets
 from fewstep.methods.rollouts import fold_frames
 from fewstep.models import JointHead, Lora, TextEncoder, VideoModel
 from fewstep.models.lora import adapters
 from fewstep.recipe import Recipe
+from support_engine import Everything, TinyImages, small, tiny_model
+from support_gaussian import ONE_STEP, RF, Counting, GaussianTeacher, cond_of, f64, terms
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 B, F, K = 3, 5, 2
 SHAPE = (2, F, 3, 4)
 VIDEO, IMAGE = RF, VP()
 METHOD = AVDM2(
-    image_teacher=TinyImages(), rollout=OneStep(), frames=K, guidance=CFG(scale=2.5), score_weight=0.7, adversarial=0.0
+    image_teacher=TinyImages(), rollout=ONE_STEP, frames=K, guidance=CFG(scale=2.5), score_weight=0.7, adversarial=0.0
 )
 ENGINE = AVDM2(image_teacher=TinyImages(), frames=2, rollout=BackwardSimulation(grids=((1.0, 0.5),)))
 
@@ -160,7 +160,7 @@ def test_all_frames_reach_the_guided_mean_of_the_image_teacher(scale: float) -> 
 @pytest.fixture
 def adversarial() -> tuple[AVDM2, Nets, Batch]:
     """A real video teacher and head, with clips for a student."""
-    method, model = AVDM2(score="none", rollout=OneStep(), critic_updates=1), tiny_model()
+    method, model = AVDM2(score="none", rollout=ONE_STEP, critic_updates=1), tiny_model()
     with torch.random.fork_rng():
         torch.manual_seed(0)
         head = JointHead([24, 24])
@@ -272,7 +272,7 @@ def test_another_model_is_checked_and_not_stored(tmp_path: Path) -> None:
 
     @dataclass(frozen=True, kw_only=True)
     class Retrained(TinyImages):
-        def load(self, leave: Any = ()) -> VideoModel:
+        def load(self, leave: Any = (), parts: Any = ()) -> VideoModel:
             return TinyImages(seed=8).load()
 
     with pytest.raises(CheckpointError, match="image_teacher weights was"):
@@ -282,7 +282,7 @@ def test_another_model_is_checked_and_not_stored(tmp_path: Path) -> None:
 def test_another_models_latents_and_text_must_fit() -> None:
     @dataclass(frozen=True, kw_only=True)
     class OtherWords(TinyImages):
-        def load(self, leave: Any = ()) -> VideoModel:
+        def load(self, leave: Any = (), parts: Any = ()) -> VideoModel:
             return tiny_model().with_part("text", TextEncoder(width=32, depth=1, heads=2))
 
     recipe = Recipe(model=TinyImages(), method=ENGINE, data=Everything(), settings=small(1))

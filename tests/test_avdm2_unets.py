@@ -11,7 +11,6 @@ import torch
 
 pytest.importorskip("diffusers", reason="needs the extra diffusers")
 
-from bench_unets import animatediff, stable_diffusion
 from fewstep.core import Batch, Rng
 from fewstep.data.base import Data, Source
 from fewstep.diffusion import CFG, Betas
@@ -22,6 +21,7 @@ from fewstep.methods import AVDM2, BackwardSimulation
 from fewstep.models import VideoModel
 from fewstep.models.source import Diffusers
 from fewstep.recipe import Recipe
+from support_unets import animatediff, stable_diffusion
 
 pytestmark = [pytest.mark.usefixtures("single_thread"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 PROMPTS = ("a red cat", "two dogs")

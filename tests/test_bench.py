@@ -10,10 +10,10 @@ from types import ModuleType
 
 import pytest
 
-from bench_engine import FRAMES, tiny_model
 from fewstep.diffusion import CFG
 from fewstep.methods import DMD2
 from fewstep.world.data import WorldClips
+from support_engine import FRAMES, tiny_model
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 

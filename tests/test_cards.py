@@ -9,12 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench_engine import tiny_model
 from fewstep.core import RecipeError
+from fewstep.engine.prepare import prepare
 from fewstep.evaluate.extractors import feature_map
+from fewstep.methods import AVDM2
 from fewstep.models import Card, FrameAutoencoder, TextEncoder, VideoModel, fingerprint
 from fewstep.models.bundle import read_card
-from fewstep.models.source import Scratch
+from fewstep.models.source import Pretrained, Scratch
+from fewstep.models.spec import Spec
+from fewstep.world.data import WorldClips
+from support_engine import FRAMES, small, tiny_model
 
 
 def model() -> VideoModel:
@@ -83,3 +87,24 @@ def test_built_in_models_are_not_looked_for_on_the_hub() -> None:
     assert "features" in read_card("world/features").parts and read_card("world").role == "teacher"
     name = feature_map("auto", (32, 32), torch.device("cpu")).name
     assert name.startswith("world/features "), name
+
+
+def test_of_another_model_only_the_denoiser_is_read(tmp_path: Path) -> None:
+    """Its text encoder and codec may be larger than all else of a run, and nobody asks them anything."""
+    folder = tiny_model(seed=7).save(tmp_path / "images")
+    for part in ("text", "codec", "features"):
+        (folder / f"{part}.safetensors").unlink()
+    source = Pretrained(source=str(folder))
+    with pytest.raises(FileNotFoundError, match="safetensors is missing"):
+        source.load()
+    alone = source.load(parts=("denoiser",))
+    assert set(alone.parts) == set(alone.card.parts) == {"denoiser"}
+    method = AVDM2(image_teacher=source, frames=2, adversarial=0.0)
+    run = prepare(tiny_model(), method, WorldClips(num_frames=FRAMES), small(1), tmp_path / "run")
+    assert fingerprint(run.nets.image_teacher) == fingerprint(tiny_model(seed=7).denoiser)
+
+
+def test_parts_of_a_fresh_model_do_not_depend_on_who_is_asked_for() -> None:
+    networks = {"text": Spec("TextEncoder", {"width": 16, "depth": 1}), "codec": Spec("FrameAutoencoder", {"width": 8})}
+    source = Scratch(**networks, seed=3)
+    assert fingerprint(source.load(parts=("codec",)).codec) == fingerprint(source.load().codec)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 pytest.importorskip("diffusers", reason="needs the extra diffusers")
 
-import bench_unets
+import support_unets
 from fewstep.attention import BlockCausal
 from fewstep.cli import main
 from fewstep.core import Cond
@@ -29,7 +29,7 @@ from fewstep.models.spec import Spec
 from tiny_models import TINY, save_tiny
 
 pytestmark = [pytest.mark.usefixtures("single_thread"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
-UNETS = {"animatediff": bench_unets.animatediff, "stable_diffusion": bench_unets.stable_diffusion}
+UNETS = {"animatediff": support_unets.animatediff, "stable_diffusion": support_unets.stable_diffusion}
 VARIANTS: dict[str, tuple[str, dict[str, bool]]] = {
     "cogvideox_2b": ("cogvideox", {"use_rotary_positional_embeddings": False}),
     "hunyuan_not_distilled": ("hunyuan", {"guidance_embeds": False}),

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench_engine import FRAMES, small, tiny_model
 from fewstep.core import Rng
 from fewstep.data import Prompts, StoredPairs, texts
 from fewstep.data.pairs import PairPlan, make_pairs
@@ -15,6 +14,7 @@ from fewstep.data.texts import Texts
 from fewstep.engine.loop import prepare
 from fewstep.methods import DMD2, KnowledgeDistillation
 from fewstep.models import VideoModel, fingerprint
+from support_engine import FRAMES, small, tiny_model
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 PROMPTS = ("a red ball", "a blue box moves left", "a red ball")

@@ -8,7 +8,6 @@ from types import ModuleType
 import pytest
 import torch
 
-from bench_gaussian import SCALAR, GaussianTeacher, cond_of, f64, normal
 from fewstep.core import Cond, Rng
 from fewstep.diffusion import (
     CFG,
@@ -40,6 +39,7 @@ from fewstep.diffusion import (
     timestep,
     uniform_grid,
 )  # fmt: skip
+from support_gaussian import SCALAR, GaussianTeacher, cond_of, f64, normal
 
 PATHS = [RectifiedFlow(), Trig(), VP(), EDM(), Betas(schedule="linear"), Betas(snr_shift=3.0, zero_snr=True)]
 BOUNDED = PATHS[:3]

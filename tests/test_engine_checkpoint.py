@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench_engine import CASES, Everything, die, long_run, short_run, small, tiny_model
 from fewstep.core import build
 from fewstep.core.atomic import recover
 from fewstep.engine import CheckpointError, Health, Settings, checkpoint, train
@@ -22,6 +21,7 @@ from fewstep.engine.prepare import prepare
 from fewstep.methods import METHODS, Method
 from fewstep.models import Card, VideoModel
 from fewstep.recipe import names
+from support_engine import CASES, Everything, die, long_run, short_run, small, tiny_model
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 

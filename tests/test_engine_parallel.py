@@ -12,9 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import bench_parallel
-from bench_engine import CASES, Everything, small, tiny_model
-from bench_parallel import EXAMINED, WHOLE_RUNS, launch, per_frame, results, watched
+import support_parallel
 from fewstep.core import Rng
 from fewstep.core.atomic import discard
 from fewstep.data.base import Source
@@ -29,6 +27,8 @@ from fewstep.engine.prepare import open_data, prepare, require_processes
 from fewstep.engine.shard import hollow
 from fewstep.methods import METHODS, Method
 from fewstep.models import Lora, VideoDiT, VideoModel
+from support_engine import CASES, Everything, small, tiny_model
+from support_parallel import EXAMINED, WHOLE_RUNS, launch, per_frame, results, watched
 
 ROOT = Path(__file__).parent.parent
 LOSS, GRADIENT = 1e-4, 2e-4
@@ -51,7 +51,7 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
 def assert_as_one(folder: Path, processes: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What several processes found is what this one finds."""
     method, spread, autocast, *_ = (*name.split("."), "off")
-    monkeypatch.setitem(bench_parallel.SPREADS, spread, replace(Parallel(), checkpointing=False))  # type: ignore[arg-type]
+    monkeypatch.setitem(support_parallel.SPREADS, spread, replace(Parallel(), checkpointing=False))  # type: ignore[arg-type]
     one = watched(method, spread, autocast, folder=folder)
     monkeypatch.undo()
     loose = ROUGH if autocast == "bf16" else None
@@ -60,7 +60,7 @@ def assert_as_one(folder: Path, processes: int, name: str, monkeypatch: pytest.M
         assert row == pytest.approx(expected, rel=loose or LOSS, abs=1e-6), name
     assert_close(found[0]["gradients"], one["gradients"], loose or GRADIENT, name)
     assert_close(found[0]["weights"], one["weights"], loose or 1e-2, name)
-    share = processes // bench_parallel.SPREADS[spread].sequence
+    share = processes // support_parallel.SPREADS[spread].sequence
     for rank in found:  # every process calls the student as often: it draws the same grids and exits
         assert [calls * share for calls in rank["calls"]] == one["calls"], name
         assert rank["rows"] == found[0]["rows"], name
@@ -179,7 +179,7 @@ def test_an_error_in_one_process_ends_all(place_to_run: Path) -> None:
 
 @pytest.mark.parametrize(("world", "sequence"), [(1, 1), (2, 1), (4, 2), (8, 2)])
 def test_all_places_are_dealt_once(world: int, sequence: int) -> None:
-    dealt = [list(Processes(rank, world, sequence).places(8)) for rank in range(world)]
+    dealt = [list(Processes(rank, world, sequence=sequence).places(8)) for rank in range(world)]
     assert sorted(chain(*dealt[::sequence])) == list(range(8))
     assert all(dealt[rank] == dealt[rank - rank % sequence] for rank in range(world))  # neighbours share clips
 
@@ -209,7 +209,7 @@ def test_checkpointing_changes_no_number_and_keeps_less(tmp_path: Path) -> None:
         settings = small(1, parallel=Parallel(checkpointing=checkpointing))
         run = prepare(tiny_model(), CASES["Consistency"], Everything(), settings, tmp_path)
         found: dict[str, Tensor] = {}
-        bench_parallel.watch_gradients(run, found)
+        support_parallel.watch_gradients(run, found)
         kept[checkpointing] = 0
 
         def count(tensor: Tensor, which: bool = checkpointing) -> Tensor:
@@ -229,7 +229,7 @@ def test_the_leader_opens_the_data_first(rank: int, order: list[str]) -> None:
     """What it stores (text states), the others read."""
     seen: list[str] = []
 
-    class Peers(Processes):
+    class Waiting(Processes):
         def barrier(self) -> None:
             seen.append("barrier")
 
@@ -238,7 +238,7 @@ def test_the_leader_opens_the_data_first(rank: int, order: list[str]) -> None:
             seen.append("open")
             return super().open(model, needs)
 
-    open_data(Noted(), tiny_model(), CASES["DMD2"], Peers(rank, 2))
+    open_data(Noted(), tiny_model(), CASES["DMD2"], Waiting(rank, 2))
     assert seen == order
 
 

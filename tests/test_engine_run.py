@@ -13,7 +13,6 @@ import pytest
 import torch
 from PIL import Image
 
-from bench_engine import CASES, FRAMES, LONG, Everything, small, tiny_model
 from fewstep.core import Batch, Losses, Rng
 from fewstep.core.finite import NonFiniteError
 from fewstep.data.base import Data, Source
@@ -26,6 +25,7 @@ from fewstep.engine.prepare import prepare
 from fewstep.engine.run import Run
 from fewstep.methods import DMD2, Copy, FlowMatching, Method, Nets, Sync, Update
 from fewstep.models import Backbone, Card, FeatureHeads, VideoModel, fingerprint
+from support_engine import CASES, FRAMES, LONG, Everything, small, tiny_model
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 

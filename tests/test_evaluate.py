@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from bench_evaluate import guided_teacher
 from fewstep.core.finite import NonFiniteError
 from fewstep.diffusion import Contract, StepCountError
 from fewstep.evaluate import (
@@ -41,6 +40,7 @@ from fewstep.evaluate.svg import Point, curve, running_mean, scatter
 from fewstep.models import Card, ClipFeatures, VideoModel
 from fewstep.world.checker import read_scenes
 from fewstep.world.grammar import ATTRIBUTES, describe, parse, world_prompts
+from support_evaluate import guided_teacher
 
 SMALL = Suite(prompts=4, seeds_per_prompt=2, batch=4, features="pooled", latency_runs=3, latency_budget=0.5, previews=3)
 

@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from bench_evaluate import guided_teacher
 from fewstep.cli import main
 from fewstep.data import DataError, write_video
 from fewstep.data.video import cover, to_floats, to_pixels
@@ -25,6 +24,7 @@ from fewstep.metrics import frechet
 from fewstep.models import Card, ClipFeatures, VideoModel
 from fewstep.world.grammar import parse, world_prompts
 from fewstep.world.renderer import Variation, render
+from support_evaluate import guided_teacher
 
 CPU = torch.device("cpu")
 FRAMES, SIDE = 16, 32

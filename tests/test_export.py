@@ -22,8 +22,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bench_engine import tiny_model
-from bench_unets import animatediff, scheduler, stable_diffusion
 from fewstep.attention import BlockCausal
 from fewstep.cli import main
 from fewstep.core import RecipeError, Rng, Seeds
@@ -36,6 +34,8 @@ from fewstep.models.adapters.readme import restrictions
 from fewstep.models.adapters.schedulers import exact_scheduler
 from fewstep.models.lora import adapt, adapters, merge, save_adapter
 from fewstep.models.source import Diffusers
+from support_engine import tiny_model
+from support_unets import animatediff, scheduler, stable_diffusion
 from tiny_models import IMAGE, IMAGE_SIZE, TINY, save_tiny
 
 pytestmark = [pytest.mark.usefixtures("single_thread"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]

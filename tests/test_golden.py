@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from bench_engine import CASES, Everything, small, tiny_model
 from fewstep.engine import train
 from fewstep.engine.log import read_metrics
+from support_engine import CASES, Everything, small, tiny_model
 
 FOLDER = Path(__file__).parent / "golden"
 RELATIVE, ABSOLUTE = 1e-4, 1e-7

@@ -13,8 +13,6 @@ from unittest import mock
 import pytest
 import torch
 
-from bench_engine import CASES, TWO_GRIDS, Everything, small, tiny_model
-from bench_health import OtherShift, coarse_weights, frozen_critic, other_path
 from fewstep.cli import main
 from fewstep.core import Rng
 from fewstep.diffusion import CFG, RectifiedFlow, Trig
@@ -31,6 +29,8 @@ from fewstep.methods.rollouts import NESTED
 from fewstep.models import Card, Lora, VideoModel
 from fewstep.models.lora import adapt, adapters, merge
 from fewstep.world.grammar import world_prompts
+from support_engine import CASES, TWO_GRIDS, Everything, small, tiny_model
+from support_health import OtherShift, coarse_weights, frozen_critic, other_path
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 
@@ -177,6 +177,20 @@ def test_runs_that_distil_nothing_are_not_examined(tmp_path: Path, capsys: pytes
     for case, reason in (("FlowMatching", "distils nothing"), ("Reconstruction", "trains the codec")):
         train(tiny_model(), CASES[case], Everything(), settings, tmp_path / case)
         assert reason in " ".join(capsys.readouterr().err.split()) and read_record(tmp_path / case) is None
+
+
+def test_every_run_without_checks_has_its_reason() -> None:
+    silent, settings = tiny_model(), small(3, health=OFTEN)
+    del silent.parts["text"], silent.parts["codec"]
+    for reason, arguments in {
+        "settings.health is null": (tiny_model(), METHOD, small(3, health=None)),
+        "2 iterations are fewer": (tiny_model(), METHOD, small(2, health=OFTEN)),
+        "the model has no codec and no text": (silent, METHOD, settings),
+        "Silent reads no prompts": (tiny_model(), type("Silent", (DMD2,), {"needs": frozenset()})(), settings),
+        "": (tiny_model(), METHOD, settings),
+    }.items():
+        said = monitor.unexamined(*arguments)
+        assert said.startswith(reason) and bool(said) == bool(reason)
 
 
 def test_settings_are_checked() -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from bench_health import LIMIT, SOUND_RUNS, SPOILED, run_sound, run_spoiled
 from fewstep.models.bundle import BUILT_IN
+from support_health import LIMIT, SOUND_RUNS, SPOILED, run_sound, run_spoiled
 
 pytestmark = [
     pytest.mark.slow,

@@ -11,17 +11,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bench_engine import FRAMES, small, tiny_model
 from fewstep.core import Batch, Cond, Rng
 from fewstep.diffusion import CFG
 from fewstep.engine import Optim, Parallel, Settings, train
 from fewstep.engine.compiling import compile_problem
 from fewstep.engine.nets import build_nets
 from fewstep.engine.prepare import prepare
-from fewstep.methods import DMD2, Consistency, Nets, OneStep, Progressive, Reconstruction
+from fewstep.methods import DMD2, Consistency, Nets, Progressive, Reconstruction
 from fewstep.models import Denoiser, Lora, VideoModel, fingerprint
 from fewstep.models.lora import adapt, duplicate, load_adapter, merge, save_adapter, weaken
 from fewstep.world.data import WorldClips
+from support_engine import FRAMES, small, tiny_model
+from support_gaussian import ONE_STEP
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 LORA = Lora(rank=4, alpha=8.0)
@@ -225,7 +226,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
 def test_weak_real_score_shrinks_the_matching_gradient() -> None:
     """At scale 0 it is DMD2's own; at scale 1 real and fake are one score, and nothing is left."""
     model = tiny_model()
-    method = DMD2(guidance=CFG(), rollout=OneStep(), weak=0.5)
+    method = DMD2(guidance=CFG(), rollout=ONE_STEP, weak=0.5)
     nets = dict(build_nets(model, method, 0, LORA))
     moved(nets["critic"])
     with torch.no_grad():

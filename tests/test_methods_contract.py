@@ -6,8 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from bench_engine import TinyImages
-from bench_gaussian import terms
 from fewstep.core import Batch, Pairs, Rng
 from fewstep.core.build import build, dump
 from fewstep.diffusion import CFG, DENSITIES, Contract, RectifiedFlow, uniform_grid
@@ -25,7 +23,6 @@ from fewstep.methods import (
     KnowledgeDistillation,
     Method,
     Nets,
-    OneStep,
     Other,
     Progressive,
     ReadAttributes,
@@ -40,6 +37,8 @@ from fewstep.models.discriminators import FeatureHeads, JointHead
 from fewstep.models.features import ClipFeatures
 from fewstep.models.text import TextEncoder
 from fewstep.models.video_dit import VideoDiT
+from support_engine import TinyImages
+from support_gaussian import ONE_STEP, terms
 
 B, SHAPE, SIZES = 2, (4, 3, 4, 4), (3, 5)
 METHOD_NAMES = {cls.__name__: cls for cls in (*METHODS, *ROLLOUTS, *DENSITIES)}
@@ -49,7 +48,7 @@ CASES: dict[str, Method] = {cls.__name__: cls() for cls in METHODS} | {
     "Progressive-later": Progressive(stages=((2, 0), (1, 5))),
     "Consistency-unguided": Consistency(guidance=CFG(), skip=3),
     "DMD2-gan": DMD2(critic_updates=2, gan=0.03, r1=1.0, layers=(0, -1)),
-    "DMD2-one-step": DMD2(critic_updates=1, rollout=OneStep()),
+    "DMD2-one-step": DMD2(critic_updates=1, rollout=ONE_STEP),
     "DMD2-three-grids": DMD2(critic_updates=1, rollout=BackwardSimulation(grids=NESTED, shift=3.0, mode="ode")),
     "DMD2-data": DMD2(critic_updates=1, rollout=FromData()),
     "DMD2-anchor": DMD2(critic_updates=1, anchor=0.25),

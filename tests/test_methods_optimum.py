@@ -5,7 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench_gaussian import (
+from fewstep.core import Pairs, Rng
+from fewstep.diffusion import CFG, VP, Contract, NoisePath, Trig, from_x0, uniform_grid
+from fewstep.methods import (
+    DMD2,
+    BackwardSimulation,
+    Consistency,
+    FromPairs,
+    KnowledgeDistillation,
+    Nets,
+    Progressive,
+)  # fmt: skip
+from fewstep.methods.progressive import landing
+from support_gaussian import (
+    ONE_STEP,
     RF,
     AffineTableStudent,
     Counting,
@@ -19,19 +32,6 @@ from bench_gaussian import (
     stored_pairs,
     terms,
 )  # fmt: skip
-from fewstep.core import Pairs, Rng
-from fewstep.diffusion import CFG, VP, Contract, NoisePath, Trig, from_x0, uniform_grid
-from fewstep.methods import (
-    DMD2,
-    BackwardSimulation,
-    Consistency,
-    FromPairs,
-    KnowledgeDistillation,
-    Nets,
-    OneStep,
-    Progressive,
-)  # fmt: skip
-from fewstep.methods.progressive import landing
 
 MEANS, STD = f64(-0.2, 0.7), 0.4
 paths = pytest.mark.parametrize("path", [RF, Trig()], ids=lambda p: type(p).__name__)
@@ -162,7 +162,7 @@ def one_step_nets(scale: float, offset: float) -> Nets:
 def test_dmd2_reaches_the_guided_mean(scale: float) -> None:
     """Student of the right variance, optimal critic: the fixed point is `m_c + (w - 1)(m_c - m_null)` at every t."""
     nets = one_step_nets(STD, -1.0)
-    method = DMD2(rollout=OneStep(), guidance=CFG(scale=scale))
+    method = DMD2(rollout=ONE_STEP, guidance=CFG(scale=scale))
     optimiser = torch.optim.Adam([nets.student.offset], lr=0.02)
     for step in range(500):
         optimiser.zero_grad()
@@ -174,14 +174,14 @@ def test_dmd2_reaches_the_guided_mean(scale: float) -> None:
 @pytest.mark.parametrize("start", [-1.0, 2.0])
 def test_dmd2_descends_towards_the_teacher(start: float) -> None:
     nets = one_step_nets(STD, start)
-    method = DMD2(rollout=OneStep(), guidance=CFG())
+    method = DMD2(rollout=ONE_STEP, guidance=CFG())
     terms(method.student_loss(nets, make_batch(16), Rng(0)))["matching"].backward()
     assert (float(nets.student.offset.grad) > 0) == (start > 0.7)
 
 
 def test_dmd2_widens_a_student_that_is_too_narrow() -> None:
     nets = one_step_nets(0.1, 0.7)
-    method = DMD2(rollout=OneStep(), guidance=CFG())
+    method = DMD2(rollout=ONE_STEP, guidance=CFG())
     terms(method.student_loss(nets, make_batch(256), Rng(0)))["matching"].backward()
     assert float(nets.student.scale.grad) < 0
 
@@ -209,7 +209,7 @@ def test_dmd2_order_and_number_of_updates() -> None:
 def test_dmd2_critic_turns_see_fresh_samples() -> None:
     nets = one_step_nets(STD, 0.0)
     counting = Nets({**nets, "student": Counting(nets.student)})
-    for update in DMD2(critic_updates=2, rollout=OneStep()).updates(0):
+    for update in DMD2(critic_updates=2, rollout=ONE_STEP).updates(0):
         terms(update.losses(counting, make_batch(4), Rng(0)))
     inputs = [x for _, x, _ in counting.student.calls]
     assert len(inputs) == 3
@@ -230,7 +230,7 @@ def test_dmd2_anchor_is_zero_for_the_exact_pairs() -> None:
     pairs = stored_pairs(teacher, normal(32), 8)
     student = AffineTableStudent((1.0,)).fill([teacher.compose_affine(uniform_grid(8), 0.7)])
     nets = Nets({"student": student, "teacher": teacher, "critic": ExactCritic(student)})
-    method = DMD2(rollout=OneStep(), anchor=1.0, anchor_rollout=FromPairs(grids=((1.0,),)))
+    method = DMD2(rollout=ONE_STEP, anchor=1.0, anchor_rollout=FromPairs(grids=((1.0,),)))
     losses = terms(method.student_loss(nets, make_batch(32, pairs=pairs), Rng(0)))
     assert losses["anchor"].item() < 1e-12
     assert losses["matching"].item() > 1e-12

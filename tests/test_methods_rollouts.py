@@ -5,11 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench_gaussian import SCALAR, AffineTableStudent, Counting, GaussianTeacher, f64, make_batch, normal, stored_pairs
 from fewstep.core import Rng
 from fewstep.diffusion import CFG, EDM, Contract, solve, uniform_grid
-from fewstep.methods import BackwardSimulation, FromData, FromPairs, OneStep, Rollout
+from fewstep.methods import BackwardSimulation, FromData, FromPairs, Rollout
 from fewstep.methods.rollouts import NESTED
+from support_gaussian import (
+    ONE_STEP,
+    SCALAR,
+    AffineTableStudent,
+    Counting,
+    GaussianTeacher,
+    f64,
+    make_batch,
+    normal,
+    stored_pairs,
+)
 
 FOUR = (1.0, 0.75, 0.5, 0.25)
 TEACHER = Contract(solver="euler", steps=50, shift=3.0, guidance=CFG(scale=4.0))
@@ -67,7 +77,7 @@ def test_inputs_between_steps_are_renoised_predictions() -> None:
         torch.testing.assert_close(net.calls[i + 1][1], expected, rtol=1e-7, atol=1e-7)
 
 
-@pytest.mark.parametrize("rollout", [OneStep(), BackwardSimulation()], ids=lambda r: type(r).__name__)
+@pytest.mark.parametrize("rollout", [ONE_STEP, BackwardSimulation()], ids=lambda r: type(r).__name__)
 def test_an_exploding_path_starts_at_its_own_noise_level(rollout: Rollout) -> None:
     net = Counting(AffineTableStudent((1.0,), EDM()))
     rollout(net, make_batch(500), Rng(0), grad=False)
@@ -79,7 +89,7 @@ def test_contracts_list_exact_shifted_grids_without_guidance() -> None:
     assert contract.grids == {str(n): uniform_grid(n, 5.0) for n in (1, 2, 4)}
     assert (contract.solver, contract.steps, contract.guidance) == ("renoise", 4, CFG())
     assert BackwardSimulation(mode="ode").contract(TEACHER).solver == "ddim"
-    assert OneStep().contract(TEACHER).grids == {"1": (1.0, 0.0)}
+    assert ONE_STEP.contract(TEACHER).grids == {"1": (1.0, 0.0)}
 
 
 def test_expected_calls() -> None:

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from bench_gaussian import AffineTableStudent, ExactCritic, GaussianTeacher, cond_of, f64, normal
 from fewstep.diffusion import KINDS, Kind, Prediction, RectifiedFlow, Trig, target
 from fewstep.methods import targets
+from support_gaussian import AffineTableStudent, ExactCritic, GaussianTeacher, cond_of, f64, normal
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

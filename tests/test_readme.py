@@ -14,13 +14,13 @@ from types import ModuleType
 import pytest
 import torch
 
-from bench_engine import tiny_model
 from fewstep.cli.arguments import COMMANDS, parse, split_overrides
 from fewstep.core.build import build, load_yaml
 from fewstep.data import write_video
 from fewstep.engine.prepare import require_processes
 from fewstep.models import bundle
 from fewstep.recipe import Recipe, names
+from support_engine import tiny_model
 
 ROOT = Path(__file__).parent.parent
 TOP = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LOG.md")]

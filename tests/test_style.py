@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bench_engine import FRAMES, small, tiny_model
 from fewstep.cli import main
 from fewstep.core import Batch, Rng
 from fewstep.data.base import Source
@@ -30,6 +29,7 @@ from fewstep.models.spec import Spec
 from fewstep.recipe import Recipe
 from fewstep.world.data import WorldClips, encode
 from fewstep.world.grammar import world_prompts
+from support_engine import FRAMES, small, tiny_model
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 PROMPTS = ("a red ball", "a blue box", "a cat")

@@ -8,8 +8,8 @@ from pathlib import Path
 import av
 import pytest
 
-from bench_videos import RECIPES, Said, make_videos, run, sized
 from fewstep.cli import main
+from support_videos import RECIPES, Said, make_videos, run, sized
 
 TEXT = "{type: TextEncoder, width: 16, depth: 1, heads: 2, buckets: 64}"
 SIZE = (4, 32)

@@ -9,12 +9,12 @@ import av
 import pytest
 import torch
 
-from bench_videos import CLIPS, RECIPES, make_videos, run, sized
 from fewstep.core import Rng
 from fewstep.data import Latents, Videos
 from fewstep.engine.log import read_metrics
 from fewstep.evaluate.results import load_report
 from fewstep.models import VideoModel
+from support_videos import CLIPS, RECIPES, make_videos, run, sized
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 

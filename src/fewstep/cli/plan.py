@@ -88,7 +88,12 @@ def holdings(plan: Plan) -> Iterator[tuple[str, ...]]:
 def phases(plan: Plan) -> Iterator[tuple[str, ...]]:
     """One row per kind of update."""
     for phase in plan.phases:
-        yield "+".join(phase.roles), size(phase.gradients), size(phase.activations), size(plan.total(phase))
+        yield (
+            "+".join(phase.roles),
+            size(sum(phase.gradients.values())),
+            size(phase.activations),
+            size(plan.total(phase)),
+        )
 
 
 def shapes(recipe: Recipe, card: Card) -> list[tuple[str, str]]:

@@ -18,10 +18,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Peers:
-    """This process among those that share some work that needs no talking. `Peers()` is alone."""
+    """This process among those that do some work together. `Peers()` is alone."""
 
     rank: int = 0
     world: int = 1
+    talk: dist.ProcessGroup | None = None
+    """Over which they wait for each other; None = over the one that all processes have."""
 
     @property
     def leads(self) -> bool:
@@ -34,7 +36,7 @@ class Peers:
 
     def barrier(self) -> None:
         if self.world > 1:
-            dist.barrier()
+            dist.barrier(self.talk)
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -41,6 +42,15 @@ def check_grid(times: tuple[float, ...]) -> tuple[float, ...]:
     if not ok:
         raise ValueError(f"a time grid decreases strictly from 1.0 to 0.0, got {list(times)}")
     return times
+
+
+def apart(times: Iterable[float], known: Collection[float], distance: float) -> tuple[float, ...]:
+    """Those of `times` that lie further than `distance` from every time that is `known`.
+
+    >>> apart((1.0, 0.5), known=(0.98,), distance=0.05)
+    (0.5,)
+    """
+    return tuple(t for t in times if all(abs(t - k) > distance for k in known))
 
 
 def timestep(t: Tensor, num_train_timesteps: int) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -112,6 +112,21 @@ class Checkpoint:
         if foreign := sorted({path for path in folder.rglob("*") if path.is_file()} - known):
             raise CheckpointError(f"{foreign[0]} was not written by the run whose checkpoint this is; delete that file")
         return opened
+
+    def require(self, identity: Mapping[str, str], components: Collection[str]) -> None:
+        """Refuse (CheckpointError) to be the state of a run that is another one, or that consists of other components."""
+        theirs: dict[str, str] = self.values["identity"]
+        pairs = {key: (was, identity.get(key, "absent")) for key, was in theirs.items()}
+        changed = [f"{key} was {was}, is {now}" for key, (was, now) in pairs.items() if was != now]
+        if changed:
+            raise CheckpointError(
+                f"{self.folder} is of another run ({'; '.join(changed)}). Give another output folder, or delete this one."
+            )
+        if odd := sorted(set(components) ^ set(self.components)):
+            raise CheckpointError(
+                f"{self.folder} lacks or adds components: {', '.join(odd)}. "
+                "It was written by another version; give another output folder."
+            )
 
     def shapes(self, name: str) -> dict[str, tuple[torch.Size, torch.dtype]]:
         """Shape and dtype of every tensor of a component."""

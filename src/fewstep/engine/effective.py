@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewstep.core.atomic import write_text
+from fewstep.diffusion.times import apart
 from fewstep.engine.compiling import compile_problem
 from fewstep.engine.mesh import Processes
 from fewstep.engine.nets import trained_roles
+from fewstep.engine.precision import autocast
 from fewstep.engine.settings import Optim, Parallel, Settings
 from fewstep.engine.shard import hollow
 from fewstep.methods.base import Method, Nets
@@ -29,6 +31,8 @@ from fewstep.models.bundle import VideoModel
 FILE = "effective.json"
 WATCHED = 20
 """Iterations after a start in which the times of all calls are noted."""
+SAME = 1e-6
+"""Times that differ by less are one time in float32."""
 LISTED = 64
 """So many distinct times are listed; more are given as their range."""
 LONG = 1024
@@ -100,13 +104,17 @@ class Effective:
             facts.append(f"sampled in {steps} steps at {', '.join(f'{t:.6g}' for t in times)}")
         return facts + [f"FALLBACK: {what}" for what in self.fallbacks]
 
-    def unvisited(self) -> tuple[float, ...]:
-        """Times at which the student will be sampled, but at which it was not called while it was watched."""
+    def uncalled(self) -> tuple[float, ...]:
+        """Times at which the student will be sampled, but at which it was not called while it was watched.
+
+        A fact of the first iterations: a rare exit may come later. Whether the run trains such times, or others so near
+        that a network generalises to them, is for the health checks to judge (`Vitals.unseen`).
+        """
         seen = self.training_times.get("student", Times())
         if not seen.listed:
             return ()
         wanted = sorted({t for times in self.evaluation_times.values() for t in times if t > 0}, reverse=True)
-        return tuple(t for t in wanted if not any(abs(t - s) < 1e-6 for s in seen.listed))
+        return apart(wanted, seen.listed, SAME)
 
     @property
     def provenance(self) -> dict[str, str]:
@@ -121,7 +129,7 @@ class Effective:
         """For people: what the first iterations showed."""
         facts = [f"student called at t = {self.training_times.get('student', Times())}"]
         facts += [self.graphs] * self.compiles
-        if missed := self.unvisited():
+        if missed := self.uncalled():
             facts.append(f"not yet called at {', '.join(f'{t:.6g}' for t in missed)}, where it will be sampled")
         return facts
 
@@ -190,7 +198,7 @@ def attention_of(network: nn.Module, model: VideoModel, settings: Settings) -> t
     blocks, backbone.blocks = list(backbone.blocks), nn.ModuleList()  # type: ignore[arg-type]
     solid(backbone, device)
     cond = model.blank_cond(1).to(device)
-    with torch.enable_grad(), torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast == "bf16"):
+    with torch.enable_grad(), autocast(settings):
         x = torch.zeros(1, *shape, device=device, requires_grad=True)
         state = backbone.embed(x, torch.full((1,), 0.5, device=device), cond)  # type: ignore[operator]
         while blocks:

@@ -28,24 +28,34 @@ class Holding:
     """Number of those that an optimiser changes."""
     weights: int
     optimizer: int
-    sharded: bool = True
-    """Whether sharding cuts it; discriminators, codecs and encoders stay whole on every process."""
+    gathered: int = 0
+    """Of its weights, what a process has whole at one time where sharding cuts it: embedding, head and two blocks, of which
+    one runs and the next is on its way. 0: nothing cuts it; discriminators, codecs, encoders and adapters stay whole."""
     idles: bool = True
     """Whether offload sends it away while nobody asks for it; the model's other parts stay."""
+
+    @property
+    def sharded(self) -> bool:
+        return self.gathered > 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
     """One kind of update: who is trained, and what exists only meanwhile."""
 
-    roles: tuple[str, ...]
     reads: frozenset[str]
     """Networks that are called or trained in it; of the others those that idle could wait in main memory."""
-    gradients: int
+    gradients: dict[str, int]
+    """By role that it trains."""
     activations: int
     """Everything else that is alive at its fullest moment: saved for the backward pass, or just being computed."""
     flops: int = 0
     """Of one update as measured: with the shortest rollout."""
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Who is trained."""
+        return tuple(self.gradients)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +65,7 @@ class Means:
     shard: int = 1
     """Processes that share the denoisers' weights, gradients and optimiser states equally."""
     offload: bool = False
-    """Roles that an update does not read wait in main memory."""
+    """Roles that an update does not read wait in main memory, and so do optimiser states between steps."""
     stored_text: bool = False
     """The text encoder has done its work before training and is not resident."""
 
@@ -83,18 +93,32 @@ class Plan:
     """Of one iteration."""
     means: Means = Means()
     shared: bool = False
-    """Networks are adapters over the same weights, which can neither wait elsewhere nor be cut over processes."""
+    """Networks are adapters over the same weights, so that none of them can wait elsewhere."""
 
     def resident(self, phase: Phase) -> int:
         """Bytes that stay, as this update sees them."""
         kept = [h for h in self.holdings if not (self.means.stored_text and h.role == "text")]
         if self.means.offload:
-            kept = [h for h in kept if h.role in phase.reads or not h.idles]
-        return sum((h.weights + h.optimizer) // (self.means.shard if h.sharded else 1) for h in kept)
+            return sum(self._own(h, h.weights) for h in kept if h.role in phase.reads or not h.idles)
+        return sum(self._own(h, h.weights + h.optimizer) for h in kept)
 
     def total(self, phase: Phase) -> int:
-        """Bytes at the fullest moment of an update, which is in its backward pass."""
-        return self.resident(phase) + phase.gradients // self.means.shard + phase.activations
+        """Bytes at the fullest moment of an update: in a backward pass, or when an optimiser steps whose states come in."""
+        trained = {h.role: h for h in self.holdings if h.role in phase.roles}
+        gradients = sum(self._own(trained[role], size) for role, size in phase.gradients.items())
+        states = max(self._own(h, h.optimizer) for h in trained.values()) if self.means.offload else 0
+        return self.resident(phase) + gradients + max(phase.activations + self.gathered(phase), states)
+
+    def gathered(self, phase: Phase) -> int:
+        """Bytes of sharded weights, and of gradients on their way to the shards, that are whole at one time: one network
+        runs at a time."""
+        if self.means.shard == 1:
+            return 0
+        return max(h.gathered * (2 if h.role in phase.roles else 1) for h in self.holdings if h.role in phase.reads)
+
+    def _own(self, held: Holding, size: int) -> int:
+        """What one process has of `size` bytes of a network's weights, gradients or states."""
+        return size // self.means.shard if held.sharded else size
 
     @property
     def peak(self) -> Peak:
@@ -132,18 +156,16 @@ def remedies(variants: dict[tuple[str, ...], Plan], shard: int, elsewhere: bool)
     `elsewhere`: main memory is another memory than the one that must suffice. What a plan does already is not offered, nor
     what its networks cannot do. Fewest changes first, then the smallest peak.
     """
-    changes: dict[str, dict[str, Any]] = {
-        "stored text": {"stored_text": True},
-        "offload": {"offload": True},
-        f"sharding over {shard}": {"shard": shard},
-    }
     found = []
     for names, plan in variants.items():
+        changes: dict[str, tuple[bool, dict[str, Any]]] = {
+            "stored text": (elsewhere, {"stored_text": True}),
+            "offload": (elsewhere and not plan.shared, {"offload": True}),
+            f"sharding over {shard}": (any(h.sharded for h in plan.holdings), {"shard": shard}),
+        }
         possible = {
-            name: means for name, means in changes.items()
-            if (elsewhere or "shard" in means) and not (plan.shared and "stored_text" not in means)
-            and plan.means != replace(plan.means, **means)
-        }  # fmt: skip
+            name: means for name, (can, means) in changes.items() if can and plan.means != replace(plan.means, **means)
+        }
         for count in range(len(possible) + 1):
             for chosen in combinations(possible, count):
                 means: dict[str, Any] = {}

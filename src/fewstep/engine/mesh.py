@@ -14,18 +14,16 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fewstep.core.env import place
-from fewstep.core.peers import meet
+from fewstep.core.peers import Peers, meet
 from fewstep.engine.settings import Parallel, Settings
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Processes:
-    """What this process is among its peers. `Processes()` is a run of one."""
+class Processes(Peers):
+    """The peers of a run, which also talk (over a backend for the CPU) and share networks. `Processes()` is a run of one."""
 
-    rank: int = 0
-    world: int = 1
     sequence: int = 1
     """Neighbours that work on the same clips, each on its share of the tokens."""
     weights: DeviceMesh | None = None
@@ -33,15 +31,8 @@ class Processes:
     where every process has its networks whole."""
     tokens: dist.ProcessGroup | None = None
     """Those that share this process' clips; None where every process has its own."""
-    talk: dist.ProcessGroup | None = None
-    """All of them, over a backend for the CPU."""
     disk: dist.ProcessGroup | None = None
-    """The same once more, for checkpoints alone: they are written beside the training, and must not hear it talk."""
-
-    @property
-    def leads(self) -> bool:
-        """Whether this one writes what is written once: logs, pictures, students."""
-        return self.rank == 0
+    """All of them once more, for checkpoints alone: they are written beside the training, and must not hear it talk."""
 
     def places(self, accumulate: int) -> range:
         """The places of random numbers and data whose micro-batches are computed here.
@@ -70,10 +61,6 @@ class Processes:
         chosen: T = box[0]
         return chosen
 
-    def barrier(self) -> None:
-        if self.talk is not None:
-            dist.barrier(self.talk)
-
 
 def join(settings: Settings) -> Processes:
     """Meet the other processes of this run, which `require_mesh` has found possible. A run of one meets nobody."""
@@ -95,7 +82,7 @@ def join(settings: Settings) -> Processes:
         clips = init_device_mesh(device, (here.world_size // sequence, sequence), mesh_dim_names=("clips", "tokens"))
         tokens = clips["tokens"].get_group()
     talk, disk = (dist.new_group(backend="gloo") for _ in range(2))
-    return Processes(here.rank, here.world_size, sequence, weights, tokens, talk, disk)
+    return Processes(here.rank, here.world_size, talk, sequence, weights, tokens, disk)
 
 
 def require_mesh(parallel: Parallel, accumulate: int, device: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from types import MappingProxyType
 
 import torch
@@ -13,10 +12,10 @@ from fewstep.core import Rng
 from fewstep.engine.settings import Settings
 from fewstep.methods.base import Copy, Heads, Method, Nets, Other, Update, Weak
 from fewstep.models import Card, FeatureHeads, JointHead, VideoModel
-from fewstep.models.bundle import latent_shape_of, read_card, text_width_of
+from fewstep.models.bundle import latent_shape_of, text_width_of
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.lora import Lora, adapt, adapters, duplicate, weaken
-from fewstep.models.source import ModelSource
+from fewstep.models.source import ModelSource, Pretrained
 
 
 def build_nets(
@@ -30,8 +29,8 @@ def build_nets(
     """Teacher (the model's own network), student (a copy of it) and the method's roles, in that order.
 
     With `lora` no copy is made: each is a set of adapters over the teacher's weights, or another frozen network's. What is
-    made new goes to `device`, or where the network is whose features it reads. `others` are the models of `sources`, and
-    one that is called student is where the student goes on.
+    made new goes to `device`, or where the network is whose features it reads. `others` are the models of `sources`
+    and `starts`.
     """
     roles: dict[str, nn.Module] = {"teacher": model.part(method.part)}
     begun = others.get("student")
@@ -71,14 +70,9 @@ def origin(method: Method, role: str, stored: Collection[str]) -> str:
     return origin(method, of.of, stored) if isinstance(of, Copy) else "teacher"
 
 
-def start_card(settings: Settings) -> Card | None:
-    """Of the denoiser that the student goes on from. FileNotFoundError, RecipeError or ValueError where there is none."""
-    if settings.start is None:
-        return None
-    card = read_card(settings.start)
-    if "denoiser" not in card.parts:
-        raise ValueError(f"settings.start: {settings.start} has no denoiser; it has {', '.join(card.parts)}")
-    return replace(card, parts={"denoiser": card.parts["denoiser"]})
+def starts(settings: Settings) -> dict[str, ModelSource]:
+    """Where the weights of a trained role come from, if not from another role."""
+    return {} if settings.start is None else {"student": Pretrained(source=settings.start)}
 
 
 def require_alike(method: Method, card: Card) -> None:

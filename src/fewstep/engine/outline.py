@@ -22,8 +22,9 @@ from torch.utils.flop_counter import flop_registry
 from fewstep.core import Batch, Pairs, Rng
 from fewstep.core.flops import FORMULAS
 from fewstep.engine.memory import Holding, Phase, Plan, optimizer_bytes
-from fewstep.engine.nets import build_nets, sources, start_card, trained_roles
+from fewstep.engine.nets import build_nets, sources, starts, trained_roles
 from fewstep.engine.optim import matrices_of, require_named
+from fewstep.engine.precision import autocast, float32
 from fewstep.engine.settings import Settings
 from fewstep.methods.base import Method, Nets, Update
 from fewstep.methods.rollouts import Rollout
@@ -99,10 +100,7 @@ class Outline:
     def of(cls, card: Card, method: Method, settings: Settings, frames: int | None = None) -> Outline:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         model = outline(card)
-        cards = {role: source.card() for role, source in sources(method).items()}
-        if begun := start_card(settings):
-            cards["student"] = begun
-        others = {role: outline(other) for role, other in cards.items()}
+        others = {role: outline(source.card()) for role, source in {**sources(method), **starts(settings)}.items()}
         nets = build_nets(model, method, settings.seed, settings.lora, others=others)
         for role in trained_roles(method, settings.steps):
             require_named(nets[role], settings.optim_of(role))
@@ -126,9 +124,11 @@ class Outline:
         for role, network in self.nets.items():
             optim = self.settings.optim_of(role)
             slim = sum(p.numel() for p in matrices_of(network)) if optim.type == "muon" else 0
-            yield _holding(role, network, trained=role in trained, slim=slim)
-        if self.settings.ema > 0:
-            yield replace(_holding("student", self.nets.student, trained=False), role="student average")
+            gathered = _gathered(network) if self.settings.lora is None else 0
+            yield replace(_holding(role, network, trained=role in trained, slim=slim), gathered=gathered)
+            if role == "student" and self.settings.ema > 0:
+                average = _holding("student average", network, trained=False)
+                yield replace(average, gathered=gathered)
         for name, part in self.model.parts.items():
             if name != self.method.part:
                 yield replace(_holding(name, part, trained=False), idles=False)
@@ -149,23 +149,23 @@ class Outline:
             network.requires_grad_(role in update.roles).train(role in update.roles)
         batch = self.batch()
         ledger = Ledger({**self.nets, **{n: p for n, p in self.model.parts.items() if n != self.method.part}})
-        cast = torch.autocast("cpu", torch.bfloat16, enabled=self.settings.autocast == "bf16", cache_enabled=False)
         with ledger:
             for leaf in _tensors(batch):
                 ledger.note(leaf)
-            with cast:
+            with autocast(self.settings, "cpu"):
                 for terms in update.losses(self.nets, batch, Shortest(self.settings.seed)):
-                    with torch.autocast("cpu", enabled=False):
+                    with float32(self.settings, "cpu"):
                         torch.stack(list(terms.values())).sum().backward()
-        gradients = 0
+        gradients = {}
         for role in update.roles:
-            for parameter in self.nets[role].parameters():
-                gradients += 0 if parameter.grad is None else parameter.grad.nbytes
+            parameters = list(self.nets[role].parameters())
+            gradients[role] = sum(p.grad.nbytes for p in parameters if p.grad is not None)
+            for parameter in parameters:
                 parameter.grad = None
-        activations = max(0, ledger.peak - gradients)
+        activations = max(0, ledger.peak - sum(gradients.values()))
         lender = {"teacher", *sources(self.method)} if self.settings.lora is not None else set()
         reads = frozenset(ledger.reads | set(update.roles) | lender)
-        return Phase(roles=update.roles, reads=reads, gradients=gradients, activations=activations, flops=ledger.flops)
+        return Phase(reads=reads, gradients=gradients, activations=activations, flops=ledger.flops)
 
     def batch(self) -> Batch:
         """One batch of shapes: everything that the method needs, prompts of the greatest length."""
@@ -226,8 +226,15 @@ def _holding(role: str, network: nn.Module, *, trained: bool, slim: int = 0) -> 
         trained=count if trained else 0,
         weights=sum(tensor.nbytes for tensor in (*own, *buffers)),
         optimizer=optimizer_bytes(count, slim) if trained else 0,
-        sharded=isinstance(network, Denoiser),
     )
+
+
+def _gathered(network: nn.Module) -> int:
+    """Bytes of what `engine.shard` leaves together, and of the two largest blocks."""
+    if not isinstance(network, Denoiser):
+        return 0
+    blocks = sorted(sum(p.nbytes for p in block.parameters()) for block in network.backbone.blocks)
+    return sum(p.nbytes for p in network.parameters()) - sum(blocks[:-2])
 
 
 def _tensors(batch: Batch) -> Iterator[Tensor]:

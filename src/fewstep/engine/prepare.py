@@ -21,12 +21,13 @@ from fewstep.engine.effective import in_effect
 from fewstep.engine.health.monitor import watching
 from fewstep.engine.heap import keep_freed_memory
 from fewstep.engine.mesh import Processes, join, require_mesh
-from fewstep.engine.nets import build_nets, origin, require_alike, sources, start_card, trained_roles
+from fewstep.engine.nets import build_nets, origin, require_alike, sources, starts, trained_roles
 from fewstep.engine.offload import Shelf
 from fewstep.engine.optim import RoleOptimizer
+from fewstep.engine.precision import autocast
 from fewstep.engine.preview import Preview
 from fewstep.engine.probe import Probe
-from fewstep.engine.run import Run, autocast
+from fewstep.engine.run import Run
 from fewstep.engine.settings import Parallel, Settings
 from fewstep.engine.shard import hollow, shard
 from fewstep.methods.base import Method, Nets, Weak
@@ -76,13 +77,9 @@ def prepare(
 
 
 def load_others(method: Method, settings: Settings, processes: Processes) -> dict[str, VideoModel]:
-    """The other models a run reads, by role. Weights that will be sharded stay where they are stored."""
-    leave = ("denoiser",) if processes.weights is not None else ()
-    others = {role: source.load(leave=leave) for role, source in sources(method).items()}
-    begun = start_card(settings)
-    if begun is not None and settings.start is not None:
-        others["student"] = VideoModel.load(begun, settings.start, leave=leave)
-    return others
+    """The denoisers of other models that a run reads, by role. Weights that will be sharded stay where they are stored."""
+    leave, others = ("denoiser",) if processes.weights is not None else (), {**sources(method), **starts(settings)}
+    return {role: source.load(leave=leave, parts=("denoiser",)) for role, source in others.items()}
 
 
 def told(others: Mapping[str, VideoModel]) -> dict[str, str]:
@@ -176,14 +173,16 @@ def require_possible(method: Method, settings: Settings, card: Card, probe: Prob
 
 def require_same(method: Method, settings: Settings, card: Card) -> None:
     """Refuse (ValueError) a start that is no denoiser like the teacher's."""
-    begun = start_card(settings)
-    if begun is None:
+    if settings.start is None:
         return
     if method.part != "denoiser" or settings.lora is not None:
         raise ValueError(
             "settings.start: only a denoiser that is trained whole goes on from an earlier one; leave out settings.lora, "
             "or settings.start"
         )
+    begun = starts(settings)["student"].card()
+    if "denoiser" not in begun.parts:
+        raise ValueError(f"settings.start: {settings.start} has no denoiser; it has {', '.join(begun.parts)}")
     pairs = {
         "denoiser": (begun.parts["denoiser"], card.parts.get("denoiser", begun.parts["denoiser"])),
         "path": (begun.path, card.path),
@@ -233,11 +232,8 @@ def identify(model: VideoModel, trees: Mapping[str, Any], others: Mapping[str, V
 
 def open_data(data: Data, model: VideoModel, method: Method, processes: Processes) -> Source:
     """The leader opens the data first: what it stores (text states), the others find there."""
-    if not processes.leads:
-        processes.barrier()
-    source = data.open(model, method.needs)
-    if processes.leads:
-        processes.barrier()
+    with processes.in_turn():
+        source = data.open(model, method.needs)
     if getattr(data, "text_cache", ""):
         model.part("text").to("cpu")  # its work is done; what pictures and probes ask of it, it does there
     return source

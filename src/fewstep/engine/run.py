@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -23,6 +22,7 @@ from fewstep.engine.listening import Listener, Overheard
 from fewstep.engine.mesh import Processes
 from fewstep.engine.nets import sources
 from fewstep.engine.optim import RoleOptimizer
+from fewstep.engine.precision import autocast, float32
 from fewstep.engine.preview import Preview
 from fewstep.engine.probe import Probe
 from fewstep.engine.settings import Settings
@@ -120,7 +120,7 @@ class Run:
         for name, term in terms.items():
             require_finite(term.detach(), f"step {self.step}, loss {name} of {roles}")
         share = self.settings.accumulate * self.processes.sequence
-        with torch.autocast(device_type(self.settings), enabled=False):
+        with float32(self.settings):
             if self.monitor is not None:
                 self.monitor.compare(terms, roles)
             (torch.stack(list(terms.values())).sum() / share).backward()
@@ -177,47 +177,45 @@ class Run:
         roles = {role: net for role, net in self.nets.roles.items() if role not in frozen and net.state_dict()}
         return roles if self.average is None else roles | {"ema": self.average}
 
+    @property
+    def stepping(self) -> dict[str, RoleOptimizer]:
+        """Every optimiser, by the component of a checkpoint that holds its state."""
+        return {f"{role}.optim": optimizer for role, optimizer in self.optimizers.items()}
+
+    @property
+    def has_best(self) -> bool:
+        """Is there a best student so far, by the probe's rule or the health checks'? It is in `output/best`."""
+        return bool(self.best) or (self.monitor is not None and self.monitor.best is not None)
+
     def state(self) -> RunState:
         components = {name: network.state_dict() for name, network in self.changing.items()}
-        components |= {f"{role}.optim": optimizer.state() for role, optimizer in self.optimizers.items()}
+        components |= {name: optimizer.state() for name, optimizer in self.stepping.items()}
         health = self.monitor.state() if self.monitor is not None else None
         values = {"identity": self.identity, "best": self.best, "health": health, "run": self.trees}
         return RunState(self.step, components, values)
 
     def restore(self, saved: Checkpoint) -> None:
         """Go on from a checkpoint of this run. CheckpointError where it is another run's or incomplete."""
-        theirs: dict[str, str] = saved.values["identity"]
-        pairs = {key: (was, self.identity.get(key, "absent")) for key, was in theirs.items()}
-        changed = [f"{key} was {was}, is {now}" for key, (was, now) in pairs.items() if was != now]
-        if changed:
-            raise CheckpointError(
-                f"{self.output} holds another run ({'; '.join(changed)}). Give another output folder, or delete this one."
-            )
-        expected = {*self.changing, *(f"{role}.optim" for role in self.optimizers)}
-        odd = sorted(expected ^ set(saved.components))
-        if odd:
-            raise CheckpointError(
-                f"the checkpoint in {self.output} lacks or adds components: {', '.join(odd)}. "
-                "It was written by another version; give another output folder."
-            )
-        if self.processes.leads:
-            recover(self.output / "best")
-        self.processes.barrier()
-        health = saved.values["health"]
-        if (saved.values["best"] or (health and health["best"])) and not (self.output / "best" / "card.json").is_file():
-            raise CheckpointError(
-                f"{self.output / 'best'}, the best student so far, is gone. Put it back, or start anew."
-            )
-        for name, network in self.changing.items():
-            saved.read(name, network.state_dict(), self.processes.disk)
-        for role, optimizer in self.optimizers.items():
-            name = f"{role}.optim"
-            saved.read(name, optimizer.allocate(saved.shapes(name)), self.processes.disk)
+        saved.require(self.identity, {*self.changing, *self.stepping})
         self.step, self.best = saved.step, dict(saved.values["best"])
         if self.monitor is not None:
-            self.monitor.restore(health)
-            if self.processes.leads:
-                self.monitor.record.save(self.output)
+            self.monitor.restore(saved.values["health"])
+        self._recover_best()
+        for name, network in self.changing.items():
+            saved.read(name, network.state_dict(), self.processes.disk)
+        for name, optimizer in self.stepping.items():
+            saved.read(name, optimizer.allocate(saved.shapes(name)), self.processes.disk)
+        if self.monitor is not None and self.processes.leads:
+            self.monitor.record.save(self.output)
+
+    def _recover_best(self) -> None:
+        """Undo what a kill left of replacing the best student. CheckpointError where it is gone."""
+        folder = self.output / "best"
+        if self.processes.leads:
+            recover(folder)
+        self.processes.barrier()
+        if self.has_best and not (folder / "card.json").is_file():
+            raise CheckpointError(f"{folder}, the best student so far, is gone. Put it back, or start anew.")
 
 
 @torch.no_grad()
@@ -229,14 +227,3 @@ def blend(target: nn.Module, source: nn.Module, decay: float) -> None:
             mine.lerp_(theirs.to(mine.device), 1 - decay)
         else:
             mine.copy_(theirs)
-
-
-def autocast(settings: Settings) -> AbstractContextManager[Any]:
-    """Without a cache of cast weights: a copy cast under no_grad must not serve the call that carries gradient."""
-    return torch.autocast(
-        device_type(settings), dtype=torch.bfloat16, enabled=settings.autocast == "bf16", cache_enabled=False
-    )
-
-
-def device_type(settings: Settings) -> str:
-    return torch.device(settings.device).type

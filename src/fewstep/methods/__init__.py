@@ -9,12 +9,12 @@ from fewstep.methods.flow_matching import FlowMatching
 from fewstep.methods.knowledge_distillation import KnowledgeDistillation
 from fewstep.methods.progressive import Progressive
 from fewstep.methods.reconstruction import Reconstruction
-from fewstep.methods.rollouts import ROLLOUTS, BackwardSimulation, FromData, FromPairs, OneStep, Rolled, Rollout
+from fewstep.methods.rollouts import ROLLOUTS, BackwardSimulation, FromData, FromPairs, Rolled, Rollout
 
 METHODS = (FlowMatching, Reconstruction, ReadAttributes, KnowledgeDistillation, Progressive, Consistency, DMD2, AVDM2)
 
 __all__ = [
     "AVDM2", "DMD2", "METHODS", "ROLLOUTS", "BackwardSimulation", "Consistency", "Copy", "FlowMatching", "FromData", "FromPairs",
-    "Heads", "KnowledgeDistillation", "Method", "Nets", "OneStep", "Other", "Progressive", "ReadAttributes", "Reconstruction",
+    "Heads", "KnowledgeDistillation", "Method", "Nets", "Other", "Progressive", "ReadAttributes", "Reconstruction",
     "Role", "Rolled", "Rollout", "Sync", "Update", "Weak",
 ]  # fmt: skip

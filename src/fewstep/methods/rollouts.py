@@ -36,11 +36,22 @@ class Rolled:
     t: Tensor
 
 
+@dataclass(frozen=True, kw_only=True)
 class Rollout(ABC):
-    """How student samples are made during training. Subclasses are frozen dataclasses."""
+    """The student's sampler (`grids`, `shift`, `mode`), and how the samples that it is trained on are made."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
     """Fields of Batch it reads besides the condition."""
+
+    grids: Grids = ((1.0, 0.75, 0.5, 0.25),)
+    """Times without the final 0, one tuple per step count."""
+    shift: float = 1.0
+    """Applied to every time of `grids`."""
+    mode: Literal["sde", "ode"] = "sde"
+    """Between steps: fresh noise on x0 (sde), or the deterministic first-order step (ode)."""
+
+    def __post_init__(self) -> None:
+        exact(self.grids, self.shift)
 
     @property
     def calls(self) -> float:
@@ -51,9 +62,9 @@ class Rollout(ABC):
     def __call__(self, student: Denoiser, batch: Batch, rng: Rng, *, grad: bool) -> Rolled:
         """One sample per condition; exactly one student call carries gradient, none if not `grad`."""
 
-    @abstractmethod
     def contract(self, teacher: Contract) -> Contract:
         """How a student trained on this rollout must be sampled."""
+        return student_contract(teacher, self.grids, self.shift, "renoise" if self.mode == "sde" else "ddim")
 
 
 def exact(grids: Grids, shift: float) -> Grids:
@@ -83,20 +94,11 @@ class BackwardSimulation(Rollout):
     """The student's own sampler up to an exit step (2405.14867, section 4.5); only the call at the exit has gradient.
 
     With several grids one is drawn per call, then the exit: a student that serves several step counts sees at each time
-    the inputs that every one of its samplers would give it.
+    the inputs that every one of its samplers would give it. `grids=((1.0,),)` is one step: pure noise to clean latents.
     """
 
-    grids: Grids = ((1.0, 0.75, 0.5, 0.25),)
-    """Times without the final 0, one tuple per step count."""
-    shift: float = 1.0
-    """Applied to every time of `grids`."""
-    mode: Literal["sde", "ode"] = "sde"
-    """Between steps: fresh noise on x0 (sde), or the deterministic first-order step (ode)."""
     exit: Literal["random", "last"] = "random"
     """Where to stop; drawn the same on every place, because ranks must agree on the number of calls."""
-
-    def __post_init__(self) -> None:
-        exact(self.grids, self.shift)
 
     @property
     def calls(self) -> float:
@@ -115,28 +117,11 @@ class BackwardSimulation(Rollout):
                     x = student.path.add_noise(prediction.x0, rng.randn(x.shape, f"renoise/{i}"), s)
         return predict(student, x, full(grid[stop], x), batch, grad)
 
-    def contract(self, teacher: Contract) -> Contract:
-        return student_contract(teacher, self.grids, self.shift, "renoise" if self.mode == "sde" else "ddim")
-
-
-@dataclass(frozen=True, kw_only=True)
-class OneStep(Rollout):
-    """Pure noise to clean latents in one call."""
-
-    def __call__(self, student: Denoiser, batch: Batch, rng: Rng, *, grad: bool) -> Rolled:
-        x = student.path.prior(rng.randn(batch.noise_shape, "noise"))
-        return predict(student, x, full(1.0, x), batch, grad)
-
-    def contract(self, teacher: Contract) -> Contract:
-        return student_contract(teacher, ((1.0,),), 1.0, "renoise")
-
 
 @dataclass(frozen=True, kw_only=True)
 class FromData(Rollout):
     """Noised data as input, one time of the grids per sample. Cheap; but sampling meets inputs never trained on."""
 
-    grids: Grids = ((1.0, 0.75, 0.5, 0.25),)
-    shift: float = 1.0
     needs: ClassVar[frozenset[str]] = frozenset({"x0"})
 
     def __call__(self, student: Denoiser, batch: Batch, rng: Rng, *, grad: bool) -> Rolled:
@@ -144,19 +129,17 @@ class FromData(Rollout):
         t = pick(times, rng.integers((len(batch),), "index", len(times)), x0)
         return predict(student, student.path.add_noise(x0, rng.randn(x0.shape, "noise"), t), t, batch, grad)
 
-    def contract(self, teacher: Contract) -> Contract:
-        return student_contract(teacher, self.grids, self.shift, "renoise")
-
 
 @dataclass(frozen=True, kw_only=True)
 class FromPairs(Rollout):
-    """Stored states of the teacher's ODE as input, one time of the grids per sample; all must have been stored."""
+    """Stored states of the teacher's ODE as input, one time of the grids per sample; all must have been stored.
+
+    They serve both modes of sampling.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"pairs"})
 
     grids: Grids = NESTED
-    shift: float = 1.0
-    mode: Literal["sde", "ode"] = "sde"
-    """How the student will be sampled; the stored states serve both."""
-    needs: ClassVar[frozenset[str]] = frozenset({"pairs"})
 
     def __call__(self, student: Denoiser, batch: Batch, rng: Rng, *, grad: bool) -> Rolled:
         pairs: Pairs = batch.require("pairs")
@@ -165,9 +148,6 @@ class FromPairs(Rollout):
         index = torch.tensor(stored, device=drawn.device)[drawn]
         x_t = pairs.states[torch.arange(len(batch), device=index.device), index]
         return predict(student, x_t, pick(pairs.times, index, x_t), batch, grad)
-
-    def contract(self, teacher: Contract) -> Contract:
-        return student_contract(teacher, self.grids, self.shift, "renoise" if self.mode == "sde" else "ddim")
 
 
 def stored_index(pairs: Pairs, t: float) -> int:
@@ -189,4 +169,4 @@ def fold_frames(clips: Tensor, count: int, rng: Rng) -> tuple[Tensor, Tensor]:
     return clips[rows, :, chosen].unsqueeze(2), rows
 
 
-ROLLOUTS = (BackwardSimulation, OneStep, FromData, FromPairs)
+ROLLOUTS = (BackwardSimulation, FromData, FromPairs)

@@ -15,7 +15,7 @@ from fewstep.attention import Pattern
 from fewstep.core import RecipeError
 from fewstep.diffusion import Contract, Kind, NoisePath, RectifiedFlow
 from fewstep.models import adapters
-from fewstep.models.bundle import Card, VideoModel, allocate, latent_shape_of, read_card
+from fewstep.models.bundle import PARTS, Card, VideoModel, allocate, latent_shape_of, read_card
 from fewstep.models.spec import Spec
 
 MADE_NEW = "made new"
@@ -31,8 +31,11 @@ class ModelSource(ABC):
         """What the model will be. FileNotFoundError or RecipeError where it cannot be had."""
 
     @abstractmethod
-    def load(self, leave: Collection[str] = ()) -> VideoModel:
-        """The model, with weights, on the CPU; those of parts to `leave` may stay where they are stored."""
+    def load(self, leave: Collection[str] = (), parts: Collection[str] = PARTS) -> VideoModel:
+        """The model, with weights, on the CPU; those of parts to `leave` may stay where they are stored.
+
+        Of its parts only those that are among `parts` are read, and are there.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +50,8 @@ class Pretrained(ModelSource):
     def card(self) -> Card:
         return _restyled(read_card(self.source), self.lora)
 
-    def load(self, leave: Collection[str] = ()) -> VideoModel:
-        return _load(read_card(self.source), self.source, self.lora, leave)
+    def load(self, leave: Collection[str] = (), parts: Collection[str] = PARTS) -> VideoModel:
+        return _load(_only(read_card(self.source), parts), self.source, self.lora, leave)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +102,8 @@ class Diffusers(ModelSource):
         latent_shape_of(card)
         return adapters.at_size(card)
 
-    def load(self, leave: Collection[str] = ()) -> VideoModel:
-        return _load(self._plain(), self.source, self.lora, leave)
+    def load(self, leave: Collection[str] = (), parts: Collection[str] = PARTS) -> VideoModel:
+        return _load(_only(self._plain(), parts), self.source, self.lora, leave)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,13 +155,16 @@ class Scratch(ModelSource):
             provenance={f"{name}.{key}": value for name, card in cards.items() for key, value in card.provenance.items()},
         )  # fmt: skip
 
-    def load(self, leave: Collection[str] = ()) -> VideoModel:
-        card, parts = self.card(), {}
+    def load(self, leave: Collection[str] = (), parts: Collection[str] = PARTS) -> VideoModel:
+        card, made = self.card(), {}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            for name, part in self.parts.items():
-                parts[name] = allocate(name, card) if isinstance(part, Spec) else _part_in(part, name)
-        return VideoModel(card, parts)
+            for (
+                name,
+                part,
+            ) in self.parts.items():  # all of them: a part's first weights do not depend on who is asked for
+                made[name] = allocate(name, card) if isinstance(part, Spec) else _part_in(part, name)
+        return VideoModel(_only(card, parts), {name: part for name, part in made.items() if name in parts})
 
 
 def outline(card: Card) -> VideoModel:
@@ -182,6 +188,10 @@ def _load(card: Card, source: str, lora: str | None, leave: Collection[str]) -> 
     if lora is None:
         return VideoModel.load(card, source, leave=leave)
     return VideoModel.load(card, source, leave=set(leave) - {"denoiser"}).with_lora(lora)
+
+
+def _only(card: Card, parts: Collection[str]) -> Card:
+    return replace(card, parts={name: spec for name, spec in card.parts.items() if name in parts})
 
 
 def _with(spec: Spec, key: str, value: object) -> Spec:

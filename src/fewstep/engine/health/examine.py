@@ -18,8 +18,7 @@ def announce(run: Run, log: RunLog) -> None:
     if run.processes.leads:
         (run.output / FILE).unlink(missing_ok=True)
     if run.monitor is None:
-        reason = unexamined(run.method, run.settings, run.model.card)
-        log.say(f"no health checks: {reason or 'the data have no prompts, or the model no codec or text encoder'}")
+        log.say(f"no health checks: {unexamined(run.model, run.method, run.settings)}")
         return
     health = run.monitor.health
     policies = {

@@ -12,6 +12,7 @@ from torch.nn.functional import cosine_similarity
 
 from fewstep.core import Losses
 from fewstep.diffusion import NoisePath
+from fewstep.diffusion.times import apart
 
 MIDDLE = (0.2, 0.85)
 """Times at which paths differ clearly; at the ends all of them are data or noise."""
@@ -77,10 +78,9 @@ class Heard:
 
     def unseen(self, visited: tuple[float, ...]) -> tuple[float, ...]:
         """Those of the `visited` times that training has not come near, once it has had the time to."""
-        known = {*self.times, *map(float, self.recent)}
         if self.calls < ENOUGH:
             return ()
-        return tuple(t for t in visited if min((abs(t - k) for k in known), default=1.0) > NEAR)
+        return apart(visited, {*self.times, *map(float, self.recent)}, NEAR)
 
     def state(self) -> dict[str, Any]:
         self.drain()

@@ -28,7 +28,7 @@ from fewstep.engine.mesh import Processes
 from fewstep.engine.preview import sheet
 from fewstep.engine.settings import Health, Settings
 from fewstep.methods.base import Method, Nets, Sync, Update
-from fewstep.models import Card, Denoiser, VideoModel
+from fewstep.models import Denoiser, VideoModel
 
 SHOWN = 4
 """Clips in the picture of a check."""
@@ -242,17 +242,12 @@ def watching(
     model: VideoModel, method: Method, settings: Settings, nets: Nets, processes: Processes, source: Source,
     precision: Callable[[], Any],
 ) -> Monitor | None:  # fmt: skip
-    """The monitor of a run; None where `unexamined` says why there is none, or there is nothing to make clips of."""
-    if (
-        settings.health is None
-        or unexamined(method, settings, model.card)
-        or not {"codec", "text"} <= model.parts.keys()
-    ):
+    """The monitor of a run; None where `unexamined` says why there is none."""
+    health = settings.health
+    if health is None or unexamined(model, method, settings):
         return None
-    health, rng = settings.health, Rng(settings.seed, device=settings.device)
-    prompts = source.batch(health.prompts, rng.fold("health")).prompts
-    if not prompts:
-        return None
+    rng = Rng(settings.seed, device=settings.device).fold("health")
+    prompts = source.batch(health.prompts, rng).prompts
     return Monitor(
         health=health,
         gauge=Gauge.of(model, prompts, health.seeds, settings.batch, precision),
@@ -266,15 +261,19 @@ def watching(
     )
 
 
-def unexamined(method: Method, settings: Settings, card: Card) -> str:
+def unexamined(model: VideoModel, method: Method, settings: Settings) -> str:
     """Why a run has no checks; empty where it has."""
-    name = type(method).__name__
+    name, card = type(method).__name__, model.card
     if settings.health is None:
         return "settings.health is null"
     if method.part != "denoiser":
         return f"{name} trains the {method.part}, and checks are made on clips"
     if method.contract(card.contract) == card.contract:
         return f"{name} distils nothing: its student is sampled as its teacher"
+    if "prompts" not in method.needs:
+        return f"{name} reads no prompts, and checks are made on clips of some"
+    if lacking := sorted({"codec", "text"} - model.parts.keys()):
+        return f"the model has no {' and no '.join(lacking)} to make clips with"
     if settings.steps < settings.health.every:
         return f"{settings.steps} iterations are fewer than settings.health.every: {settings.health.every}"
     return ""

@@ -50,7 +50,7 @@ class Vitals:
     """Deviation of the clean clips that the guided teacher predicts from its own noised clips, relative to theirs: what
     guidance asks of the student. None for a method without guidance."""
     unseen: tuple[float, ...] = ()
-    """Times its sampler visits and its training does not."""
+    """Times its sampler visits and its training does not come near."""
     critic: float | None = None
     """The critic's error on fresh student samples, relative to the teacher's on the same: 1 = has learnt nothing."""
     lag: float | None = None

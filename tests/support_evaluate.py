@@ -1,4 +1,4 @@
-"""Test bench: the teacher whose clips evaluation is tried on."""
+"""What tests share: the teacher whose clips evaluation is tried on."""
 
 from __future__ import annotations
 

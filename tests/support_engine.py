@@ -1,4 +1,4 @@
-"""Test bench: a tiny real video model, data with every field, and one small run per method."""
+"""What tests share: a tiny real video model, data with every field, and one small run per method."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fewstep.engine.run import Run
 from fewstep.methods import AVDM2, DMD2, METHODS, BackwardSimulation, FlowMatching, Method, Progressive, ReadAttributes
 from fewstep.methods.rollouts import NESTED
 from fewstep.models import Card, ClipFeatures, Denoiser, FrameAutoencoder, TextEncoder, VideoDiT, VideoModel
-from fewstep.models.bundle import describe
+from fewstep.models.bundle import PARTS, describe
 from fewstep.models.source import ModelSource
 from fewstep.world.data import WorldClips
 
@@ -69,8 +69,9 @@ class TinyImages(ModelSource):
         model = self.load()
         return replace(model.card, parts={name: describe(part) for name, part in model.parts.items()})
 
-    def load(self, leave: Collection[str] = ()) -> VideoModel:
-        return tiny_model(self.seed, VP(), "eps")
+    def load(self, leave: Collection[str] = (), parts: Collection[str] = PARTS) -> VideoModel:
+        model = tiny_model(self.seed, VP(), "eps")
+        return VideoModel(model.card, {name: part for name, part in model.parts.items() if name in parts})
 
 
 CASES: Mapping[str, Method] = {cls.__name__: cls() for cls in METHODS} | {
@@ -157,7 +158,7 @@ def die_at(moment: str, number: int) -> None:
 def die(target: Callable[..., VideoModel], moment: str, number: int, *arguments: Any) -> None:
     """Call `target` in another process, which sends itself SIGKILL at a fixed moment: no clock decides what is tested."""
     context = get_context("forkserver")  # which imports torch once, for all its children
-    context.set_forkserver_preload(["bench_engine"])
+    context.set_forkserver_preload(["support_engine"])
     process = context.Process(target=_die, args=(target, moment, number, arguments))
     process.start()
     process.join()

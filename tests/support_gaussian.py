@@ -1,4 +1,4 @@
-"""Test bench: diffusion models whose every quantity has a closed form.
+"""What tests share: diffusion models whose every quantity has a closed form.
 
 Data of class c are `N(mean_c, std^2)` in every latent element. The class travels as `cond.text[:, 0, 0]`; class 0 is
 the null prompt. With `S_t^2 = a^2 std^2 + s^2` the posterior mean, the ODE flow map, guidance and any number of DDIM
@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from fewstep.core import Batch, Cond, Pairs, Rng
 from fewstep.diffusion import Kind, NoisePath, Prediction, RectifiedFlow, target, uniform_grid
 from fewstep.diffusion.path import broadcast
-from fewstep.methods import Method, Nets, Sync, Update
+from fewstep.methods import BackwardSimulation, Method, Nets, Sync, Update
 
 RF = RectifiedFlow()
 SCALAR = (1, 1, 1, 1)
+ONE_STEP = BackwardSimulation(grids=((1.0,),))
+"""Pure noise to clean latents in one call."""
 
 
 def f64(*values: float) -> Tensor:

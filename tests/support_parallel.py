@@ -1,4 +1,4 @@
-"""Test bench for several processes: `torchrun ... tests/bench_parallel.py FOLDER NAME ...` runs what is named, in order.
+"""What tests run under several processes: `torchrun ... tests/support_parallel.py FOLDER NAME ...` runs what is named, in order.
 
 The same functions, called in one process, are what the results are compared with.
 """
@@ -24,7 +24,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from bench_engine import CASES, Everything, small, tiny_model
 from fewstep import distill
 from fewstep.core import Cond
 from fewstep.core.env import place
@@ -34,6 +33,7 @@ from fewstep.engine.prepare import prepare
 from fewstep.engine.run import Run
 from fewstep.methods import Method
 from fewstep.models import Lora
+from support_engine import CASES, Everything, small, tiny_model
 
 ROOT = Path(__file__).parent.parent
 STEPS = 3

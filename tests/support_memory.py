@@ -1,4 +1,4 @@
-"""How much memory a run really takes: `python tests/bench_memory.py '{"batch": 16}'` prints one line of JSON.
+"""How much memory a run really takes: `python tests/support_memory.py '{"batch": 16}'` prints one line of JSON.
 
 The program itself (code loaded at its first use included) is taken off: a tiny run goes before the one that is measured.
 """
@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from bench_engine import tiny_model
 from fewstep.engine import Settings
 from fewstep.engine.prepare import prepare
 from fewstep.engine.run import Run
 from fewstep.methods import DMD2
 from fewstep.models import Lora, VideoModel
 from fewstep.world.data import WorldClips
+from support_engine import tiny_model
 
 METHOD = DMD2(critic_updates=1)
 ITERATIONS = 2

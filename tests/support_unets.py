@@ -1,4 +1,4 @@
-"""Test bench: tiny pipelines of diffusers' real classes around a U-Net, with random weights, none of them zero."""
+"""What tests share: tiny pipelines of diffusers' real classes around a U-Net, with random weights, none of them zero."""
 
 from __future__ import annotations
 

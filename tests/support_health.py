@@ -1,6 +1,6 @@
-"""Test bench: runs on the built-in world that are spoiled in one known way each, and runs that are sound.
+"""What tests share: runs on the built-in world that are spoiled in one known way each, and runs that are sound.
 
-`python tests/bench_health.py [NAME ...]` runs them one after the other and prints a table: run, verdict, step, reason.
+`python tests/support_health.py [NAME ...]` runs them one after the other and prints a table: run, verdict, step, reason.
 The sabotage is here and not in the library: it is what a user's mistake or our bug would do.
 """
 

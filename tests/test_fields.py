@@ -1,0 +1,246 @@
+"""Every field counts: one of a recipe is in its hash, and one of anything that people configure is read by who does the work."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import pytest
+
+from fewstep.catalogue import classes
+from fewstep.core.build import digest, dump
+from fewstep.data import Cut, Keep, PairPlan, Preparation, make_pairs, pairs_cost
+from fewstep.data import prepare as encode
+from fewstep.diffusion import Contract, Timesteps
+from fewstep.engine import Health, Optim, Parallel, Settings, train
+from fewstep.engine.effective import settle
+from fewstep.engine.prepare import prepare
+from fewstep.evaluate import Entry, RealClips, Suite, evaluate
+from fewstep.methods import DMD2, METHODS, ROLLOUTS, FlowMatching, FromData, Method
+from fewstep.models import Lora
+from fewstep.models.source import Pretrained, Scratch
+from fewstep.models.spec import Spec
+from support_engine import CASES, Everything, small, tiny_model
+from support_evaluate import guided_teacher
+from support_videos import make_videos
+
+pytestmark = pytest.mark.usefixtures("single_thread")
+
+# --- in the hash ----------------------------------------------------------------------------------------------------------
+
+
+def held(thing: Any) -> Iterator[Any]:
+    """`thing` and every dataclass below it."""
+    if is_dataclass(thing) and not isinstance(thing, type):
+        yield thing
+        for field in fields(thing):
+            value = getattr(thing, field.name)
+            inner = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else (value,)
+            for item in inner:
+                yield from held(item)
+
+
+def whole() -> dict[type, Any]:
+    """One object of every dataclass that a recipe can hold, by class."""
+    made: dict[type, Any] = {}
+    starts: list[Any] = [
+        Settings(steps=3, optim={"student": Optim()}, lora=Lora()),
+        Pretrained(),
+        Scratch(denoiser=Spec("VideoDiT"), codec="world", contract=Contract(timesteps=Timesteps())),
+        *(cls(**{f.name: "x" for f in fields(cls) if f.default is f.default_factory}) for cls in _plain()),
+    ]
+    for start in starts:
+        for thing in held(start):
+            made.setdefault(type(thing), thing)
+    return made
+
+
+def _plain() -> list[type]:
+    """Classes that are made from their defaults, and from text where they have none."""
+    chosen = []
+    for cls in classes():
+        if is_dataclass(cls) and cls not in (Settings, Scratch, Pretrained):
+            hints = get_type_hints(cls)
+            lacking = [
+                f for f in fields(cls) if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+            ]
+            if all(hints[f.name] is str for f in lacking):
+                chosen.append(cls)
+    return chosen
+
+
+def others(value: Any, hint: Any) -> Iterator[Any]:
+    """Values unlike `value` that the annotation allows."""
+    arms = list(get_args(hint)) if get_origin(hint) in (Union, UnionType) else [hint]
+    for arm in arms:
+        if get_origin(arm) is Literal:
+            yield from (choice for choice in get_args(arm) if choice != value)
+        elif arm is bool:
+            yield not value
+        elif arm is int:
+            yield (value if isinstance(value, int) else 0) + 1
+        elif arm is float:
+            yield (value if isinstance(value, float) else 1.0) * 0.37 + 0.013
+        elif arm is str:
+            yield f"{value}-other"
+        elif arm is NoneType and value is not None:
+            yield None
+        elif get_origin(arm) in (tuple, list) and isinstance(value, tuple):
+            yield from (value[:-1], value + value[-1:]) if value else ((1,), (1.0,), ("qkv",))
+        elif get_origin(arm) is dict and isinstance(value, dict):
+            yield dict(list(value.items())[:-1]) if value else {"other": "x"}
+            yield value | {"other": next(iter(value.values()), "x")}
+        elif isinstance(arm, type) and is_dataclass(arm) and value is None:
+            yield from (thing for cls, thing in whole().items() if issubclass(cls, arm))
+        elif isinstance(arm, type):
+            yield from (thing for cls, thing in whole().items() if issubclass(cls, arm) and thing != value)
+    if is_dataclass(value):
+        hints = get_type_hints(type(value))
+        for field in fields(value):
+            for other in others(getattr(value, field.name), hints[field.name]):
+                try:
+                    yield replace(value, **{field.name: other})
+                except (ValueError, TypeError):
+                    continue
+
+
+FIELDS = [
+    (cls, field.name)
+    for cls in whole()
+    for field in fields(cls)
+    if field.init and cls is not Parallel and (cls, field.name) != (Settings, "parallel")
+]
+"""How a run is spread is no part of its hash: it has a test of its own."""
+
+
+@pytest.mark.parametrize(("cls", "name"), FIELDS, ids=[f"{cls.__name__}.{name}" for cls, name in FIELDS])
+def test_changing_a_field_changes_the_hash_or_raises(cls: type, name: str) -> None:
+    thing = whole()[cls]
+    tried = 0
+    for other in others(getattr(thing, name), get_type_hints(cls)[name]):
+        tried += 1
+        try:
+            changed = replace(thing, **{name: other})
+        except (ValueError, TypeError):
+            continue
+        assert digest(dump(changed)) != digest(dump(thing)), f"{cls.__name__}.{name} = {other!r} is not in the recipe"
+    assert tried, f"this test knows no other value of {cls.__name__}.{name}"
+
+
+def test_the_walk_meets_every_class_of_the_catalogue() -> None:
+    walked = set(whole())
+    missed = {cls.__name__ for cls in classes() if is_dataclass(cls)} - {cls.__name__ for cls in walked}
+    assert missed <= {"Grid"}  # it has no defaults, and its one field is a tuple of numbers
+    assert {Settings, Optim, Lora} <= walked
+
+
+# --- read -----------------------------------------------------------------------------------------------------------------
+
+ASIDE = {"dataclasses", "fewstep.core.build"}
+"""Modules that read every field of anything: to copy, compare or print it."""
+OWN = {"__post_init__", "__repr__", "__eq__", "__hash__"}
+
+
+@pytest.fixture
+def unread(monkeypatch: pytest.MonkeyPatch) -> Callable[..., set[str]]:
+    """`unread(classes, action)`: the fields of the classes that nobody reads while `action` is done."""
+
+    def listen(heard: set[tuple[str, str]], cls: type) -> None:
+        def read(self: Any, name: str) -> Any:
+            frame = sys._getframe(1)
+            if frame.f_globals["__name__"] not in ASIDE and frame.f_code.co_name not in OWN:
+                heard.add((type(self).__name__, name))
+            return object.__getattribute__(self, name)
+
+        monkeypatch.setattr(cls, "__getattribute__", read)
+
+    def names(chosen: tuple[type, ...], action: Callable[[], object]) -> set[str]:
+        heard: set[tuple[str, str]] = set()
+        for cls in chosen:
+            listen(heard, cls)
+        action()
+        monkeypatch.undo()
+        return {
+            f"{cls.__name__}.{f.name}" for cls in chosen for f in fields(cls) if (cls.__name__, f.name) not in heard
+        }
+
+    return names
+
+
+def test_a_field_that_is_only_checked_or_printed_is_found(unread: Callable[..., set[str]]) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Deaf:
+        heard: int = 1
+        dead: int = 1
+
+        def __post_init__(self) -> None:
+            if self.dead < 1:
+                raise ValueError("at least 1")
+
+    assert unread((Deaf,), lambda: (Deaf().heard, repr(Deaf()), dataclasses.asdict(Deaf()))) == {"Deaf.dead"}
+
+
+def test_methods_and_rollouts_read_every_field(unread: Callable[..., set[str]], tmp_path: Path) -> None:
+    cases: dict[str, Method] = {**CASES, "data": DMD2(critic_updates=1, rollout=FromData())}
+    cases["images"] = FlowMatching(image_fraction=1.0)
+
+    def action() -> None:
+        for name, method in cases.items():
+            iterations = 8 if name == "Progressive" else 3 if isinstance(method, DMD2) else 1
+            run = prepare(tiny_model(), method, Everything(), small(iterations, health=None), tmp_path / name)
+            method.cost()
+            for _ in range(iterations):
+                run.iterate()
+            run.student()
+
+    assert not unread((*METHODS, *ROLLOUTS), action)
+
+
+def test_settings_read_every_field(unread: Callable[..., set[str]], tmp_path: Path) -> None:
+    health = Health(every=2, prompts=1)
+    muon = Optim(type="muon", lr_of={"blocks": 1e-3}, warmup=1)
+    runs = (
+        small(2, ema=0.9, preview_every=2, save_every=1, health=health, optim={"student": muon}),
+        small(2, lora=Lora(rank=2), health=None),
+    )
+
+    def action() -> None:
+        for number, settings in enumerate(runs):
+            train(tiny_model(), DMD2(critic_updates=1), Everything(), settings, tmp_path / str(number), quiet=True)
+        settle({"compile": "no compiler here"}, replace(runs[0], allow_fallback=True))
+
+    assert not unread((Settings, Optim, Parallel, Health, Lora), action)
+
+
+def test_a_suite_reads_every_field(unread: Callable[..., set[str]], tmp_path: Path) -> None:
+    teacher, videos = guided_teacher(steps=2, num_frames=4), make_videos(tmp_path / "videos", 4)
+    rows = [Entry(name="teacher", model=teacher), Entry(name="teacher 1", model=teacher, steps=1)]
+    quick: dict[str, Any] = {"prompts": 4, "latency_runs": 1, "latency_budget": 0.1, "features": "pooled"}
+    suites = (
+        Suite(seeds_per_prompt=1, **quick),
+        Suite(seeds_per_prompt=1, real=RealClips(path=str(videos)), **quick),
+    )
+
+    def action() -> None:
+        for number, suite in enumerate(suites):
+            evaluate(rows, suite, tmp_path / str(number))
+
+    assert not unread((Suite, Entry, RealClips), action)
+
+
+def test_plans_for_data_read_every_field(unread: Callable[..., set[str]], tmp_path: Path) -> None:
+    teacher, videos = guided_teacher(steps=2, num_frames=4), make_videos(tmp_path / "videos", 2)
+    cut, keep = Cut(num_frames=4, height=16, width=16), Keep(min_seconds=0.1, max_seconds=9.0, min_motion=0.0)
+
+    def action() -> None:
+        encode(videos, tmp_path / "latents", teacher.codec, Preparation(cut=cut, keep=keep))
+        plan = PairPlan(times=(1.0, 0.5, 0.0))
+        pairs_cost(teacher, 1, plan)
+        make_pairs(teacher, ("a red ball",), tmp_path / "pairs", plan)
+
+    assert not unread((Preparation, Cut, Keep, PairPlan), action)
