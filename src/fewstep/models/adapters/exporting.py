@@ -92,7 +92,7 @@ def _require_base(model: VideoModel, adapter: Path, layout: Layout) -> None:
     updates, backbone = read_lora(model.denoiser, require_adapter(adapter)), model.denoiser.backbone
     own, parts = backbone.state_dict(), tuple(backbone.folders)  # type: ignore[arg-type]
     layout, names = Layout.find(layout.source, parts), {name: backbone.foreign(name) for name in own}
-    stored = ChainMap(*(layout.weights(part, own, names) for part in parts))  # type: ignore[arg-type]
+    stored = ChainMap[str, Tensor](*(layout.weights(part, own, names) for part in parts))  # type: ignore[arg-type]
     for name, value in own.items():
         expected, layer = stored[name].to(value.device), f"backbone.{name.removesuffix('.weight')}"
         if layer in updates:
