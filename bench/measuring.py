@@ -24,12 +24,17 @@ from fewstep.engine.precision import autocast
 from fewstep.engine.run import Run
 from fewstep.evaluate.latency import synchronize
 from fewstep.evaluate.machine import describe_machine, versions
-from fewstep.models import Card, Denoiser, VideoDiT, VideoModel
+from fewstep.models import Card, Denoiser, VideoModel
 from fewstep.world.data import WorldClips
 
 RESULTS = Path(__file__).parent / "results"
-WAN = {"channels": 16, "width": 1536, "depth": 30, "heads": 12, "mlp_ratio": 8960 / 1536, "text_width": 1536}
-"""The reference network in the shapes of Wan2.1-T2V-1.3B; text is read as wide as the network, after its projection."""
+WAN = {
+    "num_attention_heads": 12, "attention_head_dim": 128, "in_channels": 16, "out_channels": 16, "text_dim": 4096,
+    "freq_dim": 256, "ffn_dim": 8960, "num_layers": 30,
+}  # fmt: skip
+"""Wan2.1-T2V-1.3B, as its `transformer/config.json` says."""
+WAN_CLIP = (16, 21, 60, 104)
+"""Latents of its clips, 81 frames of 480 x 832."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,12 +68,14 @@ class _Fixed:
 
 
 def load(name: str) -> tuple[VideoModel, Data]:
-    """`world`, a folder that fewstep wrote, or `wan-1.3b`: random weights and inputs of 81 frames of 480 x 832."""
+    """`world`, a folder that fewstep wrote, or `wan-1.3b`: its denoiser with random weights, and random inputs."""
     if name == "wan-1.3b":
+        from fewstep.models.adapters.wan import Wan
+
         torch.manual_seed(0)
         card = Card(name=name, num_frames=81, height=480, width=832)
-        model = VideoModel(card, {"denoiser": Denoiser(VideoDiT(**WAN), card.path, card.kind)})
-        return model, Fixed(latents=(16, 21, 60, 104), text=(512, 1536))
+        model = VideoModel(card, {"denoiser": Denoiser(Wan(config=WAN), card.path, card.kind)})
+        return model, Fixed(latents=WAN_CLIP, text=(512, WAN["text_dim"]))
     model = VideoModel.from_pretrained(name)
     if name == "world":
         return model, WorldClips(num_frames=model.card.num_frames)
@@ -221,7 +228,7 @@ def without_defaults(case: Any) -> list[str]:
     """What a case changes, for its file's name."""
     default = type(case)()
     return [
-        f"{key}-{value}".lower().replace("true", "on")
+        f"{key}-{value}".lower().replace("true", "on").replace("/", "_")
         for key, value in vars(case).items()
         if value != getattr(default, key) and key not in ("rounds", "fastgen", "clock")
     ]

@@ -1,15 +1,16 @@
 """How near is a DMD2 cycle to what its networks alone would cost? `python bench/train_step.py --help`
 
-A cycle is one iteration: five critic updates and one of the student, in the engine's own loop. Its floor is the number of
-network forwards that the method says it makes (a backward pass counts as two) times the time of one forward of the same
-batch under the same precision and compiler. Forwards and cycles take turns, so a slow minute of the machine hits both.
+A cycle is one iteration in the engine's own loop: five critic updates and one of the student, or what a recipe says. Its
+floor is the number of network forwards that the method says it makes (a backward pass counts as two) times the time of one
+forward of the same batch under the same precision and compiler. Forwards and cycles take turns, so a slow minute of the
+machine hits both.
 """
 
 from __future__ import annotations
 
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,8 @@ from fewstep.engine.outline import Outline
 from fewstep.engine.prepare import prepare
 from fewstep.evaluate.latency import peak_memory
 from fewstep.methods import DMD2, BackwardSimulation
+from fewstep.methods.base import Method
+from fewstep.recipe import Recipe
 from measuring import Clock, Forward, Stopwatch, Timer, load, middle, rounded, without_defaults, write
 
 METHOD = DMD2(rollout=BackwardSimulation(grids=((1.0, 0.5),), exit="last"), critic_updates=5)
@@ -34,7 +37,9 @@ class Case:
     """One measurement."""
 
     model: str = "world"
-    """`world`, `wan-1.3b` (random weights; needs a GPU) or a folder that fewstep wrote."""
+    """`world`, `wan-1.3b` (random weights; needs a GPU and diffusers) or a folder that fewstep wrote."""
+    recipe: str = ""
+    """A file whose method and settings are measured, with one micro-batch per update; leave out batch to checkpointing then."""
     batch: int = 16
     autocast: Literal["off", "bf16"] = "off"
     compile: bool = False
@@ -43,8 +48,25 @@ class Case:
     rounds: int = 5
     clock: Clock = "wall"
 
+    def __post_init__(self) -> None:
+        own = [
+            name
+            for name in ("batch", "autocast", "compile", "checkpointing")
+            if getattr(self, name) != getattr(Case, name)
+        ]
+        if self.recipe and own:
+            raise ValueError(
+                f"{', '.join(own)}: with a recipe these are its own; leave them out, or measure a changed copy"
+            )
+
+    @property
+    def method(self) -> Method:
+        return Recipe.load(self.recipe).method if self.recipe else METHOD
+
     @property
     def settings(self) -> Settings:
+        if self.recipe:
+            return replace(Recipe.load(self.recipe).settings, accumulate=1, device=self.device)
         return Settings(
             steps=1000, batch=self.batch, autocast=self.autocast, compile=self.compile, ema=0.99, device=self.device,
             parallel=Parallel(checkpointing=self.checkpointing),
@@ -54,7 +76,8 @@ class Case:
 def measure(case: Case) -> dict[str, Any]:
     """Figures of one case, in seconds and bytes; medians over rounds."""
     model, data = load(case.model)
-    run = prepare(model, METHOD, data, case.settings, Path(tempfile.mkdtemp()))
+    method = case.method
+    run = prepare(model, method, data, case.settings, Path(tempfile.mkdtemp()))
     timer = Timer(case.device, case.clock)
     forward, watch = Forward(run, timer), Stopwatch(timer)
     for _ in range(WARM_UP):
@@ -70,7 +93,7 @@ def measure(case: Case) -> dict[str, Any]:
             run.iterate()
         ahead, back = forward.trained()
         one = middle(plain)
-        floor = METHOD.cost() * one
+        floor = method.cost() * one
         rounds.append({
             "cycle": cycle, "forward": one, "floor": floor, "cycle over floor": cycle / floor,
             "forward with gradient over forward": ahead / one, "backward over forward": back / one,
@@ -78,7 +101,7 @@ def measure(case: Case) -> dict[str, Any]:
     counted = sum(watch.calls[phase] for phase in watch.calls if phase.partition(",")[0] in run.nets.roles)
     peak, what = peak_memory(run.iterate, case.device)
     return {
-        "cost": METHOD.cost(),
+        "cost": method.cost(),
         "counted": round((counted + 2 * watch.calls["backward"]) / case.rounds, 3),
         "medians": {name: middle([r[name] for r in rounds]) for name in rounds[0]},
         "phases": rounded({name: spent / case.rounds for name, spent in watch.seconds.most_common()}),
@@ -89,7 +112,7 @@ def measure(case: Case) -> dict[str, Any]:
 
 def planned(case: Case, card: Any) -> int | None:
     """What a dry run says the networks and their training take; None where the model has no parts to be planned from."""
-    return Outline.of(card, METHOD, case.settings).plan().peak.bytes if card.parts else None
+    return Outline.of(card, case.method, case.settings).plan().peak.bytes if card.parts else None
 
 
 def main(case: Case) -> int:

@@ -27,14 +27,14 @@ PLAN = Preparation(cut=Cut(num_frames=4, height=16, width=16, clips_per_video=0)
 def run(videos: Path, output: Path, rank: int = -1, number: int = 0) -> None:
     model, here = tiny(), place()
     encode, notes = model.codec.encode, output.with_name(f"{output.name}.encoded.{here.rank}")
-    calls = count(1)
+    clips = count(1)
 
-    def noted(frames: Tensor) -> Tensor:
+    def noted(frames: Tensor, **options: bool) -> Tensor:
         with notes.open("a") as file:
-            file.write(f"{float(frames.mean()):.3f}\n")
-        if (here.rank, here.attempt, next(calls)) == (rank, 0, number):
+            file.writelines(f"{float(clip.mean()):.3f}\n" for clip in frames)
+        if (here.rank, here.attempt) == (rank, 0) and number in [next(clips) for _ in frames]:
             os.kill(os.getpid(), signal.SIGKILL)
-        return encode(frames)
+        return encode(frames, **options)
 
     model.codec.encode = noted  # type: ignore[method-assign]
     made = prepare(videos, output, model.codec, PLAN)

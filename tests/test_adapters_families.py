@@ -17,6 +17,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     LTXVideoTransformer3DModel,
 )
+from diffusers.pipelines.ltx.pipeline_ltx_condition import linear_quadratic_schedule
 
 from fewstep.core import Cond, RecipeError, Rng
 from fewstep.diffusion import Contract
@@ -69,6 +70,25 @@ def test_published_ltx_places() -> None:
     cos, sin = theirs.rope(x.flatten(2).transpose(1, 2), 3, 5, 7, (8 / 25, 32, 32))
     table = ours.embed(x, torch.ones(1), cond).context.rotary_2MD
     assert torch.equal(table.repeat_interleave(2, -1), torch.cat([cos, sin]))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 8, 50])
+def test_times_of_ltx_from_0_9_5_on(steps: int) -> None:
+    times = Contract(threshold=0.025).times(steps)
+    assert times == pytest.approx((*linear_quadratic_schedule(steps).tolist(), 0.0), abs=1e-6)
+
+
+def test_what_ltx_from_0_9_5_on_leaves_to_nobody(tmp_path: Path) -> None:
+    """Its times: a scheduler that shifts them is refused, and so is an export, whose scheduler would not be asked."""
+    source = Diffusers(source=str(save_tiny("ltx_condition", tmp_path / "model")), **TINY["ltx_condition"].size)
+    model = source.load()
+    assert model.codec.decode_time == 0.05 and model.codec.decode_noise == 0.025
+    with pytest.raises(ValueError, match="goes by times of its own"):
+        model.export(tmp_path / "out")
+    file = tmp_path / "model" / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"shift": 3.0}))
+    with pytest.raises(RecipeError, match="has times of its own, which scheduler_config.json must leave alone"):
+        source.card()
 
 
 # --- CogVideoX ------------------------------------------------------------------------------------------------------------

@@ -17,19 +17,16 @@ from diffusers import WanImageToVideoPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from fewstep import distill
-from fewstep.attention import KVCache
+from fewstep.attention import BlockCausal, KVCache
 from fewstep.cli import main
 from fewstep.core import Cond, Rng, Seeds
 from fewstep.core.build import RecipeError
-from fewstep.data import Prompts
 from fewstep.diffusion import CFG, Prediction, RectifiedFlow
-from fewstep.engine import Settings
 from fewstep.evaluate.conformance import check_model
-from fewstep.methods import DMD2
 from fewstep.models import VideoModel
 from fewstep.models.adapters.layout import Layout
 from fewstep.models.adapters.pipeline import sample
+from fewstep.models.adapters.wan import Wan
 from fewstep.models.bundle import read_card
 from fewstep.models.source import Diffusers
 from tiny_models import IMAGE, IMAGE_SIZE, TINY, save_tiny
@@ -89,14 +86,39 @@ def test_the_scale_of_each_expert_is_the_pipeline_s(experts: Path) -> None:
     assert (one_scale - theirs).abs().max() > 1e-3
 
 
-def test_what_experts_cannot_do_is_refused(experts: Path, tmp_path: Path) -> None:
+@torch.no_grad()
+def test_a_frame_is_denoised_by_the_expert_of_its_time(experts: Path) -> None:
+    """Which reads the other frames as itself, whatever their times."""
     model = loaded(experts, "wan_experts")
-    x, cond = Rng(0).randn((1, *model.latent_shape()), "x"), model.text.encode(PROMPTS[:1])
-    with pytest.raises(ValueError, match="the frames of a clip must have times of one expert"):
-        model.denoiser(x, torch.tensor([[0.9, 0.2]]), cond)
-    assert model.denoiser(x, torch.tensor([[0.5, 0.2]]), cond).raw.isfinite().all()
-    with pytest.raises(ValueError, match="experts have no cache"):
-        model.denoiser(x, torch.tensor([0.2]), cond, KVCache.empty().view())
+    backbone = model.denoiser.backbone
+    x, cond = Rng(0).randn((2, *model.latent_shape()), "x"), model.text.encode(PROMPTS)
+    t = torch.tensor([[0.9, 0.2], [0.5, 0.2]])
+    both = [backbone.expert(index)(x, t, cond).raw for index in range(2)]
+    made = backbone(x, t, cond).raw
+    torch.testing.assert_close(made[0, :, 0], both[0][0, :, 0], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(made[0, :, 1], both[1][0, :, 1], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(made[1], both[1][1], atol=1e-6, rtol=1e-6)
+
+
+@torch.no_grad()
+def test_whichever_expert_comes_next_finds_its_own_past(experts: Path) -> None:
+    """A clean chunk, made known at time 0, then two steps of the next one, across the boundary."""
+    model = Diffusers(
+        source=str(experts), text_dtype="float32", pattern=BlockCausal(chunk=1), **TINY["wan_experts"].size
+    ).load()
+    network, cond = model.denoiser, model.text.encode(PROMPTS)
+    x = Rng(0).randn((2, *model.latent_shape()), "x")
+    first = network(x[:, :, :1], torch.zeros(2), cond, KVCache.empty().view())
+    memory = KVCache.empty().commit(first.kv or (), 1)
+    for t in (0.9, 0.3):
+        streamed = network(x[:, :, 1:], torch.full((2,), t), cond, memory.view()).raw
+        whole = network(x, torch.tensor([[0.0, t]] * 2), cond).raw[:, :, 1:]
+        torch.testing.assert_close(streamed, whole, atol=1e-5, rtol=1e-5)
+        one = network.backbone.expert(0 if t > 0.6 else 1)(x[:, :, 1:], torch.full((2,), t), cond).raw
+        assert (streamed - one).abs().max() > 1e-3  # the past is read
+
+
+def test_experts_must_be_alike(tmp_path: Path) -> None:
     save_tiny("wan_experts", tmp_path)
     config = tmp_path / "transformer_2" / "config.json"
     config.write_text(config.read_text().replace('"ffn_dim": 32', '"ffn_dim": 64'))
@@ -139,34 +161,88 @@ def pixels(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
 
 
-@torch.no_grad()
-def test_clips_of_an_image_are_the_pipeline_s(folder: Path, model: VideoModel) -> None:
-    """Same image, latents, prompts and times: same latents out."""
+def ends(model: VideoModel, first: int, last: int) -> dict[str, torch.Tensor]:
+    """What this model begins with, and ends with if it must."""
+    given = {"image": pixels(picture(first)), "last_image": pixels(picture(last))}
+    return given if model.part("image").needs_last else {"image": given["image"]}
+
+
+def as_the_pipeline(model: VideoModel, folder: Path, noise: torch.Tensor, **given: Image.Image) -> torch.Tensor:
+    """What diffusers makes of two prompts; the model then visits the same times."""
     pipeline = WanImageToVideoPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
-    noise = Seeds((5, 6)).randn((2, *model.latent_shape()), "start")
-    theirs = pipeline(
-        image=picture(), prompt=PROMPTS, negative_prompt=model.card.negative_prompt, num_inference_steps=3,
-        guidance_scale=5.0, latents=noise, output_type="latent", **IMAGE_SIZE,
-    ).frames  # fmt: skip
+    if model.part("image").needs_last:  # diffusers takes one clip of two images at a time
+        clips = [(PROMPTS[i : i + 1], noise[i : i + 1]) for i in range(len(noise))]
+    else:
+        clips = [(PROMPTS, noise)]
+    made = [
+        pipeline(
+            prompt=prompts, negative_prompt=model.card.negative_prompt, num_inference_steps=3, guidance_scale=5.0,
+            latents=latents, output_type="latent", **given, **IMAGE_SIZE,
+        ).frames
+        for prompts, latents in clips
+    ]  # fmt: skip
     times = tuple(map(float, pipeline.scheduler.sigmas))
     model.card = replace(model.card, contract=replace(model.card.contract, grids={"3": times}, steps=3))
-    ours = model.latents(PROMPTS, image=pixels(picture()), seed=(5, 6), guidance_scale=5.0)
+    return torch.cat(made)
+
+
+@torch.no_grad()
+def test_clips_of_an_image_are_the_pipeline_s(folder: Path, model: VideoModel) -> None:
+    """Same image, latents, prompts and times: same latents out. Each clip has its own image."""
+    noise = Seeds((5, 6)).randn((2, *model.latent_shape()), "start")
+    given = {name: picture(number) for number, name in enumerate(ends(model, 0, 1))}
+    theirs = as_the_pipeline(model, folder, noise, **given)
+    ours = model.latents(PROMPTS, **ends(model, 0, 1), seed=(5, 6), guidance_scale=5.0)
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
-    other = model.latents(PROMPTS, image=pixels(picture(1)), seed=(5, 6), guidance_scale=5.0)
+    other = model.latents(PROMPTS, **ends(model, 2, 3), seed=(5, 6), guidance_scale=5.0)
     assert (other - ours).abs().max() > 1e-2
-    two = torch.stack([pixels(picture()), pixels(picture(1))])
-    both = model.latents(PROMPTS, image=two, seed=(5, 6), guidance_scale=5.0)
-    torch.testing.assert_close(both, torch.cat([ours[:1], other[1:]]), atol=1e-4, rtol=1e-4)
+    both = {name: torch.stack([x, ends(model, 2, 3)[name]]) for name, x in ends(model, 0, 1).items()}
+    two = model.latents(PROMPTS, **both, seed=(5, 6), guidance_scale=5.0)
+    torch.testing.assert_close(two, torch.cat([ours[:1], other[1:]]), atol=1e-4, rtol=1e-4)
+    made = model.conditions(PROMPTS, **both)[0].extra
+    again = model.latents(PROMPTS, image=made, seed=(5, 6), guidance_scale=5.0)
+    assert torch.equal(again, two)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("folder", ["wan_ends", "wan_image_experts"], indirect=True)
+def test_the_last_image_is_read_where_it_can_be(folder: Path, model: VideoModel) -> None:
+    noise = Seeds((5, 6)).randn((2, *model.latent_shape()), "start")
+    theirs = as_the_pipeline(model, folder, noise, image=picture(0), last_image=picture(1))
+    images = {"image": pixels(picture(0)), "last_image": pixels(picture(1))}
+    ours = model.latents(PROMPTS, **images, seed=(5, 6), guidance_scale=5.0)
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    turned = {"image": images["last_image"], "last_image": images["image"]}
+    assert (model.latents(PROMPTS, **turned, seed=(5, 6), guidance_scale=5.0) - ours).abs().max() > 1e-2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("folder", ["wan_ti2v_image"], indirect=True)
+def test_the_first_frame_of_ti2v_is_the_image(model: VideoModel) -> None:
+    """In every prediction and at the end of every sampler, and no loss has a gradient there."""
+    image = pixels(picture())
+    first = model.codec.encode(image[None, :, None])
+    x, t = Rng(0).randn((1, *model.latent_shape()), "x"), torch.tensor([0.4])
+    cond, _ = model.conditions(PROMPTS[:1], image)
+    x0 = model.denoiser(x, t, cond).x0
+    torch.testing.assert_close(x0[:, :, :1], first, atol=1e-5, rtol=1e-5)
+    assert (x0[:, :, 1:] - first).abs().min() > 0
+    other = torch.cat([x[:, :, :1] + 3, x[:, :, 1:]], 2)
+    assert torch.equal(model.denoiser(other, t, cond).raw[:, :, 1:], model.denoiser(x, t, cond).raw[:, :, 1:])
+    at_zero = model.denoiser(x, torch.zeros(1), cond)
+    assert at_zero.raw.isfinite().all() and torch.equal(at_zero.x0, x)
+    for solver in ("euler", "ddim", "renoise", "dpmpp_2m"):
+        model.card = replace(model.card, contract=replace(model.card.contract, solver=solver, steps=2))
+        torch.testing.assert_close(model.latents(PROMPTS[:1], image=image)[:, :, :1], first, atol=1e-5, rtol=1e-5)
 
 
 def test_models_of_images_pass_the_checks(model: VideoModel) -> None:
-    """Among them: forward and weights equal diffusers', saved and loaded, jvp, checkpointing, cached equal to masked."""
+    """Among them: forward, weights and pipeline equal diffusers', saved and loaded, jvp, cached equal to masked."""
     found = check_model(model)
     assert not found.failed
     passed = {finding.name for finding in found.findings if finding.outcome == "pass"}
-    assert passed >= {"forward", "weights", "saved", "batch", "checkpointing", "jvp"}
-    assert ("cache" in passed) == hasattr(model.denoiser.backbone, "pattern")
+    assert passed >= {"forward", "weights", "pipeline", "saved", "batch", "checkpointing", "jvp", "full_mask", "cache"}
 
 
 def test_weights_that_diffusers_leaves_unread_may_be_in_the_files(tmp_path: Path) -> None:
@@ -186,14 +262,13 @@ def test_a_model_of_images_comes_back_from_its_folder(model: VideoModel, tmp_pat
     saved = model.with_part("denoiser", twin, role="student").save(tmp_path)
     assert sorted(path.name for path in saved.iterdir()) == ["card.json", "denoiser.safetensors"]
     clips = [
-        m(PROMPTS[:1], image=pixels(picture()), num_inference_steps=2)
-        for m in (VideoModel.from_pretrained(saved), model)
+        m(PROMPTS[:1], **ends(model, 0, 1), num_inference_steps=2) for m in (VideoModel.from_pretrained(saved), model)
     ]
     assert torch.equal(*clips)
 
 
-def test_an_image_is_asked_for_where_it_is_read(folder: Path, model: VideoModel, experts: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"makes clips of images: give image \(--image\), \[3, 32, 48\]; got none"):
+def test_an_image_is_asked_for_where_it_is_read(model: VideoModel, experts: Path) -> None:
+    with pytest.raises(ValueError, match=r"makes clips of images: give image \(--image\), \[3, 32, 64\]; got none"):
         model.latents(PROMPTS)
     with pytest.raises(ValueError, match=r"got \[3, 16, 16\]"):
         model.latents(PROMPTS, image=torch.zeros(3, 16, 16))
@@ -202,19 +277,36 @@ def test_an_image_is_asked_for_where_it_is_read(folder: Path, model: VideoModel,
     x = Rng(0).randn((1, *model.latent_shape()), "x")
     with pytest.raises(ValueError, match="makes a clip of an image, and the condition has no image_latents"):
         model.denoiser(x, torch.tensor([0.5]), model.text.encode(PROMPTS[:1]))
-    (tmp_path / "prompts.txt").write_text("a red ball\n")
-    source = Diffusers(source=str(folder), **IMAGE_SIZE)
-    with pytest.raises(ValueError, match="makes clips of images, and no data give images yet"):
-        distill(
-            model=source, method=DMD2(), data=Prompts(path=str(tmp_path / "prompts.txt")), settings=Settings(steps=1),
-            output=tmp_path / "run", quiet=True,
-        )  # fmt: skip
+    two, eye = {"image": pixels(picture()), "last_image": pixels(picture())}, model.part("image")
+    if eye.needs_last:
+        with pytest.raises(ValueError, match=r"clips between two images; give last_image \(--last-image\)"):
+            model.latents(PROMPTS, image=two["image"])
+    elif eye.encoder is not None or eye.reads == "frame":
+        with pytest.raises(ValueError, match=r"reads the first image of a clip only; leave out last_image"):
+            model.latents(PROMPTS, **two)
 
 
 def test_sample_reads_a_picture(model: VideoModel, tmp_path: Path) -> None:
     saved, file, video = model.save(tmp_path / "model"), tmp_path / "picture.png", tmp_path / "clip.gif"
     picture().resize((60, 60)).save(file)
     options = ["--prompt", "a red ball", "--num-inference-steps", "2", "--output", str(video)]
+    options += ["--last-image", str(file)] if model.part("image").needs_last else []
     assert main(["sample", str(saved), "--image", str(file), *options]) == 0 and video.stat().st_size > 0
     assert main(["sample", str(saved), "--image", str(file), str(file), *options]) == 2
     assert main(["sample", str(saved), "--image", str(tmp_path / "prompts.txt"), *options]) != 0
+
+
+def test_the_authors_names_of_image_layers() -> None:
+    embedder, block = "condition_embedder.image_embedder.", "blocks.3.attn2."
+    names = {
+        f"{embedder}norm1.weight": "img_emb.proj.0.weight",
+        f"{embedder}ff.net.0.proj.bias": "img_emb.proj.1.bias",
+        f"{embedder}ff.net.2.weight": "img_emb.proj.3.weight",
+        f"{embedder}norm2.bias": "img_emb.proj.4.bias",
+        f"{embedder}pos_embed": "img_emb.emb_pos",
+        f"{block}add_k_proj.weight": "blocks.3.cross_attn.k_img.weight",
+        f"{block}add_v_proj.bias": "blocks.3.cross_attn.v_img.bias",
+        f"{block}norm_added_k.weight": "blocks.3.cross_attn.norm_k_img.weight",
+        "blocks.3.norm2.weight": "blocks.3.norm3.weight",
+    }
+    assert {name: Wan.authors(name) for name in names} == names

@@ -44,6 +44,25 @@ def test_phases_add_up_to_the_cycle_and_nothing_stays_behind(train_step: ModuleT
     assert found["memory"]["peak"] > 0
 
 
+def test_a_recipe_is_measured_on_the_adapter_of_wan(train_step: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The class and the recipe that a GPU measures, at toy size."""
+    pytest.importorskip("diffusers", reason="needs the extra diffusers")
+    measuring = importlib.import_module("measuring")
+    small = {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 8}
+    monkeypatch.setattr(measuring, "WAN", small | {"freq_dim": 16, "ffn_dim": 32, "num_layers": 1})
+    monkeypatch.setattr(measuring, "WAN_CLIP", (4, 2, 4, 4))
+    monkeypatch.setattr(train_step, "load", measuring.load)
+    recipe = Path(__file__).parent.parent / "recipes" / "wan21_1p3b" / "dmd2.yaml"
+    case = train_step.Case(model="wan-1.3b", recipe=str(recipe), rounds=2)
+    assert case.settings.accumulate == 1 and case.settings.parallel.checkpointing and case.settings.autocast == "bf16"
+    found = train_step.measure(case)
+    assert found["cost"] == 35 and 25 <= found["counted"] <= 45
+    assert {"student", "teacher", "critic", "backward", "optimizer"} <= found["phases"].keys()
+    assert found["medians"]["cycle"] > 0 and found["memory"]["peak"] > 0
+    with pytest.raises(ValueError, match="batch: with a recipe these are its own"):
+        train_step.Case(recipe=str(recipe), batch=2)
+
+
 def test_a_gpu_that_is_not_there_is_said_to_be(train_step: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert train_step.main(train_step.Case(model="wan-1.3b")) == 0
     assert "skipped" in capsys.readouterr().out

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -11,9 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
+import fewstep
 from fewstep.core import Rng
 from fewstep.data import DataError, PairPlan, Progress, StoredPairs, make_pairs, pairs_cost, require
 from fewstep.data.pairs import grid_through
+from fewstep.data.prompts import read_prompts
 from fewstep.data.store import ShardReader
 from fewstep.diffusion import CFG, EDM, Contract, NoisePath, RectifiedFlow, Timesteps, uniform_grid
 from fewstep.methods import DMD2
@@ -43,7 +48,7 @@ def tiny(seed: int = 0, *, solver: str = "euler", path: NoisePath = RectifiedFlo
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun", "ddim", "dpmpp_2m"])
@@ -80,22 +85,58 @@ def test_states_lie_on_the_trajectory(tmp_path: Path) -> None:
 
 
 def test_killed_run_continues_to_the_same_bytes(tmp_path: Path) -> None:
-    model, plan = tiny(), PairPlan(times=TIMES, steps=4, per_prompt=2)
+    model, plan = tiny(), PairPlan(times=TIMES, steps=4, per_prompt=2, shard_size=3, part_size=4)
 
     def progress(event: Progress) -> None:
         if event.done >= 5:
             raise Killed
 
-    whole = make_pairs(model, PROMPTS, tmp_path / "whole", plan, batch=2, shard_size=3)
+    whole = make_pairs(model, PROMPTS, tmp_path / "whole", plan, batch=2)
     with pytest.raises(Killed):
-        make_pairs(model, PROMPTS, tmp_path / "killed", plan, batch=2, shard_size=3, progress=progress)
+        make_pairs(model, PROMPTS, tmp_path / "killed", plan, batch=2, progress=progress)
     seen: list[Progress] = []
-    make_pairs(model, PROMPTS, tmp_path / "killed", plan, batch=2, shard_size=3, progress=seen.append)
+    make_pairs(model, PROMPTS, tmp_path / "killed", plan, batch=2, progress=seen.append)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
-    assert [event.done for event in seen] == [5, 6, 8, 9, 10]
+    assert [event.done for event in seen] == [6, 7, 8, 10]
     assert whole.pairs == 10
     with Image.open(whole.preview) as gif:
         assert gif.size == (64, 16)
+
+
+def test_two_processes_go_on_where_one_was_killed(tmp_path: Path) -> None:
+    tiny().save(tmp_path / "model")
+    model, plan = VideoModel.from_pretrained(tmp_path / "model"), PairPlan(times=TIMES, steps=4, shard_size=2)
+    (tmp_path / "prompts.txt").write_text("\n".join(f"{prompt} number {i}" for prompt in PROMPTS for i in range(20)))
+    prompts = read_prompts(tmp_path / "prompts.txt")
+
+    def progress(event: Progress) -> None:
+        if event.done == 68:
+            raise Killed
+
+    make_pairs(model, prompts, tmp_path / "whole", plan, batch=4)
+    with pytest.raises(Killed):
+        make_pairs(model, prompts, tmp_path / "killed", plan, batch=4, progress=progress)
+    words = [str(tmp_path / "prompts.txt"), "--output", str(tmp_path / "killed"), "--model", str(tmp_path / "model")]
+    words += ["--steps", "4", "--times", *map(str, TIMES), "--batch", "4", "--shard-size", "2", "--quiet"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(fewstep.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*torchrun, "-m", "fewstep", "pairs", *words], env=environment, check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("100 pairs of ") == 1
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_autocast_is_part_of_what_was_asked_for(tmp_path: Path) -> None:
+    model, plan = tiny(), PairPlan(times=TIMES, steps=4)
+    make_pairs(model, PROMPTS[:2], tmp_path / "off", plan)
+    make_pairs(model, PROMPTS[:2], tmp_path / "bf16", replace(plan, autocast="bf16"))
+    off, half = (ShardReader(tmp_path / name, "pairs").read("states", [0, 1]) for name in ("off", "bf16"))
+    assert torch.equal(off[:, 0], half[:, 0])  # the noise
+    assert 0 < float((off - half).abs().max()) < 0.1
+    with pytest.raises(DataError, match="autocast: there off, here bf16"):
+        make_pairs(model, PROMPTS[:2], tmp_path / "off", replace(plan, autocast="bf16"))
 
 
 def test_manifest_tells_how_the_pairs_were_made(tmp_path: Path) -> None:
@@ -119,7 +160,7 @@ def test_cost_is_known_beforehand() -> None:
 
 def test_stored_pairs_as_data(tmp_path: Path) -> None:
     model = tiny()
-    make_pairs(model, PROMPTS, tmp_path, PairPlan(times=TIMES, steps=4), shard_size=2)
+    make_pairs(model, PROMPTS, tmp_path, PairPlan(times=TIMES, steps=4, shard_size=2))
     reader = ShardReader(tmp_path, "pairs")
     batch = StoredPairs(path=str(tmp_path)).open(model, frozenset({"prompts", "pairs"})).batch(3, Rng(0))
     assert batch.pairs.times == TIMES

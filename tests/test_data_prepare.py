@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -209,22 +208,6 @@ def test_latents_of_another_autoencoder_are_refused(videos: Path, tmp_path: Path
         data.open(tiny(), frozenset({"x0"}))
 
 
-@pytest.mark.parametrize("cached", [False, True])
-def test_videos_give_pixels(videos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, cached: bool) -> None:
-    cache = str(tmp_path / "cache") if cached else ""
-    data = Videos(path=str(videos), num_frames=4, height=16, width=16, stride=2, clips_per_video=2, cache=cache)
-    with caplog.at_level(logging.WARNING):
-        source = data.open(tiny(), frozenset({"frames"}))
-    assert sum("skipped" in message for message in caplog.messages) == 3
-    batch = source.batch(8, Rng(0))
-    assert batch.frames.shape == (8, 3, 4, 16, 16)
-    assert batch.latent_shape == (4, 4, 4, 4)
-    assert sorted(set(batch.prompts)) == [f"video number {i}" for i in (0, 2, 4, 5)]
-    if cached:
-        assert len(list((tmp_path / "cache").iterdir())) == 4
-        assert torch.equal(data.open(tiny(), frozenset({"frames"})).batch(8, Rng(0)).frames, batch.frames)
-
-
 def test_pixels_need_neither_text_encoder_nor_autoencoder(videos: Path) -> None:
     bare = VideoModel(Card(name="bare"), {})
     data = Videos(path=str(videos), num_frames=4, height=16, width=16)
@@ -285,7 +268,7 @@ def test_missing_fields_are_refused_before_anything_is_read() -> None:
     with pytest.raises(DataError, match="this method needs x0; Prompts provides prompts"):
         nowhere.open(tiny(), frozenset({"x0"}))
     with pytest.raises(DataError, match=r"pairs, x0; .*Use for x0: Latents .*; for pairs: StoredPairs"):
-        require(Videos, {"x0", "pairs"})
+        require(Prompts, {"x0", "pairs"})
     with pytest.raises(DataError, match="needs depth, which no batch has"):
         require(nowhere, {"depth"})
     require(WorldClips, Consistency())

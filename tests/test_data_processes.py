@@ -62,7 +62,7 @@ def test_killed_and_started_again_nothing_is_lost_or_done_twice(
     once = encoded(whole)
     assert len(once) == len({*once}) == VIDEOS * CLIPS
 
-    # Process 1 has parts 1 and 3, of two shards each; it dies when the second half of a shard is not there yet.
+    # Process 1 has parts 1 and 3, of two shards each; it dies while it encodes its second shard.
     done = launch(2, videos, killed, 1, 4, restarts=1)
     assert done.returncode == 0, done.stderr[-4000:]
     assert contents(killed) == contents(whole)

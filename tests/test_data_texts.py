@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from fewstep.core import Rng
-from fewstep.data import Prompts, StoredPairs, texts
+from fewstep.data import Progress, Prompts, StoredPairs, store, texts
 from fewstep.data.pairs import PairPlan, make_pairs
 from fewstep.data.texts import Texts
 from fewstep.engine.loop import prepare
 from fewstep.methods import DMD2, KnowledgeDistillation
-from fewstep.models import VideoModel, fingerprint
+from fewstep.models import TextEncoder, VideoModel, fingerprint
 from support_engine import FRAMES, small, tiny_model
 
 pytestmark = pytest.mark.usefixtures("single_thread")
@@ -26,6 +28,18 @@ class Deaf(torch.nn.Module):
 
     def encode(self, prompts):
         raise AssertionError(f"encoded {prompts} again")
+
+
+class Halved(TextEncoder):
+    """An encoder with bfloat16 weights, whose states come as float32."""
+
+    def __init__(self, **args) -> None:
+        super().__init__(**args)
+        self.to(torch.bfloat16)
+
+    def encode(self, prompts):
+        cond = super().encode(prompts)
+        return replace(cond, text=cond.text.float())
 
 
 def test_stored_states_are_the_encoder_s_bit_for_bit(tmp_path: Path) -> None:
@@ -44,6 +58,59 @@ def test_they_are_encoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert list(again.stored.captions) == ["", "a blue box moves left", "a red ball"]
     with pytest.raises(KeyError, match="a green cow"):
         again(["a green cow"], "cpu")
+
+
+def test_states_are_stored_as_long_and_as_narrow_as_they_are(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.parts["text"] = Halved(**model.text.args)  # type: ignore[arg-type]
+    fresh, stored = Texts(model, NEEDS), Texts(model, NEEDS, tmp_path, PROMPTS)
+    (file,) = tmp_path.rglob("shard-00000.safetensors")
+    with safe_open(file, "pt") as shard:
+        states = [shard.get_tensor(f"text.{row}") for row in range(3)]
+    assert {x.dtype for x in states} == {torch.bfloat16}
+    assert [len(x) for x in states] == [1, 6, 4]  # "", "a blue box moves left", "a red ball", each with its begin
+    for a, b in zip(fresh(PROMPTS, "cpu"), stored(PROMPTS, "cpu"), strict=True):
+        assert torch.equal(a.text, b.text) and torch.equal(a.mask, b.mask)
+
+
+def test_padded_states_of_earlier_versions_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    with monkeypatch.context() as earlier:
+        earlier.setattr(store, "RAGGED", frozenset())
+        earlier.setattr(texts, "_encode", lambda encoder, prompt: encoder.encode([prompt]))  # with its padding
+        with torch.no_grad():
+            before = Texts(model, NEEDS, tmp_path, PROMPTS)
+    monkeypatch.setattr(texts, "_encode", lambda encoder, prompt: pytest.fail(f"encoded {prompt!r} again"))
+    (file,) = tmp_path.rglob("shard-00000.safetensors")
+    with safe_open(file, "pt") as shard:
+        assert shard.get_tensor("text").shape == (3, model.text.length, model.text.width)
+    assert torch.equal(Texts(model, NEEDS, tmp_path, PROMPTS)(PROMPTS, "cpu")[0].text, before(PROMPTS, "cpu")[0].text)
+
+
+def test_progress_counts_prompts_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(texts, "PART", 4)
+    monkeypatch.setattr(texts, "SHARD", 2)
+    model, prompts = tiny_model(), [f"prompt {number}" for number in range(8)]  # and the negative one
+    seen: list[int] = []
+
+    def killing(event: Progress) -> None:
+        seen.append(event.done)
+        if event.done == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        texts.store_texts(model, prompts, tmp_path, progress=killing)
+    texts.store_texts(model, prompts, tmp_path, progress=lambda event: seen.append(event.done))
+    assert seen == [1, 2, 3, 4, 5, 6, 7, 7, 8, 9]
+
+
+def test_what_is_kept_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Texts(tiny_model(), NEEDS)
+    monkeypatch.setattr(texts, "KEPT", 3000)
+    for number in range(40):
+        held([f"prompt number {number}"], "cpu")
+        assert held.bytes == sum(x.nbytes for cond in held.known.values() for x in cond.tensors) <= 3000
+    assert 1 < len(held.known) < 40
 
 
 def test_another_encoder_or_other_prompts_have_a_folder_of_their_own(tmp_path: Path) -> None:

@@ -281,6 +281,9 @@ def test_networks_wait_on_the_cpu_until_an_update_asks_for_them() -> None:
     assert iteration() == ["teacher to cpu", "teacher to cuda"]  # no network that the next update needs ever leaves
     with pytest.raises(AttributeError, match="no role 'critc'; it has teacher, student, critic"):
         _ = shelf.critc
+    log.clear()
+    shelf.bring("teacher", "student")  # for a picture
+    assert log == ["critic to cpu"] and shelf.roles["teacher"].where == shelf.roles["student"].where == "cuda"
     overheard = Overheard(shelf, [])
     overheard.begin(("critic",))
     assert overheard.critic.where == "cuda" and shelf.roles["teacher"].where == "cpu"  # listening brings nobody in

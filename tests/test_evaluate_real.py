@@ -263,6 +263,15 @@ def test_real_clips_are_drawn_by_seed_without_the_unreadable(videos: Path):
         RealClips(path=str(videos), stride=4).draw(4, FRAMES, (SIDE, SIDE), 0)
 
 
+def test_real_clips_lie_as_datasets_do(videos: Path, tmp_path: Path):
+    for number, path in enumerate(sorted(videos.glob("*.mp4"))):
+        folder = tmp_path / "UCF" / ("YoYo" if number % 2 else "PlayingCello")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / path.name).symlink_to(path)
+    drawn = RealClips(path=str(tmp_path / "UCF"), stride=2, layout="ucf101").draw(6, FRAMES, (SIDE, SIDE), 0)
+    assert set(drawn.captions) == {"yo yo", "playing cello"}
+
+
 def test_prompts_are_captions_unless_given(videos: Path):
     suite = Suite.avdm2(real=RealClips(path=str(videos), stride=1), features="x", clip="y", prompts=5)
     cases, truth = ask(suite, FRAMES, (SIDE, SIDE))

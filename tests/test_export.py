@@ -107,6 +107,7 @@ CASES = {
     "ltx-renoise": Case("ltx", "renoise", ((1.0, 0.9, 0.6, 0.0),), CFG(scale=2.0)),
     "cogvideox-even": Case("cogvideox", "ddim", ((1.0, 0.75, 0.5, 0.25, 0.0),), CFG(scale=3.0)),
     "cogvideox-uneven": Case("cogvideox", "ddim", ((1.0, 0.9, 0.3, 0.0), (1.0, 0.0))),
+    "cogvideox15": Case("cogvideox15", "ddim", ((1.0, 0.9, 0.3, 0.0),), CFG(scale=2.0)),
     "cogvideox-renoise": Case("cogvideox", "renoise", ((1.0, 0.75, 0.5, 0.25, 0.0), (1.0, 0.6, 0.0))),
     "hunyuan-shifted": Case("hunyuan", "euler", (SHIFTED, UNEVEN)),
     "hunyuan-renoise": Case("hunyuan", "renoise", (UNEVEN,)),
@@ -115,6 +116,7 @@ CASES = {
     "wan_ti2v": Case("wan_ti2v", "renoise", (SHIFTED,)),
     "wan_experts-shifted": Case("wan_experts", "euler", (SHIFTED, (1.0, 0.6, 0.0))),
     "wan_image": Case("wan_image", "renoise", (SHIFTED,)),
+    "wan_ti2v_image": Case("wan_ti2v_image", "euler", (SHIFTED,)),
     "wan_image_experts": Case("wan_image_experts", "euler", ((1.0, 0.95, 0.5, 0.0),)),
     "wan_experts-guided": Case("wan_experts", "renoise", (UNEVEN,), EXPERTS),
 }
@@ -210,7 +212,7 @@ def test_the_default_needs_no_pinned_times(exported: dict[str, tuple[VideoModel,
     first = {name: re.findall("```python\n(.*?)```", page, re.DOTALL)[0] for name, page in pages.items()}
     pinned = {name for name, code in first.items() if "set_timesteps" in code}
     assert pinned == {
-        "wan-uneven", "animatediff-uneven", "animatediff-between", "cogvideox-uneven", "hunyuan-renoise", "ltx-renoise",
+        "wan-uneven", "animatediff-uneven", "animatediff-between", "cogvideox15", "cogvideox-uneven", "hunyuan-renoise", "ltx-renoise",
         "wan_experts-guided",
     }  # fmt: skip
 

@@ -56,6 +56,7 @@ FLAT = [{"accuracy": 0.2, "distance": 1.6}] * PATIENCE
         ("diverging", "guidance is far too strong.*4.9 times", [{"asked": 4.9}]),
         ("diverging", "the critic does not learn .0% of its weights", [{"moved": {"student": 1.0, "critic": 0.0}}]),
         ("diverging", "the discriminator does not learn", [{"moved": {"student": 1.0, "discriminator": 0.01}}]),
+        ("diverging", "the image_critic does not learn", [{"moved": {"student": 1.0, "image_critic": 0.0}}]),
         ("diverging", "saturation is 1.67 times the teacher's .before training 0.83.", [{"saturation": 0.5}]),
         ("diverging", "latent deviation is 1.50 times", [{"std": 1.5}]),
         ("diverging", "contrast is 1.50 times", [{"contrast": 0.6}]),

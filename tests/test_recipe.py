@@ -52,6 +52,12 @@ def test_every_recipe_of_the_tree_loads_and_is_inverse_to_its_text(path: Path, t
     assert recipe.diff(Recipe.load(saved)) == []
 
 
+@pytest.mark.parametrize("path", RECIPES, ids=[p.stem for p in RECIPES])
+def test_every_recipe_of_the_tree_says_what_it_costs_and_what_it_gives(path: Path) -> None:
+    header = path.read_text().partition("\nmodel:")[0]
+    assert "Cost" in header and "score" in header.lower(), "a header says cost and score, or that they are untested"
+
+
 def test_names_are_unique() -> None:
     names = [cls.__name__ for cls in classes()]
     assert len(names) == len(set(names))

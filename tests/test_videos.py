@@ -116,7 +116,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(videos: Path, sa
             "64",
         ): "holds clips of 4 frames of 32 x 32, but model 'videos-teacher' makes 4 frames of 64 x 32",
         ("--data.type", "Prompts", "--data.path", "prompts.txt"): "FlowMatching needs x0; Prompts provides prompts",
-        ("--data.type", "Videos", "--data.path", str(videos)): "FlowMatching needs x0; Videos provides frames, prompts",
+        ("--data.type", "Videos", "--data.path", str(videos)): "data.num_frames, height, width are (16, 64, 64)",
         ("--data.path", "nowhere"): "nowhere: no manifest.json there",
     }.items():
         code, _, err = said(*teacher("refused", *more))

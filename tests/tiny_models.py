@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from diffusers import (
@@ -20,6 +21,7 @@ from diffusers import (
     AutoencoderKLWan,
     ClassifierFreeGuidance,
     CogVideoXDDIMScheduler,
+    CogVideoXImageToVideoPipeline,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
     FlowMatchEulerDiscreteScheduler,
@@ -27,12 +29,14 @@ from diffusers import (
     HunyuanVideo15Transformer3DModel,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
+    LTXConditionPipeline,
     LTXPipeline,
     LTXVideoTransformer3DModel,
     WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
 )
+from diffusers.pipelines.ltx import pipeline_ltx_condition
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import (
@@ -53,6 +57,7 @@ from transformers import (
     UMT5EncoderModel,
 )
 
+from fewstep.core import Rng
 from fewstep.diffusion import CFG, Betas, Contract
 
 WORDS = [
@@ -156,6 +161,19 @@ def wan_image_experts() -> WanImageToVideoPipeline:
     )
 
 
+def wan_ends() -> WanImageToVideoPipeline:
+    """Wan 2.1 FLF2V: it sees the first and the last image, each as 5 tokens."""
+    return wan_image(
+        transformer=wan_transformer(in_channels=12, image_dim=20, added_kv_proj_dim=24, pos_embed_seq_len=10)
+    )
+
+
+def wan_ti2v_image() -> WanImageToVideoPipeline:
+    """The 5B model of Wan 2.2 with an image."""
+    parts = {name: part for name, part in wan_ti2v().components.items() if not name.startswith("image")}
+    return WanImageToVideoPipeline(**parts, expand_timesteps=True)
+
+
 def wan_transformer(**changes: Any) -> WanTransformer3DModel:
     config = {
         "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": TEXT_WIDTH,
@@ -215,6 +233,30 @@ def ltx_sample(pipeline: LTXPipeline, noise: Tensor, **options: Any) -> Tensor:
     return made.transpose(1, 2).reshape(noise.shape) if options["output_type"] == "latent" else made
 
 
+def ltx_condition() -> LTXConditionPipeline:
+    """LTX-Video 0.9.5: another autoencoder, and a plain scheduler."""
+    parts = ltx().components
+    vae = AutoencoderKLLTXVideo(
+        latent_channels=4, block_out_channels=(8, 16, 16), down_block_types=("LTXVideo095DownBlock3D",) * 2,
+        decoder_block_out_channels=(8, 16), layers_per_block=(1,) * 3, decoder_layers_per_block=(1,) * 3,
+        spatio_temporal_scaling=(True, True), decoder_spatio_temporal_scaling=(True, True),
+        decoder_inject_noise=(False,) * 3, downsample_type=("spatiotemporal",) * 2, upsample_residual=(True, True),
+        upsample_factor=(2, 2), timestep_conditioning=True, patch_size=8, scaling_factor=1.0,
+        spatial_compression_ratio=32, temporal_compression_ratio=4,
+    )  # fmt: skip
+    vae.latents_mean.copy_(torch.tensor([-0.7, 0.2, 0.0, 0.1]))
+    return LTXConditionPipeline(**parts | {"vae": vae, "scheduler": FlowMatchEulerDiscreteScheduler()})
+
+
+def ltx_condition_sample(pipeline: LTXConditionPipeline, noise: Tensor, **options: Any) -> Tensor:
+    """It draws its noise itself, for the latents and for the decoder."""
+    shape = noise.shape[1], *noise.shape[3:]
+    drawn = torch.stack([Rng(0).randn(shape, f"decode/{frame}") for frame in range(noise.shape[2])], 1)
+    options |= {"decode_timestep": 0.05, "decode_noise_scale": 0.025, "frame_rate": 20}
+    with patch.object(pipeline_ltx_condition, "randn_tensor", side_effect=[noise, drawn.expand_as(noise)]):
+        return torch.as_tensor(pipeline(**options).frames)
+
+
 def cogvideox(**config: Any) -> CogVideoXPipeline:
     """CogVideoX 1.0 with rotary positions, as its 5B model."""
     vae = AutoencoderKLCogVideoX(
@@ -236,6 +278,33 @@ COGVIDEOX = {
     "text_embed_dim": TEXT_WIDTH, "num_layers": 2, "sample_width": 10, "sample_height": 8, "sample_frames": 9,
     "max_text_seq_length": 16, "use_rotary_positional_embeddings": True,
 }  # fmt: skip
+
+
+def cogvideox15(**config: Any) -> CogVideoXPipeline:
+    """CogVideoX 1.5: patches of two frames, made by a linear layer."""
+    return cogvideox(**{"patch_size_t": 2, "patch_bias": False, **config})
+
+
+def cogvideox15_encode(pipeline: CogVideoXPipeline, frames: Tensor) -> Tensor:
+    """An odd number of latent frames, after one more that fills the first patch."""
+    latents = scaled_encode(pipeline, frames)
+    return torch.cat([latents[:, :, :1], latents], 2)
+
+
+def cogvideox_image(**config: Any) -> CogVideoXImageToVideoPipeline:
+    """CogVideoX 1.0 image to video: 4 channels of noise and 4 of the image, and learned positions."""
+    pipeline = cogvideox(**{"in_channels": 8, "use_learned_positional_embeddings": True, **config})
+    pipeline.vae.register_to_config(scaling_factor=0.7)
+    return CogVideoXImageToVideoPipeline(**pipeline.components)
+
+
+def cogvideox15_image() -> CogVideoXImageToVideoPipeline:
+    """CogVideoX 1.5 image to video: it is told an offset, and images are divided by the factor of the latents."""
+    pipeline = cogvideox_image(
+        use_learned_positional_embeddings=False, patch_size_t=2, patch_bias=False, ofs_embed_dim=12
+    )
+    pipeline.vae.register_to_config(invert_scale_latents=True)
+    return pipeline
 
 
 def cogvideox_sample(pipeline: CogVideoXPipeline, noise: Tensor, **options: Any) -> Tensor:
@@ -340,10 +409,25 @@ TINY = {
             "contract": Contract(steps=50, shift=LTX_SHIFT, terminal=0.1, guidance=CFG(scale=3.0)),
         },
     ),
+    "ltx_condition": Tiny(
+        make=ltx_condition, size={"num_frames": 5, "height": 64, "width": 96, "fps": 20}, encode=ltx_encode,
+        sample=ltx_condition_sample, causal=True,
+        card={
+            "num_frames": 161, "height": 512, "width": 704, "fps": 25,
+            "contract": Contract(steps=50, threshold=0.025, guidance=CFG(scale=3.0)),
+        },
+        text_arguments={"do_classifier_free_guidance": False, "max_sequence_length": 256},
+    ),
     "cogvideox": Tiny(
-        make=cogvideox, size={"num_frames": 9, "height": 48, "width": 80}, encode=scaled_encode,
+        make=cogvideox, size={"num_frames": 9, "height": 48, "width": 96}, encode=scaled_encode,
         sample=cogvideox_sample, times=levels,
         card={"num_frames": 9, "height": 64, "width": 80, "fps": 8, "kind": "v", "path": COGVIDEOX_PATH},
+        text_arguments={"do_classifier_free_guidance": False, "max_sequence_length": 16},
+    ),
+    "cogvideox15": Tiny(
+        make=cogvideox15, size={"num_frames": 9, "height": 48, "width": 80}, encode=cogvideox15_encode,
+        sample=cogvideox_sample, times=levels,
+        card={"num_frames": 81, "height": 768, "width": 1360, "fps": 16, "kind": "v", "path": COGVIDEOX_PATH},
         text_arguments={"do_classifier_free_guidance": False, "max_sequence_length": 16},
     ),
     "hunyuan": Tiny(
@@ -370,7 +454,7 @@ TINY = {
         text_arguments={"do_classifier_free_guidance": False, "max_sequence_length": 512},
     ),
     "wan_experts": Tiny(
-        make=wan_experts, size={"num_frames": 5, "height": 32, "width": 48}, encode=wan_encode,
+        make=wan_experts, size={"num_frames": 5, "height": 32, "width": 48}, encode=wan_encode, causal=True,
         card={
             "num_frames": 81, "height": 720, "width": 1280, "fps": 16,
             "contract": Contract(steps=40, shift=3.0, guidance=CFG(scale=4.0, low=0.6, outside=3.0)),
@@ -380,16 +464,21 @@ TINY = {
 }  # fmt: skip
 
 
-IMAGE = {"wan_image": wan_image, "wan_image_experts": wan_image_experts}
+IMAGE = {
+    "wan_image": wan_image, "wan_image_experts": wan_image_experts, "wan_ends": wan_ends, "wan_ti2v_image": wan_ti2v_image,
+}  # fmt: skip
 """Families that make clips of images."""
-IMAGE_SIZE = {"num_frames": 5, "height": 32, "width": 48}
+IMAGE_SIZE = {"num_frames": 5, "height": 32, "width": 64}
+COGVIDEOX_IMAGE = {"cogvideox_image": cogvideox_image, "cogvideox15_image": cogvideox15_image}
+"""The same of CogVideoX, at the size that learned positions are for."""
+COGVIDEOX_IMAGE_SIZE = {"num_frames": 9, "height": 64, "width": 80}
 
 
 def save_tiny(name: str, folder: Path, seed: int = 0, **config: Any) -> Path:
     """The tiny model `name` (its denoiser with other `config`) in diffusers' layout; no weight of its denoiser is zero."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        pipeline = (TINY[name].make if name in TINY else IMAGE[name])(**config)
+        pipeline = (TINY[name].make if name in TINY else (IMAGE | COGVIDEOX_IMAGE)[name])(**config)
         with torch.no_grad():
             for network in (pipeline.transformer, getattr(pipeline, "transformer_2", None)):
                 for parameter in network.parameters() if network else ():

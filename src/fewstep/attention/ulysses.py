@@ -50,7 +50,20 @@ class Ulysses:
     def attend(self, q_BHnD: Tensor, k_BHnD: Tensor, v_BHnD: Tensor, mask_NN: Tensor | None) -> Tensor:
         """Attention of this process' queries to the keys of all, `[B, H, n, D]`. H must be a multiple of P."""
         q_BhND, k_BhND, v_BhND = (self._to_heads(x) for x in (q_BHnD, k_BHnD, v_BHnD))
-        y_BhND = attend(q_BhND, k_BhND, v_BhND, mask_NN)
+        return self._to_tokens(attend(q_BhND, k_BhND, v_BhND, mask_NN))
+
+    def attend_beside(self, q_BHmD: Tensor, k_BHmD: Tensor, v_BHmD: Tensor, alike: int) -> Tensor:
+        """The same where the first `alike` tokens are no share of the clip's but the same in every process, such as text."""
+        heads = [
+            torch.cat([self.split(x[:, :, :alike], 1), self._to_heads(x[:, :, alike:])], 2)
+            for x in (q_BHmD, k_BHmD, v_BHmD)
+        ]
+        q_BhMD, k_BhMD, v_BhMD = heads
+        y_BhMD = attend(q_BhMD, k_BhMD, v_BhMD)
+        return torch.cat([self.join(y_BhMD[:, :, :alike], 1), self._to_tokens(y_BhMD[:, :, alike:])], 2)
+
+    def _to_tokens(self, y_BhND: Tensor) -> Tensor:
+        """All heads of this process' tokens, `[B, H, n, D]`."""
         received_PBhnD = _Exchange.apply(y_BhND.unflatten(2, (self.size, -1)).movedim(2, 0), self.group)
         return received_PBhnD.movedim(0, 1).flatten(1, 2)
 

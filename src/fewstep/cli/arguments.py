@@ -66,6 +66,12 @@ class Prepare(Command):
     max_brightness: float | None = None
     texts: bool = False
     """Encode the captions too, into OUTPUT/texts, for a recipe's data.text_cache."""
+    batch: int | None = None
+    """Clips encoded at once (default: 16, fewer of large ones, 1 with codecs that can do no more)."""
+    threads: int = 4
+    """Of each process, that decode videos while others are encoded."""
+    autocast: Literal["off", "bf16"] = "off"
+    """Arithmetic of the codec."""
     device: str = "cpu"
     """Where networks run; processes of one machine share its devices."""
     quiet: bool = False
@@ -79,10 +85,11 @@ class Prepare(Command):
 
 @dataclass(frozen=True)
 class Pairs(Command):
-    """Store a teacher's ODE states (noise, the times in between, the clip) for methods that regress on them."""
+    """Store a teacher's ODE states, for methods that regress on them. Under torchrun each process takes a share."""
 
     prompts: Positional[str]
-    """A text file with one prompt per line, or `world:N` for N prompts of the built-in world."""
+    """A text file with one prompt per line, `world:N` for N prompts of the built-in world, or, for a model that makes clips
+    of images, a .csv with caption, image and perhaps last_image."""
     output: Path
     """Folder for the shards."""
     model: str = "world"
@@ -97,6 +104,14 @@ class Pairs(Command):
     seed: int = 0
     batch: int = 16
     """Clips made at once."""
+    shard_size: int = 16
+    """Pairs per file: what is lost when it is killed, at most."""
+    storage: Literal["float16", "float32"] = "float32"
+    """How the states are kept."""
+    autocast: Literal["off", "bf16"] = "off"
+    """Arithmetic of the teacher: give the settings.autocast that the student will be trained with."""
+    device: str = "cpu"
+    """Where networks run; processes of one machine share its devices."""
     quiet: bool = False
     """No progress bar."""
 
@@ -156,6 +171,8 @@ class Sample(Command):
     """A text file with one prompt per line."""
     image: tuple[Path, ...] = ()
     """Of a model that makes clips of images: the picture that all begin with, or one for each prompt."""
+    last_image: tuple[Path, ...] = ()
+    """Of a model that makes clips between two images: the picture that they end with."""
     num_inference_steps: int | None = None
     """Default: as the card says. A student refuses step counts it was not trained for."""
     guidance_scale: float | None = None
@@ -196,6 +213,10 @@ class Evaluate(Command):
     """Captioned videos (a folder, captions.jsonl or a CSV table); their captions are the prompts."""
     stride: int | None = None
     """Of the real clips: take every so many frames of the file (default: 4)."""
+    layout: Literal["plain", "openvid", "webvid", "ucf101", "tars"] | None = None
+    """How the real clips lie on disk, as for fewstep prepare (default: plain)."""
+    root: str | None = None
+    """Folder that the names of the real clips start from (default: the dataset's own)."""
     features: str = "auto"
     """Of the distance: a TorchScript file (I3D), which runs code, so give only one that you trust; a folder of a video
     encoder (VideoMAE) or with features of fewstep's own; `pooled`; or auto: the built-in world's where they fit."""

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from fewstep.cli import arguments
 from fewstep.cli.command import Overrides, UsageError
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fewstep.data.prepare import Prepared
     from fewstep.evaluate import Suite
     from fewstep.models.bundle import VideoModel
+    from fewstep.models.images import ImageEncoder
 
 
 def demo(options: arguments.Demo) -> int:
@@ -74,14 +75,14 @@ def prepare(options: arguments.Prepare) -> int:
     from fewstep.data.keep import Keep
     from fewstep.data.prepare import Preparation
     from fewstep.data.prepare import prepare as encode
-    from fewstep.data.store import ShardReader
+    from fewstep.data.store import Progress, ShardReader
     from fewstep.data.texts import store_texts
     from fewstep.data.video import Cut
     from fewstep.models.bundle import VideoModel
 
     peers = meet_peers()
     model = VideoModel.from_pretrained(options.model, leave=("denoiser", "features"))
-    for part in {"codec", *(("text",) if options.texts else ())}:
+    for part in model.parts.keys() & {"codec", "image", *(("text",) if options.texts else ())}:
         model.part(part).to(_own_device(options.device))
     cut = Cut(
         num_frames=options.num_frames or model.card.num_frames, height=options.height or model.card.height,
@@ -89,14 +90,25 @@ def prepare(options: arguments.Prepare) -> int:
         shots=options.shots,
     )  # fmt: skip
     keep = Keep(**{field.name: getattr(options, field.name) for field in fields(Keep)})
+    plan = Preparation(
+        cut=cut, keep=keep, batch=options.batch, threads=options.threads, autocast=options.autocast
+    )  # fmt: skip
     share = f" (process 1 of {peers.world})" if peers.world > 1 else ""
     if peers.leads:
         every = f", every {cut.stride} frames of the file" if cut.stride > 1 else ""
         print(f"clips of {cut.num_frames} frames of {cut.height} x {cut.width}{every}", flush=True)
+        print("making the list of the videos", flush=True)
+    skipped = 0
     with telling(options.quiet or not peers.leads) as tell:
+
+        def progress(event: Progress) -> None:
+            nonlocal skipped
+            skipped += bool(event.problem)
+            tell(f"videos{share}", event.done, event.total, f"{skipped:,} dropped" if skipped else "")
+
         prepared = encode(
-            options.videos, options.output, model.codec, Preparation(cut=cut, keep=keep), layout=options.layout,
-            root=options.root, progress=lambda e: tell(f"videos{share}", e.done, e.total),
+            options.videos, options.output, model.codec, plan, layout=options.layout, root=options.root,
+            progress=progress, image=cast("ImageEncoder | None", model.parts.get("image")),
         )  # fmt: skip
         if options.texts:
             store_texts(
@@ -140,15 +152,19 @@ def sample(options: arguments.Sample) -> int:
     from fewstep.models.bundle import VideoModel
 
     prompts = _prompts(options.prompt, options.prompt_file)
-    if len(options.image) not in (0, 1, len(prompts)):
-        raise UsageError(f"--image: give one picture, or one for each of the {len(prompts)} prompts")
+    pictures = {"image": options.image, "last_image": options.last_image}
+    for name, paths in pictures.items():
+        if len(paths) not in (0, 1, len(prompts)):
+            option = f"--{name}".replace("_", "-")
+            raise UsageError(f"{option}: give one picture, or one for each of the {len(prompts)} prompts")
     if options.output.suffix.lower() not in (".mp4", ".gif"):
         raise UsageError(f"--output {options.output}: choose a name that ends in .mp4 or .gif")
     model = VideoModel.from_pretrained(options.student)
-    images = [read_image(path, (model.card.height, model.card.width)) for path in options.image]
+    size = (model.card.height, model.card.width)
+    images = {name: torch.stack([read_image(p, size) for p in paths]) for name, paths in pictures.items() if paths}
     clips = model(
-        prompts, image=torch.stack(images) if images else None, num_inference_steps=options.num_inference_steps,
-        guidance_scale=options.guidance_scale, num_frames=options.num_frames, seed=options.seed, force=options.force,
+        prompts, **images, num_inference_steps=options.num_inference_steps, guidance_scale=options.guidance_scale,
+        num_frames=options.num_frames, seed=options.seed, force=options.force,
     )  # fmt: skip
     write_video(options.output, clips, fps=model.card.fps, scale=options.scale)
     return _made(options.output)
@@ -156,6 +172,7 @@ def sample(options: arguments.Sample) -> int:
 
 def pairs(options: arguments.Pairs) -> int:
     from fewstep.cli.pace import telling
+    from fewstep.core.peers import meet_peers, part_company
     from fewstep.data.pairs import PairPlan, make_pairs, pairs_cost
     from fewstep.data.prompts import read_prompts
     from fewstep.diffusion import CFG
@@ -172,24 +189,26 @@ def pairs(options: arguments.Pairs) -> int:
     plan = PairPlan(
         times=options.times, steps=options.steps, seed=options.seed, num_frames=options.num_frames,
         guidance=None if options.guidance_scale is None else CFG(scale=options.guidance_scale),
+        storage=options.storage, autocast=options.autocast, shard_size=options.shard_size,
     )  # fmt: skip
-    model = VideoModel.from_pretrained(options.model)
+    peers = meet_peers()
+    model = VideoModel.from_pretrained(options.model).to(_own_device(options.device))
     cost = pairs_cost(model, len(prompts), plan)
-    print(
-        f"{cost.pairs} pairs of {cost.nfe_per_pair} network evaluations each, {cost.nfe:,} in all; "
-        f"{cost.bytes / 2**20:,.1f} MiB",
-        flush=True,
-    )
-    with telling(options.quiet) as progress:
-        made = make_pairs(
-            model,
-            prompts,
-            options.output,
-            plan,
-            batch=options.batch,
-            progress=lambda e: progress("pairs", e.done, e.total),
+    share = f" (process 1 of {peers.world})" if peers.world > 1 else ""
+    if peers.leads:
+        print(
+            f"{cost.pairs} pairs of {cost.nfe_per_pair} network evaluations each, {cost.nfe:,} in all; "
+            f"{cost.bytes / 2**20:,.1f} MiB",
+            flush=True,
         )
-    print(f"{made.pairs} pairs, preview in {made.preview}")
+    with telling(options.quiet or not peers.leads) as tell:
+        made = make_pairs(
+            model, prompts, options.output, plan, batch=options.batch,
+            progress=lambda e: tell(f"pairs{share}", e.done, e.total),
+        )  # fmt: skip
+    if peers.leads:
+        print(f"{made.pairs} pairs, preview in {made.preview}")
+    part_company()
     return _made(made.folder)
 
 
@@ -227,16 +246,16 @@ def _suite(options: arguments.Evaluate) -> Suite:
     }  # fmt: skip
     chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if options.suite == "world":
-        if options.real is not None or options.stride is not None:
-            raise UsageError("--real and --stride belong to --suite avdm2; add it, or leave them out")
+        if any(getattr(options, name) is not None for name in ("real", "stride", "layout", "root")):
+            raise UsageError("--real, --stride, --layout and --root belong to --suite avdm2; add it, or leave them out")
         return Suite(features=options.features, clip=str(options.clip or ""), **chosen)
     if options.real is None or options.clip is None or options.features == "auto":
         raise UsageError(
             "--suite avdm2 compares with real clips: give --real (captioned videos), --features (for example "
             "i3d_torchscript.pt) and --clip (a folder with CLIPModel and CLIPProcessor)"
         )
-    stride = {} if options.stride is None else {"stride": options.stride}
-    real = RealClips(path=str(options.real), **stride)
+    asked = {name: getattr(options, name) for name in ("stride", "layout", "root")}
+    real = RealClips(path=str(options.real), **{name: value for name, value in asked.items() if value is not None})
     return Suite.avdm2(real=real, features=options.features, clip=str(options.clip), **chosen)
 
 

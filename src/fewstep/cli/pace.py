@@ -18,9 +18,9 @@ EVERY = 30.0
 
 
 class Tell(Protocol):
-    """Takes the reports of a job: what is being done, how many are done, of how many."""
+    """Takes the reports of a job: what is being done, how many are done, of how many; and what else there is to say."""
 
-    def __call__(self, what: str, done: int, total: int) -> None: ...
+    def __call__(self, what: str, done: int, total: int, note: str = "") -> None: ...
 
 
 @dataclass
@@ -33,36 +33,42 @@ class Pace:
     def per_second(self, done: int) -> float:
         return (done - self.first) / max(time.monotonic() - self.began, 1e-9)
 
-    def line(self, what: str, done: int, total: int) -> str:
+    def line(self, what: str, done: int, total: int, note: str = "") -> str:
         speed = self.per_second(done)
-        left = f", {timedelta(seconds=round((total - done) / speed))} left" if speed else ""
-        return f"{what}: {done:,} of {total:,}, {speed:.3g} per second{left}"
+        left = f", {timedelta(seconds=round((total - done) / speed))} left" if speed and done < total else ""
+        return f"{what}: {done:,} of {total:,}, {speed:.3g} per second{left}{note and f', {note}'}"
 
 
 @contextmanager
 def telling(quiet: bool) -> Iterator[Tell]:
-    """Shows reports on standard error, from the first one on."""
+    """Shows reports on standard error, from the first one on; where there is no terminal also how fast it all went."""
     bar = progress_bar(quiet)
     shown: dict[str, tuple[TaskID, Pace]] = {}
+    last: dict[str, str] = {}
     said = time.monotonic()
 
-    def tell(what: str, done: int, total: int) -> None:
+    def tell(what: str, done: int, total: int, note: str = "") -> None:
         nonlocal said
         if not shown:
             bar.start()
         if what not in shown:
-            shown[what] = bar.add_task(what, total=total, completed=done, note=""), Pace(done)
+            shown[what] = bar.add_task(what, total=total, completed=done, note=note), Pace(done)
             said = time.monotonic()  # there is no speed to tell yet
         task, pace = shown[what]
-        bar.update(task, completed=done, note=f"{pace.per_second(done):.3g}/s" if done > pace.first else "")
+        if done > pace.first:
+            last[what] = pace.line(what, done, total, note)
+        speed = f"{pace.per_second(done):.3g}/s" if done > pace.first else ""
+        bar.update(task, completed=done, note=f"{speed} {note}".strip())
         if not bar.console.is_terminal and time.monotonic() - said > EVERY:
             said = time.monotonic()
-            _say(bar, pace.line(what, done, total))
+            _say(bar, pace.line(what, done, total, note))
 
     try:
         yield tell
     finally:
         bar.stop()
+        for line in last.values() if not bar.console.is_terminal else ():
+            _say(bar, line)
 
 
 def _say(bar: Progress, line: str) -> None:

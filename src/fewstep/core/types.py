@@ -26,7 +26,7 @@ class Cond:
     text: Tensor
     mask: Tensor
     extra: Mapping[str, Tensor] = field(default_factory=dict)
-    """Further conditions by name, each `[B, ...]` (pooled text, image states): what a text encoder gives its own denoiser."""
+    """Further conditions by name, each `[B, ...]` (pooled text, image states): what an encoder gives its own denoiser."""
 
     def __len__(self) -> int:
         return len(self.text)
@@ -44,6 +44,10 @@ class Cond:
     def where(self, keep: Tensor, other: Cond) -> Cond:
         """This condition where `keep` `[B]` is True, `other` elsewhere (condition dropout)."""
         return Cond._join([self, other], lambda x, y: torch.where(keep.reshape(-1, *[1] * (x.ndim - 1)), x, y))
+
+    def with_extra(self, extra: Mapping[str, Tensor]) -> Cond:
+        """This condition and more."""
+        return Cond(self.text, self.mask, {**self.extra, **extra})
 
     @staticmethod
     def cat(parts: list[Cond]) -> Cond:

@@ -1,39 +1,51 @@
-"""Video files as training data, for networks that see pixels."""
+"""Video files as training data: decoded when they are drawn, for networks that see pixels, and for those that see latents."""
 
 from __future__ import annotations
 
 import logging
+import os
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fewstep.core import Batch, Rng
 from fewstep.core.atomic import replacing
 from fewstep.core.build import digest
 from fewstep.data.base import Data, DataError, Source, require
+from fewstep.data.clips import clips_of
+from fewstep.data.keep import Keep
 from fewstep.data.layouts import Item, Layout
-from fewstep.data.listing import read_listing
+from fewstep.data.listing import Listing, check_listing, open_listing
 from fewstep.data.order import draw_indices
 from fewstep.data.texts import Texts
-from fewstep.data.video import ClipError, Cut, read_clips, to_floats
+from fewstep.data.video import ClipError, Cut, to_floats
 from fewstep.models.bundle import Card, VideoModel
 
 log = logging.getLogger(__name__)
 
+TRIES = 100
+"""Videos in a row that may be unusable before a run stops."""
+SAID = 10
+"""Videos that are named when they are skipped; of more, now and then the number."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Videos(Data):
-    """Clips cut out of captioned video files (see `read_listing`), decoded once when opened.
+    """Captioned video files as they lie on disk, shuffled without being listed in memory, decoded ahead of the training.
 
-    Files that are absent, damaged or too short are skipped with a warning; DataError if none is left.
+    An epoch has every video once, and one of its clips. A video that is absent, damaged or outside the limits is named in a
+    warning, and another drawn in its place; DataError after a hundred in a row.
     """
 
-    provides: ClassVar[frozenset[str]] = frozenset({"prompts", "frames"})
+    provides: ClassVar[frozenset[str]] = frozenset({"prompts", "frames", "x0"})
 
     path: str
     num_frames: int = 16
@@ -41,82 +53,183 @@ class Videos(Data):
     width: int = 64
     stride: int = 1
     clips_per_video: int = 1
-    """At most this many per file, without overlap; 0 = as many as fit."""
+    """The clip is one of so many, which follow each other without overlap from the first frame on; 0 = as many as fit."""
+    shots: bool = False
+    """Look for cuts: every clip comes from one shot."""
+    keep: Keep = Keep()
+    """Limits that videos and clips must be within."""
     layout: Layout = "plain"
     """How the dataset lies on disk, see `fewstep.data.layouts`."""
     root: str = ""
     """Folder that the names of the videos start from; empty is `path`, or the folder it is in."""
+    listing: str = ""
+    """File that keeps the list of the videos, written if it is not there; `listing.jsonl` of a prepared folder is one. Empty
+    makes the list anew in every process, which takes a minute for a million videos."""
     cache: str = ""
-    """Folder for decoded clips, one .npy file per video, read when drawn. Empty keeps them in memory, as uint8."""
+    """Folder for decoded clips, one .npy file per video, read when drawn."""
+    text_cache: str = ""
+    """Folder for the text states of all captions, as in Prompts."""
+    hold_mib: int = 2048
+    """Decoded clips kept in main memory by each process; the rest is decoded again when it is drawn again."""
+    threads: int = 4
+    """Of each process, that decode the next batch meanwhile."""
 
     @property
     def cut(self) -> Cut:
         return Cut(
             num_frames=self.num_frames, height=self.height, width=self.width,
-            stride=self.stride, clips_per_video=self.clips_per_video,
+            stride=self.stride, clips_per_video=self.clips_per_video, shots=self.shots,
         )  # fmt: skip
 
     def __post_init__(self) -> None:
         _ = self.cut  # its own checks
+        if self.threads < 1 or self.hold_mib < 0:
+            raise ValueError(f"threads must be at least 1 and hold_mib 0, got {self.threads} and {self.hold_mib}")
 
     def check_card(self, card: Card) -> None:
-        read_listing(self.path, self.layout, self.root)
+        check_listing(self.path, self.layout, self.root)
         mine, its = (self.num_frames, self.height, self.width), (card.num_frames, card.height, card.width)
         if mine != its:
             raise DataError(
-                f"data.num_frames, height, width are {mine}, but model {card.name!r} says {its}; make them equal, "
-                "so that fewstep prepare cuts clips as this model saw them"
+                f"data.num_frames, height, width are {mine}, but model {card.name!r} says {its}; make them equal: "
+                "clips are cut in the model's size"
             )
 
     def open(self, model: VideoModel, needs: frozenset[str]) -> Source:
         require(self, needs)
-        texts = Texts(model, needs)
+        listing = open_listing(self.path, self.layout, self.root, self.listing)
+        texts = Texts(model, needs, self.text_cache, listing.captions)
         shape = (3, self.cut.num_frames, self.cut.height, self.cut.width)
-        if "codec" in model.parts:
+        if "codec" in model.parts or "x0" in needs:
             shape = model.codec.latent_shape(*shape[1:])
-        return _VideoSource(self._decode(), texts, shape)
+        return _VideoSource(
+            model, needs, texts, shape, _Shelf(listing, self._decode, self.threads, self.hold_mib * 2**20)
+        )
 
-    def _decode(self) -> tuple[tuple[NDArray[np.uint8], str], ...]:
-        """Every clip `[F, H, W, 3]` with its caption."""
-        clips: list[tuple[NDArray[np.uint8], str]] = []
-        skipped: list[str] = []
-        for item in read_listing(self.path, self.layout, self.root):
-            try:
-                clips += [(clip, item.caption) for clip in self._clips(item)]
-            except ClipError as error:
-                skipped.append(f"{item.name} skipped: {error}")
-                log.warning("%s", skipped[-1])
-        if not clips:
-            raise DataError(f"{self.path}: no video gave a clip ({'; '.join(skipped[:3])})")
-        return tuple(clips)
-
-    def _clips(self, item: Item) -> NDArray[np.uint8]:
-        video = item.video()
-        if not self.cache:
-            return _read(video, self.cut)
+    def _decode(self, item: Item) -> NDArray[np.uint8]:
+        """The clips of a video, `[N, F, H, W, 3]`; ClipError if there is none."""
+        if not self.cache or item.problem or not item.path.is_file():
+            return self._read(item)
         facts = item.path.stat()
-        key = digest([str(item.path.resolve()), item.span, facts.st_size, facts.st_mtime_ns, repr(self.cut)])
+        key = digest([
+            str(item.path.resolve()), item.span, facts.st_size, facts.st_mtime_ns, repr(self.cut), repr(self.keep),
+        ])  # fmt: skip
         stored = Path(self.cache) / f"{Path(item.name).stem}-{key}.npy"
         if not stored.is_file():
-            clips = _read(video, self.cut)
-            with replacing(stored) as draft:
+            clips, mine = self._read(item), stored.with_suffix(f".{os.getpid()}.npy")  # others may make it, too
+            with replacing(mine) as draft:
                 np.save(draft, clips)
+            mine.replace(stored)
         return np.load(stored, mmap_mode="r")
 
+    def _read(self, item: Item) -> NDArray[np.uint8]:
+        clips, problem = [], ""
+        try:
+            for clip in clips_of(item, self.cut, self.keep):
+                problem = clip.problem or problem
+                if not clip.problem:
+                    clips.append(clip.frames.numpy())
+        except ClipError as error:  # what came before the damage is good
+            problem = str(error)
+        if not clips:
+            raise ClipError(problem)
+        return np.stack(clips)
 
-def _read(video: Path | BytesIO, cut: Cut) -> NDArray[np.uint8]:
-    return np.stack([clip.frames.numpy() for clip in read_clips(video, cut)])
+
+class _Shelf:
+    """The clips of videos by their number: those used last are kept, those that will be wanted next are decoded in threads."""
+
+    def __init__(self, listing: Listing, decode: Callable[[Item], NDArray[np.uint8]], threads: int, room: int) -> None:
+        self.listing, self.decode, self.room = listing, decode, room
+        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        self.coming: dict[int, Future[NDArray[np.uint8]]] = {}
+        self.held: OrderedDict[int, NDArray[np.uint8]] = OrderedDict()
+        self.bytes = 0
+        self.unusable: set[int] = set()
+        self.reasons: deque[str] = deque(maxlen=3)
+        """The latest."""
+
+    def want(self, numbers: Sequence[int]) -> None:
+        """Begin to decode these."""
+        for number in numbers:
+            if number not in self.coming and number not in self.held and number not in self.unusable:
+                self.coming[number] = self.pool.submit(self._take, number)
+
+    def get(self, number: int) -> NDArray[np.uint8] | None:
+        """The clips of a video; None if it has none, which is said once."""
+        self.want([number])
+        if number in self.coming:
+            try:
+                self._hold(number, self.coming.pop(number).result())
+            except ClipError as error:
+                self._skip(number, error)
+        if number in self.unusable:
+            return None
+        self.held.move_to_end(number)
+        return self.held[number]
+
+    def _skip(self, number: int, error: ClipError) -> None:
+        self.unusable.add(number)
+        self.reasons.append(f"{self.listing[number].name} skipped: {error}")
+        count = len(self.unusable)
+        if count <= SAID:
+            log.warning("%s", self.reasons[-1])
+        elif count.bit_count() == 1:  # 16, 32, 64: a log of days stays short
+            log.warning("%d of %d videos skipped so far; the latest: %s", count, len(self.listing), self.reasons[-1])
+
+    def _take(self, number: int) -> NDArray[np.uint8]:
+        return self.decode(self.listing[number])
+
+    def _hold(self, number: int, clips: NDArray[np.uint8]) -> None:
+        self.held[number] = clips
+        self.bytes += clips.nbytes
+        while self.bytes > self.room and len(self.held) > 1:
+            self.bytes -= self.held.popitem(last=False)[1].nbytes
 
 
-@dataclass(frozen=True)
 class _VideoSource:
-    clips: tuple[tuple[NDArray[np.uint8], str], ...]
-    texts: Texts
-    shape: tuple[int, int, int, int]
+    """Draws videos, and of each a clip; what a batch holds is a function of its random name."""
+
+    def __init__(
+        self, model: VideoModel, needs: frozenset[str], texts: Texts, shape: tuple[int, int, int, int], shelf: _Shelf
+    ) -> None:
+        self.model, self.needs, self.texts, self.shape, self.shelf = model, needs, texts, shape, shelf
+        self.steps: dict[tuple[int, int, int], int] = {}
+        """The last step that was asked for, by seed, place and size: who asks for one after the other is decoded for ahead."""
 
     def batch(self, size: int, rng: Rng) -> Batch:
-        chosen = [self.clips[i] for i in draw_indices(len(self.clips), size, rng)]
-        prompts = tuple(caption for _, caption in chosen)
+        listing = self.shelf.listing
+        numbers = draw_indices(len(listing), size, rng)
+        self.shelf.want(numbers)
+        stream = rng.seed, rng.place, size
+        if self.steps.get(stream) == rng.step - 1:
+            self.shelf.want(draw_indices(len(listing), size, rng.at(step=rng.step + 1)))
+        self.steps[stream] = rng.step
+        captions, clips = [], []
+        picks = rng.integers((size,), "clip", 2**31).tolist()
+        for position, pick in enumerate(picks):
+            number, found = self._usable(numbers[position], position, rng)
+            captions.append(listing[number].caption)
+            clips.append(found[pick % len(found)])
+        return self._batch(tuple(captions), to_floats(torch.from_numpy(np.stack(clips)).to(rng.device)), rng)
+
+    def _usable(self, number: int, position: int, rng: Rng) -> tuple[int, NDArray[np.uint8]]:
+        """A video and its clips: the one drawn, or else one that is drawn in its place."""
+        for instead in self._instead(number, position, rng):
+            if (found := self.shelf.get(instead)) is not None:
+                return instead, found
+        why = "; ".join(self.shelf.reasons)
+        raise DataError(f"{TRIES} videos that were drawn gave no clip ({why}). Is the disk there, and the cut right?")
+
+    def _instead(self, number: int, position: int, rng: Rng) -> Iterator[int]:
+        yield number
+        yield from rng.fold(f"instead/{position}").integers((TRIES - 1,), "video", len(self.shelf.listing)).tolist()
+
+    @torch.no_grad()
+    def _batch(self, prompts: tuple[str, ...], frames: Tensor, rng: Rng) -> Batch:
         cond, uncond = self.texts(prompts, rng.device)
-        frames = to_floats(torch.from_numpy(np.stack([clip for clip, _ in chosen]))).to(rng.device)
-        return Batch(cond=cond, uncond=uncond, latent_shape=self.shape, prompts=prompts, frames=frames)
+        return Batch(
+            cond=cond, uncond=uncond, latent_shape=self.shape, prompts=prompts,
+            x0=self.model.codec.encode(frames) if "x0" in self.needs else None,
+            frames=frames if "frames" in self.needs else None,
+        )  # fmt: skip

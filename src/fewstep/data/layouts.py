@@ -62,25 +62,25 @@ def plain(source: Path, root: Path) -> Iterator[Item]:
     if table is None:
         yield from _folder(source)
         return
-    for where, row in _rows(table):
-        yield _item(root, _cell(row, VIDEO_COLUMNS, where), _cell(row, ("caption",), where), row, where)
+    for where, row in table_rows(table):
+        yield _item(root, table_cell(row, VIDEO_COLUMNS, where), table_cell(row, ("caption",), where), row, where)
 
 
 def openvid(source: Path, root: Path) -> Iterator[Item]:
     """OpenVid-1M: a CSV with `video` and `caption`, and the .mp4 files anywhere below the root, in one folder or several."""
     walked = sorted(os.walk(root, followlinks=True), reverse=True)  # of two files of one name the first folder's wins
     folders = {name: at for at, _, names in walked for name in names}
-    for where, row in _rows(_the_table(source)):
-        name = _cell(row, ("video",), where)
-        yield _item(Path(folders.get(name, root)), name, _cell(row, ("caption",), where), row, where)
+    for where, row in table_rows(_the_table(source)):
+        name = table_cell(row, ("video",), where)
+        yield _item(Path(folders.get(name, root)), name, table_cell(row, ("caption",), where), row, where)
 
 
 def webvid(source: Path, root: Path) -> Iterator[Item]:
     """WebVid-10M: a CSV with `videoid`, `name` (the caption) and `page_dir`; videos at `page_dir/videoid.mp4`."""
-    for where, row in _rows(_the_table(source)):
-        number, folder = (_cell(row, (column,), where) for column in ("videoid", "page_dir"))
+    for where, row in table_rows(_the_table(source)):
+        number, folder = (table_cell(row, (column,), where) for column in ("videoid", "page_dir"))
         name = f"{folder}/{number}.mp4" if folder and number else None
-        yield _item(root, name, _cell(row, ("name",), where), row, where)
+        yield _item(root, name, table_cell(row, ("name",), where), row, where)
 
 
 def ucf101(source: Path, root: Path) -> Iterator[Item]:
@@ -177,7 +177,7 @@ def _the_table(source: Path) -> Path:
     return tables[0]
 
 
-def _rows(table: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def table_rows(table: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Where each row is, for messages, and its cells by column."""
     readers = {".jsonl": _json_rows, ".csv": _csv_rows}
     if table.suffix.lower() not in readers:
@@ -213,7 +213,7 @@ def _csv_rows(table: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             raise DataError(f"{table.name} is not CSV after line {reader.line_num}: {error}") from None
 
 
-def _cell(row: Mapping[str, Any], columns: tuple[str, ...], where: str) -> Any:
+def table_cell(row: Mapping[str, Any], columns: tuple[str, ...], where: str) -> Any:
     """What is in the first of `columns` that the row has. DataError if it has none of them."""
     for column in columns:
         if column in row:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import codecs
+import json
 import mmap
 from array import array
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import overload
 
@@ -54,3 +56,13 @@ class Lines(Sequence[str]):
         except UnicodeDecodeError as error:
             where = f"byte {start + error.start}"
             raise DataError(f"{self.path}: not UTF-8 text ({where}); save it as UTF-8") from None
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Those of all lines of an index, in order; read anew each time they are gone through."""
+
+    index: Lines
+
+    def __iter__(self) -> Iterator[str]:
+        return (json.loads(line).get("caption", "") for line in self.index)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fewstep.core.atomic import replacing
 from fewstep.data.base import DataError
 from fewstep.data.layouts import LAYOUTS, Item, Layout
-from fewstep.data.lines import Lines
+from fewstep.data.lines import Captions, Lines
+from fewstep.data.store import writing
+
+LISTING = "listing.jsonl"
 
 
 class Listing:
@@ -23,17 +26,41 @@ class Listing:
     def __len__(self) -> int:
         return len(self.lines)
 
+    @property
+    def captions(self) -> Captions:
+        return Captions(self.lines)
+
     def __getitem__(self, index: int) -> Item:
         row: dict[str, Any] = json.loads(self.lines[index])
         span = tuple(row["span"]) if "span" in row else None
         return Item(**{**row, "path": self.root / row["path"], "span": span})
 
 
+def open_listing(source: str | Path, layout: Layout = "plain", root: str | Path = "", file: str | Path = "") -> Listing:
+    """The items of a dataset, read when asked for. `file` keeps them: it is written unless it is there already.
+
+    Without it the list is made anew each time, in a temporary file. DataError as `read_listing`.
+    """
+    if file:
+        return (
+            Listing(file, root_of(source, root))
+            if Path(file).is_file()
+            else write_listing(Path(file), source, layout, root)
+        )
+    with tempfile.TemporaryDirectory(prefix="fewstep-") as folder:  # what is mapped into memory outlives its name
+        return write_listing(Path(folder) / LISTING, source, layout, root)
+
+
+def check_listing(source: str | Path, layout: Layout = "plain", root: str | Path = "") -> None:
+    """DataError if `source` is not laid out so. Reads up to the first video that can be used."""
+    next(item for item in _usable(source, layout, root_of(source, root)) if not item.problem)
+
+
 def write_listing(file: Path, source: str | Path, layout: Layout = "plain", root: str | Path = "") -> Listing:
     """Write the items that `read_listing` would give to `file`, one by one. Where the dataset is does not show in it."""
     folder = root_of(source, root)
     within = f"{folder}{os.sep}"
-    with replacing(file) as draft, draft.open("w", encoding="utf-8") as lines:
+    with writing(file) as draft, draft.open("w", encoding="utf-8") as lines:
         for item in _usable(source, layout, folder):
             row = {key: value for key, value in vars(item).items() if value}
             row["path"] = str(item.path).removeprefix(within)

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from fewstep.core import Batch, Pairs, Rng, Seeds
 from fewstep.core.build import digest
+from fewstep.core.peers import meet_peers
 from fewstep.data.base import Data, DataError, Source, require
+from fewstep.data.images import Pictured, encode_pictures, require_pictures, require_stored
 from fewstep.data.order import draw_indices
-from fewstep.data.store import Progress, ShardReader, ShardWriter, Storage, read_manifest
+from fewstep.data.store import PartedWriter, Progress, ShardReader, ShardWriter, Storage, read_manifest
 from fewstep.data.texts import Texts
 from fewstep.data.video import write_video
 from fewstep.diffusion import CFG, Contract, Prediction, solve, uniform_grid
 from fewstep.diffusion.samplers import Solver, calls
 from fewstep.diffusion.times import check_grid
 from fewstep.models.bundle import Card, VideoModel, latent_shape_of
+from fewstep.models.images import image_names
 
 PREVIEWED = 4
 
@@ -42,13 +45,20 @@ class PairPlan:
     """Pairs per prompt, each from its own noise."""
     num_frames: int | None = None
     storage: Storage = "float32"
+    autocast: Literal["off", "bf16"] = "off"
+    """Arithmetic of the teacher, as a run's `settings.autocast`: give the one that the student will be trained with."""
+    shard_size: int = 16
+    """Pairs per file: what is lost when it is killed, at most."""
+    part_size: int = 64
+    """Pairs that one process takes at once."""
 
     def __post_init__(self) -> None:
         check_grid(self.times)
         if self.solver == "renoise":
             raise ValueError("renoise is random and has no ODE pairs; choose euler, heun, ddim or dpmpp_2m")
-        if self.per_prompt < 1:
-            raise ValueError(f"per_prompt must be at least 1, got {self.per_prompt}")
+        for name in ("per_prompt", "shard_size", "part_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     def resolve(self, contract: Contract) -> Course:
         """The solver, exact grid and guidance this plan means for a teacher with `contract`."""
@@ -131,30 +141,57 @@ def make_pairs(
     plan: PairPlan,
     *,
     batch: int = 8,
-    shard_size: int = 64,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[Progress], None] = lambda event: None,
 ) -> PairsMade:
     """Run the teacher on `prompts` and keep its states at `plan.times` in `output`; `pairs_cost` tells the cost.
 
-    Killed and called again with the same arguments it continues and leaves the same bytes (another `batch` may change
-    last bits); a finished folder is returned as it is. `progress` is called after every batch. DataError if the folder
-    was begun with another teacher, plan or prompts; NonFiniteError if a state is not finite in `plan.storage`.
+    Under torchrun every process calls it, and each takes its share; the folder does not depend on how many there are.
+    A teacher that makes clips of images is given prompts with pictures (`Pictured`), whose conditions are kept too.
+    Killed and called again with the same arguments, by as many or others, it continues and leaves the same bytes (another
+    `batch` may change last bits); a finished folder is returned as it is. `progress` is called after every batch of this
+    process' share. DataError if the folder was begun with another teacher, plan or prompts; NonFiniteError if a state is
+    not finite in `plan.storage`.
     """
     if not prompts or batch < 1:
         raise ValueError(f"make_pairs needs prompts and a batch size, got {len(prompts)} prompts and batch={batch}")
-    teacher = _Teacher(model, plan)
-    settings = {**teacher.facts(), "prompts": digest(list(prompts)), "count": len(prompts) * plan.per_prompt}
-    writer = ShardWriter(output, "pairs", settings, shard_size)
+    require_pictures(prompts, model.card, "make_pairs")
+    teacher, peers = _Teacher(model, plan), meet_peers()
+    count = len(prompts) * plan.per_prompt
+    settings = {**teacher.facts(), "prompts": digest(list(prompts)), "count": count}
+    if isinstance(prompts, Pictured):
+        settings |= {"image": model.fingerprint("image"), "pictures": prompts.digest()}
+    writer = PartedWriter(output, "pairs", settings, -(-count // plan.part_size), peers)
     if not writer.complete:
-        for chunk in _chunks(len(writer.rows), settings["count"], batch, shard_size):
-            chosen = [prompts[i // plan.per_prompt] for i in chunk]
-            seeds = [plan.seed + i for i in chunk]
-            for prompt, seed, states in zip(chosen, seeds, teacher.states(chosen, seeds), strict=True):
-                writer.add({"caption": prompt, "seed": seed}, {"states": states}, {})
-            if progress is not None:
-                progress(Progress(chunk.stop, settings["count"], chosen[-1]))
-        writer.finish({}, teacher_name=model.card.name, nfe_per_pair=teacher.course.nfe)
-    return PairsMade(writer.folder, settings["count"], _preview(model, writer.folder))
+        parts = [range(n * plan.part_size, min((n + 1) * plan.part_size, count)) for n in writer.mine]
+        done, total = 0, sum(map(len, parts))
+        for number, pairs in zip(writer.mine, parts, strict=True):
+            part = writer.part(number, plan.shard_size)
+            for chunk in _chunks(len(part.rows), len(pairs), batch, plan.shard_size) if not part.complete else ():
+                last = _add(part, teacher, prompts, pairs[chunk.start : chunk.stop])
+                progress(Progress(done + chunk.stop, total, last))
+            if not part.complete:
+                part.finish({})
+            done += len(pairs)
+        peers.barrier()
+        if peers.leads:
+            writer.finish(teacher_name=model.card.name, nfe_per_pair=teacher.course.nfe)
+        peers.barrier()
+    with peers.in_turn():
+        return PairsMade(writer.folder, count, _preview(model, writer.folder))
+
+
+def _add(part: ShardWriter, teacher: _Teacher, prompts: Sequence[str], pairs: range) -> str:
+    """Make the pairs of these numbers, in one batch; the last one's prompt."""
+    plan = teacher.plan
+    rows, seeds = [i // plan.per_prompt for i in pairs], [plan.seed + i for i in pairs]
+    chosen = [prompts[row] for row in rows]
+    pictured = isinstance(prompts, Pictured)
+    images = encode_pictures(teacher.model, prompts, rows, teacher.num_frames) if pictured else {}
+    for i, states in enumerate(teacher.states(chosen, seeds, images)):
+        part.add(
+            {"caption": chosen[i], "seed": seeds[i]}, {"states": states, **{n: x[i] for n, x in images.items()}}, {}
+        )
+    return chosen[-1]
 
 
 class _Teacher:
@@ -163,7 +200,8 @@ class _Teacher:
     def __init__(self, model: VideoModel, plan: PairPlan) -> None:
         self.model, self.plan = model, plan
         self.course = plan.resolve(model.card.contract)
-        self.shape = model.latent_shape(plan.num_frames)
+        self.num_frames = plan.num_frames or model.card.num_frames
+        self.shape = model.latent_shape(self.num_frames)
         self.texts = Texts(model, frozenset({"prompts"}))
 
     def facts(self) -> dict[str, Any]:
@@ -172,19 +210,21 @@ class _Teacher:
         return {
             "teacher": {name: self.model.fingerprint(name) for name in ("denoiser", "text")},
             "times": plan.times, **asdict(self.course), "seed": plan.seed, "per_prompt": plan.per_prompt,
-            "latent_shape": self.shape, "storage": plan.storage,
+            "latent_shape": self.shape, "storage": plan.storage, "autocast": plan.autocast,
+            "shard_size": plan.shard_size, "part_size": plan.part_size,
         }  # fmt: skip
 
     @torch.no_grad()
-    def states(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+    def states(self, prompts: Sequence[str], seeds: Sequence[int], images: Mapping[str, Tensor]) -> Tensor:
         """`[B, T, C, F, H, W]`: `x_t` at each of the plan's times, the last being the endpoint."""
         device, course = str(self.model.device), self.course
-        cond, uncond = self.texts(prompts, device)
+        cond, uncond = (each.with_extra(images).to(device) for each in self.texts(prompts, device))
         noise = Seeds(tuple(seeds), device)
         kept: list[Tensor] = []
 
         def denoise(x_t: Tensor, t: Tensor) -> Prediction:
-            return course.guidance(self.model.denoiser, x_t, t, cond, uncond)
+            with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.plan.autocast == "bf16"):
+                return course.guidance(self.model.denoiser, x_t, t, cond, uncond)
 
         def watch(i: int, prediction: Prediction) -> None:
             if course.grid[i] in self.plan.times:
@@ -234,10 +274,15 @@ class StoredPairs(Data):
         self._fit(latent_shape_of(card), card.name)
         if {"denoiser", "text"} <= {name for name, known in card.fingerprints.items() if known}:
             self._compare(card.fingerprints["denoiser"], card.fingerprints["text"], card.name)
+        require_stored(
+            read_manifest(self.path, "pairs")["settings"], card, card.fingerprints.get("image", ""), self.path
+        )
 
     def check(self, model: VideoModel) -> None:
         self._fit(model.latent_shape() if "codec" in model.parts else None, model.card.name)
         self._compare(model.fingerprint("denoiser"), model.fingerprint("text"), model.card.name)
+        image = model.fingerprint("image") if "image" in model.parts else ""
+        require_stored(read_manifest(self.path, "pairs")["settings"], model.card, image, self.path)
 
     def _fit(self, here: tuple[int, ...] | None, name: str) -> None:
         there = tuple(read_manifest(self.path, "pairs")["settings"]["latent_shape"])
@@ -267,7 +312,7 @@ class StoredPairs(Data):
         require(self, needs)
         self.check(model)
         reader = ShardReader(self.path, "pairs")
-        return _PairSource(reader, Texts(model, needs, self.text_cache, reader.captions), needs)
+        return _PairSource(reader, Texts(model, needs, self.text_cache, reader.captions), needs, image_names(model))
 
 
 @dataclass(frozen=True)
@@ -275,11 +320,14 @@ class _PairSource:
     reader: ShardReader
     texts: Texts
     needs: frozenset[str]
+    images: tuple[str, ...]
+    """Names of the conditions that were made of images."""
 
     def batch(self, size: int, rng: Rng) -> Batch:
         indices, settings = draw_indices(len(self.reader), size, rng), self.reader.manifest["settings"]
         prompts = tuple(self.reader.row(i)["caption"] for i in indices)
-        cond, uncond = self.texts(prompts, rng.device)
+        images = {name: self.reader.read(name, indices) for name in self.images}
+        cond, uncond = (each.with_extra(images).to(rng.device) for each in self.texts(prompts, rng.device))
         c, f, h, w = settings["latent_shape"]
         batch = Batch(cond=cond, uncond=uncond, latent_shape=(c, f, h, w), prompts=prompts)
         if not self.needs & {"pairs", "x0"}:

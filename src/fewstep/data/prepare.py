@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
-from io import BytesIO
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.core.peers import meet_peers
 from fewstep.data.base import DataError
+from fewstep.data.clips import ahead, clips_of, depth_of
 from fewstep.data.keep import Keep
 from fewstep.data.layouts import Item, Layout
-from fewstep.data.listing import Listing, root_of, write_listing
+from fewstep.data.listing import LISTING, Listing, root_of, write_listing
 from fewstep.data.report import Dropped, Report, read_report, write_report
 from fewstep.data.store import PartedWriter, Progress, ShardWriter, Storage, read_manifest
-from fewstep.data.video import Clip, ClipError, Cut, read_clips, to_floats
+from fewstep.data.video import Clip, ClipError, Cut, to_floats
 from fewstep.models.autoencoder import FrameAutoencoder
 from fewstep.models.bundle import fingerprint
+from fewstep.models.images import ImageEncoder
 
-LISTING = "listing.jsonl"
+PIXELS, MOST_CLIPS = 2**24, 16
+"""What is encoded at once unless said otherwise: pixels of all frames, and clips. About 2 GiB for the built-in codec."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,14 +38,22 @@ class Preparation:
     cut: Cut = Cut()
     keep: Keep = Keep()
     storage: Storage = "float16"
+    autocast: Literal["off", "bf16"] = "off"
+    """Arithmetic of the codec."""
+    batch: int | None = None
+    """Clips encoded at once; None is as many as have `PIXELS`. Another number may change last bits, and nothing else."""
+    threads: int = 4
+    """Of this process, that decode ahead of the codec."""
     shard_size: int = 64
     """Clips per file."""
     part_size: int = 64
     """Videos that one process takes at once."""
 
     def __post_init__(self) -> None:
-        if self.part_size < 1:
-            raise ValueError(f"part_size must be at least 1, got {self.part_size}")
+        for name in ("batch", "threads", "part_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 @dataclass(frozen=True)
@@ -62,28 +75,32 @@ def prepare(
     layout: Layout = "plain",
     root: str | Path = "",
     progress: Callable[[Progress], None] = lambda event: None,
+    image: ImageEncoder | None = None,
 ) -> Prepared:
     """Decode, cut and encode the captioned videos of `source` (see `read_listing`) into shards in `output`.
 
     Under torchrun every process calls it, and each takes its share; the folder does not depend on how many there are.
     Killed and called again with the same arguments, by as many or others, it continues and leaves the same bytes; a
     finished folder is left as it is. What is dropped is reported with the reason (`Report`). `progress` is called once per
-    video of this process' share. DataError if the folder was begun with other settings, videos or codec, or if no video
-    gave a clip; NonFiniteError if a latent does not fit `plan.storage`.
+    video of this process' share. With the part `image` of a model that makes clips of images, what it makes of each clip's
+    first frame (and last, if it needs that) is stored too. DataError if the folder was begun with other settings, videos or
+    networks, or if no video gave a clip; NonFiniteError if a latent does not fit `plan.storage`.
     """
     cut, output, peers = plan.cut, Path(output), meet_peers()
+    encoder = _Encoder(codec, image, plan)
+    encoder.check()
     latent_shape = codec.latent_shape(cut.num_frames, cut.height, cut.width)
     with peers.in_turn():
         if peers.leads:
             _list(source, output, layout, root)
         listing = Listing(output / LISTING, root_of(source, root))
     settings = {
-        "codec": fingerprint(codec), "cut": asdict(cut), "keep": asdict(plan.keep), "storage": plan.storage,
-        "listing": _digest(output / LISTING), "part_size": plan.part_size, "shard_size": plan.shard_size,
-    }  # fmt: skip
+        "codec": fingerprint(codec), "cut": asdict(cut), "keep": asdict(plan.keep), "listing": _digest(output / LISTING),
+        "storage": plan.storage, "autocast": plan.autocast, "part_size": plan.part_size, "shard_size": plan.shard_size,
+    } | ({} if image is None else {"image": fingerprint(cast(nn.Module, image))})  # fmt: skip
     writer = PartedWriter(output, "latents", settings, -(-len(listing) // plan.part_size), peers)
     if not writer.complete:
-        _Share(writer, listing, codec, plan, progress).run()
+        _Share(writer, listing, encoder, plan, progress).run()
         peers.barrier()
         if peers.leads:
             write_report(output, listing, writer.manifests())
@@ -106,6 +123,15 @@ def _list(source: str | Path, output: Path, layout: Layout, root: str | Path) ->
     fresh.replace(file)
 
 
+def _is_gone(folder: Path) -> bool:
+    """A disk that was taken away leaves nothing, or the empty folder that it was mounted on."""
+    try:
+        with os.scandir(folder) as found:  # which does not list a million files to find the first
+            return next(found, None) is None
+    except OSError:
+        return True
+
+
 def _digest(file: Path) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()[:12]
@@ -117,73 +143,132 @@ class _Share:
 
     writer: PartedWriter
     listing: Listing
-    codec: FrameAutoencoder
+    encoder: _Encoder
     plan: Preparation
     progress: Callable[[Progress], None]
 
     def run(self) -> None:
-        size, count = self.plan.part_size, len(self.listing)
-        parts = {number: range(number * size, min((number + 1) * size, count)) for number in self.writer.mine}
-        done, total = 0, sum(map(len, parts.values()))
-        for number, items in parts.items():
-            shards = self.writer.part(number, self.plan.shard_size)
+        plan = self.plan
+        window = plan.threads + self.encoder.batch
+        total = sum(len(self._items(number)) for number in self.writer.mine)
+        depth = depth_of(plan.cut, window)
+        # Closed at once when something fails: no thread goes on decoding for nobody.
+        with closing(ahead(self._videos(), threads=plan.threads, window=window, depth=depth)) as videos:
+            for (part, before, item), clips in videos:
+                problem = part.video(item, clips)
+                self.progress(Progress(before + part.item - part.items.start, total, item.name, problem))
+                if part.item == part.items.stop:
+                    part.finish()
+
+    def _items(self, part: int) -> range:
+        size = self.plan.part_size
+        return range(part * size, min((part + 1) * size, len(self.listing)))
+
+    def _videos(self) -> Iterator[tuple[tuple[_Part, int, Item], Callable[[], Iterator[Clip]]]]:
+        """What is left: its part, how many videos of this share come before that, the video, and how to decode it."""
+        before = 0
+        for number in self.writer.mine:
+            items, shards = self._items(number), self.writer.part(number, self.plan.shard_size)
             if not shards.complete:
-                part = _Part(shards, items.start, self.codec, self.plan)
-                while part.item < items.stop:
-                    item = self.listing[part.item]
-                    problem = part.video(item)
-                    self.progress(Progress(done + part.item - items.start, total, item.name, problem))
-                shards.finish(part.state(), dropped=part.dropped)
-            done += len(items)
+                part = _Part(shards, items, self.encoder, self.listing.root)
+                for item in (self.listing[i] for i in items[part.item - items.start :]):
+                    yield (part, before, item), partial(clips_of, item, self.plan.cut, self.plan.keep)
+            before += len(items)
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    """Clips to what is stored of them."""
+
+    codec: FrameAutoencoder
+    image: ImageEncoder | None
+    plan: Preparation
+
+    @property
+    def batch(self) -> int:
+        """Clips at once."""
+        cut = self.plan.cut
+        fits = max(1, min(MOST_CLIPS, PIXELS // (cut.num_frames * cut.height * cut.width)))
+        return self.plan.batch or (1 if self.one_at_a_time else fits)
+
+    @property
+    def one_at_a_time(self) -> bool:
+        return getattr(self.codec, "one_at_a_time", False)
+
+    def check(self) -> None:
+        if self.one_at_a_time and (self.plan.batch or 1) > 1:
+            raise ValueError(
+                f"{type(self.codec).__name__} encodes one clip at a time, so a batch of {self.plan.batch} would be no faster; "
+                "leave batch out, and start more processes where the device is idle"
+            )
+
+    @torch.no_grad()
+    def __call__(self, clips: Sequence[Clip]) -> dict[str, Tensor]:
+        device = next(self.codec.parameters()).device
+        frames = to_floats(torch.stack([clip.frames for clip in clips]).to(device))
+        made = {"latents": self.codec.encode(frames, autocast=self.plan.autocast == "bf16")}
+        if self.image is not None:
+            last = frames[:, :, -1] if self.image.needs_last else None
+            made |= self.image.encode(frames[:, :, 0], self.codec, frames.shape[2], last)
+        return {name: tensor.to("cpu", getattr(torch, self.plan.storage)) for name, tensor in made.items()}
 
 
 class _Part:
     """One pass over the videos of a part, from where the last whole shard ended."""
 
-    def __init__(self, writer: ShardWriter, first: int, codec: FrameAutoencoder, plan: Preparation) -> None:
-        self.writer, self.codec, self.plan = writer, codec, plan
-        self.item: int = writer.resume.get("item", first)
+    def __init__(self, writer: ShardWriter, items: range, encoder: _Encoder, root: Path) -> None:
+        self.writer, self.items, self.encoder, self.root = writer, items, encoder, root
+        self.item: int = writer.resume.get("item", items.start)
         """The current video's number in the listing."""
         self.clips: int = writer.resume.get("clips", 0)
         """Clips of the current video that are done."""
         self.dropped: list[dict[str, Any]] = writer.resume.get("dropped", [])
+        self.waiting: list[tuple[dict[str, Any], Clip, dict[str, Any]]] = []
+        """Clips to be encoded together: what the index will say of each, and where this pass stood then."""
 
-    def video(self, item: Item) -> str:
-        """Encode the clips of the current video; the reason if it was dropped, or broke off."""
+    def video(self, item: Item, clips: Iterator[Clip]) -> str:
+        """Take the clips of the current video; the reason if it was dropped, or broke off."""
+        problem = ""
         try:
-            video = item.video()
-            problem = self.plan.keep.of_video(video)
-            if not problem:
-                self._clips(item, video)
+            self._take(item, clips)
         except ClipError as error:
+            if _is_gone(self.root):
+                raise DataError(
+                    f"{self.root} is empty or not there any more, so this is no fault of its videos: bring it back, and run "
+                    "the same command again to continue"
+                ) from None
             problem = f"{error} (after {self.clips} clips)" if self.clips else str(error)
-        if problem:
             self._drop(item, problem)
         self.item, self.clips = self.item + 1, 0
         return problem
 
-    def _clips(self, item: Item, video: Path | BytesIO) -> None:
-        for number, clip in enumerate(read_clips(video, self.plan.cut)):
+    def finish(self) -> None:
+        self._encode()
+        self.writer.finish(self.state(), dropped=self.dropped)
+
+    def _take(self, item: Item, clips: Iterator[Clip]) -> None:
+        for number, clip in enumerate(clips):
             if number < self.clips:
                 continue  # in a shard written before the interruption, or dropped before it
             self.clips = number + 1
-            problem = clip.problem or self.plan.keep.of_clip(clip.frames)
-            if problem:
-                self._drop(item, problem, clip.start)
+            if clip.problem:
+                self._drop(item, clip.problem, clip.start)
                 continue
             row = {"caption": item.caption, "video": item.name, "start": clip.start}
             tags = {"tags": dict(item.tags)} if item.tags else {}
-            self.writer.add(row | tags, {"latents": self._encode(clip)}, self.state())
+            self.waiting.append((row | tags, clip, self.state()))
+            # A shard is full with a batch: a pass that goes on after it forms the same batches as one that never stopped.
+            if len(self.waiting) == min(self.encoder.batch, self.writer.room):
+                self._encode()
+
+    def _encode(self) -> None:
+        waiting, self.waiting = self.waiting, []
+        made = self.encoder([clip for _, clip, _ in waiting]) if waiting else {}
+        for i, (row, _, state) in enumerate(waiting):
+            self.writer.add(row, {name: tensor[i] for name, tensor in made.items()}, state)
 
     def _drop(self, item: Item, problem: str, start: int | None = None) -> None:
         self.dropped.append(vars(Dropped(self.item, item.name, problem, start)))
-
-    @torch.no_grad()
-    def _encode(self, clip: Clip) -> Tensor:
-        # One at a time: the latents of a clip then do not depend on which others were encoded with it.
-        device = next(self.codec.parameters()).device
-        latents = self.codec.encode(to_floats(clip.frames)[None].to(device))[0]
-        return latents.to(getattr(torch, self.plan.storage))
 
     def state(self) -> dict[str, Any]:
         return {"item": self.item, "clips": self.clips, "dropped": list(self.dropped)}

@@ -1,13 +1,15 @@
-"""A text file of prompts: all that data-free methods need."""
+"""Prompts, and pictures that clips begin with: all that data-free methods need."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 from fewstep.core import Batch, Rng
 from fewstep.data.base import Data, DataError, Source, require
+from fewstep.data.images import Pictured, encode_pictures, require_pictures
 from fewstep.data.lines import Lines
 from fewstep.data.order import draw_indices
 from fewstep.data.texts import Texts
@@ -16,7 +18,10 @@ from fewstep.models.bundle import Card, VideoModel
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts(Data):
-    """One prompt per line of a UTF-8 text file; empty lines are ignored. Clips have the model's own size."""
+    """One prompt per line of a UTF-8 text file; empty lines are ignored. Clips have the model's own size.
+
+    For a model that makes clips of images: a .csv or .jsonl with `caption`, `image` and perhaps `last_image` (see `Pictured`).
+    """
 
     provides: ClassVar[frozenset[str]] = frozenset({"prompts"})
 
@@ -26,18 +31,22 @@ class Prompts(Data):
     then not on the device that trains. Empty encodes each prompt when it is first drawn."""
 
     def check_card(self, card: Card) -> None:
-        read_prompts(self.path)
+        require_pictures(read_prompts(self.path), card, self.path)
 
     def open(self, model: VideoModel, needs: frozenset[str]) -> Source:
         require(self, needs)
         prompts = read_prompts(self.path)
-        return _PromptSource(prompts, Texts(model, needs, self.text_cache, prompts), model.latent_shape())
+        require_pictures(prompts, model.card, self.path)
+        return _PromptSource(model, prompts, Texts(model, needs, self.text_cache, prompts))
 
 
-def read_prompts(path: str | Path) -> Lines:
-    """The non-empty lines of a text file, stripped. DataError if it cannot be read or has none."""
+def read_prompts(path: str | Path) -> Sequence[str]:
+    """The non-empty lines of a text file, stripped, or the captions of a .csv or .jsonl, which has pictures too (`Pictured`).
+
+    DataError if it cannot be read or has none.
+    """
     try:
-        prompts = Lines(path)
+        prompts = Pictured(path) if Path(path).suffix.lower() in (".csv", ".jsonl") else Lines(path)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file. Prompts reads a text file with one prompt per line.") from None
     if not prompts:
@@ -47,11 +56,15 @@ def read_prompts(path: str | Path) -> Lines:
 
 @dataclass(frozen=True)
 class _PromptSource:
-    prompts: Lines
+    model: VideoModel
+    prompts: Sequence[str]
     texts: Texts
-    shape: tuple[int, int, int, int]
 
     def batch(self, size: int, rng: Rng) -> Batch:
-        chosen = tuple(self.prompts[i] for i in draw_indices(len(self.prompts), size, rng))
+        indices = draw_indices(len(self.prompts), size, rng)
+        chosen = tuple(self.prompts[i] for i in indices)
         cond, uncond = self.texts(chosen, rng.device)
-        return Batch(cond=cond, uncond=uncond, latent_shape=self.shape, prompts=chosen)
+        if isinstance(self.prompts, Pictured):
+            images = encode_pictures(self.model, self.prompts, indices, self.model.card.num_frames)
+            cond, uncond = (each.with_extra(images).to(rng.device) for each in (cond, uncond))
+        return Batch(cond=cond, uncond=uncond, latent_shape=self.model.latent_shape(), prompts=chosen)

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from fewstep.core.atomic import replacing, write_text
 from fewstep.data.base import DataError
 from fewstep.data.listing import Listing
-from fewstep.data.video import ClipError, read_video
+from fewstep.data.store import writing
+from fewstep.data.video import read_video
 
 EXAMPLES = 6
 """Pictures per reason, each of another video."""
@@ -65,7 +65,7 @@ def write_report(folder: Path, listing: Listing, parts: Iterable[Mapping[str, An
     counts: dict[str, Count] = {}
     shown: dict[str, list[Dropped]] = {}
     clips = 0
-    with replacing(folder / "dropped.jsonl") as draft, draft.open("w", encoding="utf-8") as lines:
+    with writing(folder / "dropped.jsonl") as draft, draft.open("w", encoding="utf-8") as lines:
         for part in parts:
             clips += part["rows"]
             for case in (Dropped(**row) for row in part["dropped"]):
@@ -81,7 +81,8 @@ def write_report(folder: Path, listing: Listing, parts: Iterable[Mapping[str, An
         raise DataError("no video gave a clip: " + "; ".join(count.example for count in report.dropped.values()))
     if shown:
         _draw(folder / "dropped.png", listing, dict(sorted(shown.items())))
-    write_text(folder / "report.json", json.dumps(asdict(report), indent=2, ensure_ascii=False) + "\n")
+    with writing(folder / "report.json") as draft:
+        draft.write_text(json.dumps(asdict(report), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return report
 
 
@@ -101,8 +102,8 @@ def _draw(path: Path, listing: Listing, shown: Mapping[str, list[Dropped]]) -> N
         pen.text((2, top + 1), reason, fill="black")
         for column, case in enumerate(cases):
             frame = np.full((*TILE, 3), 160, np.uint8)
-            with suppress(ClipError):
+            with suppress(Exception):  # whatever is wrong with it, that has been said
                 frame = read_video(listing[case.item].video(), 1, size=TILE, start=case.start or 0)[0].numpy()
             sheet.paste(Image.fromarray(frame), (column * width, top + 14))
-    with replacing(path) as draft:
+    with writing(path) as draft:
         sheet.save(draft)

@@ -7,15 +7,20 @@ from typing import ClassVar
 
 from fewstep.core import Batch, Rng
 from fewstep.data.base import Data, DataError, Source, require
+from fewstep.data.images import require_stored
 from fewstep.data.order import draw_indices
 from fewstep.data.store import ShardReader, read_manifest
 from fewstep.data.texts import Texts
 from fewstep.models.bundle import Card, VideoModel
+from fewstep.models.images import image_names
 
 
 @dataclass(frozen=True, kw_only=True)
 class Latents(Data):
-    """A folder written by `fewstep prepare`: latents and captions. Only the autoencoder that made them can use them."""
+    """A folder written by `fewstep prepare`: latents and captions. Only the autoencoder that made them can use them.
+
+    For a model that makes clips of images it must have been prepared with such a model: the images are the clips' own.
+    """
 
     provides: ClassVar[frozenset[str]] = frozenset({"prompts", "x0"})
 
@@ -24,7 +29,8 @@ class Latents(Data):
     """Folder for the text states of all captions, as in Prompts."""
 
     def check_card(self, card: Card) -> None:
-        cut = read_manifest(self.path, "latents")["settings"]["cut"]
+        settings = read_manifest(self.path, "latents")["settings"]
+        cut = settings["cut"]
         there = {name: cut[name] for name in ("num_frames", "height", "width")}
         here = {name: getattr(card, name) for name in there}
         if there != here:
@@ -35,9 +41,12 @@ class Latents(Data):
             )
         if card.fingerprints.get("codec"):
             self._compare(card.fingerprints["codec"], card)
+        require_stored(settings, card, card.fingerprints.get("image", ""), self.path)
 
     def check(self, model: VideoModel) -> None:
         self._compare(model.fingerprint("codec"), model.card)
+        image = model.fingerprint("image") if "image" in model.parts else ""
+        require_stored(read_manifest(self.path, "latents")["settings"], model.card, image, self.path)
 
     def _compare(self, here: str, card: Card) -> None:
         there = read_manifest(self.path, "latents")["settings"]["codec"]
@@ -52,7 +61,8 @@ class Latents(Data):
         require(self, needs)
         self.check(model)
         reader = ShardReader(self.path, "latents")
-        return _LatentSource(reader, Texts(model, needs, self.text_cache, reader.captions), "x0" in needs)
+        texts = Texts(model, needs, self.text_cache, reader.captions)
+        return _LatentSource(reader, texts, "x0" in needs, image_names(model))
 
 
 def _size(clip: dict[str, int]) -> str:
@@ -64,11 +74,14 @@ class _LatentSource:
     reader: ShardReader
     texts: Texts
     wants_x0: bool
+    images: tuple[str, ...]
+    """Names of the conditions that were made of images."""
 
     def batch(self, size: int, rng: Rng) -> Batch:
         indices = draw_indices(len(self.reader), size, rng)
         prompts = tuple(self.reader.row(i)["caption"] for i in indices)
-        cond, uncond = self.texts(prompts, rng.device)
+        images = {name: self.reader.read(name, indices) for name in self.images}
+        cond, uncond = (each.with_extra(images).to(rng.device) for each in self.texts(prompts, rng.device))
         c, f, h, w = self.reader.manifest["latent_shape"]
         x0 = self.reader.read("latents", indices).to(rng.device) if self.wants_x0 else None
         return Batch(cond=cond, uncond=uncond, latent_shape=(c, f, h, w), prompts=prompts, x0=x0)

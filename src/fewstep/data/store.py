@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,12 +23,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fewstep.core.atomic import replacing, write_text
+from fewstep.core.atomic import replacing
 from fewstep.core.build import digest
 from fewstep.core.finite import require_finite
 from fewstep.core.peers import Peers
 from fewstep.data.base import DataError
-from fewstep.data.lines import Lines
+from fewstep.data.lines import Captions, Lines
 
 FORMAT = 1
 Storage = Literal["float16", "float32"]
@@ -37,7 +38,13 @@ KINDS = {
     "texts": "a recipe's data.text_cache",
 }
 OPEN_SHARDS = 32
+RAGGED = {"texts"}
+"""Kinds whose rows differ in length: a shard has a tensor `name.row` for each of them, instead of all in `name`."""
 _HEADER = "fewstep"
+
+
+Row = tuple[dict[str, Any], dict[str, Tensor]]
+"""What the index says of a row, and its tensors."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +72,16 @@ class ShardWriter:
         self.resume: dict[str, Any] = headers[-1]["resume"] if headers else {}
         """What the writer of the last whole shard said about where it stood."""
         self.shards = len(headers)
-        self.pending: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
+        self.pending: list[Row] = []
 
     @property
     def complete(self) -> bool:
         return bool(self.manifest["complete"])
+
+    @property
+    def room(self) -> int:
+        """Rows that still fit into the current shard."""
+        return self.shard_size - len(self.pending)
 
     def add(self, row: Mapping[str, Any], tensors: Mapping[str, Tensor], resume: Mapping[str, Any]) -> None:
         """Append one row. If it fills the shard, the shard is written with `resume` in its header."""
@@ -83,18 +95,18 @@ class ShardWriter:
         """Write what is left, the index and the final manifest with `facts`; returns the manifest."""
         if self.pending:
             self._flush(resume)
-        write_text(self.folder / "index.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
+        with writing(self.folder / "index.jsonl") as draft, draft.open("w", encoding="utf-8") as index:
+            index.writelines(json.dumps(row) + "\n" for row in self.rows)
         self.manifest |= {"complete": True, "rows": len(self.rows), "shards": self.shards, **facts}
         _write_manifest(self.folder, self.manifest)
         return self.manifest
 
     def _flush(self, resume: Mapping[str, Any]) -> None:
         rows = [{"shard": self.shards, "row": i, **row} for i, (row, _) in enumerate(self.pending)]
-        names = self.pending[0][1]
-        tensors = {name: torch.stack([held[name] for _, held in self.pending]).contiguous() for name in names}
+        tensors = _ragged(self.pending) if self.kind in RAGGED else _stacked(self.pending)
         # One key only: the order of several would differ from run to run, and with it the bytes of the file.
         header = {_HEADER: json.dumps({"hash": self.hash, "resume": dict(resume), "rows": rows})}
-        with replacing(self.folder / shard_name(self.shards)) as draft:
+        with writing(self.folder / shard_name(self.shards)) as draft:
             save_file(tensors, draft, metadata=header)
         self.rows += rows
         self.shards += 1
@@ -137,7 +149,7 @@ class PartedWriter:
         """Make one index of all parts, and write the final manifest with `facts`. For one process."""
         shards = [part["shards"] for part in self.manifests()]
         rows = 0
-        with replacing(self.folder / "index.jsonl") as draft, draft.open("w", encoding="utf-8") as index:
+        with writing(self.folder / "index.jsonl") as draft, draft.open("w", encoding="utf-8") as index:
             for number in range(self.count):
                 for line in Lines(self.folder / part_name(number) / "index.jsonl"):
                     index.write(f'{{"part": {number}, {line[1:]}\n')
@@ -173,6 +185,12 @@ class ShardReader:
         rows = [self.row(i) for i in indices]
         return torch.stack([self._shard(self._path(row)).get_slice(name)[row["row"]] for row in rows]).float()
 
+    def read_ragged(self, name: str, row: Mapping[str, Any]) -> Tensor:
+        """Tensor `name` of a row of a `RAGGED` kind, as it is stored; earlier versions stored them stacked, with padding."""
+        shard, own = self._shard(self._path(row)), f"{name}.{row['row']}"
+        stored: Tensor = shard.get_tensor(own) if own in shard.keys() else shard.get_slice(name)[row["row"]]  # noqa: SIM118
+        return stored
+
     def _path(self, row: Mapping[str, Any]) -> Path:
         return self.folder / (part_name(row["part"]) if "part" in row else "") / shard_name(row["shard"])
 
@@ -191,14 +209,12 @@ class ShardReader:
         return self._open[path]
 
 
-@dataclass(frozen=True)
-class Captions:
-    """Those of all rows, in order; read anew each time they are gone through."""
+def _stacked(rows: Sequence[Row]) -> dict[str, Tensor]:
+    return {name: torch.stack([tensors[name] for _, tensors in rows]).contiguous() for name in rows[0][1]}
 
-    index: Lines
 
-    def __iter__(self) -> Iterator[str]:
-        return (json.loads(line)["caption"] for line in self.index)
+def _ragged(rows: Sequence[Row]) -> dict[str, Tensor]:
+    return {f"{name}.{i}": value.contiguous() for i, (_, tensors) in enumerate(rows) for name, value in tensors.items()}
 
 
 def is_complete(folder: Path) -> bool:
@@ -229,7 +245,21 @@ def claim(folder: Path, kind: str, settings: Mapping[str, Any]) -> dict[str, Any
 
 
 def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    write_text(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    with writing(folder / "manifest.json") as draft:
+        draft.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """`replacing`, for work of days: DataError that says what to do where the disk is full or gone."""
+    try:
+        with replacing(path) as draft:
+            yield draft
+    except (OSError, SafetensorError) as error:
+        raise DataError(
+            f"{path} cannot be written: {error}. Files written before it are whole: put that right, and run the same "
+            "command again to go on after them."
+        ) from error
 
 
 def read_manifest(folder: str | Path, kind: str) -> dict[str, Any]:

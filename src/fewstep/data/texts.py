@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.nn.functional import pad
 
 from fewstep.core import Cond
@@ -21,8 +22,8 @@ from fewstep.models.text import TextEncoder
 PART = 1024
 """Prompts per part: what one process takes at once."""
 SHARD = 64
-KEPT = 8192
-"""Distinct prompts kept. Beyond that the oldest are forgotten, and read or encoded again when they come back."""
+KEPT = 2**31
+"""Bytes of states kept. Beyond that the oldest are forgotten, and read or encoded again when they come back."""
 
 
 class Texts:
@@ -44,6 +45,7 @@ class Texts:
         self.encoder = model.text if "prompts" in needs or "text" in model.parts else None
         self.length = self.encoder.length if self.encoder is not None else 1
         self.known: dict[str, Cond] = {}
+        self.bytes = 0
         self.stored = store_texts(model, prompts, cache) if cache and self.encoder is not None else None
 
     def __call__(self, prompts: Sequence[str], device: str | torch.device) -> tuple[Cond, Cond]:
@@ -54,9 +56,10 @@ class Texts:
 
     def _states(self, prompt: str) -> Cond:
         if prompt not in self.known:
-            if len(self.known) >= KEPT:
-                del self.known[next(iter(self.known))]
             self.known[prompt] = self._make(prompt)
+            self.bytes += _size(self.known[prompt])
+            while self.bytes > KEPT and len(self.known) > 1:
+                self.bytes -= _size(self.known.pop(next(iter(self.known))))
         return self.known[prompt]
 
     def _make(self, prompt: str) -> Cond:
@@ -76,7 +79,7 @@ def store_texts(
     """The states of all distinct `prompts`, and of the model's negative one, from a folder of their own in `cache`.
 
     What is not stored yet is encoded, by each of the `peers` a share: after a kill it goes on after the last whole shard.
-    Rows are in the order of their texts. `progress` is called once per part.
+    Rows are in the order of their texts. `progress` is called after every prompt of this process' share.
     """
     everything = chain((model.card.negative_prompt,), prompts)
     settings = {"text": fingerprint(model.text), "prompts": _digest(everything)}
@@ -84,11 +87,13 @@ def store_texts(
     if not is_complete(folder):
         wanted = sorted({model.card.negative_prompt, *prompts})
         writer = PartedWriter(folder, "texts", settings, -(-len(wanted) // PART), peers)
-        for done, number in enumerate(writer.mine, 1):
+        parts = {number: wanted[PART * number : PART * (number + 1)] for number in writer.mine}
+        done, total = 0, sum(map(len, parts.values()))
+        for number, mine in parts.items():
             part = writer.part(number, SHARD)
-            if not part.complete:
-                _store_part(model.text, wanted[PART * number : PART * (number + 1)], part)
-            progress(Progress(done, len(writer.mine), f"part {number}"))
+            for here, prompt in _store_part(model.text, mine, part) if not part.complete else ():
+                progress(Progress(done + here, total, prompt))
+            done += len(mine)
         peers.barrier()
         if peers.leads:
             writer.finish()
@@ -96,14 +101,25 @@ def store_texts(
     return ShardReader(folder, "texts")
 
 
-def _store_part(encoder: TextEncoder, prompts: Sequence[str], part: ShardWriter) -> None:
-    for prompt in prompts[len(part.rows) :]:
+def _store_part(encoder: TextEncoder, prompts: Sequence[str], part: ShardWriter) -> Iterator[tuple[int, str]]:
+    """Every prompt as long as it is, in the type that the encoder's weights have where that loses nothing.
+
+    How many are done, and the last of them.
+    """
+    dtype = next(encoder.parameters()).dtype
+    for done, prompt in enumerate(prompts[len(part.rows) :], len(part.rows) + 1):
         cond = _encode(encoder, prompt)
-        full = _padded(cond, encoder.length)
-        tensors = {"text": full.text[0].float(), "mask": full.mask[0].to(torch.uint8)}
-        row = {"caption": prompt, "length": cond.mask.shape[1], "extra": sorted(cond.extra)}
-        part.add(row, tensors | {name: x[0].float() for name, x in cond.extra.items()}, {})
+        tensors = {"text": _narrow(cond.text[0], dtype), "mask": cond.mask[0].to(torch.uint8)}
+        extra = {name: _narrow(x[0], dtype) for name, x in cond.extra.items()}
+        part.add({"caption": prompt, "length": cond.mask.shape[1], "extra": sorted(extra)}, tensors | extra, {})
+        yield done, prompt
     part.finish({})
+
+
+def _narrow(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """As float32 if not all of it is exact in `dtype`."""
+    narrow, exact = value.to(dtype), value.float()
+    return narrow if torch.equal(narrow.float(), exact) else exact
 
 
 def _digest(prompts: Iterable[str]) -> str:
@@ -119,9 +135,13 @@ def _read(stored: ShardReader, prompt: str) -> Cond:
     row = stored.row(index) if index < len(stored) else {}
     if row.get("caption") != prompt:
         raise KeyError(prompt)
-    read = {name: stored.read(name, [index]) for name in ("text", "mask", *row["extra"])}
+    read = {name: stored.read_ragged(name, row)[None].float() for name in ("text", "mask", *row["extra"])}
     text, mask = (read.pop(name)[:, : row["length"]] for name in ("text", "mask"))
     return Cond(text, mask.bool(), read)
+
+
+def _size(cond: Cond) -> int:
+    return sum(x.nbytes for x in cond.tensors)
 
 
 @torch.no_grad()

@@ -244,6 +244,8 @@ def _decode(source: str | Path | BytesIO, stop: int) -> Iterator[np.ndarray]:
             if not number:
                 raise
             raise ClipError(f"damaged: cannot be decoded beyond frame {number - 1} ({_reason(error)})") from error
+    if not number:
+        raise ClipError("not a readable video: no frame in it")
 
 
 @contextmanager
@@ -254,7 +256,8 @@ def _opened(source: str | Path | BytesIO) -> Iterator[Any]:
     elif not Path(source).is_file():
         raise ClipError("no such file")
     try:
-        with av.open(source if isinstance(source, BytesIO) else str(source)) as file:
+        # Titles and comments are not always the UTF-8 that they should be, and nobody reads them here.
+        with av.open(source if isinstance(source, BytesIO) else str(source), metadata_errors="replace") as file:
             if not file.streams.video:
                 raise ClipError("no video: it has no video stream")
             yield file

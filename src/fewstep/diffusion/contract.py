@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from fewstep.diffusion.guidance import CFG
 from fewstep.diffusion.samplers import Solver, calls
-from fewstep.diffusion.times import Timesteps, check_grid, uniform_grid
+from fewstep.diffusion.times import Timesteps, check_grid, linear_quadratic_grid, uniform_grid
 
 
 class StepCountError(ValueError):
@@ -28,6 +28,8 @@ class Contract:
     """Of the uniform grid, where no exact grid is listed."""
     terminal: float = 0.0
     """The last time before 0 of that grid (LTX), if not 0."""
+    threshold: float = 0.0
+    """Where not 0, the grid is linear down to 1 less that in its first half, then quadratic (LTX 0.9.5), and has no shift."""
     timesteps: Timesteps | None = None
     """Of a model trained on integer timesteps: takes the place of the uniform grid."""
     grids: dict[str, tuple[float, ...]] = field(default_factory=dict)
@@ -57,6 +59,8 @@ class Contract:
             )
         if self.timesteps is not None:
             return self.timesteps.grid(steps)
+        if self.threshold:
+            return linear_quadratic_grid(steps, self.threshold)
         return uniform_grid(steps, self.shift, self.terminal)
 
     def calls(self, steps: int | None = None) -> int:

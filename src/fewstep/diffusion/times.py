@@ -36,6 +36,21 @@ def uniform_grid(steps: int, shift: float = 1.0, terminal: float = 0.0) -> tuple
     return tuple(map(float, times))
 
 
+def linear_quadratic_grid(steps: int, threshold: float) -> tuple[float, ...]:
+    """`steps + 1` decreasing times from 1 to 0: half of the steps go down to `1 - threshold`, the rest ever faster (2410.13720).
+
+    >>> [round(t, 3) for t in linear_quadratic_grid(4, threshold=0.025)]
+    [1.0, 0.987, 0.975, 0.725, 0.0]
+    """
+    slow = steps // 2
+    if not slow:
+        return uniform_grid(steps)
+    pace, fast = threshold / slow, steps - slow
+    bend = (1 - threshold - pace * fast) / fast**2
+    after = [max(i - slow, 0) for i in range(steps)]
+    return (*(1 - pace * i - bend * k * k for i, k in enumerate(after)), 0.0)
+
+
 def check_grid(times: tuple[float, ...]) -> tuple[float, ...]:
     """Return `times` if they decrease strictly from 1 to 0; ValueError otherwise."""
     ok = len(times) >= 2 and times[0] == 1.0 and times[-1] == 0.0 and all(a > b for a, b in pairwise(times))

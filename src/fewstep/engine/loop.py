@@ -93,8 +93,7 @@ def after(run: Run, log: RunLog, saver: Saver) -> None:
     if run.probe is not None and probed:
         judge(run, run.probe, log)
     if run.preview is not None and (last or step % settings.preview_every == 0):
-        run.nets.begin(("teacher", "student"))
-        _ = run.nets.teacher  # both are in the picture, wherever they were
+        run.nets.bring("teacher", "student")
         picture = run.preview.draw(run.student())
         log.picture(picture, run.output / "previews" / f"{step:06d}.png")
     if probed or examined or last or step % settings.log_every == 0:

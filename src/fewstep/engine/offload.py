@@ -35,3 +35,9 @@ class Shelf(Nets):
             for role, network in self.roles.items():
                 if role not in self._used[roles]:
                     network.to("cpu")
+
+    def bring(self, *roles: str) -> None:
+        self._used.setdefault(roles, set()).update(roles)
+        self.begin(roles)
+        for role in roles:
+            _ = self[role]

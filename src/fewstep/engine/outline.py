@@ -177,7 +177,7 @@ class Outline:
         grids = [grid for rollout in rollouts for grid in rollout.contract(card.contract).grids.values()]
         times = tuple(sorted({1.0, 0.0, *(t for grid in grids for t in grid)}, reverse=True))
         with self.mode:
-            cond, uncond = model.blank_cond(size), model.blank_cond(1).expand(size)
+            cond, uncond = model.blank_cond(size, self.frames), model.blank_cond(1, self.frames).expand(size)
             return Batch(
                 cond, uncond, shape,
                 prompts=("word " * cond.text.shape[1],) * size if "prompts" in needs else (),

@@ -125,11 +125,6 @@ def require_possible(method: Method, settings: Settings, card: Card, probe: Prob
     """The roles that will be trained. Refuse (ValueError) what would silently do nothing, or break in mid-run."""
     name, roles = type(method).__name__, trained_roles(method, settings.steps)
     method.check(settings.steps)
-    if "image" in card.parts:
-        raise ValueError(
-            f"{card.name!r} makes clips of images, and no data give images yet; it can be sampled, and a text-to-video "
-            "model can be trained"
-        )
     if "student" not in roles:
         raise ValueError(
             f"{name} does not train the student within settings.steps: {settings.steps} (only {', '.join(roles)}); "

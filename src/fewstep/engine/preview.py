@@ -15,6 +15,7 @@ from fewstep.core import Rng
 from fewstep.data.base import Source
 from fewstep.data.video import to_uint8
 from fewstep.models import VideoModel
+from fewstep.models.images import Images, images_in
 
 SHOWN_FRAMES = 6
 CLIPS = 4
@@ -29,24 +30,28 @@ class Preview:
 
     teacher: VideoModel
     prompts: tuple[str, ...]
+    images: Images | None
+    """What the clips begin with, of a model that reads images."""
 
     @classmethod
     def of(cls, teacher: VideoModel, source: Source, rng: Rng) -> Preview:
         """With prompts of the run's own data, the same whenever and wherever the run goes on. ValueError without any."""
-        prompts = source.batch(CLIPS, rng.fold("preview")).prompts
-        if not prompts:
+        batch = source.batch(CLIPS, rng.fold("preview"))
+        if not batch.prompts:
             raise ValueError("these data have no prompts to draw pictures of; set settings.preview_every: 0")
-        return cls(teacher, prompts)
+        return cls(teacher, batch.prompts, images_in(teacher, batch.cond))
 
     def draw(self, student: VideoModel) -> Image.Image:
         """A row per prompt with the student at its fewest steps, at its most (if others), and the teacher."""
         counts = student.card.contract.counts
-        columns = [student(self.prompts, num_inference_steps=n) for n in sorted({counts[0], counts[-1]})]
+        columns = [
+            student(self.prompts, image=self.images, num_inference_steps=n) for n in sorted({counts[0], counts[-1]})
+        ]
         return Image.fromarray(sheet([*columns, self._teacher_clips]))
 
     @cached_property
     def _teacher_clips(self) -> Tensor:
-        return self.teacher(self.prompts)
+        return self.teacher(self.prompts, image=self.images)
 
 
 def sheet(columns: list[Tensor]) -> np.ndarray:

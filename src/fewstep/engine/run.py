@@ -101,7 +101,7 @@ class Run:
         for batch, place in batches:
             with autocast(self.settings):
                 for terms in update.losses(nets, batch, rng.at(place=place)):
-                    figures += self.backward(terms, "+".join(update.roles))
+                    figures += self.backward(terms, update.roles)
         for role in update.roles:
             add_gradients(self.nets.roles[role], self.processes)
         norms = {role: self.optimizers[role].clip() for role in update.roles}
@@ -112,13 +112,13 @@ class Run:
             figures.append((f"lr/{role}", self.optimizers[role].step(self.step)))
         return figures
 
-    def backward(self, terms: Losses, roles: str) -> list[tuple[str, float]]:
+    def backward(self, terms: Losses, roles: tuple[str, ...]) -> list[tuple[str, float]]:
         """Add the gradient of one graph to what this update has; the value of each term.
 
         Processes add their gradients up, so each divides by what all of them do in this iteration.
         """
         for name, term in terms.items():
-            require_finite(term.detach(), f"step {self.step}, loss {name} of {roles}")
+            require_finite(term.detach(), f"step {self.step}, loss {name} of {'+'.join(roles)}")
         share = self.settings.accumulate * self.processes.sequence
         with float32(self.settings):
             if self.monitor is not None:

@@ -9,20 +9,28 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fewstep.core import Rng
 from fewstep.data.base import DataError
-from fewstep.data.layouts import Item
-from fewstep.data.listing import read_listing
-from fewstep.data.video import Clip, ClipError, Cut, read_clips, to_floats
+from fewstep.data.clips import clips_of
+from fewstep.data.keep import Keep
+from fewstep.data.layouts import Item, Layout
+from fewstep.data.listing import open_listing
+from fewstep.data.order import draw_indices
+from fewstep.data.video import Clip, ClipError, Cut, to_floats
 from fewstep.evaluate.cases import TrueClips
 
 
 @dataclass(frozen=True, kw_only=True)
 class RealClips:
-    """Captioned videos: a folder, a .csv or a .jsonl (see `data.read_listing`)."""
+    """Captioned videos: a folder, a table or archives (see `data.read_listing`)."""
 
     path: str
     stride: int = 4
     """Every so many frames of the file. WebVid has about 30 a second, AnimateDiff makes 8."""
+    layout: Layout = "plain"
+    """How the dataset lies on disk, see `fewstep.data.layouts`."""
+    root: str = ""
+    """Folder that the names of the videos start from; empty is `path`, or the folder it is in."""
 
     def draw(self, count: int, num_frames: int, size: tuple[int, int], seed: int) -> Drawn:
         """`count` videos at random, and as many again where there are enough; DataError if there are too few.
@@ -31,14 +39,12 @@ class RealClips:
         so that real and generated clips go the same way from there on. Every file is decoded here once, because one that
         cannot be read must not lend its caption.
         """
-        items, cut = (
-            read_listing(self.path),
-            Cut(num_frames=num_frames, height=size[0], width=size[1], stride=self.stride),
-        )
-        order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()
+        listing = open_listing(self.path, self.layout, self.root)
+        cut = Cut(num_frames=num_frames, height=size[0], width=size[1], stride=self.stride)
         usable: list[Item] = []
         skipped: list[str] = []
-        for item in (items[i] for i in order):
+        for step in range(len(listing)):
+            item = listing[draw_indices(len(listing), 1, Rng(seed, step=step))[0]]
             if len(usable) == 2 * count:
                 break
             try:
@@ -92,4 +98,4 @@ class Drawn(TrueClips):
 
 
 def _first(item: Item, cut: Cut) -> Clip:
-    return next(read_clips(item.video(), cut))
+    return next(clips_of(item, cut, Keep()))

@@ -45,6 +45,9 @@ class Nets(Mapping[str, nn.Module]):
     def begin(self, roles: tuple[str, ...]) -> None:
         """An update of `roles` begins."""
 
+    def bring(self, *roles: str) -> None:
+        """These are about to be used by someone who holds them already, and does not ask for them here."""
+
 
 @dataclass(frozen=True)
 class Copy:

@@ -6,17 +6,17 @@ exactly its latents shifted by 1. Legend: K frames of the whole batch (B x F fol
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fewstep.models.decoding import FrameByFrame
 
-class FrameAutoencoder(nn.Module):
+
+class FrameAutoencoder(FrameByFrame, nn.Module):
     """Compresses each frame by 4 x 4 pixels; about one million parameters at the default size."""
 
-    downsample: ClassVar[int] = 4
+    downsample: int = 4
 
     def __init__(self, *, latent_channels: int = 4, width: int = 48, depth: int = 2) -> None:
         super().__init__()
@@ -44,9 +44,14 @@ class FrameAutoencoder(nn.Module):
         self.register_buffer("mean", torch.zeros(latent_channels))
         self.register_buffer("std", torch.ones(latent_channels))
 
-    def encode(self, frames: Tensor) -> Tensor:
-        """`[B, 3, F, H, W]` in [-1, 1] to latents `[B, C, F, H/4, W/4]` with mean 0 and deviation 1 per channel."""
-        return (self.encode_raw(frames) - _channels(self.mean)) / _channels(self.std)
+    def encode(self, frames: Tensor, *, autocast: bool = False) -> Tensor:
+        """`[B, 3, F, H, W]` in [-1, 1] to latents `[B, C, F, H/4, W/4]` with mean 0 and deviation 1 per channel.
+
+        With `autocast` convolutions are computed in bfloat16, otherwise nothing is.
+        """
+        with torch.autocast(frames.device.type, torch.bfloat16, enabled=autocast):
+            raw = self.encode_raw(frames)
+        return (raw - _channels(self.mean)) / _channels(self.std)
 
     def decode(self, latents: Tensor) -> Tensor:
         """The frames, not clamped."""

@@ -86,10 +86,10 @@ class Tokens(State):
         return self.joined.x_BNE.unflatten(1, self.grid).permute(0, 4, 1, 2, 3)
 
     @property
-    def detached(self) -> Tokens:
+    def detached(self) -> Self:
         return replace(self, x_BNE=self.x_BNE.detach().requires_grad_())
 
-    def split(self, processes: Ulysses) -> Tokens:
+    def split(self, processes: Ulysses) -> Self:
         """This process' share of the tokens, with what belongs to each of them."""
         context, tokens = self.context, self.x_BNE.shape[1]
         modulation = context.modulation_BG6E
@@ -100,7 +100,7 @@ class Tokens(State):
         return replace(self, x_BNE=processes.split(self.x_BNE, 1), context=context)
 
     @property
-    def joined(self) -> Tokens:
+    def joined(self) -> Self:
         shared = self.context.shared
         return self if shared is None else replace(self, x_BNE=shared.join(self.x_BNE, 1))
 
@@ -140,11 +140,13 @@ class Backbone(nn.Module, ABC):
     """Constructor arguments as plain values: what `Spec` needs to build the same network again."""
     width: int
     """Channels of `State.volume`, where all blocks have the same (see `widths`)."""
+    patch_frames: int = 1
+    """Latent frames that are one frame of `State.volume`."""
     blocks: nn.ModuleList
     """Each maps State to State."""
     shares: ClassVar[bool] = False
-    """Whether the tokens of a clip may lie on several processes: the blocks' self-attention is `context.attend`, and
-    everything else they do is done token by token."""
+    """Whether the tokens of a clip may lie on several processes: the blocks' self-attention is `context.attend` (or
+    `Ulysses.attend_beside`), and everything else they do is done token by token."""
     shared: Ulysses | None = None
     """The processes that share every clip of this network, see `spread`."""
     checkpointing: bool = False

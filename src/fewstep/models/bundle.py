@@ -27,6 +27,7 @@ from fewstep.diffusion.samplers import Watch
 from fewstep.models import adapters
 from fewstep.models.autoencoder import FrameAutoencoder
 from fewstep.models.denoiser import Denoiser
+from fewstep.models.images import Images, image_conditions
 from fewstep.models.lora import updated
 from fewstep.models.spec import Spec
 from fewstep.models.stored import Stored
@@ -148,7 +149,8 @@ class VideoModel:
         self,
         prompts: Sequence[str],
         *,
-        image: Tensor | None = None,
+        image: Images | None = None,
+        last_image: Tensor | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         num_frames: int | None = None,
@@ -158,7 +160,8 @@ class VideoModel:
     ) -> Tensor:
         """Sample latents `[B, C, F, h, w]` by the card's contract.
 
-        A model with a part `image` makes clips of images: `image` is one, or one per prompt, as in `conditions`.
+        A model with a part `image` makes clips of images, and some between two: `image` and `last_image` are one each, or one
+        per prompt (see `Images`).
         `seed` is one per prompt, or the first of consecutive ones; a clip depends on its own seed and prompt only.
         Refused unless `force`: a step count the model was not trained for (StepCountError), another number of frames than
         its card's, and a guidance scale on a student that has its guidance distilled in (ValueError).
@@ -176,7 +179,7 @@ class VideoModel:
         guidance = self._guidance(guidance_scale, force)
         seeds = tuple(range(seed, seed + len(prompts))) if isinstance(seed, int) else tuple(seed)
         noise = Seeds(seeds, device=str(self.device))
-        cond, uncond = self.conditions(prompts, image, num_frames)
+        cond, uncond = self.conditions(prompts, image, last_image, num_frames)
         shape = self.latent_shape(num_frames)
         self.denoiser.eval()
 
@@ -198,32 +201,28 @@ class VideoModel:
             return given.to(self.device), negative.to(self.device).expand(len(prompts))
 
     def conditions(
-        self, prompts: Sequence[str], image: Tensor | None = None, num_frames: int | None = None
+        self,
+        prompts: Sequence[str],
+        image: Images | None = None,
+        last_image: Tensor | None = None,
+        num_frames: int | None = None,
     ) -> tuple[Cond, Cond]:
-        """Conditions of `prompts` and of the negative prompt, both with the image where this model makes clips of images.
+        """Conditions of `prompts` and of the negative prompt, both with the images where this model makes clips of them.
 
-        `image` is `[3, H, W]` or `[B, 3, H, W]` in [-1, 1], as large as the clips. ValueError where it is missing or of no use.
+        ValueError where an image is missing or of no use.
         """
-        cond, uncond = self.encode_text(prompts)
-        if "image" not in self.parts:
-            if image is not None:
-                raise ValueError(f"{self.card.name!r} makes clips of text alone; leave out image (--image)")
-            return cond, uncond
-        size = (3, self.card.height, self.card.width)
-        if image is None or image.shape[-3:] != size or image.ndim not in (3, 4):
-            got = "none" if image is None else str(list(image.shape))
-            raise ValueError(f"{self.card.name!r} makes clips of images: give image (--image), {list(size)}; got {got}")
-        images = (image if image.ndim == 4 else image[None]).to(self.device)
         frames = self.card.num_frames if num_frames is None else num_frames
-        extra = self.part("image").encode(images, self.codec, frames)  # type: ignore[operator]
-        extra = {name: x.to(self.device).expand(len(prompts), *x.shape[1:]) for name, x in extra.items()}
-        return replace(cond, extra={**cond.extra, **extra}), replace(uncond, extra={**uncond.extra, **extra})
+        extra = image_conditions(self, len(prompts), image, last_image, frames)
+        cond, uncond = self.encode_text(prompts)
+        return cond.with_extra(extra), uncond.with_extra(extra)
 
-    def blank_cond(self, batch: int) -> Cond:
+    def blank_cond(self, batch: int, num_frames: int | None = None) -> Cond:
         """Conditions that say nothing, as long and wide as this model's longest; of width 1 without a text encoder."""
-        if "text" in self.parts:
-            return self.text.blank(batch)
-        return Cond(torch.zeros(batch, 1, 1), torch.zeros(batch, 1, dtype=torch.bool))
+        if "text" not in self.parts:
+            return Cond(torch.zeros(batch, 1, 1), torch.zeros(batch, 1, dtype=torch.bool))
+        size = (num_frames or self.card.num_frames, self.card.height, self.card.width)
+        images = self.part("image").blank(batch, self.codec, size) if "image" in self.parts else {}  # type: ignore[operator]
+        return self.text.blank(batch).with_extra(images)
 
     def _guidance(self, scale: float | None, force: bool) -> CFG:
         own = self.card.contract.guidance

@@ -34,9 +34,7 @@ def announce(run: Run, log: RunLog) -> None:
 
 def examine(run: Run, monitor: Monitor, log: RunLog) -> None:
     """Check the student, act on the verdict, and leave all of it in `health.json` and a picture in `health/`."""
-    run.nets.begin(("health",))  # where networks wait elsewhere, these are brought in and the others make room
-    for role in run.nets.keys() & {"teacher", "critic"}:
-        _ = run.nets[role]
+    run.nets.bring(*sorted(run.nets.keys() & {"teacher", "critic"}))
     check = monitor.check(run.student(), run.step)
     run.figures |= {f"health/{name}": value for name, value in figures(check.vitals).items()}
     log.say(f"step {run.step}: {check.verdict}" + "".join(f"; {what}" for what in check.done))

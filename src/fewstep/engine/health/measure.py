@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool3d, interpolate
 
-from fewstep.core import Seeds
+from fewstep.core import Cond, Seeds
 from fewstep.diffusion import CFG, Prediction
 from fewstep.diffusion.prediction import target
 from fewstep.engine.health.vitals import Looks
@@ -48,18 +48,34 @@ class Gauge:
     seeds: int
     batch: int
     precision: Callable[[], AbstractContextManager[Any]]
+    images: Mapping[str, Tensor] | None = None
+    """What the clips of the prompts begin with, of a model that reads images."""
 
     @classmethod
     def of(
-        cls, model: VideoModel, prompts: tuple[str, ...], seeds: int, batch: int, precision: Callable[[], Any]
-    ) -> Gauge:
+        cls, model: VideoModel, prompts: tuple[str, ...], seeds: int, batch: int, precision: Callable[[], Any],
+        images: Mapping[str, Tensor] | None = None,
+    ) -> Gauge:  # fmt: skip
         scenes = read_scenes(prompts, model.card.height, model.card.width)
-        return cls(prompts, scenes, seeds, batch, precision)
+        return cls(prompts, scenes, seeds, batch, precision, images)
 
     @property
     def texts(self) -> tuple[str, ...]:
         """The prompt of every clip of one step count."""
         return tuple(prompt for prompt in self.prompts for _ in range(self.seeds))
+
+    def pictures(self, part: slice) -> Mapping[str, Tensor] | None:
+        """What these clips of `texts` begin with."""
+        return self.images and {name: x.repeat_interleave(self.seeds, 0)[part] for name, x in self.images.items()}
+
+    def conditions(self, model: VideoModel, part: slice) -> tuple[Cond, Cond]:
+        """Of these clips."""
+        return model.conditions(self.texts[part], self.pictures(part))
+
+    def shown(self, model: VideoModel, count: int) -> Cond:
+        """Conditions of the first `count` prompts."""
+        images = self.images and {name: x[:count] for name, x in self.images.items()}
+        return model.conditions(self.prompts[:count], images)[0]
 
     def parts(self) -> Iterator[slice]:
         """Clips that are made together."""
@@ -75,8 +91,9 @@ class Gauge:
             for part in self.parts():
                 with self.precision():
                     made = model.latents(
-                        self.texts[part], num_inference_steps=count, seed=part.start, force=True, watch=watch
-                    )
+                        self.texts[part], image=self.pictures(part), num_inference_steps=count, seed=part.start, force=True,
+                        watch=watch,
+                    )  # fmt: skip
                 latents.append(made.float())
                 frames.append(decode(model, made))
         return Sampled(torch.cat(latents), torch.cat(frames), tuple(sorted(times, reverse=True)))
@@ -107,7 +124,7 @@ class Gauge:
         totals = [0.0] * len(networks)
         with torch.no_grad(), self.precision():
             for part in self.parts():
-                cond, _ = model.encode_text(self.texts[part])
+                cond, _ = self.conditions(model, part)
                 x_t, t, eps = (v[part] for v in noised(model.denoiser, x0))
                 for i, network in enumerate(networks):
                     totals[i] += error(network(x_t, t, cond), x0[part], eps) * len(x_t) / len(x0)
@@ -120,7 +137,7 @@ class Gauge:
         with self.precision():
             for part in self.parts():
                 x_t, t, _ = (v[part] for v in noised(model.denoiser, x0))
-                made.append(guidance(model.denoiser, x_t, t, *model.encode_text(self.texts[part])).x0.float())
+                made.append(guidance(model.denoiser, x_t, t, *self.conditions(model, part)).x0.float())
         return float(torch.cat(made).std() / x0.std())
 
     def _accuracy(self, frames: Tensor) -> float | None:
@@ -171,9 +188,8 @@ def error(prediction: Prediction, x0: Tensor, eps: Tensor) -> float:
     return float((prediction.raw.float() - wanted).square().mean())
 
 
-def eyes(networks: tuple[nn.Module, ...], x0: Tensor, model: VideoModel, prompts: tuple[str, ...]) -> list[Tensor]:
+def eyes(networks: tuple[nn.Module, ...], x0: Tensor, model: VideoModel, cond: Cond) -> list[Tensor]:
     """What each network makes of the same noised clips, as frames: a picture of who believes what."""
-    cond, _ = model.encode_text(prompts)
     t = torch.full((len(x0),), 0.6, device=x0.device)
     eps = Seeds(tuple(range(len(x0))), device=str(x0.device)).randn(x0.shape, "eyes")
     x_t = model.denoiser.path.add_noise(x0, eps, t)

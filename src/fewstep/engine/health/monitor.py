@@ -29,6 +29,7 @@ from fewstep.engine.preview import sheet
 from fewstep.engine.settings import Health, Settings
 from fewstep.methods.base import Method, Nets, Sync, Update
 from fewstep.models import Denoiser, VideoModel
+from fewstep.models.images import images_in
 
 SHOWN = 4
 """Clips in the picture of a check."""
@@ -81,9 +82,9 @@ class Monitor:
             if isinstance(event, Update) and "student" not in event.roles:
                 yield from [event] * self.extra
 
-    def compare(self, terms: Mapping[str, Tensor], roles: str) -> None:
+    def compare(self, terms: Mapping[str, Tensor], roles: tuple[str, ...]) -> None:
         """The loss terms of a graph that is about to run backward: how their gradients agree, where that can be had."""
-        if "student" not in roles.split("+"):
+        if "student" not in roles:
             return
         self.names |= set(terms)
         if self.terms is not None and len(self.names) > 1 and not self.settings.compile and self.processes.world == 1:
@@ -217,7 +218,7 @@ class Monitor:
         who: tuple[nn.Module, ...] = (self.model.denoiser,)
         who = (self.nets["critic"], *who) if "critic" in self.nets else who
         with self.gauge.precision():
-            seen = eyes(who, x0, self.model, self.gauge.prompts[: len(rows)])
+            seen = eyes(who, x0, self.model, self.gauge.shown(self.model, len(rows)))
         ends = [by_count[0][rows], by_count[-1][rows]][: len(by_count)]
         return Image.fromarray(sheet([*ends, *seen, self._teacher.frames[rows]]))
 
@@ -247,10 +248,10 @@ def watching(
     if health is None or unexamined(model, method, settings):
         return None
     rng = Rng(settings.seed, device=settings.device).fold("health")
-    prompts = source.batch(health.prompts, rng).prompts
+    batch = source.batch(health.prompts, rng)
     return Monitor(
         health=health,
-        gauge=Gauge.of(model, prompts, health.seeds, settings.batch, precision),
+        gauge=Gauge.of(model, batch.prompts, health.seeds, settings.batch, precision, images_in(model, batch.cond)),
         model=model,
         method=method,
         settings=settings,

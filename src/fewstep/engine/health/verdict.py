@@ -110,9 +110,8 @@ def noise(history: Sequence[Vitals], baselines: Baselines) -> Iterator[Verdict]:
 
 
 def critic(history: Sequence[Vitals], baselines: Baselines) -> Iterator[Verdict]:
-    for role in ("critic", "discriminator"):
-        moved = history[-1].moved.get(role)
-        if moved is not None and moved < STILL:
+    for role, moved in history[-1].moved.items():
+        if role != "student" and moved < STILL:
             yield Verdict(
                 "diverging",
                 f"the {role} does not learn ({moved:.0%} of its weights moved in the last iteration), so the student "

@@ -6,9 +6,11 @@ import re
 from dataclasses import replace
 
 import torch
+from PIL import Image
 
 from fewstep.attention import Dense
 from fewstep.core import Cond, Seeds
+from fewstep.data.video import to_uint8
 from fewstep.evaluate.conformance.subject import Fault, Measured, NotApplicable, Subject, relative, worst
 
 _TIMES = (1.0, 0.7, 0.3, 0.05)
@@ -60,7 +62,7 @@ def times(s: Subject) -> Measured:
         raise NotApplicable("a student has times of its own")
     from fewstep.models.adapters.pipeline import recommended_times
 
-    theirs = recommended_times(layout.scheduler(), s.options.steps, s.tokens)
+    theirs = recommended_times(layout, s.options.steps, s.tokens)
     ours = contract.times(s.options.steps)
     return Measured(max(abs(a - b) for a, b in zip(ours, theirs, strict=True)), 1e-5)
 
@@ -83,10 +85,11 @@ def pipeline(s: Subject) -> Measured:
     steps = contract.steps if contract.grids else options.steps
     noise = Seeds((options.seed,), str(s.model.device)).randn((1, *s.shape), "start")
     try:
-        theirs = sample(s.model, layout, noise, s.cond[:1], s.uncond[:1], steps)
+        pictures = {name: Image.fromarray(to_uint8(x).permute(1, 2, 0).numpy()) for name, x in s.images().items()}
+        theirs = sample(s.model, layout, noise, s.cond[:1], s.uncond[:1], steps, pictures)
     except NoCounterpart as reason:
         raise NotApplicable(str(reason)) from None
-    ours = s.model.latents(s.prompts[:1], num_inference_steps=steps, seed=options.seed)
+    ours = s.model.latents(s.prompts[:1], **s.images(), num_inference_steps=steps, seed=options.seed)
     return Measured(relative(ours, theirs), 10 * s.tolerance)  # errors of the steps add up, guidance enlarges them
 
 

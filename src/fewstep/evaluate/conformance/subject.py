@@ -89,13 +89,19 @@ class Subject:
         self.t = torch.tensor([0.9037, 0.3513], device=self.model.device, dtype=self.dtype)
         self.backbone.embed(self.x_t, self.t, self.cond)  # ValueError where the network does not take this size
 
-    def conditions(self, prompts: Sequence[str], image: Tensor | None = None) -> tuple[Cond, Cond]:
-        """As the model's, with the image given or another one where it makes clips of images."""
+    def conditions(self, prompts: Sequence[str], frames: Tensor | None = None) -> tuple[Cond, Cond]:
+        """As the model's, with the ends of `frames` `[3, F, H, W]` (or of any) where it makes clips of images."""
+        return self.model.conditions(prompts, **self.images(frames))
+
+    def images(self, frames: Tensor | None = None) -> dict[str, Any]:
+        """The ends of `frames`, or of any, as `VideoModel.latents` takes them; empty where it makes clips of text alone."""
         if "image" not in self.model.parts:
-            return self.model.encode_text(prompts)
-        card = self.model.card
-        noise = Rng(self.options.seed).rand((3, card.height, card.width), "conformance/image")
-        return self.model.conditions(prompts, 2 * noise - 1 if image is None else image)
+            return {}
+        if frames is None:  # colours that a picture of 8 bits has
+            size = (3, 2, self.model.card.height, self.model.card.width)
+            frames = (256 * Rng(self.options.seed).rand(size, "conformance/images")).floor() / 127.5 - 1
+        last = {"last_image": frames[:, -1]} if self.model.part("image").needs_last else {}
+        return {"image": frames[:, 0]} | last
 
     @property
     def backbone(self) -> Backbone:

@@ -70,7 +70,7 @@ class _Noised:
         frames, caption = _known(s)
         self._s = s
         self._x0 = s.model.codec.encode(frames.to(s.model.device)).to(s.dtype)
-        self._cond = s.conditions([caption], frames[0, :, 0])[0]
+        self._cond = s.conditions([caption], frames[0])[0]
 
     def predict(self, t: float, told: float | None = None) -> Prediction:
         """What a network that is told another time makes of the clip at `t`."""

@@ -38,7 +38,7 @@ def features(s: Subject) -> Measured:
         x = s.x_t.clone().requires_grad_()
         volumes = s.network.features(x, s.t, s.cond, layers)
         for layer, volume in zip(layers, volumes, strict=True):
-            expected = (2, s.backbone.widths[layer], s.shape[1])
+            expected = (2, s.backbone.widths[layer], s.shape[1] // s.backbone.patch_frames)
             if volume.shape[:3] != expected or volume.ndim != 5:
                 raise Fault(f"layer {layer} has the shape {tuple(volume.shape)}, which should begin with {expected}")
             reached = torch.autograd.grad(volume.square().sum(), x, retain_graph=True, allow_unused=True)[0]

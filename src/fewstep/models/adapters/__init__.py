@@ -26,8 +26,9 @@ PIPELINES = MappingProxyType(
     {
         "WanPipeline": "wan", "WanImageToVideoPipeline": "wan",
         "AnimateDiffPipeline": "animatediff", "StableDiffusionPipeline": "stable_diffusion",
-        "LTXPipeline": "ltx", "CogVideoXPipeline": "cogvideox", "HunyuanVideoPipeline": "hunyuan",
-        "HunyuanVideo15Pipeline": "hunyuan15",
+        "LTXPipeline": "ltx", "LTXConditionPipeline": "ltx",
+        "CogVideoXPipeline": "cogvideox", "CogVideoXImageToVideoPipeline": "cogvideox",
+        "HunyuanVideoPipeline": "hunyuan", "HunyuanVideo15Pipeline": "hunyuan15",
     }
 )  # fmt: skip
 """Diffusers' pipelines, as `model_index.json` names them, and the file here that makes their card."""
@@ -35,7 +36,8 @@ PARTS = MappingProxyType(
     {
         "Wan": "wan", "WanExperts": "wan_experts", "WanImage": "wan_image", "T5Text": "t5", "VideoCodec": "codec",
         "AnimateDiff": "animatediff", "StableDiffusion": "stable_diffusion", "ClipText": "clip", "FrameCodec": "frame_codec",
-        "LTX": "ltx", "CogVideoX": "cogvideox", "HunyuanVideo": "hunyuan", "HunyuanText": "hunyuan_text",
+        "LTX": "ltx", "CogVideoX": "cogvideox", "CogVideoXImage": "cogvideox_image",
+        "HunyuanVideo": "hunyuan", "HunyuanText": "hunyuan_text",
         "HunyuanVideo15": "hunyuan15", "QwenByT5Text": "qwen_byt5",
     }
 )  # fmt: skip

@@ -9,6 +9,10 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
+from fewstep.core import Rng
+from fewstep.models.adapters.chunks import CHUNKS, Chunks
+from fewstep.models.decoding import Decoded
+
 Kind = Literal[
     "AutoencoderKLWan", "AutoencoderKLLTXVideo", "AutoencoderKLCogVideoX", "AutoencoderKLHunyuanVideo",
     "AutoencoderKLHunyuanVideo15",
@@ -16,20 +20,37 @@ Kind = Literal[
 
 
 class VideoCodec(nn.Module):
-    """Latents have mean 0 and deviation 1 per channel, as the denoiser knows them; always computed in float32, clip by clip.
+    """Latents have mean 0 and deviation 1 per channel, as the denoiser knows them; computed clip by clip, in float32.
 
     `config` is the arguments of diffusers' class `kind`; the denoiser takes latents in whole patches of `patch` rows and
-    columns. With `tiling` large frames are done in overlapping tiles, which need less memory and are not exactly the whole.
+    columns, and of `patch_frames` frames: repetitions of the first one are put before it, and left out again when decoded.
+    With `tiling` large frames are done in overlapping tiles, which need less memory and are not exactly the whole. A decoder
+    that reads a time is told `decode_time` and given latents of which `decode_noise` is noise, the same for every clip.
     """
 
     folders: ClassVar[tuple[str, ...]] = ("vae",)
+    one_at_a_time: ClassVar[bool] = True
+    """Clips of a batch are encoded one after the other: some of these autoencoders can do no more."""
 
     def __init__(
-        self, *, config: dict[str, Any], kind: Kind = "AutoencoderKLWan", patch: int = 1, tiling: bool = False
+        self,
+        *,
+        config: dict[str, Any],
+        kind: Kind = "AutoencoderKLWan",
+        patch: int = 1,
+        patch_frames: int = 1,
+        tiling: bool = False,
+        decode_time: float = 0.0,
+        decode_noise: float = 0.0,
     ) -> None:
         super().__init__()
-        self.args = {"config": config, "kind": kind, "patch": patch, "tiling": tiling}
-        self.kind, self.patch = getattr(diffusers, kind), patch
+        self.args = {
+            "config": config, "kind": kind, "patch": patch, "patch_frames": patch_frames, "tiling": tiling,
+            "decode_time": decode_time, "decode_noise": decode_noise,
+        }  # fmt: skip
+        self.kind, self.patch, self.patch_frames = getattr(diffusers, kind), patch, patch_frames
+        self.decode_time, self.decode_noise = decode_time, decode_noise
+        self._chunks: type[Chunks] = CHUNKS[kind]
         self._hold(self.kind.from_config(config))
 
     def load(self, folder: Path) -> None:
@@ -55,33 +76,75 @@ class VideoCodec(nn.Module):
             return vae.temporal_compression_ratio, vae.spatial_compression_ratio
         return config.temporal_compression_ratio, 2 ** (len(config.block_out_channels) - 1)  # CogVideoX
 
-    def encode(self, frames: Tensor) -> Tensor:
-        """`[B, 3, F, H, W]` in [-1, 1] to latents `[B, *latent_shape(F, H, W)]`: the mode of the posterior."""
-        self.latent_shape(*frames.shape[2:])
+    def encode(self, frames: Tensor, *, autocast: bool = False) -> Tensor:
+        """`[B, 3, F, H, W]` in [-1, 1] to latents `[B, *latent_shape(F, H, W)]`: the mode of the posterior.
+
+        With `autocast` convolutions are computed in bfloat16.
+        """
+        _, whole, _, _ = self.latent_shape(*frames.shape[2:])
         mean, std = self._statistics(frames)
-        with torch.autocast(frames.device.type, enabled=False):
+        with torch.autocast(frames.device.type, torch.bfloat16, enabled=autocast):
             modes = [self.vae.encode(clip).latent_dist.mode() for clip in frames.float().split(1)]
-            return (torch.cat(modes) - mean) / std
+        latents = (torch.cat(modes).float() - mean) / std
+        missing = whole - latents.shape[2]
+        return torch.cat([latents[:, :, :1].repeat(1, 1, missing, 1, 1), latents], 2) if missing else latents
 
     def decode(self, latents: Tensor) -> Tensor:
-        """The frames, in [-1, 1]. A decoder that reads a time is given 0, as diffusers does."""
-        mean, std = self._statistics(latents)
-        reads_time = self.vae.config.get("timestep_conditioning", False)
-        time = {"temb": torch.zeros(1, device=latents.device)} if reads_time else {}
+        """The frames, in [-1, 1]."""
+        clips = self._own(latents, 0)
         with torch.autocast(latents.device.type, enabled=False):
-            clips = (latents.float() * std + mean).split(1)
-            return torch.cat([self.vae.decode(clip, **time).sample for clip in clips])
+            return torch.cat([self.vae.decode(clip, **self._told(latents)).sample for clip in clips.split(1)])
+
+    def decode_next(self, latents: Tensor, past: Any = None, *, last: bool = False) -> Decoded:
+        """As in `ChunkCodec`. Joined, the frames are those of `decode`; but for LTX, whose decoder looks far ahead: those of
+        overlapping tiles of three latent frames.
+
+        The first frames come with the first latent (Wan, HunyuanVideo 1.5), the third (CogVideoX, LTX) or the fifth
+        (HunyuanVideo). What is remembered does not grow with the clip, but for keys and values of one attention layer in
+        HunyuanVideo 1.5. ValueError where it cannot be done.
+        """
+        chunks = self._chunks(self.vae, self._told(latents))
+        if self.args["tiling"] and not chunks.tiles:
+            raise ValueError(f"{self.kind.__name__} does not decode chunks in tiles; set tiling: false")
+        if any(self.vae.config.get("decoder_inject_noise") or ()):
+            raise ValueError("this autoencoder draws noise for a whole clip; decode its clips whole")
+        before, pasts = past or (0, [None] * len(latents))
+        with torch.autocast(latents.device.type, enabled=False):
+            clips = self._own(latents, before).split(1)
+            made = [chunks.next(clip, seen, last) for clip, seen in zip(clips, pasts, strict=True)]
+        (_, space), (height, width) = self.factors, latents.shape[3:]
+        nothing = latents.new_zeros(1, 3, 0, height * space, width * space, dtype=torch.float32)
+        frames = [torch.cat([nothing, *parts], 2) for parts, _ in made]
+        return Decoded(torch.cat(frames), (before + latents.shape[2], [seen for _, seen in made]))
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """`(C, F, h, w)` of a clip; ValueError if the size cannot be encoded."""
         config, (time, space) = self.vae.config, self.factors
-        if num_frames % time != 1:
-            near = num_frames // time * time + 1
-            raise ValueError(f"num_frames must be {time} k + 1 for this codec, such as {near}, got {num_frames}")
+        unit = time * self._chunks.group
+        if num_frames % unit != 1:
+            near = num_frames // unit * unit + 1
+            raise ValueError(f"num_frames must be {unit} k + 1 for this codec, such as {near}, got {num_frames}")
         if height % (space * self.patch) or width % (space * self.patch):
             raise ValueError(f"height and width must be multiples of {space * self.patch}, got {height} x {width}")
         channels = config["z_dim"] if "z_dim" in config else config["latent_channels"]
-        return channels, num_frames // time + 1, height // space, width // space
+        frames = -(-(num_frames // time + 1) // self.patch_frames) * self.patch_frames
+        return channels, frames, height // space, width // space
+
+    def _own(self, latents: Tensor, before: int) -> Tensor:
+        """The autoencoder's own latents of those that follow `before` others, without what only fills the first patch."""
+        mean, std = self._statistics(latents)
+        z = latents.float() * std + mean
+        if self.decode_noise and z.shape[2]:
+            _, channels, frames, height, width = z.shape
+            shape, rng = (channels, height, width), Rng(0, device=str(z.device))
+            drawn = [rng.randn(shape, f"decode/{frame}") for frame in range(before, before + frames)]
+            z = torch.lerp(z, torch.stack(drawn, 1).expand_as(z), self.decode_noise)
+        return z if before else z[:, :, self.patch_frames - 1 :]
+
+    def _told(self, latents: Tensor) -> dict[str, Tensor]:
+        """What the decoder reads besides."""
+        reads_time = self.vae.config.get("timestep_conditioning", False)
+        return {"temb": torch.full((1,), self.decode_time, device=latents.device)} if reads_time else {}
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and deviation of the autoencoder's own latents, which its config or its weights name."""

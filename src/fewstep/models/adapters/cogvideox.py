@@ -1,21 +1,23 @@
-"""CogVideoX 1.0 text to video (2408.06072) over diffusers' CogVideoXTransformer3DModel.
+"""CogVideoX (2408.06072), text or image to video, over diffusers' CogVideoXTransformer3DModel.
 
 It predicts v on a scaled-linear table of noise whose signal-to-noise ratio is shifted and which ends in pure noise. The 2B
-model adds sinusoids to its tokens, the 5B model rotates queries and keys.
+model adds sinusoids to its tokens, the 5B models rotate queries and keys, and that of images adds learned positions too.
+CogVideoX 1.5 has patches of two latent frames. Legend: as in `models/backbone.py`.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import torch
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
-from diffusers.models.embeddings import get_3d_rotary_pos_embed, get_3d_sincos_pos_embed
+from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
+from diffusers.models.embeddings import apply_rotary_emb, get_3d_rotary_pos_embed, get_3d_sincos_pos_embed
 from torch import Tensor, nn
 
-from fewstep.attention import Grid3, KVView
+from fewstep.attention import Grid3, KVView, Ulysses
 from fewstep.core.types import Cond
 from fewstep.diffusion import timestep
 from fewstep.models.adapters.ddpm import contract_of, kind_of, path_of
@@ -24,10 +26,12 @@ from fewstep.models.adapters.streams import Streams, StreamsBackbone, StreamsBlo
 from fewstep.models.backbone import Original
 from fewstep.models.bundle import Card
 from fewstep.models.spec import Spec
-from fewstep.models.video_dit import unpatchify
+from fewstep.models.video_dit import split_heads
 
-_REFUSED = ("patch_size_t", "ofs_embed_dim", "use_learned_positional_embeddings", "dropout")
-"""Settings of CogVideoX 1.5 and of its image-to-video models."""
+_OFFSET = 2.0
+"""What an `ofs` embedding is told, always."""
+_SIZE_15 = MappingProxyType({"num_frames": 81, "height": 768, "width": 1360, "fps": 16})
+"""Of CogVideoX 1.5, whose configs may name the largest size instead."""
 
 
 def card(layout: Layout) -> Card:
@@ -36,28 +40,45 @@ def card(layout: Layout) -> Card:
     path, space = path_of(scheduler), 2 ** (len(vae["block_out_channels"]) - 1)
     text = {"config": layout.config("text_encoder"), "length": network["max_text_seq_length"], "plain": True}
     large = network["use_rotary_positional_embeddings"]
-    codec = {"config": vae, "kind": "AutoencoderKLCogVideoX", "patch": network["patch_size"], "tiling": False}
+    patch, frames = network["patch_size"], network.get("patch_size_t")
+    size = {
+        "num_frames": network["sample_frames"], "height": network["sample_height"] * space,
+        "width": network["sample_width"] * space, "fps": 8,
+    }  # fmt: skip
+    codec = {
+        "config": vae,
+        "kind": "AutoencoderKLCogVideoX",
+        "patch": patch,
+        "patch_frames": frames or 1,
+        "tiling": False,
+    }
+    parts = {
+        "denoiser": Spec("CogVideoX", {"config": network, "num_train_timesteps": path.num_train_timesteps}),
+        "text": Spec("T5Text", {**text, "dtype": "bfloat16"}),
+        "codec": Spec("VideoCodec", codec),
+    }
+    if network["in_channels"] != network["out_channels"]:
+        parts["image"] = Spec("CogVideoXImage", {})
     return Card(
         name=Path(layout.source).name,
-        parts={
-            "denoiser": Spec("CogVideoX", {"config": network, "num_train_timesteps": path.num_train_timesteps}),
-            "text": Spec("T5Text", {**text, "dtype": "bfloat16"}),
-            "codec": Spec("VideoCodec", codec),
-        },
-        sources=dict.fromkeys(("denoiser", "text", "codec"), layout.source),
+        parts=parts,
+        sources=dict.fromkeys(parts, layout.source),
         path=path,
         kind=kind_of(scheduler),
         contract=contract_of(scheduler, steps=50, scale=6.0),
-        num_frames=network["sample_frames"], height=network["sample_height"] * space,
-        width=network["sample_width"] * space, fps=8,
         provenance={"source": layout.source, "licence": "CogVideoX License" if large else "Apache-2.0"},
-    )  # fmt: skip
+        **(size if frames is None else _SIZE_15),
+    )
 
 
 class CogVideoX(StreamsBackbone):
-    """The modules are diffusers' own; `config` is its constructor's arguments. All text tokens are read, padding too."""
+    """The modules are diffusers' own; `config` is its constructor's arguments. All text tokens are read, padding too.
+
+    A network with more input than output channels makes clips of an image: it reads `image_latents` of `Cond.extra`.
+    """
 
     network = CogVideoXTransformer3DModel
+    shares = True
 
     def __init__(self, *, config: dict[str, Any], num_train_timesteps: int = 1000) -> None:
         super().__init__()
@@ -67,34 +88,44 @@ class CogVideoX(StreamsBackbone):
 
     def _hold(self, network: Any) -> None:
         self.config = network.config
-        for key in _REFUSED:
-            if self.config[key]:
-                raise ValueError(
-                    f"CogVideoX 1.0 text to video is what is read; this network has {key}: {self.config[key]!r}"
-                )
-        self.channels, self.patch = self.config.in_channels, self.config.patch_size
+        if self.config.dropout:
+            raise ValueError(f"CogVideoX is trained without dropout; set dropout: 0, not {self.config.dropout}")
+        self.channels, self.patch = self.config.out_channels, self.config.patch_size
+        self.patch_frames = self.config.patch_size_t or 1
         self.width = self.config.num_attention_heads * self.config.attention_head_dim
         inner = network.patch_embed
         self.patch_embed = nn.ModuleDict({"proj": inner.proj, "text_proj": inner.text_proj})
+        if self.config.use_learned_positional_embeddings:
+            self.patch_embed.register_buffer("pos_embedding", inner.pos_embedding)
         self.time_proj, self.time_embedding = network.time_proj, network.time_embedding
+        self.ofs_proj, self.ofs_embedding = network.ofs_proj, network.ofs_embedding
+        for block in network.transformer_blocks:
+            block.attn1.set_processor(SharedAttention())
         self.blocks = nn.ModuleList(map(StreamsBlock, network.transformer_blocks))
         self.norm_final, self.norm_out, self.proj_out = network.norm_final, network.norm_out, network.proj_out
 
     def embed(self, x: Tensor, t: Tensor, cond: Cond, kv: KVView | None = None) -> Streams:
         grid = self._grid(x, t, kv)
         with torch.autocast(x.device.type, enabled=False):
-            patches = self.patch_embed["proj"](x.transpose(1, 2).flatten(0, 1))
-            x_BNE = patches.unflatten(0, (len(x), -1)).permute(0, 1, 3, 4, 2).flatten(1, 3)
+            x_BNE = self._patches(self._beside_image(x, cond))
             text = self.patch_embed["text_proj"](cond.text.to(x.dtype))
             time = self.time_embedding(self.time_proj(timestep(t, self.num_train_timesteps)).to(x.dtype))
-        if self.config.use_rotary_positional_embeddings:
-            return Streams(x_BNE, text, time, grid, self._rotary(grid, x.device))
-        return Streams(x_BNE + self._sinusoids(grid, x.device).to(x.dtype), text, time, grid)
+            if self.ofs_embedding is not None:
+                time = time + self.ofs_embedding(self.ofs_proj(t.new_full((1,), _OFFSET)).to(x.dtype))
+            if self.config.use_learned_positional_embeddings:
+                of_text, of_clip = self._learned(grid, text.shape[1], x)
+                x_BNE, text = x_BNE + of_clip, text + of_text
+            elif not self.config.use_rotary_positional_embeddings:
+                x_BNE = x_BNE + self._sinusoids(grid, x.device).to(x.dtype)
+        rotary = self._rotary(grid, x.device) if self.config.use_rotary_positional_embeddings else None
+        return Streams(x_BNE, text, time, grid, rotary)
 
     def head(self, state: Streams) -> Tensor:
         with torch.autocast(state.x_BNE.device.type, enabled=False):
-            x = self.norm_final(state.x_BNE)
-            return unpatchify(self.proj_out(self.norm_out(x, temb=state.time_BE)), state.grid, self.patch)
+            x = self.proj_out(self.norm_out(self.norm_final(state.x_BNE), temb=state.time_BE))
+        patch = (self.patch_frames, self.patch, self.patch)
+        x = x.unflatten(2, (-1, *patch)).unflatten(1, state.grid)  # B F h w C p q r
+        return x.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6).flatten(4, 5).flatten(2, 3)
 
     def original(self) -> Original:
         """Diffusers has frames before channels."""
@@ -108,8 +139,48 @@ class CogVideoX(StreamsBackbone):
             _, _, frames, height, width = x.shape
             rotary = CogVideoXPipeline._prepare_rotary_positional_embeddings(settings, height, width, frames, x.device)
         steps, text = timestep(t, self.num_train_timesteps), cond.text.to(x.dtype)
-        made: Tensor = network(x.transpose(1, 2), text, steps, image_rotary_emb=rotary, return_dict=False)[0]
+        offset = None if network.ofs_embedding is None else x.new_full((1,), _OFFSET)
+        x = self._beside_image(x, cond).transpose(1, 2)
+        made: Tensor = network(x, text, steps, ofs=offset, image_rotary_emb=rotary, return_dict=False)[0]
         return made.transpose(1, 2)
+
+    def _beside_image(self, x: Tensor, cond: Cond) -> Tensor:
+        """The latents, and in further channels those of the image."""
+        if self.config.in_channels == self.channels:
+            return x
+        if "image_latents" not in cond.extra:
+            raise ValueError(
+                "this CogVideoX makes a clip of an image, and the condition has no image_latents; give image=... (--image)"
+            )
+        return torch.cat([x, cond.extra["image_latents"].to(x)], 1)
+
+    def _patches(self, x: Tensor) -> Tensor:
+        """Tokens `[B, N, E]`, in the order of frames, rows and columns."""
+        if self.config.patch_size_t is None:  # a convolution in two dimensions
+            made = self.patch_embed["proj"](x.transpose(1, 2).flatten(0, 1))
+            return made.unflatten(0, (len(x), -1)).permute(0, 1, 3, 4, 2).flatten(1, 3)
+        x = x.unflatten(4, (-1, self.patch)).unflatten(3, (-1, self.patch)).unflatten(2, (-1, self.patch_frames))
+        tokens: Tensor = self.patch_embed["proj"](x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3))
+        return tokens
+
+    def _learned(self, grid: Grid3, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions of the text and of the clip; sinusoids for another number of frames than was trained on."""
+        trained, longest = self._trained_grid, self.config.max_text_seq_length
+        if grid[1:] != trained[1:]:
+            raise ValueError(
+                f"this CogVideoX has learned positions of {trained[1]} x {trained[2]} patches and no others, not of "
+                f"{grid.height} x {grid.width}; leave out height and width"
+            )
+        if grid != trained:
+            return like.new_zeros(1, length, self.width), self._sinusoids(grid, like.device).to(like.dtype)
+        table: Tensor = self.patch_embed.get_buffer("pos_embedding").to(like.dtype)
+        return table[:, :length], table[:, longest:]
+
+    @property
+    def _trained_grid(self) -> Grid3:
+        config, patch = self.config, self.patch
+        frames = (config.sample_frames - 1) // config.temporal_compression_ratio + 1
+        return Grid3(frames, config.sample_height // patch, config.sample_width // patch)
 
     def _sinusoids(self, grid: Grid3, device: torch.device) -> Tensor:
         """`[N, E]`."""
@@ -119,13 +190,49 @@ class CogVideoX(StreamsBackbone):
         return table.flatten(0, 1)
 
     def _rotary(self, grid: Grid3, device: torch.device) -> Tensor:
-        """`[2, N, D]`, as if the clip had been cut from the middle of one of the size that was trained on."""
-        trained = self.config.sample_height // self.patch, self.config.sample_width // self.patch
-        scale = min(trained[0] / grid.height, trained[1] / grid.width)
-        fitted = round(grid.height * scale), round(grid.width * scale)
-        start = round((trained[0] - fitted[0]) / 2), round((trained[1] - fitted[1]) / 2)
-        stop = start[0] + fitted[0], start[1] + fitted[1]
-        tables = get_3d_rotary_pos_embed(
-            self.config.attention_head_dim, (start, stop), (grid.height, grid.width), grid.frames, device=device
+        """`[2, N, D]`. In 1.0 as if the clip had been cut from the middle of one of the size that was trained on, in 1.5 from
+        its upper left corner."""
+        _, rows, columns = self._trained_grid
+        places: dict[str, Any] = {"crops_coords": None, "grid_type": "slice", "max_size": (rows, columns)}
+        if self.config.patch_size_t is None:
+            scale = min(rows / grid.height, columns / grid.width)
+            fitted = round(grid.height * scale), round(grid.width * scale)
+            start = round((rows - fitted[0]) / 2), round((columns - fitted[1]) / 2)
+            places = {"crops_coords": (start, (start[0] + fitted[0], start[1] + fitted[1]))}
+        elif grid.height > rows or grid.width > columns:
+            raise ValueError(
+                f"this CogVideoX knows positions of {rows} x {columns} patches, not {grid.height} x {grid.width}"
+            )
+        width, size = self.config.attention_head_dim, (grid.height, grid.width)
+        return torch.stack(
+            get_3d_rotary_pos_embed(width, grid_size=size, temporal_size=grid.frames, device=device, **places)
         )
-        return torch.stack(tables)
+
+
+class SharedAttention(CogVideoXAttnProcessor2_0):
+    """Diffusers' attention of text and clip, or the same where processes share the clip's tokens."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        shared: Ulysses | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        if shared is None:
+            done: tuple[Tensor, Tensor] = super().__call__(
+                attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
+            )
+            return done
+        length, x = encoder_hidden_states.shape[1], torch.cat([encoder_hidden_states, hidden_states], 1)
+        q, k, v = (split_heads(layer(x), attn.heads) for layer in (attn.to_q, attn.to_k, attn.to_v))
+        q, k = attn.norm_q(q), attn.norm_k(k)
+        if image_rotary_emb is not None:
+            q, k = (
+                torch.cat([h[:, :, :length], apply_rotary_emb(h[:, :, length:], image_rotary_emb)], 2) for h in (q, k)
+            )
+        mixed = shared.attend_beside(q, k, v, length).transpose(1, 2).flatten(2)
+        text, clip = attn.to_out[0](mixed).tensor_split((length,), 1)
+        return clip, text

@@ -46,7 +46,10 @@ def card_of(layout: Layout, family: str, *, num_frames: int, steps: int, licence
 def require_whole_clips(name: str, x: Tensor, t: Tensor, kv: KVView | None) -> None:
     """ValueError for a time per frame or a cache, neither of which a network called `name` was trained with."""
     if t.shape != x.shape[:1]:
-        raise ValueError(f"{name} was trained with one time per clip: t must be [{len(x)}], got {tuple(t.shape)}")
+        raise ValueError(
+            f"{name} was trained with one time per clip: t must be [{len(x)}], got {tuple(t.shape)}; give whole clips one "
+            "time, or take a model whose frames have their own (Wan, LTX)"
+        )
     if kv is not None:
         raise ValueError(f"{name} sees whole clips and has no cache; call it without kv")
 

@@ -49,7 +49,7 @@ def export(model: VideoModel, folder: Path, *, names: Names, link: bool, recipe:
             raise ValueError("one file of weights has nothing to link; leave link out, or write diffusers' layout")
         return _export_weights(model, folder, names, recipe)
     _require_dense(model)
-    usage = Usage(model, _layout(model))
+    usage = _usage(model)
     card, layout = _sealed(model), usage.layout
     made: dict[str, Any] = {**usage.original.networks, **usage.schedulers()}
     if usage.guider is not None:
@@ -75,7 +75,7 @@ def export_lora(model: VideoModel, adapter: Path, folder: Path, *, names: Names,
     Errors as in `export`; FileNotFoundError where there are no adapters.
     """
     _require_dense(model)
-    usage = Usage(model, _layout(model))
+    usage = _usage(model)
     if not usage.takes_lora:
         raise ValueError(f"diffusers loads no LoRA into its {usage.pipeline}; export the whole student")
     _require_base(model, adapter, usage.layout)
@@ -143,6 +143,17 @@ def _require_dense(model: VideoModel) -> None:
         raise ValueError(
             f"elsewhere every frame of {name} reads every other, and this one is causal; keep it in fewstep's folder"
         )
+
+
+def _usage(model: VideoModel) -> Usage:
+    """ValueError where plain diffusers could not make the same clips."""
+    usage = Usage(model, _layout(model))
+    if usage.pipeline == "LTXConditionPipeline":
+        raise ValueError(
+            "LTXConditionPipeline goes by times of its own and draws its noise itself; a folder of fewstep's own keeps this "
+            "student exactly"
+        )
+    return usage
 
 
 def _new(folder: Path) -> Any:

@@ -11,9 +11,10 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from fewstep.models.adapters.unet import to_clips, to_images
+from fewstep.models.decoding import FrameByFrame
 
 
-class FrameCodec(nn.Module):
+class FrameCodec(FrameByFrame, nn.Module):
     """The autoencoder of Stable Diffusion and AnimateDiff; always computed in float32, `chunk` frames at once.
 
     `config` is the arguments of diffusers' class; its scaling factor (0.18215) is part of the latents. The denoiser takes
@@ -43,10 +44,14 @@ class FrameCodec(nn.Module):
         if self.args["tiling"]:
             vae.enable_tiling()
 
-    def encode(self, frames: Tensor) -> Tensor:
-        """`[B, 3, F, H, W]` in [-1, 1] to latents `[B, C, F, H / 8, W / 8]`: the mode of the posterior."""
+    def encode(self, frames: Tensor, *, autocast: bool = False) -> Tensor:
+        """`[B, 3, F, H, W]` in [-1, 1] to latents `[B, C, F, H / 8, W / 8]`: the mode of the posterior.
+
+        With `autocast` convolutions are computed in bfloat16.
+        """
         self.latent_shape(*frames.shape[2:])
-        return self._per_frame(lambda x: (self.vae.encode(x).latent_dist.mode() - self.shift) * self.scale, frames)
+        modes = self._per_frame(lambda x: self.vae.encode(x).latent_dist.mode(), frames, autocast)
+        return (modes - self.shift) * self.scale
 
     def decode(self, latents: Tensor) -> Tensor:
         """The frames, not clamped."""
@@ -59,7 +64,7 @@ class FrameCodec(nn.Module):
             raise ValueError(f"height and width must be multiples of {unit}, got {height} x {width}")
         return self.vae.config.latent_channels, num_frames, height // self.downsample, width // self.downsample
 
-    def _per_frame(self, change: Callable[[Tensor], Tensor], video: Tensor) -> Tensor:
-        with torch.autocast(video.device.type, enabled=False):
+    def _per_frame(self, change: Callable[[Tensor], Tensor], video: Tensor, autocast: bool = False) -> Tensor:
+        with torch.autocast(video.device.type, torch.bfloat16, enabled=autocast):
             made = [change(images) for images in to_images(video).float().split(self.chunk)]
         return to_clips(torch.cat(made), video.shape[2]).to(video.dtype)

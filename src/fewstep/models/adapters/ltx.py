@@ -1,6 +1,8 @@
 """LTX-Video text to video (2501.00103) over diffusers' LTXVideoTransformer3DModel.
 
-Positions are seconds and pixels, so the network knows the frame rate and how much the codec compresses.
+Positions are seconds and pixels, so the network knows the frame rate and how much the codec compresses. From 0.9.5 on, in
+layouts of LTXConditionPipeline, a latent frame stands where the first of its frames is, times are slow at first, and the
+decoder is given a little noise.
 Legend: as in `models/backbone.py`; tokens are single latent pixels.
 """
 
@@ -10,14 +12,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from diffusers import LTXVideoTransformer3DModel
+from diffusers import LTXConditionPipeline, LTXVideoTransformer3DModel
 from diffusers.models.transformers.transformer_ltx import LTXVideoTransformerBlock
 from torch import Tensor, nn
 
 from fewstep.attention import Dense, Grid3, KVView, Pattern, attend
+from fewstep.core import RecipeError
 from fewstep.core.types import Cond
 from fewstep.models.adapters.attention import after, out, project, rotate_pairs
 from fewstep.models.adapters.flow import contract_of
@@ -30,24 +34,35 @@ from fewstep.models.video_dit import gate, modulate, time_groups
 
 _TIMESTEPS = 1000
 _TEXT_LENGTH = 128
+_CONDITION = "LTXConditionPipeline"
+_CONDITION_TEXT_LENGTH = 256
+_THRESHOLD = 0.025
+_DECODE = MappingProxyType({"decode_time": 0.05, "decode_noise": 0.025})
+"""What LTX's authors tell and give a decoder that reads a time, from 0.9.5 on."""
 _NEGATIVE = "worst quality, inconsistent motion, blurry, jittery, distorted"
 """The negative prompt that LTX's authors sample with."""
 
 
 def card(layout: Layout) -> Card:
     """LTX as diffusers samples it: 161 frames of 512 x 704 at 25 per second, 50 steps, guidance 3."""
-    vae, text = layout.config("vae"), layout.config("text_encoder")
-    codec = Spec("VideoCodec", {"config": vae, "kind": "AutoencoderKLLTXVideo", "patch": 1, "tiling": False})
+    later, vae = layout.index["_class_name"] == _CONDITION, layout.config("vae")
+    codec_settings = {"config": vae, "kind": "AutoencoderKLLTXVideo", "patch": 1, "tiling": False}
+    if later and vae.get("timestep_conditioning"):
+        codec_settings |= _DECODE
+    codec = Spec("VideoCodec", codec_settings)
     with torch.device("meta"):
         compression = list(codec.build().factors)
-    network = {"config": layout.config("transformer"), "compression": compression, "fps": 25, "pattern": Dense().tree()}
+    network = {
+        "config": layout.config("transformer"), "compression": compression, "fps": 25, "first_pixels": later,
+        "pattern": Dense().tree(),
+    }  # fmt: skip
+    text = {
+        "config": layout.config("text_encoder"), "length": _CONDITION_TEXT_LENGTH if later else _TEXT_LENGTH,
+        "plain": True, "masked": later, "dtype": "bfloat16",
+    }  # fmt: skip
     made = Card(
         name=Path(layout.source).name,
-        parts={
-            "denoiser": Spec("LTX", network),
-            "text": Spec("T5Text", {"config": text, "length": _TEXT_LENGTH, "plain": True, "dtype": "bfloat16"}),
-            "codec": codec,
-        },
+        parts={"denoiser": Spec("LTX", network), "text": Spec("T5Text", text), "codec": codec},
         sources=dict.fromkeys(("denoiser", "text", "codec"), layout.source),
         num_frames=161, height=512, width=704, fps=25, negative_prompt=_NEGATIVE,
         provenance={"source": layout.source, "licence": "LTX-Video Open Weights License"},
@@ -57,10 +72,16 @@ def card(layout: Layout) -> Card:
 
 def at_size(card: Card) -> Card:
     """The same model for the size and frame rate of its card: they decide the shift of its times, and its positions."""
-    shape = latent_shape_of(card)
+    shape, layout = latent_shape_of(card), Layout.find(card.sources["denoiser"])
     assert shape is not None  # `card` gave it a codec
-    scheduler = Layout.find(card.sources["denoiser"]).scheduler()
-    contract = contract_of(scheduler, tokens=math.prod(shape[1:]), steps=50, scale=3.0)
+    contract = contract_of(layout.scheduler(), tokens=math.prod(shape[1:]), steps=50, scale=3.0)
+    if layout.index["_class_name"] == _CONDITION:
+        if contract.shift != 1 or contract.terminal:
+            raise RecipeError(
+                f"{layout.source}: {_CONDITION} has times of its own, which scheduler_config.json must leave alone; set "
+                "shift: 1, use_dynamic_shifting: false and shift_terminal: null"
+            )
+        contract = replace(contract, threshold=_THRESHOLD)
     denoiser = Spec("LTX", {**card.parts["denoiser"].args, "fps": card.fps})
     return replace(card, parts={**card.parts, "denoiser": denoiser}, contract=contract)
 
@@ -68,17 +89,29 @@ def at_size(card: Card) -> Card:
 class LTX(DiffusersBackbone):
     """The modules are diffusers' own; `config` is its constructor's arguments.
 
-    `compression` is frames per latent frame and pixels per latent row of the codec, `fps` frames per second. Every frame
-    may have its own time, and with `pattern` and a cache view it is a causal model.
+    `compression` is frames per latent frame and pixels per latent row of the codec, `fps` frames per second; with
+    `first_pixels` a latent frame stands where the first of its frames is. Every frame may have its own time, and with
+    `pattern` and a cache view it is a causal model.
     """
 
     network = LTXVideoTransformer3DModel
     shares = True
 
-    def __init__(self, *, config: dict[str, Any], compression: list[int], fps: int, pattern: Pattern = Dense()) -> None:
+    def __init__(
+        self,
+        *,
+        config: dict[str, Any],
+        compression: list[int],
+        fps: int,
+        first_pixels: bool = False,
+        pattern: Pattern = Dense(),
+    ) -> None:
         super().__init__()
-        self.args = {"config": config, "compression": compression, "fps": fps, "pattern": pattern.tree()}
-        self.compression, self.fps, self.pattern = compression, fps, pattern
+        self.args = {
+            "config": config, "compression": compression, "fps": fps, "first_pixels": first_pixels,
+            "pattern": pattern.tree(),
+        }  # fmt: skip
+        self.compression, self.fps, self.first_pixels, self.pattern = compression, fps, first_pixels, pattern
         self._hold(self.network.from_config(config))
 
     def _hold(self, network: LTXVideoTransformer3DModel) -> None:
@@ -125,22 +158,33 @@ class LTX(DiffusersBackbone):
         return _latents(tokens_BNC, state.grid)
 
     def original(self) -> Original:
-        original = super().original()
-        return original._replace(
-            pack=_tokens, unpack=lambda made, shape: _latents(made, shape[2:]), told={"frame_rate": self.fps}
-        )
+        """Diffusers' newer pipeline gives latents, the older one tokens."""
+        original = super().original()._replace(pack=_tokens, told={"frame_rate": self.fps})
+        if self.first_pixels:
+            return original
+        return original._replace(unpack=lambda made, shape: _latents(made, shape[2:]))
 
     def by_original(self, network: Any, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         time, space = self.compression
-        scale, text = (time / self.fps, space, space), cond.text.to(x.dtype)
-        options = {"rope_interpolation_scale": scale, "return_dict": False}
-        return _latents(network(_tokens(x), text, _TIMESTEPS * t, cond.mask, *x.shape[2:], **options)[0], x.shape[2:])
+        text, size = cond.text.to(x.dtype), x.shape[2:]
+        options: dict[str, Any] = {"rope_interpolation_scale": (time / self.fps, space, space)}
+        if self.first_pixels:
+            places = LTXConditionPipeline._prepare_video_ids(len(x), *size, device=x.device)
+            places = LTXConditionPipeline._scale_video_ids(places, space, time, 0, x.device).float()
+            places[:, 0] = places[:, 0] * (1 / self.fps)
+            options = {"video_coords": places}
+        made = network(_tokens(x), text, _TIMESTEPS * t, cond.mask, *size, **options, return_dict=False)[0]
+        return _latents(made, size)
 
     def _rotary(self, grid: Grid3, cached: int, device: torch.device) -> Tensor:
         """Cosines and sines `[2, M, E / 2]`: the angles of all heads, which differ. float32, as LTX was trained."""
         time, space = self.compression
+        frames = torch.arange(cached + grid.frames, dtype=torch.float32, device=device)
+        seconds = frames * (time / self.fps)
+        if self.first_pixels:
+            seconds = (frames * time + 1 - time).clamp_min(0) * (1 / self.fps)
         axes = (
-            torch.arange(cached + grid.frames, dtype=torch.float32, device=device) * (time / self.fps),
+            seconds,
             torch.arange(grid.height, dtype=torch.float32, device=device) * space,
             torch.arange(grid.width, dtype=torch.float32, device=device) * space,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import diffusers
@@ -12,9 +13,12 @@ from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    LTXConditionPipeline,
     SchedulerMixin,
 )
 from diffusers.pipelines.ltx.pipeline_ltx import calculate_shift
+from diffusers.pipelines.ltx.pipeline_ltx_condition import linear_quadratic_schedule
+from PIL import Image
 from torch import Tensor
 
 from fewstep.core import Cond
@@ -32,12 +36,23 @@ class NoCounterpart(Exception):
     """Diffusers has nothing that does the same, and why."""
 
 
-def recommended_times(scheduler: Mapping[str, Any], steps: int, tokens: int) -> tuple[float, ...]:
-    """The times of `steps` steps by a layout's scheduler settings, for a clip of so many tokens: our t, from noise to data.
+class GivenNoise(LTXConditionPipeline):
+    """Diffusers' pipeline, which would draw noise of its own, from given latents."""
+
+    def prepare_latents(self, *given: Any, latents: Tensor | None = None, **named: Any) -> Any:
+        _, *rest = super().prepare_latents(*given, latents=latents, **named)
+        return latents, *rest
+
+
+def recommended_times(layout: Layout, steps: int, tokens: int) -> tuple[float, ...]:
+    """The times of `steps` steps by a layout's scheduler, for a clip of so many tokens: our t, from noise to data.
 
     A flow model's are those of its authors, the uniform grid under the scheduler's shift; diffusers' own solvers begin or
     end that grid a little off, each in its way.
     """
+    scheduler = layout.scheduler()
+    if layout.index["_class_name"] == LTXConditionPipeline.__name__:
+        return (*linear_quadratic_schedule(steps).tolist(), 0.0)
     if "beta_schedule" in scheduler and not scheduler.get("use_flow_sigmas"):
         ddim: Any = CogVideoXDDIMScheduler if "snr_shift_scale" in scheduler else DDIMScheduler
         ddim = ddim.from_config(scheduler)
@@ -51,12 +66,13 @@ def recommended_times(scheduler: Mapping[str, Any], steps: int, tokens: int) -> 
     return tuple(euler.sigmas.tolist())
 
 
-def sample(model: VideoModel, layout: Layout, noise: Tensor, cond: Cond, uncond: Cond, steps: int) -> Tensor:
+def sample(
+    model: VideoModel, layout: Layout, noise: Tensor, cond: Cond, uncond: Cond, steps: int,
+    pictures: Mapping[str, Image.Image] = MappingProxyType({}),
+) -> Tensor:  # fmt: skip
     """Latents that the layout's pipeline makes of `noise` with this model's weights, times and guidance, without its text
-    encoder. NoCounterpart says why it cannot make them.
+    encoder; of `pictures` by the pipeline's names for them. NoCounterpart says why it cannot make them.
     """
-    if "image" in model.parts:
-        raise NoCounterpart("diffusers' pipeline reads the image with an encoder of its own")
     try:
         usage = Usage(model, layout)
         scheduler = usage.exact(steps).pin()
@@ -64,7 +80,7 @@ def sample(model: VideoModel, layout: Layout, noise: Tensor, cond: Cond, uncond:
         raise NoCounterpart(str(reason)) from reason
     original, options = usage.original, usage.options(steps)
     options.pop("negative_prompt", None)
-    offered = {"prompt_embeds": cond.text, "prompt_attention_mask": cond.mask, **cond.extra}
+    offered = {"prompt_embeds": cond.text, "prompt_attention_mask": cond.mask, **cond.extra, **pictures}
     if model.card.contract.guidance.active:
         offered |= {"negative_prompt_embeds": uncond.text, "negative_prompt_attention_mask": uncond.mask}
         offered |= {f"negative_{name}": value for name, value in uncond.extra.items()}
@@ -83,9 +99,12 @@ def _named(name: str, names: Mapping[str, str]) -> str:
 
 def _pipeline(usage: Usage, scheduler: SchedulerMixin) -> DiffusionPipeline:
     """The layout's pipeline with our networks; of what it asks for besides, the settings of the layout or nothing."""
-    kind, index = getattr(diffusers, usage.pipeline), usage.layout.index
-    settings = {key: value for key, value in index.items() if not isinstance(value, list)}
+    kind = GivenNoise if usage.pipeline == LTXConditionPipeline.__name__ else getattr(diffusers, usage.pipeline)
+    settings = {key: value for key, value in usage.layout.index.items() if not isinstance(value, list)}
     ours = {"scheduler": scheduler, "vae": usage.model.codec.vae, "guider": usage.guider, **usage.original.networks}
+    if "image" in usage.model.parts:
+        eye: Any = usage.model.part("image")
+        ours |= {"image_encoder": eye.encoder, "image_processor": eye.processor}
     parts = {}
     for name, parameter in inspect.signature(kind.__init__).parameters.items():
         if name in ours or name in settings:

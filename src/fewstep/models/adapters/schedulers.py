@@ -39,8 +39,8 @@ class Exact:
         """The scheduler itself, which from now on visits its times whatever a pipeline asks for."""
         set_timesteps: Any = self.scheduler.set_timesteps  # type: ignore[attr-defined]
         if self.pinned:
-            # Pipelines look whether there is an argument `sigmas` before they give it.
-            self.scheduler.set_timesteps = lambda *_, device=None, sigmas=None, **__: set_timesteps(  # type: ignore[attr-defined]
+            # Pipelines look whether there is such an argument before they give it.
+            self.scheduler.set_timesteps = lambda *_, device=None, sigmas=None, timesteps=None, **__: set_timesteps(  # type: ignore[attr-defined]
                 device=device, **self.pinned
             )
         return self.scheduler

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from fewstep.attention import Grid3, KVView
+from fewstep.attention import Grid3, KVView, Ulysses
 from fewstep.models.adapters.ddpm import require_whole_clips
 from fewstep.models.adapters.network import DiffusersBackbone
 from fewstep.models.backbone import State
@@ -29,15 +29,28 @@ class Streams(State):
     """Cosines and sines of the clip's tokens; None where positions were added to them instead."""
     mask: Tensor | None = None
     """Which tokens may be read, as the blocks want it; None: all of them, padding included."""
+    shared: Ulysses | None = None
+    """The processes that hold the other tokens of these clips, if they are shared. All of them have the text."""
 
     @property
     def volume(self) -> Tensor:
-        return self.x_BNE.unflatten(1, self.grid).permute(0, 4, 1, 2, 3)
+        return self.joined.x_BNE.unflatten(1, self.grid).permute(0, 4, 1, 2, 3)
 
     @property
     def detached(self) -> Streams:
         x, text = (tokens.detach().requires_grad_() for tokens in (self.x_BNE, self.text_BLE))
         return replace(self, x_BNE=x, text_BLE=text)
+
+    def split(self, processes: Ulysses) -> Streams:
+        """This process' share of the clip's tokens, with their positions."""
+        rotary = None if self.rotary_2ND is None else processes.split(self.rotary_2ND, 1)
+        return replace(self, x_BNE=processes.split(self.x_BNE, 1), rotary_2ND=rotary, shared=processes)
+
+    @property
+    def joined(self) -> Streams:
+        if self.shared is None:
+            return self
+        return replace(self, x_BNE=self.shared.join(self.x_BNE, 1), shared=None)
 
 
 class StreamsBackbone(DiffusersBackbone):
@@ -58,12 +71,13 @@ class StreamsBackbone(DiffusersBackbone):
 
     def _grid(self, x: Tensor, t: Tensor, kv: KVView | None) -> Grid3:
         _, channels, frames, height, width = x.shape
-        if channels != self.channels or height % self.patch or width % self.patch:
+        if channels != self.channels or frames % self.patch_frames or height % self.patch or width % self.patch:
             raise ValueError(
-                f"latents [B, C, F, H, W] need C = {self.channels} and H, W multiples of {self.patch}, got {tuple(x.shape)}"
+                f"latents [B, C, F, H, W] need C = {self.channels}, F a multiple of {self.patch_frames} and H, W multiples "
+                f"of {self.patch}, got {tuple(x.shape)}"
             )
         require_whole_clips(type(self).__name__, x, t, kv)
-        return Grid3(frames, height // self.patch, width // self.patch)
+        return Grid3(frames // self.patch_frames, height // self.patch, width // self.patch)
 
 
 class StreamsBlock(nn.Module):
@@ -76,5 +90,6 @@ class StreamsBlock(nn.Module):
     def forward(self, state: Streams) -> Streams:
         mask = () if state.mask is None else (state.mask,)
         rotary = None if state.rotary_2ND is None else tuple(state.rotary_2ND)
-        x, text = self.inner(state.x_BNE, state.text_BLE, state.time_BE, *mask, rotary)
+        shared = () if state.shared is None else ({"shared": state.shared},)
+        x, text = self.inner(state.x_BNE, state.text_BLE, state.time_BE, *mask, rotary, *shared)
         return replace(state, x_BNE=x, text_BLE=text)

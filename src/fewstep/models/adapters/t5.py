@@ -18,7 +18,8 @@ from fewstep.core import Cond
 class T5Text(nn.Module):
     """Prompts are repaired (ftfy, HTML entities, white space), cut at `length` tokens, and zero after their end.
 
-    If `plain` they are not repaired, and the encoder reads the padding like words, as LTX and CogVideoX were trained.
+    If `plain` they are not repaired, and the encoder reads the padding like words, as LTX and CogVideoX were trained; if
+    `masked` as well it does not, as for LTX from 0.9.5 on.
     `config` is that of transformers, which names the class; the weights are kept as `dtype`, and never trained.
     """
 
@@ -30,12 +31,13 @@ class T5Text(nn.Module):
         config: dict[str, Any],
         length: int = 512,
         plain: bool = False,
+        masked: bool = False,
         dtype: Literal["float32", "bfloat16"] = "bfloat16",
     ) -> None:
         super().__init__()
-        self.args = {"config": config, "length": length, "plain": plain, "dtype": dtype}
+        self.args = {"config": config, "length": length, "plain": plain, "masked": masked, "dtype": dtype}
         self.length, self.width = length, int(config["d_model"])
-        self.plain, self.dtype = plain, getattr(torch, dtype)
+        self.plain, self.masked, self.dtype = plain, masked or not plain, getattr(torch, dtype)
         self.kind = getattr(transformers, config["architectures"][0])
         self.encoder = self.kind(transformers.AutoConfig.for_model(**config)).to(self.dtype)
         self.tokenizer: Any = None
@@ -55,7 +57,7 @@ class T5Text(nn.Module):
         ).to(self.encoder.device)  # fmt: skip
         mask = tokens.attention_mask.bool()
         with torch.autocast(mask.device.type, enabled=False):
-            states = self.encoder(tokens.input_ids, None if self.plain else tokens.attention_mask).last_hidden_state
+            states = self.encoder(tokens.input_ids, tokens.attention_mask if self.masked else None).last_hidden_state
         return Cond(states.float() if self.plain else states.float().masked_fill(~mask[..., None], 0.0), mask)
 
     def forward(self, prompts: Sequence[str]) -> Cond:

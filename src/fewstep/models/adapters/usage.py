@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -21,6 +21,8 @@ _SCHEDULER = "scheduler"
 """Where pipelines look for theirs."""
 _UNIFORM = frozenset({"LTXPipeline", "HunyuanVideoPipeline", "HunyuanVideo15Pipeline"})
 """Pipelines that give their scheduler the uniform grid of so many steps, where others give it the number."""
+_OWN_TIMES = frozenset({"LTXConditionPipeline"})
+"""Pipelines that give their scheduler times that it does not change."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,10 @@ class Usage:
     def exact(self, steps: int) -> Exact:
         """The scheduler for a clip in `steps` steps."""
         card = self.model.card
-        return exact_scheduler(card.path, card.kind, card.contract, steps, uniform=self.pipeline in _UNIFORM)
+        exact = exact_scheduler(card.path, card.kind, card.contract, steps, uniform=self.pipeline in _UNIFORM)
+        if self.pipeline in _OWN_TIMES:
+            exact = replace(exact, pinned={"sigmas": list(card.contract.times(steps)[:-1])})
+        return exact
 
     def schedulers(self) -> dict[str, SchedulerMixin]:
         """Of every step count, by the folder it is kept in."""
@@ -128,8 +133,8 @@ class Usage:
         if exact.pinned:
             arguments = ", ".join(f"{key}={values!r}" for key, values in exact.pinned.items())
             lines.append("set_timesteps = pipe.scheduler.set_timesteps")
-            lines.append("pipe.scheduler.set_timesteps = lambda *_, device=None, sigmas=None, **__: set_timesteps(")
-            lines.append(f"    device=device, {arguments})")
+            lines.append("pipe.scheduler.set_timesteps = lambda *_, device=None, sigmas=None, timesteps=None, **__: (")
+            lines.append(f"    set_timesteps(device=device, {arguments}))")
         return "\n".join(
             [f"from diffusers import {', '.join(sorted(names))}", "", *lines, f"sampling = {self.options(steps)!r}"]
         )

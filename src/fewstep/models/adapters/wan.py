@@ -6,7 +6,8 @@ Legend: as in `backbone.py`; p, q rows and columns of a patch, P values per patc
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -24,6 +25,7 @@ from fewstep.diffusion import CFG, Contract
 from fewstep.models.adapters.attention import after, out, project, rotate_pairs
 from fewstep.models.adapters.layout import Layout
 from fewstep.models.adapters.network import DiffusersBackbone
+from fewstep.models.adapters.wan_image import Reads
 from fewstep.models.backbone import Context, Tokens
 from fewstep.models.bundle import Card
 from fewstep.models.spec import Spec
@@ -48,7 +50,11 @@ _AUTHORS = MappingProxyType(
         "condition_embedder.text_embedder.linear_1": "text_embedding.0", "ffn.net.0.proj": "ffn.0", "to_v": "v",
         "condition_embedder.text_embedder.linear_2": "text_embedding.2", "ffn.net.2": "ffn.2", "to_out.0": "o",
         "condition_embedder.time_proj": "time_projection.1", "scale_shift_table": "modulation", "norm2": "norm3",
-        "proj_out": "head.head",
+        "proj_out": "head.head", "condition_embedder.image_embedder.norm1": "img_emb.proj.0", "add_k_proj": "k_img",
+        "condition_embedder.image_embedder.ff.net.0.proj": "img_emb.proj.1", "add_v_proj": "v_img",
+        "condition_embedder.image_embedder.ff.net.2": "img_emb.proj.3", "norm_added_k": "norm_k_img",
+        "condition_embedder.image_embedder.norm2": "img_emb.proj.4",
+        "condition_embedder.image_embedder.pos_embed": "img_emb.emb_pos",
     }
 )  # fmt: skip
 """Parts of diffusers' names, and what Wan's authors call them; what is not here has one name."""
@@ -61,21 +67,20 @@ def card(layout: Layout) -> Card:
     text = {"config": layout.config("text_encoder"), "length": _TEXT_LENGTH, "plain": False, "dtype": "bfloat16"}
     patch = transformer["patch_size"][1]
     codec = {"config": layout.config("vae"), "kind": "AutoencoderKLWan", "patch": patch, "tiling": False}
-    boundary, of_image = layout.index.get("boundary_ratio"), transformer["in_channels"] != transformer["out_channels"]
+    boundary, reads = layout.index.get("boundary_ratio"), _of_images(layout, transformer)
     if boundary is not None:
         denoiser, size = _experts(layout, boundary), _A14B
-        early, late = (3.5, 3.5) if of_image else (4.0, 3.0)
+        early, late = (4.0, 3.0) if reads is None else (3.5, 3.5)
         steps, guidance = 40, CFG(scale=early, low=boundary, outside=late)
     else:
-        denoiser = Spec("Wan", {"config": transformer, "pattern": Dense().tree()})
+        network = {"config": transformer, "pattern": Dense().tree(), "first_frame": reads == "frame"}
+        denoiser = Spec("Wan", network)
         size = _TI2V if layout.index.get("expand_timesteps") else _SIZE
-        steps, guidance = 40 if of_image else 50, CFG(scale=5.0)
+        steps, guidance = 40 if reads == "image" else 50, CFG(scale=5.0)
     parts = {"denoiser": denoiser, "text": Spec("T5Text", text), "codec": Spec("VideoCodec", codec)}
-    if of_image:
+    if reads is not None:
         config = layout.config("image_encoder") if transformer.get("image_dim") else None
-        parts["image"] = Spec("WanImage", {"config": config, "dtype": "float32"})
-    elif layout.index["_class_name"] != "WanPipeline":
-        raise RecipeError(f"{layout.source} takes the image as its first latent frame (TI2V), which is not read yet")
+        parts["image"] = Spec("WanImage", {"config": config, "reads": reads, "dtype": "float32"})
     return Card(
         name=Path(layout.source).name,
         parts=parts,
@@ -92,13 +97,26 @@ def card(layout: Layout) -> Card:
     )
 
 
+def _of_images(layout: Layout, transformer: Mapping[str, Any]) -> Reads | None:
+    """How its pipeline reads images; None if it makes clips of text alone."""
+    if transformer["in_channels"] != transformer["out_channels"]:
+        return "image" if transformer.get("pos_embed_seq_len") is None else "ends"
+    if layout.index["_class_name"] == "WanPipeline":
+        return None
+    if not layout.index.get("expand_timesteps"):
+        raise RecipeError(
+            f"{layout.source} has no channels for an image, and no expand_timesteps in its model_index.json"
+        )
+    return "frame"
+
+
 def _experts(layout: Layout, boundary: float) -> Spec:
     config = layout.config("transformer")
     if layout.config("transformer_2") != config:
         raise RecipeError(
             f"{layout.source}: the experts transformer and transformer_2 differ in more than their weights"
         )
-    return Spec("WanExperts", {"config": config, "boundaries": [boundary]})
+    return Spec("WanExperts", {"config": config, "boundaries": [boundary], "pattern": Dense().tree()})
 
 
 class Wan(DiffusersBackbone):
@@ -106,24 +124,25 @@ class Wan(DiffusersBackbone):
 
     Every frame may have its own time, and with `pattern` and a cache view it is a causal model. A network with more input
     than output channels makes clips of an image: it reads `image_latents` and, if it can, `image_states` of `Cond.extra`.
+
+    With `first_frame` (Wan 2.2 TI2V with an image) `image_latents` are the clip's first latent frame. It is read clean, at
+    time 0, whatever is in its place, and the prediction's x0 there is the image itself: no sampler changes it, and no loss
+    has a gradient there.
     """
 
     network = WanTransformer3DModel
     shares = True
 
-    def __init__(self, *, config: dict[str, Any], pattern: Pattern = Dense()) -> None:
+    def __init__(self, *, config: dict[str, Any], pattern: Pattern = Dense(), first_frame: bool = False) -> None:
         super().__init__()
-        self.args = {"config": config, "pattern": pattern.tree()}
-        self.pattern = pattern
+        self.args = {"config": config, "pattern": pattern.tree(), "first_frame": first_frame}
+        self.pattern, self.first_frame = pattern, first_frame
         self._hold(self.network.from_config(config))
 
     def _hold(self, network: WanTransformer3DModel) -> None:
         config = network.config
-        if config.pos_embed_seq_len is not None or config.patch_size[0] != 1:
-            raise ValueError(
-                "Wan is read with one image at most and with patches of one frame; this network has "
-                f"pos_embed_seq_len={config.pos_embed_seq_len}, patch_size={list(config.patch_size)}"
-            )
+        if config.patch_size[0] != 1:
+            raise ValueError(f"Wan is read with patches of one frame; this network has {list(config.patch_size)}")
         self.heads, self.head_width = config.num_attention_heads, config.attention_head_dim
         self.width, self.patch = self.heads * self.head_width, tuple(config.patch_size[1:])
         self.longest, self.channels = config.rope_max_seq_len, config.out_channels
@@ -136,6 +155,11 @@ class Wan(DiffusersBackbone):
         grid, cached = self._grid(x), kv.frames if kv else 0
         if cached + grid.frames > self.longest:
             raise ValueError(f"Wan knows positions of {self.longest} latent frames, not {cached + grid.frames}")
+        known = None
+        if kv is None:
+            self._require_whole(x, cond)
+        if self.first_frame and not cached:
+            x, t, known = _begun(x, t, cond)
         embedder = self.condition_embedder
         with torch.autocast(x.device.type, enabled=False):
             x_BNE = self.patch_embedding(self._beside_image(x, cond, cached)).flatten(2).transpose(1, 2)
@@ -145,7 +169,7 @@ class Wan(DiffusersBackbone):
             modulation = embedder.time_proj(F.silu(time_BGE)).unflatten(-1, (6, self.width))
             text = embedder.text_embedder(cond.text.to(x.dtype))
             seen = embedder.image_embedder
-            image = None if seen is None else seen(_of_image(cond, "image_states").to(x.dtype))
+            image = None if seen is None else seen(self._seen(_of_image(cond, "image_states")).to(x.dtype))
         mask = self.pattern.mask(grid, cached)
         context = Context(
             modulation_BG6E=modulation,
@@ -155,19 +179,24 @@ class Wan(DiffusersBackbone):
             mask_NM=None if mask is None else mask.to(x.device),
             image_BKE=image,
         )
-        return Tokens(x_BNE, time_BGE, grid, context)
+        return Begun(x_BNE, time_BGE, grid, context, known)
 
-    def head(self, state: Tokens) -> Tensor:
+    def head(self, state: Begun) -> Tensor:
         with torch.autocast(state.x_BNE.device.type, enabled=False):
             shift, scale = (self.scale_shift_table + state.time_BGE[:, :, None]).unbind(2)
             tokens_BNP = self.proj_out(modulate(self.norm_out(state.x_BNE), shift, scale))
         x = tokens_BNP.unflatten(2, (*self.patch, -1)).unflatten(1, state.grid)  # B F h w p q C
-        return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5).flatten(3, 4)
+        return _ended(x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5).flatten(3, 4), state.known_BC1HW)
 
     def by_original(self, network: Any, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        x, states = self._beside_image(x, cond, 0), cond.extra.get("image_states")
+        known, states = None, cond.extra.get("image_states")
+        if self.first_frame:
+            x, t, known = _begun(x, t, cond)
+            t = t.repeat_interleave(self._grid(x).per_frame, 1)  # diffusers wants a time per token
+        states = None if states is None else self._seen(states)
+        x = self._beside_image(x, cond, 0)
         made: Tensor = network(x, _TIMESTEPS * t, cond.text.to(x.dtype), states, return_dict=False)[0]
-        return made
+        return _ended(made, known)
 
     def _beside_image(self, x: Tensor, cond: Cond, cached: int) -> Tensor:
         """The latents, and in further channels those of the image, of the frames after `cached`."""
@@ -175,6 +204,21 @@ class Wan(DiffusersBackbone):
             return x
         image = _of_image(cond, "image_latents")[:, :, cached : cached + x.shape[2]]
         return torch.cat([x, image.to(x)], 1)
+
+    def _require_whole(self, x: Tensor, cond: Cond) -> None:
+        """ValueError for single frames of clips that begin with an image: which of them they are is not known here."""
+        reads = self.first_frame or self.patch_embedding.in_channels != self.channels
+        frames = _of_image(cond, "image_latents").shape[2] if reads else 0
+        if (self.first_frame and x.shape[2] == 1) or (frames > 1 and x.shape[2] != frames):
+            raise ValueError(
+                f"this Wan makes whole clips of an image, and was given latents of {x.shape[2]} frames; methods that look at "
+                "single frames (AVDM2, FlowMatching with image_fraction) cannot train it"
+            )
+
+    def _seen(self, states_BKD: Tensor) -> Tensor:
+        """As the embedder takes them: those of two images one after the other in the batch."""
+        two = self.condition_embedder.image_embedder.pos_embed is not None
+        return states_BKD.unflatten(1, (2, -1)).flatten(0, 1) if two else states_BKD
 
     @staticmethod
     def authors(name: str) -> str:
@@ -191,6 +235,28 @@ class Wan(DiffusersBackbone):
                 f"{columns}, got {tuple(x.shape)}"
             )
         return Grid3(frames, height // rows, width // columns)
+
+
+@dataclass(frozen=True)
+class Begun(Tokens):
+    """The state of a clip whose first frame may be known."""
+
+    known_BC1HW: Tensor | None = None
+    """The flow at that frame."""
+
+
+def _begun(x: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor, Tensor]:
+    """The latents with the image as their first frame, times `[B, F]` at which it is clean, and the flow from it to `x`."""
+    first = _of_image(cond, "image_latents").to(x)
+    time_BF = t if t.ndim == 2 else t[:, None].expand(-1, x.shape[2])
+    until = time_BF[:, :1].clamp_min(torch.finfo(t.dtype).eps).to(x.dtype)
+    flow = (x[:, :, :1] - first) / until[:, None, :, None, None]
+    return torch.cat([first, x[:, :, 1:]], 2), torch.cat([0 * time_BF[:, :1], time_BF[:, 1:]], 1), flow
+
+
+def _ended(made: Tensor, known: Tensor | None) -> Tensor:
+    """The network's output, with what is known in place of its first frame."""
+    return made if known is None else torch.cat([known.to(made.dtype), made[:, :, 1:]], 2)
 
 
 class Block(nn.Module):
@@ -238,6 +304,7 @@ def _project_image(attention: WanAttention, image_BKE: Tensor, dtype: torch.dtyp
 def _of_image(cond: Cond, name: str) -> Tensor:
     if name not in cond.extra:
         raise ValueError(
-            f"this Wan makes a clip of an image, and the condition has no {name}; give image=... (--image)"
+            f"this Wan makes a clip of an image, and the condition has no {name}; give image=... (--image), or train on "
+            "data with images: Latents that were prepared with this model, StoredPairs, Prompts of a .csv"
         )
     return cond.extra[name]

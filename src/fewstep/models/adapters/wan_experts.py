@@ -1,13 +1,13 @@
 """Wan 2.2 A14B (2503.20314 and its code release): one Wan for the noisy times, another for the rest.
 
-Experts take turns in time, so a batch is routed sample by sample: block i of all experts is one block here, and each sees
-the samples that are its own.
+Experts take turns in time, so a batch is routed: block i of all experts is one block here, and each sees the samples that
+have frames at its times.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,24 +16,28 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fewstep.attention import KVView, Ulysses
-from fewstep.core.types import Cond
-from fewstep.models.adapters.wan import Wan
-from fewstep.models.backbone import Backbone, Original, State, Tokens
+from fewstep.attention import Dense, KVView, Pattern, Ulysses
+from fewstep.core.types import KV, Cond
+from fewstep.models.adapters.wan import Begun, Wan
+from fewstep.models.backbone import Backbone, Original, State
 
 
 @dataclass(frozen=True)
 class Routed(State):
     """The states of all experts."""
 
-    parts: tuple[Tokens | None, ...]
+    parts: tuple[Begun | None, ...]
     """By expert, each of its own samples; None where there are none."""
-    order: Tensor
-    """Where each sample of the batch is in the parts put together, `[B]`."""
+    places: tuple[Tensor, ...]
+    """By expert, where each sample of the batch is in its part, `[B]`; anything for a sample that is not."""
+    chosen_BG: Tensor
+    """The expert of each frame, or of all."""
+    cached: bool
+    """Whether every expert sees every sample, so that a cache will have what each may read later."""
 
     @property
     def volume(self) -> Tensor:
-        return self.together(part.volume for part in self.parts if part)
+        return self.together([None if part is None else part.volume for part in self.parts])
 
     @property
     def detached(self) -> Routed:
@@ -46,30 +50,38 @@ class Routed(State):
     def joined(self) -> Routed:
         return self._each(lambda part: part.joined)
 
-    def together(self, tensors: Iterable[Tensor]) -> Tensor:
-        """One tensor of the batch from those of the parts that are there."""
-        return torch.cat(list(tensors))[self.order]
+    def together(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """One `[B, C, F, H, W]` of those of the parts: each frame is its own expert's."""
+        made: Tensor | None = None
+        for index, (tensor, places) in enumerate(zip(tensors, self.places, strict=True)):
+            if tensor is not None:
+                own = (self.chosen_BG == index)[:, None, :, None, None]
+                made = tensor[places] if made is None else torch.where(own, tensor[places], made)
+        assert made is not None
+        return made
 
-    def _each(self, change: Callable[[Tokens], Tokens]) -> Routed:
+    def _each(self, change: Callable[[Begun], Begun]) -> Routed:
         return replace(self, parts=tuple(part and change(part) for part in self.parts))
 
 
 class WanExperts(Backbone):
     """Expert 0 is for times from `boundaries[0]` to 1, expert 1 for those from `boundaries[1]` to there, the last from 0.
 
-    All have the same `config`, that of diffusers. The frames of a clip must have times of one expert. There is no cache: an
-    expert cannot read the keys of another.
+    All have the same `config`, that of diffusers. A frame is denoised by the expert of its time, which reads the other frames
+    with its own keys: a clip whose frames have times on both sides is seen by both experts. With `pattern` and a cache view
+    it is a causal model. An expert cannot read the keys of another, so a cache has those of all, their heads side by side,
+    and a call with a view costs as much as all experts do: whichever denoises the next frames finds the past there.
     """
 
     shares = True
     folders: ClassVar[tuple[str, ...]] = ("transformer", "transformer_2")
 
-    def __init__(self, *, config: dict[str, Any], boundaries: list[float]) -> None:
+    def __init__(self, *, config: dict[str, Any], boundaries: list[float], pattern: Pattern = Dense()) -> None:
         super().__init__()
         if len(boundaries) != len(self.folders) - 1 or not 0 < boundaries[0] < 1:
             raise ValueError(f"two experts have one boundary between 0 and 1, got {boundaries}")
-        self.args = {"config": config, "boundaries": list(boundaries)}
-        self.boundaries = tuple(boundaries)
+        self.args = {"config": config, "boundaries": list(boundaries), "pattern": pattern.tree()}
+        self.boundaries, self.pattern = tuple(boundaries), pattern
         self._hold([Wan(config=config) for _ in self.folders])
 
     def load(self, folder: Path) -> None:
@@ -96,28 +108,32 @@ class WanExperts(Backbone):
         return alone
 
     def embed(self, x: Tensor, t: Tensor, cond: Cond, kv: KVView | None = None) -> Routed:
-        if kv is not None:
-            raise ValueError("experts have no cache: one cannot read the keys of another; make whole clips")
-        chosen, parts, order = self._chosen(t), [], []
+        chosen, parts, places = self._chosen(t), [], []
         for index, expert in enumerate(self.experts):
-            own = [row for row, its in enumerate(chosen) if its == index]
+            own = [row for row, its in enumerate(chosen) if index in its or kv is not None]
             rows = torch.tensor(own, device=x.device, dtype=torch.long)
-            parts.append(expert.embed(x[rows], t[rows], cond[rows]) if own else None)  # type: ignore[operator]
-            order += own
-        places = sorted(range(len(order)), key=order.__getitem__)
-        state = Routed(tuple(parts), torch.tensor(places, device=x.device))
-        return _reaching_idle(self.experts, state)
+            parts.append(self._embedded(expert, x[rows], t[rows], cond[rows], kv) if own else None)
+            place = [own.index(row) if row in own else 0 for row in range(len(x))]
+            places.append(torch.tensor(place, device=x.device))
+        routes = torch.tensor(chosen, device=x.device)
+        return _reaching_idle(self.experts, Routed(tuple(parts), tuple(places), routes, kv is not None))
+
+    def _embedded(self, expert: Any, x: Tensor, t: Tensor, cond: Cond, kv: KVView | None) -> Begun:
+        """By one expert, under this network's pattern."""
+        part: Begun = expert.embed(x, t, cond, kv)
+        mask = self.pattern.mask(part.grid, kv.frames if kv else 0)
+        return replace(part, context=part.context._replace(mask_NM=None if mask is None else mask.to(x.device)))
 
     def head(self, state: Routed) -> Tensor:
         experts = zip(self.experts, state.parts, strict=True)
-        return state.together(expert.head(part) for expert, part in experts if part)  # type: ignore[operator]
+        return state.together([None if part is None else expert.head(part) for expert, part in experts])  # type: ignore[operator]
 
     def original(self) -> Original:
         networks = {folder: self.expert(i).original().networks["transformer"] for i, folder in enumerate(self.folders)}
 
         def forward(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
             made = []
-            for row, index in enumerate(self._chosen(t)):
+            for row, (index,) in enumerate(self._chosen(t)):
                 one, network = slice(row, row + 1), networks[self.folders[index]]
                 made.append(self.expert(index).by_original(network, x[one], t[one], cond[one]))
             return torch.cat(made)
@@ -135,15 +151,12 @@ class WanExperts(Backbone):
         folder, _, rest = self.foreign(name).partition("/")
         return f"{folder}/{Wan.authors(rest)}"
 
-    def _chosen(self, t: Tensor) -> list[int]:
-        """The expert of each sample. ValueError where one would need several."""
+    def _chosen(self, t: Tensor) -> list[list[int]]:
+        """The expert of each sample's frames, or of all of them if `t` is `[B]`."""
         if isinstance(t, FakeTensor):  # a run planned in shapes: either expert costs the same
-            return [0] * len(t)
+            return [[0]] * len(t)
         frames = t if t.ndim == 2 else t[:, None]
-        index = torch.stack([frames < boundary for boundary in self.boundaries]).sum(0)
-        if not (index == index[:, :1]).all():
-            raise ValueError(f"the frames of a clip must have times of one expert, on one side of {self.boundaries}")
-        chosen: list[int] = index[:, 0].tolist()
+        chosen: list[list[int]] = torch.stack([frames < boundary for boundary in self.boundaries]).sum(0).tolist()
         return chosen
 
 
@@ -155,10 +168,16 @@ class Block(nn.Module):
         self.experts = nn.ModuleList(experts)
 
     def forward(self, state: Routed) -> Routed:
-        parts = zip(self.experts, state.parts, strict=True)
-        return _reaching_idle(
-            self.experts, replace(state, parts=tuple(part and expert(part) for expert, part in parts))
-        )
+        pasts: Sequence[KV | None] = [None] * len(self.experts)
+        if state.past is not None:  # heads of all experts side by side
+            pasts = list(zip(*(x.chunk(len(self.experts), 1) for x in state.past), strict=True))
+        each = zip(self.experts, state.parts, pasts, strict=True)
+        parts = tuple(part and expert(replace(part, past=past)) for expert, part, past in each)
+        new = None
+        if state.cached:
+            k, v = (torch.cat(x, 1) for x in zip(*(part.new for part in parts if part), strict=True))
+            new = k, v
+        return _reaching_idle(self.experts, replace(state, parts=parts, new=new))
 
 
 def _reaching_idle(experts: nn.ModuleList, state: Routed) -> Routed:

@@ -1,0 +1,103 @@
+"""Pictures that clips begin (and end) with, of models that make clips of images: listed in files, or stored with the clips."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from fewstep.data.base import DataError
+from fewstep.data.layouts import table_cell, table_rows
+from fewstep.data.video import read_image
+from fewstep.models.bundle import Card, VideoModel
+from fewstep.models.images import image_conditions, image_names
+
+
+class Pictured(Sequence[str]):
+    """The captions of a .csv or .jsonl, each with the picture in its column `image`, and in `last_image` if it has one.
+
+    Their names start from the file's folder. DataError for a row without a caption or a picture that is there.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        table = Path(path)
+        self.rows = tuple(_row(table.parent, row, where) for where, row in table_rows(table))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        return [row[0] for row in self.rows[index]] if isinstance(index, slice) else self.rows[index][0]
+
+    def digest(self) -> str:
+        """Of the pictures, by what is in the files."""
+        hashed = hashlib.sha256()
+        for _, paths in self.rows:
+            for name, path in paths.items():
+                with path.open("rb") as file:
+                    hashed.update(f"{name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+        return hashed.hexdigest()[:12]
+
+    def pictures(self, index: int, size: tuple[int, int]) -> dict[str, Tensor]:
+        """Those of a row, `image` and `last_image` `[3, H, W]`, scaled to cover `size` and cropped."""
+        return {name: read_image(path, size) for name, path in self.rows[index][1].items()}
+
+
+def _row(folder: Path, row: Mapping[str, Any], where: str) -> tuple[str, dict[str, Path]]:
+    caption = table_cell(row, ("caption",), where)
+    names = {"image": table_cell(row, ("image",), where), "last_image": row.get("last_image")}
+    paths = {key: folder / name for key, name in names.items() if isinstance(name, str) and name}
+    if not isinstance(caption, str) or not caption.strip() or "image" not in paths:
+        raise DataError(f"{where} needs a caption and an image, and has {caption!r} and {names['image']!r}")
+    for path in paths.values():
+        if not path.is_file():
+            raise DataError(f"{where} names {path}, and there is no such file")
+    return caption.strip(), paths
+
+
+def encode_pictures(model: VideoModel, prompts: Pictured, indices: Iterable[int], num_frames: int) -> dict[str, Tensor]:
+    """Conditions of the pictures of these rows, by name in `Cond.extra`. One at a time: none depends on the others."""
+    made = []
+    with torch.no_grad():
+        for index in indices:
+            pictures = prompts.pictures(index, (model.card.height, model.card.width))
+            made.append(image_conditions(model, 1, pictures["image"], pictures.get("last_image"), num_frames))
+    return {name: torch.cat([each[name] for each in made]) for name in image_names(model)}
+
+
+def require_pictures(prompts: Sequence[str], card: Card, path: str | Path) -> None:
+    """DataError where a model makes clips of images and the prompts have none, or the other way round."""
+    if "image" in card.parts and not isinstance(prompts, Pictured):
+        raise DataError(
+            f"{path} has no pictures, and {card.name!r} makes clips of images; give a .csv with the columns caption and image"
+        )
+    if "image" not in card.parts and isinstance(prompts, Pictured):
+        raise DataError(
+            f"{path} has pictures, and {card.name!r} makes clips of text alone; give a text file with one prompt per line"
+        )
+
+
+def require_stored(there: Mapping[str, Any], card: Card, here: str, folder: str) -> None:
+    """DataError where a model makes clips of images, and the folder that these settings made has none, or another's.
+
+    `here` is the fingerprint of its part `image`, if it is known.
+    """
+    if "image" not in card.parts:
+        return
+    if "image" not in there:
+        raise DataError(
+            f"{folder} has no images, and {card.name!r} makes clips of images; make the folder again with this model"
+        )
+    if here and there["image"] != here:
+        raise DataError(
+            f"{folder} holds images as encoder {there['image']} sees them, and that of {card.name!r} is {here}; make the "
+            "folder again with this model"
+        )

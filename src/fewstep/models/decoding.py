@@ -1,0 +1,64 @@
+"""Latents to frames while the latents are still being made: chunk by chunk, with what was seen before as an argument.
+
+Every codec has `decode_next(latents, past, last=...) -> Decoded`. Joined, the frames are those of `decode`; what a codec
+must wait for, and where it is not exactly the whole, is said where its class is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What one chunk gave."""
+
+    frames: Tensor
+    """`[B, 3, K, H, W]`. K is 0 while the decoder waits for more latents."""
+    past: Any
+    """What the next chunk needs; nothing is written into it, so a stream may go on from it more than once."""
+
+
+class ChunkCodec(Protocol):
+    """A codec that decodes chunk by chunk."""
+
+    def decode_next(self, latents: Tensor, past: Any = None, *, last: bool = False) -> Decoded:
+        """Frames of latents `[B, C, f, h, w]` that follow those of `past`; None: the clip begins here.
+
+        With `last` nothing follows, and the frames that were held back come too; f may be 0.
+        """
+
+
+class FrameByFrame:
+    """For codecs that know no time: every latent frame is decoded by itself."""
+
+    downsample: int
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """The frames."""
+        raise NotImplementedError
+
+    def decode_next(self, latents: Tensor, past: Any = None, *, last: bool = False) -> Decoded:
+        """As in `ChunkCodec`; every frame comes at once, and nothing is remembered."""
+        if latents.shape[2]:
+            return Decoded(self.decode(latents), past)
+        batch, _, _, height, width = latents.shape
+        return Decoded(latents.new_zeros(batch, 3, 0, height * self.downsample, width * self.downsample), past)
+
+
+def decode_stream(codec: ChunkCodec, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Frames `[B, 3, K, H, W]`, K > 0, as soon as the latents `[B, C, f, h, w]` that they need are there."""
+    past, nothing = None, None
+    for latents in chunks:
+        made = codec.decode_next(latents, past)
+        past, nothing = made.past, latents[:, :, :0]
+        if made.frames.shape[2]:
+            yield made.frames
+    if nothing is not None:
+        rest = codec.decode_next(nothing, past, last=True).frames
+        if rest.shape[2]:
+            yield rest

@@ -1,0 +1,90 @@
+"""Pictures as conditions, for models that make clips of images (`VideoModel` with a part `image`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol, cast
+
+from torch import Tensor
+
+from fewstep.core import Cond
+from fewstep.models.autoencoder import FrameAutoencoder
+
+if TYPE_CHECKING:
+    from fewstep.models.bundle import VideoModel
+
+Images = Tensor | Mapping[str, Tensor]
+"""Pictures `[3, H, W]` or `[B, 3, H, W]` in [-1, 1], as large as the clips; or the conditions that were made of them."""
+
+
+class ImageEncoder(Protocol):
+    """What a part `image` is."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of what it makes, in `Cond.extra`."""
+        ...
+
+    @property
+    def needs_last(self) -> bool:
+        """Whether a clip needs its last image as well as its first."""
+        ...
+
+    def encode(
+        self, image: Tensor, codec: FrameAutoencoder, num_frames: int, last_image: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Conditions of images `[B, 3, H, W]`. ValueError for a last image of no use, or a missing one."""
+        ...
+
+    def blank(self, batch: int, codec: FrameAutoencoder, size: tuple[int, int, int]) -> dict[str, Tensor]:
+        """What `encode` would make of clips of `size` `(F, H, W)`, all zero."""
+        ...
+
+
+def image_conditions(
+    model: VideoModel, batch: int, image: Images | None, last_image: Tensor | None, num_frames: int
+) -> dict[str, Tensor]:
+    """What `batch` clips shall begin (and end) with, by name in `Cond.extra`; empty where the model reads text alone.
+
+    ValueError where a picture is missing, or of no use.
+    """
+    name = model.card.name
+    if "image" not in model.parts:
+        if image is not None or last_image is not None:
+            raise ValueError(f"{name!r} makes clips of text alone; leave out image (--image)")
+        return {}
+    if isinstance(image, Mapping):
+        if last_image is not None:
+            raise ValueError("conditions that were made of images have the last one already; leave out last_image")
+        made: Mapping[str, Tensor] = image
+    else:
+        first, last = _picture(model, "image", image), None
+        if last_image is not None:
+            last = _picture(model, "last_image", last_image)
+            count = max(len(first), len(last))
+            first, last = first.expand(count, -1, -1, -1), last.expand(count, -1, -1, -1)
+        made = _part(model).encode(first, model.codec, num_frames, last)
+    return {key: x.to(model.device).expand(batch, *x.shape[1:]) for key, x in made.items()}
+
+
+def images_in(model: VideoModel, cond: Cond) -> Mapping[str, Tensor] | None:
+    """What a condition says of pictures, as `VideoModel.latents` takes it; None where the model reads text alone."""
+    return {name: cond.extra[name] for name in image_names(model)} or None
+
+
+def image_names(model: VideoModel) -> tuple[str, ...]:
+    """What conditions of pictures are called; empty where the model reads text alone."""
+    return _part(model).names if "image" in model.parts else ()
+
+
+def _part(model: VideoModel) -> ImageEncoder:
+    return cast(ImageEncoder, model.part("image"))
+
+
+def _picture(model: VideoModel, name: str, picture: Tensor | None) -> Tensor:
+    """As `[B, 3, H, W]` where the codec is."""
+    size = (3, model.card.height, model.card.width)
+    if picture is None or picture.shape[-3:] != size or picture.ndim not in (3, 4):
+        got = "none" if picture is None else str(list(picture.shape))
+        raise ValueError(f"{model.card.name!r} makes clips of images: give {name} (--image), {list(size)}; got {got}")
+    return (picture if picture.ndim == 4 else picture[None]).to(next(model.codec.parameters()).device)
