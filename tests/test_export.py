@@ -212,8 +212,8 @@ def test_the_default_needs_no_pinned_times(exported: dict[str, tuple[VideoModel,
     first = {name: re.findall("```python\n(.*?)```", page, re.DOTALL)[0] for name, page in pages.items()}
     pinned = {name for name, code in first.items() if "set_timesteps" in code}
     assert pinned == {
-        "wan-uneven", "animatediff-uneven", "animatediff-between", "cogvideox15", "cogvideox-uneven", "hunyuan-renoise", "ltx-renoise",
-        "wan_experts-guided",
+        "wan-uneven", "animatediff-uneven", "animatediff-between", "cogvideox15", "cogvideox-uneven", "hunyuan-renoise",
+        "ltx-renoise", "wan_experts-guided",
     }  # fmt: skip
 
 
@@ -476,11 +476,9 @@ def test_two_experts_are_two_files(tuned: dict[str, Path], tmp_path: Path, monke
     scope: dict[str, Any] = {}
     exec(re.findall("```python\n(.*?)```", (tmp_path / "lora" / "README.md").read_text(), re.DOTALL)[0], scope)
     pipe = scope["pipe"]
-    for number, (network, file) in enumerate(zip((pipe.transformer, pipe.transformer_2), files, strict=True)):
-        loaded, written = (
-            get_peft_model_state_dict(network, adapter_name=f"default_{number}"),
-            load_file(Path("lora", file)),
-        )
+    for network, file in zip((pipe.transformer, pipe.transformer_2), files, strict=True):
+        (name,) = network.peft_config
+        loaded, written = get_peft_model_state_dict(network, adapter_name=name), load_file(Path("lora", file))
         assert {f"transformer.{key}" for key in loaded} == written.keys() and len(written) > 20
         assert all(torch.equal(loaded[key.removeprefix("transformer.")], value) for key, value in written.items())
     start = Seeds((5, 6)).randn((2, *student.latent_shape()), "start")
