@@ -370,8 +370,9 @@ def test_distil_sample_and_explain_by_command(
     assert video.stat().st_size > 0
 
 
-UNLIKE = ("wan", "wan_experts", "hunyuan")
-"""Families whose blocks are cut into shards differently; the others are like one of them, and take half a minute each."""
+UNLIKE = ("wan", "wan_experts", "hunyuan", "cogvideox15")
+"""Families whose blocks are cut into shards, or whose tokens are shared, differently; the others are like one of them, and
+take half a minute each."""
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ from fewstep.methods.rollouts import FromPairs
 from fewstep.models import Denoiser, VideoModel
 from fewstep.models.source import Diffusers, Pretrained
 from fewstep.recipe import distill
-from tiny_models import IMAGE, IMAGE_SIZE, save_tiny
+from tiny_models import COGVIDEOX_IMAGE_SIZE, IMAGE, IMAGE_SIZE, save_tiny
 
 pytestmark = [pytest.mark.usefixtures("single_thread"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 CAPTIONS = ("a red ball", "a blue box", "a cat walks")
@@ -268,6 +268,19 @@ def test_every_network_is_told_of_the_image_of_the_prompt(
                 guided += 1
             assert torch.equal(images[row], known.cond.extra["image_latents"][own[0]])
     assert guided == 2 and len(calls) >= 5
+
+
+def test_cogvideox_is_distilled_from_pictures(pictures: Path, tmp_path: Path) -> None:
+    own = Diffusers(
+        source=str(save_tiny("cogvideox_image", tmp_path / "model")), text_dtype="float32", **COGVIDEOX_IMAGE_SIZE
+    )
+    model, data = own.load(), Prompts(path=str(pictures / "first.csv"))
+    prompts: Any = read_prompts(pictures / "first.csv")
+    size = (COGVIDEOX_IMAGE_SIZE["height"], COGVIDEOX_IMAGE_SIZE["width"])
+    expected = {prompt: model.conditions([prompt], **prompts.pictures(i, size)) for i, prompt in enumerate(prompts)}
+    assert_conditions(batch(data, model), expected)
+    student = distill(model=own, method=DMD, data=data, settings=settings(1), output=tmp_path / "run", quiet=True)
+    assert student.fingerprint("denoiser") != model.fingerprint("denoiser")
 
 
 @pytest.mark.parametrize("folder", ["wan_ti2v_image"], indirect=True)

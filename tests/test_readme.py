@@ -175,9 +175,9 @@ def test_other_commands_exist(page: str, command: str, monkeypatch: pytest.Monke
         assert program == "pytest"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "LOG.md"], ids=lambda page: page.name)
 def test_names_in_running_text_exist(page: Path) -> None:
-    """`fewstep ...`, `make ...`, `python tools/...` and paths between single backquotes."""
+    """`fewstep ...`, `make ...`, `python tools/...` and paths between single backquotes. The log names things as they were."""
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for quoted in re.findall(r"`([^`\n]+)`", text):

@@ -185,12 +185,11 @@ def _add(part: ShardWriter, teacher: _Teacher, prompts: Sequence[str], pairs: ra
     plan = teacher.plan
     rows, seeds = [i // plan.per_prompt for i in pairs], [plan.seed + i for i in pairs]
     chosen = [prompts[row] for row in rows]
-    pictured = isinstance(prompts, Pictured)
-    images = encode_pictures(teacher.model, prompts, rows, teacher.num_frames) if pictured else {}
+    pictured = prompts if isinstance(prompts, Pictured) else None
+    images = {} if pictured is None else encode_pictures(teacher.model, pictured, rows, teacher.num_frames)
     for i, states in enumerate(teacher.states(chosen, seeds, images)):
-        part.add(
-            {"caption": chosen[i], "seed": seeds[i]}, {"states": states, **{n: x[i] for n, x in images.items()}}, {}
-        )
+        tensors = {"states": states, **{name: image[i] for name, image in images.items()}}
+        part.add({"caption": chosen[i], "seed": seeds[i]}, tensors, {})
     return chosen[-1]
 
 

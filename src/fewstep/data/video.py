@@ -233,6 +233,8 @@ def _decode(source: str | Path | BytesIO, stop: int) -> Iterator[np.ndarray]:
     """Upright uint8 `[H, W, 3]` frames of the first video stream, at most `stop` (0 = all)."""
     number = 0
     with _opened(source) as file:
+        # Many videos are open at once, each in a thread of its own.
+        file.streams.video[0].codec_context.thread_count = 1
         try:
             for number, frame in enumerate(file.decode(video=0), 1):
                 if frame.is_corrupt:

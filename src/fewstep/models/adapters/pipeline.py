@@ -24,6 +24,7 @@ from torch import Tensor
 from fewstep.core import Cond
 from fewstep.models.adapters.layout import Layout
 from fewstep.models.adapters.usage import Usage
+from fewstep.models.adapters.wan_image import WanImage
 
 if TYPE_CHECKING:
     from fewstep.models.bundle import VideoModel
@@ -102,8 +103,7 @@ def _pipeline(usage: Usage, scheduler: SchedulerMixin) -> DiffusionPipeline:
     kind = GivenNoise if usage.pipeline == LTXConditionPipeline.__name__ else getattr(diffusers, usage.pipeline)
     settings = {key: value for key, value in usage.layout.index.items() if not isinstance(value, list)}
     ours = {"scheduler": scheduler, "vae": usage.model.codec.vae, "guider": usage.guider, **usage.original.networks}
-    if "image" in usage.model.parts:
-        eye: Any = usage.model.part("image")
+    if isinstance(eye := usage.model.parts.get("image"), WanImage):
         ours |= {"image_encoder": eye.encoder, "image_processor": eye.processor}
     parts = {}
     for name, parameter in inspect.signature(kind.__init__).parameters.items():

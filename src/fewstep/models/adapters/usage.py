@@ -11,6 +11,7 @@ from typing import Any
 import diffusers
 from diffusers import ClassifierFreeGuidance, SchedulerMixin
 
+from fewstep.models.adapters.cogvideox_image import CogVideoXImage
 from fewstep.models.adapters.layout import Layout
 from fewstep.models.adapters.lora_file import file_names
 from fewstep.models.adapters.schedulers import Exact, exact_scheduler
@@ -40,6 +41,10 @@ class Usage:
         _ = self.original
         if "num_frames" not in self.known and card.num_frames != 1:
             raise ValueError(f"{self.pipeline} makes images, and this card asks for {card.num_frames} frames")
+        if isinstance(self.model.parts.get("image"), CogVideoXImage):
+            raise ValueError(
+                f"{self.pipeline} draws the latents of the image from their posterior, and here they are its mean"
+            )
         self.options(card.contract.steps)
         self.exact(card.contract.steps)
 
