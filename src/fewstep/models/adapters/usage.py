@@ -43,7 +43,7 @@ class Usage:
             raise ValueError(f"{self.pipeline} makes images, and this card asks for {card.num_frames} frames")
         if isinstance(self.model.parts.get("image"), CogVideoXImage):
             raise ValueError(
-                f"{self.pipeline} draws the latents of the image from their posterior, and here they are its mean"
+                f"{self.pipeline} draws the latents of the image from their posterior, and here they are its mode"
             )
         self.options(card.contract.steps)
         self.exact(card.contract.steps)
