@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry
 from fewstep.core import Batch, Pairs, Rng
 from fewstep.core.flops import FORMULAS
 from fewstep.engine.memory import Holding, Phase, Plan, optimizer_bytes
-from fewstep.engine.nets import build_nets, sources, trained_roles
+from fewstep.engine.nets import build_nets, sources, starts, trained_roles
 from fewstep.engine.optim import matrices_of, require_named
 from fewstep.engine.precision import autocast, float32
 from fewstep.engine.settings import Settings
@@ -100,7 +100,7 @@ class Outline:
     def of(cls, card: Card, method: Method, settings: Settings, frames: int | None = None) -> Outline:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         model = outline(card)
-        others = {role: outline(source.card()) for role, source in sources(method).items()}
+        others = {role: outline(source.card()) for role, source in {**sources(method), **starts(settings)}.items()}
         nets = build_nets(model, method, settings.seed, settings.lora, others=others)
         for role in trained_roles(method, settings.steps):
             require_named(nets[role], settings.optim_of(role))
