@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from fewstep.catalogue import KINDS
 from fewstep.cli import COMMANDS, main
@@ -68,6 +69,19 @@ def test_version_and_no_command(said) -> None:
     assert said("--version")[1].startswith("fewstep 0.")
     code, out, _ = said()
     assert code == 0 and "distill" in out
+
+
+def test_a_device_that_is_not_there_is_refused(said, tmp_path: Path) -> None:
+    missing = "xpu:3" if torch.cuda.is_available() else "cuda:3"
+    for words in (
+        ("sample", "world", "--prompt", "a red ring"),
+        ("evaluate", "world", "--output", tmp_path),
+        ("check-model", "world"),
+        ("check-lora", "LORA", "--student", "world", "--output", tmp_path),
+        ("prepare", tmp_path, "--output", tmp_path / "out"),
+        ("pairs", "world:1", "--output", tmp_path / "out"),
+    ):
+        refused(said(*words, "--device", missing), f"--device {missing}: this machine has")
 
 
 def test_unknown_command_and_option_name_the_nearest(said, tiny: Path) -> None:

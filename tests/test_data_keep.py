@@ -165,3 +165,4 @@ def test_pace_counts_from_the_first_report(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(time, "monotonic", lambda: 110.0)
     pace = Pace(first=5000, began=100.0)  # 5000 were done by an earlier run
     assert pace.line("videos", 5020, 6000) == "videos: 5,020 of 6,000, 2 per second, 0:08:10 left"
+    assert pace.line("videos", 35_000, 35_000) == "videos: 35,000 of 35,000, 3,000 per second"

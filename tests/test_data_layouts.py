@@ -7,12 +7,14 @@ import json
 import shutil
 import tarfile
 from pathlib import Path
+from typing import get_args
 
 import av
 import numpy as np
 import pytest
 import torch
 
+from fewstep.cli import arguments
 from fewstep.core import Rng
 from fewstep.data import (
     ClipError,
@@ -26,7 +28,7 @@ from fewstep.data import (
     read_clips,
     read_listing,
 )  # fmt: skip
-from fewstep.data.layouts import LAYOUTS
+from fewstep.data.layouts import LAYOUTS, Layout
 from fewstep.data.listing import Listing, write_listing
 from fewstep.data.video import write_video
 from fewstep.models import Card, FrameAutoencoder, VideoModel
@@ -237,6 +239,16 @@ def test_errors_name_the_place_and_the_column(tmp_path: Path) -> None:
         read_listing(tmp_path, "webvid")
     with pytest.raises(DataError, match="there is no layout 'imagenet'; choose plain, openvid, webvid, ucf101, tars"):
         read_listing(tmp_path, "imagenet")  # type: ignore[arg-type]
+
+
+def test_a_dataset_of_another_layout_asks_for_it(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").touch()
+    with pytest.raises(DataError, match=r"\(it lists nothing\). Is 'ucf101' its layout \(plain, openvid"):
+        read_listing(tmp_path, "ucf101")
+
+
+def test_the_command_line_knows_every_layout() -> None:
+    assert get_args(Layout) == tuple(LAYOUTS) == get_args(arguments.Layout)
 
 
 def test_archives_in_a_plain_folder_give_a_hint(tars: Path) -> None:

@@ -300,3 +300,18 @@ def test_models_of_diffusers_prepare_with_their_own_encoders(videos: Path, tmp_p
     with torch.no_grad():
         expected = model.codec.encode(to_floats(clip.frames)[None])[0]
     torch.testing.assert_close(batch.x0[batch.prompts.index("video number 0")], expected, atol=2e-3, rtol=2e-3)
+
+
+def test_networks_that_prepare_does_not_use_stay_on_disk(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, original = [], VideoModel.from_pretrained
+
+    def load(source: str, *, leave: frozenset[str]) -> VideoModel:
+        loaded.append(original(source, leave=leave))
+        return loaded[-1]
+
+    monkeypatch.setattr(VideoModel, "from_pretrained", load)
+    assert main(["prepare", str(videos), "--output", str(tmp_path / "out"), "--quiet"]) == 0
+    on_disk = {name for name, part in loaded[0].parts.items() if next(part.parameters()).is_meta}
+    assert on_disk == {"denoiser", "text"}

@@ -124,6 +124,32 @@ def test_by_command(teacher: VideoModel, lora: Path, tmp_path: Path, capsys: pyt
     assert "score 0.000" in capsys.readouterr().out
     assert main(["check-lora", str(lora), *options, "--num-inference-steps", "1", "--quiet"]) == 0
     assert "score 1.000" not in capsys.readouterr().out
+    assert main(["check-lora", str(lora), *options, "--features", "pooled", "--quiet"]) == 0
+    assert "features pooled (72 fixed means" in capsys.readouterr().out
+    assert main(["check-lora", str(lora), *options, "--features", str(tmp_path / "i3d.pt")]) == 2
+    assert "i3d.pt: no such file" in capsys.readouterr().err
+
+
+def test_a_teacher_of_diffusers_takes_the_student_s_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its own size is what its authors recommend, and students are often made in another."""
+    pytest.importorskip("diffusers")
+    from fewstep.models.source import Diffusers
+    from tiny_models import save_tiny
+
+    folder = save_tiny("wan", tmp_path / "wan")
+    model = Diffusers(source=str(folder), num_frames=5, height=32, width=32).load()
+    network = adapt(model.denoiser, Lora(rank=2, alpha=1.0), Rng(0))
+    with torch.no_grad():
+        for adapter in adapters(network).values():
+            adapter.lora_B.weight.copy_(Rng(1).randn(tuple(adapter.lora_B.weight.shape), "b"))
+    lora = save_adapter(network, tmp_path / "lora", "tiny")
+    contract = Contract(steps=1, grids={"1": (1.0, 0.0)})
+    student = model.with_part("denoiser", model.denoiser, role="student", contract=contract).save(tmp_path / "student")
+    words = ["--teacher", str(folder), "--student", str(student), "--prompt", "a red ball", "--seeds", "1", "--quiet"]
+    assert read_card(folder).num_frames != 5
+    assert main(["check-lora", str(lora), *words, "--output", str(tmp_path / "out")]) == 0
+    assert "wan at the student's size: 5 frames of 32 x 32" in capsys.readouterr().out
+    assert (tmp_path / "out" / "lora.json").is_file()
 
 
 # --- files ----------------------------------------------------------------------------------------------------------------

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Union
 
 import tyro
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from fewstep.cli.command import Command, Overrides, UsageError
 from fewstep.cli.questions import Doctor, Explain, List, Watch
+
+Layout = Literal["plain", "openvid", "webvid", "ucf101", "tars"]
+"""As in `fewstep.data.layouts`, which would load torch to print a help."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +36,13 @@ class Demo(Command):
 class Prepare(Command):
     """Encode captioned videos to latent shards, once. Under torchrun each process takes a share."""
 
-    videos: Positional[Path]
+    videos: Positional[Annotated[Path, arg(metavar="VIDEOS")]]
     """The dataset: a folder, or its table (.csv, .jsonl), list (UCF-101) or archive (.tar)."""
     output: Path
     """Folder for the shards."""
     model: str = "world"
     """Folder of the model whose codec encodes."""
-    layout: Literal["plain", "openvid", "webvid", "ucf101", "tars"] = "plain"
+    layout: Layout = "plain"
     """How the dataset lies on disk; plain is captions.jsonl, a table, or a folder of videos with text files beside them."""
     root: str = ""
     """Folder that the names of the videos start from (default: the dataset's own)."""
@@ -87,7 +90,7 @@ class Prepare(Command):
 class Pairs(Command):
     """Store a teacher's ODE states, for methods that regress on them. Under torchrun each process takes a share."""
 
-    prompts: Positional[str]
+    prompts: Positional[Annotated[str, arg(metavar="PROMPTS")]]
     """A text file with one prompt per line, `world:N` for N prompts of the built-in world, or, for a model that makes clips
     of images, a .csv with caption, image and perhaps last_image."""
     output: Path
@@ -127,7 +130,7 @@ class Train(Command):
 
     takes_overrides: ClassVar[bool] = True
 
-    recipe: Positional[Path]
+    recipe: Positional[Annotated[Path, arg(metavar="RECIPE")]]
     """A YAML file, or the folder of an earlier run."""
     output: Path | None = None
     """Folder of the run (default: runs/<recipe>-<hash>). A run that was stopped goes on from its last checkpoint."""
@@ -163,7 +166,7 @@ class Distill(Train):
 class Sample(Command):
     """Make a clip per prompt with a student or teacher."""
 
-    student: Positional[str]
+    student: Positional[Annotated[str, arg(metavar="STUDENT")]]
     """A folder that fewstep wrote (a run's student/), or `world`."""
     prompt: tuple[str, ...] = ()
     """One or several prompts; a clip each, side by side."""
@@ -185,6 +188,8 @@ class Sample(Command):
     """.mp4 or .gif."""
     scale: int = 4
     """Enlarge the pixels of the file so many times."""
+    device: str = "cpu"
+    """Where networks run."""
     force: bool = False
     """Sample with a step count, number of frames or guidance the student was not trained for."""
 
@@ -198,7 +203,7 @@ class Sample(Command):
 class Evaluate(Command):
     """Measure a student beside its teacher on the same prompts and seeds, and write a report."""
 
-    student: Positional[str]
+    student: Positional[Annotated[str, arg(metavar="STUDENT")]]
     """A folder that fewstep wrote."""
     output: Path
     """Folder for results.json and the page."""
@@ -213,7 +218,7 @@ class Evaluate(Command):
     """Captioned videos (a folder, captions.jsonl or a CSV table); their captions are the prompts."""
     stride: int | None = None
     """Of the real clips: take every so many frames of the file (default: 4)."""
-    layout: Literal["plain", "openvid", "webvid", "ucf101", "tars"] | None = None
+    layout: Layout | None = None
     """How the real clips lie on disk, as for fewstep prepare (default: plain)."""
     root: str | None = None
     """Folder that the names of the real clips start from (default: the dataset's own)."""
@@ -235,6 +240,8 @@ class Evaluate(Command):
     """Clips made at once (default: 32; avdm2: 4)."""
     autocast: Literal["off", "bf16"] = "off"
     """Arithmetic of the networks, for every row."""
+    device: str = "cpu"
+    """Where networks run."""
     quiet: bool = False
     """No progress bar."""
 
@@ -248,7 +255,7 @@ class Evaluate(Command):
 class CheckModel(Command):
     """Check that a model keeps the conventions everything else counts on: most failures are wrong conventions."""
 
-    source: Positional[str]
+    source: Positional[Annotated[str, arg(metavar="SOURCE")]]
     """A folder in diffusers' layout or its name on the hub, a folder that fewstep wrote, or `world`."""
     only: tuple[str, ...] = ()
     """Names of checks to run (default: all)."""
@@ -261,6 +268,7 @@ class CheckModel(Command):
     dtype: Literal["float32", "float64"] = "float32"
     """Of the denoiser. float64 tells rounding from mistakes, and takes twice the memory."""
     device: str = "cpu"
+    """Where networks run."""
     prompt: tuple[str, ...] = ()
     """Two are used; the first one captions --video."""
     video: Path | None = None
@@ -279,9 +287,9 @@ class CheckModel(Command):
 class Export(Command):
     """Write a student for other tools. In diffusers' layout, plain diffusers makes the same clips with it."""
 
-    student: Positional[str]
+    student: Positional[Annotated[str, arg(metavar="STUDENT")]]
     """A run's student/, or another folder with a network of diffusers in it."""
-    folder: Positional[Path]
+    folder: Positional[Annotated[Path, arg(metavar="FOLDER")]]
     """Where to; it must not exist, or be empty."""
     names: Literal["diffusers", "comfyui"] = "diffusers"
     """comfyui: the denoiser alone, one file by the names that its authors gave the weights."""
@@ -302,12 +310,14 @@ class Export(Command):
 class CheckLora(Command):
     """Try a style LoRA of the teacher on teacher and student, and say how much of it survives."""
 
-    lora: Positional[str]
+    lora: Positional[Annotated[str, arg(metavar="LORA")]]
     """A LoRA file, or a folder with one."""
     student: str
+    """A folder that fewstep wrote (a run's student/)."""
     output: Path
     """Folder for the figures and the picture."""
     teacher: str = "world"
+    """A folder or a name on the hub, or `world`."""
     restyled: str | None = None
     """A student distilled from the teacher with the LoRA, to measure instead of the student with the LoRA."""
     num_inference_steps: int | None = None
@@ -318,7 +328,10 @@ class CheckLora(Command):
     """A text file with one prompt per line."""
     seeds: int = 2
     """Clips per prompt."""
+    features: str = "auto"
+    """What sees the style, as for fewstep evaluate."""
     device: str = "cpu"
+    """Where networks run."""
     quiet: bool = False
     """No progress bar."""
 

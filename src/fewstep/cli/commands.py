@@ -81,8 +81,9 @@ def prepare(options: arguments.Prepare) -> int:
     from fewstep.models.bundle import VideoModel
 
     peers = meet_peers()
-    model = VideoModel.from_pretrained(options.model, leave=("denoiser", "features"))
-    for part in model.parts.keys() & {"codec", "image", *(("text",) if options.texts else ())}:
+    unused = {"denoiser", "features"} if options.texts else {"denoiser", "features", "text"}
+    model = VideoModel.from_pretrained(options.model, leave=unused)
+    for part in model.parts.keys() - unused:
         model.part(part).to(_own_device(options.device))
     cut = Cut(
         num_frames=options.num_frames or model.card.num_frames, height=options.height or model.card.height,
@@ -90,10 +91,7 @@ def prepare(options: arguments.Prepare) -> int:
         shots=options.shots,
     )  # fmt: skip
     keep = Keep(**{field.name: getattr(options, field.name) for field in fields(Keep)})
-    plan = Preparation(
-        cut=cut, keep=keep, batch=options.batch, threads=options.threads, autocast=options.autocast
-    )  # fmt: skip
-    share = f" (process 1 of {peers.world})" if peers.world > 1 else ""
+    plan = Preparation(cut=cut, keep=keep, batch=options.batch, threads=options.threads, autocast=options.autocast)
     if peers.leads:
         every = f", every {cut.stride} frames of the file" if cut.stride > 1 else ""
         print(f"clips of {cut.num_frames} frames of {cut.height} x {cut.width}{every}", flush=True)
@@ -104,7 +102,7 @@ def prepare(options: arguments.Prepare) -> int:
         def progress(event: Progress) -> None:
             nonlocal skipped
             skipped += bool(event.problem)
-            tell(f"videos{share}", event.done, event.total, f"{skipped:,} dropped" if skipped else "")
+            tell(f"videos{_share()}", event.done, event.total, f"{skipped:,} dropped" if skipped else "")
 
         prepared = encode(
             options.videos, options.output, model.codec, plan, layout=options.layout, root=options.root,
@@ -113,7 +111,7 @@ def prepare(options: arguments.Prepare) -> int:
         if options.texts:
             store_texts(
                 model, ShardReader(prepared.folder, "latents").captions, prepared.folder / "texts", peers=peers,
-                progress=lambda e: tell(f"texts{share}", e.done, e.total),
+                progress=lambda e: tell(f"texts{_share()}", e.done, e.total),
             )  # fmt: skip
     if peers.leads:
         if prepared.report.dropped:
@@ -121,6 +119,12 @@ def prepare(options: arguments.Prepare) -> int:
         print(f"{prepared.clips} clips in {prepared.shards} shards, from {prepared.report.videos} videos")
     part_company()
     return _made(prepared.folder)
+
+
+def _share() -> str:
+    """Whose progress is shown, where several processes have a share."""
+    world = place().world_size
+    return f" (process 1 of {world})" if world > 1 else ""
 
 
 def _dropped(prepared: Prepared) -> Table:
@@ -134,14 +138,17 @@ def _dropped(prepared: Prepared) -> Table:
 
 
 def _own_device(name: str) -> str:
-    """Processes of one machine share its devices evenly."""
+    """Processes of one machine share its devices evenly. UsageError for one that is not there."""
     import torch
 
-    if name == "cpu" or ":" in name:
+    kind, _, number = name.partition(":")
+    if kind == "cpu":
         return name
     have = torch.accelerator.current_accelerator()
-    if have is None or have.type != name:
+    if have is None or have.type != kind:
         raise UsageError(f"--device {name}: this machine has {have.type if have else 'only cpu'}")
+    if number:
+        return name
     return f"{name}:{place().local_rank % torch.accelerator.device_count()}"
 
 
@@ -159,7 +166,7 @@ def sample(options: arguments.Sample) -> int:
             raise UsageError(f"{option}: give one picture, or one for each of the {len(prompts)} prompts")
     if options.output.suffix.lower() not in (".mp4", ".gif"):
         raise UsageError(f"--output {options.output}: choose a name that ends in .mp4 or .gif")
-    model = VideoModel.from_pretrained(options.student)
+    model = VideoModel.from_pretrained(options.student).to(_own_device(options.device))
     size = (model.card.height, model.card.width)
     images = {name: torch.stack([read_image(p, size) for p in paths]) for name, paths in pictures.items() if paths}
     clips = model(
@@ -194,7 +201,6 @@ def pairs(options: arguments.Pairs) -> int:
     peers = meet_peers()
     model = VideoModel.from_pretrained(options.model).to(_own_device(options.device))
     cost = pairs_cost(model, len(prompts), plan)
-    share = f" (process 1 of {peers.world})" if peers.world > 1 else ""
     if peers.leads:
         print(
             f"{cost.pairs} pairs of {cost.nfe_per_pair} network evaluations each, {cost.nfe:,} in all; "
@@ -204,7 +210,7 @@ def pairs(options: arguments.Pairs) -> int:
     with telling(options.quiet or not peers.leads) as tell:
         made = make_pairs(
             model, prompts, options.output, plan, batch=options.batch,
-            progress=lambda e: tell(f"pairs{share}", e.done, e.total),
+            progress=lambda e: tell(f"pairs{_share()}", e.done, e.total),
         )  # fmt: skip
     if peers.leads:
         print(f"{made.pairs} pairs, preview in {made.preview}")
@@ -220,7 +226,8 @@ def evaluate(options: arguments.Evaluate) -> int:
     from fewstep.models.bundle import VideoModel
 
     suite = _suite(options)
-    teacher, student = VideoModel.from_pretrained(options.teacher), VideoModel.from_pretrained(options.student)
+    student = VideoModel.from_pretrained(options.student).to(_own_device(options.device))
+    teacher = _teacher_of(student, options.teacher)
     with telling(options.quiet) as progress:
         rows = entries(teacher, student, options.num_inference_steps)
         report = measure(rows, suite, options.output, progress=progress)
@@ -269,7 +276,7 @@ def check_model(options: arguments.CheckModel) -> int:
     from fewstep.evaluate import conformance
     from fewstep.models.bundle import VideoModel
 
-    model = VideoModel.from_pretrained(options.source).to(options.device)
+    model = VideoModel.from_pretrained(options.source).to(_own_device(options.device))
     model.denoiser.to(getattr(torch, options.dtype))
     inputs = conformance.Options(
         num_frames=options.num_frames, height=options.height, width=options.width, steps=options.num_inference_steps,
@@ -317,16 +324,19 @@ def check_lora(options: arguments.CheckLora) -> int:
 
     given = options.prompt or options.prompt_file
     prompts = _prompts(options.prompt, options.prompt_file) if given else world_prompts(16, 0.5, 0)
-    teacher = VideoModel.from_pretrained(options.teacher).to(options.device)
-    student = _at_steps(VideoModel.from_pretrained(options.student), options.num_inference_steps).to(options.device)
+    device = _own_device(options.device)
+    student = _at_steps(VideoModel.from_pretrained(options.student), options.num_inference_steps).to(device)
+    teacher = _teacher_of(student, options.teacher)
     if options.restyled is None:
         tried = Styled.by_lora(student, options.lora)
     else:
         restyled = _at_steps(VideoModel.from_pretrained(options.restyled), options.num_inference_steps)
-        tried = Styled(student, restyled.to(options.device), "restyled")
+        tried = Styled(student, restyled.to(device), "restyled")
     with telling(options.quiet) as progress:
         pair = Styled.by_lora(teacher, options.lora)
-        found = check_style(pair, tried, prompts, options.output, seeds=options.seeds, progress=progress)
+        found = check_style(
+            pair, tried, prompts, options.output, seeds=options.seeds, features=options.features, progress=progress
+        )
     out = screen()
     out.print(
         f"score {found.score:.3f} +- {found.error:.3f} (1 as on the teacher, 0 no trace): direction {found.cosine:.3f}, "
@@ -334,6 +344,20 @@ def check_lora(options: arguments.CheckLora) -> int:
         markup=False, soft_wrap=True,
     )  # fmt: skip
     return _made(options.output / "lora.gif")
+
+
+def _teacher_of(student: VideoModel, source: str) -> VideoModel:
+    """What a student is compared with, beside it. A model of diffusers takes any size, so it takes the student's."""
+    from fewstep.models.bundle import VideoModel, read_card
+    from fewstep.models.source import Diffusers
+
+    own, wanted = read_card(source), student.card
+    size = (wanted.num_frames, wanted.height, wanted.width)
+    if own.role != "teacher" or "denoiser" not in own.sources or size == (own.num_frames, own.height, own.width):
+        return VideoModel.from_pretrained(source).to(student.device)
+    print(f"{own.name} at the student's size: {size[0]} frames of {size[1]} x {size[2]}", flush=True)
+    chosen = Diffusers(source=source, num_frames=wanted.num_frames, height=wanted.height, width=wanted.width)
+    return chosen.load().to(student.device)
 
 
 def _at_steps(model: VideoModel, steps: int | None) -> VideoModel:

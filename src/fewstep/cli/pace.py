@@ -36,7 +36,7 @@ class Pace:
     def line(self, what: str, done: int, total: int, note: str = "") -> str:
         speed = self.per_second(done)
         left = f", {timedelta(seconds=round((total - done) / speed))} left" if speed and done < total else ""
-        return f"{what}: {done:,} of {total:,}, {speed:.3g} per second{left}{note and f', {note}'}"
+        return f"{what}: {done:,} of {total:,}, {_figure(speed)} per second{left}{note and f', {note}'}"
 
 
 @contextmanager
@@ -57,7 +57,7 @@ def telling(quiet: bool) -> Iterator[Tell]:
         task, pace = shown[what]
         if done > pace.first:
             last[what] = pace.line(what, done, total, note)
-        speed = f"{pace.per_second(done):.3g}/s" if done > pace.first else ""
+        speed = f"{_figure(pace.per_second(done))}/s" if done > pace.first else ""
         bar.update(task, completed=done, note=f"{speed} {note}".strip())
         if not bar.console.is_terminal and time.monotonic() - said > EVERY:
             said = time.monotonic()
@@ -69,6 +69,10 @@ def telling(quiet: bool) -> Iterator[Tell]:
         bar.stop()
         for line in last.values() if not bar.console.is_terminal else ():
             _say(bar, line)
+
+
+def _figure(speed: float) -> str:
+    return f"{speed:,.0f}" if speed >= 1000 else f"{speed:.3g}"
 
 
 def _say(bar: Progress, line: str) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from fewstep.cli.command import Command, Overrides
 
@@ -15,7 +15,7 @@ from fewstep.cli.command import Command, Overrides
 class Watch(Command):
     """Show how a run is doing: its verdict and figures beside the teacher's, its losses. Live on a terminal."""
 
-    run_folder: Positional[Path]
+    run_folder: Positional[Annotated[Path, arg(metavar="RUN")]]
     """Output folder of a run, going on or ended."""
     every: float = 2.0
     """Seconds between two looks; 0 prints once."""
@@ -59,7 +59,7 @@ class Explain(Command):
 
     takes_overrides: ClassVar[bool] = True
 
-    recipe: Positional[Path]
+    recipe: Positional[Annotated[Path, arg(metavar="RECIPE")]]
     """A YAML file, or the folder of a run or student."""
 
     def run(self, overrides: Overrides) -> int:

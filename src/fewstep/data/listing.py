@@ -99,4 +99,5 @@ def _usable(source: str | Path, layout: Layout, root: Path) -> Iterator[Item]:
             problems.append(f"{item.name}: {item.problem}")
         yield item
     if not usable:
-        raise DataError(f"{source}: no captioned video ({'; '.join(problems) or 'it lists nothing'})")
+        found = "; ".join(problems) or "it lists nothing"
+        raise DataError(f"{source}: no captioned video ({found}). Is {layout!r} its layout ({', '.join(LAYOUTS)})?")

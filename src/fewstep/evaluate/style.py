@@ -63,25 +63,26 @@ class Styled:
 
 def check_style(
     teacher: Styled, student: Styled, prompts: Sequence[str], output: Path | str,
-    *, seeds: int = 2, progress: Progress | None = None,
+    *, seeds: int = 2, features: str = "auto", progress: Progress | None = None,
 ) -> Survival:  # fmt: skip
     """Make clips with all four; write `lora.json` and the picture `lora.gif` to `output`.
 
-    All are sampled by their own contracts, from `seeds` noises per prompt. ValueError where the models' clips differ in size,
-    or the style does nothing to the teacher.
+    All are sampled by their own contracts, from `seeds` noises per prompt; `features` as in `feature_map`. ValueError where
+    the models' clips differ in size, or the style does nothing to the teacher.
     """
     models = [model for pair in (teacher, student) for model in (pair.plain, pair.styled)]
     labels = ("teacher", f"teacher {teacher.how}", "student", f"student {student.how}")
     sizes = {(m.card.num_frames, m.card.height, m.card.width) for m in models}
     if len(sizes) > 1:
         raise ValueError(f"the models make clips of different (frames, height, width): {sorted(sizes)}")
-    card, shown = teacher.plain.card, dict[str, Tensor]()
-    features = feature_map("auto", (card.height, card.width), teacher.plain.device)
+    card, shown, size = teacher.plain.card, dict[str, Tensor](), sizes.pop()
+    seen = feature_map(features, size[1:], teacher.plain.device)
+    seen.check(size[0], size[1:], teacher.plain.device)
     found = []
     for label, model in zip(labels, models, strict=True):
-        rows, shown[label] = _features(model, prompts, seeds, features.map, label, progress)
+        rows, shown[label] = _features(model, prompts, seeds, seen.map, label, progress)
         found.append(rows.unflatten(0, (len(prompts), -1)))
-    survival = _survival(found, features.name)
+    survival = _survival(found, seen.name)
     output = Path(output)
     grid_gif(output / "lora.gif", shown, fps=card.fps, scale=max(1, 128 // max(card.height, card.width)))
     write_text(output / "lora.json", json.dumps(asdict(survival), indent=2) + "\n")
