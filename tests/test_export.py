@@ -346,7 +346,8 @@ def test_the_page_says_where_a_student_comes_from(layouts: dict[str, Path], tmp_
         ("CC BY-NC 4.0", True), ("FLUX.1 [dev] Non-Commercial License", True), ("for research purposes only", True),
         ("Not for commercial use", True), ("Research-use-only", True), ("academic use", True), ("MIT", False),
         ("Apache-2.0; trained on clips rendered by fewstep.world only, from random weights", False),
-        ("Tencent Hunyuan Community License", False), ("openrail++", False), ("OpenVid-1M, CC-BY-4.0", False),
+        ("Tencent Hunyuan Community License", False), ("openrail++", False), ("Academic Free License v3.0", False),
+        ("OpenVid-1M, CC-BY-4.0", False),
     ],
 )  # fmt: skip
 def test_words_that_forbid_commercial_use(licence: str, bound: bool) -> None:

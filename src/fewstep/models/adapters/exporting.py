@@ -21,11 +21,10 @@ from torch import Tensor
 from fewstep.attention import Dense
 from fewstep.core import dump
 from fewstep.core.atomic import replacing_folder, write_text
-from fewstep.models.adapters import PARTS
 from fewstep.models.adapters.layout import Layout
 from fewstep.models.adapters.lora_file import Names, file_names, names_of, read_lora, require_adapter, write_lora
 from fewstep.models.adapters.readme import readme
-from fewstep.models.adapters.usage import Usage
+from fewstep.models.adapters.usage import Usage, original_of
 from fewstep.models.bundle import Card, describe, parse_card
 
 if TYPE_CHECKING:
@@ -147,6 +146,7 @@ def _require_dense(model: VideoModel) -> None:
 
 def _usage(model: VideoModel) -> Usage:
     """ValueError where plain diffusers could not make the same clips."""
+    original_of(model)  # refuses fewstep's own networks, which have no layout to look for
     usage = Usage(model, _layout(model))
     if usage.pipeline == "LTXConditionPipeline":
         raise ValueError(
@@ -172,9 +172,7 @@ def _sealed(model: VideoModel) -> Card:
 
 def _layout(model: VideoModel) -> Layout:
     """Where the parts that were not trained came from."""
-    card, backbone = model.card, type(model.denoiser.backbone).__name__
-    if backbone not in PARTS:
-        raise ValueError(f"{backbone} is fewstep's own: diffusers has no class for it")
+    card = model.card
     sources = {source for part, source in card.sources.items() if part != "denoiser"}
     made_here = [part for part in card.parts if part not in ("denoiser", *card.sources)]
     if made_here or len(sources) != 1:

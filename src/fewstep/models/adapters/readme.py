@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from fewstep.models.bundle import Card
 
 _RESTRICTED = re.compile(
-    r"\bnc\b|non[-_ ]?commercial|\bnot? (for )?commercial|research[-_ ]((use|purposes?)[-_ ])?only|academic|personal use only",
+    r"\bnc\b|non[-_ ]?commercial|\bnot? (for )?commercial|research[-_ ]((use|purposes?)[-_ ])?only|personal use only"
+    r"|academic (use|purposes?|research)",
     re.IGNORECASE,
 )
 _CAPITALS = re.compile(r"[A-Za-z0-9.-]+")

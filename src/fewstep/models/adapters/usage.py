@@ -26,6 +26,17 @@ _OWN_TIMES = frozenset({"LTXConditionPipeline"})
 """Pipelines that give their scheduler times that it does not change."""
 
 
+def original_of(model: VideoModel) -> Original:
+    """The denoiser's networks as diffusers has them. ValueError for those of fewstep's own."""
+    backbone = model.denoiser.backbone
+    original = backbone.original()
+    if original is None:
+        raise ValueError(
+            f"{type(backbone).__name__} is fewstep's own: diffusers has no class for it, so only fewstep reads this folder"
+        )
+    return original
+
+
 @dataclass(frozen=True)
 class Usage:
     """How `model` is used in the pipeline of `layout`.
@@ -50,12 +61,7 @@ class Usage:
 
     @cached_property
     def original(self) -> Original:
-        """The networks as diffusers has them. ValueError for those of fewstep's own."""
-        backbone = self.model.denoiser.backbone
-        original = backbone.original()
-        if original is None:
-            raise ValueError(f"{type(backbone).__name__} is fewstep's own: diffusers has no class for it")
-        return original
+        return original_of(self.model)
 
     @property
     def pipeline(self) -> str:
