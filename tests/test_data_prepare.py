@@ -263,7 +263,7 @@ def test_missing_fields_are_refused_before_anything_is_read() -> None:
     with pytest.raises(DataError) as error:
         require(nowhere, Consistency())
     assert str(error.value) == (
-        "Consistency needs x0; Prompts provides prompts. Use Latents (fewstep prepare) or WorldClips."
+        "Consistency needs x0; Prompts provides prompts. Use Latents (fewstep prepare), Videos or WorldClips."
     )
     with pytest.raises(DataError, match="this method needs x0; Prompts provides prompts"):
         nowhere.open(tiny(), frozenset({"x0"}))

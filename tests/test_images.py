@@ -26,6 +26,7 @@ from fewstep.data import (
     Preparation,
     Prompts,
     StoredPairs,
+    Videos,
     make_pairs,
     prepare,
     read_prompts,
@@ -131,12 +132,13 @@ def test_prompts_come_with_their_pictures(model: VideoModel, pictures: Path) -> 
     assert_conditions(batch(Prompts(path=str(table)), model), expected)
 
 
-def test_prepared_clips_begin_with_their_own_frames(model: VideoModel, videos: Path, tmp_path: Path) -> None:
+def test_clips_begin_with_their_own_frames(model: VideoModel, videos: Path, tmp_path: Path) -> None:
     expected = {}
     for number, caption in enumerate(CAPTIONS):
         frames = to_floats(read_video(videos / f"{number}.mp4", 5))
         last = {"last_image": frames[:, -1]} if model.part("image").needs_last else {}
         expected[caption] = model.conditions([caption], frames[:, 0], **last)
+    assert_conditions(batch(Videos(path=str(videos), **IMAGE_SIZE), model), expected)
     made = batch(prepared(model, videos, tmp_path / "out"), model)
     assert_conditions(made, expected)
     if model.part("image").args["reads"] == "frame":  # the codec is causal: the image alone is the clip's first frame

@@ -12,7 +12,7 @@ from fewstep.models.bundle import Card, VideoModel
 
 REMEDIES = {
     "prompts": "Prompts",
-    "x0": "Latents (fewstep prepare) or WorldClips",
+    "x0": "Latents (fewstep prepare), Videos or WorldClips",
     "frames": "Videos or WorldClips",
     "pairs": "StoredPairs (fewstep pairs)",
     "labels": "WorldClips",

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from fewstep.core.atomic import replacing
 from fewstep.core.build import digest
 from fewstep.data.base import Data, DataError, Source, require
 from fewstep.data.clips import clips_of
+from fewstep.data.images import encode_ends
 from fewstep.data.keep import Keep
 from fewstep.data.layouts import Item, Layout
 from fewstep.data.listing import Listing, check_listing, open_listing
@@ -28,6 +29,7 @@ from fewstep.data.order import draw_indices
 from fewstep.data.texts import Texts
 from fewstep.data.video import ClipError, Cut, to_floats
 from fewstep.models.bundle import Card, VideoModel
+from fewstep.models.images import ImageEncoder
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +44,8 @@ class Videos(Data):
     """Captioned video files as they lie on disk, shuffled without being listed in memory, decoded ahead of the training.
 
     An epoch has every video once, and one of its clips. A video that is absent, damaged or outside the limits is named in a
-    warning, and another drawn in its place; DataError after a hundred in a row.
+    warning, and another drawn in its place; DataError after a hundred in a row. A model that makes clips of images is given
+    the clip's own first frame, and its last if it needs that.
     """
 
     provides: ClassVar[frozenset[str]] = frozenset({"prompts", "frames", "x0"})
@@ -228,6 +231,10 @@ class _VideoSource:
     @torch.no_grad()
     def _batch(self, prompts: tuple[str, ...], frames: Tensor, rng: Rng) -> Batch:
         cond, uncond = self.texts(prompts, rng.device)
+        if "image" in self.model.parts:
+            image, codec = cast(ImageEncoder, self.model.part("image")), self.model.codec
+            images = encode_ends(image, codec, frames.to(next(codec.parameters()).device))
+            cond, uncond = (each.with_extra(images).to(rng.device) for each in (cond, uncond))
         return Batch(
             cond=cond, uncond=uncond, latent_shape=self.shape, prompts=prompts,
             x0=self.model.codec.encode(frames) if "x0" in self.needs else None,

@@ -13,8 +13,9 @@ from torch import Tensor
 from fewstep.data.base import DataError
 from fewstep.data.layouts import table_cell, table_rows
 from fewstep.data.video import read_image
+from fewstep.models.autoencoder import FrameAutoencoder
 from fewstep.models.bundle import Card, VideoModel
-from fewstep.models.images import image_conditions, image_names
+from fewstep.models.images import ImageEncoder, image_conditions, image_names
 
 
 class Pictured(Sequence[str]):
@@ -71,6 +72,12 @@ def encode_pictures(model: VideoModel, prompts: Pictured, indices: Iterable[int]
             pictures = prompts.pictures(index, (model.card.height, model.card.width))
             made.append(image_conditions(model, 1, pictures["image"], pictures.get("last_image"), num_frames))
     return {name: torch.cat([each[name] for each in made]) for name in image_names(model)}
+
+
+def encode_ends(image: ImageEncoder, codec: FrameAutoencoder, frames: Tensor) -> dict[str, Tensor]:
+    """Conditions of the clips' own first frames (and last, where the part needs them); `frames` `[B, 3, F, H, W]`."""
+    last = frames[:, :, -1] if image.needs_last else None
+    return image.encode(frames[:, :, 0], codec, frames.shape[2], last)
 
 
 def require_pictures(prompts: Sequence[str], card: Card, path: str | Path) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fewstep.core.peers import meet_peers
 from fewstep.data.base import DataError
 from fewstep.data.clips import ahead, clips_of, depth_of
+from fewstep.data.images import encode_ends
 from fewstep.data.keep import Keep
 from fewstep.data.layouts import Item, Layout
 from fewstep.data.listing import LISTING, Listing, root_of, write_listing
@@ -208,8 +209,7 @@ class _Encoder:
         frames = to_floats(torch.stack([clip.frames for clip in clips]).to(device))
         made = {"latents": self.codec.encode(frames, autocast=self.plan.autocast == "bf16")}
         if self.image is not None:
-            last = frames[:, :, -1] if self.image.needs_last else None
-            made |= self.image.encode(frames[:, :, 0], self.codec, frames.shape[2], last)
+            made |= encode_ends(self.image, self.codec, frames)
         return {name: tensor.to("cpu", getattr(torch, self.plan.storage)) for name, tensor in made.items()}
 
 
