@@ -41,7 +41,7 @@ class Prepare(Command):
     output: Path
     """Folder for the shards."""
     model: str = "world"
-    """Folder of the model whose codec encodes."""
+    """Whose codec encodes: a folder, a name on the hub, or `world`."""
     layout: Layout = "plain"
     """How the dataset lies on disk; plain is captions.jsonl, a table, or a folder of videos with text files beside them."""
     root: str = ""
@@ -96,7 +96,7 @@ class Pairs(Command):
     output: Path
     """Folder for the shards."""
     model: str = "world"
-    """The teacher: a folder, or `world`."""
+    """The teacher: a folder, a name on the hub, or `world`."""
     steps: int | None = None
     """Steps of the teacher's solver (default: as its card says)."""
     guidance_scale: float | None = None
@@ -167,7 +167,7 @@ class Sample(Command):
     """Make a clip per prompt with a student or teacher."""
 
     student: Positional[Annotated[str, arg(metavar="STUDENT")]]
-    """A folder that fewstep wrote (a run's student/), or `world`."""
+    """A folder that fewstep wrote (a run's student/) or in diffusers' layout, a name on the hub, or `world`."""
     prompt: tuple[str, ...] = ()
     """One or several prompts; a clip each, side by side."""
     prompt_file: Path | None = None
@@ -208,7 +208,7 @@ class Evaluate(Command):
     output: Path
     """Folder for results.json and the page."""
     teacher: str = "world"
-    """What it is compared with: a folder, or `world`."""
+    """What it is compared with: a folder, a name on the hub, or `world`."""
     num_inference_steps: tuple[int, ...] = ()
     """Step counts to measure (default: all that the student was trained for)."""
     suite: Literal["world", "avdm2"] = "world"
@@ -317,7 +317,7 @@ class CheckLora(Command):
     output: Path
     """Folder for the figures and the picture."""
     teacher: str = "world"
-    """A folder or a name on the hub, or `world`."""
+    """A folder, a name on the hub, or `world`."""
     restyled: str | None = None
     """A student distilled from the teacher with the LoRA, to measure instead of the student with the LoRA."""
     num_inference_steps: int | None = None

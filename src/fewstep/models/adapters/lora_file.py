@@ -117,9 +117,8 @@ def _find(source: Path) -> tuple[Path, dict[str, Any]]:
         return source / WEIGHTS, json.loads((source / CONFIG).read_text(encoding="utf-8"))
     files = sorted(source.glob("*.safetensors"))
     if len(files) != 1:
-        raise FileNotFoundError(
-            f"{source}: give a LoRA as a .safetensors file, or a folder with one ({len(files)} there)"
-        )
+        found = f"there are {len(files)} .safetensors files in it" if source.is_dir() else "no such file or folder"
+        raise FileNotFoundError(f"{source}: {found}; give a LoRA as a .safetensors file, or a folder with one")
     return files[0], {}
 
 
