@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -11,11 +11,13 @@ from safetensors import safe_open
 
 from fewstep.core import Rng
 from fewstep.data import Progress, Prompts, StoredPairs, store, texts
+from fewstep.data.base import Data
 from fewstep.data.pairs import PairPlan, make_pairs
 from fewstep.data.texts import Texts
 from fewstep.engine.loop import prepare
 from fewstep.methods import DMD2, KnowledgeDistillation
 from fewstep.models import TextEncoder, VideoModel, fingerprint
+from fewstep.world.data import WorldClips
 from support_engine import FRAMES, small, tiny_model
 
 pytestmark = pytest.mark.usefixtures("single_thread")
@@ -154,3 +156,11 @@ def test_the_encoder_is_not_where_the_training_is(tmp_path: Path) -> None:
     run.iterate()
     assert next(model.text.parameters()).device.type == "cpu" and model.device.type == "cuda"
     assert run.student()(["a red ball"], num_inference_steps=4).shape[2] == FRAMES and fingerprint(model.text) == before
+
+
+def test_every_kind_of_data_says_whether_texts_are_stored_and_how_long_clips_are() -> None:
+    """Fields where there is something to say; a plan and a run ask all data alike."""
+    assert (Prompts(path="p").text_cache, Prompts(path="p", text_cache="t").text_cache) == ("", "t")
+    assert Prompts(path="p").num_frames is None and WorldClips(num_frames=8).num_frames == 8
+    assert not {"text_cache", "num_frames"} & {field.name for field in fields(Data)}  # nobody accepts and ignores one
+    assert WorldClips().text_cache == "" and "text_cache" not in {field.name for field in fields(WorldClips)}
