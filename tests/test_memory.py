@@ -19,13 +19,13 @@ from fewstep.engine.memory import FLOAT, Holding, Means, Phase, Plan, fitting, o
 from fewstep.engine.outline import Ledger, Outline, Shortest
 from fewstep.engine.precision import autocast, float32
 from fewstep.engine.prepare import prepare
-from fewstep.methods import DMD2
+from fewstep.methods import AVDM2, DMD2, BackwardSimulation, Consistency, Method, Update
 from fewstep.models import Card, Lora, VideoModel
 from fewstep.models.bundle import describe, read_card
 from fewstep.models.source import Pretrained
 from fewstep.recipe import Recipe
 from fewstep.world.data import WorldClips
-from support_engine import CASES, FRAMES, small, tiny_model
+from support_engine import CASES, FRAMES, TinyImages, small, tiny_model
 from support_memory import METHOD, settings_of
 
 TOLERANCE = 0.15
@@ -175,6 +175,44 @@ def test_shapes_hold_what_the_run_holds(others: dict[str, Any], tmp_path: Path) 
         assert found == pytest.approx(ledger.peak, rel=0.1)
         for network in run.nets.values():
             network.zero_grad(set_to_none=True)
+
+
+WITHOUT_DRAWS = BackwardSimulation(grids=((1.0,),))
+"""Every rollout is one call, so that what one iteration does is what every iteration does."""
+
+
+class Glance(torch.nn.Module):
+    """A discriminator that costs nothing: a method tells what is done by networks, its small heads are left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, features: list[torch.Tensor]) -> torch.Tensor:
+        return self.weight * features[0].mean((1, 2, 3, 4))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        DMD2(rollout=WITHOUT_DRAWS, critic_updates=2, gan=0.1, r1=0.1),
+        Consistency(),
+        AVDM2(rollout=WITHOUT_DRAWS, frames=1, critic_updates=1),
+        AVDM2(rollout=WITHOUT_DRAWS, frames=3, critic_updates=1, image_teacher=TinyImages(depth=6)),
+        AVDM2(rollout=WITHOUT_DRAWS, score="video", adversarial=0.0, critic_updates=1),
+    ],
+    ids=["DMD2", "Consistency", "one frame", "a large image teacher", "video"],
+)
+def test_a_method_costs_what_its_updates_do(method: Method) -> None:
+    """Whatever the length of clips, the size of another teacher and the depth at which features are read."""
+    outline = Outline.of(tiny_card(), method, small(4), FRAMES)
+    if "discriminator" in outline.nets:
+        with outline.mode:
+            outline.nets.roles["discriminator"] = Glance()  # type: ignore[index]
+    plan = outline.plan()
+    done = {phase.roles: phase.flops for phase in plan.phases}
+    counted = sum(done[event.roles] for event in method.updates(0) if isinstance(event, Update))
+    assert plan.flops == pytest.approx(counted, rel=0.05)
 
 
 def test_recomputed_blocks_and_adapters_hold_less() -> None:

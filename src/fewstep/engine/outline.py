@@ -22,12 +22,12 @@ from torch.utils.flop_counter import flop_registry
 from fewstep.core import Batch, Pairs, Rng
 from fewstep.core.flops import FORMULAS
 from fewstep.engine.memory import Holding, Phase, Plan, optimizer_bytes
-from fewstep.engine.nets import build_nets, sources, trained_roles
+from fewstep.engine.nets import build_nets, origin, sources, trained_roles
 from fewstep.engine.optim import matrices_of, require_named
 from fewstep.engine.precision import autocast, float32
 from fewstep.engine.settings import Settings
-from fewstep.methods.base import Method, Nets, Update
-from fewstep.methods.rollouts import Rollout
+from fewstep.methods.base import Method, Nets, Update, Work
+from fewstep.methods.rollouts import fold_frames
 from fewstep.models import Card, Denoiser, VideoModel
 from fewstep.models.source import outline
 
@@ -173,8 +173,7 @@ class Outline:
         needs = self.method.needs
         frames = (self.frames, card.height, card.width)
         shape = model.codec.latent_shape(*frames) if "codec" in model.parts else (3, *frames)
-        rollouts = [value for value in vars(self.method).values() if isinstance(value, Rollout)]
-        grids = [grid for rollout in rollouts for grid in rollout.contract(card.contract).grids.values()]
+        grids = [grid for rollout in self.method.rollouts for grid in rollout.contract(card.contract).grids.values()]
         times = tuple(sorted({1.0, 0.0, *(t for grid in grids for t in grid)}, reverse=True))
         with self.mode:
             cond, uncond = model.blank_cond(size, self.frames), model.blank_cond(1, self.frames).expand(size)
@@ -192,10 +191,21 @@ class Outline:
         times = self.settings.accumulate
         if self.method.part != "denoiser":
             return times * sum(phase.flops for phase in phases)
-        batch = self.batch()
+        cost = {work: (origin(self.method, work.role), work.frames, work.layers) for work in self.method.cost()}
+        forward = {kind: self._forward(*kind) for kind in set(cost.values())}  # a role costs what it is a copy of
+        return round(times * sum(work.forwards * forward[kind] for work, kind in cost.items()))
+
+    def _forward(self, role: str, frames: int, layers: tuple[int, ...]) -> int:
+        """Floating-point operations of one forward on a batch, as `Work` says of what."""
+        network, batch = self.nets[role], self.batch()
         with torch.no_grad(), Ledger() as ledger, self.mode:
-            self.model.denoiser(torch.empty(batch.noise_shape), torch.ones(len(batch)), batch.cond)
-        return round(times * self.method.cost() * ledger.flops)
+            x_t, cond = torch.empty(batch.noise_shape), batch.cond
+            if frames:
+                x_t, rows = fold_frames(x_t, frames, Rng(self.settings.seed))
+                cond = cond[rows]
+            t = torch.ones(len(x_t))
+            _ = network.features(x_t, t, cond, layers) if layers else network(x_t, t, cond)
+        return ledger.flops
 
 
 def _imagine(network: nn.Module, mode: FakeTensorMode) -> None:
