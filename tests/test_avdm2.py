@@ -228,9 +228,9 @@ def test_fields_say_who_is_there_and_what_is_read() -> None:
     assert set(AVDM2(adversarial=0.0).aux()) == {"image_critic"}
     assert AVDM2().needs == {"prompts", "x0"} and AVDM2(adversarial=0.0).needs == {"prompts"}
     assert [update.roles for update in ENGINE.updates(0)] == [("image_critic", "discriminator")] * 2 + [("student",)]
-    assert in_forwards(AVDM2().cost()) == "9.5, 9 of 4 frames, 6 up to block 1"
-    assert in_forwards(AVDM2(score="video").cost()) == "18.5, 6 up to block 1"
-    assert in_forwards(AVDM2(score="none", critic_updates=1).cost()) == "7, 4 up to block 1"
+    assert in_forwards(AVDM2().cost()) == "9.5, 9 of 4 frames, 6 of the first 2 blocks"
+    assert in_forwards(AVDM2(score="video").cost()) == "18.5, 6 of the first 2 blocks"
+    assert in_forwards(AVDM2(score="none", critic_updates=1).cost()) == "7, 4 of the first 2 blocks"
     assert [AVDM2().critic, AVDM2(score="video").critic, AVDM2(score="none").critic] == ["image_critic", "critic", None]
     for wrong, said in (
         ({"score": "none", "adversarial": 0.0}, "nothing trains"),

@@ -9,7 +9,6 @@ from fewstep.core import Pairs, Rng
 from fewstep.diffusion import CFG, VP, Contract, NoisePath, Trig, from_x0, uniform_grid
 from fewstep.methods import (
     DMD2,
-    BackwardSimulation,
     Consistency,
     FromPairs,
     KnowledgeDistillation,

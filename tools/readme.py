@@ -126,7 +126,8 @@ def methods() -> str:
             ", ".join(map(str, counts)) or any_count, in_forwards(method.cost()), entry(cls).cite,
         ]))  # fmt: skip
     notes = (
-        "All at their defaults. steps: what the student serves. forwards: network evaluations per iteration and sample, of the clip unless it says otherwise"
+        "All at their defaults. steps: what the student serves. forwards: network evaluations per iteration and sample, "
+        "of clips unless it says otherwise"
     )
     return "\n".join([*lines, "", f"{notes} (a backward pass counts as two)."])
 

@@ -123,7 +123,8 @@ def work(recipe: Recipe, plan: Plan, device: Device) -> Iterator[str]:
     settings, peak = recipe.settings, plan.peak
     yield f"peak {size(peak.bytes)} while {'+'.join(peak.phase.roles)} is trained, beside the program itself"
     clips = settings.batch * settings.accumulate
-    yield f"{settings.steps} iterations of {clips} clips, {in_forwards(recipe.method.cost())} forward-equivalents per clip and iteration"
+    cost = in_forwards(recipe.method.cost())
+    yield f"{settings.steps} iterations of {clips} clips, {cost} forward-equivalents per clip and iteration"
     yield f"{plan.flops / 1e12:.3g} TFLOP per iteration"
     if device.flops is not None:
         hours = plan.seconds(device.flops, 1000) / 3600

@@ -26,7 +26,7 @@ from fewstep.engine.nets import build_nets, origin, sources, trained_roles
 from fewstep.engine.optim import matrices_of, require_named
 from fewstep.engine.precision import autocast, float32
 from fewstep.engine.settings import Settings
-from fewstep.methods.base import Method, Nets, Update, Work
+from fewstep.methods.base import Method, Nets, Update
 from fewstep.methods.rollouts import fold_frames
 from fewstep.models import Card, Denoiser, VideoModel
 from fewstep.models.source import outline
@@ -197,7 +197,8 @@ class Outline:
 
     def _forward(self, role: str, frames: int, layers: tuple[int, ...]) -> int:
         """Floating-point operations of one forward on a batch, as `Work` says of what."""
-        network, batch = self.nets[role], self.batch()
+        network: Denoiser = self.nets[role]  # type: ignore[assignment]
+        batch = self.batch()
         with torch.no_grad(), Ledger() as ledger, self.mode:
             x_t, cond = torch.empty(batch.noise_shape), batch.cond
             if frames:

@@ -105,7 +105,12 @@ class Networks:
 
     @classmethod
     def allocate(
-        cls, model: VideoModel, method: Method, settings: Settings, processes: Processes, others: Mapping[str, VideoModel]
+        cls,
+        model: VideoModel,
+        method: Method,
+        settings: Settings,
+        processes: Processes,
+        others: Mapping[str, VideoModel],
     ) -> Networks:
         """What a model and a method ask for, on the run's device or spread over its processes.
 

@@ -123,12 +123,12 @@ def in_forwards(cost: Sequence[Work]) -> str:
     """Forward-equivalents in words, whole clips first.
 
     >>> in_forwards([Work("student", 4.5), Work("critic", 3, frames=4), Work("teacher", 2, layers=(0, 1))])
-    '4.5, 3 of 4 frames, 2 up to block 1'
+    '4.5, 3 of 4 frames, 2 of the first 2 blocks'
     """
     sums: dict[str, float] = {"": 0.0}
     for work in cost:
         what = f" of {work.frames} frames" if work.frames else ""
-        what += f" up to block {max(work.layers)}" if work.layers else ""
+        what += f" of the first {max(work.layers) + 1} blocks" if min(work.layers, default=-1) >= 0 else ""
         sums[what] = sums.get(what, 0.0) + work.forwards
     return ", ".join(f"{forwards:g}{what}" for what, forwards in sums.items())
 
@@ -172,6 +172,7 @@ class Method(ABC):
         """The role that learns what the student makes: a copy of a network that is trained beside it. None: there is none."""
         trained = {role for event in self.updates(0) if isinstance(event, Update) for role in event.roles}
         return next((role for role, made in self.aux().items() if isinstance(made, Copy) and role in trained), None)
+
     @abstractmethod
     def updates(self, step: int) -> Iterator[Update | Sync]:
         """What happens in iteration `step` (0-based), in the paper's order."""
