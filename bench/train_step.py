@@ -113,7 +113,7 @@ def measure(case: Case) -> dict[str, Any]:
 
 def planned(case: Case, card: Any) -> int | None:
     """What a dry run says the networks and their training take; None where the model has no parts to be planned from."""
-    return Outline.of(card, case.method, case.settings).plan().peak.bytes if card.parts else None
+    return Outline.of(card, case.method, replace(case.settings, health=None)).plan().peak.bytes if card.parts else None
 
 
 def main(case: Case) -> int:

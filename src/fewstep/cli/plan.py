@@ -57,7 +57,7 @@ def show(recipe: Recipe, output: Path, device: Device = Device()) -> int:
         f"recipe {recipe.hash}: {type(recipe.method).__name__} on {card.name}, would write {output}", markup=False
     )
     out.print(table(("held all the time", "network", "parameters", "trained", "weights", "optimiser"), holdings(plan)))
-    out.print(table(("\nmeanwhile, training", "gradients", "activations", "with all that is held"), phases(plan)))
+    out.print(table(("\nmeanwhile", "gradients", "activations", "with all that is held"), phases(plan)))
     out.print(table(("\nshapes", ""), shapes(recipe, card)))
     out.print()
     for line in work(recipe, plan, device):
@@ -74,7 +74,8 @@ def planned(recipe: Recipe, settings: Settings, card: Card) -> Plan:
     shard = parallel.shard * parallel.sequence or max(1, place().world_size // parallel.replicate)
     shard = shard if settings.lora is None else 1
     stored = bool(recipe.data.text_cache) and settings.device != "cpu"
-    plan = Outline.of(card, recipe.method, settings, recipe.data.num_frames).plan()
+    probed = recipe.probe.clips if recipe.probe is not None else 0
+    plan = Outline.of(card, recipe.method, settings, recipe.data.num_frames, probed).plan()
     return plan.by(Means(shard=shard, offload=parallel.offload, stored_text=stored))
 
 
@@ -87,11 +88,11 @@ def holdings(plan: Plan) -> Iterator[tuple[str, ...]]:
 
 
 def phases(plan: Plan) -> Iterator[tuple[str, ...]]:
-    """One row per kind of update."""
-    for phase in plan.phases:
+    """One row per kind of update, and of what is done between iterations."""
+    for phase in (*plan.phases, *plan.pauses):
         yield (
-            "+".join(phase.roles),
-            size(sum(phase.gradients.values())),
+            phase.name,
+            size(sum(phase.gradients.values())) if phase.gradients else "-",
             size(phase.activations),
             size(plan.total(phase)),
         )
@@ -121,7 +122,7 @@ def shapes(recipe: Recipe, card: Card) -> list[tuple[str, str]]:
 def work(recipe: Recipe, plan: Plan, device: Device) -> Iterator[str]:
     """Peak, length, time and cost, a line each."""
     settings, peak = recipe.settings, plan.peak
-    yield f"peak {size(peak.bytes)} while {'+'.join(peak.phase.roles)} is trained, beside the program itself"
+    yield f"peak {size(peak.bytes)} ({peak.phase.name}), beside the program itself"
     clips = settings.batch * settings.accumulate
     cost = in_forwards(recipe.method.cost())
     yield f"{settings.steps} iterations of {clips} clips, {cost} forward-equivalents per clip and iteration"
