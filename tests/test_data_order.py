@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench_data import synthetic_index
 from fewstep.core import Rng
 from fewstep.data import DataError, draw_indices
 from fewstep.data.lines import Lines
 from fewstep.data.order import shuffled
 from fewstep.data.store import ShardReader
+from support_data import synthetic_index
 
 
 @pytest.mark.parametrize("size", [1, 3, 4, 10, 25])

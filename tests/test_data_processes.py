@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import bench_prepare
+import support_prepare
 from fewstep.data import texts
 from fewstep.data.video import write_video
 
@@ -36,7 +36,7 @@ def videos(tmp_path: Path) -> Path:
 def launch(processes: int, *words: object, restarts: int = 0) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    program = [f"--max-restarts={restarts}", "--monitor-interval=0.1", str(ROOT / "tests" / "bench_prepare.py")]
+    program = [f"--max-restarts={restarts}", "--monitor-interval=0.1", str(ROOT / "tests" / "support_prepare.py")]
     return subprocess.run(
         [*torchrun, *program, *map(str, words)], env=environment, check=False, capture_output=True, text=True
     )
@@ -58,7 +58,7 @@ def test_killed_and_started_again_nothing_is_lost_or_done_twice(
     videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, killed, parts = tmp_path / "whole", tmp_path / "killed", tmp_path / "parts"
-    bench_prepare.run(videos, whole)
+    support_prepare.run(videos, whole)
     once = encoded(whole)
     assert len(once) == len({*once}) == VIDEOS * CLIPS
 
@@ -70,15 +70,15 @@ def test_killed_and_started_again_nothing_is_lost_or_done_twice(
     for clip in {*again}:
         again.remove(clip)
     assert {*encoded(killed)} == {*once}
-    assert len(again) <= 2 * bench_prepare.PLAN.shard_size  # at most what either process had not yet written
+    assert len(again) <= 2 * support_prepare.PLAN.shard_size  # at most what either process had not yet written
 
     failed = launch(2, videos, parts, 1, 4)  # no restart: both are gone
     assert failed.returncode != 0 and not (parts / "index.jsonl").exists()
     before = len(encoded(parts))
     assert before < len(once)
-    bench_prepare.run(videos, parts)  # one process takes over from two
+    support_prepare.run(videos, parts)  # one process takes over from two
     assert contents(parts) == contents(whole)
-    assert len(encoded(parts)) <= len(once) + 2 * bench_prepare.PLAN.shard_size
+    assert len(encoded(parts)) <= len(once) + 2 * support_prepare.PLAN.shard_size
     monkeypatch.setattr(texts, "_encode", lambda *_: pytest.fail("a prompt was encoded again"))
-    bench_prepare.run(videos, parts)
+    support_prepare.run(videos, parts)
     assert contents(parts) == contents(whole)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import subprocess
@@ -17,6 +18,7 @@ pytest.importorskip("diffusers", reason="needs the extra diffusers")
 
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from peft import get_peft_model_state_dict
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -28,37 +30,47 @@ from fewstep.diffusion.samplers import Solver
 from fewstep.models import Lora, VideoModel
 from fewstep.models.adapters import export_lora
 from fewstep.models.adapters.ddpm import contract_of, path_of
+from fewstep.models.adapters.readme import restrictions
 from fewstep.models.adapters.schedulers import exact_scheduler
 from fewstep.models.lora import adapt, adapters, merge, save_adapter
 from fewstep.models.source import Diffusers
 from support_engine import tiny_model
 from support_unets import animatediff, scheduler, stable_diffusion
-from tiny_models import TINY, save_tiny
+from tiny_models import IMAGE, IMAGE_SIZE, TINY, save_tiny
 
 pytestmark = [pytest.mark.usefixtures("single_thread"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 PROMPTS = ["a red ball", "a cat walks"]
-SIZES = {"wan": TINY["wan"].size, "animatediff": {"num_frames": 4}, "stable_diffusion": {}}
+SIZES: dict[str, dict[str, int]] = {name: tiny.size for name, tiny in TINY.items()} | dict.fromkeys(IMAGE, IMAGE_SIZE)
+SIZES |= {"animatediff": {"num_frames": 4}, "stable_diffusion": {}}
 
 PLAIN = """
 import json, re, sys
 sys.modules["fewstep"] = None  # importing it is an error from here on
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from diffusers.schedulers import scheduling_flow_match_euler_discrete as flow, scheduling_lcm as lcm
 for name in json.loads(sys.argv[1]):
     for number, code in enumerate(re.findall("```python\\n(.*?)```", open(f"{name}/README.md").read(), re.DOTALL)):
         exec(code)
         pipe.set_progress_bar_config(disable=True)
+        if "hunyuan15" in name:
+            pipe.vae.enable_slicing()  # it decodes two clips only so
         given, made = load_file(f"{name}.given"), {}
         for kind in ("latent", "np"):
             noises = [given[key] for key in sorted(given) if key.startswith("renoise")]
             flow.randn_tensor = lcm.randn_tensor = lambda shape, **_: noises.pop(0)
-            out = pipe(json.loads(sys.argv[2]), latents=given["start"], output_type=kind, **sampling)
+            shown = [Image.open("image.png")] if "image" in name else []
+            out = pipe(*shown, json.loads(sys.argv[2]), latents=given["start"], output_type=kind, **sampling)
             made[kind] = torch.as_tensor(out[0]).contiguous()
         save_file(made, f"{name}.made{number}")
 assert sys.modules["fewstep"] is None
 """
 """Runs the code of every page as it stands, with plain diffusers, from given latents and noises."""
+
+
+PICTURE = (255 * Rng(0).rand((IMAGE_SIZE["height"], IMAGE_SIZE["width"], 3), "picture")).to(torch.uint8)
+"""What clips of an image begin with."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +89,8 @@ class Case:
         return Contract(solver=self.solver, steps=len(self.times[0]) - 1, grids=grids, guidance=self.guidance)
 
 
+EXPERTS = CFG(scale=4.0, low=0.6, outside=3.0)
+"""As the tiny model's boundary says."""
 SHIFTED = (1.0, 0.9375, 0.8333333333333334, 0.625, 0.0)
 UNEVEN = (1.0, 0.97, 0.5, 0.45, 0.2, 0.0)
 CASES = {
@@ -86,8 +100,25 @@ CASES = {
     "wan-renoise": Case("wan", "renoise", (SHIFTED,)),
     "animatediff-even": Case("animatediff", "ddim", ((1.0, 0.75, 0.5, 0.25, 0.0),)),
     "animatediff-uneven": Case("animatediff", "ddim", ((1.0, 0.9, 0.3, 0.0),), CFG(scale=2.0)),
+    "animatediff-between": Case("animatediff", "ddim", ((1.0, 0.9375, 0.62543, 0.0),)),
     "animatediff-renoise": Case("animatediff", "renoise", ((1.0, 0.75, 0.5, 0.25, 0.0), (1.0, 0.6, 0.0))),
     "stable_diffusion": Case("stable_diffusion", "ddim", ((1.0, 0.5, 0.0),)),
+    "ltx-shifted": Case("ltx", "euler", (SHIFTED, (1.0, 0.0), (1.0, 0.5, 0.0), UNEVEN)),
+    "ltx-renoise": Case("ltx", "renoise", ((1.0, 0.9, 0.6, 0.0),), CFG(scale=2.0)),
+    "cogvideox-even": Case("cogvideox", "ddim", ((1.0, 0.75, 0.5, 0.25, 0.0),), CFG(scale=3.0)),
+    "cogvideox-uneven": Case("cogvideox", "ddim", ((1.0, 0.9, 0.3, 0.0), (1.0, 0.0))),
+    "cogvideox15": Case("cogvideox15", "ddim", ((1.0, 0.9, 0.3, 0.0),), CFG(scale=2.0)),
+    "cogvideox-renoise": Case("cogvideox", "renoise", ((1.0, 0.75, 0.5, 0.25, 0.0), (1.0, 0.6, 0.0))),
+    "hunyuan-shifted": Case("hunyuan", "euler", (SHIFTED, UNEVEN)),
+    "hunyuan-renoise": Case("hunyuan", "renoise", (UNEVEN,)),
+    "hunyuan15-shifted": Case("hunyuan15", "ddim", (SHIFTED, UNEVEN)),
+    "hunyuan15-renoise": Case("hunyuan15", "renoise", ((1.0, 0.0),)),
+    "wan_ti2v": Case("wan_ti2v", "renoise", (SHIFTED,)),
+    "wan_experts-shifted": Case("wan_experts", "euler", (SHIFTED, (1.0, 0.6, 0.0))),
+    "wan_image": Case("wan_image", "renoise", (SHIFTED,)),
+    "wan_ti2v_image": Case("wan_ti2v_image", "euler", (SHIFTED,)),
+    "wan_image_experts": Case("wan_image_experts", "euler", ((1.0, 0.95, 0.5, 0.0),)),
+    "wan_experts-guided": Case("wan_experts", "renoise", (UNEVEN,), EXPERTS),
 }
 
 
@@ -95,7 +126,8 @@ CASES = {
 def layouts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A teacher's folder by family."""
     folders = {name: tmp_path_factory.mktemp(name) for name in SIZES}
-    save_tiny("wan", folders["wan"])
+    for name in (*TINY, *IMAGE):
+        save_tiny(name, folders[name])
     animatediff().save_pretrained(folders["animatediff"])
     stable_diffusion().save_pretrained(folders["stable_diffusion"])
     return folders
@@ -114,22 +146,19 @@ def student_of(layouts: dict[str, Path], case: Case, **card: Any) -> VideoModel:
 def exported(layouts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[VideoModel, Path]]:
     """Every student and its folder, after one process of plain diffusers has made clips with all of them."""
     root, made = tmp_path_factory.mktemp("exported"), {}
+    Image.fromarray(PICTURE.numpy()).save(root / "image.png")
     for name, case in CASES.items():
         student = student_of(layouts, case)
         made[name] = student, student.export(root / name)
         shape, noise = (2, *student.latent_shape()), Seeds((5, 6))
-        given = {key: noise.randn(shape, key) for key in ("start", *(f"renoise/{i}" for i in range(4)))}
-        if case.family == "stable_diffusion":
-            given = {key: value[:, :, 0].contiguous() for key, value in given.items()}
+        given = {key: noise.randn(shape, key) for key in ("start", *(f"renoise/{i}" for i in range(5)))}
+        pack = student.denoiser.backbone.original().pack
+        given = {key: pack(value).contiguous() for key, value in given.items()}
         save_file(given, root / f"{name}.given")
     command = [sys.executable, "-c", PLAIN, json.dumps(list(CASES)), json.dumps(PROMPTS)]
     ran = subprocess.run(command, cwd=root, check=False, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-3000:]
     return made
-
-
-def as_pipelines_give(latents: Tensor, family: str) -> Tensor:
-    return latents[:, :, 0] if family == "stable_diffusion" else latents
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -138,14 +167,21 @@ def test_plain_diffusers_makes_the_same_clips(exported: dict[str, tuple[VideoMod
     for number, times in enumerate(case.times):
         theirs = load_file(folder.parent / f"{name}.made{number}")
         options: dict[str, Any] = {"seed": (5, 6), "num_inference_steps": len(times) - 1}
-        ours = as_pipelines_give(student.latents(PROMPTS, **options), case.family)
-        assert theirs["latent"].std() > 0.1
-        torch.testing.assert_close(ours, theirs["latent"], atol=1e-4, rtol=1e-4)
-        frames = as_pipelines_give(student(PROMPTS, **options) / 2 + 0.5, case.family)
-        torch.testing.assert_close(frames.movedim(1, -1), theirs["np"], atol=1e-4, rtol=1e-4)
+        if "image" in student.parts:
+            options["image"] = PICTURE.permute(2, 0, 1) / 127.5 - 1
+        ours = student.latents(PROMPTS, **options)
+        made = student.denoiser.backbone.original().unpack(theirs["latent"], ours.shape)
+        assert made.std() > 0.1
+        torch.testing.assert_close(ours, made, atol=1e-4, rtol=1e-4)
+        frames = (student(PROMPTS, **options) / 2 + 0.5).movedim(1, -1)
+        torch.testing.assert_close(frames.reshape(theirs["np"].shape), theirs["np"], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["wan-shifted", "wan-one", "animatediff-renoise"])
+ROUND = ("wan-shifted", "wan-one", "animatediff-renoise", "stable_diffusion", "ltx-shifted", "cogvideox-uneven",
+         "hunyuan-shifted", "hunyuan15-shifted", "wan_ti2v", "wan_experts-guided", "wan_image")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROUND)
 def test_the_round_trip_is_exact(exported: dict[str, tuple[VideoModel, Path]], name: str, tmp_path: Path) -> None:
     student, folder = exported[name]
     back = VideoModel.from_pretrained(folder)
@@ -153,7 +189,7 @@ def test_the_round_trip_is_exact(exported: dict[str, tuple[VideoModel, Path]], n
         ours, theirs = student.part(part).state_dict(), back.part(part).state_dict()
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
         assert back.fingerprint(part) == student.fingerprint(part) == back.card.fingerprints[part]
-    own = {"sources": {}, "fingerprints": {}}
+    own = {"sources": {}, "fingerprints": {}, "parts": {}}  # parts have their defaults written out, and the same prints
     assert replace(back.card, **own) == replace(student.card, **own)
     assert set(back.card.sources.values()) == {str(folder)}
     again = back.export(tmp_path / name)
@@ -174,18 +210,53 @@ def test_the_default_needs_no_pinned_times(exported: dict[str, tuple[VideoModel,
     """Whoever types `pipe(prompt, num_inference_steps=4)` gets the trained times."""
     pages = {name: (folder / "README.md").read_text() for name, (_, folder) in exported.items()}
     first = {name: re.findall("```python\n(.*?)```", page, re.DOTALL)[0] for name, page in pages.items()}
-    assert {name for name, code in first.items() if "set_timesteps" in code} == {"wan-uneven", "animatediff-uneven"}
+    pinned = {name for name, code in first.items() if "set_timesteps" in code}
+    assert pinned == {
+        "wan-uneven", "animatediff-uneven", "animatediff-between", "cogvideox15", "cogvideox-uneven", "hunyuan-renoise",
+        "ltx-renoise", "wan_experts-guided",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("shift", [0.5, 1.0, 3.0, 5.0, 12.0])
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 8, 50])
-def test_every_shifted_grid_is_a_setting_of_diffusers(shift: float, steps: int) -> None:
-    contract = Contract(steps=steps, shift=shift)
-    exact = exact_scheduler(RectifiedFlow(), "flow", contract, steps)
+@pytest.mark.parametrize("terminal", [0.0, 0.1])
+@pytest.mark.parametrize("uniform", [False, True])
+def test_every_shifted_grid_is_a_setting_of_diffusers(shift: float, steps: int, terminal: float, uniform: bool) -> None:
+    contract = Contract(steps=steps, shift=shift, terminal=terminal)
+    exact = exact_scheduler(RectifiedFlow(), "flow", contract, steps, uniform=uniform)
     assert not exact.pinned
-    exact.scheduler.set_timesteps(steps)
+    if uniform:  # as the pipelines of LTX and HunyuanVideo ask
+        exact.scheduler.set_timesteps(sigmas=[1 - k / steps for k in range(steps)], mu=1.3)
+    else:
+        exact.scheduler.set_timesteps(steps)
     expected = torch.tensor(contract.times(), dtype=torch.float64).float()
-    torch.testing.assert_close(exact.scheduler.sigmas, expected, atol=1e-7, rtol=0)
+    torch.testing.assert_close(exact.scheduler.sigmas, expected, atol=1e-6, rtol=0)
+
+
+def test_pinned_times_stay_whatever_is_asked_for() -> None:
+    """On the device that is asked for; and pipelines that look for the argument `sigmas` find it."""
+    exact = exact_scheduler(RectifiedFlow(), "flow", Contract(grids={"5": UNEVEN}), 5)
+    scheduler = exact.pin()
+    assert exact.pinned and "sigmas" in inspect.signature(scheduler.set_timesteps).parameters
+    for asked in ({"num_inference_steps": 5}, {"sigmas": [1.0, 0.5], "mu": 2.0}):
+        scheduler.set_timesteps(**asked, device="meta")
+        assert scheduler.timesteps.device.type == "meta" and len(scheduler.timesteps) == 5
+        scheduler.set_timesteps(**asked)
+        torch.testing.assert_close(scheduler.sigmas, torch.tensor(UNEVEN))
+
+
+@pytest.mark.parametrize("path", [Betas(snr_shift=3.0, zero_snr=True), Betas(snr_shift=2.0)], ids=["zero", "rest"])
+@pytest.mark.parametrize("solver", ["ddim", "renoise"])
+def test_a_shifted_table_is_kept_level_by_level(path: Betas, solver: Solver) -> None:
+    """The same signal at every level; the first counts as clean where nothing begins there."""
+    contract = Contract(solver=solver, grids={"3": (1.0, 0.9, 0.3, 0.0)})
+    exact = exact_scheduler(path, "v", contract, 3)
+    levels = torch.arange(1, path.num_train_timesteps + 1, dtype=torch.float64) / path.num_train_timesteps
+    expected = path.coeffs(levels).a.square().float()
+    if solver == "ddim":
+        expected[0] = 1.0
+    torch.testing.assert_close(exact.scheduler.alphas_cumprod, expected, atol=1e-5, rtol=0)
+    assert exact.pinned == {"timesteps": [999.0, 899.0, 299.0]}
 
 
 @pytest.mark.parametrize(
@@ -211,7 +282,7 @@ def test_what_diffusers_cannot_do_is_refused(layouts: dict[str, Path], tmp_path:
         with pytest.raises(ValueError, match=f"no scheduler that does what {solver} does"):
             exact_scheduler(RectifiedFlow(), "flow", Contract(solver=solver), 4)
     with pytest.raises(ValueError, match=r"times \[1\.0, 0\.33333, 0\.0\]"):  # between two timesteps
-        exact_scheduler(Betas(), "eps", Contract(solver="ddim", grids={"2": (1.0, 0.33333, 0.0)}), 2)
+        exact_scheduler(Betas(), "eps", Contract(solver="renoise", grids={"2": (1.0, 0.33333, 0.0)}), 2)
     with pytest.raises(ValueError, match="predicts x0"):
         exact_scheduler(RectifiedFlow(), "x0", Contract(), 4)
     student = student_of(layouts, CASES["wan-one"])
@@ -222,9 +293,11 @@ def test_what_diffusers_cannot_do_is_refused(layouts: dict[str, Path], tmp_path:
         causal.export(tmp_path / "causal", names="comfyui")
     with pytest.raises(ValueError, match="nothing to link"):
         student.export(tmp_path / "linked", names="comfyui", link=True)
-    part_time = replace(student.card.contract, guidance=CFG(scale=3.0, high=0.9))
-    with pytest.raises(ValueError, match="guides at all times"):
-        student.with_part("denoiser", student.denoiser, contract=part_time).export(tmp_path / "guided")
+    experts = student_of(layouts, CASES["wan_experts-guided"])
+    for model, guidance in ((student, CFG(scale=3.0, high=0.9)), (experts, CFG(scale=3.0, low=0.5))):
+        part_time = replace(model.card.contract, guidance=guidance)
+        with pytest.raises(ValueError, match="guides at all times"):
+            model.with_part("denoiser", model.denoiser, contract=part_time).export(tmp_path / "guided")
     with pytest.raises(ValueError, match="come from one layout"):
         student.with_part("codec", student.codec).export(tmp_path / "codec")
     (tmp_path / "full").mkdir()
@@ -252,6 +325,9 @@ def test_the_page_says_where_a_student_comes_from(layouts: dict[str, Path], tmp_
     }
     student = student_of(layouts, CASES["wan-one"], provenance=chain, scores={"accuracy (n = 64)": 0.87654})
     page = (student.export(tmp_path / "free", link=True) / "README.md").read_text()
+    assert "# free\n" in page and "wan" in page and "distilled to 1 step:" in page
+    assert "It was made from:\n\n- teacher: Apache-2.0\n" in page and 'pipeline_tag: "text-to-video"' in page
+    assert "Figures without n" not in page and "## Recipe" not in page
     assert 'license: "apache-2.0"' in page and 'base_model: "owner/model"' in page and "commercial" not in page
     assert "| data | A\\|B |" in page and "| accuracy (n = 64) | 0.8765 |" in page and "| recipe | abc |" in page
     assert (tmp_path / "free" / "vae").is_symlink() and not (tmp_path / "free" / "transformer").is_symlink()
@@ -260,7 +336,46 @@ def test_the_page_says_where_a_student_comes_from(layouts: dict[str, Path], tmp_
         student_of(layouts, CASES["wan-one"], provenance=bound).export(tmp_path / "bound") / "README.md"
     ).read_text()
     assert "**Not for commercial use.**" in page and 'license: "other"' in page and "Not measured." in page
+    assert page.index("Not for commercial") < page.index("## Sampling")
     assert "- teacher.teacher.licence: CC-BY-NC-4.0" in page and "- teacher.data: clips for research only" in page
+
+
+@pytest.mark.parametrize(
+    ("licence", "bound"),
+    [
+        ("CC BY-NC 4.0", True), ("FLUX.1 [dev] Non-Commercial License", True), ("for research purposes only", True),
+        ("Not for commercial use", True), ("Research-use-only", True), ("academic use", True), ("MIT", False),
+        ("Apache-2.0; trained on clips rendered by fewstep.world only, from random weights", False),
+        ("Tencent Hunyuan Community License", False), ("openrail++", False), ("OpenVid-1M, CC-BY-4.0", False),
+    ],
+)  # fmt: skip
+def test_words_that_forbid_commercial_use(licence: str, bound: bool) -> None:
+    """In whatever entry of the chain they are."""
+    assert bool(restrictions({"student.data.licence": licence})) is bound
+
+
+def test_recipe_and_figures_are_on_the_page(layouts: dict[str, Path], tmp_path: Path) -> None:
+    """The recipe as text, and what `fewstep evaluate` measured of these very weights, with n."""
+    student = student_of(layouts, CASES["wan-one"], scores={"rule": 0.7})
+    student.save(tmp_path / "student")
+    (tmp_path / "student" / "recipe.yaml").write_text("# Hash abc.\nmethod: {type: DMD2}\n")
+    demo = json.loads(Path("docs/results/demo.json").read_text())
+    weights = student.fingerprint("denoiser")
+    for name, its in (("other", "0" * 12), ("own", weights)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(
+            json.dumps(demo | {"models": {"teacher 50": "x", "student 1": its}})
+        )
+    command = ["export", str(tmp_path / "student"), str(tmp_path / "four-by-four"), "--evaluation"]
+    assert main([*command, str(tmp_path / "other")]) == 2 and not (tmp_path / "four-by-four").exists()
+    assert main([*command, str(tmp_path / "own")]) == 0
+    page = (tmp_path / "four-by-four" / "README.md").read_text()
+    assert "## Recipe\n\n```yaml\n# Hash abc.\nmethod: {type: DMD2}\n```" in page
+    assert "| all attributes right, 1 step (n = 128) | 0.2" in page and "teacher 50, 1 step" in page
+    assert "| rule | 0.7 |" in page and "Figures without n are those of the recipe's `probe`" in page
+    again = tmp_path / "again"
+    assert main(["export", str(tmp_path / "four-by-four"), str(again)]) == 0  # nothing is lost on the way back
+    assert (again / "README.md").read_text() == page.replace("four-by-four", "again")
 
 
 # --- adapters, and the names of Wan's authors -----------------------------------------------------------------------------
@@ -274,6 +389,11 @@ def tuned(layouts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     for name, case, lora in (
         ("wan", CASES["wan-uneven"], Lora(rank=3, alpha=2.0)),
         ("animatediff", CASES["animatediff-even"], Lora(rank=3, alpha=2.0, targets=targets)),
+        ("ltx", CASES["ltx-shifted"], Lora(rank=2)),
+        ("cogvideox", CASES["cogvideox-uneven"], Lora(rank=2)),
+        ("hunyuan", CASES["hunyuan-shifted"], Lora(rank=2)),
+        ("hunyuan15", CASES["hunyuan15-shifted"], Lora(rank=2)),
+        ("wan_experts", CASES["wan_experts-shifted"], Lora(rank=2)),
     ):
         teacher = Diffusers(source=str(layouts[name]), text_dtype="float32", **SIZES[name]).load()
         network = adapt(teacher.denoiser, lora, Rng(0))
@@ -286,7 +406,14 @@ def tuned(layouts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     return folders
 
 
-@pytest.mark.parametrize(("family", "names"), [("wan", "diffusers"), ("wan", "comfyui"), ("animatediff", "diffusers")])
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [
+        ("wan", "diffusers"),
+        ("wan", "comfyui"),
+        *((f, "diffusers") for f in ("animatediff", "ltx", "cogvideox", "hunyuan")),
+    ],
+)
 @torch.no_grad()
 def test_diffusers_loads_every_key_of_the_adapters(
     tuned: dict[str, Path], family: str, names: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -302,30 +429,71 @@ def test_diffusers_loads_every_key_of_the_adapters(
         "wan comfyui": "diffusion_model.blocks.0.self_attn.q.lora_A.weight",
         "animatediff diffusers": "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight",
     }
-    assert first[f"{family} {names}"] in written
+    assert first.get(f"{family} {names}", file.name) in {*written, "pytorch_lora_weights.safetensors"}
 
     monkeypatch.chdir(tmp_path)
     scope: dict[str, Any] = {}
     exec(re.findall("```python\n(.*?)```", (tmp_path / "lora" / "README.md").read_text(), re.DOTALL)[0], scope)
     pipe, student = scope["pipe"], VideoModel.from_pretrained(tuned[family])
-    network = pipe.transformer if family == "wan" else pipe.unet
+    original, folder = student.denoiser.backbone.original(), student.denoiser.backbone.folders[0]
+    network = getattr(pipe, folder)
     loaded = get_peft_model_state_dict(network, adapter_name="default_0")
     assert len(loaded) == len(written) > 20
     assert {tuple(v.shape): 0 for v in loaded.values()} == {tuple(v.shape): 0 for v in written.values()}
     if names == "diffusers":
-        prefix = "transformer." if family == "wan" else "unet."
-        assert all(torch.equal(loaded[key.removeprefix(prefix)], value) for key, value in written.items())
+        assert all(torch.equal(loaded[key.removeprefix(f"{folder}.")], value) for key, value in written.items())
     teacher = Diffusers(source=next(iter(student.card.sources.values()))).load()
     for ours, merged in zip(
         student.denoiser.parameters(), teacher.with_lora(tmp_path / "lora").denoiser.parameters(), strict=True
     ):
         torch.testing.assert_close(ours, merged)  # read back here, too
     start = Seeds((5, 6)).randn((2, *student.latent_shape()), "start")
-    theirs = pipe(PROMPTS, latents=start, output_type="latent", **scope["sampling"])[0]
+
+    def theirs() -> Tensor:
+        made = pipe(PROMPTS, latents=original.pack(start), output_type="latent", **scope["sampling"])[0]
+        return original.unpack(made, start.shape)
+
     ours = student.latents(PROMPTS, seed=(5, 6))
-    torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=2e-4)
+    torch.testing.assert_close(ours, theirs(), atol=2e-4, rtol=2e-4)
     pipe.unload_lora_weights()
-    assert (pipe(PROMPTS, latents=start, output_type="latent", **scope["sampling"])[0] - ours).abs().max() > 1e-2
+    assert (theirs() - ours).abs().max() > 1e-2
+
+
+def test_a_pipeline_that_loads_no_lora_gets_none(tuned: dict[str, Path], tmp_path: Path) -> None:
+    student = VideoModel.from_pretrained(tuned["hunyuan15"])
+    with pytest.raises(ValueError, match="loads no LoRA into its HunyuanVideo15Pipeline"):
+        export_lora(student, tuned["hunyuan15"] / "adapter", tmp_path / "lora", names="diffusers")
+    assert not (tmp_path / "lora").exists()
+
+
+@torch.no_grad()
+def test_two_experts_are_two_files(tuned: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page loads both; ComfyUI's have the same names in each, and diffusers' converter turns them back."""
+    student = VideoModel.from_pretrained(tuned["wan_experts"])
+    files = ["pytorch_lora_weights.safetensors", "pytorch_lora_weights_2.safetensors"]
+    export_lora(student, tuned["wan_experts"] / "adapter", tmp_path / "lora", names="diffusers")
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, Any] = {}
+    exec(re.findall("```python\n(.*?)```", (tmp_path / "lora" / "README.md").read_text(), re.DOTALL)[0], scope)
+    pipe = scope["pipe"]
+    for network, file in zip((pipe.transformer, pipe.transformer_2), files, strict=True):
+        (name,) = network.peft_config
+        loaded, written = get_peft_model_state_dict(network, adapter_name=name), load_file(Path("lora", file))
+        assert {f"transformer.{key}" for key in loaded} == written.keys() and len(written) > 20
+        assert all(torch.equal(loaded[key.removeprefix("transformer.")], value) for key, value in written.items())
+    start = Seeds((5, 6)).randn((2, *student.latent_shape()), "start")
+    theirs = pipe(PROMPTS, latents=start, output_type="latent", **scope["sampling"])[0]
+    torch.testing.assert_close(student.latents(PROMPTS, seed=(5, 6)), theirs, atol=2e-4, rtol=2e-4)
+    export_lora(student, tuned["wan_experts"] / "adapter", tmp_path / "comfy", names="comfyui")
+    comfy = [load_file(tmp_path / "comfy" / name) for name in ("comfy.safetensors", "comfy_2.safetensors")]
+    assert "diffusion_model.blocks.0.self_attn.q.lora_A.weight" in comfy[0].keys() & comfy[1].keys()
+    student.export(tmp_path / "whole", names="comfyui")
+    for folder, file in zip(
+        ("transformer", "transformer_2"), ("whole.safetensors", "whole_2.safetensors"), strict=True
+    ):
+        back = convert_wan_transformer_to_diffusers(load_file(tmp_path / "whole" / file))
+        original = student.denoiser.backbone.original().networks[folder].state_dict()
+        assert back.keys() == original.keys() and all(torch.equal(back[key], original[key]) for key in original)
 
 
 def test_the_names_of_wans_authors_are_a_bijection(layouts: dict[str, Path], tmp_path: Path) -> None:

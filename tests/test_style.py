@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,15 @@ from fewstep.core import Batch, Rng
 from fewstep.data.base import Source
 from fewstep.diffusion import Contract
 from fewstep.engine import Optim, Settings, train
-from fewstep.evaluate.style import check_lora
-from fewstep.methods import FlowMatching
+from fewstep.engine.nets import origin
+from fewstep.engine.prepare import prepare, require_possible
+from fewstep.evaluate.style import Styled, Survival, check_style
+from fewstep.methods import DMD2, BackwardSimulation, FlowMatching
 from fewstep.models import Lora, VideoModel
+from fewstep.models.bundle import allocate, fingerprint, read_card
 from fewstep.models.lora import adapt, adapters, merge, save_adapter
 from fewstep.models.source import Pretrained
+from fewstep.models.spec import Spec
 from fewstep.recipe import Recipe
 from fewstep.world.data import WorldClips, encode
 from fewstep.world.grammar import world_prompts
@@ -28,6 +33,7 @@ from support_engine import FRAMES, small, tiny_model
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 PROMPTS = ("a red ball", "a blue box", "a cat")
+METHOD = DMD2(critic_updates=1, rollout=BackwardSimulation(grids=((1.0, 0.5),)))
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +57,15 @@ def with_denoiser(model: VideoModel, change: Any, **card: Any) -> VideoModel:
     with torch.no_grad():
         change(network)
     return model.with_part("denoiser", network, role="student", **card)
+
+
+def check_lora(teacher: VideoModel, student: VideoModel, lora: Path, prompts: Sequence[str], output: Path) -> Survival:
+    return check_style(Styled.by_lora(teacher, lora), Styled.by_lora(student, lora), prompts, output)
+
+
+def stretch(network: Any) -> None:
+    for parameter in network.parameters():
+        parameter.mul_(1.01)
 
 
 # --- the score ------------------------------------------------------------------------------------------------------------
@@ -84,6 +99,13 @@ def test_another_network_keeps_some_of_it(teacher: VideoModel, lora: Path, tmp_p
     assert found.score == pytest.approx(found.cosine * found.size) and found.error > 0 and abs(found.score - 1) > 1e-3
 
 
+def test_a_student_may_have_the_style_in_its_weights(teacher: VideoModel, lora: Path, tmp_path: Path) -> None:
+    """One that learnt all of it is told from one that learnt nothing."""
+    pair, restyled = Styled.by_lora(teacher, lora), teacher.with_lora(lora)
+    assert check_style(pair, Styled(teacher, restyled, "restyled"), PROMPTS, tmp_path).score == pytest.approx(1.0)
+    assert check_style(pair, Styled(teacher, teacher, "restyled"), PROMPTS, tmp_path).score == 0.0
+
+
 def test_what_says_nothing_is_refused(teacher: VideoModel, lora: Path, tmp_path: Path) -> None:
     nothing = save_adapter(adapt(teacher.denoiser, Lora(rank=2), Rng(0)), tmp_path / "nothing", "tiny")
     with pytest.raises(ValueError, match="does not change what the teacher makes"):
@@ -98,6 +120,10 @@ def test_by_command(teacher: VideoModel, lora: Path, tmp_path: Path, capsys: pyt
     options = ["--teacher", folder, "--student", folder, "--prompt", "a red ball", "--output", str(tmp_path / "out")]
     assert main(["check-lora", str(lora), *options, "--quiet"]) == 0
     assert "score 1.000" in capsys.readouterr().out and (tmp_path / "out" / "lora.gif").is_file()
+    assert main(["check-lora", str(lora), *options, "--restyled", folder, "--quiet"]) == 0
+    assert "score 0.000" in capsys.readouterr().out
+    assert main(["check-lora", str(lora), *options, "--num-inference-steps", "1", "--quiet"]) == 0
+    assert "score 1.000" not in capsys.readouterr().out
 
 
 # --- files ----------------------------------------------------------------------------------------------------------------
@@ -163,6 +189,60 @@ def test_a_recipe_distils_the_restyled_teacher(teacher: VideoModel, lora: Path, 
     assert restyled.fingerprint("denoiser") in student.card.provenance["teacher"]
     with pytest.raises(FileNotFoundError, match=r"model\.lora: .* is not there"):
         replace(source, lora=str(tmp_path / "gone")).card()
+
+
+def test_a_student_goes_on_with_the_restyled_teacher(teacher: VideoModel, lora: Path, tmp_path: Path) -> None:
+    """Its first weights are its own, the critic's are the teacher's, and its card names both."""
+    folder, first = (
+        teacher.save(tmp_path / "teacher"),
+        with_denoiser(teacher, stretch, provenance={"licence": "CC-BY-NC-4.0"}),
+    )
+    first.save(tmp_path / "first")
+    settings = small(1, start=str(tmp_path / "first"), health=None)
+    model = Pretrained(source=str(folder), lora=str(lora)).load()
+    data = WorldClips(num_frames=FRAMES)
+    nets = prepare(model, METHOD, data, settings, tmp_path / "run").nets
+    assert fingerprint(nets.student) == first.fingerprint("denoiser")
+    assert fingerprint(nets.critic) == fingerprint(nets.teacher) == model.fingerprint("denoiser")
+    student = Recipe(
+        model=Pretrained(source=str(folder), lora=str(lora)), method=METHOD, data=data, settings=settings
+    ).run(tmp_path / "run", quiet=True)
+    assert student.card.provenance["student"] == f"tiny {first.fingerprint('denoiser')}"
+    assert student.card.provenance["student.licence"] == "CC-BY-NC-4.0"
+    ours, before, restyled = (m.weights("denoiser")["backbone.out.weight"] for m in (student, first, model))
+    assert 0 < (ours - before).abs().max() < (ours - restyled).abs().max()
+
+
+def test_a_start_that_does_not_fit_is_refused(teacher: VideoModel, tmp_path: Path) -> None:
+    teacher.save(tmp_path / "teacher")
+    card, wrong = read_card(tmp_path / "teacher"), "no student of this teacher: its "
+    other = Spec("VideoDiT", {**card.parts["denoiser"].args, "depth": 1})
+    others = {
+        "denoiser": replace(card, parts={**card.parts, "denoiser": other}),
+        "kind": replace(card, kind="x0"),
+    }
+    for what, changed in others.items():
+        VideoModel(changed, {n: allocate(n, changed) for n in changed.parts}).save(tmp_path / what)
+        with pytest.raises(ValueError, match=wrong + what):
+            require_possible(METHOD, small(1, start=str(tmp_path / what)), card, None)
+    with pytest.raises(ValueError, match=r"leave out settings\.lora"):
+        require_possible(METHOD, small(1, start=str(tmp_path / "teacher"), lora=Lora(rank=2)), card, None)
+    with pytest.raises(ValueError, match="has no denoiser"):
+        require_possible(METHOD, small(1, start="world/features"), card, None)
+    with pytest.raises(FileNotFoundError, match="gone"):
+        require_possible(METHOD, small(1, start=str(tmp_path / "gone")), card, None)
+
+
+def test_every_role_begins_with_stored_weights() -> None:
+    """Of a sharded run, where networks are made without any."""
+    roles = ("teacher", "student", "ema", "critic")
+    assert [origin(METHOD, role, {"teacher"}) for role in roles] == ["teacher"] * 4
+    assert [origin(METHOD, role, {"teacher", "student"}) for role in roles] == [
+        "teacher",
+        "student",
+        "student",
+        "teacher",
+    ]
 
 
 # --- on the built-in world ------------------------------------------------------------------------------------------------

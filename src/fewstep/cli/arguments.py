@@ -289,6 +289,8 @@ class Export(Command):
     """Of a student trained with settings.lora: its adapters alone, one file to load over the teacher."""
     link: bool = False
     """Link text encoder and codec to where they are, in place of a copy."""
+    evaluation: Path | None = None
+    """A folder of `fewstep evaluate`: its figures of this student go onto the card and the page."""
 
     def run(self, overrides: Overrides) -> int:
         from fewstep.cli import commands
@@ -306,6 +308,10 @@ class CheckLora(Command):
     output: Path
     """Folder for the figures and the picture."""
     teacher: str = "world"
+    restyled: str | None = None
+    """A student distilled from the teacher with the LoRA, to measure instead of the student with the LoRA."""
+    num_inference_steps: int | None = None
+    """Of the student; default: its own."""
     prompt: tuple[str, ...] = ()
     """Default: 16 prompts of the built-in world."""
     prompt_file: Path | None = None

@@ -6,7 +6,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from fewstep.data.prepare import Prepared
     from fewstep.evaluate import Suite
+    from fewstep.models.bundle import VideoModel
     from fewstep.models.images import ImageEncoder
 
 
@@ -292,29 +293,40 @@ def check_model(options: arguments.CheckModel) -> int:
 
 
 def export(options: arguments.Export) -> int:
+    from fewstep.evaluate.results import figures, load_report
     from fewstep.models import adapters
     from fewstep.models.bundle import VideoModel
+    from fewstep.recipe import FILE
 
-    model = VideoModel.from_pretrained(options.student)
+    model, home = VideoModel.from_pretrained(options.student), Path(options.student)
+    if options.evaluation is not None:
+        scores = figures(load_report(options.evaluation), model.fingerprint("denoiser"))
+        model = VideoModel(replace(model.card, scores=model.card.scores | scores), model.parts)
+    recipe = (home / FILE).read_text(encoding="utf-8") if (home / FILE).is_file() else ""
     if options.lora:
-        return _made(
-            adapters.export_lora(model, Path(options.student) / "adapter", options.folder, names=options.names)
-        )
-    return _made(model.export(options.folder, names=options.names, link=options.link))
+        return _made(adapters.export_lora(model, home / "adapter", options.folder, names=options.names, recipe=recipe))
+    return _made(model.export(options.folder, names=options.names, link=options.link, recipe=recipe))
 
 
 def check_lora(options: arguments.CheckLora) -> int:
     from fewstep.cli.pace import telling
     from fewstep.cli.screen import screen
-    from fewstep.evaluate.style import check_lora as check
+    from fewstep.evaluate.style import Styled, check_style
     from fewstep.models.bundle import VideoModel
     from fewstep.world.grammar import world_prompts
 
     given = options.prompt or options.prompt_file
     prompts = _prompts(options.prompt, options.prompt_file) if given else world_prompts(16, 0.5, 0)
-    teacher, student = (VideoModel.from_pretrained(x).to(options.device) for x in (options.teacher, options.student))
+    teacher = VideoModel.from_pretrained(options.teacher).to(options.device)
+    student = _at_steps(VideoModel.from_pretrained(options.student), options.num_inference_steps).to(options.device)
+    if options.restyled is None:
+        tried = Styled.by_lora(student, options.lora)
+    else:
+        restyled = _at_steps(VideoModel.from_pretrained(options.restyled), options.num_inference_steps)
+        tried = Styled(student, restyled.to(options.device), "restyled")
     with telling(options.quiet) as progress:
-        found = check(teacher, student, options.lora, prompts, options.output, seeds=options.seeds, progress=progress)
+        pair = Styled.by_lora(teacher, options.lora)
+        found = check_style(pair, tried, prompts, options.output, seeds=options.seeds, progress=progress)
     out = screen()
     out.print(
         f"score {found.score:.3f} +- {found.error:.3f} (1 as on the teacher, 0 no trace): direction {found.cosine:.3f}, "
@@ -322,6 +334,15 @@ def check_lora(options: arguments.CheckLora) -> int:
         markup=False, soft_wrap=True,
     )  # fmt: skip
     return _made(options.output / "lora.gif")
+
+
+def _at_steps(model: VideoModel, steps: int | None) -> VideoModel:
+    """With another default number of steps. StepCountError where it was not trained for it."""
+    from fewstep.models.bundle import VideoModel
+
+    contract = model.card.contract
+    contract.times(steps)
+    return VideoModel(replace(model.card, contract=replace(contract, steps=steps or contract.steps)), model.parts)
 
 
 def _prompts(given: tuple[str, ...], file: Path | None) -> tuple[str, ...]:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 
 import torch
 from torch import nn
 
 from fewstep.core import Rng
+from fewstep.engine.settings import Settings
 from fewstep.methods.base import Copy, Heads, Method, Nets, Other, Update, Weak
 from fewstep.models import Card, FeatureHeads, JointHead, VideoModel
 from fewstep.models.bundle import latent_shape_of, text_width_of
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.lora import Lora, adapt, adapters, duplicate, weaken
-from fewstep.models.source import ModelSource
+from fewstep.models.source import ModelSource, Pretrained
 
 
 def build_nets(
@@ -28,10 +29,12 @@ def build_nets(
     """Teacher (the model's own network), student (a copy of it) and the method's roles, in that order.
 
     With `lora` no copy is made: each is a set of adapters over the teacher's weights, or another frozen network's. What is
-    made new goes to `device`, or where the network is whose features it reads. `others` are the models of `sources`.
+    made new goes to `device`, or where the network is whose features it reads. `others` are the models of `sources`
+    and `starts`.
     """
     roles: dict[str, nn.Module] = {"teacher": model.part(method.part)}
-    roles["student"] = _second(roles, "teacher", "student", lora, seed)
+    begun = others.get("student")
+    roles["student"] = begun.denoiser if begun else _second(roles, "teacher", "student", lora, seed)
     for role, recipe in method.aux().items():
         if role in (*roles, "ema"):
             raise ValueError(f"a method cannot redefine the role {role!r}")
@@ -59,14 +62,17 @@ def sources(method: Method) -> dict[str, ModelSource]:
     return {role: recipe.source for role, recipe in method.aux().items() if isinstance(recipe, Other)}
 
 
-def origin(method: Method, role: str) -> str:
-    """The frozen role with whose weights `role` begins."""
-    match method.aux().get(role):
-        case Copy(of):
-            return origin(method, of)
-        case Other():
-            return role
-    return "teacher"
+def origin(method: Method, role: str, stored: Collection[str]) -> str:
+    """Whose `stored` weights `role` begins with: its own, or those of what it is a copy of."""
+    if role in stored:
+        return role
+    of = {"ema": Copy("student"), **method.aux()}.get(role)
+    return origin(method, of.of, stored) if isinstance(of, Copy) else "teacher"
+
+
+def starts(settings: Settings) -> dict[str, ModelSource]:
+    """Where the weights of a trained role come from, if not from another role."""
+    return {} if settings.start is None else {"student": Pretrained(source=settings.start)}
 
 
 def require_alike(method: Method, card: Card) -> None:

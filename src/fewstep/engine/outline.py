@@ -24,7 +24,7 @@ from fewstep.core.flops import FORMULAS
 from fewstep.engine.health.measure import decode
 from fewstep.engine.health.monitor import judge_of, unexamined
 from fewstep.engine.memory import Holding, Phase, Plan, optimizer_bytes
-from fewstep.engine.nets import build_nets, origin, sources, trained_roles
+from fewstep.engine.nets import build_nets, origin, sources, starts, trained_roles
 from fewstep.engine.optim import matrices_of, require_named
 from fewstep.engine.precision import autocast, float32
 from fewstep.engine.preview import CLIPS
@@ -105,7 +105,7 @@ class Outline:
     def of(cls, card: Card, method: Method, settings: Settings, frames: int | None = None, probed: int = 0) -> Outline:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         model = outline(card)
-        others = {role: outline(source.card()) for role, source in sources(method).items()}
+        others = {role: outline(source.card()) for role, source in {**sources(method), **starts(settings)}.items()}
         nets = build_nets(model, method, settings.seed, settings.lora, others=others)
         for role in trained_roles(method, settings.steps):
             require_named(nets[role], settings.optim_of(role))
@@ -254,7 +254,10 @@ class Outline:
         times = self.settings.accumulate
         if self.method.part != "denoiser":
             return times * sum(phase.flops for phase in phases)
-        cost = {work: (origin(self.method, work.role), work.frames, work.layers) for work in self.method.cost()}
+        cost = {
+            work: (origin(self.method, work.role, sources(self.method)), work.frames, work.layers)
+            for work in self.method.cost()
+        }
         forward = {kind: self._forward(*kind) for kind in set(cost.values())}  # a role costs what it is a copy of
         return round(times * sum(work.forwards * forward[kind] for work, kind in cost.items()))
 

@@ -22,7 +22,7 @@ from fewstep.engine.effective import in_effect
 from fewstep.engine.health.monitor import watching
 from fewstep.engine.heap import keep_freed_memory
 from fewstep.engine.mesh import Processes, join, require_mesh
-from fewstep.engine.nets import build_nets, origin, require_alike, sources, trained_roles
+from fewstep.engine.nets import build_nets, origin, require_alike, sources, starts, trained_roles
 from fewstep.engine.offload import Shelf
 from fewstep.engine.optim import RoleOptimizer
 from fewstep.engine.precision import autocast
@@ -56,7 +56,7 @@ def prepare(
     processes = join(settings)
     if settings.device == "cpu":
         keep_freed_memory()
-    others = load_others(method, processes)
+    others = load_others(method, settings, processes)
     identity = {key: provenance[key] for key in WHOSE if key in provenance} | identify(model, trees, others)
     held = Networks.allocate(model, method, settings, processes, others)
     model, nets = held.model, held.nets
@@ -78,10 +78,10 @@ def prepare(
     )  # fmt: skip
 
 
-def load_others(method: Method, processes: Processes) -> dict[str, VideoModel]:
-    """The denoisers of other models that a method reads, by role. Weights that will be sharded stay where they are stored."""
-    leave = ("denoiser",) if processes.weights is not None else ()
-    return {role: source.load(leave=leave, parts=("denoiser",)) for role, source in sources(method).items()}
+def load_others(method: Method, settings: Settings, processes: Processes) -> dict[str, VideoModel]:
+    """The denoisers of other models that a run reads, by role. Weights that will be sharded stay where they are stored."""
+    leave, others = ("denoiser",) if processes.weights is not None else (), {**sources(method), **starts(settings)}
+    return {role: source.load(leave=leave, parts=("denoiser",)) for role, source in others.items()}
 
 
 def told(others: Mapping[str, VideoModel]) -> dict[str, str]:
@@ -135,7 +135,7 @@ class Networks:
         for role, denoiser in {**nets, "ema": average}.items():
             if isinstance(denoiser, Denoiser):
                 if processes.weights is not None:
-                    shard(denoiser, weights[origin(method, role)], processes.weights)
+                    shard(denoiser, weights[origin(method, role, weights)], processes.weights)
                 denoiser.backbone.spread(processes.tokens, settings.parallel.checkpointing)
         if settings.parallel.offload:
             nets = Shelf(nets.roles, settings.device)
@@ -152,6 +152,7 @@ def require_possible(method: Method, settings: Settings, card: Card, probe: Prob
             "give it more steps than its warm-up has"
         )
     require_alike(method, card)
+    require_same(method, settings, card)
     for role in {"teacher", *sources(method)}.intersection(roles):
         raise ValueError(f"{name} trains the {role}; train a Copy of it")
     for role in sorted(set(settings.optim) - {*roles, "student"}):
@@ -184,6 +185,31 @@ def require_possible(method: Method, settings: Settings, card: Card, probe: Prob
     if probe is not None:
         probe.check(card, method.part)
     return roles
+
+
+def require_same(method: Method, settings: Settings, card: Card) -> None:
+    """Refuse (ValueError) a start that is no denoiser like the teacher's."""
+    if settings.start is None:
+        return
+    if method.part != "denoiser" or settings.lora is not None:
+        raise ValueError(
+            "settings.start: only a denoiser that is trained whole goes on from an earlier one; leave out settings.lora, "
+            "or settings.start"
+        )
+    begun = starts(settings)["student"].card()
+    if "denoiser" not in begun.parts:
+        raise ValueError(f"settings.start: {settings.start} has no denoiser; it has {', '.join(begun.parts)}")
+    pairs = {
+        "denoiser": (begun.parts["denoiser"], card.parts.get("denoiser", begun.parts["denoiser"])),
+        "path": (begun.path, card.path),
+        "kind": (begun.kind, card.kind),
+    }
+    for what, (theirs, own) in pairs.items():
+        if theirs != own:
+            raise ValueError(
+                f"settings.start: {settings.start} is no student of this teacher: its {what} is {theirs}, and the "
+                f"teacher's {own}"
+            )
 
 
 def require_processes(settings: Settings) -> None:

@@ -106,6 +106,9 @@ class Settings:
     seed: int = 0
     optim: dict[str, Optim] = field(default_factory=dict)
     """By role; a trained role without an entry takes the student's."""
+    start: str | None = None
+    """Folder of an earlier student, or `world`, whose denoiser the student goes on from. null: a copy of the teacher's. Every
+    other role begins as without it."""
     lora: Lora | None = None
     """Train adapters over one frozen set of the teacher's weights, in place of whole copies of it. null: whole networks."""
     ema: float = 0.0

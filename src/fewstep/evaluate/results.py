@@ -130,7 +130,7 @@ class Report:
     memory: str
     """What `memory_mb` measures on this machine."""
     models: dict[str, str] = field(default_factory=dict)
-    """Fingerprint of the denoiser, by model name."""
+    """Fingerprint of the denoiser, by row."""
     previews: tuple[dict[str, Any], ...] = ()
     """Prompt, seed and, per row name, each attribute as right, wrong or unclear."""
     notes: tuple[str, ...] = ()
@@ -157,6 +157,33 @@ class Report:
         path = folder / FILE
         path.write_text(json.dumps(asdict(self), indent=2) + "\n")
         return path
+
+
+def figures(report: Report, weights: str) -> dict[str, float]:
+    """What an evaluation found of the denoiser with the fingerprint `weights`, each under a name that says of what and of how
+    many clips. ValueError where it was not among those measured.
+    """
+    rows = [row for row in report.rows if report.models.get(row.name) == weights]
+    if not rows:
+        raise ValueError(
+            f"this evaluation is not of these weights ({weights}) but of {', '.join(sorted(set(report.models.values())))}; "
+            "evaluate this student"
+        )
+    found: dict[str, float] = {}
+    for row in rows:
+        of = {
+            "all attributes right": (row.accuracy, report.seeds["clips"]),
+            f"CLIPScore by {report.clip_score_model}": (row.clip_score, report.seeds["clips"]),
+            f"{report.distance} to {report.frechet_reference} by {report.frechet_features}": (
+                row.frechet,
+                row.frechet_n,
+            ),
+            f"motion relative to {report.reference}": (row.motion, report.seeds["clips"]),
+            f"diversity relative to {report.reference}": (row.diversity, report.seeds["clips"]),
+        }
+        steps = f"{row.steps} {'step' if row.steps == 1 else 'steps'}"
+        found |= {f"{name}, {steps} (n = {n})": value for name, (value, n) in of.items() if value is not None}
+    return found
 
 
 def load_report(folder: Path | str) -> Report:

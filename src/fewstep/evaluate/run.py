@@ -53,7 +53,7 @@ def evaluate(rows: Sequence[Entry], suite: Suite, output: Path | str, progress: 
         machine=asdict(describe_machine(bench.device)),
         versions=versions(),
         memory=costs[name].memory_kind,
-        models={entry.model.card.name: fingerprint(entry.model.denoiser) for entry in rows},
+        models={entry.name: fingerprint(entry.model.denoiser) for entry in rows},
         previews=tuple(_previews(bench, measured)),
         notes=tuple(_notes(rows, bench, target)),
     )

@@ -26,11 +26,11 @@ _NOTHING = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class Survival:
-    """How much of what a LoRA does to the teacher it does to the student.
+    """How much of what a LoRA does to the teacher happened to the student.
 
     `d_T` is the mean over n clips of the features with the LoRA minus those without, same prompts and noise; `d_S` is that of
-    the student. What the LoRA changes in every clip is in it; what it changes in some clips one way and in others another
-    is not. It says nothing about quality, and features that do not see a style cannot measure it.
+    the student, with the LoRA or distilled anew. What the style changes in every clip is in it; what it changes in some clips
+    one way and in others another is not. It says nothing about quality, and features that do not see a style cannot measure it.
     """
 
     score: float
@@ -46,28 +46,44 @@ class Survival:
     features: str
 
 
-def check_lora(
-    teacher: VideoModel, student: VideoModel, lora: Path | str, prompts: Sequence[str], output: Path | str,
+@dataclass(frozen=True)
+class Styled:
+    """A model without and with a style."""
+
+    plain: VideoModel
+    styled: VideoModel
+    how: str = "+ LoRA"
+    """How the style came into it, for the picture."""
+
+    @classmethod
+    def by_lora(cls, model: VideoModel, lora: Path | str) -> Styled:
+        """With a LoRA merged. FileNotFoundError or ValueError say why it does not fit."""
+        return cls(model, model.with_lora(lora))
+
+
+def check_style(
+    teacher: Styled, student: Styled, prompts: Sequence[str], output: Path | str,
     *, seeds: int = 2, progress: Progress | None = None,
 ) -> Survival:  # fmt: skip
-    """Make clips with both models, with and without the LoRA; write `lora.json` and the picture `lora.gif` to `output`.
+    """Make clips with all four; write `lora.json` and the picture `lora.gif` to `output`.
 
-    Both are sampled by their own contracts, from `seeds` noises per prompt. ValueError where the models' clips differ in
-    size, the LoRA does not fit, or does nothing to the teacher.
+    All are sampled by their own contracts, from `seeds` noises per prompt. ValueError where the models' clips differ in size,
+    or the style does nothing to the teacher.
     """
-    sizes = {(m.card.num_frames, m.card.height, m.card.width) for m in (teacher, student)}
+    models = [model for pair in (teacher, student) for model in (pair.plain, pair.styled)]
+    labels = ("teacher", f"teacher {teacher.how}", "student", f"student {student.how}")
+    sizes = {(m.card.num_frames, m.card.height, m.card.width) for m in models}
     if len(sizes) > 1:
         raise ValueError(f"the models make clips of different (frames, height, width): {sorted(sizes)}")
-    size = (teacher.card.height, teacher.card.width)
-    features = feature_map("auto", size, teacher.device)
-    found: dict[str, Tensor] = {}
-    shown: dict[str, Tensor] = {}
-    for name, model in (("teacher", teacher), ("student", student)):
-        for label, variant in ((name, model), (f"{name} + LoRA", model.with_lora(lora))):
-            found[label], shown[label] = _features(variant, prompts, seeds, features.map, label, progress)
-    survival = _survival(found, len(prompts), features.name)
+    card, shown = teacher.plain.card, dict[str, Tensor]()
+    features = feature_map("auto", (card.height, card.width), teacher.plain.device)
+    found = []
+    for label, model in zip(labels, models, strict=True):
+        rows, shown[label] = _features(model, prompts, seeds, features.map, label, progress)
+        found.append(rows.unflatten(0, (len(prompts), -1)))
+    survival = _survival(found, features.name)
     output = Path(output)
-    grid_gif(output / "lora.gif", shown, fps=teacher.card.fps, scale=max(1, 128 // max(size)))
+    grid_gif(output / "lora.gif", shown, fps=card.fps, scale=max(1, 128 // max(card.height, card.width)))
     write_text(output / "lora.json", json.dumps(asdict(survival), indent=2) + "\n")
     return survival
 
@@ -91,19 +107,19 @@ def _features(
     return torch.cat(rows), torch.cat(shown)
 
 
-def _survival(found: dict[str, Tensor], prompts: int, features: str) -> Survival:
-    by_teacher, by_student = (
-        (found[f"{name} + LoRA"] - found[name]).unflatten(0, (prompts, -1)).mean(1) for name in ("teacher", "student")
-    )
+def _survival(found: Sequence[Tensor], features: str) -> Survival:
+    """Of the features of teacher and student, each without and with the style: `[P, S, D]`, prompts, clips of each, values."""
+    teacher, teacher_styled, student, student_styled = found
+    by_teacher, by_student = (teacher_styled - teacher).mean(1), (student_styled - student).mean(1)
     reach, size = float(by_teacher.mean(0).norm()), float(by_student.mean(0).norm())
-    if reach <= _NOTHING * float(found["teacher"].norm(dim=1).mean()):
+    if reach <= _NOTHING * float(teacher.norm(dim=-1).mean()):
         raise ValueError(
             "this LoRA does not change what the teacher makes, as far as the features see; is it the teacher's?"
         )
     score = _score(by_teacher, by_student)
     return Survival(
         score=score, cosine=score * reach / size if size > 0 else 0.0, size=size / reach,
-        error=_error(by_teacher, by_student), n=len(found["teacher"]), features=features,
+        error=_error(by_teacher, by_student), n=teacher.shape[0] * teacher.shape[1], features=features,
     )  # fmt: skip
 
 

@@ -259,14 +259,19 @@ class VideoModel:
         return folder
 
     def export(
-        self, folder: Path | str, *, names: Literal["diffusers", "comfyui"] = "diffusers", link: bool = False
+        self,
+        folder: Path | str,
+        *,
+        names: Literal["diffusers", "comfyui"] = "diffusers",
+        link: bool = False,
+        recipe: str = "",
     ) -> Path:
         """Write a folder in diffusers' layout that makes the same clips without this package; `from_pretrained` reads it.
 
         What was not trained is copied from its source (`link`: linked). ValueError where diffusers could not do the same.
-        With `comfyui` the denoiser alone, in one file, by the names that its authors gave the weights.
+        With `comfyui` the denoiser alone, in one file, by its authors' names. `recipe` is the text of it, for the page.
         """
-        return adapters.export(self, Path(folder), names=names, link=link)
+        return adapters.export(self, Path(folder), names=names, link=link, recipe=recipe)
 
     @classmethod
     def from_pretrained(cls, source: Path | str, *, leave: Collection[str] = ()) -> VideoModel:

@@ -25,7 +25,7 @@ from fewstep.engine.health.record import Check, Record
 from fewstep.engine.health.verdict import judge, lags
 from fewstep.engine.health.vitals import Baselines, Verdict, Vitals, figures
 from fewstep.engine.mesh import Processes
-from fewstep.engine.nets import origin
+from fewstep.engine.nets import origin, sources
 from fewstep.engine.preview import sheet
 from fewstep.engine.settings import Health, Settings
 from fewstep.methods.base import Method, Nets, Sync, Update
@@ -307,7 +307,7 @@ def unexamined(model: VideoModel, method: Method, settings: Settings) -> str:
 
 def judge_of(method: Method) -> str:
     """The frozen role that the critic began as, and that is guided; without a critic the teacher."""
-    return origin(method, method.critic or "teacher")
+    return origin(method, method.critic or "teacher", sources(method))
 
 
 def trained(method: Method, step: int) -> tuple[str, ...]:

@@ -89,15 +89,15 @@ def load(part: nn.Module, source: str, *, leave: bool = False) -> Stored | None:
     return stored
 
 
-def export(model: VideoModel, folder: Path, *, names: str, link: bool) -> Path:
+def export(model: VideoModel, folder: Path, *, names: str, link: bool, recipe: str = "") -> Path:
     """See `VideoModel.export`."""
-    made: Path = _module("exporting").export(model, folder, names=names, link=link)
+    made: Path = _module("exporting").export(model, folder, names=names, link=link, recipe=recipe)
     return made
 
 
-def export_lora(model: VideoModel, adapter: Path, folder: Path, *, names: str) -> Path:
+def export_lora(model: VideoModel, adapter: Path, folder: Path, *, names: str, recipe: str = "") -> Path:
     """Write a student's adapters, which lie in the folder `adapter`, as a LoRA file that diffusers or ComfyUI reads."""
-    made: Path = _module("exporting").export_lora(model, adapter, folder, names=names)
+    made: Path = _module("exporting").export_lora(model, adapter, folder, names=names, recipe=recipe)
     return made
 
 

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections import ChainMap
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from fewstep.attention import Dense
 from fewstep.core import dump
 from fewstep.core.atomic import replacing_folder, write_text
+from fewstep.models.adapters import PARTS
 from fewstep.models.adapters.layout import Layout
-from fewstep.models.adapters.lora_file import NAMES, Names, names_of, read_lora, require_adapter, write_lora
+from fewstep.models.adapters.lora_file import Names, file_names, names_of, read_lora, require_adapter, write_lora
 from fewstep.models.adapters.readme import readme
 from fewstep.models.adapters.usage import Usage
 from fewstep.models.bundle import Card, describe, parse_card
@@ -30,62 +33,66 @@ if TYPE_CHECKING:
 
 STAMP = "_fewstep"
 """Key of the card in `model_index.json`."""
+RECIPE = "recipe.yaml"
 _NOT_WRITTEN = ("motion_adapter",)
 """Parts of layouts whose weights the denoiser holds as well: a teacher's copy would contradict the student."""
 
 
-def export(model: VideoModel, folder: Path, *, names: Names, link: bool) -> Path:
+def export(model: VideoModel, folder: Path, *, names: Names, link: bool, recipe: str) -> Path:
     """Write `model` in diffusers' layout, or its denoiser as one file by the names that its authors gave the weights.
 
-    What the model did not change is copied from its source, or linked. ValueError where plain diffusers could not make the
-    same clips; FileExistsError for a folder that is not empty.
+    What the model did not change is copied from its source, or linked; `recipe` is the text of what made it, if known.
+    ValueError where plain diffusers could not make the same clips; FileExistsError for a folder that is not empty.
     """
     if names == "comfyui":
         if link:
             raise ValueError("one file of weights has nothing to link; leave link out, or write diffusers' layout")
-        return _export_weights(model, folder, names)
+        return _export_weights(model, folder, names, recipe)
     _require_dense(model)
-    original = model.denoiser.backbone.original()
-    if original is None:
-        raise ValueError(f"{type(model.denoiser.backbone).__name__} is fewstep's own: diffusers has no class for it")
-    usage = Usage(model, _layout(model.card))
-    card, layout, scheduler = _sealed(model), usage.layout, usage.exact(model.card.contract.steps).scheduler
+    usage = _usage(model)
+    card, layout = _sealed(model), usage.layout
+    made: dict[str, Any] = {**usage.original.networks, **usage.schedulers()}
+    if usage.guider is not None:
+        made["guider"] = usage.guider
     index = layout.index | {
-        "scheduler": ["diffusers", type(scheduler).__name__],
+        "scheduler": ["diffusers", type(made["scheduler"]).__name__],
         **{name: [None, None] for name in _NOT_WRITTEN if name in layout.index},
         STAMP: dump(card),
     }
     with _new(folder) as draft:
-        for name, network in original.networks.items():
-            network.save_pretrained(draft / name)  # type: ignore[operator]
-        scheduler.save_pretrained(draft / "scheduler")
-        for name in _folders(index, leave={*original.networks, "scheduler"}):
+        for name, part in made.items():
+            part.save_pretrained(draft / name)
+        for name in _folders(index, leave=made.keys()):
             _bring(Layout.find(layout.source, (name,)).folder / name, draft / name, link=link)
         write_text(draft / "model_index.json", json.dumps(index, indent=2) + "\n")
-        write_text(draft / "README.md", readme(card, usage.pages(folder.name)))
+        _describe(draft, card, folder.name, usage.pages(folder.name, folder.name), recipe)
     return folder
 
 
-def export_lora(model: VideoModel, adapter: Path, folder: Path, *, names: Names) -> Path:
+def export_lora(model: VideoModel, adapter: Path, folder: Path, *, names: Names, recipe: str) -> Path:
     """Write the adapters of a student, which are in the folder `adapter`, as one file for its teacher's pipeline.
 
     Errors as in `export`; FileNotFoundError where there are no adapters.
     """
     _require_dense(model)
-    usage = Usage(model, _layout(model.card))
+    usage = _usage(model)
+    if not usage.takes_lora:
+        raise ValueError(f"diffusers loads no LoRA into its {usage.pipeline}; export the whole student")
     _require_base(model, adapter, usage.layout)
     with _new(folder) as draft:
-        write_lora(model.denoiser, adapter, draft / NAMES[names].format(folder.name), names)
-        write_text(draft / "README.md", readme(model.card, usage.pages(usage.layout.source, folder.name)))
+        write_lora(model.denoiser, adapter, draft, names, folder.name)
+        for name, scheduler in usage.schedulers().items():
+            scheduler.save_pretrained(draft / name)
+        _describe(draft, model.card, folder.name, usage.pages(usage.layout.source, folder.name, lora=True), recipe)
     return folder
 
 
 def _require_base(model: VideoModel, adapter: Path, layout: Layout) -> None:
     """ValueError where the student is not the layout's network plus these adapters: over it they would do something else."""
     updates, backbone = read_lora(model.denoiser, require_adapter(adapter)), model.denoiser.backbone
-    part = backbone.folders[0]  # type: ignore[index]
-    own = backbone.state_dict()
-    stored = Layout.find(layout.source, (part,)).weights(part, own, {name: backbone.foreign(name) for name in own})
+    own, parts = backbone.state_dict(), tuple(backbone.folders)  # type: ignore[arg-type]
+    layout, names = Layout.find(layout.source, parts), {name: backbone.foreign(name) for name in own}
+    stored = ChainMap[str, Tensor](*(layout.weights(part, own, names) for part in parts))  # type: ignore[arg-type]
     for name, value in own.items():
         expected, layer = stored[name].to(value.device), f"backbone.{name.removesuffix('.weight')}"
         if layer in updates:
@@ -97,14 +104,27 @@ def _require_base(model: VideoModel, adapter: Path, layout: Layout) -> None:
             )
 
 
-def _export_weights(model: VideoModel, folder: Path, names: Names) -> Path:
-    """The denoiser alone; the card is in the file's metadata, and on the page."""
+def _describe(draft: Path, card: Card, title: str, usage: Mapping[int, str], recipe: str) -> None:
+    """The page, and the recipe as a file, where the next export finds it."""
+    write_text(draft / "README.md", readme(card, title, usage, recipe))
+    if recipe:
+        write_text(draft / RECIPE, recipe)
+
+
+def _export_weights(model: VideoModel, folder: Path, names: Names, recipe: str) -> Path:
+    """The denoiser alone, a file for each of its networks; the card is in the files' metadata, and on the page."""
     _require_dense(model)
-    rename, card = names_of(model.denoiser, names), _sealed(model)
-    tensors = {rename(name): value.contiguous() for name, value in model.denoiser.backbone.state_dict().items()}
+    backbone, card = model.denoiser.backbone, _sealed(model)
+    rename = names_of(model.denoiser, names)
+    files = file_names(backbone.folders, names, folder.name)  # type: ignore[arg-type]
+    written: dict[str, dict[str, Tensor]] = {network: {} for network in files}
+    for name, value in backbone.state_dict().items():
+        network, _, within = rename(name).rpartition("/")
+        written[network or next(iter(files))][within] = value.contiguous()
     with _new(folder) as draft:
-        save_file(tensors, draft / f"{folder.name}.safetensors", {"fewstep": json.dumps(dump(card))})
-        write_text(draft / "README.md", readme(card, {}))
+        for network, tensors in written.items():
+            save_file(tensors, draft / files[network], {"fewstep": json.dumps(dump(card))})
+        _describe(draft, card, folder.name, {}, recipe)
     return folder
 
 
@@ -125,6 +145,17 @@ def _require_dense(model: VideoModel) -> None:
         )
 
 
+def _usage(model: VideoModel) -> Usage:
+    """ValueError where plain diffusers could not make the same clips."""
+    usage = Usage(model, _layout(model))
+    if usage.pipeline == "LTXConditionPipeline":
+        raise ValueError(
+            "LTXConditionPipeline goes by times of its own and draws its noise itself; a folder of fewstep's own keeps this "
+            "student exactly"
+        )
+    return usage
+
+
 def _new(folder: Path) -> Any:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} is not empty; give another folder, or delete it")
@@ -139,8 +170,11 @@ def _sealed(model: VideoModel) -> Card:
     return replace(model.card, parts=parts, sources={}, fingerprints=prints)
 
 
-def _layout(card: Card) -> Layout:
+def _layout(model: VideoModel) -> Layout:
     """Where the parts that were not trained came from."""
+    card, backbone = model.card, type(model.denoiser.backbone).__name__
+    if backbone not in PARTS:
+        raise ValueError(f"{backbone} is fewstep's own: diffusers has no class for it")
     sources = {source for part, source in card.sources.items() if part != "denoiser"}
     made_here = [part for part in card.parts if part not in ("denoiser", *card.sources)]
     if made_here or len(sources) != 1:
@@ -152,7 +186,7 @@ def _layout(card: Card) -> Layout:
     return Layout.find(sources.pop())
 
 
-def _folders(index: Mapping[str, Any], leave: set[str]) -> list[str]:
+def _folders(index: Mapping[str, Any], leave: Collection[str]) -> list[str]:
     """Folders of the parts that are there, besides those to `leave`."""
     return [k for k, v in index.items() if isinstance(v, list) and v[:1] not in ([], [None]) and k not in leave]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -49,15 +49,24 @@ def require_adapter(folder: Path) -> Path:
     return folder
 
 
+def file_names(folders: Sequence[str], names: Names, stem: str) -> dict[str, str]:
+    """What the LoRA of each of a model's networks is called, by the network's folder: the second's ends in `_2`."""
+    first = Path(NAMES[names].format(stem))
+    ends = ("", *(f"_{number}" for number in range(2, len(folders) + 1)))
+    return {folder: f"{first.stem}{end}{first.suffix}" for folder, end in zip(folders, ends, strict=True)}
+
+
 @torch.no_grad()
-def write_lora(denoiser: Denoiser, adapter: Path, file: Path, names: Names) -> None:
-    """The adapters in the folder `adapter`; their strength `alpha / rank` is multiplied into B, so that no reader can miss it.
+def write_lora(denoiser: Denoiser, adapter: Path, folder: Path, names: Names, stem: str) -> None:
+    """The adapters in the folder `adapter`, as a file for each network; their strength `alpha / rank` is multiplied into B, so
+    that no reader can miss it.
 
     ValueError where diffusers could not run with them.
     """
     config = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
-    rename, prefix = names_of(denoiser, names), _prefix(denoiser, names)
-    tensors: dict[str, Tensor] = {}
+    files = file_names(denoiser.backbone.folders, names, stem)  # type: ignore[arg-type]
+    rename, prefix, usual = names_of(denoiser, names), _prefix(denoiser, names), next(iter(files))
+    written: dict[str, dict[str, Tensor]] = {network: {} for network in files}
     for name, value in load_file(adapter / WEIGHTS).items():
         layer, end = _split(name.removeprefix(f"{PREFIX}backbone."))
         if _UNCALLABLE.search(layer):
@@ -65,9 +74,11 @@ def write_lora(denoiser: Denoiser, adapter: Path, file: Path, names: Names) -> N
                 f"diffusers fails with adapters on {layer}; export the merged student, or train with "
                 "settings.lora.targets: [to_q, to_k, to_v, to_out.0]"
             )
+        network, _, within = rename(layer).rpartition("/")
         scale = config["lora_alpha"] / config["r"] if end == "lora_B.weight" else 1.0
-        tensors[f"{prefix}{rename(layer)}.{end}"] = (scale * value).contiguous()
-    save_file(tensors, file, {"format": "pt"})
+        written[network or usual][f"{prefix}{within}.{end}"] = (scale * value).contiguous()
+    for network, tensors in written.items():
+        save_file(tensors, folder / files[network], {"format": "pt"})
 
 
 def read_lora(denoiser: Denoiser, source: Path) -> dict[str, LowRank]:

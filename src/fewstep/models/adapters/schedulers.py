@@ -7,6 +7,7 @@ from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from diffusers import (
     CogVideoXDDIMScheduler,
     DDIMScheduler,
@@ -14,6 +15,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
     SchedulerMixin,
+    TCDScheduler,
 )
 
 from fewstep.diffusion import Betas, Contract, Kind, NoisePath, RectifiedFlow
@@ -31,26 +33,37 @@ class Exact:
 
     scheduler: SchedulerMixin
     pinned: dict[str, list[float]] = field(default_factory=dict)
-    """What its `set_timesteps` must be given; empty where the number of steps is enough."""
+    """What its `set_timesteps` must be given; empty where a pipeline's own call is enough."""
+
+    def pin(self) -> SchedulerMixin:
+        """The scheduler itself, which from now on visits its times whatever a pipeline asks for."""
+        set_timesteps: Any = self.scheduler.set_timesteps  # type: ignore[attr-defined]
+        if self.pinned:
+            # Pipelines look whether there is such an argument before they give it.
+            self.scheduler.set_timesteps = lambda *_, device=None, sigmas=None, timesteps=None, **__: set_timesteps(  # type: ignore[attr-defined]
+                device=device, **self.pinned
+            )
+        return self.scheduler
 
 
-def exact_scheduler(path: NoisePath, kind: Kind, contract: Contract, steps: int) -> Exact:
-    """Of the clip in `steps` steps. ValueError where diffusers has no scheduler that makes the same one."""
+def exact_scheduler(path: NoisePath, kind: Kind, contract: Contract, steps: int, *, uniform: bool = False) -> Exact:
+    """Of the clip in `steps` steps, for a pipeline that asks for a number of steps, or for a `uniform` grid of so many.
+
+    ValueError where diffusers has no scheduler that makes the same clip.
+    """
     times, solver = contract.times(steps), contract.solver
     if isinstance(path, RectifiedFlow) and kind == "flow" and solver in ("euler", "ddim", "renoise"):
-        return _flow(times, stochastic=solver == "renoise")
+        return _flow(times, stochastic=solver == "renoise", uniform=uniform)
     if isinstance(path, Betas) and kind in _PREDICTIONS:
-        table = {
-            "num_train_timesteps": path.num_train_timesteps, "beta_start": path.beta_start, "beta_end": path.beta_end,
-            "beta_schedule": path.schedule, "prediction_type": _PREDICTIONS[kind],
-        }  # fmt: skip
-        levels = [round(t * path.num_train_timesteps) - 1 for t in times]
-        whole = all(abs((k + 1) / path.num_train_timesteps - t) < _NEAR for k, t in zip(levels, times, strict=True))
-        found = None
-        if whole and solver == "ddim":
-            found = _ddim(path, table, contract, levels) or _euler(path, table, levels)
-        elif whole and solver == "renoise":
-            found = _lcm(path, table, levels)
+        levels, prediction, found = [_level(t, path) for t in times], _PREDICTIONS[kind], None
+        if solver == "ddim":
+            found = (
+                _ddim(path, prediction, contract, levels)
+                or _euler(path, prediction, levels)
+                or _tcd(path, prediction, levels)
+            )
+        elif solver == "renoise":
+            found = _lcm(path, prediction, levels)
         if found is not None:
             return found
     raise ValueError(
@@ -59,21 +72,31 @@ def exact_scheduler(path: NoisePath, kind: Kind, contract: Contract, steps: int)
     )
 
 
-def _flow(times: tuple[float, ...], *, stochastic: bool) -> Exact:
-    """Euler in t, or x0 and fresh noise: one class of diffusers, whose own grid has two numbers to turn."""
+def _level(t: float, path: Betas) -> float:
+    """The timestep; a whole one where float32 cannot tell it from that."""
+    level = t * path.num_train_timesteps - 1
+    return round(level) if abs(level - round(level)) < _NEAR * path.num_train_timesteps else level
+
+
+def _flow(times: tuple[float, ...], *, stochastic: bool, uniform: bool) -> Exact:
+    """Euler in t, or x0 and fresh noise: one class of diffusers, whose grid has two numbers to turn."""
+    steps = len(times) - 1
     plain: dict[str, Any] = {"shift": 1.0, "stochastic_sampling": stochastic}
-    scheduler = FlowMatchEulerDiscreteScheduler(**(plain | _stretch(times)))
-    scheduler.set_timesteps(len(times) - 1)
+    scheduler = FlowMatchEulerDiscreteScheduler(**(plain | _stretch(times, uniform)))
+    scheduler.set_timesteps(
+        **({"sigmas": [1 - k / steps for k in range(steps)]} if uniform else {"num_inference_steps": steps})
+    )
     if all(abs(sigma - t) < _NEAR for sigma, t in zip(scheduler.sigmas.tolist(), times, strict=True)):
         return Exact(scheduler)
     return Exact(FlowMatchEulerDiscreteScheduler(**plain), {"sigmas": list(times[:-1])})
 
 
-def _stretch(times: tuple[float, ...]) -> dict[str, float]:
+def _stretch(times: tuple[float, ...], uniform: bool) -> dict[str, float]:
     """Settings under which diffusers' grid is `times`, if it can be: every shifted uniform grid can.
 
-    It shifts times that are uniform between 1 and its smallest, then stretches the distances from 1 so that the last is
-    `shift_terminal`. With `w_k = 1 - t_k` that makes `k / w_k` a line in k, whose slope fixes the shift.
+    It shifts times that are uniform between 1 and its smallest (`1 / steps` of a `uniform` grid), then stretches the
+    distances from 1 so that the last is `shift_terminal`. With `w_k = 1 - t_k` that makes `k / w_k` a line in k, whose slope
+    fixes the shift.
     """
     count = len(times) - 1
     if count == 1:
@@ -81,8 +104,8 @@ def _stretch(times: tuple[float, ...]) -> dict[str, float]:
     ratio = [k / (1 - times[k]) for k in range(1, count)]
     slope = (ratio[-1] - ratio[0]) / (count - 2) if count > 2 else 0.0
     start, shift = ratio[0] - slope, 1.0
-    for _ in range(30):  # the smallest time depends on the shift, very little
-        smallest = 1 / (1 + 999 / shift)
+    for _ in range(30):  # diffusers' own smallest time depends on the shift, very little
+        smallest = 1 / count if uniform else 1 / (1 + 999 / shift)
         bend = -slope / start * (count - 1) / (1 - smallest)
         if bend >= 1:
             return {}
@@ -90,11 +113,11 @@ def _stretch(times: tuple[float, ...]) -> dict[str, float]:
     return {"shift": shift, "shift_terminal": times[-2]}
 
 
-def _ddim(path: Betas, table: dict[str, Any], contract: Contract, levels: list[int]) -> Exact | None:
+def _ddim(path: Betas, prediction: str, contract: Contract, levels: list[float]) -> Exact | None:
     """Diffusers' DDIM moves down by one number of levels, whatever timestep comes next."""
     asked, steps = contract.timesteps, len(levels) - 1
     teacher = asked is not None and not contract.grids
-    settings = table | {
+    settings = _schedule(path, prediction) | {
         "rescale_betas_zero_snr": path.zero_snr, "set_alpha_to_one": levels[-1] < 0, "clip_sample": False,
         "timestep_spacing": asked.spacing if teacher else "trailing", "steps_offset": asked.steps_offset if teacher else 0,
     }  # fmt: skip
@@ -108,24 +131,69 @@ def _ddim(path: Betas, table: dict[str, Any], contract: Contract, levels: list[i
     return Exact(scheduler) if even and scheduler.timesteps.tolist() == levels[:-1] else None
 
 
-def _euler(path: Betas, table: dict[str, Any], levels: list[int]) -> Exact | None:
-    """DDIM is Euler in s / a, from any level to any other."""
-    if path.zero_snr or path.snr_shift != 1.0:
+def _euler(path: Betas, prediction: str, levels: list[float]) -> Exact | None:
+    """DDIM is Euler in s / a, from any level to any other, where that is finite.
+
+    Between two levels s / a is interpolated, where the path interpolates `atan(s / a)`: within 1e-5 of it.
+    """
+    if path.zero_snr or path.snr_shift != 1.0 or levels[-2] < 0:
         return None
     end = "zero" if levels[-1] < 0 else "sigma_min"
-    scheduler = EulerDiscreteScheduler(**table, timestep_spacing="leading", final_sigmas_type=end)
-    return Exact(scheduler, {"timesteps": [float(k) for k in levels[:-1]]})
+    settings = _schedule(path, prediction) | {"timestep_spacing": "leading", "final_sigmas_type": end}
+    return Exact(EulerDiscreteScheduler(**settings), _pinned(levels))
 
 
-def _lcm(path: Betas, table: dict[str, Any], levels: list[int]) -> Exact | None:
-    """x0 and fresh noise of the next level; x0 itself at the end."""
-    if path.snr_shift != 1.0 or levels[-1] >= 0 or levels[-2] < 1:
+def _tcd(path: Betas, prediction: str, levels: list[float]) -> Exact | None:
+    """With `eta = 0`, which is what pipelines ask for, this is DDIM from any level to any other, and at last to level 0.
+
+    Where the clip ends clean, that level, at which no step begins, is made clean.
+    """
+    clean = levels[-1] < 0
+    if (clean and levels[-2] < 1) or any(level % 1 for level in levels):
         return None
-    settings = table | {
-        "rescale_betas_zero_snr": path.zero_snr, "original_inference_steps": path.num_train_timesteps,
-        "timestep_scaling": _NO_SKIP, "clip_sample": False,
+    return Exact(
+        TCDScheduler(**_table(path, prediction, clean=clean), original_inference_steps=path.num_train_timesteps),
+        _pinned(levels),
+    )
+
+
+def _lcm(path: Betas, prediction: str, levels: list[float]) -> Exact | None:
+    """x0 and fresh noise of the next level; x0 itself at the end."""
+    if levels[-1] >= 0 or levels[-2] < 1 or any(level % 1 for level in levels):
+        return None
+    if path.snr_shift == 1.0:
+        settings = _schedule(path, prediction) | {"rescale_betas_zero_snr": path.zero_snr}
+    else:
+        settings = _table(path, prediction)
+    settings |= {
+        "original_inference_steps": path.num_train_timesteps, "timestep_scaling": _NO_SKIP, "clip_sample": False,
     }  # fmt: skip
     scheduler = LCMScheduler(**settings)
     scheduler.set_timesteps(len(levels) - 1)
     own = scheduler.timesteps.tolist() == levels[:-1]
-    return Exact(LCMScheduler(**settings), {} if own else {"timesteps": [float(k) for k in levels[:-1]]})
+    return Exact(LCMScheduler(**settings), {} if own else _pinned(levels))
+
+
+def _schedule(path: Betas, prediction: str) -> dict[str, Any]:
+    """The noise table as the numbers it was made from."""
+    return {
+        "num_train_timesteps": path.num_train_timesteps, "beta_start": path.beta_start, "beta_end": path.beta_end,
+        "beta_schedule": path.schedule, "prediction_type": prediction,
+    }  # fmt: skip
+
+
+def _table(path: Betas, prediction: str, *, clean: bool = False) -> dict[str, Any]:
+    """The noise table itself, as betas: schedulers that know neither its shift nor pure noise take that."""
+    count = path.num_train_timesteps
+    t = torch.arange(1, count + 1, dtype=torch.float64) / count
+    signal = path.coeffs(t).a.square()
+    if clean:
+        signal[0] = 1.0
+    before = torch.cat([signal.new_ones(1), signal[:-1]])
+    return {
+        "num_train_timesteps": count, "trained_betas": (1 - signal / before).tolist(), "prediction_type": prediction,
+    }  # fmt: skip
+
+
+def _pinned(levels: list[float]) -> dict[str, list[float]]:
+    return {"timesteps": [float(k) for k in levels[:-1]]}

@@ -146,6 +146,11 @@ class WanExperts(Backbone):
         index, _, rest = rest.partition(".")
         return f"{self.folders[int(index)]}/{before}{rest}"
 
+    def authors(self, name: str) -> str:
+        """What Wan's authors call it, after the folder of its expert."""
+        folder, _, rest = self.foreign(name).partition("/")
+        return f"{folder}/{Wan.authors(rest)}"
+
     def _chosen(self, t: Tensor) -> list[list[int]]:
         """The expert of each sample's frames, or of all of them if `t` is `[B]`."""
         if isinstance(t, FakeTensor):  # a run planned in shapes: either expert costs the same

@@ -1,7 +1,7 @@
 """How fast an index opens and is drawn from, and how fast videos are prepared; each prints one line of JSON.
 
-`python tests/bench_data.py 100000`: an index of so many clips, made for it: real shards of tiny latents, and captions as
-long as a dataset's. `python tests/bench_data.py VIDEOS`: a folder of captioned videos, prepared with a codec that takes
+`python bench/data.py 100000`: an index of so many clips, made for it: real shards of tiny latents, and captions as
+long as a dataset's. `python bench/data.py VIDEOS`: a folder of captioned videos, prepared with a codec that takes
 as long per clip as decoding one does, and no core, as one on an accelerator; once one after the other, then ahead.
 """
 
@@ -18,39 +18,16 @@ import torch
 from torch import Tensor
 
 from fewstep.core import Rng
-from fewstep.core.peers import Peers
 from fewstep.data import Cut, Keep, Latents, Preparation, prepare, read_listing, read_prompts
 from fewstep.data.clips import clips_of
-from fewstep.data.store import PartedWriter
-from fewstep.models import Card, FrameAutoencoder, TextEncoder, VideoModel, fingerprint
+from fewstep.models import FrameAutoencoder
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
+from support_data import synthetic_index, tiny
 from support_memory import process
 
-PART, SHARD, BATCH = 16_384, 4096, 64
-"""Few files: making them is not what is measured."""
-
-
-def tiny() -> VideoModel:
-    torch.manual_seed(0)
-    parts = {"codec": FrameAutoencoder(width=8, depth=1), "text": TextEncoder(width=16, length=8, buckets=64, depth=1)}
-    return VideoModel(Card(name="tiny", num_frames=1, height=4, width=4), parts)
-
-
-def synthetic_index(folder: Path, count: int) -> Path:
-    """A prepared folder of `count` clips of one pixel, whose latents are their numbers."""
-    cut = {"num_frames": 1, "height": 4, "width": 4}
-    settings = {"codec": fingerprint(tiny().codec), "cut": cut}
-    writer = PartedWriter(folder, "latents", settings, -(-count // PART), Peers())
-    for number in writer.mine:
-        part = writer.part(number, SHARD)
-        for i in range(number * PART, min(count, (number + 1) * PART)):
-            caption = (
-                f"clip {i} of a man in a blue coat who walks along a rainy street at night while cars pass by " * 3
-            )
-            row = {"caption": caption, "video": f"part{number}/video{i:08d}.mp4", "start": 0}
-            part.add(row, {"latents": torch.full((4, 1, 1, 1), float(i))}, {})
-        part.finish({})
-    writer.finish(latent_shape=[4, 1, 1, 1])
-    return folder
+BATCH = 64
 
 
 def timed(action: Callable[[], object]) -> tuple[float, object]:

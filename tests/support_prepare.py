@@ -1,4 +1,4 @@
-"""A preparation that several processes share, as a program: `torchrun ... tests/bench_prepare.py VIDEOS OUTPUT [RANK NUMBER]`.
+"""A preparation that several processes share, as a program: `torchrun ... tests/support_prepare.py VIDEOS OUTPUT [RANK NUMBER]`.
 
 In the first attempt of torchrun process RANK kills itself when it is about to encode its clip NUMBER. Every clip that is
 encoded is noted beside OUTPUT.
@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench_data import tiny
 from fewstep.core.env import place
 from fewstep.core.peers import meet_peers, part_company
 from fewstep.data import Cut, Preparation, prepare, store_texts
 from fewstep.data.store import ShardReader
+from support_data import tiny
 
 PLAN = Preparation(cut=Cut(num_frames=4, height=16, width=16, clips_per_video=0), shard_size=2, part_size=2)
 
