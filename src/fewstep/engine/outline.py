@@ -254,12 +254,10 @@ class Outline:
         times = self.settings.accumulate
         if self.method.part != "denoiser":
             return times * sum(phase.flops for phase in phases)
-        cost = {
-            work: (origin(self.method, work.role, sources(self.method)), work.frames, work.layers)
-            for work in self.method.cost()
-        }
-        forward = {kind: self._forward(*kind) for kind in set(cost.values())}  # a role costs what it is a copy of
-        return round(times * sum(work.forwards * forward[kind] for work, kind in cost.items()))
+        cost, frozen = self.method.cost(), sources(self.method)  # a role costs what it is a copy of
+        kinds = [(origin(self.method, work.role, frozen), work.frames, work.layers) for work in cost]
+        forward = {kind: self._forward(*kind) for kind in set(kinds)}
+        return round(times * sum(work.forwards * forward[kind] for work, kind in zip(cost, kinds, strict=True)))
 
     def _forward(self, role: str, frames: int, layers: tuple[int, ...]) -> int:
         """Floating-point operations of one forward on a batch, as `Work` says of what."""
