@@ -71,6 +71,8 @@ class WanImage(nn.Module):
         if self.reads == "frame":
             return {"image_latents": codec.encode(image[:, :, None])}
         ends = [image] if last_image is None else [image, last_image]
+        if num_frames < len(ends):
+            raise ValueError(f"a clip between two images has more frames than {num_frames}; give num_frames more")
         between = image.new_zeros(*image.shape[:2], num_frames - len(ends), *image.shape[2:])
         latents = codec.encode(torch.cat([image[:, :, None], between, *(end[:, :, None] for end in ends[1:])], 2))
         mask = torch.zeros_like(latents[:, :1]).repeat(1, codec.factors[0], 1, 1, 1)
