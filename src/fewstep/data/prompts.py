@@ -38,10 +38,9 @@ class Prompts(Data):
         require(self, needs)
         prompts = read_prompts(self.path)
         require_pictures(prompts, model.card, self.path)
-        texts = Texts(model, needs, self.text_cache, prompts)
-        pictured = isinstance(prompts, Pictured)
-        images = PictureConditions(model, prompts, model.card.num_frames) if pictured else None
-        return _PromptSource(model, prompts, texts, images)
+        pictured = prompts if isinstance(prompts, Pictured) else None
+        images = None if pictured is None else PictureConditions(model, pictured, model.card.num_frames)
+        return _PromptSource(model, prompts, Texts(model, needs, self.text_cache, prompts), images)
 
 
 def read_prompts(path: str | Path) -> Sequence[str]:
