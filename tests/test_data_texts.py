@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 from fewstep.core import Rng
-from fewstep.data import Progress, Prompts, StoredPairs, kept, store, texts
+from fewstep.data import Progress, Prompts, StoredPairs, remembered, store, texts
 from fewstep.data.pairs import PairPlan, make_pairs
 from fewstep.data.texts import Texts
 from fewstep.engine.loop import prepare
@@ -106,7 +106,7 @@ def test_progress_counts_prompts_and_goes_on(tmp_path: Path, monkeypatch: pytest
 
 def test_what_is_kept_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     held = Texts(tiny_model(), NEEDS)
-    monkeypatch.setattr(kept, "ROOM", 3000)
+    monkeypatch.setattr(remembered, "ROOM", 3000)
     for number in range(40):
         held([f"prompt number {number}"], "cpu")
         assert held.states.bytes == sum(x.nbytes for cond in held.states.known.values() for x in cond.tensors) <= 3000

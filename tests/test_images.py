@@ -27,11 +27,11 @@ from fewstep.data import (
     Prompts,
     StoredPairs,
     Videos,
-    kept,
     make_pairs,
     prepare,
     read_prompts,
     read_video,
+    remembered,
     to_floats,
     write_video,
 )
@@ -203,7 +203,7 @@ def test_a_picture_is_encoded_once(model: VideoModel, pictures: Path, monkeypatc
     monkeypatch.setattr(model.part("image"), "encode", lambda *given: calls.append(given) or encode(*given))
     once, again = (opened.batch(3, Rng(0, step=1)).cond.extra for _ in range(2))
     assert len(calls) == 3
-    monkeypatch.setattr(kept, "ROOM", 1)
+    monkeypatch.setattr(remembered, "ROOM", 1)
     for _ in range(2):
         opened = Prompts(path=str(pictures / "first.csv")).open(model, frozenset({"prompts"}))
         later = opened.batch(3, Rng(0, step=1)).cond.extra

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fewstep.data.base import DataError
-from fewstep.data.kept import Kept
 from fewstep.data.layouts import table_cell, table_rows
+from fewstep.data.remembered import Remembered
 from fewstep.data.video import read_image
 from fewstep.models.bundle import Card, VideoModel
 from fewstep.models.images import image_conditions, image_names
@@ -65,11 +65,11 @@ def _row(folder: Path, row: Mapping[str, Any], where: str) -> tuple[str, dict[st
 
 
 class PictureConditions:
-    """What a model makes of the pictures of these prompts, each row alone when it is first drawn, and kept (see `Kept`)."""
+    """What a model makes of the pictures of these prompts, each row alone when it is first drawn, and kept (see `Remembered`)."""
 
     def __init__(self, model: VideoModel, prompts: Pictured, num_frames: int) -> None:
         self.model, self.prompts, self.num_frames = model, prompts, num_frames
-        self.rows = Kept(self._encode, lambda made: made.values())
+        self.rows = Remembered(self._encode, lambda made: made.values())
 
     def __call__(self, indices: Iterable[int]) -> dict[str, Tensor]:
         """Conditions of these rows, by name in `Cond.extra`, in main memory."""

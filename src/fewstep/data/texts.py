@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from fewstep.core import Cond
 from fewstep.core.build import digest
 from fewstep.core.peers import Peers
-from fewstep.data.kept import Kept
+from fewstep.data.remembered import Remembered
 from fewstep.data.store import PartedWriter, Progress, ShardReader, ShardWriter, is_complete
 from fewstep.models.bundle import VideoModel, fingerprint
 from fewstep.models.text import TextEncoder
@@ -26,7 +26,7 @@ SHARD = 64
 
 
 class Texts:
-    """The text states of a model's encoder, kept in main memory (see `Kept`).
+    """The text states of a model's encoder, kept in main memory (see `Remembered`).
 
     A prompt is encoded alone, so its states depend on nothing but the prompt: not on the batch it first appeared in,
     nor on whether it was cached. A model without a text encoder (one whose autoencoder is being trained) gets blank
@@ -43,7 +43,7 @@ class Texts:
         self.model, self.negative = model, model.card.negative_prompt
         self.encoder = model.text if "prompts" in needs or "text" in model.parts else None
         self.length = self.encoder.length if self.encoder is not None else 1
-        self.states = Kept(self._make, lambda cond: cond.tensors)
+        self.states = Remembered(self._make, lambda cond: cond.tensors)
         self.stored = store_texts(model, prompts, cache) if cache and self.encoder is not None else None
 
     def __call__(self, prompts: Sequence[str], device: str | torch.device) -> tuple[Cond, Cond]:

@@ -121,7 +121,7 @@ class CogVideoX(StreamsBackbone):
 
     def embed(self, x: Tensor, t: Tensor, cond: Cond, kv: KVView | None = None) -> Streams:
         if self._reads_image:
-            self._require_whole(x, self._of_image(cond, "image_latents").shape[2])
+            self._require_whole(x.shape[2] == self._of_image(cond, "image_latents").shape[2], x)
         grid = self._grid(x, t, kv)
         self.require_positions(grid.height, grid.width)
         with torch.autocast(x.device.type, enabled=False):

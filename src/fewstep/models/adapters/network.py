@@ -53,9 +53,9 @@ class DiffusersBackbone(Backbone):
             )
         return cond.extra[name]
 
-    def _require_whole(self, x: Tensor, frames: int) -> None:
-        """ValueError for latents that are not of the clip's so many frames: which of them they are is not known."""
-        if x.shape[2] != frames:
+    def _require_whole(self, whole: bool, x: Tensor) -> None:
+        """ValueError unless latents are of a `whole` clip: which of its frames they are is not known."""
+        if not whole:
             raise ValueError(
                 f"this {type(self).__name__} makes whole clips of an image, and was given latents of {x.shape[2]} frames; "
                 "methods that look at single frames (AVDM2, FlowMatching with image_fraction) cannot train it"

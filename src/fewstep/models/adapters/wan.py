@@ -157,9 +157,9 @@ class Wan(DiffusersBackbone):
             raise ValueError(f"Wan knows positions of {self.longest} latent frames, not {cached + grid.frames}")
         known = None
         if kv is None and self.first_frame:
-            self._require_whole(x, max(2, x.shape[2]))
+            self._require_whole(x.shape[2] > 1, x)
         elif kv is None and self._reads_image:
-            self._require_whole(x, self._of_image(cond, "image_latents").shape[2])
+            self._require_whole(x.shape[2] == self._of_image(cond, "image_latents").shape[2], x)
         if self.first_frame and not cached:
             x, t, known = _begun(x, t, self._of_image(cond, "image_latents"))
         embedder = self.condition_embedder

@@ -1,4 +1,4 @@
-"""What was made once and may be wanted again, kept in main memory."""
+"""What was made once and may be wanted again, held in main memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOM = 2**31
 """Bytes. Beyond them the oldest is forgotten, and made again when it comes back."""
 
 
-class Kept(Generic[K, V]):
+class Remembered(Generic[K, V]):
     """What `make` makes of a key, once; `tensors` are those that it holds."""
 
     def __init__(self, make: Callable[[K], V], tensors: Callable[[V], Iterable[Tensor]]) -> None:
