@@ -39,6 +39,7 @@ from fewstep.data.images import PictureConditions
 from fewstep.engine import Health, Settings, train
 from fewstep.engine.outline import Outline
 from fewstep.engine.run import Run
+from fewstep.evaluate import Entry, Suite, sampling
 from fewstep.methods import DMD2, BackwardSimulation, FlowMatching, KnowledgeDistillation, Method
 from fewstep.methods.rollouts import FromPairs
 from fewstep.models import Denoiser, VideoModel
@@ -370,6 +371,12 @@ def test_a_run_on_images_is_planned_from_shapes(source: Diffusers, model: VideoM
     blank, told = model.blank_cond(2), model.conditions(CAPTIONS[:2], {**model.blank_cond(2).extra})[0]
     assert {k: v.shape for k, v in blank.extra.items()} == {k: v.shape for k, v in told.extra.items()}
     assert Outline.of(source.card(), DMD, settings(2)).plan().peak.bytes > 0
+
+
+@pytest.mark.parametrize("folder", ["wan_image"], indirect=True)
+def test_a_suite_of_prompts_alone_is_refused(model: VideoModel) -> None:
+    with pytest.raises(ValueError, match="'teacher' makes clips of images, and a suite has prompts alone"):
+        sampling.prepare([Entry(name="teacher", model=model)], Suite())
 
 
 @pytest.mark.parametrize("folder", ["wan_image"], indirect=True)

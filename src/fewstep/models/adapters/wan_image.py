@@ -64,7 +64,7 @@ class WanImage(nn.Module):
         """Of images `[B, 3, H, W]` in [-1, 1] as large as the clips, by their names in `Cond.extra`:
 
         `image_latents` `[B, m + C, F, h, w]`, a mask that is 1 in the frames that are given and the latents of a clip that is
-        black elsewhere, or `[B, C, 1, h, w]` if the model reads a frame; `image_states` `[B, L, D]`, the last but one of CLIP's
+        grey elsewhere, or `[B, C, 1, h, w]` if the model reads a frame; `image_states` `[B, L, D]`, the last but one of CLIP's
         layers, of the last image after those of the first. ValueError for a last image of no use, or a missing one.
         """
         self.check_last(last_image is not None)
