@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 from fewstep.core import Rng
-from fewstep.data import Progress, Prompts, StoredPairs, store, texts
+from fewstep.data import Progress, Prompts, StoredPairs, remembered, store, texts
 from fewstep.data.base import Data
 from fewstep.data.pairs import PairPlan, make_pairs
 from fewstep.data.texts import Texts
@@ -108,11 +108,11 @@ def test_progress_counts_prompts_and_goes_on(tmp_path: Path, monkeypatch: pytest
 
 def test_what_is_kept_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     held = Texts(tiny_model(), NEEDS)
-    monkeypatch.setattr(texts, "KEPT", 3000)
+    monkeypatch.setattr(remembered, "ROOM", 3000)
     for number in range(40):
         held([f"prompt number {number}"], "cpu")
-        assert held.bytes == sum(x.nbytes for cond in held.known.values() for x in cond.tensors) <= 3000
-    assert 1 < len(held.known) < 40
+        assert held.states.bytes == sum(x.nbytes for cond in held.states.known.values() for x in cond.tensors) <= 3000
+    assert 1 < len(held.states.known) < 40
 
 
 def test_another_encoder_or_other_prompts_have_a_folder_of_their_own(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from fewstep.core.atomic import replacing
 from fewstep.core.build import digest
 from fewstep.data.base import Data, DataError, Source, require
 from fewstep.data.clips import clips_of
+from fewstep.data.images import require_text_alone
 from fewstep.data.keep import Keep
 from fewstep.data.layouts import Item, Layout
 from fewstep.data.listing import Listing, check_listing, open_listing
@@ -87,6 +88,7 @@ class Videos(Data):
             raise ValueError(f"threads must be at least 1 and hold_mib 0, got {self.threads} and {self.hold_mib}")
 
     def check_card(self, card: Card) -> None:
+        require_text_alone(card, "Videos")
         check_listing(self.path, self.layout, self.root)
         mine, its = (self.num_frames, self.height, self.width), (card.num_frames, card.height, card.width)
         if mine != its:
