@@ -77,6 +77,7 @@ def measure(case: Case) -> dict[str, Any]:
     """Figures of one case, in seconds and bytes; medians over rounds."""
     model, data = load(case.model)
     method = case.method
+    cost = sum(work.forwards for work in method.cost())
     run = prepare(model, method, data, case.settings, Path(tempfile.mkdtemp()))
     timer = Timer(case.device, case.clock)
     forward, watch = Forward(run, timer), Stopwatch(timer)
@@ -93,7 +94,7 @@ def measure(case: Case) -> dict[str, Any]:
             run.iterate()
         ahead, back = forward.trained()
         one = middle(plain)
-        floor = method.cost() * one
+        floor = cost * one
         rounds.append({
             "cycle": cycle, "forward": one, "floor": floor, "cycle over floor": cycle / floor,
             "forward with gradient over forward": ahead / one, "backward over forward": back / one,
@@ -101,7 +102,7 @@ def measure(case: Case) -> dict[str, Any]:
     counted = sum(watch.calls[phase] for phase in watch.calls if phase.partition(",")[0] in run.nets.roles)
     peak, what = peak_memory(run.iterate, case.device)
     return {
-        "cost": method.cost(),
+        "cost": cost,
         "counted": round((counted + 2 * watch.calls["backward"]) / case.rounds, 3),
         "medians": {name: middle([r[name] for r in rounds]) for name in rounds[0]},
         "phases": rounded({name: spent / case.rounds for name, spent in watch.seconds.most_common()}),
@@ -112,7 +113,7 @@ def measure(case: Case) -> dict[str, Any]:
 
 def planned(case: Case, card: Any) -> int | None:
     """What a dry run says the networks and their training take; None where the model has no parts to be planned from."""
-    return Outline.of(card, case.method, case.settings).plan().peak.bytes if card.parts else None
+    return Outline.of(card, case.method, replace(case.settings, health=None)).plan().peak.bytes if card.parts else None
 
 
 def main(case: Case) -> int:

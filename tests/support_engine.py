@@ -43,11 +43,11 @@ def shaken(network: nn.Module, scale: float = 0.05) -> nn.Module:
     return network
 
 
-def tiny_model(seed: int = 0, path: NoisePath = RectifiedFlow(), kind: Kind = "flow") -> VideoModel:
+def tiny_model(seed: int = 0, path: NoisePath = RectifiedFlow(), kind: Kind = "flow", depth: int = 2) -> VideoModel:
     """All four parts, a few thousand weights each, equal for equal seeds."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        backbone = VideoDiT(channels=4, width=24, depth=2, heads=2, text_width=16)
+        backbone = VideoDiT(channels=4, width=24, depth=depth, heads=2, text_width=16)
         parts = {
             "denoiser": shaken(Denoiser(backbone, path, kind)),
             "text": TextEncoder(width=16, length=12, buckets=64, depth=1, heads=2, attribute_sizes=ATTRIBUTES),
@@ -64,13 +64,14 @@ class TinyImages(ModelSource):
     """Another tiny model of another kind on another path: an image teacher that shares nothing but widths."""
 
     seed: int = 7
+    depth: int = 2
 
     def card(self) -> Card:
         model = self.load()
         return replace(model.card, parts={name: describe(part) for name, part in model.parts.items()})
 
     def load(self, leave: Collection[str] = (), parts: Collection[str] = PARTS) -> VideoModel:
-        model = tiny_model(self.seed, VP(), "eps")
+        model = tiny_model(self.seed, VP(), "eps", self.depth)
         return VideoModel(model.card, {name: part for name, part in model.parts.items() if name in parts})
 
 

@@ -28,7 +28,7 @@ ITERATIONS = 2
 
 def settings_of(given: dict[str, Any]) -> Settings:
     lora = {"lora": Lora(rank=given["lora"])} if "lora" in given else {}
-    return Settings(**({"steps": 100, "batch": 16} | given | lora))
+    return Settings(**({"steps": 100, "batch": 16, "health": None} | given | lora))
 
 
 def begin(model: VideoModel, settings: Settings) -> Run:

@@ -14,17 +14,11 @@ pytest.importorskip("diffusers", reason="needs the extra diffusers")
 
 from diffusers import CogVideoXDDIMScheduler, CogVideoXImageToVideoPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from PIL import Image
 
-from fewstep import distill
 from fewstep.attention import KVCache
-from fewstep.core import Cond, Rng, Seeds
-from fewstep.data import Prompts
-from fewstep.data.video import to_uint8
+from fewstep.core import Cond, RecipeError, Rng, Seeds
 from fewstep.diffusion import Betas, Contract, ddim
-from fewstep.engine import Settings
-from fewstep.evaluate.conformance import check_model
-from fewstep.methods import DMD2, BackwardSimulation
+from fewstep.evaluate.conformance import check_model, subject
 from fewstep.models import Denoiser, Lora, VideoModel
 from fewstep.models.adapters.cogvideox import CogVideoX
 from fewstep.models.adapters.ddpm import contract_of, kind_of, path_of
@@ -184,18 +178,17 @@ def test_a_student_of_images_comes_back(folder: Path, model: VideoModel, tmp_pat
     assert torch.equal(*(m(PROMPTS[:1], **options) for m in (VideoModel.from_pretrained(saved), model)))
 
 
-def test_a_model_of_images_is_distilled(folder: Path, model: VideoModel, tmp_path: Path) -> None:
-    """Of prompts with a picture each; the student comes back and is told of images."""
-    picture = to_uint8(pictures()[0]).permute(1, 2, 0).numpy()
-    Image.fromarray(picture).save(tmp_path / "picture.png")
-    (tmp_path / "prompts.csv").write_text(f"caption,image\n{PROMPTS[0]},picture.png\n{PROMPTS[1]},picture.png\n")
-    method = DMD2(critic_updates=1, rollout=BackwardSimulation(grids=((1.0, 0.5),)))
-    student = distill(
-        model=Diffusers(source=str(folder), text_dtype="float32", **COGVIDEOX_IMAGE_SIZE), method=method,
-        data=Prompts(path=str(tmp_path / "prompts.csv")), settings=Settings(steps=1, batch=1, health=None),
-        output=tmp_path / "run", quiet=True,
-    )  # fmt: skip
-    loaded = VideoModel.from_pretrained(tmp_path / "run" / "student")
-    clips = [m.latents(PROMPTS[:1], image=pictures()[0]) for m in (student, loaded)]
-    assert torch.equal(*clips) and clips[0].isfinite().all()
-    assert student.fingerprint("denoiser") != model.fingerprint("denoiser")
+def test_a_size_without_positions_is_refused_before_weights_are_read(folder: Path) -> None:
+    """Learned positions are for one size; the others for all up to the largest."""
+    learned = folder.name.startswith("cogvideox_image")
+    sizes = {"num_frames": 9, "height": 64 if learned else 128, "width": 64}
+    with pytest.raises(RecipeError, match="keep the height" if learned else "give a smaller height"):
+        Diffusers(source=str(folder), **sizes).card()
+
+
+def test_the_checks_keep_the_only_size_there_is(model: VideoModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the clip is too large to be checked as it is."""
+    monkeypatch.setattr(subject, "_SMALL", 10)
+    monkeypatch.setattr(subject, "_LATENT_SIZE", (4, 4))
+    found = check_model(model, only=["forward"])
+    assert not found.failed and found.latents[2:] == ((4, 4) if model.denoiser.backbone.any_size else (8, 10))

@@ -19,7 +19,7 @@ from fewstep.engine.checkpoint import checkpoints
 from fewstep.engine.outline import Outline
 from fewstep.engine.prepare import prepare
 from fewstep.engine.run import Run
-from fewstep.methods import AVDM2, BackwardSimulation, Nets
+from fewstep.methods import AVDM2, BackwardSimulation, Nets, in_forwards
 from fewstep.methods.rollouts import fold_frames
 from fewstep.models import JointHead, Lora, TextEncoder, VideoModel
 from fewstep.models.lora import adapters
@@ -228,7 +228,10 @@ def test_fields_say_who_is_there_and_what_is_read() -> None:
     assert set(AVDM2(adversarial=0.0).aux()) == {"image_critic"}
     assert AVDM2().needs == {"prompts", "x0"} and AVDM2(adversarial=0.0).needs == {"prompts"}
     assert [update.roles for update in ENGINE.updates(0)] == [("image_critic", "discriminator")] * 2 + [("student",)]
-    assert AVDM2(score="none").cost() < AVDM2().cost() < AVDM2(score="video").cost()
+    assert in_forwards(AVDM2().cost()) == "9.5, 9 of 4 frames, 6 of the first 2 blocks"
+    assert in_forwards(AVDM2(score="video").cost()) == "18.5, 6 of the first 2 blocks"
+    assert in_forwards(AVDM2(score="none", critic_updates=1).cost()) == "7, 4 of the first 2 blocks"
+    assert [AVDM2().critic, AVDM2(score="video").critic, AVDM2(score="none").critic] == ["image_critic", "critic", None]
     for wrong, said in (
         ({"score": "none", "adversarial": 0.0}, "nothing trains"),
         ({"score": "video", "image_teacher": TinyImages()}, "no image teacher is asked"),

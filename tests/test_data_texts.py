@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -10,12 +10,14 @@ import torch
 from safetensors import safe_open
 
 from fewstep.core import Rng
-from fewstep.data import Progress, Prompts, StoredPairs, store, texts
+from fewstep.data import Progress, Prompts, StoredPairs, remembered, store, texts
+from fewstep.data.base import Data
 from fewstep.data.pairs import PairPlan, make_pairs
 from fewstep.data.texts import Texts
 from fewstep.engine.loop import prepare
 from fewstep.methods import DMD2, KnowledgeDistillation
 from fewstep.models import TextEncoder, VideoModel, fingerprint
+from fewstep.world.data import WorldClips
 from support_engine import FRAMES, small, tiny_model
 
 pytestmark = pytest.mark.usefixtures("single_thread")
@@ -106,11 +108,11 @@ def test_progress_counts_prompts_and_goes_on(tmp_path: Path, monkeypatch: pytest
 
 def test_what_is_kept_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     held = Texts(tiny_model(), NEEDS)
-    monkeypatch.setattr(texts, "KEPT", 3000)
+    monkeypatch.setattr(remembered, "ROOM", 3000)
     for number in range(40):
         held([f"prompt number {number}"], "cpu")
-        assert held.bytes == sum(x.nbytes for cond in held.known.values() for x in cond.tensors) <= 3000
-    assert 1 < len(held.known) < 40
+        assert held.states.bytes == sum(x.nbytes for cond in held.states.known.values() for x in cond.tensors) <= 3000
+    assert 1 < len(held.states.known) < 40
 
 
 def test_another_encoder_or_other_prompts_have_a_folder_of_their_own(tmp_path: Path) -> None:
@@ -154,3 +156,11 @@ def test_the_encoder_is_not_where_the_training_is(tmp_path: Path) -> None:
     run.iterate()
     assert next(model.text.parameters()).device.type == "cpu" and model.device.type == "cuda"
     assert run.student()(["a red ball"], num_inference_steps=4).shape[2] == FRAMES and fingerprint(model.text) == before
+
+
+def test_every_kind_of_data_says_whether_texts_are_stored_and_how_long_clips_are() -> None:
+    """Fields where there is something to say; a plan and a run ask all data alike."""
+    assert (Prompts(path="p").text_cache, Prompts(path="p", text_cache="t").text_cache) == ("", "t")
+    assert Prompts(path="p").num_frames is None and WorldClips(num_frames=8).num_frames == 8
+    assert not {"text_cache", "num_frames"} & {field.name for field in fields(Data)}  # nobody accepts and ignores one
+    assert WorldClips().text_cache == "" and "text_cache" not in {field.name for field in fields(WorldClips)}

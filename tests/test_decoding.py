@@ -191,6 +191,13 @@ def test_codecs_of_single_frames() -> None:
         assert isinstance(codec.decode_next(latents), Decoded)
 
 
+def test_a_stream_keeps_no_graph() -> None:
+    """Weights ask for gradients wherever a model was just loaded; what is remembered would grow with the clip."""
+    codec = codec_of("wan")
+    assert all(weight.requires_grad for weight in codec.parameters())
+    assert not streamed(codec, latents_of(codec, 3), 1).requires_grad
+
+
 def frames_by(vae: Any) -> FrameCodec:
     codec = FrameCodec(config={key: value for key, value in vae.config.items() if not key.startswith("_")})
     codec._hold(vae.eval())

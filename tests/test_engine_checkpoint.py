@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import subprocess
+import sys
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
@@ -12,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fewstep
 from fewstep.core import build
 from fewstep.core.atomic import recover
 from fewstep.engine import CheckpointError, Health, Settings, checkpoint, train
@@ -310,3 +314,14 @@ def test_only_what_was_replaced_is_recovered(tmp_path: Path) -> None:
     (tmp_path / "best" / "new").touch()
     recover(tmp_path / "best")  # the new one was in place: the old one is litter
     assert (tmp_path / "best" / "new").exists()
+
+
+def test_warnings_are_left_alone_until_one_is_expected() -> None:
+    """By importing the engine, that is; a program that does no more than that hears what it heard before."""
+    program = (
+        "import warnings; import fewstep.engine.loop, fewstep.engine.shard; "
+        "said = [f[1].pattern for f in warnings.filters if f[1] is not None]; "
+        "assert not [s for s in said if 'FSDP2' in s or 'distributed is disabled' in s], said"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(fewstep.__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment)

@@ -297,7 +297,10 @@ def test_offloading_changes_no_number(tmp_path: Path) -> None:
         settings = small(4, device="cuda", ema=0.9, parallel=Parallel(offload=offload))
         run = prepare(tiny_model(), CASES["DMD2"], Everything(), settings, tmp_path)
         for _ in range(4):
+            run.student()
             run.iterate()
+            places = {tensor.device.type for tensor in run.average.state_dict().values()}  # type: ignore[union-attr]
+            assert places == {"cpu" if offload else "cuda"}
         ends.append({key: value.cpu() for key, value in run.student().denoiser.state_dict().items()})
         if offload:
             assert {t.device.type for o in run.optimizers.values() for t in o.state().values()} == {"cpu"}

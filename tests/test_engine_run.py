@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from PIL import Image
 from fewstep.core import Batch, Losses, Rng
 from fewstep.core.finite import NonFiniteError
 from fewstep.data.base import Data, Source
-from fewstep.engine import CheckpointError, Optim, Settings, WorldProbe, train
+from fewstep.engine import CheckpointError, Optim, Parallel, Settings, WorldProbe, train
 from fewstep.engine.checkpoint import RunState, checkpoints
 from fewstep.engine.log import RunLog, read_metrics
 from fewstep.engine.nets import trained_roles
@@ -174,6 +175,24 @@ def test_average_follows_its_formula(tmp_path: Path) -> None:
     for name, value in run.average.state_dict().items():
         torch.testing.assert_close(value, expected[name])
     assert run.student().denoiser is run.average
+
+
+def test_an_average_that_waits_is_brought_in_to_be_used_alone(tmp_path: Path) -> None:
+    """Not to be saved; and updates do not find it there. (The meta device stands for one that is not the CPU.)"""
+    run = prepare(tiny_model(), CASES["DMD2"], Everything(), small(3, ema=0.9), tmp_path)
+    assert run.average is not None
+    places: list[str] = []
+    run.average.to = lambda place: places.append(str(place)) or run.average  # type: ignore[method-assign, assignment]
+    run.settings = replace(run.settings, parallel=Parallel(offload=True))
+    run.iterate()
+    run.keep(tmp_path / "kept")
+    assert places == ["cpu"]
+    run.settings = replace(run.settings, device="meta")
+    assert run.student().denoiser is run.average and places == ["cpu", "meta"]
+    run.settings = replace(run.settings, device="cpu")
+    with mock.patch.object(Run, "update", side_effect=lambda *_: places.append("update") or []):
+        run.iterate()
+    assert places[2:4] == ["cpu", "update"]
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])

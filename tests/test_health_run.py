@@ -16,18 +16,18 @@ import torch
 from fewstep.cli import main
 from fewstep.core import Rng
 from fewstep.diffusion import CFG, RectifiedFlow, Trig
-from fewstep.engine import CheckpointError, Health, Optim, train
+from fewstep.engine import CheckpointError, Health, Optim, prepare, train
 from fewstep.engine.checkpoint import RunState, checkpoints
 from fewstep.engine.health import Record, judge, monitor, read_record, weights
 from fewstep.engine.health.heard import Heard, Terms
-from fewstep.engine.health.measure import Gauge, decode, drift
+from fewstep.engine.health.measure import Gauge, decode, drift, singled
 from fewstep.engine.health.verdict import ASKED
 from fewstep.engine.health.vitals import Verdict
 from fewstep.engine.log import RunLog, read_metrics
 from fewstep.methods import DMD2, BackwardSimulation, Method
 from fewstep.methods.rollouts import NESTED
 from fewstep.models import Card, Lora, VideoModel
-from fewstep.models.lora import adapt, adapters, merge
+from fewstep.models.lora import adapt, adapters, duplicate, merge
 from fewstep.world.grammar import world_prompts
 from support_engine import CASES, TWO_GRIDS, Everything, small, tiny_model
 from support_health import OtherShift, coarse_weights, frozen_critic, other_path
@@ -172,6 +172,43 @@ def test_a_lagging_critic_gets_more_updates(tmp_path: Path) -> None:
     assert steps == {2 * 3 * (1 + 2 + 3 + 3 + 2)}  # two updates in each of three iterations, times the turns
 
 
+def test_a_critic_of_single_frames_is_tested_on_them_and_helped(tmp_path: Path) -> None:
+    """Beside the image teacher that it began as, which is another model on another path; and it is announced."""
+    shapes: dict[str, set[int]] = {"image_critic": set(), "image_teacher": set()}
+    made = prepare.build_nets
+
+    def noted(*arguments: Any) -> Any:
+        nets = made(*arguments)
+        for role, seen in shapes.items():
+            nets[role].register_forward_pre_hook(lambda _, given, seen=seen: seen.add(given[0].shape[2]))
+        return nets
+
+    method = replace(CASES["AVDM2"], critic_updates=1)
+    with (
+        mock.patch.object(prepare, "build_nets", noted),
+        mock.patch.object(monitor, "lags", side_effect=[True, True]),
+        mock.patch.object(RunLog, "say") as said,
+    ):
+        record = run(tmp_path, 6, method)
+    assert shapes == {"image_critic": {1}, "image_teacher": {1}}
+    first = record.checks[0].vitals
+    assert first.critic is not None and first.lag is not None and first.asked is not None
+    assert [check.done[0] for check in record.checks] == [f"each critic update is done {n} times" for n in (2, 3)]
+    assert any("gives the critic more updates" in call.args[0] for call in said.call_args_list)
+
+
+def test_a_critic_that_has_learnt_nothing_is_as_good_as_what_it_began_as() -> None:
+    """On frames: error of a copy over error of the original is one, and single frames are what is compared."""
+    model = tiny_model()
+    gauge = Gauge.of(model, tuple(world_prompts(2, 0.5, 0)), 2, 3, nullcontext)
+    clips = gauge.sample(model, (2,)).latents
+    one, two, other = gauge.errors((model.denoiser, duplicate(model.denoiser), tiny_model(1).denoiser), clips, model, 2)
+    assert one == two != other
+    rows, (frames,) = singled(2, clips)
+    assert rows.tolist() == [0, 0, 1, 1, 2, 2, 3, 3] and torch.equal(frames[1, :, 0], clips[0, :, -1])
+    assert gauge.errors((model.denoiser,), clips, model) != [one] and len(singled(99, clips)[0]) == clips.shape[2] * 4
+
+
 def test_runs_that_distil_nothing_are_not_examined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = small(3, health=OFTEN)
     for case, reason in (("FlowMatching", "distils nothing"), ("Reconstruction", "trains the codec")):
@@ -261,7 +298,7 @@ def test_strong_guidance_asks_for_other_clips_than_the_teachers() -> None:
     prompts = tuple(world_prompts(2, 0.5, 0))
     gauge = Gauge.of(model, prompts, 2, 4, nullcontext)
     clips = gauge.sample(model, (4,)).latents
-    weak, usual, far = (gauge.asked(CFG(scale=scale), clips, model) for scale in (1.0, 2.5, 30.0))
+    weak, usual, far = (gauge.asked(CFG(scale=scale), model.denoiser, clips, model) for scale in (1.0, 2.5, 30.0))
     assert 0.8 < weak < usual < 1.3 and far > 2 * ASKED
 
 

@@ -31,19 +31,22 @@ from fewstep.data import (
     prepare,
     read_prompts,
     read_video,
+    remembered,
     to_floats,
     write_video,
 )
-from fewstep.data.images import encode_pictures
+from fewstep.data.images import PictureConditions
 from fewstep.engine import Health, Settings, train
 from fewstep.engine.outline import Outline
 from fewstep.engine.run import Run
+from fewstep.evaluate import Entry, Suite, sampling
 from fewstep.methods import DMD2, BackwardSimulation, FlowMatching, KnowledgeDistillation, Method
 from fewstep.methods.rollouts import FromPairs
 from fewstep.models import Denoiser, VideoModel
 from fewstep.models.source import Diffusers, Pretrained
-from fewstep.recipe import distill
-from tiny_models import COGVIDEOX_IMAGE_SIZE, IMAGE, IMAGE_SIZE, save_tiny
+from fewstep.recipe import Recipe, distill
+from fewstep.world.data import WorldClips
+from tiny_models import COGVIDEOX_IMAGE, COGVIDEOX_IMAGE_SIZE, IMAGE, IMAGE_SIZE, save_tiny
 
 pytestmark = [pytest.mark.usefixtures("single_thread"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 CAPTIONS = ("a red ball", "a blue box", "a cat walks")
@@ -54,14 +57,15 @@ PLAN = PairPlan(times=(*GRID, 0.0), steps=2)
 HEALTH = Health(every=2, prompts=2, seeds=2)
 
 
-@pytest.fixture(scope="module", params=list(IMAGE))
+@pytest.fixture(scope="module", params=[*IMAGE, *COGVIDEOX_IMAGE])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(request.param, tmp_path_factory.mktemp(request.param))
 
 
 @pytest.fixture
 def source(folder: Path) -> Diffusers:
-    return Diffusers(source=str(folder), text_dtype="float32", **IMAGE_SIZE)
+    size = COGVIDEOX_IMAGE_SIZE if folder.name.startswith("cogvideox") else IMAGE_SIZE
+    return Diffusers(source=str(folder), text_dtype="float32", **size)
 
 
 @pytest.fixture
@@ -87,7 +91,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, lines = tmp_path_factory.mktemp("videos"), []
     for number, caption in enumerate(CAPTIONS):
-        coarse = 2 * Rng(number).rand((3, 5, 4, 8), "video") - 1
+        coarse = 2 * Rng(number).rand((3, 9, 8, 10), "video") - 1
         write_video(folder / f"{number}.mp4", coarse.repeat_interleave(8, 2).repeat_interleave(8, 3))
         lines.append(json.dumps({"video": f"{number}.mp4", "caption": caption}))
     (folder / "captions.jsonl").write_text("\n".join(lines))
@@ -99,9 +103,14 @@ def listed(model: VideoModel, pictures: Path) -> Path:
 
 
 def prepared(model: VideoModel, videos: Path, output: Path) -> Latents:
-    plan = Preparation(cut=Cut(**IMAGE_SIZE), storage="float32", shard_size=2)
+    cut = Cut(num_frames=model.card.num_frames, height=model.card.height, width=model.card.width)
+    plan = Preparation(cut=cut, storage="float32", shard_size=2)
     prepare(videos, output, model.codec, plan, image=model.part("image"))
     return Latents(path=str(output))
+
+
+def size_of(model: VideoModel) -> tuple[int, int]:
+    return model.card.height, model.card.width
 
 
 def batch(data: Data, model: VideoModel, size: int = 3) -> Batch:
@@ -127,7 +136,7 @@ def assert_conditions(batch: Batch, expected: dict[str, tuple[Cond, Cond]]) -> N
 def test_prompts_come_with_their_pictures(model: VideoModel, pictures: Path) -> None:
     table = listed(model, pictures)
     prompts: Any = read_prompts(table)
-    size = (IMAGE_SIZE["height"], IMAGE_SIZE["width"])
+    size = size_of(model)
     expected = {prompt: model.conditions([prompt], **prompts.pictures(i, size)) for i, prompt in enumerate(prompts)}
     assert_conditions(batch(Prompts(path=str(table)), model), expected)
 
@@ -135,20 +144,20 @@ def test_prompts_come_with_their_pictures(model: VideoModel, pictures: Path) -> 
 def test_clips_begin_with_their_own_frames(model: VideoModel, videos: Path, tmp_path: Path) -> None:
     expected = {}
     for number, caption in enumerate(CAPTIONS):
-        frames = to_floats(read_video(videos / f"{number}.mp4", 5))
+        frames = to_floats(read_video(videos / f"{number}.mp4", model.card.num_frames, size=size_of(model)))
         last = {"last_image": frames[:, -1]} if model.part("image").needs_last else {}
         expected[caption] = model.conditions([caption], frames[:, 0], **last)
     assert_conditions(batch(Videos(path=str(videos), **IMAGE_SIZE), model), expected)
     made = batch(prepared(model, videos, tmp_path / "out"), model)
     assert_conditions(made, expected)
-    if model.part("image").args["reads"] == "frame":  # the codec is causal: the image alone is the clip's first frame
+    if model.part("image").args.get("reads") == "frame":  # the codec is causal: the image is the clip's first frame
         assert made.x0 is not None
         torch.testing.assert_close(made.cond.extra["image_latents"], made.x0[:, :, :1], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("folder", ["wan_image_experts"], indirect=True)
 def test_a_row_may_have_a_last_picture(model: VideoModel, pictures: Path) -> None:
-    first, both = (encode_pictures(model, read_prompts(pictures / f), [1], 5) for f in ("first.csv", "both.csv"))  # type: ignore[arg-type]
+    first, both = (PictureConditions(model, read_prompts(pictures / f), 5)([1]) for f in ("first.csv", "both.csv"))  # type: ignore[arg-type]
     assert first["image_latents"][0, :4, -1].sum() == 0 and both["image_latents"][0, :4, -1].any()
 
 
@@ -178,6 +187,49 @@ def test_data_without_images_are_refused(
         data.check(model)
     with pytest.raises(DataError, match="makes clips of text alone"):
         Prompts(path=str(pictures / "first.csv")).check_card(VideoModel.from_pretrained("world").card)
+
+
+@pytest.mark.parametrize("folder", ["wan_image"], indirect=True)
+def test_data_that_never_have_images_are_refused(source: Diffusers) -> None:
+    """By the card alone."""
+    with pytest.raises(DataError, match="WorldClips gives it none; use Videos, Latents"):
+        Recipe(model=source, method=FlowMatching(), data=WorldClips(num_frames=5), settings=settings(1)).check()
+
+
+@pytest.mark.parametrize("folder", ["wan_image"], indirect=True)
+def test_a_picture_is_encoded_once(model: VideoModel, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as there is room: then the oldest is forgotten, and comes back the same."""
+    opened = Prompts(path=str(pictures / "first.csv")).open(model, frozenset({"prompts"}))
+    calls, encode = [], model.part("image").encode
+    monkeypatch.setattr(model.part("image"), "encode", lambda *given: calls.append(given) or encode(*given))
+    once, again = (opened.batch(3, Rng(0, step=1)).cond.extra for _ in range(2))
+    assert len(calls) == 3
+    monkeypatch.setattr(remembered, "ROOM", 1)
+    for _ in range(2):
+        opened = Prompts(path=str(pictures / "first.csv")).open(model, frozenset({"prompts"}))
+        later = opened.batch(3, Rng(0, step=1)).cond.extra
+    assert len(calls) == 9
+    for name, x in once.items():
+        assert torch.equal(x, again[name]) and torch.equal(x, later[name])
+
+
+@pytest.mark.parametrize("folder", ["wan_ends"], indirect=True)
+def test_pictures_that_cannot_be_meant_are_refused(model: VideoModel) -> None:
+    """Three for two clips, numbers of 0 to 255 or NaN, the wrong one of two, and more pictures than frames."""
+    three = 2 * Rng(0).rand((3, 3, *size_of(model)), "pictures") - 1
+    one, bad = three[0], torch.full_like(three[0], torch.nan)
+    for image, last_image, message in (
+        (three, one, "3 images for 2 clips: give one for all, or one for each"),
+        (three, three[:2], "one of each; got 3 first, 2 last ones"),
+        (one, one[:, :8], r"give last_image \(--last-image\), \[3, 32, 64\]; got \[3, 8, 64\]"),
+        (127.5 * (one + 1), one, r"image is a picture of floating-point numbers in \[-1, 1\]"),
+        ((127.5 * (one + 1)).to(torch.uint8), one, "x / 127.5 - 1 of 8 bits"),
+        (one, bad, r"last_image is a picture of floating-point numbers in \[-1, 1\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.latents(CAPTIONS[:2], image=image, last_image=last_image)
+    with pytest.raises(ValueError, match="a clip between two images has more frames than 1"):
+        model.latents(CAPTIONS[:1], image=one, last_image=one, num_frames=1, force=True)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +263,7 @@ def test_a_model_of_images_is_distilled(
     student = distill(model=source, method=DMD, data=data, settings=chosen, output=tmp_path / "run", quiet=True)
     assert (tmp_path / "run" / "health.json").is_file()
     names = ("image", "last_image")[: 2 if model.part("image").needs_last else 1]
-    given = {name: 2 * Rng(0).rand((3, IMAGE_SIZE["height"], IMAGE_SIZE["width"]), name) - 1 for name in names}
+    given = {name: 2 * Rng(0).rand((3, *size_of(model)), name) - 1 for name in names}
     loaded = VideoModel.from_pretrained(tmp_path / "run" / "student")
     clips = [m.latents(CAPTIONS[:1], **given) for m in (student, loaded)]
     assert torch.equal(*clips) and clips[0].isfinite().all()
@@ -224,7 +276,7 @@ def test_pairs_of_images_teach(model: VideoModel, source: Diffusers, pictures: P
     prompts: Any = read_prompts(table)
     make_pairs(model, prompts, tmp_path / "pairs", PLAN, batch=2)
     data = StoredPairs(path=str(tmp_path / "pairs"))
-    size = (IMAGE_SIZE["height"], IMAGE_SIZE["width"])
+    size = size_of(model)
     expected = {prompt: model.conditions([prompt], **prompts.pictures(i, size)) for i, prompt in enumerate(prompts)}
     made = batch(data, model)
     assert_conditions(made, expected)
@@ -270,19 +322,6 @@ def test_every_network_is_told_of_the_image_of_the_prompt(
                 guided += 1
             assert torch.equal(images[row], known.cond.extra["image_latents"][own[0]])
     assert guided == 2 and len(calls) >= 5
-
-
-def test_cogvideox_is_distilled_from_pictures(pictures: Path, tmp_path: Path) -> None:
-    own = Diffusers(
-        source=str(save_tiny("cogvideox_image", tmp_path / "model")), text_dtype="float32", **COGVIDEOX_IMAGE_SIZE
-    )
-    model, data = own.load(), Prompts(path=str(pictures / "first.csv"))
-    prompts: Any = read_prompts(pictures / "first.csv")
-    size = (COGVIDEOX_IMAGE_SIZE["height"], COGVIDEOX_IMAGE_SIZE["width"])
-    expected = {prompt: model.conditions([prompt], **prompts.pictures(i, size)) for i, prompt in enumerate(prompts)}
-    assert_conditions(batch(data, model), expected)
-    student = distill(model=own, method=DMD, data=data, settings=settings(1), output=tmp_path / "run", quiet=True)
-    assert student.fingerprint("denoiser") != model.fingerprint("denoiser")
 
 
 @pytest.mark.parametrize("folder", ["wan_ti2v_image"], indirect=True)
@@ -332,6 +371,12 @@ def test_a_run_on_images_is_planned_from_shapes(source: Diffusers, model: VideoM
     blank, told = model.blank_cond(2), model.conditions(CAPTIONS[:2], {**model.blank_cond(2).extra})[0]
     assert {k: v.shape for k, v in blank.extra.items()} == {k: v.shape for k, v in told.extra.items()}
     assert Outline.of(source.card(), DMD, settings(2)).plan().peak.bytes > 0
+
+
+@pytest.mark.parametrize("folder", ["wan_image"], indirect=True)
+def test_a_suite_of_prompts_alone_is_refused(model: VideoModel) -> None:
+    with pytest.raises(ValueError, match="'teacher' makes clips of images, and a suite has prompts alone"):
+        sampling.prepare([Entry(name="teacher", model=model)], Suite())
 
 
 @pytest.mark.parametrize("folder", ["wan_image"], indirect=True)

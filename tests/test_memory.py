@@ -14,18 +14,19 @@ import torch
 
 import fewstep
 from fewstep.cli.plan import planned, variants
-from fewstep.engine import Parallel
+from fewstep.data import Prompts
+from fewstep.engine import Health, Parallel
 from fewstep.engine.memory import FLOAT, Holding, Means, Phase, Plan, fitting, optimizer_bytes, parse_bytes, remedies
 from fewstep.engine.outline import Ledger, Outline, Shortest
 from fewstep.engine.precision import autocast, float32
 from fewstep.engine.prepare import prepare
-from fewstep.methods import DMD2
-from fewstep.models import Card, Lora, VideoModel
+from fewstep.methods import AVDM2, DMD2, BackwardSimulation, Consistency, Method, Update
+from fewstep.models import Card, FrameAutoencoder, Lora, VideoModel
 from fewstep.models.bundle import describe, read_card
 from fewstep.models.source import Pretrained
 from fewstep.recipe import Recipe
 from fewstep.world.data import WorldClips
-from support_engine import CASES, FRAMES, small, tiny_model
+from support_engine import CASES, FRAMES, TinyImages, small, tiny_model
 from support_memory import METHOD, settings_of
 
 TOLERANCE = 0.15
@@ -90,6 +91,16 @@ def test_states_that_wait_elsewhere_come_in_when_activations_are_gone() -> None:
     for activations in (0, 799, 801):
         plan = replace(PLAN, phases=(replace(both, activations=activations),), means=Means(offload=True))
         assert plan.peak.bytes == sum(WEIGHTS.values()) + 560 + max(activations, STATES["student"])
+
+
+def test_what_is_done_between_iterations_may_be_the_fullest_moment() -> None:
+    """Beside all that is held, as long as nothing waits elsewhere; then beside who is there to be looked at."""
+    check = Phase(reads=frozenset({"student", "critic"}), gradients={}, activations=1500, pause="health check")
+    plan = replace(PLAN, pauses=(check,))
+    assert plan.peak.phase is check and plan.peak.bytes == sum(WEIGHTS.values()) + sum(STATES.values()) + 1500
+    away = plan.by(Means(offload=True))
+    assert away.total(check) == 400 + 160 + 200 + 1500
+    assert plan.by(Means(shard=4)).total(check) == (960 + 1120) // 4 + 200 + 1500 + 80
 
 
 def test_what_nothing_cuts_is_whole_on_every_process() -> None:
@@ -175,6 +186,85 @@ def test_shapes_hold_what_the_run_holds(others: dict[str, Any], tmp_path: Path) 
         assert found == pytest.approx(ledger.peak, rel=0.1)
         for network in run.nets.values():
             network.zero_grad(set_to_none=True)
+
+
+WITHOUT_DRAWS = BackwardSimulation(grids=((1.0,),))
+"""Every rollout is one call, so that what one iteration does is what every iteration does."""
+
+
+def test_checks_pictures_and_probes_hold_what_is_planned(tmp_path: Path) -> None:
+    """With a codec that holds more than training does. On a CPU the finished columns of a picture lie in the same memory."""
+    model, method, file = tiny_model(), DMD2(critic_updates=1), tmp_path / "prompts.txt"
+    codec = FrameAutoencoder(width=16, depth=1)
+    model = VideoModel(replace(model.card, height=128, width=128), {**model.parts, "codec": codec})
+    card = replace(model.card, parts={name: describe(part) for name, part in model.parts.items()})
+    file.write_text("one cat\ntwo cats\nthree\nfour\n", encoding="utf-8")
+    settings = small(3, preview_every=3, ema=0.9, health=Health(every=3, prompts=2))
+    plan = Outline.of(card, method, settings, probed=6).plan()
+    assert [phase.name for phase in plan.pauses] == ["health check", "picture", "probe"]
+    assert all(phase.reads >= {"teacher", "student average", "codec"} for phase in plan.pauses)
+    kept = next(h.weights for h in plan.holdings if h.role == "clips of checks")
+    run = prepare(model, method, Prompts(path=str(file)), settings, tmp_path)
+    run.iterate()
+    assert run.monitor is not None and run.preview is not None
+    check, picture, probe = (phase.activations for phase in plan.pauses)
+    with Ledger({**run.nets, **run.model.parts, "average": run.average}) as ledger:
+        run.monitor.check(run.student(), 1)
+    assert ledger.live == kept and ledger.peak == pytest.approx(kept + check, rel=0.1)
+    with Ledger({**run.nets, **run.model.parts, "average": run.average}) as ledger:
+        run.preview.draw(run.student())
+    assert ledger.peak - ledger.live == pytest.approx(picture, rel=0.1)
+    with Ledger({**run.nets, **run.model.parts, "average": run.average}) as ledger:
+        run.student()(["a cat"] * 6, num_inference_steps=2, force=True)
+    assert ledger.peak == pytest.approx(probe, rel=0.1) and plan.peak.phase.name == "probe"
+
+
+def test_adapters_are_merged_to_be_looked_at() -> None:
+    settings = small(30)
+    plans = [Outline.of(tiny_card(), DMD2(), replace(settings, lora=lora)).plan() for lora in (None, Lora(rank=4))]
+    weights = next(h.weights for h in plans[0].holdings if h.role == "teacher")
+    assert [plan.pauses[0].activations for plan in plans] == [plans[0].pauses[0].activations + n for n in (0, weights)]
+
+
+def test_what_nobody_asks_for_is_not_planned() -> None:
+    plan = Outline.of(tiny_card(), DMD2(), small(30, health=None)).plan()
+    assert not plan.pauses and "clips of checks" not in {h.role for h in plan.holdings}
+    quiet = Outline.of(tiny_card(), CASES["FlowMatching"], small(30)).plan()  # it distils nothing: there are no checks
+    assert not quiet.pauses and Outline.of(tiny_card(), DMD2(), small(30)).plan().pauses
+
+
+class Glance(torch.nn.Module):
+    """A discriminator that costs nothing: a method tells what is done by networks, its small heads are left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, features: list[torch.Tensor]) -> torch.Tensor:
+        return self.weight * features[0].mean((1, 2, 3, 4))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        DMD2(rollout=WITHOUT_DRAWS, critic_updates=2, gan=0.1, r1=0.1),
+        Consistency(),
+        AVDM2(rollout=WITHOUT_DRAWS, frames=1, critic_updates=1),
+        AVDM2(rollout=WITHOUT_DRAWS, frames=3, critic_updates=1, image_teacher=TinyImages(depth=6)),
+        AVDM2(rollout=WITHOUT_DRAWS, score="video", adversarial=0.0, critic_updates=1),
+    ],
+    ids=["DMD2", "Consistency", "one frame", "a large image teacher", "video"],
+)
+def test_a_method_costs_what_its_updates_do(method: Method) -> None:
+    """Whatever the length of clips, the size of another teacher and the depth at which features are read."""
+    outline = Outline.of(tiny_card(), method, small(4), FRAMES)
+    if "discriminator" in outline.nets:
+        with outline.mode:
+            outline.nets.roles["discriminator"] = Glance()  # type: ignore[index]
+    plan = outline.plan()
+    done = {phase.roles: phase.flops for phase in plan.phases}
+    counted = sum(done[event.roles] for event in method.updates(0) if isinstance(event, Update))
+    assert plan.flops == pytest.approx(counted, rel=0.05)
 
 
 def test_recomputed_blocks_and_adapters_hold_less() -> None:

@@ -169,7 +169,8 @@ def test_contract_and_cost(method: Method) -> None:
         assert contract.grids
         assert contract.guidance == CFG()
         assert contract.calls() < teacher.calls()
-    assert method.cost() >= 3
+    assert sum(work.forwards for work in method.cost()) >= 3
+    assert {work.role for work in method.cost()} <= {"student", "teacher", *method.aux()}
     assert method.cite
 
 

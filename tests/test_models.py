@@ -26,6 +26,7 @@ from fewstep.models import (
     Spec,
     TextEncoder,
     VideoDiT,
+    VideoModel,
 )  # fmt: skip
 from fewstep.models.video_dit import patchify, rotary_table, rotate, unpatchify
 
@@ -391,3 +392,10 @@ def test_spec_refuses_the_unknown_and_suggests() -> None:
         Spec("VideoDit").build()
     with pytest.raises(RecipeError, match="did you mean width"):
         Spec("VideoDiT", {"widht": 8}).build()
+
+
+@pytest.mark.parametrize("prompts", ["a red ball", []])
+def test_one_text_is_no_list_of_prompts(prompts: list[str]) -> None:
+    """It would be as many clips as it has letters."""
+    with pytest.raises(ValueError, match="prompts are a list of texts, one for each clip"):
+        VideoModel.from_pretrained("world")(prompts, num_inference_steps=1)

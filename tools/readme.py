@@ -113,7 +113,7 @@ def results() -> str:
 def methods() -> str:
     from fewstep.catalogue import entry
     from fewstep.diffusion import Contract
-    from fewstep.methods import METHODS
+    from fewstep.methods import METHODS, in_forwards
 
     lines = [row_of(["method", "idea", "trains", "reads", "steps", "forwards", "source"]), row_of(["---"] * 7)]
     for cls in METHODS:
@@ -123,10 +123,11 @@ def methods() -> str:
         any_count = "any" if method.part == "denoiser" else "-"
         lines.append(row_of([
             f"[`{cls.__name__}`]({path.as_posix()})", phrase(ROOT / path), method.part, ", ".join(sorted(method.needs)),
-            ", ".join(map(str, counts)) or any_count, f"{method.cost():g}", entry(cls).cite,
+            ", ".join(map(str, counts)) or any_count, in_forwards(method.cost()), entry(cls).cite,
         ]))  # fmt: skip
     notes = (
-        "All at their defaults. steps: what the student serves. forwards: network evaluations per iteration and sample"
+        "All at their defaults. steps: what the student serves. forwards: network evaluations per iteration and sample, "
+        "of clips unless it says otherwise"
     )
     return "\n".join([*lines, "", f"{notes} (a backward pass counts as two)."])
 

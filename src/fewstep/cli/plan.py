@@ -16,6 +16,7 @@ from fewstep.core.env import place
 from fewstep.engine.memory import Means, Plan, Remedy, fitting, parse_bytes, remedies
 from fewstep.engine.outline import Outline
 from fewstep.engine.settings import Settings
+from fewstep.methods import in_forwards
 from fewstep.models import Lora
 from fewstep.models.bundle import Card, VideoModel
 from fewstep.recipe import Recipe
@@ -56,7 +57,7 @@ def show(recipe: Recipe, output: Path, device: Device = Device()) -> int:
         f"recipe {recipe.hash}: {type(recipe.method).__name__} on {card.name}, would write {output}", markup=False
     )
     out.print(table(("held all the time", "network", "parameters", "trained", "weights", "optimiser"), holdings(plan)))
-    out.print(table(("\nmeanwhile, training", "gradients", "activations", "with all that is held"), phases(plan)))
+    out.print(table(("\nmeanwhile", "gradients", "activations", "with all that is held"), phases(plan)))
     out.print(table(("\nshapes", ""), shapes(recipe, card)))
     out.print()
     for line in work(recipe, plan, device):
@@ -72,8 +73,9 @@ def planned(recipe: Recipe, settings: Settings, card: Card) -> Plan:
     parallel = settings.parallel
     shard = parallel.shard * parallel.sequence or max(1, place().world_size // parallel.replicate)
     shard = shard if settings.lora is None else 1
-    stored = bool(getattr(recipe.data, "text_cache", "")) and settings.device != "cpu"
-    plan = Outline.of(card, recipe.method, settings, getattr(recipe.data, "num_frames", None)).plan()
+    stored = bool(recipe.data.text_cache) and settings.device != "cpu"
+    probed = recipe.probe.clips if recipe.probe is not None else 0
+    plan = Outline.of(card, recipe.method, settings, recipe.data.num_frames, probed).plan()
     return plan.by(Means(shard=shard, offload=parallel.offload, stored_text=stored))
 
 
@@ -86,11 +88,11 @@ def holdings(plan: Plan) -> Iterator[tuple[str, ...]]:
 
 
 def phases(plan: Plan) -> Iterator[tuple[str, ...]]:
-    """One row per kind of update."""
-    for phase in plan.phases:
+    """One row per kind of update, and of what is done between iterations."""
+    for phase in (*plan.phases, *plan.pauses):
         yield (
-            "+".join(phase.roles),
-            size(sum(phase.gradients.values())),
+            phase.name,
+            size(sum(phase.gradients.values())) if phase.gradients else "-",
             size(phase.activations),
             size(plan.total(phase)),
         )
@@ -102,7 +104,7 @@ def shapes(recipe: Recipe, card: Card) -> list[tuple[str, str]]:
 
     model: VideoModel = sketch(card)
     batch = recipe.settings.batch
-    frames = getattr(recipe.data, "num_frames", None) or card.num_frames
+    frames = recipe.data.num_frames or card.num_frames
     rows = [("frames [B, 3, F, H, W]", str([batch, 3, frames, card.height, card.width]))]
     if "codec" in model.parts:
         latents = [batch, *model.codec.latent_shape(frames, card.height, card.width)]
@@ -120,9 +122,10 @@ def shapes(recipe: Recipe, card: Card) -> list[tuple[str, str]]:
 def work(recipe: Recipe, plan: Plan, device: Device) -> Iterator[str]:
     """Peak, length, time and cost, a line each."""
     settings, peak = recipe.settings, plan.peak
-    yield f"peak {size(peak.bytes)} while {'+'.join(peak.phase.roles)} is trained, beside the program itself"
+    yield f"peak {size(peak.bytes)} ({peak.phase.name}), beside the program itself"
     clips = settings.batch * settings.accumulate
-    yield f"{settings.steps} iterations of {clips} clips, {recipe.method.cost():g} forward-equivalents per clip and iteration"
+    cost = in_forwards(recipe.method.cost())
+    yield f"{settings.steps} iterations of {clips} clips, {cost} forward-equivalents per clip and iteration"
     yield f"{plan.flops / 1e12:.3g} TFLOP per iteration"
     if device.flops is not None:
         hours = plan.seconds(device.flops, 1000) / 3600

@@ -46,6 +46,19 @@ class Data(ABC):
     provides: ClassVar[frozenset[str]]
     """Fields of Batch it can fill. Must cover `Method.needs`."""
 
+    @property
+    def text_cache(self) -> str:
+        """Folder of the text states of all prompts, which are encoded when the data are opened; empty: as they come.
+
+        Most data have a field of this name.
+        """
+        return ""
+
+    @property
+    def num_frames(self) -> int | None:
+        """Frames of a clip, where the description says so (as a field); None: as many as the model makes."""
+        return None
+
     def check_card(self, card: Card) -> None:  # noqa: B027 - most data fit every model
         """Refuse (DataError) what the model's card rules out already: asked before weights are loaded or files written."""
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fewstep.data.base import DataError
 from fewstep.data.layouts import table_cell, table_rows
+from fewstep.data.remembered import Remembered
 from fewstep.data.video import read_image
 from fewstep.models.autoencoder import FrameAutoencoder
 from fewstep.models.bundle import Card, VideoModel
@@ -64,14 +65,23 @@ def _row(folder: Path, row: Mapping[str, Any], where: str) -> tuple[str, dict[st
     return caption.strip(), paths
 
 
-def encode_pictures(model: VideoModel, prompts: Pictured, indices: Iterable[int], num_frames: int) -> dict[str, Tensor]:
-    """Conditions of the pictures of these rows, by name in `Cond.extra`. One at a time: none depends on the others."""
-    made = []
-    with torch.no_grad():
-        for index in indices:
-            pictures = prompts.pictures(index, (model.card.height, model.card.width))
-            made.append(image_conditions(model, 1, pictures["image"], pictures.get("last_image"), num_frames))
-    return {name: torch.cat([each[name] for each in made]) for name in image_names(model)}
+class PictureConditions:
+    """What a model makes of the pictures of these prompts, each row alone when it is first drawn, and kept (see `Remembered`)."""
+
+    def __init__(self, model: VideoModel, prompts: Pictured, num_frames: int) -> None:
+        self.model, self.prompts, self.num_frames = model, prompts, num_frames
+        self.rows = Remembered(self._encode, lambda made: made.values())
+
+    def __call__(self, indices: Iterable[int]) -> dict[str, Tensor]:
+        """Conditions of these rows, by name in `Cond.extra`, in main memory."""
+        made = [self.rows(index) for index in indices]
+        return {name: torch.cat([row[name] for row in made]) for name in image_names(self.model)}
+
+    @torch.no_grad()
+    def _encode(self, index: int) -> dict[str, Tensor]:
+        pictures = self.prompts.pictures(index, (self.model.card.height, self.model.card.width))
+        made = image_conditions(self.model, 1, pictures["image"], pictures.get("last_image"), self.num_frames)
+        return {name: x.to("cpu") for name, x in made.items()}
 
 
 def encode_ends(image: ImageEncoder, codec: FrameAutoencoder, frames: Tensor) -> dict[str, Tensor]:
@@ -89,6 +99,15 @@ def require_pictures(prompts: Sequence[str], card: Card, path: str | Path) -> No
     if "image" not in card.parts and isinstance(prompts, Pictured):
         raise DataError(
             f"{path} has pictures, and {card.name!r} makes clips of text alone; give a text file with one prompt per line"
+        )
+
+
+def require_text_alone(card: Card, name: str) -> None:
+    """DataError where a model makes clips of images: the data called `name` have none."""
+    if "image" in card.parts:
+        raise DataError(
+            f"{card.name!r} makes clips of images, and {name} gives it none; use Videos, Latents (fewstep prepare), "
+            "StoredPairs (fewstep pairs) or Prompts of a .csv"
         )
 
 

@@ -14,7 +14,7 @@ from fewstep.core import Batch, Pairs, Rng, Seeds
 from fewstep.core.build import digest
 from fewstep.core.peers import meet_peers
 from fewstep.data.base import Data, DataError, Source, require
-from fewstep.data.images import Pictured, encode_pictures, require_pictures, require_stored
+from fewstep.data.images import PictureConditions, Pictured, require_pictures, require_stored
 from fewstep.data.order import draw_indices
 from fewstep.data.store import PartedWriter, Progress, ShardReader, ShardWriter, Storage, read_manifest
 from fewstep.data.texts import Texts
@@ -186,7 +186,7 @@ def _add(part: ShardWriter, teacher: _Teacher, prompts: Sequence[str], pairs: ra
     rows, seeds = [i // plan.per_prompt for i in pairs], [plan.seed + i for i in pairs]
     chosen = [prompts[row] for row in rows]
     pictured = prompts if isinstance(prompts, Pictured) else None
-    images = {} if pictured is None else encode_pictures(teacher.model, pictured, rows, teacher.num_frames)
+    images = {} if pictured is None else PictureConditions(teacher.model, pictured, teacher.num_frames)(rows)
     for i, states in enumerate(teacher.states(chosen, seeds, images)):
         tensors = {"states": states, **{name: image[i] for name, image in images.items()}}
         part.add({"caption": chosen[i], "seed": seeds[i]}, tensors, {})

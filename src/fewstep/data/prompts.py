@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from fewstep.core import Batch, Rng
 from fewstep.data.base import Data, DataError, Source, require
-from fewstep.data.images import Pictured, encode_pictures, require_pictures
+from fewstep.data.images import PictureConditions, Pictured, require_pictures
 from fewstep.data.lines import Lines
 from fewstep.data.order import draw_indices
 from fewstep.data.texts import Texts
@@ -21,6 +21,7 @@ class Prompts(Data):
     """One prompt per line of a UTF-8 text file; empty lines are ignored. Clips have the model's own size.
 
     For a model that makes clips of images: a .csv or .jsonl with `caption`, `image` and perhaps `last_image` (see `Pictured`).
+    What was made of a prompt or a picture is kept, up to 2 GiB of each per process.
     """
 
     provides: ClassVar[frozenset[str]] = frozenset({"prompts"})
@@ -37,7 +38,9 @@ class Prompts(Data):
         require(self, needs)
         prompts = read_prompts(self.path)
         require_pictures(prompts, model.card, self.path)
-        return _PromptSource(model, prompts, Texts(model, needs, self.text_cache, prompts))
+        pictured = prompts if isinstance(prompts, Pictured) else None
+        images = None if pictured is None else PictureConditions(model, pictured, model.card.num_frames)
+        return _PromptSource(model, prompts, Texts(model, needs, self.text_cache, prompts), images)
 
 
 def read_prompts(path: str | Path) -> Sequence[str]:
@@ -59,12 +62,13 @@ class _PromptSource:
     model: VideoModel
     prompts: Sequence[str]
     texts: Texts
+    images: PictureConditions | None
 
     def batch(self, size: int, rng: Rng) -> Batch:
         indices = draw_indices(len(self.prompts), size, rng)
         chosen = tuple(self.prompts[i] for i in indices)
         cond, uncond = self.texts(chosen, rng.device)
-        if isinstance(self.prompts, Pictured):
-            images = encode_pictures(self.model, self.prompts, indices, self.model.card.num_frames)
+        if self.images is not None:
+            images = self.images(indices)
             cond, uncond = (each.with_extra(images).to(rng.device) for each in (cond, uncond))
         return Batch(cond=cond, uncond=uncond, latent_shape=self.model.latent_shape(), prompts=chosen)

@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 from fewstep.core import Cond
 from fewstep.core.build import digest
 from fewstep.core.peers import Peers
+from fewstep.data.remembered import Remembered
 from fewstep.data.store import PartedWriter, Progress, ShardReader, ShardWriter, is_complete
 from fewstep.models.bundle import VideoModel, fingerprint
 from fewstep.models.text import TextEncoder
@@ -22,12 +23,10 @@ from fewstep.models.text import TextEncoder
 PART = 1024
 """Prompts per part: what one process takes at once."""
 SHARD = 64
-KEPT = 2**31
-"""Bytes of states kept. Beyond that the oldest are forgotten, and read or encoded again when they come back."""
 
 
 class Texts:
-    """The text states of a model's encoder, cached in main memory.
+    """The text states of a model's encoder, kept in main memory (see `Remembered`).
 
     A prompt is encoded alone, so its states depend on nothing but the prompt: not on the batch it first appeared in,
     nor on whether it was cached. A model without a text encoder (one whose autoencoder is being trained) gets blank
@@ -44,23 +43,14 @@ class Texts:
         self.model, self.negative = model, model.card.negative_prompt
         self.encoder = model.text if "prompts" in needs or "text" in model.parts else None
         self.length = self.encoder.length if self.encoder is not None else 1
-        self.known: dict[str, Cond] = {}
-        self.bytes = 0
+        self.states = Remembered(self._make, lambda cond: cond.tensors)
         self.stored = store_texts(model, prompts, cache) if cache and self.encoder is not None else None
 
     def __call__(self, prompts: Sequence[str], device: str | torch.device) -> tuple[Cond, Cond]:
         """Conditions of `prompts`, and the negative prompt as many times."""
-        states = [self._states(prompt) for prompt in (*prompts, self.negative)]
+        states = [self.states(prompt) for prompt in (*prompts, self.negative)]
         both = Cond.cat([_padded(cond, self.length) for cond in states]).to(device)
         return both[:-1], both[-1:].expand(len(prompts))
-
-    def _states(self, prompt: str) -> Cond:
-        if prompt not in self.known:
-            self.known[prompt] = self._make(prompt)
-            self.bytes += _size(self.known[prompt])
-            while self.bytes > KEPT and len(self.known) > 1:
-                self.bytes -= _size(self.known.pop(next(iter(self.known))))
-        return self.known[prompt]
 
     def _make(self, prompt: str) -> Cond:
         if self.stored is not None:
@@ -138,10 +128,6 @@ def _read(stored: ShardReader, prompt: str) -> Cond:
     read = {name: stored.read_ragged(name, row)[None].float() for name in ("text", "mask", *row["extra"])}
     text, mask = (read.pop(name)[:, : row["length"]] for name in ("text", "mask"))
     return Cond(text, mask.bool(), read)
-
-
-def _size(cond: Cond) -> int:
-    return sum(x.nbytes for x in cond.tensors)
 
 
 @torch.no_grad()

@@ -30,9 +30,6 @@ PREFIX = "step-"
 FILE = "state.json"
 _SAMPLED = 1 << 16
 
-warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-"""Said whenever one process saves or loads, which is no news to anyone."""
-
 
 class CheckpointError(ValueError):
     """A checkpoint is incomplete or belongs to another run."""
@@ -150,6 +147,7 @@ class Checkpoint:
             )
         if into:
             reader = HuggingFaceStorageReader(str(self.folder / name))
+            _expect_one_process()
             dcp.load(dict(into), storage_reader=reader, process_group=group, no_dist=group is None)
 
 
@@ -192,7 +190,13 @@ class Saver:
 def write_component(tensors: dict[str, Tensor], folder: Path, group: dist.ProcessGroup | None) -> None:
     """One safetensors file per process that holds some of it, each flushed to the disk."""
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    _expect_one_process()
     dcp.save(dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None)
+
+
+def _expect_one_process() -> None:
+    """That one process saves or loads is no news to anyone. For good: a thread may not put filters back that others see."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -1,7 +1,8 @@
 """What a run will hold in memory, before anything is allocated: the arithmetic.
 
 A run holds the same things from its first iteration to its last (weights, optimiser states, averages) and, while a role
-is trained, its gradients and the activations of that update. The largest sum over the kinds of update is the peak. The
+is trained, its gradients and the activations of that update. Between iterations clips are made to be looked at, by checks,
+pictures and probes. The largest sum is the peak. The
 sizes come from `outline.py`, which runs the method on tensors without values. All sizes are bytes of one process.
 """
 
@@ -41,7 +42,7 @@ class Holding:
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """One kind of update: who is trained, and what exists only meanwhile."""
+    """One kind of update, or what is done between iterations: who is trained, and what exists only meanwhile."""
 
     reads: frozenset[str]
     """Networks that are called or trained in it; of the others those that idle could wait in main memory."""
@@ -51,11 +52,17 @@ class Phase:
     """Everything else that is alive at its fullest moment: saved for the backward pass, or just being computed."""
     flops: int = 0
     """Of one update as measured: with the shortest rollout."""
+    pause: str = ""
+    """What is done where nobody is trained."""
 
     @property
     def roles(self) -> tuple[str, ...]:
         """Who is trained."""
         return tuple(self.gradients)
+
+    @property
+    def name(self) -> str:
+        return self.pause or f"training of {'+'.join(self.roles)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +98,8 @@ class Plan:
     phases: tuple[Phase, ...]
     flops: int
     """Of one iteration."""
+    pauses: tuple[Phase, ...] = ()
+    """Between iterations: clips are made to be looked at."""
     means: Means = Means()
     shared: bool = False
     """Networks are adapters over the same weights, so that none of them can wait elsewhere."""
@@ -106,7 +115,7 @@ class Plan:
         """Bytes at the fullest moment of an update: in a backward pass, or when an optimiser steps whose states come in."""
         trained = {h.role: h for h in self.holdings if h.role in phase.roles}
         gradients = sum(self._own(trained[role], size) for role, size in phase.gradients.items())
-        states = max(self._own(h, h.optimizer) for h in trained.values()) if self.means.offload else 0
+        states = max((self._own(h, h.optimizer) for h in trained.values()), default=0) if self.means.offload else 0
         return self.resident(phase) + gradients + max(phase.activations + self.gathered(phase), states)
 
     def gathered(self, phase: Phase) -> int:
@@ -114,7 +123,8 @@ class Plan:
         runs at a time."""
         if self.means.shard == 1:
             return 0
-        return max(h.gathered * (2 if h.role in phase.roles else 1) for h in self.holdings if h.role in phase.reads)
+        sizes = (h.gathered * (2 if h.role in phase.roles else 1) for h in self.holdings if h.role in phase.reads)
+        return max(sizes, default=0)
 
     def _own(self, held: Holding, size: int) -> int:
         """What one process has of `size` bytes of a network's weights, gradients or states."""
@@ -122,7 +132,7 @@ class Plan:
 
     @property
     def peak(self) -> Peak:
-        phase = max(self.phases, key=self.total)
+        phase = max((*self.phases, *self.pauses), key=self.total)
         return Peak(phase=phase, resident=self.resident(phase), bytes=self.total(phase))
 
     def by(self, means: Means) -> Plan:

@@ -21,13 +21,16 @@ from torch.utils.flop_counter import flop_registry
 
 from fewstep.core import Batch, Pairs, Rng
 from fewstep.core.flops import FORMULAS
+from fewstep.engine.health.measure import decode
+from fewstep.engine.health.monitor import judge_of, unexamined
 from fewstep.engine.memory import Holding, Phase, Plan, optimizer_bytes
-from fewstep.engine.nets import build_nets, sources, starts, trained_roles
+from fewstep.engine.nets import build_nets, origin, sources, starts, trained_roles
 from fewstep.engine.optim import matrices_of, require_named
 from fewstep.engine.precision import autocast, float32
-from fewstep.engine.settings import Settings
+from fewstep.engine.preview import CLIPS
+from fewstep.engine.settings import Health, Settings
 from fewstep.methods.base import Method, Nets, Update
-from fewstep.methods.rollouts import Rollout
+from fewstep.methods.rollouts import fold_frames
 from fewstep.models import Card, Denoiser, VideoModel
 from fewstep.models.source import outline
 
@@ -94,10 +97,12 @@ class Outline:
     settings: Settings
     nets: Nets
     frames: int
+    probed: int
+    """Clips that a probe makes at once; 0: there is no probe."""
     mode: FakeTensorMode = field(repr=False)
 
     @classmethod
-    def of(cls, card: Card, method: Method, settings: Settings, frames: int | None = None) -> Outline:
+    def of(cls, card: Card, method: Method, settings: Settings, frames: int | None = None, probed: int = 0) -> Outline:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         model = outline(card)
         others = {role: outline(source.card()) for role, source in {**sources(method), **starts(settings)}.items()}
@@ -107,8 +112,8 @@ class Outline:
         for network in {id(network): network for network in (*model.parts.values(), *nets.values())}.values():
             _imagine(network, mode)
         return cls(
-            model=model, method=method, settings=settings, nets=nets, frames=frames or card.num_frames, mode=mode
-        )
+            model=model, method=method, settings=settings, nets=nets, frames=frames or card.num_frames, probed=probed, mode=mode
+        )  # fmt: skip
 
     def plan(self) -> Plan:
         """Memory and work of one process that has the whole run to itself."""
@@ -117,7 +122,8 @@ class Outline:
                 network.backbone.spread(None, self.settings.parallel.checkpointing)
         phases = tuple(self._phase(update) for update in self._kinds())
         shared = self.settings.lora is not None
-        return Plan(holdings=tuple(self._holdings()), phases=phases, flops=self._flops(phases), shared=shared)
+        holdings, pauses = (*self._holdings(), *self._kept()), tuple(self._pauses())
+        return Plan(holdings=holdings, phases=phases, flops=self._flops(phases), pauses=pauses, shared=shared)
 
     def _holdings(self) -> Iterator[Holding]:
         trained = trained_roles(self.method, self.settings.steps)
@@ -167,14 +173,70 @@ class Outline:
         reads = frozenset(ledger.reads | set(update.roles) | lender)
         return Phase(reads=reads, gradients=gradients, activations=activations, flops=ledger.flops)
 
-    def batch(self) -> Batch:
-        """One batch of shapes: everything that the method needs, prompts of the greatest length."""
-        model, card, size = self.model, self.model.card, self.settings.batch
+    @property
+    def _examined(self) -> Health | None:
+        return None if unexamined(self.model, self.method, self.settings) else self.settings.health
+
+    def _kept(self) -> Iterator[Holding]:
+        """Clips that health checks keep from one to the next: the teacher's, the untrained student's and the last ones."""
+        if (health := self._examined) is not None:
+            size = self._clips(health) * (1 + 2 * self._counts)
+            yield Holding(
+                role="clips of checks", network="-", parameters=0, trained=0, weights=size, optimizer=0, idles=False
+            )
+
+    @property
+    def _counts(self) -> int:
+        """Numbers of steps that the student serves; a check makes clips at each."""
+        return len(self.method.contract(self.model.card.contract).counts)
+
+    def _clips(self, health: Health) -> int:
+        """Bytes of what checks keep of one clip per prompt and seed: latents, and frames made small."""
+        with self.mode:
+            latents = torch.empty(1, *self.model.latent_shape(self.frames))
+            size = latents.nbytes + decode(self.model, latents).nbytes
+        return size * health.prompts * health.seeds
+
+    def _pauses(self) -> Iterator[Phase]:
+        """What is done between iterations, as far as the settings ask for it."""
+        student, critic = "student average" if self.settings.ema > 0 else "student", self.method.critic
+        if (health := self._examined) is not None:
+            clips, new = min(self.settings.batch, health.prompts * health.seeds), self._clips(health) * self._counts
+            check = self._making("health check", clips, {student, judge_of(self.method), critic or student})
+            yield replace(check, activations=check.activations + new)  # beside those that are kept
+        if self.settings.preview_every:
+            yield self._making("picture", CLIPS, {student, "student"})
+        if self.probed:
+            yield self._making("probe", self.probed, {student}, asks_teacher=False)
+
+    def _making(self, what: str, clips: int, reads: set[str], *, asks_teacher: bool = True) -> Phase:
+        """So many clips made at once: the fuller of one call, which stands for all, and decoding.
+
+        `reads` is who is there besides the teacher, which may be asked, too, and is guided then.
+        """
+        batch, teacher = self.batch(clips), self.model.card.contract
+        guidance = (teacher if asks_teacher else self.method.contract(teacher)).guidance
+        with torch.no_grad(), Ledger(self.model.parts) as ledger, self.mode:
+            for leaf in (*batch.cond.tensors, *batch.uncond.tensors):
+                ledger.note(leaf)
+            x_t = torch.empty(batch.noise_shape)
+            with autocast(self.settings, "cpu"):
+                x0 = guidance(self.nets["teacher"], x_t, torch.ones(clips), batch.cond, batch.uncond).x0.float()
+            _ = self.model.codec.decode(x0).clamp(-1, 1)
+        merged = 0  # adapters are judged as the whole network that they make
+        if self.settings.lora is not None:
+            merged = sum(parameter.nbytes for parameter in self.nets["teacher"].parameters())
+        return Phase(
+            pause=what, reads=frozenset({"teacher", "codec"} | reads), gradients={}, activations=ledger.peak + merged
+        )
+
+    def batch(self, size: int | None = None) -> Batch:
+        """One batch of shapes: everything that the method needs, prompts of the greatest length. Default: the run's size."""
+        model, card, size = self.model, self.model.card, size or self.settings.batch
         needs = self.method.needs
         frames = (self.frames, card.height, card.width)
         shape = model.codec.latent_shape(*frames) if "codec" in model.parts else (3, *frames)
-        rollouts = [value for value in vars(self.method).values() if isinstance(value, Rollout)]
-        grids = [grid for rollout in rollouts for grid in rollout.contract(card.contract).grids.values()]
+        grids = [grid for rollout in self.method.rollouts for grid in rollout.contract(card.contract).grids.values()]
         times = tuple(sorted({1.0, 0.0, *(t for grid in grids for t in grid)}, reverse=True))
         with self.mode:
             cond, uncond = model.blank_cond(size, self.frames), model.blank_cond(1, self.frames).expand(size)
@@ -192,10 +254,23 @@ class Outline:
         times = self.settings.accumulate
         if self.method.part != "denoiser":
             return times * sum(phase.flops for phase in phases)
+        cost, frozen = self.method.cost(), sources(self.method)  # a role costs what it is a copy of
+        kinds = [(origin(self.method, work.role, frozen), work.frames, work.layers) for work in cost]
+        forward = {kind: self._forward(*kind) for kind in set(kinds)}
+        return round(times * sum(work.forwards * forward[kind] for work, kind in zip(cost, kinds, strict=True)))
+
+    def _forward(self, role: str, frames: int, layers: tuple[int, ...]) -> int:
+        """Floating-point operations of one forward on a batch, as `Work` says of what."""
+        network: Denoiser = self.nets[role]  # type: ignore[assignment]
         batch = self.batch()
         with torch.no_grad(), Ledger() as ledger, self.mode:
-            self.model.denoiser(torch.empty(batch.noise_shape), torch.ones(len(batch)), batch.cond)
-        return round(times * self.method.cost() * ledger.flops)
+            x_t, cond = torch.empty(batch.noise_shape), batch.cond
+            if frames:
+                x_t, rows = fold_frames(x_t, frames, Rng(self.settings.seed))
+                cond = cond[rows]
+            t = torch.ones(len(x_t))
+            _ = network.features(x_t, t, cond, layers) if layers else network(x_t, t, cond)
+        return ledger.flops
 
 
 def _imagine(network: nn.Module, mode: FakeTensorMode) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -57,12 +58,13 @@ def prepare(
         keep_freed_memory()
     others = load_others(method, settings, processes)
     identity = {key: provenance[key] for key in WHOSE if key in provenance} | identify(model, trees, others)
-    model, nets, average, shell = make_networks(model, method, settings, processes, others)
+    held = Networks.allocate(model, method, settings, processes, others)
+    model, nets = held.model, held.nets
     rest = settings.parallel.offload
     optimizers = {
         role: RoleOptimizer(nets.roles[role], settings.optim_of(role), settings.steps, rest=rest) for role in roles
     }
-    effective = in_effect(model, method, settings, nets, shell=shell, processes=processes, identity=identity)
+    effective = in_effect(model, method, settings, nets, shell=held.shell, processes=processes, identity=identity)
     if effective.compiles:
         compile_blocks(nets, sharded=processes.weights is not None)
     source = open_data(data, model, method, processes)
@@ -71,7 +73,7 @@ def prepare(
     monitor = watching(model, method, settings, nets, processes, source, partial(autocast, settings))
     return Run(
         model=model, method=method, settings=settings, output=output, processes=processes, nets=nets, source=source,
-        optimizers=optimizers, average=average, shell=shell, identity=identity, trees=trees, effective=effective,
+        optimizers=optimizers, average=held.average, shell=held.shell, identity=identity, trees=trees, effective=effective,
         provenance=dict(provenance) | told(others) | effective.provenance, probe=probe, preview=preview, monitor=monitor,
     )  # fmt: skip
 
@@ -88,37 +90,56 @@ def told(others: Mapping[str, VideoModel]) -> dict[str, str]:
     return names | {f"{role}.{key}": v for role, other in others.items() for key, v in other.card.provenance.items()}
 
 
-def make_networks(
-    model: VideoModel, method: Method, settings: Settings, processes: Processes, others: Mapping[str, VideoModel]
-) -> tuple[VideoModel, Nets, nn.Module | None, nn.Module]:
-    """The model on its device, its networks by role, their average, and the student's structure without weights.
+@dataclass(frozen=True, kw_only=True)
+class Networks:
+    """Every network that a run holds, where it computes."""
 
-    Of a network that will be sharded only the structure is copied, and every role takes its shards of the weights it
-    begins with: the teacher's, or another model's.
-    """
-    part = method.part
-    weights, shell = {"teacher": model.weights(part)}, hollow(model.part(part))
-    weights |= {role: other.weights("denoiser") for role, other in others.items()}
-    sharded = processes.weights is not None and isinstance(shell, Denoiser)
-    if sharded:
-        model = VideoModel(model.card, {**model.parts, part: copy.deepcopy(shell)})
-        others = {role: VideoModel(o.card, {"denoiser": hollow(o.denoiser)}) for role, o in others.items()}
-    for name, network in model.parts.items():
-        if not sharded or name != part:
-            network.to(settings.device)
-    if not sharded:
-        for other in others.values():
-            other.denoiser.to(settings.device)
-    nets = build_nets(model, method, settings.seed, settings.lora, settings.device, others)
-    average = duplicate(nets.student) if settings.ema > 0 else None
-    for role, denoiser in {**nets, "ema": average}.items():
-        if isinstance(denoiser, Denoiser):
-            if processes.weights is not None:
-                shard(denoiser, weights[origin(method, role, weights)], processes.weights)
-            denoiser.backbone.spread(processes.tokens, settings.parallel.checkpointing)
-    if settings.parallel.offload:
-        nets = Shelf(nets.roles, settings.device)
-    return model, nets, average, shell
+    model: VideoModel
+    """What the run starts from; its trained part is the teacher."""
+    nets: Nets
+    """By role."""
+    average: nn.Module | None
+    """Of the student."""
+    shell: nn.Module
+    """The student's structure without its weights."""
+
+    @classmethod
+    def allocate(
+        cls,
+        model: VideoModel,
+        method: Method,
+        settings: Settings,
+        processes: Processes,
+        others: Mapping[str, VideoModel],
+    ) -> Networks:
+        """What a model and a method ask for, on the run's device or spread over its processes.
+
+        Of a network that will be sharded only the structure is copied, and every role takes its shards of the weights it
+        begins with: the teacher's, or another model's.
+        """
+        part = method.part
+        weights, shell = {"teacher": model.weights(part)}, hollow(model.part(part))
+        weights |= {role: other.weights("denoiser") for role, other in others.items()}
+        sharded = processes.weights is not None and isinstance(shell, Denoiser)
+        if sharded:
+            model = VideoModel(model.card, {**model.parts, part: copy.deepcopy(shell)})
+            others = {role: VideoModel(o.card, {"denoiser": hollow(o.denoiser)}) for role, o in others.items()}
+        for name, network in model.parts.items():
+            if not sharded or name != part:
+                network.to(settings.device)
+        if not sharded:
+            for other in others.values():
+                other.denoiser.to(settings.device)
+        nets = build_nets(model, method, settings.seed, settings.lora, settings.device, others)
+        average = duplicate(nets.student) if settings.ema > 0 else None
+        for role, denoiser in {**nets, "ema": average}.items():
+            if isinstance(denoiser, Denoiser):
+                if processes.weights is not None:
+                    shard(denoiser, weights[origin(method, role, weights)], processes.weights)
+                denoiser.backbone.spread(processes.tokens, settings.parallel.checkpointing)
+        if settings.parallel.offload:
+            nets = Shelf(nets.roles, settings.device)
+        return cls(model=model, nets=nets, average=average, shell=shell)
 
 
 def require_possible(method: Method, settings: Settings, card: Card, probe: Probe | None) -> tuple[str, ...]:
@@ -229,7 +250,7 @@ def open_data(data: Data, model: VideoModel, method: Method, processes: Processe
     """The leader opens the data first: what it stores (text states), the others find there."""
     with processes.in_turn():
         source = data.open(model, method.needs)
-    if getattr(data, "text_cache", ""):
+    if data.text_cache:
         model.part("text").to("cpu")  # its work is done; what pictures and probes ask of it, it does there
     return source
 

@@ -44,14 +44,13 @@ class Preview:
     def draw(self, student: VideoModel) -> Image.Image:
         """A row per prompt with the student at its fewest steps, at its most (if others), and the teacher."""
         counts = student.card.contract.counts
-        columns = [
-            student(self.prompts, image=self.images, num_inference_steps=n) for n in sorted({counts[0], counts[-1]})
-        ]
+        shown = sorted({counts[0], counts[-1]})
+        columns = [student(self.prompts, image=self.images, num_inference_steps=n).cpu() for n in shown]
         return Image.fromarray(sheet([*columns, self._teacher_clips]))
 
     @cached_property
     def _teacher_clips(self) -> Tensor:
-        return self.teacher(self.prompts, image=self.images)
+        return self.teacher(self.prompts, image=self.images).cpu()
 
 
 def sheet(columns: list[Tensor]) -> np.ndarray:

@@ -54,6 +54,11 @@ class WorldProbe:
         if self.every < 1 or self.prompts < 1:
             raise ValueError(f"probe.every and probe.prompts must be at least 1, got {self.every} and {self.prompts}")
 
+    @property
+    def clips(self) -> int:
+        """How many are made at once."""
+        return 2 * self.prompts
+
     def check(self, card: Card, part: str) -> None:
         if part != "denoiser":
             raise ValueError(f"probe: WorldProbe judges clips, and this run trains the {part}; leave probe out")

@@ -71,6 +71,8 @@ class Run:
 
     def iterate(self) -> None:
         """All updates of the current step, in the method's order."""
+        if self.average is not None and self.settings.parallel.offload:
+            self.average.to("cpu")
         rng = Rng(self.settings.seed, self.step, device=self.settings.device)
         places = [rng.at(place=place) for place in self.processes.places(self.settings.accumulate)]
         batches = [(self.source.batch(self.settings.batch, where), where.place) for where in places]
@@ -85,8 +87,6 @@ class Run:
                     blend(self.nets[target], self.nets[source], decay)
         if self.average is not None:
             # A short memory at first: an average that starts at the teacher would stay there for 1/(1-ema) steps.
-            if self.settings.parallel.offload:
-                self.average.to("cpu")
             blend(self.average, self.nets.student, min(self.settings.ema, (1 + self.step) / (10 + self.step)))
         self.figures = self.processes.mean({name: fmean(values) for name, values in seen.items()})
         self.step += 1
@@ -140,24 +140,27 @@ class Run:
     # --- what a run returns and keeps ---------------------------------------------------------------------------------
 
     def student(self) -> VideoModel:
-        """The model with the student (its average, where one is kept; adapters merged) in the trained part's place."""
-        return self._with(self._result())
+        """The model with the student (its average, where one is kept; adapters merged) in the trained part's place.
+
+        It comes to the run's device to be used; an average that waits elsewhere goes back when the next iteration begins.
+        """
+        return self._with(self._result.to(self.settings.device))
 
     def keep(self, folder: Path) -> None:
         """Write the student's folder, whole or not at all; adapters lie beside the merged weights.
 
         Every process must call: each gives its shards.
         """
-        network = whole(self._result(), self.shell, self.processes)
+        network = whole(self._result, self.shell, self.processes)
         if self.processes.leads:
             with replacing_folder(folder) as draft:
                 self._with(network).save(draft)
                 if self.settings.lora is not None:
                     save_adapter(network, draft / "adapter", self.model.card.name)
 
+    @property
     def _result(self) -> nn.Module:
-        network: nn.Module = self.average if self.average is not None else self.nets.student
-        return network.to(self.settings.device)
+        return self.average if self.average is not None else self.nets.roles["student"]
 
     def _with(self, network: nn.Module) -> VideoModel:
         card = self.model.card

@@ -25,9 +25,6 @@ from fewstep.engine.mesh import Processes
 from fewstep.models.backbone import State
 from fewstep.models.denoiser import Denoiser
 
-warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-"""It warns of changing such a tensor in place, which no method may do with what a network returned."""
-
 
 def hollow(network: nn.Module) -> nn.Module:
     """A copy whose parameters have shapes but no memory (the meta device); buffers are copied."""
@@ -45,6 +42,8 @@ def shard(network: Denoiser, weights: Mapping[str, Tensor], mesh: DeviceMesh) ->
     It begins frozen, as every network of a run does. Master weights, gradients and their sums stay float32; what a
     gathered block computes in is autocast's business.
     """
+    # It warns of changing such a tensor in place, which no method may do with what a network returned.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     _let_fsdp_see_inside()
     for unit in (*network.backbone.blocks, network):
         fully_shard(unit, mesh=mesh, reshard_after_forward=True)

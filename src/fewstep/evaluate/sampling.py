@@ -61,6 +61,11 @@ def prepare(entries: Sequence[Entry], suite: Suite) -> Bench:
         raise ValueError(f"reference {suite.reference!r} is not among the entries: {', '.join(names)}")
     for entry in entries:
         entry.contract.times()  # an untrained step count stops here, not after an hour
+        if "image" in entry.model.parts:
+            raise ValueError(
+                f"{entry.name!r} makes clips of images, and a suite has prompts alone; look at its clips with fewstep sample "
+                "--image, or evaluate models of text"
+            )
     shapes = {(suite.num_frames or e.model.card.num_frames, e.model.card.height, e.model.card.width) for e in entries}
     if len(shapes) > 1:
         raise ValueError(

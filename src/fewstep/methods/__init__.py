@@ -2,7 +2,7 @@
 
 from fewstep.methods.attributes import ReadAttributes
 from fewstep.methods.avdm2 import AVDM2
-from fewstep.methods.base import Copy, Heads, Method, Nets, Other, Role, Sync, Update, Weak
+from fewstep.methods.base import Copy, Heads, Method, Nets, Other, Role, Sync, Update, Weak, Work, in_forwards
 from fewstep.methods.consistency import Consistency
 from fewstep.methods.dmd2 import DMD2
 from fewstep.methods.flow_matching import FlowMatching
@@ -16,5 +16,5 @@ METHODS = (FlowMatching, Reconstruction, ReadAttributes, KnowledgeDistillation, 
 __all__ = [
     "AVDM2", "DMD2", "METHODS", "ROLLOUTS", "BackwardSimulation", "Consistency", "Copy", "FlowMatching", "FromData", "FromPairs",
     "Heads", "KnowledgeDistillation", "Method", "Nets", "Other", "Progressive", "ReadAttributes", "Reconstruction",
-    "Role", "Rolled", "Rollout", "Sync", "Update", "Weak",
+    "Role", "Rolled", "Rollout", "Sync", "Update", "Weak", "Work", "in_forwards",
 ]  # fmt: skip

@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 
 from fewstep.core import Batch, Cond, Losses, Rng
-from fewstep.diffusion import CFG, Contract, TimeDensity, Uniform
+from fewstep.diffusion import CFG, TimeDensity, Uniform
 from fewstep.methods import targets
-from fewstep.methods.base import Copy, Heads, Method, Nets, Other, Role, Update
+from fewstep.methods.base import Copy, Heads, Method, Nets, Other, Role, Update, Work
 from fewstep.methods.rollouts import BackwardSimulation, Rollout, fold_frames
 from fewstep.models.source import ModelSource
 
@@ -141,10 +141,9 @@ class AVDM2(Method):
         x_t = nets.teacher.path.add_noise(x, rng.randn(x.shape, "eps"), t)
         return nets.discriminator(nets.teacher.features(x_t, t, cond, self.layers))
 
-    def contract(self, teacher: Contract) -> Contract:
-        return self.rollout.contract(teacher)
-
-    def cost(self) -> float:
-        share = {"frames": self.frames / 16, "video": 1.0, "none": 0.0}[self.score]  # of a clip of 16 frames
-        scores, eyes = share * (3 if self.guidance.active else 2), 1.0 if self.adversarial > 0 else 0.0
-        return self.rollout.calls + 2 + scores + eyes + self.critic_updates * (self.rollout.calls + 3 * share + eyes)
+    def cost(self) -> tuple[Work, ...]:
+        turns, frames = self.critic_updates, self.frames if self.score == "frames" else 0
+        real, fake = Work(self.real, 2 if self.guidance.active else 1, frames), Work(self.fake, 3 * turns + 1, frames)
+        scores = (real, fake) if self.score != "none" else ()
+        eyes = (Work("teacher", 2 * turns + 2, layers=self.layers),) if self.adversarial > 0 else ()
+        return Work("student", (turns + 1) * self.rollout.calls + 2), *scores, *eyes

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import nn
 
 from fewstep.core import Batch, Losses, Rng
-from fewstep.diffusion import Contract
+from fewstep.diffusion import CFG, Contract
+from fewstep.methods.rollouts import Rollout
 from fewstep.models.source import ModelSource
 
 
@@ -106,6 +107,32 @@ class Sync:
     decay: float = 0.0
 
 
+@dataclass(frozen=True)
+class Work:
+    """Forward-equivalents of one network, on one clip in one iteration: forward 1, backward 2."""
+
+    role: str
+    forwards: float
+    frames: int = 0
+    """Of so many single frames of the clip (all there are of a shorter one); 0: of the clip."""
+    layers: tuple[int, ...] = ()
+    """Up to the deepest of these blocks; empty: to the end."""
+
+
+def in_forwards(cost: Sequence[Work]) -> str:
+    """Forward-equivalents in words, whole clips first.
+
+    >>> in_forwards([Work("student", 4.5), Work("critic", 3, frames=4), Work("teacher", 2, layers=(0, 1))])
+    '4.5, 3 of 4 frames, 2 of the first 2 blocks'
+    """
+    sums: dict[str, float] = {"": 0.0}
+    for work in cost:
+        what = f" of {work.frames} frames" if work.frames else ""
+        what += f" of the first {max(work.layers) + 1} blocks" if min(work.layers, default=-1) >= 0 else ""
+        sums[what] = sums.get(what, 0.0) + work.forwards
+    return ", ".join(f"{forwards:g}{what}" for what, forwards in sums.items())
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
     """An algorithm as a frozen object: its fields are the paper's hyper-parameters, its methods the algorithm box.
@@ -126,9 +153,25 @@ class Method(ABC):
         """Which network of the model is trained: `denoiser`, `codec`, `text` or `features`."""
         return "denoiser"
 
+    @property
+    def guidance(self) -> CFG | None:
+        """What the student learns to do without (a field of that name); None: nobody is guided."""
+        return None
+
+    @property
+    def rollouts(self) -> tuple[Rollout, ...]:
+        """How it makes samples of the student: its fields that are rollouts. Data must hold the times they start from."""
+        return tuple(value for value in vars(self).values() if isinstance(value, Rollout))
+
     def aux(self) -> Mapping[str, Role]:
         """Roles besides student and teacher."""
         return {}
+
+    @property
+    def critic(self) -> str | None:
+        """The role that learns what the student makes: a copy of a network that is trained beside it. None: there is none."""
+        trained = {role for event in self.updates(0) if isinstance(event, Update) for role in event.roles}
+        return next((role for role, made in self.aux().items() if isinstance(made, Copy) and role in trained), None)
 
     @abstractmethod
     def updates(self, step: int) -> Iterator[Update | Sync]:
@@ -138,13 +181,17 @@ class Method(ABC):
         """Refuse (ValueError) a run of so many iterations if its student could not do what `contract` claims."""
 
     def contract(self, teacher: Contract) -> Contract:
-        """How the student must be sampled. Default: as its teacher."""
-        return teacher
+        """How the student must be sampled. Default: as its first rollout does; without one, as its teacher."""
+        return self.rollouts[0].contract(teacher) if self.rollouts else teacher
 
     def contract_at(self, teacher: Contract, step: int) -> Contract:
         """How the student of iteration `step` is best sampled, for figures during the run. Default: as it will be."""
         return self.contract(teacher)
 
-    def cost(self) -> float:
-        """Forward-equivalents of the network per iteration and sample (forward 1, backward 2), for plans."""
-        return 3.0
+    def shown(self, role: str) -> int:
+        """How many single frames of a clip `role` sees; 0: clips."""
+        return next((work.frames for work in self.cost() if work.role == role), 0)
+
+    def cost(self) -> tuple[Work, ...]:
+        """What an iteration does to each clip, for plans; heads of discriminators, a percent or less at scale, are left out."""
+        return (Work("student", 3),)

@@ -22,7 +22,7 @@ import torch
 from fewstep.core import Batch, Losses, Rng
 from fewstep.diffusion import CFG, Contract, uniform_grid
 from fewstep.diffusion.path import broadcast
-from fewstep.methods.base import Copy, Method, Nets, Role, Sync, Update
+from fewstep.methods.base import Copy, Method, Nets, Role, Sync, Update, Work
 from fewstep.methods.rollouts import pick, student_contract
 from fewstep.methods.targets import pseudo_huber
 
@@ -78,5 +78,5 @@ class Consistency(Method):
         grids = tuple(uniform_grid(n)[:-1] for n in self.steps)
         return student_contract(teacher, grids, self.shift, "renoise")
 
-    def cost(self) -> float:
-        return 3 + (2 if self.guidance.active else 1) + 1
+    def cost(self) -> tuple[Work, ...]:
+        return Work("student", 3), Work("teacher", 2 if self.guidance.active else 1), Work("target", 1)

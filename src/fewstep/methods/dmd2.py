@@ -30,9 +30,9 @@ import torch
 from torch import Tensor
 
 from fewstep.core import Batch, Losses, Rng
-from fewstep.diffusion import CFG, Contract, TimeDensity, Uniform
+from fewstep.diffusion import CFG, TimeDensity, Uniform
 from fewstep.methods import targets
-from fewstep.methods.base import Copy, Heads, Method, Nets, Role, Update, Weak
+from fewstep.methods.base import Copy, Heads, Method, Nets, Role, Update, Weak, Work
 from fewstep.methods.rollouts import BackwardSimulation, FromPairs, Rollout
 
 
@@ -127,10 +127,11 @@ class DMD2(Method):
         real = nets["real"] if self.weak > 0 else nets.teacher
         return self.guidance(real, x_t, t, batch.cond, batch.uncond).x0, nets.critic(x_t, t, batch.cond).x0
 
-    def contract(self, teacher: Contract) -> Contract:
-        return self.rollout.contract(teacher)
-
-    def cost(self) -> float:
-        teacher, gan = 2 if self.guidance.active else 1, self.gan > 0
-        student = self.rollout.calls + 2 + 1 + teacher + (2 if gan else 0) + (3 if self.anchor > 0 else 0)
-        return student + self.critic_updates * (self.rollout.calls + 3 + (2 if gan else 0) + (1 if self.r1 > 0 else 0))
+    def cost(self) -> tuple[Work, ...]:
+        turns, guided, r1 = self.critic_updates, 2 if self.guidance.active else 1, 1 if self.r1 > 0 else 0
+        return (
+            Work("student", (turns + 1) * self.rollout.calls + 2 + (3 if self.anchor > 0 else 0)),
+            Work("real" if self.weak > 0 else "teacher", guided),
+            Work("critic", 3 * turns + 1),
+            *((Work("teacher", (2 + r1) * turns + 2, layers=self.layers),) if self.gan > 0 else ()),
+        )

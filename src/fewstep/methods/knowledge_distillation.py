@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fewstep.core import Batch, Losses, Rng
-from fewstep.diffusion import Contract
 from fewstep.methods.base import Method, Nets, Update
 from fewstep.methods.rollouts import FromPairs
 from fewstep.methods.targets import mse, pseudo_huber
@@ -46,6 +45,3 @@ class KnowledgeDistillation(Method):
         endpoint = batch.require("pairs").states[:, -1]
         x0 = self.rollout(nets.student, batch, rng, grad=True).x0  # 1
         yield {"endpoint": mse(x0, endpoint) if self.huber is None else pseudo_huber(x0, endpoint, self.huber)}  # 2
-
-    def contract(self, teacher: Contract) -> Contract:
-        return self.rollout.contract(teacher)

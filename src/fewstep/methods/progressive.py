@@ -29,7 +29,7 @@ from torch import Tensor
 from fewstep.core import Batch, Losses, Rng
 from fewstep.diffusion import CFG, Contract, NoisePath, uniform_grid
 from fewstep.diffusion.path import broadcast
-from fewstep.methods.base import Copy, Method, Nets, Role, Sync, Update
+from fewstep.methods.base import Copy, Method, Nets, Role, Sync, Update, Work
 from fewstep.methods.rollouts import pick, student_contract
 from fewstep.methods.targets import mse
 
@@ -100,10 +100,10 @@ class Progressive(Method):
     def contract_at(self, teacher: Contract, step: int) -> Contract:
         return student_contract(teacher, (uniform_grid(self.stages[self.stage(step)[0]][0])[:-1],), self.shift, "ddim")
 
-    def cost(self) -> float:
+    def cost(self) -> tuple[Work, ...]:
         total = sum(n for _, n in self.stages)
         guided = self.stages[0][1] / total if self.guidance.active else 0.0
-        return 3 + 2 + 2 * guided
+        return Work("student", 3), Work("stage", 2 + 2 * guided)
 
 
 def landing(x_u: Tensor, u: Tensor, x_s: Tensor, s: Tensor, path: NoisePath) -> Tensor:

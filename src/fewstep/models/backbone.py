@@ -142,6 +142,8 @@ class Backbone(nn.Module, ABC):
     """Channels of `State.volume`, where all blocks have the same (see `widths`)."""
     patch_frames: int = 1
     """Latent frames that are one frame of `State.volume`."""
+    any_size: bool = True
+    """Whether clips may have another height and width than it was trained on."""
     blocks: nn.ModuleList
     """Each maps State to State."""
     shares: ClassVar[bool] = False

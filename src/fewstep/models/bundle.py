@@ -27,7 +27,7 @@ from fewstep.diffusion.samplers import Watch
 from fewstep.models import adapters
 from fewstep.models.autoencoder import FrameAutoencoder
 from fewstep.models.denoiser import Denoiser
-from fewstep.models.images import Images, image_conditions
+from fewstep.models.images import Images, blank_images, image_conditions
 from fewstep.models.lora import updated
 from fewstep.models.spec import Spec
 from fewstep.models.stored import Stored
@@ -211,6 +211,8 @@ class VideoModel:
 
         ValueError where an image is missing or of no use.
         """
+        if isinstance(prompts, str) or not prompts:
+            raise ValueError(f"prompts are a list of texts, one for each clip, such as ['a red ball']; got {prompts!r}")
         frames = self.card.num_frames if num_frames is None else num_frames
         extra = image_conditions(self, len(prompts), image, last_image, frames)
         cond, uncond = self.encode_text(prompts)
@@ -220,9 +222,7 @@ class VideoModel:
         """Conditions that say nothing, as long and wide as this model's longest; of width 1 without a text encoder."""
         if "text" not in self.parts:
             return Cond(torch.zeros(batch, 1, 1), torch.zeros(batch, 1, dtype=torch.bool))
-        size = (num_frames or self.card.num_frames, self.card.height, self.card.width)
-        images = self.part("image").blank(batch, self.codec, size) if "image" in self.parts else {}  # type: ignore[operator]
-        return self.text.blank(batch).with_extra(images)
+        return self.text.blank(batch).with_extra(blank_images(self, batch, num_frames or self.card.num_frames))
 
     def _guidance(self, scale: float | None, force: bool) -> CFG:
         own = self.card.contract.guidance

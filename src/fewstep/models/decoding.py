@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -50,8 +51,9 @@ class FrameByFrame:
         return Decoded(latents.new_zeros(batch, 3, 0, height * self.downsample, width * self.downsample), past)
 
 
+@torch.no_grad()  # else a clip's graph would grow with it
 def decode_stream(codec: ChunkCodec, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Frames `[B, 3, K, H, W]`, K > 0, as soon as the latents `[B, C, f, h, w]` that they need are there."""
+    """Frames `[B, 3, K, H, W]`, K > 0, as soon as the latents `[B, C, f, h, w]` that they need are there. No gradient."""
     past, nothing = None, None
     for latents in chunks:
         made = codec.decode_next(latents, past)

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from fewstep.models.bundle import VideoModel
 
 Images = Tensor | Mapping[str, Tensor]
-"""Pictures `[3, H, W]` or `[B, 3, H, W]` in [-1, 1], as large as the clips; or the conditions that were made of them."""
+"""Pictures `[3, H, W]` or `[B, 3, H, W]` in [-1, 1], as large as the clips; or the conditions that were made of them. One for
+all clips, or one for each."""
 
 
 class ImageEncoder(Protocol):
@@ -62,9 +63,21 @@ def image_conditions(
         if last_image is not None:
             last = _picture(model, "last_image", last_image)
             count = max(len(first), len(last))
+            if not {len(first), len(last)} <= {1, count}:
+                raise ValueError(
+                    f"a clip between two images has one of each; got {len(first)} first, {len(last)} last ones"
+                )
             first, last = first.expand(count, -1, -1, -1), last.expand(count, -1, -1, -1)
         made = _part(model).encode(first, model.codec, num_frames, last)
+    if count := next((len(x) for x in made.values() if len(x) not in (1, batch)), 0):
+        raise ValueError(f"{count} images for {batch} clips: give one for all, or one for each")
     return {key: x.to(model.device).expand(batch, *x.shape[1:]) for key, x in made.items()}
+
+
+def blank_images(model: VideoModel, batch: int, num_frames: int) -> dict[str, Tensor]:
+    """Conditions of images that say nothing; empty where the model reads text alone."""
+    size = (num_frames, model.card.height, model.card.width)
+    return _part(model).blank(batch, model.codec, size) if "image" in model.parts else {}
 
 
 def images_in(model: VideoModel, cond: Cond) -> Mapping[str, Tensor] | None:
@@ -85,6 +98,10 @@ def _picture(model: VideoModel, name: str, picture: Tensor | None) -> Tensor:
     """As `[B, 3, H, W]` where the codec is."""
     size = (3, model.card.height, model.card.width)
     if picture is None or picture.shape[-3:] != size or picture.ndim not in (3, 4):
-        got = "none" if picture is None else str(list(picture.shape))
-        raise ValueError(f"{model.card.name!r} makes clips of images: give {name} (--image), {list(size)}; got {got}")
+        got, flag = "none" if picture is None else str(list(picture.shape)), "--" + name.replace("_", "-")
+        raise ValueError(f"{model.card.name!r} makes clips of images: give {name} ({flag}), {list(size)}; got {got}")
+    if not (picture.is_floating_point() and bool((picture.abs() <= 1).all())):
+        raise ValueError(
+            f"{name} is a picture of floating-point numbers in [-1, 1]: x / 127.5 - 1 of 8 bits, 2 x - 1 of [0, 1]"
+        )
     return (picture if picture.ndim == 4 else picture[None]).to(next(model.codec.parameters()).device)

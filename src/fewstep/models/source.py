@@ -159,10 +159,7 @@ class Scratch(ModelSource):
         card, made = self.card(), {}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            for (
-                name,
-                part,
-            ) in self.parts.items():  # all of them: a part's first weights do not depend on who is asked for
+            for name, part in self.parts.items():  # all: a part's first weights do not depend on which are asked for
                 made[name] = allocate(name, card) if isinstance(part, Spec) else _part_in(part, name)
         return VideoModel(_only(card, parts), {name: part for name, part in made.items() if name in parts})
 

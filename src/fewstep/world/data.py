@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fewstep.core import Batch, Rng
 from fewstep.data.base import Data, DataError, Source
+from fewstep.data.images import require_text_alone
 from fewstep.data.texts import Texts
 from fewstep.models import Card, VideoModel
 from fewstep.world.grammar import Scene, paraphrase, sample_scenes
@@ -38,6 +39,7 @@ class WorldClips(Data):
     """How the world is drawn: filled shapes as the shipped teacher knows them, or light outlines on black."""
 
     def check_card(self, card: Card) -> None:
+        require_text_alone(card, "WorldClips")
         if (card.height, card.width) != (CANVAS, CANVAS):
             raise DataError(
                 f"the built-in world's clips are {CANVAS} x {CANVAS}, but model {card.name!r} makes {card.height} x "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fewstep.engine.health.monitor import Monitor, unexamined
+from fewstep.engine.health.monitor import Monitor, judge_of, unexamined
 from fewstep.engine.health.record import FILE
 from fewstep.engine.health.vitals import figures
 from fewstep.engine.log import RunLog
@@ -24,7 +24,7 @@ def announce(run: Run, log: RunLog) -> None:
     policies = {
         "keeps the best student": health.keep_best and run.probe is None,
         "stops on collapse": health.stop_on_collapse,
-        "gives the critic more updates when it lags": health.help_critic > 0 and "critic" in run.nets,
+        "gives the critic more updates when it lags": health.help_critic > 0 and run.method.critic is not None,
     }
     active = ", ".join(name for name, on in policies.items() if on) or "changes nothing"
     log.say(
@@ -34,7 +34,7 @@ def announce(run: Run, log: RunLog) -> None:
 
 def examine(run: Run, monitor: Monitor, log: RunLog) -> None:
     """Check the student, act on the verdict, and leave all of it in `health.json` and a picture in `health/`."""
-    run.nets.bring(*sorted(run.nets.keys() & {"teacher", "critic"}))
+    run.nets.bring(*sorted(run.nets.keys() & {"teacher", judge_of(run.method), run.method.critic}))
     check = monitor.check(run.student(), run.step)
     run.figures |= {f"health/{name}": value for name, value in figures(check.vitals).items()}
     log.say(f"step {run.step}: {check.verdict}" + "".join(f"; {what}" for what in check.done))

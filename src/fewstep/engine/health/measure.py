@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool3d, interpolate
 
 from fewstep.core import Cond, Seeds
@@ -119,25 +119,30 @@ class Gauge:
         row = torch.arange(len(self.texts), device=by_count.device)
         return by_count[row % len(by_count), row]
 
-    def errors(self, networks: tuple[Denoiser, ...], x0: Tensor, model: VideoModel) -> list[float]:
-        """Mean squared denoising error of each network on `mixed` clips, in its own kind of prediction."""
+    def errors(self, networks: tuple[Denoiser, ...], x0: Tensor, model: VideoModel, single: int = 0) -> list[float]:
+        """Mean squared denoising error of each network on `mixed` clips, or on so many `single` frames of each, in its own
+        kind of prediction. All must have one path.
+        """
         totals = [0.0] * len(networks)
         with torch.no_grad(), self.precision():
             for part in self.parts():
                 cond, _ = self.conditions(model, part)
-                x_t, t, eps = (v[part] for v in noised(model.denoiser, x0))
+                x_t, t, eps = (v[part] for v in noised(networks[0], x0))
+                rows, (x_t, clean, eps) = singled(single, x_t, x0[part], eps)
                 for i, network in enumerate(networks):
-                    totals[i] += error(network(x_t, t, cond), x0[part], eps) * len(x_t) / len(x0)
+                    totals[i] += error(network(x_t, t[rows], cond[rows]), clean, eps) * len(t) / len(x0)
         return totals
 
     @torch.no_grad()
-    def asked(self, guidance: CFG, x0: Tensor, model: VideoModel) -> float:
-        """Standard deviation of what the guided denoiser makes of its own clips `x0`, noised, relative to theirs."""
+    def asked(self, guidance: CFG, network: Denoiser, x0: Tensor, model: VideoModel, single: int = 0) -> float:
+        """Standard deviation of what a guided network makes of the teacher's clips `x0`, noised, relative to theirs."""
         made = []
         with self.precision():
             for part in self.parts():
-                x_t, t, _ = (v[part] for v in noised(model.denoiser, x0))
-                made.append(guidance(model.denoiser, x_t, t, *self.conditions(model, part)).x0.float())
+                x_t, t, _ = (v[part] for v in noised(network, x0))
+                rows, (x_t,) = singled(single, x_t)
+                cond, uncond = self.conditions(model, part)
+                made.append(guidance(network, x_t, t[rows], cond[rows], uncond[rows]).x0.float())
         return float(torch.cat(made).std() / x0.std())
 
     def _accuracy(self, frames: Tensor) -> float | None:
@@ -183,15 +188,32 @@ def noised(denoiser: Denoiser, x0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return denoiser.path.add_noise(x0, eps, t), t, eps
 
 
+def singled(count: int, *clips: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """`count` equally spaced frames of each clip `[B, C, F, h, w]` as clips of one frame (fewer of a shorter clip), or whole
+    clips where it is 0; and first, which clip each came from.
+    """
+    batch, _, frames = clips[0].shape[:3]
+    rows = torch.arange(batch, device=clips[0].device)
+    if not count:
+        return rows, list(clips)
+    chosen = torch.linspace(0, frames - 1, min(count, frames)).long()
+    return rows.repeat_interleave(len(chosen)), [
+        x[:, :, chosen].transpose(1, 2).flatten(0, 1).unsqueeze(2) for x in clips
+    ]
+
+
 def error(prediction: Prediction, x0: Tensor, eps: Tensor) -> float:
     wanted = target(prediction.kind, x0, eps, prediction.t, prediction.path)
     return float((prediction.raw.float() - wanted).square().mean())
 
 
-def eyes(networks: tuple[nn.Module, ...], x0: Tensor, model: VideoModel, cond: Cond) -> list[Tensor]:
-    """What each network makes of the same noised clips, as frames: a picture of who believes what."""
+def eyes(networks: tuple[Denoiser, ...], x0: Tensor, model: VideoModel, cond: Cond, single: int = 0) -> list[Tensor]:
+    """What each network makes of the same noised clips (or of `single` frames), as frames: a picture of who believes what."""
     t = torch.full((len(x0),), 0.6, device=x0.device)
     eps = Seeds(tuple(range(len(x0))), device=str(x0.device)).randn(x0.shape, "eyes")
-    x_t = model.denoiser.path.add_noise(x0, eps, t)
+    rows, (x_t,) = singled(single, networks[0].path.add_noise(x0, eps, t))
     with torch.no_grad():
-        return [decode(model, network(x_t, t, cond).x0) for network in networks]
+        seen = [decode(model, network(x_t, t[rows], cond[rows]).x0) for network in networks]
+    return [
+        frames.unflatten(0, (len(x0), -1)).transpose(1, 2).flatten(2, 3) for frames in seen
+    ]  # [B, 3, F, H, W] again

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewstep.core import Rng
 from fewstep.core.finite import require_finite
 from fewstep.data.base import Source
-from fewstep.diffusion import CFG, Contract
+from fewstep.diffusion import Contract
 from fewstep.engine.health import weights
 from fewstep.engine.health.heard import Heard, Terms
 from fewstep.engine.health.measure import Gauge, Sampled, eyes
@@ -25,6 +25,7 @@ from fewstep.engine.health.record import Check, Record
 from fewstep.engine.health.verdict import judge, lags
 from fewstep.engine.health.vitals import Baselines, Verdict, Vitals, figures
 from fewstep.engine.mesh import Processes
+from fewstep.engine.nets import origin, sources
 from fewstep.engine.preview import sheet
 from fewstep.engine.settings import Health, Settings
 from fewstep.methods.base import Method, Nets, Sync, Update
@@ -33,6 +34,16 @@ from fewstep.models.images import images_in
 
 SHOWN = 4
 """Clips in the picture of a check."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """The student before training, sampled as at one grid: the teacher's weights in the student's sampler."""
+
+    grid: str
+    clips: Sampled
+    error: float | None
+    """The judge's on them; None without a critic to compare."""
 
 
 @dataclass
@@ -59,9 +70,8 @@ class Monitor:
     """Loss terms of the student."""
     terms: Terms | None = None
     before: dict[str, Tensor] = field(default_factory=dict)
-    starts: dict[str, Sampled] = field(default_factory=dict)
-    teacher_errors: dict[str, float] = field(default_factory=dict)
-    """On the clips of `starts`."""
+    start: Start | None = None
+    """Of the grid of the last check."""
     shown: Sampled | None = None
     """Clips of the last check."""
 
@@ -174,51 +184,66 @@ class Monitor:
         )
 
     def _critic(self, sampled: Sampled, grid: str, contract: Contract) -> tuple[float | None, float | None]:
-        """The critic's error relative to the teacher's on fresh samples, and that relative to the same on old ones."""
-        if "critic" not in self.nets:
+        """The critic's error relative to its judge's on fresh samples, and that relative to the same on old ones.
+
+        Both are shown what the method shows them: clips, or so many frames of each.
+        """
+        start = self._start(grid, contract)
+        if self.method.critic is None or start.error is None:
             return None, None
-        critic: Denoiser = self.nets["critic"].eval()  # type: ignore[assignment]
-        teacher, start = self.model.denoiser, self.gauge.mixed(self._start(grid, contract))
-        if grid not in self.teacher_errors:
-            self.teacher_errors = {grid: self.gauge.errors((teacher,), start, self.model)[0]}
-        mine, theirs = self.gauge.errors((critic, teacher), self.gauge.mixed(sampled), self.model)
+        critic: Denoiser = self.nets[self.method.critic].eval()  # type: ignore[assignment]
+        mine, theirs = self._errors((critic, self._judge), sampled)
+        old = self._errors((critic,), start.clips)[0] / max(start.error, 1e-12)
         fresh = mine / max(theirs, 1e-12)
-        old = self.gauge.errors((critic,), start, self.model)[0] / max(self.teacher_errors[grid], 1e-12)
         return fresh, fresh / max(old, 1e-12)
+
+    def _errors(self, networks: tuple[Denoiser, ...], clips: Sampled) -> list[float]:
+        return self.gauge.errors(networks, self.gauge.mixed(clips), self.model, self._single)
+
+    @property
+    def _judge(self) -> Denoiser:
+        """Whose score the student follows and the critic began with: the teacher, or the denoiser of another model."""
+        return self.nets[judge_of(self.method)]  # type: ignore[return-value]
+
+    @property
+    def _single(self) -> int:
+        return self.method.shown(self.method.critic or "teacher")
 
     @cached_property
     def _asked(self) -> float | None:
-        """By methods whose guidance is a field of that name."""
-        guidance: CFG | None = getattr(self.method, "guidance", None)
-        return None if guidance is None else self.gauge.asked(guidance, self._teacher.latents, self.model)
+        guidance = self.method.guidance
+        if guidance is None:
+            return None
+        return self.gauge.asked(guidance, self._judge, self._teacher.latents, self.model, self._single)
 
     @cached_property
     def _teacher(self) -> Sampled:
         return self.gauge.sample(self.model, (self.model.card.contract.steps,))
 
-    def _start(self, grid: str, contract: Contract) -> Sampled:
-        """Clips of the student before training: the teacher's weights in the student's sampler."""
-        if grid not in self.starts:
-            self.starts = {grid: self.gauge.sample(_sampled_as(self.model, contract), contract.counts)}
-        return self.starts[grid]
+    def _start(self, grid: str, contract: Contract) -> Start:
+        if self.start is None or self.start.grid != grid:
+            clips = self.gauge.sample(_sampled_as(self.model, contract), contract.counts)
+            error = None if self.method.critic is None else self._errors((self._judge,), clips)[0]
+            self.start = Start(grid, clips, error)
+        return self.start
 
     def _baselines(self, grid: str, contract: Contract) -> Baselines:
         untrained = self.gauge.sample(self.model, contract.counts)
-        clips = (self._teacher, untrained, self._start(grid, contract))
+        clips = (self._teacher, untrained, self._start(grid, contract).clips)
         teacher, same_steps, start = (self.gauge.looks(each, self._teacher) for each in clips)
         return Baselines(teacher=teacher, untrained=same_steps, start=start)
 
     def draw(self) -> Image.Image:
-        """A picture of the last check: student at fewest and most steps; critic and teacher on it, noised; the teacher."""
+        """A picture of the last check: student at fewest and most steps; critic and judge on it, noised; the teacher."""
         if self.shown is None:
             raise ValueError("there is nothing to draw before the first check")
         rows = self.gauge.seeds * torch.arange(len(self.gauge.prompts))[:SHOWN]
         by_count = self.shown.frames.unflatten(0, (-1, len(self.gauge.texts)))
         x0 = self.gauge.mixed(self.shown)[rows]
-        who: tuple[nn.Module, ...] = (self.model.denoiser,)
-        who = (self.nets["critic"], *who) if "critic" in self.nets else who
+        who = [role for role in (self.method.critic, judge_of(self.method)) if role is not None]
+        networks: tuple[Denoiser, ...] = tuple(self.nets[role] for role in who)  # type: ignore[misc]
         with self.gauge.precision():
-            seen = eyes(who, x0, self.model, self.gauge.shown(self.model, len(rows)))
+            seen = eyes(networks, x0, self.model, self.gauge.shown(self.model, len(rows)), self._single)
         ends = [by_count[0][rows], by_count[-1][rows]][: len(by_count)]
         return Image.fromarray(sheet([*ends, *seen, self._teacher.frames[rows]]))
 
@@ -278,6 +303,11 @@ def unexamined(model: VideoModel, method: Method, settings: Settings) -> str:
     if settings.steps < settings.health.every:
         return f"{settings.steps} iterations are fewer than settings.health.every: {settings.health.every}"
     return ""
+
+
+def judge_of(method: Method) -> str:
+    """The frozen role that the critic began as, and that is guided; without a critic the teacher."""
+    return origin(method, method.critic or "teacher", sources(method))
 
 
 def trained(method: Method, step: int) -> tuple[str, ...]:

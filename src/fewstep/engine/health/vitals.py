@@ -47,12 +47,13 @@ class Vitals:
     noise: float | None = None
     """Power of the noise in what the student is fed in training, relative to what its path gives at the same times."""
     asked: float | None = None
-    """Deviation of the clean clips that the guided teacher predicts from its own noised clips, relative to theirs: what
-    guidance asks of the student. None for a method without guidance."""
+    """Deviation of the clean clips (or frames) that the guided network predicts from the teacher's, noised, relative to
+    theirs: what guidance asks of the student. None for a method without guidance."""
     unseen: tuple[float, ...] = ()
     """Times its sampler visits and its training does not come near."""
     critic: float | None = None
-    """The critic's error on fresh student samples, relative to the teacher's on the same: 1 = has learnt nothing."""
+    """The critic's error on fresh student samples, relative to that of the network it began as: 1 = has learnt nothing. A
+    critic of single frames is tested on single frames."""
     lag: float | None = None
     """That figure relative to the same on samples of the student before training: above 1, it knows old ones better."""
     cosine: float | None = None

@@ -184,9 +184,11 @@ def _sized(model: VideoModel, options: Options) -> VideoModel:
     """The model with a card of the size to check at."""
     card, (_, frames, rows, columns) = model.card, model.latent_shape()
     size: dict[str, Any] = {"num_frames": card.num_frames, "height": card.height, "width": card.width}
-    if frames * rows * columns > _SMALL:
+    large = frames * rows * columns > _SMALL
+    if large and model.denoiser.backbone.any_size:
         size["height"] = card.height // rows * min(rows, _LATENT_SIZE[0])
         size["width"] = card.width // columns * min(columns, _LATENT_SIZE[1])
+    if large:
         size["num_frames"] = next(
             n for n in range(1, card.num_frames + 1) if _frames(model, n) >= min(frames, _LATENT_FRAMES)
         )

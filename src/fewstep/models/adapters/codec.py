@@ -20,7 +20,8 @@ Kind = Literal[
 
 
 class VideoCodec(nn.Module):
-    """Latents have mean 0 and deviation 1 per channel, as the denoiser knows them; computed clip by clip, in float32.
+    """Latents have mean 0 and deviation 1 per channel, as the denoiser knows them; clip by clip, in float32 unless told
+    otherwise.
 
     `config` is the arguments of diffusers' class `kind`; the denoiser takes latents in whole patches of `patch` rows and
     columns, and of `patch_frames` frames: repetitions of the first one are put before it, and left out again when decoded.

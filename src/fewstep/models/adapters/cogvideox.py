@@ -18,13 +18,14 @@ from diffusers.models.embeddings import apply_rotary_emb, get_3d_rotary_pos_embe
 from torch import Tensor, nn
 
 from fewstep.attention import Grid3, KVView, Ulysses
+from fewstep.core import RecipeError
 from fewstep.core.types import Cond
 from fewstep.diffusion import timestep
 from fewstep.models.adapters.ddpm import contract_of, kind_of, path_of
 from fewstep.models.adapters.layout import Layout
 from fewstep.models.adapters.streams import Streams, StreamsBackbone, StreamsBlock
 from fewstep.models.backbone import Original
-from fewstep.models.bundle import Card
+from fewstep.models.bundle import Card, latent_shape_of
 from fewstep.models.spec import Spec
 from fewstep.models.video_dit import split_heads
 
@@ -71,6 +72,19 @@ def card(layout: Layout) -> Card:
     )
 
 
+def at_size(card: Card) -> Card:
+    """The same card. RecipeError for a size that the network has no positions for."""
+    shape = latent_shape_of(card)
+    assert shape is not None  # `card` gave it a codec
+    with torch.device("meta"):
+        network: Any = card.parts["denoiser"].build()
+    try:
+        network.require_positions(*(pixels // network.patch for pixels in shape[2:]))
+    except ValueError as error:
+        raise RecipeError(f"height: {card.height}, width: {card.width}: {error}") from None
+    return card
+
+
 class CogVideoX(StreamsBackbone):
     """The modules are diffusers' own; `config` is its constructor's arguments. All text tokens are read, padding too.
 
@@ -93,6 +107,7 @@ class CogVideoX(StreamsBackbone):
         self.channels, self.patch = self.config.out_channels, self.config.patch_size
         self.patch_frames = self.config.patch_size_t or 1
         self.width = self.config.num_attention_heads * self.config.attention_head_dim
+        self.any_size = not self.config.use_learned_positional_embeddings
         inner = network.patch_embed
         self.patch_embed = nn.ModuleDict({"proj": inner.proj, "text_proj": inner.text_proj})
         if self.config.use_learned_positional_embeddings:
@@ -105,7 +120,10 @@ class CogVideoX(StreamsBackbone):
         self.norm_final, self.norm_out, self.proj_out = network.norm_final, network.norm_out, network.proj_out
 
     def embed(self, x: Tensor, t: Tensor, cond: Cond, kv: KVView | None = None) -> Streams:
+        if self._reads_image:
+            self._require_whole(x.shape[2] == self._of_image(cond, "image_latents").shape[2], x)
         grid = self._grid(x, t, kv)
+        self.require_positions(grid.height, grid.width)
         with torch.autocast(x.device.type, enabled=False):
             x_BNE = self._patches(self._beside_image(x, cond))
             text = self.patch_embed["text_proj"](cond.text.to(x.dtype))
@@ -144,15 +162,27 @@ class CogVideoX(StreamsBackbone):
         made: Tensor = network(x, text, steps, ofs=offset, image_rotary_emb=rotary, return_dict=False)[0]
         return made.transpose(1, 2)
 
+    def require_positions(self, rows: int, columns: int) -> None:
+        """ValueError for clips of so many patches, if there are no positions for them."""
+        _, *known = self._trained_grid
+        size = f"{known[0]} x {known[1]} patches"
+        if not self.any_size and [rows, columns] != known:
+            raise ValueError(
+                f"this CogVideoX has learned positions of {size} and no others, not of {rows} x {columns}; keep the height "
+                "and width of its card"
+            )
+        if self.config.patch_size_t is not None and (rows > known[0] or columns > known[1]):
+            raise ValueError(
+                f"this CogVideoX knows positions of {size}, not {rows} x {columns}; give a smaller height and width"
+            )
+
+    @property
+    def _reads_image(self) -> bool:
+        return bool(self.config.in_channels != self.channels)
+
     def _beside_image(self, x: Tensor, cond: Cond) -> Tensor:
         """The latents, and in further channels those of the image."""
-        if self.config.in_channels == self.channels:
-            return x
-        if "image_latents" not in cond.extra:
-            raise ValueError(
-                "this CogVideoX makes a clip of an image, and the condition has no image_latents; give image=... (--image)"
-            )
-        return torch.cat([x, cond.extra["image_latents"].to(x)], 1)
+        return torch.cat([x, self._of_image(cond, "image_latents").to(x)], 1) if self._reads_image else x
 
     def _patches(self, x: Tensor) -> Tensor:
         """Tokens `[B, N, E]`, in the order of frames, rows and columns."""
@@ -166,11 +196,6 @@ class CogVideoX(StreamsBackbone):
     def _learned(self, grid: Grid3, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Positions of the text and of the clip; sinusoids for another number of frames than was trained on."""
         trained, longest = self._trained_grid, self.config.max_text_seq_length
-        if grid[1:] != trained[1:]:
-            raise ValueError(
-                f"this CogVideoX has learned positions of {trained[1]} x {trained[2]} patches and no others, not of "
-                f"{grid.height} x {grid.width}; leave out height and width"
-            )
         if grid != trained:
             return like.new_zeros(1, length, self.width), self._sinusoids(grid, like.device).to(like.dtype)
         table: Tensor = self.patch_embed.get_buffer("pos_embedding").to(like.dtype)
@@ -199,10 +224,6 @@ class CogVideoX(StreamsBackbone):
             fitted = round(grid.height * scale), round(grid.width * scale)
             start = round((rows - fitted[0]) / 2), round((columns - fitted[1]) / 2)
             places = {"crops_coords": (start, (start[0] + fitted[0], start[1] + fitted[1]))}
-        elif grid.height > rows or grid.width > columns:
-            raise ValueError(
-                f"this CogVideoX knows positions of {rows} x {columns} patches, not {grid.height} x {grid.width}"
-            )
         width, size = self.config.attention_head_dim, (grid.height, grid.width)
         return torch.stack(
             get_3d_rotary_pos_embed(width, grid_size=size, temporal_size=grid.frames, device=device, **places)

@@ -24,7 +24,7 @@ from fewstep.core.atomic import replacing_folder, write_text
 from fewstep.models.adapters.layout import Layout
 from fewstep.models.adapters.lora_file import Names, file_names, names_of, read_lora, require_adapter, write_lora
 from fewstep.models.adapters.readme import readme
-from fewstep.models.adapters.usage import Usage, original_of
+from fewstep.models.adapters.usage import OWN_TIMES, Usage, original_of
 from fewstep.models.bundle import Card, describe, parse_card
 
 if TYPE_CHECKING:
@@ -148,9 +148,9 @@ def _usage(model: VideoModel) -> Usage:
     """ValueError where plain diffusers could not make the same clips."""
     original_of(model)  # refuses fewstep's own networks, which have no layout to look for
     usage = Usage(model, _layout(model))
-    if usage.pipeline == "LTXConditionPipeline":
+    if usage.pipeline in OWN_TIMES:
         raise ValueError(
-            "LTXConditionPipeline goes by times of its own and draws its noise itself; a folder of fewstep's own keeps this "
+            f"{usage.pipeline} goes by times of its own and draws its noise itself; a folder of fewstep's own keeps this "
             "student exactly"
         )
     return usage

@@ -15,7 +15,7 @@ from fewstep.models.decoding import FrameByFrame
 
 
 class FrameCodec(FrameByFrame, nn.Module):
-    """The autoencoder of Stable Diffusion and AnimateDiff; always computed in float32, `chunk` frames at once.
+    """The autoencoder of Stable Diffusion and AnimateDiff; `chunk` frames at once, in float32 unless told otherwise.
 
     `config` is the arguments of diffusers' class; its scaling factor (0.18215) is part of the latents. The denoiser takes
     latents whose rows and columns are multiples of `patch`. With `tiling` large frames are done in overlapping tiles, which

@@ -43,6 +43,24 @@ class DiffusersBackbone(Backbone):
     def _hold(self, network: Any) -> None:
         """Make the modules of `network` this backbone's own. ValueError where it does what is not read."""
 
+    def _of_image(self, cond: Cond, name: str) -> Tensor:
+        """What a condition says of the image. ValueError where it says nothing."""
+        if name not in cond.extra:
+            raise ValueError(
+                f"this {type(self).__name__} makes a clip of an image, and the condition has no {name}; give image=... "
+                "(--image), or train on data with images: Latents that were prepared with this model, StoredPairs, Prompts "
+                "of a .csv"
+            )
+        return cond.extra[name]
+
+    def _require_whole(self, whole: bool, x: Tensor) -> None:
+        """ValueError unless latents are of a `whole` clip: which of its frames they are is not known."""
+        if not whole:
+            raise ValueError(
+                f"this {type(self).__name__} makes whole clips of an image, and was given latents of {x.shape[2]} frames; "
+                "methods that look at single frames (AVDM2, FlowMatching with image_fraction) cannot train it"
+            )
+
     def _rebuilt(self) -> ModelMixin:
         """A `network` that holds this backbone's very tensors by diffusers' names, frozen, in eval mode."""
         weights = {self.foreign(name): tensor for name, tensor in self.state_dict().items()}

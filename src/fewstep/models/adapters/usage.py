@@ -22,7 +22,7 @@ _SCHEDULER = "scheduler"
 """Where pipelines look for theirs."""
 _UNIFORM = frozenset({"LTXPipeline", "HunyuanVideoPipeline", "HunyuanVideo15Pipeline"})
 """Pipelines that give their scheduler the uniform grid of so many steps, where others give it the number."""
-_OWN_TIMES = frozenset({"LTXConditionPipeline"})
+OWN_TIMES = frozenset({"LTXConditionPipeline"})
 """Pipelines that give their scheduler times that it does not change."""
 
 
@@ -89,7 +89,7 @@ class Usage:
         """The scheduler for a clip in `steps` steps."""
         card = self.model.card
         exact = exact_scheduler(card.path, card.kind, card.contract, steps, uniform=self.pipeline in _UNIFORM)
-        if self.pipeline in _OWN_TIMES:
+        if self.pipeline in OWN_TIMES:
             exact = replace(exact, pinned={"sigmas": list(card.contract.times(steps)[:-1])})
         return exact
 

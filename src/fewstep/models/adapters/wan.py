@@ -156,10 +156,12 @@ class Wan(DiffusersBackbone):
         if cached + grid.frames > self.longest:
             raise ValueError(f"Wan knows positions of {self.longest} latent frames, not {cached + grid.frames}")
         known = None
-        if kv is None:
-            self._require_whole(x, cond)
+        if kv is None and self.first_frame:
+            self._require_whole(x.shape[2] > 1, x)
+        elif kv is None and self._reads_image:
+            self._require_whole(x.shape[2] == self._of_image(cond, "image_latents").shape[2], x)
         if self.first_frame and not cached:
-            x, t, known = _begun(x, t, cond)
+            x, t, known = _begun(x, t, self._of_image(cond, "image_latents"))
         embedder = self.condition_embedder
         with torch.autocast(x.device.type, enabled=False):
             x_BNE = self.patch_embedding(self._beside_image(x, cond, cached)).flatten(2).transpose(1, 2)
@@ -169,7 +171,7 @@ class Wan(DiffusersBackbone):
             modulation = embedder.time_proj(F.silu(time_BGE)).unflatten(-1, (6, self.width))
             text = embedder.text_embedder(cond.text.to(x.dtype))
             seen = embedder.image_embedder
-            image = None if seen is None else seen(self._seen(_of_image(cond, "image_states")).to(x.dtype))
+            image = None if seen is None else seen(self._seen(self._of_image(cond, "image_states")).to(x.dtype))
         mask = self.pattern.mask(grid, cached)
         context = Context(
             modulation_BG6E=modulation,
@@ -191,7 +193,7 @@ class Wan(DiffusersBackbone):
     def by_original(self, network: Any, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         known, states = None, cond.extra.get("image_states")
         if self.first_frame:
-            x, t, known = _begun(x, t, cond)
+            x, t, known = _begun(x, t, self._of_image(cond, "image_latents"))
             t = t.repeat_interleave(self._grid(x).per_frame, 1)  # diffusers wants a time per token
         states = None if states is None else self._seen(states)
         x = self._beside_image(x, cond, 0)
@@ -200,20 +202,15 @@ class Wan(DiffusersBackbone):
 
     def _beside_image(self, x: Tensor, cond: Cond, cached: int) -> Tensor:
         """The latents, and in further channels those of the image, of the frames after `cached`."""
-        if self.patch_embedding.in_channels == self.channels:
+        if not self._reads_image:
             return x
-        image = _of_image(cond, "image_latents")[:, :, cached : cached + x.shape[2]]
+        image = self._of_image(cond, "image_latents")[:, :, cached : cached + x.shape[2]]
         return torch.cat([x, image.to(x)], 1)
 
-    def _require_whole(self, x: Tensor, cond: Cond) -> None:
-        """ValueError for single frames of clips that begin with an image: which of them they are is not known here."""
-        reads = self.first_frame or self.patch_embedding.in_channels != self.channels
-        frames = _of_image(cond, "image_latents").shape[2] if reads else 0
-        if (self.first_frame and x.shape[2] == 1) or (frames > 1 and x.shape[2] != frames):
-            raise ValueError(
-                f"this Wan makes whole clips of an image, and was given latents of {x.shape[2]} frames; methods that look at "
-                "single frames (AVDM2, FlowMatching with image_fraction) cannot train it"
-            )
+    @property
+    def _reads_image(self) -> bool:
+        """Whether it reads the latents of the image beside those of the clip."""
+        return bool(self.patch_embedding.in_channels != self.channels)
 
     def _seen(self, states_BKD: Tensor) -> Tensor:
         """As the embedder takes them: those of two images one after the other in the batch."""
@@ -245,9 +242,9 @@ class Begun(Tokens):
     """The flow at that frame."""
 
 
-def _begun(x: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor, Tensor]:
+def _begun(x: Tensor, t: Tensor, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The latents with the image as their first frame, times `[B, F]` at which it is clean, and the flow from it to `x`."""
-    first = _of_image(cond, "image_latents").to(x)
+    first = image.to(x)
     time_BF = t if t.ndim == 2 else t[:, None].expand(-1, x.shape[2])
     until = time_BF[:, :1].clamp_min(torch.finfo(t.dtype).eps).to(x.dtype)
     flow = (x[:, :, :1] - first) / until[:, None, :, None, None]
@@ -299,12 +296,3 @@ def _project_image(attention: WanAttention, image_BKE: Tensor, dtype: torch.dtyp
     with torch.autocast(image_BKE.device.type, enabled=False):
         k = attention.norm_added_k(k.to(dtype)).to(v.dtype)
     return split_heads(k, attention.heads), split_heads(v, attention.heads)
-
-
-def _of_image(cond: Cond, name: str) -> Tensor:
-    if name not in cond.extra:
-        raise ValueError(
-            f"this Wan makes a clip of an image, and the condition has no {name}; give image=... (--image), or train on "
-            "data with images: Latents that were prepared with this model, StoredPairs, Prompts of a .csv"
-        )
-    return cond.extra[name]

@@ -64,13 +64,15 @@ class WanImage(nn.Module):
         """Of images `[B, 3, H, W]` in [-1, 1] as large as the clips, by their names in `Cond.extra`:
 
         `image_latents` `[B, m + C, F, h, w]`, a mask that is 1 in the frames that are given and the latents of a clip that is
-        black elsewhere, or `[B, C, 1, h, w]` if the model reads a frame; `image_states` `[B, L, D]`, the last but one of CLIP's
+        grey elsewhere, or `[B, C, 1, h, w]` if the model reads a frame; `image_states` `[B, L, D]`, the last but one of CLIP's
         layers, of the last image after those of the first. ValueError for a last image of no use, or a missing one.
         """
         self.check_last(last_image is not None)
         if self.reads == "frame":
             return {"image_latents": codec.encode(image[:, :, None])}
         ends = [image] if last_image is None else [image, last_image]
+        if num_frames < len(ends):
+            raise ValueError(f"a clip between two images has more frames than {num_frames}; give num_frames more")
         between = image.new_zeros(*image.shape[:2], num_frames - len(ends), *image.shape[2:])
         latents = codec.encode(torch.cat([image[:, :, None], between, *(end[:, :, None] for end in ends[1:])], 2))
         mask = torch.zeros_like(latents[:, :1]).repeat(1, codec.factors[0], 1, 1, 1)
