@@ -147,7 +147,9 @@ def test_clips_begin_with_their_own_frames(model: VideoModel, videos: Path, tmp_
         frames = to_floats(read_video(videos / f"{number}.mp4", model.card.num_frames, size=size_of(model)))
         last = {"last_image": frames[:, -1]} if model.part("image").needs_last else {}
         expected[caption] = model.conditions([caption], frames[:, 0], **last)
-    assert_conditions(batch(Videos(path=str(videos), **IMAGE_SIZE), model), expected)
+    height, width = size_of(model)
+    drawn = Videos(path=str(videos), num_frames=model.card.num_frames, height=height, width=width)
+    assert_conditions(batch(drawn, model), expected)
     made = batch(prepared(model, videos, tmp_path / "out"), model)
     assert_conditions(made, expected)
     if model.part("image").args.get("reads") == "frame":  # the codec is causal: the image is the clip's first frame
