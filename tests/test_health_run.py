@@ -59,6 +59,17 @@ def scripted(*words: str) -> Any:
 # --- what a run leaves ------------------------------------------------------------------------------------------------
 
 
+def test_a_student_that_goes_on_is_compared_with_where_it_began(tmp_path: Path) -> None:
+    began, (often, path) = tiny_model(), (replace(OFTEN, every=6), tmp_path / "began")
+    with torch.no_grad():
+        for weight in began.denoiser.parameters():
+            weight.mul_(1.5)
+    began.save(path)
+    anew = run(tmp_path / "anew", health=often).newest
+    on = run(tmp_path / "on", health=often, start=str(path)).newest
+    assert on.teacher == anew.teacher and on.untrained == anew.untrained and on.start != anew.start
+
+
 @pytest.fixture(scope="module")
 def examined(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)

@@ -25,7 +25,7 @@ from fewstep.engine.health.record import Check, Record
 from fewstep.engine.health.verdict import judge, lags
 from fewstep.engine.health.vitals import Baselines, Verdict, Vitals, figures
 from fewstep.engine.mesh import Processes
-from fewstep.engine.nets import origin, sources
+from fewstep.engine.nets import origin, sources, starts
 from fewstep.engine.preview import sheet
 from fewstep.engine.settings import Health, Settings
 from fewstep.methods.base import Method, Nets, Sync, Update
@@ -38,7 +38,7 @@ SHOWN = 4
 
 @dataclass(frozen=True)
 class Start:
-    """The student before training, sampled as at one grid: the teacher's weights in the student's sampler."""
+    """The student before training, sampled as at one grid: its first weights in its own sampler."""
 
     grid: str
     clips: Sampled
@@ -222,10 +222,19 @@ class Monitor:
 
     def _start(self, grid: str, contract: Contract) -> Start:
         if self.start is None or self.start.grid != grid:
-            clips = self.gauge.sample(_sampled_as(self.model, contract), contract.counts)
+            clips = self.gauge.sample(_sampled_as(self._begun, contract), contract.counts)
             error = None if self.method.critic is None else self._errors((self._judge,), clips)[0]
             self.start = Start(grid, clips, error)
         return self.start
+
+    @property
+    def _begun(self) -> VideoModel:
+        """The student before training: the teacher, or what `settings.start` names, read again."""
+        source = starts(self.settings).get("student")
+        if source is None:
+            return self.model
+        denoiser = source.load(parts=("denoiser",)).denoiser.to(self.model.device)
+        return VideoModel(self.model.card, {**self.model.parts, "denoiser": denoiser})
 
     def _baselines(self, grid: str, contract: Contract) -> Baselines:
         untrained = self.gauge.sample(self.model, contract.counts)
