@@ -38,9 +38,10 @@ from fewstep.data import (
 from fewstep.data.images import PictureConditions
 from fewstep.engine import Health, Settings, train
 from fewstep.engine.outline import Outline
+from fewstep.engine.prepare import require_possible
 from fewstep.engine.run import Run
 from fewstep.evaluate import Entry, Suite, sampling
-from fewstep.methods import DMD2, BackwardSimulation, FlowMatching, KnowledgeDistillation, Method
+from fewstep.methods import AVDM2, DMD2, BackwardSimulation, FlowMatching, KnowledgeDistillation, Method
 from fewstep.methods.rollouts import FromPairs
 from fewstep.models import Denoiser, VideoModel
 from fewstep.models.source import Diffusers, Pretrained
@@ -337,12 +338,16 @@ def test_the_known_frame_is_not_trained_on(model: VideoModel, videos: Path, tmp_
     assert (prediction.raw[:, :, 1:] - (eps - x0)[:, :, 1:]).abs().mean() > 0.1
 
 
-def test_single_frames_of_clips_that_begin_with_an_image_are_refused(
-    model: VideoModel, source: Diffusers, videos: Path, tmp_path: Path
-) -> None:
-    data, method = prepared(model, videos, tmp_path / "out"), FlowMatching(image_fraction=1.0)
+def test_single_frames_of_clips_that_begin_with_an_image_are_refused(model: VideoModel) -> None:
+    """Before anything is loaded, and by the network, whoever asks it."""
+    own, method = AVDM2(adversarial=0), FlowMatching(image_fraction=0.5)
+    for refused, role in ((method, "student"), (own, "teacher")):
+        with pytest.raises(ValueError, match=f"shows single frames to the {role}, and .* makes whole clips of an image"):
+            require_possible(refused, settings(1), model.card, None)
+    require_possible(FlowMatching(), settings(1), model.card, None)
+    noise, cond = torch.zeros(1, *model.latent_shape()), model.blank_cond(1)
     with pytest.raises(ValueError, match="makes whole clips of an image, and was given latents of 1 frames"):
-        train(model, method, data, settings(1), tmp_path / "run", quiet=True)
+        model.denoiser(noise[:, :, :1], torch.ones(1), cond)
 
 
 @pytest.mark.parametrize("folder", ["wan_image"], indirect=True)

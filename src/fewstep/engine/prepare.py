@@ -153,6 +153,7 @@ def require_possible(method: Method, settings: Settings, card: Card, probe: Prob
         )
     require_alike(method, card)
     require_same(method, settings, card)
+    require_clips(method, card)
     for role in {"teacher", *sources(method)}.intersection(roles):
         raise ValueError(f"{name} trains the {role}; train a Copy of it")
     for role in sorted(set(settings.optim) - {*roles, "student"}):
@@ -210,6 +211,17 @@ def require_same(method: Method, settings: Settings, card: Card) -> None:
                 f"settings.start: {settings.start} is no student of this teacher: its {what} is {theirs}, and the "
                 f"teacher's {own}"
             )
+
+
+def require_clips(method: Method, card: Card) -> None:
+    """Refuse (ValueError) to show single frames to a network that makes whole clips of an image."""
+    others = sources(method)
+    shown = [work.role for work in method.cost() if work.frames]
+    if "image" in card.parts and any(origin(method, role, {"teacher", *others}) == "teacher" for role in shown):
+        raise ValueError(
+            f"{type(method).__name__} shows single frames to the {shown[0]}, and {card.name!r} makes whole clips of an image; "
+            "take a method, or settings of this one, that looks at whole clips"
+        )
 
 
 def require_processes(settings: Settings) -> None:

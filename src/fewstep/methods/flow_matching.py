@@ -21,7 +21,7 @@ import torch
 
 from fewstep.core import Batch, Cond, Losses, Rng
 from fewstep.diffusion import LogitNormal, TimeDensity
-from fewstep.methods.base import Method, Nets, Update
+from fewstep.methods.base import Method, Nets, Update, Work
 from fewstep.methods.rollouts import fold_frames
 from fewstep.methods.targets import denoising
 
@@ -57,6 +57,12 @@ class FlowMatching(Method):
         cond = drop(cond, uncond, self.cond_drop, rng)  # 2
         prediction = nets.student(nets.student.path.add_noise(x0, eps, t), t, cond)  # 3
         yield {"flow": denoising(prediction, x0, eps)}  # 4
+
+    def cost(self) -> tuple[Work, ...]:
+        images = Work("student", 3 * self.image_fraction, frames=self.images_per_clip)
+        clips = Work("student", 3 * (1 - self.image_fraction))
+        return tuple(work for work in (clips, images) if work.forwards > 0)
+
 
 
 def drop(cond: Cond, uncond: Cond, probability: float, rng: Rng) -> Cond:
