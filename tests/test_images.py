@@ -342,7 +342,7 @@ def test_single_frames_of_clips_that_begin_with_an_image_are_refused(model: Vide
     """Before anything is loaded, and by the network, whoever asks it."""
     own, method = AVDM2(adversarial=0), FlowMatching(image_fraction=0.5)
     for refused, role in ((method, "student"), (own, "teacher")):
-        with pytest.raises(ValueError, match=f"shows single frames to the {role}, and .* makes whole clips of an image"):
+        with pytest.raises(ValueError, match=f"shows single frames to the {role}, and"):
             require_possible(refused, settings(1), model.card, None)
     require_possible(FlowMatching(), settings(1), model.card, None)
     noise, cond = torch.zeros(1, *model.latent_shape()), model.blank_cond(1)

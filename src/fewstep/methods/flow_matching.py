@@ -64,7 +64,6 @@ class FlowMatching(Method):
         return tuple(work for work in (clips, images) if work.forwards > 0)
 
 
-
 def drop(cond: Cond, uncond: Cond, probability: float, rng: Rng) -> Cond:
     """`cond` with a share `probability` of its rows replaced by `uncond`."""
     return cond.where(rng.rand((len(cond),), "cond_drop") >= probability, uncond)
