@@ -80,7 +80,8 @@ def _download(source: str, folders: Sequence[str]) -> Path:
 def _weight_files(folder: Path) -> list[Path]:
     for index in sorted(folder.glob("*.safetensors.index.json")):
         return [folder / name for name in sorted(set(_read(index)["weight_map"].values()))]
-    return [folder / "diffusion_pytorch_model.safetensors"]
+    diffusers, transformers = folder / "diffusion_pytorch_model.safetensors", folder / "model.safetensors"
+    return [transformers if transformers.is_file() else diffusers]
 
 
 def _arguments(path: Path) -> dict[str, Any]:
