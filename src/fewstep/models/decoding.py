@@ -6,6 +6,7 @@ must wait for, and where it is not exactly the whole, is said where its class is
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -34,14 +35,14 @@ class ChunkCodec(Protocol):
         """
 
 
-class FrameByFrame:
+class FrameByFrame(ABC):
     """For codecs that know no time: every latent frame is decoded by itself."""
 
     downsample: int
 
+    @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """The frames."""
-        raise NotImplementedError
 
     def decode_next(self, latents: Tensor, past: Any = None, *, last: bool = False) -> Decoded:
         """As in `ChunkCodec`; every frame comes at once, and nothing is remembered."""
