@@ -217,10 +217,11 @@ def require_clips(method: Method, card: Card) -> None:
     """Refuse (ValueError) to show single frames to a network that makes whole clips of an image."""
     others = sources(method)
     shown = [work.role for work in method.cost() if work.frames]
-    if "image" in card.parts and any(origin(method, role, {"teacher", *others}) == "teacher" for role in shown):
+    refused = [role for role in shown if origin(method, role, {"teacher", *others}) == "teacher"]
+    if "image" in card.parts and refused:
         raise ValueError(
-            f"{type(method).__name__} shows single frames to the {shown[0]}, and {card.name!r} makes whole clips of an image; "
-            "take a method, or settings of this one, that looks at whole clips"
+            f"{type(method).__name__} shows single frames to the {refused[0]}, and {card.name!r} makes whole clips of an "
+            "image; take a method, or settings of this one, that looks at whole clips"
         )
 
 

@@ -222,12 +222,11 @@ class Monitor:
 
     def _start(self, grid: str, contract: Contract) -> Start:
         if self.start is None or self.start.grid != grid:
-            clips = self.gauge.sample(_sampled_as(self._begun, contract), contract.counts)
+            clips = self.gauge.sample(_sampled_as(self._begun(), contract), contract.counts)
             error = None if self.method.critic is None else self._errors((self._judge,), clips)[0]
             self.start = Start(grid, clips, error)
         return self.start
 
-    @property
     def _begun(self) -> VideoModel:
         """The student before training: the teacher, or what `settings.start` names, read again."""
         source = starts(self.settings).get("student")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core.types import KV
+from fewstep.models.backbone import Tokens
 from fewstep.models.video_dit import merge_heads, split_heads
 
 
@@ -31,6 +32,17 @@ def out(attention: Any, mixed_BHND: Tensor) -> Tensor:
     """What the layer makes of the values that its queries read."""
     linear: Tensor = attention.to_out[0](merge_heads(mixed_BHND))
     return linear
+
+
+def read_frames(attention: Any, h_BNE: Tensor, state: Tokens, rotary_2ND: Tensor) -> tuple[Tensor, KV]:
+    """What tokens read from each other and from earlier frames, and their own keys and values for later ones.
+
+    The table is of all tokens, the earlier frames' first; see `rotate_pairs`.
+    """
+    q, k, v = project(attention, h_BNE, h_BNE)
+    k_BHMD, v_BHMD = after(state.past, (k, v))
+    turned = rotate_pairs(q, rotary_2ND[..., -q.shape[2] :, :])
+    return out(attention, state.context.attend(turned, rotate_pairs(k_BHMD, rotary_2ND), v_BHMD)), (k, v)
 
 
 def rotate_pairs(x_BHND: Tensor, rotary_2ND: Tensor) -> Tensor:

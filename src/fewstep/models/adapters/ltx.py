@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from fewstep.attention import Dense, Grid3, KVView, Pattern, attend
 from fewstep.core import RecipeError
 from fewstep.core.types import Cond
-from fewstep.models.adapters.attention import after, out, project, rotate_pairs
+from fewstep.models.adapters.attention import out, project, read_frames
 from fewstep.models.adapters.flow import contract_of
 from fewstep.models.adapters.layout import Layout
 from fewstep.models.adapters.network import DiffusersBackbone
@@ -206,15 +206,12 @@ class Block(nn.Module):
         parts = (self.scale_shift_table + context.modulation_BG6E).unbind(2)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts
         h = modulate(self.norm1(x), shift_a, scale_a)
-        q, k, v = project(self.attn1, h, h)
-        k_BHMD, v_BHMD = after(state.past, (k, v))
         rotary_2HMD = context.rotary_2MD.unflatten(-1, (self.attn1.heads, -1)).transpose(1, 2)
-        rotary_q = rotary_2HMD[:, :, -q.shape[2] :]
-        mixed = context.attend(rotate_pairs(q, rotary_q), rotate_pairs(k_BHMD, rotary_2HMD), v_BHMD)
-        x = x + gate(out(self.attn1, mixed), gate_a)
+        read, new = read_frames(self.attn1, h, state, rotary_2HMD)
+        x = x + gate(read, gate_a)
         x = x + out(self.attn2, attend(*project(self.attn2, x, context.text_BLE), context.text_mask_B11L))
         x = x + gate(self.ff(modulate(self.norm2(x), shift_m, scale_m)), gate_m)
-        return replace(state, x_BNE=x, new=(k, v))
+        return replace(state, x_BNE=x, new=new)
 
 
 def _tokens(x: Tensor) -> Tensor:

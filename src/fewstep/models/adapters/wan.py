@@ -22,7 +22,7 @@ from fewstep.attention import Dense, Grid3, KVView, Pattern, attend
 from fewstep.core import RecipeError
 from fewstep.core.types import Cond
 from fewstep.diffusion import CFG, Contract
-from fewstep.models.adapters.attention import after, out, project, rotate_pairs
+from fewstep.models.adapters.attention import out, project, read_frames
 from fewstep.models.adapters.layout import Layout
 from fewstep.models.adapters.network import DiffusersBackbone
 from fewstep.models.adapters.wan_image import Reads
@@ -271,14 +271,11 @@ class Block(nn.Module):
         parts = (self.scale_shift_table + context.modulation_BG6E).unbind(2)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts
         h = modulate(self.norm1(x), shift_a, scale_a)
-        q, k, v = project(self.attn1, h, h)
-        k_BHMD, v_BHMD = after(state.past, (k, v))
-        rotary_q = context.rotary_2MD[:, -q.shape[2] :]
-        mixed = context.attend(rotate_pairs(q, rotary_q), rotate_pairs(k_BHMD, context.rotary_2MD), v_BHMD)
-        x = x + gate(out(self.attn1, mixed), gate_a)
+        read, new = read_frames(self.attn1, h, state, context.rotary_2MD)
+        x = x + gate(read, gate_a)
         x = x + _read(self.attn2, self.norm2(x), context)
         x = x + gate(self.ffn(modulate(self.norm3(x), shift_m, scale_m)), gate_m)
-        return replace(state, x_BNE=x, new=(k, v))
+        return replace(state, x_BNE=x, new=new)
 
 
 def _read(attention: WanAttention, x_BNE: Tensor, context: Context) -> Tensor:
