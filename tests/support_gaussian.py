@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from fewstep.core import Batch, Cond, Pairs, Rng
+from fewstep.core import Batch, Call, Cond, Pairs, Rng
 from fewstep.diffusion import Kind, NoisePath, Prediction, RectifiedFlow, target, uniform_grid
 from fewstep.diffusion.path import broadcast
 from fewstep.methods import BackwardSimulation, Method, Nets, Sync, Update
@@ -34,7 +34,7 @@ class GaussianTeacher(nn.Module):
         super().__init__()
         self.means, self.std, self.path, self.kind = nn.Parameter(means.double()), std, path, kind
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond, call: Call = Call()) -> Prediction:
         mean = broadcast(self.means[cond.text[:, 0, 0].long()], x_t)
         c = self.path.at(t, x_t)
         variance = c.a**2 * self.std**2 + c.s**2
@@ -75,7 +75,7 @@ class AffineTableStudent(nn.Module):
         self.scale = nn.Parameter(torch.zeros(len(times), dtype=torch.float64))
         self.offset = nn.Parameter(torch.zeros(len(times), dtype=torch.float64))
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond, call: Call = Call()) -> Prediction:
         i = (t.double()[:, None] - self.times).abs().argmin(1)
         x0 = broadcast(self.scale[i], x_t) * x_t + broadcast(self.offset[i], x_t)
         return Prediction(x0, "x0", x_t, t, self.path)
@@ -94,7 +94,7 @@ class ExactCritic(nn.Module):
         super().__init__()
         self.student, self.path = [student], student.path  # in a list: the student is no part of the critic
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond, call: Call = Call()) -> Prediction:
         student = self.student[0]
         means = student.offset.detach()[0].expand(2)
         return GaussianTeacher(means, float(student.scale.detach()[0]), student.path)(x_t, t, cond)
@@ -108,9 +108,9 @@ class Counting(nn.Module):
         self.net, self.path = net, net.path
         self.calls: list[tuple[bool, Tensor, Tensor]] = []
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond, call: Call = Call()) -> Prediction:
         self.calls.append((torch.is_grad_enabled(), x_t, t))
-        return self.net(x_t, t, cond)
+        return self.net(x_t, t, cond, call)
 
 
 def cond_of(label: int, batch: int) -> Cond:

@@ -19,7 +19,7 @@ from torch import Tensor
 from fewstep import distill
 from fewstep.attention import BlockCausal, KVCache
 from fewstep.cli import main
-from fewstep.core import Cond, Rng, Seeds
+from fewstep.core import Call, Cond, Rng, Seeds
 from fewstep.core.build import RecipeError
 from fewstep.data import Prompts
 from fewstep.data.texts import Texts
@@ -88,7 +88,7 @@ def test_a_model_of_whole_clips_refuses_what_it_cannot_do(name: str, source: Dif
     with pytest.raises(ValueError, match=r"one time per clip: t must be \[2\], got \(2, \d\)"):
         model.denoiser(x, t[:, None].expand(-1, x.shape[2]), cond)
     with pytest.raises(ValueError, match="sees whole clips and has no cache"):
-        model.denoiser(x, t, cond, KVCache.empty().view())
+        model.denoiser(x, t, cond, Call(kv=KVCache.empty().view()))
     with pytest.raises(RecipeError, match="has no pattern; leave it out"):
         replace(source, pattern=BlockCausal(chunk=1)).load()
 
@@ -178,7 +178,7 @@ def test_chunk_by_chunk_with_a_cache_is_one_masked_forward(name: str, source: Di
     x, _, cond = drawn(model, frames=13)
     t, cache, made = Rng(3).rand((2, x.shape[2]), "t"), KVCache.empty(), []
     for part, times in zip(x.split(2, 2), t.split(2, 1), strict=True):
-        prediction = model.denoiser(part, times, cond, cache.view())
+        prediction = model.denoiser(part, times, cond, Call(kv=cache.view()))
         cache = cache.commit(prediction.kv, part.shape[2])
         made.append(prediction.raw)
     torch.testing.assert_close(torch.cat(made, 2), model.denoiser(x, t, cond).raw, **EXACT)

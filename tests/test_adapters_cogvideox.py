@@ -16,7 +16,7 @@ from diffusers import CogVideoXDDIMScheduler, CogVideoXImageToVideoPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from fewstep.attention import KVCache
-from fewstep.core import Cond, RecipeError, Rng, Seeds
+from fewstep.core import Call, Cond, RecipeError, Rng, Seeds
 from fewstep.diffusion import Betas, Contract, ddim
 from fewstep.evaluate.conformance import check_model, subject
 from fewstep.models import Denoiser, Lora, VideoModel
@@ -105,7 +105,7 @@ def test_what_cogvideox_cannot_do_is_refused() -> None:
     with pytest.raises(ValueError, match="one time per clip"):
         mine(x, Rng(0).rand((2, 3), "t"), cond)
     with pytest.raises(ValueError, match="no cache"):
-        mine(x, t, cond, KVCache.empty().view())
+        mine(x, t, cond, Call(kv=KVCache.empty().view()))
     with pytest.raises(ValueError, match="multiples of 2"):
         mine(x[..., :5], t, cond)
     with pytest.raises(ValueError, match="F a multiple of 2"):

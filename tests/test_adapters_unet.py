@@ -13,7 +13,7 @@ from torch import Tensor, nn
 pytest.importorskip("diffusers")
 
 from fewstep.attention import KVCache
-from fewstep.core import Cond, Rng
+from fewstep.core import Call, Cond, Rng
 from fewstep.diffusion import Betas
 from fewstep.models import Denoiser, FeatureHeads
 from fewstep.models.adapters.animatediff import AnimateDiff
@@ -190,7 +190,7 @@ def test_what_a_unet_cannot_do_is_refused(family: type[UNet]) -> None:
     with pytest.raises(ValueError, match="multiples of 4"):
         mine(x[..., :6], t, cond)
     with pytest.raises(ValueError, match="no cache"):
-        mine(x, t, cond, KVCache.empty().view())
+        mine(x, t, cond, Call(kv=KVCache.empty().view()))
     extra = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
     with pytest.raises(ValueError, match="addition_embed_type: 'text_time' cannot be read"):
         family(config=FAMILIES[family] | extra | {"projection_class_embeddings_input_dim": 60})

@@ -189,7 +189,7 @@ def embed_with(change: Callable[..., tuple[Tensor, Tensor, Cond]]) -> Sabotage:
 
     def apply(patch: pytest.MonkeyPatch, model: VideoModel) -> None:
         embed = wan.Wan.embed
-        patch.setattr(wan.Wan, "embed", lambda self, x, t, cond, kv=None: embed(self, *change(x, t, cond), kv))
+        patch.setattr(wan.Wan, "embed", lambda self, x, t, cond, *call: embed(self, *change(x, t, cond), *call))
 
     return apply
 
@@ -344,13 +344,13 @@ def test_a_time_that_means_something_else(
     wrong: VideoModel, told: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     embed = VideoDiT.embed
-    monkeypatch.setattr(VideoDiT, "embed", lambda self, x, t, cond, kv=None: embed(self, x, told(t), cond, kv))
+    monkeypatch.setattr(VideoDiT, "embed", lambda self, x, t, cond, *call: embed(self, x, told(t), cond, *call))
     assert failures(wrong, SMALL, TOLD) == {"told_time"}
 
 
 def test_a_prompt_that_is_not_read(wrong: VideoModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    def blind(self, x, t, cond, kv=None):
-        return embed(self, x, t, Cond(torch.zeros_like(cond.text), torch.ones_like(cond.mask)), kv)
+    def blind(self, x, t, cond, *call):
+        return embed(self, x, t, Cond(torch.zeros_like(cond.text), torch.ones_like(cond.mask)), *call)
 
     embed = VideoDiT.embed
     monkeypatch.setattr(VideoDiT, "embed", blind)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fewstep.attention import BlockCausal, Dense, Grid3, KVCache
 from fewstep.attention.pattern import Pattern
-from fewstep.core import Cond, RecipeError
+from fewstep.core import Call, Cond, RecipeError
 from fewstep.diffusion import RectifiedFlow
 from fewstep.models import (
     NETWORKS,
@@ -98,7 +98,7 @@ def test_causal_forward_equals_streaming_with_cache(chunk: int) -> None:
     whole, cache, parts = net(x, t, cond).raw, KVCache.empty(), []
     for start in range(0, FRAMES, chunk):
         now = slice(start, start + chunk)
-        out = net(x[:, :, now], t[:, now], cond, cache.view())
+        out = net(x[:, :, now], t[:, now], cond, Call(kv=cache.view()))
         assert out.kv is not None
         cache = cache.commit(out.kv, x[:, :, now].shape[2])
         parts.append(out.raw)
@@ -108,17 +108,17 @@ def test_causal_forward_equals_streaming_with_cache(chunk: int) -> None:
 
 def test_streaming_several_chunks_at_once() -> None:
     net, (x, t, cond) = small(BlockCausal(chunk=2)), inputs()
-    first = net(x[:, :, :2], t[:, :2], cond, KVCache.empty().view())
-    rest = net(x[:, :, 2:], t[:, 2:], cond, KVCache.empty().commit(first.kv, 2).view())
+    first = net(x[:, :, :2], t[:, :2], cond, Call(kv=KVCache.empty().view()))
+    rest = net(x[:, :, 2:], t[:, 2:], cond, Call(kv=KVCache.empty().commit(first.kv, 2).view()))
     torch.testing.assert_close(rest.raw, net(x, t, cond).raw[:, :, 2:], atol=1e-10, rtol=0)
 
 
 def test_the_past_and_its_distance_matter() -> None:
     net, (x, t, cond) = small(BlockCausal(chunk=1)), inputs()
-    first = net(x[:, :, :1], t[:, :1], cond, KVCache.empty().view())
+    first = net(x[:, :, :1], t[:, :1], cond, Call(kv=KVCache.empty().view()))
     here, there = (
-        net(x[:, :, 1:2], t[:, 1:2], cond, KVCache(first.kv, 1).view()).raw,
-        net(x[:, :, 1:2], t[:, 1:2], cond, KVCache.empty().view()).raw,
+        net(x[:, :, 1:2], t[:, 1:2], cond, Call(kv=KVCache(first.kv, 1).view())).raw,
+        net(x[:, :, 1:2], t[:, 1:2], cond, Call(kv=KVCache.empty().view())).raw,
     )
     assert far(here, there)
     swapped = net(x[:, :, [1, 0, 2, 3, 4, 5]], t[:, [1, 0, 2, 3, 4, 5]], cond).raw
@@ -148,7 +148,7 @@ def test_one_chunk_is_dense() -> None:
 def test_output_kv_only_when_a_view_is_given() -> None:
     net, (x, t, cond) = small(), inputs()
     assert net(x, t, cond).kv is None
-    made = net(x, t, cond, KVCache.empty().view())
+    made = net(x, t, cond, Call(kv=KVCache.empty().view()))
     assert made.kv is not None
     assert len(made.kv) == 3
     assert made.kv[0][0].shape == (2, 2, FRAMES * 6, 18)

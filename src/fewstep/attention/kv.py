@@ -6,20 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fewstep.core.types import KV
-
-
-@dataclass(frozen=True)
-class KVView:
-    """What one forward call may read of the past. An empty view asks for keys and values but offers none."""
-
-    layers: tuple[KV, ...]
-    """One `(k_BHMD, v_BHMD)` per block; empty at the start of a stream."""
-    frames: int
-    """How many frames they cover: the first frame of the call has this index."""
-
-    def layer(self, index: int) -> KV | None:
-        return self.layers[index] if self.layers else None
+from fewstep.core import KV, KVView
 
 
 @dataclass(frozen=True)

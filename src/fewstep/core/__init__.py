@@ -1,7 +1,10 @@
 """The few types everyone shares."""
 
 from fewstep.core.build import RecipeError, build, dump
+from fewstep.core.call import Call, KVView
 from fewstep.core.rng import Noise, Rng, Seeds
 from fewstep.core.types import KV, Batch, Cond, Losses, Pairs
 
-__all__ = ["KV", "Batch", "Cond", "Losses", "Noise", "Pairs", "RecipeError", "Rng", "Seeds", "build", "dump"]
+__all__ = [
+    "KV", "Batch", "Call", "Cond", "KVView", "Losses", "Noise", "Pairs", "RecipeError", "Rng", "Seeds", "build", "dump",
+]  # fmt: skip

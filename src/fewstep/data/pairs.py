@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fewstep.core import Batch, Pairs, Rng, Seeds
+from fewstep.core import Batch, Call, Pairs, Rng, Seeds
 from fewstep.core.build import digest
 from fewstep.core.peers import meet_peers
 from fewstep.data.base import Data, DataError, Source, require
@@ -221,9 +221,9 @@ class _Teacher:
         noise = Seeds(tuple(seeds), device)
         kept: list[Tensor] = []
 
-        def denoise(x_t: Tensor, t: Tensor) -> Prediction:
+        def denoise(x_t: Tensor, t: Tensor, call: Call) -> Prediction:
             with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.plan.autocast == "bf16"):
-                return course.guidance(self.model.denoiser, x_t, t, cond, uncond)
+                return course.guidance(self.model.denoiser, x_t, t, cond, uncond, call)
 
         def watch(i: int, prediction: Prediction) -> None:
             if course.grid[i] in self.plan.times:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from fewstep.core.types import Cond
+from fewstep.core import Call, Cond
 from fewstep.diffusion.path import broadcast
 from fewstep.diffusion.prediction import Prediction
 
-Net = Callable[[Tensor, Tensor, Cond], Prediction]
+
+class Net(Protocol):
+    """What a denoiser is to those who call it."""
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond, call: Call = ..., /) -> Prediction: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +50,14 @@ class CFG:
         """The same, with the one scale `scale` at all times at which there is guidance."""
         return replace(self, scale=scale, outside=1.0 if self.outside == 1.0 else scale)
 
-    def __call__(self, net: Net, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond) -> Prediction:
-        """Guided prediction; conditional and unconditional pass run as one batch of 2B, or one pass of B when off."""
+    def __call__(self, net: Net, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond, call: Call = Call()) -> Prediction:
+        """Guided prediction; conditional and unconditional pass run as one batch of 2B, or one pass of B when off.
+
+        The past that `call` brings, and the keys and values that come back, are of so many samples, too.
+        """
         if not self.active:
-            return net(x_t, t, cond)
-        both = net(torch.cat([x_t, x_t]), torch.cat([t, t]), Cond.cat([cond, uncond]))
+            return net(x_t, t, cond, call)
+        both = net(torch.cat([x_t, x_t]), torch.cat([t, t]), Cond.cat([cond, uncond]), replace(call, branch="both"))
         raw_cond, raw_uncond = both.raw.chunk(2)
         inside = (t >= self.low) & (t <= self.high)
         one = torch.ones_like(t, dtype=x_t.dtype)
@@ -58,4 +65,4 @@ class CFG:
             inside, self.scale * one, self.outside * one
         )  # in the latents' dtype: float64 stays float64
         raw = raw_uncond + broadcast(scale, x_t) * (raw_cond - raw_uncond)
-        return Prediction(raw=raw, kind=both.kind, x_t=x_t, t=t, path=both.path)
+        return Prediction(raw=raw, kind=both.kind, x_t=x_t, t=t, path=both.path, kv=both.kv)

@@ -1,6 +1,7 @@
 """Samplers, one function each: `(denoise, x, times, ...) -> x0`.
 
-`denoise(x_t, t)` returns a Prediction; `x` is noise `[B, C, F, H, W]` at `times[0]`; `times` decrease to 0. The cost is
+`denoise(x_t, t, call)` returns a Prediction; `call` says which step of how many it is. `x` is noise
+`[B, C, F, H, W]` at `times[0]`; `times` decrease to 0. The cost is
 one call per step unless stated. `watch(i, prediction)` sees every call and returns nothing.
 """
 
@@ -13,10 +14,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fewstep.core.rng import Noise
+from fewstep.core import Call, Noise
 from fewstep.diffusion.prediction import Prediction
 
-Denoise = Callable[[Tensor, Tensor], Prediction]
+Denoise = Callable[[Tensor, Tensor, Call], Prediction]
 Watch = Callable[[int, Prediction], None]
 Solver = Literal["euler", "heun", "ddim", "dpmpp_2m", "renoise"]
 
@@ -26,10 +27,14 @@ def full(t: float, like: Tensor) -> Tensor:
     return torch.full((len(like),), t, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
 
 
+def _call(step: int, times: tuple[float, ...]) -> Call:
+    return Call(step=step, steps=len(times) - 1)
+
+
 def ddim(denoise: Denoise, x: Tensor, times: tuple[float, ...], *, watch: Watch | None = None) -> Tensor:
     """First-order step `a_s x0 + s_s eps` (DDIM, 2010.02502). Order 1; exact when x0 and eps are constant."""
     for i, (t, s) in enumerate(pairwise(times)):
-        prediction = denoise(x, full(t, x))
+        prediction = denoise(x, full(t, x), _call(i, times))
         if watch is not None:
             watch(i, prediction)
         x = prediction.step_to(full(s, x)) if s > 0 else prediction.x0
@@ -39,7 +44,7 @@ def ddim(denoise: Denoise, x: Tensor, times: tuple[float, ...], *, watch: Watch 
 def euler(denoise: Denoise, x: Tensor, times: tuple[float, ...], *, watch: Watch | None = None) -> Tensor:
     """Euler on `dx/dt`. On rectified flow identical to DDIM; order 1 on every path."""
     for i, (t, s) in enumerate(pairwise(times)):
-        prediction = denoise(x, full(t, x))
+        prediction = denoise(x, full(t, x), _call(i, times))
         if watch is not None:
             watch(i, prediction)
         x = x + (s - t) * prediction.flow
@@ -49,12 +54,12 @@ def euler(denoise: Denoise, x: Tensor, times: tuple[float, ...], *, watch: Watch
 def heun(denoise: Denoise, x: Tensor, times: tuple[float, ...], *, watch: Watch | None = None) -> Tensor:
     """Trapezoidal corrector on `dx/dt` (2206.00364, algorithm 1). Order 2; two calls per step, one in the last."""
     for i, (t, s) in enumerate(pairwise(times)):
-        prediction = denoise(x, full(t, x))
+        prediction = denoise(x, full(t, x), _call(i, times))
         if watch is not None:
             watch(i, prediction)
         ahead = x + (s - t) * prediction.flow
         if s > 0:
-            slope = (prediction.flow + denoise(ahead, full(s, x)).flow) / 2
+            slope = (prediction.flow + denoise(ahead, full(s, x), _call(i, times)).flow) / 2
             ahead = x + (s - t) * slope
         x = ahead
     return x
@@ -68,7 +73,7 @@ def dpmpp_2m(denoise: Denoise, x: Tensor, times: tuple[float, ...], *, watch: Wa
     """
     previous: tuple[Tensor, Tensor] | None = None  # (x0, lambda) of the step before
     for i, (t, s) in enumerate(pairwise(times)):
-        prediction = denoise(x, full(t, x))
+        prediction = denoise(x, full(t, x), _call(i, times))
         if watch is not None:
             watch(i, prediction)
         x0 = prediction.x0
@@ -88,7 +93,7 @@ def dpmpp_2m(denoise: Denoise, x: Tensor, times: tuple[float, ...], *, watch: Wa
 def renoise(denoise: Denoise, x: Tensor, times: tuple[float, ...], *, rng: Noise, watch: Watch | None = None) -> Tensor:
     """Predict x0, add fresh noise of the next time, repeat (LCM, DMD2). The noise of step i is `rng`'s `renoise/i`."""
     for i, (t, s) in enumerate(pairwise(times)):
-        prediction = denoise(x, full(t, x))
+        prediction = denoise(x, full(t, x), _call(i, times))
         if watch is not None:
             watch(i, prediction)
         x = prediction.x0

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -17,8 +18,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fewstep.attention import Grid3, KVView, Ulysses, attend
-from fewstep.core.types import KV, Cond
+from fewstep.attention import Grid3, Ulysses, attend
+from fewstep.core import KV, Call, Cond
+from fewstep.core.call import Place
 
 
 class Context(NamedTuple):
@@ -106,7 +108,7 @@ class Tokens(State):
 
 
 class Output(NamedTuple):
-    """What a backbone returns. `kv` is one entry per block if a view was given, else None."""
+    """What a backbone returns. `kv` is one entry per block if a view was given and every block was run, else None."""
 
     raw: Tensor
     kv: tuple[KV, ...] | None
@@ -154,7 +156,8 @@ class Backbone(nn.Module, ABC):
     checkpointing: bool = False
 
     @abstractmethod
-    def embed(self, x: Tensor, t: Tensor, cond: Cond, kv: KVView | None = None) -> State: ...
+    def embed(self, x: Tensor, t: Tensor, cond: Cond, call: Call = Call()) -> State:
+        """What the first block reads."""
 
     @abstractmethod
     def head(self, state: Any) -> Tensor:
@@ -173,24 +176,26 @@ class Backbone(nn.Module, ABC):
         """What the parameter `name` is called in the files of the library that the network comes from."""
         return name
 
-    def walk(self, state: State, kv: KVView | None = None) -> Iterator[State]:
-        """The state after each block."""
+    def walk(self, state: State, call: Call = Call()) -> Iterator[State]:
+        """The state after each block, in the order of `blocks`; `call.runner` runs them."""
         if self.shared is not None:
-            if kv is not None:
+            if call.kv is not None:
                 raise ValueError("a clip that processes share has no cache; set settings.parallel.sequence: 1")
             state = state.split(self.shared)
         again = self.checkpointing and torch.is_grad_enabled()
         for index, block in enumerate(self.blocks):
-            state = replace(state, past=kv.layer(index) if kv else None, new=None)
-            state = checkpoint(block, state, use_reentrant=False, preserve_rng_state=False) if again else block(state)
+            state = replace(state, past=call.kv.layer(index) if call.kv else None, new=None)
+            run = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False) if again else block
+            state = call.runner(run, state, Place(index, len(self.blocks), call))
             yield state
 
-    def forward(self, x: Tensor, t: Tensor, cond: Cond, kv: KVView | None = None) -> Output:
-        start, made = self.embed(x, t, cond, kv), []
-        for state in self.walk(start, kv):
-            if kv is not None:
+    def forward(self, x: Tensor, t: Tensor, cond: Cond, call: Call = Call()) -> Output:
+        start, made = self.embed(x, t, cond, call), []
+        for state in self.walk(start, call):
+            if call.kv is not None:
                 made.append(state.new)
-        return Output(self.head(state.joined), None if kv is None else tuple(made))
+        whole = call.kv is not None and None not in made
+        return Output(self.head(state.joined), tuple(made) if whole else None)
 
     def spread(self, group: dist.ProcessGroup | None, checkpointing: bool) -> None:
         """From now on: the processes of `group` share the tokens of every call, block by block (they must all make it);

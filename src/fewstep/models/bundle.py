@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fewstep.core import Cond, RecipeError, Seeds, build, dump
+from fewstep.core import Call, Cond, RecipeError, Seeds, build, dump
 from fewstep.core.build import At
 from fewstep.diffusion import CFG, PATHS, Contract, Kind, NoisePath, Prediction, RectifiedFlow, solve
 from fewstep.diffusion.contract import StepCountError
@@ -183,8 +183,8 @@ class VideoModel:
         shape = self.latent_shape(num_frames)
         self.denoiser.eval()
 
-        def denoise(x_t: Tensor, t: Tensor) -> Prediction:
-            return guidance(self.denoiser, x_t, t, cond, uncond)
+        def denoise(x_t: Tensor, t: Tensor, call: Call) -> Prediction:
+            return guidance(self.denoiser, x_t, t, cond, uncond, call)
 
         start = self.denoiser.path.prior(noise.randn((len(prompts), *shape), "start"))
         return solve(contract.solver, denoise, start, times, rng=noise, watch=watch)

@@ -8,8 +8,8 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from fewstep.attention import KVView, math_only
-from fewstep.core.types import Cond
+from fewstep.attention import math_only
+from fewstep.core import Call, Cond
 from fewstep.diffusion.path import NoisePath
 from fewstep.diffusion.prediction import KINDS, Kind, Prediction
 from fewstep.models.backbone import Backbone
@@ -24,12 +24,12 @@ class Denoiser(nn.Module):
             raise ValueError(f"prediction kind {kind!r} is unknown; choose one of {', '.join(KINDS)}")
         self.backbone, self.path, self.kind = backbone, path, kind
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Cond, kv: KVView | None = None) -> Prediction:
-        """With a `kv` view the prediction also carries this call's keys and values, for the caller to commit."""
-        out = self.backbone(x_t, t, cond, kv)
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond, call: Call = Call()) -> Prediction:
+        """With a view of the past (`call.kv`) the prediction also carries this call's keys and values, to be committed."""
+        out = self.backbone(x_t, t, cond, call)
         return Prediction(out.raw.to(x_t.dtype), self.kind, x_t, t, self.path, out.kv)
 
-    def features(self, x_t: Tensor, t: Tensor, cond: Cond, layers: Sequence[int]) -> list[Tensor]:
+    def features(self, x_t: Tensor, t: Tensor, cond: Cond, layers: Sequence[int], call: Call = Call()) -> list[Tensor]:
         """Tokens after the blocks `layers` (negative counts from the end), each `[B, width, F, h, w]`.
 
         Nothing after the deepest of them is computed; gradients flow to `x_t`.
@@ -38,7 +38,7 @@ class Denoiser(nn.Module):
         wanted = [layer + depth if layer < 0 else layer for layer in layers]
         if not wanted or not all(0 <= layer < depth for layer in wanted):
             raise ValueError(f"layers must be a non-empty list in [-{depth}, {depth - 1}], got {list(layers)}")
-        states = islice(self.backbone.walk(self.backbone.embed(x_t, t, cond)), max(wanted) + 1)
+        states = islice(self.backbone.walk(self.backbone.embed(x_t, t, cond, call), call), max(wanted) + 1)
         volumes = {layer: state.volume for layer, state in enumerate(states) if layer in wanted}
         return [volumes[layer] for layer in wanted]
 

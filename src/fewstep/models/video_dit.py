@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewstep.attention import Dense, Grid3, KVView, Pattern, attend
-from fewstep.core.types import KV, Cond
+from fewstep.attention import Dense, Grid3, Pattern, attend
+from fewstep.core import KV, Call, Cond
 from fewstep.models.backbone import Backbone, Context, Tokens
 
 _TIME_FEATURES = 128
@@ -60,8 +60,8 @@ class VideoDiT(Backbone):
         self.out = nn.Linear(width, channels * patch * patch)
         self._initialise()
 
-    def embed(self, x: Tensor, t: Tensor, cond: Cond, kv: KVView | None = None) -> Tokens:
-        grid, cached = self._grid(x), kv.frames if kv else 0
+    def embed(self, x: Tensor, t: Tensor, cond: Cond, call: Call = Call()) -> Tokens:
+        grid, cached = self._grid(x), call.kv.frames if call.kv else 0
         with torch.autocast(x.device.type, enabled=False):
             x_BNE = self.patches(patchify(x, self.patch))
             text = cond.text.to(x.dtype)

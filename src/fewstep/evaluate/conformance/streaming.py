@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fewstep.attention import Grid3, KVCache, Pattern
+from fewstep.core import Call
 from fewstep.evaluate.conformance.subject import Measured, NotApplicable, Subject, relative
 from fewstep.models import Denoiser
 
@@ -62,7 +63,7 @@ def cache(s: Subject) -> Measured:
     memory, made = KVCache.empty(), []
     t = torch.linspace(0.9, 0.1, s.shape[1]).to(s.t).expand(2, -1)
     for part, time in zip(parts, t.split(s.pattern.chunk, 1), strict=True):
-        prediction = causal(part, time, s.cond, memory.view())
+        prediction = causal(part, time, s.cond, Call(kv=memory.view()))
         memory = memory.commit(prediction.kv or (), part.shape[2])
         made.append(prediction.raw)
     return Measured(relative(torch.cat(made, 2), causal(s.x_t, t, s.cond).raw), s.tolerance)

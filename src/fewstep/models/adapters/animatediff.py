@@ -10,7 +10,7 @@ from __future__ import annotations
 from diffusers import UNetMotionModel
 from torch import Tensor
 
-from fewstep.attention import KVView
+from fewstep.core import Call
 from fewstep.models.adapters.ddpm import card_of
 from fewstep.models.adapters.layout import Layout
 from fewstep.models.adapters.unet import UNet
@@ -31,8 +31,8 @@ class AnimateDiff(UNet):
 
     network = UNetMotionModel
 
-    def _check(self, x: Tensor, t: Tensor, kv: KVView | None) -> None:
-        super()._check(x, t, kv)
+    def _check(self, x: Tensor, t: Tensor, call: Call) -> None:
+        super()._check(x, t, call)
         longest = self.config["motion_max_seq_length"]
         if x.shape[2] > longest:
             raise ValueError(f"this AnimateDiff knows positions of {longest} frames, got a clip of {x.shape[2]}")

@@ -17,9 +17,8 @@ from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
 from diffusers.models.embeddings import apply_rotary_emb, get_3d_rotary_pos_embed, get_3d_sincos_pos_embed
 from torch import Tensor, nn
 
-from fewstep.attention import Grid3, KVView, Ulysses
-from fewstep.core import RecipeError
-from fewstep.core.types import Cond
+from fewstep.attention import Grid3, Ulysses
+from fewstep.core import Call, Cond, RecipeError
 from fewstep.diffusion import timestep
 from fewstep.models.adapters.ddpm import contract_of, kind_of, path_of
 from fewstep.models.adapters.layout import Layout
@@ -119,10 +118,10 @@ class CogVideoX(StreamsBackbone):
         self.blocks = nn.ModuleList(map(StreamsBlock, network.transformer_blocks))
         self.norm_final, self.norm_out, self.proj_out = network.norm_final, network.norm_out, network.proj_out
 
-    def embed(self, x: Tensor, t: Tensor, cond: Cond, kv: KVView | None = None) -> Streams:
+    def embed(self, x: Tensor, t: Tensor, cond: Cond, call: Call = Call()) -> Streams:
         if self._reads_image:
             self._require_whole(x.shape[2] == self._of_image(cond, "image_latents").shape[2], x)
-        grid = self._grid(x, t, kv)
+        grid = self._grid(x, t, call)
         self.require_positions(grid.height, grid.width)
         with torch.autocast(x.device.type, enabled=False):
             x_BNE = self._patches(self._beside_image(x, cond))

@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fewstep.attention import KVView
-from fewstep.core import RecipeError
+from fewstep.core import Call, RecipeError
 from fewstep.diffusion import CFG, Betas, Contract, Kind, Timesteps
 from fewstep.models.adapters.layout import Layout
 from fewstep.models.bundle import Card
@@ -43,14 +42,14 @@ def card_of(layout: Layout, family: str, *, num_frames: int, steps: int, licence
     )  # fmt: skip
 
 
-def require_whole_clips(name: str, x: Tensor, t: Tensor, kv: KVView | None) -> None:
+def require_whole_clips(name: str, x: Tensor, t: Tensor, call: Call) -> None:
     """ValueError for a time per frame or a cache, neither of which a network called `name` was trained with."""
     if t.shape != x.shape[:1]:
         raise ValueError(
             f"{name} was trained with one time per clip: t must be [{len(x)}], got {tuple(t.shape)}; give whole clips one "
             "time, or take a model whose frames have their own (Wan, LTX)"
         )
-    if kv is not None:
+    if call.kv is not None:
         raise ValueError(f"{name} sees whole clips and has no cache; call it without kv")
 
 

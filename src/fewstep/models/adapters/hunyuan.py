@@ -13,8 +13,7 @@ import torch
 from diffusers import HunyuanVideoTransformer3DModel
 from torch import Tensor, nn
 
-from fewstep.attention import KVView
-from fewstep.core.types import Cond
+from fewstep.core import Call, Cond
 from fewstep.models.adapters.flow import contract_of
 from fewstep.models.adapters.layout import Layout
 from fewstep.models.adapters.streams import Streams, StreamsBackbone, StreamsBlock
@@ -89,8 +88,8 @@ class HunyuanVideo(StreamsBackbone):
             return f"transformer_blocks.{block}.{rest}"
         return f"single_transformer_blocks.{block - self.dual}.{rest}"
 
-    def embed(self, x: Tensor, t: Tensor, cond: Cond, kv: KVView | None = None) -> Streams:
-        grid = self._grid(x, t, kv)
+    def embed(self, x: Tensor, t: Tensor, cond: Cond, call: Call = Call()) -> Streams:
+        grid = self._grid(x, t, call)
         if "pooled" not in cond.extra:
             raise ValueError("HunyuanVideo reads a pooled text state too; encode prompts with its own text encoder")
         time, pooled = (_TIMESTEPS * t).to(x.dtype), cond.extra["pooled"].to(x.dtype)

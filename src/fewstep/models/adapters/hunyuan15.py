@@ -14,9 +14,7 @@ from diffusers import HunyuanVideo15Transformer3DModel
 from diffusers.pipelines.hunyuan_video1_5.image_processor import HunyuanVideo15ImageProcessor
 from torch import Tensor, nn
 
-from fewstep.attention import KVView
-from fewstep.core import RecipeError
-from fewstep.core.types import Cond
+from fewstep.core import Call, Cond, RecipeError
 from fewstep.models.adapters.flow import contract_of
 from fewstep.models.adapters.layout import Layout
 from fewstep.models.adapters.streams import Streams, StreamsBackbone, StreamsBlock
@@ -84,8 +82,8 @@ class HunyuanVideo15(StreamsBackbone):
         self.blocks = nn.ModuleList(map(StreamsBlock, network.transformer_blocks))
         self.norm_out, self.proj_out = network.norm_out, network.proj_out
 
-    def embed(self, x: Tensor, t: Tensor, cond: Cond, kv: KVView | None = None) -> Streams:
-        grid = self._grid(x, t, kv)
+    def embed(self, x: Tensor, t: Tensor, cond: Cond, call: Call = Call()) -> Streams:
+        grid = self._grid(x, t, call)
         if "glyphs" not in cond.extra:
             raise ValueError("HunyuanVideo 1.5 reads states of letters too; encode prompts with its own text encoder")
         time, glyph_mask = (_TIMESTEPS * t).to(x.dtype), cond.extra["glyph_mask"].bool()

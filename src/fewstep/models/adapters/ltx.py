@@ -20,9 +20,8 @@ from diffusers import LTXConditionPipeline, LTXVideoTransformer3DModel
 from diffusers.models.transformers.transformer_ltx import LTXVideoTransformerBlock
 from torch import Tensor, nn
 
-from fewstep.attention import Dense, Grid3, KVView, Pattern, attend
-from fewstep.core import RecipeError
-from fewstep.core.types import Cond
+from fewstep.attention import Dense, Grid3, Pattern, attend
+from fewstep.core import Call, Cond, RecipeError
 from fewstep.models.adapters.attention import out, project, read_frames
 from fewstep.models.adapters.flow import contract_of
 from fewstep.models.adapters.layout import Layout
@@ -132,10 +131,10 @@ class LTX(DiffusersBackbone):
     def foreign(self, name: str) -> str:
         return f"transformer_{name}" if name.startswith("blocks.") else name
 
-    def embed(self, x: Tensor, t: Tensor, cond: Cond, kv: KVView | None = None) -> Tokens:
+    def embed(self, x: Tensor, t: Tensor, cond: Cond, call: Call = Call()) -> Tokens:
         if x.shape[1] != self.proj_in.in_features:
             raise ValueError(f"latents [B, C, F, H, W] need C = {self.proj_in.in_features}, got {tuple(x.shape)}")
-        grid, cached = Grid3(*x.shape[2:]), kv.frames if kv else 0
+        grid, cached = Grid3(*x.shape[2:]), call.kv.frames if call.kv else 0
         with torch.autocast(x.device.type, enabled=False):
             x_BNE = self.proj_in(_tokens(x))
             time_BG = time_groups(t, x)

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from fewstep.attention import Grid3, KVView, Ulysses
+from fewstep.attention import Grid3, Ulysses
+from fewstep.core import Call
 from fewstep.models.adapters.ddpm import require_whole_clips
 from fewstep.models.adapters.network import DiffusersBackbone
 from fewstep.models.backbone import State
@@ -69,14 +70,14 @@ class StreamsBackbone(DiffusersBackbone):
             tokens = self.proj_out(self.norm_out(state.x_BNE, state.time_BE))
         return unpatchify(tokens, state.grid, self.patch)
 
-    def _grid(self, x: Tensor, t: Tensor, kv: KVView | None) -> Grid3:
+    def _grid(self, x: Tensor, t: Tensor, call: Call) -> Grid3:
         _, channels, frames, height, width = x.shape
         if channels != self.channels or frames % self.patch_frames or height % self.patch or width % self.patch:
             raise ValueError(
                 f"latents [B, C, F, H, W] need C = {self.channels}, F a multiple of {self.patch_frames} and H, W multiples "
                 f"of {self.patch}, got {tuple(x.shape)}"
             )
-        require_whole_clips(type(self).__name__, x, t, kv)
+        require_whole_clips(type(self).__name__, x, t, call)
         return Grid3(frames // self.patch_frames, height // self.patch, width // self.patch)
 
 

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.attention import KVView
-from fewstep.core.types import Cond
+from fewstep.core import Call, Cond
 from fewstep.diffusion import timestep
 from fewstep.models.adapters.ddpm import require_whole_clips
 from fewstep.models.adapters.network import DiffusersBackbone
@@ -80,8 +79,8 @@ class UNet(DiffusersBackbone):
         down = tuple(self.config["block_out_channels"])
         return (*down, down[-1], *reversed(down))
 
-    def embed(self, x: Tensor, t: Tensor, cond: Cond, kv: KVView | None = None) -> UNetState:
-        self._check(x, t, kv)
+    def embed(self, x: Tensor, t: Tensor, cond: Cond, call: Call = Call()) -> UNetState:
+        self._check(x, t, call)
         frames = x.shape[2]
         with torch.autocast(x.device.type, enabled=False):
             features = self.time_proj(timestep(t, self.num_train_timesteps)).to(x.dtype)
@@ -110,13 +109,13 @@ class UNet(DiffusersBackbone):
             return f"mid_block.{rest}"
         return f"down_blocks.{block}.{rest}" if block < depth else f"up_blocks.{block - depth - 1}.{rest}"
 
-    def _check(self, x: Tensor, t: Tensor, kv: KVView | None) -> None:
+    def _check(self, x: Tensor, t: Tensor, call: Call) -> None:
         if x.shape[1] != self.config["in_channels"] or x.shape[3] % self.factor or x.shape[4] % self.factor:
             raise ValueError(
                 f"latents [B, C, F, H, W] need C = {self.config['in_channels']} and H, W multiples of {self.factor}, "
                 f"got {tuple(x.shape)}"
             )
-        require_whole_clips(type(self).__name__, x, t, kv)
+        require_whole_clips(type(self).__name__, x, t, call)
 
 
 class _Block(nn.Module):

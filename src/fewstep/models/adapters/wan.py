@@ -18,9 +18,8 @@ from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformerBlock
 from torch import Tensor, nn
 
-from fewstep.attention import Dense, Grid3, KVView, Pattern, attend
-from fewstep.core import RecipeError
-from fewstep.core.types import Cond
+from fewstep.attention import Dense, Grid3, Pattern, attend
+from fewstep.core import Call, Cond, RecipeError
 from fewstep.diffusion import CFG, Contract
 from fewstep.models.adapters.attention import out, project, read_frames
 from fewstep.models.adapters.layout import Layout
@@ -151,14 +150,14 @@ class Wan(DiffusersBackbone):
         self.norm_out, self.proj_out = network.norm_out, network.proj_out
         self.scale_shift_table = network.scale_shift_table
 
-    def embed(self, x: Tensor, t: Tensor, cond: Cond, kv: KVView | None = None) -> Tokens:
-        grid, cached = self._grid(x), kv.frames if kv else 0
+    def embed(self, x: Tensor, t: Tensor, cond: Cond, call: Call = Call()) -> Tokens:
+        grid, cached = self._grid(x), call.kv.frames if call.kv else 0
         if cached + grid.frames > self.longest:
             raise ValueError(f"Wan knows positions of {self.longest} latent frames, not {cached + grid.frames}")
         known = None
-        if kv is None and self.first_frame:
+        if call.kv is None and self.first_frame:
             self._require_whole(x.shape[2] > 1, x)
-        elif kv is None and self._reads_image:
+        elif call.kv is None and self._reads_image:
             self._require_whole(x.shape[2] == self._of_image(cond, "image_latents").shape[2], x)
         if self.first_frame and not cached:
             x, t, known = _begun(x, t, self._of_image(cond, "image_latents"))

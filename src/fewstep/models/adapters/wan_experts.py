@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fewstep.attention import Dense, KVView, Pattern, Ulysses
-from fewstep.core.types import KV, Cond
+from fewstep.attention import Dense, Pattern, Ulysses
+from fewstep.core import KV, Call, Cond
 from fewstep.models.adapters.wan import Begun, Wan
 from fewstep.models.backbone import Backbone, Original, State
 
@@ -107,21 +107,21 @@ class WanExperts(Backbone):
         alone._modules = {**alone._modules, "blocks": blocks}
         return alone
 
-    def embed(self, x: Tensor, t: Tensor, cond: Cond, kv: KVView | None = None) -> Routed:
+    def embed(self, x: Tensor, t: Tensor, cond: Cond, call: Call = Call()) -> Routed:
         chosen, parts, places = self._chosen(t), [], []
         for index, expert in enumerate(self.experts):
-            own = [row for row, its in enumerate(chosen) if index in its or kv is not None]
+            own = [row for row, its in enumerate(chosen) if index in its or call.kv is not None]
             rows = torch.tensor(own, device=x.device, dtype=torch.long)
-            parts.append(self._embedded(expert, x[rows], t[rows], cond[rows], kv) if own else None)
+            parts.append(self._embedded(expert, x[rows], t[rows], cond[rows], call) if own else None)
             place = [own.index(row) if row in own else 0 for row in range(len(x))]
             places.append(torch.tensor(place, device=x.device))
         routes = torch.tensor(chosen, device=x.device)
-        return _reaching_idle(self.experts, Routed(tuple(parts), tuple(places), routes, kv is not None))
+        return _reaching_idle(self.experts, Routed(tuple(parts), tuple(places), routes, call.kv is not None))
 
-    def _embedded(self, expert: Any, x: Tensor, t: Tensor, cond: Cond, kv: KVView | None) -> Begun:
+    def _embedded(self, expert: Any, x: Tensor, t: Tensor, cond: Cond, call: Call) -> Begun:
         """By one expert, under this network's pattern."""
-        part: Begun = expert.embed(x, t, cond, kv)
-        mask = self.pattern.mask(part.grid, kv.frames if kv else 0)
+        part: Begun = expert.embed(x, t, cond, call)
+        mask = self.pattern.mask(part.grid, call.kv.frames if call.kv else 0)
         return replace(part, context=part.context._replace(mask_NM=None if mask is None else mask.to(x.device)))
 
     def head(self, state: Routed) -> Tensor:
