@@ -108,10 +108,10 @@ def test_whichever_expert_comes_next_finds_its_own_past(experts: Path) -> None:
     ).load()
     network, cond = model.denoiser, model.text.encode(PROMPTS)
     x = Rng(0).randn((2, *model.latent_shape()), "x")
-    first = network(x[:, :, :1], torch.zeros(2), cond, Call(kv=KVCache.empty().view()))
+    first = network(x[:, :, :1], torch.zeros(2), cond, Call(kv=network.recall(KVCache.empty(), x)))
     memory = KVCache.empty().commit(first.kv or (), 1)
     for t in (0.9, 0.3):
-        streamed = network(x[:, :, 1:], torch.full((2,), t), cond, Call(kv=memory.view())).raw
+        streamed = network(x[:, :, 1:], torch.full((2,), t), cond, Call(kv=network.recall(memory, x))).raw
         whole = network(x, torch.tensor([[0.0, t]] * 2), cond).raw[:, :, 1:]
         torch.testing.assert_close(streamed, whole, atol=1e-5, rtol=1e-5)
         one = network.backbone.expert(0 if t > 0.6 else 1)(x[:, :, 1:], torch.full((2,), t), cond).raw

@@ -8,8 +8,8 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from fewstep.attention import math_only
-from fewstep.core import Call, Cond
+from fewstep.attention import KVCache, math_only
+from fewstep.core import Call, Cond, KVView
 from fewstep.diffusion.path import NoisePath
 from fewstep.diffusion.prediction import KINDS, Kind, Prediction
 from fewstep.models.backbone import Backbone
@@ -41,6 +41,10 @@ class Denoiser(nn.Module):
         states = islice(self.backbone.walk(self.backbone.embed(x_t, t, cond, call), call), max(wanted) + 1)
         volumes = {layer: state.volume for layer, state in enumerate(states) if layer in wanted}
         return [volumes[layer] for layer in wanted]
+
+    def recall(self, memory: KVCache, x_t: Tensor) -> KVView:
+        """What calls on latents like `x_t`, which come next, may read of a memory. Make it once for all calls of a chunk."""
+        return self.backbone.recall(memory, x_t)
 
     def jvp(self, x_t: Tensor, t: Tensor, cond: Cond, dx: Tensor, dt: Tensor) -> tuple[Prediction, Prediction]:
         """The prediction, and one whose `raw` is its derivative along `(dx, dt)`; that one's views mean nothing."""
