@@ -6,9 +6,9 @@ every block is run.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,27 @@ from fewstep.core.types import KV
 
 Branch = Literal["cond", "uncond", "both"]
 """Which condition the samples of a call have; `both`: the first half the prompt's, the second half the negative one's."""
-S = TypeVar("S")
+
+
+class Flow(Protocol):
+    """What a runner may know of the state that goes from block to block (`models.backbone.State`)."""
+
+    @property
+    def streams(self) -> tuple[Tensor, ...]:
+        """The tensors that blocks change."""
+        ...
+
+    def with_streams(self, streams: Sequence[Tensor]) -> Self:
+        """The same state with other tensors flowing."""
+        ...
+
+    @property
+    def route(self) -> Hashable:
+        """Which of several networks in one it goes through."""
+        ...
+
+
+S = TypeVar("S", bound=Flow)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ E width, L text tokens, G time groups (1 when t is `[B]`, F when t is `[B, F]`).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
@@ -77,8 +77,22 @@ class State(ABC):
 
     @property
     @abstractmethod
+    def streams(self) -> tuple[Tensor, ...]:
+        """What blocks change: the tensors that flow, and nothing that all blocks read alike."""
+
+    @abstractmethod
+    def with_streams(self, streams: Sequence[Tensor]) -> Self:
+        """The same state with other tensors flowing, in the order of `streams`."""
+
+    @property
+    def route(self) -> Hashable:
+        """Which of several networks in one the state goes through: what one has made says nothing of another."""
+        return None
+
+    @property
     def detached(self) -> Self:
         """The same state as the start of a graph."""
+        return self.with_streams([x.detach().requires_grad_() for x in self.streams])
 
     def split(self, processes: Ulysses) -> Self:
         """This process' share of the tokens. ValueError unless its backbone `shares`."""
@@ -104,8 +118,11 @@ class Tokens(State):
         return self.joined.x_BNE.unflatten(1, self.grid).permute(0, 4, 1, 2, 3)
 
     @property
-    def detached(self) -> Self:
-        return replace(self, x_BNE=self.x_BNE.detach().requires_grad_())
+    def streams(self) -> tuple[Tensor, ...]:
+        return (self.x_BNE,)
+
+    def with_streams(self, streams: Sequence[Tensor]) -> Self:
+        return replace(self, x_BNE=streams[0])
 
     def split(self, processes: Ulysses) -> Self:
         """This process' share of the tokens, with what belongs to each of them."""

@@ -5,7 +5,7 @@ Legend: as in `models/backbone.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -40,9 +40,11 @@ class Streams(State):
         return self.joined.x_BNE.unflatten(1, self.grid).permute(0, 4, 1, 2, 3)
 
     @property
-    def detached(self) -> Streams:
-        x, text = (tokens.detach().requires_grad_() for tokens in (self.x_BNE, self.text_BLE))
-        return replace(self, x_BNE=x, text_BLE=text)
+    def streams(self) -> tuple[Tensor, ...]:
+        return self.x_BNE, self.text_BLE
+
+    def with_streams(self, streams: Sequence[Tensor]) -> Streams:
+        return replace(self, x_BNE=streams[0], text_BLE=streams[1])
 
     def split(self, processes: Ulysses) -> Streams:
         """This process' share of the clip's tokens, with their positions."""

@@ -7,7 +7,7 @@ have frames at its times.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -40,8 +40,16 @@ class Routed(State):
         return self.together([None if part is None else part.volume for part in self.parts])
 
     @property
-    def detached(self) -> Routed:
-        return self._each(lambda part: part.detached)
+    def streams(self) -> tuple[Tensor, ...]:
+        return tuple(x for part in self.parts if part for x in part.streams)
+
+    def with_streams(self, streams: Sequence[Tensor]) -> Routed:
+        flowing = iter(streams)
+        return self._each(lambda part: part.with_streams([next(flowing) for _ in part.streams]))
+
+    @property
+    def route(self) -> Hashable:
+        return tuple(part is not None for part in self.parts)
 
     def split(self, processes: Ulysses) -> Routed:
         return self._each(lambda part: part.split(processes))

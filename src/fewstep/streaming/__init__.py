@@ -1,0 +1,1 @@
+"""Causal students that make video chunk by chunk."""
