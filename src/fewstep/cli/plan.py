@@ -114,7 +114,9 @@ def shapes(recipe: Recipe, card: Card) -> list[tuple[str, str]]:
     if "denoiser" in model.parts:
         contract = recipe.method.contract(card.contract)
         grids = {steps: [round(t, 4) for t in times] for steps, times in contract.trained.items()}
-        how = f"{type(contract.sampler).__name__}, guidance {contract.guidance.scale:g}, times {grids or 'of any number'}"
+        how = (
+            f"{type(contract.sampler).__name__}, guidance {contract.guidance.scale:g}, times {grids or 'of any number'}"
+        )
         rows.append(("sampled with", how))
     return rows
 

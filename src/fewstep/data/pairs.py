@@ -88,13 +88,13 @@ class Course:
     """What is actually run: sampler, every time visited, guidance."""
 
     sampler: Sampler
-    times: tuple[float, ...]
+    grid: tuple[float, ...]
     guidance: CFG
 
     @property
     def nfe(self) -> int:
         """Network evaluations per pair; two per call when guidance is on."""
-        return self.sampler.calls(len(self.times) - 1) * (2 if self.guidance.active else 1)
+        return self.sampler.calls(len(self.grid) - 1) * (2 if self.guidance.active else 1)
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ class _Teacher:
         plan = self.plan
         return {
             "teacher": {name: self.model.fingerprint(name) for name in ("denoiser", "text")},
-            "times": plan.times, "course": dump(self.course), "seed": plan.seed, "per_prompt": plan.per_prompt,
+            "times": plan.times, **dump(self.course), "seed": plan.seed, "per_prompt": plan.per_prompt,
             "latent_shape": self.shape, "storage": plan.storage, "autocast": plan.autocast,
             "shard_size": plan.shard_size, "part_size": plan.part_size,
         }  # fmt: skip
@@ -233,8 +233,8 @@ class _Teacher:
                 return course.guidance(self.model.denoiser, x_t, t, cond, uncond, call)
 
         start = self.model.denoiser.path.prior(noise.randn((len(prompts), *self.shape), "start"))
-        for step in course.sampler.sampling(denoise, start, course.times, rng=noise):
-            if course.times[step.index] in self.plan.times:
+        for step in course.sampler.sampling(denoise, start, course.grid, rng=noise):
+            if course.grid[step.index] in self.plan.times:
                 kept.append(step.prediction.x_t)
         return torch.stack([*kept, step.x], dim=1).to(getattr(torch, self.plan.storage))
 

@@ -11,10 +11,12 @@ from fewstep.diffusion.times import DENSITIES, Grid, LogitNormal, TimeDensity, U
 
 GRIDS: tuple[type[TimeGrid], ...] = (Shifted, LinearQuadratic, Timesteps, Exact)
 SAMPLERS: tuple[type[Sampler], ...] = (Euler, Heun, DDIM, DPMpp2M, Renoise, Staggered)
+NAMED: tuple[type, ...] = (*PATHS, *SAMPLERS, *GRIDS)
+"""What a card can name."""
 
 __all__ = [
-    "CFG", "DDIM", "DENSITIES", "GRIDS", "KINDS", "PATHS", "SAMPLERS", "VP", "Betas", "Contract", "DPMpp2M", "EDM", "Euler",
-    "Exact", "Grid", "Heun", "Kind", "LinearQuadratic", "LogitNormal", "NoisePath", "Prediction", "RectifiedFlow", "Renoise",
+    "CFG", "DDIM", "DENSITIES", "GRIDS", "KINDS", "NAMED", "PATHS", "SAMPLERS", "VP", "Betas", "Contract", "DPMpp2M", "EDM",
+    "Euler", "Exact", "Grid", "Heun", "Kind", "LinearQuadratic", "LogitNormal", "NoisePath", "Prediction", "RectifiedFlow", "Renoise",
     "Sampler", "Shifted", "Staggered", "Step", "StepCountError", "Stream", "TimeDensity", "TimeGrid", "Timesteps", "Trig",
     "Uniform", "from_x0", "shifted", "target", "timestep", "uniform_grid",
 ]  # fmt: skip

@@ -27,7 +27,9 @@ def objects(tree: Mapping[str, Any], at: At) -> dict[str, Any]:
     rest, flat = dict(tree), {key: tree[key] for key in _GRID if key in tree}
     for now, before in (("sampler", ["solver"] * ("solver" in tree)), ("grid", list(flat))):
         if before and now in tree:
-            raise at.key(before[0]).fail(f"is a key of the first version, beside {now}, which says the same; leave it out")
+            raise at.key(before[0]).fail(
+                f"is a key of the first version, beside {now}, which says the same; leave it out"
+            )
     if "solver" in tree:
         rest["sampler"] = _sampler(rest.pop("solver"), at.key("solver"))
     if flat:

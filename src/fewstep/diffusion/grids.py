@@ -129,4 +129,6 @@ class Exact(TimeGrid):
             if len(grid) == steps + 1:
                 return grid
         trained = ", ".join(map(str, self.counts))
-        raise StepCountError(f"this student was trained for {trained} steps and was asked for {steps}. Use one of these.")
+        raise StepCountError(
+            f"this student was trained for {trained} steps and was asked for {steps}. Use one of these."
+        )

@@ -206,5 +206,7 @@ def full(t: Time, like: Tensor) -> Tensor:
     if not isinstance(t, tuple):
         return torch.full((len(like),), t, dtype=dtype, device=like.device)
     if len(t) != like.shape[2]:
-        raise ValueError(f"{len(t)} times were given for clips of {like.shape[2]} frames; give one for each, or one number")
+        raise ValueError(
+            f"{len(t)} times were given for clips of {like.shape[2]} frames; give one for each, or one number"
+        )
     return torch.tensor(t, dtype=dtype, device=like.device).expand(len(like), -1)

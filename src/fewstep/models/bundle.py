@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fewstep.core import Cond, RecipeError, build, dump
 from fewstep.core.build import At
-from fewstep.diffusion import GRIDS, PATHS, SAMPLERS, Contract, Kind, NoisePath, RectifiedFlow, Step
+from fewstep.diffusion import NAMED, Contract, Kind, NoisePath, RectifiedFlow, Step
 from fewstep.diffusion.samplers import finish
 from fewstep.models import adapters
 from fewstep.models.autoencoder import FrameAutoencoder
@@ -279,7 +279,7 @@ def read_card(source: Path | str) -> Card:
 def parse_card(tree: Any, where: str) -> Card:
     """The card of its plain values. RecipeError says what is wrong with them, or that they would import code."""
     _refuse_imports(tree, At(where))
-    card: Card = build(Card, tree, {cls.__name__: cls for cls in (*PATHS, *SAMPLERS, *GRIDS)}, where)
+    card: Card = build(Card, tree, {cls.__name__: cls for cls in NAMED}, where)
     return card
 
 

@@ -87,7 +87,11 @@ class Gauge:
             for part in self.parts():
                 with self.precision():
                     for step in model.sampling(
-                        self.texts[part], image=self.pictures(part), num_inference_steps=count, seed=part.start, force=True
+                        self.texts[part],
+                        image=self.pictures(part),
+                        num_inference_steps=count,
+                        seed=part.start,
+                        force=True,
                     ):
                         times.update(step.prediction.t.unique().tolist())
                 latents.append(step.x.float())

@@ -59,7 +59,9 @@ class ExactScheduler:
         return self.scheduler
 
 
-def exact_scheduler(path: NoisePath, kind: Kind, contract: Contract, steps: int, *, uniform: bool = False) -> ExactScheduler:
+def exact_scheduler(
+    path: NoisePath, kind: Kind, contract: Contract, steps: int, *, uniform: bool = False
+) -> ExactScheduler:
     """Of the clip in `steps` steps, for a pipeline that asks for a number of steps, or for a `uniform` grid of so many.
 
     ValueError where diffusers has no scheduler that makes the same clip.
@@ -73,8 +75,8 @@ def exact_scheduler(path: NoisePath, kind: Kind, contract: Contract, steps: int,
             if (found := scheduler(table)) is not None:
                 return found
     raise ValueError(
-        f"diffusers has no scheduler that does what {type(sampler).__name__} does on {type(path).__name__} at the times {list(times)} "
-        f"with a network that predicts {kind}; a folder of fewstep's own keeps this student exactly"
+        f"diffusers has no scheduler that does what {type(sampler).__name__} does on {type(path).__name__} at the times "
+        f"{list(times)} with a network that predicts {kind}; a folder of fewstep's own keeps this student exactly"
     )
 
 
