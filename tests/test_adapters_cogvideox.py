@@ -16,7 +16,7 @@ from diffusers import CogVideoXDDIMScheduler, CogVideoXImageToVideoPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from fewstep.core import Call, Cond, KVView, RecipeError, Rng, Seeds
-from fewstep.diffusion import Betas, Contract, ddim
+from fewstep.diffusion import DDIM, Betas, Contract
 from fewstep.evaluate.conformance import check_model, subject
 from fewstep.models import Denoiser, Lora, VideoModel
 from fewstep.models.adapters.cogvideox import CogVideoX
@@ -94,7 +94,7 @@ def test_ddim_is_that_of_cogvideox() -> None:
 
     def sample(path: Betas, contract: Contract) -> Tensor:
         student = Denoiser(mine, path, "v")
-        return ddim(lambda x, t: student(x, t, cond), path.prior(x), contract.times())
+        return DDIM()(lambda x, t, call: student(x, t, cond, call), path.prior(x), contract.times(), rng=Rng(0))
 
     contract = contract_of(theirs.config, steps=5, scale=6.0)
     torch.testing.assert_close(sample(denoiser.path, contract), expected, atol=1e-4, rtol=1e-4)

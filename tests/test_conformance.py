@@ -19,7 +19,7 @@ from fewstep.attention.block_causal import _ChunkByChunk
 from fewstep.cli import main
 from fewstep.core import Call, Cond
 from fewstep.data.video import write_video
-from fewstep.diffusion import CFG, Contract, Prediction
+from fewstep.diffusion import CFG, Contract, Exact, Heun, Prediction
 from fewstep.evaluate.conformance import CHECKS, Options, check_model, explain
 from fewstep.models import Denoiser, VideoDiT, VideoModel
 from fewstep.models.adapters import wan
@@ -125,7 +125,7 @@ def test_a_causal_model_in_double_precision(load: Callable[..., VideoModel]) -> 
 def test_a_student_is_compared_at_its_own_times(load: Callable[..., VideoModel], tmp_path: Path) -> None:
     """Its folder names its teacher's, where the pipeline and its scheduler are."""
     teacher = load("wan")
-    contract = Contract(steps=2, grids={"2": (1.0, 0.7, 0.0)})
+    contract = Contract(steps=2, grid=Exact(grids=((1.0, 0.7, 0.0),)))
     student = teacher.with_part("denoiser", teacher.denoiser, role="student", contract=contract).save(tmp_path)
     found = {
         finding.name: finding for finding in check_model(VideoModel.from_pretrained(student), only=FOREIGN).findings
@@ -148,7 +148,7 @@ def test_what_diffusers_does_not_do_itself_is_not_compared(load: Callable[..., V
     (finding,) = check_model(load("cogvideox"), Options(steps=3), ["pipeline"]).findings
     assert finding.outcome == "pass"
     model = load("wan")
-    model.card = replace(model.card, contract=replace(model.card.contract, solver="heun"))
+    model.card = replace(model.card, contract=replace(model.card.contract, sampler=Heun()))
     (finding,) = check_model(model, Options(steps=3), ["pipeline"]).findings
     assert finding.outcome == "not applicable" and "no scheduler that does what heun does" in finding.note
 

@@ -29,7 +29,6 @@ EXCEPTIONS: dict[str, str] = {
     # "<path>:<rule>" or "<path>:<function>:<rule>" -> why, and what would remove it
     "src/fewstep/models/video_dit.py:__init__:parameters": "a network's constructor names every size",
     "src/fewstep/engine/loop.py:train:parameters": "the front door of the engine",
-    "src/fewstep/models/bundle.py:latents:parameters": "the front door of sampling",
     "src/fewstep/data/prepare.py:prepare:parameters": "the front door of preparation",
 }
 

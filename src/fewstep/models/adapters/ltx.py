@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from fewstep.attention import Dense, Grid3, Operation, Pattern, attend
 from fewstep.core import Call, Cond, RecipeError
+from fewstep.diffusion import LinearQuadratic, Shifted
 from fewstep.models.adapters.attention import out, project, read_frames
 from fewstep.models.adapters.flow import contract_of
 from fewstep.models.adapters.layout import Layout
@@ -76,12 +77,12 @@ def at_size(card: Card) -> Card:
     assert shape is not None  # `card` gave it a codec
     contract = contract_of(layout.scheduler(), tokens=math.prod(shape[1:]), steps=50, scale=3.0)
     if layout.index["_class_name"] == _CONDITION:
-        if contract.shift != 1 or contract.terminal:
+        if contract.grid != Shifted():
             raise RecipeError(
                 f"{layout.source}: {_CONDITION} has times of its own, which scheduler_config.json must leave alone; set "
                 "shift: 1, use_dynamic_shifting: false and shift_terminal: null"
             )
-        contract = replace(contract, threshold=_THRESHOLD)
+        contract = replace(contract, grid=LinearQuadratic(threshold=_THRESHOLD))
     denoiser = Spec("LTX", {**card.parts["denoiser"].args, "fps": card.fps})
     return replace(card, parts={**card.parts, "denoiser": denoiser}, contract=contract)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fewstep.attention import Dense, Grid3, Operation, Pattern, attend
 from fewstep.core import Call, Cond, RecipeError
-from fewstep.diffusion import CFG, Contract
+from fewstep.diffusion import CFG, Contract, Shifted
 from fewstep.models.adapters.attention import out, project, read_frames
 from fewstep.models.adapters.layout import Layout
 from fewstep.models.adapters.network import DiffusersBackbone
@@ -86,9 +86,8 @@ def card(layout: Layout) -> Card:
         parts=parts,
         sources=dict.fromkeys(parts, layout.source),
         contract=Contract(
-            solver="euler",
+            grid=Shifted(shift=float(scheduler.get("flow_shift", scheduler.get("shift", 1.0)))),
             steps=steps,
-            shift=float(scheduler.get("flow_shift", scheduler.get("shift", 1.0))),
             guidance=guidance,
         ),
         negative_prompt=_NEGATIVE,
