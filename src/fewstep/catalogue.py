@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from fewstep.attention import PATTERNS
+from fewstep.caching import CACHES
 from fewstep.data import DATA
 from fewstep.diffusion import CFG, DENSITIES, GRIDS, PATHS, SAMPLERS
 from fewstep.engine import Health, Settings, WorldProbe
@@ -26,6 +27,7 @@ KINDS: Mapping[str, tuple[Callable[..., Any], ...]] = MappingProxyType({
     "data": (*DATA, WorldClips),
     "rollouts": ROLLOUTS,
     "patterns": PATTERNS,
+    "caches": CACHES,
     "samplers": SAMPLERS,
     "grids": GRIDS,
     "paths": PATHS,

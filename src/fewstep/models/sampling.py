@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.core import Call, Seeds
+from fewstep.core.call import Runner, every_block
 from fewstep.diffusion import CFG, Prediction, Step, StepCountError
 from fewstep.models.images import Images
 
@@ -34,6 +35,8 @@ class Request:
     """One per prompt, or the first of consecutive ones. A clip depends on its own seed and prompt only."""
     force: bool = False
     """Sample what the model was not trained for: another step count or number of frames, guidance on top of a student's."""
+    runner: Runner = every_block
+    """Who runs the blocks: `caching.SkipMiddle().begin()` makes one. One that remembers serves one request."""
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -82,7 +85,7 @@ def sampling(model: VideoModel, request: Request) -> Iterator[Step]:
 
     def denoise(x_t: Tensor, t: Tensor, call: Call) -> Prediction:
         with evaluating(model.denoiser):
-            return guidance(model.denoiser, x_t, t, cond, uncond, call)
+            return guidance(model.denoiser, x_t, t, cond, uncond, replace(call, runner=request.runner))
 
     steps = model.card.contract.sampler.sampling(denoise, start, times, rng=noise)
     return without_gradient(steps)
