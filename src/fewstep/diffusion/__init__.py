@@ -16,7 +16,7 @@ NAMED: tuple[type, ...] = (*PATHS, *SAMPLERS, *GRIDS)
 
 __all__ = [
     "CFG", "DDIM", "DENSITIES", "GRIDS", "KINDS", "NAMED", "PATHS", "SAMPLERS", "VP", "Betas", "Contract", "DPMpp2M", "EDM",
-    "Euler", "Exact", "Grid", "Heun", "Kind", "LinearQuadratic", "LogitNormal", "NoisePath", "Prediction", "RectifiedFlow", "Renoise",
-    "Sampler", "Shifted", "Staggered", "Step", "StepCountError", "Stream", "TimeDensity", "TimeGrid", "Timesteps", "Trig",
-    "Uniform", "from_x0", "shifted", "target", "timestep", "uniform_grid",
+    "Euler", "Exact", "Grid", "Heun", "Kind", "LinearQuadratic", "LogitNormal", "NoisePath", "Prediction", "RectifiedFlow",
+    "Renoise", "Sampler", "Shifted", "Staggered", "Step", "StepCountError", "Stream", "TimeDensity", "TimeGrid", "Timesteps",
+    "Trig", "Uniform", "from_x0", "shifted", "target", "timestep", "uniform_grid",
 ]  # fmt: skip
