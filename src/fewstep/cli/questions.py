@@ -39,6 +39,7 @@ class List(Command):
             "rollouts",
             "patterns",
             "samplers",
+            "grids",
             "paths",
             "densities",
             "settings",

@@ -28,7 +28,7 @@ def objects(tree: Mapping[str, Any], at: At) -> dict[str, Any]:
     for now, before in (("sampler", ["solver"] * ("solver" in tree)), ("grid", list(flat))):
         if before and now in tree:
             raise at.key(before[0]).fail(
-                f"is a key of the first version, beside {now}, which says the same; leave it out"
+                f"is a key of the first version and says what {now} says, which is there too; change {now} instead"
             )
     if "solver" in tree:
         rest["sampler"] = _sampler(rest.pop("solver"), at.key("solver"))
