@@ -8,7 +8,7 @@ import torch
 from fewstep.core import Rng
 from fewstep.diffusion import CFG, DDIM, EDM, Contract, Renoise, Shifted, uniform_grid
 from fewstep.methods import BackwardSimulation, FromData, FromPairs, Rollout
-from fewstep.methods.rollouts import NESTED
+from fewstep.methods.rollouts import NESTED, student_contract
 from support_gaussian import (
     ONE_STEP,
     SCALAR,
@@ -90,6 +90,15 @@ def test_contracts_list_exact_shifted_grids_without_guidance() -> None:
     assert (contract.sampler, contract.steps, contract.guidance) == (Renoise(), 4, CFG())
     assert BackwardSimulation(mode="ode").contract(TEACHER).sampler == DDIM()
     assert ONE_STEP.contract(TEACHER).trained == {1: (1.0, 0.0)}
+
+
+def test_guidance_that_was_not_distilled_is_kept() -> None:
+    """One of two experts was trained: the other is guided as before, and costs as much."""
+    left = CFG(low=0.9, outside=3.0)
+    contract = student_contract(TEACHER, ((1.0, 0.5),), 3.0, DDIM(), left)
+    assert contract.guidance == left and contract.calls() == 4
+    assert student_contract(TEACHER, ((1.0, 0.5),), 3.0, DDIM()).calls() == 2
+    assert contract.times(3, force=True) == uniform_grid(3, 3.0)
 
 
 def test_expected_calls() -> None:

@@ -12,6 +12,7 @@ from fewstep import Recipe, RecipeError, distill
 from fewstep.catalogue import classes
 from fewstep.core.build import load_yaml
 from fewstep.data import DataError
+from fewstep.diffusion import CFG, DDIM, Contract, Shifted
 from fewstep.engine import Optim, Settings, WorldProbe
 from fewstep.methods import DMD2, FlowMatching, Reconstruction
 from fewstep.models import Spec
@@ -34,6 +35,8 @@ settings:
   batch: 2
   optim: {student: {lr: 1e-4}, critic: {lr: 1e-4}}
 """
+
+NOW = "{sampler: {type: Heun}, steps: 32, grid: {type: Shifted, shift: 3.0}, guidance: {scale: 2.0}}"
 
 
 @pytest.fixture
@@ -107,6 +110,17 @@ def test_another_type_starts_from_its_own_defaults(tiny: Path) -> None:
     assert recipe.method == FlowMatching(cond_drop=0.2)
     muon = Recipe.load(tiny, [("settings.optim.student.type", "muon")])
     assert muon.settings.optim["student"] == Optim(type="muon", lr=1e-4)
+
+
+@pytest.mark.parametrize("contract", ["{solver: heun, steps: 32, shift: 3.0, guidance: {scale: 2.0}}", NOW])
+def test_a_contract_may_be_typed_as_in_the_first_version(tiny: Path, contract: str) -> None:
+    tiny.write_text(TINY.replace("  num_frames: 4\n", f"  num_frames: 4\n  contract: {contract}\n", 1))
+    recipe = Recipe.load(tiny, [("model.contract.grid.shift", "5.0"), ("model.contract.sampler.type", "DDIM")])
+    expected = Contract(sampler=DDIM(), steps=32, grid=Shifted(shift=5.0), guidance=CFG(scale=2.0))
+    assert isinstance(recipe.model, Scratch) and recipe.model.contract == recipe.model.card().contract == expected
+    assert "solver" not in recipe.text
+    with pytest.raises(RecipeError, match=r"contract\.shift is a key of the first version .* change grid instead"):
+        Recipe.load(tiny, [("model.contract.shift", "5.0")])
 
 
 @pytest.mark.parametrize(

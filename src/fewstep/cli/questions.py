@@ -40,6 +40,7 @@ class List(Command):
             "patterns",
             "caches",
             "samplers",
+            "grids",
             "paths",
             "densities",
             "settings",
