@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from fewstep import distill
-from fewstep.core import Cond
+from fewstep.attention import Ulysses
+from fewstep.core import Call, Cond
 from fewstep.core.env import place
 from fewstep.engine import Health, Parallel, Settings
 from fewstep.engine.optim import RoleOptimizer
@@ -104,14 +105,14 @@ def watch_gradients(run: Run, into: dict[str, Tensor]) -> None:
 def per_frame(spread: str) -> dict[str, Tensor]:
     """The reference network with a time of its own for every frame: its output, and gradients of input and weights."""
     network, generator = tiny_model().denoiser, torch.Generator().manual_seed(0)
-    size = place().world_size if spread == "sequence" else 1
+    size, call = place().world_size if spread == "sequence" else 1, Call()
     if size > 1:
         if not dist.is_initialized():
             dist.init_process_group()
-        network.backbone.spread(dist.group.WORLD, checkpointing=False)
+        call = Call(shared=Ulysses(dist.group.WORLD))
     x = torch.randn(2, 4, 4, 8, 8, generator=generator).requires_grad_()
     t, text = torch.rand(2, 4, generator=generator), torch.randn(2, 5, 16, generator=generator)
-    prediction = network(x, t, Cond(text, torch.ones(2, 5, dtype=torch.bool)))
+    prediction = network(x, t, Cond(text, torch.ones(2, 5, dtype=torch.bool)), call)
     (prediction.raw.square().mean() / size).backward()
     found = {"input": x.grad, **{name: p.grad for name, p in network.named_parameters()}}
     gradients = {name: grad for name, grad in found.items() if grad is not None}

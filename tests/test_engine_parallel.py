@@ -13,20 +13,21 @@ import torch
 from torch import Tensor, nn
 
 import support_parallel
-from fewstep.core import Rng
+from fewstep.core import Call, Cond, Rng
 from fewstep.core.atomic import discard
 from fewstep.data.base import Source
 from fewstep.engine import Optim, Parallel, train
 from fewstep.engine.checkpoint import Checkpoint, RunState, checkpoints
 from fewstep.engine.health import read_record
-from fewstep.engine.listening import Overheard
 from fewstep.engine.log import RunLog, read_metrics
 from fewstep.engine.mesh import Processes, require_mesh
 from fewstep.engine.offload import Shelf
 from fewstep.engine.prepare import open_data, prepare, require_processes
 from fewstep.engine.shard import hollow
+from fewstep.engine.views import Views
 from fewstep.methods import METHODS, Method
 from fewstep.models import Lora, VideoDiT, VideoModel
+from fewstep.models.spread import Spread
 from support_engine import CASES, Everything, small, tiny_model
 from support_parallel import EXAMINED, WHOLE_RUNS, launch, per_frame, results, watched
 
@@ -284,9 +285,9 @@ def test_networks_wait_on_the_cpu_until_an_update_asks_for_them() -> None:
     log.clear()
     shelf.bring("teacher", "student")  # for a picture
     assert log == ["critic to cpu"] and shelf.roles["teacher"].where == shelf.roles["student"].where == "cuda"
-    overheard = Overheard(shelf, [])
-    overheard.begin(("critic",))
-    assert overheard.critic.where == "cuda" and shelf.roles["teacher"].where == "cpu"  # listening brings nobody in
+    views = Views(shelf)
+    views.begin(("critic",))
+    assert views.critic.where == "cuda" and shelf.roles["teacher"].where == "cpu"  # a view brings nobody in
 
 
 @pytest.mark.gpu
@@ -361,9 +362,12 @@ def test_a_network_that_cannot_share_its_tokens_says_so() -> None:
         shares = False
 
     network = Alone(channels=4, width=24, depth=1, heads=2, text_width=16)
-    network.spread(None, checkpointing=True)
-    with pytest.raises(ValueError, match="cannot share the tokens of a Alone; set parallel.sequence: 1"):
-        network.spread(object(), checkpointing=False)  # type: ignore[arg-type]
+    Spread(checkpointing=True).check(network)
+    shared = Spread(shared=object())  # type: ignore[arg-type]
+    x, cond = torch.zeros(1, 4, 2, 4, 4), Cond(torch.zeros(1, 2, 16), torch.ones(1, 2, dtype=torch.bool))
+    for refused in (lambda: shared.check(network), lambda: network(x, torch.ones(1), cond, shared(Call()))):
+        with pytest.raises(ValueError, match="cannot share the tokens of a Alone; set parallel.sequence: 1"):
+            refused()
 
 
 @pytest.mark.parametrize("field", ["shard", "replicate", "sequence"])

@@ -55,7 +55,7 @@ def test_the_last_exit_is_the_sampler_of_the_contract_bit_for_bit(mode: str) -> 
     rollout = BackwardSimulation(mode=mode, exit="last")
     contract = rollout.contract(TEACHER)
     noise = rng.randn(batch.noise_shape, "noise")
-    made = solve(contract.solver, lambda x, t: net(x, t, batch.cond), noise, contract.times(), rng=rng)
+    made = solve(contract.solver, lambda x, t, call: net(x, t, batch.cond, call), noise, contract.times(), rng=rng)
     assert torch.equal(rollout(net, batch, rng, grad=True).x0, made)
 
 

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeVar
 
+from torch import Tensor
+
 from fewstep.core.types import KV
 
 Branch = Literal["cond", "uncond", "both"]
@@ -37,6 +39,14 @@ class Place:
     layer: int
     layers: int
     call: Call
+
+
+class Sharing(Protocol):
+    """Processes that hold the tokens of a clip together (`attention.Ulysses`)."""
+
+    def split(self, x: Tensor, dim: int) -> Tensor: ...
+
+    def join(self, x: Tensor, dim: int) -> Tensor: ...
 
 
 class Runner(Protocol):
@@ -67,3 +77,5 @@ class Call:
     kv: KVView | None = None
     """The past that it may read; of `both` branches the samples are the condition's, then the negative one's."""
     runner: Runner = every_block
+    shared: Sharing | None = None
+    """The processes that make this call together, each with its share of the tokens; None: this one alone."""

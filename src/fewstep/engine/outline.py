@@ -29,10 +29,12 @@ from fewstep.engine.optim import matrices_of, require_named
 from fewstep.engine.precision import autocast, float32
 from fewstep.engine.preview import CLIPS
 from fewstep.engine.settings import Health, Settings
+from fewstep.engine.views import Views
 from fewstep.methods.base import Method, Nets, Update
 from fewstep.methods.rollouts import fold_frames
 from fewstep.models import Card, Denoiser, VideoModel
 from fewstep.models.source import outline
+from fewstep.models.spread import Spread
 
 
 class Ledger(TorchDispatchMode):
@@ -117,9 +119,6 @@ class Outline:
 
     def plan(self) -> Plan:
         """Memory and work of one process that has the whole run to itself."""
-        for network in self.nets.values():
-            if isinstance(network, Denoiser):
-                network.backbone.spread(None, self.settings.parallel.checkpointing)
         phases = tuple(self._phase(update) for update in self._kinds())
         shared = self.settings.lora is not None
         holdings, pauses = (*self._holdings(), *self._kept()), tuple(self._pauses())
@@ -153,13 +152,13 @@ class Outline:
     def _phase(self, update: Update) -> Phase:
         for role, network in self.nets.items():
             network.requires_grad_(role in update.roles).train(role in update.roles)
-        batch = self.batch()
+        batch, nets = self.batch(), Views(self.nets, Spread(checkpointing=self.settings.parallel.checkpointing))
         ledger = Ledger({**self.nets, **{n: p for n, p in self.model.parts.items() if n != self.method.part}})
         with ledger:
             for leaf in _tensors(batch):
                 ledger.note(leaf)
             with autocast(self.settings, "cpu"):
-                for terms in update.losses(self.nets, batch, Shortest(self.settings.seed)):
+                for terms in update.losses(nets, batch, Shortest(self.settings.seed)):
                     with float32(self.settings, "cpu"):
                         torch.stack(list(terms.values())).sum().backward()
         gradients = {}

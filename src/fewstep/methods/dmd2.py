@@ -32,7 +32,8 @@ from torch import Tensor
 from fewstep.core import Batch, Losses, Rng
 from fewstep.diffusion import CFG, TimeDensity, Uniform
 from fewstep.methods import targets
-from fewstep.methods.base import Copy, Heads, Method, Nets, Role, Update, Weak, Work
+from fewstep.methods.base import Method, Nets, Update, Work
+from fewstep.methods.roles import Copy, Heads, Role, Weak
 from fewstep.methods.rollouts import BackwardSimulation, FromPairs, Rollout
 
 
@@ -88,7 +89,9 @@ class DMD2(Method):
 
     def updates(self, step: int) -> Iterator[Update]:
         for k in range(self.critic_updates):
-            yield Update(tuple(role for role in self.aux() if role != "real"), partial(self.critic_loss, k))
+            yield Update(
+                tuple(role for role, made in self.aux().items() if made.trainable), partial(self.critic_loss, k)
+            )
         if step >= self.warmup:
             yield Update(("student",), self.student_loss)
 

@@ -19,7 +19,7 @@ from fewstep.core import Batch, Pairs, Rng
 from fewstep.diffusion import CFG, Contract, shifted
 from fewstep.diffusion.samplers import Solver, full
 from fewstep.diffusion.times import check_grid
-from fewstep.models.denoiser import Denoiser
+from fewstep.models.denoiser import Predictor
 
 Grids = tuple[tuple[float, ...], ...]
 """One tuple of decreasing times per step count, before the shift and without the final 0."""
@@ -59,7 +59,7 @@ class Rollout(ABC):
         return 1.0
 
     @abstractmethod
-    def __call__(self, student: Denoiser, batch: Batch, rng: Rng, *, grad: bool) -> Rolled:
+    def __call__(self, student: Predictor, batch: Batch, rng: Rng, *, grad: bool) -> Rolled:
         """One sample per condition; exactly one student call carries gradient, none if not `grad`."""
 
     def contract(self, teacher: Contract) -> Contract:
@@ -84,7 +84,7 @@ def pick(times: Sequence[float], index: Tensor, like: Tensor) -> Tensor:
     return torch.tensor(times, dtype=torch.float64, device=index.device)[index].to(like.dtype)
 
 
-def predict(student: Denoiser, x_t: Tensor, t: Tensor, batch: Batch, grad: bool) -> Rolled:
+def predict(student: Predictor, x_t: Tensor, t: Tensor, batch: Batch, grad: bool) -> Rolled:
     with torch.set_grad_enabled(grad):
         return Rolled(student(x_t, t, batch.cond).x0, x_t, t)
 
@@ -104,7 +104,7 @@ class BackwardSimulation(Rollout):
     def calls(self) -> float:
         return sum((len(g) + 1) / 2 if self.exit == "random" else len(g) for g in self.grids) / len(self.grids)
 
-    def __call__(self, student: Denoiser, batch: Batch, rng: Rng, *, grad: bool) -> Rolled:
+    def __call__(self, student: Predictor, batch: Batch, rng: Rng, *, grad: bool) -> Rolled:
         grid = exact(self.grids, self.shift)[rng.integer("grid", len(self.grids))]
         stop = rng.integer("exit", len(grid)) if self.exit == "random" else len(grid) - 1
         x = student.path.prior(rng.randn(batch.noise_shape, "noise"))
@@ -124,7 +124,7 @@ class FromData(Rollout):
 
     needs: ClassVar[frozenset[str]] = frozenset({"x0"})
 
-    def __call__(self, student: Denoiser, batch: Batch, rng: Rng, *, grad: bool) -> Rolled:
+    def __call__(self, student: Predictor, batch: Batch, rng: Rng, *, grad: bool) -> Rolled:
         x0, times = batch.require("x0"), [t for grid in exact(self.grids, self.shift) for t in grid]
         t = pick(times, rng.integers((len(batch),), "index", len(times)), x0)
         return predict(student, student.path.add_noise(x0, rng.randn(x0.shape, "noise"), t), t, batch, grad)
@@ -141,7 +141,7 @@ class FromPairs(Rollout):
 
     grids: Grids = NESTED
 
-    def __call__(self, student: Denoiser, batch: Batch, rng: Rng, *, grad: bool) -> Rolled:
+    def __call__(self, student: Predictor, batch: Batch, rng: Rng, *, grad: bool) -> Rolled:
         pairs: Pairs = batch.require("pairs")
         stored = [stored_index(pairs, t) for grid in exact(self.grids, self.shift) for t in grid]
         drawn = rng.integers((len(batch),), "index", len(stored))

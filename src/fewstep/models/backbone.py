@@ -9,14 +9,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fewstep.attention import Grid3, Ulysses, attend
 from fewstep.core import KV, Call, Cond
@@ -151,9 +148,6 @@ class Backbone(nn.Module, ABC):
     shares: ClassVar[bool] = False
     """Whether the tokens of a clip may lie on several processes: the blocks' self-attention is `context.attend` (or
     `Ulysses.attend_beside`), and everything else they do is done token by token."""
-    shared: Ulysses | None = None
-    """The processes that share every clip of this network, see `spread`."""
-    checkpointing: bool = False
 
     @abstractmethod
     def embed(self, x: Tensor, t: Tensor, cond: Cond, call: Call = Call()) -> State:
@@ -178,15 +172,14 @@ class Backbone(nn.Module, ABC):
 
     def walk(self, state: State, call: Call = Call()) -> Iterator[State]:
         """The state after each block, in the order of `blocks`; `call.runner` runs them."""
-        if self.shared is not None:
+        if call.shared is not None:
+            self.require_sharing()
             if call.kv is not None:
                 raise ValueError("a clip that processes share has no cache; set settings.parallel.sequence: 1")
-            state = state.split(self.shared)
-        again = self.checkpointing and torch.is_grad_enabled()
+            state = state.split(cast(Ulysses, call.shared))
         for index, block in enumerate(self.blocks):
             state = replace(state, past=call.kv.layer(index) if call.kv else None, new=None)
-            run = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False) if again else block
-            state = call.runner(run, state, Place(index, len(self.blocks), call))
+            state = call.runner(block, state, Place(index, len(self.blocks), call))
             yield state
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond, call: Call = Call()) -> Output:
@@ -197,15 +190,10 @@ class Backbone(nn.Module, ABC):
         whole = call.kv is not None and None not in made
         return Output(self.head(state.joined), tuple(made) if whole else None)
 
-    def spread(self, group: dist.ProcessGroup | None, checkpointing: bool) -> None:
-        """From now on: the processes of `group` share the tokens of every call, block by block (they must all make it);
-        with `checkpointing` only what flows between blocks is kept for the backward pass. Copy a network before, not after.
-
-        ValueError if this network cannot share its tokens.
-        """
-        if group is not None and not self.shares:
+    def require_sharing(self) -> None:
+        """ValueError if processes cannot share the tokens of this network's clips (`Call.shared`)."""
+        if not self.shares:
             raise ValueError(f"processes cannot share the tokens of a {type(self).__name__}; set parallel.sequence: 1")
-        self.shared, self.checkpointing = None if group is None else Ulysses(group), checkpointing
 
     def compile_blocks(self, *, hooked: bool = False) -> None:
         """Compile every block in place (one graph serves all). A copy of this network starts uncompiled.
