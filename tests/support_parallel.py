@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from fewstep import distill
@@ -32,6 +33,7 @@ from fewstep.engine import Health, Parallel, Settings
 from fewstep.engine.optim import RoleOptimizer
 from fewstep.engine.prepare import prepare
 from fewstep.engine.run import Run
+from fewstep.engine.shard import hollow, shard
 from fewstep.methods import Method
 from fewstep.models import Lora
 from support_engine import CASES, Everything, small, tiny_model
@@ -122,6 +124,33 @@ def per_frame(spread: str) -> dict[str, Tensor]:
     return {"output": prediction.raw.detach(), **gradients}
 
 
+def derivative(spread: str) -> dict[str, Tensor]:
+    """A denoiser's output and derivative, with gradients of a loss of both; cut over the processes if asked for."""
+    network, generator = tiny_model().denoiser, torch.Generator().manual_seed(0)
+    size = place().world_size if spread == "shard" else 1
+    if size > 1:
+        if not dist.is_initialized():
+            dist.init_process_group()
+        weights, network = network.state_dict(), hollow(network)
+        shard(network, weights, init_device_mesh("cpu", (size,)))
+    network.requires_grad_(True)
+    x, dx = torch.randn(2, 2, 4, 4, 8, 8, generator=generator)
+    t, text = torch.rand(2, generator=generator), torch.randn(2, 5, 16, generator=generator)
+    cond = Cond(text, torch.ones(2, 5, dtype=torch.bool))
+    found = {}
+    for kept in (True, False):
+        with torch.set_grad_enabled(kept):
+            prediction, tangent = network.jvp(x, t, cond, dx, torch.ones(2))
+        found |= {
+            f"{kept} output": prediction.raw.detach(),
+            f"{kept} derivative": tangent.raw,
+            f"{kept} x0": tangent.x0,
+        }
+        if kept:
+            ((prediction.raw - tangent.raw).square().mean() / size).backward()
+    return found | {name: full(p.grad) for name, p in network.named_parameters() if p.grad is not None}
+
+
 def whole_run(output: Path, **others: Any) -> None:
     """A short DMD2 run with an average, from the teacher's folder beside `output`, saved at every second step."""
     teacher, settings = output.parent / "teacher", replace(EXAMINED, **others)
@@ -202,6 +231,8 @@ def main(folder: Path, names: list[str]) -> None:
             WHOLE_RUNS[name](folder / name)
         elif name == "per_frame":
             keep(folder, name, {"found": per_frame("sequence")})
+        elif name == "derivative":
+            keep(folder, name, {"found": derivative("shard")})
         else:
             keep(folder, name, watched(*name.split("."), folder=folder))
 

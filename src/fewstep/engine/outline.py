@@ -83,11 +83,13 @@ class Ledger(TorchDispatchMode):
 
 
 @dataclass(frozen=True)
-class Shortest(Rng):
-    """Random numbers of a run that stops every rollout at its first exit: it holds as much as the longest."""
+class Drawn(Rng):
+    """Random numbers of a run whose integers that places share are known: so a rollout says when it is fullest."""
+
+    draws: Mapping[str, int] = field(default_factory=dict)
 
     def integer(self, name: str, high: int) -> int:
-        return 0
+        return min(self.draws.get(name, 0), high - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +152,12 @@ class Outline:
                 return
 
     def _phase(self, update: Update) -> Phase:
+        """With every rollout as full as it gets, each of the method's in turn."""
+        draws = [rollout.fullest for rollout in self.method.rollouts if rollout.fullest] or [{}]
+        return max((self.phase(update, each) for each in draws), key=lambda phase: phase.activations)
+
+    def phase(self, update: Update, draws: Mapping[str, int]) -> Phase:
+        """What the update holds where its rollouts draw so (`Rollout.fullest`)."""
         for role, network in self.nets.items():
             network.requires_grad_(role in update.roles).train(role in update.roles)
         batch, nets = self.batch(), Views(self.nets, Spread(checkpointing=self.settings.parallel.checkpointing))
@@ -158,7 +166,7 @@ class Outline:
             for leaf in _tensors(batch):
                 ledger.note(leaf)
             with autocast(self.settings, "cpu"):
-                for terms in update.losses(nets, batch, Shortest(self.settings.seed)):
+                for terms in update.losses(nets, batch, Drawn(self.settings.seed, draws=draws)):
                     with float32(self.settings, "cpu"):
                         torch.stack(list(terms.values())).sum().backward()
         gradients = {}

@@ -97,9 +97,10 @@ def _let_fsdp_see_inside() -> None:
         _register(cls)
 
 
-def _below(cls: type[State]) -> Iterator[type[State]]:
+def _below(cls: type) -> Iterator[type]:
     """Every class that inherits from it, at any depth."""
-    for child in cls.__subclasses__():
+    children: list[type] = cls.__subclasses__()
+    for child in children:
         yield child
         yield from _below(child)
 

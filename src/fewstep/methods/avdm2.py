@@ -147,4 +147,4 @@ class AVDM2(Method):
         real, fake = Work(self.real, 2 if self.guidance.active else 1, frames), Work(self.fake, 3 * turns + 1, frames)
         scores = (real, fake) if self.score != "none" else ()
         eyes = (Work("teacher", 2 * turns + 2, layers=self.layers),) if self.adversarial > 0 else ()
-        return Work("student", (turns + 1) * self.rollout.calls + 2), *scores, *eyes
+        return Work("student", turns * self.rollout.calls + self.rollout.work), *scores, *eyes

@@ -88,10 +88,9 @@ class DMD2(Method):
         return critic | real | ({"discriminator": Heads("teacher", self.layers)} if self.gan > 0 else {})
 
     def updates(self, step: int) -> Iterator[Update]:
+        trained = tuple(role for role, made in self.aux().items() if made.trainable)
         for k in range(self.critic_updates):
-            yield Update(
-                tuple(role for role, made in self.aux().items() if made.trainable), partial(self.critic_loss, k)
-            )
+            yield Update(trained, partial(self.critic_loss, k))
         if step >= self.warmup:
             yield Update(("student",), self.student_loss)
 
@@ -133,7 +132,7 @@ class DMD2(Method):
     def cost(self) -> tuple[Work, ...]:
         turns, guided, r1 = self.critic_updates, 2 if self.guidance.active else 1, 1 if self.r1 > 0 else 0
         return (
-            Work("student", (turns + 1) * self.rollout.calls + 2 + (3 if self.anchor > 0 else 0)),
+            Work("student", turns * self.rollout.calls + self.rollout.work + (3 if self.anchor > 0 else 0)),
             Work("real" if self.weak > 0 else "teacher", guided),
             Work("critic", 3 * turns + 1),
             *((Work("teacher", (2 + r1) * turns + 2, layers=self.layers),) if self.gan > 0 else ()),
