@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FILE_LINES, NETWORK_FILE_LINES, METHOD_FILE_LINES = 400, 600, 150
 FUNCTION_LINES, PARAMETERS = 60, 7
 SUPPORT = {  # files of a room that are not one of its algorithms, and may hold several classes that belong together
-    "methods": {"__init__", "base", "rollouts", "targets", "aux", "schedules"},
-    "attention": {"__init__", "pattern", "kernels", "kv"},
+    "methods": {"__init__", "base", "roles", "rollouts", "targets"},
+    "attention": {"__init__", "forward_mode", "pattern", "kernels", "kv"},
     "models": {"__init__", "bundle", "source", "spec"},  # no networks in them
 }
 NUMBERED = {"avdm2", "dmd2", "t5", "hunyuan15", "qwen_byt5"}  # what the field calls it
@@ -31,6 +31,7 @@ EXCEPTIONS: dict[str, str] = {
     "src/fewstep/engine/loop.py:train:parameters": "the front door of the engine",
     "src/fewstep/models/bundle.py:latents:parameters": "the front door of sampling",
     "src/fewstep/data/prepare.py:prepare:parameters": "the front door of preparation",
+    "src/fewstep/attention/forward_mode.py:_attend:parameters": "those of torch's own attention, and how much at a time",
 }
 
 
