@@ -123,7 +123,7 @@ class LTX(DiffusersBackbone):
         self.width = config.num_attention_heads * config.attention_head_dim
         self.proj_in, self.time_embed, self.rope = network.proj_in, network.time_embed, network.rope
         self.caption_projection = network.caption_projection
-        self.blocks = nn.ModuleList(Block(block) for block in network.transformer_blocks)
+        self.blocks = nn.ModuleList(_Block(block) for block in network.transformer_blocks)
         self.norm_out, self.proj_out, self.scale_shift_table = (
             network.norm_out, network.proj_out, network.scale_shift_table,
         )  # fmt: skip
@@ -191,7 +191,7 @@ class LTX(DiffusersBackbone):
         return torch.stack([table[0, :, ::2] for table in self.rope(places_13M, video_coords=places_13M)])
 
 
-class Block(nn.Module):
+class _Block(nn.Module):
     """One of diffusers' blocks: self-attention, cross-attention to the text, MLP; the first and last modulated by time."""
 
     def __init__(self, block: LTXVideoTransformerBlock) -> None:
