@@ -20,7 +20,7 @@ import torch
 
 from fewstep import demo
 from fewstep.data.pairs import PairPlan, StoredPairs, make_pairs
-from fewstep.diffusion import CFG, Contract, Trig
+from fewstep.diffusion import CFG, Contract, Renoise, Trig
 from fewstep.engine import Health, Optim, Settings, train
 from fewstep.engine.health import Record, read_record
 from fewstep.engine.optim import RoleOptimizer
@@ -61,7 +61,7 @@ class OtherShift(DMD2):
     """Trains on times shifted by 3 and has its student sampled on times shifted by 1."""
 
     def contract(self, teacher: Contract) -> Contract:
-        return student_contract(teacher, demo.GRIDS, 1.0, "renoise")
+        return student_contract(teacher, demo.GRIDS, 1.0, Renoise())
 
 
 @contextmanager

@@ -17,19 +17,20 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from fewstep import distill
-from fewstep.attention import BlockCausal, KVCache
+from fewstep.attention import BlockCausal, KVCache, Operation, TopK
 from fewstep.cli import main
 from fewstep.core import Call, Cond, Rng, Seeds
 from fewstep.core.build import RecipeError
 from fewstep.data import Prompts
 from fewstep.data.texts import Texts
-from fewstep.diffusion import CFG
+from fewstep.diffusion import CFG, Exact
 from fewstep.engine import Settings
 from fewstep.methods import DMD2, BackwardSimulation
 from fewstep.models import Lora, VideoModel, fingerprint
 from fewstep.models.adapters import layout
 from fewstep.models.bundle import read_card
 from fewstep.models.lora import adapt, adapters
+from fewstep.models.repattern import repattern
 from fewstep.models.source import Diffusers
 from fewstep.models.spread import Spread
 from tiny_models import TINY, save_tiny
@@ -88,9 +89,11 @@ def test_a_model_of_whole_clips_refuses_what_it_cannot_do(name: str, source: Dif
     x, t, cond = drawn(model)
     with pytest.raises(ValueError, match=r"one time per clip: t must be \[2\], got \(2, \d\)"):
         model.denoiser(x, t[:, None].expand(-1, x.shape[2]), cond)
-    with pytest.raises(ValueError, match="sees whole clips and has no cache"):
-        model.denoiser(x, t, cond, Call(kv=KVCache.empty().view()))
-    with pytest.raises(RecipeError, match="has no pattern; leave it out"):
+    with pytest.raises(ValueError, match="sees whole clips and has no past"):
+        model.denoiser.recall(KVCache.empty(), x)
+    with pytest.raises(
+        (RecipeError, ValueError), match="has no pattern; leave it out|would tell the past of the future"
+    ):
         replace(source, pattern=BlockCausal(chunk=1)).load()
 
 
@@ -138,7 +141,7 @@ def test_clips_are_the_pipeline_s(name: str, model: VideoModel, pipeline: Diffus
     times = tiny.times(pipeline)
     if not name.startswith("wan"):  # its pipelines leave the ends of the grid to others
         assert card.contract.times(steps) == pytest.approx(times)
-    model.card = replace(card, contract=replace(card.contract, grids={str(steps): times}, steps=steps))
+    model.card = replace(card, contract=replace(card.contract, grid=Exact(grids=(times,)), steps=steps))
     ours = model.latents(PROMPTS, seed=(5, 6), guidance_scale=5.0)
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
     frames = tiny.sample(pipeline, noise, **options, output_type="np").permute(0, 4, 1, 2, 3)
@@ -179,10 +182,27 @@ def test_chunk_by_chunk_with_a_cache_is_one_masked_forward(name: str, source: Di
     x, _, cond = drawn(model, frames=13)
     t, cache, made = Rng(3).rand((2, x.shape[2]), "t"), KVCache.empty(), []
     for part, times in zip(x.split(2, 2), t.split(2, 1), strict=True):
-        prediction = model.denoiser(part, times, cond, Call(kv=cache.view()))
+        prediction = model.denoiser(part, times, cond, Call(kv=model.denoiser.recall(cache, part)))
         cache = cache.commit(prediction.kv, part.shape[2])
         made.append(prediction.raw)
     torch.testing.assert_close(torch.cat(made, 2), model.denoiser(x, t, cond).raw, **EXACT)
+
+
+@torch.no_grad()
+def test_sparse_attention_reaches_every_block(name: str, model: VideoModel) -> None:
+    """Reading all blocks of tokens is the network itself; reading some of them is not."""
+    x, t, cond = drawn(model)
+    if not any(isinstance(module, Operation) for module in model.denoiser.modules()):
+        with pytest.raises(ValueError, match="takes no pattern"):
+            repattern(model.denoiser, TopK())
+        return
+    dense, whole = model.denoiser(x, t, cond).raw, repattern(model.denoiser, TopK(block=3, keep=1.0))
+    torch.testing.assert_close(whole(x, t, cond).raw, dense, **EXACT)
+    few = repattern(model.denoiser, TopK(block=3, keep=0.4))
+    assert (few(x, t, cond).raw - dense).abs().max() > 1e-5
+    hosts = [block for block in few.backbone.blocks if any(isinstance(m, Operation) for m in block.modules())]
+    assert len(hosts) == len(model.denoiser.backbone.blocks)
+    torch.testing.assert_close(model.denoiser(x, t, cond).raw, dense, atol=0, rtol=0)  # left as it was
 
 
 def test_features_gradients_and_checkpointing(name: str, model: VideoModel) -> None:

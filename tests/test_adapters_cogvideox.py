@@ -15,9 +15,8 @@ pytest.importorskip("diffusers", reason="needs the extra diffusers")
 from diffusers import CogVideoXDDIMScheduler, CogVideoXImageToVideoPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-from fewstep.attention import KVCache
-from fewstep.core import Call, Cond, RecipeError, Rng, Seeds
-from fewstep.diffusion import Betas, Contract, ddim
+from fewstep.core import Call, Cond, KVView, RecipeError, Rng, Seeds
+from fewstep.diffusion import DDIM, Betas, Contract
 from fewstep.evaluate.conformance import check_model, subject
 from fewstep.models import Denoiser, Lora, VideoModel
 from fewstep.models.adapters.cogvideox import CogVideoX
@@ -41,6 +40,8 @@ MODELS = {
     "1.5 image": ROTARY | {"in_channels": 8, "patch_size_t": 2, "ofs_embed_dim": 8},
 }  # fmt: skip
 every_model = pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
+
+NO_PAST = Call(kv=KVView((), torch.empty(0, dtype=torch.long), torch.zeros((), dtype=torch.long)))
 
 
 def network(config: dict[str, Any]) -> CogVideoX:
@@ -93,7 +94,7 @@ def test_ddim_is_that_of_cogvideox() -> None:
 
     def sample(path: Betas, contract: Contract) -> Tensor:
         student = Denoiser(mine, path, "v")
-        return ddim(lambda x, t: student(x, t, cond), path.prior(x), contract.times())
+        return DDIM()(lambda x, t, call: student(x, t, cond, call), path.prior(x), contract.times(), rng=Rng(0))
 
     contract = contract_of(theirs.config, steps=5, scale=6.0)
     torch.testing.assert_close(sample(denoiser.path, contract), expected, atol=1e-4, rtol=1e-4)
@@ -105,7 +106,7 @@ def test_what_cogvideox_cannot_do_is_refused() -> None:
     with pytest.raises(ValueError, match="one time per clip"):
         mine(x, Rng(0).rand((2, 3), "t"), cond)
     with pytest.raises(ValueError, match="no cache"):
-        mine(x, t, cond, Call(kv=KVCache.empty().view()))
+        mine(x, t, cond, NO_PAST)
     with pytest.raises(ValueError, match="multiples of 2"):
         mine(x[..., :5], t, cond)
     with pytest.raises(ValueError, match="F a multiple of 2"):

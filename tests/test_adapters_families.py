@@ -20,7 +20,7 @@ from diffusers import (
 from diffusers.pipelines.ltx.pipeline_ltx_condition import linear_quadratic_schedule
 
 from fewstep.core import Cond, RecipeError, Rng
-from fewstep.diffusion import Contract
+from fewstep.diffusion import Contract, LinearQuadratic, Shifted
 from fewstep.models.adapters.flow import contract_of
 from fewstep.models.adapters.hunyuan import HunyuanVideo
 from fewstep.models.adapters.ltx import LTX
@@ -68,13 +68,13 @@ def test_published_ltx_places() -> None:
     ours = LTX(config=config, compression=[8, 32], fps=25)
     x, cond = drawn((1, 128, 3, 5, 7), (1, 2, 8))
     cos, sin = theirs.rope(x.flatten(2).transpose(1, 2), 3, 5, 7, (8 / 25, 32, 32))
-    table = ours.embed(x, torch.ones(1), cond).context.rotary_2MD
+    table = ours.embed(x, torch.ones(1), cond).context.table
     assert torch.equal(table.repeat_interleave(2, -1), torch.cat([cos, sin]))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 8, 50])
 def test_times_of_ltx_from_0_9_5_on(steps: int) -> None:
-    times = Contract(threshold=0.025).times(steps)
+    times = LinearQuadratic().times(steps)
     assert times == pytest.approx((*linear_quadratic_schedule(steps).tolist(), 0.0), abs=1e-6)
 
 
@@ -195,9 +195,10 @@ def test_the_guider_of_hunyuan_1_5_is_followed_or_refused(tmp_path: Path) -> Non
 
 
 def test_flow_schedulers_are_followed_or_refused() -> None:
-    assert contract_of({"shift": 7.0}, steps=50, scale=1.0) == Contract(steps=50, shift=7.0)
+    assert contract_of({"shift": 7.0}, steps=50, scale=1.0) == Contract(steps=50, grid=Shifted(shift=7.0))
     dynamic = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
-    assert contract_of(dynamic, steps=50, scale=1.0, tokens=256).shift == pytest.approx(math.exp(0.5))
+    grid = contract_of(dynamic, steps=50, scale=1.0, tokens=256).grid
+    assert isinstance(grid, Shifted) and grid.shift == pytest.approx(math.exp(0.5)) and grid.terminal == 0
     for setting, said in (
         ({"use_karras_sigmas": True}, "use_karras_sigmas: True cannot be followed"),
         (dynamic | {"time_shift_type": "linear"}, "'linear' is not exponential"),

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("diffusers")
 
-from fewstep.attention import KVCache
-from fewstep.core import Call, Cond, Rng
+from fewstep.core import Call, Cond, KVView, Rng
 from fewstep.diffusion import Betas
 from fewstep.models import Denoiser, FeatureHeads
 from fewstep.models.adapters.animatediff import AnimateDiff
@@ -25,6 +24,8 @@ from support_unets import IMAGE, VIDEO, awake
 
 FAMILIES: dict[type[UNet], dict[str, Any]] = {AnimateDiff: VIDEO, StableDiffusion: IMAGE}
 every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.__name__)
+
+NO_PAST = Call(kv=KVView((), torch.empty(0, dtype=torch.long), torch.zeros((), dtype=torch.long)))
 
 
 def pair(family: type[UNet]) -> tuple[UNet, nn.Module]:
@@ -190,7 +191,7 @@ def test_what_a_unet_cannot_do_is_refused(family: type[UNet]) -> None:
     with pytest.raises(ValueError, match="multiples of 4"):
         mine(x[..., :6], t, cond)
     with pytest.raises(ValueError, match="no cache"):
-        mine(x, t, cond, Call(kv=KVCache.empty().view()))
+        mine(x, t, cond, NO_PAST)
     extra = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
     with pytest.raises(ValueError, match="addition_embed_type: 'text_time' cannot be read"):
         family(config=FAMILIES[family] | extra | {"projection_class_embeddings_input_dim": 60})

@@ -13,8 +13,8 @@ pytest.importorskip("diffusers", reason="needs the extra diffusers")
 
 from fewstep.attention import BlockCausal
 from fewstep.cli import main
-from fewstep.core import Batch, Cond, RecipeError, Rng, Seeds
-from fewstep.diffusion import CFG, Betas, Contract, Prediction, Timesteps, solve
+from fewstep.core import Batch, Call, Cond, RecipeError, Rng, Seeds
+from fewstep.diffusion import CFG, DDIM, Betas, Contract, Prediction, Timesteps
 from fewstep.engine.nets import build_nets
 from fewstep.methods import DMD2, BackwardSimulation
 from fewstep.models import Denoiser, VideoModel
@@ -92,21 +92,21 @@ def test_ddim_is_that_of_diffusers(
         x = theirs.step(raw[1] + 3.0 * (raw[0] - raw[1]), timestep, x).prev_sample
 
     def sample(contract: Contract) -> Tensor:
-        def denoise(x: Tensor, t: Tensor) -> Prediction:
-            return contract.guidance(network, x, t, cond, uncond)
+        def denoise(x: Tensor, t: Tensor, call: Call) -> Prediction:
+            return contract.guidance(network, x, t, cond, uncond, call)
 
-        return solve(contract.solver, denoise, network.path.prior(start), contract.times(), rng=Rng(0))
+        return contract.sampler(denoise, network.path.prior(start), contract.times(), rng=Rng(0))
 
     torch.testing.assert_close(sample(contract_of(theirs.config, steps=steps, scale=3.0)), x, atol=2e-4, rtol=2e-4)
     if settings["timestep_spacing"] == "leading":
-        wrong = sample(Contract(solver="ddim", steps=steps, guidance=CFG(scale=3.0)))
+        wrong = sample(Contract(sampler=DDIM(), steps=steps, guidance=CFG(scale=3.0)))
         assert not torch.allclose(wrong, x, atol=1e-2)
 
 
 def test_schedulers_that_cannot_be_read_are_refused() -> None:
     config = dict(scheduler("linear").config)
     assert path_of(config) == Betas(schedule="linear")
-    assert contract_of(config, steps=25, scale=7.5).timesteps == Timesteps(
+    assert contract_of(config, steps=25, scale=7.5).grid == Timesteps(
         spacing="leading", steps_offset=1, ends_clean=False
     )
     for key, value in (("beta_schedule", "squaredcos_cap_v2"), ("clip_sample", True), ("trained_betas", [0.1])):
@@ -121,7 +121,7 @@ def test_schedulers_that_cannot_be_read_are_refused() -> None:
 
 @torch.no_grad()
 def test_clips_are_the_pipeline_s(pipelines: dict[str, tuple[Any, Path]]) -> None:
-    """From prompts to frames: text states, guidance, times, solver and codec, all by the card."""
+    """From prompts to frames: text states, guidance, times, sampler and codec, all by the card."""
     pipeline, folder = pipelines["animatediff"]
     model = Diffusers(source=str(folder), num_frames=4).load()
     start = Seeds((5, 6)).randn((2, *model.latent_shape()), "start")

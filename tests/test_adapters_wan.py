@@ -21,7 +21,7 @@ from fewstep.attention import BlockCausal, KVCache
 from fewstep.cli import main
 from fewstep.core import Call, Cond, Rng, Seeds
 from fewstep.core.build import RecipeError
-from fewstep.diffusion import CFG, Prediction, RectifiedFlow
+from fewstep.diffusion import CFG, DDIM, DPMpp2M, Euler, Exact, Prediction, RectifiedFlow, Renoise
 from fewstep.evaluate.conformance import check_model
 from fewstep.models import VideoModel
 from fewstep.models.adapters.layout import Layout
@@ -108,10 +108,10 @@ def test_whichever_expert_comes_next_finds_its_own_past(experts: Path) -> None:
     ).load()
     network, cond = model.denoiser, model.text.encode(PROMPTS)
     x = Rng(0).randn((2, *model.latent_shape()), "x")
-    first = network(x[:, :, :1], torch.zeros(2), cond, Call(kv=KVCache.empty().view()))
+    first = network(x[:, :, :1], torch.zeros(2), cond, Call(kv=network.recall(KVCache.empty(), x)))
     memory = KVCache.empty().commit(first.kv or (), 1)
     for t in (0.9, 0.3):
-        streamed = network(x[:, :, 1:], torch.full((2,), t), cond, Call(kv=memory.view())).raw
+        streamed = network(x[:, :, 1:], torch.full((2,), t), cond, Call(kv=network.recall(memory, x))).raw
         whole = network(x, torch.tensor([[0.0, t]] * 2), cond).raw[:, :, 1:]
         torch.testing.assert_close(streamed, whole, atol=1e-5, rtol=1e-5)
         one = network.backbone.expert(0 if t > 0.6 else 1)(x[:, :, 1:], torch.full((2,), t), cond).raw
@@ -129,7 +129,7 @@ def test_experts_must_be_alike(tmp_path: Path) -> None:
 def test_guidance_has_a_scale_for_the_other_times() -> None:
     guidance, t = CFG(scale=4.0, low=0.5, outside=3.0), torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)
 
-    def net(x: torch.Tensor, t: torch.Tensor, cond: Cond) -> Prediction:
+    def net(x: torch.Tensor, t: torch.Tensor, cond: Cond, call: Call = Call()) -> Prediction:
         return Prediction(cond.text[:, :, None, None, None].expand_as(x), "flow", x, t, RectifiedFlow())
 
     x, mask = torch.zeros(3, 1, 1, 1, 1, dtype=torch.float64), torch.ones(3, 1, dtype=torch.bool)
@@ -183,7 +183,7 @@ def as_the_pipeline(model: VideoModel, folder: Path, noise: torch.Tensor, **give
         for prompts, latents in clips
     ]  # fmt: skip
     times = tuple(map(float, pipeline.scheduler.sigmas))
-    model.card = replace(model.card, contract=replace(model.card.contract, grids={"3": times}, steps=3))
+    model.card = replace(model.card, contract=replace(model.card.contract, grid=Exact(grids=(times,)), steps=3))
     return torch.cat(made)
 
 
@@ -232,8 +232,8 @@ def test_the_first_frame_of_ti2v_is_the_image(model: VideoModel) -> None:
     assert torch.equal(model.denoiser(other, t, cond).raw[:, :, 1:], model.denoiser(x, t, cond).raw[:, :, 1:])
     at_zero = model.denoiser(x, torch.zeros(1), cond)
     assert at_zero.raw.isfinite().all() and torch.equal(at_zero.x0, x)
-    for solver in ("euler", "ddim", "renoise", "dpmpp_2m"):
-        model.card = replace(model.card, contract=replace(model.card.contract, solver=solver, steps=2))
+    for sampler in (Euler(), DDIM(), Renoise(), DPMpp2M()):
+        model.card = replace(model.card, contract=replace(model.card.contract, sampler=sampler, steps=2))
         torch.testing.assert_close(model.latents(PROMPTS[:1], image=image)[:, :, :1], first, atol=1e-5, rtol=1e-5)
 
 

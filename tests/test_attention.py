@@ -1,45 +1,197 @@
-"""What each query reads: masks, kernels, caches."""
+"""What each query reads: patterns and their operations, kernels, memories."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import pytest
 import torch
+from torch import Tensor
 
-from fewstep.attention import PATTERNS, BlockCausal, Dense, Grid3, KVCache, attend, backends, math_only, pick
-from fewstep.attention.pattern import Pattern
-from fewstep.core import build
+from fewstep.attention import (
+    KEEPS,
+    PATTERNS,
+    BlockCausal,
+    Dense,
+    Everything,
+    Grid3,
+    Keep,
+    KVCache,
+    Site,
+    TopK,
+    Window,
+    attend,
+    backends,
+    math_only,
+    pick,
+)
+from fewstep.attention.pattern import Operation, Pattern
+from fewstep.core import Call, KVView, build
+
+EXAMPLES = [
+    Dense(),
+    BlockCausal(),
+    BlockCausal(chunk=3),
+    BlockCausal(chunk=2, window=4),
+    BlockCausal(chunk=2, window=5, sink=1),
+    TopK(block=4, keep=0.5),
+    TopK(block=5, keep=0.4),
+    TopK(block=3, keep=1.0),
+]
+GRID = Grid3(7, 1, 3)
+every_example = pytest.mark.parametrize("pattern", EXAMPLES, ids=str)
 
 
-@pytest.mark.parametrize("pattern", [Dense(), BlockCausal(), BlockCausal(chunk=3)])
+def drawn(queries: int, keys: int, heads: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(queries)
+    return tuple(  # type: ignore[return-value]
+        torch.randn(2, heads, n, 8, generator=generator, dtype=torch.float64) for n in (queries, keys, keys)
+    )
+
+
+def view(start: int, slots: int = 0) -> KVView:
+    some = tuple((torch.zeros(1, 1, slots, 1), torch.zeros(1, 1, slots, 1)) for _ in range(min(slots, 1)))
+    return KVView(some, torch.arange(start - slots, start), torch.tensor(start))
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    scores = q @ k.mT / q.shape[-1] ** 0.5
+    return (scores if mask is None else scores.where(mask, -torch.inf)).softmax(-1) @ v
+
+
+# --- patterns -------------------------------------------------------------------------------------------------------------
+
+
+def test_every_pattern_has_an_example() -> None:
+    assert {type(pattern) for pattern in EXAMPLES} == set(PATTERNS)
+
+
+@every_example
 def test_pattern_survives_its_tree(pattern: Pattern) -> None:
     names = {cls.__name__: cls for cls in PATTERNS}
     assert build(Pattern, pattern.tree(), names) == pattern
 
 
-def test_empty_chunks_are_refused() -> None:
+@every_example
+@pytest.mark.parametrize("beside", [0, 4])
+@pytest.mark.parametrize("hidden", [False, True], ids=["all readable", "some hidden"])
+def test_an_operation_is_softmax_attention_under_its_mask(pattern: Pattern, beside: int, hidden: bool) -> None:
+    """Whatever way it computes: the dense truth is `allowed`."""
+    count = GRID.tokens + beside
+    readable = torch.ones(2, 1, 1, count, dtype=torch.bool)
+    if hidden:
+        readable[0, ..., beside - 1 if beside else 2] = readable[1, ..., -1] = False
+    site = Site(GRID, beside=beside, readable_B11M=readable if hidden else None)
+    try:
+        pattern.check(site)
+    except ValueError:
+        assert beside and isinstance(pattern, BlockCausal)
+        return
+    operation, (q, k, v) = pattern.operation(0, 2, 8), drawn(count, count)
+    allowed = operation.allowed(q, k, site)
+    made = operation(q, k, v, site)
+    torch.testing.assert_close(made, softmax_attention(q, k, v, allowed), atol=1e-12, rtol=0)
+    torch.testing.assert_close(Operation.forward(operation, q, k, v, site), made, atol=1e-12, rtol=0)
+
+
+@every_example
+def test_gradients_are_those_of_the_mask(pattern: Pattern) -> None:
+    operation, site, qkv = pattern.operation(0, 2, 8), Site(GRID), drawn(GRID.tokens, GRID.tokens)
+    ours, theirs = ([x.clone().requires_grad_() for x in qkv] for _ in range(2))
+    operation(*ours, site).square().sum().backward()
+    allowed = operation.allowed(qkv[0], qkv[1], site)
+    softmax_attention(*theirs, allowed).square().sum().backward()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-11, rtol=0)
+
+
+@pytest.mark.parametrize("pattern", [BlockCausal(chunk=2), TopK(block=8, keep=0.25)], ids=str)
+def test_no_mask_of_all_queries_and_keys_is_made(pattern: Pattern, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest tensor beside inputs and outputs is a small multiple of them, whatever the length."""
+    grid, largest = Grid3(32, 4, 4), 0
+    q, k, v = (x.float() for x in drawn(grid.tokens, grid.tokens))
+    for name in ("zeros", "ones"):
+        make = getattr(torch, name)
+
+        def noted(*shape: int, make=make, **options: object) -> Tensor:  # type: ignore[no-untyped-def]
+            nonlocal largest
+            made: Tensor = make(*shape, **options)
+            largest = max(largest, made.numel())
+            return made
+
+        monkeypatch.setattr(torch, name, noted)
+    monkeypatch.setattr(Operation, "allowed", lambda *_: pytest.fail("the mask of all queries and keys was made"))
+    pattern.operation(0, 2, 8)(q, k, v, Site(grid))
+    assert largest <= q.numel()
+
+
+def test_empty_chunks_and_windows_without_room_are_refused() -> None:
     with pytest.raises(ValueError, match="chunk >= 1"):
         BlockCausal(chunk=0)
+    with pytest.raises(ValueError, match="a window holds its sink and a chunk"):
+        BlockCausal(chunk=2, window=3, sink=2)
+    with pytest.raises(ValueError, match="set window"):
+        BlockCausal(chunk=2, sink=1)
+    with pytest.raises(ValueError, match="keep in"):
+        TopK(keep=0.0)
 
 
-def test_block_causal_mask_by_definition() -> None:
-    grid, cached, chunk = Grid3(5, 1, 2), 4, 2
-    mask = BlockCausal(chunk=chunk).mask(grid, cached)
-    assert mask is not None
-    assert mask.shape == (10, 18)
+@pytest.mark.parametrize("past", [0, 4])
+def test_block_causal_mask_by_definition(past: int) -> None:
+    grid, chunk = Grid3(5, 1, 2), 2
+    q, k, _ = drawn(grid.tokens, (past + 5) * 2)
+    mask = BlockCausal(chunk=chunk).operation(0, 2, 8).mask(q, k, Site(grid, past=past))
+    assert mask is not None and mask.shape == (10, (past + 5) * 2)
     for query in range(10):
-        for key in range(18):
-            frame_of_query, frame_of_key = cached + query // 2, key // 2
+        for key in range(mask.shape[1]):
+            frame_of_query, frame_of_key = past + query // 2, key // 2
             assert bool(mask[query, key]) == (frame_of_key // chunk <= frame_of_query // chunk)
 
 
-def test_one_chunk_needs_no_mask() -> None:
-    assert BlockCausal(chunk=4).mask(Grid3(4, 2, 2), cached=8) is None
-    assert Dense().mask(Grid3(4, 2, 2)) is None
+@pytest.mark.parametrize(("chunk", "window", "sink"), [(1, 3, 0), (2, 5, 1), (3, 6, 2), (2, 4, 0)])
+def test_a_window_follows_the_chunk_of_the_query(chunk: int, window: int, sink: int) -> None:
+    """Inside a chunk every query reads the same frames: `window` at most, the sink among them."""
+    grid = Grid3(11, 1, 1)
+    q, k, _ = drawn(11, 11)
+    mask = BlockCausal(chunk=chunk, window=window, sink=sink).operation(0, 2, 8).mask(q, k, Site(grid))
+    assert mask is not None
+    for query in range(11):
+        end = (query // chunk + 1) * chunk
+        read = [key for key in range(11) if key < end and (key < sink or key >= end - (window - sink))]
+        assert mask[query].nonzero().flatten().tolist() == read
+        assert len(read) <= window
 
 
-def test_cache_must_end_where_a_chunk_ends() -> None:
+def test_one_chunk_reads_everything() -> None:
+    q, k, _ = drawn(16, 48)
+    assert BlockCausal(chunk=4).operation(0, 2, 8).mask(q, k, Site(Grid3(4, 2, 2), past=8)) is None
+    assert Dense().operation(0, 2, 8).mask(q, k, Site(Grid3(4, 2, 2), past=8)) is None
+
+
+def test_a_memory_must_end_where_a_chunk_ends() -> None:
     with pytest.raises(ValueError, match="whole chunks"):
-        BlockCausal(chunk=2).mask(Grid3(2, 1, 1), cached=3)
+        BlockCausal(chunk=2).check(Site(Grid3(2, 1, 1), past=3, call=Call(kv=view(3, 3))))
+    BlockCausal(chunk=2).check(Site(Grid3(2, 1, 1), past=4, call=Call(kv=view(4, 4))))
+    with pytest.raises(ValueError, match="one chunk of 2 frames, not 4"):
+        BlockCausal(chunk=2, window=4).check(Site(Grid3(4, 1, 1), past=2, call=Call(kv=view(4, 2))))
+
+
+def test_the_router_keeps_its_own_block_and_the_most_alike() -> None:
+    operation = TopK(block=2, keep=0.5).operation(0, 1, 8)
+    axis = torch.eye(8, dtype=torch.float64)
+    k = axis[[0, 0, 1, 1, 2, 2, 3, 3]][None, None]
+    q = axis[[3, 3, 0, 0, 1, 1, 2, 2]][None, None]  # block i is most like the block before it, cyclically
+    chosen = operation.routes(q, k, None)[0, 0].sort(-1).values  # type: ignore[operator]
+    assert chosen.tolist() == [[0, 3], [0, 1], [1, 2], [2, 3]]
+
+
+def test_sparse_attention_reads_few_keys() -> None:
+    operation, (q, k, _) = TopK(block=4, keep=0.25).operation(0, 2, 8), drawn(64, 64)
+    mask = operation.mask(q, k, Site(Grid3(4, 4, 4)))
+    assert mask is not None and mask.float().mean() == 0.25
+
+
+# --- kernels --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -49,30 +201,13 @@ def test_attend_is_softmax_attention_in_every_kernel(masked: bool) -> None:
     mask = torch.rand(5, 7) > 0.4 if masked else None
     if mask is not None:
         mask[:, 0] = True
-    scores = q @ k.mT / 8**0.5
-    expected = (scores if mask is None else scores.where(mask, -torch.inf)).softmax(-1) @ v
+    expected = softmax_attention(q, k, v, mask)
     torch.testing.assert_close(attend(q, k, v, mask), expected, atol=1e-12, rtol=0)
     with math_only():
         torch.testing.assert_close(attend(q, k, v, mask), expected, atol=1e-12, rtol=0)
     low = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask)
     assert low.dtype == torch.bfloat16
     torch.testing.assert_close(low.double(), expected, atol=0.05, rtol=0)
-
-
-def test_cache_is_immutable_and_grows_at_the_end() -> None:
-    first = tuple((torch.full((1, 1, 2, 4), i + 0.1), torch.full((1, 1, 2, 4), i + 0.2)) for i in range(3))
-    second = tuple((k + 10, v + 10) for k, v in first)
-    empty = KVCache.empty()
-    one = empty.commit(first, frames=1)
-    two = one.commit(second, frames=1)
-    assert (empty.frames, one.frames, two.frames) == (0, 1, 2)
-    assert empty.view().layer(0) is None
-    assert one.view().layers[0][0].shape[2] == 2
-    k, v = two.view().layers[1]
-    assert k[0, 0, :, 0].tolist() == pytest.approx([1.1, 1.1, 11.1, 11.1])
-    assert v[0, 0, :, 0].tolist() == pytest.approx([1.2, 1.2, 11.2, 11.2])
-    with pytest.raises(ValueError, match="3 layers"):
-        two.commit(first[:2], frames=1)
 
 
 def test_backends_are_reported_with_a_reason() -> None:
@@ -86,6 +221,17 @@ def test_backends_are_reported_with_a_reason() -> None:
     assert not backends("cpu", torch.float32)[0].available
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_attend_takes_the_backend_that_is_reported(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    kernels = "fewstep.attention.kernels"
+    monkeypatch.setattr(f"{kernels}._matmul", lambda q, *_: ran.append("matmul") or q)
+    monkeypatch.setattr(f"{kernels}.F.scaled_dot_product_attention", lambda q, *_, **__: ran.append("sdpa") or q)
+    q = torch.zeros(1, 1, 8, 16, dtype=dtype)
+    attend(q, q, q)
+    assert pick("cpu", dtype).name.startswith(ran[0])
+
+
 def test_a_backend_is_tried_by_running_it(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[torch.dtype] = []
 
@@ -97,3 +243,118 @@ def test_a_backend_is_tried_by_running_it(monkeypatch: pytest.MonkeyPatch) -> No
     found = {backend.name: backend for backend in backends("cpu")}
     assert ran == [torch.bfloat16] * 2  # flash and math: the others are for CUDA
     assert not found["sdpa-flash"].available and found["sdpa-math"].why == "no such kernel here"
+
+
+# --- memories -------------------------------------------------------------------------------------------------------------
+
+MEMORIES = [Everything(), Window(window=3), Window(window=6, chunk=2, sink=1), Window(window=5, chunk=2, sink=3)]
+every_memory = pytest.mark.parametrize("keep", MEMORIES, ids=str)
+
+
+def chunk_of(first: int, frames: int, batch: int = 1) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Keys and values of two layers, two tokens a frame, that tell layer and frame."""
+    number = torch.arange(first, first + frames).repeat_interleave(2)[None, None, :, None].expand(batch, 1, -1, 3)
+    return tuple((number + 0.1 + 100 * layer, number + 0.2 + 100 * layer) for layer in range(2))
+
+
+def test_every_policy_has_an_example() -> None:
+    assert {type(keep) for keep in MEMORIES} == set(KEEPS)
+
+
+@every_memory
+def test_a_memory_holds_the_frames_that_its_positions_say(keep: Keep) -> None:
+    """To three times the window: keys and values of every slot are those of the frame that is said to be there."""
+    chunk = getattr(keep, "chunk", 2)
+    memory = KVCache.empty(keep)
+    for first in range(0, 18, chunk):
+        before = memory
+        memory = memory.commit(chunk_of(first, chunk), chunk)
+        assert before.start == first  # it was left as it was
+        assert memory.start == first + chunk
+        for layer, (k, v) in enumerate(memory.layers):
+            for slot, frame in enumerate(memory.positions.tolist()):
+                if frame >= 0:
+                    rows = slice(2 * slot, 2 * slot + 2)
+                    assert k[0, 0, rows, 0].tolist() == pytest.approx([frame + 0.1 + 100 * layer] * 2)
+                    assert v[0, 0, rows, 0].tolist() == pytest.approx([frame + 0.2 + 100 * layer] * 2)
+        held = sorted(frame for frame in memory.positions.tolist() if frame >= 0)
+        now = first + chunk
+        if isinstance(keep, Window):
+            last = keep.slots - keep.sink
+            assert held == sorted({*range(min(keep.sink, now)), *range(max(0, now - last), now)})
+            assert memory.layers[0][0].shape[2] == 2 * keep.slots  # one shape from the first commit on
+        else:
+            assert held == list(range(now))
+
+
+def test_a_ring_overwrites_and_does_not_shift() -> None:
+    keep = Window(window=5, sink=1)
+    memory = KVCache.empty(keep)
+    for frame in range(6):
+        before, memory = memory, memory.commit(chunk_of(frame, 1), 1)
+    changed = (memory.positions != before.positions).nonzero().flatten().tolist()
+    assert len(changed) == 1 and before.positions[changed[0]] == 2 and memory.positions[changed[0]] == 5
+
+
+def test_relative_positions_stand_next_to_each_other() -> None:
+    keep = Window(window=6, chunk=2, sink=1, relative=True)
+    memory = KVCache.empty(keep)
+    for first in range(0, 12, 2):
+        memory = memory.commit(chunk_of(first, 2), 2)
+    where, start = keep.stand(memory)
+    assert sorted(memory.positions.tolist()) == [0, 9, 10, 11]
+    assert (
+        dict(zip(memory.positions.tolist(), where.tolist(), strict=True)) == {0: 0, 9: 1, 10: 2, 11: 3} and start == 4
+    )
+    absolute, begin = replace(keep, relative=False).stand(memory)
+    assert torch.equal(absolute, memory.positions) and begin == 12
+
+
+def test_streams_of_different_age_are_one_batch() -> None:
+    keep = Window(window=4, sink=1)
+    young = KVCache.empty(keep).commit(chunk_of(0, 1), 1)
+    old = KVCache.empty(keep)
+    for frame in range(5):
+        old = old.commit(chunk_of(frame, 1), 1)
+    both = KVCache.batch([young, old])
+    assert both.start.tolist() == [1, 5] and both.positions.shape == (2, 3)
+    after = both.commit(
+        tuple(
+            (torch.cat([a, c]), torch.cat([b, d]))
+            for (a, b), (c, d) in zip(chunk_of(1, 1), chunk_of(5, 1), strict=True)
+        ),
+        1,
+    )
+    for row, (alone, number) in enumerate([(young, 1), (old, 5)]):
+        alone = alone.commit(chunk_of(number, 1), 1)
+        assert torch.equal(after.positions[row], alone.positions)
+        filled = (alone.positions >= 0).repeat_interleave(2)
+        for (k, _), (own, _) in zip(after.layers, alone.layers, strict=True):
+            assert torch.equal(k[row, :, filled], own[0, :, filled])
+
+
+def test_what_cannot_be_committed_is_refused() -> None:
+    one = KVCache.empty().commit(chunk_of(0, 1), 1)
+    with pytest.raises(ValueError, match="2 layers"):
+        one.commit(chunk_of(1, 1)[:1], 1)
+    with pytest.raises(ValueError, match="a chunk has frames"):
+        one.commit((), 1)
+    with pytest.raises(ValueError, match="chunks of 1 frames at most"):
+        KVCache.empty(Window(window=4)).commit(chunk_of(0, 2), 2)
+    with pytest.raises(ValueError, match="raise window"):
+        Window(window=3, chunk=2, sink=2)
+    with pytest.raises(ValueError, match="one policy"):
+        KVCache.batch([one, KVCache.empty(Window(window=4)).commit(chunk_of(0, 1), 1)])
+
+
+@dataclass(frozen=True)
+class Nothing(Keep):
+    """A policy of one's own: the past is forgotten."""
+
+    def commit(self, memory, delta, frames):  # type: ignore[no-untyped-def]
+        return replace(memory, start=memory.start + frames)
+
+
+def test_a_policy_of_ones_own() -> None:
+    memory = KVCache.empty(Nothing()).commit(chunk_of(0, 2), 2)
+    assert memory.start == 2 and memory.layers == ()

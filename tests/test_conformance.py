@@ -14,16 +14,16 @@ from torch import Tensor
 pytest.importorskip("diffusers", reason="needs the extra diffusers")
 
 import support_unets
-from fewstep.attention import BlockCausal
+from fewstep.attention import BlockCausal, Dense, Operation, Site
+from fewstep.attention.block_causal import _ChunkByChunk
 from fewstep.cli import main
-from fewstep.core import Cond
+from fewstep.core import Call, Cond
 from fewstep.data.video import write_video
-from fewstep.diffusion import CFG, Contract, Prediction
+from fewstep.diffusion import CFG, Contract, Exact, Heun, Prediction
 from fewstep.evaluate.conformance import CHECKS, Options, check_model, explain
 from fewstep.models import Denoiser, VideoDiT, VideoModel
 from fewstep.models.adapters import wan
 from fewstep.models.adapters.t5 import T5Text
-from fewstep.models.backbone import Context
 from fewstep.models.source import Diffusers
 from fewstep.models.spec import Spec
 from tiny_models import TINY, save_tiny
@@ -125,7 +125,7 @@ def test_a_causal_model_in_double_precision(load: Callable[..., VideoModel]) -> 
 def test_a_student_is_compared_at_its_own_times(load: Callable[..., VideoModel], tmp_path: Path) -> None:
     """Its folder names its teacher's, where the pipeline and its scheduler are."""
     teacher = load("wan")
-    contract = Contract(steps=2, grids={"2": (1.0, 0.7, 0.0)})
+    contract = Contract(steps=2, grid=Exact(grids=((1.0, 0.7, 0.0),)))
     student = teacher.with_part("denoiser", teacher.denoiser, role="student", contract=contract).save(tmp_path)
     found = {
         finding.name: finding for finding in check_model(VideoModel.from_pretrained(student), only=FOREIGN).findings
@@ -148,7 +148,7 @@ def test_what_diffusers_does_not_do_itself_is_not_compared(load: Callable[..., V
     (finding,) = check_model(load("cogvideox"), Options(steps=3), ["pipeline"]).findings
     assert finding.outcome == "pass"
     model = load("wan")
-    model.card = replace(model.card, contract=replace(model.card.contract, solver="heun"))
+    model.card = replace(model.card, contract=replace(model.card.contract, sampler=Heun()))
     (finding,) = check_model(model, Options(steps=3), ["pipeline"]).findings
     assert finding.outcome == "not applicable" and "no scheduler that does what heun does" in finding.note
 
@@ -209,24 +209,23 @@ def contract(**changes: object) -> Sabotage:
     return apply
 
 
-def offset_guidance(self: CFG, net, x_t, t, cond, uncond) -> Prediction:
+def offset_guidance(self: CFG, net, x_t, t, cond, uncond, *call) -> Prediction:
     words, negative = net(x_t, t, cond), net(x_t, t, uncond)
     return words.with_raw(words.raw + self.scale * (words.raw - negative.raw))
 
 
 def queries_one_frame_late(patch: pytest.MonkeyPatch, model: VideoModel) -> None:
-    table = wan.rotary_table
-
-    def off_by_one(grid, cached, *rest):
-        right, late = table(grid, cached, *rest), table(grid, cached + 1, *rest)
-        return torch.cat([right[:, : -grid.tokens], late[:, -grid.tokens :]], 1) if cached else right
-
-    patch.setattr(wan, "rotary_table", off_by_one)
+    positions = Call.positions
+    patch.setattr(Call, "positions", lambda c, frames: positions(c, frames) + (1 if c.kv and c.kv.layers else 0))
 
 
 def masked_attention_of_another_scale(patch: pytest.MonkeyPatch, model: VideoModel) -> None:
-    attend = Context.attend
-    patch.setattr(Context, "attend", lambda c, q, k, v: attend(c, q * (1 if c.mask_NM is None else 1.1), k, v))
+    forward = Operation.forward
+
+    def scaled(self: Operation, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        return forward(self, q if self.mask(q, k, site) is None else 1.1 * q, k, v, site)
+
+    patch.setattr(Operation, "forward", scaled)
 
 
 def features_of_every_block(self: Denoiser, x_t, t, cond, layers):
@@ -245,9 +244,11 @@ def another_way_back(patch: pytest.MonkeyPatch, model: VideoModel) -> None:
 
 
 def frames_that_know_the_mean(patch: pytest.MonkeyPatch, model: VideoModel) -> None:
-    attend = Context.attend
+    forward = _ChunkByChunk.forward
     patch.setattr(
-        Context, "attend", lambda c, q, k, v: attend(c._replace(mask_NM=None) if c.mask_NM is not None else c, q, k, v)
+        _ChunkByChunk,
+        "forward",
+        lambda self, q, k, v, site: forward(self, q, k, v, site) + 0.1 * v.mean(2, keepdim=True),
     )
 
 
@@ -290,8 +291,8 @@ SABOTAGES: dict[str, tuple[str, Sabotage]] = {
         "frame_times", embed_with(lambda x, t, c: (x, t if t.ndim == 1 else t.sum(1, keepdim=True).expand_as(t), c)),
     ),
     "masked attention of another scale": ("full_mask", masked_attention_of_another_scale),
-    "the pattern's mask forgotten": ("future", lambda patch, model: patch.setattr(BlockCausal, "mask", lambda *_: None)),
-    "the mask lost on its way": ("future", frames_that_know_the_mean),
+    "the pattern's mask forgotten": ("future", lambda patch, model: patch.setattr(BlockCausal, "operation", Dense.operation)),
+    "values of the future, beside the mask": ("future", frames_that_know_the_mean),
     "queries a frame late beside a cache": ("cache", queries_one_frame_late),
     "latents cut from the graph": ("features", embed_with(lambda x, t, c: (x.detach(), t, c))),
     "features that compute every block": (

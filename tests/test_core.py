@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fewstep.core import Cond, Rng
+from fewstep.core import Call, Cond, Rng
 from fewstep.core.finite import NonFiniteError, require_finite
 from fewstep.diffusion import CFG, Prediction, RectifiedFlow
 
@@ -78,7 +78,7 @@ def test_everything_in_a_condition_travels_together() -> None:
 
 
 def test_guidance_reads_both_conditions_whole() -> None:
-    def net(x_t: torch.Tensor, t: torch.Tensor, cond: Cond) -> Prediction:
+    def net(x_t: torch.Tensor, t: torch.Tensor, cond: Cond, call: Call = Call()) -> Prediction:
         return Prediction(x_t * 0 + cond.extra["pooled"][:, :, None, None, None], "flow", x_t, t, RectifiedFlow())
 
     def cond(value: float) -> Cond:

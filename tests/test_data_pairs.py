@@ -20,7 +20,22 @@ from fewstep.data import DataError, PairPlan, Progress, StoredPairs, make_pairs,
 from fewstep.data.pairs import grid_through
 from fewstep.data.prompts import read_prompts
 from fewstep.data.store import ShardReader
-from fewstep.diffusion import CFG, EDM, Contract, NoisePath, RectifiedFlow, Timesteps, uniform_grid
+from fewstep.diffusion import (
+    CFG,
+    EDM,
+    SAMPLERS,
+    Contract,
+    Euler,
+    Heun,
+    NoisePath,
+    RectifiedFlow,
+    Renoise,
+    Sampler,
+    Shifted,
+    Staggered,
+    Timesteps,
+    uniform_grid,
+)
 from fewstep.methods import DMD2
 from fewstep.models import Card, Denoiser, FrameAutoencoder, TextEncoder, VideoDiT, VideoModel, fingerprint
 from fewstep.models.bundle import read_card
@@ -28,12 +43,14 @@ from fewstep.models.bundle import read_card
 TIMES = (1.0, 0.75, 0.5, 0.0)
 PROMPTS = ("a red ball", "a blue box", "a green ring", "a white star", "nothing")
 
+ODE = [sampler for sampler in (cls() for cls in SAMPLERS) if sampler.deterministic and sampler.one_time]
+
 
 class Killed(Exception):
     """Stands for a signal."""
 
 
-def tiny(seed: int = 0, *, solver: str = "euler", path: NoisePath = RectifiedFlow()) -> VideoModel:
+def tiny(seed: int = 0, *, sampler: Sampler = Euler(), path: NoisePath = RectifiedFlow()) -> VideoModel:
     torch.manual_seed(seed)
     backbone = VideoDiT(channels=4, width=24, depth=1, heads=2, text_width=16)
     for parameter in backbone.parameters():  # a fresh network is zero in places
@@ -43,7 +60,7 @@ def tiny(seed: int = 0, *, solver: str = "euler", path: NoisePath = RectifiedFlo
         "text": TextEncoder(width=16, length=8, buckets=64, depth=1),
         "codec": FrameAutoencoder(width=8, depth=1),
     }
-    contract = Contract(solver=solver, steps=8, guidance=CFG(scale=3.0))
+    contract = Contract(sampler=sampler, steps=8, guidance=CFG(scale=3.0))
     return VideoModel(Card(name=f"tiny{seed}", num_frames=2, height=16, width=16, contract=contract), parts)
 
 
@@ -51,17 +68,17 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun", "ddim", "dpmpp_2m"])
-def test_endpoint_is_the_models_own_sample(tmp_path: Path, solver: str) -> None:
-    model = tiny(solver=solver)
+@pytest.mark.parametrize("sampler", ODE, ids=lambda s: type(s).__name__)
+def test_endpoint_is_the_models_own_sample(tmp_path: Path, sampler: Sampler) -> None:
+    model = tiny(sampler=sampler)
     make_pairs(model, PROMPTS[:2], tmp_path, PairPlan(times=TIMES, seed=5), batch=2)
     states = ShardReader(tmp_path, "pairs").read("states", [0, 1])
     torch.testing.assert_close(states[:, -1], model.latents(PROMPTS[:2], seed=5))
 
 
 def test_sampling_starts_from_the_prior_of_the_path(tmp_path: Path) -> None:
-    model, seen = tiny(path=EDM()), []
-    model.latents(PROMPTS[:2], seed=5, watch=lambda i, prediction: seen.append(prediction.x_t))
+    model = tiny(path=EDM())
+    seen = [step.prediction.x_t for step in model.sampling(PROMPTS[:2], seed=5)]
     assert float(seen[0].std()) == pytest.approx(80, rel=0.2)  # EDM's largest sigma; the noise itself has 1
     make_pairs(model, PROMPTS[:2], tmp_path, PairPlan(times=TIMES, seed=5), batch=2)
     states = ShardReader(tmp_path, "pairs").read("states", [0, 1])
@@ -144,7 +161,7 @@ def test_manifest_tells_how_the_pairs_were_made(tmp_path: Path) -> None:
     make_pairs(tiny(), PROMPTS[:1], tmp_path, plan)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     settings = manifest["settings"]
-    assert settings["solver"] == "euler"
+    assert settings["sampler"] == {"type": "Euler"}
     assert settings["grid"] == [1.0, 0.7, 0.5, 0.25, 0.0]
     assert settings["guidance"] == {"scale": 2.0, "low": 0.0, "high": 0.9, "outside": 1.0}
     assert set(settings["teacher"]) == {"denoiser", "text"}
@@ -155,7 +172,7 @@ def test_cost_is_known_beforehand() -> None:
     cost = pairs_cost(tiny(), 10, PairPlan(times=TIMES, per_prompt=3, storage="float16"))
     assert (cost.pairs, cost.nfe_per_pair, cost.nfe) == (30, 16, 480)
     assert cost.bytes == 30 * 4 * (4 * 2 * 4 * 4) * 2
-    assert pairs_cost(tiny(), 1, PairPlan(times=TIMES, solver="heun", steps=4, guidance=CFG())).nfe == 7
+    assert pairs_cost(tiny(), 1, PairPlan(times=TIMES, sampler=Heun(), steps=4, guidance=CFG())).nfe == 7
 
 
 def test_stored_pairs_as_data(tmp_path: Path) -> None:
@@ -209,16 +226,20 @@ def test_pairs_of_another_teacher_are_refused(tmp_path: Path) -> None:
 def test_plans_that_cannot_be_run() -> None:
     with pytest.raises(ValueError, match=r"decreases strictly from 1.0 to 0.0"):
         PairPlan(times=(0.9, 0.0))
-    with pytest.raises(ValueError, match="renoise is random"):
-        PairPlan(times=TIMES, solver="renoise")
-    with pytest.raises(ValueError, match="sampled by renoise"):
-        PairPlan(times=TIMES).resolve(Contract(solver="renoise"))
+    for sampler, said in (
+        (Renoise(), "Renoise draws fresh noise"),
+        (Staggered(), "Staggered gives frames different times"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            PairPlan(times=TIMES, sampler=sampler)
+        with pytest.raises(ValueError, match=said):
+            PairPlan(times=TIMES).resolve(Contract(sampler=sampler))
     with pytest.raises(ValueError, match="2 steps cannot pass through 2 times"):
         PairPlan(times=TIMES, steps=2).resolve(Contract())
-    leading = Contract(steps=25, timesteps=Timesteps(spacing="leading", steps_offset=1))
-    with pytest.raises(ValueError, match=r"from t = 0\.962 to 0, .* name a shift"):
+    leading = Contract(steps=25, grid=Timesteps(spacing="leading", steps_offset=1))
+    with pytest.raises(ValueError, match=r"from t = 0\.962 to 0, .* name a grid"):
         PairPlan(times=TIMES).resolve(leading)
-    assert PairPlan(times=TIMES, shift=1.0).resolve(leading).grid[0] == 1.0
+    assert PairPlan(times=TIMES, grid=Shifted()).resolve(leading).grid[0] == 1.0
 
 
 def test_grid_passes_through_the_times() -> None:

@@ -8,38 +8,28 @@ from types import ModuleType
 import pytest
 import torch
 
-from fewstep.core import Cond, Rng
+from fewstep.core import Call, Cond, Rng
 from fewstep.diffusion import (
     CFG,
     EDM,
     KINDS,
     VP,
     Betas,
-    Contract,
     Grid,
     Kind,
     LogitNormal,
     NoisePath,
     Prediction,
     RectifiedFlow,
-    StepCountError,
     TimeDensity,
-    Timesteps,
     Trig,
     Uniform,
-    ddim,
-    dpmpp_2m,
-    euler,
-    from_x0,
-    heun,
-    renoise,
     shifted,
-    solve,
     target,
     timestep,
     uniform_grid,
 )  # fmt: skip
-from support_gaussian import SCALAR, GaussianTeacher, cond_of, f64, normal
+from support_gaussian import GaussianTeacher, cond_of, f64, normal
 
 PATHS = [RectifiedFlow(), Trig(), VP(), EDM(), Betas(schedule="linear"), Betas(snr_shift=3.0, zero_snr=True)]
 BOUNDED = PATHS[:3]
@@ -192,43 +182,13 @@ def test_grids_and_shift() -> None:
     torch.testing.assert_close(shifted(shifted(t, 3.0), 1 / 3.0), t)
 
 
-@pytest.mark.parametrize("steps", [1, 4, 25, 50])
-@pytest.mark.parametrize(
-    ("spacing", "offset"), [("leading", 0), ("leading", 1), ("trailing", 0), ("linspace", 0)], ids=lambda v: str(v)
-)
-def test_grids_of_timesteps_are_those_of_diffusers(spacing: str, offset: int, steps: int) -> None:
-    scheduler = diffusers().DDIMScheduler(timestep_spacing=spacing, steps_offset=offset)
-    scheduler.set_timesteps(steps)
-    for clean in (True, False):
-        grid = Timesteps(spacing=spacing, steps_offset=offset, ends_clean=clean).grid(steps)  # type: ignore[arg-type]
-        assert [round(1000 * t) - 1 for t in grid[:-1]] == scheduler.timesteps.tolist()
-        assert grid[-1] == (0.0 if clean else 0.001)
-
-
-def test_a_contract_follows_its_timesteps() -> None:
-    contract = Contract(steps=25, timesteps=Timesteps(spacing="leading", steps_offset=1))
-    assert contract.times()[:2] == (0.962, 0.922) and contract.times(2) == (0.502, 0.002, 0.0)
-    with pytest.raises(ValueError, match="1 to 1000 steps"):
-        contract.times(1001)
-    with pytest.raises(ValueError, match="beyond timestep 999"):
-        contract.times(1000)
-
-
-def test_a_student_refuses_untrained_step_counts() -> None:
-    contract = Contract(steps=2, grids={"2": (1.0, 0.6, 0.0)})
-    assert contract.times() == (1.0, 0.6, 0.0)
-    with pytest.raises(StepCountError, match="trained for 2 steps and was asked for 3"):
-        contract.times(3)
-    assert len(contract.times(3, force=True)) == 4
-
-
 # --- guidance ---------------------------------------------------------------------------------------------------------
 
 
 def test_scale_one_is_the_conditional_network_in_one_pass() -> None:
     sizes: list[int] = []
 
-    def net(x: torch.Tensor, t: torch.Tensor, cond: Cond) -> Prediction:
+    def net(x: torch.Tensor, t: torch.Tensor, cond: Cond, call: Call = Call()) -> Prediction:
         sizes.append(len(x))
         return GaussianTeacher(f64(0.0, 1.0), 0.5)(x, t, cond)
 
@@ -258,92 +218,6 @@ def test_guidance_conventions_and_interval() -> None:
     assert not torch.allclose(guided[1], plain[1])
 
 
-# --- samplers ---------------------------------------------------------------------------------------------------------
-
-
-def error(solver: str, path: NoisePath, steps: int) -> float:
-    teacher = GaussianTeacher(f64(0.0, 0.7), 0.4, path)
-    x = path.prior(normal(6))
-    with torch.no_grad():
-        made = solve(solver, lambda x, t: teacher(x, t, cond_of(1, 6)), x, uniform_grid(steps), rng=Rng(0))
-    return float((made - teacher.flow_map(x, 1.0, 0.0, 0.7)).abs().max())
-
-
-@pytest.mark.parametrize("path", BOUNDED[:2], ids=lambda p: type(p).__name__)
-@pytest.mark.parametrize(("solver", "order"), [("ddim", 1), ("euler", 1), ("heun", 2)])
-def test_order_of_convergence(solver: str, order: int, path: NoisePath) -> None:
-    coarse, fine = error(solver, path, 64), error(solver, path, 128)
-    assert abs(math.log2(coarse / fine) - order) < 0.2
-
-
-@pytest.mark.parametrize("path", BOUNDED, ids=lambda p: type(p).__name__)
-def test_dpmpp_2m_is_of_second_order_where_lambda_is_finite(path: NoisePath) -> None:
-    teacher, x, errors = GaussianTeacher(f64(0.0, 0.7), 0.4, path), normal(6), []
-    first, last = (float(path.log_snr(f64(t))) for t in (0.9, 0.05))
-    for steps in (64, 128):
-        times = path.time_of_log_snr(torch.linspace(first, last, steps + 1, dtype=torch.float64)).tolist()
-        seen: dict[int, torch.Tensor] = {}
-        with torch.no_grad():
-            dpmpp_2m(
-                lambda x, t: teacher(x, t, cond_of(1, 6)), x, (*times, 0.0),
-                watch=lambda i, p, seen=seen: seen.update({i: p.x_t}),
-            )  # fmt: skip
-        errors.append(float((seen[steps] - teacher.flow_map(x, times[0], times[-1], 0.7)).abs().max()))
-    assert abs(math.log2(errors[0] / errors[1]) - 2) < 0.1
-
-
-def test_dpmpp_2m_beats_ddim_from_noise_to_data() -> None:
-    assert error("dpmpp_2m", RectifiedFlow(), 16) < 0.3 * error("ddim", RectifiedFlow(), 16)
-
-
-@pytest.mark.parametrize("path", BOUNDED, ids=lambda p: type(p).__name__)
-def test_first_order_steps_are_the_affine_composition(path: NoisePath) -> None:
-    teacher, x = GaussianTeacher(f64(0.0, 0.7), 0.4, path), normal(6)
-    with torch.no_grad():
-        made = ddim(lambda x, t: teacher(x, t, cond_of(1, 6)), x, uniform_grid(8))
-    scale, offset = teacher.compose_affine(uniform_grid(8), 0.7)
-    torch.testing.assert_close(made, scale * x + offset, rtol=1e-10, atol=1e-10)
-
-
-def test_euler_is_ddim_on_rectified_flow() -> None:
-    teacher, x = GaussianTeacher(f64(0.0, 0.7), 0.4), normal(6)
-    denoise = lambda x, t: teacher(x, t, cond_of(1, 6))  # noqa: E731
-    torch.testing.assert_close(euler(denoise, x, uniform_grid(5)), ddim(denoise, x, uniform_grid(5)))
-
-
-def test_one_step_gives_the_mean() -> None:
-    """One Euler step of rectified flow from pure noise knows nothing of the noise."""
-    teacher, x = GaussianTeacher(f64(0.0, 0.7), 0.4), normal(6)
-    made = euler(lambda x, t: teacher(x, t, cond_of(1, 6)), x, (1.0, 0.0))
-    torch.testing.assert_close(made, torch.full_like(made, 0.7))
-
-
-def test_every_solver_is_exact_for_a_known_x0() -> None:
-    x0, eps = draw("x0"), draw("eps")
-    for solver in ("euler", "ddim", "heun", "dpmpp_2m", "renoise"):
-        denoise = lambda x, t: from_x0(x0, x, t, RectifiedFlow())  # noqa: E731
-        torch.testing.assert_close(solve(solver, denoise, eps, uniform_grid(4), rng=Rng(0)), x0, rtol=1e-9, atol=1e-9)
-
-
-def test_renoise_uses_named_noise_and_watch_sees_every_call() -> None:
-    x0, eps, seen = torch.full((2, *SCALAR), 0.3), Rng(0).randn((2, *SCALAR), "noise"), []
-    denoise = lambda x, t: from_x0(x0, x, t, RectifiedFlow())  # noqa: E731
-    renoise(denoise, eps, (1.0, 0.5, 0.0), rng=Rng(4), watch=lambda i, p: seen.append((i, p.x_t)))
-    assert [i for i, _ in seen] == [0, 1]
-    assert torch.equal(seen[1][1], 0.5 * x0 + 0.5 * Rng(4).randn(x0.shape, "renoise/0"))
-
-
-def test_heun_costs_two_calls_but_one_in_the_last_step() -> None:
-    calls: list[float] = []
-
-    def denoise(x: torch.Tensor, t: torch.Tensor) -> Prediction:
-        calls.append(float(t[0]))
-        return from_x0(torch.zeros_like(x), x, t, RectifiedFlow())
-
-    heun(denoise, normal(1), uniform_grid(4))
-    assert len(calls) == 7 == Contract(solver="heun", steps=4).calls()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_shift_keeps_both_ends_exactly(dtype: torch.dtype) -> None:
     ends = torch.tensor([0.0, 1.0], dtype=dtype)
@@ -356,7 +230,7 @@ def test_shift_keeps_both_ends_exactly(dtype: torch.dtype) -> None:
 def test_guidance_is_exact_in_float64() -> None:
     x, t = torch.ones(1, 1, dtype=torch.float64), torch.full((1,), 0.5, dtype=torch.float64)
 
-    def net(x_t: torch.Tensor, t: torch.Tensor, cond: Cond) -> Prediction:
+    def net(x_t: torch.Tensor, t: torch.Tensor, cond: Cond, call: Call = Call()) -> Prediction:
         return Prediction(raw=torch.tensor([[1.0], [0.0]]).double(), kind="x0", x_t=x_t, t=t, path=RectifiedFlow())
 
     cond = cond_of(1, 1)

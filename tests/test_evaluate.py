@@ -13,7 +13,7 @@ from PIL import Image
 from torch.nn import functional
 
 from fewstep.core.finite import NonFiniteError
-from fewstep.diffusion import Contract, StepCountError
+from fewstep.diffusion import Contract, Exact, Renoise, StepCountError
 from fewstep.evaluate import (
     Entry,
     Report,
@@ -52,7 +52,7 @@ def teacher() -> VideoModel:
 
 @pytest.fixture(scope="module")
 def student(teacher: VideoModel) -> VideoModel:
-    contract = Contract(solver="renoise", steps=2, grids={"1": (1.0, 0.0), "2": (1.0, 0.5, 0.0)})
+    contract = Contract(sampler=Renoise(), steps=2, grid=Exact(grids=((1.0, 0.0), (1.0, 0.5, 0.0))))
     return VideoModel(replace(teacher.card, name="tiny student", role="student", contract=contract), teacher.parts)
 
 

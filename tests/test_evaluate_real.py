@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fewstep.cli import main
 from fewstep.data import DataError, write_video
 from fewstep.data.video import cover, to_floats, to_pixels
-from fewstep.diffusion import Contract
+from fewstep.diffusion import Contract, Exact, Renoise
 from fewstep.evaluate import Entry, RealClips, Report, Suite, details, evaluate, load_report, table, write_report
 from fewstep.evaluate.cases import Cases
 from fewstep.evaluate.extractors import feature_map
@@ -105,7 +105,7 @@ def teacher() -> VideoModel:
 
 @pytest.fixture(scope="module")
 def student(teacher: VideoModel) -> VideoModel:
-    contract = Contract(solver="renoise", steps=2, grids={"1": (1.0, 0.0), "2": (1.0, 0.5, 0.0)})
+    contract = Contract(sampler=Renoise(), steps=2, grid=Exact(grids=((1.0, 0.0), (1.0, 0.5, 0.0))))
     return VideoModel(replace(teacher.card, name="tiny student", role="student", contract=contract), teacher.parts)
 
 

@@ -25,8 +25,20 @@ from torch import Tensor
 from fewstep.attention import BlockCausal
 from fewstep.cli import main
 from fewstep.core import RecipeError, Rng, Seeds
-from fewstep.diffusion import CFG, Betas, Contract, RectifiedFlow
-from fewstep.diffusion.samplers import Solver
+from fewstep.diffusion import (
+    CFG,
+    DDIM,
+    Betas,
+    Contract,
+    DPMpp2M,
+    Euler,
+    Exact,
+    Heun,
+    RectifiedFlow,
+    Renoise,
+    Sampler,
+    Shifted,
+)
 from fewstep.models import Lora, VideoModel
 from fewstep.models.adapters import export_lora
 from fewstep.models.adapters.ddpm import contract_of, path_of
@@ -78,15 +90,15 @@ class Case:
     """A student of few steps."""
 
     family: str
-    solver: Solver
+    sampler: Sampler
     times: tuple[tuple[float, ...], ...]
     """A grid per step count: the default, then the others, increasing."""
     guidance: CFG = CFG()
 
     @property
     def contract(self) -> Contract:
-        grids = {str(len(times) - 1): times for times in self.times}
-        return Contract(solver=self.solver, steps=len(self.times[0]) - 1, grids=grids, guidance=self.guidance)
+        grid, steps = Exact(grids=self.times), len(self.times[0]) - 1
+        return Contract(sampler=self.sampler, grid=grid, steps=steps, guidance=self.guidance)
 
 
 EXPERTS = CFG(scale=4.0, low=0.6, outside=3.0)
@@ -94,31 +106,31 @@ EXPERTS = CFG(scale=4.0, low=0.6, outside=3.0)
 SHIFTED = (1.0, 0.9375, 0.8333333333333334, 0.625, 0.0)
 UNEVEN = (1.0, 0.97, 0.5, 0.45, 0.2, 0.0)
 CASES = {
-    "wan-one": Case("wan", "renoise", ((1.0, 0.0),)),
-    "wan-shifted": Case("wan", "euler", (SHIFTED, (1.0, 0.5, 0.0), UNEVEN)),
-    "wan-uneven": Case("wan", "ddim", (UNEVEN,), CFG(scale=3.0)),
-    "wan-renoise": Case("wan", "renoise", (SHIFTED,)),
-    "animatediff-even": Case("animatediff", "ddim", ((1.0, 0.75, 0.5, 0.25, 0.0),)),
-    "animatediff-uneven": Case("animatediff", "ddim", ((1.0, 0.9, 0.3, 0.0),), CFG(scale=2.0)),
-    "animatediff-between": Case("animatediff", "ddim", ((1.0, 0.9375, 0.62543, 0.0),)),
-    "animatediff-renoise": Case("animatediff", "renoise", ((1.0, 0.75, 0.5, 0.25, 0.0), (1.0, 0.6, 0.0))),
-    "stable_diffusion": Case("stable_diffusion", "ddim", ((1.0, 0.5, 0.0),)),
-    "ltx-shifted": Case("ltx", "euler", (SHIFTED, (1.0, 0.0), (1.0, 0.5, 0.0), UNEVEN)),
-    "ltx-renoise": Case("ltx", "renoise", ((1.0, 0.9, 0.6, 0.0),), CFG(scale=2.0)),
-    "cogvideox-even": Case("cogvideox", "ddim", ((1.0, 0.75, 0.5, 0.25, 0.0),), CFG(scale=3.0)),
-    "cogvideox-uneven": Case("cogvideox", "ddim", ((1.0, 0.9, 0.3, 0.0), (1.0, 0.0))),
-    "cogvideox15": Case("cogvideox15", "ddim", ((1.0, 0.9, 0.3, 0.0),), CFG(scale=2.0)),
-    "cogvideox-renoise": Case("cogvideox", "renoise", ((1.0, 0.75, 0.5, 0.25, 0.0), (1.0, 0.6, 0.0))),
-    "hunyuan-shifted": Case("hunyuan", "euler", (SHIFTED, UNEVEN)),
-    "hunyuan-renoise": Case("hunyuan", "renoise", (UNEVEN,)),
-    "hunyuan15-shifted": Case("hunyuan15", "ddim", (SHIFTED, UNEVEN)),
-    "hunyuan15-renoise": Case("hunyuan15", "renoise", ((1.0, 0.0),)),
-    "wan_ti2v": Case("wan_ti2v", "renoise", (SHIFTED,)),
-    "wan_experts-shifted": Case("wan_experts", "euler", (SHIFTED, (1.0, 0.6, 0.0))),
-    "wan_image": Case("wan_image", "renoise", (SHIFTED,)),
-    "wan_ti2v_image": Case("wan_ti2v_image", "euler", (SHIFTED,)),
-    "wan_image_experts": Case("wan_image_experts", "euler", ((1.0, 0.95, 0.5, 0.0),)),
-    "wan_experts-guided": Case("wan_experts", "renoise", (UNEVEN,), EXPERTS),
+    "wan-one": Case("wan", Renoise(), ((1.0, 0.0),)),
+    "wan-shifted": Case("wan", Euler(), (SHIFTED, (1.0, 0.5, 0.0), UNEVEN)),
+    "wan-uneven": Case("wan", DDIM(), (UNEVEN,), CFG(scale=3.0)),
+    "wan-renoise": Case("wan", Renoise(), (SHIFTED,)),
+    "animatediff-even": Case("animatediff", DDIM(), ((1.0, 0.75, 0.5, 0.25, 0.0),)),
+    "animatediff-uneven": Case("animatediff", DDIM(), ((1.0, 0.9, 0.3, 0.0),), CFG(scale=2.0)),
+    "animatediff-between": Case("animatediff", DDIM(), ((1.0, 0.9375, 0.62543, 0.0),)),
+    "animatediff-renoise": Case("animatediff", Renoise(), ((1.0, 0.75, 0.5, 0.25, 0.0), (1.0, 0.6, 0.0))),
+    "stable_diffusion": Case("stable_diffusion", DDIM(), ((1.0, 0.5, 0.0),)),
+    "ltx-shifted": Case("ltx", Euler(), (SHIFTED, (1.0, 0.0), (1.0, 0.5, 0.0), UNEVEN)),
+    "ltx-renoise": Case("ltx", Renoise(), ((1.0, 0.9, 0.6, 0.0),), CFG(scale=2.0)),
+    "cogvideox-even": Case("cogvideox", DDIM(), ((1.0, 0.75, 0.5, 0.25, 0.0),), CFG(scale=3.0)),
+    "cogvideox-uneven": Case("cogvideox", DDIM(), ((1.0, 0.9, 0.3, 0.0), (1.0, 0.0))),
+    "cogvideox15": Case("cogvideox15", DDIM(), ((1.0, 0.9, 0.3, 0.0),), CFG(scale=2.0)),
+    "cogvideox-renoise": Case("cogvideox", Renoise(), ((1.0, 0.75, 0.5, 0.25, 0.0), (1.0, 0.6, 0.0))),
+    "hunyuan-shifted": Case("hunyuan", Euler(), (SHIFTED, UNEVEN)),
+    "hunyuan-renoise": Case("hunyuan", Renoise(), (UNEVEN,)),
+    "hunyuan15-shifted": Case("hunyuan15", DDIM(), (SHIFTED, UNEVEN)),
+    "hunyuan15-renoise": Case("hunyuan15", Renoise(), ((1.0, 0.0),)),
+    "wan_ti2v": Case("wan_ti2v", Renoise(), (SHIFTED,)),
+    "wan_experts-shifted": Case("wan_experts", Euler(), (SHIFTED, (1.0, 0.6, 0.0))),
+    "wan_image": Case("wan_image", Renoise(), (SHIFTED,)),
+    "wan_ti2v_image": Case("wan_ti2v_image", Euler(), (SHIFTED,)),
+    "wan_image_experts": Case("wan_image_experts", Euler(), ((1.0, 0.95, 0.5, 0.0),)),
+    "wan_experts-guided": Case("wan_experts", Renoise(), (UNEVEN,), EXPERTS),
 }
 
 
@@ -201,7 +213,7 @@ def test_other_times_make_other_clips(exported: dict[str, tuple[VideoModel, Path
     """The comparison above would see a wrong grid."""
     student, folder = exported["wan-shifted"]
     theirs = load_file(folder.parent / "wan-shifted.made0")["latent"]
-    plain = Contract(solver="euler", steps=4, shift=4.0)
+    plain = Contract(steps=4, grid=Shifted(shift=4.0))
     wrong = student.with_part("denoiser", student.denoiser, contract=plain).latents(PROMPTS, seed=(5, 6))
     assert (wrong - theirs).abs().max() > 1e-2
 
@@ -222,7 +234,7 @@ def test_the_default_needs_no_pinned_times(exported: dict[str, tuple[VideoModel,
 @pytest.mark.parametrize("terminal", [0.0, 0.1])
 @pytest.mark.parametrize("uniform", [False, True])
 def test_every_shifted_grid_is_a_setting_of_diffusers(shift: float, steps: int, terminal: float, uniform: bool) -> None:
-    contract = Contract(steps=steps, shift=shift, terminal=terminal)
+    contract = Contract(steps=steps, grid=Shifted(shift=shift, terminal=terminal))
     exact = exact_scheduler(RectifiedFlow(), "flow", contract, steps, uniform=uniform)
     assert not exact.pinned
     if uniform:  # as the pipelines of LTX and HunyuanVideo ask
@@ -235,7 +247,7 @@ def test_every_shifted_grid_is_a_setting_of_diffusers(shift: float, steps: int, 
 
 def test_pinned_times_stay_whatever_is_asked_for() -> None:
     """On the device that is asked for; and pipelines that look for the argument `sigmas` find it."""
-    exact = exact_scheduler(RectifiedFlow(), "flow", Contract(grids={"5": UNEVEN}), 5)
+    exact = exact_scheduler(RectifiedFlow(), "flow", Contract(grid=Exact(grids=(UNEVEN,))), 5)
     scheduler = exact.pin()
     assert exact.pinned and "sigmas" in inspect.signature(scheduler.set_timesteps).parameters
     for asked in ({"num_inference_steps": 5}, {"sigmas": [1.0, 0.5], "mu": 2.0}):
@@ -246,14 +258,14 @@ def test_pinned_times_stay_whatever_is_asked_for() -> None:
 
 
 @pytest.mark.parametrize("path", [Betas(snr_shift=3.0, zero_snr=True), Betas(snr_shift=2.0)], ids=["zero", "rest"])
-@pytest.mark.parametrize("solver", ["ddim", "renoise"])
-def test_a_shifted_table_is_kept_level_by_level(path: Betas, solver: Solver) -> None:
+@pytest.mark.parametrize("sampler", [DDIM(), Renoise()], ids=["ddim", "renoise"])
+def test_a_shifted_table_is_kept_level_by_level(path: Betas, sampler: Sampler) -> None:
     """The same signal at every level; the first counts as clean where nothing begins there."""
-    contract = Contract(solver=solver, grids={"3": (1.0, 0.9, 0.3, 0.0)})
+    contract = Contract(sampler=sampler, grid=Exact(grids=((1.0, 0.9, 0.3, 0.0),)))
     exact = exact_scheduler(path, "v", contract, 3)
     levels = torch.arange(1, path.num_train_timesteps + 1, dtype=torch.float64) / path.num_train_timesteps
     expected = path.coeffs(levels).a.square().float()
-    if solver == "ddim":
+    if sampler == DDIM():
         expected[0] = 1.0
     torch.testing.assert_close(exact.scheduler.alphas_cumprod, expected, atol=1e-5, rtol=0)
     assert exact.pinned == {"timesteps": [999.0, 899.0, 299.0]}
@@ -278,11 +290,11 @@ def test_a_teacher_keeps_its_own_timesteps(settings: dict[str, Any]) -> None:
 def test_what_diffusers_cannot_do_is_refused(layouts: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="VideoDiT is fewstep's own"):
         tiny_model().export(tmp_path / "world")
-    for solver in ("heun", "dpmpp_2m"):
-        with pytest.raises(ValueError, match=f"no scheduler that does what {solver} does"):
-            exact_scheduler(RectifiedFlow(), "flow", Contract(solver=solver), 4)
+    for sampler in (Heun(), DPMpp2M()):
+        with pytest.raises(ValueError, match=f"no scheduler that does what {type(sampler).__name__} does"):
+            exact_scheduler(RectifiedFlow(), "flow", Contract(sampler=sampler), 4)
     with pytest.raises(ValueError, match=r"times \[1\.0, 0\.33333, 0\.0\]"):  # between two timesteps
-        exact_scheduler(Betas(), "eps", Contract(solver="renoise", grids={"2": (1.0, 0.33333, 0.0)}), 2)
+        exact_scheduler(Betas(), "eps", Contract(sampler=Renoise(), grid=Exact(grids=((1.0, 0.33333, 0.0),))), 2)
     with pytest.raises(ValueError, match="predicts x0"):
         exact_scheduler(RectifiedFlow(), "x0", Contract(), 4)
     student = student_of(layouts, CASES["wan-one"])

@@ -51,7 +51,7 @@ def whole() -> dict[type, Any]:
     starts: list[Any] = [
         Settings(steps=3, optim={"student": Optim()}, lora=Lora()),
         Pretrained(),
-        Scratch(denoiser=Spec("VideoDiT"), codec="world", contract=Contract(timesteps=Timesteps())),
+        Scratch(denoiser=Spec("VideoDiT"), codec="world", contract=Contract(grid=Timesteps())),
         *(cls(**{f.name: "x" for f in fields(cls) if f.default is f.default_factory}) for cls in _plain()),
     ]
     for start in starts:

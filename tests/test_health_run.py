@@ -281,7 +281,7 @@ def test_times_that_training_does_not_visit_are_named() -> None:
     again = Heard()
     again.restore(json.loads(json.dumps(heard.state())))
     assert again.unseen((0.25, 1.0)) == (0.25,)
-    assert OtherShift(rollout=TWO_GRIDS).contract(Card(name="x").contract).grids["2"] == (1.0, 0.5, 0.0)
+    assert OtherShift(rollout=TWO_GRIDS).contract(Card(name="x").contract).trained[2] == (1.0, 0.5, 0.0)
 
 
 # --- measurements -----------------------------------------------------------------------------------------------------

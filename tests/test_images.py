@@ -36,6 +36,7 @@ from fewstep.data import (
     write_video,
 )
 from fewstep.data.images import PictureConditions
+from fewstep.diffusion import Exact
 from fewstep.engine import Health, Settings, train
 from fewstep.engine.outline import Outline
 from fewstep.engine.prepare import require_possible
@@ -284,7 +285,7 @@ def test_pairs_of_images_teach(model: VideoModel, source: Diffusers, pictures: P
     made = batch(data, model)
     assert_conditions(made, expected)
     row = made.prompts.index(CAPTIONS[1])
-    visited = replace(model.card, contract=replace(model.card.contract, grids={"2": (*GRID, 0.0)}))
+    visited = replace(model.card, contract=replace(model.card.contract, grid=Exact(grids=((*GRID, 0.0),))))
     alone = VideoModel(visited, model.parts).latents(
         CAPTIONS[1:2], image={k: v[row : row + 1] for k, v in made.cond.extra.items()}, seed=1, num_inference_steps=2
     )

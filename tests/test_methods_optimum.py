@@ -110,8 +110,8 @@ def test_pd_changes_stage_on_time() -> None:
     method = Progressive(stages=((4, 3), (2, 2), (1, 1)))
     synced = [step for step in range(10) if len(list(method.updates(step))) == 2]
     assert synced == [3, 5]
-    counts = [list(method.contract_at(Contract(), step).grids) for step in (0, 2, 3, 5, 9)]
-    assert counts == [["4"], ["4"], ["2"], ["1"], ["1"]] and list(method.contract(Contract()).grids) == ["1"]
+    counts = [method.contract_at(Contract(), step).counts for step in (0, 2, 3, 5, 9)]
+    assert counts == [(4,), (4,), (2,), (1,), (1,)] and method.contract(Contract()).counts == (1,)
     with pytest.raises(ValueError, match="half the steps"):
         Progressive(stages=((4, 1), (1, 1)))
 

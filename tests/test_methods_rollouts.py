@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fewstep.core import Batch, Cond, Rng
-from fewstep.diffusion import CFG, EDM, Contract, solve, uniform_grid
+from fewstep.diffusion import CFG, DDIM, EDM, Contract, Renoise, Shifted, uniform_grid
 from fewstep.methods import BackwardSimulation, FromData, FromPairs, Rollout
 from fewstep.methods.rollouts import NESTED, pick, predict
 from support_engine import tiny_model
@@ -25,7 +25,7 @@ from support_gaussian import (
 )
 
 FOUR = (1.0, 0.75, 0.5, 0.25)
-TEACHER = Contract(solver="euler", steps=50, shift=3.0, guidance=CFG(scale=4.0))
+TEACHER = Contract(grid=Shifted(shift=3.0), guidance=CFG(scale=4.0))
 
 
 def student() -> Counting:
@@ -108,7 +108,7 @@ def test_the_last_exit_is_the_sampler_of_the_contract_bit_for_bit(mode: str) -> 
     rollout = BackwardSimulation(mode=mode, exit="last")
     contract = rollout.contract(TEACHER)
     noise = rng.randn(batch.noise_shape, "noise")
-    made = solve(contract.solver, lambda x, t, call: net(x, t, batch.cond, call), noise, contract.times(), rng=rng)
+    made = contract.sampler(lambda x, t, call: net(x, t, batch.cond, call), noise, contract.times(), rng=rng)
     assert torch.equal(rollout(net, batch, rng, grad=True).x0, made)
 
 
@@ -139,10 +139,10 @@ def test_an_exploding_path_starts_at_its_own_noise_level(rollout: Rollout) -> No
 
 def test_contracts_list_exact_shifted_grids_without_guidance() -> None:
     contract = BackwardSimulation(grids=NESTED, shift=5.0).contract(TEACHER)
-    assert contract.grids == {str(n): uniform_grid(n, 5.0) for n in (1, 2, 4)}
-    assert (contract.solver, contract.steps, contract.guidance) == ("renoise", 4, CFG())
-    assert BackwardSimulation(mode="ode").contract(TEACHER).solver == "ddim"
-    assert ONE_STEP.contract(TEACHER).grids == {"1": (1.0, 0.0)}
+    assert contract.trained == {n: uniform_grid(n, 5.0) for n in (1, 2, 4)}
+    assert (contract.sampler, contract.steps, contract.guidance) == (Renoise(), 4, CFG())
+    assert BackwardSimulation(mode="ode").contract(TEACHER).sampler == DDIM()
+    assert ONE_STEP.contract(TEACHER).trained == {1: (1.0, 0.0)}
 
 
 def test_expected_calls() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewstep.attention import BlockCausal, Dense, Grid3, KVCache
+from fewstep.attention import BlockCausal, Dense, Grid3, Keep, KVCache, Window
 from fewstep.attention.pattern import Pattern
 from fewstep.core import Call, Cond, RecipeError
 from fewstep.diffusion import RectifiedFlow
@@ -28,7 +28,8 @@ from fewstep.models import (
     VideoDiT,
     VideoModel,
 )  # fmt: skip
-from fewstep.models.video_dit import patchify, rotary_table, rotate, unpatchify
+from fewstep.models.rotary import FrameRotary
+from fewstep.models.video_dit import patchify, unpatchify
 
 FRAMES, TEXT = 6, 16
 Network = TypeVar("Network", bound=nn.Module)
@@ -98,31 +99,93 @@ def test_causal_forward_equals_streaming_with_cache(chunk: int) -> None:
     whole, cache, parts = net(x, t, cond).raw, KVCache.empty(), []
     for start in range(0, FRAMES, chunk):
         now = slice(start, start + chunk)
-        out = net(x[:, :, now], t[:, now], cond, Call(kv=cache.view()))
+        out = net(x[:, :, now], t[:, now], cond, Call(kv=net.recall(cache, x)))
         assert out.kv is not None
         cache = cache.commit(out.kv, x[:, :, now].shape[2])
         parts.append(out.raw)
-    assert cache.frames == FRAMES
+    assert cache.start == FRAMES and cache.positions.tolist() == list(range(FRAMES))
     torch.testing.assert_close(torch.cat(parts, 2), whole, atol=1e-10, rtol=0)
 
 
 def test_streaming_several_chunks_at_once() -> None:
     net, (x, t, cond) = small(BlockCausal(chunk=2)), inputs()
-    first = net(x[:, :, :2], t[:, :2], cond, Call(kv=KVCache.empty().view()))
-    rest = net(x[:, :, 2:], t[:, 2:], cond, Call(kv=KVCache.empty().commit(first.kv, 2).view()))
+    first = net(x[:, :, :2], t[:, :2], cond, Call(kv=net.recall(KVCache.empty(), x)))
+    rest = net(x[:, :, 2:], t[:, 2:], cond, Call(kv=net.recall(KVCache.empty().commit(first.kv, 2), x)))
     torch.testing.assert_close(rest.raw, net(x, t, cond).raw[:, :, 2:], atol=1e-10, rtol=0)
 
 
 def test_the_past_and_its_distance_matter() -> None:
     net, (x, t, cond) = small(BlockCausal(chunk=1)), inputs()
-    first = net(x[:, :, :1], t[:, :1], cond, Call(kv=KVCache.empty().view()))
+    first = net(x[:, :, :1], t[:, :1], cond, Call(kv=net.recall(KVCache.empty(), x)))
     here, there = (
-        net(x[:, :, 1:2], t[:, 1:2], cond, Call(kv=KVCache(first.kv, 1).view())).raw,
-        net(x[:, :, 1:2], t[:, 1:2], cond, Call(kv=KVCache.empty().view())).raw,
+        net(x[:, :, 1:2], t[:, 1:2], cond, Call(kv=net.recall(KVCache.empty().commit(first.kv, 1), x))).raw,
+        net(x[:, :, 1:2], t[:, 1:2], cond, Call(kv=net.recall(KVCache.empty(), x))).raw,
     )
     assert far(here, there)
     swapped = net(x[:, :, [1, 0, 2, 3, 4, 5]], t[:, [1, 0, 2, 3, 4, 5]], cond).raw
     assert far(swapped[:, :, 5], net(x, t, cond).raw[:, :, 5])
+
+
+def streamed(net: VideoDiT, keep: Keep, x: Tensor, t: Tensor, cond: Cond, chunk: int) -> Tensor:
+    memory, parts = KVCache.empty(keep), []
+    for part, times in zip(x.split(chunk, 2), t.split(chunk, 1), strict=True):
+        out = net(part, times, cond, Call(kv=net.recall(memory, part)))
+        assert out.kv is not None
+        memory = memory.commit(out.kv, part.shape[2])
+        parts.append(out.raw)
+    return torch.cat(parts, 2)
+
+
+@pytest.mark.parametrize(("chunk", "window", "sink"), [(1, 3, 0), (1, 3, 1), (2, 4, 1), (2, 5, 3)])
+def test_a_window_with_sink_is_one_masked_forward(chunk: int, window: int, sink: int) -> None:
+    """To three times the window; the last chunk may be short."""
+    pattern = BlockCausal(chunk=chunk, window=window, sink=sink)
+    net, (x, t, cond) = small(pattern), inputs(frames=3 * window)
+    whole = net(x, t, cond).raw
+    torch.testing.assert_close(streamed(net, pattern.keep, x, t, cond, chunk), whole, atol=1e-10, rtol=0)
+    assert far(whole, small(BlockCausal(chunk=chunk))(x, t, cond).raw)
+
+
+def test_without_a_sink_only_distances_count() -> None:
+    """A window that is re-indexed is the same model where there is no sink, and another one where there is."""
+    net, (x, t, cond) = small(BlockCausal()), inputs(frames=9)
+    for sink, alike in ((0, True), (1, False)):
+        kept = [streamed(net, Window(window=4, sink=sink, relative=on), x, t, cond, 1) for on in (False, True)]
+        assert far(*kept) != alike
+        if alike:
+            torch.testing.assert_close(*kept, atol=1e-10, rtol=0)
+
+
+def test_streams_of_different_age_share_a_call() -> None:
+    net, keep = small(BlockCausal()), Window(window=4, sink=1)
+    x, t, cond = inputs(frames=7)
+    memories = []
+    for row, age in ((0, 2), (1, 6)):
+        memory = KVCache.empty(keep)
+        for frame in range(age):
+            now = slice(frame, frame + 1)
+            part = x[row : row + 1, :, now]
+            out = net(part, t[row : row + 1, now], cond[row : row + 1], Call(kv=net.recall(memory, part)))
+            memory = memory.commit(out.kv, 1)
+        memories.append(memory)
+    now, both = x[:, :, 6:], KVCache.batch(memories)
+    together = net(now, t[:, 6:], cond, Call(kv=net.recall(both, now))).raw
+    for row, memory in enumerate(memories):
+        one = slice(row, row + 1)
+        alone = net(now[one], t[one, 6:], cond[one], Call(kv=net.recall(memory, now[one]))).raw
+        torch.testing.assert_close(together[one], alone, atol=1e-12, rtol=0)
+    nobody = KVCache.empty(keep)
+    assert far(together[:1], net(now[:1], t[:1, 6:], cond[:1], Call(kv=net.recall(nobody, now[:1]))).raw)
+
+
+def test_the_past_is_turned_once_for_all_calls_of_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, (x, t, cond) = small(BlockCausal()), inputs(frames=3)
+    first = net(x[:, :, :2], t[:, :2], cond, Call(kv=net.recall(KVCache.empty(), x)))
+    view, turned = net.recall(KVCache.empty().commit(first.kv, 2), x[:, :, 2:]), []
+    turn = FrameRotary.turn
+    monkeypatch.setattr(FrameRotary, "turn", lambda self, x, table: turned.append(x.shape[2]) or turn(self, x, table))
+    net(x[:, :, 2:], t[:, 2:], cond, Call(kv=view))
+    assert set(turned) == {6}  # tokens of the one new frame
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3])
@@ -148,7 +211,7 @@ def test_one_chunk_is_dense() -> None:
 def test_output_kv_only_when_a_view_is_given() -> None:
     net, (x, t, cond) = small(), inputs()
     assert net(x, t, cond).kv is None
-    made = net(x, t, cond, Call(kv=KVCache.empty().view()))
+    made = net(x, t, cond, Call(kv=net.recall(KVCache.empty(), x)))
     assert made.kv is not None
     assert len(made.kv) == 3
     assert made.kv[0][0].shape == (2, 2, FRAMES * 6, 18)
@@ -186,7 +249,9 @@ def test_position_matters_along_every_axis(axis: int) -> None:
 
 def test_only_differences_of_position_are_read() -> None:
     q, k = torch.randn(2, 1, 1, 24, 18, dtype=torch.float64)
-    early, late = rotary_table(Grid3(4, 2, 3), 0, 18, 100.0), rotary_table(Grid3(4, 2, 3), 5, 18, 100.0)[:, -24:]
+    rotary = FrameRotary(18, 100.0, halves=True)
+    rotate = rotary.turn
+    early, late = (rotary.table(start + torch.arange(4), Grid3(4, 2, 3)) for start in (0, 5))
     scores = rotate(q, early) @ rotate(k, early).mT
     torch.testing.assert_close(rotate(q, late) @ rotate(k, late).mT, scores, atol=1e-10, rtol=0)
     assert far(rotate(q, late) @ rotate(k, early).mT, scores)

@@ -103,13 +103,13 @@ def test_check_shows_what_differs(tool, tmp_path: Path, monkeypatch, capsys: pyt
 def test_a_demo_fills_the_table_and_the_picture(tool, tiny_world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dataclasses import replace
 
-    from fewstep.diffusion import Contract
+    from fewstep.diffusion import Contract, Exact
     from fewstep.evaluate import Entry, Suite, evaluate
 
     teacher = tiny_model()
     student = tiny_model(1).with_part("denoiser", tiny_model(1).denoiser)
     student.card = replace(
-        student.card, name="student", role="student", contract=Contract(steps=2, grids={"2": (1.0, 0.5, 0.0)})
+        student.card, name="student", role="student", contract=Contract(steps=2, grid=Exact(grids=((1.0, 0.5, 0.0),)))
     )
     rows = [
         Entry(name="teacher 3", model=teacher),

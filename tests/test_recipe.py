@@ -214,7 +214,7 @@ def test_distill_from_python(tiny: Path, tmp_path: Path) -> None:
         quiet=True,
     )
     assert Recipe.load(tmp_path / "run").data == WorldClips(num_frames=4)  # of the teacher's size
-    assert student.card.role == "student" and student.card.contract.grids
+    assert student.card.role == "student" and student.card.contract.trained
     saved = load_yaml((tmp_path / "run" / "recipe.yaml").read_text())
     assert saved["model"] == {"type": "Pretrained", "source": str(tmp_path / "teacher"), "lora": None}
     assert Recipe.load(tmp_path / "run").model == Pretrained(source=str(tmp_path / "teacher"))

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from fewstep.cli import main
 from fewstep.core import Batch, Rng
 from fewstep.data.base import Source
-from fewstep.diffusion import Contract
+from fewstep.diffusion import Contract, Exact
 from fewstep.engine import Optim, Settings, train
 from fewstep.engine.nets import origin
 from fewstep.engine.prepare import prepare, require_possible
@@ -94,7 +94,7 @@ def test_another_network_keeps_some_of_it(teacher: VideoModel, lora: Path, tmp_p
         for number, parameter in enumerate(network.parameters()):
             parameter.add_(0.05 * Rng(7).randn(tuple(parameter.shape), str(number)))
 
-    student = with_denoiser(teacher, other, contract=Contract(steps=1, grids={"1": (1.0, 0.0)}))
+    student = with_denoiser(teacher, other, contract=Contract(steps=1, grid=Exact()))
     found = check_lora(teacher, student, lora, PROMPTS, tmp_path)
     assert found.score == pytest.approx(found.cosine * found.size) and found.error > 0 and abs(found.score - 1) > 1e-3
 
@@ -143,7 +143,7 @@ def test_a_teacher_of_diffusers_takes_the_student_s_size(tmp_path: Path, capsys:
         for adapter in adapters(network).values():
             adapter.lora_B.weight.copy_(Rng(1).randn(tuple(adapter.lora_B.weight.shape), "b"))
     lora = save_adapter(network, tmp_path / "lora", "tiny")
-    contract = Contract(steps=1, grids={"1": (1.0, 0.0)})
+    contract = Contract(steps=1, grid=Exact())
     student = model.with_part("denoiser", model.denoiser, role="student", contract=contract).save(tmp_path / "student")
     words = ["--teacher", str(folder), "--student", str(student), "--prompt", "a red ball", "--seeds", "1", "--quiet"]
     assert read_card(folder).num_frames != 5

@@ -58,7 +58,7 @@ from transformers import (
 )
 
 from fewstep.core import Rng
-from fewstep.diffusion import CFG, Betas, Contract
+from fewstep.diffusion import CFG, Betas, Contract, LinearQuadratic, Shifted
 
 WORDS = [
     "<pad>",
@@ -398,7 +398,7 @@ def scaled_encode(pipeline: Any, frames: Tensor) -> Tensor:
 TINY = {
     "wan": Tiny(
         make=wan, size={"num_frames": 5, "height": 32, "width": 48}, encode=wan_encode, causal=True,
-        card={"num_frames": 81, "fps": 16, "contract": Contract(steps=50, shift=3.0, guidance=CFG(scale=5.0))},
+        card={"num_frames": 81, "fps": 16, "contract": Contract(steps=50, grid=Shifted(shift=3.0), guidance=CFG(scale=5.0))},
         text_arguments={"do_classifier_free_guidance": False, "max_sequence_length": 512},
     ),
     "ltx": Tiny(
@@ -406,7 +406,7 @@ TINY = {
         sample=ltx_sample, causal=True,
         card={
             "num_frames": 161, "height": 512, "width": 704, "fps": 25,
-            "contract": Contract(steps=50, shift=LTX_SHIFT, terminal=0.1, guidance=CFG(scale=3.0)),
+            "contract": Contract(steps=50, grid=Shifted(shift=LTX_SHIFT, terminal=0.1), guidance=CFG(scale=3.0)),
         },
     ),
     "ltx_condition": Tiny(
@@ -414,7 +414,7 @@ TINY = {
         sample=ltx_condition_sample, causal=True,
         card={
             "num_frames": 161, "height": 512, "width": 704, "fps": 25,
-            "contract": Contract(steps=50, threshold=0.025, guidance=CFG(scale=3.0)),
+            "contract": Contract(steps=50, grid=LinearQuadratic(threshold=0.025), guidance=CFG(scale=3.0)),
         },
         text_arguments={"do_classifier_free_guidance": False, "max_sequence_length": 256},
     ),
@@ -433,7 +433,10 @@ TINY = {
     "hunyuan": Tiny(
         make=hunyuan, size={"num_frames": 5, "height": 48, "width": 80}, encode=scaled_encode,
         sample=hunyuan_sample, text_arguments={},
-        card={"num_frames": 129, "height": 720, "width": 1280, "fps": 24, "contract": Contract(steps=50, shift=7.0)},
+        card={
+            "num_frames": 129, "height": 720, "width": 1280, "fps": 24,
+            "contract": Contract(steps=50, grid=Shifted(shift=7.0)),
+        },
     ),
     "hunyuan15": Tiny(
         make=hunyuan15, size={"num_frames": 5, "height": 48, "width": 80},
@@ -442,14 +445,14 @@ TINY = {
                 "blocks.1.inner.attn.add_q_proj.", "blocks.1.inner.attn.norm_added_q.", "blocks.1.inner.ff_context."),
         card={
             "num_frames": 121, "height": 480, "width": 848, "fps": 24,
-            "contract": Contract(steps=50, shift=5.0, guidance=CFG(scale=6.0)),
+            "contract": Contract(steps=50, grid=Shifted(shift=5.0), guidance=CFG(scale=6.0)),
         },
     ),
     "wan_ti2v": Tiny(
         make=wan_ti2v, size={"num_frames": 5, "height": 64, "width": 96}, encode=wan_encode, causal=True,
         card={
             "num_frames": 121, "height": 704, "width": 1280, "fps": 24,
-            "contract": Contract(steps=50, shift=3.0, guidance=CFG(scale=5.0)),
+            "contract": Contract(steps=50, grid=Shifted(shift=3.0), guidance=CFG(scale=5.0)),
         },
         text_arguments={"do_classifier_free_guidance": False, "max_sequence_length": 512},
     ),
@@ -457,7 +460,7 @@ TINY = {
         make=wan_experts, size={"num_frames": 5, "height": 32, "width": 48}, encode=wan_encode, causal=True,
         card={
             "num_frames": 81, "height": 720, "width": 1280, "fps": 16,
-            "contract": Contract(steps=40, shift=3.0, guidance=CFG(scale=4.0, low=0.6, outside=3.0)),
+            "contract": Contract(steps=40, grid=Shifted(shift=3.0), guidance=CFG(scale=4.0, low=0.6, outside=3.0)),
         },
         text_arguments={"do_classifier_free_guidance": False, "max_sequence_length": 512},
     ),

@@ -29,7 +29,6 @@ EXCEPTIONS: dict[str, str] = {
     # "<path>:<rule>" or "<path>:<function>:<rule>" -> why, and what would remove it
     "src/fewstep/models/video_dit.py:__init__:parameters": "a network's constructor names every size",
     "src/fewstep/engine/loop.py:train:parameters": "the front door of the engine",
-    "src/fewstep/models/bundle.py:latents:parameters": "the front door of sampling",
     "src/fewstep/data/prepare.py:prepare:parameters": "the front door of preparation",
     "src/fewstep/models/adapters/chunks.py:classes": "one way to decode per autoencoder; a file each, in a room of codecs",
     "src/fewstep/models/adapters/cogvideox.py:classes": "a processor for diffusers' blocks; goes when attention is an operation",

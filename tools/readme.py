@@ -119,7 +119,7 @@ def methods() -> str:
     for cls in METHODS:
         path = Path("src", *cls.__module__.split(".")).with_suffix(".py")
         method = cls()
-        counts = sorted(map(int, method.contract(Contract()).grids))
+        counts = method.contract(Contract()).trained
         any_count = "any" if method.part == "denoiser" else "-"
         lines.append(row_of([
             f"[`{cls.__name__}`]({path.as_posix()})", phrase(ROOT / path), method.part, ", ".join(sorted(method.needs)),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from fewstep.diffusion import CFG
+from fewstep.diffusion import CFG, Shifted
 from fewstep.evaluate import describe_machine, versions
 from fewstep.models.bundle import BUILT_IN, VideoModel
 
@@ -29,7 +29,7 @@ def main() -> int:
     options, machine = parser.parse_args(), describe_machine()
     for name, run in SHIPPED.items():
         model = VideoModel.from_pretrained(options.runs / run / "student")
-        contract = replace(model.card.contract, guidance=CFG(scale=options.guidance), shift=options.shift)
+        contract = replace(model.card.contract, guidance=CFG(scale=options.guidance), grid=Shifted(shift=options.shift))
         made = {
             "recipe file": f"recipes/world/{run}.yaml",
             "trained on": f"{machine.cores} CPU cores ({machine.cpu}), no GPU",

@@ -11,8 +11,9 @@ from types import MappingProxyType
 from typing import Any
 
 from fewstep.attention import PATTERNS
+from fewstep.caching import CACHES
 from fewstep.data import DATA
-from fewstep.diffusion import CFG, DENSITIES, PATHS, ddim, dpmpp_2m, euler, heun, renoise
+from fewstep.diffusion import CFG, DENSITIES, GRIDS, PATHS, SAMPLERS
 from fewstep.engine import Health, Settings, WorldProbe
 from fewstep.methods import METHODS, ROLLOUTS
 from fewstep.models import NETWORKS
@@ -26,7 +27,9 @@ KINDS: Mapping[str, tuple[Callable[..., Any], ...]] = MappingProxyType({
     "data": (*DATA, WorldClips),
     "rollouts": ROLLOUTS,
     "patterns": PATTERNS,
-    "samplers": (euler, heun, ddim, dpmpp_2m, renoise),
+    "caches": CACHES,
+    "samplers": SAMPLERS,
+    "grids": GRIDS,
     "paths": PATHS,
     "densities": DENSITIES,
     "settings": (Settings, Health, WorldProbe, CFG),

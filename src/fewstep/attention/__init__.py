@@ -3,13 +3,14 @@
 from fewstep.attention.block_causal import BlockCausal
 from fewstep.attention.dense import Dense
 from fewstep.attention.kernels import Backend, attend, backends, math_only, pick
-from fewstep.attention.kv import KVCache
-from fewstep.attention.pattern import Grid3, Pattern
+from fewstep.attention.kv import KEEPS, Everything, Keep, KVCache, Window
+from fewstep.attention.pattern import Grid3, Operation, Pattern, Site
+from fewstep.attention.routed.top_k import TopK
 from fewstep.attention.ulysses import Ulysses
 
-PATTERNS: tuple[type[Pattern], ...] = (Dense, BlockCausal)
+PATTERNS: tuple[type[Pattern], ...] = (Dense, BlockCausal, TopK)
 
 __all__ = [
-    "PATTERNS", "Backend", "BlockCausal", "Dense", "Grid3", "KVCache", "Pattern", "Ulysses", "attend",
-    "backends", "math_only", "pick",
+    "KEEPS", "PATTERNS", "Backend", "BlockCausal", "Dense", "Everything", "Grid3", "KVCache", "Keep", "Operation", "Pattern",
+    "Site", "TopK", "Ulysses", "Window", "attend", "backends", "math_only", "pick",
 ]  # fmt: skip

@@ -1,37 +1,109 @@
-"""Frames in chunks: everything inside a chunk, nothing of the future."""
+"""Frames in chunks: everything inside a chunk, nothing of the future, and of the past all or a window."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from fewstep.attention.pattern import Grid3, Pattern
+from fewstep.attention.kernels import attend
+from fewstep.attention.kv import Everything, Keep, Window
+from fewstep.attention.pattern import Operation, Pattern, Site
 
 
 @dataclass(frozen=True)
 class BlockCausal(Pattern):
     """Bidirectional inside a chunk of `chunk` frames, causal between chunks (CausVid, 2412.07772).
 
-    A cache must end where a chunk ends, so that streaming chunk by chunk equals one masked forward.
+    With `window` a chunk reads itself, the first `sink` frames of the clip, and so many of the frames before it that it
+    reads `window` frames at most, in all (LongLive, 2509.22622). A memory must end where a chunk ends, so that streaming
+    chunk by chunk equals one forward.
     """
 
     chunk: int = 1
     """Latent frames per chunk; the last chunk of a clip may be shorter."""
+    window: int = 0
+    """Latent frames that a chunk reads, its own and the sink included; 0: all."""
+    sink: int = 0
+    """Frames at the beginning of the clip that stay in the window."""
 
     def __post_init__(self) -> None:
         if self.chunk < 1:
             raise ValueError(f"BlockCausal needs chunk >= 1 frame, got {self.chunk}")
-
-    def mask(self, grid: Grid3, cached: int = 0) -> Tensor | None:
-        if cached % self.chunk:
+        if self.window and not 0 <= self.sink <= self.window - self.chunk:
             raise ValueError(
-                f"a cache of {cached} frames ends inside a chunk of {self.chunk}; commit whole chunks only"
+                f"a window holds its sink and a chunk: window={self.window}, sink={self.sink}, chunk={self.chunk}; raise window"
             )
-        if grid.frames <= self.chunk:
-            return None  # one chunk: the past and itself, that is everything
-        chunk_of_key = torch.arange(cached + grid.frames) // self.chunk
-        chunk_of_query = chunk_of_key[cached:]
-        may_look = chunk_of_query[:, None] >= chunk_of_key[None, :]
-        return may_look.repeat_interleave(grid.per_frame, 0).repeat_interleave(grid.per_frame, 1)
+        if self.sink and not self.window:
+            raise ValueError(f"without a window every frame stays in reach; set window, or sink to 0, not {self.sink}")
+
+    @property
+    def keep(self) -> Keep:
+        """What a memory must hold so that streaming equals this pattern."""
+        return Window(window=self.window, chunk=self.chunk, sink=self.sink) if self.window else Everything()
+
+    def operation(self, layer: int, heads: int, width: int) -> Operation:
+        return _ChunkByChunk(self)
+
+    def check(self, site: Site) -> None:
+        if site.beside:
+            raise ValueError(
+                "text that reads the clip would tell the past of the future; BlockCausal needs cross-attention"
+            )
+        if site.call.kv is None:
+            return
+        if bool((site.call.kv.start % self.chunk).any()):
+            raise ValueError(
+                f"a memory up to frame {site.call.kv.start.tolist()} ends inside a chunk of {self.chunk}; commit whole "
+                "chunks only"
+            )
+        if self.window and site.past and site.grid.frames > self.chunk:
+            raise ValueError(
+                f"with a window a call has one chunk of {self.chunk} frames, not {site.grid.frames} frames"
+            )
+
+    def reads(self, start: int, stop: int, past: int) -> list[tuple[int, int]]:
+        """Runs of frames that the chunk `[start, stop)` reads; `past` frames are remembered, and all of them are read."""
+        if not self.window or past:
+            return [(0, stop)]
+        first = start + self.chunk - (self.window - self.sink)  # of the whole chunk, which the last one may not be
+        return [(0, stop)] if first <= self.sink else [(0, self.sink), (first, stop)]
+
+
+class _ChunkByChunk(Operation):
+    """Each chunk of queries reads runs of the keys; there is no mask, and what is not read costs nothing."""
+
+    def __init__(self, pattern: BlockCausal) -> None:
+        super().__init__()
+        self.pattern = pattern
+
+    def mask(self, q_BHND: Tensor, k_BHMD: Tensor, site: Site) -> Tensor | None:
+        frames, past = site.grid.frames, site.past
+        allowed = torch.zeros(frames, past + frames, dtype=torch.bool, device=q_BHND.device)
+        for start, stop in self._chunks(site):
+            for low, high in self.pattern.reads(past + start, past + stop, past):
+                allowed[start:stop, low:high] = True
+        if bool(allowed.all()):
+            return None
+        return allowed.repeat_interleave(site.grid.per_frame, 0).repeat_interleave(site.grid.per_frame, 1)
+
+    def forward(self, q_BHND: Tensor, k_BHMD: Tensor, v_BHMD: Tensor, site: Site) -> Tensor:
+        per_frame, past, read = site.grid.per_frame, site.past, []
+        for start, stop in self._chunks(site):
+            runs = self.pattern.reads(past + start, past + stop, past)
+            k, v = (_runs(x, runs, per_frame, 2) for x in (k_BHMD, v_BHMD))
+            keys = site.readable_B11M
+            keys = None if keys is None else _runs(keys, runs, per_frame, 3)
+            read.append(attend(q_BHND[:, :, start * per_frame : stop * per_frame], k, v, keys))
+        return read[0] if len(read) == 1 else torch.cat(read, 2)
+
+    def _chunks(self, site: Site) -> list[tuple[int, int]]:
+        return list(pairwise([*range(0, site.grid.frames, self.pattern.chunk), site.grid.frames]))
+
+
+def _runs(x: Tensor, runs: list[tuple[int, int]], per_frame: int, dim: int) -> Tensor:
+    """The tokens of runs of frames."""
+    parts = [x.narrow(dim, low * per_frame, (high - low) * per_frame) for low, high in runs if high > low]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fewstep.attention.pattern import Grid3, Pattern
+from torch import Tensor
+
+from fewstep.attention.pattern import Operation, Pattern, Site
 
 
 @dataclass(frozen=True)
 class Dense(Pattern):
-    """Bidirectional attention over all frames (and over all cached frames, if there are any)."""
+    """Bidirectional attention over all frames (and over all remembered frames, if there are any)."""
 
-    def mask(self, grid: Grid3, cached: int = 0) -> None:
+    def operation(self, layer: int, heads: int, width: int) -> Operation:
+        return _Everything()
+
+
+class _Everything(Operation):
+    def mask(self, q_BHND: Tensor, k_BHMD: Tensor, site: Site) -> None:
         return None

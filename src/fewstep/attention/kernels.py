@@ -28,7 +28,7 @@ _SHORT = 1024
 
 def attend(q_BHND: Tensor, k_BHMD: Tensor, v_BHMD: Tensor, mask: Tensor | None = None) -> Tensor:
     """Softmax attention, `[B, H, N, D]`. `mask` is bool, True = may look, and broadcasts to `[B, H, N, M]`."""
-    if q_BHND.device.type == "cpu" and q_BHND.dtype == torch.bfloat16 and k_BHMD.shape[2] <= _SHORT:
+    if _has_matmul(q_BHND.device.type, q_BHND.dtype) and k_BHMD.shape[2] <= _SHORT:
         return _matmul(q_BHND, k_BHMD, v_BHMD, mask)
     return F.scaled_dot_product_attention(q_BHND, k_BHMD, v_BHMD, attn_mask=mask)
 
@@ -78,11 +78,13 @@ def _best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def _has_matmul(device: str, dtype: torch.dtype) -> bool:
+    return device == "cpu" and dtype == torch.bfloat16
+
+
 def _own(device: str, dtype: torch.dtype) -> Backend:
-    if device != "cpu":
-        return Backend("matmul", False, f"for the CPU only; this device is {device}")
-    if dtype != torch.bfloat16:
-        return Backend("matmul", False, f"for bfloat16 only; this is {_short(dtype)}")
+    if not _has_matmul(device, dtype):
+        return Backend("matmul", False, f"for bfloat16 on the CPU only; this is {_short(dtype)} on {device}")
     return Backend("matmul", True, f"in bfloat16 up to {_SHORT} keys, where it beats the CPU's flash kernel")
 
 

@@ -1,12 +1,20 @@
-"""What a query may read. A pattern is a frozen dataclass; its `mask` is the whole truth about it."""
+"""Attention as an operation: a pattern makes one for each block, and the operation says what its queries read.
+
+Legend: B batch, H heads, N queries, M keys, D head dimension. Keys are ordered: text that is attended beside the clip, then
+remembered frames, then the N tokens of the call's own frames.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fewstep.attention.kernels import attend
+from fewstep.core import Call
 
 
 class Grid3(NamedTuple):
@@ -25,15 +33,60 @@ class Grid3(NamedTuple):
         return self.frames * self.per_frame
 
 
-class Pattern(ABC):
-    """Which keys each query reads."""
+@dataclass(frozen=True)
+class Site:
+    """What an operation may know besides queries, keys and values. Every block of a call has the same."""
+
+    grid: Grid3
+    """The clip's tokens of this call, all of them."""
+    past: int = 0
+    """Remembered frames (slots of the memory) before them."""
+    beside: int = 0
+    """Tokens of text before both: every query reads them, and as queries they read every key."""
+    readable_B11M: Tensor | None = None
+    """False for keys that nobody reads: padded text, empty slots. None: there are none."""
+    call: Call = Call()
+
+
+class Operation(nn.Module, ABC):
+    """What one block's self-attention computes.
+
+    `mask` is the whole truth about it; `forward` must equal softmax attention under `allowed`. This one computes exactly
+    that, with a mask of all queries and keys: the reference, for tests and for patterns that have no faster way yet.
+    """
 
     @abstractmethod
-    def mask(self, grid: Grid3, cached: int = 0) -> Tensor | None:
-        """`[N, M]` bool, True = may look; None = every query reads every key.
+    def mask(self, q_BHND: Tensor, k_BHMD: Tensor, site: Site) -> Tensor | None:
+        """Which keys of clips the queries of the clip read: bool `[N, M]` or `[B, H, N, M]`, without text; None: all.
 
-        Queries are the N tokens of `grid`. Keys are those of `cached` earlier frames of the same size, followed by the N.
+        Queries and keys come without text, too.
         """
+
+    def allowed(self, q_BHND: Tensor, k_BHMD: Tensor, site: Site) -> Tensor | None:
+        """The same with text and with keys that nobody reads, for all queries and keys; None: all."""
+        beside = site.beside
+        mask = self.mask(q_BHND[:, :, beside:], k_BHMD[:, :, beside:], site)
+        if mask is not None and beside:
+            mask = F.pad(mask, (beside, 0, beside, 0), value=True)
+        if mask is None or site.readable_B11M is None:
+            return mask if site.readable_B11M is None else site.readable_B11M
+        return mask & site.readable_B11M
+
+    def forward(self, q_BHND: Tensor, k_BHMD: Tensor, v_BHMD: Tensor, site: Site) -> Tensor:
+        """`[B, H, N, D]`; H may be this process' share of the heads."""
+        mask = self.allowed(q_BHND, k_BHMD, site)
+        return attend(q_BHND, k_BHMD, v_BHMD, None if mask is None else mask.to(q_BHND.device))
+
+
+class Pattern(ABC):
+    """Which keys each query reads: a frozen dataclass, named in recipes and cards."""
+
+    @abstractmethod
+    def operation(self, layer: int, heads: int, width: int) -> Operation:
+        """What block `layer` computes, with `heads` heads of `width` channels. It may have parameters of its own."""
+
+    def check(self, site: Site) -> None:  # noqa: B027 - most patterns can be run anywhere
+        """Refuse (ValueError) a call that this pattern cannot be right for."""
 
     def tree(self) -> dict[str, Any]:
         """Plain values from which `core.build` makes an equal pattern."""

@@ -15,8 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fewstep.attention.kernels import attend
-
 
 @dataclass(frozen=True)
 class Ulysses:
@@ -47,35 +45,31 @@ class Ulysses:
         joined: Tensor = _Join.apply(x, dim, self.group)
         return joined
 
-    def attend(self, q_BHnD: Tensor, k_BHnD: Tensor, v_BHnD: Tensor, mask_NN: Tensor | None) -> Tensor:
-        """Attention of this process' queries to the keys of all, `[B, H, n, D]`. H must be a multiple of P."""
-        q_BhND, k_BhND, v_BhND = (self._to_heads(x) for x in (q_BHnD, k_BHnD, v_BHnD))
-        return self._to_tokens(attend(q_BhND, k_BhND, v_BhND, mask_NN))
+    def to_heads(self, x_BHmD: Tensor, beside: int = 0) -> Tensor:
+        """All tokens of this process' share of the heads, `[B, H / P, M, D]`. H must be a multiple of P.
 
-    def attend_beside(self, q_BHmD: Tensor, k_BHmD: Tensor, v_BHmD: Tensor, alike: int) -> Tensor:
-        """The same where the first `alike` tokens are no share of the clip's but the same in every process, such as text."""
-        heads = [
-            torch.cat([self.split(x[:, :, :alike], 1), self._to_heads(x[:, :, alike:])], 2)
-            for x in (q_BHmD, k_BHmD, v_BHmD)
-        ]
-        q_BhMD, k_BhMD, v_BhMD = heads
-        y_BhMD = attend(q_BhMD, k_BhMD, v_BhMD)
-        return torch.cat([self.join(y_BhMD[:, :, :alike], 1), self._to_tokens(y_BhMD[:, :, alike:])], 2)
-
-    def _to_tokens(self, y_BhND: Tensor) -> Tensor:
-        """All heads of this process' tokens, `[B, H, n, D]`."""
-        received_PBhnD = _Exchange.apply(y_BhND.unflatten(2, (self.size, -1)).movedim(2, 0), self.group)
-        return received_PBhnD.movedim(0, 1).flatten(1, 2)
-
-    def _to_heads(self, x_BHnD: Tensor) -> Tensor:
-        """All tokens of this process' share of the heads, `[B, H / P, N, D]`."""
-        if x_BHnD.shape[1] % self.size:
+        The first `beside` tokens are no share of the clip's but the same in every process, such as text.
+        """
+        if x_BHmD.shape[1] % self.size:
             raise ValueError(
-                f"{x_BHnD.shape[1]} attention heads cannot be shared evenly by {self.size} processes; "
+                f"{x_BHmD.shape[1]} attention heads cannot be shared evenly by {self.size} processes; "
                 "let settings.parallel.sequence be a divisor of them"
             )
+        x_BHnD = x_BHmD[:, :, beside:]
         received_PBhnD = _Exchange.apply(x_BHnD.unflatten(1, (self.size, -1)).movedim(1, 0), self.group)
-        return received_PBhnD.movedim(0, 2).flatten(2, 3)
+        x_BhND = received_PBhnD.movedim(0, 2).flatten(2, 3)
+        return torch.cat([self.split(x_BHmD[:, :, :beside], 1), x_BhND], 2) if beside else x_BhND
+
+    def to_tokens(self, y_BhMD: Tensor, beside: int = 0) -> Tensor:
+        """All heads of this process' tokens, `[B, H, m, D]`; and of the first `beside`, which every process has."""
+        y_BhND = y_BhMD[:, :, beside:]
+        received_PBhnD = _Exchange.apply(y_BhND.unflatten(2, (self.size, -1)).movedim(2, 0), self.group)
+        y_BHnD = received_PBhnD.movedim(0, 1).flatten(1, 2)
+        return torch.cat([self.join(y_BhMD[:, :, :beside], 1), y_BHnD], 2) if beside else y_BHnD
+
+    def own_heads(self, table: Tensor) -> Tensor:
+        """This process' share of a table `[..., H, M, D]` that has something for every head; any other as it is."""
+        return self.split(table, table.ndim - 3) if table.ndim > 3 and table.shape[-3] > 1 else table
 
 
 class _Split(torch.autograd.Function):

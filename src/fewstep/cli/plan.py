@@ -115,8 +115,10 @@ def shapes(recipe: Recipe, card: Card) -> list[tuple[str, str]]:
         rows.append(("text states [B, L, D]", str([batch, model.text.length, model.text.width])))
     if "denoiser" in model.parts:
         contract = recipe.method.contract(card.contract)
-        grids = {steps: [round(t, 4) for t in times] for steps, times in contract.grids.items()}
-        how = f"{contract.solver}, guidance {contract.guidance.scale:g}, times {grids or 'of any number'}"
+        grids = {steps: [round(t, 4) for t in times] for steps, times in contract.trained.items()}
+        how = (
+            f"{type(contract.sampler).__name__}, guidance {contract.guidance.scale:g}, times {grids or 'of any number'}"
+        )
         rows.append(("sampled with", how))
     return rows
 

@@ -6,30 +6,64 @@ every block is run.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, Protocol, Self, TypeVar
 
+import torch
 from torch import Tensor
 
 from fewstep.core.types import KV
 
 Branch = Literal["cond", "uncond", "both"]
 """Which condition the samples of a call have; `both`: the first half the prompt's, the second half the negative one's."""
-S = TypeVar("S")
+
+
+class Flow(Protocol):
+    """What a runner may know of the state that goes from block to block (`models.backbone.State`)."""
+
+    @property
+    def streams(self) -> tuple[Tensor, ...]:
+        """The tensors that blocks change."""
+        ...
+
+    def with_streams(self, streams: Sequence[Tensor]) -> Self:
+        """The same state with other tensors flowing."""
+        ...
+
+    @property
+    def route(self) -> Hashable:
+        """Which of several networks in one it goes through."""
+        ...
+
+
+S = TypeVar("S", bound=Flow)
 
 
 @dataclass(frozen=True)
 class KVView:
-    """What a call may read of the past. An empty view asks for keys and values but offers none."""
+    """What a call may read of the past, as a network's `recall` makes it of a memory: once for all calls of a chunk.
+
+    A view without layers asks for keys and values but offers none. What is said of positions lies on the CPU, so that nobody
+    waits for a device to learn it.
+    """
 
     layers: tuple[KV, ...]
-    """One `(k_BHMD, v_BHMD)` per block; empty at the start of a stream."""
-    frames: int
-    """How many frames they cover: the first frame of the call has this index."""
+    """One `(k_BHMD, v_BHMD)` per block, keys with rotary position; empty at the start of a stream."""
+    positions: Tensor
+    """Where each remembered frame stands, int64 `[S]`, or `[B, S]` where streams differ in age."""
+    start: Tensor
+    """Where the call's first frame stands, int64, `[]` or `[B]`."""
+    readable: Tensor | None = None
+    """False for slots that hold no frame, as `positions`; None: every slot holds one."""
 
     def layer(self, index: int) -> KV | None:
         return self.layers[index] if self.layers else None
+
+    @property
+    def slots(self) -> int:
+        """Frames that are remembered, places for frames included."""
+        return self.positions.shape[-1] if self.layers else 0
 
 
 @dataclass(frozen=True)
@@ -79,3 +113,8 @@ class Call:
     runner: Runner = every_block
     shared: Sharing | None = None
     """The processes that make this call together, each with its share of the tokens; None: this one alone."""
+
+    def positions(self, frames: int) -> Tensor:
+        """Where so many frames of the call itself stand in their stream, int64 `[F]` or `[B, F]`."""
+        here = torch.arange(frames)
+        return here if self.kv is None else self.kv.start[..., None] + here

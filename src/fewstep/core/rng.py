@@ -30,6 +30,10 @@ class Seeds:
         rows = [torch.randn(shape[1:], generator=torch.Generator().manual_seed(_hash(s, name))) for s in self.seeds]
         return torch.stack(rows).to(self.device)
 
+    def fold(self, name: str) -> Seeds:
+        """The same clips' seeds for a sub-procedure: all its numbers are others."""
+        return replace(self, seeds=tuple(_hash(seed, name) for seed in self.seeds))
+
 
 @dataclass(frozen=True)
 class Rng:

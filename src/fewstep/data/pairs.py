@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core import Batch, Call, Pairs, Rng, Seeds
-from fewstep.core.build import digest
+from fewstep.core.build import digest, dump
 from fewstep.core.peers import meet_peers
 from fewstep.data.base import Data, DataError, Source, require
 from fewstep.data.images import PictureConditions, Pictured, require_pictures, require_stored
@@ -19,8 +19,7 @@ from fewstep.data.order import draw_indices
 from fewstep.data.store import PartedWriter, Progress, ShardReader, ShardWriter, Storage, read_manifest
 from fewstep.data.texts import Texts
 from fewstep.data.video import write_video
-from fewstep.diffusion import CFG, Contract, Prediction, solve, uniform_grid
-from fewstep.diffusion.samplers import Solver, calls
+from fewstep.diffusion import CFG, Contract, Prediction, Sampler, TimeGrid
 from fewstep.diffusion.times import check_grid
 from fewstep.models.bundle import Card, VideoModel, latent_shape_of
 from fewstep.models.images import image_names
@@ -34,10 +33,10 @@ class PairPlan:
 
     times: tuple[float, ...]
     """Times whose states are kept, decreasing from 1 to 0: the student's grid."""
-    solver: Solver | None = None
+    sampler: Sampler | None = None
     steps: int | None = None
     """Steps of the teacher. Its grid has exactly so many and passes through `times`."""
-    shift: float | None = None
+    grid: TimeGrid | None = None
     guidance: CFG | None = None
     seed: int = 0
     """Pair `i` starts from the noise of seed `seed + i`, as the model's own sampling does."""
@@ -54,40 +53,48 @@ class PairPlan:
 
     def __post_init__(self) -> None:
         check_grid(self.times)
-        if self.solver == "renoise":
-            raise ValueError("renoise is random and has no ODE pairs; choose euler, heun, ddim or dpmpp_2m")
+        if self.sampler is not None:
+            _require_ode(self.sampler)
         for name in ("per_prompt", "shard_size", "part_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     def resolve(self, contract: Contract) -> Course:
-        """The solver, exact grid and guidance this plan means for a teacher with `contract`."""
-        solver = contract.solver if self.solver is None else self.solver
-        if solver == "renoise":
-            raise ValueError("this model is sampled by renoise, which has no ODE pairs; name a solver in the plan")
+        """The sampler, times and guidance this plan means for a teacher with `contract`."""
+        sampler = _require_ode(contract.sampler if self.sampler is None else self.sampler)
         steps = contract.steps if self.steps is None else self.steps
-        base = contract.times(steps) if self.shift is None else uniform_grid(steps, self.shift)
+        base = contract.times(steps) if self.grid is None else self.grid.times(steps)
         if (base[0], base[-1]) != (1.0, 0.0):
             raise ValueError(
                 f"this model's own steps lead from t = {base[0]:g} to {base[-1]:g}, and pairs go from 1 to 0; "
-                "name a shift in the plan (1.0 for uniform steps)"
+                "name a grid in the plan, such as Shifted()"
             )
         guidance = contract.guidance if self.guidance is None else self.guidance
-        return Course(solver, grid_through(self.times, base), guidance)
+        return Course(sampler, grid_through(self.times, base), guidance)
+
+
+def _require_ode(sampler: Sampler) -> Sampler:
+    """ValueError where a state between noise and clip is no point of the teacher's ODE."""
+    name = type(sampler).__name__
+    if not sampler.deterministic:
+        raise ValueError(f"{name} draws fresh noise and has no ODE pairs; name a sampler in the plan, such as Euler()")
+    if not sampler.one_time:
+        raise ValueError(f"{name} gives frames different times, and pairs are of whole clips; name Euler() in the plan")
+    return sampler
 
 
 @dataclass(frozen=True)
 class Course:
-    """What is actually run: solver, every time visited, guidance."""
+    """What is actually run: sampler, every time visited, guidance."""
 
-    solver: Solver
+    sampler: Sampler
     grid: tuple[float, ...]
     guidance: CFG
 
     @property
     def nfe(self) -> int:
         """Network evaluations per pair; two per call when guidance is on."""
-        return calls(self.solver, len(self.grid) - 1) * (2 if self.guidance.active else 1)
+        return self.sampler.calls(len(self.grid) - 1) * (2 if self.guidance.active else 1)
 
 
 @dataclass(frozen=True)
@@ -208,7 +215,7 @@ class _Teacher:
         plan = self.plan
         return {
             "teacher": {name: self.model.fingerprint(name) for name in ("denoiser", "text")},
-            "times": plan.times, **asdict(self.course), "seed": plan.seed, "per_prompt": plan.per_prompt,
+            "times": plan.times, **dump(self.course), "seed": plan.seed, "per_prompt": plan.per_prompt,
             "latent_shape": self.shape, "storage": plan.storage, "autocast": plan.autocast,
             "shard_size": plan.shard_size, "part_size": plan.part_size,
         }  # fmt: skip
@@ -225,13 +232,11 @@ class _Teacher:
             with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.plan.autocast == "bf16"):
                 return course.guidance(self.model.denoiser, x_t, t, cond, uncond, call)
 
-        def watch(i: int, prediction: Prediction) -> None:
-            if course.grid[i] in self.plan.times:
-                kept.append(prediction.x_t)
-
         start = self.model.denoiser.path.prior(noise.randn((len(prompts), *self.shape), "start"))
-        end = solve(course.solver, denoise, start, course.grid, rng=noise, watch=watch)
-        return torch.stack([*kept, end], dim=1).to(getattr(torch, self.plan.storage))
+        for step in course.sampler.sampling(denoise, start, course.grid, rng=noise):
+            if course.grid[step.index] in self.plan.times:
+                kept.append(step.prediction.x_t)
+        return torch.stack([*kept, step.x], dim=1).to(getattr(torch, self.plan.storage))
 
 
 def _chunks(start: int, stop: int, batch: int, shard_size: int) -> Iterator[range]:

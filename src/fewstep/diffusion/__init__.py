@@ -1,24 +1,22 @@
 """Mathematics without networks: paths, predictions, times, guidance, samplers."""
 
-from fewstep.diffusion.contract import Contract, StepCountError
+from fewstep.diffusion.contract import Contract, Stream
+from fewstep.diffusion.grids import Exact, LinearQuadratic, Shifted, StepCountError, TimeGrid, Timesteps
 from fewstep.diffusion.guidance import CFG
 from fewstep.diffusion.path import EDM, PATHS, VP, Betas, NoisePath, RectifiedFlow, Trig
 from fewstep.diffusion.prediction import KINDS, Kind, Prediction, from_x0, target
-from fewstep.diffusion.samplers import ddim, dpmpp_2m, euler, heun, renoise, solve
-from fewstep.diffusion.times import (
-    DENSITIES,
-    Grid,
-    LogitNormal,
-    TimeDensity,
-    Timesteps,
-    Uniform,
-    shifted,
-    timestep,
-    uniform_grid,
-)
+from fewstep.diffusion.samplers import DDIM, DPMpp2M, Euler, Heun, Renoise, Sampler, Step
+from fewstep.diffusion.staggered import Staggered
+from fewstep.diffusion.times import DENSITIES, Grid, LogitNormal, TimeDensity, Uniform, shifted, timestep, uniform_grid
+
+GRIDS: tuple[type[TimeGrid], ...] = (Shifted, LinearQuadratic, Timesteps, Exact)
+SAMPLERS: tuple[type[Sampler], ...] = (Euler, Heun, DDIM, DPMpp2M, Renoise, Staggered)
+NAMED: tuple[type, ...] = (*PATHS, *SAMPLERS, *GRIDS)
+"""What a card can name."""
 
 __all__ = [
-    "CFG", "DENSITIES", "Betas", "EDM", "KINDS", "PATHS", "VP", "Contract", "Grid", "Kind", "LogitNormal", "NoisePath",
-    "Prediction", "RectifiedFlow", "StepCountError", "TimeDensity", "Timesteps", "Trig", "Uniform", "ddim", "dpmpp_2m", "euler",
-    "from_x0", "heun", "renoise", "shifted", "solve", "target", "timestep", "uniform_grid",
+    "CFG", "DDIM", "DENSITIES", "GRIDS", "KINDS", "NAMED", "PATHS", "SAMPLERS", "VP", "Betas", "Contract", "DPMpp2M", "EDM",
+    "Euler", "Exact", "Grid", "Heun", "Kind", "LinearQuadratic", "LogitNormal", "NoisePath", "Prediction", "RectifiedFlow",
+    "Renoise", "Sampler", "Shifted", "Staggered", "Step", "StepCountError", "Stream", "TimeDensity", "TimeGrid", "Timesteps",
+    "Trig", "Uniform", "from_x0", "shifted", "target", "timestep", "uniform_grid",
 ]  # fmt: skip

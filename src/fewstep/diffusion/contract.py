@@ -1,68 +1,114 @@
-"""The sampling contract that travels with the weights: which solver, which exact times, which guidance."""
+"""The sampling contract that travels with the weights: which sampler, which times, which guidance, which stream."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any, Literal
 
+from fewstep.core.build import At, Names, build, build_arguments
+from fewstep.diffusion.first_version import objects
+from fewstep.diffusion.grids import Shifted, TimeGrid
 from fewstep.diffusion.guidance import CFG
-from fewstep.diffusion.samplers import Solver, calls
-from fewstep.diffusion.times import Timesteps, check_grid, linear_quadratic_grid, uniform_grid
+from fewstep.diffusion.samplers import Euler, Sampler
 
 
-class StepCountError(ValueError):
-    """A model was asked for a number of steps it was not trained for."""
+@dataclass(frozen=True, kw_only=True)
+class Stream:
+    """How a student makes a clip chunk by chunk, each from what it remembers of the chunks before it."""
+
+    chunks: tuple[int, ...] = (1,)
+    """Latent frames of each chunk; the last number holds for all chunks that follow: `(1, 3)` is 1, 3, 3, ..."""
+    window: int = 0
+    """Latent frames that a chunk may read, with those of the sink and its own; 0: all."""
+    sink: int = 0
+    """How many of them are the first frames of the stream, which are never forgotten."""
+    commit: Literal["clean", "noised", "last"] = "clean"
+    """What is remembered of a finished chunk: the keys and values of one more call on its clean latents, of one on its latents
+    noised again to `context_time`, or of its last step, which takes no call."""
+    context_time: float = 0.0
+    """The time of `noised` latents that are remembered."""
+    positions: Literal["absolute", "window"] = "absolute"
+    """Where a remembered frame stands: where it stood in the stream, or where it stands in the window."""
+
+    def __post_init__(self) -> None:
+        if not self.chunks or min(self.chunks) < 1:
+            raise ValueError(f"chunks have at least 1 latent frame each, and there is at least one; got {self.chunks}")
+        if self.sink < 0 or self.window < 0:
+            raise ValueError(f"window and sink cannot be negative, got {self.window} and {self.sink}")
+        if not self.window and (self.sink or self.positions == "window"):
+            raise ValueError("a stream that reads all its past has no sink and no positions in a window; give a window")
+        if self.window and self.window < self.sink + max(self.chunks):
+            raise ValueError(
+                f"a window of {self.window} frames cannot hold a sink of {self.sink} and a chunk of {max(self.chunks)}"
+            )
+        if (self.commit == "noised") != (0 < self.context_time < 1):
+            raise ValueError(
+                f"context_time is the time, between 0 and 1, at which noised latents are remembered, and 0 otherwise; got "
+                f"{self.context_time} with commit {self.commit}"
+            )
+
+    def lengths(self, frames: int) -> tuple[int, ...]:
+        """Of the chunks of a clip of so many latent frames.
+
+        >>> Stream(chunks=(1, 3)).lengths(7)
+        (1, 3, 3)
+        """
+        found: list[int] = []
+        while sum(found) < frames:
+            found.append(self.chunks[min(len(found), len(self.chunks) - 1)])
+        if sum(found) != frames:
+            raise ValueError(
+                f"chunks of {list(self.chunks)} latent frames make clips of {sum(found[:-1])} or {sum(found)}, not {frames}"
+            )
+        return tuple(found)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contract:
     """How a model must be sampled to get what was measured.
 
-    A teacher has `grids == {}`: any number of steps, on the shifted uniform grid or by its `timesteps`. A student lists
-    the exact times of each step count it was trained for and refuses others.
+    A teacher takes any number of steps. A student has the exact times of each step count it was trained for, and refuses
+    others.
     """
 
-    solver: Solver = "euler"
+    grid: TimeGrid = Shifted()
+    sampler: Sampler = Euler()
     steps: int = 50
     """The default number of steps."""
-    shift: float = 1.0
-    """Of the uniform grid, where no exact grid is listed."""
-    terminal: float = 0.0
-    """The last time before 0 of that grid (LTX), if not 0."""
-    threshold: float = 0.0
-    """Where not 0, the grid is linear down to 1 less that in its first half, then quadratic (LTX 0.9.5), and has no shift."""
-    timesteps: Timesteps | None = None
-    """Of a model trained on integer timesteps: takes the place of the uniform grid."""
-    grids: dict[str, tuple[float, ...]] = field(default_factory=dict)
-    """Step count (as text, JSON has no integer keys) -> exact decreasing times from 1 to 0."""
     guidance: CFG = CFG()
-    """Scale 1 in a student whose guidance was distilled in."""
+    """What is left to apply: scale 1 in a student whose guidance was distilled in."""
+    stream: Stream | None = None
+    """Of a student that makes clips chunk by chunk; None makes them whole."""
+
+    @classmethod
+    def from_tree(cls, tree: Any, names: Names, at: At) -> Contract:
+        """From keys and values, also those of the first version."""
+        arguments = build_arguments(cls, objects(build(dict[str, Any], tree, names, at), at), names, at)
+        try:
+            return cls(**arguments)
+        except ValueError as error:
+            raise at.fail(f"is refused by {cls.__name__}: {error}") from error
 
     def __post_init__(self) -> None:
-        for count, times in self.grids.items():
-            if len(check_grid(times)) != int(count) + 1:
-                raise ValueError(f"the grid of {count} steps needs {int(count) + 1} times, got {list(times)}")
+        if self.steps < 1:
+            raise ValueError(f"a clip takes at least 1 step, got steps={self.steps}")
 
     @property
     def counts(self) -> tuple[int, ...]:
         """The step counts it was trained for, increasing; of a teacher, which takes any, its default alone."""
-        return tuple(sorted(map(int, self.grids))) or (self.steps,)
+        return self.grid.counts or (self.steps,)
+
+    @property
+    def trained(self) -> dict[int, tuple[float, ...]]:
+        """The exact times of each step count that a student was trained for; empty of a teacher."""
+        return {count: self.grid.times(count) for count in self.grid.counts}
 
     def times(self, steps: int | None = None, *, force: bool = False) -> tuple[float, ...]:
         """The times to visit for `steps` (default: the contract's own). StepCountError if untrained, unless `force`."""
         steps = self.steps if steps is None else steps
-        if str(steps) in self.grids:
-            return self.grids[str(steps)]
-        if self.grids and not force:
-            trained = ", ".join(sorted(self.grids, key=int))
-            raise StepCountError(
-                f"this student was trained for {trained} steps and was asked for {steps}. Use one of these."
-            )
-        if self.timesteps is not None:
-            return self.timesteps.grid(steps)
-        if self.threshold:
-            return linear_quadratic_grid(steps, self.threshold)
-        return uniform_grid(steps, self.shift, self.terminal)
+        grid = self.grid.free if force and steps not in self.grid.counts else self.grid
+        return grid.times(steps)
 
     def calls(self, steps: int | None = None) -> int:
         """NFE: network evaluations per clip, guidance counted (two per step when it is on)."""
-        return calls(self.solver, self.steps if steps is None else steps) * (2 if self.guidance.active else 1)
+        return self.sampler.calls(self.steps if steps is None else steps) * (2 if self.guidance.active else 1)

@@ -1,125 +1,212 @@
-"""Samplers, one function each: `(denoise, x, times, ...) -> x0`.
+"""Samplers: how noise becomes a clip, step by step. Each is a frozen class that moves the latents by one step.
 
-`denoise(x_t, t, call)` returns a Prediction; `call` says which step of how many it is. `x` is noise
-`[B, C, F, H, W]` at `times[0]`; `times` decrease to 0. The cost is
-one call per step unless stated. `watch(i, prediction)` sees every call and returns nothing.
+`denoise(x_t, t, call)` returns a Prediction; `call` says which step of how many it is. `x` is noise `[B, C, F, H, W]` at
+`times[0]`, and `times` decrease to 0. A time is one number for all frames, or one for each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fewstep.core import Call, Noise
+from fewstep.diffusion.path import broadcast
 from fewstep.diffusion.prediction import Prediction
 
 Denoise = Callable[[Tensor, Tensor, Call], Prediction]
-Watch = Callable[[int, Prediction], None]
-Solver = Literal["euler", "heun", "ddim", "dpmpp_2m", "renoise"]
+Time = float | tuple[float, ...]
+"""Of all frames of a clip, or of each."""
+Times = tuple[Time, ...]
 
 
-def full(t: float, like: Tensor) -> Tensor:
-    """The time `t` for every sample of `like`: `[B]` float32 (float64 for float64 latents)."""
-    return torch.full((len(like),), t, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+@dataclass(frozen=True)
+class Step:
+    """A step that has been made."""
+
+    index: int
+    """Which one, 0-based."""
+    steps: int
+    """Of how many."""
+    prediction: Prediction
+    """What its first call found, with the latents and the time that it was asked at."""
+    x: Tensor
+    """The latents after it. After the last step they are the sample."""
 
 
-def _call(step: int, times: tuple[float, ...]) -> Call:
-    return Call(step=step, steps=len(times) - 1)
+@dataclass(frozen=True)
+class Here:
+    """A step that is to be made, from time `t` to time `s`."""
+
+    x: Tensor
+    """The latents at `t`."""
+    t: Time
+    s: Time
+    prediction: Prediction
+    """Of `x` at `t`."""
+    before: Prediction | None
+    """That of the step before; None in the first."""
+    call: Call
+    denoise: Denoise
+    rng: Noise
+
+    @property
+    def ends(self) -> bool:
+        """Whether no frame has noise after this step."""
+        return (max(self.s) if isinstance(self.s, tuple) else self.s) == 0
+
+    @property
+    def dt(self) -> Tensor:
+        """`s - t`, taken in float64, in the dtype of the latents and shaped to multiply them."""
+        t, s = (full(u, self.x.double()) for u in (self.t, self.s))
+        return broadcast(s - t, self.x).to(self.x.dtype)
+
+    def at_s(self) -> Tensor:
+        """The time `s` of every sample: `[B]`, or `[B, F]`."""
+        return full(self.s, self.x)
+
+    def finished(self, moved: Tensor, clean: Tensor) -> Tensor:
+        """`clean` in frames that this step brings to time 0, `moved` in the others."""
+        if not isinstance(self.s, tuple):
+            return clean if self.s == 0 else moved
+        return torch.where(broadcast(self.at_s(), self.x) == 0, clean, moved)
+
+    def kept(self, moved: Tensor) -> Tensor:
+        """`moved`, but the latents as they are in frames whose time stands still."""
+        if not isinstance(self.t, tuple) and not isinstance(self.s, tuple):
+            return moved
+        return torch.where(self.dt == 0, self.x, moved)
 
 
-def ddim(denoise: Denoise, x: Tensor, times: tuple[float, ...], *, watch: Watch | None = None) -> Tensor:
-    """First-order step `a_s x0 + s_s eps` (DDIM, 2010.02502). Order 1; exact when x0 and eps are constant."""
-    for i, (t, s) in enumerate(pairwise(times)):
-        prediction = denoise(x, full(t, x), _call(i, times))
-        if watch is not None:
-            watch(i, prediction)
-        x = prediction.step_to(full(s, x)) if s > 0 else prediction.x0
-    return x
+class Sampler(ABC):
+    """How a clip is sampled. Subclasses are frozen dataclasses: two equal samplers make the same clip."""
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether the first noise decides the clip. Otherwise fresh noise is drawn between steps."""
+        return True
+
+    @property
+    def one_time(self) -> bool:
+        """Whether all frames of a clip have the same time in every call."""
+        return True
+
+    def calls(self, steps: int) -> int:
+        """Network evaluations of one clip in so many steps, without guidance."""
+        return steps
+
+    @abstractmethod
+    def move(self, here: Here) -> Tensor:
+        """The latents at `here.s`."""
+
+    def sampling(self, denoise: Denoise, x: Tensor, times: Times, *, rng: Noise) -> Iterator[Step]:
+        """Make the steps one by one. Whoever has seen enough stops asking; nothing is left behind."""
+        before = None
+        for index, (t, s) in enumerate(pairwise(times)):
+            call = Call(step=index, steps=len(times) - 1)
+            prediction = denoise(x, full(t, x), call)
+            here = Here(x, t, s, prediction, before, call, denoise, rng)
+            x, before = here.kept(self.move(here)), prediction
+            yield Step(index, call.steps, prediction, x)
+
+    def __call__(self, denoise: Denoise, x: Tensor, times: Times, *, rng: Noise) -> Tensor:
+        """The sample: `sampling` run to its end."""
+        return finish(self.sampling(denoise, x, times, rng=rng))
 
 
-def euler(denoise: Denoise, x: Tensor, times: tuple[float, ...], *, watch: Watch | None = None) -> Tensor:
+@dataclass(frozen=True)
+class Euler(Sampler):
     """Euler on `dx/dt`. On rectified flow identical to DDIM; order 1 on every path."""
-    for i, (t, s) in enumerate(pairwise(times)):
-        prediction = denoise(x, full(t, x), _call(i, times))
-        if watch is not None:
-            watch(i, prediction)
-        x = x + (s - t) * prediction.flow
-    return x
+
+    def move(self, here: Here) -> Tensor:
+        return here.x + here.dt * here.prediction.flow
 
 
-def heun(denoise: Denoise, x: Tensor, times: tuple[float, ...], *, watch: Watch | None = None) -> Tensor:
+@dataclass(frozen=True)
+class Heun(Sampler):
     """Trapezoidal corrector on `dx/dt` (2206.00364, algorithm 1). Order 2; two calls per step, one in the last."""
-    for i, (t, s) in enumerate(pairwise(times)):
-        prediction = denoise(x, full(t, x), _call(i, times))
-        if watch is not None:
-            watch(i, prediction)
-        ahead = x + (s - t) * prediction.flow
-        if s > 0:
-            slope = (prediction.flow + denoise(ahead, full(s, x), _call(i, times)).flow) / 2
-            ahead = x + (s - t) * slope
-        x = ahead
-    return x
+
+    def calls(self, steps: int) -> int:
+        return 2 * steps - 1
+
+    def move(self, here: Here) -> Tensor:
+        x, dt, flow = here.x, here.dt, here.prediction.flow
+        ahead = here.kept(x + dt * flow)
+        if here.ends:
+            return ahead
+        there = here.denoise(ahead, here.at_s(), here.call).flow
+        return here.finished(x + dt * ((flow + there) / 2), clean=ahead)
 
 
-def dpmpp_2m(denoise: Denoise, x: Tensor, times: tuple[float, ...], *, watch: Watch | None = None) -> Tensor:
+@dataclass(frozen=True)
+class DDIM(Sampler):
+    """First-order step `a_s x0 + s_s eps` (2010.02502). Order 1; exact when x0 and eps are constant."""
+
+    def move(self, here: Here) -> Tensor:
+        x0 = here.prediction.x0
+        return x0 if here.ends else here.finished(here.prediction.step_to(here.at_s()), clean=x0)
+
+
+@dataclass(frozen=True)
+class DPMpp2M(Sampler):
     """DPM-Solver++(2M) (2211.01095, algorithm 2): order 2 with one call per step, in `lambda = log(a/s)`.
 
     The first step is of first order, and so is the last, where lambda is infinite: from pure noise to data, on a grid
     uniform in t, the order is therefore between 1.5 and 2.
     """
-    previous: tuple[Tensor, Tensor] | None = None  # (x0, lambda) of the step before
-    for i, (t, s) in enumerate(pairwise(times)):
-        prediction = denoise(x, full(t, x), _call(i, times))
-        if watch is not None:
-            watch(i, prediction)
-        x0 = prediction.x0
-        if s == 0:
+
+    def move(self, here: Here) -> Tensor:
+        x0, path, x = here.prediction.x0, here.prediction.path, here.x.double()
+        if here.ends:
             return x0
-        here, there = (prediction.path.at(full(u, x), x.double()) for u in (t, s))
-        lam, lam_next = (here.a / here.s).log(), (there.a / there.s).log()
+        now, there = path.at(here.prediction.t, x), path.at(here.at_s(), x)
+        lam, lam_next = (now.a / now.s).log(), (there.a / there.s).log()
         blend = x0
-        if previous is not None and bool(previous[1].isfinite().all()):
-            ratio = (lam - previous[1]) / (lam_next - lam)
-            blend = x0 + ((x0 - previous[0]) / (2 * ratio)).to(x0.dtype)
-        x = ((there.s / here.s) * x - there.a * torch.expm1(-(lam_next - lam)) * blend).to(x0.dtype)
-        previous = (x0, lam)
+        if here.before is not None:
+            past = path.at(here.before.t, x)
+            lam_past = (past.a / past.s).log()
+            ratio = (lam - lam_past) / (lam_next - lam)
+            known = lam_past.isfinite() & (lam_past != lam)  # a frame that has not moved yet has no past
+            blend = torch.where(known, x0 + ((x0 - here.before.x0) / (2 * ratio)).to(x0.dtype), x0)
+        moved = (there.s / now.s) * here.x - there.a * torch.expm1(-(lam_next - lam)) * blend
+        return here.finished(moved.to(x0.dtype), clean=x0)
+
+
+@dataclass(frozen=True)
+class Renoise(Sampler):
+    """Predict x0, add fresh noise of the next time, repeat (LCM, DMD2). The noise of step i is named `renoise/i`."""
+
+    @property
+    def deterministic(self) -> bool:
+        return False
+
+    def move(self, here: Here) -> Tensor:
+        x0 = here.prediction.x0
+        if here.ends:
+            return x0
+        fresh = here.rng.randn(x0.shape, f"renoise/{here.call.step}")
+        return here.finished(here.prediction.path.add_noise(x0, fresh, here.at_s()), clean=x0)
+
+
+def finish(steps: Iterator[Step]) -> Tensor:
+    """The sample at the end of `steps`, none of which is kept."""
+    x = next(steps).x
+    for step in steps:
+        x = step.x
     return x
 
 
-def renoise(denoise: Denoise, x: Tensor, times: tuple[float, ...], *, rng: Noise, watch: Watch | None = None) -> Tensor:
-    """Predict x0, add fresh noise of the next time, repeat (LCM, DMD2). The noise of step i is `rng`'s `renoise/i`."""
-    for i, (t, s) in enumerate(pairwise(times)):
-        prediction = denoise(x, full(t, x), _call(i, times))
-        if watch is not None:
-            watch(i, prediction)
-        x = prediction.x0
-        if s > 0:
-            x = prediction.path.add_noise(x, rng.randn(x.shape, f"renoise/{i}"), full(s, x))
-    return x
-
-
-def solve(
-    solver: Solver, denoise: Denoise, x: Tensor, times: tuple[float, ...], *, rng: Noise, watch: Watch | None = None
-) -> Tensor:
-    """Run the named solver; only `renoise` uses `rng`."""
-    match solver:
-        case "ddim":
-            return ddim(denoise, x, times, watch=watch)
-        case "euler":
-            return euler(denoise, x, times, watch=watch)
-        case "heun":
-            return heun(denoise, x, times, watch=watch)
-        case "dpmpp_2m":
-            return dpmpp_2m(denoise, x, times, watch=watch)
-        case "renoise":
-            return renoise(denoise, x, times, rng=rng, watch=watch)
-    raise ValueError(f"solver {solver!r} is unknown; choose euler, heun, ddim, dpmpp_2m or renoise")
-
-
-def calls(solver: Solver, steps: int) -> int:
-    """Network evaluations of one sample without guidance."""
-    return 2 * steps - 1 if solver == "heun" else steps
+def full(t: Time, like: Tensor) -> Tensor:
+    """The time `t` of every sample of `like`, float32 (float64 for float64 latents): `[B]`, or `[B, F]` of a time per frame."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    if not isinstance(t, tuple):
+        return torch.full((len(like),), t, dtype=dtype, device=like.device)
+    if len(t) != like.shape[2]:
+        raise ValueError(
+            f"{len(t)} times were given for clips of {like.shape[2]} frames; give one for each, or one number"
+        )
+    return torch.tensor(t, dtype=dtype, device=like.device).expand(len(like), -1)

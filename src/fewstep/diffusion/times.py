@@ -1,4 +1,4 @@
-"""Which times are visited: densities for training, grids for sampling, and the shift between them."""
+"""Times: densities for training, the shift, and the numbers of the usual sampling grids."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -79,41 +78,6 @@ def timestep(t: Tensor, num_train_timesteps: int) -> Tensor:
     return (k + rounding.detach()).clamp_min(0).float()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Timesteps:
-    """Which integer timesteps of a DDPM-trained model are visited (2305.08891, table 2), as times `(k + 1) / T`.
-
-    diffusers' DDIM moves by `T // steps` levels whatever timestep comes next. Where that is the next one, which holds for
-    `leading`, and for `trailing` if `steps` divides T, both make the same clip; elsewhere this grid goes to the next one.
-    """
-
-    spacing: Literal["leading", "trailing", "linspace"] = "trailing"
-    num_train_timesteps: int = 1000
-    steps_offset: int = 0
-    """Added to the timesteps of `leading`."""
-    ends_clean: bool = True
-    """The last step ends at t = 0; otherwise at the first level of the table (`set_alpha_to_one: false`)."""
-
-    def grid(self, steps: int) -> tuple[float, ...]:
-        """`steps + 1` decreasing times. They begin below 1 where the spacing leaves out the last timestep.
-
-        >>> Timesteps().grid(4)
-        (1.0, 0.75, 0.5, 0.25, 0.0)
-        """
-        total = self.num_train_timesteps
-        if not 1 <= steps <= total:
-            raise ValueError(f"a model of {total} timesteps is sampled in 1 to {total} steps, got {steps}")
-        if self.spacing == "leading":
-            levels = [i * (total // steps) + self.steps_offset + 1 for i in reversed(range(steps))]
-        elif self.spacing == "trailing":
-            levels = [round(total - i * total / steps) for i in range(steps)]
-        else:
-            levels = [round(i * (total - 1) / max(steps - 1, 1)) + 1 for i in reversed(range(steps))]
-        if levels[0] > total:
-            raise ValueError(f"{steps} steps with steps_offset {self.steps_offset} go beyond timestep {total - 1}")
-        return (*(level / total for level in levels), 0.0 if self.ends_clean else 1 / total)
-
-
 class TimeDensity(ABC):
     """A distribution over t in (0, 1), drawn per sample."""
 
@@ -121,14 +85,17 @@ class TimeDensity(ABC):
     def at_quantile(self, u: Tensor) -> Tensor:
         """The time at quantile `u` in (0, 1), float64 in, float64 out."""
 
-    def sample(self, batch: int, rng: Rng, name: str = "time") -> Tensor:
-        """`[batch]` float32 times, stratified over the batch: sample i falls in the i-th of `batch` equal slices.
+    def sample(self, batch: int, rng: Rng, name: str = "time", *, frames: int | None = None) -> Tensor:
+        """`[batch]` float32 times, or `[batch, frames]`: one for each frame. They are stratified: each falls in a slice of
+        its own, of as many equal slices as there are times.
 
-        Strata cut the variance of the loss at no cost and leave the marginal density of each sample unchanged,
-        because the slices are dealt in random order.
+        Strata cut the variance of the loss at no cost and leave the marginal density of each time unchanged, because the
+        slices are dealt in random order.
         """
-        order = torch.randperm(batch, generator=rng.local(f"{name}/order")).to(rng.device)
-        u = (order.double() + rng.rand((batch,), name).double()) / batch
+        shape = (batch,) if frames is None else (batch, frames)
+        count = batch * (frames or 1)
+        order = torch.randperm(count, generator=rng.local(f"{name}/order")).to(rng.device).reshape(shape)
+        u = (order.double() + rng.rand(shape, name).double()) / count
         return self.at_quantile(u.clamp(1e-6, 1 - 1e-6)).float()
 
 

@@ -248,7 +248,7 @@ def in_effect(
         adapters="whole networks"
         if lora is None
         else f"adapters of rank {lora.rank}, strength {lora.alpha / lora.rank:g}",
-        evaluation_times={n: tuple(t) for n, t in contract.grids.items()} if contract else {},
+        evaluation_times={str(n): times for n, times in contract.trained.items()} if contract else {},
         fallbacks=fallbacks,
     )
 

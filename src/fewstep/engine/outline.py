@@ -243,7 +243,7 @@ class Outline:
         needs = self.method.needs
         frames = (self.frames, card.height, card.width)
         shape = model.codec.latent_shape(*frames) if "codec" in model.parts else (3, *frames)
-        grids = [grid for rollout in self.method.rollouts for grid in rollout.contract(card.contract).grids.values()]
+        grids = [grid for rollout in self.method.rollouts for grid in rollout.contract(card.contract).trained.values()]
         times = tuple(sorted({1.0, 0.0, *(t for grid in grids for t in grid)}, reverse=True))
         with self.mode:
             cond, uncond = model.blank_cond(size, self.frames), model.blank_cond(1, self.frames).expand(size)

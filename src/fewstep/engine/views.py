@@ -8,7 +8,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from fewstep.core import Call, Cond
+from fewstep.attention import KVCache
+from fewstep.core import Call, Cond, KVView
 from fewstep.diffusion import Kind, NoisePath, Prediction
 from fewstep.diffusion.prediction import Tangent
 from fewstep.methods.base import Nets
@@ -52,6 +53,9 @@ class View:
     ) -> tuple[Prediction, Tangent]:
         self._tell(x_t, t)
         return self.network.jvp(x_t, t, cond, dx, dt, self.spread(call))
+
+    def recall(self, memory: KVCache, x_t: Tensor, call: Call = Call()) -> KVView:
+        return self.network.recall(memory, x_t, self.spread(call))
 
     def _tell(self, x_t: Tensor, t: Tensor) -> None:
         for listener in self.listeners:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core.flops import count_flops
+from fewstep.diffusion.samplers import finish
 from fewstep.evaluate.latency import Latency, measure_latency, peak_memory
 from fewstep.evaluate.sampling import Bench
 from fewstep.evaluate.suite import Entry
@@ -35,7 +36,7 @@ def cost(entry: Entry, bench: Bench) -> Cost:
     suite = bench.suite
 
     def draw() -> Tensor:
-        return entry.latents(prompts, seeds, bench.num_frames)
+        return finish(entry.sampling(prompts, seeds, bench.num_frames))
 
     with bench.precision():
         flops = count_flops(draw)

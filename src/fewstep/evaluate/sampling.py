@@ -123,23 +123,21 @@ def sample(entry: Entry, bench: Bench, progress: Progress | None = None) -> Meas
     meter = Meter(bench.features, cases, bench.judges, keep=suite.previews)
     group = max(1, suite.batch // cases.seeds_per_prompt)  # the seeds of a prompt stay in one batch
     starts = range(0, len(cases.prompts), group)
-    steps, seconds = entry.contract.steps, 0.0
+    seconds = 0.0
     for done, first in enumerate(starts):
         last = min(first + group, len(cases.prompts))
         prompts = [p for p in cases.prompts[first:last] for _ in range(cases.seeds_per_prompt)]
         seeds = [seed for p in range(first, last) for seed in cases.seeds(p)]
 
-        def watch(step: int, _: object, done: int = done) -> None:
-            if progress is not None:
-                progress(entry.name, done * steps + step + 1, len(starts) * steps)
-
         with bench.precision():
             synchronize(bench.device)
             began = time.perf_counter()
-            latents = entry.latents(prompts, seeds, bench.num_frames, watch)
+            for step in entry.sampling(prompts, seeds, bench.num_frames):
+                if progress is not None:
+                    progress(entry.name, done * step.steps + step.index + 1, len(starts) * step.steps)
             synchronize(bench.device)
             seconds += time.perf_counter() - began
-            frames = entry.decode(latents)
+            frames = entry.decode(step.x)
         meter.add(frames, first, last)
     return meter.done(seconds)
 

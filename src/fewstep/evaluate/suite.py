@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor
 
-from fewstep.diffusion import Contract
-from fewstep.diffusion.samplers import Watch
+from fewstep.diffusion import Contract, Step
 from fewstep.evaluate.real import RealClips
 from fewstep.models.bundle import VideoModel
 
@@ -97,12 +96,11 @@ class Entry:
         guidance = own.guidance if self.guidance_scale is None else own.guidance.rescaled(self.guidance_scale)
         return replace(own, guidance=guidance, steps=own.steps if self.steps is None else self.steps)
 
-    def latents(
-        self, prompts: Sequence[str], seeds: Sequence[int], num_frames: int, watch: Watch | None = None
-    ) -> Tensor:
-        return self.model.latents(
+    def sampling(self, prompts: Sequence[str], seeds: Sequence[int], num_frames: int) -> Iterator[Step]:
+        """Its clips of these prompts and seeds, step by step."""
+        return self.model.sampling(
             prompts, num_inference_steps=self.contract.steps, guidance_scale=self.guidance_scale, num_frames=num_frames,
-            seed=seeds, watch=watch, force=num_frames != self.model.card.num_frames,
+            seed=seeds, force=num_frames != self.model.card.num_frames,
         )  # fmt: skip
 
     def decode(self, latents: Tensor) -> Tensor:

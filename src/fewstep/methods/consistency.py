@@ -20,7 +20,7 @@ from typing import ClassVar
 import torch
 
 from fewstep.core import Batch, Losses, Rng
-from fewstep.diffusion import CFG, Contract, uniform_grid
+from fewstep.diffusion import CFG, Contract, Renoise, uniform_grid
 from fewstep.diffusion.path import broadcast
 from fewstep.methods.base import Method, Nets, Sync, Update, Work
 from fewstep.methods.roles import Copy, Role
@@ -77,7 +77,7 @@ class Consistency(Method):
 
     def contract(self, teacher: Contract) -> Contract:
         grids = tuple(uniform_grid(n)[:-1] for n in self.steps)
-        return student_contract(teacher, grids, self.shift, "renoise")
+        return student_contract(teacher, grids, self.shift, Renoise())
 
     def cost(self) -> tuple[Work, ...]:
         return Work("student", 3), Work("teacher", 2 if self.guidance.active else 1), Work("target", 1)

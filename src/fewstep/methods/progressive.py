@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core import Batch, Losses, Rng
-from fewstep.diffusion import CFG, Contract, NoisePath, uniform_grid
+from fewstep.diffusion import CFG, DDIM, Contract, NoisePath, uniform_grid
 from fewstep.diffusion.path import broadcast
 from fewstep.methods.base import Method, Nets, Sync, Update, Work
 from fewstep.methods.roles import Copy, Role
@@ -96,10 +96,10 @@ class Progressive(Method):
         yield {"halving": mse(nets.student(x_u, u, batch.cond).x0, target, snr.clamp_min(1))}  # 6
 
     def contract(self, teacher: Contract) -> Contract:
-        return student_contract(teacher, (uniform_grid(self.stages[-1][0])[:-1],), self.shift, "ddim")
+        return student_contract(teacher, (uniform_grid(self.stages[-1][0])[:-1],), self.shift, DDIM())
 
     def contract_at(self, teacher: Contract, step: int) -> Contract:
-        return student_contract(teacher, (uniform_grid(self.stages[self.stage(step)[0]][0])[:-1],), self.shift, "ddim")
+        return student_contract(teacher, (uniform_grid(self.stages[self.stage(step)[0]][0])[:-1],), self.shift, DDIM())
 
     def cost(self) -> tuple[Work, ...]:
         total = sum(n for _, n in self.stages)

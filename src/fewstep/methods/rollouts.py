@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from fewstep.core import Batch, Pairs, Rng
-from fewstep.diffusion import CFG, Contract, shifted
-from fewstep.diffusion.samplers import Solver, full
+from fewstep.diffusion import CFG, DDIM, Contract, Exact, Renoise, Sampler, Shifted, shifted
+from fewstep.diffusion.samplers import full
 from fewstep.diffusion.times import check_grid
 from fewstep.models.denoiser import Predictor
 
@@ -94,7 +94,7 @@ class Rollout(ABC):
 
     def contract(self, teacher: Contract) -> Contract:
         """How a student trained on this rollout must be sampled."""
-        return student_contract(teacher, self.grids, self.shift, "renoise" if self.mode == "sde" else "ddim")
+        return student_contract(teacher, self.grids, self.shift, Renoise() if self.mode == "sde" else DDIM())
 
 
 def exact(grids: Grids, shift: float) -> Grids:
@@ -103,10 +103,17 @@ def exact(grids: Grids, shift: float) -> Grids:
     return tuple(check_grid((*g, 0.0))[:-1] for g in moved)
 
 
-def student_contract(teacher: Contract, grids: Grids, shift: float, solver: Solver) -> Contract:
-    """The teacher's contract with the student's solver and exact grids (before the shift); guidance is distilled in."""
-    listed = {str(len(g)): (*g, 0.0) for g in exact(grids, shift)}
-    return replace(teacher, solver=solver, steps=max(map(int, listed)), shift=shift, grids=listed, guidance=CFG())
+def student_contract(
+    teacher: Contract, grids: Grids, shift: float, sampler: Sampler, guidance: CFG = CFG()
+) -> Contract:
+    """The teacher's contract with the student's sampler and exact times (`grids` before the shift).
+
+    `guidance` is what is left to apply when the student is sampled: none where it was distilled in at all times. A method
+    that distils it at some times only leaves the rest: `CFG(low=0.9, outside=3.0)` after one of two experts, for example.
+    """
+    listed = tuple((*grid, 0.0) for grid in exact(grids, shift))
+    grid = Exact(grids=listed, otherwise=Shifted(shift=shift))
+    return replace(teacher, grid=grid, sampler=sampler, steps=grid.counts[-1], guidance=guidance)
 
 
 def pick(times: Sequence[float], index: Tensor, like: Tensor) -> Tensor:

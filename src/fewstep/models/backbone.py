@@ -7,7 +7,7 @@ E width, L text tokens, G time groups (1 when t is `[B]`, F when t is `[B, F]`).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Self, cast
@@ -15,9 +15,10 @@ from typing import Any, ClassVar, NamedTuple, Self, cast
 import torch
 from torch import Tensor, nn
 
-from fewstep.attention import Grid3, Ulysses, attend
-from fewstep.core import KV, Call, Cond
+from fewstep.attention import Grid3, KVCache, Operation, Pattern, Site, Ulysses
+from fewstep.core import KV, Call, Cond, KVView
 from fewstep.core.call import Place
+from fewstep.models.rotary import Rotary
 
 
 class Context(NamedTuple):
@@ -27,19 +28,34 @@ class Context(NamedTuple):
     text_BLE: Tensor
     text_mask_B11L: Tensor | None
     """None: padding is read like words."""
-    rotary_2MD: Tensor
-    """Cosines and sines of all M positions; the queries are the last N."""
-    mask_NM: Tensor | None
+    rotary: Rotary
+    table: Tensor
+    """Of `rotary`: where all N tokens stand."""
+    site: Site
     shared: Ulysses | None = None
     """The processes that hold the other tokens of these clips, if they are shared."""
     image_BKE: Tensor | None = None
     """K tokens of an image that is read beside the text, where there is one."""
 
-    def attend(self, q_BHND: Tensor, k_BHMD: Tensor, v_BHMD: Tensor) -> Tensor:
-        """Self-attention of this call's tokens, wherever the others are: what blocks use in place of `attention.attend`."""
-        if self.shared is None:
-            return attend(q_BHND, k_BHMD, v_BHMD, self.mask_NM)
-        return self.shared.attend(q_BHND, k_BHMD, v_BHMD, self.mask_NM)
+
+class Read(NamedTuple):
+    """What self-attention gives."""
+
+    mixed_BHND: Tensor
+    new: KV
+    """This call's own keys, not rotated, and values: what a memory keeps. Of processes that share clips, each has its heads."""
+
+
+def read(operation: Operation, qkv: tuple[Tensor, Tensor, Tensor], context: Context, past: KV | None) -> Read:
+    """Self-attention of this call's tokens, wherever they are, to each other and to the past. `qkv` are `[B, H, n, D]`."""
+    (q, k, v), shared, table = qkv, context.shared, context.table
+    if shared is not None:
+        (q, k, v), table = (shared.to_heads(x) for x in qkv), shared.own_heads(table)
+    q_BHND, k_BHMD, v_BHMD = context.rotary.turn(q, table).to(v), context.rotary.turn(k, table).to(v), v
+    if past is not None:
+        k_BHMD, v_BHMD = torch.cat([past[0], k_BHMD], 2), torch.cat([past[1], v], 2)
+    mixed = operation(q_BHND, k_BHMD, v_BHMD, context.site)
+    return Read(mixed if shared is None else shared.to_tokens(mixed), (k, v))
 
 
 @dataclass(frozen=True)
@@ -47,7 +63,7 @@ class State(ABC):
     """What flows from block to block."""
 
     past: KV | None = field(default=None, kw_only=True)
-    """In: keys and values the next block may read besides its own."""
+    """In: keys, rotated, and values that the next block may read besides its own."""
     new: KV | None = field(default=None, kw_only=True)
     """Out: keys and values the last block made, keys without rotary position."""
 
@@ -58,8 +74,22 @@ class State(ABC):
 
     @property
     @abstractmethod
+    def streams(self) -> tuple[Tensor, ...]:
+        """What blocks change: the tensors that flow, and nothing that all blocks read alike."""
+
+    @abstractmethod
+    def with_streams(self, streams: Sequence[Tensor]) -> Self:
+        """The same state with other tensors flowing, in the order of `streams`."""
+
+    @property
+    def route(self) -> Hashable:
+        """Which of several networks in one the state goes through: what one has made says nothing of another."""
+        return None
+
+    @property
     def detached(self) -> Self:
         """The same state as the start of a graph."""
+        return self.with_streams([x.detach().requires_grad_() for x in self.streams])
 
     def split(self, processes: Ulysses) -> Self:
         """This process' share of the tokens. ValueError unless its backbone `shares`."""
@@ -85,8 +115,11 @@ class Tokens(State):
         return self.joined.x_BNE.unflatten(1, self.grid).permute(0, 4, 1, 2, 3)
 
     @property
-    def detached(self) -> Self:
-        return replace(self, x_BNE=self.x_BNE.detach().requires_grad_())
+    def streams(self) -> tuple[Tensor, ...]:
+        return (self.x_BNE,)
+
+    def with_streams(self, streams: Sequence[Tensor]) -> Self:
+        return replace(self, x_BNE=streams[0])
 
     def split(self, processes: Ulysses) -> Self:
         """This process' share of the tokens, with what belongs to each of them."""
@@ -94,8 +127,7 @@ class Tokens(State):
         modulation = context.modulation_BG6E
         if modulation.shape[1] > 1:  # the groups of time are runs of tokens
             modulation = processes.split(modulation.repeat_interleave(tokens // modulation.shape[1], 1), 1)
-        rotary = processes.split(context.rotary_2MD, 1)
-        context = context._replace(modulation_BG6E=modulation, rotary_2MD=rotary, shared=processes)
+        context = context._replace(modulation_BG6E=modulation, shared=processes)
         return replace(self, x_BNE=processes.split(self.x_BNE, 1), context=context)
 
     @property
@@ -145,9 +177,11 @@ class Backbone(nn.Module, ABC):
     """Whether clips may have another height and width than it was trained on."""
     blocks: nn.ModuleList
     """Each maps State to State."""
+    rotary: Rotary
+    """Of networks that can have a past."""
     shares: ClassVar[bool] = False
-    """Whether the tokens of a clip may lie on several processes: the blocks' self-attention is `context.attend` (or
-    `Ulysses.attend_beside`), and everything else they do is done token by token."""
+    """Whether the tokens of a clip may lie on several processes: the blocks' self-attention is `read` (or
+    `streams.read_beside`), and everything else they do is done token by token."""
 
     @abstractmethod
     def embed(self, x: Tensor, t: Tensor, cond: Cond, call: Call = Call()) -> State:
@@ -156,6 +190,35 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def head(self, state: Any) -> Tensor:
         """From the kind of state that `embed` makes."""
+
+    def recall(self, memory: KVCache, x: Tensor, call: Call = Call()) -> KVView:
+        """What calls like `call` on latents like `x`, which come next, may read of a memory. Make it once for all calls of a
+        chunk.
+        """
+        grid, (positions, start), layers = self.grid(x), memory.keep.stand(memory), memory.layers
+        if layers:
+            table = self.rotary.table(positions.clamp_min(0), grid).to(x)
+            table = table if call.shared is None else cast(Ulysses, call.shared).own_heads(table)
+            layers = tuple((self.rotary.turn(k, table).to(v), v) for k, v in layers)
+        return KVView(layers, positions, start, positions >= 0 if memory.keep.leaves_empty else None)
+
+    def site(self, pattern: Pattern, grid: Grid3, call: Call, device: torch.device) -> Site:
+        """Where this call's self-attention is. ValueError where `pattern` cannot be right."""
+        kv, readable = call.kv, None
+        if kv is not None and kv.layers and kv.readable is not None:
+            past = kv.readable.repeat_interleave(grid.per_frame, -1)
+            own = torch.ones(*past.shape[:-1], grid.tokens, dtype=torch.bool)
+            readable = torch.cat([past, own], -1).to(device)
+            readable = (readable if readable.ndim == 2 else readable[None])[:, None, None]
+        site = Site(grid, 0 if kv is None else kv.slots, 0, readable, call)
+        pattern.check(site)
+        return site
+
+    def grid(self, x: Tensor) -> Grid3:
+        """The tokens of latents. ValueError for latents of another size than the network takes."""
+        raise ValueError(
+            f"{type(self).__name__} sees whole clips and has no past; take a causal model (VideoDiT, Wan, LTX)"
+        )
 
     def original(self) -> Original | None:
         """The networks this one was read from, to compare with or to save; None where the class is fewstep's own."""
@@ -174,8 +237,6 @@ class Backbone(nn.Module, ABC):
         """The state after each block, in the order of `blocks`; `call.runner` runs them."""
         if call.shared is not None:
             self.require_sharing()
-            if call.kv is not None:
-                raise ValueError("a clip that processes share has no cache; set settings.parallel.sequence: 1")
             state = state.split(cast(Ulysses, call.shared))
         for index, block in enumerate(self.blocks):
             state = replace(state, past=call.kv.layer(index) if call.kv else None, new=None)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,16 +19,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fewstep.core import Call, Cond, RecipeError, Seeds, build, dump
+from fewstep.core import Cond, RecipeError, build, dump
 from fewstep.core.build import At
-from fewstep.diffusion import CFG, PATHS, Contract, Kind, NoisePath, Prediction, RectifiedFlow, solve
-from fewstep.diffusion.contract import StepCountError
-from fewstep.diffusion.samplers import Watch
+from fewstep.diffusion import NAMED, Contract, Kind, NoisePath, RectifiedFlow, Step
+from fewstep.diffusion.samplers import finish
 from fewstep.models import adapters
 from fewstep.models.autoencoder import FrameAutoencoder
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.images import Images, blank_images, image_conditions
 from fewstep.models.lora import updated
+from fewstep.models.sampling import Request, sampling
 from fewstep.models.spec import Spec
 from fewstep.models.stored import Stored
 from fewstep.models.text import TextEncoder
@@ -139,55 +139,23 @@ class VideoModel:
     # --- sampling -----------------------------------------------------------------------------------------------------
 
     def __call__(self, prompts: Sequence[str], **options: Any) -> Tensor:
-        """Clips `[B, 3, F, H, W]` in [-1, 1] for `prompts`; options as in `latents`."""
+        """Clips `[B, 3, F, H, W]` in [-1, 1] for `prompts`; `options` are the fields of `Request`."""
         latents = self.latents(prompts, **options)  # without inference mode, which sharded networks do not bear
         with torch.inference_mode():
             return self.codec.decode(latents).clamp(-1, 1)
 
-    @torch.no_grad()
-    def latents(
-        self,
-        prompts: Sequence[str],
-        *,
-        image: Images | None = None,
-        last_image: Tensor | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        num_frames: int | None = None,
-        seed: int | Sequence[int] = 0,
-        force: bool = False,
-        watch: Watch | None = None,
-    ) -> Tensor:
-        """Sample latents `[B, C, F, h, w]` by the card's contract.
+    def latents(self, prompts: Sequence[str], **options: Any) -> Tensor:
+        """Sample latents `[B, C, F, h, w]` by the card's contract: `sampling`, run to its end."""
+        return finish(self.sampling(prompts, **options))
 
-        A model with a part `image` makes clips of images, and some between two: `image` and `last_image` are one each, or one
-        per prompt (see `Images`).
-        `seed` is one per prompt, or the first of consecutive ones; a clip depends on its own seed and prompt only.
-        Refused unless `force`: a step count the model was not trained for (StepCountError), another number of frames than
-        its card's, and a guidance scale on a student that has its guidance distilled in (ValueError).
+    def sampling(self, prompts: Sequence[str], **options: Any) -> Iterator[Step]:
+        """Sample by the card's contract, step by step; the latents of the last step are the clips'.
+
+        `options` are the fields of `Request`. Refused at once unless `force`: a step count the model was not trained for
+        (StepCountError), another number of frames than its card's, and a guidance scale on a student that has its guidance
+        distilled in (ValueError). To stop is to ask for no more steps.
         """
-        contract, own = self.card.contract, self.card.num_frames
-        try:
-            times = contract.times(num_inference_steps, force=force)
-        except StepCountError as error:
-            raise StepCountError(f"{error} Or pass force (--force) to sample on an untrained grid.") from None
-        if num_frames not in (None, own) and not force:
-            raise ValueError(
-                f"{self.card.name!r} makes clips of {own} frames and was asked for {num_frames}, which it was not trained "
-                "for. Leave num_frames out, or pass force (--force)."
-            )
-        guidance = self._guidance(guidance_scale, force)
-        seeds = tuple(range(seed, seed + len(prompts))) if isinstance(seed, int) else tuple(seed)
-        noise = Seeds(seeds, device=str(self.device))
-        cond, uncond = self.conditions(prompts, image, last_image, num_frames)
-        shape = self.latent_shape(num_frames)
-        self.denoiser.eval()
-
-        def denoise(x_t: Tensor, t: Tensor, call: Call) -> Prediction:
-            return guidance(self.denoiser, x_t, t, cond, uncond, call)
-
-        start = self.denoiser.path.prior(noise.randn((len(prompts), *shape), "start"))
-        return solve(contract.solver, denoise, start, times, rng=noise, watch=watch)
+        return sampling(self, Request(prompts=prompts, **options))
 
     def latent_shape(self, num_frames: int | None = None) -> tuple[int, int, int, int]:
         """`(C, F, h, w)` of this model's clips."""
@@ -223,17 +191,6 @@ class VideoModel:
         if "text" not in self.parts:
             return Cond(torch.zeros(batch, 1, 1), torch.zeros(batch, 1, dtype=torch.bool))
         return self.text.blank(batch).with_extra(blank_images(self, batch, num_frames or self.card.num_frames))
-
-    def _guidance(self, scale: float | None, force: bool) -> CFG:
-        own = self.card.contract.guidance
-        if scale is None or own.rescaled(scale) == own:
-            return own
-        if self.card.role == "student" and not force:
-            raise ValueError(
-                f"guidance was distilled into this student; guidance_scale={scale} would apply it twice. "
-                "Leave it out, or pass force (--force)."
-            )
-        return own.rescaled(scale)
 
     # --- folders ------------------------------------------------------------------------------------------------------
 
@@ -322,7 +279,7 @@ def read_card(source: Path | str) -> Card:
 def parse_card(tree: Any, where: str) -> Card:
     """The card of its plain values. RecipeError says what is wrong with them, or that they would import code."""
     _refuse_imports(tree, At(where))
-    card: Card = build(Card, tree, {path.__name__: path for path in PATHS}, where)
+    card: Card = build(Card, tree, {cls.__name__: cls for cls in NAMED}, where)
     return card
 
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from fewstep.attention import KVCache
 from fewstep.attention.forward_mode import forward_mode
-from fewstep.core import Call, Cond
+from fewstep.core import Call, Cond, KVView
 from fewstep.diffusion.path import NoisePath
 from fewstep.diffusion.prediction import KINDS, Kind, Prediction, Tangent
 from fewstep.models.backbone import Backbone
@@ -32,6 +33,8 @@ class Predictor(Protocol):
     def jvp(
         self, x_t: Tensor, t: Tensor, cond: Cond, dx: Tensor, dt: Tensor, call: Call = ..., /
     ) -> tuple[Prediction, Tangent]: ...
+
+    def recall(self, memory: KVCache, x_t: Tensor, call: Call = ..., /) -> KVView: ...
 
 
 class Denoiser(nn.Module):
@@ -60,6 +63,12 @@ class Denoiser(nn.Module):
         states = islice(self.backbone.walk(self.backbone.embed(x_t, t, cond, call), call), max(wanted) + 1)
         volumes = {layer: state.volume for layer, state in enumerate(states) if layer in wanted}
         return [volumes[layer] for layer in wanted]
+
+    def recall(self, memory: KVCache, x_t: Tensor, call: Call = Call()) -> KVView:
+        """What calls like `call` on latents like `x_t`, which come next, may read of a memory. Make it once for all calls of
+        a chunk.
+        """
+        return self.backbone.recall(memory, x_t, call)
 
     def jvp(
         self, x_t: Tensor, t: Tensor, cond: Cond, dx: Tensor, dt: Tensor, call: Call = Call()

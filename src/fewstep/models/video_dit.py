@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewstep.attention import Dense, Grid3, Pattern, attend
+from fewstep.attention import Dense, Grid3, Operation, Pattern, attend
 from fewstep.core import KV, Call, Cond
-from fewstep.models.backbone import Backbone, Context, Tokens
+from fewstep.models.backbone import Backbone, Context, Tokens, read
+from fewstep.models.rotary import FrameRotary
 
 _TIME_FEATURES = 128
 _FASTEST = 100.0
@@ -55,25 +56,27 @@ class VideoDiT(Backbone):
         self.time = nn.Sequential(nn.Linear(_TIME_FEATURES, width), nn.SiLU(), nn.Linear(width, width))
         self.pooled_text = nn.Linear(text_width, width)
         self.modulation = nn.Linear(width, 6 * width)
-        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, text_width) for _ in range(depth))
+        self.rotary = FrameRotary(width // heads, _ROTARY_BASE, halves=True)
+        operations = (pattern.operation(layer, heads, width // heads) for layer in range(depth))
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, text_width, operation) for operation in operations)
         self.final_table = nn.Parameter(torch.zeros(2, width))
         self.out = nn.Linear(width, channels * patch * patch)
         self._initialise()
 
     def embed(self, x: Tensor, t: Tensor, cond: Cond, call: Call = Call()) -> Tokens:
-        grid, cached = self._grid(x), call.kv.frames if call.kv else 0
+        grid = self.grid(x)
         with torch.autocast(x.device.type, enabled=False):
             x_BNE = self.patches(patchify(x, self.patch))
             text = cond.text.to(x.dtype)
             time_BGE = self.time(time_features(time_groups(t, x))) + self.pooled_text(_mean(text, cond.mask))[:, None]
             modulation = self.modulation(F.silu(time_BGE)).unflatten(-1, (6, self.width))
-        mask = self.pattern.mask(grid, cached)
         context = Context(
             modulation_BG6E=modulation,
             text_BLE=text,
             text_mask_B11L=cond.mask[:, None, None],
-            rotary_2MD=rotary_table(grid, cached, self.width // self.heads, _ROTARY_BASE).to(x),
-            mask_NM=None if mask is None else mask.to(x.device),
+            rotary=self.rotary,
+            table=self.rotary.table(call.positions(grid.frames), grid).to(x),
+            site=self.site(self.pattern, grid, call, x.device),
         )
         return Tokens(x_BNE, time_BGE, grid, context)
 
@@ -83,7 +86,7 @@ class VideoDiT(Backbone):
             tokens = self.out(modulate(_norm(state.x_BNE), shift, scale))
         return unpatchify(tokens, state.grid, self.patch)
 
-    def _grid(self, x: Tensor) -> Grid3:
+    def grid(self, x: Tensor) -> Grid3:
         _, channels, frames, height, width = x.shape
         if channels != self.channels or height % self.patch or width % self.patch:
             raise ValueError(
@@ -104,10 +107,10 @@ class VideoDiT(Backbone):
 class Block(nn.Module):
     """Self-attention, cross-attention to the text, MLP; each after a norm, the first and last modulated by time."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, text_width: int) -> None:
+    def __init__(self, width: int, heads: int, mlp_ratio: float, text_width: int, operation: Operation) -> None:
         super().__init__()
         self.table = nn.Parameter(torch.zeros(6, width))
-        self.attention = SelfAttention(width, heads)
+        self.attention = SelfAttention(width, heads, operation)
         self.cross = CrossAttention(width, heads, text_width)
         self.mlp = MLP(width, round(width * mlp_ratio))
 
@@ -124,9 +127,9 @@ class Block(nn.Module):
 class SelfAttention(nn.Module):
     """Over the tokens of this call and of the past; queries and keys are normalised, then rotated by position."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, operation: Operation) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.operation = heads, operation
         self.qkv = nn.Linear(width, 3 * width)
         self.query_scale = nn.Parameter(torch.ones(width // heads))
         self.key_scale = nn.Parameter(torch.ones(width // heads))
@@ -135,11 +138,8 @@ class SelfAttention(nn.Module):
     def forward(self, x_BNE: Tensor, context: Context, past: KV | None) -> tuple[Tensor, KV]:
         q, k, v = (split_heads(y, self.heads) for y in self.qkv(x_BNE).chunk(3, -1))
         q, k = rms_norm(q, self.query_scale), rms_norm(k, self.key_scale)
-        k_BHMD, v_BHMD = (k, v) if past is None else (torch.cat([past[0], k], 2), torch.cat([past[1], v], 2))
-        rotary_q = context.rotary_2MD[:, -q.shape[2] :]
-        q, k_BHMD = rotate(q, rotary_q).to(v), rotate(k_BHMD, context.rotary_2MD).to(v)
-        y_BHND = context.attend(q, k_BHMD, v_BHMD)
-        return self.out(merge_heads(y_BHND)), (k, v)
+        mixed, new = read(self.operation, (q, k, v), context, past)
+        return self.out(merge_heads(mixed)), new
 
 
 class CrossAttention(nn.Module):
@@ -195,27 +195,6 @@ def modulate(x_BNE: Tensor, shift_BGE: Tensor, scale_BGE: Tensor) -> Tensor:
 
 def gate(x_BNE: Tensor, gate_BGE: Tensor) -> Tensor:
     return (x_BNE.unflatten(1, (gate_BGE.shape[1], -1)) * gate_BGE[:, :, None]).flatten(1, 2)
-
-
-def rotary_table(grid: Grid3, cached: int, dim: int, base: float) -> Tensor:
-    """Cosines and sines `[2, M, dim / 2]`, float64: part of the angles turn with the frame, part with row and column."""
-    frames = torch.arange(cached + grid.frames)
-    positions = torch.meshgrid(frames, torch.arange(grid.height), torch.arange(grid.width), indexing="ij")
-    pairs = dim // 2
-    sizes = (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3)
-    angles = [
-        position.flatten()[:, None] * base ** (-torch.arange(size, dtype=torch.float64) / size)
-        for position, size in zip(positions, sizes, strict=True)
-    ]
-    angle = torch.cat(angles, -1)
-    return torch.stack([angle.cos(), angle.sin()])
-
-
-def rotate(x_BHND: Tensor, rotary_2ND: Tensor) -> Tensor:
-    """Turn each pair `(x[i], x[i + D/2])` by the angle of its token."""
-    cos, sin = rotary_2ND
-    a, b = x_BHND.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
 def time_features(t: Tensor) -> Tensor:

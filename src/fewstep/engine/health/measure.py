@@ -83,19 +83,19 @@ class Gauge:
 
     def sample(self, model: VideoModel, counts: tuple[int, ...]) -> Sampled:
         latents, frames, times = [], [], set()
-
-        def watch(step: int, prediction: Prediction) -> None:
-            times.update(prediction.t.unique().tolist())
-
         for count in counts:
             for part in self.parts():
                 with self.precision():
-                    made = model.latents(
-                        self.texts[part], image=self.pictures(part), num_inference_steps=count, seed=part.start, force=True,
-                        watch=watch,
-                    )  # fmt: skip
-                latents.append(made.float())
-                frames.append(decode(model, made))
+                    for step in model.sampling(
+                        self.texts[part],
+                        image=self.pictures(part),
+                        num_inference_steps=count,
+                        seed=part.start,
+                        force=True,
+                    ):
+                        times.update(step.prediction.t.unique().tolist())
+                latents.append(step.x.float())
+                frames.append(decode(model, step.x))
         return Sampled(torch.cat(latents), torch.cat(frames), tuple(sorted(times, reverse=True)))
 
     def looks(self, sampled: Sampled, teacher: Sampled) -> Looks:

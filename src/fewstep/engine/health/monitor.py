@@ -177,7 +177,7 @@ class Monitor:
             coarse=weights.coarse(after["student"]) if own else None,
             noise=self.heard.noise(self.model.denoiser.path),
             asked=self._asked,
-            unseen=self.heard.unseen(sampled.times) if contract.grids else (),
+            unseen=self.heard.unseen(sampled.times) if contract.trained else (),
             critic=critic,
             lag=lag,
             cosine=self.terms.cosine() if self.terms is not None else None,

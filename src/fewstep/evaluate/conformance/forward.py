@@ -58,7 +58,7 @@ def times(s: Subject) -> Measured:
     `steps_offset` and `set_alpha_to_one` for DDPM-trained ones. A wrong shift makes clips washed out or full of noise.
     """
     contract, layout = s.model.card.contract, s.layout
-    if contract.grids:
+    if contract.trained:
         raise NotApplicable("a student has times of its own")
     from fewstep.models.adapters.pipeline import recommended_times
 
@@ -68,7 +68,7 @@ def times(s: Subject) -> Measured:
 
 
 def pipeline(s: Subject) -> Measured:
-    """Sampling a few steps gives the latents of diffusers' pipeline, with the same solver, noise, text and guidance.
+    """Sampling a few steps gives the latents of diffusers' pipeline, with the same sampler, noise, text and guidance.
 
     The network is right, but what is made of its output is not: look at the card's `kind` (flow, eps, v, x0) and `path`,
     at the sign of the flow, at what t the timestep stands for, at the guidance scale, and at the scale of the first noise.
@@ -82,7 +82,7 @@ def pipeline(s: Subject) -> Measured:
         raise NotApplicable("clips are sampled in float32")
     if not isinstance(getattr(s.backbone, "pattern", Dense()), Dense):
         raise NotApplicable("diffusers' pipeline has no causal model")
-    steps = contract.steps if contract.grids else options.steps
+    steps = contract.steps if contract.trained else options.steps
     noise = Seeds((options.seed,), str(s.model.device)).randn((1, *s.shape), "start")
     try:
         pictures = {name: Image.fromarray(to_uint8(x).permute(1, 2, 0).numpy()) for name, x in s.images().items()}

@@ -7,18 +7,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewstep.attention import Grid3, KVCache, Pattern
+from fewstep.attention import KVCache, Operation, Pattern, Site
 from fewstep.core import Call
 from fewstep.evaluate.conformance.subject import Measured, NotApplicable, Subject, relative
 from fewstep.models import Denoiser
+from fewstep.models.repattern import repattern
 
 
 @dataclass(frozen=True)
 class Everything(Pattern):
     """A mask that hides nothing."""
 
-    def mask(self, grid: Grid3, cached: int = 0) -> Tensor:
-        return torch.ones(grid.tokens, cached * grid.per_frame + grid.tokens, dtype=torch.bool)
+    def operation(self, layer: int, heads: int, width: int) -> Operation:
+        return _Masked()
+
+
+class _Masked(Operation):
+    def mask(self, q_BHND: Tensor, k_BHMD: Tensor, site: Site) -> Tensor:
+        return torch.ones(q_BHND.shape[2], k_BHMD.shape[2], dtype=torch.bool)
 
 
 def frame_times(s: Subject) -> Measured:
@@ -37,7 +43,7 @@ def full_mask(s: Subject) -> Measured:
     The masked way through attention is another one: another scale, another order of tokens, or no rotary positions.
     """
     _ = s.pattern
-    masked = s.twin(pattern=Everything())
+    masked = repattern(s.network, Everything())
     return Measured(relative(masked(s.x_t, s.t, s.cond).raw, s.dense(s.x_t, s.t, s.cond).raw), s.tolerance)
 
 
@@ -55,15 +61,15 @@ def future(s: Subject) -> Measured:
 def cache(s: Subject) -> Measured:
     """Chunk by chunk with a cache equals one masked forward.
 
-    Positions of cached keys are off (`kv.frames` is where a call begins), keys are cached after rotation, or something
+    Positions of remembered keys are off (`kv.start` is where a call begins), keys are kept after rotation, or something
     besides keys and values reaches from frame to frame.
     """
     s.require("full_mask", "future", "frame_times")
     causal, parts = _chunks(s)
-    memory, made = KVCache.empty(), []
+    memory, made = KVCache.empty(s.pattern.keep), []
     t = torch.linspace(0.9, 0.1, s.shape[1]).to(s.t).expand(2, -1)
     for part, time in zip(parts, t.split(s.pattern.chunk, 1), strict=True):
-        prediction = causal(part, time, s.cond, Call(kv=memory.view()))
+        prediction = causal(part, time, s.cond, Call(kv=causal.recall(memory, part)))
         memory = memory.commit(prediction.kv or (), part.shape[2])
         made.append(prediction.raw)
     return Measured(relative(torch.cat(made, 2), causal(s.x_t, t, s.cond).raw), s.tolerance)
@@ -76,4 +82,4 @@ def _chunks(s: Subject) -> tuple[Denoiser, tuple[Tensor, ...]]:
         raise NotApplicable(
             f"{s.shape[1]} latent frames are one chunk, which has no past; check with more --num-frames"
         )
-    return s.twin(pattern=s.pattern), parts
+    return repattern(s.network, s.pattern), parts

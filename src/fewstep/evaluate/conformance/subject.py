@@ -17,6 +17,7 @@ from fewstep.attention import BlockCausal, Dense
 from fewstep.core import Cond, Rng
 from fewstep.models import Denoiser, VideoModel
 from fewstep.models.backbone import Backbone, Original
+from fewstep.models.repattern import repattern
 from fewstep.world.grammar import world_prompts
 
 if TYPE_CHECKING:
@@ -137,15 +138,13 @@ class Subject:
     @property
     def dense(self) -> Denoiser:
         """The denoiser with every frame reading every other, as the original does."""
-        return self.twin(pattern=Dense()) if hasattr(self.backbone, "pattern") else self.network
+        return repattern(self.network, Dense()) if hasattr(self.backbone, "pattern") else self.network
 
     @property
     def pattern(self) -> BlockCausal:
         """A causal pattern: the network's own, or frame by frame."""
-        if not hasattr(self.backbone, "pattern"):
-            raise NotApplicable(
-                f"{type(self.backbone).__name__} sees whole clips: no pattern, no cache, one time per clip"
-            )
+        if not hasattr(self.backbone, "rotary"):
+            raise NotApplicable(f"{type(self.backbone).__name__} sees whole clips: no past, one time per clip")
         own = self.backbone.pattern
         return own if isinstance(own, BlockCausal) else BlockCausal(chunk=1)
 

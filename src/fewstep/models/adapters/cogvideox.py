@@ -13,20 +13,18 @@ from typing import Any
 
 import torch
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
-from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
-from diffusers.models.embeddings import apply_rotary_emb, get_3d_rotary_pos_embed, get_3d_sincos_pos_embed
+from diffusers.models.embeddings import get_3d_rotary_pos_embed, get_3d_sincos_pos_embed
 from torch import Tensor, nn
 
-from fewstep.attention import Grid3, Ulysses
+from fewstep.attention import Dense, Grid3, Pattern
 from fewstep.core import Call, Cond, RecipeError
 from fewstep.diffusion import timestep
 from fewstep.models.adapters.ddpm import contract_of, kind_of, path_of
 from fewstep.models.adapters.layout import Layout
-from fewstep.models.adapters.streams import Streams, StreamsBackbone, StreamsBlock
+from fewstep.models.adapters.streams import Seat, Streams, StreamsBackbone, StreamsBlock
 from fewstep.models.backbone import Original
 from fewstep.models.bundle import Card, latent_shape_of
 from fewstep.models.spec import Spec
-from fewstep.models.video_dit import split_heads
 
 _OFFSET = 2.0
 """What an `ofs` embedding is told, always."""
@@ -53,7 +51,10 @@ def card(layout: Layout) -> Card:
         "tiling": False,
     }
     parts = {
-        "denoiser": Spec("CogVideoX", {"config": network, "num_train_timesteps": path.num_train_timesteps}),
+        "denoiser": Spec(
+            "CogVideoX",
+            {"config": network, "num_train_timesteps": path.num_train_timesteps, "pattern": Dense().tree()},
+        ),
         "text": Spec("T5Text", {**text, "dtype": "bfloat16"}),
         "codec": Spec("VideoCodec", codec),
     }
@@ -84,6 +85,14 @@ def at_size(card: Card) -> Card:
     return card
 
 
+class Block(StreamsBlock):
+    """One of diffusers' blocks, which hands on what is not a mask by name."""
+
+    def run(self, state: Streams, seat: Seat, rotary: tuple[Tensor, ...] | None) -> tuple[Tensor, Tensor]:
+        x, text = self.inner(state.x_BNE, state.text_BLE, state.time_BE, rotary, {"attention_mask": seat})
+        return x, text
+
+
 class CogVideoX(StreamsBackbone):
     """The modules are diffusers' own; `config` is its constructor's arguments. All text tokens are read, padding too.
 
@@ -91,12 +100,13 @@ class CogVideoX(StreamsBackbone):
     """
 
     network = CogVideoXTransformer3DModel
+    block = Block
     shares = True
 
-    def __init__(self, *, config: dict[str, Any], num_train_timesteps: int = 1000) -> None:
+    def __init__(self, *, config: dict[str, Any], num_train_timesteps: int = 1000, pattern: Pattern = Dense()) -> None:
         super().__init__()
-        self.args = {"config": config, "num_train_timesteps": num_train_timesteps}
-        self.num_train_timesteps = num_train_timesteps
+        self.args = {"config": config, "num_train_timesteps": num_train_timesteps, "pattern": pattern.tree()}
+        self.num_train_timesteps, self.pattern = num_train_timesteps, pattern
         self._hold(self.network.from_config(config))
 
     def _hold(self, network: Any) -> None:
@@ -105,7 +115,8 @@ class CogVideoX(StreamsBackbone):
             raise ValueError(f"CogVideoX is trained without dropout; set dropout: 0, not {self.config.dropout}")
         self.channels, self.patch = self.config.out_channels, self.config.patch_size
         self.patch_frames = self.config.patch_size_t or 1
-        self.width = self.config.num_attention_heads * self.config.attention_head_dim
+        self.heads = self.config.num_attention_heads
+        self.width = self.heads * self.config.attention_head_dim
         self.any_size = not self.config.use_learned_positional_embeddings
         inner = network.patch_embed
         self.patch_embed = nn.ModuleDict({"proj": inner.proj, "text_proj": inner.text_proj})
@@ -113,9 +124,7 @@ class CogVideoX(StreamsBackbone):
             self.patch_embed.register_buffer("pos_embedding", inner.pos_embedding)
         self.time_proj, self.time_embedding = network.time_proj, network.time_embedding
         self.ofs_proj, self.ofs_embedding = network.ofs_proj, network.ofs_embedding
-        for block in network.transformer_blocks:
-            block.attn1.set_processor(SharedAttention())
-        self.blocks = nn.ModuleList(map(StreamsBlock, network.transformer_blocks))
+        self.blocks = self._blocks(network.transformer_blocks)
         self.norm_final, self.norm_out, self.proj_out = network.norm_final, network.norm_out, network.proj_out
 
     def embed(self, x: Tensor, t: Tensor, cond: Cond, call: Call = Call()) -> Streams:
@@ -135,7 +144,7 @@ class CogVideoX(StreamsBackbone):
             elif not self.config.use_rotary_positional_embeddings:
                 x_BNE = x_BNE + self._sinusoids(grid, x.device).to(x.dtype)
         rotary = self._rotary(grid, x.device) if self.config.use_rotary_positional_embeddings else None
-        return Streams(x_BNE, text, time, grid, rotary)
+        return Streams(x_BNE, text, time, grid, self._site_beside(grid, call, x, text.shape[1]), rotary)
 
     def head(self, state: Streams) -> Tensor:
         with torch.autocast(state.x_BNE.device.type, enabled=False):
@@ -227,32 +236,3 @@ class CogVideoX(StreamsBackbone):
         return torch.stack(
             get_3d_rotary_pos_embed(width, grid_size=size, temporal_size=grid.frames, device=device, **places)
         )
-
-
-class SharedAttention(CogVideoXAttnProcessor2_0):
-    """Diffusers' attention of text and clip, or the same where processes share the clip's tokens."""
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-        shared: Ulysses | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        if shared is None:
-            done: tuple[Tensor, Tensor] = super().__call__(
-                attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
-            )
-            return done
-        length, x = encoder_hidden_states.shape[1], torch.cat([encoder_hidden_states, hidden_states], 1)
-        q, k, v = (split_heads(layer(x), attn.heads) for layer in (attn.to_q, attn.to_k, attn.to_v))
-        q, k = attn.norm_q(q), attn.norm_k(k)
-        if image_rotary_emb is not None:
-            q, k = (
-                torch.cat([h[:, :, :length], apply_rotary_emb(h[:, :, length:], image_rotary_emb)], 2) for h in (q, k)
-            )
-        mixed = shared.attend_beside(q, k, v, length).transpose(1, 2).flatten(2)
-        text, clip = attn.to_out[0](mixed).tensor_split((length,), 1)
-        return clip, text

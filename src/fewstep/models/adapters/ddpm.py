@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from fewstep.core import Call, RecipeError
-from fewstep.diffusion import CFG, Betas, Contract, Kind, Timesteps
+from fewstep.diffusion import CFG, DDIM, Betas, Contract, Kind, Timesteps
 from fewstep.models.adapters.layout import Layout
 from fewstep.models.bundle import Card
 from fewstep.models.spec import Spec
@@ -84,11 +84,11 @@ def kind_of(scheduler: Mapping[str, Any]) -> Kind:
 
 
 def contract_of(scheduler: Mapping[str, Any], *, steps: int, scale: float) -> Contract:
-    """DDIM over the scheduler's timesteps, whichever solver it is itself, with guidance of strength `scale`."""
-    timesteps = Timesteps(
+    """DDIM over the scheduler's timesteps, whichever sampler it is itself, with guidance of strength `scale`."""
+    grid = Timesteps(
         spacing=scheduler.get("timestep_spacing", "leading"),
         num_train_timesteps=scheduler["num_train_timesteps"],
         steps_offset=scheduler.get("steps_offset", 0),
         ends_clean=scheduler.get("set_alpha_to_one", True),
     )
-    return Contract(solver="ddim", steps=steps, timesteps=timesteps, guidance=CFG(scale=scale))
+    return Contract(grid=grid, sampler=DDIM(), steps=steps, guidance=CFG(scale=scale))

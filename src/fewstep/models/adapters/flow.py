@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fewstep.core import RecipeError
-from fewstep.diffusion import CFG, Contract
+from fewstep.diffusion import CFG, Contract, Shifted
 
 _REFUSED = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas", "stochastic_sampling")
 
@@ -20,13 +20,8 @@ def contract_of(scheduler: Mapping[str, Any], *, steps: int, scale: float, token
     for key in _REFUSED:
         if scheduler.get(key):
             raise RecipeError(f"scheduler_config.json: {key}: {scheduler[key]!r} cannot be followed; set it to false")
-    return Contract(
-        solver="euler",
-        steps=steps,
-        shift=_shift(scheduler, tokens),
-        terminal=float(scheduler.get("shift_terminal") or 0.0),
-        guidance=CFG(scale=scale),
-    )
+    grid = Shifted(shift=_shift(scheduler, tokens), terminal=float(scheduler.get("shift_terminal") or 0.0))
+    return Contract(grid=grid, steps=steps, guidance=CFG(scale=scale))
 
 
 def _shift(scheduler: Mapping[str, Any], tokens: int | None) -> float:

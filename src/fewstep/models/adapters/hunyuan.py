@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from diffusers import HunyuanVideoTransformer3DModel
-from torch import Tensor, nn
+from torch import Tensor
 
+from fewstep.attention import Dense, Pattern
 from fewstep.core import Call, Cond
 from fewstep.models.adapters.flow import contract_of
 from fewstep.models.adapters.layout import Layout
@@ -35,7 +36,7 @@ def card(layout: Layout) -> Card:
     return Card(
         name=Path(layout.source).name,
         parts={
-            "denoiser": Spec("HunyuanVideo", {"config": network, "guidance": _GUIDANCE}),
+            "denoiser": Spec("HunyuanVideo", {"config": network, "guidance": _GUIDANCE, "pattern": Dense().tree()}),
             "text": Spec("HunyuanText", {**text, "dtype": "bfloat16"}),
             "codec": Spec("VideoCodec", codec),
         },
@@ -54,11 +55,12 @@ class HunyuanVideo(StreamsBackbone):
     """
 
     network = HunyuanVideoTransformer3DModel
+    block = StreamsBlock
 
-    def __init__(self, *, config: dict[str, Any], guidance: float = _GUIDANCE) -> None:
+    def __init__(self, *, config: dict[str, Any], guidance: float = _GUIDANCE, pattern: Pattern = Dense()) -> None:
         super().__init__()
-        self.args = {"config": config, "guidance": guidance}
-        self.guidance = guidance
+        self.args = {"config": config, "guidance": guidance, "pattern": pattern.tree()}
+        self.guidance, self.pattern = guidance, pattern
         self._hold(self.network.from_config(config))
 
     def _hold(self, network: Any) -> None:
@@ -69,14 +71,12 @@ class HunyuanVideo(StreamsBackbone):
                 f"image_condition_type={config.image_condition_type!r}, patch_size_t={config.patch_size_t}"
             )
         self.channels, self.patch, self.dual = config.in_channels, config.patch_size, config.num_layers
-        self.width, self.embeds_guidance = (
-            config.num_attention_heads * config.attention_head_dim,
-            config.guidance_embeds,
-        )
+        self.heads, self.embeds_guidance = config.num_attention_heads, config.guidance_embeds
+        self.width = self.heads * config.attention_head_dim
         self.x_embedder, self.context_embedder = network.x_embedder, network.context_embedder
         self.time_text_embed, self.rope = network.time_text_embed, network.rope
         inner = (*network.transformer_blocks, *network.single_transformer_blocks)
-        self.blocks = nn.ModuleList(map(StreamsBlock, inner))
+        self.blocks = self._blocks(inner)
         self.norm_out, self.proj_out = network.norm_out, network.proj_out
 
     def foreign(self, name: str) -> str:
@@ -98,9 +98,8 @@ class HunyuanVideo(StreamsBackbone):
             time_BE, _ = self.time_text_embed(time, pooled, scale)
             x_BNE = self.x_embedder(x)
             text = self.context_embedder(cond.text.to(x.dtype), time, cond.mask)
-        clip = torch.ones(x_BNE.shape[:2], dtype=torch.bool, device=x.device)
-        mask = torch.cat([clip, cond.mask], 1)[:, None, None]
-        return Streams(x_BNE, text, time_BE, grid, torch.stack(self.rope(x)), mask)
+        site = self._site_beside(grid, call, x, text.shape[1], cond.mask)
+        return Streams(x_BNE, text, time_BE, grid, site, torch.stack(self.rope(x)))
 
     def original(self) -> Original:
         names = {"pooled": "pooled_prompt_embeds", "guidance_scale": "true_cfg_scale"}

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from diffusers import HunyuanVideo15Transformer3DModel
 from diffusers.pipelines.hunyuan_video1_5.image_processor import HunyuanVideo15ImageProcessor
-from torch import Tensor, nn
+from torch import Tensor
 
+from fewstep.attention import Dense, Pattern
 from fewstep.core import Call, Cond, RecipeError
 from fewstep.models.adapters.flow import contract_of
 from fewstep.models.adapters.layout import Layout
@@ -35,7 +36,7 @@ def card(layout: Layout) -> Card:
     return Card(
         name=Path(layout.source).name,
         parts={
-            "denoiser": Spec("HunyuanVideo15", {"config": network}),
+            "denoiser": Spec("HunyuanVideo15", {"config": network, "pattern": Dense().tree()}),
             "text": Spec("QwenByT5Text", text),
             "codec": Spec("VideoCodec", codec),
         },
@@ -61,10 +62,11 @@ class HunyuanVideo15(StreamsBackbone):
     """
 
     network = HunyuanVideo15Transformer3DModel
+    block = StreamsBlock
 
-    def __init__(self, *, config: dict[str, Any]) -> None:
+    def __init__(self, *, config: dict[str, Any], pattern: Pattern = Dense()) -> None:
         super().__init__()
-        self.args = {"config": config}
+        self.args, self.pattern = {"config": config, "pattern": pattern.tree()}, pattern
         self._hold(self.network.from_config(config))
 
     def _hold(self, network: Any) -> None:
@@ -75,11 +77,12 @@ class HunyuanVideo15(StreamsBackbone):
                 f"use_meanflow={config.use_meanflow}, patch_size_t={config.patch_size_t}"
             )
         self.channels, self.patch = config.out_channels, config.patch_size
-        self.width = config.num_attention_heads * config.attention_head_dim
+        self.heads = config.num_attention_heads
+        self.width = self.heads * config.attention_head_dim
         self.x_embedder, self.image_embedder = network.x_embedder, network.image_embedder
         self.context_embedder, self.context_embedder_2 = network.context_embedder, network.context_embedder_2
         self.time_embed, self.cond_type_embed, self.rope = network.time_embed, network.cond_type_embed, network.rope
-        self.blocks = nn.ModuleList(map(StreamsBlock, network.transformer_blocks))
+        self.blocks = self._blocks(network.transformer_blocks)
         self.norm_out, self.proj_out = network.norm_out, network.proj_out
 
     def embed(self, x: Tensor, t: Tensor, cond: Cond, call: Call = Call()) -> Streams:
@@ -92,8 +95,9 @@ class HunyuanVideo15(StreamsBackbone):
             words = self.context_embedder(cond.text.to(x.dtype), time, cond.mask) + self.cond_type_embed.weight[0]
             glyphs = self.context_embedder_2(cond.extra["glyphs"].to(x.dtype)) + self.cond_type_embed.weight[1]
             time_BE = self.time_embed(time)
-        mask = torch.cat([glyph_mask, cond.mask], 1)
-        return Streams(x_BNE, torch.cat([glyphs, words], 1), time_BE, grid, torch.stack(self.rope(x)), mask)
+        text = torch.cat([glyphs, words], 1)
+        site = self._site_beside(grid, call, x, text.shape[1], torch.cat([glyph_mask, cond.mask], 1))
+        return Streams(x_BNE, text, time_BE, grid, site, torch.stack(self.rope(x)))
 
     def original(self) -> Original:
         names = {

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -20,14 +20,16 @@ from diffusers import LTXConditionPipeline, LTXVideoTransformer3DModel
 from diffusers.models.transformers.transformer_ltx import LTXVideoTransformerBlock
 from torch import Tensor, nn
 
-from fewstep.attention import Dense, Grid3, Pattern, attend
+from fewstep.attention import Dense, Grid3, Operation, Pattern, attend
 from fewstep.core import Call, Cond, RecipeError
+from fewstep.diffusion import LinearQuadratic, Shifted
 from fewstep.models.adapters.attention import out, project, read_frames
 from fewstep.models.adapters.flow import contract_of
 from fewstep.models.adapters.layout import Layout
 from fewstep.models.adapters.network import DiffusersBackbone
 from fewstep.models.backbone import Context, Original, Tokens
 from fewstep.models.bundle import Card, latent_shape_of
+from fewstep.models.rotary import turn_pairs
 from fewstep.models.spec import Spec
 from fewstep.models.video_dit import gate, modulate, time_groups
 
@@ -75,12 +77,12 @@ def at_size(card: Card) -> Card:
     assert shape is not None  # `card` gave it a codec
     contract = contract_of(layout.scheduler(), tokens=math.prod(shape[1:]), steps=50, scale=3.0)
     if layout.index["_class_name"] == _CONDITION:
-        if contract.shift != 1 or contract.terminal:
+        if contract.grid != Shifted():
             raise RecipeError(
                 f"{layout.source}: {_CONDITION} has times of its own, which scheduler_config.json must leave alone; set "
                 "shift: 1, use_dynamic_shifting: false and shift_terminal: null"
             )
-        contract = replace(contract, threshold=_THRESHOLD)
+        contract = replace(contract, grid=LinearQuadratic(threshold=_THRESHOLD))
     denoiser = Spec("LTX", {**card.parts["denoiser"].args, "fps": card.fps})
     return replace(card, parts={**card.parts, "denoiser": denoiser}, contract=contract)
 
@@ -120,10 +122,16 @@ class LTX(DiffusersBackbone):
                 "LTX is read with patches of one latent pixel; this network has "
                 f"patch_size={config.patch_size}, patch_size_t={config.patch_size_t}"
             )
-        self.width = config.num_attention_heads * config.attention_head_dim
+        self.heads = config.num_attention_heads
+        self.width = self.heads * config.attention_head_dim
         self.proj_in, self.time_embed, self.rope = network.proj_in, network.time_embed, network.rope
+        time, space = self.compression
+        self.rotary = _Rotary(network.rope, self.heads, (time, space), self.fps, self.first_pixels)
         self.caption_projection = network.caption_projection
-        self.blocks = nn.ModuleList(_Block(block) for block in network.transformer_blocks)
+        self.blocks = nn.ModuleList(
+            _Block(block, self.pattern.operation(layer, self.heads, config.attention_head_dim))
+            for layer, block in enumerate(network.transformer_blocks)
+        )
         self.norm_out, self.proj_out, self.scale_shift_table = (
             network.norm_out, network.proj_out, network.scale_shift_table,
         )  # fmt: skip
@@ -132,21 +140,19 @@ class LTX(DiffusersBackbone):
         return f"transformer_{name}" if name.startswith("blocks.") else name
 
     def embed(self, x: Tensor, t: Tensor, cond: Cond, call: Call = Call()) -> Tokens:
-        if x.shape[1] != self.proj_in.in_features:
-            raise ValueError(f"latents [B, C, F, H, W] need C = {self.proj_in.in_features}, got {tuple(x.shape)}")
-        grid, cached = Grid3(*x.shape[2:]), call.kv.frames if call.kv else 0
+        grid = self.grid(x)
         with torch.autocast(x.device.type, enabled=False):
             x_BNE = self.proj_in(_tokens(x))
             time_BG = time_groups(t, x)
             modulation, time = self.time_embed(_TIMESTEPS * time_BG.flatten(), batch_size=len(x), hidden_dtype=x.dtype)
             text = self.caption_projection(cond.text.to(x.dtype))
-        mask = self.pattern.mask(grid, cached)
         context = Context(
             modulation_BG6E=modulation.unflatten(0, time_BG.shape).unflatten(-1, (6, self.width)),
             text_BLE=text,
             text_mask_B11L=cond.mask[:, None, None],
-            rotary_2MD=self._rotary(grid, cached, x.device).to(x.dtype),
-            mask_NM=None if mask is None else mask.to(x.device),
+            rotary=self.rotary,
+            table=self.rotary.table(call.positions(grid.frames), grid).to(x),
+            site=self.site(self.pattern, grid, call, x.device),
         )
         return Tokens(x_BNE, time.unflatten(0, time_BG.shape), grid, context)
 
@@ -175,27 +181,44 @@ class LTX(DiffusersBackbone):
         made = network(_tokens(x), text, _TIMESTEPS * t, cond.mask, *size, **options, return_dict=False)[0]
         return _latents(made, size)
 
-    def _rotary(self, grid: Grid3, cached: int, device: torch.device) -> Tensor:
-        """Cosines and sines `[2, M, E / 2]`: the angles of all heads, which differ. float32, as LTX was trained."""
-        time, space = self.compression
-        frames = torch.arange(cached + grid.frames, dtype=torch.float32, device=device)
+    def grid(self, x: Tensor) -> Grid3:
+        if x.shape[1] != self.proj_in.in_features:
+            raise ValueError(f"latents [B, C, F, H, W] need C = {self.proj_in.in_features}, got {tuple(x.shape)}")
+        return Grid3(*x.shape[2:])
+
+
+@dataclass(frozen=True, eq=False)
+class _Rotary:
+    """LTX's angles, which differ from head to head: of seconds and pixels. float32, as it was trained."""
+
+    rope: nn.Module
+    heads: int
+    compression: tuple[int, int]
+    fps: int
+    first_pixels: bool
+
+    def table(self, frames: Tensor, grid: Grid3) -> Tensor:
+        if frames.ndim == 2:
+            return torch.stack([self.table(row, grid) for row in frames], 1)
+        (time, space), frames = self.compression, frames.float()
         seconds = frames * (time / self.fps)
         if self.first_pixels:
             seconds = (frames * time + 1 - time).clamp_min(0) * (1 / self.fps)
-        axes = (
-            seconds,
-            torch.arange(grid.height, dtype=torch.float32, device=device) * space,
-            torch.arange(grid.width, dtype=torch.float32, device=device) * space,
-        )
+        axes = seconds, torch.arange(grid.height).float() * space, torch.arange(grid.width).float() * space
         places_13M = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)[None]
-        return torch.stack([table[0, :, ::2] for table in self.rope(places_13M, video_coords=places_13M)])
+        tables_2ME = torch.stack([table[0, :, ::2] for table in self.rope(places_13M, video_coords=places_13M)])
+        return tables_2ME.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def turn(self, x_BHMD: Tensor, table: Tensor) -> Tensor:
+        return turn_pairs(x_BHMD, table)
 
 
 class _Block(nn.Module):
     """One of diffusers' blocks: self-attention, cross-attention to the text, MLP; the first and last modulated by time."""
 
-    def __init__(self, block: LTXVideoTransformerBlock) -> None:
+    def __init__(self, block: LTXVideoTransformerBlock, operation: Operation) -> None:
         super().__init__()
+        self.operation = operation
         self.norm1, self.attn1, self.attn2 = block.norm1, block.attn1, block.attn2
         self.norm2, self.ff = block.norm2, block.ff
         self.scale_shift_table = block.scale_shift_table
@@ -205,8 +228,7 @@ class _Block(nn.Module):
         parts = (self.scale_shift_table + context.modulation_BG6E).unbind(2)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts
         h = modulate(self.norm1(x), shift_a, scale_a)
-        rotary_2HMD = context.rotary_2MD.unflatten(-1, (self.attn1.heads, -1)).transpose(1, 2)
-        read, new = read_frames(self.attn1, h, state, rotary_2HMD)
+        read, new = read_frames(self.attn1, h, state, self.operation)
         x = x + gate(read, gate_a)
         x = x + out(self.attn2, attend(*project(self.attn2, x, context.text_BLE), context.text_mask_B11L))
         x = x + gate(self.ff(modulate(self.norm2(x), shift_m, scale_m)), gate_m)

@@ -75,9 +75,9 @@ def _sampling(card: Card, usage: Mapping[int, str]) -> list[str]:
         call = "pipe(image, prompt, **sampling)" if "image" in card.parts else "pipe(prompt, **sampling)"
         made = f"`{call}` makes the clip that was trained for, with plain diffusers."
         sections += [_block(usage[steps]), made]
-    random = " Between steps it draws fresh noise." if contract.solver == "renoise" else ""
+    random = "" if contract.sampler.deterministic else " Between steps it draws fresh noise."
     scale = f"{contract.guidance.scale:g}" if contract.guidance.active else "none (1)"
-    sections.append(f"Solver {contract.solver}, guidance {scale}.{random}")
+    sections.append(f"Sampler {type(contract.sampler).__name__}, guidance {scale}.{random}")
     for count in (steps, *(n for n in contract.counts if n != steps)):
         times = ", ".join(f"{t:.6g}" for t in contract.times(count))
         sections.append(f"In {count} {'step' if count == 1 else 'steps'} the noise levels are {times}.")

@@ -1,7 +1,8 @@
-"""Schedulers of diffusers that visit exactly the times of a contract, and take the very steps of its solver."""
+"""Schedulers of diffusers that visit exactly the times of a contract, and take the very steps of its sampler."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from types import MappingProxyType
@@ -18,7 +19,19 @@ from diffusers import (
     TCDScheduler,
 )
 
-from fewstep.diffusion import Betas, Contract, Kind, NoisePath, RectifiedFlow
+from fewstep.diffusion import (
+    DDIM,
+    Betas,
+    Contract,
+    Euler,
+    Kind,
+    NoisePath,
+    RectifiedFlow,
+    Renoise,
+    Sampler,
+    TimeGrid,
+    Timesteps,
+)
 
 _PREDICTIONS = MappingProxyType({"eps": "epsilon", "v": "v_prediction", "x0": "sample"})
 _NEAR = 1e-6
@@ -28,7 +41,7 @@ _NO_SKIP = 1e5
 
 
 @dataclass(frozen=True)
-class Exact:
+class ExactScheduler:
     """A scheduler that does what a contract says."""
 
     scheduler: SchedulerMixin
@@ -46,29 +59,24 @@ class Exact:
         return self.scheduler
 
 
-def exact_scheduler(path: NoisePath, kind: Kind, contract: Contract, steps: int, *, uniform: bool = False) -> Exact:
+def exact_scheduler(
+    path: NoisePath, kind: Kind, contract: Contract, steps: int, *, uniform: bool = False
+) -> ExactScheduler:
     """Of the clip in `steps` steps, for a pipeline that asks for a number of steps, or for a `uniform` grid of so many.
 
     ValueError where diffusers has no scheduler that makes the same clip.
     """
-    times, solver = contract.times(steps), contract.solver
-    if isinstance(path, RectifiedFlow) and kind == "flow" and solver in ("euler", "ddim", "renoise"):
-        return _flow(times, stochastic=solver == "renoise", uniform=uniform)
+    times, sampler = contract.times(steps), contract.sampler
+    if isinstance(path, RectifiedFlow) and kind == "flow" and sampler in _STOCHASTIC:
+        return _flow(times, stochastic=_STOCHASTIC[sampler], uniform=uniform)
     if isinstance(path, Betas) and kind in _PREDICTIONS:
-        levels, prediction, found = [_level(t, path) for t in times], _PREDICTIONS[kind], None
-        if solver == "ddim":
-            found = (
-                _ddim(path, prediction, contract, levels)
-                or _euler(path, prediction, levels)
-                or _tcd(path, prediction, levels)
-            )
-        elif solver == "renoise":
-            found = _lcm(path, prediction, levels)
-        if found is not None:
-            return found
+        table = _Table(path, _PREDICTIONS[kind], contract.grid, [_level(t, path) for t in times])
+        for scheduler in _SCHEDULERS.get(sampler, ()):
+            if (found := scheduler(table)) is not None:
+                return found
     raise ValueError(
-        f"diffusers has no scheduler that does what {solver} does on {type(path).__name__} at the times {list(times)} "
-        f"with a network that predicts {kind}; a folder of fewstep's own keeps this student exactly"
+        f"diffusers has no scheduler that does what {type(sampler).__name__} does on {type(path).__name__} at the times "
+        f"{list(times)} with a network that predicts {kind}; a folder of fewstep's own keeps this student exactly"
     )
 
 
@@ -78,7 +86,7 @@ def _level(t: float, path: Betas) -> float:
     return round(level) if abs(level - round(level)) < _NEAR * path.num_train_timesteps else level
 
 
-def _flow(times: tuple[float, ...], *, stochastic: bool, uniform: bool) -> Exact:
+def _flow(times: tuple[float, ...], *, stochastic: bool, uniform: bool) -> ExactScheduler:
     """Euler in t, or x0 and fresh noise: one class of diffusers, whose grid has two numbers to turn."""
     steps = len(times) - 1
     plain: dict[str, Any] = {"shift": 1.0, "stochastic_sampling": stochastic}
@@ -87,8 +95,8 @@ def _flow(times: tuple[float, ...], *, stochastic: bool, uniform: bool) -> Exact
         **({"sigmas": [1 - k / steps for k in range(steps)]} if uniform else {"num_inference_steps": steps})
     )
     if all(abs(sigma - t) < _NEAR for sigma, t in zip(scheduler.sigmas.tolist(), times, strict=True)):
-        return Exact(scheduler)
-    return Exact(FlowMatchEulerDiscreteScheduler(**plain), {"sigmas": list(times[:-1])})
+        return ExactScheduler(scheduler)
+    return ExactScheduler(FlowMatchEulerDiscreteScheduler(**plain), {"sigmas": list(times[:-1])})
 
 
 def _stretch(times: tuple[float, ...], uniform: bool) -> dict[str, float]:
@@ -113,13 +121,23 @@ def _stretch(times: tuple[float, ...], uniform: bool) -> dict[str, float]:
     return {"shift": shift, "shift_terminal": times[-2]}
 
 
-def _ddim(path: Betas, prediction: str, contract: Contract, levels: list[float]) -> Exact | None:
+@dataclass(frozen=True)
+class _Table:
+    """A model that knows a table of noise levels, and the levels to visit."""
+
+    path: Betas
+    prediction: str
+    grid: TimeGrid
+    levels: list[float]
+
+
+def _ddim(table: _Table) -> ExactScheduler | None:
     """Diffusers' DDIM moves down by one number of levels, whatever timestep comes next."""
-    asked, steps = contract.timesteps, len(levels) - 1
-    teacher = asked is not None and not contract.grids
-    settings = _schedule(path, prediction) | {
+    path, levels = table.path, table.levels
+    asked, steps = table.grid if isinstance(table.grid, Timesteps) else Timesteps(), len(levels) - 1
+    settings = _schedule(path, table.prediction) | {
         "rescale_betas_zero_snr": path.zero_snr, "set_alpha_to_one": levels[-1] < 0, "clip_sample": False,
-        "timestep_spacing": asked.spacing if teacher else "trailing", "steps_offset": asked.steps_offset if teacher else 0,
+        "timestep_spacing": asked.spacing, "steps_offset": asked.steps_offset,
     }  # fmt: skip
     if path.snr_shift == 1.0:
         scheduler: Any = DDIMScheduler(**settings)
@@ -128,50 +146,61 @@ def _ddim(path: Betas, prediction: str, contract: Contract, levels: list[float])
     scheduler.set_timesteps(steps)
     stride = path.num_train_timesteps // steps
     even = all(a - b == stride for a, b in pairwise(levels[:-1])) and levels[-2] < stride
-    return Exact(scheduler) if even and scheduler.timesteps.tolist() == levels[:-1] else None
+    return ExactScheduler(scheduler) if even and scheduler.timesteps.tolist() == levels[:-1] else None
 
 
-def _euler(path: Betas, prediction: str, levels: list[float]) -> Exact | None:
+def _euler(table: _Table) -> ExactScheduler | None:
     """DDIM is Euler in s / a, from any level to any other, where that is finite.
 
     Between two levels s / a is interpolated, where the path interpolates `atan(s / a)`: within 1e-5 of it.
     """
+    path, levels = table.path, table.levels
     if path.zero_snr or path.snr_shift != 1.0 or levels[-2] < 0:
         return None
     end = "zero" if levels[-1] < 0 else "sigma_min"
-    settings = _schedule(path, prediction) | {"timestep_spacing": "leading", "final_sigmas_type": end}
-    return Exact(EulerDiscreteScheduler(**settings), _pinned(levels))
+    settings = _schedule(path, table.prediction) | {"timestep_spacing": "leading", "final_sigmas_type": end}
+    return ExactScheduler(EulerDiscreteScheduler(**settings), _pinned(levels))
 
 
-def _tcd(path: Betas, prediction: str, levels: list[float]) -> Exact | None:
+def _tcd(table: _Table) -> ExactScheduler | None:
     """With `eta = 0`, which is what pipelines ask for, this is DDIM from any level to any other, and at last to level 0.
 
     Where the clip ends clean, that level, at which no step begins, is made clean.
     """
+    path, levels = table.path, table.levels
     clean = levels[-1] < 0
     if (clean and levels[-2] < 1) or any(level % 1 for level in levels):
         return None
-    return Exact(
-        TCDScheduler(**_table(path, prediction, clean=clean), original_inference_steps=path.num_train_timesteps),
+    return ExactScheduler(
+        TCDScheduler(**_betas(path, table.prediction, clean=clean), original_inference_steps=path.num_train_timesteps),
         _pinned(levels),
     )
 
 
-def _lcm(path: Betas, prediction: str, levels: list[float]) -> Exact | None:
+def _lcm(table: _Table) -> ExactScheduler | None:
     """x0 and fresh noise of the next level; x0 itself at the end."""
+    path, levels = table.path, table.levels
     if levels[-1] >= 0 or levels[-2] < 1 or any(level % 1 for level in levels):
         return None
     if path.snr_shift == 1.0:
-        settings = _schedule(path, prediction) | {"rescale_betas_zero_snr": path.zero_snr}
+        settings = _schedule(path, table.prediction) | {"rescale_betas_zero_snr": path.zero_snr}
     else:
-        settings = _table(path, prediction)
+        settings = _betas(path, table.prediction)
     settings |= {
         "original_inference_steps": path.num_train_timesteps, "timestep_scaling": _NO_SKIP, "clip_sample": False,
     }  # fmt: skip
     scheduler = LCMScheduler(**settings)
     scheduler.set_timesteps(len(levels) - 1)
     own = scheduler.timesteps.tolist() == levels[:-1]
-    return Exact(LCMScheduler(**settings), {} if own else _pinned(levels))
+    return ExactScheduler(LCMScheduler(**settings), {} if own else _pinned(levels))
+
+
+_STOCHASTIC: Mapping[Sampler, bool] = MappingProxyType({Euler(): False, DDIM(): False, Renoise(): True})
+"""Samplers that diffusers has for flow models, and whether they draw noise between steps."""
+_SCHEDULERS: Mapping[Sampler, tuple[Callable[[_Table], ExactScheduler | None], ...]] = MappingProxyType({
+    DDIM(): (_ddim, _euler, _tcd), Renoise(): (_lcm,),
+})  # fmt: skip
+"""What may do for a table of noise levels, the plainest first. A sampler that is not listed has no scheduler in diffusers."""
 
 
 def _schedule(path: Betas, prediction: str) -> dict[str, Any]:
@@ -182,7 +211,7 @@ def _schedule(path: Betas, prediction: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _table(path: Betas, prediction: str, *, clean: bool = False) -> dict[str, Any]:
+def _betas(path: Betas, prediction: str, *, clean: bool = False) -> dict[str, Any]:
     """The noise table itself, as betas: schedulers that know neither its shift nor pure noise take that."""
     count = path.num_train_timesteps
     t = torch.arange(1, count + 1, dtype=torch.float64) / count

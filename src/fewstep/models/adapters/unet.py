@@ -6,6 +6,7 @@ Legend: B clips, F frames, K = B x F images, C channels, L text tokens, D their 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,9 +42,11 @@ class UNetState(State):
         return to_clips(self.x_KCHW, self.frames)
 
     @property
-    def detached(self) -> UNetState:
-        x = self.x_KCHW.detach().requires_grad_()
-        return replace(self, x_KCHW=x, skips=tuple(skip.detach().requires_grad_() for skip in self.skips))
+    def streams(self) -> tuple[Tensor, ...]:
+        return self.x_KCHW, *self.skips
+
+    def with_streams(self, streams: Sequence[Tensor]) -> UNetState:
+        return replace(self, x_KCHW=streams[0], skips=tuple(streams[1:]))
 
 
 class UNet(DiffusersBackbone):

@@ -14,7 +14,7 @@ from diffusers import ClassifierFreeGuidance, SchedulerMixin
 from fewstep.models.adapters.cogvideox_image import CogVideoXImage
 from fewstep.models.adapters.layout import Layout
 from fewstep.models.adapters.lora_file import file_names
-from fewstep.models.adapters.schedulers import Exact, exact_scheduler
+from fewstep.models.adapters.schedulers import ExactScheduler, exact_scheduler
 from fewstep.models.backbone import Original
 from fewstep.models.bundle import VideoModel
 
@@ -85,7 +85,7 @@ class Usage:
             return None
         return ClassifierFreeGuidance(guidance_scale=self.model.card.contract.guidance.scale)
 
-    def exact(self, steps: int) -> Exact:
+    def exact(self, steps: int) -> ExactScheduler:
         """The scheduler for a clip in `steps` steps."""
         card = self.model.card
         exact = exact_scheduler(card.path, card.kind, card.contract, steps, uniform=self.pipeline in _UNIFORM)

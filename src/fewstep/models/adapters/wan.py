@@ -18,17 +18,18 @@ from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformerBlock
 from torch import Tensor, nn
 
-from fewstep.attention import Dense, Grid3, Pattern, attend
+from fewstep.attention import Dense, Grid3, Operation, Pattern, attend
 from fewstep.core import Call, Cond, RecipeError
-from fewstep.diffusion import CFG, Contract
+from fewstep.diffusion import CFG, Contract, Shifted
 from fewstep.models.adapters.attention import out, project, read_frames
 from fewstep.models.adapters.layout import Layout
 from fewstep.models.adapters.network import DiffusersBackbone
 from fewstep.models.adapters.wan_image import Reads
 from fewstep.models.backbone import Context, Tokens
 from fewstep.models.bundle import Card
+from fewstep.models.rotary import FrameRotary
 from fewstep.models.spec import Spec
-from fewstep.models.video_dit import gate, modulate, rotary_table, split_heads, time_groups
+from fewstep.models.video_dit import gate, modulate, split_heads, time_groups
 
 _TIMESTEPS = 1000
 _ROTARY_BASE = 10000.0
@@ -85,9 +86,8 @@ def card(layout: Layout) -> Card:
         parts=parts,
         sources=dict.fromkeys(parts, layout.source),
         contract=Contract(
-            solver="euler",
+            grid=Shifted(shift=float(scheduler.get("flow_shift", scheduler.get("shift", 1.0)))),
             steps=steps,
-            shift=float(scheduler.get("flow_shift", scheduler.get("shift", 1.0))),
             guidance=guidance,
         ),
         negative_prompt=_NEGATIVE,
@@ -144,26 +144,30 @@ class Wan(DiffusersBackbone):
             raise ValueError(f"Wan is read with patches of one frame; this network has {list(config.patch_size)}")
         self.heads, self.head_width = config.num_attention_heads, config.attention_head_dim
         self.width, self.patch = self.heads * self.head_width, tuple(config.patch_size[1:])
+        self.rotary = FrameRotary(self.head_width, _ROTARY_BASE)
         self.longest, self.channels = config.rope_max_seq_len, config.out_channels
         self.patch_embedding, self.condition_embedder = network.patch_embedding, network.condition_embedder
-        self.blocks = nn.ModuleList(Block(block) for block in network.blocks)
+        self.blocks = nn.ModuleList(
+            Block(block, self.pattern.operation(layer, self.heads, self.head_width))
+            for layer, block in enumerate(network.blocks)
+        )
         self.norm_out, self.proj_out = network.norm_out, network.proj_out
         self.scale_shift_table = network.scale_shift_table
 
     def embed(self, x: Tensor, t: Tensor, cond: Cond, call: Call = Call()) -> Tokens:
-        grid, cached = self._grid(x), call.kv.frames if call.kv else 0
-        if cached + grid.frames > self.longest:
-            raise ValueError(f"Wan knows positions of {self.longest} latent frames, not {cached + grid.frames}")
+        grid, start = self.grid(x), 0 if call.kv is None else int(call.kv.start.max())
+        if start + grid.frames > self.longest:
+            raise ValueError(f"Wan knows positions of {self.longest} latent frames, not {start + grid.frames}")
         known = None
         if call.kv is None and self.first_frame:
             self._require_whole(x.shape[2] > 1, x)
         elif call.kv is None and self._reads_image:
             self._require_whole(x.shape[2] == self._of_image(cond, "image_latents").shape[2], x)
-        if self.first_frame and not cached:
+        if self.first_frame and not start:
             x, t, known = _begun(x, t, self._of_image(cond, "image_latents"))
         embedder = self.condition_embedder
         with torch.autocast(x.device.type, enabled=False):
-            x_BNE = self.patch_embedding(self._beside_image(x, cond, cached)).flatten(2).transpose(1, 2)
+            x_BNE = self.patch_embedding(self._beside_image(x, cond, start)).flatten(2).transpose(1, 2)
             time_BG = time_groups(t, x)
             waves = embedder.timesteps_proj(_TIMESTEPS * time_BG.flatten()).to(x.dtype)
             time_BGE = embedder.time_embedder(waves).unflatten(0, time_BG.shape)
@@ -171,13 +175,13 @@ class Wan(DiffusersBackbone):
             text = embedder.text_embedder(cond.text.to(x.dtype))
             seen = embedder.image_embedder
             image = None if seen is None else seen(self._seen(self._of_image(cond, "image_states")).to(x.dtype))
-        mask = self.pattern.mask(grid, cached)
         context = Context(
             modulation_BG6E=modulation,
             text_BLE=text,
             text_mask_B11L=None,  # Wan was trained to read the zeros after a prompt
-            rotary_2MD=rotary_table(grid, cached, self.head_width, _ROTARY_BASE).to(x),
-            mask_NM=None if mask is None else mask.to(x.device),
+            rotary=self.rotary,
+            table=self.rotary.table(call.positions(grid.frames), grid).to(x),
+            site=self.site(self.pattern, grid, call, x.device),
             image_BKE=image,
         )
         return Begun(x_BNE, time_BGE, grid, context, known)
@@ -193,17 +197,17 @@ class Wan(DiffusersBackbone):
         known, states = None, cond.extra.get("image_states")
         if self.first_frame:
             x, t, known = _begun(x, t, self._of_image(cond, "image_latents"))
-            t = t.repeat_interleave(self._grid(x).per_frame, 1)  # diffusers wants a time per token
+            t = t.repeat_interleave(self.grid(x).per_frame, 1)  # diffusers wants a time per token
         states = None if states is None else self._seen(states)
         x = self._beside_image(x, cond, 0)
         made: Tensor = network(x, _TIMESTEPS * t, cond.text.to(x.dtype), states, return_dict=False)[0]
         return _ended(made, known)
 
-    def _beside_image(self, x: Tensor, cond: Cond, cached: int) -> Tensor:
-        """The latents, and in further channels those of the image, of the frames after `cached`."""
+    def _beside_image(self, x: Tensor, cond: Cond, start: int) -> Tensor:
+        """The latents, and in further channels those of the image, of the frames from `start` on."""
         if not self._reads_image:
             return x
-        image = self._of_image(cond, "image_latents")[:, :, cached : cached + x.shape[2]]
+        image = self._of_image(cond, "image_latents")[:, :, start : start + x.shape[2]]
         return torch.cat([x, image.to(x)], 1)
 
     @property
@@ -222,7 +226,7 @@ class Wan(DiffusersBackbone):
         head = "head." if name == "scale_shift_table" else ""
         return head + _PART.sub(lambda part: _AUTHORS[part[0]], name)
 
-    def _grid(self, x: Tensor) -> Grid3:
+    def grid(self, x: Tensor) -> Grid3:
         _, channels, frames, height, width = x.shape
         rows, columns = self.patch
         if channels != self.channels or height % rows or width % columns:
@@ -258,8 +262,9 @@ def _ended(made: Tensor, known: Tensor | None) -> Tensor:
 class Block(nn.Module):
     """One of diffusers' blocks: self-attention, cross-attention to the text, MLP; the first and last modulated by time."""
 
-    def __init__(self, block: WanTransformerBlock) -> None:
+    def __init__(self, block: WanTransformerBlock, operation: Operation) -> None:
         super().__init__()
+        self.operation = operation
         self.norm1, self.attn1 = block.norm1, block.attn1
         self.norm2, self.attn2 = block.norm2, block.attn2
         self.norm3, self.ffn = block.norm3, block.ffn
@@ -270,7 +275,7 @@ class Block(nn.Module):
         parts = (self.scale_shift_table + context.modulation_BG6E).unbind(2)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts
         h = modulate(self.norm1(x), shift_a, scale_a)
-        read, new = read_frames(self.attn1, h, state, context.rotary_2MD)
+        read, new = read_frames(self.attn1, h, state, self.operation)
         x = x + gate(read, gate_a)
         x = x + _read(self.attn2, self.norm2(x), context)
         x = x + gate(self.ffn(modulate(self.norm3(x), shift_m, scale_m)), gate_m)

@@ -7,7 +7,7 @@ have frames at its times.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fewstep.attention import Dense, Pattern, Ulysses
+from fewstep.attention import Dense, Grid3, Pattern, Ulysses
 from fewstep.core import KV, Call, Cond
 from fewstep.models.adapters.wan import Begun, Wan
 from fewstep.models.backbone import Backbone, Original, State
@@ -40,8 +40,16 @@ class Routed(State):
         return self.together([None if part is None else part.volume for part in self.parts])
 
     @property
-    def detached(self) -> Routed:
-        return self._each(lambda part: part.detached)
+    def streams(self) -> tuple[Tensor, ...]:
+        return tuple(x for part in self.parts if part for x in part.streams)
+
+    def with_streams(self, streams: Sequence[Tensor]) -> Routed:
+        flowing = iter(streams)
+        return self._each(lambda part: part.with_streams([next(flowing) for _ in part.streams]))
+
+    @property
+    def route(self) -> Hashable:
+        return tuple(part is not None for part in self.parts)
 
     def split(self, processes: Ulysses) -> Routed:
         return self._each(lambda part: part.split(processes))
@@ -82,18 +90,18 @@ class WanExperts(Backbone):
             raise ValueError(f"two experts have one boundary between 0 and 1, got {boundaries}")
         self.args = {"config": config, "boundaries": list(boundaries), "pattern": pattern.tree()}
         self.boundaries, self.pattern = tuple(boundaries), pattern
-        self._hold([Wan(config=config) for _ in self.folders])
+        self._hold([Wan(config=config, pattern=pattern) for _ in self.folders])
 
     def load(self, folder: Path) -> None:
         """Take the weights of a folder in diffusers' layout, as float32."""
         with torch.device("meta"):
-            experts = [Wan(config=self.args["config"]) for _ in self.folders]  # type: ignore[arg-type]
+            experts = [Wan(config=self.args["config"], pattern=self.pattern) for _ in self.folders]  # type: ignore[arg-type]
         for expert, part in zip(experts, self.folders, strict=True):
             expert.load(folder, part)
         self._hold(experts)
 
     def _hold(self, experts: list[Wan]) -> None:
-        self.width = experts[0].width
+        self.width, self.heads, self.rotary = experts[0].width, experts[0].heads, experts[0].rotary
         columns = [list(expert.blocks) for expert in experts]
         self.blocks = nn.ModuleList(Block(row) for row in zip(*columns, strict=True))
         for expert in experts:
@@ -112,17 +120,14 @@ class WanExperts(Backbone):
         for index, expert in enumerate(self.experts):
             own = [row for row, its in enumerate(chosen) if index in its or call.kv is not None]
             rows = torch.tensor(own, device=x.device, dtype=torch.long)
-            parts.append(self._embedded(expert, x[rows], t[rows], cond[rows], call) if own else None)
+            parts.append(expert.embed(x[rows], t[rows], cond[rows], call) if own else None)
             place = [own.index(row) if row in own else 0 for row in range(len(x))]
             places.append(torch.tensor(place, device=x.device))
         routes = torch.tensor(chosen, device=x.device)
         return _reaching_idle(self.experts, Routed(tuple(parts), tuple(places), routes, call.kv is not None))
 
-    def _embedded(self, expert: Any, x: Tensor, t: Tensor, cond: Cond, call: Call) -> Begun:
-        """By one expert, under this network's pattern."""
-        part: Begun = expert.embed(x, t, cond, call)
-        mask = self.pattern.mask(part.grid, call.kv.frames if call.kv else 0)
-        return replace(part, context=part.context._replace(mask_NM=None if mask is None else mask.to(x.device)))
+    def grid(self, x: Tensor) -> Grid3:
+        return self.experts[0].grid(x)  # type: ignore[operator]
 
     def head(self, state: Routed) -> Tensor:
         experts = zip(self.experts, state.parts, strict=True)

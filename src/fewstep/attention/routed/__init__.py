@@ -1,0 +1,1 @@
+"""Patterns that choose what to read by looking at queries and keys."""

@@ -1,0 +1,8 @@
+"""What a step of sampling may take over from an earlier one: one policy per file."""
+
+from fewstep.caching.base import CachePolicy
+from fewstep.caching.skip_middle import SkipMiddle
+
+CACHES: tuple[type[CachePolicy], ...] = (SkipMiddle,)
+
+__all__ = ["CACHES", "CachePolicy", "SkipMiddle"]

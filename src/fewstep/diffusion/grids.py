@@ -1,0 +1,134 @@
+"""Time grids: which times are visited in so many steps. Each is a frozen class that knows its times."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+from fewstep.diffusion.times import check_grid, linear_quadratic_grid, uniform_grid
+
+
+class StepCountError(ValueError):
+    """A model was asked for a number of steps it was not trained for."""
+
+
+class TimeGrid(ABC):
+    """Decreasing times from noise to data. Subclasses are frozen dataclasses."""
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The step counts that it has exact times for, increasing; empty where it takes any."""
+        return ()
+
+    @property
+    def free(self) -> TimeGrid:
+        """The grid of step counts that the model was not trained for: of a grid that takes any, itself."""
+        return self
+
+    @abstractmethod
+    def times(self, steps: int) -> tuple[float, ...]:
+        """`steps + 1` decreasing times, the first 1 and the last 0 unless it says otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shifted(TimeGrid):
+    """Uniform times, then shifted: `shift t / (1 + (shift - 1) t)`.
+
+    >>> Shifted(shift=5.0).times(4)
+    (1.0, 0.9375, 0.8333333333333334, 0.625, 0.0)
+    """
+
+    shift: float = 1.0
+    """More than 1 spends more steps at high noise."""
+    terminal: float = 0.0
+    """Where not 0, all times but the last are stretched to end here (LTX)."""
+
+    def __post_init__(self) -> None:
+        if self.shift <= 0 or not 0 <= self.terminal < 1:
+            raise ValueError(f"a grid needs shift > 0 and 0 <= terminal < 1, got {self.shift} and {self.terminal}")
+
+    def times(self, steps: int) -> tuple[float, ...]:
+        return uniform_grid(steps, self.shift, self.terminal)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearQuadratic(TimeGrid):
+    """Linear down to `1 - threshold` in the first half of the steps, then ever faster (2410.13720; LTX 0.9.5)."""
+
+    threshold: float = 0.025
+
+    def __post_init__(self) -> None:
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"threshold must lie between 0 and 1, got {self.threshold}")
+
+    def times(self, steps: int) -> tuple[float, ...]:
+        return linear_quadratic_grid(steps, self.threshold)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timesteps(TimeGrid):
+    """Which integer timesteps of a DDPM-trained model are visited (2305.08891, table 2), as times `(k + 1) / T`.
+
+    diffusers' DDIM moves by `T // steps` levels whatever timestep comes next. Where that is the next one, which holds for
+    `leading`, and for `trailing` if `steps` divides T, both make the same clip; elsewhere this grid goes to the next one.
+    """
+
+    spacing: Literal["leading", "trailing", "linspace"] = "trailing"
+    num_train_timesteps: int = 1000
+    steps_offset: int = 0
+    """Added to the timesteps of `leading`."""
+    ends_clean: bool = True
+    """The last step ends at t = 0; otherwise at the first level of the table (`set_alpha_to_one: false`)."""
+
+    def times(self, steps: int) -> tuple[float, ...]:
+        """`steps + 1` decreasing times. They begin below 1 where the spacing leaves out the last timestep.
+
+        >>> Timesteps().times(4)
+        (1.0, 0.75, 0.5, 0.25, 0.0)
+        """
+        total = self.num_train_timesteps
+        if not 1 <= steps <= total:
+            raise ValueError(f"a model of {total} timesteps is sampled in 1 to {total} steps, got {steps}")
+        if self.spacing == "leading":
+            levels = [i * (total // steps) + self.steps_offset + 1 for i in reversed(range(steps))]
+        elif self.spacing == "trailing":
+            levels = [round(total - i * total / steps) for i in range(steps)]
+        else:
+            levels = [round(i * (total - 1) / max(steps - 1, 1)) + 1 for i in reversed(range(steps))]
+        if levels[0] > total:
+            raise ValueError(f"{steps} steps with steps_offset {self.steps_offset} go beyond timestep {total - 1}")
+        return (*(level / total for level in levels), 0.0 if self.ends_clean else 1 / total)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exact(TimeGrid):
+    """The very times that a student was trained at, for each of its step counts. Other counts are refused."""
+
+    grids: tuple[tuple[float, ...], ...] = ((1.0, 0.0),)
+    """Times that decrease strictly from 1 to 0: n + 1 of them are the grid of n steps."""
+    otherwise: TimeGrid = Shifted()
+    """For step counts that it was not trained for, where a caller insists (`force`)."""
+
+    def __post_init__(self) -> None:
+        lengths = [len(check_grid(grid)) for grid in self.grids]
+        if not lengths or len(set(lengths)) < len(lengths):
+            raise ValueError(f"give one grid per step count, and at least one; got grids of {lengths} times")
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        return tuple(sorted(len(grid) - 1 for grid in self.grids))
+
+    @property
+    def free(self) -> TimeGrid:
+        return self.otherwise.free
+
+    def times(self, steps: int) -> tuple[float, ...]:
+        """StepCountError for a step count that is not listed."""
+        for grid in self.grids:
+            if len(grid) == steps + 1:
+                return grid
+        trained = ", ".join(map(str, self.counts))
+        raise StepCountError(
+            f"this student was trained for {trained} steps and was asked for {steps}. Use one of these."
+        )

@@ -1,0 +1,70 @@
+"""Rotary position embedding (2104.09864) over frames, rows and columns: where queries and keys stand.
+
+Legend: B batch, F frames, H heads, M tokens, D head dimension.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fewstep.attention import Grid3
+
+
+class Rotary(Protocol):
+    """Tables of angles, and how they turn keys and queries."""
+
+    def table(self, frames: Tensor, grid: Grid3) -> Tensor:
+        """Cosines and sines of the tokens of frames that stand at `frames`, `[F]`: `[2, M, D / 2]` or `[2, H, M, D / 2]`.
+
+        Streams that differ in age have `frames` `[B, F]` and get `[2, B, 1 or H, M, D / 2]`.
+        """
+        ...
+
+    def turn(self, x_BHMD: Tensor, table: Tensor) -> Tensor:
+        """Every token turned by its angles, in the dtype of `x`."""
+        ...
+
+
+@dataclass(frozen=True)
+class FrameRotary:
+    """Part of the angles turn with the frame, part with row and column, in the split that Wan made common."""
+
+    dim: int
+    base: float
+    halves: bool = False
+    """Whether `(x[i], x[i + D/2])` are turned together, or `(x[2i], x[2i + 1])`."""
+
+    def table(self, frames: Tensor, grid: Grid3) -> Tensor:
+        """float64, computed on the CPU."""
+        if frames.ndim == 2:
+            return torch.stack([self.table(row, grid) for row in frames], 1)[:, :, None]
+        positions = torch.meshgrid(frames, torch.arange(grid.height), torch.arange(grid.width), indexing="ij")
+        pairs = self.dim // 2
+        sizes = (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3)
+        angles = [
+            position.flatten()[:, None] * self.base ** (-torch.arange(size, dtype=torch.float64) / size)
+            for position, size in zip(positions, sizes, strict=True)
+        ]
+        angle = torch.cat(angles, -1)
+        return torch.stack([angle.cos(), angle.sin()])
+
+    def turn(self, x_BHMD: Tensor, table: Tensor) -> Tensor:
+        return turn_halves(x_BHMD, table) if self.halves else turn_pairs(x_BHMD, table)
+
+
+def turn_halves(x_BHMD: Tensor, table: Tensor) -> Tensor:
+    """Turn each pair `(x[i], x[i + D/2])`."""
+    cos, sin = table
+    a, b = x_BHMD.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def turn_pairs(x_BHMD: Tensor, table: Tensor) -> Tensor:
+    """Turn each pair `(x[2i], x[2i + 1])`."""
+    cos, sin = table
+    a, b = x_BHMD.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x_BHMD.dtype)

@@ -1,0 +1,110 @@
+"""Sampling as a process: what is asked of a model, refused at once or made step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.core import Call, Seeds
+from fewstep.core.call import Runner, every_block
+from fewstep.diffusion import CFG, Prediction, Step, StepCountError
+from fewstep.models.images import Images
+
+if TYPE_CHECKING:
+    from fewstep.models.bundle import Card, VideoModel
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Request:
+    """Which clips a model shall make, and how. The default is what its card says."""
+
+    prompts: Sequence[str]
+    image: Images | None = None
+    """Of a model with a part `image`: what the clips begin with, one for all or one per prompt."""
+    last_image: Tensor | None = None
+    """What they end with, of models that make clips between two images."""
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    num_frames: int | None = None
+    seed: int | Sequence[int] = 0
+    """One per prompt, or the first of consecutive ones. A clip depends on its own seed and prompt only."""
+    force: bool = False
+    """Sample what the model was not trained for: another step count or number of frames, guidance on top of a student's."""
+    runner: Runner = every_block
+    """Who runs the blocks: `caching.SkipMiddle().begin()` makes one. One that remembers serves one request."""
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        if isinstance(self.seed, int):
+            return tuple(range(self.seed, self.seed + len(self.prompts)))
+        return tuple(self.seed)
+
+    def times(self, card: Card) -> tuple[float, ...]:
+        """StepCountError for a step count that the model was not trained for."""
+        try:
+            return card.contract.times(self.num_inference_steps, force=self.force)
+        except StepCountError as error:
+            raise StepCountError(f"{error} Or pass force (--force) to sample on an untrained grid.") from None
+
+    def guidance(self, card: Card) -> CFG:
+        """ValueError for a scale on a student that has its guidance distilled in."""
+        own, scale = card.contract.guidance, self.guidance_scale
+        if scale is None or own.rescaled(scale) == own:
+            return own
+        if card.role == "student" and not self.force:
+            raise ValueError(
+                f"guidance was distilled into this student; guidance_scale={scale} would apply it twice. "
+                "Leave it out, or pass force (--force)."
+            )
+        return own.rescaled(scale)
+
+    def check(self, card: Card) -> None:
+        """ValueError for another number of frames than the card's, and for a student that does not make whole clips."""
+        if self.num_frames not in (None, card.num_frames) and not self.force:
+            raise ValueError(
+                f"{card.name!r} makes clips of {card.num_frames} frames and was asked for {self.num_frames}, which it was not "
+                "trained for. Leave num_frames out, or pass force (--force)."
+            )
+        if card.contract.stream is not None:
+            raise ValueError(f"{card.name!r} makes clips chunk by chunk (contract.stream), and this samples whole ones")
+
+
+def sampling(model: VideoModel, request: Request) -> Iterator[Step]:
+    """The steps of one run. What is refused is refused here; what is returned makes a step whenever it is asked for one."""
+    times, guidance = request.times(model.card), request.guidance(model.card)
+    request.check(model.card)
+    with torch.no_grad():
+        cond, uncond = model.conditions(request.prompts, request.image, request.last_image, request.num_frames)
+        noise, shape = Seeds(request.seeds, device=str(model.device)), model.latent_shape(request.num_frames)
+        start = model.denoiser.path.prior(noise.randn((len(request.prompts), *shape), "start"))
+
+    def denoise(x_t: Tensor, t: Tensor, call: Call) -> Prediction:
+        with evaluating(model.denoiser):
+            return guidance(model.denoiser, x_t, t, cond, uncond, replace(call, runner=request.runner))
+
+    steps = model.card.contract.sampler.sampling(denoise, start, times, rng=noise)
+    return without_gradient(steps)
+
+
+@torch.no_grad()
+def without_gradient(steps: Iterator[Step]) -> Iterator[Step]:
+    """The same steps. Gradients are as they were whenever the caller is at work."""
+    yield from steps
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """The network as it is sampled, and afterwards as it was."""
+    training = network.training
+    if training:
+        network.eval()
+    try:
+        yield
+    finally:
+        if training:
+            network.train()

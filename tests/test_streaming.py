@@ -1,0 +1,180 @@
+"""Streams: the loop equals one masked forward, and a session is where its snapshot says it is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fewstep.attention import BlockCausal, Dense, Everything, KVCache, Window
+from fewstep.caching import SkipMiddle
+from fewstep.core import Seeds
+from fewstep.diffusion import CFG, Contract, Exact, Renoise, Shifted, Stream
+from fewstep.models import VideoModel
+from fewstep.models.repattern import repattern
+from fewstep.streaming import Chunks, Session
+from fewstep.streaming.blocks import keep_of, length_of
+from support_engine import tiny_model
+
+PROMPTS = ["a red ball rolls left", "a blue star stays"]
+TWO_STEPS = ((1.0, 0.5, 0.0),)
+
+
+def streaming_model(stream: Stream, guidance: CFG = CFG(), depth: int = 2) -> VideoModel:
+    """The tiny model, frame by frame or in chunks, in two steps with fresh noise."""
+    model = tiny_model(depth=depth)
+    pattern = BlockCausal(chunk=max(stream.chunks), window=stream.window, sink=stream.sink)
+    contract = Contract(
+        sampler=Renoise(), steps=2, grid=Exact(grids=TWO_STEPS, otherwise=Shifted()), guidance=guidance, stream=stream
+    )
+    return model.with_part("denoiser", repattern(model.denoiser, pattern), contract=contract)
+
+
+def made(session: Session, chunks: int) -> list[Tensor]:
+    return list(session.take(chunks))
+
+
+@pytest.mark.parametrize("guidance", [CFG(), CFG(scale=3.0)], ids=["plain", "guided"])
+@pytest.mark.parametrize(
+    "stream", [Stream(), Stream(window=3, sink=1), Stream(chunks=(2,), window=5, sink=1)], ids=["all", "sink", "chunks"]
+)
+def test_a_session_is_masked_forwards(stream: Stream, guidance: CFG) -> None:
+    """Without any memory: the finished chunks are clean at time 0 before the one that is being made."""
+    model, length = streaming_model(stream, guidance), stream.chunks[0]
+    chunks = made(Session(model, PROMPTS), 9 // length)
+    done, (cond, uncond) = torch.cat(chunks, 2), model.conditions(PROMPTS)
+    index = len(chunks) - 1
+    noise, before = Seeds((0, 1)).fold(f"chunk/{index}"), done[:, :, : index * length]
+    x = noise.randn(chunks[0].shape, "start")
+    for step, (t, s) in enumerate([(1.0, 0.5), (0.5, 0.0)]):
+        times = torch.tensor([[0.0] * before.shape[2] + [t] * length] * 2)
+        with torch.no_grad():
+            prediction = guidance(model.denoiser, torch.cat([before, x], 2), times, cond, uncond)
+        x0 = prediction.x0[:, :, -length:]
+        x = (
+            x0
+            if s == 0
+            else model.denoiser.path.add_noise(x0, noise.randn(x0.shape, f"renoise/{step}"), torch.tensor([s, s]))
+        )
+    torch.testing.assert_close(chunks[-1], x, atol=1e-5, rtol=1e-5)
+
+
+def test_restored_from_a_snapshot_it_goes_on_bit_for_bit() -> None:
+    model = streaming_model(Stream(window=3, sink=1))
+    whole = made(Session(model, PROMPTS), 6)
+    session = Session(model, PROMPTS)
+    made(session, 2)
+    paused = session.snapshot
+    made(session, 2)  # somebody goes on
+    again = made(Session(model, paused), 4)
+    assert all(torch.equal(a, b) for a, b in zip(again, whole[2:], strict=True))
+
+
+def test_a_chunk_that_is_given_up_was_never_begun() -> None:
+    model = streaming_model(Stream(window=3))
+    whole, session = made(Session(model, PROMPTS), 3), Session(model, PROMPTS)
+    before = session.snapshot
+    given_up = session.steps()
+    next(given_up)
+    given_up.close()
+    assert session.snapshot is before
+    assert all(torch.equal(a, b) for a, b in zip(made(session, 3), whole, strict=True))
+
+
+def test_steering_changes_what_follows() -> None:
+    model = streaming_model(Stream())
+    whole, session = made(Session(model, PROMPTS), 4), Session(model, PROMPTS)
+    steered = made(session, 2)
+    session.steer(["a green cross turns", PROMPTS[1]])
+    steered += made(session, 2)
+    alike = [[torch.equal(a[row], b[row]) for a, b in zip(whole, steered, strict=True)] for row in (0, 1)]
+    assert alike == [[True, True, False, False], [True] * 4]
+    assert session.snapshot.prompts[0] == "a green cross turns"
+    with pytest.raises(ValueError, match="2 clips, and was given 1 prompts"):
+        session.steer(["one"])
+
+
+def test_a_clip_depends_on_its_own_seed_and_prompt_only() -> None:
+    model = streaming_model(Stream(window=3))
+    both = made(Session(model, PROMPTS), 3)
+    alone = made(Session(model, PROMPTS[1:], seed=1), 3)
+    for a, b in zip(both, alone, strict=True):
+        torch.testing.assert_close(a[1:], b, atol=1e-5, rtol=1e-5)
+
+
+def test_memory_does_not_grow_with_the_stream() -> None:
+    session = Session(streaming_model(Stream(window=4, sink=1)), PROMPTS)
+    sizes = set()
+    for _ in session.take(12):
+        sizes.add(sum(x.numel() for layer in session.snapshot.memory.layers for x in layer))
+    assert len(sizes) == 1
+    assert sorted(session.snapshot.memory.positions.tolist()) == [0, 10, 11]
+
+
+def test_what_is_remembered_is_what_the_contract_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clean latents at 0; noised ones at their time; or nothing more than the last step made."""
+    calls: list[tuple[float, ...]] = []
+    for commit, time in (("clean", 0.0), ("noised", 0.1), ("last", 0.0)):
+        model = streaming_model(Stream(commit=commit, context_time=time))  # type: ignore[arg-type]
+        forward = model.denoiser.backbone.forward
+        seen: list[float] = []
+
+        def told(x: Tensor, t: Tensor, *rest: Any, seen=seen, forward=forward) -> Any:  # type: ignore[no-untyped-def]
+            seen.append(round(float(t[0]), 3))
+            return forward(x, t, *rest)
+
+        monkeypatch.setattr(model.denoiser.backbone, "forward", told)
+        made(Session(model, PROMPTS), 1)
+        calls.append(tuple(seen))
+    assert calls == [(1.0, 0.5, 0.0), (1.0, 0.5, 0.1), (1.0, 0.5)]
+
+
+def test_a_cache_policy_serves_every_chunk_anew() -> None:
+    model = streaming_model(Stream(window=3), depth=4)
+    plain = made(Session(model, PROMPTS), 3)
+    exact = made(Session(model, PROMPTS, cache=SkipMiddle(every=1)), 3)
+    cached = made(Session(model, PROMPTS, cache=SkipMiddle(every=2)), 3)
+    assert all(torch.equal(a, b) for a, b in zip(plain, exact, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(plain, cached, strict=True))
+    last = streaming_model(Stream(window=3, commit="last"), depth=4)
+    with pytest.raises(ValueError, match="nothing to commit"):
+        made(Session(last, PROMPTS, cache=SkipMiddle(every=2)), 1)
+
+
+def test_the_first_chunk_may_be_shorter() -> None:
+    stream = Stream(chunks=(1, 2))
+    assert [length_of(stream, i) for i in range(4)] == [1, 2, 2, 2]
+    model = tiny_model()
+    contract = replace(model.card.contract, stream=stream)
+    model = model.with_part("denoiser", repattern(model.denoiser, Dense()), contract=contract)
+    assert [x.shape[2] for x in made(Session(model, PROMPTS), 3)] == [1, 2, 2]
+
+
+def test_the_memory_of_a_stream() -> None:
+    assert keep_of(Stream()) == Everything()
+    assert keep_of(Stream(chunks=(1, 3), window=9, sink=2, positions="window")) == Window(
+        window=9, chunk=3, sink=2, relative=True
+    )
+
+
+def test_a_model_of_whole_clips_is_refused() -> None:
+    with pytest.raises(ValueError, match="makes whole clips"):
+        Session(tiny_model(), PROMPTS)
+
+
+def test_gradient_flows_through_the_chunk_and_what_it_remembers() -> None:
+    """The loop is the training rollout's, too: only sessions cut gradients."""
+    model = streaming_model(Stream())
+    loop = Chunks(network=model.denoiser, contract=model.card.contract, times=(1.0, 0.5, 0.0))
+    cond, uncond = model.conditions(PROMPTS)
+    model.denoiser.requires_grad_(True)
+    first, second = (torch.randn(2, 4, 1, 8, 8, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    start = first.requires_grad_()
+    *_, one = loop.chunk(loop.begin(), start, cond, uncond, Seeds((0, 1)).fold("0"))
+    assert isinstance(one.memory, KVCache)
+    *_, two = loop.chunk(one.memory, second, cond, uncond, Seeds((0, 1)).fold("1"))
+    two.step.x.square().sum().backward()
+    assert start.grad is not None and start.grad.abs().sum() > 0
