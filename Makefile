@@ -39,6 +39,7 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .
 	$(BIN)/python tools/budgets.py
 	$(BIN)/lint-imports
+	$(BIN)/python tools/circles.py
 	$(BIN)/mypy
 
 format: $(VENV)/.lint

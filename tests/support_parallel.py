@@ -22,15 +22,18 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from fewstep import distill
-from fewstep.core import Cond
+from fewstep.attention import Ulysses
+from fewstep.core import Call, Cond
 from fewstep.core.env import place
 from fewstep.engine import Health, Parallel, Settings
 from fewstep.engine.optim import RoleOptimizer
 from fewstep.engine.prepare import prepare
 from fewstep.engine.run import Run
+from fewstep.engine.shard import hollow, shard
 from fewstep.methods import Method
 from fewstep.models import Lora
 from support_engine import CASES, Everything, small, tiny_model
@@ -104,14 +107,14 @@ def watch_gradients(run: Run, into: dict[str, Tensor]) -> None:
 def per_frame(spread: str) -> dict[str, Tensor]:
     """The reference network with a time of its own for every frame: its output, and gradients of input and weights."""
     network, generator = tiny_model().denoiser, torch.Generator().manual_seed(0)
-    size = place().world_size if spread == "sequence" else 1
+    size, call = place().world_size if spread == "sequence" else 1, Call()
     if size > 1:
         if not dist.is_initialized():
             dist.init_process_group()
-        network.backbone.spread(dist.group.WORLD, checkpointing=False)
+        call = Call(shared=Ulysses(dist.group.WORLD))
     x = torch.randn(2, 4, 4, 8, 8, generator=generator).requires_grad_()
     t, text = torch.rand(2, 4, generator=generator), torch.randn(2, 5, 16, generator=generator)
-    prediction = network(x, t, Cond(text, torch.ones(2, 5, dtype=torch.bool)))
+    prediction = network(x, t, Cond(text, torch.ones(2, 5, dtype=torch.bool)), call)
     (prediction.raw.square().mean() / size).backward()
     found = {"input": x.grad, **{name: p.grad for name, p in network.named_parameters()}}
     gradients = {name: grad for name, grad in found.items() if grad is not None}
@@ -119,6 +122,33 @@ def per_frame(spread: str) -> dict[str, Tensor]:
         for gradient in gradients.values():
             dist.all_reduce(gradient)
     return {"output": prediction.raw.detach(), **gradients}
+
+
+def derivative(spread: str) -> dict[str, Tensor]:
+    """A denoiser's output and derivative, with gradients of a loss of both; cut over the processes if asked for."""
+    network, generator = tiny_model().denoiser, torch.Generator().manual_seed(0)
+    size = place().world_size if spread == "shard" else 1
+    if size > 1:
+        if not dist.is_initialized():
+            dist.init_process_group()
+        weights, network = network.state_dict(), hollow(network)
+        shard(network, weights, init_device_mesh("cpu", (size,)))
+    network.requires_grad_(True)
+    x, dx = torch.randn(2, 2, 4, 4, 8, 8, generator=generator)
+    t, text = torch.rand(2, generator=generator), torch.randn(2, 5, 16, generator=generator)
+    cond = Cond(text, torch.ones(2, 5, dtype=torch.bool))
+    found = {}
+    for kept in (True, False):
+        with torch.set_grad_enabled(kept):
+            prediction, tangent = network.jvp(x, t, cond, dx, torch.ones(2))
+        found |= {
+            f"{kept} output": prediction.raw.detach(),
+            f"{kept} derivative": tangent.raw,
+            f"{kept} x0": tangent.x0,
+        }
+        if kept:
+            ((prediction.raw - tangent.raw).square().mean() / size).backward()
+    return found | {name: full(p.grad) for name, p in network.named_parameters() if p.grad is not None}
 
 
 def whole_run(output: Path, **others: Any) -> None:
@@ -201,6 +231,8 @@ def main(folder: Path, names: list[str]) -> None:
             WHOLE_RUNS[name](folder / name)
         elif name == "per_frame":
             keep(folder, name, {"found": per_frame("sequence")})
+        elif name == "derivative":
+            keep(folder, name, {"found": derivative("shard")})
         else:
             keep(folder, name, watched(*name.split("."), folder=folder))
 

@@ -32,6 +32,7 @@ from fewstep.models.bundle import read_card
 from fewstep.models.lora import adapt, adapters
 from fewstep.models.repattern import repattern
 from fewstep.models.source import Diffusers
+from fewstep.models.spread import Spread
 from tiny_models import TINY, save_tiny
 
 pytestmark = [pytest.mark.usefixtures("single_thread"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
@@ -211,9 +212,8 @@ def test_features_gradients_and_checkpointing(name: str, model: VideoModel) -> N
     assert feature.shape == start.shape and feature.shape[:2] == (2, model.denoiser.backbone.width)
     gradients = []
     for checkpointing in (False, True):
-        model.denoiser.backbone.spread(None, checkpointing)
         model.denoiser.zero_grad()
-        model.denoiser(x, t, cond).raw.square().mean().backward()
+        model.denoiser(x, t, cond, Spread(checkpointing=checkpointing)(Call())).raw.square().mean().backward()
         gradients.append({key: p.grad for key, p in model.denoiser.named_parameters()})
         unread = ("to_k.bias", *TINY[name].unread)
         reached = {key: g for key, g in gradients[-1].items() if not any(part in key for part in unread)}

@@ -19,6 +19,7 @@ from fewstep.models.adapters.animatediff import AnimateDiff
 from fewstep.models.adapters.stable_diffusion import StableDiffusion
 from fewstep.models.adapters.unet import UNet, to_images
 from fewstep.models.lora import Lora, adapt, adapters
+from fewstep.models.spread import Spread
 from support_unets import IMAGE, VIDEO, awake
 
 FAMILIES: dict[type[UNet], dict[str, Any]] = {AnimateDiff: VIDEO, StableDiffusion: IMAGE}
@@ -118,9 +119,8 @@ def test_checkpointing_changes_no_gradient(family: type[UNet]) -> None:
     network, (x, t, cond) = pair(family)[0], inputs()
     found = []
     for checkpointing in (False, True):
-        network.spread(None, checkpointing)
         network.zero_grad()
-        network(x, t, cond).raw.square().mean().backward()
+        network(x, t, cond, Spread(checkpointing=checkpointing)(Call())).raw.square().mean().backward()
         found.append({name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None})
     assert found[0].keys() == found[1].keys() == dict(network.named_parameters()).keys()
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])

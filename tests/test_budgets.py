@@ -76,3 +76,13 @@ def test_a_method_or_pattern_file_holds_one_public_class(budgets: ModuleType, tm
         assert [o.key.rpartition(":")[2] for o in budgets.check(path, tmp_path)] == offences
     path.rename(path.with_name("__init__.py"))
     assert list(budgets.check(path.with_name("__init__.py"), tmp_path)) == []
+
+
+def test_an_adapter_file_holds_one_public_class(budgets: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "src" / "fewstep" / "models" / "adapters" / "two.py"
+    path.parent.mkdir(parents=True)
+    for classes, offends in ((), False), (("A",), False), (("A", "_B"), False), (("A", "B"), True):
+        path.write_text("\n".join(f"class {name}: ..." for name in classes))
+        assert [o.key for o in budgets.check(path, tmp_path)] == [
+            "src/fewstep/models/adapters/two.py:classes"
+        ] * offends

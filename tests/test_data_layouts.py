@@ -28,7 +28,7 @@ from fewstep.data import (
     read_clips,
     read_listing,
 )  # fmt: skip
-from fewstep.data.layouts import LAYOUTS, Layout
+from fewstep.data.layouts import LAYOUTS, LayoutName
 from fewstep.data.listing import Listing, write_listing
 from fewstep.data.video import write_video
 from fewstep.models import Card, FrameAutoencoder, VideoModel
@@ -248,7 +248,7 @@ def test_a_dataset_of_another_layout_asks_for_it(tmp_path: Path) -> None:
 
 
 def test_the_command_line_knows_every_layout() -> None:
-    assert get_args(Layout) == tuple(LAYOUTS) == get_args(arguments.Layout)
+    assert get_args(LayoutName) == tuple(LAYOUTS) == get_args(arguments.LayoutName)
 
 
 def test_archives_in_a_plain_folder_give_a_hint(tars: Path) -> None:

@@ -62,23 +62,6 @@ def test_time_of_log_snr_inverts(path: NoisePath) -> None:
     torch.testing.assert_close(path.time_of_log_snr(path.log_snr(t)), t, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("other", PATHS, ids=lambda p: type(p).__name__)
-@path_of
-def test_match_keeps_the_snr(path: NoisePath, other: NoisePath) -> None:
-    t = torch.linspace(0.2, 0.8, 7, dtype=torch.float64)
-    torch.testing.assert_close(other.log_snr(path.match(other, t)), path.log_snr(t), rtol=1e-9, atol=1e-9)
-
-
-@path_of
-def test_bridge_continues_add_noise(path: NoisePath) -> None:
-    """Signal and variance after `0 -> s -> t` equal those of `0 -> t`."""
-    s, t, one, zero = f64(0.3), f64(0.7), f64(1.0)[None], f64(0.0)[None]
-    low, high = path.coeffs(s), path.coeffs(t)
-    torch.testing.assert_close(path.bridge(low.a[:, None] * one, zero, s, t)[0], high.a)
-    from_noise = path.bridge(low.s[:, None] * one, zero, s, t) ** 2 + path.bridge(zero, one, s, t) ** 2
-    torch.testing.assert_close(from_noise[0], high.s**2)
-
-
 TABLES = [
     (Betas(schedule="linear"), {"beta_schedule": "linear"}),
     (Betas(), {"beta_schedule": "scaled_linear"}),
@@ -124,9 +107,9 @@ def test_a_table_ends_exactly_clean_and_starts_from_plain_noise() -> None:
 def test_two_tables_meet_at_equal_snr_and_not_at_equal_times() -> None:
     """The image and the video teacher of AVDM2: one timestep, two noise levels."""
     image, video, t = Betas(), Betas(schedule="linear"), torch.linspace(0.2, 0.98, 40, dtype=torch.float64)
-    there = image.match(video, t)
+    there = video.time_of_log_snr(image.log_snr(t))
     assert ((there - t).abs() > 0.01).sum() > 30
-    torch.testing.assert_close(video.match(image, there), t, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(image.time_of_log_snr(video.log_snr(there)), t, rtol=1e-10, atol=1e-10)
 
 
 def test_timesteps_are_whole_on_the_table_and_follow_t_between() -> None:

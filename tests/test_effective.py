@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from fewstep.core import Rng
+from fewstep.core import Call, Rng
 from fewstep.engine import Optim, Parallel, Settings, effective, train
 from fewstep.engine.effective import FallbackError, Times, Watch, attention_of, unfused_problem
-from fewstep.engine.listening import Overheard
 from fewstep.engine.prepare import prepare
+from fewstep.engine.views import Views
 from fewstep.methods import DMD2, BackwardSimulation, Reconstruction
-from fewstep.models import Denoiser, Lora, VideoModel
+from fewstep.models import Lora, VideoModel
+from fewstep.models.spread import Spread
 from fewstep.world.data import WorldClips
 from support_engine import CASES, FRAMES, Everything, small, tiny_model
 
@@ -104,18 +105,38 @@ def test_watching_changes_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert runs[0].figures == runs[1].figures
 
 
-def test_an_overheard_network_is_the_network(tmp_path: Path) -> None:
+def test_a_view_is_called_as_the_network_in_the_runs_way_and_overheard(tmp_path: Path) -> None:
     run = prepare(tiny_model(), METHOD, DATA, small(2), tmp_path)
-    heard = Overheard(run.nets, [watch := Watch()])
-    student = heard.student
-    assert isinstance(student, Denoiser) and student is heard["student"] and heard.roles == run.nets.roles
-    assert all(a is b for a, b in zip(student.parameters(), run.nets.student.parameters(), strict=True))
+
+    def attributes() -> list[dict[str, Any]]:
+        return [dict(vars(module)) for network in run.nets.values() for module in network.modules()]
+
+    before = attributes()
+    ran: list[Call] = []
+
+    class Noted(Spread):
+        def __call__(self, call: Call) -> Call:
+            ran.append(call)
+            return super().__call__(call)
+
+    views = Views(run.nets, Noted(checkpointing=True), [watch := Watch()])
+    seen, student = views.student, run.nets.student
+    assert (
+        seen == views["student"]
+        and views.roles == run.nets.roles
+        and (seen.path, seen.kind) == (student.path, student.kind)
+    )
     batch, t = run.source.batch(1, Rng(0)), torch.full((1,), 0.5)
-    x = Rng(0).randn(batch.noise_shape, "x")
-    assert torch.equal(student(x, t, batch.cond).raw, run.nets.student(x, t, batch.cond).raw)
-    there, here = student.jvp(x, t, batch.cond, x, t), run.nets.student.jvp(x, t, batch.cond, x, t)
-    assert all(torch.equal(a.raw, b.raw) for a, b in zip(there, here, strict=True))
-    assert watch.seen == {"student": {0.5}}
+    x, said = Rng(0).randn(batch.noise_shape, "x"), Call(step=3, steps=4)
+    for ask in (
+        lambda net: net(x, t, batch.cond, said).raw,
+        lambda net: net.features(x, t, batch.cond, (0,), said)[0],
+        lambda net: net.jvp(x, t, batch.cond, x, t, said)[0].raw,
+        lambda net: net.jvp(x, t, batch.cond, x, t, said)[1].raw,
+    ):
+        assert torch.equal(ask(seen), ask(student))
+    assert watch.seen == {"student": {0.5}} and ran == [said] * 4
+    assert attributes() == before  # nothing is hung on a network
 
 
 def test_networks_without_attention_have_none(tmp_path: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
+import pkgutil
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -11,24 +14,26 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import support_parallel
-from fewstep.core import Rng
+from fewstep.core import Call, Cond, Rng
 from fewstep.core.atomic import discard
 from fewstep.data.base import Source
 from fewstep.engine import Optim, Parallel, train
 from fewstep.engine.checkpoint import Checkpoint, RunState, checkpoints
 from fewstep.engine.health import read_record
-from fewstep.engine.listening import Overheard
 from fewstep.engine.log import RunLog, read_metrics
 from fewstep.engine.mesh import Processes, require_mesh
 from fewstep.engine.offload import Shelf
 from fewstep.engine.prepare import open_data, prepare, require_processes
-from fewstep.engine.shard import hollow
+from fewstep.engine.shard import _let_fsdp_see_inside, hollow
+from fewstep.engine.views import Views
 from fewstep.methods import METHODS, Method
-from fewstep.models import Lora, VideoDiT, VideoModel
+from fewstep.models import Lora, State, VideoDiT, VideoModel, adapters
+from fewstep.models.spread import Spread
 from support_engine import CASES, Everything, small, tiny_model
-from support_parallel import EXAMINED, WHOLE_RUNS, launch, per_frame, results, watched
+from support_parallel import EXAMINED, WHOLE_RUNS, derivative, launch, per_frame, results, watched
 
 ROOT = Path(__file__).parent.parent
 LOSS, GRADIENT = 1e-4, 2e-4
@@ -73,11 +78,14 @@ def test_two_processes_compute_what_one_does(tmp_path: Path, monkeypatch: pytest
         "Reconstruction.shard", "Consistency.shard.bf16", "KnowledgeDistillation.checkpointing",
         "KnowledgeDistillation.shard.off.aot_eager", "DMD2-adapters.whole", "KnowledgeDistillation-adapters.checkpointing",
     ]  # fmt: skip
-    done = launch(2, tmp_path, *names, "per_frame")
+    done = launch(2, tmp_path, *names, "per_frame", "derivative")
     assert done.returncode == 0, done.stderr[-4000:]
     for name in names:
         assert_as_one(tmp_path, 2, name, monkeypatch)
     assert_close(results(tmp_path, "per_frame")["found"], per_frame("one"), GRADIENT, "a time per frame, shared tokens")
+    found, one = results(tmp_path, "derivative")["found"], derivative("one")
+    assert one["True derivative"].any() and any("blocks" in name for name in one)
+    assert_close(found, one, GRADIENT, "derivatives of a sharded network")
 
 
 @pytest.mark.timeout(900)  # processes that share two cores with other tests
@@ -92,6 +100,23 @@ def test_four_processes_compute_what_one_does(tmp_path: Path, monkeypatch: pytes
     assert done.returncode == 0, done.stderr[-4000:]
     for name in names:
         assert_as_one(tmp_path, 4, name, monkeypatch)
+
+
+def test_fsdp_sees_inside_the_state_of_every_network() -> None:
+    """What it does not know it takes for a constant: gradients would then be gathered too late, or not at all."""
+    for module in pkgutil.iter_modules(adapters.__path__):
+        importlib.import_module(f"{adapters.__name__}.{module.name}")
+    kinds = [cls for cls in gc.get_objects() if isinstance(cls, type) and State in cls.__mro__[1:]]
+    assert {"Begun", "Tokens", "Streams"} <= {cls.__name__ for cls in kinds}
+    _let_fsdp_see_inside()
+    x, cond = torch.zeros(1), torch.zeros(2)
+    for cls in kinds:
+        state = object.__new__(cls)
+        vars(state).update({f.name: None for f in fields(cls)} | {fields(cls)[-1].name: x, fields(cls)[0].name: cond})
+        assert [id(leaf) for leaf in tree_leaves(state) if leaf is not None] in (
+            [id(cond), id(x)],
+            [id(x), id(cond)],
+        ), cls
 
 
 @pytest.fixture
@@ -284,9 +309,9 @@ def test_networks_wait_on_the_cpu_until_an_update_asks_for_them() -> None:
     log.clear()
     shelf.bring("teacher", "student")  # for a picture
     assert log == ["critic to cpu"] and shelf.roles["teacher"].where == shelf.roles["student"].where == "cuda"
-    overheard = Overheard(shelf, [])
-    overheard.begin(("critic",))
-    assert overheard.critic.where == "cuda" and shelf.roles["teacher"].where == "cpu"  # listening brings nobody in
+    views = Views(shelf)
+    views.begin(("critic",))
+    assert views.critic.where == "cuda" and shelf.roles["teacher"].where == "cpu"  # a view brings nobody in
 
 
 @pytest.mark.gpu
@@ -361,9 +386,12 @@ def test_a_network_that_cannot_share_its_tokens_says_so() -> None:
         shares = False
 
     network = Alone(channels=4, width=24, depth=1, heads=2, text_width=16)
-    network.spread(None, checkpointing=True)
-    with pytest.raises(ValueError, match="cannot share the tokens of a Alone; set parallel.sequence: 1"):
-        network.spread(object(), checkpointing=False)  # type: ignore[arg-type]
+    Spread(checkpointing=True).check(network)
+    shared = Spread(shared=object())  # type: ignore[arg-type]
+    x, cond = torch.zeros(1, 4, 2, 4, 4), Cond(torch.zeros(1, 2, 16), torch.ones(1, 2, dtype=torch.bool))
+    for refused in (lambda: shared.check(network), lambda: network(x, torch.ones(1), cond, shared(Call()))):
+        with pytest.raises(ValueError, match="cannot share the tokens of a Alone; set parallel.sequence: 1"):
+            refused()
 
 
 @pytest.mark.parametrize("field", ["shard", "replicate", "sequence"])

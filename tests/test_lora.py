@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fewstep.core import Batch, Cond, Rng
+from fewstep.core import Batch, Call, Cond, Rng
 from fewstep.diffusion import CFG
 from fewstep.engine import Optim, Parallel, Settings, train
 from fewstep.engine.compiling import compile_problem
@@ -20,6 +20,7 @@ from fewstep.engine.prepare import prepare
 from fewstep.methods import DMD2, Consistency, Nets, Progressive, Reconstruction
 from fewstep.models import Denoiser, Lora, VideoModel, fingerprint
 from fewstep.models.lora import adapt, duplicate, load_adapter, merge, save_adapter, weaken
+from fewstep.models.spread import Spread
 from fewstep.world.data import WorldClips
 from support_engine import FRAMES, small, tiny_model
 from support_gaussian import ONE_STEP
@@ -34,9 +35,9 @@ def base() -> Denoiser:
     return tiny_model().denoiser.requires_grad_(False)
 
 
-def call(network: Denoiser) -> Tensor:
+def call(network: Denoiser, how: Call = Call()) -> Tensor:
     rng, cond = Rng(5), Cond(Rng(5).randn((2, 3, 16), "text"), torch.ones(2, 3, dtype=torch.bool))
-    return network(rng.randn((2, 4, FRAMES, 8, 8), "x"), torch.tensor([0.3, 0.9]), cond).raw
+    return network(rng.randn((2, 4, FRAMES, 8, 8), "x"), torch.tensor([0.3, 0.9]), cond, how).raw
 
 
 def moved(network: Denoiser, seed: int = 1) -> Denoiser:
@@ -108,9 +109,7 @@ def test_a_block_computed_again_sees_its_own_adapters(base: Denoiser) -> None:
     grads = []
     for again in (False, True):
         network, other = moved(adapt(base, LORA, Rng(0))), moved(adapt(base, LORA, Rng(0)), seed=3)
-        if again:
-            network.backbone.spread(None, checkpointing=True)
-        out = call(network)
+        out = call(network, Spread(checkpointing=again)(Call()))
         call(other)
         out.square().sum().backward()
         grads.append([p.grad for p in network.parameters()])

@@ -17,7 +17,7 @@ from fewstep.cli.plan import planned, variants
 from fewstep.data import Prompts
 from fewstep.engine import Health, Parallel
 from fewstep.engine.memory import FLOAT, Holding, Means, Phase, Plan, fitting, optimizer_bytes, parse_bytes, remedies
-from fewstep.engine.outline import Ledger, Outline, Shortest
+from fewstep.engine.outline import Drawn, Ledger, Outline
 from fewstep.engine.precision import autocast, float32
 from fewstep.engine.prepare import prepare
 from fewstep.methods import AVDM2, DMD2, BackwardSimulation, Consistency, Method, Update
@@ -174,12 +174,13 @@ def test_shapes_hold_what_the_run_holds(others: dict[str, Any], tmp_path: Path) 
     plan = Outline.of(tiny_card(), method, settings, FRAMES).plan()
     run = prepare(tiny_model(), method, WorldClips(num_frames=FRAMES), settings, tmp_path)
     run.watch = None
-    batch = run.source.batch(settings.batch, Shortest(settings.seed))
+    draws = next((rollout.fullest for rollout in method.rollouts), {})
+    batch = run.source.batch(settings.batch, Drawn(settings.seed, draws=draws))
     for phase, update in zip(plan.phases, method.updates(0), strict=True):
         for role, network in run.nets.items():
             network.requires_grad_(role in update.roles)
         with Ledger({**run.nets, **run.model.parts}) as ledger, autocast(settings):
-            for terms in update.losses(run.nets, batch, Shortest(settings.seed)):
+            for terms in update.losses(run.nets, batch, Drawn(settings.seed, draws=draws)):
                 with float32(settings):
                     torch.stack(list(terms.values())).sum().backward()
         found = sum(phase.gradients.values()) + phase.activations
@@ -265,6 +266,19 @@ def test_a_method_costs_what_its_updates_do(method: Method) -> None:
     done = {phase.roles: phase.flops for phase in plan.phases}
     counted = sum(done[event.roles] for event in method.updates(0) if isinstance(event, Update))
     assert plan.flops == pytest.approx(counted, rel=0.05)
+
+
+@pytest.mark.parametrize("grad_calls", [1, 4])
+def test_the_planned_peak_covers_every_exit(grad_calls: int) -> None:
+    """Calls with gradient add up, so the first exit of a rollout holds less than the last."""
+    rollout = BackwardSimulation(grids=((1.0, 0.5), (1.0, 0.75, 0.5, 0.25), (1.0,)), grad_calls=grad_calls)
+    outline = Outline.of(tiny_card(), DMD2(rollout=rollout, critic_updates=1), small(4), FRAMES)
+    (update,) = (event for event in outline._kinds() if event.roles == ("student",))
+    planned = outline._phase(update).activations
+    exits = [(0, 1), (1, 0), (1, 2), (1, 3), (2, 0)]
+    held = {(g, e): outline.phase(update, {"grid": g, "exit": e}).activations for g, e in exits}
+    assert planned == held[1, 3] == max(held.values())
+    assert (held[1, 3] > 1.5 * held[1, 0]) == (grad_calls > 1)
 
 
 def test_recomputed_blocks_and_adapters_hold_less() -> None:

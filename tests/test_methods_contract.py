@@ -16,24 +16,20 @@ from fewstep.methods import (
     ROLLOUTS,
     BackwardSimulation,
     Consistency,
-    Copy,
     FlowMatching,
     FromData,
-    Heads,
     KnowledgeDistillation,
+    Making,
     Method,
     Nets,
-    Other,
     Progressive,
     ReadAttributes,
     Reconstruction,
     Sync,
-    Weak,
 )  # fmt: skip
 from fewstep.methods.rollouts import NESTED, fold_frames
 from fewstep.models.autoencoder import FrameAutoencoder
 from fewstep.models.denoiser import Denoiser
-from fewstep.models.discriminators import FeatureHeads, JointHead
 from fewstep.models.features import ClipFeatures
 from fewstep.models.text import TextEncoder
 from fewstep.models.video_dit import VideoDiT
@@ -87,12 +83,8 @@ def make_nets(method: Method) -> Nets:
         torch.manual_seed(0)
         roles = {"teacher": part(method.part), "student": part(method.part)}
         for role, recipe in method.aux().items():
-            match recipe:
-                case Copy() | Weak() | Other():
-                    roles[role] = part(method.part)
-                case Heads(_, layers, joint):
-                    widths = [24] * len(layers)
-                    roles[role] = JointHead(widths) if joint else FeatureHeads(widths, layers)
+            borrows = recipe.origin is not None or recipe.source is not None  # of the shaken kind, too
+            roles[role] = part(method.part) if borrows else recipe.make(role, Making(roles=roles))
     return Nets({role: network.requires_grad_(False) for role, network in roles.items()})
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 
-from fewstep.core import Rng
+from fewstep.core import Batch, Cond, Rng
 from fewstep.diffusion import CFG, DDIM, EDM, Contract, Renoise, Shifted, uniform_grid
 from fewstep.methods import BackwardSimulation, FromData, FromPairs, Rollout
-from fewstep.methods.rollouts import NESTED, student_contract
+from fewstep.methods.rollouts import NESTED, pick, predict, student_contract
+from support_engine import tiny_model
 from support_gaussian import (
     ONE_STEP,
     SCALAR,
@@ -41,6 +44,56 @@ def test_exactly_one_call_carries_gradient_and_nothing_runs_after_the_exit() -> 
         assert torch.equal(rolled.t, net.calls[-1][2])
         exits.add(len(enabled))
     assert exits == {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("mode", ["sde", "ode"])
+@pytest.mark.parametrize("grad_calls", [1, 2, 3, 9])
+def test_the_last_calls_carry_gradient_through_what_is_between_them(
+    mode: Literal["sde", "ode"], grad_calls: int
+) -> None:
+    table = AffineTableStudent(FOUR).fill([(0.1, 0.2), (0.3, 0.1), (0.5, 0.0), (0.9, 0.1)])
+    net = Counting(table)
+    rolled = BackwardSimulation(exit="last", mode=mode, grad_calls=grad_calls)(net, make_batch(2), Rng(0), grad=True)
+    graded = min(grad_calls, 4)
+    assert [grad for grad, _, _ in net.calls] == [False] * (4 - graded) + [True] * graded
+    (slopes,) = torch.autograd.grad(rolled.x0.sum(), [table.offset])  # one entry per time
+    assert [bool(slope) for slope in slopes] == [False] * (4 - graded) + [True] * graded
+    assert [visit.x0.requires_grad for visit in rolled.before] == [False] * (4 - graded) + [True] * (graded - 1)
+
+
+def test_a_rollout_tells_what_led_to_its_last_call() -> None:
+    batch, rng = make_batch(2), Rng(5, 2)
+    for exits in range(4):
+        net, at = student(), next(Rng(5, k) for k in range(99) if Rng(5, k).integer("exit", 4) == exits)
+        rolled = BackwardSimulation()(net, batch, at, grad=True)
+        assert rolled.exit == exits == len(rolled.before) and rolled.grid == FOUR
+        assert rolled.noise is not None and torch.equal(rolled.noise, at.randn(batch.noise_shape, "noise"))
+        visits = (*rolled.before, rolled)
+        for visit, (_, x_t, t) in zip(visits, net.calls, strict=True):
+            assert torch.equal(visit.x_t, x_t) and torch.equal(visit.t, t)
+            assert torch.equal(visit.x0, net.net(x_t, t, batch.cond).x0)
+    x0 = normal(2)
+    noised = FromData()(student(), make_batch(2, x0=x0), rng, grad=True)
+    assert noised.before == () and noised.noise is not None and torch.equal(noised.noise, rng.randn(x0.shape, "noise"))
+
+
+def test_calls_with_gradient_cost_their_way_back() -> None:
+    assert BackwardSimulation().work == 2.5 + 2
+    assert BackwardSimulation(exit="last", grad_calls=3).work == 4 + 2 * 3
+    assert BackwardSimulation(grids=((1.0,), (1.0, 0.5)), grad_calls=2).work == pytest.approx(1.25 + 2 * (1 + 1.5) / 2)
+    with pytest.raises(ValueError, match="grad_calls must be at least 1, got 0"):
+        BackwardSimulation(grad_calls=0)
+
+
+def test_times_of_frames_are_picked_and_predicted_at() -> None:
+    index = torch.tensor([[0, 1, 2], [3, 3, 0]])
+    t = pick(FOUR, index, torch.zeros(()))
+    assert t.dtype == torch.float32 and t.tolist() == [[FOUR[i] for i in row] for row in index.tolist()]
+    network, x = tiny_model().denoiser, Rng(0).randn((2, 4, 3, 8, 8), "x")
+    cond = Cond(torch.zeros(2, 5, 16), torch.ones(2, 5, dtype=torch.bool))
+    batch = Batch(cond, cond, (4, 3, 8, 8))
+    rolled = predict(network, x, t, batch, grad=True)
+    assert torch.equal(rolled.t, t) and torch.equal(rolled.x0, network(x, t, batch.cond).x0)
 
 
 def test_without_grad_no_call_carries_gradient() -> None:

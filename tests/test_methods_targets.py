@@ -64,6 +64,18 @@ def test_denoising_is_zero_at_the_truth_and_weighted_per_sample(kind: Kind) -> N
     torch.testing.assert_close(targets.denoising(off, x0, eps, weight=f64(3, 0)), f64(1.5)[0])
 
 
+def test_frames_with_times_of_their_own_are_normalised_one_by_one() -> None:
+    x0, real, fake = torch.randn(3, 2, 4, 5, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    frames = targets.frame_normaliser(x0, real)
+    assert frames.shape == (2, 5)
+    for f in range(5):  # a clip of one frame is normalised alike by both
+        alone = targets.dmd_normaliser(x0[:, :, f : f + 1], real[:, :, f : f + 1])
+        torch.testing.assert_close(frames[:, f], alone)
+    leaf = x0.clone().requires_grad_()
+    targets.distribution_matching(leaf, real, fake, frames).backward()
+    torch.testing.assert_close(leaf.grad, (fake - real) * frames[:, None, :, None, None] / x0.numel())
+
+
 def test_pseudo_huber_limits() -> None:
     zero, x = torch.zeros(1, dtype=torch.float64), f64(2.0)
     torch.testing.assert_close(targets.pseudo_huber(x, zero, 0.0), f64(2.0)[0])

@@ -13,7 +13,7 @@ from tyro.conf import Positional, arg
 from fewstep.cli.command import Command, Overrides, UsageError
 from fewstep.cli.questions import Doctor, Explain, List, Watch
 
-Layout = Literal["plain", "openvid", "webvid", "ucf101", "tars"]
+LayoutName = Literal["plain", "openvid", "webvid", "ucf101", "tars"]
 """As in `fewstep.data.layouts`, which would load torch to print a help."""
 
 
@@ -42,7 +42,7 @@ class Prepare(Command):
     """Folder for the shards."""
     model: str = "world"
     """Whose codec encodes: a folder, a name on the hub, or `world`."""
-    layout: Layout = "plain"
+    layout: LayoutName = "plain"
     """How the dataset lies on disk; plain is captions.jsonl, a table, or a folder of videos with text files beside them."""
     root: str = ""
     """Folder that the names of the videos start from (default: the dataset's own)."""
@@ -218,7 +218,7 @@ class Evaluate(Command):
     """Captioned videos (a folder, captions.jsonl or a CSV table); their captions are the prompts."""
     stride: int | None = None
     """Of the real clips: take every so many frames of the file (default: 4)."""
-    layout: Layout | None = None
+    layout: LayoutName | None = None
     """How the real clips lie on disk, as for fewstep prepare (default: plain)."""
     root: str | None = None
     """Folder that the names of the real clips start from (default: the dataset's own)."""

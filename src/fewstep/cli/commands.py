@@ -10,13 +10,13 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from fewstep.cli import arguments
 from fewstep.cli.command import Overrides, UsageError
 from fewstep.core.env import place
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from fewstep.cli import arguments
     from fewstep.data.prepare import Prepared
     from fewstep.evaluate import Suite
     from fewstep.models.bundle import VideoModel

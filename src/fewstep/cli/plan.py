@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from fewstep.cli.arguments import Train
 from fewstep.cli.command import UsageError
 from fewstep.cli.screen import screen, table
 from fewstep.core.env import place
@@ -20,6 +19,9 @@ from fewstep.methods import in_forwards
 from fewstep.models import Lora
 from fewstep.models.bundle import Card, VideoModel
 from fewstep.recipe import Recipe
+
+if TYPE_CHECKING:
+    from fewstep.cli.arguments import Train
 
 TRIED = 6
 """Ways to fit that are shown."""

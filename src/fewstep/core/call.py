@@ -75,6 +75,14 @@ class Place:
     call: Call
 
 
+class Sharing(Protocol):
+    """Processes that hold the tokens of a clip together (`attention.Ulysses`)."""
+
+    def split(self, x: Tensor, dim: int) -> Tensor: ...
+
+    def join(self, x: Tensor, dim: int) -> Tensor: ...
+
+
 class Runner(Protocol):
     """Who runs the blocks of a network, one after the other: what caches replay and pruned networks leave out.
 
@@ -103,6 +111,8 @@ class Call:
     kv: KVView | None = None
     """The past that it may read; of `both` branches the samples are the condition's, then the negative one's."""
     runner: Runner = every_block
+    shared: Sharing | None = None
+    """The processes that make this call together, each with its share of the tokens; None: this one alone."""
 
     def positions(self, frames: int) -> Tensor:
         """Where so many frames of the call itself stand in their stream, int64 `[F]` or `[B, F]`."""

@@ -23,7 +23,7 @@ from fewstep.data.base import Data, DataError, Source, require
 from fewstep.data.clips import clips_of
 from fewstep.data.images import encode_ends
 from fewstep.data.keep import Keep
-from fewstep.data.layouts import Item, Layout
+from fewstep.data.layouts import Item, LayoutName
 from fewstep.data.listing import Listing, check_listing, open_listing
 from fewstep.data.order import draw_indices
 from fewstep.data.texts import Texts
@@ -61,7 +61,7 @@ class Videos(Data):
     """Look for cuts: every clip comes from one shot."""
     keep: Keep = Keep()
     """Limits that videos and clips must be within."""
-    layout: Layout = "plain"
+    layout: LayoutName = "plain"
     """How the dataset lies on disk, see `fewstep.data.layouts`."""
     root: str = ""
     """Folder that the names of the videos start from; empty is `path`, or the folder it is in."""

@@ -21,7 +21,7 @@ VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")
 VIDEO_COLUMNS = ("video", "path")
 """Names of the column that holds the file, first match wins. The text is always in `caption`."""
 
-Layout = Literal["plain", "openvid", "webvid", "ucf101", "tars"]
+LayoutName = Literal["plain", "openvid", "webvid", "ucf101", "tars"]
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def tars(source: Path, root: Path) -> Iterator[Item]:
             yield Item(name, path, problem=problem)
 
 
-LAYOUTS: Mapping[Layout, Callable[[Path, Path], Iterator[Item]]] = {
+LAYOUTS: Mapping[LayoutName, Callable[[Path, Path], Iterator[Item]]] = {
     "plain": plain, "openvid": openvid, "webvid": webvid, "ucf101": ucf101, "tars": tars,
 }  # fmt: skip
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.data.base import DataError
-from fewstep.data.layouts import LAYOUTS, Item, Layout
+from fewstep.data.layouts import LAYOUTS, Item, LayoutName
 from fewstep.data.lines import Captions, Lines
 from fewstep.data.store import writing
 
@@ -36,7 +36,9 @@ class Listing:
         return Item(**{**row, "path": self.root / row["path"], "span": span})
 
 
-def open_listing(source: str | Path, layout: Layout = "plain", root: str | Path = "", file: str | Path = "") -> Listing:
+def open_listing(
+    source: str | Path, layout: LayoutName = "plain", root: str | Path = "", file: str | Path = ""
+) -> Listing:
     """The items of a dataset, read when asked for. `file` keeps them: it is written unless it is there already.
 
     Without it the list is made anew each time, in a temporary file. DataError as `read_listing`.
@@ -51,12 +53,12 @@ def open_listing(source: str | Path, layout: Layout = "plain", root: str | Path 
         return write_listing(Path(folder) / LISTING, source, layout, root)
 
 
-def check_listing(source: str | Path, layout: Layout = "plain", root: str | Path = "") -> None:
+def check_listing(source: str | Path, layout: LayoutName = "plain", root: str | Path = "") -> None:
     """DataError if `source` is not laid out so. Reads up to the first video that can be used."""
     next(item for item in _usable(source, layout, root_of(source, root)) if not item.problem)
 
 
-def write_listing(file: Path, source: str | Path, layout: Layout = "plain", root: str | Path = "") -> Listing:
+def write_listing(file: Path, source: str | Path, layout: LayoutName = "plain", root: str | Path = "") -> Listing:
     """Write the items that `read_listing` would give to `file`, one by one. Where the dataset is does not show in it."""
     folder = root_of(source, root)
     within = f"{folder}{os.sep}"
@@ -68,7 +70,7 @@ def write_listing(file: Path, source: str | Path, layout: Layout = "plain", root
     return Listing(file, folder)
 
 
-def read_listing(source: str | Path, layout: Layout = "plain", root: str | Path = "") -> tuple[Item, ...]:
+def read_listing(source: str | Path, layout: LayoutName = "plain", root: str | Path = "") -> tuple[Item, ...]:
     """The videos of a dataset, in its order.
 
     `layout` is a key of `LAYOUTS`; `root` is the folder that the names of its videos start from (default: `source`, or
@@ -84,7 +86,7 @@ def root_of(source: str | Path, root: str | Path = "") -> Path:
     return Path(root) if str(root) else source if source.is_dir() else source.parent
 
 
-def _usable(source: str | Path, layout: Layout, root: Path) -> Iterator[Item]:
+def _usable(source: str | Path, layout: LayoutName, root: Path) -> Iterator[Item]:
     """What the layout finds; DataError at the end if nothing of it can be used."""
     source, usable = Path(source), 0
     problems: list[str] = []

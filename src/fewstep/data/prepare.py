@@ -19,7 +19,7 @@ from fewstep.data.base import DataError
 from fewstep.data.clips import ahead, clips_of, depth_of
 from fewstep.data.images import encode_ends
 from fewstep.data.keep import Keep
-from fewstep.data.layouts import Item, Layout
+from fewstep.data.layouts import Item, LayoutName
 from fewstep.data.listing import LISTING, Listing, root_of, write_listing
 from fewstep.data.report import Dropped, Report, read_report, write_report
 from fewstep.data.store import PartedWriter, Progress, ShardWriter, Storage, read_manifest
@@ -73,7 +73,7 @@ def prepare(
     codec: FrameAutoencoder,
     plan: Preparation,
     *,
-    layout: Layout = "plain",
+    layout: LayoutName = "plain",
     root: str | Path = "",
     progress: Callable[[Progress], None] = lambda event: None,
     image: ImageEncoder | None = None,
@@ -111,7 +111,7 @@ def prepare(
     return Prepared(output, done["rows"], done["shards"], read_report(output))
 
 
-def _list(source: str | Path, output: Path, layout: Layout, root: str | Path) -> None:
+def _list(source: str | Path, output: Path, layout: LayoutName, root: str | Path) -> None:
     """Write the list of the videos; refuse (DataError) one that is not the one this preparation was begun with."""
     file, fresh = output / LISTING, output / f"new-{LISTING}"
     write_listing(fresh, source, layout, root)

@@ -55,19 +55,6 @@ class NoisePath(ABC):
         c = self.coeffs(t.double())
         return 2 * (c.a.log() - c.s.log())
 
-    def match(self, other: NoisePath, t: Tensor) -> Tensor:
-        """The time on `other` at which its signal-to-noise ratio equals this path's at `t`."""
-        return other.time_of_log_snr(self.log_snr(t)).to(t.dtype)
-
-    def bridge(self, x_s: Tensor, eps: Tensor, s: Tensor, t: Tensor) -> Tensor:
-        """Add noise from level `s` up to `t >= s`: a sample of `p_t` if `x_s` is one of `p_s`.
-
-        `x_t = (a_t/a_s) x_s + sqrt(s_t^2 - (a_t/a_s)^2 s_s^2) eps`.
-        """
-        lo, hi = self.at(s, x_s), self.at(t, x_s)
-        ratio = hi.a / lo.a
-        return ratio * x_s + (hi.s**2 - ratio**2 * lo.s**2).clamp_min(0).sqrt() * eps
-
 
 def broadcast(t: Tensor, like: Tensor) -> Tensor:
     """`[B]` to `[B, 1, 1, ...]`, `[B, F]` to `[B, 1, F, 1, ...]`, so that it multiplies `[B, C, F, ...]`."""

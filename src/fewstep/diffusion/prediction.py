@@ -6,10 +6,12 @@ Every parameterisation is one row of the same 2x2 system. With `x_t = a x0 + s e
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from fewstep.core.types import KV
@@ -91,8 +93,41 @@ class Prediction:
         """A prediction at the same point with another network output (guidance combines outputs this way)."""
         return replace(self, raw=raw)
 
-    def detach(self) -> Prediction:
-        return replace(self, raw=self.raw.detach(), x_t=self.x_t.detach())
+
+@dataclass(frozen=True)
+class Tangent:
+    """How a prediction changes as its point moves: at `(x_t + e dx, t + e dt)`, the derivative in e at e = 0.
+
+    `raw` is the derivative of the network's output; the other views are those of `Prediction`, differentiated with the
+    path's coefficients. Nothing here carries gradient.
+    """
+
+    raw: Tensor
+    dx: Tensor
+    dt: Tensor
+    at: Prediction
+
+    @property
+    def x0(self) -> Tensor:
+        return self.of(lambda moved: moved.x0)
+
+    @property
+    def eps(self) -> Tensor:
+        return self.of(lambda moved: moved.eps)
+
+    @property
+    def flow(self) -> Tensor:
+        return self.of(lambda moved: moved.flow)
+
+    @torch.no_grad()
+    def of(self, view: Callable[[Prediction], Tensor]) -> Tensor:
+        """The derivative of anything that a prediction says: `tangent.of(lambda moved: moved.score)`."""
+
+        def moved(raw: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+            return view(Prediction(raw, self.at.kind, x_t, t, self.at.path))
+
+        slope: Tensor = torch.func.jvp(moved, (self.at.raw, self.at.x_t, self.at.t), (self.raw, self.dx, self.dt))[1]
+        return slope
 
 
 def target(kind: Kind, x0: Tensor, eps: Tensor, t: Tensor, path: NoisePath) -> Tensor:

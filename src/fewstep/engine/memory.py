@@ -51,7 +51,7 @@ class Phase:
     activations: int
     """Everything else that is alive at its fullest moment: saved for the backward pass, or just being computed."""
     flops: int = 0
-    """Of one update as measured: with the shortest rollout."""
+    """Of one update as measured: with its rollouts at their fullest."""
     pause: str = ""
     """What is done where nobody is trained."""
 

@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
 
-import torch
 from torch import nn
 
-from fewstep.core import Rng
 from fewstep.engine.settings import Settings
-from fewstep.methods.base import Copy, Heads, Method, Nets, Other, Update, Weak
-from fewstep.models import Card, FeatureHeads, JointHead, VideoModel
+from fewstep.methods.base import Method, Nets, Update
+from fewstep.methods.roles import Copy, Making
+from fewstep.models import Card, Lora, VideoModel
 from fewstep.models.bundle import latent_shape_of, text_width_of
-from fewstep.models.denoiser import Denoiser
-from fewstep.models.lora import Lora, adapt, adapters, duplicate, weaken
 from fewstep.models.source import ModelSource, Pretrained
 
 
@@ -33,25 +30,15 @@ def build_nets(
     and `starts`.
     """
     roles: dict[str, nn.Module] = {"teacher": model.part(method.part)}
+    making = Making(roles=roles, seed=seed, lora=lora, device=device, others=others)
     begun = others.get("student")
-    roles["student"] = begun.denoiser if begun else _second(roles, "teacher", "student", lora, seed)
-    for role, recipe in method.aux().items():
-        if role in (*roles, "ema"):
-            raise ValueError(f"a method cannot redefine the role {role!r}")
-        if not isinstance(recipe, Other) and recipe.of not in roles:
-            raise ValueError(f"role {role!r} is made from {recipe.of!r}, which this run does not have")
-        match recipe:
-            case Copy(of):
-                roles[role] = _second(roles, of, role, lora, seed)
-            case Weak(of, scale):
-                roles[role] = weaken(_denoiser(roles[of]), scale)
-            case Heads(of):
-                with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(seed)
-                    heads = _heads(roles[of], recipe)
-                roles[role] = heads.to(device or next(roles[of].parameters()).device)
-            case Other():
-                roles[role] = others[role].denoiser
+    roles["student"] = begun.denoiser if begun else Copy("teacher").make("student", making)
+    for name, role in method.aux().items():
+        if name in (*roles, "ema"):
+            raise ValueError(f"a method cannot redefine the role {name!r}")
+        if role.needs is not None and role.needs not in roles:
+            raise ValueError(f"role {name!r} is made from {role.needs!r}, which this run does not have")
+        roles[name] = role.make(name, making)
     for network in roles.values():
         network.requires_grad_(False)
     return Nets(roles)
@@ -59,15 +46,15 @@ def build_nets(
 
 def sources(method: Method) -> dict[str, ModelSource]:
     """Where the method's frozen networks of other models come from, by role."""
-    return {role: recipe.source for role, recipe in method.aux().items() if isinstance(recipe, Other)}
+    return {name: role.source for name, role in method.aux().items() if role.source is not None}
 
 
 def origin(method: Method, role: str, stored: Collection[str]) -> str:
-    """Whose `stored` weights `role` begins with: its own, or those of what it is a copy of."""
+    """Whose `stored` weights `role` starts with: its own, or those of its origin, or of that one's, and so on."""
     if role in stored:
         return role
-    of = {"ema": Copy("student"), **method.aux()}.get(role)
-    return origin(method, of.of, stored) if isinstance(of, Copy) else "teacher"
+    of = {"student": Copy("teacher"), "ema": Copy("student"), **method.aux()}.get(role)
+    return "teacher" if of is None or of.origin is None else origin(method, of.origin, stored)
 
 
 def starts(settings: Settings) -> dict[str, ModelSource]:
@@ -93,7 +80,7 @@ def require_alike(method: Method, card: Card) -> None:
 def trained_roles(method: Method, steps: int) -> tuple[str, ...]:
     """Every role that some update of the run trains, in order of appearance."""
     seen: dict[str, None] = {}
-    possible = {"student", *(role for role, recipe in method.aux().items() if not isinstance(recipe, Weak | Other))}
+    possible = {"student", *(name for name, role in method.aux().items() if role.trainable)}
     for step in range(steps):
         for event in method.updates(step):
             if isinstance(event, Update):
@@ -101,29 +88,3 @@ def trained_roles(method: Method, steps: int) -> tuple[str, ...]:
         if seen.keys() >= possible:
             break
     return tuple(seen)
-
-
-def _second(roles: dict[str, nn.Module], of: str, role: str, lora: Lora | None, seed: int) -> nn.Module:
-    """A network that starts as the role `of`: a copy, or adapters over a frozen network."""
-    if lora is None or adapters(roles[of]):
-        return duplicate(roles[of])
-    return adapt(_denoiser(roles[of]), lora, Rng(seed).fold(f"lora/{role}"))
-
-
-def _heads(network: nn.Module, recipe: Heads) -> nn.Module:
-    widths = _widths(network, recipe.layers)
-    return JointHead(widths) if recipe.joint else FeatureHeads(widths=widths, layers=recipe.layers)
-
-
-def _widths(network: nn.Module, layers: tuple[int, ...]) -> list[int]:
-    widths = _denoiser(network).backbone.widths
-    if not all(-len(widths) <= layer < len(widths) for layer in layers):
-        raise ValueError(f"feature layers must be in [-{len(widths)}, {len(widths) - 1}], got {list(layers)}")
-    return [widths[layer] for layer in layers]
-
-
-def _denoiser(network: nn.Module) -> Denoiser:
-    """ValueError for anything else."""
-    if not isinstance(network, Denoiser):
-        raise ValueError(f"discriminator heads and adapters are for denoisers, not for {type(network).__name__}")
-    return network

@@ -25,7 +25,7 @@ class Shelf(Nets):
             network.to("cpu")
 
     def __getitem__(self, role: str) -> nn.Module:
-        network = super().__getitem__(role)
+        network: nn.Module = super().__getitem__(role)
         self._used.setdefault(self._kind, set()).add(role)
         return network.to(self._device)
 

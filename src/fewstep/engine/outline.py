@@ -29,10 +29,12 @@ from fewstep.engine.optim import matrices_of, require_named
 from fewstep.engine.precision import autocast, float32
 from fewstep.engine.preview import CLIPS
 from fewstep.engine.settings import Health, Settings
+from fewstep.engine.views import Views
 from fewstep.methods.base import Method, Nets, Update
 from fewstep.methods.rollouts import fold_frames
 from fewstep.models import Card, Denoiser, VideoModel
 from fewstep.models.source import outline
+from fewstep.models.spread import Spread
 
 
 class Ledger(TorchDispatchMode):
@@ -81,11 +83,13 @@ class Ledger(TorchDispatchMode):
 
 
 @dataclass(frozen=True)
-class Shortest(Rng):
-    """Random numbers of a run that stops every rollout at its first exit: it holds as much as the longest."""
+class Drawn(Rng):
+    """Random numbers of a run whose integers that places share are known: so a rollout says when it is fullest."""
+
+    draws: Mapping[str, int] = field(default_factory=dict)
 
     def integer(self, name: str, high: int) -> int:
-        return 0
+        return min(self.draws.get(name, 0), high - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,9 +121,6 @@ class Outline:
 
     def plan(self) -> Plan:
         """Memory and work of one process that has the whole run to itself."""
-        for network in self.nets.values():
-            if isinstance(network, Denoiser):
-                network.backbone.spread(None, self.settings.parallel.checkpointing)
         phases = tuple(self._phase(update) for update in self._kinds())
         shared = self.settings.lora is not None
         holdings, pauses = (*self._holdings(), *self._kept()), tuple(self._pauses())
@@ -151,15 +152,21 @@ class Outline:
                 return
 
     def _phase(self, update: Update) -> Phase:
+        """With every rollout as full as it gets, each of the method's in turn."""
+        draws = [rollout.fullest for rollout in self.method.rollouts if rollout.fullest] or [{}]
+        return max((self.phase(update, each) for each in draws), key=lambda phase: phase.activations)
+
+    def phase(self, update: Update, draws: Mapping[str, int]) -> Phase:
+        """What the update holds where its rollouts draw so (`Rollout.fullest`)."""
         for role, network in self.nets.items():
             network.requires_grad_(role in update.roles).train(role in update.roles)
-        batch = self.batch()
+        batch, nets = self.batch(), Views(self.nets, Spread(checkpointing=self.settings.parallel.checkpointing))
         ledger = Ledger({**self.nets, **{n: p for n, p in self.model.parts.items() if n != self.method.part}})
         with ledger:
             for leaf in _tensors(batch):
                 ledger.note(leaf)
             with autocast(self.settings, "cpu"):
-                for terms in update.losses(self.nets, batch, Shortest(self.settings.seed)):
+                for terms in update.losses(nets, batch, Drawn(self.settings.seed, draws=draws)):
                     with float32(self.settings, "cpu"):
                         torch.stack(list(terms.values())).sum().backward()
         gradients = {}

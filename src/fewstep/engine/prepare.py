@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fewstep.attention import Ulysses
 from fewstep.core import Rng, dump
 from fewstep.core.build import digest
 from fewstep.core.env import place
@@ -31,9 +32,10 @@ from fewstep.engine.probe import Probe
 from fewstep.engine.run import Run
 from fewstep.engine.settings import Parallel, Settings
 from fewstep.engine.shard import hollow, shard
-from fewstep.methods.base import Method, Nets, Weak
+from fewstep.methods.base import Method, Nets
 from fewstep.models import Card, Denoiser, VideoModel
 from fewstep.models.lora import duplicate
+from fewstep.models.spread import Spread
 
 WHOSE = ("recipe", "method", "cite", "teacher", "data")
 """Entries of the provenance that say which run it is; the others (machine, versions) may change when it goes on."""
@@ -73,8 +75,9 @@ def prepare(
     monitor = watching(model, method, settings, nets, processes, source, partial(autocast, settings))
     return Run(
         model=model, method=method, settings=settings, output=output, processes=processes, nets=nets, source=source,
-        optimizers=optimizers, average=held.average, shell=held.shell, identity=identity, trees=trees, effective=effective,
-        provenance=dict(provenance) | told(others) | effective.provenance, probe=probe, preview=preview, monitor=monitor,
+        optimizers=optimizers, average=held.average, shell=held.shell, spread=held.spread, identity=identity, trees=trees,
+        effective=effective, provenance=dict(provenance) | told(others) | effective.provenance, probe=probe, preview=preview,
+        monitor=monitor,
     )  # fmt: skip
 
 
@@ -102,6 +105,8 @@ class Networks:
     """Of the student."""
     shell: nn.Module
     """The student's structure without its weights."""
+    spread: Spread
+    """How its denoisers are called."""
 
     @classmethod
     def allocate(
@@ -132,14 +137,16 @@ class Networks:
                 other.denoiser.to(settings.device)
         nets = build_nets(model, method, settings.seed, settings.lora, settings.device, others)
         average = duplicate(nets.student) if settings.ema > 0 else None
+        shared = None if processes.tokens is None else Ulysses(processes.tokens)
+        spread = Spread(shared, settings.parallel.checkpointing)
         for role, denoiser in {**nets, "ema": average}.items():
             if isinstance(denoiser, Denoiser):
                 if processes.weights is not None:
                     shard(denoiser, weights[origin(method, role, weights)], processes.weights)
-                denoiser.backbone.spread(processes.tokens, settings.parallel.checkpointing)
+                spread.check(denoiser.backbone)
         if settings.parallel.offload:
             nets = Shelf(nets.roles, settings.device)
-        return cls(model=model, nets=nets, average=average, shell=shell)
+        return cls(model=model, nets=nets, average=average, shell=shell, spread=spread)
 
 
 def require_possible(method: Method, settings: Settings, card: Card, probe: Probe | None) -> tuple[str, ...]:
@@ -160,8 +167,8 @@ def require_possible(method: Method, settings: Settings, card: Card, probe: Prob
         near = difflib.get_close_matches(role, roles, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise ValueError(f"settings.optim.{role} trains nothing; {hint}({name} trains: {', '.join(roles)})")
-    if settings.lora is None and any(isinstance(role, Weak) for role in method.aux().values()):
-        raise ValueError(f"{name} weakens adapters, and this run has none; set settings.lora, or method.weak: 0")
+    for made in method.aux().values():
+        made.check(settings.lora)
     if settings.lora is not None and settings.parallel.offload:
         raise ValueError(
             "settings.parallel.offload sends networks away one by one, and with settings.lora all of them are adapters over "

@@ -18,7 +18,6 @@ from fewstep.data.base import Source
 from fewstep.engine.checkpoint import Checkpoint, CheckpointError, RunState
 from fewstep.engine.effective import Effective, Watch
 from fewstep.engine.health.monitor import Monitor
-from fewstep.engine.listening import Listener, Overheard
 from fewstep.engine.mesh import Processes
 from fewstep.engine.nets import sources
 from fewstep.engine.optim import RoleOptimizer
@@ -27,9 +26,11 @@ from fewstep.engine.preview import Preview
 from fewstep.engine.probe import Probe
 from fewstep.engine.settings import Settings
 from fewstep.engine.shard import add_gradients, whole
+from fewstep.engine.views import Listener, Views
 from fewstep.methods.base import Method, Nets, Sync, Update
 from fewstep.models import VideoModel
 from fewstep.models.lora import merge, save_adapter
+from fewstep.models.spread import Spread
 
 
 @dataclass
@@ -47,6 +48,8 @@ class Run:
     average: nn.Module | None
     shell: nn.Module
     """The student's structure without its weights."""
+    spread: Spread
+    """How its denoisers are called."""
     identity: dict[str, str]
     """What a checkpoint must agree with."""
     provenance: dict[str, str]
@@ -97,7 +100,7 @@ class Run:
         for role, network in self.nets.roles.items():
             network.requires_grad_(role in update.roles).train(role in update.roles)
         figures = []
-        nets = Overheard(self.nets, self.listeners) if self.listeners else self.nets
+        nets = Views(self.nets, self.spread, self.listeners)
         for batch, place in batches:
             with autocast(self.settings):
                 for terms in update.losses(nets, batch, rng.at(place=place)):

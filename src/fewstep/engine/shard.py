@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 
 import torch
@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import register_dataclass
 
-from fewstep.diffusion import Prediction
+from fewstep.diffusion.prediction import Prediction, Tangent
 from fewstep.engine.mesh import Processes
 from fewstep.models.backbone import State
 from fewstep.models.denoiser import Denoiser
@@ -51,7 +51,8 @@ def shard(network: Denoiser, weights: Mapping[str, Tensor], mesh: DeviceMesh) ->
         if isinstance(unit, FSDPModule):
             unit.set_gradient_divide_factor(1.0)  # the loss is divided already, and gloo cannot average
             unit.set_force_sum_reduction_for_comms(True)
-    register_fsdp_forward_method(network, "features")
+    for way in ("features", "jvp"):  # to call it, besides forward
+        register_fsdp_forward_method(network, way)
     shares: dict[str, Tensor] = {}
     for name, empty in network.state_dict().items():
         full = weights[name].detach().to(mesh.device_type, empty.dtype)
@@ -92,8 +93,16 @@ def add_gradients(network: nn.Module, processes: Processes) -> None:
 
 def _let_fsdp_see_inside() -> None:
     """Its hooks look for tensors in what goes in and out of a unit; earlier versions know registered types only."""
-    for cls in (*State.__subclasses__(), Prediction):
+    for cls in (*_below(State), Prediction, Tangent):
         _register(cls)
+
+
+def _below(cls: type) -> Iterator[type]:
+    """Every class that inherits from it, at any depth."""
+    children: list[type] = cls.__subclasses__()
+    for child in children:
+        yield child
+        yield from _below(child)
 
 
 @cache

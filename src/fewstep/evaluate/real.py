@@ -13,7 +13,7 @@ from fewstep.core import Rng
 from fewstep.data.base import DataError
 from fewstep.data.clips import clips_of
 from fewstep.data.keep import Keep
-from fewstep.data.layouts import Item, Layout
+from fewstep.data.layouts import Item, LayoutName
 from fewstep.data.listing import open_listing
 from fewstep.data.order import draw_indices
 from fewstep.data.video import Clip, ClipError, Cut, to_floats
@@ -27,7 +27,7 @@ class RealClips:
     path: str
     stride: int = 4
     """Every so many frames of the file. WebVid has about 30 a second, AnimateDiff makes 8."""
-    layout: Layout = "plain"
+    layout: LayoutName = "plain"
     """How the dataset lies on disk, see `fewstep.data.layouts`."""
     root: str = ""
     """Folder that the names of the videos start from; empty is `path`, or the folder it is in."""

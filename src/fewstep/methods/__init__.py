@@ -2,19 +2,20 @@
 
 from fewstep.methods.attributes import ReadAttributes
 from fewstep.methods.avdm2 import AVDM2
-from fewstep.methods.base import Copy, Heads, Method, Nets, Other, Role, Sync, Update, Weak, Work, in_forwards
+from fewstep.methods.base import Method, Nets, Sync, Update, Work, in_forwards
 from fewstep.methods.consistency import Consistency
 from fewstep.methods.dmd2 import DMD2
 from fewstep.methods.flow_matching import FlowMatching
 from fewstep.methods.knowledge_distillation import KnowledgeDistillation
 from fewstep.methods.progressive import Progressive
 from fewstep.methods.reconstruction import Reconstruction
+from fewstep.methods.roles import ROLES, Copy, Heads, Making, Other, Role, Weak
 from fewstep.methods.rollouts import ROLLOUTS, BackwardSimulation, FromData, FromPairs, Rolled, Rollout
 
 METHODS = (FlowMatching, Reconstruction, ReadAttributes, KnowledgeDistillation, Progressive, Consistency, DMD2, AVDM2)
 
 __all__ = [
-    "AVDM2", "DMD2", "METHODS", "ROLLOUTS", "BackwardSimulation", "Consistency", "Copy", "FlowMatching", "FromData", "FromPairs",
-    "Heads", "KnowledgeDistillation", "Method", "Nets", "Other", "Progressive", "ReadAttributes", "Reconstruction",
-    "Role", "Rolled", "Rollout", "Sync", "Update", "Weak", "Work", "in_forwards",
+    "AVDM2", "DMD2", "METHODS", "ROLES", "ROLLOUTS", "BackwardSimulation", "Consistency", "Copy", "FlowMatching", "FromData",
+    "FromPairs", "Heads", "KnowledgeDistillation", "Making", "Method", "Nets", "Other", "Progressive", "ReadAttributes",
+    "Reconstruction", "Role", "Rolled", "Rollout", "Sync", "Update", "Weak", "Work", "in_forwards",
 ]  # fmt: skip

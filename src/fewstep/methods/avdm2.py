@@ -30,7 +30,8 @@ from torch import Tensor
 from fewstep.core import Batch, Cond, Losses, Rng
 from fewstep.diffusion import CFG, TimeDensity, Uniform
 from fewstep.methods import targets
-from fewstep.methods.base import Copy, Heads, Method, Nets, Other, Role, Update, Work
+from fewstep.methods.base import Method, Nets, Update, Work
+from fewstep.methods.roles import Copy, Heads, Other, Role
 from fewstep.methods.rollouts import BackwardSimulation, Rollout, fold_frames
 from fewstep.models.source import ModelSource
 
@@ -90,7 +91,7 @@ class AVDM2(Method):
         return roles | critic | ({"discriminator": Heads("teacher", self.layers, True)} if self.adversarial > 0 else {})
 
     def updates(self, step: int) -> Iterator[Update]:
-        trained = tuple(role for role, recipe in self.aux().items() if not isinstance(recipe, Other))
+        trained = tuple(role for role, made in self.aux().items() if made.trainable)
         for k in range(self.critic_updates):
             yield Update(trained, partial(self.critic_loss, k))
         yield Update(("student",), self.student_loss)
@@ -146,4 +147,4 @@ class AVDM2(Method):
         real, fake = Work(self.real, 2 if self.guidance.active else 1, frames), Work(self.fake, 3 * turns + 1, frames)
         scores = (real, fake) if self.score != "none" else ()
         eyes = (Work("teacher", 2 * turns + 2, layers=self.layers),) if self.adversarial > 0 else ()
-        return Work("student", (turns + 1) * self.rollout.calls + 2), *scores, *eyes
+        return Work("student", turns * self.rollout.calls + self.rollout.work), *scores, *eyes

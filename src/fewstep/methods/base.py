@@ -11,17 +11,20 @@ from torch import nn
 
 from fewstep.core import Batch, Losses, Rng
 from fewstep.diffusion import CFG, Contract
+from fewstep.methods.roles import Role
 from fewstep.methods.rollouts import Rollout
-from fewstep.models.source import ModelSource
 
 
-class Nets(Mapping[str, nn.Module]):
-    """The networks of a run by role, as attributes too: `nets.student` is `nets["student"]`."""
+class Nets(Mapping[str, Any]):
+    """The networks of a run by role, as attributes too: `nets.student` is `nets["student"]`.
+
+    Of a denoiser a method may see a view only: what `models.denoiser.Predictor` says.
+    """
 
     def __init__(self, roles: Mapping[str, nn.Module]) -> None:
         self._roles = dict(roles)
 
-    def __getitem__(self, role: str) -> nn.Module:
+    def __getitem__(self, role: str) -> Any:
         return self._roles[role]
 
     def __iter__(self) -> Iterator[str]:
@@ -48,46 +51,6 @@ class Nets(Mapping[str, nn.Module]):
 
     def bring(self, *roles: str) -> None:
         """These are about to be used by someone who holds them already, and does not ask for them here."""
-
-
-@dataclass(frozen=True)
-class Copy:
-    """A role that starts as an independent copy of another role's weights."""
-
-    of: str = "teacher"
-
-
-@dataclass(frozen=True)
-class Heads:
-    """A role made new: discriminator heads on features of `of` at `layers` (negative counts from the end).
-
-    One head per layer with one logit per clip, or, if `joint`, one head on all layers with a logit per patch.
-    """
-
-    of: str = "teacher"
-    layers: tuple[int, ...] = (-1,)
-    joint: bool = False
-
-
-@dataclass(frozen=True)
-class Weak:
-    """A view of the role `of`, whose adapters count `scale` times: between the teacher (0) and that role (1).
-
-    It has nothing of its own to train. A run without adapters refuses it.
-    """
-
-    of: str
-    scale: float
-
-
-@dataclass(frozen=True)
-class Other:
-    """A role that stays frozen: the denoiser of another model, which must have this one's latents and text states."""
-
-    source: ModelSource
-
-
-Role = Copy | Heads | Weak | Other
 
 
 @dataclass(frozen=True)
@@ -171,7 +134,7 @@ class Method(ABC):
     def critic(self) -> str | None:
         """The role that learns what the student makes: a copy of a network that is trained beside it. None: there is none."""
         trained = {role for event in self.updates(0) if isinstance(event, Update) for role in event.roles}
-        return next((role for role, made in self.aux().items() if isinstance(made, Copy) and role in trained), None)
+        return next((role for role, made in self.aux().items() if made.origin is not None and role in trained), None)
 
     @abstractmethod
     def updates(self, step: int) -> Iterator[Update | Sync]:

@@ -22,7 +22,8 @@ import torch
 from fewstep.core import Batch, Losses, Rng
 from fewstep.diffusion import CFG, Contract, Renoise, uniform_grid
 from fewstep.diffusion.path import broadcast
-from fewstep.methods.base import Copy, Method, Nets, Role, Sync, Update, Work
+from fewstep.methods.base import Method, Nets, Sync, Update, Work
+from fewstep.methods.roles import Copy, Role
 from fewstep.methods.rollouts import pick, student_contract
 from fewstep.methods.targets import pseudo_huber
 

@@ -32,7 +32,8 @@ from torch import Tensor
 from fewstep.core import Batch, Losses, Rng
 from fewstep.diffusion import CFG, TimeDensity, Uniform
 from fewstep.methods import targets
-from fewstep.methods.base import Copy, Heads, Method, Nets, Role, Update, Weak, Work
+from fewstep.methods.base import Method, Nets, Update, Work
+from fewstep.methods.roles import Copy, Heads, Role, Weak
 from fewstep.methods.rollouts import BackwardSimulation, FromPairs, Rollout
 
 
@@ -87,8 +88,9 @@ class DMD2(Method):
         return critic | real | ({"discriminator": Heads("teacher", self.layers)} if self.gan > 0 else {})
 
     def updates(self, step: int) -> Iterator[Update]:
+        trained = tuple(role for role, made in self.aux().items() if made.trainable)
         for k in range(self.critic_updates):
-            yield Update(tuple(role for role in self.aux() if role != "real"), partial(self.critic_loss, k))
+            yield Update(trained, partial(self.critic_loss, k))
         if step >= self.warmup:
             yield Update(("student",), self.student_loss)
 
@@ -130,7 +132,7 @@ class DMD2(Method):
     def cost(self) -> tuple[Work, ...]:
         turns, guided, r1 = self.critic_updates, 2 if self.guidance.active else 1, 1 if self.r1 > 0 else 0
         return (
-            Work("student", (turns + 1) * self.rollout.calls + 2 + (3 if self.anchor > 0 else 0)),
+            Work("student", turns * self.rollout.calls + self.rollout.work + (3 if self.anchor > 0 else 0)),
             Work("real" if self.weak > 0 else "teacher", guided),
             Work("critic", 3 * turns + 1),
             *((Work("teacher", (2 + r1) * turns + 2, layers=self.layers),) if self.gan > 0 else ()),

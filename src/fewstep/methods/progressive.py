@@ -29,7 +29,8 @@ from torch import Tensor
 from fewstep.core import Batch, Losses, Rng
 from fewstep.diffusion import CFG, DDIM, Contract, NoisePath, uniform_grid
 from fewstep.diffusion.path import broadcast
-from fewstep.methods.base import Copy, Method, Nets, Role, Sync, Update, Work
+from fewstep.methods.base import Method, Nets, Sync, Update, Work
+from fewstep.methods.roles import Copy, Role
 from fewstep.methods.rollouts import pick, student_contract
 from fewstep.methods.targets import mse
 

@@ -1,4 +1,4 @@
-"""What the student is trained on: its inputs, and the one call that carries gradient.
+"""What the student is trained on: its inputs, and the calls that carry gradient: one, where a rollout does not say more.
 
 A rollout returns the student's clean prediction and says where it came from. It also knows how such a student must be
 sampled, because the two must agree: the training simulation *is* the sampler, stopped early.
@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from statistics import fmean
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from fewstep.core import Batch, Pairs, Rng
 from fewstep.diffusion import CFG, DDIM, Contract, Exact, Renoise, Sampler, Shifted, shifted
 from fewstep.diffusion.samplers import full
 from fewstep.diffusion.times import check_grid
-from fewstep.models.denoiser import Denoiser
+from fewstep.models.denoiser import Predictor
 
 Grids = tuple[tuple[float, ...], ...]
 """One tuple of decreasing times per step count, before the shift and without the final 0."""
@@ -28,12 +29,26 @@ NESTED: Grids = ((1.0,), (1.0, 0.5), (1.0, 0.75, 0.5, 0.25))
 
 
 @dataclass(frozen=True)
-class Rolled:
-    """The differentiable call: `x0 = student(x_t, t)`, latents `[B, C, F, H, W]`, `t` `[B]`."""
+class Visit:
+    """One call of the student: `x0 = student(x_t, t)`, latents `[B, C, F, H, W]`, `t` `[B]` or `[B, F]`."""
 
     x0: Tensor
     x_t: Tensor
     t: Tensor
+
+
+@dataclass(frozen=True)
+class Rolled(Visit):
+    """The last call, whose x0 a method trains on, and what led to it."""
+
+    before: tuple[Visit, ...] = ()
+    """The calls before it, in order. Of all calls the last `Rollout.grad_calls` carry gradient."""
+    noise: Tensor | None = None
+    """What the first input was made with, before it is scaled to its path; None where it came from stored states."""
+    exit: int = 0
+    """How many steps of the sampler were done when the last call was made."""
+    grid: tuple[float, ...] = ()
+    """The times of that sampler, without the final 0; empty where each sample has a step of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +73,24 @@ class Rollout(ABC):
         """Expected number of student calls, the differentiable one included."""
         return 1.0
 
+    @property
+    def grad_calls(self) -> int:
+        """How many calls carry gradient: the last ones, or all where there are fewer."""
+        return 1
+
+    @property
+    def work(self) -> float:
+        """Expected forward-equivalents with gradient: 1 for each call, 2 for the way back through each that has gradient."""
+        return self.calls + 2
+
+    @property
+    def fullest(self) -> Mapping[str, int]:
+        """The draws (`Rng.integer`, by name) with which it holds the most memory; what is not named may be anything."""
+        return {}
+
     @abstractmethod
-    def __call__(self, student: Denoiser, batch: Batch, rng: Rng, *, grad: bool) -> Rolled:
-        """One sample per condition; exactly one student call carries gradient, none if not `grad`."""
+    def __call__(self, student: Predictor, batch: Batch, rng: Rng, *, grad: bool) -> Rolled:
+        """One sample per condition; the last `grad_calls` student calls carry gradient, none if not `grad`."""
 
     def contract(self, teacher: Contract) -> Contract:
         """How a student trained on this rollout must be sampled."""
@@ -87,18 +117,19 @@ def student_contract(
 
 
 def pick(times: Sequence[float], index: Tensor, like: Tensor) -> Tensor:
-    """`times[index]` `[B]` in the dtype of `like`."""
+    """`times[index]`, of the shape of `index` (`[B]` or `[B, F]`), in the dtype of `like`."""
     return torch.tensor(times, dtype=torch.float64, device=index.device)[index].to(like.dtype)
 
 
-def predict(student: Denoiser, x_t: Tensor, t: Tensor, batch: Batch, grad: bool) -> Rolled:
+def predict(student: Predictor, x_t: Tensor, t: Tensor, batch: Batch, grad: bool, **facts: Any) -> Rolled:
+    """The last call; `facts` are what else `Rolled` says."""
     with torch.set_grad_enabled(grad):
-        return Rolled(student(x_t, t, batch.cond).x0, x_t, t)
+        return Rolled(student(x_t, t, batch.cond).x0, x_t, t, **facts)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BackwardSimulation(Rollout):
-    """The student's own sampler up to an exit step (2405.14867, section 4.5); only the call at the exit has gradient.
+    """The student's own sampler up to an exit step (2405.14867, section 4.5); the call at the exit has gradient.
 
     With several grids one is drawn per call, then the exit: a student that serves several step counts sees at each time
     the inputs that every one of its samplers would give it. `grids=((1.0,),)` is one step: pure noise to clean latents.
@@ -107,22 +138,49 @@ class BackwardSimulation(Rollout):
     exit: Literal["random", "last"] = "random"
     """Where to stop; drawn the same on every place, because ranks must agree on the number of calls."""
 
+    grad_calls: int = 1
+    """How many of the last calls carry gradient, from one to the next through what is between them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.grad_calls < 1:
+            raise ValueError(f"grad_calls must be at least 1, got {self.grad_calls}")
+
     @property
     def calls(self) -> float:
-        return sum((len(g) + 1) / 2 if self.exit == "random" else len(g) for g in self.grids) / len(self.grids)
+        return fmean(fmean(stops) + 1 for stops in self._stops)
 
-    def __call__(self, student: Denoiser, batch: Batch, rng: Rng, *, grad: bool) -> Rolled:
+    @property
+    def work(self) -> float:
+        return self.calls + 2 * fmean(fmean(min(stop + 1, self.grad_calls) for stop in stops) for stops in self._stops)
+
+    @property
+    def fullest(self) -> Mapping[str, int]:
+        """The longest grid to its end: it keeps the most visits, and the most calls with gradient."""
+        lengths = [len(grid) for grid in self.grids]
+        return {"grid": lengths.index(max(lengths)), "exit": max(lengths) - 1}
+
+    @property
+    def _stops(self) -> list[range]:
+        """The exits of each grid."""
+        return [range(0 if self.exit == "random" else len(g) - 1, len(g)) for g in self.grids]
+
+    def __call__(self, student: Predictor, batch: Batch, rng: Rng, *, grad: bool) -> Rolled:
         grid = exact(self.grids, self.shift)[rng.integer("grid", len(self.grids))]
         stop = rng.integer("exit", len(grid)) if self.exit == "random" else len(grid) - 1
-        x = student.path.prior(rng.randn(batch.noise_shape, "noise"))
+        noise, before = rng.randn(batch.noise_shape, "noise"), list[Visit]()
+        x = student.path.prior(noise)
         for i in range(stop):
-            with torch.no_grad():
-                prediction, s = student(x, full(grid[i], x), batch.cond), full(grid[i + 1], x)
+            t, s = full(grid[i], x), full(grid[i + 1], x)
+            with torch.set_grad_enabled(grad and i > stop - self.grad_calls):
+                prediction = student(x, t, batch.cond)
+                before.append(Visit(prediction.x0, x, t))
                 if self.mode == "ode":
                     x = prediction.step_to(s)
                 else:
-                    x = student.path.add_noise(prediction.x0, rng.randn(x.shape, f"renoise/{i}"), s)
-        return predict(student, x, full(grid[stop], x), batch, grad)
+                    x = student.path.add_noise(before[-1].x0, rng.randn(x.shape, f"renoise/{i}"), s)
+        facts = {"before": tuple(before), "noise": noise, "exit": stop, "grid": grid}
+        return predict(student, x, full(grid[stop], x), batch, grad, **facts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,10 +189,11 @@ class FromData(Rollout):
 
     needs: ClassVar[frozenset[str]] = frozenset({"x0"})
 
-    def __call__(self, student: Denoiser, batch: Batch, rng: Rng, *, grad: bool) -> Rolled:
+    def __call__(self, student: Predictor, batch: Batch, rng: Rng, *, grad: bool) -> Rolled:
         x0, times = batch.require("x0"), [t for grid in exact(self.grids, self.shift) for t in grid]
         t = pick(times, rng.integers((len(batch),), "index", len(times)), x0)
-        return predict(student, student.path.add_noise(x0, rng.randn(x0.shape, "noise"), t), t, batch, grad)
+        noise = rng.randn(x0.shape, "noise")
+        return predict(student, student.path.add_noise(x0, noise, t), t, batch, grad, noise=noise)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +207,7 @@ class FromPairs(Rollout):
 
     grids: Grids = NESTED
 
-    def __call__(self, student: Denoiser, batch: Batch, rng: Rng, *, grad: bool) -> Rolled:
+    def __call__(self, student: Predictor, batch: Batch, rng: Rng, *, grad: bool) -> Rolled:
         pairs: Pairs = batch.require("pairs")
         stored = [stored_index(pairs, t) for grid in exact(self.grids, self.shift) for t in grid]
         drawn = rng.integers((len(batch),), "index", len(stored))

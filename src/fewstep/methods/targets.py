@@ -18,7 +18,7 @@ FLOOR = 1e-5
 
 
 def mse(a: Tensor, b: Tensor, weight: Tensor | None = None) -> Tensor:
-    """`mean w (a - b)^2`; `weight` is per sample `[B]`. Mean over all elements."""
+    """`mean w (a - b)^2`; `weight` is per sample `[B]` or per frame `[B, F]`. Mean over all elements."""
     error = (a - b).square()
     return (error if weight is None else broadcast(weight, error) * error).mean()
 
@@ -44,7 +44,19 @@ def toward(x: Tensor, grad: Tensor) -> Tensor:
 
 def dmd_normaliser(x0: Tensor, real: Tensor, floor: float = FLOOR) -> Tensor:
     """Per sample `1 / (mean |x0 - real| + floor)` `[B]` (2311.18828, eq. 8), from the *guided* teacher prediction."""
-    distance = (x0.detach() - real).abs().flatten(1).mean(1)
+    return _one_over((x0.detach() - real).abs().flatten(1).mean(1), floor)
+
+
+def frame_normaliser(x0: Tensor, real: Tensor, floor: float = FLOOR) -> Tensor:
+    """The same frame by frame, `[B, F]`: for clips whose frames were noised at times of their own.
+
+    The papers normalise a clip as one sample. With a time per frame the noisiest frames, where teacher and sample are far
+    apart, would then set the scale of the clean ones.
+    """
+    return _one_over((x0.detach() - real).abs().mean((1, *range(3, x0.ndim))), floor)
+
+
+def _one_over(distance: Tensor, floor: float) -> Tensor:
     return 1 / (distance.to(torch.promote_types(distance.dtype, torch.float32)) + floor)
 
 
@@ -52,8 +64,8 @@ def distribution_matching(x0: Tensor, real: Tensor, fake: Tensor, weight: Tensor
     """Gradient of the reverse KL from student to teacher, put on `x0` (2405.14867, eq. 2-3). Mean over all elements.
 
     `fake - real` is the critic's x0 prediction minus the teacher's at the same noised student sample: where the student
-    puts more mass than the teacher, `fake` lies nearer to `x0` and descent moves `x0` towards `real`. `weight` `[B]`
-    replaces `dmd_normaliser`; `a^2/s^2` gives the gradient of KL(student_t | teacher_t) itself.
+    puts more mass than the teacher, `fake` lies nearer to `x0` and descent moves `x0` towards `real`. `weight`, `[B]`
+    or `[B, F]`, replaces `dmd_normaliser`; `a^2/s^2` gives the gradient of KL(student_t | teacher_t) itself.
     """
     weight = dmd_normaliser(x0, real) if weight is None else weight
     gap = (fake - real).detach()

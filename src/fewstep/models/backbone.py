@@ -9,14 +9,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fewstep.attention import Grid3, KVCache, Operation, Pattern, Site, Ulysses
 from fewstep.core import KV, Call, Cond, KVView
@@ -185,9 +182,6 @@ class Backbone(nn.Module, ABC):
     shares: ClassVar[bool] = False
     """Whether the tokens of a clip may lie on several processes: the blocks' self-attention is `read` (or
     `streams.read_beside`), and everything else they do is done token by token."""
-    shared: Ulysses | None = None
-    """The processes that share every clip of this network, see `spread`."""
-    checkpointing: bool = False
 
     @abstractmethod
     def embed(self, x: Tensor, t: Tensor, cond: Cond, call: Call = Call()) -> State:
@@ -197,12 +191,14 @@ class Backbone(nn.Module, ABC):
     def head(self, state: Any) -> Tensor:
         """From the kind of state that `embed` makes."""
 
-    def recall(self, memory: KVCache, x: Tensor) -> KVView:
-        """What calls on latents like `x`, which come next, may read of a memory. Make it once for all calls of a chunk."""
+    def recall(self, memory: KVCache, x: Tensor, call: Call = Call()) -> KVView:
+        """What calls like `call` on latents like `x`, which come next, may read of a memory. Make it once for all calls of a
+        chunk.
+        """
         grid, (positions, start), layers = self.grid(x), memory.keep.stand(memory), memory.layers
         if layers:
             table = self.rotary.table(positions.clamp_min(0), grid).to(x)
-            table = table if self.shared is None else self.shared.own_heads(table)
+            table = table if call.shared is None else cast(Ulysses, call.shared).own_heads(table)
             layers = tuple((self.rotary.turn(k, table).to(v), v) for k, v in layers)
         return KVView(layers, positions, start, positions >= 0 if memory.keep.leaves_empty else None)
 
@@ -239,13 +235,12 @@ class Backbone(nn.Module, ABC):
 
     def walk(self, state: State, call: Call = Call()) -> Iterator[State]:
         """The state after each block, in the order of `blocks`; `call.runner` runs them."""
-        if self.shared is not None:
-            state = state.split(self.shared)
-        again = self.checkpointing and torch.is_grad_enabled()
+        if call.shared is not None:
+            self.require_sharing()
+            state = state.split(cast(Ulysses, call.shared))
         for index, block in enumerate(self.blocks):
             state = replace(state, past=call.kv.layer(index) if call.kv else None, new=None)
-            run = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False) if again else block
-            state = call.runner(run, state, Place(index, len(self.blocks), call))
+            state = call.runner(block, state, Place(index, len(self.blocks), call))
             yield state
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond, call: Call = Call()) -> Output:
@@ -256,15 +251,10 @@ class Backbone(nn.Module, ABC):
         whole = call.kv is not None and None not in made
         return Output(self.head(state.joined), tuple(made) if whole else None)
 
-    def spread(self, group: dist.ProcessGroup | None, checkpointing: bool) -> None:
-        """From now on: the processes of `group` share the tokens of every call, block by block (they must all make it);
-        with `checkpointing` only what flows between blocks is kept for the backward pass. Copy a network before, not after.
-
-        ValueError if this network cannot share its tokens.
-        """
-        if group is not None and not self.shares:
+    def require_sharing(self) -> None:
+        """ValueError if processes cannot share the tokens of this network's clips (`Call.shared`)."""
+        if not self.shares:
             raise ValueError(f"processes cannot share the tokens of a {type(self).__name__}; set parallel.sequence: 1")
-        self.shared, self.checkpointing = None if group is None else Ulysses(group), checkpointing
 
     def compile_blocks(self, *, hooked: bool = False) -> None:
         """Compile every block in place (one graph serves all). A copy of this network starts uncompiled.

@@ -4,15 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import islice
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-from fewstep.attention import KVCache, math_only
+from fewstep.attention import KVCache
+from fewstep.attention.forward_mode import forward_mode
 from fewstep.core import Call, Cond, KVView
 from fewstep.diffusion.path import NoisePath
-from fewstep.diffusion.prediction import KINDS, Kind, Prediction
+from fewstep.diffusion.prediction import KINDS, Kind, Prediction, Tangent
 from fewstep.models.backbone import Backbone
+
+
+class Predictor(Protocol):
+    """What a method sees of a denoiser: a `Denoiser`, or a run's view of one."""
+
+    path: NoisePath
+    kind: Kind
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond, call: Call = ..., /) -> Prediction: ...
+
+    def features(
+        self, x_t: Tensor, t: Tensor, cond: Cond, layers: Sequence[int], call: Call = ..., /
+    ) -> list[Tensor]: ...
+
+    def jvp(
+        self, x_t: Tensor, t: Tensor, cond: Cond, dx: Tensor, dt: Tensor, call: Call = ..., /
+    ) -> tuple[Prediction, Tangent]: ...
+
+    def recall(self, memory: KVCache, x_t: Tensor, call: Call = ..., /) -> KVView: ...
 
 
 class Denoiser(nn.Module):
@@ -42,19 +64,28 @@ class Denoiser(nn.Module):
         volumes = {layer: state.volume for layer, state in enumerate(states) if layer in wanted}
         return [volumes[layer] for layer in wanted]
 
-    def recall(self, memory: KVCache, x_t: Tensor) -> KVView:
-        """What calls on latents like `x_t`, which come next, may read of a memory. Make it once for all calls of a chunk."""
-        return self.backbone.recall(memory, x_t)
+    def recall(self, memory: KVCache, x_t: Tensor, call: Call = Call()) -> KVView:
+        """What calls like `call` on latents like `x_t`, which come next, may read of a memory. Make it once for all calls of
+        a chunk.
+        """
+        return self.backbone.recall(memory, x_t, call)
 
-    def jvp(self, x_t: Tensor, t: Tensor, cond: Cond, dx: Tensor, dt: Tensor) -> tuple[Prediction, Prediction]:
-        """The prediction, and one whose `raw` is its derivative along `(dx, dt)`; that one's views mean nothing."""
-        if self.backbone.shared is not None:
+    def jvp(
+        self, x_t: Tensor, t: Tensor, cond: Cond, dx: Tensor, dt: Tensor, call: Call = Call()
+    ) -> tuple[Prediction, Tangent]:
+        """The prediction, and its derivative along `(dx, dt)`, which carries no gradient.
+
+        Where gradients are recorded the prediction is a call of its own: nothing of the derivative is kept for the backward
+        pass, and the prediction is made as always (compiled, checkpointed, sharded).
+        """
+        if call.shared is not None:
             raise ValueError("processes that share a clip have no forward-mode derivatives; set parallel.sequence: 1")
-
-        def raw(x: Tensor, t: Tensor) -> Tensor:
-            return self.backbone(x, t, cond).raw
-
-        with math_only(), torch.compiler.set_stance("force_eager"):  # compiled blocks know no forward-mode derivatives
-            primal, tangent = torch.func.jvp(raw, (x_t, t), (dx, dt))  # type: ignore[misc]
-        prediction = Prediction(primal.to(x_t.dtype), self.kind, x_t, t, self.path)
-        return prediction, prediction.with_raw(tangent.to(x_t.dtype))
+        apart = torch.is_grad_enabled() or call.kv is not None
+        prediction = self.forward(x_t, t, cond, call) if apart else None
+        eager = torch.compiler.set_stance("force_eager")  # compiled blocks know no forward-mode derivatives
+        with torch.no_grad(), forward_ad.dual_level(), forward_mode(), eager:
+            moving = forward_ad.make_dual(x_t, dx), forward_ad.make_dual(t, dt)
+            raw, slope = forward_ad.unpack_dual(self.backbone(*moving, cond, call).raw.to(x_t.dtype))
+            slope = torch.zeros_like(raw) if slope is None else slope
+        prediction = prediction or Prediction(raw, self.kind, x_t, t, self.path)
+        return prediction, Tangent(slope, dx, dt, prediction)

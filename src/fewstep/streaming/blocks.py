@@ -19,7 +19,7 @@ from fewstep.core import Call, Cond, Rng, Seeds
 from fewstep.core.call import Runner, every_block
 from fewstep.diffusion import Contract, Prediction, Step, Stream
 from fewstep.diffusion.samplers import Denoise, full
-from fewstep.models.denoiser import Denoiser
+from fewstep.models.denoiser import Predictor
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Made:
 class Chunks:
     """How one student makes chunks: the whole of what training and serving must agree on."""
 
-    network: Denoiser
+    network: Predictor
     contract: Contract
     times: tuple[float, ...]
     """Of the sampler's steps, in every chunk."""

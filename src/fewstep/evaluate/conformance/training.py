@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fewstep.core import Cond
+from fewstep.core import Call, Cond
 from fewstep.evaluate.conformance.subject import Fault, Measured, NotApplicable, Subject, relative, worst
 from fewstep.models import Denoiser, VideoModel
+from fewstep.models.spread import Spread
 
 _COPIED = 500_000_000
 """Parameters of the largest network that is copied into float64."""
@@ -101,7 +102,7 @@ def checkpointing(s: Subject) -> Measured:
     with torch.enable_grad():
         for on in (False, True):
             x = s.x_t.clone().requires_grad_()
-            raw = s.twin(checkpointing=on)(x, s.t, s.cond).raw
+            raw = s.network(x, s.t, s.cond, Spread(checkpointing=on)(Call())).raw
             gradients = torch.autograd.grad(raw.square().mean(), [x, *weights])
             found.append((raw.detach(), torch.cat([gradient.flatten() for gradient in gradients])))
     return Measured(

@@ -129,7 +129,7 @@ class LTX(DiffusersBackbone):
         self.rotary = _Rotary(network.rope, self.heads, (time, space), self.fps, self.first_pixels)
         self.caption_projection = network.caption_projection
         self.blocks = nn.ModuleList(
-            Block(block, self.pattern.operation(layer, self.heads, config.attention_head_dim))
+            _Block(block, self.pattern.operation(layer, self.heads, config.attention_head_dim))
             for layer, block in enumerate(network.transformer_blocks)
         )
         self.norm_out, self.proj_out, self.scale_shift_table = (
@@ -213,7 +213,7 @@ class _Rotary:
         return turn_pairs(x_BHMD, table)
 
 
-class Block(nn.Module):
+class _Block(nn.Module):
     """One of diffusers' blocks: self-attention, cross-attention to the text, MLP; the first and last modulated by time."""
 
     def __init__(self, block: LTXVideoTransformerBlock, operation: Operation) -> None:

@@ -1,0 +1,170 @@
+"""Roles: the networks that a method asks for besides the teacher and the student, and how each is made."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from fewstep.core import Rng
+from fewstep.models import Denoiser, FeatureHeads, JointHead, VideoModel
+from fewstep.models.lora import Lora, adapt, adapters, duplicate, weaken
+from fewstep.models.source import ModelSource
+
+
+@dataclass(frozen=True, kw_only=True)
+class Making:
+    """What a role can be made from."""
+
+    roles: Mapping[str, nn.Module]
+    """The networks that exist already, by role."""
+    seed: int = 0
+    lora: Lora | None = None
+    """Copies are adapters of this kind over the weights of what they copy; None: they are whole networks."""
+    device: str | None = None
+    """Where new weights go. None: where the network is that they read."""
+    others: Mapping[str, VideoModel] = field(default_factory=dict)
+    """The models that roles with a `source` asked for, by role."""
+
+    def denoiser(self, role: str) -> Denoiser:
+        """The network of that role. ValueError if it is no denoiser."""
+        network = self.roles[role]
+        if not isinstance(network, Denoiser):
+            raise ValueError(f"discriminator heads and adapters are for denoisers, not for {type(network).__name__}")
+        return network
+
+
+@dataclass(frozen=True)
+class Role(ABC):
+    """How one network is made. The engine asks a role only what this class says; it never asks for its type."""
+
+    @property
+    def needs(self) -> str | None:
+        """The role that must exist before this one; None: it needs no other."""
+        return None
+
+    @property
+    def origin(self) -> str | None:
+        """The role whose weights it starts with; None: its weights are its own."""
+        return None
+
+    @property
+    def source(self) -> ModelSource | None:
+        """Another model that the run must load for it."""
+        return None
+
+    @property
+    def trainable(self) -> bool:
+        """Whether an update may train it."""
+        return True
+
+    def check(self, lora: Lora | None) -> None:  # noqa: B027 - most roles exist with adapters and without
+        """Refuse (ValueError) a run whose networks are whole (None), or adapters of this kind."""
+
+    @abstractmethod
+    def make(self, name: str, making: Making) -> nn.Module:
+        """The network, to be known as `name`."""
+
+
+@dataclass(frozen=True)
+class Copy(Role):
+    """A role that starts as an independent copy of another role's weights."""
+
+    of: str = "teacher"
+
+    @property
+    def needs(self) -> str:
+        return self.of
+
+    @property
+    def origin(self) -> str:
+        return self.of
+
+    def make(self, name: str, making: Making) -> nn.Module:
+        """A copy, or with `lora` adapters over the frozen network that it is a copy of."""
+        if making.lora is None or adapters(making.roles[self.of]):
+            return duplicate(making.roles[self.of])
+        return adapt(making.denoiser(self.of), making.lora, Rng(making.seed).fold(f"lora/{name}"))
+
+
+@dataclass(frozen=True)
+class Heads(Role):
+    """A role made new: discriminator heads on features of `of` at `layers` (negative counts from the end).
+
+    One head per layer with one logit per clip, or, if `joint`, one head on all layers with a logit per patch.
+    """
+
+    of: str = "teacher"
+    layers: tuple[int, ...] = (-1,)
+    joint: bool = False
+
+    @property
+    def needs(self) -> str:
+        return self.of
+
+    def make(self, name: str, making: Making) -> nn.Module:
+        eyes = making.denoiser(self.of)
+        widths = eyes.backbone.widths
+        if not all(-len(widths) <= layer < len(widths) for layer in self.layers):
+            raise ValueError(f"feature layers must be in [-{len(widths)}, {len(widths) - 1}], got {list(self.layers)}")
+        seen = [widths[layer] for layer in self.layers]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(making.seed)
+            heads = JointHead(seen) if self.joint else FeatureHeads(widths=seen, layers=self.layers)
+        return heads.to(making.device or next(eyes.parameters()).device)
+
+
+@dataclass(frozen=True)
+class Weak(Role):
+    """A view of the role `of`, whose adapters count `scale` times: between the teacher (0) and that role (1).
+
+    It has nothing of its own to train. A run without adapters refuses it.
+    """
+
+    of: str
+    scale: float
+
+    @property
+    def needs(self) -> str:
+        return self.of
+
+    @property
+    def origin(self) -> str:
+        return self.of
+
+    @property
+    def trainable(self) -> bool:
+        return False
+
+    def check(self, lora: Lora | None) -> None:
+        if lora is None:
+            raise ValueError(
+                "a weakened network needs adapters, and this run has none; set settings.lora, or method.weak: 0"
+            )
+
+    def make(self, name: str, making: Making) -> nn.Module:
+        return weaken(making.denoiser(self.of), self.scale)
+
+
+@dataclass(frozen=True)
+class Other(Role):
+    """A role that stays frozen: the denoiser of another model, which must have this one's latents and text states."""
+
+    model: ModelSource
+
+    @property
+    def source(self) -> ModelSource:
+        return self.model
+
+    @property
+    def trainable(self) -> bool:
+        return False
+
+    def make(self, name: str, making: Making) -> nn.Module:
+        return making.others[name].denoiser
+
+
+ROLES = (Copy, Heads, Weak, Other)
