@@ -34,7 +34,7 @@ def build_nets(
     """
     roles: dict[str, nn.Module] = {"teacher": model.part(method.part)}
     begun = others.get("student")
-    roles["student"] = begun.denoiser if begun else _second(roles, "teacher", "student", lora, seed)
+    roles["student"] = begun.denoiser if begun else _second(roles, "teacher", lora, seed)
     for role, recipe in method.aux().items():
         if role in (*roles, "ema"):
             raise ValueError(f"a method cannot redefine the role {role!r}")
@@ -42,7 +42,7 @@ def build_nets(
             raise ValueError(f"role {role!r} is made from {recipe.of!r}, which this run does not have")
         match recipe:
             case Copy(of):
-                roles[role] = _second(roles, of, role, lora, seed)
+                roles[role] = _second(roles, of, lora, seed)
             case Weak(of, scale):
                 roles[role] = weaken(_denoiser(roles[of]), scale)
             case Heads(of):
@@ -103,11 +103,14 @@ def trained_roles(method: Method, steps: int) -> tuple[str, ...]:
     return tuple(seen)
 
 
-def _second(roles: dict[str, nn.Module], of: str, role: str, lora: Lora | None, seed: int) -> nn.Module:
-    """A network that starts as the role `of`: a copy, or adapters over a frozen network."""
+def _second(roles: dict[str, nn.Module], of: str, lora: Lora | None, seed: int) -> nn.Module:
+    """A network that starts as the role `of`: a copy, or adapters over a frozen network.
+
+    Copies of one role draw the same A: they start equal, as copies of whole networks do.
+    """
     if lora is None or adapters(roles[of]):
         return duplicate(roles[of])
-    return adapt(_denoiser(roles[of]), lora, Rng(seed).fold(f"lora/{role}"))
+    return adapt(_denoiser(roles[of]), lora, Rng(seed).fold(f"lora/{of}"))
 
 
 def _heads(network: nn.Module, recipe: Heads) -> nn.Module:
