@@ -17,17 +17,20 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor, nn
 
 from fewstep import demo
+from fewstep.core import Batch, Rng
+from fewstep.data.base import Data, Source
 from fewstep.data.pairs import PairPlan, StoredPairs, make_pairs
-from fewstep.diffusion import CFG, Contract, Trig
+from fewstep.diffusion import CFG, Contract, Trig, Uniform
 from fewstep.engine import Health, Optim, Settings, train
 from fewstep.engine.health import Record, read_record
 from fewstep.engine.optim import RoleOptimizer
-from fewstep.methods import DMD2, Consistency, KnowledgeDistillation, Method
+from fewstep.methods import AVDM2, DMD2, Consistency, KnowledgeDistillation, Method, Nets, Progressive
 from fewstep.methods.rollouts import NESTED, FromPairs, student_contract
 from fewstep.models import VideoModel
-from fewstep.world.data import WorldClips
+from fewstep.world.data import WorldClips, encode
 from fewstep.world.grammar import world_prompts
 
 LIMIT = 200
@@ -53,6 +56,7 @@ class Spoiled:
     """A word of the reason."""
     method: Method = SOUND
     settings: Settings = settings()
+    data: Data = WorldClips()
     spoil: Callable[[], Any] | None = None
     """A context in which the run is made."""
 
@@ -62,6 +66,58 @@ class OtherShift(DMD2):
 
     def contract(self, teacher: Contract) -> Contract:
         return student_contract(teacher, demo.GRIDS, 1.0, "renoise")
+
+
+class OtherConditions(DMD2):
+    """Scores every clip of a batch under its neighbour's prompt."""
+
+    def scores(self, nets: Nets, batch: Batch, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return super().scores(nets, replace(batch, cond=batch.cond[torch.arange(len(batch)).roll(1)]), x_t, t)
+
+
+class GuidedCritic(DMD2):
+    """Guides the critic as it guides the teacher."""
+
+    @torch.no_grad()
+    def scores(self, nets: Nets, batch: Batch, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        real, _ = super().scores(nets, batch, x_t, t)
+        return real, self.guidance(nets.critic, x_t, t, batch.cond, batch.uncond).x0
+
+
+@dataclass(frozen=True, kw_only=True)
+class HalfBlack(WorldClips):
+    """Every second clip is black."""
+
+    def open(self, model: VideoModel, needs: frozenset[str]) -> Source:
+        source = super().open(model, needs)
+        plain = source.batch
+
+        def spoiled(size: int, rng: Rng) -> Batch:
+            batch = plain(size, rng)
+            black = encode(model, -torch.ones(1, 3, self.num_frames, model.card.height, model.card.width))
+            even = (torch.arange(size) % 2 == 0)[:, None, None, None, None]
+            return replace(batch, x0=torch.where(even, black, batch.require("x0")))
+
+        source.batch = spoiled  # type: ignore[method-assign]
+        return source
+
+
+@contextmanager
+def average_of_the_critic() -> Iterator[None]:
+    """What the run returns is the average of another role."""
+    from fewstep.engine import run
+
+    iterate, blend = run.Run.iterate, run.blend
+
+    def wrong(self: run.Run) -> None:
+        def other(target: nn.Module, source: nn.Module, decay: float) -> None:
+            blend(target, self.nets.roles["critic"] if target is self.average else source, decay)
+
+        with mock.patch.object(run, "blend", other):
+            iterate(self)
+
+    with mock.patch.object(run.Run, "iterate", wrong):
+        yield
 
 
 @contextmanager
@@ -136,14 +192,42 @@ SPOILED: dict[str, Spoiled] = {
     "wrong noise path": Spoiled("diverging", "another path", spoil=other_path),
 }
 
-SOUND_RUNS: dict[str, tuple[Method, Settings]] = {
-    "DMD2": (SOUND, settings(batch=16, optim=demo.RECIPE.settings.optim, autocast="bf16", compile=True)),
-    "Consistency": (
-        Consistency(guidance=CFG(scale=2.5), shift=3.0), settings(optim={"student": Optim(lr=2e-4, warmup=10)})
+CONSISTENT = Consistency(guidance=CFG(scale=2.5), shift=3.0)
+CALM = settings(optim={"student": Optim(lr=2e-4, warmup=10)})
+SHORT = settings(steps=96, batch=4, health=Health(every=12, prompts=8, seeds=2))
+"""As many checks as patience has, on clips of four frames: in those nobody can read direction and speed, so accuracy says
+nothing, as for most people's videos."""
+FEW = WorldClips(num_frames=4)
+
+UNKNOWN: dict[str, Spoiled] = {
+    "other prompts in the scores": Spoiled("", "", method=OtherConditions(**vars(SOUND)), settings=SHORT, data=FEW),
+    "critic guided too": Spoiled("", "", method=GuidedCritic(**vars(SOUND)), settings=SHORT, data=FEW),
+    "average of the critic": Spoiled("", "", settings=SHORT, data=FEW, spoil=average_of_the_critic),
+    "half of the data black": Spoiled(
+        "", "", method=CONSISTENT, settings=replace(SHORT, optim=CALM.optim), data=HalfBlack(num_frames=4)
     ),
+}
+"""Spoiled in ways that no rule was made for."""
+
+SOUND_RUNS: dict[str, tuple[Method, Settings, Data]] = {
+    "DMD2": (
+        SOUND, settings(batch=16, optim=demo.RECIPE.settings.optim, autocast="bf16", compile=True), WorldClips()
+    ),
+    "DMD2, short": (SOUND, SHORT, FEW),
+    "Consistency": (CONSISTENT, CALM, WorldClips()),
+    "Consistency, short": (CONSISTENT, replace(SHORT, optim=CALM.optim), FEW),
     "KnowledgeDistillation": (
-        KnowledgeDistillation(rollout=FromPairs(grids=NESTED, shift=3.0, mode="ode")),
-        settings(optim={"student": Optim(lr=2e-4, warmup=10)}),
+        KnowledgeDistillation(rollout=FromPairs(grids=NESTED, shift=3.0, mode="ode")), CALM, WorldClips()
+    ),
+    "Progressive, short": (
+        Progressive(stages=((8, 48), (4, 48)), guidance=CFG(scale=2.5), shift=3.0), replace(SHORT, optim=CALM.optim), FEW
+    ),
+    "AVDM2, short": (
+        AVDM2(
+            score="video", rollout=SOUND.rollout, guidance=SOUND.guidance, adversarial=0.1,
+            adversarial_density=Uniform(low=0.2, high=0.9), layers=(2, 4, 5),
+        ),
+        replace(SHORT, optim={"student": FAST, "critic": FAST, "discriminator": FAST}), FEW,
     ),
 }  # fmt: skip
 
@@ -160,14 +244,14 @@ class Outcome:
 
 
 def run_spoiled(name: str, output: Path) -> Outcome:
-    case = SPOILED[name]
-    return run(case.method, WorldClips(), case.settings, output, spoil=case.spoil)
+    case = (SPOILED | UNKNOWN)[name]
+    return run(case.method, case.data, case.settings, output, spoil=case.spoil)
 
 
 def run_sound(name: str, output: Path) -> Outcome:
-    method, settings = SOUND_RUNS[name]
+    method, settings, data = SOUND_RUNS[name]
     if "pairs" not in method.needs:
-        return run(method, WorldClips(), settings, output)
+        return run(method, data, settings, output)
     folder, plan = output / "pairs", PairPlan(steps=20, guidance=CFG(scale=2.5), times=(1.0, 0.9, 0.75, 0.5, 0.0))
     make_pairs(VideoModel.from_pretrained("world"), world_prompts(256, 0.5, 7), folder, plan, batch=32)
     return run(method, StoredPairs(path=str(folder)), settings, output / "run")
@@ -177,7 +261,10 @@ def run(method: Method, data: Any, settings: Settings, output: Path, spoil: Call
     """Train until something else than `improving` is said, or to the end."""
     began = time.monotonic()
     with ending_at_a_verdict(), nullcontext() if spoil is None else spoil():
-        train(VideoModel.from_pretrained("world"), method, data, settings, output, quiet=True)
+        world = VideoModel.from_pretrained("world")
+        frames = getattr(data, "num_frames", world.card.num_frames)
+        model = VideoModel(replace(world.card, num_frames=frames), world.parts)
+        train(model, method, data, settings, output, quiet=True)
     record = read_record(output)
     assert record is not None and record.checks
     last = record.checks[-1]
