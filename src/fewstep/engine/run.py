@@ -228,8 +228,8 @@ def blend(target: nn.Module, source: nn.Module, decay: float) -> None:
     Of adapters, what they add to the weights.
     """
     if decay > 0 and adapters(target):  # beside which such a network has nothing of its own
-        for mine, theirs in zip(adapters(target).values(), adapters(source).values(), strict=True):
-            mine.average(theirs, decay)
+        for layer, other in zip(adapters(target).values(), adapters(source).values(), strict=True):
+            layer.average(other, decay)
         return
     for mine, theirs in zip(target.state_dict().values(), source.state_dict().values(), strict=True):
         mine, theirs = (t.to_local() if isinstance(t, DTensor) else t for t in (mine, theirs))
