@@ -36,6 +36,8 @@ from fewstep.world.grammar import world_prompts
 LIMIT = 200
 """Iterations within which a spoiled run must be named, and which sound runs last."""
 INTERVAL = 20
+FINE = ("improving", "unclear")
+"""Words that name nothing."""
 FAST = Optim(lr=3e-4, betas=(0.0, 0.99))
 SOUND: DMD2 = demo.RECIPE.method  # type: ignore[assignment]
 
@@ -235,7 +237,7 @@ SOUND_RUNS: dict[str, tuple[Method, Settings, Data]] = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """The first verdict that is not `improving`, or the last one."""
+    """The first verdict that names something, or the last one."""
 
     word: str
     step: int
@@ -259,7 +261,7 @@ def run_sound(name: str, output: Path) -> Outcome:
 
 
 def run(method: Method, data: Any, settings: Settings, output: Path, spoil: Callable[[], Any] | None = None) -> Outcome:
-    """Train until something else than `improving` is said, or to the end."""
+    """Train until something is named, or to the end."""
     began = time.monotonic()
     with ending_at_a_verdict(), nullcontext() if spoil is None else spoil():
         world = VideoModel.from_pretrained("world")
@@ -285,7 +287,7 @@ def ending_at_a_verdict() -> Iterator[None]:
 
     def ending(self: Monitor, student: VideoModel, step: int) -> Any:
         found = check(self, student, step)
-        if found.verdict.word != "improving":
+        if found.verdict.word not in FINE:
             self.stopped = str(found.verdict)
         return found
 
@@ -294,10 +296,10 @@ def ending_at_a_verdict() -> Iterator[None]:
 
 
 def main(names: list[str]) -> None:
-    wanted = names or [*SPOILED, *SOUND_RUNS]
+    wanted = names or [*SPOILED, *UNKNOWN, *SOUND_RUNS]
     for name in wanted:
         with tempfile.TemporaryDirectory() as folder:
-            made = run_spoiled(name, Path(folder)) if name in SPOILED else run_sound(name, Path(folder))
+            made = run_sound(name, Path(folder)) if name in SOUND_RUNS else run_spoiled(name, Path(folder))
         print(f"| {name} | {made.word} | {made.step} | {made.reason} | {made.seconds:.0f} s |", flush=True)
 
 

@@ -103,6 +103,8 @@ def test_improving_is_said_of_nothing_that_has_gained_nothing() -> None:
     assert [judge(history(*[same] * n), LINES).word for n in (1, PATIENCE - 1, PATIENCE)] == ["unclear"] * 2 + [
         "stalled"
     ]
+    blurred = replace(LINES, start=replace(START, heed=1.2))  # further from other prompts than the teacher's clips are
+    assert [judge(history({"heed": heed}), blurred).word for heed in (0.95, 0.85)] == ["improving", "unclear"]
     blind = replace(LINES, teacher=replace(TEACHER, accuracy=0.15))  # nobody can read these clips
     assert judge(history({"accuracy": 0.0}), blind).word == "improving"
     assert judge(history({"accuracy": 0.15, "distance": 2.0}), blind).word == "unclear"

@@ -46,7 +46,8 @@ a dozen clips as `FURTHER` is above it."""
 RISE = 0.1
 """Rise of accuracy that counts as one: two standard errors of a few dozen clips that share noise with those before."""
 DEAF = 0.1
-"""Drop of heed below what it was before training: clips follow their prompts less."""
+"""Drop of heed below what it was before training, or below the teacher's 1 where it was more (blurs of the right colours are
+further from other prompts than clips are): clips follow their prompts less."""
 LAG = 1.25
 """The critic explains old samples a quarter better than fresh ones: it no longer knows the student it should describe. With
 a dozen clips, critics that keep up were seen between 0.85 and 1.08."""
@@ -84,7 +85,7 @@ def lacking(now: Looks, baselines: Baselines) -> Iterator[str]:
     start = baselines.start
     if _share(now.distance, start.distance) > NEARER and not level(now, baselines):
         yield f"distance {now.distance:.2f} (before training {start.distance:.2f})"
-    if now.heed is not None and start.heed is not None and now.heed < start.heed - DEAF:
+    if now.heed is not None and start.heed is not None and now.heed < min(start.heed, 1.0) - DEAF:
         yield f"heed of the prompt {now.heed:.2f} (before training {start.heed:.2f}, teacher 1)"
     if now.accuracy is not None and checkable(baselines) and now.accuracy < (start.accuracy or 0.0) + RISE:
         yield f"accuracy {now.accuracy:.2f} (before training {start.accuracy:.2f})"

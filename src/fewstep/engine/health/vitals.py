@@ -29,7 +29,7 @@ class Looks:
     """Standard deviation of the latents frame by frame: rot that spreads from one end shows here first."""
     heed: float | None = None
     """By how much nearer clips are to the teacher's of their own prompt than to those of the other prompts, relative to the
-    teacher's own: 1 = as the teacher, 0 = the prompt makes no difference. None with a single prompt."""
+    teacher's own: 1 = as the teacher, 0 = the prompt makes no difference. Blurs may have more. None with a single prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
