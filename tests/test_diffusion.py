@@ -62,6 +62,15 @@ def test_time_of_log_snr_inverts(path: NoisePath) -> None:
     torch.testing.assert_close(path.time_of_log_snr(path.log_snr(t)), t, rtol=1e-10, atol=1e-10)
 
 
+@path_of
+def test_no_time_lies_outside_a_path(path: NoisePath) -> None:
+    """Cleaner than its cleanest level is t = 0, noisier than its noisiest t = 1: also for what another path begins with."""
+    for other in PATHS:
+        ends = torch.cat([other.log_snr(f64(0.0, 1.0)), f64(60.0, -60.0)])
+        assert path.time_of_log_snr(ends).min() >= 0 and path.time_of_log_snr(ends).max() <= 1, type(other).__name__
+    assert path.time_of_log_snr(f64(60.0, -60.0)).tolist() == pytest.approx([0.0, 1.0], abs=1e-9)
+
+
 TABLES = [
     (Betas(schedule="linear"), {"beta_schedule": "linear"}),
     (Betas(), {"beta_schedule": "scaled_linear"}),

@@ -17,9 +17,10 @@ from fewstep.engine import Optim, Parallel, Settings, train
 from fewstep.engine.compiling import compile_problem
 from fewstep.engine.nets import build_nets
 from fewstep.engine.prepare import prepare
+from fewstep.engine.run import blend
 from fewstep.methods import DMD2, Consistency, Nets, Progressive, Reconstruction
 from fewstep.models import Denoiser, Lora, VideoModel, fingerprint
-from fewstep.models.lora import adapt, duplicate, load_adapter, merge, save_adapter, weaken
+from fewstep.models.lora import LoraLinear, adapt, adapters, duplicate, load_adapter, merge, save_adapter, weaken
 from fewstep.models.spread import Spread
 from fewstep.world.data import WorldClips
 from support_engine import FRAMES, small, tiny_model
@@ -194,6 +195,52 @@ def test_checkpoints_hold_adapters_and_students_are_whole(tmp_path: Path) -> Non
     assert fingerprint(again.denoiser) == fingerprint(student.denoiser)
     adapters = load_adapter(tiny_model().denoiser, folder / "adapter")
     assert torch.equal(call(merge(tiny_model().denoiser, adapters)), call(again.denoiser))
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.95])
+def test_averages_of_adapters_are_averages_of_what_they_do(decay: float) -> None:
+    """A target that follows a student whose A and B both move, beside the true average of its updates."""
+    nets = build_nets(tiny_model(), Consistency(), 0, LORA)
+    student, target = adapters(nets.student), adapters(nets.target)
+    true = {name: layer.update.detach().double() for name, layer in target.items()}
+    drift = {name: 0.002 * Rng(7).randn(tuple(p.shape), name) for name, p in nets.student.named_parameters()}
+    for step in range(1, 51):
+        with torch.no_grad():
+            for name, parameter in nets.student.named_parameters():
+                parameter.add_(drift[name] + 0.001 * Rng(8, step).randn(tuple(parameter.shape), name))
+        blend(nets.target, nets.student, decay)
+        true = {name: decay * kept + (1 - decay) * student[name].update.detach() for name, kept in true.items()}
+        if step in (1, 5, 50):
+            made, wanted = (torch.cat([x.flatten() for x in each]).double() for each in (
+                [layer.update.detach() for layer in target.values()], list(true.values())
+            ))  # fmt: skip
+            assert float((made - wanted).norm() / wanted.norm()) < 0.02, step
+            assert float(torch.cosine_similarity(made, wanted, dim=0)) > 0.9998, step
+
+
+def test_roles_of_one_source_start_equal_and_copies_are_exact(base: Denoiser) -> None:
+    nets = build_nets(tiny_model(), DMD, 0, LORA)
+    for name, layer in adapters(nets.student).items():
+        assert torch.equal(layer.lora_A.weight, adapters(nets.critic)[name].lora_A.weight)
+    assert len({float(layer.lora_A.weight.std()) for layer in adapters(nets.student).values()}) > 1
+    one, other = (moved(adapt(base, LORA, Rng(0)), seed=seed) for seed in (1, 2))
+    blend(one, other, 0.0)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    blend(one, other, 0.5)
+    assert torch.allclose(call(one), call(other), atol=1e-5)  # the average of equals
+
+
+def test_an_average_of_a_narrow_layer_loses_nothing() -> None:
+    """A rank above what the layer is wide: every update has it."""
+    made = []
+    for seed in (0, 1):
+        layer = LoraLinear(torch.nn.Linear(3, 5), rank=4, scale=2.0)
+        for name, parameter in layer.named_parameters():
+            parameter.data = Rng(seed).randn(tuple(parameter.shape), name)
+        made.append(layer)
+    wanted = 0.7 * made[0].update + 0.3 * made[1].update
+    made[0].average(made[1], 0.7)
+    assert torch.allclose(made[0].update, wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", [Progressive(stages=((2, 1), (1, 2))), Consistency()], ids=["Progressive", "target"])

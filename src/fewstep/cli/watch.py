@@ -13,14 +13,16 @@ from rich.text import Text
 
 from fewstep.cli.screen import screen, table
 from fewstep.engine.health import Record, read_record
-from fewstep.engine.health.vitals import Looks
+from fewstep.engine.health.vitals import Looks, unsaid
 from fewstep.engine.log import read_metrics
 
-COLOURS = {"improving": "bold green", "stalled": "bold yellow", "diverging": "bold red", "collapsing": "bold red"}
+COLOURS = {
+    "improving": "bold green", "unclear": "bold", "stalled": "bold yellow", "diverging": "bold red", "collapsing": "bold red",
+}  # fmt: skip
 BARS = "▁▂▃▄▅▆▇█"
 WIDTH = 32
 """Characters of a curve."""
-SHOWN = ("accuracy", "distance", "diversity", "motion", "saturation", "contrast", "std", "drift")
+SHOWN = ("accuracy", "distance", "heed", "diversity", "motion", "saturation", "contrast", "std", "drift")
 OTHERS = ("critic", "lag", "noise", "asked", "change", "coarse", "cosine")
 
 
@@ -58,6 +60,7 @@ def view(folder: Path) -> RenderableType:
         verdict = Text(last.verdict.word, style=COLOURS[last.verdict.word])
         parts.append(verdict + Text(f" at step {last.vitals.step}: {last.verdict.reason}", style="default"))
         parts += [Text(f"  {what}", style="bold") for what in last.done]
+        parts += [Text(f"  {what}", style="dim") for what in unsaid(last.vitals)]
         heads = ("\nhealth", "now", "", "teacher", "teacher, same steps", "before training")
         parts.append(table(heads, figures(record)))
     else:

@@ -36,7 +36,7 @@ class NoisePath(ABC):
 
     @abstractmethod
     def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
-        """The t at which `log(a^2 / s^2)` equals `log_snr` (float64)."""
+        """The t at which `log(a^2 / s^2)` equals `log_snr` (float64); 0 or 1 where the path ends before it."""
 
     def at(self, t: Tensor, like: Tensor) -> Coeffs:
         """Coefficients in the dtype of `like` `[B, C, F, ...]`, shaped to multiply it; `t` is `[B]` or `[B, F]`."""
@@ -114,7 +114,7 @@ class VP(NoisePath):
         return Coeffs(a, s, 0.5 * a * s2 * slope, -0.5 * s * a2 * slope)
 
     def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
-        return (log_snr.double() - self.high) / (self.low - self.high)
+        return ((log_snr.double() - self.high) / (self.low - self.high)).clamp(0, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +134,7 @@ class EDM(NoisePath):
 
     def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
         lo, hi = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
-        return ((-log_snr.double() / 2).exp() ** (1 / self.rho) - lo) / (hi - lo)
+        return (((-log_snr.double() / 2).exp() ** (1 / self.rho) - lo) / (hi - lo)).clamp(0, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +170,6 @@ class Betas(NoisePath):
         return Coeffs(a, s, -s * speed, a * speed)
 
     def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
-        """As in `NoisePath`; 1 for what is noisier than the table's last level."""
         angles = self._angles(log_snr)
         angle = torch.atan((-log_snr.double() / 2).exp())
         above = torch.searchsorted(angles, angle).clamp(1, self.num_train_timesteps)

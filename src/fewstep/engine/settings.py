@@ -24,7 +24,8 @@ class Optim:
     warmup: int = 0
     """Iterations of linear warm-up from 0."""
     decay: Literal["constant", "cosine", "linear"] = "constant"
-    """From the end of warm-up to the last iteration; cosine and linear end at 0."""
+    """What follows warm-up. Cosine and linear fall towards 0 and would be there one iteration after the last, so that the
+    last one still trains."""
     clip: float = 1.0
     """Largest norm of the role's whole gradient."""
 

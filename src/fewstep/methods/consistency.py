@@ -47,11 +47,18 @@ class Consistency(Method):
     huber: float = 1e-3
     """c of the pseudo-Huber distance d."""
     steps: tuple[int, ...] = (1, 2, 4)
-    """Step counts the student is offered for; the training does not depend on them."""
+    """Step counts the student is offered for; the training does not depend on them. Each must divide `intervals`: the times
+    of other counts are not on the training grid."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.skip <= self.intervals:
             raise ValueError(f"skip must lie in [1, intervals={self.intervals}], got {self.skip}")
+        trained = [n for n in range(1, self.intervals + 1) if self.intervals % n == 0]
+        if not self.steps or not set(self.steps) <= set(trained):
+            raise ValueError(
+                f"steps: with {self.intervals} intervals the student is trained at the times of {', '.join(map(str, trained))} "
+                f"steps, got {list(self.steps)}; take some of these, or another number of intervals"
+            )
 
     @property
     def needs(self) -> frozenset[str]:

@@ -52,6 +52,11 @@ class Progressive(Method):
         counts = [n for n, _ in self.stages]
         if not counts or counts[-1] < 1 or any(a != 2 * b for a, b in pairwise(counts)):
             raise ValueError(f"each stage must have half the steps of the one before, got {counts}")
+        if empty := [n for n, length in self.stages if length < 1]:
+            raise ValueError(
+                f"stages: the stage of {empty[0]} steps has no iterations, so it would train nothing (and the first stage is "
+                "the one that is guided); give it at least 1 iteration, or leave it out"
+            )
 
     @property
     def needs(self) -> frozenset[str]:

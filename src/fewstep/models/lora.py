@@ -2,8 +2,9 @@
 
 Each role is a network of its own over one set of frozen weights: nothing says "this adapter is active now". A shared
 network with a switch would compute something else when a block is computed again in the backward pass, after the switch
-was turned. Borrowed weights are buffers that are not saved, so parameters, gradients, optimiser states, averages and
-checkpoints hold the adapters alone, without a special case anywhere. The files are those of the library peft.
+was turned. Borrowed weights are buffers that are not saved, so parameters, gradients, optimiser states and checkpoints
+hold the adapters alone, without a special case anywhere. Averages are of what the adapters add to the weights, because the
+product of two averages is not the average of the products. The files are those of the library peft.
 
 Legend: W weight `[out, in]`, A `[rank, in]`, B `[out, rank]`.
 """
@@ -69,6 +70,23 @@ class LoraLinear(nn.Module):
     def update(self) -> Tensor:
         """What is added to W."""
         return self.scale * (self.lora_B.weight @ self.lora_A.weight)
+
+    @torch.no_grad()
+    def average(self, other: LoraLinear, decay: float) -> None:
+        """Make the update `decay` of its own and `1 - decay` of the `other`'s: the nearest of this rank (Eckart and Young 1936).
+
+        Exact while the two rank-r updates span r directions together; what both add beyond them is cut off.
+        """
+        b, a = self.lora_B.weight, self.lora_A.weight
+        share = (1 - decay) * other.scale / self.scale
+        left = torch.cat([decay * b.float(), share * other.lora_B.weight.to(b.device).float()], 1)
+        right = torch.cat([a.float(), other.lora_A.weight.to(a.device).float()])
+        (left, inner), (right, outer) = torch.linalg.qr(left), torch.linalg.qr(right.mT)
+        u, size, v = torch.linalg.svd(inner @ outer.mT, full_matrices=False)
+        root = size[: len(a)].sqrt()
+        kept = len(root)  # fewer than the rank where a side of the layer is narrower than it
+        b.zero_()[:, :kept] = left @ u[:, :kept] * root
+        a.zero_()[:kept] = (right @ v[:kept].mT * root).mT
 
 
 class LowRank(NamedTuple):
