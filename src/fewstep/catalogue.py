@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from fewstep.attention import PATTERNS
+from fewstep.compress import TRANSFORMS
 from fewstep.data import DATA
 from fewstep.diffusion import CFG, DENSITIES, PATHS, ddim, dpmpp_2m, euler, heun, renoise
 from fewstep.engine import Health, Settings, WorldProbe
@@ -26,6 +27,7 @@ KINDS: Mapping[str, tuple[Callable[..., Any], ...]] = MappingProxyType({
     "data": (*DATA, WorldClips),
     "rollouts": ROLLOUTS,
     "patterns": PATTERNS,
+    "transforms": TRANSFORMS,
     "samplers": (euler, heun, ddim, dpmpp_2m, renoise),
     "paths": PATHS,
     "densities": DENSITIES,

@@ -47,6 +47,12 @@ def lines(thing: Any, depth: int = 0) -> Iterator[tuple[int, str, str, str]]:
             file, line = where(type(value))
             yield depth, field.name, f"{type(value).__name__}  ({file}:{line})", note
             yield from lines(value, depth + 1)
+        elif isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
+            yield depth, field.name, "", note
+            for item in value:
+                file, line = where(type(item))
+                yield depth + 1, "-", f"{type(item).__name__}  ({file}:{line})", ""
+                yield from lines(item, depth + 2)
         elif isinstance(value, dict) and any(map(dataclasses.is_dataclass, value.values())):
             yield depth, field.name, "", note
             for key, inner in value.items():

@@ -38,6 +38,7 @@ class List(Command):
             "data",
             "rollouts",
             "patterns",
+            "transforms",
             "samplers",
             "paths",
             "densities",

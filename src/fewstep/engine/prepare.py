@@ -162,6 +162,12 @@ def require_possible(method: Method, settings: Settings, card: Card, probe: Prob
         raise ValueError(f"settings.optim.{role} trains nothing; {hint}({name} trains: {', '.join(roles)})")
     if settings.lora is None and any(isinstance(role, Weak) for role in method.aux().values()):
         raise ValueError(f"{name} weakens adapters, and this run has none; set settings.lora, or method.weak: 0")
+    fixed = [type(transform).__name__ for transform in card.transforms if not transform.trainable]
+    if fixed and settings.lora is None and method.part == "denoiser":
+        raise ValueError(
+            f"{name} would train a denoiser whose layers are {fixed[0]} and cannot be trained; set settings.lora, whose adapters "
+            "are trained over them, or train first and transform the student"
+        )
     if settings.lora is not None and settings.parallel.offload:
         raise ValueError(
             "settings.parallel.offload sends networks away one by one, and with settings.lora all of them are adapters over "
@@ -204,6 +210,7 @@ def require_same(method: Method, settings: Settings, card: Card) -> None:
         "denoiser": (begun.parts["denoiser"], card.parts.get("denoiser", begun.parts["denoiser"])),
         "path": (begun.path, card.path),
         "kind": (begun.kind, card.kind),
+        "transforms": (begun.transforms, card.transforms),
     }
     for what, (theirs, own) in pairs.items():
         if theirs != own:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fewstep.attention import Grid3, Ulysses, attend
+from fewstep.compress import Transform
 from fewstep.core import KV, Call, Cond
 from fewstep.core.call import Place
 
@@ -154,6 +155,16 @@ class Backbone(nn.Module, ABC):
     shared: Ulysses | None = None
     """The processes that share every clip of this network, see `spread`."""
     checkpointing: bool = False
+    transforms: tuple[Transform, ...] = ()
+    """How this network differs from what its class and `args` make, see `compress.transformed`."""
+    takes_scalars: ClassVar[bool] = False
+    """Whether `embed` gives its time embedding to `with_scalars`."""
+    scalars: nn.ModuleDict
+    """Embeddings of what `ScalarInput` has added, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scalars = nn.ModuleDict()
 
     @abstractmethod
     def embed(self, x: Tensor, t: Tensor, cond: Cond, call: Call = Call()) -> State:
@@ -163,9 +174,24 @@ class Backbone(nn.Module, ABC):
     def head(self, state: Any) -> Tensor:
         """From the kind of state that `embed` makes."""
 
+    def with_scalars(self, time_BGE: Tensor, cond: Cond) -> Tensor:
+        """The time embedding, to which every added scalar input adds what `cond` says of it."""
+        for scalar in self.scalars.values():
+            time_BGE = scalar(time_BGE, cond.extra)
+        return time_BGE
+
     def original(self) -> Original | None:
         """The networks this one was read from, to compare with or to save; None where the class is fewstep's own."""
         return None
+
+    def require_plain(self) -> None:
+        """ValueError for a transformed network: outside of fewstep nothing knows how to build it."""
+        if self.transforms:
+            names = ", ".join(type(transform).__name__ for transform in self.transforms)
+            raise ValueError(
+                f"this {type(self).__name__} is transformed ({names}), and only fewstep knows how to build it; keep it in "
+                "fewstep's folder"
+            )
 
     @property
     def widths(self) -> tuple[int, ...]:
