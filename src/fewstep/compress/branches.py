@@ -1,7 +1,7 @@
 """Low-rank branches beside linear layers: what adapters become where there is no float weight to add them to.
 
-`layer(x) + B (A x)`, with A `[rank, in]` and B `[out, rank]`. QLoRA (2305.14314) trains adapters over quantised weights; here they
-stay beside them, so that the student that is saved is the student that was trained.
+`layer(x) + B (A x)`, with A `[rank, in]` and B `[out, rank]`. QLoRA (2305.14314) trains adapters over quantised weights;
+here they stay beside them, so that the student that is saved is the student that was trained.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ class Branched(nn.Module):
     def __init__(self, base: nn.Module, rank: int) -> None:
         super().__init__()
         self.in_features, self.out_features, self.base = base.in_features, base.out_features, base
-        place = {"device": base.weight.device, "dtype": base.weight.dtype}  # type: ignore[union-attr]
-        self.down = nn.utils.skip_init(nn.Linear, self.in_features, rank, bias=False, **place)  # type: ignore[arg-type]
-        self.up = nn.utils.skip_init(nn.Linear, rank, self.out_features, bias=False, **place)  # type: ignore[arg-type]
+        place = {"device": base.weight.device, "dtype": base.weight.dtype}
+        self.down = nn.utils.skip_init(nn.Linear, self.in_features, rank, bias=False, **place)
+        self.up = nn.utils.skip_init(nn.Linear, rank, self.out_features, bias=False, **place)
 
     @property
     def weight(self) -> Tensor:
         """The weights that it comes to."""
-        weight: Tensor = self.base.weight  # type: ignore[assignment]
-        return weight + self.up.weight @ self.down.weight  # type: ignore[operator]
+        weight: Tensor = self.base.weight
+        return weight + self.up.weight @ self.down.weight
 
     def forward(self, input: Tensor) -> Tensor:
         return self.base(input) + self.up(self.down(input))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from fewstep.compress import TRANSFORMS, Transform, transformed
 from fewstep.core import Call, Cond, RecipeError, Seeds, build, dump
-from fewstep.core.build import At
+from fewstep.core.build import At, refuse_imports
 from fewstep.diffusion import CFG, PATHS, Contract, Kind, NoisePath, Prediction, RectifiedFlow, solve
 from fewstep.diffusion.contract import StepCountError
 from fewstep.diffusion.samplers import Watch
@@ -346,7 +345,7 @@ def read_card(source: Path | str) -> Card:
 
 def parse_card(tree: Any, where: str) -> Card:
     """The card of its plain values. RecipeError says what is wrong with them, or that they would import code."""
-    _refuse_imports(tree, At(where))
+    refuse_imports(tree, At(where))
     names = {cls.__name__: cls for classes in (PATHS, TRANSFORMS) for cls in classes}
     card: Card = build(Card, tree, names, where)
     return card
@@ -380,19 +379,6 @@ def text_width_of(card: Card) -> int | None:
     with torch.device("meta"):
         text: Any = card.parts["text"].build()
     return int(text.width)
-
-
-def _refuse_imports(tree: Any, at: At) -> None:
-    """A folder of weights comes from anywhere, so its card must not choose what is imported."""
-    for index, item in enumerate(tree) if isinstance(tree, list) else ():
-        _refuse_imports(item, at.item(index))
-    for key, value in tree.items() if isinstance(tree, dict) else ():
-        module = value.partition(":")[0] if key == "type" and isinstance(value, str) and ":" in value else None
-        if module is not None and module not in sys.modules:
-            raise at.key(key).fail(
-                f"is {value!r}, a class outside fewstep. If you trust it, import {module} in Python before loading"
-            )
-        _refuse_imports(value, at.key(key))
 
 
 def _folder_of(source: Path | str) -> Path:
