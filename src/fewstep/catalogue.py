@@ -17,12 +17,12 @@ from fewstep.diffusion import CFG, DENSITIES, PATHS, ddim, dpmpp_2m, euler, heun
 from fewstep.engine import Health, Settings, WorldProbe
 from fewstep.methods import METHODS, ROLLOUTS
 from fewstep.models import NETWORKS
-from fewstep.models.source import Diffusers, Pretrained, Scratch
+from fewstep.models.source import Diffusers, Pretrained, Previous, Scratch
 from fewstep.world.data import WorldClips
 
 KINDS: Mapping[str, tuple[Callable[..., Any], ...]] = MappingProxyType({
     "methods": METHODS,
-    "models": (Pretrained, Diffusers, Scratch),
+    "models": (Pretrained, Diffusers, Scratch, Previous),
     "networks": NETWORKS,
     "data": (*DATA, WorldClips),
     "rollouts": ROLLOUTS,

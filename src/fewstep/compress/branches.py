@@ -55,8 +55,9 @@ class Branched(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weights that it comes to."""
-        weight: Tensor = self.base.weight
-        return weight + self.up.weight @ self.down.weight
+        weight: Any = self.base.weight
+        made: Tensor = weight + self.up.weight @ self.down.weight
+        return made
 
     def forward(self, input: Tensor) -> Tensor:
         return self.base(input) + self.up(self.down(input))

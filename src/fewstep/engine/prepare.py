@@ -194,8 +194,8 @@ def require_possible(method: Method, settings: Settings, card: Card, probe: Prob
     return roles
 
 
-def require_same(method: Method, settings: Settings, card: Card) -> None:
-    """Refuse (ValueError) a start that is no denoiser like the teacher's."""
+def require_same(method: Method, settings: Settings, card: Card, begun: Card | None = None) -> None:
+    """Refuse (ValueError) a start that is no denoiser like the teacher's; `begun` is its card where it is not there yet."""
     if settings.start is None:
         return
     if method.part != "denoiser" or settings.lora is not None:
@@ -203,7 +203,7 @@ def require_same(method: Method, settings: Settings, card: Card) -> None:
             "settings.start: only a denoiser that is trained whole goes on from an earlier one; leave out settings.lora, "
             "or settings.start"
         )
-    begun = starts(settings)["student"].card()
+    begun = begun or starts(settings)["student"].card()
     if "denoiser" not in begun.parts:
         raise ValueError(f"settings.start: {settings.start} has no denoiser; it has {', '.join(begun.parts)}")
     pairs = {

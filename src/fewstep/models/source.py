@@ -112,6 +112,17 @@ class Diffusers(ModelSource):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Previous(ModelSource):
+    """In a recipe with stages: the student of the stage before, as the teacher of this one."""
+
+    def card(self) -> Card:
+        raise RecipeError("recipe: model: Previous is for the second and later of a recipe's stages; name a model")
+
+    def load(self, leave: Collection[str] = (), parts: Collection[str] = PARTS) -> VideoModel:
+        raise RecipeError("recipe: model: Previous is for the second and later of a recipe's stages; name a model")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Scratch(ModelSource):
     """A model with fresh networks, for training from nothing.
 
