@@ -123,8 +123,9 @@ class Recipe(Written):
     def check(self, card: Card | None = None) -> Card:
         """Refuse what cannot work before any weight is loaded, and return the card of the model the run starts from.
 
-        `card` is what that model will say where it is not there yet. The data must provide what the method needs, and fit the model; the model must have the part that is trained, the
-        method a sampling contract for it, every optimiser a role that is trained; and the run must be long enough.
+        `card` is what that model will say where it is not there yet. The data must provide what the method needs, and fit the
+        model; the model must have the part that is trained, the method a sampling contract for it, every optimiser a role that
+        is trained; and the run must be long enough.
         """
         require(self.data, self.method)
         card, name = self.model.card() if card is None else card, type(self.method).__name__
