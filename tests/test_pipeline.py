@@ -231,6 +231,8 @@ def test_the_command_runs_all_stages(two: Pipeline, tmp_path: Path, capsys: pyte
     words = ["--quiet", "--allow-fallback", "--stages.dmd2.settings.steps", "1"]
     assert main(["distill", str(path), "--output", str(output), *words]) == 0
     assert str(output / "2-dmd2" / "student") in capsys.readouterr().out
+    assert main(["watch", str(output), "--every", "0"]) == 0
+    assert "2-dmd2" in capsys.readouterr().out
     saved = Pipeline.load(output)
     assert [stage.settings.steps for stage in saved.stages.values()] == [2, 1]
     assert all(stage.settings.allow_fallback for stage in saved.stages.values())
