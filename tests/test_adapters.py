@@ -19,6 +19,7 @@ from torch import Tensor
 from fewstep import distill
 from fewstep.attention import BlockCausal, KVCache, Operation, TopK
 from fewstep.cli import main
+from fewstep.compress import Int8, ScalarInput
 from fewstep.core import Call, Cond, Rng, Seeds
 from fewstep.core.build import RecipeError
 from fewstep.data import Prompts
@@ -235,6 +236,30 @@ def test_lora_finds_every_linear_layer_of_the_blocks(model: VideoModel) -> None:
     assert adapters(twin).keys() == linear and len(linear) >= len(model.denoiser.backbone.blocks)
     x, t, cond = drawn(model)
     assert torch.equal(twin(x, t, cond).raw, model.denoiser(x, t, cond).raw)
+
+
+def test_it_is_transformed_and_comes_back(model: VideoModel, tmp_path: Path) -> None:
+    """Eight bits in every linear layer of the blocks; scalars where they would be read. Elsewhere nobody could build it."""
+    changed = model.transformed(Int8())
+    x, t, cond = drawn(model)
+    plain, made = model.denoiser(x, t, cond).raw, changed.denoiser(x, t, cond).raw
+    assert 0 < (made - plain).norm() / plain.norm() < 0.05
+    loaded = VideoModel.from_pretrained(changed.save(tmp_path / "small"))
+    assert loaded.card.transforms == (Int8(),) and torch.equal(loaded.denoiser(x, t, cond).raw, made)
+    with pytest.raises(ValueError, match=r"is transformed \(Int8\)"):
+        loaded.export(tmp_path / "out")
+    scalar = ScalarInput(name="until", default=0.0)
+    if model.denoiser.backbone.takes_scalars:
+        other = model.transformed(scalar).denoiser
+        assert torch.equal(other(x, t, cond).raw, plain)
+        with torch.no_grad():
+            other.backbone.scalars["until"].out.weight.add_(0.1)
+        assert not torch.equal(other(x, t, cond).raw, plain)
+        with pytest.raises(ValueError, match=r"is transformed \(ScalarInput\)"):
+            model.with_part("denoiser", other).denoiser.backbone.original()
+    else:
+        with pytest.raises(ValueError, match="takes no scalar inputs"):
+            model.transformed(scalar)
 
 
 # --- folders --------------------------------------------------------------------------------------------------------------

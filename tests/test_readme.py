@@ -19,6 +19,7 @@ from fewstep.core.build import build, load_yaml
 from fewstep.data import write_video
 from fewstep.engine.prepare import require_processes
 from fewstep.models import bundle
+from fewstep.pipeline import Pipeline, read
 from fewstep.recipe import Recipe, names
 from support_engine import tiny_model
 
@@ -148,7 +149,9 @@ def assert_runs(command: list[str]) -> None:
     assert words[0] in COMMANDS and (options.takes_overrides or not overrides)
     recipe = getattr(options, "recipe", None)
     if recipe is not None:
-        require_processes(Recipe.load(ROOT / recipe, overrides).settings)
+        made = read(ROOT / recipe, overrides)
+        for stage in made.stages.values() if isinstance(made, Pipeline) else [made]:
+            require_processes(stage.settings)
 
 
 @pytest.mark.parametrize(("page", "command"), [c for c in shell_lines() if not c[1].startswith("fewstep ")])
@@ -239,5 +242,9 @@ def test_python_blocks_run(page: Path, tiny_world: Path, request: pytest.Fixture
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "yaml")], ids=lambda page: page.name)
 def test_yaml_blocks_are_parts_of_recipes(page: Path) -> None:
     for block in blocks(page, "yaml"):
-        recipe = build(Recipe, WHOLE | load_yaml(block), names())
+        tree = load_yaml(block)
+        if "stages" in tree:
+            assert build(Pipeline, tree, names()).stages
+            continue
+        recipe = build(Recipe, WHOLE | tree, names())
         assert isinstance(recipe, Recipe) and recipe.method.needs <= recipe.data.provides

@@ -12,22 +12,24 @@ from typing import Any
 
 from fewstep.attention import PATTERNS
 from fewstep.caching import CACHES
+from fewstep.compress import TRANSFORMS
 from fewstep.data import DATA
 from fewstep.diffusion import CFG, DENSITIES, GRIDS, PATHS, SAMPLERS
 from fewstep.engine import Health, Settings, WorldProbe
 from fewstep.methods import METHODS, ROLLOUTS
 from fewstep.models import NETWORKS
-from fewstep.models.source import Diffusers, Pretrained, Scratch
+from fewstep.models.source import Diffusers, Pretrained, Previous, Scratch
 from fewstep.world.data import WorldClips
 
 KINDS: Mapping[str, tuple[Callable[..., Any], ...]] = MappingProxyType({
     "methods": METHODS,
-    "models": (Pretrained, Diffusers, Scratch),
+    "models": (Pretrained, Diffusers, Scratch, Previous),
     "networks": NETWORKS,
     "data": (*DATA, WorldClips),
     "rollouts": ROLLOUTS,
     "patterns": PATTERNS,
     "caches": CACHES,
+    "transforms": TRANSFORMS,
     "samplers": SAMPLERS,
     "grids": GRIDS,
     "paths": PATHS,

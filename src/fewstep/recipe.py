@@ -11,8 +11,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from fewstep.core.atomic import write_text
 from fewstep.core.build import At, Raw, RecipeError, build, digest, dump, load_yaml, to_yaml
 from fewstep.core.env import place
 from fewstep.data import Data, require
@@ -40,32 +41,22 @@ class Difference:
         return f"{self.key}: {self.here} -> {self.there}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """Everything that decides a run's numbers.
-
-    `Recipe.load(path)` reads one, `.save(path)` writes it with all defaults, `.hash` names it, `.run(output)` runs it.
-    """
-
-    model: ModelSource
-    """Where the run starts: the teacher, or networks made from scratch."""
-    method: Method
-    data: Data
-    settings: Settings
-    probe: WorldProbe | None = None
-    """Judges the student during the run; the best by its rule is kept. None keeps the last."""
+class Written:
+    """A frozen dataclass with a strict printed form, which is a recipe's file."""
 
     @classmethod
-    def load(cls, path: Path | str, overrides: Iterable[tuple[str, str]] = ()) -> Recipe:
+    def load(cls, path: Path | str, overrides: Iterable[tuple[str, str]] = ()) -> Self:
         """Read a YAML file (or the folder of a run or student), then apply `(dotted key, text)` overrides to it.
 
         RecipeError for a key, name or value that is not accepted; FileNotFoundError names the nearest file there is.
         """
-        path = _find(Path(path))
-        recipe: Recipe = build(cls, load_yaml(path.read_text(encoding="utf-8"), str(path)), names(), str(path))
-        return recipe.override(overrides)
+        tree = tree_of(path)
+        if cls is Recipe and isinstance(tree, dict) and "stages" in tree:
+            raise RecipeError(f"{path} has stages; fewstep.Pipeline.load reads it")
+        made: Self = build(cls, tree, names(), str(find(path)))
+        return made.override(overrides)
 
-    def override(self, overrides: Iterable[tuple[str, str]]) -> Recipe:
+    def override(self, overrides: Iterable[tuple[str, str]]) -> Self:
         """A copy with `(dotted key, text)` pairs applied: `("method.critic-updates", "3")`. Text is read by type."""
         pairs = [(key.replace("-", "_"), value) for key, value in overrides]
         if not pairs:
@@ -73,17 +64,15 @@ class Recipe:
         tree = self.tree()
         for key, value in sorted(pairs, key=lambda pair: (not pair[0].endswith(".type"), pair[0].count("."))):
             _set(tree, key, value)
-        recipe: Recipe = build(Recipe, tree, names(), "command line")
-        return recipe
+        made: Self = build(type(self), tree, names(), "command line")
+        return made
 
     def save(self, path: Path | str) -> Path:
         """Write the resolved recipe, all defaults included, to a file (or as `recipe.yaml` into a folder)."""
         path = Path(path)
         path = path / FILE if path.suffix not in (".yaml", ".yml") else path
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(
-            f"# Resolved by fewstep: every default is written out. Hash {self.hash}.\n" + self.text, "utf-8"
-        )
+        write_text(path, f"# Resolved by fewstep: every default is written out. Hash {self.hash}.\n" + self.text)
         return path
 
     def tree(self) -> dict[str, Any]:
@@ -98,27 +87,48 @@ class Recipe:
 
     @property
     def hash(self) -> str:
-        """12 characters that name the run: equal exactly when every value is equal that decides its numbers.
+        """12 characters: equal exactly when every value is equal that decides the numbers of a run."""
+        return digest(self.tree())
 
-        How it is spread over processes (`settings.parallel`) is not among them.
-        """
-        tree = self.tree()
-        return digest(tree | {"settings": {key: v for key, v in tree["settings"].items() if key != "parallel"}})
-
-    def diff(self, other: Recipe) -> list[Difference]:
+    def diff(self, other: Written) -> list[Difference]:
         """In which settings `other` differs, by dotted key."""
         here, there = _flat(self.tree()), _flat(other.tree())
         keys = list(dict.fromkeys([*here, *there]))
         return [Difference(k, here.get(k), there.get(k)) for k in keys if here.get(k) != there.get(k)]
 
-    def check(self) -> Card:
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Written):
+    """Everything that decides a run's numbers.
+
+    `Recipe.load(path)` reads one, `.save(path)` writes it with all defaults, `.hash` names it, `.run(output)` runs it.
+    """
+
+    model: ModelSource
+    """Where the run starts: the teacher, or networks made from scratch."""
+    method: Method
+    data: Data
+    settings: Settings
+    probe: WorldProbe | None = None
+    """Judges the student during the run; the best by its rule is kept. None keeps the last."""
+
+    @property
+    def hash(self) -> str:
+        """12 characters that name the run: equal exactly when every value is equal that decides its numbers.
+
+        How it is spread over processes (`settings.parallel`) is not among them.
+        """
+        return digest(without_parallel(self.tree()))
+
+    def check(self, card: Card | None = None) -> Card:
         """Refuse what cannot work before any weight is loaded, and return the card of the model the run starts from.
 
-        The data must provide what the method needs, and fit the model; the model must have the part that is trained, the
-        method a sampling contract for it, every optimiser a role that is trained; and the run must be long enough.
+        `card` is what that model will say where it is not there yet. The data must provide what the method needs, and fit the
+        model; the model must have the part that is trained, the method a sampling contract for it, every optimiser a role that
+        is trained; and the run must be long enough.
         """
         require(self.data, self.method)
-        card, name = self.model.card(), type(self.method).__name__
+        card, name = self.model.card() if card is None else card, type(self.method).__name__
         if self.method.part not in card.parts:
             have = ", ".join(card.parts)
             raise RecipeError(
@@ -147,6 +157,11 @@ class Recipe:
         if leads:
             self.save(output / "student")
         return student
+
+    def finished(self, output: Path) -> bool:
+        """Whether `output` has the student of this very recipe, written to the end."""
+        made = output / "student" / FILE
+        return made.is_file() and Recipe.load(made).hash == self.hash
 
     def _claim(self, output: Path) -> None:
         """Make `output` this recipe's folder, or refuse where it is another's."""
@@ -215,7 +230,20 @@ def names() -> dict[str, type]:
     return {cls.__name__: cls for cls in classes()}
 
 
-def _find(path: Path) -> Path:
+def tree_of(path: Path | str) -> Any:
+    """The plain values in a recipe's file. Errors as in `Written.load`."""
+    file = find(path)
+    return load_yaml(file.read_text(encoding="utf-8"), str(file))
+
+
+def without_parallel(tree: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's tree without what only says how it is spread over processes."""
+    return tree | {"settings": {key: value for key, value in tree["settings"].items() if key != "parallel"}}
+
+
+def find(path: Path | str) -> Path:
+    """A recipe's file, or that in a folder."""
+    path = Path(path)
     path = path / FILE if path.is_dir() else path
     if path.is_file():
         return path

@@ -45,13 +45,14 @@ def demo(options: arguments.Demo) -> int:
 
 def train(options: arguments.Train, overrides: Overrides) -> int:
     from fewstep.core.peers import part_company
-    from fewstep.recipe import Recipe
+    from fewstep.pipeline import Pipeline, read
 
     if options.strict and options.allow_fallback:
         raise UsageError("--strict and --allow-fallback are opposites; give one of them")
+    recipe = read(options.recipe, overrides)
     if options.strict or options.allow_fallback:
-        overrides = [*overrides, ("settings.allow_fallback", str(options.allow_fallback).lower())]
-    recipe = Recipe.load(options.recipe, overrides)
+        stages = [f"stages.{name}." for name in recipe.stages] if isinstance(recipe, Pipeline) else [""]
+        recipe = recipe.override((f"{s}settings.allow_fallback", str(options.allow_fallback).lower()) for s in stages)
     source = options.recipe if options.recipe.is_dir() else options.recipe.with_suffix("")
     output = options.output or Path("runs") / f"{source.name}-{recipe.hash}"
     if options.dry_run:
@@ -65,7 +66,7 @@ def train(options: arguments.Train, overrides: Overrides) -> int:
             )
     recipe.run(output, quiet=options.quiet)
     part_company()
-    return _made(output / "student")
+    return _made(recipe.student(output) if isinstance(recipe, Pipeline) else output / "student")
 
 
 def prepare(options: arguments.Prepare) -> int:

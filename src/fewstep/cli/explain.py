@@ -10,18 +10,32 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.text import Text
 
 from fewstep.catalogue import entry, where
 from fewstep.cli.screen import screen
 from fewstep.methods.base import Method, Sync, Update
+from fewstep.pipeline import Pipeline, read
 from fewstep.recipe import Recipe
 
 
 def show(path: Path, overrides: list[tuple[str, str]]) -> int:
-    recipe = Recipe.load(path, overrides)
+    recipe = read(path, overrides)
     out = screen()
     out.print(Text(f"recipe {recipe.hash}  ({path})", style="bold"))
+    if isinstance(recipe, Pipeline):
+        for number, stage in enumerate(recipe.plan(Path("OUTPUT")), 1):
+            out.print(Text(f"\nstage {number} of {len(recipe.stages)}: {stage.name}", style="bold"))
+            explain(out, stage.recipe)
+    else:
+        explain(out, recipe)
+    recipe.check()
+    return 0
+
+
+def explain(out: Console, recipe: Recipe) -> None:
+    """One recipe, or one stage of several."""
     for depth, key, value, note in lines(recipe):
         left = f"{'  ' * depth}{key}: {value}".rstrip()
         out.print(Text(left) + Text(f"  # {note}" if note else "", style="dim"))
@@ -31,8 +45,6 @@ def show(path: Path, overrides: list[tuple[str, str]]) -> int:
     out.print(Text("\npapers", style="bold"))
     for line in papers(recipe) or ["none"]:
         out.print(Text(f"  {line}"))
-    recipe.check()
-    return 0
 
 
 def lines(thing: Any, depth: int = 0) -> Iterator[tuple[int, str, str, str]]:
@@ -47,6 +59,12 @@ def lines(thing: Any, depth: int = 0) -> Iterator[tuple[int, str, str, str]]:
             file, line = where(type(value))
             yield depth, field.name, f"{type(value).__name__}  ({file}:{line})", note
             yield from lines(value, depth + 1)
+        elif isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
+            yield depth, field.name, "", note
+            for item in value:
+                file, line = where(type(item))
+                yield depth + 1, "-", f"{type(item).__name__}  ({file}:{line})", ""
+                yield from lines(item, depth + 2)
         elif isinstance(value, dict) and any(map(dataclasses.is_dataclass, value.values())):
             yield depth, field.name, "", note
             for key, inner in value.items():

@@ -18,6 +18,7 @@ from fewstep.engine.settings import Settings
 from fewstep.methods import in_forwards
 from fewstep.models import Lora
 from fewstep.models.bundle import Card, VideoModel
+from fewstep.pipeline import Pipeline
 from fewstep.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -51,13 +52,25 @@ class Device:
         return cls(memory=memory, flops=options.flops, price=options.price, shard=options.shard or 8)
 
 
-def show(recipe: Recipe, output: Path, device: Device = Device()) -> int:
-    card = recipe.check()
+def show(recipe: Recipe | Pipeline, output: Path, device: Device = Device()) -> int:
     out = screen()
+    if isinstance(recipe, Pipeline):
+        recipe.check()
+        for number, stage in enumerate(recipe.plan(output), 1):
+            out.print(f"stage {number} of {len(recipe.stages)}, {stage.name}, of recipe {recipe.hash}", markup=False)
+            _show(out, stage.alone, stage.card, stage.folder, device)
+            out.print()
+    else:
+        out.print(f"recipe {recipe.hash}", markup=False)
+        _show(out, recipe, recipe.check(), output, device)
+    out.print("nothing was loaded or written")
+    return 0
+
+
+def _show(out: Console, recipe: Recipe, card: Card, output: Path, device: Device) -> None:
+    """One recipe, or one stage of several."""
     plan = planned(recipe, recipe.settings, card)
-    out.print(
-        f"recipe {recipe.hash}: {type(recipe.method).__name__} on {card.name}, would write {output}", markup=False
-    )
+    out.print(f"{type(recipe.method).__name__} on {card.name}, would write {output}", markup=False)
     out.print(table(("held all the time", "network", "parameters", "trained", "weights", "optimiser"), holdings(plan)))
     out.print(table(("\nmeanwhile", "gradients", "activations", "with all that is held"), phases(plan)))
     out.print(table(("\nshapes", ""), shapes(recipe, card)))
@@ -66,8 +79,6 @@ def show(recipe: Recipe, output: Path, device: Device = Device()) -> int:
         out.print(line, markup=False)
     if device.memory is not None:
         verdict(out, recipe, card, plan, device)
-    out.print("nothing was loaded or written")
-    return 0
 
 
 def planned(recipe: Recipe, settings: Settings, card: Card) -> Plan:

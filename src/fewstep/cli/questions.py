@@ -39,6 +39,7 @@ class List(Command):
             "rollouts",
             "patterns",
             "caches",
+            "transforms",
             "samplers",
             "grids",
             "paths",

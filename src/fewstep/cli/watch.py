@@ -27,7 +27,9 @@ OTHERS = ("critic", "lag", "noise", "asked", "change", "coarse", "cosine")
 
 
 def show(folder: Path, *, every: float) -> int:
-    """Print once, or on a terminal until the run has ended."""
+    """Print once, or on a terminal until the run has ended. Of a recipe with stages: its latest stage."""
+    stages = [path.parent for path in folder.glob("*-*/metrics.jsonl")]
+    folder = max(stages, key=lambda stage: int(stage.name.partition("-")[0])) if stages else folder
     check(folder)
     out = screen()
     if not (out.is_terminal and every > 0):

@@ -14,6 +14,7 @@ import dataclasses
 import difflib
 import importlib
 import inspect
+import sys
 import types
 from abc import ABC
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,7 +26,7 @@ from fewstep.core.yaml import NUMBER, RecipeError, digest, load_yaml, to_yaml
 
 __all__ = [
     "At", "Names", "Parameter", "Raw", "RecipeError", "build", "build_arguments", "describe", "digest", "dump",
-    "find_class", "load_yaml", "parameters", "to_yaml", "type_name", "unknown",
+    "find_class", "load_yaml", "parameters", "refuse_imports", "to_yaml", "type_name", "unknown",
 ]  # fmt: skip
 
 Names = Mapping[str, type]
@@ -152,6 +153,19 @@ def parameters(target: Callable[..., Any]) -> list[Parameter]:
         if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
             found.append(Parameter(p.name, hints.get(p.name, Any), _MISSING if p.default is p.empty else p.default))
     return found
+
+
+def refuse_imports(tree: Any, at: At) -> None:
+    """A folder of weights comes from anywhere, so its card must not choose what is imported."""
+    for index, item in enumerate(tree) if isinstance(tree, list) else ():
+        refuse_imports(item, at.item(index))
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        module = value.partition(":")[0] if key == "type" and isinstance(value, str) and ":" in value else None
+        if module is not None and module not in sys.modules:
+            raise at.key(key).fail(
+                f"is {value!r}, a class outside fewstep. If you trust it, import {module} in Python before loading"
+            )
+        refuse_imports(value, at.key(key))
 
 
 def unknown(at: At, key: str, accepted: Iterable[str]) -> RecipeError:

@@ -19,7 +19,7 @@ from fewstep.evaluate.sampling import Bench, Progress, prepare, sample
 from fewstep.evaluate.suite import Entry, Suite
 from fewstep.evaluate.target import Target, make_target
 from fewstep.metrics.statistics import ENOUGH, FEWEST
-from fewstep.models.bundle import fingerprint
+from fewstep.models.fingerprint import fingerprint
 from fewstep.world.grammar import ATTRIBUTES
 
 

@@ -7,9 +7,8 @@ its own folder and names the source of its text encoder and codec, which it did 
 
 from __future__ import annotations
 
-import hashlib
+import copy
 import json
-import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,13 +18,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fewstep.compress import TRANSFORMS, Transform, transformed
 from fewstep.core import Cond, RecipeError, build, dump
-from fewstep.core.build import At
+from fewstep.core.build import At, refuse_imports
 from fewstep.diffusion import NAMED, Contract, Kind, NoisePath, RectifiedFlow, Step
 from fewstep.diffusion.samplers import finish
 from fewstep.models import adapters
 from fewstep.models.autoencoder import FrameAutoencoder
 from fewstep.models.denoiser import Denoiser
+from fewstep.models.fingerprint import describe, print_of
 from fewstep.models.images import Images, blank_images, image_conditions
 from fewstep.models.lora import updated
 from fewstep.models.sampling import Request, sampling
@@ -54,6 +55,8 @@ class Card:
     """Of parts whose weights are not in this folder: the folder in diffusers' layout, or its hub name, that has them."""
     fingerprints: dict[str, str] = field(default_factory=dict)
     """Of every part's weights as they load: data made by other weights is refused before any is read."""
+    transforms: tuple[Transform, ...] = ()
+    """In which the denoiser differs from what its entry in `parts` makes, in the order in which they are applied."""
     path: NoisePath = RectifiedFlow()
     kind: Kind = "flow"
     contract: Contract = Contract()
@@ -103,13 +106,18 @@ class VideoModel:
     def codec(self) -> FrameAutoencoder:
         return self.part("codec")  # type: ignore[return-value]
 
+    @property
+    def transforms(self) -> tuple[Transform, ...]:
+        """What was done to the denoiser, if there is one."""
+        return self.denoiser.backbone.transforms if "denoiser" in self.parts else ()
+
     def weights(self, name: str) -> Mapping[str, Tensor]:
         """A part's tensors by name; those of a part that is only stored are read one at a time, when asked for."""
         return self.stored[name] if name in self.stored else self.part(name).state_dict()
 
     def fingerprint(self, name: str) -> str:
         """Of a part, wherever its weights are."""
-        return _print_of(self.part(name), self.weights(name))
+        return print_of(self.part(name), self.weights(name))
 
     @property
     def device(self) -> torch.device:
@@ -126,6 +134,8 @@ class VideoModel:
         known = {part: value for part, value in self.card.fingerprints.items() if part != name}
         elsewhere = {part: source for part, source in self.card.sources.items() if part != name}
         changes = {"fingerprints": known, "sources": elsewhere, **card}
+        if isinstance(network, Denoiser):
+            changes["transforms"] = network.backbone.transforms
         return VideoModel(replace(self.card, **changes), {**self.parts, name: network})
 
     def with_lora(self, source: Path | str) -> VideoModel:
@@ -135,6 +145,14 @@ class VideoModel:
         """
         network = updated(self.denoiser, adapters.read_lora(self.denoiser, Path(source)))
         return self.with_part("denoiser", network, provenance={**self.card.provenance, "lora": str(source)})
+
+    def transformed(self, *transforms: Transform) -> VideoModel:
+        """The same model with `transforms` applied to a copy of its denoiser. ValueError where that cannot be."""
+        if not transforms:
+            return self
+        network = copy.deepcopy(self.denoiser)
+        network.backbone = transformed(network.backbone, transforms)
+        return self.with_part("denoiser", network)
 
     # --- sampling -----------------------------------------------------------------------------------------------------
 
@@ -189,8 +207,11 @@ class VideoModel:
     def blank_cond(self, batch: int, num_frames: int | None = None) -> Cond:
         """Conditions that say nothing, as long and wide as this model's longest; of width 1 without a text encoder."""
         if "text" not in self.parts:
-            return Cond(torch.zeros(batch, 1, 1), torch.zeros(batch, 1, dtype=torch.bool))
-        return self.text.blank(batch).with_extra(blank_images(self, batch, num_frames or self.card.num_frames))
+            blank = Cond(torch.zeros(batch, 1, 1), torch.zeros(batch, 1, dtype=torch.bool))
+        else:
+            blank = self.text.blank(batch).with_extra(blank_images(self, batch, num_frames or self.card.num_frames))
+        scalars = self.denoiser.backbone.scalars if "denoiser" in self.parts else ()
+        return blank.with_extra({name: torch.zeros(batch) for name in scalars})
 
     # --- folders ------------------------------------------------------------------------------------------------------
 
@@ -208,10 +229,10 @@ class VideoModel:
                 prints[name] = self.card.fingerprints.get(name) or self.fingerprint(name)
                 continue
             tensors = {k: _stored(v, dtype) for k, v in part.state_dict().items()}
-            prints[name] = _print_of(part, {k: tensors[k].to(v.dtype) for k, v in part.state_dict().items()})
+            prints[name] = print_of(part, {k: tensors[k].to(v.dtype) for k, v in part.state_dict().items()})
             save_file(tensors, folder / f"{name}.safetensors")
         parts = {name: describe(part) for name, part in self.parts.items()}
-        card = replace(self.card, parts=parts, sources=elsewhere, fingerprints=prints)
+        card = replace(self.card, parts=parts, sources=elsewhere, fingerprints=prints, transforms=self.transforms)
         (folder / "card.json").write_text(json.dumps(dump(card), indent=2) + "\n")
         return folder
 
@@ -245,8 +266,11 @@ class VideoModel:
         for name in card.parts:
             left, weights = name in leave, None
             if name in card.sources:
-                part = sketch(name, card)
-                weights = adapters.load(part, card.sources[name], leave=left)
+                changes = card.transforms if name == "denoiser" else ()
+                part = sketch(name, replace(card, transforms=()))
+                weights = adapters.load(part, card.sources[name], leave=left and not changes)
+                if changes:
+                    part.backbone = transformed(part.backbone, changes)
             else:
                 path = _folder_of(source) / f"{name}.safetensors"
                 part = sketch(name, card) if left else allocate(name, card)
@@ -278,15 +302,16 @@ def read_card(source: Path | str) -> Card:
 
 def parse_card(tree: Any, where: str) -> Card:
     """The card of its plain values. RecipeError says what is wrong with them, or that they would import code."""
-    _refuse_imports(tree, At(where))
-    card: Card = build(Card, tree, {cls.__name__: cls for cls in NAMED}, where)
+    refuse_imports(tree, At(where))
+    names = {cls.__name__: cls for classes in (NAMED, TRANSFORMS) for cls in classes}
+    card: Card = build(Card, tree, names, where)
     return card
 
 
 def allocate(part: str, card: Card) -> nn.Module:
     """The network of one part, with fresh weights."""
     network = card.parts[part].build()
-    return Denoiser(network, card.path, card.kind) if part == "denoiser" else network
+    return Denoiser(transformed(network, card.transforms), card.path, card.kind) if part == "denoiser" else network
 
 
 def sketch(part: str, card: Card) -> nn.Module:
@@ -311,35 +336,6 @@ def text_width_of(card: Card) -> int | None:
     with torch.device("meta"):
         text: Any = card.parts["text"].build()
     return int(text.width)
-
-
-def describe(part: nn.Module) -> Spec:
-    """Class and constructor arguments of a network; of a denoiser: its backbone's."""
-    return Spec.of(part.backbone if isinstance(part, Denoiser) else part)
-
-
-def fingerprint(part: nn.Module) -> str:
-    """12 hexadecimal characters that change when the class, its arguments or any weight change."""
-    return _print_of(part, part.state_dict())
-
-
-def _print_of(part: nn.Module, tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.blake2b(json.dumps(dump(describe(part)), sort_keys=True).encode(), digest_size=6)
-    for name, value in sorted(tensors.items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())  # NumPy has no bfloat16
-    return digest.hexdigest()
-
-
-def _refuse_imports(tree: Any, at: At) -> None:
-    """A folder of weights comes from anywhere, so its card must not choose what is imported."""
-    for key, value in tree.items() if isinstance(tree, dict) else ():
-        module = value.partition(":")[0] if key == "type" and isinstance(value, str) and ":" in value else None
-        if module is not None and module not in sys.modules:
-            raise at.key(key).fail(
-                f"is {value!r}, a class outside fewstep. If you trust it, import {module} in Python before loading"
-            )
-        _refuse_imports(value, at.key(key))
 
 
 def _folder_of(source: Path | str) -> Path:

@@ -31,6 +31,7 @@ class VideoDiT(Backbone):
     """2-5 M parameters at the default size; head dimension `width / heads` must be even and at least 6."""
 
     shares = True
+    takes_scalars = True
 
     def __init__(
         self,
@@ -69,6 +70,7 @@ class VideoDiT(Backbone):
             x_BNE = self.patches(patchify(x, self.patch))
             text = cond.text.to(x.dtype)
             time_BGE = self.time(time_features(time_groups(t, x))) + self.pooled_text(_mean(text, cond.mask))[:, None]
+            time_BGE = self.with_scalars(time_BGE, cond)
             modulation = self.modulation(F.silu(time_BGE)).unflatten(-1, (6, self.width))
         context = Context(
             modulation_BG6E=modulation,

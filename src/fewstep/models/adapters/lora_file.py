@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fewstep.compress.linear import linears
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.lora import CONFIG, PREFIX, WEIGHTS, LowRank
 
@@ -138,10 +139,9 @@ def _layers(denoiser: Denoiser) -> dict[str, str]:
     """Linear layers by every name that a file may call them."""
     backbone, found = denoiser.backbone, dict[str, str]()
     outside = [(names_of(denoiser, names), _prefix(denoiser, names)) for names in _known(denoiser)]
-    for name, module in backbone.named_modules():
-        if isinstance(module, torch.nn.Linear):
-            found |= {prefix + rename(name): f"backbone.{name}" for rename, prefix in outside}
-            found[f"{PREFIX}backbone.{name}"] = f"backbone.{name}"
+    for name, *_ in linears(backbone):
+        found |= {prefix + rename(name): f"backbone.{name}" for rename, prefix in outside}
+        found[f"{PREFIX}backbone.{name}"] = f"backbone.{name}"
     return found
 
 
