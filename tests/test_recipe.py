@@ -11,6 +11,7 @@ import pytest
 from fewstep import Recipe, RecipeError, distill
 from fewstep.catalogue import classes
 from fewstep.core.build import load_yaml
+from fewstep.core.shipped import shipped
 from fewstep.data import DataError
 from fewstep.engine import Optim, Settings, WorldProbe
 from fewstep.methods import DMD2, FlowMatching, Reconstruction
@@ -19,7 +20,6 @@ from fewstep.models.bundle import VideoModel, read_card
 from fewstep.models.source import Pretrained, Scratch, outline
 from fewstep.world.data import WorldClips
 
-RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
 TINY = """
 model:
   type: Scratch
@@ -43,7 +43,7 @@ def tiny(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=[p.stem for p in RECIPES])
+@pytest.mark.parametrize("path", shipped().values(), ids=shipped())
 def test_every_recipe_of_the_tree_loads_and_is_inverse_to_its_text(path: Path, tmp_path: Path) -> None:
     recipe = Recipe.load(path)
     saved = recipe.save(tmp_path)
@@ -52,7 +52,7 @@ def test_every_recipe_of_the_tree_loads_and_is_inverse_to_its_text(path: Path, t
     assert recipe.diff(Recipe.load(saved)) == []
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=[p.stem for p in RECIPES])
+@pytest.mark.parametrize("path", shipped().values(), ids=shipped())
 def test_every_recipe_of_the_tree_says_what_it_costs_and_what_it_gives(path: Path) -> None:
     header = path.read_text().partition("\nmodel:")[0]
     assert "Cost" in header and "score" in header.lower(), "a header says cost and score, or that they are untested"
