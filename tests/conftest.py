@@ -22,6 +22,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--update-golden", action="store_true", help="write tests/golden/ anew instead of comparing with it"
     )
+    parser.addoption("--save-durations", type=Path, metavar="FILE", help="write what each test cost; see tools/slowest.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if file := config.getoption("--save-durations"):
+        from support_costs import Costs
+
+        config.pluginmanager.register(Costs(file), "costs")
 
 
 @pytest.fixture
