@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from fewstep.catalogue import KINDS
-from fewstep.cli import COMMANDS, main
+from fewstep.cli import COMMANDS, doctor, main
 from fewstep.cli.arguments import split_overrides
 from fewstep.cli.questions import List
 from fewstep.core.shipped import FOLDER, header, headline, shipped
@@ -243,6 +244,17 @@ def test_doctor(said) -> None:
     assert code == 0
     for word in ("torch", "cores", "memory", "gpu", "tensorboard", "in float32: sdpa-", "in bfloat16: "):
         assert word in out, out
+
+
+@pytest.mark.parametrize(("there", "words"), [(True, "bf16 is faster here"), (False, "write 'off' in the recipe")])
+def test_doctor_says_which_arithmetic_is_fast(said, monkeypatch: pytest.MonkeyPatch, there: bool, words: str) -> None:
+    monkeypatch.setattr(doctor, "has_bfloat16", lambda: there)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    out = said("doctor")[1]
+    assert words in out
+    (line,) = [line for line in out.splitlines() if line.startswith("speed of one core")]
+    single, half = map(int, re.findall(r"(\d+) GFLOP/s in", line))
+    assert 1 <= single < 10_000 and half < 100_000
 
 
 def test_overrides_are_split_off() -> None:

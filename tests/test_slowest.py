@@ -57,12 +57,18 @@ def test_the_slowest_come_first_with_what_they_guard(
     tool = load_tool("slowest")
     monkeypatch.setattr(tool, "ROOT", tmp_path)
     (tmp_path / "test_it.py").write_text(SUITE)
-    costs = {"test_it.py::test_names_are_words[a::b]": 1.0, "test_it.py::test_a_loss_goes_down[1]": 6.0, "b.py::test_x": 3.0}
+    costs = {
+        "test_it.py::test_names_are_words[a::b]": 1.0,
+        "test_it.py::test_a_loss_goes_down[1]": 6.0,
+        "b.py::test_x": 3.0,
+    }
     (tmp_path / "costs.json").write_text(json.dumps(costs))
     assert tool.main([str(tmp_path / "costs.json"), "--count", "3"]) == 0
     out = capsys.readouterr().out
     assert "3 tests, 10 CPU-seconds; 1 take more than 5" in out
-    dear, third, cheap = (out.index(words) for words in ("The loss falls, and the second\n", "guards: x", "guards: names are words"))
+    dear, third, cheap = (
+        out.index(words) for words in ("The loss falls, and the second\n", "guards: x", "guards: names are words")
+    )
     assert dear < third < cheap and "60.0 %  test_it.py::test_a_loss_goes_down[1]" in out
     tool.main([str(tmp_path / "costs.json"), "--files"])
     assert "7.00 s  70.0 %  test_it.py" in capsys.readouterr().out

@@ -42,7 +42,9 @@ def main(argv: list[str] | None = None) -> int:
     (path,) = paths
     made = executed(json.loads(path.read_text(encoding="utf-8")))
     (options.output or path).write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    pictures = sum("image/png" in output.get("data", {}) for cell in made["cells"] for output in cell.get("outputs", ()))
+    pictures = sum(
+        "image/png" in output.get("data", {}) for cell in made["cells"] for output in cell.get("outputs", ())
+    )
     print(f"{path.name}: {len(made['cells'])} cells ran, {pictures} pictures")
     return 0
 
@@ -78,7 +80,9 @@ def run(source: str, names: dict[str, Any], count: int) -> list[Cell]:
         text = printed.getvalue().splitlines(keepends=True)
         outputs.append({"output_type": "stream", "name": "stdout", "text": text})
     if value is not None:
-        outputs.append({"output_type": "execute_result", "execution_count": count, "metadata": {}, "data": shown(value)})
+        outputs.append(
+            {"output_type": "execute_result", "execution_count": count, "metadata": {}, "data": shown(value)}
+        )
     return outputs
 
 
