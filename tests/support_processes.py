@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
@@ -21,7 +22,11 @@ from fewstep.cli import main
 def forked() -> ForkServerContext:
     """Processes of this context share one import of torch, of what tests share, and of diffusers where it is installed."""
     context = get_context("forkserver")
-    context.set_forkserver_preload(["support_engine", "tiny_models"])
+    context.set_forkserver_preload(["support_engine", "tiny_models", "fewstep.recipe"])
+    with patch.dict(
+        os.environ, PYTHONPATH=os.pathsep.join(sys.path)
+    ):  # it is not told otherwise, and ignores what it lacks
+        forkserver.ensure_running()
     return context
 
 

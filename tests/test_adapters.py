@@ -368,6 +368,13 @@ def written(source: Diffusers, folder: Path, settings: str) -> Path:
     return recipe
 
 
+DEAR = ("hunyuan15",)
+"""Families that take fifty CPU-seconds here, where the others take nine: long texts, and clips in fifty steps."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in DEAR else n for n in TINY], scope="session"
+)
 def test_distil_sample_and_explain_by_command(
     source: Diffusers, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -382,8 +389,7 @@ def test_distil_sample_and_explain_by_command(
 
 
 UNLIKE = ("wan", "wan_experts", "hunyuan", "cogvideox15")
-"""Families whose blocks are cut into shards, or whose tokens are shared, differently; the others are like one of them, and
-take half a minute each."""
+"""Families whose blocks are cut into shards, or whose tokens are shared, differently; the others are like one of them."""
 
 
 @pytest.mark.parametrize(

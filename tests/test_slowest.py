@@ -1,13 +1,17 @@
-"""The list of slow tests: what each cost, and what it guards."""
+"""What keeps the tests cheap: the list of the slow ones, models that are made once, processes that import nothing."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from support_processes import forked
 
 pytest_plugins = ["pytester"]
 
@@ -72,3 +76,41 @@ def test_the_slowest_come_first_with_what_they_guard(
     assert dear < third < cheap and "60.0 %  test_it.py::test_a_loss_goes_down[1]" in out
     tool.main([str(tmp_path / "costs.json"), "--files"])
     assert "7.00 s  70.0 %  test_it.py" in capsys.readouterr().out
+
+
+def test_a_shared_model_that_was_changed_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy may be changed, what all read may not."""
+    pytest.importorskip("diffusers", reason="needs the extra diffusers")
+    import tiny_models
+
+    monkeypatch.setattr(tiny_models, "SHARED", {})
+    folder = tiny_models.shared("wan", seed=1)
+    assert tiny_models.shared("wan", seed=1) == folder != tiny_models.shared("wan", seed=2)
+    weights = Path("transformer", "diffusion_pytorch_model.safetensors")
+    assert (folder / weights).read_bytes() != (tiny_models.shared("wan", seed=2) / weights).read_bytes()
+    copy = tiny_models.save_tiny("wan", tmp_path / "copy", seed=1)
+    (copy / weights).write_bytes(b"")
+    assert tiny_models.changed() == [] and (folder / weights).stat().st_size > 0
+    (folder / "model_index.json").write_text("{}")
+    assert tiny_models.changed() == ["wan-1-[]"]
+    (folder / "model_index.json").unlink()
+    assert tiny_models.changed() == ["wan-1-[]"]
+
+
+def imported() -> None:
+    """Ends with the number of modules that this process would have to import."""
+    wanted = (
+        {"torch", "fewstep.recipe", "support_engine", "diffusers"} if has_diffusers() else {"torch", "support_engine"}
+    )
+    sys.exit(len(wanted - sys.modules.keys()))
+
+
+def has_diffusers() -> bool:
+    return importlib.util.find_spec("diffusers") is not None
+
+
+def test_a_forked_process_has_everything_imported() -> None:
+    process = forked().Process(target=imported)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
