@@ -16,6 +16,7 @@ import torch
 
 from fewstep.cli.arguments import COMMANDS, parse, split_overrides
 from fewstep.core.build import build, load_yaml
+from fewstep.core.shipped import shipped
 from fewstep.data import write_video
 from fewstep.engine.prepare import require_processes
 from fewstep.models import bundle
@@ -149,7 +150,7 @@ def assert_runs(command: list[str]) -> None:
     assert words[0] in COMMANDS and (options.takes_overrides or not overrides)
     recipe = getattr(options, "recipe", None)
     if recipe is not None:
-        made = read(ROOT / recipe, overrides)
+        made = read(recipe, overrides)
         for stage in made.stages.values() if isinstance(made, Pipeline) else [made]:
             require_processes(stage.settings)
 
@@ -192,8 +193,10 @@ def test_names_in_running_text_exist(page: Path) -> None:
             assert first in targets, quoted
         elif program == "python":
             assert (ROOT / first).is_file(), quoted
-        elif re.fullmatch(r"(src|tests|tools|recipes)/[\w./-]+\.\w+", quoted) and "NAME" not in quoted:
+        elif re.fullmatch(r"(src|tests|tools|examples)/[\w./-]+\.\w+", quoted) and "NAME" not in quoted:
             assert (ROOT / quoted).exists(), quoted
+        elif re.fullmatch(rf"({'|'.join({name.partition('/')[0] for name in shipped()})})/[a-z]\w+", quoted):
+            assert quoted in shipped(), quoted
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

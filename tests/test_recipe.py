@@ -11,6 +11,7 @@ import pytest
 from fewstep import Recipe, RecipeError, distill
 from fewstep.catalogue import classes
 from fewstep.core.build import load_yaml
+from fewstep.core.shipped import shipped
 from fewstep.data import DataError
 from fewstep.diffusion import CFG, DDIM, Contract, Shifted
 from fewstep.engine import Optim, Settings, WorldProbe
@@ -21,7 +22,6 @@ from fewstep.models.source import Pretrained, Scratch, outline
 from fewstep.pipeline import read
 from fewstep.world.data import WorldClips
 
-RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
 TINY = """
 model:
   type: Scratch
@@ -47,7 +47,7 @@ def tiny(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=[p.stem for p in RECIPES])
+@pytest.mark.parametrize("path", shipped().values(), ids=shipped())
 def test_every_recipe_of_the_tree_loads_and_is_inverse_to_its_text(path: Path, tmp_path: Path) -> None:
     recipe = read(path, [])
     saved = recipe.save(tmp_path)
@@ -56,7 +56,7 @@ def test_every_recipe_of_the_tree_loads_and_is_inverse_to_its_text(path: Path, t
     assert recipe.diff(read(saved, [])) == []
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=[p.stem for p in RECIPES])
+@pytest.mark.parametrize("path", shipped().values(), ids=shipped())
 def test_every_recipe_of_the_tree_says_what_it_costs_and_what_it_gives(path: Path) -> None:
     header = path.read_text().partition("\nmodel:")[0]
     assert "Cost" in header and "score" in header.lower(), "a header says cost and score, or that they are untested"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -16,6 +17,7 @@ from typing import Any, Self
 from fewstep.core.atomic import write_text
 from fewstep.core.build import At, Raw, RecipeError, build, digest, dump, load_yaml, to_yaml
 from fewstep.core.env import place
+from fewstep.core.shipped import nearest, shipped
 from fewstep.data import Data, require
 from fewstep.engine import Settings, train
 from fewstep.engine.prepare import require_possible, require_processes
@@ -24,6 +26,8 @@ from fewstep.evaluate.machine import describe_machine, versions
 from fewstep.methods.base import Method
 from fewstep.models.bundle import Card, VideoModel
 from fewstep.models.source import ModelSource, Pretrained, Scratch
+
+log = logging.getLogger(__name__)
 
 FILE = "recipe.yaml"
 """The name under which a run and a student keep the resolved recipe."""
@@ -46,9 +50,10 @@ class Written:
 
     @classmethod
     def load(cls, path: Path | str, overrides: Iterable[tuple[str, str]] = ()) -> Self:
-        """Read a YAML file (or the folder of a run or student), then apply `(dotted key, text)` overrides to it.
+        """Read a recipe, then apply `(dotted key, text)` overrides to it.
 
-        RecipeError for a key, name or value that is not accepted; FileNotFoundError names the nearest file there is.
+        `path` is a YAML file, the folder of a run or student, or the name of a recipe of the package: `world/dmd2`.
+        RecipeError for a key, name or value that is not accepted; FileNotFoundError says what is nearest.
         """
         tree = tree_of(path)
         if cls is Recipe and isinstance(tree, dict) and "stages" in tree:
@@ -241,16 +246,21 @@ def without_parallel(tree: dict[str, Any]) -> dict[str, Any]:
     return tree | {"settings": {key: value for key, value in tree["settings"].items() if key != "parallel"}}
 
 
-def find(path: Path | str) -> Path:
-    """A recipe's file, or that in a folder."""
-    path = Path(path)
+def find(wanted: Path | str) -> Path:
+    """The file that `wanted` means: a file, a folder with a recipe, or the name of a recipe of the package."""
+    name, path = Path(wanted).as_posix(), Path(wanted)
     path = path / FILE if path.is_dir() else path
     if path.is_file():
+        if name in shipped():
+            log.warning("%s is here, so it is read; the recipe of that name that comes with fewstep is not", path)
         return path
+    if name in shipped():
+        return shipped()[name]
     folder = path.parent if path.parent.is_dir() else Path()
     near = difflib.get_close_matches(path.name, [p.name for p in folder.glob("*.y*ml")], n=1, cutoff=0.5)
-    hint = f" Did you mean {folder / near[0]}?" if near else ""
-    raise FileNotFoundError(f"there is no recipe {path}.{hint}")
+    meant = folder / near[0] if near and path.parent == folder else nearest(name) or (near and near[0])
+    hint = f" Did you mean {meant}?" if meant else ""
+    raise FileNotFoundError(f"there is no recipe {path}.{hint} `fewstep list recipes` prints those of the package.")
 
 
 def _set(tree: dict[str, Any], key: str, text: str) -> None:

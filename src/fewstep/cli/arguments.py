@@ -131,7 +131,7 @@ class Train(Command):
     takes_overrides: ClassVar[bool] = True
 
     recipe: Positional[Annotated[Path, arg(metavar="RECIPE")]]
-    """A YAML file, or the folder of an earlier run."""
+    """A name of `fewstep list recipes`, a YAML file, or the folder of an earlier run."""
     output: Path | None = None
     """Folder of the run (default: runs/<recipe>-<hash>). A run that was stopped goes on from its last checkpoint."""
     dry_run: bool = False

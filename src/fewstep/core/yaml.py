@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from typing import Any
 
@@ -58,9 +59,15 @@ def load_yaml(text: str, where: str = "recipe") -> Any:
         raise RecipeError(f"{where}{place}: {getattr(error, 'problem', None) or error}") from error
 
 
-def to_yaml(tree: Any) -> str:
-    """Text that `load_yaml` reads back as the same tree, in the order given; lists of numbers on one line."""
-    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
+def to_yaml(tree: Any, *, one_line: bool = False) -> str:
+    """Text that `load_yaml` reads back as the same tree, in the order given; lists of numbers on one line.
+
+    With `one_line` every value of `tree` stays on the line of its key, however long.
+    """
+    style: dict[str, Any] = {"default_flow_style": None, "width": 120}
+    if one_line:
+        style = {"default_flow_style": True, "width": math.inf}
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, **style)
 
 
 def digest(tree: Any) -> str:
