@@ -34,10 +34,12 @@ def show(wanted: Path, overrides: list[tuple[str, str]]) -> int:
         say(header(file), style="dim")
     for depth, line, note in lines(recipe, recipe.tree()):
         say("  " * depth + line, note)
-    stages = (
-        [(f" of stage {s.name}", s.recipe) for s in recipe.plan(Path("OUTPUT"))] if isinstance(recipe, Pipeline) else []
-    )
-    for name, each in stages or [("", recipe)]:
+    stages: list[tuple[str, Recipe]] = []
+    if isinstance(recipe, Pipeline):
+        stages.extend((f" of stage {planned.name}", planned.recipe) for planned in recipe.plan(Path("OUTPUT")))
+    else:
+        stages.append(("", recipe))
+    for name, each in stages:
         say(f"\n# one iteration{name}", style="bold")
         for line in schedule(each.method):
             say(f"#   {line}")
