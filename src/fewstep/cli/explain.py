@@ -19,7 +19,7 @@ from fewstep.core.yaml import to_yaml
 from fewstep.methods.base import Method, Sync, Update
 from fewstep.models import Spec
 from fewstep.pipeline import Pipeline, read
-from fewstep.recipe import find
+from fewstep.recipe import Recipe, find
 
 
 def show(wanted: Path, overrides: list[tuple[str, str]]) -> int:
