@@ -32,6 +32,7 @@ from fewstep.engine.probe import Probe
 from fewstep.engine.run import Run
 from fewstep.engine.settings import Parallel, Settings
 from fewstep.engine.shard import hollow, shard
+from fewstep.engine.views import Views
 from fewstep.methods.base import Method, Nets
 from fewstep.models import Card, Denoiser, VideoModel
 from fewstep.models.lora import duplicate
@@ -71,8 +72,10 @@ def prepare(
         compile_blocks(nets, sharded=processes.weights is not None)
     source = open_data(data, model, method, processes)
     rng = Rng(settings.seed, device=settings.device)
-    preview = Preview.of(model, source, rng) if settings.preview_every else None
-    monitor = watching(model, method, settings, nets, processes, source, partial(autocast, settings))
+    preview = Preview.of(model, source, rng, held.spread.shared) if settings.preview_every else None
+    monitor = watching(
+        model, method, settings, Views(nets, held.spread), processes, source, partial(autocast, settings)
+    )
     return Run(
         model=model, method=method, settings=settings, output=output, processes=processes, nets=nets, source=source,
         optimizers=optimizers, average=held.average, shell=held.shell, spread=held.spread, identity=identity, trees=trees,

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
 from fewstep.core import Rng
+from fewstep.core.call import Sharing
 from fewstep.data.base import Source
 from fewstep.data.video import to_uint8
 from fewstep.models import VideoModel
@@ -32,25 +33,30 @@ class Preview:
     prompts: tuple[str, ...]
     images: Images | None
     """What the clips begin with, of a model that reads images."""
+    shared: Sharing | None = None
+    """The processes that make every clip together."""
 
     @classmethod
-    def of(cls, teacher: VideoModel, source: Source, rng: Rng) -> Preview:
+    def of(cls, teacher: VideoModel, source: Source, rng: Rng, shared: Sharing | None = None) -> Preview:
         """With prompts of the run's own data, the same whenever and wherever the run goes on. ValueError without any."""
         batch = source.batch(CLIPS, rng.fold("preview"))
         if not batch.prompts:
             raise ValueError("these data have no prompts to draw pictures of; set settings.preview_every: 0")
-        return cls(teacher, batch.prompts, images_in(teacher, batch.cond))
+        return cls(teacher, batch.prompts, images_in(teacher, batch.cond), shared)
 
     def draw(self, student: VideoModel) -> Image.Image:
         """A row per prompt with the student at its fewest steps, at its most (if others), and the teacher."""
         counts = student.card.contract.counts
         shown = sorted({counts[0], counts[-1]})
-        columns = [student(self.prompts, image=self.images, num_inference_steps=n).cpu() for n in shown]
+        columns = [self._clips(student, n) for n in shown]
         return Image.fromarray(sheet([*columns, self._teacher_clips]))
 
     @cached_property
     def _teacher_clips(self) -> Tensor:
-        return self.teacher(self.prompts, image=self.images).cpu()
+        return self._clips(self.teacher)
+
+    def _clips(self, model: VideoModel, steps: int | None = None) -> Tensor:
+        return model(self.prompts, image=self.images, num_inference_steps=steps, shared=self.shared).cpu()
 
 
 def sheet(columns: list[Tensor]) -> np.ndarray:

@@ -67,11 +67,11 @@ class Views(Nets):
 
     def __init__(self, nets: Nets, spread: Spread = Spread(), listeners: Iterable[Listener] = ()) -> None:
         super().__init__(nets.roles)
-        self._nets, self._spread, self._listeners = nets, spread, tuple(listeners)
+        self._nets, self.spread, self._listeners = nets, spread, tuple(listeners)
 
     def __getitem__(self, role: str) -> Any:
         network = self._nets[role]  # which brings it in, if it waits elsewhere
-        return View(role, network, self._spread, self._listeners) if isinstance(network, Denoiser) else network
+        return View(role, network, self.spread, self._listeners) if isinstance(network, Denoiser) else network
 
     def begin(self, roles: tuple[str, ...]) -> None:
         self._nets.begin(roles)

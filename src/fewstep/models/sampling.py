@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.core import Call, Seeds
-from fewstep.core.call import Runner, every_block
+from fewstep.core.call import Runner, Sharing, every_block
 from fewstep.diffusion import CFG, Prediction, Step, StepCountError
 from fewstep.models.images import Images
 
@@ -37,6 +37,8 @@ class Request:
     """Sample what the model was not trained for: another step count or number of frames, guidance on top of a student's."""
     runner: Runner = every_block
     """Who runs the blocks: `caching.SkipMiddle().begin()` makes one. One that remembers serves one request."""
+    shared: Sharing | None = None
+    """The processes that make these clips together; all of them must ask for the same."""
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -84,8 +86,9 @@ def sampling(model: VideoModel, request: Request) -> Iterator[Step]:
         start = model.denoiser.path.prior(noise.randn((len(request.prompts), *shape), "start"))
 
     def denoise(x_t: Tensor, t: Tensor, call: Call) -> Prediction:
+        call = replace(call, runner=request.runner, shared=request.shared)
         with evaluating(model.denoiser):
-            return guidance(model.denoiser, x_t, t, cond, uncond, replace(call, runner=request.runner))
+            return guidance(model.denoiser, x_t, t, cond, uncond, call)
 
     steps = model.card.contract.sampler.sampling(denoise, start, times, rng=noise)
     return without_gradient(steps)

@@ -12,11 +12,13 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool3d, interpolate
 
 from fewstep.core import Cond, Seeds
+from fewstep.core.call import Sharing
 from fewstep.diffusion import CFG, Prediction
 from fewstep.diffusion.prediction import target
 from fewstep.engine.health.vitals import Looks
 from fewstep.metrics import contrast, diversity, energy, motion, pooled, saturation
-from fewstep.models import Denoiser, VideoModel
+from fewstep.models import VideoModel
+from fewstep.models.denoiser import Predictor
 from fewstep.world.checker import Checker, read_scenes
 from fewstep.world.grammar import Scene
 
@@ -50,6 +52,9 @@ class Gauge:
     precision: Callable[[], AbstractContextManager[Any]]
     images: Mapping[str, Tensor] | None = None
     """What the clips of the prompts begin with, of a model that reads images."""
+
+    shared: Sharing | None = None
+    """The processes that make every clip together."""
 
     @classmethod
     def of(
@@ -92,6 +97,7 @@ class Gauge:
                         num_inference_steps=count,
                         seed=part.start,
                         force=True,
+                        shared=self.shared,
                     ):
                         times.update(step.prediction.t.unique().tolist())
                 latents.append(step.x.float())
@@ -120,7 +126,7 @@ class Gauge:
         row = torch.arange(len(self.texts), device=by_count.device)
         return by_count[row % len(by_count), row]
 
-    def errors(self, networks: tuple[Denoiser, ...], x0: Tensor, model: VideoModel, single: int = 0) -> list[float]:
+    def errors(self, networks: tuple[Predictor, ...], x0: Tensor, model: VideoModel, single: int = 0) -> list[float]:
         """Mean squared denoising error of each network on `mixed` clips, or on so many `single` frames of each, in its own
         kind of prediction. All must have one path.
         """
@@ -135,7 +141,7 @@ class Gauge:
         return totals
 
     @torch.no_grad()
-    def asked(self, guidance: CFG, network: Denoiser, x0: Tensor, model: VideoModel, single: int = 0) -> float:
+    def asked(self, guidance: CFG, network: Predictor, x0: Tensor, model: VideoModel, single: int = 0) -> float:
         """Standard deviation of what a guided network makes of the teacher's clips `x0`, noised, relative to theirs."""
         made = []
         with self.precision():
@@ -197,7 +203,7 @@ def drift(latents: Tensor, reference: Tensor) -> float:
     return float(shift.square().mean().sqrt())
 
 
-def noised(denoiser: Denoiser, x0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def noised(denoiser: Predictor, x0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`x_t`, `t` and the noise: clip i at the i-th of equally spaced times, the same at every check."""
     low, high = NOISE
     t = low + (high - low) * (torch.arange(len(x0), device=x0.device) + 0.5) / len(x0)
@@ -224,7 +230,7 @@ def error(prediction: Prediction, x0: Tensor, eps: Tensor) -> float:
     return float((prediction.raw.float() - wanted).square().mean())
 
 
-def eyes(networks: tuple[Denoiser, ...], x0: Tensor, model: VideoModel, cond: Cond, single: int = 0) -> list[Tensor]:
+def eyes(networks: tuple[Predictor, ...], x0: Tensor, model: VideoModel, cond: Cond, single: int = 0) -> list[Tensor]:
     """What each network makes of the same noised clips (or of `single` frames), as frames: a picture of who believes what."""
     t = torch.full((len(x0),), 0.6, device=x0.device)
     eps = Seeds(tuple(range(len(x0))), device=str(x0.device)).randn(x0.shape, "eyes")

@@ -28,8 +28,10 @@ from fewstep.engine.mesh import Processes
 from fewstep.engine.nets import origin, sources, starts
 from fewstep.engine.preview import sheet
 from fewstep.engine.settings import Health, Settings
+from fewstep.engine.views import Views
 from fewstep.methods.base import Method, Nets, Sync, Update
-from fewstep.models import Denoiser, VideoModel
+from fewstep.models import VideoModel
+from fewstep.models.denoiser import Predictor
 from fewstep.models.images import images_in
 
 SHOWN = 4
@@ -204,19 +206,21 @@ class Monitor:
         start = self._start(grid, contract)
         if self.method.critic is None or start.error is None:
             return None, None
-        critic: Denoiser = self.nets[self.method.critic].eval()  # type: ignore[assignment]
+        self.nets.roles[self.method.critic].eval()
+        critic: Predictor = self.nets[self.method.critic]
         mine, theirs = self._errors((critic, self._judge), sampled)
         old = self._errors((critic,), start.clips)[0] / max(start.error, 1e-12)
         fresh = mine / max(theirs, 1e-12)
         return fresh, fresh / max(old, 1e-12)
 
-    def _errors(self, networks: tuple[Denoiser, ...], clips: Sampled) -> list[float]:
+    def _errors(self, networks: tuple[Predictor, ...], clips: Sampled) -> list[float]:
         return self.gauge.errors(networks, self.gauge.mixed(clips), self.model, self._single)
 
     @property
-    def _judge(self) -> Denoiser:
+    def _judge(self) -> Predictor:
         """Whose score the student follows and the critic began with: the teacher, or the denoiser of another model."""
-        return self.nets[judge_of(self.method)]  # type: ignore[return-value]
+        judge: Predictor = self.nets[judge_of(self.method)]
+        return judge
 
     @property
     def _single(self) -> int:
@@ -262,7 +266,7 @@ class Monitor:
         by_count = self.shown.frames.unflatten(0, (-1, len(self.gauge.texts)))
         x0 = self.gauge.mixed(self.shown)[rows]
         who = [role for role in (self.method.critic, judge_of(self.method)) if role is not None]
-        networks: tuple[Denoiser, ...] = tuple(self.nets[role] for role in who)  # type: ignore[misc]
+        networks: tuple[Predictor, ...] = tuple(self.nets[role] for role in who)
         with self.gauge.precision():
             seen = eyes(networks, x0, self.model, self.gauge.shown(self.model, len(rows)), self._single)
         ends = [by_count[0][rows], by_count[-1][rows]][: len(by_count)]
@@ -286,7 +290,7 @@ class Monitor:
 
 
 def watching(
-    model: VideoModel, method: Method, settings: Settings, nets: Nets, processes: Processes, source: Source,
+    model: VideoModel, method: Method, settings: Settings, nets: Views, processes: Processes, source: Source,
     precision: Callable[[], Any],
 ) -> Monitor | None:  # fmt: skip
     """The monitor of a run; None where `unexamined` says why there is none."""
@@ -295,9 +299,10 @@ def watching(
         return None
     rng = Rng(settings.seed, device=settings.device).fold("health")
     batch = source.batch(health.prompts, rng)
+    gauge = Gauge.of(model, batch.prompts, health.seeds, settings.batch, precision, images_in(model, batch.cond))
     return Monitor(
         health=health,
-        gauge=Gauge.of(model, batch.prompts, health.seeds, settings.batch, precision, images_in(model, batch.cond)),
+        gauge=replace(gauge, shared=nets.spread.shared),
         model=model,
         method=method,
         settings=settings,
