@@ -45,9 +45,9 @@ NEARER = 0.77
 a dozen clips as `FURTHER` is above it."""
 RISE = 0.1
 """Rise of accuracy that counts as one: two standard errors of a few dozen clips that share noise with those before."""
-DEAF = 0.1
+DEAF = 0.2
 """Drop of heed below what it was before training, or below the teacher's 1 where it was more (blurs of the right colours are
-further from other prompts than clips are): clips follow their prompts less."""
+further from other prompts than clips are). Sound runs with a dozen clips were seen between 0.94 and 1.27."""
 LAG = 1.25
 """The critic explains old samples a quarter better than fresh ones: it no longer knows the student it should describe. With
 a dozen clips, critics that keep up were seen between 0.85 and 1.08."""
@@ -66,15 +66,12 @@ def judge(history: Sequence[Vitals], baselines: Baselines) -> Verdict:
 
 def earned(history: Sequence[Vitals], baselines: Baselines) -> Verdict:
     """Where nothing is wrong: `improving` only if every figure that could show a gain shows it."""
-    trained = [check for check in history if "student" in check.moved]
-    if not trained:
+    if not any("student" in check.moved for check in history):
         return Verdict("unclear", "no update of the student has been seen yet")
     missing = "; ".join(lacking(history[-1].looks, baselines))
     if not missing:
         return Verdict("improving", progress(history, baselines))
-    if len(trained) < PATIENCE:
-        return Verdict("unclear", f"nothing is wrong, and not every figure shows a gain yet: {missing}")
-    return Verdict("stalled", f"after {len(trained)} checks not every figure shows a gain: {missing}")
+    return Verdict("unclear", f"nothing is wrong, and not every figure shows a gain yet: {missing}")
 
 
 def lacking(now: Looks, baselines: Baselines) -> Iterator[str]:
@@ -85,10 +82,16 @@ def lacking(now: Looks, baselines: Baselines) -> Iterator[str]:
     start = baselines.start
     if _share(now.distance, start.distance) > NEARER and not level(now, baselines):
         yield f"distance {now.distance:.2f} (before training {start.distance:.2f})"
-    if now.heed is not None and start.heed is not None and now.heed < min(start.heed, 1.0) - DEAF:
+    if deaf(now, baselines):
         yield f"heed of the prompt {now.heed:.2f} (before training {start.heed:.2f}, teacher 1)"
     if now.accuracy is not None and checkable(baselines) and now.accuracy < (start.accuracy or 0.0) + RISE:
         yield f"accuracy {now.accuracy:.2f} (before training {start.accuracy:.2f})"
+
+
+def deaf(looks: Looks, baselines: Baselines) -> bool:
+    """Do clips follow their prompts less than before training?"""
+    before = baselines.start.heed
+    return looks.heed is not None and before is not None and looks.heed < min(before, 1.0) - DEAF
 
 
 def checkable(baselines: Baselines) -> bool:
@@ -223,6 +226,12 @@ def away(history: Sequence[Vitals], baselines: Baselines) -> Iterator[Verdict]:
         yield Verdict(
             "diverging",
             f"further from the teacher than before training ({_share(two[-1], baselines.start.distance):.1f} times)",
+        )
+    if all(deaf(check.looks, baselines) for check in history[-2:]):
+        yield Verdict(
+            "diverging",
+            f"clips follow their prompts less than before training: heed {history[-1].looks.heed:.2f} "
+            f"(before training {baselines.start.heed:.2f}, teacher 1)",
         )
     right = [check.looks.accuracy for check in history if check.looks.accuracy is not None]
     if len(right) > 2 and max(right[-2:]) < max(right) - FALL:
