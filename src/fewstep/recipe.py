@@ -15,6 +15,7 @@ from typing import Any
 
 from fewstep.core.build import At, Raw, RecipeError, build, digest, dump, load_yaml, to_yaml
 from fewstep.core.env import place
+from fewstep.core.yaml import read_text
 from fewstep.data import Data, require
 from fewstep.engine import Settings, train
 from fewstep.engine.prepare import require_possible, require_processes
@@ -56,16 +57,21 @@ class Recipe:
     """Judges the student during the run; the best by its rule is kept. None keeps the last."""
 
     @classmethod
-    def load(cls, path: Path | str, overrides: Iterable[tuple[str, str]] = ()) -> Recipe:
+    def load(
+        cls, path: Path | str, overrides: Iterable[tuple[str, str]] = (), *, allow_imports: bool = False
+    ) -> Recipe:
         """Read a YAML file (or the folder of a run or student), then apply `(dotted key, text)` overrides to it.
 
+        Classes outside fewstep (`type: package.module:Class`) must have been imported before, or `allow_imports` lets the
+        file import them: it runs their code. A recipe in the folder of a run or of weights never does.
         RecipeError for a key, name or value that is not accepted; FileNotFoundError names the nearest file there is.
         """
-        path = _find(Path(path))
-        recipe: Recipe = build(cls, load_yaml(path.read_text(encoding="utf-8"), str(path)), names(), str(path))
-        return recipe.override(overrides)
+        path, alone = _find(Path(path)), not Path(path).is_dir()
+        at = At(str(path), trusted=allow_imports and alone and not _comes_with_weights(path))
+        recipe: Recipe = build(cls, load_yaml(read_text(path), str(path)), names(), at)
+        return recipe.override(overrides, allow_imports=allow_imports)
 
-    def override(self, overrides: Iterable[tuple[str, str]]) -> Recipe:
+    def override(self, overrides: Iterable[tuple[str, str]], *, allow_imports: bool = False) -> Recipe:
         """A copy with `(dotted key, text)` pairs applied: `("method.critic-updates", "3")`. Text is read by type."""
         pairs = [(key.replace("-", "_"), value) for key, value in overrides]
         if not pairs:
@@ -73,7 +79,7 @@ class Recipe:
         tree = self.tree()
         for key, value in sorted(pairs, key=lambda pair: (not pair[0].endswith(".type"), pair[0].count("."))):
             _set(tree, key, value)
-        recipe: Recipe = build(Recipe, tree, names(), "command line")
+        recipe: Recipe = build(Recipe, tree, names(), At("command line", trusted=allow_imports))
         return recipe
 
     def save(self, path: Path | str) -> Path:
@@ -153,7 +159,12 @@ class Recipe:
         if output.exists() and not output.is_dir():
             raise RecipeError(f"{output} is a file; give a folder as output")
         if (output / FILE).is_file():
-            theirs = Recipe.load(output / FILE)
+            try:
+                theirs = Recipe.load(output / FILE)
+            except RecipeError as error:
+                raise RecipeError(
+                    f"{output} holds a recipe that cannot be compared: {error}. Give another output folder."
+                ) from None
             if theirs.hash != self.hash:
                 changed = "; ".join(map(str, theirs.diff(self)[:4]))
                 raise RecipeError(
@@ -223,6 +234,13 @@ def _find(path: Path) -> Path:
     near = difflib.get_close_matches(path.name, [p.name for p in folder.glob("*.y*ml")], n=1, cutoff=0.5)
     hint = f" Did you mean {folder / near[0]}?" if near else ""
     raise FileNotFoundError(f"there is no recipe {path}.{hint}")
+
+
+def _comes_with_weights(path: Path) -> bool:
+    """Whether a recipe lies in the folder of a run, a student or a model, which may come from anywhere."""
+    return any(
+        (path.parent / name).exists() for name in ("card.json", "model_index.json", "metrics.jsonl", "effective.json")
+    )
 
 
 def _set(tree: dict[str, Any], key: str, text: str) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fewstep.attention.pattern import Grid3, Pattern
+from fewstep.core.bounds import Count
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class BlockCausal(Pattern):
     A cache must end where a chunk ends, so that streaming chunk by chunk equals one masked forward.
     """
 
-    chunk: int = 1
+    chunk: Count = 1
     """Latent frames per chunk; the last chunk of a clip may be shorter."""
 
     def __post_init__(self) -> None:

@@ -146,6 +146,9 @@ class Train(Command):
     """With --dry-run and --memory: over how many devices sharding would spread the run (default: 8)."""
     allow_fallback: bool = False
     """Where something asked for cannot be had, run otherwise and write it into the student's card. Default: refuse."""
+    allow_imports: bool = False
+    """Import the classes outside fewstep that the recipe file names, which runs their code. Default: refuse. A recipe in the
+    folder of a run or of weights never imports."""
     strict: bool = False
     """The default, for those who like to see it written: refuse what cannot be had."""
     quiet: bool = False

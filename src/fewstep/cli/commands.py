@@ -51,7 +51,7 @@ def train(options: arguments.Train, overrides: Overrides) -> int:
         raise UsageError("--strict and --allow-fallback are opposites; give one of them")
     if options.strict or options.allow_fallback:
         overrides = [*overrides, ("settings.allow_fallback", str(options.allow_fallback).lower())]
-    recipe = Recipe.load(options.recipe, overrides)
+    recipe = Recipe.load(options.recipe, overrides, allow_imports=options.allow_imports)
     source = options.recipe if options.recipe.is_dir() else options.recipe.with_suffix("")
     output = options.output or Path("runs") / f"{source.name}-{recipe.hash}"
     if options.dry_run:

@@ -18,8 +18,8 @@ from fewstep.methods.base import Method, Sync, Update
 from fewstep.recipe import Recipe
 
 
-def show(path: Path, overrides: list[tuple[str, str]]) -> int:
-    recipe = Recipe.load(path, overrides)
+def show(path: Path, overrides: list[tuple[str, str]], allow_imports: bool) -> int:
+    recipe = Recipe.load(path, overrides, allow_imports=allow_imports)
     out = screen()
     out.print(Text(f"recipe {recipe.hash}  ({path})", style="bold"))
     for depth, key, value, note in lines(recipe):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from fewstep.core.bounds import Count, Fraction, Positive
 from fewstep.diffusion.guidance import CFG
 from fewstep.diffusion.samplers import Solver, calls
 from fewstep.diffusion.times import Timesteps, check_grid, linear_quadratic_grid, uniform_grid
@@ -22,13 +23,13 @@ class Contract:
     """
 
     solver: Solver = "euler"
-    steps: int = 50
+    steps: Count = 50
     """The default number of steps."""
-    shift: float = 1.0
+    shift: Positive = 1.0
     """Of the uniform grid, where no exact grid is listed."""
-    terminal: float = 0.0
+    terminal: Fraction = 0.0
     """The last time before 0 of that grid (LTX), if not 0."""
-    threshold: float = 0.0
+    threshold: Fraction = 0.0
     """Where not 0, the grid is linear down to 1 less that in its first half, then quadratic (LTX 0.9.5), and has no shift."""
     timesteps: Timesteps | None = None
     """Of a model trained on integer timesteps: takes the place of the uniform grid."""

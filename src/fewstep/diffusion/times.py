@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fewstep.core.bounds import Count, Fraction, Natural, Positive
 from fewstep.core.rng import Rng
 
 
@@ -88,8 +89,8 @@ class Timesteps:
     """
 
     spacing: Literal["leading", "trailing", "linspace"] = "trailing"
-    num_train_timesteps: int = 1000
-    steps_offset: int = 0
+    num_train_timesteps: Count = 1000
+    steps_offset: Natural = 0
     """Added to the timesteps of `leading`."""
     ends_clean: bool = True
     """The last step ends at t = 0; otherwise at the first level of the table (`set_alpha_to_one: false`)."""
@@ -136,9 +137,9 @@ class TimeDensity(ABC):
 class Uniform(TimeDensity):
     """Uniform on [low, high], then shifted."""
 
-    low: float = 0.0
-    high: float = 1.0
-    shift: float = 1.0
+    low: Fraction = 0.0
+    high: Fraction = 1.0
+    shift: Positive = 1.0
 
     def at_quantile(self, u: Tensor) -> Tensor:
         return shifted(self.low + (self.high - self.low) * u, self.shift)
@@ -149,8 +150,8 @@ class LogitNormal(TimeDensity):
     """`sigmoid(N(mean, std))` (2403.03206), then shifted."""
 
     mean: float = 0.0
-    std: float = 1.0
-    shift: float = 1.0
+    std: Positive = 1.0
+    shift: Positive = 1.0
 
     def at_quantile(self, u: Tensor) -> Tensor:
         return shifted(torch.sigmoid(self.mean + self.std * torch.special.ndtri(u)), self.shift)
@@ -160,7 +161,7 @@ class LogitNormal(TimeDensity):
 class Grid(TimeDensity):
     """One of the listed times, each with the same probability."""
 
-    times: tuple[float, ...]
+    times: tuple[Fraction, ...]
 
     def at_quantile(self, u: Tensor) -> Tensor:
         table = torch.tensor(self.times, dtype=torch.float64, device=u.device)

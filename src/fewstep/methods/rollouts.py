@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core import Batch, Pairs, Rng
+from fewstep.core.bounds import Positive
 from fewstep.diffusion import CFG, Contract, shifted
 from fewstep.diffusion.samplers import Solver, full
 from fewstep.diffusion.times import check_grid
@@ -45,7 +46,7 @@ class Rollout(ABC):
 
     grids: Grids = ((1.0, 0.75, 0.5, 0.25),)
     """Times without the final 0, one tuple per step count."""
-    shift: float = 1.0
+    shift: Positive = 1.0
     """Applied to every time of `grids`."""
     mode: Literal["sde", "ode"] = "sde"
     """Between steps: fresh noise on x0 (sde), or the deterministic first-order step (ode)."""

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fewstep.core import Rng
+from fewstep.core.bounds import Positive, Size, require_bounds
 from fewstep.models.denoiser import Denoiser
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -36,15 +37,14 @@ _Network = TypeVar("_Network", bound=nn.Module)
 class Lora:
     """Adapters on the linear layers of the blocks: `W + alpha / rank * B A`, with B = 0 in the beginning."""
 
-    rank: int = 32
-    alpha: float = 32.0
+    rank: Size = 32
+    alpha: Positive = 32.0
     """Strength: the update is multiplied by `alpha / rank`."""
     targets: tuple[str, ...] = ()
     """Last parts of the names of the layers that are adapted, such as `qkv` or `mlp.up`; empty: all in the blocks."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or self.alpha <= 0:
-            raise ValueError(f"rank must be at least 1 and alpha positive, got rank={self.rank}, alpha={self.alpha}")
+        require_bounds(self)
 
 
 class LoraLinear(nn.Module):
