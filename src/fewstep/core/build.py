@@ -203,7 +203,7 @@ def _scalar(expected: type, tree: Any, at: At) -> Any:
     if expected is int and isinstance(tree, int) and not isinstance(tree, bool):
         return tree
     if expected is float and isinstance(tree, (int, float)) and not isinstance(tree, bool):
-        return float(tree) if abs(tree) < 10**300 else math.copysign(math.inf, tree)
+        return float(tree) if isinstance(tree, float) or abs(tree) < 10**300 else math.copysign(math.inf, tree)
     if expected is float and isinstance(tree, str) and NUMBER.fullmatch(tree):
         return float(tree)
     if expected is str and isinstance(tree, str):

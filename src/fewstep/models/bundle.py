@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fewstep.core import Cond, RecipeError, Seeds, build, dump
-from fewstep.core.build import At
+from fewstep.core.bounds import FrameRate, Size, require_bounds
+from fewstep.core.stamp import stamp_of
+from fewstep.core.yaml import load_json
 from fewstep.diffusion import CFG, PATHS, Contract, Kind, NoisePath, Prediction, RectifiedFlow, solve
 from fewstep.diffusion.contract import StepCountError
 from fewstep.diffusion.samplers import Watch
@@ -47,26 +48,36 @@ class Card:
     """What a folder of weights says of itself."""
 
     name: str
-    role: str = "teacher"
+    role: Literal["teacher", "student"] = "teacher"
     parts: dict[str, Spec] = field(default_factory=dict)
     """Class and constructor arguments of every network; the denoiser's entry is its backbone."""
     sources: dict[str, str] = field(default_factory=dict)
     """Of parts whose weights are not in this folder: the folder in diffusers' layout, or its hub name, that has them."""
     fingerprints: dict[str, str] = field(default_factory=dict)
     """Of every part's weights as they load: data made by other weights is refused before any is read."""
+    files: dict[str, str] = field(default_factory=dict)
+    """Length and digest of every part's file as it was written: damage is noticed on loading."""
     path: NoisePath = RectifiedFlow()
     kind: Kind = "flow"
     contract: Contract = Contract()
-    num_frames: int = 16
-    height: int = 32
-    width: int = 32
-    fps: int = 8
+    num_frames: Size = 16
+    height: Size = 32
+    width: Size = 32
+    fps: FrameRate = 8
     negative_prompt: str = ""
     """What guidance leads away from."""
     provenance: dict[str, str] = field(default_factory=dict)
     """Recipe hash, teacher and data fingerprints, licences, machine, versions: free text by name."""
     scores: dict[str, float] = field(default_factory=dict)
     """Measured figures by name, with their n in the name."""
+
+    def __post_init__(self) -> None:
+        require_bounds(self)
+        for field_, names in (("parts", self.parts), ("sources", self.sources), ("files", self.files)):
+            if unknown := sorted(set(names) - set(PARTS)):
+                raise ValueError(
+                    f"{field_}: {unknown[0]!r} is no part of a video model; its parts are {', '.join(PARTS)}"
+                )
 
 
 class VideoModel:
@@ -245,7 +256,8 @@ class VideoModel:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         elsewhere = {name: source for name, source in self.card.sources.items() if name != "denoiser"}
-        prints = {}
+        card = replace(self.card, parts={name: describe(part) for name, part in self.parts.items()}, sources=elsewhere)
+        prints, files = {}, {}
         for name, part in self.parts.items():
             if name in elsewhere:
                 prints[name] = self.card.fingerprints.get(name) or self.fingerprint(name)
@@ -253,8 +265,8 @@ class VideoModel:
             tensors = {k: _stored(v, dtype) for k, v in part.state_dict().items()}
             prints[name] = _print_of(part, {k: tensors[k].to(v.dtype) for k, v in part.state_dict().items()})
             save_file(tensors, folder / f"{name}.safetensors")
-        parts = {name: describe(part) for name, part in self.parts.items()}
-        card = replace(self.card, parts=parts, sources=elsewhere, fingerprints=prints)
+            files[name] = stamp_of(folder / f"{name}.safetensors")
+        card = replace(card, fingerprints=prints, files=files)
         (folder / "card.json").write_text(json.dumps(dump(card), indent=2) + "\n")
         return folder
 
@@ -274,28 +286,29 @@ class VideoModel:
         return adapters.export(self, Path(folder), names=names, link=link, recipe=recipe)
 
     @classmethod
-    def from_pretrained(cls, source: Path | str, *, leave: Collection[str] = ()) -> VideoModel:
+    def from_pretrained(cls, source: Path | str, *, leave: Collection[str] = (), trust: bool = False) -> VideoModel:
         """Load a folder, a model in diffusers' layout (a folder or its hub name), or a built-in: `world`, `world/features`.
 
         Networks come in eval mode. The weights of parts to `leave` stay in their files: `weights` reads them when wanted.
+        Files that fewstep wrote are compared with what their card says of them when they are read, unless you `trust` them.
         """
-        return cls.load(read_card(source), source, leave=leave)
+        return cls.load(read_card(source), source, leave=leave, trust=trust)
 
     @classmethod
-    def load(cls, card: Card, source: Path | str, *, leave: Collection[str] = ()) -> VideoModel:
+    def load(cls, card: Card, source: Path | str, *, leave: Collection[str] = (), trust: bool = False) -> VideoModel:
         """As `from_pretrained`, by a card that may say more than the source does (another size, another pattern)."""
         model = cls(card, {})
         for name in card.parts:
-            left, weights = name in leave, None
+            weights, part = None, sketch(name, card)
             if name in card.sources:
-                part = sketch(name, card)
-                weights = adapters.load(part, card.sources[name], leave=left)
+                weights = adapters.load(part, card.sources[name], leave=name in leave)
             else:
                 path = _folder_of(source) / f"{name}.safetensors"
-                part = sketch(name, card) if left else allocate(name, card)
-                weights = Stored([path], part.state_dict())
+                known = {path: card.files[name]} if name in card.files and not trust else {}
+                weights = Stored([path], part.state_dict(), stamps=known)
                 weights.require_matching(part, path)
-                if not left:
+                if name not in leave:
+                    part = allocate(name, card)
                     part.load_state_dict(dict(weights))
                     weights = None
             model.parts[name] = part.eval()
@@ -312,16 +325,13 @@ def read_card(source: Path | str) -> Card:
     if str(source) not in _BUILT_INS and adapters.is_layout(source):
         return adapters.card(source)
     path = _folder_of(source) / "card.json"
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RecipeError(f"{path} is not a card: {error}; copy the folder again") from None
-    return parse_card(tree, "card.json")
+    return parse_card(load_json(path, "a card"), str(path))
 
 
 def parse_card(tree: Any, where: str) -> Card:
     """The card of its plain values. RecipeError says what is wrong with them, or that they would import code."""
-    _refuse_imports(tree, At(where))
+    if not (isinstance(tree, dict) and tree.get("parts")):
+        raise RecipeError(f"{where}: parts is empty or missing, so there is no network to load; copy the folder again")
     card: Card = build(Card, tree, {path.__name__: path for path in PATHS}, where)
     return card
 
@@ -372,17 +382,6 @@ def _print_of(part: nn.Module, tensors: Mapping[str, Tensor]) -> str:
         digest.update(name.encode())
         digest.update(value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())  # NumPy has no bfloat16
     return digest.hexdigest()
-
-
-def _refuse_imports(tree: Any, at: At) -> None:
-    """A folder of weights comes from anywhere, so its card must not choose what is imported."""
-    for key, value in tree.items() if isinstance(tree, dict) else ():
-        module = value.partition(":")[0] if key == "type" and isinstance(value, str) and ":" in value else None
-        if module is not None and module not in sys.modules:
-            raise at.key(key).fail(
-                f"is {value!r}, a class outside fewstep. If you trust it, import {module} in Python before loading"
-            )
-        _refuse_imports(value, at.key(key))
 
 
 def _folder_of(source: Path | str) -> Path:

@@ -19,12 +19,14 @@ from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fewstep.core import Rng
 from fewstep.core.bounds import Positive, Size, require_bounds
+from fewstep.core.yaml import load_json
 from fewstep.models.denoiser import Denoiser
+from fewstep.models.stored import read_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """The files of an adapter folder, as peft names them."""
@@ -178,7 +180,7 @@ def load_adapter(base: Denoiser, folder: Path | str) -> Denoiser:
     for file in (CONFIG, WEIGHTS):
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder / file} is missing; give a folder with {CONFIG} and {WEIGHTS}")
-    config, stored = json.loads((folder / CONFIG).read_text(encoding="utf-8")), load_file(folder / WEIGHTS)
+    config, stored = load_json(folder / CONFIG, "a LoRA's settings"), read_tensors(folder / WEIGHTS)
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or config.get("use_dora"):
         raise ValueError(
             f"{folder / CONFIG} describes {config.get('peft_type')} with extras; plain LoRA is what is read"
