@@ -59,7 +59,7 @@ class Case:
     writes: bool = False
     """Whether the command may leave new files in its folder. A file that was there is never changed or deleted."""
     seconds: float = 20.0
-    """More is a hang."""
+    """Of the processor; more, or five times as long by the clock, is a hang."""
     slow: bool = False
 
 
@@ -162,14 +162,17 @@ def _limits(seconds: float) -> Iterator[None]:
     def over(number: int, frame: FrameType | None) -> None:
         raise Hang
 
-    old = signal.signal(signal.SIGALRM, over)
-    left, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
+    old = signal.signal(signal.SIGALRM, over), signal.signal(signal.SIGPROF, over)
+    left, _ = signal.setitimer(signal.ITIMER_REAL, 5 * seconds)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         with _less_memory():
             yield
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, left)
-        signal.signal(signal.SIGALRM, old)
+        signal.signal(signal.SIGALRM, old[0])
+        signal.signal(signal.SIGPROF, old[1])
 
 
 @contextlib.contextmanager

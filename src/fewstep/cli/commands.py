@@ -138,16 +138,13 @@ def _dropped(prepared: Prepared) -> Table:
 
 
 def _own_device(name: str) -> str:
-    """Processes of one machine share its devices evenly. UsageError for one that is not there."""
+    """Processes of one machine share its devices evenly. ValueError for one that is not there."""
     import torch
 
-    kind, _, number = name.partition(":")
-    if kind == "cpu":
-        return name
-    have = torch.accelerator.current_accelerator()
-    if have is None or have.type != kind:
-        raise UsageError(f"--device {name}: this machine has {have.type if have else 'only cpu'}")
-    if number:
+    from fewstep.core.devices import require_device
+
+    require_device(name, "--device")
+    if name.startswith("cpu") or ":" in name:
         return name
     return f"{name}:{place().local_rank % torch.accelerator.device_count()}"
 

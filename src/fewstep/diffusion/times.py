@@ -141,6 +141,10 @@ class Uniform(TimeDensity):
     high: Fraction = 1.0
     shift: Positive = 1.0
 
+    def __post_init__(self) -> None:
+        if self.low > self.high:
+            raise ValueError(f"low must not be above high, got low={self.low}, high={self.high}")
+
     def at_quantile(self, u: Tensor) -> Tensor:
         return shifted(self.low + (self.high - self.low) * u, self.shift)
 
@@ -162,6 +166,10 @@ class Grid(TimeDensity):
     """One of the listed times, each with the same probability."""
 
     times: tuple[Fraction, ...]
+
+    def __post_init__(self) -> None:
+        if not self.times:
+            raise ValueError("times is empty; give at least one")
 
     def at_quantile(self, u: Tensor) -> Tensor:
         table = torch.tensor(self.times, dtype=torch.float64, device=u.device)

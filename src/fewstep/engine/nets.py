@@ -17,6 +17,9 @@ from fewstep.models.denoiser import Denoiser
 from fewstep.models.lora import Lora, adapt, adapters, duplicate, weaken
 from fewstep.models.source import ModelSource, Pretrained
 
+_LOOKED_AT = 10_000
+"""Iterations in the beginning whose updates are listed, and the last one: what begins to be trained goes on."""
+
 
 def build_nets(
     model: VideoModel,
@@ -94,7 +97,7 @@ def trained_roles(method: Method, steps: int) -> tuple[str, ...]:
     """Every role that some update of the run trains, in order of appearance."""
     seen: dict[str, None] = {}
     possible = {"student", *(role for role, recipe in method.aux().items() if not isinstance(recipe, Weak | Other))}
-    for step in range(steps):
+    for step in (*range(min(steps, _LOOKED_AT)), steps - 1):
         for event in method.updates(step):
             if isinstance(event, Update):
                 seen |= dict.fromkeys(event.roles)

@@ -51,6 +51,8 @@ class Consistency(Method):
 
     def __post_init__(self) -> None:
         require_bounds(self)
+        if not self.steps:
+            raise ValueError("steps is empty; give the step counts that the student is offered for")
         if not 1 <= self.skip <= self.intervals:
             raise ValueError(f"skip must lie in [1, intervals={self.intervals}], got {self.skip}")
 

@@ -70,6 +70,10 @@ class Rollout(ABC):
 
 def exact(grids: Grids, shift: float) -> Grids:
     """The shifted times of every grid, without the final 0, each checked to decrease strictly from 1."""
+    if not all(grids) or len({len(grid) for grid in grids}) != max(len(grids), 1):
+        raise ValueError(
+            f"grids needs one list of times for each number of steps, such as [[1.0], [1.0, 0.5]], got {grids}"
+        )
     moved = [tuple(float(t) for t in shifted(torch.tensor(g, dtype=torch.float64), shift)) for g in grids]
     return tuple(check_grid((*g, 0.0))[:-1] for g in moved)
 

@@ -38,6 +38,8 @@ class TextEncoder(nn.Module):
         attribute_sizes: Sequence[Size] = (),
     ) -> None:
         super().__init__()
+        if width % heads:
+            raise ValueError(f"width {width} does not divide into {heads} heads; change width or heads")
         self.args = {
             "width": width, "length": length, "buckets": buckets, "depth": depth, "heads": heads,
             "attribute_sizes": list(attribute_sizes),
