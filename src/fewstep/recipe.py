@@ -87,15 +87,17 @@ class Recipe:
         path = Path(path)
         path = path / FILE if path.suffix not in (".yaml", ".yml") else path
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(
-            f"# Resolved by fewstep: every default is written out. Hash {self.hash}.\n" + self.text, "utf-8"
-        )
+        path.write_text(self._printed, "utf-8")
         return path
 
     def tree(self) -> dict[str, Any]:
         """Plain values, all defaults written out."""
         tree: dict[str, Any] = dump(self)
         return tree
+
+    @property
+    def _printed(self) -> str:
+        return f"# Resolved by fewstep: every default is written out. Hash {self.hash}.\n" + self.text
 
     @property
     def text(self) -> str:
@@ -170,7 +172,8 @@ class Recipe:
                 raise RecipeError(
                     f"{output} holds run {theirs.hash} of another recipe ({changed}). Give another output folder."
                 )
-        self.save(output / FILE)
+        if not ((output / FILE).is_file() and self._printed == read_text(output / FILE)):
+            self.save(output / FILE)
 
     def _provenance(self, model: VideoModel) -> dict[str, str]:
         """What the student says of its origin. What the model said of its own is kept, under `teacher.` if it has one."""

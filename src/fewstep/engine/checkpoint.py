@@ -97,12 +97,14 @@ class Checkpoint:
         try:
             state = json.loads(file.read_text(encoding="utf-8"))
             listing: Mapping[str, Mapping[str, str]] = state["components"]
+            opened = cls(folder, state["step"], tuple(listing), state["values"])
+            if not isinstance(opened.values["identity"], dict):
+                raise ValueError("it does not say which run it is of")
             for name, stamps in listing.items():
                 for file in (folder / name / shard for shard in stamps):
                     if _changed(file, stamps[file.name]):
                         raise ValueError("it is not the file that was saved here")
-            opened = cls(folder, state["step"], tuple(listing), state["values"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, RecursionError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{file} is missing, cut short or unreadable ({error}). "
                 f"Delete {folder} to go on from the checkpoint before it, or from the start if there is none."

@@ -90,6 +90,10 @@ def read_lora(denoiser: Denoiser, source: Path) -> dict[str, LowRank]:
     """
     file, config = _find(source)
     tensors, strength = read_tensors(file), _strength(file, config)
+    if not tensors:
+        raise ValueError(
+            f"{file}: there are no tensors in it; give a LoRA as a .safetensors file, or a folder with one"
+        )
     layers, updates = _layers(denoiser), {}
     odd = sorted(name for name in tensors if _split(name)[0] not in layers or _split(name)[1] not in _ENDS)
     if odd:
