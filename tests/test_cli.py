@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,54 @@ def test_mistakes_are_one_line_and_tracebacks_are_asked_for(said, tiny: Path) ->
     refused(said("explain", tiny), "tiny.yaml: method.critic_updats is unknown; did you mean critic_updates?")
     tiny.write_text(TINY + "method: {type: DMD2}\n")
     refused(said("explain", tiny), "line 11: the key 'method' is written twice")
+
+
+EVIL = """
+from pathlib import Path
+from fewstep.methods import FlowMatching
+Path("pwned").touch()
+class Foo(FlowMatching): ...
+"""
+
+
+@pytest.fixture
+def evil(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A recipe whose method lies in a module that leaves a trace where it is imported."""
+    (tiny.parent / "evil_module.py").write_text(EVIL)
+    monkeypatch.syspath_prepend(str(tiny.parent))
+    yield TINY.replace("{type: DMD2, critic_updates: 1}", "{type: evil_module:Foo}")
+    sys.modules.pop("evil_module", None)
+
+
+def test_a_recipe_imports_nothing_unasked(said, tiny: Path, evil: str) -> None:
+    """Not from a folder, not from a file beside a card, and not for comparing, allowed or not."""
+    for name in ("mine.yaml", "run/recipe.yaml", "student/recipe.yaml", "student/other.yaml"):
+        (tiny.parent / name).parent.mkdir(exist_ok=True)
+        (tiny.parent / name).write_text(evil)
+    Path("student/card.json").write_text("{}")
+    for words in (
+        ("explain", "mine.yaml"),
+        ("distill", "mine.yaml", "--dry-run"),
+        ("distill", tiny, "--dry-run", "--method.type", "evil_module:Foo"),
+        ("explain", "run", "--allow-imports"),
+        ("distill", "run", "--dry-run", "--allow-imports"),
+        ("explain", "student/recipe.yaml", "--allow-imports"),
+        ("train", "student/other.yaml", "--dry-run", "--allow-imports"),
+        ("distill", tiny, "--output", "run", "--allow-imports"),
+    ):
+        refused(said(*words), "is 'evil_module:Foo', a class outside fewstep", "import evil_module", "--allow-imports")
+    assert not Path("pwned").exists() and "evil_module" not in sys.modules
+
+
+def test_the_users_own_recipe_imports_where_she_allows_it(said, tiny: Path, evil: str) -> None:
+    tiny.write_text(evil)
+    code, out, err = said("explain", tiny, "--allow-imports")
+    assert code == 0 and "Foo  (" in out, err
+    assert Path("pwned").exists()
+    code, _, err = said("train", tiny, "--output", "run", "--quiet", "--allow-imports")
+    assert code == 0, err
+    code, _, err = said("train", tiny, "--output", "run", "--quiet", "--allow-imports")  # compares with what is there
+    assert code == 0, err
 
 
 @pytest.mark.parametrize("kind", KINDS)

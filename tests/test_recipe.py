@@ -130,7 +130,7 @@ def test_a_contract_may_be_typed_as_in_the_first_version(tiny: Path, contract: s
         ("method.critic-updats", "3", "command line: method.critic_updats is unknown; did you mean critic_updates?"),
         ("methd.critic-updates", "3", "command line: methd is unknown; did you mean method?"),
         ("method.critic-updates", "many", "method.critic_updates must be a whole number, got 'many'"),
-        ("method.critic-updates", "0", "method is refused by DMD2: critic_updates must be at least 1"),
+        ("method.critic-updates", "0", "method.critic_updates must be at least 1, got 0"),
         ("method.type", "DMD", "method.type cannot be 'DMD'; did you mean DMD2?"),
         ("settings.autocast", "bf61", "settings.autocast cannot be 'bf61'; did you mean bf16? (accepted: off, bf16)"),
         ("settings.steps.now", "3", "settings.steps.now does not exist: settings.steps is 2"),

@@ -136,11 +136,13 @@ class Pipeline(Written):
         self.save(output / FILE)
 
 
-def read(path: Path | str, overrides: list[tuple[str, str]]) -> Recipe | Pipeline:
+def read(path: Path | str, overrides: list[tuple[str, str]], *, allow_imports: bool = False) -> Recipe | Pipeline:
     """A recipe, with stages or without. Errors as in `Written.load`."""
     tree = tree_of(path)
     staged = isinstance(tree, dict) and "stages" in tree
-    return Pipeline.load(path, overrides) if staged else Recipe.load(path, overrides)
+    if staged:
+        return Pipeline.load(path, overrides, allow_imports=allow_imports)
+    return Recipe.load(path, overrides, allow_imports=allow_imports)
 
 
 def _teacher(stage: Stage, before: Planned) -> ModelSource:

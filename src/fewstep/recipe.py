@@ -18,6 +18,7 @@ from fewstep.core.atomic import write_text
 from fewstep.core.build import At, Raw, RecipeError, build, digest, dump, load_yaml, to_yaml
 from fewstep.core.env import place
 from fewstep.core.shipped import nearest, shipped
+from fewstep.core.yaml import read_text
 from fewstep.data import Data, require
 from fewstep.engine import Settings, train
 from fewstep.engine.prepare import require_possible, require_processes
@@ -49,19 +50,22 @@ class Written:
     """A frozen dataclass with a strict printed form, which is a recipe's file."""
 
     @classmethod
-    def load(cls, path: Path | str, overrides: Iterable[tuple[str, str]] = ()) -> Self:
+    def load(cls, path: Path | str, overrides: Iterable[tuple[str, str]] = (), *, allow_imports: bool = False) -> Self:
         """Read a recipe, then apply `(dotted key, text)` overrides to it.
 
         `path` is a YAML file, the folder of a run or student, or the name of a recipe of the package: `world/dmd2`.
+        Classes outside fewstep (`type: package.module:Class`) must have been imported before, or `allow_imports` lets the
+        file import them: it runs their code. A recipe in the folder of a run or of weights never does.
         RecipeError for a key, name or value that is not accepted; FileNotFoundError says what is nearest.
         """
-        tree = tree_of(path)
+        tree, file, alone = tree_of(path), find(path), not Path(path).is_dir()
         if cls is Recipe and isinstance(tree, dict) and "stages" in tree:
             raise RecipeError(f"{path} has stages; fewstep.Pipeline.load reads it")
-        made: Self = build(cls, tree, names(), str(find(path)))
-        return made.override(overrides)
+        at = At(str(file), trusted=allow_imports and alone and not _comes_with_weights(file))
+        made: Self = build(cls, tree, names(), at)
+        return made.override(overrides, allow_imports=allow_imports)
 
-    def override(self, overrides: Iterable[tuple[str, str]]) -> Self:
+    def override(self, overrides: Iterable[tuple[str, str]], *, allow_imports: bool = False) -> Self:
         """A copy with `(dotted key, text)` pairs applied: `("method.critic-updates", "3")`. Text is read by type."""
         pairs = [(key.replace("-", "_"), value) for key, value in overrides]
         if not pairs:
@@ -69,7 +73,7 @@ class Written:
         tree = self.tree()
         for key, value in sorted(pairs, key=lambda pair: (not pair[0].endswith(".type"), pair[0].count("."))):
             _set(tree, key, value)
-        made: Self = build(type(self), tree, names(), "command line")
+        made: Self = build(type(self), tree, names(), At("command line", trusted=allow_imports))
         return made
 
     def save(self, path: Path | str) -> Path:
@@ -77,13 +81,17 @@ class Written:
         path = Path(path)
         path = path / FILE if path.suffix not in (".yaml", ".yml") else path
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, f"# Resolved by fewstep: every default is written out. Hash {self.hash}.\n" + self.text)
+        write_text(path, self._printed)
         return path
 
     def tree(self) -> dict[str, Any]:
         """Plain values, all defaults written out."""
         tree: dict[str, Any] = dump(self)
         return tree
+
+    @property
+    def _printed(self) -> str:
+        return f"# Resolved by fewstep: every default is written out. Hash {self.hash}.\n" + self.text
 
     @property
     def text(self) -> str:
@@ -173,13 +181,19 @@ class Recipe(Written):
         if output.exists() and not output.is_dir():
             raise RecipeError(f"{output} is a file; give a folder as output")
         if (output / FILE).is_file():
-            theirs = Recipe.load(output / FILE)
+            try:
+                theirs = Recipe.load(output / FILE)
+            except RecipeError as error:
+                raise RecipeError(
+                    f"{output} holds a recipe that cannot be compared: {error}. Give another output folder."
+                ) from None
             if theirs.hash != self.hash:
                 changed = "; ".join(map(str, theirs.diff(self)[:4]))
                 raise RecipeError(
                     f"{output} holds run {theirs.hash} of another recipe ({changed}). Give another output folder."
                 )
-        self.save(output / FILE)
+        if not ((output / FILE).is_file() and self._printed == read_text(output / FILE)):
+            self.save(output / FILE)
 
     def _provenance(self, model: VideoModel) -> dict[str, str]:
         """What the student says of its origin. What the model said of its own is kept, under `teacher.` if it has one."""
@@ -238,7 +252,7 @@ def names() -> dict[str, type]:
 def tree_of(path: Path | str) -> Any:
     """The plain values in a recipe's file. Errors as in `Written.load`."""
     file = find(path)
-    return load_yaml(file.read_text(encoding="utf-8"), str(file))
+    return load_yaml(read_text(file), str(file))
 
 
 def without_parallel(tree: dict[str, Any]) -> dict[str, Any]:
@@ -261,6 +275,13 @@ def find(wanted: Path | str) -> Path:
     meant = folder / near[0] if near and path.parent == folder else nearest(name) or (near and near[0])
     hint = f" Did you mean {meant}?" if meant else ""
     raise FileNotFoundError(f"there is no recipe {path}.{hint} `fewstep list recipes` prints those of the package.")
+
+
+def _comes_with_weights(path: Path) -> bool:
+    """Whether a recipe lies in the folder of a run, a student or a model, which may come from anywhere."""
+    return any(
+        (path.parent / name).exists() for name in ("card.json", "model_index.json", "metrics.jsonl", "effective.json")
+    )
 
 
 def _set(tree: dict[str, Any], key: str, text: str) -> None:

@@ -22,8 +22,8 @@ from fewstep.pipeline import Pipeline, read
 from fewstep.recipe import Recipe, find
 
 
-def show(wanted: Path, overrides: list[tuple[str, str]]) -> int:
-    recipe, file = read(wanted, overrides), find(wanted)
+def show(wanted: Path, overrides: list[tuple[str, str]], allow_imports: bool) -> int:
+    recipe, file = read(wanted, overrides, allow_imports=allow_imports), find(wanted)
     out = screen()
 
     def say(line: str, note: str = "", style: str = "") -> None:

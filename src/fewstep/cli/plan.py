@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from rich.console import Console
 
 from fewstep.cli.command import UsageError
 from fewstep.cli.screen import screen, table
+from fewstep.core.bounds import Bounds
 from fewstep.core.env import place
 from fewstep.engine.memory import Means, Plan, Remedy, fitting, parse_bytes, remedies
 from fewstep.engine.outline import Outline
@@ -44,8 +46,11 @@ class Device:
         if options.price is not None and options.flops is None:
             raise UsageError("--price needs --flops: without a speed there is no time to pay for")
         for option in ("flops", "price"):
-            if (getattr(options, option) or 1.0) <= 0:
-                raise UsageError(f"--{option} must be positive, got {getattr(options, option)}")
+            value = getattr(options, option)
+            if value is not None and not 0 < value < math.inf:
+                raise UsageError(f"--{option} must be a positive number, got {value}")
+        if options.shard is not None and (wrong := Bounds(1, 65_536).problem(options.shard)):
+            raise UsageError(f"--shard {wrong}")
         if options.shard is not None and options.memory is None:
             raise UsageError("--shard needs --memory: it says how far sharding would go to make the run fit")
         memory = None if options.memory is None else parse_bytes(options.memory)

@@ -67,11 +67,13 @@ class Explain(Command):
 
     recipe: Positional[Annotated[Path, arg(metavar="RECIPE")]]
     """A name of `fewstep list recipes`, a YAML file, or the folder of a run or student."""
+    allow_imports: bool = False
+    """Import the classes outside fewstep that the recipe file names, which runs their code. Default: refuse."""
 
     def run(self, overrides: Overrides) -> int:
         from fewstep.cli import explain
 
-        return explain.show(self.recipe, overrides)
+        return explain.show(self.recipe, overrides, self.allow_imports)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fewstep.core.bounds import Count, Positive
+
 
 class Coeffs(NamedTuple):
     """`a` (signal), `s` (noise) and their time derivatives `da`, `ds`."""
@@ -121,9 +123,9 @@ class VP(NoisePath):
 class EDM(NoisePath):
     """Variance exploding (2206.00364): `a = 1`, `s = sigma(t)` on the rho-curve from `sigma_min` to `sigma_max`."""
 
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-    rho: float = 7.0
+    sigma_min: Positive = 0.002
+    sigma_max: Positive = 80.0
+    rho: Positive = 7.0
 
     def coeffs(self, t: Tensor) -> Coeffs:
         lo, hi = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
@@ -144,7 +146,7 @@ class Betas(NoisePath):
     At t = 0 data are exactly clean. Between two points of the table the angle `atan(s / a)` is linear in t.
     """
 
-    num_train_timesteps: int = 1000
+    num_train_timesteps: Count = 1000
     beta_start: float = 0.00085
     beta_end: float = 0.012
     schedule: Literal["linear", "scaled_linear"] = "scaled_linear"

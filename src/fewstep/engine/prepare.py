@@ -17,6 +17,7 @@ from torch import nn
 from fewstep.attention import Ulysses
 from fewstep.core import Rng, dump
 from fewstep.core.build import digest
+from fewstep.core.devices import require_device, require_device_name
 from fewstep.core.env import place
 from fewstep.data.base import Data, Source
 from fewstep.engine.effective import in_effect
@@ -154,6 +155,7 @@ class Networks:
 
 def require_possible(method: Method, settings: Settings, card: Card, probe: Probe | None) -> tuple[str, ...]:
     """The roles that will be trained. Refuse (ValueError) what would silently do nothing, or break in mid-run."""
+    require_device_name(settings.device, "settings.device")
     name, roles = type(method).__name__, trained_roles(method, settings.steps)
     method.check(settings.steps)
     if "student" not in roles:
@@ -244,6 +246,7 @@ def require_clips(method: Method, card: Card) -> None:
 
 def require_processes(settings: Settings) -> None:
     """Refuse (ValueError) what the processes that are there now cannot do; a recipe may be right for other machines."""
+    require_device(settings.device, "settings.device")
     require_mesh(settings.parallel, settings.accumulate, settings.device)
     if place().world_size == 1:
         return

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core import Batch, Losses, Rng
+from fewstep.core.bounds import Count, Natural, Positive, require_bounds
 from fewstep.diffusion import CFG, DDIM, Contract, NoisePath, uniform_grid
 from fewstep.diffusion.path import broadcast
 from fewstep.methods.base import Method, Nets, Sync, Update, Work
@@ -41,14 +42,15 @@ class Progressive(Method):
 
     cite: ClassVar[str] = "Salimans & Ho, Progressive Distillation for Fast Sampling of Diffusion Models, 2202.00512"
 
-    stages: tuple[tuple[int, int], ...] = ((8, 400), (4, 400), (2, 400), (1, 400))
+    stages: tuple[tuple[Count, Natural], ...] = ((8, 400), (4, 400), (2, 400), (1, 400))
     """(student steps N, iterations), in order; the last stage goes on if the run is longer."""
     guidance: CFG = CFG(scale=3.0)
     """Of the teacher, in the first stage only: afterwards it is distilled in."""
-    shift: float = 1.0
+    shift: Positive = 1.0
     """Of the time grid."""
 
     def __post_init__(self) -> None:
+        require_bounds(self)
         counts = [n for n, _ in self.stages]
         if not counts or counts[-1] < 1 or any(a != 2 * b for a, b in pairwise(counts)):
             raise ValueError(f"each stage must have half the steps of the one before, got {counts}")

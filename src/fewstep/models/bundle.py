@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from fewstep.compress import TRANSFORMS, Transform, transformed
 from fewstep.core import Cond, RecipeError, build, dump
-from fewstep.core.build import At, refuse_imports
+from fewstep.core.bounds import FrameRate, Size, require_bounds
+from fewstep.core.stamp import stamp_of
+from fewstep.core.yaml import load_json
 from fewstep.diffusion import NAMED, Contract, Kind, NoisePath, RectifiedFlow, Step
 from fewstep.diffusion.samplers import finish
 from fewstep.models import adapters
@@ -48,7 +50,7 @@ class Card:
     """What a folder of weights says of itself."""
 
     name: str
-    role: str = "teacher"
+    role: Literal["teacher", "student"] = "teacher"
     parts: dict[str, Spec] = field(default_factory=dict)
     """Class and constructor arguments of every network; the denoiser's entry is its backbone."""
     sources: dict[str, str] = field(default_factory=dict)
@@ -57,19 +59,29 @@ class Card:
     """Of every part's weights as they load: data made by other weights is refused before any is read."""
     transforms: tuple[Transform, ...] = ()
     """In which the denoiser differs from what its entry in `parts` makes, in the order in which they are applied."""
+    files: dict[str, str] = field(default_factory=dict)
+    """Length and digest of every part's file as it was written: damage is noticed on loading."""
     path: NoisePath = RectifiedFlow()
     kind: Kind = "flow"
     contract: Contract = Contract()
-    num_frames: int = 16
-    height: int = 32
-    width: int = 32
-    fps: int = 8
+    num_frames: Size = 16
+    height: Size = 32
+    width: Size = 32
+    fps: FrameRate = 8
     negative_prompt: str = ""
     """What guidance leads away from."""
     provenance: dict[str, str] = field(default_factory=dict)
     """Recipe hash, teacher and data fingerprints, licences, machine, versions: free text by name."""
     scores: dict[str, float] = field(default_factory=dict)
     """Measured figures by name, with their n in the name."""
+
+    def __post_init__(self) -> None:
+        require_bounds(self)
+        for field_, names in (("parts", self.parts), ("sources", self.sources), ("files", self.files)):
+            if unknown := sorted(set(names) - set(PARTS)):
+                raise ValueError(
+                    f"{field_}: {unknown[0]!r} is no part of a video model; its parts are {', '.join(PARTS)}"
+                )
 
 
 class VideoModel:
@@ -223,7 +235,8 @@ class VideoModel:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         elsewhere = {name: source for name, source in self.card.sources.items() if name != "denoiser"}
-        prints = {}
+        card = replace(self.card, parts={name: describe(part) for name, part in self.parts.items()}, sources=elsewhere)
+        prints, files = {}, {}
         for name, part in self.parts.items():
             if name in elsewhere:
                 prints[name] = self.card.fingerprints.get(name) or self.fingerprint(name)
@@ -231,8 +244,8 @@ class VideoModel:
             tensors = {k: _stored(v, dtype) for k, v in part.state_dict().items()}
             prints[name] = print_of(part, {k: tensors[k].to(v.dtype) for k, v in part.state_dict().items()})
             save_file(tensors, folder / f"{name}.safetensors")
-        parts = {name: describe(part) for name, part in self.parts.items()}
-        card = replace(self.card, parts=parts, sources=elsewhere, fingerprints=prints, transforms=self.transforms)
+            files[name] = stamp_of(folder / f"{name}.safetensors")
+        card = replace(card, fingerprints=prints, files=files, transforms=self.transforms)
         (folder / "card.json").write_text(json.dumps(dump(card), indent=2) + "\n")
         return folder
 
@@ -252,31 +265,33 @@ class VideoModel:
         return adapters.export(self, Path(folder), names=names, link=link, recipe=recipe)
 
     @classmethod
-    def from_pretrained(cls, source: Path | str, *, leave: Collection[str] = ()) -> VideoModel:
+    def from_pretrained(cls, source: Path | str, *, leave: Collection[str] = (), trust: bool = False) -> VideoModel:
         """Load a folder, a model in diffusers' layout (a folder or its hub name), or a built-in: `world`, `world/features`.
 
         Networks come in eval mode. The weights of parts to `leave` stay in their files: `weights` reads them when wanted.
+        Files that fewstep wrote are compared with what their card says of them when they are read, unless you `trust` them.
         """
-        return cls.load(read_card(source), source, leave=leave)
+        return cls.load(read_card(source), source, leave=leave, trust=trust)
 
     @classmethod
-    def load(cls, card: Card, source: Path | str, *, leave: Collection[str] = ()) -> VideoModel:
+    def load(cls, card: Card, source: Path | str, *, leave: Collection[str] = (), trust: bool = False) -> VideoModel:
         """As `from_pretrained`, by a card that may say more than the source does (another size, another pattern)."""
         model = cls(card, {})
         for name in card.parts:
-            left, weights = name in leave, None
+            weights, part = None, sketch(name, card)
             if name in card.sources:
                 changes = card.transforms if name == "denoiser" else ()
                 part = sketch(name, replace(card, transforms=()))
-                weights = adapters.load(part, card.sources[name], leave=left and not changes)
+                weights = adapters.load(part, card.sources[name], leave=name in leave and not changes)
                 if changes:
                     part.backbone = transformed(part.backbone, changes)
             else:
                 path = _folder_of(source) / f"{name}.safetensors"
-                part = sketch(name, card) if left else allocate(name, card)
-                weights = Stored([path], part.state_dict())
+                known = {path: card.files[name]} if name in card.files and not trust else {}
+                weights = Stored([path], part.state_dict(), stamps=known)
                 weights.require_matching(part, path)
-                if not left:
+                if name not in leave:
+                    part = allocate(name, card)
                     part.load_state_dict(dict(weights))
                     weights = None
             model.parts[name] = part.eval()
@@ -293,16 +308,13 @@ def read_card(source: Path | str) -> Card:
     if str(source) not in _BUILT_INS and adapters.is_layout(source):
         return adapters.card(source)
     path = _folder_of(source) / "card.json"
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RecipeError(f"{path} is not a card: {error}; copy the folder again") from None
-    return parse_card(tree, "card.json")
+    return parse_card(load_json(path, "a card"), str(path))
 
 
 def parse_card(tree: Any, where: str) -> Card:
     """The card of its plain values. RecipeError says what is wrong with them, or that they would import code."""
-    refuse_imports(tree, At(where))
+    if not (isinstance(tree, dict) and tree.get("parts")):
+        raise RecipeError(f"{where}: parts is empty or missing, so there is no network to load; copy the folder again")
     names = {cls.__name__: cls for classes in (NAMED, TRANSFORMS) for cls in classes}
     card: Card = build(Card, tree, names, where)
     return card

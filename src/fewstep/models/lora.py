@@ -19,13 +19,16 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fewstep.compress import Branches, transformed
 from fewstep.compress.linear import Found, chosen
 from fewstep.core import Rng
+from fewstep.core.bounds import Positive, Size, require_bounds
+from fewstep.core.yaml import load_json
 from fewstep.models.denoiser import Denoiser
+from fewstep.models.stored import read_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """The files of an adapter folder, as peft names them."""
@@ -38,15 +41,14 @@ _Network = TypeVar("_Network", bound=nn.Module)
 class Lora:
     """Adapters on the linear layers of the blocks: `W + alpha / rank * B A`, with B = 0 in the beginning."""
 
-    rank: int = 32
-    alpha: float = 32.0
+    rank: Size = 32
+    alpha: Positive = 32.0
     """Strength: the update is multiplied by `alpha / rank`."""
     targets: tuple[str, ...] = ()
     """Last parts of the names of the layers that are adapted, such as `qkv` or `mlp.up`; empty: all in the blocks."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or self.alpha <= 0:
-            raise ValueError(f"rank must be at least 1 and alpha positive, got rank={self.rank}, alpha={self.alpha}")
+        require_bounds(self)
 
 
 class LoraLinear(nn.Module):
@@ -227,7 +229,7 @@ def load_adapter(base: Denoiser, folder: Path | str) -> Denoiser:
     for file in (CONFIG, WEIGHTS):
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder / file} is missing; give a folder with {CONFIG} and {WEIGHTS}")
-    config, stored = json.loads((folder / CONFIG).read_text(encoding="utf-8")), load_file(folder / WEIGHTS)
+    config, stored = load_json(folder / CONFIG, "a LoRA's settings"), read_tensors(folder / WEIGHTS)
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or config.get("use_dora"):
         raise ValueError(
             f"{folder / CONFIG} describes {config.get('peft_type')} with extras; plain LoRA is what is read"

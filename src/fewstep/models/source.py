@@ -14,6 +14,7 @@ from torch import nn
 from fewstep.attention import Pattern
 from fewstep.compress import Transform, transformed
 from fewstep.core import RecipeError
+from fewstep.core.bounds import FrameRate, Size
 from fewstep.diffusion import Contract, Kind, NoisePath, RectifiedFlow
 from fewstep.models import adapters
 from fewstep.models.bundle import PARTS, Card, VideoModel, allocate, latent_shape_of, read_card
@@ -65,10 +66,10 @@ class Diffusers(ModelSource):
     """
 
     source: str
-    num_frames: int | None = None
-    height: int | None = None
-    width: int | None = None
-    fps: int | None = None
+    num_frames: Size | None = None
+    height: Size | None = None
+    width: Size | None = None
+    fps: FrameRate | None = None
     negative_prompt: str | None = None
     """What guidance leads away from."""
     pattern: Pattern | None = None
@@ -140,10 +141,10 @@ class Scratch(ModelSource):
     """What the denoiser predicts."""
     contract: Contract = Contract()
     """How the trained model will be sampled."""
-    num_frames: int = 16
-    height: int = 32
-    width: int = 32
-    fps: int = 8
+    num_frames: Size = 16
+    height: Size = 32
+    width: Size = 32
+    fps: FrameRate = 8
     name: str = "scratch"
     seed: int = 0
     """Of the first weights."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fewstep.attention import Dense, Grid3, Operation, Pattern, attend
 from fewstep.core import KV, Call, Cond
+from fewstep.core.bounds import Depth, Positive, Size
 from fewstep.models.backbone import Backbone, Context, Tokens, read
 from fewstep.models.rotary import FrameRotary
 
@@ -36,13 +37,13 @@ class VideoDiT(Backbone):
     def __init__(
         self,
         *,
-        channels: int = 4,
-        width: int = 192,
-        depth: int = 8,
-        heads: int = 4,
-        mlp_ratio: float = 4.0,
-        patch: int = 2,
-        text_width: int = 128,
+        channels: Size = 4,
+        width: Size = 192,
+        depth: Depth = 8,
+        heads: Depth = 4,
+        mlp_ratio: Positive = 4.0,
+        patch: Size = 2,
+        text_width: Size = 128,
         pattern: Pattern = Dense(),
     ) -> None:
         super().__init__()

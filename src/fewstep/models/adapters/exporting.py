@@ -168,7 +168,7 @@ def _sealed(model: VideoModel) -> Card:
     prints = {name: model.card.fingerprints.get(name) or model.fingerprint(name) for name in model.parts}
     prints["denoiser"] = model.fingerprint("denoiser")
     parts = {name: describe(part) for name, part in model.parts.items()}
-    return replace(model.card, parts=parts, sources={}, fingerprints=prints)
+    return replace(model.card, parts=parts, sources={}, fingerprints=prints, files={})
 
 
 def _layout(model: VideoModel) -> Layout:
