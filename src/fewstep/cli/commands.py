@@ -85,11 +85,9 @@ def prepare(options: arguments.Prepare) -> int:
     model = VideoModel.from_pretrained(options.model, leave=unused)
     for part in model.parts.keys() - unused:
         model.part(part).to(_own_device(options.device))
-    cut = Cut(
-        num_frames=options.num_frames or model.card.num_frames, height=options.height or model.card.height,
-        width=options.width or model.card.width, stride=options.stride, clips_per_video=options.clips_per_video,
-        shots=options.shots,
-    )  # fmt: skip
+    given = {name: getattr(options, name) for name in ("num_frames", "height", "width")}
+    size = {name: getattr(model.card, name) if value is None else value for name, value in given.items()}
+    cut = Cut(**size, stride=options.stride, clips_per_video=options.clips_per_video, shots=options.shots)
     keep = Keep(**{field.name: getattr(options, field.name) for field in fields(Keep)})
     plan = Preparation(cut=cut, keep=keep, batch=options.batch, threads=options.threads, autocast=options.autocast)
     if peers.leads:

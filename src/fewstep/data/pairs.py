@@ -176,6 +176,8 @@ def make_pairs(
         if peers.leads:
             writer.finish(teacher_name=model.card.name, nfe_per_pair=teacher.course.nfe)
         peers.barrier()
+    else:
+        ShardReader(writer.folder, "pairs").check()
     with peers.in_turn():
         return PairsMade(writer.folder, count, _preview(model, writer.folder))
 

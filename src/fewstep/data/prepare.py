@@ -22,7 +22,7 @@ from fewstep.data.keep import Keep
 from fewstep.data.layouts import Item, Layout
 from fewstep.data.listing import LISTING, Listing, root_of, write_listing
 from fewstep.data.report import Dropped, Report, read_report, write_report
-from fewstep.data.store import PartedWriter, Progress, ShardWriter, Storage, read_manifest
+from fewstep.data.store import PartedWriter, Progress, ShardReader, ShardWriter, Storage, read_manifest
 from fewstep.data.video import Clip, ClipError, Cut, to_floats
 from fewstep.models.autoencoder import FrameAutoencoder
 from fewstep.models.bundle import fingerprint
@@ -85,7 +85,7 @@ def prepare(
     finished folder is left as it is. What is dropped is reported with the reason (`Report`). `progress` is called once per
     video of this process' share. With the part `image` of a model that makes clips of images, what it makes of each clip's
     first frame (and last, if it needs that) is stored too. DataError if the folder was begun with other settings, videos or
-    networks, or if no video gave a clip; NonFiniteError if a latent does not fit `plan.storage`.
+    networks, if one of its shards is damaged, or if no video gave a clip; NonFiniteError if a latent does not fit `plan.storage`.
     """
     cut, output, peers = plan.cut, Path(output), meet_peers()
     encoder = _Encoder(codec, image, plan)
@@ -107,6 +107,8 @@ def prepare(
             write_report(output, listing, writer.manifests())
             writer.finish(latent_shape=list(latent_shape))
         peers.barrier()
+    else:
+        ShardReader(output, "latents").check()
     done = read_manifest(output, "latents")
     return Prepared(output, done["rows"], done["shards"], read_report(output))
 
