@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 from fewstep.core.build import At, Raw, RecipeError, build, digest, dump, load_yaml, to_yaml
 from fewstep.core.env import place
+from fewstep.core.lock import holding
 from fewstep.data import Data, require
 from fewstep.engine import Settings, train
 from fewstep.engine.prepare import require_possible, require_processes
@@ -134,7 +136,13 @@ class Recipe:
         """Train and return the student; the same call resumes a run that was stopped. Writes `output/student`."""
         output = Path(output)
         self.check()
+        if output.exists() and not output.is_dir():
+            raise RecipeError(f"{output} is a file; give a folder as output")
         require_processes(self.settings)
+        with holding(output) if place().rank == 0 else nullcontext():
+            return self._run(output, quiet=quiet)
+
+    def _run(self, output: Path, *, quiet: bool) -> VideoModel:
         leads = place().rank == 0
         if leads:
             self._claim(output)
@@ -149,10 +157,8 @@ class Recipe:
         return student
 
     def _claim(self, output: Path) -> None:
-        """Make `output` this recipe's folder, or refuse where it is another's."""
-        if output.exists() and not output.is_dir():
-            raise RecipeError(f"{output} is a file; give a folder as output")
-        if (output / FILE).is_file():
+        """Make `output` this recipe's folder, or refuse where another recipe has left more than its beginning there."""
+        if (output / FILE).is_file() and any((output / made).exists() for made in ("checkpoints", "best", "student")):
             theirs = Recipe.load(output / FILE)
             if theirs.hash != self.hash:
                 changed = "; ".join(map(str, theirs.diff(self)[:4]))

@@ -27,6 +27,10 @@ from fewstep.core.finite import require_finite
 from fewstep.data.shots import find_cuts
 
 
+LARGEST_SIDE = 16384
+"""Pixels of a film along a side, at most: H.264 knows no more."""
+
+
 class ClipError(ValueError):
     """A video that cannot give the clip asked for. The message is the reason, a colon, and the particulars if any."""
 
