@@ -56,7 +56,9 @@ def main(argv: Sequence[str]) -> int:
         sys.stdout.flush()  # what was printed must arrive, and shows only now if it does not
         return code
     except SystemExit as error:
-        if not isinstance(error.__context__, BrokenPipeError):  # argument parsing has said what is wrong, or printed the help
+        if not isinstance(
+            error.__context__, BrokenPipeError
+        ):  # argument parsing has said what is wrong, or printed the help
             return error.code if isinstance(error.code, int) else 2
         print(f"fewstep: {_READER_GONE}", file=sys.stderr)
         return 2
@@ -109,7 +111,9 @@ def _out_of_memory(error: Exception) -> str:
     names = [cls.__name__ for cls in type(error).__mro__]
     if "MemoryError" in names or "OutOfMemoryError" in names or ("allocat" in said and "memory" in said):
         which = f" ({_shortened(error)})" if said else ""
-        return f"out of memory{which}: make less at once, by a smaller --batch, fewer frames, or a smaller size or model"
+        return (
+            f"out of memory{which}: make less at once, by a smaller --batch, fewer frames, or a smaller size or model"
+        )
     return ""
 
 

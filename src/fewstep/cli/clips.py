@@ -34,7 +34,9 @@ def sample(options: Sample) -> int:
     card = read_card(options.student)
     scale = _scale(options, card)
     spans = _spans(len(prompts), card.width * scale)
-    paths = [options.output if len(spans) == 1 else _numbered(options.output, first, len(prompts)) for first, _ in spans]
+    paths = [
+        options.output if len(spans) == 1 else _numbered(options.output, first, len(prompts)) for first, _ in spans
+    ]
     require_writable(paths[-1])
     model = VideoModel.from_pretrained(options.student).to(own_device(options.device))
     images = _images(options, card)

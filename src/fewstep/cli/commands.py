@@ -284,7 +284,9 @@ def export(options: arguments.Export) -> int:
         model = VideoModel(replace(model.card, scores=model.card.scores | scores), model.parts)
     recipe = (home / FILE).read_text(encoding="utf-8") if (home / FILE).is_file() else ""
     if options.lora:
-        return print_result(adapters.export_lora(model, home / "adapter", options.folder, names=options.names, recipe=recipe))
+        return print_result(
+            adapters.export_lora(model, home / "adapter", options.folder, names=options.names, recipe=recipe)
+        )
     return print_result(model.export(options.folder, names=options.names, link=options.link, recipe=recipe))
 
 
@@ -349,6 +351,9 @@ def all_prompts(given: tuple[str, ...], file: Path | None) -> tuple[str, ...]:
     prompts = (*given, *(read_prompts(file) if file is not None else ()))
     if not prompts:
         raise UsageError('give at least one --prompt "..." or a --prompt-file')
+    for prompt in prompts:
+        if "\0" in prompt or prompt.encode("utf-8", "ignore").decode() != prompt:
+            raise UsageError(f"--prompt {prompt!r}: it is not UTF-8 text")
     return prompts
 
 

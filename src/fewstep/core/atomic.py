@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-
 UMASK = os.umask(0o022)
 """Rights that new files do not get. It can be read only by setting it, which is done once, before there are threads."""
 os.umask(UMASK)

@@ -53,7 +53,9 @@ def _locked(path: Path) -> int:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             _lock(file, path)
-            if path.exists() and path.stat().st_ino == os.fstat(file).st_ino:  # else its last holder has just deleted it
+            if (
+                path.exists() and path.stat().st_ino == os.fstat(file).st_ino
+            ):  # else its last holder has just deleted it
                 who = f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M}"
                 os.truncate(file, 0)
                 os.write(file, who.encode())

@@ -162,8 +162,10 @@ def _sample(archive: Path, name: str, members: Mapping[str, tarfile.TarInfo], ra
         return Item(name, archive, problem=f"no video: the sample has only {', '.join(sorted(members))}")
     try:
         facts = json.loads(text(".json")) if ".json" in members else {}
+        if not isinstance(facts, dict):
+            raise ValueError("its .json is no object")
         caption = text(".txt") if ".txt" in members else facts.get("caption") or facts.get("text")
-    except (ValueError, RecursionError, AttributeError) as error:
+    except (ValueError, RecursionError) as error:
         return _problem(name + suffix, archive, f"no caption: its text cannot be read ({error})")
     item = _item(archive.parent, name + suffix, caption, facts, "its sample")
     return replace(item, path=archive, span=(members[suffix].offset_data, members[suffix].size))
@@ -223,12 +225,14 @@ def _csv_rows(table: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             columns = list(reader.fieldnames or ())
             if twice := sorted({column for column in columns if columns.count(column) > 1}):
                 raise DataError(f"{table.name} has the column {twice[0]!r} twice; rename one, or take it out")
+            if any("\0" in column for column in columns):
+                raise DataError(f"{table.name} has a NUL character in its header; save it as UTF-8 text")
             for row in reader:
                 where = f"{table.name}, line {reader.line_num},"
                 if None in row:
                     raise DataError(
-                        f"{where} has {len(columns) + len(row[None])} cells, and the header {len(columns)}; put a text with commas "
-                        'in double quotes, such as duck.mp4,"a duck, swimming"'
+                        f"{where} has {len(columns) + len(row[None])} cells, and the header {len(columns)}; put a text with "
+                        'commas in double quotes, such as duck.mp4,"a duck, swimming"'
                     )
                 yield where, row
         except csv.Error as error:

@@ -17,7 +17,8 @@ from fewstep.data.base import DataError
 class Lines(Sequence[str]):
     """The lines of a UTF-8 file that are not blank, stripped. The file may be larger than memory.
 
-    Opening it reads it once, to find where lines begin: eight bytes per line are kept. DataError if it is not UTF-8, or has a NUL.
+    Opening it reads it once, to find where lines begin: eight bytes per line are kept. DataError if it
+    is not UTF-8, or has a NUL.
     """
 
     def __init__(self, path: str | Path) -> None:

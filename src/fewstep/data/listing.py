@@ -73,7 +73,9 @@ def write_listing(file: Path, source: str | Path, layout: Layout = "plain", root
             row["path"] = str(item.path).removeprefix(within)
             lines.write(json.dumps(row, ensure_ascii=False) + "\n")
     if again:
-        log.warning("%d rows give a video that is listed before another caption (such as %s); all are used", again, example)
+        log.warning(
+            "%d rows give a video that is listed before another caption (such as %s); all are used", again, example
+        )
     return Listing(file, folder)
 
 

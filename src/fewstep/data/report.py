@@ -93,7 +93,7 @@ def read_report(folder: str | Path) -> Report:
         tree = json.loads(path.read_text(encoding="utf-8"))
         return Report(**{**tree, "dropped": {reason: Count(**count) for reason, count in tree["dropped"].items()}})
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"{path} is damaged ({error!r}); delete {folder} and make it anew") from None
+        raise DataError(f"{path} is damaged ({type(error).__name__}); delete {folder} and make it anew") from None
 
 
 def _draw(path: Path, listing: Listing, shown: Mapping[str, list[Dropped]]) -> None:

@@ -41,6 +41,8 @@ KINDS = {
 OPEN_SHARDS = 32
 RAGGED = {"texts"}
 """Kinds whose rows differ in length: a shard has a tensor `name.row` for each of them, instead of all in `name`."""
+GOES_ON = "the same command goes on after the last whole file"
+"""What is said where a preparation is stopped."""
 _HEADER = "fewstep"
 
 
@@ -234,7 +236,9 @@ def claim(folder: Path, kind: str, settings: Mapping[str, Any]) -> dict[str, Any
     path, hashed = folder / MANIFEST, digest(settings)
     if path.is_file():
         manifest = _manifest(path)
-        if manifest.get("kind") != kind or manifest.get("settings_hash") != hashed:
+        if manifest["kind"] != kind:
+            raise DataError(f"{folder} holds {manifest['kind']}, not {kind}; give another output folder")
+        if manifest.get("settings_hash") != hashed:
             raise DataError(
                 f"{folder} was begun with other settings ({_difference(manifest, kind, settings)}). "
                 "Repeat those settings to continue, give another output folder, or delete this one."
@@ -290,7 +294,7 @@ def _manifest(path: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         _ = manifest["kind"], manifest["format"], manifest["complete"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{path} is damaged ({error!r}); delete {path.parent} and make it anew") from None
+        raise DataError(f"{path} is damaged ({type(error).__name__}); delete {path.parent} and make it anew") from None
     return manifest
 
 

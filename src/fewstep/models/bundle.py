@@ -40,6 +40,8 @@ _BUILT_INS = {"world": BUILT_IN / "teacher", "world/features": BUILT_IN / "featu
 """Folders by the names they go by, which look like names on the hub and are none."""
 
 PARTS = ("denoiser", "text", "image", "codec", "features")
+DIFFUSERS_NAMES = {"denoiser": "transformer or unet", "text": "text_encoder", "image": "image_encoder", "codec": "vae"}
+"""What diffusers calls the parts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +89,10 @@ class VideoModel:
 
     def part(self, name: str) -> nn.Module:
         if name not in self.parts:
-            have = ", ".join(self.parts) or "nothing"
-            raise ValueError(f"model {self.card.name!r} has no {name} (it has {have}); name one in the recipe's model")
+            have = ", ".join(map(told, self.parts)) or "nothing"
+            raise ValueError(
+                f"model {self.card.name!r} has no {told(name)}, only {have}; name one in the recipe's model"
+            )
         return self.parts[name]
 
     @property
@@ -302,6 +306,11 @@ class VideoModel:
             if weights is not None:
                 model.stored[name] = weights
         return model
+
+
+def told(part: str) -> str:
+    """A part, with the name that diffusers gives it."""
+    return f"{part} ({DIFFUSERS_NAMES[part]} in diffusers)" if part in DIFFUSERS_NAMES else part
 
 
 def read_card(source: Path | str) -> Card:
