@@ -27,6 +27,10 @@ def replacing(path: Path) -> Iterator[Path]:
         yield draft
         _settle(draft)
         draft.replace(path)
+    except OSError as error:
+        if error.filename == str(draft):  # a name that nobody gave
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         draft.unlink(missing_ok=True)
 
