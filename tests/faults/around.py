@@ -19,7 +19,7 @@ def failing(code: int) -> Around:
     def settle(file: Path) -> None:
         raise OSError(code, os.strerror(code), str(file))
 
-    return lambda: patch("fewstep.core.atomic._settle", settle)
+    return lambda: patch("fewstep.core.atomic.settle", settle)
 
 
 full_disk, read_only, quota = failing(errno.ENOSPC), failing(errno.EROFS), failing(errno.EDQUOT)

@@ -193,7 +193,9 @@ TARS = (
 
 
 def classes(name: str, content: str | bytes, *says: str) -> Case:
-    return Case(f"trainlist01.txt: {name}", (), says, {"trainlist01.txt": content}, call=listed("ucf101", "trainlist01.txt"))
+    return Case(
+        f"trainlist01.txt: {name}", (), says, {"trainlist01.txt": content}, call=listed("ucf101", "trainlist01.txt")
+    )
 
 
 def web(name: str, content: str | bytes, *says: str, layout: str = "webvid") -> Case:

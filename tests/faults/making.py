@@ -26,7 +26,9 @@ def video() -> bytes:
     from fewstep.data.video import write_video
 
     with tempfile.TemporaryDirectory() as folder:
-        return write_video(Path(folder) / "a.mp4", torch.linspace(-1, 1, 3 * 8 * 32 * 32).view(3, 8, 32, 32)).read_bytes()
+        return write_video(
+            Path(folder) / "a.mp4", torch.linspace(-1, 1, 3 * 8 * 32 * 32).view(3, 8, 32, 32)
+        ).read_bytes()
 
 
 def films(here: Path) -> None:
@@ -45,7 +47,15 @@ def _prepared() -> Path:
 
     folder = Path(tempfile.mkdtemp(prefix="fewstep-faults-"))
     films(folder)
-    words = ["prepare", str(folder / "videos"), "--model", str(folder / "teacher"), "--output", str(folder / "out"), "--quiet"]
+    words = [
+        "prepare",
+        str(folder / "videos"),
+        "--model",
+        str(folder / "teacher"),
+        "--output",
+        str(folder / "out"),
+        "--quiet",
+    ]
     assert main(words) == 0
     return folder / "out"
 
@@ -65,7 +75,9 @@ PREPARE = ("prepare", "videos", "--model", "teacher", "--output", "out", "--quie
 
 def option(words: str, *says: str) -> Case:
     name, *values = words.split()
-    return Case(f"prepare {words}", (*PREPARE, name, *values), (name.strip("-").replace("-", "_"), *says), prepare=films)
+    return Case(
+        f"prepare {words}", (*PREPARE, name, *values), (name.strip("-").replace("-", "_"), *says), prepare=films
+    )
 
 
 LIMITS = ("min_seconds", "max_seconds", "min_motion", "max_motion", "min_brightness", "max_brightness")

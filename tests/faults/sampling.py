@@ -65,7 +65,7 @@ VALUES = (
     sample("a run in place of its student", ("sample", "run", *SAMPLE[2:]), "run", "student", prepare=run),
     sample("no memory", SAMPLE, "out of memory", during=around.raising("fewstep.models.bundle.solve", MemoryError())),
     sample("no memory, as torch says it", SAMPLE, "out of memory", during=around.raising(
-        "fewstep.models.bundle.solve", RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"))),
+        "fewstep.models.bundle.solve", RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"))),
 )  # fmt: skip
 
 
@@ -93,14 +93,14 @@ def only_temporary() -> Any:
 
     from fewstep.core import atomic
 
-    settle = atomic._settle
+    settle = atomic.settle
 
     def choose(file: Path) -> None:
         if not file.is_absolute():
             no_video(file)
         settle(file)
 
-    with patch("fewstep.core.atomic._settle", choose):
+    with patch("fewstep.core.atomic.settle", choose):
         yield
 
 
@@ -128,7 +128,19 @@ OUTPUTS = (
     sample("SIGTERM", SAMPLE, "stopped", "0 of 1 files", code=143, during=stopped("TERM")),
 )  # fmt: skip
 
-EVALUATE = ("evaluate", "teacher", "--teacher", "teacher", "--output", "out", "--prompts", "2", "--seeds", "2", "--quiet")
+EVALUATE = (
+    "evaluate",
+    "teacher",
+    "--teacher",
+    "teacher",
+    "--output",
+    "out",
+    "--prompts",
+    "2",
+    "--seeds",
+    "2",
+    "--quiet",
+)
 """The tiny model beside itself: it is refused for nothing."""
 
 

@@ -25,7 +25,7 @@ def replacing(path: Path) -> Iterator[Path]:
     draft = _draft_file(path)
     try:
         yield draft
-        _settle(draft)
+        settle(draft)
         draft.replace(path)
     except OSError as error:
         if error.filename == str(draft):  # a name that nobody gave
@@ -52,14 +52,14 @@ def replacing_folder(target: Path) -> Iterator[Path]:
     draft.mkdir(parents=True)
     yield draft
     for path in filter(Path.is_file, draft.rglob("*")):
-        _settle(path)
+        settle(path)
     if target.exists():
         discard(target, successor=draft)
     else:
         draft.rename(target)
 
 
-def _settle(file: Path) -> None:
+def settle(file: Path) -> None:
     """On the disk, and with the rights that any new file gets: safetensors gives its own to the owner alone."""
     with file.open("rb+") as opened:
         os.fsync(opened.fileno())  # otherwise a power cut may leave the final name with old or no content

@@ -74,7 +74,7 @@ def write_listing(file: Path, source: str | Path, layout: Layout = "plain", root
             lines.write(json.dumps(row, ensure_ascii=False) + "\n")
     if again:
         log.warning(
-            "%d rows give a video that is listed before another caption (such as %s); all are used", again, example
+            "%d of the rows give another caption to a video listed before (such as %s); all are used", again, example
         )
     return Listing(file, folder)
 

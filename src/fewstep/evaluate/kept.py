@@ -67,7 +67,7 @@ class KeptRows:
     def _path(self, entry: Entry) -> Path:
         bench, model = self.bench, entry.model
         facts = {
-            "weights": {name: fingerprint(part) for name, part in model.parts.items()},
+            "row": entry.name, "weights": {name: fingerprint(part) for name, part in model.parts.items()},
             "contract": repr(entry.contract), "suite": repr(bench.suite), "frames": bench.num_frames,
             "prompts": bench.cases.prompts, "features": bench.features.name, "device": bench.device.type,
         }  # fmt: skip

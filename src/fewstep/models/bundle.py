@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fewstep.core import Cond, RecipeError, Seeds, build, dump
+from fewstep.core.atomic import settle
 from fewstep.core.build import At
 from fewstep.diffusion import CFG, PATHS, Contract, Kind, NoisePath, Prediction, RectifiedFlow, solve
 from fewstep.diffusion.contract import StepCountError
@@ -257,6 +258,7 @@ class VideoModel:
             tensors = {k: _stored(v, dtype) for k, v in part.state_dict().items()}
             prints[name] = _print_of(part, {k: tensors[k].to(v.dtype) for k, v in part.state_dict().items()})
             save_file(tensors, folder / f"{name}.safetensors")
+            settle(folder / f"{name}.safetensors")
         parts = {name: describe(part) for name, part in self.parts.items()}
         card = replace(self.card, parts=parts, sources=elsewhere, fingerprints=prints)
         (folder / "card.json").write_text(json.dumps(dump(card), indent=2) + "\n")

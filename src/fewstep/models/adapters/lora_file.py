@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fewstep.core.atomic import settle
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.lora import CONFIG, PREFIX, WEIGHTS, LowRank
 
@@ -79,6 +80,7 @@ def write_lora(denoiser: Denoiser, adapter: Path, folder: Path, names: Names, st
         written[network or usual][f"{prefix}{within}.{end}"] = (scale * value).contiguous()
     for network, tensors in written.items():
         save_file(tensors, folder / files[network], {"format": "pt"})
+        settle(folder / files[network])
 
 
 def read_lora(denoiser: Denoiser, source: Path) -> dict[str, LowRank]:
