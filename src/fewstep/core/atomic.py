@@ -60,7 +60,7 @@ def replacing_folder(target: Path) -> Iterator[Path]:
 
 
 def settle(file: Path) -> None:
-    """On the disk, and with the rights that any new file gets: safetensors gives its own to the owner alone."""
+    """On the disk, and with the rights that any new file gets."""
     with file.open("rb+") as opened:
         os.fsync(opened.fileno())  # otherwise a power cut may leave the final name with old or no content
     if stat.S_ISREG(file.lstat().st_mode):

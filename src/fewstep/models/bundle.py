@@ -16,11 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fewstep.core import Cond, RecipeError, Seeds, build, dump
-from fewstep.core.atomic import settle
 from fewstep.core.build import At
 from fewstep.diffusion import CFG, PATHS, Contract, Kind, NoisePath, Prediction, RectifiedFlow, solve
 from fewstep.diffusion.contract import StepCountError
@@ -30,8 +28,8 @@ from fewstep.models.autoencoder import FrameAutoencoder
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.images import Images, blank_images, image_conditions
 from fewstep.models.lora import updated
-from fewstep.models.spec import Spec
-from fewstep.models.stored import Stored
+from fewstep.models.spec import Spec, told
+from fewstep.models.stored import Stored, write_weights
 from fewstep.models.text import TextEncoder
 
 BUILT_IN = Path(__file__).parent.parent / "world" / "weights"
@@ -41,8 +39,6 @@ _BUILT_INS = {"world": BUILT_IN / "teacher", "world/features": BUILT_IN / "featu
 """Folders by the names they go by, which look like names on the hub and are none."""
 
 PARTS = ("denoiser", "text", "image", "codec", "features")
-DIFFUSERS_NAMES = {"denoiser": "transformer or unet", "text": "text_encoder", "image": "image_encoder", "codec": "vae"}
-"""What diffusers calls the parts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,8 +253,7 @@ class VideoModel:
                 continue
             tensors = {k: _stored(v, dtype) for k, v in part.state_dict().items()}
             prints[name] = _print_of(part, {k: tensors[k].to(v.dtype) for k, v in part.state_dict().items()})
-            save_file(tensors, folder / f"{name}.safetensors")
-            settle(folder / f"{name}.safetensors")
+            write_weights(tensors, folder / f"{name}.safetensors")
         parts = {name: describe(part) for name, part in self.parts.items()}
         card = replace(self.card, parts=parts, sources=elsewhere, fingerprints=prints)
         (folder / "card.json").write_text(json.dumps(dump(card), indent=2) + "\n")
@@ -308,11 +303,6 @@ class VideoModel:
             if weights is not None:
                 model.stored[name] = weights
         return model
-
-
-def told(part: str) -> str:
-    """A part, with the name that diffusers gives it."""
-    return f"{part} ({DIFFUSERS_NAMES[part]} in diffusers)" if part in DIFFUSERS_NAMES else part
 
 
 def read_card(source: Path | str) -> Card:

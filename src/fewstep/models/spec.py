@@ -62,3 +62,12 @@ def _network(name: Any, at: At) -> type[nn.Module]:
     if name in PARTS:
         return part_class(name)
     return find_class(name, nn.Module, {c.__name__: c for c in NETWORKS}, at)
+
+
+DIFFUSERS_NAMES = {"denoiser": "transformer or unet", "text": "text_encoder", "image": "image_encoder", "codec": "vae"}
+"""What diffusers calls the parts of a model."""
+
+
+def told(part: str) -> str:
+    """A part, with the name that diffusers gives it."""
+    return f"{part} ({DIFFUSERS_NAMES[part]} in diffusers)" if part in DIFFUSERS_NAMES else part
