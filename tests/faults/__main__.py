@@ -8,7 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path[0] = str(Path(__file__).parent.parent)  # not this folder, whose names are its own
 
 
 def main(wanted: list[str]) -> int:
@@ -29,7 +29,7 @@ def main(wanted: list[str]) -> int:
         tried, right = tried + len(found), right + len(found) - len(bad)
         seconds = time.monotonic() - began
         print(f"{area}: {len(found)} tried, {len(found) - len(bad)} right, {len(bad)} bad, {seconds:.1f} s")
-        print(*bad, sep="\n", end="\n" if bad else "")
+        print(*bad, sep="\n", end="\n" if bad else "", flush=True)
     print(f"in all: {tried} tried, {right} right, {tried - right} bad")
     return int(tried > right)
 

@@ -225,14 +225,6 @@ RUNS = (
     Case("watch: no run", ("watch", "nowhere"), ("nowhere", "metrics.jsonl")),
     Case("watch: a file", ("watch", "r.yaml"), ("r.yaml",), {"r.yaml": ""}),
     Case("list: no such kind", ("watc",), ("watch",)),
-    Case("check-model: no frames", ("check-model", "teacher", "--num-frames", "0"), ("0",), prepare=teacher),
-    Case("check-model: frames below 0", ("check-model", "teacher", "--num-frames", "-4"), ("-4",), prepare=teacher),
-    Case("check-model: a height of 0", ("check-model", "teacher", "--height", "0"), ("0",), prepare=teacher),
-    Case("check-model: 0 steps", ("check-model", "teacher", "--num-inference-steps", "0"), ("0",), prepare=teacher),
-    Case("check-model: no such check", ("check-model", "teacher", "--only", "speed"), ("speed",), prepare=teacher),
-    Case("check-model: no video", ("check-model", "teacher", "--video", "no.mp4"), ("no.mp4",), prepare=teacher),
-    Case("check-model: text in place of a video", ("check-model", "teacher", "--video", "a.mp4"), ("a.mp4",),
-         {"a.mp4": "text"}, teacher),
 )  # fmt: skip
 
 CASES = (*VALUES, *OUTPUTS, *EVALUATED, *RUNS)

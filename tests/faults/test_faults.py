@@ -53,7 +53,7 @@ def test_wrong_answers_are_noticed(tmp_path: Path) -> None:
         "speaks of innards": raising(ValueError("card.json: 'NoneType' object")),
         "a wall of": raising(ValueError("card.json " * 200)),
         "silence: exit code 0": Case("", call=lambda: None),
-        "hang": Case("", call=lambda: time.sleep(5), seconds=0.1),
+        "hang": Case("", call=lambda: time.sleep(5), seconds=0.05),
         "loss: kept.txt was deleted": Case("", call=deletes, files={"kept.txt": "mine"}),
         "leaves behind": Case("", ("explain", "nowhere"), during=lambda: nullcontext(Path("new.txt").touch())),
         "traceback: MemoryError": Case("", call=lambda: bytearray(64 << 30)),

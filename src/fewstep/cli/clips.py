@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fewstep.cli.arguments import Sample
 from fewstep.cli.command import UsageError
-from fewstep.cli.commands import all_prompts, own_device, print_result
+from fewstep.cli.commands import _made, _own_device, _prompts
 from fewstep.core.atomic import require_writable
 from fewstep.core.stopping import saying
 from fewstep.data.video import LARGEST_SIDE, read_image, write_video
@@ -29,7 +29,7 @@ SHOWN = 128
 
 
 def sample(options: Sample) -> int:
-    prompts = all_prompts(options.prompt, options.prompt_file)
+    prompts = _prompts(options.prompt, options.prompt_file)
     _check(options, len(prompts))
     card = read_card(options.student)
     scale = _scale(options, card)
@@ -38,7 +38,7 @@ def sample(options: Sample) -> int:
         options.output if len(spans) == 1 else _numbered(options.output, first, len(prompts)) for first, _ in spans
     ]
     require_writable(paths[-1])
-    model = VideoModel.from_pretrained(options.student).to(own_device(options.device))
+    model = VideoModel.from_pretrained(options.student).to(_own_device(options.device))
     images = _images(options, card)
     done: list[Path] = []
 
@@ -58,8 +58,8 @@ def sample(options: Sample) -> int:
                     _write(path, clips[begin - first : end - first], card.fps, scale)
                     done.append(path)
     for path in done[:-1]:
-        print_result(path)
-    return print_result(done[-1])
+        _made(path)
+    return _made(done[-1])
 
 
 def _check(options: Sample, count: int) -> None:

@@ -65,7 +65,7 @@ def train(options: arguments.Train, overrides: Overrides) -> int:
             )
     recipe.run(output, quiet=options.quiet)
     part_company()
-    return print_result(output / "student")
+    return _made(output / "student")
 
 
 def prepare(options: arguments.Prepare) -> int:
@@ -84,7 +84,7 @@ def prepare(options: arguments.Prepare) -> int:
     unused = {"denoiser", "features"} if options.texts else {"denoiser", "features", "text"}
     model = VideoModel.from_pretrained(options.model, leave=unused)
     for part in model.parts.keys() - unused:
-        model.part(part).to(own_device(options.device))
+        model.part(part).to(_own_device(options.device))
     given = {name: getattr(options, name) for name in ("num_frames", "height", "width")}
     size = {name: getattr(model.card, name) if value is None else value for name, value in given.items()}
     cut = Cut(**size, stride=options.stride, clips_per_video=options.clips_per_video, shots=options.shots)
@@ -116,7 +116,7 @@ def prepare(options: arguments.Prepare) -> int:
             screen().print(_dropped(prepared))
         print(f"{prepared.clips} clips in {prepared.shards} shards, from {prepared.report.videos} videos")
     part_company()
-    return print_result(prepared.folder)
+    return _made(prepared.folder)
 
 
 def _share() -> str:
@@ -135,7 +135,7 @@ def _dropped(prepared: Prepared) -> Table:
     return table(("dropped", "videos", "clips", "for example"), rows)
 
 
-def own_device(name: str) -> str:
+def _own_device(name: str) -> str:
     """Processes of one machine share its devices evenly. UsageError for one that is not there."""
     import torch
 
@@ -172,7 +172,7 @@ def pairs(options: arguments.Pairs) -> int:
         storage=options.storage, autocast=options.autocast, shard_size=options.shard_size,
     )  # fmt: skip
     peers = meet_peers()
-    model = VideoModel.from_pretrained(options.model).to(own_device(options.device))
+    model = VideoModel.from_pretrained(options.model).to(_own_device(options.device))
     cost = pairs_cost(model, len(prompts), plan)
     if peers.leads:
         print(
@@ -188,7 +188,7 @@ def pairs(options: arguments.Pairs) -> int:
     if peers.leads:
         print(f"{made.pairs} pairs, preview in {made.preview}")
     part_company()
-    return print_result(made.folder)
+    return _made(made.folder)
 
 
 def evaluate(options: arguments.Evaluate) -> int:
@@ -199,7 +199,7 @@ def evaluate(options: arguments.Evaluate) -> int:
     from fewstep.models.bundle import VideoModel
 
     suite = _suite(options)
-    student = VideoModel.from_pretrained(options.student).to(own_device(options.device))
+    student = VideoModel.from_pretrained(options.student).to(_own_device(options.device))
     teacher = _teacher_of(student, options.teacher)
     with telling(options.quiet) as progress:
         rows = entries(teacher, student, options.num_inference_steps)
@@ -212,7 +212,7 @@ def evaluate(options: arguments.Evaluate) -> int:
     out = screen()
     out.print(table(report))
     out.print(details(report))
-    return print_result(page)
+    return _made(page)
 
 
 def _suite(options: arguments.Evaluate) -> Suite:
@@ -222,7 +222,7 @@ def _suite(options: arguments.Evaluate) -> Suite:
     given = {
         "prompts": options.prompts, "seeds_per_prompt": options.seeds, "batch": options.batch, "seed": options.seed,
         "num_frames": options.num_frames, "autocast": options.autocast,
-        "texts": all_prompts((), options.prompt_file) if options.prompt_file else None,
+        "texts": _prompts((), options.prompt_file) if options.prompt_file else None,
     }  # fmt: skip
     chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if options.suite == "world":
@@ -249,7 +249,7 @@ def check_model(options: arguments.CheckModel) -> int:
     from fewstep.evaluate import conformance
     from fewstep.models.bundle import VideoModel
 
-    model = VideoModel.from_pretrained(options.source).to(own_device(options.device))
+    model = VideoModel.from_pretrained(options.source).to(_own_device(options.device))
     model.denoiser.to(getattr(torch, options.dtype))
     inputs = conformance.Options(
         num_frames=options.num_frames, height=options.height, width=options.width, steps=options.num_inference_steps,
@@ -284,10 +284,8 @@ def export(options: arguments.Export) -> int:
         model = VideoModel(replace(model.card, scores=model.card.scores | scores), model.parts)
     recipe = (home / FILE).read_text(encoding="utf-8") if (home / FILE).is_file() else ""
     if options.lora:
-        return print_result(
-            adapters.export_lora(model, home / "adapter", options.folder, names=options.names, recipe=recipe)
-        )
-    return print_result(model.export(options.folder, names=options.names, link=options.link, recipe=recipe))
+        return _made(adapters.export_lora(model, home / "adapter", options.folder, names=options.names, recipe=recipe))
+    return _made(model.export(options.folder, names=options.names, link=options.link, recipe=recipe))
 
 
 def check_lora(options: arguments.CheckLora) -> int:
@@ -298,8 +296,8 @@ def check_lora(options: arguments.CheckLora) -> int:
     from fewstep.world.grammar import world_prompts
 
     given = options.prompt or options.prompt_file
-    prompts = all_prompts(options.prompt, options.prompt_file) if given else world_prompts(16, 0.5, 0)
-    device = own_device(options.device)
+    prompts = _prompts(options.prompt, options.prompt_file) if given else world_prompts(16, 0.5, 0)
+    device = _own_device(options.device)
     student = _at_steps(VideoModel.from_pretrained(options.student), options.num_inference_steps).to(device)
     teacher = _teacher_of(student, options.teacher)
     if options.restyled is None:
@@ -318,7 +316,7 @@ def check_lora(options: arguments.CheckLora) -> int:
         f"size {found.size:.3f}; {found.n} clips of each kind, features {found.features}",
         markup=False, soft_wrap=True,
     )  # fmt: skip
-    return print_result(options.output / "lora.gif")
+    return _made(options.output / "lora.gif")
 
 
 def _teacher_of(student: VideoModel, source: str) -> VideoModel:
@@ -344,7 +342,7 @@ def _at_steps(model: VideoModel, steps: int | None) -> VideoModel:
     return VideoModel(replace(model.card, contract=replace(contract, steps=steps or contract.steps)), model.parts)
 
 
-def all_prompts(given: tuple[str, ...], file: Path | None) -> tuple[str, ...]:
+def _prompts(given: tuple[str, ...], file: Path | None) -> tuple[str, ...]:
     """Prompts of the command line and of a file with one per line."""
     from fewstep.data.prompts import read_prompts
 
@@ -357,7 +355,7 @@ def all_prompts(given: tuple[str, ...], file: Path | None) -> tuple[str, ...]:
     return prompts
 
 
-def print_result(path: Path) -> int:
+def _made(path: Path) -> int:
     """Say where the result is; of several processes one does."""
     if place().rank == 0:
         print(path)

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fewstep.core import Cond, RecipeError, Seeds, build, dump
+from fewstep.core.atomic import settle
 from fewstep.core.build import At
 from fewstep.diffusion import CFG, PATHS, Contract, Kind, NoisePath, Prediction, RectifiedFlow, solve
 from fewstep.diffusion.contract import StepCountError
@@ -28,8 +30,8 @@ from fewstep.models.autoencoder import FrameAutoencoder
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.images import Images, blank_images, image_conditions
 from fewstep.models.lora import updated
-from fewstep.models.spec import Spec, told
-from fewstep.models.stored import Stored, write_weights
+from fewstep.models.spec import Spec, lacking
+from fewstep.models.stored import Stored
 from fewstep.models.text import TextEncoder
 
 BUILT_IN = Path(__file__).parent.parent / "world" / "weights"
@@ -86,10 +88,7 @@ class VideoModel:
 
     def part(self, name: str) -> nn.Module:
         if name not in self.parts:
-            have = ", ".join(map(told, self.parts)) or "nothing"
-            raise ValueError(
-                f"model {self.card.name!r} has no {told(name)}, only {have}; name one in the recipe's model"
-            )
+            raise ValueError(f"model {self.card.name!r} {lacking(name, self.parts)}; name one in the recipe's model")
         return self.parts[name]
 
     @property
@@ -253,7 +252,8 @@ class VideoModel:
                 continue
             tensors = {k: _stored(v, dtype) for k, v in part.state_dict().items()}
             prints[name] = _print_of(part, {k: tensors[k].to(v.dtype) for k, v in part.state_dict().items()})
-            write_weights(tensors, folder / f"{name}.safetensors")
+            save_file(tensors, folder / f"{name}.safetensors")
+            settle(folder / f"{name}.safetensors")
         parts = {name: describe(part) for name, part in self.parts.items()}
         card = replace(self.card, parts=parts, sources=elsewhere, fingerprints=prints)
         (folder / "card.json").write_text(json.dumps(dump(card), indent=2) + "\n")

@@ -19,12 +19,11 @@ from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fewstep.core import Rng
 from fewstep.models.denoiser import Denoiser
-from fewstep.models.stored import write_weights
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """The files of an adapter folder, as peft names them."""
@@ -162,7 +161,7 @@ def save_adapter(network: nn.Module, folder: Path, base: str) -> Path:
     rank = next(iter(layers.values())).lora_A.out_features
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"{PREFIX}{name}.{end}": value for name, end, value in _matrices(layers)}
-    write_weights({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, folder / WEIGHTS)
+    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, folder / WEIGHTS)
     config = {
         "peft_type": "LORA", "task_type": None, "base_model_name_or_path": base, "inference_mode": True, "r": rank,
         "lora_alpha": next(iter(layers.values())).scale * rank, "target_modules": sorted(layers), "lora_dropout": 0.0,

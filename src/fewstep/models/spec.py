@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,6 +69,10 @@ DIFFUSERS_NAMES = {"denoiser": "transformer or unet", "text": "text_encoder", "i
 """What diffusers calls the parts of a model."""
 
 
-def told(part: str) -> str:
-    """A part, with the name that diffusers gives it."""
+def lacking(part: str, have: Iterable[str]) -> str:
+    """That a model has no such part, with the names that diffusers gives it and the others."""
+    return f"has no {_told(part)}, only {', '.join(map(_told, have)) or 'nothing'}"
+
+
+def _told(part: str) -> str:
     return f"{part} ({DIFFUSERS_NAMES[part]} in diffusers)" if part in DIFFUSERS_NAMES else part

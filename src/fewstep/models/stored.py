@@ -7,11 +7,9 @@ from pathlib import Path
 from types import MappingProxyType
 
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fewstep.core import RecipeError
-from fewstep.core.atomic import settle
 
 
 class Stored(Mapping[str, Tensor]):
@@ -58,9 +56,3 @@ class Stored(Mapping[str, Tensor]):
         """RecipeError names the first tensors that do not fit `network`."""
         if odd := self.odd(network):
             raise RecipeError(f"{where}: tensors do not match the card's network: {', '.join(odd[:4])}")
-
-
-def write_weights(tensors: Mapping[str, Tensor], path: Path, facts: Mapping[str, str] | None = None) -> None:
-    """A safetensors file with the rights of any new file: safetensors gives its own to the owner alone."""
-    save_file(dict(tensors), path, None if facts is None else dict(facts))
-    settle(path)

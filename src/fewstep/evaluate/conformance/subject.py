@@ -15,7 +15,6 @@ from torch import Tensor
 
 from fewstep.attention import BlockCausal, Dense
 from fewstep.core import Cond, Rng
-from fewstep.data.video import ClipError, read_facts
 from fewstep.models import Denoiser, VideoModel
 from fewstep.models.backbone import Backbone, Original
 from fewstep.world.grammar import world_prompts
@@ -65,16 +64,6 @@ class Options:
     """The first one captions `video`. Default: of the built-in world, whose clips any trained model can denoise."""
     video: Path | None = None
     """A known clip for the checks that need trained weights (default: a rendered one)."""
-
-    def __post_init__(self) -> None:
-        for name in ("num_frames", "height", "width", "steps"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.video is not None:
-            try:
-                read_facts(self.video)
-            except ClipError as error:
-                raise ClipError(f"{self.video}: {error}") from None
 
 
 class Subject:

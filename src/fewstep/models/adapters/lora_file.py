@@ -15,12 +15,11 @@ from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.lora import CONFIG, PREFIX, WEIGHTS, LowRank
-from fewstep.models.stored import write_weights
 
 Names = Literal["diffusers", "comfyui"]
 NAMES: Mapping[Names, str] = MappingProxyType(
@@ -79,7 +78,7 @@ def write_lora(denoiser: Denoiser, adapter: Path, folder: Path, names: Names, st
         scale = config["lora_alpha"] / config["r"] if end == "lora_B.weight" else 1.0
         written[network or usual][f"{prefix}{within}.{end}"] = (scale * value).contiguous()
     for network, tensors in written.items():
-        write_weights(tensors, folder / files[network], {"format": "pt"})
+        save_file(tensors, folder / files[network], {"format": "pt"})
 
 
 def read_lora(denoiser: Denoiser, source: Path) -> dict[str, LowRank]:
