@@ -173,12 +173,13 @@ def test_an_evaluation_goes_on_after_its_finished_rows(tmp_path: Path) -> None:
         with pytest.raises(KeyboardInterrupt, match="2 finished rows are kept"):
             evaluate(rows, SUITE, tmp_path / "out")
         kept = sorted((tmp_path / "out/rows").iterdir())
+        (tmp_path / "out/rows/mine.txt").write_text("of somebody else")
         damaged = min(kept, key=lambda path: path.stat().st_mtime_ns)
         damaged.write_bytes(damaged.read_bytes()[:50])
         report = evaluate(rows, SUITE, tmp_path / "out")
     names = [row.name for row in rows]
     assert drawn == [*names[:3], names[0], *names[2:]]
-    assert not (tmp_path / "out/rows").exists()
+    assert [path.name for path in (tmp_path / "out/rows").iterdir()] == ["mine.txt"]
     straight = evaluate(rows, SUITE, tmp_path / "straight")
     for row, other in zip(report.rows, straight.rows, strict=True):
         assert (row.accuracy, row.frechet, row.motion, row.diversity) == (

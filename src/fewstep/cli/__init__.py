@@ -56,12 +56,12 @@ def main(argv: Sequence[str]) -> int:
         sys.stdout.flush()  # what was printed must arrive, and shows only now if it does not
         return code
     except SystemExit as error:
-        if not isinstance(
-            error.__context__, BrokenPipeError
-        ):  # argument parsing has said what is wrong, or printed the help
-            return error.code if isinstance(error.code, int) else 2
-        print(f"fewstep: {_READER_GONE}", file=sys.stderr)
-        return 2
+        if isinstance(error.__context__, BrokenPipeError):  # rich ends a program whose reader has gone
+            print(f"fewstep: {_READER_GONE}", file=sys.stderr)
+            return 2
+        return (
+            error.code if isinstance(error.code, int) else 2
+        )  # the parser has said what is wrong, or printed the help
     except KeyboardInterrupt as stop:
         print(f"fewstep: stopped{f'; {stop}' if stop.args else ''}", file=sys.stderr)
         return 143 if type(stop).__name__ == "Terminated" else 130  # by name: its package imports torch
@@ -109,12 +109,11 @@ def _out_of_memory(error: Exception) -> str:
     """What to do where the memory of the machine or the device was too small; empty for other errors."""
     said = str(error).lower()
     names = [cls.__name__ for cls in type(error).__mro__]
-    if "MemoryError" in names or "OutOfMemoryError" in names or ("allocat" in said and "memory" in said):
-        which = f" ({_shortened(error)})" if said else ""
-        return (
-            f"out of memory{which}: make less at once, by a smaller --batch, fewer frames, or a smaller size or model"
-        )
-    return ""
+    torchs = "RuntimeError" in names and "allocat" in said and "memory" in said
+    if not (torchs or "MemoryError" in names or "OutOfMemoryError" in names):
+        return ""
+    which = f" ({_shortened(error)})" if said else ""
+    return f"out of memory{which}: make less at once, by a smaller batch, fewer frames, or a smaller size or model"
 
 
 def _one_line(error: Exception) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -27,51 +27,56 @@ PAGE = "report.html"
 
 @dataclass(frozen=True)
 class KeptRows:
-    """The finished rows of an evaluation that goes to `output`."""
+    """The finished rows of one evaluation: a file each, by the row's name."""
 
-    output: Path
-    bench: Bench
+    paths: Mapping[str, Path]
 
-    def read(self, entry: Entry) -> Measured | None:
-        """The row as it was measured; None where it was not, or the weights, the prompts or anything else was another."""
-        path = self._path(entry)
-        if not path.is_file():
+    @classmethod
+    def of(cls, rows: Sequence[Entry], bench: Bench, output: Path) -> KeptRows:
+        """Other weights, prompts or settings have other files."""
+        weights: dict[int, dict[str, str]] = {}
+        paths: dict[str, Path] = {}
+        for entry in rows:
+            if id(entry.model) not in weights:  # a fingerprint reads all of them
+                weights[id(entry.model)] = {name: fingerprint(part) for name, part in entry.model.parts.items()}
+            facts = {
+                "row": entry.name, "weights": weights[id(entry.model)], "contract": repr(entry.contract),
+                "suite": repr(bench.suite), "frames": bench.num_frames, "prompts": bench.cases.prompts,
+                "features": bench.features.name, "device": bench.device.type,
+            }  # fmt: skip
+            paths[entry.name] = output / FOLDER / f"{digest(facts)}.safetensors"
+        return cls(paths)
+
+    def read(self, name: str) -> Measured | None:
+        """A row as it was measured; None where it was not, or its file is damaged."""
+        if not self.paths[name].is_file():
             return None
         try:
-            with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+            with safe_open(self.paths[name], framework="pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
                 seconds = float((file.metadata() or {})["seconds"])
         except (SafetensorError, KeyError, ValueError):
-            return None  # damaged: it is measured again
+            return None
         absent = {field.name: None for field in fields(Measured)}
         return Measured(**{**absent, **tensors, "seconds": seconds})
 
-    def write(self, entry: Entry, measured: Measured) -> None:
-        tensors = {
-            name: value.contiguous() for name, value in vars(measured).items() if isinstance(value, torch.Tensor)
-        }
-        with replacing(self._path(entry)) as draft:
+    def write(self, name: str, measured: Measured) -> None:
+        tensors = {key: value.contiguous() for key, value in vars(measured).items() if isinstance(value, torch.Tensor)}
+        with replacing(self.paths[name]) as draft:
             save_file(tensors, draft, metadata={"seconds": repr(measured.seconds)})
 
     def said(self) -> str:
         """For the person who stops an evaluation."""
-        count = len(list((self.output / FOLDER).glob("*.safetensors")))
-        return (
-            f"{count} finished {'row is' if count == 1 else 'rows are'} kept, and the same command goes on after that"
-        )
+        count = sum(path.is_file() for path in self.paths.values())
+        which = "1 finished row is" if count == 1 else f"{count} finished rows are"
+        return f"{which} kept, and the same command goes on after that"
 
     def delete(self) -> None:
-        """When the report is written, which has all of it."""
-        shutil.rmtree(self.output / FOLDER, ignore_errors=True)
-
-    def _path(self, entry: Entry) -> Path:
-        bench, model = self.bench, entry.model
-        facts = {
-            "row": entry.name, "weights": {name: fingerprint(part) for name, part in model.parts.items()},
-            "contract": repr(entry.contract), "suite": repr(bench.suite), "frames": bench.num_frames,
-            "prompts": bench.cases.prompts, "features": bench.features.name, "device": bench.device.type,
-        }  # fmt: skip
-        return self.output / FOLDER / f"{digest(facts)}.safetensors"
+        """When the report is written, which has all of it. Files of others stay."""
+        for path in self.paths.values():
+            path.unlink(missing_ok=True)
+        with suppress(OSError):
+            next(iter(self.paths.values())).parent.rmdir()
 
 
 def require_own(output: Path, models: Mapping[str, str], suite: Mapping[str, Any]) -> None:

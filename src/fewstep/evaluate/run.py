@@ -42,7 +42,7 @@ def evaluate(rows: Sequence[Entry], suite: Suite, output: Path | str, progress: 
             "texts": list(suite.texts), "num_frames": bench.num_frames, "fps": rows[0].model.card.fps,
         }  # fmt: skip
         require_own(output, models, asked)
-        kept = KeptRows(output, bench)
+        kept = KeptRows.of(rows, bench, output)
         with saying(kept.said):
             measured = measure(rows, bench, kept, progress)
             report = compare(rows, bench, measured, models, asked)
@@ -57,10 +57,10 @@ def measure(rows: Sequence[Entry], bench: Bench, kept: KeptRows, progress: Progr
     """Sample every row that is not kept from a run that was stopped, and keep it."""
     measured: dict[str, Measured] = {}
     for entry in rows:
-        found = kept.read(entry)
+        found = kept.read(entry.name)
         if found is None:
             found = sample(entry, bench, progress)
-            kept.write(entry, found)
+            kept.write(entry.name, found)
         measured[entry.name] = found
     return measured
 
