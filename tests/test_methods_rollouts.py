@@ -145,6 +145,15 @@ def test_contracts_list_exact_shifted_grids_without_guidance() -> None:
     assert ONE_STEP.contract(TEACHER).trained == {1: (1.0, 0.0)}
 
 
+def test_a_grid_that_is_drawn_twice_as_often_is_one_grid_of_the_contract() -> None:
+    twice = (*NESTED, NESTED[-1])
+    assert BackwardSimulation(grids=twice, shift=5.0).contract(TEACHER) == BackwardSimulation(
+        grids=NESTED, shift=5.0
+    ).contract(TEACHER)
+    with pytest.raises(ValueError, match="give one grid per step count"):  # which of them would be sampled?
+        BackwardSimulation(grids=(*NESTED, (1.0, 0.8, 0.6, 0.4))).contract(TEACHER)
+
+
 def test_expected_calls() -> None:
     assert BackwardSimulation().calls == 2.5
     assert BackwardSimulation(exit="last").calls == 4
