@@ -1,5 +1,6 @@
 # make demo    the whole library in minutes on a CPU: distil, measure, report (runs/demo)
 # make test    all tests but the slow ones; make test-slow: those
+# make wheel   build the wheel, install it elsewhere, run a recipe from there
 # make lint    ruff, types, layers, budgets
 # make format  ruff's formatter
 # Every target makes .venv first if it is missing. PYTHON=python3.12 chooses the interpreter, WORKERS=8 the test processes,
@@ -22,7 +23,7 @@ endif
 endif
 endif
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test test-slow wheel lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.core
@@ -33,6 +34,9 @@ test: $(VENV)/.test
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -q -n $(WORKERS) -m slow --timeout 3600
+
+wheel: $(VENV)/.core
+	$(BIN)/python tools/try_wheel.py
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

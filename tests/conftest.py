@@ -22,6 +22,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--update-golden", action="store_true", help="write tests/golden/ anew instead of comparing with it"
     )
+    parser.addoption(
+        "--save-durations", type=Path, metavar="FILE", help="write what each test cost; see tools/slowest.py"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if file := config.getoption("--save-durations"):
+        from support_costs import Costs
+
+        config.pluginmanager.register(Costs(file), "costs")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_models_stay_as_they_are() -> Iterator[None]:
+    """What many tests read, no test may change."""
+    yield
+    if (tiny := sys.modules.get("tiny_models")) is not None:
+        assert not tiny.changed(), f"a test has changed a shared model ({tiny.changed()}); give it a copy: save_tiny"
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import signal
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from itertools import count
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,6 +25,7 @@ from fewstep.models import Card, ClipFeatures, Denoiser, FrameAutoencoder, TextE
 from fewstep.models.bundle import PARTS, describe
 from fewstep.models.source import ModelSource
 from fewstep.world.data import WorldClips
+from support_processes import forked
 
 FRAMES = 4
 TIMES = (1.0, 0.75, 0.5, 0.25, 0.0)
@@ -158,9 +158,7 @@ def die_at(moment: str, number: int) -> None:
 
 def die(target: Callable[..., VideoModel], moment: str, number: int, *arguments: Any) -> None:
     """Call `target` in another process, which sends itself SIGKILL at a fixed moment: no clock decides what is tested."""
-    context = get_context("forkserver")  # which imports torch once, for all its children
-    context.set_forkserver_preload(["support_engine"])
-    process = context.Process(target=_die, args=(target, moment, number, arguments))
+    process = forked().Process(target=_die, args=(target, moment, number, arguments))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL

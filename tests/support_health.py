@@ -17,22 +17,27 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor, nn
 
 from fewstep import demo
+from fewstep.core import Batch, Rng
+from fewstep.data.base import Data, Source
 from fewstep.data.pairs import PairPlan, StoredPairs, make_pairs
-from fewstep.diffusion import CFG, Contract, Renoise, Trig
+from fewstep.diffusion import CFG, Contract, Renoise, Trig, Uniform
 from fewstep.engine import Health, Optim, Settings, train
 from fewstep.engine.health import Record, read_record
 from fewstep.engine.optim import RoleOptimizer
-from fewstep.methods import DMD2, Consistency, KnowledgeDistillation, Method
-from fewstep.methods.rollouts import NESTED, FromPairs, student_contract
+from fewstep.methods import AVDM2, DMD2, Consistency, KnowledgeDistillation, Method, Nets, Progressive
+from fewstep.methods.rollouts import NESTED, BackwardSimulation, FromPairs, student_contract
 from fewstep.models import VideoModel
-from fewstep.world.data import WorldClips
+from fewstep.world.data import WorldClips, encode
 from fewstep.world.grammar import world_prompts
 
 LIMIT = 200
 """Iterations within which a spoiled run must be named, and which sound runs last."""
 INTERVAL = 20
+FINE = ("improving", "unclear")
+"""Words that name nothing."""
 FAST = Optim(lr=3e-4, betas=(0.0, 0.99))
 SOUND: DMD2 = demo.RECIPE.method  # type: ignore[assignment]
 
@@ -53,6 +58,7 @@ class Spoiled:
     """A word of the reason."""
     method: Method = SOUND
     settings: Settings = settings()
+    data: Data = WorldClips()
     spoil: Callable[[], Any] | None = None
     """A context in which the run is made."""
 
@@ -62,6 +68,58 @@ class OtherShift(DMD2):
 
     def contract(self, teacher: Contract) -> Contract:
         return student_contract(teacher, demo.GRIDS, 1.0, Renoise())
+
+
+class OtherConditions(DMD2):
+    """Scores every clip of a batch under its neighbour's prompt."""
+
+    def scores(self, nets: Nets, batch: Batch, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return super().scores(nets, replace(batch, cond=batch.cond[torch.arange(len(batch)).roll(1)]), x_t, t)
+
+
+class GuidedCritic(DMD2):
+    """Guides the critic as it guides the teacher."""
+
+    @torch.no_grad()
+    def scores(self, nets: Nets, batch: Batch, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        real, _ = super().scores(nets, batch, x_t, t)
+        return real, self.guidance(nets.critic, x_t, t, batch.cond, batch.uncond).x0
+
+
+@dataclass(frozen=True, kw_only=True)
+class HalfBlack(WorldClips):
+    """Every second clip is black."""
+
+    def open(self, model: VideoModel, needs: frozenset[str]) -> Source:
+        source = super().open(model, needs)
+        plain = source.batch
+
+        def spoiled(size: int, rng: Rng) -> Batch:
+            batch = plain(size, rng)
+            black = encode(model, -torch.ones(1, 3, self.num_frames, model.card.height, model.card.width))
+            even = (torch.arange(size) % 2 == 0)[:, None, None, None, None]
+            return replace(batch, x0=torch.where(even, black, batch.require("x0")))
+
+        source.batch = spoiled  # type: ignore[method-assign]
+        return source
+
+
+@contextmanager
+def average_of_the_critic() -> Iterator[None]:
+    """What the run returns is the average of another role."""
+    from fewstep.engine import run
+
+    iterate, blend = run.Run.iterate, run.blend
+
+    def wrong(self: run.Run) -> None:
+        def other(target: nn.Module, source: nn.Module, decay: float) -> None:
+            blend(target, self.nets.roles["critic"] if target is self.average else source, decay)
+
+        with mock.patch.object(run, "blend", other):
+            iterate(self)
+
+    with mock.patch.object(run.Run, "iterate", wrong):
+        yield
 
 
 @contextmanager
@@ -136,21 +194,50 @@ SPOILED: dict[str, Spoiled] = {
     "wrong noise path": Spoiled("diverging", "another path", spoil=other_path),
 }
 
-SOUND_RUNS: dict[str, tuple[Method, Settings]] = {
-    "DMD2": (SOUND, settings(batch=16, optim=demo.RECIPE.settings.optim, autocast="bf16", compile=True)),
-    "Consistency": (
-        Consistency(guidance=CFG(scale=2.5), shift=3.0), settings(optim={"student": Optim(lr=2e-4, warmup=10)})
+CONSISTENT = Consistency(guidance=CFG(scale=2.5), shift=3.0)
+CALM = settings(optim={"student": Optim(lr=2e-4, warmup=10)})
+SHORT = settings(steps=48, batch=4, health=Health(every=6, prompts=6, seeds=2))
+"""As many checks as patience has, on clips of four frames: in those nobody can read direction and speed, so accuracy says
+nothing, as for most people's videos. Each takes a minute."""
+FEW = WorldClips(num_frames=4)
+QUICK = replace(SOUND, rollout=BackwardSimulation(grids=((1.0,), (1.0, 0.5)), shift=3.0), critic_updates=1)
+
+UNKNOWN: dict[str, Spoiled] = {
+    "other prompts in the scores": Spoiled("", "", method=OtherConditions(**vars(QUICK)), settings=SHORT, data=FEW),
+    "critic guided too": Spoiled("", "", method=GuidedCritic(**vars(QUICK)), settings=SHORT, data=FEW),
+    "average of the critic": Spoiled("", "", method=QUICK, settings=SHORT, data=FEW, spoil=average_of_the_critic),
+    "half of the data black": Spoiled(
+        "", "", method=CONSISTENT, settings=replace(SHORT, optim=CALM.optim), data=HalfBlack(num_frames=4)
     ),
+}
+"""Spoiled in ways that no rule was made for."""
+
+SOUND_RUNS: dict[str, tuple[Method, Settings, Data]] = {
+    "DMD2": (
+        SOUND, settings(batch=16, optim=demo.RECIPE.settings.optim, autocast="bf16", compile=True), WorldClips()
+    ),
+    "DMD2, short": (QUICK, SHORT, FEW),
+    "Consistency": (CONSISTENT, CALM, WorldClips()),
+    "Consistency, short": (CONSISTENT, replace(SHORT, optim=CALM.optim), FEW),
     "KnowledgeDistillation": (
-        KnowledgeDistillation(rollout=FromPairs(grids=NESTED, shift=3.0, mode="ode")),
-        settings(optim={"student": Optim(lr=2e-4, warmup=10)}),
+        KnowledgeDistillation(rollout=FromPairs(grids=NESTED, shift=3.0, mode="ode")), CALM, WorldClips()
+    ),
+    "Progressive, short": (
+        Progressive(stages=((8, 24), (4, 24)), guidance=CFG(scale=2.5), shift=3.0), replace(SHORT, optim=CALM.optim), FEW
+    ),
+    "AVDM2, short": (
+        AVDM2(
+            score="video", rollout=QUICK.rollout, guidance=QUICK.guidance, critic_updates=1, adversarial=0.1,
+            adversarial_density=Uniform(low=0.2, high=0.9), layers=(2, 4, 5),
+        ),
+        replace(SHORT, optim={"student": FAST, "critic": FAST, "discriminator": FAST}), FEW,
     ),
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The first verdict that is not `improving`, or the last one."""
+    """The first verdict that names something, or the last one."""
 
     word: str
     step: int
@@ -160,28 +247,35 @@ class Outcome:
 
 
 def run_spoiled(name: str, output: Path) -> Outcome:
-    case = SPOILED[name]
-    return run(case.method, WorldClips(), case.settings, output, spoil=case.spoil)
+    case = (SPOILED | UNKNOWN)[name]
+    return run(case.method, case.data, case.settings, output, spoil=case.spoil)
 
 
 def run_sound(name: str, output: Path) -> Outcome:
-    method, settings = SOUND_RUNS[name]
+    method, settings, data = SOUND_RUNS[name]
     if "pairs" not in method.needs:
-        return run(method, WorldClips(), settings, output)
+        return run(method, data, settings, output)
     folder, plan = output / "pairs", PairPlan(steps=20, guidance=CFG(scale=2.5), times=(1.0, 0.9, 0.75, 0.5, 0.0))
     make_pairs(VideoModel.from_pretrained("world"), world_prompts(256, 0.5, 7), folder, plan, batch=32)
     return run(method, StoredPairs(path=str(folder)), settings, output / "run")
 
 
 def run(method: Method, data: Any, settings: Settings, output: Path, spoil: Callable[[], Any] | None = None) -> Outcome:
-    """Train until something else than `improving` is said, or to the end."""
+    """Train until something is named, or to the end."""
     began = time.monotonic()
     with ending_at_a_verdict(), nullcontext() if spoil is None else spoil():
-        train(VideoModel.from_pretrained("world"), method, data, settings, output, quiet=True)
+        world = VideoModel.from_pretrained("world")
+        train(short(world) if settings.steps < LIMIT else world, method, data, settings, output, quiet=True)
     record = read_record(output)
     assert record is not None and record.checks
     last = record.checks[-1]
     return Outcome(last.verdict.word, last.vitals.step, last.verdict.reason, record, time.monotonic() - began)
+
+
+def short(world: VideoModel) -> VideoModel:
+    """The model of clips of four frames, whose teacher takes sixteen steps."""
+    contract = replace(world.card.contract, steps=16)
+    return VideoModel(replace(world.card, num_frames=FEW.num_frames, contract=contract), world.parts)
 
 
 @contextmanager
@@ -193,7 +287,7 @@ def ending_at_a_verdict() -> Iterator[None]:
 
     def ending(self: Monitor, student: VideoModel, step: int) -> Any:
         found = check(self, student, step)
-        if found.verdict.word != "improving":
+        if found.verdict.word not in FINE:
             self.stopped = str(found.verdict)
         return found
 
@@ -202,10 +296,10 @@ def ending_at_a_verdict() -> Iterator[None]:
 
 
 def main(names: list[str]) -> None:
-    wanted = names or [*SPOILED, *SOUND_RUNS]
+    wanted = names or [*SPOILED, *UNKNOWN, *SOUND_RUNS]
     for name in wanted:
         with tempfile.TemporaryDirectory() as folder:
-            made = run_spoiled(name, Path(folder)) if name in SPOILED else run_sound(name, Path(folder))
+            made = run_sound(name, Path(folder)) if name in SOUND_RUNS else run_spoiled(name, Path(folder))
         print(f"| {name} | {made.word} | {made.step} | {made.reason} | {made.seconds:.0f} s |", flush=True)
 
 

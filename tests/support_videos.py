@@ -12,7 +12,6 @@ from fewstep.cli import main
 from fewstep.data import write_video
 
 CLIPS = Path(__file__).resolve().parents[2] / "shared" / "data" / "clips"
-RECIPES = Path(__file__).resolve().parent.parent / "recipes" / "videos"
 COLORS = {"red": (1, -1, -1), "green": (-1, 0.6, -1), "blue": (-1, -1, 1), "white": (1, 1, 1)}
 
 Said = Callable[..., tuple[int, str, str]]

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,9 +19,11 @@ pytest.importorskip("diffusers", reason="needs the extra diffusers")
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+import support_processes
 from fewstep import distill
 from fewstep.attention import BlockCausal, KVCache, Operation, TopK
 from fewstep.cli import main
+from fewstep.compress import Int8, ScalarInput
 from fewstep.core import Call, Cond, Rng, Seeds
 from fewstep.core.build import RecipeError
 from fewstep.data import Prompts
@@ -33,12 +38,13 @@ from fewstep.models.lora import adapt, adapters
 from fewstep.models.repattern import repattern
 from fewstep.models.source import Diffusers
 from fewstep.models.spread import Spread
-from tiny_models import TINY, save_tiny
+from tiny_models import TINY, save_tiny, shared
 
 pytestmark = [pytest.mark.usefixtures("single_thread"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 PROMPTS = ["a red ball", "a  cat walks &amp; walks in the rain"]
 EXACT = {"atol": 1e-5, "rtol": 1e-5}
 """float32, sums in another order."""
+Rows = list[dict[str, float]]
 
 
 @pytest.fixture(scope="session", params=list(TINY))
@@ -47,8 +53,8 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
-def folder(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(name, tmp_path_factory.mktemp(name))
+def folder(name: str) -> Path:
+    return shared(name)
 
 
 @pytest.fixture(scope="session")
@@ -56,9 +62,15 @@ def source(name: str, folder: Path) -> Diffusers:
     return Diffusers(source=str(folder), text_dtype="float32", **TINY[name].size)
 
 
-@pytest.fixture
-def model(source: Diffusers) -> VideoModel:
+@pytest.fixture(scope="session")
+def loaded(source: Diffusers) -> VideoModel:
     return source.load()
+
+
+@pytest.fixture
+def model(loaded: VideoModel) -> VideoModel:
+    """A copy, which is made in a fifth of the time that reading takes."""
+    return deepcopy(loaded)
 
 
 @pytest.fixture
@@ -237,6 +249,30 @@ def test_lora_finds_every_linear_layer_of_the_blocks(model: VideoModel) -> None:
     assert torch.equal(twin(x, t, cond).raw, model.denoiser(x, t, cond).raw)
 
 
+def test_it_is_transformed_and_comes_back(model: VideoModel, tmp_path: Path) -> None:
+    """Eight bits in every linear layer of the blocks; scalars where they would be read. Elsewhere nobody could build it."""
+    changed = model.transformed(Int8())
+    x, t, cond = drawn(model)
+    plain, made = model.denoiser(x, t, cond).raw, changed.denoiser(x, t, cond).raw
+    assert 0 < (made - plain).norm() / plain.norm() < 0.05
+    loaded = VideoModel.from_pretrained(changed.save(tmp_path / "small"))
+    assert loaded.card.transforms == (Int8(),) and torch.equal(loaded.denoiser(x, t, cond).raw, made)
+    with pytest.raises(ValueError, match=r"is transformed \(Int8\)"):
+        loaded.export(tmp_path / "out")
+    scalar = ScalarInput(name="until", default=0.0)
+    if model.denoiser.backbone.takes_scalars:
+        other = model.transformed(scalar).denoiser
+        assert torch.equal(other(x, t, cond).raw, plain)
+        with torch.no_grad():
+            other.backbone.scalars["until"].out.weight.add_(0.1)
+        assert not torch.equal(other(x, t, cond).raw, plain)
+        with pytest.raises(ValueError, match=r"is transformed \(ScalarInput\)"):
+            model.with_part("denoiser", other).denoiser.backbone.original()
+    else:
+        with pytest.raises(ValueError, match="takes no scalar inputs"):
+            model.transformed(scalar)
+
+
 # --- folders --------------------------------------------------------------------------------------------------------------
 
 
@@ -377,6 +413,13 @@ def written(source: Diffusers, folder: Path, settings: str) -> Path:
     return recipe
 
 
+DEAR = ("hunyuan15",)
+"""Families that take fifty CPU-seconds here, where the others take nine: long texts, and clips in fifty steps."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in DEAR else n for n in TINY], scope="session"
+)
 def test_distil_sample_and_explain_by_command(
     source: Diffusers, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -391,30 +434,31 @@ def test_distil_sample_and_explain_by_command(
 
 
 UNLIKE = ("wan", "wan_experts", "hunyuan", "cogvideox15")
-"""Families whose blocks are cut into shards, or whose tokens are shared, differently; the others are like one of them, and
-take half a minute each."""
+"""Families whose blocks are cut into shards, or whose tokens are shared, differently; the others are like one of them."""
 
 
 @pytest.mark.parametrize(
     "name", [n if n in UNLIKE else pytest.param(n, marks=pytest.mark.slow) for n in TINY], scope="session"
 )
 @pytest.mark.parametrize("parallel", ["{shard: 2}", "{sequence: 2}"], ids=["shard", "sequence"])
-def test_two_processes_train_as_one(name: str, source: Diffusers, tmp_path: Path, parallel: str) -> None:
+def test_two_processes_train_as_one(
+    name: str, source: Diffusers, tmp_path: Path, parallel: str, alone: Callable[[], Rows]
+) -> None:
     if "sequence" in parallel and not source.load().denoiser.backbone.shares:
         pytest.skip(f"the tokens of {name} cannot be shared")
-    figures = []
-    for processes, settings in ((1, ""), (2, f", parallel: {parallel}")):
-        run = tmp_path / f"run{processes}"
-        command = [
-            "distill",
-            str(written(source, tmp_path, f"accumulate: 2{settings}")),
-            "--output",
-            str(run),
-            "--quiet",
-        ]
-        start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "fewstep"]
-        done = subprocess.run([sys.executable, *start, *command], check=False, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
-        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        figures.append([{key: value for key, value in row.items() if key != "time"} for row in rows])
-    assert figures[1] == [pytest.approx(row, rel=1e-4) for row in figures[0]]
+    together = trained(2, source, tmp_path, f", parallel: {parallel}")
+    assert together == [pytest.approx(row, rel=1e-4) for row in alone()]
+
+
+@pytest.fixture(scope="session")
+def alone(source: Diffusers, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Rows]:
+    """What one process finds, once for all that is compared with it."""
+    return cache(lambda: trained(1, source, tmp_path_factory.mktemp("alone"), ""))
+
+
+def trained(processes: int, source: Diffusers, folder: Path, settings: str) -> Rows:
+    """The figures of two iterations in so many processes."""
+    recipe = written(source, folder, f"accumulate: 2{settings}")
+    support_processes.run(processes, folder, "distill", recipe, "--output", folder / "run", "--quiet")
+    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "time"} for row in rows]

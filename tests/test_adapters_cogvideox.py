@@ -24,7 +24,7 @@ from fewstep.models.adapters.ddpm import contract_of, kind_of, path_of
 from fewstep.models.lora import adapt, adapters
 from fewstep.models.source import Diffusers
 from support_unets import awake
-from tiny_models import COGVIDEOX_IMAGE, COGVIDEOX_IMAGE_SIZE, save_tiny
+from tiny_models import COGVIDEOX_IMAGE, COGVIDEOX_IMAGE_SIZE, shared
 
 pytestmark = [pytest.mark.usefixtures("single_thread"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 PROMPTS = ["a red ball", "a cat walks in the rain"]
@@ -125,8 +125,8 @@ def test_what_cogvideox_cannot_do_is_refused() -> None:
 
 
 @pytest.fixture(scope="module", params=list(COGVIDEOX_IMAGE))
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(request.param, tmp_path_factory.mktemp(request.param))
+def folder(request: pytest.FixtureRequest) -> Path:
+    return shared(request.param)
 
 
 @pytest.fixture

@@ -29,15 +29,15 @@ from fewstep.models.adapters.pipeline import sample
 from fewstep.models.adapters.wan import Wan
 from fewstep.models.bundle import read_card
 from fewstep.models.source import Diffusers
-from tiny_models import IMAGE, IMAGE_SIZE, TINY, save_tiny
+from tiny_models import IMAGE, IMAGE_SIZE, TINY, save_tiny, shared
 
 pytestmark = [pytest.mark.usefixtures("single_thread"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 PROMPTS = ["a red ball", "a cat walks in the rain"]
 
 
 @pytest.fixture(scope="module")
-def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny("wan_experts", tmp_path_factory.mktemp("experts"))
+def experts() -> Path:
+    return shared("wan_experts")
 
 
 def loaded(folder: Path, name: str) -> VideoModel:
@@ -143,8 +143,8 @@ def test_guidance_has_a_scale_for_the_other_times() -> None:
 
 
 @pytest.fixture(scope="module", params=list(IMAGE))
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(request.param, tmp_path_factory.mktemp(request.param))
+def folder(request: pytest.FixtureRequest) -> Path:
+    return shared(request.param)
 
 
 @pytest.fixture

@@ -52,15 +52,15 @@ def test_a_recipe_is_measured_on_the_adapter_of_wan(train_step: ModuleType, monk
     monkeypatch.setattr(measuring, "WAN", small | {"freq_dim": 16, "ffn_dim": 32, "num_layers": 1})
     monkeypatch.setattr(measuring, "WAN_CLIP", (4, 2, 4, 4))
     monkeypatch.setattr(train_step, "load", measuring.load)
-    recipe = Path(__file__).parent.parent / "recipes" / "wan21_1p3b" / "dmd2.yaml"
-    case = train_step.Case(model="wan-1.3b", recipe=str(recipe), rounds=2)
+    recipe = "wan21_1p3b/dmd2"
+    case = train_step.Case(model="wan-1.3b", recipe=recipe, rounds=2)
     assert case.settings.accumulate == 1 and case.settings.parallel.checkpointing and case.settings.autocast == "bf16"
     found = train_step.measure(case)
     assert found["cost"] == 35 and 25 <= found["counted"] <= 45
     assert {"student", "teacher", "critic", "backward", "optimizer"} <= found["phases"].keys()
     assert found["medians"]["cycle"] > 0 and found["memory"]["peak"] > 0
     with pytest.raises(ValueError, match="batch: with a recipe these are its own"):
-        train_step.Case(recipe=str(recipe), batch=2)
+        train_step.Case(recipe=recipe, batch=2)
 
 
 def test_a_gpu_that_is_not_there_is_said_to_be(train_step: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

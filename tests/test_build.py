@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Literal
 
 import pytest
 
+from fewstep.core.bounds import Count, Fraction, Positive, require_bounds
 from fewstep.core.build import At, Raw, RecipeError, build, build_arguments, digest, dump, load_yaml, to_yaml
 
 
@@ -183,7 +185,7 @@ def test_unknown_class_and_literal() -> None:
         ({"optim": {4: {}}}, "optim has the key 4, which is not text; write '4'"),
         ({"path": 3}, "path must be a path, got 3"),
         ({"seeds": "x"}, "seeds must be a whole number or a list of a whole number, got 'x'"),
-        ({"shape": {"type": "Square", "side": -1}}, "shape is refused by Square: side must be positive, got -1.0"),
+        ({"shape": {"type": "Square", "side": -1}}, "recipe: shape: side must be positive, got -1.0"),
         ({"shape": {"type": "Ring"}}, "shape.radius is missing: Ring needs it (a number)"),
     ],
 )
@@ -202,8 +204,73 @@ def test_import_paths() -> None:
 
     assert build(NoisePath, tree) == RectifiedFlow()
     assert "which is not a Shape" in refusal(shape=tree)
-    assert "cannot import 'nowhere.at_all:X'" in refusal(shape={"type": "nowhere.at_all:X"})
+    with pytest.raises(RecipeError, match="cannot import 'nowhere.at_all:X': ModuleNotFoundError"):
+        build(Whole, {"critic_updates": 5, "shape": {"type": "nowhere.at_all:X"}}, NAMES, At("mine.yaml", trusted=True))
     assert "which is not a class" in refusal(shape={"type": "fewstep.core.build:build"})
+
+
+def test_nothing_outside_is_imported_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "outside_of_it.py").write_text("from test_build import Square\nclass Mine(Square): ...\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(sys.modules, "test_build", sys.modules[__name__])
+    tree = {"critic_updates": 5, "shape": {"type": "outside_of_it:Mine"}}
+    with pytest.raises(RecipeError, match="shape.type is 'outside_of_it:Mine'.*--allow-imports"):
+        build(Whole, tree, NAMES)
+    assert "outside_of_it" not in sys.modules
+    try:
+        assert type(build(Whole, tree, NAMES, At("mine.yaml", trusted=True)).shape).__name__ == "Mine"
+        assert type(build(Whole, tree, NAMES).shape).__name__ == "Mine"  # by now the caller has imported it
+    finally:
+        del sys.modules["outside_of_it"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (".evil:Foo", "package.module:Class"),
+        ("fewstep.__main__:main", "package.module:Class"),
+        ("fewstep.methods.base:Method", "is abstract"),
+        ("fewstep.core.build:no.such", "cannot import"),
+    ],
+)
+def test_import_paths_that_name_no_class(name: str, words: str) -> None:
+    from fewstep.methods.base import Method
+
+    with pytest.raises(RecipeError, match=words):
+        build(Method, {"type": name}, {}, At("mine.yaml", trusted=True))
+
+
+def test_numbers_are_finite_and_within_their_bounds() -> None:
+    @dataclass(frozen=True)
+    class Held:
+        steps: Count = 1
+        rates: dict[str, Positive] = field(default_factory=dict)
+        ends: tuple[float, ...] = ()
+        share: Fraction | None = None
+
+        def __post_init__(self) -> None:
+            require_bounds(self)
+
+    hints = {"steps": Count, "rates": dict[str, Positive], "ends": tuple[float, ...], "share": Fraction | None}
+    Held.__annotations__ |= hints
+    good = {"steps": 10**9, "rates": {"a": 1e-9}, "ends": [0.5], "share": 1}
+    assert build(Held, good) == Held(10**9, {"a": 1e-9}, (0.5,), 1.0)
+    for tree, words in (
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"steps": 10**26}, "steps must be at most 1,000,000,000, got 1000000000"),
+        ({"rates": {"a": 0.0}}, "rates.a must be more than 0, got 0.0"),
+        ({"rates": {"a": float("inf")}}, "rates.a must be a finite number, got inf"),
+        ({"ends": [0.5, float("nan")]}, "ends[1] must be a finite number, got nan"),
+        ({"share": 1.5}, "must be at most 1, got 1.5"),
+    ):
+        with pytest.raises(RecipeError) as caught:
+            build(Held, tree)
+        assert words in str(caught.value)
+        with pytest.raises(ValueError) as raised:
+            Held(**{key: tuple(value) if isinstance(value, list) else value for key, value in tree.items()})
+        assert words in str(raised.value)
+    with pytest.raises(RecipeError, match="critic_updates must be at most 9,223"):
+        make(critic_updates=2**63)
 
 
 def test_yaml_has_no_traps() -> None:
@@ -216,6 +283,14 @@ def test_yaml_has_no_traps() -> None:
         load_yaml("a:\n  b: 1\n  b: 2")
     with pytest.raises(RecipeError, match="recipe, line 2"):
         load_yaml("a: [1\nb: }")
+    for text, words in (
+        ("? [a, b]\n: 1", "a key must be text"),
+        ("[" * 3000, "nested too deeply"),
+        ("a: &x [1]\nb: [*x, *x]", "aliases are not read"),
+        ("a: " + "9" * 5000, "thousands of digits"),
+    ):
+        with pytest.raises(RecipeError, match=words):
+            load_yaml(text)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fewstep.core import RecipeError
+from fewstep.core.stamp import stamp_of
 from fewstep.engine.prepare import prepare
 from fewstep.evaluate.extractors import feature_map
 from fewstep.methods import AVDM2
@@ -108,3 +109,61 @@ def test_parts_of_a_fresh_model_do_not_depend_on_who_is_asked_for() -> None:
     networks = {"text": Spec("TextEncoder", {"width": 16, "depth": 1}), "codec": Spec("FrameAutoencoder", {"width": 8})}
     source = Scratch(**networks, seed=3)
     assert fingerprint(source.load(parts=("codec",)).codec) == fingerprint(source.load().codec)
+
+
+def flipped(path: Path, place: float = 0.5) -> None:
+    """One bit of the file changes."""
+    content = bytearray(path.read_bytes())
+    content[int(place * len(content))] ^= 1
+    path.write_bytes(content)
+
+
+def test_one_changed_byte_is_noticed_unless_trusted(tmp_path: Path) -> None:
+    folder = model().save(tmp_path)
+    flipped(folder / "codec.safetensors", 0.9)
+    with pytest.raises(RecipeError, match=r"codec.safetensors is not as it was written.*--trust"):
+        VideoModel.from_pretrained(folder)
+    assert VideoModel.from_pretrained(folder, trust=True).card == read_card(folder)
+
+
+def test_what_stays_in_its_file_is_compared_when_it_is_read(tmp_path: Path) -> None:
+    folder = model().save(tmp_path)
+    flipped(folder / "codec.safetensors", 0.9)
+    left = VideoModel.from_pretrained(folder, leave=("codec",))
+    with pytest.raises(RecipeError, match="not as it was written"):
+        dict(left.weights("codec"))
+
+
+def test_a_stamp_reads_every_byte_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fewstep.core.stamp.BLOCK", 4)
+    file, seen = tmp_path / "file", set()
+    for content in (b"", b"abcd", b"abcdefgh", b"efghabcd", b"abcdefgi", b"abcdefghi"):
+        file.write_bytes(content)
+        seen.add(stamp_of(file))
+        assert stamp_of(file) == stamp_of(file) and stamp_of(file).startswith(f"{len(content)} ")
+    assert len(seen) == 6
+
+
+def test_the_built_in_world_is_as_it_was_shipped() -> None:
+    for name in ("world", "world/features"):
+        card = read_card(name)
+        assert card.files.keys() == card.parts.keys()
+        VideoModel.from_pretrained(name)
+
+
+@pytest.mark.parametrize("field", ["parts", "sources", "files"])
+def test_names_of_parts_lead_nowhere_else(tmp_path: Path, field: str) -> None:
+    folder = model().save(tmp_path / "model")
+    card = json.loads((folder / "card.json").read_text())
+    card[field]["../text"] = card["parts"]["text"] if field == "parts" else "x"
+    (folder / "card.json").write_text(json.dumps(card))
+    with pytest.raises(RecipeError, match=f"{field}: '../text' is no part of a video model"):
+        read_card(folder)
+
+
+def test_a_part_put_in_later_leads_nowhere_either(tmp_path: Path) -> None:
+    mine = model()
+    mine.parts["../text"] = mine.parts["text"]
+    with pytest.raises(ValueError, match=r"'../text' is no part"):
+        mine.save(tmp_path / "out")
+    assert not (tmp_path / "text.safetensors").exists()

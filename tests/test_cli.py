@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from fewstep.catalogue import KINDS
-from fewstep.cli import COMMANDS, main
+from fewstep.cli import COMMANDS, doctor, main
 from fewstep.cli.arguments import split_overrides
 from fewstep.cli.questions import List
+from fewstep.core.shipped import FOLDER, header, headline, shipped
+from fewstep.recipe import Recipe
 
-RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
 TINY = """
 model:
   type: Scratch
@@ -106,6 +109,54 @@ def test_mistakes_are_one_line_and_tracebacks_are_asked_for(said, tiny: Path) ->
     refused(said("explain", tiny), "line 11: the key 'method' is written twice")
 
 
+EVIL = """
+from pathlib import Path
+from fewstep.methods import FlowMatching
+Path("pwned").touch()
+class Foo(FlowMatching): ...
+"""
+
+
+@pytest.fixture
+def evil(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A recipe whose method lies in a module that leaves a trace where it is imported."""
+    (tiny.parent / "evil_module.py").write_text(EVIL)
+    monkeypatch.syspath_prepend(str(tiny.parent))
+    yield TINY.replace("{type: DMD2, critic_updates: 1}", "{type: evil_module:Foo}")
+    sys.modules.pop("evil_module", None)
+
+
+def test_a_recipe_imports_nothing_unasked(said, tiny: Path, evil: str) -> None:
+    """Not from a folder, not from a file beside a card, and not for comparing, allowed or not."""
+    for name in ("mine.yaml", "run/recipe.yaml", "student/recipe.yaml", "student/other.yaml"):
+        (tiny.parent / name).parent.mkdir(exist_ok=True)
+        (tiny.parent / name).write_text(evil)
+    Path("student/card.json").write_text("{}")
+    for words in (
+        ("explain", "mine.yaml"),
+        ("distill", "mine.yaml", "--dry-run"),
+        ("distill", tiny, "--dry-run", "--method.type", "evil_module:Foo"),
+        ("explain", "run", "--allow-imports"),
+        ("distill", "run", "--dry-run", "--allow-imports"),
+        ("explain", "student/recipe.yaml", "--allow-imports"),
+        ("train", "student/other.yaml", "--dry-run", "--allow-imports"),
+        ("distill", tiny, "--output", "run", "--allow-imports"),
+    ):
+        refused(said(*words), "is 'evil_module:Foo', a class outside fewstep", "import evil_module", "--allow-imports")
+    assert not Path("pwned").exists() and "evil_module" not in sys.modules
+
+
+def test_the_users_own_recipe_imports_where_she_allows_it(said, tiny: Path, evil: str) -> None:
+    tiny.write_text(evil)
+    code, out, err = said("explain", tiny, "--allow-imports")
+    assert code == 0 and "Foo  (" in out, err
+    assert Path("pwned").exists()
+    code, _, err = said("train", tiny, "--output", "run", "--quiet", "--allow-imports")
+    assert code == 0, err
+    code, _, err = said("train", tiny, "--output", "run", "--quiet", "--allow-imports")  # compares with what is there
+    assert code == 0, err
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_list(said, kind: str) -> None:
     code, out, _ = said("list", kind, "--json")
@@ -126,17 +177,66 @@ def test_list_offers_what_the_catalogue_has() -> None:
     from typing import get_args, get_type_hints
 
     kinds = get_args(get_type_hints(List)["kind"])
-    assert set(KINDS) == set(kinds)
+    assert {*KINDS, "recipes"} == set(kinds)
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=[p.stem for p in RECIPES])
-def test_explain_prints_every_key_of_every_recipe(said, path: Path) -> None:
-    code, out, err = said("explain", path)
-    assert code in (0, 2) and ("model" in out and "settings" in out and "papers" in out)
+def test_list_recipes_says_what_each_makes(said) -> None:
+    code, out, _ = said("list", "recipes")
+    rows = [line.strip().split(maxsplit=1) for line in out.splitlines()[1:]]
+    assert code == 0 and [name for name, _ in rows] == sorted(shipped())
+    assert dict(rows)["world/features"].startswith("The clip encoder whose features")
+    found = json.loads(said("list", "recipes", "--json")[1])
+    assert {entry["name"]: entry["doc"] for entry in found} == dict(rows)
+    assert all(Path(entry["file"]).is_file() for entry in found)
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_explain_prints_every_recipe_as_a_recipe(said, name: str, tmp_path: Path) -> None:
+    """Every key, with its note; what is printed loads again as the same recipe, and keeps the header."""
+    code, out, err = said("explain", name)
+    assert code in (0, 2) and ("model" in out and "settings" in out and "# papers" in out)
     # a recipe that starts from a run or from data that have not been made here is printed all the same
     assert code == 0 or any(
         words in err for words in ("card.json", "manifest.json", "no such file", "is not there", "the hub")
     )
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(out)
+    assert Recipe.load(mine) == Recipe.load(name) and header(shipped()[name]) in out
+
+
+def test_a_name_is_found_from_anywhere_and_a_file_goes_first(
+    said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert Recipe.load("world/dmd2") == Recipe.load(FOLDER / "world" / "dmd2.yaml") and not caplog.records
+    Path("world/dmd2").mkdir(parents=True)
+    assert Recipe.load("world/dmd2").settings.steps > 1 and not caplog.records  # a folder without a recipe is none
+    Path("world/dmd2/recipe.yaml").write_text(TINY)
+    assert Recipe.load("world/dmd2").settings.steps == 1
+    assert "comes with fewstep" in caplog.text and "world/dmd2/recipe.yaml" in caplog.text
+    code, out, _ = said("distill", "world/consistency", "--dry-run")
+    assert code == 0 and "runs/consistency-" in out
+
+
+@pytest.mark.parametrize(
+    ("wanted", "meant"),
+    [
+        ("world/dmd", "world/dmd2"), ("recipes/world/avdm2.yaml", "world/avdm2"), ("world/style_lora.yaml", "world/style_lora"),
+        ("wan/dmd2", "wan21_1p3b/dmd2"), ("world/progresive", "world/progressive"),
+    ],
+)  # fmt: skip
+def test_an_unknown_name_is_answered_with_the_nearest(
+    said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: str, meant: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused(said("distill", wanted), f"there is no recipe {wanted}. Did you mean {meant}?", "fewstep list recipes")
+
+
+def test_a_headline_is_one_sentence(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("# A student in 4.5 words. More of it.\n# And more.\nmodel: {}\n# not this\n")
+    assert headline(file) == "A student in 4.5 words"
+    assert header(file) == "# A student in 4.5 words. More of it.\n# And more."
 
 
 def test_explain_shows_defaults_sources_and_overrides(said, tiny: Path) -> None:
@@ -193,6 +293,17 @@ def test_doctor(said) -> None:
     assert code == 0
     for word in ("torch", "cores", "memory", "gpu", "tensorboard", "in float32: sdpa-", "in bfloat16: "):
         assert word in out, out
+
+
+@pytest.mark.parametrize(("there", "words"), [(True, "bf16 is faster here"), (False, "write 'off' in the recipe")])
+def test_doctor_says_which_arithmetic_is_fast(said, monkeypatch: pytest.MonkeyPatch, there: bool, words: str) -> None:
+    monkeypatch.setattr(doctor, "has_bfloat16", lambda: there)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    out = said("doctor")[1]
+    assert words in out
+    (line,) = [line for line in out.splitlines() if line.startswith("speed of one core")]
+    single, half = map(int, re.findall(r"(\d+) GFLOP/s in", line))
+    assert 1 <= single < 10_000 and half < 100_000
 
 
 def test_overrides_are_split_off() -> None:

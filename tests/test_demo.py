@@ -44,8 +44,7 @@ def test_demo_writes_what_it_promises(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_the_longer_recipe_makes_a_student_like_the_demos() -> None:
-    recipes = Path(__file__).resolve().parent.parent / "recipes" / "world"
-    longer = Recipe.load(recipes / "dmd2.yaml")
+    longer = Recipe.load("world/dmd2")
     assert (longer.model, longer.data) == (demo.RECIPE.model, demo.RECIPE.data)
     teacher = demo.RECIPE.model.card().contract
     assert longer.method.contract(teacher) == demo.RECIPE.method.contract(teacher)  # its student is sampled alike

@@ -62,6 +62,15 @@ def test_time_of_log_snr_inverts(path: NoisePath) -> None:
     torch.testing.assert_close(path.time_of_log_snr(path.log_snr(t)), t, rtol=1e-10, atol=1e-10)
 
 
+@path_of
+def test_no_time_lies_outside_a_path(path: NoisePath) -> None:
+    """Cleaner than its cleanest level is t = 0, noisier than its noisiest t = 1: also for what another path begins with."""
+    for other in PATHS:
+        ends = torch.cat([other.log_snr(f64(0.0, 1.0)), f64(60.0, -60.0)])
+        assert path.time_of_log_snr(ends).min() >= 0 and path.time_of_log_snr(ends).max() <= 1, type(other).__name__
+    assert path.time_of_log_snr(f64(60.0, -60.0)).tolist() == pytest.approx([0.0, 1.0], abs=1e-9)
+
+
 TABLES = [
     (Betas(schedule="linear"), {"beta_schedule": "linear"}),
     (Betas(), {"beta_schedule": "scaled_linear"}),
@@ -170,6 +179,21 @@ def test_samples_follow_the_quantiles(density: TimeDensity) -> None:
     torch.testing.assert_close(t, density.at_quantile(u), atol=2e-2, rtol=0)
 
 
+def test_frames_may_have_times_of_their_own() -> None:
+    density = Uniform(low=0.2, high=0.8, shift=3.0)
+    t = density.sample(500, Rng(0), frames=4)
+    assert t.shape == (500, 4) and t.dtype == torch.float32
+    u = (torch.arange(500, dtype=torch.float64) + 0.5) / 500
+    for frame in range(4):  # each frame follows the density, and none follows another
+        torch.testing.assert_close(t[:, frame].double().sort().values, density.at_quantile(u), atol=5e-2, rtol=0)
+    assert (torch.corrcoef(t.T) - torch.eye(4)).abs().max() < 0.15
+    whole = t.flatten().double().sort().values  # stratified over all of them
+    torch.testing.assert_close(
+        whole, density.at_quantile((torch.arange(2000) + 0.5).double() / 2000), atol=1e-3, rtol=0
+    )
+    assert torch.equal(density.sample(4, Rng(0)), density.sample(4, Rng(0), frames=1)[:, 0])
+
+
 def test_a_grid_density_visits_each_time_equally() -> None:
     t = Grid(times=(1.0, 0.5, 0.25)).sample(300, Rng(0))
     assert [int((t == u).sum()) for u in (1.0, 0.5, 0.25)] == [100, 100, 100]
@@ -207,6 +231,15 @@ def test_guidance_moves_the_mean(kind: Kind) -> None:
     guided = CFG(scale=2.5)(teacher, x, t, cond_of(1, 4), cond_of(0, 4))
     moved = GaussianTeacher(f64(0.0, teacher.guided_mean(2.5)), 0.4)(x, t, cond_of(1, 4))
     torch.testing.assert_close(guided.x0, moved.x0, rtol=1e-10, atol=1e-10)
+
+
+def test_guidance_goes_by_the_time_of_each_frame() -> None:
+    teacher, x = GaussianTeacher(f64(0.0, 1.0), 0.5), draw("x")
+    t = torch.tensor([0.1, 0.5, 0.9, 0.2], dtype=torch.float64).expand(3, 4)
+    guided = CFG(scale=3.0, low=0.3)(teacher, x, t, cond_of(1, 3), cond_of(0, 3))
+    words, null = (teacher(x, t, cond_of(label, 3)).raw for label in (1, 0))
+    expected = torch.where(torch.tensor([False, True, True, False])[:, None, None], null + 3 * (words - null), words)
+    torch.testing.assert_close(guided.raw, expected)
 
 
 def test_guidance_conventions_and_interval() -> None:

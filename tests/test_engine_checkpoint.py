@@ -18,11 +18,12 @@ import torch
 import fewstep
 from fewstep.core import build
 from fewstep.core.atomic import recover
-from fewstep.engine import CheckpointError, Health, Settings, checkpoint, train
+from fewstep.core.finite import NonFiniteError
+from fewstep.engine import CheckpointError, Health, Optim, Settings, checkpoint, train
 from fewstep.engine.checkpoint import Checkpoint, RunState, Saver, checkpoints, prune
 from fewstep.engine.log import read_metrics
 from fewstep.engine.prepare import prepare
-from fewstep.methods import METHODS, Method
+from fewstep.methods import METHODS, FlowMatching, Method
 from fewstep.models import Card, VideoModel
 from fewstep.recipe import names
 from support_engine import CASES, Everything, die, long_run, short_run, small, tiny_model
@@ -325,3 +326,21 @@ def test_warnings_are_left_alone_until_one_is_expected() -> None:
     )
     environment = os.environ | {"PYTHONPATH": str(Path(fewstep.__file__).parents[1])}
     subprocess.run([sys.executable, "-c", program], check=True, env=environment)
+
+
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:
+    """A learning rate that is too high leaves finite losses and gradients, and weights that overflow: nothing keeps those."""
+    settings = Settings(steps=1, batch=2, optim={"student": Optim(lr=1e38, weight_decay=1e38)}, health=None)
+    with pytest.raises(NonFiniteError, match=r"step 1, .* of student"):
+        run(tmp_path, FlowMatching(), settings)
+    assert checkpoints(tmp_path / "checkpoints") == [] and not (tmp_path / "student").exists()
+
+
+def test_a_byte_in_the_middle_of_a_large_file_is_noticed(tmp_path: Path) -> None:
+    folder = RunState(1, {"student": {"w": torch.zeros(1 << 18)}}, {}).save(tmp_path)
+    file = next((folder / "student").glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match="not the file that was saved here"):
+        Checkpoint.open(folder)

@@ -218,6 +218,15 @@ def test_learning_rate_is_a_function_of_the_step() -> None:
     assert learning_rate(Optim(lr=1.0, decay="linear"), 9, 10) == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize("decay", ["cosine", "linear"])
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_the_last_iteration_trains_and_the_one_after_would_not(decay: Any, warmup: int) -> None:
+    optim = Optim(lr=1.0, warmup=warmup, decay=decay)
+    rates = [learning_rate(optim, step, 10) for step in range(warmup, 11)]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-2] > 0 and rates[-1] == 0
+
+
 # --- what stops a run -------------------------------------------------------------------------------------------------
 
 

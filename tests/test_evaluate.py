@@ -88,6 +88,28 @@ def test_results_file(finished: tuple[Report, Path]):
     assert load_report(folder) == report
 
 
+def test_few_prompts_are_said_and_one_has_no_intervals(
+    finished: tuple[Report, Path], teacher: VideoModel, student: VideoModel, tmp_path: Path
+):
+    assert [note for note in finished[0].notes if "4 prompts are few" in note]
+    rows = [Entry(name="teacher 2", model=teacher, steps=2), Entry(name="student 2", model=student)]
+    report = evaluate(rows, replace(SMALL, prompts=1, seeds_per_prompt=4), tmp_path)
+    assert [note for note in report.notes if "there is one prompt" in note]
+    hero = report.row("student 2")
+    assert hero.gain is not None and hero.gain.accuracy is not None and hero.accuracy is not None
+    found = (
+        hero.accuracy_ci,
+        hero.attributes_ci,
+        hero.frechet_ci,
+        hero.motion_ci,
+        hero.gain.accuracy_ci,
+        hero.gain.frechet_ci,
+    )
+    assert set(found) == {None}
+    assert "From one prompt nothing" in lead(report, hero)
+    assert load_report(tmp_path) == report and write_report(tmp_path).is_file()
+
+
 def test_the_reference_row_is_one_and_only_students_have_gains(finished: tuple[Report, Path]):
     report, _ = finished
     first = report.row("teacher 4")

@@ -216,8 +216,11 @@ def test_a_folder_of_the_first_version_is_read(tmp_path: Path) -> None:
         ({"grids": {"2": [1.0, 0.4, 0.5, 0.0]}}, "the grid of 2 steps needs"),
         ({"shift": -1.0}, "shift > 0"),
         ({"shifft": 3.0}, "shifft is unknown"),
-        ({"solver": "heun", "sampler": {"type": "Heun"}}, r"solver is a key of the first version, beside sampler"),
-        ({"shift": 3.0, "grid": {"type": "Shifted"}}, r"shift is a key of the first version, beside grid"),
+        (
+            {"solver": "heun", "sampler": {"type": "Heun"}},
+            r"solver is a key of the first version .* change sampler instead",
+        ),
+        ({"shift": 3.0, "grid": {"type": "Shifted"}}, r"shift is a key of the first version .* change grid instead"),
         ([1], "must be keys"),
     ],
 )

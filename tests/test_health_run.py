@@ -104,7 +104,7 @@ def test_watch_shows_verdict_figures_and_losses(examined: Path, capsys: pytest.C
     assert main(["watch", str(examined)]) == 0
     said = capsys.readouterr().out
     assert re.search(r"step 7 of 7, .* ended", said) and re.search(
-        r"(improving|stalled|diverging|collapsing) at step 7", said
+        r"(improving|unclear|stalled|diverging|collapsing) at step 7", said
     )
     for name in ("accuracy", "diversity", "lag", "critic moved", "loss/matching", "teacher, same steps"):
         assert name in said, name
@@ -239,6 +239,52 @@ def test_every_run_without_checks_has_its_reason() -> None:
     }.items():
         said = monitor.unexamined(*arguments)
         assert said.startswith(reason) and bool(said) == bool(reason)
+
+
+def test_what_is_not_measured_is_said_with_the_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A compiled run cannot compare the gradients of its terms: log, record, `watch` and the report say so."""
+    from fewstep.evaluate import health
+
+    compiled = mock.patch.object(monitor.Monitor, "uncompared", "settings.compile: as written")
+    with compiled, mock.patch.object(RunLog, "say") as said:
+        record = run(tmp_path, 3, CASES["DMD2-everything"])
+    found = record.checks[-1].vitals
+    assert found.cosine is None and found.unmeasured == {"cosine": "settings.compile: as written"}
+    wanted = "not measured: cosine (settings.compile: as written)"
+    assert any(f"step 3: {record.checks[-1].verdict}; {wanted}" in call.args[0] for call in said.call_args_list)
+    assert main(["watch", str(tmp_path)]) == 0 and wanted in " ".join(capsys.readouterr().out.split())
+    assert "Not measured: cosine" in (health.said(tmp_path) or "")
+
+
+def test_why_gradients_are_not_compared(tmp_path: Path) -> None:
+    several = prepare.prepare(
+        tiny_model(), CASES["DMD2-everything"], Everything(), small(3, health=OFTEN), tmp_path
+    ).monitor
+    assert several is not None and several.uncompared == ""
+    several.settings = replace(several.settings, compile=True)
+    assert several.uncompared.startswith("settings.compile")
+    several.settings, several.processes = replace(several.settings, compile=False), replace(several.processes, world=2)
+    assert several.uncompared.startswith("several processes")
+    assert several._unmeasured == {}  # no two terms have been seen yet
+    several.names = {"matching", "adversarial"}
+    assert set(several._unmeasured) == {"cosine"}
+    several.gauge = replace(several.gauge, scenes=None)
+    assert set(several._unmeasured) == {"accuracy", "cosine"}
+
+
+def test_heed_tells_clips_of_other_prompts() -> None:
+    """The teacher's own clips have 1; dealt to other prompts they have less than none, all alike they have none."""
+    model = tiny_model()
+    gauge = Gauge.of(model, tuple(world_prompts(4, 0.5, 0)), 2, 8, nullcontext)
+    frames = (torch.arange(4.0) / 4).repeat_interleave(2)[:, None, None, None, None] + 0.02 * torch.rand(
+        8, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0)
+    )
+    assert gauge._heed(frames, frames) == pytest.approx(1.0)
+    assert (gauge._heed(frames.roll(2, 0), frames) or 0) < 0.1
+    assert gauge._heed(frames[:2].repeat(4, 1, 1, 1, 1), frames) == pytest.approx(0.0, abs=0.05)
+    assert gauge._heed(torch.cat([frames, frames]), frames) == pytest.approx(1.0)  # two step counts
+    alone = Gauge.of(model, ("a red ball",), 2, 8, nullcontext)
+    assert alone._heed(frames[:2], frames[:2]) is None
 
 
 def test_settings_are_checked() -> None:

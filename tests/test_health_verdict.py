@@ -12,12 +12,14 @@ from fewstep.engine.health.verdict import PATIENCE, lags
 
 TEACHER = Looks(
     accuracy=0.9, distance=0.0, drift=0.0, std=1.0, saturation=0.3, contrast=0.4, motion=0.1, diversity=0.5,
-    by_frame=(1.0, 1.0),
+    by_frame=(1.0, 1.0), heed=1.0,
 )  # fmt: skip
-START = replace(TEACHER, accuracy=0.1, distance=2.0, drift=0.2, std=0.8, saturation=0.25, motion=0.08, diversity=0.35)
+START = replace(
+    TEACHER, accuracy=0.1, heed=0.4, distance=2.0, drift=0.2, std=0.8, saturation=0.25, motion=0.08, diversity=0.35
+)
 LINES = Baselines(teacher=TEACHER, untrained=replace(TEACHER, accuracy=0.3, distance=1.5), start=START)
 SOUND = Vitals(
-    step=25, grid="1, 2, 4", looks=replace(TEACHER, accuracy=0.4, distance=1.2), moved={"student": 1.0, "critic": 1.0},
+    step=25, grid="1, 2, 4", looks=replace(TEACHER, accuracy=0.4, distance=1.2, heed=0.6), moved={"student": 1.0, "critic": 1.0},
     change=0.003, coarse=0.0, noise=1.0, asked=1.1, critic=0.8, lag=0.95,
 )  # fmt: skip
 
@@ -41,7 +43,12 @@ FLAT = [{"accuracy": 0.2, "distance": 1.6}] * PATIENCE
     [
         ("improving", "accuracy 0.80 .before training 0.10, teacher 0.90., 20% of its first distance", FALLING),
         ("improving", "accuracy 0.40", [{}]),
-        ("improving", "no update of the student has been seen", [{"moved": {"critic": 1.0}, "change": None}] * 12),
+        ("unclear", "no update of the student has been seen", [{"moved": {"critic": 1.0}, "change": None}] * 12),
+        ("unclear", "not every figure .* accuracy 0.10 .before training 0.10.$", [{"accuracy": 0.1}]),
+        ("unclear", "distance 1.90 .before training 2.00.; accuracy 0.15", [{"accuracy": 0.15, "distance": 1.9}]),
+        ("unclear", "heed of the prompt 0.10 .before training 0.40, teacher 1.", [{"heed": 0.1}]),
+        ("unclear", "distance 1.66", [{"accuracy": 0.1, "distance": 2.5 - 0.12 * i} for i in range(8)]),  # on its way
+        ("diverging", "follow their prompts less .* heed 0.10 .before training 0.40", [{}, {"heed": 0.1}, {"heed": 0.1}]),
         ("improving", "the critic lags .1.30 times", [{"lag": 1.3}]),
         ("improving", "accuracy 0.88", [{"accuracy": 0.88, "distance": 0.3}] * 12),  # level with its teacher
         ("improving", "of its first distance", [*FALLING[:4], *FLAT[:4], *FALLING[4:]]),
@@ -79,6 +86,7 @@ def test_the_word_and_its_reason(word: str, reason: str, checks: list[dict[str, 
     "checks",
     [
         [{}, {"distance": 3.0}],  # once may be chance
+        [{}, {"heed": 0.1}],
         [*FALLING, {"accuracy": 0.5}],
         [{"saturation": 0.38}],  # 1.27 times the teacher's
         [{"coarse": 1.0}],  # on the grid before its first update, and yet all of it moved
@@ -87,7 +95,20 @@ def test_the_word_and_its_reason(word: str, reason: str, checks: list[dict[str, 
     ],
 )
 def test_a_sound_run_is_not_blamed(checks: list[dict[str, Any]]) -> None:
-    assert judge(history(*checks), LINES).word == "improving"
+    assert judge(history(*checks), LINES).word in ("improving", "unclear")
+
+
+def test_improving_is_said_of_nothing_that_has_gained_nothing() -> None:
+    """A student that is what it was before training, whatever its weights do, and one whose teacher is no better."""
+    same = {"accuracy": 0.1, "distance": 2.0, "heed": 0.4, "drift": 0.2, "std": 0.8, "diversity": 0.35}
+    assert [judge(history(*[same] * n), LINES).word for n in (1, PATIENCE - 1, PATIENCE)] == ["unclear"] * 2 + [
+        "stalled"
+    ]
+    blurred = replace(LINES, start=replace(START, heed=1.2))  # further from other prompts than the teacher's clips are
+    assert [judge(history({"heed": heed}), blurred).word for heed in (0.85, 0.75)] == ["improving", "unclear"]
+    blind = replace(LINES, teacher=replace(TEACHER, accuracy=0.15))  # nobody can read these clips
+    assert judge(history({"accuracy": 0.0}), blind).word == "improving"
+    assert judge(history({"accuracy": 0.15, "distance": 2.0}), blind).word == "unclear"
 
 
 def test_a_student_is_not_blamed_for_where_it_started() -> None:

@@ -48,7 +48,7 @@ from fewstep.models import Denoiser, VideoModel
 from fewstep.models.source import Diffusers, Pretrained
 from fewstep.recipe import Recipe, distill
 from fewstep.world.data import WorldClips
-from tiny_models import COGVIDEOX_IMAGE, COGVIDEOX_IMAGE_SIZE, IMAGE, IMAGE_SIZE, save_tiny
+from tiny_models import COGVIDEOX_IMAGE, COGVIDEOX_IMAGE_SIZE, IMAGE, IMAGE_SIZE, shared
 
 pytestmark = [pytest.mark.usefixtures("single_thread"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 CAPTIONS = ("a red ball", "a blue box", "a cat walks")
@@ -60,8 +60,8 @@ HEALTH = Health(every=2, prompts=2, seeds=2)
 
 
 @pytest.fixture(scope="module", params=[*IMAGE, *COGVIDEOX_IMAGE])
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(request.param, tmp_path_factory.mktemp(request.param))
+def folder(request: pytest.FixtureRequest) -> Path:
+    return shared(request.param)
 
 
 @pytest.fixture

@@ -9,17 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from fewstep.compress import Branches, Int8
+from fewstep.compress.linear import linears
 from fewstep.core import Batch, Call, Cond, Rng
 from fewstep.diffusion import CFG
 from fewstep.engine import Optim, Parallel, Settings, train
 from fewstep.engine.compiling import compile_problem
 from fewstep.engine.nets import build_nets
 from fewstep.engine.prepare import prepare
+from fewstep.engine.run import blend
 from fewstep.methods import DMD2, Consistency, Nets, Progressive, Reconstruction
 from fewstep.models import Denoiser, Lora, VideoModel, fingerprint
-from fewstep.models.lora import adapt, duplicate, load_adapter, merge, save_adapter, weaken
+from fewstep.models.lora import LoraLinear, adapt, adapters, duplicate, load_adapter, merge, save_adapter, weaken
 from fewstep.models.spread import Spread
 from fewstep.world.data import WorldClips
 from support_engine import FRAMES, small, tiny_model
@@ -116,6 +119,81 @@ def test_a_block_computed_again_sees_its_own_adapters(base: Denoiser) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
+class Loud(nn.Linear):
+    """A linear layer of another class, as other libraries have them; it says what it read."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        self.seen = hidden_states
+        return super().forward(hidden_states)
+
+
+def test_a_linear_layer_of_any_class_is_adapted(base: Denoiser) -> None:
+    before, up = call(base), base.backbone.blocks[0].mlp.up
+    up.__class__ = Loud
+    network = moved(adapt(base, replace(LORA, targets=("blocks.0.mlp.up",)), Rng(0)))
+    assert not torch.equal(call(network), before)
+    assert network.backbone.blocks[0].mlp.up.base.seen is not None and not hasattr(up, "seen")  # its own forward runs
+    assert torch.allclose(call(merge(base, network)), call(network), atol=1e-5)
+    assert type(merge(base, network).backbone.blocks[0].mlp.up) is Loud
+
+
+def test_what_is_inside_a_linear_layer_is_its_own_business(base: Denoiser) -> None:
+    """And the output layer of torch's attention, whose weight is read and whose forward is not called."""
+    block = base.backbone.blocks[0]
+    block.mlp.up = LoraLinear(block.mlp.up, 2, 1.0)
+    block.attention.inner = nn.MultiheadAttention(24, 2)
+    found = [name for name, *_ in linears(block)]
+    assert "mlp.up" in found and not any(name.startswith(("mlp.up.", "attention.inner")) for name in found)
+    with pytest.raises(ValueError, match="adapters already"):
+        adapt(base, LORA, Rng(0))
+
+
+def test_adapters_over_eight_bits(tmp_path: Path) -> None:
+    """They train, share the teacher's quantised weights, and stay beside them in the student that is saved."""
+    teacher = tiny_model().transformed(Int8())
+    network = moved(adapt(teacher.denoiser, LORA, Rng(0)))
+    call(network).square().sum().backward()
+    assert all(".lora_" in name and p.grad is not None and p.grad.any() for name, p in network.named_parameters())
+    theirs = {tensor.data_ptr() for tensor in teacher.denoiser.state_dict().values()}
+    assert all(tensor.data_ptr() in theirs for tensor in network.buffers()) and len(network.state_dict()) == 2 * 14
+    whole = merge(teacher.denoiser, network)
+    assert torch.allclose(call(whole), call(network), atol=1e-6) and not list(adapters(whole))
+    student = teacher.with_part("denoiser", whole)
+    assert student.card.transforms[0] == Int8() and student.card.transforms[1].rank == LORA.rank
+    loaded = VideoModel.from_pretrained(student.save(tmp_path))
+    assert torch.equal(call(loaded.denoiser), call(whole))
+    again = moved(adapt(loaded.denoiser, replace(LORA, rank=2), Rng(1)))  # a second round over the first
+    assert torch.allclose(call(merge(loaded.denoiser, again)), call(again), atol=1e-6)
+
+
+def test_a_run_over_eight_bits(tmp_path: Path) -> None:
+    """The same student as the run held, in bytes that are still eight; training the quantised weights is refused."""
+    teacher = tiny_model().transformed(Int8(keep=("mlp.up",)))
+    settings = small(3, lora=LORA)
+    student = train(teacher, DMD, WorldClips(num_frames=FRAMES), settings, tmp_path, quiet=True)
+    int8, branches = student.card.transforms
+    assert int8 == teacher.card.transforms[0] and "blocks.0.attention.qkv" in branches.targets
+    assert not any("mlp.up" in target for target in branches.targets)  # into those the update was added
+    tensors = load_file(tmp_path / "student" / "denoiser.safetensors")
+    qkv = "backbone.blocks.0.attention.qkv"
+    assert tensors[f"{qkv}.base.quantised"].dtype == torch.int8 and tensors[f"{qkv}.up.weight"].any()
+    assert not torch.equal(
+        tensors["backbone.blocks.0.mlp.up.weight"], teacher.denoiser.backbone.blocks[0].mlp.up.weight
+    )
+    with pytest.raises(ValueError, match=r"layers are Int8.*settings\.lora"):
+        prepare(teacher, DMD2(critic_updates=1), WorldClips(num_frames=FRAMES), small(3), tmp_path / "whole")
+
+
+def test_a_style_lora_of_an_eight_bit_model(tmp_path: Path) -> None:
+    """A file's update is not lost in rounding."""
+    plain = tiny_model()
+    save_adapter(moved(adapt(plain.denoiser, LORA, Rng(0))), tmp_path, "tiny")
+    styled = plain.with_lora(tmp_path).denoiser
+    small, both = plain.transformed(Int8()).denoiser, plain.transformed(Int8()).with_lora(tmp_path)
+    error = (call(both.denoiser) - call(styled)).norm() / (call(styled) - call(small)).norm()
+    assert error < 0.1 and [type(x) for x in both.transforms] == [Int8, Branches]
+
+
 def test_targets_are_named_or_refused(base: Denoiser) -> None:
     network = adapt(base, replace(LORA, targets=("qkv", "mlp.up")), Rng(0))
     assert {name.split(".", 3)[-1].rpartition(".lora_")[0] for name in network.state_dict()} == {
@@ -194,6 +272,52 @@ def test_checkpoints_hold_adapters_and_students_are_whole(tmp_path: Path) -> Non
     assert fingerprint(again.denoiser) == fingerprint(student.denoiser)
     adapters = load_adapter(tiny_model().denoiser, folder / "adapter")
     assert torch.equal(call(merge(tiny_model().denoiser, adapters)), call(again.denoiser))
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.95])
+def test_averages_of_adapters_are_averages_of_what_they_do(decay: float) -> None:
+    """A target that follows a student whose A and B both move, beside the true average of its updates."""
+    nets = build_nets(tiny_model(), Consistency(), 0, LORA)
+    student, target = adapters(nets.student), adapters(nets.target)
+    true = {name: layer.update.detach().double() for name, layer in target.items()}
+    drift = {name: 0.002 * Rng(7).randn(tuple(p.shape), name) for name, p in nets.student.named_parameters()}
+    for step in range(1, 51):
+        with torch.no_grad():
+            for name, parameter in nets.student.named_parameters():
+                parameter.add_(drift[name] + 0.001 * Rng(8, step).randn(tuple(parameter.shape), name))
+        blend(nets.target, nets.student, decay)
+        true = {name: decay * kept + (1 - decay) * student[name].update.detach() for name, kept in true.items()}
+        if step in (1, 5, 50):
+            made, wanted = (torch.cat([x.flatten() for x in each]).double() for each in (
+                [layer.update.detach() for layer in target.values()], list(true.values())
+            ))  # fmt: skip
+            assert float((made - wanted).norm() / wanted.norm()) < 0.02, step
+            assert float(torch.cosine_similarity(made, wanted, dim=0)) > 0.9998, step
+
+
+def test_roles_of_one_source_start_equal_and_copies_are_exact(base: Denoiser) -> None:
+    nets = build_nets(tiny_model(), DMD, 0, LORA)
+    for name, layer in adapters(nets.student).items():
+        assert torch.equal(layer.lora_A.weight, adapters(nets.critic)[name].lora_A.weight)
+    assert len({float(layer.lora_A.weight.std()) for layer in adapters(nets.student).values()}) > 1
+    one, other = (moved(adapt(base, LORA, Rng(0)), seed=seed) for seed in (1, 2))
+    blend(one, other, 0.0)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    blend(one, other, 0.5)
+    assert torch.allclose(call(one), call(other), atol=1e-5)  # the average of equals
+
+
+def test_an_average_of_a_narrow_layer_loses_nothing() -> None:
+    """A rank above what the layer is wide: every update has it."""
+    made = []
+    for seed in (0, 1):
+        layer = LoraLinear(torch.nn.Linear(3, 5), rank=4, scale=2.0)
+        for name, parameter in layer.named_parameters():
+            parameter.data = Rng(seed).randn(tuple(parameter.shape), name)
+        made.append(layer)
+    wanted = 0.7 * made[0].update + 0.3 * made[1].update
+    made[0].average(made[1], 0.7)
+    assert torch.allclose(made[0].update, wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", [Progressive(stages=((2, 1), (1, 2))), Consistency()], ids=["Progressive", "target"])

@@ -41,7 +41,7 @@ METHOD_NAMES = {cls.__name__: cls for cls in (*METHODS, *ROLLOUTS, *DENSITIES)}
 CASES: dict[str, Method] = {cls.__name__: cls() for cls in METHODS} | {
     "FlowMatching-images": FlowMatching(image_fraction=1.0, images_per_clip=2, cond_drop=0.5),
     "ReadAttributes-features": ReadAttributes(of="features"),
-    "Progressive-later": Progressive(stages=((2, 0), (1, 5))),
+    "Progressive-unguided": Progressive(stages=((1, 5),), guidance=CFG()),
     "Consistency-unguided": Consistency(guidance=CFG(), skip=3),
     "DMD2-gan": DMD2(critic_updates=2, gan=0.03, r1=1.0, layers=(0, -1)),
     "DMD2-one-step": DMD2(critic_updates=1, rollout=ONE_STEP),

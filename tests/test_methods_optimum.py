@@ -116,6 +116,13 @@ def test_pd_changes_stage_on_time() -> None:
         Progressive(stages=((4, 1), (1, 1)))
 
 
+@pytest.mark.parametrize("stages", [((2, 0), (1, 5)), ((2, 5), (1, 0)), ((4, 3), (2, -1), (1, 5))])
+def test_pd_refuses_stages_without_iterations(stages: tuple[tuple[int, int], ...]) -> None:
+    """A first stage of none would leave out guidance, in silence."""
+    with pytest.raises(ValueError, match=r"stage of \d steps has no iterations.*at least 1 iteration, or leave it out"):
+        Progressive(stages=stages)
+
+
 # --- consistency ------------------------------------------------------------------------------------------------------
 
 
@@ -139,6 +146,21 @@ def test_consistency_fixed_point_is_the_ddim_composition(path: NoisePath, scale:
         losses.append(terms(method.student_loss(nets, batch, Rng(0)))["consistency"].item())
     assert losses[0] < 1e-14
     assert losses[1] > 1e-3
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_consistency_offers_only_what_it_trains(shift: float) -> None:
+    method = Consistency(intervals=12, steps=(1, 2, 3, 4, 6, 12), shift=shift)
+    trained = uniform_grid(method.intervals, shift)
+    contract = method.contract(Contract())
+    for count in contract.counts:
+        assert all(min(abs(t - u) for u in trained) < 1e-12 for t in contract.times(count)), count
+
+
+@pytest.mark.parametrize("steps", [(5,), (1, 2, 24), (0, 1), ()])
+def test_consistency_refuses_steps_off_its_grid(steps: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="12 intervals .* the times of 1, 2, 3, 4, 6, 12 steps"):
+        Consistency(intervals=12, steps=steps)
 
 
 def test_known_values_of_the_composition() -> None:

@@ -10,7 +10,7 @@ import torch
 from fewstep.core import Batch, Cond, Rng
 from fewstep.diffusion import CFG, DDIM, EDM, Contract, Renoise, Shifted, uniform_grid
 from fewstep.methods import BackwardSimulation, FromData, FromPairs, Rollout
-from fewstep.methods.rollouts import NESTED, pick, predict
+from fewstep.methods.rollouts import NESTED, pick, predict, student_contract
 from support_engine import tiny_model
 from support_gaussian import (
     ONE_STEP,
@@ -146,12 +146,19 @@ def test_contracts_list_exact_shifted_grids_without_guidance() -> None:
 
 
 def test_a_grid_that_is_drawn_twice_as_often_is_one_grid_of_the_contract() -> None:
-    twice = (*NESTED, NESTED[-1])
-    assert BackwardSimulation(grids=twice, shift=5.0).contract(TEACHER) == BackwardSimulation(
-        grids=NESTED, shift=5.0
-    ).contract(TEACHER)
+    once, twice = (BackwardSimulation(grids=grids, shift=5.0) for grids in (NESTED, (*NESTED, NESTED[-1])))
+    assert once.contract(TEACHER) == twice.contract(TEACHER)
     with pytest.raises(ValueError, match="give one grid per step count"):  # which of them would be sampled?
         BackwardSimulation(grids=(*NESTED, (1.0, 0.8, 0.6, 0.4))).contract(TEACHER)
+
+
+def test_guidance_that_was_not_distilled_is_kept() -> None:
+    """One of two experts was trained: the other is guided as before, and costs as much."""
+    left = CFG(low=0.9, outside=3.0)
+    contract = student_contract(TEACHER, ((1.0, 0.5),), 3.0, DDIM(), left)
+    assert contract.guidance == left and contract.calls() == 4
+    assert student_contract(TEACHER, ((1.0, 0.5),), 3.0, DDIM()).calls() == 2
+    assert contract.times(3, force=True) == uniform_grid(3, 3.0)
 
 
 def test_expected_calls() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fewstep.metrics import (
-    bootstrap,
+    clustered_wilson,
     contrast,
     diversity,
     energy,
@@ -18,6 +18,7 @@ from fewstep.metrics import (
     frechet_without,
     gaussian_distance,
     jackknife,
+    mean_interval,
     motion,
     percentile,
     pooled,
@@ -27,7 +28,7 @@ from fewstep.metrics import (
     split_half,
     wilson,
 )
-from fewstep.metrics.statistics import clustered_wilson, ratio_bootstrap
+from fewstep.metrics.statistics import difference_of_shares, ratio_interval, t_quantile
 from fewstep.world.grammar import sample_scenes
 from fewstep.world.renderer import Variation, render
 
@@ -140,6 +141,21 @@ def test_the_noise_floor_falls_with_the_number_of_clips():
     assert 0 < split_half(x, rng()) < split_half(x[:60], rng())
 
 
+def test_the_noise_floor_compares_halves_that_share_no_clip():
+    """Two pairs of equal rows far apart: halves without a common row differ, however the rows are dealt."""
+    x = torch.tensor([[0.0], [1.0], [10.0], [11.0]])
+    dealt = [([0, 1], [2, 3]), ([0, 2], [1, 3]), ([0, 3], [1, 2])]
+    possible = {round(frechet(x[a], x[b]), 6) for a, b in dealt}
+    for seed in range(20):
+        assert round(split_half(x, rng(seed), repeats=1), 6) in possible
+
+
+def test_every_clip_is_shuffled_in_an_order_of_its_own():
+    clips = torch.arange(16.0).reshape(1, 1, 16, 1, 1).expand(5, 3, 16, 2, 2)
+    orders = {tuple(clip[0, :, 0, 0].tolist()) for clip in shuffled(clips, rng())}
+    assert len(orders) == 5
+
+
 def test_shuffling_keeps_every_frame_and_loses_the_order():
     clips = rendered(6, 1)
     mixed = shuffled(clips, rng())
@@ -227,18 +243,57 @@ def test_wilson_without_trials_says_nothing():
         wilson(5, 4)
 
 
-def test_bootstrap_covers_the_mean_and_has_the_width_of_the_normal_interval():
+@pytest.mark.parametrize(
+    ("freedom", "value"), [(1, 12.706), (2, 4.303), (3, 3.182), (7, 2.365), (8, 2.306), (30, 2.042), (100, 1.984)]
+)
+def test_quantiles_of_students_t(freedom: int, value: float):
+    """Student's own table, two-sided 0.95."""
+    assert t_quantile(0.95, freedom) == pytest.approx(value, abs=5e-4)
+    assert t_quantile(0.99, 5) == pytest.approx(4.032, abs=5e-4)
+    assert t_quantile(0.95, 9999) == pytest.approx(1.960201, abs=1e-6)  # close to the normal one
+    with pytest.raises(ValueError, match="freedom >= 1"):
+        t_quantile(0.95, 0)
+
+
+def test_the_interval_of_a_mean_has_the_width_of_the_normal_interval_where_there_are_many():
     x = torch.randn(400, generator=rng(), dtype=torch.float64) * 2 + 5
-    low, high = bootstrap(x, rng())
-    assert low < float(x.mean()) < high
-    assert high - low == pytest.approx(2 * 1.96 * float(x.std()) / 20, rel=0.1)
-    assert bootstrap(torch.full((7,), 3.0), rng()) == (3, 3)
+    low, high = mean_interval(x)
+    assert (low + high) / 2 == pytest.approx(float(x.mean()))
+    assert high - low == pytest.approx(2 * 1.966 * float(x.std()) / 20, rel=1e-3)
+    assert mean_interval(torch.full((7,), 3.0)) == (3, 3)
+    few = torch.tensor([1.0, 3.0])
+    assert mean_interval(few) == pytest.approx((2 - 12.706, 2 + 12.706), abs=1e-3)
 
 
-def test_ratio_bootstrap_of_pairs_is_narrow_when_the_pairs_agree():
+def test_one_prompt_has_no_interval():
+    one = torch.tensor([0.5])
+    assert mean_interval(one) == ratio_interval(one, one + 1) == (-math.inf, math.inf)
+    assert clustered_wilson(one, 4) == (0, 1)
+    assert difference_of_shares(one, one) == (-1, 1)
+    with pytest.raises(ValueError, match="non-empty"):
+        mean_interval(torch.zeros(0))
+
+
+def test_prompts_that_agree_by_chance_do_not_prove_that_nothing_differs():
+    right = torch.ones(4, dtype=torch.float64)
+    low, high = difference_of_shares(right, right)
+    assert low < -0.5 and high > 0.5
+    low, high = difference_of_shares(torch.ones(64), torch.zeros(64))
+    assert 0.85 < low < high == 1.0
+
+
+def test_the_interval_of_a_ratio_is_narrow_when_the_pairs_agree():
     base = torch.rand(50, generator=rng(), dtype=torch.float64) + 0.1
-    assert ratio_bootstrap(2 * base, base, rng()) == pytest.approx((2, 2))
-    assert math.isnan(ratio_bootstrap(base, torch.zeros(50), rng()).low)
+    assert ratio_interval(2 * base, base) == pytest.approx((2, 2))
+    assert math.isnan(ratio_interval(base, torch.zeros(50)).low)
+    below = -base - 0.1 * torch.rand(50, generator=rng(1), dtype=torch.float64)
+    low, high = ratio_interval(base, below)
+    assert low < ratio_of_means(base, below) < high  # of negative numbers too, low end first
+
+
+def test_a_ratio_of_means_is_not_ruled_by_the_smallest_denominator():
+    values, reference = torch.tensor([1.0, 3.0]), torch.tensor([0.01, 3.99])
+    assert ratio_of_means(values, reference) == pytest.approx(1.0)  # the mean of the ratios is 50
 
 
 def test_the_jackknife_of_a_mean_is_its_standard_error():
@@ -246,9 +301,18 @@ def test_the_jackknife_of_a_mean_is_its_standard_error():
     without = (x.sum() - x) / 49
     low, high = jackknife(float(x.mean()), without)
     assert (low + high) / 2 == pytest.approx(float(x.mean()))
-    assert high - low == pytest.approx(2 * 1.959964 * float(x.std()) / 50**0.5, rel=1e-6)
+    assert high - low == pytest.approx(2 * 2.0095752 * float(x.std()) / 50**0.5, rel=1e-6)
     with pytest.raises(ValueError, match="2 groups"):
         jackknife(1.0, without[:1])
+
+
+def test_the_jackknife_is_around_the_value_and_as_wide_as_the_others_differ_among_themselves():
+    """Values without a group are biased; neither the centre nor the width may take that bias over."""
+    without = torch.tensor([4.0, 5.0, 6.0], dtype=torch.float64)
+    low, high = jackknife(2.0, without)
+    assert (low + high) / 2 == pytest.approx(2.0)
+    assert (high - low) / 2 == pytest.approx(4.302653 * (2 / 3 * 2) ** 0.5, rel=1e-6)
+    assert jackknife(2.0, without + 7) == pytest.approx((low, high))
 
 
 def test_percentile():
@@ -262,8 +326,18 @@ def test_clustered_wilson_counts_what_the_trials_are_worth() -> None:
     shares = torch.tensor([1.0, 0, 1, 1, 0, 1, 1, 1], dtype=torch.float64)
     assert clustered_wilson(shares, 1) == wilson(6, 8)
     assert clustered_wilson(shares, 4) == pytest.approx(wilson(6, 8))  # every group agrees with itself: one trial each
-    assert clustered_wilson(torch.full((8,), 0.5), 2) == wilson(8, 16)  # less spread than independent trials: no bonus
+    known = (1.959964 / 2.364624) ** 2  # the effect is estimated from 8 groups
+    calm = clustered_wilson(torch.full((8,), 0.5), 2)  # less spread than independent trials: no bonus
+    assert calm == pytest.approx(wilson(8 * known, 16 * known), rel=1e-5)
     assert clustered_wilson(torch.ones(8), 2) == wilson(8, 8)  # nothing to estimate the effect from
+
+
+def test_the_design_effect_is_of_the_unbiased_variance() -> None:
+    shares = torch.tensor([0.25, 0.5, 0.5, 0.75, 1.0, 0.5], dtype=torch.float64)
+    p, variance = float(shares.mean()), float(((shares - shares.mean()) ** 2).sum()) / 5
+    worth = 24 / (variance / 6 / (p * (1 - p) / 24)) * (1.959964 / 2.570582) ** 2
+    assert 6 < worth < 24
+    assert clustered_wilson(shares, 4) == pytest.approx(wilson(p * worth, worth), rel=1e-5)
 
 
 def test_clustered_wilson_covers_the_truth_and_plain_wilson_does_not() -> None:

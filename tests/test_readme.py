@@ -16,9 +16,11 @@ import torch
 
 from fewstep.cli.arguments import COMMANDS, parse, split_overrides
 from fewstep.core.build import build, load_yaml
+from fewstep.core.shipped import shipped
 from fewstep.data import write_video
 from fewstep.engine.prepare import require_processes
 from fewstep.models import bundle
+from fewstep.pipeline import Pipeline, read
 from fewstep.recipe import Recipe, names
 from support_engine import tiny_model
 
@@ -148,7 +150,9 @@ def assert_runs(command: list[str]) -> None:
     assert words[0] in COMMANDS and (options.takes_overrides or not overrides)
     recipe = getattr(options, "recipe", None)
     if recipe is not None:
-        require_processes(Recipe.load(ROOT / recipe, overrides).settings)
+        made = read(recipe, overrides)
+        for stage in made.stages.values() if isinstance(made, Pipeline) else [made]:
+            require_processes(stage.settings)
 
 
 @pytest.mark.parametrize(("page", "command"), [c for c in shell_lines() if not c[1].startswith("fewstep ")])
@@ -189,8 +193,10 @@ def test_names_in_running_text_exist(page: Path) -> None:
             assert first in targets, quoted
         elif program == "python":
             assert (ROOT / first).is_file(), quoted
-        elif re.fullmatch(r"(src|tests|tools|recipes)/[\w./-]+\.\w+", quoted) and "NAME" not in quoted:
+        elif re.fullmatch(r"(src|tests|tools|examples)/[\w./-]+\.\w+", quoted) and "NAME" not in quoted:
             assert (ROOT / quoted).exists(), quoted
+        elif re.fullmatch(rf"({'|'.join({name.partition('/')[0] for name in shipped()})})/[a-z]\w+", quoted):
+            assert quoted in shipped(), quoted
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -239,5 +245,9 @@ def test_python_blocks_run(page: Path, tiny_world: Path, request: pytest.Fixture
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "yaml")], ids=lambda page: page.name)
 def test_yaml_blocks_are_parts_of_recipes(page: Path) -> None:
     for block in blocks(page, "yaml"):
-        recipe = build(Recipe, WHOLE | load_yaml(block), names())
+        tree = load_yaml(block)
+        if "stages" in tree:
+            assert build(Pipeline, tree, names()).stages
+            continue
+        recipe = build(Recipe, WHOLE | tree, names())
         assert isinstance(recipe, Recipe) and recipe.method.needs <= recipe.data.provides

@@ -11,15 +11,17 @@ import pytest
 from fewstep import Recipe, RecipeError, distill
 from fewstep.catalogue import classes
 from fewstep.core.build import load_yaml
+from fewstep.core.shipped import shipped
 from fewstep.data import DataError
+from fewstep.diffusion import CFG, DDIM, Contract, Shifted
 from fewstep.engine import Optim, Settings, WorldProbe
 from fewstep.methods import DMD2, FlowMatching, Reconstruction
 from fewstep.models import Spec
 from fewstep.models.bundle import VideoModel, read_card
 from fewstep.models.source import Pretrained, Scratch, outline
+from fewstep.pipeline import read
 from fewstep.world.data import WorldClips
 
-RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
 TINY = """
 model:
   type: Scratch
@@ -35,6 +37,8 @@ settings:
   optim: {student: {lr: 1e-4}, critic: {lr: 1e-4}}
 """
 
+NOW = "{sampler: {type: Heun}, steps: 32, grid: {type: Shifted, shift: 3.0}, guidance: {scale: 2.0}}"
+
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
@@ -43,16 +47,16 @@ def tiny(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=[p.stem for p in RECIPES])
+@pytest.mark.parametrize("path", shipped().values(), ids=shipped())
 def test_every_recipe_of_the_tree_loads_and_is_inverse_to_its_text(path: Path, tmp_path: Path) -> None:
-    recipe = Recipe.load(path)
+    recipe = read(path, [])
     saved = recipe.save(tmp_path)
-    assert Recipe.load(saved) == recipe == Recipe.load(tmp_path)
-    assert Recipe.load(saved).hash == recipe.hash
-    assert recipe.diff(Recipe.load(saved)) == []
+    assert read(saved, []) == recipe == read(tmp_path, [])
+    assert read(saved, []).hash == recipe.hash
+    assert recipe.diff(read(saved, [])) == []
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=[p.stem for p in RECIPES])
+@pytest.mark.parametrize("path", shipped().values(), ids=shipped())
 def test_every_recipe_of_the_tree_says_what_it_costs_and_what_it_gives(path: Path) -> None:
     header = path.read_text().partition("\nmodel:")[0]
     assert "Cost" in header and "score" in header.lower(), "a header says cost and score, or that they are untested"
@@ -109,13 +113,24 @@ def test_another_type_starts_from_its_own_defaults(tiny: Path) -> None:
     assert muon.settings.optim["student"] == Optim(type="muon", lr=1e-4)
 
 
+@pytest.mark.parametrize("contract", ["{solver: heun, steps: 32, shift: 3.0, guidance: {scale: 2.0}}", NOW])
+def test_a_contract_may_be_typed_as_in_the_first_version(tiny: Path, contract: str) -> None:
+    tiny.write_text(TINY.replace("  num_frames: 4\n", f"  num_frames: 4\n  contract: {contract}\n", 1))
+    recipe = Recipe.load(tiny, [("model.contract.grid.shift", "5.0"), ("model.contract.sampler.type", "DDIM")])
+    expected = Contract(sampler=DDIM(), steps=32, grid=Shifted(shift=5.0), guidance=CFG(scale=2.0))
+    assert isinstance(recipe.model, Scratch) and recipe.model.contract == recipe.model.card().contract == expected
+    assert "solver" not in recipe.text
+    with pytest.raises(RecipeError, match=r"contract\.shift is a key of the first version .* change grid instead"):
+        Recipe.load(tiny, [("model.contract.shift", "5.0")])
+
+
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
         ("method.critic-updats", "3", "command line: method.critic_updats is unknown; did you mean critic_updates?"),
         ("methd.critic-updates", "3", "command line: methd is unknown; did you mean method?"),
         ("method.critic-updates", "many", "method.critic_updates must be a whole number, got 'many'"),
-        ("method.critic-updates", "0", "method is refused by DMD2: critic_updates must be at least 1"),
+        ("method.critic-updates", "0", "method.critic_updates must be at least 1, got 0"),
         ("method.type", "DMD", "method.type cannot be 'DMD'; did you mean DMD2?"),
         ("settings.autocast", "bf61", "settings.autocast cannot be 'bf61'; did you mean bf16? (accepted: off, bf16)"),
         ("settings.steps.now", "3", "settings.steps.now does not exist: settings.steps is 2"),

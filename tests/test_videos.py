@@ -9,7 +9,7 @@ import av
 import pytest
 
 from fewstep.cli import main
-from support_videos import RECIPES, Said, make_videos, run, sized
+from support_videos import Said, make_videos, run, sized
 
 TEXT = "{type: TextEncoder, width: 16, depth: 1, heads: 2, buckets: 64}"
 SIZE = (4, 32)
@@ -44,13 +44,13 @@ def videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def train_autoencoder(videos: Path, output: str, *more: object) -> None:
     size = sized(*SIZE, "model", "data")
-    run("train", RECIPES / "autoencoder.yaml", "--data.path", videos, *size, "--model.codec.width", 8,
+    run("train", "videos/autoencoder", "--data.path", videos, *size, "--model.codec.width", 8,
         "--model.codec.depth", 1, "--settings.steps", 2, "--settings.batch", 2, "--output", output, "--quiet", *more)  # fmt: skip
 
 
 def teacher(output: str, *more: object) -> list[object]:
     return [
-        "train", RECIPES / "teacher.yaml", *sized(*SIZE, "model"), "--model.text", TEXT, "--data.path", "latents",
+        "train", "videos/teacher", *sized(*SIZE, "model"), "--model.text", TEXT, "--data.path", "latents",
         "--model.denoiser.width", 24, "--model.denoiser.depth", 1, "--model.denoiser.text-width", 16,
         "--model.contract.steps", 4, "--model.codec", "autoencoder/student", "--settings.steps", 2,
         "--settings.batch", 2, "--output", output, "--quiet", *more,
@@ -87,7 +87,7 @@ def test_from_video_files_to_a_measured_student(videos: Path, said: Said, single
         2,
     ]
     small += ["--settings.log-every", 1]
-    code, out, err = said("distill", RECIPES / "dmd2.yaml", *small, "--output", "student", "--quiet")
+    code, out, err = said("distill", "videos/dmd2", *small, "--output", "student", "--quiet")
     assert code == 0 and Path("student/previews/000002.png").is_file(), err
     code, _, err = said("sample", "student/student", "--prompt", "a red square", "a cow", "--output", "clip.mp4")
     assert code == 0, err
@@ -122,10 +122,10 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(videos: Path, sa
         code, _, err = said(*teacher("refused", *more))
         assert code == 2 and words in err, (more, err)
         assert not Path("refused").exists()
-    code, _, err = said("train", RECIPES / "autoencoder.yaml", "--data.path", "nowhere", "--output", "refused")
+    code, _, err = said("train", "videos/autoencoder", "--data.path", "nowhere", "--output", "refused")
     assert code == 2 and "nowhere: no such file or folder" in err and not Path("refused").exists()
     code, _, err = said(
-        "train", RECIPES / "autoencoder.yaml", "--data.path", videos, "--data.height", 32, "--output", "refused"
+        "train", "videos/autoencoder", "--data.path", videos, "--data.height", 32, "--output", "refused"
     )
     assert code == 2 and "data.num_frames, height, width are (16, 32, 64)" in err and not Path("refused").exists()
 

@@ -14,7 +14,7 @@ from fewstep.data import Latents, Videos
 from fewstep.engine.log import read_metrics
 from fewstep.evaluate.results import load_report
 from fewstep.models import VideoModel
-from support_videos import CLIPS, RECIPES, make_videos, run, sized
+from support_videos import CLIPS, make_videos, run, sized
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -29,15 +29,15 @@ def videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_autoencoder_teacher_student_film(videos: Path, single_thread: None) -> None:
     cut = ["--data.stride", 2, "--data.clips-per-video", 0]
-    run("train", RECIPES / "autoencoder.yaml", "--data.path", videos, *sized(FRAMES, SIZE, "model", "data"), *cut,
+    run("train", "videos/autoencoder", "--data.path", videos, *sized(FRAMES, SIZE, "model", "data"), *cut,
         "--model.codec.width", 16, "--settings.steps", 200, "--output", "autoencoder", "--quiet")  # fmt: skip
     run("prepare", videos, "--model", "autoencoder/student", "--output", "latents", "--stride", 2,
         "--clips-per-video", 0, "--quiet")  # fmt: skip
-    run("train", RECIPES / "teacher.yaml", *sized(FRAMES, SIZE, "model"), "--data.path", "latents",
+    run("train", "videos/teacher", *sized(FRAMES, SIZE, "model"), "--data.path", "latents",
         "--model.text", "{type: TextEncoder, width: 64, depth: 1}", "--model.denoiser.text-width", 64,
         "--model.denoiser.width", 64, "--model.denoiser.depth", 3, "--model.codec", "autoencoder/student",
         "--settings.steps", 400, "--output", "teacher", "--quiet")  # fmt: skip
-    run("distill", RECIPES / "dmd2.yaml", "--model.source", "teacher/student", "--data.path", "latents",
+    run("distill", "videos/dmd2", "--model.source", "teacher/student", "--data.path", "latents",
         "--settings.steps", 60, "--output", "run", "--quiet")  # fmt: skip
 
     teacher, student = VideoModel.from_pretrained("teacher/student"), VideoModel.from_pretrained("run/student")

@@ -12,7 +12,6 @@ from fewstep.evaluate import Entry, Report, Suite, evaluate
 from fewstep.models.bundle import BUILT_IN
 from fewstep.recipe import Recipe
 
-RECIPES = Path(__file__).resolve().parent.parent / "recipes" / "world"
 SHIPPED = all((BUILT_IN / name / "card.json").is_file() for name in ("teacher", "features"))
 
 pytestmark = [
@@ -77,7 +76,7 @@ def test_student_beats_its_teacher_at_the_same_steps(bar: Bar, tmp_path: Path) -
             == 0
         )
         overrides = (*overrides, ("data.path", pairs))
-    recipe = Recipe.load(RECIPES / f"{bar.recipe}.yaml", overrides)
+    recipe = Recipe.load(f"world/{bar.recipe}", overrides)
     student, teacher = recipe.run(tmp_path / "run", quiet=True), recipe.model.load()
     rows = [
         Entry(name="teacher", model=teacher),

@@ -5,7 +5,10 @@ A new family is one function that saves a pipeline, and one entry of `TINY`.
 
 from __future__ import annotations
 
+import hashlib
 import math
+import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -477,8 +480,42 @@ COGVIDEOX_IMAGE = {"cogvideox_image": cogvideox_image, "cogvideox15_image": cogv
 COGVIDEOX_IMAGE_SIZE = {"num_frames": 9, "height": 64, "width": 80}
 
 
+def shared(name: str, seed: int = 0, **config: Any) -> Path:
+    """The tiny model `name` (its denoiser with other `config`) in diffusers' layout, made once and read by many tests.
+
+    Nobody may change it, which is checked at the end (`changed`): `save_tiny` gives a copy of one's own.
+    """
+    key = f"{name}-{seed}-{sorted(config.items())}"
+    if key not in SHARED:
+        folder = Path(HOME.name) / f"{name}{len(SHARED)}"
+        _save(name, folder, seed, config)
+        SHARED[key] = folder, digests(folder)
+    return SHARED[key][0]
+
+
 def save_tiny(name: str, folder: Path, seed: int = 0, **config: Any) -> Path:
-    """The tiny model `name` (its denoiser with other `config`) in diffusers' layout; no weight of its denoiser is zero."""
+    """A copy of the shared model in `folder`, to do with as one likes."""
+    return shutil.copytree(shared(name, seed, **config), folder, dirs_exist_ok=True)
+
+
+HOME = tempfile.TemporaryDirectory(prefix="tiny")
+"""Goes with the process."""
+SHARED: dict[str, tuple[Path, dict[str, str]]] = {}
+"""Folder of every shared model, and its files' digests when it was made."""
+
+
+def digests(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def changed() -> list[str]:
+    """Shared models that are not as they were made."""
+    return [key for key, (folder, before) in SHARED.items() if digests(folder) != before]
+
+
+def _save(name: str, folder: Path, seed: int, config: dict[str, Any]) -> None:
+    """No weight of the denoiser is zero."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         pipeline = (TINY[name].make if name in TINY else (IMAGE | COGVIDEOX_IMAGE)[name])(**config)
@@ -487,7 +524,6 @@ def save_tiny(name: str, folder: Path, seed: int = 0, **config: Any) -> Path:
                 for parameter in network.parameters() if network else ():
                     parameter.add_(0.05 * torch.randn(parameter.shape))
     pipeline.save_pretrained(folder)
-    return folder
 
 
 def t5() -> T5EncoderModel:

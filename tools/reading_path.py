@@ -2,7 +2,7 @@
 
     python tools/reading_path.py [RECIPE]      print the files; exit 1 above the budget
 
-One iteration of the recipe (recipes/world/dmd2.yaml) is run, with a batch of one. On the path is every file of the package
+One iteration of the recipe (world/dmd2) is run, with a batch of one. On the path is every file of the package
 with a function that is on the call stack between the command and the loss of the student, and every file with a function
 that the loss runs, but for what is inside a network: who has read them knows what is trained on what. A file counts with all
 its lines. What is done once before (reading the recipe, loading, optimisers) is other reading.
@@ -62,7 +62,7 @@ def _file(frame: FrameType) -> str | None:
     return path.relative_to(PACKAGE).as_posix() if path.is_relative_to(PACKAGE) else None
 
 
-def trace(recipe: Path) -> list[str]:
+def trace(recipe: str) -> list[str]:
     """The files on the path, in the order in which they are met."""
     sys.path.insert(0, str(ROOT / "src"))
     from fewstep.cli import main as fewstep
@@ -72,7 +72,7 @@ def trace(recipe: Path) -> list[str]:
         overrides = [word for key, value in QUICK.items() for word in (f"--{key}", value)]
         sys.setprofile(trail)
         try:
-            code = fewstep(["distill", str(recipe), "--output", f"{folder}/run", "--quiet", *overrides])
+            code = fewstep(["distill", recipe, "--output", f"{folder}/run", "--quiet", *overrides])
         finally:
             sys.setprofile(None)
     if code != STOPPED or not trail.files:
@@ -81,7 +81,7 @@ def trace(recipe: Path) -> list[str]:
 
 
 def main(words: list[str]) -> int:
-    files = trace(Path(words[0]) if words else ROOT / "recipes" / "world" / "dmd2.yaml")
+    files = trace(words[0] if words else "world/dmd2")
     lines = {file: len((PACKAGE / file).read_text(encoding="utf-8").splitlines()) for file in files}
     for file, count in lines.items():
         print(f"{count:6} {file}")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
+import json
 import re
 import shutil
 import sys
@@ -28,12 +29,13 @@ SHOWN = 4
 REMEDY = "run `fewstep demo`, then `python tools/readme.py --demo runs/demo`"
 
 PHRASES = {
-    "recipes": "What to train, as YAML; each file is a whole run",
+    "examples": "Notebooks, stored with what they print and show; python tools/notebooks.py runs them",
     "docs": "One page each on what the code cannot say in one place",
     "tests": "Identities, contracts, equivalences, exact optima; all on the CPU, without network",
     "tools": "Checks of the repository itself",
+    "src/fewstep/recipes": "What to train, as YAML; each file is a whole run, and `world/dmd2` is the name of one",
     "src/fewstep/world/weights": "The networks shipped with the package: card.json and safetensors",
-    "Makefile": "demo, test, lint, format: each makes its own environment first",
+    "Makefile": "demo, test, wheel, lint, format: each makes its own environment first",
     "CONTRIBUTING.md": "Set-up, how to add a method, when a change is done",
     "CHANGELOG.md": "One line per change that a user sees",
     "LOG.md": "Experiments with recipe, seed and figures, failed ones included",
@@ -138,7 +140,7 @@ def tree() -> str:
     source = ROOT / "src" / "fewstep"
     lines += [(1, "src/fewstep/", phrase(source / "__init__.py"))]
     lines += package(source, 2)
-    for name, pattern in (("recipes", "**/*.yaml"), ("docs", "*.md"), ("tools", "*.py"), ("tests", "")):
+    for name, pattern in (("examples", "*.ipynb"), ("docs", "*.md"), ("tools", "*.py"), ("tests", "")):
         lines.append((1, f"{name}/", PHRASES[name]))
         files = sorted((ROOT / name).glob(pattern)) if pattern else []
         lines += [(2, path.relative_to(ROOT / name).as_posix(), phrase(path)) for path in files]
@@ -165,11 +167,15 @@ def package(folder: Path, depth: int) -> Iterator[tuple[int, str, str]]:
             yield depth, path.name, phrase(path)
     for name in (n for n in PHRASES if (ROOT / n).parent == folder and (ROOT / n).is_dir()):
         yield depth, f"{Path(name).name}/", PHRASES[name]
+        files = sorted((ROOT / name).glob("**/*.yaml"))
+        yield from ((depth + 1, path.relative_to(ROOT / name).as_posix(), phrase(path)) for path in files)
 
 
 def phrase(path: Path) -> str:
     """What a file says of itself first: its docstring's first sentence, its heading, or its first comment."""
     text = path.read_text(encoding="utf-8")
+    if path.suffix == ".ipynb":
+        text = "".join(json.loads(text)["cells"][0]["source"])
     if path.suffix == ".py":
         about = ast.get_docstring(ast.parse(text)) or ""
     else:

@@ -1,6 +1,6 @@
 """Put the built-in world's trained networks into the package: half-precision weights, and a card that says how they were made.
 
-`python tools/ship_world.py` after the runs of recipes/world (autoencoder, text_encoder, features, teacher, teacher_motion);
+`python tools/ship_world.py` after the runs of the recipes world/* (autoencoder, text_encoder, features, teacher, teacher_motion);
 `--runs DIR` where they lie elsewhere. The teacher's contract, measured best, is given by `--guidance` and `--shift`.
 """
 
@@ -31,7 +31,7 @@ def main() -> int:
         model = VideoModel.from_pretrained(options.runs / run / "student")
         contract = replace(model.card.contract, guidance=CFG(scale=options.guidance), grid=Shifted(shift=options.shift))
         made = {
-            "recipe file": f"recipes/world/{run}.yaml",
+            "recipe file": f"world/{run}",
             "trained on": f"{machine.cores} CPU cores ({machine.cpu}), no GPU",
             "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
             "licence": LICENCE,

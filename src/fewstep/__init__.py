@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fewstep.core.build import RecipeError
     from fewstep.models.bundle import VideoModel
+    from fewstep.pipeline import Pipeline, Stage
     from fewstep.recipe import Recipe, distill
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "RecipeError", "VideoModel", "__version__", "distill"]
+__all__ = ["Pipeline", "Recipe", "RecipeError", "Stage", "VideoModel", "__version__", "distill"]
 
 _HOMES = {
+    "Pipeline": "fewstep.pipeline",
+    "Stage": "fewstep.pipeline",
     "Recipe": "fewstep.recipe",
     "RecipeError": "fewstep.core.build",
     "VideoModel": "fewstep.models.bundle",

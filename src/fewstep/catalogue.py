@@ -12,22 +12,25 @@ from typing import Any
 
 from fewstep.attention import PATTERNS
 from fewstep.caching import CACHES
+from fewstep.compress import TRANSFORMS
+from fewstep.core.shipped import headline, shipped
 from fewstep.data import DATA
 from fewstep.diffusion import CFG, DENSITIES, GRIDS, PATHS, SAMPLERS
 from fewstep.engine import Health, Settings, WorldProbe
 from fewstep.methods import METHODS, ROLLOUTS
 from fewstep.models import NETWORKS
-from fewstep.models.source import Diffusers, Pretrained, Scratch
+from fewstep.models.source import Diffusers, Pretrained, Previous, Scratch
 from fewstep.world.data import WorldClips
 
 KINDS: Mapping[str, tuple[Callable[..., Any], ...]] = MappingProxyType({
     "methods": METHODS,
-    "models": (Pretrained, Diffusers, Scratch),
+    "models": (Pretrained, Diffusers, Scratch, Previous),
     "networks": NETWORKS,
     "data": (*DATA, WorldClips),
     "rollouts": ROLLOUTS,
     "patterns": PATTERNS,
     "caches": CACHES,
+    "transforms": TRANSFORMS,
     "samplers": SAMPLERS,
     "grids": GRIDS,
     "paths": PATHS,
@@ -54,7 +57,9 @@ class Entry:
 
 
 def entries(kind: str) -> list[Entry]:
-    """What there is of `kind`, a key of `KINDS`."""
+    """What there is of `kind`: a key of `KINDS`, or `recipes`, those of the package."""
+    if kind == "recipes":
+        return [Entry(name, headline(path), "", _near(path), 1) for name, path in shipped().items()]
     return [entry(thing) for thing in KINDS[kind]]
 
 
@@ -70,15 +75,17 @@ def entry(thing: Callable[..., Any]) -> Entry:
 
 def where(thing: Callable[..., Any]) -> tuple[str, int]:
     """File (relative to the current folder where it lies below it) and line of a definition."""
-    path = Path(inspect.getsourcefile(thing) or "?")
-    if path.is_relative_to(Path.cwd()):
-        path = path.relative_to(Path.cwd())
-    return str(path), inspect.getsourcelines(thing)[1]
+    return _near(Path(inspect.getsourcefile(thing) or "?")), inspect.getsourcelines(thing)[1]
 
 
 def classes() -> list[type]:
     """Every class a recipe can name."""
     return [thing for things in KINDS.values() for thing in things if isinstance(thing, type)]
+
+
+def _near(path: Path) -> str:
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def _first_sentence(text: str) -> str:

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from fewstep.core.atomic import write_text
 from fewstep.core.build import At, Raw, RecipeError, build, digest, dump, load_yaml, to_yaml
 from fewstep.core.env import place
+from fewstep.core.shipped import nearest, shipped
+from fewstep.core.yaml import read_text
 from fewstep.data import Data, require
 from fewstep.engine import Settings, train
 from fewstep.engine.prepare import require_possible, require_processes
@@ -23,6 +27,8 @@ from fewstep.evaluate.machine import describe_machine, versions
 from fewstep.methods.base import Method
 from fewstep.models.bundle import Card, VideoModel
 from fewstep.models.source import ModelSource, Pretrained, Scratch
+
+log = logging.getLogger(__name__)
 
 FILE = "recipe.yaml"
 """The name under which a run and a student keep the resolved recipe."""
@@ -40,8 +46,72 @@ class Difference:
         return f"{self.key}: {self.here} -> {self.there}"
 
 
+class Written:
+    """A frozen dataclass with a strict printed form, which is a recipe's file."""
+
+    @classmethod
+    def load(cls, path: Path | str, overrides: Iterable[tuple[str, str]] = (), *, allow_imports: bool = False) -> Self:
+        """Read a recipe, then apply `(dotted key, text)` overrides to it.
+
+        `path` is a YAML file, the folder of a run or student, or the name of a recipe of the package: `world/dmd2`.
+        Classes outside fewstep (`type: package.module:Class`) must have been imported before, or `allow_imports` lets the
+        file import them: it runs their code. A recipe in the folder of a run or of weights never does.
+        RecipeError for a key, name or value that is not accepted; FileNotFoundError says what is nearest.
+        """
+        tree, file, alone = tree_of(path), find(path), not Path(path).is_dir()
+        if cls is Recipe and isinstance(tree, dict) and "stages" in tree:
+            raise RecipeError(f"{path} has stages; fewstep.Pipeline.load reads it")
+        at = At(str(file), trusted=allow_imports and alone and not _comes_with_weights(file))
+        made: Self = build(cls, tree, names(), at)
+        return made.override(overrides, allow_imports=allow_imports)
+
+    def override(self, overrides: Iterable[tuple[str, str]], *, allow_imports: bool = False) -> Self:
+        """A copy with `(dotted key, text)` pairs applied: `("method.critic-updates", "3")`. Text is read by type."""
+        pairs = [(key.replace("-", "_"), value) for key, value in overrides]
+        if not pairs:
+            return self
+        tree = self.tree()
+        for key, value in sorted(pairs, key=lambda pair: (not pair[0].endswith(".type"), pair[0].count("."))):
+            _set(tree, key, value)
+        made: Self = build(type(self), tree, names(), At("command line", trusted=allow_imports))
+        return made
+
+    def save(self, path: Path | str) -> Path:
+        """Write the resolved recipe, all defaults included, to a file (or as `recipe.yaml` into a folder)."""
+        path = Path(path)
+        path = path / FILE if path.suffix not in (".yaml", ".yml") else path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, self._printed)
+        return path
+
+    def tree(self) -> dict[str, Any]:
+        """Plain values, all defaults written out."""
+        tree: dict[str, Any] = dump(self)
+        return tree
+
+    @property
+    def _printed(self) -> str:
+        return f"# Resolved by fewstep: every default is written out. Hash {self.hash}.\n" + self.text
+
+    @property
+    def text(self) -> str:
+        """The tree as YAML."""
+        return to_yaml(self.tree())
+
+    @property
+    def hash(self) -> str:
+        """12 characters: equal exactly when every value is equal that decides the numbers of a run."""
+        return digest(self.tree())
+
+    def diff(self, other: Written) -> list[Difference]:
+        """In which settings `other` differs, by dotted key."""
+        here, there = _flat(self.tree()), _flat(other.tree())
+        keys = list(dict.fromkeys([*here, *there]))
+        return [Difference(k, here.get(k), there.get(k)) for k in keys if here.get(k) != there.get(k)]
+
+
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Recipe(Written):
     """Everything that decides a run's numbers.
 
     `Recipe.load(path)` reads one, `.save(path)` writes it with all defaults, `.hash` names it, `.run(output)` runs it.
@@ -55,70 +125,23 @@ class Recipe:
     probe: WorldProbe | None = None
     """Judges the student during the run; the best by its rule is kept. None keeps the last."""
 
-    @classmethod
-    def load(cls, path: Path | str, overrides: Iterable[tuple[str, str]] = ()) -> Recipe:
-        """Read a YAML file (or the folder of a run or student), then apply `(dotted key, text)` overrides to it.
-
-        RecipeError for a key, name or value that is not accepted; FileNotFoundError names the nearest file there is.
-        """
-        path = _find(Path(path))
-        recipe: Recipe = build(cls, load_yaml(path.read_text(encoding="utf-8"), str(path)), names(), str(path))
-        return recipe.override(overrides)
-
-    def override(self, overrides: Iterable[tuple[str, str]]) -> Recipe:
-        """A copy with `(dotted key, text)` pairs applied: `("method.critic-updates", "3")`. Text is read by type."""
-        pairs = [(key.replace("-", "_"), value) for key, value in overrides]
-        if not pairs:
-            return self
-        tree = self.tree()
-        for key, value in sorted(pairs, key=lambda pair: (not pair[0].endswith(".type"), pair[0].count("."))):
-            _set(tree, key, value)
-        recipe: Recipe = build(Recipe, tree, names(), "command line")
-        return recipe
-
-    def save(self, path: Path | str) -> Path:
-        """Write the resolved recipe, all defaults included, to a file (or as `recipe.yaml` into a folder)."""
-        path = Path(path)
-        path = path / FILE if path.suffix not in (".yaml", ".yml") else path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(
-            f"# Resolved by fewstep: every default is written out. Hash {self.hash}.\n" + self.text, "utf-8"
-        )
-        return path
-
-    def tree(self) -> dict[str, Any]:
-        """Plain values, all defaults written out."""
-        tree: dict[str, Any] = dump(self)
-        return tree
-
-    @property
-    def text(self) -> str:
-        """The tree as YAML."""
-        return to_yaml(self.tree())
-
     @property
     def hash(self) -> str:
         """12 characters that name the run: equal exactly when every value is equal that decides its numbers.
 
         How it is spread over processes (`settings.parallel`) is not among them.
         """
-        tree = self.tree()
-        return digest(tree | {"settings": {key: v for key, v in tree["settings"].items() if key != "parallel"}})
+        return digest(without_parallel(self.tree()))
 
-    def diff(self, other: Recipe) -> list[Difference]:
-        """In which settings `other` differs, by dotted key."""
-        here, there = _flat(self.tree()), _flat(other.tree())
-        keys = list(dict.fromkeys([*here, *there]))
-        return [Difference(k, here.get(k), there.get(k)) for k in keys if here.get(k) != there.get(k)]
-
-    def check(self) -> Card:
+    def check(self, card: Card | None = None) -> Card:
         """Refuse what cannot work before any weight is loaded, and return the card of the model the run starts from.
 
-        The data must provide what the method needs, and fit the model; the model must have the part that is trained, the
-        method a sampling contract for it, every optimiser a role that is trained; and the run must be long enough.
+        `card` is what that model will say where it is not there yet. The data must provide what the method needs, and fit the
+        model; the model must have the part that is trained, the method a sampling contract for it, every optimiser a role that
+        is trained; and the run must be long enough.
         """
         require(self.data, self.method)
-        card, name = self.model.card(), type(self.method).__name__
+        card, name = self.model.card() if card is None else card, type(self.method).__name__
         if self.method.part not in card.parts:
             have = ", ".join(card.parts)
             raise RecipeError(
@@ -148,18 +171,29 @@ class Recipe:
             self.save(output / "student")
         return student
 
+    def finished(self, output: Path) -> bool:
+        """Whether `output` has the student of this very recipe, written to the end."""
+        made = output / "student" / FILE
+        return made.is_file() and Recipe.load(made).hash == self.hash
+
     def _claim(self, output: Path) -> None:
         """Make `output` this recipe's folder, or refuse where it is another's."""
         if output.exists() and not output.is_dir():
             raise RecipeError(f"{output} is a file; give a folder as output")
         if (output / FILE).is_file():
-            theirs = Recipe.load(output / FILE)
+            try:
+                theirs = Recipe.load(output / FILE)
+            except RecipeError as error:
+                raise RecipeError(
+                    f"{output} holds a recipe that cannot be compared: {error}. Give another output folder."
+                ) from None
             if theirs.hash != self.hash:
                 changed = "; ".join(map(str, theirs.diff(self)[:4]))
                 raise RecipeError(
                     f"{output} holds run {theirs.hash} of another recipe ({changed}). Give another output folder."
                 )
-        self.save(output / FILE)
+        if not ((output / FILE).is_file() and self._printed == read_text(output / FILE)):
+            self.save(output / FILE)
 
     def _provenance(self, model: VideoModel) -> dict[str, str]:
         """What the student says of its origin. What the model said of its own is kept, under `teacher.` if it has one."""
@@ -215,14 +249,39 @@ def names() -> dict[str, type]:
     return {cls.__name__: cls for cls in classes()}
 
 
-def _find(path: Path) -> Path:
+def tree_of(path: Path | str) -> Any:
+    """The plain values in a recipe's file. Errors as in `Written.load`."""
+    file = find(path)
+    return load_yaml(read_text(file), str(file))
+
+
+def without_parallel(tree: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's tree without what only says how it is spread over processes."""
+    return tree | {"settings": {key: value for key, value in tree["settings"].items() if key != "parallel"}}
+
+
+def find(wanted: Path | str) -> Path:
+    """The file that `wanted` means: a file, a folder with a recipe, or the name of a recipe of the package."""
+    name, path = Path(wanted).as_posix(), Path(wanted)
     path = path / FILE if path.is_dir() else path
     if path.is_file():
+        if name in shipped():
+            log.warning("%s is here, so it is read; the recipe of that name that comes with fewstep is not", path)
         return path
+    if name in shipped():
+        return shipped()[name]
     folder = path.parent if path.parent.is_dir() else Path()
     near = difflib.get_close_matches(path.name, [p.name for p in folder.glob("*.y*ml")], n=1, cutoff=0.5)
-    hint = f" Did you mean {folder / near[0]}?" if near else ""
-    raise FileNotFoundError(f"there is no recipe {path}.{hint}")
+    meant = folder / near[0] if near and path.parent == folder else nearest(name) or (near and near[0])
+    hint = f" Did you mean {meant}?" if meant else ""
+    raise FileNotFoundError(f"there is no recipe {path}.{hint} `fewstep list recipes` prints those of the package.")
+
+
+def _comes_with_weights(path: Path) -> bool:
+    """Whether a recipe lies in the folder of a run, a student or a model, which may come from anywhere."""
+    return any(
+        (path.parent / name).exists() for name in ("card.json", "model_index.json", "metrics.jsonl", "effective.json")
+    )
 
 
 def _set(tree: dict[str, Any], key: str, text: str) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from fewstep.attention.kernels import attend
 from fewstep.attention.kv import Everything, Keep, Window
 from fewstep.attention.pattern import Operation, Pattern, Site
+from fewstep.core.bounds import Count, Natural
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,11 @@ class BlockCausal(Pattern):
     chunk by chunk equals one forward.
     """
 
-    chunk: int = 1
+    chunk: Count = 1
     """Latent frames per chunk; the last chunk of a clip may be shorter."""
-    window: int = 0
+    window: Natural = 0
     """Latent frames that a chunk reads, its own and the sink included; 0: all."""
-    sink: int = 0
+    sink: Natural = 0
     """Frames at the beginning of the clip that stay in the window."""
 
     def __post_init__(self) -> None:

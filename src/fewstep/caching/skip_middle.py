@@ -18,6 +18,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from fewstep.caching.base import CachePolicy
+from fewstep.core.bounds import Count, Natural
 from fewstep.core.call import Flow, Place, Runner
 
 S = TypeVar("S", bound=Flow)
@@ -27,11 +28,11 @@ S = TypeVar("S", bound=Flow)
 class SkipMiddle(CachePolicy):
     """Run the middle blocks at every `every`-th step only."""
 
-    every: int = 2
+    every: Count = 2
     """Steps from one full step to the next, the first one of a clip being full; 1 changes nothing."""
-    first: int = 1
+    first: Natural = 1
     """Blocks in the beginning that are always run."""
-    last: int = 1
+    last: Natural = 1
     """Blocks at the end that are always run."""
 
     def __post_init__(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import sys
 from collections.abc import Sequence
 
@@ -58,6 +59,8 @@ def _run(words: list[str]) -> int:
 
 
 def _is_mistake(error: Exception) -> bool:
+    if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        return True
     return isinstance(error, _MISTAKES) or type(error).__name__ == "NonFiniteError"  # by name: its module imports torch
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, Union
 import tyro
 from tyro.conf import Positional, arg
 
-from fewstep.cli.command import Command, Overrides, UsageError
+from fewstep.cli.command import Command, Loads, Overrides, UsageError
 from fewstep.cli.questions import Doctor, Explain, List, Watch
 
 LayoutName = Literal["plain", "openvid", "webvid", "ucf101", "tars"]
@@ -33,7 +33,7 @@ class Demo(Command):
 
 
 @dataclass(frozen=True)
-class Prepare(Command):
+class Prepare(Loads):
     """Encode captioned videos to latent shards, once. Under torchrun each process takes a share."""
 
     videos: Positional[Annotated[Path, arg(metavar="VIDEOS")]]
@@ -87,7 +87,7 @@ class Prepare(Command):
 
 
 @dataclass(frozen=True)
-class Pairs(Command):
+class Pairs(Loads):
     """Store a teacher's ODE states, for methods that regress on them. Under torchrun each process takes a share."""
 
     prompts: Positional[Annotated[str, arg(metavar="PROMPTS")]]
@@ -131,7 +131,7 @@ class Train(Command):
     takes_overrides: ClassVar[bool] = True
 
     recipe: Positional[Annotated[Path, arg(metavar="RECIPE")]]
-    """A YAML file, or the folder of an earlier run."""
+    """A name of `fewstep list recipes`, a YAML file, or the folder of an earlier run."""
     output: Path | None = None
     """Folder of the run (default: runs/<recipe>-<hash>). A run that was stopped goes on from its last checkpoint."""
     dry_run: bool = False
@@ -146,6 +146,9 @@ class Train(Command):
     """With --dry-run and --memory: over how many devices sharding would spread the run (default: 8)."""
     allow_fallback: bool = False
     """Where something asked for cannot be had, run otherwise and write it into the student's card. Default: refuse."""
+    allow_imports: bool = False
+    """Import the classes outside fewstep that the recipe file names, which runs their code. Default: refuse. A recipe in the
+    folder of a run or of weights never imports."""
     strict: bool = False
     """The default, for those who like to see it written: refuse what cannot be had."""
     quiet: bool = False
@@ -163,7 +166,7 @@ class Distill(Train):
 
 
 @dataclass(frozen=True)
-class Sample(Command):
+class Sample(Loads):
     """Make a clip per prompt with a student or teacher."""
 
     student: Positional[Annotated[str, arg(metavar="STUDENT")]]
@@ -200,7 +203,7 @@ class Sample(Command):
 
 
 @dataclass(frozen=True)
-class Evaluate(Command):
+class Evaluate(Loads):
     """Measure a student beside its teacher on the same prompts and seeds, and write a report."""
 
     student: Positional[Annotated[str, arg(metavar="STUDENT")]]
@@ -252,7 +255,7 @@ class Evaluate(Command):
 
 
 @dataclass(frozen=True)
-class CheckModel(Command):
+class CheckModel(Loads):
     """Check that a model keeps the conventions everything else counts on: most failures are wrong conventions."""
 
     source: Positional[Annotated[str, arg(metavar="SOURCE")]]
@@ -284,7 +287,7 @@ class CheckModel(Command):
 
 
 @dataclass(frozen=True)
-class Export(Command):
+class Export(Loads):
     """Write a student for other tools. In diffusers' layout, plain diffusers makes the same clips with it."""
 
     student: Positional[Annotated[str, arg(metavar="STUDENT")]]
@@ -307,7 +310,7 @@ class Export(Command):
 
 
 @dataclass(frozen=True)
-class CheckLora(Command):
+class CheckLora(Loads):
     """Try a style LoRA of the teacher on teacher and student, and say how much of it survives."""
 
     lora: Positional[Annotated[str, arg(metavar="LORA")]]

@@ -23,3 +23,11 @@ class Command(ABC):
     @abstractmethod
     def run(self, overrides: Overrides) -> int:
         """Do it; the exit code."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loads(Command):
+    """A command that loads a model."""
+
+    trust: bool = False
+    """Load weights without comparing their files with what their card says of them: faster, and damage is not noticed."""

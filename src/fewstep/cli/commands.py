@@ -45,13 +45,14 @@ def demo(options: arguments.Demo) -> int:
 
 def train(options: arguments.Train, overrides: Overrides) -> int:
     from fewstep.core.peers import part_company
-    from fewstep.recipe import Recipe
+    from fewstep.pipeline import Pipeline, read
 
     if options.strict and options.allow_fallback:
         raise UsageError("--strict and --allow-fallback are opposites; give one of them")
+    recipe = read(options.recipe, overrides, allow_imports=options.allow_imports)
     if options.strict or options.allow_fallback:
-        overrides = [*overrides, ("settings.allow_fallback", str(options.allow_fallback).lower())]
-    recipe = Recipe.load(options.recipe, overrides)
+        stages = [f"stages.{name}." for name in recipe.stages] if isinstance(recipe, Pipeline) else [""]
+        recipe = recipe.override((f"{s}settings.allow_fallback", str(options.allow_fallback).lower()) for s in stages)
     source = options.recipe if options.recipe.is_dir() else options.recipe.with_suffix("")
     output = options.output or Path("runs") / f"{source.name}-{recipe.hash}"
     if options.dry_run:
@@ -65,7 +66,7 @@ def train(options: arguments.Train, overrides: Overrides) -> int:
             )
     recipe.run(output, quiet=options.quiet)
     part_company()
-    return _made(output / "student")
+    return _made(recipe.student(output) if isinstance(recipe, Pipeline) else output / "student")
 
 
 def prepare(options: arguments.Prepare) -> int:
@@ -82,7 +83,7 @@ def prepare(options: arguments.Prepare) -> int:
 
     peers = meet_peers()
     unused = {"denoiser", "features"} if options.texts else {"denoiser", "features", "text"}
-    model = VideoModel.from_pretrained(options.model, leave=unused)
+    model = VideoModel.from_pretrained(options.model, leave=unused, trust=options.trust)
     for part in model.parts.keys() - unused:
         model.part(part).to(_own_device(options.device))
     cut = Cut(
@@ -138,16 +139,13 @@ def _dropped(prepared: Prepared) -> Table:
 
 
 def _own_device(name: str) -> str:
-    """Processes of one machine share its devices evenly. UsageError for one that is not there."""
+    """Processes of one machine share its devices evenly. ValueError for one that is not there."""
     import torch
 
-    kind, _, number = name.partition(":")
-    if kind == "cpu":
-        return name
-    have = torch.accelerator.current_accelerator()
-    if have is None or have.type != kind:
-        raise UsageError(f"--device {name}: this machine has {have.type if have else 'only cpu'}")
-    if number:
+    from fewstep.core.devices import require_device
+
+    require_device(name, "--device")
+    if name.startswith("cpu") or ":" in name:
         return name
     return f"{name}:{place().local_rank % torch.accelerator.device_count()}"
 
@@ -166,7 +164,7 @@ def sample(options: arguments.Sample) -> int:
             raise UsageError(f"{option}: give one picture, or one for each of the {len(prompts)} prompts")
     if options.output.suffix.lower() not in (".mp4", ".gif"):
         raise UsageError(f"--output {options.output}: choose a name that ends in .mp4 or .gif")
-    model = VideoModel.from_pretrained(options.student).to(_own_device(options.device))
+    model = VideoModel.from_pretrained(options.student, trust=options.trust).to(_own_device(options.device))
     size = (model.card.height, model.card.width)
     images = {name: torch.stack([read_image(p, size) for p in paths]) for name, paths in pictures.items() if paths}
     clips = model(
@@ -199,7 +197,7 @@ def pairs(options: arguments.Pairs) -> int:
         storage=options.storage, autocast=options.autocast, shard_size=options.shard_size,
     )  # fmt: skip
     peers = meet_peers()
-    model = VideoModel.from_pretrained(options.model).to(_own_device(options.device))
+    model = VideoModel.from_pretrained(options.model, trust=options.trust).to(_own_device(options.device))
     cost = pairs_cost(model, len(prompts), plan)
     if peers.leads:
         print(
@@ -226,8 +224,8 @@ def evaluate(options: arguments.Evaluate) -> int:
     from fewstep.models.bundle import VideoModel
 
     suite = _suite(options)
-    student = VideoModel.from_pretrained(options.student).to(_own_device(options.device))
-    teacher = _teacher_of(student, options.teacher)
+    student = VideoModel.from_pretrained(options.student, trust=options.trust).to(_own_device(options.device))
+    teacher = _teacher_of(student, options.teacher, options.trust)
     with telling(options.quiet) as progress:
         rows = entries(teacher, student, options.num_inference_steps)
         report = measure(rows, suite, options.output, progress=progress)
@@ -276,7 +274,7 @@ def check_model(options: arguments.CheckModel) -> int:
     from fewstep.evaluate import conformance
     from fewstep.models.bundle import VideoModel
 
-    model = VideoModel.from_pretrained(options.source).to(_own_device(options.device))
+    model = VideoModel.from_pretrained(options.source, trust=options.trust).to(_own_device(options.device))
     model.denoiser.to(getattr(torch, options.dtype))
     inputs = conformance.Options(
         num_frames=options.num_frames, height=options.height, width=options.width, steps=options.num_inference_steps,
@@ -305,7 +303,7 @@ def export(options: arguments.Export) -> int:
     from fewstep.models.bundle import VideoModel
     from fewstep.recipe import FILE
 
-    model, home = VideoModel.from_pretrained(options.student), Path(options.student)
+    model, home = VideoModel.from_pretrained(options.student, trust=options.trust), Path(options.student)
     if options.evaluation is not None:
         scores = figures(load_report(options.evaluation), model.fingerprint("denoiser"))
         model = VideoModel(replace(model.card, scores=model.card.scores | scores), model.parts)
@@ -325,12 +323,16 @@ def check_lora(options: arguments.CheckLora) -> int:
     given = options.prompt or options.prompt_file
     prompts = _prompts(options.prompt, options.prompt_file) if given else world_prompts(16, 0.5, 0)
     device = _own_device(options.device)
-    student = _at_steps(VideoModel.from_pretrained(options.student), options.num_inference_steps).to(device)
-    teacher = _teacher_of(student, options.teacher)
+    student = _at_steps(
+        VideoModel.from_pretrained(options.student, trust=options.trust), options.num_inference_steps
+    ).to(device)
+    teacher = _teacher_of(student, options.teacher, options.trust)
     if options.restyled is None:
         tried = Styled.by_lora(student, options.lora)
     else:
-        restyled = _at_steps(VideoModel.from_pretrained(options.restyled), options.num_inference_steps)
+        restyled = _at_steps(
+            VideoModel.from_pretrained(options.restyled, trust=options.trust), options.num_inference_steps
+        )
         tried = Styled(student, restyled.to(device), "restyled")
     with telling(options.quiet) as progress:
         pair = Styled.by_lora(teacher, options.lora)
@@ -346,7 +348,7 @@ def check_lora(options: arguments.CheckLora) -> int:
     return _made(options.output / "lora.gif")
 
 
-def _teacher_of(student: VideoModel, source: str) -> VideoModel:
+def _teacher_of(student: VideoModel, source: str, trust: bool) -> VideoModel:
     """What a student is compared with, beside it. A model of diffusers takes any size, so it takes the student's."""
     from fewstep.models.bundle import VideoModel, read_card
     from fewstep.models.source import Diffusers
@@ -354,7 +356,7 @@ def _teacher_of(student: VideoModel, source: str) -> VideoModel:
     own, wanted = read_card(source), student.card
     size = (wanted.num_frames, wanted.height, wanted.width)
     if own.role != "teacher" or "denoiser" not in own.sources or size == (own.num_frames, own.height, own.width):
-        return VideoModel.from_pretrained(source).to(student.device)
+        return VideoModel.from_pretrained(source, trust=trust).to(student.device)
     print(f"{own.name} at the student's size: {size[0]} frames of {size[1]} x {size[2]}", flush=True)
     chosen = Diffusers(source=source, num_frames=wanted.num_frames, height=wanted.height, width=wanted.width)
     return chosen.load().to(student.device)

@@ -14,7 +14,9 @@ from fewstep.attention import backends, pick
 from fewstep.cli.screen import screen, table
 from fewstep.core.env import cpu_count
 from fewstep.engine.compiling import compile_problem
-from fewstep.evaluate.machine import describe_machine
+from fewstep.evaluate.machine import describe_machine, has_bfloat16, speed
+
+ARITHMETIC = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def show() -> int:
@@ -45,6 +47,11 @@ def facts(device: str) -> list[tuple[str, str]]:
         ("system", platform.platform()),
         ("processor", f"{here.cpu}: {cpu_count()} cores for this process, {here.threads} torch threads"),
         ("capability", torch.backends.cpu.get_cpu_capability()),
+        (
+            "speed of one core",
+            ", ".join(f"{speed(kind) / 1e9:.0f} GFLOP/s in {name}" for name, kind in ARITHMETIC.items()),
+        ),
+        ("settings.autocast", _autocast(device)),
         ("settings.compile", compile_problem(device) or "works: a function was compiled and run"),
         ("memory", memory),
         ("gpu", _gpu()),
@@ -55,6 +62,12 @@ def facts(device: str) -> list[tuple[str, str]]:
             _package("tensorboard", "runs log to it besides metrics.jsonl", 'pip install "fewstep[track]"'),
         ),
     ]
+
+
+def _autocast(device: str) -> str:
+    if device != "cpu" or has_bfloat16():
+        return "bf16 is faster here"
+    return "write 'off' in the recipe: this processor has no bfloat16 arithmetic, and bf16 is slower than float32"
 
 
 def _gpu() -> str:

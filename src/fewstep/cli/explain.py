@@ -1,4 +1,4 @@
-"""`fewstep explain`: a recipe with everything that stands behind it."""
+"""`fewstep explain`: a recipe with everything that stands behind it, printed so that it is a recipe again."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ast
 import dataclasses
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,46 +14,54 @@ from rich.text import Text
 
 from fewstep.catalogue import entry, where
 from fewstep.cli.screen import screen
+from fewstep.core.shipped import header, shipped
+from fewstep.core.yaml import to_yaml
 from fewstep.methods.base import Method, Sync, Update
-from fewstep.recipe import Recipe
+from fewstep.models import Spec
+from fewstep.pipeline import Pipeline, read
+from fewstep.recipe import Recipe, find
 
 
-def show(path: Path, overrides: list[tuple[str, str]]) -> int:
-    recipe = Recipe.load(path, overrides)
+def show(wanted: Path, overrides: list[tuple[str, str]], allow_imports: bool) -> int:
+    recipe, file = read(wanted, overrides, allow_imports=allow_imports), find(wanted)
     out = screen()
-    out.print(Text(f"recipe {recipe.hash}  ({path})", style="bold"))
-    for depth, key, value, note in lines(recipe):
-        left = f"{'  ' * depth}{key}: {value}".rstrip()
-        out.print(Text(left) + Text(f"  # {note}" if note else "", style="dim"))
-    out.print(Text("\none iteration", style="bold"))
-    for line in schedule(recipe.method):
-        out.print(Text(f"  {line}"))
-    out.print(Text("\npapers", style="bold"))
-    for line in papers(recipe) or ["none"]:
-        out.print(Text(f"  {line}"))
+
+    def say(line: str, note: str = "", style: str = "") -> None:
+        out.print(Text(line, style=style) + Text(f"  # {note}" if note else "", style="dim"), soft_wrap=True)
+
+    say(f"# recipe {recipe.hash}  ({wanted})", style="bold")
+    if file in shipped().values():
+        say(header(file), style="dim")
+    for depth, line, note in lines(recipe, recipe.tree()):
+        say("  " * depth + line, note)
+    stages: list[tuple[str, Recipe]] = []
+    if isinstance(recipe, Pipeline):
+        stages.extend((f" of stage {planned.name}", planned.recipe) for planned in recipe.plan(Path("OUTPUT")))
+    else:
+        stages.append(("", recipe))
+    for name, each in stages:
+        say(f"\n# one iteration{name}", style="bold")
+        for line in schedule(each.method):
+            say(f"#   {line}")
+        say(f"\n# papers{name}", style="bold")
+        for line in papers(each) or ["none"]:
+            say(f"#   {line}")
     recipe.check()
     return 0
 
 
-def lines(thing: Any, depth: int = 0) -> Iterator[tuple[int, str, str, str]]:
-    """Depth, key, value and note of every field below a dataclass."""
-    notes = field_notes(type(thing))
-    for field in dataclasses.fields(thing):
-        value, note = getattr(thing, field.name), notes.get(field.name, "")
-        if hasattr(value, "to_tree"):
-            yield depth, field.name, value.type, note
-            yield from ((depth + 1, key, _plain(inner), "") for key, inner in value.args.items())
-        elif dataclasses.is_dataclass(value):
-            file, line = where(type(value))
-            yield depth, field.name, f"{type(value).__name__}  ({file}:{line})", note
-            yield from lines(value, depth + 1)
-        elif isinstance(value, dict) and any(map(dataclasses.is_dataclass, value.values())):
-            yield depth, field.name, "", note
-            for key, inner in value.items():
-                yield depth + 1, key, "", ""
-                yield from lines(inner, depth + 2)
-        else:
-            yield depth, field.name, _plain(value), note
+def lines(thing: Any, tree: dict[str, Any]) -> Iterator[tuple[int, str, str]]:
+    """Depth, YAML line and note of everything below `thing`, of which `tree` is the printed form."""
+    notes = field_notes(type(thing)) if dataclasses.is_dataclass(thing) else {}
+    for key, plain in tree.items():
+        value = thing.get(key) if isinstance(thing, Mapping) else getattr(thing, key, None)
+        if not isinstance(plain, dict) or not plain:
+            source = _place(thing) if key == "type" else ""
+            yield 0, f"{key}: {to_yaml([plain], one_line=True)[1:-2]}", source or notes.get(key, "")
+            continue
+        source = "" if "type" in plain else _place(value)
+        yield 0, f"{key}:", " ".join(filter(None, (notes.get(key, ""), source and f"({source})")))
+        yield from ((depth + 1, line, note) for depth, line, note in lines(value, plain))
 
 
 def field_notes(cls: Any) -> dict[str, str]:
@@ -110,7 +118,9 @@ def _is_text(node: ast.stmt) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
-def _plain(value: Any) -> str:
-    if isinstance(value, tuple):
-        return str(list(value))
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+def _place(thing: Any) -> str:
+    """File and line of the class of an object that has keys of its own."""
+    if not dataclasses.is_dataclass(thing) or isinstance(thing, Spec):
+        return ""
+    file, line = where(type(thing))
+    return f"{file}:{line}"

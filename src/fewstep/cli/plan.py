@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from rich.console import Console
 
 from fewstep.cli.command import UsageError
 from fewstep.cli.screen import screen, table
+from fewstep.core.bounds import Bounds
 from fewstep.core.env import place
 from fewstep.engine.memory import Means, Plan, Remedy, fitting, parse_bytes, remedies
 from fewstep.engine.outline import Outline
@@ -18,6 +20,7 @@ from fewstep.engine.settings import Settings
 from fewstep.methods import in_forwards
 from fewstep.models import Lora
 from fewstep.models.bundle import Card, VideoModel
+from fewstep.pipeline import Pipeline
 from fewstep.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -43,21 +46,36 @@ class Device:
         if options.price is not None and options.flops is None:
             raise UsageError("--price needs --flops: without a speed there is no time to pay for")
         for option in ("flops", "price"):
-            if (getattr(options, option) or 1.0) <= 0:
-                raise UsageError(f"--{option} must be positive, got {getattr(options, option)}")
+            value = getattr(options, option)
+            if value is not None and not 0 < value < math.inf:
+                raise UsageError(f"--{option} must be a positive number, got {value}")
+        if options.shard is not None and (wrong := Bounds(1, 65_536).problem(options.shard)):
+            raise UsageError(f"--shard {wrong}")
         if options.shard is not None and options.memory is None:
             raise UsageError("--shard needs --memory: it says how far sharding would go to make the run fit")
         memory = None if options.memory is None else parse_bytes(options.memory)
         return cls(memory=memory, flops=options.flops, price=options.price, shard=options.shard or 8)
 
 
-def show(recipe: Recipe, output: Path, device: Device = Device()) -> int:
-    card = recipe.check()
+def show(recipe: Recipe | Pipeline, output: Path, device: Device = Device()) -> int:
     out = screen()
+    if isinstance(recipe, Pipeline):
+        recipe.check()
+        for number, stage in enumerate(recipe.plan(output), 1):
+            out.print(f"stage {number} of {len(recipe.stages)}, {stage.name}, of recipe {recipe.hash}", markup=False)
+            _show(out, stage.alone, stage.card, stage.folder, device)
+            out.print()
+    else:
+        out.print(f"recipe {recipe.hash}", markup=False)
+        _show(out, recipe, recipe.check(), output, device)
+    out.print("nothing was loaded or written")
+    return 0
+
+
+def _show(out: Console, recipe: Recipe, card: Card, output: Path, device: Device) -> None:
+    """One recipe, or one stage of several."""
     plan = planned(recipe, recipe.settings, card)
-    out.print(
-        f"recipe {recipe.hash}: {type(recipe.method).__name__} on {card.name}, would write {output}", markup=False
-    )
+    out.print(f"{type(recipe.method).__name__} on {card.name}, would write {output}", markup=False)
     out.print(table(("held all the time", "network", "parameters", "trained", "weights", "optimiser"), holdings(plan)))
     out.print(table(("\nmeanwhile", "gradients", "activations", "with all that is held"), phases(plan)))
     out.print(table(("\nshapes", ""), shapes(recipe, card)))
@@ -66,8 +84,6 @@ def show(recipe: Recipe, output: Path, device: Device = Device()) -> int:
         out.print(line, markup=False)
     if device.memory is not None:
         verdict(out, recipe, card, plan, device)
-    out.print("nothing was loaded or written")
-    return 0
 
 
 def planned(recipe: Recipe, settings: Settings, card: Card) -> Plan:

@@ -32,6 +32,7 @@ class List(Command):
 
     kind: Positional[
         Literal[
+            "recipes",
             "methods",
             "models",
             "networks",
@@ -39,7 +40,9 @@ class List(Command):
             "rollouts",
             "patterns",
             "caches",
+            "transforms",
             "samplers",
+            "grids",
             "paths",
             "densities",
             "settings",
@@ -56,17 +59,21 @@ class List(Command):
 
 @dataclass(frozen=True)
 class Explain(Command):
-    """Print a recipe with every default, what each key means, where each class is defined, and the papers."""
+    """Print a recipe with every default, what each key means, where each class is defined, and the papers.
+
+    What is printed is a recipe: `fewstep explain world/dmd2 > mine.yaml` makes one of your own to change."""
 
     takes_overrides: ClassVar[bool] = True
 
     recipe: Positional[Annotated[Path, arg(metavar="RECIPE")]]
-    """A YAML file, or the folder of a run or student."""
+    """A name of `fewstep list recipes`, a YAML file, or the folder of a run or student."""
+    allow_imports: bool = False
+    """Import the classes outside fewstep that the recipe file names, which runs their code. Default: refuse."""
 
     def run(self, overrides: Overrides) -> int:
         from fewstep.cli import explain
 
-        return explain.show(self.recipe, overrides)
+        return explain.show(self.recipe, overrides, self.allow_imports)
 
 
 @dataclass(frozen=True)

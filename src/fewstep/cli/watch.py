@@ -13,19 +13,23 @@ from rich.text import Text
 
 from fewstep.cli.screen import screen, table
 from fewstep.engine.health import Record, read_record
-from fewstep.engine.health.vitals import Looks
+from fewstep.engine.health.vitals import Looks, unsaid
 from fewstep.engine.log import read_metrics
 
-COLOURS = {"improving": "bold green", "stalled": "bold yellow", "diverging": "bold red", "collapsing": "bold red"}
+COLOURS = {
+    "improving": "bold green", "unclear": "bold", "stalled": "bold yellow", "diverging": "bold red", "collapsing": "bold red",
+}  # fmt: skip
 BARS = "▁▂▃▄▅▆▇█"
 WIDTH = 32
 """Characters of a curve."""
-SHOWN = ("accuracy", "distance", "diversity", "motion", "saturation", "contrast", "std", "drift")
+SHOWN = ("accuracy", "distance", "heed", "diversity", "motion", "saturation", "contrast", "std", "drift")
 OTHERS = ("critic", "lag", "noise", "asked", "change", "coarse", "cosine")
 
 
 def show(folder: Path, *, every: float) -> int:
-    """Print once, or on a terminal until the run has ended."""
+    """Print once, or on a terminal until the run has ended. Of a recipe with stages: its latest stage."""
+    stages = [path.parent for path in folder.glob("*-*/metrics.jsonl")]
+    folder = max(stages, key=lambda stage: int(stage.name.partition("-")[0])) if stages else folder
     check(folder)
     out = screen()
     if not (out.is_terminal and every > 0):
@@ -58,6 +62,7 @@ def view(folder: Path) -> RenderableType:
         verdict = Text(last.verdict.word, style=COLOURS[last.verdict.word])
         parts.append(verdict + Text(f" at step {last.vitals.step}: {last.verdict.reason}", style="default"))
         parts += [Text(f"  {what}", style="bold") for what in last.done]
+        parts += [Text(f"  {what}", style="dim") for what in unsaid(last.vitals)]
         heads = ("\nhealth", "now", "", "teacher", "teacher, same steps", "before training")
         parts.append(table(heads, figures(record)))
     else:

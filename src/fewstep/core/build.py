@@ -5,7 +5,8 @@ literal, a missing key or a wrong type is a `RecipeError` that names the place, 
 right one.
 
 Where an annotation is abstract, or a union of several classes, the key `type` chooses the class: a name of `names`, or
-an import path `package.module:Class`. A class may take over with `from_tree(tree, names, at)` and `to_tree()`.
+an import path `package.module:Class`. What is outside fewstep is imported only from a document that the user vouches for
+(`At.trusted`). A class may take over with `from_tree(tree, names, at)` and `to_tree()`.
 """
 
 from __future__ import annotations
@@ -14,13 +15,17 @@ import dataclasses
 import difflib
 import importlib
 import inspect
+import math
+import re
+import sys
 import types
 from abc import ABC
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from fewstep.core.bounds import bounds_of
 from fewstep.core.yaml import NUMBER, RecipeError, digest, load_yaml, to_yaml
 
 __all__ = [
@@ -38,6 +43,7 @@ _SCALARS: dict[Any, str] = {
 }
 _SEQUENCES = (tuple, list, Sequence, frozenset)
 _MISSING = dataclasses.MISSING
+_DOTTED = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*")
 
 
 class Raw(str):
@@ -50,15 +56,22 @@ class At:
 
     where: str = "recipe"
     path: str = ""
+    trusted: bool = False
+    """Whether classes outside fewstep may be imported for it. Without, they must have been imported before."""
 
     def key(self, key: object) -> At:
-        return At(self.where, f"{self.path}.{key}" if self.path else str(key))
+        return replace(self, path=f"{self.path}.{key}" if self.path else str(key))
 
     def item(self, index: int) -> At:
-        return At(self.where, f"{self.path}[{index}]")
+        return replace(self, path=f"{self.path}[{index}]")
 
     def fail(self, problem: str) -> RecipeError:
         return RecipeError(f"{self.where}: {self.path or 'the top level'} {problem}")
+
+    def refuse(self, error: ValueError) -> RecipeError:
+        """What a class says of its arguments, with the place; where it names the place itself, once."""
+        known = not self.path or str(error).startswith(f"{self.path}.")
+        return RecipeError(f"{self.where}: {error}" if known else f"{self.where}: {self.path}: {error}")
 
 
 @dataclass(frozen=True)
@@ -77,6 +90,7 @@ class Parameter:
 def build(expected: Any, tree: Any, names: Names = types.MappingProxyType({}), at: At | str = "recipe") -> Any:
     """An object of type `expected` from a plain `tree`; RecipeError where the two disagree. `at` names the document."""
     at = At(at) if isinstance(at, str) else at
+    bounds = bounds_of(expected)
     if get_origin(expected) is Annotated:
         expected = get_args(expected)[0]
     if isinstance(tree, Raw):
@@ -93,7 +107,10 @@ def build(expected: Any, tree: Any, names: Names = types.MappingProxyType({}), a
             raise at.fail(f"must be null, got {_show(tree)}")
         return None
     if expected in _SCALARS:
-        return _scalar(expected, tree, at)
+        value = _scalar(expected, tree, at)
+        if expected in (int, float) and (wrong := bounds.problem(value)):
+            raise at.fail(wrong)
+        return value
     if (origin or expected) in _SEQUENCES:
         return _sequence(expected, tree, names, at)
     if (origin or expected) in (dict, Mapping):
@@ -186,7 +203,7 @@ def _scalar(expected: type, tree: Any, at: At) -> Any:
     if expected is int and isinstance(tree, int) and not isinstance(tree, bool):
         return tree
     if expected is float and isinstance(tree, (int, float)) and not isinstance(tree, bool):
-        return float(tree)
+        return float(tree) if isinstance(tree, float) or abs(tree) < 10**300 else math.copysign(math.inf, tree)
     if expected is float and isinstance(tree, str) and NUMBER.fullmatch(tree):
         return float(tree)
     if expected is str and isinstance(tree, str):
@@ -259,7 +276,7 @@ def _object(classes: tuple[Any, ...], tree: Any, names: Names, at: At) -> Any:
     except RecipeError:
         raise
     except ValueError as error:
-        raise at.fail(f"is refused by {cls.__name__}: {error}") from error
+        raise at.refuse(error) from error
 
 
 def _choose(classes: tuple[Any, ...], tree: Mapping[str, Any], names: Names, at: At) -> tuple[type, dict[str, Any]]:
@@ -283,6 +300,8 @@ def find_class(name: Any, base: type | tuple[type, ...], choices: Names, at: At)
         if not issubclass(chosen, base):
             wanted = base if isinstance(base, tuple) else (base,)
             raise at.fail(f"is {name}, which is not a {' or '.join(c.__name__ for c in wanted)}")
+        if _abstract(chosen):
+            raise at.fail(f"is {name}, which is abstract; {_nearest(chosen.__name__, list(choices))}")
         return chosen
     if not isinstance(name, str) or name not in choices:
         raise at.fail(f"cannot be {_show(name)}; {_nearest(str(name), [*choices, 'package.module:Class'])}")
@@ -291,12 +310,19 @@ def find_class(name: Any, base: type | tuple[type, ...], choices: Names, at: At)
 
 def _import(path: str, at: At) -> type:
     module, _, name = path.partition(":")
+    if not _DOTTED.fullmatch(module) or not _DOTTED.fullmatch(name) or module.endswith(".__main__"):
+        raise at.fail(f"cannot be {_show(path)}; a class outside fewstep is written package.module:Class")
+    if not (at.trusted or module in sys.modules or module.startswith("fewstep.")):
+        raise at.fail(
+            f"is {path!r}, a class outside fewstep, and its code is not run unasked. If you trust it, import {module} in "
+            "Python before, or give --allow-imports with a recipe file of your own, outside folders of runs and weights"
+        )
     try:
         found: Any = importlib.import_module(module)
         for part in name.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise at.fail(f"cannot import {path!r}: {error}") from error
+    except Exception as error:  # somebody else's module may fail in any way
+        raise at.fail(f"cannot import {path!r}: {type(error).__name__}: {error}") from error
     if not isinstance(found, type):
         raise at.fail(f"is {path}, which is not a class")
     return found

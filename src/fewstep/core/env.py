@@ -19,8 +19,16 @@ class Place:
 
 
 def place() -> Place:
-    defaults = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "TORCHELASTIC_RESTART_COUNT": 0}
-    return Place(*(int(os.environ.get(name, default)) for name, default in defaults.items()))
+    """ValueError names a variable that torchrun would not have set so."""
+    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "TORCHELASTIC_RESTART_COUNT": "0"}
+    given = {name: os.environ.get(name, default) for name, default in defaults.items()}
+    odd = [name for name, text in given.items() if not text.isdecimal()]
+    if not odd and int(given["RANK"]) >= int(given["WORLD_SIZE"]):
+        odd = ["RANK", "WORLD_SIZE"]
+    if odd:
+        said = " and ".join(f"{name}={given[name]!r}" for name in odd)
+        raise ValueError(f"the environment has {said}, which torchrun would not set; unset it, or start with torchrun")
+    return Place(*map(int, given.values()))
 
 
 def cpu_count() -> int:

@@ -25,7 +25,7 @@ from fewstep.data.report import Dropped, Report, read_report, write_report
 from fewstep.data.store import PartedWriter, Progress, ShardWriter, Storage, read_manifest
 from fewstep.data.video import Clip, ClipError, Cut, to_floats
 from fewstep.models.autoencoder import FrameAutoencoder
-from fewstep.models.bundle import fingerprint
+from fewstep.models.fingerprint import fingerprint
 from fewstep.models.images import ImageEncoder
 
 PIXELS, MOST_CLIPS = 2**24, 16

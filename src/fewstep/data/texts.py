@@ -17,7 +17,8 @@ from fewstep.core.build import digest
 from fewstep.core.peers import Peers
 from fewstep.data.remembered import Remembered
 from fewstep.data.store import PartedWriter, Progress, ShardReader, ShardWriter, is_complete
-from fewstep.models.bundle import VideoModel, fingerprint
+from fewstep.models.bundle import VideoModel
+from fewstep.models.fingerprint import fingerprint
 from fewstep.models.text import TextEncoder
 
 PART = 1024

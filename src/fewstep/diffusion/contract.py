@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from fewstep.core.bounds import Count, Decay, Natural, Size
 from fewstep.core.build import At, Names, build, build_arguments
 from fewstep.diffusion.first_version import objects
 from fewstep.diffusion.grids import Shifted, TimeGrid
@@ -16,16 +17,16 @@ from fewstep.diffusion.samplers import Euler, Sampler
 class Stream:
     """How a student makes a clip chunk by chunk, each from what it remembers of the chunks before it."""
 
-    chunks: tuple[int, ...] = (1,)
+    chunks: tuple[Size, ...] = (1,)
     """Latent frames of each chunk; the last number holds for all chunks that follow: `(1, 3)` is 1, 3, 3, ..."""
-    window: int = 0
+    window: Natural = 0
     """Latent frames that a chunk may read, with those of the sink and its own; 0: all."""
-    sink: int = 0
+    sink: Natural = 0
     """How many of them are the first frames of the stream, which are never forgotten."""
     commit: Literal["clean", "noised", "last"] = "clean"
     """What is remembered of a finished chunk: the keys and values of one more call on its clean latents, of one on its latents
     noised again to `context_time`, or of its last step, which takes no call."""
-    context_time: float = 0.0
+    context_time: Decay = 0.0
     """The time of `noised` latents that are remembered."""
     positions: Literal["absolute", "window"] = "absolute"
     """Where a remembered frame stands: where it stood in the stream, or where it stands in the window."""
@@ -73,7 +74,7 @@ class Contract:
 
     grid: TimeGrid = Shifted()
     sampler: Sampler = Euler()
-    steps: int = 50
+    steps: Count = 50
     """The default number of steps."""
     guidance: CFG = CFG()
     """What is left to apply: scale 1 in a student whose guidance was distilled in."""

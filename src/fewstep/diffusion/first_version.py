@@ -24,18 +24,23 @@ _GRID: Mapping[str, Any] = MappingProxyType({
 
 def objects(tree: Mapping[str, Any], at: At) -> dict[str, Any]:
     """The keys and values of a contract, with `sampler` and `grid` in the place of what the first version had."""
-    rest, flat = dict(tree), {key: tree[key] for key in _GRID if key in tree}
-    for now, before in (("sampler", ["solver"] * ("solver" in tree)), ("grid", list(flat))):
-        if before and now in tree:
-            raise at.key(before[0]).fail(
-                f"is a key of the first version, beside {now}, which says the same; leave it out"
-            )
+    rest = {key: value for key, value in tree.items() if key != "solver" and key not in _GRID}
+    flat = {key: tree[key] for key in _GRID if key in tree}
     if "solver" in tree:
-        rest["sampler"] = _sampler(rest.pop("solver"), at.key("solver"))
+        _require_alone("solver", "sampler", tree, at)
+        rest["sampler"] = _sampler(tree["solver"], at.key("solver"))
     if flat:
-        rest = {key: value for key, value in rest.items() if key not in flat}
+        _require_alone(next(iter(flat)), "grid", tree, at)
         rest["grid"] = _grid(flat, at)
     return rest
+
+
+def _require_alone(before: str, now: str, tree: Mapping[str, Any], at: At) -> None:
+    """RecipeError where a contract has today's key as well."""
+    if now in tree:
+        raise at.key(before).fail(
+            f"is a key of the first version and says what {now} says, which is there too; change {now} instead"
+        )
 
 
 def _sampler(name: Any, at: At) -> Sampler:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+from fewstep.core.bounds import Bounds, Count, Decay, Natural, Positive
 from fewstep.diffusion.times import check_grid, linear_quadratic_grid, uniform_grid
 
 
@@ -39,9 +40,9 @@ class Shifted(TimeGrid):
     (1.0, 0.9375, 0.8333333333333334, 0.625, 0.0)
     """
 
-    shift: float = 1.0
+    shift: Positive = 1.0
     """More than 1 spends more steps at high noise."""
-    terminal: float = 0.0
+    terminal: Decay = 0.0
     """Where not 0, all times but the last are stretched to end here (LTX)."""
 
     def __post_init__(self) -> None:
@@ -56,7 +57,7 @@ class Shifted(TimeGrid):
 class LinearQuadratic(TimeGrid):
     """Linear down to `1 - threshold` in the first half of the steps, then ever faster (2410.13720; LTX 0.9.5)."""
 
-    threshold: float = 0.025
+    threshold: Annotated[float, Bounds(above=0, below=1)] = 0.025
 
     def __post_init__(self) -> None:
         if not 0 < self.threshold < 1:
@@ -75,8 +76,8 @@ class Timesteps(TimeGrid):
     """
 
     spacing: Literal["leading", "trailing", "linspace"] = "trailing"
-    num_train_timesteps: int = 1000
-    steps_offset: int = 0
+    num_train_timesteps: Count = 1000
+    steps_offset: Natural = 0
     """Added to the timesteps of `leading`."""
     ends_clean: bool = True
     """The last step ends at t = 0; otherwise at the first level of the table (`set_alpha_to_one: false`)."""

@@ -17,6 +17,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fewstep.core.bounds import Count, Positive
+
 
 class Coeffs(NamedTuple):
     """`a` (signal), `s` (noise) and their time derivatives `da`, `ds`."""
@@ -36,7 +38,7 @@ class NoisePath(ABC):
 
     @abstractmethod
     def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
-        """The t at which `log(a^2 / s^2)` equals `log_snr` (float64)."""
+        """The t at which `log(a^2 / s^2)` equals `log_snr` (float64); 0 or 1 where the path ends before it."""
 
     def at(self, t: Tensor, like: Tensor) -> Coeffs:
         """Coefficients in the dtype of `like` `[B, C, F, ...]`, shaped to multiply it; `t` is `[B]` or `[B, F]`."""
@@ -114,16 +116,16 @@ class VP(NoisePath):
         return Coeffs(a, s, 0.5 * a * s2 * slope, -0.5 * s * a2 * slope)
 
     def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
-        return (log_snr.double() - self.high) / (self.low - self.high)
+        return ((log_snr.double() - self.high) / (self.low - self.high)).clamp(0, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EDM(NoisePath):
     """Variance exploding (2206.00364): `a = 1`, `s = sigma(t)` on the rho-curve from `sigma_min` to `sigma_max`."""
 
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-    rho: float = 7.0
+    sigma_min: Positive = 0.002
+    sigma_max: Positive = 80.0
+    rho: Positive = 7.0
 
     def coeffs(self, t: Tensor) -> Coeffs:
         lo, hi = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
@@ -134,7 +136,7 @@ class EDM(NoisePath):
 
     def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
         lo, hi = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
-        return ((-log_snr.double() / 2).exp() ** (1 / self.rho) - lo) / (hi - lo)
+        return (((-log_snr.double() / 2).exp() ** (1 / self.rho) - lo) / (hi - lo)).clamp(0, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +146,7 @@ class Betas(NoisePath):
     At t = 0 data are exactly clean. Between two points of the table the angle `atan(s / a)` is linear in t.
     """
 
-    num_train_timesteps: int = 1000
+    num_train_timesteps: Count = 1000
     beta_start: float = 0.00085
     beta_end: float = 0.012
     schedule: Literal["linear", "scaled_linear"] = "scaled_linear"
@@ -170,7 +172,6 @@ class Betas(NoisePath):
         return Coeffs(a, s, -s * speed, a * speed)
 
     def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
-        """As in `NoisePath`; 1 for what is noisier than the table's last level."""
         angles = self._angles(log_snr)
         angle = torch.atan((-log_snr.double() / 2).exp())
         above = torch.searchsorted(angles, angle).clamp(1, self.num_train_timesteps)

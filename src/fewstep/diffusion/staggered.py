@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fewstep.core import Noise
+from fewstep.core.bounds import Natural, Size
 from fewstep.diffusion.samplers import Denoise, Euler, Here, Sampler, Step, Time, Times
 
 
@@ -22,9 +23,9 @@ class Staggered(Sampler):
 
     sampler: Sampler = Euler()
     """How a frame moves from one time to the next."""
-    groups: int = 4
+    groups: Size = 4
     """Parts of equal length that a clip is cut into, if need be but for one frame; a clip has as many latent frames or more."""
-    delay: int = 1
+    delay: Natural = 1
     """Steps between the starts of two groups."""
 
     def __post_init__(self) -> None:

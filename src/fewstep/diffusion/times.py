@@ -10,6 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from fewstep.core.bounds import Fraction, Positive
 from fewstep.core.rng import Rng
 
 
@@ -103,9 +104,13 @@ class TimeDensity(ABC):
 class Uniform(TimeDensity):
     """Uniform on [low, high], then shifted."""
 
-    low: float = 0.0
-    high: float = 1.0
-    shift: float = 1.0
+    low: Fraction = 0.0
+    high: Fraction = 1.0
+    shift: Positive = 1.0
+
+    def __post_init__(self) -> None:
+        if self.low > self.high:
+            raise ValueError(f"low must not be above high, got low={self.low}, high={self.high}")
 
     def at_quantile(self, u: Tensor) -> Tensor:
         return shifted(self.low + (self.high - self.low) * u, self.shift)
@@ -116,8 +121,8 @@ class LogitNormal(TimeDensity):
     """`sigmoid(N(mean, std))` (2403.03206), then shifted."""
 
     mean: float = 0.0
-    std: float = 1.0
-    shift: float = 1.0
+    std: Positive = 1.0
+    shift: Positive = 1.0
 
     def at_quantile(self, u: Tensor) -> Tensor:
         return shifted(torch.sigmoid(self.mean + self.std * torch.special.ndtri(u)), self.shift)
@@ -127,7 +132,11 @@ class LogitNormal(TimeDensity):
 class Grid(TimeDensity):
     """One of the listed times, each with the same probability."""
 
-    times: tuple[float, ...]
+    times: tuple[Fraction, ...]
+
+    def __post_init__(self) -> None:
+        if not self.times:
+            raise ValueError("times is empty; give at least one")
 
     def at_quantile(self, u: Tensor) -> Tensor:
         table = torch.tensor(self.times, dtype=torch.float64, device=u.device)

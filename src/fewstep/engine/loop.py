@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from fewstep.core import Rng
 from fewstep.core.atomic import replacing_folder
@@ -100,7 +101,13 @@ def after(run: Run, log: RunLog, saver: Saver) -> None:
         log.write(step, run.figures)
     log.advance(step, " ".join(f"{k[5:]} {v:.3g}" for k, v in run.figures.items() if k.startswith("loss/")))
     if last or (settings.save_every and step % settings.save_every == 0):
-        saver.save(run.state())
+        state = run.state()
+        for name, tensors in state.components.items():
+            for key, tensor in tensors.items():
+                require_finite(
+                    tensor.to_local() if isinstance(tensor, DTensor) else tensor, f"step {step}, {key} of {name}"
+                )
+        saver.save(state)
 
 
 def judge(run: Run, probe: Probe, log: RunLog) -> None:

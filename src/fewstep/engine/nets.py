@@ -14,6 +14,9 @@ from fewstep.models import Card, Lora, VideoModel
 from fewstep.models.bundle import latent_shape_of, text_width_of
 from fewstep.models.source import ModelSource, Pretrained
 
+_LOOKED_AT = 10_000
+"""Iterations in the beginning whose updates are listed, and the last one: what begins to be trained goes on."""
+
 
 def build_nets(
     model: VideoModel,
@@ -81,7 +84,7 @@ def trained_roles(method: Method, steps: int) -> tuple[str, ...]:
     """Every role that some update of the run trains, in order of appearance."""
     seen: dict[str, None] = {}
     possible = {"student", *(name for name, role in method.aux().items() if role.trainable)}
-    for step in range(steps):
+    for step in (*range(min(steps, _LOOKED_AT)), steps - 1):
         for event in method.updates(step):
             if isinstance(event, Update):
                 seen |= dict.fromkeys(event.roles)

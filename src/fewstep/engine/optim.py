@@ -97,7 +97,7 @@ class RoleOptimizer:
 
 
 def learning_rate(optim: Optim, step: int, steps: int) -> float:
-    """The learning rate of 0-based iteration `step` out of `steps`."""
+    """The learning rate of 0-based iteration `step` out of `steps`; a decay is at 0 in iteration `steps`, which there is not."""
     if step < optim.warmup:
         return optim.lr * (step + 1) / (optim.warmup + 1)
     progress = (step - optim.warmup) / max(1, steps - optim.warmup)

@@ -17,6 +17,7 @@ from torch import nn
 from fewstep.attention import Ulysses
 from fewstep.core import Rng, dump
 from fewstep.core.build import digest
+from fewstep.core.devices import require_device, require_device_name
 from fewstep.core.env import place
 from fewstep.data.base import Data, Source
 from fewstep.engine.effective import in_effect
@@ -154,6 +155,7 @@ class Networks:
 
 def require_possible(method: Method, settings: Settings, card: Card, probe: Probe | None) -> tuple[str, ...]:
     """The roles that will be trained. Refuse (ValueError) what would silently do nothing, or break in mid-run."""
+    require_device_name(settings.device, "settings.device")
     name, roles = type(method).__name__, trained_roles(method, settings.steps)
     method.check(settings.steps)
     if "student" not in roles:
@@ -172,6 +174,12 @@ def require_possible(method: Method, settings: Settings, card: Card, probe: Prob
         raise ValueError(f"settings.optim.{role} trains nothing; {hint}({name} trains: {', '.join(roles)})")
     for made in method.aux().values():
         made.check(settings.lora)
+    fixed = [type(transform).__name__ for transform in card.transforms if not transform.trainable]
+    if fixed and settings.lora is None and method.part == "denoiser":
+        raise ValueError(
+            f"{name} would train a denoiser whose layers are {fixed[0]} and cannot be trained; set settings.lora, whose adapters "
+            "are trained over them, or train first and transform the student"
+        )
     if settings.lora is not None and settings.parallel.offload:
         raise ValueError(
             "settings.parallel.offload sends networks away one by one, and with settings.lora all of them are adapters over "
@@ -198,8 +206,8 @@ def require_possible(method: Method, settings: Settings, card: Card, probe: Prob
     return roles
 
 
-def require_same(method: Method, settings: Settings, card: Card) -> None:
-    """Refuse (ValueError) a start that is no denoiser like the teacher's."""
+def require_same(method: Method, settings: Settings, card: Card, begun: Card | None = None) -> None:
+    """Refuse (ValueError) a start that is no denoiser like the teacher's; `begun` is its card where it is not there yet."""
     if settings.start is None:
         return
     if method.part != "denoiser" or settings.lora is not None:
@@ -207,13 +215,14 @@ def require_same(method: Method, settings: Settings, card: Card) -> None:
             "settings.start: only a denoiser that is trained whole goes on from an earlier one; leave out settings.lora, "
             "or settings.start"
         )
-    begun = starts(settings)["student"].card()
+    begun = begun or starts(settings)["student"].card()
     if "denoiser" not in begun.parts:
         raise ValueError(f"settings.start: {settings.start} has no denoiser; it has {', '.join(begun.parts)}")
     pairs = {
         "denoiser": (begun.parts["denoiser"], card.parts.get("denoiser", begun.parts["denoiser"])),
         "path": (begun.path, card.path),
         "kind": (begun.kind, card.kind),
+        "transforms": (begun.transforms, card.transforms),
     }
     for what, (theirs, own) in pairs.items():
         if theirs != own:
@@ -237,6 +246,7 @@ def require_clips(method: Method, card: Card) -> None:
 
 def require_processes(settings: Settings) -> None:
     """Refuse (ValueError) what the processes that are there now cannot do; a recipe may be right for other machines."""
+    require_device(settings.device, "settings.device")
     require_mesh(settings.parallel, settings.accumulate, settings.device)
     if place().world_size == 1:
         return

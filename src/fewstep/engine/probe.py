@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fewstep.core.bounds import Amount, Count, require_bounds
 from fewstep.metrics import diversity, frechet
 from fewstep.models import Card, VideoModel
 from fewstep.models.bundle import read_card
@@ -41,18 +42,17 @@ class WorldProbe:
     distance comparable with a share of accuracy.
     """
 
-    every: int = 25
-    prompts: int = 48
+    every: Count = 25
+    prompts: Count = 48
     """Each is sampled with two seeds."""
-    steps: tuple[int, ...] = ()
+    steps: tuple[Count, ...] = ()
     """Step counts that are judged; empty = all that the student serves."""
-    frechet_weight: float = 0.1
+    frechet_weight: Amount = 0.1
     seed: int = 101
     features: str = "world/features"
 
     def __post_init__(self) -> None:
-        if self.every < 1 or self.prompts < 1:
-            raise ValueError(f"probe.every and probe.prompts must be at least 1, got {self.every} and {self.prompts}")
+        require_bounds(self)
 
     @property
     def clips(self) -> int:

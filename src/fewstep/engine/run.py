@@ -29,7 +29,7 @@ from fewstep.engine.shard import add_gradients, whole
 from fewstep.engine.views import Listener, Views
 from fewstep.methods.base import Method, Nets, Sync, Update
 from fewstep.models import VideoModel
-from fewstep.models.lora import merge, save_adapter
+from fewstep.models.lora import adapters, merge, save_adapter
 from fewstep.models.spread import Spread
 
 
@@ -226,7 +226,14 @@ class Run:
 
 @torch.no_grad()
 def blend(target: nn.Module, source: nn.Module, decay: float) -> None:
-    """`target <- decay * target + (1 - decay) * source`, parameters and floating-point buffers; of a shard, its own."""
+    """`target <- decay * target + (1 - decay) * source`, parameters and floating-point buffers; of a shard, its own.
+
+    Of adapters, what they add to the weights.
+    """
+    if decay > 0 and adapters(target):  # beside which such a network has nothing of its own
+        for layer, other in zip(adapters(target).values(), adapters(source).values(), strict=True):
+            layer.average(other, decay)
+        return
     for mine, theirs in zip(target.state_dict().values(), source.state_dict().values(), strict=True):
         mine, theirs = (t.to_local() if isinstance(t, DTensor) else t for t in (mine, theirs))
         if mine.is_floating_point():

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
+from fewstep.core.bounds import Amount, Bounds, Count, Decay, Natural, Positive, Size, require_bounds
 from fewstep.models.lora import Lora
 
 
@@ -15,22 +16,22 @@ class Optim:
     type: Literal["adamw", "muon"] = "adamw"
     """`muon` orthogonalises the momentum of the blocks' matrices and leaves everything else to AdamW.
     A network without such matrices refuses it."""
-    lr: float = 1e-4
-    lr_of: dict[str, float] = field(default_factory=dict)
+    lr: Positive = 1e-4
+    lr_of: dict[str, Positive] = field(default_factory=dict)
     """Another learning rate, by a part of the names of the parameters it is for: `{motion_modules: 2.0e-5}`."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Of AdamW; Muon's momentum is 0.95."""
-    weight_decay: float = 0.0
-    warmup: int = 0
+    weight_decay: Amount = 0.0
+    warmup: Natural = 0
     """Iterations of linear warm-up from 0."""
     decay: Literal["constant", "cosine", "linear"] = "constant"
-    """From the end of warm-up to the last iteration; cosine and linear end at 0."""
-    clip: float = 1.0
+    """What follows warm-up. Cosine and linear fall towards 0 and would be there one iteration after the last, so that the
+    last one still trains."""
+    clip: Positive = 1.0
     """Largest norm of the role's whole gradient."""
 
     def __post_init__(self) -> None:
-        if min(self.lr, self.clip, *self.lr_of.values()) <= 0 or self.warmup < 0:
-            raise ValueError(f"learning rates and clip must be positive and warmup >= 0, got {self}")
+        require_bounds(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +42,12 @@ class Parallel:
     with other values. Processes = replicate x shard x sequence.
     """
 
-    shard: int = 0
+    shard: Natural = 0
     """Processes over which every denoiser's weights, gradients and optimiser states are cut (times `sequence`).
     0 = as many as there are; with `settings.lora`, 1."""
-    replicate: int = 1
+    replicate: Size = 1
     """Copies of that group (HSDP): gradients travel between groups, weights stay within."""
-    sequence: int = 1
+    sequence: Size = 1
     """Neighbouring processes that share every clip, each with its part of the tokens (Ulysses): for clips that are too
     long for one device. Must divide the heads of the network and its tokens."""
     checkpointing: bool = False
@@ -56,9 +57,7 @@ class Parallel:
     """Networks that the current update does not touch, the average, and optimiser states between steps wait on the CPU."""
 
     def __post_init__(self) -> None:
-        for name, least in (("shard", 0), ("replicate", 1), ("sequence", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"settings.parallel.{name} must be at least {least}, got {getattr(self, name)}")
+        require_bounds(self, "settings.parallel")
 
     @property
     def whole(self) -> bool:
@@ -74,33 +73,31 @@ class Health:
     and those that distil nothing, are not examined.
     """
 
-    every: int = 25
+    every: Count = 25
     """Every so many iterations and at the end, a check. It samples `prompts x seeds` clips per step count."""
-    prompts: int = 8
+    prompts: Size = 8
     """Of the run's own data, fixed by its seed."""
-    seeds: int = 2
+    seeds: Annotated[int, Bounds(2, 1_024)] = 2
     """Clips per prompt; without two there is no diversity."""
     keep_best: bool = True
     """Keep the best student so far, and return it where the run ends diverging or collapsing. A probe has its own rule."""
     stop_on_collapse: bool = True
     """End the run after two checks in a row that say `collapsing`; more iterations have never mended that."""
-    help_critic: int = 2
+    help_critic: Natural = 2
     """Most extra turns of every update that does not train the student, while the critic lags; 0 = never."""
 
     def __post_init__(self) -> None:
-        for name, least in (("every", 1), ("prompts", 1), ("seeds", 2), ("help_critic", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"settings.health.{name} must be at least {least}, got {getattr(self, name)}")
+        require_bounds(self, "settings.health")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Length, batch, optimisers, precision and bookkeeping of a run."""
 
-    steps: int
-    batch: int = 16
+    steps: Count
+    batch: Size = 16
     """Samples per gradient computation."""
-    accumulate: int = 1
+    accumulate: Size = 1
     """Gradient computations per optimiser step, in all processes together: N processes make 1/N of them each. So one
     process with `accumulate: 8` and eight processes train on the same samples with the same noise."""
     seed: int = 0
@@ -111,20 +108,20 @@ class Settings:
     other role begins as without it."""
     lora: Lora | None = None
     """Train adapters over one frozen set of the teacher's weights, in place of whole copies of it. null: whole networks."""
-    ema: float = 0.0
+    ema: Decay = 0.0
     """Decay of the averaged student, which is what a run returns; 0 returns the student itself. In iteration k it is
     `(1 + k) / (10 + k)` where that is smaller: an average must first forget the weights it started from."""
     autocast: Literal["off", "bf16"] = "off"
     """Arithmetic of the networks. Master weights, optimiser states and losses stay float32."""
     compile: bool = False
     """`torch.compile` the blocks of every network: minutes of compilation, then faster."""
-    log_every: int = 10
+    log_every: Count = 10
     """Every so many iterations and at the end, a row of figures; each is the mean within its iteration."""
-    preview_every: int = 0
+    preview_every: Natural = 0
     """Every so many iterations and at the end, a picture of student beside teacher on fixed prompts and seeds. 0 = never."""
-    save_every: int = 0
+    save_every: Natural = 0
     """Every so many iterations and at the end, a checkpoint to resume from. 0 = only at the end."""
-    keep_last: int = 2
+    keep_last: Count = 2
     """Checkpoints kept; the best student so far is kept besides."""
     health: Health | None = Health()
     """Checks of the student during the run, and what is done about a bad verdict. Null = none."""
@@ -134,14 +131,7 @@ class Settings:
     """Where something asked for cannot be had, run otherwise and record it in the student's card, instead of refusing."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "accumulate", "log_every", "keep_last"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"settings.{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("preview_every", "save_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"settings.{name} must be at least 0, got {getattr(self, name)}")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"settings.ema must be in [0, 1), got {self.ema}")
+        require_bounds(self, "settings")
 
     def optim_of(self, role: str) -> Optim:
         return self.optim.get(role) or self.optim.get("student") or Optim()

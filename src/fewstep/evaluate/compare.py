@@ -14,8 +14,8 @@ from fewstep.evaluate.measure import Measured
 from fewstep.evaluate.results import Gain, Range, Row, Truth
 from fewstep.evaluate.sampling import Bench
 from fewstep.evaluate.suite import Entry
-from fewstep.metrics import bootstrap, frechet, frechet_infinity, frechet_without, jackknife, ratio_of_means
-from fewstep.metrics.statistics import clustered_wilson, ratio_bootstrap
+from fewstep.metrics import frechet, frechet_infinity, frechet_without, jackknife, mean_interval, ratio_of_means
+from fewstep.metrics.statistics import FEWEST, clustered_wilson, difference_of_shares, ratio_interval
 from fewstep.world.grammar import ATTRIBUTES
 
 BLOCKS = 100
@@ -76,12 +76,12 @@ def make_row(entry: Entry, mine: Measured, reference: Measured, distance: Distan
         steps=entry.contract.steps,
         nfe=entry.contract.calls(),
         accuracy=None if whole is None else float(whole.mean()),
-        accuracy_ci=None if whole is None else clustered_wilson(whole, seeds)[:],
+        accuracy_ci=None if whole is None else _shares(whole, seeds),
         attributes={name: float(shares.mean()) for name, shares in each.items()} or None,
-        attributes_ci={name: clustered_wilson(shares, seeds)[:] for name, shares in each.items()} or None,
+        attributes_ci={name: found for name, shares in each.items() if (found := _shares(shares, seeds))} or None,
         abstained=None if mine.abstained is None else float(mine.abstained.any(1).double().mean()),
         clip_score=None if fits is None else float(fits.mean()),
-        clip_score_ci=None if fits is None else _range(bootstrap(fits, _generator(bench))),
+        clip_score_ci=None if fits is None else _range(mean_interval(fits)),
         gain=None,
         frechet=None if is_reference else distance.value,
         frechet_ci=None if is_reference else distance.interval,
@@ -89,7 +89,7 @@ def make_row(entry: Entry, mine: Measured, reference: Measured, distance: Distan
         frechet_n=len(mine.features),
         frechet_shuffled=distance.shuffled,
         motion=_ratio(mine.motion, reference.motion),
-        motion_ci=_range(ratio_bootstrap(moved, reference_moved, _generator(bench))),
+        motion_ci=_range(ratio_interval(moved, reference_moved)),
         motion_absolute=float(mine.motion.mean()),
         diversity=_ratio(mine.diversity, reference.diversity),
         diversity_absolute=None if mine.diversity is None else float(mine.diversity.mean()),
@@ -154,8 +154,9 @@ def _difference(name: str, mine: Measured, other: Measured, bench: Bench) -> tup
     if getattr(mine, name) is None or getattr(other, name) is None:
         return None, None
     seeds = bench.cases.seeds_per_prompt
-    differences = mine.by_prompt(name, seeds) - other.by_prompt(name, seeds)
-    return float(differences.mean()), _range(bootstrap(differences, _generator(bench)))
+    first, second = mine.by_prompt(name, seeds), other.by_prompt(name, seeds)
+    found = difference_of_shares(first, second) if name == "right" else mean_interval(first - second)
+    return float((first - second).mean()), _range(found) if len(first) >= FEWEST else None
 
 
 def _ratio(values: Tensor | None, reference: Tensor | None) -> float | None:
@@ -166,7 +167,13 @@ def _ratio(values: Tensor | None, reference: Tensor | None) -> float | None:
     return ratio if math.isfinite(ratio) else None
 
 
+def _shares(shares: Tensor, seeds: int) -> Range | None:
+    """Interval of the share of clips that are right; None with a single prompt."""
+    return clustered_wilson(shares, seeds)[:] if len(shares) >= FEWEST else None
+
+
 def _range(interval: tuple[float, float]) -> Range | None:
+    """None for an interval that says nothing."""
     return (interval[0], interval[1]) if all(map(math.isfinite, interval)) else None
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fewstep.evaluate.inputs import as_read, fingerprint_files, require_transformers
 from fewstep.metrics import pooled
-from fewstep.models.bundle import VideoModel, fingerprint, read_card
+from fewstep.models.bundle import VideoModel, read_card
+from fewstep.models.fingerprint import fingerprint
 
 I3D_FLAGS = {"rescale": False, "resize": False, "return_features": True}
 """Of the I3D that everybody has as TorchScript: pixels are in [-1, 1] and have its size already; features, not logits."""

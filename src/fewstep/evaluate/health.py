@@ -8,11 +8,13 @@ from html import escape
 from pathlib import Path
 
 from fewstep.engine.health import Record, read_record
+from fewstep.engine.health.vitals import unsaid
 from fewstep.evaluate.svg import curve
 
 CURVES = {
     "accuracy": "Every attribute right",
     "distance": "Distance to the teacher's clips",
+    "heed": "Heed of the prompt: clips nearer to the teacher's of their own prompt than to others'",
     "diversity": "Diversity",
     "motion": "Motion",
     "saturation": "Saturation",
@@ -37,7 +39,8 @@ def said(run: Path) -> str | None:
         return None
     last = record.checks[-1]
     done = "".join(f" {escape(what)}." for check in record.checks for what in check.done)
-    return f"<b>{last.verdict.word}</b> at step {last.vitals.step}: {escape(last.verdict.reason)}.{done}"
+    missing = "".join(f" {escape(what.capitalize())}." for what in unsaid(last.vitals))
+    return f"<b>{last.verdict.word}</b> at step {last.vitals.step}: {escape(last.verdict.reason)}.{done}{missing}"
 
 
 def curves(run: Path) -> list[tuple[str, str]]:

@@ -86,9 +86,11 @@ def lead(report: Report, hero: Row | None) -> str:
         f"per clip; {reference.name} in {percent(reference.accuracy)}, with {reference.nfe}."
     )
     gain = hero.gain
-    if gain is None or gain.accuracy is None or gain.accuracy_ci is None:
+    if gain is None or gain.accuracy is None:
         return said + " The teacher at the same number of steps was not measured, so what training gained is unknown."
     same = f" The teacher at the same number of steps, without training: {percent(report.row(gain.baseline).accuracy)}."
+    if gain.accuracy_ci is None:
+        return said + same + " From one prompt nothing can be said about others."
     low, high = gain.accuracy_ci
     verdict = (
         "" if low > 0 else " Training made it worse." if high < 0 else " The difference is within the margin of error."
@@ -196,10 +198,9 @@ def _row_cells(row: Row, report: Report) -> list[str]:
 
 
 def _gained(value: float | None, interval: Range | None, text: Callable[[float], str], unit: str = "") -> str:
-    if value is None or interval is None:
+    if value is None:
         return ""
-    low, high = interval
-    return f"{text(value)}{unit} <small>[{text(low)}, {text(high)}]</small>"
+    return f"{text(value)}{unit}" + ("" if interval is None else f" <small>{ends(interval, text)}</small>")
 
 
 def kind(row: Row, report: Report) -> str:
@@ -298,7 +299,7 @@ def _method(report: Report) -> str:
         "prompts and seeds": f"{_prompts(report)}, {seeds} seed{'s' if seeds > 1 else ''} each, the same for every row",
         "all right": "share of clips with every attribute as asked; 95 % Wilson interval, for as many independent clips as "
         "these are worth: clips of one prompt resemble each other (design effect)",
-        "against teacher": "difference to the teacher at the same number of steps; 95 % paired bootstrap over prompts",
+        "against teacher": "difference to the teacher at the same number of steps; 95 % Student's t over prompts, paired",
         report.distance: f"to {report.frechet_reference}, n = {report.seeds['clips']}, features: {report.frechet_features}; "
         "95 % jackknife over prompts, of distances at this n: the bias of few clips is not in it",
         f"{report.distance} controls": f"noise floor {number(report.frechet_floor)}, "
@@ -311,7 +312,7 @@ def _method(report: Report) -> str:
     }
     if report.aligned:
         facts["CLIPScore"] = (
-            f"100 cos(frame, prompt), mean over frames, then clips, n = {report.seeds['clips']}; 95 % bootstrap over prompts; "
+            f"100 cos(frame, prompt), mean over frames, then clips, n = {report.seeds['clips']}; 95 % Student's t over prompts; "
             f"by {report.clip_score_model}"
         )
     body = f'<ul class="notes">{notes}</ul>{_list(facts)}' if notes else _list(facts)

@@ -22,7 +22,7 @@ class Gain:
     accuracy: float | None
     """Difference of the shares of clips with every attribute right."""
     accuracy_ci: Range | None
-    """95 % interval, paired bootstrap over prompts."""
+    """95 % interval over prompts (`metrics.statistics.difference_of_shares`), as all of them None with a single prompt."""
     frechet: float | None
     """Difference of the Frechet distances; negative is better."""
     frechet_ci: Range | None = None
@@ -30,7 +30,7 @@ class Gain:
     clip_score: float | None = None
     """Difference of the CLIPScores."""
     clip_score_ci: Range | None = None
-    """95 % interval, paired bootstrap over prompts."""
+    """95 % interval, Student's t of the differences by prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ class Row:
     clip_score: float | None = None
     """100 cos(image, text), mean over frames, then clips."""
     clip_score_ci: Range | None = None
-    """95 %, bootstrap over prompts."""
+    """95 %, Student's t over prompts."""
     gain: Gain | None
     frechet: float | None
     """To the reference; None in the row that is the reference."""

@@ -18,7 +18,8 @@ from fewstep.evaluate.results import CLIPS, Report
 from fewstep.evaluate.sampling import Bench, Progress, prepare, sample
 from fewstep.evaluate.suite import Entry, Suite
 from fewstep.evaluate.target import Target, make_target
-from fewstep.models.bundle import fingerprint
+from fewstep.metrics.statistics import ENOUGH, FEWEST
+from fewstep.models.fingerprint import fingerprint
 from fewstep.world.grammar import ATTRIBUTES
 
 
@@ -86,6 +87,13 @@ def _notes(rows: Sequence[Entry], bench: Bench, target: Target) -> Iterator[str]
         yield "Accuracy: not checkable, because the prompts have no scenes that a checker could compare with."
     if target.halves:
         yield f"The {distance} floor compares two halves of the reference, so it is higher than the floor of the full set."
+    if (prompts := len(bench.cases.prompts)) < FEWEST:
+        yield "Intervals: none, because there is one prompt; clips of one prompt say nothing about other prompts."
+    elif prompts < ENOUGH:
+        yield (
+            f"Intervals: {prompts} prompts are few, so intervals are wide and may miss what more prompts would show; take "
+            f"{ENOUGH} or more."
+        )
     if clips < 2 * width:
         yield (
             f"{distance}: {clips} clips for {width} features is few, so the values are biased upwards: compare only at equal "

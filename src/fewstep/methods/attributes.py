@@ -20,6 +20,7 @@ import torch
 from torch.nn import functional as F
 
 from fewstep.core import Batch, Losses, Rng
+from fewstep.core.bounds import Amount
 from fewstep.methods.base import Method, Nets, Update
 
 
@@ -31,7 +32,7 @@ class ReadAttributes(Method):
 
     of: Literal["text", "features"] = "text"
     """Which encoder: `text` reads prompts, `features` reads frames."""
-    noise: float = 0.2
+    noise: Amount = 0.2
     """Frames get Gaussian noise of a deviation uniform in [0, noise], so that grainy samples are read too."""
 
     @property

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core import Batch, Cond, Losses, Rng
+from fewstep.core.bounds import Amount, Count, require_bounds
 from fewstep.diffusion import CFG, TimeDensity, Uniform
 from fewstep.methods import targets
 from fewstep.methods.base import Method, Nets, Update, Work
@@ -48,15 +49,15 @@ class AVDM2(Method):
     """How student samples are made: the student's own sampler."""
     score: Literal["frames", "video", "none"] = "frames"
     """Whose scores are matched: single frames', or the paper's two ablations: whole clips' with the video teacher, or none."""
-    frames: int = 4
+    frames: Count = 4
     """K: random frames per clip, all different (all there are of a shorter clip)."""
     guidance: CFG = CFG(scale=7.5)
     """Of the teacher whose score is matched; its critic is never guided."""
-    score_weight: float = 1.0
+    score_weight: Amount = 1.0
     """lambda_SDM."""
-    adversarial: float = 0.01
+    adversarial: Amount = 0.01
     """lambda_ADM under mean reduction; 0 is off and needs no clips."""
-    critic_updates: int = 2
+    critic_updates: Count = 2
     """Updates of critic and discriminator per student update, all in one iteration."""
     score_density: TimeDensity = Uniform(low=0.2, high=0.98)
     """s: of scores and critic, on the path of the teacher whose score is matched."""
@@ -66,8 +67,7 @@ class AVDM2(Method):
     """Blocks of the video teacher whose features the discriminator reads."""
 
     def __post_init__(self) -> None:
-        if self.critic_updates < 1 or self.frames < 1:
-            raise ValueError(f"critic_updates and frames must be at least 1, got {self.critic_updates}, {self.frames}")
+        require_bounds(self)
         if self.score == "none" and self.adversarial == 0:
             raise ValueError("with score none and adversarial 0 nothing trains the student; set one of them")
         if self.score != "frames" and self.image_teacher is not None:

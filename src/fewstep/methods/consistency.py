@@ -15,11 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 
 from fewstep.core import Batch, Losses, Rng
+from fewstep.core.bounds import Bounds, Count, Fraction, Positive, require_bounds
 from fewstep.diffusion import CFG, Contract, Renoise, uniform_grid
 from fewstep.diffusion.path import broadcast
 from fewstep.methods.base import Method, Nets, Sync, Update, Work
@@ -36,22 +37,30 @@ class Consistency(Method):
 
     guidance: CFG = CFG(scale=3.0)
     """Of the teacher's ODE step (the paper's omega + 1)."""
-    intervals: int = 48
+    intervals: Annotated[int, Bounds(1, 10_000)] = 48
     """N: intervals of the time grid."""
-    skip: int = 1
+    skip: Count = 1
     """k: intervals per teacher step."""
-    decay: float = 0.95
+    decay: Fraction = 0.95
     """mu: of the target network."""
-    shift: float = 1.0
+    shift: Positive = 1.0
     """Of the training and the sampling grid."""
-    huber: float = 1e-3
+    huber: Positive = 1e-3
     """c of the pseudo-Huber distance d."""
-    steps: tuple[int, ...] = (1, 2, 4)
-    """Step counts the student is offered for; the training does not depend on them."""
+    steps: tuple[Count, ...] = (1, 2, 4)
+    """Step counts the student is offered for; the training does not depend on them. Each must divide `intervals`: the times
+    of other counts are not on the training grid."""
 
     def __post_init__(self) -> None:
+        require_bounds(self)
         if not 1 <= self.skip <= self.intervals:
             raise ValueError(f"skip must lie in [1, intervals={self.intervals}], got {self.skip}")
+        trained = [n for n in range(1, self.intervals + 1) if self.intervals % n == 0]
+        if not self.steps or not set(self.steps) <= set(trained):
+            raise ValueError(
+                f"steps: with {self.intervals} intervals the student is trained at the times of {', '.join(map(str, trained))} "
+                f"steps, got {list(self.steps)}; take some of these, or another number of intervals"
+            )
 
     @property
     def needs(self) -> frozenset[str]:

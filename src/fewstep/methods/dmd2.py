@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core import Batch, Losses, Rng
+from fewstep.core.bounds import Amount, Count, Natural, require_bounds
 from fewstep.diffusion import CFG, TimeDensity, Uniform
 from fewstep.methods import targets
 from fewstep.methods.base import Method, Nets, Update, Work
@@ -47,33 +48,32 @@ class DMD2(Method):
     """How student samples are made: the student's own sampler."""
     guidance: CFG = CFG(scale=3.0)
     """Of the teacher only; the critic is never guided."""
-    critic_updates: int = 5
+    critic_updates: Count = 5
     """Critic updates per student update, all in one iteration."""
-    warmup: int = 0
+    warmup: Natural = 0
     """Iterations in the beginning that train the critic (and discriminator) alone."""
     score_density: TimeDensity = Uniform(low=0.02, high=0.98)
     """t of the score difference."""
     critic_density: TimeDensity = Uniform()
     """t of the critic's training."""
-    gan: float = 0.0
+    gan: Amount = 0.0
     """lambda_G under mean reduction (published: 0.001 to 0.03); 0 is off and needs no data."""
-    r1: float = 0.0
+    r1: Amount = 0.0
     """Weight of the approximate R1 penalty on the discriminator."""
-    rho: float = 0.1
+    rho: Amount = 0.1
     """Size of its perturbation of the noised latents."""
     layers: tuple[int, ...] = (-1,)
     """Teacher blocks whose features the discriminator reads."""
     weak: float = 0.0
     """How much of the critic's adapters the real score sees (MagicDistillation: 0.25); 0 is the teacher. Needs
     settings.lora."""
-    anchor: float = 0.0
+    anchor: Amount = 0.0
     """lambda_reg of the regression on stored pairs (DMD: 0.25); 0 is off and needs no pairs."""
     anchor_rollout: FromPairs = FromPairs()
     """Which stored states the regression reads."""
 
     def __post_init__(self) -> None:
-        if self.critic_updates < 1:
-            raise ValueError(f"critic_updates must be at least 1, got {self.critic_updates}")
+        require_bounds(self)
         if not 0 <= self.weak < 1:
             raise ValueError(f"weak must be in [0, 1), got {self.weak}: at 1 real and fake score are the same")
 

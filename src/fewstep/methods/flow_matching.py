@@ -20,6 +20,7 @@ from typing import ClassVar
 import torch
 
 from fewstep.core import Batch, Cond, Losses, Rng
+from fewstep.core.bounds import Count, Fraction
 from fewstep.diffusion import LogitNormal, TimeDensity
 from fewstep.methods.base import Method, Nets, Update, Work
 from fewstep.methods.rollouts import fold_frames
@@ -34,11 +35,11 @@ class FlowMatching(Method):
 
     density: TimeDensity = LogitNormal()
     """Density of t."""
-    cond_drop: float = 0.1
+    cond_drop: Fraction = 0.1
     """Share of samples trained on the null prompt; guidance needs it."""
-    image_fraction: float = 0.0
+    image_fraction: Fraction = 0.0
     """Share of iterations on single frames."""
-    images_per_clip: int = 4
+    images_per_clip: Count = 4
     """Frames taken from each clip in such an iteration."""
 
     @property

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fewstep.core import Batch, Losses, Rng
+from fewstep.core.bounds import Positive
 from fewstep.methods.base import Method, Nets, Update
 from fewstep.methods.rollouts import FromPairs
 from fewstep.methods.targets import mse, pseudo_huber
@@ -31,7 +32,7 @@ class KnowledgeDistillation(Method):
 
     rollout: FromPairs = FromPairs()
     """Which stored states are inputs, and how the student will be sampled."""
-    huber: float | None = 1e-3
+    huber: Positive | None = 1e-3
     """c of the pseudo-Huber distance; None is the paper's mean square."""
 
     @property

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core import Batch, Losses, Rng
+from fewstep.core.bounds import Count, Natural, Positive, require_bounds
 from fewstep.diffusion import CFG, DDIM, Contract, NoisePath, uniform_grid
 from fewstep.diffusion.path import broadcast
 from fewstep.methods.base import Method, Nets, Sync, Update, Work
@@ -41,17 +42,23 @@ class Progressive(Method):
 
     cite: ClassVar[str] = "Salimans & Ho, Progressive Distillation for Fast Sampling of Diffusion Models, 2202.00512"
 
-    stages: tuple[tuple[int, int], ...] = ((8, 400), (4, 400), (2, 400), (1, 400))
+    stages: tuple[tuple[Count, Natural], ...] = ((8, 400), (4, 400), (2, 400), (1, 400))
     """(student steps N, iterations), in order; the last stage goes on if the run is longer."""
     guidance: CFG = CFG(scale=3.0)
     """Of the teacher, in the first stage only: afterwards it is distilled in."""
-    shift: float = 1.0
+    shift: Positive = 1.0
     """Of the time grid."""
 
     def __post_init__(self) -> None:
+        require_bounds(self)
         counts = [n for n, _ in self.stages]
         if not counts or counts[-1] < 1 or any(a != 2 * b for a, b in pairwise(counts)):
             raise ValueError(f"each stage must have half the steps of the one before, got {counts}")
+        if empty := [n for n, length in self.stages if length < 1]:
+            raise ValueError(
+                f"stages: the stage of {empty[0]} steps has no iterations, so it would train nothing (and the first stage is "
+                "the one that is guided); give it at least 1 iteration, or leave it out"
+            )
 
     @property
     def needs(self) -> frozenset[str]:

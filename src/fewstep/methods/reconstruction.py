@@ -20,6 +20,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from fewstep.core import Batch, Losses, Rng
+from fewstep.core.bounds import Amount, Count
 from fewstep.methods.base import Method, Nets, Update
 from fewstep.methods.flow_matching import fold_frames
 
@@ -30,13 +31,13 @@ class Reconstruction(Method):
 
     cite: ClassVar[str] = "after Rombach et al., High-Resolution Image Synthesis with Latent Diffusion, 2112.10752"
 
-    frames_per_clip: int = 4
+    frames_per_clip: Count = 4
     """Random frames of each clip per iteration."""
-    gradient: float = 1.0
+    gradient: Amount = 1.0
     """Weight of the finite differences."""
-    noise: float = 0.1
+    noise: Amount = 0.1
     """Noise on the latents, as a share of their standard deviation."""
-    penalty: float = 1e-3
+    penalty: Amount = 1e-3
     """Weight of the mean square of the latents, which keeps their scale near 1."""
 
     @property

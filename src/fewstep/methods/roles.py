@@ -84,10 +84,13 @@ class Copy(Role):
         return self.of
 
     def make(self, name: str, making: Making) -> nn.Module:
-        """A copy, or with `lora` adapters over the frozen network that it is a copy of."""
+        """A copy, or with `lora` adapters over the frozen network that it is a copy of.
+
+        Copies of one role draw the same A: they start equal, as copies of whole networks do.
+        """
         if making.lora is None or adapters(making.roles[self.of]):
             return duplicate(making.roles[self.of])
-        return adapt(making.denoiser(self.of), making.lora, Rng(making.seed).fold(f"lora/{name}"))
+        return adapt(making.denoiser(self.of), making.lora, Rng(making.seed).fold(f"lora/{self.of}"))
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core import Batch, Pairs, Rng
+from fewstep.core.bounds import Positive
 from fewstep.diffusion import CFG, DDIM, Contract, Exact, Renoise, Sampler, Shifted, shifted
 from fewstep.diffusion.samplers import full
 from fewstep.diffusion.times import check_grid
@@ -60,7 +61,7 @@ class Rollout(ABC):
 
     grids: Grids = ((1.0, 0.75, 0.5, 0.25),)
     """Times without the final 0, one tuple per step count."""
-    shift: float = 1.0
+    shift: Positive = 1.0
     """Applied to every time of `grids`."""
     mode: Literal["sde", "ode"] = "sde"
     """Between steps: fresh noise on x0 (sde), or the deterministic first-order step (ode)."""
@@ -99,6 +100,10 @@ class Rollout(ABC):
 
 def exact(grids: Grids, shift: float) -> Grids:
     """The shifted times of every grid, without the final 0, each checked to decrease strictly from 1."""
+    if not all(grids) or len({len(grid) for grid in grids}) != max(len(grids), 1):
+        raise ValueError(
+            f"grids needs one list of times for each number of steps, such as [[1.0], [1.0, 0.5]], got {grids}"
+        )
     moved = [tuple(float(t) for t in shifted(torch.tensor(g, dtype=torch.float64), shift)) for g in grids]
     return tuple(check_grid((*g, 0.0))[:-1] for g in moved)
 

@@ -16,16 +16,16 @@ from fewstep.metrics.motion import motion
 from fewstep.metrics.pooled import pooled
 from fewstep.metrics.statistics import (
     Interval,
-    bootstrap,
     clustered_wilson,
     jackknife,
+    mean_interval,
     percentile,
     ratio_of_means,
     wilson,
 )
 
 __all__ = [
-    "Interval", "bootstrap", "clustered_wilson", "contrast", "diversity", "energy", "flicker", "frechet",
-    "frechet_infinity", "frechet_without", "gaussian_distance", "jackknife", "motion", "percentile", "pooled",
+    "Interval", "clustered_wilson", "contrast", "diversity", "energy", "flicker", "frechet",
+    "frechet_infinity", "frechet_without", "gaussian_distance", "jackknife", "mean_interval", "motion", "percentile", "pooled",
     "ratio_of_means", "saturation", "shuffled", "split_half", "wilson",
 ]  # fmt: skip

@@ -2,10 +2,11 @@
 
 from fewstep.models.autoencoder import FrameAutoencoder
 from fewstep.models.backbone import Backbone, Context, Output, State, Tokens
-from fewstep.models.bundle import Card, VideoModel, fingerprint
+from fewstep.models.bundle import Card, VideoModel
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.discriminators import FeatureHeads, JointHead
 from fewstep.models.features import ClipFeatures
+from fewstep.models.fingerprint import fingerprint
 from fewstep.models.lora import Lora
 from fewstep.models.spec import NETWORKS, Spec
 from fewstep.models.text import TextEncoder

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fewstep.core.bounds import Depth, Size
 from fewstep.models.decoding import FrameByFrame
 
 
@@ -18,7 +19,7 @@ class FrameAutoencoder(FrameByFrame, nn.Module):
 
     downsample: int = 4
 
-    def __init__(self, *, latent_channels: int = 4, width: int = 48, depth: int = 2) -> None:
+    def __init__(self, *, latent_channels: Size = 4, width: Size = 48, depth: Depth = 2) -> None:
         super().__init__()
         self.args = {"latent_channels": latent_channels, "width": width, "depth": depth}
         self.latent_channels = latent_channels

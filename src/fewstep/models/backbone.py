@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.attention import Grid3, KVCache, Operation, Pattern, Site, Ulysses
+from fewstep.compress import Transform
 from fewstep.core import KV, Call, Cond, KVView
 from fewstep.core.call import Place
 from fewstep.models.rotary import Rotary
@@ -180,8 +181,18 @@ class Backbone(nn.Module, ABC):
     rotary: Rotary
     """Of networks that can have a past."""
     shares: ClassVar[bool] = False
-    """Whether the tokens of a clip may lie on several processes: the blocks' self-attention is `read` (or
-    `streams.read_beside`), and everything else they do is done token by token."""
+    """Whether the tokens of a clip may lie on several processes: the blocks' self-attention is `read` (or a `streams.Seat`), and
+    everything else they do is done token by token."""
+    transforms: tuple[Transform, ...] = ()
+    """How this network differs from what its class and `args` make, see `compress.transformed`."""
+    takes_scalars: ClassVar[bool] = False
+    """Whether `embed` gives its time embedding to `with_scalars`."""
+    scalars: nn.ModuleDict
+    """Embeddings of what `ScalarInput` has added, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scalars = nn.ModuleDict()
 
     @abstractmethod
     def embed(self, x: Tensor, t: Tensor, cond: Cond, call: Call = Call()) -> State:
@@ -220,9 +231,24 @@ class Backbone(nn.Module, ABC):
             f"{type(self).__name__} sees whole clips and has no past; take a causal model (VideoDiT, Wan, LTX)"
         )
 
+    def with_scalars(self, time_BGE: Tensor, cond: Cond) -> Tensor:
+        """The time embedding, to which every added scalar input adds what `cond` says of it."""
+        for scalar in self.scalars.values():
+            time_BGE = scalar(time_BGE, cond.extra)
+        return time_BGE
+
     def original(self) -> Original | None:
         """The networks this one was read from, to compare with or to save; None where the class is fewstep's own."""
         return None
+
+    def require_plain(self) -> None:
+        """ValueError for a transformed network: outside of fewstep nothing knows how to build it."""
+        if self.transforms:
+            names = ", ".join(type(transform).__name__ for transform in self.transforms)
+            raise ValueError(
+                f"this {type(self).__name__} is transformed ({names}), and only fewstep knows how to build it; keep it in "
+                "fewstep's folder"
+            )
 
     @property
     def widths(self) -> tuple[int, ...]:

@@ -7,9 +7,8 @@ its own folder and names the source of its text encoder and codec, which it did 
 
 from __future__ import annotations
 
-import hashlib
+import copy
 import json
-import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,13 +18,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fewstep.compress import TRANSFORMS, Transform, transformed
 from fewstep.core import Cond, RecipeError, build, dump
-from fewstep.core.build import At
+from fewstep.core.bounds import FrameRate, Size, require_bounds
+from fewstep.core.stamp import stamp_of
+from fewstep.core.yaml import load_json
 from fewstep.diffusion import NAMED, Contract, Kind, NoisePath, RectifiedFlow, Step
 from fewstep.diffusion.samplers import finish
 from fewstep.models import adapters
 from fewstep.models.autoencoder import FrameAutoencoder
 from fewstep.models.denoiser import Denoiser
+from fewstep.models.fingerprint import describe, print_of
 from fewstep.models.images import Images, blank_images, image_conditions
 from fewstep.models.lora import updated
 from fewstep.models.sampling import Request, sampling
@@ -47,26 +50,38 @@ class Card:
     """What a folder of weights says of itself."""
 
     name: str
-    role: str = "teacher"
+    role: Literal["teacher", "student"] = "teacher"
     parts: dict[str, Spec] = field(default_factory=dict)
     """Class and constructor arguments of every network; the denoiser's entry is its backbone."""
     sources: dict[str, str] = field(default_factory=dict)
     """Of parts whose weights are not in this folder: the folder in diffusers' layout, or its hub name, that has them."""
     fingerprints: dict[str, str] = field(default_factory=dict)
     """Of every part's weights as they load: data made by other weights is refused before any is read."""
+    transforms: tuple[Transform, ...] = ()
+    """In which the denoiser differs from what its entry in `parts` makes, in the order in which they are applied."""
+    files: dict[str, str] = field(default_factory=dict)
+    """Length and digest of every part's file as it was written: damage is noticed on loading."""
     path: NoisePath = RectifiedFlow()
     kind: Kind = "flow"
     contract: Contract = Contract()
-    num_frames: int = 16
-    height: int = 32
-    width: int = 32
-    fps: int = 8
+    num_frames: Size = 16
+    height: Size = 32
+    width: Size = 32
+    fps: FrameRate = 8
     negative_prompt: str = ""
     """What guidance leads away from."""
     provenance: dict[str, str] = field(default_factory=dict)
     """Recipe hash, teacher and data fingerprints, licences, machine, versions: free text by name."""
     scores: dict[str, float] = field(default_factory=dict)
     """Measured figures by name, with their n in the name."""
+
+    def __post_init__(self) -> None:
+        require_bounds(self)
+        for field_, names in (("parts", self.parts), ("sources", self.sources), ("files", self.files)):
+            if unknown := sorted(set(names) - set(PARTS)):
+                raise ValueError(
+                    f"{field_}: {unknown[0]!r} is no part of a video model; its parts are {', '.join(PARTS)}"
+                )
 
 
 class VideoModel:
@@ -103,13 +118,18 @@ class VideoModel:
     def codec(self) -> FrameAutoencoder:
         return self.part("codec")  # type: ignore[return-value]
 
+    @property
+    def transforms(self) -> tuple[Transform, ...]:
+        """What was done to the denoiser, if there is one."""
+        return self.denoiser.backbone.transforms if "denoiser" in self.parts else ()
+
     def weights(self, name: str) -> Mapping[str, Tensor]:
         """A part's tensors by name; those of a part that is only stored are read one at a time, when asked for."""
         return self.stored[name] if name in self.stored else self.part(name).state_dict()
 
     def fingerprint(self, name: str) -> str:
         """Of a part, wherever its weights are."""
-        return _print_of(self.part(name), self.weights(name))
+        return print_of(self.part(name), self.weights(name))
 
     @property
     def device(self) -> torch.device:
@@ -126,6 +146,8 @@ class VideoModel:
         known = {part: value for part, value in self.card.fingerprints.items() if part != name}
         elsewhere = {part: source for part, source in self.card.sources.items() if part != name}
         changes = {"fingerprints": known, "sources": elsewhere, **card}
+        if isinstance(network, Denoiser):
+            changes["transforms"] = network.backbone.transforms
         return VideoModel(replace(self.card, **changes), {**self.parts, name: network})
 
     def with_lora(self, source: Path | str) -> VideoModel:
@@ -135,6 +157,14 @@ class VideoModel:
         """
         network = updated(self.denoiser, adapters.read_lora(self.denoiser, Path(source)))
         return self.with_part("denoiser", network, provenance={**self.card.provenance, "lora": str(source)})
+
+    def transformed(self, *transforms: Transform) -> VideoModel:
+        """The same model with `transforms` applied to a copy of its denoiser. ValueError where that cannot be."""
+        if not transforms:
+            return self
+        network = copy.deepcopy(self.denoiser)
+        network.backbone = transformed(network.backbone, transforms)
+        return self.with_part("denoiser", network)
 
     # --- sampling -----------------------------------------------------------------------------------------------------
 
@@ -189,8 +219,11 @@ class VideoModel:
     def blank_cond(self, batch: int, num_frames: int | None = None) -> Cond:
         """Conditions that say nothing, as long and wide as this model's longest; of width 1 without a text encoder."""
         if "text" not in self.parts:
-            return Cond(torch.zeros(batch, 1, 1), torch.zeros(batch, 1, dtype=torch.bool))
-        return self.text.blank(batch).with_extra(blank_images(self, batch, num_frames or self.card.num_frames))
+            blank = Cond(torch.zeros(batch, 1, 1), torch.zeros(batch, 1, dtype=torch.bool))
+        else:
+            blank = self.text.blank(batch).with_extra(blank_images(self, batch, num_frames or self.card.num_frames))
+        scalars = self.denoiser.backbone.scalars if "denoiser" in self.parts else ()
+        return blank.with_extra({name: torch.zeros(batch) for name in scalars})
 
     # --- folders ------------------------------------------------------------------------------------------------------
 
@@ -202,16 +235,17 @@ class VideoModel:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         elsewhere = {name: source for name, source in self.card.sources.items() if name != "denoiser"}
-        prints = {}
+        card = replace(self.card, parts={name: describe(part) for name, part in self.parts.items()}, sources=elsewhere)
+        prints, files = {}, {}
         for name, part in self.parts.items():
             if name in elsewhere:
                 prints[name] = self.card.fingerprints.get(name) or self.fingerprint(name)
                 continue
             tensors = {k: _stored(v, dtype) for k, v in part.state_dict().items()}
-            prints[name] = _print_of(part, {k: tensors[k].to(v.dtype) for k, v in part.state_dict().items()})
+            prints[name] = print_of(part, {k: tensors[k].to(v.dtype) for k, v in part.state_dict().items()})
             save_file(tensors, folder / f"{name}.safetensors")
-        parts = {name: describe(part) for name, part in self.parts.items()}
-        card = replace(self.card, parts=parts, sources=elsewhere, fingerprints=prints)
+            files[name] = stamp_of(folder / f"{name}.safetensors")
+        card = replace(card, fingerprints=prints, files=files, transforms=self.transforms)
         (folder / "card.json").write_text(json.dumps(dump(card), indent=2) + "\n")
         return folder
 
@@ -231,28 +265,33 @@ class VideoModel:
         return adapters.export(self, Path(folder), names=names, link=link, recipe=recipe)
 
     @classmethod
-    def from_pretrained(cls, source: Path | str, *, leave: Collection[str] = ()) -> VideoModel:
+    def from_pretrained(cls, source: Path | str, *, leave: Collection[str] = (), trust: bool = False) -> VideoModel:
         """Load a folder, a model in diffusers' layout (a folder or its hub name), or a built-in: `world`, `world/features`.
 
         Networks come in eval mode. The weights of parts to `leave` stay in their files: `weights` reads them when wanted.
+        Files that fewstep wrote are compared with what their card says of them when they are read, unless you `trust` them.
         """
-        return cls.load(read_card(source), source, leave=leave)
+        return cls.load(read_card(source), source, leave=leave, trust=trust)
 
     @classmethod
-    def load(cls, card: Card, source: Path | str, *, leave: Collection[str] = ()) -> VideoModel:
+    def load(cls, card: Card, source: Path | str, *, leave: Collection[str] = (), trust: bool = False) -> VideoModel:
         """As `from_pretrained`, by a card that may say more than the source does (another size, another pattern)."""
         model = cls(card, {})
         for name in card.parts:
-            left, weights = name in leave, None
+            weights, part = None, sketch(name, card)
             if name in card.sources:
-                part = sketch(name, card)
-                weights = adapters.load(part, card.sources[name], leave=left)
+                changes = card.transforms if name == "denoiser" else ()
+                part = sketch(name, replace(card, transforms=()))
+                weights = adapters.load(part, card.sources[name], leave=name in leave and not changes)
+                if changes:
+                    part.backbone = transformed(part.backbone, changes)
             else:
                 path = _folder_of(source) / f"{name}.safetensors"
-                part = sketch(name, card) if left else allocate(name, card)
-                weights = Stored([path], part.state_dict())
+                known = {path: card.files[name]} if name in card.files and not trust else {}
+                weights = Stored([path], part.state_dict(), stamps=known)
                 weights.require_matching(part, path)
-                if not left:
+                if name not in leave:
+                    part = allocate(name, card)
                     part.load_state_dict(dict(weights))
                     weights = None
             model.parts[name] = part.eval()
@@ -269,24 +308,22 @@ def read_card(source: Path | str) -> Card:
     if str(source) not in _BUILT_INS and adapters.is_layout(source):
         return adapters.card(source)
     path = _folder_of(source) / "card.json"
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RecipeError(f"{path} is not a card: {error}; copy the folder again") from None
-    return parse_card(tree, "card.json")
+    return parse_card(load_json(path, "a card"), str(path))
 
 
 def parse_card(tree: Any, where: str) -> Card:
     """The card of its plain values. RecipeError says what is wrong with them, or that they would import code."""
-    _refuse_imports(tree, At(where))
-    card: Card = build(Card, tree, {cls.__name__: cls for cls in NAMED}, where)
+    if not (isinstance(tree, dict) and tree.get("parts")):
+        raise RecipeError(f"{where}: parts is empty or missing, so there is no network to load; copy the folder again")
+    names = {cls.__name__: cls for classes in (NAMED, TRANSFORMS) for cls in classes}
+    card: Card = build(Card, tree, names, where)
     return card
 
 
 def allocate(part: str, card: Card) -> nn.Module:
     """The network of one part, with fresh weights."""
     network = card.parts[part].build()
-    return Denoiser(network, card.path, card.kind) if part == "denoiser" else network
+    return Denoiser(transformed(network, card.transforms), card.path, card.kind) if part == "denoiser" else network
 
 
 def sketch(part: str, card: Card) -> nn.Module:
@@ -311,35 +348,6 @@ def text_width_of(card: Card) -> int | None:
     with torch.device("meta"):
         text: Any = card.parts["text"].build()
     return int(text.width)
-
-
-def describe(part: nn.Module) -> Spec:
-    """Class and constructor arguments of a network; of a denoiser: its backbone's."""
-    return Spec.of(part.backbone if isinstance(part, Denoiser) else part)
-
-
-def fingerprint(part: nn.Module) -> str:
-    """12 hexadecimal characters that change when the class, its arguments or any weight change."""
-    return _print_of(part, part.state_dict())
-
-
-def _print_of(part: nn.Module, tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.blake2b(json.dumps(dump(describe(part)), sort_keys=True).encode(), digest_size=6)
-    for name, value in sorted(tensors.items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())  # NumPy has no bfloat16
-    return digest.hexdigest()
-
-
-def _refuse_imports(tree: Any, at: At) -> None:
-    """A folder of weights comes from anywhere, so its card must not choose what is imported."""
-    for key, value in tree.items() if isinstance(tree, dict) else ():
-        module = value.partition(":")[0] if key == "type" and isinstance(value, str) and ":" in value else None
-        if module is not None and module not in sys.modules:
-            raise at.key(key).fail(
-                f"is {value!r}, a class outside fewstep. If you trust it, import {module} in Python before loading"
-            )
-        _refuse_imports(value, at.key(key))
 
 
 def _folder_of(source: Path | str) -> Path:

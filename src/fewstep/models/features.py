@@ -10,11 +10,13 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fewstep.core.bounds import Size
+
 
 class ClipFeatures(nn.Module):
     """A small 3-D network on clips `[B, 3, F, H, W]` in [-1, 1], any number of frames; H and W multiples of 8."""
 
-    def __init__(self, *, width: int = 32, attribute_sizes: Sequence[int] = ()) -> None:
+    def __init__(self, *, width: Size = 32, attribute_sizes: Sequence[Size] = ()) -> None:
         super().__init__()
         self.args = {"width": width, "attribute_sizes": list(attribute_sizes)}
         self.width = 4 * width

@@ -2,8 +2,9 @@
 
 Each role is a network of its own over one set of frozen weights: nothing says "this adapter is active now". A shared
 network with a switch would compute something else when a block is computed again in the backward pass, after the switch
-was turned. Borrowed weights are buffers that are not saved, so parameters, gradients, optimiser states, averages and
-checkpoints hold the adapters alone, without a special case anywhere. The files are those of the library peft.
+was turned. Borrowed weights are buffers that are not saved, so parameters, gradients, optimiser states and checkpoints
+hold the adapters alone, without a special case anywhere. Averages are of what the adapters add to the weights, because the
+product of two averages is not the average of the products. The files are those of the library peft.
 
 Legend: W weight `[out, in]`, A `[rank, in]`, B `[out, rank]`.
 """
@@ -15,15 +16,19 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fewstep.compress import Branches, transformed
+from fewstep.compress.linear import Found, chosen
 from fewstep.core import Rng
+from fewstep.core.bounds import Positive, Size, require_bounds
+from fewstep.core.yaml import load_json
 from fewstep.models.denoiser import Denoiser
+from fewstep.models.stored import read_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """The files of an adapter folder, as peft names them."""
@@ -36,39 +41,66 @@ _Network = TypeVar("_Network", bound=nn.Module)
 class Lora:
     """Adapters on the linear layers of the blocks: `W + alpha / rank * B A`, with B = 0 in the beginning."""
 
-    rank: int = 32
-    alpha: float = 32.0
+    rank: Size = 32
+    alpha: Positive = 32.0
     """Strength: the update is multiplied by `alpha / rank`."""
     targets: tuple[str, ...] = ()
     """Last parts of the names of the layers that are adapted, such as `qkv` or `mlp.up`; empty: all in the blocks."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or self.alpha <= 0:
-            raise ValueError(f"rank must be at least 1 and alpha positive, got rank={self.rank}, alpha={self.alpha}")
+        require_bounds(self)
 
 
 class LoraLinear(nn.Module):
-    """`x W^T + b + scale (x A^T) B^T`: W and b are borrowed, A and B are its own."""
+    """`base(x) + scale (x A^T) B^T`: `base` is a linear layer of any class whose tensors are borrowed, A and B are its own."""
 
-    weight: Tensor
-
-    def __init__(self, base: nn.Linear, rank: int, scale: float) -> None:
+    def __init__(self, base: nn.Module, rank: int, scale: float) -> None:
         super().__init__()
-        self.scale = scale
-        self.register_buffer("weight", base.weight.detach(), persistent=False)
-        self.register_buffer("bias", None if base.bias is None else base.bias.detach(), persistent=False)
+        self.in_features, self.out_features, self.base, self.scale = base.in_features, base.out_features, base, scale
         place = {"device": base.weight.device, "dtype": base.weight.dtype}
         self.lora_A = nn.utils.skip_init(nn.Linear, base.in_features, rank, bias=False, **place)
         self.lora_B = nn.utils.skip_init(nn.Linear, rank, base.out_features, bias=False, **place)
 
+    @property
+    def weight(self) -> Tensor:
+        """W, which some networks look at."""
+        return self.base.weight  # type: ignore[return-value]
+
     def forward(self, input: Tensor) -> Tensor:
         """The argument has `nn.Linear`'s name, by which some networks give it."""
-        return F.linear(input, self.weight, self.bias) + self.scale * self.lora_B(self.lora_A(input))
+        return self.base(input) + self.scale * self.lora_B(self.lora_A(input))
+
+    @property
+    def up(self) -> Tensor:
+        """B."""
+        return self.lora_B.weight
+
+    @property
+    def down(self) -> Tensor:
+        """A."""
+        return self.lora_A.weight
 
     @property
     def update(self) -> Tensor:
         """What is added to W."""
-        return self.scale * (self.lora_B.weight @ self.lora_A.weight)
+        return self.scale * (self.up @ self.down)
+
+    @torch.no_grad()
+    def average(self, other: LoraLinear, decay: float) -> None:
+        """Make the update `decay` of its own and `1 - decay` of the `other`'s: the nearest of this rank (Eckart and Young 1936).
+
+        Exact while the two rank-r updates span r directions together; what both add beyond them is cut off.
+        """
+        b, a = self.lora_B.weight, self.lora_A.weight
+        share = (1 - decay) * other.scale / self.scale
+        left = torch.cat([decay * b.float(), share * other.lora_B.weight.to(b.device).float()], 1)
+        right = torch.cat([a.float(), other.lora_A.weight.to(a.device).float()])
+        (left, inner), (right, outer) = torch.linalg.qr(left), torch.linalg.qr(right.mT)
+        u, size, v = torch.linalg.svd(inner @ outer.mT, full_matrices=False)
+        root = size[: len(a)].sqrt()
+        kept = len(root)  # fewer than the rank where a side of the layer is narrower than it
+        b.zero_()[:, :kept] = left @ u[:, :kept] * root
+        a.zero_()[:kept] = (right @ v[:kept].mT * root).mT
 
 
 class LowRank(NamedTuple):
@@ -89,13 +121,12 @@ class LowRank(NamedTuple):
 def adapt(base: Denoiser, lora: Lora, rng: Rng) -> Denoiser:
     """A network that equals `base` until its adapters, its only parameters, are trained. It follows `base`'s weights.
 
-    ValueError names a target that no layer has.
+    ValueError names a target that no layer has, and refuses a network that has adapters already.
     """
-    chosen = set(_targets(base, lora.targets))
+    if adapters(base):
+        raise ValueError("this network has adapters already; merge them into it first")
     twin = _borrow(base)
-    for parent, child, name, linear in list(_linears(twin)):
-        if name not in chosen:
-            continue
+    for name, parent, child, linear in _targets(twin, lora.targets):
         layer = LoraLinear(linear, lora.rank, lora.alpha / lora.rank)
         with torch.no_grad():
             first = rng.rand(tuple(layer.lora_A.weight.shape), name)
@@ -135,19 +166,39 @@ def adapters(network: nn.Module) -> dict[str, LoraLinear]:
 
 
 def merge(base: nn.Module, network: nn.Module) -> nn.Module:
-    """A plain network with the weights of `base` plus the adapters of `network`; `network` itself if it has none."""
+    """A network without adapters that computes what `base` with those of `network` does; `network` itself if it has none."""
     layers = adapters(network)
     return updated(base, layers) if layers else network
 
 
 @torch.no_grad()
 def updated(base: _Network, layers: Mapping[str, LoraLinear] | Mapping[str, LowRank]) -> _Network:
-    """A copy of `base` with each update added to the weight of the layer it is named after."""
+    """A copy of `base` with each update added to the weight of the layer it is named after.
+
+    Where a layer has no float weight (`Int8`), the update stays beside it, as one of `Branches`.
+    """
     whole = copy.deepcopy(base)
+    beside: dict[str, LoraLinear | LowRank] = {}
     for name, layer in layers.items():
-        weight: Tensor = whole.get_submodule(name).weight  # type: ignore[assignment]
-        weight += layer.update.to(weight)
+        weight = whole.get_submodule(name)._parameters.get("weight")
+        if weight is None:
+            beside[name] = layer
+        else:
+            weight.add_(layer.update.to(weight))
+    if beside:
+        _put_beside(whole, beside)
     return whole
+
+
+def _put_beside(denoiser: Any, layers: Mapping[str, LoraLinear | LowRank]) -> None:
+    """Make each update a low-rank branch of its layer. Ranks that are smaller than the largest are filled up with zeros."""
+    rank = max(len(layer.down) for layer in layers.values())
+    branches = Branches(rank=rank, targets=tuple(name.removeprefix("backbone.") for name in layers))
+    denoiser.backbone = transformed(denoiser.backbone, [branches])
+    for name, layer in layers.items():
+        branch, own = denoiser.get_submodule(name), len(layer.down)
+        branch.down.weight.zero_()[:own] = layer.down
+        branch.up.weight.zero_()[:, :own] = layer.scale * layer.up
 
 
 def save_adapter(network: nn.Module, folder: Path, base: str) -> Path:
@@ -178,7 +229,7 @@ def load_adapter(base: Denoiser, folder: Path | str) -> Denoiser:
     for file in (CONFIG, WEIGHTS):
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder / file} is missing; give a folder with {CONFIG} and {WEIGHTS}")
-    config, stored = json.loads((folder / CONFIG).read_text(encoding="utf-8")), load_file(folder / WEIGHTS)
+    config, stored = load_json(folder / CONFIG, "a LoRA's settings"), read_tensors(folder / WEIGHTS)
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or config.get("use_dora"):
         raise ValueError(
             f"{folder / CONFIG} describes {config.get('peft_type')} with extras; plain LoRA is what is read"
@@ -194,27 +245,12 @@ def load_adapter(base: Denoiser, folder: Path | str) -> Denoiser:
     return network
 
 
-def _targets(base: Denoiser, wanted: tuple[str, ...]) -> list[str]:
-    """Names of the linear layers to adapt."""
-    names = [name for _, _, name, _ in _linears(base)]
-    inside = [name for name in names if name.startswith("backbone.blocks.")]
-    for target in wanted:
-        if not any(_ends(name, target) for name in names):
-            known = sorted({name.split(".", 3)[-1] for name in inside})
-            raise ValueError(f"lora.targets: no linear layer is called {target!r}; the blocks have {', '.join(known)}")
-    return [name for name in names if any(_ends(name, target) for target in wanted)] if wanted else inside
-
-
-def _ends(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
-
-
-def _linears(network: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Linear]]:
-    """Parent, name within it, full name and layer of every linear layer."""
-    for path, parent in network.named_modules():
-        for child, layer in parent.named_children():
-            if type(layer) is nn.Linear:
-                yield parent, child, f"{path}.{child}" if path else child, layer
+def _targets(network: Denoiser, targets: tuple[str, ...]) -> list[Found]:
+    """The linear layers to adapt."""
+    try:
+        return chosen(network, targets)
+    except ValueError as error:
+        raise ValueError(f"lora.targets: {error}") from None
 
 
 def _matrices(layers: dict[str, LoraLinear]) -> Iterator[tuple[str, str, Tensor]]:

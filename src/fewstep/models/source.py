@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 from fewstep.attention import Pattern
+from fewstep.compress import Transform, transformed
 from fewstep.core import RecipeError
+from fewstep.core.bounds import FrameRate, Size
 from fewstep.diffusion import Contract, Kind, NoisePath, RectifiedFlow
 from fewstep.models import adapters
 from fewstep.models.bundle import PARTS, Card, VideoModel, allocate, latent_shape_of, read_card
@@ -46,12 +48,14 @@ class Pretrained(ModelSource):
     """`world`, the teacher shipped with the package, or a folder (a run's `student/`)."""
     lora: str | None = None
     """A LoRA to merge into the teacher, file or folder: its style is then what the student learns."""
+    transforms: tuple[Transform, ...] = ()
+    """Applied to the denoiser after those of its card, and after the LoRA: teacher and student are both changed."""
 
     def card(self) -> Card:
-        return _restyled(read_card(self.source), self.lora)
+        return _changed(_restyled(read_card(self.source), self.lora), self.transforms)
 
     def load(self, leave: Collection[str] = (), parts: Collection[str] = PARTS) -> VideoModel:
-        return _load(_only(read_card(self.source), parts), self.source, self.lora, leave)
+        return _load(_only(read_card(self.source), parts), self, leave)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +66,10 @@ class Diffusers(ModelSource):
     """
 
     source: str
-    num_frames: int | None = None
-    height: int | None = None
-    width: int | None = None
-    fps: int | None = None
+    num_frames: Size | None = None
+    height: Size | None = None
+    width: Size | None = None
+    fps: FrameRate | None = None
     negative_prompt: str | None = None
     """What guidance leads away from."""
     pattern: Pattern | None = None
@@ -76,9 +80,11 @@ class Diffusers(ModelSource):
     """Of the text encoder's weights."""
     lora: str | None = None
     """A LoRA to merge into the teacher, file or folder: its style is then what the student learns."""
+    transforms: tuple[Transform, ...] = ()
+    """Applied to the denoiser, after the LoRA: teacher and student are both changed."""
 
     def card(self) -> Card:
-        return _restyled(self._plain(), self.lora)
+        return _changed(_restyled(self._plain(), self.lora), self.transforms)
 
     def _plain(self) -> Card:
         """The card without the LoRA."""
@@ -103,7 +109,18 @@ class Diffusers(ModelSource):
         return adapters.at_size(card)
 
     def load(self, leave: Collection[str] = (), parts: Collection[str] = PARTS) -> VideoModel:
-        return _load(_only(self._plain(), parts), self.source, self.lora, leave)
+        return _load(_only(self._plain(), parts), self, leave)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Previous(ModelSource):
+    """In a recipe with stages: the student of the stage before, as the teacher of this one."""
+
+    def card(self) -> Card:
+        raise RecipeError("recipe: model: Previous is for the second and later of a recipe's stages; name a model")
+
+    def load(self, leave: Collection[str] = (), parts: Collection[str] = PARTS) -> VideoModel:
+        raise RecipeError("recipe: model: Previous is for the second and later of a recipe's stages; name a model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,15 +134,17 @@ class Scratch(ModelSource):
     text: Spec | str | None = None
     codec: Spec | str | None = None
     features: Spec | str | None = None
+    transforms: tuple[Transform, ...] = ()
+    """Applied to the denoiser, after those of its card where it is taken from a folder."""
     path: NoisePath = RectifiedFlow()
     kind: Kind = "flow"
     """What the denoiser predicts."""
     contract: Contract = Contract()
     """How the trained model will be sampled."""
-    num_frames: int = 16
-    height: int = 32
-    width: int = 32
-    fps: int = 8
+    num_frames: Size = 16
+    height: Size = 32
+    width: Size = 32
+    fps: FrameRate = 8
     name: str = "scratch"
     seed: int = 0
     """Of the first weights."""
@@ -148,19 +167,24 @@ class Scratch(ModelSource):
         taken = {name: part for name, part in self.parts.items() if isinstance(part, str)}
         cards = {name: read_card(folder) for name, folder in taken.items()}
         prints = {name: card.fingerprints.get(name, "") for name, card in cards.items()}
-        return Card(
-            name=self.name, parts=specs, path=self.path, kind=self.kind, contract=self.contract,
+        taken_with = cards["denoiser"].transforms if "denoiser" in cards else ()
+        made = Card(
+            name=self.name, parts=specs, transforms=taken_with, path=self.path, kind=self.kind, contract=self.contract,
             num_frames=self.num_frames, height=self.height, width=self.width, fps=self.fps,
             fingerprints={name: prints.get(name, MADE_NEW) for name in specs},
             provenance={f"{name}.{key}": value for name, card in cards.items() for key, value in card.provenance.items()},
         )  # fmt: skip
+        return _changed(made, self.transforms)
 
     def load(self, leave: Collection[str] = (), parts: Collection[str] = PARTS) -> VideoModel:
         card, made = self.card(), {}
+        plain = replace(card, transforms=())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             for name, part in self.parts.items():  # all: a part's first weights do not depend on which are asked for
-                made[name] = allocate(name, card) if isinstance(part, Spec) else _part_in(part, name)
+                made[name] = allocate(name, plain) if isinstance(part, Spec) else _part_in(part, name)
+        if "denoiser" in made:
+            made["denoiser"].backbone = transformed(made["denoiser"].backbone, self.transforms)
         return VideoModel(_only(card, parts), {name: part for name, part in made.items() if name in parts})
 
 
@@ -180,11 +204,27 @@ def _restyled(card: Card, lora: str | None) -> Card:
     return replace(card, fingerprints=prints, provenance=card.provenance | {"lora": lora})
 
 
-def _load(card: Card, source: str, lora: str | None, leave: Collection[str]) -> VideoModel:
-    """With a LoRA every weight is read, because every weight may change."""
-    if lora is None:
-        return VideoModel.load(card, source, leave=leave)
-    return VideoModel.load(card, source, leave=set(leave) - {"denoiser"}).with_lora(lora)
+def _changed(card: Card, transforms: tuple[Transform, ...]) -> Card:
+    """With further transforms: the denoiser's weights are not those that the card knew. RecipeError without a denoiser."""
+    if not transforms:
+        return card
+    if "denoiser" not in card.parts:
+        raise RecipeError(
+            f"recipe: model.transforms change a denoiser, and this model has none; it has {', '.join(card.parts)}"
+        )
+    prints = {part: known for part, known in card.fingerprints.items() if part != "denoiser" or known == MADE_NEW}
+    return replace(card, fingerprints=prints, transforms=(*card.transforms, *transforms))
+
+
+def _load(card: Card, source: Pretrained | Diffusers, leave: Collection[str]) -> VideoModel:
+    """With a LoRA or transforms every weight is read, because every weight may change."""
+    if source.lora is not None or source.transforms:
+        leave = set(leave) - {"denoiser"}
+    model = VideoModel.load(card, source.source, leave=leave)
+    if "denoiser" not in model.parts:
+        return model
+    model = model if source.lora is None else model.with_lora(source.lora)
+    return model.transformed(*source.transforms)
 
 
 def _only(card: Card, parts: Collection[str]) -> Card:

@@ -54,11 +54,15 @@ class Spec:
     def build(self) -> nn.Module:
         """Allocate the network. RecipeError names an unknown class or argument and the nearest known one."""
         network, at = _network(self.type, At("network", "type")), At("network", self.type)
-        return network(**build_arguments(network, self.args, {c.__name__: c for c in PATTERNS}, at))
+        arguments = build_arguments(network, self.args, {c.__name__: c for c in PATTERNS}, at)
+        try:
+            return network(**arguments)
+        except ValueError as error:
+            raise at.refuse(error) from error
 
 
 def _network(name: Any, at: At) -> type[nn.Module]:
     """The class of one of `NETWORKS` or of the adapters' `PARTS`, or of an import path `package.module:Class`."""
-    if name in PARTS:
+    if isinstance(name, str) and name in PARTS:
         return part_class(name)
     return find_class(name, nn.Module, {c.__name__: c for c in NETWORKS}, at)

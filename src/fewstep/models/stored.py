@@ -1,38 +1,67 @@
-"""Weights that stay in their safetensors files until they are asked for."""
+"""Weights that stay in their safetensors files until they are asked for, and what is checked before they are believed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fewstep.core import RecipeError
+from fewstep.core.env import place
+from fewstep.core.stamp import stamp_of
+
+
+def open_tensors(path: Path) -> Any:
+    """A safetensors file. FileNotFoundError or RecipeError name one that is missing or damaged, and what to do."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; the folder is incomplete, copy it again")
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise RecipeError(f"{path} is cut short or no safetensors file ({error}); copy or download it again") from None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file. Errors as of `open_tensors`."""
+    file = open_tensors(path)
+    return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
 
 
 class Stored(Mapping[str, Tensor]):
     """Tensors of one or several safetensors files, each read when it is asked for, in the dtype of its namesake in `like`.
 
     `names` are those in the files, by those in `like`, where they differ: with the file's folder and a `/` in front where
-    several folders may have the same. FileNotFoundError names a file that is missing.
+    several folders may have the same. Files with one of the `stamps` are compared with it before the first tensor is read:
+    RecipeError names one that is not as it was written. FileNotFoundError names a file that is missing.
     """
 
     def __init__(
-        self, paths: Sequence[Path], like: Mapping[str, Tensor], names: Mapping[str, str] = MappingProxyType({})
+        self,
+        paths: Sequence[Path],
+        like: Mapping[str, Tensor],
+        names: Mapping[str, str] = MappingProxyType({}),
+        stamps: Mapping[Path, str] = MappingProxyType({}),
     ) -> None:
-        for path in paths:
-            if not path.is_file():
-                raise FileNotFoundError(f"{path} is missing; the folder is incomplete, copy it again")
+        self._unchecked = dict(stamps) if place().local_rank == 0 else {}  # once per machine
         self._like, mine = like, {names.get(name, name): name for name in like}
         self._place = {}
         for path in paths:
-            file = safe_open(path, framework="pt")
+            file = open_tensors(path)
             for name in file.keys():  # noqa: SIM118 - it is no mapping
                 self._place[mine.get(f"{path.parent.name}/{name}", mine.get(name, name))] = (file, name)
 
     def __getitem__(self, name: str) -> Tensor:
+        while self._unchecked:
+            path, stamp = self._unchecked.popitem()
+            if stamp_of(path) != stamp:
+                raise RecipeError(
+                    f"{path} is not as it was written: some of its bytes have changed. Copy it again from where it came; "
+                    "to use it all the same, trust it (--trust, or trust=True)"
+                )
         file, stored = self._place[name]
         tensor: Tensor = file.get_tensor(stored)
         return tensor.to(self._like[name].dtype)
@@ -56,3 +85,9 @@ class Stored(Mapping[str, Tensor]):
         """RecipeError names the first tensors that do not fit `network`."""
         if odd := self.odd(network):
             raise RecipeError(f"{where}: tensors do not match the card's network: {', '.join(odd[:4])}")
+        for name, (file, stored) in self._place.items():
+            kind = file.get_slice(stored).get_dtype()
+            if self._like[name].is_floating_point() and "F" not in kind:
+                raise RecipeError(
+                    f"{where}: {name} is stored as {kind}, and the network has numbers; copy the folder again"
+                )

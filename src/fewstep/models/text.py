@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewstep.attention import attend
+from fewstep.core.bounds import Count, Depth, Size
 from fewstep.core.types import Cond
 
 _WORD = re.compile(r"\w+(?:[-']\w+)*")
@@ -29,14 +30,16 @@ class TextEncoder(nn.Module):
     def __init__(
         self,
         *,
-        width: int = 128,
-        length: int = 24,
-        buckets: int = 4096,
-        depth: int = 2,
-        heads: int = 4,
-        attribute_sizes: Sequence[int] = (),
+        width: Size = 128,
+        length: Size = 24,
+        buckets: Count = 4096,
+        depth: Depth = 2,
+        heads: Depth = 4,
+        attribute_sizes: Sequence[Size] = (),
     ) -> None:
         super().__init__()
+        if width % heads:
+            raise ValueError(f"width {width} does not divide into {heads} heads; change width or heads")
         self.args = {
             "width": width, "length": length, "buckets": buckets, "depth": depth, "heads": heads,
             "attribute_sizes": list(attribute_sizes),

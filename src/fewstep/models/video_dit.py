@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fewstep.attention import Dense, Grid3, Operation, Pattern, attend
 from fewstep.core import KV, Call, Cond
+from fewstep.core.bounds import Depth, Positive, Size
 from fewstep.models.backbone import Backbone, Context, Tokens, read
 from fewstep.models.rotary import FrameRotary
 
@@ -31,17 +32,18 @@ class VideoDiT(Backbone):
     """2-5 M parameters at the default size; head dimension `width / heads` must be even and at least 6."""
 
     shares = True
+    takes_scalars = True
 
     def __init__(
         self,
         *,
-        channels: int = 4,
-        width: int = 192,
-        depth: int = 8,
-        heads: int = 4,
-        mlp_ratio: float = 4.0,
-        patch: int = 2,
-        text_width: int = 128,
+        channels: Size = 4,
+        width: Size = 192,
+        depth: Depth = 8,
+        heads: Depth = 4,
+        mlp_ratio: Positive = 4.0,
+        patch: Size = 2,
+        text_width: Size = 128,
         pattern: Pattern = Dense(),
     ) -> None:
         super().__init__()
@@ -69,6 +71,7 @@ class VideoDiT(Backbone):
             x_BNE = self.patches(patchify(x, self.patch))
             text = cond.text.to(x.dtype)
             time_BGE = self.time(time_features(time_groups(t, x))) + self.pooled_text(_mean(text, cond.mask))[:, None]
+            time_BGE = self.with_scalars(time_BGE, cond)
             modulation = self.modulation(F.silu(time_BGE)).unflatten(-1, (6, self.width))
         context = Context(
             modulation_BG6E=modulation,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core import Batch, Rng
+from fewstep.core.bounds import Natural, Size
 from fewstep.data.base import Data, DataError, Source
 from fewstep.data.images import require_text_alone
 from fewstep.data.texts import Texts
@@ -31,8 +32,8 @@ class WorldClips(Data):
 
     provides: ClassVar[frozenset[str]] = frozenset({"prompts", "x0", "frames", "labels"})
 
-    num_frames: int = 16
-    pool: int = 0
+    num_frames: Size = 16
+    pool: Natural = 0
     """Clips kept in memory as latents (8 kB each at 16 frames); 0 renders every batch anew."""
     pool_seed: int = 0
     style: Literal["plain", "neon"] = "plain"

@@ -20,15 +20,16 @@ from torch import Tensor
 
 from fewstep.attention.kernels import attend
 from fewstep.attention.pattern import Operation, Pattern, Site
+from fewstep.core.bounds import Fraction, Size
 
 
 @dataclass(frozen=True)
 class TopK(Pattern):
     """Block-sparse attention by a router without parameters: the best `keep` of all blocks, always its own."""
 
-    block: int = 64
+    block: Size = 64
     """Tokens of a block."""
-    keep: float = 0.25
+    keep: Fraction = 0.25
     """Share of the blocks of keys that each block of queries reads, rounded up; 1 is dense attention, bit for bit."""
 
     def __post_init__(self) -> None:

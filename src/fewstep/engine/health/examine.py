@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from fewstep.engine.health.monitor import Monitor, judge_of, unexamined
 from fewstep.engine.health.record import FILE
-from fewstep.engine.health.vitals import figures
+from fewstep.engine.health.vitals import figures, unsaid
 from fewstep.engine.log import RunLog
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def examine(run: Run, monitor: Monitor, log: RunLog) -> None:
     run.nets.bring(*sorted(run.nets.keys() & {"teacher", judge_of(run.method), run.method.critic}))
     check = monitor.check(run.student(), run.step)
     run.figures |= {f"health/{name}": value for name, value in figures(check.vitals).items()}
-    log.say(f"step {run.step}: {check.verdict}" + "".join(f"; {what}" for what in check.done))
+    log.say(f"step {run.step}: {check.verdict}" + "".join(f"; {what}" for what in (*check.done, *unsaid(check.vitals))))
     if run.probe is None and monitor.note_best(check):
         run.keep(run.output / "best")
     if run.probe is None and monitor.returns_best and (monitor.stopped or run.step == run.settings.steps):

@@ -117,6 +117,7 @@ class Gauge:
             motion=float(motion(frames).mean()) if frames.shape[2] > 1 else None,
             diversity=float(diversity(frames.unflatten(0, groups)).mean()),
             by_frame=tuple(latents.transpose(0, 2).flatten(1).std(1).tolist()),
+            heed=self._heed(frames, teacher.frames),
         )
 
     def mixed(self, sampled: Sampled) -> Tensor:
@@ -158,9 +159,19 @@ class Gauge:
         return Checker().score(frames.cpu(), scenes * (len(frames) // len(scenes))).accuracy()["all"]
 
     def _distance(self, frames: Tensor, teacher: Tensor) -> float:
-        reference = features(teacher).unflatten(0, (-1, self.seeds))
-        mine = features(frames).unflatten(0, (-1, self.seeds)).split(len(self.prompts))
+        (reference,), mine = self._by_prompt(teacher), self._by_prompt(frames)
         return sum(float(energy(part, reference).mean()) for part in mine) / len(mine)
+
+    def _heed(self, frames: Tensor, teacher: Tensor) -> float | None:
+        if len(self.prompts) < 2:
+            return None
+        (reference,), mine = self._by_prompt(teacher), self._by_prompt(frames)
+        whole = _nearer(reference, reference)
+        return sum(_nearer(part, reference) for part in mine) / len(mine) / whole if whole > 0 else None
+
+    def _by_prompt(self, frames: Tensor) -> list[Tensor]:
+        """Features `[P, S, D]` of each step count's clips."""
+        return list(features(frames).unflatten(0, (-1, self.seeds)).split(len(self.prompts)))
 
 
 @torch.no_grad()
@@ -177,6 +188,12 @@ def decode(model: VideoModel, latents: Tensor) -> Tensor:
 def features(frames: Tensor) -> Tensor:
     """`[B, D]`: appearance and motion, or appearance alone where there is no motion to speak of."""
     return pooled(frames) if frames.shape[2] >= 3 else adaptive_avg_pool3d(frames.float(), (1, 4, 4)).flatten(1)
+
+
+def _nearer(mine: Tensor, reference: Tensor) -> float:
+    """Mean energy distance of features `[P, S, D]` to the reference of other prompts, minus that to their own."""
+    others = [float(energy(mine, reference.roll(shift, 0)).mean()) for shift in range(1, len(mine))]
+    return sum(others) / len(others) - float(energy(mine, reference).mean())
 
 
 def drift(latents: Tensor, reference: Tensor) -> float:

@@ -99,8 +99,15 @@ class Monitor:
         if "student" not in roles:
             return
         self.names |= set(terms)
-        if self.terms is not None and len(self.names) > 1 and not self.settings.compile and self.processes.world == 1:
+        if self.terms is not None and len(self.names) > 1 and not self.uncompared:
             self.terms.add(terms, self.nets.roles["student"])
+
+    @property
+    def uncompared(self) -> str:
+        """Why the gradients of loss terms are not compared; empty where they are."""
+        if self.settings.compile:
+            return "settings.compile: a compiled graph runs backward once"
+        return "several processes: each has a part of the gradient" if self.processes.world > 1 else ""
 
     # --- a check ------------------------------------------------------------------------------------------------------
 
@@ -144,7 +151,7 @@ class Monitor:
 
         The score is accuracy (if any) minus the share of the first distance that is left.
         """
-        if not self.health.keep_best or check.verdict.word not in ("improving", "stalled"):
+        if not self.health.keep_best or check.verdict.word in ("diverging", "collapsing"):
             return False
         start, looks = self.record.baselines[check.vitals.grid].start, check.vitals.looks
         score = (looks.accuracy or 0.0) - looks.distance / max(start.distance, 1e-9)
@@ -183,7 +190,13 @@ class Monitor:
             critic=critic,
             lag=lag,
             cosine=self.terms.cosine() if self.terms is not None else None,
+            unmeasured=self._unmeasured,
         )
+
+    @property
+    def _unmeasured(self) -> dict[str, str]:
+        accuracy = {} if self.gauge.scenes else {"accuracy": "no checker reads these prompts"}
+        return accuracy | ({"cosine": self.uncompared} if len(self.names) > 1 and self.uncompared else {})
 
     def _critic(self, sampled: Sampled, grid: str, contract: Contract) -> tuple[float | None, float | None]:
         """The critic's error relative to its judge's on fresh samples, and that relative to the same on old ones.

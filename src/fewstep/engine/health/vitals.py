@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-Word = Literal["improving", "stalled", "diverging", "collapsing"]
+Word = Literal["improving", "unclear", "stalled", "diverging", "collapsing"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,9 @@ class Looks:
     diversity: float
     by_frame: tuple[float, ...]
     """Standard deviation of the latents frame by frame: rot that spreads from one end shows here first."""
+    heed: float | None = None
+    """By how much nearer clips are to the teacher's of their own prompt than to those of the other prompts, relative to the
+    teacher's own: 1 = as the teacher, 0 = the prompt makes no difference. Blurs may have more. None with a single prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +61,8 @@ class Vitals:
     """That figure relative to the same on samples of the student before training: above 1, it knows old ones better."""
     cosine: float | None = None
     """Smallest cosine between the gradients of two loss terms of the student; None with a single term."""
+    unmeasured: dict[str, str] = field(default_factory=dict)
+    """Figures that this run has something to measure on and cannot measure, and why."""
 
 
 @dataclass(frozen=True)
@@ -94,3 +99,8 @@ def figures(vitals: Vitals) -> dict[str, float]:
     found |= {f"moved/{role}": share for role, share in vitals.moved.items()}
     frames = vitals.looks.by_frame
     return found | {f"std/frame {i}": std for i, std in enumerate(frames)} if len(frames) > 1 else found
+
+
+def unsaid(vitals: Vitals) -> list[str]:
+    """What the verdict does not rest on, in words: to be said wherever the verdict is."""
+    return [f"not measured: {name} ({why})" for name, why in vitals.unmeasured.items()]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fewstep.attention import BlockCausal, Dense
 from fewstep.core import Cond, Rng
+from fewstep.core.bounds import Size, require_bounds
 from fewstep.models import Denoiser, VideoModel
 from fewstep.models.backbone import Backbone, Original
 from fewstep.models.repattern import repattern
@@ -55,16 +56,21 @@ class Measured:
 class Options:
     """At what size, and with which inputs. None is the model's own size where that is small, or else a small one."""
 
-    num_frames: int | None = None
-    height: int | None = None
-    width: int | None = None
-    steps: int = 4
+    num_frames: Size | None = None
+    height: Size | None = None
+    width: Size | None = None
+    steps: Size = 4
     """Of sampling."""
     seed: int = 0
     prompts: tuple[str, ...] = ()
     """The first one captions `video`. Default: of the built-in world, whose clips any trained model can denoise."""
     video: Path | None = None
     """A known clip for the checks that need trained weights (default: a rendered one)."""
+
+    def __post_init__(self) -> None:
+        require_bounds(self)
+        if self.video is not None and not self.video.is_file():
+            raise FileNotFoundError(f"{self.video}: there is no such video file")
 
 
 class Subject:

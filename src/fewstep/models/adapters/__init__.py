@@ -82,6 +82,11 @@ def at_size(card: Card) -> Card:
 def load(part: nn.Module, source: str, *, leave: bool = False) -> Stored | None:
     """Give a part of the meta device its weights; with `leave` return them in their files instead, if names allow."""
     network = getattr(part, "backbone", part)
+    if not hasattr(network, "folders"):
+        raise RecipeError(
+            f"the card takes the weights of {type(network).__name__} from {source}, and it is fewstep's own; "
+            "take it out of the card's `sources`"
+        )
     layout = _module("layout").Layout.find(source, network.folders)
     stored: Stored | None = layout.stored(part) if leave else None
     if stored is None:

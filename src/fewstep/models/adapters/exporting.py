@@ -47,7 +47,7 @@ def export(model: VideoModel, folder: Path, *, names: Names, link: bool, recipe:
         if link:
             raise ValueError("one file of weights has nothing to link; leave link out, or write diffusers' layout")
         return _export_weights(model, folder, names, recipe)
-    _require_dense(model)
+    _require_plain(model)
     usage = _usage(model)
     card, layout = _sealed(model), usage.layout
     made: dict[str, Any] = {**usage.original.networks, **usage.schedulers()}
@@ -73,7 +73,7 @@ def export_lora(model: VideoModel, adapter: Path, folder: Path, *, names: Names,
 
     Errors as in `export`; FileNotFoundError where there are no adapters.
     """
-    _require_dense(model)
+    _require_plain(model)
     usage = _usage(model)
     if not usage.takes_lora:
         raise ValueError(f"diffusers loads no LoRA into its {usage.pipeline}; export the whole student")
@@ -112,7 +112,7 @@ def _describe(draft: Path, card: Card, title: str, usage: Mapping[int, str], rec
 
 def _export_weights(model: VideoModel, folder: Path, names: Names, recipe: str) -> Path:
     """The denoiser alone, a file for each of its networks; the card is in the files' metadata, and on the page."""
-    _require_dense(model)
+    _require_plain(model)
     backbone, card = model.denoiser.backbone, _sealed(model)
     rename = names_of(model.denoiser, names)
     files = file_names(backbone.folders, names, folder.name)  # type: ignore[arg-type]
@@ -135,8 +135,9 @@ def stamped(layout: Layout) -> Card | None:
     return replace(card, sources=dict.fromkeys(card.parts, layout.source))
 
 
-def _require_dense(model: VideoModel) -> None:
-    """ValueError for a causal student."""
+def _require_plain(model: VideoModel) -> None:
+    """ValueError for a causal student, and for a network that is transformed."""
+    model.denoiser.backbone.require_plain()
     if not isinstance(getattr(model.denoiser.backbone, "pattern", Dense()), Dense):
         name = type(model.denoiser.backbone).__name__
         raise ValueError(
@@ -167,7 +168,7 @@ def _sealed(model: VideoModel) -> Card:
     prints = {name: model.card.fingerprints.get(name) or model.fingerprint(name) for name in model.parts}
     prints["denoiser"] = model.fingerprint("denoiser")
     parts = {name: describe(part) for name, part in model.parts.items()}
-    return replace(model.card, parts=parts, sources={}, fingerprints=prints)
+    return replace(model.card, parts=parts, sources={}, fingerprints=prints, files={})
 
 
 def _layout(model: VideoModel) -> Layout:

@@ -56,6 +56,7 @@ class HunyuanVideo(StreamsBackbone):
 
     network = HunyuanVideoTransformer3DModel
     block = StreamsBlock
+    shares = True
 
     def __init__(self, *, config: dict[str, Any], guidance: float = _GUIDANCE, pattern: Pattern = Dense()) -> None:
         super().__init__()

@@ -63,6 +63,7 @@ class HunyuanVideo15(StreamsBackbone):
 
     network = HunyuanVideo15Transformer3DModel
     block = StreamsBlock
+    shares = True
 
     def __init__(self, *, config: dict[str, Any], pattern: Pattern = Dense()) -> None:
         super().__init__()

@@ -14,12 +14,14 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from fewstep.compress.linear import linears
+from fewstep.core.yaml import load_json
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.lora import CONFIG, PREFIX, WEIGHTS, LowRank
+from fewstep.models.stored import open_tensors, read_tensors
 
 Names = Literal["diffusers", "comfyui"]
 NAMES: Mapping[Names, str] = MappingProxyType(
@@ -67,7 +69,7 @@ def write_lora(denoiser: Denoiser, adapter: Path, folder: Path, names: Names, st
     files = file_names(denoiser.backbone.folders, names, stem)  # type: ignore[arg-type]
     rename, prefix, usual = names_of(denoiser, names), _prefix(denoiser, names), next(iter(files))
     written: dict[str, dict[str, Tensor]] = {network: {} for network in files}
-    for name, value in load_file(adapter / WEIGHTS).items():
+    for name, value in read_tensors(adapter / WEIGHTS).items():
         layer, end = _split(name.removeprefix(f"{PREFIX}backbone."))
         if _UNCALLABLE.search(layer):
             raise ValueError(
@@ -88,7 +90,11 @@ def read_lora(denoiser: Denoiser, source: Path) -> dict[str, LowRank]:
     FileNotFoundError or ValueError say what is wrong.
     """
     file, config = _find(source)
-    tensors, strength = load_file(file), _strength(file, config)
+    tensors, strength = read_tensors(file), _strength(file, config)
+    if not tensors:
+        raise ValueError(
+            f"{file}: there are no tensors in it; give a LoRA as a .safetensors file, or a folder with one"
+        )
     layers, updates = _layers(denoiser), {}
     odd = sorted(name for name in tensors if _split(name)[0] not in layers or _split(name)[1] not in _ENDS)
     if odd:
@@ -114,7 +120,7 @@ def _find(source: Path) -> tuple[Path, dict[str, Any]]:
     if source.is_file():
         return source, {}
     if (source / CONFIG).is_file():
-        return source / WEIGHTS, json.loads((source / CONFIG).read_text(encoding="utf-8"))
+        return source / WEIGHTS, load_json(source / CONFIG, "a LoRA's settings")
     files = sorted(source.glob("*.safetensors"))
     if len(files) != 1:
         found = f"there are {len(files)} .safetensors files in it" if source.is_dir() else "no such file or folder"
@@ -125,7 +131,7 @@ def _find(source: Path) -> tuple[Path, dict[str, Any]]:
 def _strength(file: Path, config: dict[str, Any]) -> float:
     """`alpha / rank` of tensors that have no alpha of their own."""
     if not config:
-        with safe_open(file, framework="pt") as opened:
+        with open_tensors(file) as opened:
             written = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
         config = {key.rpartition(".")[2]: value for key, value in written.items()}
     special = [key for key in ("rank_pattern", "alpha_pattern", "use_dora", "use_rslora") if config.get(key)]
@@ -138,10 +144,9 @@ def _layers(denoiser: Denoiser) -> dict[str, str]:
     """Linear layers by every name that a file may call them."""
     backbone, found = denoiser.backbone, dict[str, str]()
     outside = [(names_of(denoiser, names), _prefix(denoiser, names)) for names in _known(denoiser)]
-    for name, module in backbone.named_modules():
-        if isinstance(module, torch.nn.Linear):
-            found |= {prefix + rename(name): f"backbone.{name}" for rename, prefix in outside}
-            found[f"{PREFIX}backbone.{name}"] = f"backbone.{name}"
+    for name, *_ in linears(backbone):
+        found |= {prefix + rename(name): f"backbone.{name}" for rename, prefix in outside}
+        found[f"{PREFIX}backbone.{name}"] = f"backbone.{name}"
     return found
 
 

@@ -32,6 +32,7 @@ class DiffusersBackbone(Backbone):
         )
 
     def original(self) -> Original:
+        self.require_plain()
         network = self._rebuilt()
         return Original({self.folders[0]: network}, partial(self.by_original, network))
 

@@ -131,6 +131,7 @@ class Wan(DiffusersBackbone):
 
     network = WanTransformer3DModel
     shares = True
+    takes_scalars = True
 
     def __init__(self, *, config: dict[str, Any], pattern: Pattern = Dense(), first_frame: bool = False) -> None:
         super().__init__()
@@ -170,7 +171,7 @@ class Wan(DiffusersBackbone):
             x_BNE = self.patch_embedding(self._beside_image(x, cond, start)).flatten(2).transpose(1, 2)
             time_BG = time_groups(t, x)
             waves = embedder.timesteps_proj(_TIMESTEPS * time_BG.flatten()).to(x.dtype)
-            time_BGE = embedder.time_embedder(waves).unflatten(0, time_BG.shape)
+            time_BGE = self.with_scalars(embedder.time_embedder(waves).unflatten(0, time_BG.shape), cond)
             modulation = embedder.time_proj(F.silu(time_BGE)).unflatten(-1, (6, self.width))
             text = embedder.text_embedder(cond.text.to(x.dtype))
             seen = embedder.image_embedder

@@ -134,6 +134,7 @@ class WanExperts(Backbone):
         return state.together([None if part is None else expert.head(part) for expert, part in experts])  # type: ignore[operator]
 
     def original(self) -> Original:
+        self.require_plain()
         networks = {folder: self.expert(i).original().networks["transformer"] for i, folder in enumerate(self.folders)}
 
         def forward(x: Tensor, t: Tensor, cond: Cond) -> Tensor:

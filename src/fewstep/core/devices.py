@@ -1,0 +1,28 @@
+"""Which devices there are, and what to say where one is not."""
+
+from __future__ import annotations
+
+import torch
+
+
+def require_device(name: str, option: str) -> None:
+    """ValueError, naming the `option`, for a device that this machine does not have."""
+    require_device_name(name, option)
+    device, have = torch.device(name), torch.accelerator.current_accelerator()
+    if device.type == "cpu":
+        return
+    if have is None or have.type != device.type:
+        raise ValueError(f"{option} {name}: this machine has {have.type if have else 'only cpu'}")
+    count = torch.accelerator.device_count()
+    if (device.index or 0) >= count:
+        raise ValueError(f"{option} {name}: this machine has {count} of them, from {have.type}:0 on")
+
+
+def require_device_name(name: str, option: str) -> None:
+    """ValueError for what is no device on any machine."""
+    try:
+        kind = torch.device(name).type
+    except (RuntimeError, ValueError):
+        kind = ""
+    if kind in ("", "meta"):
+        raise ValueError(f"{option} {name!r} is no device; write cpu, cuda or cuda:1")

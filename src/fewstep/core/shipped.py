@@ -1,0 +1,34 @@
+"""The recipes that come with the package: their names, their files, and what each says of itself."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import re
+from pathlib import Path
+
+FOLDER = Path(__file__).parent.parent / "recipes"
+
+
+def shipped() -> dict[str, Path]:
+    """Every recipe of the package by name: `world/dmd2` is the file `recipes/world/dmd2.yaml`."""
+    return {path.relative_to(FOLDER).with_suffix("").as_posix(): path for path in sorted(FOLDER.rglob("*.yaml"))}
+
+
+def header(path: Path) -> str:
+    """The comment that a recipe file begins with: what it makes, how to run it, what it costs and gives."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return "\n".join(itertools.takewhile(lambda line: line.startswith("#"), lines))
+
+
+def headline(path: Path) -> str:
+    """The first sentence of a recipe's header."""
+    first = header(path).partition("\n")[0].lstrip("# ")
+    return re.split(r"(?<=[.!])\s", first, maxsplit=1)[0].rstrip(".")
+
+
+def nearest(wanted: str) -> str | None:
+    """The name most like `wanted`, which may also be an old path such as `recipes/world/dmd2.yaml`."""
+    bare = re.sub(r"\.ya?ml$", "", wanted).rpartition("recipes/")[2]
+    near = difflib.get_close_matches(bare, shipped(), n=1, cutoff=0.5)
+    return near[0] if near else None

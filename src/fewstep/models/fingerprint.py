@@ -1,0 +1,36 @@
+"""What a network is, in 12 characters: its class, its arguments, its transforms and its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.compress import Transform
+from fewstep.core import dump
+from fewstep.models.denoiser import Denoiser
+from fewstep.models.spec import Spec
+
+
+def describe(part: nn.Module) -> Spec:
+    """Class and constructor arguments of a network; of a denoiser: its backbone's."""
+    return Spec.of(part.backbone if isinstance(part, Denoiser) else part)
+
+
+def fingerprint(part: nn.Module) -> str:
+    """12 hexadecimal characters that change when the class, its arguments, its transforms or any weight change."""
+    return print_of(part, part.state_dict())
+
+
+def print_of(part: nn.Module, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.blake2b(json.dumps(dump(describe(part)), sort_keys=True).encode(), digest_size=6)
+    if isinstance(part, Denoiser) and part.backbone.transforms:
+        changes = dump(part.backbone.transforms, tuple[Transform, ...])
+        digest.update(json.dumps(changes, sort_keys=True).encode())
+    for name, value in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())  # NumPy has no bfloat16
+    return digest.hexdigest()

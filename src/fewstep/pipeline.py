@@ -1,0 +1,164 @@
+"""Recipes one after the other: each stage starts where the one before ended. One command, one folder, one chain of provenance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fewstep.core.build import RecipeError, digest
+from fewstep.core.env import place
+from fewstep.data import Data
+from fewstep.engine import Settings
+from fewstep.engine.prepare import require_same
+from fewstep.engine.probe import WorldProbe
+from fewstep.methods.base import Method
+from fewstep.models.bundle import Card, VideoModel
+from fewstep.models.source import ModelSource, Pretrained, Previous, Scratch
+from fewstep.recipe import FILE, Recipe, Written, tree_of, without_parallel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One recipe of several. Its student goes on from the student of the stage before."""
+
+    method: Method
+    data: Data
+    settings: Settings
+    model: ModelSource | None = None
+    """The teacher. null: that of the stage before, or the result of the stage before where that one made a model from
+    nothing, or where one of the two trains another part than the denoiser. `{type: Previous}`: its student, in any case."""
+    probe: WorldProbe | None = None
+    """As in a recipe."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A stage as it will be run."""
+
+    name: str
+    folder: Path
+    recipe: Recipe
+    card: Card
+    """Of its teacher, as far as that is known before the stages ahead of it are run."""
+    begun: Card | None
+    """Of the student that it goes on from, if that is not a copy of its teacher."""
+
+    @property
+    def alone(self) -> Recipe:
+        """The recipe without the student that it goes on from, which is not there yet: what can be planned."""
+        return replace(self.recipe, settings=replace(self.recipe.settings, start=None))
+
+    def check(self) -> None:
+        """As `Recipe.check`."""
+        self.alone.check(self.card)
+        if self.begun is not None:
+            require_same(self.recipe.method, self.recipe.settings, self.card, self.begun)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pipeline(Written):
+    """Several recipes in one file, as `stages:` by name. Used as `Recipe` is."""
+
+    stages: dict[str, Stage]
+    """In the order in which they are run; a stage's folder is called after its number and name: `1-regression`."""
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise ValueError("there are no stages; give at least one")
+        for number, (name, stage) in enumerate(self.stages.items()):
+            if not name.replace("_", "").isalnum():
+                raise ValueError(f"a stage is called by a word such as 'regression', got {name!r}")
+            if number == 0 and (stage.model is None or isinstance(stage.model, Previous)):
+                raise ValueError(f"the first stage, {name}, has no stage before it; give it a model")
+            if number > 0 and stage.settings.start is not None:
+                raise ValueError(
+                    f"stage {name} starts where the stage before ends; leave out its settings.start, or write two recipes"
+                )
+
+    @property
+    def hash(self) -> str:
+        """12 characters that name the whole, as a recipe's do. The order of stages counts."""
+        return digest([[name, without_parallel(stage)] for name, stage in self.tree()["stages"].items()])
+
+    def plan(self, output: Path) -> Iterator[Planned]:
+        """Every stage with the folders that it will read and write."""
+        before: Planned | None = None
+        for number, (name, stage) in enumerate(self.stages.items(), 1):
+            folder, settings = output / f"{number}-{name}", stage.settings
+            if before is None:
+                assert stage.model is not None
+                model, card, begun = stage.model, stage.model.card(), None
+            else:
+                model, last, made = _teacher(stage, before), str(before.folder / "student"), _made(before)
+                if isinstance(model, Previous):
+                    model, card, begun = Pretrained(source=last), made, None
+                else:
+                    settings, card, begun = replace(settings, start=last), model.card(), made
+            recipe = Recipe(model=model, method=stage.method, data=stage.data, settings=settings, probe=stage.probe)
+            before = Planned(name, folder, recipe, card, begun)
+            yield before
+
+    def check(self) -> None:
+        """Refuse what cannot work in any stage before the first begins. Errors name the stage."""
+        for planned in self.plan(Path("OUTPUT")):
+            try:
+                planned.check()
+            except ValueError as error:
+                raise RecipeError(f"stage {planned.name}: {error}") from error
+
+    def run(self, output: Path | str, *, quiet: bool = False) -> VideoModel:
+        """Run the stages and return the last one's student; the same call goes on where a run was stopped.
+
+        A stage that is finished is not run again. To run one anew, delete its folder and those after it.
+        """
+        output = Path(output)
+        self.check()
+        if place().rank == 0:
+            self._claim(output)
+        student = None
+        for planned in self.plan(output):
+            done = planned.recipe.finished(planned.folder)
+            student = None if done else planned.recipe.run(planned.folder, quiet=quiet)
+        return VideoModel.from_pretrained(self.student(output)) if student is None else student
+
+    def student(self, output: Path) -> Path:
+        """The folder in which the last stage's student will be."""
+        *_, name = self.stages
+        return output / f"{len(self.stages)}-{name}" / "student"
+
+    def _claim(self, output: Path) -> None:
+        """Keep this recipe in `output`; what is in the folders of its stages belongs to them, and each looks after its own."""
+        if output.exists() and not output.is_dir():
+            raise RecipeError(f"{output} is a file; give a folder as output")
+        if (output / FILE).is_file() and "stages" not in tree_of(output):
+            raise RecipeError(f"{output} holds the run of a recipe without stages. Give another output folder.")
+        self.save(output / FILE)
+
+
+def read(path: Path | str, overrides: list[tuple[str, str]], *, allow_imports: bool = False) -> Recipe | Pipeline:
+    """A recipe, with stages or without. Errors as in `Written.load`."""
+    tree = tree_of(path)
+    staged = isinstance(tree, dict) and "stages" in tree
+    if staged:
+        return Pipeline.load(path, overrides, allow_imports=allow_imports)
+    return Recipe.load(path, overrides, allow_imports=allow_imports)
+
+
+def _teacher(stage: Stage, before: Planned) -> ModelSource:
+    """Whose teacher a stage without a model has: see `Stage.model`."""
+    if stage.model is not None:
+        return stage.model
+    other = {stage.method.part, before.recipe.method.part} != {"denoiser"}
+    return Previous() if other or isinstance(before.recipe.model, Scratch) else before.recipe.model
+
+
+def _made(before: Planned) -> Card:
+    """What the student of a stage will say of itself, as far as it is known."""
+    card, method = before.card, before.recipe.method
+    prints = {part: known for part, known in card.fingerprints.items() if part != method.part}
+    if method.part != "denoiser":
+        return replace(card, fingerprints=prints)
+    contract = method.contract(card.contract)
+    role = card.role if contract == card.contract else "student"
+    return replace(card, fingerprints=prints, contract=contract, role=role)

@@ -1,0 +1,76 @@
+"""Faults in what is given on the command line over a recipe's own values."""
+
+from __future__ import annotations
+
+from faults.case import Case
+from faults.given import recipe
+
+
+def given(*words: str, says: tuple[str, ...]) -> Case:
+    return Case(" ".join(words)[:100], ("explain", "r.yaml", *words), says, recipe())
+
+
+CASES = (
+    given("--settings.stepz", "3", says=("settings.stepz", "steps")),
+    given("--setings.steps", "3", says=("setings", "settings")),
+    given("--settings.steps", says=("--settings.steps", "value")),
+    given("--settings.steps", "--quiet", says=("--settings.steps", "value")),
+    given("--settings.steps=", says=("settings.steps",)),
+    given("--settings.steps", "ten", says=("settings.steps", "ten")),
+    given("--settings.steps", "0", says=("settings.steps", "0")),
+    given("--settings.steps", "1_000", says=("settings.steps", "1_000")),
+    given("--settings.steps", "0x10", says=("settings.steps", "0x10")),
+    given("--settings.steps", "[1]", says=("settings.steps",)),
+    given("--settings.steps", "{a: 1}", says=("settings.steps",)),
+    given("--settings.steps", "null", says=("settings.steps",)),
+    given("--settings.steps", "'3", says=("settings.steps",)),
+    given("--settings.steps", "[", says=("settings.steps",)),
+    given("--settings.steps", "*a", says=("settings.steps",)),
+    given("--settings.steps", "!!python/name:os.system", says=("settings.steps",)),
+    given("--settings.steps", "9" * 5000, says=("settings.steps", "digits")),
+    given("--settings.steps", "[" * 3000, says=("settings.steps", "nested")),
+    given("--settings.steps.now", "3", says=("settings.steps.now",)),
+    given("--settings..steps", "3", says=("settings",)),
+    given("--settings.", "3", says=("settings",)),
+    given("--.steps", "3", says=("unknown",)),
+    given("--..", "3", says=("unknown",)),
+    given("--settings.optim.student.lr", "fast", says=("settings.optim.student.lr", "fast")),
+    given("--settings.optim.student.lr", "-1", says=("settings.optim.student.lr", "-1")),
+    given("--settings.optim.student.lr", "inf", says=("settings.optim.student.lr", "inf")),
+    given("--settings.optim.student.lr", "nan", says=("settings.optim.student.lr", "nan")),
+    given("--settings.optim.student", "adamw", says=("settings.optim.student", "adamw")),
+    given("--settings.optim.student.betas", "0.9", says=("settings.optim.student.betas",)),
+    given("--settings.optim.student.betas", "[0.9, 0.99, 0.999]", says=("settings.optim.student.betas",)),
+    given("--settings.optim.student.betas.7", "0.5", says=("settings.optim.student.betas",)),
+    given("--settings.compile", "yes", says=("settings.compile", "yes")),
+    given("--settings.compile", "True", says=("settings.compile", "True")),
+    given("--settings.autocast", "fp8", says=("settings.autocast", "bf16")),
+    given("--settings.seed", "1.0", says=("settings.seed", "1.0")),
+    given("--settings.ema", "1", says=("settings.ema", "1")),
+    given("--settings.lora", "32", says=("settings.lora", "32")),
+    given("--settings.lora.rank", "-1", says=("settings.lora.rank", "-1")),
+    given("--settings.lora.rank", "many", says=("settings.lora.rank", "many")),
+    given("--settings.health.every", "0", says=("settings.health.every", "0")),
+    given("--settings.parallel.replicate", "0", says=("settings.parallel.replicate", "0")),
+    given("--method.type", "DMD", says=("method.type", "DMD2")),
+    given("--method.type", "", says=("method.type",)),
+    given("--method.type", "null", says=("method.type",)),
+    given("--method.type", "[DMD2]", says=("method.type",)),
+    given("--method.critic-updates", "3", says=("method.critic_updates",)),
+    given("--method.density", "uniform", says=("method.density", "uniform")),
+    given("--method.density.type", "Gaussian", says=("method.density.type", "Gaussian")),
+    given("--method.density.mean", "high", says=("method.density.mean", "high")),
+    given("--model.type", "Scratched", says=("model.type", "Scratch")),
+    given("--model.denoiser.widht", "3", says=("model.denoiser.widht", "width")),
+    given("--model.denoiser.width", "wide", says=("model.denoiser.width", "wide")),
+    given("--model.denoiser.type", "Linear", says=("model.denoiser.type", "Linear")),
+    given("--model.num-frames", "0", says=("model.num_frames", "0")),
+    given("--model.num-frames", "four", says=("model.num_frames", "four")),
+    given("--model.height", "98304", says=("model.height", "98304")),
+    given("--data.type", "Videos", says=("data.path", "Videos")),
+    given("--data.pool", "-1", says=("data.pool", "-1")),
+    given("--data.style", "fancy", says=("data.style", "fancy")),
+    given("--probe", "yes", says=("--probe",)),
+    given("--probe.every", "0", says=("probe.every", "0")),
+    given("--probe.frechet-weight", "-1", says=("probe.frechet_weight", "-1")),
+)
