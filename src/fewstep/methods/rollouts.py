@@ -116,7 +116,7 @@ def student_contract(
     `guidance` is what is left to apply when the student is sampled: none where it was distilled in at all times. A method
     that distils it at some times only leaves the rest: `CFG(low=0.9, outside=3.0)` after one of two experts, for example.
     """
-    listed = tuple((*grid, 0.0) for grid in exact(grids, shift))
+    listed = tuple(dict.fromkeys((*grid, 0.0) for grid in exact(grids, shift)))  # one may be drawn twice as often
     grid = Exact(grids=listed, otherwise=Shifted(shift=shift))
     return replace(teacher, grid=grid, sampler=sampler, steps=grid.counts[-1], guidance=guidance)
 
