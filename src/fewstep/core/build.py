@@ -35,12 +35,8 @@ __all__ = [
 
 Names = Mapping[str, type]
 _SCALARS: dict[Any, str] = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    Path: "a path",
-}
+    bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path",
+}  # fmt: skip
 _SEQUENCES = (tuple, list, Sequence, frozenset)
 _MISSING = dataclasses.MISSING
 _DOTTED = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*")
