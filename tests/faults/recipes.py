@@ -152,7 +152,7 @@ TOGETHER = (
     method("{type: DMD2, rollout: {type: BackwardSimulation, grids: [[2.0]]}}", "grid"),
     method("{type: DMD2, rollout: {type: BackwardSimulation, grids: [[1.0, -0.5]]}}", "grid"),
     method("{type: DMD2, rollout: {type: BackwardSimulation, grids: [[.nan]]}}", "grids"),
-    method("{type: DMD2, rollout: {type: BackwardSimulation, grids: [[1.0], [1.0]]}}", "grid"),
+    method("{type: DMD2, rollout: {type: BackwardSimulation, grids: [[1.0, 0.5], [1.0, 0.6]]}}", "grid"),
     method("{type: DMD2, rollout: {type: BackwardSimulation, shift: 0}}", "shift"),
     method("{type: DMD2, rollout: {type: BackwardSimulation, shift: -1}}", "shift"),
     method("{type: DMD2, rollout: {type: BackwardSimulation, shift: .inf}}", "shift"),
