@@ -17,7 +17,7 @@ def text(name: str, content: str | bytes, *says: str) -> Case:
 
 def changed(old: str, new: str, *says: str, words: tuple[str, ...] = EXPLAIN, name: str = "") -> Case:
     """The valid recipe with one piece replaced."""
-    return Case(name or f"{new[:60]!r} for {old[:30]!r}", words, says, recipe(old, new))
+    return Case(name or f"{new!r} for {old[:30]!r}, {words[0]}", words, says, recipe(old, new))
 
 
 SYNTAX = (
