@@ -100,7 +100,7 @@ class Rollout(ABC):
 
 def exact(grids: Grids, shift: float) -> Grids:
     """The shifted times of every grid, without the final 0, each checked to decrease strictly from 1."""
-    if not all(grids) or len({len(grid) for grid in grids}) != max(len(grids), 1):
+    if not grids or not all(grids) or len({len(g) for g in grids}) != len(set(grids)):  # one twice counts twice
         raise ValueError(
             f"grids needs one list of times for each number of steps, such as [[1.0], [1.0, 0.5]], got {grids}"
         )
