@@ -34,7 +34,7 @@ PHRASES = {
     "tools": "Checks of the repository itself",
     "src/fewstep/world/weights": "The networks shipped with the package: card.json and safetensors",
     "Makefile": "demo, test, lint, format: each makes its own environment first",
-    "CONTRIBUTING.md": "Set-up, how to add a method, when a change is done",
+    "CONTRIBUTING.md": "Set-up, how to add a method, a sampler or a grid, when a change is done",
     "CHANGELOG.md": "One line per change that a user sees",
     "LOG.md": "Experiments with recipe, seed and figures, failed ones included",
 }
