@@ -16,7 +16,7 @@ from fewstep.catalogue import classes
 from fewstep.core.build import digest, dump
 from fewstep.data import Cut, Keep, PairPlan, Preparation, make_pairs, pairs_cost
 from fewstep.data import prepare as encode
-from fewstep.diffusion import Contract, Timesteps
+from fewstep.diffusion import Contract, Stream, Timesteps
 from fewstep.engine import Health, Optim, Parallel, Settings, train
 from fewstep.engine.effective import settle
 from fewstep.engine.prepare import prepare
@@ -51,7 +51,7 @@ def whole() -> dict[type, Any]:
     starts: list[Any] = [
         Settings(steps=3, optim={"student": Optim()}, lora=Lora()),
         Pretrained(),
-        Scratch(denoiser=Spec("VideoDiT"), codec="world", contract=Contract(grid=Timesteps())),
+        Scratch(denoiser=Spec("VideoDiT"), codec="world", contract=Contract(grid=Timesteps(), stream=Stream())),
         *(cls(**{f.name: "x" for f in fields(cls) if f.default is f.default_factory}) for cls in _plain()),
     ]
     for start in starts:

@@ -16,6 +16,8 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
+BARE = ("your_own_videos",)
+"""Stored without outputs: whoever opens them runs them on videos of their own."""
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 
 
@@ -67,12 +69,15 @@ def test_there_are_three_and_each_says_what_it_is() -> None:
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_what_is_stored_was_made_by_running_it(path: Path) -> None:
-    """All cells in order, with pictures that show something, and nothing of the machine they were made on."""
+    """All cells in order, with pictures that show something, and nothing of the machine they were made on; or nothing at all."""
     made = json.loads(path.read_text())
     code = [cell for cell in made["cells"] if cell["cell_type"] == "code"]
+    if path.stem in BARE:
+        assert not any(cell["outputs"] or cell["execution_count"] for cell in code)
+        return
     assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1)), "run python tools/notebooks.py"
     assert len(shown := pictures(made)) >= 3
-    assert all(len(set(picture.convert("RGB").getdata())) > 50 for picture in shown)
+    assert all(len(picture.convert("RGB").getcolors(1 << 24)) > 50 for picture in shown)
     assert path.stat().st_size < 400_000
     assert not any(place in path.read_text() for place in ("/tmp/", "/home/", "/root/", "/work/", "Traceback"))
 
@@ -80,12 +85,12 @@ def test_what_is_stored_was_made_by_running_it(path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs_as_it_stands(path: Path, tmp_path: Path) -> None:
-    """In a fresh process: every cell, and the same pictures in number and size as are stored."""
+    """In a fresh process: every cell, with pictures, of the same size as those that are stored."""
     if path.stem == "a_diffusers_model":
         pytest.importorskip("diffusers", reason="needs the extra diffusers")
     output = tmp_path / "made.ipynb"
     command = [sys.executable, ROOT / "tools" / "notebooks.py", path, "--output", output]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
-    made, stored = json.loads(output.read_text()), json.loads(path.read_text())
-    assert [picture.size for picture in pictures(made)] == [picture.size for picture in pictures(stored)]
+    sizes, stored = ([p.size for p in pictures(json.loads(file.read_text()))] for file in (output, path))
+    assert len(sizes) >= 3 and (path.stem in BARE or sizes == stored)

@@ -231,7 +231,8 @@ def test_distill_from_python(tiny: Path, tmp_path: Path) -> None:
     assert Recipe.load(tmp_path / "run").data == WorldClips(num_frames=4)  # of the teacher's size
     assert student.card.role == "student" and student.card.contract.trained
     saved = load_yaml((tmp_path / "run" / "recipe.yaml").read_text())
-    assert saved["model"] == {"type": "Pretrained", "source": str(tmp_path / "teacher"), "lora": None}
+    source = str(tmp_path / "teacher")
+    assert saved["model"] == {"type": "Pretrained", "source": source, "lora": None, "transforms": []}
     assert Recipe.load(tmp_path / "run").model == Pretrained(source=str(tmp_path / "teacher"))
 
 

@@ -290,6 +290,9 @@ def clip(model: VideoModel, sampler: Sampler) -> Tensor:
 def test_without_a_delay_it_is_the_plain_sampler_bit_for_bit(network: VideoModel, sampler: Sampler) -> None:
     plain = clip(network, sampler)
     assert torch.equal(clip(network, Staggered(sampler=sampler, delay=0)), plain)
+    assert next(network.sampling(PROMPTS)).prediction.t.shape == (
+        2,
+    )  # so that networks without times per frame take it
     assert torch.equal(clip(network, Staggered(sampler=sampler, groups=1, delay=3)), plain)
     assert not torch.allclose(clip(network, Staggered(sampler=sampler, groups=2)), plain, atol=1e-3)
 

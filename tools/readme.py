@@ -29,7 +29,7 @@ SHOWN = 4
 REMEDY = "run `fewstep demo`, then `python tools/readme.py --demo runs/demo`"
 
 PHRASES = {
-    "examples": "Notebooks, stored with what they print and show; python tools/notebooks.py runs them",
+    "examples": "Notebooks; python tools/notebooks.py runs them and stores what they print and show",
     "docs": "One page each on what the code cannot say in one place",
     "tests": "Identities, contracts, equivalences, exact optima; all on the CPU, without network",
     "tools": "Checks of the repository itself",

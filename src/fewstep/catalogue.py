@@ -90,4 +90,4 @@ def _near(path: Path) -> str:
 
 def _first_sentence(text: str) -> str:
     paragraph = " ".join(text.split("\n\n")[0].split())
-    return re.split(r"(?<=[.:!])\s", paragraph, maxsplit=1)[0]
+    return re.split(r"(?<=[.!])\s", paragraph, maxsplit=1)[0]

@@ -9,6 +9,7 @@ import difflib
 import json
 import logging
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, Self
 from fewstep.core.atomic import write_text
 from fewstep.core.build import At, Raw, RecipeError, build, digest, dump, load_yaml, to_yaml
 from fewstep.core.env import place
+from fewstep.core.lock import holding
 from fewstep.core.shipped import nearest, shipped
 from fewstep.core.yaml import read_text
 from fewstep.data import Data, require
@@ -157,7 +159,13 @@ class Recipe(Written):
         """Train and return the student; the same call resumes a run that was stopped. Writes `output/student`."""
         output = Path(output)
         self.check()
+        if output.exists() and not output.is_dir():
+            raise RecipeError(f"{output} is a file; give a folder as output")
         require_processes(self.settings)
+        with holding(output) if place().rank == 0 else nullcontext():
+            return self._run(output, quiet=quiet)
+
+    def _run(self, output: Path, *, quiet: bool) -> VideoModel:
         leads = place().rank == 0
         if leads:
             self._claim(output)
@@ -177,10 +185,10 @@ class Recipe(Written):
         return made.is_file() and Recipe.load(made).hash == self.hash
 
     def _claim(self, output: Path) -> None:
-        """Make `output` this recipe's folder, or refuse where it is another's."""
+        """Make `output` this recipe's folder, or refuse where another recipe has left more than its beginning there."""
         if output.exists() and not output.is_dir():
             raise RecipeError(f"{output} is a file; give a folder as output")
-        if (output / FILE).is_file():
+        if (output / FILE).is_file() and any((output / made).exists() for made in ("checkpoints", "best", "student")):
             try:
                 theirs = Recipe.load(output / FILE)
             except RecipeError as error:

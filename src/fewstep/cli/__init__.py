@@ -4,38 +4,81 @@ from __future__ import annotations
 
 import difflib
 import errno
+import io
+import os
+import signal
 import sys
 from collections.abc import Sequence
+from types import FrameType
 
 from fewstep.cli.arguments import COMMANDS, parse, split_overrides
 from fewstep.cli.command import Command, UsageError
 
 __all__ = ["COMMANDS", "main", "run"]
 
-_MISTAKES = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+_MISTAKES = (ValueError, OSError)
 """What a user can put right. RecipeError, DataError and StepCountError are ValueErrors."""
+_BY_NAME = ("NonFiniteError", "FFmpegError", "SafetensorError")
+"""More of them, whose modules are too large to be imported for a help."""
+_ADVICE = {
+    errno.ENOSPC: "make room, and run the same command again: what is finished is whole",
+    errno.EDQUOT: "make room, and run the same command again: what is finished is whole",
+    errno.EFBIG: "this file system, or a limit (ulimit -f), allows no larger file; give another place",
+    errno.EROFS: "give another place",
+    errno.EACCES: "give another place, or the right to use this one",
+    errno.EPERM: "give another place, or the right to use this one",
+    errno.ENAMETOOLONG: "give a shorter name",
+}
+
+_READER_GONE = "whoever reads standard output has closed it; files that were written are whole"
 
 
 def run() -> None:
     """The `fewstep` executable."""
-    raise SystemExit(main(sys.argv[1:]))
+    signal.signal(signal.SIGTERM, _terminate)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - closed by whoever started this, as `>&-` does
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name of a file may be no text
+    code = main(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except OSError:  # main has said so; the interpreter would try once more, and say more
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    raise SystemExit(code)
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one command and return its exit code: 0 done, 2 the user's mistake, 1 ours, 130 interrupted."""
+    """Run one command and return its exit code: 0 done, 2 the user's mistake, 1 ours, 130 interrupted, 143 terminated."""
     words = [word for word in argv if word != "--traceback"]
     try:
-        return _run(words)
-    except SystemExit as error:  # argument parsing has said what is wrong, or printed the help
-        return error.code if isinstance(error.code, int) else 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
+        code = _run(words)
+        sys.stdout.flush()  # what was printed must arrive, and shows only now if it does not
+        return code
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # rich ends a program whose reader has gone
+            print(f"fewstep: {_READER_GONE}", file=sys.stderr)
+            return 2
+        return (
+            error.code if isinstance(error.code, int) else 2
+        )  # the parser has said what is wrong, or printed the help
+    except KeyboardInterrupt as stop:
+        print(f"fewstep: stopped{f'; {stop}' if stop.args else ''}", file=sys.stderr)
+        return 143 if type(stop).__name__ == "Terminated" else 130  # by name: its package imports torch
     except Exception as error:
-        if "--traceback" in argv or not _is_mistake(error):
+        line = _out_of_memory(error) or (_one_line(error) if _is_mistake(error) else "")
+        if "--traceback" in argv or not line:
             raise
-        print(f"fewstep: {_one_line(error)}", file=sys.stderr)
+        print(f"fewstep: {line}", file=sys.stderr)
         return 2
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """The answer to SIGTERM: as Ctrl-C."""
+    stopping = sys.modules.get("fewstep.core.stopping")
+    if stopping is None:  # nothing has begun
+        raise SystemExit(143)
+    raise stopping.Terminated
 
 
 def _run(words: list[str]) -> int:
@@ -59,12 +102,43 @@ def _run(words: list[str]) -> int:
 
 
 def _is_mistake(error: Exception) -> bool:
-    if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
-        return True
-    return isinstance(error, _MISTAKES) or type(error).__name__ == "NonFiniteError"  # by name: its module imports torch
+    return isinstance(error, _MISTAKES) or any(cls.__name__ in _BY_NAME for cls in type(error).__mro__)
+
+
+def _out_of_memory(error: Exception) -> str:
+    """What to do where the memory of the machine or the device was too small; empty for other errors."""
+    said = str(error).lower()
+    names = [cls.__name__ for cls in type(error).__mro__]
+    torchs = "RuntimeError" in names and "allocat" in said and "memory" in said
+    if not (torchs or "MemoryError" in names or "OutOfMemoryError" in names):
+        return ""
+    which = f" ({_shortened(error)})" if said else ""
+    return f"out of memory{which}: make less at once, by a smaller batch, fewer frames, or a smaller size or model"
 
 
 def _one_line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, BrokenPipeError):
+        return _READER_GONE
+    if isinstance(error, OSError) and error.strerror:
+        where, advice = error.filename or _full_output(), _ADVICE.get(error.errno or 0)
+        return f"{_cut(f'{where}: ') if where else ''}{error.strerror}{f'; {advice}' if advice else ''}"
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def _full_output() -> str:
+    """An error of printing has no name: this is it if the same happens again."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        return "standard output"
+    return ""
+
+
+def _shortened(error: Exception) -> str:
+    """The first sentence: torch adds a page on its allocator."""
+    return " ".join(str(error).split())[:160].partition(". ")[0]
+
+
+def _cut(text: str) -> str:
+    """A name that is too long for a line, without its middle."""
+    return text if len(text) <= 200 else f"{text[:100]}...{text[-60:]}"

@@ -172,7 +172,7 @@ class Sample(Loads):
     student: Positional[Annotated[str, arg(metavar="STUDENT")]]
     """A folder that fewstep wrote (a run's student/) or in diffusers' layout, a name on the hub, or `world`."""
     prompt: tuple[str, ...] = ()
-    """One or several prompts; a clip each, side by side."""
+    """One or several prompts, a clip each: up to 8 side by side in one file, more in a file each (sample-01.mp4, ...)."""
     prompt_file: Path | None = None
     """A text file with one prompt per line."""
     image: tuple[Path, ...] = ()
@@ -189,17 +189,17 @@ class Sample(Loads):
     """Of the first clip; the next has the next seed."""
     output: Path = Path("sample.mp4")
     """.mp4 or .gif."""
-    scale: int = 4
-    """Enlarge the pixels of the file so many times."""
+    scale: int | None = None
+    """Enlarge the pixels so many times (default: small clips to about 128 pixels, others not at all)."""
     device: str = "cpu"
     """Where networks run."""
     force: bool = False
     """Sample with a step count, number of frames or guidance the student was not trained for."""
 
     def run(self, overrides: Overrides) -> int:
-        from fewstep.cli import commands
+        from fewstep.cli import clips
 
-        return commands.sample(self)
+        return clips.sample(self)
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar
+
+from tyro.conf import arg
 
 Overrides = list[tuple[str, str]]
 
@@ -20,6 +23,13 @@ class Command(ABC):
     takes_overrides: ClassVar[bool] = False
     """Whether `--method.critic-updates 3` and the like change its recipe."""
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Where an option's default is None, its text says what happens without it, and the help no more than that."""
+        super().__init_subclass__(**options)
+        own = inspect.get_annotations(cls)
+        hint = arg(help_behavior_hint=_said)
+        cls.__annotations__ = {k: v if str(v).startswith("ClassVar") else Annotated[v, hint] for k, v in own.items()}
+
     @abstractmethod
     def run(self, overrides: Overrides) -> int:
         """Do it; the exit code."""
@@ -31,3 +41,7 @@ class Loads(Command):
 
     trust: bool = False
     """Load weights without comparing their files with what their card says of them: faster, and damage is not noticed."""
+
+
+def _said(default: str) -> str:
+    return "" if default in ("", "''", "None", "False") else f"(default: {default})"

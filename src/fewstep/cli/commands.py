@@ -86,11 +86,9 @@ def prepare(options: arguments.Prepare) -> int:
     model = VideoModel.from_pretrained(options.model, leave=unused, trust=options.trust)
     for part in model.parts.keys() - unused:
         model.part(part).to(_own_device(options.device))
-    cut = Cut(
-        num_frames=options.num_frames or model.card.num_frames, height=options.height or model.card.height,
-        width=options.width or model.card.width, stride=options.stride, clips_per_video=options.clips_per_video,
-        shots=options.shots,
-    )  # fmt: skip
+    given = {name: getattr(options, name) for name in ("num_frames", "height", "width")}
+    size = {name: getattr(model.card, name) if value is None else value for name, value in given.items()}
+    cut = Cut(**size, stride=options.stride, clips_per_video=options.clips_per_video, shots=options.shots)
     keep = Keep(**{field.name: getattr(options, field.name) for field in fields(Keep)})
     plan = Preparation(cut=cut, keep=keep, batch=options.batch, threads=options.threads, autocast=options.autocast)
     if peers.leads:
@@ -148,31 +146,6 @@ def _own_device(name: str) -> str:
     if name.startswith("cpu") or ":" in name:
         return name
     return f"{name}:{place().local_rank % torch.accelerator.device_count()}"
-
-
-def sample(options: arguments.Sample) -> int:
-    import torch
-
-    from fewstep.data.video import read_image, write_video
-    from fewstep.models.bundle import VideoModel
-
-    prompts = _prompts(options.prompt, options.prompt_file)
-    pictures = {"image": options.image, "last_image": options.last_image}
-    for name, paths in pictures.items():
-        if len(paths) not in (0, 1, len(prompts)):
-            option = f"--{name}".replace("_", "-")
-            raise UsageError(f"{option}: give one picture, or one for each of the {len(prompts)} prompts")
-    if options.output.suffix.lower() not in (".mp4", ".gif"):
-        raise UsageError(f"--output {options.output}: choose a name that ends in .mp4 or .gif")
-    model = VideoModel.from_pretrained(options.student, trust=options.trust).to(_own_device(options.device))
-    size = (model.card.height, model.card.width)
-    images = {name: torch.stack([read_image(p, size) for p in paths]) for name, paths in pictures.items() if paths}
-    clips = model(
-        prompts, **images, num_inference_steps=options.num_inference_steps, guidance_scale=options.guidance_scale,
-        num_frames=options.num_frames, seed=options.seed, force=options.force,
-    )  # fmt: skip
-    write_video(options.output, clips, fps=model.card.fps, scale=options.scale)
-    return _made(options.output)
 
 
 def pairs(options: arguments.Pairs) -> int:
@@ -378,6 +351,9 @@ def _prompts(given: tuple[str, ...], file: Path | None) -> tuple[str, ...]:
     prompts = (*given, *(read_prompts(file) if file is not None else ()))
     if not prompts:
         raise UsageError('give at least one --prompt "..." or a --prompt-file')
+    for prompt in prompts:
+        if "\0" in prompt or prompt.encode("utf-8", "ignore").decode() != prompt:
+            raise UsageError(f"--prompt {prompt!r}: it is not UTF-8 text")
     return prompts
 
 

@@ -5,38 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Protocol
 
 from rich.progress import Progress, TaskID
 
-from fewstep.engine.log import progress_bar
-
-EVERY = 30.0
-"""Seconds between lines where there is no terminal."""
+from fewstep.engine.log import EVERY, Pace, figure, progress_bar
 
 
 class Tell(Protocol):
     """Takes the reports of a job: what is being done, how many are done, of how many; and what else there is to say."""
 
     def __call__(self, what: str, done: int, total: int, note: str = "") -> None: ...
-
-
-@dataclass
-class Pace:
-    """Speed since the first report: what an earlier run had done is not counted."""
-
-    first: int
-    began: float = field(default_factory=time.monotonic)
-
-    def per_second(self, done: int) -> float:
-        return (done - self.first) / max(time.monotonic() - self.began, 1e-9)
-
-    def line(self, what: str, done: int, total: int, note: str = "") -> str:
-        speed = self.per_second(done)
-        left = f", {timedelta(seconds=round((total - done) / speed))} left" if speed and done < total else ""
-        return f"{what}: {done:,} of {total:,}, {_figure(speed)} per second{left}{note and f', {note}'}"
 
 
 @contextmanager
@@ -57,7 +36,7 @@ def telling(quiet: bool) -> Iterator[Tell]:
         task, pace = shown[what]
         if done > pace.first:
             last[what] = pace.line(what, done, total, note)
-        speed = f"{_figure(pace.per_second(done))}/s" if done > pace.first else ""
+        speed = f"{figure(pace.per_second(done))}/s" if done > pace.first else ""
         bar.update(task, completed=done, note=f"{speed} {note}".strip())
         if not bar.console.is_terminal and time.monotonic() - said > EVERY:
             said = time.monotonic()
@@ -71,9 +50,5 @@ def telling(quiet: bool) -> Iterator[Tell]:
             _say(bar, line)
 
 
-def _figure(speed: float) -> str:
-    return f"{speed:,.0f}" if speed >= 1000 else f"{speed:.3g}"
-
-
 def _say(bar: Progress, line: str) -> None:
-    bar.console.print(line, highlight=False, markup=False)
+    bar.console.print(line, highlight=False, markup=False, soft_wrap=True)

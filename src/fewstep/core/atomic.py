@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+UMASK = os.umask(0o022)
+"""Rights that new files do not get. It can be read only by setting it, which is done once, before there are threads."""
+os.umask(UMASK)
+NAME_BYTES = 255
+"""Of one name, on the usual file systems."""
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary sibling of the same suffix; it takes the place of `path` when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.stem}.draft{path.suffix}")
+    draft = _draft_file(path)
     try:
         yield draft
-        with draft.open("rb+") as file:
-            os.fsync(file.fileno())  # otherwise a power cut may leave the new name with old or no content
+        settle(draft)
         draft.replace(path)
+    except OSError as error:
+        if error.filename == str(draft):  # a name that nobody gave
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         draft.unlink(missing_ok=True)
 
@@ -40,12 +52,43 @@ def replacing_folder(target: Path) -> Iterator[Path]:
     draft.mkdir(parents=True)
     yield draft
     for path in filter(Path.is_file, draft.rglob("*")):
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())  # otherwise a power cut may leave the final name on files without content
+        settle(path)
     if target.exists():
         discard(target, successor=draft)
     else:
         draft.rename(target)
+
+
+def settle(file: Path) -> None:
+    """On the disk, and with the rights that any new file gets."""
+    with file.open("rb+") as opened:
+        os.fsync(opened.fileno())  # otherwise a power cut may leave the final name with old or no content
+    if stat.S_ISREG(file.lstat().st_mode):
+        file.chmod(0o666 & ~UMASK)
+
+
+def _draft_file(path: Path) -> Path:
+    draft = path.with_name(f".{path.stem}.draft{path.suffix}")
+    if len(os.fsencode(draft.name)) <= NAME_BYTES:
+        return draft
+    return path.with_name(f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:32]}.draft{path.suffix}")
+
+
+def require_writable(path: Path) -> None:
+    """Before work begins: an OSError that names `path` where that file cannot be written. Its folder is made."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if path.exists() and not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        draft = _draft_file(path)
+        try:
+            draft.write_bytes(bytes(4096))
+        finally:
+            draft.unlink(missing_ok=True)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def draft_of(target: Path) -> Path:

@@ -35,12 +35,8 @@ __all__ = [
 
 Names = Mapping[str, type]
 _SCALARS: dict[Any, str] = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    Path: "a path",
-}
+    bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path",
+}  # fmt: skip
 _SEQUENCES = (tuple, list, Sequence, frozenset)
 _MISSING = dataclasses.MISSING
 _DOTTED = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*")
@@ -386,9 +382,19 @@ def _show(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+FIELD_WORDS = {
+    "vae": "codec", "autoencoder": "codec", "transformer": "denoiser", "unet": "denoiser", "dit": "denoiser",
+    "text_encoder": "text", "image_encoder": "image", "learning_rate": "lr", "max_steps": "steps", "batch_size": "batch",
+}  # fmt: skip
+"""What others call a key, and what it is called here."""
+
+
 def _nearest(word: str, accepted: list[str]) -> str:
+    plain = word.lower().replace("-", "_")
     close = difflib.get_close_matches(word, accepted, n=1, cutoff=0.6) or [
-        a for a in accepted if a.lower().replace("_", "") == word.lower().replace("-", "").replace("_", "")
+        a for a in accepted if a.lower().replace("_", "") == plain.replace("_", "")
     ]
+    if FIELD_WORDS.get(plain) in accepted:
+        close = [FIELD_WORDS[plain]]
     choices = f"accepted: {', '.join(accepted) or 'nothing'}"
     return f"did you mean {close[0]}? ({choices})" if close else choices

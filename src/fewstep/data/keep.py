@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from io import BytesIO
 from pathlib import Path
@@ -29,6 +30,11 @@ class Keep:
 
     def __post_init__(self) -> None:
         for name in (field.name for field in fields(self)):
+            value, share = getattr(self, name), name.endswith(("motion", "brightness"))
+            if value is not None and not (0 <= value <= 1 if share else 0 <= value < math.inf):
+                raise ValueError(
+                    f"{name} must be {'from 0 to 1' if share else 'a number of at least 0'}, got {value:g}"
+                )
             other = name.replace("min_", "max_")
             low, high = getattr(self, name), getattr(self, other, None)
             if name.startswith("min_") and None not in (low, high) and low > high:

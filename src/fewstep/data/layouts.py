@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from fewstep.data.base import DataError
+from fewstep.data.lines import Lines
 from fewstep.data.video import ClipError
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")
@@ -91,13 +92,13 @@ def ucf101(source: Path, root: Path) -> Iterator[Item]:
     if source.is_dir():
         names = [p.relative_to(root).as_posix() for p in sorted(source.glob("*/*")) if p.suffix in VIDEO_SUFFIXES]
     else:
-        names = [line.split()[0] for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
+        names = [line.split()[0] for line in Lines(source)]
     for name in names:
         category = Path(name).parent.name
         if not category:
             raise DataError(f"{source}: {name!r} is not in a class folder; lines look like YoYo/v_YoYo_g01_c01.avi 101")
         words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", category).lower()
-        yield Item(name, root / name, words, {"class": category})
+        yield _captioned(name, root / name, words, {"class": category}, "its folder's name")
 
 
 def tars(source: Path, root: Path) -> Iterator[Item]:
@@ -140,11 +141,13 @@ def _folder(folder: Path) -> Iterator[Item]:
     if not paths and any(folder.glob("*.tar")):
         raise DataError(f"{folder}: no videos, but .tar archives; say that this is layout tars")
     for path in paths:
-        caption = path.with_suffix(".txt")
-        if caption.is_file():
-            yield Item(path.name, path, caption.read_text(encoding="utf-8-sig").strip())
-        else:
-            yield Item(path.name, path, problem=f"no caption: there is no {caption.name} beside it")
+        text = path.with_suffix(".txt")
+        try:
+            yield _captioned(path.name, path, text.read_text(encoding="utf-8-sig"), {}, text.name)
+        except FileNotFoundError:
+            yield _problem(path.name, path, f"no caption: there is no {text.name} beside it")
+        except UnicodeDecodeError as error:
+            yield _problem(path.name, path, f"no caption: {text.name} is not UTF-8 text (byte {error.start})")
 
 
 def _sample(archive: Path, name: str, members: Mapping[str, tarfile.TarInfo], raw: BinaryIO) -> Item:
@@ -159,9 +162,11 @@ def _sample(archive: Path, name: str, members: Mapping[str, tarfile.TarInfo], ra
         return Item(name, archive, problem=f"no video: the sample has only {', '.join(sorted(members))}")
     try:
         facts = json.loads(text(".json")) if ".json" in members else {}
+        if not isinstance(facts, dict):
+            raise ValueError("its .json is no object")
         caption = text(".txt") if ".txt" in members else facts.get("caption") or facts.get("text")
-    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
-        return Item(name + suffix, archive, problem=f"no caption: its text cannot be read ({error})")
+    except (ValueError, RecursionError) as error:
+        return _problem(name + suffix, archive, f"no caption: its text cannot be read ({error})")
     item = _item(archive.parent, name + suffix, caption, facts, "its sample")
     return replace(item, path=archive, span=(members[suffix].offset_data, members[suffix].size))
 
@@ -195,22 +200,45 @@ def _json_rows(table: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
+                row = json.loads(line, object_pairs_hook=_unique)
+            except RecursionError:
+                raise DataError(f"{where} is nested too deep; a row is one object of texts and numbers") from None
+            except ValueError as error:
                 raise DataError(f"{where} is not JSON: {error}") from None
             if not isinstance(row, dict):
                 raise DataError(f'{where} must be an object such as {{"video": "duck.mp4", "caption": "a duck"}}')
             yield where, row
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; ValueError where a key is given twice."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise ValueError(f"a key is given twice in {', '.join(key for key, _ in pairs)}")
+    return made
+
+
 def _csv_rows(table: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     with table.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, skipinitialspace=True)
+        reader = csv.DictReader(file, skipinitialspace=True, strict=True)
         try:
+            columns = list(reader.fieldnames or ())
+            if twice := sorted({column for column in columns if columns.count(column) > 1}):
+                raise DataError(f"{table.name} has the column {twice[0]!r} twice; rename one, or take it out")
+            if any("\0" in column for column in columns):
+                raise DataError(f"{table.name} has a NUL character in its header; save it as UTF-8 text")
             for row in reader:
-                yield f"{table.name}, line {reader.line_num},", row
+                where = f"{table.name}, line {reader.line_num},"
+                if None in row:
+                    raise DataError(
+                        f"{where} has {len(columns) + len(row[None])} cells, and the header {len(columns)}; put a text with "
+                        'commas in double quotes, such as duck.mp4,"a duck, swimming"'
+                    )
+                yield where, row
         except csv.Error as error:
-            raise DataError(f"{table.name} is not CSV after line {reader.line_num}: {error}") from None
+            raise DataError(
+                f"{table.name} is not CSV after line {reader.line_num}: {error}; look for a double quote that is not closed"
+            ) from None
 
 
 def table_cell(row: Mapping[str, Any], columns: tuple[str, ...], where: str) -> Any:
@@ -227,9 +255,35 @@ def table_cell(row: Mapping[str, Any], columns: tuple[str, ...], where: str) -> 
 def _item(folder: Path, name: Any, caption: Any, row: Mapping[str, Any], where: str) -> Item:
     """A row's video in `folder`, with its other cells as tags; a problem if a cell is empty."""
     if not isinstance(name, str) or not name:
-        return Item(where.rstrip(","), folder, problem=f"no file name: {where} has {name!r}")
-    if not isinstance(caption, str) or not caption.strip():
-        return Item(name, folder / name, problem=f"no caption: {where} has {caption!r}")
+        return _problem(where.rstrip(","), folder, f"no file name: {where} has {name!r}")
     others = {key: value for key, value in row.items() if isinstance(value, (str, int, float)) and value}
-    tags = {key: str(value) for key, value in others.items() if value not in (name, caption)}
-    return Item(name, folder / name, caption.strip(), tags)
+    tags = {_printable(key): _printable(str(value)) for key, value in others.items() if value not in (name, caption)}
+    return _captioned(name, folder / name, caption, tags, where)
+
+
+def _captioned(name: str, path: Path, caption: Any, tags: Mapping[str, str], where: str) -> Item:
+    """A video with its caption, whatever layout it is from; a problem if it has none, or its name cannot be written down."""
+    if reason := _illegible(name):
+        return _problem(name, path, f"no file name: its name has {reason}; rename the file")
+    if not isinstance(caption, str) or not caption.strip():
+        return _problem(name, path, f"no caption: {where} has {caption!r}")
+    if reason := _illegible(caption):
+        return _problem(name, path, f"no caption: {where} has {reason}; write it as UTF-8 text")
+    return Item(name, path, caption.strip(), tags)
+
+
+def _problem(name: str, path: Path, problem: str) -> Item:
+    """A video that cannot be used, in letters that every file and terminal takes."""
+    return Item(_printable(name), Path(_printable(str(path))), problem=_printable(problem))
+
+
+def _illegible(text: str) -> str:
+    """What in a text is no text; empty if all of it is."""
+    if "\0" in text:
+        return "a NUL character"
+    return "" if _printable(text) == text else "bytes that are not UTF-8, or half a character"
+
+
+def _printable(text: str) -> str:
+    """With escapes in place of what UTF-8 cannot hold: bytes of a file name in another coding, lone surrogates of JSON."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -17,7 +17,8 @@ from fewstep.data.base import DataError
 class Lines(Sequence[str]):
     """The lines of a UTF-8 file that are not blank, stripped. The file may be larger than memory.
 
-    Opening it reads it once, to find where lines begin: eight bytes per line are kept. DataError if it is not UTF-8.
+    Opening it reads it once, to find where lines begin: eight bytes per line are kept. DataError if it
+    is not UTF-8, or has a NUL.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -27,6 +28,9 @@ class Lines(Sequence[str]):
         with self.path.open("rb") as file:
             for line in file:
                 bom = len(codecs.BOM_UTF8) if not position and line.startswith(codecs.BOM_UTF8) else 0
+                if b"\0" in line:
+                    where = f"byte {position + line.index(0)}"
+                    raise DataError(f"{self.path}: a NUL character ({where}), so it is no UTF-8 text; save it as UTF-8")
                 blank = line.isspace() if line.isascii() else not self._text(line[bom:], position + bom)
                 if not blank:
                     self._starts.append(position + bom)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from fewstep.data.lines import Captions, Lines
 from fewstep.data.store import writing
 
 LISTING = "listing.jsonl"
+log = logging.getLogger(__name__)
 
 
 class Listing:
@@ -62,11 +64,20 @@ def write_listing(file: Path, source: str | Path, layout: LayoutName = "plain", 
     """Write the items that `read_listing` would give to `file`, one by one. Where the dataset is does not show in it."""
     folder = root_of(source, root)
     within = f"{folder}{os.sep}"
+    seen: dict[int, int] = {}
+    """Hash of a video's name to that of its caption: names may be more than memory holds."""
+    again, example = 0, ""
     with writing(file) as draft, draft.open("w", encoding="utf-8") as lines:
         for item in _usable(source, layout, folder):
+            if not item.problem and seen.setdefault(hash(item.name), hash(item.caption)) != hash(item.caption):
+                again, example = again + 1, item.name
             row = {key: value for key, value in vars(item).items() if value}
             row["path"] = str(item.path).removeprefix(within)
             lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+    if again:
+        log.warning(
+            "%d of the rows give another caption to a video listed before (such as %s); all are used", again, example
+        )
     return Listing(file, folder)
 
 

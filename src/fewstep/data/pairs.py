@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -12,11 +13,13 @@ from torch import Tensor
 
 from fewstep.core import Batch, Call, Pairs, Rng, Seeds
 from fewstep.core.build import digest, dump
+from fewstep.core.lock import holding
 from fewstep.core.peers import meet_peers
+from fewstep.core.stopping import saying
 from fewstep.data.base import Data, DataError, Source, require
 from fewstep.data.images import PictureConditions, Pictured, require_pictures, require_stored
 from fewstep.data.order import draw_indices
-from fewstep.data.store import PartedWriter, Progress, ShardReader, ShardWriter, Storage, read_manifest
+from fewstep.data.store import GOES_ON, PartedWriter, Progress, ShardReader, ShardWriter, Storage, read_manifest
 from fewstep.data.texts import Texts
 from fewstep.data.video import write_video
 from fewstep.diffusion import CFG, Contract, Prediction, Sampler, TimeGrid
@@ -55,8 +58,8 @@ class PairPlan:
         check_grid(self.times)
         if self.sampler is not None:
             _require_ode(self.sampler)
-        for name in ("per_prompt", "shard_size", "part_size"):
-            if getattr(self, name) < 1:
+        for name in ("per_prompt", "shard_size", "part_size", "steps", "num_frames"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     def resolve(self, contract: Contract) -> Course:
@@ -167,24 +170,27 @@ def make_pairs(
     settings = {**teacher.facts(), "prompts": digest(list(prompts)), "count": count}
     if isinstance(prompts, Pictured):
         settings |= {"image": model.fingerprint("image"), "pictures": prompts.digest()}
-    writer = PartedWriter(output, "pairs", settings, -(-count // plan.part_size), peers)
-    if not writer.complete:
-        parts = [range(n * plan.part_size, min((n + 1) * plan.part_size, count)) for n in writer.mine]
-        done, total = 0, sum(map(len, parts))
-        for number, pairs in zip(writer.mine, parts, strict=True):
-            part = writer.part(number, plan.shard_size)
-            for chunk in _chunks(len(part.rows), len(pairs), batch, plan.shard_size) if not part.complete else ():
-                last = _add(part, teacher, prompts, pairs[chunk.start : chunk.stop])
-                progress(Progress(done + chunk.stop, total, last))
-            if not part.complete:
-                part.finish({})
-            done += len(pairs)
-        peers.barrier()
-        if peers.leads:
-            writer.finish(teacher_name=model.card.name, nfe_per_pair=teacher.course.nfe)
-        peers.barrier()
-    with peers.in_turn():
-        return PairsMade(writer.folder, count, _preview(model, writer.folder))
+    with holding(Path(output)) if peers.leads else nullcontext(), saying(lambda: GOES_ON):
+        writer = PartedWriter(output, "pairs", settings, -(-count // plan.part_size), peers)
+        if not writer.complete:
+            parts = [range(n * plan.part_size, min((n + 1) * plan.part_size, count)) for n in writer.mine]
+            done, total = 0, sum(map(len, parts))
+            for number, pairs in zip(writer.mine, parts, strict=True):
+                part = writer.part(number, plan.shard_size)
+                for chunk in _chunks(len(part.rows), len(pairs), batch, plan.shard_size) if not part.complete else ():
+                    last = _add(part, teacher, prompts, pairs[chunk.start : chunk.stop])
+                    progress(Progress(done + chunk.stop, total, last))
+                if not part.complete:
+                    part.finish({})
+                done += len(pairs)
+            peers.barrier()
+            if peers.leads:
+                writer.finish(teacher_name=model.card.name, nfe_per_pair=teacher.course.nfe)
+            peers.barrier()
+        else:
+            ShardReader(writer.folder, "pairs").check()
+        with peers.in_turn():
+            return PairsMade(writer.folder, count, _preview(model, writer.folder))
 
 
 def _add(part: ShardWriter, teacher: _Teacher, prompts: Sequence[str], pairs: range) -> str:

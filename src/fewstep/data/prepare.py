@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -14,20 +14,35 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from fewstep.core.lock import holding
 from fewstep.core.peers import meet_peers
+from fewstep.core.stopping import saying
 from fewstep.data.base import DataError
 from fewstep.data.clips import ahead, clips_of, depth_of
 from fewstep.data.images import encode_ends
 from fewstep.data.keep import Keep
 from fewstep.data.layouts import Item, LayoutName
+from fewstep.data.lines import Captions, Lines
 from fewstep.data.listing import LISTING, Listing, root_of, write_listing
 from fewstep.data.report import Dropped, Report, read_report, write_report
-from fewstep.data.store import PartedWriter, Progress, ShardWriter, Storage, read_manifest
+from fewstep.data.store import (
+    GOES_ON,
+    PartedWriter,
+    Progress,
+    ShardReader,
+    ShardWriter,
+    Storage,
+    part_name,
+    read_manifest,
+    writing,
+)  # fmt: skip
 from fewstep.data.video import Clip, ClipError, Cut, to_floats
 from fewstep.models.autoencoder import FrameAutoencoder
 from fewstep.models.fingerprint import fingerprint
 from fewstep.models.images import ImageEncoder
 
+PROMPTS = "prompts.txt"
+"""The captions of a prepared folder, as prompts."""
 PIXELS, MOST_CLIPS = 2**24, 16
 """What is encoded at once unless said otherwise: pixels of all frames, and clips. About 2 GiB for the built-in codec."""
 
@@ -85,30 +100,52 @@ def prepare(
     finished folder is left as it is. What is dropped is reported with the reason (`Report`). `progress` is called once per
     video of this process' share. With the part `image` of a model that makes clips of images, what it makes of each clip's
     first frame (and last, if it needs that) is stored too. DataError if the folder was begun with other settings, videos or
-    networks, or if no video gave a clip; NonFiniteError if a latent does not fit `plan.storage`.
+    networks, if one of its shards is damaged, or if no video gave a clip; NonFiniteError if a latent does not fit `plan.storage`.
     """
-    cut, output, peers = plan.cut, Path(output), meet_peers()
+    output, peers = Path(output), meet_peers()
     encoder = _Encoder(codec, image, plan)
     encoder.check()
-    latent_shape = codec.latent_shape(cut.num_frames, cut.height, cut.width)
-    with peers.in_turn():
-        if peers.leads:
-            _list(source, output, layout, root)
-        listing = Listing(output / LISTING, root_of(source, root))
-    settings = {
-        "codec": fingerprint(codec), "cut": asdict(cut), "keep": asdict(plan.keep), "listing": _digest(output / LISTING),
-        "storage": plan.storage, "autocast": plan.autocast, "part_size": plan.part_size, "shard_size": plan.shard_size,
-    } | ({} if image is None else {"image": fingerprint(cast(nn.Module, image))})  # fmt: skip
-    writer = PartedWriter(output, "latents", settings, -(-len(listing) // plan.part_size), peers)
-    if not writer.complete:
-        _Share(writer, listing, encoder, plan, progress).run()
-        peers.barrier()
-        if peers.leads:
-            write_report(output, listing, writer.manifests())
-            writer.finish(latent_shape=list(latent_shape))
-        peers.barrier()
+    latent_shape = codec.latent_shape(plan.cut.num_frames, plan.cut.height, plan.cut.width)
+    with holding(output) if peers.leads else nullcontext(), saying(lambda: GOES_ON):
+        with peers.in_turn():
+            if peers.leads:
+                _list(source, output, layout, root)
+            listing = Listing(output / LISTING, root_of(source, root))
+        writer = PartedWriter(output, "latents", _settings(encoder, output), -(-len(listing) // plan.part_size), peers)
+        if not writer.complete:
+            _Share(writer, listing, encoder, plan, progress).run()
+            peers.barrier()
+            if peers.leads:
+                write_report(output, listing, writer.manifests())
+                _write_prompts(output / PROMPTS, writer)
+                writer.finish(latent_shape=list(latent_shape))
+            peers.barrier()
+        else:
+            ShardReader(output, "latents").check()
     done = read_manifest(output, "latents")
     return Prepared(output, done["rows"], done["shards"], read_report(output))
+
+
+def _write_prompts(file: Path, writer: PartedWriter) -> None:
+    """Every caption that has a clip, once, one per line: what `Prompts` and `--prompt-file` read."""
+    seen: set[int] = set()
+    with writing(file) as draft, draft.open("w", encoding="utf-8") as lines:
+        for number in range(writer.count):
+            for caption in Captions(Lines(writer.folder / part_name(number) / "index.jsonl")):
+                line = " ".join(caption.split())
+                if hash(line) not in seen:
+                    seen.add(hash(line))
+                    lines.write(f"{line}\n")
+
+
+def _settings(encoder: _Encoder, output: Path) -> dict[str, Any]:
+    """Everything that shapes what is stored."""
+    plan = encoder.plan
+    return {
+        "codec": fingerprint(encoder.codec), "cut": asdict(plan.cut), "keep": asdict(plan.keep),
+        "listing": _digest(output / LISTING), "storage": plan.storage, "autocast": plan.autocast,
+        "part_size": plan.part_size, "shard_size": plan.shard_size,
+    } | ({} if encoder.image is None else {"image": fingerprint(cast(nn.Module, encoder.image))})  # fmt: skip
 
 
 def _list(source: str | Path, output: Path, layout: LayoutName, root: str | Path) -> None:
@@ -121,7 +158,10 @@ def _list(source: str | Path, output: Path, layout: LayoutName, root: str | Path
             f"{source} lists other videos or captions than when {output} was begun (see {file}). "
             "Give another output folder, or delete this one."
         )
-    fresh.replace(file)
+    if file.is_file() and _digest(fresh) == _digest(file):
+        fresh.unlink()
+    else:
+        fresh.replace(file)
 
 
 def _is_gone(folder: Path) -> bool:

@@ -87,9 +87,13 @@ def write_report(folder: Path, listing: Listing, parts: Iterable[Mapping[str, An
 
 
 def read_report(folder: str | Path) -> Report:
-    """What `write_report` left in a prepared folder."""
-    tree = json.loads((Path(folder) / "report.json").read_text(encoding="utf-8"))
-    return Report(**{**tree, "dropped": {reason: Count(**count) for reason, count in tree["dropped"].items()}})
+    """What `write_report` left in a prepared folder. DataError if it is damaged."""
+    path = Path(folder) / "report.json"
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        return Report(**{**tree, "dropped": {reason: Count(**count) for reason, count in tree["dropped"].items()}})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"{path} is damaged ({type(error).__name__}); delete {folder} and make it anew") from None
 
 
 def _draw(path: Path, listing: Listing, shown: Mapping[str, list[Dropped]]) -> None:

@@ -31,6 +31,7 @@ from fewstep.data.base import DataError
 from fewstep.data.lines import Captions, Lines
 
 FORMAT = 1
+MANIFEST = "manifest.json"
 Storage = Literal["float16", "float32"]
 KINDS = {
     "latents": "Latents (fewstep prepare)",
@@ -40,6 +41,8 @@ KINDS = {
 OPEN_SHARDS = 32
 RAGGED = {"texts"}
 """Kinds whose rows differ in length: a shard has a tensor `name.row` for each of them, instead of all in `name`."""
+GOES_ON = "the same command goes on after the last whole file"
+"""What is said where a preparation is stopped."""
 _HEADER = "fewstep"
 
 
@@ -172,6 +175,11 @@ class ShardReader:
             raise DataError(f"{self.folder} lacks {gap}; copy the folder again, or delete it and make it anew")
         self._open: dict[Path, Any] = {}
 
+    def check(self) -> None:
+        """DataError names a shard that is cut short or is none. Reads their headers, which say how long a file must be."""
+        for path in self._paths():
+            _open(path)
+
     def __len__(self) -> int:
         return len(self.index)
 
@@ -218,17 +226,19 @@ def _ragged(rows: Sequence[Row]) -> dict[str, Tensor]:
 
 
 def is_complete(folder: Path) -> bool:
-    path = folder / "manifest.json"
-    return path.is_file() and bool(json.loads(path.read_text(encoding="utf-8"))["complete"])
+    path = folder / MANIFEST
+    return path.is_file() and bool(_manifest(path)["complete"])
 
 
 def claim(folder: Path, kind: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The manifest of a folder that these settings began; a new one where there is none. DataError for other settings."""
     settings = json.loads(json.dumps(settings))
-    path, hashed = folder / "manifest.json", digest(settings)
+    path, hashed = folder / MANIFEST, digest(settings)
     if path.is_file():
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if manifest.get("kind") != kind or manifest.get("settings_hash") != hashed:
+        manifest = _manifest(path)
+        if manifest["kind"] != kind:
+            raise DataError(f"{folder} holds {manifest['kind']}, not {kind}; give another output folder")
+        if manifest.get("settings_hash") != hashed:
             raise DataError(
                 f"{folder} was begun with other settings ({_difference(manifest, kind, settings)}). "
                 "Repeat those settings to continue, give another output folder, or delete this one."
@@ -245,7 +255,7 @@ def claim(folder: Path, kind: str, settings: Mapping[str, Any]) -> dict[str, Any
 
 
 def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    with writing(folder / "manifest.json") as draft:
+    with writing(folder / MANIFEST) as draft:
         draft.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
@@ -264,10 +274,10 @@ def writing(path: Path) -> Iterator[Path]:
 
 def read_manifest(folder: str | Path, kind: str) -> dict[str, Any]:
     """The manifest of a complete folder of `kind` (a key of `KINDS`). DataError that says what to do otherwise."""
-    path = Path(folder) / "manifest.json"
+    path = Path(folder) / MANIFEST
     if not path.is_file():
         raise DataError(f"{folder}: no manifest.json there. It is a folder made for {KINDS[kind]}.")
-    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest = _manifest(path)
     if manifest["kind"] != kind:
         use = KINDS.get(manifest["kind"], "another fewstep version")
         raise DataError(f"{folder} holds {manifest['kind']}, not {kind}. It is read by {use}.")
@@ -275,6 +285,16 @@ def read_manifest(folder: str | Path, kind: str) -> dict[str, Any]:
         raise DataError(f"{folder} has format {manifest['format']}, this version reads {FORMAT}; make it again")
     if not manifest["complete"]:
         raise DataError(f"{folder} is not complete: making it was interrupted. Run the same command again to continue.")
+    return manifest
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """What a manifest says. DataError where it is none."""
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        _ = manifest["kind"], manifest["format"], manifest["complete"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"{path} is damaged ({type(error).__name__}); delete {path.parent} and make it anew") from None
     return manifest
 
 

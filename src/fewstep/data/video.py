@@ -26,6 +26,9 @@ from fewstep.core.atomic import replacing
 from fewstep.core.finite import require_finite
 from fewstep.data.shots import find_cuts
 
+LARGEST_SIDE = 16384
+"""Pixels of a film along a side, at most: H.264 knows no more."""
+
 
 class ClipError(ValueError):
     """A video that cannot give the clip asked for. The message is the reason, a colon, and the particulars if any."""
@@ -88,13 +91,15 @@ def read_image(path: str | Path, size: tuple[int, int]) -> Tensor:
     try:
         with Image.open(path) as image:
             pixels = np.array(image.convert("RGB"))
-    except OSError as error:
+    except Exception as error:  # whatever a broken file does to its decoder; or a picture of too many pixels
         raise ClipError(f"{path} is no picture that can be read: {error}") from None
     return to_floats(_fit(pixels, size)[None])[:, 0]
 
 
 def read_clips(source: str | Path | BytesIO, cut: Cut) -> Iterator[Clip]:
     """The clips of one video, in one pass over the file that keeps one clip in memory.
+
+    A codec takes floats `[B, 3, F, H, W]`: `codec.encode(to_floats(torch.stack([clip.frames for clip in clips])))`.
 
     ClipError if the file is absent or damaged (clips before the damage have been yielded then), or too short for one.
     With `cut.shots` a shot that is too short is yielded with its `problem`, and is no error.
@@ -143,7 +148,7 @@ def read_facts(source: str | Path | BytesIO) -> Facts:
 
 
 def to_floats(frames: Tensor) -> Tensor:
-    """uint8 `[..., F, H, W, 3]` to float32 `[..., 3, F, H, W]` in [-1, 1]."""
+    """uint8 `[..., F, H, W, 3]`, as `read_clips` gives, to float32 `[..., 3, F, H, W]` in [-1, 1], as codecs take."""
     return (frames.movedim(-1, -4).float() / 127.5 - 1).contiguous()
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import time
+from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,10 +16,33 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fewstep.core.atomic import write_text
 
+EVERY = 30.0
+"""Seconds between lines where there is no terminal."""
+
 
 class Writer(Protocol):
     def add_scalar(self, tag: str, value: float, step: int) -> None: ...
     def close(self) -> None: ...
+
+
+@dataclass
+class Pace:
+    """Speed since the first report: what an earlier run had done is not counted."""
+
+    first: int
+    began: float = field(default_factory=time.monotonic)
+
+    def per_second(self, done: int) -> float:
+        return (done - self.first) / max(time.monotonic() - self.began, 1e-9)
+
+    def line(self, what: str, done: int, total: int, note: str = "") -> str:
+        speed = self.per_second(done)
+        left = f", {timedelta(seconds=round((total - done) / speed))} left" if speed and done < total else ""
+        return f"{what}: {done:,} of {total:,}, {figure(speed)} per second{left}{note and f', {note}'}"
+
+
+def figure(speed: float) -> str:
+    return f"{speed:,.0f}" if speed >= 1000 else f"{speed:.3g}"
 
 
 class RunLog:
@@ -31,6 +56,8 @@ class RunLog:
         self.path, self.leads = folder / "metrics.jsonl", leads
         self.progress = progress_bar(quiet or not leads)
         self._task = self.progress.add_task("train", total=total, completed=resume_step, note="")
+        self._pace, self._said, self._last = Pace(resume_step), time.monotonic(), ""
+        self._total = total
         self._board: Writer | None = None
         if leads:
             self._open(folder, resume_step)
@@ -50,15 +77,21 @@ class RunLog:
 
     def __exit__(self, *_: object) -> None:
         self.progress.stop()
+        if self._last:  # whole, where the bar had no room for it
+            self.say(self._last)
         if self._board is not None:
             self._board.close()
 
     def advance(self, done: int, note: str) -> None:
         self.progress.update(self._task, completed=done, note=note)
+        self._last = self._pace.line("steps", done, self._total, note)
+        if not self.progress.console.is_terminal and time.monotonic() - self._said > EVERY:
+            self._said = time.monotonic()
+            self.say(self._last)
 
     def say(self, line: str) -> None:
         """One fact for the person who watches."""
-        self.progress.console.print(line, highlight=False, markup=False)
+        self.progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def picture(self, image: Image.Image, path: Path) -> None:
         if self.leads:
@@ -88,11 +121,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def progress_bar(quiet: bool = False) -> Progress:
-    """A bar with counts, elapsed time and time left, on standard error."""
+    """A bar with counts, elapsed time and time left, on standard error; none where that is no terminal."""
+    console = Console(stderr=True, quiet=quiet)
     return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
-        console=Console(stderr=True, quiet=quiet), disable=quiet,
+        console=console, disable=quiet or not console.is_terminal,
     )  # fmt: skip
 
 

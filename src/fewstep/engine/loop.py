@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from fewstep.core import Rng
 from fewstep.core.atomic import replacing_folder
 from fewstep.core.finite import require_finite
+from fewstep.core.stopping import Request, Terminated, on_request, saying
 from fewstep.data.base import Data, require
 from fewstep.engine.checkpoint import Checkpoint, Saver, checkpoints
 from fewstep.engine.effective import WATCHED
@@ -46,13 +47,22 @@ def train(
     Writes to `output`: `metrics.jsonl`, `tensorboard/`, `previews/`, `checkpoints/`, `health.json`, `health/`,
     `effective.json`, `best/`, `student/`. With a probe the returned model is the best by its rule; otherwise the last, or
     the best so far where the last is ill (`settings.health`). Of several processes only the leader gets its denoiser's
-    weights, in main memory. `model` becomes the frozen teacher. Raises ValueError when something asked for cannot be had,
+    weights, in main memory. `model` becomes the frozen teacher. SIGTERM saves a checkpoint after the current iteration and
+    raises Terminated. Raises ValueError when something asked for cannot be had,
     NonFiniteError when a number stops being one, CheckpointError when `output` belongs to another run.
     """
     output = Path(output)
     require(data, method)
     data.check(model)
-    run = prepare(model, method, data, settings, output, probe=probe, provenance=provenance or {})
+    with saying(lambda: kept(output, settings)), on_request() as stop:
+        run = prepare(model, method, data, settings, output, probe=probe, provenance=provenance or {})
+        iterate(run, stop, quiet=quiet)
+        return finish(run)
+
+
+def iterate(run: Run, stop: Request, *, quiet: bool) -> None:
+    """From the last checkpoint to the end; Terminated with a new checkpoint where a stop is asked for."""
+    settings, output = run.settings, run.output
     found = run.processes.from_leader(checkpoints(output / "checkpoints")[-1:])
     if found:
         run.restore(Checkpoint.open(found[-1]))
@@ -72,7 +82,18 @@ def train(
                 run.effective, run.watch = run.effective.with_seen(run.watch), None
                 publish(run, log, run.effective.seen())
             after(run, log, saver)
-    return finish(run)
+            if run.processes.mean({"stop": float(stop.made)})["stop"] and not run.over:  # the same in every process
+                saver.save(run.state())
+                saver.wait()
+                raise Terminated(kept(output, settings))
+
+
+def kept(output: Path, settings: Settings) -> str:
+    """What a run that is stopped leaves, for the person who stopped it."""
+    if found := checkpoints(output / "checkpoints"):
+        return f"the same command goes on from {found[-1].name}"
+    every = f"the first comes after {settings.save_every} steps" if settings.save_every else "settings.save_every is 0"
+    return f"there is no checkpoint yet ({every}), so the same command starts from the beginning"
 
 
 def publish(run: Run, log: RunLog, facts: list[str]) -> None:

@@ -7,7 +7,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
@@ -23,6 +23,8 @@ CLIPS = 4
 ROW = 96
 """Height of a frame in the picture, about."""
 GAP = 4
+HEAD = 20
+"""Height of the line of names."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,13 @@ class Preview:
         return cls(teacher, batch.prompts, images_in(teacher, batch.cond), shared)
 
     def draw(self, student: VideoModel) -> Image.Image:
-        """A row per prompt with the student at its fewest steps, at its most (if others), and the teacher."""
+        """A row per prompt with the student at its fewest steps, at its most (if others), and the teacher, named above."""
         counts = student.card.contract.counts
         shown = sorted({counts[0], counts[-1]})
         columns = [self._clips(student, n) for n in shown]
-        return Image.fromarray(sheet([*columns, self._teacher_clips]))
+        now, before = ("student", "teacher") if student.card.role == "student" else ("now", "before training")
+        names = [f"{now}, {_steps(n)}" for n in shown] + [f"{before}, {_steps(self.teacher.card.contract.steps)}"]
+        return labelled(Image.fromarray(sheet([*columns, self._teacher_clips])), names)
 
     @cached_property
     def _teacher_clips(self) -> Tensor:
@@ -68,6 +72,20 @@ def sheet(columns: list[Tensor]) -> np.ndarray:
         strips.append(pad(shown.permute(0, 3, 1, 4, 2).flatten(2, 3), (0, 0, 0, GAP), value=1.0))  # B H (F W + gap) 3
     sheet = torch.cat(strips, dim=2).flatten(0, 1)
     return to_uint8(sheet).cpu().numpy()
+
+
+def labelled(picture: Image.Image, names: list[str]) -> Image.Image:
+    """With the names of its columns, all of which are as wide, above them."""
+    made = Image.new("RGB", (picture.width, picture.height + HEAD), "white")
+    made.paste(picture, (0, HEAD))
+    pen = ImageDraw.Draw(made)
+    for i, name in enumerate(names):
+        pen.text((i * picture.width // len(names) + GAP, GAP), name, fill="black")
+    return made
+
+
+def _steps(count: int) -> str:
+    return f"{count} {'step' if count == 1 else 'steps'}"
 
 
 def _resized(images: Tensor) -> Tensor:

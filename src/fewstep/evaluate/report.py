@@ -14,9 +14,11 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fewstep.core.atomic import write_text
 from fewstep.engine.log import read_metrics
 from fewstep.evaluate import health
 from fewstep.evaluate.animate import fitted, gif_bytes
+from fewstep.evaluate.earned import unearned
 from fewstep.evaluate.results import CLIPS, Range, Report, Row, load_report
 from fewstep.evaluate.svg import Bar, Point, bars, curve, scatter
 from fewstep.evaluate.table import between, ends, number, percent, score, times, truth_cells
@@ -51,7 +53,7 @@ def write_report(folder: Path | str, *, run: Path | str | None = None, recipe: s
         body="\n".join(sections),
     )
     path = folder / FILE
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page)
     return path
 
 
@@ -62,9 +64,14 @@ def best_student(report: Report) -> Row | None:
 
 
 def lead(report: Report, hero: Row | None) -> str:
-    """The outcome in two or three plain sentences, good or bad."""
+    """The outcome in a few plain sentences, good or bad."""
     if hero is None:
         return "No student among these rows: this page describes the teacher at several numbers of steps."
+    doubt = unearned(report, hero)
+    return _outcome(report, hero) + (f" The quality of {hero.name} has not been shown: {doubt}." if doubt else "")
+
+
+def _outcome(report: Report, hero: Row) -> str:
     reference = report.row(report.reference)
     if hero.accuracy is None and report.aligned:
         same = (
@@ -111,10 +118,15 @@ def _facts(report: Report, hero: Row | None) -> Iterator[tuple[str, str]]:
     reference = report.row(report.reference)
     if hero is None:
         return
-    faster = f"{number(reference.seconds / hero.seconds)}x faster"
-    yield faster, f"{_time(hero.seconds)} instead of {_time(reference.seconds)} a clip"
+    if doubt := unearned(report, hero):
+        yield "not shown", f"that {hero.name} is any good: {doubt}; so no speed is claimed here"
+    else:
+        faster = f"{number(reference.seconds / hero.seconds)}x faster"
+        yield faster, f"{_time(hero.seconds)} instead of {_time(reference.seconds)} a clip"
     if hero.accuracy is not None:
         yield percent(hero.accuracy), f"all right; {reference.name}: {percent(reference.accuracy)}"
+    if doubt:
+        return  # noise moves, and differs from noise
     yield times(hero.motion), f"the motion of {reference.name}"
     if hero.diversity is not None:
         yield times(hero.diversity), f"the diversity of {reference.name}"

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fewstep.core.atomic import write_text
+
 FILE = "results.json"
 CLIPS = "previews.safetensors"
 """The clips shown in the report, uint8 `[K, 3, F, H, W]` under each row's name."""
@@ -155,7 +157,7 @@ class Report:
     def save(self, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / FILE
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        write_text(path, json.dumps(asdict(self), indent=2) + "\n")
         return path
 
 

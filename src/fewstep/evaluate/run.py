@@ -9,8 +9,12 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from fewstep.core.atomic import replacing
+from fewstep.core.lock import holding
+from fewstep.core.stopping import saying
 from fewstep.evaluate.compare import Distance, make_row, with_gains
 from fewstep.evaluate.cost import cost
+from fewstep.evaluate.kept import KeptRows, require_own
 from fewstep.evaluate.machine import describe_machine, versions
 from fewstep.evaluate.measure import Measured
 from fewstep.evaluate.real import Drawn
@@ -27,18 +31,57 @@ def evaluate(rows: Sequence[Entry], suite: Suite, output: Path | str, progress: 
     """Measure every entry on the same prompts, seeds and noise; write `results.json` and the preview clips to `output`.
 
     Give the teacher at its full number of steps first (the reference), then the teacher at the student's step counts
-    (the baseline any distillation must beat), then the student. `write_report(output)` makes the page. ValueError for
-    entries that cannot be compared; NonFiniteError when a model makes NaN.
+    (the baseline any distillation must beat), then the student. `write_report(output)` makes the page. Stopped
+    and called again, it goes on after the rows that were finished. ValueError for entries that cannot be compared;
+    FileExistsError where `output` has figures or pages of something else; NonFiniteError when a model makes NaN.
     """
-    bench = prepare(rows, suite)
-    measured = {entry.name: sample(entry, bench, progress) for entry in rows}
+    output = Path(output)
+    with holding(output):
+        bench = prepare(rows, suite)
+        models = {entry.name: fingerprint(entry.model.denoiser) for entry in rows}
+        asked = asdict(suite) | {
+            "texts": list(suite.texts), "num_frames": bench.num_frames, "fps": rows[0].model.card.fps,
+        }  # fmt: skip
+        require_own(output, models, asked)
+        kept = KeptRows.of(rows, bench, output)
+        with saying(kept.said):
+            measured = measure(rows, bench, kept, progress)
+            report = compare(rows, bench, measured, models, asked)
+        report.save(output)
+        with replacing(output / CLIPS) as draft:
+            save_file({n: m.shown.contiguous() for n, m in measured.items() if m.shown is not None}, draft)
+        kept.delete()
+    return report
+
+
+def measure(rows: Sequence[Entry], bench: Bench, kept: KeptRows, progress: Progress | None) -> dict[str, Measured]:
+    """Sample every row that is not kept from a run that was stopped, and keep it."""
+    measured: dict[str, Measured] = {}
+    for entry in rows:
+        found = kept.read(entry.name)
+        if found is None:
+            found = sample(entry, bench, progress)
+            kept.write(entry.name, found)
+        measured[entry.name] = found
+    return measured
+
+
+def compare(
+    rows: Sequence[Entry],
+    bench: Bench,
+    measured: Mapping[str, Measured],
+    models: Mapping[str, str],
+    asked: Mapping[str, Any],
+) -> Report:
+    """Rows with what they cost and how far they are from the reference and from each other."""
+    suite = bench.suite
     costs = {entry.name: cost(entry, bench) for entry in rows}
     name = suite.reference or rows[0].name
     reference = measured[name]
     target = make_target(bench, name, reference)
     distances = {entry.name: Distance.measure(measured[entry.name], target.features, bench) for entry in rows}
     made = [make_row(e, measured[e.name], reference, distances[e.name], bench, costs[e.name]) for e in rows]
-    report = Report(
+    return Report(
         rows=with_gains(made, measured, distances, bench),
         reference=name,
         truth=target.truth,
@@ -48,20 +91,15 @@ def evaluate(rows: Sequence[Entry], suite: Suite, output: Path | str, progress: 
         frechet_floor=target.floor,
         frechet_shuffled=target.shuffled,
         clip_score_model=None if bench.clip is None else bench.clip.name,
-        suite=asdict(suite)
-        | {"texts": list(suite.texts), "num_frames": bench.num_frames, "fps": rows[0].model.card.fps},
+        suite=dict(asked),
         seeds={"suite": suite.seed, "first_clip": bench.cases.first_seed, "clips": len(bench.cases)},
         machine=asdict(describe_machine(bench.device)),
         versions=versions(),
         memory=costs[name].memory_kind,
-        models={entry.name: fingerprint(entry.model.denoiser) for entry in rows},
+        models=dict(models),
         previews=tuple(_previews(bench, measured)),
         notes=tuple(_notes(rows, bench, target)),
     )
-    report.save(Path(output))
-    shown = {n: m.shown.contiguous() for n, m in measured.items() if m.shown is not None}
-    save_file(shown, Path(output) / CLIPS)
-    return report
 
 
 def _previews(bench: Bench, measured: Mapping[str, Measured]) -> Iterator[dict[str, Any]]:

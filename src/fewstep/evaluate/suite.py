@@ -48,6 +48,7 @@ class Suite:
 
     def __post_init__(self) -> None:
         counts = {"prompts": self.prompts, "seeds_per_prompt": self.seeds_per_prompt, "batch": self.batch}
+        counts |= {} if self.num_frames is None else {"num_frames": self.num_frames}
         low = [f"{name}={value}" for name, value in counts.items() if value < 1]
         if low or not 0 <= self.paraphrased <= 1:
             raise ValueError(

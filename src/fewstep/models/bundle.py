@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fewstep.compress import TRANSFORMS, Transform, transformed
 from fewstep.core import Cond, RecipeError, build, dump
+from fewstep.core.atomic import settle
 from fewstep.core.bounds import FrameRate, Size, require_bounds
 from fewstep.core.stamp import stamp_of
 from fewstep.core.yaml import load_json
@@ -32,7 +33,7 @@ from fewstep.models.fingerprint import describe, print_of
 from fewstep.models.images import Images, blank_images, image_conditions
 from fewstep.models.lora import updated
 from fewstep.models.sampling import Request, sampling
-from fewstep.models.spec import Spec
+from fewstep.models.spec import Spec, lacking
 from fewstep.models.stored import Stored
 from fewstep.models.text import TextEncoder
 
@@ -102,8 +103,7 @@ class VideoModel:
 
     def part(self, name: str) -> nn.Module:
         if name not in self.parts:
-            have = ", ".join(self.parts) or "nothing"
-            raise ValueError(f"model {self.card.name!r} has no {name} (it has {have}); name one in the recipe's model")
+            raise ValueError(f"model {self.card.name!r} {lacking(name, self.parts)}; name one in the recipe's model")
         return self.parts[name]
 
     @property
@@ -244,6 +244,7 @@ class VideoModel:
             tensors = {k: _stored(v, dtype) for k, v in part.state_dict().items()}
             prints[name] = print_of(part, {k: tensors[k].to(v.dtype) for k, v in part.state_dict().items()})
             save_file(tensors, folder / f"{name}.safetensors")
+            settle(folder / f"{name}.safetensors")
             files[name] = stamp_of(folder / f"{name}.safetensors")
         card = replace(card, fingerprints=prints, files=files, transforms=self.transforms)
         (folder / "card.json").write_text(json.dumps(dump(card), indent=2) + "\n")

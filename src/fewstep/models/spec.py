@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,3 +67,16 @@ def _network(name: Any, at: At) -> type[nn.Module]:
     if isinstance(name, str) and name in PARTS:
         return part_class(name)
     return find_class(name, nn.Module, {c.__name__: c for c in NETWORKS}, at)
+
+
+DIFFUSERS_NAMES = {"denoiser": "transformer or unet", "text": "text_encoder", "image": "image_encoder", "codec": "vae"}
+"""What diffusers calls the parts of a model."""
+
+
+def lacking(part: str, have: Iterable[str]) -> str:
+    """That a model has no such part, with the names that diffusers gives it and the others."""
+    return f"has no {_told(part)}, only {', '.join(map(_told, have)) or 'nothing'}"
+
+
+def _told(part: str) -> str:
+    return f"{part} ({DIFFUSERS_NAMES[part]} in diffusers)" if part in DIFFUSERS_NAMES else part

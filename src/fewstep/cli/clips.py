@@ -1,0 +1,119 @@
+"""`fewstep sample`: a few clips side by side in one file, many in a file each, written as soon as they are made."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fewstep.cli.arguments import Sample
+from fewstep.cli.command import UsageError
+from fewstep.cli.commands import _made, _own_device, _prompts
+from fewstep.core.atomic import require_writable
+from fewstep.core.stopping import saying
+from fewstep.data.video import LARGEST_SIDE, read_image, write_video
+from fewstep.models.bundle import VideoModel, read_card
+
+if TYPE_CHECKING:
+    from fewstep.models.bundle import Card
+
+TOGETHER = 8
+"""Clips that are made at once, and side by side in one file, at most."""
+SHOWN = 128
+"""Pixels along the shorter side that smaller clips are enlarged to."""
+
+
+def sample(options: Sample) -> int:
+    prompts = _prompts(options.prompt, options.prompt_file)
+    _check(options, len(prompts))
+    card = read_card(options.student)
+    scale = _scale(options, card)
+    spans = _spans(len(prompts), card.width * scale)
+    paths = [
+        options.output if len(spans) == 1 else _numbered(options.output, first, len(prompts)) for first, _ in spans
+    ]
+    require_writable(paths[-1])
+    model = VideoModel.from_pretrained(options.student, trust=options.trust).to(_own_device(options.device))
+    images = _images(options, card)
+    done: list[Path] = []
+
+    def kept() -> str:
+        return f"{len(done)} of {len(paths)} files are written" + (f", the last is {done[-1]}" if done else "")
+
+    with saying(kept):
+        for first in range(0, len(prompts), TOGETHER):
+            last = min(first + TOGETHER, len(prompts))
+            mine = {name: stack if len(stack) == 1 else stack[first:last] for name, stack in images.items()}
+            clips = model(
+                prompts[first:last], **mine, num_inference_steps=options.num_inference_steps, num_frames=options.num_frames,
+                guidance_scale=options.guidance_scale, seed=options.seed + first, force=options.force,
+            )  # fmt: skip
+            for (begin, end), path in zip(spans, paths, strict=True):
+                if first <= begin < last:
+                    _write(path, clips[begin - first : end - first], card.fps, scale)
+                    done.append(path)
+    for path in done[:-1]:
+        _made(path)
+    return _made(done[-1])
+
+
+def _check(options: Sample, count: int) -> None:
+    """UsageError for what no model could do, before one is loaded."""
+    for name in ("image", "last_image"):
+        if len(getattr(options, name)) not in (0, 1, count):
+            option = f"--{name}".replace("_", "-")
+            raise UsageError(f"{option}: give one picture, or one for each of the {count} prompts")
+    if options.output.suffix.lower() not in (".mp4", ".gif"):
+        raise UsageError(f"--output {options.output}: choose a name that ends in .mp4 or .gif")
+    for name in ("num_frames", "num_inference_steps", "scale"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if options.guidance_scale is not None and not math.isfinite(options.guidance_scale):
+        raise UsageError(f"--guidance-scale must be a number, got {options.guidance_scale}")
+
+
+def _scale(options: Sample, card: Card) -> int:
+    """How many times pixels are enlarged. UsageError for a picture that no player shows."""
+    scale = max(1, SHOWN // min(card.height, card.width)) if options.scale is None else options.scale
+    if max(card.height, card.width) * scale > LARGEST_SIDE:
+        raise UsageError(
+            f"--scale {scale} makes {card.height * scale} x {card.width * scale} pixels of {card.height} x {card.width}, and "
+            f"players show no more than {LARGEST_SIDE} along a side; leave it out"
+        )
+    return scale
+
+
+def _spans(count: int, width: int) -> list[tuple[int, int]]:
+    """Which clips share a file: all where they are few and fit side by side, otherwise none."""
+    together = count <= TOGETHER and count * width <= LARGEST_SIDE
+    return [(0, count)] if together else [(i, i + 1) for i in range(count)]
+
+
+def _numbered(output: Path, number: int, count: int) -> Path:
+    """`sample-01.mp4` is the first."""
+    return output.with_name(f"{output.stem}-{number + 1:0{len(str(count))}d}{output.suffix}")
+
+
+def _images(options: Sample, card: Card) -> dict[str, Tensor]:
+    pictures: dict[str, Sequence[Path]] = {"image": options.image, "last_image": options.last_image}
+    size = (card.height, card.width)
+    return {name: torch.stack([read_image(p, size) for p in paths]) for name, paths in pictures.items() if paths}
+
+
+def _write(path: Path, clips: Tensor, fps: float, scale: int) -> None:
+    """Write clips; where the disk is full or gone they go to the folder for temporary files, and the error says so."""
+    try:
+        write_video(path, clips, fps=fps, scale=scale)
+    except OSError as error:
+        spare = Path(tempfile.mkdtemp(prefix="fewstep-")) / f"clips{path.suffix}"
+        try:
+            write_video(spare, clips, fps=fps, scale=scale)
+        except OSError:
+            raise error from None
+        raise OSError(error.errno, f"{error.strerror}. What was made is in {spare}", str(path)) from error

@@ -1,0 +1,97 @@
+"""What an evaluation has measured so far, on disk: after an interruption it goes on with the next row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from fewstep.core.atomic import replacing
+from fewstep.core.build import digest
+from fewstep.evaluate.measure import Measured
+from fewstep.evaluate.results import FILE, load_report
+from fewstep.evaluate.sampling import Bench
+from fewstep.evaluate.suite import Entry
+from fewstep.models.fingerprint import fingerprint
+
+FOLDER = "rows"
+PAGE = "report.html"
+
+
+@dataclass(frozen=True)
+class KeptRows:
+    """The finished rows of one evaluation: a file each, by the row's name."""
+
+    paths: Mapping[str, Path]
+
+    @classmethod
+    def of(cls, rows: Sequence[Entry], bench: Bench, output: Path) -> KeptRows:
+        """Other weights, prompts or settings have other files."""
+        weights: dict[int, dict[str, str]] = {}
+        paths: dict[str, Path] = {}
+        for entry in rows:
+            if id(entry.model) not in weights:  # a fingerprint reads all of them
+                weights[id(entry.model)] = {name: fingerprint(part) for name, part in entry.model.parts.items()}
+            facts = {
+                "row": entry.name, "weights": weights[id(entry.model)], "contract": repr(entry.contract),
+                "suite": repr(bench.suite), "frames": bench.num_frames, "prompts": bench.cases.prompts,
+                "features": bench.features.name, "device": bench.device.type,
+            }  # fmt: skip
+            paths[entry.name] = output / FOLDER / f"{digest(facts)}.safetensors"
+        return cls(paths)
+
+    def read(self, name: str) -> Measured | None:
+        """A row as it was measured; None where it was not, or its file is damaged."""
+        if not self.paths[name].is_file():
+            return None
+        try:
+            with safe_open(self.paths[name], framework="pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
+                seconds = float((file.metadata() or {})["seconds"])
+        except (SafetensorError, KeyError, ValueError):
+            return None
+        absent = {field.name: None for field in fields(Measured)}
+        return Measured(**{**absent, **tensors, "seconds": seconds})
+
+    def write(self, name: str, measured: Measured) -> None:
+        tensors = {key: value.contiguous() for key, value in vars(measured).items() if isinstance(value, torch.Tensor)}
+        with replacing(self.paths[name]) as draft:
+            save_file(tensors, draft, metadata={"seconds": repr(measured.seconds)})
+
+    def said(self) -> str:
+        """For the person who stops an evaluation."""
+        count = sum(path.is_file() for path in self.paths.values())
+        which = "1 finished row is" if count == 1 else f"{count} finished rows are"
+        return f"{which} kept, and the same command goes on after that"
+
+    def delete(self) -> None:
+        """When the report is written, which has all of it. Files of others stay."""
+        for path in self.paths.values():
+            path.unlink(missing_ok=True)
+        with suppress(OSError):
+            next(iter(self.paths.values())).parent.rmdir()
+
+
+def require_own(output: Path, models: Mapping[str, str], suite: Mapping[str, Any]) -> None:
+    """Refuse (FileExistsError) to write over what this evaluation did not make: another's figures, or anybody's files."""
+    page, results = output / PAGE, output / FILE
+    if not results.exists():
+        if page.exists():
+            raise FileExistsError(f"{page} is there and no {FILE} that it is the page of; give another output folder")
+        return
+    try:
+        there = load_report(output)
+    except (ValueError, TypeError, KeyError, AttributeError, OSError, RecursionError):
+        raise FileExistsError(f"{results} is not of fewstep evaluate; give another output folder") from None
+    if there.models != models or there.suite != json.loads(json.dumps(suite)):
+        changed = "models" if there.models != models else "prompts or settings"
+        raise FileExistsError(
+            f"{results} has figures of other {changed}; give another output folder, or delete {results} and {page}"
+        )

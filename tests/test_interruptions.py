@@ -1,0 +1,153 @@
+"""Every long command, stopped by Ctrl-C, SIGTERM and SIGKILL: it says what is kept, goes on, and leaves the same."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from faults.given import RECIPE
+from faults.given import teacher as tiny_teacher
+from faults.making import video
+from support_stopping import fewstep
+
+CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGKILL": -signal.SIGKILL}
+SIGNALS = tuple(CODES)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file; of results what does not depend on the clock."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def weights(run: Path) -> dict[str, bytes]:
+    return {name: data for name, data in contents(run / "student").items() if name.endswith(".safetensors")}
+
+
+def stopped(words: str, at: tuple[str, int], name: str, here: Path, *says: str) -> None:
+    """Run a command that gets a signal; it must end as that signal's exit code says, in one line."""
+    code, err = fewstep(*words.split(), here=here, at=(*at, name))
+    assert code == CODES[name], err
+    if name != "SIGKILL":
+        assert err.startswith("fewstep: stopped; ") and all(word in err for word in says), err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SIGNALS)
+def test_distill(name: str, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(RECIPE.replace("steps: 1", "steps: 6").replace("save_every: 1", "save_every: 2"))
+    words = "train r.yaml --quiet --output "
+    stopped(
+        f"{words}run", ("iteration", 4), name, tmp_path, "goes on from step-00000" + ("4" if name == "SIGTERM" else "2")
+    )
+    for output in ("run", "straight"):
+        assert fewstep(*f"{words}{output}".split(), here=tmp_path)[0] == 0
+    assert weights(tmp_path / "run") == weights(tmp_path / "straight")
+    assert not (tmp_path / "run/.running").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SIGNALS)
+def test_distill_without_a_checkpoint(name: str, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(RECIPE.replace("steps: 1", "steps: 6").replace("save_every: 1", "save_every: 0"))
+    words = "train r.yaml --quiet --output "
+    says = "goes on from step-000003" if name == "SIGTERM" else "settings.save_every is 0"
+    stopped(f"{words}run", ("iteration", 3), name, tmp_path, says)
+    for output in ("run", "straight"):
+        assert fewstep(*f"{words}{output}".split(), here=tmp_path)[0] == 0
+    assert weights(tmp_path / "run") == weights(tmp_path / "straight")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SIGNALS)
+@pytest.mark.parametrize("at", [("row", 4), ("shard", 1)])
+def test_prepare(name: str, at: tuple[str, int], tmp_path: Path) -> None:
+    tiny_teacher(tmp_path)
+    (tmp_path / "videos").mkdir()
+    for i in range(70):  # two parts of 64 and 6 videos, a shard each
+        (tmp_path / f"videos/{i:02d}.mp4").write_bytes(video())
+        (tmp_path / f"videos/{i:02d}.txt").write_text(f"film {i}")
+    words = "prepare videos --model teacher --quiet --output "
+    stopped(f"{words}out", at, name, tmp_path, "goes on after the last whole file")
+    for output in ("out", "straight"):
+        assert fewstep(*f"{words}{output}".split(), here=tmp_path)[0] == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "straight")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SIGNALS)
+@pytest.mark.parametrize("at", [("row", 5), ("shard", 2)])
+def test_pairs(name: str, at: tuple[str, int], tmp_path: Path) -> None:
+    tiny_teacher(tmp_path)
+    words = "pairs world:6 --model teacher --times 1 0 --steps 2 --batch 2 --shard-size 2 --quiet --output "
+    stopped(f"{words}out", at, name, tmp_path, "goes on after the last whole file")
+    for output in ("out", "straight"):
+        assert fewstep(*f"{words}{output}".split(), here=tmp_path)[0] == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "straight")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SIGNALS)
+def test_evaluate(name: str, tmp_path: Path) -> None:
+    tiny_teacher(tmp_path)
+    words = "evaluate teacher --teacher teacher --num-inference-steps 2 --prompts 4 --seeds 1 --features pooled --output out"
+    stopped(words, ("batch", 2), name, tmp_path, "1 finished row is kept")
+    (kept,) = (tmp_path / "out/rows").iterdir()
+    assert kept.suffix == ".safetensors"
+    code, err = fewstep(*words.split(), here=tmp_path)
+    assert code == 0, err
+    assert "teacher 50" not in err  # its clips were not made again
+    assert not (tmp_path / "out/rows").exists() and (tmp_path / "out/report.html").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SIGNALS)
+def test_sample(name: str, tmp_path: Path) -> None:
+    tiny_teacher(tmp_path)
+    (tmp_path / "p.txt").write_text("a duck\n" * 10)
+    words = "sample teacher --prompt-file p.txt --num-inference-steps 1 --force --output c.gif"
+    stopped(words, ("film", 2), name, tmp_path, "8 of 10 files are written", "c-08.gif")
+    assert len(list(tmp_path.glob("c-*.gif"))) == 8
+
+
+@pytest.mark.slow
+def test_two_runs_at_once(tmp_path: Path) -> None:
+    """The second is refused while the first goes on, and the first is as if it had been alone."""
+    (tmp_path / "r.yaml").write_text(RECIPE.replace("steps: 1", "steps: 4").replace("save_every: 1", "save_every: 2"))
+    words = ["train", "r.yaml", "--quiet", "--output"]
+    support = Path(__file__).with_name("support_stopping.py")
+    first = subprocess.Popen([sys.executable, support, "iteration", "2", "SIGSTOP", *words, "run"], cwd=tmp_path)
+    os.waitpid(first.pid, os.WUNTRACED)  # it stands in its second iteration
+    try:
+        code, err = fewstep(*words, "run", here=tmp_path)
+        assert code == 2 and f"run is in use by another fewstep (process {first.pid} on" in err
+    finally:
+        first.send_signal(signal.SIGCONT)
+    assert first.wait() == 0
+    assert fewstep(*words, "straight", here=tmp_path)[0] == 0
+    assert weights(tmp_path / "run") == weights(tmp_path / "straight")
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == len(
+        (tmp_path / "straight/metrics.jsonl").read_text().splitlines()
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("end", "code", "says"),
+    [("> /dev/full", 2, "standard output: No space left on device"), (">&-", 0, ""), ("| true", 2, "standard output")],
+)
+@pytest.mark.parametrize(
+    "words", ["list methods", "sample teacher --prompt duck --num-inference-steps 1 --force --output a.gif"]
+)
+def test_standard_output_that_takes_nothing(words: str, end: str, code: int, says: str, tmp_path: Path) -> None:
+    """What was made is there, and one line says what is wrong."""
+    tiny_teacher(tmp_path)
+    line = f"{sys.executable} -m fewstep {words} {end}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert says in done.stderr and done.stderr.count("\n") == bool(says) and "Traceback" not in done.stderr
+    assert (tmp_path / "a.gif").is_file() == words.startswith("sample")
