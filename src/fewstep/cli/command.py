@@ -16,6 +16,10 @@ class UsageError(ValueError):
     """A command line that means nothing."""
 
 
+def _said(default: str) -> str:
+    return "" if default in ("", "''", "None", "False") else f"(default: {default})"
+
+
 @dataclass(frozen=True)
 class Command(ABC):
     """One sub-command: its fields are its options."""
@@ -41,7 +45,3 @@ class Loads(Command):
 
     trust: bool = False
     """Load weights without comparing their files with what their card says of them: faster, and damage is not noticed."""
-
-
-def _said(default: str) -> str:
-    return "" if default in ("", "''", "None", "False") else f"(default: {default})"
