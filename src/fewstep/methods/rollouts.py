@@ -99,17 +99,11 @@ class Rollout(ABC):
 
 
 def exact(grids: Grids, shift: float) -> Grids:
-<<<<<<< HEAD
-    """The shifted times of every grid, without the final 0, each checked to decrease strictly from 1."""
-    if not grids or not all(grids) or len({len(g) for g in grids}) != len(set(grids)):  # one twice counts twice
-=======
     """The shifted times of every grid, without the final 0, each checked to decrease strictly from 1.
 
     A grid may be there twice, to be drawn twice as often.
     """
-    distinct = set(grids)
-    if not all(grids) or len({len(grid) for grid in distinct}) != max(len(distinct), 1):
->>>>>>> nets
+    if not grids or not all(grids) or len({len(grid) for grid in grids}) != len(set(grids)):
         raise ValueError(
             f"grids needs one list of times for each number of steps, such as [[1.0], [1.0, 0.5]], got {grids}"
         )
