@@ -59,7 +59,7 @@ class Denoise(Method):
 
     def losses(self, nets: Nets, batch: Batch, spoil: str) -> Iterator[Losses]:
         assert batch.x0 is not None
-        trained = next(net for net in nets.values() if next(net.parameters()).requires_grad)
+        trained = next(net for net in nets.roles.values() if next(net.parameters()).requires_grad)
         if spoil == "nothing":
             yield {"free": torch.zeros((), requires_grad=True)}
             return

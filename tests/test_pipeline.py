@@ -212,7 +212,7 @@ def test_stages_that_mean_nothing_are_refused(two: Pipeline, tmp_path: Path) -> 
 def test_the_shipped_pipeline_is_planned_and_explained(capsys: pytest.CaptureFixture[str]) -> None:
     from fewstep.cli import main
 
-    path = str(Path(__file__).parent.parent / "recipes" / "world" / "consistency_dmd2.yaml")
+    path = "world/consistency_dmd2"
     assert main(["explain", path]) == 0
     out = capsys.readouterr().out
     assert "stage 1 of 2: consistency" in out and "start: OUTPUT/1-consistency/student" in out
