@@ -119,7 +119,8 @@ def test_pd_changes_stage_on_time() -> None:
 @pytest.mark.parametrize("stages", [((2, 0), (1, 5)), ((2, 5), (1, 0)), ((4, 3), (2, -1), (1, 5))])
 def test_pd_refuses_stages_without_iterations(stages: tuple[tuple[int, int], ...]) -> None:
     """A first stage of none would leave out guidance, in silence."""
-    with pytest.raises(ValueError, match=r"stage of \d steps has no iterations.*at least 1 iteration, or leave it out|stages\[1\]\[1\] must be at least 0"):
+    said = r"stage of \d steps has no iterations.*at least 1 iteration, or leave it out|stages\[1\]\[1\] must be at least 0"
+    with pytest.raises(ValueError, match=said):
         Progressive(stages=stages)
 
 
@@ -159,7 +160,9 @@ def test_consistency_offers_only_what_it_trains(shift: float) -> None:
 
 @pytest.mark.parametrize("steps", [(5,), (1, 2, 24), (0, 1), ()])
 def test_consistency_refuses_steps_off_its_grid(steps: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"12 intervals .* the times of 1, 2, 3, 4, 6, 12 steps|steps\[0\] must be at least 1"):
+    with pytest.raises(
+        ValueError, match=r"12 intervals .* the times of 1, 2, 3, 4, 6, 12 steps|steps\[0\] must be at least 1"
+    ):
         Consistency(intervals=12, steps=steps)
 
 
