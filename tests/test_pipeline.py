@@ -215,7 +215,7 @@ def test_the_shipped_pipeline_is_planned_and_explained(capsys: pytest.CaptureFix
     path = "world/consistency_dmd2"
     assert main(["explain", path]) == 0
     out = capsys.readouterr().out
-    assert "# one iteration of stage consistency" in out and "start: OUTPUT/1-consistency/student" in out
+    assert "stage 1 of 2: consistency" in out and "start: OUTPUT/1-consistency/student" in out
     assert (
         out.index("Latent Consistency") < out.index("stage 2 of 2: dmd2") < out.index("Improved Distribution Matching")
     )

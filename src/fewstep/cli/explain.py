@@ -34,20 +34,29 @@ def show(wanted: Path, overrides: list[tuple[str, str]], allow_imports: bool) ->
         say(header(file), style="dim")
     for depth, line, note in lines(recipe, recipe.tree()):
         say("  " * depth + line, note)
-    stages: list[tuple[str, Recipe]] = []
-    if isinstance(recipe, Pipeline):
-        stages.extend((f" of stage {planned.name}", planned.recipe) for planned in recipe.plan(Path("OUTPUT")))
-    else:
-        stages.append(("", recipe))
-    for name, each in stages:
-        say(f"\n# one iteration{name}", style="bold")
+    for title, each in _stages(recipe):
+        say(title, style="bold")
+        say("\n# one iteration", style="bold")
         for line in schedule(each.method):
             say(f"#   {line}")
-        say(f"\n# papers{name}", style="bold")
+        say("\n# papers", style="bold")
         for line in papers(each) or ["none"]:
             say(f"#   {line}")
     recipe.check()
     return 0
+
+
+def _stages(recipe: Recipe | Pipeline) -> Iterator[tuple[str, Recipe]]:
+    """Every recipe of it, with a line about where it starts."""
+    if isinstance(recipe, Recipe):
+        yield "", recipe
+        return
+    for number, stage in enumerate(recipe.plan(Path("OUTPUT")), 1):
+        start = stage.recipe.settings.start
+        yield (
+            f"\n# stage {number} of {len(recipe.stages)}: {stage.name}" + (f", start: {start}" if start else ""),
+            stage.recipe,
+        )
 
 
 def lines(thing: Any, tree: dict[str, Any]) -> Iterator[tuple[int, str, str]]:
