@@ -48,7 +48,7 @@ class Entry:
     doc: str
     """First sentence of its docstring."""
     cite: str
-    """Authors, title and arXiv id where it declares them, else the arXiv ids its docstrings mention."""
+    """Authors, title and arXiv id if the class declares them, else the arXiv ids in its docstrings."""
     file: str
     line: int
 

@@ -38,13 +38,13 @@ class Site:
     """What an operation may know besides queries, keys and values. Every block of a call has the same."""
 
     grid: Grid3
-    """The clip's tokens of this call, all of them."""
+    """Grid of all tokens of the clip in this call."""
     past: int = 0
-    """Remembered frames (slots of the memory) before them."""
+    """Number of remembered frames (slots of the memory) before them."""
     beside: int = 0
-    """Tokens of text before both: every query reads them, and as queries they read every key."""
+    """Number of text tokens before both. Every query reads them; as queries they read every key."""
     readable_B11M: Tensor | None = None
-    """False for keys that nobody reads: padded text, empty slots. None: there are none."""
+    """False for keys that nobody may read: padded text, empty slots. None: all may be read."""
     call: Call = Call()
 
 

@@ -36,9 +36,9 @@ class Device:
 
     memory: int | None = None
     flops: float | None = None
-    """Per second."""
+    """Floating-point operations per second."""
     price: float | None = None
-    """Of an hour."""
+    """Price of one hour."""
     shard: int = 8
 
     @classmethod

@@ -23,7 +23,7 @@ class Branches(Transform):
 
     rank: int = 32
     targets: tuple[str, ...] = ()
-    """Last parts of the names of the layers that get one; empty: all in the blocks."""
+    """Layers that get a branch, by the last parts of their names; empty: all linear layers of the blocks."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:

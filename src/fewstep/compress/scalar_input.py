@@ -27,9 +27,9 @@ class ScalarInput(Transform):
 
     name: str
     scale: float = 1.0
-    """What the number is divided by, so that it is between 0 and 1 or not much larger: about 10 for a guidance strength."""
+    """Divisor of the number, so that the result is about 0 to 1: about 10 for a guidance strength."""
     default: float | None = None
-    """What is read where a condition does not say it. null: a condition must say it."""
+    """Value to use if a condition does not contain the number. null: a condition must contain it."""
 
     def __post_init__(self) -> None:
         if not self.name.isidentifier():

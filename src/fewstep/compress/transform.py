@@ -18,7 +18,7 @@ class Transform(ABC):
     """One change. A network carries those that were made to it (`network.transforms`), and its card lists them in order."""
 
     trainable: ClassVar[bool] = True
-    """Whether the weights of the layers it changes can still be trained; if not, only adapters over them can."""
+    """Whether the weights of changed layers can still be trained; if not, only adapters over them can."""
 
     @property
     @abstractmethod

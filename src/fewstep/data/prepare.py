@@ -55,11 +55,12 @@ class Preparation:
     keep: Keep = Keep()
     storage: Storage = "float16"
     autocast: Literal["off", "bf16"] = "off"
-    """Arithmetic of the codec."""
+    """Precision of the codec: off is float32."""
     batch: int | None = None
-    """Clips encoded at once; None is as many as have `PIXELS`. Another number may change last bits, and nothing else."""
+    """Clips encoded at once; None: as many as have `PIXELS` pixels together, at most `MOST_CLIPS`. The number may change
+    the last bits of latents, nothing else."""
     threads: int = 4
-    """Of this process, that decode ahead of the codec."""
+    """Decoding threads per process."""
     shard_size: int = 64
     """Clips per file."""
     part_size: int = 64

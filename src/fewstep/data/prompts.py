@@ -28,8 +28,8 @@ class Prompts(Data):
 
     path: str
     text_cache: str = ""
-    """Folder for the text states of all prompts: encoded once, before training, and read from there. The text encoder is
-    then not on the device that trains. Empty encodes each prompt when it is first drawn."""
+    """Folder for the text states of all prompts. They are encoded once, before training, and read from there; the text
+    encoder then needs no place on the training device. Empty: encode each prompt when it is first drawn."""
 
     def check_card(self, card: Card) -> None:
         require_pictures(read_prompts(self.path), card, self.path)

@@ -26,7 +26,7 @@ class Latents(Data):
 
     path: str
     text_cache: str = ""
-    """Folder for the text states of all captions, as in Prompts."""
+    """Folder for the text states of all captions, as in Prompts. Empty: encode each caption when it is first drawn."""
 
     def check_card(self, card: Card) -> None:
         settings = read_manifest(self.path, "latents")["settings"]
@@ -75,7 +75,7 @@ class _LatentSource:
     texts: Texts
     wants_x0: bool
     images: tuple[str, ...]
-    """Names of the conditions that were made of images."""
+    """Names of the conditions made from images."""
 
     def batch(self, size: int, rng: Rng) -> Batch:
         indices = draw_indices(len(self.reader), size, rng)

@@ -102,7 +102,7 @@ class Outline:
     nets: Nets
     frames: int
     probed: int
-    """Clips that a probe makes at once; 0: there is no probe."""
+    """Clips that a probe generates at once; 0: no probe."""
     mode: FakeTensorMode = field(repr=False)
 
     @classmethod

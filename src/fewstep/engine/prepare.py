@@ -102,13 +102,13 @@ class Networks:
     """Every network that a run holds, where it computes."""
 
     model: VideoModel
-    """What the run starts from; its trained part is the teacher."""
+    """Model that the run starts from; its trained part is the teacher."""
     nets: Nets
-    """By role."""
+    """Networks by role."""
     average: nn.Module | None
-    """Of the student."""
+    """Averaged student."""
     shell: nn.Module
-    """The student's structure without its weights."""
+    """Structure of the student without its weights."""
     spread: Spread
     """How its denoisers are called."""
 

@@ -34,9 +34,9 @@ class Preview:
     teacher: VideoModel
     prompts: tuple[str, ...]
     images: Images | None
-    """What the clips begin with, of a model that reads images."""
+    """First frames (and last, if any) for an image-to-video model; None for other models."""
     shared: Sharing | None = None
-    """The processes that make every clip together."""
+    """Processes that generate every clip together."""
 
     @classmethod
     def of(cls, teacher: VideoModel, source: Source, rng: Rng, shared: Sharing | None = None) -> Preview:

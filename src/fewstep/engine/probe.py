@@ -44,9 +44,9 @@ class WorldProbe:
 
     every: Count = 25
     prompts: Count = 48
-    """Each is sampled with two seeds."""
+    """Number of prompts; each is sampled with two seeds."""
     steps: tuple[Count, ...] = ()
-    """Step counts that are judged; empty = all that the student serves."""
+    """Step counts to judge; empty: all that the student serves."""
     frechet_weight: Amount = 0.1
     seed: int = 101
     features: str = "world/features"

@@ -37,10 +37,10 @@ class Bench:
     features: FeatureMap
     clip: ClipScore | None
     truth: TrueClips | None
-    """What distances are taken to; None: the reference row's own clips."""
+    """True clips that distances are measured to; None: the clips of the reference row."""
     device: torch.device
     paired: bool
-    """Every model starts from the same noise (their latents have one shape)."""
+    """Whether all models start from the same noise (only if their latents have the same shape)."""
 
     @property
     def judges(self) -> tuple[Judge, ...]:

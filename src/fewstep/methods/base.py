@@ -77,9 +77,9 @@ class Work:
     role: str
     forwards: float
     frames: int = 0
-    """Of so many single frames of the clip (all there are of a shorter one); 0: of the clip."""
+    """Number of single frames of the clip that the network reads (at most all of them); 0: the whole clip."""
     layers: tuple[int, ...] = ()
-    """Up to the deepest of these blocks; empty: to the end."""
+    """Blocks whose output is used; the network runs up to the deepest. Empty: the whole network."""
 
 
 def in_forwards(cost: Sequence[Work]) -> str:
@@ -104,7 +104,7 @@ class Method(ABC):
     """
 
     cite: ClassVar[str]
-    """Authors, title, arXiv id: printed by `fewstep list methods`."""
+    """Authors, title and arXiv id, as printed by `fewstep list methods`."""
 
     @property
     def needs(self) -> frozenset[str]:

@@ -20,9 +20,9 @@ class Decoded:
     """What one chunk gave."""
 
     frames: Tensor
-    """`[B, 3, K, H, W]`. K is 0 while the decoder waits for more latents."""
+    """Frames `[B, 3, K, H, W]`. K is 0 while the decoder waits for more latents."""
     past: Any
-    """What the next chunk needs; nothing is written into it, so a stream may go on from it more than once."""
+    """Memory for the next chunk. It is never changed in place, so a stream may continue from it more than once."""
 
 
 class ChunkCodec(Protocol):

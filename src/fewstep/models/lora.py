@@ -45,7 +45,7 @@ class Lora:
     alpha: Positive = 32.0
     """Strength: the update is multiplied by `alpha / rank`."""
     targets: tuple[str, ...] = ()
-    """Last parts of the names of the layers that are adapted, such as `qkv` or `mlp.up`; empty: all in the blocks."""
+    """Layers to adapt, by the last parts of their names, such as `qkv` or `mlp.up`; empty: all linear layers of the blocks."""
 
     def __post_init__(self) -> None:
         require_bounds(self)

@@ -29,7 +29,7 @@ class Spec:
     """
 
     type: str
-    """A class name of `NETWORKS` or of the adapters' `PARTS`."""
+    """Class name from `NETWORKS` or from the adapters' `PARTS`."""
     args: dict[str, Any] = field(default_factory=dict)
     """Arguments that differ from the defaults, or all of them."""
 

@@ -31,7 +31,7 @@ class Spread:
     """What every call of a run's denoisers has besides what its caller says."""
 
     shared: Sharing | None = None
-    """The processes that make each call together."""
+    """Processes that make each call together."""
     checkpointing: bool = False
 
     def __call__(self, call: Call) -> Call:

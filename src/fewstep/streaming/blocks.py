@@ -28,7 +28,7 @@ class Made:
 
     step: Step
     memory: KVCache | None
-    """After the chunk; None before its last step."""
+    """Memory after the chunk; None before its last step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class Chunks:
     network: Predictor
     contract: Contract
     times: tuple[float, ...]
-    """Of the sampler's steps, in every chunk."""
+    """Times of the sampler's steps, the same in every chunk."""
 
     @property
     def stream(self) -> Stream:

@@ -26,7 +26,7 @@ class Snapshot:
     seeds: tuple[int, ...]
     memory: KVCache
     chunks: int = 0
-    """How many have been made."""
+    """Number of chunks made so far."""
 
 
 class Session:

@@ -28,7 +28,7 @@ class TopK(Pattern):
     """Block-sparse attention by a router without parameters: the best `keep` of all blocks, always its own."""
 
     block: Size = 64
-    """Tokens of a block."""
+    """Tokens per block."""
     keep: Fraction = 0.25
     """Share of the blocks of keys that each block of queries reads, rounded up; 1 is dense attention, bit for bit."""
 

@@ -28,7 +28,7 @@ class Record:
     """All checks of a run, oldest first, and what its student is compared with, by grid."""
 
     steps: int
-    """Iterations the run is to have."""
+    """Planned number of iterations."""
     baselines: dict[str, Baselines]
     checks: tuple[Check, ...] = ()
 

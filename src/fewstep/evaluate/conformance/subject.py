@@ -60,12 +60,13 @@ class Options:
     height: Size | None = None
     width: Size | None = None
     steps: Size = 4
-    """Of sampling."""
+    """Number of sampling steps."""
     seed: int = 0
     prompts: tuple[str, ...] = ()
-    """The first one captions `video`. Default: of the built-in world, whose clips any trained model can denoise."""
+    """Prompts; the first is the caption of `video`. Empty: prompts of the built-in world, which any trained model can
+    denoise."""
     video: Path | None = None
-    """A known clip for the checks that need trained weights (default: a rendered one)."""
+    """Video file for the checks that need trained weights; None: a rendered clip."""
 
     def __post_init__(self) -> None:
         require_bounds(self)

@@ -20,7 +20,7 @@ class DiffusersBackbone(Backbone):
     """Its modules are those of one `network`, whose constructor's arguments are `args["config"]`."""
 
     network: ClassVar[type[ModelMixin]]
-    """The class of diffusers that this family is made of."""
+    """Class of diffusers for this family."""
     folders: ClassVar[tuple[str, ...]] = ("transformer",)
 
     def load(self, folder: Path, part: str | None = None) -> None:

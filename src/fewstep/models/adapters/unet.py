@@ -35,7 +35,7 @@ class UNetState(State):
     text_KLD: Tensor
     frames: int
     skips: tuple[Tensor, ...]
-    """Outputs of the way down that the way up has not read yet, the next one last."""
+    """Outputs of the down blocks that the up blocks have not read yet; the next one is last."""
 
     @property
     def volume(self) -> Tensor:

@@ -243,7 +243,7 @@ class Begun(Tokens):
     """The state of a clip whose first frame may be known."""
 
     known_BC1HW: Tensor | None = None
-    """The flow at that frame."""
+    """Flow at that frame."""
 
 
 def _begun(x: Tensor, t: Tensor, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -27,13 +27,13 @@ class Routed(State):
     """The states of all experts."""
 
     parts: tuple[Begun | None, ...]
-    """By expert, each of its own samples; None where there are none."""
+    """State of each expert for its own samples; None if it has none."""
     places: tuple[Tensor, ...]
-    """By expert, where each sample of the batch is in its part, `[B]`; anything for a sample that is not."""
+    """For each expert, the index of each sample in its part, `[B]`; undefined for samples of other experts."""
     chosen_BG: Tensor
-    """The expert of each frame, or of all."""
+    """Expert of each frame, or one for all frames."""
     cached: bool
-    """Whether every expert sees every sample, so that a cache will have what each may read later."""
+    """Whether every expert processes every sample, so that a cache holds what each may read later."""
 
     @property
     def volume(self) -> Tensor:
