@@ -1,4 +1,4 @@
-"""Everything a recipe can name, by kind: what `fewstep list` prints and what the recipe reader resolves names with."""
+"""Everything a recipe can name, by kind: for `fewstep list` and for the recipe reader."""
 
 from __future__ import annotations
 

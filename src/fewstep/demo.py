@@ -1,4 +1,4 @@
-"""The demo: distil the shipped teacher on this machine and prove what was gained and lost.
+"""The demo: distil the shipped teacher on this machine and measure what was gained and lost.
 
 One call trains a single student that serves 4, 2 and 1 steps, measures it beside its teacher on the same prompts, seeds
 and noise, and writes the table, the page, the student and a film.

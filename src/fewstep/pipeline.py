@@ -1,4 +1,4 @@
-"""Recipes one after the other: each stage starts where the one before ended. One command, one folder, one chain of provenance."""
+"""Recipes in stages: each stage starts from the result of the one before. One command, one folder, one chain of provenance."""
 
 from __future__ import annotations
 

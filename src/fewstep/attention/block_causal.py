@@ -1,4 +1,4 @@
-"""Frames in chunks: everything inside a chunk, nothing of the future, and of the past all or a window."""
+"""Block-causal attention: a chunk of frames reads itself and earlier chunks, all of them or a window."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The memory of a stream: keys without rotary position, and values, layer by layer. All immutable.
+"""The memory of a stream: values, and keys without rotary position, for each layer. All immutable.
 
 What is remembered is of whole chunks: a chunk is committed once, when it is finished, and calls read and write nothing.
 Keys are kept before rotation, so that a policy decides where a remembered frame stands.

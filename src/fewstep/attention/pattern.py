@@ -1,4 +1,4 @@
-"""Attention as an operation: a pattern makes one for each block, and the operation says what its queries read.
+"""Attention as an operation: a pattern makes one operation per block, which defines what each query reads.
 
 Legend: B batch, H heads, N queries, M keys, D head dimension. Keys are ordered: text that is attended beside the clip, then
 remembered frames, then the N tokens of the call's own frames.

@@ -1,4 +1,4 @@
-"""Every few steps the middle blocks are run; in between what they added the last time is added again.
+"""Run the middle blocks only every few steps; the steps between add the stored change again.
 
 Block caching (Wimbauer et al., 2312.03209) in its plainest form: a fixed schedule, and one residual for all middle blocks.
 

@@ -1,4 +1,4 @@
-"""`--dry-run`: what a recipe would train, hold and cost, computed on networks that have shapes but no memory."""
+"""`--dry-run`: what a recipe would train, its memory and its cost, from networks without values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Blocks left out: a network of fewer blocks, which must be trained to make up for them."""
+"""Removed blocks: a network with fewer blocks, which must be trained to compensate."""
 
 from __future__ import annotations
 

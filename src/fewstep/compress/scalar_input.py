@@ -1,4 +1,4 @@
-"""A further number that a network reads of every sample: guidance strength, or the second time of a flow map or shortcut.
+"""One more scalar input of a network, such as guidance strength, or the second time of a flow map or shortcut model.
 
 It is embedded as the time is and added to the embedding of the time. The new layer begins at zero and reads fixed waves, so a
 network that was just changed computes what it computed before, and needs no random numbers.

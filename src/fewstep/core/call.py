@@ -1,4 +1,4 @@
-"""What one call of a network may know besides its latents, their time and the condition.
+"""Options of one network call, in addition to latents, time and condition.
 
 Whoever samples makes a `Call`; guidance, denoiser and backbone hand it on. The default is a call on its own: no past, and
 every block is run.

@@ -1,4 +1,4 @@
-"""Processes that were started together: who this one is, and where they wait for each other."""
+"""Processes that were started together: the rank of this one, and a barrier."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What travels between rooms: conditions, batches, named losses.
+"""Types shared between rooms: conditions, batches, named losses.
 
 Shapes: latents are `[B, C, F, H, W]`, text states `[B, L, D]`, time `t` is `[B]` or `[B, F]` with 0 = data, 1 = noise.
 """

@@ -1,4 +1,4 @@
-"""What training data are: a frozen description that says what it provides, and a source that answers by number."""
+"""Training data: a frozen description that states what it provides, and a source that gives batches by number."""
 
 from __future__ import annotations
 

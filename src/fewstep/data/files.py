@@ -1,4 +1,4 @@
-"""Video files as training data: decoded when they are drawn, for networks that see pixels, and for those that see latents."""
+"""Video files as training data, decoded when drawn, as pixels or as latents."""
 
 from __future__ import annotations
 

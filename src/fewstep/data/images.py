@@ -1,4 +1,4 @@
-"""Pictures that clips begin (and end) with, of models that make clips of images: listed in files, or stored with the clips."""
+"""First (and last) frames for image-to-video models, listed in files or stored with the clips."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which videos and clips are worth training on: simple limits, each with the reason it gives when it drops something."""
+"""Limits for videos and clips worth training on; each gives its reason when it drops something."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Video datasets as they lie on disk: one function per layout, all of which yield the same thing."""
+"""Layouts of video datasets on disk: one function per layout, all with the same result."""
 
 from __future__ import annotations
 

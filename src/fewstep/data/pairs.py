@@ -1,4 +1,4 @@
-"""Stored ODE states of a teacher: what it makes of a noise, kept at the times a student will be trained on."""
+"""Stored ODE states of a teacher, from noise to sample, at the times of a student's training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Video files to latent shards, once, so that training does not decode and encode them again."""
+"""Encode video files to latent shards once, so that training need not decode and encode them again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts, and pictures that clips begin with: all that data-free methods need."""
+"""Prompts, and first frames for image-to-video models: all that data-free methods need."""
 
 from __future__ import annotations
 

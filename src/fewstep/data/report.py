@@ -1,4 +1,4 @@
-"""What a preparation dropped, and why: counts by reason, every case by name, and a picture of a few."""
+"""What a preparation dropped and why: counts by reason, every case by name, and a picture of a few."""
 
 from __future__ import annotations
 

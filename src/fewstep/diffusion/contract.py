@@ -1,4 +1,4 @@
-"""The sampling contract that travels with the weights: which sampler, which times, which guidance, which stream."""
+"""The sampling contract stored with the weights: sampler, times, guidance, stream."""
 
 from __future__ import annotations
 

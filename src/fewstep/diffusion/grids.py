@@ -1,4 +1,4 @@
-"""Time grids: which times are visited in so many steps. Each is a frozen class that knows its times."""
+"""Time grids: the times that a sampler visits for a given number of steps. Each is a frozen class that knows its times."""
 
 from __future__ import annotations
 

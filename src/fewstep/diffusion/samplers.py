@@ -1,4 +1,4 @@
-"""Samplers: how noise becomes a clip, step by step. Each is a frozen class that moves the latents by one step.
+"""Samplers: from noise to a clip, step by step. Each is a frozen class that moves the latents by one step.
 
 `denoise(x_t, t, call)` returns a Prediction; `call` says which step of how many it is. `x` is noise `[B, C, F, H, W]` at
 `times[0]`, and `times` decrease to 0. A time is one number for all frames, or one for each.

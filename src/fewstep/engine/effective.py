@@ -1,4 +1,4 @@
-"""What a run really does, beside what it was asked to do: printed when it starts, kept as `effective.json`.
+"""What is in effect in a run, as opposed to what was requested: printed at the start, stored as `effective.json`.
 
 Looked at, not derived from the settings, wherever looking is cheap: which kernel each attention layer ends up in, which
 types the weights have, how many graphs were compiled and broken, at which times each network was called.

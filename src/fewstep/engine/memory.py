@@ -1,4 +1,4 @@
-"""What a run will hold in memory, before anything is allocated: the arithmetic.
+"""Memory plan of a run before anything is allocated: the arithmetic.
 
 A run holds the same things from its first iteration to its last (weights, optimiser states, averages) and, while a role
 is trained, its gradients and the activations of that update. Between iterations clips are made to be looked at, by checks,

@@ -1,4 +1,4 @@
-"""The processes of a run: how many there are, what each one holds, and the few things they tell each other.
+"""The processes of a run: their number, their shares, and the few messages between them.
 
 `torchrun` starts them; nothing here launches anything. Ranks count fastest through `sequence`, then `shard`, then
 `replicate`, so that the processes that talk most are neighbours.

@@ -1,4 +1,4 @@
-"""Everything a run needs, allocated; and everything that could not take effect, refused before."""
+"""Allocate everything a run needs; refuse every setting that would have no effect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every so often, a picture: student beside teacher, same prompts, same seeds."""
+"""Pictures at intervals: student next to teacher, same prompts, same seeds."""
 
 from __future__ import annotations
 

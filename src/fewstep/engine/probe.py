@@ -1,4 +1,4 @@
-"""A cheap judgement of the student while it trains, and the stated rule by which the best checkpoint is chosen."""
+"""Probe: a cheap score of the student during training, and the rule that picks the best checkpoint."""
 
 from __future__ import annotations
 

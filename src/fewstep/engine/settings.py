@@ -1,4 +1,4 @@
-"""How a run is executed: nothing in here changes what a method means."""
+"""How a run is executed; nothing here changes the meaning of a method."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is asked and what is compared with: the prompts, their seeds, the true clips."""
+"""The test cases: prompts, their seeds, and the true clips to compare with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one clip of an entry costs: time, arithmetic, memory."""
+"""The cost of one clip of an entry: time, arithmetic, memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a figure was measured: a number of seconds without its machine is worth nothing."""
+"""The machine that a figure was measured on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Turns clips into figures batch by batch, so that a large set never has to fit into memory."""
+"""Turns clips into figures batch by batch, so that a large set need not fit into memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Real clips that generated ones are compared with, drawn from a collection of captioned videos."""
+"""Real clips to compare with, drawn from a dataset of captioned videos."""
 
 from __future__ import annotations
 

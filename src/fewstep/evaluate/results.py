@@ -1,4 +1,4 @@
-"""The outcome of an evaluation, as plain data: `results.json` is its printed form."""
+"""Results of an evaluation as plain data, stored as `results.json`."""
 
 from __future__ import annotations
 

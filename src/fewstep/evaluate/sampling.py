@@ -1,4 +1,4 @@
-"""Draws every clip of every row from one set of prompts, seeds and noise, so that rows differ only by what is compared."""
+"""Samples every row from the same prompts, seeds and noise, so that rows differ only by what is compared."""
 
 from __future__ import annotations
 

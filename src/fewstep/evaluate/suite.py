@@ -1,4 +1,4 @@
-"""What is measured, and on what."""
+"""An evaluation suite: what is measured, and on which prompts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Frechet distances are taken to, and the controls without which they say nothing."""
+"""The reference set of Frechet distances, and its controls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a method is: who is trained now, and on which loss. Everything else is the engine's business."""
+"""The interface of a method: which role is trained, and with which loss. Everything else is the engine's business."""
 
 from __future__ import annotations
 

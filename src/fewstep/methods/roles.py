@@ -1,4 +1,4 @@
-"""Roles: the networks that a method asks for besides the teacher and the student, and how each is made."""
+"""Roles: the networks of a method other than teacher and student, and how each is made."""
 
 from __future__ import annotations
 

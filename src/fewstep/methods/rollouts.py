@@ -1,4 +1,4 @@
-"""What the student is trained on: its inputs, and the calls that carry gradient: one, where a rollout does not say more.
+"""Rollouts: the student's inputs in training, and which of its calls carry gradient.
 
 A rollout returns the student's clean prediction and says where it came from. It also knows how such a student must be
 sampled, because the two must agree: the training simulation *is* the sampler, stopped early.

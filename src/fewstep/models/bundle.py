@@ -1,4 +1,4 @@
-"""A video model as people use it: text encoder, denoiser and codec in one folder, with a card that says how to sample it.
+"""A video model in one folder: text encoder, denoiser, codec, and a card with its sampling contract.
 
 A folder holds `card.json` and one `<part>.safetensors` per network. Nothing else is read, and nothing is unpickled.
 A folder in diffusers' layout (`model_index.json`) is read through `adapters`. A student of such a model has its denoiser in

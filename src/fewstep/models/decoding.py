@@ -1,4 +1,4 @@
-"""Latents to frames while the latents are still being made: chunk by chunk, with what was seen before as an argument.
+"""Decode latents chunk by chunk during sampling; the memory is an argument.
 
 Every codec has `decode_next(latents, past, last=...) -> Decoded`. Joined, the frames are those of `decode`; what a codec
 must wait for, and where it is not exactly the whole, is said where its class is.

@@ -1,4 +1,4 @@
-"""Pictures as conditions, for models that make clips of images (`VideoModel` with a part `image`)."""
+"""Images as conditions, for image-to-video models (`VideoModel` with a part `image`)."""
 
 from __future__ import annotations
 

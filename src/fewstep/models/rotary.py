@@ -1,4 +1,4 @@
-"""Rotary position embedding (2104.09864) over frames, rows and columns: where queries and keys stand.
+"""Rotary position embedding (2104.09864) over frames, rows and columns.
 
 Legend: B batch, F frames, H heads, M tokens, D head dimension.
 """

@@ -1,4 +1,4 @@
-"""Sampling as a process: what is asked of a model, refused at once or made step by step."""
+"""Sampling as a process: a request is checked at once, then sampled step by step."""
 
 from __future__ import annotations
 

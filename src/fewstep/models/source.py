@@ -1,4 +1,4 @@
-"""Where a run's model comes from: a folder of weights, the diffusers ecosystem, or networks that do not exist yet."""
+"""Where a run's model comes from: a folder of weights, a diffusers model, or new networks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A network that is not there yet: its class by name and its constructor arguments, all plain values."""
+"""Description of a network that is not built yet: its class name and constructor arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a run makes its calls: with which processes, and what of them is kept for the backward pass."""
+"""How a run calls its networks: with which processes, and what is kept for the backward pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The autoregressive loop: a chunk is sampled from what is remembered, then committed. Training and serving import it.
+"""The autoregressive loop: a chunk is sampled with the memory of earlier chunks, then added to it. Training and serving
+import it.
 
     1  view = what the memory holds, turned to where it stands                       once per chunk
     2  x = sampler from fresh noise over the student's times, every call reads view

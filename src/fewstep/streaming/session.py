@@ -1,4 +1,4 @@
-"""A stream that is watched while it is made: paused by not asking, steered, given up, and restored from a snapshot."""
+"""A stream that can be paused, steered, cancelled, and restored from a snapshot."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads the six attributes of a scene back from pixels, by analysis alone: no network, nothing learnt, no tie to any model.
+"""Reads the six attributes of a scene from pixels by analysis: no network, no training, no model.
 
 Per temporal group of frames: background by vote of the pixels, colour as the palette line that explains the other pixels,
 shape and size as the template that best matches the centred object.  Over the whole clip: direction and speed from the object's

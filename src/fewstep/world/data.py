@@ -1,4 +1,4 @@
-"""Clips of the built-in world as training data: prompts, pixels, latents and attribute labels, rendered when asked for."""
+"""Clips of the built-in world as training data: prompts, pixels, latents and labels, rendered on request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clips of fixed prompts and seeds, and what they look like."""
+"""Sample clips of fixed prompts and seeds, and measure them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Examines a run every so often and acts on what it finds: keeps the best, helps the critic, stops a collapse.
+"""Checks a run at intervals and acts on the verdict: keeps the best, helps the critic, stops a collapse.
 
 All it knows is plain numbers in `state`, so a resumed run reaches the same verdicts as one that never stopped.
 """

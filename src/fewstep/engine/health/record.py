@@ -1,4 +1,4 @@
-"""`health.json`: what every check of a run found, for people and programs that watch it."""
+"""`health.json`: the results of all checks of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a check finds out: plain figures, so that a history of them can be stored, judged and drawn."""
+"""The figures of a check: plain numbers, so that their history can be stored, judged and plotted."""
 
 from __future__ import annotations
 

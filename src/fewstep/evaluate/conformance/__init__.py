@@ -1,4 +1,4 @@
-"""Does a model keep the conventions that everything else counts on? One small function per check, one line to add one.
+"""Does a model keep the conventions that fewstep relies on? One small function per check, one line to add one.
 
 A check's docstring says in its first paragraph what must hold, and in the second what a failure usually means.
 """

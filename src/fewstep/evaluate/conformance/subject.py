@@ -1,4 +1,4 @@
-"""What is checked: one model at one size, with the inputs that all checks share."""
+"""The subject of the checks: one model at one size, with the inputs that all checks share."""
 
 from __future__ import annotations
 

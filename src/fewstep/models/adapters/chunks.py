@@ -1,4 +1,4 @@
-"""How diffusers' video autoencoders decode chunk by chunk, and what each must remember from one chunk to the next.
+"""Chunk-by-chunk decoding with diffusers' video autoencoders, and the memory each needs between chunks.
 
 Legend: z latents of the autoencoder itself, `[B, C, f, h, w]`.
 """

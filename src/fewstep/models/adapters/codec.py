@@ -1,4 +1,4 @@
-"""Pixels to latents and back by one of diffusers' video autoencoders."""
+"""Pixels to latents and back with diffusers' video autoencoders."""
 
 from __future__ import annotations
 

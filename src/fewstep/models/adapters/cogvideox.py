@@ -1,4 +1,4 @@
-"""CogVideoX (2408.06072), text or image to video, over diffusers' CogVideoXTransformer3DModel.
+"""CogVideoX (2408.06072), text-to-video and image-to-video, over diffusers' CogVideoXTransformer3DModel.
 
 It predicts v on a scaled-linear table of noise whose signal-to-noise ratio is shifted and which ends in pure noise. The 2B
 model adds sinusoids to its tokens, the 5B models rotate queries and keys, and that of images adds learned positions too.

@@ -1,4 +1,4 @@
-"""The image that a clip of CogVideoX begins with, as CogVideoX reads it: as its first latent frame, with zeros after it."""
+"""First frame of CogVideoX's image-to-video models: the first latent frame, followed by zeros."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A network of diffusers taken apart: how its weights come in, and how it is put together again to compare with."""
+"""A network of diffusers split into three parts: loading its weights, and rebuilding it for comparison."""
 
 from __future__ import annotations
 

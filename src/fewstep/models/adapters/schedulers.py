@@ -1,4 +1,4 @@
-"""Schedulers of diffusers that visit exactly the times of a contract, and take the very steps of its sampler."""
+"""Diffusers schedulers that visit exactly the times of a contract and take exactly its sampler's steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Transformers of diffusers in which the tokens of a clip and of its text read each other: a state of two streams.
+"""Diffusers transformers with joint attention over clip and text tokens: a state of two streams.
 
 Legend: as in `models/backbone.py`.
 """

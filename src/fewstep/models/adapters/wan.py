@@ -1,4 +1,4 @@
-"""Wan (2503.20314), text or image to video, over diffusers' WanTransformer3DModel.
+"""Wan (2503.20314), text-to-video and image-to-video, over diffusers' WanTransformer3DModel.
 
 Legend: as in `backbone.py`; p, q rows and columns of a patch, P values per patch.
 """

@@ -1,4 +1,4 @@
-"""Wan 2.2 A14B (2503.20314 and its code release): one Wan for the noisy times, another for the rest.
+"""Wan 2.2 A14B (2503.20314 and its code release): one Wan for noisy times, another for the rest.
 
 Experts take turns in time, so a batch is routed: block i of all experts is one block here, and each sees the samples that
 have frames at its times.

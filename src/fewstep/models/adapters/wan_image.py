@@ -1,4 +1,4 @@
-"""The images between which clips of Wan are made, as Wan reads them: by CLIP's vision encoder (2103.00020), and as latents."""
+"""First and last frames for Wan: states of CLIP's vision encoder (2103.00020), and latents."""
 
 from __future__ import annotations
 
