@@ -29,7 +29,7 @@ GRIDS = ((1.0,), (1.0, 0.5), (1.0, 0.83, 0.67, 0.5))
 """Times of 1, 2 and 4 steps before the shift. Two and four steps end from the same time, so that it is trained often."""
 
 OPTIM = Optim(lr=6e-4, betas=(0.9, 0.99), warmup=5, decay="cosine")
-"""Of student and critic. Muon overtakes it in runs that are several times as long (LOG.md)."""
+"""Optimiser of student and critic. Muon is better in runs that are several times as long (LOG.md)."""
 
 RECIPE = Recipe(
     model=Pretrained(source="world"),

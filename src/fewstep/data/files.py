@@ -44,7 +44,7 @@ class Videos(Data):
     """Captioned video files as they lie on disk, shuffled without being listed in memory, decoded ahead of the training.
 
     An epoch has every video once, and one of its clips. A video that is absent, damaged or outside the limits is named in a
-    warning, and another drawn in its place; DataError after a hundred in a row. A model that makes clips of images is given
+    warning, and another drawn in its place; DataError after a hundred in a row. An image-to-video model is given
     the clip's own first frame, and its last if it needs that.
     """
 

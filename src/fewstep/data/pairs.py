@@ -156,7 +156,7 @@ def make_pairs(
     """Run the teacher on `prompts` and keep its states at `plan.times` in `output`; `pairs_cost` tells the cost.
 
     Under torchrun every process calls it, and each takes its share; the folder does not depend on how many there are.
-    A teacher that makes clips of images is given prompts with pictures (`Pictured`), whose conditions are kept too.
+    An image-to-video teacher is given prompts with pictures (`Pictured`), whose conditions are kept too.
     Killed and called again with the same arguments, by as many or others, it continues and leaves the same bytes (another
     `batch` may change last bits); a finished folder is returned as it is. `progress` is called after every batch of this
     process' share. DataError if the folder was begun with another teacher, plan or prompts; NonFiniteError if a state is

@@ -99,7 +99,7 @@ def prepare(
     Under torchrun every process calls it, and each takes its share; the folder does not depend on how many there are.
     Killed and called again with the same arguments, by as many or others, it continues and leaves the same bytes; a
     finished folder is left as it is. What is dropped is reported with the reason (`Report`). `progress` is called once per
-    video of this process' share. With the part `image` of a model that makes clips of images, what it makes of each clip's
+    video of this process' share. With the part `image` of an image-to-video model, what it makes of each clip's
     first frame (and last, if it needs that) is stored too. DataError if the folder was begun with other settings, videos or
     networks, if one of its shards is damaged, or if no video gave a clip; NonFiniteError if a latent does not fit `plan.storage`.
     """

@@ -20,7 +20,7 @@ from fewstep.models.bundle import Card, VideoModel
 class Prompts(Data):
     """One prompt per line of a UTF-8 text file; empty lines are ignored. Clips have the model's own size.
 
-    For a model that makes clips of images: a .csv or .jsonl with `caption`, `image` and perhaps `last_image` (see `Pictured`).
+    For an image-to-video model: a .csv or .jsonl with `caption`, `image` and, optionally, `last_image` (see `Pictured`).
     What was made of a prompt or a picture is kept, up to 2 GiB of each per process.
     """
 

@@ -19,7 +19,7 @@ from fewstep.models.images import image_names
 class Latents(Data):
     """A folder written by `fewstep prepare`: latents and captions. Only the autoencoder that made them can use them.
 
-    For a model that makes clips of images it must have been prepared with such a model: the images are the clips' own.
+    For an image-to-video model it must have been prepared with such a model: the images are the clips' own.
     """
 
     provides: ClassVar[frozenset[str]] = frozenset({"prompts", "x0"})

@@ -20,7 +20,7 @@ from fewstep.diffusion.prediction import Prediction
 
 Denoise = Callable[[Tensor, Tensor, Call], Prediction]
 Time = float | tuple[float, ...]
-"""Of all frames of a clip, or of each."""
+"""A time for all frames of a clip, or one for each."""
 Times = tuple[Time, ...]
 
 

@@ -40,7 +40,7 @@ LONG = 1024
 
 
 class FallbackError(ValueError):
-    """Something asked for cannot be had, and nobody said that something else would do."""
+    """A requested feature is not available, and `allow_fallback` is off."""
 
 
 @dataclass(frozen=True)

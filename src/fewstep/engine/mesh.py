@@ -46,7 +46,7 @@ class Processes(Peers):
         return range(first, first + own)
 
     def mean(self, figures: dict[str, float]) -> dict[str, float]:
-        """Of every figure, over all processes."""
+        """Mean of every figure over all processes."""
         if self.talk is None:
             return figures
         values = torch.tensor(list(figures.values()), dtype=torch.float64)

@@ -233,7 +233,7 @@ def require_same(method: Method, settings: Settings, card: Card, begun: Card | N
 
 
 def require_clips(method: Method, card: Card) -> None:
-    """Refuse (ValueError) to show single frames to a network that makes whole clips of an image."""
+    """Refuse (ValueError) single frames for an image-to-video network, which takes whole clips."""
     others = sources(method)
     shown = [work.role for work in method.cost() if work.frames]
     refused = [role for role in shown if origin(method, role, {"teacher", *others}) == "teacher"]

@@ -63,7 +63,7 @@ def prepare(entries: Sequence[Entry], suite: Suite) -> Bench:
         entry.contract.times()  # an untrained step count stops here, not after an hour
         if "image" in entry.model.parts:
             raise ValueError(
-                f"{entry.name!r} makes clips of images, and a suite has prompts alone; look at its clips with fewstep sample "
+                f"{entry.name!r} is an image-to-video model, and a suite has only prompts; look at its clips with fewstep sample "
                 "--image, or evaluate models of text"
             )
     shapes = {(suite.num_frames or e.model.card.num_frames, e.model.card.height, e.model.card.width) for e in entries}

@@ -118,7 +118,7 @@ class Method(ABC):
 
     @property
     def guidance(self) -> CFG | None:
-        """What the student learns to do without (a field of that name); None: nobody is guided."""
+        """Guidance distilled into the student (a field of that name); None if unused."""
         return None
 
     @property

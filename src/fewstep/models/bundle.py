@@ -128,7 +128,7 @@ class VideoModel:
         return self.stored[name] if name in self.stored else self.part(name).state_dict()
 
     def fingerprint(self, name: str) -> str:
-        """Of a part, wherever its weights are."""
+        """Fingerprint of a part, wherever its weights are."""
         return print_of(self.part(name), self.weights(name))
 
     @property

@@ -98,11 +98,11 @@ class Subject:
         self.backbone.embed(self.x_t, self.t, self.cond)  # ValueError where the network does not take this size
 
     def conditions(self, prompts: Sequence[str], frames: Tensor | None = None) -> tuple[Cond, Cond]:
-        """As the model's, with the ends of `frames` `[3, F, H, W]` (or of any) where it makes clips of images."""
+        """Conditions of the model; an image-to-video model gets the ends of `frames` `[3, F, H, W]` (default: any)."""
         return self.model.conditions(prompts, **self.images(frames))
 
     def images(self, frames: Tensor | None = None) -> dict[str, Any]:
-        """The ends of `frames`, or of any, as `VideoModel.latents` takes them; empty where it makes clips of text alone."""
+        """First and last of `frames` (default: any) as arguments of `VideoModel.latents`; empty for text-to-video models."""
         if "image" not in self.model.parts:
             return {}
         if frames is None:  # colours that a picture of 8 bits has
@@ -160,7 +160,7 @@ class Subject:
         return rng.randn((batch, *self.shape), f"conformance/{name}").to(self.dtype)
 
     def time(self, t: float) -> Tensor:
-        """Of one sample."""
+        """The time `t` as a tensor for one sample."""
         return self.t.new_full((1,), t)
 
     def twin(self, **changes: Any) -> Denoiser:

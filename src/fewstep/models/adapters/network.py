@@ -48,7 +48,7 @@ class DiffusersBackbone(Backbone):
         """What a condition says of the image. ValueError where it says nothing."""
         if name not in cond.extra:
             raise ValueError(
-                f"this {type(self).__name__} makes a clip of an image, and the condition has no {name}; give image=... "
+                f"this {type(self).__name__} is an image-to-video network, and the condition has no {name}; give image=... "
                 "(--image), or train on data with images: Latents that were prepared with this model, StoredPairs, Prompts "
                 "of a .csv"
             )
@@ -58,8 +58,8 @@ class DiffusersBackbone(Backbone):
         """ValueError unless latents are of a `whole` clip: which of its frames they are is not known."""
         if not whole:
             raise ValueError(
-                f"this {type(self).__name__} makes whole clips of an image, and was given latents of {x.shape[2]} frames; "
-                "methods that look at single frames (AVDM2, FlowMatching with image_fraction) cannot train it"
+                f"this {type(self).__name__} is an image-to-video network for whole clips, and was given "
+                f"latents of {x.shape[2]} frames; methods that look at single frames (AVDM2, FlowMatching with image_fraction) cannot train it"
             )
 
     def _rebuilt(self) -> ModelMixin:
