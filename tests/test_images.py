@@ -196,7 +196,7 @@ def test_data_without_images_are_refused(
 @pytest.mark.parametrize("folder", ["wan_image"], indirect=True)
 def test_data_that_never_have_images_are_refused(source: Diffusers) -> None:
     """By the card alone."""
-    with pytest.raises(DataError, match="WorldClips gives it none; use Videos, Latents"):
+    with pytest.raises(DataError, match="WorldClips has no images; use Videos, Latents"):
         Recipe(model=source, method=FlowMatching(), data=WorldClips(num_frames=5), settings=settings(1)).check()
 
 

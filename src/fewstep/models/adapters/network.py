@@ -59,7 +59,8 @@ class DiffusersBackbone(Backbone):
         if not whole:
             raise ValueError(
                 f"this {type(self).__name__} is an image-to-video network for whole clips, and was given "
-                f"latents of {x.shape[2]} frames; methods that look at single frames (AVDM2, FlowMatching with image_fraction) cannot train it"
+                f"latents of {x.shape[2]} frames; methods that look at single frames (AVDM2, FlowMatching with "
+                "image_fraction) cannot train it"
             )
 
     def _rebuilt(self) -> ModelMixin:
