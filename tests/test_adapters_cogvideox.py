@@ -115,7 +115,7 @@ def test_what_cogvideox_cannot_do_is_refused() -> None:
         network(MODELS["1.5"])(torch.zeros(2, 4, 2, 10, 12), t, cond)
     with pytest.raises(ValueError, match="learned positions of 4 x 6 patches and no others, not of 3 x 6"):
         network(MODELS["image"])(*inputs(3, 6, 12))
-    with pytest.raises(ValueError, match="makes a clip of an image, and the condition has no image_latents"):
+    with pytest.raises(ValueError, match="is an image-to-video network, and the condition has no image_latents"):
         network(MODELS["image"])(x, t, Cond(cond.text, cond.mask))
     with pytest.raises(ValueError, match="trained without dropout; set dropout: 0"):
         CogVideoX(config=SMALL | {"dropout": 0.1})

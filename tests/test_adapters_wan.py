@@ -268,14 +268,16 @@ def test_a_model_of_images_comes_back_from_its_folder(model: VideoModel, tmp_pat
 
 
 def test_an_image_is_asked_for_where_it_is_read(model: VideoModel, experts: Path) -> None:
-    with pytest.raises(ValueError, match=r"makes clips of images: give image \(--image\), \[3, 32, 64\]; got none"):
+    with pytest.raises(
+        ValueError, match=r"is an image-to-video model: give image \(--image\), \[3, 32, 64\]; got none"
+    ):
         model.latents(PROMPTS)
     with pytest.raises(ValueError, match=r"got \[3, 16, 16\]"):
         model.latents(PROMPTS, image=torch.zeros(3, 16, 16))
     with pytest.raises(ValueError, match="makes clips of text alone"):
         loaded(experts, "wan_experts").latents(PROMPTS, image=pixels(picture()))
     x = Rng(0).randn((1, *model.latent_shape()), "x")
-    with pytest.raises(ValueError, match="makes a clip of an image, and the condition has no image_latents"):
+    with pytest.raises(ValueError, match="is an image-to-video network, and the condition has no image_latents"):
         model.denoiser(x, torch.tensor([0.5]), model.text.encode(PROMPTS[:1]))
     two, eye = {"image": pixels(picture()), "last_image": pixels(picture())}, model.part("image")
     if eye.needs_last:

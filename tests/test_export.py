@@ -82,7 +82,7 @@ assert sys.modules["fewstep"] is None
 
 
 PICTURE = (255 * Rng(0).rand((IMAGE_SIZE["height"], IMAGE_SIZE["width"], 3), "picture")).to(torch.uint8)
-"""What clips of an image begin with."""
+"""First frames of image-to-video clips."""
 
 
 @dataclass(frozen=True)

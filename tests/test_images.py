@@ -1,4 +1,4 @@
-"""Models that make clips of images are trained: every clip of a batch with its own image, in every call of every network."""
+"""Image-to-video models are trained: every clip of a batch with its own image, in every call of every network."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_data_without_images_are_refused(
 ) -> None:
     (tmp_path / "prompts.txt").write_text("a red ball\n")
     settings = Settings(steps=1)
-    with pytest.raises(DataError, match="has no pictures, and .* makes clips of images; give a .csv"):
+    with pytest.raises(DataError, match="has no pictures, and .* is an image-to-video model; give a .csv"):
         distill(
             model=source,
             method=DMD,
@@ -182,7 +182,7 @@ def test_data_without_images_are_refused(
     with pytest.raises(DataError, match="has no pictures"):
         make_pairs(model, CAPTIONS, tmp_path / "pairs", PLAN)
     prepare(videos, tmp_path / "plain", model.codec, Preparation(cut=Cut(**IMAGE_SIZE)))
-    with pytest.raises(DataError, match="has no images, and .* makes clips of images; make the folder again"):
+    with pytest.raises(DataError, match="has no images, and .* is an image-to-video model; make the folder again"):
         Latents(path=str(tmp_path / "plain")).check_card(model.card)
     data = prepared(model, videos, tmp_path / "out")
     data.check(model)
@@ -196,7 +196,7 @@ def test_data_without_images_are_refused(
 @pytest.mark.parametrize("folder", ["wan_image"], indirect=True)
 def test_data_that_never_have_images_are_refused(source: Diffusers) -> None:
     """By the card alone."""
-    with pytest.raises(DataError, match="WorldClips gives it none; use Videos, Latents"):
+    with pytest.raises(DataError, match="WorldClips has no images; use Videos, Latents"):
         Recipe(model=source, method=FlowMatching(), data=WorldClips(num_frames=5), settings=settings(1)).check()
 
 
@@ -347,7 +347,9 @@ def test_single_frames_of_clips_that_begin_with_an_image_are_refused(model: Vide
             require_possible(refused, settings(1), model.card, None)
     require_possible(FlowMatching(), settings(1), model.card, None)
     noise, cond = torch.zeros(1, *model.latent_shape()), model.blank_cond(1)
-    with pytest.raises(ValueError, match="makes whole clips of an image, and was given latents of 1 frames"):
+    with pytest.raises(
+        ValueError, match="is an image-to-video network for whole clips, and was given latents of 1 frames"
+    ):
         model.denoiser(noise[:, :, :1], torch.ones(1), cond)
 
 
@@ -383,7 +385,7 @@ def test_a_run_on_images_is_planned_from_shapes(source: Diffusers, model: VideoM
 
 @pytest.mark.parametrize("folder", ["wan_image"], indirect=True)
 def test_a_suite_of_prompts_alone_is_refused(model: VideoModel) -> None:
-    with pytest.raises(ValueError, match="'teacher' makes clips of images, and a suite has prompts alone"):
+    with pytest.raises(ValueError, match="'teacher' is an image-to-video model, and a suite has only prompts"):
         sampling.prepare([Entry(name="teacher", model=model)], Suite())
 
 

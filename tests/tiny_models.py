@@ -473,7 +473,7 @@ TINY = {
 IMAGE = {
     "wan_image": wan_image, "wan_image_experts": wan_image_experts, "wan_ends": wan_ends, "wan_ti2v_image": wan_ti2v_image,
 }  # fmt: skip
-"""Families that make clips of images."""
+"""Image-to-video families."""
 IMAGE_SIZE = {"num_frames": 5, "height": 32, "width": 64}
 COGVIDEOX_IMAGE = {"cogvideox_image": cogvideox_image, "cogvideox15_image": cogvideox15_image}
 """The same of CogVideoX, at the size that learned positions are for."""

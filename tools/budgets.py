@@ -1,4 +1,4 @@
-"""Rules that a reader's patience depends on, checked: sizes, prints, environment variables, bad numbers, file names.
+"""Check the project's limits: sizes, prints, environment variables, bad numbers, file names.
 
 Run `python tools/budgets.py` in the repository; it lists the offenders and exits 1 if there are any. An exception that
 is no longer needed is an offence too: the list of exceptions only shrinks.

@@ -1,4 +1,4 @@
-"""Circles of imports inside a room: modules that cannot be read, or moved, one without the other.
+"""Find import cycles inside a room.
 
 Run `python tools/circles.py` in the repository; it lists the circles and exits 1 if there are any. What is imported for
 types only closes no circle. The list of known circles only shrinks.

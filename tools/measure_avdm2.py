@@ -1,4 +1,4 @@
-"""What students of AVDM2 are worth, beside their teacher: figures of `evaluate`, identity from frame to frame, and style.
+"""Measure AVDM2 students next to their teacher: evaluation figures, identity from frame to frame, and style.
 
     python tools/measure_avdm2.py --output runs/avdm2 "frames=runs/world/avdm2/student" "adversarial only=..."
 

@@ -1,4 +1,4 @@
-"""What the built-in world is worth, in figures: how fast it is drawn, how well it is read, encoded and generated.
+"""Measure the built-in world: speed of rendering, accuracy of the checker, the autoencoder and the teacher.
 
 `python tools/measure_world.py` (minutes); `--prompts N` for the teacher's accuracy, `--weights DIR` for networks elsewhere
 than in the package (a folder with `teacher/`).

@@ -1,4 +1,4 @@
-"""Write the parts of README.md that follow from the code and from a demo's results, or compare them.
+"""Write or check the parts of README.md that are generated from the code and from a demo's results.
 
     python tools/readme.py                     write them
     python tools/readme.py --check             exit 1 with a diff where README.md is not what would be written

@@ -1,4 +1,4 @@
-"""Put the built-in world's trained networks into the package: half-precision weights, and a card that says how they were made.
+"""Copy the built-in world's trained networks into the package: half-precision weights, and a card with their origin.
 
 `python tools/ship_world.py` after the runs of the recipes world/* (autoencoder, text_encoder, features, teacher, teacher_motion);
 `--runs DIR` where they lie elsewhere. The teacher's contract, measured best, is given by `--guidance` and `--shift`.

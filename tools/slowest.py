@@ -1,4 +1,4 @@
-"""Print the slowest tests and what each guards.
+"""Print the slowest tests and what each one guards.
 
     pytest -m "not slow" --save-durations costs.json
     python tools/slowest.py costs.json              the twenty slowest

@@ -1,4 +1,4 @@
-"""Build the wheel, install it into an empty folder, and run a shipped recipe from there, far from the checkout.
+"""Build the wheel, install it in an empty folder, and run a recipe from it there.
 
 `python tools/try_wheel.py`, with the interpreter whose packages the wheel may use: nothing but fewstep itself is installed.
 pip fetches the build's own tools where they are not there.

@@ -1,4 +1,4 @@
-"""Everything a recipe can name, by kind: what `fewstep list` prints and what the recipe reader resolves names with."""
+"""Everything a recipe can name, by kind: for `fewstep list` and for the recipe reader."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Entry:
     doc: str
     """First sentence of its docstring."""
     cite: str
-    """Authors, title and arXiv id where it declares them, else the arXiv ids its docstrings mention."""
+    """Authors, title and arXiv id if the class declares them, else the arXiv ids in its docstrings."""
     file: str
     line: int
 

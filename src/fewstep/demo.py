@@ -1,4 +1,4 @@
-"""The demo: distil the shipped teacher on this machine and prove what was gained and lost.
+"""The demo: distil the shipped teacher on this machine and measure what was gained and lost.
 
 One call trains a single student that serves 4, 2 and 1 steps, measures it beside its teacher on the same prompts, seeds
 and noise, and writes the table, the page, the student and a film.
@@ -29,7 +29,7 @@ GRIDS = ((1.0,), (1.0, 0.5), (1.0, 0.83, 0.67, 0.5))
 """Times of 1, 2 and 4 steps before the shift. Two and four steps end from the same time, so that it is trained often."""
 
 OPTIM = Optim(lr=6e-4, betas=(0.9, 0.99), warmup=5, decay="cosine")
-"""Of student and critic. Muon overtakes it in runs that are several times as long (LOG.md)."""
+"""Optimiser of student and critic. Muon is better in runs that are several times as long (LOG.md)."""
 
 RECIPE = Recipe(
     model=Pretrained(source="world"),

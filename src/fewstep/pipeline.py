@@ -1,4 +1,4 @@
-"""Recipes one after the other: each stage starts where the one before ended. One command, one folder, one chain of provenance."""
+"""Recipes in stages: each stage starts from the result of the one before. One command, one folder, one chain of provenance."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ class Stage:
     data: Data
     settings: Settings
     model: ModelSource | None = None
-    """The teacher. null: that of the stage before, or the result of the stage before where that one made a model from
-    nothing, or where one of the two trains another part than the denoiser. `{type: Previous}`: its student, in any case."""
+    """Teacher of the stage. null: the teacher of the stage before; if that stage trained a model from scratch, or one of
+    the two trains another part than the denoiser, the result of that stage. `{type: Previous}`: always the student of the
+    stage before."""
     probe: WorldProbe | None = None
-    """As in a recipe."""
+    """Probe of the stage, as in a recipe."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,9 @@ class Planned:
     folder: Path
     recipe: Recipe
     card: Card
-    """Of its teacher, as far as that is known before the stages ahead of it are run."""
+    """Card of its teacher, as far as it is known before the earlier stages have run."""
     begun: Card | None
-    """Of the student that it goes on from, if that is not a copy of its teacher."""
+    """Card of the student that it starts from; None: a copy of its teacher."""
 
     @property
     def alone(self) -> Recipe:
@@ -61,7 +62,7 @@ class Pipeline(Written):
     """Several recipes in one file, as `stages:` by name. Used as `Recipe` is."""
 
     stages: dict[str, Stage]
-    """In the order in which they are run; a stage's folder is called after its number and name: `1-regression`."""
+    """Stages in the order of execution. A stage's folder has its number and name: `1-regression`."""
 
     def __post_init__(self) -> None:
         if not self.stages:

@@ -120,12 +120,12 @@ class Recipe(Written):
     """
 
     model: ModelSource
-    """Where the run starts: the teacher, or networks made from scratch."""
+    """Model the run starts from: the teacher, or networks made from scratch."""
     method: Method
     data: Data
     settings: Settings
     probe: WorldProbe | None = None
-    """Judges the student during the run; the best by its rule is kept. None keeps the last."""
+    """Probe that scores the student during the run and keeps the best one. null: keep the last student."""
 
     @property
     def hash(self) -> str:

@@ -1,4 +1,4 @@
-"""What each query reads, how that is computed, and what is remembered."""
+"""Attention patterns, kernels, and the memory of a stream."""
 
 from fewstep.attention.block_causal import BlockCausal
 from fewstep.attention.dense import Dense

@@ -1,4 +1,4 @@
-"""Frames in chunks: everything inside a chunk, nothing of the future, and of the past all or a window."""
+"""Block-causal attention: a chunk of frames reads itself and earlier chunks, all of them or a window."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class BlockCausal(Pattern):
     chunk: Count = 1
     """Latent frames per chunk; the last chunk of a clip may be shorter."""
     window: Natural = 0
-    """Latent frames that a chunk reads, its own and the sink included; 0: all."""
+    """Latent frames that a chunk reads, including the sink and its own frames; 0: all."""
     sink: Natural = 0
-    """Frames at the beginning of the clip that stay in the window."""
+    """First frames of the clip that always stay in the window."""
 
     def __post_init__(self) -> None:
         if self.chunk < 1:

@@ -1,4 +1,4 @@
-"""Forward-mode derivatives of attention (`jvp`), in blocks of queries: no fused kernel has them.
+"""Forward-mode derivatives of attention (`jvp`), in blocks of queries; fused kernels do not support them.
 
 Legend: B batch, H heads, N queries, n queries of one block, M keys, D head dimension; d before a name: its derivative.
 """

@@ -1,4 +1,4 @@
-"""How attention is computed: one function, and a table of what this machine offers.
+"""Attention kernels: one function, and a table of the kernels of this machine.
 
 Legend: B batch, H heads, N queries, M keys, D head dimension.
 """

@@ -1,4 +1,4 @@
-"""The memory of a stream: keys without rotary position, and values, layer by layer. All immutable.
+"""The memory of a stream: values, and keys without rotary position, for each layer. All immutable.
 
 What is remembered is of whole chunks: a chunk is committed once, when it is finished, and calls read and write nothing.
 Keys are kept before rotation, so that a policy decides where a remembered frame stands.
@@ -25,7 +25,7 @@ class Keep(ABC):
     """What a memory holds after a chunk is committed, and where its frames stand: a frozen dataclass."""
 
     leaves_empty: ClassVar[bool] = False
-    """Whether slots may hold no frame, so that readers must be told."""
+    """Whether some slots may be empty, so that readers need a mask."""
 
     @abstractmethod
     def commit(self, memory: KVCache, delta: tuple[KV, ...], frames: int) -> KVCache:
@@ -62,13 +62,13 @@ class Window(Keep):
     leaves_empty: ClassVar[bool] = True
 
     window: int
-    """Frames that a chunk reads, its own and the sink included, as in `BlockCausal`."""
+    """Frames that a chunk reads, including the sink and its own frames, as in `BlockCausal`."""
     chunk: int = 1
-    """Frames of a chunk; the last one may be shorter."""
+    """Frames per chunk; the last chunk may be shorter."""
     sink: int = 0
-    """Frames at the beginning of the stream that stay."""
+    """First frames of the stream that always stay in memory."""
     relative: bool = False
-    """Whether the sink stands next to the window, wherever that is (LongLive's re-indexing), or where it was made."""
+    """Whether the sink gets positions next to the window as it moves (LongLive's re-indexing), or keeps its own positions."""
 
     def __post_init__(self) -> None:
         if self.chunk < 1 or self.sink < 0 or self.slots < max(self.sink, 1):
@@ -125,11 +125,11 @@ class KVCache:
 
     keep: Keep = Everything()
     layers: tuple[KV, ...] = ()
-    """`(k_BHMD, v_BHMD)` of each block, M = S T."""
+    """Keys and values of each block, `(k_BHMD, v_BHMD)`, with M = S T."""
     positions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
-    """Which frame of the stream each slot holds, `[S]` or `[B, S]`, on the CPU; -1: none."""
+    """Frame of the stream in each slot, `[S]` or `[B, S]`, on the CPU; -1: empty."""
     start: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.long))
-    """Which frame comes next, `[]` or `[B]`, on the CPU."""
+    """Number of the next frame, `[]` or `[B]`, on the CPU."""
 
     def commit(self, delta: tuple[KV, ...], frames: int) -> KVCache:
         """After a chunk of `frames` frames, by its keys and values in every layer. ValueError unless they fit."""

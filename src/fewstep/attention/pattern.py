@@ -1,4 +1,4 @@
-"""Attention as an operation: a pattern makes one for each block, and the operation says what its queries read.
+"""Attention as an operation: a pattern makes one operation per block, which defines what each query reads.
 
 Legend: B batch, H heads, N queries, M keys, D head dimension. Keys are ordered: text that is attended beside the clip, then
 remembered frames, then the N tokens of the call's own frames.
@@ -38,13 +38,13 @@ class Site:
     """What an operation may know besides queries, keys and values. Every block of a call has the same."""
 
     grid: Grid3
-    """The clip's tokens of this call, all of them."""
+    """Grid of all tokens of the clip in this call."""
     past: int = 0
-    """Remembered frames (slots of the memory) before them."""
+    """Number of remembered frames (slots of the memory) before them."""
     beside: int = 0
-    """Tokens of text before both: every query reads them, and as queries they read every key."""
+    """Number of text tokens before both. Every query reads them; as queries they read every key."""
     readable_B11M: Tensor | None = None
-    """False for keys that nobody reads: padded text, empty slots. None: there are none."""
+    """False for keys that nobody may read: padded text, empty slots. None: all may be read."""
     call: Call = Call()
 
 

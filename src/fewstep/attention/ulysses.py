@@ -1,4 +1,4 @@
-"""Attention whose tokens lie on several processes: heads are exchanged for tokens and back (Ulysses, 2309.14509).
+"""Attention over tokens on several processes: heads are exchanged for tokens and back (Ulysses, 2309.14509).
 
 Legend: P processes, n tokens here, N = P n tokens of the clip, B batch, H heads, D head dimension.
 

@@ -1,4 +1,4 @@
-"""What a step of sampling may take over from an earlier one: one policy per file."""
+"""Caches of sampling: results that a step reuses from an earlier step, one policy per file."""
 
 from fewstep.caching.base import CachePolicy
 from fewstep.caching.skip_middle import SkipMiddle

@@ -1,4 +1,4 @@
-"""A cache policy: which blocks are run at which step, and what stands in for those that are not."""
+"""A cache policy: which blocks run at which step, and what replaces the others."""
 
 from __future__ import annotations
 

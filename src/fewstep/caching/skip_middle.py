@@ -1,4 +1,4 @@
-"""Every few steps the middle blocks are run; in between what they added the last time is added again.
+"""Run the middle blocks only every few steps; the steps between add the stored change again.
 
 Block caching (Wimbauer et al., 2312.03209) in its plainest form: a fixed schedule, and one residual for all middle blocks.
 
@@ -29,11 +29,11 @@ class SkipMiddle(CachePolicy):
     """Run the middle blocks at every `every`-th step only."""
 
     every: Count = 2
-    """Steps from one full step to the next, the first one of a clip being full; 1 changes nothing."""
+    """Steps between two full steps; the first step of a clip is full. 1: every step is full."""
     first: Natural = 1
-    """Blocks in the beginning that are always run."""
+    """Number of first blocks that always run."""
     last: Natural = 1
-    """Blocks at the end that are always run."""
+    """Number of last blocks that always run."""
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.first < 0 or self.last < 0:
@@ -64,7 +64,7 @@ class _Replay:
 
     policy: SkipMiddle
     before: tuple[Tensor, ...] = ()
-    """Of the full step that is being made."""
+    """Streams before the middle blocks in the full step that is running."""
     added: dict[Hashable, tuple[Tensor, ...]] = field(default_factory=dict)
     """What the middle blocks added at the last full step, by branch and route."""
 

@@ -1,4 +1,4 @@
-"""The command line: it builds arguments for the library, and turns a user's mistake into one line and exit code 2."""
+"""The command line: builds arguments for the library; a user's mistake gives one line and exit code 2."""
 
 from __future__ import annotations
 

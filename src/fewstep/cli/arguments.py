@@ -14,17 +14,17 @@ from fewstep.cli.command import Command, Loads, Overrides, UsageError
 from fewstep.cli.questions import Doctor, Explain, List, Watch
 
 LayoutName = Literal["plain", "openvid", "webvid", "ucf101", "tars"]
-"""As in `fewstep.data.layouts`, which would load torch to print a help."""
+"""Copy of `fewstep.data.layouts.LayoutName`: importing that module would load torch just to print a help text."""
 
 
 @dataclass(frozen=True)
 class Demo(Command):
-    """Distil the built-in world's teacher, measure the student, write a report: everything in minutes, on a CPU."""
+    """Distil the built-in teacher, measure the student and write a report. Takes minutes on a CPU."""
 
     output: Path = Path("runs/demo")
     """Folder for the student, its clips and the report."""
     quiet: bool = False
-    """No progress bar."""
+    """Hide the progress bar."""
 
     def run(self, overrides: Overrides) -> int:
         from fewstep.cli import commands
@@ -34,51 +34,56 @@ class Demo(Command):
 
 @dataclass(frozen=True)
 class Prepare(Loads):
-    """Encode captioned videos to latent shards, once. Under torchrun each process takes a share."""
+    """Encode captioned videos to latent shards. Under torchrun each process does a share of the work."""
 
     videos: Positional[Annotated[Path, arg(metavar="VIDEOS")]]
-    """The dataset: a folder, or its table (.csv, .jsonl), list (UCF-101) or archive (.tar)."""
+    """Dataset: a folder, a table (.csv, .jsonl), a list (UCF-101) or an archive (.tar)."""
     output: Path
-    """Folder for the shards."""
+    """Folder to write the shards to."""
     model: str = "world"
-    """Whose codec encodes: a folder, a name on the hub, or `world`."""
+    """Model whose codec encodes the videos: a folder, a hub name, or `world`."""
     layout: LayoutName = "plain"
-    """How the dataset lies on disk; plain is captions.jsonl, a table, or a folder of videos with text files beside them."""
+    """Layout of the dataset on disk. plain: captions.jsonl, a table, or a folder of videos with text files beside them."""
     root: str = ""
-    """Folder that the names of the videos start from (default: the dataset's own)."""
+    """Folder that video names are relative to (default: the dataset's folder)."""
     num_frames: int | None = None
-    """Frames per clip (default: as the model's card says)."""
+    """Frames per clip (default: from the model's card)."""
     height: int | None = None
+    """Height of the clips in pixels (default: from the model's card)."""
     width: int | None = None
+    """Width of the clips in pixels (default: from the model's card)."""
     stride: int = 1
-    """Take every so many frames."""
+    """Take every N-th frame of the video."""
     clips_per_video: int = 1
-    """At most this many per video; 0 = as many as fit."""
+    """Largest number of clips per video; 0 = as many as fit."""
     shots: bool = False
-    """Look for cuts: every clip comes from one shot, and every shot gives one clip at most."""
+    """Detect cuts. A clip never crosses a cut, and each shot gives at most one clip."""
     min_seconds: float | None = None
-    """Drop shorter videos."""
+    """Drop videos shorter than this many seconds (default: no limit)."""
     max_seconds: float | None = None
+    """Drop videos longer than this many seconds (default: no limit)."""
     min_side: int | None = None
-    """Drop videos with fewer pixels along the shorter side."""
+    """Drop videos whose shorter side has fewer pixels (default: no limit)."""
     min_motion: float | None = None
-    """Drop clips that move less: mean difference of neighbouring frames, 0 to 1."""
+    """Drop clips with less motion: mean difference of neighbouring frames, 0 to 1 (default: no limit)."""
     max_motion: float | None = None
+    """Drop clips with more motion (default: no limit)."""
     min_brightness: float | None = None
-    """Drop clips that are darker on average, 0 to 1."""
+    """Drop clips with a lower mean brightness, 0 to 1 (default: no limit)."""
     max_brightness: float | None = None
+    """Drop clips with a higher mean brightness (default: no limit)."""
     texts: bool = False
-    """Encode the captions too, into OUTPUT/texts, for a recipe's data.text_cache."""
+    """Encode the captions too, to OUTPUT/texts. A recipe reads them with data.text_cache."""
     batch: int | None = None
-    """Clips encoded at once (default: 16, fewer of large ones, 1 with codecs that can do no more)."""
+    """Clips encoded at once (default: 16; fewer for large clips; 1 for codecs that take one clip at a time)."""
     threads: int = 4
-    """Of each process, that decode videos while others are encoded."""
+    """Decoding threads per process."""
     autocast: Literal["off", "bf16"] = "off"
-    """Arithmetic of the codec."""
+    """Precision of the codec: off is float32."""
     device: str = "cpu"
-    """Where networks run; processes of one machine share its devices."""
+    """Device for the networks, such as cpu or cuda. Processes on one machine share its devices."""
     quiet: bool = False
-    """No progress bar."""
+    """Hide the progress bar."""
 
     def run(self, overrides: Overrides) -> int:
         from fewstep.cli import commands
@@ -88,35 +93,37 @@ class Prepare(Loads):
 
 @dataclass(frozen=True)
 class Pairs(Loads):
-    """Store a teacher's ODE states, for methods that regress on them. Under torchrun each process takes a share."""
+    """Store a teacher's ODE states for methods that regress on them. Under torchrun each process does a share of the work."""
 
     prompts: Positional[Annotated[str, arg(metavar="PROMPTS")]]
-    """A text file with one prompt per line, `world:N` for N prompts of the built-in world, or, for a model that makes clips
-    of images, a .csv with caption, image and perhaps last_image."""
+    """Text file with one prompt per line, or `world:N` for N prompts of the built-in world. For an image-to-video model: a
+    .csv file with the columns caption, image and, optionally, last_image."""
     output: Path
-    """Folder for the shards."""
+    """Folder to write the shards to."""
     model: str = "world"
-    """The teacher: a folder, a name on the hub, or `world`."""
+    """Teacher: a folder, a hub name, or `world`."""
     steps: int | None = None
-    """Steps of the teacher's solver (default: as its card says)."""
+    """Steps of the teacher's solver (default: from its card)."""
     guidance_scale: float | None = None
-    """Default: as its card says."""
+    """Guidance scale of the teacher (default: from its card)."""
     times: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25, 0.0)
-    """Times whose states are kept, decreasing from 1 to 0: the student's grid."""
+    """Times whose states are stored, decreasing from 1 to 0. Use the student's grid."""
     num_frames: int | None = None
+    """Frames per clip (default: from the teacher's card)."""
     seed: int = 0
+    """Seed of the first pair's noise; pair i has seed + i."""
     batch: int = 16
-    """Clips made at once."""
+    """Clips generated at once."""
     shard_size: int = 16
-    """Pairs per file: what is lost when it is killed, at most."""
+    """Pairs per file. A killed command loses at most one file per process."""
     storage: Literal["float16", "float32"] = "float32"
-    """How the states are kept."""
+    """Type of the stored states."""
     autocast: Literal["off", "bf16"] = "off"
-    """Arithmetic of the teacher: give the settings.autocast that the student will be trained with."""
+    """Precision of the teacher: off is float32. Use the settings.autocast of the student's training."""
     device: str = "cpu"
-    """Where networks run; processes of one machine share its devices."""
+    """Device for the networks, such as cpu or cuda. Processes on one machine share its devices."""
     quiet: bool = False
-    """No progress bar."""
+    """Hide the progress bar."""
 
     def run(self, overrides: Overrides) -> int:
         from fewstep.cli import commands
@@ -126,33 +133,33 @@ class Pairs(Loads):
 
 @dataclass(frozen=True)
 class Train(Command):
-    """Train a model from scratch, as a recipe says. Its keys are options: --settings.steps 100."""
+    """Train a model from scratch with a recipe. Every key of the recipe is an option: --settings.steps 100."""
 
     takes_overrides: ClassVar[bool] = True
 
     recipe: Positional[Annotated[Path, arg(metavar="RECIPE")]]
-    """A name of `fewstep list recipes`, a YAML file, or the folder of an earlier run."""
+    """Recipe: a name from `fewstep list recipes`, a YAML file, or the folder of an earlier run."""
     output: Path | None = None
-    """Folder of the run (default: runs/<recipe>-<hash>). A run that was stopped goes on from its last checkpoint."""
+    """Folder of the run (default: runs/<recipe>-<hash>). A stopped run resumes from its last checkpoint."""
     dry_run: bool = False
-    """Say what would be trained, what memory it takes and when; load and write nothing."""
+    """Print what would be trained and how much memory it needs. Load and write nothing."""
     memory: str | None = None
-    """With --dry-run: of one device, such as 24GB; says whether the run fits, and what would make it fit."""
+    """With --dry-run: memory of one device, such as 24GB. Prints whether the run fits, and what would make it fit."""
     flops: float | None = None
-    """With --dry-run: floating-point operations per second that the device keeps up, such as 150e12; gives the time."""
+    """With --dry-run: floating-point operations per second that the device sustains, such as 150e12. Prints the time."""
     price: float | None = None
-    """With --dry-run and --flops: of one hour of the device; gives the cost."""
+    """With --dry-run and --flops: price of one hour of the device. Prints the cost."""
     shard: int | None = None
-    """With --dry-run and --memory: over how many devices sharding would spread the run (default: 8)."""
+    """With --dry-run and --memory: number of devices to shard over (default: 8)."""
     allow_fallback: bool = False
-    """Where something asked for cannot be had, run otherwise and write it into the student's card. Default: refuse."""
+    """If a requested feature is not available, run without it and record this in the student's card (default: refuse)."""
     allow_imports: bool = False
-    """Import the classes outside fewstep that the recipe file names, which runs their code. Default: refuse. A recipe in the
+    """Import classes outside fewstep that the recipe file names; this runs their code (default: refuse). A recipe in the
     folder of a run or of weights never imports."""
     strict: bool = False
-    """The default, for those who like to see it written: refuse what cannot be had."""
+    """Refuse fallbacks (default)."""
     quiet: bool = False
-    """No progress bar."""
+    """Hide the progress bar."""
 
     def run(self, overrides: Overrides) -> int:
         from fewstep.cli import commands
@@ -162,39 +169,39 @@ class Train(Command):
 
 @dataclass(frozen=True)
 class Distill(Train):
-    """Distil a model into a student of few steps, as a recipe says. Its keys are options: --method.critic-updates 3."""
+    """Distil a model into a few-step student with a recipe. Every key is an option: --method.critic-updates 3."""
 
 
 @dataclass(frozen=True)
 class Sample(Loads):
-    """Make a clip per prompt with a student or teacher."""
+    """Generate one clip per prompt with a student or teacher."""
 
     student: Positional[Annotated[str, arg(metavar="STUDENT")]]
-    """A folder that fewstep wrote (a run's student/) or in diffusers' layout, a name on the hub, or `world`."""
+    """Model: a fewstep folder (a run's student/), a folder in diffusers' layout, a hub name, or `world`."""
     prompt: tuple[str, ...] = ()
-    """One or several prompts, a clip each: up to 8 side by side in one file, more in a file each (sample-01.mp4, ...)."""
+    """Prompts, one clip each. Up to 8 clips go side by side into one file; more go into one file each (sample-01.mp4, ...)."""
     prompt_file: Path | None = None
-    """A text file with one prompt per line."""
+    """Text file with one prompt per line, in place of --prompt."""
     image: tuple[Path, ...] = ()
-    """Of a model that makes clips of images: the picture that all begin with, or one for each prompt."""
+    """First frame for image-to-video models: one image for all prompts, or one per prompt."""
     last_image: tuple[Path, ...] = ()
-    """Of a model that makes clips between two images: the picture that they end with."""
+    """Last frame for models that generate between two images: one for all prompts, or one per prompt."""
     num_inference_steps: int | None = None
-    """Default: as the card says. A student refuses step counts it was not trained for."""
+    """Number of sampling steps (default: from the card). A student refuses step counts it was not trained for."""
     guidance_scale: float | None = None
-    """uncond + scale (cond - uncond); default: as the card says."""
+    """Guidance scale: uncond + scale (cond - uncond) (default: from the card)."""
     num_frames: int | None = None
-    """Default: as the card says; another number needs --force."""
+    """Frames per clip (default: from the card). Another number needs --force."""
     seed: int = 0
-    """Of the first clip; the next has the next seed."""
+    """Seed of the first clip; each further clip adds 1."""
     output: Path = Path("sample.mp4")
-    """.mp4 or .gif."""
+    """File to write, .mp4 or .gif."""
     scale: int | None = None
-    """Enlarge the pixels so many times (default: small clips to about 128 pixels, others not at all)."""
+    """Enlarge each pixel this many times (default: small clips to about 128 pixels, others not at all)."""
     device: str = "cpu"
-    """Where networks run."""
+    """Device for the networks, such as cpu or cuda."""
     force: bool = False
-    """Sample with a step count, number of frames or guidance the student was not trained for."""
+    """Allow a step count, number of frames or guidance that the student was not trained for."""
 
     def run(self, overrides: Overrides) -> int:
         from fewstep.cli import clips
@@ -204,49 +211,50 @@ class Sample(Loads):
 
 @dataclass(frozen=True)
 class Evaluate(Loads):
-    """Measure a student beside its teacher on the same prompts and seeds, and write a report."""
+    """Compare a student with its teacher on the same prompts and seeds, and write a report."""
 
     student: Positional[Annotated[str, arg(metavar="STUDENT")]]
-    """A folder that fewstep wrote."""
+    """Student: a fewstep folder."""
     output: Path
-    """Folder for results.json and the page."""
+    """Folder to write results.json and report.html to."""
     teacher: str = "world"
-    """What it is compared with: a folder, a name on the hub, or `world`."""
+    """Teacher to compare with: a folder, a hub name, or `world`."""
     num_inference_steps: tuple[int, ...] = ()
     """Step counts to measure (default: all that the student was trained for)."""
     suite: Literal["world", "avdm2"] = "world"
-    """world: prompts of the built-in world, or your own. avdm2: FVD to real clips and CLIPScore, as in that paper; needs
-    --real, --features and --clip."""
+    """Set of measurements. world: prompts of the built-in world, or your own. avdm2: FVD to real clips and CLIPScore, as in
+    the AVDM2 paper; needs --real, --features and --clip."""
     real: Path | None = None
-    """Captioned videos (a folder, captions.jsonl or a CSV table); their captions are the prompts."""
+    """Real videos with captions (a folder, captions.jsonl or a CSV table). The captions are the prompts."""
     stride: int | None = None
-    """Of the real clips: take every so many frames of the file (default: 4)."""
+    """Take every N-th frame of the real videos (default: 4)."""
     layout: LayoutName | None = None
-    """How the real clips lie on disk, as for fewstep prepare (default: plain)."""
+    """Layout of the real videos on disk, as for fewstep prepare (default: plain)."""
     root: str | None = None
-    """Folder that the names of the real clips start from (default: the dataset's own)."""
+    """Folder that the names of the real videos are relative to (default: the dataset's folder)."""
     features: str = "auto"
-    """Of the distance: a TorchScript file (I3D), which runs code, so give only one that you trust; a folder of a video
-    encoder (VideoMAE) or with features of fewstep's own; `pooled`; or auto: the built-in world's where they fit."""
+    """Features for the distance. A TorchScript file (I3D): it runs code, so use only a file that you trust. A folder with a
+    video encoder (VideoMAE) or with fewstep features. `pooled`. auto: the built-in world's features if they fit."""
     clip: Path | None = None
-    """Folder of CLIPModel and CLIPProcessor, for CLIPScore."""
+    """Folder with CLIPModel and CLIPProcessor, for CLIPScore (default: no CLIPScore)."""
     prompts: int | None = None
     """Number of prompts (default: 64; avdm2: 100)."""
     prompt_file: Path | None = None
-    """Your own prompts instead, one per line."""
+    """Text file with your own prompts, one per line (default: prompts of the suite)."""
     seeds: int | None = None
     """Clips per prompt; diversity needs two or more (default: 2; avdm2: 1)."""
     seed: int = 2024
-    """Draws the prompts, their seeds and the real clips."""
+    """Seed that draws the prompts, the noise and the real clips."""
     num_frames: int | None = None
+    """Frames per clip (default: from the card)."""
     batch: int | None = None
-    """Clips made at once (default: 32; avdm2: 4)."""
+    """Clips generated at once (default: 32; avdm2: 4)."""
     autocast: Literal["off", "bf16"] = "off"
-    """Arithmetic of the networks, for every row."""
+    """Precision of the networks, the same for every row: off is float32."""
     device: str = "cpu"
-    """Where networks run."""
+    """Device for the networks, such as cpu or cuda."""
     quiet: bool = False
-    """No progress bar."""
+    """Hide the progress bar."""
 
     def run(self, overrides: Overrides) -> int:
         from fewstep.cli import commands
@@ -256,29 +264,32 @@ class Evaluate(Loads):
 
 @dataclass(frozen=True)
 class CheckModel(Loads):
-    """Check that a model keeps the conventions everything else counts on: most failures are wrong conventions."""
+    """Check that a model was read with the right conventions (time, sign, guidance, shift)."""
 
     source: Positional[Annotated[str, arg(metavar="SOURCE")]]
-    """A folder in diffusers' layout or its name on the hub, a folder that fewstep wrote, or `world`."""
+    """Model: a folder in diffusers' layout, a hub name, a fewstep folder, or `world`."""
     only: tuple[str, ...] = ()
-    """Names of checks to run (default: all)."""
+    """Names of the checks to run (default: all)."""
     num_frames: int | None = None
-    """Size to check at (default: the card's where that is small, else a few latent frames of 8 x 16)."""
+    """Frames of the test clip (default: the card's if small, else a few latent frames)."""
     height: int | None = None
+    """Height of the test clip in pixels (default: the card's if small, else 8 latent rows)."""
     width: int | None = None
+    """Width of the test clip in pixels (default: the card's if small, else 16 latent columns)."""
     num_inference_steps: int = 3
-    """Steps of the clip that is compared with the pipeline's."""
+    """Sampling steps of the clip that is compared with the diffusers pipeline."""
     dtype: Literal["float32", "float64"] = "float32"
-    """Of the denoiser. float64 tells rounding from mistakes, and takes twice the memory."""
+    """Type of the denoiser. float64 separates rounding errors from mistakes; it needs twice the memory."""
     device: str = "cpu"
-    """Where networks run."""
+    """Device for the networks, such as cpu or cuda."""
     prompt: tuple[str, ...] = ()
-    """Two are used; the first one captions --video."""
+    """Two prompts (default: prompts of the built-in world). The first is the caption of --video."""
     video: Path | None = None
-    """A video file as the known clip of the checks that need trained weights (default: a rendered clip)."""
+    """Video file for the checks that need trained weights (default: a rendered clip)."""
     seed: int = 0
+    """Seed of the noise."""
     json: bool = False
-    """Print the findings as a list of objects."""
+    """Print the findings as a JSON list of objects."""
 
     def run(self, overrides: Overrides) -> int:
         from fewstep.cli import commands
@@ -288,20 +299,21 @@ class CheckModel(Loads):
 
 @dataclass(frozen=True)
 class Export(Loads):
-    """Write a student for other tools. In diffusers' layout, plain diffusers makes the same clips with it."""
+    """Export a student for diffusers or ComfyUI. Plain diffusers then generates the same clips."""
 
     student: Positional[Annotated[str, arg(metavar="STUDENT")]]
-    """A run's student/, or another folder with a network of diffusers in it."""
+    """Student: a run's student/, or another fewstep folder with a diffusers network."""
     folder: Positional[Annotated[Path, arg(metavar="FOLDER")]]
-    """Where to; it must not exist, or be empty."""
+    """Folder to write to. It must not exist, or it must be empty."""
     names: Literal["diffusers", "comfyui"] = "diffusers"
-    """comfyui: the denoiser alone, one file by the names that its authors gave the weights."""
+    """Weight names. diffusers: a whole folder in its layout. comfyui: only the denoiser, in one file, with the original
+    authors' names."""
     lora: bool = False
-    """Of a student trained with settings.lora: its adapters alone, one file to load over the teacher."""
+    """Export only the LoRA, as a file to load on top of the teacher. Needs a student trained with settings.lora."""
     link: bool = False
-    """Link text encoder and codec to where they are, in place of a copy."""
+    """Create links to the text encoder and codec instead of copies."""
     evaluation: Path | None = None
-    """A folder of `fewstep evaluate`: its figures of this student go onto the card and the page."""
+    """Folder written by `fewstep evaluate`. Adds its figures for this student to the card and to README.md."""
 
     def run(self, overrides: Overrides) -> int:
         from fewstep.cli import commands
@@ -311,32 +323,32 @@ class Export(Loads):
 
 @dataclass(frozen=True)
 class CheckLora(Loads):
-    """Try a style LoRA of the teacher on teacher and student, and say how much of it survives."""
+    """Apply a style LoRA of the teacher to teacher and student, and measure how much of its effect the student keeps."""
 
     lora: Positional[Annotated[str, arg(metavar="LORA")]]
-    """A LoRA file, or a folder with one."""
+    """LoRA file, or a folder that contains one."""
     student: str
-    """A folder that fewstep wrote (a run's student/)."""
+    """Student: a fewstep folder (a run's student/)."""
     output: Path
-    """Folder for the figures and the picture."""
+    """Folder to write the figures and the picture to."""
     teacher: str = "world"
-    """A folder, a name on the hub, or `world`."""
+    """Teacher: a folder, a hub name, or `world`."""
     restyled: str | None = None
-    """A student distilled from the teacher with the LoRA, to measure instead of the student with the LoRA."""
+    """Measure this student, distilled from the teacher with the LoRA, instead of the student with the LoRA."""
     num_inference_steps: int | None = None
-    """Of the student; default: its own."""
+    """Sampling steps of the student (default: from its card)."""
     prompt: tuple[str, ...] = ()
-    """Default: 16 prompts of the built-in world."""
+    """Prompts to sample (default: 16 prompts of the built-in world)."""
     prompt_file: Path | None = None
-    """A text file with one prompt per line."""
+    """Text file with one prompt per line, in place of --prompt."""
     seeds: int = 2
     """Clips per prompt."""
     features: str = "auto"
-    """What sees the style, as for fewstep evaluate."""
+    """Features that measure the style, as for fewstep evaluate."""
     device: str = "cpu"
-    """Where networks run."""
+    """Device for the networks, such as cpu or cuda."""
     quiet: bool = False
-    """No progress bar."""
+    """Hide the progress bar."""
 
     def run(self, overrides: Overrides) -> int:
         from fewstep.cli import commands
@@ -352,17 +364,17 @@ COMMANDS: dict[str, type[Command]] = {
 
 
 def parse(words: Sequence[str]) -> Command:
-    """The command of a command line; SystemExit after printing the help, or an error with the nearest right option."""
+    """The command of a command line; SystemExit after printing the help, or an error that names the closest valid option."""
     arms: list[Any] = [Annotated[cls, tyro.conf.subcommand(name)] for name, cls in COMMANDS.items()]
     one_of: Any = Union[tuple(arms)]  # noqa: UP007
-    about = "Takes a slow video diffusion model and hands back a fast one, with proof."
+    about = "Distil a slow video diffusion model into a fast one, and measure the result."
     options = (tyro.conf.FlagCreatePairsOff,)
     command: Command = tyro.cli(one_of, prog="fewstep", description=about, args=list(words), config=options)
     return command
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], Overrides]:
-    """Take `--a.b value` and `--a.b=value` off a command line: the other words, and the pairs in order."""
+    """Split a command line: `--a.b value` and `--a.b=value` become pairs, in order; the other words stay words."""
     rest: list[str] = []
     pairs: Overrides = []
     queue = list(words)

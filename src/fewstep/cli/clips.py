@@ -1,4 +1,4 @@
-"""`fewstep sample`: a few clips side by side in one file, many in a file each, written as soon as they are made."""
+"""`fewstep sample`: a few clips side by side in one file, or one file per clip, written as soon as they are done."""
 
 from __future__ import annotations
 

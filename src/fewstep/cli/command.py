@@ -1,4 +1,4 @@
-"""What a command is."""
+"""The base class of all commands."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Overrides = list[tuple[str, str]]
 
 
 class UsageError(ValueError):
-    """A command line that means nothing."""
+    """An invalid command line."""
 
 
 def _said(default: str) -> str:
@@ -25,10 +25,10 @@ class Command(ABC):
     """One sub-command: its fields are its options."""
 
     takes_overrides: ClassVar[bool] = False
-    """Whether `--method.critic-updates 3` and the like change its recipe."""
+    """Whether options such as `--method.critic-updates 3` change its recipe."""
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Where an option's default is None, its text says what happens without it, and the help no more than that."""
+        """Print each default once: if it is None or empty, the option's own text explains it."""
         super().__init_subclass__(**options)
         own = inspect.get_annotations(cls)
         hint = arg(help_behavior_hint=_said)
@@ -44,4 +44,4 @@ class Loads(Command):
     """A command that loads a model."""
 
     trust: bool = False
-    """Load weights without comparing their files with what their card says of them: faster, and damage is not noticed."""
+    """Skip the check of weight files against the digests in their card. Faster, but damaged files go unnoticed."""

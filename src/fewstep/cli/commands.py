@@ -1,4 +1,4 @@
-"""What the commands do that make something: they load, call the library and say where the result is."""
+"""Commands that write results: they load, call the library, and print where the result is."""
 
 from __future__ import annotations
 

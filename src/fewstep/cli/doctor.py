@@ -1,4 +1,4 @@
-"""`fewstep doctor`: what this machine has, and which of it will be used and why."""
+"""`fewstep doctor`: what this machine has, what fewstep will use, and why."""
 
 from __future__ import annotations
 

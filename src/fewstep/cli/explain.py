@@ -1,4 +1,4 @@
-"""`fewstep explain`: a recipe with everything that stands behind it, printed so that it is a recipe again."""
+"""`fewstep explain`: print a recipe with its defaults, comments and papers; the output is a recipe again."""
 
 from __future__ import annotations
 

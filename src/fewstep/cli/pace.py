@@ -1,4 +1,4 @@
-"""How far a long job is and how fast it goes: a bar for people who watch, a line now and then for files that are kept."""
+"""Progress and speed of a long job: a bar on a terminal, otherwise a line from time to time."""
 
 from __future__ import annotations
 

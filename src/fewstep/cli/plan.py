@@ -1,4 +1,4 @@
-"""`--dry-run`: what a recipe would train, hold and cost, computed on networks that have shapes but no memory."""
+"""`--dry-run`: what a recipe would train, its memory and its cost, from networks without values."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class Device:
 
     memory: int | None = None
     flops: float | None = None
-    """Per second."""
+    """Floating-point operations per second."""
     price: float | None = None
-    """Of an hour."""
+    """Price of one hour."""
     shard: int = 8
 
     @classmethod

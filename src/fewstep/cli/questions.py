@@ -1,4 +1,4 @@
-"""Commands that say what there is and write nothing, with their arguments."""
+"""Commands that print information and write nothing, with their arguments."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from fewstep.cli.command import Command, Overrides
 
 @dataclass(frozen=True)
 class Watch(Command):
-    """Show how a run is doing: its verdict and figures beside the teacher's, its losses. Live on a terminal."""
+    """Show the state of a run: verdict, losses, and figures next to the teacher's. Updates live on a terminal."""
 
     run_folder: Positional[Annotated[Path, arg(metavar="RUN")]]
-    """Output folder of a run, going on or ended."""
+    """Folder of a running or finished run."""
     every: float = 2.0
-    """Seconds between two looks; 0 prints once."""
+    """Seconds between two updates; 0 prints once."""
 
     def run(self, overrides: Overrides) -> int:
         from fewstep.cli import watch
@@ -28,7 +28,7 @@ class Watch(Command):
 
 @dataclass(frozen=True)
 class List(Command):
-    """Print what there is, with its source and paper."""
+    """List what a recipe can name, with source file and paper."""
 
     kind: Positional[
         Literal[
@@ -48,8 +48,9 @@ class List(Command):
             "settings",
         ]
     ]
+    """What to list."""
     json: bool = False
-    """A list of objects with name, doc, cite, file and line."""
+    """Print a JSON list of objects with name, doc, cite, file and line."""
 
     def run(self, overrides: Overrides) -> int:
         from fewstep.cli import listing
@@ -59,16 +60,16 @@ class List(Command):
 
 @dataclass(frozen=True)
 class Explain(Command):
-    """Print a recipe with every default, what each key means, where each class is defined, and the papers.
+    """Print a recipe with every default, the meaning of each key, the file of each class, and the papers.
 
-    What is printed is a recipe: `fewstep explain world/dmd2 > mine.yaml` makes one of your own to change."""
+    The output is a recipe itself: `fewstep explain world/dmd2 > mine.yaml` writes one for you to edit."""
 
     takes_overrides: ClassVar[bool] = True
 
     recipe: Positional[Annotated[Path, arg(metavar="RECIPE")]]
-    """A name of `fewstep list recipes`, a YAML file, or the folder of a run or student."""
+    """Recipe: a name from `fewstep list recipes`, a YAML file, or the folder of a run or student."""
     allow_imports: bool = False
-    """Import the classes outside fewstep that the recipe file names, which runs their code. Default: refuse."""
+    """Import classes outside fewstep that the recipe file names; this runs their code (default: refuse)."""
 
     def run(self, overrides: Overrides) -> int:
         from fewstep.cli import explain
@@ -78,7 +79,7 @@ class Explain(Command):
 
 @dataclass(frozen=True)
 class Doctor(Command):
-    """Print what this machine has, and which of it will be used and why."""
+    """Print what this machine has, what fewstep will use, and why."""
 
     def run(self, overrides: Overrides) -> int:
         from fewstep.cli import doctor

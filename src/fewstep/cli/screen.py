@@ -1,4 +1,4 @@
-"""Where text goes: standard output, without colours and line breaks when it is not a terminal."""
+"""Text output: standard output, without colours and line breaks if it is not a terminal."""
 
 from __future__ import annotations
 

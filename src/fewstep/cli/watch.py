@@ -1,4 +1,4 @@
-"""`fewstep watch`: how a run is doing, live while it goes on: the verdict, its figures, two reference lines, the losses."""
+"""`fewstep watch`: live view of a run: verdict, figures, two reference columns, losses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Changes of a network's structure that its card names: quantised layers, added inputs, left-out blocks, low-rank branches."""
+"""Changes to a network's structure, named in its card: quantised layers, added inputs, removed blocks, low-rank branches."""
 
 from fewstep.compress.branches import Branches
 from fewstep.compress.int8 import Int8

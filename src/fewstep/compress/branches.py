@@ -1,4 +1,4 @@
-"""Low-rank branches beside linear layers: what adapters become where there is no float weight to add them to.
+"""Low-rank branches next to linear layers: adapters that cannot be merged into a float weight.
 
 `layer(x) + B (A x)`, with A `[rank, in]` and B `[out, rank]`. QLoRA (2305.14314) trains adapters over quantised weights;
 here they stay beside them, so that the student that is saved is the student that was trained.
@@ -23,7 +23,7 @@ class Branches(Transform):
 
     rank: int = 32
     targets: tuple[str, ...] = ()
-    """Last parts of the names of the layers that get one; empty: all in the blocks."""
+    """Layers that get a branch, by the last parts of their names; empty: all linear layers of the blocks."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:

@@ -27,9 +27,9 @@ class Int8(Transform):
     trainable: ClassVar[bool] = False
 
     targets: tuple[str, ...] = ()
-    """Last parts of the names of the layers that are quantised, such as `mlp.up`; empty: all in the blocks."""
+    """Layers to quantise, by the last parts of their names, such as `mlp.up`; empty: all linear layers of the blocks."""
     keep: tuple[str, ...] = ()
-    """Last parts of the names of layers that stay as they are."""
+    """Layers to keep as they are, by the last parts of their names."""
 
     @property
     def identity(self) -> bool:

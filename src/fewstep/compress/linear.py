@@ -1,4 +1,4 @@
-"""Linear layers whatever their class: how they are recognised, found in a network, and named in a recipe."""
+"""Linear layers of any class: recognise them, find them in a network, name them in a recipe."""
 
 from __future__ import annotations
 

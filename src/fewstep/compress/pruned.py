@@ -1,4 +1,4 @@
-"""Blocks left out: a network of fewer blocks, which must be trained to make up for them."""
+"""Removed blocks: a network with fewer blocks, which must be trained to compensate."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Pruned(Transform):
     """Some blocks are left out. Blocks of one kind only: those of a U-Net need each other."""
 
     blocks: tuple[int, ...] = ()
-    """Numbers of the blocks that are left out, counted in the whole network from 0."""
+    """Numbers of the blocks to remove, counted in the whole network from 0."""
 
     @property
     def identity(self) -> bool:

@@ -1,4 +1,4 @@
-"""A further number that a network reads of every sample: guidance strength, or the second time of a flow map or shortcut.
+"""One more scalar input of a network, such as guidance strength, or the second time of a flow map or shortcut model.
 
 It is embedded as the time is and added to the embedding of the time. The new layer begins at zero and reads fixed waves, so a
 network that was just changed computes what it computed before, and needs no random numbers.
@@ -27,9 +27,9 @@ class ScalarInput(Transform):
 
     name: str
     scale: float = 1.0
-    """What the number is divided by, so that it is between 0 and 1 or not much larger: about 10 for a guidance strength."""
+    """Divisor of the number, so that the result is about 0 to 1: about 10 for a guidance strength."""
     default: float | None = None
-    """What is read where a condition does not say it. null: a condition must say it."""
+    """Value to use if a condition does not contain the number. null: a condition must contain it."""
 
     def __post_init__(self) -> None:
         if not self.name.isidentifier():

@@ -1,4 +1,4 @@
-"""What a transform is: a frozen description of how a network differs from what its class and arguments make.
+"""A transform: a frozen description of how a network differs from its class and arguments.
 
 This room is below `models`, as `attention` is: a card names transforms as it names patterns and paths, so the reader of cards
 must know them, and they must not know it. They see a network as `torch` does, with the attributes of a `Backbone` (`blocks`,
@@ -18,7 +18,7 @@ class Transform(ABC):
     """One change. A network carries those that were made to it (`network.transforms`), and its card lists them in order."""
 
     trainable: ClassVar[bool] = True
-    """Whether the weights of the layers it changes can still be trained; if not, only adapters over them can."""
+    """Whether the weights of changed layers can still be trained; if not, only adapters over them can."""
 
     @property
     @abstractmethod

@@ -1,4 +1,4 @@
-"""Which numbers a field may hold, written beside its type; the builder refuses others, and so does a class that asks.
+"""Bounds of numbers, written next to a field's type; the builder refuses other values, and so can a class.
 
 `steps: Count` is a whole number from 1 to a thousand million. Numbers that are not finite are refused wherever a number is
 expected, with or without bounds.

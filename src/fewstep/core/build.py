@@ -53,7 +53,7 @@ class At:
     where: str = "recipe"
     path: str = ""
     trusted: bool = False
-    """Whether classes outside fewstep may be imported for it. Without, they must have been imported before."""
+    """Whether to import classes outside fewstep for it. If not, they must have been imported before."""
 
     def key(self, key: object) -> At:
         return replace(self, path=f"{self.path}.{key}" if self.path else str(key))

@@ -1,4 +1,4 @@
-"""What one call of a network may know besides its latents, their time and the condition.
+"""Options of one network call, in addition to latents, time and condition.
 
 Whoever samples makes a `Call`; guidance, denoiser and backbone hand it on. The default is a call on its own: no past, and
 every block is run.
@@ -49,13 +49,13 @@ class KVView:
     """
 
     layers: tuple[KV, ...]
-    """One `(k_BHMD, v_BHMD)` per block, keys with rotary position; empty at the start of a stream."""
+    """Keys and values `(k_BHMD, v_BHMD)` per block, keys with rotary position; empty at the start of a stream."""
     positions: Tensor
-    """Where each remembered frame stands, int64 `[S]`, or `[B, S]` where streams differ in age."""
+    """Position of each remembered frame, int64 `[S]`, or `[B, S]` if streams differ in age."""
     start: Tensor
-    """Where the call's first frame stands, int64, `[]` or `[B]`."""
+    """Position of the call's first frame, int64, `[]` or `[B]`."""
     readable: Tensor | None = None
-    """False for slots that hold no frame, as `positions`; None: every slot holds one."""
+    """False for slots without a frame, same shape as `positions`; None: every slot holds a frame."""
 
     def layer(self, index: int) -> KV | None:
         return self.layers[index] if self.layers else None
@@ -104,15 +104,15 @@ class Call:
     """One call among those that make a clip."""
 
     step: int = 0
-    """Which step of the sampler, 0-based."""
+    """Number of the sampler's step, from 0."""
     steps: int = 1
-    """Of how many."""
+    """Total number of steps."""
     branch: Branch = "cond"
     kv: KVView | None = None
-    """The past that it may read; of `both` branches the samples are the condition's, then the negative one's."""
+    """Past that the call may read. If the branch is `both`, the condition's samples come first, then the negative ones."""
     runner: Runner = every_block
     shared: Sharing | None = None
-    """The processes that make this call together, each with its share of the tokens; None: this one alone."""
+    """Processes that make this call together, each with its share of the tokens; None: this process alone."""
 
     def positions(self, frames: int) -> Tensor:
         """Where so many frames of the call itself stand in their stream, int64 `[F]` or `[B, F]`."""

@@ -1,4 +1,4 @@
-"""Which devices there are, and what to say where one is not."""
+"""Available devices, and the error for a missing one."""
 
 from __future__ import annotations
 

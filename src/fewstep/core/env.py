@@ -13,9 +13,9 @@ class Place:
     rank: int
     world_size: int
     local_rank: int = 0
-    """Among the processes of this machine: the number of its device."""
+    """Rank among the processes of this machine: the number of its device."""
     attempt: int = 0
-    """How often all of them have been started again."""
+    """Number of restarts of all processes."""
 
 
 def place() -> Place:

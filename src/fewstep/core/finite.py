@@ -1,4 +1,4 @@
-"""A non-finite number stops the run and says where it was born. It is never masked."""
+"""Stop the run at a non-finite number and say where it first appeared. It is never masked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One program at a time in a folder: two that write the same files leave neither's work whole."""
+"""A lock that allows one program at a time in a folder, so that two never write the same files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Processes that were started together: who this one is, and where they wait for each other."""
+"""Processes that were started together: the rank of this one, and a barrier."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Peers:
     rank: int = 0
     world: int = 1
     talk: dist.ProcessGroup | None = None
-    """Over which they wait for each other; None = over the one that all processes have."""
+    """Group for waiting on each other; None: the default group of all processes."""
 
     @property
     def leads(self) -> bool:

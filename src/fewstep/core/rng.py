@@ -1,4 +1,4 @@
-"""Randomness is a function of `(seed, step, name, place)`: nothing to save, nothing to broadcast."""
+"""Randomness as a function of `(seed, step, name, place)`: nothing to save, nothing to broadcast."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The recipes that come with the package: their names, their files, and what each says of itself."""
+"""The recipes in the package: their names, files and headers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tells a file from a damaged or exchanged one: its length and a digest of all its bytes."""
+"""Length and digest of a file, to detect damage or exchange."""
 
 from __future__ import annotations
 

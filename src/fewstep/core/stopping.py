@@ -1,4 +1,4 @@
-"""How a program is stopped from outside: Ctrl-C, and the SIGTERM that schedulers send before they kill."""
+"""Stopping a program from outside: Ctrl-C, and the SIGTERM that schedulers send before they kill."""
 
 from __future__ import annotations
 

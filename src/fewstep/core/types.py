@@ -1,4 +1,4 @@
-"""What travels between rooms: conditions, batches, named losses.
+"""Types shared between rooms: conditions, batches, named losses.
 
 Shapes: latents are `[B, C, F, H, W]`, text states `[B, L, D]`, time `t` is `[B]` or `[B, F]` with 0 = data, 1 = noise.
 """
@@ -26,7 +26,7 @@ class Cond:
     text: Tensor
     mask: Tensor
     extra: Mapping[str, Tensor] = field(default_factory=dict)
-    """Further conditions by name, each `[B, ...]` (pooled text, image states): what an encoder gives its own denoiser."""
+    """Further conditions by name, each `[B, ...]` (pooled text, image states), which an encoder passes to its own denoiser."""
 
     def __len__(self) -> int:
         return len(self.text)
@@ -77,9 +77,9 @@ class Pairs:
     """Stored ODE states of a teacher: `states[:, i]` is `x_t` at `times[i]`; the last is the endpoint at time 0."""
 
     states: Tensor
-    """`[B, T+1, C, F, H, W]`."""
+    """Stored states, `[B, T+1, C, F, H, W]`."""
     times: tuple[float, ...]
-    """Decreasing, `times[0] == 1` and `times[-1] == 0`."""
+    """Times of the states, decreasing: `times[0] == 1` and `times[-1] == 0`."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,9 @@ class Batch:
 
     cond: Cond
     uncond: Cond
-    """The null (or negative) prompt, already expanded to the batch."""
+    """Null (or negative) prompt, already expanded to the batch."""
     latent_shape: tuple[int, int, int, int]
-    """`(C, F, H, W)` of the clips to make."""
+    """Shape of the clips to generate, `(C, F, H, W)`."""
     prompts: tuple[str, ...] = ()
     x0: Tensor | None = None
     """Clean latents `[B, C, F, H, W]`."""

@@ -1,4 +1,4 @@
-"""YAML without its traps: `1e-5` is a number, only `true` and `false` are booleans, duplicate keys are refused."""
+"""Strict YAML: `1e-5` is a number, only `true` and `false` are booleans, duplicate keys are refused."""
 
 from __future__ import annotations
 

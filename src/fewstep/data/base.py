@@ -1,4 +1,4 @@
-"""What training data are: a frozen description that says what it provides, and a source that answers by number."""
+"""Training data: a frozen description that states what it provides, and a source that gives batches by number."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Data(ABC):
     """A frozen description of training data. Building one reads nothing."""
 
     provides: ClassVar[frozenset[str]]
-    """Fields of Batch it can fill. Must cover `Method.needs`."""
+    """Fields of Batch that it can fill. They must cover `Method.needs`."""
 
     @property
     def text_cache(self) -> str:

@@ -1,4 +1,4 @@
-"""The clips of many videos, decoded in threads ahead of whoever uses them."""
+"""The clips of many videos, decoded ahead in threads."""
 
 from __future__ import annotations
 

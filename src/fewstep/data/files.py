@@ -1,4 +1,4 @@
-"""Video files as training data: decoded when they are drawn, for networks that see pixels, and for those that see latents."""
+"""Video files as training data, decoded when drawn, as pixels or as latents."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Videos(Data):
     """Captioned video files as they lie on disk, shuffled without being listed in memory, decoded ahead of the training.
 
     An epoch has every video once, and one of its clips. A video that is absent, damaged or outside the limits is named in a
-    warning, and another drawn in its place; DataError after a hundred in a row. A model that makes clips of images is given
+    warning, and another drawn in its place; DataError after a hundred in a row. An image-to-video model is given
     the clip's own first frame, and its last if it needs that.
     """
 
@@ -56,26 +56,27 @@ class Videos(Data):
     width: int = 64
     stride: int = 1
     clips_per_video: int = 1
-    """The clip is one of so many, which follow each other without overlap from the first frame on; 0 = as many as fit."""
+    """Number of clips to choose from per video; they follow each other from the first frame, without overlap. 0: as many as
+    fit."""
     shots: bool = False
-    """Look for cuts: every clip comes from one shot."""
+    """Detect cuts, so that every clip comes from one shot."""
     keep: Keep = Keep()
-    """Limits that videos and clips must be within."""
+    """Limits for videos and clips; anything outside them is dropped."""
     layout: LayoutName = "plain"
-    """How the dataset lies on disk, see `fewstep.data.layouts`."""
+    """Layout of the dataset on disk, see `fewstep.data.layouts`."""
     root: str = ""
-    """Folder that the names of the videos start from; empty is `path`, or the folder it is in."""
+    """Folder that video names are relative to; empty: `path`, or the folder that contains it."""
     listing: str = ""
-    """File that keeps the list of the videos, written if it is not there; `listing.jsonl` of a prepared folder is one. Empty
-    makes the list anew in every process, which takes a minute for a million videos."""
+    """File that stores the list of videos, written if it does not exist; a prepared folder's `listing.jsonl` works too.
+    Empty: every process makes the list again, which takes a minute for a million videos."""
     cache: str = ""
-    """Folder for decoded clips, one .npy file per video, read when drawn."""
+    """Folder for decoded clips, one .npy file per video. Empty: decoded clips are not stored."""
     text_cache: str = ""
-    """Folder for the text states of all captions, as in Prompts."""
+    """Folder for the text states of all captions, as in Prompts. Empty: encode each caption when it is first drawn."""
     hold_mib: int = 2048
-    """Decoded clips kept in main memory by each process; the rest is decoded again when it is drawn again."""
+    """Decoded clips kept in each process' main memory, in MiB; all others are decoded again when drawn again."""
     threads: int = 4
-    """Of each process, that decode the next batch meanwhile."""
+    """Decoding threads per process; they prepare the next batch during training."""
 
     @property
     def cut(self) -> Cut:

@@ -1,4 +1,4 @@
-"""Pictures that clips begin (and end) with, of models that make clips of images: listed in files, or stored with the clips."""
+"""First (and last) frames for image-to-video models, listed in files or stored with the clips."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Pictured(Sequence[str]):
         return [row[0] for row in self.rows[index]] if isinstance(index, slice) else self.rows[index][0]
 
     def digest(self) -> str:
-        """Of the pictures, by what is in the files."""
+        """Digest of the images, from the content of their files."""
         hashed = hashlib.sha256()
         for _, paths in self.rows:
             for name, path in paths.items():
@@ -91,10 +91,11 @@ def encode_ends(image: ImageEncoder, codec: FrameAutoencoder, frames: Tensor) ->
 
 
 def require_pictures(prompts: Sequence[str], card: Card, path: str | Path) -> None:
-    """DataError where a model makes clips of images and the prompts have none, or the other way round."""
+    """DataError if an image-to-video model gets prompts without images, or another model gets prompts with images."""
     if "image" in card.parts and not isinstance(prompts, Pictured):
         raise DataError(
-            f"{path} has no pictures, and {card.name!r} makes clips of images; give a .csv with the columns caption and image"
+            f"{path} has no pictures, and {card.name!r} is an image-to-video model; give a .csv with the columns caption "
+            "and image"
         )
     if "image" not in card.parts and isinstance(prompts, Pictured):
         raise DataError(
@@ -103,16 +104,16 @@ def require_pictures(prompts: Sequence[str], card: Card, path: str | Path) -> No
 
 
 def require_text_alone(card: Card, name: str) -> None:
-    """DataError where a model makes clips of images: the data called `name` have none."""
+    """DataError for an image-to-video model: the data called `name` have no images."""
     if "image" in card.parts:
         raise DataError(
-            f"{card.name!r} makes clips of images, and {name} gives it none; use Videos, Latents (fewstep prepare), "
+            f"{card.name!r} is an image-to-video model, and {name} has no images; use Videos, Latents (fewstep prepare), "
             "StoredPairs (fewstep pairs) or Prompts of a .csv"
         )
 
 
 def require_stored(there: Mapping[str, Any], card: Card, here: str, folder: str) -> None:
-    """DataError where a model makes clips of images, and the folder that these settings made has none, or another's.
+    """DataError if an image-to-video model gets a folder without images, or with those of another model.
 
     `here` is the fingerprint of its part `image`, if it is known.
     """
@@ -120,7 +121,7 @@ def require_stored(there: Mapping[str, Any], card: Card, here: str, folder: str)
         return
     if "image" not in there:
         raise DataError(
-            f"{folder} has no images, and {card.name!r} makes clips of images; make the folder again with this model"
+            f"{folder} has no images, and {card.name!r} is an image-to-video model; make the folder again with this model"
         )
     if here and there["image"] != here:
         raise DataError(

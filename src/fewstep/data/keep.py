@@ -1,4 +1,4 @@
-"""Which videos and clips are worth training on: simple limits, each with the reason it gives when it drops something."""
+"""Limits for videos and clips worth training on; each gives its reason when it drops something."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ class Keep:
     """Limits that videos and clips must be within. None is no limit."""
 
     min_seconds: float | None = None
-    """Of the whole video, as its head says; a video that does not say is dropped."""
+    """Shortest video in seconds, from its header; a video without a duration in its header is dropped."""
     max_seconds: float | None = None
     min_side: int | None = None
-    """Pixels of the shorter side of the file, before scaling."""
+    """Smallest number of pixels of the file's shorter side, before scaling."""
     min_motion: float | None = None
-    """Of a clip: see `motion`. A still picture has 0."""
+    """Smallest motion of a clip, see `motion`; a still picture has 0."""
     max_motion: float | None = None
     min_brightness: float | None = None
-    """Of a clip: mean of all pixels, 0 black to 1 white."""
+    """Smallest mean of a clip's pixels, from 0 (black) to 1 (white)."""
     max_brightness: float | None = None
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Video datasets as they lie on disk: one function per layout, all of which yield the same thing."""
+"""Layouts of video datasets on disk: one function per layout, all with the same result."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class Item:
     """One captioned video, or a `problem`: the reason why it cannot be used."""
 
     name: str
-    """As the dataset names it."""
+    """Name in the dataset."""
     path: Path
     caption: str = ""
     tags: Mapping[str, str] = field(default_factory=dict)
-    """What else the dataset says of it: a class, scores, a duration."""
+    """Further information from the dataset, such as class, scores or duration."""
     span: tuple[int, int] | None = None
-    """First byte and number of bytes, where `path` is a tar archive that holds it."""
+    """First byte and number of bytes, if `path` is a tar archive that contains the video."""
     problem: str = ""
 
     def video(self) -> Path | BytesIO:

@@ -1,4 +1,4 @@
-"""Long text files, read line by line when asked for."""
+"""Long text files, read line by line on request."""
 
 from __future__ import annotations
 

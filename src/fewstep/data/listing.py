@@ -1,4 +1,4 @@
-"""The list of a dataset's videos: made from whatever layout it has on disk, and kept as a file that is read in place."""
+"""The list of a dataset's videos, made from its layout and stored as a file that is read in place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""In which order samples are drawn: a function of seed, epoch and place that nobody has to hold."""
+"""The order in which samples are drawn, as a function of seed, epoch and place, without stored state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stored ODE states of a teacher: what it makes of a noise, kept at the times a student will be trained on."""
+"""Stored ODE states of a teacher, from noise to sample, at the times of a student's training."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ class PairPlan:
     """How a teacher is run to make pairs. None takes what the teacher's card says."""
 
     times: tuple[float, ...]
-    """Times whose states are kept, decreasing from 1 to 0: the student's grid."""
+    """Times whose states are stored, decreasing from 1 to 0. Use the student's grid."""
     sampler: Sampler | None = None
     steps: int | None = None
-    """Steps of the teacher. Its grid has exactly so many and passes through `times`."""
+    """Steps of the teacher; its grid has exactly this number of steps and contains `times`. None: from its card."""
     grid: TimeGrid | None = None
     guidance: CFG | None = None
     seed: int = 0
-    """Pair `i` starts from the noise of seed `seed + i`, as the model's own sampling does."""
+    """Seed of the first pair's noise; pair `i` uses seed `seed + i`, as in the model's own sampling."""
     per_prompt: int = 1
     """Pairs per prompt, each from its own noise."""
     num_frames: int | None = None
     storage: Storage = "float32"
     autocast: Literal["off", "bf16"] = "off"
-    """Arithmetic of the teacher, as a run's `settings.autocast`: give the one that the student will be trained with."""
+    """Precision of the teacher: off is float32. Use the `settings.autocast` of the student's training."""
     shard_size: int = 16
-    """Pairs per file: what is lost when it is killed, at most."""
+    """Pairs per file. A killed command loses at most one file per process."""
     part_size: int = 64
     """Pairs that one process takes at once."""
 
@@ -156,7 +156,7 @@ def make_pairs(
     """Run the teacher on `prompts` and keep its states at `plan.times` in `output`; `pairs_cost` tells the cost.
 
     Under torchrun every process calls it, and each takes its share; the folder does not depend on how many there are.
-    A teacher that makes clips of images is given prompts with pictures (`Pictured`), whose conditions are kept too.
+    An image-to-video teacher is given prompts with pictures (`Pictured`), whose conditions are kept too.
     Killed and called again with the same arguments, by as many or others, it continues and leaves the same bytes (another
     `batch` may change last bits); a finished folder is returned as it is. `progress` is called after every batch of this
     process' share. DataError if the folder was begun with another teacher, plan or prompts; NonFiniteError if a state is
@@ -275,10 +275,10 @@ class StoredPairs(Data):
 
     path: str
     teacher: str = ""
-    """Fingerprint of the denoiser that made the pairs, where it is not the model the run starts from (a causal student
-    taught by a bidirectional teacher)."""
+    """Fingerprint of the denoiser that made the pairs, if it is not the model the run starts from (a causal student of a
+    bidirectional teacher). Empty: the run's model."""
     text_cache: str = ""
-    """Folder for the text states of all captions, as in Prompts."""
+    """Folder for the text states of all captions, as in Prompts. Empty: encode each caption when it is first drawn."""
 
     def check_card(self, card: Card) -> None:
         self._fit(latent_shape_of(card), card.name)
@@ -331,7 +331,7 @@ class _PairSource:
     texts: Texts
     needs: frozenset[str]
     images: tuple[str, ...]
-    """Names of the conditions that were made of images."""
+    """Names of the conditions made from images."""
 
     def batch(self, size: int, rng: Rng) -> Batch:
         indices, settings = draw_indices(len(self.reader), size, rng), self.reader.manifest["settings"]

@@ -1,4 +1,4 @@
-"""Video files to latent shards, once, so that training does not decode and encode them again."""
+"""Encode video files to latent shards once, so that training need not decode and encode them again."""
 
 from __future__ import annotations
 
@@ -55,11 +55,12 @@ class Preparation:
     keep: Keep = Keep()
     storage: Storage = "float16"
     autocast: Literal["off", "bf16"] = "off"
-    """Arithmetic of the codec."""
+    """Precision of the codec: off is float32."""
     batch: int | None = None
-    """Clips encoded at once; None is as many as have `PIXELS`. Another number may change last bits, and nothing else."""
+    """Clips encoded at once; None: as many as have `PIXELS` pixels together, at most `MOST_CLIPS`. The number may change
+    the last bits of latents, nothing else."""
     threads: int = 4
-    """Of this process, that decode ahead of the codec."""
+    """Decoding threads per process."""
     shard_size: int = 64
     """Clips per file."""
     part_size: int = 64
@@ -98,7 +99,7 @@ def prepare(
     Under torchrun every process calls it, and each takes its share; the folder does not depend on how many there are.
     Killed and called again with the same arguments, by as many or others, it continues and leaves the same bytes; a
     finished folder is left as it is. What is dropped is reported with the reason (`Report`). `progress` is called once per
-    video of this process' share. With the part `image` of a model that makes clips of images, what it makes of each clip's
+    video of this process' share. With the part `image` of an image-to-video model, what it makes of each clip's
     first frame (and last, if it needs that) is stored too. DataError if the folder was begun with other settings, videos or
     networks, if one of its shards is damaged, or if no video gave a clip; NonFiniteError if a latent does not fit `plan.storage`.
     """

@@ -1,4 +1,4 @@
-"""Prompts, and pictures that clips begin with: all that data-free methods need."""
+"""Prompts, and first frames for image-to-video models: all that data-free methods need."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fewstep.models.bundle import Card, VideoModel
 class Prompts(Data):
     """One prompt per line of a UTF-8 text file; empty lines are ignored. Clips have the model's own size.
 
-    For a model that makes clips of images: a .csv or .jsonl with `caption`, `image` and perhaps `last_image` (see `Pictured`).
+    For an image-to-video model: a .csv or .jsonl with `caption`, `image` and, optionally, `last_image` (see `Pictured`).
     What was made of a prompt or a picture is kept, up to 2 GiB of each per process.
     """
 
@@ -28,8 +28,8 @@ class Prompts(Data):
 
     path: str
     text_cache: str = ""
-    """Folder for the text states of all prompts: encoded once, before training, and read from there. The text encoder is
-    then not on the device that trains. Empty encodes each prompt when it is first drawn."""
+    """Folder for the text states of all prompts. They are encoded once, before training, and read from there; the text
+    encoder then needs no place on the training device. Empty: encode each prompt when it is first drawn."""
 
     def check_card(self, card: Card) -> None:
         require_pictures(read_prompts(self.path), card, self.path)

@@ -1,4 +1,4 @@
-"""What was made once and may be wanted again, held in main memory."""
+"""A cache in main memory, for values that may be needed again."""
 
 from __future__ import annotations
 

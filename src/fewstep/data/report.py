@@ -1,4 +1,4 @@
-"""What a preparation dropped, and why: counts by reason, every case by name, and a picture of a few."""
+"""What a preparation dropped and why: counts by reason, every case by name, and a picture of a few."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Dropped:
     """Its number in the listing."""
     name: str
     problem: str
-    """The reason, a colon, and the particulars if any."""
+    """Reason, then a colon and the details if any."""
     start: int | None = None
-    """First frame of the clip; None if it is the whole video, or all of it from some point on."""
+    """First frame of the clip; None: the whole video, or all of it after some point."""
 
     @property
     def reason(self) -> str:

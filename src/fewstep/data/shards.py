@@ -19,14 +19,14 @@ from fewstep.models.images import image_names
 class Latents(Data):
     """A folder written by `fewstep prepare`: latents and captions. Only the autoencoder that made them can use them.
 
-    For a model that makes clips of images it must have been prepared with such a model: the images are the clips' own.
+    For an image-to-video model it must have been prepared with such a model: the images are the clips' own.
     """
 
     provides: ClassVar[frozenset[str]] = frozenset({"prompts", "x0"})
 
     path: str
     text_cache: str = ""
-    """Folder for the text states of all captions, as in Prompts."""
+    """Folder for the text states of all captions, as in Prompts. Empty: encode each caption when it is first drawn."""
 
     def check_card(self, card: Card) -> None:
         settings = read_manifest(self.path, "latents")["settings"]
@@ -75,7 +75,7 @@ class _LatentSource:
     texts: Texts
     wants_x0: bool
     images: tuple[str, ...]
-    """Names of the conditions that were made of images."""
+    """Names of the conditions made from images."""
 
     def batch(self, size: int, rng: Rng) -> Batch:
         indices = draw_indices(len(self.reader), size, rng)

@@ -1,4 +1,4 @@
-"""Where one shot of a video ends and the next begins, from colour histograms of its frames."""
+"""Detection of cuts between the shots of a video, from colour histograms of its frames."""
 
 from __future__ import annotations
 

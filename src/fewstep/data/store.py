@@ -1,4 +1,4 @@
-"""A folder of numbered safetensors shards that explains itself and survives being killed.
+"""A folder of numbered safetensors shards with its own description, safe against interruption.
 
 `manifest.json`   what the folder holds, the settings that made it, whether it is complete
 `shard-00000.safetensors`   rows of tensors; its header repeats the settings' hash and lists its rows

@@ -1,4 +1,4 @@
-"""Prompts to conditions, each distinct prompt encoded once: kept in main memory, or stored before training."""
+"""Encode each distinct prompt once: states are kept in main memory or stored before training."""
 
 from __future__ import annotations
 

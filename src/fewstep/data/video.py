@@ -42,11 +42,11 @@ class Cut:
     height: int = 64
     width: int = 64
     stride: int = 1
-    """Temporal stride in frames of the file; time stamps are not read."""
+    """Step between two frames, in frames of the file; time stamps are not read."""
     clips_per_video: int = 1
-    """At most this many, one after the other without overlap from the first frame on; 0 = as many as fit."""
+    """Largest number of clips per video, one after the other from the first frame, without overlap; 0: as many as fit."""
     shots: bool = False
-    """Look for cuts (see `fewstep.data.shots`): every clip comes from one shot, and every shot gives one clip at most."""
+    """Detect cuts (see `fewstep.data.shots`). A clip never crosses a cut, and each shot gives at most one clip."""
 
     def __post_init__(self) -> None:
         for name in ("num_frames", "height", "width", "stride"):
@@ -63,7 +63,7 @@ class Clip:
     frames: Tensor
     start: int
     problem: str = ""
-    """Why it cannot be used: a shot that is too short gives the frames that there are."""
+    """Why the clip cannot be used. A shot that is too short keeps the frames it has."""
 
 
 def read_video(

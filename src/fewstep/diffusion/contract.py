@@ -1,4 +1,4 @@
-"""The sampling contract that travels with the weights: which sampler, which times, which guidance, which stream."""
+"""The sampling contract stored with the weights: sampler, times, guidance, stream."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ class Stream:
     """How a student makes a clip chunk by chunk, each from what it remembers of the chunks before it."""
 
     chunks: tuple[Size, ...] = (1,)
-    """Latent frames of each chunk; the last number holds for all chunks that follow: `(1, 3)` is 1, 3, 3, ..."""
+    """Latent frames of each chunk; the last number repeats: `(1, 3)` is 1, 3, 3, ..."""
     window: Natural = 0
-    """Latent frames that a chunk may read, with those of the sink and its own; 0: all."""
+    """Latent frames that a chunk may read, including the sink and its own frames; 0: all."""
     sink: Natural = 0
-    """How many of them are the first frames of the stream, which are never forgotten."""
+    """First frames of the stream that stay in memory; they count towards `window`."""
     commit: Literal["clean", "noised", "last"] = "clean"
-    """What is remembered of a finished chunk: the keys and values of one more call on its clean latents, of one on its latents
-    noised again to `context_time`, or of its last step, which takes no call."""
+    """Keys and values to remember of a finished chunk: those of one more call on its clean latents (`clean`), those of one
+    more call on its latents noised to `context_time` (`noised`), or those of its last step (`last`), without another call."""
     context_time: Decay = 0.0
-    """The time of `noised` latents that are remembered."""
+    """Time of the noised latents if `commit` is `noised`."""
     positions: Literal["absolute", "window"] = "absolute"
-    """Where a remembered frame stands: where it stood in the stream, or where it stands in the window."""
+    """Position of a remembered frame: its place in the stream (`absolute`) or its place in the window (`window`)."""
 
     def __post_init__(self) -> None:
         if not self.chunks or min(self.chunks) < 1:
@@ -75,11 +75,11 @@ class Contract:
     grid: TimeGrid = Shifted()
     sampler: Sampler = Euler()
     steps: Count = 50
-    """The default number of steps."""
+    """Default number of steps."""
     guidance: CFG = CFG()
-    """What is left to apply: scale 1 in a student whose guidance was distilled in."""
+    """Guidance to apply in sampling; scale 1 if guidance is distilled into the student."""
     stream: Stream | None = None
-    """Of a student that makes clips chunk by chunk; None makes them whole."""
+    """How a streaming student generates clips chunk by chunk; None: whole clips."""
 
     @classmethod
     def from_tree(cls, tree: Any, names: Names, at: At) -> Contract:

@@ -1,4 +1,4 @@
-"""Contracts as the first version wrote them, flat numbers and a solver's name, read as today's objects.
+"""Contracts of the first version (flat numbers and a solver's name), read as today's objects.
 
 It wrote `{solver: euler, steps: 50, shift: 3.0, terminal: 0.0, threshold: 0.0, timesteps: null, grids: {"2": [1.0, 0.5, 0.0]}}`.
 """

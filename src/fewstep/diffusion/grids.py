@@ -1,4 +1,4 @@
-"""Time grids: which times are visited in so many steps. Each is a frozen class that knows its times."""
+"""Time grids: the times that a sampler visits for a given number of steps. Each is a frozen class that knows its times."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ class Shifted(TimeGrid):
     """
 
     shift: Positive = 1.0
-    """More than 1 spends more steps at high noise."""
+    """Shift of the times: values above 1 spend more steps at high noise."""
     terminal: Decay = 0.0
-    """Where not 0, all times but the last are stretched to end here (LTX)."""
+    """Smallest time before the final 0: all other times are stretched to end here (LTX). 0: no stretching."""
 
     def __post_init__(self) -> None:
         if self.shift <= 0 or not 0 <= self.terminal < 1:
@@ -78,9 +78,9 @@ class Timesteps(TimeGrid):
     spacing: Literal["leading", "trailing", "linspace"] = "trailing"
     num_train_timesteps: Count = 1000
     steps_offset: Natural = 0
-    """Added to the timesteps of `leading`."""
+    """Offset added to the timesteps if the spacing is `leading`."""
     ends_clean: bool = True
-    """The last step ends at t = 0; otherwise at the first level of the table (`set_alpha_to_one: false`)."""
+    """Whether the last step ends at t = 0; if not, at the table's first level (`set_alpha_to_one: false`)."""
 
     def times(self, steps: int) -> tuple[float, ...]:
         """`steps + 1` decreasing times. They begin below 1 where the spacing leaves out the last timestep.
@@ -107,9 +107,9 @@ class Exact(TimeGrid):
     """The very times that a student was trained at, for each of its step counts. Other counts are refused."""
 
     grids: tuple[tuple[float, ...], ...] = ((1.0, 0.0),)
-    """Times that decrease strictly from 1 to 0: n + 1 of them are the grid of n steps."""
+    """Grids of times that decrease strictly from 1 to 0; n + 1 times are a grid of n steps."""
     otherwise: TimeGrid = Shifted()
-    """For step counts that it was not trained for, where a caller insists (`force`)."""
+    """Grid for step counts that it was not trained for, if the caller insists (`force`)."""
 
     def __post_init__(self) -> None:
         lengths = [len(check_grid(grid)) for grid in self.grids]

@@ -28,10 +28,11 @@ class CFG:
     """
 
     scale: float = 1.0
+    """Scale: the result is `uncond + scale (cond - uncond)`; 1: no guidance."""
     low: float = 0.0
     high: float = 1.0
     outside: float = 1.0
-    """Models with an expert for the noisy times and one for the rest have a scale for each."""
+    """Scale at all other times. Models with one expert for noisy times and one for the rest have a scale for each."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.low < self.high <= 1:

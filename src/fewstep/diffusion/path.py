@@ -150,11 +150,12 @@ class Betas(NoisePath):
     beta_start: float = 0.00085
     beta_end: float = 0.012
     schedule: Literal["linear", "scaled_linear"] = "scaled_linear"
-    """What runs linearly from start to end: beta itself (AnimateDiff), or its root (Stable Diffusion, CogVideoX)."""
+    """Quantity that is linear in time: beta itself (`linear`, AnimateDiff) or its square root (`scaled_linear`, Stable
+    Diffusion, CogVideoX)."""
     snr_shift: float = 1.0
-    """The signal-to-noise ratio of the whole table is divided by this (`snr_shift_scale` in CogVideoX)."""
+    """Divisor of the whole table's signal-to-noise ratio (`snr_shift_scale` in CogVideoX)."""
     zero_snr: bool = False
-    """Rescaled so that t = 1 is pure noise (2305.08891, algorithm 1). Otherwise a little signal is left there."""
+    """Rescale the table so that t = 1 is pure noise (2305.08891, algorithm 1). Otherwise a little signal remains at t = 1."""
 
     def __post_init__(self) -> None:
         if self.num_train_timesteps < 2 or not 0 < self.beta_start <= self.beta_end < 1 or self.snr_shift <= 0:

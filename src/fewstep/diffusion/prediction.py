@@ -1,4 +1,4 @@
-"""What a network predicts, read as whatever the mathematics needs.
+"""A network's prediction, converted to the form that a formula needs.
 
 Every parameterisation is one row of the same 2x2 system. With `x_t = a x0 + s eps`, a network of kind k outputs
 `raw = p x0 + q eps`; x0 and eps follow by inverting [[a, s], [p, q]]. No other file converts anything.

@@ -1,4 +1,4 @@
-"""Samplers: how noise becomes a clip, step by step. Each is a frozen class that moves the latents by one step.
+"""Samplers: from noise to a clip, step by step. Each is a frozen class that moves the latents by one step.
 
 `denoise(x_t, t, call)` returns a Prediction; `call` says which step of how many it is. `x` is noise `[B, C, F, H, W]` at
 `times[0]`, and `times` decrease to 0. A time is one number for all frames, or one for each.
@@ -20,7 +20,7 @@ from fewstep.diffusion.prediction import Prediction
 
 Denoise = Callable[[Tensor, Tensor, Call], Prediction]
 Time = float | tuple[float, ...]
-"""Of all frames of a clip, or of each."""
+"""A time for all frames of a clip, or one for each."""
 Times = tuple[Time, ...]
 
 
@@ -29,13 +29,13 @@ class Step:
     """A step that has been made."""
 
     index: int
-    """Which one, 0-based."""
+    """Number of the step, from 0."""
     steps: int
-    """Of how many."""
+    """Total number of steps."""
     prediction: Prediction
-    """What its first call found, with the latents and the time that it was asked at."""
+    """Prediction of the step's first call, with its latents and its time."""
     x: Tensor
-    """The latents after it. After the last step they are the sample."""
+    """Latents after the step. After the last step they are the sample."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ class Here:
     """A step that is to be made, from time `t` to time `s`."""
 
     x: Tensor
-    """The latents at `t`."""
+    """Latents at time `t`."""
     t: Time
     s: Time
     prediction: Prediction
-    """Of `x` at `t`."""
+    """Prediction for `x` at time `t`."""
     before: Prediction | None
-    """That of the step before; None in the first."""
+    """Prediction of the step before; None in the first step."""
     call: Call
     denoise: Denoise
     rng: Noise

@@ -22,11 +22,11 @@ class Staggered(Sampler):
     """
 
     sampler: Sampler = Euler()
-    """How a frame moves from one time to the next."""
+    """Sampler that moves a frame from one time to the next."""
     groups: Size = 4
-    """Parts of equal length that a clip is cut into, if need be but for one frame; a clip has as many latent frames or more."""
+    """Number of groups of frames; their sizes differ by at most one frame. A clip needs at least this many latent frames."""
     delay: Natural = 1
-    """Steps between the starts of two groups."""
+    """Steps between the starts of two neighbouring groups."""
 
     def __post_init__(self) -> None:
         if self.groups < 1 or self.delay < 0:

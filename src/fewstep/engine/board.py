@@ -1,4 +1,4 @@
-"""TensorBoard, where it is installed."""
+"""TensorBoard, if it is installed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run's whole state on disk, from which a killed run goes on bit for bit, on as many processes as there are then.
+"""A run's whole state on disk: a killed run resumes bit for bit, also with another number of processes.
 
 One folder per checkpoint: a folder per component (`student`, `student.optim`, `ema`, ...) and `state.json`. Tensors are
 written by torch.distributed.checkpoint in its safetensors format: every process writes its own shards and reads what it

@@ -1,4 +1,4 @@
-"""Can this machine compile networks? Tried, not guessed: a compiler alone does not suffice (Python's headers, OpenMP)."""
+"""Test whether this machine can compile networks: a compiler alone is not enough (Python's headers, OpenMP)."""
 
 from __future__ import annotations
 

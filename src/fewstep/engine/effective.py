@@ -1,4 +1,4 @@
-"""What a run really does, beside what it was asked to do: printed when it starts, kept as `effective.json`.
+"""What is in effect in a run, as opposed to what was requested: printed at the start, stored as `effective.json`.
 
 Looked at, not derived from the settings, wherever looking is cheap: which kernel each attention layer ends up in, which
 types the weights have, how many graphs were compiled and broken, at which times each network was called.
@@ -40,7 +40,7 @@ LONG = 1024
 
 
 class FallbackError(ValueError):
-    """Something asked for cannot be had, and nobody said that something else would do."""
+    """A requested feature is not available, and `allow_fallback` is off."""
 
 
 @dataclass(frozen=True)
@@ -63,30 +63,30 @@ class Effective:
     """What is in effect. Everything is plain values."""
 
     identity: dict[str, str]
-    """What the run starts from and is made of, as digests."""
+    """Digests of what the run starts from and is made of."""
     device: str
     attention: tuple[str, ...]
-    """Kernels of each block of the student, in the order they run; empty where no denoiser is trained."""
+    """Attention kernels of the student's blocks, in the order they run; empty if no denoiser is trained."""
     weights: dict[str, str]
-    """Types of all weights a run holds, by role, or by part of the model."""
+    """Types of all weights in the run, by role or by part of the model."""
     arithmetic: str
-    """Type in which the networks' matrix products run."""
+    """Type of the networks' matrix products."""
     optimizers: dict[str, str]
     spread: str
-    """Over which processes, and what of `settings.parallel` is done on each."""
+    """Processes of the run, and which of `settings.parallel` each of them uses."""
     compiles: bool
     """Whether blocks are compiled."""
     graphs: str
-    """What compiling came to."""
+    """Graphs and graph breaks found by the compiler."""
     average: str
-    """Of the student: what the run returns."""
+    """Average of the student that the run returns."""
     adapters: str
     evaluation_times: dict[str, tuple[float, ...]]
-    """Per step count, what sampling visits."""
+    """Times that sampling visits, per step count."""
     training_times: dict[str, Times] = field(default_factory=dict)
-    """Per role, what it was called at in the first iterations."""
+    """Times at which each role was called in the first iterations."""
     fallbacks: tuple[str, ...] = ()
-    """What was asked for and is not so."""
+    """Requested features that are not in effect."""
 
     def lines(self) -> list[str]:
         """For people: a fact each."""

@@ -1,4 +1,4 @@
-"""Memory that a CPU run frees, kept for its next update.
+"""Keep the freed memory of a CPU run for its next update.
 
 An update frees hundreds of MB and the next one wants them again. glibc gives the top of its heap back to the system each
 time, which then clears and maps every page anew: up to a tenth of an iteration, for no smaller peak.

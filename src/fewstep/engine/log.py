@@ -1,4 +1,4 @@
-"""Where a run's figures go: `metrics.jsonl` always, TensorBoard where it is installed, a progress bar for people."""
+"""Logs of a run: `metrics.jsonl` always, TensorBoard if installed, a progress bar on a terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run will hold in memory, before anything is allocated: the arithmetic.
+"""Memory plan of a run before anything is allocated: the arithmetic.
 
 A run holds the same things from its first iteration to its last (weights, optimiser states, averages) and, while a role
 is trained, its gradients and the activations of that update. Between iterations clips are made to be looked at, by checks,
@@ -24,16 +24,16 @@ class Holding:
     role: str
     network: str
     parameters: int
-    """Number of its own weights; those it borrows are counted where they belong."""
+    """Number of its own weights; borrowed weights are counted for their owner."""
     trained: int
-    """Number of those that an optimiser changes."""
+    """Number of these that an optimiser changes."""
     weights: int
     optimizer: int
     gathered: int = 0
-    """Of its weights, what a process has whole at one time where sharding cuts it: embedding, head and two blocks, of which
-    one runs and the next is on its way. 0: nothing cuts it; discriminators, codecs, encoders and adapters stay whole."""
+    """Number of its weights that a process holds whole at one time under sharding: embedding, head and two blocks (one
+    runs, the next is being gathered). 0: not sharded; discriminators, codecs, encoders and adapters stay whole."""
     idles: bool = True
-    """Whether offload sends it away while nobody asks for it; the model's other parts stay."""
+    """Whether offload moves it to the CPU while it is not used; the model's other parts stay."""
 
     @property
     def sharded(self) -> bool:
@@ -45,15 +45,15 @@ class Phase:
     """One kind of update, or what is done between iterations: who is trained, and what exists only meanwhile."""
 
     reads: frozenset[str]
-    """Networks that are called or trained in it; of the others those that idle could wait in main memory."""
+    """Networks that the phase calls or trains. Others that can idle may wait in main memory."""
     gradients: dict[str, int]
-    """By role that it trains."""
+    """Bytes of gradients, by trained role."""
     activations: int
-    """Everything else that is alive at its fullest moment: saved for the backward pass, or just being computed."""
+    """Bytes of everything else that is alive at the peak: saved for the backward pass, or being computed."""
     flops: int = 0
-    """Of one update as measured: with its rollouts at their fullest."""
+    """Floating-point operations of one update as measured, with the longest rollouts."""
     pause: str = ""
-    """What is done where nobody is trained."""
+    """Name of the phase if nothing is trained in it."""
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -72,9 +72,9 @@ class Means:
     shard: int = 1
     """Processes that share the denoisers' weights, gradients and optimiser states equally."""
     offload: bool = False
-    """Roles that an update does not read wait in main memory, and so do optimiser states between steps."""
+    """Move roles that an update does not read, and optimiser states between steps, to main memory."""
     stored_text: bool = False
-    """The text encoder has done its work before training and is not resident."""
+    """Encode all text before training, so that the text encoder is not resident."""
 
     def __post_init__(self) -> None:
         if self.shard < 1:
@@ -97,12 +97,12 @@ class Plan:
     holdings: tuple[Holding, ...]
     phases: tuple[Phase, ...]
     flops: int
-    """Of one iteration."""
+    """Floating-point operations per iteration."""
     pauses: tuple[Phase, ...] = ()
-    """Between iterations: clips are made to be looked at."""
+    """Phases between iterations, which generate clips for checks and pictures."""
     means: Means = Means()
     shared: bool = False
-    """Networks are adapters over the same weights, so that none of them can wait elsewhere."""
+    """Whether networks are adapters over the same weights; then none of them can be offloaded."""
 
     def resident(self, phase: Phase) -> int:
         """Bytes that stay, as this update sees them."""

@@ -1,4 +1,4 @@
-"""The processes of a run: how many there are, what each one holds, and the few things they tell each other.
+"""The processes of a run: their number, their shares, and the few messages between them.
 
 `torchrun` starts them; nothing here launches anything. Ranks count fastest through `sequence`, then `shard`, then
 `replicate`, so that the processes that talk most are neighbours.
@@ -25,14 +25,15 @@ class Processes(Peers):
     """The peers of a run, which also talk (over a backend for the CPU) and share networks. `Processes()` is a run of one."""
 
     sequence: int = 1
-    """Neighbours that work on the same clips, each on its share of the tokens."""
+    """Neighbouring processes that share each clip, with a part of the tokens each."""
     weights: DeviceMesh | None = None
-    """Over which every network is sharded: `(shard,)` or `(replicate, shard)`. None in a run of one and in one of adapters,
-    where every process has its networks whole."""
+    """Mesh over which every network is sharded: `(shard,)` or `(replicate, shard)`. None with one process and with
+    adapters: then every process has whole networks."""
     tokens: dist.ProcessGroup | None = None
-    """Those that share this process' clips; None where every process has its own."""
+    """Processes that share this process' clips; None if every process has its own clips."""
     disk: dist.ProcessGroup | None = None
-    """All of them once more, for checkpoints alone: they are written beside the training, and must not hear it talk."""
+    """A second group of all processes, used only for checkpoints: they are written during training and need their own
+    communication."""
 
     def places(self, accumulate: int) -> range:
         """The places of random numbers and data whose micro-batches are computed here.
@@ -45,7 +46,7 @@ class Processes(Peers):
         return range(first, first + own)
 
     def mean(self, figures: dict[str, float]) -> dict[str, float]:
-        """Of every figure, over all processes."""
+        """Mean of every figure over all processes."""
         if self.talk is None:
             return figures
         values = torch.tensor(list(figures.values()), dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Networks by role, made from a model and what a method asks for."""
+"""Networks by role, made from a model and the requests of a method."""
 
 from __future__ import annotations
 

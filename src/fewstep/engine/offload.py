@@ -1,4 +1,4 @@
-"""Networks that wait on the CPU while nobody asks for them."""
+"""Networks that wait on the CPU while they are not used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run will hold in memory, before anything is allocated: the measurement.
+"""Memory plan of a run before anything is allocated: the measurement.
 
 The method's own updates are run once on the networks' own code, with tensors that have shapes and places but no values.
 Every tensor that is made is written down while it lives. So a new method, network or attention pattern is measured
@@ -102,7 +102,7 @@ class Outline:
     nets: Nets
     frames: int
     probed: int
-    """Clips that a probe makes at once; 0: there is no probe."""
+    """Clips that a probe generates at once; 0: no probe."""
     mode: FakeTensorMode = field(repr=False)
 
     @classmethod

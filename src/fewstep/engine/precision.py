@@ -1,4 +1,4 @@
-"""The arithmetic in which a run's networks compute; all else (losses, gradients, weights) stays float32."""
+"""Precision of a run's networks; losses, gradients and weights stay float32."""
 
 from __future__ import annotations
 

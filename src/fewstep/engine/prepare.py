@@ -1,4 +1,4 @@
-"""Everything a run needs, allocated; and everything that could not take effect, refused before."""
+"""Allocate everything a run needs; refuse every setting that would have no effect."""
 
 from __future__ import annotations
 
@@ -102,13 +102,13 @@ class Networks:
     """Every network that a run holds, where it computes."""
 
     model: VideoModel
-    """What the run starts from; its trained part is the teacher."""
+    """Model that the run starts from; its trained part is the teacher."""
     nets: Nets
-    """By role."""
+    """Networks by role."""
     average: nn.Module | None
-    """Of the student."""
+    """Averaged student."""
     shell: nn.Module
-    """The student's structure without its weights."""
+    """Structure of the student without its weights."""
     spread: Spread
     """How its denoisers are called."""
 
@@ -233,7 +233,7 @@ def require_same(method: Method, settings: Settings, card: Card, begun: Card | N
 
 
 def require_clips(method: Method, card: Card) -> None:
-    """Refuse (ValueError) to show single frames to a network that makes whole clips of an image."""
+    """Refuse (ValueError) single frames for an image-to-video network, which takes whole clips."""
     others = sources(method)
     shown = [work.role for work in method.cost() if work.frames]
     refused = [role for role in shown if origin(method, role, {"teacher", *others}) == "teacher"]

@@ -1,4 +1,4 @@
-"""Every so often, a picture: student beside teacher, same prompts, same seeds."""
+"""Pictures at intervals: student next to teacher, same prompts, same seeds."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class Preview:
     teacher: VideoModel
     prompts: tuple[str, ...]
     images: Images | None
-    """What the clips begin with, of a model that reads images."""
+    """First frames (and last, if any) for an image-to-video model; None for other models."""
     shared: Sharing | None = None
-    """The processes that make every clip together."""
+    """Processes that generate every clip together."""
 
     @classmethod
     def of(cls, teacher: VideoModel, source: Source, rng: Rng, shared: Sharing | None = None) -> Preview:

@@ -1,4 +1,4 @@
-"""A cheap judgement of the student while it trains, and the stated rule by which the best checkpoint is chosen."""
+"""Probe: a cheap score of the student during training, and the rule that picks the best checkpoint."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ class WorldProbe:
 
     every: Count = 25
     prompts: Count = 48
-    """Each is sampled with two seeds."""
+    """Number of prompts; each is sampled with two seeds."""
     steps: tuple[Count, ...] = ()
-    """Step counts that are judged; empty = all that the student serves."""
+    """Step counts to judge; empty: all that the student serves."""
     frechet_weight: Amount = 0.1
     seed: int = 101
     features: str = "world/features"

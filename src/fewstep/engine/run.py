@@ -47,17 +47,17 @@ class Run:
     optimizers: dict[str, RoleOptimizer]
     average: nn.Module | None
     shell: nn.Module
-    """The student's structure without its weights."""
+    """Structure of the student without its weights."""
     spread: Spread
     """How its denoisers are called."""
     identity: dict[str, str]
-    """What a checkpoint must agree with."""
+    """Values that a checkpoint must agree with."""
     provenance: dict[str, str]
-    """What the student's card says of its making."""
+    """Provenance entries for the student's card."""
     trees: dict[str, Any]
     """Method, data and settings with every default written out: kept in every checkpoint."""
     effective: Effective
-    """What is really done, beside what was asked for."""
+    """What is really in effect, as opposed to what was requested."""
     probe: Probe | None = None
     preview: Preview | None = None
     monitor: Monitor | None = None
@@ -66,9 +66,9 @@ class Run:
     best: dict[str, float] = field(default_factory=dict)
     """Scores of the best student so far, which is in `output/best`."""
     watch: Watch | None = field(default_factory=Watch)
-    """Notes the times of all calls in the first iterations; None afterwards."""
+    """Recorder of the times of all calls in the first iterations; None afterwards."""
     figures: dict[str, float] = field(default_factory=dict)
-    """Of the last iteration, by name; a loss is the mean over micro-batches, processes and repeated updates."""
+    """Figures of the last iteration by name; a loss is the mean over micro-batches, processes and repeated updates."""
 
     # --- one iteration ------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""How a run is executed: nothing in here changes what a method means."""
+"""How a run is executed; nothing here changes the meaning of a method."""
 
 from __future__ import annotations
 
@@ -14,21 +14,23 @@ class Optim:
     """One role's optimiser and its learning-rate schedule."""
 
     type: Literal["adamw", "muon"] = "adamw"
-    """`muon` orthogonalises the momentum of the blocks' matrices and leaves everything else to AdamW.
-    A network without such matrices refuses it."""
+    """Optimiser. `muon` orthogonalises the momentum of the blocks' weight matrices; AdamW trains all other parameters. A
+    network without such matrices refuses `muon`."""
     lr: Positive = 1e-4
+    """Learning rate after warm-up."""
     lr_of: dict[str, Positive] = field(default_factory=dict)
-    """Another learning rate, by a part of the names of the parameters it is for: `{motion_modules: 2.0e-5}`."""
+    """Learning rates for some parameters, by a part of their names: `{motion_modules: 2.0e-5}`. All others use `lr`."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
-    """Of AdamW; Muon's momentum is 0.95."""
+    """Betas of AdamW. Muon's momentum is always 0.95."""
     weight_decay: Amount = 0.0
+    """Decoupled weight decay; 0: none."""
     warmup: Natural = 0
-    """Iterations of linear warm-up from 0."""
+    """Iterations of linear warm-up, starting from 0."""
     decay: Literal["constant", "cosine", "linear"] = "constant"
-    """What follows warm-up. Cosine and linear fall towards 0 and would be there one iteration after the last, so that the
-    last one still trains."""
+    """Learning rate after warm-up. `cosine` and `linear` fall to 0 one iteration after the last one, so the last iteration
+    still trains."""
     clip: Positive = 1.0
-    """Largest norm of the role's whole gradient."""
+    """Largest norm of the role's whole gradient; larger gradients are scaled down."""
 
     def __post_init__(self) -> None:
         require_bounds(self)
@@ -43,18 +45,19 @@ class Parallel:
     """
 
     shard: Natural = 0
-    """Processes over which every denoiser's weights, gradients and optimiser states are cut (times `sequence`).
-    0 = as many as there are; with `settings.lora`, 1."""
+    """Processes that share each denoiser's weights, gradients and optimiser states (times `sequence`). 0: all processes;
+    with `settings.lora`, 1."""
     replicate: Size = 1
-    """Copies of that group (HSDP): gradients travel between groups, weights stay within."""
+    """Copies of each sharding group (HSDP): groups exchange gradients; weights stay within a group."""
     sequence: Size = 1
-    """Neighbouring processes that share every clip, each with its part of the tokens (Ulysses): for clips that are too
-    long for one device. Must divide the heads of the network and its tokens."""
+    """Neighbouring processes that share each clip, with a part of the tokens each (Ulysses). For clips too long for one
+    device. Must divide the network's heads and its tokens."""
     checkpointing: bool = False
-    """Keep only what flows between the denoisers' blocks, and compute the rest again in the backward pass: a third more
-    computation for a small part of the memory."""
+    """Recompute the denoisers' blocks in the backward pass instead of storing their activations: a third more computation,
+    much less memory."""
     offload: bool = False
-    """Networks that the current update does not touch, the average, and optimiser states between steps wait on the CPU."""
+    """Keep on the CPU: networks that the current update does not use, the averaged student, and optimiser states between
+    steps."""
 
     def __post_init__(self) -> None:
         require_bounds(self, "settings.parallel")
@@ -74,17 +77,18 @@ class Health:
     """
 
     every: Count = 25
-    """Every so many iterations and at the end, a check. It samples `prompts x seeds` clips per step count."""
+    """Iterations between two checks; the last iteration is checked too. A check samples `prompts x seeds` clips per step
+    count."""
     prompts: Size = 8
-    """Of the run's own data, fixed by its seed."""
+    """Number of prompts, drawn from the run's own data by its seed."""
     seeds: Annotated[int, Bounds(2, 1_024)] = 2
-    """Clips per prompt; without two there is no diversity."""
+    """Clips per prompt; at least two, because diversity needs two."""
     keep_best: bool = True
-    """Keep the best student so far, and return it where the run ends diverging or collapsing. A probe has its own rule."""
+    """Keep the best student so far, and return it if the run ends diverging or collapsing. A probe uses its own rule."""
     stop_on_collapse: bool = True
-    """End the run after two checks in a row that say `collapsing`; more iterations have never mended that."""
+    """Stop the run after two `collapsing` checks in a row; such runs have never recovered."""
     help_critic: Natural = 2
-    """Most extra turns of every update that does not train the student, while the critic lags; 0 = never."""
+    """Largest number of extra rounds of every update that does not train the student, while the critic lags; 0: none."""
 
     def __post_init__(self) -> None:
         require_bounds(self, "settings.health")
@@ -95,40 +99,43 @@ class Settings:
     """Length, batch, optimisers, precision and bookkeeping of a run."""
 
     steps: Count
+    """Number of training iterations."""
     batch: Size = 16
     """Samples per gradient computation."""
     accumulate: Size = 1
-    """Gradient computations per optimiser step, in all processes together: N processes make 1/N of them each. So one
-    process with `accumulate: 8` and eight processes train on the same samples with the same noise."""
+    """Gradient computations per optimiser step, summed over all processes: each of N processes makes 1/N of them. One
+    process with `accumulate: 8` and eight processes use the same samples and the same noise."""
     seed: int = 0
     optim: dict[str, Optim] = field(default_factory=dict)
-    """By role; a trained role without an entry takes the student's."""
+    """Optimiser of each role, by name; a trained role without an entry uses the student's."""
     start: str | None = None
-    """Folder of an earlier student, or `world`, whose denoiser the student goes on from. null: a copy of the teacher's. Every
-    other role begins as without it."""
+    """Folder of an earlier student, or `world`: the student starts from its denoiser. null: from a copy of the teacher's.
+    Other roles are not affected."""
     lora: Lora | None = None
-    """Train adapters over one frozen set of the teacher's weights, in place of whole copies of it. null: whole networks."""
+    """Train LoRA adapters over one frozen copy of the teacher's weights. null: train whole networks."""
     ema: Decay = 0.0
-    """Decay of the averaged student, which is what a run returns; 0 returns the student itself. In iteration k it is
-    `(1 + k) / (10 + k)` where that is smaller: an average must first forget the weights it started from."""
+    """Decay of the averaged student, which the run returns; 0: return the student itself. In iteration k the decay is at
+    most `(1 + k) / (10 + k)`, so that the average forgets the initial weights quickly."""
     autocast: Literal["off", "bf16"] = "off"
-    """Arithmetic of the networks. Master weights, optimiser states and losses stay float32."""
+    """Precision of the networks' arithmetic; off is float32. Master weights, optimiser states and losses stay float32."""
     compile: bool = False
-    """`torch.compile` the blocks of every network: minutes of compilation, then faster."""
+    """Compile the blocks of every network with `torch.compile`: minutes of compilation, then faster iterations."""
     log_every: Count = 10
-    """Every so many iterations and at the end, a row of figures; each is the mean within its iteration."""
+    """Iterations between two rows of figures; the last iteration is logged too. Each figure is the mean within its
+    iteration."""
     preview_every: Natural = 0
-    """Every so many iterations and at the end, a picture of student beside teacher on fixed prompts and seeds. 0 = never."""
+    """Iterations between two pictures of student and teacher on fixed prompts and seeds; the last iteration has one too. 0:
+    none."""
     save_every: Natural = 0
-    """Every so many iterations and at the end, a checkpoint to resume from. 0 = only at the end."""
+    """Iterations between two checkpoints to resume from; the last iteration has one too. 0: only at the end."""
     keep_last: Count = 2
-    """Checkpoints kept; the best student so far is kept besides."""
+    """Number of checkpoints kept; the best student so far is kept too."""
     health: Health | None = Health()
-    """Checks of the student during the run, and what is done about a bad verdict. Null = none."""
+    """Health checks of the student during the run, and the reaction to a bad verdict. null: none."""
     device: str = "cpu"
     parallel: Parallel = Parallel()
     allow_fallback: bool = False
-    """Where something asked for cannot be had, run otherwise and record it in the student's card, instead of refusing."""
+    """If a requested feature is not available, run without it and record this in the student's card, instead of refusing."""
 
     def __post_init__(self) -> None:
         require_bounds(self, "settings")

@@ -1,4 +1,4 @@
-"""Networks spread over processes with FSDP2: every process holds its share of each weight and gathers a block when it runs.
+"""Networks sharded with FSDP2: every process holds its share of each weight and gathers a block when it runs.
 
 A denoiser is cut along the three-part contract: each block on its own, embedding and head together. Every other network
 (discriminator heads, codecs, encoders) is small, stays whole on every process and has its gradients added up.

@@ -1,4 +1,4 @@
-"""The networks of a run as its methods and checks see them: denoisers are called in the run's way, and overheard."""
+"""The networks of a run as methods and checks see them: denoisers with the run's way of calling, and listeners."""
 
 from __future__ import annotations
 

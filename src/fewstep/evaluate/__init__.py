@@ -1,4 +1,4 @@
-"""Proof: models measured on one set of prompts and seeds, with controls, intervals, costs, and a page to look at."""
+"""Evaluation: models measured on one set of prompts and seeds, with controls, intervals, costs and a page."""
 
 from fewstep.core.flops import count_flops
 from fewstep.evaluate.latency import Latency, measure_latency, peak_memory

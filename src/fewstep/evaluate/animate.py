@@ -1,4 +1,4 @@
-"""Animated GIFs: the smallest moving picture that every page and mail program shows."""
+"""Animated GIFs, which every page and mail program can show."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is asked and what is compared with: the prompts, their seeds, the true clips."""
+"""The test cases: prompts, their seeds, and the true clips to compare with."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Cases:
 
     prompts: tuple[str, ...]
     scenes: tuple[Scene, ...] | None
-    """What each prompt means, where the world's grammar understands all of them and the clips have its size."""
+    """Scene of each prompt; None unless the world's grammar understands all prompts and the clips have the world's size."""
     seeds_per_prompt: int
     first_seed: int
 
@@ -44,11 +44,11 @@ class TrueClips(ABC):
     """Clips that no model made, in one or two independent sets: what Frechet distances are taken to, and their floor."""
 
     kind: ClassVar[str]
-    """What the report's row is called."""
+    """Name of the report's row."""
     batch: ClassVar[int]
     """Clips drawn and measured at once."""
     name: str
-    """What the report says distances are taken to."""
+    """Name that the report gives to the set."""
 
     @property
     @abstractmethod

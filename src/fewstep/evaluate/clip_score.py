@@ -1,4 +1,4 @@
-"""CLIPScore: does a clip show what its prompt says? Judged by CLIP, frame by frame."""
+"""CLIPScore: how well a clip shows its prompt, scored by CLIP frame by frame."""
 
 from __future__ import annotations
 

@@ -28,11 +28,11 @@ class Distance:
 
     value: float
     without: Tensor | None
-    """With one prompt after another left out, or one of about `BLOCKS` groups of prompts; None with a single prompt."""
+    """Distances with one prompt, or one of about `BLOCKS` groups of prompts, left out at a time; None with a single prompt."""
     infinity: float | None
-    """Extrapolated to infinitely many clips; None where two clips per feature are not at hand."""
+    """Distance extrapolated to infinitely many clips; None with fewer than two clips per feature."""
     shuffled: float
-    """Of the same clips with their frames in random order."""
+    """Distance of the same clips with their frames in random order."""
 
     @classmethod
     def measure(cls, mine: Measured, target: Tensor, bench: Bench) -> Distance:

@@ -1,4 +1,4 @@
-"""What one clip of an entry costs: time, arithmetic, memory."""
+"""The cost of one clip of an entry: time, arithmetic, memory."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Cost:
     """Of a single clip, alone in its batch."""
 
     sampling: Latency
-    """Text to latents."""
+    """Latency from text to latents."""
     decoding: Latency
-    """Latents to frames."""
+    """Latency from latents to frames."""
     flops: int
-    """Text to latents."""
+    """Floating-point operations from text to latents."""
     memory: int
-    """Peak bytes, text to frames."""
+    """Peak memory in bytes, from text to frames."""
     memory_kind: str
 
 

@@ -1,4 +1,4 @@
-"""Whether an evaluation shows that a student is good enough for its speed to mean anything."""
+"""Decide whether an evaluation shows enough quality to claim a speed-up."""
 
 from __future__ import annotations
 

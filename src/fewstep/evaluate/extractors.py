@@ -1,4 +1,4 @@
-"""Where the Frechet distance is taken: feature maps of clips, by name or by path."""
+"""Feature maps of clips for the Frechet distance, by name or by path."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The health of a run for the report: its verdict, curves with two reference lines, and the last picture."""
+"""The health of a run in the report: its verdict, curves with two references, and the last picture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a network from outside is given of a clip, and what pins the network down."""
+"""Inputs for external feature networks, and digests of these networks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an evaluation has measured so far, on disk: after an interruption it goes on with the next row."""
+"""Finished rows of an evaluation on disk: after an interruption it resumes with the next row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long one call takes, and how much memory it needs."""
+"""Time and memory of one call."""
 
 from __future__ import annotations
 

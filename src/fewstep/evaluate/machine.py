@@ -1,4 +1,4 @@
-"""Where a figure was measured: a number of seconds without its machine is worth nothing."""
+"""The machine that a figure was measured on."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class Machine:
 
     cpu: str
     cores: int
-    """Cores this process may use."""
+    """CPU cores that this process may use."""
     threads: int
-    """Threads torch was told to use."""
+    """Threads that torch uses."""
     memory_gb: float | None
     accelerator: str | None
-    """Name of the GPU measured on, None on the CPU."""
+    """Name of the GPU; None on the CPU."""
     system: str
 
 

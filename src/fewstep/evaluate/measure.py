@@ -1,4 +1,4 @@
-"""Turns clips into figures batch by batch, so that a large set never has to fit into memory."""
+"""Turns clips into figures batch by batch, so that a large set need not fit into memory."""
 
 from __future__ import annotations
 
@@ -81,23 +81,24 @@ class Measured:
     """Figures of N clips of P prompts; the clips of a prompt follow one another."""
 
     features: Tensor
-    """`[N, D]`."""
+    """Features of the clips, `[N, D]`."""
     shuffled: Tensor
     """Features of the same clips with their frames in random order, `[N, D]`."""
     motion: Tensor
-    """`[N]`, as is `flicker`."""
+    """Motion of each clip, `[N]`; `flicker` has the same shape."""
     flicker: Tensor
     diversity: Tensor | None
-    """`[P]`; None with one seed per prompt."""
+    """Diversity of each prompt, `[P]`; None with one seed per prompt."""
     right: Tensor | None
-    """Bool `[N, 6]` in the order of `world.grammar.ATTRIBUTES`, as is `abstained`; None if the prompts cannot be checked."""
+    """Whether each attribute is right: bool `[N, 6]` in the order of `world.grammar.ATTRIBUTES`; `abstained` has the same
+    shape. None if the prompts cannot be checked."""
     abstained: Tensor | None
     clip_score: Tensor | None
-    """`[N]`; None if no CLIP was given."""
+    """CLIPScore of each clip, `[N]`; None without a CLIP model."""
     shown: Tensor | None
-    """The first clip of the first prompts, uint8 `[K, 3, F, H, W]`."""
+    """First clip of the first prompts, uint8 `[K, 3, F, H, W]`."""
     seconds: float
-    """Per clip, text to latents, at the suite's batch size."""
+    """Seconds per clip at the suite's batch size, from text to latents."""
 
     def by_prompt(self, name: str, seeds: int) -> Tensor:
         """Mean over the seeds of each prompt of `motion`, `flicker` or `clip_score`, or the share all right for `right`: `[P]`.

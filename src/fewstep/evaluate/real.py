@@ -1,4 +1,4 @@
-"""Real clips that generated ones are compared with, drawn from a collection of captioned videos."""
+"""Real clips to compare with, drawn from a dataset of captioned videos."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class RealClips:
 
     path: str
     stride: int = 4
-    """Every so many frames of the file. WebVid has about 30 a second, AnimateDiff makes 8."""
+    """Step between two frames, in frames of the file. WebVid has about 30 per second, AnimateDiff generates 8."""
     layout: LayoutName = "plain"
-    """How the dataset lies on disk, see `fewstep.data.layouts`."""
+    """Layout of the dataset on disk, see `fewstep.data.layouts`."""
     root: str = ""
-    """Folder that the names of the videos start from; empty is `path`, or the folder it is in."""
+    """Folder that video names are relative to; empty: `path`, or the folder that contains it."""
 
     def draw(self, count: int, num_frames: int, size: tuple[int, int], seed: int) -> Drawn:
         """`count` videos at random, and as many again where there are enough; DataError if there are too few.
@@ -74,10 +74,10 @@ class Drawn(TrueClips):
     count: int
     cut: Cut
     skipped: int
-    """Videos that were absent, damaged or too short."""
+    """Number of videos that were missing, damaged or too short."""
     name: str
     asked: bool = True
-    """The captions of the first set are the prompts."""
+    """Whether the captions of the first set are the prompts."""
 
     @property
     def captions(self) -> tuple[str, ...]:

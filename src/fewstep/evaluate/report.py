@@ -1,4 +1,4 @@
-"""One self-contained HTML page from a folder that `evaluate` wrote: clips side by side, figures, charts, how it was measured."""
+"""One self-contained HTML page from an evaluation's folder: clips side by side, figures, charts, protocol."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The outcome of an evaluation, as plain data: `results.json` is its printed form."""
+"""Results of an evaluation as plain data, stored as `results.json`."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ class Gain:
 
     baseline: str
     accuracy: float | None
-    """Difference of the shares of clips with every attribute right."""
+    """Difference between the shares of clips with every attribute right."""
     accuracy_ci: Range | None
-    """95 % interval over prompts (`metrics.statistics.difference_of_shares`), as all of them None with a single prompt."""
+    """95 % interval over prompts (`metrics.statistics.difference_of_shares`); like all intervals, None with a single
+    prompt."""
     frechet: float | None
-    """Difference of the Frechet distances; negative is better."""
+    """Difference between the Frechet distances; negative is better."""
     frechet_ci: Range | None = None
     """95 % interval, jackknife over prompts."""
     clip_score: float | None = None
-    """Difference of the CLIPScores."""
+    """Difference between the CLIPScores."""
     clip_score_ci: Range | None = None
-    """95 % interval, Student's t of the differences by prompt."""
+    """95 % interval: Student's t of the differences by prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,51 +45,51 @@ class Row:
     role: str
     steps: int
     nfe: int
-    """Network evaluations per clip, guidance counted twice."""
+    """Network evaluations per clip; a call with guidance counts as two."""
     accuracy: float | None
-    """Share of clips with every attribute of the prompt right, an abstention counted as wrong."""
+    """Share of clips with every attribute of the prompt right; an abstention counts as wrong."""
     accuracy_ci: Range | None
-    """95 %: Wilson's, for as many independent clips as these are worth (`metrics.statistics.clustered_wilson`)."""
+    """95 % interval: Wilson's, for the effective number of independent clips (`metrics.statistics.clustered_wilson`)."""
     attributes: dict[str, float] | None
-    """Share of clips right, per attribute."""
+    """Share of clips with this attribute right, per attribute."""
     attributes_ci: dict[str, Range] | None = None
-    """As `accuracy_ci`."""
+    """95 % intervals of `attributes`, computed like `accuracy_ci`."""
     abstained: float | None
     """Share of clips with at least one attribute too unclear to read."""
     clip_score: float | None = None
-    """100 cos(image, text), mean over frames, then clips."""
+    """CLIPScore: 100 cos(image, text), mean over frames, then over clips."""
     clip_score_ci: Range | None = None
-    """95 %, Student's t over prompts."""
+    """95 % interval: Student's t over prompts."""
     gain: Gain | None
     frechet: float | None
-    """To the reference; None in the row that is the reference."""
+    """Frechet distance to the reference; None in the reference row itself."""
     frechet_ci: Range | None = None
-    """95 %, jackknife over prompts: of distances at this n, whose bias it does not contain."""
+    """95 % interval: jackknife over prompts. It covers the variance at this n, not the bias."""
     frechet_infinity: float | None = None
-    """Extrapolated to infinitely many clips; None with fewer than two clips per feature."""
+    """Frechet distance extrapolated to infinitely many clips; None with fewer than two clips per feature."""
     frechet_n: int
-    """Clips on each side of the distance; compare only equal n."""
+    """Clips on each side of the distance. Compare distances only at equal n."""
     frechet_shuffled: float
-    """Control: the same clips with their frames in random order. Must be higher."""
+    """Control: distance of the same clips with their frames in random order. It must be higher."""
     motion: float | None
-    """Relative to the reference row (1 = the same), as are diversity and flicker. None where the reference has none."""
+    """Motion relative to the reference row (1 = equal), as are diversity and flicker. None if the reference has none."""
     motion_ci: Range | None
     motion_absolute: float
     diversity: float | None
     diversity_absolute: float | None
-    """None with a single seed per prompt."""
+    """Diversity, not relative to any row; None with a single seed per prompt."""
     flicker: float | None
     flicker_absolute: float
     seconds: float
-    """Median of one clip alone from text to latents."""
+    """Median seconds for one clip alone, from text to latents."""
     seconds_p95: float
     seconds_runs: int
     seconds_decode: float
-    """Median, latents to frames; not part of `seconds`."""
+    """Median seconds from latents to frames; not part of `seconds`."""
     seconds_batched: float
-    """Per clip at the suite's batch size, text to latents."""
+    """Seconds per clip at the suite's batch size, from text to latents."""
     flops: int | None
-    """Of one clip, text to latents."""
+    """Floating-point operations per clip, from text to latents."""
     memory_mb: float
 
 
@@ -97,11 +98,11 @@ class Truth:
     """The same figures for clips that no model made: what a perfect model would score."""
 
     name: str = "renderer"
-    """`renderer`, or `real clips`."""
+    """Name of the row: `renderer` or `real clips`."""
     accuracy: float | None
     clip_score: float | None = None
     frechet: float | None
-    """Between two independent sets of the same size: the noise floor of the distance. None with a single set."""
+    """Distance between two independent sets of the same size: the noise floor of the distance. None with a single set."""
     motion: float | None
     diversity: float | None
     flicker: float | None
@@ -115,28 +116,29 @@ class Report:
     reference: str
     """Name of the row that motion, diversity and flicker are relative to."""
     truth: Truth | None
-    """None for clips that can neither be rendered nor compared with real ones."""
+    """Row of the true clips; None if clips can neither be rendered nor compared with real ones."""
     distance: str = "Frechet"
-    """What the Frechet distance is called here: `FVD` where it is one to real clips."""
+    """Name of the distance: `FVD` if it is measured to real clips."""
     frechet_reference: str
     frechet_features: str
     frechet_floor: float
     frechet_shuffled: float
-    """Control: the reference clips with shuffled frames. Close to the floor would mean features that cannot see time."""
+    """Control: distance of the reference clips with shuffled frames. If it is close to the floor, the features cannot see
+    time."""
     clip_score_model: str | None = None
-    """The CLIP that CLIPScore was taken with."""
+    """CLIP model used for CLIPScore."""
     suite: dict[str, Any]
     seeds: dict[str, Any]
     machine: dict[str, Any]
     versions: dict[str, str]
     memory: str
-    """What `memory_mb` measures on this machine."""
+    """Meaning of `memory_mb` on this machine."""
     models: dict[str, str] = field(default_factory=dict)
-    """Fingerprint of the denoiser, by row."""
+    """Fingerprint of each row's denoiser."""
     previews: tuple[dict[str, Any], ...] = ()
-    """Prompt, seed and, per row name, each attribute as right, wrong or unclear."""
+    """Prompt, seed and, for each row, every attribute as right, wrong or unclear."""
     notes: tuple[str, ...] = ()
-    """What a reader must know before quoting a figure."""
+    """Notes that a reader needs before quoting a figure."""
 
     @property
     def checked(self) -> bool:

@@ -1,4 +1,4 @@
-"""Draws every clip of every row from one set of prompts, seeds and noise, so that rows differ only by what is compared."""
+"""Samples every row from the same prompts, seeds and noise, so that rows differ only by what is compared."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class Bench:
     features: FeatureMap
     clip: ClipScore | None
     truth: TrueClips | None
-    """What distances are taken to; None: the reference row's own clips."""
+    """True clips that distances are measured to; None: the clips of the reference row."""
     device: torch.device
     paired: bool
-    """Every model starts from the same noise (their latents have one shape)."""
+    """Whether all models start from the same noise (only if their latents have the same shape)."""
 
     @property
     def judges(self) -> tuple[Judge, ...]:
@@ -63,7 +63,7 @@ def prepare(entries: Sequence[Entry], suite: Suite) -> Bench:
         entry.contract.times()  # an untrained step count stops here, not after an hour
         if "image" in entry.model.parts:
             raise ValueError(
-                f"{entry.name!r} makes clips of images, and a suite has prompts alone; look at its clips with fewstep sample "
+                f"{entry.name!r} is an image-to-video model, and a suite has only prompts; look at its clips with fewstep sample "
                 "--image, or evaluate models of text"
             )
     shapes = {(suite.num_frames or e.model.card.num_frames, e.model.card.height, e.model.card.width) for e in entries}

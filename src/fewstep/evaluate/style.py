@@ -36,7 +36,7 @@ class Survival:
     score: float
     """`<d_T, d_S> / <d_T, d_T>`: 1 like the teacher, 0 no trace, above 1 stronger, below 0 the opposite."""
     cosine: float
-    """Whether it goes the same way: 1 yes, 0 elsewhere. 0 where the student does not move at all."""
+    """Cosine of the two changes: 1 is the same direction, 0 is unrelated, or no change in the student."""
     size: float
     """`|d_S| / |d_T|`; the score is `cosine * size`."""
     error: float
@@ -53,7 +53,7 @@ class Styled:
     plain: VideoModel
     styled: VideoModel
     how: str = "+ LoRA"
-    """How the style came into it, for the picture."""
+    """Source of the style, as a label in the picture."""
 
     @classmethod
     def by_lora(cls, model: VideoModel, lora: Path | str) -> Styled:

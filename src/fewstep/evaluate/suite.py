@@ -1,4 +1,4 @@
-"""What is measured, and on what."""
+"""An evaluation suite: what is measured, and on which prompts."""
 
 from __future__ import annotations
 
@@ -18,33 +18,35 @@ class Suite:
     """What is measured, and how often."""
 
     prompts: int = 64
-    """Fresh prompts in the world's language: scenes and wordings drawn by `seed`, which no training uses."""
+    """Number of new prompts of the built-in world; `seed` draws scenes and wordings. No training uses this seed."""
     texts: tuple[str, ...] = ()
-    """Your own prompts instead; attributes are checked only if the world's grammar understands every one."""
+    """Your own prompts, in place of the world's. Attributes are checked only if the world's grammar understands every
+    prompt."""
     paraphrased: float = 0.5
-    """Share of the fresh prompts that are not the canonical sentence."""
+    """Share of the new prompts that are paraphrases of the canonical sentence."""
     seeds_per_prompt: int = 2
-    """Two or more, or diversity cannot be measured."""
+    """Clips per prompt; diversity needs two or more."""
     num_frames: int | None = None
-    """None: as the models' cards say. Another number is measured all the same, and the report says so."""
+    """Frames per clip; None: from the models' cards. Another number is allowed, and the report notes it."""
     seed: int = 2024
     batch: int = 32
-    """Clips per batch."""
+    """Clips generated at once."""
     autocast: Literal["off", "bf16"] = "off"
-    """Precision of the networks, the same for every row."""
+    """Precision of the networks, the same for every row: off is float32."""
     features: str = "auto"
-    """Of the Frechet distance: `pooled`, a file or folder (`extractors.feature_map`), or `auto` (the world's, where it fits)."""
+    """Features of the Frechet distance: `pooled`, a file or folder (`extractors.feature_map`), or `auto` (the world's if
+    they fit)."""
     real: RealClips | None = None
-    """Real videos that distances are taken to, one per prompt; without `texts`, their captions are the prompts."""
+    """Real videos that distances are measured to, one per prompt. Without `texts`, their captions are the prompts."""
     clip: str = ""
-    """Folder of a CLIP for CLIPScore (`clip_score.ClipScore`); empty: not measured."""
+    """Folder of a CLIP model for CLIPScore (`clip_score.ClipScore`); empty: no CLIPScore."""
     reference: str | None = None
-    """Row that motion, diversity and flicker are relative to; None: the first."""
+    """Row that motion, diversity and flicker are relative to; None: the first row."""
     latency_runs: int = 20
     latency_budget: float = 20.0
-    """Seconds after which a row's latency is no longer repeated (3 runs are always made)."""
+    """Seconds for the latency runs of each row; at least 3 runs are made."""
     previews: int = 6
-    """Prompts shown in the report."""
+    """Number of prompts shown in the report."""
 
     def __post_init__(self) -> None:
         counts = {"prompts": self.prompts, "seeds_per_prompt": self.seeds_per_prompt, "batch": self.batch}
@@ -83,12 +85,12 @@ class Entry:
     """One row to measure."""
 
     name: str
-    """As shown, for example "teacher 50"; unique."""
+    """Name shown in the report, such as "teacher 50"; must be unique."""
     model: VideoModel
     steps: int | None = None
-    """None: the default of the model's contract."""
+    """Number of steps; None: the default of the model's contract."""
     guidance_scale: float | None = None
-    """None: the contract's."""
+    """Guidance scale; None: the contract's."""
 
     @property
     def contract(self) -> Contract:

@@ -1,4 +1,4 @@
-"""What Frechet distances are taken to, and the controls without which they say nothing."""
+"""The reference set of Frechet distances, and its controls."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class Target:
 
     name: str
     features: Tensor
-    """`[N, D]`."""
+    """Features of the true clips, `[N, D]`."""
     floor: float
-    """Distance of a second, independent set; or, with `halves`, of two halves of the only one."""
+    """Distance of a second, independent set; with `halves`, distance between two halves of the only set."""
     halves: bool
     shuffled: float
     """Distance of true clips whose frames are in random order."""
     truth: Truth | None
-    """The report's row of the clips that no model made."""
+    """The report's row of true clips."""
 
 
 def make_target(bench: Bench, name: str, reference: Measured) -> Target:

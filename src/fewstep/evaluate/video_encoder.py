@@ -1,4 +1,4 @@
-"""Features of clips by a video encoder of transformers: VideoMAE and others that read frames alike."""
+"""Features of clips from a video encoder of transformers, such as VideoMAE."""
 
 from __future__ import annotations
 

@@ -31,9 +31,9 @@ class ReadAttributes(Method):
     cite: ClassVar[str] = "supervised attribute reading; no paper"
 
     of: Literal["text", "features"] = "text"
-    """Which encoder: `text` reads prompts, `features` reads frames."""
+    """Encoder to train: `text` reads prompts, `features` reads frames."""
     noise: Amount = 0.2
-    """Frames get Gaussian noise of a deviation uniform in [0, noise], so that grainy samples are read too."""
+    """Largest standard deviation of the Gaussian noise on frames (uniform in [0, noise]), so that noisy clips are read too."""
 
     @property
     def needs(self) -> frozenset[str]:

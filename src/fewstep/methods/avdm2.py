@@ -44,25 +44,25 @@ class AVDM2(Method):
     cite: ClassVar[str] = "Zhu et al., Accelerating Video Diffusion Models via Distribution Matching, 2412.05899"
 
     image_teacher: ModelSource | None = None
-    """phi_2D: an image model with the video teacher's latents and text states. null: the video teacher, frame by frame."""
+    """phi_2D: image model with the video teacher's latents and text states. null: the video teacher, frame by frame."""
     rollout: Rollout = BackwardSimulation()
-    """How student samples are made: the student's own sampler."""
+    """How student samples are generated in training: with the student's own sampler."""
     score: Literal["frames", "video", "none"] = "frames"
-    """Whose scores are matched: single frames', or the paper's two ablations: whole clips' with the video teacher, or none."""
+    """Scores to match: of single frames; in the paper's two ablations, of whole clips with the video teacher, or none."""
     frames: Count = 4
-    """K: random frames per clip, all different (all there are of a shorter clip)."""
+    """K: random frames per clip, all different; a shorter clip gives all of its frames."""
     guidance: CFG = CFG(scale=7.5)
-    """Of the teacher whose score is matched; its critic is never guided."""
+    """Guidance of the teacher whose score is matched; the critic uses none."""
     score_weight: Amount = 1.0
-    """lambda_SDM."""
+    """lambda_SDM: weight of the score loss."""
     adversarial: Amount = 0.01
-    """lambda_ADM under mean reduction; 0 is off and needs no clips."""
+    """lambda_ADM: weight of the adversarial loss under mean reduction; 0: off, and no clips are needed."""
     critic_updates: Count = 2
     """Updates of critic and discriminator per student update, all in one iteration."""
     score_density: TimeDensity = Uniform(low=0.2, high=0.98)
-    """s: of scores and critic, on the path of the teacher whose score is matched."""
+    """s: density of times for scores and critic, on the path of the teacher whose score is matched."""
     adversarial_density: TimeDensity = Uniform(low=0.0, high=0.5)
-    """t: of the discriminator; high enough for real and made to overlap, low enough to tell them apart."""
+    """t: times of the discriminator; high enough that real and generated clips overlap, low enough to differ."""
     layers: tuple[int, ...] = (0, 1)
     """Blocks of the video teacher whose features the discriminator reads."""
 

@@ -1,4 +1,4 @@
-"""What a method is: who is trained now, and on which loss. Everything else is the engine's business."""
+"""The interface of a method: which role is trained, and with which loss. Everything else is the engine's business."""
 
 from __future__ import annotations
 
@@ -77,9 +77,9 @@ class Work:
     role: str
     forwards: float
     frames: int = 0
-    """Of so many single frames of the clip (all there are of a shorter one); 0: of the clip."""
+    """Number of single frames of the clip that the network reads (at most all of them); 0: the whole clip."""
     layers: tuple[int, ...] = ()
-    """Up to the deepest of these blocks; empty: to the end."""
+    """Blocks whose output is used; the network runs up to the deepest. Empty: the whole network."""
 
 
 def in_forwards(cost: Sequence[Work]) -> str:
@@ -104,7 +104,7 @@ class Method(ABC):
     """
 
     cite: ClassVar[str]
-    """Authors, title, arXiv id: printed by `fewstep list methods`."""
+    """Authors, title and arXiv id, as printed by `fewstep list methods`."""
 
     @property
     def needs(self) -> frozenset[str]:
@@ -118,7 +118,7 @@ class Method(ABC):
 
     @property
     def guidance(self) -> CFG | None:
-        """What the student learns to do without (a field of that name); None: nobody is guided."""
+        """Guidance distilled into the student (a field of that name); None if unused."""
         return None
 
     @property

@@ -36,20 +36,20 @@ class Consistency(Method):
     cite: ClassVar[str] = "Luo et al., Latent Consistency Models, 2310.04378"
 
     guidance: CFG = CFG(scale=3.0)
-    """Of the teacher's ODE step (the paper's omega + 1)."""
+    """Guidance of the teacher's ODE step (the paper's omega + 1); it is distilled into the student."""
     intervals: Annotated[int, Bounds(1, 10_000)] = 48
-    """N: intervals of the time grid."""
+    """N: number of intervals of the time grid."""
     skip: Count = 1
     """k: intervals per teacher step."""
     decay: Fraction = 0.95
-    """mu: of the target network."""
+    """mu: decay of the target network."""
     shift: Positive = 1.0
-    """Of the training and the sampling grid."""
+    """Shift of the grid for training and sampling; 1: none."""
     huber: Positive = 1e-3
     """c of the pseudo-Huber distance d."""
     steps: tuple[Count, ...] = (1, 2, 4)
-    """Step counts the student is offered for; the training does not depend on them. Each must divide `intervals`: the times
-    of other counts are not on the training grid."""
+    """Step counts that the student serves; training does not depend on them. Each must divide `intervals`, otherwise its
+    times are not on the training grid."""
 
     def __post_init__(self) -> None:
         require_bounds(self)

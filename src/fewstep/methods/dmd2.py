@@ -45,32 +45,32 @@ class DMD2(Method):
     cite: ClassVar[str] = "Yin et al., Improved Distribution Matching Distillation for Fast Image Synthesis, 2405.14867"
 
     rollout: Rollout = BackwardSimulation()
-    """How student samples are made: the student's own sampler."""
+    """How student samples are generated in training: with the student's own sampler."""
     guidance: CFG = CFG(scale=3.0)
-    """Of the teacher only; the critic is never guided."""
+    """Guidance of the teacher; it is distilled into the student. The critic uses none."""
     critic_updates: Count = 5
     """Critic updates per student update, all in one iteration."""
     warmup: Natural = 0
-    """Iterations in the beginning that train the critic (and discriminator) alone."""
+    """First iterations, which train only the critic (and the discriminator)."""
     score_density: TimeDensity = Uniform(low=0.02, high=0.98)
-    """t of the score difference."""
+    """Density of t for the score difference."""
     critic_density: TimeDensity = Uniform()
-    """t of the critic's training."""
+    """Density of t for the critic's training."""
     gan: Amount = 0.0
-    """lambda_G under mean reduction (published: 0.001 to 0.03); 0 is off and needs no data."""
+    """lambda_G: weight of the GAN loss under mean reduction (published: 0.001 to 0.03); 0: off, and no clips are needed."""
     r1: Amount = 0.0
-    """Weight of the approximate R1 penalty on the discriminator."""
+    """Weight of the approximate R1 penalty on the discriminator; 0: off."""
     rho: Amount = 0.1
-    """Size of its perturbation of the noised latents."""
+    """Size of the perturbation of the noised latents in the R1 penalty."""
     layers: tuple[int, ...] = (-1,)
     """Teacher blocks whose features the discriminator reads."""
     weak: float = 0.0
-    """How much of the critic's adapters the real score sees (MagicDistillation: 0.25); 0 is the teacher. Needs
-    settings.lora."""
+    """Share of the critic's adapters added to the teacher for the real score (MagicDistillation: 0.25); 0: the teacher
+    alone. Needs settings.lora."""
     anchor: Amount = 0.0
-    """lambda_reg of the regression on stored pairs (DMD: 0.25); 0 is off and needs no pairs."""
+    """lambda_reg: weight of the regression on stored pairs (DMD: 0.25); 0: off, and no pairs are needed."""
     anchor_rollout: FromPairs = FromPairs()
-    """Which stored states the regression reads."""
+    """Stored states that the regression reads."""
 
     def __post_init__(self) -> None:
         require_bounds(self)

@@ -34,9 +34,9 @@ class FlowMatching(Method):
     cite: ClassVar[str] = "Lipman et al., Flow Matching for Generative Modeling, 2210.02747"
 
     density: TimeDensity = LogitNormal()
-    """Density of t."""
+    """Density of t in training."""
     cond_drop: Fraction = 0.1
-    """Share of samples trained on the null prompt; guidance needs it."""
+    """Share of samples trained with the null prompt; guidance needs them."""
     image_fraction: Fraction = 0.0
     """Share of iterations on single frames."""
     images_per_clip: Count = 4

@@ -31,9 +31,9 @@ class KnowledgeDistillation(Method):
     cite: ClassVar[str] = "Luhman & Luhman, Knowledge Distillation in Iterative Generative Models, 2101.02388"
 
     rollout: FromPairs = FromPairs()
-    """Which stored states are inputs, and how the student will be sampled."""
+    """Stored states that are inputs, and the way the student will be sampled."""
     huber: Positive | None = 1e-3
-    """c of the pseudo-Huber distance; None is the paper's mean square."""
+    """c of the pseudo-Huber distance; null: the paper's mean square."""
 
     @property
     def needs(self) -> frozenset[str]:

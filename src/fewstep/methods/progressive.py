@@ -43,11 +43,11 @@ class Progressive(Method):
     cite: ClassVar[str] = "Salimans & Ho, Progressive Distillation for Fast Sampling of Diffusion Models, 2202.00512"
 
     stages: tuple[tuple[Count, Natural], ...] = ((8, 400), (4, 400), (2, 400), (1, 400))
-    """(student steps N, iterations), in order; the last stage goes on if the run is longer."""
+    """Stages in order, each (student steps N, iterations). The last stage continues if the run is longer."""
     guidance: CFG = CFG(scale=3.0)
-    """Of the teacher, in the first stage only: afterwards it is distilled in."""
+    """Guidance of the teacher in the first stage; the student learns it, so later stages use none."""
     shift: Positive = 1.0
-    """Of the time grid."""
+    """Shift of the time grid; 1: none."""
 
     def __post_init__(self) -> None:
         require_bounds(self)

@@ -32,13 +32,13 @@ class Reconstruction(Method):
     cite: ClassVar[str] = "after Rombach et al., High-Resolution Image Synthesis with Latent Diffusion, 2112.10752"
 
     frames_per_clip: Count = 4
-    """Random frames of each clip per iteration."""
+    """Random frames per clip and iteration."""
     gradient: Amount = 1.0
-    """Weight of the finite differences."""
+    """Weight of the finite-difference term (image gradients)."""
     noise: Amount = 0.1
     """Noise on the latents, as a share of their standard deviation."""
     penalty: Amount = 1e-3
-    """Weight of the mean square of the latents, which keeps their scale near 1."""
+    """Weight of the latents' mean square; it keeps their scale near 1."""
 
     @property
     def needs(self) -> frozenset[str]:

@@ -1,4 +1,4 @@
-"""Roles: the networks that a method asks for besides the teacher and the student, and how each is made."""
+"""Roles: the networks of a method other than teacher and student, and how each is made."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class Making:
     """What a role can be made from."""
 
     roles: Mapping[str, nn.Module]
-    """The networks that exist already, by role."""
+    """Networks that exist already, by role."""
     seed: int = 0
     lora: Lora | None = None
-    """Copies are adapters of this kind over the weights of what they copy; None: they are whole networks."""
+    """Adapters to use for copies, over the weights of the copied network; None: copies are whole networks."""
     device: str | None = None
-    """Where new weights go. None: where the network is that they read."""
+    """Device for new weights; None: that of the network they read."""
     others: Mapping[str, VideoModel] = field(default_factory=dict)
-    """The models that roles with a `source` asked for, by role."""
+    """Models requested by roles with a `source`, by role."""
 
     def denoiser(self, role: str) -> Denoiser:
         """The network of that role. ValueError if it is no denoiser."""

@@ -1,4 +1,4 @@
-"""What the student is trained on: its inputs, and the calls that carry gradient: one, where a rollout does not say more.
+"""Rollouts: the student's inputs in training, and which of its calls carry gradient.
 
 A rollout returns the student's clean prediction and says where it came from. It also knows how such a student must be
 sampled, because the two must agree: the training simulation *is* the sampler, stopped early.
@@ -43,13 +43,13 @@ class Rolled(Visit):
     """The last call, whose x0 a method trains on, and what led to it."""
 
     before: tuple[Visit, ...] = ()
-    """The calls before it, in order. Of all calls the last `Rollout.grad_calls` carry gradient."""
+    """Earlier calls, in order. The last `Rollout.grad_calls` calls carry gradient."""
     noise: Tensor | None = None
-    """What the first input was made with, before it is scaled to its path; None where it came from stored states."""
+    """Noise of the first input, before scaling to its path; None if the input is a stored state."""
     exit: int = 0
-    """How many steps of the sampler were done when the last call was made."""
+    """Steps of the sampler that were done before the last call."""
     grid: tuple[float, ...] = ()
-    """The times of that sampler, without the final 0; empty where each sample has a step of its own."""
+    """Times of that sampler, without the final 0; empty if each sample has its own step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,14 +57,14 @@ class Rollout(ABC):
     """The student's sampler (`grids`, `shift`, `mode`), and how the samples that it is trained on are made."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    """Fields of Batch it reads besides the condition."""
+    """Fields of Batch that it reads, other than the condition."""
 
     grids: Grids = ((1.0, 0.75, 0.5, 0.25),)
-    """Times without the final 0, one tuple per step count."""
+    """Time grids without the final 0, one tuple per step count."""
     shift: Positive = 1.0
-    """Applied to every time of `grids`."""
+    """Shift applied to every time of `grids`; 1: none."""
     mode: Literal["sde", "ode"] = "sde"
-    """Between steps: fresh noise on x0 (sde), or the deterministic first-order step (ode)."""
+    """Between steps: `sde` adds fresh noise to x0; `ode` takes the deterministic first-order step."""
 
     def __post_init__(self) -> None:
         exact(self.grids, self.shift)
@@ -144,10 +144,11 @@ class BackwardSimulation(Rollout):
     """
 
     exit: Literal["random", "last"] = "random"
-    """Where to stop; drawn the same on every place, because ranks must agree on the number of calls."""
+    """Step to stop at: a random one or the last. All processes draw the same step, because they must agree on the number of
+    calls."""
 
     grad_calls: int = 1
-    """How many of the last calls carry gradient, from one to the next through what is between them."""
+    """Number of last calls that carry gradient; the gradient flows from one call to the next."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""Saturation and contrast: what too much guidance and a critic that lags raise first, long before clips look broken."""
+"""Saturation and contrast: strong guidance and a lagging critic raise them long before clips look broken."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How different the clips of one prompt are: adversarial and distribution-matching losses may answer every seed alike."""
+"""Difference between clips of one prompt: some losses give nearly the same clip for every seed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Energy distance: how far two samples of one prompt are apart, meaningful from two clips each."""
+"""Energy distance between two sets of samples of one prompt, usable from two clips each."""
 
 from __future__ import annotations
 

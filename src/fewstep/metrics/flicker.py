@@ -1,4 +1,4 @@
-"""Temporal flicker: what changes from frame to frame without going anywhere."""
+"""Temporal flicker: change from frame to frame that is not motion."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Frechet distance between two sets of features, and the two controls without which its value says nothing.
+"""Frechet distance between two sets of features, with its two controls.
 
 The distance of finite samples is biased upwards by an amount that depends on their number and on the width of the
 features: compare values only at the same `n`, and read them against the noise floor and the shuffled-frames control.

@@ -1,4 +1,4 @@
-"""How much a clip moves: the first thing that few-step distillation loses, and the one that still images cannot show."""
+"""Amount of motion in a clip: few-step distillation loses it first, and still images cannot show it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Networks: the denoiser and its backbone, the autoencoder, the text encoder, heads and eyes."""
+"""Networks: denoiser and backbone, autoencoder, text encoder, discriminator heads, feature network."""
 
 from fewstep.models.autoencoder import FrameAutoencoder
 from fewstep.models.backbone import Backbone, Context, Output, State, Tokens

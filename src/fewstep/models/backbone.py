@@ -28,15 +28,15 @@ class Context(NamedTuple):
     modulation_BG6E: Tensor
     text_BLE: Tensor
     text_mask_B11L: Tensor | None
-    """None: padding is read like words."""
+    """Mask of the text tokens; None: padding is read like words."""
     rotary: Rotary
     table: Tensor
-    """Of `rotary`: where all N tokens stand."""
+    """Table of `rotary` for the positions of all N tokens."""
     site: Site
     shared: Ulysses | None = None
-    """The processes that hold the other tokens of these clips, if they are shared."""
+    """Processes that hold the other tokens of these clips; None if clips are not shared."""
     image_BKE: Tensor | None = None
-    """K tokens of an image that is read beside the text, where there is one."""
+    """K image tokens that are read next to the text; None without an image."""
 
 
 class Read(NamedTuple):
@@ -44,7 +44,7 @@ class Read(NamedTuple):
 
     mixed_BHND: Tensor
     new: KV
-    """This call's own keys, not rotated, and values: what a memory keeps. Of processes that share clips, each has its heads."""
+    """This call's own keys (not rotated) and values, for the memory. Processes that share clips have their own heads each."""
 
 
 def read(operation: Operation, qkv: tuple[Tensor, Tensor, Tensor], context: Context, past: KV | None) -> Read:
@@ -64,9 +64,9 @@ class State(ABC):
     """What flows from block to block."""
 
     past: KV | None = field(default=None, kw_only=True)
-    """In: keys, rotated, and values that the next block may read besides its own."""
+    """Input: rotated keys, and values, that the next block may read in addition to its own."""
     new: KV | None = field(default=None, kw_only=True)
-    """Out: keys and values the last block made, keys without rotary position."""
+    """Output: keys (without rotary position) and values of the last block that ran."""
 
     @property
     @abstractmethod
@@ -152,43 +152,43 @@ class Original(NamedTuple):
     """What an adapter was read from: its own library's networks with the same weights, and how that library calls them."""
 
     networks: Mapping[str, nn.Module]
-    """By the folder that each is saved in, in eval mode. Their tensors are the adapter's: nothing is copied."""
+    """Networks by the folder they are saved in, in eval mode. They use the adapter's tensors; nothing is copied."""
     forward: Callable[[Tensor, Tensor, Cond], Tensor]
-    """`(x, t [B], cond)` to what `Output.raw` must be, by the networks' own forward."""
+    """The networks' own forward, from `(x, t [B], cond)` to what `Output.raw` must be."""
     pack: Callable[[Tensor], Tensor] = _same
-    """From latents `[B, C, F, H, W]` to the layout in which the library's pipeline takes them."""
+    """Conversion from latents `[B, C, F, H, W]` to the layout that the library's pipeline takes."""
     unpack: Callable[[Tensor, torch.Size], Tensor] = Tensor.reshape
-    """Of what the pipeline made, latents of that shape again."""
+    """Conversion of the pipeline's output back to latents of that shape."""
     names: Mapping[str, str] = MappingProxyType({})
-    """What the pipeline calls a field of `Cond.extra` or an argument, where that is not its usual name."""
+    """The pipeline's name for a field of `Cond.extra` or an argument, if it is not the usual name."""
     told: Mapping[str, float] = MappingProxyType({})
-    """Arguments that the pipeline is given besides: what the adapter has as a setting."""
+    """Additional arguments for the pipeline, which are settings of the adapter."""
 
 
 class Backbone(nn.Module, ABC):
     """A video network: latents `[B, C, F, H, W]`, time `[B]` or `[B, F]` and text in, a tensor like the latents out."""
 
     args: dict[str, object]
-    """Constructor arguments as plain values: what `Spec` needs to build the same network again."""
+    """Constructor arguments as plain values; `Spec` builds the same network from them."""
     width: int
-    """Channels of `State.volume`, where all blocks have the same (see `widths`)."""
+    """Channels of `State.volume`, if all blocks have the same number (see `widths`)."""
     patch_frames: int = 1
-    """Latent frames that are one frame of `State.volume`."""
+    """Latent frames per frame of `State.volume`."""
     any_size: bool = True
-    """Whether clips may have another height and width than it was trained on."""
+    """Whether clips may have another height and width than in training."""
     blocks: nn.ModuleList
-    """Each maps State to State."""
+    """Blocks; each maps State to State."""
     rotary: Rotary
-    """Of networks that can have a past."""
+    """Rotary positions, for networks that can have a past."""
     shares: ClassVar[bool] = False
-    """Whether the tokens of a clip may lie on several processes: the blocks' self-attention is `read` (or a `streams.Seat`), and
-    everything else they do is done token by token."""
+    """Whether several processes may share the tokens of a clip: the blocks' self-attention is `read` (or a `streams.Seat`),
+    and all other operations work token by token."""
     transforms: tuple[Transform, ...] = ()
-    """How this network differs from what its class and `args` make, see `compress.transformed`."""
+    """Transforms of this network relative to its class and `args`, see `compress.transformed`."""
     takes_scalars: ClassVar[bool] = False
-    """Whether `embed` gives its time embedding to `with_scalars`."""
+    """Whether `embed` passes its time embedding through `with_scalars`."""
     scalars: nn.ModuleDict
-    """Embeddings of what `ScalarInput` has added, by name."""
+    """Embeddings added by `ScalarInput`, by name."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A video model as people use it: text encoder, denoiser and codec in one folder, with a card that says how to sample it.
+"""A video model in one folder: text encoder, denoiser, codec, and a card with its sampling contract.
 
 A folder holds `card.json` and one `<part>.safetensors` per network. Nothing else is read, and nothing is unpickled.
 A folder in diffusers' layout (`model_index.json`) is read through `adapters`. A student of such a model has its denoiser in
@@ -55,13 +55,13 @@ class Card:
     parts: dict[str, Spec] = field(default_factory=dict)
     """Class and constructor arguments of every network; the denoiser's entry is its backbone."""
     sources: dict[str, str] = field(default_factory=dict)
-    """Of parts whose weights are not in this folder: the folder in diffusers' layout, or its hub name, that has them."""
+    """Source of each part whose weights are not in this folder: a folder in diffusers' layout or its hub name."""
     fingerprints: dict[str, str] = field(default_factory=dict)
-    """Of every part's weights as they load: data made by other weights is refused before any is read."""
+    """Fingerprint of each part's loaded weights. Data made with other weights is refused before it is read."""
     transforms: tuple[Transform, ...] = ()
-    """In which the denoiser differs from what its entry in `parts` makes, in the order in which they are applied."""
+    """Transforms of the denoiser relative to its entry in `parts`, in the order of application."""
     files: dict[str, str] = field(default_factory=dict)
-    """Length and digest of every part's file as it was written: damage is noticed on loading."""
+    """Length and digest of each part's file as written; loading detects damage."""
     path: NoisePath = RectifiedFlow()
     kind: Kind = "flow"
     contract: Contract = Contract()
@@ -70,11 +70,11 @@ class Card:
     width: Size = 32
     fps: FrameRate = 8
     negative_prompt: str = ""
-    """What guidance leads away from."""
+    """Negative prompt for guidance."""
     provenance: dict[str, str] = field(default_factory=dict)
     """Recipe hash, teacher and data fingerprints, licences, machine, versions: free text by name."""
     scores: dict[str, float] = field(default_factory=dict)
-    """Measured figures by name, with their n in the name."""
+    """Measured figures by name; the name contains n."""
 
     def __post_init__(self) -> None:
         require_bounds(self)
@@ -128,7 +128,7 @@ class VideoModel:
         return self.stored[name] if name in self.stored else self.part(name).state_dict()
 
     def fingerprint(self, name: str) -> str:
-        """Of a part, wherever its weights are."""
+        """Fingerprint of a part, wherever its weights are."""
         return print_of(self.part(name), self.weights(name))
 
     @property

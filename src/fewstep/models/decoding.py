@@ -1,4 +1,4 @@
-"""Latents to frames while the latents are still being made: chunk by chunk, with what was seen before as an argument.
+"""Decode latents chunk by chunk during sampling; the memory is an argument.
 
 Every codec has `decode_next(latents, past, last=...) -> Decoded`. Joined, the frames are those of `decode`; what a codec
 must wait for, and where it is not exactly the whole, is said where its class is.
@@ -20,9 +20,9 @@ class Decoded:
     """What one chunk gave."""
 
     frames: Tensor
-    """`[B, 3, K, H, W]`. K is 0 while the decoder waits for more latents."""
+    """Frames `[B, 3, K, H, W]`. K is 0 while the decoder waits for more latents."""
     past: Any
-    """What the next chunk needs; nothing is written into it, so a stream may go on from it more than once."""
+    """Memory for the next chunk. It is never changed in place, so a stream may continue from it more than once."""
 
 
 class ChunkCodec(Protocol):

@@ -1,4 +1,4 @@
-"""A backbone that knows its noise path and what it predicts: the only kind of network a method ever sees."""
+"""A backbone with its noise path and kind of prediction: the only kind of network a method sees."""
 
 from __future__ import annotations
 

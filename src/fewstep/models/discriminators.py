@@ -1,4 +1,4 @@
-"""Small heads that tell real from made, on features of a denoiser (as in DMD2, 2405.14867, and AVDM2, 2412.05899)."""
+"""Small heads that distinguish real from generated clips by a denoiser's features (DMD2, 2405.14867; AVDM2, 2412.05899)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a clip looks like and how it moves, as one vector: the measuring eye of the built-in world.
+"""The feature network of the built-in world: one vector for a clip's look and motion.
 
 Space is a torus (circular padding), time is not.
 """

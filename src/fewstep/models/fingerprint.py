@@ -1,4 +1,4 @@
-"""What a network is, in 12 characters: its class, its arguments, its transforms and its weights."""
+"""Fingerprint of a network in 12 characters: its class, arguments, transforms and weights."""
 
 from __future__ import annotations
 

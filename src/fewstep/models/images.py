@@ -1,4 +1,4 @@
-"""Pictures as conditions, for models that make clips of images (`VideoModel` with a part `image`)."""
+"""Images as conditions, for image-to-video models (`VideoModel` with a part `image`)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ImageEncoder(Protocol):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of what it makes, in `Cond.extra`."""
+        """Names of its conditions in `Cond.extra`."""
         ...
 
     @property
@@ -99,7 +99,9 @@ def _picture(model: VideoModel, name: str, picture: Tensor | None) -> Tensor:
     size = (3, model.card.height, model.card.width)
     if picture is None or picture.shape[-3:] != size or picture.ndim not in (3, 4):
         got, flag = "none" if picture is None else str(list(picture.shape)), "--" + name.replace("_", "-")
-        raise ValueError(f"{model.card.name!r} makes clips of images: give {name} ({flag}), {list(size)}; got {got}")
+        raise ValueError(
+            f"{model.card.name!r} is an image-to-video model: give {name} ({flag}), {list(size)}; got {got}"
+        )
     if not (picture.is_floating_point() and bool((picture.abs() <= 1).all())):
         raise ValueError(
             f"{name} is a picture of floating-point numbers in [-1, 1]: x / 127.5 - 1 of 8 bits, 2 x - 1 of [0, 1]"

@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, 2106.09685): a network that owns a few small matrices and borrows every other weight.
+"""Low-rank adapters (LoRA, 2106.09685): a network with a few small matrices that borrows all other weights.
 
 Each role is a network of its own over one set of frozen weights: nothing says "this adapter is active now". A shared
 network with a switch would compute something else when a block is computed again in the backward pass, after the switch
@@ -45,7 +45,7 @@ class Lora:
     alpha: Positive = 32.0
     """Strength: the update is multiplied by `alpha / rank`."""
     targets: tuple[str, ...] = ()
-    """Last parts of the names of the layers that are adapted, such as `qkv` or `mlp.up`; empty: all in the blocks."""
+    """Layers to adapt, by the last parts of their names, such as `qkv` or `mlp.up`; empty: all linear layers of the blocks."""
 
     def __post_init__(self) -> None:
         require_bounds(self)

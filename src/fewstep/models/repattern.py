@@ -1,4 +1,4 @@
-"""The same network under another attention pattern: for checks, and for patterns that need no training."""
+"""A copy of a network with another attention pattern: for checks, and for patterns without training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rotary position embedding (2104.09864) over frames, rows and columns: where queries and keys stand.
+"""Rotary position embedding (2104.09864) over frames, rows and columns.
 
 Legend: B batch, F frames, H heads, M tokens, D head dimension.
 """
@@ -36,7 +36,7 @@ class FrameRotary:
     dim: int
     base: float
     halves: bool = False
-    """Whether `(x[i], x[i + D/2])` are turned together, or `(x[2i], x[2i + 1])`."""
+    """Whether the pairs `(x[i], x[i + D/2])` are rotated, or the pairs `(x[2i], x[2i + 1])`."""
 
     def table(self, frames: Tensor, grid: Grid3) -> Tensor:
         """float64, computed on the CPU."""

@@ -1,4 +1,4 @@
-"""Sampling as a process: what is asked of a model, refused at once or made step by step."""
+"""Sampling as a process: a request is checked at once, then sampled step by step."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ class Request:
 
     prompts: Sequence[str]
     image: Images | None = None
-    """Of a model with a part `image`: what the clips begin with, one for all or one per prompt."""
+    """First frame for an image-to-video model: one image for all prompts, or one per prompt."""
     last_image: Tensor | None = None
-    """What they end with, of models that make clips between two images."""
+    """Last frame for a model that generates between two images."""
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     num_frames: int | None = None
     seed: int | Sequence[int] = 0
-    """One per prompt, or the first of consecutive ones. A clip depends on its own seed and prompt only."""
+    """One seed per prompt, or the first of consecutive seeds. A clip depends only on its own seed and prompt."""
     force: bool = False
-    """Sample what the model was not trained for: another step count or number of frames, guidance on top of a student's."""
+    """Allow what the model was not trained for: another step count or number of frames, or guidance on top of a student's."""
     runner: Runner = every_block
-    """Who runs the blocks: `caching.SkipMiddle().begin()` makes one. One that remembers serves one request."""
+    """Runner of the blocks, such as `caching.SkipMiddle().begin()`. A runner with memory serves one request only."""
     shared: Sharing | None = None
-    """The processes that make these clips together; all of them must ask for the same."""
+    """Processes that generate these clips together; all of them must pass the same arguments."""
 
     @property
     def seeds(self) -> tuple[int, ...]:

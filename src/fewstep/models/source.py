@@ -1,4 +1,4 @@
-"""Where a run's model comes from: a folder of weights, the diffusers ecosystem, or networks that do not exist yet."""
+"""Where a run's model comes from: a folder of weights, a diffusers model, or new networks."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ class Pretrained(ModelSource):
     """A model that has been trained: what distillation starts from."""
 
     source: str = "world"
-    """`world`, the teacher shipped with the package, or a folder (a run's `student/`)."""
+    """Model folder (such as a run's `student/`), or `world`, the teacher in the package."""
     lora: str | None = None
-    """A LoRA to merge into the teacher, file or folder: its style is then what the student learns."""
+    """LoRA file or folder to merge into the teacher; the student then learns its style. null: none."""
     transforms: tuple[Transform, ...] = ()
-    """Applied to the denoiser after those of its card, and after the LoRA: teacher and student are both changed."""
+    """Transforms applied to the denoiser, after those of its card and after the LoRA. They change teacher and student."""
 
     def card(self) -> Card:
         return _changed(_restyled(read_card(self.source), self.lora), self.transforms)
@@ -71,17 +71,17 @@ class Diffusers(ModelSource):
     width: Size | None = None
     fps: FrameRate | None = None
     negative_prompt: str | None = None
-    """What guidance leads away from."""
+    """Negative prompt for guidance. null: the family's recommended one."""
     pattern: Pattern | None = None
-    """Which frames the denoiser's attention reads: BlockCausal makes a causal model of a bidirectional one."""
+    """Attention pattern of the denoiser: BlockCausal makes a bidirectional model causal. null: unchanged."""
     tiling: bool | None = None
-    """Whether the codec works in overlapping tiles: less memory, nearly the same frames."""
+    """Decode and encode in overlapping tiles: less memory, nearly the same frames. null: the family's default."""
     text_dtype: Literal["float32", "bfloat16"] | None = None
-    """Of the text encoder's weights."""
+    """Type of the text encoder's weights. null: bfloat16 for T5, float32 for CLIP."""
     lora: str | None = None
-    """A LoRA to merge into the teacher, file or folder: its style is then what the student learns."""
+    """LoRA file or folder to merge into the teacher; the student then learns its style. null: none."""
     transforms: tuple[Transform, ...] = ()
-    """Applied to the denoiser, after the LoRA: teacher and student are both changed."""
+    """Transforms applied to the denoiser, after the LoRA. They change teacher and student."""
 
     def card(self) -> Card:
         return _changed(_restyled(self._plain(), self.lora), self.transforms)
@@ -135,19 +135,19 @@ class Scratch(ModelSource):
     codec: Spec | str | None = None
     features: Spec | str | None = None
     transforms: tuple[Transform, ...] = ()
-    """Applied to the denoiser, after those of its card where it is taken from a folder."""
+    """Transforms applied to the denoiser; if it comes from a folder, after those of its card."""
     path: NoisePath = RectifiedFlow()
     kind: Kind = "flow"
     """What the denoiser predicts."""
     contract: Contract = Contract()
-    """How the trained model will be sampled."""
+    """How to sample the trained model."""
     num_frames: Size = 16
     height: Size = 32
     width: Size = 32
     fps: FrameRate = 8
     name: str = "scratch"
     seed: int = 0
-    """Of the first weights."""
+    """Seed of the initial weights."""
 
     made: ClassVar[tuple[str, ...]] = ("denoiser", "text", "codec", "features")
 

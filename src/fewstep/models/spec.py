@@ -1,4 +1,4 @@
-"""A network that is not there yet: its class by name and its constructor arguments, all plain values."""
+"""Description of a network that is not built yet: its class name and constructor arguments."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Spec:
     """
 
     type: str
-    """A class name of `NETWORKS` or of the adapters' `PARTS`."""
+    """Class name from `NETWORKS` or from the adapters' `PARTS`."""
     args: dict[str, Any] = field(default_factory=dict)
     """Arguments that differ from the defaults, or all of them."""
 

@@ -1,4 +1,4 @@
-"""How a run makes its calls: with which processes, and what of them is kept for the backward pass."""
+"""How a run calls its networks: with which processes, and what is kept for the backward pass."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Spread:
     """What every call of a run's denoisers has besides what its caller says."""
 
     shared: Sharing | None = None
-    """The processes that make each call together."""
+    """Processes that make each call together."""
     checkpointing: bool = False
 
     def __call__(self, call: Call) -> Call:

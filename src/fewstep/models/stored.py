@@ -1,4 +1,4 @@
-"""Weights that stay in their safetensors files until they are asked for, and what is checked before they are believed."""
+"""Weights that stay in their safetensors files until they are needed, and their checks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts to text states, without a vocabulary: every word of any language has a place.
+"""The built-in text encoder: prompts to text states without a vocabulary, for words of any language.
 
 Legend: B prompts, L tokens, H heads, E width.
 """

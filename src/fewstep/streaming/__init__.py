@@ -1,4 +1,4 @@
-"""Causal students that make video chunk by chunk: the loop, and sessions that people watch."""
+"""Streaming: causal students that generate video chunk by chunk, and sessions."""
 
 from fewstep.streaming.blocks import Chunks, Made
 from fewstep.streaming.session import Session, Snapshot

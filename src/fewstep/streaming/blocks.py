@@ -1,4 +1,5 @@
-"""The autoregressive loop: a chunk is sampled from what is remembered, then committed. Training and serving import it.
+"""The autoregressive loop: a chunk is sampled with the memory of earlier chunks, then added to it. Training and serving
+import it.
 
     1  view = what the memory holds, turned to where it stands                       once per chunk
     2  x = sampler from fresh noise over the student's times, every call reads view
@@ -28,7 +29,7 @@ class Made:
 
     step: Step
     memory: KVCache | None
-    """After the chunk; None before its last step."""
+    """Memory after the chunk; None before its last step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,7 @@ class Chunks:
     network: Predictor
     contract: Contract
     times: tuple[float, ...]
-    """Of the sampler's steps, in every chunk."""
+    """Times of the sampler's steps, the same in every chunk."""
 
     @property
     def stream(self) -> Stream:

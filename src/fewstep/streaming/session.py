@@ -1,4 +1,4 @@
-"""A stream that is watched while it is made: paused by not asking, steered, given up, and restored from a snapshot."""
+"""A stream that can be paused, steered, cancelled, and restored from a snapshot."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Snapshot:
     seeds: tuple[int, ...]
     memory: KVCache
     chunks: int = 0
-    """How many have been made."""
+    """Number of chunks made so far."""
 
 
 class Session:

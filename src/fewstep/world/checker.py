@@ -1,4 +1,4 @@
-"""Reads the six attributes of a scene back from pixels, by analysis alone: no network, nothing learnt, no tie to any model.
+"""Reads the six attributes of a scene from pixels by analysis: no network, no training, no model.
 
 Per temporal group of frames: background by vote of the pixels, colour as the palette line that explains the other pixels,
 shape and size as the template that best matches the centred object.  Over the whole clip: direction and speed from the object's
@@ -57,7 +57,7 @@ class Checker:
     """Thresholds of the analysis; colours are RGB in [0, 1], lengths pixels, and the defaults suit decoded clips."""
 
     style: str = "plain"
-    """How the world is drawn, one of `STYLES`. One that draws several backgrounds alike cannot be asked for them."""
+    """Drawing style of the world, one of `STYLES`. If it draws several backgrounds alike, they cannot be checked."""
     background_tolerance: float = 0.15
     """Largest RGB distance of a pixel to the background it votes for."""
     background_share: float = 0.5
@@ -67,13 +67,13 @@ class Checker:
     colour_residual: float = 0.15
     """Largest share of the object's contrast energy that its colour may leave unexplained."""
     colour_margin: float = 1.5
-    """How many times worse the second colour must explain it."""
+    """Factor by which the second-best colour must explain it worse."""
     object_area: tuple[float, float] = (18.0, 340.0)
     """Accepted area of the object in every frame, square pixels."""
     shape_similarity: float = 0.95
     """Smallest cosine between the centred object and its template."""
     shape_margin: float = 0.004
-    """By how much that cosine must exceed the best of any other shape, and of the other size."""
+    """Margin of that cosine over the best other shape, and over the other size."""
     track_jitter: float = 0.8
     """Largest distance of the object from its straight track, 90 % of frames."""
     velocity_change: tuple[float, float] = (0.1, 0.25)

@@ -1,4 +1,4 @@
-"""Clips of the built-in world as training data: prompts, pixels, latents and attribute labels, rendered when asked for."""
+"""Clips of the built-in world as training data: prompts, pixels, latents and labels, rendered on request."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class WorldClips(Data):
 
     num_frames: Size = 16
     pool: Natural = 0
-    """Clips kept in memory as latents (8 kB each at 16 frames); 0 renders every batch anew."""
+    """Clips kept in memory as latents (8 kB each at 16 frames); 0: render every batch anew."""
     pool_seed: int = 0
     style: Literal["plain", "neon"] = "plain"
-    """How the world is drawn: filled shapes as the shipped teacher knows them, or light outlines on black."""
+    """Drawing style: `plain` has filled shapes, as the built-in teacher knows them; `neon` has light outlines on black."""
 
     def check_card(self, card: Card) -> None:
         require_text_alone(card, "WorldClips")

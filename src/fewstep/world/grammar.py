@@ -1,4 +1,4 @@
-"""The language of the built-in world: scenes of six attributes, and the English sentences that name them.
+"""The language of the built-in world: scenes of six attributes, and English sentences for them.
 
 A `Scene` is one choice per attribute.  `describe` writes the canonical sentence, `paraphrase` a varied one, and `parse` reads
 both back exactly.  `parse` refuses what it does not understand (an unknown word, two directions) instead of guessing: a prompt

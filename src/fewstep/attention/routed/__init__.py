@@ -1,1 +1,1 @@
-"""Patterns that choose what to read by looking at queries and keys."""
+"""Patterns that choose what to read from queries and keys."""

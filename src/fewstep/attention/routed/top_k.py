@@ -1,4 +1,4 @@
-"""Each block of queries reads the few blocks of keys that look most like it (MoBA, 2502.13189; VSA, 2505.13389).
+"""Each block of queries reads the few most similar blocks of keys (MoBA, 2502.13189; VSA, 2505.13389).
 
     1  q, k in blocks of `block` tokens, in the order of the tokens; the last one may be shorter
     2  score of a pair of blocks = mean of the queries . mean of the keys          (per head, no gradient)
@@ -28,7 +28,7 @@ class TopK(Pattern):
     """Block-sparse attention by a router without parameters: the best `keep` of all blocks, always its own."""
 
     block: Size = 64
-    """Tokens of a block."""
+    """Tokens per block."""
     keep: Fraction = 0.25
     """Share of the blocks of keys that each block of queries reads, rounded up; 1 is dense attention, bit for bit."""
 

@@ -1,4 +1,4 @@
-"""Is it working? Figures on fixed prompts and seeds, one word with its reason, and what follows from it."""
+"""Health checks of a run: figures on fixed prompts and seeds, a one-word verdict with its reason, and actions."""
 
 from fewstep.engine.health.monitor import Monitor, watching
 from fewstep.engine.health.record import Check, Record, read_record

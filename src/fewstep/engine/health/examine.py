@@ -1,4 +1,4 @@
-"""A check in the course of a run: figures to the log, the record to disk, the best student to its folder."""
+"""One health check during a run: figures to the log, the record to disk, the best student to its folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What training feeds its student, overheard: times, mean squares of inputs, and gradients of loss terms."""
+"""Listener to the student's training: times, mean squares of inputs, and gradients of loss terms."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clips of fixed prompts and seeds, and what they look like."""
+"""Sample clips of fixed prompts and seeds, and measure them."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class Sampled:
     """Clips of all prompts and seeds at every step count, one count after the other."""
 
     latents: Tensor
-    """`[N P S, C, F, h, w]` for N step counts."""
+    """Latents `[N P S, C, F, h, w]` for N step counts."""
     frames: Tensor
-    """`[N P S, 3, F, H, W]`, large ones made smaller."""
+    """Frames `[N P S, 3, F, H, W]`; large frames are made smaller."""
     times: tuple[float, ...]
-    """Every time at which the network was called."""
+    """All times at which the network was called."""
 
 
 @dataclass(frozen=True)
@@ -46,15 +46,15 @@ class Gauge:
 
     prompts: tuple[str, ...]
     scenes: tuple[Scene, ...] | None
-    """What the prompts mean, where that can be checked."""
+    """Scene of each prompt; None if prompts cannot be checked."""
     seeds: int
     batch: int
     precision: Callable[[], AbstractContextManager[Any]]
     images: Mapping[str, Tensor] | None = None
-    """What the clips of the prompts begin with, of a model that reads images."""
+    """First frames (and last, if any) for an image-to-video model; None for other models."""
 
     shared: Sharing | None = None
-    """The processes that make every clip together."""
+    """Processes that generate every clip together."""
 
     @classmethod
     def of(

@@ -1,4 +1,4 @@
-"""Examines a run every so often and acts on what it finds: keeps the best, helps the critic, stops a collapse.
+"""Checks a run at intervals and acts on the verdict: keeps the best, helps the critic, stops a collapse.
 
 All it knows is plain numbers in `state`, so a resumed run reaches the same verdicts as one that never stopped.
 """
@@ -45,7 +45,7 @@ class Start:
     grid: str
     clips: Sampled
     error: float | None
-    """The judge's on them; None without a critic to compare."""
+    """Error of the judge on them; None without a critic to compare."""
 
 
 @dataclass
@@ -60,20 +60,20 @@ class Monitor:
     nets: Nets
     processes: Processes
     heard: Heard
-    """One of the run's listeners."""
+    """What the run's listener recorded."""
     record: Record
     extra: int = 0
-    """Extra turns of every update that does not train the student."""
+    """Extra rounds of every update that does not train the student."""
     best: tuple[int, float] | None = None
     """Step and score of the student in the run's `best` folder."""
     stopped: str = ""
-    """Why the run was ended early."""
+    """Reason for an early end of the run; empty if there was none."""
     names: set[str] = field(default_factory=set)
-    """Loss terms of the student."""
+    """Names of the student's loss terms."""
     terms: Terms | None = None
     before: dict[str, Tensor] = field(default_factory=dict)
     start: Start | None = None
-    """Of the grid of the last check."""
+    """References for the grid of the last check."""
     shown: Sampled | None = None
     """Clips of the last check."""
 

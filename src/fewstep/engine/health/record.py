@@ -1,4 +1,4 @@
-"""`health.json`: what every check of a run found, for people and programs that watch it."""
+"""`health.json`: the results of all checks of a run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Record:
     """All checks of a run, oldest first, and what its student is compared with, by grid."""
 
     steps: int
-    """Iterations the run is to have."""
+    """Planned number of iterations."""
     baselines: dict[str, Baselines]
     checks: tuple[Check, ...] = ()
 

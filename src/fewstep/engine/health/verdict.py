@@ -1,4 +1,4 @@
-"""From a history of figures to one word and its reason: a pure function.
+"""The verdict: from a history of figures to one word and its reason, as a pure function.
 
 Causes come before symptoms. What is wrong with the weights, the noise path, the critic or the times explains bad clips,
 while bad clips explain nothing. Every threshold is a constant below, with the reason for its value.

@@ -1,4 +1,4 @@
-"""What a check finds out: plain figures, so that a history of them can be stored, judged and drawn."""
+"""The figures of a check: plain numbers, so that their history can be stored, judged and plotted."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ class Looks:
     accuracy: float | None
     """Share of clips with every attribute right; None where prompts cannot be checked."""
     distance: float
-    """Energy distance to the teacher's clips, prompt by prompt, in units of `metrics.pooled`. The teacher's own is 0."""
+    """Energy distance to the teacher's clips, prompt by prompt, in units of `metrics.pooled`. The teacher itself has 0."""
     drift: float
-    """Root mean square over channels of the latent mean's shift from the teacher's, in its standard deviations."""
+    """Shift of the latent mean from the teacher's, in the teacher's standard deviations: root mean square over channels."""
     std: float
     """Standard deviation of the latents."""
     saturation: float
     contrast: float
     motion: float | None
-    """None for single images."""
+    """Motion of the clips; None for single images."""
     diversity: float
     by_frame: tuple[float, ...]
-    """Standard deviation of the latents frame by frame: rot that spreads from one end shows here first."""
+    """Standard deviation of the latents per frame. Decay that spreads from one end shows here first."""
     heed: float | None = None
-    """By how much nearer clips are to the teacher's of their own prompt than to those of the other prompts, relative to the
-    teacher's own: 1 = as the teacher, 0 = the prompt makes no difference. Blurs may have more. None with a single prompt."""
+    """How much closer clips are to the teacher's clips of their own prompt than to those of other prompts, relative to the
+    teacher itself: 1 = like the teacher, 0 = the prompt has no effect. Blurred clips may score higher. None with a single
+    prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,30 +40,31 @@ class Vitals:
     step: int
     """Iterations done."""
     grid: str
-    """The step counts of the student's sampler; only checks of the same grid are compared with each other."""
+    """Step counts of the student's sampler. Only checks with the same grid are compared."""
     looks: Looks
     moved: dict[str, float] = field(default_factory=dict)
-    """Share of the weights that the last iteration changed, by trained role."""
+    """Share of each trained role's weights that the last iteration changed."""
     change: float | None = None
     """Size of the student's last update relative to its weights, `|after - before| / |before|`."""
     coarse: float | None = None
-    """Share of the student's weights that bfloat16 holds exactly: 1 if they are kept in it, about 0 in float32."""
+    """Share of the student's weights that bfloat16 represents exactly: 1 if they are kept in bfloat16, about 0 in float32."""
     noise: float | None = None
-    """Power of the noise in what the student is fed in training, relative to what its path gives at the same times."""
+    """Noise power of the student's training inputs, relative to its path at the same times; 1 is right."""
     asked: float | None = None
-    """Deviation of the clean clips (or frames) that the guided network predicts from the teacher's, noised, relative to
-    theirs: what guidance asks of the student. None for a method without guidance."""
+    """Deviation of the clean clips (or frames) that the guided network predicts from the teacher's noised clips, relative
+    to the teacher's clips: it shows how strong guidance is. None for a method without guidance."""
     unseen: tuple[float, ...] = ()
-    """Times its sampler visits and its training does not come near."""
+    """Times that the sampler visits and training does not come near."""
     critic: float | None = None
-    """The critic's error on fresh student samples, relative to that of the network it began as: 1 = has learnt nothing. A
+    """Error of the critic on new student samples, relative to the network it started from: 1 = it has learnt nothing. A
     critic of single frames is tested on single frames."""
     lag: float | None = None
-    """That figure relative to the same on samples of the student before training: above 1, it knows old ones better."""
+    """The `critic` figure divided by the same figure on samples of the untrained student. Above 1, the critic knows old
+    samples better."""
     cosine: float | None = None
-    """Smallest cosine between the gradients of two loss terms of the student; None with a single term."""
+    """Smallest cosine between the gradients of two of the student's loss terms; None with a single term."""
     unmeasured: dict[str, str] = field(default_factory=dict)
-    """Figures that this run has something to measure on and cannot measure, and why."""
+    """Figures that apply to this run but could not be measured, with the reason."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +83,11 @@ class Baselines:
     """What a student is compared with, on the same prompts and seeds."""
 
     teacher: Looks
-    """At its own number of steps."""
+    """The teacher at its own number of steps."""
     untrained: Looks
-    """The teacher at the student's steps, with its own sampler and guidance: what nobody has to train for."""
+    """The teacher at the student's steps, with its own sampler and guidance: the result without any training."""
     start: Looks
-    """The student before its first iteration: the teacher's weights in the student's sampler."""
+    """The student before its first iteration: its initial weights in its own sampler."""
 
 
 def figures(vitals: Vitals) -> dict[str, float]:

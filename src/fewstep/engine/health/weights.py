@@ -1,4 +1,4 @@
-"""Do weights move? Seen on a fixed sample of them, before and after one iteration."""
+"""Measure whether weights move: a fixed sample of them, before and after one iteration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Does a model keep the conventions that everything else counts on? One small function per check, one line to add one.
+"""Does a model keep the conventions that fewstep relies on? One small function per check, one line to add one.
 
 A check's docstring says in its first paragraph what must hold, and in the second what a failure usually means.
 """
@@ -52,14 +52,14 @@ class Finding:
     name: str
     outcome: Outcome
     figure: float | None
-    """None where nothing was measured."""
+    """Measured figure; None if nothing was measured."""
     bound: str
-    """What the figure is compared with, such as `<= 1.0e-04`."""
+    """Bound on the figure, such as `<= 1.0e-04`."""
     note: str
     what: str
-    """What was checked."""
+    """Property that was checked."""
     meaning: str
-    """What a failure usually means."""
+    """Usual cause of a failure."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Conformance:
     height: int
     width: int
     latents: tuple[int, ...]
-    """`(C, F, h, w)`."""
+    """Shape of the latents, `(C, F, h, w)`."""
     dtype: str
     device: str
     findings: tuple[Finding, ...]

@@ -1,4 +1,4 @@
-"""Is it the same network: diffusers' forward, its times, its pipeline; text, guidance and batches as one expects."""
+"""Is it the same network: diffusers' forward, times and pipeline; text, guidance and batches."""
 
 from __future__ import annotations
 

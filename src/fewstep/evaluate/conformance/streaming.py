@@ -1,4 +1,4 @@
-"""Can it be causal: masks, caches and a time per frame, for networks whose attention has a pattern."""
+"""Can it be causal: masks, caches and a time per frame, for networks with an attention pattern."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is checked: one model at one size, with the inputs that all checks share."""
+"""The subject of the checks: one model at one size, with the inputs that all checks share."""
 
 from __future__ import annotations
 
@@ -60,12 +60,13 @@ class Options:
     height: Size | None = None
     width: Size | None = None
     steps: Size = 4
-    """Of sampling."""
+    """Number of sampling steps."""
     seed: int = 0
     prompts: tuple[str, ...] = ()
-    """The first one captions `video`. Default: of the built-in world, whose clips any trained model can denoise."""
+    """Prompts; the first is the caption of `video`. Empty: prompts of the built-in world, which any trained model can
+    denoise."""
     video: Path | None = None
-    """A known clip for the checks that need trained weights (default: a rendered one)."""
+    """Video file for the checks that need trained weights; None: a rendered clip."""
 
     def __post_init__(self) -> None:
         require_bounds(self)
@@ -97,11 +98,11 @@ class Subject:
         self.backbone.embed(self.x_t, self.t, self.cond)  # ValueError where the network does not take this size
 
     def conditions(self, prompts: Sequence[str], frames: Tensor | None = None) -> tuple[Cond, Cond]:
-        """As the model's, with the ends of `frames` `[3, F, H, W]` (or of any) where it makes clips of images."""
+        """Conditions of the model; an image-to-video model gets the ends of `frames` `[3, F, H, W]` (default: any)."""
         return self.model.conditions(prompts, **self.images(frames))
 
     def images(self, frames: Tensor | None = None) -> dict[str, Any]:
-        """The ends of `frames`, or of any, as `VideoModel.latents` takes them; empty where it makes clips of text alone."""
+        """First and last of `frames` (default: any) as arguments of `VideoModel.latents`; empty for text-to-video models."""
         if "image" not in self.model.parts:
             return {}
         if frames is None:  # colours that a picture of 8 bits has
@@ -159,7 +160,7 @@ class Subject:
         return rng.randn((batch, *self.shape), f"conformance/{name}").to(self.dtype)
 
     def time(self, t: float) -> Tensor:
-        """Of one sample."""
+        """The time `t` as a tensor for one sample."""
         return self.t.new_full((1,), t)
 
     def twin(self, **changes: Any) -> Denoiser:

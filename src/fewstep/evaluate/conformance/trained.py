@@ -1,4 +1,4 @@
-"""What only trained weights can tell: whether the output means what the card says, and whether t does."""
+"""Checks that need trained weights: whether output and time mean what the card says."""
 
 from __future__ import annotations
 

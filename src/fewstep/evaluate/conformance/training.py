@@ -1,4 +1,4 @@
-"""Can it be trained: features, derivatives, precision, checkpointing, and weights that come back from a folder."""
+"""Can it be trained: features, derivatives, precision, checkpointing, saving and loading."""
 
 from __future__ import annotations
 

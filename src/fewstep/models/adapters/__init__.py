@@ -1,4 +1,4 @@
-"""Models of the diffusers ecosystem, a file per family; none is imported before a model asks for it.
+"""Adapters for diffusers models, one file per family; each is imported only when a model needs it.
 
 A family is a module with `card(layout) -> Card` and a `Backbone` that holds the modules of diffusers' own network. A part
 that comes from there has `folders`, those of the layout it reads, and `load(folder)`, which takes its weights from them.

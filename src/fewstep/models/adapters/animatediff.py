@@ -1,4 +1,4 @@
-"""AnimateDiff (2307.04725): a Stable Diffusion U-Net whose blocks were given motion modules, attention along time.
+"""AnimateDiff (2307.04725): a Stable Diffusion U-Net with motion modules, which are attention along time.
 
 It predicts eps on `Betas(schedule="linear")`, not on the scaled-linear table of the image model it was made from. Motion
 modules are published without the rest; `AnimateDiffPipeline.from_pretrained(base, motion_adapter=..., scheduler=...)` of

@@ -1,4 +1,4 @@
-"""Attention layers of diffusers that normalise queries and keys over all heads together, as Wan's and LTX's do.
+"""Attention layers of diffusers that normalise queries and keys over all heads together, as in Wan and LTX.
 
 Legend: as in `models/backbone.py`.
 """

@@ -1,4 +1,4 @@
-"""How diffusers' video autoencoders decode chunk by chunk, and what each must remember from one chunk to the next.
+"""Chunk-by-chunk decoding with diffusers' video autoencoders, and the memory each needs between chunks.
 
 Legend: z latents of the autoencoder itself, `[B, C, f, h, w]`.
 """
@@ -20,9 +20,9 @@ class Chunks(ABC):
     """One autoencoder's way. Nothing is kept here: all that was seen is in the `past` that goes in and comes out."""
 
     tiles: ClassVar[bool] = False
-    """Whether it can be done while large frames are done in tiles."""
+    """Whether chunks can be decoded while large frames are decoded in tiles."""
     group: ClassVar[int] = 1
-    """Latent frames after the first that are decoded together: a clip has a multiple of them, and one."""
+    """Latent frames decoded together after the first; a clip has one plus a multiple of this number."""
 
     def __init__(self, vae: Any, options: Mapping[str, Any] = MappingProxyType({})) -> None:
         self.vae, self.options = vae, options

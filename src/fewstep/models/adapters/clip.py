@@ -1,4 +1,4 @@
-"""Prompts to text states by CLIP's text encoder (2103.00020), as Stable Diffusion and AnimateDiff read them."""
+"""CLIP's text encoder (2103.00020): prompts to text states, for Stable Diffusion and AnimateDiff."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pixels to latents and back by one of diffusers' video autoencoders."""
+"""Pixels to latents and back with diffusers' video autoencoders."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class VideoCodec(nn.Module):
 
     folders: ClassVar[tuple[str, ...]] = ("vae",)
     one_at_a_time: ClassVar[bool] = True
-    """Clips of a batch are encoded one after the other: some of these autoencoders can do no more."""
+    """Whether the clips of a batch are encoded one after the other; some of these autoencoders support only this."""
 
     def __init__(
         self,

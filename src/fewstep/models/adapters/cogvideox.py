@@ -1,4 +1,4 @@
-"""CogVideoX (2408.06072), text or image to video, over diffusers' CogVideoXTransformer3DModel.
+"""CogVideoX (2408.06072), text-to-video and image-to-video, over diffusers' CogVideoXTransformer3DModel.
 
 It predicts v on a scaled-linear table of noise whose signal-to-noise ratio is shifted and which ends in pure noise. The 2B
 model adds sinusoids to its tokens, the 5B models rotate queries and keys, and that of images adds learned positions too.
@@ -27,9 +27,9 @@ from fewstep.models.bundle import Card, latent_shape_of
 from fewstep.models.spec import Spec
 
 _OFFSET = 2.0
-"""What an `ofs` embedding is told, always."""
+"""Constant input of an `ofs` embedding."""
 _SIZE_15 = MappingProxyType({"num_frames": 81, "height": 768, "width": 1360, "fps": 16})
-"""Of CogVideoX 1.5, whose configs may name the largest size instead."""
+"""Size of CogVideoX 1.5, whose configs may name the largest size instead."""
 
 
 def card(layout: Layout) -> Card:
@@ -96,7 +96,7 @@ class Block(StreamsBlock):
 class CogVideoX(StreamsBackbone):
     """The modules are diffusers' own; `config` is its constructor's arguments. All text tokens are read, padding too.
 
-    A network with more input than output channels makes clips of an image: it reads `image_latents` of `Cond.extra`.
+    A network with more input than output channels is an image-to-video network: it reads `image_latents` of `Cond.extra`.
     """
 
     network = CogVideoXTransformer3DModel

@@ -1,4 +1,4 @@
-"""The image that a clip of CogVideoX begins with, as CogVideoX reads it: as its first latent frame, with zeros after it."""
+"""First frame of CogVideoX's image-to-video models: the first latent frame, followed by zeros."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class CogVideoXImage(nn.Module):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of what it makes, in `Cond.extra`."""
+        """Names of its conditions in `Cond.extra`."""
         return ("image_latents",)
 
     @property
@@ -37,7 +37,7 @@ class CogVideoXImage(nn.Module):
     def encode(
         self, image: Tensor, codec: VideoCodec, num_frames: int, last_image: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Of images `[B, 3, H, W]` in [-1, 1] as large as the clips: `image_latents` `[B, C, F, h, w]` of `Cond.extra`.
+        """Conditions for images `[B, 3, H, W]` in [-1, 1] at the clips' size: `image_latents` `[B, C, F, h, w]` of `Cond.extra`.
 
         The mode of the posterior, where diffusers draws from it. ValueError for a last image.
         """

@@ -1,4 +1,4 @@
-"""DDPM-trained models: what a scheduler of diffusers says of them (table, prediction, timesteps to visit), cards of U-Nets."""
+"""DDPM-trained models: table, prediction and timesteps from a diffusers scheduler, and cards of U-Nets."""
 
 from __future__ import annotations
 

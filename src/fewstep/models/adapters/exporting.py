@@ -1,4 +1,4 @@
-"""Out again: one of our models as files that other tools read, which then make the same clips without this package.
+"""Export a model as files for other tools, which then generate the same clips without fewstep.
 
 In diffusers' layout `model_index.json` carries the card under `_fewstep`: diffusers ignores private keys, and `read_card`
 prefers it to what the family says of such a layout, so that a student comes back as the student it is.

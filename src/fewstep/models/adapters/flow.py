@@ -1,4 +1,4 @@
-"""What a flow scheduler of diffusers says of a model: the times to visit, which may depend on how many tokens a clip has."""
+"""Times from a flow scheduler of diffusers, which may depend on the number of tokens of a clip."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Frames to latents and back by an image autoencoder of diffusers, one frame at a time."""
+"""Frames to latents and back with diffusers' image autoencoders, one frame at a time."""
 
 from __future__ import annotations
 

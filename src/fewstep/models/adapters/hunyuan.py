@@ -1,4 +1,4 @@
-"""HunyuanVideo text to video (2412.03603) over diffusers' HunyuanVideoTransformer3DModel.
+"""HunyuanVideo text-to-video (2412.03603) over diffusers' HunyuanVideoTransformer3DModel.
 
 Its published network had guidance distilled in: the scale is one of its inputs, and it is sampled without classifier-free
 guidance. Blocks of two streams come first, then blocks in which both streams share their weights.

@@ -1,4 +1,4 @@
-"""HunyuanVideo 1.5 text to video (2511.18870) over diffusers' HunyuanVideo15Transformer3DModel.
+"""HunyuanVideo 1.5 text-to-video (2511.18870) over diffusers' HunyuanVideo15Transformer3DModel.
 
 Its text is the states of a language model, followed by those of the letters that shall be written in the picture. It was
 trained on images as well: their place in the input is zero here, and their tokens, which would be masked, are left out.

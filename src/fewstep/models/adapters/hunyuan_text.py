@@ -1,4 +1,4 @@
-"""Prompts to LLaMA's states, asked for a description of a video, and CLIP's pooled state: how HunyuanVideo reads them."""
+"""HunyuanVideo's text encoders: LLaMA's states under a prompt template, and CLIP's pooled state."""
 
 from __future__ import annotations
 

@@ -21,10 +21,10 @@ class Layout:
     """Where it lies and what it says of itself."""
 
     source: str
-    """A name on the hub, or an absolute path."""
+    """Hub name or absolute path."""
     folder: Path
     index: dict[str, Any]
-    """`model_index.json`."""
+    """Content of `model_index.json`."""
 
     @classmethod
     def find(cls, source: str, folders: Sequence[str] = ()) -> Layout:

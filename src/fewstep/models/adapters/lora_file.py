@@ -1,4 +1,4 @@
-"""LoRA files as other tools write and read them: one safetensors file, `<layer>.lora_A.weight` and `<layer>.lora_B.weight`.
+"""LoRA files of other tools: one safetensors file with `<layer>.lora_A.weight` and `<layer>.lora_B.weight`.
 
 Layers are called as in diffusers (`transformer.blocks.0.attn1.to_q`), or by the names that a family's authors gave them,
 which is what ComfyUI expects (`diffusion_model.blocks.0.self_attn.q`).

@@ -1,4 +1,4 @@
-"""LTX-Video text to video (2501.00103) over diffusers' LTXVideoTransformer3DModel.
+"""LTX-Video text-to-video (2501.00103) over diffusers' LTXVideoTransformer3DModel.
 
 Positions are seconds and pixels, so the network knows the frame rate and how much the codec compresses. From 0.9.5 on, in
 layouts of LTXConditionPipeline, a latent frame stands where the first of its frames is, times are slow at first, and the

@@ -1,4 +1,4 @@
-"""A network of diffusers taken apart: how its weights come in, and how it is put together again to compare with."""
+"""A network of diffusers split into three parts: loading its weights, and rebuilding it for comparison."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class DiffusersBackbone(Backbone):
     """Its modules are those of one `network`, whose constructor's arguments are `args["config"]`."""
 
     network: ClassVar[type[ModelMixin]]
-    """The class of diffusers that this family is made of."""
+    """Class of diffusers for this family."""
     folders: ClassVar[tuple[str, ...]] = ("transformer",)
 
     def load(self, folder: Path, part: str | None = None) -> None:
@@ -48,7 +48,7 @@ class DiffusersBackbone(Backbone):
         """What a condition says of the image. ValueError where it says nothing."""
         if name not in cond.extra:
             raise ValueError(
-                f"this {type(self).__name__} makes a clip of an image, and the condition has no {name}; give image=... "
+                f"this {type(self).__name__} is an image-to-video network, and the condition has no {name}; give image=... "
                 "(--image), or train on data with images: Latents that were prepared with this model, StoredPairs, Prompts "
                 "of a .csv"
             )
@@ -58,8 +58,9 @@ class DiffusersBackbone(Backbone):
         """ValueError unless latents are of a `whole` clip: which of its frames they are is not known."""
         if not whole:
             raise ValueError(
-                f"this {type(self).__name__} makes whole clips of an image, and was given latents of {x.shape[2]} frames; "
-                "methods that look at single frames (AVDM2, FlowMatching with image_fraction) cannot train it"
+                f"this {type(self).__name__} is an image-to-video network for whole clips, and was given "
+                f"latents of {x.shape[2]} frames; methods that look at single frames (AVDM2, FlowMatching with "
+                "image_fraction) cannot train it"
             )
 
     def _rebuilt(self) -> ModelMixin:

@@ -1,4 +1,4 @@
-"""One of our models as its own pipeline of diffusers, around the same weights: what its samples are compared with."""
+"""A diffusers pipeline around a model's own weights, to compare samples with."""
 
 from __future__ import annotations
 

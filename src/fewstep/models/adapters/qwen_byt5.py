@@ -1,4 +1,4 @@
-"""Prompts to Qwen's states, asked for a description of a video, and ByT5's states of quoted letters: HunyuanVideo 1.5."""
+"""HunyuanVideo 1.5's text encoders: Qwen's states under a prompt template, and ByT5's states of quoted letters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page that a folder of weights shows on the hub: what it is, how to sample it, where it comes from, for what use."""
+"""README.md of an exported folder: what the model is, how to sample it, its origin and licence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Schedulers of diffusers that visit exactly the times of a contract, and take the very steps of its sampler."""
+"""Diffusers schedulers that visit exactly the times of a contract and take exactly its sampler's steps."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class ExactScheduler:
 
     scheduler: SchedulerMixin
     pinned: dict[str, list[float]] = field(default_factory=dict)
-    """What its `set_timesteps` must be given; empty where a pipeline's own call is enough."""
+    """Arguments for its `set_timesteps`; empty if the pipeline's own call is enough."""
 
     def pin(self) -> SchedulerMixin:
         """The scheduler itself, which from now on visits its times whatever a pipeline asks for."""

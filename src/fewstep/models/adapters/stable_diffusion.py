@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x (2112.10752): an image model, which sees the frames of a clip one by one.
+"""Stable Diffusion 1.x and 2.x (2112.10752): an image model that processes clips frame by frame.
 
 SD 1.x predicts eps on `Betas(schedule="scaled_linear")`. With one frame it is the image model itself.
 """

@@ -1,4 +1,4 @@
-"""Transformers of diffusers in which the tokens of a clip and of its text read each other: a state of two streams.
+"""Diffusers transformers with joint attention over clip and text tokens: a state of two streams.
 
 Legend: as in `models/backbone.py`.
 """
@@ -31,9 +31,9 @@ class Streams(State):
     grid: Grid3
     site: Site
     rotary_2ND: Tensor | None = None
-    """Cosines and sines of the clip's tokens; None where positions were added to them instead."""
+    """Cosines and sines of the clip's tokens; None if positions were added to the tokens."""
     shared: Ulysses | None = None
-    """The processes that hold the other tokens of these clips, if they are shared. All of them have the text."""
+    """Processes that hold the other tokens of these clips; None if clips are not shared. All of them have the text."""
 
     @property
     def volume(self) -> Tensor:

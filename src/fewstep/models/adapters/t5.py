@@ -1,4 +1,4 @@
-"""Prompts to text states by transformers' T5 encoders."""
+"""T5 text encoders of transformers: prompts to text states."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""U-Nets of diffusers in three parts: their blocks are down, middle and up, and the skip stack flows with the state.
+"""Diffusers' U-Nets in three parts: the blocks are down, middle and up, and the state carries the skip connections.
 
 Every clip is a batch of images; only the motion modules of a video U-Net know which of them belong together.
 Legend: B clips, F frames, K = B x F images, C channels, L text tokens, D their width, E width of the time embedding.
@@ -35,7 +35,7 @@ class UNetState(State):
     text_KLD: Tensor
     frames: int
     skips: tuple[Tensor, ...]
-    """Outputs of the way down that the way up has not read yet, the next one last."""
+    """Outputs of the down blocks that the up blocks have not read yet; the next one is last."""
 
     @property
     def volume(self) -> Tensor:

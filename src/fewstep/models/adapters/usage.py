@@ -1,4 +1,4 @@
-"""How a pipeline of diffusers is told to sample as a contract says: with objects here, with lines of Python elsewhere."""
+"""Arguments that make a diffusers pipeline follow a contract, as objects or as lines of Python."""
 
 from __future__ import annotations
 

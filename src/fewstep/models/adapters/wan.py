@@ -1,4 +1,4 @@
-"""Wan (2503.20314), text or image to video, over diffusers' WanTransformer3DModel.
+"""Wan (2503.20314), text-to-video and image-to-video, over diffusers' WanTransformer3DModel.
 
 Legend: as in `backbone.py`; p, q rows and columns of a patch, P values per patch.
 """
@@ -122,7 +122,7 @@ class Wan(DiffusersBackbone):
     """The modules and weight names are diffusers' own; `config` is its constructor's arguments.
 
     Every frame may have its own time, and with `pattern` and a cache view it is a causal model. A network with more input
-    than output channels makes clips of an image: it reads `image_latents` and, if it can, `image_states` of `Cond.extra`.
+    than output channels is an image-to-video network: it reads `image_latents` and, if it can, `image_states` of `Cond.extra`.
 
     With `first_frame` (Wan 2.2 TI2V with an image) `image_latents` are the clip's first latent frame. It is read clean, at
     time 0, whatever is in its place, and the prediction's x0 there is the image itself: no sampler changes it, and no loss
@@ -243,7 +243,7 @@ class Begun(Tokens):
     """The state of a clip whose first frame may be known."""
 
     known_BC1HW: Tensor | None = None
-    """The flow at that frame."""
+    """Flow at that frame."""
 
 
 def _begun(x: Tensor, t: Tensor, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:

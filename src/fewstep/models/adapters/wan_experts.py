@@ -1,4 +1,4 @@
-"""Wan 2.2 A14B (2503.20314 and its code release): one Wan for the noisy times, another for the rest.
+"""Wan 2.2 A14B (2503.20314 and its code release): one Wan for noisy times, another for the rest.
 
 Experts take turns in time, so a batch is routed: block i of all experts is one block here, and each sees the samples that
 have frames at its times.
@@ -27,13 +27,13 @@ class Routed(State):
     """The states of all experts."""
 
     parts: tuple[Begun | None, ...]
-    """By expert, each of its own samples; None where there are none."""
+    """State of each expert for its own samples; None if it has none."""
     places: tuple[Tensor, ...]
-    """By expert, where each sample of the batch is in its part, `[B]`; anything for a sample that is not."""
+    """For each expert, the index of each sample in its part, `[B]`; undefined for samples of other experts."""
     chosen_BG: Tensor
-    """The expert of each frame, or of all."""
+    """Expert of each frame, or one for all frames."""
     cached: bool
-    """Whether every expert sees every sample, so that a cache will have what each may read later."""
+    """Whether every expert processes every sample, so that a cache holds what each may read later."""
 
     @property
     def volume(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""The images between which clips of Wan are made, as Wan reads them: by CLIP's vision encoder (2103.00020), and as latents."""
+"""First and last frames for Wan: states of CLIP's vision encoder (2103.00020), and latents."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class WanImage(nn.Module):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of what it makes, in `Cond.extra`."""
+        """Names of its conditions in `Cond.extra`."""
         return ("image_latents",) if self.encoder is None else ("image_latents", "image_states")
 
     @property
@@ -61,7 +61,7 @@ class WanImage(nn.Module):
 
     @torch.no_grad()
     def encode(self, image: Tensor, codec: Any, num_frames: int, last_image: Tensor | None = None) -> dict[str, Tensor]:
-        """Of images `[B, 3, H, W]` in [-1, 1] as large as the clips, by their names in `Cond.extra`:
+        """Conditions for images `[B, 3, H, W]` in [-1, 1] at the clips' size, by their names in `Cond.extra`:
 
         `image_latents` `[B, m + C, F, h, w]`, a mask that is 1 in the frames that are given and the latents of a clip that is
         grey elsewhere, or `[B, C, 1, h, w]` if the model reads a frame; `image_states` `[B, L, D]`, the last but one of CLIP's
