@@ -25,7 +25,7 @@ from fewstep.models import JointHead, Lora, TextEncoder, VideoModel
 from fewstep.models.lora import adapters
 from fewstep.recipe import Recipe
 from support_engine import Everything, TinyImages, small, tiny_model
-from support_gaussian import ONE_STEP, RF, Counting, GaussianTeacher, cond_of, f64, terms
+from support_gaussian import ONE_STEP, RF, Counting, FreeClips, GaussianTeacher, cond_of, f64, terms
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 B, F, K = 3, 5, 2
@@ -37,23 +37,12 @@ METHOD = AVDM2(
 ENGINE = AVDM2(image_teacher=TinyImages(), frames=2, rollout=BackwardSimulation(grids=((1.0, 0.5),)))
 
 
-class Clips(nn.Module):
-    """A student whose clips are its parameters: their gradient is what the losses put on its samples."""
-
-    def __init__(self, shape: tuple[int, ...], path: NoisePath = VIDEO) -> None:
-        super().__init__()
-        self.clips, self.path = nn.Parameter(Rng(1).randn(shape, "clips").double()), path
-
-    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
-        return Prediction(self.clips, "x0", x_t, t, self.path)
-
-
 def batch_of(shape: tuple[int, ...] = SHAPE, x0: Tensor | None = None) -> Batch:
     return Batch(cond_of(1, B), cond_of(0, B), shape, x0=x0)  # type: ignore[arg-type]
 
 
 def gaussian_nets(critic: float = 0.4) -> Nets:
-    student, image = Clips((B, *SHAPE)), GaussianTeacher(f64(-0.2, 0.7), 0.4, IMAGE)
+    student, image = FreeClips((B, *SHAPE)), GaussianTeacher(f64(-0.2, 0.7), 0.4, IMAGE)
     networks = {"student": student, "teacher": GaussianTeacher(f64(5, 5), 0.1, VIDEO), "image_teacher": image}
     return Nets(networks | {"image_critic": GaussianTeacher(f64(9.0, critic), 0.4, IMAGE)})
 
@@ -165,7 +154,7 @@ def adversarial() -> tuple[AVDM2, Nets, Batch]:
         torch.manual_seed(0)
         head = JointHead([24, 24])
         conditions = (Cond(torch.randn(B, 4, 16), torch.ones(B, 4, dtype=torch.bool)) for _ in range(2))
-    student = Clips((B, 4, F, 4, 4)).float()
+    student = FreeClips((B, 4, F, 4, 4)).float()
     nets = Nets({"student": student, "teacher": model.denoiser, "discriminator": head})
     for role, network in nets.items():
         network.requires_grad_(role == "student")
