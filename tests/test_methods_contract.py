@@ -166,12 +166,20 @@ def test_contract_and_cost(method: Method) -> None:
     if isinstance(method, (FlowMatching, Reconstruction, ReadAttributes)):
         assert contract == teacher
     else:
-        assert contract.grids
-        assert contract.guidance == CFG()
+        sampled = method.rollouts[0].mode if method.rollouts else "ode" if isinstance(method, Progressive) else "sde"
+        shift = method.rollouts[0].shift if method.rollouts else method.shift  # type: ignore[attr-defined]
+        assert contract.grids == {str(n): uniform_grid(n, shift) for n in contract.counts}
+        assert (contract.solver, contract.shift) == ("renoise" if sampled == "sde" else "ddim", shift)
+        assert contract.steps == max(contract.counts) and contract.guidance == CFG()
         assert contract.calls() < teacher.calls()
     assert sum(work.forwards for work in method.cost()) >= 3
     assert {work.role for work in method.cost()} <= {"student", "teacher", *method.aux()}
     assert method.cite
+
+
+def test_a_critic_begins_as_the_teacher() -> None:
+    assert DMD2().aux() == {"critic": Copy("teacher")} and DMD2().critic == "critic"
+    assert Consistency().critic is None, "its target is a copy that nobody trains"
 
 
 def test_every_method_is_tried() -> None:

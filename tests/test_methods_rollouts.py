@@ -7,7 +7,7 @@ import torch
 
 from fewstep.core import Rng
 from fewstep.diffusion import CFG, EDM, Contract, solve, uniform_grid
-from fewstep.methods import BackwardSimulation, FromData, FromPairs, Rollout
+from fewstep.methods import DMD2, BackwardSimulation, FromData, FromPairs, Rollout
 from fewstep.methods.rollouts import NESTED
 from support_gaussian import (
     ONE_STEP,
@@ -87,7 +87,8 @@ def test_an_exploding_path_starts_at_its_own_noise_level(rollout: Rollout) -> No
 def test_contracts_list_exact_shifted_grids_without_guidance() -> None:
     contract = BackwardSimulation(grids=NESTED, shift=5.0).contract(TEACHER)
     assert contract.grids == {str(n): uniform_grid(n, 5.0) for n in (1, 2, 4)}
-    assert (contract.solver, contract.steps, contract.guidance) == ("renoise", 4, CFG())
+    assert (contract.solver, contract.steps, contract.shift, contract.guidance) == ("renoise", 4, 5.0, CFG())
+    assert DMD2(rollout=BackwardSimulation(grids=NESTED, shift=5.0)).contract(TEACHER) == contract
     assert BackwardSimulation(mode="ode").contract(TEACHER).solver == "ddim"
     assert ONE_STEP.contract(TEACHER).grids == {"1": (1.0, 0.0)}
 
@@ -103,10 +104,11 @@ def test_a_grid_that_does_not_start_at_one_is_refused() -> None:
         BackwardSimulation(grids=((0.9, 0.5),))
 
 
-def test_from_data_noises_the_clip_at_grid_times() -> None:
+@pytest.mark.parametrize("shift", [1.0, 5.0])
+def test_from_data_noises_the_clip_at_grid_times(shift: float) -> None:
     net, x0 = student(), normal(64)
-    rolled = FromData()(net, make_batch(64, x0=x0), Rng(3), grad=True)
-    assert set(rolled.t.tolist()) == set(FOUR)
+    rolled = FromData(shift=shift)(net, make_batch(64, x0=x0), Rng(3), grad=True)
+    assert sorted(set(rolled.t.tolist()), reverse=True) == pytest.approx(uniform_grid(4, shift)[:-1])
     t = rolled.t.reshape(-1, 1, 1, 1, 1)
     torch.testing.assert_close(rolled.x_t, (1 - t) * x0 + t * Rng(3).randn(x0.shape, "noise"))
 

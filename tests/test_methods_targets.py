@@ -15,9 +15,11 @@ from support_gaussian import AffineTableStudent, ExactCritic, GaussianTeacher, c
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_toward_has_the_stated_gradient_and_value(dtype: torch.dtype) -> None:
     x = (100 * normal(6)).to(dtype).requires_grad_()
-    g = (1e-6 * normal(6, "g")).to(dtype)
+    g = (1e-6 * normal(6, "g")).to(dtype).requires_grad_()
     loss = targets.toward(x, g)
     loss.backward()
+    assert g.grad is None
+    g = g.detach()
     torch.testing.assert_close(x.grad, g / g.numel(), rtol=1e-6, atol=0)
     torch.testing.assert_close(loss.detach(), g.square().mean() / 2)
 
