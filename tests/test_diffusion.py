@@ -190,11 +190,48 @@ def test_score_is_the_gradient_of_the_log_density(path: NoisePath) -> None:
 # --- times ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("density", [Uniform(low=0.1, high=0.6), Uniform(shift=5.0), LogitNormal(mean=-0.5)])
-def test_samples_follow_the_quantiles(density: TimeDensity) -> None:
-    t = density.sample(4000, Rng(0)).double().sort().values
-    u = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
-    torch.testing.assert_close(t, density.at_quantile(u), atol=2e-2, rtol=0)
+def moved(t: float, shift: float) -> float:
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+ONE_SIGMA = 0.5 * (1 + math.erf(1 / 2**0.5))
+"""The quantile of a standard normal at 1."""
+
+
+@pytest.mark.parametrize(
+    ("density", "quantile", "time"),
+    [
+        (Uniform(), 0.25, 0.25),
+        (Uniform(low=0.2, high=0.6), 0.25, 0.3),
+        (Uniform(low=0.2, high=0.6, shift=3.0), 0.25, moved(0.3, 3.0)),  # the interval is cut first, then shifted
+        (LogitNormal(), ONE_SIGMA, sigmoid(1)),
+        (LogitNormal(mean=-0.5), 0.5, sigmoid(-0.5)),
+        (LogitNormal(mean=-0.5, std=2.0), ONE_SIGMA, sigmoid(1.5)),
+        (LogitNormal(mean=-0.5, std=2.0, shift=3.0), ONE_SIGMA, moved(sigmoid(1.5), 3.0)),
+    ],
+)
+def test_quantiles_of_the_densities(density: TimeDensity, quantile: float, time: float) -> None:
+    torch.testing.assert_close(density.at_quantile(f64(quantile)), f64(time))
+
+
+@pytest.mark.parametrize("density", [Uniform(low=0.1, high=0.6, shift=2.0), LogitNormal(mean=-0.5)])
+def test_samples_fall_one_in_each_slice_of_the_quantiles(density: TimeDensity) -> None:
+    t = density.sample(1000, Rng(0)).double().sort().values
+    edges = density.at_quantile((torch.arange(1001, dtype=torch.float64) / 1000).clamp(1e-6, 1 - 1e-6))
+    assert (t > edges[:-1] - 1e-6).all() and (t < edges[1:] + 1e-6).all()
+
+
+def test_samples_are_dealt_in_random_order_and_lie_anywhere_in_their_slice() -> None:
+    drawn = torch.stack([Uniform().sample(4, Rng(0, step)) for step in range(400)]).double()
+    torch.testing.assert_close(drawn.mean(0), f64(0.5, 0.5, 0.5, 0.5), rtol=0, atol=0.05)  # each clip meets every time
+    within = (4 * drawn).remainder(1)
+    assert 0.27 < float(within.std()) < 0.31  # of a uniform number: 0.289
+    here, there = (Uniform().sample(16, Rng(0, 0, place)) for place in (0, 1))
+    assert not torch.equal(here.argsort(), there.argsort())
 
 
 def test_a_grid_density_visits_each_time_equally() -> None:
@@ -273,6 +310,24 @@ def test_guidance_conventions_and_interval() -> None:
     plain = teacher(x, t, cond_of(1, 2)).raw
     torch.testing.assert_close(guided[0], plain[0])
     assert not torch.allclose(guided[1], plain[1])
+
+
+def test_guidance_has_one_scale_inside_its_interval_and_another_outside() -> None:
+    teacher, times = GaussianTeacher(f64(0.0, 1.0), 0.5), (0.1, 0.3, 0.5, 0.7, 0.9)
+    x, t, cond, null = normal(5), f64(*times), cond_of(1, 5), cond_of(0, 5)
+    plain, free = teacher(x, t, cond).raw, teacher(x, t, null).raw
+    for outside in (1.0, 2.0):
+        guidance = CFG(scale=3.0, low=0.3, high=0.7, outside=outside)
+        scale = f64(outside, 3, 3, 3, outside).reshape(-1, 1, 1, 1, 1)
+        torch.testing.assert_close(guidance(teacher, x, t, cond, null).raw, free + scale * (plain - free))
+    assert CFG(outside=2.0).active and not CFG().active
+    assert CFG(scale=3.0, high=0.7).rescaled(5.0) == CFG(scale=5.0, high=0.7)
+    assert CFG(scale=3.0, high=0.7, outside=2.0).rescaled(5.0) == CFG(scale=5.0, high=0.7, outside=5.0)
+
+
+def test_a_contract_counts_both_calls_of_guidance() -> None:
+    assert Contract(steps=4).calls() == 4 and Contract(steps=4, guidance=CFG(scale=2.0)).calls() == 8
+    assert Contract(steps=4, solver="heun", guidance=CFG(outside=2.0)).calls() == 14
 
 
 # --- samplers ---------------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import pytest
 import torch
 from torch import nn
@@ -204,3 +206,6 @@ def test_folded_frames_are_different_frames_of_the_stated_clip() -> None:
     shown = frames[:, 0, 0, 0, 0]
     assert len(set(shown.tolist())) == 8
     assert torch.equal(shown // 5, rows)
+    many = [fold_frames(clips, 2, Rng(0, step))[0][:, 0, 0, 0, 0] % 5 for step in range(40)]
+    assert {frozenset(chosen[:2].tolist()) for chosen in many} == {frozenset(x) for x in combinations(range(5), 2)}
+    assert any(set(chosen[:2].tolist()) != set(chosen[2:].tolist()) for chosen in many), "each clip has its own"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -140,6 +141,27 @@ def test_the_noise_floor_falls_with_the_number_of_clips():
     assert 0 < split_half(x, rng()) < split_half(x[:60], rng())
 
 
+def test_the_noise_floor_is_the_mean_over_random_halves_that_share_no_row(monkeypatch: pytest.MonkeyPatch):
+    x, seen = torch.arange(10.0)[:, None], []
+
+    def noted(a: torch.Tensor, b: torch.Tensor) -> float:
+        seen.append((set(a.flatten().tolist()), set(b.flatten().tolist())))
+        return float(len(seen))
+
+    monkeypatch.setattr(sys.modules[split_half.__module__], "frechet", noted)
+    assert split_half(x, rng(3), repeats=4) == 2.5
+    assert all(len(a) == len(b) == 5 and not a & b for a, b in seen)
+    assert len({frozenset(a) for a, _ in seen}) == 4
+
+
+def test_every_clip_is_shuffled_in_an_order_of_its_own():
+    numbered = torch.arange(8.0).reshape(1, 1, 8, 1, 1).expand(6, 3, 8, 2, 2)
+    mixed = shuffled(numbered, rng())
+    orders = {tuple(clip[0, :, 0, 0].tolist()) for clip in mixed}
+    assert len(orders) == 6 and all(sorted(order) == list(range(8)) for order in orders)
+    assert torch.equal(mixed, mixed[:, :1, :, :1, :1].expand_as(mixed)), "all pixels of a frame go together"
+
+
 def test_shuffling_keeps_every_frame_and_loses_the_order():
     clips = rendered(6, 1)
     mixed = shuffled(clips, rng())
@@ -247,8 +269,20 @@ def test_the_jackknife_of_a_mean_is_its_standard_error():
     low, high = jackknife(float(x.mean()), without)
     assert (low + high) / 2 == pytest.approx(float(x.mean()))
     assert high - low == pytest.approx(2 * 1.959964 * float(x.std()) / 50**0.5, rel=1e-6)
+    low, high = jackknife(7.0, torch.tensor([1.0, 2.0, 3.0]))
+    assert (low + high) / 2 == pytest.approx(7.0) and high > low  # around the value, not around those it is read from
     with pytest.raises(ValueError, match="2 groups"):
         jackknife(1.0, without[:1])
+
+
+def test_ratios_are_of_means():
+    values, reference = torch.tensor([1.0, 9.0]), torch.tensor([1.0, 3.0])
+    assert ratio_of_means(values, reference) == 2.5  # the mean of ratios is 2
+    assert math.isnan(ratio_of_means(values, torch.zeros(2)))
+    many = torch.rand(300, generator=rng(), dtype=torch.float64) + 0.1
+    noisy = 3 * many * (1 + 0.2 * torch.randn(300, generator=rng(1), dtype=torch.float64))
+    low, high = ratio_bootstrap(noisy, many, rng(2))
+    assert low < ratio_of_means(noisy, many) < high < 3.3 and low > 2.7
 
 
 def test_percentile():
@@ -264,6 +298,15 @@ def test_clustered_wilson_counts_what_the_trials_are_worth() -> None:
     assert clustered_wilson(shares, 4) == pytest.approx(wilson(6, 8))  # every group agrees with itself: one trial each
     assert clustered_wilson(torch.full((8,), 0.5), 2) == wilson(8, 16)  # less spread than independent trials: no bonus
     assert clustered_wilson(torch.ones(8), 2) == wilson(8, 8)  # nothing to estimate the effect from
+
+
+def test_clustered_wilson_has_kishs_design_effect() -> None:
+    shares, size = torch.tensor([1.0, 1.0, 0.5, 0.0, 0.75], dtype=torch.float64), 4
+    p = 3.25 / 5
+    variance = sum((x - p) ** 2 for x in shares.tolist()) / 4  # unbiased: four degrees of freedom
+    effect = variance / 5 / (p * (1 - p) / 20)
+    assert 1 < effect < size
+    assert clustered_wilson(shares, size) == pytest.approx(wilson(p * 20 / effect, 20 / effect))
 
 
 def test_clustered_wilson_covers_the_truth_and_plain_wilson_does_not() -> None:

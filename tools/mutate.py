@@ -6,17 +6,21 @@
 
 A mutation is data: the exact old text, which stands once in its file, the new text, and the tests that must fail. Where
 these pass, the golden losses are tried: a mistake that only they notice is one `--update-golden` away from being blessed.
-The tree is never written to. A process that has imported torch and diffusers, but nothing of fewstep, forks a child for
-each mutation; an import hook gives the child the mutated source of that one file, and pytest runs there. A test that
-starts processes of its own does not see the mutation there, so it kills nothing: name another one.
+The tree is never written to. A process that has imported the library and the tests forks a child for each mutation. The
+child exchanges the code of the functions that the mutation changes, and runs pytest. Where more than the inside of a
+function changes (a constant, a decorator), the child comes from a process that has not imported the library, and is given
+the mutated source when it does. A test that starts processes of its own does not see the mutation there: name another one.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import inspect
 import os
 import re
 import signal
@@ -27,7 +31,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import CodeType, ModuleType
+from types import CodeType, FunctionType, ModuleType
 
 import yaml
 
@@ -38,6 +42,8 @@ WORKERS, SECONDS = 2, 600
 """Children at once, and the longest that one may take: a mistake that never ends is noticed by that."""
 KILLED, GOLDEN_ONLY, SURVIVED, STALE = "killed", "golden only", "survived", "stale"
 LEAST_KILLED, MOST_GOLDEN = 0.97, 0.03
+LIVING: dict[tuple[str, str, int], list[FunctionType]] = {}
+"""The library's functions by file, name and line, once they are imported."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +66,7 @@ class Mutation:
     @property
     def stale(self) -> str:
         """Why it is no mutation of the source as it stands; empty where it is one."""
-        path = SOURCE / self.file
-        if not path.is_file():
+        if not self.path.is_file():
             return "there is no such file"
         if found := [test for test in self.tests if test.startswith(GOLDEN)]:
             return f"{found[0]} holds golden losses; name a test of meaning"
@@ -69,11 +74,26 @@ class Mutation:
             return "no test is named"
         if self.old == self.new:
             return "old and new text are equal"
-        count = path.read_text(encoding="utf-8").count(self.old)
+        count = self.path.read_text(encoding="utf-8").count(self.old)
         return "" if count == 1 else f"the old text stands there {count} times instead of once"
 
+    @property
+    def path(self) -> Path:
+        return SOURCE / self.file
+
     def source(self) -> str:
-        return (SOURCE / self.file).read_text(encoding="utf-8").replace(self.old, self.new)
+        return self.path.read_text(encoding="utf-8").replace(self.old, self.new)
+
+    def codes(self) -> tuple[CodeType, CodeType]:
+        """Of the file as it is, and with the mistake."""
+        before, after = self.path.read_text(encoding="utf-8"), self.source()
+        return tuple(compile(text, str(self.path), "exec", dont_inherit=True) for text in (before, after))  # type: ignore[return-value]
+
+    @property
+    def inside_functions(self) -> bool:
+        """Whether it changes functions only, and nothing of what is run when the file is imported."""
+        before, after = self.codes()
+        return frame(before) == frame(after)
 
 
 @dataclass(frozen=True)
@@ -120,21 +140,25 @@ def mutations(folder: Path = LIST) -> list[Mutation]:
     return listed
 
 
-def tried(chosen: Sequence[Mutation]) -> Iterator[Outcome]:
+def tried(chosen: Sequence[Mutation]) -> list[Outcome]:
     """Run each mutation's tests; where they pass, the golden losses. RuntimeError where a test fails without a mistake."""
     prepare()
+    before, inside = [m for m in chosen if not m.inside_functions], [m for m in chosen if m.inside_functions]
     named = sorted({test for m in chosen for test in m.tests})
     for child in forked([(None, named[i::WORKERS]) for i in range(min(WORKERS, len(named)))]):
         if child.code:
             raise RuntimeError(f"without a mutation every test must pass; one does not, or is not there:\n{child.output}")
-    survivors = []
-    for mutation, child in zip(chosen, forked([(m, m.tests) for m in chosen]), strict=True):
-        if child.code == 0:
-            survivors.append(mutation)
-        else:
-            yield judged(mutation, child, KILLED)
-    for mutation, child in zip(survivors, forked([(m, [GOLDEN]) for m in survivors]), strict=True):
-        yield judged(mutation, child, GOLDEN_ONLY if child.code else SURVIVED)
+    outcomes = outcomes_of(before)  # while nothing of the library is imported
+    collect({test.partition("::")[0] for test in (*named, GOLDEN)})
+    return outcomes + outcomes_of(inside)
+
+
+def outcomes_of(chosen: Sequence[Mutation]) -> list[Outcome]:
+    children = dict(zip(chosen, forked([(m, m.tests) for m in chosen]), strict=True))
+    outcomes = [judged(m, child, KILLED) for m, child in children.items() if child.code]
+    survivors = [m for m, child in children.items() if not child.code]
+    golden = forked([(m, [GOLDEN]) for m in survivors])
+    return outcomes + [judged(m, c, GOLDEN_ONLY if c.code else SURVIVED) for m, c in zip(survivors, golden, strict=True)]
 
 
 def judged(mutation: Mutation, child: Child, verdict: str) -> Outcome:
@@ -168,6 +192,24 @@ def prepare() -> None:
         raise RuntimeError("fewstep is imported already, so no mutation would be seen; run tools/mutate.py by itself")
 
 
+def collect(files: Iterable[str]) -> None:
+    """Import these tests, and what they import, into this process, and find every function of the library."""
+    os.chdir(ROOT)
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+        run_pytest(files, "--collect-only")
+    for function in gc.get_objects():
+        if type(function) is FunctionType and function.__code__.co_filename.startswith(str(SOURCE)):
+            LIVING.setdefault(place_of(function.__code__), []).append(function)
+    gc.freeze()  # children share this memory until they write to it
+
+
+def run_pytest(tests: Iterable[str], *options: str) -> int:
+    """The first failure says enough."""
+    pytest = importlib.import_module("pytest")
+    named = [str(TESTS / test) for test in tests]
+    return int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "pytest_timeout", "--tb=short", *options, *named]))
+
+
 def forked(jobs: Sequence[tuple[Mutation | None, Iterable[str]]]) -> list[Child]:
     """One child per job, at most `WORKERS` at once; in the order of the jobs."""
     waiting, running, done = list(enumerate(jobs)), {}, {}
@@ -197,7 +239,7 @@ def forked(jobs: Sequence[tuple[Mutation | None, Iterable[str]]]) -> list[Child]
 
 
 def in_child(mutation: Mutation | None, tests: Iterable[str], output: int) -> None:
-    """Never returns. The first failure says enough."""
+    """Never returns."""
     code = 70
     try:
         os.setpgid(0, 0)
@@ -205,20 +247,51 @@ def in_child(mutation: Mutation | None, tests: Iterable[str], output: int) -> No
         os.dup2(output, 2)
         os.chdir(ROOT)
         if mutation is not None:
-            sys.meta_path.insert(0, Planted(mutation))
-        pytest = importlib.import_module("pytest")
-        named = [str(TESTS / test) for test in tests]
-        code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "pytest_timeout", "--tb=short", *named]))
+            plant(mutation)
+        code = run_pytest(tests)
     finally:
         sys.stdout.flush()
         os._exit(code)
+
+
+def plant(mutation: Mutation) -> None:
+    """Into the module, if it is imported already; otherwise into what will be imported."""
+    planted = Planted(mutation)
+    if planted.name not in sys.modules:
+        sys.meta_path.insert(0, planted)
+        return
+    for was, now in zip(*map(functions, mutation.codes()), strict=True):
+        if was.replace(co_firstlineno=1) != now.replace(co_firstlineno=1):
+            for function in LIVING[place_of(was)]:
+                function.__code__ = now
+
+
+def place_of(code: CodeType) -> tuple[str, str, int]:
+    return code.co_filename, code.co_qualname, code.co_firstlineno
+
+
+def functions(code: CodeType) -> Iterator[CodeType]:
+    """Of a module or class, those that are not inside another function, in order."""
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from [inner] if inner.co_flags & inspect.CO_OPTIMIZED else functions(inner)
+
+
+def frame(code: CodeType) -> tuple[object, ...]:
+    """What is run when a module is imported, without the insides of functions."""
+    inner = [
+        frame(x) if isinstance(x, CodeType) and not x.co_flags & inspect.CO_OPTIMIZED else
+        (x.co_name, x.co_freevars) if isinstance(x, CodeType) else (type(x), x)
+        for x in code.co_consts
+    ]
+    return code.co_code, code.co_names, tuple(inner)
 
 
 class Planted(importlib.abc.MetaPathFinder):
     """Finds one module with a mistake in it; all others are found as always."""
 
     def __init__(self, mutation: Mutation) -> None:
-        path = (SOURCE / mutation.file).relative_to(SOURCE.parent).with_suffix("")
+        path = mutation.path.relative_to(SOURCE.parent).with_suffix("")
         self.package = path.name == "__init__"
         self.name = ".".join((path.parent if self.package else path).parts)
         self.mutation = mutation
@@ -228,13 +301,9 @@ class Planted(importlib.abc.MetaPathFinder):
     ) -> importlib.machinery.ModuleSpec | None:
         if name != self.name:
             return None
-        file = SOURCE / self.mutation.file
-        return importlib.util.spec_from_file_location(
-            name,
-            file,
-            loader=Mistaken(name, file, self.mutation.source()),
-            submodule_search_locations=[str(file.parent)] if self.package else None,
-        )
+        file = self.mutation.path
+        loader, inside = Mistaken(name, file, self.mutation.source()), [str(file.parent)] if self.package else None
+        return importlib.util.spec_from_file_location(name, file, loader=loader, submodule_search_locations=inside)
 
 
 class Mistaken(importlib.machinery.SourceFileLoader):
