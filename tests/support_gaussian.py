@@ -196,11 +196,11 @@ def stored_pairs(teacher: GaussianTeacher, eps: Tensor, steps: int) -> Pairs:
 
 
 def run(method: Method, nets: Nets, batch: Batch, steps: int, fit: Callable[..., None]) -> Nets:
-    """A tiny engine: `fit(parameters, loss)` in place of one optimiser step, exact copies in place of averages."""
+    """A tiny engine: `fit(parameters, loss)` in place of one optimiser step."""
     for step in range(steps):
         for event in method.updates(step):
             if isinstance(event, Sync):
-                nets = Nets({**nets, event.target: clone(nets[event.source])})
+                nets = Nets({**nets, event.target: averaged(nets[event.target], nets[event.source], event.decay)})
             else:
                 trained = [p for role in event.roles for p in nets[role].parameters()]
                 fit(trained, total(event, nets, batch, Rng(0, step)))
@@ -211,6 +211,16 @@ def clone(student: AffineTableStudent) -> AffineTableStudent:
     copy = AffineTableStudent(tuple(student.times.tolist()), student.path)
     copy.load_state_dict(student.state_dict())
     return copy.requires_grad_(False)
+
+
+def averaged(target: nn.Module, source: AffineTableStudent, decay: float) -> AffineTableStudent:
+    """What `Sync` says, as a new table; a target of another kind can only be replaced."""
+    made = clone(source)
+    if decay:
+        with torch.no_grad():
+            for mine, theirs in zip(made.parameters(), target.parameters(), strict=True):
+                mine.lerp_(theirs, decay)
+    return made
 
 
 def total(update: Update, nets: Nets, batch: Batch, rng: Rng) -> Callable[[], Tensor]:

@@ -206,6 +206,14 @@ def test_pairs_of_another_teacher_are_refused(tmp_path: Path) -> None:
         make_pairs(model, PROMPTS, tmp_path, PairPlan(times=TIMES, steps=4, guidance=CFG()))
 
 
+def test_a_plan_is_followed_where_it_says_so() -> None:
+    contract = Contract(solver="euler", steps=8, shift=2.0, guidance=CFG(scale=3.0))
+    own = PairPlan(times=(1.0, 0.0)).resolve(contract)
+    assert (own.solver, own.grid, own.guidance, own.nfe) == ("euler", uniform_grid(8, 2.0), CFG(scale=3.0), 16)
+    plan = PairPlan(times=(1.0, 0.0), solver="heun", steps=4, shift=5.0, guidance=CFG(scale=1.0)).resolve(contract)
+    assert (plan.solver, plan.grid, plan.guidance, plan.nfe) == ("heun", uniform_grid(4, 5.0), CFG(), 7)
+
+
 def test_plans_that_cannot_be_run() -> None:
     with pytest.raises(ValueError, match=r"decreases strictly from 1.0 to 0.0"):
         PairPlan(times=(0.9, 0.0))
@@ -228,3 +236,4 @@ def test_grid_passes_through_the_times() -> None:
             assert len(grid) == steps + 1
             assert set(times) <= set(grid)
     assert grid_through(TIMES, uniform_grid(8)) == uniform_grid(8)
+    assert grid_through((1.0, 0.7, 0.0), uniform_grid(4)) == (1.0, 0.7, 0.5, 0.25, 0.0)  # the nearest point moves

@@ -179,6 +179,18 @@ def test_kinds_round_trip(path: NoisePath, kind: Kind) -> None:
 
 
 @path_of
+def test_v_and_flow_are_those_of_the_papers(path: NoisePath) -> None:
+    """v = a eps - s x0 (2202.00512), flow = da x0 + ds eps: on rectified flow eps - x0 (2209.03003)."""
+    x0, eps, t = draw("x0"), draw("eps"), f64(0.2, 0.5, 0.9)
+    c = path.at(t, x0)
+    torch.testing.assert_close(target("v", x0, eps, t, path), c.a * eps - c.s * x0)
+    torch.testing.assert_close(target("flow", x0, eps, t, path), c.da * x0 + c.ds * eps)
+    if isinstance(path, RectifiedFlow):
+        torch.testing.assert_close(target("flow", x0, eps, t, path), eps - x0)
+        torch.testing.assert_close(c.a.flatten(), 1 - t)
+
+
+@path_of
 def test_score_is_the_gradient_of_the_log_density(path: NoisePath) -> None:
     teacher = GaussianTeacher(f64(0.0, 0.7), 0.4, path)
     x, t = normal(5), torch.full((5,), 0.4, dtype=torch.float64)
@@ -244,6 +256,14 @@ def test_grids_and_shift() -> None:
     assert set(uniform_grid(2, 5.0)) <= set(uniform_grid(4, 5.0))
     t = f64(0.1, 0.6)
     torch.testing.assert_close(shifted(shifted(t, 3.0), 1 / 3.0), t)
+
+
+def test_a_terminal_time_is_where_the_grid_ends() -> None:
+    plain, stretched = uniform_grid(4, 2.0), uniform_grid(4, 2.0, terminal=0.1)
+    assert stretched[0] == 1.0 and stretched[-1] == 0.0 and stretched[-2] == pytest.approx(0.1)
+    shares = [(1 - s) / (1 - p) for p, s in zip(plain[1:-1], stretched[1:-1])]
+    assert shares == pytest.approx([shares[0]] * 3)
+    assert uniform_grid(4, 3.0) == pytest.approx((1.0, 0.9, 0.75, 0.5, 0.0)) and len(uniform_grid(7)) == 8
 
 
 @pytest.mark.parametrize("steps", [1, 4, 25, 50])

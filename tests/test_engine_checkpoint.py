@@ -241,6 +241,12 @@ def test_nothing_in_a_checkpoint_is_unpickled(tmp_path: Path, monkeypatch: pytes
     last_state(tmp_path)
 
 
+def test_a_checkpoint_after_the_last_iteration(tmp_path: Path) -> None:
+    for every in (0, 2):
+        train(tiny_model(), CASES["FlowMatching"], Everything(), small(3, save_every=every), tmp_path / f"{every}", quiet=True)
+        assert checkpoints(tmp_path / f"{every}" / "checkpoints")[-1].name == "step-000003"
+
+
 def test_another_run_is_refused(tmp_path: Path) -> None:
     method, settings = CASES["Consistency"], small(2)
     run(tmp_path, method, settings)

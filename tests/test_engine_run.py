@@ -20,13 +20,13 @@ from fewstep.data.base import Data, Source
 from fewstep.engine import CheckpointError, Optim, Parallel, Settings, WorldProbe, train
 from fewstep.engine.checkpoint import RunState, checkpoints
 from fewstep.engine.log import RunLog, read_metrics
-from fewstep.engine.nets import trained_roles
+from fewstep.engine.nets import build_nets, trained_roles
 from fewstep.engine.optim import RoleOptimizer, learning_rate
 from fewstep.engine.prepare import prepare
 from fewstep.engine.run import Run, blend
 from fewstep.methods import DMD2, Copy, FlowMatching, Method, Nets, Sync, Update
 from fewstep.models import Backbone, Card, FeatureHeads, VideoModel, fingerprint
-from support_engine import CASES, FRAMES, LONG, Everything, small, tiny_model
+from support_engine import CASES, FRAMES, LONG, Everything, TinyImages, small, tiny_model
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 
@@ -263,6 +263,81 @@ def test_small_gradients_are_not_clipped(norm: float, expected: float) -> None:
     parameter.grad = torch.full((2, 2), norm / 2)
     assert float(optimizer.clip()) == pytest.approx(norm)
     assert float(parameter.grad.norm()) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_gradient_of_an_update_is_that_of_the_sum_of_its_terms(tmp_path: Path) -> None:
+    run = prepared(tmp_path, Denoise(), small(1))
+    weight = next(run.nets.student.parameters()).requires_grad_()
+    run.backward({"first": 2 * weight.sum(), "second": 3 * weight.sum()}, ("student",))
+    assert weight.grad is not None and weight.grad.unique().tolist() == [5.0]
+    run.backward({"third": weight.sum()}, ("student",))
+    assert weight.grad.unique().tolist() == [6.0], "graphs of one update add up"
+
+
+def test_the_learning_rate_of_an_iteration_is_its_own(tmp_path: Path) -> None:
+    run = prepared(tmp_path, Denoise(), small(3, optim={"student": Optim(lr=1e-3, warmup=3)}))
+    rates = []
+    for _ in range(3):
+        run.iterate()
+        rates.append(run.figures["lr/student"])
+        group = run.optimizers["student"].parts["adamw"].param_groups[0]
+        assert group["lr"] == rates[-1]
+    assert rates == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3])
+
+
+def test_a_sync_moves_its_target_only(tmp_path: Path) -> None:
+    class Following(Denoise):
+        def updates(self, step: int) -> Iterator[Update | Sync]:
+            yield Update(("student",), lambda nets, batch, rng: self.losses(nets, batch, ""))
+            yield Sync("critic", "student", 0.75)
+
+    run = prepared(tmp_path, Following(), small(1))
+    before = {k: v.clone() for k, v in run.nets.critic.state_dict().items()}
+    run.iterate()
+    for name, value in run.nets.student.state_dict().items():
+        torch.testing.assert_close(run.nets.critic.state_dict()[name], 0.75 * before[name] + 0.25 * value)
+    assert any(not torch.equal(before[name], value) for name, value in run.nets.student.state_dict().items())
+
+
+def test_muon_is_for_the_matrices_inside_the_blocks() -> None:
+    network = tiny_model().denoiser
+    optimizer = RoleOptimizer(network, Optim(type="muon"), 10)
+    names = {id(p): name for name, p in network.named_parameters()}
+    by = {
+        kind: {names[id(p)] for group in part.param_groups for p in group["params"]} for kind, part in optimizer.parts.items()
+    }
+    assert by["muon"] == {
+        name for name, p in network.named_parameters()
+        if name.startswith("backbone.blocks.") and p.ndim == 2 and not name.endswith("table")
+    }  # fmt: skip
+    assert by["adamw"] == set(names.values()) - by["muon"] and "backbone.patches.weight" in by["adamw"]
+
+
+def test_moments_wait_on_the_cpu_and_come_back() -> None:
+    parameter, optimizer = only("embed.weight", torch.ones(2, 2), Optim(lr=0.1))
+    optimizer.rest = True
+    places: list[str | None] = []
+    move = optimizer._move
+    optimizer._move = lambda part, where: (places.append(where), move(part, where))  # type: ignore[method-assign, func-returns-value]
+    for _ in range(2):
+        stepped(parameter, optimizer, torch.ones(2, 2))
+    assert places == [None, "cpu"] * 2
+    assert {value.device.type for value in optimizer.state().values()} == {"cpu"}
+
+
+def test_roles_begin_frozen_and_equal(tmp_path: Path) -> None:
+    model = tiny_model()
+    torch.manual_seed(0)
+    nets = build_nets(model, DMD2(gan=0.1), seed=3)
+    assert not any(p.requires_grad for net in nets.values() for p in net.parameters())
+    assert fingerprint(nets.student) == fingerprint(nets.critic) == fingerprint(nets.teacher)
+    assert not {p.data_ptr() for p in nets.student.parameters()} & {p.data_ptr() for p in nets.critic.parameters()}
+    torch.manual_seed(1)
+    again, other = (build_nets(model, DMD2(gan=0.1), seed=seed) for seed in (3, 4))
+    assert fingerprint(nets.discriminator) == fingerprint(again.discriminator) != fingerprint(other.discriminator)
+    images = TinyImages().load()
+    mixed = build_nets(model, CASES["AVDM2"], seed=3, others={"image_teacher": images})
+    assert fingerprint(mixed.image_critic) == fingerprint(images.denoiser) != fingerprint(mixed.teacher)
 
 
 def test_averages_blend_numbers_and_copy_counters() -> None:

@@ -365,6 +365,15 @@ def test_large_frames_are_judged_small() -> None:
     assert decode(model, torch.zeros(1, 4, 2, 8, 8)).shape == (1, 3, 2, 32, 32)
 
 
+def test_clips_are_compared_with_the_teachers_of_the_same_prompt() -> None:
+    gauge = Gauge(("a", "b", "c"), None, seeds=2, batch=2, precision=nullcontext)
+    colours = torch.tensor([-0.8, -0.75, 0.0, 0.05, 0.7, 0.8]).reshape(6, 1, 1, 1, 1).expand(6, 3, 4, 16, 16)
+    other = gauge._distance(colours.roll(2, 0), colours)
+    assert gauge._distance(colours, colours) == pytest.approx(0, abs=1e-6) and other > 1
+    both = gauge._distance(torch.cat([colours, colours.roll(2, 0)]), colours)
+    assert both == pytest.approx(other / 2, rel=1e-4)  # the mean over step counts
+
+
 def test_drift_is_in_units_of_the_reference() -> None:
     reference = Rng(0).randn((8, 4, 4, 8, 8), "x")
     assert drift(reference, reference) == 0 and drift(reference + 0.5, reference) == pytest.approx(0.5, rel=0.02)

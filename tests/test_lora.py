@@ -19,7 +19,7 @@ from fewstep.engine.nets import build_nets
 from fewstep.engine.prepare import prepare
 from fewstep.methods import DMD2, Consistency, Nets, Progressive, Reconstruction
 from fewstep.models import Denoiser, Lora, VideoModel, fingerprint
-from fewstep.models.lora import adapt, duplicate, load_adapter, merge, save_adapter, weaken
+from fewstep.models.lora import adapt, adapters, duplicate, load_adapter, merge, save_adapter, weaken
 from fewstep.world.data import WorldClips
 from support_engine import FRAMES, small, tiny_model
 from support_gaussian import ONE_STEP
@@ -52,6 +52,18 @@ def test_adapters_at_zero_are_the_teacher_bit_for_bit(base: Denoiser) -> None:
     assert torch.equal(call(network), call(base))
     assert torch.equal(call(merge(base, network)), call(base))
     assert not torch.equal(call(moved(network)), call(base))
+
+
+def test_adapters_begin_as_peft_draws_them(base: Denoiser) -> None:
+    """A is uniform within the root of 1 / in, another one in every layer; B is zero."""
+    layers = adapters(adapt(base, LORA, Rng(0)))
+    for layer in layers.values():
+        bound = layer.weight.shape[1] ** -0.5
+        a = layer.lora_A.weight.detach()
+        assert 0.9 * bound < float(a.abs().max()) <= bound and abs(float(a.mean())) < 0.25 * bound
+        assert not layer.lora_B.weight.any() and layer.scale == 8.0 / 4
+    first, second = (layers[f"backbone.blocks.{i}.attention.qkv"].lora_A.weight for i in (0, 1))
+    assert not torch.equal(first, second)
 
 
 def test_every_weight_but_the_adapters_is_borrowed(base: Denoiser) -> None:

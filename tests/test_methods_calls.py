@@ -204,7 +204,8 @@ def consistency_nets(size: int = B) -> Nets:
 @pytest.mark.parametrize("huber", [1e-3, 0.5])
 def test_consistency_compares_two_points_of_one_guided_step(huber: float) -> None:
     method = Consistency(intervals=6, skip=2, shift=3.0, guidance=CFG(scale=2.5), huber=huber)
-    nets, batch = consistency_nets(), make_batch()
+    table = AffineTableStudent(uniform_grid(6, 3.0)).fill([(0.1 * i, 0.5 - 0.1 * i) for i in range(7)])
+    nets, batch = Nets({**consistency_nets(), **asked(target=table)}), make_batch()
     loss = terms(method.student_loss(nets, batch, Rng(4)))["consistency"]
     (seen,), (there,) = nets.student.questions, nets.target.questions
     noise_of(seen, batch.require("x0"))
@@ -358,18 +359,19 @@ def test_knowledge_distillation_regresses_the_stored_end(huber: float | None) ->
 
 
 class Halving(nn.Module):
-    """A codec that scales: latents are half of the frames."""
+    """A codec that scales: latents are half of the frames. What it decodes gets brighter by so much per row and column."""
 
-    def __init__(self) -> None:
+    def __init__(self, down: float = 0.0, right: float = 0.0) -> None:
         super().__init__()
         self.gain, self.decoded = nn.Parameter(f64(0.5)), []
+        self.slope = (torch.arange(32) * down)[:, None] + torch.arange(32) * right
 
     def encode_raw(self, frames: Tensor) -> Tensor:
         return frames * self.gain
 
     def decode_raw(self, latents: Tensor) -> Tensor:
         self.decoded.append(latents)
-        return latents / 0.5
+        return latents / 0.5 + self.slope
 
 
 def test_reconstruction_is_the_stated_sum_on_noised_latents() -> None:
@@ -390,6 +392,14 @@ def test_reconstruction_is_the_stated_sum_on_noised_latents() -> None:
     (latents,) = codec.decoded
     by_gain = torch.autograd.grad(latents.sum(), codec.gain)[0].sum()
     torch.testing.assert_close(by_gain, frames.sum())  # nothing through the size of the noise
+
+
+def test_reconstruction_compares_edges_in_both_directions() -> None:
+    frames = torch.rand(2, 3, 4, 32, 32, generator=torch.Generator().manual_seed(0)).double()
+    batch, method = Batch(cond_of(1, 2), cond_of(0, 2), SHAPE, frames=frames), Reconstruction(noise=0.0, gradient=2.0)
+    losses = terms(method.student_loss(Nets({"student": Halving(down=0.2, right=0.1)}), batch, Rng(0)))
+    assert float(losses["edges"].detach()) == pytest.approx(2.0 * (0.2 + 0.1))
+    assert float(losses["pixels"].detach()) == pytest.approx(15.5 * (0.2 + 0.1))
 
 
 class Reader(nn.Module):

@@ -81,6 +81,13 @@ def test_frechet_of_few_rows_takes_a_shorter_way_to_the_same_value(n: int, m: in
     assert frechet(a[torch.randperm(n, generator=rng())], b) == pytest.approx(whole, rel=1e-6)
 
 
+def test_covariances_are_unbiased():
+    """Two sets of few rows, far more than features: `|m|^2 + sum (sqrt a - sqrt b)^2` in one dimension."""
+    a, b = torch.tensor([[0.0], [1.0], [5.0]]).double(), torch.tensor([[2.0], [2.5], [4.0], [9.0]]).double()
+    expected = (a.mean() - b.mean()) ** 2 + (a.std() - b.std()) ** 2
+    assert frechet(a, b) == pytest.approx(float(expected), rel=1e-9)
+
+
 def test_frechet_of_samples_approaches_that_of_their_gaussians():
     a, b = torch.randn(20_000, 3, generator=rng(1)), 2 * torch.randn(20_000, 3, generator=rng(2)) + 1
     assert frechet(a, b) == pytest.approx(3 + 3, rel=0.03)  # |m|^2 + sum (2 - 1)^2
@@ -231,6 +238,20 @@ def test_pooled_features_are_a_fixed_number():
     assert pooled(torch.rand(2, 3, 3, 8, 8)).shape == pooled(torch.rand(2, 3, 20, 16, 24)).shape == (2, 72)
 
 
+def test_pooled_features_are_means_and_changes_by_part():
+    """Quarter by quarter: the mean of either half of the clip, then four times the mean changes, without their sign."""
+    frames = torch.zeros(1, 3, 6, 4, 4)
+    frames[:, 0, 3:, :2, :2] = 0.5  # red, the second half, upper left
+    frames[:, 1, 0::2, 2:, 2:] = -0.25  # green, every other frame, lower right
+    made = pooled(frames)[0]
+    means, (one, two, four, second) = made[:24].reshape(3, 2, 2, 2), made[24:].reshape(4, 3, 2, 2)
+    assert means[0, :, 0, 0].tolist() == [0, 0.5] and means[0].sum() == 0.5
+    assert means[1, :, 1, 1].tolist() == pytest.approx([-1 / 6, -1 / 12])
+    assert one[0, 0, 0].item() == pytest.approx(4 * 0.5 / 5) and one[1, 1, 1].item() == pytest.approx(4 * 0.25)
+    assert two[1, 1, 1] == 0 and two[0, 0, 0].item() == pytest.approx(4 * 0.5 * 2 / 4)
+    assert four[0, 0, 0].item() == pytest.approx(4 * 0.5) and second[1, 1, 1].item() == pytest.approx(4 * 0.5)
+
+
 # --- statistics -------------------------------------------------------------------------------------------------------
 
 
@@ -300,6 +321,12 @@ def test_clustered_wilson_counts_what_the_trials_are_worth() -> None:
     assert clustered_wilson(torch.ones(8), 2) == wilson(8, 8)  # nothing to estimate the effect from
 
 
+def test_clustered_wilson_effect_ends_at_the_size_of_a_group() -> None:
+    shares = torch.tensor([1.0, 0.0, 1.0, 0.0], dtype=torch.float64)  # unbiased, their variance is more than that of groups
+    assert clustered_wilson(shares, 3) == pytest.approx(wilson(2, 4))
+    assert clustered_wilson(torch.full((4,), 0.5), 3) == pytest.approx(wilson(6, 12)), "and begins at 1"
+
+
 def test_clustered_wilson_has_kishs_design_effect() -> None:
     shares, size = torch.tensor([1.0, 1.0, 0.5, 0.0, 0.75], dtype=torch.float64), 4
     p = 3.25 / 5
@@ -350,6 +377,13 @@ def test_saturation_and_contrast() -> None:
     halves = grey.clone()
     halves[..., :2], halves[..., 2:] = -1, 1
     assert float(contrast(halves)) == pytest.approx((16 / 15) ** 0.5) and float(saturation(halves)) == 0
+    split = grey.clone()
+    split[:, 2, :, :, :2], split[:, 2, :, :, 2:] = -1, 1  # blue weighs 0.114
+    assert float(contrast(split)) == pytest.approx(0.114 * (16 / 15) ** 0.5)
+    assert float(saturation(split)) == pytest.approx(0.5)
+    blink = grey.clone()
+    blink[:, :, 1] = 1
+    assert float(contrast(blink)) == 0, "within a frame, not between them"
     for metric in (saturation, contrast):
         with pytest.raises(ValueError, match=r"\[B, 3, F, H, W\]"):
             metric(torch.zeros(1, 4, 2, 4, 4))
