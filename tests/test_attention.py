@@ -21,13 +21,13 @@ def test_empty_chunks_are_refused() -> None:
         BlockCausal(chunk=0)
 
 
-def test_block_causal_mask_by_definition() -> None:
-    grid, cached, chunk = Grid3(5, 1, 2), 4, 2
-    mask = BlockCausal(chunk=chunk).mask(grid, cached)
+@pytest.mark.parametrize(("frames", "cached", "chunk"), [(5, 4, 2), (3, 0, 2), (2, 3, 1)])
+def test_block_causal_mask_by_definition(frames: int, cached: int, chunk: int) -> None:
+    mask = BlockCausal(chunk=chunk).mask(Grid3(frames, 1, 2), cached)
     assert mask is not None
-    assert mask.shape == (10, 18)
-    for query in range(10):
-        for key in range(18):
+    assert mask.shape == (2 * frames, 2 * (cached + frames))
+    for query in range(2 * frames):
+        for key in range(2 * (cached + frames)):
             frame_of_query, frame_of_key = cached + query // 2, key // 2
             assert bool(mask[query, key]) == (frame_of_key // chunk <= frame_of_query // chunk)
 

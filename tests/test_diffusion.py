@@ -384,6 +384,21 @@ def test_dpmpp_2m_is_of_second_order_where_lambda_is_finite(path: NoisePath) -> 
     assert abs(math.log2(errors[0] / errors[1]) - 2) < 0.1
 
 
+def test_dpmpp_2m_is_of_second_order_on_steps_of_unequal_length() -> None:
+    """The correction is by the ratio of the step before to this one, not its inverse."""
+    teacher, x, errors = GaussianTeacher(f64(0.0, 0.7), 0.4), normal(6), []
+    for steps in (64, 128):
+        times = tuple((1 - i / steps * 0.95) ** 2 for i in range(1, steps + 1))
+        seen: dict[int, torch.Tensor] = {}
+        with torch.no_grad():
+            dpmpp_2m(
+                lambda x, t: teacher(x, t, cond_of(1, 6)), x, (*times, 0.0),
+                watch=lambda i, p, seen=seen: seen.update({i: p.x_t}),
+            )  # fmt: skip
+        errors.append(float((seen[steps - 1] - teacher.flow_map(x, times[0], times[-1], 0.7)).abs().max()))
+    assert math.log2(errors[0] / errors[1]) > 1.8
+
+
 def test_dpmpp_2m_beats_ddim_from_noise_to_data() -> None:
     assert error("dpmpp_2m", RectifiedFlow(), 16) < 0.3 * error("ddim", RectifiedFlow(), 16)
 
@@ -420,9 +435,10 @@ def test_every_solver_is_exact_for_a_known_x0() -> None:
 def test_renoise_uses_named_noise_and_watch_sees_every_call() -> None:
     x0, eps, seen = torch.full((2, *SCALAR), 0.3), Rng(0).randn((2, *SCALAR), "noise"), []
     denoise = lambda x, t: from_x0(x0, x, t, RectifiedFlow())  # noqa: E731
-    renoise(denoise, eps, (1.0, 0.5, 0.0), rng=Rng(4), watch=lambda i, p: seen.append((i, p.x_t)))
-    assert [i for i, _ in seen] == [0, 1]
-    assert torch.equal(seen[1][1], 0.5 * x0 + 0.5 * Rng(4).randn(x0.shape, "renoise/0"))
+    renoise(denoise, eps, (1.0, 0.5, 0.25, 0.0), rng=Rng(4), watch=lambda i, p: seen.append((i, p.x_t)))
+    assert [i for i, _ in seen] == [0, 1, 2]
+    for i, t in ((0, 0.5), (1, 0.25)):
+        assert torch.equal(seen[i + 1][1], (1 - t) * x0 + t * Rng(4).randn(x0.shape, f"renoise/{i}"))
 
 
 def test_heun_costs_two_calls_but_one_in_the_last_step() -> None:

@@ -132,7 +132,16 @@ def test_the_gradient_of_a_role_is_clipped_as_a_whole() -> None:
 def test_clipping_one_role_does_not_see_the_other(tmp_path: Path) -> None:
     optim = {"student": Optim(clip=1e-3), "critic": Optim(clip=1e3)}
     run = prepared(tmp_path, Denoise(), small(2, optim=optim))
-    run.iterate()
+    step, norms = RoleOptimizer.step, {}
+
+    def noted(self: RoleOptimizer, number: int) -> float:
+        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+        norms[self.optim.clip] = float(torch.nn.utils.get_total_norm(gradients))
+        return step(self, number)
+
+    with mock.patch.object(RoleOptimizer, "step", noted):
+        run.iterate()
+    assert norms == pytest.approx({1e-3: 1e-3, 1e3: run.figures["grad/critic"]}, rel=1e-3)
     assert run.figures["grad/student"] == pytest.approx(run.figures["grad/critic"])  # equal before clipping
     assert all(p.grad is None for net in run.nets.values() for p in net.parameters())
 
@@ -383,7 +392,7 @@ def test_heads_are_made_for_the_layers_asked_for(tmp_path: Path) -> None:
 
 
 def test_average_follows_its_formula(tmp_path: Path) -> None:
-    run = prepared(tmp_path, Denoise(), small(3, ema=0.15))
+    run = prepared(tmp_path, Denoise(), small(3, ema=0.15, optim={"student": Optim(lr=0.1)}))
     expected = {k: v.clone() for k, v in run.nets.student.state_dict().items()}
     for decay in (1 / 10, 0.15, 0.15):  # 2/11 is more than 0.15
         run.iterate()

@@ -303,7 +303,7 @@ def test_ratios_are_of_means():
     many = torch.rand(300, generator=rng(), dtype=torch.float64) + 0.1
     noisy = 3 * many * (1 + 0.2 * torch.randn(300, generator=rng(1), dtype=torch.float64))
     low, high = ratio_bootstrap(noisy, many, rng(2))
-    assert low < ratio_of_means(noisy, many) < high < 3.3 and low > 2.7
+    assert 2.88 < low < ratio_of_means(noisy, many) < high < 3.12  # numerator and denominator vary together
 
 
 def test_percentile():

@@ -41,6 +41,8 @@ GOLDEN = "test_golden.py"
 WORKERS, SECONDS = 2, 600
 """Children at once, and the longest that one may take: a mistake that never ends is noticed by that."""
 KILLED, GOLDEN_ONLY, SURVIVED, STALE = "killed", "golden only", "survived", "stale"
+LIBRARIES = ("pytest", "pytest_timeout", "torch", "transformers", "diffusers.models.transformers.transformer_wan")
+"""What takes long to import and no mutation touches."""
 LEAST_KILLED, MOST_GOLDEN = 0.97, 0.03
 LIVING: dict[tuple[str, str, int], list[FunctionType]] = {}
 """The library's functions by file, name and line, once they are imported."""
@@ -182,11 +184,11 @@ class Child:
 
 
 def prepare() -> None:
-    """Import what every child needs and no mutation touches."""
+    """Import what every child needs, and nothing of the library."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # a second per child
     sys.path.insert(0, str(SOURCE.parent))
-    for name in ("pytest", "pytest_timeout", "torch", "transformers", "diffusers.models.transformers.transformer_wan"):
+    for name in LIBRARIES:
         importlib.import_module(name)
     if any(name.partition(".")[0] == "fewstep" for name in sys.modules):
         raise RuntimeError("fewstep is imported already, so no mutation would be seen; run tools/mutate.py by itself")
