@@ -28,11 +28,6 @@ def test_every_epoch_has_every_sample_once(size: int) -> None:
     assert draw_indices(n, size, Rng(3, step=17, place=1)) == stream[17 * size : 18 * size]
 
 
-def test_every_epoch_has_an_order_of_its_own() -> None:
-    orders = {tuple(draw_indices(20, 20, Rng(0, step=epoch))) for epoch in range(10)}
-    assert len(orders) == 10 and all(sorted(order) == list(range(20)) for order in orders)
-
-
 def test_places_and_seeds_draw_differently() -> None:
     assert draw_indices(1000, 8, Rng(0)) != draw_indices(1000, 8, Rng(0, place=1))
     assert draw_indices(1000, 8, Rng(0)) != draw_indices(1000, 8, Rng(1))

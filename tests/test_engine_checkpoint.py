@@ -243,7 +243,14 @@ def test_nothing_in_a_checkpoint_is_unpickled(tmp_path: Path, monkeypatch: pytes
 
 def test_a_checkpoint_after_the_last_iteration(tmp_path: Path) -> None:
     for every in (0, 2):
-        train(tiny_model(), CASES["FlowMatching"], Everything(), small(3, save_every=every), tmp_path / f"{every}", quiet=True)
+        train(
+            tiny_model(),
+            CASES["FlowMatching"],
+            Everything(),
+            small(3, save_every=every),
+            tmp_path / f"{every}",
+            quiet=True,
+        )
         assert checkpoints(tmp_path / f"{every}" / "checkpoints")[-1].name == "step-000003"
 
 

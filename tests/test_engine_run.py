@@ -194,7 +194,9 @@ def test_noise_differs_between_seeds_iterations_updates_and_micro_batches(tmp_pa
 def test_data_differ_between_iterations_and_micro_batches(tmp_path: Path) -> None:
     run = prepared(tmp_path, Denoise(), small(2, accumulate=3))
     seen: list[torch.Tensor] = []
-    with mock.patch.object(Run, "update", side_effect=lambda _, batches, __: seen.extend(b.x0 for b, _ in batches) or []):
+    with mock.patch.object(
+        Run, "update", side_effect=lambda _, batches, __: seen.extend(b.x0 for b, _ in batches) or []
+    ):
         run.iterate()
         run.iterate()
     distinct = {x0.numpy().tobytes() for x0 in seen}
@@ -212,7 +214,10 @@ def test_every_role_has_its_own_optimiser_or_the_students(tmp_path: Path) -> Non
     student = Optim(lr=1e-3, clip=3.0)
     critic = Optim(type="muon", lr=2e-4, betas=(0.5, 0.6), weight_decay=0.1, clip=0.5)
     run = prepared(tmp_path, Denoise(), small(1, optim={"student": student, "critic": critic}))
-    assert {role: optimizer.optim for role, optimizer in run.optimizers.items()} == {"student": student, "critic": critic}
+    assert {role: optimizer.optim for role, optimizer in run.optimizers.items()} == {
+        "student": student,
+        "critic": critic,
+    }
     run.iterate()
     assert (run.figures["lr/student"], run.figures["lr/critic"]) == (1e-3, 2e-4)
     alone = prepared(tmp_path, Denoise(), small(1, optim={"student": student}))
@@ -313,7 +318,8 @@ def test_muon_is_for_the_matrices_inside_the_blocks() -> None:
     optimizer = RoleOptimizer(network, Optim(type="muon"), 10)
     names = {id(p): name for name, p in network.named_parameters()}
     by = {
-        kind: {names[id(p)] for group in part.param_groups for p in group["params"]} for kind, part in optimizer.parts.items()
+        kind: {names[id(p)] for group in part.param_groups for p in group["params"]}
+        for kind, part in optimizer.parts.items()
     }
     assert by["muon"] == {
         name for name, p in network.named_parameters()

@@ -45,7 +45,11 @@ def measured(frames: Tensor, right: Tensor) -> Measured:
     return meter.done(seconds=12.0)
 
 
-FRAMES = torch.rand(6, 3, 5, 8, 8, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 7).reshape(6, 1, 1, 1, 1) / 7
+FRAMES = (
+    torch.rand(6, 3, 5, 8, 8, generator=torch.Generator().manual_seed(0))
+    * torch.arange(1, 7).reshape(6, 1, 1, 1, 1)
+    / 7
+)
 RIGHT = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 0, 1], [1, 1, 1], [0, 0, 0], [0, 1, 0]], dtype=torch.bool)
 
 

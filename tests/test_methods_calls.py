@@ -86,7 +86,9 @@ ADVERSARIAL = replace(METHOD, gan=0.03, r1=2.0, rho=0.1)
 
 
 def dmd2_nets() -> Nets:
-    nets = asked(student=FreeClips((B, *SHAPE)), teacher=GaussianTeacher(MEANS, 0.4), critic=GaussianTeacher(OTHER, 0.5))
+    nets = asked(
+        student=FreeClips((B, *SHAPE)), teacher=GaussianTeacher(MEANS, 0.4), critic=GaussianTeacher(OTHER, 0.5)
+    )
     return Nets({**nets, "discriminator": MeanHead()})
 
 
@@ -387,7 +389,9 @@ def test_reconstruction_is_the_stated_sum_on_noised_latents() -> None:
     spread = 0.1 * float((shown / 2).std())
     mean_of_folded_normal = (2 / torch.pi) ** 0.5
     assert float(losses["pixels"].detach()) == pytest.approx(2 * spread * mean_of_folded_normal, rel=0.02)
-    assert float(losses["edges"].detach()) == pytest.approx(2.0 * 2 * 2 * spread * 2**0.5 * mean_of_folded_normal, rel=0.02)
+    assert float(losses["edges"].detach()) == pytest.approx(
+        2.0 * 2 * 2 * spread * 2**0.5 * mean_of_folded_normal, rel=0.02
+    )
     assert float(losses["latents"].detach()) == pytest.approx(0.25 * float((shown / 2).square().mean()), rel=1e-6)
     (latents,) = codec.decoded
     by_gain = torch.autograd.grad(latents.sum(), codec.gain)[0].sum()

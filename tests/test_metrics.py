@@ -322,7 +322,9 @@ def test_clustered_wilson_counts_what_the_trials_are_worth() -> None:
 
 
 def test_clustered_wilson_effect_ends_at_the_size_of_a_group() -> None:
-    shares = torch.tensor([1.0, 0.0, 1.0, 0.0], dtype=torch.float64)  # unbiased, their variance is more than that of groups
+    shares = torch.tensor(
+        [1.0, 0.0, 1.0, 0.0], dtype=torch.float64
+    )  # unbiased, their variance is more than that of groups
     assert clustered_wilson(shares, 3) == pytest.approx(wilson(2, 4))
     assert clustered_wilson(torch.full((4,), 0.5), 3) == pytest.approx(wilson(6, 12)), "and begins at 1"
 

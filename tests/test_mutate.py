@@ -20,7 +20,9 @@ def mutate(load_tool: Callable[[str], ModuleType]) -> ModuleType:
     return load_tool("mutate")
 
 
-def test_every_mutation_is_one_of_the_source_as_it_stands(mutate: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_mutation_is_one_of_the_source_as_it_stands(
+    mutate: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert mutate.main(["--check"]) == 0, capsys.readouterr().out
     listed = mutate.mutations()
     assert len(listed) >= 343 and len({(m.file, m.old, m.new) for m in listed}) == len(listed)
@@ -39,12 +41,11 @@ def test_every_named_test_is_there(mutate: ModuleType) -> None:
 
 def tried(tmp_path: Path, **entries: tuple[str, str, str]) -> dict[str, str]:
     """The verdicts of a list of its own, by mistake; each entry is old text, new text, test."""
-    listed = [
-        {"mistake": name, "old": old, "new": new, "tests": test} for name, (old, new, test) in entries.items()
-    ]
+    listed = [{"mistake": name, "old": old, "new": new, "tests": test} for name, (old, new, test) in entries.items()]
     (tmp_path / "list.yaml").write_text(yaml.safe_dump({"methods/targets.py": listed}))
     code = (
-        "import sys, pathlib; sys.path.insert(0, 'tools'); import mutate; mutate.GOLDEN, mutate.LIBRARIES = sys.argv[2], ('torch',)\n"
+        "import sys, pathlib; sys.path.insert(0, 'tools'); import mutate\n"
+        "mutate.GOLDEN, mutate.LIBRARIES = sys.argv[2], ('torch',)\n"
         "for o in mutate.tried(mutate.mutations(pathlib.Path(sys.argv[1]))): print('=', o.mutation.mistake, o.verdict)"
     )
     golden = f"{TARGETS}test_approximate_r1_is_the_squared_gradient"  # stands for the golden losses, which take longer
@@ -76,7 +77,13 @@ def test_mistakes_are_killed_by_meaning_by_golden_losses_or_not_at_all(tmp_path:
 
 def test_a_stale_mutation_says_why(mutate: ModuleType) -> None:
     def why(**changes: object) -> str:
-        fields = {"file": "methods/targets.py", "mistake": "m", "old": "FLOOR = 1e-5", "new": "", "tests": ("test_core.py",)}
+        fields = {
+            "file": "methods/targets.py",
+            "mistake": "m",
+            "old": "FLOOR = 1e-5",
+            "new": "",
+            "tests": ("test_core.py",),
+        }
         return mutate.Mutation(**fields | changes).stale
 
     assert why() == ""
@@ -95,7 +102,9 @@ def test_targets_are_on_rates_of_all_that_was_tried(mutate: ModuleType) -> None:
     assert mutate.rates(outcomes(90, 5, 5)) == (0.95, 0.05)
     assert mutate.enough(outcomes(94, 3, 3)) and mutate.enough(outcomes(100, 0, 0))
     assert not any(map(mutate.enough, (outcomes(96, 0, 4), outcomes(96, 4, 0), outcomes(100, 0, 0, stale=1))))
-    assert "methods               100           94            3            3            0" in mutate.table(outcomes(94, 3, 3))
+    assert "methods               100           94            3            3            0" in mutate.table(
+        outcomes(94, 3, 3)
+    )
 
 
 @pytest.mark.slow

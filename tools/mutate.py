@@ -111,7 +111,9 @@ class Outcome:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="See which planted mistakes the tests notice.")
-    parser.add_argument("--only", default="", metavar="PATTERN", help="mutations whose file or mistake matches this regex")
+    parser.add_argument(
+        "--only", default="", metavar="PATTERN", help="mutations whose file or mistake matches this regex"
+    )
     parser.add_argument("--check", action="store_true", help="run nothing; exit 1 if a mutation is stale")
     options = parser.parse_args(argv)
     chosen = [m for m in mutations() if re.search(options.only, f"{m.file}: {m.mistake}")]
@@ -149,7 +151,9 @@ def tried(chosen: Sequence[Mutation]) -> list[Outcome]:
     named = sorted({test for m in chosen for test in m.tests})
     for child in forked([(None, named[i::WORKERS]) for i in range(min(WORKERS, len(named)))]):
         if child.code:
-            raise RuntimeError(f"without a mutation every test must pass; one does not, or is not there:\n{child.output}")
+            raise RuntimeError(
+                f"without a mutation every test must pass; one does not, or is not there:\n{child.output}"
+            )
     outcomes = outcomes_of(before)  # while nothing of the library is imported
     collect({test.partition("::")[0] for test in (*named, GOLDEN)})
     return outcomes + outcomes_of(inside)
@@ -160,7 +164,9 @@ def outcomes_of(chosen: Sequence[Mutation]) -> list[Outcome]:
     outcomes = [judged(m, child, KILLED) for m, child in children.items() if child.code]
     survivors = [m for m, child in children.items() if not child.code]
     golden = forked([(m, [GOLDEN]) for m in survivors])
-    return outcomes + [judged(m, c, GOLDEN_ONLY if c.code else SURVIVED) for m, c in zip(survivors, golden, strict=True)]
+    return outcomes + [
+        judged(m, c, GOLDEN_ONLY if c.code else SURVIVED) for m, c in zip(survivors, golden, strict=True)
+    ]
 
 
 def judged(mutation: Mutation, child: Child, verdict: str) -> Outcome:
@@ -209,7 +215,9 @@ def run_pytest(tests: Iterable[str], *options: str) -> int:
     """The first failure says enough."""
     pytest = importlib.import_module("pytest")
     named = [str(TESTS / test) for test in tests]
-    return int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "pytest_timeout", "--tb=short", *options, *named]))
+    return int(
+        pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "pytest_timeout", "--tb=short", *options, *named])
+    )
 
 
 def forked(jobs: Sequence[tuple[Mutation | None, Iterable[str]]]) -> list[Child]:
@@ -282,8 +290,11 @@ def functions(code: CodeType) -> Iterator[CodeType]:
 def frame(code: CodeType) -> tuple[object, ...]:
     """What is run when a module is imported, without the insides of functions."""
     inner = [
-        frame(x) if isinstance(x, CodeType) and not x.co_flags & inspect.CO_OPTIMIZED else
-        (x.co_name, x.co_freevars) if isinstance(x, CodeType) else (type(x), x)
+        frame(x)
+        if isinstance(x, CodeType) and not x.co_flags & inspect.CO_OPTIMIZED
+        else (x.co_name, x.co_freevars)
+        if isinstance(x, CodeType)
+        else (type(x), x)
         for x in code.co_consts
     ]
     return code.co_code, code.co_names, tuple(inner)
@@ -336,7 +347,9 @@ def table(outcomes: Sequence[Outcome]) -> str:
         rows.append((room, *map(str, (counts.total(), *(counts[v] for v in verdicts)))))
     lines = ["  ".join([row[0].ljust(12), *(cell.rjust(11) for cell in row[1:])]) for row in rows]
     killed, golden = rates(outcomes)
-    return "\n".join([*lines, f"killed {killed:.1%} (at least {LEAST_KILLED:.0%}), of all by golden losses only {golden:.1%}"])
+    return "\n".join(
+        [*lines, f"killed {killed:.1%} (at least {LEAST_KILLED:.0%}), of all by golden losses only {golden:.1%}"]
+    )
 
 
 def rates(outcomes: Sequence[Outcome]) -> tuple[float, float]:
