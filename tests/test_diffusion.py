@@ -384,19 +384,18 @@ def test_dpmpp_2m_is_of_second_order_where_lambda_is_finite(path: NoisePath) -> 
     assert abs(math.log2(errors[0] / errors[1]) - 2) < 0.1
 
 
-def test_dpmpp_2m_is_of_second_order_on_steps_of_unequal_length() -> None:
-    """The correction is by the ratio of the step before to this one, not its inverse."""
-    teacher, x, errors = GaussianTeacher(f64(0.0, 0.7), 0.4), normal(6), []
-    for steps in (64, 128):
-        times = tuple((1 - i / steps * 0.95) ** 2 for i in range(1, steps + 1))
-        seen: dict[int, torch.Tensor] = {}
-        with torch.no_grad():
-            dpmpp_2m(
-                lambda x, t: teacher(x, t, cond_of(1, 6)), x, (*times, 0.0),
-                watch=lambda i, p, seen=seen: seen.update({i: p.x_t}),
-            )  # fmt: skip
-        errors.append(float((seen[steps - 1] - teacher.flow_map(x, times[0], times[-1], 0.7)).abs().max()))
-    assert math.log2(errors[0] / errors[1]) > 1.8
+def test_dpmpp_2m_corrects_by_the_ratio_of_the_step_before_to_this_one() -> None:
+    """Algorithm 2 of 2211.01095: `D = (1 + 1 / 2r) x0_1 - 1 / 2r x0_0`, written out for two steps of unequal length."""
+    teacher, x, times = GaussianTeacher(f64(0.0, 0.7), 0.4), normal(6), (0.9, 0.8, 0.3, 0.0)
+    seen: list[Prediction] = []
+    with torch.no_grad():
+        dpmpp_2m(lambda x, t: teacher(x, t, cond_of(1, 6)), x, times, watch=lambda i, p: seen.append(p))
+    lam = [math.log((1 - t) / t) for t in times[:3]]
+    before, here = lam[1] - lam[0], lam[2] - lam[1]
+    share = here / (2 * before)  # 1 / 2r
+    blend = (1 + share) * seen[1].x0 - share * seen[0].x0
+    expected = 0.3 / 0.8 * seen[1].x_t - 0.7 * math.expm1(-here) * blend
+    torch.testing.assert_close(seen[2].x_t, expected)
 
 
 def test_dpmpp_2m_beats_ddim_from_noise_to_data() -> None:

@@ -15,12 +15,12 @@ import torch
 
 from fewstep.cli import main
 from fewstep.core import Rng
-from fewstep.diffusion import CFG, RectifiedFlow, Trig
+from fewstep.diffusion import CFG, KINDS, Kind, Prediction, RectifiedFlow, Trig, target
 from fewstep.engine import CheckpointError, Health, Optim, prepare, train
 from fewstep.engine.checkpoint import RunState, checkpoints
 from fewstep.engine.health import Record, judge, monitor, read_record, weights
 from fewstep.engine.health.heard import Heard, Terms
-from fewstep.engine.health.measure import Gauge, decode, drift, singled
+from fewstep.engine.health.measure import Gauge, decode, drift, error, singled
 from fewstep.engine.health.verdict import ASKED
 from fewstep.engine.health.vitals import Verdict
 from fewstep.engine.log import RunLog, read_metrics
@@ -377,3 +377,11 @@ def test_clips_are_compared_with_the_teachers_of_the_same_prompt() -> None:
 def test_drift_is_in_units_of_the_reference() -> None:
     reference = Rng(0).randn((8, 4, 4, 8, 8), "x")
     assert drift(reference, reference) == 0 and drift(reference + 0.5, reference) == pytest.approx(0.5, rel=0.02)
+    assert drift(4 * reference + 2, 4 * reference) == pytest.approx(0.5, rel=0.02)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_error_is_that_of_the_networks_own_output(kind: Kind) -> None:
+    x0, eps, t, path = Rng(0).randn((2, 4, 3, 2, 2), "x0"), Rng(0).randn((2, 4, 3, 2, 2), "eps"), torch.rand(2), Trig()
+    truth = Prediction(target(kind, x0, eps, t, path), kind, path.add_noise(x0, eps, t), t, path)
+    assert error(truth, x0, eps) == 0 and error(truth.with_raw(truth.raw + 2), x0, eps) == pytest.approx(4, rel=1e-5)

@@ -105,6 +105,12 @@ def test_weak_adapters_lie_between_and_follow(base: Denoiser) -> None:
         weaken(base, 0.5)
 
 
+def test_the_real_score_of_a_run_is_as_weak_as_asked_for() -> None:
+    nets = build_nets(tiny_model(), DMD, seed=0, lora=LORA)
+    real, critic = adapters(nets["real"]), adapters(nets["critic"])
+    assert real.keys() == critic.keys() and all(real[name].scale == 0.25 * critic[name].scale for name in real)
+
+
 def test_duplicates_share_the_base_and_nothing_else(base: Denoiser) -> None:
     network = adapt(base, LORA, Rng(0))
     other = duplicate(network)
