@@ -136,14 +136,14 @@ def test_empty_chunks_and_windows_without_room_are_refused() -> None:
         TopK(keep=0.0)
 
 
-@pytest.mark.parametrize("past", [0, 4])
-def test_block_causal_mask_by_definition(past: int) -> None:
-    grid, chunk = Grid3(5, 1, 2), 2
-    q, k, _ = drawn(grid.tokens, (past + 5) * 2)
+@pytest.mark.parametrize(("frames", "past", "chunk"), [(5, 4, 2), (5, 0, 2), (3, 0, 2), (2, 3, 1)])
+def test_block_causal_mask_by_definition(frames: int, past: int, chunk: int) -> None:
+    grid = Grid3(frames, 1, 2)
+    q, k, _ = drawn(grid.tokens, (past + frames) * 2)
     mask = BlockCausal(chunk=chunk).operation(0, 2, 8).mask(q, k, Site(grid, past=past))
-    assert mask is not None and mask.shape == (10, (past + 5) * 2)
-    for query in range(10):
-        for key in range(mask.shape[1]):
+    assert mask is not None and mask.shape == (2 * frames, 2 * (past + frames))
+    for query in range(2 * frames):
+        for key in range(2 * (past + frames)):
             frame_of_query, frame_of_key = past + query // 2, key // 2
             assert bool(mask[query, key]) == (frame_of_key // chunk <= frame_of_query // chunk)
 

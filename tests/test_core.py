@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fewstep.core import Call, Cond, Rng
+from fewstep.core import Call, Cond, Rng, Seeds
 from fewstep.core.finite import NonFiniteError, require_finite
 from fewstep.diffusion import CFG, Prediction, RectifiedFlow
 
@@ -29,6 +29,19 @@ def test_shared_numbers_agree_across_places() -> None:
     assert len(set(exits[0])) > 10
 
 
+def test_integers_of_clips_differ_across_places_and_reach_every_value() -> None:
+    drawn = [Rng(0, 0, place).integers((40,), "index", 4).tolist() for place in range(2)]
+    assert drawn[0] != drawn[1] and set(drawn[0]) == {0, 1, 2, 3}
+
+
+def test_a_clips_seed_gives_its_noise_in_any_batch() -> None:
+    both = Seeds((3, 7)).randn((2, 4), "eps")
+    assert torch.equal(both[1], Seeds((7,)).randn((1, 4), "eps")[0]) and not torch.equal(both[0], both[1])
+    assert not torch.equal(both, Seeds((3, 7)).randn((2, 4), "noise"))
+    with pytest.raises(ValueError, match="2 seeds were given for 3 clips"):
+        Seeds((3, 7)).randn((3, 4), "eps")
+
+
 def test_drawing_leaves_the_global_stream_alone() -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
@@ -39,6 +52,8 @@ def test_drawing_leaves_the_global_stream_alone() -> None:
 def test_at_and_fold_keep_the_rest() -> None:
     rng = Rng(1, 2, 3).at(step=9)
     assert (rng.seed, rng.step, rng.place) == (1, 9, 3)
+    assert Rng(1, 2, 3).at(place=0) == Rng(1, 2, 0) and Rng(1, 2, 3).at(step=0) == Rng(1, 0, 3)
+    assert Rng(1).fold("a").seed != Rng(2).fold("a").seed
     assert rng.fold("a") == rng.fold("a") != rng.fold("b")
 
 

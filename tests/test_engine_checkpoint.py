@@ -11,20 +11,22 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 import fewstep
 from fewstep.core import build
-from fewstep.core.atomic import recover
+from fewstep.core.atomic import discard, recover
 from fewstep.core.finite import NonFiniteError
 from fewstep.engine import CheckpointError, Health, Optim, Settings, checkpoint, train
 from fewstep.engine.checkpoint import Checkpoint, RunState, Saver, checkpoints, prune
 from fewstep.engine.log import read_metrics
 from fewstep.engine.prepare import prepare
+from fewstep.engine.run import Run
 from fewstep.methods import METHODS, FlowMatching, Method
-from fewstep.models import Card, VideoModel
+from fewstep.models import Card, VideoModel, fingerprint
 from fewstep.recipe import names
 from support_engine import CASES, Everything, die, long_run, short_run, small, tiny_model
 
@@ -240,6 +242,31 @@ def test_nothing_in_a_checkpoint_is_unpickled(tmp_path: Path, monkeypatch: pytes
     for where in (pickle, torch):
         monkeypatch.setattr(where, "load", refuse)
     last_state(tmp_path)
+
+
+def test_a_run_goes_on_from_its_newest_checkpoint_with_all_that_it_was(tmp_path: Path) -> None:
+    """In this process: the kills of the tests above are in processes of their own."""
+    settings = small(4, save_every=1, keep_last=4, ema=0.9)
+    whole = train(tiny_model(), CASES["FlowMatching"], Everything(), settings, tmp_path, quiet=True)
+    for step in (3, 4):
+        discard(tmp_path / "checkpoints" / f"step-{step:06d}")
+    iterate, begun = Run.iterate, []
+    with mock.patch.object(Run, "iterate", lambda run: (begun.append(run.step), iterate(run))):
+        again = train(tiny_model(), CASES["FlowMatching"], Everything(), settings, tmp_path, quiet=True)
+    assert begun == [2, 3] and fingerprint(again.denoiser) == fingerprint(whole.denoiser)
+
+
+def test_a_checkpoint_after_the_last_iteration(tmp_path: Path) -> None:
+    for every in (0, 2):
+        train(
+            tiny_model(),
+            CASES["FlowMatching"],
+            Everything(),
+            small(3, save_every=every),
+            tmp_path / f"{every}",
+            quiet=True,
+        )
+        assert checkpoints(tmp_path / f"{every}" / "checkpoints")[-1].name == "step-000003"
 
 
 def test_another_run_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -161,6 +163,26 @@ def test_consistency_offers_only_what_it_trains(shift: float) -> None:
 def test_consistency_refuses_steps_off_its_grid(steps: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="12 intervals .* the times of 1, 2, 3, 4, 6, 12 steps"):
         Consistency(intervals=12, steps=steps)
+
+
+def test_the_target_of_consistency_trails_the_student() -> None:
+    """After each step it has gone the stated share of the way to where the student is now."""
+    method, times = Consistency(intervals=4, decay=0.75, guidance=CFG()), uniform_grid(4)[:-1]
+    teacher, start = GaussianTeacher(MEANS, STD).requires_grad_(False), [(0.3, 0.1)] * 4
+    nets = Nets({"student": AffineTableStudent(times).fill(start), "target": AffineTableStudent(times).fill(start),
+                 "teacher": teacher})  # fmt: skip
+
+    def descend(parameters: list[torch.nn.Parameter], loss: Callable[[], torch.Tensor]) -> None:
+        torch.optim.SGD(parameters, lr=0.1).zero_grad()
+        loss().backward()
+        torch.optim.SGD(parameters, lr=0.1).step()
+
+    expected = nets.target.offset.detach().clone()
+    for _ in range(3):
+        nets = run(method, nets, make_batch(64, x0=0.7 + STD * normal(64)), 1, descend)
+        expected = 0.75 * expected + 0.25 * nets.student.offset.detach()
+        torch.testing.assert_close(nets.target.offset.detach(), expected)
+    assert (nets.student.offset - 0.1).abs().max() > 1e-3
 
 
 def test_known_values_of_the_composition() -> None:

@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 import zlib
+from dataclasses import replace
 from typing import TypeVar
 
 import pytest
@@ -29,6 +30,7 @@ from fewstep.models import (
     VideoModel,
 )  # fmt: skip
 from fewstep.models.rotary import FrameRotary
+from fewstep.models.spread import Spread
 from fewstep.models.video_dit import patchify, unpatchify
 
 FRAMES, TEXT = 6, 16
@@ -81,6 +83,62 @@ def test_every_parameter_learns_once_awake() -> None:
     x, t, cond = inputs()
     net(x, t, cond).raw.square().sum().backward()
     assert [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_a_block_is_its_equation() -> None:
+    """`x + gate attention(norm(x) (1 + scale) + shift)`, then the text, then the MLP; written out, in order."""
+    net, (x, t, cond) = small(), inputs(batch=1)
+    state, block = net.embed(x, t[:, 0], cond), net.blocks[1]
+    made = block(state).x_BNE
+    shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (block.table + state.context.modulation_BG6E)[0, 0]
+
+    def norm(y: Tensor) -> Tensor:
+        return (y - y.mean(-1, keepdim=True)) / (y.var(-1, correction=0, keepdim=True) + 1e-6).sqrt()
+
+    def heads(y: Tensor, scale: Tensor | None = None) -> Tensor:
+        y = y.reshape(1, -1, 2, 18).transpose(1, 2)
+        return y if scale is None else y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt() * scale
+
+    def turned(y: Tensor) -> Tensor:
+        cos, sin = FrameRotary(18, 100.0).table(torch.arange(FRAMES), state.grid)
+        pairs = torch.complex(y[..., :9], y[..., 9:]) * torch.complex(cos, sin)
+        return torch.cat([pairs.real, pairs.imag], -1)
+
+    def read(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        scores = q @ k.mT / 18**0.5
+        return ((scores if mask is None else scores.where(mask, -torch.inf)).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+    y, own, cross = state.x_BNE, block.attention, block.cross
+    q, k, v = own.qkv(norm(y) * (1 + scale_a) + shift_a).chunk(3, -1)
+    mixed = read(turned(heads(q, own.query_scale)), turned(heads(k, own.key_scale)), heads(v))
+    y = y + gate_a * own.out(mixed)
+    k, v = cross.kv(cond.text).chunk(2, -1)
+    q = heads(cross.q(norm(y)), cross.query_scale)
+    y = y + cross.out(read(q, heads(k, cross.key_scale), heads(v), cond.mask[:, None, None]))
+    y = y + gate_m * block.mlp(norm(y) * (1 + scale_m) + shift_m)
+    torch.testing.assert_close(made, y, rtol=1e-9, atol=1e-9)
+
+
+def test_time_reaches_the_head() -> None:
+    net, (x, t, cond) = small(), inputs()
+    state = net.embed(x, t[:, 0], cond)
+    later = replace(state, time_BGE=net.embed(x, t[:, 0] + 0.3, cond).time_BGE)
+    assert far(net.head(later), net.head(state))
+
+
+def test_blocks_are_computed_again_only_where_asked_for() -> None:
+    net, (x, t, cond) = small(), inputs()
+    calls: list[int] = []
+    for block in net.blocks:
+        block.register_forward_pre_hook(lambda *_: calls.append(1))
+    for checkpointing, expected in ((False, 3), (True, 6)):
+        calls.clear()
+        net(x, t, cond, Spread(checkpointing=checkpointing)(Call())).raw.sum().backward()
+        assert len(calls) == expected
+    calls.clear()
+    with torch.no_grad():
+        net(x, t, cond, Spread(checkpointing=True)(Call()))
+    assert len(calls) == 3
 
 
 def test_one_time_per_clip_is_the_same_time_on_every_frame() -> None:
