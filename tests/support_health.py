@@ -203,14 +203,18 @@ FEW = WorldClips(num_frames=4)
 QUICK = replace(SOUND, rollout=BackwardSimulation(grids=((1.0,), (1.0, 0.5)), shift=3.0), critic_updates=1)
 
 UNKNOWN: dict[str, Spoiled] = {
-    "other prompts in the scores": Spoiled("", "", method=OtherConditions(**vars(QUICK)), settings=SHORT, data=FEW),
+    "other prompts in the scores": Spoiled(
+        "collapsing", "look alike", method=OtherConditions(**vars(QUICK)), settings=SHORT, data=FEW
+    ),
     "critic guided too": Spoiled("", "", method=GuidedCritic(**vars(QUICK)), settings=SHORT, data=FEW),
-    "average of the critic": Spoiled("", "", method=QUICK, settings=SHORT, data=FEW, spoil=average_of_the_critic),
+    "average of the critic": Spoiled(
+        "collapsing", "look alike", method=QUICK, settings=SHORT, data=FEW, spoil=average_of_the_critic
+    ),
     "half of the data black": Spoiled(
         "", "", method=CONSISTENT, settings=replace(SHORT, optim=CALM.optim), data=HalfBlack(num_frames=4)
     ),
 }
-"""Spoiled in ways that no rule was made for."""
+"""Spoiled in ways that no rule was made for; without a word: the clips do not show it."""
 
 SOUND_RUNS: dict[str, tuple[Method, Settings, Data]] = {
     "DMD2": (

@@ -19,6 +19,8 @@ from fewstep.models.bundle import read_card, sketch
 from fewstep.models.source import Pretrained, Scratch
 from fewstep.models.spec import Spec
 from fewstep.recipe import names
+from fewstep.world.checker import Checker, read_scenes
+from fewstep.world.grammar import world_prompts
 from support_engine import FRAMES, shaken, tiny_model
 
 pytestmark = pytest.mark.usefixtures("single_thread")
@@ -185,6 +187,24 @@ def test_only_what_is_asked_for_is_quantised(model: VideoModel) -> None:
     assert small == ["blocks.0.attention.qkv", "blocks.1.attention.qkv", "blocks.1.mlp.up"]
     with pytest.raises(ValueError, match=r"'to_q'.*attention\.qkv"):
         model.transformed(Int8(targets=("to_q",)))
+
+
+@pytest.mark.slow
+def test_eight_bits_are_enough_for_the_world(tmp_path: Path) -> None:
+    """Figures of docs/transforms.md at a quarter of their size."""
+    model = VideoModel.from_pretrained("world")
+    small, prompts = model.transformed(Int8()), world_prompts(16, 0.5, 2024)
+    plain, made = (m.latents(prompts, num_inference_steps=8) for m in (model, small))
+    error = (made - plain).flatten(1).norm(dim=1) / plain.flatten(1).norm(dim=1)
+    assert 0 < error.mean() < 0.06
+    files = [
+        (m.save(tmp_path / name) / "denoiser.safetensors").stat().st_size for m, name in ((model, "a"), (small, "b"))
+    ]
+    assert files[1] < 0.33 * files[0]
+    scenes = read_scenes(prompts, 32, 32)
+    assert scenes is not None
+    scores = [Checker().score(m.codec.decode(x).clamp(-1, 1), scenes) for m, x in ((model, plain), (small, made))]
+    assert (scores[0].all_right == scores[1].all_right).double().mean() > 0.9
 
 
 # --- further scalars ---------------------------------------------------------------------------------------------------

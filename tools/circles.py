@@ -15,7 +15,9 @@ import grimp
 ROOT = Path(__file__).resolve().parent.parent
 KNOWN: dict[str, str] = {
     # "<room>: <modules>" -> why, and what would remove it
-    "fewstep.models: adapters, bundle, spec": "cards name adapters, which make cards; a file of its own for Card and Spec",
+    "fewstep.models: adapters, bundle, fingerprint, spec": (
+        "cards name adapters, which make cards; goes when Card has a file of its own and Spec no list of adapters"
+    ),
 }
 
 

@@ -40,10 +40,11 @@ class Trail:
             raise KeyboardInterrupt  # the way is known
         if event == "call" and frame.f_code.co_name == LOSS:
             self.files |= dict.fromkeys(reversed(list(_files(frame.f_back))))
-        stack = list(_frames(frame)) if event == "call" and _file(frame) else []
-        names = [f.f_code.co_name for f in stack]
-        if LOSS in names and not any(_file(f) == NETWORK for f in stack[1 : names.index(LOSS)]):
-            self.files.setdefault(str(_file(frame)))
+        if event == "call" and self.files and _file(frame):
+            stack = list(_frames(frame))
+            names = [f.f_code.co_name for f in stack]
+            if LOSS in names and not any(_file(f) == NETWORK for f in stack[1 : names.index(LOSS)]):
+                self.files.setdefault(str(_file(frame)))
 
 
 def _frames(frame: FrameType | None) -> Iterator[FrameType]:

@@ -36,7 +36,7 @@ PHRASES = {
     "src/fewstep/recipes": "What to train, as YAML; each file is a whole run, and `world/dmd2` is the name of one",
     "src/fewstep/world/weights": "The networks shipped with the package: card.json and safetensors",
     "Makefile": "demo, test, wheel, lint, format: each makes its own environment first",
-    "CONTRIBUTING.md": "Set-up, how to add a method, when a change is done",
+    "CONTRIBUTING.md": "Set-up, how to add each kind of thing in one file, when a change is done",
     "CHANGELOG.md": "One line per change that a user sees",
     "LOG.md": "Experiments with recipe, seed and figures, failed ones included",
 }

@@ -131,7 +131,7 @@ def _misjudged(case: Case, outcome: Outcome) -> str:
     if not parsed and len(text) > LONGEST:
         return f"a wall of {len(text)} characters: {text[:200]}..."
     for word in INNARDS:
-        if word in text:
+        if word in text and not parsed:
             return f"speaks of innards ({word}): {text[:400]}"
     missing = [word for word in case.says if word.lower() not in text.lower()]
     return f"does not name {missing}: {text[:500]}" if missing else ""

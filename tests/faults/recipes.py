@@ -17,7 +17,7 @@ def text(name: str, content: str | bytes, *says: str) -> Case:
 
 def changed(old: str, new: str, *says: str, words: tuple[str, ...] = EXPLAIN, name: str = "") -> Case:
     """The valid recipe with one piece replaced."""
-    return Case(name or f"{new[:60]!r} for {old[:30]!r}", words, says, recipe(old, new))
+    return Case(name or f"{new!r} for {old[:30]!r}, {words[0]}", words, says, recipe(old, new))
 
 
 SYNTAX = (
@@ -152,7 +152,7 @@ TOGETHER = (
     method("{type: DMD2, rollout: {type: BackwardSimulation, grids: [[2.0]]}}", "grid"),
     method("{type: DMD2, rollout: {type: BackwardSimulation, grids: [[1.0, -0.5]]}}", "grid"),
     method("{type: DMD2, rollout: {type: BackwardSimulation, grids: [[.nan]]}}", "grids"),
-    method("{type: DMD2, rollout: {type: BackwardSimulation, grids: [[1.0], [1.0]]}}", "grid"),
+    method("{type: DMD2, rollout: {type: BackwardSimulation, grids: [[1.0, 0.5], [1.0, 0.6]]}}", "grid"),
     method("{type: DMD2, rollout: {type: BackwardSimulation, shift: 0}}", "shift"),
     method("{type: DMD2, rollout: {type: BackwardSimulation, shift: -1}}", "shift"),
     method("{type: DMD2, rollout: {type: BackwardSimulation, shift: .inf}}", "shift"),

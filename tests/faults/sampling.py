@@ -63,9 +63,9 @@ VALUES = (
     sample("no model", ("sample", "nowhere", *SAMPLE[2:]), "nowhere", "card.json"),
     sample("an empty folder", ("sample", "empty", *SAMPLE[2:]), "empty", "card.json", prepare=folder("empty")),
     sample("a run in place of its student", ("sample", "run", *SAMPLE[2:]), "run", "student", prepare=run),
-    sample("no memory", SAMPLE, "out of memory", during=around.raising("fewstep.models.bundle.solve", MemoryError())),
+    sample("no memory", SAMPLE, "out of memory", during=around.raising("fewstep.diffusion.samplers.Sampler.sampling", MemoryError())),
     sample("no memory, as torch says it", SAMPLE, "out of memory", during=around.raising(
-        "fewstep.models.bundle.solve", RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"))),
+        "fewstep.diffusion.samplers.Sampler.sampling", RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"))),
 )  # fmt: skip
 
 
@@ -76,7 +76,9 @@ def stopped(kind: str) -> Callable[[], Any]:
     def during() -> Any:
         from fewstep.core.stopping import Terminated
 
-        with around.raising("fewstep.models.bundle.solve", Terminated() if kind == "TERM" else KeyboardInterrupt())():
+        with around.raising(
+            "fewstep.diffusion.samplers.Sampler.sampling", Terminated() if kind == "TERM" else KeyboardInterrupt()
+        )():
             yield
 
     return during

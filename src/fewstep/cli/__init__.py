@@ -126,9 +126,9 @@ def _one_line(error: Exception) -> str:
 
 
 def _full_output() -> str:
-    """An error of printing has no name: this is it if the same happens again."""
+    """An error of printing has no name: this is it if an empty line cannot be printed either."""
     try:
-        sys.stdout.flush()
+        print(flush=True)
     except OSError:
         return "standard output"
     return ""

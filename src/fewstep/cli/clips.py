@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fewstep.cli.arguments import Sample
 from fewstep.cli.command import UsageError
 from fewstep.cli.commands import _made, _own_device, _prompts
 from fewstep.core.atomic import require_writable
@@ -20,6 +19,7 @@ from fewstep.data.video import LARGEST_SIDE, read_image, write_video
 from fewstep.models.bundle import VideoModel, read_card
 
 if TYPE_CHECKING:
+    from fewstep.cli.arguments import Sample
     from fewstep.models.bundle import Card
 
 TOGETHER = 8

@@ -98,8 +98,6 @@ class Checkpoint:
             state = json.loads(file.read_text(encoding="utf-8"))
             listing: Mapping[str, Mapping[str, str]] = state["components"]
             opened = cls(folder, state["step"], tuple(listing), state["values"])
-            if not isinstance(opened.values["identity"], dict):
-                raise ValueError("it does not say which run it is of")
             for name, stamps in listing.items():
                 for file in (folder / name / shard for shard in stamps):
                     if _changed(file, stamps[file.name]):
@@ -116,7 +114,9 @@ class Checkpoint:
 
     def require(self, identity: Mapping[str, str], components: Collection[str]) -> None:
         """Refuse (CheckpointError) to be the state of a run that is another one, or that consists of other components."""
-        theirs: dict[str, str] = self.values["identity"]
+        theirs: dict[str, str] | None = self.values.get("identity")
+        if not theirs:
+            raise CheckpointError(f"{self.folder / FILE} does not say which run it is of; delete {self.folder}")
         pairs = {key: (was, identity.get(key, "absent")) for key, was in theirs.items()}
         changed = [f"{key} was {was}, is {now}" for key, (was, now) in pairs.items() if was != now]
         if changed:

@@ -99,8 +99,11 @@ class Rollout(ABC):
 
 
 def exact(grids: Grids, shift: float) -> Grids:
-    """The shifted times of every grid, without the final 0, each checked to decrease strictly from 1."""
-    if not all(grids) or len({len(grid) for grid in grids}) != max(len(grids), 1):
+    """The shifted times of every grid, without the final 0, each checked to decrease strictly from 1.
+
+    A grid may be there twice, to be drawn twice as often.
+    """
+    if not grids or not all(grids) or len({len(grid) for grid in grids}) != len(set(grids)):
         raise ValueError(
             f"grids needs one list of times for each number of steps, such as [[1.0], [1.0, 0.5]], got {grids}"
         )
@@ -116,7 +119,7 @@ def student_contract(
     `guidance` is what is left to apply when the student is sampled: none where it was distilled in at all times. A method
     that distils it at some times only leaves the rest: `CFG(low=0.9, outside=3.0)` after one of two experts, for example.
     """
-    listed = tuple(dict.fromkeys((*grid, 0.0) for grid in exact(grids, shift)))  # one may be drawn twice as often
+    listed = tuple(dict.fromkeys((*grid, 0.0) for grid in exact(grids, shift)))
     grid = Exact(grids=listed, otherwise=Shifted(shift=shift))
     return replace(teacher, grid=grid, sampler=sampler, steps=grid.counts[-1], guidance=guidance)
 
