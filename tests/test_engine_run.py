@@ -59,7 +59,7 @@ class Denoise(Method):
 
     def losses(self, nets: Nets, batch: Batch, spoil: str) -> Iterator[Losses]:
         assert batch.x0 is not None
-        trained = next(net for net in nets.values() if next(net.parameters()).requires_grad)
+        trained = nets[next(role for role, net in nets.roles.items() if next(net.parameters()).requires_grad)]
         if spoil == "nothing":
             yield {"free": torch.zeros((), requires_grad=True)}
             return

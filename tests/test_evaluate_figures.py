@@ -111,9 +111,9 @@ def test_an_entry_samples_as_it_says_and_gives_frames_in_range(teacher: VideoMod
     entry = Entry(name="teacher", model=teacher, steps=2, guidance_scale=1.5)
     assert (entry.contract.steps, entry.contract.guidance.scale) == (2, 1.5)
     assert Entry(name="teacher", model=teacher).contract == teacher.card.contract
-    seen: list[int] = []
-    latents = entry.latents(PROMPTS[:1], (3,), 4, lambda i, prediction: seen.append(len(prediction.x_t)))
-    assert seen == [1, 1]
+    steps = list(entry.sampling(PROMPTS[:1], (3,), 4))
+    latents = steps[-1].x
+    assert len(steps) == 2
     expected = teacher.latents(PROMPTS[:1], num_inference_steps=2, guidance_scale=1.5, seed=3)
     assert torch.equal(latents, expected)
     assert float(entry.decode(100 * latents).detach().abs().max()) == 1
