@@ -355,6 +355,8 @@ def test_features_stop_early_and_carry_gradient() -> None:
     state = net.backbone.embed(x, t, cond)
     first_state = net.backbone.blocks[0](state)
     assert torch.equal(first[1, :, 2, 1, 2], first_state.x_BNE[1, 2 * 6 + 1 * 3 + 2])
+    last_state = net.backbone.blocks[2](net.backbone.blocks[1](first_state))
+    assert torch.equal(last[1, :, 2, 1, 2], last_state.x_BNE[1, 2 * 6 + 1 * 3 + 2])
     first.square().sum().backward()
     assert x.grad.any()
     net.backbone.blocks[1].forward = net.backbone.blocks[2].forward = None
@@ -378,6 +380,9 @@ def test_autocast_keeps_float32_at_the_ends() -> None:
     exact = net(x, t, cond).raw
     with torch.autocast("cpu", torch.bfloat16):
         rough = net(x, t, cond).raw
+        start = net.backbone.embed(x, t, cond).x_BNE
+    precise = copy.deepcopy(net.backbone).double().embed(x.double(), t.double(), cond).x_BNE
+    torch.testing.assert_close(start.double(), precise, rtol=1e-5, atol=1e-5)
     assert rough.dtype == torch.float32
     assert 0 < (rough - exact).norm() / exact.norm() < 0.05
 
@@ -405,6 +410,8 @@ def test_feature_heads() -> None:
     assert volumes[0].grad.any()
     assert not volumes[1].grad.any()
     assert heads([torch.randn(1, 32, 1, 4, 4), torch.randn(1, 16, 1, 2, 2)]).shape == (1, 2)
+    head = heads.heads[1]
+    torch.testing.assert_close(logits[:, 1:], head.logit(head.convs(volumes[1]).mean((2, 3, 4))))
     with pytest.raises(ValueError, match="shorter"):
         heads(volumes[:1])
 
@@ -431,7 +438,9 @@ def test_autoencoder_statistics_and_frames() -> None:
     assert latents.mean((0, 2, 3, 4)).abs().max() < 1e-6
     assert (latents.std((0, 2, 3, 4)) - 1).abs().max() < 1e-6
     torch.testing.assert_close(codec.decode(latents), codec.decode_raw(raw), atol=1e-10, rtol=0)
-    torch.testing.assert_close(codec.encode(frames[1:, :, 2:]), latents[1:, :, 2:], atol=1e-12, rtol=0)
+    for clip, frame in ((0, 1), (1, 0), (1, 2)):
+        alone = codec.encode(frames[clip : clip + 1, :, frame : frame + 1])
+        torch.testing.assert_close(alone, latents[clip : clip + 1, :, frame : frame + 1], atol=1e-12, rtol=0)
     assert {"mean", "std"} <= codec.state_dict().keys()
     with pytest.raises(ValueError, match="positive"):
         codec.set_statistics(torch.zeros(4), torch.zeros(4))
@@ -471,6 +480,9 @@ def test_clip_features_see_motion() -> None:
     right = torch.stack([frame.roll(2 * i, 3) for i in range(8)], 2)
     features = eye(right)
     assert features.shape == (1, eye.width) == (1, 128)
+    volume = nn.functional.silu(eye.norm(eye.blocks(eye.stem(right))))
+    assert volume.shape[2] == 2
+    torch.testing.assert_close(features, volume.mean((2, 3, 4)))
     assert far(eye(right.flip(2)), features)
     assert eye.classify(right)[0].shape == (1, 3)
     assert eye(right[:, :, :1]).shape == (1, 128)

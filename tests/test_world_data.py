@@ -8,7 +8,7 @@ import torch
 from fewstep.core import Rng
 from fewstep.models import VideoModel
 from fewstep.world.checker import Checker
-from fewstep.world.data import WorldClips
+from fewstep.world.data import AT_ONCE, WorldClips
 from fewstep.world.grammar import parse
 from support_engine import FRAMES, tiny_model
 
@@ -41,10 +41,10 @@ def test_clips_differ_between_places_iterations_and_seeds(model: VideoModel) -> 
 
 
 def test_a_pool_is_drawn_from_with_its_own_prompts_and_rolled_in_space(model: VideoModel) -> None:
-    source = WorldClips(num_frames=16, pool=70).open(model, X0)
+    source = WorldClips(num_frames=16, pool=12).open(model, X0)
     batch = source.batch(40, Rng(0))
     scenes = [parse(prompt) for prompt in batch.prompts]
-    assert set(scenes) <= set(source.scenes) and len(set(source.scenes)) > 60, "no part repeats another"  # type: ignore[attr-defined]
+    assert set(scenes) <= set(source.scenes)  # type: ignore[attr-defined]
     stored, rolled = source.latents.float(), 0  # type: ignore[attr-defined]
     for x0, scene in zip(batch.require("x0"), scenes):
         own = [i for i, other in enumerate(source.scenes) if other == scene]  # type: ignore[attr-defined]
@@ -60,3 +60,8 @@ def test_a_pool_is_drawn_from_with_its_own_prompts_and_rolled_in_space(model: Vi
     assert rolled > 30
     other = WorldClips(num_frames=16, pool=2, pool_seed=1).open(model, X0)
     assert not torch.equal(other.latents, WorldClips(num_frames=16, pool=2).open(model, X0).latents)  # type: ignore[attr-defined]
+
+
+def test_no_part_of_a_large_pool_repeats_another(model: VideoModel) -> None:
+    source = WorldClips(num_frames=FRAMES, pool=2 * AT_ONCE).open(model, X0)
+    assert len(source.scenes) == 128 and len(set(source.scenes)) > 120  # type: ignore[attr-defined]
