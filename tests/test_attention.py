@@ -191,6 +191,26 @@ def test_sparse_attention_reads_few_keys() -> None:
     assert mask is not None and mask.float().mean() == 0.25
 
 
+def test_the_share_of_blocks_is_rounded_up() -> None:
+    operation, (q, k, _) = TopK(block=4, keep=0.3).operation(0, 2, 8), drawn(64, 64)
+    mask = operation.mask(q, k, Site(Grid3(4, 4, 4)))
+    assert mask is not None and mask.float().mean() == 5 / 16  # of 4.8
+
+
+def test_a_block_is_scored_by_the_mean_of_what_may_be_read() -> None:
+    """Neither what fills up the last block nor what is hidden counts."""
+    operation = TopK(block=2, keep=0.5).operation(0, 1, 1)
+    k = torch.tensor([0, 0, 0.7, 0.7, 0.1, 10, 1.0], dtype=torch.float64)[None, None, :, None]
+    readable = torch.tensor([True] * 5 + [False, True])[None, None, None]
+    chosen = operation.routes(torch.ones_like(k), k, readable)[0, 0, 0]  # type: ignore[operator]
+    assert sorted(chosen.tolist()) == [0, 3]
+
+
+def test_behind_a_past_the_own_blocks_are_the_last() -> None:
+    operation, k = TopK(block=2, keep=0.25).operation(0, 1, 1), torch.zeros(1, 1, 8, 1)
+    assert operation.routes(k[:, :, :4], k, None)[0, 0].tolist() == [[2], [3]]  # type: ignore[operator]
+
+
 # --- kernels --------------------------------------------------------------------------------------------------------------
 
 

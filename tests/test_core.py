@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from fewstep.core import Call, Cond, Rng, Seeds
+from fewstep.core.call import Place
 from fewstep.core.finite import NonFiniteError, require_finite
 from fewstep.diffusion import CFG, Prediction, RectifiedFlow
 
@@ -101,3 +104,24 @@ def test_guidance_reads_both_conditions_whole() -> None:
 
     guided = CFG(scale=3.0)(net, torch.zeros(2, 1, 1, 1, 1), torch.ones(2), cond(1.0), cond(0.5))
     assert torch.equal(guided.raw, torch.full_like(guided.raw, 0.5 + 3 * 0.5))
+
+
+def test_a_plain_call_is_the_only_one_of_its_clip() -> None:
+    assert Call() == Call(step=0, steps=1, branch="cond", kv=None, shared=None)
+    state = object()
+    assert Call().runner(lambda seen: [seen], state, Place(0, 1, Call())) == [state]  # type: ignore[arg-type, type-var, comparison-overlap]
+    assert Call().positions(3).tolist() == [0, 1, 2]
+
+
+def test_guidance_hands_the_call_on() -> None:
+    """With everything that it says; and where it makes one call of both conditions, it says so."""
+    seen: list[Call] = []
+
+    def net(x_t: torch.Tensor, t: torch.Tensor, cond: Cond, call: Call = Call()) -> Prediction:
+        seen.append(call)
+        return Prediction(x_t, "flow", x_t, t, RectifiedFlow())
+
+    one, call = Cond(torch.zeros(2, 1, 1), torch.ones(2, 1, dtype=torch.bool)), Call(step=2, steps=5)
+    for guidance in (CFG(), CFG(scale=3.0)):
+        guidance(net, torch.zeros(2, 1, 1, 1, 1), torch.ones(2), one, one, call)
+    assert seen == [call, replace(call, branch="both")]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fewstep.attention import BlockCausal, Dense, Grid3, Keep, KVCache, Window
 from fewstep.attention.pattern import Pattern
-from fewstep.core import Call, Cond, RecipeError
+from fewstep.core import Call, Cond, KVView, RecipeError
 from fewstep.diffusion import RectifiedFlow
 from fewstep.models import (
     NETWORKS,
@@ -274,6 +274,11 @@ def test_output_kv_only_when_a_view_is_given() -> None:
     assert len(made.kv) == 3
     assert made.kv[0][0].shape == (2, 2, FRAMES * 6, 18)
     torch.testing.assert_close(made.raw, net(x, t, cond).raw, atol=1e-12, rtol=0)
+
+
+def test_a_view_that_offers_nothing_has_no_past() -> None:
+    view = KVView((), torch.arange(3), torch.tensor(3))
+    assert view.slots == 0 and view.layer(2) is None
 
 
 def test_masked_text_is_not_read_and_real_text_is() -> None:
