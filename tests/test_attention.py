@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fewstep.attention import (
     KEEPS,
@@ -89,6 +90,7 @@ def test_an_operation_is_softmax_attention_under_its_mask(pattern: Pattern, besi
         return
     operation, (q, k, v) = pattern.operation(0, 2, 8), drawn(count, count)
     allowed = operation.allowed(q, k, site)
+    assert not hidden or not ((torch.tensor(True) if allowed is None else allowed) & ~readable).any()
     made = operation(q, k, v, site)
     torch.testing.assert_close(made, softmax_attention(q, k, v, allowed), atol=1e-12, rtol=0)
     torch.testing.assert_close(Operation.forward(operation, q, k, v, site), made, atol=1e-12, rtol=0)
@@ -209,6 +211,8 @@ def test_a_block_is_scored_by_the_mean_of_what_may_be_read() -> None:
 def test_behind_a_past_the_own_blocks_are_the_last() -> None:
     operation, k = TopK(block=2, keep=0.25).operation(0, 1, 1), torch.zeros(1, 1, 8, 1)
     assert operation.routes(k[:, :, :4], k, None)[0, 0].tolist() == [[2], [3]]  # type: ignore[operator]
+    astride = operation.routes(k[:, :, :4], k[:, :, :7], None)[0, 0]  # type: ignore[operator] - each lies in two blocks
+    assert astride.sort(-1).values.tolist() == [[1, 2], [2, 3]]
 
 
 # --- kernels --------------------------------------------------------------------------------------------------------------
@@ -250,6 +254,26 @@ def test_attend_takes_the_backend_that_is_reported(dtype: torch.dtype, monkeypat
     q = torch.zeros(1, 1, 8, 16, dtype=dtype)
     attend(q, q, q)
     assert pick("cpu", dtype).name.startswith(ran[0])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "keys", "fused"),
+    [(torch.bfloat16, 1024, False), (torch.bfloat16, 1025, True), (torch.float32, 8, True), (torch.float64, 8, True)],
+)
+def test_only_short_bfloat16_is_multiplied_by_hand(
+    dtype: torch.dtype, keys: int, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    plain = F.scaled_dot_product_attention
+
+    def noted(*tensors: Tensor, **options: Tensor) -> Tensor:
+        calls.append(tensors[1].shape[2])
+        return plain(*tensors, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    q, k = torch.zeros(1, 1, 2, 8, dtype=dtype), torch.zeros(1, 1, keys, 8, dtype=dtype)
+    attend(q, k, k)
+    assert calls == ([keys] if fused else [])
 
 
 def test_a_backend_is_tried_by_running_it(monkeypatch: pytest.MonkeyPatch) -> None:
