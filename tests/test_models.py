@@ -12,6 +12,7 @@ from typing import TypeVar
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 from fewstep.attention import BlockCausal, Dense, Grid3, Keep, KVCache, Window
 from fewstep.attention.pattern import Pattern
@@ -234,6 +235,19 @@ def test_streams_of_different_age_share_a_call() -> None:
         torch.testing.assert_close(together[one], alone, atol=1e-12, rtol=0)
     nobody = KVCache.empty(keep)
     assert far(together[:1], net(now[:1], t[:1, 6:], cond[:1], Call(kv=net.recall(nobody, now[:1]))).raw)
+
+
+def test_one_compiled_graph_serves_every_fill_of_a_ring() -> None:
+    """The first chunk has no past; from the second on every chunk, every block and every age has the same graph."""
+    pattern = BlockCausal(window=5, sink=1)
+    net, (x, t, cond) = small(pattern), inputs(frames=9)
+    plain, counter = streamed(net, pattern.keep, x, t, cond, 1), CompileCounter()
+    torch._dynamo.reset()
+    for block in net.blocks:
+        block.compile(backend=counter, fullgraph=True, dynamic=False)
+    with torch.no_grad():
+        torch.testing.assert_close(streamed(net, pattern.keep, x, t, cond, 1), plain, atol=1e-10, rtol=0)
+    assert counter.frame_count == 2
 
 
 def test_the_past_is_turned_once_for_all_calls_of_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,8 @@ from faults.given import run, teacher
 FULL = os.strerror(errno.ENOSPC)
 SAMPLE = ("sample", "teacher", "--prompt", "a duck")
 
+SAMPLER = "fewstep.diffusion.samplers.Sampler.sampling"
+
 
 def sample(name: str, words: tuple[Any, ...], *says: str, **more: Any) -> Case:
     return Case(f"sample: {name}", words, says, **{"prepare": teacher, **more})
@@ -63,9 +65,9 @@ VALUES = (
     sample("no model", ("sample", "nowhere", *SAMPLE[2:]), "nowhere", "card.json"),
     sample("an empty folder", ("sample", "empty", *SAMPLE[2:]), "empty", "card.json", prepare=folder("empty")),
     sample("a run in place of its student", ("sample", "run", *SAMPLE[2:]), "run", "student", prepare=run),
-    sample("no memory", SAMPLE, "out of memory", during=around.raising("fewstep.diffusion.samplers.Sampler.sampling", MemoryError())),
+    sample("no memory", SAMPLE, "out of memory", during=around.raising(SAMPLER, MemoryError())),
     sample("no memory, as torch says it", SAMPLE, "out of memory", during=around.raising(
-        "fewstep.diffusion.samplers.Sampler.sampling", RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"))),
+        SAMPLER, RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"))),
 )  # fmt: skip
 
 
@@ -76,9 +78,7 @@ def stopped(kind: str) -> Callable[[], Any]:
     def during() -> Any:
         from fewstep.core.stopping import Terminated
 
-        with around.raising(
-            "fewstep.diffusion.samplers.Sampler.sampling", Terminated() if kind == "TERM" else KeyboardInterrupt()
-        )():
+        with around.raising(SAMPLER, Terminated() if kind == "TERM" else KeyboardInterrupt())():
             yield
 
     return during

@@ -82,26 +82,31 @@ class _Gathered(Operation):
         return scores_BHQK.topk(min(keys, max(math.ceil(self.keep * keys), 1 + (past % self.block > 0))), -1).indices
 
     def _read(self, q: Tensor, k: Tensor, v: Tensor, text: list[Tensor], site: Site) -> Tensor:
-        """Line 4, for the queries of the clip."""
+        """Line 4, for the queries of the clip: a few blocks of them at a time, which read as many keys as there are."""
         batch, heads, queries, _ = q.shape
         clip_keys, words = _clip_keys(site), q.new_ones(batch, 1, 1, site.beside, dtype=torch.bool)
         if site.readable_B11M is not None:
             words = site.readable_B11M[..., : site.beside].expand(batch, -1, -1, -1)
         keys = torch.ones(batch, 1, 1, k.shape[2], dtype=torch.bool, device=q.device)
         keys = keys if clip_keys is None else keys & clip_keys
+        seen_BHMD = keys.mT.expand(-1, heads, -1, -1)
+        blocks = [_cut(x, self.block) for x in (k, v, seen_BHMD)]
+        beside = [*text, words.mT.expand(-1, heads, -1, -1)]
         routes_BHQR = self.routes(q, k, clip_keys)
-        k_BHQSD, v_BHQSD = (_gather(_cut(x, self.block), routes_BHQR) for x in (k, v))
-        seen_BHQS = _gather(_cut(keys.mT, self.block).expand(-1, heads, -1, -1, -1), routes_BHQR)[..., 0]
-        if site.beside:
-            blocks = k_BHQSD.shape[2]
-            k_BHQSD, v_BHQSD = (
-                torch.cat([t[:, :, None].expand(-1, -1, blocks, -1, -1), x], 3)
-                for t, x in zip(text, (k_BHQSD, v_BHQSD), strict=True)
-            )
-            seen_BHQS = torch.cat([words.expand(-1, heads, blocks, -1), seen_BHQS], 3)
-        q_BHT, k_BHS, v_BHS = (x.flatten(1, 2) for x in (_cut(q, self.block), k_BHQSD, v_BHQSD))  # a head per block
-        read = attend(q_BHT, k_BHS, v_BHS, seen_BHQS.flatten(1, 2)[:, :, None])
-        return read.unflatten(1, (heads, -1)).flatten(2, 3)[:, :, :queries]
+        some = max(1, blocks[0].shape[2] // routes_BHQR.shape[3])
+        parts = zip(_cut(q, self.block).split(some, 2), routes_BHQR.split(some, 2), strict=True)
+        return torch.cat([_gathered(q_BHQTD, routes, blocks, beside) for q_BHQTD, routes in parts], 2)[:, :, :queries]
+
+
+def _gathered(q_BHQTD: Tensor, routes_BHQR: Tensor, blocks: list[Tensor], beside: list[Tensor]) -> Tensor:
+    """Blocks of queries, each with the text and the blocks of keys on its route, `[B, H, Q T, D]`."""
+    heads, count = q_BHQTD.shape[1:3]
+    k, v, seen = (
+        torch.cat([words[:, :, None].expand(-1, -1, count, -1, -1), _gather(x, routes_BHQR)], 3)
+        for words, x in zip(beside, blocks, strict=True)
+    )
+    q, k, v, seen = (x.flatten(1, 2) for x in (q_BHQTD, k, v, seen))  # a head for each block
+    return attend(q, k, v, seen.mT).unflatten(1, (heads, -1)).flatten(2, 3)
 
 
 def _clip_keys(site: Site) -> Tensor | None:
