@@ -151,7 +151,7 @@ def test_every_weight_is_within_half_a_step() -> None:
     weight = Rng(0).randn((7, 33), "w") * torch.logspace(-6, 3, 7)[:, None]
     weight[3] = 0
     q, s = quantise(weight)
-    assert q.dtype == torch.int8 and q.abs().max() == 127 and s.shape == (7, 1) and (q[3] == 0).all()
+    assert q.dtype == torch.int8 and q.abs().max() == 127 and s.shape == (7, 1) and (q[3] == 0).all() and s[3] == 1
     assert ((s * q - weight).abs() <= s / 2 * (1 + 1e-6)).all()
     again = quantise(s * q)
     assert torch.equal(again[0], q) and torch.allclose(again[1], s)
@@ -187,6 +187,9 @@ def test_only_what_is_asked_for_is_quantised(model: VideoModel) -> None:
     changed = model.transformed(CASES["Int8-some"]).denoiser
     small = [name for name, module in changed.backbone.named_modules() if isinstance(module, Int8Linear)]
     assert small == ["blocks.0.attention.qkv", "blocks.1.attention.qkv", "blocks.1.mlp.up"]
+    rest = model.transformed(Int8(keep=("attention.qkv", "up"))).denoiser.backbone.blocks[0]
+    kept = {name for name, module in rest.named_modules() if type(module) is nn.Linear}
+    assert kept == {"attention.qkv", "mlp.up"}
     with pytest.raises(ValueError, match=r"'to_q'.*attention\.qkv"):
         model.transformed(Int8(targets=("to_q",)))
 
