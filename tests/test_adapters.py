@@ -178,8 +178,8 @@ def test_latents_of_frames_are_the_pipeline_s(name: str, model: VideoModel, pipe
 def test_causal_with_one_chunk_is_bidirectional(name: str, source: Diffusers, model: VideoModel) -> None:
     causal_only(name)
     x, t, cond = drawn(model)
-    causal = replace(source, pattern=BlockCausal(chunk=x.shape[2])).load()
-    assert torch.equal(causal.denoiser(x, t, cond).raw, model.denoiser(x, t, cond).raw)
+    causal = repattern(model.denoiser, BlockCausal(chunk=x.shape[2]))  # over the very tensors: copies lie otherwise
+    assert torch.equal(causal(x, t, cond).raw, model.denoiser(x, t, cond).raw)
     looking_back = replace(source, pattern=BlockCausal(chunk=1)).load().denoiser
     changed = x.clone()
     changed[:, :, -1] += 1

@@ -68,7 +68,7 @@ def test_published_ltx_places() -> None:
     ours = LTX(config=config, compression=[8, 32], fps=25)
     x, cond = drawn((1, 128, 3, 5, 7), (1, 2, 8))
     cos, sin = theirs.rope(x.flatten(2).transpose(1, 2), 3, 5, 7, (8 / 25, 32, 32))
-    table = ours.embed(x, torch.ones(1), cond).context.table
+    table = ours.embed(x, torch.ones(1), cond).context.table.transpose(1, 2).flatten(2)  # all heads of a token
     assert torch.equal(table.repeat_interleave(2, -1), torch.cat([cos, sin]))
 
 

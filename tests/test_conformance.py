@@ -19,7 +19,7 @@ from fewstep.attention.block_causal import _ChunkByChunk
 from fewstep.cli import main
 from fewstep.core import Call, Cond
 from fewstep.data.video import write_video
-from fewstep.diffusion import CFG, Contract, Exact, Heun, Prediction
+from fewstep.diffusion import CFG, Contract, Exact, Heun, Prediction, Shifted
 from fewstep.evaluate.conformance import CHECKS, Options, check_model, explain
 from fewstep.models import Denoiser, VideoDiT, VideoModel
 from fewstep.models.adapters import wan
@@ -150,7 +150,7 @@ def test_what_diffusers_does_not_do_itself_is_not_compared(load: Callable[..., V
     model = load("wan")
     model.card = replace(model.card, contract=replace(model.card.contract, sampler=Heun()))
     (finding,) = check_model(model, Options(steps=3), ["pipeline"]).findings
-    assert finding.outcome == "not applicable" and "no scheduler that does what heun does" in finding.note
+    assert finding.outcome == "not applicable" and "no scheduler that does what Heun does" in finding.note
 
 
 def test_the_model_is_left_as_it_is(load: Callable[..., VideoModel]) -> None:
@@ -278,7 +278,7 @@ SABOTAGES: dict[str, tuple[str, Sabotage]] = {
     "the flow with the other sign": ("forward", head_with(torch.neg)),
     "text states that nobody reads": ("forward", embed_with(lambda x, t, c: (x, t, _times(c, 0)))),
     "x0 for flow": ("pipeline", lambda patch, model: patch.setattr(model.denoiser, "kind", "x0")),
-    "the scheduler's shift not read": ("times", contract(shift=1.0)),
+    "the scheduler's shift not read": ("times", contract(grid=Shifted(shift=1.0))),
     "guidance as cond + w (cond - uncond)": (
         "guidance", lambda patch, model: patch.setattr(CFG, "__call__", offset_guidance),
     ),

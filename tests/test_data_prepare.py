@@ -307,8 +307,8 @@ def test_networks_that_prepare_does_not_use_stay_on_disk(
 ) -> None:
     loaded, original = [], VideoModel.from_pretrained
 
-    def load(source: str, *, leave: frozenset[str]) -> VideoModel:
-        loaded.append(original(source, leave=leave))
+    def load(source: str, **options: object) -> VideoModel:
+        loaded.append(original(source, **options))
         return loaded[-1]
 
     monkeypatch.setattr(VideoModel, "from_pretrained", load)
