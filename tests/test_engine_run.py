@@ -23,6 +23,7 @@ from fewstep.engine.log import RunLog, read_metrics
 from fewstep.engine.nets import build_nets, trained_roles
 from fewstep.engine.optim import RoleOptimizer, learning_rate
 from fewstep.engine.prepare import prepare
+from fewstep.engine.preview import HEAD
 from fewstep.engine.run import Run, blend
 from fewstep.methods import DMD2, Copy, FlowMatching, Method, Nets, Sync, Update
 from fewstep.models import Backbone, Card, FeatureHeads, VideoModel, fingerprint
@@ -639,7 +640,7 @@ def test_previews_are_pictures_of_student_beside_teacher(tmp_path: Path) -> None
     assert len(calls) == 1 and len(calls[0]) == 4  # the teacher's clips are sampled once per run
     picture = np.asarray(Image.open(tmp_path / "previews" / names[0]))
     # four prompts; columns: student at 1 step, student at 2 steps, teacher; 4 frames of 32 x 32, three times enlarged
-    assert picture.shape == (4 * 96, 3 * (FRAMES * 96 + 4), 3)
+    assert picture.shape == (HEAD + 4 * 96, 3 * (FRAMES * 96 + 4), 3)
     last = np.asarray(Image.open(tmp_path / "previews" / names[-1]))
     teacher = slice(2 * (FRAMES * 96 + 4), None)
     assert np.array_equal(picture[:, teacher], last[:, teacher])
