@@ -360,6 +360,13 @@ def test_ratios_are_of_means():
     noisy = 3 * many * (1 + 0.2 * torch.randn(300, generator=rng(1), dtype=torch.float64))
     low, high = ratio_interval(noisy, many)
     assert 2.88 < low < ratio_of_means(noisy, many) < high < 3.12  # numerator and denominator vary together
+    half = (
+        t_quantile(0.95, 299)
+        * float((noisy - ratio_of_means(noisy, many) * many).std())
+        / 300**0.5
+        / float(many.mean())
+    )
+    assert high - low == pytest.approx(2 * half, rel=1e-5)
 
 
 def test_percentile():
