@@ -8,6 +8,8 @@ steps are affine in x, so the exact student of every regression method is a tabl
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -113,8 +115,66 @@ class Counting(nn.Module):
         return self.net(x_t, t, cond, call)
 
 
+class FreeClips(nn.Module):
+    """A student whose clips are its parameters: their gradient is what the losses put on its samples."""
+
+    def __init__(self, shape: tuple[int, ...], path: NoisePath = RF) -> None:
+        super().__init__()
+        self.clips, self.path = nn.Parameter(Rng(1).randn(shape, "clips").double()), path
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond, *rest: Any) -> Prediction:
+        return Prediction(self.clips, "x0", x_t, t, self.path)
+
+
+@dataclass(frozen=True)
+class Question:
+    """One call of a network."""
+
+    x_t: Tensor
+    t: Tensor
+    labels: list[int]
+    grad: bool
+    """Whether gradient was enabled."""
+
+
+class Asked(nn.Module):
+    """Another network, and everything that it was asked. Its `features` are its input."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net, self.path = net, net.path
+        self.questions: list[Question] = []
+
+    def note(self, x_t: Tensor, t: Tensor, cond: Cond) -> None:
+        labels = cond.text[:, 0, 0].long().tolist()
+        self.questions.append(Question(x_t.detach(), t, labels, torch.is_grad_enabled()))
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond, *rest: Any) -> Prediction:
+        self.note(x_t, t, cond)
+        return self.net(x_t, t, cond, *rest)
+
+    def features(self, x_t: Tensor, t: Tensor, cond: Cond, *rest: Any) -> list[Tensor]:
+        self.note(x_t, t, cond)
+        return [x_t]
+
+
+class MeanHead(nn.Module):
+    """A discriminator whose logit is `weight` times the mean of the first feature."""
+
+    def __init__(self, weight: float = 1.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(f64(weight))
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        return features[0].flatten(1).mean(1, keepdim=True) * self.weight
+
+
 def cond_of(label: int, batch: int) -> Cond:
-    return Cond(torch.full((batch, 1, 1), float(label)), torch.ones(batch, 1, dtype=torch.bool))
+    return conds_of([label] * batch)
+
+
+def conds_of(labels: list[int]) -> Cond:
+    return Cond(torch.tensor(labels).float()[:, None, None], torch.ones(len(labels), 1, dtype=torch.bool))
 
 
 def make_batch(size: int, *, x0: Tensor | None = None, pairs: Pairs | None = None) -> Batch:
@@ -136,11 +196,11 @@ def stored_pairs(teacher: GaussianTeacher, eps: Tensor, steps: int) -> Pairs:
 
 
 def run(method: Method, nets: Nets, batch: Batch, steps: int, fit: Callable[..., None]) -> Nets:
-    """A tiny engine: `fit(parameters, loss)` in place of one optimiser step, exact copies in place of averages."""
+    """A tiny engine: `fit(parameters, loss)` in place of one optimiser step."""
     for step in range(steps):
         for event in method.updates(step):
             if isinstance(event, Sync):
-                nets = Nets({**nets, event.target: clone(nets[event.source])})
+                nets = Nets({**nets, event.target: averaged(nets[event.target], nets[event.source], event.decay)})
             else:
                 trained = [p for role in event.roles for p in nets[role].parameters()]
                 fit(trained, total(event, nets, batch, Rng(0, step)))
@@ -151,6 +211,16 @@ def clone(student: AffineTableStudent) -> AffineTableStudent:
     copy = AffineTableStudent(tuple(student.times.tolist()), student.path)
     copy.load_state_dict(student.state_dict())
     return copy.requires_grad_(False)
+
+
+def averaged(target: nn.Module, source: AffineTableStudent, decay: float) -> AffineTableStudent:
+    """What `Sync` says, as a new table; a target of another kind can only be replaced."""
+    made = clone(source)
+    if decay:
+        with torch.no_grad():
+            for mine, theirs in zip(made.parameters(), target.parameters(), strict=True):
+                mine.lerp_(theirs, decay)
+    return made
 
 
 def total(update: Update, nets: Nets, batch: Batch, rng: Rng) -> Callable[[], Tensor]:

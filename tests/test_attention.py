@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fewstep.attention import (
     KEEPS,
@@ -89,6 +90,7 @@ def test_an_operation_is_softmax_attention_under_its_mask(pattern: Pattern, besi
         return
     operation, (q, k, v) = pattern.operation(0, 2, 8), drawn(count, count)
     allowed = operation.allowed(q, k, site)
+    assert not hidden or not ((torch.tensor(True) if allowed is None else allowed) & ~readable).any()
     made = operation(q, k, v, site)
     torch.testing.assert_close(made, softmax_attention(q, k, v, allowed), atol=1e-12, rtol=0)
     torch.testing.assert_close(Operation.forward(operation, q, k, v, site), made, atol=1e-12, rtol=0)
@@ -136,14 +138,14 @@ def test_empty_chunks_and_windows_without_room_are_refused() -> None:
         TopK(keep=0.0)
 
 
-@pytest.mark.parametrize("past", [0, 4])
-def test_block_causal_mask_by_definition(past: int) -> None:
-    grid, chunk = Grid3(5, 1, 2), 2
-    q, k, _ = drawn(grid.tokens, (past + 5) * 2)
+@pytest.mark.parametrize(("frames", "past", "chunk"), [(5, 4, 2), (5, 0, 2), (3, 0, 2), (2, 3, 1)])
+def test_block_causal_mask_by_definition(frames: int, past: int, chunk: int) -> None:
+    grid = Grid3(frames, 1, 2)
+    q, k, _ = drawn(grid.tokens, (past + frames) * 2)
     mask = BlockCausal(chunk=chunk).operation(0, 2, 8).mask(q, k, Site(grid, past=past))
-    assert mask is not None and mask.shape == (10, (past + 5) * 2)
-    for query in range(10):
-        for key in range(mask.shape[1]):
+    assert mask is not None and mask.shape == (2 * frames, 2 * (past + frames))
+    for query in range(2 * frames):
+        for key in range(2 * (past + frames)):
             frame_of_query, frame_of_key = past + query // 2, key // 2
             assert bool(mask[query, key]) == (frame_of_key // chunk <= frame_of_query // chunk)
 
@@ -191,6 +193,28 @@ def test_sparse_attention_reads_few_keys() -> None:
     assert mask is not None and mask.float().mean() == 0.25
 
 
+def test_the_share_of_blocks_is_rounded_up() -> None:
+    operation, (q, k, _) = TopK(block=4, keep=0.3).operation(0, 2, 8), drawn(64, 64)
+    mask = operation.mask(q, k, Site(Grid3(4, 4, 4)))
+    assert mask is not None and mask.float().mean() == 5 / 16  # of 4.8
+
+
+def test_a_block_is_scored_by_the_mean_of_what_may_be_read() -> None:
+    """Neither what fills up the last block nor what is hidden counts."""
+    operation = TopK(block=2, keep=0.5).operation(0, 1, 1)
+    k = torch.tensor([0, 0, 0.7, 0.7, 0.1, 10, 1.0], dtype=torch.float64)[None, None, :, None]
+    readable = torch.tensor([True] * 5 + [False, True])[None, None, None]
+    chosen = operation.routes(torch.ones_like(k), k, readable)[0, 0, 0]  # type: ignore[operator]
+    assert sorted(chosen.tolist()) == [0, 3]
+
+
+def test_behind_a_past_the_own_blocks_are_the_last() -> None:
+    operation, k = TopK(block=2, keep=0.25).operation(0, 1, 1), torch.zeros(1, 1, 8, 1)
+    assert operation.routes(k[:, :, :4], k, None)[0, 0].tolist() == [[2], [3]]  # type: ignore[operator]
+    astride = operation.routes(k[:, :, :4], k[:, :, :7], None)[0, 0]  # type: ignore[operator] - each lies in two blocks
+    assert astride.sort(-1).values.tolist() == [[1, 2], [2, 3]]
+
+
 # --- kernels --------------------------------------------------------------------------------------------------------------
 
 
@@ -230,6 +254,26 @@ def test_attend_takes_the_backend_that_is_reported(dtype: torch.dtype, monkeypat
     q = torch.zeros(1, 1, 8, 16, dtype=dtype)
     attend(q, q, q)
     assert pick("cpu", dtype).name.startswith(ran[0])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "keys", "fused"),
+    [(torch.bfloat16, 1024, False), (torch.bfloat16, 1025, True), (torch.float32, 8, True), (torch.float64, 8, True)],
+)
+def test_only_short_bfloat16_is_multiplied_by_hand(
+    dtype: torch.dtype, keys: int, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    plain = F.scaled_dot_product_attention
+
+    def noted(*tensors: Tensor, **options: Tensor) -> Tensor:
+        calls.append(tensors[1].shape[2])
+        return plain(*tensors, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    q, k = torch.zeros(1, 1, 2, 8, dtype=dtype), torch.zeros(1, 1, keys, 8, dtype=dtype)
+    attend(q, k, k)
+    assert calls == ([keys] if fused else [])
 
 
 def test_a_backend_is_tried_by_running_it(monkeypatch: pytest.MonkeyPatch) -> None:

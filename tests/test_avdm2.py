@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import softplus
 
 from fewstep.core import Batch, Cond, Rng
-from fewstep.diffusion import CFG, VP, NoisePath, Prediction
+from fewstep.diffusion import CFG, VP, Prediction, target
 from fewstep.diffusion.path import broadcast
 from fewstep.engine import CheckpointError, train
 from fewstep.engine.checkpoint import checkpoints
@@ -25,7 +26,19 @@ from fewstep.models import JointHead, Lora, TextEncoder, VideoModel
 from fewstep.models.lora import adapters
 from fewstep.recipe import Recipe
 from support_engine import Everything, TinyImages, small, tiny_model
-from support_gaussian import ONE_STEP, RF, Counting, GaussianTeacher, cond_of, f64, terms
+from support_gaussian import (
+    ONE_STEP,
+    RF,
+    Asked,
+    Counting,
+    FreeClips,
+    GaussianTeacher,
+    MeanHead,
+    cond_of,
+    conds_of,
+    f64,
+    terms,
+)
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 B, F, K = 3, 5, 2
@@ -37,23 +50,12 @@ METHOD = AVDM2(
 ENGINE = AVDM2(image_teacher=TinyImages(), frames=2, rollout=BackwardSimulation(grids=((1.0, 0.5),)))
 
 
-class Clips(nn.Module):
-    """A student whose clips are its parameters: their gradient is what the losses put on its samples."""
-
-    def __init__(self, shape: tuple[int, ...], path: NoisePath = VIDEO) -> None:
-        super().__init__()
-        self.clips, self.path = nn.Parameter(Rng(1).randn(shape, "clips").double()), path
-
-    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
-        return Prediction(self.clips, "x0", x_t, t, self.path)
-
-
 def batch_of(shape: tuple[int, ...] = SHAPE, x0: Tensor | None = None) -> Batch:
     return Batch(cond_of(1, B), cond_of(0, B), shape, x0=x0)  # type: ignore[arg-type]
 
 
 def gaussian_nets(critic: float = 0.4) -> Nets:
-    student, image = Clips((B, *SHAPE)), GaussianTeacher(f64(-0.2, 0.7), 0.4, IMAGE)
+    student, image = FreeClips((B, *SHAPE)), GaussianTeacher(f64(-0.2, 0.7), 0.4, IMAGE)
     networks = {"student": student, "teacher": GaussianTeacher(f64(5, 5), 0.1, VIDEO), "image_teacher": image}
     return Nets(networks | {"image_critic": GaussianTeacher(f64(9.0, critic), 0.4, IMAGE)})
 
@@ -154,6 +156,39 @@ def test_all_frames_reach_the_guided_mean_of_the_image_teacher(scale: float) -> 
     )
 
 
+def test_score_networks_see_every_frame_with_its_clips_condition() -> None:
+    labels = [0, 1, 1]
+    batch = replace(batch_of(), cond=conds_of(labels), uncond=cond_of(2, B))
+    nets = gaussian_nets()
+    means = f64(-0.2, 0.7, 5.0)
+    teacher, critic = GaussianTeacher(means, 0.4, IMAGE), GaussianTeacher(means + 1, 0.4, IMAGE)
+    nets = Nets({**nets, "image_teacher": Asked(teacher), "image_critic": Asked(critic)})
+    losses = terms(METHOD.student_loss(nets, batch, Rng(0)))
+    (real,), (fake,) = nets.image_teacher.questions, nets.image_critic.questions
+    each = [label for label in labels for _ in range(K)]
+    assert real.labels == each + [2] * B * K and fake.labels == each
+    assert torch.equal(real.x_t[: B * K], fake.x_t) and torch.equal(real.t[: B * K], fake.t)
+    assert losses.keys() == {"matching"}
+    loss = terms(METHOD.critic_loss(0, nets, batch, Rng(0)))["denoising"]
+    learnt = nets.image_critic.questions[1]
+    assert learnt.labels == each and learnt.grad and len(nets.image_teacher.questions) == 1
+    s, answer = learnt.t, critic(learnt.x_t, learnt.t, conds_of(each))
+    drawn, _ = fold_frames(nets.student.clips.detach(), K, Rng(0).fold("critic/0"))
+    c = IMAGE.at(s, drawn)
+    eps = (learnt.x_t - c.a * drawn) / c.s
+    assert abs(float(eps.std()) - 1) < 0.2
+    torch.testing.assert_close(loss, (answer.raw - target(answer.kind, drawn, eps, s, IMAGE)).square().mean())
+
+
+def test_every_turn_of_the_critic_draws_new_clips() -> None:
+    nets = gaussian_nets()
+    nets = Nets({**nets, "student": Asked(nets.student)})
+    for update in replace(METHOD, critic_updates=2).updates(0):
+        terms(update.losses(nets, batch_of(), Rng(0)))
+    inputs = [question.x_t for question in nets.student.questions]
+    assert len(inputs) == 3 and not any(torch.equal(a, b) for i, a in enumerate(inputs) for b in inputs[:i])
+
+
 # --- the discriminator ------------------------------------------------------------------------------------------------
 
 
@@ -165,7 +200,7 @@ def adversarial() -> tuple[AVDM2, Nets, Batch]:
         torch.manual_seed(0)
         head = JointHead([24, 24])
         conditions = (Cond(torch.randn(B, 4, 16), torch.ones(B, 4, dtype=torch.bool)) for _ in range(2))
-    student = Clips((B, 4, F, 4, 4)).float()
+    student = FreeClips((B, 4, F, 4, 4)).float()
     nets = Nets({"student": student, "teacher": model.denoiser, "discriminator": head})
     for role, network in nets.items():
         network.requires_grad_(role == "student")
@@ -203,6 +238,25 @@ def test_real_and_made_have_their_own_times_and_noise_on_the_video_path(
     assert all(p.grad is not None for p in nets.discriminator.parameters())
 
 
+def test_the_discriminator_looks_on_the_video_path_with_the_clips_own_conditions() -> None:
+    labels = [0, 1, 1]
+    batch = replace(batch_of(x0=Rng(0).randn((B, *SHAPE), "x0").double() + 2), cond=conds_of(labels))
+    nets = gaussian_nets()
+    nets = Nets({**nets, "teacher": Asked(nets.teacher), "discriminator": MeanHead()})
+    method = replace(METHOD, adversarial=0.3)
+    losses = terms(method.critic_loss(0, nets, batch, Rng(0)))
+    loss = terms(method.student_loss(nets, batch, Rng(0)))["adversarial"]
+    real, made, again = nets.teacher.questions
+    assert real.labels == made.labels == again.labels == labels
+    clips = nets.student.clips.detach()
+    for question, clean in ((real, batch.x0), (made, clips), (again, clips)):
+        t = question.t.double().reshape(-1, 1, 1, 1, 1)
+        assert abs(float(((question.x_t - (1 - t) * clean) / t).std()) - 1) < 0.15, "noised on the video teacher's path"
+    d_real, d_made, d_again = (question.x_t.flatten(1).mean(1) for question in (real, made, again))
+    torch.testing.assert_close(losses["discriminator"], softplus(-d_real).mean() + softplus(d_made).mean())
+    torch.testing.assert_close(loss, 0.3 * softplus(-d_again).mean())
+
+
 def test_a_better_discriminator_tells_them_apart(adversarial: Any) -> None:
     method, nets, batch = adversarial
     optimiser = torch.optim.Adam(nets.discriminator.requires_grad_(True).parameters(), lr=3e-3)
@@ -215,6 +269,9 @@ def test_a_better_discriminator_tells_them_apart(adversarial: Any) -> None:
         losses.append(loss.item())
     assert losses[0] == pytest.approx(1.386, abs=0.4)
     assert losses[-1] < 0.5 * losses[0]
+    clips = (batch.x0 * 0.3 + 1, nets.student.clips.detach())
+    real, made = (method.logits(nets, x, batch.cond, Rng(1)).detach() for x in clips)
+    assert float(real.mean()) > 1 and float(made.mean()) < -1, "large logits mean real"
 
 
 # --- fields -----------------------------------------------------------------------------------------------------------

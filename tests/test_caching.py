@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -158,3 +158,42 @@ def test_skipped_blocks_leave_nothing_to_commit(network: Denoiser) -> None:
 def test_nonsense_is_refused() -> None:
     with pytest.raises(ValueError, match="every must be at least 1"):
         SkipMiddle(every=0)
+
+
+@dataclass(frozen=True)
+class Number:
+    """The least that flows from block to block."""
+
+    x: Tensor
+    route: Hashable = None
+
+    @property
+    def streams(self) -> tuple[Tensor, ...]:
+        return (self.x,)
+
+    def with_streams(self, streams: Sequence[Tensor]) -> Number:
+        return replace(self, x=streams[0])
+
+
+def middle(runner: Runner, start: Number, step: int, by: float = 1.0) -> Tensor:
+    """After the one block between the first and the last, which multiplies."""
+    made: Number = runner(
+        lambda state: replace(state, x=(1 + by) * state.x), start, Place(1, 3, Call(step=step, steps=2))
+    )
+    return made.x
+
+
+def test_routes_are_remembered_apart() -> None:
+    """What one expert added says nothing of another."""
+    runner, one = SkipMiddle().begin(), torch.ones(2)
+    for route, by in (("noisy", 3.0), ("clean", 5.0)):
+        middle(runner, Number(one, route), 0, by)
+    assert middle(runner, Number(10 * one, "noisy"), 1).tolist() == [13, 13]
+    assert middle(runner, Number(10 * one, "clean"), 1).tolist() == [15, 15]
+
+
+def test_what_is_remembered_keeps_no_graph() -> None:
+    runner, before, now = SkipMiddle().begin(), torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    middle(runner, Number(before), 0)
+    middle(runner, Number(now), 1).sum().backward()
+    assert before.grad is None and now.grad is not None and now.grad.tolist() == [1, 1]

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.compress import TRANSFORMS, Branches, Int8, Pruned, ScalarInput, Transform, transformed
+from fewstep.compress.branches import Branched
 from fewstep.compress.int8 import Int8Linear, quantise
-from fewstep.compress.linear import linears
+from fewstep.compress.linear import chosen, linears
+from fewstep.compress.scalar_input import Scalar
 from fewstep.core import Cond, RecipeError, Rng, build, dump
 from fewstep.models import Denoiser, VideoModel, fingerprint
 from fewstep.models.bundle import read_card, sketch
@@ -149,7 +151,7 @@ def test_every_weight_is_within_half_a_step() -> None:
     weight = Rng(0).randn((7, 33), "w") * torch.logspace(-6, 3, 7)[:, None]
     weight[3] = 0
     q, s = quantise(weight)
-    assert q.dtype == torch.int8 and q.abs().max() == 127 and s.shape == (7, 1) and (q[3] == 0).all()
+    assert q.dtype == torch.int8 and q.abs().max() == 127 and s.shape == (7, 1) and (q[3] == 0).all() and s[3] == 1
     assert ((s * q - weight).abs() <= s / 2 * (1 + 1e-6)).all()
     again = quantise(s * q)
     assert torch.equal(again[0], q) and torch.allclose(again[1], s)
@@ -185,6 +187,9 @@ def test_only_what_is_asked_for_is_quantised(model: VideoModel) -> None:
     changed = model.transformed(CASES["Int8-some"]).denoiser
     small = [name for name, module in changed.backbone.named_modules() if isinstance(module, Int8Linear)]
     assert small == ["blocks.0.attention.qkv", "blocks.1.attention.qkv", "blocks.1.mlp.up"]
+    rest = model.transformed(Int8(keep=("attention.qkv", "up"))).denoiser.backbone.blocks[0]
+    kept = {name for name, module in rest.named_modules() if type(module) is nn.Linear}
+    assert kept == {"attention.qkv", "mlp.up"}
     with pytest.raises(ValueError, match=r"'to_q'.*attention\.qkv"):
         model.transformed(Int8(targets=("to_q",)))
 
@@ -205,6 +210,32 @@ def test_eight_bits_are_enough_for_the_world(tmp_path: Path) -> None:
     assert scenes is not None
     scores = [Checker().score(m.codec.decode(x).clamp(-1, 1), scenes) for m, x in ((model, plain), (small, made))]
     assert (scores[0].all_right == scores[1].all_right).double().mean() > 0.9
+
+
+# --- which layers, and branches beside them ----------------------------------------------------------------------------
+
+
+def test_a_target_is_whole_parts_of_a_name(model: VideoModel) -> None:
+    names = {found.name.partition("blocks.")[2] for found in chosen(model.denoiser.backbone, ("kv",))}
+    assert names == {"0.cross.kv", "1.cross.kv"}  # and not `attention.qkv`
+
+
+def test_without_targets_only_blocks_are_changed(model: VideoModel) -> None:
+    backbone = model.denoiser.backbone
+    names = {found.name for found in chosen(backbone, ())}
+    assert names == {f"blocks.{found.name}" for found in linears(backbone.blocks)}
+    assert names < {found.name for found in linears(backbone)}
+
+
+def test_a_branch_stands_beside_its_layer() -> None:
+    layer, x = nn.Linear(6, 5).double(), Rng(0).randn((3, 6), "x").double()
+    branched, other = Branched(layer, 2), Branched(layer, 2)
+    branched.begin(Rng(0), "one")
+    other.begin(Rng(0), "other")
+    assert torch.equal(branched(x), layer(x)) and not torch.equal(branched.down.weight, other.down.weight)
+    shaken(branched.up)
+    torch.testing.assert_close(branched(x), layer(x) + x @ branched.down.weight.mT @ branched.up.weight.mT)
+    torch.testing.assert_close(branched(x), nn.functional.linear(x, branched.weight, layer.bias))
 
 
 # --- further scalars ---------------------------------------------------------------------------------------------------
@@ -239,6 +270,15 @@ def test_every_sample_has_its_own_scalar_and_a_gradient_reaches_it(model: VideoM
     shaken(network)
     one = network(x, torch.full((2,), 0.5), cond.with_extra({"until": value})).raw
     assert not torch.equal(one[0], one[1]) and torch.autograd.grad(one.sum(), value)[0].abs().min() > 0
+
+
+def test_a_scalar_is_divided_by_its_scale() -> None:
+    small, large = (Scalar(ScalarInput(name="g", scale=scale), 4) for scale in (1.0, 10.0))
+    shaken(small)
+    large.load_state_dict(small.state_dict())
+    time, value = torch.zeros(2, 1, 4), torch.tensor([0.5, 0.9])
+    torch.testing.assert_close(large(time, {"g": 10 * value}), small(time, {"g": value}))
+    assert not torch.allclose(large(time, {"g": value}), small(time, {"g": value}))
 
 
 def test_scalars_are_refused_where_they_would_do_nothing(model: VideoModel) -> None:

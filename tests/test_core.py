@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from fewstep.core import Call, Cond, Rng
+from fewstep.core import Call, Cond, Rng, Seeds
+from fewstep.core.call import Place
 from fewstep.core.finite import NonFiniteError, require_finite
 from fewstep.diffusion import CFG, Prediction, RectifiedFlow
 
@@ -29,6 +32,19 @@ def test_shared_numbers_agree_across_places() -> None:
     assert len(set(exits[0])) > 10
 
 
+def test_integers_of_clips_differ_across_places_and_reach_every_value() -> None:
+    drawn = [Rng(0, 0, place).integers((40,), "index", 4).tolist() for place in range(2)]
+    assert drawn[0] != drawn[1] and set(drawn[0]) == {0, 1, 2, 3}
+
+
+def test_a_clips_seed_gives_its_noise_in_any_batch() -> None:
+    both = Seeds((3, 7)).randn((2, 4), "eps")
+    assert torch.equal(both[1], Seeds((7,)).randn((1, 4), "eps")[0]) and not torch.equal(both[0], both[1])
+    assert not torch.equal(both, Seeds((3, 7)).randn((2, 4), "noise"))
+    with pytest.raises(ValueError, match="2 seeds were given for 3 clips"):
+        Seeds((3, 7)).randn((3, 4), "eps")
+
+
 def test_drawing_leaves_the_global_stream_alone() -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
@@ -39,6 +55,8 @@ def test_drawing_leaves_the_global_stream_alone() -> None:
 def test_at_and_fold_keep_the_rest() -> None:
     rng = Rng(1, 2, 3).at(step=9)
     assert (rng.seed, rng.step, rng.place) == (1, 9, 3)
+    assert Rng(1, 2, 3).at(place=0) == Rng(1, 2, 0) and Rng(1, 2, 3).at(step=0) == Rng(1, 0, 3)
+    assert Rng(1).fold("a").seed != Rng(2).fold("a").seed
     assert rng.fold("a") == rng.fold("a") != rng.fold("b")
 
 
@@ -86,3 +104,24 @@ def test_guidance_reads_both_conditions_whole() -> None:
 
     guided = CFG(scale=3.0)(net, torch.zeros(2, 1, 1, 1, 1), torch.ones(2), cond(1.0), cond(0.5))
     assert torch.equal(guided.raw, torch.full_like(guided.raw, 0.5 + 3 * 0.5))
+
+
+def test_a_plain_call_is_the_only_one_of_its_clip() -> None:
+    assert Call() == Call(step=0, steps=1, branch="cond", kv=None, shared=None)
+    state = object()
+    assert Call().runner(lambda seen: [seen], state, Place(0, 1, Call())) == [state]  # type: ignore[arg-type, type-var, comparison-overlap]
+    assert Call().positions(3).tolist() == [0, 1, 2]
+
+
+def test_guidance_hands_the_call_on() -> None:
+    """With everything that it says; and where it makes one call of both conditions, it says so."""
+    seen: list[Call] = []
+
+    def net(x_t: torch.Tensor, t: torch.Tensor, cond: Cond, call: Call = Call()) -> Prediction:
+        seen.append(call)
+        return Prediction(x_t, "flow", x_t, t, RectifiedFlow())
+
+    one, call = Cond(torch.zeros(2, 1, 1), torch.ones(2, 1, dtype=torch.bool)), Call(step=2, steps=5)
+    for guidance in (CFG(), CFG(scale=3.0)):
+        guidance(net, torch.zeros(2, 1, 1, 1, 1), torch.ones(2), one, one, call)
+    assert seen == [call, replace(call, branch="both")]

@@ -223,6 +223,15 @@ def test_pairs_of_another_teacher_are_refused(tmp_path: Path) -> None:
         make_pairs(model, PROMPTS, tmp_path, PairPlan(times=TIMES, steps=4, guidance=CFG()))
 
 
+def test_a_plan_is_followed_where_it_says_so() -> None:
+    contract = Contract(sampler=Euler(), steps=8, grid=Shifted(shift=2.0), guidance=CFG(scale=3.0))
+    own = PairPlan(times=(1.0, 0.0)).resolve(contract)
+    assert (own.sampler, own.grid, own.guidance, own.nfe) == (Euler(), uniform_grid(8, 2.0), CFG(scale=3.0), 16)
+    asked = PairPlan(times=(1.0, 0.0), sampler=Heun(), steps=4, grid=Shifted(shift=5.0), guidance=CFG())
+    plan = asked.resolve(contract)
+    assert (plan.sampler, plan.grid, plan.guidance, plan.nfe) == (Heun(), uniform_grid(4, 5.0), CFG(), 7)
+
+
 def test_plans_that_cannot_be_run() -> None:
     with pytest.raises(ValueError, match=r"decreases strictly from 1.0 to 0.0"):
         PairPlan(times=(0.9, 0.0))
@@ -249,3 +258,4 @@ def test_grid_passes_through_the_times() -> None:
             assert len(grid) == steps + 1
             assert set(times) <= set(grid)
     assert grid_through(TIMES, uniform_grid(8)) == uniform_grid(8)
+    assert grid_through((1.0, 0.7, 0.0), uniform_grid(4)) == (1.0, 0.7, 0.5, 0.25, 0.0)  # the nearest point moves

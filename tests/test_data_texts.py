@@ -52,6 +52,21 @@ def test_stored_states_are_the_encoder_s_bit_for_bit(tmp_path: Path) -> None:
         assert torch.equal(a.text, b.text) and torch.equal(a.mask, b.mask)
 
 
+def test_conditions_are_those_of_the_prompts_in_their_order(tmp_path: Path) -> None:
+    tiny = tiny_model()
+    model = VideoModel(replace(tiny.card, negative_prompt="a grey box"), tiny.parts)
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(sorted({*PROMPTS, "a green star", "nothing"})))
+    batch = Prompts(path=str(file)).open(model, NEEDS).batch(4, Rng(0))
+    assert len(set(batch.prompts)) == 4
+    for row, prompt in enumerate(batch.prompts):
+        alone = model.text.encode([prompt])
+        torch.testing.assert_close(batch.cond.text[row], alone.text[0], rtol=1e-5, atol=1e-5)
+        assert torch.equal(batch.cond.mask[row], alone.mask[0])
+    negative = model.text.encode(["a grey box"]).text.expand(4, -1, -1)
+    torch.testing.assert_close(batch.uncond.text, negative, rtol=1e-5, atol=1e-5)
+
+
 def test_they_are_encoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Texts(tiny_model(), NEEDS, tmp_path, PROMPTS)
     monkeypatch.setattr(texts, "_encode", lambda encoder, prompt: pytest.fail(f"encoded {prompt!r} again"))

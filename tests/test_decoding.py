@@ -126,8 +126,11 @@ def test_large_frames_in_tiles_are_near_the_whole(name: str) -> None:
     codec, tiles, latents = tiled(name)
     whole, made = codec.decode(latents), tiles.decode(latents)
     assert made.shape == whole.shape and not torch.equal(made, whole)
-    error = (made - whole).square().mean() / whole.var()
-    assert error < 1  # of unrelated frames: 2
+    error, moved = ((x - whole).square().mean() / whole.var() for x in (made, made.roll(1, -1)))
+    assert error < 0.55 and error < 0.9 * moved  # of unrelated frames: 2; one pixel off is further away
+    corner = slice(0, 2 * codec.factors[1])  # which belongs to the first tile alone
+    first = codec.decode(latents[..., :4, :4])[..., corner, corner]
+    assert (made[..., corner, corner] - first).square().mean() < 0.01 * whole.var()
 
 
 @torch.no_grad()

@@ -15,7 +15,9 @@ from fewstep.diffusion import (
     KINDS,
     VP,
     Betas,
+    Contract,
     Grid,
+    Heun,
     Kind,
     LogitNormal,
     NoisePath,
@@ -161,6 +163,18 @@ def test_kinds_round_trip(path: NoisePath, kind: Kind) -> None:
 
 
 @path_of
+def test_v_and_flow_are_those_of_the_papers(path: NoisePath) -> None:
+    """v = a eps - s x0 (2202.00512), flow = da x0 + ds eps: on rectified flow eps - x0 (2209.03003)."""
+    x0, eps, t = draw("x0"), draw("eps"), f64(0.2, 0.5, 0.9)
+    c = path.at(t, x0)
+    torch.testing.assert_close(target("v", x0, eps, t, path), c.a * eps - c.s * x0)
+    torch.testing.assert_close(target("flow", x0, eps, t, path), c.da * x0 + c.ds * eps)
+    if isinstance(path, RectifiedFlow):
+        torch.testing.assert_close(target("flow", x0, eps, t, path), eps - x0)
+        torch.testing.assert_close(c.a.flatten(), 1 - t)
+
+
+@path_of
 def test_score_is_the_gradient_of_the_log_density(path: NoisePath) -> None:
     teacher = GaussianTeacher(f64(0.0, 0.7), 0.4, path)
     x, t = normal(5), torch.full((5,), 0.4, dtype=torch.float64)
@@ -172,11 +186,48 @@ def test_score_is_the_gradient_of_the_log_density(path: NoisePath) -> None:
 # --- times ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("density", [Uniform(low=0.1, high=0.6), Uniform(shift=5.0), LogitNormal(mean=-0.5)])
-def test_samples_follow_the_quantiles(density: TimeDensity) -> None:
-    t = density.sample(4000, Rng(0)).double().sort().values
-    u = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
-    torch.testing.assert_close(t, density.at_quantile(u), atol=2e-2, rtol=0)
+def moved(t: float, shift: float) -> float:
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+ONE_SIGMA = 0.5 * (1 + math.erf(1 / 2**0.5))
+"""The quantile of a standard normal at 1."""
+
+
+@pytest.mark.parametrize(
+    ("density", "quantile", "time"),
+    [
+        (Uniform(), 0.25, 0.25),
+        (Uniform(low=0.2, high=0.6), 0.25, 0.3),
+        (Uniform(low=0.2, high=0.6, shift=3.0), 0.25, moved(0.3, 3.0)),  # the interval is cut first, then shifted
+        (LogitNormal(), ONE_SIGMA, sigmoid(1)),
+        (LogitNormal(mean=-0.5), 0.5, sigmoid(-0.5)),
+        (LogitNormal(mean=-0.5, std=2.0), ONE_SIGMA, sigmoid(1.5)),
+        (LogitNormal(mean=-0.5, std=2.0, shift=3.0), ONE_SIGMA, moved(sigmoid(1.5), 3.0)),
+    ],
+)
+def test_quantiles_of_the_densities(density: TimeDensity, quantile: float, time: float) -> None:
+    torch.testing.assert_close(density.at_quantile(f64(quantile)), f64(time))
+
+
+@pytest.mark.parametrize("density", [Uniform(low=0.1, high=0.6, shift=2.0), LogitNormal(mean=-0.5)])
+def test_samples_fall_one_in_each_slice_of_the_quantiles(density: TimeDensity) -> None:
+    t = density.sample(1000, Rng(0)).double().sort().values
+    edges = density.at_quantile((torch.arange(1001, dtype=torch.float64) / 1000).clamp(1e-6, 1 - 1e-6))
+    assert (t > edges[:-1] - 1e-6).all() and (t < edges[1:] + 1e-6).all()
+
+
+def test_samples_are_dealt_in_random_order_and_lie_anywhere_in_their_slice() -> None:
+    drawn = torch.stack([Uniform().sample(4, Rng(0, step)) for step in range(400)]).double()
+    torch.testing.assert_close(drawn.mean(0), f64(0.5, 0.5, 0.5, 0.5), rtol=0, atol=0.05)  # each clip meets every time
+    within = (4 * drawn).remainder(1)
+    assert 0.27 < float(within.std()) < 0.31  # of a uniform number: 0.289
+    here, there = (Uniform().sample(16, Rng(0, 0, place)) for place in (0, 1))
+    assert not torch.equal(here.argsort(), there.argsort())
 
 
 def test_frames_may_have_times_of_their_own() -> None:
@@ -204,6 +255,14 @@ def test_grids_and_shift() -> None:
     assert set(uniform_grid(2, 5.0)) <= set(uniform_grid(4, 5.0))
     t = f64(0.1, 0.6)
     torch.testing.assert_close(shifted(shifted(t, 3.0), 1 / 3.0), t)
+
+
+def test_a_terminal_time_is_where_the_grid_ends() -> None:
+    plain, stretched = uniform_grid(4, 2.0), uniform_grid(4, 2.0, terminal=0.1)
+    assert stretched[0] == 1.0 and stretched[-1] == 0.0 and stretched[-2] == pytest.approx(0.1)
+    shares = [(1 - s) / (1 - p) for p, s in zip(plain[1:-1], stretched[1:-1])]
+    assert shares == pytest.approx([shares[0]] * 3)
+    assert uniform_grid(4, 3.0) == pytest.approx((1.0, 0.9, 0.75, 0.5, 0.0)) and len(uniform_grid(7)) == 8
 
 
 # --- guidance ---------------------------------------------------------------------------------------------------------
@@ -249,6 +308,24 @@ def test_guidance_conventions_and_interval() -> None:
     plain = teacher(x, t, cond_of(1, 2)).raw
     torch.testing.assert_close(guided[0], plain[0])
     assert not torch.allclose(guided[1], plain[1])
+
+
+def test_guidance_has_one_scale_inside_its_interval_and_another_outside() -> None:
+    teacher, times = GaussianTeacher(f64(0.0, 1.0), 0.5), (0.1, 0.3, 0.5, 0.7, 0.9)
+    x, t, cond, null = normal(5), f64(*times), cond_of(1, 5), cond_of(0, 5)
+    plain, free = teacher(x, t, cond).raw, teacher(x, t, null).raw
+    for outside in (1.0, 2.0):
+        guidance = CFG(scale=3.0, low=0.3, high=0.7, outside=outside)
+        scale = f64(outside, 3, 3, 3, outside).reshape(-1, 1, 1, 1, 1)
+        torch.testing.assert_close(guidance(teacher, x, t, cond, null).raw, free + scale * (plain - free))
+    assert CFG(outside=2.0).active and not CFG().active
+    assert CFG(scale=3.0, high=0.7).rescaled(5.0) == CFG(scale=5.0, high=0.7)
+    assert CFG(scale=3.0, high=0.7, outside=2.0).rescaled(5.0) == CFG(scale=5.0, high=0.7, outside=5.0)
+
+
+def test_a_contract_counts_both_calls_of_guidance() -> None:
+    assert Contract(steps=4).calls() == 4 and Contract(steps=4, guidance=CFG(scale=2.0)).calls() == 8
+    assert Contract(steps=4, sampler=Heun(), guidance=CFG(outside=2.0)).calls() == 14
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -176,4 +177,11 @@ def test_nothing_falls_back_by_default(tmp_path: Path) -> None:
 def test_kernels_on_a_gpu(tmp_path: Path) -> None:
     run = prepare(tiny_model(), METHOD, DATA, small(2, device="cuda", autocast="bf16"), tmp_path)
     assert len(run.effective.attention) == 2 and run.effective.device.startswith("cuda")
+    kernels = {name for block in run.effective.attention for name in block.split(", ")}
+    assert kernels <= {"sdpa-cudnn", "sdpa-flash", "sdpa-efficient", "matmul"}, kernels
+    assert run.effective.arithmetic == "bfloat16" and set(run.effective.weights.values()) == {"float32"}
+    before = {name: p.detach().clone() for name, p in run.nets.student.named_parameters()}
     run.iterate()
+    moved = [name for name, p in run.nets.student.named_parameters() if not torch.equal(p, before[name])]
+    assert moved and {p.device.type for p in run.nets.student.parameters()} == {"cuda"}
+    assert all(math.isfinite(value) for value in run.figures.values())

@@ -11,24 +11,29 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 import fewstep
 from fewstep.core import build
-from fewstep.core.atomic import recover
+from fewstep.core.atomic import discard, recover
 from fewstep.core.finite import NonFiniteError
 from fewstep.engine import CheckpointError, Health, Optim, Settings, checkpoint, train
 from fewstep.engine.checkpoint import Checkpoint, RunState, Saver, checkpoints, prune
 from fewstep.engine.log import read_metrics
 from fewstep.engine.prepare import prepare
+from fewstep.engine.run import Run
 from fewstep.methods import METHODS, FlowMatching, Method
-from fewstep.models import Card, VideoModel
+from fewstep.models import Card, VideoModel, fingerprint
 from fewstep.recipe import names
 from support_engine import CASES, Everything, die, long_run, short_run, small, tiny_model
 
 pytestmark = pytest.mark.usefixtures("single_thread")
+OF_NO_RUN: dict[str, Any] = {"identity": {}}
+"""The values of a state, where they say nothing."""
 
 
 class Stopped(Exception):
@@ -171,7 +176,7 @@ def test_a_component_that_cannot_be_trusted_is_named(tmp_path: Path) -> None:
 
 
 def test_a_component_of_another_network_is_named(tmp_path: Path) -> None:
-    RunState(1, {"student": {"w": torch.ones(2, 3)}}, {}).save(tmp_path)
+    RunState(1, {"student": {"w": torch.ones(2, 3)}}, OF_NO_RUN).save(tmp_path)
     saved = Checkpoint.open(tmp_path / "step-000001")
     for other in ({"w": torch.ones(3, 2)}, {"w": torch.ones(2, 3), "v": torch.ones(1)}, {}):
         with pytest.raises(CheckpointError, match=r"step-000001/student is of another network: [vw] do"):
@@ -187,26 +192,26 @@ def test_a_save_does_not_see_what_the_next_step_changes(tmp_path: Path, monkeypa
         write(tensors, path, group)
 
     monkeypatch.setattr(checkpoint, "write_component", late)
-    weight, values = torch.zeros(3), {"health": {"seen": 1}}
+    weight, values = torch.zeros(3), {"health": {"seen": 1}, **OF_NO_RUN}
     with Saver(tmp_path, keep=2) as saver:
         saver.save(RunState(1, {"student": {"w": weight}}, values))
         weight.fill_(1.0)
         values["health"]["seen"] = 2
         begin.set()
     saved = RunState.load(tmp_path / "step-000001")
-    assert torch.equal(saved.components["student"]["w"], torch.zeros(3)) and saved.values == {"health": {"seen": 1}}
+    assert torch.equal(saved.components["student"]["w"], torch.zeros(3)) and saved.values["health"] == {"seen": 1}
 
 
 def test_a_save_that_failed_is_told(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("a file where the folder should be")
     with pytest.raises(OSError), Saver(tmp_path / "taken", keep=1) as saver:
-        saver.save(RunState(1, {"student": {"w": torch.ones(1)}}, {}))
+        saver.save(RunState(1, {"student": {"w": torch.ones(1)}}, OF_NO_RUN))
 
 
 def test_a_save_that_had_begun_is_finished_when_the_run_fails(tmp_path: Path) -> None:
     saver = Saver(tmp_path / "run", keep=1)
     with suppress(Stopped), saver:
-        saver.save(RunState(1, {"student": {"w": torch.ones(1)}}, {}))
+        saver.save(RunState(1, {"student": {"w": torch.ones(1)}}, OF_NO_RUN))
         raise Stopped
     assert checkpoint_step(tmp_path, "run") == 1
 
@@ -242,6 +247,31 @@ def test_nothing_in_a_checkpoint_is_unpickled(tmp_path: Path, monkeypatch: pytes
     last_state(tmp_path)
 
 
+def test_a_run_goes_on_from_its_newest_checkpoint_with_all_that_it_was(tmp_path: Path) -> None:
+    """In this process: the kills of the tests above are in processes of their own."""
+    settings = small(4, save_every=1, keep_last=4, ema=0.9)
+    whole = train(tiny_model(), CASES["FlowMatching"], Everything(), settings, tmp_path, quiet=True)
+    for step in (3, 4):
+        discard(tmp_path / "checkpoints" / f"step-{step:06d}")
+    iterate, begun = Run.iterate, []
+    with mock.patch.object(Run, "iterate", lambda run: (begun.append(run.step), iterate(run))):
+        again = train(tiny_model(), CASES["FlowMatching"], Everything(), settings, tmp_path, quiet=True)
+    assert begun == [2, 3] and fingerprint(again.denoiser) == fingerprint(whole.denoiser)
+
+
+def test_a_checkpoint_after_the_last_iteration(tmp_path: Path) -> None:
+    for every in (0, 2):
+        train(
+            tiny_model(),
+            CASES["FlowMatching"],
+            Everything(),
+            small(3, save_every=every),
+            tmp_path / f"{every}",
+            quiet=True,
+        )
+        assert checkpoints(tmp_path / f"{every}" / "checkpoints")[-1].name == "step-000003"
+
+
 def test_another_run_is_refused(tmp_path: Path) -> None:
     method, settings = CASES["Consistency"], small(2)
     run(tmp_path, method, settings)
@@ -260,13 +290,13 @@ def test_another_run_is_refused(tmp_path: Path) -> None:
 
 def test_checkpoints_are_in_order_of_steps_and_pruned(tmp_path: Path) -> None:
     for step in (999_998, 999_999, 1_000_000):
-        RunState(step, {"student": {}}, {}).save(tmp_path)
+        RunState(step, {"student": {}}, OF_NO_RUN).save(tmp_path)
     (tmp_path / ".draft-step-1000002").mkdir()
     (tmp_path / "step-kept-by-hand").mkdir()
     assert [path.name for path in checkpoints(tmp_path)] == ["step-999998", "step-999999", "step-1000000"]
     prune(tmp_path, 1)
     assert [path.name for path in checkpoints(tmp_path)] == ["step-1000000"]
-    RunState(1_000_000, {"student": {"w": torch.ones(2)}}, {}).save(tmp_path)  # replaces its namesake
+    RunState(1_000_000, {"student": {"w": torch.ones(2)}}, OF_NO_RUN).save(tmp_path)  # replaces its namesake
     assert torch.equal(RunState.load(tmp_path / "step-1000000").components["student"]["w"], torch.ones(2))
 
 
@@ -337,7 +367,7 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:
 
 
 def test_a_byte_in_the_middle_of_a_large_file_is_noticed(tmp_path: Path) -> None:
-    folder = RunState(1, {"student": {"w": torch.zeros(1 << 18)}}, {}).save(tmp_path)
+    folder = RunState(1, {"student": {"w": torch.zeros(1 << 18)}}, OF_NO_RUN).save(tmp_path)
     file = next((folder / "student").glob("*.safetensors"))
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1

@@ -20,13 +20,14 @@ from fewstep.data.base import Data, Source
 from fewstep.engine import CheckpointError, Optim, Parallel, Settings, WorldProbe, train
 from fewstep.engine.checkpoint import RunState, checkpoints
 from fewstep.engine.log import RunLog, read_metrics
-from fewstep.engine.nets import trained_roles
+from fewstep.engine.nets import build_nets, trained_roles
 from fewstep.engine.optim import RoleOptimizer, learning_rate
 from fewstep.engine.prepare import prepare
-from fewstep.engine.run import Run
+from fewstep.engine.preview import HEAD
+from fewstep.engine.run import Run, blend
 from fewstep.methods import DMD2, Copy, FlowMatching, Method, Nets, Sync, Update
 from fewstep.models import Backbone, Card, FeatureHeads, VideoModel, fingerprint
-from support_engine import CASES, FRAMES, LONG, Everything, small, tiny_model
+from support_engine import CASES, FRAMES, LONG, Everything, TinyImages, small, tiny_model
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 
@@ -59,7 +60,7 @@ class Denoise(Method):
 
     def losses(self, nets: Nets, batch: Batch, spoil: str) -> Iterator[Losses]:
         assert batch.x0 is not None
-        trained = next(net for net in nets.roles.values() if next(net.parameters()).requires_grad)
+        trained = nets[next(role for role, net in nets.roles.items() if next(net.parameters()).requires_grad)]
         if spoil == "nothing":
             yield {"free": torch.zeros((), requires_grad=True)}
             return
@@ -132,9 +133,242 @@ def test_the_gradient_of_a_role_is_clipped_as_a_whole() -> None:
 def test_clipping_one_role_does_not_see_the_other(tmp_path: Path) -> None:
     optim = {"student": Optim(clip=1e-3), "critic": Optim(clip=1e3)}
     run = prepared(tmp_path, Denoise(), small(2, optim=optim))
-    run.iterate()
+    step, norms = RoleOptimizer.step, {}
+
+    def noted(self: RoleOptimizer, number: int) -> float:
+        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+        norms[self.optim.clip] = float(torch.nn.utils.get_total_norm(gradients))
+        return step(self, number)
+
+    with mock.patch.object(RoleOptimizer, "step", noted):
+        run.iterate()
+    assert norms == pytest.approx({1e-3: 1e-3, 1e3: run.figures["grad/critic"]}, rel=1e-3)
     assert run.figures["grad/student"] == pytest.approx(run.figures["grad/critic"])  # equal before clipping
     assert all(p.grad is None for net in run.nets.values() for p in net.parameters())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing(Denoise):
+    """Notes one random number per call of a loss, and whether loss and backward pass run under autocast."""
+
+    drawn: list[float]
+    autocast: list[bool]
+
+    def updates(self, step: int) -> Iterator[Update | Sync]:
+        yield Update(("critic",), self.noted)
+        yield Update(("student",), self.noted)
+
+    def noted(self, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Losses]:
+        self.drawn.append(float(rng.randn((1,), "number")))
+        for terms in self.losses(nets, batch, ""):
+            self.autocast.append(torch.is_autocast_enabled("cpu"))
+            yield {name: Noted.apply(term, self.autocast) for name, term in terms.items()}
+
+
+class Noted(torch.autograd.Function):
+    """The same number; its backward pass says whether it is under autocast."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, noted: list[bool]) -> torch.Tensor:
+        ctx.noted = noted
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        ctx.noted.append(torch.is_autocast_enabled("cpu"))
+        return grads[0], None
+
+
+def numbers(tmp_path: Path, seed: int) -> list[float]:
+    method = Drawing(drawn=[], autocast=[])
+    run = prepared(tmp_path, method, small(2, accumulate=3, seed=seed))
+    for _ in range(2):
+        run.iterate()
+    return method.drawn
+
+
+def test_noise_differs_between_seeds_iterations_updates_and_micro_batches(tmp_path: Path) -> None:
+    first, again, other = (numbers(tmp_path, seed) for seed in (0, 0, 1))
+    assert first == again and len({*first, *other}) == 2 * (2 * 2 * 3)
+
+
+def test_data_differ_between_iterations_and_micro_batches(tmp_path: Path) -> None:
+    run = prepared(tmp_path, Denoise(), small(2, accumulate=3))
+    seen: list[torch.Tensor] = []
+    with mock.patch.object(
+        Run, "update", side_effect=lambda _, batches, __: seen.extend(b.x0 for b, _ in batches) or []
+    ):
+        run.iterate()
+        run.iterate()
+    distinct = {x0.numpy().tobytes() for x0 in seen}
+    assert len(seen) == 2 * 2 * 3 and len(distinct) == 2 * 3, "both updates of an iteration see the same"
+
+
+@pytest.mark.parametrize("autocast", ["off", "bf16"])
+def test_networks_follow_autocast_and_gradients_do_not(autocast: Any, tmp_path: Path) -> None:
+    method = Drawing(drawn=[], autocast=[])
+    prepared(tmp_path, method, small(1, autocast=autocast)).iterate()
+    assert method.autocast == [autocast == "bf16", False] * 4
+
+
+def test_every_role_has_its_own_optimiser_or_the_students(tmp_path: Path) -> None:
+    student = Optim(lr=1e-3, clip=3.0)
+    critic = Optim(type="muon", lr=2e-4, betas=(0.5, 0.6), weight_decay=0.1, clip=0.5)
+    run = prepared(tmp_path, Denoise(), small(1, optim={"student": student, "critic": critic}))
+    assert {role: optimizer.optim for role, optimizer in run.optimizers.items()} == {
+        "student": student,
+        "critic": critic,
+    }
+    run.iterate()
+    assert (run.figures["lr/student"], run.figures["lr/critic"]) == (1e-3, 2e-4)
+    alone = prepared(tmp_path, Denoise(), small(1, optim={"student": student}))
+    assert alone.optimizers["critic"].optim == student
+
+
+def only(name: str, value: torch.Tensor, optim: Optim) -> tuple[torch.nn.Parameter, RoleOptimizer]:
+    """One weight of that name, and its optimiser."""
+    network: torch.nn.Module = torch.nn.Module()
+    for part in name.split(".")[:-1][::-1]:
+        outer = torch.nn.Module()
+        if not list(network.children()):
+            network.register_parameter("weight", torch.nn.Parameter(value.clone()))
+        outer.add_module(part, network)
+        network = outer
+    (parameter,) = network.parameters()
+    return parameter, RoleOptimizer(network, optim, 10)
+
+
+def stepped(parameter: torch.nn.Parameter, optimizer: RoleOptimizer, gradient: torch.Tensor) -> torch.Tensor:
+    parameter.grad = gradient.clone()
+    optimizer.step(0)
+    assert parameter.grad is None
+    return parameter.detach().clone()
+
+
+def test_betas_are_how_long_adamw_remembers() -> None:
+    """With none it moves by the learning rate against the last gradient, whatever came before."""
+    one = torch.ones(3, 3)
+    parameter, optimizer = only("embed.weight", one, Optim(lr=0.1, betas=(0.0, 0.0)))
+    torch.testing.assert_close(stepped(parameter, optimizer, 5 * one), 0.9 * one)
+    torch.testing.assert_close(stepped(parameter, optimizer, -0.01 * one), one)
+    parameter, optimizer = only("embed.weight", one, Optim(lr=0.1, betas=(0.9, 0.9)))
+    stepped(parameter, optimizer, 5 * one)
+    assert float(stepped(parameter, optimizer, -0.01 * one).max()) < 0.9
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_weights_decay_only_where_asked_for(kind: Any) -> None:
+    one = torch.ones(4, 4)
+    for decay in (0.0, 0.5):
+        parameter, optimizer = only("blocks.0.weight", one, Optim(type=kind, lr=0.1, weight_decay=decay))
+        torch.testing.assert_close(stepped(parameter, optimizer, 0 * one), one * (1 - 0.1 * decay))
+
+
+@pytest.mark.parametrize("shape", [(128, 128), (64, 256), (256, 64)])
+def test_muons_updates_are_as_large_as_adamws(shape: tuple[int, int]) -> None:
+    """0.2 of the learning rate, whatever the shape (2502.16982); Newton-Schulz is rough."""
+    parameter, optimizer = only("blocks.0.weight", torch.zeros(shape), Optim(type="muon", lr=1.0))
+    change = stepped(parameter, optimizer, torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    assert 0.13 < float(change.square().mean().sqrt()) < 0.27
+
+
+@pytest.mark.parametrize(("norm", "expected"), [(0.1, 0.1), (3.0, 0.5)])
+def test_small_gradients_are_not_clipped(norm: float, expected: float) -> None:
+    parameter, optimizer = only("embed.weight", torch.zeros(2, 2), Optim(clip=0.5))
+    parameter.grad = torch.full((2, 2), norm / 2)
+    assert float(optimizer.clip()) == pytest.approx(norm)
+    assert float(parameter.grad.norm()) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_gradient_of_an_update_is_that_of_the_sum_of_its_terms(tmp_path: Path) -> None:
+    run = prepared(tmp_path, Denoise(), small(1))
+    weight = next(run.nets.student.parameters()).requires_grad_()
+    run.backward({"first": 2 * weight.sum(), "second": 3 * weight.sum()}, ("student",))
+    assert weight.grad is not None and weight.grad.unique().tolist() == [5.0]
+    run.backward({"third": weight.sum()}, ("student",))
+    assert weight.grad.unique().tolist() == [6.0], "graphs of one update add up"
+
+
+def test_the_learning_rate_of_an_iteration_is_its_own(tmp_path: Path) -> None:
+    run = prepared(tmp_path, Denoise(), small(3, optim={"student": Optim(lr=1e-3, warmup=3)}))
+    rates = []
+    for _ in range(3):
+        run.iterate()
+        rates.append(run.figures["lr/student"])
+        group = run.optimizers["student"].parts["adamw"].param_groups[0]
+        assert group["lr"] == rates[-1]
+    assert rates == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3])
+
+
+def test_a_sync_moves_its_target_only(tmp_path: Path) -> None:
+    class Following(Denoise):
+        def updates(self, step: int) -> Iterator[Update | Sync]:
+            yield Update(("student",), lambda nets, batch, rng: self.losses(nets, batch, ""))
+            yield Sync("critic", "student", 0.75)
+
+    run = prepared(tmp_path, Following(), small(1))
+    before = {k: v.clone() for k, v in run.nets.critic.state_dict().items()}
+    run.iterate()
+    for name, value in run.nets.student.state_dict().items():
+        torch.testing.assert_close(run.nets.critic.state_dict()[name], 0.75 * before[name] + 0.25 * value)
+    assert any(not torch.equal(before[name], value) for name, value in run.nets.student.state_dict().items())
+
+
+def test_muon_is_for_the_matrices_inside_the_blocks() -> None:
+    network = tiny_model().denoiser
+    optimizer = RoleOptimizer(network, Optim(type="muon"), 10)
+    names = {id(p): name for name, p in network.named_parameters()}
+    by = {
+        kind: {names[id(p)] for group in part.param_groups for p in group["params"]}
+        for kind, part in optimizer.parts.items()
+    }
+    assert by["muon"] == {
+        name for name, p in network.named_parameters()
+        if name.startswith("backbone.blocks.") and p.ndim == 2 and not name.endswith("table")
+    }  # fmt: skip
+    assert by["adamw"] == set(names.values()) - by["muon"] and "backbone.patches.weight" in by["adamw"]
+
+
+def test_moments_wait_on_the_cpu_and_come_back() -> None:
+    parameter, optimizer = only("embed.weight", torch.ones(2, 2), Optim(lr=0.1))
+    optimizer.rest = True
+    places: list[str | None] = []
+    move = optimizer._move
+    optimizer._move = lambda part, where: (places.append(where), move(part, where))  # type: ignore[method-assign, func-returns-value]
+    for _ in range(2):
+        stepped(parameter, optimizer, torch.ones(2, 2))
+    assert places == [None, "cpu"] * 2
+    assert {value.device.type for value in optimizer.state().values()} == {"cpu"}
+
+
+def test_roles_begin_frozen_and_equal(tmp_path: Path) -> None:
+    model = tiny_model()
+    torch.manual_seed(0)
+    nets = build_nets(model, DMD2(gan=0.1), seed=3)
+    assert not any(p.requires_grad for net in nets.values() for p in net.parameters())
+    assert fingerprint(nets.student) == fingerprint(nets.critic) == fingerprint(nets.teacher)
+    assert not {p.data_ptr() for p in nets.student.parameters()} & {p.data_ptr() for p in nets.critic.parameters()}
+    torch.manual_seed(1)
+    again, other = (build_nets(model, DMD2(gan=0.1), seed=seed) for seed in (3, 4))
+    assert fingerprint(nets.discriminator) == fingerprint(again.discriminator) != fingerprint(other.discriminator)
+    images = TinyImages().load()
+    mixed = build_nets(model, CASES["AVDM2"], seed=3, others={"image_teacher": images})
+    assert fingerprint(mixed.image_critic) == fingerprint(images.denoiser) != fingerprint(mixed.teacher)
+
+
+def test_averages_blend_numbers_and_copy_counters() -> None:
+    def network(value: float, count: int) -> torch.nn.Module:
+        made = torch.nn.BatchNorm1d(2)
+        with torch.no_grad():
+            made.weight.fill_(value)
+            made.running_mean.fill_(value)  # type: ignore[union-attr]
+            made.num_batches_tracked.fill_(count)  # type: ignore[union-attr]
+        return made
+
+    target, source = network(1.0, 3), network(2.0, 7)
+    blend(target, source, 0.75)
+    assert target.weight.tolist() == target.running_mean.tolist() == [1.25, 1.25]  # type: ignore[union-attr]
+    assert int(target.num_batches_tracked) == 7 and source.weight.tolist() == [2.0, 2.0]  # type: ignore[arg-type]
 
 
 # --- who moves --------------------------------------------------------------------------------------------------------
@@ -165,7 +399,7 @@ def test_heads_are_made_for_the_layers_asked_for(tmp_path: Path) -> None:
 
 
 def test_average_follows_its_formula(tmp_path: Path) -> None:
-    run = prepared(tmp_path, Denoise(), small(3, ema=0.15))
+    run = prepared(tmp_path, Denoise(), small(3, ema=0.15, optim={"student": Optim(lr=0.1)}))
     expected = {k: v.clone() for k, v in run.nets.student.state_dict().items()}
     for decay in (1 / 10, 0.15, 0.15):  # 2/11 is more than 0.15
         run.iterate()
@@ -215,7 +449,10 @@ def test_learning_rate_is_a_function_of_the_step() -> None:
     assert [learning_rate(optim, step, 13) for step in range(3)] == pytest.approx([0.25, 0.5, 0.75])
     assert learning_rate(optim, 3, 13) == 1.0
     assert learning_rate(optim, 8, 13) == pytest.approx(0.5)
-    assert learning_rate(Optim(lr=1.0, decay="linear"), 9, 10) == pytest.approx(0.1)
+    constant = Optim(lr=1.0, warmup=3)
+    assert [learning_rate(constant, step, 13) for step in (3, 8, 12)] == [1.0, 1.0, 1.0]
+    middle = {decay: learning_rate(Optim(lr=2.0, warmup=4, decay=decay), 8, 20) for decay in ("linear", "cosine")}  # type: ignore[arg-type]
+    assert 1.4 < middle["linear"] < 1.6 and 1.65 < middle["cosine"] < 1.75  # a quarter of the way after the warm-up
 
 
 @pytest.mark.parametrize("decay", ["cosine", "linear"])
@@ -403,7 +640,7 @@ def test_previews_are_pictures_of_student_beside_teacher(tmp_path: Path) -> None
     assert len(calls) == 1 and len(calls[0]) == 4  # the teacher's clips are sampled once per run
     picture = np.asarray(Image.open(tmp_path / "previews" / names[0]))
     # four prompts; columns: student at 1 step, student at 2 steps, teacher; 4 frames of 32 x 32, three times enlarged
-    assert picture.shape == (4 * 96, 3 * (FRAMES * 96 + 4), 3)
+    assert picture.shape == (HEAD + 4 * 96, 3 * (FRAMES * 96 + 4), 3)
     last = np.asarray(Image.open(tmp_path / "previews" / names[-1]))
     teacher = slice(2 * (FRAMES * 96 + 4), None)
     assert np.array_equal(picture[:, teacher], last[:, teacher])

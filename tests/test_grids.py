@@ -164,6 +164,8 @@ def test_a_stream_travels_and_knows_its_chunks() -> None:
     stream = Stream(chunks=(1, 3), window=12, sink=3, commit="noised", context_time=0.02, positions="window")
     assert read(json.loads(json.dumps(dump(Contract(stream=stream))))).stream == stream
     assert stream.lengths(7) == (1, 3, 3) and Stream(chunks=(2,)).lengths(4) == (2, 2) and stream.lengths(1) == (1,)
+    with pytest.raises(ValueError, match=r"chunks of \[1, 3\] latent frames make clips of 4 or 7, not 6"):
+        stream.lengths(6)
 
 
 # --- the first version ------------------------------------------------------------------------------------------------

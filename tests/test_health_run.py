@@ -15,12 +15,12 @@ import torch
 
 from fewstep.cli import main
 from fewstep.core import Rng
-from fewstep.diffusion import CFG, RectifiedFlow, Trig
+from fewstep.diffusion import CFG, KINDS, Kind, Prediction, RectifiedFlow, Trig, target
 from fewstep.engine import CheckpointError, Health, Optim, prepare, train
 from fewstep.engine.checkpoint import RunState, checkpoints
 from fewstep.engine.health import Record, judge, monitor, read_record, weights
 from fewstep.engine.health.heard import Heard, Terms
-from fewstep.engine.health.measure import Gauge, decode, drift, singled
+from fewstep.engine.health.measure import Gauge, decode, drift, error, singled
 from fewstep.engine.health.verdict import ASKED
 from fewstep.engine.health.vitals import Verdict
 from fewstep.engine.log import RunLog, read_metrics
@@ -411,6 +411,23 @@ def test_large_frames_are_judged_small() -> None:
     assert decode(model, torch.zeros(1, 4, 2, 8, 8)).shape == (1, 3, 2, 32, 32)
 
 
+def test_clips_are_compared_with_the_teachers_of_the_same_prompt() -> None:
+    gauge = Gauge(("a", "b", "c"), None, seeds=2, batch=2, precision=nullcontext)
+    colours = torch.tensor([-0.8, -0.75, 0.0, 0.05, 0.7, 0.8]).reshape(6, 1, 1, 1, 1).expand(6, 3, 4, 16, 16)
+    other = gauge._distance(colours.roll(2, 0), colours)
+    assert gauge._distance(colours, colours) == pytest.approx(0, abs=1e-6) and other > 1
+    both = gauge._distance(torch.cat([colours, colours.roll(2, 0)]), colours)
+    assert both == pytest.approx(other / 2, rel=1e-4)  # the mean over step counts
+
+
 def test_drift_is_in_units_of_the_reference() -> None:
     reference = Rng(0).randn((8, 4, 4, 8, 8), "x")
     assert drift(reference, reference) == 0 and drift(reference + 0.5, reference) == pytest.approx(0.5, rel=0.02)
+    assert drift(4 * reference + 2, 4 * reference) == pytest.approx(0.5, rel=0.02)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_error_is_that_of_the_networks_own_output(kind: Kind) -> None:
+    x0, eps, t, path = Rng(0).randn((2, 4, 3, 2, 2), "x0"), Rng(0).randn((2, 4, 3, 2, 2), "eps"), torch.rand(2), Trig()
+    truth = Prediction(target(kind, x0, eps, t, path), kind, path.add_noise(x0, eps, t), t, path)
+    assert error(truth, x0, eps) == 0 and error(truth.with_raw(truth.raw + 2), x0, eps) == pytest.approx(4, rel=1e-5)

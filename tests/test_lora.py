@@ -58,6 +58,18 @@ def test_adapters_at_zero_are_the_teacher_bit_for_bit(base: Denoiser) -> None:
     assert not torch.equal(call(moved(network)), call(base))
 
 
+def test_adapters_begin_as_peft_draws_them(base: Denoiser) -> None:
+    """A is uniform within the root of 1 / in, another one in every layer; B is zero."""
+    layers = adapters(adapt(base, LORA, Rng(0)))
+    for layer in layers.values():
+        bound = layer.weight.shape[1] ** -0.5
+        a = layer.lora_A.weight.detach()
+        assert 0.9 * bound < float(a.abs().max()) <= bound and abs(float(a.mean())) < 0.25 * bound
+        assert not layer.lora_B.weight.any() and layer.scale == 8.0 / 4
+    first, second = (layers[f"backbone.blocks.{i}.attention.qkv"].lora_A.weight for i in (0, 1))
+    assert not torch.equal(first, second)
+
+
 def test_every_weight_but_the_adapters_is_borrowed(base: Denoiser) -> None:
     network = adapt(base, LORA, Rng(0))
     assert all(".lora_" in name for name, _ in network.named_parameters())
@@ -95,6 +107,12 @@ def test_weak_adapters_lie_between_and_follow(base: Denoiser) -> None:
     assert torch.equal(call(whole), call(critic)) and not torch.equal(call(half), before)
     with pytest.raises(ValueError, match=r"settings\.lora"):
         weaken(base, 0.5)
+
+
+def test_the_real_score_of_a_run_is_as_weak_as_asked_for() -> None:
+    nets = build_nets(tiny_model(), DMD, seed=0, lora=LORA)
+    real, critic = adapters(nets["real"]), adapters(nets["critic"])
+    assert real.keys() == critic.keys() and all(real[name].scale == 0.25 * critic[name].scale for name in real)
 
 
 def test_duplicates_share_the_base_and_nothing_else(base: Denoiser) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import pytest
 import torch
 from torch import nn
 
 from fewstep.core import Batch, Pairs, Rng
 from fewstep.core.build import build, dump
-from fewstep.diffusion import CFG, DENSITIES, Contract, Heun, RectifiedFlow, Shifted, uniform_grid
+from fewstep.diffusion import CFG, DDIM, DENSITIES, Contract, Heun, RectifiedFlow, Renoise, Shifted, uniform_grid
 from fewstep.methods import (
     AVDM2,
     DMD2,
@@ -16,6 +18,7 @@ from fewstep.methods import (
     ROLLOUTS,
     BackwardSimulation,
     Consistency,
+    Copy,
     FlowMatching,
     FromData,
     KnowledgeDistillation,
@@ -158,12 +161,21 @@ def test_contract_and_cost(method: Method) -> None:
     if isinstance(method, (FlowMatching, Reconstruction, ReadAttributes)):
         assert contract == teacher
     else:
-        assert contract.trained
-        assert contract.guidance == CFG()
+        sampled = method.rollouts[0].mode if method.rollouts else "ode" if isinstance(method, Progressive) else "sde"
+        shift = method.rollouts[0].shift if method.rollouts else method.shift  # type: ignore[attr-defined]
+        assert contract.trained == {n: uniform_grid(n, shift) for n in contract.counts}
+        assert contract.grid.free == Shifted(shift=shift)
+        assert contract.sampler == (Renoise() if sampled == "sde" else DDIM())
+        assert contract.steps == max(contract.counts) and contract.guidance == CFG()
         assert contract.calls() < teacher.calls()
     assert sum(work.forwards for work in method.cost()) >= 3
     assert {work.role for work in method.cost()} <= {"student", "teacher", *method.aux()}
     assert method.cite
+
+
+def test_a_critic_begins_as_the_teacher() -> None:
+    assert DMD2().aux() == {"critic": Copy("teacher")} and DMD2().critic == "critic"
+    assert Consistency().critic is None, "its target is a copy that nobody trains"
 
 
 def test_every_method_is_tried() -> None:
@@ -188,3 +200,6 @@ def test_folded_frames_are_different_frames_of_the_stated_clip() -> None:
     shown = frames[:, 0, 0, 0, 0]
     assert len(set(shown.tolist())) == 8
     assert torch.equal(shown // 5, rows)
+    many = [fold_frames(clips, 2, Rng(0, step))[0][:, 0, 0, 0, 0] % 5 for step in range(40)]
+    assert {frozenset(chosen[:2].tolist()) for chosen in many} == {frozenset(x) for x in combinations(range(5), 2)}
+    assert any(set(chosen[:2].tolist()) != set(chosen[2:].tolist()) for chosen in many), "each clip has its own"

@@ -9,7 +9,7 @@ import torch
 
 from fewstep.core import Batch, Cond, Rng
 from fewstep.diffusion import CFG, DDIM, EDM, Contract, Renoise, Shifted, uniform_grid
-from fewstep.methods import BackwardSimulation, FromData, FromPairs, Rollout
+from fewstep.methods import DMD2, BackwardSimulation, FromData, FromPairs, Rollout
 from fewstep.methods.rollouts import NESTED, pick, predict, student_contract
 from support_engine import tiny_model
 from support_gaussian import (
@@ -141,6 +141,7 @@ def test_contracts_list_exact_shifted_grids_without_guidance() -> None:
     contract = BackwardSimulation(grids=NESTED, shift=5.0).contract(TEACHER)
     assert contract.trained == {n: uniform_grid(n, 5.0) for n in (1, 2, 4)}
     assert (contract.sampler, contract.steps, contract.guidance) == (Renoise(), 4, CFG())
+    assert DMD2(rollout=BackwardSimulation(grids=NESTED, shift=5.0)).contract(TEACHER) == contract
     assert BackwardSimulation(mode="ode").contract(TEACHER).sampler == DDIM()
     assert ONE_STEP.contract(TEACHER).trained == {1: (1.0, 0.0)}
 
@@ -174,10 +175,11 @@ def test_a_grid_that_does_not_start_at_one_is_refused() -> None:
         BackwardSimulation(grids=((0.9, 0.5),))
 
 
-def test_from_data_noises_the_clip_at_grid_times() -> None:
+@pytest.mark.parametrize("shift", [1.0, 5.0])
+def test_from_data_noises_the_clip_at_grid_times(shift: float) -> None:
     net, x0 = student(), normal(64)
-    rolled = FromData()(net, make_batch(64, x0=x0), Rng(3), grad=True)
-    assert set(rolled.t.tolist()) == set(FOUR)
+    rolled = FromData(shift=shift)(net, make_batch(64, x0=x0), Rng(3), grad=True)
+    assert sorted(set(rolled.t.tolist()), reverse=True) == pytest.approx(uniform_grid(4, shift)[:-1])
     t = rolled.t.reshape(-1, 1, 1, 1, 1)
     torch.testing.assert_close(rolled.x_t, (1 - t) * x0 + t * Rng(3).randn(x0.shape, "noise"))
 

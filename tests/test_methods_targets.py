@@ -15,9 +15,11 @@ from support_gaussian import AffineTableStudent, ExactCritic, GaussianTeacher, c
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_toward_has_the_stated_gradient_and_value(dtype: torch.dtype) -> None:
     x = (100 * normal(6)).to(dtype).requires_grad_()
-    g = (1e-6 * normal(6, "g")).to(dtype)
+    g = (1e-6 * normal(6, "g")).to(dtype).requires_grad_()
     loss = targets.toward(x, g)
     loss.backward()
+    assert g.grad is None
+    g = g.detach()
     torch.testing.assert_close(x.grad, g / g.numel(), rtol=1e-6, atol=0)
     torch.testing.assert_close(loss.detach(), g.square().mean() / 2)
 
@@ -53,6 +55,10 @@ def test_distribution_matching_is_normalised_per_sample() -> None:
         grads.append(x.grad)
     torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-3)
     assert targets.dmd_normaliser(x0, x0).max() == 1 / targets.FLOOR
+    x, floor = x0.clone().requires_grad_(), 1e-5
+    targets.distribution_matching(x, real, fake).backward()
+    weight = 1 / ((x0 - real).abs().flatten(1).mean(1) + floor)  # of the teacher's prediction, not the critic's
+    torch.testing.assert_close(x.grad, weight.reshape(3, 1, 1, 1, 1) * (fake - real) / x0.numel())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -88,6 +94,10 @@ def test_adversarial_terms() -> None:
     assert math.isclose(float(targets.adversarial_discriminator(zero, zero)), 2 * math.log(2), rel_tol=1e-6)
     assert targets.adversarial_discriminator(right, wrong) < 1e-6 < targets.adversarial_generator(wrong)
     assert targets.adversarial_generator(right) < 1e-6
+    a, b = torch.tensor([[1.0, -2.0], [0.5, 3.0]]), torch.tensor([[-0.3, 0.2], [2.0, -1.0]])
+    soft = lambda x: float((1 + x.double().exp()).log().mean())  # noqa: E731 - the mean over all logits
+    assert float(targets.adversarial_generator(a)) == pytest.approx(soft(-a))
+    assert float(targets.adversarial_discriminator(a, b)) == pytest.approx(soft(-a) + soft(b))
 
 
 def test_approximate_r1_is_the_squared_gradient() -> None:

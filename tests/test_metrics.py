@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -81,6 +82,13 @@ def test_frechet_of_few_rows_takes_a_shorter_way_to_the_same_value(n: int, m: in
     assert frechet(a[torch.randperm(n, generator=rng())], b) == pytest.approx(whole, rel=1e-6)
 
 
+def test_covariances_are_unbiased():
+    """Two sets of few rows, far more than features: `|m|^2 + sum (sqrt a - sqrt b)^2` in one dimension."""
+    a, b = torch.tensor([[0.0], [1.0], [5.0]]).double(), torch.tensor([[2.0], [2.5], [4.0], [9.0]]).double()
+    expected = (a.mean() - b.mean()) ** 2 + (a.std() - b.std()) ** 2
+    assert frechet(a, b) == pytest.approx(float(expected), rel=1e-9)
+
+
 def test_frechet_of_samples_approaches_that_of_their_gaussians():
     a, b = torch.randn(20_000, 3, generator=rng(1)), 2 * torch.randn(20_000, 3, generator=rng(2)) + 1
     assert frechet(a, b) == pytest.approx(3 + 3, rel=0.03)  # |m|^2 + sum (2 - 1)^2
@@ -150,10 +158,25 @@ def test_the_noise_floor_compares_halves_that_share_no_clip():
         assert round(split_half(x, rng(seed), repeats=1), 6) in possible
 
 
+def test_the_noise_floor_is_the_mean_over_random_halves_that_share_no_row(monkeypatch: pytest.MonkeyPatch):
+    x, seen = torch.arange(10.0)[:, None], []
+
+    def noted(a: torch.Tensor, b: torch.Tensor) -> float:
+        seen.append((set(a.flatten().tolist()), set(b.flatten().tolist())))
+        return float(len(seen))
+
+    monkeypatch.setattr(sys.modules[split_half.__module__], "frechet", noted)
+    assert split_half(x, rng(3), repeats=4) == 2.5
+    assert all(len(a) == len(b) == 5 and not a & b for a, b in seen)
+    assert len({frozenset(a) for a, _ in seen}) == 4
+
+
 def test_every_clip_is_shuffled_in_an_order_of_its_own():
-    clips = torch.arange(16.0).reshape(1, 1, 16, 1, 1).expand(5, 3, 16, 2, 2)
-    orders = {tuple(clip[0, :, 0, 0].tolist()) for clip in shuffled(clips, rng())}
-    assert len(orders) == 5
+    numbered = torch.arange(8.0).reshape(1, 1, 8, 1, 1).expand(6, 3, 8, 2, 2)
+    mixed = shuffled(numbered, rng())
+    orders = {tuple(clip[0, :, 0, 0].tolist()) for clip in mixed}
+    assert len(orders) == 6 and all(sorted(order) == list(range(8)) for order in orders)
+    assert torch.equal(mixed, mixed[:, :1, :, :1, :1].expand_as(mixed)), "all pixels of a frame go together"
 
 
 def test_shuffling_keeps_every_frame_and_loses_the_order():
@@ -223,6 +246,20 @@ def test_too_few_frames_are_refused(function):
 
 def test_pooled_features_are_a_fixed_number():
     assert pooled(torch.rand(2, 3, 3, 8, 8)).shape == pooled(torch.rand(2, 3, 20, 16, 24)).shape == (2, 72)
+
+
+def test_pooled_features_are_means_and_changes_by_part():
+    """Quarter by quarter: the mean of either half of the clip, then four times the mean changes, without their sign."""
+    frames = torch.zeros(1, 3, 6, 4, 4)
+    frames[:, 0, 3:, :2, :2] = 0.5  # red, the second half, upper left
+    frames[:, 1, 0::2, 2:, 2:] = -0.25  # green, every other frame, lower right
+    made = pooled(frames)[0]
+    means, (one, two, four, second) = made[:24].reshape(3, 2, 2, 2), made[24:].reshape(4, 3, 2, 2)
+    assert means[0, :, 0, 0].tolist() == [0, 0.5] and means[0].sum() == 0.5
+    assert means[1, :, 1, 1].tolist() == pytest.approx([-1 / 6, -1 / 12])
+    assert one[0, 0, 0].item() == pytest.approx(4 * 0.5 / 5) and one[1, 1, 1].item() == pytest.approx(4 * 0.25)
+    assert two[1, 1, 1] == 0 and two[0, 0, 0].item() == pytest.approx(4 * 0.5 * 2 / 4)
+    assert four[0, 0, 0].item() == pytest.approx(4 * 0.5) and second[1, 1, 1].item() == pytest.approx(4 * 0.5)
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------
@@ -315,6 +352,23 @@ def test_the_jackknife_is_around_the_value_and_as_wide_as_the_others_differ_amon
     assert jackknife(2.0, without + 7) == pytest.approx((low, high))
 
 
+def test_ratios_are_of_means():
+    values, reference = torch.tensor([1.0, 9.0]), torch.tensor([1.0, 3.0])
+    assert ratio_of_means(values, reference) == 2.5  # the mean of ratios is 2
+    assert math.isnan(ratio_of_means(values, torch.zeros(2)))
+    many = torch.rand(300, generator=rng(), dtype=torch.float64) + 0.1
+    noisy = 3 * many * (1 + 0.2 * torch.randn(300, generator=rng(1), dtype=torch.float64))
+    low, high = ratio_interval(noisy, many)
+    assert 2.88 < low < ratio_of_means(noisy, many) < high < 3.12  # numerator and denominator vary together
+    half = (
+        t_quantile(0.95, 299)
+        * float((noisy - ratio_of_means(noisy, many) * many).std())
+        / 300**0.5
+        / float(many.mean())
+    )
+    assert high - low == pytest.approx(2 * half, rel=1e-5)
+
+
 def test_percentile():
     assert percentile([3.0, 1.0, 2.0], 50) == 2
     assert percentile([0.0, 10.0], 95) == pytest.approx(9.5)
@@ -338,6 +392,11 @@ def test_the_design_effect_is_of_the_unbiased_variance() -> None:
     worth = 24 / (variance / 6 / (p * (1 - p) / 24)) * (1.959964 / 2.570582) ** 2
     assert 6 < worth < 24
     assert clustered_wilson(shares, 4) == pytest.approx(wilson(p * worth, worth), rel=1e-5)
+
+
+def test_trials_never_count_for_fewer_than_their_groups() -> None:
+    shares = torch.tensor([1.0, 0.0, 1.0, 0.0], dtype=torch.float64)  # they vary more than four trials do
+    assert clustered_wilson(shares, 3) == pytest.approx(wilson(2, 4))
 
 
 def test_clustered_wilson_covers_the_truth_and_plain_wilson_does_not() -> None:
@@ -381,6 +440,13 @@ def test_saturation_and_contrast() -> None:
     halves = grey.clone()
     halves[..., :2], halves[..., 2:] = -1, 1
     assert float(contrast(halves)) == pytest.approx((16 / 15) ** 0.5) and float(saturation(halves)) == 0
+    split = grey.clone()
+    split[:, 2, :, :, :2], split[:, 2, :, :, 2:] = -1, 1  # blue weighs 0.114
+    assert float(contrast(split)) == pytest.approx(0.114 * (16 / 15) ** 0.5)
+    assert float(saturation(split)) == pytest.approx(0.5)
+    blink = grey.clone()
+    blink[:, :, 1] = 1
+    assert float(contrast(blink)) == 0, "within a frame, not between them"
     for metric in (saturation, contrast):
         with pytest.raises(ValueError, match=r"\[B, 3, F, H, W\]"):
             metric(torch.zeros(1, 4, 2, 4, 4))

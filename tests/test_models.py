@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 import zlib
+from dataclasses import replace
 from typing import TypeVar
 
 import pytest
@@ -15,7 +16,7 @@ from torch._dynamo.testing import CompileCounter
 
 from fewstep.attention import BlockCausal, Dense, Grid3, Keep, KVCache, Window
 from fewstep.attention.pattern import Pattern
-from fewstep.core import Call, Cond, RecipeError
+from fewstep.core import Call, Cond, KVView, RecipeError
 from fewstep.diffusion import RectifiedFlow
 from fewstep.models import (
     NETWORKS,
@@ -30,6 +31,7 @@ from fewstep.models import (
     VideoModel,
 )  # fmt: skip
 from fewstep.models.rotary import FrameRotary
+from fewstep.models.spread import Spread
 from fewstep.models.video_dit import patchify, unpatchify
 
 FRAMES, TEXT = 6, 16
@@ -82,6 +84,62 @@ def test_every_parameter_learns_once_awake() -> None:
     x, t, cond = inputs()
     net(x, t, cond).raw.square().sum().backward()
     assert [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_a_block_is_its_equation() -> None:
+    """`x + gate attention(norm(x) (1 + scale) + shift)`, then the text, then the MLP; written out, in order."""
+    net, (x, t, cond) = small(), inputs(batch=1)
+    state, block = net.embed(x, t[:, 0], cond), net.blocks[1]
+    made = block(state).x_BNE
+    shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (block.table + state.context.modulation_BG6E)[0, 0]
+
+    def norm(y: Tensor) -> Tensor:
+        return (y - y.mean(-1, keepdim=True)) / (y.var(-1, correction=0, keepdim=True) + 1e-6).sqrt()
+
+    def heads(y: Tensor, scale: Tensor | None = None) -> Tensor:
+        y = y.reshape(1, -1, 2, 18).transpose(1, 2)
+        return y if scale is None else y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt() * scale
+
+    def turned(y: Tensor) -> Tensor:
+        cos, sin = FrameRotary(18, 100.0).table(torch.arange(FRAMES), state.grid)
+        pairs = torch.complex(y[..., :9], y[..., 9:]) * torch.complex(cos, sin)
+        return torch.cat([pairs.real, pairs.imag], -1)
+
+    def read(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        scores = q @ k.mT / 18**0.5
+        return ((scores if mask is None else scores.where(mask, -torch.inf)).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+    y, own, cross = state.x_BNE, block.attention, block.cross
+    q, k, v = own.qkv(norm(y) * (1 + scale_a) + shift_a).chunk(3, -1)
+    mixed = read(turned(heads(q, own.query_scale)), turned(heads(k, own.key_scale)), heads(v))
+    y = y + gate_a * own.out(mixed)
+    k, v = cross.kv(cond.text).chunk(2, -1)
+    q = heads(cross.q(norm(y)), cross.query_scale)
+    y = y + cross.out(read(q, heads(k, cross.key_scale), heads(v), cond.mask[:, None, None]))
+    y = y + gate_m * block.mlp(norm(y) * (1 + scale_m) + shift_m)
+    torch.testing.assert_close(made, y, rtol=1e-9, atol=1e-9)
+
+
+def test_time_reaches_the_head() -> None:
+    net, (x, t, cond) = small(), inputs()
+    state = net.embed(x, t[:, 0], cond)
+    later = replace(state, time_BGE=net.embed(x, t[:, 0] + 0.3, cond).time_BGE)
+    assert far(net.head(later), net.head(state))
+
+
+def test_blocks_are_computed_again_only_where_asked_for() -> None:
+    net, (x, t, cond) = small(), inputs()
+    calls: list[int] = []
+    for block in net.blocks:
+        block.register_forward_pre_hook(lambda *_: calls.append(1))
+    for checkpointing, expected in ((False, 3), (True, 6)):
+        calls.clear()
+        net(x, t, cond, Spread(checkpointing=checkpointing)(Call())).raw.sum().backward()
+        assert len(calls) == expected
+    calls.clear()
+    with torch.no_grad():
+        net(x, t, cond, Spread(checkpointing=True)(Call()))
+    assert len(calls) == 3
 
 
 def test_one_time_per_clip_is_the_same_time_on_every_frame() -> None:
@@ -232,6 +290,11 @@ def test_output_kv_only_when_a_view_is_given() -> None:
     torch.testing.assert_close(made.raw, net(x, t, cond).raw, atol=1e-12, rtol=0)
 
 
+def test_a_view_that_offers_nothing_has_no_past() -> None:
+    view = KVView((), torch.arange(3), torch.tensor(3))
+    assert view.slots == 0 and view.layer(2) is None
+
+
 def test_masked_text_is_not_read_and_real_text_is() -> None:
     net, (x, t, cond) = small(), inputs()
     out = net(x, t, cond).raw
@@ -311,6 +374,8 @@ def test_features_stop_early_and_carry_gradient() -> None:
     state = net.backbone.embed(x, t, cond)
     first_state = net.backbone.blocks[0](state)
     assert torch.equal(first[1, :, 2, 1, 2], first_state.x_BNE[1, 2 * 6 + 1 * 3 + 2])
+    last_state = net.backbone.blocks[2](net.backbone.blocks[1](first_state))
+    assert torch.equal(last[1, :, 2, 1, 2], last_state.x_BNE[1, 2 * 6 + 1 * 3 + 2])
     first.square().sum().backward()
     assert x.grad.any()
     net.backbone.blocks[1].forward = net.backbone.blocks[2].forward = None
@@ -334,6 +399,9 @@ def test_autocast_keeps_float32_at_the_ends() -> None:
     exact = net(x, t, cond).raw
     with torch.autocast("cpu", torch.bfloat16):
         rough = net(x, t, cond).raw
+        start = net.backbone.embed(x, t, cond).x_BNE
+    precise = copy.deepcopy(net.backbone).double().embed(x.double(), t.double(), cond).x_BNE
+    torch.testing.assert_close(start.double(), precise, rtol=1e-5, atol=1e-5)
     assert rough.dtype == torch.float32
     assert 0 < (rough - exact).norm() / exact.norm() < 0.05
 
@@ -361,6 +429,8 @@ def test_feature_heads() -> None:
     assert volumes[0].grad.any()
     assert not volumes[1].grad.any()
     assert heads([torch.randn(1, 32, 1, 4, 4), torch.randn(1, 16, 1, 2, 2)]).shape == (1, 2)
+    head = heads.heads[1]
+    torch.testing.assert_close(logits[:, 1:], head.logit(head.convs(volumes[1]).mean((2, 3, 4))))
     with pytest.raises(ValueError, match="shorter"):
         heads(volumes[:1])
 
@@ -387,7 +457,9 @@ def test_autoencoder_statistics_and_frames() -> None:
     assert latents.mean((0, 2, 3, 4)).abs().max() < 1e-6
     assert (latents.std((0, 2, 3, 4)) - 1).abs().max() < 1e-6
     torch.testing.assert_close(codec.decode(latents), codec.decode_raw(raw), atol=1e-10, rtol=0)
-    torch.testing.assert_close(codec.encode(frames[1:, :, 2:]), latents[1:, :, 2:], atol=1e-12, rtol=0)
+    for clip, frame in ((0, 1), (1, 0), (1, 2)):
+        alone = codec.encode(frames[clip : clip + 1, :, frame : frame + 1])
+        torch.testing.assert_close(alone, latents[clip : clip + 1, :, frame : frame + 1], atol=1e-12, rtol=0)
     assert {"mean", "std"} <= codec.state_dict().keys()
     with pytest.raises(ValueError, match="positive"):
         codec.set_statistics(torch.zeros(4), torch.zeros(4))
@@ -427,6 +499,9 @@ def test_clip_features_see_motion() -> None:
     right = torch.stack([frame.roll(2 * i, 3) for i in range(8)], 2)
     features = eye(right)
     assert features.shape == (1, eye.width) == (1, 128)
+    volume = nn.functional.silu(eye.norm(eye.blocks(eye.stem(right))))
+    assert volume.shape[2] == 2
+    torch.testing.assert_close(features, volume.mean((2, 3, 4)))
     assert far(eye(right.flip(2)), features)
     assert eye.classify(right)[0].shape == (1, 3)
     assert eye(right[:, :, :1]).shape == (1, 128)

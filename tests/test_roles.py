@@ -5,20 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fewstep.core import Batch, Losses, Rng
+from fewstep.attention import KVCache
+from fewstep.core import Batch, Call, Cond, KVView, Losses, Rng
+from fewstep.core.call import Place, S
 from fewstep.engine.nets import build_nets, origin, sources, trained_roles
 from fewstep.engine.outline import Outline
 from fewstep.engine.prepare import prepare
+from fewstep.engine.views import View
 from fewstep.methods import DMD2, ROLES, Copy, Heads, Making, Method, Nets, Other, Role, Update, Weak
 from fewstep.methods.targets import mse
-from fewstep.models import Denoiser, Lora
+from fewstep.models import Denoiser, Lora, fingerprint
 from fewstep.models.bundle import describe
 from fewstep.models.lora import duplicate
+from fewstep.models.spread import Spread
 from support_engine import FRAMES, Everything, TinyImages, small, tiny_model
 
 pytestmark = pytest.mark.usefixtures("single_thread")
@@ -131,3 +136,59 @@ def test_what_a_role_cannot_be_made_from_is_refused() -> None:
         build_nets(tiny_model(), Wanting(role=Heads(layers=(5,))), 0)
     with pytest.raises(ValueError, match="set settings.lora, or method.weak: 0"):
         prepare(tiny_model(), replace(Wanting(), role=Weak("critic", 0.5)), Everything(), small(2), Path())
+
+
+def test_adapters_depend_on_the_seed() -> None:
+    """The same for all roles of one source, and the same again for the same seed."""
+    one, again, other = (build_nets(tiny_model(), DMD2(), seed, Lora(rank=2)) for seed in (0, 0, 1))
+    assert fingerprint(one.student) == fingerprint(one.critic) == fingerprint(again.student)
+    assert fingerprint(one.student) != fingerprint(other.student)
+
+
+def nothing(block: object, state: S, place: Place) -> S:
+    """Runs no block."""
+    return state
+
+
+def asked() -> tuple[Tensor, Tensor, Cond]:
+    rng = Rng(0)
+    cond = Cond(rng.randn((2, 3, 16), "text"), torch.ones(2, 3, dtype=torch.bool))
+    return rng.randn((2, 4, FRAMES, 8, 8), "x"), torch.full((2,), 0.5), cond
+
+
+def test_a_runs_calls_have_its_processes_and_their_own_facts() -> None:
+    network, (x, t, cond) = tiny_model().denoiser, asked()
+    processes: Any = object()
+    call = Spread(shared=processes)(Call(step=2, steps=4))
+    assert call == Call(step=2, steps=4, shared=processes)
+    skipped = network(x, t, cond, Call(runner=nothing)).raw
+    assert torch.equal(network(x, t, cond, Spread(checkpointing=True)(Call(runner=nothing))).raw, skipped)
+    assert not torch.equal(network(x, t, cond, Spread(checkpointing=True)(Call())).raw, skipped)
+
+
+def test_a_view_tells_of_every_call() -> None:
+    """And makes each in the run's way, also those that nobody hears of."""
+    network, (x, t, cond), heard, recalled = tiny_model().denoiser, asked(), [], []
+
+    class Ear:
+        def hear(self, role: str, x_t: Tensor, t: Tensor) -> None:
+            heard.append(role)
+
+    class Skipping(Spread):
+        def __call__(self, call: Call) -> Call:
+            return replace(call, runner=nothing)
+
+    def recall(memory: KVCache, x_t: Tensor, call: Call = Call()) -> KVView:
+        recalled.append(call)
+        return Denoiser.recall(network, memory, x_t, call)
+
+    network.recall = recall  # type: ignore[method-assign]
+    view, skipped = View("critic", network, Skipping(), (Ear(),)), Call(runner=nothing)
+    assert torch.equal(view(x, t, cond).raw, network(x, t, cond, skipped).raw)
+    assert heard == ["critic"]
+    slopes = [net.jvp(x, t, cond, x, t, call)[1].raw for net, call in ((view, Call()), (network, skipped))]
+    assert torch.equal(*slopes) and heard == ["critic"] * 2
+    taps = [net.features(x, t, cond, [-1], call)[0] for net, call in ((view, Call()), (network, skipped))]
+    assert torch.equal(*taps)
+    view.recall(KVCache.empty(), x)
+    assert recalled == [skipped] and heard == ["critic"] * 2

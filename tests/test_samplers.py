@@ -201,6 +201,18 @@ def test_dpmpp_2m_is_of_second_order_where_lambda_is_finite(path: NoisePath) -> 
     assert abs(math.log2(errors[0] / errors[1]) - 2) < 0.1
 
 
+def test_dpmpp_2m_corrects_by_the_ratio_of_the_step_before_to_this_one() -> None:
+    """Algorithm 2 of 2211.01095: `D = (1 + 1 / 2r) x0_1 - 1 / 2r x0_0`, written out for two steps of unequal length."""
+    times = (0.9, 0.8, 0.3, 0.0)
+    seen = [step.prediction for step in DPMpp2M().sampling(gaussian()[1], draw("eps"), times, rng=Rng(0))]
+    lam = [math.log((1 - t) / t) for t in times[:3]]
+    before, here = lam[1] - lam[0], lam[2] - lam[1]
+    share = here / (2 * before)  # 1 / 2r
+    blend = (1 + share) * seen[1].x0 - share * seen[0].x0
+    expected = 0.3 / 0.8 * seen[1].x_t - 0.7 * math.expm1(-here) * blend
+    torch.testing.assert_close(seen[2].x_t, expected)
+
+
 def test_dpmpp_2m_beats_ddim_from_noise_to_data() -> None:
     assert error(DPMpp2M(), RectifiedFlow(), 16) < 0.3 * error(DDIM(), RectifiedFlow(), 16)
 
@@ -226,9 +238,11 @@ def test_one_step_gives_the_mean() -> None:
 
 def test_renoise_uses_named_noise() -> None:
     x0 = torch.full(SHAPE, 0.3)
-    seen = list(Renoise().sampling(known(x0), draw("eps").float(), (1.0, 0.5, 0.0), rng=Rng(4)))
-    assert torch.equal(seen[1].prediction.x_t, 0.5 * x0 + 0.5 * Rng(4).randn(x0.shape, "renoise/0"))
-    assert torch.equal(seen[0].x, seen[1].prediction.x_t) and torch.equal(seen[1].x, x0)
+    seen = list(Renoise().sampling(known(x0), draw("eps").float(), (1.0, 0.5, 0.25, 0.0), rng=Rng(4)))
+    for i, t in ((0, 0.5), (1, 0.25)):
+        assert torch.equal(seen[i + 1].prediction.x_t, (1 - t) * x0 + t * Rng(4).randn(x0.shape, f"renoise/{i}"))
+        assert torch.equal(seen[i].x, seen[i + 1].prediction.x_t)
+    assert torch.equal(seen[2].x, x0)
 
 
 # --- times per frame --------------------------------------------------------------------------------------------------

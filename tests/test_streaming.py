@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from fewstep.attention import BlockCausal, Dense, Everything, KVCache, Window
 from fewstep.caching import SkipMiddle
-from fewstep.core import Seeds
-from fewstep.diffusion import CFG, Contract, Exact, Renoise, Shifted, Stream
+from fewstep.core import Call, Seeds
+from fewstep.core.call import Place, Runner, S
+from fewstep.diffusion import CFG, EDM, Contract, Exact, Renoise, Shifted, Stream
 from fewstep.models import VideoModel
 from fewstep.models.repattern import repattern
 from fewstep.streaming import Chunks, Session
@@ -178,3 +180,51 @@ def test_gradient_flows_through_the_chunk_and_what_it_remembers() -> None:
     *_, two = loop.chunk(one.memory, second, cond, uncond, Seeds((0, 1)).fold("1"))
     two.step.x.square().sum().backward()
     assert start.grad is not None and start.grad.abs().sum() > 0
+
+
+def test_noised_latents_are_remembered_as_such() -> None:
+    model = streaming_model(Stream(commit="noised", context_time=0.3))
+    session = Session(model, PROMPTS)
+    (x,) = made(session, 1)
+    noise = Seeds((0, 1)).fold("chunk/0").randn(x.shape, "context")
+    view = model.denoiser.recall(KVCache.empty(), x)
+    with torch.no_grad():
+        expected = model.denoiser(
+            0.7 * x + 0.3 * noise, torch.full((2,), 0.3), model.conditions(PROMPTS)[0], Call(kv=view)
+        )
+    assert expected.kv is not None
+    for layer, own in zip(session.snapshot.memory.layers, expected.kv, strict=True):
+        torch.testing.assert_close(layer, own, atol=1e-5, rtol=1e-5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numbered(SkipMiddle):
+    """Its runners say which of them was asked."""
+
+    asked: list[int]
+    begun: list[int]
+
+    def begin(self) -> Runner:
+        self.begun.append(len(self.begun))
+        number, runner = self.begun[-1], super().begin()
+
+        def run(block: Callable[[S], S], state: S, place: Place) -> S:
+            self.asked.append(number)
+            return runner(block, state, place)
+
+        return run
+
+
+def test_a_cache_begins_anew_with_every_chunk() -> None:
+    policy = Numbered(asked=[], begun=[])
+    made(Session(streaming_model(Stream(window=3)), PROMPTS, cache=policy), 3)
+    assert policy.asked == [chunk for chunk in range(3) for _ in range(2 * 2)]  # two steps of two blocks
+
+
+def test_a_stream_starts_at_the_noise_level_of_its_path() -> None:
+    model = tiny_model(path=EDM(sigma_max=5.0), kind="eps")
+    contract = replace(model.card.contract, stream=Stream(chunks=(2,)))
+    model = model.with_part("denoiser", repattern(model.denoiser, BlockCausal(chunk=2)), contract=contract)
+    first = next(Session(model, PROMPTS).steps()).prediction.x_t
+    noise = Seeds((0, 1)).fold("chunk/0").randn(tuple(first.shape), "start")
+    torch.testing.assert_close(first, 5.0 * noise)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fewstep.world.checker import ABSTAIN, Checker, temporal_groups
+from fewstep.world.checker import ABSTAIN, Checker, Score, temporal_groups
 from fewstep.world.grammar import ATTRIBUTES, DIRECTIONS, Scene, parse, sample_scenes
 from fewstep.world.renderer import Variation, render
 
@@ -58,6 +58,14 @@ def test_wrong_scenes_are_not_right(truth):
     assert accuracy["all"] == 0
     for name, values in ATTRIBUTES.items():
         assert abs(accuracy[name] - 1 / len(values)) < 0.12, name
+
+
+def test_all_right_is_every_attribute_right():
+    right, abstained = torch.ones(3, 6, dtype=torch.bool), torch.zeros(3, 6, dtype=torch.bool)
+    right[1, 2], right[2, 4], abstained[2, 4] = False, False, True
+    score = Score(right=right, abstained=abstained)
+    assert score.all_right.tolist() == [True, False, False]
+    assert score.accuracy()["all"] == pytest.approx(1 / 3)
 
 
 def test_readings_give_scenes_back(truth):

@@ -1,0 +1,90 @@
+"""What sampling a model is: the contract's sampler, from the path's own noise of each clip's seed, guided as the card says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fewstep.attention import BlockCausal
+from fewstep.core import Call, Seeds
+from fewstep.core.call import Place, S
+from fewstep.diffusion import CFG, EDM, Contract, Heun, Prediction
+from fewstep.models import VideoModel
+from fewstep.models.repattern import repattern
+from support_engine import tiny_model
+
+pytestmark = pytest.mark.usefixtures("single_thread")
+PROMPTS = ("a small red ring", "a large blue disc")
+
+
+@torch.no_grad()
+def test_a_clip_is_the_samplers_from_its_own_noise_guided_by_the_card() -> None:
+    tiny = tiny_model(path=EDM(sigma_max=5.0), kind="eps")
+    contract = Contract(sampler=Heun(), steps=2, guidance=CFG(scale=2.5))
+    model = VideoModel(replace(tiny.card, contract=contract, negative_prompt="a grey box"), tiny.parts)
+    made = model.latents(PROMPTS, seed=5)
+    cond, negative = model.text.encode(PROMPTS), model.text.encode(["a grey box", "a grey box"])
+
+    def guided(x: torch.Tensor, t: torch.Tensor, call: Call) -> Prediction:
+        plain, free = model.denoiser(x, t, cond), model.denoiser(x, t, negative)
+        return plain.with_raw(free.raw + 2.5 * (plain.raw - free.raw))
+
+    noise = Seeds((5, 6))
+    start = 5.0 * noise.randn((2, *model.latent_shape()), "start")  # sigma_max
+    expected = Heun()(guided, start, (1.0, 0.5, 0.0), rng=noise)
+    torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4)
+    for row, prompt in enumerate(PROMPTS):
+        torch.testing.assert_close(model.latents([prompt], seed=5 + row)[0], made[row], rtol=1e-4, atol=1e-4)
+    chosen = model.latents(PROMPTS, seed=(6, 5))
+    assert not torch.allclose(chosen, made, atol=1e-2)
+
+
+def student_of(model: VideoModel) -> VideoModel:
+    contract = replace(model.card.contract, guidance=CFG())
+    return VideoModel(replace(model.card, contract=contract, role="student"), model.parts)
+
+
+def test_a_student_is_not_guided_a_second_time() -> None:
+    model = student_of(tiny_model())
+    with pytest.raises(
+        ValueError, match=r"guidance was distilled into this student; guidance_scale=3\.0 would apply it twice"
+    ):
+        model.latents(PROMPTS, guidance_scale=3.0)
+    plain, forced = (model.latents(PROMPTS, guidance_scale=scale, force=scale > 1) for scale in (1.0, 3.0))
+    assert torch.equal(plain, model.latents(PROMPTS)) and not torch.allclose(plain, forced)
+    assert not torch.equal(tiny_model().latents(PROMPTS, guidance_scale=3.0), tiny_model().latents(PROMPTS))
+
+
+def test_another_length_is_refused() -> None:
+    model = tiny_model()
+    with pytest.raises(ValueError, match="makes clips of 4 frames and was asked for 6"):
+        model.latents(PROMPTS, num_frames=6)
+    assert model.latents(PROMPTS, num_frames=6, force=True).shape[2] == 6
+
+
+def test_a_request_brings_its_runner() -> None:
+    model, seen = tiny_model(), []
+
+    def noted(block: Callable[[S], S], state: S, place: Place) -> S:
+        seen.append((place.call.step, place.layer, place.call.branch))
+        return block(state)
+
+    assert torch.equal(model.latents(PROMPTS, runner=noted), model.latents(PROMPTS))
+    assert seen == [(step, layer, "both") for step in range(3) for layer in range(2)]
+
+
+def test_another_pattern_over_the_same_tensors() -> None:
+    """The first network reads as before, and what is saved of the second says what it reads."""
+    dense = tiny_model()
+    causal = repattern(dense.denoiser, BlockCausal(chunk=1))
+    assert [p.data_ptr() for p in causal.parameters()] == [p.data_ptr() for p in dense.denoiser.parameters()]
+    x, t, cond = torch.randn(2, 4, 4, 8, 8), torch.full((2,), 0.5), dense.text.encode(PROMPTS)
+    changed = x.clone()
+    changed[:, :, -1] += 1
+    for network, leaks in ((dense.denoiser, True), (causal, False)):
+        before, after = (network(y, t, cond).raw[:, :, 0] for y in (x, changed))
+        assert torch.equal(before, after) is not leaks
+    assert causal.backbone.args == {**dense.denoiser.backbone.args, "pattern": BlockCausal(chunk=1).tree()}
