@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional
 
 from fewstep.world.checker import ABSTAIN, Checker, Score, temporal_groups
-from fewstep.world.grammar import ATTRIBUTES, DIRECTIONS, Scene, parse, sample_scenes
-from fewstep.world.renderer import Variation, render
+from fewstep.world.grammar import ATTRIBUTES, DIRECTIONS, SPEEDS, Scene, parse, sample_scenes
+from fewstep.world.renderer import SPEED, Variation, render
 
 CHECKER = Checker()
 NAMES = list(ATTRIBUTES)
@@ -147,6 +147,31 @@ def test_a_jump_and_a_standstill_abstain_on_motion_only():
     values = CHECKER.read(torch.cat([jump, frozen, shuffled])).values
     assert (values[:, MOVING] == ABSTAIN).all()
     assert (values[:, STILL] == torch.tensor(SCENE.to_indices())[STILL]).all()
+
+
+@pytest.mark.parametrize(("share", "speed"), [(0.97, 0), (1.03, 1)])
+def test_speeds_are_parted_at_their_geometric_mean(share: float, speed: int):
+    slow, quick = (SPEED[name] for name in SPEEDS)
+    between = share * (slow * quick) ** 0.5
+    track = torch.stack([16 + between * torch.arange(16.0), torch.full((16,), 16.0)], 1)[None]
+    direction, read = CHECKER._motion(track % 32, torch.tensor([True]))
+    assert direction.item() == DIRECTIONS.index("right") and read.item() == speed
+
+
+def test_values_beyond_the_range_are_cut():
+    """A few pixels of a background that a codec has overdrawn are white, not brighter than white."""
+    overdrawn, white = clip(SCENE), clip(SCENE)
+    overdrawn[..., 0, :3], white[..., 0, :3] = 9.0, 1.0
+    values = CHECKER.read(torch.cat([overdrawn, white])).values
+    assert torch.equal(values[0], values[1])
+    assert values[0].tolist() == list(SCENE.to_indices())
+
+
+def test_a_colour_between_two_is_none():
+    red, orange = (clip(dataclasses.replace(SCENE, colour=colour)) for colour in ("red", "orange"))
+    values, colour = CHECKER.read((red + orange) / 2).values[0].tolist(), NAMES.index("colour")
+    wanted = list(SCENE.to_indices())
+    assert values == [*wanted[:colour], ABSTAIN, *wanted[colour + 1 :]]
 
 
 def test_garbage_abstains():
