@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from fewstep import distill
-from fewstep.attention import Ulysses
+from fewstep.attention import KVCache, Ulysses
 from fewstep.core import Call, Cond
 from fewstep.core.env import place
 from fewstep.engine import Health, Parallel, Settings
@@ -104,8 +104,11 @@ def watch_gradients(run: Run, into: dict[str, Tensor]) -> None:
         optimizer.clip = spy  # type: ignore[method-assign]
 
 
-def per_frame(spread: str) -> dict[str, Tensor]:
-    """The reference network with a time of its own for every frame: its output, and gradients of input and weights."""
+def per_frame(spread: str, chunk: int = 4) -> dict[str, Tensor]:
+    """The reference network with a time of its own for every frame: its output, and gradients of input and weights.
+
+    Clips of 4 frames are made in chunks, each of which reads those before it.
+    """
     network, generator = tiny_model().denoiser, torch.Generator().manual_seed(0)
     size, call = place().world_size if spread == "sequence" else 1, Call()
     if size > 1:
@@ -114,14 +117,19 @@ def per_frame(spread: str) -> dict[str, Tensor]:
         call = Call(shared=Ulysses(dist.group.WORLD))
     x = torch.randn(2, 4, 4, 8, 8, generator=generator).requires_grad_()
     t, text = torch.rand(2, 4, generator=generator), torch.randn(2, 5, 16, generator=generator)
-    prediction = network(x, t, Cond(text, torch.ones(2, 5, dtype=torch.bool)), call)
-    (prediction.raw.square().mean() / size).backward()
+    memory, made, cond = KVCache.empty(), [], Cond(text, torch.ones(2, 5, dtype=torch.bool))
+    for part, times in zip(x.split(chunk, 2), t.split(chunk, 1), strict=True):
+        prediction = network(part, times, cond, replace(call, kv=network.recall(memory, part, call)))
+        memory = memory.commit(prediction.kv, chunk)
+        made.append(prediction.raw)
+    output = torch.cat(made, 2)
+    (output.square().mean() / size).backward()
     found = {"input": x.grad, **{name: p.grad for name, p in network.named_parameters()}}
     gradients = {name: grad for name, grad in found.items() if grad is not None}
     if size > 1:
         for gradient in gradients.values():
             dist.all_reduce(gradient)
-    return {"output": prediction.raw.detach(), **gradients}
+    return {"output": output.detach(), **gradients}
 
 
 def derivative(spread: str) -> dict[str, Tensor]:
@@ -188,6 +196,8 @@ def raising_run(output: Path) -> None:
     whole_run(output)
 
 
+PER_FRAME: Mapping[str, int] = {"per_frame": 4, "streamed": 2}
+"""Frames of a chunk, by name."""
 WHOLE_RUNS: Mapping[str, Callable[[Path], None]] = {
     "whole_run": whole_run, "adapters_run": adapters_run, "killed_run": killed_run, "raising_run": raising_run,
 }  # fmt: skip
@@ -229,8 +239,8 @@ def main(folder: Path, names: list[str]) -> None:
     for name in names:
         if name in WHOLE_RUNS:
             WHOLE_RUNS[name](folder / name)
-        elif name == "per_frame":
-            keep(folder, name, {"found": per_frame("sequence")})
+        elif name in PER_FRAME:
+            keep(folder, name, {"found": per_frame("sequence", PER_FRAME[name])})
         elif name == "derivative":
             keep(folder, name, {"found": derivative("shard")})
         else:

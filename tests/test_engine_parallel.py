@@ -33,7 +33,7 @@ from fewstep.methods import METHODS, Method
 from fewstep.models import Lora, State, VideoDiT, VideoModel, adapters
 from fewstep.models.spread import Spread
 from support_engine import CASES, Everything, small, tiny_model
-from support_parallel import EXAMINED, WHOLE_RUNS, derivative, launch, per_frame, results, watched
+from support_parallel import EXAMINED, PER_FRAME, WHOLE_RUNS, derivative, launch, per_frame, results, watched
 
 ROOT = Path(__file__).parent.parent
 LOSS, GRADIENT = 1e-4, 2e-4
@@ -78,11 +78,13 @@ def test_two_processes_compute_what_one_does(tmp_path: Path, monkeypatch: pytest
         "Reconstruction.shard", "Consistency.shard.bf16", "KnowledgeDistillation.checkpointing",
         "KnowledgeDistillation.shard.off.aot_eager", "DMD2-adapters.whole", "KnowledgeDistillation-adapters.checkpointing",
     ]  # fmt: skip
-    done = launch(2, tmp_path, *names, "per_frame", "derivative")
+    done = launch(2, tmp_path, *names, "per_frame", "streamed", "derivative")
     assert done.returncode == 0, done.stderr[-4000:]
     for name in names:
         assert_as_one(tmp_path, 2, name, monkeypatch)
-    assert_close(results(tmp_path, "per_frame")["found"], per_frame("one"), GRADIENT, "a time per frame, shared tokens")
+    for name, chunk in PER_FRAME.items():
+        found = results(tmp_path, name)["found"]
+        assert_close(found, per_frame("one", chunk), GRADIENT, f"a time per frame, shared tokens, {name}")
     found, one = results(tmp_path, "derivative")["found"], derivative("one")
     assert one["True derivative"].any() and any("blocks" in name for name in one)
     assert_close(found, one, GRADIENT, "derivatives of a sharded network")
