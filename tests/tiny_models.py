@@ -5,8 +5,10 @@ A new family is one function that saves a pipeline, and one entry of `TINY`.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -487,7 +489,7 @@ def shared(name: str, seed: int = 0, **config: Any) -> Path:
     """
     key = f"{name}-{seed}-{sorted(config.items())}"
     if key not in SHARED:
-        folder = Path(HOME.name) / f"{name}{len(SHARED)}"
+        folder = HOME / f"{name}{len(SHARED)}"
         _save(name, folder, seed, config)
         SHARED[key] = folder, digests(folder)
     return SHARED[key][0]
@@ -498,8 +500,10 @@ def save_tiny(name: str, folder: Path, seed: int = 0, **config: Any) -> Path:
     return shutil.copytree(shared(name, seed, **config), folder, dirs_exist_ok=True)
 
 
-HOME = tempfile.TemporaryDirectory(prefix="tiny")
-"""Goes with the process."""
+HOME = Path(tempfile.mkdtemp(prefix="tiny"))
+"""Goes with the process that made it, and not with those that were forked from it."""
+OWNER = os.getpid()
+atexit.register(lambda: shutil.rmtree(HOME, ignore_errors=True) if os.getpid() == OWNER else None)
 SHARED: dict[str, tuple[Path, dict[str, str]]] = {}
 """Folder of every shared model, and its files' digests when it was made."""
 
