@@ -53,7 +53,7 @@ def _attend(
         return out
     if dropout_p or is_causal or enable_gqa:
         asked = {name: value for name, value in options.items() if value}
-        raise NotImplementedError(f"forward-mode attention knows masks and a scale, and was asked for {asked}")
+        raise ValueError(f"forward-mode attention knows masks and a scale, and was asked for {asked}")
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         tangent = _derivative((q, k, v), (dq, dk, dv), attn_mask, scale or q.shape[-1] ** -0.5, scores)
     return forward_ad.make_dual(out, tangent.to(out.dtype))
