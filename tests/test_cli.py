@@ -151,7 +151,7 @@ def test_a_recipe_imports_nothing_unasked(said, tiny: Path, evil: str) -> None:
 def test_the_users_own_recipe_imports_where_she_allows_it(said, tiny: Path, evil: str) -> None:
     tiny.write_text(evil)
     code, out, err = said("explain", tiny, "--allow-imports")
-    assert code == 0 and "type: evil_module:Foo" in out, err
+    assert code == 0 and "Foo: Lipman" in out, err
     assert Path("pwned").exists()
     code, _, err = said("train", tiny, "--output", "run", "--quiet", "--allow-imports")
     assert code == 0, err
@@ -186,7 +186,7 @@ def test_list_recipes_says_what_each_makes(said) -> None:
     code, out, _ = said("list", "recipes")
     rows = [line.strip().split(maxsplit=1) for line in out.splitlines()[1:]]
     assert code == 0 and [name for name, _ in rows] == sorted(shipped())
-    assert dict(rows)["world/features"].startswith("The clip encoder whose features")
+    assert dict(rows)["world/features"].startswith("The clip encoder that gives the features")
     found = json.loads(said("list", "recipes", "--json")[1])
     assert {entry["name"]: entry["doc"] for entry in found} == dict(rows)
     assert all(Path(entry["file"]).is_file() for entry in found)

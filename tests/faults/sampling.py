@@ -28,7 +28,7 @@ def asked(words: str, *says: str, **more: Any) -> Case:
 
 
 def output(name: str, *says: str, **more: Any) -> Case:
-    return sample(f"--output {name[:40]}", (*SAMPLE, "--output", name), *says, **more)
+    return sample(f"--output {name[:20]}{name[20:][-20:]}", (*SAMPLE, "--output", name), *says, **more)
 
 
 def folder(name: str) -> Callable[[Path], None]:
