@@ -18,7 +18,7 @@ from fewstep.diffusion import CFG, EDM, Contract, Exact, Renoise, Shifted, Strea
 from fewstep.models import VideoModel
 from fewstep.models.repattern import repattern
 from fewstep.streaming import Chunks, Session
-from fewstep.streaming.blocks import keep_of, length_of
+from fewstep.streaming.blocks import keep_of
 from support_engine import tiny_model
 
 PROMPTS = ["a red ball rolls left", "a blue star stays"]
@@ -148,7 +148,7 @@ def test_a_cache_policy_serves_every_chunk_anew() -> None:
 
 def test_the_first_chunk_may_be_shorter() -> None:
     stream = Stream(chunks=(1, 2))
-    assert [length_of(stream, i) for i in range(4)] == [1, 2, 2, 2]
+    assert [stream.length(i) for i in range(4)] == [1, 2, 2, 2]
     model = tiny_model()
     contract = replace(model.card.contract, stream=stream)
     model = model.with_part("denoiser", repattern(model.denoiser, Dense()), contract=contract)

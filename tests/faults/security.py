@@ -136,7 +136,7 @@ CASES = (
     *(
         map(
             traversing,
-            ("../text", "../../text", "/tmp/text", "a/b", "..", ".", " text", "text.safetensors"),
+            ("../text", "../../text", "/etc/text", "a/b", "..", ".", " text", "text.safetensors"),
         )
     ),
     *(map(in_card, ("denoiser", "text", "codec", "pattern", "path"))),

@@ -48,6 +48,10 @@ class Stream:
                 f"{self.context_time} with commit {self.commit}"
             )
 
+    def length(self, index: int) -> int:
+        """Latent frames of chunk `index`, counted from 0."""
+        return self.chunks[min(index, len(self.chunks) - 1)]
+
     def lengths(self, frames: int) -> tuple[int, ...]:
         """Of the chunks of a clip of so many latent frames.
 
@@ -56,7 +60,7 @@ class Stream:
         """
         found: list[int] = []
         while sum(found) < frames:
-            found.append(self.chunks[min(len(found), len(self.chunks) - 1)])
+            found.append(self.length(len(found)))
         if sum(found) != frames:
             raise ValueError(
                 f"chunks of {list(self.chunks)} latent frames make clips of {sum(found[:-1])} or {sum(found)}, not {frames}"

@@ -92,8 +92,3 @@ def keep_of(stream: Stream) -> Keep:
     return Window(
         window=stream.window, chunk=max(stream.chunks), sink=stream.sink, relative=stream.positions == "window"
     )
-
-
-def length_of(stream: Stream, index: int) -> int:
-    """Latent frames of chunk `index`."""
-    return stream.chunks[min(index, len(stream.chunks) - 1)]

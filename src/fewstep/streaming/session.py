@@ -15,7 +15,7 @@ from fewstep.core.call import every_block
 from fewstep.diffusion import Step
 from fewstep.models import VideoModel
 from fewstep.models.sampling import evaluating
-from fewstep.streaming.blocks import Chunks, length_of
+from fewstep.streaming.blocks import Chunks
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Session:
         before, index = self.snapshot, self.snapshot.chunks
         noise = Seeds(before.seeds, device=str(self._model.device)).fold(f"chunk/{index}")
         channels, _, height, width = self._model.latent_shape()
-        shape = (len(before.prompts), channels, length_of(self._chunks.stream, index), height, width)
+        shape = (len(before.prompts), channels, self._chunks.stream.length(index), height, width)
         start = self._model.denoiser.path.prior(noise.randn(shape, "start"))
         runner = every_block if self._cache is None else self._cache.begin()
         made = self._chunks.chunk(before.memory, start, *self._conditions, noise, runner)
