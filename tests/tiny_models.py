@@ -489,7 +489,7 @@ def shared(name: str, seed: int = 0, **config: Any) -> Path:
     """
     key = f"{name}-{seed}-{sorted(config.items())}"
     if key not in SHARED:
-        folder = HOME / f"{name}{len(SHARED)}"
+        folder = Path(tempfile.mkdtemp(prefix=name, dir=HOME))
         _save(name, folder, seed, config)
         SHARED[key] = folder, digests(folder)
     return SHARED[key][0]
