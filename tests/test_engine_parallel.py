@@ -106,8 +106,8 @@ def test_four_processes_compute_what_one_does(tmp_path: Path, monkeypatch: pytes
 
 def test_fsdp_sees_inside_the_state_of_every_network() -> None:
     """What it does not know it takes for a constant: gradients would then be gathered too late, or not at all."""
-    for module in pkgutil.iter_modules(adapters.__path__):
-        importlib.import_module(f"{adapters.__name__}.{module.name}")
+    for module in pkgutil.walk_packages(adapters.__path__, f"{adapters.__name__}."):
+        importlib.import_module(module.name)
     every = [cls for cls in gc.get_objects() if issubclass(type(cls), type)]  # isinstance would wake lazy modules
     kinds = [cls for cls in every if State in cls.__mro__[1:] and cls.__module__.startswith("fewstep.")]
     assert {"Begun", "Tokens", "Streams"} <= {cls.__name__ for cls in kinds}

@@ -13,7 +13,8 @@ from fewstep.engine import Settings
 from fewstep.engine.prepare import require_same
 from fewstep.engine.probe import WorldProbe
 from fewstep.methods.base import Method
-from fewstep.models.bundle import Card, VideoModel
+from fewstep.models.bundle import VideoModel
+from fewstep.models.card import Card
 from fewstep.models.source import ModelSource, Pretrained, Previous, Scratch
 from fewstep.recipe import FILE, Recipe, Written, tree_of, without_parallel
 

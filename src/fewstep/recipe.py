@@ -27,7 +27,8 @@ from fewstep.engine.prepare import require_possible, require_processes
 from fewstep.engine.probe import WorldProbe
 from fewstep.evaluate.machine import describe_machine, versions
 from fewstep.methods.base import Method
-from fewstep.models.bundle import Card, VideoModel
+from fewstep.models.bundle import VideoModel
+from fewstep.models.card import Card
 from fewstep.models.source import ModelSource, Pretrained, Scratch
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,22 +18,22 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fewstep.compress import TRANSFORMS, Transform, transformed
-from fewstep.core import Cond, RecipeError, build, dump
+from fewstep.compress import Transform, transformed
+from fewstep.core import Cond, dump
 from fewstep.core.atomic import settle
-from fewstep.core.bounds import FrameRate, Size, require_bounds
 from fewstep.core.stamp import stamp_of
 from fewstep.core.yaml import load_json
-from fewstep.diffusion import NAMED, Contract, Kind, NoisePath, RectifiedFlow, Step
+from fewstep.diffusion import Step
 from fewstep.diffusion.samplers import finish
 from fewstep.models import adapters
 from fewstep.models.autoencoder import FrameAutoencoder
+from fewstep.models.card import PARTS, Card, allocate, parse_card, sketch
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.fingerprint import describe, print_of
 from fewstep.models.images import Images, blank_images, image_conditions
 from fewstep.models.lora import updated
 from fewstep.models.sampling import Request, sampling
-from fewstep.models.spec import Spec, lacking
+from fewstep.models.spec import lacking
 from fewstep.models.stored import Stored
 from fewstep.models.text import TextEncoder
 
@@ -42,47 +42,6 @@ BUILT_IN = Path(__file__).parent.parent / "world" / "weights"
 
 _BUILT_INS = {"world": BUILT_IN / "teacher", "world/features": BUILT_IN / "features"}
 """Folders by the names they go by, which look like names on the hub and are none."""
-
-PARTS = ("denoiser", "text", "image", "codec", "features")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Card:
-    """What a folder of weights says of itself."""
-
-    name: str
-    role: Literal["teacher", "student"] = "teacher"
-    parts: dict[str, Spec] = field(default_factory=dict)
-    """Class and constructor arguments of every network; the denoiser's entry is its backbone."""
-    sources: dict[str, str] = field(default_factory=dict)
-    """Source of each part whose weights are not in this folder: a folder in diffusers' layout or its hub name."""
-    fingerprints: dict[str, str] = field(default_factory=dict)
-    """Fingerprint of each part's loaded weights. Data made with other weights is refused before it is read."""
-    transforms: tuple[Transform, ...] = ()
-    """Transforms of the denoiser relative to its entry in `parts`, in the order of application."""
-    files: dict[str, str] = field(default_factory=dict)
-    """Length and digest of each part's file as written; loading detects damage."""
-    path: NoisePath = RectifiedFlow()
-    kind: Kind = "flow"
-    contract: Contract = Contract()
-    num_frames: Size = 16
-    height: Size = 32
-    width: Size = 32
-    fps: FrameRate = 8
-    negative_prompt: str = ""
-    """Negative prompt for guidance."""
-    provenance: dict[str, str] = field(default_factory=dict)
-    """Recipe hash, teacher and data fingerprints, licences, machine, versions: free text by name."""
-    scores: dict[str, float] = field(default_factory=dict)
-    """Measured figures by name; the name contains n."""
-
-    def __post_init__(self) -> None:
-        require_bounds(self)
-        for field_, names in (("parts", self.parts), ("sources", self.sources), ("files", self.files)):
-            if unknown := sorted(set(names) - set(PARTS)):
-                raise ValueError(
-                    f"{field_}: {unknown[0]!r} is no part of a video model; its parts are {', '.join(PARTS)}"
-                )
 
 
 class VideoModel:
@@ -283,7 +242,10 @@ class VideoModel:
             if name in card.sources:
                 changes = card.transforms if name == "denoiser" else ()
                 part = sketch(name, replace(card, transforms=()))
-                weights = adapters.load(part, card.sources[name], leave=name in leave and not changes)
+                if name in leave and not changes:
+                    weights = adapters.stored(part, card.sources[name])
+                if weights is None:
+                    adapters.load(part, card.sources[name])
                 if changes:
                     part.backbone = transformed(part.backbone, changes)
             else:
@@ -310,45 +272,6 @@ def read_card(source: Path | str) -> Card:
         return adapters.card(source)
     path = _folder_of(source) / "card.json"
     return parse_card(load_json(path, "a card"), str(path))
-
-
-def parse_card(tree: Any, where: str) -> Card:
-    """The card of its plain values. RecipeError says what is wrong with them, or that they would import code."""
-    if not (isinstance(tree, dict) and tree.get("parts")):
-        raise RecipeError(f"{where}: parts is empty or missing, so there is no network to load; copy the folder again")
-    names = {cls.__name__: cls for classes in (NAMED, TRANSFORMS) for cls in classes}
-    card: Card = build(Card, tree, names, where)
-    return card
-
-
-def allocate(part: str, card: Card) -> nn.Module:
-    """The network of one part, with fresh weights."""
-    network = card.parts[part].build()
-    return Denoiser(transformed(network, card.transforms), card.path, card.kind) if part == "denoiser" else network
-
-
-def sketch(part: str, card: Card) -> nn.Module:
-    """The network of one part without memory for its weights: every tensor is on the meta device."""
-    with torch.device("meta"):
-        return allocate(part, card)
-
-
-def latent_shape_of(card: Card) -> tuple[int, int, int, int] | None:
-    """`(C, F, h, w)` of the clips of a model that is not loaded; None without a codec."""
-    if "codec" not in card.parts:
-        return None
-    with torch.device("meta"):
-        codec = card.parts["codec"].build()
-    return codec.latent_shape(card.num_frames, card.height, card.width)
-
-
-def text_width_of(card: Card) -> int | None:
-    """Width of the text states of a model that is not loaded; None without a text encoder."""
-    if "text" not in card.parts:
-        return None
-    with torch.device("meta"):
-        text: Any = card.parts["text"].build()
-    return int(text.width)
 
 
 def _folder_of(source: Path | str) -> Path:

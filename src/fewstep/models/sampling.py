@@ -16,7 +16,8 @@ from fewstep.diffusion import CFG, Prediction, Step, StepCountError
 from fewstep.models.images import Images
 
 if TYPE_CHECKING:
-    from fewstep.models.bundle import Card, VideoModel
+    from fewstep.models.bundle import VideoModel
+    from fewstep.models.card import Card
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from fewstep.attention import Dense, Grid3, Operation, Pattern, attend
 from fewstep.core import Call, Cond, RecipeError
 from fewstep.diffusion import LinearQuadratic, Shifted
-from fewstep.models.adapters.attention import out, project, read_frames
+from fewstep.models.adapters.dits.attention import out, project, read_frames
 from fewstep.models.adapters.flow import contract_of
 from fewstep.models.adapters.layout import Layout
 from fewstep.models.adapters.network import DiffusersBackbone
 from fewstep.models.backbone import Context, Original, Tokens
-from fewstep.models.bundle import Card, latent_shape_of
+from fewstep.models.card import Card, latent_shape_of
 from fewstep.models.rotary import turn_pairs
 from fewstep.models.spec import Spec
 from fewstep.models.video_dit import gate, modulate, time_groups

@@ -13,8 +13,8 @@ from torch import Tensor
 from fewstep.core import Call
 from fewstep.models.adapters.ddpm import card_of
 from fewstep.models.adapters.layout import Layout
-from fewstep.models.adapters.unet import UNet
-from fewstep.models.bundle import Card
+from fewstep.models.adapters.unets.unet import UNet
+from fewstep.models.card import Card
 
 _FRAMES = 16
 

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 
-from fewstep.models.bundle import Card
+from fewstep.models.card import Card
 
 _RESTRICTED = re.compile(
     r"\bnc\b|non[-_ ]?commercial|\bnot? (for )?commercial|research[-_ ]((use|purposes?)[-_ ])?only|personal use only"

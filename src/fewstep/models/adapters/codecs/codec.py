@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.core import Rng
-from fewstep.models.adapters.chunks import CHUNKS, Chunks
+from fewstep.models.adapters.codecs.chunks import CHUNKS, ChunkDecoder
 from fewstep.models.decoding import Decoded
 
 Kind = Literal[
@@ -51,7 +51,7 @@ class VideoCodec(nn.Module):
         }  # fmt: skip
         self.kind, self.patch, self.patch_frames = getattr(diffusers, kind), patch, patch_frames
         self.decode_time, self.decode_noise = decode_time, decode_noise
-        self._chunks: type[Chunks] = CHUNKS[kind]
+        self._chunks: type[ChunkDecoder] = CHUNKS[kind]
         self._hold(self.kind.from_config(config))
 
     def load(self, folder: Path) -> None:

@@ -16,7 +16,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, un
 from torch import Tensor, nn
 
 
-class Chunks(ABC):
+class ChunkDecoder(ABC):
     """One autoencoder's way. Nothing is kept here: all that was seen is in the `past` that goes in and comes out."""
 
     tiles: ClassVar[bool] = False
@@ -35,7 +35,7 @@ class Chunks(ABC):
         """
 
 
-class WanChunks(Chunks):
+class WanChunks(ChunkDecoder):
     """Latent by latent, as Wan decodes whole clips: every convolution remembers the last two frames that it read."""
 
     @property
@@ -54,7 +54,7 @@ class WanChunks(Chunks):
         return made, past
 
 
-class CogVideoXChunks(Chunks):
+class CogVideoXChunks(ChunkDecoder):
     """Three latents first, then two at a time, as CogVideoX decodes whole clips: its norms are over such groups."""
 
     group = 2
@@ -78,7 +78,7 @@ class CogVideoXChunks(Chunks):
         return frames, cache
 
 
-class TimeTiles(Chunks):
+class TimeTiles(ChunkDecoder):
     """Overlapping tiles of a few latents, blended into each other: decoders whose frames read what comes after them."""
 
     tiles = True
@@ -111,7 +111,7 @@ class TimeTiles(Chunks):
         return frames
 
 
-class HunyuanVideo15Chunks(Chunks):
+class HunyuanVideo15Chunks(ChunkDecoder):
     """Latent by latent: convolutions remember the last two frames that they read, the attention keys and values of all."""
 
     def next(self, z: Tensor, past: Any, last: bool) -> tuple[list[Tensor], Any]:
@@ -183,7 +183,7 @@ def frames_of(z: Tensor) -> tuple[Tensor, ...]:
     return z.split(1, 2) if z.shape[2] else ()
 
 
-CHUNKS: Mapping[str, type[Chunks]] = MappingProxyType(
+CHUNKS: Mapping[str, type[ChunkDecoder]] = MappingProxyType(
     {
         "AutoencoderKLWan": WanChunks, "AutoencoderKLCogVideoX": CogVideoXChunks, "AutoencoderKLLTXVideo": TimeTiles,
         "AutoencoderKLHunyuanVideo": TimeTiles, "AutoencoderKLHunyuanVideo15": HunyuanVideo15Chunks,

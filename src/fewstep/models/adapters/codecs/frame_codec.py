@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from fewstep.models.adapters.unet import to_clips, to_images
+from fewstep.models.adapters.unets.unet import to_clips, to_images
 from fewstep.models.decoding import FrameByFrame
 
 

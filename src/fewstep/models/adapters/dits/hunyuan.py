@@ -11,15 +11,17 @@ from typing import Any
 
 import torch
 from diffusers import HunyuanVideoTransformer3DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.attention import Dense, Pattern
 from fewstep.core import Call, Cond
+from fewstep.models.adapters.dits.joint import JointBlock, joint
+from fewstep.models.adapters.dits.streams import Streams, beside_text, projected, whole_grid
 from fewstep.models.adapters.flow import contract_of
 from fewstep.models.adapters.layout import Layout
-from fewstep.models.adapters.streams import Streams, StreamsBackbone, StreamsBlock
+from fewstep.models.adapters.network import DiffusersBackbone
 from fewstep.models.backbone import Original
-from fewstep.models.bundle import Card
+from fewstep.models.card import Card
 from fewstep.models.spec import Spec
 
 _TIMESTEPS = 1000
@@ -47,7 +49,7 @@ def card(layout: Layout) -> Card:
     )  # fmt: skip
 
 
-class HunyuanVideo(StreamsBackbone):
+class HunyuanVideo(DiffusersBackbone):
     """The modules are diffusers' own; `config` is its constructor's arguments.
 
     `guidance` is the scale that a network with embedded guidance is told. `Cond.extra["pooled"]` is CLIP's view of the
@@ -55,7 +57,6 @@ class HunyuanVideo(StreamsBackbone):
     """
 
     network = HunyuanVideoTransformer3DModel
-    block = StreamsBlock
     shares = True
 
     def __init__(self, *, config: dict[str, Any], guidance: float = _GUIDANCE, pattern: Pattern = Dense()) -> None:
@@ -77,7 +78,7 @@ class HunyuanVideo(StreamsBackbone):
         self.x_embedder, self.context_embedder = network.x_embedder, network.context_embedder
         self.time_text_embed, self.rope = network.time_text_embed, network.rope
         inner = (*network.transformer_blocks, *network.single_transformer_blocks)
-        self.blocks = self._blocks(inner)
+        self.blocks = nn.ModuleList(JointBlock(*each) for each in joint(inner, self.pattern, self.heads, self.width))
         self.norm_out, self.proj_out = network.norm_out, network.proj_out
 
     def foreign(self, name: str) -> str:
@@ -90,7 +91,7 @@ class HunyuanVideo(StreamsBackbone):
         return f"single_transformer_blocks.{block - self.dual}.{rest}"
 
     def embed(self, x: Tensor, t: Tensor, cond: Cond, call: Call = Call()) -> Streams:
-        grid = self._grid(x, t, call)
+        grid = whole_grid(self, x, t, call, channels=self.channels, patch=self.patch)
         if "pooled" not in cond.extra:
             raise ValueError("HunyuanVideo reads a pooled text state too; encode prompts with its own text encoder")
         time, pooled = (_TIMESTEPS * t).to(x.dtype), cond.extra["pooled"].to(x.dtype)
@@ -99,8 +100,11 @@ class HunyuanVideo(StreamsBackbone):
             time_BE, _ = self.time_text_embed(time, pooled, scale)
             x_BNE = self.x_embedder(x)
             text = self.context_embedder(cond.text.to(x.dtype), time, cond.mask)
-        site = self._site_beside(grid, call, x, text.shape[1], cond.mask)
+        site = beside_text(self.site(self.pattern, grid, call, x.device), self.pattern, text, cond.mask)
         return Streams(x_BNE, text, time_BE, grid, site, torch.stack(self.rope(x)))
+
+    def head(self, state: Streams) -> Tensor:
+        return projected(state, self.norm_out, self.proj_out, self.patch)
 
     def original(self) -> Original:
         names = {"pooled": "pooled_prompt_embeds", "guidance_scale": "true_cfg_scale"}

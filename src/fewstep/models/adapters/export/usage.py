@@ -6,17 +6,20 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 from diffusers import ClassifierFreeGuidance, SchedulerMixin
 
-from fewstep.models.adapters.cogvideox_image import CogVideoXImage
+from fewstep.models.adapters.conditions.cogvideox_image import CogVideoXImage
+from fewstep.models.adapters.export.schedulers import ExactScheduler, exact_scheduler
 from fewstep.models.adapters.layout import Layout
 from fewstep.models.adapters.lora_file import file_names
-from fewstep.models.adapters.schedulers import ExactScheduler, exact_scheduler
 from fewstep.models.backbone import Original
-from fewstep.models.bundle import VideoModel
+
+if TYPE_CHECKING:
+    from fewstep.models.bundle import VideoModel
+
 
 _SCHEDULER = "scheduler"
 """Where pipelines look for theirs."""

@@ -20,10 +20,12 @@ from fewstep.attention import Dense, Grid3, Pattern
 from fewstep.core import Call, Cond, RecipeError
 from fewstep.diffusion import timestep
 from fewstep.models.adapters.ddpm import contract_of, kind_of, path_of
+from fewstep.models.adapters.dits.joint import JointBlock, Seat, foreign_name, joint
+from fewstep.models.adapters.dits.streams import Streams, beside_text, whole_grid
 from fewstep.models.adapters.layout import Layout
-from fewstep.models.adapters.streams import Seat, Streams, StreamsBackbone, StreamsBlock
+from fewstep.models.adapters.network import DiffusersBackbone
 from fewstep.models.backbone import Original
-from fewstep.models.bundle import Card, latent_shape_of
+from fewstep.models.card import Card, latent_shape_of
 from fewstep.models.spec import Spec
 
 _OFFSET = 2.0
@@ -85,7 +87,7 @@ def at_size(card: Card) -> Card:
     return card
 
 
-class Block(StreamsBlock):
+class _Block(JointBlock):
     """One of diffusers' blocks, which hands on what is not a mask by name."""
 
     def run(self, state: Streams, seat: Seat, rotary: tuple[Tensor, ...] | None) -> tuple[Tensor, Tensor]:
@@ -93,14 +95,13 @@ class Block(StreamsBlock):
         return x, text
 
 
-class CogVideoX(StreamsBackbone):
+class CogVideoX(DiffusersBackbone):
     """The modules are diffusers' own; `config` is its constructor's arguments. All text tokens are read, padding too.
 
     A network with more input than output channels is an image-to-video network: it reads `image_latents` of `Cond.extra`.
     """
 
     network = CogVideoXTransformer3DModel
-    block = Block
     shares = True
 
     def __init__(self, *, config: dict[str, Any], num_train_timesteps: int = 1000, pattern: Pattern = Dense()) -> None:
@@ -124,13 +125,17 @@ class CogVideoX(StreamsBackbone):
             self.patch_embed.register_buffer("pos_embedding", inner.pos_embedding)
         self.time_proj, self.time_embedding = network.time_proj, network.time_embedding
         self.ofs_proj, self.ofs_embedding = network.ofs_proj, network.ofs_embedding
-        self.blocks = self._blocks(network.transformer_blocks)
+        blocks = joint(network.transformer_blocks, self.pattern, self.heads, self.width)
+        self.blocks = nn.ModuleList(_Block(*each) for each in blocks)
         self.norm_final, self.norm_out, self.proj_out = network.norm_final, network.norm_out, network.proj_out
+
+    def foreign(self, name: str) -> str:
+        return foreign_name(name)
 
     def embed(self, x: Tensor, t: Tensor, cond: Cond, call: Call = Call()) -> Streams:
         if self._reads_image:
             self._require_whole(x.shape[2] == self._of_image(cond, "image_latents").shape[2], x)
-        grid = self._grid(x, t, call)
+        grid = whole_grid(self, x, t, call, channels=self.channels, patch=self.patch)
         self.require_positions(grid.height, grid.width)
         with torch.autocast(x.device.type, enabled=False):
             x_BNE = self._patches(self._beside_image(x, cond))
@@ -144,7 +149,8 @@ class CogVideoX(StreamsBackbone):
             elif not self.config.use_rotary_positional_embeddings:
                 x_BNE = x_BNE + self._sinusoids(grid, x.device).to(x.dtype)
         rotary = self._rotary(grid, x.device) if self.config.use_rotary_positional_embeddings else None
-        return Streams(x_BNE, text, time, grid, self._site_beside(grid, call, x, text.shape[1]), rotary)
+        site = beside_text(self.site(self.pattern, grid, call, x.device), self.pattern, text)
+        return Streams(x_BNE, text, time, grid, site, rotary)
 
     def head(self, state: Streams) -> Tensor:
         with torch.autocast(state.x_BNE.device.type, enabled=False):

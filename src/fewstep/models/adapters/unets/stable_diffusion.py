@@ -14,9 +14,9 @@ from fewstep.core.types import Cond
 from fewstep.diffusion import timestep
 from fewstep.models.adapters.ddpm import card_of
 from fewstep.models.adapters.layout import Layout
-from fewstep.models.adapters.unet import UNet, to_clips, to_images
+from fewstep.models.adapters.unets.unet import UNet, to_clips, to_images
 from fewstep.models.backbone import Original
-from fewstep.models.bundle import Card
+from fewstep.models.card import Card
 
 
 def card(layout: Layout) -> Card:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,21 +14,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
-from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformerBlock
 from torch import Tensor, nn
 
-from fewstep.attention import Dense, Grid3, Operation, Pattern, attend
+from fewstep.attention import Dense, Grid3, Pattern
 from fewstep.core import Call, Cond, RecipeError
 from fewstep.diffusion import CFG, Contract, Shifted
-from fewstep.models.adapters.attention import out, project, read_frames
+from fewstep.models.adapters.conditions.wan_image import Reads
+from fewstep.models.adapters.dits.wan_begun import Begun, begun, ended
+from fewstep.models.adapters.dits.wan_block import WanBlock
 from fewstep.models.adapters.layout import Layout
 from fewstep.models.adapters.network import DiffusersBackbone
-from fewstep.models.adapters.wan_image import Reads
 from fewstep.models.backbone import Context, Tokens
-from fewstep.models.bundle import Card
+from fewstep.models.card import Card
 from fewstep.models.rotary import FrameRotary
 from fewstep.models.spec import Spec
-from fewstep.models.video_dit import gate, modulate, split_heads, time_groups
+from fewstep.models.video_dit import modulate, time_groups
 
 _TIMESTEPS = 1000
 _ROTARY_BASE = 10000.0
@@ -149,7 +148,7 @@ class Wan(DiffusersBackbone):
         self.longest, self.channels = config.rope_max_seq_len, config.out_channels
         self.patch_embedding, self.condition_embedder = network.patch_embedding, network.condition_embedder
         self.blocks = nn.ModuleList(
-            Block(block, self.pattern.operation(layer, self.heads, self.head_width))
+            WanBlock(block, self.pattern.operation(layer, self.heads, self.head_width))
             for layer, block in enumerate(network.blocks)
         )
         self.norm_out, self.proj_out = network.norm_out, network.proj_out
@@ -165,7 +164,7 @@ class Wan(DiffusersBackbone):
         elif call.kv is None and self._reads_image:
             self._require_whole(x.shape[2] == self._of_image(cond, "image_latents").shape[2], x)
         if self.first_frame and not start:
-            x, t, known = _begun(x, t, self._of_image(cond, "image_latents"))
+            x, t, known = begun(x, t, self._of_image(cond, "image_latents"))
         embedder = self.condition_embedder
         with torch.autocast(x.device.type, enabled=False):
             x_BNE = self.patch_embedding(self._beside_image(x, cond, start)).flatten(2).transpose(1, 2)
@@ -192,17 +191,17 @@ class Wan(DiffusersBackbone):
             shift, scale = (self.scale_shift_table + state.time_BGE[:, :, None]).unbind(2)
             tokens_BNP = self.proj_out(modulate(self.norm_out(state.x_BNE), shift, scale))
         x = tokens_BNP.unflatten(2, (*self.patch, -1)).unflatten(1, state.grid)  # B F h w p q C
-        return _ended(x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5).flatten(3, 4), state.known_BC1HW)
+        return ended(x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5).flatten(3, 4), state.known_BC1HW)
 
     def by_original(self, network: Any, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         known, states = None, cond.extra.get("image_states")
         if self.first_frame:
-            x, t, known = _begun(x, t, self._of_image(cond, "image_latents"))
+            x, t, known = begun(x, t, self._of_image(cond, "image_latents"))
             t = t.repeat_interleave(self.grid(x).per_frame, 1)  # diffusers wants a time per token
         states = None if states is None else self._seen(states)
         x = self._beside_image(x, cond, 0)
         made: Tensor = network(x, _TIMESTEPS * t, cond.text.to(x.dtype), states, return_dict=False)[0]
-        return _ended(made, known)
+        return ended(made, known)
 
     def _beside_image(self, x: Tensor, cond: Cond, start: int) -> Tensor:
         """The latents, and in further channels those of the image, of the frames from `start` on."""
@@ -236,65 +235,3 @@ class Wan(DiffusersBackbone):
                 f"{columns}, got {tuple(x.shape)}"
             )
         return Grid3(frames, height // rows, width // columns)
-
-
-@dataclass(frozen=True)
-class Begun(Tokens):
-    """The state of a clip whose first frame may be known."""
-
-    known_BC1HW: Tensor | None = None
-    """Flow at that frame."""
-
-
-def _begun(x: Tensor, t: Tensor, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The latents with the image as their first frame, times `[B, F]` at which it is clean, and the flow from it to `x`."""
-    first = image.to(x)
-    time_BF = t if t.ndim == 2 else t[:, None].expand(-1, x.shape[2])
-    until = time_BF[:, :1].clamp_min(torch.finfo(t.dtype).eps).to(x.dtype)
-    flow = (x[:, :, :1] - first) / until[:, None, :, None, None]
-    return torch.cat([first, x[:, :, 1:]], 2), torch.cat([0 * time_BF[:, :1], time_BF[:, 1:]], 1), flow
-
-
-def _ended(made: Tensor, known: Tensor | None) -> Tensor:
-    """The network's output, with what is known in place of its first frame."""
-    return made if known is None else torch.cat([known.to(made.dtype), made[:, :, 1:]], 2)
-
-
-class Block(nn.Module):
-    """One of diffusers' blocks: self-attention, cross-attention to the text, MLP; the first and last modulated by time."""
-
-    def __init__(self, block: WanTransformerBlock, operation: Operation) -> None:
-        super().__init__()
-        self.operation = operation
-        self.norm1, self.attn1 = block.norm1, block.attn1
-        self.norm2, self.attn2 = block.norm2, block.attn2
-        self.norm3, self.ffn = block.norm3, block.ffn
-        self.scale_shift_table = block.scale_shift_table
-
-    def forward(self, state: Tokens) -> Tokens:
-        x, context = state.x_BNE, state.context
-        parts = (self.scale_shift_table + context.modulation_BG6E).unbind(2)
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts
-        h = modulate(self.norm1(x), shift_a, scale_a)
-        read, new = read_frames(self.attn1, h, state, self.operation)
-        x = x + gate(read, gate_a)
-        x = x + _read(self.attn2, self.norm2(x), context)
-        x = x + gate(self.ffn(modulate(self.norm3(x), shift_m, scale_m)), gate_m)
-        return replace(state, x_BNE=x, new=new)
-
-
-def _read(attention: WanAttention, x_BNE: Tensor, context: Context) -> Tensor:
-    """What tokens take from the text and, where there is one, from the image."""
-    q, k, v = project(attention, x_BNE, context.text_BLE)
-    read = attend(q, k, v, context.text_mask_B11L)
-    if context.image_BKE is not None:
-        read = read + attend(q, *_project_image(attention, context.image_BKE, x_BNE.dtype))
-    return out(attention, read)
-
-
-def _project_image(attention: WanAttention, image_BKE: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Keys and values of the image, by weights of their own."""
-    k, v = attention.add_k_proj(image_BKE), attention.add_v_proj(image_BKE)
-    with torch.autocast(image_BKE.device.type, enabled=False):
-        k = attention.norm_added_k(k.to(dtype)).to(v.dtype)
-    return split_heads(k, attention.heads), split_heads(v, attention.heads)

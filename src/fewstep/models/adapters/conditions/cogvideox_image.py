@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from fewstep.models.adapters.codec import VideoCodec
+from fewstep.models.adapters.codecs.codec import VideoCodec
 
 
 class CogVideoXImage(nn.Module):

@@ -12,15 +12,17 @@ from typing import Any
 import torch
 from diffusers import HunyuanVideo15Transformer3DModel
 from diffusers.pipelines.hunyuan_video1_5.image_processor import HunyuanVideo15ImageProcessor
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.attention import Dense, Pattern
 from fewstep.core import Call, Cond, RecipeError
+from fewstep.models.adapters.dits.joint import JointBlock, foreign_name, joint
+from fewstep.models.adapters.dits.streams import Streams, beside_text, projected, whole_grid
 from fewstep.models.adapters.flow import contract_of
 from fewstep.models.adapters.layout import Layout
-from fewstep.models.adapters.streams import Streams, StreamsBackbone, StreamsBlock
+from fewstep.models.adapters.network import DiffusersBackbone
 from fewstep.models.backbone import Original
-from fewstep.models.bundle import Card
+from fewstep.models.card import Card
 from fewstep.models.spec import Spec
 
 _TIMESTEPS = 1000
@@ -55,14 +57,13 @@ def _guidance(guider: dict[str, Any]) -> float:
     return float(guider["guidance_scale"]) if guider.get("enabled", True) else 1.0
 
 
-class HunyuanVideo15(StreamsBackbone):
+class HunyuanVideo15(DiffusersBackbone):
     """The modules are diffusers' own; `config` is its constructor's arguments.
 
     `Cond.extra` has `glyphs` `[B, G, D]`, the states of letters, and `glyph_mask` `[B, G]`. Padding is not read.
     """
 
     network = HunyuanVideo15Transformer3DModel
-    block = StreamsBlock
     shares = True
 
     def __init__(self, *, config: dict[str, Any], pattern: Pattern = Dense()) -> None:
@@ -83,11 +84,15 @@ class HunyuanVideo15(StreamsBackbone):
         self.x_embedder, self.image_embedder = network.x_embedder, network.image_embedder
         self.context_embedder, self.context_embedder_2 = network.context_embedder, network.context_embedder_2
         self.time_embed, self.cond_type_embed, self.rope = network.time_embed, network.cond_type_embed, network.rope
-        self.blocks = self._blocks(network.transformer_blocks)
+        inner = network.transformer_blocks
+        self.blocks = nn.ModuleList(JointBlock(*each) for each in joint(inner, self.pattern, self.heads, self.width))
         self.norm_out, self.proj_out = network.norm_out, network.proj_out
 
+    def foreign(self, name: str) -> str:
+        return foreign_name(name)
+
     def embed(self, x: Tensor, t: Tensor, cond: Cond, call: Call = Call()) -> Streams:
-        grid = self._grid(x, t, call)
+        grid = whole_grid(self, x, t, call, channels=self.channels, patch=self.patch)
         if "glyphs" not in cond.extra:
             raise ValueError("HunyuanVideo 1.5 reads states of letters too; encode prompts with its own text encoder")
         time, glyph_mask = (_TIMESTEPS * t).to(x.dtype), cond.extra["glyph_mask"].bool()
@@ -97,8 +102,12 @@ class HunyuanVideo15(StreamsBackbone):
             glyphs = self.context_embedder_2(cond.extra["glyphs"].to(x.dtype)) + self.cond_type_embed.weight[1]
             time_BE = self.time_embed(time)
         text = torch.cat([glyphs, words], 1)
-        site = self._site_beside(grid, call, x, text.shape[1], torch.cat([glyph_mask, cond.mask], 1))
+        mask = torch.cat([glyph_mask, cond.mask], 1)
+        site = beside_text(self.site(self.pattern, grid, call, x.device), self.pattern, text, mask)
         return Streams(x_BNE, text, time_BE, grid, site, torch.stack(self.rope(x)))
+
+    def head(self, state: Streams) -> Tensor:
+        return projected(state, self.norm_out, self.proj_out, self.patch)
 
     def original(self) -> Original:
         names = {

@@ -22,9 +22,9 @@ from PIL import Image
 from torch import Tensor
 
 from fewstep.core import Cond
+from fewstep.models.adapters.conditions.wan_image import WanImage
+from fewstep.models.adapters.export.usage import Usage
 from fewstep.models.adapters.layout import Layout
-from fewstep.models.adapters.usage import Usage
-from fewstep.models.adapters.wan_image import WanImage
 
 if TYPE_CHECKING:
     from fewstep.models.bundle import VideoModel

@@ -21,11 +21,12 @@ from torch import Tensor
 from fewstep.attention import Dense
 from fewstep.core import dump
 from fewstep.core.atomic import replacing_folder, write_text
+from fewstep.models.adapters.export.readme import readme
+from fewstep.models.adapters.export.usage import OWN_TIMES, Usage, original_of
 from fewstep.models.adapters.layout import Layout
 from fewstep.models.adapters.lora_file import Names, file_names, names_of, read_lora, require_adapter, write_lora
-from fewstep.models.adapters.readme import readme
-from fewstep.models.adapters.usage import OWN_TIMES, Usage, original_of
-from fewstep.models.bundle import Card, describe, parse_card
+from fewstep.models.card import Card, parse_card
+from fewstep.models.fingerprint import describe
 
 if TYPE_CHECKING:
     from fewstep.models.bundle import VideoModel

@@ -14,16 +14,17 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from fewstep.attention import Dense, Grid3, Pattern, Ulysses
 from fewstep.core import KV, Call, Cond
-from fewstep.models.adapters.wan import Begun, Wan
+from fewstep.core.finite import has_values
+from fewstep.models.adapters.dits.wan import Wan
+from fewstep.models.adapters.dits.wan_begun import Begun
 from fewstep.models.backbone import Backbone, Original, State
 
 
 @dataclass(frozen=True)
-class Routed(State):
+class _Routed(State):
     """The states of all experts."""
 
     parts: tuple[Begun | None, ...]
@@ -43,7 +44,7 @@ class Routed(State):
     def streams(self) -> tuple[Tensor, ...]:
         return tuple(x for part in self.parts if part for x in part.streams)
 
-    def with_streams(self, streams: Sequence[Tensor]) -> Routed:
+    def with_streams(self, streams: Sequence[Tensor]) -> _Routed:
         flowing = iter(streams)
         return self._each(lambda part: part.with_streams([next(flowing) for _ in part.streams]))
 
@@ -51,11 +52,11 @@ class Routed(State):
     def route(self) -> Hashable:
         return tuple(part is not None for part in self.parts)
 
-    def split(self, processes: Ulysses) -> Routed:
+    def split(self, processes: Ulysses) -> _Routed:
         return self._each(lambda part: part.split(processes))
 
     @property
-    def joined(self) -> Routed:
+    def joined(self) -> _Routed:
         return self._each(lambda part: part.joined)
 
     def together(self, tensors: Sequence[Tensor | None]) -> Tensor:
@@ -68,7 +69,7 @@ class Routed(State):
         assert made is not None
         return made
 
-    def _each(self, change: Callable[[Begun], Begun]) -> Routed:
+    def _each(self, change: Callable[[Begun], Begun]) -> _Routed:
         return replace(self, parts=tuple(part and change(part) for part in self.parts))
 
 
@@ -103,7 +104,7 @@ class WanExperts(Backbone):
     def _hold(self, experts: list[Wan]) -> None:
         self.width, self.heads, self.rotary = experts[0].width, experts[0].heads, experts[0].rotary
         columns = [list(expert.blocks) for expert in experts]
-        self.blocks = nn.ModuleList(Block(row) for row in zip(*columns, strict=True))
+        self.blocks = nn.ModuleList(_Block(row) for row in zip(*columns, strict=True))
         for expert in experts:
             expert.blocks = nn.ModuleList()
         self.experts = nn.ModuleList(experts)
@@ -115,7 +116,7 @@ class WanExperts(Backbone):
         alone._modules = {**alone._modules, "blocks": blocks}
         return alone
 
-    def embed(self, x: Tensor, t: Tensor, cond: Cond, call: Call = Call()) -> Routed:
+    def embed(self, x: Tensor, t: Tensor, cond: Cond, call: Call = Call()) -> _Routed:
         chosen, parts, places = self._chosen(t), [], []
         for index, expert in enumerate(self.experts):
             own = [row for row, its in enumerate(chosen) if index in its or call.kv is not None]
@@ -124,12 +125,12 @@ class WanExperts(Backbone):
             place = [own.index(row) if row in own else 0 for row in range(len(x))]
             places.append(torch.tensor(place, device=x.device))
         routes = torch.tensor(chosen, device=x.device)
-        return _reaching_idle(self.experts, Routed(tuple(parts), tuple(places), routes, call.kv is not None))
+        return _reaching_idle(self.experts, _Routed(tuple(parts), tuple(places), routes, call.kv is not None))
 
     def grid(self, x: Tensor) -> Grid3:
         return self.experts[0].grid(x)  # type: ignore[operator]
 
-    def head(self, state: Routed) -> Tensor:
+    def head(self, state: _Routed) -> Tensor:
         experts = zip(self.experts, state.parts, strict=True)
         return state.together([None if part is None else expert.head(part) for expert, part in experts])  # type: ignore[operator]
 
@@ -159,21 +160,21 @@ class WanExperts(Backbone):
 
     def _chosen(self, t: Tensor) -> list[list[int]]:
         """The expert of each sample's frames, or of all of them if `t` is `[B]`."""
-        if isinstance(t, FakeTensor):  # a run planned in shapes: either expert costs the same
+        if not has_values(t):  # either expert costs the same
             return [[0]] * len(t)
         frames = t if t.ndim == 2 else t[:, None]
         chosen: list[list[int]] = torch.stack([frames < boundary for boundary in self.boundaries]).sum(0).tolist()
         return chosen
 
 
-class Block(nn.Module):
+class _Block(nn.Module):
     """The same block of every expert."""
 
     def __init__(self, experts: Iterable[nn.Module]) -> None:
         super().__init__()
         self.experts = nn.ModuleList(experts)
 
-    def forward(self, state: Routed) -> Routed:
+    def forward(self, state: _Routed) -> _Routed:
         pasts: Sequence[KV | None] = [None] * len(self.experts)
         if state.past is not None:  # heads of all experts side by side
             pasts = list(zip(*(x.chunk(len(self.experts), 1) for x in state.past), strict=True))
@@ -186,7 +187,7 @@ class Block(nn.Module):
         return _reaching_idle(self.experts, replace(state, parts=parts, new=new))
 
 
-def _reaching_idle(experts: nn.ModuleList, state: Routed) -> Routed:
+def _reaching_idle(experts: nn.ModuleList, state: _Routed) -> _Routed:
     """The same state, from which a gradient of zero reaches the experts without samples.
 
     Processes that train together must have gradients of the same parameters, whatever times each of them has drawn.
