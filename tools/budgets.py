@@ -16,13 +16,14 @@ ROOT = Path(__file__).resolve().parent.parent
 FILE_LINES, NETWORK_FILE_LINES, METHOD_FILE_LINES = 400, 600, 150
 FUNCTION_LINES, PARAMETERS = 60, 7
 SUPPORT = {  # files of a room that are not one of its algorithms, and may hold several classes that belong together
-    "methods": {"__init__", "base", "roles", "rollouts", "targets"},
+    "methods": {"__init__", "base", "frames", "grids", "roles", "targets"},
     "attention": {"__init__", "forward_mode", "pattern", "kernels", "kv"},
     "caching": {"__init__", "base"},
+    "diffusion/samplers": {"__init__", "base"},
     "models": {"__init__", "bundle", "source", "spec"},  # no networks in them
     "models/adapters": {"__init__", "joint", "streams", "unet", "chunks", "pipeline"},
 }
-NUMBERED = {"avdm2", "dmd2", "int8", "t5", "hunyuan15", "qwen_byt5"}  # what the field calls it
+NUMBERED = {"avdm2", "dmd2", "dpmpp_2m", "int8", "t5", "hunyuan15", "qwen_byt5"}  # what the field calls it
 BANNED_NAMES = {"utils", "util", "common", "misc", "helpers", "helper"}
 NEVER = {"nan_to_num": "bad numbers are never hidden", "eval": "text is never run", "exec": "text is never run"}
 PLAIN_CALLS = {"eval", "exec", "print"}  # model.eval() is something else
@@ -66,7 +67,7 @@ def check(path: Path, root: Path = ROOT) -> Iterator[Offence]:
         yield Offence(f"{name}:name", name, 1, f"{path.name}: a file is named after what it holds")
     tree = ast.parse(source)
     classes = [node.name for node in tree.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
-    one = is_one_of(name, "methods", "attention", "caching") and len(classes) != 1
+    one = is_one_of(name, "methods", "attention", "caching", "diffusion/samplers") and len(classes) != 1
     if one or (is_one_of(name, "models/adapters") and len(classes) > 1):
         text = f"one public class per method, pattern, policy or adapter file, here: {', '.join(classes) or 'none'}"
         yield Offence(f"{name}:classes", name, 1, text)

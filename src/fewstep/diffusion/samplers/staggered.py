@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fewstep.core import Noise
 from fewstep.core.bounds import Natural, Size
-from fewstep.diffusion.samplers import Denoise, Euler, Here, Sampler, Step, Time, Times
+from fewstep.diffusion.samplers.base import Denoise, Here, Sampler, Step, Time, Times
+from fewstep.diffusion.samplers.euler import Euler
 
 
 @dataclass(frozen=True, kw_only=True)
