@@ -82,4 +82,5 @@ if __name__ == "__main__":
     where, number, name, *words = sys.argv[1:]
     signalling(where, int(number), name)
     sys.argv[1:] = words
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a script runs in the background
     run()
