@@ -54,9 +54,7 @@ def send(name: str) -> None:
         time.sleep(0.01)
 
 
-def fewstep(
-    *words: object, here: Path, at: tuple[str, int, str] | None = None, processes: int = 1
-) -> tuple[int, str]:
+def fewstep(*words: object, here: Path, at: tuple[str, int, str] | None = None, processes: int = 1) -> tuple[int, str]:
     """A command in a process of its own, or under torchrun; its exit code and what it said on standard error."""
     command = [sys.executable]
     if processes > 1:

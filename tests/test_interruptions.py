@@ -68,7 +68,7 @@ def of_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     here = tmp_path_factory.mktemp("two")
     tiny_teacher(here)
     (here / "r.yaml").write_text(PAIR)
-    code, err = fewstep(*"distill r.yaml --quiet --output straight".split(), here=here, processes=2)
+    code, err = fewstep(*["distill", "r.yaml", "--quiet", "--output", "straight"], here=here, processes=2)
     assert code == 0, err
     return here
 

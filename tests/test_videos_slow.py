@@ -67,7 +67,10 @@ def test_autoencoder_teacher_student_film(videos: Path, single_thread: None) -> 
     assert four.motion is not None and 0.7 < four.motion < 1.3, four
     assert four.diversity is not None and four.diversity > 0.6, four
     distances = {row.name: row.frechet for row in report.rows if row.frechet is not None}
-    print("\n" + "\n".join(f"{row.name}: {row.frechet} motion {row.motion} diversity {row.diversity}" for row in report.rows))
+    print(
+        "\n"
+        + "\n".join(f"{row.name}: {row.frechet} motion {row.motion} diversity {row.diversity}" for row in report.rows)
+    )
     for steps in (1, 2):
         assert distances[f"student {steps}"] < NEARER * distances[f"teacher {steps}"], distances
 

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-
 TOGETHER = 1.0
 """Seconds in which signals count as one: a scheduler tells torchrun and its processes, and torchrun tells them again."""
 
