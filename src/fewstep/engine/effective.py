@@ -81,6 +81,8 @@ class Effective:
     average: str
     """Average of the student that the run returns."""
     adapters: str
+    transforms: dict[str, tuple[str, ...]]
+    """Transforms of the denoisers that have any, by role."""
     evaluation_times: dict[str, tuple[float, ...]]
     """Times that sampling visits, per step count."""
     training_times: dict[str, Times] = field(default_factory=dict)
@@ -100,6 +102,7 @@ class Effective:
             f"trained: {roles}; {self.adapters}",
             f"returned: {self.average}",
         ]
+        facts += [f"{role} transformed: {', '.join(names)}" for role, names in self.transforms.items()]
         for steps, times in self.evaluation_times.items():
             facts.append(f"sampled in {steps} steps at {', '.join(f'{t:.6g}' for t in times)}")
         return facts + [f"FALLBACK: {what}" for what in self.fallbacks]
@@ -248,6 +251,7 @@ def in_effect(
         adapters="whole networks"
         if lora is None
         else f"adapters of rank {lora.rank}, strength {lora.alpha / lora.rank:g}",
+        transforms=transforms_of(nets),
         evaluation_times={str(n): times for n, times in contract.trained.items()} if contract else {},
         fallbacks=fallbacks,
     )
@@ -306,3 +310,9 @@ def types_of(networks: Mapping[str, nn.Module]) -> dict[str, str]:
     """The types of each network's own weights; one that has none of its own is left out."""
     types = {role: {str(p.dtype).removeprefix("torch.") for p in net.parameters()} for role, net in networks.items()}
     return {role: ", ".join(sorted(found)) for role, found in types.items() if found}
+
+
+def transforms_of(nets: Nets) -> dict[str, tuple[str, ...]]:
+    """The transforms of every denoiser, with their arguments; one that has none is left out."""
+    found = {role: net.backbone.transforms for role, net in nets.roles.items() if isinstance(net, Denoiser)}
+    return {role: tuple(map(repr, transforms)) for role, transforms in found.items() if transforms}
