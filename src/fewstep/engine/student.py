@@ -51,6 +51,12 @@ def require_transformable(method: Method, settings: Settings, card: Card) -> Non
             f"{name} would train a denoiser whose layers are {fixed[0]} and cannot be trained; set settings.lora, whose adapters "
             "are trained over them, or train first and transform the student"
         )
+    idle = [type(transform).__name__ for transform in settings.transforms if transform.identity]
+    if idle and settings.lora is not None:
+        raise ValueError(
+            f"settings.transforms: {idle[0]} begins without effect, and with settings.lora nothing but adapters is trained; "
+            "leave out one of the two"
+        )
     if not settings.transforms:
         return
     counts = method.contract(card.contract).counts

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fewstep.core import Batch, Pairs, Rng
+from fewstep.core import Batch, Call, Pairs, Rng
 from fewstep.core.bounds import Positive
 from fewstep.diffusion import CFG, DDIM, Contract, Exact, Renoise, Sampler, Shifted, shifted
 from fewstep.diffusion.samplers import full
@@ -129,10 +129,12 @@ def pick(times: Sequence[float], index: Tensor, like: Tensor) -> Tensor:
     return torch.tensor(times, dtype=torch.float64, device=index.device)[index].to(like.dtype)
 
 
-def predict(student: Predictor, x_t: Tensor, t: Tensor, batch: Batch, grad: bool, **facts: Any) -> Rolled:
+def predict(
+    student: Predictor, x_t: Tensor, t: Tensor, batch: Batch, grad: bool, call: Call = Call(), **facts: Any
+) -> Rolled:
     """The last call; `facts` are what else `Rolled` says."""
     with torch.set_grad_enabled(grad):
-        return Rolled(student(x_t, t, batch.cond).x0, x_t, t, **facts)
+        return Rolled(student(x_t, t, batch.cond, call).x0, x_t, t, **facts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,14 +184,14 @@ class BackwardSimulation(Rollout):
         for i in range(stop):
             t, s = full(grid[i], x), full(grid[i + 1], x)
             with torch.set_grad_enabled(grad and i > stop - self.grad_calls):
-                prediction = student(x, t, batch.cond)
+                prediction = student(x, t, batch.cond, Call(step=i, steps=len(grid)))
                 before.append(Visit(prediction.x0, x, t))
                 if self.mode == "ode":
                     x = prediction.step_to(s)
                 else:
                     x = student.path.add_noise(before[-1].x0, rng.randn(x.shape, f"renoise/{i}"), s)
         facts = {"before": tuple(before), "noise": noise, "exit": stop, "grid": grid}
-        return predict(student, x, full(grid[stop], x), batch, grad, **facts)
+        return predict(student, x, full(grid[stop], x), batch, grad, Call(step=stop, steps=len(grid)), **facts)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fewstep.attention import PATTERNS
 from fewstep.compress import TRANSFORMS, Transform, transformed
 from fewstep.core import Cond, RecipeError, build, dump
 from fewstep.core.atomic import settle
@@ -316,7 +317,7 @@ def parse_card(tree: Any, where: str) -> Card:
     """The card of its plain values. RecipeError says what is wrong with them, or that they would import code."""
     if not (isinstance(tree, dict) and tree.get("parts")):
         raise RecipeError(f"{where}: parts is empty or missing, so there is no network to load; copy the folder again")
-    names = {cls.__name__: cls for classes in (NAMED, TRANSFORMS) for cls in classes}
+    names = {cls.__name__: cls for classes in (NAMED, TRANSFORMS, PATTERNS) for cls in classes}
     card: Card = build(Card, tree, names, where)
     return card
 
