@@ -12,6 +12,7 @@ from fewstep.data import Data
 from fewstep.engine import Settings
 from fewstep.engine.prepare import require_same
 from fewstep.engine.probe import WorldProbe
+from fewstep.engine.student import transforms_of
 from fewstep.methods.base import Method
 from fewstep.models.bundle import VideoModel
 from fewstep.models.card import Card
@@ -164,4 +165,5 @@ def _made(before: Planned) -> Card:
         return replace(card, fingerprints=prints)
     contract = method.contract(card.contract)
     role = card.role if contract == card.contract else "student"
-    return replace(card, fingerprints=prints, contract=contract, role=role)
+    transforms = transforms_of(card, before.recipe.settings)
+    return replace(card, fingerprints=prints, transforms=transforms, contract=contract, role=role)

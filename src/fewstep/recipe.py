@@ -89,7 +89,8 @@ class Recipe(Written):
         leads = place().rank == 0
         if leads:
             self._claim(output)
-        cut = place().world_size > 1 and self.method.part == "denoiser" and self.settings.lora is None
+        whole = self.settings.lora is not None or self.settings.transforms  # which may change every weight
+        cut = place().world_size > 1 and self.method.part == "denoiser" and not whole
         model = self.model.load(leave=("denoiser",) if cut else ())  # each process then keeps its share only
         student = train(
             model, self.method, self.data, self.settings, output,

@@ -65,6 +65,8 @@ class State(ABC):
 
     past: KV | None = field(default=None, kw_only=True)
     """Input: rotated keys, and values, that the next block may read in addition to its own."""
+    place: Place = field(default=Place(0, 1, Call()), kw_only=True)
+    """Input: where the next block is, and in which call."""
     new: KV | None = field(default=None, kw_only=True)
     """Output: keys (without rotary position) and values of the last block that ran."""
 
@@ -265,8 +267,9 @@ class Backbone(nn.Module, ABC):
             self.require_sharing()
             state = state.split(cast(Ulysses, call.shared))
         for index, block in enumerate(self.blocks):
-            state = replace(state, past=call.kv.layer(index) if call.kv else None, new=None)
-            state = call.runner(block, state, Place(index, len(self.blocks), call))
+            place = Place(index, len(self.blocks), call)
+            state = replace(state, past=call.kv.layer(index) if call.kv else None, place=place, new=None)
+            state = call.runner(block, state, place)
             yield state
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond, call: Call = Call()) -> Output:

@@ -28,6 +28,7 @@ from fewstep.engine.mesh import Processes
 from fewstep.engine.nets import origin, sources, starts
 from fewstep.engine.preview import sheet
 from fewstep.engine.settings import Health, Settings
+from fewstep.engine.student import untrained
 from fewstep.engine.views import Views
 from fewstep.methods.base import Method, Nets, Sync, Update
 from fewstep.models import VideoModel
@@ -252,12 +253,11 @@ class Monitor:
         return self.start
 
     def _begun(self) -> VideoModel:
-        """The student before training: the teacher, or what `settings.start` names, read again."""
+        """The student before training: the teacher, or what `settings.start` names, read again; transformed again."""
         source = starts(self.settings).get("student")
-        if source is None:
+        if source is None and not self.settings.transforms:
             return self.model
-        denoiser = source.load(parts=("denoiser",)).denoiser.to(self.model.device)
-        return VideoModel(self.model.card, {**self.model.parts, "denoiser": denoiser})
+        return untrained(self.model, self.settings, None if source is None else source.load(parts=("denoiser",)))
 
     def _baselines(self, grid: str, contract: Contract) -> Baselines:
         untrained = self.gauge.sample(self.model, contract.counts)
