@@ -17,7 +17,8 @@ from fewstep.compress.linear import chosen, linears
 from fewstep.compress.scalar_input import Scalar
 from fewstep.core import Cond, RecipeError, Rng, build, dump
 from fewstep.models import Denoiser, VideoModel, fingerprint
-from fewstep.models.bundle import read_card, sketch
+from fewstep.models.bundle import read_card
+from fewstep.models.loading import sketch
 from fewstep.models.source import Pretrained, Scratch
 from fewstep.models.spec import Spec
 from fewstep.recipe import names
