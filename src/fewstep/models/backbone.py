@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple, Self, cast
 import torch
 from torch import Tensor, nn
 
-from fewstep.attention import Grid3, KVCache, Operation, Pattern, Site, Ulysses
+from fewstep.attention import Grid3, KVCache, Operation, Pattern, Site, Ulysses, operate
 from fewstep.compress import Transform
 from fewstep.core import KV, Call, Cond, KVView
 from fewstep.core.call import Place
@@ -55,7 +55,7 @@ def read(operation: Operation, qkv: tuple[Tensor, Tensor, Tensor], context: Cont
     q_BHND, k_BHMD, v_BHMD = context.rotary.turn(q, table).to(v), context.rotary.turn(k, table).to(v), v
     if past is not None:
         k_BHMD, v_BHMD = torch.cat([past[0], k_BHMD], 2), torch.cat([past[1], v], 2)
-    mixed = operation(q_BHND, k_BHMD, v_BHMD, context.site)
+    mixed = operate(operation, q_BHND, k_BHMD, v_BHMD, context.site)
     return Read(mixed if shared is None else shared.to_tokens(mixed), (k, v))
 
 
@@ -251,6 +251,11 @@ class Backbone(nn.Module, ABC):
                 f"this {type(self).__name__} is transformed ({names}), and only fewstep knows how to build it; keep it in "
                 "fewstep's folder"
             )
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Type of the weights at both ends, which latents must have; None if all weights are in the blocks."""
+        return next((p.dtype for name, p in self.named_parameters() if not name.startswith("blocks.")), None)
 
     @property
     def widths(self) -> tuple[int, ...]:

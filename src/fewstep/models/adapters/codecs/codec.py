@@ -64,8 +64,11 @@ class VideoCodec(nn.Module):
 
     def _hold(self, vae: Any) -> None:
         self.vae = vae
-        if self.args["tiling"]:
-            vae.enable_tiling()
+        self.tile(bool(self.args["tiling"]))
+
+    def tile(self, on: bool) -> None:
+        """Do large frames in tiles from now on, or no more."""
+        self.vae.enable_tiling() if on else self.vae.disable_tiling()
 
     @property
     def factors(self) -> tuple[int, int]:
@@ -105,7 +108,7 @@ class VideoCodec(nn.Module):
         HunyuanVideo 1.5. ValueError where it cannot be done.
         """
         chunks = self._chunks(self.vae, self._told(latents))
-        if self.args["tiling"] and not chunks.tiles:
+        if self.vae.use_tiling and not chunks.tiles:
             raise ValueError(f"{self.kind.__name__} does not decode chunks in tiles; set tiling: false")
         if any(self.vae.config.get("decoder_inject_noise") or ()):
             raise ValueError("this autoencoder draws noise for a whole clip; decode its clips whole")

@@ -41,8 +41,11 @@ class FrameCodec(FrameByFrame, nn.Module):
     def _hold(self, vae: AutoencoderKL) -> None:
         self.vae, self.scale, self.shift = vae, vae.config.scaling_factor, vae.config.shift_factor or 0.0
         self.downsample = 2 ** (len(vae.config.block_out_channels) - 1)
-        if self.args["tiling"]:
-            vae.enable_tiling()
+        self.tile(bool(self.args["tiling"]))
+
+    def tile(self, on: bool) -> None:
+        """Do large frames in tiles from now on, or no more."""
+        self.vae.enable_tiling() if on else self.vae.disable_tiling()
 
     def encode(self, frames: Tensor, *, autocast: bool = False) -> Tensor:
         """`[B, 3, F, H, W]` in [-1, 1] to latents `[B, C, F, H / 8, W / 8]`: the mode of the posterior.

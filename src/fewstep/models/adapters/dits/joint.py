@@ -13,7 +13,7 @@ import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
-from fewstep.attention import Grid3, Operation, Pattern, Site, Ulysses
+from fewstep.attention import Grid3, Operation, Pattern, Site, Ulysses, operate
 from fewstep.models.adapters.dits.streams import Streams
 from fewstep.models.video_dit import merge_heads, split_heads
 
@@ -61,9 +61,9 @@ class Seat(NamedTuple):
     def read(self, q_BHMD: Tensor, k_BHMD: Tensor, v_BHMD: Tensor) -> Tensor:
         """Attention of the text's tokens and the clip's, in this order."""
         if self.shared is None:
-            return self.operation(q_BHMD, k_BHMD, v_BHMD, self.site)
+            return operate(self.operation, q_BHMD, k_BHMD, v_BHMD, self.site)
         q, k, v = (self.shared.to_heads(x, self.site.beside) for x in (q_BHMD, k_BHMD, v_BHMD))
-        return self.shared.to_tokens(self.operation(q, k, v, self.site), self.site.beside)
+        return self.shared.to_tokens(operate(self.operation, q, k, v, self.site), self.site.beside)
 
 
 class JointAttention:
