@@ -69,7 +69,7 @@ def test_sigterm_saves_a_checkpoint_from_which_the_run_goes_on(
 ) -> None:
     words = ("train", recipe, "--quiet", "--output")
     with signalled(signal.SIGTERM, 2):
-        assert said(capsys, *words, "run") == (143, "fewstep: stopped; the same command goes on from step-000003")
+        assert said(capsys, *words, "run") == (143, "fewstep: stopped; the same command resumes from step-000003")
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert [path.name for path in checkpoints(Path("run/checkpoints"))] == ["step-000003"]
     assert not Path("run/student").exists()
@@ -86,7 +86,7 @@ def test_ctrl_c_says_what_is_there_to_go_on_from(recipe: Path, capsys: pytest.Ca
             code == 130 and "no checkpoint yet (the first comes after 100 steps)" in err and "from the beginning" in err
         )
         code, err = said(capsys, "train", recipe, "--quiet", "--output", "saved", "--settings.save-every", 2)
-        assert (code, err) == (130, "fewstep: stopped; the same command goes on from step-000002")
+        assert (code, err) == (130, "fewstep: stopped; the same command resumes from step-000002")
 
 
 def test_a_second_sigterm_stops_at_once() -> None:
@@ -285,4 +285,6 @@ def test_rows_that_name_a_video_again_are_said(tmp_path: Path, caplog: pytest.Lo
     table.write_text("video,caption\na.mp4,x\na.mp4,y\nb.mp4,z\nb.mp4,z\n")
     with caplog.at_level(logging.WARNING):
         assert len(write_listing(tmp_path / "listing.jsonl", tmp_path)) == 4
-    assert "1 of the rows give another caption to a video listed before (such as a.mp4); all are used" in caplog.text
+    assert (
+        "1 rows give a different caption to a video of an earlier row (such as a.mp4); all rows are used" in caplog.text
+    )

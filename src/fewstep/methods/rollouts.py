@@ -1,7 +1,7 @@
-"""Rollouts: the student's inputs in training, and which of its calls carry gradient.
+"""Rollouts: how the student's training inputs are made, and which of its calls carry gradient.
 
-A rollout returns the student's clean prediction and says where it came from. It also knows how such a student must be
-sampled, because the two must agree: the training simulation *is* the sampler, stopped early.
+A rollout returns the student's clean prediction and the calls that led to it. It also knows how such a student must be
+sampled, because training and sampling must agree: the training simulation *is* the sampler, stopped early.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fewstep.models.denoiser import Predictor
 Grids = tuple[tuple[float, ...], ...]
 """One tuple of decreasing times per step count, before the shift and without the final 0."""
 NESTED: Grids = ((1.0,), (1.0, 0.5), (1.0, 0.75, 0.5, 0.25))
-"""1, 2 and 4 steps: each grid contains the coarser ones, so no time is seen by one step count only."""
+"""Grids for 1, 2 and 4 steps. Each grid contains the coarser ones."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Visit:
 
 @dataclass(frozen=True)
 class Rolled(Visit):
-    """The last call, whose x0 a method trains on, and what led to it."""
+    """The last call, whose x0 the method's losses use, and the calls that led to it."""
 
     before: tuple[Visit, ...] = ()
     """Earlier calls, in order. The last `Rollout.grad_calls` calls carry gradient."""
@@ -54,7 +54,7 @@ class Rolled(Visit):
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout(ABC):
-    """The student's sampler (`grids`, `shift`, `mode`), and how the samples that it is trained on are made."""
+    """The student's sampler (`grids`, `shift`, `mode`), and how its training samples are made."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
     """Fields of Batch that it reads, other than the condition."""
@@ -64,34 +64,34 @@ class Rollout(ABC):
     shift: Positive = 1.0
     """Shift applied to every time of `grids`; 1: none."""
     mode: Literal["sde", "ode"] = "sde"
-    """Between steps: `sde` adds fresh noise to x0; `ode` takes the deterministic first-order step."""
+    """Between steps: `sde` adds new noise to x0; `ode` takes the deterministic first-order step."""
 
     def __post_init__(self) -> None:
         exact(self.grids, self.shift)
 
     @property
     def calls(self) -> float:
-        """Expected number of student calls, the differentiable one included."""
+        """Expected number of student calls, including those with gradient."""
         return 1.0
 
     @property
     def grad_calls(self) -> int:
-        """How many calls carry gradient: the last ones, or all where there are fewer."""
+        """Number of last calls that carry gradient; all calls if there are fewer."""
         return 1
 
     @property
     def work(self) -> float:
-        """Expected forward-equivalents with gradient: 1 for each call, 2 for the way back through each that has gradient."""
+        """Expected forward-equivalents with gradient: 1 per call, and 2 more for the backward pass of a call with gradient."""
         return self.calls + 2
 
     @property
     def fullest(self) -> Mapping[str, int]:
-        """The draws (`Rng.integer`, by name) with which it holds the most memory; what is not named may be anything."""
+        """Random integers (`Rng.integer`, by name) for which it needs most memory. Other integers do not matter."""
         return {}
 
     @abstractmethod
     def __call__(self, student: Predictor, batch: Batch, rng: Rng, *, grad: bool) -> Rolled:
-        """One sample per condition; the last `grad_calls` student calls carry gradient, none if not `grad`."""
+        """One sample per condition. With `grad`, the last `grad_calls` student calls carry gradient; without, none does."""
 
     def contract(self, teacher: Contract) -> Contract:
         """How a student trained on this rollout must be sampled."""
@@ -99,9 +99,9 @@ class Rollout(ABC):
 
 
 def exact(grids: Grids, shift: float) -> Grids:
-    """The shifted times of every grid, without the final 0, each checked to decrease strictly from 1.
+    """The shifted times of every grid, without the final 0. ValueError unless each grid decreases strictly from 1.
 
-    A grid may be there twice, to be drawn twice as often.
+    A grid may be listed twice, so that it is drawn twice as often.
     """
     if not grids or not all(grids) or len({len(grid) for grid in grids}) != len(set(grids)):
         raise ValueError(
@@ -116,8 +116,8 @@ def student_contract(
 ) -> Contract:
     """The teacher's contract with the student's sampler and exact times (`grids` before the shift).
 
-    `guidance` is what is left to apply when the student is sampled: none where it was distilled in at all times. A method
-    that distils it at some times only leaves the rest: `CFG(low=0.9, outside=3.0)` after one of two experts, for example.
+    `guidance` is the guidance that sampling still needs: none if guidance was distilled into the student at all times. A method
+    that distils it at some times leaves the rest, for example `CFG(low=0.9, outside=3.0)` after one of two experts.
     """
     listed = tuple(dict.fromkeys((*grid, 0.0) for grid in exact(grids, shift)))
     grid = Exact(grids=listed, otherwise=Shifted(shift=shift))
@@ -125,12 +125,12 @@ def student_contract(
 
 
 def pick(times: Sequence[float], index: Tensor, like: Tensor) -> Tensor:
-    """`times[index]`, of the shape of `index` (`[B]` or `[B, F]`), in the dtype of `like`."""
+    """`times[index]` with the shape of `index` (`[B]` or `[B, F]`) and the dtype of `like`."""
     return torch.tensor(times, dtype=torch.float64, device=index.device)[index].to(like.dtype)
 
 
 def predict(student: Predictor, x_t: Tensor, t: Tensor, batch: Batch, grad: bool, **facts: Any) -> Rolled:
-    """The last call; `facts` are what else `Rolled` says."""
+    """Make the last call; `facts` are the other fields of `Rolled`."""
     with torch.set_grad_enabled(grad):
         return Rolled(student(x_t, t, batch.cond).x0, x_t, t, **facts)
 
@@ -139,8 +139,8 @@ def predict(student: Predictor, x_t: Tensor, t: Tensor, batch: Batch, grad: bool
 class BackwardSimulation(Rollout):
     """The student's own sampler up to an exit step (2405.14867, section 4.5); the call at the exit has gradient.
 
-    With several grids one is drawn per call, then the exit: a student that serves several step counts sees at each time
-    the inputs that every one of its samplers would give it. `grids=((1.0,),)` is one step: pure noise to clean latents.
+    With several grids, each rollout first draws a grid and then the exit. So a student that serves several step counts sees, at
+    each time, the inputs that all its samplers give it. `grids=((1.0,),)` is one step, from pure noise to clean latents.
     """
 
     exit: Literal["random", "last"] = "random"
@@ -165,7 +165,7 @@ class BackwardSimulation(Rollout):
 
     @property
     def fullest(self) -> Mapping[str, int]:
-        """The longest grid to its end: it keeps the most visits, and the most calls with gradient."""
+        """The longest grid with the last exit: it has most calls, and most of them with gradient."""
         lengths = [len(grid) for grid in self.grids]
         return {"grid": lengths.index(max(lengths)), "exit": max(lengths) - 1}
 
@@ -194,7 +194,8 @@ class BackwardSimulation(Rollout):
 
 @dataclass(frozen=True, kw_only=True)
 class FromData(Rollout):
-    """Noised data as input, one time of the grids per sample. Cheap; but sampling meets inputs never trained on."""
+    """Data with added noise as input, at one time of the grids per sample. Cheap, but sampling gives the student inputs that
+    it has not seen in training."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"x0"})
 
@@ -207,9 +208,9 @@ class FromData(Rollout):
 
 @dataclass(frozen=True, kw_only=True)
 class FromPairs(Rollout):
-    """Stored states of the teacher's ODE as input, one time of the grids per sample; all must have been stored.
+    """Stored states of the teacher's ODE as input, at one time of the grids per sample. All these times must be stored.
 
-    They serve both modes of sampling.
+    Both sampling modes may be used.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"pairs"})
@@ -235,7 +236,7 @@ def stored_index(pairs: Pairs, t: float) -> int:
 def fold_frames(clips: Tensor, count: int, rng: Rng) -> tuple[Tensor, Tensor]:
     """`count` different random frames of each clip `[B, C, F, H, W]`, as clips of one frame `[B count, C, 1, H, W]`.
 
-    Also returns the clip that each came from, `[B count]`.
+    Also returns the index of each frame's clip, `[B count]`.
     """
     batch, _, frames = clips.shape[:3]
     count = min(count, frames)

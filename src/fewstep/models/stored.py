@@ -73,7 +73,7 @@ class Stored(Mapping[str, Tensor]):
         return len(self._place)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of every tensor, without reading it."""
+        """Shape of every tensor, without reading the tensor."""
         return {name: tuple(file.get_slice(stored).get_shape()) for name, (file, stored) in self._place.items()}
 
     def odd(self, network: nn.Module) -> list[str]:
