@@ -108,7 +108,7 @@ def test_watch_shows_verdict_figures_and_losses(examined: Path, capsys: pytest.C
     )
     for name in ("accuracy", "diversity", "lag", "critic moved", "loss/matching", "teacher, same steps"):
         assert name in said, name
-    assert main(["watch", str(examined / "student")]) == 2 and "is no run" in capsys.readouterr().err
+    assert main(["watch", str(examined / "student")]) == 2 and "is not a run" in capsys.readouterr().err
 
 
 def test_the_report_draws_both_reference_lines(examined: Path) -> None:

@@ -240,7 +240,7 @@ def test_clips_that_are_done_stay_when_the_rest_is_stopped(recipe: Path, capsys:
     with patch.object(VideoModel, "latents", latents):
         code, err = said(capsys, "sample", "teacher", "--prompt-file", "p.txt", "--output", "c.gif")
     assert calls == [8, 3] and code == 130
-    assert err == "fewstep: stopped; 8 of 11 files are written, the last is c-08.gif"
+    assert err == "fewstep: stopped; 8 of 11 files are written, the last one is c-08.gif"
     assert len(list(Path().glob("c-*.gif"))) == 8
 
 
@@ -251,7 +251,7 @@ def test_a_clip_whose_place_is_gone_is_kept_elsewhere(recipe: Path, capsys: pyte
     with only_temporary():
         code, err = said(capsys, "sample", "teacher", "--prompt", "a duck", "--output", "c.gif")
     assert code == 2 and err.startswith("fewstep: c.gif: No space left on device")
-    spare = Path(err.partition("What was made is in ")[2].partition(";")[0])
+    spare = Path(err.partition("The clips were written to ")[2].partition(" instead")[0])
     assert frames_of(spare) == (128, 128)
 
 

@@ -1,4 +1,4 @@
-"""Commands and their arguments. Nothing heavy is imported here: `fewstep --help` answers at once."""
+"""Commands and their arguments. Nothing heavy is imported here, so that `fewstep --help` is fast."""
 
 from __future__ import annotations
 
@@ -364,7 +364,7 @@ COMMANDS: dict[str, type[Command]] = {
 
 
 def parse(words: Sequence[str]) -> Command:
-    """The command of a command line; SystemExit after printing the help, or an error that names the closest valid option."""
+    """The command of a command line. SystemExit after printing the help, or an error with the closest valid option."""
     arms: list[Any] = [Annotated[cls, tyro.conf.subcommand(name)] for name, cls in COMMANDS.items()]
     one_of: Any = Union[tuple(arms)]  # noqa: UP007
     about = "Distil a slow video diffusion model into a fast one, and measure the result."
