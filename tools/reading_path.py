@@ -24,7 +24,7 @@ FILES, LINES = 12, 1500
 """The budget of the world's recipe."""
 START, LOSS, NETWORK = "recipe.py", "student_loss", "models/denoiser.py"
 """The file at which the path starts, the function at which it ends, and the file below which networks are."""
-QUICK = {"settings.steps": "1", "settings.batch": "1", "settings.compile": "false"}
+QUICK = {"settings.steps": "1", "settings.health": "null", "settings.batch": "1", "settings.compile": "false"}
 
 STOPPED = 130
 """The command's exit code when it is interrupted."""
@@ -76,15 +76,22 @@ def trace(recipe: str, *, deep: bool = False) -> list[str]:
     """The files on the path, in the order in which they are met."""
     sys.path.insert(0, str(ROOT / "src"))
     from fewstep.cli import main as fewstep
+    from fewstep.engine.run import Run
 
-    trail = Trail(deep=deep)
+    trail, update = Trail(deep=deep), Run.update
+
+    def traced(self: Run, *args: Any) -> Any:
+        sys.setprofile(trail)
+        return update(self, *args)
+
     with tempfile.TemporaryDirectory() as folder:
         overrides = [word for key, value in QUICK.items() for word in (f"--{key}", value)]
-        sys.setprofile(trail)
+        Run.update = traced  # type: ignore[method-assign]
         try:
             code = fewstep(["distill", recipe, "--output", f"{folder}/run", "--quiet", *overrides])
         finally:
             sys.setprofile(None)
+            Run.update = update  # type: ignore[method-assign]
     if code != STOPPED or not trail.files:
         raise SystemExit(f"{recipe} could not be traced (exit code {code}); run it by hand: fewstep distill {recipe}")
     return list(trail.files)
