@@ -12,6 +12,7 @@ import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -34,6 +35,7 @@ from fewstep.models.fingerprint import describe, print_of
 from fewstep.models.images import Images, blank_images, image_conditions
 from fewstep.models.lora import updated
 from fewstep.models.sampling import Request, sampling
+from fewstep.models.scalars import scalar_conditions
 from fewstep.models.spec import Spec, lacking
 from fewstep.models.stored import Stored
 from fewstep.models.text import TextEncoder
@@ -182,7 +184,8 @@ class VideoModel:
     def sampling(self, prompts: Sequence[str], **options: Any) -> Iterator[Step]:
         """Sample by the card's contract, step by step; the latents of the last step are the clips'.
 
-        `options` are the fields of `Request`. Refused at once unless `force`: a step count the model was not trained for
+        `options` are the fields of `Request`, such as `scalars={"guidance": 4.0}`.
+        Refused at once unless `force`: a step count the model was not trained for
         (StepCountError), another number of frames than its card's, and a guidance scale on a student that has its guidance
         distilled in (ValueError). To stop is to ask for no more steps.
         """
@@ -205,15 +208,18 @@ class VideoModel:
         image: Images | None = None,
         last_image: Tensor | None = None,
         num_frames: int | None = None,
+        scalars: Mapping[str, float] = MappingProxyType({}),
     ) -> tuple[Cond, Cond]:
-        """Conditions of `prompts` and of the negative prompt, both with the images where this model makes clips of them.
+        """Conditions of `prompts` and of the negative prompt, both with the images where this model makes clips of them, and
+        with the `scalars` that it reads (`ScalarInput`).
 
-        ValueError where an image is missing or of no use.
+        ValueError where an image or scalar is missing or of no use.
         """
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"prompts are a list of texts, one for each clip, such as ['a red ball']; got {prompts!r}")
         frames = self.card.num_frames if num_frames is None else num_frames
         extra = image_conditions(self, len(prompts), image, last_image, frames)
+        extra |= scalar_conditions(self, len(prompts), scalars)
         cond, uncond = self.encode_text(prompts)
         return cond.with_extra(extra), uncond.with_extra(extra)
 

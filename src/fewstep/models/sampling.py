@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,6 +31,9 @@ class Request:
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     num_frames: int | None = None
+    scalars: Mapping[str, float] = field(default_factory=dict)
+    """Numbers that the model reads (`ScalarInput`), by name, such as a guidance strength that was distilled. Those with a
+    default may be left out."""
     seed: int | Sequence[int] = 0
     """One seed per prompt, or the first of consecutive seeds. A clip depends only on its own seed and prompt."""
     force: bool = False
@@ -81,7 +84,8 @@ def sampling(model: VideoModel, request: Request) -> Iterator[Step]:
     times, guidance = request.times(model.card), request.guidance(model.card)
     request.check(model.card)
     with torch.no_grad():
-        cond, uncond = model.conditions(request.prompts, request.image, request.last_image, request.num_frames)
+        images = request.image, request.last_image
+        cond, uncond = model.conditions(request.prompts, *images, request.num_frames, request.scalars)
         noise, shape = Seeds(request.seeds, device=str(model.device)), model.latent_shape(request.num_frames)
         start = model.denoiser.path.prior(noise.randn((len(request.prompts), *shape), "start"))
 
