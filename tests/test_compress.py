@@ -29,12 +29,13 @@ from fewstep.compress.scalar_input import Scalar
 from fewstep.compress.stepwise import StepLinear
 from fewstep.core import Call, Cond, RecipeError, Rng, build, dump
 from fewstep.models import Denoiser, VideoModel, fingerprint
-from fewstep.models.bundle import read_card, sketch
+from fewstep.models.bundle import read_card
+from fewstep.models.card import sketch
 from fewstep.models.source import Pretrained, Scratch
 from fewstep.models.spec import Spec
-from fewstep.recipe import names
 from fewstep.world.checker import Checker, read_scenes
 from fewstep.world.grammar import world_prompts
+from fewstep.written import names
 from support_engine import FRAMES, shaken, tiny_model
 
 pytestmark = pytest.mark.usefixtures("single_thread")

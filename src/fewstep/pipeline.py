@@ -14,9 +14,11 @@ from fewstep.engine.prepare import require_same
 from fewstep.engine.probe import WorldProbe
 from fewstep.engine.student import transforms_of
 from fewstep.methods.base import Method
-from fewstep.models.bundle import Card, VideoModel
+from fewstep.models.bundle import VideoModel
+from fewstep.models.card import Card
 from fewstep.models.source import ModelSource, Pretrained, Previous, Scratch
-from fewstep.recipe import FILE, Recipe, Written, tree_of, without_parallel
+from fewstep.recipe import Recipe, without_parallel
+from fewstep.written import FILE, Written, tree_of
 
 
 @dataclass(frozen=True, kw_only=True)

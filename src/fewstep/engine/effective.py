@@ -20,8 +20,8 @@ from fewstep.compress.stepwise import knows_steps
 from fewstep.core import Call
 from fewstep.core.atomic import write_text
 from fewstep.core.call import Place
+from fewstep.core.compiling import compile_problem
 from fewstep.diffusion.times import apart
-from fewstep.engine.compiling import compile_problem
 from fewstep.engine.mesh import Processes
 from fewstep.engine.nets import trained_roles
 from fewstep.engine.precision import autocast
@@ -30,6 +30,7 @@ from fewstep.engine.shard import hollow
 from fewstep.methods.base import Method, Nets
 from fewstep.models import Denoiser
 from fewstep.models.bundle import VideoModel
+from fewstep.models.runtime import types_of
 
 FILE = "effective.json"
 WATCHED = 20
@@ -316,12 +317,6 @@ def graphs(compiles: bool) -> str:
     counters = torch._dynamo.utils.counters
     made, broken = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
     return f"blocks compiled: {made} graphs, {broken} graph breaks"
-
-
-def types_of(networks: Mapping[str, nn.Module]) -> dict[str, str]:
-    """The types of each network's own weights; one that has none of its own is left out."""
-    types = {role: {str(p.dtype).removeprefix("torch.") for p in net.parameters()} for role, net in networks.items()}
-    return {role: ", ".join(sorted(found)) for role, found in types.items() if found}
 
 
 def transforms_of(nets: Nets) -> dict[str, tuple[str, ...]]:

@@ -11,7 +11,7 @@ from fewstep.engine.settings import Settings
 from fewstep.methods.base import Method, Nets, Sync, Update
 from fewstep.methods.roles import Copy, Making
 from fewstep.models import Card, Lora, VideoModel
-from fewstep.models.bundle import latent_shape_of, text_width_of
+from fewstep.models.card import latent_shape_of, text_width_of
 from fewstep.models.source import ModelSource, Pretrained
 
 _LOOKED_AT = 10_000

@@ -32,7 +32,7 @@ from fewstep.engine.settings import Health, Settings
 from fewstep.engine.student import with_student
 from fewstep.engine.views import Views
 from fewstep.methods.base import Method, Nets, Update
-from fewstep.methods.rollouts import fold_frames
+from fewstep.methods.frames import fold_frames
 from fewstep.models import Card, Denoiser, VideoModel
 from fewstep.models.source import outline
 from fewstep.models.spread import Spread

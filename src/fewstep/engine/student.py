@@ -14,7 +14,7 @@ from fewstep.engine.settings import Settings
 from fewstep.engine.shard import gathered
 from fewstep.methods.base import Method
 from fewstep.models import Card, Denoiser, VideoModel
-from fewstep.models.bundle import allocate, sketch
+from fewstep.models.card import allocate, sketch
 from fewstep.models.fingerprint import describe
 
 

@@ -15,6 +15,7 @@ CURVES = {
     "accuracy": "Every attribute right",
     "distance": "Distance to the teacher's clips",
     "heed": "Heed of the prompt: clips nearer to the teacher's of their own prompt than to others'",
+    "guided": "Guidance that shows in the clips: 0 = none, 1 = all that the method asks for",
     "diversity": "Diversity",
     "motion": "Motion",
     "saturation": "Saturation",

@@ -15,8 +15,9 @@ from typing import Any, ClassVar, NamedTuple, Self, cast
 import torch
 from torch import Tensor, nn
 
-from fewstep.attention import Grid3, KVCache, Operation, Pattern, Site, Ulysses
+from fewstep.attention import Grid3, KVCache, Operation, Pattern, Site, Ulysses, operate
 from fewstep.compress import Transform
+from fewstep.compress.stepwise import knows_steps
 from fewstep.core import KV, Call, Cond, KVView
 from fewstep.core.call import Place
 from fewstep.models.rotary import Rotary
@@ -55,7 +56,7 @@ def read(operation: Operation, qkv: tuple[Tensor, Tensor, Tensor], context: Cont
     q_BHND, k_BHMD, v_BHMD = context.rotary.turn(q, table).to(v), context.rotary.turn(k, table).to(v), v
     if past is not None:
         k_BHMD, v_BHMD = torch.cat([past[0], k_BHMD], 2), torch.cat([past[1], v], 2)
-    mixed = operation(q_BHND, k_BHMD, v_BHMD, context.site)
+    mixed = operate(operation, q_BHND, k_BHMD, v_BHMD, context.site)
     return Read(mixed if shared is None else shared.to_tokens(mixed), (k, v))
 
 
@@ -253,6 +254,11 @@ class Backbone(nn.Module, ABC):
             )
 
     @property
+    def dtype(self) -> torch.dtype | None:
+        """Type of the weights at both ends, which latents must have; None if all weights are in the blocks."""
+        return next((p.dtype for name, p in self.named_parameters() if not name.startswith("blocks.")), None)
+
+    @property
     def widths(self) -> tuple[int, ...]:
         """Channels of `State.volume` after each block."""
         return (self.width,) * len(self.blocks)
@@ -289,7 +295,10 @@ class Backbone(nn.Module, ABC):
         """Compile every block in place (one graph serves all). A copy of this network starts uncompiled.
 
         `hooked`: what others do around a block's forward (FSDP gathers its weights) stays outside. Copy no such network.
+        ValueError for layers that depend on the step: the compiler does not follow a view of a block.
         """
+        if knows_steps(self):
+            raise ValueError("compile: blocks whose layers depend on the step cannot be compiled; leave compile out")
         for block in self.blocks:
             if hooked:
                 block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
