@@ -20,7 +20,7 @@ from fewstep.engine.checkpoint import Checkpoint
 from fewstep.engine.memory import Holding
 from fewstep.engine.outline import Outline
 from fewstep.engine.prepare import prepare, require_possible
-from fewstep.methods import DMD2, Consistency, Method, Progressive, Sync, Update
+from fewstep.methods import AVDM2, DMD2, Consistency, Method, Progressive, Sync, Update
 from fewstep.methods.roles import Copy, Role
 from fewstep.models import Denoiser, Lora, fingerprint
 from fewstep.models.bundle import read_card
@@ -192,6 +192,15 @@ def test_what_cannot_be_is_refused_before_a_weight_is_loaded(
     settings = small(2, transforms=transforms, **others)
     with pytest.raises(ValueError, match=words):
         require_possible(method, settings, read_card(teacher), None)
+
+
+def test_a_copy_of_eight_bits_is_not_trained(teacher: Path) -> None:
+    """Nor where they are those of another model: AVDM2's critic begins as the image teacher. Adapters over it are."""
+    small_ = tiny_model(7).transformed(Int8()).save(teacher.parent / "small")
+    method = AVDM2(image_teacher=Pretrained(source=str(small_)), frames=2, rollout=TWO_GRIDS)
+    with pytest.raises(ValueError, match=r"AVDM2 would train a \w+ whose layers are Int8 .* set settings\.lora"):
+        require_possible(method, small(1), read_card(teacher), None)
+    assert "student" in require_possible(method, small(1, lora=LORA), read_card(teacher), None)
 
 
 def test_only_a_denoiser_is_transformed(teacher: Path) -> None:
