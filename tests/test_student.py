@@ -15,7 +15,7 @@ from torch import Tensor
 from fewstep import Pipeline, Stage, VideoModel, distill
 from fewstep.compress import Branches, Int8, Pruned, ScalarInput, Transform
 from fewstep.core import Cond, RecipeError, Rng
-from fewstep.engine import Settings
+from fewstep.engine import Health, Settings
 from fewstep.engine.checkpoint import Checkpoint
 from fewstep.engine.memory import Holding
 from fewstep.engine.outline import Outline
@@ -89,6 +89,15 @@ def test_it_starts_from_the_weights_of_the_teacher(case: str, tmp_path: Path) ->
     before = [fingerprint(run.model.denoiser), raw(run.nets.student)]
     run.iterate()
     assert fingerprint(run.model.denoiser) == before[0] and not torch.equal(raw(run.nets.student), before[1])
+
+
+def test_checks_compare_with_the_student_before_it_was_trained(teacher: Path, tmp_path: Path) -> None:
+    first = tiny_model(seed=3).save(tmp_path / "first")
+    for start, begun in ((None, tiny_model()), (str(first), tiny_model(seed=3))):
+        settings = small(2, transforms=(PRUNED,), start=start, health=Health(every=1, prompts=1))
+        run = prepared(settings, tmp_path)
+        run.iterate()
+        assert fingerprint(run.monitor._begun().denoiser) == fingerprint(begun.transformed(PRUNED).denoiser)
 
 
 def test_a_target_that_averages_the_student_has_its_structure(tmp_path: Path) -> None:
