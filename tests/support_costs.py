@@ -13,7 +13,7 @@ import pytest
 
 
 def cpu_seconds() -> float:
-    """Of this process and of the children that it has waited for: other load on the machine does not count."""
+    """CPU time of this process and of the children that it has waited for; other processes do not count."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system + _forked()
 

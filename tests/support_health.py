@@ -43,7 +43,7 @@ SOUND: DMD2 = demo.RECIPE.method  # type: ignore[assignment]
 
 
 def settings(**others: Any) -> Settings:
-    """Of a spoiled run, which ends at the first verdict that is not `improving`: half of the demo's batch will do."""
+    """Settings of a broken run, which ends at the first verdict that is not `improving`. Half of the demo's batch is enough."""
     health = Health(every=INTERVAL, prompts=8, seeds=2)
     plain = {"steps": LIMIT, "batch": 8, "ema": 0.9, "log_every": 1, "health": health}
     return Settings(**(plain | {"optim": {"student": FAST, "critic": FAST}} | others))
@@ -185,7 +185,7 @@ SPOILED: dict[str, Spoiled] = {
     ),
     "frozen critic": Spoiled("diverging", "critic does not learn", spoil=frozen_critic),
     "other shift when sampled": Spoiled(
-        "stalled", "times the student is not trained at", method=OtherShift(**vars(SOUND))
+        "stalled", "times at which the student is not trained", method=OtherShift(**vars(SOUND))
     ),
     "guidance 30": Spoiled("diverging", "guidance is far too strong", method=replace(SOUND, guidance=CFG(scale=30.0))),
     "learning rate x100": Spoiled(

@@ -102,7 +102,7 @@ OWN: Mapping[str, tuple[Transform, ...]] = {
 }
 """Transforms of the student."""
 LORA = Lora(rank=2)
-"""Of the methods above that are called adapters."""
+"""Adapters of the cases above whose names end in `-adapters`."""
 EXAMINED = small(6, save_every=2, ema=0.9, accumulate=2, batch=1, health=Health(every=3, prompts=1))
 SPREADS: Mapping[str, Parallel] = {
     "shard": Parallel(),

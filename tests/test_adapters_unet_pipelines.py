@@ -229,7 +229,7 @@ def test_a_discriminator_reads_several_scales(model: VideoModel) -> None:
         assert all(p.grad is not None and p.grad.any() for p in nets[role].parameters() if p.ndim > 1)
         nets[role].requires_grad_(False)
     assert all(p.grad is None for role in ("teacher", "critic") for p in nets[role].parameters())
-    with pytest.raises(ValueError, match=r"feature layers must be in \[-7, 6\], got \[7\]"):
+    with pytest.raises(ValueError, match=r"layers must be from -7 to 6, .*; got \[7\]"):
         build_nets(model, DMD2(gan=0.1, layers=(7,)), seed=0)
 
 

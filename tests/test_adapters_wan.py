@@ -284,7 +284,7 @@ def test_an_image_is_asked_for_where_it_is_read(model: VideoModel, experts: Path
         model.latents(PROMPTS)
     with pytest.raises(ValueError, match=r"got \[3, 16, 16\]"):
         model.latents(PROMPTS, image=torch.zeros(3, 16, 16))
-    with pytest.raises(ValueError, match="makes clips of text alone"):
+    with pytest.raises(ValueError, match="is a text-to-video model"):
         loaded(experts, "wan_experts").latents(PROMPTS, image=pixels(picture()))
     x = Rng(0).randn((1, *model.latent_shape()), "x")
     with pytest.raises(ValueError, match="is an image-to-video network, and the condition has no image_latents"):

@@ -194,7 +194,7 @@ def test_int8_linears_compute_with_the_weights_they_have() -> None:
 
 
 def test_int8_is_a_quarter_on_disk(model: VideoModel, tmp_path: Path) -> None:
-    """Of the layers that it changes; here are few others."""
+    """A quarter of the size of the layers that it changes; the tiny model has few others."""
     files = [
         m.save(tmp_path / name) / "denoiser.safetensors" for m, name in ((model, "a"), (model.transformed(Int8()), "b"))
     ]

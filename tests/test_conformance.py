@@ -39,7 +39,7 @@ UNTRAINED = {"convention", "told_time"}
 CAUSAL = {"frame_times", "full_mask", "future", "cache"}
 FOREIGN = ("forward", "weights", "times", "pipeline")
 SMALL = Options(num_frames=4)
-"""Of the world."""
+"""A small clip of the built-in world."""
 
 
 @pytest.fixture(scope="module")
@@ -373,7 +373,7 @@ def test_the_command(folder: Callable[[str], Path], capsys: pytest.CaptureFixtur
     assert main(["check-model", str(folder("wan")), *size, "--only", "forward", "convention"]) == 0
     said = capsys.readouterr().out
     assert "5 frames of 32 x 48, latents (4, 2, 4, 6), float32 on cpu" in said
-    assert "1 pass, 1 not applicable" in said and "informative only with trained weights" in said
+    assert "1 pass, 1 not applicable" in said and "needs trained weights" in said
 
 
 def test_the_command_says_what_a_failure_means(
@@ -383,7 +383,7 @@ def test_the_command_says_what_a_failure_means(
     words = ["check-model", str(folder("wan")), "--only", "forward", "pipeline"]
     assert main(words) == 1
     said = capsys.readouterr().out
-    assert "the factor 1000 of the timestep" in said and "put forward right first" in said
+    assert "the factor 1000 of the timestep" in said and "correct forward first" in said
     assert main([*words, "--json"]) == 1
     found = json.loads(capsys.readouterr().out)["findings"]
     assert [(f["name"], f["outcome"]) for f in found] == [("forward", "fail"), ("pipeline", "not applicable")]
@@ -393,7 +393,7 @@ def test_the_command_says_what_a_failure_means(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--only", "forwards"], "there are no checks forwards; choose from forward, weights"),
+        (["--only", "forwards"], "unknown checks: forwards; choose from forward, weights"),
         (["--num-frames", "4"], "num_frames must be 4 k \\+ 1"),
         (["--height", "40"], "multiple"),
     ],

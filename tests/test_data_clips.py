@@ -197,7 +197,7 @@ def test_a_lost_disk_stops_the_run_and_costs_nothing(videos: Path, tmp_path: Pat
                 videos.mkdir()
 
     whole = prepare(videos, tmp_path / "whole", codec(), PLAN)
-    with pytest.raises(DataError, match=r"videos is empty or not there any more, .* same command again to continue"):
+    with pytest.raises(DataError, match=r"videos is empty or has disappeared, .* same command again to continue"):
         prepare(videos, tmp_path / "out", codec(), replace(PLAN, threads=1), progress=unmount)
     if mounted:
         videos.rmdir()

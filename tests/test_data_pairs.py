@@ -229,7 +229,7 @@ def test_plans_that_cannot_be_run() -> None:
     with pytest.raises(ValueError, match=r"decreases strictly from 1.0 to 0.0"):
         PairPlan(times=(0.9, 0.0))
     for sampler, said in (
-        (Renoise(), "Renoise draws fresh noise"),
+        (Renoise(), "Renoise adds new noise"),
         (Staggered(), "Staggered gives frames different times"),
     ):
         with pytest.raises(ValueError, match=said):

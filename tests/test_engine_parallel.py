@@ -355,9 +355,9 @@ def test_offloading_changes_no_number(tmp_path: Path) -> None:
         (1, Parallel(shard=4), 4, r"needs 4 processes, and this run has 1; start it with torchrun --nproc-per-node 4"),
         (6, Parallel(sequence=4), 4, r"needs a multiple of 4 processes, and this run has 6"),
         (8, Parallel(replicate=2, shard=2), 8, r"replicate 2 x shard 2 x sequence 1 needs 4 processes"),
-        (8, Parallel(), 4, r"4 micro-batches per step cannot be dealt to 8 processes evenly; write accumulate: 8"),
+        (8, Parallel(), 4, r"4 micro-batches per step cannot be divided evenly among 8 processes; write accumulate: 8"),
         (8, Parallel(sequence=2), 6, r"write accumulate: 8"),
-        (1, Parallel(offload=True), 1, r"settings.parallel.offload moves idle networks to the CPU, and .* cpu already"),
+        (1, Parallel(offload=True), 1, r"settings.parallel.offload moves idle networks to the CPU, and .* already cpu"),
     ],
 )
 def test_processes_that_cannot_do_it_are_refused(
@@ -374,9 +374,9 @@ def test_processes_that_cannot_do_it_are_refused(
         (
             CASES["Consistency"],
             {"compile": True, "parallel": Parallel(sequence=2)},
-            "compile cannot look into the exchanges",
+            "compile cannot compile the communication between processes",
         ),
-        (CASES["Consistency"], {"optim": {"student": Optim(type="muon")}}, "muon works on whole matrices"),
+        (CASES["Consistency"], {"optim": {"student": Optim(type="muon")}}, "muon needs whole matrices"),
         (CASES["Reconstruction"], {"parallel": Parallel(sequence=2)}, "settings.parallel.sequence is for denoisers"),
         (CASES["Reconstruction"], {"parallel": Parallel(shard=2)}, "shard is for denoisers, and Reconstruction trains"),
         (CASES["Reconstruction"], {"parallel": Parallel(checkpointing=True)}, "checkpointing is for denoisers"),

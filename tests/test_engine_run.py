@@ -513,9 +513,13 @@ def test_a_bad_probe_figure_stops_the_run(tmp_path: Path) -> None:
             {"optim": {"student": Optim(lr_of={"cross": 1.0, "cross.q": 1.0})}},
             "cross and cross.q are both part of",
         ),
-        (CASES["DMD2"], {"optim": {"critc": Optim()}}, r"settings.optim.critc trains nothing; did you mean critic\?"),
-        (Denoise(spoil="nothing"), {}, "no loss of this update depends on the Denoiser"),
-        (DMD2(warmup=3), {}, "DMD2 does not train the student within settings.steps: 3 .only critic."),
+        (
+            CASES["DMD2"],
+            {"optim": {"critc": Optim()}},
+            r"settings.optim.critc: no such role is trained; did you mean critic\?",
+        ),
+        (Denoise(spoil="nothing"), {}, "this update trains Denoiser, and no loss of the update depends on it"),
+        (DMD2(warmup=3), {}, "DMD2 does not train the student within settings.steps: 3 .it trains only critic."),
         (CASES["Progressive"], {}, "the student of 1 steps. begins after 7 iterations; give it 10, or at least 8"),
     ],
 )

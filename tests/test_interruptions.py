@@ -100,7 +100,7 @@ def test_prepare(name: str, at: tuple[str, int], tmp_path: Path) -> None:
         (tmp_path / f"videos/{i:02d}.mp4").write_bytes(video())
         (tmp_path / f"videos/{i:02d}.txt").write_text(f"film {i}")
     words = "prepare videos --model teacher --quiet --output "
-    stopped(f"{words}out", at, name, tmp_path, "goes on after the last whole file")
+    stopped(f"{words}out", at, name, tmp_path, "continues after the last complete file")
     for output in ("out", "straight"):
         assert fewstep(*f"{words}{output}".split(), here=tmp_path)[0] == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "straight")
@@ -112,7 +112,7 @@ def test_prepare(name: str, at: tuple[str, int], tmp_path: Path) -> None:
 def test_pairs(name: str, at: tuple[str, int], tmp_path: Path) -> None:
     tiny_teacher(tmp_path)
     words = "pairs world:6 --model teacher --times 1 0 --steps 2 --batch 2 --shard-size 2 --quiet --output "
-    stopped(f"{words}out", at, name, tmp_path, "goes on after the last whole file")
+    stopped(f"{words}out", at, name, tmp_path, "continues after the last complete file")
     for output in ("out", "straight"):
         assert fewstep(*f"{words}{output}".split(), here=tmp_path)[0] == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "straight")

@@ -127,7 +127,7 @@ def test_a_demo_fills_the_table_and_the_picture(tool, tiny_world: Path, monkeypa
     assert "fewstep demo" in tool.results() and "fewstep demo" in tool.animation()
     tool.take(Path("demo"))
     table = tool.results().splitlines()
-    assert table[0].startswith("|  | NFE | all right") and table[1].count("---") == table[0].count("|") - 1
+    assert table[0].startswith("|  | NFE | accuracy") and table[1].count("---") == table[0].count("|") - 1
     assert [line.split(" | ")[0] for line in table[2:6]] == [
         "| teacher 3",
         "| teacher 2",

@@ -77,7 +77,7 @@ def test_autoencoder_teacher_student_film(videos: Path, single_thread: None) -> 
 
 @torch.no_grad()
 def psnr(videos: Path, model: VideoModel) -> float:
-    """Of the reconstruction, in dB."""
+    """PSNR of the reconstruction, in dB."""
     data = Videos(path=str(videos), num_frames=FRAMES, height=SIZE, width=SIZE, stride=2, clips_per_video=0)
     frames = data.open(model, frozenset({"frames"})).batch(8, Rng(0)).frames
     assert frames is not None

@@ -29,7 +29,7 @@ def main() -> int:
 
 
 def circles(graph: grimp.ImportGraph, room: str) -> Iterator[str]:
-    """Of the parts of `room`, and of those of its sub-rooms."""
+    """Circles of imports between the parts of `room`, and between the parts of its sub-rooms."""
     parts = sorted(graph.find_children(room))
     owner = {module: part for part in parts for module in (part, *graph.find_descendants(part))}
     reads = {

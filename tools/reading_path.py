@@ -64,7 +64,7 @@ def _frames(frame: FrameType | None) -> Iterator[FrameType]:
 
 
 def _file(frame: FrameType) -> str | None:
-    """Of the package, from its root."""
+    """The frame's file, relative to the package; None for a file outside the package."""
     path = Path(frame.f_code.co_filename)
     return path.relative_to(PACKAGE).as_posix() if path.is_relative_to(PACKAGE) else None
 

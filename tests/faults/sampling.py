@@ -126,7 +126,7 @@ OUTPUTS = (
     output("a\0b.mp4", "null"),
     output("a.mp4", "a.mp4", FULL, during=around.into_full(".a.draft.mp4")),
     output("a.gif", "a.gif", FULL, during=around.into_full(".a.draft.gif")),
-    sample("the disk is full at the end", (*SAMPLE, "--output", "a.mp4"), "a.mp4", FULL, "what was made is in",
+    sample("the disk is full at the end", (*SAMPLE, "--output", "a.mp4"), "a.mp4", FULL, "the clips were written to",
            during=only_temporary),
     sample("every disk is full at the end", (*SAMPLE, "--output", "a.mp4"), "a.mp4", FULL, during=around.full_disk),
     sample("Ctrl-C", SAMPLE, "stopped", "0 of 1 files", code=130, during=stopped("INT")),

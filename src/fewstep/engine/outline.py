@@ -1,8 +1,8 @@
 """Memory plan of a run before anything is allocated: the measurement.
 
-The method's own updates are run once on the networks' own code, with tensors that have shapes and places but no values.
-Every tensor that is made is written down while it lives. So a new method, network or attention pattern is measured
-without being described a second time. Compiled blocks hold less than what is found here.
+It runs the method's own updates once through the networks' own code, with tensors that have a shape and a device but no
+values, and counts every tensor for as long as it lives. So a new method, network or attention pattern needs no second
+description to be measured. Compiled blocks need less memory than this measurement says.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from fewstep.models.spread import Spread
 
 
 class Ledger(TorchDispatchMode):
-    """Bytes of the tensors made inside, now and at most; who of `owners` was read; floating-point operations."""
+    """Counts inside a `with` block: bytes of new tensors (now and at most), which `owners` were read, and operations."""
 
     def __init__(self, owners: Mapping[str, nn.Module] | None = None) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class Ledger(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Drawn(Rng):
-    """Random numbers of a run whose integers that places share are known: so a rollout says when it is fullest."""
+    """Random numbers whose shared integers are given, so that a rollout can be measured at its longest."""
 
     draws: Mapping[str, int] = field(default_factory=dict)
 
@@ -160,12 +160,12 @@ class Outline:
                 return
 
     def _phase(self, update: Update) -> Phase:
-        """With every rollout as full as it gets, each of the method's in turn."""
+        """The update with its rollouts at their longest: each rollout of the method in turn, the largest result."""
         draws = [rollout.fullest for rollout in self.method.rollouts if rollout.fullest] or [{}]
         return max((self.phase(update, each) for each in draws), key=lambda phase: phase.activations)
 
     def phase(self, update: Update, draws: Mapping[str, int]) -> Phase:
-        """What the update holds where its rollouts draw so (`Rollout.fullest`)."""
+        """What the update holds in memory if its rollouts draw these integers (`Rollout.fullest`)."""
         for role, network in self.nets.items():
             network.requires_grad_(role in update.roles).train(role in update.roles)
         batch, nets = self.batch(), Views(self.nets, Spread(checkpointing=self.settings.parallel.checkpointing))
@@ -193,7 +193,7 @@ class Outline:
         return None if unexamined(self.model, self.method, self.settings) else self.settings.health
 
     def _kept(self) -> Iterator[Holding]:
-        """Clips that health checks keep from one to the next: the teacher's, the untrained student's and the last ones."""
+        """Clips that health checks keep between two checks: the teacher's, the untrained student's, and the last ones."""
         if (health := self._examined) is not None:
             size = self._clips(health) * (1 + 2 * self._counts)
             yield Holding(
@@ -206,14 +206,14 @@ class Outline:
         return len(self.method.contract(self.model.card.contract).counts)
 
     def _clips(self, health: Health) -> int:
-        """Bytes of what checks keep of one clip per prompt and seed: latents, and frames made small."""
+        """Bytes that checks keep for one clip per prompt and seed: its latents, and its frames at a small size."""
         with self.mode:
             latents = torch.empty(1, *self.model.latent_shape(self.frames))
             size = latents.nbytes + decode(self.model, latents).nbytes
         return size * health.prompts * health.seeds
 
     def _pauses(self) -> Iterator[Phase]:
-        """What is done between iterations, as far as the settings ask for it."""
+        """The work between iterations that the settings ask for: checks, pictures, probes."""
         student, critic = "student average" if self.settings.ema > 0 else "student", self.method.critic
         if (health := self._examined) is not None:
             clips, new = min(self.settings.batch, health.prompts * health.seeds), self._clips(health) * self._counts
@@ -225,9 +225,9 @@ class Outline:
             yield self._making("probe", self.probed, {student}, asks_teacher=False)
 
     def _making(self, what: str, clips: int, reads: set[str], *, asks_teacher: bool = True) -> Phase:
-        """So many clips made at once: the fuller of one call, which stands for all, and decoding.
+        """Memory to make `clips` clips at once: the larger of one network call, which stands for all calls, and decoding.
 
-        `reads` is who is there besides the teacher, which may be asked, too, and is guided then.
+        `reads` names the networks in memory besides the teacher. With `asks_teacher` the teacher is called too, with guidance.
         """
         batch, teacher = self.batch(clips), self.model.card.contract
         guidance = (teacher if asks_teacher else self.method.contract(teacher)).guidance
@@ -238,7 +238,7 @@ class Outline:
             with autocast(self.settings, "cpu"):
                 x0 = guidance(self.nets["teacher"], x_t, torch.ones(clips), batch.cond, batch.uncond).x0.float()
             _ = self.model.codec.decode(x0).clamp(-1, 1)
-        merged = 0  # adapters are judged as the whole network that they make
+        merged = 0  # a student of adapters is merged into a whole network before it is judged
         if self.settings.lora is not None:
             merged = sum(parameter.nbytes for parameter in self.nets["teacher"].parameters())
         return Phase(
@@ -246,7 +246,8 @@ class Outline:
         )
 
     def batch(self, size: int | None = None) -> Batch:
-        """One batch of shapes: everything that the method needs, prompts of the greatest length. Default: the run's size."""
+        """One batch without values: all fields that the method needs, with prompts of the greatest length. The default
+        size is the run's."""
         model, card, size = self.model, self.model.card, size or self.settings.batch
         needs = self.method.needs
         frames = (self.frames, card.height, card.width)
@@ -265,7 +266,7 @@ class Outline:
             )  # fmt: skip
 
     def _flops(self, phases: tuple[Phase, ...]) -> int:
-        """Of one iteration. For denoisers by the method's own cost line, which knows the expected length of rollouts."""
+        """Operations of one iteration. For a denoiser they follow from `Method.cost`, which knows the mean rollout length."""
         times = self.settings.accumulate
         if self.method.part != "denoiser":
             return times * sum(phase.flops for phase in phases)
@@ -276,7 +277,7 @@ class Outline:
         return round(times * sum(work.forwards * forward[kind] for work, kind in zip(cost, kinds, strict=True)))
 
     def _forward(self, role: str, frames: int, layers: tuple[int, ...]) -> int:
-        """Floating-point operations of one forward on a batch, as `Work` says of what."""
+        """Floating-point operations of one forward pass on a batch; the arguments are fields of `Work`."""
         network: Denoiser = self.nets[role]  # type: ignore[assignment]
         batch, call = self.batch(), Call(steps=self.method.contract(self.model.card.contract).steps)
         with torch.no_grad(), Ledger() as ledger, self.mode:
@@ -290,8 +291,8 @@ class Outline:
 
 
 def _imagine(network: nn.Module, mode: FakeTensorMode) -> None:
-    """Put a network of the meta device where autocast and attention know what to do: the CPU, still without memory."""
-    made: dict[nn.Parameter, nn.Parameter] = {}  # what two modules share stays one
+    """Move a network from the meta device to a CPU without memory: autocast and attention do not know the meta device."""
+    made: dict[nn.Parameter, nn.Parameter] = {}  # a parameter that two modules share stays one
     with mode:
         for module in network.modules():
             for name, parameter in module._parameters.items():
@@ -327,7 +328,7 @@ def _named(network: nn.Module) -> str:
 
 
 def _gathered(network: nn.Module) -> int:
-    """Bytes of what `engine.shard` leaves together, and of the two largest blocks."""
+    """Bytes of the layers that `engine.shard` does not cut, plus the two largest blocks."""
     if not isinstance(network, Denoiser):
         return 0
     blocks = sorted(sum(p.nbytes for p in block.parameters()) for block in network.backbone.blocks)

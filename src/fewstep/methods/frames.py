@@ -11,7 +11,7 @@ from fewstep.core import Rng
 def fold_frames(clips: Tensor, count: int, rng: Rng) -> tuple[Tensor, Tensor]:
     """`count` different random frames of each clip `[B, C, F, H, W]`, as clips of one frame `[B count, C, 1, H, W]`.
 
-    Also returns the clip that each came from, `[B count]`.
+    Also returns the index of each frame's clip, `[B count]`.
     """
     batch, _, frames = clips.shape[:3]
     count = min(count, frames)

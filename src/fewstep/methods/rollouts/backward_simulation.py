@@ -23,8 +23,8 @@ from fewstep.models.denoiser import Predictor
 class BackwardSimulation(Rollout):
     """The student's own sampler up to an exit step (2405.14867, section 4.5); the call at the exit has gradient.
 
-    With several grids one is drawn per call, then the exit: a student that serves several step counts sees at each time
-    the inputs that every one of its samplers would give it. `grids=((1.0,),)` is one step: pure noise to clean latents.
+    With several grids, each rollout first draws a grid and then the exit. So a student that serves several step counts sees, at
+    each time, the inputs that all its samplers give it. `grids=((1.0,),)` is one step, from pure noise to clean latents.
     """
 
     exit: Literal["random", "last"] = "random"
@@ -49,7 +49,7 @@ class BackwardSimulation(Rollout):
 
     @property
     def fullest(self) -> Mapping[str, int]:
-        """The longest grid to its end: it keeps the most visits, and the most calls with gradient."""
+        """The longest grid with the last exit: it has most calls, and most of them with gradient."""
         lengths = [len(grid) for grid in self.grids]
         return {"grid": lengths.index(max(lengths)), "exit": max(lengths) - 1}
 

@@ -1,7 +1,7 @@
-"""Rollouts: the student's inputs in training, and which of its calls carry gradient.
+"""Rollouts: how the student's training inputs are made, and which of its calls carry gradient.
 
-A rollout returns the student's clean prediction and says where it came from. It also knows how such a student must be
-sampled, because the two must agree: the training simulation *is* the sampler, stopped early.
+A rollout returns the student's clean prediction and the calls that led to it. It also knows how such a student must be
+sampled, because training and sampling must agree: the training simulation *is* the sampler, stopped early.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Visit:
 
 @dataclass(frozen=True)
 class Rolled(Visit):
-    """The last call, whose x0 a method trains on, and what led to it."""
+    """The last call, whose x0 the method's losses use, and the calls that led to it."""
 
     before: tuple[Visit, ...] = ()
     """Earlier calls, in order. The last `Rollout.grad_calls` calls carry gradient."""
@@ -46,7 +46,7 @@ class Rolled(Visit):
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout(ABC):
-    """The student's sampler (`grids`, `shift`, `mode`), and how the samples that it is trained on are made."""
+    """The student's sampler (`grids`, `shift`, `mode`), and how its training samples are made."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
     """Fields of Batch that it reads, other than the condition."""
@@ -56,7 +56,7 @@ class Rollout(ABC):
     shift: Positive = 1.0
     """Shift applied to every time of `grids`; 1: none."""
     mode: Literal["sde", "ode"] = "sde"
-    """Between steps: `sde` adds fresh noise to x0; `ode` takes the deterministic first-order step."""
+    """Between steps: `sde` adds new noise to x0; `ode` takes the deterministic first-order step."""
 
     def __post_init__(self) -> None:
         exact(self.grids, self.shift)
@@ -68,27 +68,27 @@ class Rollout(ABC):
 
     @property
     def calls(self) -> float:
-        """Expected number of student calls, the differentiable one included."""
+        """Expected number of student calls, including those with gradient."""
         return 1.0
 
     @property
     def grad_calls(self) -> int:
-        """How many calls carry gradient: the last ones, or all where there are fewer."""
+        """Number of last calls that carry gradient; all calls if there are fewer."""
         return 1
 
     @property
     def work(self) -> float:
-        """Expected forward-equivalents with gradient: 1 for each call, 2 for the way back through each that has gradient."""
+        """Expected forward-equivalents with gradient: 1 per call, and 2 more for the backward pass of a call with gradient."""
         return self.calls + 2
 
     @property
     def fullest(self) -> Mapping[str, int]:
-        """The draws (`Rng.integer`, by name) with which it holds the most memory; what is not named may be anything."""
+        """Random integers (`Rng.integer`, by name) for which it needs most memory. Other integers do not matter."""
         return {}
 
     @abstractmethod
     def __call__(self, student: Predictor, batch: Batch, rng: Rng, *, grad: bool) -> Rolled:
-        """One sample per condition; the last `grad_calls` student calls carry gradient, none if not `grad`."""
+        """One sample per condition. With `grad`, the last `grad_calls` student calls carry gradient; without, none does."""
 
     def contract(self, teacher: Contract) -> Contract:
         """How a student trained on this rollout must be sampled."""
@@ -96,7 +96,7 @@ class Rollout(ABC):
 
 
 def pick(times: Sequence[float], index: Tensor, like: Tensor) -> Tensor:
-    """`times[index]`, of the shape of `index` (`[B]` or `[B, F]`), in the dtype of `like`."""
+    """`times[index]` with the shape of `index` (`[B]` or `[B, F]`) and the dtype of `like`."""
     return torch.tensor(times, dtype=torch.float64, device=index.device)[index].to(like.dtype)
 
 

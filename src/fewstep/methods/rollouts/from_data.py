@@ -13,7 +13,8 @@ from fewstep.models.denoiser import Predictor
 
 @dataclass(frozen=True, kw_only=True)
 class FromData(Rollout):
-    """Noised data as input, one time of the grids per sample. Cheap; but sampling meets inputs never trained on."""
+    """Data with added noise as input, at one time of the grids per sample. Cheap, but sampling gives the student inputs that
+    it has not seen in training."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"x0"})
 

@@ -16,9 +16,9 @@ from fewstep.models.denoiser import Predictor
 
 @dataclass(frozen=True, kw_only=True)
 class FromPairs(Rollout):
-    """Stored states of the teacher's ODE as input, one time of the grids per sample; all must have been stored.
+    """Stored states of the teacher's ODE as input, at one time of the grids per sample. All these times must be stored.
 
-    They serve both modes of sampling.
+    Both sampling modes may be used.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"pairs"})

@@ -12,13 +12,13 @@ from fewstep.diffusion.times import check_grid
 Grids = tuple[tuple[float, ...], ...]
 """One tuple of decreasing times per step count, before the shift and without the final 0."""
 NESTED: Grids = ((1.0,), (1.0, 0.5), (1.0, 0.75, 0.5, 0.25))
-"""1, 2 and 4 steps: each grid contains the coarser ones, so no time is seen by one step count only."""
+"""Grids for 1, 2 and 4 steps. Each grid contains the coarser ones."""
 
 
 def exact(grids: Grids, shift: float) -> Grids:
-    """The shifted times of every grid, without the final 0, each checked to decrease strictly from 1.
+    """The shifted times of every grid, without the final 0. ValueError unless each grid decreases strictly from 1.
 
-    A grid may be there twice, to be drawn twice as often.
+    A grid may be listed twice, so that it is drawn twice as often.
     """
     if not grids or not all(grids) or len({len(grid) for grid in grids}) != len(set(grids)):
         raise ValueError(
@@ -33,8 +33,8 @@ def student_contract(
 ) -> Contract:
     """The teacher's contract with the student's sampler and exact times (`grids` before the shift).
 
-    `guidance` is what is left to apply when the student is sampled: none where it was distilled in at all times. A method
-    that distils it at some times only leaves the rest: `CFG(low=0.9, outside=3.0)` after one of two experts, for example.
+    `guidance` is the guidance that sampling still needs: none if guidance was distilled into the student at all times. A method
+    that distils it at some times leaves the rest, for example `CFG(low=0.9, outside=3.0)` after one of two experts.
     """
     listed = tuple(dict.fromkeys((*grid, 0.0) for grid in exact(grids, shift)))
     grid = Exact(grids=listed, otherwise=Shifted(shift=shift))

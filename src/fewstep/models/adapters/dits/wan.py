@@ -36,7 +36,7 @@ _TEXT_LENGTH = 512
 _SIZE = MappingProxyType({"num_frames": 81, "height": 480, "width": 832, "fps": 16})
 _A14B = MappingProxyType({"num_frames": 81, "height": 720, "width": 1280, "fps": 16})
 _TI2V = MappingProxyType({"num_frames": 121, "height": 704, "width": 1280, "fps": 24})
-"""Of the 5B model of Wan 2.2, whose pipeline tells every token its own time (`expand_timesteps`)."""
+"""Size for the 5B model of Wan 2.2, whose pipeline gives every token its own time (`expand_timesteps`)."""
 _NEGATIVE = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
     "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"

@@ -62,9 +62,10 @@ class ExactScheduler:
 def exact_scheduler(
     path: NoisePath, kind: Kind, contract: Contract, steps: int, *, uniform: bool = False
 ) -> ExactScheduler:
-    """Of the clip in `steps` steps, for a pipeline that asks for a number of steps, or for a `uniform` grid of so many.
+    """The diffusers scheduler that makes the same clip in `steps` steps, for a pipeline that takes a number of steps, or for
+    a `uniform` grid with that number.
 
-    ValueError where diffusers has no scheduler that makes the same clip.
+    ValueError if diffusers has no such scheduler.
     """
     times, sampler = contract.times(steps), contract.sampler
     if isinstance(path, RectifiedFlow) and kind == "flow" and sampler in _STOCHASTIC:

@@ -97,7 +97,7 @@ class Usage:
         return exact
 
     def schedulers(self) -> dict[str, SchedulerMixin]:
-        """Of every step count, by the folder it is kept in."""
+        """The scheduler of every step count, by the folder in which it is stored."""
         return {self._folder(steps): self.exact(steps).scheduler for steps in self.model.card.contract.counts}
 
     def options(self, steps: int) -> dict[str, Any]:
