@@ -191,6 +191,12 @@ class Stale(Method):
         ((Int8(),), {}, DMD, r"layers are Int8 and cannot be trained; set settings\.lora"),
         ((Pruned(blocks=(7,)),), {}, DMD, r"settings\.transforms: .*from 0 to 1, got \[7\]"),
         ((ScalarInput(name="g"),), {}, DMD, r"settings\.transforms: .*scalar 'g'; give ScalarInput a default"),
+        (
+            (PRUNED, Branches()),
+            {"lora": LORA},
+            DMD,
+            r"settings\.transforms: Branches begins without effect, and with settings\.lora",
+        ),
         ((PRUNED,), {}, Stale(), r"Stale copies weights of the student into the stale, and only one"),
         ((PRUNED,), {}, Progressive(stages=((2, 1), (1, 1))), r"student into the stage"),
     ],
