@@ -90,7 +90,7 @@ def _network(part: nn.Module, source: str) -> Any:
     return network
 
 
-def export(model: VideoModel, folder: Path, *, names: str, link: bool, recipe: str = "") -> Path:
+def export_model(model: VideoModel, folder: Path, *, names: str, link: bool, recipe: str = "") -> Path:
     """See `VideoModel.export`."""
     made: Path = adapter("export.exporting").export(model, folder, names=names, link=link, recipe=recipe)
     return made
