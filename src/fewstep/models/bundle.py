@@ -283,7 +283,7 @@ class VideoModel:
         With `comfyui` the denoiser alone, in one file, by its authors' names. `recipe` is the text of it, for the page.
         """
         require_exact(self)
-        return adapters.export(self, Path(folder), names=names, link=link, recipe=recipe)
+        return adapters.export_model(self, Path(folder), names=names, link=link, recipe=recipe)
 
     @classmethod
     def from_pretrained(
