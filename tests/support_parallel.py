@@ -203,19 +203,12 @@ WHOLE_RUNS: Mapping[str, Callable[[Path], None]] = {
 }  # fmt: skip
 
 
-def launch(processes: int, folder: Path, *names: str, restarts: int = 0) -> subprocess.CompletedProcess[str]:
-    """What is named, under torchrun."""
+def launch(processes: int, folder: Path, *names: str) -> subprocess.CompletedProcess[str]:
+    """What is named, by torchrun as a program."""
     paths = [str(ROOT / "src"), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [
-        *torchrun,
-        f"--max-restarts={restarts}",
-        "--monitor-interval=0.1",
-        str(Path(__file__)),
-        str(folder),
-        *names,
-    ]
+    command = [*torchrun, "--monitor-interval=0.1", str(Path(__file__)), str(folder), *names]
     return subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
 
 

@@ -23,7 +23,8 @@ import support_processes
 from fewstep import distill
 from fewstep.attention import BlockCausal, KVCache, Operation, TopK
 from fewstep.cli import main
-from fewstep.compress import Int8, ScalarInput
+from fewstep.compress import Int8, ScalarInput, StepScales
+from fewstep.compress.step_scales import Scaled
 from fewstep.core import Call, Cond, Rng, Seeds
 from fewstep.core.build import RecipeError
 from fewstep.data import Prompts
@@ -271,6 +272,24 @@ def test_it_is_transformed_and_comes_back(model: VideoModel, tmp_path: Path) -> 
     else:
         with pytest.raises(ValueError, match="takes no scalar inputs"):
             model.transformed(scalar)
+
+
+def test_its_linear_layers_know_the_step(model: VideoModel) -> None:
+    """Also those that diffusers calls. A step computes what a network with the scales of that step alone does."""
+    both, x, t, cond = model.transformed(StepScales(steps=2)).denoiser, *drawn(model)
+    plain = model.denoiser(x, t, cond).raw
+    for step in range(2):
+        assert torch.equal(both(x, t, cond, Call(step=step, steps=2)).raw, plain)
+    layers = {n: m for n, m in both.named_modules() if isinstance(m, Scaled)}
+    for name, layer in layers.items():
+        layer.scale.data += 0.1 * Rng(0).randn(tuple(layer.scale.shape), name)
+    made = [both(x, t, cond, Call(step=step, steps=2)).raw for step in range(2)]
+    assert not torch.equal(made[0], made[1]) and not torch.equal(made[0], plain)
+    for step in range(2):
+        alone = model.transformed(StepScales(steps=1)).denoiser
+        for name, layer in layers.items():
+            alone.get_submodule(name).scale.data.copy_(layer.scale.data[step : step + 1])
+        assert torch.equal(alone(x, t, cond).raw, made[step])
 
 
 # --- folders --------------------------------------------------------------------------------------------------------------

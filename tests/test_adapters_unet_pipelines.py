@@ -18,8 +18,8 @@ from fewstep.diffusion import CFG, DDIM, Betas, Contract, Prediction, Timesteps
 from fewstep.engine.nets import build_nets
 from fewstep.methods import DMD2, BackwardSimulation
 from fewstep.models import Denoiser, VideoModel
+from fewstep.models.adapters.codecs.frame_codec import FrameCodec
 from fewstep.models.adapters.ddpm import contract_of, kind_of, path_of
-from fewstep.models.adapters.frame_codec import FrameCodec
 from fewstep.models.bundle import read_card
 from fewstep.models.source import Diffusers
 from support_unets import animatediff, scheduler, stable_diffusion

@@ -21,7 +21,7 @@ from fewstep.engine.outline import Outline
 from fewstep.engine.prepare import prepare
 from fewstep.engine.run import Run
 from fewstep.methods import AVDM2, BackwardSimulation, Nets, in_forwards
-from fewstep.methods.rollouts import fold_frames
+from fewstep.methods.frames import fold_frames
 from fewstep.models import JointHead, Lora, TextEncoder, VideoModel
 from fewstep.models.lora import adapters
 from fewstep.recipe import Recipe

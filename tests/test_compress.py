@@ -10,28 +10,46 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewstep.compress import TRANSFORMS, Branches, Int8, Pruned, ScalarInput, Transform, transformed
+from fewstep.attention import BlockCausal
+from fewstep.compress import (
+    TRANSFORMS,
+    Branches,
+    Int8,
+    Pruned,
+    Repatterned,
+    ScalarInput,
+    StepScales,
+    Transform,
+    transformed,
+)
 from fewstep.compress.branches import Branched
 from fewstep.compress.int8 import Int8Linear, quantise
 from fewstep.compress.linear import chosen, linears
 from fewstep.compress.scalar_input import Scalar
-from fewstep.core import Cond, RecipeError, Rng, build, dump
+from fewstep.compress.stepwise import StepLinear
+from fewstep.core import Call, Cond, RecipeError, Rng, build, dump
 from fewstep.models import Denoiser, VideoModel, fingerprint
-from fewstep.models.bundle import read_card, sketch
+from fewstep.models.bundle import read_card
+from fewstep.models.card import sketch
 from fewstep.models.source import Pretrained, Scratch
 from fewstep.models.spec import Spec
-from fewstep.recipe import names
 from fewstep.world.checker import Checker, read_scenes
 from fewstep.world.grammar import world_prompts
+from fewstep.written import names
 from support_engine import FRAMES, shaken, tiny_model
 
 pytestmark = pytest.mark.usefixtures("single_thread")
-CASES: Mapping[str, Transform] = {cls.__name__: cls() for cls in TRANSFORMS if cls not in (Pruned, ScalarInput)} | {
+CASES: Mapping[str, Transform] = {
+    "Int8": Int8(),
+    "Branches": Branches(),
     "Int8-some": Int8(targets=("mlp.up", "qkv"), keep=("blocks.0.mlp.up",)),
     "Pruned": Pruned(blocks=(1,)),
     "Pruned-none": Pruned(),
     "ScalarInput": ScalarInput(name="guidance", scale=10.0),
     "ScalarInput-default": ScalarInput(name="until", default=0.5),
+    "Repatterned": Repatterned(pattern=BlockCausal(chunk=1)),
+    "StepScales": StepScales(steps=3),
+    "StepScales-some": StepScales(steps=2, targets=("mlp.up",)),
 }
 """Every registered transform as it is without arguments, unless it needs some."""
 
@@ -40,7 +58,9 @@ def call(network: Denoiser, scale: float = 4.0) -> Tensor:
     rng = Rng(5)
     extra = {name: torch.full((2,), scale) for name in network.backbone.scalars}
     cond = Cond(rng.randn((2, 3, 16), "text"), torch.ones(2, 3, dtype=torch.bool), extra)
-    return network(rng.randn((2, 4, FRAMES, 8, 8), "x"), torch.tensor([0.3, 0.9]), cond).raw
+    steps = max((layer.steps for layer in network.modules() if isinstance(layer, StepLinear)), default=1)
+    said = Call(step=steps - 1, steps=steps)
+    return network(rng.randn((2, 4, FRAMES, 8, 8), "x"), torch.tensor([0.3, 0.9]), cond, said).raw
 
 
 @pytest.fixture

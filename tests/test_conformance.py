@@ -22,8 +22,9 @@ from fewstep.data.video import write_video
 from fewstep.diffusion import CFG, Contract, Exact, Heun, Prediction, Shifted
 from fewstep.evaluate.conformance import CHECKS, Options, check_model, explain
 from fewstep.models import Denoiser, VideoDiT, VideoModel
-from fewstep.models.adapters import wan
-from fewstep.models.adapters.t5 import T5Text
+from fewstep.models.adapters.conditions.t5 import T5Text
+from fewstep.models.adapters.dits import wan
+from fewstep.models.adapters.dits.wan_block import WanBlock
 from fewstep.models.source import Diffusers
 from fewstep.models.spec import Spec
 from tiny_models import TINY, save_tiny
@@ -234,13 +235,13 @@ def features_of_every_block(self: Denoiser, x_t, t, cond, layers):
 
 
 def another_way_back(patch: pytest.MonkeyPatch, model: VideoModel) -> None:
-    forward = wan.Block.forward
+    forward = WanBlock.forward
 
     def block(self, state):
         again = torch._C._current_graph_task_id() != -1  # computed once more, on the way back
         return forward(self, replace(state, x_BNE=1.1 * state.x_BNE) if again else state)
 
-    patch.setattr(wan.Block, "forward", block)
+    patch.setattr(WanBlock, "forward", block)
 
 
 def frames_that_know_the_mean(patch: pytest.MonkeyPatch, model: VideoModel) -> None:

@@ -145,7 +145,7 @@ def test_autocast_is_what_was_asked_for(videos: Path, tmp_path: Path) -> None:
 
 def test_a_codec_that_takes_one_clip_refuses_batches(tmp_path: Path) -> None:
     pytest.importorskip("diffusers")
-    from fewstep.models.adapters.codec import VideoCodec
+    from fewstep.models.adapters.codecs.codec import VideoCodec
 
     wan = VideoCodec(
         config={"base_dim": 8, "z_dim": 4, "dim_mult": [1, 1], "num_res_blocks": 1, "temperal_downsample": [True]}

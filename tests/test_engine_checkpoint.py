@@ -28,7 +28,7 @@ from fewstep.engine.prepare import prepare
 from fewstep.engine.run import Run
 from fewstep.methods import METHODS, FlowMatching, Method
 from fewstep.models import Card, VideoModel, fingerprint
-from fewstep.recipe import names
+from fewstep.written import names
 from support_engine import CASES, Everything, die, long_run, short_run, small, tiny_model
 
 pytestmark = pytest.mark.usefixtures("single_thread")

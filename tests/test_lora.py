@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from fewstep.compress import Branches, Int8
 from fewstep.compress.linear import linears
 from fewstep.core import Batch, Call, Cond, Rng
+from fewstep.core.compiling import compile_problem
 from fewstep.diffusion import CFG
 from fewstep.engine import Optim, Parallel, Settings, train
-from fewstep.engine.compiling import compile_problem
 from fewstep.engine.nets import build_nets
 from fewstep.engine.prepare import prepare
 from fewstep.engine.run import blend

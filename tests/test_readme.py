@@ -22,7 +22,8 @@ from fewstep.data import write_video
 from fewstep.engine.prepare import require_processes
 from fewstep.models import bundle
 from fewstep.pipeline import Pipeline, read
-from fewstep.recipe import Recipe, names
+from fewstep.recipe import Recipe
+from fewstep.written import names
 from support_engine import tiny_model
 
 ROOT = Path(__file__).parent.parent

@@ -21,7 +21,7 @@ from fewstep.engine.views import View
 from fewstep.methods import DMD2, ROLES, Copy, Heads, Making, Method, Nets, Other, Role, Update, Weak
 from fewstep.methods.targets import mse
 from fewstep.models import Denoiser, Lora, fingerprint
-from fewstep.models.bundle import describe
+from fewstep.models.fingerprint import describe
 from fewstep.models.lora import duplicate
 from fewstep.models.spread import Spread
 from support_engine import FRAMES, Everything, TinyImages, small, tiny_model

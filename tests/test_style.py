@@ -22,7 +22,8 @@ from fewstep.engine.prepare import prepare, require_possible
 from fewstep.evaluate.style import Styled, Survival, check_style
 from fewstep.methods import DMD2, BackwardSimulation, FlowMatching
 from fewstep.models import Lora, VideoModel
-from fewstep.models.bundle import allocate, read_card
+from fewstep.models.bundle import read_card
+from fewstep.models.card import allocate
 from fewstep.models.fingerprint import fingerprint
 from fewstep.models.lora import adapt, adapters, merge, save_adapter
 from fewstep.models.source import Pretrained

@@ -13,12 +13,8 @@ from pathlib import Path
 import grimp
 
 ROOT = Path(__file__).resolve().parent.parent
-KNOWN: dict[str, str] = {
-    # "<room>: <modules>" -> why, and what would remove it
-    "fewstep.models: adapters, bundle, fingerprint, spec": (
-        "cards name adapters, which make cards; goes when Card has a file of its own and Spec no list of adapters"
-    ),
-}
+KNOWN: dict[str, str] = {}
+"""`<room>: <modules>` of a circle -> why it is there, and what would remove it."""
 
 
 def main() -> int:

@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from fewstep.core.compiling import compile_problem
+from fewstep.core.devices import has_bfloat16
 from fewstep.data.video import write_video
 from fewstep.diffusion import CFG, Uniform
 from fewstep.engine import Optim, Settings, WorldProbe
-from fewstep.engine.compiling import compile_problem
 from fewstep.evaluate import Report, Suite, entries, evaluate, load_report, write_report
-from fewstep.evaluate.machine import has_bfloat16
 from fewstep.evaluate.results import CLIPS
 from fewstep.methods import DMD2, BackwardSimulation
 from fewstep.models.source import Pretrained

@@ -1,4 +1,4 @@
-"""Attention kernels: one function, and a table of the kernels of this machine.
+"""Attention kernels: one function, a table of the kernels of this machine, and the choice of one (`attending`).
 
 Legend: B batch, H heads, N queries, M keys, D head dimension.
 """
@@ -7,13 +7,20 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+Tier = Literal["auto", "reference", "sdpa-cudnn", "sdpa-flash", "sdpa-efficient", "sdpa-math"]
+"""Who computes attention. auto: the fastest that takes the inputs. reference: plain products in float64, and every pattern by
+its mask. The others: this kernel of torch and no other."""
 
 _SDPA = {
     "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -28,7 +35,8 @@ _SHORT = 1024
 
 def attend(q_BHND: Tensor, k_BHMD: Tensor, v_BHMD: Tensor, mask: Tensor | None = None) -> Tensor:
     """Softmax attention, `[B, H, N, D]`. `mask` is bool, True = may look, and broadcasts to `[B, H, N, M]`."""
-    if _has_matmul(q_BHND.device.type, q_BHND.dtype) and k_BHMD.shape[2] <= _SHORT:
+    own = _has_matmul(q_BHND.device.type, q_BHND.dtype) and k_BHMD.shape[2] <= _SHORT
+    if own and _chosen.tier == "auto":
         return _matmul(q_BHND, k_BHMD, v_BHMD, mask)
     return F.scaled_dot_product_attention(q_BHND, k_BHMD, v_BHMD, attn_mask=mask)
 
@@ -38,6 +46,78 @@ def _matmul(q_BHND: Tensor, k_BHMD: Tensor, v_BHMD: Tensor, mask: Tensor | None)
     if mask is not None:
         scores_BHNM = scores_BHNM + torch.zeros_like(mask, dtype=q_BHND.dtype).masked_fill(~mask, float("-inf"))
     return scores_BHNM.softmax(-1) @ v_BHMD
+
+
+class _Choice:
+    """The tier of this process, like the kernels that torch may use (`sdpa_kernel`)."""
+
+    tier: Tier = "auto"
+
+
+_chosen = _Choice()
+
+
+@contextmanager
+def attending(tier: Tier) -> Iterator[None]:
+    """Inside, `tier` computes all attention. ValueError for inputs that its kernel does not take."""
+    if tier == "auto":
+        yield
+        return
+    before, _chosen.tier = _chosen.tier, tier
+    try:
+        with _Reference() if tier == "reference" else sdpa_kernel(_SDPA[tier]):
+            yield
+    except RuntimeError as error:
+        if "No available kernel" not in str(error):
+            raise
+        raise ValueError(
+            f"attention {tier} does not take the inputs of this model (their masks, sizes or types); choose auto"
+        ) from error
+    finally:
+        _chosen.tier = before
+
+
+def by_reference() -> bool:
+    """Whether attention is computed by its definition now."""
+    return _chosen.tier == "reference"
+
+
+def require_tier(tier: Tier, device: str, dtype: torch.dtype) -> None:
+    """ValueError for a kernel that this machine does not have for masked inputs of `dtype` on `device`."""
+    if tier not in _SDPA:
+        return
+    found = {backend.name: backend for backend in backends(device, dtype)}
+    if not found[tier].available:
+        have = [name for name in get_args(Tier) if name not in found or found[name].available]
+        why = found[tier].why.rstrip(".")
+        raise ValueError(f"attention {tier} does not run here ({why}); choose one of {', '.join(have)}")
+
+
+class _Reference(TorchFunctionMode):
+    """Inside, `scaled_dot_product_attention` is what its documentation says, in float64."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        run = _exactly if func is F.scaled_dot_product_attention else func
+        return run(*args, **(kwargs or {}))
+
+
+def _exactly(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    **others: Any,
+) -> Tensor:
+    if any(others.values()):
+        raise ValueError("the reference knows attention with a mask and a scale only; choose attention auto")
+    with torch.autocast(query.device.type, enabled=False):
+        scores = query.double() @ key.double().mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+        if attn_mask is not None:
+            bool_mask = attn_mask.dtype == torch.bool
+            scores = scores.masked_fill(~attn_mask, float("-inf")) if bool_mask else scores + attn_mask
+        return (scores.softmax(-1) @ value.double()).to(value.dtype)
 
 
 def math_only() -> AbstractContextManager[None]:

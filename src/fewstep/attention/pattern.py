@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewstep.attention.kernels import attend
+from fewstep.attention.kernels import attend, by_reference
 from fewstep.core import Call
 
 
@@ -76,6 +76,14 @@ class Operation(nn.Module, ABC):
         """`[B, H, N, D]`; H may be this process' share of the heads."""
         mask = self.allowed(q_BHND, k_BHMD, site)
         return attend(q_BHND, k_BHMD, v_BHMD, None if mask is None else mask.to(q_BHND.device))
+
+
+def operate(operation: Operation, q_BHND: Tensor, k_BHMD: Tensor, v_BHMD: Tensor, site: Site) -> Tensor:
+    """What an operation computes; where the reference is asked for (`kernels.attending`): what its mask says."""
+    if by_reference():
+        return Operation.forward(operation, q_BHND, k_BHMD, v_BHMD, site)
+    mixed: Tensor = operation(q_BHND, k_BHMD, v_BHMD, site)
+    return mixed
 
 
 class Pattern(ABC):

@@ -365,10 +365,13 @@ COMMANDS: dict[str, type[Command]] = {
 
 def parse(words: Sequence[str]) -> Command:
     """The command of a command line. SystemExit after printing the help, or an error with the closest valid option."""
+    options = (tyro.conf.FlagCreatePairsOff,)
+    if words and words[0] in COMMANDS:  # no other command's options need to be read
+        name, *rest = words
+        return tyro.cli(COMMANDS[name], prog=f"fewstep {name}", args=rest, config=options)
     arms: list[Any] = [Annotated[cls, tyro.conf.subcommand(name)] for name, cls in COMMANDS.items()]
     one_of: Any = Union[tuple(arms)]  # noqa: UP007
     about = "Distil a slow video diffusion model into a fast one, and measure the result."
-    options = (tyro.conf.FlagCreatePairsOff,)
     command: Command = tyro.cli(one_of, prog="fewstep", description=about, args=list(words), config=options)
     return command
 

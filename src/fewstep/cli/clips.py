@@ -20,7 +20,7 @@ from fewstep.models.bundle import VideoModel, read_card
 
 if TYPE_CHECKING:
     from fewstep.cli.arguments import Sample
-    from fewstep.models.bundle import Card
+    from fewstep.models.card import Card
 
 TOGETHER = 8
 """Largest number of clips that are made at once, and that go side by side into one file."""

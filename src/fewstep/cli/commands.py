@@ -274,7 +274,7 @@ def export(options: arguments.Export) -> int:
     from fewstep.evaluate.results import figures, load_report
     from fewstep.models import adapters
     from fewstep.models.bundle import VideoModel
-    from fewstep.recipe import FILE
+    from fewstep.written import FILE
 
     model, home = VideoModel.from_pretrained(options.student, trust=options.trust), Path(options.student)
     if options.evaluation is not None:

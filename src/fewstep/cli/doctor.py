@@ -12,9 +12,10 @@ import torch
 from fewstep import __version__
 from fewstep.attention import backends, pick
 from fewstep.cli.screen import screen, table
+from fewstep.core.compiling import compile_problem
+from fewstep.core.devices import has_bfloat16
 from fewstep.core.env import cpu_count
-from fewstep.engine.compiling import compile_problem
-from fewstep.evaluate.machine import describe_machine, has_bfloat16, speed
+from fewstep.evaluate.machine import describe_machine, speed
 
 ARITHMETIC = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -19,7 +19,8 @@ from fewstep.core.yaml import to_yaml
 from fewstep.methods.base import Method, Sync, Update
 from fewstep.models import Spec
 from fewstep.pipeline import Pipeline, read
-from fewstep.recipe import Recipe, find
+from fewstep.recipe import Recipe
+from fewstep.written import find
 
 
 def show(wanted: Path, overrides: list[tuple[str, str]], allow_imports: bool) -> int:

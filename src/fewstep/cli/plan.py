@@ -19,7 +19,8 @@ from fewstep.engine.outline import Outline
 from fewstep.engine.settings import Settings
 from fewstep.methods import in_forwards
 from fewstep.models import Lora
-from fewstep.models.bundle import Card, VideoModel
+from fewstep.models.bundle import VideoModel
+from fewstep.models.card import Card
 from fewstep.pipeline import Pipeline
 from fewstep.recipe import Recipe
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from fewstep.core.env import cpu_count
 
 BLOCK = 1 << 24
+PIECE = 1 << 18
+"""Bytes in memory at once."""
 
 
 def stamp_of(path: Path) -> str:
@@ -24,6 +26,10 @@ def stamp_of(path: Path) -> str:
 
 
 def _digest(path: Path, start: int) -> bytes:
+    found, left = hashlib.sha256(), BLOCK
     with path.open("rb") as file:
         file.seek(start)
-        return hashlib.sha256(file.read(BLOCK)).digest()
+        while piece := file.read(min(PIECE, left)):
+            found.update(piece)
+            left -= len(piece)
+    return found.digest()

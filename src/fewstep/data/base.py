@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from fewstep.core import Batch, Rng
-from fewstep.models.bundle import Card, VideoModel
+from fewstep.models.bundle import VideoModel
+from fewstep.models.card import Card
 
 REMEDIES = {
     "prompts": "Prompts",

@@ -28,7 +28,8 @@ from fewstep.data.listing import Listing, check_listing, open_listing
 from fewstep.data.order import draw_indices
 from fewstep.data.texts import Texts
 from fewstep.data.video import ClipError, Cut, to_floats
-from fewstep.models.bundle import Card, VideoModel
+from fewstep.models.bundle import VideoModel
+from fewstep.models.card import Card
 from fewstep.models.images import ImageEncoder
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,8 @@ from fewstep.data.layouts import table_cell, table_rows
 from fewstep.data.remembered import Remembered
 from fewstep.data.video import read_image
 from fewstep.models.autoencoder import FrameAutoencoder
-from fewstep.models.bundle import Card, VideoModel
+from fewstep.models.bundle import VideoModel
+from fewstep.models.card import Card
 from fewstep.models.images import ImageEncoder, image_conditions, image_names
 
 

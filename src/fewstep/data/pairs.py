@@ -24,7 +24,8 @@ from fewstep.data.texts import Texts
 from fewstep.data.video import write_video
 from fewstep.diffusion import CFG, Contract, Prediction, Sampler, TimeGrid
 from fewstep.diffusion.times import check_grid
-from fewstep.models.bundle import Card, VideoModel, latent_shape_of
+from fewstep.models.bundle import VideoModel
+from fewstep.models.card import Card, latent_shape_of
 from fewstep.models.images import image_names
 
 PREVIEWED = 4

@@ -13,7 +13,8 @@ from fewstep.data.images import PictureConditions, Pictured, require_pictures
 from fewstep.data.lines import Lines
 from fewstep.data.order import draw_indices
 from fewstep.data.texts import Texts
-from fewstep.models.bundle import Card, VideoModel
+from fewstep.models.bundle import VideoModel
+from fewstep.models.card import Card
 
 
 @dataclass(frozen=True, kw_only=True)

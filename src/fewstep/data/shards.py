@@ -11,7 +11,8 @@ from fewstep.data.images import require_stored
 from fewstep.data.order import draw_indices
 from fewstep.data.store import ShardReader, read_manifest
 from fewstep.data.texts import Texts
-from fewstep.models.bundle import Card, VideoModel
+from fewstep.models.bundle import VideoModel
+from fewstep.models.card import Card
 from fewstep.models.images import image_names
 
 

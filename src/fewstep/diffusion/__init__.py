@@ -5,12 +5,10 @@ from fewstep.diffusion.grids import Exact, LinearQuadratic, Shifted, StepCountEr
 from fewstep.diffusion.guidance import CFG
 from fewstep.diffusion.path import EDM, PATHS, VP, Betas, NoisePath, RectifiedFlow, Trig
 from fewstep.diffusion.prediction import KINDS, Kind, Prediction, from_x0, target
-from fewstep.diffusion.samplers import DDIM, DPMpp2M, Euler, Heun, Renoise, Sampler, Step
-from fewstep.diffusion.staggered import Staggered
+from fewstep.diffusion.samplers import DDIM, SAMPLERS, DPMpp2M, Euler, Heun, Renoise, Sampler, Staggered, Step
 from fewstep.diffusion.times import DENSITIES, Grid, LogitNormal, TimeDensity, Uniform, shifted, timestep, uniform_grid
 
 GRIDS: tuple[type[TimeGrid], ...] = (Shifted, LinearQuadratic, Timesteps, Exact)
-SAMPLERS: tuple[type[Sampler], ...] = (Euler, Heun, DDIM, DPMpp2M, Renoise, Staggered)
 NAMED: tuple[type, ...] = (*PATHS, *SAMPLERS, *GRIDS)
 """What a card can name."""
 

@@ -16,9 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fewstep.compress.stepwise import knows_steps
+from fewstep.core import Call
 from fewstep.core.atomic import write_text
+from fewstep.core.call import Place
+from fewstep.core.compiling import compile_problem
 from fewstep.diffusion.times import apart
-from fewstep.engine.compiling import compile_problem
 from fewstep.engine.mesh import Processes
 from fewstep.engine.nets import trained_roles
 from fewstep.engine.precision import autocast
@@ -27,6 +30,7 @@ from fewstep.engine.shard import hollow
 from fewstep.methods.base import Method, Nets
 from fewstep.models import Denoiser
 from fewstep.models.bundle import VideoModel
+from fewstep.models.runtime import types_of
 
 FILE = "effective.json"
 WATCHED = 20
@@ -81,6 +85,8 @@ class Effective:
     average: str
     """Average of the student that the run returns."""
     adapters: str
+    transforms: dict[str, tuple[str, ...]]
+    """Transforms of the denoisers that have any, by role."""
     evaluation_times: dict[str, tuple[float, ...]]
     """Times that sampling visits, per step count."""
     training_times: dict[str, Times] = field(default_factory=dict)
@@ -100,6 +106,7 @@ class Effective:
             f"trained: {roles}; {self.adapters}",
             f"returned: {self.average}",
         ]
+        facts += [f"{role} transformed: {', '.join(names)}" for role, names in self.transforms.items()]
         for steps, times in self.evaluation_times.items():
             facts.append(f"sampled in {steps} steps at {', '.join(f'{t:.6g}' for t in times)}")
         return facts + [f"FALLBACK: {what}" for what in self.fallbacks]
@@ -185,14 +192,16 @@ class Kernels(TorchDispatchMode):
 _FUSED = "_scaled_dot_product_"
 
 
-def attention_of(network: nn.Module, model: VideoModel, settings: Settings) -> tuple[tuple[str, ...], int]:
+def attention_of(
+    network: nn.Module, model: VideoModel, settings: Settings, call: Call = Call()
+) -> tuple[tuple[str, ...], int]:
     """The attention kernels of every block for one clip of the model's size, and the most keys that an unfused one has.
 
     A copy of the network is run, one block at a time in memory, so it does not matter where the network's weights are.
     """
     if not isinstance(network, Denoiser) or "codec" not in model.parts:
         return (), 0
-    shape, found, unfused = model.latent_shape(), [], 0
+    shape, found, unfused = model.latent_shape(), list[str](), 0
     device = torch.empty(0, device=settings.device).device
     backbone = hollow(network.backbone)
     blocks, backbone.blocks = list(backbone.blocks), nn.ModuleList()  # type: ignore[arg-type]
@@ -200,10 +209,11 @@ def attention_of(network: nn.Module, model: VideoModel, settings: Settings) -> t
     cond = model.blank_cond(1).to(device)
     with torch.enable_grad(), autocast(settings):
         x = torch.zeros(1, *shape, device=device, requires_grad=True)
-        state = backbone.embed(x, torch.full((1,), 0.5, device=device), cond)  # type: ignore[operator]
+        state = backbone.embed(x, torch.full((1,), 0.5, device=device), cond, call)  # type: ignore[operator]
         while blocks:
+            place = Place(len(found), len(found) + len(blocks), call)
             with Kernels() as kernels:
-                state = solid(blocks.pop(0), device)(replace(state, past=None, new=None))
+                state = solid(blocks.pop(0), device)(replace(state, past=None, place=place, new=None))
             state = state.detached  # keep the graph of one block only
             found.append(", ".join(kernels.names) or "none")
             unfused = max(unfused, kernels.unfused)
@@ -228,11 +238,11 @@ def in_effect(
     settings.allow_fallback is false. `shell` is the trained network before it was spread over `processes`.
     """
     roles = trained_roles(method, settings.steps)
-    kernels, unfused = attention_of(shell, model, settings)
-    compiling = compile_problem(settings.device) if settings.compile else ""
+    contract = method.contract(model.card.contract) if "denoiser" in model.parts else None
+    kernels, unfused = attention_of(shell, model, settings, Call(steps=contract.steps if contract else 1))
+    compiling = (steps_problem(nets) or compile_problem(settings.device)) if settings.compile else ""
     fallbacks = settle({"compile": compiling, "device": unfused_problem(settings.device, unfused)}, settings)
     compiles, lora = settings.compile and not compiling, settings.lora
-    contract = method.contract(model.card.contract) if "denoiser" in model.parts else None
     optims = {role: settings.optim_of(role) for role in roles}
     return Effective(
         identity=dict(identity),
@@ -248,6 +258,7 @@ def in_effect(
         adapters="whole networks"
         if lora is None
         else f"adapters of rank {lora.rank}, strength {lora.alpha / lora.rank:g}",
+        transforms=transforms_of(nets),
         evaluation_times={str(n): times for n, times in contract.trained.items()} if contract else {},
         fallbacks=fallbacks,
     )
@@ -283,6 +294,12 @@ def unfused_problem(device: str, keys: int) -> str:
     return f"attention over {keys} keys runs as plain matrix products on {device}: no fused kernel takes these shapes"
 
 
+def steps_problem(nets: Nets) -> str:
+    """Why blocks cannot be compiled whose layers know the step; empty where there are none."""
+    found = [role for role, network in nets.roles.items() if knows_steps(network)]
+    return f"layers of the {found[0]} depend on the step, and such blocks cannot be compiled" if found else ""
+
+
 def settle(problems: Mapping[str, str], settings: Settings) -> tuple[str, ...]:
     """The fallbacks of a run: the `problems` (by setting) that are not empty. FallbackError if fallbacks are not allowed."""
     found = tuple(f"{setting}: {problem}" for setting, problem in problems.items() if problem)
@@ -302,7 +319,7 @@ def graphs(compiles: bool) -> str:
     return f"blocks compiled: {made} graphs, {broken} graph breaks"
 
 
-def types_of(networks: Mapping[str, nn.Module]) -> dict[str, str]:
-    """The types of each network's own weights; a network without weights of its own is left out."""
-    types = {role: {str(p.dtype).removeprefix("torch.") for p in net.parameters()} for role, net in networks.items()}
-    return {role: ", ".join(sorted(found)) for role, found in types.items() if found}
+def transforms_of(nets: Nets) -> dict[str, tuple[str, ...]]:
+    """The transforms of every denoiser, with their arguments; one that has none is left out."""
+    found = {role: net.backbone.transforms for role, net in nets.roles.items() if isinstance(net, Denoiser)}
+    return {role: tuple(map(repr, transforms)) for role, transforms in found.items() if transforms}

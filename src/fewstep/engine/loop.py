@@ -85,6 +85,7 @@ def iterate(run: Run, stop: Request, *, quiet: bool) -> None:
             if run.processes.mean({"stop": float(stop.made)})["stop"] and not run.over:  # all processes decide the same
                 saver.save(run.state())
                 saver.wait()
+                run.processes.barrier()  # the leader has given the checkpoint its name
                 raise Terminated(kept(output, settings))
 
 

@@ -8,10 +8,10 @@ from types import MappingProxyType
 from torch import nn
 
 from fewstep.engine.settings import Settings
-from fewstep.methods.base import Method, Nets, Update
+from fewstep.methods.base import Method, Nets, Sync, Update
 from fewstep.methods.roles import Copy, Making
 from fewstep.models import Card, Lora, VideoModel
-from fewstep.models.bundle import latent_shape_of, text_width_of
+from fewstep.models.card import latent_shape_of, text_width_of
 from fewstep.models.source import ModelSource, Pretrained
 
 _LOOKED_AT = 10_000
@@ -28,14 +28,17 @@ def build_nets(
 ) -> Nets:
     """Teacher (the model's own network), student (a copy of it) and the method's roles, in that order.
 
-    With `lora` nothing is copied: each role is a set of adapters over the weights of the teacher or of another frozen
-    network. A new network is made on `device`, or on the device of the network whose features it reads. `others` are the
-    models of `sources` and `starts`.
+    With `lora` no copy is made: each is a set of adapters over the teacher's weights, or another frozen network's. What is
+    made new goes to `device`, or where the network is whose features it reads. `others` are the models of `sources`, and
+    under `student` the one whose denoiser the student begins as, if that is no copy of the teacher.
     """
     roles: dict[str, nn.Module] = {"teacher": model.part(method.part)}
     making = Making(roles=roles, seed=seed, lora=lora, device=device, others=others)
     begun = others.get("student")
-    roles["student"] = begun.denoiser if begun else Copy("teacher").make("student", making)
+    if begun is not None:
+        roles["student"] = begun.denoiser
+    if begun is None or lora is not None:
+        roles["student"] = Copy("teacher" if begun is None else "student").make("student", making)
     for name, role in method.aux().items():
         if name in (*roles, "ema"):
             raise ValueError(
@@ -95,3 +98,9 @@ def trained_roles(method: Method, steps: int) -> tuple[str, ...]:
         if seen.keys() >= possible:
             break
     return tuple(seen)
+
+
+def synced(method: Method, steps: int) -> set[tuple[str, str]]:
+    """Target and source of every copy of weights in a run."""
+    events = [event for step in range(min(steps, _LOOKED_AT)) for event in method.updates(step)]
+    return {(event.target, event.source) for event in events if isinstance(event, Sync)}

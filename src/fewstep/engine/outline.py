@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
-from fewstep.core import Batch, Pairs, Rng
+from fewstep.core import Batch, Call, Pairs, Rng
 from fewstep.core.flops import FORMULAS
 from fewstep.engine.health.measure import decode
 from fewstep.engine.health.monitor import judge_of, unexamined
@@ -29,9 +29,10 @@ from fewstep.engine.optim import matrices_of, require_named
 from fewstep.engine.precision import autocast, float32
 from fewstep.engine.preview import CLIPS
 from fewstep.engine.settings import Health, Settings
+from fewstep.engine.student import with_student
 from fewstep.engine.views import Views
 from fewstep.methods.base import Method, Nets, Update
-from fewstep.methods.rollouts import fold_frames
+from fewstep.methods.frames import fold_frames
 from fewstep.models import Card, Denoiser, VideoModel
 from fewstep.models.source import outline
 from fewstep.models.spread import Spread
@@ -101,6 +102,8 @@ class Outline:
     settings: Settings
     nets: Nets
     frames: int
+    base: nn.Module
+    """What the student begins as: with adapters, the frozen network that they belong to."""
     probed: int
     """Clips that a probe generates at once; 0: no probe."""
     mode: FakeTensorMode = field(repr=False)
@@ -110,13 +113,16 @@ class Outline:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         model = outline(card)
         others = {role: outline(source.card()) for role, source in {**sources(method), **starts(settings)}.items()}
+        others = {**with_student(model, settings, others)}
+        base = others.get("student", model).part(method.part)
         nets = build_nets(model, method, settings.seed, settings.lora, others=others)
         for role in trained_roles(method, settings.steps):
             require_named(nets[role], settings.optim_of(role))
-        for network in {id(network): network for network in (*model.parts.values(), *nets.values())}.values():
+        for network in {id(network): network for network in (*model.parts.values(), *nets.values(), base)}.values():
             _imagine(network, mode)
         return cls(
-            model=model, method=method, settings=settings, nets=nets, frames=frames or card.num_frames, probed=probed, mode=mode
+            model=model, method=method, settings=settings, nets=nets, base=base, frames=frames or card.num_frames,
+            probed=probed, mode=mode,
         )  # fmt: skip
 
     def plan(self) -> Plan:
@@ -136,6 +142,8 @@ class Outline:
             if role == "student" and self.settings.ema > 0:
                 average = _holding("student average", network, trained=False)
                 yield replace(average, gathered=gathered)
+        if not any(self.base is network for network in self.nets.values()):
+            yield _holding("student's base", self.base, trained=False)
         for name, part in self.model.parts.items():
             if name != self.method.part:
                 yield replace(_holding(name, part, trained=False), idles=False)
@@ -262,22 +270,23 @@ class Outline:
         times = self.settings.accumulate
         if self.method.part != "denoiser":
             return times * sum(phase.flops for phase in phases)
-        cost, frozen = self.method.cost(), sources(self.method)  # a role costs what it is a copy of
-        kinds = [(origin(self.method, work.role, frozen), work.frames, work.layers) for work in cost]
+        own = {"student"} if self.settings.transforms else set()
+        cost, others = self.method.cost(), {*own, *sources(self.method)}  # a role costs what it is a copy of
+        kinds = [(origin(self.method, work.role, others), work.frames, work.layers) for work in cost]
         forward = {kind: self._forward(*kind) for kind in set(kinds)}
         return round(times * sum(work.forwards * forward[kind] for work, kind in zip(cost, kinds, strict=True)))
 
     def _forward(self, role: str, frames: int, layers: tuple[int, ...]) -> int:
         """Floating-point operations of one forward pass on a batch; the arguments are fields of `Work`."""
         network: Denoiser = self.nets[role]  # type: ignore[assignment]
-        batch = self.batch()
+        batch, call = self.batch(), Call(steps=self.method.contract(self.model.card.contract).steps)
         with torch.no_grad(), Ledger() as ledger, self.mode:
             x_t, cond = torch.empty(batch.noise_shape), batch.cond
             if frames:
                 x_t, rows = fold_frames(x_t, frames, Rng(self.settings.seed))
                 cond = cond[rows]
             t = torch.ones(len(x_t))
-            _ = network.features(x_t, t, cond, layers) if layers else network(x_t, t, cond)
+            _ = network.features(x_t, t, cond, layers, call) if layers else network(x_t, t, cond, call)
         return ledger.flops
 
 
@@ -304,12 +313,18 @@ def _holding(role: str, network: nn.Module, *, trained: bool, slim: int = 0) -> 
     buffers = [b for name, b in network.named_buffers() if name.rpartition(".")[2] not in borrowed]
     return Holding(
         role=role,
-        network=type(getattr(network, "backbone", network)).__name__,
+        network=_named(network),
         parameters=count,
         trained=count if trained else 0,
         weights=sum(tensor.nbytes for tensor in (*own, *buffers)),
         optimizer=optimizer_bytes(count, slim) if trained else 0,
     )
+
+
+def _named(network: nn.Module) -> str:
+    """Its class, and what was done to it: `VideoDiT, Pruned`."""
+    inner = getattr(network, "backbone", network)
+    return ", ".join(type(x).__name__ for x in (inner, *getattr(inner, "transforms", ())))
 
 
 def _gathered(network: nn.Module) -> int:

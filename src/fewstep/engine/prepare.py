@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from fewstep.engine.probe import Probe
 from fewstep.engine.run import Run
 from fewstep.engine.settings import Parallel, Settings
 from fewstep.engine.shard import hollow, shard
+from fewstep.engine.student import require_transformable, transforms_of, with_student
 from fewstep.engine.views import Views
 from fewstep.methods.base import Method, Nets
 from fewstep.models import Card, Denoiser, VideoModel
@@ -79,16 +79,19 @@ def prepare(
     )
     return Run(
         model=model, method=method, settings=settings, output=output, processes=processes, nets=nets, source=source,
-        optimizers=optimizers, average=held.average, shell=held.shell, spread=held.spread, identity=identity, trees=trees,
-        effective=effective, provenance=dict(provenance) | told(others) | effective.provenance, probe=probe, preview=preview,
-        monitor=monitor,
+        optimizers=optimizers, average=held.average, base=held.base, shell=held.shell, spread=held.spread, identity=identity,
+        trees=trees, effective=effective, provenance=dict(provenance) | told(others) | effective.provenance, probe=probe,
+        preview=preview, monitor=monitor,
     )  # fmt: skip
 
 
 def load_others(method: Method, settings: Settings, processes: Processes) -> dict[str, VideoModel]:
     """Other models whose denoisers a run uses, by role. Weights that will be sharded are not loaded yet."""
     leave, others = ("denoiser",) if processes.weights is not None else (), {**sources(method), **starts(settings)}
-    return {role: source.load(leave=leave, parts=("denoiser",)) for role, source in others.items()}
+    return {
+        role: source.load(leave=() if role == "student" and settings.transforms else leave, parts=("denoiser",))
+        for role, source in others.items()
+    }
 
 
 def told(others: Mapping[str, VideoModel]) -> dict[str, str]:
@@ -105,6 +108,8 @@ class Networks:
     """Model that the run starts from; its trained part is the teacher."""
     nets: Nets
     """Networks by role."""
+    base: nn.Module
+    """What the student begins as: with adapters, the frozen network that they belong to."""
     average: nn.Module | None
     """Averaged student."""
     shell: nn.Module
@@ -126,12 +131,12 @@ class Networks:
         If a network will be sharded, only its structure is copied. Each role then takes its shards of the weights it starts
         with: the teacher's, or another model's.
         """
-        part = method.part
-        weights, shell = {"teacher": model.weights(part)}, hollow(model.part(part))
+        part, others = method.part, with_student(model, settings, others)
+        weights, shell = {"teacher": model.weights(part)}, hollow(others.get("student", model).part(part))
         weights |= {role: other.weights("denoiser") for role, other in others.items()}
         sharded = processes.weights is not None and isinstance(shell, Denoiser)
         if sharded:
-            model = VideoModel(model.card, {**model.parts, part: copy.deepcopy(shell)})
+            model = VideoModel(model.card, {**model.parts, part: hollow(model.part(part))})
             others = {role: VideoModel(o.card, {"denoiser": hollow(o.denoiser)}) for role, o in others.items()}
         for name, network in model.parts.items():
             if not sharded or name != part:
@@ -150,7 +155,8 @@ class Networks:
                 spread.check(denoiser.backbone)
         if settings.parallel.offload:
             nets = Shelf(nets.roles, settings.device)
-        return cls(model=model, nets=nets, average=average, shell=shell, spread=spread)
+        base = others.get("student", model).part(part)
+        return cls(model=model, nets=nets, base=base, average=average, shell=shell, spread=spread)
 
 
 def require_possible(method: Method, settings: Settings, card: Card, probe: Probe | None) -> tuple[str, ...]:
@@ -176,12 +182,8 @@ def require_possible(method: Method, settings: Settings, card: Card, probe: Prob
         raise ValueError(f"settings.optim.{role}: no such role is trained; {hint}({name} trains: {', '.join(roles)})")
     for made in method.aux().values():
         made.check(settings.lora)
-    fixed = [type(transform).__name__ for transform in card.transforms if not transform.trainable]
-    if fixed and settings.lora is None and method.part == "denoiser":
-        raise ValueError(
-            f"{name} trains a denoiser, and the layers of this one are {fixed[0]}, which cannot be trained; set settings.lora, "
-            "which trains adapters over them, or train first and transform the student afterwards"
-        )
+    if method.part == "denoiser":
+        require_transformable(method, settings, card)
     if settings.lora is not None and settings.parallel.offload:
         raise ValueError(
             "settings.parallel.offload moves idle networks to the CPU one by one, and with settings.lora all networks share "
@@ -193,7 +195,7 @@ def require_possible(method: Method, settings: Settings, card: Card, probe: Prob
             "leave out shard and replicate"
         )
     if method.part != "denoiser":
-        for setting in ("compile", "preview_every", "lora"):
+        for setting in ("compile", "preview_every", "lora", "transforms"):
             if getattr(settings, setting):
                 who = f"{name} trains the {method.part}"
                 raise ValueError(f"settings.{setting} is for denoisers, and {who}; leave it out")
@@ -225,7 +227,6 @@ def require_same(method: Method, settings: Settings, card: Card, begun: Card | N
         "denoiser": (begun.parts["denoiser"], card.parts.get("denoiser", begun.parts["denoiser"])),
         "path": (begun.path, card.path),
         "kind": (begun.kind, card.kind),
-        "transforms": (begun.transforms, card.transforms),
     }
     for what, (theirs, own) in pairs.items():
         if theirs != own:
@@ -233,6 +234,12 @@ def require_same(method: Method, settings: Settings, card: Card, begun: Card | N
                 f"settings.start: {settings.start} does not match this teacher: its {what} is {theirs}, and the teacher's is "
                 f"{own}; give a student of the same model"
             )
+    wanted = transforms_of(card, settings)
+    if begun.transforms != wanted[: max(len(card.transforms), len(begun.transforms))]:
+        raise ValueError(
+            f"settings.start: {settings.start} is no student of this teacher: it has the transforms {list(begun.transforms)}, "
+            f"and this run's student {list(wanted)}; write those that it has besides the teacher's in settings.transforms"
+        )
 
 
 def require_clips(method: Method, card: Card) -> None:

@@ -46,6 +46,8 @@ class Run:
     source: Source
     optimizers: dict[str, RoleOptimizer]
     average: nn.Module | None
+    base: nn.Module
+    """What the student began as: with adapters, the frozen network that they belong to."""
     shell: nn.Module
     """Structure of the student without its weights."""
     spread: Spread
@@ -171,7 +173,7 @@ class Run:
             return self.model.with_part(self.method.part, network, provenance=self.provenance)
         contract = self.method.contract(card.contract)
         role = card.role if contract == card.contract else "student"
-        network = merge(self.nets.roles["teacher"], network)
+        network = merge(self.base, network)
         return self.model.with_part(
             "denoiser", network, contract=contract, role=role, provenance=self.provenance, scores=dict(self.best)
         )

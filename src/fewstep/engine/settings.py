@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from fewstep.compress import Transform
 from fewstep.core.bounds import Amount, Bounds, Count, Decay, Natural, Positive, Size, require_bounds
 from fewstep.models.lora import Lora
 
@@ -111,6 +112,9 @@ class Settings:
     start: str | None = None
     """Folder of an earlier student, or `world`: the student starts from its denoiser. null: from a copy of the teacher's.
     Other roles are not affected."""
+    transforms: tuple[Transform, ...] = ()
+    """Transforms applied to the student alone, which starts from the teacher's weights (or those of `start`) in another
+    structure. `model.transforms` change the teacher, too."""
     lora: Lora | None = None
     """Train LoRA adapters over one frozen copy of the teacher's weights. null: train whole networks."""
     ema: Decay = 0.0

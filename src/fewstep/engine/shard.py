@@ -79,6 +79,12 @@ def whole(network: nn.Module, shell: nn.Module, processes: Processes) -> nn.Modu
     return piece
 
 
+def gathered(network: nn.Module) -> dict[str, Tensor]:
+    """Every tensor of a sharded network, whole, on the CPU of this process. Every process must call."""
+    tensors = network.state_dict()
+    return {name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().cpu() for name, t in tensors.items()}
+
+
 def add_gradients(network: nn.Module, processes: Processes) -> None:
     """Sum the gradients of a network that every process holds whole; FSDP does this for the other networks."""
     if processes.world == 1 or isinstance(network, FSDPModule):

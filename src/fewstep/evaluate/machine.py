@@ -57,11 +57,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def has_bfloat16() -> bool:
-    """Whether the processor has bfloat16 arithmetic. Without it, `autocast: bf16` is slower than float32."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
 def speed(dtype: torch.dtype, size: int = 384) -> float:
     """Operations per CPU-second of one core in a matrix product: the best of five runs."""
     a, threads, seconds = torch.ones(size, size, dtype=dtype), torch.get_num_threads(), []

@@ -12,9 +12,8 @@ Zhu et al., Accelerating Video Diffusion Models via Distribution Matching, 2412.
 
 X_s is noised on the image teacher's path, all else on the video teacher's. D is a head on frozen blocks of the video teacher.
 
-Not from the paper, which does not give them: K, both lambdas, the normaliser of line 5 (DMD's, per frame), guidance, the grid,
-the head's layout, and that line 2 uses K frames at the times of line 5. A video teacher that knows single frames may be its
-own image teacher. Corrected: the sign of the paper's eq. 7, and its line 15, which must update the critic's weights.
+Not from the paper, which leaves them open: K, both lambdas, the normaliser of line 5 (DMD's, frame by frame), guidance,
+grid, head, the times of line 2. Corrected: the sign of its eq. 7, and whose weights its line 15 updates (the critic's).
 """
 
 from __future__ import annotations
@@ -32,8 +31,9 @@ from fewstep.core.bounds import Amount, Count, require_bounds
 from fewstep.diffusion import CFG, TimeDensity, Uniform
 from fewstep.methods import targets
 from fewstep.methods.base import Method, Nets, Update, Work
+from fewstep.methods.frames import fold_frames
 from fewstep.methods.roles import Copy, Heads, Other, Role
-from fewstep.methods.rollouts import BackwardSimulation, Rollout, fold_frames
+from fewstep.methods.rollouts import BackwardSimulation, Rollout
 from fewstep.models.source import ModelSource
 
 

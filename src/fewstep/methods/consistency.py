@@ -67,7 +67,7 @@ class Consistency(Method):
         return frozenset({"prompts", "x0"})
 
     def aux(self) -> dict[str, Role]:
-        return {"target": Copy("teacher")}
+        return {"target": Copy("student")}
 
     def updates(self, step: int) -> Iterator[Update | Sync]:
         yield Update(("student",), self.student_loss)

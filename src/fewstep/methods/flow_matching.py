@@ -23,7 +23,7 @@ from fewstep.core import Batch, Cond, Losses, Rng
 from fewstep.core.bounds import Count, Fraction
 from fewstep.diffusion import LogitNormal, TimeDensity
 from fewstep.methods.base import Method, Nets, Update, Work
-from fewstep.methods.rollouts import fold_frames
+from fewstep.methods.frames import fold_frames
 from fewstep.methods.targets import denoising
 
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple, Self, cast
 import torch
 from torch import Tensor, nn
 
-from fewstep.attention import Grid3, KVCache, Operation, Pattern, Site, Ulysses
+from fewstep.attention import Grid3, KVCache, Operation, Pattern, Site, Ulysses, operate
 from fewstep.compress import Transform
 from fewstep.core import KV, Call, Cond, KVView
 from fewstep.core.call import Place
@@ -55,7 +55,7 @@ def read(operation: Operation, qkv: tuple[Tensor, Tensor, Tensor], context: Cont
     q_BHND, k_BHMD, v_BHMD = context.rotary.turn(q, table).to(v), context.rotary.turn(k, table).to(v), v
     if past is not None:
         k_BHMD, v_BHMD = torch.cat([past[0], k_BHMD], 2), torch.cat([past[1], v], 2)
-    mixed = operation(q_BHND, k_BHMD, v_BHMD, context.site)
+    mixed = operate(operation, q_BHND, k_BHMD, v_BHMD, context.site)
     return Read(mixed if shared is None else shared.to_tokens(mixed), (k, v))
 
 
@@ -65,6 +65,8 @@ class State(ABC):
 
     past: KV | None = field(default=None, kw_only=True)
     """Input: rotated keys, and values, that the next block may read in addition to its own."""
+    place: Place = field(default=Place(0, 1, Call()), kw_only=True)
+    """Input: where the next block is, and in which call."""
     new: KV | None = field(default=None, kw_only=True)
     """Output: keys (without rotary position) and values of the last block that ran."""
 
@@ -251,6 +253,11 @@ class Backbone(nn.Module, ABC):
             )
 
     @property
+    def dtype(self) -> torch.dtype | None:
+        """Type of the weights at both ends, which latents must have; None if all weights are in the blocks."""
+        return next((p.dtype for name, p in self.named_parameters() if not name.startswith("blocks.")), None)
+
+    @property
     def widths(self) -> tuple[int, ...]:
         """Channels of `State.volume` after each block."""
         return (self.width,) * len(self.blocks)
@@ -265,8 +272,9 @@ class Backbone(nn.Module, ABC):
             self.require_sharing()
             state = state.split(cast(Ulysses, call.shared))
         for index, block in enumerate(self.blocks):
-            state = replace(state, past=call.kv.layer(index) if call.kv else None, new=None)
-            state = call.runner(block, state, Place(index, len(self.blocks), call))
+            place = Place(index, len(self.blocks), call)
+            state = replace(state, past=call.kv.layer(index) if call.kv else None, place=place, new=None)
+            state = call.runner(block, state, place)
             yield state
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond, call: Call = Call()) -> Output:

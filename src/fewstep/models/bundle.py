@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,22 +18,24 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fewstep.compress import TRANSFORMS, Transform, transformed
-from fewstep.core import Cond, RecipeError, build, dump
+from fewstep.compress import Transform, transformed
+from fewstep.core import Cond, dump
 from fewstep.core.atomic import settle
-from fewstep.core.bounds import FrameRate, Size, require_bounds
 from fewstep.core.stamp import stamp_of
 from fewstep.core.yaml import load_json
-from fewstep.diffusion import NAMED, Contract, Kind, NoisePath, RectifiedFlow, Step
+from fewstep.diffusion import Step
 from fewstep.diffusion.samplers import finish
 from fewstep.models import adapters
 from fewstep.models.autoencoder import FrameAutoencoder
+from fewstep.models.card import PARTS, Card, parse_card
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.fingerprint import describe, print_of
 from fewstep.models.images import Images, blank_images, image_conditions
+from fewstep.models.loading import loaded
 from fewstep.models.lora import updated
+from fewstep.models.runtime import Runtime, bring, decoded, require_exact, settled, typed
 from fewstep.models.sampling import Request, sampling
-from fewstep.models.spec import Spec, lacking
+from fewstep.models.spec import lacking
 from fewstep.models.stored import Stored
 from fewstep.models.text import TextEncoder
 
@@ -43,47 +45,6 @@ BUILT_IN = Path(__file__).parent.parent / "world" / "weights"
 _BUILT_INS = {"world": BUILT_IN / "teacher", "world/features": BUILT_IN / "features"}
 """Folders by the names they go by, which look like names on the hub and are none."""
 
-PARTS = ("denoiser", "text", "image", "codec", "features")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Card:
-    """What a folder of weights says of itself."""
-
-    name: str
-    role: Literal["teacher", "student"] = "teacher"
-    parts: dict[str, Spec] = field(default_factory=dict)
-    """Class and constructor arguments of every network; the denoiser's entry is its backbone."""
-    sources: dict[str, str] = field(default_factory=dict)
-    """Source of each part whose weights are not in this folder: a folder in diffusers' layout or its hub name."""
-    fingerprints: dict[str, str] = field(default_factory=dict)
-    """Fingerprint of each part's loaded weights. Data made with other weights is refused before it is read."""
-    transforms: tuple[Transform, ...] = ()
-    """Transforms of the denoiser relative to its entry in `parts`, in the order of application."""
-    files: dict[str, str] = field(default_factory=dict)
-    """Length and digest of each part's file as written; loading detects damage."""
-    path: NoisePath = RectifiedFlow()
-    kind: Kind = "flow"
-    contract: Contract = Contract()
-    num_frames: Size = 16
-    height: Size = 32
-    width: Size = 32
-    fps: FrameRate = 8
-    negative_prompt: str = ""
-    """Negative prompt for guidance."""
-    provenance: dict[str, str] = field(default_factory=dict)
-    """Recipe hash, teacher and data fingerprints, licences, machine, versions: free text by name."""
-    scores: dict[str, float] = field(default_factory=dict)
-    """Measured figures by name; the name contains n."""
-
-    def __post_init__(self) -> None:
-        require_bounds(self)
-        for field_, names in (("parts", self.parts), ("sources", self.sources), ("files", self.files)):
-            if unknown := sorted(set(names) - set(PARTS)):
-                raise ValueError(
-                    f"{field_}: {unknown[0]!r} is no part of a video model; its parts are {', '.join(PARTS)}"
-                )
-
 
 class VideoModel:
     """Networks by part, and their card. `model(prompts)` makes clips.
@@ -92,14 +53,18 @@ class VideoModel:
     (an autoencoder on its way to a teacher).
     """
 
-    def __init__(self, card: Card, parts: Mapping[str, nn.Module]) -> None:
+    def __init__(self, card: Card, parts: Mapping[str, nn.Module], runtime: Runtime = Runtime()) -> None:
         unknown = sorted(set(parts) - set(PARTS))
         if unknown:
             raise ValueError(f"unknown parts {unknown}; a video model has {', '.join(PARTS)}")
         self.card = card
         self.parts = {name: part.eval() for name, part in parts.items()}
+        self.runtime = runtime
+        """How the model is run."""
         self.stored: dict[str, Stored] = {}
-        """Weights of the parts that have no memory for them (on the meta device)."""
+        """Weights in their files: of parts that have no memory for them (on the meta device), or have them rounded."""
+        self.rounded: dict[str, str] = {}
+        """Fingerprints of parts that have their weights rounded, and nowhere else."""
 
     def part(self, name: str) -> nn.Module:
         if name not in self.parts:
@@ -128,18 +93,52 @@ class VideoModel:
         return self.stored[name] if name in self.stored else self.part(name).state_dict()
 
     def fingerprint(self, name: str) -> str:
-        """Fingerprint of a part, wherever its weights are."""
-        return print_of(self.part(name), self.weights(name))
+        """Fingerprint of a part, wherever its weights are: of those that were loaded, in whatever type they are run."""
+        return self.rounded.get(name) or print_of(self.part(name), self.weights(name))
 
     @property
     def device(self) -> torch.device:
         """Where clips are made. The text encoder may wait elsewhere."""
+        if self.runtime.offload:
+            return torch.device(self.runtime.device)
         return next(self.parts.get("denoiser", next(iter(self.parts.values()))).parameters()).device
 
-    def to(self, device: str | torch.device) -> VideoModel:
+    def to(self, place: str | torch.device | torch.dtype) -> VideoModel:
+        """On another device, or in other arithmetic (`Runtime.dtype`); as `prepared`, in place."""
+        if isinstance(place, torch.dtype):
+            return self.prepared(replace(self.runtime, dtype=str(place).removeprefix("torch.")))  # type: ignore[arg-type]
         for part in self.parts.values():
-            part.to(device)
+            part.to(place)
+        self.runtime = replace(self.runtime, device=str(place), offload=False)
         return self
+
+    def prepared(self, runtime: Runtime) -> VideoModel:
+        """This model, which from now on runs as `runtime` says. ValueError for what cannot be; see also `from_pretrained`.
+
+        Its networks are changed in place: they move, and change their types.
+        """
+        runtime.require(self)
+        if runtime.dtype != self.runtime.dtype and "denoiser" in self.parts:
+            if self.runtime.dtype != "float32":
+                raise ValueError(
+                    f"the weights are {self.runtime.dtype} already; load the model again with this runtime"
+                )
+            self.rounded["denoiser"] = self.fingerprint("denoiser")
+            typed(self.denoiser, runtime.dtype)
+        settled(self, runtime)
+        self.runtime = runtime
+        return self
+
+    def with_card(self, **changes: Any) -> VideoModel:
+        """The same networks, run alike, with fields of the card exchanged."""
+        made = copy.copy(self)
+        made.card = replace(self.card, **changes)
+        return made
+
+    def bring(self, *names: str) -> None:
+        """Put these networks, and with offload no others, on the device."""
+        if self.runtime.offload:
+            bring(self.parts, names, self.device)
 
     def with_part(self, name: str, network: nn.Module, **card: Any) -> VideoModel:
         """The same model with one network (and fields of its card) exchanged; the other networks are shared."""
@@ -148,7 +147,12 @@ class VideoModel:
         changes = {"fingerprints": known, "sources": elsewhere, **card}
         if isinstance(network, Denoiser):
             changes["transforms"] = network.backbone.transforms
-        return VideoModel(replace(self.card, **changes), {**self.parts, name: network})
+        made = VideoModel(replace(self.card, **changes), {**self.parts, name: network}, self.runtime)
+        made.stored = {part: weights for part, weights in self.stored.items() if part != name}
+        made.rounded = {part: known for part, known in self.rounded.items() if part != name}
+        if self.runtime.compile:
+            settled(made, self.runtime)
+        return made
 
     def with_lora(self, source: Path | str) -> VideoModel:
         """The same model with a LoRA merged into its denoiser: a file or folder that diffusers, ComfyUI or peft reads.
@@ -168,17 +172,22 @@ class VideoModel:
 
     # --- sampling -----------------------------------------------------------------------------------------------------
 
-    def __call__(self, prompts: Sequence[str], **options: Any) -> Tensor:
+    def __call__(self, prompts: Sequence[str] | Cond, **options: Any) -> Tensor:
         """Clips `[B, 3, F, H, W]` in [-1, 1] for `prompts`; `options` are the fields of `Request`."""
         latents = self.latents(prompts, **options)  # without inference mode, which sharded networks do not bear
         with torch.inference_mode():
-            return self.codec.decode(latents).clamp(-1, 1)
+            return self.decode(latents)
 
-    def latents(self, prompts: Sequence[str], **options: Any) -> Tensor:
+    def decode(self, latents: Tensor) -> Tensor:
+        """Clips `[B, 3, F, H, W]` in [-1, 1] of latents, whole, in tiles or in chunks (`Runtime.tiling`)."""
+        self.bring("codec")
+        return decoded(self.codec, latents, self.runtime)
+
+    def latents(self, prompts: Sequence[str] | Cond, **options: Any) -> Tensor:
         """Sample latents `[B, C, F, h, w]` by the card's contract: `sampling`, run to its end."""
         return finish(self.sampling(prompts, **options))
 
-    def sampling(self, prompts: Sequence[str], **options: Any) -> Iterator[Step]:
+    def sampling(self, prompts: Sequence[str] | Cond, **options: Any) -> Iterator[Step]:
         """Sample by the card's contract, step by step; the latents of the last step are the clips'.
 
         `options` are the fields of `Request`. Refused at once unless `force`: a step count the model was not trained for
@@ -192,11 +201,15 @@ class VideoModel:
         frames = self.card.num_frames if num_frames is None else num_frames
         return self.codec.latent_shape(frames, self.card.height, self.card.width)
 
-    def encode_text(self, prompts: Sequence[str]) -> tuple[Cond, Cond]:
-        """Conditions of `prompts`, and the card's negative prompt as many times."""
+    def encode_text(self, prompts: Sequence[str], *, guided: bool = True) -> tuple[Cond, Cond]:
+        """Conditions of `prompts`, and the card's negative prompt as many times; if not `guided`, where nobody reads it, the
+        conditions a second time."""
+        self.bring("text")
         with torch.no_grad():
-            given, negative = self.text.encode(prompts), self.text.encode([self.card.negative_prompt])
-            return given.to(self.device), negative.to(self.device).expand(len(prompts))
+            given = self.text.encode(prompts).to(self.device)
+            if not guided:
+                return given, given
+            return given, self.text.encode([self.card.negative_prompt]).to(self.device).expand(len(prompts))
 
     def conditions(
         self,
@@ -204,16 +217,20 @@ class VideoModel:
         image: Images | None = None,
         last_image: Tensor | None = None,
         num_frames: int | None = None,
+        *,
+        guided: bool = True,
     ) -> tuple[Cond, Cond]:
         """Conditions of `prompts` and of the negative prompt, both with the images where this model makes clips of them.
+        `guided` as in `encode_text`. `latents` takes both in place of prompts.
 
         ValueError where an image is missing or of no use.
         """
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"prompts are a list of texts, one for each clip, such as ['a red ball']; got {prompts!r}")
         frames = self.card.num_frames if num_frames is None else num_frames
+        self.bring("image", "codec")
         extra = image_conditions(self, len(prompts), image, last_image, frames)
-        cond, uncond = self.encode_text(prompts)
+        cond, uncond = self.encode_text(prompts, guided=guided)
         return cond.with_extra(extra), uncond.with_extra(extra)
 
     def blank_cond(self, batch: int, num_frames: int | None = None) -> Cond:
@@ -230,8 +247,10 @@ class VideoModel:
     def save(self, folder: Path | str, *, dtype: torch.dtype = torch.float32) -> Path:
         """Write the card and every part; floating-point tensors are stored as `dtype` and load as float32.
 
-        A text encoder or codec that came from a source of its own (`card.sources`) is named, not copied.
+        A text encoder or codec that came from a source of its own (`card.sources`) is named, not copied. ValueError for a
+        model that runs with rounded weights.
         """
+        require_exact(self)
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         elsewhere = {name: source for name, source in self.card.sources.items() if name != "denoiser"}
@@ -263,42 +282,29 @@ class VideoModel:
         What was not trained is copied from its source (`link`: linked). ValueError where diffusers could not do the same.
         With `comfyui` the denoiser alone, in one file, by its authors' names. `recipe` is the text of it, for the page.
         """
+        require_exact(self)
         return adapters.export(self, Path(folder), names=names, link=link, recipe=recipe)
 
     @classmethod
-    def from_pretrained(cls, source: Path | str, *, leave: Collection[str] = (), trust: bool = False) -> VideoModel:
+    def from_pretrained(
+        cls, source: Path | str, *, leave: Collection[str] = (), trust: bool = False, runtime: Runtime = Runtime()
+    ) -> VideoModel:
         """Load a folder, a model in diffusers' layout (a folder or its hub name), or a built-in: `world`, `world/features`.
 
         Networks come in eval mode. The weights of parts to `leave` stay in their files: `weights` reads them when wanted.
         Files that fewstep wrote are compared with what their card says of them when they are read, unless you `trust` them.
+        Tensors are read one by one, each into the type that `runtime` keeps it in.
         """
-        return cls.load(read_card(source), source, leave=leave, trust=trust)
+        return cls.load(read_card(source), source, leave=leave, trust=trust, runtime=runtime)
 
     @classmethod
-    def load(cls, card: Card, source: Path | str, *, leave: Collection[str] = (), trust: bool = False) -> VideoModel:
+    def load(
+        cls, card: Card, source: Path | str, *, leave: Collection[str] = (), trust: bool = False,
+        runtime: Runtime = Runtime(),
+    ) -> VideoModel:  # fmt: skip
         """As `from_pretrained`, by a card that may say more than the source does (another size, another pattern)."""
-        model = cls(card, {})
-        for name in card.parts:
-            weights, part = None, sketch(name, card)
-            if name in card.sources:
-                changes = card.transforms if name == "denoiser" else ()
-                part = sketch(name, replace(card, transforms=()))
-                weights = adapters.load(part, card.sources[name], leave=name in leave and not changes)
-                if changes:
-                    part.backbone = transformed(part.backbone, changes)
-            else:
-                path = _folder_of(source) / f"{name}.safetensors"
-                known = {path: card.files[name]} if name in card.files and not trust else {}
-                weights = Stored([path], part.state_dict(), stamps=known)
-                weights.require_matching(part, path)
-                if name not in leave:
-                    part = allocate(name, card)
-                    part.load_state_dict(dict(weights))
-                    weights = None
-            model.parts[name] = part.eval()
-            if weights is not None:
-                model.stored[name] = weights
-        return model
+        folder = _folder_of(source) if card.parts.keys() - card.sources.keys() else Path()
+        return loaded(cls(card, {}), folder, leave=leave, trust=trust, runtime=runtime)
 
 
 def read_card(source: Path | str) -> Card:
@@ -310,45 +316,6 @@ def read_card(source: Path | str) -> Card:
         return adapters.card(source)
     path = _folder_of(source) / "card.json"
     return parse_card(load_json(path, "a card"), str(path))
-
-
-def parse_card(tree: Any, where: str) -> Card:
-    """The card of its plain values. RecipeError says what is wrong with them, or that they would import code."""
-    if not (isinstance(tree, dict) and tree.get("parts")):
-        raise RecipeError(f"{where}: parts is empty or missing, so there is no network to load; copy the folder again")
-    names = {cls.__name__: cls for classes in (NAMED, TRANSFORMS) for cls in classes}
-    card: Card = build(Card, tree, names, where)
-    return card
-
-
-def allocate(part: str, card: Card) -> nn.Module:
-    """The network of one part, with fresh weights."""
-    network = card.parts[part].build()
-    return Denoiser(transformed(network, card.transforms), card.path, card.kind) if part == "denoiser" else network
-
-
-def sketch(part: str, card: Card) -> nn.Module:
-    """The network of one part without memory for its weights: every tensor is on the meta device."""
-    with torch.device("meta"):
-        return allocate(part, card)
-
-
-def latent_shape_of(card: Card) -> tuple[int, int, int, int] | None:
-    """`(C, F, h, w)` of the clips of a model that is not loaded; None without a codec."""
-    if "codec" not in card.parts:
-        return None
-    with torch.device("meta"):
-        codec = card.parts["codec"].build()
-    return codec.latent_shape(card.num_frames, card.height, card.width)
-
-
-def text_width_of(card: Card) -> int | None:
-    """Width of the text states of a model that is not loaded; None without a text encoder."""
-    if "text" not in card.parts:
-        return None
-    with torch.device("meta"):
-        text: Any = card.parts["text"].build()
-    return int(text.width)
 
 
 def _folder_of(source: Path | str) -> Path:

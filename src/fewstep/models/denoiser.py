@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,9 @@ class Predictor(Protocol):
 class Denoiser(nn.Module):
     """Latents `[B, C, F, H, W]` at time `[B]` or `[B, F]` in, a `Prediction` out."""
 
+    rounded: bool = False
+    """Whether the matrices of the blocks are kept as bfloat16, and multiplied so (`runtime.typed`)."""
+
     def __init__(self, backbone: Backbone, path: NoisePath, kind: Kind) -> None:
         super().__init__()
         if kind not in KINDS:
@@ -48,7 +52,8 @@ class Denoiser(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond, call: Call = Call()) -> Prediction:
         """With a view of the past (`call.kv`) the prediction also carries this call's keys and values, to be committed."""
-        out = self.backbone(x_t, t, cond, call)
+        with self._arithmetic(x_t):
+            out = self.backbone(x_t.to(self.backbone.dtype or x_t.dtype), t, cond, call)
         return Prediction(out.raw.to(x_t.dtype), self.kind, x_t, t, self.path, out.kv)
 
     def features(self, x_t: Tensor, t: Tensor, cond: Cond, layers: Sequence[int], call: Call = Call()) -> list[Tensor]:
@@ -60,8 +65,9 @@ class Denoiser(nn.Module):
         wanted = [layer + depth if layer < 0 else layer for layer in layers]
         if not wanted or not all(0 <= layer < depth for layer in wanted):
             raise ValueError(f"layers must be a non-empty list in [-{depth}, {depth - 1}], got {list(layers)}")
-        states = islice(self.backbone.walk(self.backbone.embed(x_t, t, cond, call), call), max(wanted) + 1)
-        volumes = {layer: state.volume for layer, state in enumerate(states) if layer in wanted}
+        with self._arithmetic(x_t):
+            states = islice(self.backbone.walk(self.backbone.embed(x_t, t, cond, call), call), max(wanted) + 1)
+            volumes = {layer: state.volume for layer, state in enumerate(states) if layer in wanted}
         return [volumes[layer] for layer in wanted]
 
     def recall(self, memory: KVCache, x_t: Tensor, call: Call = Call()) -> KVView:
@@ -83,9 +89,14 @@ class Denoiser(nn.Module):
         apart = torch.is_grad_enabled() or call.kv is not None
         prediction = self.forward(x_t, t, cond, call) if apart else None
         eager = torch.compiler.set_stance("force_eager")  # compiled blocks know no forward-mode derivatives
-        with torch.no_grad(), forward_ad.dual_level(), forward_mode(), eager:
+        with torch.no_grad(), forward_ad.dual_level(), forward_mode(), eager, self._arithmetic(x_t):
             moving = forward_ad.make_dual(x_t, dx), forward_ad.make_dual(t, dt)
             raw, slope = forward_ad.unpack_dual(self.backbone(*moving, cond, call).raw.to(x_t.dtype))
             slope = torch.zeros_like(raw) if slope is None else slope
         prediction = prediction or Prediction(raw, self.kind, x_t, t, self.path)
         return prediction, Tangent(slope, dx, dt, prediction)
+
+    def _arithmetic(self, x_t: Tensor) -> AbstractContextManager[Any]:
+        if not self.rounded:
+            return nullcontext()
+        return torch.autocast(x_t.device.type, torch.bfloat16, cache_enabled=False)

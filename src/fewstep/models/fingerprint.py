@@ -30,7 +30,8 @@ def print_of(part: nn.Module, tensors: Mapping[str, Tensor]) -> str:
     if isinstance(part, Denoiser) and part.backbone.transforms:
         changes = dump(part.backbone.transforms, tuple[Transform, ...])
         digest.update(json.dumps(changes, sort_keys=True).encode())
-    for name, value in sorted(tensors.items()):
+    for name in sorted(tensors):
+        value = tensors[name]  # one at a time: they may be in a file
         digest.update(name.encode())
         digest.update(value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())  # NumPy has no bfloat16
     return digest.hexdigest()

@@ -10,20 +10,24 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from fewstep.core import Call, Seeds
+from fewstep.core import Call, Cond, Seeds
 from fewstep.core.call import Runner, Sharing, every_block
 from fewstep.diffusion import CFG, Prediction, Step, StepCountError
 from fewstep.models.images import Images
 
 if TYPE_CHECKING:
-    from fewstep.models.bundle import Card, VideoModel
+    from fewstep.models.bundle import VideoModel
+    from fewstep.models.card import Card
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
     """Which clips a model shall make, and how. The default is what its card says."""
 
-    prompts: Sequence[str]
+    prompts: Sequence[str] | Cond
+    """Texts, one for each clip; or their conditions, which `VideoModel.conditions` has made (with images, if it has)."""
+    negative: Cond | None = None
+    """Conditions of the negative prompt, for guidance. None: the card's prompt is encoded, where there is guidance."""
     image: Images | None = None
     """First frame for an image-to-video model: one image for all prompts, or one per prompt."""
     last_image: Tensor | None = None
@@ -80,18 +84,33 @@ def sampling(model: VideoModel, request: Request) -> Iterator[Step]:
     """The steps of one run. What is refused is refused here; what is returned makes a step whenever it is asked for one."""
     times, guidance = request.times(model.card), request.guidance(model.card)
     request.check(model.card)
-    with torch.no_grad():
-        cond, uncond = model.conditions(request.prompts, request.image, request.last_image, request.num_frames)
+    with torch.no_grad(), model.runtime.precision():
+        cond, uncond = _conditions(model, request, guided=guidance.active)
         noise, shape = Seeds(request.seeds, device=str(model.device)), model.latent_shape(request.num_frames)
         start = model.denoiser.path.prior(noise.randn((len(request.prompts), *shape), "start"))
 
     def denoise(x_t: Tensor, t: Tensor, call: Call) -> Prediction:
         call = replace(call, runner=request.runner, shared=request.shared)
-        with evaluating(model.denoiser):
+        model.bring("denoiser")
+        with evaluating(model.denoiser), model.runtime.denoising():
             return guidance(model.denoiser, x_t, t, cond, uncond, call)
 
     steps = model.card.contract.sampler.sampling(denoise, start, times, rng=noise)
     return without_gradient(steps)
+
+
+def _conditions(model: VideoModel, request: Request, guided: bool) -> tuple[Cond, Cond]:
+    """Those of the request, where they are ready; the others are made. ValueError for some that do not fit each other."""
+    prompts, negative = request.prompts, request.negative
+    if not isinstance(prompts, Cond):
+        images = request.image, request.last_image, request.num_frames
+        cond, uncond = model.conditions(prompts, *images, guided=guided and negative is None)
+        return cond, uncond if negative is None else negative.to(model.device)
+    if request.image is not None or request.last_image is not None:
+        raise ValueError("these conditions are ready and have their images already; leave out image and last_image")
+    if guided and negative is None:
+        raise ValueError("guidance reads a negative prompt too; give negative, the second of model.conditions(...)")
+    return prompts.to(model.device), (negative or prompts).to(model.device)
 
 
 @torch.no_grad()

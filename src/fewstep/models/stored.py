@@ -7,6 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -52,9 +53,13 @@ class Stored(Mapping[str, Tensor]):
         for path in paths:
             file = open_tensors(path)
             for name in file.keys():  # noqa: SIM118 - it is no mapping
-                self._place[mine.get(f"{path.parent.name}/{name}", mine.get(name, name))] = (file, name)
+                self._place[mine.get(f"{path.parent.name}/{name}", mine.get(name, name))] = (path, name)
 
     def __getitem__(self, name: str) -> Tensor:
+        return self.read(name, self._like[name].dtype)
+
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A tensor as `dtype`: memory of its own, for as much as that takes."""
         while self._unchecked:
             path, stamp = self._unchecked.popitem()
             if stamp_of(path) != stamp:
@@ -62,9 +67,11 @@ class Stored(Mapping[str, Tensor]):
                     f"{path} is not as it was written: some of its bytes have changed. Copy it again from where it came; "
                     "to use it all the same, trust it (--trust, or trust=True)"
                 )
-        file, stored = self._place[name]
-        tensor: Tensor = file.get_tensor(stored)
-        return tensor.to(self._like[name].dtype)
+        path, stored = self._place[name]
+        tensor: Tensor = open_tensors(path).get_tensor(
+            stored
+        )  # opened anew: an open file keeps in memory what was read
+        return tensor.to(dtype, copy=True)  # the file may be written over, or deleted
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._place)
@@ -74,7 +81,7 @@ class Stored(Mapping[str, Tensor]):
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor, without reading the tensor."""
-        return {name: tuple(file.get_slice(stored).get_shape()) for name, (file, stored) in self._place.items()}
+        return {name: tuple(piece.get_shape()) for name, piece in self._slices()}
 
     def odd(self, network: nn.Module) -> list[str]:
         """Names that only one of the files and `network` has, and those whose shapes differ."""
@@ -85,9 +92,14 @@ class Stored(Mapping[str, Tensor]):
         """RecipeError names the first tensors that do not fit `network`."""
         if odd := self.odd(network):
             raise RecipeError(f"{where}: tensors do not match the card's network: {', '.join(odd[:4])}")
-        for name, (file, stored) in self._place.items():
-            kind = file.get_slice(stored).get_dtype()
+        for name, piece in self._slices():
+            kind = piece.get_dtype()
             if self._like[name].is_floating_point() and "F" not in kind:
                 raise RecipeError(
                     f"{where}: {name} is stored as {kind}, and the network has numbers; copy the folder again"
                 )
+
+    def _slices(self) -> Iterator[tuple[str, Any]]:
+        """Every tensor as it is described in its file."""
+        files = {path: open_tensors(path) for path, _ in self._place.values()}
+        return ((name, files[path].get_slice(stored)) for name, (path, stored) in self._place.items())

@@ -70,7 +70,10 @@ class VideoDiT(Backbone):
         with torch.autocast(x.device.type, enabled=False):
             x_BNE = self.patches(patchify(x, self.patch))
             text = cond.text.to(x.dtype)
-            time_BGE = self.time(time_features(time_groups(t, x))) + self.pooled_text(_mean(text, cond.mask))[:, None]
+            time_BGE = (
+                self.time(time_features(time_groups(t, x)).to(x.dtype))
+                + self.pooled_text(_mean(text, cond.mask))[:, None]
+            )
             time_BGE = self.with_scalars(time_BGE, cond)
             modulation = self.modulation(F.silu(time_BGE)).unflatten(-1, (6, self.width))
         context = Context(
@@ -209,13 +212,13 @@ def time_features(t: Tensor) -> Tensor:
 
 
 def time_groups(t: Tensor, x: Tensor) -> Tensor:
-    """`t` as `[B, G]` in the dtype of x."""
+    """`t` as `[B, G]` in the dtype of x, but float32 at least: 16 bits are too few for a time."""
     batch, frames = x.shape[0], x.shape[2]
     if t.shape not in ((batch,), (batch, frames)):
         raise ValueError(
             f"time must be [{batch}] or [{batch}, {frames}] for latents {tuple(x.shape)}, got {tuple(t.shape)}"
         )
-    return (t[:, None] if t.ndim == 1 else t).to(x.dtype)
+    return (t[:, None] if t.ndim == 1 else t).to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _mean(text_BLE: Tensor, mask_BL: Tensor) -> Tensor:

@@ -53,7 +53,8 @@ class Session:
         if not isinstance(start, Snapshot):
             start = Snapshot(tuple(start), tuple(range(seed, seed + len(start))), self._chunks.begin())
         self._model, self._cache, self.snapshot = model, cache, start
-        self._conditions = model.conditions(start.prompts)
+        self._guided = contract.guidance.active
+        self._conditions = model.conditions(start.prompts, guided=self._guided)
 
     def steer(self, prompts: Sequence[str]) -> None:
         """Other prompts, one per clip, from the next chunk on."""
@@ -61,7 +62,7 @@ class Session:
             raise ValueError(
                 f"this session has {len(self.snapshot.prompts)} clips, and was given {len(prompts)} prompts"
             )
-        self._conditions = self._model.conditions(prompts)
+        self._conditions = self._model.conditions(prompts, guided=self._guided)
         self.snapshot = replace(self.snapshot, prompts=tuple(prompts))
 
     @torch.no_grad()
@@ -75,7 +76,8 @@ class Session:
         runner = every_block if self._cache is None else self._cache.begin()
         made = self._chunks.chunk(before.memory, start, *self._conditions, noise, runner)
         while True:
-            with evaluating(self._model.denoiser):
+            self._model.bring("denoiser")
+            with evaluating(self._model.denoiser), self._model.runtime.denoising():
                 now = next(made, None)
             if now is None:
                 return

@@ -23,11 +23,12 @@ from fewstep.engine.health.heard import Heard, Terms
 from fewstep.engine.health.measure import Gauge, Sampled, eyes
 from fewstep.engine.health.record import Check, Record
 from fewstep.engine.health.verdict import judge, lags
-from fewstep.engine.health.vitals import Baselines, Verdict, Vitals, figures
+from fewstep.engine.health.vitals import Baselines, Looks, Verdict, Vitals, figures
 from fewstep.engine.mesh import Processes
 from fewstep.engine.nets import origin, sources, starts
 from fewstep.engine.preview import sheet
 from fewstep.engine.settings import Health, Settings
+from fewstep.engine.student import untrained
 from fewstep.engine.views import Views
 from fewstep.methods.base import Method, Nets, Sync, Update
 from fewstep.models import VideoModel
@@ -180,7 +181,7 @@ class Monitor:
         return Vitals(
             step=step,
             grid=grid,
-            looks=self.gauge.looks(sampled, self._teacher),
+            looks=self._looks(sampled),
             moved={role: weights.moved(self.before[role], after[role]) for role in after},
             change=weights.change(self.before["student"], after["student"]) if own else None,
             coarse=weights.coarse(after["student"]) if own else None,
@@ -192,6 +193,13 @@ class Monitor:
             cosine=self.terms.cosine() if self.terms is not None else None,
             unmeasured=self._unmeasured,
         )
+
+    def _looks(self, clips: Sampled) -> Looks:
+        looks, guidance = self.gauge.looks(clips, self._teacher), self.method.guidance
+        if guidance is None or not guidance.active:
+            return looks
+        shown = self.gauge.mixed(clips)
+        return replace(looks, guided=self.gauge.guided(guidance, self._judge, shown, self.model, self._single))
 
     @property
     def _unmeasured(self) -> dict[str, str]:
@@ -246,17 +254,16 @@ class Monitor:
         return self.start
 
     def _begun(self) -> VideoModel:
-        """The student before training: the teacher, or the model that `settings.start` names, loaded again."""
+        """The student before training: the teacher, or the model that `settings.start` names, loaded again, with its transforms."""
         source = starts(self.settings).get("student")
-        if source is None:
+        if source is None and not self.settings.transforms:
             return self.model
-        denoiser = source.load(parts=("denoiser",)).denoiser.to(self.model.device)
-        return VideoModel(self.model.card, {**self.model.parts, "denoiser": denoiser})
+        return untrained(self.model, self.settings, None if source is None else source.load(parts=("denoiser",)))
 
     def _baselines(self, grid: str, contract: Contract) -> Baselines:
         untrained = self.gauge.sample(self.model, contract.counts)
         clips = (self._teacher, untrained, self._start(grid, contract).clips)
-        teacher, same_steps, start = (self.gauge.looks(each, self._teacher) for each in clips)
+        teacher, same_steps, start = (self._looks(each) for each in clips)
         return Baselines(teacher=teacher, untrained=same_steps, start=start)
 
     def draw(self) -> Image.Image:

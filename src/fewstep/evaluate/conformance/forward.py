@@ -60,7 +60,7 @@ def times(s: Subject) -> Measured:
     contract, layout = s.model.card.contract, s.layout
     if contract.trained:
         raise NotApplicable("a student has its own times, not those of the model's scheduler")
-    from fewstep.models.adapters.pipeline import recommended_times
+    from fewstep.models.adapters.export.pipeline import recommended_times
 
     theirs = recommended_times(layout, s.options.steps, s.tokens)
     ours = contract.times(s.options.steps)
@@ -75,7 +75,7 @@ def pipeline(s: Subject) -> Measured:
     """
     s.require("forward", "times", "padding", "batch", "guidance")
     layout = s.layout
-    from fewstep.models.adapters.pipeline import NoCounterpart, sample
+    from fewstep.models.adapters.export.pipeline import NoCounterpart, sample
 
     contract, options = s.model.card.contract, s.options
     if s.dtype != torch.float32:
