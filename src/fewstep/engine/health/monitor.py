@@ -254,7 +254,7 @@ class Monitor:
         return self.start
 
     def _begun(self) -> VideoModel:
-        """The student before training: the teacher, or the model that `settings.start` names, loaded again, with its transforms."""
+        """The student before training: the teacher, or the model that `settings.start` names, loaded again and transformed."""
         source = starts(self.settings).get("student")
         if source is None and not self.settings.transforms:
             return self.model
