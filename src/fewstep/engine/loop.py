@@ -26,6 +26,7 @@ from fewstep.engine.prepare import prepare
 from fewstep.engine.probe import Probe
 from fewstep.engine.run import Run
 from fewstep.engine.settings import Settings
+from fewstep.engine.space import require_disk
 from fewstep.methods.base import Method
 from fewstep.models import VideoModel
 
@@ -49,13 +50,15 @@ def train(
     is the last one, or the best so far if the last one fails its health check (`settings.health`). With several processes,
     only the leader gets the denoiser's weights, in main memory. `model` becomes the frozen teacher. SIGTERM saves a
     checkpoint after the current iteration and raises Terminated. Raises ValueError if a setting cannot take effect,
-    NonFiniteError if a number is not finite, CheckpointError if `output` belongs to another run.
+    NonFiniteError if a number is not finite, CheckpointError if `output` belongs to another run, OSError if the disk is too
+    small.
     """
     output = Path(output)
     require(data, method)
     data.check(model)
     with saying(lambda: kept(output, settings)), on_request() as stop:
         run = prepare(model, method, data, settings, output, probe=probe, provenance=provenance or {})
+        require_disk(run)
         iterate(run, stop, quiet=quiet)
         return finish(run)
 
