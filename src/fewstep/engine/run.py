@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -29,6 +29,7 @@ from fewstep.engine.shard import add_gradients, whole
 from fewstep.engine.views import Listener, Views
 from fewstep.methods.base import Method, Nets, Sync, Update
 from fewstep.models import VideoModel
+from fewstep.models.card import Card
 from fewstep.models.lora import adapters, merge, save_adapter
 from fewstep.models.spread import Spread
 
@@ -172,10 +173,14 @@ class Run:
         if self.method.part != "denoiser":
             return self.model.with_part(self.method.part, network, provenance=self.provenance)
         contract = self.method.contract(card.contract)
-        role = card.role if contract == card.contract else "student"
         network = merge(self.base, network)
         return self.model.with_part(
-            "denoiser", network, contract=contract, role=role, provenance=self.provenance, scores=dict(self.best)
+            "denoiser",
+            network,
+            contract=contract,
+            role=role_of(self.method, card),
+            provenance=self.provenance,
+            scores=dict(self.best),
         )
 
     @property
@@ -226,6 +231,16 @@ class Run:
             raise CheckpointError(
                 f"{folder}, the best student so far, is gone. Put it back, or start anew in another output folder."
             )
+
+
+def role_of(method: Method, card: Card) -> Literal["teacher", "student"]:
+    """The role of a trained denoiser: a student, unless it is sampled exactly like the model that the run started from."""
+    return card.role if method.contract(card.contract) == card.contract else "student"
+
+
+def result_of(method: Method, card: Card) -> str:
+    """The name of a run's result (one of `RESULTS`): the role of a denoiser, or the part that is trained."""
+    return role_of(method, card) if method.part == "denoiser" else method.part
 
 
 @torch.no_grad()

@@ -9,8 +9,9 @@ from torch import Tensor
 from fewstep.core.disk import require_space, size_of
 from fewstep.engine.memory import FLOAT
 from fewstep.engine.run import Run
+from fewstep.models.results import RESULTS
 
-WRITTEN = ("checkpoints", "best", "student")
+WRITTEN = ("checkpoints", "best", *RESULTS)
 """Folders of a run that take most of its space."""
 
 
