@@ -22,7 +22,7 @@ from fewstep.engine.mesh import Processes
 from fewstep.engine.nets import sources
 from fewstep.engine.optim import RoleOptimizer
 from fewstep.engine.precision import autocast, float32
-from fewstep.engine.preview import Preview
+from fewstep.engine.preview import Preview, Reconstructions
 from fewstep.engine.probe import Probe
 from fewstep.engine.settings import Settings
 from fewstep.engine.shard import add_gradients, whole
@@ -62,7 +62,7 @@ class Run:
     effective: Effective
     """What is really in effect, as opposed to what was requested."""
     probe: Probe | None = None
-    preview: Preview | None = None
+    preview: Preview | Reconstructions | None = None
     monitor: Monitor | None = None
     step: int = 0
     """Iterations done."""
