@@ -366,7 +366,7 @@ COMMANDS: dict[str, type[Command]] = {
 def parse(words: Sequence[str]) -> Command:
     """The command of a command line. SystemExit after printing the help, or an error with the closest valid option."""
     options = (tyro.conf.FlagCreatePairsOff,)
-    if words and words[0] in COMMANDS:  # no other command's options need to be read
+    if words and words[0] in COMMANDS:  # the options of other commands are not needed
         name, *rest = words
         return tyro.cli(COMMANDS[name], prog=f"fewstep {name}", args=rest, config=options)
     arms: list[Any] = [Annotated[cls, tyro.conf.subcommand(name)] for name, cls in COMMANDS.items()]

@@ -28,9 +28,9 @@ def build_nets(
 ) -> Nets:
     """Teacher (the model's own network), student (a copy of it) and the method's roles, in that order.
 
-    With `lora` no copy is made: each is a set of adapters over the teacher's weights, or another frozen network's. What is
-    made new goes to `device`, or where the network is whose features it reads. `others` are the models of `sources`, and
-    under `student` the one whose denoiser the student begins as, if that is no copy of the teacher.
+    With `lora` nothing is copied: each role is a set of adapters over the weights of the teacher or of another frozen
+    network. A new network is made on `device`, or on the device of the network whose features it reads. `others` are the
+    models of `sources`, and under `student` the model whose denoiser the student starts as, if it is no copy of the teacher.
     """
     roles: dict[str, nn.Module] = {"teacher": model.part(method.part)}
     making = Making(roles=roles, seed=seed, lora=lora, device=device, others=others)

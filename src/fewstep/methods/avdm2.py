@@ -12,8 +12,8 @@ Zhu et al., Accelerating Video Diffusion Models via Distribution Matching, 2412.
 
 X_s is noised on the image teacher's path, all else on the video teacher's. D is a head on frozen blocks of the video teacher.
 
-Not from the paper, which leaves them open: K, both lambdas, the normaliser of line 5 (DMD's, frame by frame), guidance,
-grid, head, the times of line 2. Corrected: the sign of its eq. 7, and whose weights its line 15 updates (the critic's).
+Not from the paper, which does not give them: K, both lambdas, the normaliser of line 5 (DMD's, per frame), guidance, grid,
+head, the times of line 2. Corrected: the sign of the paper's eq. 7, and its line 15, which must update the critic's weights.
 """
 
 from __future__ import annotations

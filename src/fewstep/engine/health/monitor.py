@@ -254,7 +254,7 @@ class Monitor:
         return self.start
 
     def _begun(self) -> VideoModel:
-        """The student before training: the teacher, or the model that `settings.start` names, loaded again and transformed."""
+        """The student before training: the teacher, or the model that `settings.start` names, loaded and transformed again."""
         source = starts(self.settings).get("student")
         if source is None and not self.settings.transforms:
             return self.model
