@@ -154,7 +154,7 @@ def test_models_without_a_checker_are_measured_against_the_teacher(teacher: Vide
     assert report.row("teacher 1").frechet is not None
     assert any("Accuracy: not measured" in note for note in report.notes)
     assert load_report(tmp_path) == report
-    assert "No student" in write_report(tmp_path).read_text()
+    assert "This page has no student" in write_report(tmp_path).read_text()
 
 
 def test_progress_counts_every_network_step(teacher: VideoModel):

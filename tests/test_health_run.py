@@ -232,7 +232,7 @@ def test_every_run_without_checks_has_its_reason() -> None:
     del silent.parts["text"], silent.parts["codec"]
     for reason, arguments in {
         "settings.health is null": (tiny_model(), METHOD, small(3, health=None)),
-        "2 iterations are fewer": (tiny_model(), METHOD, small(2, health=OFTEN)),
+        "the run has 2 iterations, fewer": (tiny_model(), METHOD, small(2, health=OFTEN)),
         "the model has no codec and no text": (silent, METHOD, settings),
         "Silent uses no prompts": (tiny_model(), type("Silent", (DMD2,), {"needs": frozenset()})(), settings),
         "": (tiny_model(), METHOD, settings),
