@@ -121,7 +121,9 @@ def test_a_loaded_model_does_not_need_its_file(folder: Path) -> None:
     model = VideoModel.from_pretrained(folder)
     before = model.latents(PROMPTS)
     with (folder / "denoiser.safetensors").open("r+b") as file:
-        file.truncate(100)
+        size = file.seek(0, 2)
+        file.seek(size // 2)
+        file.write(bytes(size // 4))
     assert torch.equal(model.latents(PROMPTS), before)
 
 

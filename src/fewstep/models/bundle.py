@@ -345,7 +345,7 @@ class VideoModel:
     ) -> VideoModel:  # fmt: skip
         """As `from_pretrained`, by a card that may say more than the source does (another size, another pattern)."""
         folder = _folder_of(source) if card.parts.keys() - card.sources.keys() else Path()
-        return loaded(cls(card, {}), folder, leave=leave, trust=trust, runtime=runtime)
+        return loaded(cls(card, {}), folder, adapters.load, leave=leave, trust=trust, runtime=runtime)
 
 
 def read_card(source: Path | str) -> Card:

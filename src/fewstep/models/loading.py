@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,9 +11,7 @@ import torch
 from torch import nn
 
 from fewstep.compress import transformed
-from fewstep.models import adapters
 from fewstep.models.denoiser import Denoiser
-from fewstep.models.fingerprint import print_of
 from fewstep.models.runtime import Dtype, Runtime, typed
 from fewstep.models.stored import Stored
 
@@ -21,20 +19,27 @@ if TYPE_CHECKING:
     from fewstep.models.bundle import Card, VideoModel
 
 
-def loaded(model: VideoModel, folder: Path, *, leave: Collection[str], trust: bool, runtime: Runtime) -> VideoModel:
+Give = Callable[..., Stored | None]
+"""`adapters.load`: gives a part of the meta device its weights, or with `leave` returns them in their files, if names allow."""
+
+
+def loaded(
+    model: VideoModel, folder: Path, give: Give, *, leave: Collection[str], trust: bool, runtime: Runtime
+) -> VideoModel:
     """A model without networks, with those of its card. `folder` has the weights of parts without a source of their own."""
     runtime.require(model)  # before anything is read
     card = model.card
     for name in card.parts:
         dtype: Dtype = runtime.dtype if name == "denoiser" and name not in leave else "float32"
         if name in card.sources:
-            part, weights = _elsewhere(name, card, leave)
+            part, weights = _elsewhere(name, card, give, leave)
         else:
             part, weights = _here(name, card, folder, trust)
         if weights is not None and name not in leave:
             part = _filled(name, card, weights, dtype)
         elif dtype != "float32" and isinstance(part, Denoiser):
-            model.rounded[name] = print_of(part, part.state_dict())
+            model.parts[name] = part
+            model.rounded[name] = model.fingerprint(name)
             typed(part, dtype)
         if weights is not None and (name in leave or dtype != "float32"):
             model.stored[name] = weights
@@ -55,11 +60,11 @@ def sketch(part: str, card: Card) -> nn.Module:
         return allocate(part, card)
 
 
-def _elsewhere(name: str, card: Card, leave: Collection[str]) -> tuple[nn.Module, Stored | None]:
+def _elsewhere(name: str, card: Card, give: Give, leave: Collection[str]) -> tuple[nn.Module, Stored | None]:
     """A part from a source of its own: with its weights, or on the meta device and its weights in their files."""
     part, changes = sketch(name, replace(card, transforms=())), card.transforms if name == "denoiser" else ()
     apart = name == "denoiser" or name in leave
-    weights = adapters.load(part, card.sources[name], leave=apart and not changes)
+    weights = give(part, card.sources[name], leave=apart and not changes)
     if changes:
         part.backbone = transformed(part.backbone, changes)
     return part, weights
