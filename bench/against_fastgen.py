@@ -50,7 +50,7 @@ GUIDANCE = 3.0
 METHOD = DMD2(rollout=FromData(grids=((1.0, *TIMES[1:]),)), guidance=CFG(scale=GUIDANCE), critic_updates=CRITIC_UPDATES)
 OPTIM = Optim(lr=1e-5, weight_decay=0.01)
 UNUSED = ("torchvision", "timm", "cv2")
-"""Of what FastGen imports, packages that nothing measured here calls."""
+"""Packages that FastGen imports, and that nothing measured here calls."""
 WARM_UP = 2
 
 Cycle = Callable[[], Any]
@@ -66,7 +66,7 @@ class Case:
     batch: int = 16
     autocast: Literal["off", "bf16"] = "off"
     compile: bool = False
-    """Of ours: FastGen has no such setting for its networks."""
+    """Compile fewstep's networks; FastGen has no such setting."""
     device: str = "cpu"
     rounds: int = 7
     clock: Clock = "wall"

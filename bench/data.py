@@ -73,7 +73,7 @@ class Device(FrameAutoencoder):
 
 
 def measure_preparing(folder: str, repeat: int = 4) -> dict[str, float]:
-    """Of every video `repeat` times over; `busy` is the share of the time in which the codec works."""
+    """Prepare every video `repeat` times; `busy` is the share of the time in which the codec works."""
     cut = Cut(num_frames=16, height=64, width=112, clips_per_video=0)
     with tempfile.TemporaryDirectory() as name:
         table = Path(name) / "captions.jsonl"

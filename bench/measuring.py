@@ -70,7 +70,7 @@ class _Fixed:
 def load(name: str) -> tuple[VideoModel, Data]:
     """`world`, a folder that fewstep wrote, or `wan-1.3b`: its denoiser with random weights, and random inputs."""
     if name == "wan-1.3b":
-        from fewstep.models.adapters.wan import Wan
+        from fewstep.models.adapters.dits.wan import Wan
 
         torch.manual_seed(0)
         card = Card(name=name, num_frames=81, height=480, width=832)

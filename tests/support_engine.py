@@ -22,7 +22,8 @@ from fewstep.engine.run import Run
 from fewstep.methods import AVDM2, DMD2, METHODS, BackwardSimulation, FlowMatching, Method, Progressive, ReadAttributes
 from fewstep.methods.rollouts import NESTED
 from fewstep.models import Card, ClipFeatures, Denoiser, FrameAutoencoder, TextEncoder, VideoDiT, VideoModel
-from fewstep.models.bundle import PARTS, describe
+from fewstep.models.card import PARTS
+from fewstep.models.fingerprint import describe
 from fewstep.models.source import ModelSource
 from fewstep.world.data import WorldClips
 from support_processes import forked

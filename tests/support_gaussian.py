@@ -135,6 +135,7 @@ class Question:
     labels: list[int]
     grad: bool
     """Whether gradient was enabled."""
+    call: Call
 
 
 class Asked(nn.Module):
@@ -145,12 +146,12 @@ class Asked(nn.Module):
         self.net, self.path = net, net.path
         self.questions: list[Question] = []
 
-    def note(self, x_t: Tensor, t: Tensor, cond: Cond) -> None:
+    def note(self, x_t: Tensor, t: Tensor, cond: Cond, call: Call = Call()) -> None:
         labels = cond.text[:, 0, 0].long().tolist()
-        self.questions.append(Question(x_t.detach(), t, labels, torch.is_grad_enabled()))
+        self.questions.append(Question(x_t.detach(), t, labels, torch.is_grad_enabled(), call))
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond, *rest: Any) -> Prediction:
-        self.note(x_t, t, cond)
+        self.note(x_t, t, cond, *rest)
         return self.net(x_t, t, cond, *rest)
 
     def features(self, x_t: Tensor, t: Tensor, cond: Cond, *rest: Any) -> list[Tensor]:

@@ -1,18 +1,15 @@
-"""A preparation that several processes share, as a program: `torchrun ... tests/support_prepare.py VIDEOS OUTPUT [RANK NUMBER]`.
+"""A preparation that several processes share. Every clip that is encoded is noted beside the output.
 
-In the first attempt of torchrun process RANK kills itself when it is about to encode its clip NUMBER. Every clip that is
-encoded is noted beside OUTPUT.
+In the first attempt process `rank` kills itself when it is about to encode its clip `number`.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
 from itertools import count
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from fewstep.core.env import place
@@ -39,9 +36,4 @@ def run(videos: Path, output: Path, rank: int = -1, number: int = 0) -> None:
     model.codec.encode = noted  # type: ignore[method-assign]
     made = prepare(videos, output, model.codec, PLAN)
     store_texts(model, ShardReader(made.folder, "latents").captions, output / "texts", peers=meet_peers())
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    run(Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:]))
     part_company()

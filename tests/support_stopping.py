@@ -1,6 +1,7 @@
 """A command that sends itself a signal at a fixed moment: `python support_stopping.py WHERE NUMBER SIGNAL WORDS...`.
 
-No clock decides what is tested: the signal comes with call NUMBER of what makes up the moment WHERE.
+No clock decides what is tested: the signal comes with call NUMBER of what makes up the moment WHERE. Under torchrun the last
+process sends it: `SIGTERM` to itself alone, `SIGTERM@torchrun` to torchrun, which sends it to all.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from itertools import count
 from pathlib import Path
 from typing import Any
+
+from fewstep.core.env import place
 
 MOMENTS = {
     "iteration": ("fewstep.engine.run", "Run", "iterate"),
@@ -30,15 +34,33 @@ def signalling(where: str, number: int, name: str) -> None:
 
     def fatal(*args: Any, **options: Any) -> Any:
         if next(calls) == number:
-            os.kill(os.getpid(), getattr(signal, name))
+            send(name)
         return real(*args, **options)
 
     setattr(thing, method, fatal)
 
 
-def fewstep(*words: object, here: Path, at: tuple[str, int, str] | None = None) -> tuple[int, str]:
-    """A command in a process of its own; its exit code and what it said on standard error."""
-    command = [sys.executable, "-m", "fewstep"] if at is None else [sys.executable, __file__, *map(str, at)]
+def send(name: str) -> None:
+    here, (name, _, torchrun) = place(), name.partition("@")
+    if here.rank < here.world_size - 1:
+        return
+    if not torchrun:
+        os.kill(os.getpid(), getattr(signal, name))
+        return
+    came, answer = [], signal.getsignal(number := getattr(signal, name))
+    signal.signal(number, lambda *what: (came.append(what), answer(*what)))  # type: ignore[operator]
+    os.kill(os.getppid(), number)
+    while not came:  # the iteration does not end before torchrun has sent it
+        time.sleep(0.01)
+
+
+def fewstep(*words: object, here: Path, at: tuple[str, int, str] | None = None, processes: int = 1) -> tuple[int, str]:
+    """A command in a process of its own, or under torchrun; its exit code and what it said on standard error."""
+    command = [sys.executable]
+    if processes > 1:
+        options = ["--standalone", f"--nproc-per-node={processes}", "--monitor-interval=0.1"]
+        command += ["-m", "torch.distributed.run", *options]
+    command += ["-m", "fewstep"] if at is None else [__file__, *map(str, at)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     done = subprocess.run(
         [*command, *map(str, words)],
@@ -58,4 +80,5 @@ if __name__ == "__main__":
     where, number, name, *words = sys.argv[1:]
     signalling(where, int(number), name)
     sys.argv[1:] = words
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a script runs in the background
     run()

@@ -19,8 +19,8 @@ from fewstep.core import Call, Cond, KVView, RecipeError, Rng, Seeds
 from fewstep.diffusion import DDIM, Betas, Contract
 from fewstep.evaluate.conformance import check_model, subject
 from fewstep.models import Denoiser, Lora, VideoModel
-from fewstep.models.adapters.cogvideox import CogVideoX
 from fewstep.models.adapters.ddpm import contract_of, kind_of, path_of
+from fewstep.models.adapters.dits.cogvideox import CogVideoX
 from fewstep.models.lora import adapt, adapters
 from fewstep.models.source import Diffusers
 from support_unets import awake

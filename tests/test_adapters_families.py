@@ -21,9 +21,9 @@ from diffusers.pipelines.ltx.pipeline_ltx_condition import linear_quadratic_sche
 
 from fewstep.core import Cond, RecipeError, Rng
 from fewstep.diffusion import Contract, LinearQuadratic, Shifted
+from fewstep.models.adapters.dits.hunyuan import HunyuanVideo
+from fewstep.models.adapters.dits.ltx import LTX
 from fewstep.models.adapters.flow import contract_of
-from fewstep.models.adapters.hunyuan import HunyuanVideo
-from fewstep.models.adapters.ltx import LTX
 from fewstep.models.bundle import read_card
 from fewstep.models.source import Diffusers
 from tiny_models import HUNYUAN, TINY, save_tiny

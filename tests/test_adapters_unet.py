@@ -15,9 +15,9 @@ pytest.importorskip("diffusers")
 from fewstep.core import Call, Cond, KVView, Rng
 from fewstep.diffusion import Betas
 from fewstep.models import Denoiser, FeatureHeads
-from fewstep.models.adapters.animatediff import AnimateDiff
-from fewstep.models.adapters.stable_diffusion import StableDiffusion
-from fewstep.models.adapters.unet import UNet, to_images
+from fewstep.models.adapters.unets.animatediff import AnimateDiff
+from fewstep.models.adapters.unets.stable_diffusion import StableDiffusion
+from fewstep.models.adapters.unets.unet import UNet, to_images
 from fewstep.models.lora import Lora, adapt, adapters
 from fewstep.models.spread import Spread
 from support_unets import IMAGE, VIDEO, awake

@@ -18,8 +18,8 @@ from fewstep.diffusion import CFG, DDIM, Betas, Contract, Prediction, Timesteps
 from fewstep.engine.nets import build_nets
 from fewstep.methods import DMD2, BackwardSimulation
 from fewstep.models import Denoiser, VideoModel
+from fewstep.models.adapters.codecs.frame_codec import FrameCodec
 from fewstep.models.adapters.ddpm import contract_of, kind_of, path_of
-from fewstep.models.adapters.frame_codec import FrameCodec
 from fewstep.models.bundle import read_card
 from fewstep.models.source import Diffusers
 from support_unets import animatediff, scheduler, stable_diffusion
@@ -229,7 +229,7 @@ def test_a_discriminator_reads_several_scales(model: VideoModel) -> None:
         assert all(p.grad is not None and p.grad.any() for p in nets[role].parameters() if p.ndim > 1)
         nets[role].requires_grad_(False)
     assert all(p.grad is None for role in ("teacher", "critic") for p in nets[role].parameters())
-    with pytest.raises(ValueError, match=r"feature layers must be in \[-7, 6\], got \[7\]"):
+    with pytest.raises(ValueError, match=r"layers must be from -7 to 6, .*; got \[7\]"):
         build_nets(model, DMD2(gan=0.1, layers=(7,)), seed=0)
 
 

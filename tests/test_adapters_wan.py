@@ -24,9 +24,10 @@ from fewstep.core.build import RecipeError
 from fewstep.diffusion import CFG, DDIM, DPMpp2M, Euler, Exact, Prediction, RectifiedFlow, Renoise
 from fewstep.evaluate.conformance import check_model
 from fewstep.models import VideoModel
+from fewstep.models.adapters.dits.wan import Wan
+from fewstep.models.adapters.dits.wan_begun import begun
+from fewstep.models.adapters.export.pipeline import sample
 from fewstep.models.adapters.layout import Layout
-from fewstep.models.adapters.pipeline import sample
-from fewstep.models.adapters.wan import Wan, _begun
 from fewstep.models.bundle import read_card
 from fewstep.models.source import Diffusers
 from tiny_models import IMAGE, IMAGE_SIZE, TINY, save_tiny, shared
@@ -240,8 +241,8 @@ def test_the_first_frame_of_ti2v_is_the_image(model: VideoModel) -> None:
 def test_a_given_frame_is_clean_at_time_0_and_its_flow_leads_to_it() -> None:
     x, image, t = Rng(0).randn((2, 4, 3, 2, 2), "x"), Rng(0).randn((2, 4, 1, 2, 2), "image"), torch.tensor([0.5, 1.0])
     for times in (t, t[:, None].expand(2, 3)):
-        begun, time, flow = _begun(x, times, image)
-        assert torch.equal(begun[:, :, :1], image) and torch.equal(begun[:, :, 1:], x[:, :, 1:])
+        start, time, flow = begun(x, times, image)
+        assert torch.equal(start[:, :, :1], image) and torch.equal(start[:, :, 1:], x[:, :, 1:])
         assert time.tolist() == [[0, 0.5, 0.5], [0, 1, 1]]
         torch.testing.assert_close(x[:, :, :1] - t.reshape(2, 1, 1, 1, 1) * flow, image)
 
@@ -283,7 +284,7 @@ def test_an_image_is_asked_for_where_it_is_read(model: VideoModel, experts: Path
         model.latents(PROMPTS)
     with pytest.raises(ValueError, match=r"got \[3, 16, 16\]"):
         model.latents(PROMPTS, image=torch.zeros(3, 16, 16))
-    with pytest.raises(ValueError, match="makes clips of text alone"):
+    with pytest.raises(ValueError, match="is a text-to-video model"):
         loaded(experts, "wan_experts").latents(PROMPTS, image=pixels(picture()))
     x = Rng(0).randn((1, *model.latent_shape()), "x")
     with pytest.raises(ValueError, match="is an image-to-video network, and the condition has no image_latents"):

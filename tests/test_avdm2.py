@@ -21,7 +21,7 @@ from fewstep.engine.outline import Outline
 from fewstep.engine.prepare import prepare
 from fewstep.engine.run import Run
 from fewstep.methods import AVDM2, BackwardSimulation, Nets, in_forwards
-from fewstep.methods.rollouts import fold_frames
+from fewstep.methods.frames import fold_frames
 from fewstep.models import JointHead, Lora, TextEncoder, VideoModel
 from fewstep.models.lora import adapters
 from fewstep.recipe import Recipe
@@ -291,7 +291,7 @@ def test_fields_say_who_is_there_and_what_is_read() -> None:
     assert [AVDM2().critic, AVDM2(score="video").critic, AVDM2(score="none").critic] == ["image_critic", "critic", None]
     for wrong, said in (
         ({"score": "none", "adversarial": 0.0}, "nothing trains"),
-        ({"score": "video", "image_teacher": TinyImages()}, "no image teacher is asked"),
+        ({"score": "video", "image_teacher": TinyImages()}, "does not use an image teacher"),
         ({"frames": 0}, "at least 1"),
     ):
         with pytest.raises(ValueError, match=said):

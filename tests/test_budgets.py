@@ -58,7 +58,13 @@ def test_each_is_noticed(budgets: ModuleType, tmp_path: Path) -> None:
 def test_limits_depend_on_the_room(budgets: ModuleType) -> None:
     limits = [
         budgets.file_limit(f"src/fewstep/{n}")
-        for n in ("methods/dmd2.py", "methods/targets.py", "models/adapters/wan.py", "models/bundle.py", "cli/plan.py")
+        for n in (
+            "methods/dmd2.py",
+            "methods/targets.py",
+            "models/adapters/dits/wan.py",
+            "models/bundle.py",
+            "cli/plan.py",
+        )
     ]
     assert limits == [150, 400, 600, 400, 400]
 

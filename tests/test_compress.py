@@ -10,29 +10,46 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewstep.compress import TRANSFORMS, Branches, Int8, Pruned, ScalarInput, Transform, transformed
+from fewstep.attention import BlockCausal
+from fewstep.compress import (
+    TRANSFORMS,
+    Branches,
+    Int8,
+    Pruned,
+    Repatterned,
+    ScalarInput,
+    StepScales,
+    Transform,
+    transformed,
+)
 from fewstep.compress.branches import Branched
 from fewstep.compress.int8 import Int8Linear, quantise
 from fewstep.compress.linear import chosen, linears
 from fewstep.compress.scalar_input import Scalar
-from fewstep.core import Cond, RecipeError, Rng, build, dump
-from fewstep.models import Denoiser, VideoModel, fingerprint
+from fewstep.compress.stepwise import StepLinear
+from fewstep.core import Call, Cond, RecipeError, Rng, build, dump
+from fewstep.models import Denoiser, VideoDiT, VideoModel, fingerprint
 from fewstep.models.bundle import read_card
-from fewstep.models.loading import sketch
+from fewstep.models.card import sketch
 from fewstep.models.source import Pretrained, Scratch
 from fewstep.models.spec import Spec
-from fewstep.recipe import names
 from fewstep.world.checker import Checker, read_scenes
 from fewstep.world.grammar import world_prompts
+from fewstep.written import names
 from support_engine import FRAMES, shaken, tiny_model
 
 pytestmark = pytest.mark.usefixtures("single_thread")
-CASES: Mapping[str, Transform] = {cls.__name__: cls() for cls in TRANSFORMS if cls not in (Pruned, ScalarInput)} | {
+CASES: Mapping[str, Transform] = {
+    "Int8": Int8(),
+    "Branches": Branches(),
     "Int8-some": Int8(targets=("mlp.up", "qkv"), keep=("blocks.0.mlp.up",)),
     "Pruned": Pruned(blocks=(1,)),
     "Pruned-none": Pruned(),
     "ScalarInput": ScalarInput(name="guidance", scale=10.0),
     "ScalarInput-default": ScalarInput(name="until", default=0.5),
+    "Repatterned": Repatterned(pattern=BlockCausal(chunk=1)),
+    "StepScales": StepScales(steps=3),
+    "StepScales-some": StepScales(steps=2, targets=("mlp.up",)),
 }
 """Every registered transform as it is without arguments, unless it needs some."""
 
@@ -41,7 +58,9 @@ def call(network: Denoiser, scale: float = 4.0) -> Tensor:
     rng = Rng(5)
     extra = {name: torch.full((2,), scale) for name in network.backbone.scalars}
     cond = Cond(rng.randn((2, 3, 16), "text"), torch.ones(2, 3, dtype=torch.bool), extra)
-    return network(rng.randn((2, 4, FRAMES, 8, 8), "x"), torch.tensor([0.3, 0.9]), cond).raw
+    steps = max((layer.steps for layer in network.modules() if isinstance(layer, StepLinear)), default=1)
+    said = Call(step=steps - 1, steps=steps)
+    return network(rng.randn((2, 4, FRAMES, 8, 8), "x"), torch.tensor([0.3, 0.9]), cond, said).raw
 
 
 @pytest.fixture
@@ -175,7 +194,7 @@ def test_int8_linears_compute_with_the_weights_they_have() -> None:
 
 
 def test_int8_is_a_quarter_on_disk(model: VideoModel, tmp_path: Path) -> None:
-    """Of the layers that it changes; here are few others."""
+    """A quarter of the size of the layers that it changes; the tiny model has few others."""
     files = [
         m.save(tmp_path / name) / "denoiser.safetensors" for m, name in ((model, "a"), (model.transformed(Int8()), "b"))
     ]
@@ -292,6 +311,21 @@ def test_scalars_are_refused_where_they_would_do_nothing(model: VideoModel) -> N
     for wrong in ({"name": "two words"}, {"name": "g", "scale": 0.0}):
         with pytest.raises(ValueError, match="must be"):
             ScalarInput(**wrong)
+
+
+# --- another pattern ---------------------------------------------------------------------------------------------------
+
+
+def test_another_pattern_is_that_of_a_network_that_was_made_with_it(model: VideoModel) -> None:
+    pattern, args = BlockCausal(chunk=2), model.denoiser.backbone.args
+    made = Denoiser(VideoDiT(**{**args, "pattern": pattern}), model.card.path, model.card.kind)  # type: ignore[arg-type]
+    made.load_state_dict(model.denoiser.state_dict())
+    changed = model.transformed(Repatterned(pattern=pattern)).denoiser
+    assert torch.equal(call(changed), call(made)) and not torch.equal(call(changed), call(model.denoiser))
+    assert changed.backbone.pattern == pattern and changed.backbone.args == args
+    del model.denoiser.backbone.blocks[:]
+    with pytest.raises(ValueError, match="attention of a VideoDiT takes no pattern"):
+        transformed(model.denoiser.backbone, [Repatterned(pattern=pattern)])
 
 
 # --- pruned blocks -----------------------------------------------------------------------------------------------------

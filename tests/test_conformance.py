@@ -22,8 +22,9 @@ from fewstep.data.video import write_video
 from fewstep.diffusion import CFG, Contract, Exact, Heun, Prediction, Shifted
 from fewstep.evaluate.conformance import CHECKS, Options, check_model, explain
 from fewstep.models import Denoiser, VideoDiT, VideoModel
-from fewstep.models.adapters import wan
-from fewstep.models.adapters.t5 import T5Text
+from fewstep.models.adapters.conditions.t5 import T5Text
+from fewstep.models.adapters.dits import wan
+from fewstep.models.adapters.dits.wan_block import WanBlock
 from fewstep.models.source import Diffusers
 from fewstep.models.spec import Spec
 from tiny_models import TINY, save_tiny
@@ -38,7 +39,7 @@ UNTRAINED = {"convention", "told_time"}
 CAUSAL = {"frame_times", "full_mask", "future", "cache"}
 FOREIGN = ("forward", "weights", "times", "pipeline")
 SMALL = Options(num_frames=4)
-"""Of the world."""
+"""A small clip of the built-in world."""
 
 
 @pytest.fixture(scope="module")
@@ -234,13 +235,13 @@ def features_of_every_block(self: Denoiser, x_t, t, cond, layers):
 
 
 def another_way_back(patch: pytest.MonkeyPatch, model: VideoModel) -> None:
-    forward = wan.Block.forward
+    forward = WanBlock.forward
 
     def block(self, state):
         again = torch._C._current_graph_task_id() != -1  # computed once more, on the way back
         return forward(self, replace(state, x_BNE=1.1 * state.x_BNE) if again else state)
 
-    patch.setattr(wan.Block, "forward", block)
+    patch.setattr(WanBlock, "forward", block)
 
 
 def frames_that_know_the_mean(patch: pytest.MonkeyPatch, model: VideoModel) -> None:
@@ -372,7 +373,7 @@ def test_the_command(folder: Callable[[str], Path], capsys: pytest.CaptureFixtur
     assert main(["check-model", str(folder("wan")), *size, "--only", "forward", "convention"]) == 0
     said = capsys.readouterr().out
     assert "5 frames of 32 x 48, latents (4, 2, 4, 6), float32 on cpu" in said
-    assert "1 pass, 1 not applicable" in said and "informative only with trained weights" in said
+    assert "1 pass, 1 not applicable" in said and "needs trained weights" in said
 
 
 def test_the_command_says_what_a_failure_means(
@@ -382,7 +383,7 @@ def test_the_command_says_what_a_failure_means(
     words = ["check-model", str(folder("wan")), "--only", "forward", "pipeline"]
     assert main(words) == 1
     said = capsys.readouterr().out
-    assert "the factor 1000 of the timestep" in said and "put forward right first" in said
+    assert "the factor 1000 of the timestep" in said and "correct forward first" in said
     assert main([*words, "--json"]) == 1
     found = json.loads(capsys.readouterr().out)["findings"]
     assert [(f["name"], f["outcome"]) for f in found] == [("forward", "fail"), ("pipeline", "not applicable")]
@@ -392,7 +393,7 @@ def test_the_command_says_what_a_failure_means(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--only", "forwards"], "there are no checks forwards; choose from forward, weights"),
+        (["--only", "forwards"], "unknown checks: forwards; choose from forward, weights"),
         (["--num-frames", "4"], "num_frames must be 4 k \\+ 1"),
         (["--height", "40"], "multiple"),
     ],

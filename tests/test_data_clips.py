@@ -145,7 +145,7 @@ def test_autocast_is_what_was_asked_for(videos: Path, tmp_path: Path) -> None:
 
 def test_a_codec_that_takes_one_clip_refuses_batches(tmp_path: Path) -> None:
     pytest.importorskip("diffusers")
-    from fewstep.models.adapters.codec import VideoCodec
+    from fewstep.models.adapters.codecs.codec import VideoCodec
 
     wan = VideoCodec(
         config={"base_dim": 8, "z_dim": 4, "dim_mult": [1, 1], "num_res_blocks": 1, "temperal_downsample": [True]}
@@ -197,7 +197,7 @@ def test_a_lost_disk_stops_the_run_and_costs_nothing(videos: Path, tmp_path: Pat
                 videos.mkdir()
 
     whole = prepare(videos, tmp_path / "whole", codec(), PLAN)
-    with pytest.raises(DataError, match=r"videos is empty or not there any more, .* same command again to continue"):
+    with pytest.raises(DataError, match=r"videos is empty or has disappeared, .* same command again to continue"):
         prepare(videos, tmp_path / "out", codec(), replace(PLAN, threads=1), progress=unmount)
     if mounted:
         videos.rmdir()

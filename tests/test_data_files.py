@@ -103,7 +103,7 @@ def test_what_cannot_be_used_is_named_once(data: Videos, model: VideoModel, capl
 def test_nothing_usable_stops_the_run(data: Videos, model: VideoModel) -> None:
     dark = replace(data, keep=Keep(max_brightness=0.0))
     with pytest.raises(
-        DataError, match=r"100 videos that were drawn gave no clip \(.*brightness: .* Is the disk there"
+        DataError, match=r"100 videos in a row gave no clip \(.*brightness: .* Check that the disk is mounted"
     ):
         dark.open(model, NEEDS).batch(1, Rng(0))
     with pytest.raises(DataError, match="no such file or folder"):

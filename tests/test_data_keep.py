@@ -105,7 +105,7 @@ def test_limits_say_what_they_measured(tmp_path: Path) -> None:
     assert Keep(max_motion=0, min_brightness=0.1, max_brightness=0.9).of_clip(still) == ""
     black_and_white = torch.tensor([0, 255, 0], dtype=torch.uint8)[:, None, None, None].expand(3, 2, 2, 3)
     assert motion(black_and_white) == 1.0
-    with pytest.raises(ValueError, match=r"min_motion 0.5 is above max_motion 0.1: nothing would be kept"):
+    with pytest.raises(ValueError, match=r"min_motion 0.5 is above max_motion 0.1, so nothing would be kept"):
         Keep(min_motion=0.5, max_motion=0.1)
 
 

@@ -243,7 +243,9 @@ def test_errors_name_the_place_and_the_column(tmp_path: Path) -> None:
 
 def test_a_dataset_of_another_layout_asks_for_it(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").touch()
-    with pytest.raises(DataError, match=r"\(it lists nothing\). Is 'ucf101' its layout \(plain, openvid"):
+    with pytest.raises(
+        DataError, match=r"\(it lists nothing\). Check that its layout is 'ucf101', or give another one: plain, openvid"
+    ):
         read_listing(tmp_path, "ucf101")
 
 
@@ -252,10 +254,10 @@ def test_the_command_line_knows_every_layout() -> None:
 
 
 def test_archives_in_a_plain_folder_give_a_hint(tars: Path) -> None:
-    with pytest.raises(DataError, match="layout tars"):
+    with pytest.raises(DataError, match="give the layout tars"):
         read_listing(tars)
     (tars / "none").mkdir()
-    with pytest.raises(DataError, match=r"no .tar archive in it"):
+    with pytest.raises(DataError, match="has no .tar archive"):
         read_listing(tars / "none", "tars")
 
 

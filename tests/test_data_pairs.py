@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-import fewstep
+import support_processes
 from fewstep.core import Rng
 from fewstep.data import DataError, PairPlan, Progress, StoredPairs, make_pairs, pairs_cost, require
 from fewstep.data.pairs import grid_through
@@ -135,13 +132,9 @@ def test_two_processes_go_on_where_one_was_killed(tmp_path: Path) -> None:
         make_pairs(model, prompts, tmp_path / "killed", plan, batch=4, progress=progress)
     words = [str(tmp_path / "prompts.txt"), "--output", str(tmp_path / "killed"), "--model", str(tmp_path / "model")]
     words += ["--steps", "4", "--times", *map(str, TIMES), "--batch", "4", "--shard-size", "2", "--quiet"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(fewstep.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*torchrun, "-m", "fewstep", "pairs", *words], env=environment, check=False, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.count("100 pairs of ") == 1
+    support_processes.run(2, tmp_path, "pairs", *words)
+    said = [(tmp_path / f"process{rank}.log").read_text() for rank in range(2)]
+    assert "".join(said).count("100 pairs of ") == 1
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
@@ -236,7 +229,7 @@ def test_plans_that_cannot_be_run() -> None:
     with pytest.raises(ValueError, match=r"decreases strictly from 1.0 to 0.0"):
         PairPlan(times=(0.9, 0.0))
     for sampler, said in (
-        (Renoise(), "Renoise draws fresh noise"),
+        (Renoise(), "Renoise adds new noise"),
         (Staggered(), "Staggered gives frames different times"),
     ):
         with pytest.raises(ValueError, match=said):

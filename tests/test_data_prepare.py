@@ -201,7 +201,7 @@ def test_latents_of_another_autoencoder_are_refused(videos: Path, tmp_path: Path
         data.open(tiny(1), frozenset({"x0"}))
     with pytest.raises(DataError, match=r"holds latents, not pairs. It is read by Latents"):
         StoredPairs(path=data.path).check(tiny())
-    with pytest.raises(DataError, match=r"no manifest.json there. It is a folder made for Latents"):
+    with pytest.raises(DataError, match="has no manifest.json; give a folder made for Latents"):
         Latents(path=str(videos)).check(tiny())
     (tmp_path / "out" / "part-00000" / "shard-00000.safetensors").unlink()
     with pytest.raises(DataError, match=r"lacks shard-00000.safetensors"):
@@ -227,7 +227,7 @@ def test_prompts(tmp_path: Path) -> None:
     assert batch.latent_shape == tiny().latent_shape()
     assert batch.x0 is None
     path.write_text("\n \n")
-    with pytest.raises(DataError, match="no prompts in it"):
+    with pytest.raises(DataError, match="has no prompts"):
         Prompts(path=str(path)).open(tiny(), frozenset({"prompts"}))
     with pytest.raises(DataError, match="no such file"):
         Prompts(path="nowhere.txt").open(tiny(), frozenset({"prompts"}))

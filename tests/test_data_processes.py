@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,7 @@ import torch
 import support_prepare
 from fewstep.data import texts
 from fewstep.data.video import write_video
+from support_processes import restarted
 
 ROOT = Path(__file__).parent.parent
 VIDEOS, CLIPS = 7, 2
@@ -31,15 +29,6 @@ def videos(tmp_path: Path) -> Path:
     (folder / "v7.mp4").write_text("not a video")
     (folder / "v7.txt").write_text("not a video")
     return folder
-
-
-def launch(processes: int, *words: object, restarts: int = 0) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    program = [f"--max-restarts={restarts}", "--monitor-interval=0.1", str(ROOT / "tests" / "support_prepare.py")]
-    return subprocess.run(
-        [*torchrun, *program, *map(str, words)], env=environment, check=False, capture_output=True, text=True
-    )
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -63,8 +52,7 @@ def test_killed_and_started_again_nothing_is_lost_or_done_twice(
     assert len(once) == len({*once}) == VIDEOS * CLIPS
 
     # Process 1 has parts 1 and 3, of two shards each; it dies while it encodes its second shard.
-    done = launch(2, videos, killed, 1, 4, restarts=1)
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert restarted(2, tmp_path / "one", support_prepare.run, videos, killed, 1, 4, restarts=1) == ""
     assert contents(killed) == contents(whole)
     again = encoded(killed)
     for clip in {*again}:
@@ -72,8 +60,8 @@ def test_killed_and_started_again_nothing_is_lost_or_done_twice(
     assert {*encoded(killed)} == {*once}
     assert len(again) <= 2 * support_prepare.PLAN.shard_size  # at most what either process had not yet written
 
-    failed = launch(2, videos, parts, 1, 4)  # no restart: both are gone
-    assert failed.returncode != 0 and not (parts / "index.jsonl").exists()
+    failed = restarted(2, tmp_path / "two", support_prepare.run, videos, parts, 1, 4)  # no restart: both are gone
+    assert failed and not (parts / "index.jsonl").exists()
     before = len(encoded(parts))
     assert before < len(once)
     support_prepare.run(videos, parts)  # one process takes over from two

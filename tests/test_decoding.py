@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fewstep.core import Rng
 from fewstep.models import FrameAutoencoder
-from fewstep.models.adapters.codec import VideoCodec
-from fewstep.models.adapters.frame_codec import FrameCodec
+from fewstep.models.adapters.codecs.codec import VideoCodec
+from fewstep.models.adapters.codecs.frame_codec import FrameCodec
 from fewstep.models.decoding import Decoded, decode_stream
 from support_unets import vae as image_autoencoder
 from tiny_models import TINY

@@ -28,7 +28,7 @@ from fewstep.engine.prepare import prepare
 from fewstep.engine.run import Run
 from fewstep.methods import METHODS, FlowMatching, Method
 from fewstep.models import Card, VideoModel, fingerprint
-from fewstep.recipe import names
+from fewstep.written import names
 from support_engine import CASES, Everything, die, long_run, short_run, small, tiny_model
 
 pytestmark = pytest.mark.usefixtures("single_thread")
@@ -167,7 +167,7 @@ def test_a_component_that_cannot_be_trusted_is_named(tmp_path: Path) -> None:
         run(tmp_path, method, settings)
     critic.write_bytes(theirs)
     component.with_name("more.safetensors").write_bytes(whole)
-    with pytest.raises(CheckpointError, match=r"critic\.optim/more\.safetensors was not written by the run"):
+    with pytest.raises(CheckpointError, match=r"critic\.optim/more\.safetensors does not belong to this checkpoint"):
         run(tmp_path, method, settings)
     component.with_name("more.safetensors").unlink()
     (folder / "state.json").write_text('{"step": 2')
@@ -179,7 +179,7 @@ def test_a_component_of_another_network_is_named(tmp_path: Path) -> None:
     RunState(1, {"student": {"w": torch.ones(2, 3)}}, OF_NO_RUN).save(tmp_path)
     saved = Checkpoint.open(tmp_path / "step-000001")
     for other in ({"w": torch.ones(3, 2)}, {"w": torch.ones(2, 3), "v": torch.ones(1)}, {}):
-        with pytest.raises(CheckpointError, match=r"step-000001/student is of another network: [vw] do"):
+        with pytest.raises(CheckpointError, match=r"step-000001/student belongs to another network: [vw] do"):
             saved.read("student", other)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import support_parallel
+from fewstep.compress import Pruned
 from fewstep.core import Call, Cond, Rng
 from fewstep.core.atomic import discard
 from fewstep.data.base import Source
@@ -30,10 +31,11 @@ from fewstep.engine.prepare import open_data, prepare, require_processes
 from fewstep.engine.shard import _let_fsdp_see_inside, hollow
 from fewstep.engine.views import Views
 from fewstep.methods import METHODS, Method
-from fewstep.models import Lora, State, VideoDiT, VideoModel, adapters
+from fewstep.models import Lora, State, VideoDiT, VideoModel, adapters, fingerprint
 from fewstep.models.spread import Spread
 from support_engine import CASES, Everything, small, tiny_model
 from support_parallel import EXAMINED, PER_FRAME, WHOLE_RUNS, derivative, launch, per_frame, results, watched
+from support_processes import restarted, together
 
 ROOT = Path(__file__).parent.parent
 LOSS, GRADIENT = 1e-4, 2e-4
@@ -78,8 +80,7 @@ def test_two_processes_compute_what_one_does(tmp_path: Path, monkeypatch: pytest
         "Reconstruction.shard", "Consistency.shard.bf16", "KnowledgeDistillation.checkpointing",
         "KnowledgeDistillation.shard.off.aot_eager", "DMD2-adapters.whole", "KnowledgeDistillation-adapters.checkpointing",
     ]  # fmt: skip
-    done = launch(2, tmp_path, *names, "per_frame", "streamed", "derivative")
-    assert done.returncode == 0, done.stderr[-4000:]
+    together(2, tmp_path, support_parallel.main, tmp_path, [*names, "per_frame", "streamed", "derivative"])
     for name in names:
         assert_as_one(tmp_path, 2, name, monkeypatch)
     for name, chunk in PER_FRAME.items():
@@ -98,16 +99,27 @@ def test_four_processes_compute_what_one_does(tmp_path: Path, monkeypatch: pytes
         "KnowledgeDistillation.shard",
         "KnowledgeDistillation-adapters.sequence",
     ]
-    done = launch(4, tmp_path, *names)
-    assert done.returncode == 0, done.stderr[-4000:]
+    together(4, tmp_path, support_parallel.main, tmp_path, names)
     for name in names:
         assert_as_one(tmp_path, 4, name, monkeypatch)
 
 
+@pytest.mark.timeout(900)  # processes that share two cores with other tests
+def test_two_processes_train_a_transformed_student(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one does; and one that imitates a frozen model of eight bits, of which each process has all."""
+    names = ["DMD2-pruned.shard", "DMD2-steps.shard", "DMD2-eight-bits-adapters.shard", "Imitation.shard"]
+    together(2, tmp_path, support_parallel.main, tmp_path, [*names, "begun"])
+    for name in names:
+        assert_as_one(tmp_path, 2, name, monkeypatch)
+    expected = fingerprint(tiny_model().transformed(Pruned(blocks=(1,))).denoiser)
+    assert [results(tmp_path, "begun", rank)["print"] for rank in range(2)] == [expected] * 2
+    assert support_parallel.begun(tmp_path)["print"] == expected
+
+
 def test_fsdp_sees_inside_the_state_of_every_network() -> None:
     """What it does not know it takes for a constant: gradients would then be gathered too late, or not at all."""
-    for module in pkgutil.iter_modules(adapters.__path__):
-        importlib.import_module(f"{adapters.__name__}.{module.name}")
+    for module in pkgutil.walk_packages(adapters.__path__, f"{adapters.__name__}."):
+        importlib.import_module(module.name)
     every = [cls for cls in gc.get_objects() if issubclass(type(cls), type)]  # isinstance would wake lazy modules
     kinds = [cls for cls in every if State in cls.__mro__[1:] and cls.__module__.startswith("fewstep.")]
     assert {"Begun", "Tokens", "Streams"} <= {cls.__name__ for cls in kinds}
@@ -143,9 +155,9 @@ def assert_equal(found: RunState, expected: RunState) -> None:
 
 @pytest.mark.timeout(900)  # processes that share two cores with other tests
 def test_a_killed_process_comes_back_and_nothing_is_lost(place_to_run: Path) -> None:
-    """Two runs of two processes: one is killed and restarted by torchrun, one is left in peace."""
-    done = launch(2, place_to_run, "killed_run", "whole_run", restarts=1)
-    assert done.returncode == 0, done.stderr[-4000:]
+    """Two runs of two processes: one is killed and restarted by torchrun's agent, one is left in peace."""
+    names = ["killed_run", "whole_run"]
+    assert restarted(2, place_to_run, support_parallel.main, place_to_run, names, restarts=1) == ""
     killed, straight = place_to_run / "killed_run", place_to_run / "whole_run"
     assert (place_to_run / "was_killed").exists()
     assert_equal(last_state(killed), last_state(straight))
@@ -178,20 +190,19 @@ def assert_one_takes_over(output: Path) -> None:
 
 
 @pytest.mark.timeout(900)  # processes that share two cores with other tests
-@pytest.mark.parametrize("name", ["whole_run", "adapters_run"])
+@pytest.mark.parametrize("name", ["whole_run", "adapters_run", "pruned_run"])
 def test_two_processes_take_over_what_one_has_begun(place_to_run: Path, name: str) -> None:
     output = place_to_run / name
     WHOLE_RUNS[name](output)
     newest = checkpoints(output / "checkpoints")[-1]
     end, alone = RunState.load(newest), read_record(output)
     discard(newest)
-    done = launch(2, place_to_run, name)
-    assert done.returncode == 0, done.stderr[-4000:]
+    together(2, place_to_run, support_parallel.main, place_to_run, [name])
     for name, tensors in end.components.items():
         assert_close(last_state(output).components[name], tensors, TAKEN_OVER, name)
-    together = read_record(output)
-    assert alone is not None and together is not None and together.checks[0] == alone.checks[0]
-    looks = [record.checks[-1].vitals.looks for record in (alone, together)]
+    both = read_record(output)
+    assert alone is not None and both is not None and both.checks[0] == alone.checks[0]
+    looks = [record.checks[-1].vitals.looks for record in (alone, both)]
     assert looks[1].distance == pytest.approx(looks[0].distance, rel=1e-2) and looks[1].accuracy == looks[0].accuracy
 
 
@@ -344,9 +355,9 @@ def test_offloading_changes_no_number(tmp_path: Path) -> None:
         (1, Parallel(shard=4), 4, r"needs 4 processes, and this run has 1; start it with torchrun --nproc-per-node 4"),
         (6, Parallel(sequence=4), 4, r"needs a multiple of 4 processes, and this run has 6"),
         (8, Parallel(replicate=2, shard=2), 8, r"replicate 2 x shard 2 x sequence 1 needs 4 processes"),
-        (8, Parallel(), 4, r"4 micro-batches per step cannot be dealt to 8 processes evenly; write accumulate: 8"),
+        (8, Parallel(), 4, r"4 micro-batches per step cannot be divided evenly among 8 processes; write accumulate: 8"),
         (8, Parallel(sequence=2), 6, r"write accumulate: 8"),
-        (1, Parallel(offload=True), 1, r"settings.parallel.offload moves idle networks to the CPU, and .* cpu already"),
+        (1, Parallel(offload=True), 1, r"settings.parallel.offload moves idle networks to the CPU, and .* already cpu"),
     ],
 )
 def test_processes_that_cannot_do_it_are_refused(
@@ -363,9 +374,9 @@ def test_processes_that_cannot_do_it_are_refused(
         (
             CASES["Consistency"],
             {"compile": True, "parallel": Parallel(sequence=2)},
-            "compile cannot look into the exchanges",
+            "compile cannot compile the communication between processes",
         ),
-        (CASES["Consistency"], {"optim": {"student": Optim(type="muon")}}, "muon works on whole matrices"),
+        (CASES["Consistency"], {"optim": {"student": Optim(type="muon")}}, "muon needs whole matrices"),
         (CASES["Reconstruction"], {"parallel": Parallel(sequence=2)}, "settings.parallel.sequence is for denoisers"),
         (CASES["Reconstruction"], {"parallel": Parallel(shard=2)}, "shard is for denoisers, and Reconstruction trains"),
         (CASES["Reconstruction"], {"parallel": Parallel(checkpointing=True)}, "checkpointing is for denoisers"),

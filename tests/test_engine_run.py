@@ -24,9 +24,10 @@ from fewstep.engine.nets import build_nets, trained_roles
 from fewstep.engine.optim import RoleOptimizer, learning_rate
 from fewstep.engine.prepare import prepare
 from fewstep.engine.preview import HEAD
-from fewstep.engine.run import Run, blend
+from fewstep.engine.run import Run
 from fewstep.methods import DMD2, Copy, FlowMatching, Method, Nets, Sync, Update
 from fewstep.models import Backbone, Card, FeatureHeads, VideoModel, fingerprint
+from fewstep.models.averaging import blend
 from support_engine import CASES, FRAMES, LONG, Everything, TinyImages, small, tiny_model
 
 pytestmark = pytest.mark.usefixtures("single_thread")
@@ -513,9 +514,13 @@ def test_a_bad_probe_figure_stops_the_run(tmp_path: Path) -> None:
             {"optim": {"student": Optim(lr_of={"cross": 1.0, "cross.q": 1.0})}},
             "cross and cross.q are both part of",
         ),
-        (CASES["DMD2"], {"optim": {"critc": Optim()}}, r"settings.optim.critc trains nothing; did you mean critic\?"),
-        (Denoise(spoil="nothing"), {}, "no loss of this update depends on the Denoiser"),
-        (DMD2(warmup=3), {}, "DMD2 does not train the student within settings.steps: 3 .only critic."),
+        (
+            CASES["DMD2"],
+            {"optim": {"critc": Optim()}},
+            r"settings.optim.critc: no such role is trained; did you mean critic\?",
+        ),
+        (Denoise(spoil="nothing"), {}, "this update trains Denoiser, and no loss of the update depends on it"),
+        (DMD2(warmup=3), {}, "DMD2 does not train the student within settings.steps: 3 .it trains only critic."),
         (CASES["Progressive"], {}, "the student of 1 steps. begins after 7 iterations; give it 10, or at least 8"),
     ],
 )

@@ -96,7 +96,7 @@ def test_few_prompts_are_said_and_one_has_no_intervals(
     assert [note for note in finished[0].notes if "4 prompts are few" in note]
     rows = [Entry(name="teacher 2", model=teacher, steps=2), Entry(name="student 2", model=student)]
     report = evaluate(rows, replace(SMALL, prompts=1, seeds_per_prompt=4), tmp_path)
-    assert [note for note in report.notes if "there is one prompt" in note]
+    assert [note for note in report.notes if "one prompt says nothing" in note]
     hero = report.row("student 2")
     assert hero.gain is not None and hero.gain.accuracy is not None and hero.accuracy is not None
     found = (
@@ -108,7 +108,7 @@ def test_few_prompts_are_said_and_one_has_no_intervals(
         hero.gain.frechet_ci,
     )
     assert set(found) == {None}
-    assert "From one prompt nothing" in lead(report, hero)
+    assert "One prompt says nothing" in lead(report, hero)
     assert load_report(tmp_path) == report and write_report(tmp_path).is_file()
 
 
@@ -154,7 +154,7 @@ def test_models_without_a_checker_are_measured_against_the_teacher(teacher: Vide
     assert [row.accuracy for row in report.rows] == [None, None]
     assert report.row("teacher 4").frechet is None
     assert report.row("teacher 1").frechet is not None
-    assert any("not checkable" in note for note in report.notes)
+    assert any("Accuracy: not measured" in note for note in report.notes)
     assert load_report(tmp_path) == report
     assert "No student" in write_report(tmp_path).read_text()
 
@@ -169,7 +169,7 @@ def test_progress_counts_every_network_step(teacher: VideoModel):
 
 def test_what_cannot_be_compared_is_refused(teacher: VideoModel, student: VideoModel):
     one = Entry(name="a", model=teacher)
-    with pytest.raises(ValueError, match="unique names"):
+    with pytest.raises(ValueError, match="a different name to each"):
         prepare([one, one], SMALL)
     with pytest.raises(StepCountError, match="trained for 1, 2"):
         prepare([one, Entry(name="b", model=student, steps=3)], SMALL)
@@ -178,7 +178,7 @@ def test_what_cannot_be_compared_is_refused(teacher: VideoModel, student: VideoM
     with pytest.raises(ValueError, match="at least 3"):
         prepare([one], replace(SMALL, num_frames=2))
     other = VideoModel(replace(teacher.card, num_frames=6), teacher.parts)
-    with pytest.raises(ValueError, match="like with like"):
+    with pytest.raises(ValueError, match="give models of one size"):
         prepare([one, Entry(name="b", model=other)], SMALL)
     with pytest.raises(ValueError, match="at least 4 clips"):
         Suite(prompts=1, seeds_per_prompt=2)
@@ -347,7 +347,7 @@ def test_rows_of_a_comparison(teacher: VideoModel, student: VideoModel):
 
 def test_another_number_of_frames_is_measured_and_noted(teacher: VideoModel, tmp_path: Path):
     report = evaluate([Entry(name="teacher 4", model=teacher)], replace(SMALL, num_frames=6), tmp_path)
-    assert any("Clips have 6 frames; the models were made for 4" in note for note in report.notes)
+    assert any("Clips have 6 frames; the models were trained for 4" in note for note in report.notes)
 
 
 def test_gif_keeps_frames_colours_and_speed(tmp_path: Path):
@@ -370,7 +370,7 @@ def test_grid_gif(tmp_path: Path):
     with Image.open(grid_gif(tmp_path / "grid.gif", columns, scale=4)) as image:
         assert image.size == (2 * (32 + 6), 18 + 2 * (32 + 6))
         assert image.n_frames == 4
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="the same shape"):
         grid_gif(tmp_path / "grid.gif", columns | {"odd": torch.zeros(1, 3, 4, 8, 8)})
 
 

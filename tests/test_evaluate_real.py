@@ -135,7 +135,7 @@ def test_frames_are_taken_evenly_and_what_fits_is_not_touched():
     read = as_read(clips, (6, 6), 16)
     assert (33 * read[0, 0, :, 0, 0]).round().tolist() == [0, 2, 4, 6, 9, 11, 13, 15, 17, 19, 21, 23, 26, 28, 30, 32]
     assert as_read(clips, (6, 6), 33) is clips and as_read(clips, (6, 6)) is clips
-    with pytest.raises(ValueError, match="reads 64 frames and the clips have 33"):
+    with pytest.raises(ValueError, match="reads 64 frames, and the clips have 33"):
         as_read(clips, (6, 6), 64)
 
 
@@ -157,7 +157,7 @@ def test_i3d_is_called_for_features_of_pixels_between_minus_one_and_one(i3d: Pat
     torch.testing.assert_close(extractor.map(clips), I3D()(as_read(clips, (224, 224)), **told))
     for said in ("i3d_torchscript.pt", "16 frames of 224x224", "return_features=True", "rescale=False"):
         assert said in extractor.name
-    with pytest.raises(ValueError, match="reads 16 frames and the clips have 8"):
+    with pytest.raises(ValueError, match="reads 16 frames, and the clips have 8"):
         extractor.check(8, (SIDE, SIDE), CPU)
 
 
@@ -216,7 +216,7 @@ def test_a_video_encoder_sees_what_its_own_processor_would_make(family: str, tmp
 
 
 def test_an_image_encoder_is_no_video_encoder(clip: Path):
-    with pytest.raises(ValueError, match="not a video encoder such as VideoMAE"):
+    with pytest.raises(ValueError, match="is not a video encoder; give a folder with one"):
         feature_map(str(clip), (SIDE, SIDE), CPU)
 
 

@@ -42,8 +42,8 @@ from fewstep.diffusion import (
 from fewstep.models import Lora, VideoModel
 from fewstep.models.adapters import export_lora
 from fewstep.models.adapters.ddpm import contract_of, path_of
-from fewstep.models.adapters.readme import restrictions
-from fewstep.models.adapters.schedulers import exact_scheduler
+from fewstep.models.adapters.export.readme import restrictions
+from fewstep.models.adapters.export.schedulers import exact_scheduler
 from fewstep.models.lora import adapt, adapters, merge, save_adapter
 from fewstep.models.source import Diffusers
 from support_engine import tiny_model

@@ -88,7 +88,7 @@ def test_it_is_listed(grid: TimeGrid) -> None:
 def test_export_visits_its_times_or_says_that_it_cannot(grid: TimeGrid) -> None:
     diffusers()
     from fewstep.diffusion import RectifiedFlow
-    from fewstep.models.adapters.schedulers import exact_scheduler
+    from fewstep.models.adapters.export.schedulers import exact_scheduler
 
     steps = (grid.counts or (4,))[-1]
     scheduler: Any = exact_scheduler(RectifiedFlow(), "flow", Contract(grid=grid, steps=steps), steps).pin()

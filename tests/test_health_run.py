@@ -108,7 +108,7 @@ def test_watch_shows_verdict_figures_and_losses(examined: Path, capsys: pytest.C
     )
     for name in ("accuracy", "diversity", "lag", "critic moved", "loss/matching", "teacher, same steps"):
         assert name in said, name
-    assert main(["watch", str(examined / "student")]) == 2 and "is no run" in capsys.readouterr().err
+    assert main(["watch", str(examined / "student")]) == 2 and "is not a run" in capsys.readouterr().err
 
 
 def test_the_report_draws_both_reference_lines(examined: Path) -> None:
@@ -116,7 +116,7 @@ def test_the_report_draws_both_reference_lines(examined: Path) -> None:
 
     charts = dict(health.curves(examined))
     assert charts["Diversity"].count('class="mark"') == 2 and "teacher, same steps" in charts["Diversity"]
-    assert "Critic lag: the same relative to old samples" in charts
+    assert "Critic's lag: that error on new samples, relative to old samples" in charts
     assert (health.said(examined) or "").startswith("<b>") and "base64" in health.picture(examined)
     assert health.said(examined / "student") is None and health.curves(examined / "student") == []
 
@@ -149,7 +149,7 @@ def test_a_collapse_ends_the_run_with_its_best_student(tmp_path: Path) -> None:
     with scripted("improving", "collapsing", "collapsing", "improving"):
         record = run(tmp_path / "run", 12, method)
     assert [check.vitals.step for check in record.checks] == [3, 6, 9]
-    assert record.checks[-1].done == ("stopped: two checks in a row say so",)
+    assert record.checks[-1].done == ("the run stops: two checks in a row found a collapse",)
     assert checkpoints(tmp_path / "run" / "checkpoints")[-1].name == "step-000009"
     weights_of = lambda part: (tmp_path / "run" / part / "denoiser.safetensors").read_bytes()  # noqa: E731
     assert weights_of("student") == weights_of("best")
@@ -222,7 +222,7 @@ def test_a_critic_that_has_learnt_nothing_is_as_good_as_what_it_began_as() -> No
 
 def test_runs_that_distil_nothing_are_not_examined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = small(3, health=OFTEN)
-    for case, reason in (("FlowMatching", "distils nothing"), ("Reconstruction", "trains the codec")):
+    for case, reason in (("FlowMatching", "does not distil"), ("Reconstruction", "trains the codec")):
         train(tiny_model(), CASES[case], Everything(), settings, tmp_path / case)
         assert reason in " ".join(capsys.readouterr().err.split()) and read_record(tmp_path / case) is None
 
@@ -234,7 +234,7 @@ def test_every_run_without_checks_has_its_reason() -> None:
         "settings.health is null": (tiny_model(), METHOD, small(3, health=None)),
         "2 iterations are fewer": (tiny_model(), METHOD, small(2, health=OFTEN)),
         "the model has no codec and no text": (silent, METHOD, settings),
-        "Silent reads no prompts": (tiny_model(), type("Silent", (DMD2,), {"needs": frozenset()})(), settings),
+        "Silent uses no prompts": (tiny_model(), type("Silent", (DMD2,), {"needs": frozenset()})(), settings),
         "": (tiny_model(), METHOD, settings),
     }.items():
         said = monitor.unexamined(*arguments)

@@ -187,9 +187,9 @@ def test_data_without_images_are_refused(
     data = prepared(model, videos, tmp_path / "out")
     data.check(model)
     torch.nn.init.zeros_(next(model.part("image").parameters()))
-    with pytest.raises(DataError, match="holds images as encoder"):
+    with pytest.raises(DataError, match="holds images encoded by"):
         data.check(model)
-    with pytest.raises(DataError, match="makes clips of text alone"):
+    with pytest.raises(DataError, match="is a text-to-video model"):
         Prompts(path=str(pictures / "first.csv")).check_card(VideoModel.from_pretrained("world").card)
 
 
@@ -242,7 +242,7 @@ def test_pictures_that_cannot_be_meant_are_refused(model: VideoModel) -> None:
         ("caption,image\na cat,gone.png\n", "names .*gone.png, and there is no such file"),
         ("caption,image\na cat,\n", "needs a caption and an image"),
         ("caption,picture\na cat,x.png\n", "has no 'image'"),
-        ("caption,image\n", "no prompts in it"),
+        ("caption,image\n", "has no prompts"),
     ],
 )
 def test_a_list_without_its_pictures_is_refused(text: str, message: str, tmp_path: Path) -> None:

@@ -13,8 +13,17 @@ import pytest
 from faults.given import RECIPE
 from faults.given import teacher as tiny_teacher
 from faults.making import video
+from fewstep.engine.checkpoint import Checkpoint
+from fewstep.engine.log import read_metrics
 from support_stopping import fewstep
 
+PAIR = """
+model: {type: Pretrained, source: teacher}
+method: {type: Consistency}
+data: {type: WorldClips, num_frames: 4}
+settings: {steps: 6, batch: 1, accumulate: 2, save_every: 100, log_every: 1}
+"""
+"""Two processes have a micro-batch each."""
 CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGKILL": -signal.SIGKILL}
 SIGNALS = tuple(CODES)
 
@@ -38,28 +47,47 @@ def stopped(words: str, at: tuple[str, int], name: str, here: Path, *says: str) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SIGNALS)
-def test_distill(name: str, tmp_path: Path) -> None:
-    (tmp_path / "r.yaml").write_text(RECIPE.replace("steps: 1", "steps: 6").replace("save_every: 1", "save_every: 2"))
+@pytest.mark.parametrize("every", [2, 0])
+def test_distill(every: int, name: str, tmp_path: Path) -> None:
+    """With checkpoints and without: SIGTERM makes one, whatever the interval."""
+    recipe = RECIPE.replace("steps: 1", "steps: 6").replace("save_every: 1", f"save_every: {every}")
+    (tmp_path / "r.yaml").write_text(recipe)
     words = "train r.yaml --quiet --output "
-    stopped(
-        f"{words}run", ("iteration", 4), name, tmp_path, "goes on from step-00000" + ("4" if name == "SIGTERM" else "2")
-    )
+    kept = 4 if name == "SIGTERM" else every
+    says = f"resumes from step-{kept:06d}" if kept else "settings.save_every is 0"
+    stopped(f"{words}run", ("iteration", 4), name, tmp_path, says)
     for output in ("run", "straight"):
         assert fewstep(*f"{words}{output}".split(), here=tmp_path)[0] == 0
     assert weights(tmp_path / "run") == weights(tmp_path / "straight")
     assert not (tmp_path / "run/.running").exists()
 
 
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a recipe that two processes have distilled without a stop, in `straight`."""
+    here = tmp_path_factory.mktemp("two")
+    tiny_teacher(here)
+    (here / "r.yaml").write_text(PAIR)
+    code, err = fewstep(*["distill", "r.yaml", "--quiet", "--output", "straight"], here=here, processes=2)
+    assert code == 0, err
+    return here
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SIGNALS)
-def test_distill_without_a_checkpoint(name: str, tmp_path: Path) -> None:
-    (tmp_path / "r.yaml").write_text(RECIPE.replace("steps: 1", "steps: 6").replace("save_every: 1", "save_every: 0"))
-    words = "train r.yaml --quiet --output "
-    says = "goes on from step-000003" if name == "SIGTERM" else "settings.save_every is 0"
-    stopped(f"{words}run", ("iteration", 3), name, tmp_path, says)
-    for output in ("run", "straight"):
-        assert fewstep(*f"{words}{output}".split(), here=tmp_path)[0] == 0
-    assert weights(tmp_path / "run") == weights(tmp_path / "straight")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGTERM@torchrun"])
+def test_two_processes_agree_on_where_to_stop(name: str, of_two: Path) -> None:
+    """One of them is told, or torchrun is and tells both: both stop after the same iteration, with one whole checkpoint."""
+    run = of_two / name
+    words = f"distill r.yaml --quiet --output {name}".split()
+    code, err = fewstep(*words, here=of_two, at=("iteration", 4, name), processes=2)
+    assert code != 0 and err.count("fewstep: stopped; the same command resumes from step-000004") == 2, err
+    assert Checkpoint.open(run / "checkpoints/step-000004").step == 4
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000004"] and not (run / "student").exists()
+    code, err = fewstep(*words, here=of_two, processes=2)
+    assert code == 0, err
+    assert weights(run) == weights(of_two / "straight") != {}
+    steps = [[row["step"] for row in read_metrics(of_two / output / "metrics.jsonl")] for output in (name, "straight")]
+    assert steps[0] == steps[1] == list(range(1, 7))
 
 
 @pytest.mark.slow
@@ -72,7 +100,7 @@ def test_prepare(name: str, at: tuple[str, int], tmp_path: Path) -> None:
         (tmp_path / f"videos/{i:02d}.mp4").write_bytes(video())
         (tmp_path / f"videos/{i:02d}.txt").write_text(f"film {i}")
     words = "prepare videos --model teacher --quiet --output "
-    stopped(f"{words}out", at, name, tmp_path, "goes on after the last whole file")
+    stopped(f"{words}out", at, name, tmp_path, "continues after the last complete file")
     for output in ("out", "straight"):
         assert fewstep(*f"{words}{output}".split(), here=tmp_path)[0] == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "straight")
@@ -84,7 +112,7 @@ def test_prepare(name: str, at: tuple[str, int], tmp_path: Path) -> None:
 def test_pairs(name: str, at: tuple[str, int], tmp_path: Path) -> None:
     tiny_teacher(tmp_path)
     words = "pairs world:6 --model teacher --times 1 0 --steps 2 --batch 2 --shard-size 2 --quiet --output "
-    stopped(f"{words}out", at, name, tmp_path, "goes on after the last whole file")
+    stopped(f"{words}out", at, name, tmp_path, "continues after the last complete file")
     for output in ("out", "straight"):
         assert fewstep(*f"{words}{output}".split(), here=tmp_path)[0] == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "straight")

@@ -22,7 +22,8 @@ from fewstep.engine.precision import autocast, float32
 from fewstep.engine.prepare import prepare
 from fewstep.methods import AVDM2, DMD2, BackwardSimulation, Consistency, Method, Update
 from fewstep.models import Card, FrameAutoencoder, Lora, VideoModel
-from fewstep.models.bundle import describe, read_card
+from fewstep.models.bundle import read_card
+from fewstep.models.fingerprint import describe
 from fewstep.models.source import Pretrained
 from fewstep.recipe import Recipe
 from fewstep.world.data import WorldClips

@@ -182,6 +182,9 @@ def test_every_call_of_a_simulation_has_the_clips_own_conditions_and_the_grids_n
     times = [question.t.unique().tolist() for question in nets.student.questions]
     assert [t for (t,) in times] == pytest.approx([1, 15 / 16, 5 / 6, 5 / 8])
     assert torch.equal(rolled.t, nets.student.questions[-1].t)
+    assert [(question.call.step, question.call.steps) for question in nets.student.questions] == [
+        (i, 4) for i in range(4)
+    ]
 
 
 def test_stored_states_are_those_of_the_shifted_times() -> None:

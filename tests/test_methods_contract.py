@@ -30,7 +30,8 @@ from fewstep.methods import (
     Reconstruction,
     Sync,
 )  # fmt: skip
-from fewstep.methods.rollouts import NESTED, fold_frames
+from fewstep.methods.frames import fold_frames
+from fewstep.methods.rollouts import NESTED
 from fewstep.models.autoencoder import FrameAutoencoder
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.features import ClipFeatures

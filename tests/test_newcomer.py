@@ -231,7 +231,10 @@ def test_a_closed_standard_output_is_no_traceback() -> None:
 
         flush = write  # type: ignore[assignment]
 
-    for out, says in ((Full(), "standard output: No space left on device"), (Gone(), "whoever reads standard output")):
+    for out, says in (
+        (Full(), "standard output: No space left on device"),
+        (Gone(), "the program that reads standard output"),
+    ):
         err = io.StringIO()
         with patch("sys.stdout", out), patch("sys.stderr", err):
             assert main(["--version"]) == 2

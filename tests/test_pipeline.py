@@ -138,9 +138,9 @@ def test_what_cannot_work_in_the_last_stage_is_refused_before_the_first(two: Pip
     for wrong, words in (
         (
             {"settings": small(3, lora=Lora(rank=2))},
-            r"stage dmd2: settings\.start: only a denoiser that is trained whole",
+            r"stage dmd2: settings\.start works only for a denoiser that is trained whole",
         ),
-        ({"model": Pretrained(source=str(other))}, "stage dmd2: .*no student of this teacher: its denoiser"),
+        ({"model": Pretrained(source=str(other))}, "stage dmd2: .*does not match this teacher: its denoiser"),
         (
             {
                 "data": WorldClips(num_frames=16),

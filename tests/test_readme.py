@@ -22,7 +22,8 @@ from fewstep.data import write_video
 from fewstep.engine.prepare import require_processes
 from fewstep.models import bundle
 from fewstep.pipeline import Pipeline, read
-from fewstep.recipe import Recipe, names
+from fewstep.recipe import Recipe
+from fewstep.written import names
 from support_engine import tiny_model
 
 ROOT = Path(__file__).parent.parent
@@ -126,7 +127,7 @@ def test_a_demo_fills_the_table_and_the_picture(tool, tiny_world: Path, monkeypa
     assert "fewstep demo" in tool.results() and "fewstep demo" in tool.animation()
     tool.take(Path("demo"))
     table = tool.results().splitlines()
-    assert table[0].startswith("|  | NFE | all right") and table[1].count("---") == table[0].count("|") - 1
+    assert table[0].startswith("|  | NFE | accuracy") and table[1].count("---") == table[0].count("|") - 1
     assert [line.split(" | ")[0] for line in table[2:6]] == [
         "| teacher 3",
         "| teacher 2",

@@ -164,7 +164,7 @@ def test_check_refuses_before_any_weight(tiny: Path) -> None:
     assert recipe.check().num_frames == 4
     with pytest.raises(DataError, match="DMD2 needs x0"):
         recipe.override([("method.gan", "0.01"), ("data", "{type: Prompts, path: nowhere.txt}")]).check()
-    with pytest.raises(ValueError, match=r"settings.optim.critc trains nothing; did you mean critic\?"):
+    with pytest.raises(ValueError, match=r"settings.optim.critc: no such role is trained; did you mean critic\?"):
         recipe.override([("settings.optim.critc.lr", "1e-3")]).check()
     with pytest.raises(RecipeError, match="trains the codec, but the model has only denoiser, text"):
         recipe.override([("method.type", "Reconstruction"), ("model.codec", "null"), ("settings.optim", "{}")]).check()

@@ -21,7 +21,7 @@ from fewstep.engine.views import View
 from fewstep.methods import DMD2, ROLES, Copy, Heads, Making, Method, Nets, Other, Role, Update, Weak
 from fewstep.methods.targets import mse
 from fewstep.models import Denoiser, Lora, fingerprint
-from fewstep.models.bundle import describe
+from fewstep.models.fingerprint import describe
 from fewstep.models.lora import duplicate
 from fewstep.models.spread import Spread
 from support_engine import FRAMES, Everything, TinyImages, small, tiny_model
@@ -132,7 +132,7 @@ def test_what_a_role_cannot_be_made_from_is_refused() -> None:
 
     with pytest.raises(ValueError, match="role 'new' is made from 'critc', which this run does not have"):
         build_nets(tiny_model(), Wanting(), 0)
-    with pytest.raises(ValueError, match=r"feature layers must be in \[-2, 1\], got \[5\]"):
+    with pytest.raises(ValueError, match=r"layers must be from -2 to 1, .*; got \[5\]"):
         build_nets(tiny_model(), Wanting(role=Heads(layers=(5,))), 0)
     with pytest.raises(ValueError, match="set settings.lora, or method.weak: 0"):
         prepare(tiny_model(), replace(Wanting(), role=Weak("critic", 0.5)), Everything(), small(2), Path())

@@ -22,8 +22,8 @@ from fewstep.diffusion import CFG
 from fewstep.engine.effective import Kernels
 from fewstep.models import Card, VideoModel
 from fewstep.models import runtime as running
+from fewstep.models.card import allocate
 from fewstep.models.fitting import Memory, fitting
-from fewstep.models.loading import allocate
 from fewstep.models.repattern import repattern
 from fewstep.models.runtime import Runtime, bring, effective, told
 from fewstep.models.spec import Spec
@@ -89,7 +89,7 @@ PEAKS = """
 import sys
 from fewstep.evaluate.latency import peak_memory
 from fewstep.models.bundle import VideoModel
-from fewstep.models.loading import allocate
+from fewstep.models.card import allocate
 from fewstep.models.runtime import Runtime
 kept = [VideoModel.from_pretrained(sys.argv[1])]  # what is imported late, and the allocator's own reserves
 before, how = peak_memory(lambda: None)
@@ -338,7 +338,7 @@ def test_conditions_that_are_ready_are_taken() -> None:
     assert not torch.allclose(model.latents(PROMPTS, negative=cond, seed=4), expected)
     with pytest.raises(ValueError, match="guidance reads a negative prompt too; give negative"):
         silent.latents(cond)
-    with pytest.raises(ValueError, match="have their images already; leave out image"):
+    with pytest.raises(ValueError, match="have their images and scalars already; leave out image"):
         silent.latents(cond, negative=uncond, image=torch.zeros(3, 32, 32))
 
 

@@ -149,7 +149,7 @@ def test_it_is_listed_with_its_source(sampler: Sampler) -> None:
 def test_export_has_a_scheduler_for_it_or_says_that_there_is_none(sampler: Sampler, path: NoisePath, kind: str) -> None:
     """One that is exported makes the same clip there; one that draws noise, a clip that is known."""
     pytest.importorskip("diffusers")
-    from fewstep.models.adapters.schedulers import exact_scheduler
+    from fewstep.models.adapters.export.schedulers import exact_scheduler
 
     refusal, exact = "", None
     try:

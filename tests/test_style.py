@@ -23,8 +23,8 @@ from fewstep.evaluate.style import Styled, Survival, check_style
 from fewstep.methods import DMD2, BackwardSimulation, FlowMatching
 from fewstep.models import Lora, VideoModel
 from fewstep.models.bundle import read_card
+from fewstep.models.card import allocate
 from fewstep.models.fingerprint import fingerprint
-from fewstep.models.loading import allocate
 from fewstep.models.lora import adapt, adapters, merge, save_adapter
 from fewstep.models.source import Pretrained
 from fewstep.models.spec import Spec
@@ -110,7 +110,7 @@ def test_a_student_may_have_the_style_in_its_weights(teacher: VideoModel, lora: 
 
 def test_what_says_nothing_is_refused(teacher: VideoModel, lora: Path, tmp_path: Path) -> None:
     nothing = save_adapter(adapt(teacher.denoiser, Lora(rank=2), Rng(0)), tmp_path / "nothing", "tiny")
-    with pytest.raises(ValueError, match="does not change what the teacher makes"):
+    with pytest.raises(ValueError, match="does not change the teacher's clips"):
         check_lora(teacher, teacher, nothing, PROMPTS, tmp_path)
     longer = VideoModel(replace(teacher.card, num_frames=8), teacher.parts)
     with pytest.raises(ValueError, match="different"):
@@ -243,7 +243,7 @@ def test_a_student_goes_on_with_the_restyled_teacher(teacher: VideoModel, lora: 
 
 def test_a_start_that_does_not_fit_is_refused(teacher: VideoModel, tmp_path: Path) -> None:
     teacher.save(tmp_path / "teacher")
-    card, wrong = read_card(tmp_path / "teacher"), "no student of this teacher: its "
+    card, wrong = read_card(tmp_path / "teacher"), "does not match this teacher: its "
     other = Spec("VideoDiT", {**card.parts["denoiser"].args, "depth": 1})
     others = {
         "denoiser": replace(card, parts={**card.parts, "denoiser": other}),
@@ -262,7 +262,7 @@ def test_a_start_that_does_not_fit_is_refused(teacher: VideoModel, tmp_path: Pat
 
 
 def test_every_role_begins_with_stored_weights() -> None:
-    """Of a sharded run, where networks are made without any."""
+    """In a sharded run, networks are made without weights, and every role takes stored ones."""
     roles = ("teacher", "student", "ema", "critic")
     assert [origin(METHOD, role, {"teacher"}) for role in roles] == ["teacher"] * 4
     assert [origin(METHOD, role, {"teacher", "student"}) for role in roles] == [

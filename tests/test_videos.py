@@ -117,7 +117,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(videos: Path, sa
         ): "holds clips of 4 frames of 32 x 32, but model 'videos-teacher' makes 4 frames of 64 x 32",
         ("--data.type", "Prompts", "--data.path", "prompts.txt"): "FlowMatching needs x0; Prompts provides prompts",
         ("--data.type", "Videos", "--data.path", str(videos)): "data.num_frames, height, width are (16, 64, 64)",
-        ("--data.path", "nowhere"): "nowhere: no manifest.json there",
+        ("--data.path", "nowhere"): "nowhere has no manifest.json",
     }.items():
         code, _, err = said(*teacher("refused", *more))
         assert code == 2 and words in err, (more, err)

@@ -25,7 +25,7 @@ pytestmark = [
 SUITE = Suite(prompts=64, seeds_per_prompt=2, batch=32, latency_runs=3, latency_budget=2.0)
 HALF = Runtime(dtype="bfloat16")
 MOST_MOTION = 1.3
-"""Of the student, relative to the teacher at its own number of steps."""
+"""Largest motion of the student, relative to the teacher at its own number of steps."""
 DIVERSITY = 0.7
 """Least diversity of the student, relative to the same."""
 

@@ -110,7 +110,7 @@ class Tiny:
     times: Callable[[Any], tuple[float, ...]] = sigmas
     """Where the pipeline's scheduler has been in its last call."""
     text_arguments: dict[str, Any] = field(default_factory=lambda: {"do_classifier_free_guidance": False})
-    """Of the pipeline's `encode_prompt`."""
+    """Arguments of the pipeline's `encode_prompt`."""
     unread: tuple[str, ...] = ()
     """Parts of names of weights that nothing depends on."""
     causal: bool = False
@@ -229,7 +229,7 @@ def ltx_encode(pipeline: LTXPipeline, frames: Tensor) -> Tensor:
 
 
 LTX_SHIFT = math.exp(0.95 + (2.05 - 0.95) * (41 * 16 * 22 - 1024) / (4096 - 1024))
-"""Of a clip of 161 frames of 512 x 704, with this codec."""
+"""Shift for a clip of 161 frames of 512 x 704, with this codec."""
 
 
 def ltx_sample(pipeline: LTXPipeline, noise: Tensor, **options: Any) -> Tensor:

@@ -13,12 +13,8 @@ from pathlib import Path
 import grimp
 
 ROOT = Path(__file__).resolve().parent.parent
-KNOWN: dict[str, str] = {
-    # "<room>: <modules>" -> why, and what would remove it
-    "fewstep.models: adapters, bundle, fingerprint, spec": (
-        "cards name adapters, which make cards; goes when Card has a file of its own and Spec no list of adapters"
-    ),
-}
+KNOWN: dict[str, str] = {}
+"""`<room>: <modules>` of a circle -> why it is there, and what would remove it."""
 
 
 def main() -> int:
@@ -33,7 +29,7 @@ def main() -> int:
 
 
 def circles(graph: grimp.ImportGraph, room: str) -> Iterator[str]:
-    """Of the parts of `room`, and of those of its sub-rooms."""
+    """Circles of imports between the parts of `room`, and between the parts of its sub-rooms."""
     parts = sorted(graph.find_children(room))
     owner = {module: part for part in parts for module in (part, *graph.find_descendants(part))}
     reads = {

@@ -91,7 +91,7 @@ def tables(report: Report, frames: Mapping[str, Frames]) -> Iterator[str]:
     """Markdown."""
     clips = report.seeds["clips"]
     yield f"{clips} clips per row, seed {report.suite['seed']}; floor of the distance {report.frechet_floor:.2f}"
-    yield row_of(("", "all right", "95 %", "Frechet", "motion", "diversity", "flicker"))
+    yield row_of(("", "accuracy", "95 %", "Frechet", "motion", "diversity", "flicker"))
     yield row_of(["---"] * 7)
     for row in report.rows:
         low, high = row.accuracy_ci or (0.0, 0.0)

@@ -87,7 +87,7 @@ class Mutation:
         return self.path.read_text(encoding="utf-8").replace(self.old, self.new)
 
     def codes(self) -> tuple[CodeType, CodeType]:
-        """Of the file as it is, and with the mistake."""
+        """Compiled code of the file without the mistake, and with it."""
         before, after = self.path.read_text(encoding="utf-8"), self.source()
         return tuple(compile(text, str(self.path), "exec", dont_inherit=True) for text in (before, after))  # type: ignore[return-value]
 
@@ -281,7 +281,7 @@ def place_of(code: CodeType) -> tuple[str, str, int]:
 
 
 def functions(code: CodeType) -> Iterator[CodeType]:
-    """Of a module or class, those that are not inside another function, in order."""
+    """The functions of a module or class, in order, without functions inside functions."""
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
             yield from [inner] if inner.co_flags & inspect.CO_OPTIMIZED else functions(inner)

@@ -30,17 +30,17 @@ REMEDY = "run `fewstep demo`, then `python tools/readme.py --demo runs/demo`"
 
 PHRASES = {
     "examples": "Notebooks; python tools/notebooks.py runs them and stores what they print and show",
-    "docs": "One page each on what the code cannot say in one place",
+    "docs": "Guides, one page per subject",
     "tests": "Identities, contracts, equivalences, exact optima; all on the CPU, without network",
-    "tools": "Checks of the repository itself",
-    "src/fewstep/recipes": "What to train, as YAML; each file is a whole run, and `world/dmd2` is the name of one",
+    "tools": "Checks of this repository",
+    "src/fewstep/recipes": "Recipes as YAML; each file describes a whole run and has a name such as `world/dmd2`",
     "src/fewstep/world/weights": "The networks shipped with the package: card.json and safetensors",
     "Makefile": "demo, test, wheel, lint, format: each makes its own environment first",
-    "CONTRIBUTING.md": "Set-up, how to add each kind of thing in one file, when a change is done",
-    "CHANGELOG.md": "One line per change that a user sees",
-    "LOG.md": "Experiments with recipe, seed and figures, failed ones included",
+    "CONTRIBUTING.md": "Set-up, how to add a method, pattern, sampler and so on, and when a change is done",
+    "CHANGELOG.md": "One line per user-visible change",
+    "LOG.md": "Experiments with recipe, seed and figures, including failed ones",
 }
-"""What has no docstring of its own."""
+"""Descriptions of files and folders that have no docstring."""
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,10 +12,13 @@ from fewstep.data import Data
 from fewstep.engine import Settings
 from fewstep.engine.prepare import require_same
 from fewstep.engine.probe import WorldProbe
+from fewstep.engine.student import transforms_of
 from fewstep.methods.base import Method
-from fewstep.models.bundle import Card, VideoModel
+from fewstep.models.bundle import VideoModel
+from fewstep.models.card import Card
 from fewstep.models.source import ModelSource, Pretrained, Previous, Scratch
-from fewstep.recipe import FILE, Recipe, Written, tree_of, without_parallel
+from fewstep.recipe import Recipe, without_parallel
+from fewstep.written import FILE, Written, tree_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,4 +165,5 @@ def _made(before: Planned) -> Card:
         return replace(card, fingerprints=prints)
     contract = method.contract(card.contract)
     role = card.role if contract == card.contract else "student"
-    return replace(card, fingerprints=prints, contract=contract, role=role)
+    transforms = transforms_of(card, before.recipe.settings)
+    return replace(card, fingerprints=prints, transforms=transforms, contract=contract, role=role)

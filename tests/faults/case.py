@@ -59,7 +59,7 @@ class Case:
     writes: bool = False
     """Whether the command may leave new files in its folder. A file that was there is never changed or deleted."""
     seconds: float = 20.0
-    """Of the processor; more, or five times as long by the clock, is a hang."""
+    """Largest processor time. More, or five times as much wall-clock time, counts as a hang."""
     slow: bool = False
 
 

@@ -34,7 +34,8 @@ def recipe(old: str = "", new: str = "", text: str = RECIPE) -> dict[str, str]:
 def _made(kind: str) -> Path:
     """A folder of `kind`, made once per process: `teacher` (a model), `run` (of one iteration, with its student)."""
     from fewstep.core.build import build, load_yaml
-    from fewstep.recipe import Recipe, names
+    from fewstep.recipe import Recipe
+    from fewstep.written import names
 
     made = build(Recipe, load_yaml(RECIPE), names())
     folder = Path(tempfile.mkdtemp(prefix="fewstep-faults-")) / kind

@@ -65,7 +65,7 @@ Three = tuple[Tensor | None, Tensor | None, Tensor | None]
 def _derivative(
     primals: tuple[Tensor, Tensor, Tensor], tangents: Three, mask: Tensor | None, scale: float, scores: int
 ) -> Tensor:
-    """Of the output `[B, H, N, D]`, in float32 or better.
+    """Derivative of the output, `[B, H, N, D]`, in float32 or better.
 
     With `s = scale q k^T + mask` and `p = softmax(s)`: `dp = p (ds - sum(p ds))`, and `dout = dp v + p dv`.
     """

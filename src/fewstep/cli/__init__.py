@@ -1,4 +1,4 @@
-"""The command line: builds arguments for the library; a user's mistake gives one line and exit code 2."""
+"""The command line: builds arguments for the library. A user's mistake gives one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ from fewstep.cli.command import Command, UsageError
 __all__ = ["COMMANDS", "main", "run"]
 
 _MISTAKES = (ValueError, OSError)
-"""What a user can put right. RecipeError, DataError and StepCountError are ValueErrors."""
+"""Errors that a user can correct. RecipeError, DataError and StepCountError are ValueErrors."""
 _BY_NAME = ("NonFiniteError", "FFmpegError", "SafetensorError")
-"""More of them, whose modules are too large to be imported for a help."""
+"""More such errors, by name, because importing their modules would make `--help` slow."""
 _ADVICE = {
-    errno.ENOSPC: "make room, and run the same command again: what is finished is whole",
-    errno.EDQUOT: "make room, and run the same command again: what is finished is whole",
-    errno.EFBIG: "this file system, or a limit (ulimit -f), allows no larger file; give another place",
+    errno.ENOSPC: "free some disk space and run the same command again; finished files are complete",
+    errno.EDQUOT: "free some disk space and run the same command again; finished files are complete",
+    errno.EFBIG: "this file system, or a limit (ulimit -f), allows no larger file; write to another place",
     errno.EROFS: "give another place",
-    errno.EACCES: "give another place, or the right to use this one",
-    errno.EPERM: "give another place, or the right to use this one",
+    errno.EACCES: "give another place, or get the permission to use this one",
+    errno.EPERM: "give another place, or get the permission to use this one",
     errno.ENAMETOOLONG: "give a shorter name",
 }
 
-_READER_GONE = "whoever reads standard output has closed it; files that were written are whole"
+_READER_GONE = "the program that reads standard output has closed it; files that were written are complete"
 
 
 def run() -> None:
     """The `fewstep` executable."""
     signal.signal(signal.SIGTERM, _terminate)
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - closed by whoever started this, as `>&-` does
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - None if the caller closed it, as `>&-` does
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a name of a file may be no text
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file name may contain bytes that are not text
     code = main(sys.argv[1:])
     try:
         sys.stdout.flush()
-    except OSError:  # main has said so; the interpreter would try once more, and say more
+    except OSError:  # main has reported it; otherwise the interpreter would try again and report it twice
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     raise SystemExit(code)
 
@@ -53,15 +53,13 @@ def main(argv: Sequence[str]) -> int:
     words = [word for word in argv if word != "--traceback"]
     try:
         code = _run(words)
-        sys.stdout.flush()  # what was printed must arrive, and shows only now if it does not
+        sys.stdout.flush()  # an error of printing may appear only here
         return code
     except SystemExit as error:
-        if isinstance(error.__context__, BrokenPipeError):  # rich ends a program whose reader has gone
+        if isinstance(error.__context__, BrokenPipeError):  # rich raises SystemExit if the reader has closed the pipe
             print(f"fewstep: {_READER_GONE}", file=sys.stderr)
             return 2
-        return (
-            error.code if isinstance(error.code, int) else 2
-        )  # the parser has said what is wrong, or printed the help
+        return error.code if isinstance(error.code, int) else 2  # the parser has printed the error or the help
     except KeyboardInterrupt as stop:
         print(f"fewstep: stopped{f'; {stop}' if stop.args else ''}", file=sys.stderr)
         return 143 if type(stop).__name__ == "Terminated" else 130  # by name: its package imports torch
@@ -74,9 +72,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    """The answer to SIGTERM: as Ctrl-C."""
+    """The reaction to SIGTERM: the same as to Ctrl-C."""
     stopping = sys.modules.get("fewstep.core.stopping")
-    if stopping is None:  # nothing has begun
+    if stopping is None:  # no command has begun
         raise SystemExit(143)
     raise stopping.Terminated
 
@@ -106,14 +104,14 @@ def _is_mistake(error: Exception) -> bool:
 
 
 def _out_of_memory(error: Exception) -> str:
-    """What to do where the memory of the machine or the device was too small; empty for other errors."""
+    """What to do if the memory of the machine or the device was too small; empty for other errors."""
     said = str(error).lower()
     names = [cls.__name__ for cls in type(error).__mro__]
     torchs = "RuntimeError" in names and "allocat" in said and "memory" in said
     if not (torchs or "MemoryError" in names or "OutOfMemoryError" in names):
         return ""
     which = f" ({_shortened(error)})" if said else ""
-    return f"out of memory{which}: make less at once, by a smaller batch, fewer frames, or a smaller size or model"
+    return f"out of memory{which}: use a smaller batch, fewer frames, a smaller size or a smaller model"
 
 
 def _one_line(error: Exception) -> str:
@@ -126,7 +124,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _full_output() -> str:
-    """An error of printing has no name: this is it if an empty line cannot be printed either."""
+    """The name of standard output if it is full. An error of printing names no file, so this tries to print an empty line."""
     try:
         print(flush=True)
     except OSError:
@@ -135,10 +133,10 @@ def _full_output() -> str:
 
 
 def _shortened(error: Exception) -> str:
-    """The first sentence: torch adds a page on its allocator."""
+    """The first sentence of the message: torch adds a page about its allocator."""
     return " ".join(str(error).split())[:160].partition(". ")[0]
 
 
 def _cut(text: str) -> str:
-    """A name that is too long for a line, without its middle."""
+    """A text; if it is too long for a line, without its middle."""
     return text if len(text) <= 200 else f"{text[:100]}...{text[-60:]}"

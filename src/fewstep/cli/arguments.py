@@ -1,4 +1,4 @@
-"""Commands and their arguments. Nothing heavy is imported here: `fewstep --help` answers at once."""
+"""Commands and their arguments. Nothing heavy is imported here, so that `fewstep --help` is fast."""
 
 from __future__ import annotations
 
@@ -189,6 +189,8 @@ class Sample(Runs):
     """Number of sampling steps (default: from the card). A student refuses step counts it was not trained for."""
     guidance_scale: float | None = None
     """Guidance scale: uncond + scale (cond - uncond) (default: from the card)."""
+    scalar: tuple[str, ...] = ()
+    """Numbers that the model reads besides time and text (ScalarInput), by name, such as guidance=4.0."""
     num_frames: int | None = None
     """Frames per clip (default: from the card). Another number needs --force."""
     seed: int = 0
@@ -353,11 +355,14 @@ COMMANDS: dict[str, type[Command]] = {
 
 
 def parse(words: Sequence[str]) -> Command:
-    """The command of a command line; SystemExit after printing the help, or an error that names the closest valid option."""
+    """The command of a command line. SystemExit after printing the help, or an error with the closest valid option."""
+    options = (tyro.conf.FlagCreatePairsOff,)
+    if words and words[0] in COMMANDS:  # the options of other commands are not needed
+        name, *rest = words
+        return tyro.cli(COMMANDS[name], prog=f"fewstep {name}", args=rest, config=options)
     arms: list[Any] = [Annotated[cls, tyro.conf.subcommand(name)] for name, cls in COMMANDS.items()]
     one_of: Any = Union[tuple(arms)]  # noqa: UP007
     about = "Distil a slow video diffusion model into a fast one, and measure the result."
-    options = (tyro.conf.FlagCreatePairsOff,)
     command: Command = tyro.cli(one_of, prog="fewstep", description=about, args=list(words), config=options)
     return command
 

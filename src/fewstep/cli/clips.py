@@ -23,17 +23,18 @@ from fewstep.models.runtime import effective, told
 
 if TYPE_CHECKING:
     from fewstep.cli.arguments import Sample
-    from fewstep.models.bundle import Card
+    from fewstep.models.card import Card
 
 TOGETHER = 8
-"""Clips that are made at once (unless `--batch` says more), and side by side in one file, at most."""
+"""Clips that are made at once (unless `--batch` says otherwise), and largest number side by side in one file."""
 SHOWN = 128
-"""Pixels along the shorter side that smaller clips are enlarged to."""
+"""Shorter side, in pixels, to which smaller clips are enlarged."""
 
 
 def sample(options: Sample) -> int:
     prompts = _prompts(options.prompt, options.prompt_file)
     _check(options, len(prompts))
+    scalars = _scalars(options.scalar)
     card = read_card(options.student)
     scale = _scale(options, card)
     spans = _spans(len(prompts), card.width * scale)
@@ -46,7 +47,7 @@ def sample(options: Sample) -> int:
     done: list[Path] = []
 
     def kept() -> str:
-        return f"{len(done)} of {len(paths)} files are written" + (f", the last is {done[-1]}" if done else "")
+        return f"{len(done)} of {len(paths)} files are written" + (f", the last one is {done[-1]}" if done else "")
 
     with saying(kept):
         waiting, files = list[Tensor](), list(zip(spans, paths, strict=True))
@@ -54,7 +55,7 @@ def sample(options: Sample) -> int:
             mine = {name: stack if len(stack) == 1 else stack[first:last] for name, stack in images.items()}
             clips = model(
                 prompts[first:last], **mine, num_inference_steps=options.num_inference_steps, num_frames=options.num_frames,
-                guidance_scale=options.guidance_scale, seed=options.seed + first, force=options.force,
+                guidance_scale=options.guidance_scale, scalars=scalars, seed=options.seed + first, force=options.force,
             )  # fmt: skip
             waiting += clips.cpu().split(1)
             while files and files[0][0][1] <= last:
@@ -69,7 +70,7 @@ def sample(options: Sample) -> int:
 
 
 def _check(options: Sample, count: int) -> None:
-    """UsageError for what no model could do, before one is loaded."""
+    """UsageError for options that no model can fulfil, before a model is loaded."""
     for name in ("image", "last_image"):
         if len(getattr(options, name)) not in (0, 1, count):
             option = f"--{name}".replace("_", "-")
@@ -85,24 +86,24 @@ def _check(options: Sample, count: int) -> None:
 
 
 def _scale(options: Sample, card: Card) -> int:
-    """How many times pixels are enlarged. UsageError for a picture that no player shows."""
+    """Factor by which pixels are enlarged. UsageError for a video too large for players."""
     scale = max(1, SHOWN // min(card.height, card.width)) if options.scale is None else options.scale
     if max(card.height, card.width) * scale > LARGEST_SIDE:
         raise UsageError(
-            f"--scale {scale} makes {card.height * scale} x {card.width * scale} pixels of {card.height} x {card.width}, and "
-            f"players show no more than {LARGEST_SIDE} along a side; leave it out"
+            f"--scale {scale} enlarges {card.height} x {card.width} pixels to {card.height * scale} x {card.width * scale}, and "
+            f"video players allow at most {LARGEST_SIDE} along a side; leave --scale out"
         )
     return scale
 
 
 def _spans(count: int, width: int) -> list[tuple[int, int]]:
-    """Which clips share a file: all where they are few and fit side by side, otherwise none."""
+    """Which clips share a file: all clips if they are few and fit side by side, otherwise none."""
     together = count <= TOGETHER and count * width <= LARGEST_SIDE
     return [(0, count)] if together else [(i, i + 1) for i in range(count)]
 
 
 def _numbered(output: Path, number: int, count: int) -> Path:
-    """`sample-01.mp4` is the first."""
+    """The file name of clip `number`: `sample-01.mp4` for the first."""
     return output.with_name(f"{output.stem}-{number + 1:0{len(str(count))}d}{output.suffix}")
 
 
@@ -112,8 +113,25 @@ def _images(options: Sample, card: Card) -> dict[str, Tensor]:
     return {name: torch.stack([read_image(p, size) for p in paths]) for name, paths in pictures.items() if paths}
 
 
+def _scalars(given: Sequence[str]) -> dict[str, float]:
+    """The numbers by name. UsageError for a word that is no `name=number`, and for a name that is given twice."""
+    found: dict[str, float] = {}
+    for word in given:
+        name, equals, number = word.partition("=")
+        try:
+            value = float(number)
+        except ValueError:
+            value = math.nan
+        if not (name and equals and math.isfinite(value)):
+            raise UsageError(f"--scalar {word}: write the name and a number, such as guidance=4.0")
+        if name in found:
+            raise UsageError(f"--scalar: {name} is given twice, as {found[name]:g} and as {value:g}; give it once")
+        found[name] = value
+    return found
+
+
 def _write(path: Path, clips: Tensor, fps: float, scale: int) -> None:
-    """Write clips; where the disk is full or gone they go to the folder for temporary files, and the error says so."""
+    """Write clips. If the disk is full or gone, write them to the folder for temporary files; the error names that file."""
     try:
         write_video(path, clips, fps=fps, scale=scale)
     except OSError as error:
@@ -122,4 +140,4 @@ def _write(path: Path, clips: Tensor, fps: float, scale: int) -> None:
             write_video(spare, clips, fps=fps, scale=scale)
         except OSError:
             raise error from None
-        raise OSError(error.errno, f"{error.strerror}. What was made is in {spare}", str(path)) from error
+        raise OSError(error.errno, f"{error.strerror}. The clips were written to {spare} instead", str(path)) from error

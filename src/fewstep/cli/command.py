@@ -36,7 +36,7 @@ class Command(ABC):
 
     @abstractmethod
     def run(self, overrides: Overrides) -> int:
-        """Do it; the exit code."""
+        """Run the command and return the exit code."""
 
 
 @dataclass(frozen=True, kw_only=True)

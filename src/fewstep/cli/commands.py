@@ -1,4 +1,4 @@
-"""Commands that write results: they load, call the library, and print where the result is."""
+"""Commands that write results: they load models, call the library, and print where the result is."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def train(options: arguments.Train, overrides: Overrides) -> int:
     for option in ("memory", "flops", "price", "shard"):
         if getattr(options, option) is not None:
             raise UsageError(
-                f"--{option} belongs to --dry-run, which says what a run would take; add it, or leave this out"
+                f"--{option} works only with --dry-run, which prints what a run needs; add --dry-run, or leave --{option} out"
             )
     recipe.run(output, quiet=options.quiet)
     part_company()
@@ -123,7 +123,7 @@ def prepare(options: arguments.Prepare) -> int:
 
 
 def _share() -> str:
-    """Whose progress is shown, where several processes have a share."""
+    """A note for the progress line if several processes share the work."""
     world = place().world_size
     return f" (process 1 of {world})" if world > 1 else ""
 
@@ -139,7 +139,7 @@ def _dropped(prepared: Prepared) -> Table:
 
 
 def _own_device(name: str) -> str:
-    """Processes of one machine share its devices evenly. ValueError for one that is not there."""
+    """The device of this process; processes on one machine share its devices evenly. ValueError for a missing device."""
     import torch
 
     from fewstep.core.devices import require_device
@@ -234,7 +234,7 @@ def evaluate(options: arguments.Evaluate) -> int:
 
 
 def _suite(options: arguments.Evaluate) -> Suite:
-    """The suite that the options choose; what they leave out is as the suite has it."""
+    """The suite that the options choose; options that are not given have the suite's defaults."""
     from fewstep.evaluate import RealClips, Suite
 
     given = {
@@ -293,7 +293,7 @@ def export(options: arguments.Export) -> int:
     from fewstep.evaluate.results import figures, load_report
     from fewstep.models import adapters
     from fewstep.models.bundle import VideoModel
-    from fewstep.recipe import FILE
+    from fewstep.written import FILE
 
     model, home = VideoModel.from_pretrained(options.student, trust=options.trust), Path(options.student)
     if options.evaluation is not None:
@@ -343,7 +343,7 @@ def check_lora(options: arguments.CheckLora) -> int:
 
 
 def _teacher_of(student: VideoModel, source: str, trust: bool) -> VideoModel:
-    """What a student is compared with, beside it. A model of diffusers takes any size, so it takes the student's."""
+    """The teacher to compare with. A diffusers model takes any size, so it gets the student's."""
     from fewstep.models.bundle import VideoModel, read_card
     from fewstep.models.source import Diffusers
 
@@ -357,14 +357,14 @@ def _teacher_of(student: VideoModel, source: str, trust: bool) -> VideoModel:
 
 
 def _at_steps(model: VideoModel, steps: int | None) -> VideoModel:
-    """With another default number of steps. StepCountError where it was not trained for it."""
+    """The model with another default number of steps. StepCountError if it was not trained for that number."""
     contract = model.card.contract
     contract.times(steps)
     return model.with_card(contract=replace(contract, steps=steps or contract.steps))
 
 
 def _prompts(given: tuple[str, ...], file: Path | None) -> tuple[str, ...]:
-    """Prompts of the command line and of a file with one per line."""
+    """Prompts from the command line, or from a file with one prompt per line."""
     from fewstep.data.prompts import read_prompts
 
     prompts = (*given, *(read_prompts(file) if file is not None else ()))
@@ -372,12 +372,12 @@ def _prompts(given: tuple[str, ...], file: Path | None) -> tuple[str, ...]:
         raise UsageError('give at least one --prompt "..." or a --prompt-file')
     for prompt in prompts:
         if "\0" in prompt or prompt.encode("utf-8", "ignore").decode() != prompt:
-            raise UsageError(f"--prompt {prompt!r}: it is not UTF-8 text")
+            raise UsageError(f"--prompt {prompt!r} is not UTF-8 text; write it again, or use --prompt-file")
     return prompts
 
 
 def _made(path: Path) -> int:
-    """Say where the result is; of several processes one does."""
+    """Print where the result is; with several processes, only the first prints."""
     if place().rank == 0:
         print(path)
     return 0

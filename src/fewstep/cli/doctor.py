@@ -38,7 +38,7 @@ def show() -> int:
 
 
 def facts(device: str) -> list[tuple[str, str]]:
-    """What there is, by name."""
+    """Facts about this machine, by name."""
     here = describe_machine(device)
     memory = f"{here.memory_gb} GB" if here.memory_gb is not None else "unknown"
     return [
@@ -56,7 +56,7 @@ def facts(device: str) -> list[tuple[str, str]]:
         ("settings.compile", compile_problem(device) or "works: a function was compiled and run"),
         ("memory", memory),
         ("gpu", _gpu()),
-        ("settings.device", f"write {device!r} in the recipe: nothing is moved there by itself"),
+        ("settings.device", f"write {device!r} in the recipe; fewstep does not choose a device by itself"),
         ("video files", _package("av", "read and written", "pip install av")),
         (
             "tensorboard",

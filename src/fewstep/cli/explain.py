@@ -19,7 +19,8 @@ from fewstep.core.yaml import to_yaml
 from fewstep.methods.base import Method, Sync, Update
 from fewstep.models import Spec
 from fewstep.pipeline import Pipeline, read
-from fewstep.recipe import Recipe, find
+from fewstep.recipe import Recipe
+from fewstep.written import find
 
 
 def show(wanted: Path, overrides: list[tuple[str, str]], allow_imports: bool) -> int:
@@ -47,7 +48,7 @@ def show(wanted: Path, overrides: list[tuple[str, str]], allow_imports: bool) ->
 
 
 def _stages(recipe: Recipe | Pipeline) -> Iterator[tuple[str, Recipe]]:
-    """Every recipe of it, with a line about where it starts."""
+    """Every recipe (one per stage), with a line that says where it starts."""
     if isinstance(recipe, Recipe):
         yield "", recipe
         return
@@ -60,7 +61,7 @@ def _stages(recipe: Recipe | Pipeline) -> Iterator[tuple[str, Recipe]]:
 
 
 def lines(thing: Any, tree: dict[str, Any]) -> Iterator[tuple[int, str, str]]:
-    """Depth, YAML line and note of everything below `thing`, of which `tree` is the printed form."""
+    """Depth, YAML line and note of everything below `thing`; `tree` is its printed form."""
     notes = field_notes(type(thing)) if dataclasses.is_dataclass(thing) else {}
     for key, plain in tree.items():
         value = thing.get(key) if isinstance(thing, Mapping) else getattr(thing, key, None)
@@ -86,13 +87,13 @@ def field_notes(cls: Any) -> dict[str, str]:
 
 
 def schedule(method: Method) -> list[str]:
-    """Who is trained in the first iteration, and in the second where it differs."""
+    """What is trained in the first iteration, and in the second one if it differs."""
     first, second = (_events(method, step) for step in (0, 1))
     return [first] if first == second else [f"first: {first}", f"second: {second}"]
 
 
 def papers(thing: Any) -> list[str]:
-    """Sources of the objects a recipe holds, each once."""
+    """Papers of the objects in a recipe, each once."""
     found: dict[str, None] = {}
     for held in held_objects(thing):
         about = entry(type(held))
@@ -128,7 +129,7 @@ def _is_text(node: ast.stmt) -> bool:
 
 
 def _place(thing: Any) -> str:
-    """File and line of the class of an object that has keys of its own."""
+    """File and line of the object's class, for objects with keys of their own."""
     if not dataclasses.is_dataclass(thing) or isinstance(thing, Spec):
         return ""
     file, line = where(type(thing))

@@ -1,4 +1,4 @@
-"""Progress and speed of a long job: a bar on a terminal, otherwise a line from time to time."""
+"""Progress and speed of a long job: a bar on a terminal, elsewhere a line from time to time."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from fewstep.engine.log import EVERY, Pace, figure, progress_bar
 
 
 class Tell(Protocol):
-    """Takes the reports of a job: what is being done, how many are done, of how many; and what else there is to say."""
+    """Receives reports of a job: its name, how many items are done, how many there are, and a note."""
 
     def __call__(self, what: str, done: int, total: int, note: str = "") -> None: ...
 
 
 @contextmanager
 def telling(quiet: bool) -> Iterator[Tell]:
-    """Shows reports on standard error, from the first one on; where there is no terminal also how fast it all went."""
+    """Show reports on standard error, from the first one on; without a terminal, show the speed too."""
     bar = progress_bar(quiet)
     shown: dict[str, tuple[TaskID, Pace]] = {}
     last: dict[str, str] = {}
@@ -32,7 +32,7 @@ def telling(quiet: bool) -> Iterator[Tell]:
             bar.start()
         if what not in shown:
             shown[what] = bar.add_task(what, total=total, completed=done, note=note), Pace(done)
-            said = time.monotonic()  # there is no speed to tell yet
+            said = time.monotonic()  # there is no speed to report yet
         task, pace = shown[what]
         if done > pace.first:
             last[what] = pace.line(what, done, total, note)

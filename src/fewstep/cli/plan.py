@@ -1,4 +1,4 @@
-"""`--dry-run`: what a recipe would train, its memory and its cost, from networks without values."""
+"""`--dry-run`: what a recipe trains, and the memory and cost that it needs, from networks without values."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from fewstep.engine.outline import Outline
 from fewstep.engine.settings import Settings
 from fewstep.methods import in_forwards
 from fewstep.models import Lora
-from fewstep.models.bundle import Card, VideoModel
+from fewstep.models.bundle import VideoModel
+from fewstep.models.card import Card
 from fewstep.pipeline import Pipeline
 from fewstep.recipe import Recipe
 
@@ -27,12 +28,12 @@ if TYPE_CHECKING:
     from fewstep.cli.arguments import Train
 
 TRIED = 6
-"""Ways to fit that are shown."""
+"""Largest number of shown ways to make a run fit."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """What a run is compared with; None where nothing was said."""
+    """The device that a run is compared with; None for what the user did not give."""
 
     memory: int | None = None
     flops: float | None = None
@@ -44,7 +45,7 @@ class Device:
     @classmethod
     def of(cls, options: Train) -> Device:
         if options.price is not None and options.flops is None:
-            raise UsageError("--price needs --flops: without a speed there is no time to pay for")
+            raise UsageError("--price needs --flops, because the cost depends on the time; add --flops")
         for option in ("flops", "price"):
             value = getattr(options, option)
             if value is not None and not 0 < value < math.inf:
@@ -52,7 +53,7 @@ class Device:
         if options.shard is not None and (wrong := Bounds(1, 65_536).problem(options.shard)):
             raise UsageError(f"--shard {wrong}")
         if options.shard is not None and options.memory is None:
-            raise UsageError("--shard needs --memory: it says how far sharding would go to make the run fit")
+            raise UsageError("--shard needs --memory, the memory that the run must fit into; add --memory")
         memory = None if options.memory is None else parse_bytes(options.memory)
         return cls(memory=memory, flops=options.flops, price=options.price, shard=options.shard or 8)
 
@@ -68,7 +69,7 @@ def show(recipe: Recipe | Pipeline, output: Path, device: Device = Device()) -> 
     else:
         out.print(f"recipe {recipe.hash}", markup=False)
         _show(out, recipe, recipe.check(), output, device)
-    out.print("nothing was loaded or written")
+    out.print("dry run: nothing was loaded or written")
     return 0
 
 
@@ -87,7 +88,7 @@ def _show(out: Console, recipe: Recipe, card: Card, output: Path, device: Device
 
 
 def planned(recipe: Recipe, settings: Settings, card: Card) -> Plan:
-    """The recipe with other `settings`, and what its data and `settings.parallel` do already to be small."""
+    """The plan of a recipe with other `settings`; it includes what data and `settings.parallel` already do to save memory."""
     parallel = settings.parallel
     shard = parallel.shard * parallel.sequence or max(1, place().world_size // parallel.replicate)
     shard = shard if settings.lora is None else 1
@@ -106,7 +107,7 @@ def holdings(plan: Plan) -> Iterator[tuple[str, ...]]:
 
 
 def phases(plan: Plan) -> Iterator[tuple[str, ...]]:
-    """One row per kind of update, and of what is done between iterations."""
+    """One row per kind of update, and per kind of work between iterations."""
     for phase in (*plan.phases, *plan.pauses):
         yield (
             phase.name,
@@ -117,7 +118,7 @@ def phases(plan: Plan) -> Iterator[tuple[str, ...]]:
 
 
 def shapes(recipe: Recipe, card: Card) -> list[tuple[str, str]]:
-    """Shapes of what flows through a run, by name."""
+    """Shapes of the tensors in a run, by name."""
     from fewstep.models.source import outline as sketch
 
     model: VideoModel = sketch(card)
@@ -140,9 +141,9 @@ def shapes(recipe: Recipe, card: Card) -> list[tuple[str, str]]:
 
 
 def work(recipe: Recipe, plan: Plan, device: Device) -> Iterator[str]:
-    """Peak, length, time and cost, a line each."""
+    """Peak memory, length, time and cost, one line each."""
     settings, peak = recipe.settings, plan.peak
-    yield f"peak {size(peak.bytes)} ({peak.phase.name}), beside the program itself"
+    yield f"peak {size(peak.bytes)} ({peak.phase.name}), without the program itself"
     clips = settings.batch * settings.accumulate
     cost = in_forwards(recipe.method.cost())
     yield f"{settings.steps} iterations of {clips} clips, {cost} forward-equivalents per clip and iteration"
@@ -165,14 +166,16 @@ def verdict(out: Console, recipe: Recipe, card: Card, plan: Plan, device: Device
     out.print(table(("\nalone", "peak", "fits"), (_row(remedy, limit) for remedy in single)))
     ways = list(fitting([remedy for remedy in found if remedy.names], limit))
     if not ways:
-        out.print("\nnone of these fits, nor all together: take a smaller settings.batch, clip or network")
+        out.print(
+            "\nnone of these makes the run fit, not even all together: use a smaller settings.batch, clip or network"
+        )
     elif any(len(remedy.names) > 1 for remedy in ways):
         shown = [remedy for remedy in ways if len(remedy.names) > 1][:TRIED]
         out.print(table(("\ntogether", "peak", "fits"), (_row(remedy, limit) for remedy in shown)))
 
 
 def variants(recipe: Recipe, card: Card, plan: Plan) -> dict[tuple[str, ...], Plan]:
-    """The run as it is and with what changes its activations, measured each."""
+    """The plan of the run, and measured plans with each setting that changes its activations."""
     settings, denoiser = recipe.settings, recipe.method.part == "denoiser"
     found: dict[tuple[str, ...], Plan] = {(): plan}
     if not denoiser:
@@ -181,7 +184,8 @@ def variants(recipe: Recipe, card: Card, plan: Plan) -> dict[tuple[str, ...], Pl
     ways: dict[tuple[str, ...], dict[str, Any]] = {}
     if not settings.parallel.checkpointing:
         ways["checkpointing",] = again
-    if settings.lora is None and not settings.parallel.offload and settings.parallel.whole:
+    idle = any(transform.identity for transform in settings.transforms)  # adapters would leave them so
+    if settings.lora is None and not idle and not settings.parallel.offload and settings.parallel.whole:
         ways |= {("LoRA", *names): {"lora": Lora(), **way} for names, way in {(): {}, **ways}.items()}
     return found | {names: planned(recipe, replace(settings, **way), card) for names, way in ways.items()}
 
@@ -191,7 +195,7 @@ def _row(remedy: Remedy, limit: int) -> tuple[str, str, str]:
 
 
 def size(amount: int) -> str:
-    """Bytes for people."""
+    """A number of bytes in MiB or GiB."""
     return f"{amount / 2**30:,.1f} GiB" if amount >= 10 * 2**30 else f"{amount / 2**20:,.1f} MiB"
 
 

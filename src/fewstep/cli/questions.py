@@ -13,7 +13,7 @@ from fewstep.cli.command import Command, Overrides
 
 @dataclass(frozen=True)
 class Watch(Command):
-    """Show the state of a run: verdict, losses, and figures next to the teacher's. Updates live on a terminal."""
+    """Show the state of a run: verdict, losses, and figures next to the teacher's. On a terminal the view is updated."""
 
     run_folder: Positional[Annotated[Path, arg(metavar="RUN")]]
     """Folder of a running or finished run."""

@@ -11,7 +11,7 @@ from rich.text import Text
 
 
 def screen() -> Console:
-    """A console on the current standard output; lines are cut to fit terminals only."""
+    """A console on the current standard output. Lines are cut to the width of a terminal, and not cut elsewhere."""
     return Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 200)
 
 

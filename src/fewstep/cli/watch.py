@@ -1,4 +1,4 @@
-"""`fewstep watch`: live view of a run: verdict, figures, two reference columns, losses."""
+"""`fewstep watch`: a live view of a run, with verdict, figures, two reference columns and losses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OTHERS = ("critic", "lag", "noise", "asked", "change", "coarse", "cosine")
 
 
 def show(folder: Path, *, every: float) -> int:
-    """Print once, or on a terminal until the run has ended. Of a recipe with stages: its latest stage."""
+    """Print once; on a terminal, until the run has ended. For a recipe with stages, show its latest stage."""
     stages = [path.parent for path in folder.glob("*-*/metrics.jsonl")]
     folder = max(stages, key=lambda stage: int(stage.name.partition("-")[0])) if stages else folder
     check(folder)
@@ -45,16 +45,16 @@ def show(folder: Path, *, every: float) -> int:
 
 def check(folder: Path) -> None:
     if not (folder / "metrics.jsonl").is_file():
-        raise FileNotFoundError(f"{folder} is no run: it has no metrics.jsonl. Give the output folder of a run.")
+        raise FileNotFoundError(f"{folder} is not a run: it has no metrics.jsonl. Give the output folder of a run.")
 
 
 def ended(folder: Path) -> bool:
-    """A run writes its student last."""
+    """Whether the run has ended: it writes its student last."""
     return (folder / "student" / "card.json").is_file()
 
 
 def view(folder: Path) -> RenderableType:
-    """Everything there is to say about a run now."""
+    """The current view of a run."""
     rows, record = read_metrics(folder / "metrics.jsonl"), read_record(folder)
     parts: list[RenderableType] = [Text(progress(folder, rows, record))]
     if record is not None and record.checks:
@@ -66,13 +66,13 @@ def view(folder: Path) -> RenderableType:
         heads = ("\nhealth", "now", "", "teacher", "teacher, same steps", "before training")
         parts.append(table(heads, figures(record)))
     else:
-        parts.append(Text("no check yet (settings.health says when; runs shorter than its interval have none)"))
+        parts.append(Text("no health check yet (see settings.health; a run shorter than its interval has none)"))
     parts.append(table(("\nlosses", "now", ""), losses(rows)))
     return Group(*parts)
 
 
 def progress(folder: Path, rows: Sequence[dict[str, Any]], record: Record | None) -> str:
-    """Step, speed and time left in one line."""
+    """Step, speed and remaining time in one line."""
     if not rows:
         return f"{folder}: nothing logged yet"
     step, seconds = rows[-1]["step"], rows[-1]["time"]
@@ -85,7 +85,7 @@ def progress(folder: Path, rows: Sequence[dict[str, Any]], record: Record | None
 
 
 def figures(record: Record) -> Iterator[tuple[str, ...]]:
-    """One row per figure: now, its curve, and what it is compared with. Curves show checks of the newest grid."""
+    """One row per figure: its value, its curve, and the values to compare with. Curves show checks of the newest grid."""
     now = record.checks[-1].vitals
     same = [vitals for vitals in record.history if vitals.grid == now.grid]
     references: tuple[Looks, ...] = (record.newest.teacher, record.newest.untrained, record.newest.start)
@@ -114,7 +114,7 @@ def losses(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
 
 
 def spark(values: Sequence[float | None]) -> str:
-    """A curve in one line of text, means of equal stretches; lowest to highest value.
+    """A curve in one line of text, from means over equal intervals, scaled from the lowest to the highest value.
 
     >>> spark([0.0, 1.0, 2.0, 3.0])
     '▁▃▆█'

@@ -1,11 +1,15 @@
-"""Changes to a network's structure, named in its card: quantised layers, added inputs, removed blocks, low-rank branches."""
+"""Changes to a network's structure, named in its card: quantised layers, removed blocks, added inputs, other patterns."""
 
 from fewstep.compress.branches import Branches
 from fewstep.compress.int8 import Int8
 from fewstep.compress.pruned import Pruned
+from fewstep.compress.repatterned import Repatterned
 from fewstep.compress.scalar_input import ScalarInput
+from fewstep.compress.step_scales import StepScales
 from fewstep.compress.transform import Transform, transformed
 
-TRANSFORMS: tuple[type[Transform], ...] = (Int8, Branches, Pruned, ScalarInput)
+TRANSFORMS: tuple[type[Transform], ...] = (Int8, Branches, Pruned, Repatterned, ScalarInput, StepScales)
 
-__all__ = ["TRANSFORMS", "Branches", "Int8", "Pruned", "ScalarInput", "Transform", "transformed"]
+__all__ = [
+    "TRANSFORMS", "Branches", "Int8", "Pruned", "Repatterned", "ScalarInput", "StepScales", "Transform", "transformed",
+]  # fmt: skip

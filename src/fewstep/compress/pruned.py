@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fewstep.compress.stepwise import StepBlock
 from fewstep.compress.transform import Transform
 
 
@@ -28,7 +29,7 @@ class Pruned(Transform):
             raise ValueError(f"blocks must be different numbers from 0 to {count - 1}, got {list(self.blocks)}")
         if self.blocks and len(self.blocks) == count:
             raise ValueError(f"all {count} blocks would be left out; leave some in")
-        if len({type(block) for block in network.blocks}) > 1:
+        if len({type(block.inner if isinstance(block, StepBlock) else block) for block in network.blocks}) > 1:
             raise ValueError(f"the blocks of a {type(network).__name__} are not of one kind, so none can be left out")
         network.blocks = nn.ModuleList(block for i, block in enumerate(network.blocks) if i not in self.blocks)
         return network

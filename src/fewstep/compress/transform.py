@@ -8,7 +8,7 @@ must know them, and they must not know it. They see a network as `torch` does, w
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, ClassVar, Self
 
 from torch import Tensor
@@ -32,6 +32,9 @@ class Transform(ABC):
 
         ValueError where this network cannot be changed so.
         """
+
+    def check(self, counts: Collection[int]) -> None:  # noqa: B027 - most transforms know no steps
+        """Refuse (ValueError) a network that is sampled in these numbers of steps."""
 
     def fit(self, network: Any, statistics: Mapping[str, Tensor]) -> Self:
         """This transform with the numbers that it finds for `network`: `statistics` are by the name of a block or layer.

@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 UMASK = os.umask(0o022)
-"""Rights that new files do not get. It can be read only by setting it, which is done once, before there are threads."""
+"""Permissions that new files do not get. It can be read only by setting it, so this is done once, before threads start."""
 os.umask(UMASK)
 NAME_BYTES = 255
-"""Of one name, on the usual file systems."""
+"""Largest length of a file name on the usual file systems."""
 
 
 @contextmanager

@@ -57,7 +57,7 @@ Amount = Annotated[float, Bounds(0)]
 """A number that is not negative."""
 Fraction = Annotated[float, Bounds(0, 1)]
 Decay = Annotated[float, Bounds(0, below=1)]
-"""Of an average that goes on: at 1 it would never change."""
+"""Decay of a running average. At 1 the average would never change."""
 
 
 def bounds_of(expected: Any) -> Bounds:

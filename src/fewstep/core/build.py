@@ -22,6 +22,7 @@ import types
 from abc import ABC
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -150,21 +151,20 @@ def dump(value: Any, expected: Any = None) -> Any:
     if not dataclasses.is_dataclass(value):
         raise TypeError(f"{type(value).__name__} cannot be written in a recipe: it is not a dataclass")
     tree = {} if not _typed(type(value), expected) else {"type": type_name(type(value))}
-    return tree | {p.name: dump(getattr(value, p.name), p.type) for p in parameters(type(value))}
+    return tree | {p.name: dump(getattr(value, p.name), p.type) for p in parameters(type(value))}  # type: ignore[arg-type]
 
 
-def parameters(target: Callable[..., Any]) -> list[Parameter]:
+@cache
+def parameters(target: Callable[..., Any]) -> tuple[Parameter, ...]:
     """What `target` can be built from: fields of a dataclass, or the arguments of a constructor or function."""
     if dataclasses.is_dataclass(target):
         hints = get_type_hints(target, include_extras=True)
-        return [Parameter(f.name, hints[f.name], _default(f)) for f in dataclasses.fields(target) if f.init]
+        return tuple(Parameter(f.name, hints[f.name], _default(f)) for f in dataclasses.fields(target) if f.init)
     function: Any = target.__dict__.get("__init__", target.__init__) if isinstance(target, type) else target  # type: ignore[misc]
     hints, signature = get_type_hints(function, include_extras=True), inspect.signature(target)
-    found = []
-    for p in signature.parameters.values():
-        if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
-            found.append(Parameter(p.name, hints.get(p.name, Any), _MISSING if p.default is p.empty else p.default))
-    return found
+    taken = [p for p in signature.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    found = {p.name: _MISSING if p.default is p.empty else p.default for p in taken}
+    return tuple(Parameter(name, hints.get(name, Any), default) for name, default in found.items())
 
 
 def unknown(at: At, key: str, accepted: Iterable[str]) -> RecipeError:

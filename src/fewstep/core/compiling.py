@@ -10,7 +10,7 @@ from torch import Tensor
 
 @cache
 def compile_problem(device: str = "cpu") -> str:
-    """Why `torch.compile` does not work here, in one line; empty where it does. Costs a few seconds, once."""
+    """Why `torch.compile` does not work here, in one line; empty if it works. The first call takes a few seconds."""
 
     def double_sine(x: Tensor) -> Tensor:
         return 2 * x.sin()

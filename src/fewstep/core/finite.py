@@ -1,8 +1,9 @@
-"""Stop the run at a non-finite number and say where it first appeared. It is never masked."""
+"""Numbers: a run stops at the first that is not finite and says where; none is ever masked."""
 
 from __future__ import annotations
 
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 class NonFiniteError(RuntimeError):
@@ -19,3 +20,8 @@ def require_finite(value: Tensor, what: str) -> None:
             "Nothing was masked; the last good checkpoint is untouched. "
             "Usual causes: a learning rate too high, low-precision weights, guidance too strong."
         )
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether a tensor has numbers. In a run that is only planned (`engine.outline`) tensors have nothing but shapes."""
+    return not (x.is_meta or isinstance(x, FakeTensor))

@@ -5,14 +5,19 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 
 FOLDER = Path(__file__).parent.parent / "recipes"
 
 
-def shipped() -> dict[str, Path]:
+@cache
+def shipped() -> Mapping[str, Path]:
     """Every recipe of the package by name: `world/dmd2` is the file `recipes/world/dmd2.yaml`."""
-    return {path.relative_to(FOLDER).with_suffix("").as_posix(): path for path in sorted(FOLDER.rglob("*.yaml"))}
+    found = {path.relative_to(FOLDER).with_suffix("").as_posix(): path for path in sorted(FOLDER.rglob("*.yaml"))}
+    return MappingProxyType(found)
 
 
 def header(path: Path) -> str:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
+
+TOGETHER = 1.0
+"""Seconds in which signals count as one: a scheduler tells torchrun and its processes, and torchrun tells them again."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -16,14 +20,15 @@ class Terminated(KeyboardInterrupt):
 
 @dataclass
 class Request:
-    """Whether SIGTERM has come."""
+    """Whether SIGTERM has come, and when."""
 
     made: bool = False
+    at: float = 0.0
 
 
 @contextmanager
 def on_request() -> Iterator[Request]:
-    """In this block SIGTERM only makes a note, so that work can be saved first; a second one stops at once.
+    """In this block SIGTERM only makes a note, so that work can be saved first; a later second one stops at once.
 
     Only a program's main thread hears signals: in another nothing changes.
     """
@@ -33,9 +38,10 @@ def on_request() -> Iterator[Request]:
         return
 
     def note(number: int, frame: FrameType | None) -> None:
-        if request.made:
+        if not request.made:
+            request.made, request.at = True, time.monotonic()
+        elif time.monotonic() > request.at + TOGETHER:
             raise Terminated
-        request.made = True
 
     signal.signal(signal.SIGTERM, note)
     try:

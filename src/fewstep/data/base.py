@@ -1,4 +1,4 @@
-"""Training data: a frozen description that states what it provides, and a source that gives batches by number."""
+"""Training data: `Data`, a frozen description that says what it provides, and `Source`, which gives batches by number."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from fewstep.core import Batch, Rng
-from fewstep.models.bundle import Card, VideoModel
+from fewstep.models.bundle import VideoModel
+from fewstep.models.card import Card
 
 REMEDIES = {
     "prompts": "Prompts",
@@ -21,14 +22,14 @@ REMEDIES = {
 
 
 class DataError(ValueError):
-    """Data that do not fit the method or the model, or that cannot be read. The message says what to do."""
+    """Data do not fit the method or the model, or cannot be read. The message says what to do."""
 
 
 class Source(Protocol):
-    """Opened data. It keeps no position: a batch is a function of `rng`, so that resume is a number."""
+    """Opened data. A batch is a function of `rng`, so a source keeps no position, and a run can resume at any step."""
 
     def batch(self, size: int, rng: Rng) -> Batch:
-        """`size` samples of step `rng.step` at place `rng.place`, on `rng.device`."""
+        """`size` samples for step `rng.step` and place `rng.place`, on `rng.device`."""
         ...
 
 
@@ -48,7 +49,8 @@ class Data(ABC):
 
     @property
     def text_cache(self) -> str:
-        """Folder of the text states of all prompts, which are encoded when the data are opened; empty: as they come.
+        """Folder for the text states of all prompts, which are encoded when the data are opened. Empty: no folder; each
+        prompt is encoded when it is first drawn.
 
         Most data have a field of this name.
         """
@@ -56,22 +58,22 @@ class Data(ABC):
 
     @property
     def num_frames(self) -> int | None:
-        """Frames of a clip, where the description says so (as a field); None: as many as the model makes."""
+        """Frames of a clip, if the description has such a field; None: the model's number."""
         return None
 
     def check_card(self, card: Card) -> None:  # noqa: B027 - most data fit every model
-        """Refuse (DataError) what the model's card rules out already: asked before weights are loaded or files written."""
+        """Refuse (DataError) data that cannot fit the model's card. Called before weights are loaded or files are written."""
 
     def check(self, model: VideoModel) -> None:  # noqa: B027 - most data fit every model
         """Refuse (DataError) data that were made for another model. Reads manifests and fingerprints only."""
 
     @abstractmethod
     def open(self, model: VideoModel, needs: frozenset[str]) -> Source:
-        """A source that fills `needs`. Text and pixels are encoded by `model`. DataError where that is impossible."""
+        """A source that fills `needs`. `model` encodes text and pixels. DataError if that is impossible."""
 
 
 def require(data: Data | type[Data], wants: Wants | AbstractSet[str]) -> None:
-    """Refuse (DataError) data that lack what a method needs. Looks at class variables only, so it costs nothing.
+    """Refuse (DataError) data that lack a field that a method needs. Reads class variables only, so it is fast.
 
     `wants` is a method, or a set of field names.
     """

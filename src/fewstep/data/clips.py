@@ -1,4 +1,4 @@
-"""The clips of many videos, decoded ahead in threads."""
+"""Decode the clips of many videos ahead, in threads."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ K = TypeVar("K")
 T = TypeVar("T")
 
 AHEAD_BYTES = 2**30
-"""Decoded frames that wait to be used, per process; at least one clip of every video that is being read."""
+"""Largest size of decoded frames that wait to be used, per process; at least one clip of each open video may wait."""
 DEPTH = 8
-"""Clips of one video that wait, at most."""
+"""Largest number of clips of one video that wait."""
 
 
 def clips_of(item: Item, cut: Cut, keep: Keep) -> Iterator[Clip]:
-    """The clips of one video in order; one outside the limits has the `problem` it is dropped for.
+    """The clips of one video, in order. A clip outside the limits has a `problem`.
 
-    ClipError says why there is none, or no more. Whatever a broken file does to its decoder concerns that file alone, so
-    every error of reading becomes one.
+    ClipError says why there is no clip, or no further one. Every error while reading becomes a ClipError, because a broken file
+    must not stop the others.
     """
     try:
         video = item.video()
@@ -43,9 +43,9 @@ def clips_of(item: Item, cut: Cut, keep: Keep) -> Iterator[Clip]:
 def ahead(
     sources: Iterable[tuple[K, Callable[[], Iterator[T]]]], *, threads: int, window: int, depth: int
 ) -> Generator[tuple[K, Iterator[T]]]:
-    """Every source in order, with its elements; `threads` read the next `window` sources meanwhile, `depth` elements of each.
+    """Every source with its elements, in order. Meanwhile `threads` read the next `window` sources, `depth` elements of each.
 
-    An error of a source comes where its next element would have been. Each source must be gone through before the next.
+    The error of a source is raised in place of its next element. Each source must be read to its end before the next one.
     """
     pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
     coming: deque[tuple[K, _Ahead[T]]] = deque()
@@ -63,13 +63,13 @@ def ahead(
 
 
 def depth_of(cut: Cut, window: int) -> int:
-    """How many clips of each of `window` videos may wait."""
+    """Number of clips that may wait for each of `window` videos."""
     size = 3 * cut.num_frames * cut.height * cut.width
     return min(DEPTH, max(1, AHEAD_BYTES // (size * window)))
 
 
 class _Ahead(Iterable[T]):
-    """One source, of which a thread of `pool` takes the next elements while those before them are used."""
+    """One source. A thread of `pool` takes the next elements while the earlier ones are used."""
 
     def __init__(self, pool: Executor, elements: Iterator[T], depth: int) -> None:
         self._pool, self._elements, self._depth = pool, elements, depth
@@ -90,7 +90,7 @@ class _Ahead(Iterable[T]):
         return self._pool.submit(self._take)
 
     def _take(self) -> tuple[list[T], Exception | None, bool]:
-        """Some elements, the error that came after them, and whether there may be more."""
+        """Some elements, the error after them if there was one, and whether there may be more elements."""
         taken: list[T] = []
         try:
             for element in islice(self._elements, self._depth):

@@ -1,4 +1,4 @@
-"""Video files as training data, decoded when drawn, as pixels or as latents."""
+"""Video files as training data: decoded when they are drawn, as pixels or as latents."""
 
 from __future__ import annotations
 
@@ -28,24 +28,25 @@ from fewstep.data.listing import Listing, check_listing, open_listing
 from fewstep.data.order import draw_indices
 from fewstep.data.texts import Texts
 from fewstep.data.video import ClipError, Cut, to_floats
-from fewstep.models.bundle import Card, VideoModel
+from fewstep.models.bundle import VideoModel
+from fewstep.models.card import Card
 from fewstep.models.images import ImageEncoder
 
 log = logging.getLogger(__name__)
 
 TRIES = 100
-"""Videos in a row that may be unusable before a run stops."""
+"""Number of unusable videos in a row after which a run stops."""
 SAID = 10
-"""Videos that are named when they are skipped; of more, now and then the number."""
+"""Number of skipped videos that are named in the log; after that, only their number is logged from time to time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Videos(Data):
-    """Captioned video files as they lie on disk, shuffled without being listed in memory, decoded ahead of the training.
+    """Captioned video files on disk, shuffled without a list in memory, and decoded ahead of the training.
 
-    An epoch has every video once, and one of its clips. A video that is absent, damaged or outside the limits is named in a
-    warning, and another drawn in its place; DataError after a hundred in a row. An image-to-video model is given
-    the clip's own first frame, and its last if it needs that.
+    In an epoch, each video gives one of its clips. If a video is missing, damaged or outside the limits, a warning names it and
+    another one is drawn; DataError after a hundred in a row. An image-to-video model gets the clip's own first frame, and its
+    last one if it needs that.
     """
 
     provides: ClassVar[frozenset[str]] = frozenset({"prompts", "frames", "x0"})
@@ -88,15 +89,17 @@ class Videos(Data):
     def __post_init__(self) -> None:
         _ = self.cut  # its own checks
         if self.threads < 1 or self.hold_mib < 0:
-            raise ValueError(f"threads must be at least 1 and hold_mib 0, got {self.threads} and {self.hold_mib}")
+            raise ValueError(
+                f"threads must be at least 1 and hold_mib at least 0, got {self.threads} and {self.hold_mib}"
+            )
 
     def check_card(self, card: Card) -> None:
         check_listing(self.path, self.layout, self.root)
         mine, its = (self.num_frames, self.height, self.width), (card.num_frames, card.height, card.width)
         if mine != its:
             raise DataError(
-                f"data.num_frames, height, width are {mine}, but model {card.name!r} says {its}; make them equal: "
-                "clips are cut in the model's size"
+                f"data.num_frames, height, width are {mine}, but model {card.name!r} has {its}; make them equal, because "
+                "clips are cut to the model's size"
             )
 
     def open(self, model: VideoModel, needs: frozenset[str]) -> Source:
@@ -111,7 +114,7 @@ class Videos(Data):
         )
 
     def _decode(self, item: Item) -> NDArray[np.uint8]:
-        """The clips of a video, `[N, F, H, W, 3]`; ClipError if there is none."""
+        """The clips of a video, `[N, F, H, W, 3]`; ClipError if it has none."""
         if not self.cache or item.problem or not item.path.is_file():
             return self._read(item)
         facts = item.path.stat()
@@ -120,7 +123,10 @@ class Videos(Data):
         ])  # fmt: skip
         stored = Path(self.cache) / f"{Path(item.name).stem}-{key}.npy"
         if not stored.is_file():
-            clips, mine = self._read(item), stored.with_suffix(f".{os.getpid()}.npy")  # others may make it, too
+            clips, mine = (
+                self._read(item),
+                stored.with_suffix(f".{os.getpid()}.npy"),
+            )  # other processes may write it too
             with replacing(mine) as draft:
                 np.save(draft, clips)
             mine.replace(stored)
@@ -133,7 +139,7 @@ class Videos(Data):
                 problem = clip.problem or problem
                 if not clip.problem:
                     clips.append(clip.frames.numpy())
-        except ClipError as error:  # what came before the damage is good
+        except ClipError as error:  # clips before the damage can be used
             problem = str(error)
         if not clips:
             raise ClipError(problem)
@@ -141,7 +147,7 @@ class Videos(Data):
 
 
 class _Shelf:
-    """The clips of videos by their number: those used last are kept, those that will be wanted next are decoded in threads."""
+    """Clips by video number: clips that were used last are kept, and clips that are needed next are decoded in threads."""
 
     def __init__(self, listing: Listing, decode: Callable[[Item], NDArray[np.uint8]], threads: int, room: int) -> None:
         self.listing, self.decode, self.room = listing, decode, room
@@ -151,16 +157,16 @@ class _Shelf:
         self.bytes = 0
         self.unusable: set[int] = set()
         self.reasons: deque[str] = deque(maxlen=3)
-        """The latest."""
+        """The latest reasons for skipping a video."""
 
     def want(self, numbers: Sequence[int]) -> None:
-        """Begin to decode these."""
+        """Begin to decode these videos."""
         for number in numbers:
             if number not in self.coming and number not in self.held and number not in self.unusable:
                 self.coming[number] = self.pool.submit(self._take, number)
 
     def get(self, number: int) -> NDArray[np.uint8] | None:
-        """The clips of a video; None if it has none, which is said once."""
+        """The clips of a video; None if it has none, which is logged once."""
         self.want([number])
         if number in self.coming:
             try:
@@ -178,7 +184,7 @@ class _Shelf:
         count = len(self.unusable)
         if count <= SAID:
             log.warning("%s", self.reasons[-1])
-        elif count.bit_count() == 1:  # 16, 32, 64: a log of days stays short
+        elif count.bit_count() == 1:  # 16, 32, 64, ...: the log of a long run stays short
             log.warning("%d of %d videos skipped so far; the latest: %s", count, len(self.listing), self.reasons[-1])
 
     def _take(self, number: int) -> NDArray[np.uint8]:
@@ -192,14 +198,14 @@ class _Shelf:
 
 
 class _VideoSource:
-    """Draws videos, and of each a clip; what a batch holds is a function of its random name."""
+    """Draws videos and one clip of each. A batch is a function of its random stream."""
 
     def __init__(
         self, model: VideoModel, needs: frozenset[str], texts: Texts, shape: tuple[int, int, int, int], shelf: _Shelf
     ) -> None:
         self.model, self.needs, self.texts, self.shape, self.shelf = model, needs, texts, shape, shelf
         self.steps: dict[tuple[int, int, int], int] = {}
-        """The last step that was asked for, by seed, place and size: who asks for one after the other is decoded for ahead."""
+        """The last requested step, by seed, place and size. If steps are requested in order, the next one is decoded ahead."""
 
     def batch(self, size: int, rng: Rng) -> Batch:
         listing = self.shelf.listing
@@ -218,12 +224,14 @@ class _VideoSource:
         return self._batch(tuple(captions), to_floats(torch.from_numpy(np.stack(clips)).to(rng.device)), rng)
 
     def _usable(self, number: int, position: int, rng: Rng) -> tuple[int, NDArray[np.uint8]]:
-        """A video and its clips: the one drawn, or else one that is drawn in its place."""
+        """A video and its clips: the drawn video, or another one in its place."""
         for instead in self._instead(number, position, rng):
             if (found := self.shelf.get(instead)) is not None:
                 return instead, found
         why = "; ".join(self.shelf.reasons)
-        raise DataError(f"{TRIES} videos that were drawn gave no clip ({why}). Is the disk there, and the cut right?")
+        raise DataError(
+            f"{TRIES} videos in a row gave no clip ({why}). Check that the disk is mounted, and the size and length of clips"
+        )
 
     def _instead(self, number: int, position: int, rng: Rng) -> Iterator[int]:
         yield number

@@ -15,14 +15,15 @@ from fewstep.data.layouts import table_cell, table_rows
 from fewstep.data.remembered import Remembered
 from fewstep.data.video import read_image
 from fewstep.models.autoencoder import FrameAutoencoder
-from fewstep.models.bundle import Card, VideoModel
+from fewstep.models.bundle import VideoModel
+from fewstep.models.card import Card
 from fewstep.models.images import ImageEncoder, image_conditions, image_names
 
 
 class Pictured(Sequence[str]):
-    """The captions of a .csv or .jsonl, each with the picture in its column `image`, and in `last_image` if it has one.
+    """The captions of a .csv or .jsonl file, each with the picture in its column `image`, and in `last_image` if there is one.
 
-    Their names start from the file's folder. DataError for a row without a caption or a picture that is there.
+    Picture names are relative to the file's folder. DataError for a row without a caption, or whose picture does not exist.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -49,7 +50,7 @@ class Pictured(Sequence[str]):
         return hashed.hexdigest()[:12]
 
     def pictures(self, index: int, size: tuple[int, int]) -> dict[str, Tensor]:
-        """Those of a row, `image` and `last_image` `[3, H, W]`, scaled to cover `size` and cropped."""
+        """The pictures of a row, `image` and `last_image` `[3, H, W]`, scaled to cover `size` and cropped."""
         return {name: read_image(path, size) for name, path in self.rows[index][1].items()}
 
 
@@ -61,12 +62,12 @@ def _row(folder: Path, row: Mapping[str, Any], where: str) -> tuple[str, dict[st
         raise DataError(f"{where} needs a caption and an image, and has {caption!r} and {names['image']!r}")
     for path in paths.values():
         if not path.is_file():
-            raise DataError(f"{where} names {path}, and there is no such file")
+            raise DataError(f"{where} names {path}, and there is no such file; correct the name")
     return caption.strip(), paths
 
 
 class PictureConditions:
-    """What a model makes of the pictures of these prompts, each row alone when it is first drawn, and kept (see `Remembered`)."""
+    """Conditions from the pictures of these prompts. Each row is encoded alone when it is first drawn (see `Remembered`)."""
 
     def __init__(self, model: VideoModel, prompts: Pictured, num_frames: int) -> None:
         self.model, self.prompts, self.num_frames = model, prompts, num_frames
@@ -85,7 +86,7 @@ class PictureConditions:
 
 
 def encode_ends(image: ImageEncoder, codec: FrameAutoencoder, frames: Tensor) -> dict[str, Tensor]:
-    """Conditions of the clips' own first frames (and last, where the part needs them); `frames` `[B, 3, F, H, W]`."""
+    """Conditions from the clips' own first frames (and last, if the encoder needs them); `frames` `[B, 3, F, H, W]`."""
     last = frames[:, :, -1] if image.needs_last else None
     return image.encode(frames[:, :, 0], codec, frames.shape[2], last)
 
@@ -99,7 +100,7 @@ def require_pictures(prompts: Sequence[str], card: Card, path: str | Path) -> No
         )
     if "image" not in card.parts and isinstance(prompts, Pictured):
         raise DataError(
-            f"{path} has pictures, and {card.name!r} makes clips of text alone; give a text file with one prompt per line"
+            f"{path} has pictures, and {card.name!r} is a text-to-video model; give a text file with one prompt per line"
         )
 
 
@@ -108,7 +109,7 @@ def require_text_alone(card: Card, name: str) -> None:
     if "image" in card.parts:
         raise DataError(
             f"{card.name!r} is an image-to-video model, and {name} has no images; use Videos, Latents (fewstep prepare), "
-            "StoredPairs (fewstep pairs) or Prompts of a .csv"
+            "StoredPairs (fewstep pairs), or Prompts with a .csv file"
         )
 
 
@@ -125,6 +126,6 @@ def require_stored(there: Mapping[str, Any], card: Card, here: str, folder: str)
         )
     if here and there["image"] != here:
         raise DataError(
-            f"{folder} holds images as encoder {there['image']} sees them, and that of {card.name!r} is {here}; make the "
+            f"{folder} holds images encoded by {there['image']}, and the image encoder of {card.name!r} is {here}; make the "
             "folder again with this model"
         )

@@ -1,4 +1,4 @@
-"""Limits for videos and clips worth training on; each gives its reason when it drops something."""
+"""Limits for the videos and clips that are used; a dropped video or clip gets a reason."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fewstep.data.video import read_facts
 
 @dataclass(frozen=True, kw_only=True)
 class Keep:
-    """Limits that videos and clips must be within. None is no limit."""
+    """Limits for videos and clips. None: no limit."""
 
     min_seconds: float | None = None
     """Shortest video in seconds, from its header; a video without a duration in its header is dropped."""
@@ -38,10 +38,12 @@ class Keep:
             other = name.replace("min_", "max_")
             low, high = getattr(self, name), getattr(self, other, None)
             if name.startswith("min_") and None not in (low, high) and low > high:
-                raise ValueError(f"{name} {low:g} is above {other} {high:g}: nothing would be kept")
+                raise ValueError(
+                    f"{name} {low:g} is above {other} {high:g}, so nothing would be kept; change one of them"
+                )
 
     def of_video(self, source: Path | BytesIO) -> str:
-        """Why a video is dropped before it is decoded; empty if it is not. ClipError if it is no video."""
+        """Why a video is dropped before it is decoded; empty if it is kept. ClipError if it is not a video."""
         if self.min_seconds is self.max_seconds is self.min_side is None:
             return ""
         facts = read_facts(source)
@@ -52,7 +54,7 @@ class Keep:
         )
 
     def of_clip(self, frames: Tensor) -> str:
-        """Why a clip, uint8 `[F, H, W, 3]`, is dropped; empty if it is not."""
+        """Why a clip, uint8 `[F, H, W, 3]`, is dropped; empty if it is kept."""
         return self._outside("motion", motion(frames), "motion") or self._outside(
             "brightness", float(frames.float().mean()) / 255, "brightness"
         )

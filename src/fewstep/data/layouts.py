@@ -20,7 +20,7 @@ from fewstep.data.video import ClipError
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")
 VIDEO_COLUMNS = ("video", "path")
-"""Names of the column that holds the file, first match wins. The text is always in `caption`."""
+"""Possible names of the column with the file; the first match is used. The text is always in `caption`."""
 
 LayoutName = Literal["plain", "openvid", "webvid", "ucf101", "tars"]
 
@@ -40,7 +40,7 @@ class Item:
     problem: str = ""
 
     def video(self) -> Path | BytesIO:
-        """What to decode. ClipError if the item cannot be used, or is not there."""
+        """The video to decode. ClipError if the item cannot be used or its file is missing."""
         if self.problem:
             raise ClipError(self.problem)
         if not self.path.is_file():
@@ -55,8 +55,8 @@ class Item:
 def plain(source: Path, root: Path) -> Iterator[Item]:
     """A .jsonl or .csv file (keys `video` or `path`, and `caption`), or a folder of videos.
 
-    A folder is read by its `captions.jsonl`, else its `captions.csv`, else by its video files, each with a text file of
-    the same name beside it.
+    A folder is read from its `captions.jsonl`, else from its `captions.csv`, else from its video files, each of which has a
+    text file with the same name.
     """
     tables = [source / "captions.jsonl", source / "captions.csv"] if source.is_dir() else [source]
     table = next((t for t in tables if t.is_file()), None)
@@ -69,7 +69,9 @@ def plain(source: Path, root: Path) -> Iterator[Item]:
 
 def openvid(source: Path, root: Path) -> Iterator[Item]:
     """OpenVid-1M: a CSV with `video` and `caption`, and the .mp4 files anywhere below the root, in one folder or several."""
-    walked = sorted(os.walk(root, followlinks=True), reverse=True)  # of two files of one name the first folder's wins
+    walked = sorted(
+        os.walk(root, followlinks=True), reverse=True
+    )  # if two folders have a file of one name, the first wins
     folders = {name: at for at, _, names in walked for name in names}
     for where, row in table_rows(_the_table(source)):
         name = table_cell(row, ("video",), where)
@@ -85,9 +87,10 @@ def webvid(source: Path, root: Path) -> Iterator[Item]:
 
 
 def ucf101(source: Path, root: Path) -> Iterator[Item]:
-    """UCF-101: one folder of .avi files per class, whose name is the caption.
+    """UCF-101: one folder of .avi files per class; the folder's name is the caption.
 
-    `source` is the folder of these folders, or a list such as `trainlist01.txt` (then the root is the folder of folders).
+    `source` is the folder with the class folders, or a list such as `trainlist01.txt`; then `root` is the folder with the
+    class folders.
     """
     if source.is_dir():
         names = [p.relative_to(root).as_posix() for p in sorted(source.glob("*/*")) if p.suffix in VIDEO_SUFFIXES]
@@ -102,15 +105,15 @@ def ucf101(source: Path, root: Path) -> Iterator[Item]:
 
 
 def tars(source: Path, root: Path) -> Iterator[Item]:
-    """Tar archives of samples (WebDataset): files of one sample share their name up to its first dot.
+    """Tar archives of samples (WebDataset): the files of a sample have the same name up to the first dot.
 
-    The caption is its .txt, or `caption` or `text` in its .json, whose other texts and numbers become tags. Archives are
-    not extracted.
+    The caption is the sample's .txt file, or `caption` or `text` in its .json file, whose other texts and numbers become
+    tags. Archives are not extracted.
     """
     archives = sorted(source.rglob("*.tar")) if source.is_dir() else [source]
     if not archives:
         raise DataError(
-            f"{source}: no .tar archive in it; compressed ones cannot be read in place, unpack them to .tar"
+            f"{source} has no .tar archive; compressed archives cannot be read in place, so unpack them to .tar"
         )
     for path in archives:
         samples: dict[str, dict[str, tarfile.TarInfo]] = {}
@@ -139,7 +142,7 @@ LAYOUTS: Mapping[LayoutName, Callable[[Path, Path], Iterator[Item]]] = {
 def _folder(folder: Path) -> Iterator[Item]:
     paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in VIDEO_SUFFIXES)
     if not paths and any(folder.glob("*.tar")):
-        raise DataError(f"{folder}: no videos, but .tar archives; say that this is layout tars")
+        raise DataError(f"{folder} has no videos, but .tar archives; give the layout tars")
     for path in paths:
         text = path.with_suffix(".txt")
         try:
@@ -163,7 +166,7 @@ def _sample(archive: Path, name: str, members: Mapping[str, tarfile.TarInfo], ra
     try:
         facts = json.loads(text(".json")) if ".json" in members else {}
         if not isinstance(facts, dict):
-            raise ValueError("its .json is no object")
+            raise ValueError("the .json file is not an object")
         caption = text(".txt") if ".txt" in members else facts.get("caption") or facts.get("text")
     except (ValueError, RecursionError) as error:
         return _problem(name + suffix, archive, f"no caption: its text cannot be read ({error})")
@@ -183,7 +186,7 @@ def _the_table(source: Path) -> Path:
 
 
 def table_rows(table: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Where each row is, for messages, and its cells by column."""
+    """The rows of a table: each row's place in the file, for messages, and its cells by column."""
     readers = {".jsonl": _json_rows, ".csv": _csv_rows}
     if table.suffix.lower() not in readers:
         raise DataError(f"{table}: a list of videos ends in .jsonl or .csv; or give the folder that holds the videos")
@@ -202,7 +205,7 @@ def _json_rows(table: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             try:
                 row = json.loads(line, object_pairs_hook=_unique)
             except RecursionError:
-                raise DataError(f"{where} is nested too deep; a row is one object of texts and numbers") from None
+                raise DataError(f"{where} is nested too deeply; a row is one object of texts and numbers") from None
             except ValueError as error:
                 raise DataError(f"{where} is not JSON: {error}") from None
             if not isinstance(row, dict):
@@ -211,10 +214,10 @@ def _json_rows(table: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; ValueError where a key is given twice."""
+    """A JSON object; ValueError if a key occurs twice."""
     made = dict(pairs)
     if len(made) < len(pairs):
-        raise ValueError(f"a key is given twice in {', '.join(key for key, _ in pairs)}")
+        raise ValueError(f"a key occurs twice in {', '.join(key for key, _ in pairs)}; remove one")
     return made
 
 
@@ -224,7 +227,7 @@ def _csv_rows(table: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         try:
             columns = list(reader.fieldnames or ())
             if twice := sorted({column for column in columns if columns.count(column) > 1}):
-                raise DataError(f"{table.name} has the column {twice[0]!r} twice; rename one, or take it out")
+                raise DataError(f"{table.name} has the column {twice[0]!r} twice; rename or remove one")
             if any("\0" in column for column in columns):
                 raise DataError(f"{table.name} has a NUL character in its header; save it as UTF-8 text")
             for row in reader:
@@ -242,7 +245,7 @@ def _csv_rows(table: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def table_cell(row: Mapping[str, Any], columns: tuple[str, ...], where: str) -> Any:
-    """What is in the first of `columns` that the row has. DataError if it has none of them."""
+    """The cell of the first of `columns` that the row has. DataError if it has none of them."""
     for column in columns:
         if column in row:
             return row[column]
@@ -253,7 +256,7 @@ def table_cell(row: Mapping[str, Any], columns: tuple[str, ...], where: str) -> 
 
 
 def _item(folder: Path, name: Any, caption: Any, row: Mapping[str, Any], where: str) -> Item:
-    """A row's video in `folder`, with its other cells as tags; a problem if a cell is empty."""
+    """The video of a row, in `folder`, with the other cells as tags. If a cell is empty, the item has a problem."""
     if not isinstance(name, str) or not name:
         return _problem(where.rstrip(","), folder, f"no file name: {where} has {name!r}")
     others = {key: value for key, value in row.items() if isinstance(value, (str, int, float)) and value}
@@ -262,7 +265,7 @@ def _item(folder: Path, name: Any, caption: Any, row: Mapping[str, Any], where: 
 
 
 def _captioned(name: str, path: Path, caption: Any, tags: Mapping[str, str], where: str) -> Item:
-    """A video with its caption, whatever layout it is from; a problem if it has none, or its name cannot be written down."""
+    """A video with its caption, for all layouts. Without a caption, or with a name that is not text, it has a problem."""
     if reason := _illegible(name):
         return _problem(name, path, f"no file name: its name has {reason}; rename the file")
     if not isinstance(caption, str) or not caption.strip():
@@ -273,17 +276,17 @@ def _captioned(name: str, path: Path, caption: Any, tags: Mapping[str, str], whe
 
 
 def _problem(name: str, path: Path, problem: str) -> Item:
-    """A video that cannot be used, in letters that every file and terminal takes."""
+    """A video that cannot be used; its texts are made printable."""
     return Item(_printable(name), Path(_printable(str(path))), problem=_printable(problem))
 
 
 def _illegible(text: str) -> str:
-    """What in a text is no text; empty if all of it is."""
+    """Why a string is not valid text; empty if it is."""
     if "\0" in text:
         return "a NUL character"
     return "" if _printable(text) == text else "bytes that are not UTF-8, or half a character"
 
 
 def _printable(text: str) -> str:
-    """With escapes in place of what UTF-8 cannot hold: bytes of a file name in another coding, lone surrogates of JSON."""
+    """The text with escapes for what UTF-8 cannot hold: bytes of file names in another encoding, lone surrogates in JSON."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")

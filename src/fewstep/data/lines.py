@@ -15,10 +15,10 @@ from fewstep.data.base import DataError
 
 
 class Lines(Sequence[str]):
-    """The lines of a UTF-8 file that are not blank, stripped. The file may be larger than memory.
+    """The non-blank lines of a UTF-8 file, stripped. The file may be larger than memory.
 
-    Opening it reads it once, to find where lines begin: eight bytes per line are kept. DataError if it
-    is not UTF-8, or has a NUL.
+    Opening reads the file once to find where lines begin, and keeps eight bytes per line. DataError if the file is not UTF-8
+    or has a NUL character.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -30,7 +30,7 @@ class Lines(Sequence[str]):
                 bom = len(codecs.BOM_UTF8) if not position and line.startswith(codecs.BOM_UTF8) else 0
                 if b"\0" in line:
                     where = f"byte {position + line.index(0)}"
-                    raise DataError(f"{self.path}: a NUL character ({where}), so it is no UTF-8 text; save it as UTF-8")
+                    raise DataError(f"{self.path} has a NUL character ({where}), so it is not text; save it as UTF-8")
                 blank = line.isspace() if line.isascii() else not self._text(line[bom:], position + bom)
                 if not blank:
                     self._starts.append(position + bom)
@@ -64,7 +64,7 @@ class Lines(Sequence[str]):
 
 @dataclass(frozen=True)
 class Captions:
-    """Those of all lines of an index, in order; read anew each time they are gone through."""
+    """The captions of all lines of an index, in order; each iteration reads the file again."""
 
     index: Lines
 

@@ -1,4 +1,4 @@
-"""The list of a dataset's videos, made from its layout and stored as a file that is read in place."""
+"""The list of a dataset's videos, made by its layout and stored as a file, which is read in place."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class Listing:
-    """The items of a file that `write_listing` wrote, read when asked for: it may be larger than memory."""
+    """The items of a file from `write_listing`, read on request: the file may be larger than memory."""
 
     def __init__(self, file: str | Path, root: str | Path) -> None:
         self.lines, self.root = Lines(file), Path(root)
@@ -41,9 +41,9 @@ class Listing:
 def open_listing(
     source: str | Path, layout: LayoutName = "plain", root: str | Path = "", file: str | Path = ""
 ) -> Listing:
-    """The items of a dataset, read when asked for. `file` keeps them: it is written unless it is there already.
+    """The items of a dataset, read on request. `file` stores them; it is written if it does not exist.
 
-    Without it the list is made anew each time, in a temporary file. DataError as `read_listing`.
+    Without `file`, the list is made each time, in a temporary file. DataError as in `read_listing`.
     """
     if file:
         return (
@@ -51,21 +51,23 @@ def open_listing(
             if Path(file).is_file()
             else write_listing(Path(file), source, layout, root)
         )
-    with tempfile.TemporaryDirectory(prefix="fewstep-") as folder:  # what is mapped into memory outlives its name
+    with tempfile.TemporaryDirectory(
+        prefix="fewstep-"
+    ) as folder:  # the file stays mapped into memory after its deletion
         return write_listing(Path(folder) / LISTING, source, layout, root)
 
 
 def check_listing(source: str | Path, layout: LayoutName = "plain", root: str | Path = "") -> None:
-    """DataError if `source` is not laid out so. Reads up to the first video that can be used."""
+    """DataError if `source` does not have this layout. Reads up to the first usable video."""
     next(item for item in _usable(source, layout, root_of(source, root)) if not item.problem)
 
 
 def write_listing(file: Path, source: str | Path, layout: LayoutName = "plain", root: str | Path = "") -> Listing:
-    """Write the items that `read_listing` would give to `file`, one by one. Where the dataset is does not show in it."""
+    """Write the items of `read_listing` to `file`, one by one. The file does not contain the dataset's location."""
     folder = root_of(source, root)
     within = f"{folder}{os.sep}"
     seen: dict[int, int] = {}
-    """Hash of a video's name to that of its caption: names may be more than memory holds."""
+    """Hash of each video's name to the hash of its caption, because the names may need too much memory."""
     again, example = 0, ""
     with writing(file) as draft, draft.open("w", encoding="utf-8") as lines:
         for item in _usable(source, layout, folder):
@@ -76,7 +78,9 @@ def write_listing(file: Path, source: str | Path, layout: LayoutName = "plain", 
             lines.write(json.dumps(row, ensure_ascii=False) + "\n")
     if again:
         log.warning(
-            "%d of the rows give another caption to a video listed before (such as %s); all are used", again, example
+            "%d rows give a different caption to a video of an earlier row (such as %s); all rows are used",
+            again,
+            example,
         )
     return Listing(file, folder)
 
@@ -84,25 +88,25 @@ def write_listing(file: Path, source: str | Path, layout: LayoutName = "plain", 
 def read_listing(source: str | Path, layout: LayoutName = "plain", root: str | Path = "") -> tuple[Item, ...]:
     """The videos of a dataset, in its order.
 
-    `layout` is a key of `LAYOUTS`; `root` is the folder that the names of its videos start from (default: `source`, or
-    the folder it is in). Whether the files are there is not looked at: `Item.video` does that. DataError if `source` is
-    not laid out so, or has no captioned video.
+    `layout` is a key of `LAYOUTS`; `root` is the folder that video names are relative to (default: `source`, or the folder
+    that contains it). The video files themselves are not checked: `Item.video` does that. DataError if `source` does not have
+    this layout, or has no captioned video.
     """
     return tuple(_usable(source, layout, root_of(source, root)))
 
 
 def root_of(source: str | Path, root: str | Path = "") -> Path:
-    """The folder that the names of a dataset's videos start from."""
+    """The folder that a dataset's video names are relative to."""
     source = Path(source)
     return Path(root) if str(root) else source if source.is_dir() else source.parent
 
 
 def _usable(source: str | Path, layout: LayoutName, root: Path) -> Iterator[Item]:
-    """What the layout finds; DataError at the end if nothing of it can be used."""
+    """The items that the layout finds; DataError at the end if none can be used."""
     source, usable = Path(source), 0
     problems: list[str] = []
     if layout not in LAYOUTS:
-        raise DataError(f"there is no layout {layout!r}; choose {', '.join(LAYOUTS)}")
+        raise DataError(f"there is no layout {layout!r}; choose from {', '.join(LAYOUTS)}")
     for place in (source, root):
         if not place.exists():
             raise DataError(f"{place}: no such file or folder")
@@ -113,4 +117,7 @@ def _usable(source: str | Path, layout: LayoutName, root: Path) -> Iterator[Item
         yield item
     if not usable:
         found = "; ".join(problems) or "it lists nothing"
-        raise DataError(f"{source}: no captioned video ({found}). Is {layout!r} its layout ({', '.join(LAYOUTS)})?")
+        raise DataError(
+            f"{source}: no captioned video ({found}). Check that its layout is {layout!r}, or give another one: "
+            f"{', '.join(LAYOUTS)}"
+        )

@@ -14,26 +14,25 @@ ROUNDS = 8
 
 
 def draw_indices(n: int, size: int, rng: Rng) -> list[int]:
-    """Which of `n` samples make the batch of `size` at `(rng.seed, rng.step, rng.place)`.
+    """Indices of the samples, out of `n`, in the batch of `size` at `(rng.seed, rng.step, rng.place)`.
 
-    Each place walks through its own shuffle of all samples and takes a fresh one after every epoch: sample `i` of a
-    place's stream is place `i % n` in the order of epoch `i // n`, and step `k` holds samples `k size ... (k+1) size - 1`.
-    So a place sees every sample exactly once per epoch, whatever `size`, and any step is found without those before
-    it, in the same time and memory for any `n`. Places shuffle independently: how many there are (ranks times
-    accumulated micro-batches) a source cannot know.
+    Each place goes through its own shuffle of all samples, with a new shuffle for every epoch: sample `i` of a place is
+    position `i % n` in the order of epoch `i // n`, and step `k` has samples `k size ... (k+1) size - 1`. So a place sees every
+    sample exactly once per epoch, for any `size`, and any step is found directly, in constant time and memory. Places shuffle
+    independently, because a source does not know how many there are (ranks times accumulated micro-batches).
 
     >>> sorted(draw_indices(4, 2, Rng(0, step=0)) + draw_indices(4, 2, Rng(0, step=1)))
     [0, 1, 2, 3]
     """
     if n < 1:
-        raise DataError("there are no samples to draw from")
+        raise DataError("there are no samples to draw from; give data with at least one")
     first = rng.step * size
     chosen = (divmod(position, n) for position in range(first, first + size))
     return [shuffled(offset, n, _key(rng.seed, rng.place, epoch)) for epoch, offset in chosen]
 
 
 def shuffled(position: int, n: int, key: bytes) -> int:
-    """What stands at `position` in the order of 0 ... n-1 that `key` names.
+    """The number at `position` in the permutation of 0 ... n-1 that `key` names.
 
     A Feistel network permutes the numbers of 2k bits, the next power of 4 from `n` on; it is applied again until the
     result is below `n` (cycle walking; Black and Rogaway, Ciphers with arbitrary finite domains, 2002).

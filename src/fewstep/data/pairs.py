@@ -1,4 +1,4 @@
-"""Stored ODE states of a teacher, from noise to sample, at the times of a student's training."""
+"""ODE pairs: a teacher's states from noise to sample, stored at the times of a student's training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from fewstep.data.texts import Texts
 from fewstep.data.video import write_video
 from fewstep.diffusion import CFG, Contract, Prediction, Sampler, TimeGrid
 from fewstep.diffusion.times import check_grid
-from fewstep.models.bundle import Card, VideoModel, latent_shape_of
+from fewstep.models.bundle import VideoModel
+from fewstep.models.card import Card, latent_shape_of
 from fewstep.models.images import image_names
 
 PREVIEWED = 4
@@ -32,7 +33,7 @@ PREVIEWED = 4
 
 @dataclass(frozen=True, kw_only=True)
 class PairPlan:
-    """How a teacher is run to make pairs. None takes what the teacher's card says."""
+    """How a teacher is sampled to make pairs. None: the value in the teacher's card."""
 
     times: tuple[float, ...]
     """Times whose states are stored, decreasing from 1 to 0. Use the student's grid."""
@@ -50,7 +51,7 @@ class PairPlan:
     shard_size: int = 16
     """Pairs per file. A killed command loses at most one file per process."""
     part_size: int = 64
-    """Pairs that one process takes at once."""
+    """Number of pairs that a process takes at a time."""
 
     def __post_init__(self) -> None:
         check_grid(self.times)
@@ -61,32 +62,36 @@ class PairPlan:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     def resolve(self, contract: Contract) -> Course:
-        """The sampler, times and guidance this plan means for a teacher with `contract`."""
+        """The sampler, times and guidance of this plan for a teacher with `contract`."""
         sampler = _require_ode(contract.sampler if self.sampler is None else self.sampler)
         steps = contract.steps if self.steps is None else self.steps
         base = contract.times(steps) if self.grid is None else self.grid.times(steps)
         if (base[0], base[-1]) != (1.0, 0.0):
             raise ValueError(
-                f"this model's own steps lead from t = {base[0]:g} to {base[-1]:g}, and pairs go from 1 to 0; "
-                "name a grid in the plan, such as Shifted()"
+                f"this model's own grid goes from t = {base[0]:g} to {base[-1]:g}, and pairs go from 1 to 0; "
+                "name another grid in the plan, such as Shifted()"
             )
         guidance = contract.guidance if self.guidance is None else self.guidance
         return Course(sampler, grid_through(self.times, base), guidance)
 
 
 def _require_ode(sampler: Sampler) -> Sampler:
-    """ValueError where a state between noise and clip is no point of the teacher's ODE."""
+    """ValueError if the sampler's states between noise and clip are not points of the teacher's ODE."""
     name = type(sampler).__name__
     if not sampler.deterministic:
-        raise ValueError(f"{name} draws fresh noise and has no ODE pairs; name a sampler in the plan, such as Euler()")
+        raise ValueError(
+            f"{name} adds new noise and so has no ODE pairs; name another sampler in the plan, such as Euler()"
+        )
     if not sampler.one_time:
-        raise ValueError(f"{name} gives frames different times, and pairs are of whole clips; name Euler() in the plan")
+        raise ValueError(
+            f"{name} gives frames different times, and a pair has one time for the whole clip; name Euler() in the plan"
+        )
     return sampler
 
 
 @dataclass(frozen=True)
 class Course:
-    """What is actually run: sampler, every time visited, guidance."""
+    """What is run: the sampler, all times, and the guidance."""
 
     sampler: Sampler
     grid: tuple[float, ...]
@@ -100,7 +105,7 @@ class Course:
 
 @dataclass(frozen=True)
 class PairsCost:
-    """What making pairs takes: network evaluations (of one clip each) and bytes on disk."""
+    """Cost of making pairs: network evaluations (of one clip each) and bytes on disk."""
 
     pairs: int
     nfe_per_pair: int
@@ -113,7 +118,7 @@ class PairsCost:
 
 @dataclass(frozen=True)
 class PairsMade:
-    """What `make_pairs` left in `folder`; `preview` is a GIF of the first endpoints."""
+    """Result of `make_pairs`, in `folder`; `preview` is a GIF of the first endpoints."""
 
     folder: Path
     pairs: int
@@ -121,7 +126,7 @@ class PairsMade:
 
 
 def grid_through(times: tuple[float, ...], grid: tuple[float, ...]) -> tuple[float, ...]:
-    """`grid` with its nearest interior points moved onto `times`, so that the number of steps stays.
+    """`grid` with its nearest interior points moved to `times`, so that the number of steps does not change.
 
     >>> grid_through((1.0, 0.7, 0.0), (1.0, 0.75, 0.5, 0.25, 0.0))
     (1.0, 0.7, 0.5, 0.25, 0.0)
@@ -129,13 +134,13 @@ def grid_through(times: tuple[float, ...], grid: tuple[float, ...]) -> tuple[flo
     wanted, free = check_grid(times)[1:-1], set(check_grid(grid)[1:-1])
     if len(wanted) > len(free):
         raise ValueError(f"a grid of {len(grid) - 1} steps cannot pass through {len(wanted)} times between 1 and 0")
-    for time in sorted(wanted, key=lambda t: t not in free):  # times that are in the grid keep their own point
+    for time in sorted(wanted, key=lambda t: t not in free):  # times that are in the grid keep their point
         free.discard(min(free, key=lambda point: abs(point - time)))
     return check_grid((1.0, *sorted({*free, *wanted}, reverse=True), 0.0))
 
 
 def pairs_cost(model: VideoModel, prompts: int, plan: PairPlan) -> PairsCost:
-    """The cost of `make_pairs` for so many prompts, known before anything is run."""
+    """The cost of `make_pairs` for `prompts` prompts, computed before anything is run."""
     count = prompts * plan.per_prompt
     values = len(plan.times) * torch.Size(model.latent_shape(plan.num_frames)).numel()
     size = values * getattr(torch, plan.storage).itemsize
@@ -151,14 +156,13 @@ def make_pairs(
     batch: int = 8,
     progress: Callable[[Progress], None] = lambda event: None,
 ) -> PairsMade:
-    """Run the teacher on `prompts` and keep its states at `plan.times` in `output`; `pairs_cost` tells the cost.
+    """Sample the teacher on `prompts` and store its states at `plan.times` in `output`; `pairs_cost` gives the cost.
 
-    Under torchrun every process calls it, and each takes its share; the folder does not depend on how many there are.
-    An image-to-video teacher is given prompts with pictures (`Pictured`), whose conditions are kept too.
-    Killed and called again with the same arguments, by as many or others, it continues and leaves the same bytes (another
-    `batch` may change last bits); a finished folder is returned as it is. `progress` is called after every batch of this
-    process' share. DataError if the folder was begun with another teacher, plan or prompts; NonFiniteError if a state is
-    not finite in `plan.storage`.
+    Under torchrun every process calls it and takes its share; the result does not depend on the number of processes. An
+    image-to-video teacher needs prompts with pictures (`Pictured`), whose conditions are stored too. After a kill, the same
+    call continues, also with another number of processes, and gives the same bytes (another `batch` may change last bits). A
+    finished folder is returned unchanged. `progress` is called after every batch of this process' share. DataError if the
+    folder was begun with another teacher, plan or prompts; NonFiniteError if a state is not finite in `plan.storage`.
     """
     if not prompts or batch < 1:
         raise ValueError(f"make_pairs needs prompts and a batch size, got {len(prompts)} prompts and batch={batch}")
@@ -192,7 +196,7 @@ def make_pairs(
 
 
 def _add(part: ShardWriter, teacher: _Teacher, prompts: Sequence[str], pairs: range) -> str:
-    """Make the pairs of these numbers, in one batch; the last one's prompt."""
+    """Make the pairs of these numbers in one batch; return the prompt of the last one."""
     plan = teacher.plan
     rows, seeds = [i // plan.per_prompt for i in pairs], [plan.seed + i for i in pairs]
     chosen = [prompts[row] for row in rows]
@@ -205,7 +209,7 @@ def _add(part: ShardWriter, teacher: _Teacher, prompts: Sequence[str], pairs: ra
 
 
 class _Teacher:
-    """A model that is run by a plan."""
+    """A model that is sampled by a plan."""
 
     def __init__(self, model: VideoModel, plan: PairPlan) -> None:
         self.model, self.plan = model, plan
@@ -215,7 +219,7 @@ class _Teacher:
         self.texts = Texts(model, frozenset({"prompts"}))
 
     def facts(self) -> dict[str, Any]:
-        """Everything that shapes the states."""
+        """Everything that decides the states."""
         plan = self.plan
         return {
             "teacher": {name: self.model.fingerprint(name) for name in ("denoiser", "text")},
@@ -227,7 +231,7 @@ class _Teacher:
 
     @torch.no_grad()
     def states(self, prompts: Sequence[str], seeds: Sequence[int], images: Mapping[str, Tensor]) -> Tensor:
-        """`[B, T, C, F, H, W]`: `x_t` at each of the plan's times, the last being the endpoint."""
+        """`[B, T, C, F, H, W]`: `x_t` at each of the plan's times; the last one is the endpoint."""
         device, course = str(self.model.device), self.course
         self.model.bring("text")
         cond, uncond = (each.with_extra(images).to(device) for each in self.texts(prompts, device))
@@ -266,10 +270,10 @@ def _preview(model: VideoModel, folder: Path) -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredPairs(Data):
-    """A folder written by `fewstep pairs`. Its states lie on the paths of one teacher and are refused for another.
+    """A folder written by `fewstep pairs`. Its states belong to one teacher and are refused for another.
 
-    Its `x0` are the endpoints: guided samples of the teacher, not recorded data. A discriminator that calls them real
-    (DMD2 with `gan`) pulls the student towards what the teacher makes, with the teacher's faults.
+    Its `x0` are the endpoints: samples of the guided teacher, not recorded data. A discriminator that takes them as real (DMD2
+    with `gan`) pulls the student towards the teacher's samples, with the teacher's faults.
     """
 
     provides: ClassVar[frozenset[str]] = frozenset({"prompts", "pairs", "x0"})
@@ -310,13 +314,13 @@ class StoredPairs(Data):
             who = "the recipe's data.teacher" if self.teacher else f"the denoiser of {name!r}"
             raise DataError(
                 f"{self.path} holds trajectories of denoiser {there['denoiser']}, but {who} is {here}. "
-                "Make pairs with this model, start from the one that made them, or, if they are meant to teach another "
-                f"network, say so in the recipe: data.teacher: {there['denoiser']}."
+                "Make pairs with this model, or start from the model that made them. If they are meant to teach another "
+                f"network, write in the recipe: data.teacher: {there['denoiser']}."
             )
         if there["text"] != text:
             raise DataError(
-                f"{self.path} was made with text encoder {there['text']}, model {name!r} has {text}: "
-                "prompts would mean something else. Make the pairs again with this model."
+                f"{self.path} was made with text encoder {there['text']}, and model {name!r} has {text}, which encodes "
+                "prompts differently. Make the pairs again with this model."
             )
 
     def open(self, model: VideoModel, needs: frozenset[str]) -> Source:

@@ -1,4 +1,4 @@
-"""Encode video files to latent shards once, so that training need not decode and encode them again."""
+"""Encode video files to latent shards once, so that training does not decode and encode them again."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ from fewstep.models.fingerprint import fingerprint
 from fewstep.models.images import ImageEncoder
 
 PROMPTS = "prompts.txt"
-"""The captions of a prepared folder, as prompts."""
+"""File with the captions of a prepared folder, one per line."""
 PIXELS, MOST_CLIPS = 2**24, 16
-"""What is encoded at once unless said otherwise: pixels of all frames, and clips. About 2 GiB for the built-in codec."""
+"""Default limits for what is encoded at once: pixels of all frames, and clips. About 2 GiB for the built-in codec."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,14 +57,14 @@ class Preparation:
     autocast: Literal["off", "bf16"] = "off"
     """Precision of the codec: off is float32."""
     batch: int | None = None
-    """Clips encoded at once; None: as many as have `PIXELS` pixels together, at most `MOST_CLIPS`. The number may change
-    the last bits of latents, nothing else."""
+    """Clips encoded at once. None: as many as have `PIXELS` pixels together, and at most `MOST_CLIPS`. The number may change
+    only the last bits of latents."""
     threads: int = 4
     """Decoding threads per process."""
     shard_size: int = 64
     """Clips per file."""
     part_size: int = 64
-    """Videos that one process takes at once."""
+    """Number of videos that a process takes at a time."""
 
     def __post_init__(self) -> None:
         for name in ("batch", "threads", "part_size"):
@@ -75,7 +75,7 @@ class Preparation:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a preparation left in `folder`."""
+    """Result of a preparation, in `folder`."""
 
     folder: Path
     clips: int
@@ -96,12 +96,12 @@ def prepare(
 ) -> Prepared:
     """Decode, cut and encode the captioned videos of `source` (see `read_listing`) into shards in `output`.
 
-    Under torchrun every process calls it, and each takes its share; the folder does not depend on how many there are.
-    Killed and called again with the same arguments, by as many or others, it continues and leaves the same bytes; a
-    finished folder is left as it is. What is dropped is reported with the reason (`Report`). `progress` is called once per
-    video of this process' share. With the part `image` of an image-to-video model, what it makes of each clip's
-    first frame (and last, if it needs that) is stored too. DataError if the folder was begun with other settings, videos or
-    networks, if one of its shards is damaged, or if no video gave a clip; NonFiniteError if a latent does not fit `plan.storage`.
+    Under torchrun every process calls it and takes its share; the result does not depend on the number of processes. After a
+    kill, the same call continues, also with another number of processes, and gives the same bytes. A finished folder is not
+    changed. Dropped videos and clips are reported with the reason (`Report`). `progress` is called once per video of this
+    process' share. With `image`, the image encoder of an image-to-video model, the conditions from each clip's first frame (and
+    last, if needed) are stored too. DataError if the folder was begun with other settings, videos or networks, if a shard is
+    damaged, or if no video gave a clip; NonFiniteError if a latent does not fit `plan.storage`.
     """
     output, peers = Path(output), meet_peers()
     encoder = _Encoder(codec, image, plan)
@@ -128,7 +128,7 @@ def prepare(
 
 
 def _write_prompts(file: Path, writer: PartedWriter) -> None:
-    """Every caption that has a clip, once, one per line: what `Prompts` and `--prompt-file` read."""
+    """Write each distinct caption that has a clip, one per line, for `Prompts` and `--prompt-file`."""
     seen: set[int] = set()
     with writing(file) as draft, draft.open("w", encoding="utf-8") as lines:
         for number in range(writer.count):
@@ -140,7 +140,7 @@ def _write_prompts(file: Path, writer: PartedWriter) -> None:
 
 
 def _settings(encoder: _Encoder, output: Path) -> dict[str, Any]:
-    """Everything that shapes what is stored."""
+    """Everything that decides what is stored."""
     plan = encoder.plan
     return {
         "codec": fingerprint(encoder.codec), "cut": asdict(plan.cut), "keep": asdict(plan.keep),
@@ -150,13 +150,13 @@ def _settings(encoder: _Encoder, output: Path) -> dict[str, Any]:
 
 
 def _list(source: str | Path, output: Path, layout: LayoutName, root: str | Path) -> None:
-    """Write the list of the videos; refuse (DataError) one that is not the one this preparation was begun with."""
+    """Write the list of videos. Refuse (DataError) a list that differs from the one with which this preparation began."""
     file, fresh = output / LISTING, output / f"new-{LISTING}"
     write_listing(fresh, source, layout, root)
     if (output / "manifest.json").is_file() and (not file.is_file() or _digest(fresh) != _digest(file)):
         fresh.unlink()
         raise DataError(
-            f"{source} lists other videos or captions than when {output} was begun (see {file}). "
+            f"{source} now lists other videos or captions than when {output} was begun (see {file}). "
             "Give another output folder, or delete this one."
         )
     if file.is_file() and _digest(fresh) == _digest(file):
@@ -166,9 +166,9 @@ def _list(source: str | Path, output: Path, layout: LayoutName, root: str | Path
 
 
 def _is_gone(folder: Path) -> bool:
-    """A disk that was taken away leaves nothing, or the empty folder that it was mounted on."""
+    """Whether a folder has disappeared: a removed disk leaves nothing, or an empty mount point."""
     try:
-        with os.scandir(folder) as found:  # which does not list a million files to find the first
+        with os.scandir(folder) as found:  # finds the first file without listing all of them
             return next(found, None) is None
     except OSError:
         return True
@@ -181,7 +181,7 @@ def _digest(file: Path) -> str:
 
 @dataclass(frozen=True)
 class _Share:
-    """What this process does: the parts that are its own and not there yet."""
+    """The share of this process: its parts that are not complete yet."""
 
     writer: PartedWriter
     listing: Listing
@@ -194,7 +194,7 @@ class _Share:
         window = plan.threads + self.encoder.batch
         total = sum(len(self._items(number)) for number in self.writer.mine)
         depth = depth_of(plan.cut, window)
-        # Closed at once when something fails: no thread goes on decoding for nobody.
+        # Closed at once after an error, so that no thread goes on decoding.
         with closing(ahead(self._videos(), threads=plan.threads, window=window, depth=depth)) as videos:
             for (part, before, item), clips in videos:
                 problem = part.video(item, clips)
@@ -207,7 +207,7 @@ class _Share:
         return range(part * size, min((part + 1) * size, len(self.listing)))
 
     def _videos(self) -> Iterator[tuple[tuple[_Part, int, Item], Callable[[], Iterator[Clip]]]]:
-        """What is left: its part, how many videos of this share come before that, the video, and how to decode it."""
+        """The remaining videos: the part, the number of videos of this share before that part, the video, and its decoder."""
         before = 0
         for number in self.writer.mine:
             items, shards = self._items(number), self.writer.part(number, self.plan.shard_size)
@@ -220,7 +220,7 @@ class _Share:
 
 @dataclass(frozen=True)
 class _Encoder:
-    """Clips to what is stored of them."""
+    """Turns clips into the tensors that are stored."""
 
     codec: FrameAutoencoder
     image: ImageEncoder | None
@@ -228,7 +228,7 @@ class _Encoder:
 
     @property
     def batch(self) -> int:
-        """Clips at once."""
+        """Number of clips encoded at once."""
         cut = self.plan.cut
         fits = max(1, min(MOST_CLIPS, PIXELS // (cut.num_frames * cut.height * cut.width)))
         return self.plan.batch or (1 if self.one_at_a_time else fits)
@@ -240,8 +240,8 @@ class _Encoder:
     def check(self) -> None:
         if self.one_at_a_time and (self.plan.batch or 1) > 1:
             raise ValueError(
-                f"{type(self.codec).__name__} encodes one clip at a time, so a batch of {self.plan.batch} would be no faster; "
-                "leave batch out, and start more processes where the device is idle"
+                f"{type(self.codec).__name__} encodes one clip at a time, so a batch of {self.plan.batch} would not be faster; "
+                "leave batch out, and start more processes if the device is idle"
             )
 
     @torch.no_grad()
@@ -255,28 +255,28 @@ class _Encoder:
 
 
 class _Part:
-    """One pass over the videos of a part, from where the last whole shard ended."""
+    """One pass over the videos of a part, starting after the last complete shard."""
 
     def __init__(self, writer: ShardWriter, items: range, encoder: _Encoder, root: Path) -> None:
         self.writer, self.items, self.encoder, self.root = writer, items, encoder, root
         self.item: int = writer.resume.get("item", items.start)
         """The current video's number in the listing."""
         self.clips: int = writer.resume.get("clips", 0)
-        """Clips of the current video that are done."""
+        """Number of clips of the current video that are done."""
         self.dropped: list[dict[str, Any]] = writer.resume.get("dropped", [])
         self.waiting: list[tuple[dict[str, Any], Clip, dict[str, Any]]] = []
-        """Clips to be encoded together: what the index will say of each, and where this pass stood then."""
+        """Clips to be encoded together: each with its row in the index, and the position of this pass."""
 
     def video(self, item: Item, clips: Iterator[Clip]) -> str:
-        """Take the clips of the current video; the reason if it was dropped, or broke off."""
+        """Take the clips of the current video. Returns the reason if the video was dropped or ended early."""
         problem = ""
         try:
             self._take(item, clips)
         except ClipError as error:
             if _is_gone(self.root):
                 raise DataError(
-                    f"{self.root} is empty or not there any more, so this is no fault of its videos: bring it back, and run "
-                    "the same command again to continue"
+                    f"{self.root} is empty or has disappeared, for example because its disk was removed; bring it back, and "
+                    "run the same command again to continue"
                 ) from None
             problem = f"{error} (after {self.clips} clips)" if self.clips else str(error)
             self._drop(item, problem)
@@ -290,7 +290,7 @@ class _Part:
     def _take(self, item: Item, clips: Iterator[Clip]) -> None:
         for number, clip in enumerate(clips):
             if number < self.clips:
-                continue  # in a shard written before the interruption, or dropped before it
+                continue  # it was stored or dropped before the interruption
             self.clips = number + 1
             if clip.problem:
                 self._drop(item, clip.problem, clip.start)
@@ -298,7 +298,7 @@ class _Part:
             row = {"caption": item.caption, "video": item.name, "start": clip.start}
             tags = {"tags": dict(item.tags)} if item.tags else {}
             self.waiting.append((row | tags, clip, self.state()))
-            # A shard is full with a batch: a pass that goes on after it forms the same batches as one that never stopped.
+            # A batch ends when a shard is full, so a resumed pass forms the same batches as one that never stopped.
             if len(self.waiting) == min(self.encoder.batch, self.writer.room):
                 self._encode()
 

@@ -1,4 +1,4 @@
-"""Prompts, and first frames for image-to-video models: all that data-free methods need."""
+"""Prompts, and first frames for image-to-video models: the data that methods without videos need."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from fewstep.data.images import PictureConditions, Pictured, require_pictures
 from fewstep.data.lines import Lines
 from fewstep.data.order import draw_indices
 from fewstep.data.texts import Texts
-from fewstep.models.bundle import Card, VideoModel
+from fewstep.models.bundle import VideoModel
+from fewstep.models.card import Card
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,7 @@ class Prompts(Data):
     """One prompt per line of a UTF-8 text file; empty lines are ignored. Clips have the model's own size.
 
     For an image-to-video model: a .csv or .jsonl with `caption`, `image` and, optionally, `last_image` (see `Pictured`).
-    What was made of a prompt or a picture is kept, up to 2 GiB of each per process.
+    Encoded prompts and pictures are kept in main memory, up to 2 GiB of each per process.
     """
 
     provides: ClassVar[frozenset[str]] = frozenset({"prompts"})
@@ -44,16 +45,16 @@ class Prompts(Data):
 
 
 def read_prompts(path: str | Path) -> Sequence[str]:
-    """The non-empty lines of a text file, stripped, or the captions of a .csv or .jsonl, which has pictures too (`Pictured`).
+    """The non-empty lines of a text file, stripped; or the captions of a .csv or .jsonl file with pictures (`Pictured`).
 
-    DataError if it cannot be read or has none.
+    DataError if the file cannot be read or has no prompts.
     """
     try:
         prompts = Pictured(path) if Path(path).suffix.lower() in (".csv", ".jsonl") else Lines(path)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file. Prompts reads a text file with one prompt per line.") from None
     if not prompts:
-        raise DataError(f"{path}: no prompts in it; write one per line")
+        raise DataError(f"{path} has no prompts; write one per line")
     return prompts
 
 

@@ -1,4 +1,4 @@
-"""A cache in main memory, for values that may be needed again."""
+"""A cache of values in main memory."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 ROOM = 2**31
-"""Bytes. Beyond them the oldest is forgotten, and made again when it comes back."""
+"""Largest size in bytes. Beyond it the oldest values are dropped; they are made again when needed."""
 
 
 class Remembered(Generic[K, V]):
-    """What `make` makes of a key, once; `tensors` are those that it holds."""
+    """Calls `make` once per key and keeps the value; `tensors` lists the tensors of a value, whose sizes count."""
 
     def __init__(self, make: Callable[[K], V], tensors: Callable[[V], Iterable[Tensor]]) -> None:
         self.make, self.tensors = make, tensors

@@ -1,4 +1,4 @@
-"""What a preparation dropped and why: counts by reason, every case by name, and a picture of a few."""
+"""Report of the videos and clips that a preparation dropped: counts by reason, every case by name, and some pictures."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from fewstep.data.store import writing
 from fewstep.data.video import read_video
 
 EXAMPLES = 6
-"""Pictures per reason, each of another video."""
+"""Number of pictures per reason, each from a different video."""
 TILE = (72, 128)
 
 
 @dataclass(frozen=True)
 class Dropped:
-    """A video, or one of its clips, that is not in the latents."""
+    """A video, or one of its clips, that was dropped."""
 
     item: int
-    """Its number in the listing."""
+    """The video's number in the listing."""
     name: str
     problem: str
     """Reason, then a colon and the details if any."""
@@ -41,7 +41,7 @@ class Dropped:
 
 @dataclass
 class Count:
-    """How often a reason was given, and one case of it."""
+    """How often a reason occurred, and one example."""
 
     videos: int = 0
     clips: int = 0
@@ -50,7 +50,7 @@ class Count:
 
 @dataclass(frozen=True)
 class Report:
-    """`videos` of the listing gave `clips`; `dropped` counts the rest by reason."""
+    """Number of `videos` in the listing, number of `clips` made from them, and counts of `dropped` ones by reason."""
 
     videos: int
     clips: int
@@ -58,7 +58,7 @@ class Report:
 
 
 def write_report(folder: Path, listing: Listing, parts: Iterable[Mapping[str, Any]]) -> Report:
-    """From the manifests of all parts: `dropped.jsonl` (every case), `report.json` (counts), `dropped.png` (some cases).
+    """Write `dropped.jsonl` (every case), `report.json` (counts) and `dropped.png` (examples) from the manifests of all parts.
 
     DataError if no clip is left.
     """
@@ -87,17 +87,17 @@ def write_report(folder: Path, listing: Listing, parts: Iterable[Mapping[str, An
 
 
 def read_report(folder: str | Path) -> Report:
-    """What `write_report` left in a prepared folder. DataError if it is damaged."""
+    """Read the report in a prepared folder. DataError if it is damaged."""
     path = Path(folder) / "report.json"
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
         return Report(**{**tree, "dropped": {reason: Count(**count) for reason, count in tree["dropped"].items()}})
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"{path} is damaged ({type(error).__name__}); delete {folder} and make it anew") from None
+        raise DataError(f"{path} is damaged ({type(error).__name__}); delete {folder} and prepare it again") from None
 
 
 def _draw(path: Path, listing: Listing, shown: Mapping[str, list[Dropped]]) -> None:
-    """First frames, one row per reason; grey where there is none."""
+    """Draw first frames, one row per reason; grey if a frame cannot be read."""
     height, width = TILE
     sheet = Image.new("RGB", (EXAMPLES * width, len(shown) * (height + 14)), "white")
     pen = ImageDraw.Draw(sheet)
@@ -106,7 +106,7 @@ def _draw(path: Path, listing: Listing, shown: Mapping[str, list[Dropped]]) -> N
         pen.text((2, top + 1), reason, fill="black")
         for column, case in enumerate(cases):
             frame = np.full((*TILE, 3), 160, np.uint8)
-            with suppress(Exception):  # whatever is wrong with it, that has been said
+            with suppress(Exception):  # the report already names the problem of this video
                 frame = read_video(listing[case.item].video(), 1, size=TILE, start=case.start or 0)[0].numpy()
             sheet.paste(Image.fromarray(frame), (column * width, top + 14))
     with writing(path) as draft:

@@ -11,15 +11,16 @@ from fewstep.data.images import require_stored
 from fewstep.data.order import draw_indices
 from fewstep.data.store import ShardReader, read_manifest
 from fewstep.data.texts import Texts
-from fewstep.models.bundle import Card, VideoModel
+from fewstep.models.bundle import VideoModel
+from fewstep.models.card import Card
 from fewstep.models.images import image_names
 
 
 @dataclass(frozen=True, kw_only=True)
 class Latents(Data):
-    """A folder written by `fewstep prepare`: latents and captions. Only the autoencoder that made them can use them.
+    """A folder written by `fewstep prepare`: latents and captions. Only a model with the same autoencoder can use them.
 
-    For an image-to-video model it must have been prepared with such a model: the images are the clips' own.
+    For an image-to-video model, prepare the folder with that model: its images are the clips' own frames.
     """
 
     provides: ClassVar[frozenset[str]] = frozenset({"prompts", "x0"})
@@ -36,8 +37,8 @@ class Latents(Data):
         if there != here:
             raise DataError(
                 f"{self.path} holds clips of {_size(there)}, but model {card.name!r} makes {_size(here)}. Prepare the "
-                "videos in the model's size, or give a model that is made from scratch theirs: model.num_frames, "
-                "model.height, model.width."
+                "videos in the model's size. For a model made from scratch, set model.num_frames, model.height and "
+                "model.width to their size."
             )
         if card.fingerprints.get("codec"):
             self._compare(card.fingerprints["codec"], card)
@@ -53,7 +54,7 @@ class Latents(Data):
         if there != here:
             raise DataError(
                 f"{self.path} holds latents of autoencoder {there}, but model {card.name!r} has {here}. "
-                "Latents of one autoencoder mean nothing to another: prepare the videos again with this model "
+                "A model needs latents of its own autoencoder: prepare the videos again with this model "
                 "(fewstep prepare), or train the model whose autoencoder made them."
             )
 

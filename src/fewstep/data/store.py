@@ -1,11 +1,11 @@
-"""A folder of numbered safetensors shards with its own description, safe against interruption.
+"""A folder of numbered safetensors shards that describes itself and survives interruptions.
 
 `manifest.json`   what the folder holds, the settings that made it, whether it is complete
 `shard-00000.safetensors`   rows of tensors; its header repeats the settings' hash and lists its rows
 `index.jsonl`   one line per row, written when the folder is complete; read in place
-`part-00000/`   such a folder again, where several processes made parts of it
+`part-00000/`   such a folder again, if several processes made parts of it
 
-Every file appears whole or not at all. A writer that was killed continues after its last whole shard.
+Every file appears completely or not at all. A killed writer continues after its last complete shard.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ KINDS = {
 }
 OPEN_SHARDS = 32
 RAGGED = {"texts"}
-"""Kinds whose rows differ in length: a shard has a tensor `name.row` for each of them, instead of all in `name`."""
-GOES_ON = "the same command goes on after the last whole file"
-"""What is said where a preparation is stopped."""
+"""Kinds whose rows differ in length: a shard has one tensor `name.row` per row, instead of all rows in `name`."""
+GOES_ON = "the same command continues after the last complete file"
+"""Message for the user who stops a preparation."""
 _HEADER = "fewstep"
 
 
 Row = tuple[dict[str, Any], dict[str, Tensor]]
-"""What the index says of a row, and its tensors."""
+"""A row: its entry in the index, and its tensors."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """One event of a long preparation: `done` of `total` videos or clips; `problem` says why `name` was skipped."""
+    """Progress of a long preparation: `done` of `total` videos or clips. `problem` says why `name` was skipped."""
 
     done: int
     total: int
@@ -61,7 +61,7 @@ class Progress:
 
 
 class ShardWriter:
-    """Writes rows to `folder`, `shard_size` at a time. `settings` are plain values; all must agree on resume."""
+    """Writes rows to `folder`, `shard_size` per file. `settings` are plain values and must be the same on resume."""
 
     def __init__(self, folder: str | Path, kind: str, settings: Mapping[str, Any], shard_size: int) -> None:
         if shard_size < 1:
@@ -71,9 +71,9 @@ class ShardWriter:
         self.hash = self.manifest["settings_hash"]
         headers = [] if self.complete else self._written()
         self.rows: list[dict[str, Any]] = [row for header in headers for row in header["rows"]]
-        """Rows of whole shards."""
+        """Rows of the complete shards."""
         self.resume: dict[str, Any] = headers[-1]["resume"] if headers else {}
-        """What the writer of the last whole shard said about where it stood."""
+        """Position that was stored with the last complete shard."""
         self.shards = len(headers)
         self.pending: list[Row] = []
 
@@ -87,7 +87,7 @@ class ShardWriter:
         return self.shard_size - len(self.pending)
 
     def add(self, row: Mapping[str, Any], tensors: Mapping[str, Tensor], resume: Mapping[str, Any]) -> None:
-        """Append one row. If it fills the shard, the shard is written with `resume` in its header."""
+        """Append one row. If the shard is then full, write it, with `resume` in its header."""
         for name, value in tensors.items():
             require_finite(value, f"{name} of {dict(row)} as stored ({value.dtype})")
         self.pending.append((dict(row), {name: value.detach().cpu() for name, value in tensors.items()}))
@@ -95,7 +95,7 @@ class ShardWriter:
             self._flush(resume)
 
     def finish(self, resume: Mapping[str, Any], **facts: Any) -> dict[str, Any]:
-        """Write what is left, the index and the final manifest with `facts`; returns the manifest."""
+        """Write the remaining rows, the index and the final manifest with `facts`; return the manifest."""
         if self.pending:
             self._flush(resume)
         with writing(self.folder / "index.jsonl") as draft, draft.open("w", encoding="utf-8") as index:
@@ -107,7 +107,7 @@ class ShardWriter:
     def _flush(self, resume: Mapping[str, Any]) -> None:
         rows = [{"shard": self.shards, "row": i, **row} for i, (row, _) in enumerate(self.pending)]
         tensors = _ragged(self.pending) if self.kind in RAGGED else _stacked(self.pending)
-        # One key only: the order of several would differ from run to run, and with it the bytes of the file.
+        # Only one key: several keys would have a different order, and the file different bytes, in each run.
         header = {_HEADER: json.dumps({"hash": self.hash, "resume": dict(resume), "rows": rows})}
         with writing(self.folder / shard_name(self.shards)) as draft:
             save_file(tensors, draft, metadata=header)
@@ -116,7 +116,7 @@ class ShardWriter:
         self.pending = []
 
     def _written(self) -> list[dict[str, Any]]:
-        """Headers of the whole shards, in order."""
+        """Headers of the complete shards, in order."""
         headers: list[dict[str, Any]] = []
         while (path := self.folder / shard_name(len(headers))).is_file():
             with _open(path) as file:
@@ -128,7 +128,7 @@ class ShardWriter:
 
 
 class PartedWriter:
-    """A folder of `count` parts, each written whole by one of `peers`: what it holds does not depend on how many there are."""
+    """A folder of `count` parts. Each part is written by one of the `peers`, so the result does not depend on their number."""
 
     def __init__(self, folder: str | Path, kind: str, settings: Mapping[str, Any], count: int, peers: Peers) -> None:
         self.folder, self.kind, self.settings, self.count = Path(folder), kind, dict(settings), count
@@ -145,11 +145,11 @@ class PartedWriter:
         return ShardWriter(self.folder / part_name(number), self.kind, {**self.settings, "part": number}, shard_size)
 
     def manifests(self) -> Iterator[dict[str, Any]]:
-        """Of the parts, which must be complete (DataError)."""
+        """Manifests of the parts. DataError if a part is not complete."""
         return (read_manifest(self.folder / part_name(number), self.kind) for number in range(self.count))
 
     def finish(self, **facts: Any) -> None:
-        """Make one index of all parts, and write the final manifest with `facts`. For one process."""
+        """Make one index of all parts and write the final manifest with `facts`. Only one process may call it."""
         shards = [part["shards"] for part in self.manifests()]
         rows = 0
         with writing(self.folder / "index.jsonl") as draft, draft.open("w", encoding="utf-8") as index:
@@ -162,7 +162,7 @@ class PartedWriter:
 
 
 class ShardReader:
-    """Rows of a complete folder by number, read from disk when asked for. DataError if the folder is not complete."""
+    """Rows of a complete folder by number, read from disk on request. DataError if the folder is not complete."""
 
     def __init__(self, folder: str | Path, kind: str) -> None:
         self.folder, self.kind = Path(folder), kind
@@ -172,11 +172,11 @@ class ShardReader:
         absent = next((path for path in self._paths() if not path.is_file()), None)
         if absent is not None or len(self.index) != self.manifest["rows"]:
             gap = f"{self.manifest['rows'] - len(self.index)} lines of index.jsonl" if absent is None else absent.name
-            raise DataError(f"{self.folder} lacks {gap}; copy the folder again, or delete it and make it anew")
+            raise DataError(f"{self.folder} lacks {gap}; copy the folder again, or delete it and make it again")
         self._open: dict[Path, Any] = {}
 
     def check(self) -> None:
-        """DataError names a shard that is cut short or is none. Reads their headers, which say how long a file must be."""
+        """DataError names a shard that is cut short or is not a safetensors file. Reads headers only."""
         for path in self._paths():
             _open(path)
 
@@ -184,7 +184,7 @@ class ShardReader:
         return len(self.index)
 
     def row(self, number: int) -> dict[str, Any]:
-        """What the index says of a row: its caption, and where it came from."""
+        """The index entry of a row: its caption and its origin."""
         row: dict[str, Any] = json.loads(self.index[number])
         return row
 
@@ -194,7 +194,7 @@ class ShardReader:
         return torch.stack([self._shard(self._path(row)).get_slice(name)[row["row"]] for row in rows]).float()
 
     def read_ragged(self, name: str, row: Mapping[str, Any]) -> Tensor:
-        """Tensor `name` of a row of a `RAGGED` kind, as it is stored; earlier versions stored them stacked, with padding."""
+        """Tensor `name` of a row of a `RAGGED` kind, as stored. Earlier versions stored such rows stacked, with padding."""
         shard, own = self._shard(self._path(row)), f"{name}.{row['row']}"
         stored: Tensor = shard.get_tensor(own) if own in shard.keys() else shard.get_slice(name)[row["row"]]  # noqa: SIM118
         return stored
@@ -203,7 +203,7 @@ class ShardReader:
         return self.folder / (part_name(row["part"]) if "part" in row else "") / shard_name(row["shard"])
 
     def _paths(self) -> Iterator[Path]:
-        """Of all shards."""
+        """Paths of all shards."""
         for part, shards in enumerate(self.manifest.get("shards_of_parts", ())):
             yield from (self._path({"part": part, "shard": shard}) for shard in range(shards))
         if "shards_of_parts" not in self.manifest:
@@ -231,7 +231,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def claim(folder: Path, kind: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest of a folder that these settings began; a new one where there is none. DataError for other settings."""
+    """The manifest of a folder begun with these settings, or a new manifest. DataError if the settings differ."""
     settings = json.loads(json.dumps(settings))
     path, hashed = folder / MANIFEST, digest(settings)
     if path.is_file():
@@ -261,40 +261,40 @@ def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """`replacing`, for work of days: DataError that says what to do where the disk is full or gone."""
+    """`replacing`, with a DataError that says what to do if the disk is full or gone."""
     try:
         with replacing(path) as draft:
             yield draft
     except (OSError, SafetensorError) as error:
         raise DataError(
-            f"{path} cannot be written: {error}. Files written before it are whole: put that right, and run the same "
-            "command again to go on after them."
+            f"{path} cannot be written: {error}. Files written before it are complete. Correct the cause, and run the same "
+            "command again to continue."
         ) from error
 
 
 def read_manifest(folder: str | Path, kind: str) -> dict[str, Any]:
-    """The manifest of a complete folder of `kind` (a key of `KINDS`). DataError that says what to do otherwise."""
+    """The manifest of a complete folder of `kind` (a key of `KINDS`). Otherwise a DataError that says what to do."""
     path = Path(folder) / MANIFEST
     if not path.is_file():
-        raise DataError(f"{folder}: no manifest.json there. It is a folder made for {KINDS[kind]}.")
+        raise DataError(f"{folder} has no manifest.json; give a folder made for {KINDS[kind]}")
     manifest = _manifest(path)
     if manifest["kind"] != kind:
         use = KINDS.get(manifest["kind"], "another fewstep version")
         raise DataError(f"{folder} holds {manifest['kind']}, not {kind}. It is read by {use}.")
     if manifest["format"] != FORMAT:
-        raise DataError(f"{folder} has format {manifest['format']}, this version reads {FORMAT}; make it again")
+        raise DataError(f"{folder} has format {manifest['format']}, and this version reads {FORMAT}; make it again")
     if not manifest["complete"]:
         raise DataError(f"{folder} is not complete: making it was interrupted. Run the same command again to continue.")
     return manifest
 
 
 def _manifest(path: Path) -> dict[str, Any]:
-    """What a manifest says. DataError where it is none."""
+    """The content of a manifest. DataError if the file is not one."""
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         _ = manifest["kind"], manifest["format"], manifest["complete"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{path} is damaged ({type(error).__name__}); delete {path.parent} and make it anew") from None
+        raise DataError(f"{path} is damaged ({type(error).__name__}); delete {path.parent} and make it again") from None
     return manifest
 
 
@@ -310,7 +310,7 @@ def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
-        raise DataError(f"{path} is damaged ({error}); delete it with its folder and make it anew") from None
+        raise DataError(f"{path} is damaged ({error}); delete its folder and make it again") from None
 
 
 def _difference(manifest: Mapping[str, Any], kind: str, settings: Mapping[str, Any]) -> str:
@@ -334,5 +334,5 @@ def _short(value: Any) -> str:
 
 
 def _versions() -> dict[str, str]:
-    """Versions that shape the numbers."""
+    """Versions of the packages that decide the numbers."""
     return {name: importlib.metadata.version(name) for name in ("torch", "av", "safetensors")}

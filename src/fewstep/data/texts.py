@@ -1,4 +1,4 @@
-"""Encode each distinct prompt once: states are kept in main memory or stored before training."""
+"""Text states: each distinct prompt is encoded once, and kept in main memory or stored before training."""
 
 from __future__ import annotations
 
@@ -22,20 +22,19 @@ from fewstep.models.fingerprint import fingerprint
 from fewstep.models.text import TextEncoder
 
 PART = 1024
-"""Prompts per part: what one process takes at once."""
+"""Number of prompts that a process takes at a time."""
 SHARD = 64
 
 
 class Texts:
     """The text states of a model's encoder, kept in main memory (see `Remembered`).
 
-    A prompt is encoded alone, so its states depend on nothing but the prompt: not on the batch it first appeared in,
-    nor on whether it was cached. A model without a text encoder (one whose autoencoder is being trained) gets blank
-    conditions of width 1; ValueError if `needs` has prompts.
+    A prompt is encoded alone, so its states depend only on the prompt: not on a batch, and not on the cache. A model without
+    a text encoder (while its autoencoder is trained) gets blank conditions of width 1; ValueError if `needs` has prompts.
 
-    With a `cache` folder all of `prompts` are encoded at once and stored there (`store_texts`), unless they are there
-    already; from then on the encoder is not asked again, and need not be where the training is. `prompts` may be longer
-    than memory; they are gone through in order, more than once.
+    With a `cache` folder, all `prompts` are encoded before training and stored there (`store_texts`), unless they are stored
+    already. The encoder is then not used again and need not be on the training device. `prompts` may be larger than memory;
+    they are read in order, more than once.
     """
 
     def __init__(
@@ -48,7 +47,7 @@ class Texts:
         self.stored = store_texts(model, prompts, cache) if cache and self.encoder is not None else None
 
     def __call__(self, prompts: Sequence[str], device: str | torch.device) -> tuple[Cond, Cond]:
-        """Conditions of `prompts`, and the negative prompt as many times."""
+        """Conditions of `prompts`, and as many of the negative prompt."""
         states = [self.states(prompt) for prompt in (*prompts, self.negative)]
         both = Cond.cat([_padded(cond, self.length) for cond in states]).to(device)
         return both[:-1], both[-1:].expand(len(prompts))
@@ -67,10 +66,10 @@ def store_texts(
     peers: Peers = Peers(),
     progress: Callable[[Progress], None] = lambda event: None,
 ) -> ShardReader:
-    """The states of all distinct `prompts`, and of the model's negative one, from a folder of their own in `cache`.
+    """The states of all distinct `prompts`, and of the model's negative prompt, from a folder of their own in `cache`.
 
-    What is not stored yet is encoded, by each of the `peers` a share: after a kill it goes on after the last whole shard.
-    Rows are in the order of their texts. `progress` is called after every prompt of this process' share.
+    Prompts that are not stored yet are encoded; each of the `peers` takes a share. A killed process resumes after its last
+    complete shard. Rows are in the order of their texts. `progress` is called after every prompt of this process' share.
     """
     everything = chain((model.card.negative_prompt,), prompts)
     settings = {"text": fingerprint(model.text), "prompts": _digest(everything)}
@@ -93,9 +92,9 @@ def store_texts(
 
 
 def _store_part(encoder: TextEncoder, prompts: Sequence[str], part: ShardWriter) -> Iterator[tuple[int, str]]:
-    """Every prompt as long as it is, in the type that the encoder's weights have where that loses nothing.
+    """Encode and store every prompt without padding, in the type of the encoder's weights if that type holds it exactly.
 
-    How many are done, and the last of them.
+    Yields how many are done, and the last prompt.
     """
     dtype = next(encoder.parameters()).dtype
     for done, prompt in enumerate(prompts[len(part.rows) :], len(part.rows) + 1):
@@ -108,13 +107,13 @@ def _store_part(encoder: TextEncoder, prompts: Sequence[str], part: ShardWriter)
 
 
 def _narrow(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """As float32 if not all of it is exact in `dtype`."""
+    """The value in `dtype` if that is exact, else in float32."""
     narrow, exact = value.to(dtype), value.float()
     return narrow if torch.equal(narrow.float(), exact) else exact
 
 
 def _digest(prompts: Iterable[str]) -> str:
-    """Of all of them, without holding them."""
+    """Digest of all prompts, read one by one."""
     hashed = sha256()
     for prompt in prompts:
         hashed.update(prompt.encode() + b"\0")
@@ -133,13 +132,13 @@ def _read(stored: ShardReader, prompt: str) -> Cond:
 
 @torch.no_grad()
 def _encode(encoder: TextEncoder, prompt: str) -> Cond:
-    """One prompt, without the padding that is zero."""
+    """The states of one prompt, without padding of zeros."""
     cond = encoder.encode([prompt]).to("cpu")
     end = int((cond.mask | (cond.text != 0).any(-1)).nonzero()[-1, 1]) + 1
     return Cond(cond.text[:, :end].clone(), cond.mask[:, :end].clone(), cond.extra)
 
 
 def _padded(cond: Cond, length: int) -> Cond:
-    """With zeros after its end, up to `length` tokens."""
+    """The states padded with zeros to `length` tokens."""
     room = length - cond.mask.shape[1]
     return Cond(pad(cond.text, (0, 0, 0, room)), pad(cond.mask, (0, room)), cond.extra)

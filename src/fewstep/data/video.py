@@ -1,6 +1,6 @@
 """Video files to tensors and back.
 
-Pixels are uint8 `[F, H, W, 3]` as decoded and stored, float `[3, F, H, W]` in [-1, 1] as networks see them.
+Pixels are uint8 `[F, H, W, 3]` when decoded and stored, and float `[3, F, H, W]` in [-1, 1] for networks.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from fewstep.core.finite import require_finite
 from fewstep.data.shots import find_cuts
 
 LARGEST_SIDE = 16384
-"""Pixels of a film along a side, at most: H.264 knows no more."""
+"""Largest side of a video in pixels; H.264 allows no more."""
 
 
 class ClipError(ValueError):
-    """A video that cannot give the clip asked for. The message is the reason, a colon, and the particulars if any."""
+    """A video cannot give the requested clip. The message is the reason, then a colon and details if there are any."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """How clips are cut out of a video: every `stride`-th frame, scaled to cover the size and cropped at the centre."""
+    """How clips are cut from a video: every `stride`-th frame, scaled to cover the size and cropped at the centre."""
 
     num_frames: int = 16
     height: int = 64
@@ -58,7 +58,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Clip:
-    """uint8 `frames` `[F, H, W, 3]`, the first of which is frame `start` of the file."""
+    """uint8 `frames` `[F, H, W, 3]`; the first one is frame `start` of the file."""
 
     frames: Tensor
     start: int
@@ -74,10 +74,10 @@ def read_video(
     size: tuple[int, int] | None = None,
     start: int = 0,
 ) -> Tensor:
-    """`num_frames` frames from `start` on, every `stride`-th: uint8 `[F, H, W, 3]`.
+    """Read `num_frames` frames, every `stride`-th from frame `start`: uint8 `[F, H, W, 3]`.
 
-    With `size` `(H, W)` they are scaled to cover it and cropped at the centre. ClipError if the file is absent, damaged
-    or too short.
+    With `size` `(H, W)`, frames are scaled to cover it and cropped at the centre. ClipError if the file is missing, damaged or
+    too short.
     """
     wanted = range(start, start + num_frames * stride, stride)
     frames = [_fit(f, size) for i, f in enumerate(_decode(source, wanted.stop - stride + 1)) if i in wanted]
@@ -91,18 +91,18 @@ def read_image(path: str | Path, size: tuple[int, int]) -> Tensor:
     try:
         with Image.open(path) as image:
             pixels = np.array(image.convert("RGB"))
-    except Exception as error:  # whatever a broken file does to its decoder; or a picture of too many pixels
-        raise ClipError(f"{path} is no picture that can be read: {error}") from None
+    except Exception as error:  # a broken file can make the decoder raise anything; so can a picture of too many pixels
+        raise ClipError(f"{path} is not a readable picture: {error}") from None
     return to_floats(_fit(pixels, size)[None])[:, 0]
 
 
 def read_clips(source: str | Path | BytesIO, cut: Cut) -> Iterator[Clip]:
-    """The clips of one video, in one pass over the file that keeps one clip in memory.
+    """The clips of one video, in one pass over the file, with one clip in memory.
 
     A codec takes floats `[B, 3, F, H, W]`: `codec.encode(to_floats(torch.stack([clip.frames for clip in clips])))`.
 
-    ClipError if the file is absent or damaged (clips before the damage have been yielded then), or too short for one.
-    With `cut.shots` a shot that is too short is yielded with its `problem`, and is no error.
+    ClipError if the file is missing, damaged (after the clips before the damage) or too short for one clip. With `cut.shots`, a
+    shot that is too short is yielded with its `problem`, without an error.
     """
     span, frames, made, begin = cut.num_frames * cut.stride, list[Tensor](), 0, 0
     done = False  # with this shot
@@ -131,14 +131,14 @@ def _short_shot(frames: list[Tensor], cut: Cut, begin: int) -> Clip:
 
 @dataclass(frozen=True)
 class Facts:
-    """What the head of a file says, without decoding: `seconds` (None if it does not say) and the shorter `side`."""
+    """Facts from the header of a file, without decoding: `seconds` (None if unknown) and the shorter `side`."""
 
     seconds: float | None
     side: int
 
 
 def read_facts(source: str | Path | BytesIO) -> Facts:
-    """ClipError if it is no video."""
+    """Read the header of a video. ClipError if the file is not a video."""
     with _opened(source) as file:
         stream = file.streams.video[0]
         length = None if stream.duration is None else float(stream.duration * stream.time_base)
@@ -148,18 +148,18 @@ def read_facts(source: str | Path | BytesIO) -> Facts:
 
 
 def to_floats(frames: Tensor) -> Tensor:
-    """uint8 `[..., F, H, W, 3]`, as `read_clips` gives, to float32 `[..., 3, F, H, W]` in [-1, 1], as codecs take."""
+    """Convert uint8 `[..., F, H, W, 3]` (from `read_clips`) to float32 `[..., 3, F, H, W]` in [-1, 1] (for codecs)."""
     return (frames.movedim(-1, -4).float() / 127.5 - 1).contiguous()
 
 
 def to_pixels(frames: Tensor) -> Tensor:
-    """Floats `[..., 3, F, H, W]` in [-1, 1] to uint8 `[..., F, H, W, 3]`; values outside are clipped, NaN refused."""
+    """Convert floats `[..., 3, F, H, W]` in [-1, 1] to uint8 `[..., F, H, W, 3]`. Values outside are clipped; NaN is refused."""
     require_finite(frames, "frames to be written")
     return to_uint8(frames).movedim(-4, -1).cpu().contiguous()
 
 
 def to_uint8(values: Tensor) -> Tensor:
-    """Floats in [-1, 1] of any shape to uint8 0..255; values outside are clipped."""
+    """Convert floats in [-1, 1] of any shape to uint8 0..255. Values outside are clipped."""
     return ((values.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
@@ -179,8 +179,8 @@ def cover(planes: Tensor, size: tuple[int, int]) -> Tensor:
 def write_video(path: str | Path, frames: Tensor, *, fps: float = 8, scale: int = 1, columns: int = 0) -> Path:
     """Write floats `[3, F, H, W]`, or `[B, 3, F, H, W]` side by side, in [-1, 1], to .mp4 (H.264) or .gif.
 
-    `scale` enlarges by repeating pixels; `columns` starts a new row after so many clips (0 = one row). H.264 needs even
-    sizes: an odd one gets its last row or column twice. A .gif shows frames for whole hundredths of a second.
+    `scale` enlarges by repeating pixels; `columns` is the number of clips per row (0 = all in one row). H.264 needs even sizes,
+    so the last row or column of an odd size is repeated. A .gif shows each frame for a whole number of 1/100 s.
     """
     path = Path(path)
     writers = {".mp4": _write_mp4, ".gif": _write_gif}
@@ -199,7 +199,7 @@ def write_video(path: str | Path, frames: Tensor, *, fps: float = 8, scale: int 
 
 
 def _tile(clips: Tensor, columns: int) -> Tensor:
-    """`[B, F, H, W, 3]` to one picture per frame, black where the last row is not full."""
+    """Arrange clips `[B, F, H, W, 3]` in one picture per frame; the rest of the last row is black."""
     columns = min(columns or len(clips), len(clips))
     rows = math.ceil(len(clips) / columns)
     clips = pad(clips, (0, 0) * 4 + (0, rows * columns - len(clips)))
@@ -225,7 +225,7 @@ def _write_gif(path: Path, frames: np.ndarray, fps: float) -> None:
 
 def encode_gif(frames: np.ndarray, fps: float) -> bytes:
     """uint8 `[F, H, W, 3]` as an endless GIF of at most 256 colours."""
-    # One palette for the whole clip: palettes of single frames flicker.
+    # One palette for the whole clip, because a palette per frame would make the clip flicker.
     palette = Image.fromarray(frames.reshape(-1, *frames.shape[2:])).quantize(256, dither=Image.Dither.NONE)
     first, *rest = [Image.fromarray(f).quantize(palette=palette, dither=Image.Dither.NONE) for f in frames]
     buffer = BytesIO()
@@ -238,7 +238,7 @@ def _decode(source: str | Path | BytesIO, stop: int) -> Iterator[np.ndarray]:
     """Upright uint8 `[H, W, 3]` frames of the first video stream, at most `stop` (0 = all)."""
     number = 0
     with _opened(source) as file:
-        # Many videos are open at once, each in a thread of its own.
+        # Each video is decoded in a thread of its own, and many are open at once.
         file.streams.video[0].codec_context.thread_count = 1
         try:
             for number, frame in enumerate(file.decode(video=0), 1):
@@ -257,16 +257,16 @@ def _decode(source: str | Path | BytesIO, stop: int) -> Iterator[np.ndarray]:
 
 @contextmanager
 def _opened(source: str | Path | BytesIO) -> Iterator[Any]:
-    """A file with a video stream, from its beginning."""
+    """Open a file with a video stream, at its beginning."""
     if isinstance(source, BytesIO):
         source.seek(0)
     elif not Path(source).is_file():
         raise ClipError("no such file")
     try:
-        # Titles and comments are not always the UTF-8 that they should be, and nobody reads them here.
+        # Titles and comments are not always valid UTF-8, and they are not used here.
         with av.open(source if isinstance(source, BytesIO) else str(source), metadata_errors="replace") as file:
             if not file.streams.video:
-                raise ClipError("no video: it has no video stream")
+                raise ClipError("no video: the file has no video stream")
             yield file
     except av.FFmpegError as error:
         raise ClipError(f"not a readable video: {_reason(error)}") from error

@@ -53,7 +53,7 @@ class Stream:
         return self.chunks[min(index, len(self.chunks) - 1)]
 
     def lengths(self, frames: int) -> tuple[int, ...]:
-        """Of the chunks of a clip of so many latent frames.
+        """Lengths of the chunks of a clip of `frames` latent frames.
 
         >>> Stream(chunks=(1, 3)).lengths(7)
         (1, 3, 3)

@@ -8,5 +8,5 @@ from torch.utils.tensorboard import SummaryWriter
 
 
 def open_board(folder: Path, resume_step: int) -> SummaryWriter:
-    """A writer that hides what an earlier process logged after the checkpoint a run resumes from."""
+    """A TensorBoard writer. It hides what an earlier process logged after the checkpoint that this run resumes from."""
     return SummaryWriter(str(folder), purge_step=resume_step + 1)

@@ -1,9 +1,9 @@
-"""A run's whole state on disk: a killed run resumes bit for bit, also with another number of processes.
+"""Checkpoints: a run's whole state on disk. A killed run resumes bit for bit, also with another number of processes.
 
 One folder per checkpoint: a folder per component (`student`, `student.optim`, `ema`, ...) and `state.json`. Tensors are
-written by torch.distributed.checkpoint in its safetensors format: every process writes its own shards and reads what it
-needs, whatever the number of processes was. Nothing is ever unpickled: files hold tensors, `state.json` plain values.
-Folders are written beside and renamed at the end: whatever carries its final name is complete, whenever a kill came.
+written by torch.distributed.checkpoint in its safetensors format: every process writes its own shards, and later reads what
+it needs, whatever the number of processes was. Nothing is unpickled: files hold tensors, `state.json` holds plain values.
+A folder is written under a temporary name and renamed at the end: a folder with its final name is always complete.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class RunState:
-    """Everything a run owns: tensors by component (shared with the run), and plain values (what run it is, health).
+    """Everything a run owns: tensors by component (shared with the run), and plain values (the run's identity, health).
 
-    The learning rate and the position in the data are functions of `step`; random numbers have no state at all.
+    The learning rate and the position in the data are functions of `step`; random numbers have no state.
     """
 
     step: int
@@ -47,7 +47,7 @@ class RunState:
     values: dict[str, Any]
 
     def staged(self) -> RunState:
-        """A copy on the CPU, shard by shard, that later steps do not change."""
+        """A copy on the CPU, shard by shard, which later steps do not change."""
         copies = {
             name: {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
             for name, tensors in self.components.items()
@@ -55,7 +55,7 @@ class RunState:
         return replace(self, components=copies, values=json.loads(json.dumps(self.values)))
 
     def save(self, folder: Path, group: dist.ProcessGroup | None = None) -> Path:
-        """Write `folder/step-NNNNNN`, whole or not at all, and return it. With a group, all its processes must call."""
+        """Write `folder/step-NNNNNN` completely or not at all, and return it. With a group, all its processes must call."""
         target = folder / f"{PREFIX}{self.step:06d}"
         leads = group is None or dist.get_rank(group) == 0
         with replacing_folder(target) if leads else nullcontext(draft_of(target)) as draft:
@@ -73,7 +73,8 @@ class RunState:
 
     @classmethod
     def load(cls, folder: Path) -> RunState:
-        """Read a checkpoint whole, into this process, however many wrote it. Errors as in `Checkpoint.open`."""
+        """Read a whole checkpoint into this process, also one that several processes wrote. Errors as in
+        `Checkpoint.open`."""
         saved = Checkpoint.open(folder)
         components = {name: saved.blank(name) for name in saved.components}
         for name, tensors in components.items():
@@ -83,7 +84,7 @@ class RunState:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint on disk, of which nothing but `state.json` has been read."""
+    """A complete checkpoint on disk. Only its `state.json` has been read."""
 
     folder: Path
     step: int
@@ -92,7 +93,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
-        """CheckpointError names the file that is missing, cut short, unreadable, or not the one that was saved."""
+        """Open a checkpoint. CheckpointError names a file that is missing, cut short, unreadable or changed."""
         file = folder / FILE
         try:
             state = json.loads(file.read_text(encoding="utf-8"))
@@ -105,28 +106,29 @@ class Checkpoint:
         except (OSError, RecursionError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{file} is missing, cut short or unreadable ({error}). "
-                f"Delete {folder} to go on from the checkpoint before it, or from the start if there is none."
+                f"Delete {folder} to resume from the checkpoint before it, or from the start if there is none."
             ) from error
         known = {folder / FILE, *(folder / name / shard for name, stamps in listing.items() for shard in stamps)}
         if foreign := sorted({path for path in folder.rglob("*") if path.is_file()} - known):
-            raise CheckpointError(f"{foreign[0]} was not written by the run whose checkpoint this is; delete that file")
+            raise CheckpointError(f"{foreign[0]} does not belong to this checkpoint; delete that file")
         return opened
 
     def require(self, identity: Mapping[str, str], components: Collection[str]) -> None:
-        """Refuse (CheckpointError) to be the state of a run that is another one, or that consists of other components."""
+        """Refuse (CheckpointError) if the checkpoint belongs to another run or has other components."""
         theirs: dict[str, str] | None = self.values.get("identity")
         if not theirs:
-            raise CheckpointError(f"{self.folder / FILE} does not say which run it is of; delete {self.folder}")
+            raise CheckpointError(f"{self.folder / FILE} does not say to which run it belongs; delete {self.folder}")
         pairs = {key: (was, identity.get(key, "absent")) for key, was in theirs.items()}
         changed = [f"{key} was {was}, is {now}" for key, (was, now) in pairs.items() if was != now]
         if changed:
             raise CheckpointError(
-                f"{self.folder} is of another run ({'; '.join(changed)}). Give another output folder, or delete this one."
+                f"{self.folder} belongs to another run ({'; '.join(changed)}). "
+                "Give another output folder, or delete this one."
             )
         if odd := sorted(set(components) ^ set(self.components)):
             raise CheckpointError(
-                f"{self.folder} lacks or adds components: {', '.join(odd)}. "
-                "It was written by another version; give another output folder."
+                f"{self.folder} was written by another version of fewstep: it lacks or adds components "
+                f"({', '.join(odd)}). Give another output folder."
             )
 
     def shapes(self, name: str) -> dict[str, tuple[torch.Size, torch.dtype]]:
@@ -137,17 +139,19 @@ class Checkpoint:
         return {key: (entry.size, entry.properties.dtype) for key, entry in stored.items()}  # type: ignore[union-attr]
 
     def blank(self, name: str) -> dict[str, Tensor]:
-        """Tensors on the CPU, into which `read` can read a component whole."""
+        """New tensors on the CPU, into which `read` can read a whole component."""
         return {key: torch.empty(size, dtype=dtype) for key, (size, dtype) in self.shapes(name).items()}
 
     def read(self, name: str, into: dict[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
-        """Fill the tensors of a component in place, of a sharded one this process' part. With a group, all must call."""
+        """Fill the tensors of a component in place; of a sharded component, this process' part. With a group, all its
+        processes must call."""
         stored = self.shapes(name)
         odd = sorted(into.keys() ^ stored.keys())
         odd += [key for key, tensor in into.items() if key in stored and tensor.shape != stored[key][0]]
         if odd:
             raise CheckpointError(
-                f"{self.folder / name} is of another network: {', '.join(odd[:4])} do not match. Give another output folder."
+                f"{self.folder / name} belongs to another network: {', '.join(odd[:4])} do not match. "
+                "Give another output folder."
             )
         if into:
             reader = HuggingFaceStorageReader(str(self.folder / name))
@@ -156,9 +160,9 @@ class Checkpoint:
 
 
 class Saver:
-    """Writes checkpoints beside the training, one at a time, and keeps the newest `keep`.
+    """Writes checkpoints in a thread while training goes on, one at a time, and keeps the newest `keep`.
 
-    `save` returns as soon as the state is copied; `wait` (or the next `save`) raises what went wrong with it.
+    `save` returns as soon as the state is copied; `wait`, or the next `save`, raises the error if writing failed.
     """
 
     def __init__(self, folder: Path, keep: int, group: dist.ProcessGroup | None = None) -> None:
@@ -171,8 +175,8 @@ class Saver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._thread.shutdown(wait=True)  # also when the run fails: what was begun is finished
-        if kind is None:  # otherwise the run's own error is the one to tell
+        self._thread.shutdown(wait=True)  # finish a checkpoint that was begun, also when the run fails
+        if kind is None:  # otherwise the run's own error matters more
             self.wait()
 
     def save(self, state: RunState) -> None:
@@ -180,7 +184,7 @@ class Saver:
         self._pending = self._thread.submit(self._write, state.staged())
 
     def wait(self) -> None:
-        """Until the last checkpoint has its name."""
+        """Wait until the last checkpoint is complete."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -192,14 +196,14 @@ class Saver:
 
 
 def write_component(tensors: dict[str, Tensor], folder: Path, group: dist.ProcessGroup | None) -> None:
-    """One safetensors file per process that holds some of it, each flushed to the disk."""
+    """Write one safetensors file for each process that holds a part of the component; each file is flushed to the disk."""
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     _expect_one_process()
     dcp.save(dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None)
 
 
 def _expect_one_process() -> None:
-    """That one process saves or loads is no news to anyone. For good: a thread may not put filters back that others see."""
+    """Silence the warning that only one process saves or loads. For good: a thread must not restore filters that others see."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
@@ -220,7 +224,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _changed(file: Path, stamp: str) -> bool:
-    """Of the processes of one machine the first reads every byte; the others look whether the file is there and as long."""
+    """Whether a file differs from its stamp. The first process of a machine reads every byte; the others compare the length."""
     if place().local_rank:
         return file.stat().st_size != int(stamp.split()[0])
     return stamp_of(file) != stamp

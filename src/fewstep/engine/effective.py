@@ -1,7 +1,7 @@
 """What is in effect in a run, as opposed to what was requested: printed at the start, stored as `effective.json`.
 
-Looked at, not derived from the settings, wherever looking is cheap: which kernel each attention layer ends up in, which
-types the weights have, how many graphs were compiled and broken, at which times each network was called.
+These facts are observed, not derived from the settings, wherever observing is cheap: the kernel that each attention layer
+uses, the types of the weights, the number of compiled graphs and graph breaks, the times at which each network was called.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fewstep.compress.stepwise import knows_steps
+from fewstep.core import Call
 from fewstep.core.atomic import write_text
+from fewstep.core.call import Place
 from fewstep.core.compiling import compile_problem
 from fewstep.diffusion.times import apart
 from fewstep.engine.mesh import Processes
@@ -31,13 +34,13 @@ from fewstep.models.runtime import types_of
 
 FILE = "effective.json"
 WATCHED = 20
-"""Iterations after a start in which the times of all calls are noted."""
+"""Number of first iterations in which the times of all calls are recorded."""
 SAME = 1e-6
-"""Times that differ by less are one time in float32."""
+"""Two times that differ by less than this are the same time in float32."""
 LISTED = 64
-"""So many distinct times are listed; more are given as their range."""
+"""Largest number of distinct times that are listed; if there are more, their range is given."""
 LONG = 1024
-"""Keys from which on attention without a fused kernel counts as a fallback on a GPU: it would store every weight."""
+"""Number of keys from which attention without a fused kernel counts as a fallback on a GPU: it stores all N x N weights."""
 
 
 class FallbackError(ValueError):
@@ -46,7 +49,7 @@ class FallbackError(ValueError):
 
 @dataclass(frozen=True)
 class Times:
-    """Times at which a network was called: all of them, or how many and their range."""
+    """Times at which a network was called: a list of all, or their number and range."""
 
     count: int = 0
     listed: tuple[float, ...] = ()
@@ -61,7 +64,7 @@ class Times:
 
 @dataclass(frozen=True, kw_only=True)
 class Effective:
-    """What is in effect. Everything is plain values."""
+    """What is in effect, as plain values."""
 
     identity: dict[str, str]
     """Digests of what the run starts from and is made of."""
@@ -82,6 +85,8 @@ class Effective:
     average: str
     """Average of the student that the run returns."""
     adapters: str
+    transforms: dict[str, tuple[str, ...]]
+    """Transforms of the denoisers that have any, by role."""
     evaluation_times: dict[str, tuple[float, ...]]
     """Times that sampling visits, per step count."""
     training_times: dict[str, Times] = field(default_factory=dict)
@@ -90,7 +95,7 @@ class Effective:
     """Requested features that are not in effect."""
 
     def lines(self) -> list[str]:
-        """For people: a fact each."""
+        """One line per fact, to be printed."""
         kinds = sorted(set(self.attention))
         shown = ", ".join(f"{self.attention.count(k)} x ({k})" for k in kinds) or "none"
         roles = ", ".join(f"{role} {what}" for role, what in self.optimizers.items())
@@ -101,15 +106,16 @@ class Effective:
             f"trained: {roles}; {self.adapters}",
             f"returned: {self.average}",
         ]
+        facts += [f"{role} transformed: {', '.join(names)}" for role, names in self.transforms.items()]
         for steps, times in self.evaluation_times.items():
             facts.append(f"sampled in {steps} steps at {', '.join(f'{t:.6g}' for t in times)}")
         return facts + [f"FALLBACK: {what}" for what in self.fallbacks]
 
     def uncalled(self) -> tuple[float, ...]:
-        """Times at which the student will be sampled, but at which it was not called while it was watched.
+        """Times at which the student will be sampled, but was not called in the watched iterations.
 
-        A fact of the first iterations: a rare exit may come later. Whether the run trains such times, or others so near
-        that a network generalises to them, is for the health checks to judge (`Vitals.unseen`).
+        This concerns the first iterations only: a rollout may reach a rare time later. The health checks judge whether the
+        run trains such times, or times so near that a network generalises to them (`Vitals.unseen`).
         """
         seen = self.training_times.get("student", Times())
         if not seen.listed:
@@ -119,15 +125,15 @@ class Effective:
 
     @property
     def provenance(self) -> dict[str, str]:
-        """What the student's card says of it: that which is not as it was asked for."""
+        """Entries for the student's card: everything that is not as it was requested."""
         return {"fallbacks": "; ".join(self.fallbacks)} if self.fallbacks else {}
 
     def with_seen(self, watch: Watch) -> Effective:
-        """With what the first iterations showed."""
+        """The same, with what the first iterations showed."""
         return replace(self, training_times=watch.times, graphs=graphs(self.compiles))
 
     def seen(self) -> list[str]:
-        """For people: what the first iterations showed."""
+        """What the first iterations showed, to be printed."""
         facts = [f"student called at t = {self.training_times.get('student', Times())}"]
         facts += [self.graphs] * self.compiles
         if missed := self.uncalled():
@@ -145,7 +151,7 @@ class Effective:
 
 
 class Watch:
-    """Notes at which times each denoiser of a run is called (a Listener)."""
+    """Records the times at which each denoiser of a run is called (a Listener)."""
 
     def __init__(self) -> None:
         self.seen: dict[str, set[float]] = {}
@@ -164,7 +170,7 @@ class Watch:
 
 
 class Kernels(TorchDispatchMode):
-    """Names of the attention kernels that run inside, in order, and the greatest number of keys of an unfused one."""
+    """Records the attention kernels that run in a `with` block, in order, and the most keys that an unfused one had."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -186,14 +192,16 @@ class Kernels(TorchDispatchMode):
 _FUSED = "_scaled_dot_product_"
 
 
-def attention_of(network: nn.Module, model: VideoModel, settings: Settings) -> tuple[tuple[str, ...], int]:
-    """The kernels of every block, tried on one clip of the model's size; and the most keys of one that is not fused.
+def attention_of(
+    network: nn.Module, model: VideoModel, settings: Settings, call: Call = Call()
+) -> tuple[tuple[str, ...], int]:
+    """The attention kernels of every block for one clip of the model's size, and the most keys that an unfused one has.
 
-    A copy is tried, of which one block at a time has memory, so it does not matter where the network's weights are.
+    A copy of the network is run, one block at a time in memory, so it does not matter where the network's weights are.
     """
     if not isinstance(network, Denoiser) or "codec" not in model.parts:
         return (), 0
-    shape, found, unfused = model.latent_shape(), [], 0
+    shape, found, unfused = model.latent_shape(), list[str](), 0
     device = torch.empty(0, device=settings.device).device
     backbone = hollow(network.backbone)
     blocks, backbone.blocks = list(backbone.blocks), nn.ModuleList()  # type: ignore[arg-type]
@@ -201,18 +209,19 @@ def attention_of(network: nn.Module, model: VideoModel, settings: Settings) -> t
     cond = model.blank_cond(1).to(device)
     with torch.enable_grad(), autocast(settings):
         x = torch.zeros(1, *shape, device=device, requires_grad=True)
-        state = backbone.embed(x, torch.full((1,), 0.5, device=device), cond)  # type: ignore[operator]
+        state = backbone.embed(x, torch.full((1,), 0.5, device=device), cond, call)  # type: ignore[operator]
         while blocks:
+            place = Place(len(found), len(found) + len(blocks), call)
             with Kernels() as kernels:
-                state = solid(blocks.pop(0), device)(replace(state, past=None, new=None))
-            state = state.detached  # one block's graph at a time
+                state = solid(blocks.pop(0), device)(replace(state, past=None, place=place, new=None))
+            state = state.detached  # keep the graph of one block only
             found.append(", ".join(kernels.names) or "none")
             unfused = max(unfused, kernels.unfused)
     return tuple(found), unfused
 
 
 def solid(network: nn.Module, device: torch.device) -> nn.Module:
-    """A hollow network with zeros for weights, in place."""
+    """Give a hollow network weights of zero, in place."""
     for module in network.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -225,15 +234,15 @@ def in_effect(
     model: VideoModel, method: Method, settings: Settings, nets: Nets, *,
     shell: nn.Module, processes: Processes, identity: Mapping[str, str],
 ) -> Effective:  # fmt: skip
-    """What the settings come to for these networks, before the first iteration. FallbackError where that is not what was
-    asked for and settings.allow_fallback is false. `shell` is the trained network before it was spread over `processes`.
+    """What is in effect for these networks, before the first iteration. FallbackError if this is not what was requested and
+    settings.allow_fallback is false. `shell` is the trained network before it was spread over `processes`.
     """
     roles = trained_roles(method, settings.steps)
-    kernels, unfused = attention_of(shell, model, settings)
-    compiling = compile_problem(settings.device) if settings.compile else ""
+    contract = method.contract(model.card.contract) if "denoiser" in model.parts else None
+    kernels, unfused = attention_of(shell, model, settings, Call(steps=contract.steps if contract else 1))
+    compiling = (steps_problem(nets) or compile_problem(settings.device)) if settings.compile else ""
     fallbacks = settle({"compile": compiling, "device": unfused_problem(settings.device, unfused)}, settings)
     compiles, lora = settings.compile and not compiling, settings.lora
-    contract = method.contract(model.card.contract) if "denoiser" in model.parts else None
     optims = {role: settings.optim_of(role) for role in roles}
     return Effective(
         identity=dict(identity),
@@ -249,13 +258,14 @@ def in_effect(
         adapters="whole networks"
         if lora is None
         else f"adapters of rank {lora.rank}, strength {lora.alpha / lora.rank:g}",
+        transforms=transforms_of(nets),
         evaluation_times={str(n): times for n, times in contract.trained.items()} if contract else {},
         fallbacks=fallbacks,
     )
 
 
 def told(optim: Optim) -> str:
-    """Everything an optimiser goes by."""
+    """All settings of an optimiser, in one line."""
     rates = ", ".join([f"{optim.lr:g}", *(f"{rate:g} for {key}" for key, rate in optim.lr_of.items())])
     betas = " and ".join(f"{beta:g}" for beta in optim.betas)
     facts = [f"{optim.type} lr {rates} {optim.decay}", f"betas {betas}", f"clip {optim.clip:g}"]
@@ -278,18 +288,24 @@ def spread_of(parallel: Parallel, processes: Processes) -> str:
 
 
 def unfused_problem(device: str, keys: int) -> str:
-    """What to say of attention that would store every weight on a GPU; empty where all is well."""
+    """The problem of attention that would store all N x N weights on a GPU; empty if there is none."""
     if torch.device(device).type != "cuda" or keys <= LONG:
         return ""
     return f"attention over {keys} keys runs as plain matrix products on {device}: no fused kernel takes these shapes"
 
 
+def steps_problem(nets: Nets) -> str:
+    """Why blocks cannot be compiled whose layers know the step; empty where there are none."""
+    found = [role for role, network in nets.roles.items() if knows_steps(network)]
+    return f"layers of the {found[0]} depend on the step, and such blocks cannot be compiled" if found else ""
+
+
 def settle(problems: Mapping[str, str], settings: Settings) -> tuple[str, ...]:
-    """The fallbacks of a run: those of the `problems`, by setting, that are not empty. FallbackError if none is allowed."""
+    """The fallbacks of a run: the `problems` (by setting) that are not empty. FallbackError if fallbacks are not allowed."""
     found = tuple(f"{setting}: {problem}" for setting, problem in problems.items() if problem)
     if found and not settings.allow_fallback:
         raise FallbackError(
-            f"settings.{'; settings.'.join(found)}. Change that setting, or let the run go on without it: --allow-fallback"
+            f"settings.{'; settings.'.join(found)}. Change the setting, or run without it: --allow-fallback"
         )
     return found
 
@@ -301,3 +317,9 @@ def graphs(compiles: bool) -> str:
     counters = torch._dynamo.utils.counters
     made, broken = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
     return f"blocks compiled: {made} graphs, {broken} graph breaks"
+
+
+def transforms_of(nets: Nets) -> dict[str, tuple[str, ...]]:
+    """The transforms of every denoiser, with their arguments; one that has none is left out."""
+    found = {role: net.backbone.transforms for role, net in nets.roles.items() if isinstance(net, Denoiser)}
+    return {role: tuple(map(repr, transforms)) for role, transforms in found.items() if transforms}

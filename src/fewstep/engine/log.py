@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fewstep.core.atomic import write_text
 
 EVERY = 30.0
-"""Seconds between lines where there is no terminal."""
+"""Seconds between two progress lines if standard error is no terminal."""
 
 
 class Writer(Protocol):
@@ -27,7 +27,7 @@ class Writer(Protocol):
 
 @dataclass
 class Pace:
-    """Speed since the first report: what an earlier run had done is not counted."""
+    """Speed since the first report; the work of an earlier run, which this one resumes, does not count."""
 
     first: int
     began: float = field(default_factory=time.monotonic)
@@ -48,8 +48,8 @@ def figure(speed: float) -> str:
 class RunLog:
     """One line per logged iteration: `{"step": 10, "loss/dm": 0.4, ..., "time": seconds since start}`.
 
-    A resumed run drops the lines after its checkpoint, so the file reads as if the run had never stopped. Of several
-    processes only the one that `leads` writes and shows anything.
+    A resumed run drops the lines after its checkpoint, so the file reads as if the run had never stopped. With several
+    processes, only the one that `leads` writes and prints.
     """
 
     def __init__(self, folder: Path, *, resume_step: int, total: int, quiet: bool, leads: bool = True) -> None:
@@ -77,7 +77,7 @@ class RunLog:
 
     def __exit__(self, *_: object) -> None:
         self.progress.stop()
-        if self._last:  # whole, where the bar had no room for it
+        if self._last:  # the whole last line, which the bar may have cut
             self.say(self._last)
         if self._board is not None:
             self._board.close()
@@ -90,7 +90,7 @@ class RunLog:
             self.say(self._last)
 
     def say(self, line: str) -> None:
-        """One fact for the person who watches."""
+        """Print one fact for the user."""
         self.progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def picture(self, image: Image.Image, path: Path) -> None:
@@ -110,7 +110,7 @@ class RunLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a `metrics.jsonl`; a last line torn by a kill is dropped."""
+    """The rows of a `metrics.jsonl`; a last line that is incomplete, because the run was killed, is dropped."""
     rows = []
     for line in path.read_text().splitlines() if path.is_file() else []:
         try:
@@ -121,7 +121,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def progress_bar(quiet: bool = False) -> Progress:
-    """A bar with counts, elapsed time and time left, on standard error; none where that is no terminal."""
+    """A bar with counts, elapsed time and time left, on standard error; nothing if that is no terminal."""
     console = Console(stderr=True, quiet=quiet)
     return Progress(
         TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(),

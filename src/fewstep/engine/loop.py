@@ -1,8 +1,8 @@
 """The training loop: one fixed order for every method.
 
-draw -> freeze/unfreeze -> loss by loss backward -> clip -> finite? -> step -> (all updates done) -> average, probe,
-picture, log, checkpoint. Distilling a student and training a teacher from scratch are the same function, and so are one
-process and many: all of them do the same, and the leader alone writes what is written once.
+draw a batch -> freeze and unfreeze -> backward, loss by loss -> clip -> check that numbers are finite -> step -> (after all
+updates) average, probe, picture, log, checkpoint. The same function distils a student and trains a teacher from scratch,
+with one process or many: all processes run the same code, and only the leader writes files that exist once.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ def train(
     provenance: dict[str, str] | None = None,
     quiet: bool = False,
 ) -> VideoModel:
-    """Train the method's student and return it; the same call resumes a run that was killed.
+    """Train the method's student and return it. The same call resumes a run that was killed.
 
-    Started by `torchrun`, all processes call it with the same arguments, and on a file system that all of them see.
+    Under `torchrun` every process calls it with the same arguments, and `output` is on a file system that all of them see.
     Writes to `output`: `metrics.jsonl`, `tensorboard/`, `previews/`, `checkpoints/`, `health.json`, `health/`,
-    `effective.json`, `best/`, `student/`. With a probe the returned model is the best by its rule; otherwise the last, or
-    the best so far where the last is ill (`settings.health`). Of several processes only the leader gets its denoiser's
-    weights, in main memory. `model` becomes the frozen teacher. SIGTERM saves a checkpoint after the current iteration and
-    raises Terminated. Raises ValueError when something asked for cannot be had,
-    NonFiniteError when a number stops being one, CheckpointError when `output` belongs to another run.
+    `effective.json`, `best/`, `student/`. With a probe, the returned model is the best one by the probe's rule. Otherwise it
+    is the last one, or the best so far if the last one fails its health check (`settings.health`). With several processes,
+    only the leader gets the denoiser's weights, in main memory. `model` becomes the frozen teacher. SIGTERM saves a
+    checkpoint after the current iteration and raises Terminated. Raises ValueError if a setting cannot take effect,
+    NonFiniteError if a number is not finite, CheckpointError if `output` belongs to another run.
     """
     output = Path(output)
     require(data, method)
@@ -61,7 +61,7 @@ def train(
 
 
 def iterate(run: Run, stop: Request, *, quiet: bool) -> None:
-    """From the last checkpoint to the end; Terminated with a new checkpoint where a stop is asked for."""
+    """Train from the last checkpoint to the end. If a stop is requested, save a checkpoint and raise Terminated."""
     settings, output = run.settings, run.output
     found = run.processes.from_leader(checkpoints(output / "checkpoints")[-1:])
     if found:
@@ -82,22 +82,23 @@ def iterate(run: Run, stop: Request, *, quiet: bool) -> None:
                 run.effective, run.watch = run.effective.with_seen(run.watch), None
                 publish(run, log, run.effective.seen())
             after(run, log, saver)
-            if run.processes.mean({"stop": float(stop.made)})["stop"] and not run.over:  # the same in every process
+            if run.processes.mean({"stop": float(stop.made)})["stop"] and not run.over:  # all processes decide the same
                 saver.save(run.state())
                 saver.wait()
+                run.processes.barrier()  # the leader has given the checkpoint its name
                 raise Terminated(kept(output, settings))
 
 
 def kept(output: Path, settings: Settings) -> str:
-    """What a run that is stopped leaves, for the person who stopped it."""
+    """What happens if the user starts a stopped run again."""
     if found := checkpoints(output / "checkpoints"):
-        return f"the same command goes on from {found[-1].name}"
+        return f"the same command resumes from {found[-1].name}"
     every = f"the first comes after {settings.save_every} steps" if settings.save_every else "settings.save_every is 0"
     return f"there is no checkpoint yet ({every}), so the same command starts from the beginning"
 
 
 def publish(run: Run, log: RunLog, facts: list[str]) -> None:
-    """Say some of what is in effect, and keep all of it in the run's folder."""
+    """Print the most important of what is in effect, and write all of it to the run's folder."""
     for fact in facts:
         log.say(fact)
     if run.processes.leads:
@@ -105,7 +106,7 @@ def publish(run: Run, log: RunLog, facts: list[str]) -> None:
 
 
 def after(run: Run, log: RunLog, saver: Saver) -> None:
-    """Check, probe, picture, log and checkpoint, each at its own interval and after the last iteration."""
+    """Do the health check, the probe, the picture, the log row and the checkpoint, if one of them is due."""
     step, settings = run.step, run.settings
     examined = run.monitor is not None and run.monitor.due(step)
     if run.monitor is not None and examined:
@@ -132,8 +133,8 @@ def after(run: Run, log: RunLog, saver: Saver) -> None:
 
 
 def judge(run: Run, probe: Probe, log: RunLog) -> None:
-    """Probe the student, and keep it as the best so far if the probe's rule says so."""
-    scores = run.processes.from_leader(probe(run.student()))  # all processes sample; one verdict
+    """Probe the student, and keep it as the best so far if it is better by the probe's rule."""
+    scores = run.processes.from_leader(probe(run.student()))  # all processes sample; the leader's scores count
     for name, score in scores.items():
         require_finite(torch.tensor(score), f"step {run.step}, probe figure {name} of student")
     run.figures |= {f"probe/{name}": score for name, score in scores.items()}
@@ -144,7 +145,8 @@ def judge(run: Run, probe: Probe, log: RunLog) -> None:
 
 
 def finish(run: Run) -> VideoModel:
-    """Write `student/`: the best by the probe's rule, or the last, or the best so far where the last is ill."""
+    """Write `student/`: the best student by the probe's rule, or the last one, or the best so far if the last one fails
+    its health check."""
     if run.method.part == "codec":
         calibrate(run)
     folder = run.output / "student"
@@ -157,12 +159,12 @@ def finish(run: Run) -> VideoModel:
     if not run.processes.leads:
         return VideoModel.from_pretrained(folder, leave=("denoiser",))
     student = VideoModel.from_pretrained(folder)
-    return student if run.processes.world > 1 else student.to(run.settings.device)  # beside shards it may not fit
+    return student if run.processes.world > 1 else student.to(run.settings.device)  # it may not fit beside the shards
 
 
 @torch.no_grad()
 def calibrate(run: Run, batches: int = 8) -> None:
-    """Give a trained codec the mean and deviation of its latents, so that what a denoiser sees is normalised."""
+    """Store the mean and deviation of its latents in a trained codec, so that denoisers get normalised latents."""
     codec, rng = run.student().codec, Rng(run.settings.seed, device=run.settings.device)
     fresh = [run.source.batch(run.settings.batch, rng.fold(f"calibrate/{i}")).frames for i in range(batches)]
     latents = torch.cat([codec.encode_raw(frames) for frames in fresh if frames is not None])

@@ -1,8 +1,7 @@
-"""Memory plan of a run before anything is allocated: the arithmetic.
+"""Memory plan of a run before anything is allocated: the sums.
 
-A run holds the same things from its first iteration to its last (weights, optimiser states, averages) and, while a role
-is trained, its gradients and the activations of that update. Between iterations clips are made to be looked at, by checks,
-pictures and probes. The largest sum is the peak. The
+A run always holds weights, optimiser states and averages. While it trains a role it also holds that role's gradients and the
+activations of the update. Between iterations, checks, pictures and probes generate clips. The largest sum is the peak. The
 sizes come from `outline.py`, which runs the method on tensors without values. All sizes are bytes of one process.
 """
 
@@ -14,12 +13,12 @@ from itertools import combinations
 from typing import Any
 
 FLOAT = 4
-"""Bytes of a master weight, a gradient, an optimiser's moment."""
+"""Bytes of a master weight, of a gradient, and of an optimiser's moment."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Holding:
-    """What one network keeps for the whole run."""
+    """Memory that one network takes for the whole run."""
 
     role: str
     network: str
@@ -42,7 +41,7 @@ class Holding:
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """One kind of update, or what is done between iterations: who is trained, and what exists only meanwhile."""
+    """One kind of update, or one kind of work between iterations: what it trains, and what exists only during it."""
 
     reads: frozenset[str]
     """Networks that the phase calls or trains. Others that can idle may wait in main memory."""
@@ -57,7 +56,7 @@ class Phase:
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """Who is trained."""
+        """The trained roles."""
         return tuple(self.gradients)
 
     @property
@@ -67,7 +66,7 @@ class Phase:
 
 @dataclass(frozen=True, kw_only=True)
 class Means:
-    """What makes a run smaller without making it another network."""
+    """Ways to make a run smaller that do not change its networks."""
 
     shard: int = 1
     """Processes that share the denoisers' weights, gradients and optimiser states equally."""
@@ -78,12 +77,12 @@ class Means:
 
     def __post_init__(self) -> None:
         if self.shard < 1:
-            raise ValueError(f"shard must be at least 1, got {self.shard}")
+            raise ValueError(f"shard must be at least 1, the number of devices; got {self.shard}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Peak:
-    """The fullest moment of a run."""
+    """The moment of a run that needs most memory."""
 
     phase: Phase
     resident: int
@@ -105,21 +104,21 @@ class Plan:
     """Whether networks are adapters over the same weights; then none of them can be offloaded."""
 
     def resident(self, phase: Phase) -> int:
-        """Bytes that stay, as this update sees them."""
+        """Bytes on the device for the whole update."""
         kept = [h for h in self.holdings if not (self.means.stored_text and h.role == "text")]
         if self.means.offload:
             return sum(self._own(h, h.weights) for h in kept if h.role in phase.reads or not h.idles)
         return sum(self._own(h, h.weights + h.optimizer) for h in kept)
 
     def total(self, phase: Phase) -> int:
-        """Bytes at the fullest moment of an update: in a backward pass, or when an optimiser steps whose states come in."""
+        """Bytes at the peak of an update: in its backward pass, or when optimiser states are moved in for a step."""
         trained = {h.role: h for h in self.holdings if h.role in phase.roles}
         gradients = sum(self._own(trained[role], size) for role, size in phase.gradients.items())
         states = max((self._own(h, h.optimizer) for h in trained.values()), default=0) if self.means.offload else 0
         return self.resident(phase) + gradients + max(phase.activations + self.gathered(phase), states)
 
     def gathered(self, phase: Phase) -> int:
-        """Bytes of sharded weights, and of gradients on their way to the shards, that are whole at one time: one network
+        """Bytes of sharded weights that are gathered at one time, and of gradients before they are divided: only one network
         runs at a time."""
         if self.means.shard == 1:
             return 0
@@ -127,7 +126,7 @@ class Plan:
         return max(sizes, default=0)
 
     def _own(self, held: Holding, size: int) -> int:
-        """What one process has of `size` bytes of a network's weights, gradients or states."""
+        """Bytes that one process has of `size` bytes of a network's weights, gradients or states."""
         return size // self.means.shard if held.sharded else size
 
     @property
@@ -145,7 +144,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Remedy:
-    """A way to fit: what it consists of, in words, and the plan under it."""
+    """A way to make a run fit: its changes, in words, and the plan with them."""
 
     names: tuple[str, ...]
     plan: Plan
@@ -161,10 +160,10 @@ def optimizer_bytes(trained: int, momentum_only: int = 0) -> int:
 
 
 def remedies(variants: dict[tuple[str, ...], Plan], shard: int, elsewhere: bool) -> list[Remedy]:
-    """Every combination of the measured `variants` (by the names of what they change) with what arithmetic can tell.
+    """Every combination of the measured `variants` (by the names of their changes) with changes that need no measurement.
 
-    `elsewhere`: main memory is another memory than the one that must suffice. What a plan does already is not offered, nor
-    what its networks cannot do. Fewest changes first, then the smallest peak.
+    `elsewhere`: the device's memory is not main memory, so networks can be moved to main memory. A change that the plan has
+    already, or that its networks cannot use, is not offered. Fewest changes come first, then the smallest peak.
     """
     found = []
     for names, plan in variants.items():
@@ -186,7 +185,7 @@ def remedies(variants: dict[tuple[str, ...], Plan], shard: int, elsewhere: bool)
 
 
 def fitting(found: list[Remedy], limit: int) -> Iterator[Remedy]:
-    """Those that fit and of which no smaller part fits already."""
+    """The remedies that fit and that do not contain a smaller remedy that fits."""
     kept: list[set[str]] = []
     for remedy in found:
         if remedy.bytes <= limit and not any(names <= set(remedy.names) for names in kept):
@@ -195,7 +194,7 @@ def fitting(found: list[Remedy], limit: int) -> Iterator[Remedy]:
 
 
 def parse_bytes(text: str) -> int:
-    """`24GB` to bytes; as makers of memory do, a GB is 2**30, as a GiB is. ValueError for anything else.
+    """Convert `24GB` to bytes. A GB is 2**30 bytes, like a GiB, as is usual for memory. ValueError for other texts.
 
     >>> parse_bytes("24GB") == 24 * 2**30
     True

@@ -1,7 +1,7 @@
-"""The processes of a run: their number, their shares, and the few messages between them.
+"""The processes of a run: how many there are, what each one does, and the few messages between them.
 
-`torchrun` starts them; nothing here launches anything. Ranks count fastest through `sequence`, then `shard`, then
-`replicate`, so that the processes that talk most are neighbours.
+`torchrun` starts them; nothing here starts a process. Neighbouring ranks differ in `sequence` first, then in `shard`, then
+in `replicate`, so that the processes that exchange most data are neighbours.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Processes(Peers):
-    """The peers of a run, which also talk (over a backend for the CPU) and share networks. `Processes()` is a run of one."""
+    """The processes of a run, which exchange messages (through a CPU backend) and share networks. `Processes()` is one."""
 
     sequence: int = 1
-    """Neighbouring processes that share each clip, with a part of the tokens each."""
+    """Number of neighbouring processes that share each clip; each has a part of the tokens."""
     weights: DeviceMesh | None = None
-    """Mesh over which every network is sharded: `(shard,)` or `(replicate, shard)`. None with one process and with
+    """Mesh over which every denoiser is sharded: `(shard,)` or `(replicate, shard)`. None with one process and with
     adapters: then every process has whole networks."""
     tokens: dist.ProcessGroup | None = None
-    """Processes that share this process' clips; None if every process has its own clips."""
+    """Group of the processes that share clips with this one; None if every process has its own clips."""
     disk: dist.ProcessGroup | None = None
     """A second group of all processes, used only for checkpoints: they are written during training and need their own
     communication."""
 
     def places(self, accumulate: int) -> range:
-        """The places of random numbers and data whose micro-batches are computed here.
+        """The places of this process: one micro-batch each, which names its data and its random numbers.
 
-        All processes together have the places `0 ... accumulate - 1`, as one process has: so a step's samples and noise
-        do not depend on how many there are.
+        All processes together have the places `0 ... accumulate - 1`, and a single process has the same ones. So the
+        samples and the noise of a step do not depend on the number of processes.
         """
         own = accumulate * self.sequence // self.world
         first = self.rank // self.sequence * own
@@ -54,7 +54,7 @@ class Processes(Peers):
         return dict(zip(figures, (values / self.world).tolist(), strict=True))
 
     def from_leader(self, value: T) -> T:
-        """What the leader passes, in every process."""
+        """The value that the leader passes, on every process."""
         if self.talk is None:
             return value
         box: list[Any] = [value]
@@ -64,7 +64,8 @@ class Processes(Peers):
 
 
 def join(settings: Settings) -> Processes:
-    """Meet the other processes of this run, which `require_mesh` has found possible. A run of one meets nobody."""
+    """Connect to the other processes of this run, after `require_mesh` has accepted their number. One process alone
+    connects to none."""
     here = place()
     if here.world_size == 1:
         return Processes()
@@ -76,7 +77,7 @@ def join(settings: Settings) -> Processes:
     replicate, sequence = parallel.replicate, parallel.sequence
     weights = tokens = None
     if settings.lora is None:
-        shard = here.world_size // replicate  # shards of one network lie across the neighbours that share a clip, too
+        shard = here.world_size // replicate  # neighbours that share a clip hold different shards of a network, too
         shape = (shard,) if replicate == 1 else (replicate, shard)
         weights = init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
     if sequence > 1:
@@ -87,7 +88,7 @@ def join(settings: Settings) -> Processes:
 
 
 def require_mesh(parallel: Parallel, accumulate: int, device: str) -> None:
-    """Refuse (ValueError) what the processes that there are cannot do."""
+    """Refuse (ValueError) settings that do not fit the number of processes or their device."""
     world = place().world_size
     rest = parallel.replicate * parallel.sequence
     wanted = rest * max(parallel.shard, 1)
@@ -101,8 +102,11 @@ def require_mesh(parallel: Parallel, accumulate: int, device: str) -> None:
     places = world // parallel.sequence
     if accumulate % places:
         raise ValueError(
-            f"settings.accumulate: {accumulate} micro-batches per step cannot be dealt to {places} processes evenly; "
+            f"settings.accumulate: {accumulate} micro-batches per step cannot be divided evenly among {places} processes; "
             f"write accumulate: {-(-accumulate // places) * places} (their number in all processes together)"
         )
     if parallel.offload and torch.device(device).type == "cpu":
-        raise ValueError("settings.parallel.offload moves idle networks to the CPU, and settings.device is cpu already")
+        raise ValueError(
+            "settings.parallel.offload moves idle networks to the CPU, and settings.device is already cpu; "
+            "write offload: false"
+        )

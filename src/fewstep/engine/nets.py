@@ -8,14 +8,14 @@ from types import MappingProxyType
 from torch import nn
 
 from fewstep.engine.settings import Settings
-from fewstep.methods.base import Method, Nets, Update
+from fewstep.methods.base import Method, Nets, Sync, Update
 from fewstep.methods.roles import Copy, Making
 from fewstep.models import Card, Lora, VideoModel
-from fewstep.models.bundle import latent_shape_of, text_width_of
+from fewstep.models.card import latent_shape_of, text_width_of
 from fewstep.models.source import ModelSource, Pretrained
 
 _LOOKED_AT = 10_000
-"""Iterations in the beginning whose updates are listed, and the last one: what begins to be trained goes on."""
+"""Number of first iterations whose updates are listed, with the last one: a role that is trained once is trained again."""
 
 
 def build_nets(
@@ -28,19 +28,26 @@ def build_nets(
 ) -> Nets:
     """Teacher (the model's own network), student (a copy of it) and the method's roles, in that order.
 
-    With `lora` no copy is made: each is a set of adapters over the teacher's weights, or another frozen network's. What is
-    made new goes to `device`, or where the network is whose features it reads. `others` are the models of `sources`
-    and `starts`.
+    With `lora` nothing is copied: each role is a set of adapters over the weights of the teacher or of another frozen
+    network. A new network is made on `device`, or on the device of the network whose features it reads. `others` are the
+    models of `sources`, and under `student` the model whose denoiser the student starts as, if it is no copy of the teacher.
     """
     roles: dict[str, nn.Module] = {"teacher": model.part(method.part)}
     making = Making(roles=roles, seed=seed, lora=lora, device=device, others=others)
     begun = others.get("student")
-    roles["student"] = begun.denoiser if begun else Copy("teacher").make("student", making)
+    if begun is not None:
+        roles["student"] = begun.denoiser
+    if begun is None or lora is not None:
+        roles["student"] = Copy("teacher" if begun is None else "student").make("student", making)
     for name, role in method.aux().items():
         if name in (*roles, "ema"):
-            raise ValueError(f"a method cannot redefine the role {name!r}")
+            raise ValueError(
+                f"the method redefines the role {name!r}, which every run has; give its own network another name"
+            )
         if role.needs is not None and role.needs not in roles:
-            raise ValueError(f"role {name!r} is made from {role.needs!r}, which this run does not have")
+            raise ValueError(
+                f"role {name!r} is made from {role.needs!r}, which this run does not have; it has {', '.join(roles)}"
+            )
         roles[name] = role.make(name, making)
     for network in roles.values():
         network.requires_grad_(False)
@@ -53,7 +60,7 @@ def sources(method: Method) -> dict[str, ModelSource]:
 
 
 def origin(method: Method, role: str, stored: Collection[str]) -> str:
-    """Whose `stored` weights `role` starts with: its own, or those of its origin, or of that one's, and so on."""
+    """The role whose `stored` weights `role` starts with: itself, else the role it is copied from, else that one's origin."""
     if role in stored:
         return role
     of = {"student": Copy("teacher"), "ema": Copy("student"), **method.aux()}.get(role)
@@ -61,12 +68,12 @@ def origin(method: Method, role: str, stored: Collection[str]) -> str:
 
 
 def starts(settings: Settings) -> dict[str, ModelSource]:
-    """Where the weights of a trained role come from, if not from another role."""
+    """Models whose weights a trained role starts with, by role, for roles that do not start from another role."""
     return {} if settings.start is None else {"student": Pretrained(source=settings.start)}
 
 
 def require_alike(method: Method, card: Card) -> None:
-    """Refuse (ValueError) another model whose networks could not read the latents or text states of this run's."""
+    """Refuse (ValueError) another model if its networks cannot read the latents or text states of this run's model."""
     for role, source in sources(method).items():
         other = source.card()
         if "denoiser" not in other.parts:
@@ -91,3 +98,9 @@ def trained_roles(method: Method, steps: int) -> tuple[str, ...]:
         if seen.keys() >= possible:
             break
     return tuple(seen)
+
+
+def synced(method: Method, steps: int) -> set[tuple[str, str]]:
+    """Target and source of every copy of weights in a run."""
+    events = [event for step in range(min(steps, _LOOKED_AT)) for event in method.updates(step)]
+    return {(event.target, event.source) for event in events if isinstance(event, Sync)}

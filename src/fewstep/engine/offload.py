@@ -1,4 +1,4 @@
-"""Networks that wait on the CPU while they are not used."""
+"""Networks that stay on the CPU while they are not used."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from fewstep.methods.base import Nets
 
 
 class Shelf(Nets):
-    """The networks of a run, of which only those that the current kind of update uses are on the device.
+    """The networks of a run. Only those that the current kind of update uses are on the device.
 
-    Asking for a role brings it in. What a kind of update (the roles it trains) asks for is remembered, so that when it
-    comes again the others make room first, and what serves several updates in a row stays where it is.
+    Asking for a role moves it to the device. The shelf remembers what each kind of update (the roles it trains) asks for. When
+    that kind comes again, the other networks leave first, and a network that several updates in a row use stays.
     """
 
     def __init__(self, roles: Mapping[str, nn.Module], device: str) -> None:

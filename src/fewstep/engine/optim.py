@@ -1,4 +1,4 @@
-"""Optimisers of one role, and the learning rate of a step as a function of the step."""
+"""Optimisers of one role, and the learning rate as a function of the step."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from fewstep.engine.settings import Optim
 class RoleOptimizer:
     """The optimiser(s) of one role: AdamW, or Muon on the blocks' matrices and AdamW on the rest.
 
-    ValueError where Muon is asked for and the network has no such matrices, or a learning rate for parameters it lacks.
+    ValueError if Muon is asked for and the network has no such matrices, or if `lr_of` names no parameter of it.
     """
 
     def __init__(self, network: nn.Module, optim: Optim, steps: int, *, rest: bool = False) -> None:
-        """With `rest`, the optimiser's tensors wait on the CPU between steps."""
+        """With `rest`, the optimiser's tensors stay on the CPU between steps."""
         self.optim, self.steps, self.network, self.rest = optim, steps, network, rest
         self.parts: dict[str, torch.optim.Optimizer] = {}
         require_named(network, optim)
@@ -35,25 +35,29 @@ class RoleOptimizer:
             self.parts["muon"] = torch.optim.Muon(
                 _groups(matrices, optim), lr=optim.lr, weight_decay=optim.weight_decay, adjust_lr_fn="match_rms_adamw"
             )
-        if others:  # adapters are matrices inside `blocks`, all of them
-            # One kernel for all that an update does to a weight: three times as fast on a CPU as tensor after tensor.
+        if others:  # there are none with adapters, which are all matrices inside `blocks`
+            # fused: one kernel does the whole update of a weight, three times as fast on a CPU as the default
             self.parts["adamw"] = torch.optim.AdamW(
                 _groups(others, optim), lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True
             )
 
     def clip(self) -> Tensor:
-        """Scale the role's gradient to the largest norm allowed; its norm before. ValueError if there is no gradient."""
+        """Scale the role's gradient down to the largest norm allowed, and return its norm before that. ValueError without
+        a gradient."""
         if all(parameter.grad is None for parameter in self.network.parameters()):
-            raise ValueError(f"no loss of this update depends on the {type(self.network).__name__} it should train")
+            raise ValueError(
+                f"this update trains {type(self.network).__name__}, and no loss of the update depends on it; "
+                "correct the method's `updates`"
+            )
         gradients = [parameter.grad for parameter in self.network.parameters() if parameter.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         if isinstance(norm, DTensor):
-            norm = norm.full_tensor()  # of all shards; scaling is each one's own business
+            norm = norm.full_tensor()  # the norm over all shards; each process scales its own shard
         nn.utils.clip_grads_with_norm_(self.network.parameters(), self.optim.clip, norm)
         return norm
 
     def step(self, step: int) -> float:
-        """Update with the learning rate of iteration `step`, which is returned, and clear the gradient."""
+        """Update the weights, clear the gradient, and return the learning rate of iteration `step`, which was used."""
         rate = learning_rate(self.optim, step, self.steps)
         for part in self.parts.values():
             for group in part.param_groups:
@@ -67,7 +71,7 @@ class RoleOptimizer:
         return rate
 
     def _move(self, part: torch.optim.Optimizer, where: str | None) -> None:
-        """Every tensor to one device, or each to its parameter's."""
+        """Move every tensor to the device `where`, or each to the device of its parameter."""
         for parameter, slots in part.state.items():
             for slot, value in slots.items():
                 slots[slot] = value.to(where or parameter.device)
@@ -83,7 +87,7 @@ class RoleOptimizer:
         }
 
     def allocate(self, keys: Iterable[str]) -> dict[str, Tensor]:
-        """Empty optimiser tensors for the keys of an earlier `state`, already in their places, to be filled.
+        """Make empty optimiser tensors for the keys of an earlier `state`, in place; the caller fills them.
 
         Keys of parameters that this role does not have are left out.
         """
@@ -97,7 +101,7 @@ class RoleOptimizer:
 
 
 def learning_rate(optim: Optim, step: int, steps: int) -> float:
-    """The learning rate of 0-based iteration `step` out of `steps`; a decay is at 0 in iteration `steps`, which there is not."""
+    """The learning rate of iteration `step`, counted from 0, out of `steps`. A decay reaches 0 one iteration after the last."""
     if step < optim.warmup:
         return optim.lr * (step + 1) / (optim.warmup + 1)
     progress = (step - optim.warmup) / max(1, steps - optim.warmup)
@@ -111,7 +115,7 @@ def learning_rate(optim: Optim, step: int, steps: int) -> float:
 
 
 def matrices_of(network: nn.Module) -> list[nn.Parameter]:
-    """What Muon would work on."""
+    """The parameters that Muon trains."""
     return list(_split(network)[0].values())
 
 
@@ -126,11 +130,13 @@ def require_named(network: nn.Module, optim: Optim) -> None:
             )
     for name in names:
         if len(found := [key for key in optim.lr_of if key in name]) > 1:
-            raise ValueError(f"lr_of: {' and '.join(found)} are both part of {name}; make them apart")
+            raise ValueError(
+                f"lr_of: {' and '.join(found)} are both part of the name {name}; use keys of which only one fits a name"
+            )
 
 
 def _groups(named: Mapping[str, nn.Parameter], optim: Optim) -> list[dict[str, Any]]:
-    """Parameters by learning rate; `share` is that rate in units of `optim.lr`, to which the schedule applies."""
+    """Parameters grouped by learning rate; `share` is a group's rate divided by `optim.lr`, which the schedule changes."""
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in named.items():
         rate = next((rate for key, rate in optim.lr_of.items() if key in name), optim.lr)

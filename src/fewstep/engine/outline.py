@@ -1,8 +1,8 @@
 """Memory plan of a run before anything is allocated: the measurement.
 
-The method's own updates are run once on the networks' own code, with tensors that have shapes and places but no values.
-Every tensor that is made is written down while it lives. So a new method, network or attention pattern is measured
-without being described a second time. Compiled blocks hold less than what is found here.
+It runs the method's own updates once through the networks' own code, with tensors that have a shape and a device but no
+values, and counts every tensor for as long as it lives. So a new method, network or attention pattern needs no second
+description to be measured. Compiled blocks need less memory than this measurement says.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
-from fewstep.core import Batch, Pairs, Rng
+from fewstep.core import Batch, Call, Pairs, Rng
 from fewstep.core.flops import FORMULAS
 from fewstep.engine.health.measure import decode
 from fewstep.engine.health.monitor import judge_of, unexamined
@@ -29,16 +29,17 @@ from fewstep.engine.optim import matrices_of, require_named
 from fewstep.engine.precision import autocast, float32
 from fewstep.engine.preview import CLIPS
 from fewstep.engine.settings import Health, Settings
+from fewstep.engine.student import with_student
 from fewstep.engine.views import Views
 from fewstep.methods.base import Method, Nets, Update
-from fewstep.methods.rollouts import fold_frames
+from fewstep.methods.frames import fold_frames
 from fewstep.models import Card, Denoiser, VideoModel
 from fewstep.models.source import outline
 from fewstep.models.spread import Spread
 
 
 class Ledger(TorchDispatchMode):
-    """Bytes of the tensors made inside, now and at most; who of `owners` was read; floating-point operations."""
+    """Counts inside a `with` block: bytes of new tensors (now and at most), which `owners` were read, and operations."""
 
     def __init__(self, owners: Mapping[str, nn.Module] | None = None) -> None:
         super().__init__()
@@ -84,7 +85,7 @@ class Ledger(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Drawn(Rng):
-    """Random numbers of a run whose integers that places share are known: so a rollout says when it is fullest."""
+    """Random numbers whose shared integers are given, so that a rollout can be measured at its longest."""
 
     draws: Mapping[str, int] = field(default_factory=dict)
 
@@ -101,6 +102,8 @@ class Outline:
     settings: Settings
     nets: Nets
     frames: int
+    base: nn.Module
+    """What the student begins as: with adapters, the frozen network that they belong to."""
     probed: int
     """Clips that a probe generates at once; 0: no probe."""
     mode: FakeTensorMode = field(repr=False)
@@ -110,13 +113,16 @@ class Outline:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         model = outline(card)
         others = {role: outline(source.card()) for role, source in {**sources(method), **starts(settings)}.items()}
+        others = {**with_student(model, settings, others)}
+        base = others.get("student", model).part(method.part)
         nets = build_nets(model, method, settings.seed, settings.lora, others=others)
         for role in trained_roles(method, settings.steps):
             require_named(nets[role], settings.optim_of(role))
-        for network in {id(network): network for network in (*model.parts.values(), *nets.values())}.values():
+        for network in {id(network): network for network in (*model.parts.values(), *nets.values(), base)}.values():
             _imagine(network, mode)
         return cls(
-            model=model, method=method, settings=settings, nets=nets, frames=frames or card.num_frames, probed=probed, mode=mode
+            model=model, method=method, settings=settings, nets=nets, base=base, frames=frames or card.num_frames,
+            probed=probed, mode=mode,
         )  # fmt: skip
 
     def plan(self) -> Plan:
@@ -136,6 +142,8 @@ class Outline:
             if role == "student" and self.settings.ema > 0:
                 average = _holding("student average", network, trained=False)
                 yield replace(average, gathered=gathered)
+        if not any(self.base is network for network in self.nets.values()):
+            yield _holding("student's base", self.base, trained=False)
         for name, part in self.model.parts.items():
             if name != self.method.part:
                 yield replace(_holding(name, part, trained=False), idles=False)
@@ -152,12 +160,12 @@ class Outline:
                 return
 
     def _phase(self, update: Update) -> Phase:
-        """With every rollout as full as it gets, each of the method's in turn."""
+        """The update with its rollouts at their longest: each rollout of the method in turn, the largest result."""
         draws = [rollout.fullest for rollout in self.method.rollouts if rollout.fullest] or [{}]
         return max((self.phase(update, each) for each in draws), key=lambda phase: phase.activations)
 
     def phase(self, update: Update, draws: Mapping[str, int]) -> Phase:
-        """What the update holds where its rollouts draw so (`Rollout.fullest`)."""
+        """What the update holds in memory if its rollouts draw these integers (`Rollout.fullest`)."""
         for role, network in self.nets.items():
             network.requires_grad_(role in update.roles).train(role in update.roles)
         batch, nets = self.batch(), Views(self.nets, Spread(checkpointing=self.settings.parallel.checkpointing))
@@ -185,7 +193,7 @@ class Outline:
         return None if unexamined(self.model, self.method, self.settings) else self.settings.health
 
     def _kept(self) -> Iterator[Holding]:
-        """Clips that health checks keep from one to the next: the teacher's, the untrained student's and the last ones."""
+        """Clips that health checks keep between two checks: the teacher's, the untrained student's, and the last ones."""
         if (health := self._examined) is not None:
             size = self._clips(health) * (1 + 2 * self._counts)
             yield Holding(
@@ -198,14 +206,14 @@ class Outline:
         return len(self.method.contract(self.model.card.contract).counts)
 
     def _clips(self, health: Health) -> int:
-        """Bytes of what checks keep of one clip per prompt and seed: latents, and frames made small."""
+        """Bytes that checks keep for one clip per prompt and seed: its latents, and its frames at a small size."""
         with self.mode:
             latents = torch.empty(1, *self.model.latent_shape(self.frames))
             size = latents.nbytes + decode(self.model, latents).nbytes
         return size * health.prompts * health.seeds
 
     def _pauses(self) -> Iterator[Phase]:
-        """What is done between iterations, as far as the settings ask for it."""
+        """The work between iterations that the settings ask for: checks, pictures, probes."""
         student, critic = "student average" if self.settings.ema > 0 else "student", self.method.critic
         if (health := self._examined) is not None:
             clips, new = min(self.settings.batch, health.prompts * health.seeds), self._clips(health) * self._counts
@@ -217,9 +225,9 @@ class Outline:
             yield self._making("probe", self.probed, {student}, asks_teacher=False)
 
     def _making(self, what: str, clips: int, reads: set[str], *, asks_teacher: bool = True) -> Phase:
-        """So many clips made at once: the fuller of one call, which stands for all, and decoding.
+        """Memory to make `clips` clips at once: the larger of one network call, which stands for all calls, and decoding.
 
-        `reads` is who is there besides the teacher, which may be asked, too, and is guided then.
+        `reads` names the networks in memory besides the teacher. With `asks_teacher` the teacher is called too, with guidance.
         """
         batch, teacher = self.batch(clips), self.model.card.contract
         guidance = (teacher if asks_teacher else self.method.contract(teacher)).guidance
@@ -230,7 +238,7 @@ class Outline:
             with autocast(self.settings, "cpu"):
                 x0 = guidance(self.nets["teacher"], x_t, torch.ones(clips), batch.cond, batch.uncond).x0.float()
             _ = self.model.codec.decode(x0).clamp(-1, 1)
-        merged = 0  # adapters are judged as the whole network that they make
+        merged = 0  # a student of adapters is merged into a whole network before it is judged
         if self.settings.lora is not None:
             merged = sum(parameter.nbytes for parameter in self.nets["teacher"].parameters())
         return Phase(
@@ -238,7 +246,8 @@ class Outline:
         )
 
     def batch(self, size: int | None = None) -> Batch:
-        """One batch of shapes: everything that the method needs, prompts of the greatest length. Default: the run's size."""
+        """One batch without values: all fields that the method needs, with prompts of the greatest length. The default
+        size is the run's."""
         model, card, size = self.model, self.model.card, size or self.settings.batch
         needs = self.method.needs
         frames = (self.frames, card.height, card.width)
@@ -257,32 +266,33 @@ class Outline:
             )  # fmt: skip
 
     def _flops(self, phases: tuple[Phase, ...]) -> int:
-        """Of one iteration. For denoisers by the method's own cost line, which knows the expected length of rollouts."""
+        """Operations of one iteration. For a denoiser they follow from `Method.cost`, which knows the mean rollout length."""
         times = self.settings.accumulate
         if self.method.part != "denoiser":
             return times * sum(phase.flops for phase in phases)
-        cost, frozen = self.method.cost(), sources(self.method)  # a role costs what it is a copy of
-        kinds = [(origin(self.method, work.role, frozen), work.frames, work.layers) for work in cost]
+        own = {"student"} if self.settings.transforms else set()
+        cost, others = self.method.cost(), {*own, *sources(self.method)}  # a role costs what it is a copy of
+        kinds = [(origin(self.method, work.role, others), work.frames, work.layers) for work in cost]
         forward = {kind: self._forward(*kind) for kind in set(kinds)}
         return round(times * sum(work.forwards * forward[kind] for work, kind in zip(cost, kinds, strict=True)))
 
     def _forward(self, role: str, frames: int, layers: tuple[int, ...]) -> int:
-        """Floating-point operations of one forward on a batch, as `Work` says of what."""
+        """Floating-point operations of one forward pass on a batch; the arguments are fields of `Work`."""
         network: Denoiser = self.nets[role]  # type: ignore[assignment]
-        batch = self.batch()
+        batch, call = self.batch(), Call(steps=self.method.contract(self.model.card.contract).steps)
         with torch.no_grad(), Ledger() as ledger, self.mode:
             x_t, cond = torch.empty(batch.noise_shape), batch.cond
             if frames:
                 x_t, rows = fold_frames(x_t, frames, Rng(self.settings.seed))
                 cond = cond[rows]
             t = torch.ones(len(x_t))
-            _ = network.features(x_t, t, cond, layers) if layers else network(x_t, t, cond)
+            _ = network.features(x_t, t, cond, layers, call) if layers else network(x_t, t, cond, call)
         return ledger.flops
 
 
 def _imagine(network: nn.Module, mode: FakeTensorMode) -> None:
-    """Put a network of the meta device where autocast and attention know what to do: the CPU, still without memory."""
-    made: dict[nn.Parameter, nn.Parameter] = {}  # what two modules share stays one
+    """Move a network from the meta device to a CPU without memory: autocast and attention do not know the meta device."""
+    made: dict[nn.Parameter, nn.Parameter] = {}  # a parameter that two modules share stays one
     with mode:
         for module in network.modules():
             for name, parameter in module._parameters.items():
@@ -303,7 +313,7 @@ def _holding(role: str, network: nn.Module, *, trained: bool, slim: int = 0) -> 
     buffers = [b for name, b in network.named_buffers() if name.rpartition(".")[2] not in borrowed]
     return Holding(
         role=role,
-        network=type(getattr(network, "backbone", network)).__name__,
+        network=_named(network),
         parameters=count,
         trained=count if trained else 0,
         weights=sum(tensor.nbytes for tensor in (*own, *buffers)),
@@ -311,8 +321,14 @@ def _holding(role: str, network: nn.Module, *, trained: bool, slim: int = 0) -> 
     )
 
 
+def _named(network: nn.Module) -> str:
+    """Its class, and what was done to it: `VideoDiT, Pruned`."""
+    inner = getattr(network, "backbone", network)
+    return ", ".join(type(x).__name__ for x in (inner, *getattr(inner, "transforms", ())))
+
+
 def _gathered(network: nn.Module) -> int:
-    """Bytes of what `engine.shard` leaves together, and of the two largest blocks."""
+    """Bytes of the layers that `engine.shard` does not cut, plus the two largest blocks."""
     if not isinstance(network, Denoiser):
         return 0
     blocks = sorted(sum(p.nbytes for p in block.parameters()) for block in network.backbone.blocks)

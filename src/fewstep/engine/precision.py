@@ -11,14 +11,14 @@ from fewstep.engine.settings import Settings
 
 
 def autocast(settings: Settings, device: str | None = None) -> AbstractContextManager[Any]:
-    """What the run asks for, on its own device or another.
+    """A context with the precision of `settings.autocast`, on the run's device or another one.
 
-    Without a cache of cast weights: a copy cast under no_grad must not serve the call that carries gradient.
+    It does not cache converted weights: a copy made under no_grad must not be used by a call that needs gradients.
     """
     where = torch.device(device or settings.device).type
     return torch.autocast(where, torch.bfloat16, enabled=settings.autocast == "bf16", cache_enabled=False)
 
 
 def float32(settings: Settings, device: str | None = None) -> AbstractContextManager[Any]:
-    """Inside `autocast`: for what is computed from the networks' answers."""
+    """A context inside `autocast` for float32: what is computed from the networks' outputs."""
     return torch.autocast(torch.device(device or settings.device).type, enabled=False)

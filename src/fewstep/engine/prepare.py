@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from fewstep.engine.probe import Probe
 from fewstep.engine.run import Run
 from fewstep.engine.settings import Parallel, Settings
 from fewstep.engine.shard import hollow, shard
+from fewstep.engine.student import require_transformable, transforms_of, with_student
 from fewstep.engine.views import Views
 from fewstep.methods.base import Method, Nets
 from fewstep.models import Card, Denoiser, VideoModel
@@ -40,7 +40,7 @@ from fewstep.models.lora import duplicate
 from fewstep.models.spread import Spread
 
 WHOSE = ("recipe", "method", "cite", "teacher", "data")
-"""Entries of the provenance that say which run it is; the others (machine, versions) may change when it goes on."""
+"""Provenance entries that identify a run; the others (machine, versions) may change when the run is resumed."""
 
 
 def prepare(
@@ -53,7 +53,7 @@ def prepare(
     probe: Probe | None = None,
     provenance: Mapping[str, str] = MappingProxyType({}),
 ) -> Run:
-    """Allocate everything a run owns. ValueError names a setting that could not take effect."""
+    """Allocate everything a run owns. ValueError names a setting that cannot take effect."""
     roles = require_possible(method, settings, model.card, probe)
     require_processes(settings)
     trees = describe(method, data, settings)
@@ -79,32 +79,37 @@ def prepare(
     )
     return Run(
         model=model, method=method, settings=settings, output=output, processes=processes, nets=nets, source=source,
-        optimizers=optimizers, average=held.average, shell=held.shell, spread=held.spread, identity=identity, trees=trees,
-        effective=effective, provenance=dict(provenance) | told(others) | effective.provenance, probe=probe, preview=preview,
-        monitor=monitor,
+        optimizers=optimizers, average=held.average, base=held.base, shell=held.shell, spread=held.spread, identity=identity,
+        trees=trees, effective=effective, provenance=dict(provenance) | told(others) | effective.provenance, probe=probe,
+        preview=preview, monitor=monitor,
     )  # fmt: skip
 
 
 def load_others(method: Method, settings: Settings, processes: Processes) -> dict[str, VideoModel]:
-    """The denoisers of other models that a run reads, by role. Weights that will be sharded stay where they are stored."""
+    """Other models whose denoisers a run uses, by role. Weights that will be sharded are not loaded yet."""
     leave, others = ("denoiser",) if processes.weights is not None else (), {**sources(method), **starts(settings)}
-    return {role: source.load(leave=leave, parts=("denoiser",)) for role, source in others.items()}
+    return {
+        role: source.load(leave=() if role == "student" and settings.transforms else leave, parts=("denoiser",))
+        for role, source in others.items()
+    }
 
 
 def told(others: Mapping[str, VideoModel]) -> dict[str, str]:
-    """What a student's card says of the other models behind it: name, fingerprint, and what they say of themselves."""
+    """Entries for the student's card about the other models it was made with: name, fingerprint and their own provenance."""
     names = {role: f"{other.card.name} {other.fingerprint('denoiser')}" for role, other in others.items()}
     return names | {f"{role}.{key}": v for role, other in others.items() for key, v in other.card.provenance.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Networks:
-    """Every network that a run holds, where it computes."""
+    """Every network of a run, on the device where it computes."""
 
     model: VideoModel
     """Model that the run starts from; its trained part is the teacher."""
     nets: Nets
     """Networks by role."""
+    base: nn.Module
+    """What the student begins as: with adapters, the frozen network that they belong to."""
     average: nn.Module | None
     """Averaged student."""
     shell: nn.Module
@@ -121,17 +126,17 @@ class Networks:
         processes: Processes,
         others: Mapping[str, VideoModel],
     ) -> Networks:
-        """What a model and a method ask for, on the run's device or spread over its processes.
+        """Make the networks that a model and a method need, on the run's device or spread over its processes.
 
-        Of a network that will be sharded only the structure is copied, and every role takes its shards of the weights it
-        begins with: the teacher's, or another model's.
+        If a network will be sharded, only its structure is copied. Each role then takes its shards of the weights it starts
+        with: the teacher's, or another model's.
         """
-        part = method.part
-        weights, shell = {"teacher": model.weights(part)}, hollow(model.part(part))
+        part, others = method.part, with_student(model, settings, others)
+        weights, shell = {"teacher": model.weights(part)}, hollow(others.get("student", model).part(part))
         weights |= {role: other.weights("denoiser") for role, other in others.items()}
         sharded = processes.weights is not None and isinstance(shell, Denoiser)
         if sharded:
-            model = VideoModel(model.card, {**model.parts, part: copy.deepcopy(shell)})
+            model = VideoModel(model.card, {**model.parts, part: hollow(model.part(part))})
             others = {role: VideoModel(o.card, {"denoiser": hollow(o.denoiser)}) for role, o in others.items()}
         for name, network in model.parts.items():
             if not sharded or name != part:
@@ -150,56 +155,55 @@ class Networks:
                 spread.check(denoiser.backbone)
         if settings.parallel.offload:
             nets = Shelf(nets.roles, settings.device)
-        return cls(model=model, nets=nets, average=average, shell=shell, spread=spread)
+        base = others.get("student", model).part(part)
+        return cls(model=model, nets=nets, base=base, average=average, shell=shell, spread=spread)
 
 
 def require_possible(method: Method, settings: Settings, card: Card, probe: Probe | None) -> tuple[str, ...]:
-    """The roles that will be trained. Refuse (ValueError) what would silently do nothing, or break in mid-run."""
+    """The roles that will be trained. Refuse (ValueError) a setting that would do nothing, or would fail during the run."""
     require_device_name(settings.device, "settings.device")
     name, roles = type(method).__name__, trained_roles(method, settings.steps)
     method.check(settings.steps)
     if "student" not in roles:
         raise ValueError(
-            f"{name} does not train the student within settings.steps: {settings.steps} (only {', '.join(roles)}); "
-            "give it more steps than its warm-up has"
+            f"{name} does not train the student within settings.steps: {settings.steps} (it trains only "
+            f"{', '.join(roles)}); write more steps than the method's warm-up has"
         )
     require_alike(method, card)
     require_same(method, settings, card)
     require_clips(method, card)
     for role in {"teacher", *sources(method)}.intersection(roles):
-        raise ValueError(f"{name} trains the {role}; train a Copy of it")
+        raise ValueError(
+            f"{name} trains the {role}, which stays frozen; make a role that is a Copy of it and train that"
+        )
     for role in sorted(set(settings.optim) - {*roles, "student"}):
         near = difflib.get_close_matches(role, roles, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise ValueError(f"settings.optim.{role} trains nothing; {hint}({name} trains: {', '.join(roles)})")
+        raise ValueError(f"settings.optim.{role}: no such role is trained; {hint}({name} trains: {', '.join(roles)})")
     for made in method.aux().values():
         made.check(settings.lora)
-    fixed = [type(transform).__name__ for transform in card.transforms if not transform.trainable]
-    if fixed and settings.lora is None and method.part == "denoiser":
-        raise ValueError(
-            f"{name} would train a denoiser whose layers are {fixed[0]} and cannot be trained; set settings.lora, whose adapters "
-            "are trained over them, or train first and transform the student"
-        )
+    if method.part == "denoiser":
+        require_transformable(method, settings, card)
     if settings.lora is not None and settings.parallel.offload:
         raise ValueError(
-            "settings.parallel.offload sends networks away one by one, and with settings.lora all of them are adapters over "
-            "the same weights; leave out one of the two"
+            "settings.parallel.offload moves idle networks to the CPU one by one, and with settings.lora all networks share "
+            "the same weights; leave out one of the two settings"
         )
     if settings.lora is not None and not settings.parallel.whole:
         raise ValueError(
-            "settings.lora: the frozen weights that all roles borrow are whole on every process, and settings.parallel asks "
-            "for a part of them on each; leave out shard and replicate"
+            "settings.lora: every process holds the frozen weights whole, and settings.parallel would divide them; "
+            "leave out shard and replicate"
         )
     if method.part != "denoiser":
-        for setting in ("compile", "preview_every", "lora"):
+        for setting in ("compile", "preview_every", "lora", "transforms"):
             if getattr(settings, setting):
                 who = f"{name} trains the {method.part}"
                 raise ValueError(f"settings.{setting} is for denoisers, and {who}; leave it out")
         for field in ("shard", "replicate", "sequence", "checkpointing"):
             if getattr(settings.parallel, field) != getattr(Parallel(), field):
                 raise ValueError(
-                    f"settings.parallel.{field} is for denoisers, and {name} trains the {method.part}, which stays whole "
-                    "on every process; leave it out"
+                    f"settings.parallel.{field} is for denoisers, and {name} trains the {method.part}, which every process "
+                    "holds whole; leave it out"
                 )
     if probe is not None:
         probe.check(card, method.part)
@@ -207,13 +211,14 @@ def require_possible(method: Method, settings: Settings, card: Card, probe: Prob
 
 
 def require_same(method: Method, settings: Settings, card: Card, begun: Card | None = None) -> None:
-    """Refuse (ValueError) a start that is no denoiser like the teacher's; `begun` is its card where it is not there yet."""
+    """Refuse (ValueError) a `settings.start` whose denoiser differs from the teacher's. `begun` is its card, if it is known
+    before the folder exists."""
     if settings.start is None:
         return
     if method.part != "denoiser" or settings.lora is not None:
         raise ValueError(
-            "settings.start: only a denoiser that is trained whole goes on from an earlier one; leave out settings.lora, "
-            "or settings.start"
+            "settings.start works only for a denoiser that is trained whole, without adapters; leave out settings.lora or "
+            "settings.start"
         )
     begun = begun or starts(settings)["student"].card()
     if "denoiser" not in begun.parts:
@@ -222,25 +227,30 @@ def require_same(method: Method, settings: Settings, card: Card, begun: Card | N
         "denoiser": (begun.parts["denoiser"], card.parts.get("denoiser", begun.parts["denoiser"])),
         "path": (begun.path, card.path),
         "kind": (begun.kind, card.kind),
-        "transforms": (begun.transforms, card.transforms),
     }
     for what, (theirs, own) in pairs.items():
         if theirs != own:
             raise ValueError(
-                f"settings.start: {settings.start} is no student of this teacher: its {what} is {theirs}, and the "
-                f"teacher's {own}"
+                f"settings.start: {settings.start} does not match this teacher: its {what} is {theirs}, and the teacher's is "
+                f"{own}; give a student of the same model"
             )
+    wanted = transforms_of(card, settings)
+    if begun.transforms != wanted[: max(len(card.transforms), len(begun.transforms))]:
+        raise ValueError(
+            f"settings.start: {settings.start} is no student of this teacher: it has the transforms {list(begun.transforms)}, "
+            f"and this run's student {list(wanted)}; write those that it has besides the teacher's in settings.transforms"
+        )
 
 
 def require_clips(method: Method, card: Card) -> None:
-    """Refuse (ValueError) single frames for an image-to-video network, which takes whole clips."""
+    """Refuse (ValueError) a method that shows single frames to an image-to-video network, which takes whole clips."""
     others = sources(method)
     shown = [work.role for work in method.cost() if work.frames]
     refused = [role for role in shown if origin(method, role, {"teacher", *others}) == "teacher"]
     if "image" in card.parts and refused:
         raise ValueError(
-            f"{type(method).__name__} shows single frames to the {refused[0]}, and {card.name!r} makes whole clips of an "
-            "image; take a method, or settings of this one, that looks at whole clips"
+            f"{type(method).__name__} shows single frames to the {refused[0]}, and {card.name!r} is an image-to-video model, "
+            "which takes whole clips; choose another method, or settings of this one that use whole clips"
         )
 
 
@@ -252,19 +262,19 @@ def require_processes(settings: Settings) -> None:
         return
     if settings.compile and settings.parallel.sequence > 1:
         raise ValueError(
-            "settings.compile cannot look into the exchanges of processes that share a clip; write compile: false, or "
-            "settings.parallel.sequence: 1"
+            "settings.compile cannot compile the communication between processes that share a clip; write compile: false, "
+            "or settings.parallel.sequence: 1"
         )
     muon = sorted(role for role, optim in settings.optim.items() if optim.type == "muon")
     if muon and settings.lora is None:
         raise ValueError(
-            f"settings.optim.{muon[0]}: muon works on whole matrices, which sharded networks do not have; "
-            "give it type adamw, or start without torchrun"
+            f"settings.optim.{muon[0]}: muon needs whole matrices, and sharded networks have only parts of them; "
+            "write type: adamw, or start without torchrun"
         )
 
 
 def describe(method: Method, data: Data, settings: Settings) -> dict[str, Any]:
-    """Everything besides the weights that decides a run's numbers, as plain values with every default written out."""
+    """Everything except the weights that decides a run's numbers, as plain values with every default written out."""
     return {
         "method": dump(method, Method),
         "data": dump(data, Data),
@@ -273,23 +283,23 @@ def describe(method: Method, data: Data, settings: Settings) -> dict[str, Any]:
 
 
 def identify(model: VideoModel, trees: Mapping[str, Any], others: Mapping[str, VideoModel]) -> dict[str, str]:
-    """What makes a run this run: the weights it starts from, and a digest of everything that decides its numbers."""
+    """The identity of a run: the weights it starts from, and a digest of everything that decides its numbers."""
     weights = {f"{name} weights": model.fingerprint(name) for name in model.parts}
     weights |= {f"{role} weights": other.fingerprint("denoiser") for role, other in others.items()}
     return weights | {f"{name} digest": digest(tree) for name, tree in trees.items()}
 
 
 def open_data(data: Data, model: VideoModel, method: Method, processes: Processes) -> Source:
-    """The leader opens the data first: what it stores (text states), the others find there."""
+    """Open the data. The leader opens them first and stores text states, which the other processes then find."""
     with processes.in_turn():
         source = data.open(model, method.needs)
     if data.text_cache:
-        model.part("text").to("cpu")  # its work is done; what pictures and probes ask of it, it does there
+        model.part("text").to("cpu")  # its work is done; for pictures and probes it encodes on the CPU
     return source
 
 
 def compile_blocks(nets: Nets, *, sharded: bool) -> None:
-    """Compile in place. Every role, batch size, grad mode and autocast state is a variant of the one block graph."""
+    """Compile in place. Each role, batch size, grad mode and autocast state is one more variant of the same block graph."""
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     for network in nets.roles.values():
         if isinstance(network, Denoiser):

@@ -1,4 +1,4 @@
-"""Pictures at intervals: student next to teacher, same prompts, same seeds."""
+"""Pictures during a run: student next to teacher, with the same prompts and seeds."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from fewstep.models.images import Images, images_in
 SHOWN_FRAMES = 6
 CLIPS = 4
 ROW = 96
-"""Height of a frame in the picture, about."""
+"""Approximate height of a frame in the picture, in pixels."""
 GAP = 4
 HEAD = 20
-"""Height of the line of names."""
+"""Height of the line with the column names, in pixels."""
 
 
 @dataclass(frozen=True)
 class Preview:
-    """Prompts and the teacher's clips of them, which are sampled once, when the first picture is drawn."""
+    """Prompts, and the teacher's clips for them, which are sampled once, for the first picture."""
 
     teacher: VideoModel
     prompts: tuple[str, ...]
@@ -40,14 +40,16 @@ class Preview:
 
     @classmethod
     def of(cls, teacher: VideoModel, source: Source, rng: Rng, shared: Sharing | None = None) -> Preview:
-        """With prompts of the run's own data, the same whenever and wherever the run goes on. ValueError without any."""
+        """A preview with prompts from the run's data; a resumed run gets the same ones. ValueError if there are none."""
         batch = source.batch(CLIPS, rng.fold("preview"))
         if not batch.prompts:
-            raise ValueError("these data have no prompts to draw pictures of; set settings.preview_every: 0")
+            raise ValueError(
+                "settings.preview_every needs prompts, and this run's data have none; write preview_every: 0"
+            )
         return cls(teacher, batch.prompts, images_in(teacher, batch.cond), shared)
 
     def draw(self, student: VideoModel) -> Image.Image:
-        """A row per prompt with the student at its fewest steps, at its most (if others), and the teacher, named above."""
+        """One row per prompt. Columns: the student at its smallest step count, at its largest, and the teacher."""
         counts = student.card.contract.counts
         shown = sorted({counts[0], counts[-1]})
         columns = [self._clips(student, n) for n in shown]
@@ -75,7 +77,7 @@ def sheet(columns: list[Tensor]) -> np.ndarray:
 
 
 def labelled(picture: Image.Image, names: list[str]) -> Image.Image:
-    """With the names of its columns, all of which are as wide, above them."""
+    """The picture with a name above each of its columns, which have equal widths."""
     made = Image.new("RGB", (picture.width, picture.height + HEAD), "white")
     made.paste(picture, (0, HEAD))
     pen = ImageDraw.Draw(made)
@@ -89,7 +91,7 @@ def _steps(count: int) -> str:
 
 
 def _resized(images: Tensor) -> Tensor:
-    """Small images `[N, 3, H, W]` enlarged by a whole factor, large ones made smaller, to rows of about `ROW` pixels."""
+    """Images `[N, 3, H, W]` about `ROW` pixels high: small ones are enlarged by a whole factor, large ones are reduced."""
     height = images.shape[-2]
     if height <= ROW:
         return images.repeat_interleave(ROW // height, -2).repeat_interleave(ROW // height, -1)

@@ -21,12 +21,12 @@ from fewstep.world.renderer import CANVAS, Variation, render
 
 
 class Probe(Protocol):
-    """Called every `every` iterations and at the last one with the current student."""
+    """Scores the current student every `every` iterations and at the last one."""
 
     @property
     def every(self) -> int: ...
     def check(self, card: Card, part: str) -> None:
-        """Refuse (ValueError) to judge a run of the model of `card` that trains `part`, where that cannot work."""
+        """Refuse (ValueError) a run that the probe cannot judge: `card` is the run's model, `part` what it trains."""
         ...
 
     def __call__(self, student: VideoModel) -> dict[str, float]: ...
@@ -56,7 +56,7 @@ class WorldProbe:
 
     @property
     def clips(self) -> int:
-        """How many are made at once."""
+        """Number of clips that are made at once."""
         return 2 * self.prompts
 
     def check(self, card: Card, part: str) -> None:
@@ -108,7 +108,7 @@ class WorldProbe:
 
 @lru_cache(maxsize=4)
 def _reference(probe: WorldProbe, num_frames: int) -> Tensor:
-    """Features of rendered clips of the probe's scenes, as long as those they are compared with."""
+    """Features of rendered clips of the probe's scenes, with as many frames as the clips they are compared with."""
     generator = torch.Generator().manual_seed(probe.seed + 1)
     scenes = [scene for scene in probe._scenes for _ in range(2)]
     return probe._features(render(scenes, Variation.sample(len(scenes), generator), num_frames))

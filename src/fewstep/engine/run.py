@@ -1,4 +1,4 @@
-"""A run in progress: one iteration of it, its student, and its whole state."""
+"""A run in progress: one iteration, the student, and the whole state."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from fewstep.core import Batch, Losses, Rng
 from fewstep.core.atomic import recover, replacing_folder
@@ -29,7 +28,8 @@ from fewstep.engine.shard import add_gradients, whole
 from fewstep.engine.views import Listener, Views
 from fewstep.methods.base import Method, Nets, Sync, Update
 from fewstep.models import VideoModel
-from fewstep.models.lora import adapters, merge, save_adapter
+from fewstep.models.averaging import blend
+from fewstep.models.lora import merge, save_adapter
 from fewstep.models.spread import Spread
 
 
@@ -46,6 +46,8 @@ class Run:
     source: Source
     optimizers: dict[str, RoleOptimizer]
     average: nn.Module | None
+    base: nn.Module
+    """What the student began as: with adapters, the frozen network that they belong to."""
     shell: nn.Module
     """Structure of the student without its weights."""
     spread: Spread
@@ -89,13 +91,13 @@ class Run:
                 case Sync(target, source, decay):
                     blend(self.nets[target], self.nets[source], decay)
         if self.average is not None:
-            # A short memory at first: an average that starts at the teacher would stay there for 1/(1-ema) steps.
+            # The average forgets fast at first. With a constant decay it would stay near the teacher for 1/(1-ema) steps.
             blend(self.average, self.nets.student, min(self.settings.ema, (1 + self.step) / (10 + self.step)))
         self.figures = self.processes.mean({name: fmean(values) for name, values in seen.items()})
         self.step += 1
 
     def update(self, update: Update, batches: list[tuple[Batch, int]], rng: Rng) -> list[tuple[str, float]]:
-        """One optimiser step of the update's roles; its figures. Nothing has moved if a number is not finite."""
+        """Do one optimiser step of the update's roles and return its figures. If a number is not finite, no weight changes."""
         self.nets.begin(update.roles)
         for role, network in self.nets.roles.items():
             network.requires_grad_(role in update.roles).train(role in update.roles)
@@ -116,9 +118,9 @@ class Run:
         return figures
 
     def backward(self, terms: Losses, roles: tuple[str, ...]) -> list[tuple[str, float]]:
-        """Add the gradient of one graph to what this update has; the value of each term.
+        """Add the gradient of one graph to the update's gradient; return the value of each loss term.
 
-        Processes add their gradients up, so each divides by what all of them do in this iteration.
+        Gradients are summed over processes, so each loss is divided by the number of micro-batches of all processes.
         """
         for name, term in terms.items():
             require_finite(term.detach(), f"step {self.step}, loss {name} of {'+'.join(roles)}")
@@ -131,28 +133,28 @@ class Run:
 
     @property
     def listeners(self) -> list[Listener]:
-        """Whoever is told of every call."""
+        """The objects that are told of every call of a network."""
         heard = None if self.monitor is None else self.monitor.heard
         return [listener for listener in (self.watch, heard) if listener is not None]
 
     @property
     def over(self) -> bool:
-        """Is this the last iteration: all are done, or a collapse has ended the run?"""
+        """Is the run over: are all iterations done, or has a collapse stopped it?"""
         return self.step >= self.settings.steps or (self.monitor is not None and bool(self.monitor.stopped))
 
     # --- what a run returns and keeps ---------------------------------------------------------------------------------
 
     def student(self) -> VideoModel:
-        """The model with the student (its average, where one is kept; adapters merged) in the trained part's place.
+        """The model with the student as its trained part: the averaged student if there is one, with adapters merged.
 
-        It comes to the run's device to be used; an average that waits elsewhere goes back when the next iteration begins.
+        The student is moved to the run's device; an average that stays elsewhere goes back when the next iteration begins.
         """
         return self._with(self._result.to(self.settings.device))
 
     def keep(self, folder: Path) -> None:
-        """Write the student's folder, whole or not at all; adapters lie beside the merged weights.
+        """Write the student's folder completely or not at all; adapters are stored beside the merged weights.
 
-        Every process must call: each gives its shards.
+        Every process must call, because each gives its shards.
         """
         network = whole(self._result, self.shell, self.processes)
         if self.processes.leads:
@@ -171,7 +173,7 @@ class Run:
             return self.model.with_part(self.method.part, network, provenance=self.provenance)
         contract = self.method.contract(card.contract)
         role = card.role if contract == card.contract else "student"
-        network = merge(self.nets.roles["teacher"], network)
+        network = merge(self.base, network)
         return self.model.with_part(
             "denoiser", network, contract=contract, role=role, provenance=self.provenance, scores=dict(self.best)
         )
@@ -190,7 +192,7 @@ class Run:
 
     @property
     def has_best(self) -> bool:
-        """Is there a best student so far, by the probe's rule or the health checks'? It is in `output/best`."""
+        """Is there a best student so far, by the probe or by the health checks? It is in `output/best`."""
         return bool(self.best) or (self.monitor is not None and self.monitor.best is not None)
 
     def state(self) -> RunState:
@@ -201,7 +203,7 @@ class Run:
         return RunState(self.step, components, values)
 
     def restore(self, saved: Checkpoint) -> None:
-        """Go on from a checkpoint of this run. CheckpointError where it is another run's or incomplete."""
+        """Resume from a checkpoint of this run. CheckpointError if it belongs to another run or is incomplete."""
         saved.require(self.identity, {*self.changing, *self.stepping})
         self.step, self.best = saved.step, dict(saved.values["best"])
         if self.monitor is not None:
@@ -215,28 +217,12 @@ class Run:
             self.monitor.record.save(self.output)
 
     def _recover_best(self) -> None:
-        """Undo what a kill left of replacing the best student. CheckpointError where it is gone."""
+        """Restore the best student if the run was killed while replacing it. CheckpointError if it is gone."""
         folder = self.output / "best"
         if self.processes.leads:
             recover(folder)
         self.processes.barrier()
         if self.has_best and not (folder / "card.json").is_file():
-            raise CheckpointError(f"{folder}, the best student so far, is gone. Put it back, or start anew.")
-
-
-@torch.no_grad()
-def blend(target: nn.Module, source: nn.Module, decay: float) -> None:
-    """`target <- decay * target + (1 - decay) * source`, parameters and floating-point buffers; of a shard, its own.
-
-    Of adapters, what they add to the weights.
-    """
-    if decay > 0 and adapters(target):  # beside which such a network has nothing of its own
-        for layer, other in zip(adapters(target).values(), adapters(source).values(), strict=True):
-            layer.average(other, decay)
-        return
-    for mine, theirs in zip(target.state_dict().values(), source.state_dict().values(), strict=True):
-        mine, theirs = (t.to_local() if isinstance(t, DTensor) else t for t in (mine, theirs))
-        if mine.is_floating_point():
-            mine.lerp_(theirs.to(mine.device), 1 - decay)
-        else:
-            mine.copy_(theirs)
+            raise CheckpointError(
+                f"{folder}, the best student so far, is gone. Put it back, or start anew in another output folder."
+            )

@@ -1,10 +1,11 @@
-"""How a run is executed; nothing here changes the meaning of a method."""
+"""Settings of a run: how it is executed. None of them changes what a method computes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from fewstep.compress import Transform
 from fewstep.core.bounds import Amount, Bounds, Count, Decay, Natural, Positive, Size, require_bounds
 from fewstep.models.lora import Lora
 
@@ -40,8 +41,8 @@ class Optim:
 class Parallel:
     """How a run is spread over the processes that `torchrun` started, and where it trades time for memory.
 
-    None of it changes a run's numbers beyond rounding, so none of it is part of what identifies a run: a run may go on
-    with other values. Processes = replicate x shard x sequence.
+    These settings change a run's numbers by rounding only. They are not part of a run's identity: a run may resume with
+    other values. Processes = replicate x shard x sequence.
     """
 
     shard: Natural = 0
@@ -64,16 +65,16 @@ class Parallel:
 
     @property
     def whole(self) -> bool:
-        """Whether every process may hold its networks in one piece: nothing asks for a cut. With adapters it does so."""
+        """Whether no setting asks for sharded networks. Adapters need this: every process holds them whole."""
         return self.shard == 1 or (self.shard, self.replicate) == (0, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Health:
-    """A verdict on the student every so often, from clips of fixed prompts and seeds; and what is done about a bad one.
+    """Health checks: at intervals, a verdict on the student from clips of fixed prompts and seeds, and what to do then.
 
-    Only the last two fields can change what a run computes, and only where it is ill. Runs that are shorter than `every`,
-    and those that distil nothing, are not examined.
+    Only the last two fields can change what a run computes, and only after a bad verdict. There are no checks if the run is
+    shorter than `every` or distils nothing.
     """
 
     every: Count = 25
@@ -110,7 +111,10 @@ class Settings:
     """Optimiser of each role, by name; a trained role without an entry uses the student's."""
     start: str | None = None
     """Folder of an earlier student, or `world`: the student starts from its denoiser. null: from a copy of the teacher's.
-    Other roles are not affected."""
+    Roles that are copies of the teacher are not affected."""
+    transforms: tuple[Transform, ...] = ()
+    """Transforms applied to the student alone, which starts from the teacher's weights (or those of `start`) in another
+    structure. `model.transforms` change the teacher, too."""
     lora: Lora | None = None
     """Train LoRA adapters over one frozen copy of the teacher's weights. null: train whole networks."""
     ema: Decay = 0.0

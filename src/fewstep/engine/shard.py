@@ -1,8 +1,8 @@
 """Networks sharded with FSDP2: every process holds its share of each weight and gathers a block when it runs.
 
-A denoiser is cut along the three-part contract: each block on its own, embedding and head together. Every other network
-(discriminator heads, codecs, encoders) is small, stays whole on every process and has its gradients added up.
-So it is with adapters, and the weights that all roles borrow are whole, too.
+A denoiser is cut along its three parts: each block is one unit; embedding and head together are another. All other networks
+(discriminator heads, codecs, encoders) are small: every process holds them whole, and their gradients are summed over the
+processes. Adapters, and the frozen weights that they share, are held whole too.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ def hollow(network: nn.Module) -> nn.Module:
 
 
 def shard(network: Denoiser, weights: Mapping[str, Tensor], mesh: DeviceMesh) -> None:
-    """Cut a hollow denoiser over the processes of `mesh`, and give every one its share of `weights`, on its device.
+    """Cut a hollow denoiser over the processes of `mesh`, and give each process its share of `weights`, on its device.
 
-    It begins frozen, as every network of a run does. Master weights, gradients and their sums stay float32; what a
-    gathered block computes in is autocast's business.
+    The network is frozen at first, like every network of a run. Master weights, gradients and their sums stay float32;
+    autocast decides in which precision a gathered block computes.
     """
-    # It warns of changing such a tensor in place, which no method may do with what a network returned.
+    # FSDP warns that such a tensor must not be changed in place; no method changes a network's output in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     _let_fsdp_see_inside()
     for unit in (*network.backbone.blocks, network):
@@ -51,12 +51,12 @@ def shard(network: Denoiser, weights: Mapping[str, Tensor], mesh: DeviceMesh) ->
         if isinstance(unit, FSDPModule):
             unit.set_gradient_divide_factor(1.0)  # the loss is divided already, and gloo cannot average
             unit.set_force_sum_reduction_for_comms(True)
-    for way in ("features", "jvp"):  # to call it, besides forward
+    for way in ("features", "jvp"):  # ways to call it, besides forward
         register_fsdp_forward_method(network, way)
     shares: dict[str, Tensor] = {}
     for name, empty in network.state_dict().items():
         full = weights[name].detach().to(mesh.device_type, empty.dtype)
-        if isinstance(empty, DTensor):  # every process has the whole tensor at hand: it takes its part, nothing is sent
+        if isinstance(empty, DTensor):  # every process has the whole tensor and takes its part: nothing is sent
             share = distribute_tensor(full, mesh, empty.placements, src_data_rank=None)
             shares[name] = nn.Parameter(share.clone(), requires_grad=False)  # a view would keep the whole tensor
         else:
@@ -65,7 +65,7 @@ def shard(network: Denoiser, weights: Mapping[str, Tensor], mesh: DeviceMesh) ->
 
 
 def whole(network: nn.Module, shell: nn.Module, processes: Processes) -> nn.Module:
-    """The network in one piece on the CPU, for the leader to save. Every process must call; others get an empty shell."""
+    """The network in one piece on the CPU, for the leader to save. Every process must call; the others get an empty shell."""
     if not isinstance(network, FSDPModule):
         return network
     tensors = {}
@@ -79,8 +79,14 @@ def whole(network: nn.Module, shell: nn.Module, processes: Processes) -> nn.Modu
     return piece
 
 
+def gathered(network: nn.Module) -> dict[str, Tensor]:
+    """Every tensor of a sharded network, whole, on the CPU of this process. Every process must call."""
+    tensors = network.state_dict()
+    return {name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().cpu() for name, t in tensors.items()}
+
+
 def add_gradients(network: nn.Module, processes: Processes) -> None:
-    """Add up the gradients of a network that is whole on every process; FSDP has done so for the others."""
+    """Sum the gradients of a network that every process holds whole; FSDP does this for the other networks."""
     if processes.world == 1 or isinstance(network, FSDPModule):
         return
     gradients = [p.grad for p in network.parameters() if p.grad is not None]
@@ -92,13 +98,13 @@ def add_gradients(network: nn.Module, processes: Processes) -> None:
 
 
 def _let_fsdp_see_inside() -> None:
-    """Its hooks look for tensors in what goes in and out of a unit; earlier versions know registered types only."""
+    """FSDP's hooks search the inputs and outputs of a unit for tensors; earlier versions search registered types only."""
     for cls in (*_below(State), Prediction, Tangent):
         _register(cls)
 
 
 def _below(cls: type) -> Iterator[type]:
-    """Every class that inherits from it, at any depth."""
+    """Every class that inherits from `cls`, at any depth."""
     children: list[type] = cls.__subclasses__()
     for child in children:
         yield child

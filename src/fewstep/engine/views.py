@@ -1,4 +1,4 @@
-"""The networks of a run as methods and checks see them: denoisers with the run's way of calling, and listeners."""
+"""The networks of a run as methods and checks see them: denoisers are called in the run's way, and listeners are told."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from fewstep.models.spread import Spread
 
 
 class Listener(Protocol):
-    """Is told of a call before it is made; the answer is the same."""
+    """Is told of each call before it is made; the call's result does not change."""
 
     def hear(self, role: str, x_t: Tensor, t: Tensor) -> None: ...
 
 
 @dataclass(frozen=True)
 class View:
-    """A denoiser as those see it who may call it, and nothing else (a `Predictor`)."""
+    """A denoiser that can only be called (a `Predictor`)."""
 
     role: str
     network: Denoiser
@@ -63,14 +63,14 @@ class View:
 
 
 class Views(Nets):
-    """The same networks, wherever they are; of a denoiser one gets a view."""
+    """The same networks, on whatever device they are; a denoiser is returned as a `View`."""
 
     def __init__(self, nets: Nets, spread: Spread = Spread(), listeners: Iterable[Listener] = ()) -> None:
         super().__init__(nets.roles)
         self._nets, self.spread, self._listeners = nets, spread, tuple(listeners)
 
     def __getitem__(self, role: str) -> Any:
-        network = self._nets[role]  # which brings it in, if it waits elsewhere
+        network = self._nets[role]  # this moves it to the device, if it is elsewhere
         return View(role, network, self.spread, self._listeners) if isinstance(network, Denoiser) else network
 
     def begin(self, roles: tuple[str, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Evaluation: models measured on one set of prompts and seeds, with controls, intervals, costs and a page."""
+"""Evaluation: measure models on the same prompts and seeds, with controls, intervals, costs and an HTML report."""
 
 from fewstep.core.flops import count_flops
 from fewstep.evaluate.latency import Latency, measure_latency, peak_memory

@@ -1,4 +1,4 @@
-"""Animated GIFs, which every page and mail program can show."""
+"""Animated GIFs, which every browser and mail program can show."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def gif_bytes(frames: Tensor, fps: float = 8.0, scale: int = 1) -> bytes:
 def grid_gif(path: Path | str, columns: Mapping[str, Tensor], *, fps: float = 8.0, scale: int = 4) -> Path:
     """Write clips side by side: one column `[P, 3, F, H, W]` per name, one line per prompt, names on top.
 
-    ValueError when the columns have different shapes.
+    ValueError if the columns have different shapes.
     """
     shapes = {name: tuple(clips.shape) for name, clips in columns.items()}
     if len(set(shapes.values())) != 1:
-        raise ValueError(f"all columns must have one shape, got {shapes}")
+        raise ValueError(f"all columns must have the same shape, got {shapes}")
     clips = [enlarge(_uint8(column), scale) for column in columns.values()]
     lines = [torch.cat([_padded(column[p]) for column in clips], dim=3) for p in range(len(clips[0]))]
     pixels = torch.cat(lines, dim=2).permute(1, 2, 3, 0).contiguous().cpu().numpy()
@@ -55,7 +55,7 @@ def enlarge(clips: Tensor, scale: int) -> Tensor:
 
 
 def fitted(clips: Tensor, side: int) -> Tensor:
-    """Clips `[B, 3, F, H, W]`, uint8, no larger than `side` pixels; smaller ones are left alone."""
+    """Clips `[B, 3, F, H, W]`, uint8, scaled down if a side is longer than `side` pixels."""
     height, width = clips.shape[-2:]
     if max(height, width) <= side:
         return clips
@@ -70,5 +70,5 @@ def _uint8(frames: Tensor) -> Tensor:
 
 
 def _padded(clip: Tensor) -> Tensor:
-    """White margin around one clip `[3, F, H, W]`."""
+    """One clip `[3, F, H, W]` with a white margin."""
     return functional.pad(clip, (GAP // 2, GAP // 2, GAP // 2, GAP // 2), value=255)

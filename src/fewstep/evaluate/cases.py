@@ -13,12 +13,12 @@ from torch import Tensor
 from fewstep.world.grammar import Scene
 from fewstep.world.renderer import Variation, render
 
-SEED_STRIDE = 1_000_003  # keeps the clips of two suites with neighbouring seeds apart
+SEED_STRIDE = 1_000_003  # so that two suites with neighbouring seeds have different clips
 
 
 @dataclass(frozen=True)
 class Cases:
-    """Every prompt is drawn with `seeds_per_prompt` seeds; clip `p * seeds_per_prompt + s` has the seed `first_seed` + that."""
+    """Prompts with `seeds_per_prompt` clips each; clip i = `p * seeds_per_prompt + s` has the seed `first_seed + i`."""
 
     prompts: tuple[str, ...]
     scenes: tuple[Scene, ...] | None
@@ -36,12 +36,12 @@ class Cases:
     def scene_per_clip(self, first: int, last: int) -> list[Scene]:
         """Scenes of the clips of prompts `first` up to `last`."""
         if self.scenes is None:
-            raise ValueError("these prompts have no scenes: they cannot be rendered or checked")
+            raise ValueError("these prompts are not of the built-in world: they cannot be rendered or checked")
         return [scene for scene in self.scenes[first:last] for _ in range(self.seeds_per_prompt)]
 
 
 class TrueClips(ABC):
-    """Clips that no model made, in one or two independent sets: what Frechet distances are taken to, and their floor."""
+    """True clips (rendered or real) in one or two independent sets, for Frechet distances and their noise floor."""
 
     kind: ClassVar[str]
     """Name of the report's row."""
@@ -53,21 +53,21 @@ class TrueClips(ABC):
     @property
     @abstractmethod
     def sets(self) -> int:
-        """1 or 2. The first is what distances are taken to; the second, measured like a model, gives the floor."""
+        """1 or 2. Distances are measured to the first set; the second set, measured like a model, gives the floor."""
 
     @property
     @abstractmethod
     def judged(self) -> int | None:
-        """The set that is scored against the prompts too, as a model is; None if no set answers the prompts."""
+        """The set that is also scored against the prompts, like a model; None if no set belongs to the prompts."""
 
     @abstractmethod
     def draw(self, which: int, spans: Iterable[tuple[int, int]]) -> Iterator[Tensor]:
-        """Clips `[n, 3, F, H, W]` of one set, for the prompts of one span `(first, last)` after another."""
+        """Clips `[n, 3, F, H, W]` of one set, for one span `(first, last)` of prompts after another."""
 
 
 @dataclass(frozen=True)
 class Rendered(TrueClips):
-    """Freshly rendered clips of the prompts' scenes."""
+    """Newly rendered clips of the prompts' scenes."""
 
     kind: ClassVar[str] = "renderer"
     batch: ClassVar[int] = 64  # which clips are drawn depends on it

@@ -1,4 +1,4 @@
-"""From measured clips to rows: distances, shares, intervals, and a student against its teacher at the same steps."""
+"""Turn measured clips into rows: distances, shares, intervals, and the gain over the teacher at the same steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fewstep.metrics.statistics import FEWEST, clustered_wilson, difference_of_s
 from fewstep.world.grammar import ATTRIBUTES
 
 BLOCKS = 100
-"""Of a jackknife: with more prompts than this, several are left out at once, for the sake of time."""
+"""Largest number of groups in a jackknife. With more prompts, several are left out at once, to save time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +106,7 @@ def make_row(entry: Entry, mine: Measured, reference: Measured, distance: Distan
 
 
 def make_truth(truth: Measured, reference: Measured, floor: float | None, name: str) -> Truth:
-    """Clips that no model made, measured like a model's."""
+    """The row of true clips (rendered or real), measured like a model's."""
     return Truth(
         name=name,
         accuracy=None if truth.right is None else float(truth.right.all(1).double().mean()),
@@ -121,7 +121,7 @@ def make_truth(truth: Measured, reference: Measured, floor: float | None, name: 
 def with_gains(
     rows: Sequence[Row], measured: Mapping[str, Measured], distances: Mapping[str, Distance], bench: Bench
 ) -> tuple[Row, ...]:
-    """Give every student row its distance to the teacher at the same number of steps, where that was measured."""
+    """Give every student row its gain over the teacher at the same number of steps, if that teacher was measured."""
     baselines = {row.steps: row for row in rows if row.role == "teacher"}
     finished = []
     for row in rows:
@@ -150,7 +150,7 @@ def _gain(
 
 
 def _difference(name: str, mine: Measured, other: Measured, bench: Bench) -> tuple[float | None, Range | None]:
-    """Mean difference of a score by prompt, and its interval; None for a score that was not taken."""
+    """Mean difference of a score over prompts, and its interval; None for a score that was not measured."""
     if getattr(mine, name) is None or getattr(other, name) is None:
         return None, None
     seeds = bench.cases.seeds_per_prompt
@@ -160,7 +160,7 @@ def _difference(name: str, mine: Measured, other: Measured, bench: Bench) -> tup
 
 
 def _ratio(values: Tensor | None, reference: Tensor | None) -> float | None:
-    """Relative to the reference; None where it is undefined (JSON knows no NaN)."""
+    """Mean relative to the reference's mean; None if it is undefined, because JSON has no NaN."""
     if values is None or reference is None:
         return None
     ratio = ratio_of_means(values, reference)
@@ -168,12 +168,12 @@ def _ratio(values: Tensor | None, reference: Tensor | None) -> float | None:
 
 
 def _shares(shares: Tensor, seeds: int) -> Range | None:
-    """Interval of the share of clips that are right; None with a single prompt."""
+    """Interval of a share of right clips; None with a single prompt."""
     return clustered_wilson(shares, seeds)[:] if len(shares) >= FEWEST else None
 
 
 def _range(interval: tuple[float, float]) -> Range | None:
-    """None for an interval that says nothing."""
+    """The interval, or None if it is not finite."""
     return (interval[0], interval[1]) if all(map(math.isfinite, interval)) else None
 
 

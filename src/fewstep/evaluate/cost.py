@@ -16,7 +16,7 @@ from fewstep.evaluate.suite import Entry
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a single clip, alone in its batch."""
+    """Cost of a single clip, alone in its batch."""
 
     sampling: Latency
     """Latency from text to latents."""
@@ -31,7 +31,7 @@ class Cost:
 
 @torch.inference_mode()
 def cost(entry: Entry, bench: Bench) -> Cost:
-    """Measure the first clip of the suite over and over. The FLOP count runs first and warms everything up."""
+    """Generate the first clip of the suite repeatedly and measure it. The FLOP count runs first, as a warm-up."""
     prompts, seeds = bench.cases.prompts[:1], bench.cases.seeds(0)[:1]
     suite = bench.suite
 

@@ -15,33 +15,35 @@ from fewstep.models.bundle import VideoModel, read_card
 from fewstep.models.fingerprint import fingerprint
 
 I3D_FLAGS = {"rescale": False, "resize": False, "return_features": True}
-"""Of the I3D that everybody has as TorchScript: pixels are in [-1, 1] and have its size already; features, not logits."""
+"""Arguments of the usual TorchScript I3D: its input has the right size and lies in [-1, 1]; return features, not logits."""
 I3D_FRAMES, I3D_SIZE = 16, (224, 224)
 
 
 @dataclass(frozen=True)
 class FeatureMap:
-    """Where the Frechet distance is taken: clips `[B, 3, F, H, W]` to features `[B, D]`, and a name that pins it down."""
+    """The features of the Frechet distance: clips `[B, 3, F, H, W]` to features `[B, D]`, with a name that identifies them."""
 
     name: str
     map: Callable[[Tensor], Tensor]
 
     @torch.inference_mode()
     def check(self, num_frames: int, size: tuple[int, int], device: torch.device) -> None:
-        """Try it on two grey clips; ValueError now, rather than after an hour of sampling."""
+        """Try it on two grey clips, so that a ValueError comes now and not after an hour of sampling."""
         features = self.map(torch.zeros(2, 3, num_frames, *size, device=device))
         if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != 2:
             got = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
-            raise ValueError(f"{self.name} gives {got} for two clips; a feature extractor gives [2, D]")
+            raise ValueError(
+                f"{self.name} gives {got} for two clips, and must give [2, D]; give another feature extractor"
+            )
 
 
 def feature_map(source: str, size: tuple[int, int], device: torch.device) -> FeatureMap:
-    """The feature map that `source` names; what it became is recorded in its name.
+    """The feature map that `source` names; its own name says exactly what was loaded.
 
     `pooled`: fixed means, no network. `auto`: the built-in world's network if it fits clips of `size` (height, width), else
-    pooled. A TorchScript file, called as I3D is: **loading one runs code that is in it**, so nothing but its own path ever
-    loads one. A folder that transformers' `save_pretrained` wrote for a video encoder such as VideoMAE. A folder or
-    built-in with a `features` network of fewstep's own. Clips are brought to the extractor's size (`as_read`).
+    `pooled`. A TorchScript file, called like I3D: **loading it runs code in the file**, so it is loaded only if you name its
+    path. A folder with a video encoder such as VideoMAE, written by transformers' `save_pretrained`. A folder or built-in
+    model with a `features` network of fewstep. Clips are scaled to the extractor's size (`as_read`).
     """
     if source == "pooled":
         return FeatureMap("pooled (72 fixed means, no network)", pooled)
@@ -54,7 +56,7 @@ def feature_map(source: str, size: tuple[int, int], device: torch.device) -> Fea
         return feature_map(source, size, device)
     if Path(source).suffix and not Path(source).exists():
         raise FileNotFoundError(
-            f"{source}: no such file; features come from a TorchScript file, a folder, pooled or auto"
+            f"{source}: no such file or folder; give a TorchScript file, a folder with a feature network, `pooled` or `auto`"
         )
     if Path(source).is_file():
         return _torchscript(Path(source), device)

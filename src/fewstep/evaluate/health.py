@@ -1,4 +1,4 @@
-"""The health of a run in the report: its verdict, curves with two references, and the last picture."""
+"""Health checks of a run in the report: the verdict, curves with two references, and the last picture."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from fewstep.engine.health.vitals import unsaid
 from fewstep.evaluate.svg import curve
 
 CURVES = {
-    "accuracy": "Every attribute right",
+    "accuracy": "Accuracy: share of clips with every attribute right",
     "distance": "Distance to the teacher's clips",
-    "heed": "Heed of the prompt: clips nearer to the teacher's of their own prompt than to others'",
+    "heed": "Heed of the prompt (1 = like the teacher, 0 = none)",
     "diversity": "Diversity",
     "motion": "Motion",
     "saturation": "Saturation",
     "contrast": "Contrast",
-    "std": "Deviation of the latents",
-    "drift": "Shift of the latent means",
+    "std": "Standard deviation of the latents",
+    "drift": "Shift of the latent means, in standard deviations",
 }
 OWN = {
-    "critic": "Critic's error on fresh samples, relative to the teacher's",
-    "lag": "Critic lag: the same relative to old samples",
+    "critic": "Critic's error on new samples, relative to the network it started from",
+    "lag": "Critic's lag: that error on new samples, relative to old samples",
     "change": "Size of an update relative to the weights",
-    "noise": "Noise in the student's inputs, relative to its path's",
-    "asked": "Deviation that the guided teacher asks for, relative to its own clips'",
+    "noise": "Noise in the student's training inputs (1 = right)",
+    "asked": "Strength of guidance: standard deviation of the guided teacher's predictions, relative to its clips",
     "cosine": "Smallest cosine between gradients of loss terms",
 }
 
 
 def said(run: Path) -> str | None:
-    """The last verdict and what followed from it, as HTML; None where the run was not examined."""
+    """The last verdict and the actions taken, as HTML; None if the run had no check."""
     record = read_record(run)
     if record is None or not record.checks:
         return None
@@ -56,8 +56,9 @@ def picture(run: Path) -> str:
         return ""
     data = base64.b64encode(found[-1].read_bytes()).decode()
     caption = (
-        f"Step {int(found[-1].stem)}. From left to right: student at its fewest and at its most steps; what critic and teacher "
-        "make of the student's clips after noise of t = 0.6; the teacher's own clips. Without a critic, its column is missing."
+        f"Step {int(found[-1].stem)}. From left to right: the student at its fewest and at its most steps; what critic and "
+        "teacher predict from the student's clips with noise (t = 0.6); the teacher's own clips. Methods without a critic have "
+        "no column for it."
     )
     return (
         f'<figure class="card scroll"><img alt="student, critic and teacher" src="data:image/png;base64,{data}">'

@@ -13,22 +13,24 @@ from fewstep.data.video import cover
 
 
 def require_transformers(what: str) -> None:
-    """ValueError that says how to get transformers, where it is not installed."""
+    """ValueError if transformers is not installed; the message says how to install it."""
     if importlib.util.find_spec("transformers") is None:
         raise ValueError(f'{what} needs transformers, which is not installed: pip install "fewstep[diffusers]"')
 
 
 def as_read(frames: Tensor, size: tuple[int, int], num_frames: int | None = None) -> Tensor:
-    """Clips `[B, 3, F, H, W]` in [-1, 1] as a network for `num_frames` frames of `size` (height, width) reads them.
+    """Fit clips `[B, 3, F, H, W]` in [-1, 1] to a network that reads `num_frames` frames of `size` (height, width).
 
-    Frames are taken evenly from the first to the last (all of them for None); pictures are scaled to cover the size, the
-    shorter side exactly for square ones, and cropped at the centre (`data.video.cover`). What fits already is not touched.
-    ValueError for clips with fewer frames.
+    Frames are picked at equal distances from the first to the last (all frames for None). Each frame is scaled to cover the
+    size and cropped at the centre (`data.video.cover`). Clips that fit are not changed. ValueError for clips with fewer
+    frames.
     """
     count = frames.shape[2]
     if num_frames is not None and num_frames != count:
         if count < num_frames:
-            raise ValueError(f"the network reads {num_frames} frames and the clips have {count}; make longer clips")
+            raise ValueError(
+                f"the network reads {num_frames} frames, and the clips have {count}; generate longer clips"
+            )
         frames = frames[:, :, [round(i * (count - 1) / (num_frames - 1)) for i in range(num_frames)]]
     if frames.shape[-2:] == size:
         return frames
@@ -37,7 +39,7 @@ def as_read(frames: Tensor, size: tuple[int, int], num_frames: int | None = None
 
 
 def fingerprint_files(paths: Iterable[Path]) -> str:
-    """12 hexadecimal characters that change when the content of any file does."""
+    """A digest of 12 hexadecimal characters, which changes if the content of any file changes."""
     digest = hashlib.blake2b(digest_size=6)
     for path in sorted(paths):
         with path.open("rb") as file:
@@ -46,5 +48,5 @@ def fingerprint_files(paths: Iterable[Path]) -> str:
 
 
 def fingerprint_folder(folder: Path) -> str:
-    """`fingerprint_files` of the weights and settings in a folder that `save_pretrained` wrote."""
+    """`fingerprint_files` of the weights and settings in a folder written by `save_pretrained`."""
     return fingerprint_files(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".json", ".txt"))

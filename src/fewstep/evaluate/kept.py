@@ -26,17 +26,17 @@ PAGE = "report.html"
 
 @dataclass(frozen=True)
 class KeptRows:
-    """The finished rows of one evaluation: a file each, by the row's name."""
+    """The finished rows of one evaluation: one file per row, by the row's name."""
 
     paths: Mapping[str, Path]
 
     @classmethod
     def of(cls, rows: Sequence[Entry], bench: Bench, output: Path) -> KeptRows:
-        """Other weights, prompts or settings have other files."""
+        """The files for these rows. Other weights, prompts or settings get other files."""
         weights: dict[int, dict[str, str]] = {}
         paths: dict[str, Path] = {}
         for entry in rows:
-            if id(entry.model) not in weights:  # a fingerprint reads all of them
+            if id(entry.model) not in weights:  # a fingerprint reads all weights, so compute it once
                 weights[id(entry.model)] = {name: entry.model.fingerprint(name) for name in entry.model.parts}
             facts = {
                 "row": entry.name, "weights": weights[id(entry.model)], "contract": repr(entry.contract),
@@ -47,7 +47,7 @@ class KeptRows:
         return cls(paths)
 
     def read(self, name: str) -> Measured | None:
-        """A row as it was measured; None where it was not, or its file is damaged."""
+        """The figures of a row; None if it was not measured, or if its file is damaged."""
         if not self.paths[name].is_file():
             return None
         try:
@@ -65,13 +65,13 @@ class KeptRows:
             save_file(tensors, draft, metadata={"seconds": repr(measured.seconds)})
 
     def said(self) -> str:
-        """For the person who stops an evaluation."""
+        """What happens if the user starts a stopped evaluation again."""
         count = sum(path.is_file() for path in self.paths.values())
         which = "1 finished row is" if count == 1 else f"{count} finished rows are"
-        return f"{which} kept, and the same command goes on after that"
+        return f"{which} kept, and the same command continues after that"
 
     def delete(self) -> None:
-        """When the report is written, which has all of it. Files of others stay."""
+        """Delete the files of these rows, once the report holds all of them. Files of other evaluations stay."""
         for path in self.paths.values():
             path.unlink(missing_ok=True)
         with suppress(OSError):
@@ -79,18 +79,18 @@ class KeptRows:
 
 
 def require_own(output: Path, models: Mapping[str, str], suite: Mapping[str, Any]) -> None:
-    """Refuse (FileExistsError) to write over what this evaluation did not make: another's figures, or anybody's files."""
+    """Refuse (FileExistsError) to overwrite files that this evaluation did not write."""
     page, results = output / PAGE, output / FILE
     if not results.exists():
         if page.exists():
-            raise FileExistsError(f"{page} is there and no {FILE} that it is the page of; give another output folder")
+            raise FileExistsError(f"{page} exists, but its {FILE} does not; give another output folder")
         return
     try:
         there = load_report(output)
     except (ValueError, TypeError, KeyError, AttributeError, OSError, RecursionError):
-        raise FileExistsError(f"{results} is not of fewstep evaluate; give another output folder") from None
+        raise FileExistsError(f"{results} was not written by fewstep evaluate; give another output folder") from None
     if there.models != models or there.suite != json.loads(json.dumps(suite)):
         changed = "models" if there.models != models else "prompts or settings"
         raise FileExistsError(
-            f"{results} has figures of other {changed}; give another output folder, or delete {results} and {page}"
+            f"{results} has figures for other {changed}; give another output folder, or delete {results} and {page}"
         )

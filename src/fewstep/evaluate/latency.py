@@ -16,7 +16,7 @@ from fewstep.metrics.statistics import percentile
 
 @dataclass(frozen=True)
 class Latency:
-    """Wall-clock seconds of repeated calls, warm-up left out."""
+    """Wall-clock seconds of repeated calls, without the warm-up."""
 
     runs: tuple[float, ...]
 
@@ -26,14 +26,14 @@ class Latency:
 
     @property
     def p95(self) -> float:
-        """With few runs (see `runs`) this is close to the slowest."""
+        """95th percentile; with few runs (see `runs`) it is close to the slowest run."""
         return percentile(self.runs, 95)
 
 
 def measure_latency(
     fn: Callable[[], Any], *, runs: int = 20, budget: float = 20.0, warmup: int = 1, device: torch.device | str = "cpu"
 ) -> Latency:
-    """Time `fn` up to `runs` times, but no longer than `budget` seconds once 3 runs are in. The device is waited for."""
+    """Time `fn` up to `runs` times. After 3 runs, stop when `budget` seconds are over. Waits for the device."""
     device = torch.device(device)
     for _ in range(warmup):
         fn()
@@ -58,8 +58,8 @@ def synchronize(device: torch.device) -> None:
 def peak_memory(fn: Callable[[], Any], device: torch.device | str = "cpu") -> tuple[int, str]:
     """Highest memory use while `fn` runs, in bytes, and what was measured.
 
-    CUDA: the allocator's peak on the device. Linux: resident set of the process, weights and libraries included.
-    Elsewhere the high-water mark cannot be reset, so it covers the whole life of the process.
+    CUDA: the allocator's peak on the device. Linux: the peak resident set of the process, with weights and libraries. On other
+    systems the peak cannot be reset, so it covers the whole life of the process.
     """
     device = torch.device(device)
     if device.type == "cuda":

@@ -30,7 +30,7 @@ class Machine:
 
 
 def describe_machine(device: torch.device | str = "cpu") -> Machine:
-    """Describe this machine; `device` is where the models ran."""
+    """Describe this machine; `device` is the device on which the models ran."""
     device = torch.device(device)
     if device.type == "cpu":
         accelerator = None
@@ -47,7 +47,7 @@ def describe_machine(device: torch.device | str = "cpu") -> Machine:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides a number; a package run from a checkout without installation says so."""
+    """Versions of the packages that decide a figure. A package that runs from a checkout, not installed, says so."""
     found = {"python": sys.version.split()[0], "torch": torch.__version__}
     for name in ("fewstep", "numpy", "safetensors", "pillow", "transformers"):
         try:
@@ -58,7 +58,7 @@ def versions() -> dict[str, str]:
 
 
 def speed(dtype: torch.dtype, size: int = 384) -> float:
-    """Operations per CPU-second of one core in a product of two matrices: the best of five."""
+    """Operations per CPU-second of one core in a matrix product: the best of five runs."""
     a, threads, seconds = torch.ones(size, size, dtype=dtype), torch.get_num_threads(), []
     torch.set_num_threads(1)
     try:

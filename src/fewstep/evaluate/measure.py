@@ -1,4 +1,4 @@
-"""Turns clips into figures batch by batch, so that a large set need not fit into memory."""
+"""Turn clips into figures batch by batch, so that a large set need not fit into memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fewstep.metrics import diversity, flicker, motion, shuffled
 from fewstep.world.checker import Checker
 
 Judge = Callable[[Tensor, int, int], Mapping[str, Tensor]]
-"""Scores clips `[n, 3, F, H, W]` of prompts `first` up to `last`: one row per clip, under the name of a field of `Measured`."""
+"""Scores the clips `[n, 3, F, H, W]` of prompts `first` up to `last`: one value per clip, by name of a `Measured` field."""
 
 
 def checked(cases: Cases) -> Judge:
@@ -41,7 +41,7 @@ class Meter:
         self._shuffle = torch.Generator().manual_seed(cases.first_seed)
 
     def add(self, frames: Tensor, first: int, last: int) -> None:
-        """Measure the clips `[n, 3, F, H, W]` in [-1, 1] of prompts `first` up to `last`, a prompt's seeds after one another."""
+        """Measure the clips `[n, 3, F, H, W]` in [-1, 1] of prompts `first` up to `last`, ordered by prompt."""
         x, seeds = frames.float(), self._cases.seeds_per_prompt
         require_finite(x, f"clips of prompts {first} to {last - 1}")
         self._put("features", self._features.map(x))
@@ -60,7 +60,7 @@ class Meter:
         self._parts.setdefault(name, []).append(value.detach().cpu())
 
     def done(self, seconds: float = 0.0) -> Measured:
-        """All figures so far; `seconds` is what the sampling took."""
+        """All figures so far; `seconds` is the sampling time per clip."""
         whole = {name: torch.cat(parts) for name, parts in self._parts.items()}
         return Measured(
             features=whole["features"],
@@ -78,7 +78,7 @@ class Meter:
 
 @dataclass(frozen=True)
 class Measured:
-    """Figures of N clips of P prompts; the clips of a prompt follow one another."""
+    """Figures of N clips of P prompts, ordered by prompt."""
 
     features: Tensor
     """Features of the clips, `[N, D]`."""
@@ -101,12 +101,13 @@ class Measured:
     """Seconds per clip at the suite's batch size, from text to latents."""
 
     def by_prompt(self, name: str, seeds: int) -> Tensor:
-        """Mean over the seeds of each prompt of `motion`, `flicker` or `clip_score`, or the share all right for `right`: `[P]`.
+        """Mean over the seeds of each prompt, `[P]`, of `motion`, `flicker` or `clip_score`; for `right`, the share of clips
+        with every attribute right.
 
-        `attributes` gives the share right of each attribute, `[P, 6]`.
+        `attributes` gives the share of right clips for each attribute, `[P, 6]`.
         """
         values = self.right if name == "attributes" else getattr(self, name)
         if values is None:
-            raise ValueError(f"{name}: these clips have not been judged by it")
+            raise ValueError(f"{name} was not measured for these clips; evaluate with the suite that measures it")
         values = values.all(1) if name == "right" else values
         return values.double().unflatten(0, (-1, seeds)).mean(1)

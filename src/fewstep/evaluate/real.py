@@ -26,18 +26,18 @@ class RealClips:
 
     path: str
     stride: int = 4
-    """Step between two frames, in frames of the file. WebVid has about 30 per second, AnimateDiff generates 8."""
+    """Take every N-th frame of the file. WebVid has about 30 frames per second; AnimateDiff generates 8."""
     layout: LayoutName = "plain"
     """Layout of the dataset on disk, see `fewstep.data.layouts`."""
     root: str = ""
     """Folder that video names are relative to; empty: `path`, or the folder that contains it."""
 
     def draw(self, count: int, num_frames: int, size: tuple[int, int], seed: int) -> Drawn:
-        """`count` videos at random, and as many again where there are enough; DataError if there are too few.
+        """Draw `count` videos at random, and a second set of `count` if there are enough. DataError if there are too few.
 
-        Clips are the first frames of a video, scaled to cover the models' `size` (height, width) and cropped at the centre,
-        so that real and generated clips go the same way from there on. Every file is decoded here once, because one that
-        cannot be read must not lend its caption.
+        A clip is the first frames of a video, scaled to cover the models' `size` (height, width) and cropped at the centre.
+        From there on, real and generated clips are processed in the same way. Every file is decoded once here, so that the
+        caption of an unreadable file is not used as a prompt.
         """
         listing = open_listing(self.path, self.layout, self.root)
         cut = Cut(num_frames=num_frames, height=size[0], width=size[1], stride=self.stride)
@@ -55,7 +55,7 @@ class RealClips:
         if len(usable) < count:
             why = "; ".join(skipped[:3])
             raise DataError(
-                f"{self.path}: {len(usable)} videos give {num_frames} frames at stride {self.stride}, and {count} are asked for"
+                f"{self.path}: {len(usable)} videos have {num_frames} frames at stride {self.stride}, and {count} are needed"
                 f"{f' ({why})' if why else ''}; ask for fewer prompts or give more videos"
             )
         return Drawn(

@@ -29,7 +29,7 @@ LARGEST = 256
 
 
 def write_report(folder: Path | str, *, run: Path | str | None = None, recipe: str | None = None) -> Path:
-    """Write `report.html` beside the `results.json` of `folder`; it needs no other file and no network.
+    """Write `report.html` next to the `results.json` in `folder`. The page needs no other file and no network.
 
     `run` is a training run whose `metrics.jsonl` is drawn as curves, `recipe` the text of the recipe that made the
     student.
@@ -58,7 +58,7 @@ def write_report(folder: Path | str, *, run: Path | str | None = None, recipe: s
 
 
 def best_student(report: Report) -> Row | None:
-    """The student row that gets most prompts right (or is closest to the reference); of equals, the one with fewest steps."""
+    """The student row with the highest accuracy (or the smallest distance); among equals, the one with fewest steps."""
     students = [row for row in report.rows if row.role == "student"]
     return min(students, key=lambda r: (-(r.accuracy or 0.0), r.frechet or 0.0, r.steps), default=None)
 
@@ -66,7 +66,7 @@ def best_student(report: Report) -> Row | None:
 def lead(report: Report, hero: Row | None) -> str:
     """The outcome in a few plain sentences, good or bad."""
     if hero is None:
-        return "No student among these rows: this page describes the teacher at several numbers of steps."
+        return "This page has no student: it shows the teacher at several numbers of steps."
     doubt = unearned(report, hero)
     return _outcome(report, hero) + (f" The quality of {hero.name} has not been shown: {doubt}." if doubt else "")
 
@@ -81,26 +81,27 @@ def _outcome(report: Report, hero: Row) -> str:
         )
         return (
             f"{hero.name}, with {_evaluations(hero)} per clip: {_alignment(hero, report)}. {reference.name}, with "
-            f"{reference.nfe}: {_alignment(reference, report)}.{same} Neither figure sees flicker: look at the clips too."
+            f"{reference.nfe}: {_alignment(reference, report)}.{same} These figures do not measure flicker: look at the "
+            "clips too."
         )
     if hero.accuracy is None:
         return (
             f"{hero.name} makes a clip with {_evaluations(hero)}, {reference.name} with {reference.nfe}. "
-            "Whether clips match their prompts cannot be checked for these prompts; look at the clips and the distances."
+            "Only prompts of the built-in world can be checked automatically: look at the clips and the distances."
         )
     said = (
-        f"{hero.name} shows everything its prompt asks for in {percent(hero.accuracy)} of the clips, with {_evaluations(hero)} "
-        f"per clip; {reference.name} in {percent(reference.accuracy)}, with {reference.nfe}."
+        f"{hero.name} uses {_evaluations(hero)} per clip, and {percent(hero.accuracy)} of its clips show everything that the "
+        f"prompt asks for. {reference.name} uses {reference.nfe}: {percent(reference.accuracy)}."
     )
     gain = hero.gain
     if gain is None or gain.accuracy is None:
-        return said + " The teacher at the same number of steps was not measured, so what training gained is unknown."
+        return said + " The teacher at the same number of steps was not measured, so the gain from training is unknown."
     same = f" The teacher at the same number of steps, without training: {percent(report.row(gain.baseline).accuracy)}."
     if gain.accuracy_ci is None:
-        return said + same + " From one prompt nothing can be said about others."
+        return said + same + " One prompt says nothing about other prompts."
     low, high = gain.accuracy_ci
     verdict = (
-        "" if low > 0 else " Training made it worse." if high < 0 else " The difference is within the margin of error."
+        "" if low > 0 else " Training made it worse." if high < 0 else " This difference is within the margin of error."
     )
     return said + same + verdict
 
@@ -119,14 +120,17 @@ def _facts(report: Report, hero: Row | None) -> Iterator[tuple[str, str]]:
     if hero is None:
         return
     if doubt := unearned(report, hero):
-        yield "not shown", f"that {hero.name} is any good: {doubt}; so no speed is claimed here"
+        yield "not shown", f"is the quality of {hero.name}: {doubt}. So this page claims no speed-up"
     else:
         faster = f"{number(reference.seconds / hero.seconds)}x faster"
-        yield faster, f"{_time(hero.seconds)} instead of {_time(reference.seconds)} a clip"
+        yield faster, f"{_time(hero.seconds)} per clip instead of {_time(reference.seconds)}"
     if hero.accuracy is not None:
-        yield percent(hero.accuracy), f"all right; {reference.name}: {percent(reference.accuracy)}"
+        yield (
+            percent(hero.accuracy),
+            f"of the clips match their prompt; {reference.name}: {percent(reference.accuracy)}",
+        )
     if doubt:
-        return  # noise moves, and differs from noise
+        return  # pure noise has much motion and diversity
     yield times(hero.motion), f"the motion of {reference.name}"
     if hero.diversity is not None:
         yield times(hero.diversity), f"the diversity of {reference.name}"
@@ -143,9 +147,9 @@ def _clips(report: Report, clips: Mapping[str, Tensor]) -> str:
             f'<p class="prompt">“{escape(preview["prompt"])}” <span class="soft">seed {preview["seed"]}</span></p>'
         )
         cells.extend(_cell(name, small[name][i], preview, report.suite["fps"]) for name in names)
-    hint = "Every line is one prompt and one seed, so all columns start from the same noise."
+    hint = "Each line has one prompt and one seed, so all its clips start from the same noise."
     if any(preview["marks"] for preview in report.previews):
-        hint += " Marks are read from the pixels by the checker: ✓ as asked, ✗ not as asked, ? too unclear to tell."
+        hint += " The checker reads each attribute from the pixels: ✓ as the prompt asks, ✗ different, ? too unclear to read."
     return _section("Side by side", hint, f'<div class="card scroll"><div class="clips">{"".join(cells)}</div></div>')
 
 
@@ -163,9 +167,9 @@ def _cell(name: str, clip: Tensor, preview: Mapping[str, Any], fps: float) -> st
 
 
 def _table(report: Report) -> str:
-    scores = {"all right": report.checked or not report.aligned, "CLIPScore": report.aligned}
+    scores = {"accuracy": report.checked or not report.aligned, "CLIPScore": report.aligned}
     heads = ["", "network<br>evaluations"]
-    heads += [head for name, shown in scores.items() if shown for head in (name, "against teacher<br>at equal steps")]
+    heads += [head for name, shown in scores.items() if shown for head in (name, "minus teacher<br>at equal steps")]
     heads += [report.distance, "motion", "diversity", "flicker", "seconds<br>median / p95", "decode<br>seconds"]
     heads += ["GFLOP", "memory<br>MB"]
     lines = [_table_line(_row_cells(row, report), kind(row, report)) for row in report.rows]
@@ -174,7 +178,7 @@ def _table(report: Report) -> str:
         lines.append(_table_line([*cells, *[""] * (len(heads) - len(cells))], "truth"))
     head = "".join(f"<th>{cell}</th>" for cell in heads)
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
-    hint = f"{report.seeds['clips']} clips per row. Ranges are 95 % intervals. "
+    hint = f"{report.seeds['clips']} clips per row. Brackets are 95 % intervals. "
     hint += f"Motion, diversity and flicker are relative to {escape(report.reference)}."
     return _section("Figures", hint, f'<div class="card scroll">{table}</div>')
 
@@ -227,7 +231,7 @@ def _charts(report: Report) -> str:
         cards.append(("Every attribute right", bars(items, text=percent, top=1.0)))
         points = [Point(r.name, r.seconds, r.accuracy or 0.0, kind(r, report)) for r in rows]
         cards.append(
-            ("Quality against time", scatter(points, x_name="seconds per clip (logarithmic)", y_name="all right"))
+            ("Quality against time", scatter(points, x_name="seconds per clip (logarithmic)", y_name="accuracy"))
         )
     if report.aligned:
         items = [Bar(r.name, r.clip_score or 0.0, kind(r, report), r.clip_score_ci) for r in rows]
@@ -262,19 +266,17 @@ def _attributes(report: Report) -> str:
         )
         unclear = f'<td style="--share:0">{percent(row.abstained)}</td>'
         lines.append(f"<tr><td>{escape(row.name)}</td>{cells}{unclear}</tr>")
-    hint = "Share of clips in which the checker reads the attribute as the prompt asks, with its 95 % interval. "
-    hint += "Too unclear to read counts as wrong."
+    hint = "Share of clips in which the checker reads the attribute as the prompt asks, with a 95 % interval. "
+    hint += "A clip that is too unclear to read counts as wrong."
     body = f'<table class="heat"><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
-    return _section("What is right and what is not", hint, f'<div class="card scroll">{body}</div>')
+    return _section("Accuracy of each attribute", hint, f'<div class="card scroll">{body}</div>')
 
 
 def _health(run: Path) -> str:
     said = health.said(run)
     if said is None:
         return ""
-    hint = (
-        f"{said} Figures of fixed prompts and seeds, beside the teacher's own and the teacher at the student's steps."
-    )
+    hint = f"{said} Prompts and seeds are fixed. Dashed lines: the teacher, and the teacher at the student's steps."
     return _section("Health", hint, _cards("curves", health.curves(run)) + health.picture(run))
 
 
@@ -282,14 +284,12 @@ def _curves(run: Path) -> str:
     found = read_curves(run / "metrics.jsonl")
     rows = {name: series for name, series in found.items() if not name.startswith("health/")}
     cards = [(name, curve(xs, ys)) for name, (xs, ys) in rows.items() if len(xs) > 1]
-    hint = (
-        "As logged; the strong line is a running mean. A distillation loss need not fall: judge by the figures above."
-    )
+    hint = "Figures as logged; the strong line is a running mean. A distillation loss need not fall: judge by the figures above."
     return _section("Training", hint, _cards("curves", cards)) if cards else ""
 
 
 def read_curves(path: Path) -> dict[str, tuple[list[float], list[float]]]:
-    """Steps and values by name, of every numeric key of a `metrics.jsonl` except the clock; FileNotFoundError without it."""
+    """Steps and values of every numeric key of a `metrics.jsonl` except the time. FileNotFoundError if there is no file."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give the folder of a training run")
     found: dict[str, tuple[list[float], list[float]]] = {}
@@ -309,17 +309,17 @@ def _method(report: Report) -> str:
     seeds = report.suite["seeds_per_prompt"]
     facts = {
         "prompts and seeds": f"{_prompts(report)}, {seeds} seed{'s' if seeds > 1 else ''} each, the same for every row",
-        "all right": "share of clips with every attribute as asked; 95 % Wilson interval, for as many independent clips as "
-        "these are worth: clips of one prompt resemble each other (design effect)",
-        "against teacher": "difference to the teacher at the same number of steps; 95 % Student's t over prompts, paired",
+        "accuracy": "share of clips with every attribute as the prompt asks; 95 % Wilson interval for the effective number of "
+        "independent clips, because clips of one prompt resemble each other (design effect)",
+        "minus teacher": "difference to the teacher at the same number of steps; 95 % Student's t over prompts, paired",
         report.distance: f"to {report.frechet_reference}, n = {report.seeds['clips']}, features: {report.frechet_features}; "
-        "95 % jackknife over prompts, of distances at this n: the bias of few clips is not in it",
+        "95 % jackknife over prompts at this n; it does not include the bias of few clips",
         f"{report.distance} controls": f"noise floor {number(report.frechet_floor)}, "
-        f"true clips with their frames shuffled {number(report.frechet_shuffled)}",
+        f"true clips with shuffled frames {number(report.frechet_shuffled)}",
         "motion": "mean absolute difference of neighbouring frames",
         "diversity": "mean root-mean-square pixel distance between the seeds of a prompt",
         "flicker": "mean absolute second difference in time",
-        "seconds": f"one clip alone, text to latents, decoding apart, after warm-up; at least {runs} runs",
+        "seconds": f"one clip alone, from text to latents (decoding is separate), after warm-up; at least {runs} runs",
         "memory": report.memory,
     }
     if report.aligned:
@@ -335,7 +335,7 @@ def _prompts(report: Report) -> str:
     texts = report.suite["texts"]
     if report.suite.get("real") and not texts:
         return f"the captions of {report.suite['prompts']} real clips"
-    return f"{len(texts)} given prompts" if texts else f"{report.suite['prompts']} fresh prompts"
+    return f"{len(texts)} given prompts" if texts else f"{report.suite['prompts']} new prompts"
 
 
 def _provenance(report: Report, recipe: str | None) -> str:
@@ -353,7 +353,7 @@ def _provenance(report: Report, recipe: str | None) -> str:
     body = _cards("twin", cards)
     if recipe is not None:
         body = f'<div class="card" style="margin-bottom:18px"><h3>Recipe</h3><pre>{escape(recipe.strip())}</pre></div>{body}'
-    return _section("To repeat it", "", body)
+    return _section("How to repeat it", "", body)
 
 
 def _list(facts: Mapping[str, str]) -> str:

@@ -18,7 +18,7 @@ Range = tuple[float, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Gain:
-    """A student against its teacher at the same number of steps, on the same prompts and seeds."""
+    """Figures of a student minus those of its teacher at the same number of steps, on the same prompts and seeds."""
 
     baseline: str
     accuracy: float | None
@@ -38,7 +38,7 @@ class Gain:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One model at one number of steps. None: could not be measured here."""
+    """One model at one number of steps. None means that the figure could not be measured."""
 
     name: str
     model: str
@@ -72,7 +72,7 @@ class Row:
     frechet_shuffled: float
     """Control: distance of the same clips with their frames in random order. It must be higher."""
     motion: float | None
-    """Motion relative to the reference row (1 = equal), as are diversity and flicker. None if the reference has none."""
+    """Motion relative to the reference row (1 = equal); diversity and flicker likewise. None if the reference has none."""
     motion_ci: Range | None
     motion_absolute: float
     diversity: float | None
@@ -95,7 +95,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Truth:
-    """The same figures for clips that no model made: what a perfect model would score."""
+    """The same figures for true clips (rendered or real): what a perfect model would score."""
 
     name: str = "renderer"
     """Name of the row: `renderer` or `real clips`."""
@@ -110,7 +110,7 @@ class Truth:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """All rows, and everything needed to repeat or to distrust them."""
+    """All rows, and everything that is needed to repeat or to question them."""
 
     rows: tuple[Row, ...]
     reference: str
@@ -144,7 +144,7 @@ class Report:
 
     @property
     def checked(self) -> bool:
-        """Whether the world's checker could read what the prompts ask."""
+        """Whether the built-in world's checker could judge these prompts."""
         return any(row.accuracy is not None for row in self.rows)
 
     @property
@@ -155,7 +155,7 @@ class Report:
     def row(self, name: str) -> Row:
         found = [row for row in self.rows if row.name == name]
         if not found:
-            raise ValueError(f"no row {name!r}; there are {', '.join(row.name for row in self.rows)}")
+            raise ValueError(f"there is no row {name!r}; choose from {', '.join(row.name for row in self.rows)}")
         return found[0]
 
     def save(self, folder: Path) -> Path:
@@ -166,14 +166,15 @@ class Report:
 
 
 def figures(report: Report, weights: str) -> dict[str, float]:
-    """What an evaluation found of the denoiser with the fingerprint `weights`, each under a name that says of what and of how
-    many clips. ValueError where it was not among those measured.
+    """Figures of the denoiser with the fingerprint `weights`. Each name says what was measured and on how many clips.
+
+    ValueError if that denoiser was not measured.
     """
     rows = [row for row in report.rows if report.models.get(row.name) == weights]
     if not rows:
         raise ValueError(
-            f"this evaluation is not of these weights ({weights}) but of {', '.join(sorted(set(report.models.values())))}; "
-            "evaluate this student"
+            f"this evaluation measured other weights ({', '.join(sorted(set(report.models.values())))}), not these "
+            f"({weights}); run fewstep evaluate on this student"
         )
     found: dict[str, float] = {}
     for row in rows:
@@ -193,7 +194,7 @@ def figures(report: Report, weights: str) -> dict[str, float]:
 
 
 def load_report(folder: Path | str) -> Report:
-    """Read the `results.json` of a folder that `evaluate` wrote."""
+    """Read the `results.json` in a folder written by `evaluate`."""
     tree = json.loads((Path(folder) / FILE).read_text())
     rows = tuple(_row(row) for row in tree.pop("rows"))
     truth = tree.pop("truth")

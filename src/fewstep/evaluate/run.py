@@ -1,4 +1,4 @@
-"""From models to a report: sample, measure, compare, write."""
+"""Evaluate models: sample, measure, compare, write the report."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from fewstep.world.grammar import ATTRIBUTES
 
 
 def evaluate(rows: Sequence[Entry], suite: Suite, output: Path | str, progress: Progress | None = None) -> Report:
-    """Measure every entry on the same prompts, seeds and noise; write `results.json` and the preview clips to `output`.
+    """Measure every entry on the same prompts, seeds and noise. Write `results.json` and the preview clips to `output`.
 
-    Give the teacher at its full number of steps first (the reference), then the teacher at the student's step counts
-    (the baseline any distillation must beat), then the student. `write_report(output)` makes the page. Stopped
-    and called again, it goes on after the rows that were finished. ValueError for entries that cannot be compared;
-    FileExistsError where `output` has figures or pages of something else; NonFiniteError when a model makes NaN.
+    Give the teacher at its full number of steps first (the reference), then the teacher at the student's step counts (the
+    baseline that any distillation must beat), then the student. `write_report(output)` makes the page. If it is stopped and
+    called again, it continues after the finished rows. ValueError for entries that cannot be compared; FileExistsError if
+    `output` has figures or pages of something else; NonFiniteError if a model makes NaN.
     """
     output = Path(output)
     with holding(output):
@@ -56,7 +56,7 @@ def evaluate(rows: Sequence[Entry], suite: Suite, output: Path | str, progress: 
 
 
 def measure(rows: Sequence[Entry], bench: Bench, kept: KeptRows, progress: Progress | None) -> dict[str, Measured]:
-    """Sample every row that is not kept from a run that was stopped, and keep it."""
+    """Sample and store every row, except the rows that a stopped evaluation has stored."""
     measured: dict[str, Measured] = {}
     for entry in rows:
         found = kept.read(entry.name)
@@ -74,7 +74,7 @@ def compare(
     models: Mapping[str, str],
     asked: Mapping[str, Any],
 ) -> Report:
-    """Rows with what they cost and how far they are from the reference and from each other."""
+    """The report: rows with their costs, their distances, and each student's gain over its teacher."""
     suite = bench.suite
     costs = {entry.name: cost(entry, bench) for entry in rows}
     name = suite.reference or rows[0].name
@@ -105,7 +105,7 @@ def compare(
 
 
 def _previews(bench: Bench, measured: Mapping[str, Measured]) -> Iterator[dict[str, Any]]:
-    """What the checker says of each clip that the report shows."""
+    """The checker's findings for each clip that the report shows."""
     cases = bench.cases
     for prompt in range(min(bench.suite.previews, len(cases.prompts))):
         clip = prompt * cases.seeds_per_prompt
@@ -121,35 +121,32 @@ def _marks(mine: Measured, clip: int) -> dict[str, str]:
 
 
 def _notes(rows: Sequence[Entry], bench: Bench, target: Target) -> Iterator[str]:
-    """What a reader must know before quoting a figure."""
+    """Notes that a reader needs before quoting a figure."""
     (clips, width), distance = target.features.shape, bench.suite.distance
     if bench.cases.scenes is None and bench.clip is None:
-        yield "Accuracy: not checkable, because the prompts have no scenes that a checker could compare with."
+        yield "Accuracy: not measured, because only prompts of the built-in world can be checked."
     if target.halves:
-        yield f"The {distance} floor compares two halves of the reference, so it is higher than the floor of the full set."
+        yield f"{distance} floor: compares two halves of the reference set, so it is higher than the floor of the full set."
     if (prompts := len(bench.cases.prompts)) < FEWEST:
-        yield "Intervals: none, because there is one prompt; clips of one prompt say nothing about other prompts."
+        yield "Intervals: none, because one prompt says nothing about other prompts."
     elif prompts < ENOUGH:
-        yield (
-            f"Intervals: {prompts} prompts are few, so intervals are wide and may miss what more prompts would show; take "
-            f"{ENOUGH} or more."
-        )
+        yield (f"Intervals: wide and not reliable, because {prompts} prompts are few; use {ENOUGH} or more.")
     if clips < 2 * width:
         yield (
-            f"{distance}: {clips} clips for {width} features is few, so the values are biased upwards: compare only at equal "
-            "n and features, and trust differences much larger than the floor only."
+            f"{distance}: {clips} clips are few for {width} features, so the values are biased upwards. Compare only at equal "
+            "n and features, and trust only differences much larger than the floor."
         )
     trained = {entry.model.card.num_frames for entry in rows} - {bench.num_frames}
     if trained:
-        yield f"Clips have {bench.num_frames} frames; the models were made for {', '.join(map(str, sorted(trained)))}."
+        yield f"Clips have {bench.num_frames} frames; the models were trained for {', '.join(map(str, sorted(trained)))}."
     if target.shuffled < 2 * target.floor:
-        yield f"{distance}: shuffling the frames hardly changes it, so these features do not see time. Do not rely on it."
+        yield f"{distance}: do not rely on it. Shuffled frames hardly change it, so these features do not see time."
     if bench.clip is not None and bench.clip.cut:
         yield f"CLIPScore: {bench.clip.cut} of {len(bench.cases.prompts)} prompts are too long for CLIP and were cut."
     if isinstance(bench.truth, Drawn) and bench.truth.skipped:
-        yield f"Real clips passed over because they are absent, damaged or too short: {bench.truth.skipped}."
+        yield f"Real clips left out because they are missing, damaged or too short: {bench.truth.skipped}."
     if not bench.paired:
-        yield "The models' latents have different shapes, so a seed is not the same noise for all of them."
+        yield "Noise: the models' latents have different shapes, so one seed gives each model different noise."
     if bench.cases.seeds_per_prompt == 1:
         yield "Diversity: not measured, because there is one seed per prompt."
     if bench.runtime.dtype != "float32":

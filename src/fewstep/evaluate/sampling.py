@@ -1,4 +1,4 @@
-"""Samples every row from the same prompts, seeds and noise, so that rows differ only by what is compared."""
+"""Sample every row from the same prompts, seeds and noise, so that rows differ only in the model and its settings."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Bench:
-    """A suite made concrete for the models at hand."""
+    """A suite prepared for the given models: prompts, seeds and features are fixed."""
 
     suite: Suite
     cases: Cases
@@ -46,7 +46,7 @@ class Bench:
 
     @property
     def judges(self) -> tuple[Judge, ...]:
-        """What scores clips against their prompts."""
+        """The functions that score clips against their prompts."""
         world = () if self.cases.scenes is None else (checked(self.cases),)
         return world if self.clip is None else (*world, self.clip)
 
@@ -55,26 +55,26 @@ def prepare(entries: Sequence[Entry], suite: Suite) -> Bench:
     """Fix prompts, seeds, features; ValueError if the entries cannot be compared with each other."""
     names = [entry.name for entry in entries]
     if not names or len(set(names)) < len(names):
-        raise ValueError(f"entries need unique names and there must be one at least, got {names}")
+        raise ValueError(f"give at least one entry, and a different name to each; got {names}")
     if suite.reference is not None and suite.reference not in names:
         raise ValueError(f"reference {suite.reference!r} is not among the entries: {', '.join(names)}")
     for entry in entries:
-        entry.contract.times()  # an untrained step count stops here, not after an hour
+        entry.contract.times()  # refuse an untrained step count now, not after an hour of sampling
         if "image" in entry.model.parts:
             raise ValueError(
-                f"{entry.name!r} is an image-to-video model, and a suite has only prompts; look at its clips with fewstep sample "
-                "--image, or evaluate models of text"
+                f"{entry.name!r} is an image-to-video model, and a suite has only prompts; look at its clips with "
+                "fewstep sample --image, or evaluate text-to-video models"
             )
     shapes = {(suite.num_frames or e.model.card.num_frames, e.model.card.height, e.model.card.width) for e in entries}
     if len(shapes) > 1:
         raise ValueError(
-            f"the models make clips of different (frames, height, width): {sorted(shapes)}; compare like with like"
+            f"the models make clips of different (frames, height, width): {sorted(shapes)}; give models of one size"
         )
     (num_frames, height, width), *_ = shapes
     if num_frames < 3:
         raise ValueError(f"num_frames must be at least 3 for motion and flicker, got {num_frames}")
     if len({entry.model.device for entry in entries}) > 1:
-        raise ValueError("the models lie on different devices; move them to one with model.to(device)")
+        raise ValueError("the models are on different devices; move them to one with model.to(device)")
     if len({entry.model.runtime for entry in entries}) > 1:
         raise ValueError("the models run in different ways; give all of them one Runtime: model.prepared(runtime)")
     size, device = (height, width), entries[0].model.device
@@ -95,7 +95,7 @@ def prepare(entries: Sequence[Entry], suite: Suite) -> Bench:
 
 
 def ask(suite: Suite, num_frames: int, size: tuple[int, int]) -> tuple[Cases, TrueClips | None]:
-    """The prompts of a suite and the true clips to compare with: real ones, else rendered ones where prompts have scenes."""
+    """The prompts of a suite, and the true clips to compare with: real clips, or rendered ones if the prompts have scenes."""
     prompts, real = suite.texts, None
     if suite.real is not None:
         real = suite.real.draw(len(prompts) or suite.prompts, num_frames, size, suite.seed)
@@ -105,7 +105,8 @@ def ask(suite: Suite, num_frames: int, size: tuple[int, int]) -> tuple[Cases, Tr
     scenes = read_scenes(prompts, *size)
     if scenes is None and not (suite.texts or real):
         raise ValueError(
-            f"{size[0]}x{size[1]} clips are not of the built-in world: give your own prompts (texts, --prompt-file)"
+            f"clips of {size[0]} x {size[1]} do not fit the prompts of the built-in world; give your own prompts "
+            "(Suite.texts, --prompt-file)"
         )
     cases = Cases(prompts, scenes, suite.seeds_per_prompt, suite.seed * SEED_STRIDE)
     return cases, real or (None if scenes is None else Rendered(cases, num_frames))
@@ -120,7 +121,7 @@ def _clip_score(folder: str, cases: Cases, device: torch.device) -> ClipScore:
 
 @torch.inference_mode()
 def sample(entry: Entry, bench: Bench, progress: Progress | None = None) -> Measured:
-    """Draw and measure every clip of one entry."""
+    """Sample and measure every clip of one entry."""
     cases, suite = bench.cases, bench.suite
     meter = Meter(bench.features, cases, bench.judges, keep=suite.previews)
     group = max(1, suite.batch // cases.seeds_per_prompt)  # the seeds of a prompt stay in one batch

@@ -1,4 +1,4 @@
-"""Does a style LoRA that was trained on the teacher still work on its student?"""
+"""Measure whether a style LoRA that was trained on the teacher still works on its student."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from fewstep.models.bundle import VideoModel
 Progress = Callable[[str, int, int], None]
 _SHOWN = 4
 _NOTHING = 1e-6
-"""A shift this small beside the features is none."""
+"""Size of a shift, relative to the features, below which it counts as none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Survival:
-    """How much of what a LoRA does to the teacher happened to the student.
+    """How much of a LoRA's effect on the teacher the student shows.
 
-    `d_T` is the mean over n clips of the features with the LoRA minus those without, same prompts and noise; `d_S` is that of
-    the student, with the LoRA or distilled anew. What the style changes in every clip is in it; what it changes in some clips
-    one way and in others another is not. It says nothing about quality, and features that do not see a style cannot measure it.
+    `d_T` is the change that the LoRA makes to the teacher: features with it minus features without it, for the same prompts
+    and noise, mean over n clips. `d_S` is the student's change, with the LoRA or distilled again. Both contain only what the
+    style changes in the same way in all clips. They say nothing about quality, and need features that see the style.
     """
 
     score: float
-    """`<d_T, d_S> / <d_T, d_T>`: 1 like the teacher, 0 no trace, above 1 stronger, below 0 the opposite."""
+    """`<d_T, d_S> / <d_T, d_T>`: 1 = like the teacher, 0 = no effect, above 1 = stronger, below 0 = opposite."""
     cosine: float
     """Cosine of the two changes: 1 is the same direction, 0 is unrelated, or no change in the student."""
     size: float
@@ -57,7 +57,7 @@ class Styled:
 
     @classmethod
     def by_lora(cls, model: VideoModel, lora: Path | str) -> Styled:
-        """With a LoRA merged. FileNotFoundError or ValueError say why it does not fit."""
+        """A model, and the same model with a LoRA merged. FileNotFoundError or ValueError if the LoRA does not fit."""
         return cls(model, model.with_lora(lora))
 
 
@@ -65,16 +65,18 @@ def check_style(
     teacher: Styled, student: Styled, prompts: Sequence[str], output: Path | str,
     *, seeds: int = 2, features: str = "auto", progress: Progress | None = None,
 ) -> Survival:  # fmt: skip
-    """Make clips with all four; write `lora.json` and the picture `lora.gif` to `output`.
+    """Sample clips from teacher and student, each without and with the style. Write `lora.json` and `lora.gif` to `output`.
 
-    All are sampled by their own contracts, from `seeds` noises per prompt; `features` as in `feature_map`. ValueError where
-    the models' clips differ in size, or the style does nothing to the teacher.
+    Each model is sampled by its own contract, with `seeds` clips per prompt; `features` as in `feature_map`. ValueError if the
+    models' clips differ in size, or if the style does not change the teacher.
     """
     models = [model for pair in (teacher, student) for model in (pair.plain, pair.styled)]
     labels = ("teacher", f"teacher {teacher.how}", "student", f"student {student.how}")
     sizes = {(m.card.num_frames, m.card.height, m.card.width) for m in models}
     if len(sizes) > 1:
-        raise ValueError(f"the models make clips of different (frames, height, width): {sorted(sizes)}")
+        raise ValueError(
+            f"the models make clips of different (frames, height, width): {sorted(sizes)}; give models of one size"
+        )
     card, shown, size = teacher.plain.card, dict[str, Tensor](), sizes.pop()
     seen = feature_map(features, size[1:], teacher.plain.device)
     seen.check(size[0], size[1:], teacher.plain.device)
@@ -109,13 +111,15 @@ def _features(
 
 
 def _survival(found: Sequence[Tensor], features: str) -> Survival:
-    """Of the features of teacher and student, each without and with the style: `[P, S, D]`, prompts, clips of each, values."""
+    """The survival from features `[P, S, D]` (prompts, clips of each, values) of teacher and student, each without and with
+    the style."""
     teacher, teacher_styled, student, student_styled = found
     by_teacher, by_student = (teacher_styled - teacher).mean(1), (student_styled - student).mean(1)
     reach, size = float(by_teacher.mean(0).norm()), float(by_student.mean(0).norm())
     if reach <= _NOTHING * float(teacher.norm(dim=-1).mean()):
         raise ValueError(
-            "this LoRA does not change what the teacher makes, as far as the features see; is it the teacher's?"
+            "this LoRA does not change the teacher's clips, measured with these features; check that it was trained for this "
+            "teacher, or give other --features"
         )
     score = _score(by_teacher, by_student)
     return Survival(
@@ -130,7 +134,7 @@ def _score(by_teacher: Tensor, by_student: Tensor) -> float:
 
 
 def _error(by_teacher: Tensor, by_student: Tensor) -> float:
-    """Jackknife: how much the score depends on any one prompt."""
+    """Standard error of the score: jackknife over prompts."""
     count = len(by_teacher)
     if count == 1:
         return math.nan

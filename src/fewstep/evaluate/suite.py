@@ -15,7 +15,7 @@ from fewstep.models.bundle import VideoModel
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
-    """What is measured, and how often."""
+    """What an evaluation measures, and on how many clips."""
 
     prompts: int = 64
     """Number of new prompts of the built-in world; `seed` draws scenes and wordings. No training uses this seed."""
@@ -52,26 +52,27 @@ class Suite:
         low = [f"{name}={value}" for name, value in counts.items() if value < 1]
         if low or not 0 <= self.paraphrased <= 1:
             raise ValueError(
-                f"counts must be at least 1 and paraphrased within [0, 1]: {', '.join(low) or self.paraphrased}"
+                f"counts must be at least 1, and paraphrased between 0 and 1; wrong: {', '.join(low) or self.paraphrased}"
             )
         if (len(self.texts) or self.prompts) * self.seeds_per_prompt < 4:
             raise ValueError("a Frechet distance needs at least 4 clips; raise prompts or seeds_per_prompt")
         if self.real is not None and self.seeds_per_prompt != 1:
             raise ValueError(
-                f"seeds_per_prompt must be 1 with real clips, got {self.seeds_per_prompt}: there is one real clip per prompt, "
-                "and a distance needs as many of both; measure diversity without real clips"
+                f"seeds_per_prompt must be 1 with real clips, got {self.seeds_per_prompt}: each prompt has one real clip, and a "
+                "distance needs equal numbers; measure diversity in an evaluation without real clips"
             )
 
     @property
     def distance(self) -> str:
-        """What the Frechet distance is called: FVD where it is one to real clips."""
+        """Name of the Frechet distance: FVD if it is measured to real clips."""
         return "Frechet" if self.real is None else "FVD"
 
     @classmethod
     def avdm2(cls, *, real: RealClips, features: str, clip: str, **options: Any) -> Suite:
-        """The protocol of AVDM2 (2412.05899): 100 captions of real clips, one clip each; FVD to these clips, CLIPScore.
+        """The protocol of AVDM2 (2412.05899): 100 captions of real clips, one clip per caption; FVD to the real clips, CLIPScore.
 
-        The paper's extractor is I3D; it names neither the CLIP nor how real clips are cut. `options` are other fields.
+        The paper's extractor is I3D. The paper does not say which CLIP it uses, or how it cuts real clips. `options` are other
+        fields.
         """
         return cls(
             real=real, features=features, clip=clip, **{"prompts": 100, "seeds_per_prompt": 1, "batch": 4, **options}
@@ -98,7 +99,7 @@ class Entry:
         return replace(own, guidance=guidance, steps=own.steps if self.steps is None else self.steps)
 
     def sampling(self, prompts: Sequence[str], seeds: Sequence[int], num_frames: int) -> Iterator[Step]:
-        """Its clips of these prompts and seeds, step by step."""
+        """Sample clips of these prompts and seeds, step by step."""
         return self.model.sampling(
             prompts, num_inference_steps=self.contract.steps, guidance_scale=self.guidance_scale, num_frames=num_frames,
             seed=seeds, force=num_frames != self.model.card.num_frames,
@@ -109,9 +110,9 @@ class Entry:
 
 
 def entries(teacher: VideoModel, student: VideoModel, counts: Sequence[int] = ()) -> list[Entry]:
-    """The rows of a fair comparison: the teacher at its own number of steps (the reference), the teacher at each of the
-    student's (the baseline that training must beat), the student at each. `counts` defaults to all that the student
-    was trained for.
+    """The rows of a fair comparison: the teacher at its own number of steps (the reference), the teacher at each step count
+    of the student (the baseline that training must beat), and the student at each. `counts`: default, all step counts that
+    the student was trained for.
     """
     full, contract = teacher.card.contract.steps, student.card.contract
     counts = counts or contract.counts[::-1]

@@ -1,4 +1,4 @@
-"""Charts as inline SVG text. Colours come from the page's style sheet by class, so they follow light and dark mode."""
+"""Charts as inline SVG text. The page's style sheet colours them by class, so they follow light and dark mode."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from html import escape
 WIDTH = 520
 CURVE_WIDTH = 340
 LABELS = 128
-"""Room for the names on the left of a bar chart."""
+"""Width of the names on the left of a bar chart."""
 
 
 @dataclass(frozen=True)
@@ -107,9 +107,9 @@ def scatter(points: Sequence[Point], *, x_name: str, y_name: str) -> str:
 
 
 def curve(xs: Sequence[float], ys: Sequence[float], *, marks: Sequence[tuple[float, str]] = ()) -> str:
-    """One training curve: the figures as logged, pale, and a running mean over 1/20 of them.
+    """One training curve: a pale line for the figures as logged, a strong one for their running mean over 1/20 of the run.
 
-    `marks` (value, name) are dashed level lines to compare with; the axis reaches all of them.
+    `marks` (value, name) are dashed horizontal lines to compare with; the axis includes all of them.
     """
     left, right, upper, lower = 48, CURVE_WIDTH - 8, 8, 128
     finite = [(x, y) for x, y in zip(xs, ys, strict=True) if math.isfinite(y)]
@@ -163,7 +163,7 @@ def _decades(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 of every decade within 10^low..10^high; only the 1s when that would be crowded."""
+    """1, 2 and 5 of every decade within 10^low..10^high; only the 1s if these are too many."""
     decades = range(math.floor(low), math.ceil(high) + 1)
     steps = (1, 2, 5) if high - low < 2.2 else (1,)
     return [m * 10.0**d for d in decades for m in steps if low <= math.log10(m * 10.0**d) <= high]
@@ -173,7 +173,7 @@ Box = tuple[float, float, float, float]
 
 
 def _place(x: float, y: float, width: float, right: float, taken: list[Box]) -> tuple[float, float, str]:
-    """Where a label next to (x, y) collides with nothing: right, left, above, below of it, then further away."""
+    """A place for the label of (x, y) that overlaps nothing: right, left, above or below the point, then further away."""
     for away in (0, 14, 28, 42):
         for dx, dy, anchor in ((11, 4, "start"), (-11, 4, "end"), (0, -11 - away, "middle"), (0, 20 + away, "middle")):
             start = x + dx - {"start": 0, "middle": width / 2, "end": width}[anchor]

@@ -10,7 +10,7 @@ from fewstep.evaluate.results import Report, Row, Truth
 
 
 def table(report: Report) -> Table:
-    """A rich table, one line per row; students are bold, the dim last line is the clips that no model made."""
+    """A rich table, one line per row. Students are bold; the dim last line has the true clips."""
     grid = Table(caption="\n".join(captions(report)), caption_justify="left", pad_edge=False)
     grid.add_column("", no_wrap=True)
     for head in heads(report):
@@ -23,7 +23,7 @@ def table(report: Report) -> Table:
 
 
 def details(report: Report) -> Table:
-    """What the first table has no room for: every attribute with its interval, and what a clip costs."""
+    """A second table: every attribute with its interval, and the cost of a clip."""
     names = list(report.rows[0].attributes or {})
     grid = Table(pad_edge=False)
     grid.add_column("", no_wrap=True)
@@ -42,8 +42,8 @@ def details(report: Report) -> Table:
 
 
 def heads(report: Report) -> list[str]:
-    """The columns after the name; a score that no row has takes no room."""
-    scores = ["all right", "vs teacher"] if report.checked or not report.aligned else []
+    """The columns after the name; a score that was not measured has no column."""
+    scores = ["accuracy", "vs teacher"] if report.checked or not report.aligned else []
     scores += ["CLIPScore", "vs teacher"] if report.aligned else []
     return ["NFE", *scores, report.distance, "motion", "diversity", "flicker", "s/clip", "GFLOP"]
 
@@ -71,7 +71,7 @@ def cells(row: Row, report: Report) -> list[str]:
 
 
 def truth_cells(truth: Truth, report: Report) -> list[str]:
-    """The clips that no model made, in the columns of `heads`."""
+    """The row of true clips, in the columns of `heads`."""
     scores = [percent(truth.accuracy), ""] if report.checked or not report.aligned else []
     scores += [score(truth.clip_score), ""] if report.aligned else []
     looks = [times(truth.motion), times(truth.diversity), times(truth.flicker)]
@@ -79,23 +79,23 @@ def truth_cells(truth: Truth, report: Report) -> list[str]:
 
 
 def captions(report: Report) -> list[str]:
-    """What the columns mean, and what to beware of."""
+    """The meaning of the columns, and the notes of the report."""
     clips, said = report.seeds["clips"], []
     if report.checked or not report.aligned:
         said.append(
-            f"{clips} clips per row. all right: every attribute of the prompt, with 95 % interval (clips of one prompt count "
-            "for fewer); vs teacher: at the same steps."
+            f"{clips} clips per row. accuracy: clips with every attribute of the prompt right, with 95 % interval (clips of one "
+            "prompt count less); vs teacher: minus the teacher's accuracy at the same steps."
         )
     if report.aligned:
         said.append(
             f"CLIPScore: n = {clips}, 100 cos(frame, prompt), mean over frames, then clips, with 95 % interval; by "
-            f"{report.clip_score_model}; vs teacher: at the same steps."
+            f"{report.clip_score_model}; vs teacher: minus the teacher's CLIPScore at the same steps."
         )
     return [
         *said,
         f"{report.distance}: n = {clips}, to {report.frechet_reference}, features {report.frechet_features}; "
-        f"floor {number(report.frechet_floor)}, frames shuffled {number(report.frechet_shuffled)}.",
-        f"motion, diversity, flicker: relative to {report.reference}. s/clip: one clip alone, text to latents, median.",
+        f"noise floor {number(report.frechet_floor)}, with shuffled frames {number(report.frechet_shuffled)}.",
+        f"motion, diversity, flicker: relative to {report.reference}. s/clip: median for one clip alone, text to latents.",
         *report.notes,
     ]
 

@@ -16,7 +16,7 @@ from fewstep.metrics import frechet, split_half
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """Features that distances are taken to, with their noise floor and the shuffled-frames control."""
+    """The features to which distances are measured, with their noise floor and the control with shuffled frames."""
 
     name: str
     features: Tensor
@@ -31,7 +31,7 @@ class Target:
 
 
 def make_target(bench: Bench, name: str, reference: Measured) -> Target:
-    """Measure the true clips of a bench; without any, the target is the clips of the reference row `name`."""
+    """Measure the true clips of a bench. If there are none, the clips of the reference row `name` are the target."""
     if bench.truth is None:
         return Target(
             name=f"the clips of {name}",

@@ -16,11 +16,11 @@ SETTINGS = "preprocessor_config.json"
 
 
 class VideoEncoder:
-    """Clips `[B, 3, F, H, W]` in [-1, 1] to the mean `[B, D]` of a video encoder's last hidden states.
+    """Map clips `[B, 3, F, H, W]` in [-1, 1] to the mean `[B, D]` of a video encoder's last hidden states.
 
-    `folder` is what `save_pretrained` of the model and of its image processor wrote: a network that reads `pixel_values`
-    `[B, F, 3, H, W]` in [0, 1] before normalisation (VideoMAE, TimeSformer). Number of frames and size are its own; so are
-    mean and deviation of the pixels. ValueError for other folders.
+    `folder` was written by `save_pretrained` of the model and of its image processor: a network that reads `pixel_values`
+    `[B, F, 3, H, W]` in [0, 1] before normalisation (VideoMAE, TimeSformer). The network's own settings give the number of
+    frames, the size, and the mean and deviation of the pixels. ValueError for other folders.
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
@@ -28,14 +28,16 @@ class VideoEncoder:
         config = network.config
         frames, side = getattr(config, "num_frames", None), getattr(config, "image_size", None)
         if network.main_input_name != "pixel_values" or frames is None or side is None:
-            raise ValueError(f"{folder}: {type(network).__name__} is not a video encoder such as VideoMAE")
+            raise ValueError(
+                f"{folder}: {type(network).__name__} is not a video encoder; give a folder with one, such as VideoMAE"
+            )
         if not (folder / SETTINGS).is_file():
-            raise ValueError(f"{folder}: no {SETTINGS}; save the model's image processor there too (save_pretrained)")
+            raise ValueError(
+                f"{folder} has no {SETTINGS}; save the model's image processor there too (save_pretrained)"
+            )
         settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
         if not math.isclose(settings.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-6) or settings.get("offset"):
-            raise ValueError(
-                f"{folder}: {SETTINGS} scales pixels otherwise than to [0, 1]; take VideoMAE or TimeSformer"
-            )
+            raise ValueError(f"{folder}: {SETTINGS} does not scale pixels to [0, 1]; use VideoMAE or TimeSformer")
         self._network, self._frames = network, int(frames)
         self._size = (side, side) if isinstance(side, int) else (int(side[0]), int(side[1]))
         self._mean, self._std = (

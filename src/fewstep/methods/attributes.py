@@ -1,4 +1,4 @@
-"""Train the small text or clip encoder by reading the attributes of a prompt or a clip.
+"""Train the small text or clip encoder to read the attributes of a prompt or a clip.
 
 Supervised classification; no paper.
 

@@ -12,9 +12,8 @@ Zhu et al., Accelerating Video Diffusion Models via Distribution Matching, 2412.
 
 X_s is noised on the image teacher's path, all else on the video teacher's. D is a head on frozen blocks of the video teacher.
 
-Not from the paper, which leaves them open: K, both lambdas, the normaliser of line 5 (DMD's, frame by frame), guidance, the
-grid, the head's layout, and that line 2 sees K frames at the times of line 5. A video teacher that knows single frames may
-be its own image teacher. Corrected: the sign of the paper's eq. 7, and whose weights its line 15 updates (the critic's).
+Not from the paper, which does not give them: K, both lambdas, the normaliser of line 5 (DMD's, per frame), guidance, grid,
+head, the times of line 2. Corrected: the sign of the paper's eq. 7, and its line 15, which must update the critic's weights.
 """
 
 from __future__ import annotations
@@ -32,8 +31,9 @@ from fewstep.core.bounds import Amount, Count, require_bounds
 from fewstep.diffusion import CFG, TimeDensity, Uniform
 from fewstep.methods import targets
 from fewstep.methods.base import Method, Nets, Update, Work
+from fewstep.methods.frames import fold_frames
 from fewstep.methods.roles import Copy, Heads, Other, Role
-from fewstep.methods.rollouts import BackwardSimulation, Rollout, fold_frames
+from fewstep.methods.rollouts import BackwardSimulation, Rollout
 from fewstep.models.source import ModelSource
 
 
@@ -69,9 +69,9 @@ class AVDM2(Method):
     def __post_init__(self) -> None:
         require_bounds(self)
         if self.score == "none" and self.adversarial == 0:
-            raise ValueError("with score none and adversarial 0 nothing trains the student; set one of them")
+            raise ValueError("score none and adversarial 0 leave no loss for the student; set one of the two")
         if self.score != "frames" and self.image_teacher is not None:
-            raise ValueError(f"with score {self.score} no image teacher is asked; set image_teacher to null")
+            raise ValueError(f"score {self.score} does not use an image teacher; write image_teacher: null")
 
     @property
     def needs(self) -> frozenset[str]:
@@ -97,7 +97,7 @@ class AVDM2(Method):
         yield Update(("student",), self.student_loss)
 
     def critic_loss(self, turn: int, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Losses]:
-        rng = rng.fold(f"critic/{turn}")  # fresh samples in every turn
+        rng = rng.fold(f"critic/{turn}")  # new samples in every turn
         x, losses = self.rollout(nets.student, batch, rng, grad=False).x0, {}  # 1
         if self.score != "none":
             seen, cond, _ = self.seen(x, batch, rng)
@@ -125,7 +125,7 @@ class AVDM2(Method):
         yield losses
 
     def seen(self, x: Tensor, batch: Batch, rng: Rng) -> tuple[Tensor, Cond, Cond]:
-        """What the score networks see of clips `[B, C, F, H, W]`: K frames of each, `[B K, C, 1, H, W]`, or clips."""
+        """Input of the score networks from clips `[B, C, F, H, W]`: K frames of each, `[B K, C, 1, H, W]`, or whole clips."""
         if self.score == "video":
             return x, batch.cond, batch.uncond
         frames, rows = fold_frames(x, self.frames, rng)
@@ -137,7 +137,7 @@ class AVDM2(Method):
         return getattr(nets, self.fake).path.add_noise(seen, eps, s), s, eps
 
     def logits(self, nets: Nets, x: Tensor, cond: Cond, rng: Rng) -> Tensor:
-        """D of clips noised on the video teacher's path. Its features are frozen, yet gradient reaches `x`."""
+        """D of clips with noise on the video teacher's path. Its features are frozen, but gradients flow to `x`."""
         t = self.adversarial_density.sample(len(x), rng)
         x_t = nets.teacher.path.add_noise(x, rng.randn(x.shape, "eps"), t)
         return nets.discriminator(nets.teacher.features(x_t, t, cond, self.layers))

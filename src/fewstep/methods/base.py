@@ -1,4 +1,4 @@
-"""The interface of a method: which role is trained, and with which loss. Everything else is the engine's business."""
+"""The interface of a method: which roles are trained, and with which losses. The engine does everything else."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fewstep.methods.rollouts import Rollout
 class Nets(Mapping[str, Any]):
     """The networks of a run by role, as attributes too: `nets.student` is `nets["student"]`.
 
-    Of a denoiser a method may see a view only: what `models.denoiser.Predictor` says.
+    A method may use a denoiser only through the interface `models.denoiser.Predictor`.
     """
 
     def __init__(self, roles: Mapping[str, nn.Module]) -> None:
@@ -43,14 +43,14 @@ class Nets(Mapping[str, Any]):
 
     @property
     def roles(self) -> Mapping[str, nn.Module]:
-        """All of them, wherever they are: for those who look after networks and do not run them."""
+        """All networks, on whatever device they are, for code that does not run them."""
         return self._roles
 
     def begin(self, roles: tuple[str, ...]) -> None:
-        """An update of `roles` begins."""
+        """Prepare for an update of `roles`."""
 
     def bring(self, *roles: str) -> None:
-        """These are about to be used by someone who holds them already, and does not ask for them here."""
+        """Prepare `roles` for use by code that already holds these networks."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Sync:
 
 @dataclass(frozen=True)
 class Work:
-    """Forward-equivalents of one network, on one clip in one iteration: forward 1, backward 2."""
+    """Work of one network on one clip in one iteration, in forward-equivalents: a forward pass is 1, a backward pass 2."""
 
     role: str
     forwards: float
@@ -108,12 +108,12 @@ class Method(ABC):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Fields of Batch it reads; compared with what the data provides before any weight is loaded."""
+        """Fields of Batch that the method reads. They are compared with the data before any weight is loaded."""
         return frozenset({"prompts"})
 
     @property
     def part(self) -> str:
-        """Which network of the model is trained: `denoiser`, `codec`, `text` or `features`."""
+        """The part of the model that is trained: `denoiser`, `codec`, `text` or `features`."""
         return "denoiser"
 
     @property
@@ -123,7 +123,7 @@ class Method(ABC):
 
     @property
     def rollouts(self) -> tuple[Rollout, ...]:
-        """How it makes samples of the student: its fields that are rollouts. Data must hold the times they start from."""
+        """Fields that are rollouts, which make student samples. Stored data must contain the times at which they start."""
         return tuple(value for value in vars(self).values() if isinstance(value, Rollout))
 
     def aux(self) -> Mapping[str, Role]:
@@ -132,29 +132,29 @@ class Method(ABC):
 
     @property
     def critic(self) -> str | None:
-        """The role that learns what the student makes: a copy of a network that is trained beside it. None: there is none."""
+        """The role that learns the student's distribution: a copy of a network, trained beside it. None: no such role."""
         trained = {role for event in self.updates(0) if isinstance(event, Update) for role in event.roles}
         return next((role for role, made in self.aux().items() if made.origin is not None and role in trained), None)
 
     @abstractmethod
     def updates(self, step: int) -> Iterator[Update | Sync]:
-        """What happens in iteration `step` (0-based), in the paper's order."""
+        """The updates of iteration `step`, counted from 0, in the paper's order."""
 
-    def check(self, steps: int) -> None:  # noqa: B027 - most methods are as long as one likes
-        """Refuse (ValueError) a run of so many iterations if its student could not do what `contract` claims."""
+    def check(self, steps: int) -> None:  # noqa: B027 - most methods accept any length
+        """Refuse (ValueError) a run of `steps` iterations if its student could not do what `contract` says."""
 
     def contract(self, teacher: Contract) -> Contract:
-        """How the student must be sampled. Default: as its first rollout does; without one, as its teacher."""
+        """How the student must be sampled. Default: like the first rollout; without a rollout, like the teacher."""
         return self.rollouts[0].contract(teacher) if self.rollouts else teacher
 
     def contract_at(self, teacher: Contract, step: int) -> Contract:
-        """How the student of iteration `step` is best sampled, for figures during the run. Default: as it will be."""
+        """How to sample the student of iteration `step`, for figures during the run. Default: the final `contract`."""
         return self.contract(teacher)
 
     def shown(self, role: str) -> int:
-        """How many single frames of a clip `role` sees; 0: clips."""
+        """Number of single frames per clip that `role` reads; 0: it reads whole clips."""
         return next((work.frames for work in self.cost() if work.role == role), 0)
 
     def cost(self) -> tuple[Work, ...]:
-        """What an iteration does to each clip, for plans; heads of discriminators, a percent or less at scale, are left out."""
+        """Work per clip in one iteration, for plans. Discriminator heads, at most a per cent at scale, are left out."""
         return (Work("student", 3),)

@@ -7,7 +7,7 @@ Luo et al., Latent Consistency Models, 2310.04378, algorithm 1; Song et al., Con
     3  minimise d(f(x_t, t_n, c), stop f_target(x_s, t_{n-k}, c)),    f(x, 0) = x
     4  target <- mu target + (1 - mu) student
 
-f is the x0 prediction, at t = 0 the identity; flow and v prediction satisfy that by themselves: no c_skip, no c_out.
+f is the x0 prediction; at t = 0 it must be the identity. Flow and v prediction fulfil this, so c_skip and c_out are not needed.
 Not from the papers: fixed guidance instead of w-conditioning; the grid may be shifted; any path.
 """
 
@@ -58,8 +58,8 @@ class Consistency(Method):
         trained = [n for n in range(1, self.intervals + 1) if self.intervals % n == 0]
         if not self.steps or not set(self.steps) <= set(trained):
             raise ValueError(
-                f"steps: with {self.intervals} intervals the student is trained at the times of {', '.join(map(str, trained))} "
-                f"steps, got {list(self.steps)}; take some of these, or another number of intervals"
+                f"steps: got {list(self.steps)}, and with {self.intervals} intervals the student is trained only for "
+                f"{', '.join(map(str, trained))} steps; choose from these, or give another number of intervals"
             )
 
     @property
@@ -67,7 +67,7 @@ class Consistency(Method):
         return frozenset({"prompts", "x0"})
 
     def aux(self) -> dict[str, Role]:
-        return {"target": Copy("teacher")}
+        return {"target": Copy("student")}
 
     def updates(self, step: int) -> Iterator[Update | Sync]:
         yield Update(("student",), self.student_loss)

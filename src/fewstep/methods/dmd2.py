@@ -12,11 +12,11 @@ al., One-step Diffusion with Distribution Matching Distillation, 2311.18828.
     6  + gan * softplus(-D(x_t))
     7  + anchor * d(student(stored state), stored endpoint)
 
-Not from the paper: all turns of an iteration, the critic's and the student's, share its prompts, their noise differs; D
-reads frozen teacher features through its own heads (FastGen) instead of sharing the critic's bottleneck; R1 (2501.08316);
-critic warm-up; line 7 is DMD's regression with pseudo-Huber on latents in place of LPIPS: reverse KL seeks modes, so
-accuracy can rise while diversity falls, and stored noise-to-video pairs hold every mode; `weak` is MagicDistillation's
-(2503.13319): the real score of line 5 comes from weights moved part of the way to the critic's, where the student is.
+Not from the paper: all turns of an iteration (critic and student) use the same prompts with different noise; D is heads of its
+own on frozen teacher features (FastGen), not on the critic's bottleneck; R1 (2501.08316); critic warm-up. Line 7 is DMD's
+regression, with pseudo-Huber on latents instead of LPIPS: reverse KL seeks modes, so accuracy can rise while diversity falls,
+and stored noise-to-video pairs keep every mode. `weak` is from MagicDistillation (2503.13319): the real score of line 5 comes
+from teacher weights that are moved part of the way to the critic's.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ class DMD2(Method):
     def __post_init__(self) -> None:
         require_bounds(self)
         if not 0 <= self.weak < 1:
-            raise ValueError(f"weak must be in [0, 1), got {self.weak}: at 1 real and fake score are the same")
+            raise ValueError(
+                f"weak must be at least 0 and below 1, got {self.weak}; at 1 the real and fake scores are equal"
+            )
 
     @property
     def needs(self) -> frozenset[str]:
@@ -95,7 +97,7 @@ class DMD2(Method):
             yield Update(("student",), self.student_loss)
 
     def critic_loss(self, turn: int, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Losses]:
-        rng = rng.fold(f"critic/{turn}")  # fresh samples in every turn
+        rng = rng.fold(f"critic/{turn}")  # new samples in every turn
         x0 = self.rollout(nets.student, batch, rng, grad=False).x0  # 1
         eps, t = rng.randn(x0.shape, "eps"), self.critic_density.sample(len(x0), rng)
         x_t = nets.critic.path.add_noise(x0, eps, t)
@@ -125,7 +127,7 @@ class DMD2(Method):
 
     @torch.no_grad()
     def scores(self, nets: Nets, batch: Batch, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """x0 as the guided teacher (real) and the critic (fake) see it."""
+        """The x0 predictions of the guided teacher (real) and of the critic (fake)."""
         real = nets["real"] if self.weak > 0 else nets.teacher
         return self.guidance(real, x_t, t, batch.cond, batch.uncond).x0, nets.critic(x_t, t, batch.cond).x0
 

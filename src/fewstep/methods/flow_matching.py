@@ -1,4 +1,4 @@
-"""Train a video diffusion model from clips: the teacher every other method starts from.
+"""Train a video diffusion model from clips: a teacher for the other methods.
 
 Lipman et al., Flow Matching for Generative Modeling, 2210.02747; condition dropout: Ho & Salimans, 2207.12598.
 
@@ -7,8 +7,8 @@ Lipman et al., Flow Matching for Generative Modeling, 2210.02747; condition drop
     3  x_t = a(t) x0 + s(t) eps
     4  minimise |net(x_t, t, c) - (p x0 + q eps)|^2          (for flow prediction: da x0 + ds eps)
 
-Not from the paper: any path and prediction kind; times stratified over the batch; a fraction of iterations shows single
-frames, so that the model is an image model too (1 latent frame), as adversarial and image-teacher methods expect.
+Not from the paper: any path and prediction kind; times are stratified over the batch; some iterations use single frames, so
+that the model is an image model too (1 latent frame), which adversarial and image-teacher methods need.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fewstep.core import Batch, Cond, Losses, Rng
 from fewstep.core.bounds import Count, Fraction
 from fewstep.diffusion import LogitNormal, TimeDensity
 from fewstep.methods.base import Method, Nets, Update, Work
-from fewstep.methods.rollouts import fold_frames
+from fewstep.methods.frames import fold_frames
 from fewstep.methods.targets import denoising
 
 
@@ -40,7 +40,7 @@ class FlowMatching(Method):
     image_fraction: Fraction = 0.0
     """Share of iterations on single frames."""
     images_per_clip: Count = 4
-    """Frames taken from each clip in such an iteration."""
+    """Frames taken from each clip in an iteration on single frames."""
 
     @property
     def needs(self) -> frozenset[str]:

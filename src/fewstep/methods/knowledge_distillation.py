@@ -1,14 +1,14 @@
-"""Regress the endpoint of the teacher's ODE from its noise, or from a stored state on the way.
+"""Regress the endpoint of the teacher's ODE from its noise, or from a stored state between them.
 
 Luhman & Luhman, Knowledge Distillation in Iterative Generative Models for Improved Sampling Speed, 2101.02388;
-states on the way: Yin et al. (CausVid), 2412.07772, section 4.3.
+states between noise and endpoint: Yin et al. (CausVid), 2412.07772, section 4.3.
 
     offline  eps ~ N(0, I); x_{t_0} .. x_{t_N} = teacher's solver, guided; keep the states at the student's times
     1  draw i; input x_{t_i}
     2  minimise d(student(x_{t_i}, t_i, c), x_{t_N})
 
-Not from the papers: d is pseudo-Huber by default (mean square blurs where pairs are fitted imperfectly); i is drawn
-over all grids listed, so that one student serves several step counts.
+Not from the papers: d is pseudo-Huber by default (mean square gives blurred clips if the fit is not perfect); i is drawn from
+all listed grids, so that one student serves several step counts.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class KnowledgeDistillation(Method):
     cite: ClassVar[str] = "Luhman & Luhman, Knowledge Distillation in Iterative Generative Models, 2101.02388"
 
     rollout: FromPairs = FromPairs()
-    """Stored states that are inputs, and the way the student will be sampled."""
+    """Stored states that are the student's inputs, and how the student will be sampled."""
     huber: Positive | None = 1e-3
     """c of the pseudo-Huber distance; null: the paper's mean square."""
 

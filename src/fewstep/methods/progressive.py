@@ -11,8 +11,8 @@ Salimans & Ho, Progressive Distillation for Fast Sampling of Diffusion Models, 2
          at s = 0: the x0 prediction of the second step
     6    minimise max(a_u^2/s_u^2, 1) |student(x_u, u, c) - target|^2
 
-Not from the paper: guidance enters in the first stage (Meng et al., 2210.03142, do it in a stage of its own); the grid
-may be shifted; any path. The optimiser is not restarted and its learning rate not annealed per stage.
+Not from the paper: the first stage distils guidance too (Meng et al., 2210.03142, use a separate stage); the grid may be
+shifted; any path. The optimiser is not restarted in each stage, and its learning rate is not annealed there.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class Progressive(Method):
             raise ValueError(f"each stage must have half the steps of the one before, got {counts}")
         if empty := [n for n, length in self.stages if length < 1]:
             raise ValueError(
-                f"stages: the stage of {empty[0]} steps has no iterations, so it would train nothing (and the first stage is "
-                "the one that is guided); give it at least 1 iteration, or leave it out"
+                f"stages: the stage of {empty[0]} steps has no iterations, so it would train nothing; give it at least 1 "
+                "iteration, or leave it out (only the first stage is guided)"
             )
 
     @property

@@ -6,9 +6,9 @@ After Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Mode
     2  z' = z + noise * std(z) * n,  n ~ N(0, I)
     3  minimise |x - decode(z')|_1 + gradient |dx - d decode(z')|_1 + penalty |z|^2
 
-Not from the paper: no KL, perceptual or adversarial term. Line 2 replaces the KL: noise in proportion to the spread of
-the latents cannot be beaten by scaling them up, so nearby latents must decode alike. Line 3 compares finite
-differences, which keeps edges sharp at small cost. Some random frames per clip serve for all: neighbours are alike.
+Not from the paper: no KL, perceptual or adversarial term. Line 2 replaces the KL term: the noise is proportional to the spread
+of the latents, so larger latents do not help, and nearby latents must decode alike. Line 3 compares finite differences, which
+keeps edges sharp at small cost. A few random frames per clip are enough, because neighbouring frames are alike.
 """
 
 from __future__ import annotations

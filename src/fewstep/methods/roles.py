@@ -1,4 +1,4 @@
-"""Roles: the networks of a method other than teacher and student, and how each is made."""
+"""Roles: a method's networks besides teacher and student, and how each is made."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fewstep.models.source import ModelSource
 
 @dataclass(frozen=True, kw_only=True)
 class Making:
-    """What a role can be made from."""
+    """Everything from which a role can be made."""
 
     roles: Mapping[str, nn.Module]
     """Networks that exist already, by role."""
@@ -25,12 +25,12 @@ class Making:
     lora: Lora | None = None
     """Adapters to use for copies, over the weights of the copied network; None: copies are whole networks."""
     device: str | None = None
-    """Device for new weights; None: that of the network they read."""
+    """Device for new weights; None: the device of the network whose features they read."""
     others: Mapping[str, VideoModel] = field(default_factory=dict)
     """Models requested by roles with a `source`, by role."""
 
     def denoiser(self, role: str) -> Denoiser:
-        """The network of that role. ValueError if it is no denoiser."""
+        """The network of that role. ValueError if it is not a denoiser."""
         network = self.roles[role]
         if not isinstance(network, Denoiser):
             raise ValueError(f"discriminator heads and adapters are for denoisers, not for {type(network).__name__}")
@@ -39,7 +39,7 @@ class Making:
 
 @dataclass(frozen=True)
 class Role(ABC):
-    """How one network is made. The engine asks a role only what this class says; it never asks for its type."""
+    """How one network is made. The engine uses only the interface of this class, never the type of a role."""
 
     @property
     def needs(self) -> str | None:
@@ -62,11 +62,11 @@ class Role(ABC):
         return True
 
     def check(self, lora: Lora | None) -> None:  # noqa: B027 - most roles exist with adapters and without
-        """Refuse (ValueError) a run whose networks are whole (None), or adapters of this kind."""
+        """Refuse (ValueError) a run with whole networks (`lora` None), or with these adapters, if the role cannot be made."""
 
     @abstractmethod
     def make(self, name: str, making: Making) -> nn.Module:
-        """The network, to be known as `name`."""
+        """Make the network of the role `name`."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,9 @@ class Copy(Role):
         return self.of
 
     def make(self, name: str, making: Making) -> nn.Module:
-        """A copy, or with `lora` adapters over the frozen network that it is a copy of.
+        """A copy; with `lora`, adapters over the frozen network instead.
 
-        Copies of one role draw the same A: they start equal, as copies of whole networks do.
+        Adapters of one role's copies draw the same A, so they start equal, like copies of whole networks.
         """
         if making.lora is None or adapters(making.roles[self.of]):
             return duplicate(making.roles[self.of])
@@ -95,7 +95,7 @@ class Copy(Role):
 
 @dataclass(frozen=True)
 class Heads(Role):
-    """A role made new: discriminator heads on features of `of` at `layers` (negative counts from the end).
+    """A new network: discriminator heads on features of `of` at `layers` (negative numbers count from the end).
 
     One head per layer with one logit per clip, or, if `joint`, one head on all layers with a logit per patch.
     """
@@ -112,7 +112,9 @@ class Heads(Role):
         eyes = making.denoiser(self.of)
         widths = eyes.backbone.widths
         if not all(-len(widths) <= layer < len(widths) for layer in self.layers):
-            raise ValueError(f"feature layers must be in [-{len(widths)}, {len(widths) - 1}], got {list(self.layers)}")
+            raise ValueError(
+                f"layers must be from -{len(widths)} to {len(widths) - 1}, the blocks of this network; got {list(self.layers)}"
+            )
         seen = [widths[layer] for layer in self.layers]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(making.seed)
@@ -124,7 +126,7 @@ class Heads(Role):
 class Weak(Role):
     """A view of the role `of`, whose adapters count `scale` times: between the teacher (0) and that role (1).
 
-    It has nothing of its own to train. A run without adapters refuses it.
+    It has no weights of its own. A run without adapters refuses it.
     """
 
     of: str
@@ -154,7 +156,7 @@ class Weak(Role):
 
 @dataclass(frozen=True)
 class Other(Role):
-    """A role that stays frozen: the denoiser of another model, which must have this one's latents and text states."""
+    """A frozen role: the denoiser of another model, which must use the same latents and text states."""
 
     model: ModelSource
 

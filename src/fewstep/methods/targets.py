@@ -1,7 +1,7 @@
-"""From tensors to a loss: free functions, each with its equation and its reduction.
+"""Losses: functions of tensors, each with its equation and its reduction.
 
-Shapes: latents `[B, C, F, H, W]`, logits `[B, heads]`. Every loss is a mean over all elements, so that the weights
-between terms do not depend on batch, resolution or number of heads. Nothing here touches a network.
+Shapes: latents `[B, C, F, H, W]`, logits `[B, heads]`. Every loss is a mean over all elements, so that the weights of terms
+do not depend on batch size, resolution or number of heads. No function here calls a network.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from fewstep.diffusion import Prediction, target
 from fewstep.diffusion.path import broadcast
 
 FLOOR = 1e-5
-"""Added to the DMD normaliser, in units of the latents: only a student that equals its teacher ever meets it."""
+"""Added to the DMD normaliser, in units of the latents. It matters only if the student equals its teacher."""
 
 
 def mse(a: Tensor, b: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -35,8 +35,8 @@ def pseudo_huber(a: Tensor, b: Tensor, c: float = 1e-3, weight: Tensor | None = 
 def toward(x: Tensor, grad: Tensor) -> Tensor:
     """The loss whose gradient in `x` is `grad / numel`: mean reduction (2311.18828, eq. 7; DreamFusion's trick).
 
-    Its value, `mean grad^2 / 2`, is a magnitude and never a measure of progress. Equal to `|x - stop(x - grad)|^2 / 2`,
-    written so that a small gradient on a large latent loses no digits in float32.
+    Its value, `mean grad^2 / 2`, does not measure progress. It equals `|x - stop(x - grad)|^2 / 2`, written so that a small
+    gradient on a large latent loses no digits in float32.
     """
     grad = grad.detach()
     return ((x - x.detach()) * grad).mean() + grad.square().mean() / 2
@@ -48,10 +48,10 @@ def dmd_normaliser(x0: Tensor, real: Tensor, floor: float = FLOOR) -> Tensor:
 
 
 def frame_normaliser(x0: Tensor, real: Tensor, floor: float = FLOOR) -> Tensor:
-    """The same frame by frame, `[B, F]`: for clips whose frames were noised at times of their own.
+    """`dmd_normaliser` per frame, `[B, F]`, for clips whose frames have different times.
 
-    The papers normalise a clip as one sample. With a time per frame the noisiest frames, where teacher and sample are far
-    apart, would then set the scale of the clean ones.
+    The papers normalise a whole clip. With a time per frame, the noisiest frames, where teacher and sample differ most, would
+    then set the scale of the clean frames.
     """
     return _one_over((x0.detach() - real).abs().mean((1, *range(3, x0.ndim))), floor)
 
@@ -61,11 +61,12 @@ def _one_over(distance: Tensor, floor: float) -> Tensor:
 
 
 def distribution_matching(x0: Tensor, real: Tensor, fake: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Gradient of the reverse KL from student to teacher, put on `x0` (2405.14867, eq. 2-3). Mean over all elements.
+    """A loss whose gradient in `x0` is that of the reverse KL from student to teacher (2405.14867, eq. 2-3). Mean over all
+    elements.
 
-    `fake - real` is the critic's x0 prediction minus the teacher's at the same noised student sample: where the student
-    puts more mass than the teacher, `fake` lies nearer to `x0` and descent moves `x0` towards `real`. `weight`, `[B]`
-    or `[B, F]`, replaces `dmd_normaliser`; `a^2/s^2` gives the gradient of KL(student_t | teacher_t) itself.
+    `fake` is the critic's x0 prediction and `real` the teacher's, from the same student sample with noise. Where the student
+    has more mass than the teacher, `fake` is nearer to `x0`, and descent moves `x0` towards `real`. `weight`, `[B]` or
+    `[B, F]`, replaces `dmd_normaliser`; `a^2/s^2` gives the gradient of KL(student_t | teacher_t) itself.
     """
     weight = dmd_normaliser(x0, real) if weight is None else weight
     gap = (fake - real).detach()
@@ -73,7 +74,7 @@ def distribution_matching(x0: Tensor, real: Tensor, fake: Tensor, weight: Tensor
 
 
 def denoising(prediction: Prediction, x0: Tensor, eps: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Regression of the network's own kind of output, `mean w (raw - (p x0 + q eps))^2`. Mean over all elements.
+    """Regression in the network's own prediction kind: `mean w (raw - (p x0 + q eps))^2`. Mean over all elements.
 
     For a flow prediction this is conditional flow matching (2210.02747, eq. 23).
     """
@@ -81,18 +82,18 @@ def denoising(prediction: Prediction, x0: Tensor, eps: Tensor, weight: Tensor | 
 
 
 def adversarial_generator(fake: Tensor) -> Tensor:
-    """Non-saturating: `mean softplus(-D(fake))` (1406.2661; 2405.14867, eq. 4). Mean over logits."""
+    """Non-saturating generator loss `mean softplus(-D(fake))` (1406.2661; 2405.14867, eq. 4). Mean over logits."""
     return F.softplus(-fake).mean()
 
 
 def adversarial_discriminator(real: Tensor, fake: Tensor) -> Tensor:
-    """`mean softplus(-D(real)) + mean softplus(D(fake))`. Mean over logits; at zero logits it is `2 log 2`."""
+    """Discriminator loss `mean softplus(-D(real)) + mean softplus(D(fake))`. Mean over logits; `2 log 2` at zero logits."""
     return F.softplus(-real).mean() + F.softplus(fake).mean()
 
 
 def approximate_r1(logits: Tensor, perturbed: Tensor) -> Tensor:
     """`mean (D(x) - D(x + rho n))^2` (2501.08316, eq. 3): about `rho^2 |grad D|^2`, without a second derivative.
 
-    Perturb the noised real sample and keep its t and eps; otherwise the difference measures the noise, not D.
+    Perturb the real sample after adding noise, with the same t and eps; otherwise the difference measures the noise, not D.
     """
     return (logits - perturbed).square().mean()

@@ -1,4 +1,4 @@
-"""Difference between clips of one prompt: some losses give nearly the same clip for every seed."""
+"""Diversity: how much clips of one prompt differ. Some losses give nearly the same clip for every seed."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 def diversity(groups: Tensor) -> Tensor:
     """Mean pairwise distance between the seeds of each prompt: `[P, S, ...]` to `[P]`, float64.
 
-    `2 / (S (S-1)) sum_{i<j} rms(x_i - x_j)`, the root mean square taken over all trailing dimensions, so pixels,
-    latents and features all work; units of the input. ValueError for fewer than 2 seeds.
+    `2 / (S (S-1)) sum_{i<j} rms(x_i - x_j)`, with the root mean square over all trailing dimensions. The input may be pixels,
+    latents or features; the result has its units. ValueError for fewer than 2 seeds.
     """
     if groups.ndim < 3 or groups.shape[1] < 2:
         raise ValueError(

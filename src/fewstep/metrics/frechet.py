@@ -1,7 +1,7 @@
-"""Frechet distance between two sets of features, with its two controls.
+"""Frechet distance between two sets of features, with two controls.
 
-The distance of finite samples is biased upwards by an amount that depends on their number and on the width of the
-features: compare values only at the same `n`, and read them against the noise floor and the shuffled-frames control.
+The distance of finite samples is biased upwards. The bias depends on their number `n` and on the width of the features, so
+compare values only at the same `n`, and compare them with the noise floor and with the control with shuffled frames.
 """
 
 from __future__ import annotations
@@ -31,26 +31,30 @@ def frechet(a: Tensor, b: Tensor) -> float:
 def frechet_without(a: Tensor, b: Tensor, size: int = 1) -> Tensor:
     """Distances of features `[N, D]` when one block of `size` rows after another is left out of both sets.
 
-    They feed `metrics.statistics.jackknife`. A block is a prompt or several: rows of one prompt resemble each other, in both
-    sets. The last block may be smaller. ValueError for sets of unequal shape, or if fewer than 2 rows would be left.
+    For `metrics.statistics.jackknife`. A block holds all rows of one or more prompts, because rows of one prompt resemble each
+    other. The last block may be smaller. ValueError for sets of unequal shape, or if fewer than 2 rows would be left.
     """
     if a.shape != b.shape or len(a) < size + 2:
-        raise ValueError(f"two sets of one shape with {size + 2} rows or more: got {list(a.shape)} and {list(b.shape)}")
+        raise ValueError(
+            f"give two sets of equal shape with at least {size + 2} rows; got {list(a.shape)} and {list(b.shape)}"
+        )
     block = torch.arange(len(a)) // size
     left = [frechet(a[block != i], b[block != i]) for i in range(int(block[-1]) + 1)]
     return torch.tensor(left, dtype=torch.float64)
 
 
 def frechet_infinity(a: Tensor, b: Tensor, generator: torch.Generator, repeats: int = 4) -> float:
-    """Distance that infinitely many rows would have, from features `[N, D]` of as many rows each, `N >= 2 D`.
+    """Estimate of the distance for infinitely many rows, from two sets of features `[N, D]` with `N >= 2 D`.
 
-    The bias falls like 1/N (Chong and Forsyth 2020, 1911.07023): the intercept of the line through distances of random
-    subsets of N/2, 0.7 N and N rows. With fewer rows than that the bias does not follow 1/N, and the intercept would be as
-    wrong as the distance: ValueError.
+    The bias falls like 1/N (Chong and Forsyth 2020, 1911.07023), so the estimate is the intercept of a line through the
+    distances of random subsets of N/2, 0.7 N and N rows. ValueError for fewer rows: there the bias does not follow 1/N, and
+    the intercept would be as wrong as the distance.
     """
     n, width = a.shape
     if a.shape != b.shape or n < 2 * width:
-        raise ValueError(f"an extrapolation needs [N, D] twice with N >= 2 D, got {list(a.shape)} and {list(b.shape)}")
+        raise ValueError(
+            f"give two sets of features [N, D] with N >= 2 D, got {list(a.shape)} and {list(b.shape)}; evaluate more clips"
+        )
     inverse, distances = [], []
     for rows in (n // 2, round(0.7 * n), n):
         for _ in range(repeats):
@@ -94,7 +98,7 @@ def gaussian_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tens
 def split_half(features: Tensor, generator: torch.Generator, repeats: int = 8) -> float:
     """Noise floor: mean distance between two random halves of one set `[N, D]`.
 
-    What a perfect model would score with N/2 clips; with N clips its floor is lower, about half.
+    It is the distance that a perfect model would have with N/2 clips; with N clips the floor is about half of it.
     """
     if len(features) < 4:
         raise ValueError(f"split_half needs at least 4 rows, got {len(features)}")
@@ -107,9 +111,9 @@ def split_half(features: Tensor, generator: torch.Generator, repeats: int = 8) -
 
 
 def shuffled(frames: Tensor, generator: torch.Generator) -> Tensor:
-    """The same frames in random order, an order of its own for each clip `[B, C, F, H, W]`.
+    """Clips `[B, C, F, H, W]` with their frames in random order, a different order for each clip.
 
-    Control: every single frame stays right while the motion is destroyed, so a video metric must call this set worse.
+    A control: every frame stays right, but the motion is destroyed, so a video metric must find this set worse.
     """
     orders = torch.stack([torch.randperm(frames.shape[2], generator=generator) for _ in range(len(frames))])
     index = orders.to(frames.device)[:, None, :, None, None].expand_as(frames)
@@ -117,6 +121,6 @@ def shuffled(frames: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _root(cov: Tensor) -> Tensor:
-    """Symmetric square root; eigenvalues that rounding made negative are zero in exact arithmetic."""
+    """Symmetric square root. Negative eigenvalues come from rounding and are set to zero."""
     values, vectors = torch.linalg.eigh(cov.double())
     return (vectors * values.clamp_min(0).sqrt()) @ vectors.T

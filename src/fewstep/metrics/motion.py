@@ -1,4 +1,4 @@
-"""Amount of motion in a clip: few-step distillation loses it first, and still images cannot show it."""
+"""Amount of motion in a clip. Few-step distillation loses motion first, and still images cannot show this."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from torch import Tensor
 def motion(frames: Tensor) -> Tensor:
     """Mean absolute frame difference `mean |x_{f+1} - x_f|` of each clip `[B, C, F, H, W]`: `[B]`, float64.
 
-    Units: pixel range per frame, where 2 is black to white. Noise that changes from frame to frame counts as motion
-    too, so read it beside `flicker`, and relative to the teacher on the same prompts and seeds. ValueError for fewer
-    than 2 frames.
+    Units: pixel range per frame; 2 is black to white. Noise that changes from frame to frame counts as motion too, so read
+    `flicker` as well, and compare with the teacher on the same prompts and seeds. ValueError for fewer than 2 frames.
     """
     if frames.ndim != 5 or frames.shape[2] < 2:
         raise ValueError(f"motion needs clips [B, C, F >= 2, H, W], got {list(frames.shape)}")

@@ -1,4 +1,4 @@
-"""Features without a network, for models that come without a feature encoder of their own."""
+"""Features without a network, for models that have no feature encoder of their own."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from torch import Tensor
 from torch.nn import functional
 
 LAGS = (1, 2, 4)
-GAIN = 4.0  # changes over time are several times smaller than colours; without it the distance hardly sees them
+GAIN = 4.0  # changes over time are several times smaller than colours; without this the distance hardly sees them
 
 
 def pooled(frames: Tensor) -> Tensor:
     """Coarse appearance and motion of clips `[B, 3, F, H, W]` in [-1, 1]: `[B, 72]`, float32.
 
-    Per colour channel and quarter of the frame: the mean of both halves of the clip, and four times the mean absolute
-    change over 1, 2 and 4 frames and the mean absolute second difference. Fixed, so that anybody can recompute them;
-    weaker than learnt features, but they see time. ValueError for fewer than 3 frames.
+    For each colour channel and quarter of the frame: the mean over each half of the clip, and four times the mean absolute
+    change over 1, 2 and 4 frames and the mean absolute second difference. They are fixed, so anybody can recompute them. They
+    are weaker than learnt features, but see time. ValueError for fewer than 3 frames.
     """
     if frames.ndim != 5 or frames.shape[2] < 3:
         raise ValueError(f"pooled features need clips [B, C, F >= 3, H, W], got {list(frames.shape)}")
@@ -27,5 +27,5 @@ def pooled(frames: Tensor) -> Tensor:
 
 
 def _cells(x: Tensor, spans: int) -> Tensor:
-    """Mean over `spans` parts of the clip and the four quarters of the frame, flat per clip."""
+    """Means over `spans` parts of the clip and the four quarters of the frame, as one vector per clip."""
     return functional.adaptive_avg_pool3d(x, (spans, 2, 2)).flatten(1)

@@ -1,8 +1,7 @@
-"""Intervals around measured numbers.
+"""Confidence intervals of measured figures.
 
-Few prompts tell little about the next one, and the intervals say so: they rest on Student's t, not on the normal
-distribution, and there is none for a single prompt. How often they hold the truth is simulated in
-`tests/test_coverage_slow.py`.
+The intervals use Student's t, not the normal distribution, because few prompts say little about other prompts; a single prompt
+has no interval. `tests/test_coverage_slow.py` simulates how often the intervals contain the true value.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 FEWEST, ENOUGH = 2, 8
-"""Prompts: below the first there is no interval; below the second it is wide and leans on how values are distributed."""
+"""Numbers of prompts. Below the first there is no interval; below the second it is wide and depends on the distribution."""
 
 
 class Interval(NamedTuple):
@@ -27,14 +26,14 @@ class Interval(NamedTuple):
 
 
 NOTHING = Interval(-math.inf, math.inf)
-"""What one value says about the next."""
+"""The interval from a single value."""
 
 
 def wilson(right: float, total: float, confidence: float = 0.95) -> Interval:
     """Wilson's score interval for `right` successes in `total` independent trials (Wilson 1927).
 
-    `(p + z^2/2n +- z sqrt(p (1-p)/n + z^2/4n^2)) / (1 + z^2/n)`. Sensible at 0 and at `total`, where the normal
-    approximation has no width. No trials: [0, 1]. Trials that are not independent: `clustered_wilson`.
+    `(p + z^2/2n +- z sqrt(p (1-p)/n + z^2/4n^2)) / (1 + z^2/n)`. It is valid at 0 and at `total`, where the normal
+    approximation has zero width. Without trials: [0, 1]. For trials that are not independent, use `clustered_wilson`.
     """
     if not 0 <= right <= total:
         raise ValueError(f"right must lie in 0..{total}, got {right}")
@@ -48,13 +47,13 @@ def wilson(right: float, total: float, confidence: float = 0.95) -> Interval:
 
 
 def clustered_wilson(shares: Tensor, size: int, confidence: float = 0.95) -> Interval:
-    """Wilson's interval where trials come in groups: `shares` `[G]` of right ones in each group of `size` trials.
+    """Wilson's interval for trials in groups: `shares` `[G]` are the shares of successes in each group of `size` trials.
 
-    Trials of a group resemble each other, so they count for fewer. The design effect (Kish 1965) is the variance of the
-    mean over groups, divided by what it would be if all trials were independent; the interval is that of
-    `trials / effect * (z / t)^2` trials, the last factor because the effect is known from G groups only (Korn and Graubard
-    1998; t of Student's distribution). Trials never count for fewer than groups, and count as groups where the effect
-    cannot be estimated: if all or none are right. One group says nothing: [0, 1].
+    Trials of one group resemble each other, so their effective number is smaller. The design effect (Kish 1965) is the variance
+    of the mean over groups, divided by its value for independent trials. The interval is that of `trials / effect * (z / t)^2`
+    trials; the last factor corrects for estimating the effect from G groups (Korn and Graubard 1998; t of Student's
+    distribution). The effective number is at least the number of groups. It equals it if the effect cannot be estimated,
+    because all or none are right. With one group: [0, 1].
     """
     groups, p = len(shares), float(shares.double().mean())
     if groups < FEWEST:
@@ -69,7 +68,7 @@ def clustered_wilson(shares: Tensor, size: int, confidence: float = 0.95) -> Int
 
 
 def mean_interval(values: Tensor, confidence: float = 0.95) -> Interval:
-    """Student's t interval of the mean of `values` `[N]`. One value says nothing about the next: (-inf, inf).
+    """Student's t interval of the mean of `values` `[N]`; (-inf, inf) for a single value.
 
     Clips of one prompt are not independent: average them first and give one value per prompt. For a difference between
     two models on the same prompts and seeds, give the paired differences.
@@ -84,10 +83,10 @@ def mean_interval(values: Tensor, confidence: float = 0.95) -> Interval:
 
 
 def difference_of_shares(first: Tensor, second: Tensor, confidence: float = 0.95) -> Interval:
-    """Interval of `mean(first - second)`, shares of right clips per prompt `[N]`, within [-1, 1]; of one prompt all of that.
+    """Interval, within [-1, 1], of `mean(first - second)` for shares of right clips per prompt `[N]`; [-1, 1] for one prompt.
 
-    Student's t after two prompts are added, one won by each side (Bonett and Price 2012, on pairs of trials): without them
-    the interval of a few prompts on which both sides happen to agree has no width at all.
+    Student's t after adding two prompts, one won by each side (Bonett and Price 2012, for pairs of trials). Without them, the
+    interval would have zero width if both sides agree on all of a few prompts.
     """
     differences = (first - second).double()
     if len(differences) < FEWEST:
@@ -97,14 +96,14 @@ def difference_of_shares(first: Tensor, second: Tensor, confidence: float = 0.95
 
 
 def jackknife(value: float, without: Tensor, confidence: float = 0.95) -> Interval:
-    """Student's t interval around a statistic, from its values `[G]` with one group of the data after another left out.
+    """Student's t interval around a statistic, from its values `[G]` without each group of the data in turn.
 
-    Standard error `sqrt((G - 1) / G sum_g (v_g - mean v)^2)` (Quenouille 1949, Tukey 1958). For statistics that are biased
-    in small samples, where a bootstrap is worse still: its repeated rows make a Frechet distance larger. The interval is
-    around what samples *of this size* give on average; it does not know the bias.
+    Standard error `sqrt((G - 1) / G sum_g (v_g - mean v)^2)` (Quenouille 1949, Tukey 1958). Use it for statistics that are
+    biased in small samples; a bootstrap is worse there, because repeated rows make a Frechet distance larger. The interval
+    contains the mean for samples *of this size*; it does not include the bias.
     """
     if without.ndim != 1 or len(without) < FEWEST:
-        raise ValueError(f"a jackknife needs the values without each of 2 groups or more, got {list(without.shape)}")
+        raise ValueError(f"a jackknife needs at least 2 groups, one value without each, got {list(without.shape)}")
     x = without.detach().double().cpu()
     error = math.sqrt((len(x) - 1) / len(x) * float((x - x.mean()).square().sum()))
     half = t_quantile(confidence, len(x) - 1) * error
@@ -112,8 +111,8 @@ def jackknife(value: float, without: Tensor, confidence: float = 0.95) -> Interv
 
 
 def ratio_of_means(values: Tensor, reference: Tensor) -> float:
-    """`mean(values) / mean(reference)`; NaN when the reference mean is 0. The ratio of means, because a mean of ratios
-    is ruled by the pairs with the smallest denominators."""
+    """`mean(values) / mean(reference)`; NaN if the reference mean is 0. The mean of ratios is not used, because pairs with
+    small denominators would dominate it."""
     bottom = float(reference.double().mean())
     return float(values.double().mean()) / bottom if bottom != 0 else math.nan
 
@@ -121,11 +120,11 @@ def ratio_of_means(values: Tensor, reference: Tensor) -> float:
 def ratio_interval(values: Tensor, reference: Tensor, confidence: float = 0.95) -> Interval:
     """Student's t interval of `ratio_of_means`, from the pairs `(values[i], reference[i])`.
 
-    Around the ratio r, by the t interval of the mean of `values - r reference`, divided by the mean of `reference`
-    (Cochran 1977, 6.4). NaN where the ratio is, (-inf, inf) with one pair.
+    It is centred on the ratio r; its width is that of the t interval of the mean of `values - r reference`, divided by the mean
+    of `reference` (Cochran 1977, 6.4). NaN if the ratio is NaN; (-inf, inf) with one pair.
     """
     if values.shape != reference.shape:
-        raise ValueError(f"paired values must have one shape, got {list(values.shape)} and {list(reference.shape)}")
+        raise ValueError(f"paired values must have equal shapes, got {list(values.shape)} and {list(reference.shape)}")
     ratio, bottom = ratio_of_means(values, reference), float(reference.double().mean())
     if math.isnan(ratio):
         return Interval(math.nan, math.nan)
@@ -147,13 +146,15 @@ def percentile(values: Sequence[float], q: float) -> float:
 
 @cache
 def t_quantile(confidence: float, freedom: int) -> float:
-    """t such that Student's t with so many degrees of freedom lies within +-t with this probability.
+    """The t for which Student's t with `freedom` degrees of freedom lies within +-t with probability `confidence`.
 
     >>> round(t_quantile(0.95, 7), 3)
     2.365
     """
     if not 0 < confidence < 1 or freedom < 1:
-        raise ValueError(f"confidence lies strictly between 0 and 1 and freedom >= 1, got {confidence} and {freedom}")
+        raise ValueError(
+            f"confidence must lie strictly between 0 and 1, and freedom must be at least 1; got {confidence} and {freedom}"
+        )
     low, high = 0.0, math.pi / 2
     for _ in range(60):
         angle = (low + high) / 2
@@ -173,7 +174,7 @@ def _within(angle: float, freedom: int) -> float:
 
 
 def _normal_quantile(confidence: float) -> float:
-    """z such that a standard normal lies within +-z with this probability."""
+    """The z for which a standard normal lies within +-z with probability `confidence`."""
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie strictly between 0 and 1, got {confidence}")
     return float(torch.special.ndtri(torch.tensor((1 + confidence) / 2, dtype=torch.float64)))

@@ -2,13 +2,15 @@
 
 from fewstep.models.autoencoder import FrameAutoencoder
 from fewstep.models.backbone import Backbone, Context, Output, State, Tokens
-from fewstep.models.bundle import Card, VideoModel
+from fewstep.models.bundle import VideoModel
+from fewstep.models.card import Card
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.discriminators import FeatureHeads, JointHead
 from fewstep.models.features import ClipFeatures
 from fewstep.models.fingerprint import fingerprint
 from fewstep.models.lora import Lora
-from fewstep.models.spec import NETWORKS, Spec
+from fewstep.models.networks import NETWORKS
+from fewstep.models.spec import Spec
 from fewstep.models.text import TextEncoder
 from fewstep.models.video_dit import VideoDiT
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fewstep.attention import Grid3, KVCache, Operation, Pattern, Site, Ulysses, operate
 from fewstep.compress import Transform
+from fewstep.compress.stepwise import knows_steps
 from fewstep.core import KV, Call, Cond, KVView
 from fewstep.core.call import Place
 from fewstep.models.rotary import Rotary
@@ -65,6 +66,8 @@ class State(ABC):
 
     past: KV | None = field(default=None, kw_only=True)
     """Input: rotated keys, and values, that the next block may read in addition to its own."""
+    place: Place = field(default=Place(0, 1, Call()), kw_only=True)
+    """Input: where the next block is, and in which call."""
     new: KV | None = field(default=None, kw_only=True)
     """Output: keys (without rotary position) and values of the last block that ran."""
 
@@ -270,8 +273,9 @@ class Backbone(nn.Module, ABC):
             self.require_sharing()
             state = state.split(cast(Ulysses, call.shared))
         for index, block in enumerate(self.blocks):
-            state = replace(state, past=call.kv.layer(index) if call.kv else None, new=None)
-            state = call.runner(block, state, Place(index, len(self.blocks), call))
+            place = Place(index, len(self.blocks), call)
+            state = replace(state, past=call.kv.layer(index) if call.kv else None, place=place, new=None)
+            state = call.runner(block, state, place)
             yield state
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond, call: Call = Call()) -> Output:
@@ -291,7 +295,10 @@ class Backbone(nn.Module, ABC):
         """Compile every block in place (one graph serves all). A copy of this network starts uncompiled.
 
         `hooked`: what others do around a block's forward (FSDP gathers its weights) stays outside. Copy no such network.
+        ValueError for layers that depend on the step: the compiler does not follow a view of a block.
         """
+        if knows_steps(self):
+            raise ValueError("compile: blocks whose layers depend on the step cannot be compiled; leave compile out")
         for block in self.blocks:
             if hooked:
                 block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)

@@ -10,24 +10,25 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fewstep.compress import TRANSFORMS, Transform, transformed
-from fewstep.core import Cond, RecipeError, build, dump
+from fewstep.compress import Transform, transformed
+from fewstep.core import Cond, dump
 from fewstep.core.atomic import settle
-from fewstep.core.bounds import FrameRate, Size, require_bounds
 from fewstep.core.stamp import stamp_of
 from fewstep.core.yaml import load_json
-from fewstep.diffusion import NAMED, Contract, Kind, NoisePath, RectifiedFlow, Step
+from fewstep.diffusion import Step
 from fewstep.diffusion.samplers import finish
 from fewstep.models import adapters
 from fewstep.models.autoencoder import FrameAutoencoder
+from fewstep.models.card import PARTS, Card, parse_card
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.fingerprint import describe, print_of
 from fewstep.models.images import Images, blank_images, image_conditions
@@ -35,7 +36,8 @@ from fewstep.models.loading import loaded
 from fewstep.models.lora import updated
 from fewstep.models.runtime import Runtime, bring, decoded, require_exact, settled, typed
 from fewstep.models.sampling import Request, sampling
-from fewstep.models.spec import Spec, lacking
+from fewstep.models.scalars import scalar_conditions
+from fewstep.models.spec import lacking
 from fewstep.models.stored import Stored
 from fewstep.models.text import TextEncoder
 
@@ -44,47 +46,6 @@ BUILT_IN = Path(__file__).parent.parent / "world" / "weights"
 
 _BUILT_INS = {"world": BUILT_IN / "teacher", "world/features": BUILT_IN / "features"}
 """Folders by the names they go by, which look like names on the hub and are none."""
-
-PARTS = ("denoiser", "text", "image", "codec", "features")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Card:
-    """What a folder of weights says of itself."""
-
-    name: str
-    role: Literal["teacher", "student"] = "teacher"
-    parts: dict[str, Spec] = field(default_factory=dict)
-    """Class and constructor arguments of every network; the denoiser's entry is its backbone."""
-    sources: dict[str, str] = field(default_factory=dict)
-    """Source of each part whose weights are not in this folder: a folder in diffusers' layout or its hub name."""
-    fingerprints: dict[str, str] = field(default_factory=dict)
-    """Fingerprint of each part's loaded weights. Data made with other weights is refused before it is read."""
-    transforms: tuple[Transform, ...] = ()
-    """Transforms of the denoiser relative to its entry in `parts`, in the order of application."""
-    files: dict[str, str] = field(default_factory=dict)
-    """Length and digest of each part's file as written; loading detects damage."""
-    path: NoisePath = RectifiedFlow()
-    kind: Kind = "flow"
-    contract: Contract = Contract()
-    num_frames: Size = 16
-    height: Size = 32
-    width: Size = 32
-    fps: FrameRate = 8
-    negative_prompt: str = ""
-    """Negative prompt for guidance."""
-    provenance: dict[str, str] = field(default_factory=dict)
-    """Recipe hash, teacher and data fingerprints, licences, machine, versions: free text by name."""
-    scores: dict[str, float] = field(default_factory=dict)
-    """Measured figures by name; the name contains n."""
-
-    def __post_init__(self) -> None:
-        require_bounds(self)
-        for field_, names in (("parts", self.parts), ("sources", self.sources), ("files", self.files)):
-            if unknown := sorted(set(names) - set(PARTS)):
-                raise ValueError(
-                    f"{field_}: {unknown[0]!r} is no part of a video model; its parts are {', '.join(PARTS)}"
-                )
 
 
 class VideoModel:
@@ -231,7 +192,8 @@ class VideoModel:
     def sampling(self, prompts: Sequence[str] | Cond, **options: Any) -> Iterator[Step]:
         """Sample by the card's contract, step by step; the latents of the last step are the clips'.
 
-        `options` are the fields of `Request`. Refused at once unless `force`: a step count the model was not trained for
+        `options` are the fields of `Request`, such as `scalars={"guidance": 4.0}`.
+        Refused at once unless `force`: a step count the model was not trained for
         (StepCountError), another number of frames than its card's, and a guidance scale on a student that has its guidance
         distilled in (ValueError). To stop is to ask for no more steps.
         """
@@ -259,18 +221,21 @@ class VideoModel:
         last_image: Tensor | None = None,
         num_frames: int | None = None,
         *,
+        scalars: Mapping[str, float] = MappingProxyType({}),
         guided: bool = True,
     ) -> tuple[Cond, Cond]:
-        """Conditions of `prompts` and of the negative prompt, both with the images where this model makes clips of them.
-        `guided` as in `encode_text`. `latents` takes both in place of prompts.
+        """Conditions of `prompts` and of the negative prompt, both with the images where this model makes clips of them, and
+        with the `scalars` that it reads (`ScalarInput`). `guided` as in `encode_text`. `latents` takes both in place of
+        prompts.
 
-        ValueError where an image is missing or of no use.
+        ValueError where an image or scalar is missing or of no use.
         """
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"prompts are a list of texts, one for each clip, such as ['a red ball']; got {prompts!r}")
         frames = self.card.num_frames if num_frames is None else num_frames
         self.bring("image", "codec")
         extra = image_conditions(self, len(prompts), image, last_image, frames)
+        extra |= scalar_conditions(self, len(prompts), scalars)
         cond, uncond = self.encode_text(prompts, guided=guided)
         return cond.with_extra(extra), uncond.with_extra(extra)
 
@@ -324,7 +289,7 @@ class VideoModel:
         With `comfyui` the denoiser alone, in one file, by its authors' names. `recipe` is the text of it, for the page.
         """
         require_exact(self)
-        return adapters.export(self, Path(folder), names=names, link=link, recipe=recipe)
+        return adapters.export_model(self, Path(folder), names=names, link=link, recipe=recipe)
 
     @classmethod
     def from_pretrained(
@@ -345,7 +310,7 @@ class VideoModel:
     ) -> VideoModel:  # fmt: skip
         """As `from_pretrained`, by a card that may say more than the source does (another size, another pattern)."""
         folder = _folder_of(source) if card.parts.keys() - card.sources.keys() else Path()
-        return loaded(cls(card, {}), folder, adapters.load, leave=leave, trust=trust, runtime=runtime)
+        return loaded(cls(card, {}), folder, leave=leave, trust=trust, runtime=runtime)
 
 
 def read_card(source: Path | str) -> Card:
@@ -357,33 +322,6 @@ def read_card(source: Path | str) -> Card:
         return adapters.card(source)
     path = _folder_of(source) / "card.json"
     return parse_card(load_json(path, "a card"), str(path))
-
-
-def parse_card(tree: Any, where: str) -> Card:
-    """The card of its plain values. RecipeError says what is wrong with them, or that they would import code."""
-    if not (isinstance(tree, dict) and tree.get("parts")):
-        raise RecipeError(f"{where}: parts is empty or missing, so there is no network to load; copy the folder again")
-    names = {cls.__name__: cls for classes in (NAMED, TRANSFORMS) for cls in classes}
-    card: Card = build(Card, tree, names, where)
-    return card
-
-
-def latent_shape_of(card: Card) -> tuple[int, int, int, int] | None:
-    """`(C, F, h, w)` of the clips of a model that is not loaded; None without a codec."""
-    if "codec" not in card.parts:
-        return None
-    with torch.device("meta"):
-        codec = card.parts["codec"].build()
-    return codec.latent_shape(card.num_frames, card.height, card.width)
-
-
-def text_width_of(card: Card) -> int | None:
-    """Width of the text states of a model that is not loaded; None without a text encoder."""
-    if "text" not in card.parts:
-        return None
-    with torch.device("meta"):
-        text: Any = card.parts["text"].build()
-    return int(text.width)
 
 
 def _folder_of(source: Path | str) -> Path:

@@ -2,44 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
 from fewstep.compress import transformed
+from fewstep.models import adapters
+from fewstep.models.card import Card, allocate, sketch
 from fewstep.models.denoiser import Denoiser
+from fewstep.models.fingerprint import print_of
 from fewstep.models.runtime import Dtype, Runtime, typed
 from fewstep.models.stored import Stored
 
 if TYPE_CHECKING:
-    from fewstep.models.bundle import Card, VideoModel
+    from fewstep.models.bundle import VideoModel
 
 
-Give = Callable[..., Stored | None]
-"""`adapters.load`: gives a part of the meta device its weights, or with `leave` returns them in their files, if names allow."""
-
-
-def loaded(
-    model: VideoModel, folder: Path, give: Give, *, leave: Collection[str], trust: bool, runtime: Runtime
-) -> VideoModel:
+def loaded(model: VideoModel, folder: Path, *, leave: Collection[str], trust: bool, runtime: Runtime) -> VideoModel:
     """A model without networks, with those of its card. `folder` has the weights of parts without a source of their own."""
     runtime.require(model)  # before anything is read
     card = model.card
     for name in card.parts:
         dtype: Dtype = runtime.dtype if name == "denoiser" and name not in leave else "float32"
         if name in card.sources:
-            part, weights = _elsewhere(name, card, give, leave)
+            part, weights = _elsewhere(name, card, leave)
         else:
             part, weights = _here(name, card, folder, trust)
         if weights is not None and name not in leave:
-            part = _filled(name, card, weights, dtype)
+            part = _filled(part, name, card, weights, dtype)
         elif dtype != "float32" and isinstance(part, Denoiser):
-            model.parts[name] = part
-            model.rounded[name] = model.fingerprint(name)
+            model.rounded[name] = print_of(part, part.state_dict())
             typed(part, dtype)
         if weights is not None and (name in leave or dtype != "float32"):
             model.stored[name] = weights
@@ -48,23 +43,13 @@ def loaded(
     return model.prepared(runtime)
 
 
-def allocate(part: str, card: Card) -> nn.Module:
-    """The network of one part, with fresh weights."""
-    network = card.parts[part].build()
-    return Denoiser(transformed(network, card.transforms), card.path, card.kind) if part == "denoiser" else network
-
-
-def sketch(part: str, card: Card) -> nn.Module:
-    """The network of one part without memory for its weights: every tensor is on the meta device."""
-    with torch.device("meta"):
-        return allocate(part, card)
-
-
-def _elsewhere(name: str, card: Card, give: Give, leave: Collection[str]) -> tuple[nn.Module, Stored | None]:
+def _elsewhere(name: str, card: Card, leave: Collection[str]) -> tuple[nn.Module, Stored | None]:
     """A part from a source of its own: with its weights, or on the meta device and its weights in their files."""
     part, changes = sketch(name, replace(card, transforms=())), card.transforms if name == "denoiser" else ()
-    apart = name == "denoiser" or name in leave
-    weights = give(part, card.sources[name], leave=apart and not changes)
+    apart = (name == "denoiser" or name in leave) and not changes
+    weights = adapters.stored(part, card.sources[name]) if apart else None
+    if weights is None:
+        adapters.load(part, card.sources[name])
     if changes:
         part.backbone = transformed(part.backbone, changes)
     return part, weights
@@ -79,9 +64,8 @@ def _here(name: str, card: Card, folder: Path, trust: bool) -> tuple[nn.Module, 
     return part, weights
 
 
-def _filled(name: str, card: Card, weights: Stored, dtype: Dtype) -> nn.Module:
-    """A part whose tensors are those of `weights`."""
-    part = sketch(name, card)
+def _filled(part: nn.Module, name: str, card: Card, weights: Stored, dtype: Dtype) -> nn.Module:
+    """A part on the meta device with the tensors of `weights`."""
     if any(module._non_persistent_buffers_set for module in part.modules()):
         part = allocate(name, card)  # which computes what no file has
     if isinstance(part, Denoiser):

@@ -17,8 +17,8 @@ from fewstep.core import RecipeError
 from fewstep.core.bounds import FrameRate, Size
 from fewstep.diffusion import Contract, Kind, NoisePath, RectifiedFlow
 from fewstep.models import adapters
-from fewstep.models.bundle import PARTS, Card, VideoModel, latent_shape_of, read_card
-from fewstep.models.loading import allocate
+from fewstep.models.bundle import VideoModel, read_card
+from fewstep.models.card import PARTS, Card, allocate, latent_shape_of
 from fewstep.models.spec import Spec
 
 MADE_NEW = "made new"

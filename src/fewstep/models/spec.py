@@ -9,15 +9,8 @@ from typing import Any
 from torch import nn
 
 from fewstep.attention import PATTERNS
-from fewstep.core.build import At, Names, build, build_arguments, dump, find_class, parameters, type_name
-from fewstep.models.adapters import PARTS, part_class
-from fewstep.models.autoencoder import FrameAutoencoder
-from fewstep.models.discriminators import FeatureHeads, JointHead
-from fewstep.models.features import ClipFeatures
-from fewstep.models.text import TextEncoder
-from fewstep.models.video_dit import VideoDiT
-
-NETWORKS: tuple[type[nn.Module], ...] = (VideoDiT, FeatureHeads, JointHead, FrameAutoencoder, TextEncoder, ClipFeatures)
+from fewstep.core.build import At, Names, build, build_arguments, dump, parameters, type_name
+from fewstep.models.networks import network_class
 
 
 @dataclass(frozen=True)
@@ -29,7 +22,7 @@ class Spec:
     """
 
     type: str
-    """Class name from `NETWORKS` or from the adapters' `PARTS`."""
+    """Class name, of `networks.NETWORKS` or `networks.ADAPTED`."""
     args: dict[str, Any] = field(default_factory=dict)
     """Arguments that differ from the defaults, or all of them."""
 
@@ -37,7 +30,7 @@ class Spec:
     def from_tree(cls, tree: Any, names: Names, at: At) -> Spec:
         """From `{type: VideoDiT, width: 192}`. Arguments are checked and those left out are written out."""
         flat = build(dict[str, Any], tree, names, at)
-        network = _network(flat.pop("type", None), at.key("type"))
+        network = network_class(flat.pop("type", None), at.key("type"))
         nested = flat["args"] if set(flat) == {"args"} else flat
         known = build_arguments(network, nested, {c.__name__: c for c in PATTERNS}, at)
         return cls(
@@ -54,19 +47,12 @@ class Spec:
 
     def build(self) -> nn.Module:
         """Allocate the network. RecipeError names an unknown class or argument and the nearest known one."""
-        network, at = _network(self.type, At("network", "type")), At("network", self.type)
+        network, at = network_class(self.type, At("network", "type")), At("network", self.type)
         arguments = build_arguments(network, self.args, {c.__name__: c for c in PATTERNS}, at)
         try:
             return network(**arguments)
         except ValueError as error:
             raise at.refuse(error) from error
-
-
-def _network(name: Any, at: At) -> type[nn.Module]:
-    """The class of one of `NETWORKS` or of the adapters' `PARTS`, or of an import path `package.module:Class`."""
-    if isinstance(name, str) and name in PARTS:
-        return part_class(name)
-    return find_class(name, nn.Module, {c.__name__: c for c in NETWORKS}, at)
 
 
 DIFFUSERS_NAMES = {"denoiser": "transformer or unet", "text": "text_encoder", "image": "image_encoder", "codec": "vae"}

@@ -80,7 +80,7 @@ class Stored(Mapping[str, Tensor]):
         return len(self._place)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of every tensor, without reading it."""
+        """Shape of every tensor, without reading the tensor."""
         return {name: tuple(piece.get_shape()) for name, piece in self._slices()}
 
     def odd(self, network: nn.Module) -> list[str]:

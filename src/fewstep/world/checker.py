@@ -1,9 +1,9 @@
 """Reads the six attributes of a scene from pixels by analysis: no network, no training, no model.
 
-Per temporal group of frames: background by vote of the pixels, colour as the palette line that explains the other pixels,
-shape and size as the template that best matches the centred object.  Over the whole clip: direction and speed from the object's
-track on the torus.  An attribute that is not clearly visible, or that changes from group to group, is abstained (-1) and so
-never counts as right: a sloppy generator cannot score by chance.
+For each group of neighbouring frames, the checker finds the background by a vote of the pixels, the colour as the palette
+entry that explains the other pixels best, and shape and size as the template that matches the centred object best.  Over the
+whole clip, it finds direction and speed from the object's track on the torus.  If an attribute is not clearly visible, or
+changes from group to group, the checker abstains (-1), which never counts as right: a poor generator cannot score by chance.
 """
 
 import math
@@ -24,19 +24,19 @@ ABSTAIN = -1
 
 @dataclass(frozen=True)
 class Readings:
-    """What the checker saw: `values` is int64 `[B, 6]`, the index in each of `ATTRIBUTES`, or -1 where it abstained."""
+    """The checker's findings: `values` is int64 `[B, 6]`, the index within each of `ATTRIBUTES`, or -1 if it abstained."""
 
     values: Tensor
 
     def scene(self, i: int) -> Scene | None:
-        """The scene of clip `i`, or None if any attribute was abstained."""
+        """The scene of clip `i`, or None if the checker abstained from any attribute."""
         row = self.values[i].tolist()
         return None if ABSTAIN in row else Scene.from_indices(row)
 
 
 @dataclass(frozen=True)
 class Score:
-    """Readings compared with the scenes asked for: two boolean tensors `[B, 6]` in the order of `ATTRIBUTES`."""
+    """Readings compared with the requested scenes: two boolean tensors `[B, 6]` in the order of `ATTRIBUTES`."""
 
     right: Tensor
     abstained: Tensor
@@ -47,17 +47,17 @@ class Score:
         return self.right.all(1)
 
     def accuracy(self) -> dict[str, float]:
-        """Share of clips right, per attribute and for "all" six together; abstaining counts as wrong; NaN for no clips."""
+        """Share of right clips, for each attribute and for "all" six together. Abstaining counts as wrong. NaN without clips."""
         shares = dict(zip(ATTRIBUTES, self.right.double().mean(0).tolist(), strict=True))
         return shares | {"all": float(self.all_right.double().mean())}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checker:
-    """Thresholds of the analysis; colours are RGB in [0, 1], lengths pixels, and the defaults suit decoded clips."""
+    """Thresholds of the analysis. Colours are RGB in [0, 1], lengths are in pixels; the defaults are for decoded clips."""
 
     style: str = "plain"
-    """Drawing style of the world, one of `STYLES`. If it draws several backgrounds alike, they cannot be checked."""
+    """Drawing style of the world, one of `STYLES`. Backgrounds that a style draws alike cannot be checked."""
     background_tolerance: float = 0.15
     """Largest RGB distance of a pixel to the background it votes for."""
     background_share: float = 0.5
@@ -67,7 +67,7 @@ class Checker:
     colour_residual: float = 0.15
     """Largest share of the object's contrast energy that its colour may leave unexplained."""
     colour_margin: float = 1.5
-    """Factor by which the second-best colour must explain it worse."""
+    """Factor by which the second-best colour must fit worse."""
     object_area: tuple[float, float] = (18.0, 340.0)
     """Accepted area of the object in every frame, square pixels."""
     shape_similarity: float = 0.95
@@ -79,27 +79,27 @@ class Checker:
     velocity_change: tuple[float, float] = (0.1, 0.25)
     """Accepted change of velocity within the clip: pixels per frame, plus a share of the speed."""
     speed_range: tuple[float, float] = (0.35, 2.7)
-    """Accepted speed, pixels per frame; the two SPEEDS are parted at their geometric mean."""
+    """Accepted speed, pixels per frame; the boundary between the two SPEEDS is their geometric mean."""
     heading_error: float = math.radians(18)
     """Largest angle between the motion and the nearest of DIRECTIONS (half a sector is 22.5 degrees)."""
 
     @torch.no_grad()
     def read(self, clips: Tensor) -> Readings:
-        """Read float clips `[B, 3, F, 32, 32]` in [-1, 1] (values beyond are cut); F = 1 abstains on direction and speed.
+        """Read float clips `[B, 3, F, 32, 32]` in [-1, 1] (values outside are clipped). With F = 1, direction and speed abstain.
 
         `ValueError` for another shape or for numbers that are not finite.
         """
         if clips.ndim != 5 or clips.shape[1] != 3 or clips.shape[2] < 1 or clips.shape[3:] != (CANVAS, CANVAS):
             raise ValueError(f"clips must be [B, 3, F >= 1, {CANVAS}, {CANVAS}], got {list(clips.shape)}")
         if not torch.isfinite(clips).all():
-            raise ValueError("clips hold NaN or infinite values; find out which step of the sampler made them")
-        per_pass = max(1, 512 // clips.shape[2])  # half a million pixels: the working set stays in cache
-        with torch.autocast(clips.device.type, enabled=False):  # a verdict must not depend on the caller's precision
+            raise ValueError("clips have NaN or infinite values; find the step of the sampler that made them")
+        per_pass = max(1, 512 // clips.shape[2])  # half a million pixels fit into the processor's cache
+        with torch.autocast(clips.device.type, enabled=False):  # the result must not depend on the caller's precision
             passes = [self._read(part) for part in clips.split(per_pass)] if len(clips) else []
         return Readings(torch.cat(passes) if passes else torch.empty(0, 6, dtype=torch.long, device=clips.device))
 
     def score(self, clips: Tensor, scenes: Sequence[Scene]) -> Score:
-        """Compare clips with the scenes they should show; `ValueError` when the counts differ."""
+        """Compare clips with the scenes they should show; `ValueError` if the counts differ."""
         if len(clips) != len(scenes):
             raise ValueError(f"{len(clips)} clips but {len(scenes)} scenes; give one scene per clip")
         values = self.read(clips).values
@@ -199,7 +199,7 @@ class Checker:
 
 
 def read_scenes(prompts: Sequence[str], height: int, width: int) -> tuple[Scene, ...] | None:
-    """The scenes of prompts in the world's language, None if one is not or if the clips are of another size."""
+    """The scenes of prompts in the world's language; None if one prompt is not, or if the clips have another size."""
     if (height, width) != (CANVAS, CANVAS):
         return None
     try:
@@ -230,12 +230,12 @@ def _palette(table: Mapping[str, tuple[int, int, int]], names: Sequence[str], de
 
 
 def _wrap(offset: Tensor) -> Tensor:
-    """The shortest way round the torus, in [-16, 16) pixels."""
+    """The shortest offset on the torus, in [-16, 16) pixels."""
     return torch.remainder(offset + CANVAS / 2, CANVAS) - CANVAS / 2
 
 
 def _centre(alpha: Tensor) -> Tensor:
-    """Centroid (x, y) on the torus of each frame, `[B, F, 2]`, from masks `[B, F, P]`; anything where the mask is empty."""
+    """Centroid (x, y) of each frame on the torus, `[B, F, 2]`, from masks `[B, F, P]`; undefined for an empty mask."""
     mask = alpha.unflatten(2, (CANVAS, CANVAS))
     grid = torch.arange(CANVAS, device=alpha.device, dtype=alpha.dtype) + 0.5
     turn = 2 * math.pi / CANVAS
@@ -243,7 +243,7 @@ def _centre(alpha: Tensor) -> Tensor:
     for profile in (mask.sum(2), mask.sum(3)):  # along x, along y: [B, F, 32]
         angle = torch.atan2(profile @ (grid * turn).sin(), profile @ (grid * turn).cos())
         centre = angle / turn
-        for _ in range(2):  # the circular mean is bent for a lopsided shape; the mean offset around it is not
+        for _ in range(2):  # the circular mean is biased for an asymmetric shape; the mean offset around it is not
             offset = _wrap(grid - centre[..., None])
             centre = centre + (profile * offset).sum(2) / profile.sum(2).clamp(min=1e-6)
         axes.append(centre)
@@ -251,7 +251,7 @@ def _centre(alpha: Tensor) -> Tensor:
 
 
 def _centred(alpha: Tensor, centre: Tensor, group: Tensor) -> Tensor:
-    """Mean mask of each group with the object moved to the middle, `[B, G, P]`: a Fourier shift, exact on the torus."""
+    """Mean mask of each group with the object moved to the centre, `[B, G, P]`, by a Fourier shift, exact on the torus."""
     spectrum = torch.fft.rfft2(alpha.unflatten(2, (CANVAS, CANVAS)))
     shift = CANVAS / 2 - centre
     fy, fx = torch.fft.fftfreq(CANVAS, device=alpha.device), torch.fft.rfftfreq(CANVAS, device=alpha.device)
@@ -279,7 +279,7 @@ def _templates(line: float) -> Tensor:
 
 
 def _robust_slope(track: Tensor) -> Tensor:
-    """Velocity `[B, 2]`: median of the displacements over half the clip, which a few bad frames cannot move."""
+    """Velocity `[B, 2]`: the median of displacements over half the clip, which is robust to a few bad frames."""
     lag = max(1, track.shape[1] // 2)
     return (track[:, lag:] - track[:, :-lag]).median(1).values / lag
 

@@ -19,33 +19,33 @@ from fewstep.world.grammar import Scene, paraphrase, sample_scenes
 from fewstep.world.renderer import CANVAS, Variation, render
 
 AT_ONCE = 64
-"""Clips rendered and encoded together."""
+"""Number of clips rendered and encoded together."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorldClips(Data):
     """An endless stream of rendered clips with English prompts. Needs no files.
 
-    `pool > 0` renders and encodes that many clips when the run starts and reuses them, moved along the torus by whole
-    latent cells, which the codec commutes with: for long runs, in which rendering would take longer than training.
+    With `pool > 0`, that many clips are rendered and encoded when the run starts, and then reused, each moved along the torus
+    by whole latent cells (encoding and moving commute). This is for long runs, where rendering would take longer than training.
     """
 
     provides: ClassVar[frozenset[str]] = frozenset({"prompts", "x0", "frames", "labels"})
 
     num_frames: Size = 16
     pool: Natural = 0
-    """Clips kept in memory as latents (8 kB each at 16 frames); 0: render every batch anew."""
+    """Clips kept in memory as latents (8 kB each at 16 frames); 0: render new clips for every batch."""
     pool_seed: int = 0
     style: Literal["plain", "neon"] = "plain"
-    """Drawing style: `plain` has filled shapes, as the built-in teacher knows them; `neon` has light outlines on black."""
+    """Drawing style: `plain` has filled shapes, as in the built-in teacher's training; `neon` has light outlines on black."""
 
     def check_card(self, card: Card) -> None:
         require_text_alone(card, "WorldClips")
         if (card.height, card.width) != (CANVAS, CANVAS):
             raise DataError(
                 f"the built-in world's clips are {CANVAS} x {CANVAS}, but model {card.name!r} makes {card.height} x "
-                f"{card.width}; train it on your own data (Prompts, Latents, Videos), or give a model that is made from "
-                f"scratch model.height: {CANVAS} and model.width: {CANVAS}"
+                f"{card.width}; train it on your own data (Prompts, Latents, Videos). For a model made from scratch, write "
+                f"model.height: {CANVAS} and model.width: {CANVAS}"
             )
         if self.num_frames != card.num_frames:
             raise DataError(
@@ -58,14 +58,14 @@ class WorldClips(Data):
 
     def open(self, model: VideoModel, needs: frozenset[str]) -> Source:
         if self.pool and needs & {"frames", "labels"}:
-            raise ValueError("a pool keeps latents only; a method that needs frames or labels takes WorldClips(pool=0)")
+            raise ValueError("a pool keeps only latents, and this method needs frames or labels; write data.pool: 0")
         if self.pool and "x0" in needs:
             return _Pool(self, model, Texts(model, needs))
         return _Stream(self, model, needs)
 
 
 class _Stream:
-    """Every batch is drawn and rendered anew, as a function of the random name it is asked for with."""
+    """Renders new clips for every batch, as a function of the batch's random stream."""
 
     def __init__(self, data: WorldClips, model: VideoModel, needs: frozenset[str]) -> None:
         self.data, self.model, self.needs, self.texts = data, model, needs, Texts(model, needs)

@@ -1,8 +1,8 @@
 """The language of the built-in world: scenes of six attributes, and English sentences for them.
 
-A `Scene` is one choice per attribute.  `describe` writes the canonical sentence, `paraphrase` a varied one, and `parse` reads
-both back exactly.  `parse` refuses what it does not understand (an unknown word, two directions) instead of guessing: a prompt
-that is half ignored could not be checked against the pixels.
+A `Scene` is one value per attribute.  `describe` writes its canonical sentence, `paraphrase` writes a random one, and `parse`
+reads both.  `parse` refuses what it does not understand (an unknown word, two directions) and never guesses, because a prompt
+that is read only in part cannot be checked against the pixels.
 """
 
 import re
@@ -33,8 +33,8 @@ ATTRIBUTES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 EXAMPLE = "a small red ring moves slowly up-left over a navy background"
 
-# What `paraphrase` may say for each value; the value itself is always allowed too.  Every phrase belongs to exactly one value
-# (`_lexicon` checks it on import).  Longest match wins, so "dark green" is a background although "green" is an object colour.
+# Phrases that `paraphrase` may use for each value, besides the value itself.  Every phrase belongs to exactly one value
+# (`_lexicon` checks this).  The longest match wins, so "dark green" is a background although "green" is an object colour.
 _SYNONYMS: Mapping[str, tuple[str, ...]] = {
     "circle": ("disc", "disk", "ball"),
     "square": ("box", "block"),
@@ -94,7 +94,7 @@ _FILLER = frozenset(_FILLER_WORDS.split())
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What one clip shows: one value for each entry of `ATTRIBUTES`; a `ValueError` names a value that does not exist."""
+    """The content of one clip: one value for each of `ATTRIBUTES`. `ValueError` names a value that does not exist."""
 
     shape: str
     colour: str
@@ -174,7 +174,7 @@ def paraphrase(scene: Scene, generator: torch.Generator) -> str:
 
 
 def world_prompts(count: int, paraphrased: float, seed: int) -> tuple[str, ...]:
-    """`count` prompts drawn by `seed`: the canonical sentence, or with probability `paraphrased` another wording."""
+    """`count` random prompts from `seed`: the canonical sentence, or, with probability `paraphrased`, another wording."""
     generator = torch.Generator().manual_seed(seed)
     scenes = sample_scenes(count, generator)
     varied = torch.rand(count, generator=generator) < paraphrased
@@ -219,7 +219,7 @@ def _lexicon() -> dict[tuple[str, ...], tuple[str, str]]:
                     raise AssertionError(
                         f"the phrase {phrase!r} names two values: {value} and {entries[_tokens(phrase)][1]}"
                     )
-    # Corner and edge words alone, so that any preposition may stand before them.
+    # Words for corners and edges alone, so that any preposition may come before them.
     for corner, up in (("upper", "up"), ("top", "up"), ("lower", "down"), ("bottom", "down")):
         for side in ("left", "right"):
             entries[(corner, side)] = ("direction", f"{up}-{side}")
@@ -233,7 +233,7 @@ _LONGEST = max(map(len, _LEXICON))
 
 
 def _match(words: tuple[str, ...]) -> tuple[dict[str, list[str]], list[str]]:
-    """Greedy longest match from left to right: the distinct values found per attribute, and the words of no meaning here."""
+    """Greedy longest match from left to right: the distinct values found for each attribute, and the unknown words."""
     found: dict[str, list[str]] = {name: [] for name in ATTRIBUTES}
     unknown, at = [], 0
     while at < len(words):

@@ -38,7 +38,7 @@ BACKGROUND_RGB: Mapping[str, tuple[int, int, int]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Style:
-    """How a world is drawn: what its words for colours look like, and whether shapes are filled."""
+    """How a world is drawn: the RGB values of its colours, and whether shapes are filled."""
 
     colours: Mapping[str, tuple[int, int, int]]
     backgrounds: Mapping[str, tuple[int, int, int]]
@@ -56,9 +56,9 @@ STYLES: Mapping[str, Style] = {
         line=3.0,
     ),
 }
-"""`neon`: lighter outlines on black, whatever the background asked for; the shipped autoencoder can show it."""
+"""`neon` draws light outlines on black, for any background in the prompt; the shipped autoencoder can show them."""
 RADIUS: Mapping[str, float] = {"small": 5.0, "large": 8.5}
-"""Nominal radius in pixels; each shape's own extent is a fixed multiple of it, chosen so that all look equally big."""
+"""Nominal radius in pixels. The extent of each shape is a fixed multiple of it, chosen so that all shapes look equally big."""
 SPEED: Mapping[str, float] = {"slowly": 0.7, "quickly": 1.8}
 """Euclidean speed in pixels per frame, the same for straight and diagonal directions."""
 
@@ -68,7 +68,7 @@ _HEADING = [(math.cos(k * math.pi / 4), -math.sin(k * math.pi / 4)) for k in ran
 
 @dataclass(frozen=True, kw_only=True)
 class Variation:
-    """What differs between two clips of the same scene; every field is float32, one row per clip."""
+    """Random properties of clips of the same scene; every field is float32, with one row per clip."""
 
     position: Tensor
     """`[B, 2]`, (x, y) of the object's centre in frame 0, pixels on the torus."""
@@ -79,7 +79,7 @@ class Variation:
     speed_scale: Tensor
     """`[B]`, multiplies the speed."""
     shade: Tensor
-    """`[B]`, multiplies the object's RGB value, which is then cut at 1."""
+    """`[B]`, multiplies the object's RGB value, which is then limited to 1."""
 
     @classmethod
     def sample(cls, n: int, generator: torch.Generator) -> "Variation":
@@ -131,10 +131,10 @@ def render(
 
 
 def coverage(shape: str, centre: Tensor, radius: Tensor, tilt: Tensor, size: int = CANVAS, line: float = 0.0) -> Tensor:
-    """How much of each pixel one shape covers: `[B, F, size, size]` in [0, 1], with an edge one canvas pixel wide.
+    """Share of each pixel that the shape covers: `[B, F, size, size]` in [0, 1], with an edge one canvas pixel wide.
 
     `centre` is `[B, F, 2]` (x, y) and may lie anywhere (it is wrapped); `radius` is `[B]` in reference pixels; `tilt` is `[B]`
-    in radians.  With a `line`, only the outline of that width inside the edge.
+    in radians.  With a `line`, only the outline of that width, inside the edge, is covered.
     """
     grid = (torch.arange(size, device=centre.device, dtype=torch.float32) + 0.5) * (CANVAS / size)
     # Wrapping the offset to the centre (not the centre) draws the part that left on one side at the other side.

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 
 def announce(run: Run, log: RunLog) -> None:
-    """Say once what will be checked and what may follow, or why nothing will be. An earlier start's record goes."""
+    """Print once what will be checked and what may follow, or why there are no checks. Deletes the record of an earlier
+    start."""
     if run.processes.leads:
         (run.output / FILE).unlink(missing_ok=True)
     if run.monitor is None:
@@ -33,7 +34,7 @@ def announce(run: Run, log: RunLog) -> None:
 
 
 def examine(run: Run, monitor: Monitor, log: RunLog) -> None:
-    """Check the student, act on the verdict, and leave all of it in `health.json` and a picture in `health/`."""
+    """Check the student, act on the verdict, and write it to `health.json`, with a picture in `health/`."""
     run.nets.bring(*sorted(run.nets.keys() & {"teacher", judge_of(run.method), run.method.critic}))
     check = monitor.check(run.student(), run.step)
     run.figures |= {f"health/{name}": value for name, value in figures(check.vitals).items()}
@@ -41,7 +42,7 @@ def examine(run: Run, monitor: Monitor, log: RunLog) -> None:
     if run.probe is None and monitor.note_best(check):
         run.keep(run.output / "best")
     if run.probe is None and monitor.returns_best and (monitor.stopped or run.step == run.settings.steps):
-        log.say(f"the run returns its best student, of step {monitor.best[0] if monitor.best else run.step}")
+        log.say(f"the run returns its best student, from step {monitor.best[0] if monitor.best else run.step}")
     log.picture(monitor.draw(), run.output / "health" / f"{run.step:06d}.png")
     if run.processes.leads:
         monitor.record.save(run.output)

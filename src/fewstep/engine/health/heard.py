@@ -15,21 +15,21 @@ from fewstep.diffusion import NoisePath
 from fewstep.diffusion.times import apart
 
 MIDDLE = (0.2, 0.85)
-"""Times at which paths differ clearly; at the ends all of them are data or noise."""
+"""Range of times at which noise paths differ clearly; at both ends all paths are the same, data or noise."""
 APART = 0.1
-"""Times must lie as far apart for noise and what was noised to be told from each other."""
+"""Least spread of the times. With less, the fit cannot separate noise from clips."""
 FEW = 32
-"""Inputs below which their mean says nothing."""
+"""Least number of inputs; the mean of fewer says nothing."""
 ENOUGH = 200
-"""Calls after which a time that was not seen is not trained: a rare exit of a rollout comes up once in a dozen."""
+"""Number of calls after which an unseen time counts as not trained. Even a rare exit of a rollout comes once in a dozen."""
 NEAR = 0.05
 """Distance in time within which a network generalises."""
 TAIL = 8
-"""Gradients of loss terms are compared on so many of the student's last weight tensors: their backward is short."""
+"""Number of the student's last weight tensors on which gradients are compared, because their backward pass is short."""
 
 
 class Heard:
-    """What the student was called with, as plain numbers: per time, how often and with which sum of mean squares."""
+    """What the student was called with, as plain numbers: for each time, how often, and the sum of mean squares."""
 
     def __init__(self) -> None:
         self.notes: list[tuple[Tensor, Tensor]] = []
@@ -41,13 +41,13 @@ class Heard:
 
     @torch.no_grad()
     def hear(self, role: str, x_t: Tensor, t: Tensor) -> None:
-        """Note times and mean squares, of whole clips or frame by frame; nothing is waited for."""
+        """Record times and mean squares, per clip or per frame. Does not wait for the device."""
         if role == "student":
             over = [d for d in range(1, x_t.ndim) if not (d == 2 and t.ndim == 2)]
             self.notes.append((t.detach().float(), x_t.detach().float().square().mean(over)))
 
     def drain(self) -> None:
-        """Turn the notes into numbers."""
+        """Turn the recorded tensors into numbers."""
         for t, square in self.notes:
             self.calls += 1
             for time, value in zip(t.flatten().tolist(), square.flatten().tolist(), strict=True):
@@ -57,14 +57,14 @@ class Heard:
         self.notes.clear()
 
     def forget(self) -> None:
-        """Begin a new interval: the times stay, the squares go."""
+        """Begin a new interval: keep the times, drop the mean squares."""
         self.times = sorted({*self.times, *map(float, self.recent)})
         self.recent = {}
 
     def noise(self, path: NoisePath) -> float | None:
-        """How much noise the inputs hold, relative to what `path` puts there at their times; None with too few to tell.
+        """Noise power of the inputs relative to that of `path` at the same times; None if there are too few inputs.
 
-        Fits `mean square = a^2 P + s^2 N` over the middle of the times and returns N. What was noised, dull or garish, is P.
+        Fits `mean square = a^2 P + s^2 N` over the middle of the times and returns N; P is the power of the clips themselves.
         """
         found = {float(time): entry for time, entry in self.recent.items() if MIDDLE[0] < float(time) < MIDDLE[1]}
         counts = torch.tensor([count for count, _ in found.values()], dtype=torch.float64)
@@ -77,7 +77,7 @@ class Heard:
         return float(torch.linalg.lstsq(weight * powers, weight * means[:, None]).solution[1])
 
     def unseen(self, visited: tuple[float, ...]) -> tuple[float, ...]:
-        """Those of the `visited` times that training has not come near, once it has had the time to."""
+        """The `visited` times that training has not come near; empty while there were too few calls to tell."""
         if self.calls < ENOUGH:
             return ()
         return apart(visited, {*self.times, *map(float, self.recent)}, NEAR)
@@ -91,13 +91,13 @@ class Heard:
 
 
 class Terms:
-    """Gradients of the loss terms of one update, added up over micro-batches."""
+    """Gradients of the loss terms of one update, summed over micro-batches."""
 
     def __init__(self) -> None:
         self.gradients: dict[str, Tensor] = {}
 
     def add(self, terms: Losses, network: nn.Module) -> None:
-        """To be called before backward; the graph stays."""
+        """Add the gradients of `terms`. Call it before the backward pass; it keeps the graph."""
         tail = [p for p in network.parameters() if p.requires_grad][-TAIL:]
         for name, term in terms.items():
             grads = torch.autograd.grad(term, tail, retain_graph=True, allow_unused=True)
@@ -105,7 +105,7 @@ class Terms:
             self.gradients[name] = self.gradients[name] + flat if name in self.gradients else flat
 
     def cosine(self) -> float | None:
-        """The smallest between two terms; None with fewer than two."""
+        """The smallest cosine between the gradients of two terms; None with fewer than two terms."""
         return min(self._cosines(), default=None)
 
     def _cosines(self) -> Iterator[float]:

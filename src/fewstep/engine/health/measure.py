@@ -23,7 +23,7 @@ from fewstep.world.checker import Checker, read_scenes
 from fewstep.world.grammar import Scene
 
 LARGEST = 64
-"""Longest side of what is kept of a frame; figures are relative, so they may be read from small ones."""
+"""Longest side of stored frames. Small frames are enough, because figures are relative."""
 NOISE = (0.1, 0.9)
 """Times at which critics are tested."""
 
@@ -42,7 +42,7 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Gauge:
-    """Samples and judges, in batches of the run's own size and precision: what is compiled for training serves here."""
+    """Samples clips and measures them, in batches of the run's own size and precision, so that compiled graphs are reused."""
 
     prompts: tuple[str, ...]
     scenes: tuple[Scene, ...] | None
@@ -70,11 +70,11 @@ class Gauge:
         return tuple(prompt for prompt in self.prompts for _ in range(self.seeds))
 
     def pictures(self, part: slice) -> Mapping[str, Tensor] | None:
-        """What these clips of `texts` begin with."""
+        """First frames (and last, if any) of these clips of `texts`."""
         return self.images and {name: x.repeat_interleave(self.seeds, 0)[part] for name, x in self.images.items()}
 
     def conditions(self, model: VideoModel, part: slice) -> tuple[Cond, Cond]:
-        """Of these clips."""
+        """Conditions of these clips: with the prompt, and without."""
         return model.conditions(self.texts[part], self.pictures(part))
 
     def shown(self, model: VideoModel, count: int) -> Cond:
@@ -83,7 +83,7 @@ class Gauge:
         return model.conditions(self.prompts[:count], images)[0]
 
     def parts(self) -> Iterator[slice]:
-        """Clips that are made together."""
+        """Slices of the clips that are sampled together."""
         return (slice(first, first + self.batch) for first in range(0, len(self.texts), self.batch))
 
     def sample(self, model: VideoModel, counts: tuple[int, ...]) -> Sampled:
@@ -105,7 +105,8 @@ class Gauge:
         return Sampled(torch.cat(latents), torch.cat(frames), tuple(sorted(times, reverse=True)))
 
     def looks(self, sampled: Sampled, teacher: Sampled) -> Looks:
-        """Means over all clips; `teacher` holds its clips of the same prompts at one step count."""
+        """Figures of `sampled`, means over all clips. `teacher` holds the teacher's clips of the same prompts at one step
+        count."""
         latents, frames, groups = sampled.latents, sampled.frames, (-1, self.seeds)
         return Looks(
             accuracy=self._accuracy(frames),
@@ -127,8 +128,8 @@ class Gauge:
         return by_count[row % len(by_count), row]
 
     def errors(self, networks: tuple[Predictor, ...], x0: Tensor, model: VideoModel, single: int = 0) -> list[float]:
-        """Mean squared denoising error of each network on `mixed` clips, or on so many `single` frames of each, in its own
-        kind of prediction. All must have one path.
+        """Mean squared denoising error of each network on `mixed` clips, or on `single` frames of each, in the network's own
+        prediction kind. All networks must have the same path.
         """
         totals = [0.0] * len(networks)
         with torch.no_grad(), self.precision():
@@ -142,7 +143,8 @@ class Gauge:
 
     @torch.no_grad()
     def asked(self, guidance: CFG, network: Predictor, x0: Tensor, model: VideoModel, single: int = 0) -> float:
-        """Standard deviation of what a guided network makes of the teacher's clips `x0`, noised, relative to theirs."""
+        """Standard deviation of what a guided network predicts from the teacher's clips `x0` with noise, relative to that of
+        these clips."""
         made = []
         with self.precision():
             for part in self.parts():
@@ -170,7 +172,7 @@ class Gauge:
         return sum(_nearer(part, reference) for part in mine) / len(mine) / whole if whole > 0 else None
 
     def _by_prompt(self, frames: Tensor) -> list[Tensor]:
-        """Features `[P, S, D]` of each step count's clips."""
+        """Features `[P, S, D]` of the clips, for each step count."""
         return list(features(frames).unflatten(0, (-1, self.seeds)).split(len(self.prompts)))
 
 
@@ -186,25 +188,25 @@ def decode(model: VideoModel, latents: Tensor) -> Tensor:
 
 
 def features(frames: Tensor) -> Tensor:
-    """`[B, D]`: appearance and motion, or appearance alone where there is no motion to speak of."""
+    """Features `[B, D]`: appearance and motion, or appearance alone for single images."""
     return pooled(frames) if frames.shape[2] >= 3 else adaptive_avg_pool3d(frames.float(), (1, 4, 4)).flatten(1)
 
 
 def _nearer(mine: Tensor, reference: Tensor) -> float:
-    """Mean energy distance of features `[P, S, D]` to the reference of other prompts, minus that to their own."""
+    """Mean energy distance of features `[P, S, D]` to the reference clips of other prompts, minus that to those of their own."""
     others = [float(energy(mine, reference.roll(shift, 0)).mean()) for shift in range(1, len(mine))]
     return sum(others) / len(others) - float(energy(mine, reference).mean())
 
 
 def drift(latents: Tensor, reference: Tensor) -> float:
-    """Root mean square over channels of the shift of the mean, in the reference's standard deviations."""
+    """Shift of the latent mean in the reference's standard deviations: root mean square over channels."""
     over = (0, 2, 3, 4)
     shift = (latents.mean(over) - reference.mean(over)) / reference.std(over).clamp_min(1e-6)
     return float(shift.square().mean().sqrt())
 
 
 def noised(denoiser: Predictor, x0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`x_t`, `t` and the noise: clip i at the i-th of equally spaced times, the same at every check."""
+    """`x_t`, `t` and the noise: clip i gets the i-th of equally spaced times, the same at every check."""
     low, high = NOISE
     t = low + (high - low) * (torch.arange(len(x0), device=x0.device) + 0.5) / len(x0)
     eps = Seeds(tuple(range(len(x0))), device=str(x0.device)).randn(x0.shape, "health")
@@ -212,8 +214,8 @@ def noised(denoiser: Predictor, x0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def singled(count: int, *clips: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """`count` equally spaced frames of each clip `[B, C, F, h, w]` as clips of one frame (fewer of a shorter clip), or whole
-    clips where it is 0; and first, which clip each came from.
+    """The index of each result's clip, and the results: `count` equally spaced frames of each clip `[B, C, F, h, w]`, as clips
+    of one frame (fewer from a shorter clip), or whole clips if `count` is 0.
     """
     batch, _, frames = clips[0].shape[:3]
     rows = torch.arange(batch, device=clips[0].device)
@@ -231,7 +233,7 @@ def error(prediction: Prediction, x0: Tensor, eps: Tensor) -> float:
 
 
 def eyes(networks: tuple[Predictor, ...], x0: Tensor, model: VideoModel, cond: Cond, single: int = 0) -> list[Tensor]:
-    """What each network makes of the same noised clips (or of `single` frames), as frames: a picture of who believes what."""
+    """What each network predicts from the same clips with noise (or from `single` frames), as frames."""
     t = torch.full((len(x0),), 0.6, device=x0.device)
     eps = Seeds(tuple(range(len(x0))), device=str(x0.device)).randn(x0.shape, "eyes")
     rows, (x_t,) = singled(single, networks[0].path.add_noise(x0, eps, t))

@@ -1,6 +1,6 @@
-"""Checks a run at intervals and acts on the verdict: keeps the best, helps the critic, stops a collapse.
+"""Checks a run at intervals and acts on the verdict: keeps the best student, helps the critic, stops after a collapse.
 
-All it knows is plain numbers in `state`, so a resumed run reaches the same verdicts as one that never stopped.
+It keeps only plain numbers, in `state`, so a resumed run reaches the same verdicts as one that never stopped.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from fewstep.engine.mesh import Processes
 from fewstep.engine.nets import origin, sources, starts
 from fewstep.engine.preview import sheet
 from fewstep.engine.settings import Health, Settings
+from fewstep.engine.student import untrained
 from fewstep.engine.views import Views
 from fewstep.methods.base import Method, Nets, Sync, Update
 from fewstep.models import VideoModel
@@ -35,22 +36,22 @@ from fewstep.models.denoiser import Predictor
 from fewstep.models.images import images_in
 
 SHOWN = 4
-"""Clips in the picture of a check."""
+"""Number of clips in the picture of a check."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """The student before training, sampled as at one grid: its first weights in its own sampler."""
+    """The student before training, sampled on one grid: its initial weights in its own sampler."""
 
     grid: str
     clips: Sampled
     error: float | None
-    """Error of the judge on them; None without a critic to compare."""
+    """Error of the judge on these clips; None for a method without a critic."""
 
 
 @dataclass
 class Monitor:
-    """Made by `watching`. Of several processes all must make every check, and all go by what the leader finds."""
+    """Made by `watching`. With several processes, all must make every check, and all follow the leader's verdict."""
 
     health: Health
     gauge: Gauge
@@ -80,11 +81,11 @@ class Monitor:
     # --- during an iteration ------------------------------------------------------------------------------------------
 
     def due(self, step: int) -> bool:
-        """Is there a check after iteration `step` (1-based)?"""
+        """Is there a check after iteration `step`, counted from 1?"""
         return step % self.health.every == 0 or step == self.settings.steps
 
     def events(self, step: int) -> Iterator[Update | Sync]:
-        """The method's updates of 0-based iteration `step`, those that do not train the student `extra` times more."""
+        """The method's updates of iteration `step`, counted from 0; updates of other roles come `extra` times more."""
         self.terms, self.before = None, {}
         if self.due(step + 1):
             self.before = {role: weights.sample(self.nets.roles[role]) for role in trained(self.method, step)}
@@ -95,7 +96,7 @@ class Monitor:
                 yield from [event] * self.extra
 
     def compare(self, terms: Mapping[str, Tensor], roles: tuple[str, ...]) -> None:
-        """The loss terms of a graph that is about to run backward: how their gradients agree, where that can be had."""
+        """Compare the gradients of loss terms just before their backward pass, if that is possible in this run."""
         if "student" not in roles:
             return
         self.names |= set(terms)
@@ -104,15 +105,15 @@ class Monitor:
 
     @property
     def uncompared(self) -> str:
-        """Why the gradients of loss terms are not compared; empty where they are."""
+        """Why the gradients of loss terms are not compared; empty if they are."""
         if self.settings.compile:
-            return "settings.compile: a compiled graph runs backward once"
-        return "several processes: each has a part of the gradient" if self.processes.world > 1 else ""
+            return "settings.compile: a compiled graph runs backward only once"
+        return "several processes: each has only a part of the gradient" if self.processes.world > 1 else ""
 
     # --- a check ------------------------------------------------------------------------------------------------------
 
     def check(self, student: VideoModel, step: int) -> Check:
-        """Examine the student after `step` iterations; its verdict, what is to be done, and the record of both."""
+        """Examine the student after `step` iterations: find the verdict, act on it, and record both."""
         contract = self.method.contract_at(self.model.card.contract, step - 1)
         sampled = self.gauge.sample(_sampled_as(student, contract), contract.counts)
         grid = ", ".join(map(str, contract.counts))
@@ -130,7 +131,7 @@ class Monitor:
         return check
 
     def _act(self, vitals: Vitals, verdict: Verdict) -> tuple[str, ...]:
-        """Follow the policies but keep-best, which needs the run's folder; what was done, in words."""
+        """Follow all policies except `keep_best`, which needs the run's folder; what was done, in words."""
         before, done = self.extra, []
         if lags(vitals):
             self.extra = min(self.extra + 1, self.health.help_critic)
@@ -138,18 +139,18 @@ class Monitor:
             self.extra -= 1
         if self.extra != before:
             often = f"{1 + self.extra} times" if self.extra else "once"
-            done.append(f"each critic update is done {often}")
+            done.append(f"from now on each critic update is done {often}")
         checks = self.record.checks
         twice = bool(checks) and checks[-1].verdict.word == verdict.word == "collapsing"
         if twice and self.health.stop_on_collapse and vitals.step < self.settings.steps:
             self.stopped = str(verdict)
-            done.append("stopped: two checks in a row say so")
+            done.append("the run stops: two checks in a row found a collapse")
         return tuple(done)
 
     def note_best(self, check: Check) -> bool:
-        """Make the student of `check` the `best` if it is; whether it is.
+        """Whether the student of `check` is the best so far; if so, `best` is set.
 
-        The score is accuracy (if any) minus the share of the first distance that is left.
+        The score is the accuracy (if there is one) minus the distance to the teacher as a share of the initial distance.
         """
         if not self.health.keep_best or check.verdict.word in ("diverging", "collapsing"):
             return False
@@ -163,7 +164,7 @@ class Monitor:
 
     @property
     def returns_best(self) -> bool:
-        """Does the run return its best student, because its last is ill?"""
+        """Does the run return its best student, because the last one fails its check?"""
         ill = bool(self.record.checks) and self.record.checks[-1].verdict.word in ("diverging", "collapsing")
         return ill and self.best is not None
 
@@ -195,13 +196,13 @@ class Monitor:
 
     @property
     def _unmeasured(self) -> dict[str, str]:
-        accuracy = {} if self.gauge.scenes else {"accuracy": "no checker reads these prompts"}
+        accuracy = {} if self.gauge.scenes else {"accuracy": "only prompts of the built-in world can be checked"}
         return accuracy | ({"cosine": self.uncompared} if len(self.names) > 1 and self.uncompared else {})
 
     def _critic(self, sampled: Sampled, grid: str, contract: Contract) -> tuple[float | None, float | None]:
-        """The critic's error relative to its judge's on fresh samples, and that relative to the same on old ones.
+        """The critic's error relative to its judge's on new samples, and this figure relative to the one on old samples.
 
-        Both are shown what the method shows them: clips, or so many frames of each.
+        Both networks get what the method gives them: whole clips, or some frames of each.
         """
         start = self._start(grid, contract)
         if self.method.critic is None or start.error is None:
@@ -218,7 +219,8 @@ class Monitor:
 
     @property
     def _judge(self) -> Predictor:
-        """Whose score the student follows and the critic began with: the teacher, or the denoiser of another model."""
+        """The network whose score the student follows and from which the critic started: the teacher, or another model's
+        denoiser."""
         judge: Predictor = self.nets[judge_of(self.method)]
         return judge
 
@@ -245,12 +247,11 @@ class Monitor:
         return self.start
 
     def _begun(self) -> VideoModel:
-        """The student before training: the teacher, or what `settings.start` names, read again."""
+        """The student before training: the teacher, or the model that `settings.start` names, loaded and transformed again."""
         source = starts(self.settings).get("student")
-        if source is None:
+        if source is None and not self.settings.transforms:
             return self.model
-        denoiser = source.load(parts=("denoiser",)).denoiser.to(self.model.device)
-        return VideoModel(self.model.card, {**self.model.parts, "denoiser": denoiser})
+        return untrained(self.model, self.settings, None if source is None else source.load(parts=("denoiser",)))
 
     def _baselines(self, grid: str, contract: Contract) -> Baselines:
         untrained = self.gauge.sample(self.model, contract.counts)
@@ -259,9 +260,10 @@ class Monitor:
         return Baselines(teacher=teacher, untrained=same_steps, start=start)
 
     def draw(self) -> Image.Image:
-        """A picture of the last check: student at fewest and most steps; critic and judge on it, noised; the teacher."""
+        """A picture of the last check: the student at its fewest and most steps; what critic and judge make of these clips
+        with noise; the teacher."""
         if self.shown is None:
-            raise ValueError("there is nothing to draw before the first check")
+            raise ValueError("there is no check to draw yet; call `check` first")
         rows = self.gauge.seeds * torch.arange(len(self.gauge.prompts))[:SHOWN]
         by_count = self.shown.frames.unflatten(0, (-1, len(self.gauge.texts)))
         x0 = self.gauge.mixed(self.shown)[rows]
@@ -275,14 +277,14 @@ class Monitor:
     # --- state --------------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """Plain values."""
+        """The state as plain values."""
         return {
             "record": self.record.tree(), "extra": self.extra, "best": list(self.best) if self.best else None,
             "stopped": self.stopped, "names": sorted(self.names), "heard": self.heard.state(),
         }  # fmt: skip
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`."""
+        """Continue from `state`."""
         self.record, self.extra = Record.of(state["record"]), state["extra"]
         self.best = (int(state["best"][0]), float(state["best"][1])) if state["best"] else None
         self.stopped, self.names = state["stopped"], set(state["names"])
@@ -293,7 +295,7 @@ def watching(
     model: VideoModel, method: Method, settings: Settings, nets: Views, processes: Processes, source: Source,
     precision: Callable[[], Any],
 ) -> Monitor | None:  # fmt: skip
-    """The monitor of a run; None where `unexamined` says why there is none."""
+    """The monitor of a run; None if `unexamined` gives a reason for having none."""
     health = settings.health
     if health is None or unexamined(model, method, settings):
         return None
@@ -314,30 +316,30 @@ def watching(
 
 
 def unexamined(model: VideoModel, method: Method, settings: Settings) -> str:
-    """Why a run has no checks; empty where it has."""
+    """Why a run has no health checks; empty if it has them."""
     name, card = type(method).__name__, model.card
     if settings.health is None:
         return "settings.health is null"
     if method.part != "denoiser":
-        return f"{name} trains the {method.part}, and checks are made on clips"
+        return f"{name} trains the {method.part}, and only denoisers are checked"
     if method.contract(card.contract) == card.contract:
-        return f"{name} distils nothing: its student is sampled as its teacher"
+        return f"{name} does not distil: its student is sampled in the same way as its teacher"
     if "prompts" not in method.needs:
-        return f"{name} reads no prompts, and checks are made on clips of some"
+        return f"{name} uses no prompts, and checks need prompts to sample clips"
     if lacking := sorted({"codec", "text"} - model.parts.keys()):
-        return f"the model has no {' and no '.join(lacking)} to make clips with"
+        return f"the model has no {' and no '.join(lacking)}, so it cannot make clips"
     if settings.steps < settings.health.every:
-        return f"{settings.steps} iterations are fewer than settings.health.every: {settings.health.every}"
+        return f"the run has {settings.steps} iterations, fewer than settings.health.every: {settings.health.every}"
     return ""
 
 
 def judge_of(method: Method) -> str:
-    """The frozen role that the critic began as, and that is guided; without a critic the teacher."""
+    """The frozen role that the critic started from, and to which guidance applies; the teacher if there is no critic."""
     return origin(method, method.critic or "teacher", sources(method))
 
 
 def trained(method: Method, step: int) -> tuple[str, ...]:
-    """Roles that 0-based iteration `step` trains."""
+    """Roles that iteration `step`, counted from 0, trains."""
     events = [event for event in method.updates(step) if isinstance(event, Update)]
     return tuple(dict.fromkeys(role for event in events for role in event.roles))
 

@@ -16,7 +16,7 @@ FILE = "health.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One check, its verdict, and what followed from it."""
+    """One check, its verdict, and the actions taken."""
 
     vitals: Vitals
     verdict: Verdict
@@ -38,7 +38,7 @@ class Record:
 
     @property
     def newest(self) -> Baselines:
-        """Of the grid of the last check."""
+        """The baselines for the grid of the last check."""
         return self.baselines[self.checks[-1].vitals.grid]
 
     def with_check(self, check: Check) -> Record:
@@ -60,6 +60,6 @@ class Record:
 
 
 def read_record(folder: Path | str) -> Record | None:
-    """The record of a run's folder; None where the run has not been examined."""
+    """The record in a run's folder; None if the run has had no check."""
     path = Path(folder) / FILE
     return Record.of(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None

@@ -1,7 +1,7 @@
-"""The verdict: from a history of figures to one word and its reason, as a pure function.
+"""The verdict: a pure function from a history of figures to one word and its reason.
 
-Causes come before symptoms. What is wrong with the weights, the noise path, the critic or the times explains bad clips,
-while bad clips explain nothing. Every threshold is a constant below, with the reason for its value.
+Causes are tested before symptoms: a fault in the weights, the noise path, the critic or the times explains bad clips, while
+bad clips explain nothing. Every threshold is a constant below, with the reason for its value.
 """
 
 from __future__ import annotations
@@ -12,51 +12,53 @@ from statistics import fmean
 from fewstep.engine.health.vitals import Baselines, Looks, Verdict, Vitals
 
 COARSE, MOVED = 0.9, 0.95
-"""Weights on bfloat16's grid by chance: 1 in 65536. In float32 every weight that has a gradient moves."""
+"""Shares of weights. In float32, 1 weight in 65536 is exact in bfloat16 by chance, and every weight with a gradient moves."""
 STILL = 0.05
-"""Fewer weights than this moved: nothing was trained."""
+"""Share of weights that moved; below it, the role was not trained."""
 CHANGE = 0.05
-"""AdamW at a usual rate changes weights by 0.01 to 1 % an iteration; at 5 % a network forgets what it was in twenty."""
+"""Relative change of the weights in one iteration. AdamW at a usual learning rate changes them by 0.01 to 1 %; at 5 %, a
+network has forgotten its initial weights after twenty iterations."""
 NOISE = 1.25
-"""Another path holds half as much noise again (or less by as much) in the middle of the times; chance changes a few per cent."""
+"""Factor of noise power. In the middle of the times a wrong path has 1.5 times the noise, or 1/1.5; chance is a few per cent."""
 ASKED = 2.0
-"""What the guided teacher asks for, in deviations of its own clips. On the built-in world 1.03 at a scale of 2.5, 1.5 at
-7.5, 2.6 at 15, 4.9 at 30. Methods that normalise their gradient hide it from the student's clips for hundreds of iterations."""
+"""Standard deviation of what the guided teacher predicts, relative to its own clips. On the built-in world it is 1.03 at a
+guidance scale of 2.5, 1.5 at 7.5, 2.6 at 15, 4.9 at 30. If a method normalises its gradient, the student's clips do not show
+this for hundreds of iterations."""
 GARISH = 1.35
-"""Saturation, contrast or latent deviation relative to the teacher's. Sound students stay within 15 %."""
+"""Saturation, contrast or latent standard deviation relative to the teacher's. Sound students stay within 15 %."""
 SHIFTED = 0.5
-"""Latent means that have moved by half a standard deviation show as a tint."""
+"""Shift of the latent means in standard deviations; half a standard deviation is visible as a tint."""
 COLLAPSED = 0.4
-"""Diversity, motion or contrast relative to the teacher's. Releases ask for at least 0.7."""
+"""Diversity, motion or contrast relative to the teacher's. A released student needs at least 0.7."""
 WORSE = 1.25
-"""By which factor a figure must be worse than before training too: a student is not blamed for where it started."""
+"""Factor by which a figure must also be worse than before training: a poor start alone is no fault of the training."""
 FURTHER = 1.3
-"""Distance to the teacher relative to before training: beyond the noise of a dozen clips."""
+"""Distance to the teacher relative to the distance before training; more than the noise of a dozen clips."""
 FALL = 0.25
-"""Drop of accuracy below the best so far: three standard errors of a few dozen clips."""
+"""Drop of accuracy below the best so far; three standard errors with a few dozen clips."""
 PATIENCE = 8
-"""Checks, the later half of which are compared with the earlier half."""
+"""Number of checks; the later half is compared with the earlier half."""
 GAIN, CLOSER = 0.02, 0.95
-"""What counts as progress from half to half: accuracy by two points, or distance by 5 %."""
+"""Least progress from half to half: accuracy rises by two points, or distance falls by 5 %."""
 LEVEL = 0.05
-"""So close to the teacher's accuracy, or with such a share of the first distance left, there is nothing more to gain."""
+"""Gap to the teacher's accuracy, or share of the initial distance, at which there is nothing more to gain."""
 NEARER = 0.77
-"""Share of the first distance that may be left of what is called nearer to the teacher: 1 / 1.3, as far below the noise of
-a dozen clips as `FURTHER` is above it."""
+"""Largest share of the initial distance at which a student counts as nearer to the teacher: 1 / 1.3, the inverse of
+`FURTHER`."""
 RISE = 0.1
-"""Rise of accuracy that counts as one: two standard errors of a few dozen clips that share noise with those before."""
+"""Least rise of accuracy that counts; two standard errors with a few dozen clips that share noise with the earlier ones."""
 DEAF = 0.2
-"""Drop of heed below what it was before training, or below the teacher's 1 where it was more (blurs of the right colours are
-further from other prompts than clips are). Sound runs with a dozen clips fell by at most 0.06."""
+"""Drop of heed below its value before training, or below 1, the teacher's value, if it was higher (blurs in the right colours
+score above 1). In sound runs with a dozen clips it fell by at most 0.06."""
 LAG = 1.25
-"""The critic explains old samples a quarter better than fresh ones: it no longer knows the student it should describe. With
-a dozen clips, critics that keep up were seen between 0.85 and 1.08."""
+"""Lag of a critic that fits old samples a quarter better than new ones: it describes a student of the past. With a dozen
+clips, critics that keep up had a lag between 0.85 and 1.08."""
 
 Rule = Callable[[Sequence[Vitals], Baselines], Iterator[Verdict]]
 
 
 def judge(history: Sequence[Vitals], baselines: Baselines) -> Verdict:
-    """The verdict on the newest of `history` (oldest first, not empty). Only checks of its own grid are compared."""
+    """The verdict on the newest check of `history` (oldest first, not empty). Only checks with its grid are compared."""
     same = [check for check in history if check.grid == history[-1].grid]
     for rule in RULES:
         for verdict in rule(same, baselines):
@@ -65,19 +67,19 @@ def judge(history: Sequence[Vitals], baselines: Baselines) -> Verdict:
 
 
 def earned(history: Sequence[Vitals], baselines: Baselines) -> Verdict:
-    """Where nothing is wrong: `improving` only if every figure that could show a gain shows it."""
+    """The verdict if no rule finds a fault: `improving` only if every figure that can show a gain shows one."""
     if not any("student" in check.moved for check in history):
         return Verdict("unclear", "no update of the student has been seen yet")
     missing = "; ".join(lacking(history[-1].looks, baselines))
     if not missing:
         return Verdict("improving", progress(history, baselines))
-    return Verdict("unclear", f"nothing is wrong, and not every figure shows a gain yet: {missing}")
+    return Verdict("unclear", f"no fault found, but these figures show no gain yet: {missing}")
 
 
 def lacking(now: Looks, baselines: Baselines) -> Iterator[str]:
-    """The figures that could show that the student is better than before its training and do not, in words.
+    """The figures that can show a gain over the untrained student and do not show one, in words.
 
-    Nearer to the teacher, no deafer to its prompts, and more often right where the teacher is more often right than it was.
+    A gain is: nearer to the teacher, no less heed of the prompt, and higher accuracy if the teacher's accuracy was higher.
     """
     start = baselines.start
     if _share(now.distance, start.distance) > NEARER and not level(now, baselines):
@@ -95,7 +97,7 @@ def deaf(looks: Looks, baselines: Baselines) -> bool:
 
 
 def checkable(baselines: Baselines) -> bool:
-    """Can accuracy show what the student learns: is its teacher clearly more often right than it was before training?"""
+    """Can accuracy show what the student learns? Only if the teacher's accuracy is clearly higher than the untrained one."""
     start, teacher = baselines.start.accuracy, baselines.teacher.accuracy
     return start is not None and teacher is not None and teacher > start + RISE
 
@@ -106,16 +108,16 @@ def lags(vitals: Vitals) -> bool:
 
 
 def progress(history: Sequence[Vitals], baselines: Baselines) -> str:
-    """Where the student stands, in words."""
+    """The student's progress, in words."""
     now, start, teacher = history[-1].looks, baselines.start, baselines.teacher
-    said = f"{_share(now.distance, start.distance):.0%} of its first distance to the teacher is left"
-    if now.accuracy is not None and teacher.accuracy:  # a teacher that is never right: clips that nobody can read
+    said = f"distance to the teacher is {_share(now.distance, start.distance):.0%} of what it was before training"
+    if now.accuracy is not None and teacher.accuracy:  # if the teacher's is 0, the checker cannot read these clips
         said = (
             f"accuracy {now.accuracy:.2f} (before training {start.accuracy:.2f}, teacher {teacher.accuracy:.2f}), "
             + said
         )
     return said + (
-        f"; the critic lags ({history[-1].lag:.2f} times its error on old samples)" if lags(history[-1]) else ""
+        f"; the critic lags (error {history[-1].lag:.2f} times that on old samples)" if lags(history[-1]) else ""
     )
 
 
@@ -128,17 +130,18 @@ def weights(history: Sequence[Vitals], baselines: Baselines) -> Iterator[Verdict
     if moved is not None and now.coarse is not None and now.coarse > COARSE and moved < MOVED:
         yield Verdict(
             "stalled",
-            f"the student's weights are kept in bfloat16 ({now.coarse:.0%} lie on its grid), too coarse for its updates: "
-            f"{moved:.0%} of them moved in the last iteration; keep them in float32 (autocast: bf16 is another thing)",
+            f"the student's weights are stored in bfloat16 ({now.coarse:.0%} of them are exact in it), which is too coarse "
+            f"for its updates: only {moved:.0%} of them changed in the last iteration; store them in float32 "
+            "(settings.autocast: bf16 does not change the stored type)",
         )
     if now.change is not None and now.change > CHANGE:
         yield Verdict(
             "diverging",
             f"the last update changed the student's weights by {now.change:.0%} of their size; "
-            f"its learning rate is about {now.change / (CHANGE / 10):.0f} times too high",
+            f"the learning rate is about {now.change / (CHANGE / 10):.0f} times too high",
         )
     if moved is not None and moved < STILL:
-        yield Verdict("stalled", f"only {moved:.0%} of the student's weights moved in the last iteration")
+        yield Verdict("stalled", f"only {moved:.0%} of the student's weights changed in the last iteration")
 
 
 def noise(history: Sequence[Vitals], baselines: Baselines) -> Iterator[Verdict]:
@@ -146,8 +149,8 @@ def noise(history: Sequence[Vitals], baselines: Baselines) -> Iterator[Verdict]:
     if ratio is not None and not 1 / NOISE < ratio < NOISE:
         yield Verdict(
             "diverging",
-            f"what the student is fed holds {ratio:.2f} times the noise that its path gives at these times; "
-            "its inputs are noised on another path or at other times than it is told",
+            f"the student's training inputs have {ratio:.2f} times the noise of its path at these times; "
+            "the training adds noise with another path, or at other times, than it tells the student",
         )
 
 
@@ -156,8 +159,8 @@ def critic(history: Sequence[Vitals], baselines: Baselines) -> Iterator[Verdict]
         if role != "student" and moved < STILL:
             yield Verdict(
                 "diverging",
-                f"the {role} does not learn ({moved:.0%} of its weights moved in the last iteration), so the student "
-                "runs away from a picture of itself that is out of date",
+                f"the {role} does not learn (only {moved:.0%} of its weights changed in the last iteration), so the "
+                f"student is trained against a {role} that is out of date",
             )
 
 
@@ -166,7 +169,8 @@ def guidance(history: Sequence[Vitals], baselines: Baselines) -> Iterator[Verdic
     if asked is not None and asked > ASKED:
         yield Verdict(
             "diverging",
-            f"guidance is far too strong: the teacher with it asks for clips of {asked:.1f} times the deviation of its own",
+            f"guidance is far too strong: with it, the teacher predicts clips with {asked:.1f} times the standard deviation "
+            "of its own clips",
         )
 
 
@@ -176,7 +180,7 @@ def times(history: Sequence[Vitals], baselines: Baselines) -> Iterator[Verdict]:
         listed = ", ".join(f"{t:.3f}" for t in unseen)
         yield Verdict(
             "stalled",
-            f"clips are sampled at times the student is not trained at ({listed}); "
+            f"sampling visits times at which the student is not trained ({listed}); "
             "training and sampling must use the same grid and shift",
         )
 
@@ -186,8 +190,8 @@ def times(history: Sequence[Vitals], baselines: Baselines) -> Iterator[Verdict]:
 
 def collapse(history: Sequence[Vitals], baselines: Baselines) -> Iterator[Verdict]:
     names = {
-        "diversity": "clips of one prompt look alike",
-        "motion": "clips stand still",
+        "diversity": "all clips of a prompt look alike",
+        "motion": "clips hardly move",
         "contrast": "clips fade to one colour",
     }
     for name, what in names.items():
@@ -202,13 +206,13 @@ def collapse(history: Sequence[Vitals], baselines: Baselines) -> Iterator[Verdic
 
 def garish(history: Sequence[Vitals], baselines: Baselines) -> Iterator[Verdict]:
     now, start, teacher = history[-1].looks, baselines.start, baselines.teacher
-    for name, what in (("std", "latent deviation"), ("saturation", "saturation"), ("contrast", "contrast")):
+    for name, what in (("std", "latent standard deviation"), ("saturation", "saturation"), ("contrast", "contrast")):
         mine, before, theirs = (getattr(looks, name) for looks in (now, start, teacher))
         if theirs > 0 and mine > GARISH * theirs and mine > WORSE * before:
             yield Verdict(
                 "diverging",
                 f"{what} is {mine / theirs:.2f} times the teacher's (before training {before / theirs:.2f}); "
-                "guidance too strong, or a critic that cannot keep up",
+                "guidance is too strong, or the critic cannot keep up",
             )
     if now.drift > SHIFTED and now.drift > WORSE * start.drift:
         yield Verdict(
@@ -218,14 +222,14 @@ def garish(history: Sequence[Vitals], baselines: Baselines) -> Iterator[Verdict]
 
 
 def away(history: Sequence[Vitals], baselines: Baselines) -> Iterator[Verdict]:
-    """Two checks in a row, because one check is a dozen clips."""
+    """Needs two checks in a row, because one check has only a dozen clips."""
     if len(history) < 2:
         return
     two = [check.looks.distance for check in history[-2:]]
     if min(two) > FURTHER * max(baselines.start.distance, 0.0):
         yield Verdict(
             "diverging",
-            f"further from the teacher than before training ({_share(two[-1], baselines.start.distance):.1f} times)",
+            f"distance to the teacher is {_share(two[-1], baselines.start.distance):.1f} times what it was before training",
         )
     if all(deaf(check.looks, baselines) for check in history[-2:]):
         yield Verdict(
@@ -247,7 +251,7 @@ def plateau(history: Sequence[Vitals], baselines: Baselines) -> Iterator[Verdict
     closer = _share(fmean(x.distance for x in recent[half:]), fmean(x.distance for x in recent[:half]))
     if gain < GAIN and closer > CLOSER:
         span = history[-1].step - history[-PATIENCE].step
-        yield Verdict("stalled", f"no closer to the teacher than {span} iterations ago")
+        yield Verdict("stalled", f"the student is no closer to the teacher than {span} iterations ago")
 
 
 def level(looks: Looks, baselines: Baselines) -> bool:
@@ -259,14 +263,14 @@ def level(looks: Looks, baselines: Baselines) -> bool:
 
 
 RULES: tuple[Rule, ...] = (weights, noise, critic, guidance, times, collapse, garish, away, plateau)
-"""In order; the first that has something to say is the verdict."""
+"""Rules in order; the first one that finds a fault gives the verdict."""
 
 
 def _mean(looks: Sequence[Looks]) -> float:
-    """Mean accuracy; 0 where there is none, so that only the distance counts."""
+    """Mean accuracy; 0 if there is none, so that only the distance counts."""
     return fmean(x.accuracy or 0.0 for x in looks)
 
 
 def _share(value: float, whole: float) -> float:
-    """`value / whole`; distances may be negative by chance."""
+    """`value / whole`, at least 0: an estimated distance may be negative by chance."""
     return max(value, 0.0) / whole if whole > 0 else 1.0

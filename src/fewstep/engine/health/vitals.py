@@ -10,7 +10,7 @@ Word = Literal["improving", "unclear", "stalled", "diverging", "collapsing"]
 
 @dataclass(frozen=True, kw_only=True)
 class Looks:
-    """What the clips of one sampler look like on the fixed prompts and seeds; means over all its step counts."""
+    """Figures of one sampler's clips on the fixed prompts and seeds; means over all its step counts."""
 
     accuracy: float | None
     """Share of clips with every attribute right; None where prompts cannot be checked."""
@@ -26,7 +26,7 @@ class Looks:
     """Motion of the clips; None for single images."""
     diversity: float
     by_frame: tuple[float, ...]
-    """Standard deviation of the latents per frame. Decay that spreads from one end shows here first."""
+    """Standard deviation of the latents per frame. If clips decay from one end, this figure shows it first."""
     heed: float | None = None
     """How much closer clips are to the teacher's clips of their own prompt than to those of other prompts, relative to the
     teacher itself: 1 = like the teacher, 0 = the prompt has no effect. Blurred clips may score higher. None with a single
@@ -35,7 +35,7 @@ class Looks:
 
 @dataclass(frozen=True, kw_only=True)
 class Vitals:
-    """One check. None: there was nothing to measure it on."""
+    """Figures of one check. None means that the figure does not apply or could not be measured."""
 
     step: int
     """Iterations done."""
@@ -51,8 +51,8 @@ class Vitals:
     noise: float | None = None
     """Noise power of the student's training inputs, relative to its path at the same times; 1 is right."""
     asked: float | None = None
-    """Deviation of the clean clips (or frames) that the guided network predicts from the teacher's noised clips, relative
-    to the teacher's clips: it shows how strong guidance is. None for a method without guidance."""
+    """Strength of guidance: the standard deviation of what the guided network predicts from the teacher's clips with noise,
+    relative to that of the teacher's clips. None for a method without guidance."""
     unseen: tuple[float, ...] = ()
     """Times that the sampler visits and training does not come near."""
     critic: float | None = None
@@ -69,7 +69,7 @@ class Vitals:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One word and why."""
+    """One word and the reason for it."""
 
     word: Word
     reason: str
@@ -91,7 +91,7 @@ class Baselines:
 
 
 def figures(vitals: Vitals) -> dict[str, float]:
-    """All that is a number, by name, for logs."""
+    """All figures that are numbers, by name, for logs."""
     found: dict[str, float] = {}
     for source in (vitals.looks, vitals):
         for item in fields(source):
@@ -104,5 +104,5 @@ def figures(vitals: Vitals) -> dict[str, float]:
 
 
 def unsaid(vitals: Vitals) -> list[str]:
-    """What the verdict does not rest on, in words: to be said wherever the verdict is."""
+    """Figures that are missing from the verdict, in words; whoever shows the verdict shows them too."""
     return [f"not measured: {name} ({why})" for name, why in vitals.unmeasured.items()]

@@ -1,4 +1,4 @@
-"""Measure whether weights move: a fixed sample of them, before and after one iteration."""
+"""Measure how weights change: a fixed sample of them, before and after one iteration."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from torch.distributed.tensor import DTensor
 from fewstep.models.lora import adapters
 
 SAMPLED = 1 << 16
-"""Weights that are looked at, spread over all tensors: a share is known to a fifth of a point."""
+"""Size of the sample, spread over all tensors: a share is known to 0.2 percentage points."""
 
 
 @torch.no_grad()
 def sample(network: nn.Module) -> Tensor:
-    """Every n-th weight of a network, float32, a copy on the CPU.
+    """Every n-th weight of a network, as a float32 copy on the CPU.
 
-    Of a sharded network those of this process; of one with adapters those that the adapters change, changed.
+    A sharded network gives the weights of this process; a network with adapters, the weights that the adapters change, with
+    that change.
     """
     layers = list(adapters(network).values())
     own = [p.to_local() if isinstance(p, DTensor) else p for p in network.parameters()]
@@ -27,7 +28,7 @@ def sample(network: nn.Module) -> Tensor:
 
 
 def moved(before: Tensor, after: Tensor) -> float:
-    """Share that is not what it was."""
+    """Share of weights that differ."""
     return float((before != after).double().mean())
 
 
@@ -37,6 +38,6 @@ def change(before: Tensor, after: Tensor) -> float:
 
 
 def coarse(weights: Tensor) -> float:
-    """Share that bfloat16 holds exactly; zeros, which every format holds, are left out."""
+    """Share of weights that are exact in bfloat16. Zeros, which every format holds, are left out."""
     some = weights[weights != 0]
     return float((some == some.bfloat16().float()).double().mean()) if len(some) else 0.0

@@ -1,6 +1,6 @@
-"""Does a model keep the conventions that fewstep relies on? One small function per check, one line to add one.
+"""Checks that a model follows the conventions that fewstep relies on. Each check is one small function and one line below.
 
-A check's docstring says in its first paragraph what must hold, and in the second what a failure usually means.
+The first paragraph of a check's docstring says what must hold; the second, what a failure usually means.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ CHECKS: tuple[Check, ...] = (
     training.checkpointing,
     training.saved,
 )
-"""In this order: a check may `require` earlier ones."""
+"""All checks, in order: a check may `require` earlier ones."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check says of a model."""
+    """The result of one check."""
 
     name: str
     outcome: Outcome
@@ -64,7 +64,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Conformance:
-    """Every finding on a model, and at what size and in which arithmetic it was checked."""
+    """All findings on a model, with the size and the precision of the checks."""
 
     model: str
     network: str
@@ -85,13 +85,13 @@ class Conformance:
 def check_model(
     model: VideoModel, options: Options = Options(), only: Sequence[str] = (), progress: Progress | None = None
 ) -> Conformance:
-    """Run the checks (those named, or all) on a model, which is left as it is.
+    """Run all checks, or the named ones, on a model. The model is not changed.
 
     ValueError names an unknown check, or says why the model cannot be checked at this size.
     """
     known = {check.__name__: check for check in CHECKS}
     if unknown := sorted(set(only) - known.keys()):
-        raise ValueError(f"there are no checks {', '.join(unknown)}; choose from {', '.join(known)}")
+        raise ValueError(f"unknown checks: {', '.join(unknown)}; choose from {', '.join(known)}")
     names = [name for name in known if not only or name in only]
     findings = []
     with torch.no_grad():
@@ -109,7 +109,7 @@ def check_model(
 
 
 def explain(check: Check) -> tuple[str, str]:
-    """What a check is, and what its failure usually means."""
+    """What a check tests, and what a failure usually means."""
     what, _, meaning = (inspect.getdoc(check) or "").partition("\n\n")
     return " ".join(what.split()), " ".join(meaning.split())
 
@@ -120,7 +120,7 @@ def _finding(name: str, check: Check, subject: Subject) -> Finding:
         measured = check(subject)
     except NotApplicable as reason:
         return Finding(name, "not applicable", None, "", str(reason), what, meaning)
-    except Exception as error:  # whatever a broken model does: the other checks still say something
+    except Exception as error:  # a broken model can raise anything, and the other checks must still run
         subject.failed.add(name)
         note = str(error) if isinstance(error, Fault) else f"{type(error).__name__}: {error}"
         return Finding(name, "fail", None, "", note, what, meaning)

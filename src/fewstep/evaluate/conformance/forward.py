@@ -1,4 +1,4 @@
-"""Is it the same network: diffusers' forward, times and pipeline; text, guidance and batches."""
+"""Checks that the network equals the original: diffusers' forward, times and pipeline; text, guidance and batches."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _TIMES = (1.0, 0.7, 0.3, 0.05)
 
 
 def forward(s: Subject) -> Measured:
-    """The output equals that of diffusers' own forward, at several times.
+    """The output equals the output of diffusers' own forward, at several times.
 
-    The adapter does something before, between or after the blocks that diffusers does not, or not so: compare `embed` and
-    `head` with the forward of diffusers' class line by line. Usual suspects: the factor 1000 of the timestep, the order of
-    rows and columns in patches, padding of the text that is masked or not, rotary positions.
+    The adapter differs from diffusers before, between or after the blocks: compare `embed` and `head` line by line with the
+    forward of the diffusers class. Usual causes: the factor 1000 of the timestep, the order of rows and columns in patches,
+    the mask of padded text, rotary positions.
     """
     original = s.original
     pairs = [
@@ -31,36 +31,36 @@ def forward(s: Subject) -> Measured:
 
 
 def weights(s: Subject) -> Measured:
-    """The weights are those in the model's files, name by name and bit by bit.
+    """The weights equal those in the model's files, name by name and bit by bit.
 
-    The folder is of another version of the model than its config says, or a file is missing: weights without a file are
-    random. In a new adapter: its names do not go back to diffusers' own, and an export would be wrong.
+    The folder's weights belong to another version of the model than its config, or a file is missing: weights without a file
+    are random. In a new adapter: its weight names do not map back to those of diffusers, so an export would be wrong.
     """
     if "denoiser" not in s.model.card.sources:
-        raise NotApplicable("the weights are in a folder of fewstep's own")
+        raise NotApplicable("the weights are in a fewstep folder, not in one of diffusers")
     layout, count = s.layout, 0
     for folder, network in s.original.networks.items():
         stored = layout.weights(folder, network.state_dict())
         unread = getattr(network, "_keys_to_ignore_on_load_unexpected", None) or ()
         if odd := [name for name in stored.odd(network) if not any(re.search(pattern, name) for pattern in unread)]:
-            raise Fault(f"{folder}: names or shapes that only the files or only the network have: {', '.join(odd[:4])}")
+            raise Fault(f"{folder}: files and network differ in these names or shapes: {', '.join(odd[:4])}")
         for name, tensor in network.state_dict().items():
             if not torch.equal(stored[name], tensor.cpu()):
-                raise Fault(f"{folder}: {name} is not what its file says")
+                raise Fault(f"{folder}: {name} differs from its file")
             count += 1
     return Measured(0.0, 0.0, f"{count} tensors")
 
 
 def times(s: Subject) -> Measured:
-    """The times that are visited are those of the model's scheduler.
+    """The sampling times equal those of the model's scheduler.
 
-    The card's contract was read wrongly: look at `shift` (`flow_shift`) for flow models, at `timestep_spacing`,
-    `steps_offset` and `set_alpha_to_one` for DDPM-trained ones. A wrong shift makes clips washed out or full of noise.
+    The card's contract was read wrongly: look at `shift` (`flow_shift`) for flow models, and at `timestep_spacing`,
+    `steps_offset` and `set_alpha_to_one` for DDPM-trained models. With a wrong shift, clips are washed out or noisy.
     """
     contract, layout = s.model.card.contract, s.layout
     if contract.trained:
-        raise NotApplicable("a student has times of its own")
-    from fewstep.models.adapters.pipeline import recommended_times
+        raise NotApplicable("a student has its own times, not those of the model's scheduler")
+    from fewstep.models.adapters.export.pipeline import recommended_times
 
     theirs = recommended_times(layout, s.options.steps, s.tokens)
     ours = contract.times(s.options.steps)
@@ -68,20 +68,20 @@ def times(s: Subject) -> Measured:
 
 
 def pipeline(s: Subject) -> Measured:
-    """Sampling a few steps gives the latents of diffusers' pipeline, with the same sampler, noise, text and guidance.
+    """Sampling a few steps gives the latents of diffusers' pipeline for the same sampler, noise, text and guidance.
 
-    The network is right, but what is made of its output is not: look at the card's `kind` (flow, eps, v, x0) and `path`,
-    at the sign of the flow, at what t the timestep stands for, at the guidance scale, and at the scale of the first noise.
+    The network is right, but its output is used wrongly: look at the card's `kind` (flow, eps, v, x0) and `path`, the sign of
+    the flow, the relation of t and timestep, the guidance scale, and the scale of the initial noise.
     """
     s.require("forward", "times", "padding", "batch", "guidance")
     layout = s.layout
-    from fewstep.models.adapters.pipeline import NoCounterpart, sample
+    from fewstep.models.adapters.export.pipeline import NoCounterpart, sample
 
     contract, options = s.model.card.contract, s.options
     if s.dtype != torch.float32:
-        raise NotApplicable("clips are sampled in float32")
+        raise NotApplicable("diffusers' pipeline samples in float32")
     if not isinstance(getattr(s.backbone, "pattern", Dense()), Dense):
-        raise NotApplicable("diffusers' pipeline has no causal model")
+        raise NotApplicable("diffusers' pipeline does not run causal models")
     steps = contract.steps if contract.trained else options.steps
     noise = Seeds((options.seed,), str(s.model.device)).randn((1, *s.shape), "start")
     try:
@@ -90,13 +90,15 @@ def pipeline(s: Subject) -> Measured:
     except NoCounterpart as reason:
         raise NotApplicable(str(reason)) from None
     ours = s.model.latents(s.prompts[:1], **s.images(), num_inference_steps=steps, seed=options.seed)
-    return Measured(relative(ours, theirs), 10 * s.tolerance)  # errors of the steps add up, guidance enlarges them
+    return Measured(
+        relative(ours, theirs), 10 * s.tolerance
+    )  # errors add up over the steps, and guidance enlarges them
 
 
 def text(s: Subject) -> Measured:
-    """The prompt is read: with another one the output changes.
+    """The output depends on the prompt.
 
-    The text states do not reach the network, or all prompts give the same: look at the tokenizer, and at the mask.
+    The text states do not reach the network, or all prompts give the same states: look at the tokenizer and at the mask.
     """
     s.require("forward")
     words, negative = (s.network(s.x_t, s.t, cond).raw for cond in (s.cond, s.uncond))
@@ -104,10 +106,10 @@ def text(s: Subject) -> Measured:
 
 
 def batch(s: Subject) -> Measured:
-    """A batch of two equals two batches of one, at two times and two prompts.
+    """A batch of two samples gives the same output as two batches of one, with two times and two prompts.
 
-    Something is shared between samples that should not be: a time or condition taken from the first one, a norm over the
-    batch, frames folded into the batch in the wrong order.
+    Samples influence each other: a time or condition is taken from the first sample, a norm runs over the batch, or frames are
+    folded into the batch in the wrong order.
     """
     both = s.network(s.x_t, s.t, s.cond).raw
     alone = [s.network(s.x_t[i : i + 1], s.t[i : i + 1], s.cond[i : i + 1]).raw for i in range(2)]
@@ -115,10 +117,10 @@ def batch(s: Subject) -> Measured:
 
 
 def guidance(s: Subject) -> Measured:
-    """Guidance is `uncond + w (cond - uncond)`: at 1 it is the conditional pass, at 0 the other, at 3 the formula.
+    """Guidance is `uncond + w (cond - uncond)`: the conditional output at w = 1, the unconditional at 0, the formula at 3.
 
-    Another convention: `cond + w (cond - uncond)` is one less everywhere (`CFG.from_offset`). Or conditions are not put
-    together in the order in which they are taken apart.
+    The model uses another convention: with `cond + w (cond - uncond)`, w is one less (`CFG.from_offset`). Or the two
+    conditions are joined in one order and split in another.
     """
     s.require("batch")
     words, negative = (s.network(s.x_t, s.t, cond).raw for cond in (s.cond, s.uncond))
@@ -131,9 +133,9 @@ def guidance(s: Subject) -> Measured:
 
 
 def padding(s: Subject) -> Measured:
-    """A condition is the same alone and beside another in a batch: text states do not depend on their neighbours.
+    """A condition is the same alone and in a batch: text states do not depend on the other prompts of the batch.
 
-    The text encoder pads to the longest prompt of a batch, and the padding is read.
+    The text encoder pads to the longest prompt of a batch, and the network reads the padding.
     """
     alone: Cond = s.conditions(s.prompts[:1])[0]
     pairs = list(zip(s.cond[:1].tensors, alone.tensors, strict=True))

@@ -1,4 +1,4 @@
-"""Can it be causal: masks, caches and a time per frame, for networks with an attention pattern."""
+"""Checks for causal models: masks, caches and a time per frame, for networks with an attention pattern."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fewstep.models.repattern import repattern
 
 @dataclass(frozen=True)
 class Everything(Pattern):
-    """A mask that hides nothing."""
+    """A pattern whose mask hides nothing."""
 
     def operation(self, layer: int, heads: int, width: int) -> Operation:
         return _Masked()
@@ -28,9 +28,9 @@ class _Masked(Operation):
 
 
 def frame_times(s: Subject) -> Measured:
-    """One time for all frames equals the same time given frame by frame.
+    """One time for the whole clip gives the same output as that time given for each frame.
 
-    Frames and tokens are matched wrongly: a frame's time must reach its own tokens, which follow each other.
+    Frames and tokens are matched wrongly: a frame's time must reach the tokens of that frame, which lie next to each other.
     """
     _ = s.pattern
     many = s.t[:, None].expand(-1, s.shape[1])
@@ -38,9 +38,9 @@ def frame_times(s: Subject) -> Measured:
 
 
 def full_mask(s: Subject) -> Measured:
-    """With a mask that hides nothing, the output is that without a mask.
+    """With a mask that hides nothing, the output is the same as without a mask.
 
-    The masked way through attention is another one: another scale, another order of tokens, or no rotary positions.
+    The code for masked attention differs: another scale, another order of tokens, or no rotary positions.
     """
     _ = s.pattern
     masked = repattern(s.network, Everything())
@@ -48,7 +48,7 @@ def full_mask(s: Subject) -> Measured:
 
 
 def future(s: Subject) -> Measured:
-    """With a causal mask, changing the last chunk of frames changes no earlier one.
+    """With a causal mask, a change of the last chunk of frames does not change earlier chunks.
 
     The mask does not reach the attention of every block, or something else mixes frames (a temporal convolution, a norm).
     """
@@ -59,10 +59,10 @@ def future(s: Subject) -> Measured:
 
 
 def cache(s: Subject) -> Measured:
-    """Chunk by chunk with a cache equals one masked forward.
+    """Generating chunk by chunk with a cache gives the same output as one masked forward pass.
 
-    Positions of remembered keys are off (`kv.start` is where a call begins), keys are kept after rotation, or something
-    besides keys and values reaches from frame to frame.
+    The positions of cached keys are wrong (a call begins at `kv.start`), keys are cached after rotation, or something other
+    than keys and values passes from frame to frame.
     """
     s.require("full_mask", "future", "frame_times")
     causal, parts = _chunks(s)
@@ -80,6 +80,6 @@ def _chunks(s: Subject) -> tuple[Denoiser, tuple[Tensor, ...]]:
     parts = s.x_t.split(s.pattern.chunk, 2)
     if len(parts) < 2:
         raise NotApplicable(
-            f"{s.shape[1]} latent frames are one chunk, which has no past; check with more --num-frames"
+            f"{s.shape[1]} latent frames are only one chunk, which has no past; give a larger --num-frames"
         )
     return repattern(s.network, s.pattern), parts

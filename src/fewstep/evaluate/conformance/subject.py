@@ -27,20 +27,20 @@ if TYPE_CHECKING:
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}  # diffusers' time features are never better than float32
 _LATENT_FRAMES, _LATENT_SIZE = 3, (8, 16)
 _SMALL = 4096
-"""Clips of no more latent pixels are checked at their own size."""
+"""Largest number of latent pixels of a clip that is checked at its own size."""
 
 
 class NotApplicable(Exception):
-    """A check that says nothing about this model, and why."""
+    """A check does not apply to this model; the message says why."""
 
 
 class Fault(Exception):
-    """A check that failed in a way that no figure tells."""
+    """A check failed in a way that is not a figure."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A figure that may be `bound` at most, or must be that at least. NaN is never good."""
+    """A figure that must be at most `bound`, or at least `bound` with `at_least`. NaN never passes."""
 
     figure: float
     bound: float
@@ -54,7 +54,7 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """At what size, and with which inputs. None is the model's own size where that is small, or else a small one."""
+    """Size and inputs of the checks. None: the model's own size if it is small, else a small one."""
 
     num_frames: Size | None = None
     height: Size | None = None
@@ -71,21 +71,21 @@ class Options:
     def __post_init__(self) -> None:
         require_bounds(self)
         if self.video is not None and not self.video.is_file():
-            raise FileNotFoundError(f"{self.video}: there is no such video file")
+            raise FileNotFoundError(f"{self.video}: no such video file; give the path of one")
 
 
 class Subject:
-    """A model under test. Nothing in it is changed: checks that need another pattern or other blocks take a `twin`."""
+    """A model under test. It is not changed: checks that need another pattern or other blocks use a `twin`."""
 
     def __init__(self, model: VideoModel, options: Options) -> None:
         self.options, self.model = options, _sized(model, options)
         self.tokens = math.prod(model.latent_shape()[1:])
-        """Latent pixels of a clip of the model's own size, for which its times are."""
+        """Number of latent pixels of a clip of the model's own size, on which its times depend."""
         self.network: Denoiser = self.model.denoiser.eval()
         self.dtype = next(self.network.parameters()).dtype
         if self.dtype not in _TOLERANCE:
             raise ValueError(
-                f"networks are checked in float32 or float64, not in {self.dtype}: that is autocast's business"
+                f"networks are checked in float32 or float64, not in {self.dtype}; load the model in float32"
             )
         self.tolerance = _TOLERANCE[self.dtype]
         self.shape = self.model.latent_shape()
@@ -95,7 +95,7 @@ class Subject:
         self.cond, self.uncond = self.conditions(self.prompts)
         self.x_t = self.randn("x_t", 2)
         self.t = torch.tensor([0.9037, 0.3513], device=self.model.device, dtype=self.dtype)
-        self.backbone.embed(self.x_t, self.t, self.cond)  # ValueError where the network does not take this size
+        self.backbone.embed(self.x_t, self.t, self.cond)  # ValueError if the network does not accept this size
 
     def conditions(self, prompts: Sequence[str], frames: Tensor | None = None) -> tuple[Cond, Cond]:
         """Conditions of the model; an image-to-video model gets the ends of `frames` `[3, F, H, W]` (default: any)."""
@@ -105,7 +105,7 @@ class Subject:
         """First and last of `frames` (default: any) as arguments of `VideoModel.latents`; empty for text-to-video models."""
         if "image" not in self.model.parts:
             return {}
-        if frames is None:  # colours that a picture of 8 bits has
+        if frames is None:  # colours that an 8-bit image can hold
             size = (3, 2, self.model.card.height, self.model.card.width)
             frames = (256 * Rng(self.options.seed).rand(size, "conformance/images")).floor() / 127.5 - 1
         last = {"last_image": frames[:, -1]} if self.model.part("image").needs_last else {}
@@ -117,17 +117,17 @@ class Subject:
 
     @cached_property
     def original(self) -> Original:
-        """Diffusers' networks around the same weights."""
+        """The diffusers networks with the same weights."""
         made = self.backbone.original()
         if made is None:
             raise NotApplicable(
-                f"{type(self.backbone).__name__} is fewstep's own: diffusers has no class to compare with"
+                f"{type(self.backbone).__name__} belongs to fewstep: diffusers has no class to compare with"
             )
         return made
 
     @property
     def layout(self) -> Layout:
-        """The folder in diffusers' layout that the model, or of a student its text encoder or codec, came from."""
+        """The folder in diffusers' layout from which the model came (for a student: its text encoder or codec)."""
         sources = self.model.card.sources
         if not sources:
             raise NotApplicable("the card names no folder in diffusers' layout")
@@ -138,20 +138,20 @@ class Subject:
         return Layout.find(next(iter(sources.values())))
 
     def require(self, *checks: str) -> None:
-        """What is wrong there would show here as well: put that right first."""
+        """Skip this check if one of these `checks` failed, because the same fault would make it fail too."""
         if broken := [name for name in checks if name in self.failed]:
-            raise NotApplicable(f"put {', '.join(broken)} right first")
+            raise NotApplicable(f"correct {', '.join(broken)} first")
 
     @property
     def dense(self) -> Denoiser:
-        """The denoiser with every frame reading every other, as the original does."""
+        """The denoiser with full attention, as in the original network."""
         return repattern(self.network, Dense()) if hasattr(self.backbone, "pattern") else self.network
 
     @property
     def pattern(self) -> BlockCausal:
         """A causal pattern: the network's own, or frame by frame."""
         if not hasattr(self.backbone, "rotary"):
-            raise NotApplicable(f"{type(self.backbone).__name__} sees whole clips: no past, one time per clip")
+            raise NotApplicable(f"{type(self.backbone).__name__} takes whole clips only: no cache, one time per clip")
         own = self.backbone.pattern
         return own if isinstance(own, BlockCausal) else BlockCausal(chunk=1)
 
@@ -174,20 +174,20 @@ class Subject:
 
 
 def relative(value: Tensor, truth: Tensor) -> float:
-    """`|value - truth| / |truth|`; 0 where they are equal, even if both are zero."""
+    """`|value - truth| / |truth|`; 0 if they are equal, even if both are zero."""
     if value.shape != truth.shape:
-        raise Fault(f"shape {tuple(value.shape)}, but it should be {tuple(truth.shape)}")
+        raise Fault(f"the shape is {tuple(value.shape)}, and should be {tuple(truth.shape)}")
     difference = (value.double() - truth.double()).norm()
     return float(difference / truth.double().norm()) if difference else 0.0
 
 
 def worst(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
-    """The largest relative difference; NaN if one is."""
+    """The largest relative difference; NaN if one of them is NaN."""
     return float(torch.tensor([relative(value, truth) for value, truth in pairs], dtype=torch.float64).max())
 
 
 def _sized(model: VideoModel, options: Options) -> VideoModel:
-    """The model with a card of the size to check at."""
+    """The model with a card for the size of the checks."""
     card, (_, frames, rows, columns) = model.card, model.latent_shape()
     size: dict[str, Any] = {"num_frames": card.num_frames, "height": card.height, "width": card.width}
     large = frames * rows * columns > _SMALL
@@ -204,7 +204,7 @@ def _sized(model: VideoModel, options: Options) -> VideoModel:
 
 
 def _frames(model: VideoModel, num_frames: int) -> int:
-    """Latent frames of a clip of `num_frames`; 0 where the codec refuses that number."""
+    """Latent frames of a clip of `num_frames`; 0 if the codec refuses that number."""
     try:
         return model.latent_shape(num_frames)[1]
     except ValueError:

@@ -18,16 +18,14 @@ from fewstep.world.renderer import CANVAS, Variation, render
 _TIMES = (0.3, 0.5, 0.7)
 _TOLD = (0.1, 0.3, 0.5, 0.7, 0.9)
 _SHARE = 0.9
-"""Of the error of shrinking: a network that leaves more (a mean is enough for a little less) was not trained."""
-_UNINFORMATIVE = (
-    "informative only with trained weights: this network denoises a known clip hardly better than shrinking it does"
-)
+"""A network whose error is above this share of the error of shrinking (see `shrinking`) was not trained."""
+_UNINFORMATIVE = "needs trained weights: this network denoises a known clip hardly better than a constant factor does"
 
 
 def convention(s: Subject) -> Measured:
-    """Of a known clip with noise, the output read as the card says gives the clip better than under any other convention.
+    """The card's convention recovers a known clip with noise better than any other convention does.
 
-    The card's `kind` is wrong, or the sign: the note says what the output looks like.
+    The card's `kind` or the sign is wrong: the note says which convention fits the output best.
     """
     s.require("forward")
     clip = _Noised(s)
@@ -42,13 +40,15 @@ def convention(s: Subject) -> Measured:
         raise NotApplicable(_UNINFORMATIVE)
     own = errors.pop((s.network.kind, 1))
     looks = f"{'-' if best[1] < 0 else ''}{best[0]}"
-    return Measured(own, min(errors.values()), f"the output looks like {looks}; shrinking gives {shrinking:.2f}")
+    return Measured(
+        own, min(errors.values()), f"the output looks like {looks}; a constant factor gives {shrinking:.2f}"
+    )
 
 
 def told_time(s: Subject) -> Measured:
-    """A known clip with noise is denoised best when the network is told the true time.
+    """The network denoises a known clip with noise best if it gets the true time.
 
-    Time is turned round (0 is data here), in other units, or shifted twice.
+    Time runs in the other direction (in fewstep, 0 is data), has other units, or is shifted twice.
     """
     s.require("forward", "convention")
     clip, off, informative = _Noised(s), 0.0, False
@@ -64,7 +64,7 @@ def told_time(s: Subject) -> Measured:
 
 
 class _Noised:
-    """A known clip, and what the network makes of it under noise."""
+    """A known clip, and the network's predictions from it with noise."""
 
     def __init__(self, s: Subject) -> None:
         frames, caption = _known(s)
@@ -73,24 +73,24 @@ class _Noised:
         self._cond = s.conditions([caption], frames[0])[0]
 
     def predict(self, t: float, told: float | None = None) -> Prediction:
-        """What a network that is told another time makes of the clip at `t`."""
+        """The prediction from the clip with the noise of time `t`; the network gets the time `told` (default: `t`)."""
         s = self._s
         x_t = s.network.path.add_noise(self._x0, s.randn("eps", 1), s.time(t))
         raw = s.network(x_t, s.time(t if told is None else told), self._cond).raw
         return Prediction(raw, s.network.kind, x_t, s.time(t), s.network.path)
 
     def error(self, x0: Tensor) -> float:
-        """Relative to the clip."""
+        """Error of `x0` relative to the clip."""
         return relative(x0, self._x0)
 
     def shrinking(self, prediction: Prediction) -> float:
-        """The error of the best multiple of x_t, which is what one gets without a network."""
+        """The error of the best multiple of x_t: the best result without a network."""
         x_t = prediction.x_t
         return self.error((x_t * self._x0).sum() / x_t.square().sum() * x_t)
 
 
 def _known(s: Subject) -> tuple[Tensor, str]:
-    """A clip `[1, 3, F, H, W]` and what it shows."""
+    """A clip `[1, 3, F, H, W]` and its caption."""
     card, options = s.model.card, s.options
     if options.video is not None:
         frames = read_video(options.video, card.num_frames, size=(card.height, card.width))

@@ -1,4 +1,4 @@
-"""Can it be trained: features, derivatives, precision, checkpointing, saving and loading."""
+"""Checks for training: features, derivatives, precision, checkpointing, saving and loading."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _COPIED = 500_000_000
 
 
 class _Closed(nn.Module):
-    """A block that nobody should reach."""
+    """A block that must not be called."""
 
     def forward(self, state: object) -> object:
-        raise Fault("blocks deeper than the deepest layer asked for are computed")
+        raise Fault("blocks behind the last requested layer are computed")
 
 
 def features(s: Subject) -> Measured:
-    """Features have one entry per layer asked for, of the widths told, pass gradients to x_t, and compute nothing deeper;
-    what follows from the last is the output.
+    """There is one feature map per requested layer, of the stated width. Gradients flow to x_t. No block behind the last
+    requested layer is computed. The head applied to the last block's state gives the output.
 
     Look at `widths` and at `volume` of the backbone's state (`[B, width, F, h, w]`), and for a `detach` or `no_grad` in
     `embed` or a block.
@@ -41,10 +41,10 @@ def features(s: Subject) -> Measured:
         for layer, volume in zip(layers, volumes, strict=True):
             expected = (2, s.backbone.widths[layer], s.shape[1] // s.backbone.patch_frames)
             if volume.shape[:3] != expected or volume.ndim != 5:
-                raise Fault(f"layer {layer} has the shape {tuple(volume.shape)}, which should begin with {expected}")
+                raise Fault(f"layer {layer} has the shape {tuple(volume.shape)}; it should begin with {expected}")
             reached = torch.autograd.grad(volume.square().sum(), x, retain_graph=True, allow_unused=True)[0]
             if reached is None or not reached.any():
-                raise Fault(f"no gradient goes from layer {layer} to x_t")
+                raise Fault(f"no gradient flows from layer {layer} to x_t")
     closed = nn.ModuleList([*s.backbone.blocks[: middle + 1], *(_Closed() for _ in range(depth - middle - 1))])
     short = s.twin(blocks=closed).features(s.x_t, s.t, s.cond, [middle])[0]
     *_, last = s.backbone.walk(s.backbone.embed(s.x_t, s.t, s.cond))
@@ -55,8 +55,8 @@ def features(s: Subject) -> Measured:
 def jvp(s: Subject) -> Measured:
     """Derivatives along x_t and along t equal finite differences.
 
-    Something is cut from the graph (`detach`, integer timesteps, a table look-up) or computed in low precision. Along t
-    alone: the time features. Methods of continuous consistency need this; others can live without.
+    Something is cut from the graph (`detach`, integer timesteps, a table look-up) or computed in low precision. If only the
+    derivative along t is wrong, look at the time features. Only continuous-time consistency methods need these derivatives.
     """
     s.require("features")
     network = _in_float64(s)
@@ -77,13 +77,13 @@ def jvp(s: Subject) -> Measured:
 
 
 def bf16(s: Subject) -> Measured:
-    """The output under bfloat16 autocast is near that in full precision.
+    """The output with bfloat16 autocast is close to the output in full precision.
 
-    Something that needs float32 follows autocast: time features (1000 t has no room in bfloat16), modulation, norms, or
-    the head. Keep it in `autocast(enabled=False)`, as diffusers keeps its own `_keep_in_fp32_modules`.
+    Something that needs float32 runs in bfloat16: time features (bfloat16 cannot hold 1000 t), modulation, norms, or the
+    head. Put it into `autocast(enabled=False)`, as diffusers does with `_keep_in_fp32_modules`.
     """
     if s.dtype != torch.float32:
-        raise NotApplicable("autocast leaves float64 as it is")
+        raise NotApplicable("autocast does not change float64")
     exact = s.network(s.x_t, s.t, s.cond).raw
     with torch.autocast(s.x_t.device.type, torch.bfloat16):
         rough = s.network(s.x_t, s.t, s.cond).raw
@@ -91,10 +91,10 @@ def bf16(s: Subject) -> Measured:
 
 
 def checkpointing(s: Subject) -> Measured:
-    """Output and gradients are the same with gradient checkpointing.
+    """Output and gradients are the same with gradient checkpointing as without.
 
-    A block is not a function of its state: it draws random numbers (dropout in train mode), writes somewhere, or reads
-    what another call left.
+    A block is not a function of its state: it draws random numbers (dropout in train mode), stores something, or reads what
+    another call stored.
     """
     s.require("features")
     weights = [p for p in s.backbone.blocks[0].parameters() if p.requires_grad]
@@ -115,7 +115,7 @@ def checkpointing(s: Subject) -> Measured:
 def saved(s: Subject) -> Measured:
     """After saving and loading, the output is the same.
 
-    A weight is not in `state_dict`, or a constructor argument is not in `args`: what comes back is another network.
+    A weight is missing in `state_dict`, or a constructor argument is missing in `args`, so another network is loaded.
     """
     with tempfile.TemporaryDirectory() as folder:
         kept = VideoModel(s.model.card, {"denoiser": s.network}).save(Path(folder))
@@ -124,7 +124,7 @@ def saved(s: Subject) -> Measured:
 
 
 def _in_float64(s: Subject) -> Denoiser | None:
-    """A copy; None of a network that is too large for that, or that has parts which insist on float32."""
+    """A copy in float64; None if the network is too large, or has parts that always run in float32."""
     if sum(p.numel() for p in s.network.parameters()) > _COPIED:
         return None
     network: Denoiser = copy.deepcopy(s.network).double()

@@ -12,7 +12,7 @@ from torch import Tensor
 from fewstep.core import Call, RecipeError
 from fewstep.diffusion import CFG, DDIM, Betas, Contract, Kind, Timesteps
 from fewstep.models.adapters.layout import Layout
-from fewstep.models.bundle import Card
+from fewstep.models.card import Card
 from fewstep.models.spec import Spec
 
 _KINDS: Mapping[str, Kind] = MappingProxyType({"epsilon": "eps", "v_prediction": "v", "sample": "x0"})

@@ -1,0 +1,16 @@
+"""Samplers: from noise to a clip, step by step. One per file, listed in SAMPLERS."""
+
+from fewstep.diffusion.samplers.base import Denoise, Here, Sampler, Step, Time, Times, finish, full
+from fewstep.diffusion.samplers.ddim import DDIM
+from fewstep.diffusion.samplers.dpmpp_2m import DPMpp2M
+from fewstep.diffusion.samplers.euler import Euler
+from fewstep.diffusion.samplers.heun import Heun
+from fewstep.diffusion.samplers.renoise import Renoise
+from fewstep.diffusion.samplers.staggered import Staggered
+
+SAMPLERS: tuple[type[Sampler], ...] = (Euler, Heun, DDIM, DPMpp2M, Renoise, Staggered)
+
+__all__ = [
+    "DDIM", "SAMPLERS", "DPMpp2M", "Denoise", "Euler", "Here", "Heun", "Renoise", "Sampler", "Staggered", "Step", "Time",
+    "Times", "finish", "full",
+]  # fmt: skip

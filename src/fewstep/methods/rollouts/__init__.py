@@ -1,0 +1,14 @@
+"""Rollouts: how the samples are made that a student is trained on. One per file, listed in ROLLOUTS."""
+
+from fewstep.methods.rollouts.backward_simulation import BackwardSimulation
+from fewstep.methods.rollouts.base import Rolled, Rollout, Visit, pick, predict
+from fewstep.methods.rollouts.from_data import FromData
+from fewstep.methods.rollouts.from_pairs import FromPairs
+from fewstep.methods.rollouts.grids import NESTED, Grids, exact, student_contract
+
+ROLLOUTS: tuple[type[Rollout], ...] = (BackwardSimulation, FromData, FromPairs)
+
+__all__ = [
+    "NESTED", "ROLLOUTS", "BackwardSimulation", "FromData", "FromPairs", "Grids", "Rolled", "Rollout", "Visit", "exact",
+    "pick", "predict", "student_contract",
+]  # fmt: skip

@@ -1,0 +1,41 @@
+"""The time grids that a student is trained on, and the contract that follows from them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from fewstep.diffusion import CFG, Contract, Exact, Sampler, Shifted, shifted
+from fewstep.diffusion.times import check_grid
+
+Grids = tuple[tuple[float, ...], ...]
+"""One tuple of decreasing times per step count, before the shift and without the final 0."""
+NESTED: Grids = ((1.0,), (1.0, 0.5), (1.0, 0.75, 0.5, 0.25))
+"""Grids for 1, 2 and 4 steps. Each grid contains the coarser ones."""
+
+
+def exact(grids: Grids, shift: float) -> Grids:
+    """The shifted times of every grid, without the final 0. ValueError unless each grid decreases strictly from 1.
+
+    A grid may be listed twice, so that it is drawn twice as often.
+    """
+    if not grids or not all(grids) or len({len(grid) for grid in grids}) != len(set(grids)):
+        raise ValueError(
+            f"grids needs one list of times for each number of steps, such as [[1.0], [1.0, 0.5]], got {grids}"
+        )
+    moved = [tuple(float(t) for t in shifted(torch.tensor(g, dtype=torch.float64), shift)) for g in grids]
+    return tuple(check_grid((*g, 0.0))[:-1] for g in moved)
+
+
+def student_contract(
+    teacher: Contract, grids: Grids, shift: float, sampler: Sampler, guidance: CFG = CFG()
+) -> Contract:
+    """The teacher's contract with the student's sampler and exact times (`grids` before the shift).
+
+    `guidance` is the guidance that sampling still needs: none if guidance was distilled into the student at all times. A method
+    that distils it at some times leaves the rest, for example `CFG(low=0.9, outside=3.0)` after one of two experts.
+    """
+    listed = tuple(dict.fromkeys((*grid, 0.0) for grid in exact(grids, shift)))
+    grid = Exact(grids=listed, otherwise=Shifted(shift=shift))
+    return replace(teacher, grid=grid, sampler=sampler, steps=grid.counts[-1], guidance=guidance)

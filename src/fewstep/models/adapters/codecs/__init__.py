@@ -1,0 +1,1 @@
+"""Codecs of diffusers: from frames to latents and back."""

@@ -1,0 +1,1 @@
+"""Diffusion transformers of diffusers, one family per file, and what several share."""

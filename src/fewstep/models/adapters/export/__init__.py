@@ -1,0 +1,1 @@
+"""From a student to a folder or a LoRA file that other tools read."""

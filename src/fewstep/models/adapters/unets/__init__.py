@@ -1,0 +1,1 @@
+"""U-Nets of diffusers, one family per file, and what they share."""
