@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -49,8 +49,6 @@ class PairPlan:
     """Pairs per prompt, each from its own noise."""
     num_frames: int | None = None
     storage: Storage = "float32"
-    autocast: Literal["off", "bf16"] = "off"
-    """Precision of the teacher: off is float32. Use the `settings.autocast` of the student's training."""
     shard_size: int = 16
     """Pairs per file. A killed command loses at most one file per process."""
     part_size: int = 64
@@ -231,7 +229,8 @@ class _Teacher:
         return {
             "teacher": {name: self.model.fingerprint(name) for name in ("denoiser", "text")},
             "times": plan.times, **dump(self.course), "seed": plan.seed, "per_prompt": plan.per_prompt,
-            "latent_shape": self.shape, "storage": plan.storage, "autocast": plan.autocast,
+            "latent_shape": self.shape, "storage": plan.storage,
+            "autocast": "bf16" if self.model.runtime.dtype == "bfloat16" else "off",
             "shard_size": plan.shard_size, "part_size": plan.part_size,
         }  # fmt: skip
 
@@ -239,12 +238,14 @@ class _Teacher:
     def states(self, prompts: Sequence[str], seeds: Sequence[int], images: Mapping[str, Tensor]) -> Tensor:
         """`[B, T, C, F, H, W]`: `x_t` at each of the plan's times; the last one is the endpoint."""
         device, course = str(self.model.device), self.course
+        self.model.bring("text")
         cond, uncond = (each.with_extra(images).to(device) for each in self.texts(prompts, device))
         noise = Seeds(tuple(seeds), device)
         kept: list[Tensor] = []
 
         def denoise(x_t: Tensor, t: Tensor, call: Call) -> Prediction:
-            with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.plan.autocast == "bf16"):
+            self.model.bring("denoiser")
+            with self.model.runtime.denoising():
                 return course.guidance(self.model.denoiser, x_t, t, cond, uncond, call)
 
         start = self.model.denoiser.path.prior(noise.randn((len(prompts), *self.shape), "start"))
@@ -268,7 +269,7 @@ def _preview(model: VideoModel, folder: Path) -> Path:
     if not path.is_file():
         reader = ShardReader(folder, "pairs")
         ends = reader.read("states", range(min(PREVIEWED, len(reader))))[:, -1]
-        write_video(path, model.codec.decode(ends.to(model.device)), fps=model.card.fps)
+        write_video(path, model.decode(ends.to(model.device)), fps=model.card.fps)
     return path
 
 
