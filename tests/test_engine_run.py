@@ -24,9 +24,10 @@ from fewstep.engine.nets import build_nets, trained_roles
 from fewstep.engine.optim import RoleOptimizer, learning_rate
 from fewstep.engine.prepare import prepare
 from fewstep.engine.preview import HEAD
-from fewstep.engine.run import Run, blend
+from fewstep.engine.run import Run
 from fewstep.methods import DMD2, Copy, FlowMatching, Method, Nets, Sync, Update
 from fewstep.models import Backbone, Card, FeatureHeads, VideoModel, fingerprint
+from fewstep.models.averaging import blend
 from support_engine import CASES, FRAMES, LONG, Everything, TinyImages, small, tiny_model
 
 pytestmark = pytest.mark.usefixtures("single_thread")
@@ -500,7 +501,7 @@ def test_a_bad_probe_figure_stops_the_run(tmp_path: Path) -> None:
     ("method", "others", "message"),
     [
         (CASES["Reconstruction"], {"compile": True}, "settings.compile is for denoisers"),
-        (CASES["Reconstruction"], {"preview_every": 1}, "settings.preview_every is for denoisers"),
+        (CASES["ReadAttributes-features"], {"preview_every": 1}, "settings.preview_every is for denoisers"),
         (CASES["Reconstruction"], {"optim": {"student": Optim(type="muon")}}, "give its role an entry of type adamw"),
         (DMD2(gan=0.1), {"optim": {"student": Optim(type="muon")}}, "this FeatureHeads has none"),
         (

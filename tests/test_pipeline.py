@@ -170,7 +170,7 @@ def test_the_student_of_the_stage_before_may_be_the_teacher(two: Pipeline, teach
     student = grown.run(tmp_path / "run", quiet=True)
     assert student.card.provenance["teacher.method"] == "FlowMatching"
     assert student.card.provenance["teacher"].endswith(
-        read_card(tmp_path / "run/1-teacher/student").fingerprints["denoiser"]
+        read_card(tmp_path / "run/1-teacher/teacher").fingerprints["denoiser"]
     )
 
 

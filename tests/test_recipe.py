@@ -245,12 +245,12 @@ def test_a_student_remembers_where_everything_comes_from(tiny: Path, tmp_path: P
     card = teacher.run(tmp_path / "teacher", quiet=True).card
     assert card.provenance["codec.recipe"] == "abc" and card.provenance["recipe"] == teacher.hash
     assert "teacher.recipe" not in card.provenance and "licence" not in card.provenance  # it was made from scratch
-    folder = tmp_path / "teacher" / "student"
+    folder = tmp_path / "teacher" / "teacher"
     known = read_card(folder)
     told = json.loads((folder / "card.json").read_text())
     told["provenance"]["licence"] = "Apache-2.0"
     (folder / "card.json").write_text(json.dumps(told))
-    source = tmp_path / "teacher" / "student"
+    source = tmp_path / "teacher" / "teacher"
     student = distill(
         model=source,
         method=DMD2(critic_updates=1),

@@ -21,6 +21,7 @@ from fewstep.engine import Optim, Settings, WorldProbe
 from fewstep.evaluate import Report, Suite, entries, evaluate, load_report, write_report
 from fewstep.evaluate.results import CLIPS
 from fewstep.methods import DMD2, BackwardSimulation
+from fewstep.models.runtime import Runtime
 from fewstep.models.source import Pretrained
 from fewstep.recipe import Recipe
 from fewstep.world.data import WorldClips
@@ -83,8 +84,8 @@ def run_demo(
     output, recipe = Path(output), fitted(recipe)
     student = recipe.run(output / "run", quiet=quiet)
     student.save(output / "student")
-    teacher = recipe.model.load()
-    suite = replace(suite, autocast=recipe.settings.autocast)
+    runtime = Runtime(dtype="bfloat16" if recipe.settings.autocast == "bf16" else "float32")
+    teacher, student = recipe.model.load().prepared(runtime), student.prepared(runtime)
     report = evaluate(entries(teacher, student), suite, output, progress=progress)
     page = write_report(output, run=output / "run", recipe=recipe.text)
     return Demo(report, output / "student", page, film(output, teacher.card.fps))

@@ -12,10 +12,12 @@ from fewstep.data import Data
 from fewstep.engine import Settings
 from fewstep.engine.prepare import require_same
 from fewstep.engine.probe import WorldProbe
+from fewstep.engine.result import result_of, role_of
 from fewstep.engine.student import transforms_of
 from fewstep.methods.base import Method
 from fewstep.models.bundle import VideoModel
 from fewstep.models.card import Card
+from fewstep.models.results import result_in
 from fewstep.models.source import ModelSource, Pretrained, Previous, Scratch
 from fewstep.recipe import Recipe, without_parallel
 from fewstep.written import FILE, Written, tree_of
@@ -47,6 +49,11 @@ class Planned:
     """Card of its teacher, as far as it is known before the earlier stages have run."""
     begun: Card | None
     """Card of the student that it starts from; None: a copy of its teacher."""
+
+    @property
+    def result(self) -> Path:
+        """The folder of the stage's result, whether it is there yet or not."""
+        return result_in(self.folder) or self.folder / result_of(self.recipe.method, self.card)
 
     @property
     def alone(self) -> Recipe:
@@ -94,7 +101,7 @@ class Pipeline(Written):
                 assert stage.model is not None
                 model, card, begun = stage.model, stage.model.card(), None
             else:
-                model, last, made = _teacher(stage, before), str(before.folder / "student"), _made(before)
+                model, last, made = _teacher(stage, before), str(before.result), _made(before)
                 if isinstance(model, Previous):
                     model, card, begun = Pretrained(source=last), made, None
                 else:
@@ -127,9 +134,9 @@ class Pipeline(Written):
         return VideoModel.from_pretrained(self.student(output)) if student is None else student
 
     def student(self, output: Path) -> Path:
-        """The folder in which the last stage's student will be."""
-        *_, name = self.stages
-        return output / f"{len(self.stages)}-{name}" / "student"
+        """The folder of the last stage's result."""
+        *_, last = self.plan(output)
+        return last.result
 
     def _claim(self, output: Path) -> None:
         """Keep this recipe in `output`; what is in the folders of its stages belongs to them, and each looks after its own."""
@@ -164,6 +171,5 @@ def _made(before: Planned) -> Card:
     if method.part != "denoiser":
         return replace(card, fingerprints=prints)
     contract = method.contract(card.contract)
-    role = card.role if contract == card.contract else "student"
     transforms = transforms_of(card, before.recipe.settings)
-    return replace(card, fingerprints=prints, transforms=transforms, contract=contract, role=role)
+    return replace(card, fingerprints=prints, transforms=transforms, contract=contract, role=role_of(method, card))

@@ -19,10 +19,12 @@ from fewstep.data import Data, require
 from fewstep.engine import Settings, train
 from fewstep.engine.prepare import require_possible, require_processes
 from fewstep.engine.probe import WorldProbe
+from fewstep.engine.result import result_of
 from fewstep.evaluate.machine import describe_machine, versions
 from fewstep.methods.base import Method
 from fewstep.models.bundle import VideoModel
 from fewstep.models.card import Card
+from fewstep.models.results import RESULTS, result_in
 from fewstep.models.source import ModelSource, Pretrained, Scratch
 from fewstep.written import FILE, Written
 
@@ -97,19 +99,19 @@ class Recipe(Written):
             probe=self.probe, provenance=self._provenance(model), quiet=quiet,
         )  # fmt: skip
         if leads:
-            self.save(output / "student")
+            self.save(output / result_of(self.method, model.card))
         return student
 
     def finished(self, output: Path) -> bool:
         """Whether `output` has the student of this very recipe, written to the end."""
-        made = output / "student" / FILE
-        return made.is_file() and Recipe.load(made).hash == self.hash
+        made = result_in(output)
+        return made is not None and (made / FILE).is_file() and Recipe.load(made).hash == self.hash
 
     def _claim(self, output: Path) -> None:
         """Make `output` this recipe's folder, or refuse where another recipe has left more than its beginning there."""
         if output.exists() and not output.is_dir():
             raise RecipeError(f"{output} is a file; give a folder as output")
-        if (output / FILE).is_file() and any((output / made).exists() for made in ("checkpoints", "best", "student")):
+        if (output / FILE).is_file() and any((output / made).exists() for made in ("checkpoints", "best", *RESULTS)):
             try:
                 theirs = Recipe.load(output / FILE)
             except RecipeError as error:

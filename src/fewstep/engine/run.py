@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from fewstep.core import Batch, Losses, Rng
 from fewstep.core.atomic import recover, replacing_folder
@@ -22,14 +21,16 @@ from fewstep.engine.mesh import Processes
 from fewstep.engine.nets import sources
 from fewstep.engine.optim import RoleOptimizer
 from fewstep.engine.precision import autocast, float32
-from fewstep.engine.preview import Preview
+from fewstep.engine.preview import Preview, Reconstructions
 from fewstep.engine.probe import Probe
+from fewstep.engine.result import role_of
 from fewstep.engine.settings import Settings
 from fewstep.engine.shard import add_gradients, whole
 from fewstep.engine.views import Listener, Views
 from fewstep.methods.base import Method, Nets, Sync, Update
 from fewstep.models import VideoModel
-from fewstep.models.lora import adapters, merge, save_adapter
+from fewstep.models.averaging import blend
+from fewstep.models.lora import merge, save_adapter
 from fewstep.models.spread import Spread
 
 
@@ -61,7 +62,7 @@ class Run:
     effective: Effective
     """What is really in effect, as opposed to what was requested."""
     probe: Probe | None = None
-    preview: Preview | None = None
+    preview: Preview | Reconstructions | None = None
     monitor: Monitor | None = None
     step: int = 0
     """Iterations done."""
@@ -172,10 +173,14 @@ class Run:
         if self.method.part != "denoiser":
             return self.model.with_part(self.method.part, network, provenance=self.provenance)
         contract = self.method.contract(card.contract)
-        role = card.role if contract == card.contract else "student"
         network = merge(self.base, network)
         return self.model.with_part(
-            "denoiser", network, contract=contract, role=role, provenance=self.provenance, scores=dict(self.best)
+            "denoiser",
+            network,
+            contract=contract,
+            role=role_of(self.method, card),
+            provenance=self.provenance,
+            scores=dict(self.best),
         )
 
     @property
@@ -226,21 +231,3 @@ class Run:
             raise CheckpointError(
                 f"{folder}, the best student so far, is gone. Put it back, or start anew in another output folder."
             )
-
-
-@torch.no_grad()
-def blend(target: nn.Module, source: nn.Module, decay: float) -> None:
-    """`target <- decay * target + (1 - decay) * source` for parameters and floating-point buffers; for shards, each its own.
-
-    Adapters are averaged by what they add to the weights, not factor by factor.
-    """
-    if decay > 0 and adapters(target):  # such a network has no other weights of its own
-        for layer, other in zip(adapters(target).values(), adapters(source).values(), strict=True):
-            layer.average(other, decay)
-        return
-    for mine, theirs in zip(target.state_dict().values(), source.state_dict().values(), strict=True):
-        mine, theirs = (t.to_local() if isinstance(t, DTensor) else t for t in (mine, theirs))
-        if mine.is_floating_point():
-            mine.lerp_(theirs.to(mine.device), 1 - decay)
-        else:
-            mine.copy_(theirs)

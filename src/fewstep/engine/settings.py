@@ -111,7 +111,7 @@ class Settings:
     """Optimiser of each role, by name; a trained role without an entry uses the student's."""
     start: str | None = None
     """Folder of an earlier student, or `world`: the student starts from its denoiser. null: from a copy of the teacher's.
-    Other roles are not affected."""
+    Roles that are copies of the teacher are not affected."""
     transforms: tuple[Transform, ...] = ()
     """Transforms applied to the student alone, which starts from the teacher's weights (or those of `start`) in another
     structure. `model.transforms` change the teacher, too."""
@@ -128,8 +128,8 @@ class Settings:
     """Iterations between two rows of figures; the last iteration is logged too. Each figure is the mean within its
     iteration."""
     preview_every: Natural = 0
-    """Iterations between two pictures of student and teacher on fixed prompts and seeds; the last iteration has one too. 0:
-    none."""
+    """Iterations between two pictures: student and teacher on fixed prompts and seeds, or clips and their reconstructions if
+    the codec is trained. The last iteration has one too. 0: none."""
     save_every: Natural = 0
     """Iterations between two checkpoints to resume from; the last iteration has one too. 0: only at the end."""
     keep_last: Count = 2

@@ -346,6 +346,7 @@ def _provenance(report: Report, recipe: str | None) -> str:
     cards = [
         ("Machine", _list(machine)),
         ("Versions", _list(report.versions)),
+        ("Runtime", _list(report.runtime)),
         ("Weights", _list(report.models)),
         ("Suite", _list(settings)),
     ]

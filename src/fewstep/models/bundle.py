@@ -12,6 +12,7 @@ import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from fewstep.compress import Transform, transformed
 from fewstep.core import Cond, dump
 from fewstep.core.atomic import settle
+from fewstep.core.shipped import command_for
 from fewstep.core.stamp import stamp_of
 from fewstep.core.yaml import load_json
 from fewstep.diffusion import Step
@@ -33,8 +35,10 @@ from fewstep.models.fingerprint import describe, print_of
 from fewstep.models.images import Images, blank_images, image_conditions
 from fewstep.models.loading import loaded
 from fewstep.models.lora import updated
+from fewstep.models.results import result_in
 from fewstep.models.runtime import Runtime, bring, decoded, require_exact, settled, typed
 from fewstep.models.sampling import Request, sampling
+from fewstep.models.scalars import scalar_conditions
 from fewstep.models.spec import lacking
 from fewstep.models.stored import Stored
 from fewstep.models.text import TextEncoder
@@ -190,7 +194,8 @@ class VideoModel:
     def sampling(self, prompts: Sequence[str] | Cond, **options: Any) -> Iterator[Step]:
         """Sample by the card's contract, step by step; the latents of the last step are the clips'.
 
-        `options` are the fields of `Request`. Refused at once unless `force`: a step count the model was not trained for
+        `options` are the fields of `Request`, such as `scalars={"guidance": 4.0}`.
+        Refused at once unless `force`: a step count the model was not trained for
         (StepCountError), another number of frames than its card's, and a guidance scale on a student that has its guidance
         distilled in (ValueError). To stop is to ask for no more steps.
         """
@@ -218,18 +223,21 @@ class VideoModel:
         last_image: Tensor | None = None,
         num_frames: int | None = None,
         *,
+        scalars: Mapping[str, float] = MappingProxyType({}),
         guided: bool = True,
     ) -> tuple[Cond, Cond]:
-        """Conditions of `prompts` and of the negative prompt, both with the images where this model makes clips of them.
-        `guided` as in `encode_text`. `latents` takes both in place of prompts.
+        """Conditions of `prompts` and of the negative prompt, both with the images where this model makes clips of them, and
+        with the `scalars` that it reads (`ScalarInput`). `guided` as in `encode_text`. `latents` takes both in place of
+        prompts.
 
-        ValueError where an image is missing or of no use.
+        ValueError where an image or scalar is missing or of no use.
         """
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"prompts are a list of texts, one for each clip, such as ['a red ball']; got {prompts!r}")
         frames = self.card.num_frames if num_frames is None else num_frames
         self.bring("image", "codec")
         extra = image_conditions(self, len(prompts), image, last_image, frames)
+        extra |= scalar_conditions(self, len(prompts), scalars)
         cond, uncond = self.encode_text(prompts, guided=guided)
         return cond.with_extra(extra), uncond.with_extra(extra)
 
@@ -321,9 +329,11 @@ def read_card(source: Path | str) -> Card:
 def _folder_of(source: Path | str) -> Path:
     folder = _BUILT_INS.get(str(source), Path(source))
     if not (folder / "card.json").is_file():
+        made, command = result_in(folder.parent) or result_in(folder), command_for(folder)
+        hint = f"Give {made}. " if made else f"Make it first: {command}. " if command else ""
         raise FileNotFoundError(
-            f"{source}: no card.json there. Give a folder that fewstep wrote (a run's student/), one in diffusers' layout "
-            f"(with model_index.json), its name on the hub (owner/name), or a built-in: {', '.join(_BUILT_INS)}."
+            f"{source}: no card.json there. {hint}A model is a folder that fewstep wrote (such as a run's student/), a folder "
+            f"in diffusers' layout (with model_index.json), a hub name (owner/name), or a built-in: {', '.join(_BUILT_INS)}."
         )
     return folder
 
