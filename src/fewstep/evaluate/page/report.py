@@ -16,12 +16,12 @@ from torch import Tensor
 
 from fewstep.core.atomic import write_text
 from fewstep.engine.log import read_metrics
-from fewstep.evaluate import health
-from fewstep.evaluate.animate import fitted, gif_bytes
-from fewstep.evaluate.earned import unearned
+from fewstep.evaluate.page import health
+from fewstep.evaluate.page.animate import fitted, gif_bytes
+from fewstep.evaluate.page.earned import unearned
+from fewstep.evaluate.page.svg import Bar, Point, bars, curve, scatter
+from fewstep.evaluate.page.table import between, ends, number, percent, score, times, truth_cells
 from fewstep.evaluate.results import CLIPS, Range, Report, Row, load_report
-from fewstep.evaluate.svg import Bar, Point, bars, curve, scatter
-from fewstep.evaluate.table import between, ends, number, percent, score, times, truth_cells
 
 FILE = "report.html"
 LARGEST = 256
@@ -41,7 +41,7 @@ def write_report(folder: Path | str, *, run: Path | str | None = None, recipe: s
     if run is not None:
         sections += [_health(Path(run)), _curves(Path(run))]
     sections += [_method(report), _provenance(report, recipe)]
-    template = Template(files("fewstep.evaluate").joinpath("report.html").read_text(encoding="utf-8"))
+    template = Template(files("fewstep.evaluate.page").joinpath("report.html").read_text(encoding="utf-8"))
     hero = best_student(report)
     page = template.substitute(
         title=escape(f"{hero.model}: few-step report" if hero else "fewstep report"),
