@@ -192,7 +192,13 @@ SPOILED: dict[str, Spoiled] = {
     ),
     "guidance 30": Spoiled("diverging", "guidance is far too strong", method=replace(SOUND, guidance=CFG(scale=30.0))),
     "learning rate x100": Spoiled("diverging", "learning rate", settings=settings(LIMIT, student=HUGE, critic=FAST)),
-    "wrong noise path": Spoiled("diverging", "another path", spoil=other_path),
+    "wrong noise path": Spoiled(
+        "diverging",
+        "another path",
+        method=replace(SOUND, rollout=replace(SOUND.rollout, grids=NESTED)),
+        settings=settings(LIMIT, 12),
+        spoil=other_path,
+    ),
 }
 
 CONSISTENT = Consistency(guidance=CFG(scale=2.5), shift=3.0)

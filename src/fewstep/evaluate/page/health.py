@@ -15,6 +15,7 @@ CURVES = {
     "accuracy": "Accuracy: share of clips with every attribute right",
     "distance": "Distance to the teacher's clips",
     "heed": "Heed of the prompt (1 = like the teacher, 0 = none)",
+    "apart": "Difference from the teacher's clips of the same noise",
     "diversity": "Diversity",
     "motion": "Motion",
     "saturation": "Saturation",
