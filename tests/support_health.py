@@ -33,20 +33,23 @@ from fewstep.models import VideoModel
 from fewstep.world.data import WorldClips, encode
 from fewstep.world.grammar import world_prompts
 
-LIMIT = 200
-"""Iterations within which a spoiled run must be named, and which sound runs last."""
-INTERVAL = 20
+LIMIT = 96
+"""Iterations within which a spoiled run must be named."""
 FINE = ("improving", "unclear")
 """Words that name nothing."""
 FAST = Optim(lr=3e-4, betas=(0.0, 0.99))
-SOUND: DMD2 = demo.RECIPE.method  # type: ignore[assignment]
+FEW = WorldClips(num_frames=4)
+"""Clips of four frames: in those nobody can read direction and speed, so accuracy says nothing, as for most people's videos."""
+SOUND: DMD2 = replace(demo.RECIPE.method, critic_updates=1)  # type: ignore[type-var]
+QUICK = replace(SOUND, rollout=BackwardSimulation(grids=((1.0,), (1.0, 0.5)), shift=3.0))
+"""One step and two."""
 
 
-def settings(**others: Any) -> Settings:
-    """Settings of a broken run, which ends at the first verdict that is not `improving`. Half of the demo's batch is enough."""
-    health = Health(every=INTERVAL, prompts=8, seeds=2)
-    plain = {"steps": LIMIT, "batch": 8, "ema": 0.9, "log_every": 1, "health": health}
-    return Settings(**(plain | {"optim": {"student": FAST, "critic": FAST}} | others))
+def settings(steps: int = 48, every: int = 6, **optim: Optim) -> Settings:
+    """Of a run with as many checks as patience has, a dozen clips each; it takes a minute."""
+    health = Health(every=every, prompts=6, seeds=2)
+    rates = optim or {"student": FAST, "critic": FAST}
+    return Settings(steps=steps, batch=4, ema=0.9, log_every=1, health=health, optim=rates)
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,8 @@ class Spoiled:
     because: str
     """A word of the reason."""
     method: Method = SOUND
-    settings: Settings = settings()
-    data: Data = WorldClips()
+    settings: Settings = settings(LIMIT)
+    data: Data = FEW
     spoil: Callable[[], Any] | None = None
     """A context in which the run is made."""
 
@@ -181,60 +184,49 @@ HUGE = Optim(lr=3e-2, betas=(0.0, 0.99))
 
 SPOILED: dict[str, Spoiled] = {
     "pure-bf16 weights": Spoiled(
-        "stalled", "bfloat16", settings=settings(optim={"student": SLOW, "critic": SLOW}), spoil=coarse_weights
+        "stalled", "bfloat16", settings=settings(LIMIT, student=SLOW, critic=SLOW), spoil=coarse_weights
     ),
     "frozen critic": Spoiled("diverging", "critic does not learn", spoil=frozen_critic),
     "other shift when sampled": Spoiled(
         "stalled", "times at which the student is not trained", method=OtherShift(**vars(SOUND))
     ),
     "guidance 30": Spoiled("diverging", "guidance is far too strong", method=replace(SOUND, guidance=CFG(scale=30.0))),
-    "learning rate x100": Spoiled(
-        "diverging", "learning rate", settings=settings(optim={"student": HUGE, "critic": FAST})
-    ),
+    "learning rate x100": Spoiled("diverging", "learning rate", settings=settings(LIMIT, student=HUGE, critic=FAST)),
     "wrong noise path": Spoiled("diverging", "another path", spoil=other_path),
 }
 
 CONSISTENT = Consistency(guidance=CFG(scale=2.5), shift=3.0)
-CALM = settings(optim={"student": Optim(lr=2e-4, warmup=10)})
-SHORT = settings(steps=48, batch=4, health=Health(every=6, prompts=6, seeds=2))
-"""As many checks as patience has, on clips of four frames: in those nobody can read direction and speed, so accuracy says
-nothing, as for most people's videos. Each takes a minute."""
-FEW = WorldClips(num_frames=4)
-QUICK = replace(SOUND, rollout=BackwardSimulation(grids=((1.0,), (1.0, 0.5)), shift=3.0), critic_updates=1)
+CALM = Optim(lr=2e-4, warmup=10)
 
 UNKNOWN: dict[str, Spoiled] = {
     "other prompts in the scores": Spoiled(
-        "collapsing", "look alike", method=OtherConditions(**vars(QUICK)), settings=SHORT, data=FEW
+        "collapsing", "look alike", method=OtherConditions(**vars(QUICK)), settings=settings()
     ),
-    "critic guided too": Spoiled("", "", method=GuidedCritic(**vars(QUICK)), settings=SHORT, data=FEW),
+    "critic guided too": Spoiled("", "", method=GuidedCritic(**vars(QUICK)), settings=settings()),
     "average of the critic": Spoiled(
-        "collapsing", "look alike", method=QUICK, settings=SHORT, data=FEW, spoil=average_of_the_critic
+        "collapsing", "look alike", method=QUICK, settings=settings(), spoil=average_of_the_critic
     ),
     "half of the data black": Spoiled(
-        "", "", method=CONSISTENT, settings=replace(SHORT, optim=CALM.optim), data=HalfBlack(num_frames=4)
+        "", "", method=CONSISTENT, settings=settings(student=CALM), data=HalfBlack(num_frames=4)
     ),
 }
 """Spoiled in ways that no rule was made for; without a word: the clips do not show it."""
 
-SOUND_RUNS: dict[str, tuple[Method, Settings, Data]] = {
-    "DMD2": (
-        SOUND, settings(batch=16, optim=demo.RECIPE.settings.optim, autocast="bf16", compile=True), WorldClips()
-    ),
-    "DMD2, short": (QUICK, SHORT, FEW),
-    "Consistency": (CONSISTENT, CALM, WorldClips()),
-    "Consistency, short": (CONSISTENT, replace(SHORT, optim=CALM.optim), FEW),
+SOUND_RUNS: dict[str, tuple[Method, Settings]] = {
+    "DMD2": (QUICK, settings()),
+    "Consistency": (CONSISTENT, settings(192, 24, student=CALM)),
     "KnowledgeDistillation": (
-        KnowledgeDistillation(rollout=FromPairs(grids=NESTED, shift=3.0, mode="ode")), CALM, WorldClips()
+        KnowledgeDistillation(rollout=FromPairs(grids=NESTED, shift=3.0, mode="ode")), settings(96, 12, student=CALM)
     ),
-    "Progressive, short": (
-        Progressive(stages=((8, 24), (4, 24)), guidance=CFG(scale=2.5), shift=3.0), replace(SHORT, optim=CALM.optim), FEW
+    "Progressive": (
+        Progressive(stages=((8, 24), (4, 24)), guidance=CFG(scale=2.5), shift=3.0), settings(student=CALM)
     ),
-    "AVDM2, short": (
+    "AVDM2": (
         AVDM2(
             score="video", rollout=QUICK.rollout, guidance=QUICK.guidance, critic_updates=1, adversarial=0.1,
             adversarial_density=Uniform(low=0.2, high=0.9), layers=(2, 4, 5),
         ),
-        replace(SHORT, optim={"student": FAST, "critic": FAST, "discriminator": FAST}), FEW,
+        settings(student=FAST, critic=FAST, discriminator=FAST),
     ),
 }  # fmt: skip
 
@@ -256,11 +248,11 @@ def run_spoiled(name: str, output: Path) -> Outcome:
 
 
 def run_sound(name: str, output: Path) -> Outcome:
-    method, settings, data = SOUND_RUNS[name]
+    method, settings = SOUND_RUNS[name]
     if "pairs" not in method.needs:
-        return run(method, data, settings, output)
-    folder, plan = output / "pairs", PairPlan(steps=20, guidance=CFG(scale=2.5), times=(1.0, 0.9, 0.75, 0.5, 0.0))
-    make_pairs(VideoModel.from_pretrained("world"), world_prompts(256, 0.5, 7), folder, plan, batch=32)
+        return run(method, FEW, settings, output)
+    folder, plan = output / "pairs", PairPlan(steps=16, guidance=CFG(scale=2.5), times=(1.0, 0.9, 0.75, 0.5, 0.0))
+    make_pairs(short(VideoModel.from_pretrained("world")), world_prompts(128, 0.5, 7), folder, plan, batch=32)
     return run(method, StoredPairs(path=str(folder)), settings, output / "run")
 
 
@@ -268,8 +260,7 @@ def run(method: Method, data: Any, settings: Settings, output: Path, spoil: Call
     """Train until something is named, or to the end."""
     began = time.monotonic()
     with ending_at_a_verdict(), nullcontext() if spoil is None else spoil():
-        world = VideoModel.from_pretrained("world")
-        train(short(world) if settings.steps < LIMIT else world, method, data, settings, output, quiet=True)
+        train(short(VideoModel.from_pretrained("world")), method, data, settings, output, quiet=True)
     record = read_record(output)
     assert record is not None and record.checks
     last = record.checks[-1]

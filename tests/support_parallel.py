@@ -10,8 +10,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -27,21 +27,65 @@ from torch.distributed.tensor import DTensor
 
 from fewstep import distill
 from fewstep.attention import KVCache, Ulysses
-from fewstep.core import Call, Cond
+from fewstep.compress import Int8, Pruned, StepScales, Transform
+from fewstep.core import Batch, Call, Cond, Losses, Rng
 from fewstep.core.env import place
 from fewstep.engine import Health, Parallel, Settings
 from fewstep.engine.optim import RoleOptimizer
 from fewstep.engine.prepare import prepare
 from fewstep.engine.run import Run
 from fewstep.engine.shard import hollow, shard
-from fewstep.methods import Method
-from fewstep.models import Lora
+from fewstep.methods import DMD2, BackwardSimulation, Method, Nets, Update
+from fewstep.methods.roles import Other, Role
+from fewstep.methods.targets import mse
+from fewstep.models import Card, Lora, VideoModel
+from fewstep.models.card import PARTS
+from fewstep.models.fingerprint import describe, fingerprint
+from fewstep.models.source import ModelSource
 from support_engine import CASES, Everything, small, tiny_model
 
 ROOT = Path(__file__).parent.parent
 STEPS = 3
 WHOLE = Settings(**vars(small(STEPS, ema=0.5, accumulate=4, batch=1)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EightBits(ModelSource):
+    """Another tiny model, with eight bits."""
+
+    def card(self) -> Card:
+        model = self.load()
+        return replace(model.card, parts={name: describe(part) for name, part in model.parts.items()})
+
+    def load(self, leave: Collection[str] = (), parts: Collection[str] = PARTS) -> VideoModel:
+        return tiny_model(7).transformed(Int8())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Imitation(Method):
+    """The student predicts what another, frozen model predicts."""
+
+    cite = "nobody"
+    needs = frozenset({"prompts", "x0"})
+
+    def aux(self) -> dict[str, Role]:
+        return {"guide": Other(EightBits())}
+
+    def updates(self, step: int) -> Iterator[Update]:
+        yield Update(("student",), self.student_loss)
+
+    def student_loss(self, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Losses]:
+        x0 = batch.require("x0")
+        t = rng.rand((len(x0),), "t")
+        x_t = nets.student.path.add_noise(x0, rng.randn(x0.shape, "eps"), t)
+        yield {"imitation": mse(nets.student(x_t, t, batch.cond).x0, nets.guide(x_t, t, batch.cond).x0.detach())}
+
+
 METHODS: Mapping[str, Method] = {
+    "DMD2-pruned": replace(CASES["DMD2"], warmup=1),  # type: ignore[type-var]
+    "DMD2-steps": DMD2(critic_updates=1, rollout=BackwardSimulation(grids=((1.0, 0.5),))),
+    "DMD2-eight-bits-adapters": replace(CASES["DMD2"], warmup=1),  # type: ignore[type-var]
+    "Imitation": Imitation(),
     "DMD2": replace(CASES["DMD2"], warmup=1),  # type: ignore[type-var]
     "DMD2-everything": CASES["DMD2-everything"],
     "AVDM2": CASES["AVDM2"],
@@ -51,6 +95,12 @@ METHODS: Mapping[str, Method] = {
     "DMD2-adapters": replace(CASES["DMD2"], warmup=1, weak=0.25),  # type: ignore[type-var]
     "KnowledgeDistillation-adapters": CASES["KnowledgeDistillation"],
 }
+OWN: Mapping[str, tuple[Transform, ...]] = {
+    "DMD2-pruned": (Pruned(blocks=(0,)),),
+    "DMD2-steps": (StepScales(steps=2),),
+    "DMD2-eight-bits-adapters": (Int8(),),
+}
+"""Transforms of the student."""
 LORA = Lora(rank=2)
 """Adapters of the cases above whose names end in `-adapters`."""
 EXAMINED = small(6, save_every=2, ema=0.9, accumulate=2, batch=1, health=Health(every=3, prompts=1))
@@ -76,6 +126,7 @@ def watched(
     """
     lora = LORA if method.endswith("-adapters") else None
     settings = replace(WHOLE, parallel=SPREADS[spread], autocast=autocast, compile=bool(backend), lora=lora)
+    settings = replace(settings, transforms=OWN.get(method, ()))
     compiler = partial(torch.compile, backend=backend) if backend else torch.compile
     with patch.object(torch, "compile", compiler):
         run = prepare(tiny_model(), METHODS[method], Everything(), settings, folder)
@@ -170,6 +221,20 @@ def adapters_run(output: Path) -> None:
     whole_run(output, lora=LORA, parallel=Parallel(sequence=place().world_size))
 
 
+def pruned_run(output: Path) -> None:
+    """As `whole_run`, but the student has one block less than its teacher."""
+    whole_run(output, transforms=(Pruned(blocks=(1,)),))
+
+
+def begun(folder: Path) -> dict[str, Any]:
+    """What a check takes for the untrained student of a run that has trained a transformed one: its fingerprint."""
+    settings = replace(EXAMINED, transforms=(Pruned(blocks=(1,)),))
+    run = prepare(tiny_model(), METHODS["DMD2-pruned"], Everything(), settings, folder)
+    run.iterate()
+    assert run.monitor is not None
+    return {"print": fingerprint(run.monitor._begun().denoiser)}
+
+
 def killed_run(output: Path) -> None:
     """As `whole_run`, but in the first attempt of torchrun the second process kills itself in iteration 5."""
     if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and place().rank == 1:
@@ -199,7 +264,8 @@ def raising_run(output: Path) -> None:
 PER_FRAME: Mapping[str, int] = {"per_frame": 4, "streamed": 2}
 """Frames of a chunk, by name."""
 WHOLE_RUNS: Mapping[str, Callable[[Path], None]] = {
-    "whole_run": whole_run, "adapters_run": adapters_run, "killed_run": killed_run, "raising_run": raising_run,
+    "whole_run": whole_run, "adapters_run": adapters_run, "pruned_run": pruned_run, "killed_run": killed_run,
+    "raising_run": raising_run,
 }  # fmt: skip
 
 
@@ -234,6 +300,8 @@ def main(folder: Path, names: list[str]) -> None:
             WHOLE_RUNS[name](folder / name)
         elif name in PER_FRAME:
             keep(folder, name, {"found": per_frame("sequence", PER_FRAME[name])})
+        elif name == "begun":
+            keep(folder, name, begun(folder))
         elif name == "derivative":
             keep(folder, name, {"found": derivative("shard")})
         else:

@@ -74,7 +74,7 @@ def model(loaded: VideoModel) -> VideoModel:
     return deepcopy(loaded)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def pipeline(folder: Path) -> DiffusionPipeline:
     pipeline = DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
@@ -393,6 +393,10 @@ def test_without_the_extra_one_is_told_to_install_it(folder: Path, monkeypatch: 
 # --- runs -----------------------------------------------------------------------------------------------------------------
 
 
+UNLIKE = ("wan", "wan_experts", "hunyuan", "cogvideox15")
+"""Families whose blocks are cut into shards, or whose tokens are shared, differently; the others are like one of them."""
+
+
 def test_the_negative_prompt_is_what_guidance_leads_away_from(model: VideoModel) -> None:
     model.card = replace(model.card, negative_prompt="dark frames")
     (_, sampled), (_, trained) = model.encode_text(PROMPTS), Texts(model, frozenset({"prompts"}))(PROMPTS, "cpu")
@@ -401,8 +405,19 @@ def test_the_negative_prompt_is_what_guidance_leads_away_from(model: VideoModel)
     assert torch.equal(trained.mask, expected.mask)
 
 
-@pytest.mark.parametrize("lora", [None, Lora(rank=2, alpha=2.0)], ids=["whole", "lora"])
-def test_distil_in_python(source: Diffusers, tmp_path: Path, lora: Lora | None) -> None:
+def test_distil_in_python(source: Diffusers, tmp_path: Path) -> None:
+    distilled(source, tmp_path, None)
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in UNLIKE else pytest.param(n, marks=pytest.mark.slow) for n in TINY], scope="session"
+)
+def test_distil_adapters_in_python(name: str, source: Diffusers, tmp_path: Path) -> None:
+    distilled(source, tmp_path, Lora(rank=2, alpha=2.0))
+
+
+def distilled(source: Diffusers, tmp_path: Path, lora: Lora | None) -> None:
+    """Two iterations: the student differs from its teacher, and is what its folder holds."""
     file = tmp_path / "prompts.txt"
     file.write_text("a red ball\na blue box\n")
     method = DMD2(critic_updates=1, guidance=CFG(scale=5.0), rollout=BackwardSimulation(grids=((1.0, 0.5),), shift=3.0))
@@ -432,28 +447,25 @@ def written(source: Diffusers, folder: Path, settings: str) -> Path:
     return recipe
 
 
-DEAR = ("hunyuan15",)
-"""Families that take fifty CPU-seconds here, where the others take nine: long texts, and clips in fifty steps."""
+def test_explained_and_planned_nothing_is_loaded(
+    source: Diffusers, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = str(written(source, tmp_path, "preview_every: 2"))
+    assert main(["explain", recipe]) == 0
+    assert main(["distill", recipe, "--output", str(tmp_path / "run"), "--dry-run"]) == 0
+    assert "text states [B, L, D]" in (said := capsys.readouterr().out) and "nothing was loaded" in said
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n in DEAR else n for n in TINY], scope="session"
+    "name", [n if n == "wan" else pytest.param(n, marks=pytest.mark.slow) for n in TINY], scope="session"
 )
-def test_distil_sample_and_explain_by_command(
-    source: Diffusers, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_distil_and_sample_by_command(name: str, source: Diffusers, tmp_path: Path) -> None:
+    """The other families are slow: previews are the teacher's clips, in all its steps. `test_distil_in_python` is not."""
     recipe, run = str(written(source, tmp_path, "preview_every: 2")), str(tmp_path / "run")
-    assert main(["explain", recipe]) == 0
-    assert main(["distill", recipe, "--output", run, "--dry-run"]) == 0
-    assert "text states [B, L, D]" in (said := capsys.readouterr().out) and "nothing was loaded" in said
     assert main(["distill", recipe, "--output", run, "--quiet"]) == 0
     video = tmp_path / "clip.gif"
     assert main(["sample", f"{run}/student", "--prompt", "a red ball", "--output", str(video)]) == 0
     assert video.stat().st_size > 0
-
-
-UNLIKE = ("wan", "wan_experts", "hunyuan", "cogvideox15")
-"""Families whose blocks are cut into shards, or whose tokens are shared, differently; the others are like one of them."""
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -30,3 +32,13 @@ def test_circles_are_found_in_rooms_and_in_rooms_of_rooms(tool: ModuleType) -> N
     assert not set(tool.circles(graph, "house"))
     graph.add_import(importer="house.a.y", imported="house.a.x")
     assert set(tool.circles(graph, "house")) == {"house.a: x, y"}
+
+
+def test_no_function_of_a_room_is_hidden_by_a_file_of_its_name() -> None:
+    """Importing `room.x` replaces what the room calls `x`."""
+    for init in (Path(__file__).parent.parent / "src" / "fewstep").rglob("__init__.py"):
+        inside = {path.stem for path in init.parent.iterdir()}
+        made = {
+            node.name for node in ast.parse(init.read_text()).body if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        }
+        assert not inside & made, f"{init}: {inside & made}"

@@ -16,9 +16,11 @@ from fewstep.catalogue import KINDS
 from fewstep.cli import COMMANDS, doctor, main
 from fewstep.cli.arguments import split_overrides
 from fewstep.cli.questions import List
+from fewstep.compress import ScalarInput
 from fewstep.core.shipped import FOLDER, header, headline, shipped
 from fewstep.pipeline import read
 from fewstep.recipe import Recipe
+from support_engine import shaken, tiny_model
 
 TINY = """
 model:
@@ -269,6 +271,9 @@ def test_distill_sample_and_refuse(said, tiny: Path) -> None:
     )
     assert code == 0 and Path("b.mp4").is_file(), err
     refused(said("sample", "run/student"), "--prompt")
+    refused(
+        said("sample", "run/student", "--prompt", "a", "--scalar", "guidance=4"), "does not read 'guidance'", "none"
+    )
     refused(said("sample", "run/student", "--prompt", "a", "--output", "clip.avi"), ".mp4 or .gif")
     refused(said("sample", "nowhere", "--prompt", "a"), "no card.json")
     refused(
@@ -277,6 +282,27 @@ def test_distill_sample_and_refuse(said, tiny: Path) -> None:
     )  # fmt: skip
     code, _, err = said("sample", "run/student", "--prompt", "a", "--num-frames", 6, "--force", "--output", "c.gif")
     assert code == 0, err
+
+
+def test_sample_with_scalars(said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = tiny_model().transformed(ScalarInput(name="guidance"), ScalarInput(name="until"))
+    shaken(model.denoiser.backbone.scalars, 0.5)
+    model.save("student")
+    words = ("sample", "student", "--prompt", "a red ball", "--scalar")
+    files = []
+    asked = {
+        "a.gif": ("guidance=4", "until=.5"),
+        "b.gif": ("until=0.5", "guidance=4.0"),
+        "c.gif": ("until=1", "guidance=4"),
+    }
+    for name, numbers in asked.items():
+        code, _, err = said(*words, *numbers, "--output", name)
+        assert code == 0, err
+        files.append(Path(name).read_bytes())
+    assert files[0] == files[1] != files[2]
+    refused(said(*words, "guidance=4"), "reads 'until', which has no default", "--scalar until=4.0")
+    refused(said(*words, "guidance"), "--scalar guidance: write the name and a number, such as guidance=4.0")
 
 
 def test_pairs(said, tiny: Path) -> None:

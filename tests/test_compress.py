@@ -28,7 +28,7 @@ from fewstep.compress.linear import chosen, linears
 from fewstep.compress.scalar_input import Scalar
 from fewstep.compress.stepwise import StepLinear
 from fewstep.core import Call, Cond, RecipeError, Rng, build, dump
-from fewstep.models import Denoiser, VideoModel, fingerprint
+from fewstep.models import Denoiser, VideoDiT, VideoModel, fingerprint
 from fewstep.models.bundle import read_card
 from fewstep.models.card import sketch
 from fewstep.models.source import Pretrained, Scratch
@@ -311,6 +311,21 @@ def test_scalars_are_refused_where_they_would_do_nothing(model: VideoModel) -> N
     for wrong in ({"name": "two words"}, {"name": "g", "scale": 0.0}):
         with pytest.raises(ValueError, match="must be"):
             ScalarInput(**wrong)
+
+
+# --- another pattern ---------------------------------------------------------------------------------------------------
+
+
+def test_another_pattern_is_that_of_a_network_that_was_made_with_it(model: VideoModel) -> None:
+    pattern, args = BlockCausal(chunk=2), model.denoiser.backbone.args
+    made = Denoiser(VideoDiT(**{**args, "pattern": pattern}), model.card.path, model.card.kind)  # type: ignore[arg-type]
+    made.load_state_dict(model.denoiser.state_dict())
+    changed = model.transformed(Repatterned(pattern=pattern)).denoiser
+    assert torch.equal(call(changed), call(made)) and not torch.equal(call(changed), call(model.denoiser))
+    assert changed.backbone.pattern == pattern and changed.backbone.args == args
+    del model.denoiser.backbone.blocks[:]
+    with pytest.raises(ValueError, match="attention of a VideoDiT takes no pattern"):
+        transformed(model.denoiser.backbone, [Repatterned(pattern=pattern)])
 
 
 # --- pruned blocks -----------------------------------------------------------------------------------------------------

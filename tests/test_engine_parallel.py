@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import support_parallel
+from fewstep.compress import Pruned
 from fewstep.core import Call, Cond, Rng
 from fewstep.core.atomic import discard
 from fewstep.data.base import Source
@@ -30,7 +31,7 @@ from fewstep.engine.prepare import open_data, prepare, require_processes
 from fewstep.engine.shard import _let_fsdp_see_inside, hollow
 from fewstep.engine.views import Views
 from fewstep.methods import METHODS, Method
-from fewstep.models import Lora, State, VideoDiT, VideoModel, adapters
+from fewstep.models import Lora, State, VideoDiT, VideoModel, adapters, fingerprint
 from fewstep.models.spread import Spread
 from support_engine import CASES, Everything, small, tiny_model
 from support_parallel import EXAMINED, PER_FRAME, WHOLE_RUNS, derivative, launch, per_frame, results, watched
@@ -101,6 +102,18 @@ def test_four_processes_compute_what_one_does(tmp_path: Path, monkeypatch: pytes
     together(4, tmp_path, support_parallel.main, tmp_path, names)
     for name in names:
         assert_as_one(tmp_path, 4, name, monkeypatch)
+
+
+@pytest.mark.timeout(900)  # processes that share two cores with other tests
+def test_two_processes_train_a_transformed_student(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one does; and one that imitates a frozen model of eight bits, of which each process has all."""
+    names = ["DMD2-pruned.shard", "DMD2-steps.shard", "DMD2-eight-bits-adapters.shard", "Imitation.shard"]
+    together(2, tmp_path, support_parallel.main, tmp_path, [*names, "begun"])
+    for name in names:
+        assert_as_one(tmp_path, 2, name, monkeypatch)
+    expected = fingerprint(tiny_model().transformed(Pruned(blocks=(1,))).denoiser)
+    assert [results(tmp_path, "begun", rank)["print"] for rank in range(2)] == [expected] * 2
+    assert support_parallel.begun(tmp_path)["print"] == expected
 
 
 def test_fsdp_sees_inside_the_state_of_every_network() -> None:
@@ -177,7 +190,7 @@ def assert_one_takes_over(output: Path) -> None:
 
 
 @pytest.mark.timeout(900)  # processes that share two cores with other tests
-@pytest.mark.parametrize("name", ["whole_run", "adapters_run"])
+@pytest.mark.parametrize("name", ["whole_run", "adapters_run", "pruned_run"])
 def test_two_processes_take_over_what_one_has_begun(place_to_run: Path, name: str) -> None:
     output = place_to_run / name
     WHOLE_RUNS[name](output)

@@ -24,9 +24,10 @@ from fewstep.engine.nets import build_nets, trained_roles
 from fewstep.engine.optim import RoleOptimizer, learning_rate
 from fewstep.engine.prepare import prepare
 from fewstep.engine.preview import HEAD
-from fewstep.engine.run import Run, blend
+from fewstep.engine.run import Run
 from fewstep.methods import DMD2, Copy, FlowMatching, Method, Nets, Sync, Update
 from fewstep.models import Backbone, Card, FeatureHeads, VideoModel, fingerprint
+from fewstep.models.averaging import blend
 from support_engine import CASES, FRAMES, LONG, Everything, TinyImages, small, tiny_model
 
 pytestmark = pytest.mark.usefixtures("single_thread")

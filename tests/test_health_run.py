@@ -7,7 +7,6 @@ import re
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -15,7 +14,7 @@ import pytest
 import torch
 
 from fewstep.cli import main
-from fewstep.core import Cond, Rng
+from fewstep.core import Rng
 from fewstep.diffusion import CFG, KINDS, Kind, Prediction, RectifiedFlow, Trig, target
 from fewstep.engine import CheckpointError, Health, Optim, prepare, train
 from fewstep.engine.checkpoint import RunState, checkpoints
@@ -31,7 +30,6 @@ from fewstep.models import Card, Lora, VideoModel
 from fewstep.models.lora import adapt, adapters, duplicate, merge
 from fewstep.world.grammar import world_prompts
 from support_engine import CASES, TWO_GRIDS, Everything, small, tiny_model
-from support_gaussian import GaussianTeacher, f64
 from support_health import OtherShift, coarse_weights, frozen_critic, other_path
 
 pytestmark = pytest.mark.usefixtures("single_thread")
@@ -359,19 +357,6 @@ def test_strong_guidance_asks_for_other_clips_than_the_teachers() -> None:
     clips = gauge.sample(model, (4,)).latents
     weak, usual, far = (gauge.asked(CFG(scale=scale), model.denoiser, clips, model) for scale in (1.0, 2.5, 30.0))
     assert 0.8 < weak < usual < 1.3 and far > 2 * ASKED
-
-
-def test_guidance_is_found_in_clips_that_have_it_and_in_no_others() -> None:
-    """On a teacher whose guided distribution is known: its own clips, the guided ones, those half way, those beyond."""
-    teacher = GaussianTeacher(f64(-0.2, 0.3), 0.5)  # of the null prompt and of the prompt
-    texts = lambda c, n: Cond(torch.full((n, 1, 1), float(c)), torch.ones(n, 1, dtype=torch.bool))  # noqa: E731
-    model: Any = SimpleNamespace(conditions=lambda prompts, images: (texts(1, len(prompts)), texts(0, len(prompts))))
-    gauge, noise = Gauge(("a",) * 8, None, 4, 5, nullcontext), Rng(0).randn((32, 4, 4, 8, 8), "clips").double()
-    for strength, found in ((1.0, 0.0), (2.0, 1.0), (1.5, 0.5), (3.0, 2.0)):
-        clips = teacher.guided_mean(strength) + 0.5 * noise
-        assert gauge.guided(CFG(scale=2.0), teacher, clips, model) == pytest.approx(found, abs=0.05)
-        assert gauge.guided(CFG(scale=2.0), teacher, clips, model, 2) == pytest.approx(found, abs=0.1)
-        assert gauge.guided(CFG(scale=3.0), teacher, clips, model) == pytest.approx(found / 2, abs=0.05)
 
 
 def test_what_the_student_is_fed_is_heard_and_nothing_else() -> None:

@@ -54,7 +54,7 @@ def test_distill(every: int, name: str, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(recipe)
     words = "train r.yaml --quiet --output "
     kept = 4 if name == "SIGTERM" else every
-    says = f"goes on from step-{kept:06d}" if kept else "settings.save_every is 0"
+    says = f"resumes from step-{kept:06d}" if kept else "settings.save_every is 0"
     stopped(f"{words}run", ("iteration", 4), name, tmp_path, says)
     for output in ("run", "straight"):
         assert fewstep(*f"{words}{output}".split(), here=tmp_path)[0] == 0
@@ -80,7 +80,7 @@ def test_two_processes_agree_on_where_to_stop(name: str, of_two: Path) -> None:
     run = of_two / name
     words = f"distill r.yaml --quiet --output {name}".split()
     code, err = fewstep(*words, here=of_two, at=("iteration", 4, name), processes=2)
-    assert code != 0 and err.count("fewstep: stopped; the same command goes on from step-000004") == 2, err
+    assert code != 0 and err.count("fewstep: stopped; the same command resumes from step-000004") == 2, err
     assert Checkpoint.open(run / "checkpoints/step-000004").step == 4
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000004"] and not (run / "student").exists()
     code, err = fewstep(*words, here=of_two, processes=2)

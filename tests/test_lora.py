@@ -19,9 +19,9 @@ from fewstep.diffusion import CFG
 from fewstep.engine import Optim, Parallel, Settings, train
 from fewstep.engine.nets import build_nets
 from fewstep.engine.prepare import prepare
-from fewstep.engine.run import blend
 from fewstep.methods import DMD2, Consistency, Nets, Progressive, Reconstruction
 from fewstep.models import Denoiser, Lora, VideoModel, fingerprint
+from fewstep.models.averaging import blend
 from fewstep.models.lora import LoraLinear, adapt, adapters, duplicate, load_adapter, merge, save_adapter, weaken
 from fewstep.models.spread import Spread
 from fewstep.world.data import WorldClips

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from fewstep.attention import BlockCausal
+from fewstep.compress import ScalarInput
 from fewstep.core import Call, Seeds
 from fewstep.core.call import Place, S
 from fewstep.diffusion import CFG, EDM, Contract, Heun, Prediction
 from fewstep.models import VideoModel
 from fewstep.models.repattern import repattern
-from support_engine import tiny_model
+from support_engine import shaken, tiny_model
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 PROMPTS = ("a small red ring", "a large blue disc")
@@ -88,3 +89,47 @@ def test_another_pattern_over_the_same_tensors() -> None:
         before, after = (network(y, t, cond).raw[:, :, 0] for y in (x, changed))
         assert torch.equal(before, after) is not leaks
     assert causal.backbone.args == {**dense.denoiser.backbone.args, "pattern": BlockCausal(chunk=1).tree()}
+
+
+# --- numbers that the network reads ------------------------------------------------------------------------------------
+
+
+def reading(*transforms: ScalarInput) -> VideoModel:
+    model = tiny_model().transformed(*transforms)
+    shaken(model.denoiser.backbone.scalars, 0.5)
+    return model
+
+
+def test_scalars_are_what_the_network_reads() -> None:
+    """The same clips as with the number in both conditions; other numbers make other clips."""
+    model = reading(ScalarInput(name="guidance", scale=10.0), ScalarInput(name="until", default=0.5))
+    made = model.latents(PROMPTS, scalars={"guidance": 4.0})
+    cond, uncond = model.encode_text(PROMPTS)
+    said = {"guidance": torch.full((2,), 4.0), "until": torch.full((2,), 0.5)}
+    cond, uncond = cond.with_extra(said), uncond.with_extra(said)
+    noise = Seeds((0, 1))
+    start = model.denoiser.path.prior(noise.randn((2, *model.latent_shape()), "start"))
+    contract = model.card.contract
+
+    @torch.no_grad()
+    def guided(x: torch.Tensor, t: torch.Tensor, call: Call) -> Prediction:
+        return contract.guidance(model.denoiser, x, t, cond, uncond, call)
+
+    assert torch.equal(made, contract.sampler(guided, start, contract.times(None), rng=noise))
+    assert torch.equal(made, model.latents(PROMPTS, scalars={"guidance": 4, "until": 0.5}))
+    for other in ({"guidance": 5.0}, {"guidance": 4.0, "until": 0.1}):
+        assert not torch.allclose(made, model.latents(PROMPTS, scalars=other), atol=1e-3)
+
+
+def test_scalars_that_are_not_read_not_given_or_no_numbers_are_refused() -> None:
+    """Before the first step is made."""
+    model = reading(ScalarInput(name="guidance"), ScalarInput(name="until", default=0.5))
+    with pytest.raises(ValueError, match=r"'tiny' reads 'guidance', which has no default; .*--scalar guidance=4\.0"):
+        model.sampling(PROMPTS)
+    with pytest.raises(ValueError, match=r"does not read 'shift'; the scalars that it reads: guidance, until"):
+        model.sampling(PROMPTS, scalars={"guidance": 4.0, "shift": 1.0})
+    with pytest.raises(ValueError, match="the scalars that it reads: none"):
+        tiny_model().sampling(PROMPTS, scalars={"guidance": 4.0})
+    for wrong in ("4", True, float("nan"), None, torch.ones(2)):
+        with pytest.raises(ValueError, match="guidance must be a finite number, such as 4.0, got"):
+            model.sampling(PROMPTS, scalars={"guidance": wrong})

@@ -19,6 +19,7 @@ from fewstep.methods import DMD2, BackwardSimulation, Consistency
 from fewstep.models import Denoiser, Lora, VideoModel
 from fewstep.models.bundle import read_card
 from fewstep.models.lora import adapt, merge
+from fewstep.models.runtime import Runtime
 from fewstep.models.spread import Spread
 from fewstep.world.data import WorldClips
 from support_engine import FRAMES, shaken, small, tiny_model
@@ -138,6 +139,21 @@ def test_blocks_are_told_once_and_only_where_they_must(model: VideoModel) -> Non
         tiny_model().transformed(StepScales(steps=4, targets=("modulation",)))
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
         StepScales(steps=0)
+
+
+def test_it_keeps_the_arithmetic_of_its_layer(model: VideoModel, tmp_path: Path) -> None:
+    """In bfloat16 a fresh one changes no bit either."""
+    runtime = Runtime(dtype="bfloat16")
+    small_, plain = (
+        VideoModel.from_pretrained(each.save(tmp_path / name), runtime=runtime)
+        for each, name in ((model, "steps"), (tiny_model(), "plain"))
+    )
+    clips = [each.latents(["a red ball"], num_inference_steps=4) for each in (small_, plain)]
+    assert torch.equal(*clips)
+    with pytest.raises(
+        ValueError, match="blocks whose layers depend on the step cannot be compiled; leave compile out"
+    ):
+        model.denoiser.backbone.compile_blocks()
 
 
 # --- in a run ----------------------------------------------------------------------------------------------------------

@@ -15,12 +15,12 @@ from torch import Tensor
 from fewstep import Pipeline, Stage, VideoModel, distill
 from fewstep.compress import Branches, Int8, Pruned, ScalarInput, Transform
 from fewstep.core import Cond, RecipeError, Rng
-from fewstep.engine import Settings
+from fewstep.engine import Health, Settings
 from fewstep.engine.checkpoint import Checkpoint
 from fewstep.engine.memory import Holding
 from fewstep.engine.outline import Outline
 from fewstep.engine.prepare import prepare, require_possible
-from fewstep.methods import DMD2, Consistency, Method, Progressive, Sync, Update
+from fewstep.methods import AVDM2, DMD2, Consistency, Method, Progressive, Sync, Update
 from fewstep.methods.roles import Copy, Role
 from fewstep.models import Denoiser, Lora, fingerprint
 from fewstep.models.bundle import read_card
@@ -89,6 +89,15 @@ def test_it_starts_from_the_weights_of_the_teacher(case: str, tmp_path: Path) ->
     before = [fingerprint(run.model.denoiser), raw(run.nets.student)]
     run.iterate()
     assert fingerprint(run.model.denoiser) == before[0] and not torch.equal(raw(run.nets.student), before[1])
+
+
+def test_checks_compare_with_the_student_before_it_was_trained(teacher: Path, tmp_path: Path) -> None:
+    first = tiny_model(seed=3).save(tmp_path / "first")
+    for start, begun in ((None, tiny_model()), (str(first), tiny_model(seed=3))):
+        settings = small(2, transforms=(PRUNED,), start=start, health=Health(every=1, prompts=1))
+        run = prepared(settings, tmp_path)
+        run.iterate()
+        assert fingerprint(run.monitor._begun().denoiser) == fingerprint(begun.transformed(PRUNED).denoiser)
 
 
 def test_a_target_that_averages_the_student_has_its_structure(tmp_path: Path) -> None:
@@ -182,6 +191,12 @@ class Stale(Method):
         ((Int8(),), {}, DMD, r"layers are Int8 and cannot be trained; set settings\.lora"),
         ((Pruned(blocks=(7,)),), {}, DMD, r"settings\.transforms: .*from 0 to 1, got \[7\]"),
         ((ScalarInput(name="g"),), {}, DMD, r"settings\.transforms: .*scalar 'g'; give ScalarInput a default"),
+        (
+            (PRUNED, Branches()),
+            {"lora": LORA},
+            DMD,
+            r"settings\.transforms: Branches begins without effect, and with settings\.lora",
+        ),
         ((PRUNED,), {}, Stale(), r"Stale copies weights of the student into the stale, and only one"),
         ((PRUNED,), {}, Progressive(stages=((2, 1), (1, 1))), r"student into the stage"),
     ],
@@ -192,6 +207,15 @@ def test_what_cannot_be_is_refused_before_a_weight_is_loaded(
     settings = small(2, transforms=transforms, **others)
     with pytest.raises(ValueError, match=words):
         require_possible(method, settings, read_card(teacher), None)
+
+
+def test_a_copy_of_eight_bits_is_not_trained(teacher: Path) -> None:
+    """Nor where they are those of another model: AVDM2's critic begins as the image teacher. Adapters over it are."""
+    small_ = tiny_model(7).transformed(Int8()).save(teacher.parent / "small")
+    method = AVDM2(image_teacher=Pretrained(source=str(small_)), frames=2, rollout=TWO_GRIDS)
+    with pytest.raises(ValueError, match=r"AVDM2 would train a \w+ whose layers are Int8 .* set settings\.lora"):
+        require_possible(method, small(1), read_card(teacher), None)
+    assert "student" in require_possible(method, small(1, lora=LORA), read_card(teacher), None)
 
 
 def test_only_a_denoiser_is_transformed(teacher: Path) -> None:

@@ -190,6 +190,8 @@ class Sample(Loads):
     """Number of sampling steps (default: from the card). A student refuses step counts it was not trained for."""
     guidance_scale: float | None = None
     """Guidance scale: uncond + scale (cond - uncond) (default: from the card)."""
+    scalar: tuple[str, ...] = ()
+    """Numbers that the model reads besides time and text (ScalarInput), by name, such as guidance=4.0."""
     num_frames: int | None = None
     """Frames per clip (default: from the card). Another number needs --force."""
     seed: int = 0

@@ -31,6 +31,7 @@ SHOWN = 128
 def sample(options: Sample) -> int:
     prompts = _prompts(options.prompt, options.prompt_file)
     _check(options, len(prompts))
+    scalars = _scalars(options.scalar)
     card = read_card(options.student)
     scale = _scale(options, card)
     spans = _spans(len(prompts), card.width * scale)
@@ -51,7 +52,7 @@ def sample(options: Sample) -> int:
             mine = {name: stack if len(stack) == 1 else stack[first:last] for name, stack in images.items()}
             clips = model(
                 prompts[first:last], **mine, num_inference_steps=options.num_inference_steps, num_frames=options.num_frames,
-                guidance_scale=options.guidance_scale, seed=options.seed + first, force=options.force,
+                guidance_scale=options.guidance_scale, scalars=scalars, seed=options.seed + first, force=options.force,
             )  # fmt: skip
             for (begin, end), path in zip(spans, paths, strict=True):
                 if first <= begin < last:
@@ -104,6 +105,23 @@ def _images(options: Sample, card: Card) -> dict[str, Tensor]:
     pictures: dict[str, Sequence[Path]] = {"image": options.image, "last_image": options.last_image}
     size = (card.height, card.width)
     return {name: torch.stack([read_image(p, size) for p in paths]) for name, paths in pictures.items() if paths}
+
+
+def _scalars(given: Sequence[str]) -> dict[str, float]:
+    """The numbers by name. UsageError for a word that is no `name=number`, and for a name that is given twice."""
+    found: dict[str, float] = {}
+    for word in given:
+        name, equals, number = word.partition("=")
+        try:
+            value = float(number)
+        except ValueError:
+            value = math.nan
+        if not (name and equals and math.isfinite(value)):
+            raise UsageError(f"--scalar {word}: write the name and a number, such as guidance=4.0")
+        if name in found:
+            raise UsageError(f"--scalar: {name} is given twice, as {found[name]:g} and as {value:g}; give it once")
+        found[name] = value
+    return found
 
 
 def _write(path: Path, clips: Tensor, fps: float, scale: int) -> None:

@@ -184,7 +184,8 @@ def variants(recipe: Recipe, card: Card, plan: Plan) -> dict[tuple[str, ...], Pl
     ways: dict[tuple[str, ...], dict[str, Any]] = {}
     if not settings.parallel.checkpointing:
         ways["checkpointing",] = again
-    if settings.lora is None and not settings.parallel.offload and settings.parallel.whole:
+    idle = any(transform.identity for transform in settings.transforms)  # adapters would leave them so
+    if settings.lora is None and not idle and not settings.parallel.offload and settings.parallel.whole:
         ways |= {("LoRA", *names): {"lora": Lora(), **way} for names, way in {(): {}, **ways}.items()}
     return found | {names: planned(recipe, replace(settings, **way), card) for names, way in ways.items()}
 

@@ -62,5 +62,5 @@ class Scaled(StepLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         """The argument has `nn.Linear`'s name, by which some networks give it."""
-        made: Tensor = self.base(input) * self.own(self.scale)
-        return made
+        made: Tensor = self.base(input)
+        return made * self.own(self.scale).to(made.dtype)

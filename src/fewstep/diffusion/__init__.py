@@ -1,12 +1,14 @@
 """Mathematics without networks: paths, predictions, times, guidance, samplers."""
 
 from fewstep.diffusion.contract import Contract, Stream
+from fewstep.diffusion.densities import DENSITIES, Grid, LogitNormal, TimeDensity, Uniform
 from fewstep.diffusion.grids import Exact, LinearQuadratic, Shifted, StepCountError, TimeGrid, Timesteps
 from fewstep.diffusion.guidance import CFG
-from fewstep.diffusion.path import EDM, PATHS, VP, Betas, NoisePath, RectifiedFlow, Trig
+from fewstep.diffusion.path import NoisePath
+from fewstep.diffusion.paths import EDM, PATHS, VP, Betas, RectifiedFlow, Trig
 from fewstep.diffusion.prediction import KINDS, Kind, Prediction, from_x0, target
 from fewstep.diffusion.samplers import DDIM, SAMPLERS, DPMpp2M, Euler, Heun, Renoise, Sampler, Staggered, Step
-from fewstep.diffusion.times import DENSITIES, Grid, LogitNormal, TimeDensity, Uniform, shifted, timestep, uniform_grid
+from fewstep.diffusion.times import shifted, timestep, uniform_grid
 
 GRIDS: tuple[type[TimeGrid], ...] = (Shifted, LinearQuadratic, Timesteps, Exact)
 NAMED: tuple[type, ...] = (*PATHS, *SAMPLERS, *GRIDS)

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from fewstep.core import Batch, Losses, Rng
 from fewstep.core.atomic import recover, replacing_folder
@@ -29,8 +28,9 @@ from fewstep.engine.shard import add_gradients, whole
 from fewstep.engine.views import Listener, Views
 from fewstep.methods.base import Method, Nets, Sync, Update
 from fewstep.models import VideoModel
+from fewstep.models.averaging import blend
 from fewstep.models.card import Card
-from fewstep.models.lora import adapters, merge, save_adapter
+from fewstep.models.lora import merge, save_adapter
 from fewstep.models.spread import Spread
 
 
@@ -241,21 +241,3 @@ def role_of(method: Method, card: Card) -> Literal["teacher", "student"]:
 def result_of(method: Method, card: Card) -> str:
     """The name of a run's result (one of `RESULTS`): the role of a denoiser, or the part that is trained."""
     return role_of(method, card) if method.part == "denoiser" else method.part
-
-
-@torch.no_grad()
-def blend(target: nn.Module, source: nn.Module, decay: float) -> None:
-    """`target <- decay * target + (1 - decay) * source` for parameters and floating-point buffers; for shards, each its own.
-
-    Adapters are averaged by what they add to the weights, not factor by factor.
-    """
-    if decay > 0 and adapters(target):  # such a network has no other weights of its own
-        for layer, other in zip(adapters(target).values(), adapters(source).values(), strict=True):
-            layer.average(other, decay)
-        return
-    for mine, theirs in zip(target.state_dict().values(), source.state_dict().values(), strict=True):
-        mine, theirs = (t.to_local() if isinstance(t, DTensor) else t for t in (mine, theirs))
-        if mine.is_floating_point():
-            mine.lerp_(theirs.to(mine.device), 1 - decay)
-        else:
-            mine.copy_(theirs)

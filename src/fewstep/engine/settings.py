@@ -111,7 +111,7 @@ class Settings:
     """Optimiser of each role, by name; a trained role without an entry uses the student's."""
     start: str | None = None
     """Folder of an earlier student, or `world`: the student starts from its denoiser. null: from a copy of the teacher's.
-    Other roles are not affected."""
+    Roles that are copies of the teacher are not affected."""
     transforms: tuple[Transform, ...] = ()
     """Transforms applied to the student alone, which starts from the teacher's weights (or those of `start`) in another
     structure. `model.transforms` change the teacher, too."""

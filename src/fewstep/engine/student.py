@@ -9,7 +9,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from fewstep.compress import ScalarInput, Transform
-from fewstep.engine.nets import origin, synced
+from fewstep.engine.nets import origin, sources, synced, trained_roles
 from fewstep.engine.settings import Settings
 from fewstep.engine.shard import gathered
 from fewstep.methods.base import Method
@@ -44,13 +44,17 @@ def transforms_of(card: Card, settings: Settings) -> tuple[Transform, ...]:
 
 def require_transformable(method: Method, settings: Settings, card: Card) -> None:
     """Refuse (ValueError) transforms that the student cannot have, or with which it could not be trained or sampled."""
-    every, name = transforms_of(card, settings), type(method).__name__
-    fixed = [type(transform).__name__ for transform in every if not transform.trainable]
-    if fixed and settings.lora is None:
-        raise ValueError(
-            f"{name} would train a denoiser whose layers are {fixed[0]} and cannot be trained; set settings.lora, whose adapters "
-            "are trained over them, or train first and transform the student"
-        )
+    every, name, others = transforms_of(card, settings), type(method).__name__, sources(method)
+    cards = {"teacher": card, "student": replace(card, transforms=every)}
+    cards |= {role: source.card() for role, source in others.items()}
+    for role in trained_roles(method, settings.steps):
+        begun = cards[origin(method, role, {"student", *others})]
+        fixed = [type(transform).__name__ for transform in begun.transforms if not transform.trainable]
+        if fixed and settings.lora is None:
+            raise ValueError(
+                f"{name} would train a {role} whose layers are {fixed[0]} and cannot be trained; set settings.lora, whose "
+                "adapters are trained over them, or train first and transform the student"
+            )
     idle = [type(transform).__name__ for transform in settings.transforms if transform.identity]
     if idle and settings.lora is not None:
         raise ValueError(

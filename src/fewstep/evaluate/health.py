@@ -15,7 +15,6 @@ CURVES = {
     "accuracy": "Accuracy: share of clips with every attribute right",
     "distance": "Distance to the teacher's clips",
     "heed": "Heed of the prompt (1 = like the teacher, 0 = none)",
-    "guided": "Guidance that shows in the clips: 0 = none, 1 = all that the method asks for",
     "diversity": "Diversity",
     "motion": "Motion",
     "saturation": "Saturation",

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fewstep.attention import Grid3, KVCache, Operation, Pattern, Site, Ulysses, operate
 from fewstep.compress import Transform
+from fewstep.compress.stepwise import knows_steps
 from fewstep.core import KV, Call, Cond, KVView
 from fewstep.core.call import Place
 from fewstep.models.rotary import Rotary
@@ -294,7 +295,10 @@ class Backbone(nn.Module, ABC):
         """Compile every block in place (one graph serves all). A copy of this network starts uncompiled.
 
         `hooked`: what others do around a block's forward (FSDP gathers its weights) stays outside. Copy no such network.
+        ValueError for layers that depend on the step: the compiler does not follow a view of a block.
         """
+        if knows_steps(self):
+            raise ValueError("compile: blocks whose layers depend on the step cannot be compiled; leave compile out")
         for block in self.blocks:
             if hooked:
                 block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)

@@ -12,6 +12,7 @@ import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -37,6 +38,7 @@ from fewstep.models.lora import updated
 from fewstep.models.results import result_in
 from fewstep.models.runtime import Runtime, bring, decoded, require_exact, settled, typed
 from fewstep.models.sampling import Request, sampling
+from fewstep.models.scalars import scalar_conditions
 from fewstep.models.spec import lacking
 from fewstep.models.stored import Stored
 from fewstep.models.text import TextEncoder
@@ -192,7 +194,8 @@ class VideoModel:
     def sampling(self, prompts: Sequence[str] | Cond, **options: Any) -> Iterator[Step]:
         """Sample by the card's contract, step by step; the latents of the last step are the clips'.
 
-        `options` are the fields of `Request`. Refused at once unless `force`: a step count the model was not trained for
+        `options` are the fields of `Request`, such as `scalars={"guidance": 4.0}`.
+        Refused at once unless `force`: a step count the model was not trained for
         (StepCountError), another number of frames than its card's, and a guidance scale on a student that has its guidance
         distilled in (ValueError). To stop is to ask for no more steps.
         """
@@ -220,18 +223,21 @@ class VideoModel:
         last_image: Tensor | None = None,
         num_frames: int | None = None,
         *,
+        scalars: Mapping[str, float] = MappingProxyType({}),
         guided: bool = True,
     ) -> tuple[Cond, Cond]:
-        """Conditions of `prompts` and of the negative prompt, both with the images where this model makes clips of them.
-        `guided` as in `encode_text`. `latents` takes both in place of prompts.
+        """Conditions of `prompts` and of the negative prompt, both with the images where this model makes clips of them, and
+        with the `scalars` that it reads (`ScalarInput`). `guided` as in `encode_text`. `latents` takes both in place of
+        prompts.
 
-        ValueError where an image is missing or of no use.
+        ValueError where an image or scalar is missing or of no use.
         """
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"prompts are a list of texts, one for each clip, such as ['a red ball']; got {prompts!r}")
         frames = self.card.num_frames if num_frames is None else num_frames
         self.bring("image", "codec")
         extra = image_conditions(self, len(prompts), image, last_image, frames)
+        extra |= scalar_conditions(self, len(prompts), scalars)
         cond, uncond = self.encode_text(prompts, guided=guided)
         return cond.with_extra(extra), uncond.with_extra(extra)
 
@@ -285,7 +291,7 @@ class VideoModel:
         With `comfyui` the denoiser alone, in one file, by its authors' names. `recipe` is the text of it, for the page.
         """
         require_exact(self)
-        return adapters.export(self, Path(folder), names=names, link=link, recipe=recipe)
+        return adapters.export_model(self, Path(folder), names=names, link=link, recipe=recipe)
 
     @classmethod
     def from_pretrained(

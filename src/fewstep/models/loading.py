@@ -32,7 +32,7 @@ def loaded(model: VideoModel, folder: Path, *, leave: Collection[str], trust: bo
         else:
             part, weights = _here(name, card, folder, trust)
         if weights is not None and name not in leave:
-            part = _filled(name, card, weights, dtype)
+            part = _filled(part, name, card, weights, dtype)
         elif dtype != "float32" and isinstance(part, Denoiser):
             model.rounded[name] = print_of(part, part.state_dict())
             typed(part, dtype)
@@ -64,9 +64,8 @@ def _here(name: str, card: Card, folder: Path, trust: bool) -> tuple[nn.Module, 
     return part, weights
 
 
-def _filled(name: str, card: Card, weights: Stored, dtype: Dtype) -> nn.Module:
-    """A part whose tensors are those of `weights`."""
-    part = sketch(name, card)
+def _filled(part: nn.Module, name: str, card: Card, weights: Stored, dtype: Dtype) -> nn.Module:
+    """A part on the meta device with the tensors of `weights`."""
     if any(module._non_persistent_buffers_set for module in part.modules()):
         part = allocate(name, card)  # which computes what no file has
     if isinstance(part, Denoiser):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,6 +35,9 @@ class Request:
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     num_frames: int | None = None
+    scalars: Mapping[str, float] = field(default_factory=dict)
+    """Numbers that the model reads (`ScalarInput`), by name, such as a guidance strength that was distilled. Those with a
+    default may be left out."""
     seed: int | Sequence[int] = 0
     """One seed per prompt, or the first of consecutive seeds. A clip depends only on its own seed and prompt."""
     force: bool = False
@@ -104,10 +107,12 @@ def _conditions(model: VideoModel, request: Request, guided: bool) -> tuple[Cond
     prompts, negative = request.prompts, request.negative
     if not isinstance(prompts, Cond):
         images = request.image, request.last_image, request.num_frames
-        cond, uncond = model.conditions(prompts, *images, guided=guided and negative is None)
+        cond, uncond = model.conditions(prompts, *images, scalars=request.scalars, guided=guided and negative is None)
         return cond, uncond if negative is None else negative.to(model.device)
-    if request.image is not None or request.last_image is not None:
-        raise ValueError("these conditions are ready and have their images already; leave out image and last_image")
+    if request.image is not None or request.last_image is not None or request.scalars:
+        raise ValueError(
+            "these conditions are ready and have their images and scalars already; leave out image, last_image and scalars"
+        )
     if guided and negative is None:
         raise ValueError("guidance reads a negative prompt too; give negative, the second of model.conditions(...)")
     return prompts.to(model.device), (negative or prompts).to(model.device)

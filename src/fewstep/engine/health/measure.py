@@ -154,25 +154,6 @@ class Gauge:
                 made.append(guidance(network, x_t, t[rows], cond[rows], uncond[rows]).x0.float())
         return float(torch.cat(made).std() / x0.std())
 
-    @torch.no_grad()
-    def guided(self, guidance: CFG, network: Predictor, x0: Tensor, model: VideoModel, single: int = 0) -> float:
-        """How much of `guidance` shows in clips `x0`: 0 = none, 1 = all of it.
-
-        Noised clips of the network's own distribution lie, on average, where it predicts them without guidance; clips of the
-        guided distribution where it predicts them with it. This is how far `x0` has come from one towards the other.
-        """
-        come = way = 0.0
-        with self.precision():
-            for part in self.parts():
-                x_t, t, _ = (v[part] for v in noised(network, x0))
-                rows, (x_t, clean) = singled(single, x_t, x0[part])
-                cond, uncond = (c[rows] for c in self.conditions(model, part))
-                plain = network(x_t, t[rows], cond).x0.float()
-                there = guidance(network, x_t, t[rows], cond, uncond).x0.float() - plain
-                come += float(((clean - plain) * there).sum())
-                way += float(there.square().sum())
-        return come / max(way, 1e-12)
-
     def _accuracy(self, frames: Tensor) -> float | None:
         if self.scenes is None:
             return None

@@ -23,7 +23,7 @@ from fewstep.engine.health.heard import Heard, Terms
 from fewstep.engine.health.measure import Gauge, Sampled, eyes
 from fewstep.engine.health.record import Check, Record
 from fewstep.engine.health.verdict import judge, lags
-from fewstep.engine.health.vitals import Baselines, Looks, Verdict, Vitals, figures
+from fewstep.engine.health.vitals import Baselines, Verdict, Vitals, figures
 from fewstep.engine.mesh import Processes
 from fewstep.engine.nets import origin, sources, starts
 from fewstep.engine.preview import sheet
@@ -181,7 +181,7 @@ class Monitor:
         return Vitals(
             step=step,
             grid=grid,
-            looks=self._looks(sampled),
+            looks=self.gauge.looks(sampled, self._teacher),
             moved={role: weights.moved(self.before[role], after[role]) for role in after},
             change=weights.change(self.before["student"], after["student"]) if own else None,
             coarse=weights.coarse(after["student"]) if own else None,
@@ -193,13 +193,6 @@ class Monitor:
             cosine=self.terms.cosine() if self.terms is not None else None,
             unmeasured=self._unmeasured,
         )
-
-    def _looks(self, clips: Sampled) -> Looks:
-        looks, guidance = self.gauge.looks(clips, self._teacher), self.method.guidance
-        if guidance is None or not guidance.active:
-            return looks
-        shown = self.gauge.mixed(clips)
-        return replace(looks, guided=self.gauge.guided(guidance, self._judge, shown, self.model, self._single))
 
     @property
     def _unmeasured(self) -> dict[str, str]:
@@ -263,7 +256,7 @@ class Monitor:
     def _baselines(self, grid: str, contract: Contract) -> Baselines:
         untrained = self.gauge.sample(self.model, contract.counts)
         clips = (self._teacher, untrained, self._start(grid, contract).clips)
-        teacher, same_steps, start = (self._looks(each) for each in clips)
+        teacher, same_steps, start = (self.gauge.looks(each, self._teacher) for each in clips)
         return Baselines(teacher=teacher, untrained=same_steps, start=start)
 
     def draw(self) -> Image.Image:

@@ -31,9 +31,6 @@ class Looks:
     """How much closer clips are to the teacher's clips of their own prompt than to those of other prompts, relative to the
     teacher itself: 1 = like the teacher, 0 = the prompt has no effect. Blurred clips may score higher. None with a single
     prompt."""
-    guided: float | None = None
-    """How much of the method's guidance shows in the clips: 0 = none, as in clips of the teacher without guidance; 1 = all of
-    it. None for a method without guidance."""
 
 
 @dataclass(frozen=True, kw_only=True)

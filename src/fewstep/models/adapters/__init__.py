@@ -90,15 +90,15 @@ def _network(part: nn.Module, source: str) -> Any:
     return network
 
 
-def export(model: VideoModel, folder: Path, *, names: str, link: bool, recipe: str = "") -> Path:
+def export_model(model: VideoModel, folder: Path, *, names: str, link: bool, recipe: str = "") -> Path:
     """See `VideoModel.export`."""
     made: Path = adapter("export.exporting").export(model, folder, names=names, link=link, recipe=recipe)
     return made
 
 
-def export_lora(model: VideoModel, adapter: Path, folder: Path, *, names: str, recipe: str = "") -> Path:
-    """Write a student's adapters, which lie in the folder `adapter`, as a LoRA file that diffusers or ComfyUI reads."""
-    made: Path = adapter("export.exporting").export_lora(model, adapter, folder, names=names, recipe=recipe)
+def export_lora(model: VideoModel, lora: Path, folder: Path, *, names: str, recipe: str = "") -> Path:
+    """Write a student's adapters, which lie in the folder `lora`, as a LoRA file that diffusers or ComfyUI reads."""
+    made: Path = adapter("export.exporting").export_lora(model, lora, folder, names=names, recipe=recipe)
     return made
 
 
