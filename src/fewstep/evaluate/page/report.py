@@ -120,7 +120,7 @@ def _facts(report: Report, hero: Row | None) -> Iterator[tuple[str, str]]:
     if hero is None:
         return
     if doubt := unearned(report, hero):
-        yield "not shown", f"is the quality of {hero.name}: {doubt}. So this page claims no speed-up"
+        yield "not shown", f"quality of {hero.name}: {doubt}. So this page claims no speed-up"
     else:
         faster = f"{number(reference.seconds / hero.seconds)}x faster"
         yield faster, f"{_time(hero.seconds)} per clip instead of {_time(reference.seconds)}"
@@ -228,7 +228,7 @@ def _charts(report: Report) -> str:
     rows, cards = report.rows, []
     if all(row.accuracy is not None for row in rows):
         items = [Bar(r.name, r.accuracy, kind(r, report), r.accuracy_ci) for r in rows]
-        cards.append(("Every attribute right", bars(items, text=percent, top=1.0)))
+        cards.append(("Accuracy: every attribute right", bars(items, text=percent, top=1.0)))
         points = [Point(r.name, r.seconds, r.accuracy or 0.0, kind(r, report)) for r in rows]
         cards.append(
             ("Quality against time", scatter(points, x_name="seconds per clip (logarithmic)", y_name="accuracy"))
