@@ -30,14 +30,14 @@ from fewstep.evaluate import (
     table,
     write_report,
 )
-from fewstep.evaluate.animate import enlarge, fitted, gif_bytes, grid_gif
 from fewstep.evaluate.cases import Cases, true_clips
 from fewstep.evaluate.compare import make_truth
-from fewstep.evaluate.extractors import feature_map
+from fewstep.evaluate.features.extractors import feature_map
 from fewstep.evaluate.measure import Meter
-from fewstep.evaluate.report import best_student, lead, read_curves
+from fewstep.evaluate.page.animate import enlarge, fitted, gif_bytes, grid_gif
+from fewstep.evaluate.page.report import best_student, lead, read_curves
+from fewstep.evaluate.page.svg import Point, curve, running_mean, scatter
 from fewstep.evaluate.sampling import prepare, sample, sample_truth
-from fewstep.evaluate.svg import Point, curve, running_mean, scatter
 from fewstep.models import Card, ClipFeatures, VideoModel
 from fewstep.models.runtime import effective
 from fewstep.world.checker import read_scenes

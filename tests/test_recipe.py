@@ -208,13 +208,13 @@ def test_parts_come_from_an_earlier_folder(tiny: Path, tmp_path: Path) -> None:
         Scratch(features=str(tmp_path / "first")).card()
 
 
-def test_run_writes_a_student_with_its_recipe_and_claims_the_folder(tiny: Path, tmp_path: Path) -> None:
+def test_run_writes_its_result_with_its_recipe_and_claims_the_folder(tiny: Path, tmp_path: Path) -> None:
     recipe = Recipe.load(tiny).override([("method.type", "Reconstruction"), ("settings.optim", "{}")])
     assert isinstance(recipe.method, Reconstruction)
     student = recipe.run(tmp_path / "run", quiet=True)
     assert student.card.provenance["recipe"] == recipe.hash
-    assert Recipe.load(tmp_path / "run") == recipe == Recipe.load(tmp_path / "run" / "student")
-    assert VideoModel.from_pretrained(tmp_path / "run" / "student").card == student.card
+    assert Recipe.load(tmp_path / "run") == recipe == Recipe.load(tmp_path / "run" / "codec")
+    assert VideoModel.from_pretrained(tmp_path / "run" / "codec").card == student.card
     with pytest.raises(RecipeError, match=r"another recipe \(settings.seed: 0 -> 1\)"):
         recipe.override([("settings.seed", "1")]).run(tmp_path / "run", quiet=True)
 

@@ -23,7 +23,7 @@ COLOURS = {
 BARS = "▁▂▃▄▅▆▇█"
 WIDTH = 32
 """Characters of a curve."""
-SHOWN = ("accuracy", "distance", "heed", "diversity", "motion", "saturation", "contrast", "std", "drift")
+SHOWN = ("accuracy", "distance", "heed", "apart", "diversity", "motion", "saturation", "contrast", "std", "drift")
 OTHERS = ("critic", "lag", "noise", "asked", "change", "coarse", "cosine")
 
 
