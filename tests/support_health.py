@@ -46,7 +46,7 @@ QUICK = replace(SOUND, rollout=BackwardSimulation(grids=((1.0,), (1.0, 0.5)), sh
 
 
 def settings(steps: int = 48, every: int = 6, **optim: Optim) -> Settings:
-    """Of a run with as many checks as patience has, a dozen clips each; it takes a minute."""
+    """Settings of a run with as many checks as `PATIENCE`, a dozen clips each; it takes a minute."""
     health = Health(every=every, prompts=6, seeds=2)
     rates = optim or {"student": FAST, "critic": FAST}
     return Settings(steps=steps, batch=4, ema=0.9, log_every=1, health=health, optim=rates)

@@ -139,14 +139,14 @@ def test_two_processes_go_on_where_one_was_killed(tmp_path: Path) -> None:
 
 
 def test_autocast_is_part_of_what_was_asked_for(tmp_path: Path) -> None:
-    model, plan = tiny(), PairPlan(times=TIMES, steps=4)
+    model, rounded, plan = tiny(), tiny().to(torch.bfloat16), PairPlan(times=TIMES, steps=4)
     make_pairs(model, PROMPTS[:2], tmp_path / "off", plan)
-    make_pairs(model, PROMPTS[:2], tmp_path / "bf16", replace(plan, autocast="bf16"))
+    make_pairs(rounded, PROMPTS[:2], tmp_path / "bf16", plan)
     off, half = (ShardReader(tmp_path / name, "pairs").read("states", [0, 1]) for name in ("off", "bf16"))
     assert torch.equal(off[:, 0], half[:, 0])  # the noise
     assert 0 < float((off - half).abs().max()) < 0.1
     with pytest.raises(DataError, match="autocast: there off, here bf16"):
-        make_pairs(model, PROMPTS[:2], tmp_path / "off", replace(plan, autocast="bf16"))
+        make_pairs(rounded, PROMPTS[:2], tmp_path / "off", plan)
 
 
 def test_manifest_tells_how_the_pairs_were_made(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -29,15 +30,16 @@ from fewstep.evaluate import (
     table,
     write_report,
 )
-from fewstep.evaluate.animate import enlarge, fitted, gif_bytes, grid_gif
 from fewstep.evaluate.cases import Cases, true_clips
 from fewstep.evaluate.compare import make_truth
-from fewstep.evaluate.extractors import feature_map
+from fewstep.evaluate.features.extractors import feature_map
 from fewstep.evaluate.measure import Meter
-from fewstep.evaluate.report import best_student, lead, read_curves
+from fewstep.evaluate.page.animate import enlarge, fitted, gif_bytes, grid_gif
+from fewstep.evaluate.page.report import best_student, lead, read_curves
+from fewstep.evaluate.page.svg import Point, curve, running_mean, scatter
 from fewstep.evaluate.sampling import prepare, sample, sample_truth
-from fewstep.evaluate.svg import Point, curve, running_mean, scatter
 from fewstep.models import Card, ClipFeatures, VideoModel
+from fewstep.models.runtime import effective
 from fewstep.world.checker import read_scenes
 from fewstep.world.grammar import ATTRIBUTES, describe, parse, world_prompts
 from support_evaluate import guided_teacher
@@ -120,12 +122,14 @@ def test_the_reference_row_is_one_and_only_students_have_gains(finished: tuple[R
     assert gains == {"teacher 4": None, "teacher 2": None, "student 2": "teacher 2", "student 1": None}
 
 
-def test_the_cost_grows_with_the_network_evaluations(finished: tuple[Report, Path]):
+def test_the_cost_grows_with_the_network_evaluations(finished: tuple[Report, Path], teacher: VideoModel):
+    """And only who is guided encodes the negative prompt, once."""
     report, _ = finished
     four, two, one = (report.row(name).flops or 0 for name in ("teacher 4", "student 2", "student 1"))
     per_call = two - one
     assert per_call > 0
-    assert four == pytest.approx(one + 7 * per_call, rel=0.01)  # 8 evaluations, the text is encoded once
+    negative = count_flops(lambda: teacher.text.encode([teacher.card.negative_prompt]))
+    assert four == pytest.approx(one + 7 * per_call + negative, rel=0.001)  # 8 evaluations, two texts
 
 
 def test_evaluating_twice_gives_the_same_figures(finished: tuple[Report, Path], teacher: VideoModel, tmp_path: Path):
@@ -154,7 +158,7 @@ def test_models_without_a_checker_are_measured_against_the_teacher(teacher: Vide
     assert report.row("teacher 1").frechet is not None
     assert any("Accuracy: not measured" in note for note in report.notes)
     assert load_report(tmp_path) == report
-    assert "No student" in write_report(tmp_path).read_text()
+    assert "This page has no student" in write_report(tmp_path).read_text()
 
 
 def test_progress_counts_every_network_step(teacher: VideoModel):
@@ -232,12 +236,16 @@ def test_the_feature_map_is_named():
 
 def test_features_of_a_folder_and_bfloat16_are_recorded(teacher: VideoModel, tmp_path: Path):
     VideoModel(Card(name="eye"), {"features": ClipFeatures(width=8)}).save(tmp_path / "eye")
-    suite = replace(SMALL, features=str(tmp_path / "eye"), autocast="bf16")
-    report = evaluate([Entry(name="teacher 4", model=teacher)], suite, tmp_path)
+    suite, half = replace(SMALL, features=str(tmp_path / "eye")), copy.deepcopy(teacher).to(torch.bfloat16)
+    report = evaluate([Entry(name="teacher 4", model=half)], suite, tmp_path)
     assert report.frechet_features.startswith(str(tmp_path / "eye"))
     assert report.rows[0].frechet_infinity is None  # 8 clips for 32 features
-    assert any("bfloat16" in note for note in report.notes)
-    assert "bf16" in write_report(tmp_path).read_text()
+    assert any("bfloat16" in note for note in report.notes) and report.runtime["arithmetic"].startswith("bfloat16")
+    assert report.models == {"teacher 4": teacher.fingerprint("denoiser")}  # it is the same model
+    assert load_report(tmp_path).runtime == effective(half) != effective(teacher)
+    assert "auto (matmul)" in write_report(tmp_path).read_text()
+    with pytest.raises(ValueError, match="the models run in different ways; give all of them one Runtime"):
+        evaluate([Entry(name="a", model=half), Entry(name="b", model=teacher)], suite, tmp_path / "both")
 
 
 # --- cost -------------------------------------------------------------------------------------------------------------

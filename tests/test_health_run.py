@@ -112,7 +112,7 @@ def test_watch_shows_verdict_figures_and_losses(examined: Path, capsys: pytest.C
 
 
 def test_the_report_draws_both_reference_lines(examined: Path) -> None:
-    from fewstep.evaluate import health
+    from fewstep.evaluate.page import health
 
     charts = dict(health.curves(examined))
     assert charts["Diversity"].count('class="mark"') == 2 and "teacher, same steps" in charts["Diversity"]
@@ -232,7 +232,7 @@ def test_every_run_without_checks_has_its_reason() -> None:
     del silent.parts["text"], silent.parts["codec"]
     for reason, arguments in {
         "settings.health is null": (tiny_model(), METHOD, small(3, health=None)),
-        "2 iterations are fewer": (tiny_model(), METHOD, small(2, health=OFTEN)),
+        "the run has 2 iterations, fewer": (tiny_model(), METHOD, small(2, health=OFTEN)),
         "the model has no codec and no text": (silent, METHOD, settings),
         "Silent uses no prompts": (tiny_model(), type("Silent", (DMD2,), {"needs": frozenset()})(), settings),
         "": (tiny_model(), METHOD, settings),
@@ -243,7 +243,7 @@ def test_every_run_without_checks_has_its_reason() -> None:
 
 def test_what_is_not_measured_is_said_with_the_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A compiled run cannot compare the gradients of its terms: log, record, `watch` and the report say so."""
-    from fewstep.evaluate import health
+    from fewstep.evaluate.page import health
 
     compiled = mock.patch.object(monitor.Monitor, "uncompared", "settings.compile: as written")
     with compiled, mock.patch.object(RunLog, "say") as said:

@@ -10,6 +10,7 @@ import pytest
 from fewstep.cli import main
 from fewstep.evaluate import Entry, Report, Suite, evaluate
 from fewstep.models.bundle import BUILT_IN
+from fewstep.models.runtime import Runtime
 from fewstep.recipe import Recipe
 
 SHIPPED = all((BUILT_IN / name / "card.json").is_file() for name in ("teacher", "features"))
@@ -21,7 +22,8 @@ pytestmark = [
     pytest.mark.skipif(not SHIPPED, reason=f"the built-in world's networks are not in this checkout ({BUILT_IN})"),
 ]
 
-SUITE = Suite(prompts=64, seeds_per_prompt=2, batch=32, autocast="bf16", latency_runs=3, latency_budget=2.0)
+SUITE = Suite(prompts=64, seeds_per_prompt=2, batch=32, latency_runs=3, latency_budget=2.0)
+HALF = Runtime(dtype="bfloat16")
 MOST_MOTION = 1.3
 """Largest motion of the student, relative to the teacher at its own number of steps."""
 DIVERSITY = 0.7
@@ -77,7 +79,7 @@ def test_student_beats_its_teacher_at_the_same_steps(bar: Bar, tmp_path: Path) -
         )
         overrides = (*overrides, ("data.path", pairs))
     recipe = Recipe.load(f"world/{bar.recipe}", overrides)
-    student, teacher = recipe.run(tmp_path / "run", quiet=True), recipe.model.load()
+    student, teacher = recipe.run(tmp_path / "run", quiet=True).prepared(HALF), recipe.model.load().prepared(HALF)
     rows = [
         Entry(name="teacher", model=teacher),
         Entry(name="untrained", model=teacher, steps=bar.steps),

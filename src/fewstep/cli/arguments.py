@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, Union
 import tyro
 from tyro.conf import Positional, arg
 
-from fewstep.cli.command import Command, Loads, Overrides, UsageError
+from fewstep.cli.command import Command, Loads, Overrides, Runs, UsageError
 from fewstep.cli.questions import Doctor, Explain, List, Watch
 
 LayoutName = Literal["plain", "openvid", "webvid", "ucf101", "tars"]
@@ -92,8 +92,11 @@ class Prepare(Loads):
 
 
 @dataclass(frozen=True)
-class Pairs(Loads):
-    """Store a teacher's ODE states for methods that regress on them. Under torchrun each process does a share of the work."""
+class Pairs(Runs):
+    """Store a teacher's ODE states for methods that regress on them. Under torchrun each process does a share of the work.
+
+    Use --dtype bfloat16 if the student is trained with settings.autocast: bf16.
+    """
 
     prompts: Positional[Annotated[str, arg(metavar="PROMPTS")]]
     """Text file with one prompt per line, or `world:N` for N prompts of the built-in world. For an image-to-video model: a
@@ -118,10 +121,6 @@ class Pairs(Loads):
     """Pairs per file. A killed command loses at most one file per process."""
     storage: Literal["float16", "float32"] = "float32"
     """Type of the stored states."""
-    autocast: Literal["off", "bf16"] = "off"
-    """Precision of the teacher: off is float32. Use the settings.autocast of the student's training."""
-    device: str = "cpu"
-    """Device for the networks, such as cpu or cuda. Processes on one machine share its devices."""
     quiet: bool = False
     """Hide the progress bar."""
 
@@ -173,7 +172,7 @@ class Distill(Train):
 
 
 @dataclass(frozen=True)
-class Sample(Loads):
+class Sample(Runs):
     """Generate one clip per prompt with a student or teacher."""
 
     student: Positional[Annotated[str, arg(metavar="STUDENT")]]
@@ -196,12 +195,12 @@ class Sample(Loads):
     """Frames per clip (default: from the card). Another number needs --force."""
     seed: int = 0
     """Seed of the first clip; each further clip adds 1."""
+    batch: int | None = None
+    """Clips generated at once (default: 8; on a GPU as many of them as fit, which the first clip shows)."""
     output: Path = Path("sample.mp4")
     """File to write, .mp4 or .gif."""
     scale: int | None = None
     """Enlarge each pixel this many times (default: small clips to about 128 pixels, others not at all)."""
-    device: str = "cpu"
-    """Device for the networks, such as cpu or cuda."""
     force: bool = False
     """Allow a step count, number of frames or guidance that the student was not trained for."""
 
@@ -212,7 +211,7 @@ class Sample(Loads):
 
 
 @dataclass(frozen=True)
-class Evaluate(Loads):
+class Evaluate(Runs):
     """Compare a student with its teacher on the same prompts and seeds, and write a report."""
 
     student: Positional[Annotated[str, arg(metavar="STUDENT")]]
@@ -251,10 +250,6 @@ class Evaluate(Loads):
     """Frames per clip (default: from the card)."""
     batch: int | None = None
     """Clips generated at once (default: 32; avdm2: 4)."""
-    autocast: Literal["off", "bf16"] = "off"
-    """Precision of the networks, the same for every row: off is float32."""
-    device: str = "cpu"
-    """Device for the networks, such as cpu or cuda."""
     quiet: bool = False
     """Hide the progress bar."""
 
@@ -265,7 +260,7 @@ class Evaluate(Loads):
 
 
 @dataclass(frozen=True)
-class CheckModel(Loads):
+class CheckModel(Runs):
     """Check that a model was read with the right conventions (time, sign, guidance, shift)."""
 
     source: Positional[Annotated[str, arg(metavar="SOURCE")]]
@@ -280,10 +275,6 @@ class CheckModel(Loads):
     """Width of the test clip in pixels (default: the card's if small, else 16 latent columns)."""
     num_inference_steps: int = 3
     """Sampling steps of the clip that is compared with the diffusers pipeline."""
-    dtype: Literal["float32", "float64"] = "float32"
-    """Type of the denoiser. float64 separates rounding errors from mistakes; it needs twice the memory."""
-    device: str = "cpu"
-    """Device for the networks, such as cpu or cuda."""
     prompt: tuple[str, ...] = ()
     """Two prompts (default: prompts of the built-in world). The first is the caption of --video."""
     video: Path | None = None
@@ -324,7 +315,7 @@ class Export(Loads):
 
 
 @dataclass(frozen=True)
-class CheckLora(Loads):
+class CheckLora(Runs):
     """Apply a style LoRA of the teacher to teacher and student, and measure how much of its effect the student keeps."""
 
     lora: Positional[Annotated[str, arg(metavar="LORA")]]
@@ -347,8 +338,6 @@ class CheckLora(Loads):
     """Clips per prompt."""
     features: str = "auto"
     """Features that measure the style, as for fewstep evaluate."""
-    device: str = "cpu"
-    """Device for the networks, such as cpu or cuda."""
     quiet: bool = False
     """Hide the progress bar."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,18 +13,20 @@ import torch
 from torch import Tensor
 
 from fewstep.cli.command import UsageError
-from fewstep.cli.commands import _made, _own_device, _prompts
+from fewstep.cli.commands import _made, _prompts, _runtime
 from fewstep.core.atomic import require_writable
 from fewstep.core.stopping import saying
 from fewstep.data.video import LARGEST_SIDE, read_image, write_video
 from fewstep.models.bundle import VideoModel, read_card
+from fewstep.models.fitting import Memory, fitting
+from fewstep.models.runtime import effective, told
 
 if TYPE_CHECKING:
     from fewstep.cli.arguments import Sample
     from fewstep.models.card import Card
 
 TOGETHER = 8
-"""Largest number of clips that are made at once, and that go side by side into one file."""
+"""Clips that are made at once (unless `--batch` says otherwise), and largest number side by side in one file."""
 SHOWN = 128
 """Shorter side, in pixels, to which smaller clips are enlarged."""
 
@@ -39,7 +42,7 @@ def sample(options: Sample) -> int:
         options.output if len(spans) == 1 else _numbered(options.output, first, len(prompts)) for first, _ in spans
     ]
     require_writable(paths[-1])
-    model = VideoModel.from_pretrained(options.student, trust=options.trust).to(_own_device(options.device))
+    model = VideoModel.from_pretrained(options.student, trust=options.trust, runtime=_runtime(options))
     images = _images(options, card)
     done: list[Path] = []
 
@@ -47,17 +50,20 @@ def sample(options: Sample) -> int:
         return f"{len(done)} of {len(paths)} files are written" + (f", the last one is {done[-1]}" if done else "")
 
     with saying(kept):
-        for first in range(0, len(prompts), TOGETHER):
-            last = min(first + TOGETHER, len(prompts))
+        waiting, files = list[Tensor](), list(zip(spans, paths, strict=True))
+        for first, last in fitting(len(prompts), options.batch, TOGETHER, Memory.of(model.device)):
             mine = {name: stack if len(stack) == 1 else stack[first:last] for name, stack in images.items()}
             clips = model(
                 prompts[first:last], **mine, num_inference_steps=options.num_inference_steps, num_frames=options.num_frames,
                 guidance_scale=options.guidance_scale, scalars=scalars, seed=options.seed + first, force=options.force,
             )  # fmt: skip
-            for (begin, end), path in zip(spans, paths, strict=True):
-                if first <= begin < last:
-                    _write(path, clips[begin - first : end - first], card.fps, scale)
-                    done.append(path)
+            waiting += clips.cpu().split(1)
+            while files and files[0][0][1] <= last:
+                (begin, end), path = files.pop(0)
+                _write(path, torch.cat(waiting[: end - begin]), card.fps, scale)
+                waiting = waiting[end - begin :]
+                done.append(path)
+    print(told(effective(model)), file=sys.stderr)
     for path in done[:-1]:
         _made(path)
     return _made(done[-1])
@@ -71,7 +77,7 @@ def _check(options: Sample, count: int) -> None:
             raise UsageError(f"{option}: give one picture, or one for each of the {count} prompts")
     if options.output.suffix.lower() not in (".mp4", ".gif"):
         raise UsageError(f"--output {options.output}: choose a name that ends in .mp4 or .gif")
-    for name in ("num_frames", "num_inference_steps", "scale"):
+    for name in ("num_frames", "num_inference_steps", "scale", "batch"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from tyro.conf import arg
 
@@ -45,3 +45,24 @@ class Loads(Command):
 
     trust: bool = False
     """Skip the check of weight files against the digests in their card. Faster, but damaged files go unnoticed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runs(Loads):
+    """A command that runs a model. Copy of the fields of `fewstep.models.runtime.Runtime`: importing it would load torch just
+    to print a help text."""
+
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Arithmetic of the denoiser. bfloat16: its blocks compute in bfloat16 and take half the memory. float64: to tell rounding
+    from mistakes."""
+    device: str = "cpu"
+    """Device for the networks, such as cpu or cuda. Processes on one machine share its devices."""
+    compile: bool = False
+    """Compile the denoiser's blocks: minutes at the first call, faster after."""
+    offload: bool = False
+    """Keep only the working network on the device: text encoder, denoiser or codec. The others wait in the CPU's memory."""
+    tiling: Literal["auto", "whole", "tiles", "chunks"] = "auto"
+    """Decode clips whole, large frames in overlapping tiles, or one latent frame after the other. auto: as the model's card
+    says."""
+    attention: Literal["auto", "reference", "sdpa-cudnn", "sdpa-flash", "sdpa-efficient", "sdpa-math"] = "auto"
+    """Kernel of the denoiser's attention. auto: the fastest that fits. reference: exact products in float64, slow."""

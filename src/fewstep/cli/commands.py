@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from fewstep.cli import arguments
+    from fewstep.cli.command import Runs
     from fewstep.data.prepare import Prepared
     from fewstep.evaluate import Suite
     from fewstep.models.bundle import VideoModel
     from fewstep.models.images import ImageEncoder
+    from fewstep.models.runtime import Runtime
 
 
 def demo(options: arguments.Demo) -> int:
@@ -45,6 +47,7 @@ def demo(options: arguments.Demo) -> int:
 
 def train(options: arguments.Train, overrides: Overrides) -> int:
     from fewstep.core.peers import part_company
+    from fewstep.models.results import result_in
     from fewstep.pipeline import Pipeline, read
 
     if options.strict and options.allow_fallback:
@@ -66,7 +69,8 @@ def train(options: arguments.Train, overrides: Overrides) -> int:
             )
     recipe.run(output, quiet=options.quiet)
     part_company()
-    return _made(recipe.student(output) if isinstance(recipe, Pipeline) else output / "student")
+    made = recipe.student(output) if isinstance(recipe, Pipeline) else result_in(output)
+    return _made(made or output)
 
 
 def prepare(options: arguments.Prepare) -> int:
@@ -148,6 +152,22 @@ def _own_device(name: str) -> str:
     return f"{name}:{place().local_rank % torch.accelerator.device_count()}"
 
 
+def _runtime(options: Runs) -> Runtime:
+    """How the models of a command are run. ValueError for what this machine cannot do."""
+    from fewstep.models.runtime import Runtime
+
+    given = {field.name: getattr(options, field.name) for field in fields(Runtime)}
+    return Runtime(**given | {"device": _own_device(options.device)})
+
+
+def _ran(model: VideoModel) -> None:
+    """Say how a model is run, where it is not as always."""
+    from fewstep.models.runtime import Runtime, effective, told
+
+    if model.runtime != Runtime() and place().rank == 0:
+        print(told(effective(model)), flush=True)
+
+
 def pairs(options: arguments.Pairs) -> int:
     from fewstep.cli.pace import telling
     from fewstep.core.peers import meet_peers, part_company
@@ -167,10 +187,11 @@ def pairs(options: arguments.Pairs) -> int:
     plan = PairPlan(
         times=options.times, steps=options.steps, seed=options.seed, num_frames=options.num_frames,
         guidance=None if options.guidance_scale is None else CFG(scale=options.guidance_scale),
-        storage=options.storage, autocast=options.autocast, shard_size=options.shard_size,
+        storage=options.storage, shard_size=options.shard_size,
     )  # fmt: skip
     peers = meet_peers()
-    model = VideoModel.from_pretrained(options.model, trust=options.trust).to(_own_device(options.device))
+    model = VideoModel.from_pretrained(options.model, trust=options.trust, runtime=_runtime(options))
+    _ran(model)
     cost = pairs_cost(model, len(prompts), plan)
     if peers.leads:
         print(
@@ -197,7 +218,8 @@ def evaluate(options: arguments.Evaluate) -> int:
     from fewstep.models.bundle import VideoModel
 
     suite = _suite(options)
-    student = VideoModel.from_pretrained(options.student, trust=options.trust).to(_own_device(options.device))
+    student = VideoModel.from_pretrained(options.student, trust=options.trust, runtime=_runtime(options))
+    _ran(student)
     teacher = _teacher_of(student, options.teacher, options.trust)
     with telling(options.quiet) as progress:
         rows = entries(teacher, student, options.num_inference_steps)
@@ -219,7 +241,7 @@ def _suite(options: arguments.Evaluate) -> Suite:
 
     given = {
         "prompts": options.prompts, "seeds_per_prompt": options.seeds, "batch": options.batch, "seed": options.seed,
-        "num_frames": options.num_frames, "autocast": options.autocast,
+        "num_frames": options.num_frames,
         "texts": _prompts((), options.prompt_file) if options.prompt_file else None,
     }  # fmt: skip
     chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
@@ -239,16 +261,15 @@ def _suite(options: arguments.Evaluate) -> Suite:
 
 def check_model(options: arguments.CheckModel) -> int:
     """Exit code 1 if a check fails."""
-    import torch
-
     from fewstep.cli.pace import telling
     from fewstep.cli.screen import screen
     from fewstep.cli.screen import table as columns
     from fewstep.evaluate import conformance
     from fewstep.models.bundle import VideoModel
 
-    model = VideoModel.from_pretrained(options.source, trust=options.trust).to(_own_device(options.device))
-    model.denoiser.to(getattr(torch, options.dtype))
+    if options.dtype == "bfloat16":
+        raise UsageError("--dtype bfloat16: models are checked in float32 or float64, where rounding hides no mistake")
+    model = VideoModel.from_pretrained(options.source, trust=options.trust, runtime=_runtime(options))
     inputs = conformance.Options(
         num_frames=options.num_frames, height=options.height, width=options.width, steps=options.num_inference_steps,
         seed=options.seed, prompts=options.prompt, video=options.video,
@@ -279,7 +300,7 @@ def export(options: arguments.Export) -> int:
     model, home = VideoModel.from_pretrained(options.student, trust=options.trust), Path(options.student)
     if options.evaluation is not None:
         scores = figures(load_report(options.evaluation), model.fingerprint("denoiser"))
-        model = VideoModel(replace(model.card, scores=model.card.scores | scores), model.parts)
+        model = model.with_card(scores=model.card.scores | scores)
     recipe = (home / FILE).read_text(encoding="utf-8") if (home / FILE).is_file() else ""
     if options.lora:
         return _made(adapters.export_lora(model, home / "adapter", options.folder, names=options.names, recipe=recipe))
@@ -295,18 +316,20 @@ def check_lora(options: arguments.CheckLora) -> int:
 
     given = options.prompt or options.prompt_file
     prompts = _prompts(options.prompt, options.prompt_file) if given else world_prompts(16, 0.5, 0)
-    device = _own_device(options.device)
+    runtime = _runtime(options)
     student = _at_steps(
-        VideoModel.from_pretrained(options.student, trust=options.trust), options.num_inference_steps
-    ).to(device)
+        VideoModel.from_pretrained(options.student, trust=options.trust, runtime=runtime), options.num_inference_steps
+    )
+    _ran(student)
     teacher = _teacher_of(student, options.teacher, options.trust)
     if options.restyled is None:
         tried = Styled.by_lora(student, options.lora)
     else:
         restyled = _at_steps(
-            VideoModel.from_pretrained(options.restyled, trust=options.trust), options.num_inference_steps
+            VideoModel.from_pretrained(options.restyled, trust=options.trust, runtime=runtime),
+            options.num_inference_steps,
         )
-        tried = Styled(student, restyled.to(device), "restyled")
+        tried = Styled(student, restyled, "restyled")
     with telling(options.quiet) as progress:
         pair = Styled.by_lora(teacher, options.lora)
         found = check_style(
@@ -329,19 +352,17 @@ def _teacher_of(student: VideoModel, source: str, trust: bool) -> VideoModel:
     own, wanted = read_card(source), student.card
     size = (wanted.num_frames, wanted.height, wanted.width)
     if own.role != "teacher" or "denoiser" not in own.sources or size == (own.num_frames, own.height, own.width):
-        return VideoModel.from_pretrained(source, trust=trust).to(student.device)
+        return VideoModel.from_pretrained(source, trust=trust, runtime=student.runtime)
     print(f"{own.name} at the student's size: {size[0]} frames of {size[1]} x {size[2]}", flush=True)
     chosen = Diffusers(source=source, num_frames=wanted.num_frames, height=wanted.height, width=wanted.width)
-    return chosen.load().to(student.device)
+    return VideoModel.load(chosen.card(), source, trust=trust, runtime=student.runtime)
 
 
 def _at_steps(model: VideoModel, steps: int | None) -> VideoModel:
     """The model with another default number of steps. StepCountError if it was not trained for that number."""
-    from fewstep.models.bundle import VideoModel
-
     contract = model.card.contract
     contract.times(steps)
-    return VideoModel(replace(model.card, contract=replace(contract, steps=steps or contract.steps)), model.parts)
+    return model.with_card(contract=replace(contract, steps=steps or contract.steps))
 
 
 def _prompts(given: tuple[str, ...], file: Path | None) -> tuple[str, ...]:

@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fewstep.core import Batch, Call, Pairs, Rng, Seeds
 from fewstep.core.build import digest, dump
+from fewstep.core.disk import require_space, size_of
 from fewstep.core.lock import holding
 from fewstep.core.peers import meet_peers
 from fewstep.core.stopping import saying
@@ -48,8 +49,6 @@ class PairPlan:
     """Pairs per prompt, each from its own noise."""
     num_frames: int | None = None
     storage: Storage = "float32"
-    autocast: Literal["off", "bf16"] = "off"
-    """Precision of the teacher: off is float32. Use the `settings.autocast` of the student's training."""
     shard_size: int = 16
     """Pairs per file. A killed command loses at most one file per process."""
     part_size: int = 64
@@ -164,7 +163,8 @@ def make_pairs(
     image-to-video teacher needs prompts with pictures (`Pictured`), whose conditions are stored too. After a kill, the same
     call continues, also with another number of processes, and gives the same bytes (another `batch` may change last bits). A
     finished folder is returned unchanged. `progress` is called after every batch of this process' share. DataError if the
-    folder was begun with another teacher, plan or prompts; NonFiniteError if a state is not finite in `plan.storage`.
+    folder was begun with another teacher, plan or prompts; NonFiniteError if a state is not finite in `plan.storage`; OSError if
+    the disk is too small.
     """
     if not prompts or batch < 1:
         raise ValueError(f"make_pairs needs prompts and a batch size, got {len(prompts)} prompts and batch={batch}")
@@ -177,6 +177,9 @@ def make_pairs(
     with holding(Path(output)) if peers.leads else nullcontext(), saying(lambda: GOES_ON):
         writer = PartedWriter(output, "pairs", settings, -(-count // plan.part_size), peers)
         if not writer.complete:
+            cost = pairs_cost(model, len(prompts), plan)
+            held = sum(map(size_of, writer.folder.glob("part-*")))
+            require_space(writer.folder, cost.bytes - held, f"{cost.pairs} pairs")
             parts = [range(n * plan.part_size, min((n + 1) * plan.part_size, count)) for n in writer.mine]
             done, total = 0, sum(map(len, parts))
             for number, pairs in zip(writer.mine, parts, strict=True):
@@ -226,7 +229,8 @@ class _Teacher:
         return {
             "teacher": {name: self.model.fingerprint(name) for name in ("denoiser", "text")},
             "times": plan.times, **dump(self.course), "seed": plan.seed, "per_prompt": plan.per_prompt,
-            "latent_shape": self.shape, "storage": plan.storage, "autocast": plan.autocast,
+            "latent_shape": self.shape, "storage": plan.storage,
+            "autocast": "bf16" if self.model.runtime.dtype == "bfloat16" else "off",
             "shard_size": plan.shard_size, "part_size": plan.part_size,
         }  # fmt: skip
 
@@ -234,12 +238,14 @@ class _Teacher:
     def states(self, prompts: Sequence[str], seeds: Sequence[int], images: Mapping[str, Tensor]) -> Tensor:
         """`[B, T, C, F, H, W]`: `x_t` at each of the plan's times; the last one is the endpoint."""
         device, course = str(self.model.device), self.course
+        self.model.bring("text")
         cond, uncond = (each.with_extra(images).to(device) for each in self.texts(prompts, device))
         noise = Seeds(tuple(seeds), device)
         kept: list[Tensor] = []
 
         def denoise(x_t: Tensor, t: Tensor, call: Call) -> Prediction:
-            with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.plan.autocast == "bf16"):
+            self.model.bring("denoiser")
+            with self.model.runtime.denoising():
                 return course.guidance(self.model.denoiser, x_t, t, cond, uncond, call)
 
         start = self.model.denoiser.path.prior(noise.randn((len(prompts), *self.shape), "start"))
@@ -263,7 +269,7 @@ def _preview(model: VideoModel, folder: Path) -> Path:
     if not path.is_file():
         reader = ShardReader(folder, "pairs")
         ends = reader.read("states", range(min(PREVIEWED, len(reader))))[:, -1]
-        write_video(path, model.codec.decode(ends.to(model.device)), fps=model.card.fps)
+        write_video(path, model.decode(ends.to(model.device)), fps=model.card.fps)
     return path
 
 

@@ -38,11 +38,10 @@ def cost(entry: Entry, bench: Bench) -> Cost:
     def draw() -> Tensor:
         return finish(entry.sampling(prompts, seeds, bench.num_frames))
 
-    with bench.precision():
-        flops = count_flops(draw)
-        latents = draw()
-        memory, kind = peak_memory(lambda: entry.decode(draw()), bench.device)
-        runs, budget = suite.latency_runs, suite.latency_budget
-        sampling = measure_latency(draw, runs=runs, budget=budget, warmup=0, device=bench.device)
-        decoding = measure_latency(lambda: entry.decode(latents), runs=runs, budget=budget / 4, device=bench.device)
+    flops = count_flops(draw)
+    latents = draw()
+    memory, kind = peak_memory(lambda: entry.decode(draw()), bench.device)
+    runs, budget = suite.latency_runs, suite.latency_budget
+    sampling = measure_latency(draw, runs=runs, budget=budget, warmup=0, device=bench.device)
+    decoding = measure_latency(lambda: entry.decode(latents), runs=runs, budget=budget / 4, device=bench.device)
     return Cost(sampling, decoding, flops, memory, kind)

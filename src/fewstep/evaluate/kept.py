@@ -19,7 +19,6 @@ from fewstep.evaluate.measure import Measured
 from fewstep.evaluate.results import FILE, load_report
 from fewstep.evaluate.sampling import Bench
 from fewstep.evaluate.suite import Entry
-from fewstep.models.fingerprint import fingerprint
 
 FOLDER = "rows"
 PAGE = "report.html"
@@ -38,11 +37,11 @@ class KeptRows:
         paths: dict[str, Path] = {}
         for entry in rows:
             if id(entry.model) not in weights:  # a fingerprint reads all weights, so compute it once
-                weights[id(entry.model)] = {name: fingerprint(part) for name, part in entry.model.parts.items()}
+                weights[id(entry.model)] = {name: entry.model.fingerprint(name) for name in entry.model.parts}
             facts = {
                 "row": entry.name, "weights": weights[id(entry.model)], "contract": repr(entry.contract),
                 "suite": repr(bench.suite), "frames": bench.num_frames, "prompts": bench.cases.prompts,
-                "features": bench.features.name, "device": bench.device.type,
+                "features": bench.features.name, "device": bench.device.type, "runtime": repr(bench.runtime),
             }  # fmt: skip
             paths[entry.name] = output / FOLDER / f"{digest(facts)}.safetensors"
         return cls(paths)

@@ -131,6 +131,8 @@ class Report:
     seeds: dict[str, Any]
     machine: dict[str, Any]
     versions: dict[str, str]
+    runtime: dict[str, str] = field(default_factory=dict)
+    """How the models ran, as it took effect (`models.runtime.effective`)."""
     memory: str
     """Meaning of `memory_mb` on this machine."""
     models: dict[str, str] = field(default_factory=dict)

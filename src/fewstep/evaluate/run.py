@@ -23,7 +23,7 @@ from fewstep.evaluate.sampling import Bench, Progress, prepare, sample
 from fewstep.evaluate.suite import Entry, Suite
 from fewstep.evaluate.target import Target, make_target
 from fewstep.metrics.statistics import ENOUGH, FEWEST
-from fewstep.models.fingerprint import fingerprint
+from fewstep.models.runtime import effective
 from fewstep.world.grammar import ATTRIBUTES
 
 
@@ -38,9 +38,10 @@ def evaluate(rows: Sequence[Entry], suite: Suite, output: Path | str, progress: 
     output = Path(output)
     with holding(output):
         bench = prepare(rows, suite)
-        models = {entry.name: fingerprint(entry.model.denoiser) for entry in rows}
+        models = {entry.name: entry.model.fingerprint("denoiser") for entry in rows}
         asked = asdict(suite) | {
             "texts": list(suite.texts), "num_frames": bench.num_frames, "fps": rows[0].model.card.fps,
+            "dtype": bench.runtime.dtype,
         }  # fmt: skip
         require_own(output, models, asked)
         kept = KeptRows.of(rows, bench, output)
@@ -95,6 +96,7 @@ def compare(
         seeds={"suite": suite.seed, "first_clip": bench.cases.first_seed, "clips": len(bench.cases)},
         machine=asdict(describe_machine(bench.device)),
         versions=versions(),
+        runtime=effective(rows[0].model),
         memory=costs[name].memory_kind,
         models=dict(models),
         previews=tuple(_previews(bench, measured)),
@@ -147,5 +149,5 @@ def _notes(rows: Sequence[Entry], bench: Bench, target: Target) -> Iterator[str]
         yield "Noise: the models' latents have different shapes, so one seed gives each model different noise."
     if bench.cases.seeds_per_prompt == 1:
         yield "Diversity: not measured, because there is one seed per prompt."
-    if bench.suite.autocast == "bf16":
-        yield "All rows ran under bfloat16 autocast."
+    if bench.runtime.dtype != "float32":
+        yield f"All rows ran in {effective(rows[0].model)['arithmetic']}."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,16 +11,17 @@ from typing import TYPE_CHECKING
 import torch
 
 from fewstep.evaluate.cases import SEED_STRIDE, Cases, Rendered, TrueClips
-from fewstep.evaluate.extractors import FeatureMap, feature_map
+from fewstep.evaluate.features.extractors import FeatureMap, feature_map
 from fewstep.evaluate.inputs import require_transformers
 from fewstep.evaluate.latency import synchronize
 from fewstep.evaluate.measure import Judge, Measured, Meter, checked
 from fewstep.evaluate.suite import Entry, Suite
+from fewstep.models.runtime import Runtime
 from fewstep.world.checker import read_scenes
 from fewstep.world.grammar import world_prompts
 
 if TYPE_CHECKING:
-    from fewstep.evaluate.clip_score import ClipScore
+    from fewstep.evaluate.features.clip_score import ClipScore
 
 Progress = Callable[[str, int, int], None]
 """Called as `(row, network steps done, of how many)`."""
@@ -39,6 +39,8 @@ class Bench:
     truth: TrueClips | None
     """True clips that distances are measured to; None: the clips of the reference row."""
     device: torch.device
+    runtime: Runtime
+    """How all models are run."""
     paired: bool
     """Whether all models start from the same noise (only if their latents have the same shape)."""
 
@@ -47,9 +49,6 @@ class Bench:
         """The functions that score clips against their prompts."""
         world = () if self.cases.scenes is None else (checked(self.cases),)
         return world if self.clip is None else (*world, self.clip)
-
-    def precision(self) -> AbstractContextManager:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.suite.autocast == "bf16")
 
 
 def prepare(entries: Sequence[Entry], suite: Suite) -> Bench:
@@ -76,6 +75,8 @@ def prepare(entries: Sequence[Entry], suite: Suite) -> Bench:
         raise ValueError(f"num_frames must be at least 3 for motion and flicker, got {num_frames}")
     if len({entry.model.device for entry in entries}) > 1:
         raise ValueError("the models are on different devices; move them to one with model.to(device)")
+    if len({entry.model.runtime for entry in entries}) > 1:
+        raise ValueError("the models run in different ways; give all of them one Runtime: model.prepared(runtime)")
     size, device = (height, width), entries[0].model.device
     features = feature_map(suite.features, size, device)
     features.check(num_frames, size, device)
@@ -88,6 +89,7 @@ def prepare(entries: Sequence[Entry], suite: Suite) -> Bench:
         clip=_clip_score(suite.clip, cases, device) if suite.clip else None,
         truth=truth,
         device=device,
+        runtime=entries[0].model.runtime,
         paired=len({entry.model.latent_shape(num_frames) for entry in entries}) == 1,
     )
 
@@ -112,7 +114,7 @@ def ask(suite: Suite, num_frames: int, size: tuple[int, int]) -> tuple[Cases, Tr
 
 def _clip_score(folder: str, cases: Cases, device: torch.device) -> ClipScore:
     require_transformers("CLIPScore")
-    from fewstep.evaluate.clip_score import ClipScore
+    from fewstep.evaluate.features.clip_score import ClipScore
 
     return ClipScore(Path(folder), cases, device)
 
@@ -130,16 +132,14 @@ def sample(entry: Entry, bench: Bench, progress: Progress | None = None) -> Meas
         prompts = [p for p in cases.prompts[first:last] for _ in range(cases.seeds_per_prompt)]
         seeds = [seed for p in range(first, last) for seed in cases.seeds(p)]
 
-        with bench.precision():
-            synchronize(bench.device)
-            began = time.perf_counter()
-            for step in entry.sampling(prompts, seeds, bench.num_frames):
-                if progress is not None:
-                    progress(entry.name, done * step.steps + step.index + 1, len(starts) * step.steps)
-            synchronize(bench.device)
-            seconds += time.perf_counter() - began
-            frames = entry.decode(step.x)
-        meter.add(frames, first, last)
+        synchronize(bench.device)
+        began = time.perf_counter()
+        for step in entry.sampling(prompts, seeds, bench.num_frames):
+            if progress is not None:
+                progress(entry.name, done * step.steps + step.index + 1, len(starts) * step.steps)
+        synchronize(bench.device)
+        seconds += time.perf_counter() - began
+        meter.add(entry.decode(step.x), first, last)
     return meter.done(seconds)
 
 

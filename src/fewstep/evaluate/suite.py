@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
@@ -31,8 +31,6 @@ class Suite:
     seed: int = 2024
     batch: int = 32
     """Clips generated at once."""
-    autocast: Literal["off", "bf16"] = "off"
-    """Precision of the networks, the same for every row: off is float32."""
     features: str = "auto"
     """Features of the Frechet distance: `pooled`, a file or folder (`extractors.feature_map`), or `auto` (the world's if
     they fit)."""
@@ -108,7 +106,7 @@ class Entry:
         )  # fmt: skip
 
     def decode(self, latents: Tensor) -> Tensor:
-        return self.model.codec.decode(latents).clamp(-1, 1)
+        return self.model.decode(latents)
 
 
 def entries(teacher: VideoModel, student: VideoModel, counts: Sequence[int] = ()) -> list[Entry]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -116,14 +116,18 @@ def require_exact(model: VideoModel) -> None:
 
 def settled(model: VideoModel, runtime: Runtime) -> None:
     """Make a model run as `runtime` says: its tensors have their types already."""
-    denoiser, codec = model.parts.get("denoiser"), model.parts.get("codec")
+    denoiser, codec = cast("Denoiser | None", model.parts.get("denoiser")), cast(Any, model.parts.get("codec"))
     for part in model.parts.values():
         if not any(tensor.is_meta for tensor in part.parameters()):  # left in its file
             part.to("cpu" if runtime.offload else runtime.device)
-    if runtime.tiling in ("whole", "tiles") and hasattr(codec, "tile"):
-        codec.tile(runtime.tiling == "tiles")  # type: ignore[union-attr, operator]
-    if runtime.compile and denoiser is not None and not _compiled(denoiser):
-        denoiser.backbone.compile_blocks()  # type: ignore[union-attr, operator]
+    if codec is not None and hasattr(codec, "tile"):
+        own = bool(codec.args["tiling"]) and (runtime.tiling == "auto" or codec.chunks_in_tiles)
+        codec.tile({"tiles": True, "whole": False}.get(runtime.tiling, own))
+    if denoiser is not None and runtime.compile and not _compiled(denoiser):
+        denoiser.backbone.compile_blocks()
+    elif denoiser is not None and model.runtime.compile and not runtime.compile:
+        for block in denoiser.backbone.blocks:
+            block._compiled_call_impl = None
 
 
 def bring(parts: Mapping[str, nn.Module], names: tuple[str, ...], device: torch.device) -> None:

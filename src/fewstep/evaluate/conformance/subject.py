@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -200,7 +200,7 @@ def _sized(model: VideoModel, options: Options) -> VideoModel:
         )
     given = {name: getattr(options, name) for name in size}
     size |= {name: value for name, value in given.items() if value is not None}
-    return VideoModel(replace(card, **size), model.parts)
+    return model.with_card(**size)
 
 
 def _frames(model: VideoModel, num_frames: int) -> int:

@@ -66,6 +66,11 @@ class VideoCodec(nn.Module):
         self.vae = vae
         self.tile(bool(self.args["tiling"]))
 
+    @property
+    def chunks_in_tiles(self) -> bool:
+        """Whether chunks can be decoded while large frames are decoded in tiles."""
+        return self._chunks.tiles
+
     def tile(self, on: bool) -> None:
         """Do large frames in tiles from now on, or no more."""
         self.vae.enable_tiling() if on else self.vae.disable_tiling()

@@ -23,6 +23,7 @@ class FrameCodec(FrameByFrame, nn.Module):
     """
 
     folders: ClassVar[tuple[str, ...]] = ("vae",)
+    chunks_in_tiles: ClassVar[bool] = True
 
     def __init__(self, *, config: dict[str, Any], patch: int = 1, tiling: bool = False, chunk: int = 16) -> None:
         super().__init__()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fewstep.engine.health import Record, read_record
 from fewstep.engine.health.vitals import unsaid
-from fewstep.evaluate.svg import curve
+from fewstep.evaluate.page.svg import curve
 
 CURVES = {
     "accuracy": "Accuracy: share of clips with every attribute right",
