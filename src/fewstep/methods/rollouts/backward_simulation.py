@@ -72,4 +72,5 @@ class BackwardSimulation(Rollout):
             before.append(Visit(step.prediction.x0, step.prediction.x_t, step.prediction.t))
             x = step.x
         last = call_student(x, full(grid[stop], x), Call(step=stop, steps=len(grid)))
-        return Rolled(last.x0, x, last.t, tuple(before), noise, exit=stop, grid=grid)
+        with torch.set_grad_enabled(grad):
+            return Rolled(last.x0, x, last.t, tuple(before), noise, exit=stop, grid=grid)
