@@ -30,7 +30,7 @@ demo: $(VENV)/.core
 	OMP_NUM_THREADS=$$($(BIN)/python -c 'from fewstep.core.env import cpu_count; print(cpu_count())') $(BIN)/fewstep demo --output runs/demo
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow"
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not slow"
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -q -n $(WORKERS) -m slow --timeout 3600

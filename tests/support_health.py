@@ -46,7 +46,7 @@ QUICK = replace(SOUND, rollout=BackwardSimulation(grids=((1.0,), (1.0, 0.5)), sh
 
 
 def settings(steps: int = 48, every: int = 6, **optim: Optim) -> Settings:
-    """Of a run with as many checks as patience has, a dozen clips each; it takes a minute."""
+    """Settings of a run with as many checks as `PATIENCE`, a dozen clips each; it takes a minute."""
     health = Health(every=every, prompts=6, seeds=2)
     rates = optim or {"student": FAST, "critic": FAST}
     return Settings(steps=steps, batch=4, ema=0.9, log_every=1, health=health, optim=rates)
@@ -192,7 +192,13 @@ SPOILED: dict[str, Spoiled] = {
     ),
     "guidance 30": Spoiled("diverging", "guidance is far too strong", method=replace(SOUND, guidance=CFG(scale=30.0))),
     "learning rate x100": Spoiled("diverging", "learning rate", settings=settings(LIMIT, student=HUGE, critic=FAST)),
-    "wrong noise path": Spoiled("diverging", "another path", spoil=other_path),
+    "wrong noise path": Spoiled(
+        "diverging",
+        "another path",
+        method=replace(SOUND, rollout=replace(SOUND.rollout, grids=NESTED)),
+        settings=settings(LIMIT, 12),
+        spoil=other_path,
+    ),
 }
 
 CONSISTENT = Consistency(guidance=CFG(scale=2.5), shift=3.0)

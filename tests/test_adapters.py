@@ -447,8 +447,11 @@ def written(source: Diffusers, folder: Path, settings: str) -> Path:
     return recipe
 
 
+@pytest.mark.parametrize(
+    "name", [n if n in UNLIKE[:2] else pytest.param(n, marks=pytest.mark.slow) for n in TINY], scope="session"
+)
 def test_explained_and_planned_nothing_is_loaded(
-    source: Diffusers, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, source: Diffusers, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = str(written(source, tmp_path, "preview_every: 2"))
     assert main(["explain", recipe]) == 0

@@ -233,8 +233,9 @@ def test_a_discriminator_reads_several_scales(model: VideoModel) -> None:
         build_nets(model, DMD2(gan=0.1, layers=(7,)), seed=0)
 
 
-def test_distil_by_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Planned without weights, trained, sampled."""
+@pytest.mark.parametrize("name", ["stable_diffusion", pytest.param("animatediff", marks=pytest.mark.slow)])
+def test_distil_by_command(name: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Planned without weights, trained, sampled. What AnimateDiff adds is in the tests above, and takes half a minute here."""
     (tmp_path / "prompts.txt").write_text("a red cat\ntwo dogs\n")
     (tmp_path / "recipe.yaml").write_text(
         f"model: {{type: Diffusers, source: {folder}, num_frames: 2}}\n"

@@ -12,7 +12,7 @@ import torch
 from fewstep.core import RecipeError
 from fewstep.core.stamp import stamp_of
 from fewstep.engine.prepare import prepare
-from fewstep.evaluate.extractors import feature_map
+from fewstep.evaluate.features.extractors import feature_map
 from fewstep.methods import AVDM2
 from fewstep.models import Card, FrameAutoencoder, TextEncoder, VideoModel, fingerprint
 from fewstep.models.bundle import read_card

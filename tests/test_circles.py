@@ -38,5 +38,7 @@ def test_no_function_of_a_room_is_hidden_by_a_file_of_its_name() -> None:
     """Importing `room.x` replaces what the room calls `x`."""
     for init in (Path(__file__).parent.parent / "src" / "fewstep").rglob("__init__.py"):
         inside = {path.stem for path in init.parent.iterdir()}
-        made = {node.name for node in ast.parse(init.read_text()).body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        made = {
+            node.name for node in ast.parse(init.read_text()).body if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        }
         assert not inside & made, f"{init}: {inside & made}"

@@ -89,7 +89,13 @@ def failures(model: VideoModel, options: Options = Options(), only: tuple[str, .
 # --- whole models ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted({*TINY, *VARIANTS, *UNETS}))
+DEAR = {"animatediff": pytest.mark.slow}
+"""A UNet as Stable Diffusion's, which takes a fifth of the time. That it equals diffusers' is in test_adapters_unet.py."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=DEAR.get(name, ())) for name in sorted({*TINY, *VARIANTS, *UNETS})]
+)
 def test_every_family_passes(name: str, load: Callable[..., VideoModel]) -> None:
     """And of what does not apply, only that with a reason."""
     model = load(name)

@@ -237,7 +237,9 @@ def test_errors_name_the_place_and_the_column(tmp_path: Path) -> None:
     (tmp_path / "other.csv").touch()
     with pytest.raises(DataError, match=r"which .csv\? It has captions.csv, other.csv"):
         read_listing(tmp_path, "webvid")
-    with pytest.raises(DataError, match="there is no layout 'imagenet'; choose plain, openvid, webvid, ucf101, tars"):
+    with pytest.raises(
+        DataError, match="there is no layout 'imagenet'; choose from plain, openvid, webvid, ucf101, tars"
+    ):
         read_listing(tmp_path, "imagenet")  # type: ignore[arg-type]
 
 

@@ -501,7 +501,7 @@ def test_a_bad_probe_figure_stops_the_run(tmp_path: Path) -> None:
     ("method", "others", "message"),
     [
         (CASES["Reconstruction"], {"compile": True}, "settings.compile is for denoisers"),
-        (CASES["Reconstruction"], {"preview_every": 1}, "settings.preview_every is for denoisers"),
+        (CASES["ReadAttributes-features"], {"preview_every": 1}, "settings.preview_every is for denoisers"),
         (CASES["Reconstruction"], {"optim": {"student": Optim(type="muon")}}, "give its role an entry of type adamw"),
         (DMD2(gan=0.1), {"optim": {"student": Optim(type="muon")}}, "this FeatureHeads has none"),
         (

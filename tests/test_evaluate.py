@@ -30,14 +30,14 @@ from fewstep.evaluate import (
     table,
     write_report,
 )
-from fewstep.evaluate.animate import enlarge, fitted, gif_bytes, grid_gif
 from fewstep.evaluate.cases import Cases, true_clips
 from fewstep.evaluate.compare import make_truth
-from fewstep.evaluate.extractors import feature_map
+from fewstep.evaluate.features.extractors import feature_map
 from fewstep.evaluate.measure import Meter
-from fewstep.evaluate.report import best_student, lead, read_curves
+from fewstep.evaluate.page.animate import enlarge, fitted, gif_bytes, grid_gif
+from fewstep.evaluate.page.report import best_student, lead, read_curves
+from fewstep.evaluate.page.svg import Point, curve, running_mean, scatter
 from fewstep.evaluate.sampling import prepare, sample, sample_truth
-from fewstep.evaluate.svg import Point, curve, running_mean, scatter
 from fewstep.models import Card, ClipFeatures, VideoModel
 from fewstep.models.runtime import effective
 from fewstep.world.checker import read_scenes
@@ -123,12 +123,13 @@ def test_the_reference_row_is_one_and_only_students_have_gains(finished: tuple[R
 
 
 def test_the_cost_grows_with_the_network_evaluations(finished: tuple[Report, Path], teacher: VideoModel):
+    """And only who is guided encodes the negative prompt, once."""
     report, _ = finished
-    negative = count_flops(lambda: teacher.text.encode([""]))
     four, two, one = (report.row(name).flops or 0 for name in ("teacher 4", "student 2", "student 1"))
     per_call = two - one
     assert per_call > 0
-    assert four == pytest.approx(one + 7 * per_call + negative, rel=1e-4)  # 8 evaluations; guidance reads one more text
+    negative = count_flops(lambda: teacher.text.encode([teacher.card.negative_prompt]))
+    assert four == pytest.approx(one + 7 * per_call + negative, rel=0.001)  # 8 evaluations, two texts
 
 
 def test_evaluating_twice_gives_the_same_figures(finished: tuple[Report, Path], teacher: VideoModel, tmp_path: Path):
@@ -157,7 +158,7 @@ def test_models_without_a_checker_are_measured_against_the_teacher(teacher: Vide
     assert report.row("teacher 1").frechet is not None
     assert any("Accuracy: not measured" in note for note in report.notes)
     assert load_report(tmp_path) == report
-    assert "No student" in write_report(tmp_path).read_text()
+    assert "This page has no student" in write_report(tmp_path).read_text()
 
 
 def test_progress_counts_every_network_step(teacher: VideoModel):

@@ -16,7 +16,7 @@ from fewstep.evaluate import Entry, Suite, entries
 from fewstep.evaluate.cases import Cases
 from fewstep.evaluate.compare import _difference
 from fewstep.evaluate.cost import cost
-from fewstep.evaluate.extractors import FeatureMap
+from fewstep.evaluate.features.extractors import FeatureMap
 from fewstep.evaluate.latency import Latency, measure_latency
 from fewstep.evaluate.measure import Measured, Meter
 from fewstep.evaluate.sampling import prepare, sample

@@ -17,7 +17,7 @@ from fewstep.data.video import cover, to_floats, to_pixels
 from fewstep.diffusion import Contract, Exact, Renoise
 from fewstep.evaluate import Entry, RealClips, Report, Suite, details, evaluate, load_report, table, write_report
 from fewstep.evaluate.cases import Cases
-from fewstep.evaluate.extractors import feature_map
+from fewstep.evaluate.features.extractors import feature_map
 from fewstep.evaluate.inputs import as_read
 from fewstep.evaluate.sampling import ask
 from fewstep.metrics import frechet
@@ -226,7 +226,7 @@ def test_an_image_encoder_is_no_video_encoder(clip: Path):
 def test_clip_score_is_what_transformers_computes(clip: Path):
     from transformers import CLIPModel, CLIPProcessor
 
-    from fewstep.evaluate.clip_score import ClipScore
+    from fewstep.evaluate.features.clip_score import ClipScore
 
     prompts = ("a red ball", "two grey boxes, slowly")
     clips = torch.rand(4, 3, 3, 30, 50, generator=torch.Generator().manual_seed(1)) * 2 - 1

@@ -20,7 +20,7 @@ from fewstep.engine import CheckpointError, Health, Optim, prepare, train
 from fewstep.engine.checkpoint import RunState, checkpoints
 from fewstep.engine.health import Record, judge, monitor, read_record, weights
 from fewstep.engine.health.heard import Heard, Terms
-from fewstep.engine.health.measure import Gauge, decode, drift, error, singled
+from fewstep.engine.health.measure import Gauge, apart, decode, drift, error, singled
 from fewstep.engine.health.verdict import ASKED
 from fewstep.engine.health.vitals import Verdict
 from fewstep.engine.log import RunLog, read_metrics
@@ -112,7 +112,7 @@ def test_watch_shows_verdict_figures_and_losses(examined: Path, capsys: pytest.C
 
 
 def test_the_report_draws_both_reference_lines(examined: Path) -> None:
-    from fewstep.evaluate import health
+    from fewstep.evaluate.page import health
 
     charts = dict(health.curves(examined))
     assert charts["Diversity"].count('class="mark"') == 2 and "teacher, same steps" in charts["Diversity"]
@@ -232,7 +232,7 @@ def test_every_run_without_checks_has_its_reason() -> None:
     del silent.parts["text"], silent.parts["codec"]
     for reason, arguments in {
         "settings.health is null": (tiny_model(), METHOD, small(3, health=None)),
-        "2 iterations are fewer": (tiny_model(), METHOD, small(2, health=OFTEN)),
+        "the run has 2 iterations, fewer": (tiny_model(), METHOD, small(2, health=OFTEN)),
         "the model has no codec and no text": (silent, METHOD, settings),
         "Silent uses no prompts": (tiny_model(), type("Silent", (DMD2,), {"needs": frozenset()})(), settings),
         "": (tiny_model(), METHOD, settings),
@@ -243,7 +243,7 @@ def test_every_run_without_checks_has_its_reason() -> None:
 
 def test_what_is_not_measured_is_said_with_the_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A compiled run cannot compare the gradients of its terms: log, record, `watch` and the report say so."""
-    from fewstep.evaluate import health
+    from fewstep.evaluate.page import health
 
     compiled = mock.patch.object(monitor.Monitor, "uncompared", "settings.compile: as written")
     with compiled, mock.patch.object(RunLog, "say") as said:
@@ -418,6 +418,14 @@ def test_clips_are_compared_with_the_teachers_of_the_same_prompt() -> None:
     assert gauge._distance(colours, colours) == pytest.approx(0, abs=1e-6) and other > 1
     both = gauge._distance(torch.cat([colours, colours.roll(2, 0)]), colours)
     assert both == pytest.approx(other / 2, rel=1e-4)  # the mean over step counts
+
+
+def test_clips_are_compared_with_the_teachers_of_the_same_noise_at_every_step_count() -> None:
+    reference = 2 * Rng(0).randn((4, 2, 3, 4, 4), "x")
+    away = reference + torch.tensor([0.0, 1.0, 1.0, 2.0])[:, None, None, None, None]
+    assert apart(reference, reference) == 0
+    assert apart(torch.cat([reference, away]), reference) == pytest.approx((6 / 8) ** 0.5 / 2, rel=0.1)
+    assert apart(reference.roll(1, 0), reference) == pytest.approx(2**0.5, rel=0.1)  # clips of other noise
 
 
 def test_drift_is_in_units_of_the_reference() -> None:

@@ -12,15 +12,24 @@ from fewstep.engine.health.verdict import PATIENCE, lags
 
 TEACHER = Looks(
     accuracy=0.9, distance=0.0, drift=0.0, std=1.0, saturation=0.3, contrast=0.4, motion=0.1, diversity=0.5,
-    by_frame=(1.0, 1.0), heed=1.0,
+    by_frame=(1.0, 1.0), heed=1.0, apart=0.0,
 )  # fmt: skip
 START = replace(
-    TEACHER, accuracy=0.1, heed=0.4, distance=2.0, drift=0.2, std=0.8, saturation=0.25, motion=0.08, diversity=0.35
+    TEACHER,
+    accuracy=0.1,
+    heed=0.4,
+    apart=0.9,
+    distance=2.0,
+    drift=0.2,
+    std=0.8,
+    saturation=0.25,
+    motion=0.08,
+    diversity=0.35,
 )
 LINES = Baselines(teacher=TEACHER, untrained=replace(TEACHER, accuracy=0.3, distance=1.5), start=START)
 SOUND = Vitals(
-    step=25, grid="1, 2, 4", looks=replace(TEACHER, accuracy=0.4, distance=1.2, heed=0.6), moved={"student": 1.0, "critic": 1.0},
-    change=0.003, coarse=0.0, noise=1.0, asked=1.1, critic=0.8, lag=0.95,
+    step=25, grid="1, 2, 4", looks=replace(TEACHER, accuracy=0.4, distance=1.2, heed=0.6, apart=0.9),
+    moved={"student": 1.0, "critic": 1.0}, change=0.003, coarse=0.0, noise=1.0, asked=1.1, critic=0.8, lag=0.95,
 )  # fmt: skip
 
 
@@ -46,6 +55,9 @@ FLAT = [{"accuracy": 0.2, "distance": 1.6}] * PATIENCE
         ("unclear", "no update of the student has been seen", [{"moved": {"critic": 1.0}, "change": None}] * 12),
         ("unclear", "these figures show no gain yet: .*accuracy 0.10 .before training 0.10.$", [{"accuracy": 0.1}]),
         ("unclear", "distance 1.90 .before training 2.00.; accuracy 0.15", [{"accuracy": 0.15, "distance": 1.9}]),
+        ("improving", "distance to the teacher is 95% of", [{"distance": 1.9, "apart": 0.85}]),  # clip by clip it is nearer
+        ("unclear", "distance 1.90 .before training 2.00.$", [{"distance": 1.9, "apart": 0.88}]),
+        ("unclear", "distance 2.10", [{"distance": 2.1, "apart": 0.5}]),  # blurs are alike, and far away
         ("unclear", "heed of the prompt 0.10 .before training 0.40, teacher 1.", [{"heed": 0.1}]),
         ("unclear", "distance 1.66", [{"accuracy": 0.1, "distance": 2.5 - 0.12 * i} for i in range(8)]),  # on its way
         ("diverging", "follow their prompts less .* heed 0.10 .before training 0.40", [{}, {"heed": 0.1}, {"heed": 0.1}]),

@@ -15,6 +15,7 @@ from faults.given import teacher as tiny_teacher
 from faults.making import video
 from fewstep.engine.checkpoint import Checkpoint
 from fewstep.engine.log import read_metrics
+from fewstep.models.results import result_in
 from support_stopping import fewstep
 
 PAIR = """
@@ -34,7 +35,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def weights(run: Path) -> dict[str, bytes]:
-    return {name: data for name, data in contents(run / "student").items() if name.endswith(".safetensors")}
+    """The result of a finished run."""
+    result = result_in(run)
+    assert result is not None
+    return {name: data for name, data in contents(result).items() if name.endswith(".safetensors")}
 
 
 def stopped(words: str, at: tuple[str, int], name: str, here: Path, *says: str) -> None:

@@ -18,8 +18,8 @@ from fewstep.cli.arguments import COMMANDS
 from fewstep.engine import log as logs
 from fewstep.engine.log import RunLog
 from fewstep.engine.preview import HEAD, labelled
-from fewstep.evaluate.earned import unearned
-from fewstep.evaluate.report import _facts, lead
+from fewstep.evaluate.page.earned import unearned
+from fewstep.evaluate.page.report import _facts, lead
 from fewstep.evaluate.results import Gain, Report, Row
 from fewstep.models import VideoModel
 

@@ -170,7 +170,7 @@ def test_the_student_of_the_stage_before_may_be_the_teacher(two: Pipeline, teach
     student = grown.run(tmp_path / "run", quiet=True)
     assert student.card.provenance["teacher.method"] == "FlowMatching"
     assert student.card.provenance["teacher"].endswith(
-        read_card(tmp_path / "run/1-teacher/student").fingerprints["denoiser"]
+        read_card(tmp_path / "run/1-teacher/teacher").fingerprints["denoiser"]
     )
 
 
@@ -194,7 +194,7 @@ def test_stages_that_mean_nothing_are_refused(two: Pipeline, tmp_path: Path) -> 
         ({}, "at least one"),
         ({"dmd2": second}, "first stage, dmd2, has no stage before it"),
         ({"dmd2": replace(second, model=Previous())}, "first stage, dmd2"),
-        ({"a/b": first}, "called by a word"),
+        ({"a/b": first}, "a word such as"),
         (
             {"a": first, "b": replace(second, settings=replace(SETTINGS, start="world"))},
             r"leave out its settings\.start",

@@ -20,7 +20,7 @@ from fewstep.core.build import build, load_yaml
 from fewstep.core.shipped import shipped
 from fewstep.data import write_video
 from fewstep.engine.prepare import require_processes
-from fewstep.models import bundle
+from fewstep.models import VideoModel, bundle
 from fewstep.pipeline import Pipeline, read
 from fewstep.recipe import Recipe
 from fewstep.written import names
@@ -68,9 +68,9 @@ def tool(load_tool: Callable[[str], ModuleType]) -> ModuleType:
 @pytest.fixture
 def tiny_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, single_thread: None) -> Path:
     """An empty folder to work in, with a video, a list of prompts, and a tiny `world`."""
-    tiny_model().save(tmp_path / "weights" / "teacher")
-    tiny_model().save(tmp_path / "weights" / "features")
-    monkeypatch.setattr(bundle, "BUILT_IN", tmp_path / "weights")
+    for name in ("world", "world/features"):
+        monkeypatch.setitem(bundle._BUILT_INS, name, tiny_model().save(tmp_path / "weights" / name))
+    assert VideoModel.from_pretrained("world").card.name == "tiny"
     monkeypatch.chdir(tmp_path)
     Path("videos").mkdir()
     write_video("videos/duck.mp4", torch.zeros(3, 40, 32, 32))

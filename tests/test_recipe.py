@@ -208,13 +208,13 @@ def test_parts_come_from_an_earlier_folder(tiny: Path, tmp_path: Path) -> None:
         Scratch(features=str(tmp_path / "first")).card()
 
 
-def test_run_writes_a_student_with_its_recipe_and_claims_the_folder(tiny: Path, tmp_path: Path) -> None:
+def test_run_writes_its_result_with_its_recipe_and_claims_the_folder(tiny: Path, tmp_path: Path) -> None:
     recipe = Recipe.load(tiny).override([("method.type", "Reconstruction"), ("settings.optim", "{}")])
     assert isinstance(recipe.method, Reconstruction)
     student = recipe.run(tmp_path / "run", quiet=True)
     assert student.card.provenance["recipe"] == recipe.hash
-    assert Recipe.load(tmp_path / "run") == recipe == Recipe.load(tmp_path / "run" / "student")
-    assert VideoModel.from_pretrained(tmp_path / "run" / "student").card == student.card
+    assert Recipe.load(tmp_path / "run") == recipe == Recipe.load(tmp_path / "run" / "codec")
+    assert VideoModel.from_pretrained(tmp_path / "run" / "codec").card == student.card
     with pytest.raises(RecipeError, match=r"another recipe \(settings.seed: 0 -> 1\)"):
         recipe.override([("settings.seed", "1")]).run(tmp_path / "run", quiet=True)
 
@@ -245,12 +245,12 @@ def test_a_student_remembers_where_everything_comes_from(tiny: Path, tmp_path: P
     card = teacher.run(tmp_path / "teacher", quiet=True).card
     assert card.provenance["codec.recipe"] == "abc" and card.provenance["recipe"] == teacher.hash
     assert "teacher.recipe" not in card.provenance and "licence" not in card.provenance  # it was made from scratch
-    folder = tmp_path / "teacher" / "student"
+    folder = tmp_path / "teacher" / "teacher"
     known = read_card(folder)
     told = json.loads((folder / "card.json").read_text())
     told["provenance"]["licence"] = "Apache-2.0"
     (folder / "card.json").write_text(json.dumps(told))
-    source = tmp_path / "teacher" / "student"
+    source = tmp_path / "teacher" / "teacher"
     student = distill(
         model=source,
         method=DMD2(critic_updates=1),

@@ -102,7 +102,7 @@ for folder in sys.argv[1:]:
 
 
 def test_loading_takes_no_more_than_what_is_loaded(tmp_path: Path) -> None:
-    """Of a process: the weights once, in the type they are run in, and little else; from files of either type."""
+    """A process holds the weights once, in the type in which they are run, and little else; files may have either type."""
     card = Card(name="large", parts={"denoiser": Spec("VideoDiT", {"width": 256, "depth": 12, "heads": 4})})
     network = VideoModel(card, {"denoiser": allocate("denoiser", card)})
     folders = [network.save(tmp_path / str(kind), dtype=kind) for kind in (torch.float32, torch.bfloat16)]

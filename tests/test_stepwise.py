@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewstep.compress import Branches, Int8, Pruned, StepScales
+from fewstep.attention import BlockCausal
+from fewstep.compress import Branches, Int8, Pruned, Repatterned, StepScales
 from fewstep.compress.step_scales import Scaled
 from fewstep.compress.stepwise import StepBlock
 from fewstep.core import Call, Cond, Rng
+from fewstep.diffusion import Contract, Exact, Renoise, Stream
 from fewstep.engine.effective import FallbackError
 from fewstep.engine.prepare import prepare, require_possible
 from fewstep.methods import DMD2, BackwardSimulation, Consistency
@@ -21,6 +23,7 @@ from fewstep.models.bundle import read_card
 from fewstep.models.lora import adapt, merge
 from fewstep.models.runtime import Runtime
 from fewstep.models.spread import Spread
+from fewstep.streaming import Session
 from fewstep.world.data import WorldClips
 from support_engine import FRAMES, shaken, small, tiny_model
 
@@ -67,6 +70,21 @@ def test_a_layer_is_multiplied_by_the_scales_of_its_step() -> None:
     assert (made.in_features, made.out_features) == (3, 5) and made.weight is layer.weight
     with pytest.raises(ValueError, match="outside of a block"):
         made(x)
+
+
+def test_a_stream_of_clean_latents_is_remembered_in_the_last_step() -> None:
+    """What is remembered of a chunk is made by a call of its own, at the step that comes last."""
+    contract = Contract(grid=Exact(grids=((1.0, 0.5, 0.0),)), steps=2, sampler=Renoise(), stream=Stream())
+    plain = tiny_model().transformed(Repatterned(pattern=BlockCausal(chunk=1)))
+    plain = plain.with_part("denoiser", plain.denoiser, contract=contract)
+    model = plain.transformed(StepScales(steps=2))
+    chunks = [list(Session(each, ["a red ball"]).take(2)) for each in (plain, model)]
+    assert all(torch.equal(a, b) for a, b in zip(*chunks, strict=True))
+    seen: list[int] = []
+    model.denoiser.register_forward_pre_hook(lambda _, given: seen.append(given[3].step))
+    for _ in Session(model, ["a red ball"]).take(2):
+        assert seen == [0, 1, 1]
+        seen.clear()
 
 
 def test_another_number_of_steps_is_refused(model: VideoModel) -> None:

@@ -73,10 +73,10 @@ def test_sigterm_saves_a_checkpoint_from_which_the_run_goes_on(
         assert said(capsys, *words, "run") == (143, "fewstep: stopped; the same command resumes from step-000003")
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert [path.name for path in checkpoints(Path("run/checkpoints"))] == ["step-000003"]
-    assert not Path("run/student").exists()
+    assert not Path("run/teacher").exists()
     assert said(capsys, *words, "run")[0] == said(capsys, *words, "straight")[0] == 0
     for name in ("denoiser", "text", "codec"):
-        stopped, straight = (Path(run, f"student/{name}.safetensors").read_bytes() for run in ("run", "straight"))
+        stopped, straight = (Path(run, f"teacher/{name}.safetensors").read_bytes() for run in ("run", "straight"))
         assert stopped == straight
 
 

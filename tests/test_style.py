@@ -303,7 +303,7 @@ def test_a_trained_style_survives_in_fewer_steps(tmp_path: Path) -> None:
         60, batch=8, lora=Lora(rank=8, alpha=16.0), optim={"student": Optim(lr=2e-3)}, health=None
     )
     train(teacher, FlowMatching(), Negatives(num_frames=16), settings, tmp_path, quiet=True)
-    lora, prompts = tmp_path / "student" / "adapter", world_prompts(4, 0.0, 0)
+    lora, prompts = tmp_path / "teacher" / "adapter", world_prompts(4, 0.0, 0)
     full, few = (replace(teacher.card, contract=replace(teacher.card.contract, steps=n)) for n in (16, 6))
     models = [VideoModel(card, teacher.parts) for card in (full, few)]
     found = check_lora(models[0], models[1], lora, prompts, tmp_path / "near")

@@ -52,14 +52,14 @@ def teacher(output: str, *more: object) -> list[object]:
     return [
         "train", "videos/teacher", *sized(*SIZE, "model"), "--model.text", TEXT, "--data.path", "latents",
         "--model.denoiser.width", 24, "--model.denoiser.depth", 1, "--model.denoiser.text-width", 16,
-        "--model.contract.steps", 4, "--model.codec", "autoencoder/student", "--settings.steps", 2,
+        "--model.contract.steps", 4, "--model.codec", "autoencoder/codec", "--settings.steps", 2,
         "--settings.batch", 2, "--output", output, "--quiet", *more,
     ]  # fmt: skip
 
 
 def test_from_video_files_to_a_measured_student(videos: Path, said: Said, single_thread: None) -> None:
     train_autoencoder(videos, "autoencoder")
-    cut = ["--model", "autoencoder/student", "--stride", 2, "--clips-per-video", 0, "--quiet"]
+    cut = ["--model", "autoencoder/codec", "--stride", 2, "--clips-per-video", 0, "--quiet"]
     code, out, err = said("prepare", videos, "--output", "latents", *cut)
     assert code == 0 and "clips of 4 frames of 32 x 32, every 2 frames of the file" in out, err
     assert "6 clips in 1 shards" in out and out.split()[-1] == "latents"
@@ -75,10 +75,10 @@ def test_from_video_files_to_a_measured_student(videos: Path, said: Said, single
     assert code == 2 and "cut.num_frames: there 4, here 8" in err
 
     code, out, err = said(*teacher("teacher"))
-    assert code == 0 and out.strip() == "teacher/student", err
+    assert code == 0 and out.strip() == "teacher/teacher", err
     small = [
         "--model.source",
-        "teacher/student",
+        "teacher/teacher",
         "--data.path",
         "latents",
         "--settings.steps",
@@ -95,7 +95,7 @@ def test_from_video_files_to_a_measured_student(videos: Path, said: Said, single
         assert sum(1 for _ in file.decode(video=0)) == 4
         assert (file.streams.video[0].width, file.streams.video[0].height) == (2 * 4 * 32, 4 * 32)
     Path("prompts.txt").write_text("a red square\na cow\n")
-    words = ["--teacher", "teacher/student", "--prompt-file", "prompts.txt", "--num-inference-steps", 2, "--quiet"]
+    words = ["--teacher", "teacher/teacher", "--prompt-file", "prompts.txt", "--num-inference-steps", 2, "--quiet"]
     code, out, err = said("evaluate", "student/student", *words, "--output", "report")
     assert code == 0 and "student 2" in out, err
     page = Path("report/report.html").read_text()
@@ -105,11 +105,11 @@ def test_from_video_files_to_a_measured_student(videos: Path, said: Said, single
 def test_what_does_not_fit_is_refused_before_anything_is_loaded(videos: Path, said: Said, single_thread: None) -> None:
     train_autoencoder(videos, "autoencoder")
     train_autoencoder(videos, "other", "--settings.seed", 1)
-    run("prepare", videos, "--output", "latents", "--model", "autoencoder/student", "--quiet")
+    run("prepare", videos, "--output", "latents", "--model", "autoencoder/codec", "--quiet")
     Path("prompts.txt").write_text("a red square\n")
-    Path("other/student/codec.safetensors").unlink()  # so that loading it would be another error
+    Path("other/codec/codec.safetensors").unlink()  # so that loading it would be another error
     for more, words in {
-        ("--model.codec", "other/student"): "holds latents of autoencoder",
+        ("--model.codec", "other/codec"): "holds latents of autoencoder",
         ("--model.codec", "{type: FrameAutoencoder}"): "but model 'videos-teacher' has made new",
         (
             "--model.height",
@@ -134,7 +134,7 @@ def test_a_csv_table_is_a_list_of_videos_too(videos: Path, said: Said, single_th
     train_autoencoder(videos, "autoencoder")
     table = videos / "chosen.csv"
     table.write_text('video,caption\nred.mp4,"a square, red"\nblue.mp4,a blue one\n')
-    code, out, err = said("prepare", table, "--output", "chosen", "--model", "autoencoder/student", "--quiet")
+    code, out, err = said("prepare", table, "--output", "chosen", "--model", "autoencoder/codec", "--quiet")
     assert code == 0 and "2 clips in 1 shards" in out, err
     rows = [json.loads(line) for line in Path("chosen/index.jsonl").read_text().splitlines()]
     assert [row["caption"] for row in rows] == ["a square, red", "a blue one"]

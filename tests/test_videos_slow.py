@@ -35,16 +35,16 @@ def test_autoencoder_teacher_student_film(videos: Path, single_thread: None) -> 
     cut = ["--data.stride", 2, "--data.clips-per-video", 0]
     run("train", "videos/autoencoder", "--data.path", videos, *sized(FRAMES, SIZE, "model", "data"), *cut,
         "--model.codec.width", 16, "--settings.steps", 200, *PRECISE, "--output", "autoencoder", "--quiet")  # fmt: skip
-    run("prepare", videos, "--model", "autoencoder/student", "--output", "latents", "--stride", 2,
+    run("prepare", videos, "--model", "autoencoder/codec", "--output", "latents", "--stride", 2,
         "--clips-per-video", 0, "--quiet")  # fmt: skip
     run("train", "videos/teacher", *sized(FRAMES, SIZE, "model"), "--data.path", "latents",
         "--model.text", "{type: TextEncoder, width: 64, depth: 1}", "--model.denoiser.text-width", 64,
-        "--model.denoiser.width", 64, "--model.denoiser.depth", 3, "--model.codec", "autoencoder/student",
+        "--model.denoiser.width", 64, "--model.denoiser.depth", 3, "--model.codec", "autoencoder/codec",
         "--settings.steps", 400, *PRECISE, "--output", "teacher", "--quiet")  # fmt: skip
-    run("distill", "videos/dmd2", "--model.source", "teacher/student", "--data.path", "latents",
+    run("distill", "videos/dmd2", "--model.source", "teacher/teacher", "--data.path", "latents",
         "--settings.steps", 60, *PRECISE, "--output", "run", "--quiet")  # fmt: skip
 
-    teacher, student = VideoModel.from_pretrained("teacher/student"), VideoModel.from_pretrained("run/student")
+    teacher, student = VideoModel.from_pretrained("teacher/teacher"), VideoModel.from_pretrained("run/student")
     assert psnr(videos, student) > 20
     latents = Latents(path="latents").open(student, frozenset({"x0"})).batch(16, Rng(0)).x0
     assert latents is not None and 0.7 < float(latents.std()) < 1.3  # normalised by what the autoencoder saw
@@ -59,7 +59,7 @@ def test_autoencoder_teacher_student_film(videos: Path, single_thread: None) -> 
     run("sample", "run/student", "--prompt-file", "prompts.txt", "--num-inference-steps", 2, "--output", "clips.mp4")
     with av.open("clips.mp4") as file:
         assert sum(1 for _ in file.decode(video=0)) == FRAMES
-    run("evaluate", "run/student", "--teacher", "teacher/student", "--prompt-file", "prompts.txt",
+    run("evaluate", "run/student", "--teacher", "teacher/teacher", "--prompt-file", "prompts.txt",
         "--seeds", 8, "--output", "report", "--quiet")  # fmt: skip
     report = load_report("report")
     assert {row.nfe for row in report.rows if row.role == "student"} == {1, 2, 4}

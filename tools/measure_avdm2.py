@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fewstep.core.env import cpu_count
 from fewstep.evaluate import Entry, Report, Suite, evaluate
-from fewstep.evaluate.animate import grid_gif
+from fewstep.evaluate.page.animate import grid_gif
 from fewstep.evaluate.results import CLIPS
 from fewstep.models.bundle import VideoModel
 from fewstep.world.checker import ABSTAIN, Checker

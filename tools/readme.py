@@ -73,7 +73,7 @@ def take(folder: Path) -> None:
     from safetensors.torch import load_file
 
     from fewstep.evaluate import load_report
-    from fewstep.evaluate.animate import grid_gif
+    from fewstep.evaluate.page.animate import grid_gif
     from fewstep.evaluate.results import CLIPS, FILE
 
     report, clips = load_report(folder), load_file(folder / CLIPS)
@@ -99,7 +99,7 @@ def animation() -> str:
 def results() -> str:
     if not RESULTS.is_file():
         return f"*No result has been recorded yet: {REMEDY}.*"
-    from fewstep.evaluate.table import captions, table
+    from fewstep.evaluate.page.table import captions, table
 
     report = read_results()
     columns = table(report).columns

@@ -15,6 +15,7 @@ import torch
 from fewstep.diffusion import CFG, Shifted
 from fewstep.evaluate import describe_machine, versions
 from fewstep.models.bundle import BUILT_IN, VideoModel
+from fewstep.models.results import result_in
 
 SHIPPED = {"teacher": "teacher_motion", "features": "features"}
 """Folder in the package: the run it comes from."""
@@ -28,7 +29,7 @@ def main() -> int:
     parser.add_argument("--shift", type=float, default=1.0)
     options, machine = parser.parse_args(), describe_machine()
     for name, run in SHIPPED.items():
-        model = VideoModel.from_pretrained(options.runs / run / "student")
+        model = VideoModel.from_pretrained(result_in(options.runs / run) or options.runs / run)
         contract = replace(model.card.contract, guidance=CFG(scale=options.guidance), grid=Shifted(shift=options.shift))
         made = {
             "recipe file": f"world/{run}",

@@ -57,14 +57,14 @@ class Entry:
 
 
 def entries(kind: str) -> list[Entry]:
-    """What there is of `kind`: a key of `KINDS`, or `recipes`, those of the package."""
+    """All entries of `kind`: a key of `KINDS`, or `recipes` for the recipes of the package."""
     if kind == "recipes":
         return [Entry(name, headline(path), "", _near(path), 1) for name, path in shipped().items()]
     return [entry(thing) for thing in KINDS[kind]]
 
 
 def entry(thing: Callable[..., Any]) -> Entry:
-    """Where `thing` is defined and what it says of itself."""
+    """The entry of `thing`: its docstring, and where it is defined."""
     text = inspect.getdoc(thing) or ""
     module = inspect.getmodule(thing)
     about = f"{text}\n{inspect.getdoc(module) or ''}"
@@ -74,7 +74,7 @@ def entry(thing: Callable[..., Any]) -> Entry:
 
 
 def where(thing: Callable[..., Any]) -> tuple[str, int]:
-    """File (relative to the current folder where it lies below it) and line of a definition."""
+    """File and line of a definition; the file is relative to the current folder if it is below it."""
     return _near(Path(inspect.getsourcefile(thing) or "?")), inspect.getsourcelines(thing)[1]
 
 

@@ -1,7 +1,7 @@
-"""The demo: distil the shipped teacher on this machine and measure what was gained and lost.
+"""The demo: distil the shipped teacher on this machine, and measure speed and quality of the student.
 
-One call trains a single student that serves 4, 2 and 1 steps, measures it beside its teacher on the same prompts, seeds
-and noise, and writes the table, the page, the student and a film.
+One call trains one student for 4, 2 and 1 steps, compares it with its teacher on the same prompts, seeds and noise, and writes
+the figures, the report, the student and a video.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ SUITE = Suite(prompts=64, seeds_per_prompt=2, batch=16, latency_runs=3, latency_
 
 @dataclass(frozen=True)
 class Demo:
-    """What a demo made: the figures, and the folders that hold the rest."""
+    """The result of a demo: the figures, and the paths of everything else."""
 
     report: Report
     student: Path
@@ -79,7 +79,7 @@ def run_demo(
 ) -> Demo:
     """Distil, measure and show. Writes `results.json`, `report.html`, `side_by_side.mp4` and `student/` to `output`.
 
-    `progress(row, done, total)` follows the measurement. A run that was stopped goes on where it was.
+    `progress(row, done, total)` is called during the measurement. A stopped demo resumes where it was.
     """
     output, recipe = Path(output), fitted(recipe)
     student = recipe.run(output / "run", quiet=quiet)
@@ -92,15 +92,15 @@ def run_demo(
 
 
 def fitted(recipe: Recipe) -> Recipe:
-    """The recipe with what makes this machine faster: compiled blocks where compiling works, bfloat16 arithmetic where the
-    processor has it. The resolved recipe in the output says which.
+    """The recipe with what is fast on this machine: compiled blocks if compiling works, and bfloat16 arithmetic if the processor
+    has it. The resolved recipe in the output says what was chosen.
     """
     settings = replace(recipe.settings, compile=not compile_problem(), autocast="bf16" if has_bfloat16() else "off")
     return replace(recipe, settings=settings)
 
 
 def film(folder: Path, fps: float) -> Path:
-    """Side by side, one of the measured prompts under the other: teacher at full steps, teacher at 2, student at 2."""
+    """A video with one line per measured prompt: the teacher at full steps, the teacher at 2 steps, the student at 2 steps."""
     clips = load_file(folder / CLIPS)
     columns = [clips[name] for name in (load_report(folder).reference, "teacher 2", "student 2")]
     path = folder / "side_by_side.mp4"

@@ -12,10 +12,12 @@ from fewstep.data import Data
 from fewstep.engine import Settings
 from fewstep.engine.prepare import require_same
 from fewstep.engine.probe import WorldProbe
+from fewstep.engine.result import result_of, role_of
 from fewstep.engine.student import transforms_of
 from fewstep.methods.base import Method
 from fewstep.models.bundle import VideoModel
 from fewstep.models.card import Card
+from fewstep.models.results import result_in
 from fewstep.models.source import ModelSource, Pretrained, Previous, Scratch
 from fewstep.recipe import Recipe, without_parallel
 from fewstep.written import FILE, Written, tree_of
@@ -23,7 +25,7 @@ from fewstep.written import FILE, Written, tree_of
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One recipe of several. Its student goes on from the student of the stage before."""
+    """One of several recipes. Its student starts from the student of the stage before."""
 
     method: Method
     data: Data
@@ -49,8 +51,13 @@ class Planned:
     """Card of the student that it starts from; None: a copy of its teacher."""
 
     @property
+    def result(self) -> Path:
+        """The folder of the stage's result, whether it is there yet or not."""
+        return result_in(self.folder) or self.folder / result_of(self.recipe.method, self.card)
+
+    @property
     def alone(self) -> Recipe:
-        """The recipe without the student that it goes on from, which is not there yet: what can be planned."""
+        """The recipe without its `settings.start`, the earlier student, which does not exist yet: this can be planned."""
         return replace(self.recipe, settings=replace(self.recipe.settings, start=None))
 
     def check(self) -> None:
@@ -69,10 +76,10 @@ class Pipeline(Written):
 
     def __post_init__(self) -> None:
         if not self.stages:
-            raise ValueError("there are no stages; give at least one")
+            raise ValueError("the recipe has no stages; give at least one")
         for number, (name, stage) in enumerate(self.stages.items()):
             if not name.replace("_", "").isalnum():
-                raise ValueError(f"a stage is called by a word such as 'regression', got {name!r}")
+                raise ValueError(f"the name of a stage is a word such as 'regression', got {name!r}")
             if number == 0 and (stage.model is None or isinstance(stage.model, Previous)):
                 raise ValueError(f"the first stage, {name}, has no stage before it; give it a model")
             if number > 0 and stage.settings.start is not None:
@@ -82,7 +89,7 @@ class Pipeline(Written):
 
     @property
     def hash(self) -> str:
-        """12 characters that name the whole, as a recipe's do. The order of stages counts."""
+        """12 characters that name the pipeline, like a recipe's hash. The order of stages counts."""
         return digest([[name, without_parallel(stage)] for name, stage in self.tree()["stages"].items()])
 
     def plan(self, output: Path) -> Iterator[Planned]:
@@ -94,7 +101,7 @@ class Pipeline(Written):
                 assert stage.model is not None
                 model, card, begun = stage.model, stage.model.card(), None
             else:
-                model, last, made = _teacher(stage, before), str(before.folder / "student"), _made(before)
+                model, last, made = _teacher(stage, before), str(before.result), _made(before)
                 if isinstance(model, Previous):
                     model, card, begun = Pretrained(source=last), made, None
                 else:
@@ -104,7 +111,7 @@ class Pipeline(Written):
             yield before
 
     def check(self) -> None:
-        """Refuse what cannot work in any stage before the first begins. Errors name the stage."""
+        """Refuse a stage that cannot work before the first stage begins. The error names the stage."""
         for planned in self.plan(Path("OUTPUT")):
             try:
                 planned.check()
@@ -112,9 +119,9 @@ class Pipeline(Written):
                 raise RecipeError(f"stage {planned.name}: {error}") from error
 
     def run(self, output: Path | str, *, quiet: bool = False) -> VideoModel:
-        """Run the stages and return the last one's student; the same call goes on where a run was stopped.
+        """Run the stages and return the last one's student. The same call resumes a stopped run.
 
-        A stage that is finished is not run again. To run one anew, delete its folder and those after it.
+        A finished stage is not run again. To run it again, delete its folder and the folders of later stages.
         """
         output = Path(output)
         self.check()
@@ -127,12 +134,12 @@ class Pipeline(Written):
         return VideoModel.from_pretrained(self.student(output)) if student is None else student
 
     def student(self, output: Path) -> Path:
-        """The folder in which the last stage's student will be."""
-        *_, name = self.stages
-        return output / f"{len(self.stages)}-{name}" / "student"
+        """The folder of the last stage's result."""
+        *_, last = self.plan(output)
+        return last.result
 
     def _claim(self, output: Path) -> None:
-        """Keep this recipe in `output`; what is in the folders of its stages belongs to them, and each looks after its own."""
+        """Write this recipe to `output`. Each stage checks its own folder."""
         if output.exists() and not output.is_dir():
             raise RecipeError(f"{output} is a file; give a folder as output")
         if (output / FILE).is_file() and "stages" not in tree_of(output):
@@ -150,7 +157,7 @@ def read(path: Path | str, overrides: list[tuple[str, str]], *, allow_imports: b
 
 
 def _teacher(stage: Stage, before: Planned) -> ModelSource:
-    """Whose teacher a stage without a model has: see `Stage.model`."""
+    """The teacher of a stage: see `Stage.model`."""
     if stage.model is not None:
         return stage.model
     other = {stage.method.part, before.recipe.method.part} != {"denoiser"}
@@ -158,12 +165,11 @@ def _teacher(stage: Stage, before: Planned) -> ModelSource:
 
 
 def _made(before: Planned) -> Card:
-    """What the student of a stage will say of itself, as far as it is known."""
+    """The card of a stage's future result, as far as it is known."""
     card, method = before.card, before.recipe.method
     prints = {part: known for part, known in card.fingerprints.items() if part != method.part}
     if method.part != "denoiser":
         return replace(card, fingerprints=prints)
     contract = method.contract(card.contract)
-    role = card.role if contract == card.contract else "student"
     transforms = transforms_of(card, before.recipe.settings)
-    return replace(card, fingerprints=prints, transforms=transforms, contract=contract, role=role)
+    return replace(card, fingerprints=prints, transforms=transforms, contract=contract, role=role_of(method, card))

@@ -19,10 +19,12 @@ from fewstep.data import Data, require
 from fewstep.engine import Settings, train
 from fewstep.engine.prepare import require_possible, require_processes
 from fewstep.engine.probe import WorldProbe
+from fewstep.engine.result import result_of
 from fewstep.evaluate.machine import describe_machine, versions
 from fewstep.methods.base import Method
 from fewstep.models.bundle import VideoModel
 from fewstep.models.card import Card
+from fewstep.models.results import RESULTS, result_in
 from fewstep.models.source import ModelSource, Pretrained, Scratch
 from fewstep.written import FILE, Written
 
@@ -49,18 +51,18 @@ class Recipe(Written):
 
     @property
     def hash(self) -> str:
-        """12 characters that name the run: equal exactly when every value is equal that decides its numbers.
+        """12 characters that name the run. Two hashes are equal exactly if all values that decide the numbers are equal.
 
-        How it is spread over processes (`settings.parallel`) is not among them.
+        `settings.parallel`, which spreads a run over processes, does not count.
         """
         return digest(without_parallel(self.tree()))
 
     def check(self, card: Card | None = None) -> Card:
         """Refuse what cannot work before any weight is loaded, and return the card of the model the run starts from.
 
-        `card` is what that model will say where it is not there yet. The data must provide what the method needs, and fit the
-        model; the model must have the part that is trained, the method a sampling contract for it, every optimiser a role that
-        is trained; and the run must be long enough.
+        `card` stands for a model that does not exist yet. The data must provide what the method needs and fit the model. The
+        model must have the part that is trained, the method must have a sampling contract for it, every optimiser must belong
+        to a trained role, and the run must be long enough.
         """
         require(self.data, self.method)
         card, name = self.model.card() if card is None else card, type(self.method).__name__
@@ -76,7 +78,7 @@ class Recipe(Written):
         return card
 
     def run(self, output: Path | str, *, quiet: bool = False) -> VideoModel:
-        """Train and return the student; the same call resumes a run that was stopped. Writes `output/student`."""
+        """Train and return the student. The same call resumes a stopped run. The result is also in `output/student`."""
         output = Path(output)
         self.check()
         if output.exists() and not output.is_dir():
@@ -97,19 +99,19 @@ class Recipe(Written):
             probe=self.probe, provenance=self._provenance(model), quiet=quiet,
         )  # fmt: skip
         if leads:
-            self.save(output / "student")
+            self.save(output / result_of(self.method, model.card))
         return student
 
     def finished(self, output: Path) -> bool:
-        """Whether `output` has the student of this very recipe, written to the end."""
-        made = output / "student" / FILE
-        return made.is_file() and Recipe.load(made).hash == self.hash
+        """Whether `output` has the complete result of exactly this recipe."""
+        made = result_in(output)
+        return made is not None and (made / FILE).is_file() and Recipe.load(made).hash == self.hash
 
     def _claim(self, output: Path) -> None:
-        """Make `output` this recipe's folder, or refuse where another recipe has left more than its beginning there."""
+        """Make `output` this recipe's folder. Refuse if another recipe has left checkpoints or a result there."""
         if output.exists() and not output.is_dir():
             raise RecipeError(f"{output} is a file; give a folder as output")
-        if (output / FILE).is_file() and any((output / made).exists() for made in ("checkpoints", "best", "student")):
+        if (output / FILE).is_file() and any((output / made).exists() for made in ("checkpoints", "best", *RESULTS)):
             try:
                 theirs = Recipe.load(output / FILE)
             except RecipeError as error:
@@ -125,7 +127,7 @@ class Recipe(Written):
             self.save(output / FILE)
 
     def _provenance(self, model: VideoModel) -> dict[str, str]:
-        """What the student says of its origin. What the model said of its own is kept, under `teacher.` if it has one."""
+        """The student's provenance. The model's own provenance is kept, under `teacher.` if the model is the teacher."""
         distilled = not isinstance(self.model, Scratch)
         before = model.card.provenance
         chain = {f"teacher.{key}" if distilled else key: value for key, value in before.items()}
@@ -160,7 +162,7 @@ def distill(
     """Distil `model` with `method` and return the student, which is also in `output/student`.
 
     `model` is a source, a folder, or `world`, the built-in teacher. `data` defaults to clips of the built-in world.
-    Calling it again with the same arguments resumes a run that was stopped.
+    Calling it again with the same arguments resumes a stopped run.
     """
     from fewstep.world.data import WorldClips
 
@@ -171,5 +173,5 @@ def distill(
 
 
 def without_parallel(tree: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's tree without what only says how it is spread over processes."""
+    """A recipe's tree without `settings.parallel`."""
     return tree | {"settings": {key: value for key, value in tree["settings"].items() if key != "parallel"}}

@@ -23,7 +23,7 @@ FILE = "recipe.yaml"
 
 @dataclass(frozen=True)
 class Difference:
-    """One setting in which two recipes differ; None where one of them lacks it."""
+    """One setting in which two recipes differ; None if one of them does not have it."""
 
     key: str
     here: Any
@@ -41,9 +41,9 @@ class Written:
         """Read a recipe, then apply `(dotted key, text)` overrides to it.
 
         `path` is a YAML file, the folder of a run or student, or the name of a recipe of the package: `world/dmd2`.
-        Classes outside fewstep (`type: package.module:Class`) must have been imported before, or `allow_imports` lets the
-        file import them: it runs their code. A recipe in the folder of a run or of weights never does.
-        RecipeError for a key, name or value that is not accepted; FileNotFoundError says what is nearest.
+        Classes outside fewstep (`type: package.module:Class`) must have been imported before. With `allow_imports` the file
+        imports them, which runs their code; a recipe in the folder of a run or of weights never does. RecipeError for a key,
+        name or value that is not accepted; FileNotFoundError names the nearest recipe.
         """
         tree, file, alone = tree_of(path), find(path), not Path(path).is_dir()
         cls.recognise(tree, path)
@@ -53,7 +53,7 @@ class Written:
 
     @classmethod
     def recognise(cls, tree: Any, path: Path | str) -> None:
-        """RecipeError names who reads this file, if it is of another kind."""
+        """RecipeError if the file is of another kind; it names the class that reads the file."""
 
     def override(self, overrides: Iterable[tuple[str, str]], *, allow_imports: bool = False) -> Self:
         """A copy with `(dotted key, text)` pairs applied: `("method.critic-updates", "3")`. Text is read by type."""
@@ -90,11 +90,11 @@ class Written:
 
     @property
     def hash(self) -> str:
-        """12 characters: equal exactly when every value is equal that decides the numbers of a run."""
+        """12 characters. Two hashes are equal exactly if all values that decide the numbers of a run are equal."""
         return digest(self.tree())
 
     def diff(self, other: Written) -> list[Difference]:
-        """In which settings `other` differs, by dotted key."""
+        """The settings in which `other` differs, by dotted key."""
         here, there = _flat(self.tree()), _flat(other.tree())
         keys = list(dict.fromkeys([*here, *there]))
         return [Difference(k, here.get(k), there.get(k)) for k in keys if here.get(k) != there.get(k)]
@@ -120,7 +120,7 @@ def find(wanted: Path | str) -> Path:
     path = path / FILE if path.is_dir() else path
     if path.is_file():
         if name in shipped():
-            log.warning("%s is here, so it is read; the recipe of that name that comes with fewstep is not", path)
+            log.warning("reading the file %s, not the recipe with this name in the package", path)
         return path
     if name in shipped():
         return shipped()[name]
@@ -128,11 +128,13 @@ def find(wanted: Path | str) -> Path:
     near = difflib.get_close_matches(path.name, [p.name for p in folder.glob("*.y*ml")], n=1, cutoff=0.5)
     meant = folder / near[0] if near and path.parent == folder else nearest(name) or (near and near[0])
     hint = f" Did you mean {meant}?" if meant else ""
-    raise FileNotFoundError(f"there is no recipe {path}.{hint} `fewstep list recipes` prints those of the package.")
+    raise FileNotFoundError(
+        f"there is no recipe {path}.{hint} `fewstep list recipes` prints the recipes of the package."
+    )
 
 
 def _comes_with_weights(path: Path) -> bool:
-    """Whether a recipe lies in the folder of a run, a student or a model, which may come from anywhere."""
+    """Whether a recipe is in the folder of a run, a student or a model, which may come from other people."""
     return any(
         (path.parent / name).exists() for name in ("card.json", "model_index.json", "metrics.jsonl", "effective.json")
     )

@@ -52,7 +52,7 @@ def teacher(here: Path) -> Path:
 
 
 def run(here: Path) -> Path:
-    """The folder `run`: a finished run of `r.yaml` with a checkpoint, and `run/student`."""
+    """The folder `run`: a finished run of `r.yaml` with a checkpoint, and `run/teacher`."""
     (here / "r.yaml").write_text(RECIPE)
     return Path(shutil.copytree(_made("run"), here / "run"))
 

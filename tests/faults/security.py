@@ -126,7 +126,7 @@ CASES = (
     *(in_file("method", "nowhere:Foo", *words) for words in (("explain",), ("explain", "--allow-imports"))),
     *(
         in_folder(place, *words)
-        for place in ("run/recipe.yaml", "run/student/recipe.yaml", "teacher/recipe.yaml", "teacher/other.yaml")
+        for place in ("run/recipe.yaml", "run/teacher/recipe.yaml", "teacher/recipe.yaml", "teacher/other.yaml")
         for words in (("explain", place), ("explain", place, "--allow-imports"), ("distill", place, "--dry-run"))
     ),
     in_folder("run/recipe.yaml", "explain", "run", "--allow-imports"),

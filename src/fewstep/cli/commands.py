@@ -47,6 +47,7 @@ def demo(options: arguments.Demo) -> int:
 
 def train(options: arguments.Train, overrides: Overrides) -> int:
     from fewstep.core.peers import part_company
+    from fewstep.models.results import result_in
     from fewstep.pipeline import Pipeline, read
 
     if options.strict and options.allow_fallback:
@@ -68,7 +69,8 @@ def train(options: arguments.Train, overrides: Overrides) -> int:
             )
     recipe.run(output, quiet=options.quiet)
     part_company()
-    return _made(recipe.student(output) if isinstance(recipe, Pipeline) else output / "student")
+    made = recipe.student(output) if isinstance(recipe, Pipeline) else result_in(output)
+    return _made(made or output)
 
 
 def prepare(options: arguments.Prepare) -> int:

@@ -15,6 +15,7 @@ from fewstep.cli.screen import screen, table
 from fewstep.engine.health import Record, read_record
 from fewstep.engine.health.vitals import Looks, unsaid
 from fewstep.engine.log import read_metrics
+from fewstep.models.results import result_in
 
 COLOURS = {
     "improving": "bold green", "unclear": "bold", "stalled": "bold yellow", "diverging": "bold red", "collapsing": "bold red",
@@ -22,7 +23,7 @@ COLOURS = {
 BARS = "▁▂▃▄▅▆▇█"
 WIDTH = 32
 """Characters of a curve."""
-SHOWN = ("accuracy", "distance", "heed", "diversity", "motion", "saturation", "contrast", "std", "drift")
+SHOWN = ("accuracy", "distance", "heed", "apart", "diversity", "motion", "saturation", "contrast", "std", "drift")
 OTHERS = ("critic", "lag", "noise", "asked", "change", "coarse", "cosine")
 
 
@@ -49,8 +50,8 @@ def check(folder: Path) -> None:
 
 
 def ended(folder: Path) -> bool:
-    """Whether the run has ended: it writes its student last."""
-    return (folder / "student" / "card.json").is_file()
+    """Whether the run has ended: it writes its result last."""
+    return result_in(folder) is not None
 
 
 def view(folder: Path) -> RenderableType:

@@ -1,4 +1,4 @@
-"""Files and folders that are either whole or absent."""
+"""Files and folders that are either complete or absent."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def replacing(path: Path) -> Iterator[Path]:
         settle(draft)
         draft.replace(path)
     except OSError as error:
-        if error.filename == str(draft):  # a name that nobody gave
+        if error.filename == str(draft):  # the user does not know this name
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     finally:
@@ -36,7 +36,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
+    """Write a text file completely or not at all."""
     with replacing(path) as draft:
         draft.write_text(text, encoding="utf-8")
 
@@ -45,7 +45,7 @@ def write_text(path: Path, text: str) -> None:
 def replacing_folder(target: Path) -> Iterator[Path]:
     """An empty sibling of `target` that takes its place when the block ends without an error.
 
-    A kill while the names change hands leaves what was there before beside it; `recover(target)` puts it back.
+    If a kill comes between the two renames, the old folder is kept under another name; `recover(target)` puts it back.
     """
     draft = draft_of(target)
     shutil.rmtree(draft, ignore_errors=True)
@@ -60,7 +60,7 @@ def replacing_folder(target: Path) -> Iterator[Path]:
 
 
 def settle(file: Path) -> None:
-    """On the disk, and with the rights that any new file gets."""
+    """Flush a file to the disk, and give it the permissions of any new file."""
     with file.open("rb+") as opened:
         os.fsync(opened.fileno())  # otherwise a power cut may leave the final name with old or no content
     if stat.S_ISREG(file.lstat().st_mode):
@@ -75,7 +75,7 @@ def _draft_file(path: Path) -> Path:
 
 
 def require_writable(path: Path) -> None:
-    """Before work begins: an OSError that names `path` where that file cannot be written. Its folder is made."""
+    """Check, before work begins, that the file `path` can be written; OSError if not. Its folder is created."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
@@ -97,7 +97,7 @@ def draft_of(target: Path) -> Path:
 
 
 def discard(folder: Path, successor: Path | None = None) -> None:
-    """Delete a folder, whose name may pass to a successor; a kill half-way leaves nothing torn under that name."""
+    """Delete a folder, and optionally give its name to `successor`. After a kill, no incomplete folder has that name."""
     doomed = _doomed(folder)
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)
@@ -107,9 +107,9 @@ def discard(folder: Path, successor: Path | None = None) -> None:
 
 
 def recover(folder: Path) -> None:
-    """Put back what a kill took away between the two renames of `replacing_folder`; nothing to do otherwise.
+    """Restore the old folder if a kill came between the two renames of `replacing_folder`; otherwise do nothing.
 
-    For folders that are replaced and never discarded alone: only then is what lies aside whole.
+    Use it only for folders that are replaced and never discarded alone: only then is the folder under the other name complete.
     """
     if not folder.exists() and _doomed(folder).is_dir():
         _doomed(folder).rename(folder)

@@ -32,6 +32,14 @@ def headline(path: Path) -> str:
     return re.split(r"(?<=[.!])\s", first, maxsplit=1)[0].rstrip(".")
 
 
+def command_for(folder: Path | str) -> str | None:
+    """The command that makes a missing `folder`, if a shipped recipe makes it: `fewstep train world/teacher --output
+    runs/world/teacher` makes `runs/world/teacher/teacher`."""
+    runs = {parent: parent.as_posix() for parent in Path(folder).parents}
+    made = ((name, run) for run, path in runs.items() for name in shipped() if f"/{path}".endswith(f"/runs/{name}"))
+    return next((f"fewstep train {name} --output {run}" for name, run in made), None)
+
+
 def nearest(wanted: str) -> str | None:
     """The name most like `wanted`, which may also be an old path such as `recipes/world/dmd2.yaml`."""
     bare = re.sub(r"\.ya?ml$", "", wanted).rpartition("recipes/")[2]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fewstep.core import Batch, Call, Pairs, Rng, Seeds
 from fewstep.core.build import digest, dump
+from fewstep.core.disk import require_space, size_of
 from fewstep.core.lock import holding
 from fewstep.core.peers import meet_peers
 from fewstep.core.stopping import saying
@@ -162,7 +163,8 @@ def make_pairs(
     image-to-video teacher needs prompts with pictures (`Pictured`), whose conditions are stored too. After a kill, the same
     call continues, also with another number of processes, and gives the same bytes (another `batch` may change last bits). A
     finished folder is returned unchanged. `progress` is called after every batch of this process' share. DataError if the
-    folder was begun with another teacher, plan or prompts; NonFiniteError if a state is not finite in `plan.storage`.
+    folder was begun with another teacher, plan or prompts; NonFiniteError if a state is not finite in `plan.storage`; OSError if
+    the disk is too small.
     """
     if not prompts or batch < 1:
         raise ValueError(f"make_pairs needs prompts and a batch size, got {len(prompts)} prompts and batch={batch}")
@@ -175,6 +177,9 @@ def make_pairs(
     with holding(Path(output)) if peers.leads else nullcontext(), saying(lambda: GOES_ON):
         writer = PartedWriter(output, "pairs", settings, -(-count // plan.part_size), peers)
         if not writer.complete:
+            cost = pairs_cost(model, len(prompts), plan)
+            held = sum(map(size_of, writer.folder.glob("part-*")))
+            require_space(writer.folder, cost.bytes - held, f"{cost.pairs} pairs")
             parts = [range(n * plan.part_size, min((n + 1) * plan.part_size, count)) for n in writer.mine]
             done, total = 0, sum(map(len, parts))
             for number, pairs in zip(writer.mine, parts, strict=True):

@@ -24,8 +24,10 @@ from fewstep.engine.health.examine import announce, examine
 from fewstep.engine.log import RunLog
 from fewstep.engine.prepare import prepare
 from fewstep.engine.probe import Probe
+from fewstep.engine.result import result_of
 from fewstep.engine.run import Run
 from fewstep.engine.settings import Settings
+from fewstep.engine.space import require_disk
 from fewstep.methods.base import Method
 from fewstep.models import VideoModel
 
@@ -45,17 +47,20 @@ def train(
 
     Under `torchrun` every process calls it with the same arguments, and `output` is on a file system that all of them see.
     Writes to `output`: `metrics.jsonl`, `tensorboard/`, `previews/`, `checkpoints/`, `health.json`, `health/`,
-    `effective.json`, `best/`, `student/`. With a probe, the returned model is the best one by the probe's rule. Otherwise it
-    is the last one, or the best so far if the last one fails its health check (`settings.health`). With several processes,
+    `effective.json`, `best/`, and the result: `student/`, `teacher/` or the trained part (`result_of`). With a probe, the
+    returned model is the best one by the probe's rule. Otherwise it is the last one, or the best so far if the last one fails
+    its health check (`settings.health`). With several processes,
     only the leader gets the denoiser's weights, in main memory. `model` becomes the frozen teacher. SIGTERM saves a
     checkpoint after the current iteration and raises Terminated. Raises ValueError if a setting cannot take effect,
-    NonFiniteError if a number is not finite, CheckpointError if `output` belongs to another run.
+    NonFiniteError if a number is not finite, CheckpointError if `output` belongs to another run, OSError if the disk is too
+    small.
     """
     output = Path(output)
     require(data, method)
     data.check(model)
     with saying(lambda: kept(output, settings)), on_request() as stop:
         run = prepare(model, method, data, settings, output, probe=probe, provenance=provenance or {})
+        require_disk(run)
         iterate(run, stop, quiet=quiet)
         return finish(run)
 
@@ -145,11 +150,11 @@ def judge(run: Run, probe: Probe, log: RunLog) -> None:
 
 
 def finish(run: Run) -> VideoModel:
-    """Write `student/`: the best student by the probe's rule, or the last one, or the best so far if the last one fails
-    its health check."""
+    """Write the result (`result_of`): the best student by the probe's rule, or the last one, or the best so far if the last one
+    fails its health check."""
     if run.method.part == "codec":
         calibrate(run)
-    folder = run.output / "student"
+    folder = run.output / result_of(run.method, run.model.card)
     if not run.best and not (run.monitor is not None and run.monitor.returns_best):
         run.keep(folder)
     elif run.processes.leads:

@@ -219,7 +219,7 @@ class Outline:
             clips, new = min(self.settings.batch, health.prompts * health.seeds), self._clips(health) * self._counts
             check = self._making("health check", clips, {student, judge_of(self.method), critic or student})
             yield replace(check, activations=check.activations + new)  # beside those that are kept
-        if self.settings.preview_every:
+        if self.settings.preview_every and self.method.part == "denoiser":  # reconstructions need less than an update
             yield self._making("picture", CLIPS, {student, "student"})
         if self.probed:
             yield self._making("probe", self.probed, {student}, asks_teacher=False)

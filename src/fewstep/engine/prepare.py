@@ -27,7 +27,7 @@ from fewstep.engine.nets import build_nets, origin, require_alike, sources, star
 from fewstep.engine.offload import Shelf
 from fewstep.engine.optim import RoleOptimizer
 from fewstep.engine.precision import autocast
-from fewstep.engine.preview import Preview
+from fewstep.engine.preview import Preview, Reconstructions
 from fewstep.engine.probe import Probe
 from fewstep.engine.run import Run
 from fewstep.engine.settings import Parallel, Settings
@@ -73,7 +73,7 @@ def prepare(
         compile_blocks(nets, sharded=processes.weights is not None)
     source = open_data(data, model, method, processes)
     rng = Rng(settings.seed, device=settings.device)
-    preview = Preview.of(model, source, rng, held.spread.shared) if settings.preview_every else None
+    preview = picture_of(model, method, source, rng, held.spread) if settings.preview_every else None
     monitor = watching(
         model, method, settings, Views(nets, held.spread), processes, source, partial(autocast, settings)
     )
@@ -83,6 +83,13 @@ def prepare(
         trees=trees, effective=effective, provenance=dict(provenance) | told(others) | effective.provenance, probe=probe,
         preview=preview, monitor=monitor,
     )  # fmt: skip
+
+
+def picture_of(
+    model: VideoModel, method: Method, source: Source, rng: Rng, spread: Spread
+) -> Preview | Reconstructions:
+    """What a run draws at intervals: clips of a denoiser, or reconstructions of a codec."""
+    return Reconstructions.of(source, rng) if method.part == "codec" else Preview.of(model, source, rng, spread.shared)
 
 
 def load_others(method: Method, settings: Settings, processes: Processes) -> dict[str, VideoModel]:
@@ -196,7 +203,7 @@ def require_possible(method: Method, settings: Settings, card: Card, probe: Prob
         )
     if method.part != "denoiser":
         for setting in ("compile", "preview_every", "lora", "transforms"):
-            if getattr(settings, setting):
+            if getattr(settings, setting) and (setting, method.part) != ("preview_every", "codec"):
                 who = f"{name} trains the {method.part}"
                 raise ValueError(f"settings.{setting} is for denoisers, and {who}; leave it out")
         for field in ("shard", "replicate", "sequence", "checkpointing"):

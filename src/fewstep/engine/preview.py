@@ -1,4 +1,4 @@
-"""Pictures during a run: student next to teacher, with the same prompts and seeds."""
+"""Pictures during a run: student next to teacher with the same prompts and seeds, or clips next to their reconstructions."""
 
 from __future__ import annotations
 
@@ -63,6 +63,25 @@ class Preview:
 
     def _clips(self, model: VideoModel, steps: int | None = None) -> Tensor:
         return model(self.prompts, image=self.images, num_inference_steps=steps, shared=self.shared).cpu()
+
+
+@dataclass(frozen=True)
+class Reconstructions:
+    """Clips of the run's data, drawn next to what a codec in training makes of them."""
+
+    frames: Tensor
+    """Clips `[B, 3, F, H, W]`."""
+
+    @classmethod
+    def of(cls, source: Source, rng: Rng) -> Reconstructions:
+        """The same clips in a resumed run."""
+        return cls(source.batch(CLIPS, rng.fold("preview")).require("frames"))
+
+    @torch.no_grad()
+    def draw(self, student: VideoModel) -> Image.Image:
+        """One row per clip. Columns: the clip, and the clip encoded and decoded again."""
+        made = student.codec.decode(student.codec.encode(self.frames))
+        return labelled(Image.fromarray(sheet([self.frames.cpu(), made.cpu()])), ["clip", "reconstruction"])
 
 
 def sheet(columns: list[Tensor]) -> np.ndarray:

@@ -21,8 +21,9 @@ from fewstep.engine.mesh import Processes
 from fewstep.engine.nets import sources
 from fewstep.engine.optim import RoleOptimizer
 from fewstep.engine.precision import autocast, float32
-from fewstep.engine.preview import Preview
+from fewstep.engine.preview import Preview, Reconstructions
 from fewstep.engine.probe import Probe
+from fewstep.engine.result import role_of
 from fewstep.engine.settings import Settings
 from fewstep.engine.shard import add_gradients, whole
 from fewstep.engine.views import Listener, Views
@@ -61,7 +62,7 @@ class Run:
     effective: Effective
     """What is really in effect, as opposed to what was requested."""
     probe: Probe | None = None
-    preview: Preview | None = None
+    preview: Preview | Reconstructions | None = None
     monitor: Monitor | None = None
     step: int = 0
     """Iterations done."""
@@ -172,10 +173,14 @@ class Run:
         if self.method.part != "denoiser":
             return self.model.with_part(self.method.part, network, provenance=self.provenance)
         contract = self.method.contract(card.contract)
-        role = card.role if contract == card.contract else "student"
         network = merge(self.base, network)
         return self.model.with_part(
-            "denoiser", network, contract=contract, role=role, provenance=self.provenance, scores=dict(self.best)
+            "denoiser",
+            network,
+            contract=contract,
+            role=role_of(self.method, card),
+            provenance=self.provenance,
+            scores=dict(self.best),
         )
 
     @property

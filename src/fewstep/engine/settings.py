@@ -128,8 +128,8 @@ class Settings:
     """Iterations between two rows of figures; the last iteration is logged too. Each figure is the mean within its
     iteration."""
     preview_every: Natural = 0
-    """Iterations between two pictures of student and teacher on fixed prompts and seeds; the last iteration has one too. 0:
-    none."""
+    """Iterations between two pictures: student and teacher on fixed prompts and seeds, or clips and their reconstructions if
+    the codec is trained. The last iteration has one too. 0: none."""
     save_every: Natural = 0
     """Iterations between two checkpoints to resume from; the last iteration has one too. 0: only at the end."""
     keep_last: Count = 2

@@ -3,12 +3,12 @@
 from fewstep.core.flops import count_flops
 from fewstep.evaluate.latency import Latency, measure_latency, peak_memory
 from fewstep.evaluate.machine import Machine, describe_machine, versions
+from fewstep.evaluate.page.report import write_report
+from fewstep.evaluate.page.table import details, table
 from fewstep.evaluate.real import RealClips
-from fewstep.evaluate.report import write_report
 from fewstep.evaluate.results import Gain, Report, Row, Truth, load_report
 from fewstep.evaluate.run import evaluate
 from fewstep.evaluate.suite import Entry, Suite, entries
-from fewstep.evaluate.table import details, table
 
 __all__ = [
     "Entry", "Gain", "Latency", "Machine", "RealClips", "Report", "Row", "Suite", "Truth", "count_flops",

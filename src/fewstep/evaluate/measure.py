@@ -11,7 +11,7 @@ from torch import Tensor
 from fewstep.core.finite import require_finite
 from fewstep.data.video import to_uint8
 from fewstep.evaluate.cases import Cases
-from fewstep.evaluate.extractors import FeatureMap
+from fewstep.evaluate.features.extractors import FeatureMap
 from fewstep.metrics import diversity, flicker, motion, shuffled
 from fewstep.world.checker import Checker
 

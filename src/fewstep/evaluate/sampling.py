@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fewstep.evaluate.cases import SEED_STRIDE, Cases, Rendered, TrueClips
-from fewstep.evaluate.extractors import FeatureMap, feature_map
+from fewstep.evaluate.features.extractors import FeatureMap, feature_map
 from fewstep.evaluate.inputs import require_transformers
 from fewstep.evaluate.latency import synchronize
 from fewstep.evaluate.measure import Judge, Measured, Meter, checked
@@ -21,7 +21,7 @@ from fewstep.world.checker import read_scenes
 from fewstep.world.grammar import world_prompts
 
 if TYPE_CHECKING:
-    from fewstep.evaluate.clip_score import ClipScore
+    from fewstep.evaluate.features.clip_score import ClipScore
 
 Progress = Callable[[str, int, int], None]
 """Called as `(row, network steps done, of how many)`."""
@@ -114,7 +114,7 @@ def ask(suite: Suite, num_frames: int, size: tuple[int, int]) -> tuple[Cases, Tr
 
 def _clip_score(folder: str, cases: Cases, device: torch.device) -> ClipScore:
     require_transformers("CLIPScore")
-    from fewstep.evaluate.clip_score import ClipScore
+    from fewstep.evaluate.features.clip_score import ClipScore
 
     return ClipScore(Path(folder), cases, device)
 

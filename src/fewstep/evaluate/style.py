@@ -14,8 +14,8 @@ from torch import Tensor
 from fewstep.core.atomic import write_text
 from fewstep.core.finite import require_finite
 from fewstep.data.video import to_uint8
-from fewstep.evaluate.animate import grid_gif
-from fewstep.evaluate.extractors import feature_map
+from fewstep.evaluate.features.extractors import feature_map
+from fewstep.evaluate.page.animate import grid_gif
 from fewstep.models.bundle import VideoModel
 
 Progress = Callable[[str, int, int], None]

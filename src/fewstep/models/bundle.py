@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fewstep.compress import Transform, transformed
 from fewstep.core import Cond, dump
 from fewstep.core.atomic import settle
+from fewstep.core.shipped import command_for
 from fewstep.core.stamp import stamp_of
 from fewstep.core.yaml import load_json
 from fewstep.diffusion import Step
@@ -34,6 +35,7 @@ from fewstep.models.fingerprint import describe, print_of
 from fewstep.models.images import Images, blank_images, image_conditions
 from fewstep.models.loading import loaded
 from fewstep.models.lora import updated
+from fewstep.models.results import result_in
 from fewstep.models.runtime import Runtime, bring, decoded, require_exact, settled, typed
 from fewstep.models.sampling import Request, sampling
 from fewstep.models.scalars import scalar_conditions
@@ -327,9 +329,11 @@ def read_card(source: Path | str) -> Card:
 def _folder_of(source: Path | str) -> Path:
     folder = _BUILT_INS.get(str(source), Path(source))
     if not (folder / "card.json").is_file():
+        made, command = result_in(folder.parent) or result_in(folder), command_for(folder)
+        hint = f"Give {made}. " if made else f"Make it first: {command}. " if command else ""
         raise FileNotFoundError(
-            f"{source}: no card.json there. Give a folder that fewstep wrote (a run's student/), one in diffusers' layout "
-            f"(with model_index.json), its name on the hub (owner/name), or a built-in: {', '.join(_BUILT_INS)}."
+            f"{source}: no card.json there. {hint}A model is a folder that fewstep wrote (such as a run's student/), a folder "
+            f"in diffusers' layout (with model_index.json), a hub name (owner/name), or a built-in: {', '.join(_BUILT_INS)}."
         )
     return folder
 

@@ -76,7 +76,7 @@ class Chunks:
         if self.stream.commit != "last":
             t = self.stream.context_time
             x_t = self.network.path.add_noise(x, rng.randn(x.shape, "context"), full(t, x)) if t else x
-            kv = denoise(x_t, full(t, x), Call()).kv
+            kv = denoise(x_t, full(t, x), Call(step=last.index, steps=last.steps)).kv
         if kv is None:
             raise ValueError(
                 "the last step of this chunk skipped blocks, so there is nothing to commit; let the stream commit clean "

@@ -119,6 +119,7 @@ class Gauge:
             diversity=float(diversity(frames.unflatten(0, groups)).mean()),
             by_frame=tuple(latents.transpose(0, 2).flatten(1).std(1).tolist()),
             heed=self._heed(frames, teacher.frames),
+            apart=apart(latents, teacher.latents),
         )
 
     def mixed(self, sampled: Sampled) -> Tensor:
@@ -196,6 +197,12 @@ def _nearer(mine: Tensor, reference: Tensor) -> float:
     """Mean energy distance of features `[P, S, D]` to the reference clips of other prompts, minus that to those of their own."""
     others = [float(energy(mine, reference.roll(shift, 0)).mean()) for shift in range(1, len(mine))]
     return sum(others) / len(others) - float(energy(mine, reference).mean())
+
+
+def apart(latents: Tensor, reference: Tensor) -> float:
+    """Root mean square difference from the reference's clips, step count by step count, in the reference's deviation."""
+    by_count = latents.unflatten(0, (-1, len(reference)))
+    return float((by_count - reference).square().mean().sqrt() / reference.std().clamp_min(1e-6))
 
 
 def drift(latents: Tensor, reference: Tensor) -> float:

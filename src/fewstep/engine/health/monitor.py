@@ -139,7 +139,7 @@ class Monitor:
             self.extra -= 1
         if self.extra != before:
             often = f"{1 + self.extra} times" if self.extra else "once"
-            done.append(f"from now on each critic update is done {often}")
+            done.append(f"each critic update is done {often}")
         checks = self.record.checks
         twice = bool(checks) and checks[-1].verdict.word == verdict.word == "collapsing"
         if twice and self.health.stop_on_collapse and vitals.step < self.settings.steps:

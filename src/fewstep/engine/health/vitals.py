@@ -31,6 +31,9 @@ class Looks:
     """How much closer clips are to the teacher's clips of their own prompt than to those of other prompts, relative to the
     teacher itself: 1 = like the teacher, 0 = the prompt has no effect. Blurred clips may score higher. None with a single
     prompt."""
+    apart: float | None = None
+    """Root mean square difference from the teacher's clips that start from the same noise, in the standard deviation of the
+    teacher's clips. It has little noise of its own. Methods that match distributions need not lower it."""
 
 
 @dataclass(frozen=True, kw_only=True)

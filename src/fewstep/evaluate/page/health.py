@@ -9,12 +9,13 @@ from pathlib import Path
 
 from fewstep.engine.health import Record, read_record
 from fewstep.engine.health.vitals import unsaid
-from fewstep.evaluate.svg import curve
+from fewstep.evaluate.page.svg import curve
 
 CURVES = {
     "accuracy": "Accuracy: share of clips with every attribute right",
     "distance": "Distance to the teacher's clips",
     "heed": "Heed of the prompt (1 = like the teacher, 0 = none)",
+    "apart": "Difference from the teacher's clips of the same noise",
     "diversity": "Diversity",
     "motion": "Motion",
     "saturation": "Saturation",

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from fewstep.core.atomic import write_text
 from fewstep.engine.log import read_metrics
-from fewstep.evaluate import health
-from fewstep.evaluate.animate import fitted, gif_bytes
-from fewstep.evaluate.earned import unearned
+from fewstep.evaluate.page import health
+from fewstep.evaluate.page.animate import fitted, gif_bytes
+from fewstep.evaluate.page.earned import unearned
+from fewstep.evaluate.page.svg import Bar, Point, bars, curve, scatter
+from fewstep.evaluate.page.table import between, ends, number, percent, score, times, truth_cells
 from fewstep.evaluate.results import CLIPS, Range, Report, Row, load_report
-from fewstep.evaluate.svg import Bar, Point, bars, curve, scatter
-from fewstep.evaluate.table import between, ends, number, percent, score, times, truth_cells
 
 FILE = "report.html"
 LARGEST = 256
@@ -41,7 +41,7 @@ def write_report(folder: Path | str, *, run: Path | str | None = None, recipe: s
     if run is not None:
         sections += [_health(Path(run)), _curves(Path(run))]
     sections += [_method(report), _provenance(report, recipe)]
-    template = Template(files("fewstep.evaluate").joinpath("report.html").read_text(encoding="utf-8"))
+    template = Template(files("fewstep.evaluate.page").joinpath("report.html").read_text(encoding="utf-8"))
     hero = best_student(report)
     page = template.substitute(
         title=escape(f"{hero.model}: few-step report" if hero else "fewstep report"),
@@ -120,7 +120,7 @@ def _facts(report: Report, hero: Row | None) -> Iterator[tuple[str, str]]:
     if hero is None:
         return
     if doubt := unearned(report, hero):
-        yield "not shown", f"is the quality of {hero.name}: {doubt}. So this page claims no speed-up"
+        yield "not shown", f"quality of {hero.name}: {doubt}. So this page claims no speed-up"
     else:
         faster = f"{number(reference.seconds / hero.seconds)}x faster"
         yield faster, f"{_time(hero.seconds)} per clip instead of {_time(reference.seconds)}"
@@ -228,7 +228,7 @@ def _charts(report: Report) -> str:
     rows, cards = report.rows, []
     if all(row.accuracy is not None for row in rows):
         items = [Bar(r.name, r.accuracy, kind(r, report), r.accuracy_ci) for r in rows]
-        cards.append(("Every attribute right", bars(items, text=percent, top=1.0)))
+        cards.append(("Accuracy: every attribute right", bars(items, text=percent, top=1.0)))
         points = [Point(r.name, r.seconds, r.accuracy or 0.0, kind(r, report)) for r in rows]
         cards.append(
             ("Quality against time", scatter(points, x_name="seconds per clip (logarithmic)", y_name="accuracy"))

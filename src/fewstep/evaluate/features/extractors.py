@@ -62,7 +62,7 @@ def feature_map(source: str, size: tuple[int, int], device: torch.device) -> Fea
         return _torchscript(Path(source), device)
     if (Path(source) / "config.json").is_file():
         require_transformers(source)
-        from fewstep.evaluate.video_encoder import VideoEncoder
+        from fewstep.evaluate.features.video_encoder import VideoEncoder
 
         encoder = VideoEncoder(Path(source), device)
         return FeatureMap(encoder.name, encoder)
