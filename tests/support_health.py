@@ -222,7 +222,7 @@ SOUND_RUNS: dict[str, tuple[Method, Settings]] = {
     "DMD2": (QUICK, settings()),
     "Consistency": (CONSISTENT, settings(192, 24, student=CALM)),
     "KnowledgeDistillation": (
-        KnowledgeDistillation(rollout=FromPairs(grids=NESTED, shift=3.0, mode="ode")), settings(96, 12, student=CALM)
+        KnowledgeDistillation(rollout=FromPairs(grids=NESTED, shift=3.0, mode="ode")), settings(192, 24, student=CALM)
     ),
     "Progressive": (
         Progressive(stages=((8, 24), (4, 24)), guidance=CFG(scale=2.5), shift=3.0), settings(student=CALM)
