@@ -122,12 +122,14 @@ def test_the_reference_row_is_one_and_only_students_have_gains(finished: tuple[R
     assert gains == {"teacher 4": None, "teacher 2": None, "student 2": "teacher 2", "student 1": None}
 
 
-def test_the_cost_grows_with_the_network_evaluations(finished: tuple[Report, Path]):
+def test_the_cost_grows_with_the_network_evaluations(finished: tuple[Report, Path], teacher: VideoModel):
+    """And only who is guided encodes the negative prompt, once."""
     report, _ = finished
     four, two, one = (report.row(name).flops or 0 for name in ("teacher 4", "student 2", "student 1"))
     per_call = two - one
     assert per_call > 0
-    assert four == pytest.approx(one + 7 * per_call, rel=0.01)  # 8 evaluations, the text is encoded once
+    negative = count_flops(lambda: teacher.text.encode([teacher.card.negative_prompt]))
+    assert four == pytest.approx(one + 7 * per_call + negative, rel=0.001)  # 8 evaluations, two texts
 
 
 def test_evaluating_twice_gives_the_same_figures(finished: tuple[Report, Path], teacher: VideoModel, tmp_path: Path):

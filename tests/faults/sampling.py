@@ -171,7 +171,7 @@ RESULTS = {
 }  # fmt: skip
 
 EVALUATED = (
-    *(evaluate(f"foreign results.json: {name}", EVALUATE, "results.json", "not of fewstep", prepare=there(results_json=text),
+    *(evaluate(f"foreign results.json: {name}", EVALUATE, "results.json", "not written by", prepare=there(results_json=text),
                writes=True) for name, text in RESULTS.items()),
     evaluate("a foreign page", EVALUATE, "report.html", prepare=there(report_html="<html>mine</html>"), writes=True),
     evaluate("0 prompts", (*EVALUATE[:6], "--prompts", "0"), "prompts", "0"),

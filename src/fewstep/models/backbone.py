@@ -184,7 +184,7 @@ class Backbone(nn.Module, ABC):
     rotary: Rotary
     """Rotary positions, for networks that can have a past."""
     shares: ClassVar[bool] = False
-    """Whether several processes may share the tokens of a clip: the blocks' self-attention is `read` (or a `streams.Seat`),
+    """Whether several processes may share the tokens of a clip: the blocks' self-attention is `read` (or a `joint.Seat`),
     and all other operations work token by token."""
     transforms: tuple[Transform, ...] = ()
     """Transforms of this network relative to its class and `args`, see `compress.transformed`."""
