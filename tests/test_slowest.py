@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from support_costs import cpu_seconds
 from support_processes import forked
 
 pytest_plugins = ["pytester"]
@@ -53,6 +55,24 @@ def test_costs_are_cpu_seconds_of_every_test(pytester: pytest.Pytester, processe
     ]  # fmt: skip
     first, second, third = costs.values()
     assert first >= 0.29 and 0.09 <= second < first and third < 0.1
+
+
+def burn(seconds: float) -> None:
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
+
+
+def test_forked_processes_are_counted() -> None:
+    """They are children of the process that they are forked from, and not of the one that tests."""
+    spent = []
+    for seconds in (0.0, 0.3):  # the first waits for the imports
+        before = cpu_seconds()
+        process = forked().Process(target=burn, args=(seconds,))
+        process.start()
+        process.join()
+        spent.append(cpu_seconds() - before)
+    assert 0.28 <= spent[1] < 1.0
 
 
 def test_the_slowest_come_first_with_what_they_guard(
