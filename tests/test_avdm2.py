@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from fewstep.core import Batch, Cond, Rng
+from fewstep.core import Batch, Call, Cond, Rng
 from fewstep.diffusion import CFG, VP, Prediction, target
 from fewstep.diffusion.path import broadcast
 from fewstep.engine import CheckpointError, train
@@ -117,7 +117,7 @@ class FrameStudent(nn.Module):
         super().__init__()
         self.offsets, self.std, self.path = nn.Parameter(offsets), std, VIDEO
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond, call: Call = Call()) -> Prediction:
         return Prediction(self.std * x_t + self.offsets[:, None, None], "x0", x_t, t, self.path)
 
 
@@ -290,7 +290,7 @@ def test_fields_say_who_is_there_and_what_is_read() -> None:
     assert in_forwards(AVDM2(score="none", critic_updates=1).cost()) == "7, 4 of the first 2 blocks"
     assert [AVDM2().critic, AVDM2(score="video").critic, AVDM2(score="none").critic] == ["image_critic", "critic", None]
     for wrong, said in (
-        ({"score": "none", "adversarial": 0.0}, "nothing trains"),
+        ({"score": "none", "adversarial": 0.0}, "leave no loss for the student"),
         ({"score": "video", "image_teacher": TinyImages()}, "does not use an image teacher"),
         ({"frames": 0}, "at least 1"),
     ):
