@@ -12,7 +12,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import pytest
 
+from fewstep.attention import BlockCausal
 from fewstep.catalogue import classes
+from fewstep.compress import Repatterned, StepScales
 from fewstep.core.build import digest, dump
 from fewstep.data import Cut, Keep, PairPlan, Preparation, make_pairs, pairs_cost
 from fewstep.data import prepare as encode
@@ -52,6 +54,8 @@ def whole() -> dict[type, Any]:
         Settings(steps=3, optim={"student": Optim()}, lora=Lora()),
         Pretrained(),
         Scratch(denoiser=Spec("VideoDiT"), codec="world", contract=Contract(grid=Timesteps(), stream=Stream())),
+        Repatterned(pattern=BlockCausal(chunk=1)),
+        StepScales(steps=4),
         *(cls(**{f.name: "x" for f in fields(cls) if f.default is f.default_factory}) for cls in _plain()),
     ]
     for start in starts:
