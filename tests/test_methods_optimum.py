@@ -165,7 +165,7 @@ def test_consistency_offers_only_what_it_trains(shift: float) -> None:
 @pytest.mark.parametrize("steps", [(5,), (1, 2, 24), ()])
 def test_consistency_refuses_steps_off_its_grid(steps: tuple[int, ...]) -> None:
     with pytest.raises(
-        ValueError, match=r"12 intervals .* the times of 1, 2, 3, 4, 6, 12 steps|steps\[0\] must be at least 1"
+        ValueError, match=r"12 intervals .* trained only for 1, 2, 3, 4, 6, 12 steps|steps\[0\] must be at least 1"
     ):
         Consistency(intervals=12, steps=steps)
     with pytest.raises(ValueError, match="at least 1, got 0"):

@@ -53,7 +53,7 @@ _BUILT_INS = {"world": BUILT_IN / "teacher", "world/features": BUILT_IN / "featu
 class VideoModel:
     """Networks by part, and their card. `model(prompts)` makes clips.
 
-    Parts: `denoiser`, `text`, `codec`, `features`, and `image` where clips are made of images; a folder may hold only some
+    Parts: `denoiser`, `text`, `codec`, `features`, and `image` of image-to-video models; a folder may hold only some
     (an autoencoder on its way to a teacher).
     """
 

@@ -52,11 +52,11 @@ def image_conditions(
     name = model.card.name
     if "image" not in model.parts:
         if image is not None or last_image is not None:
-            raise ValueError(f"{name!r} makes clips of text alone; leave out image (--image)")
+            raise ValueError(f"{name!r} is a text-to-video model; leave out image (--image)")
         return {}
     if isinstance(image, Mapping):
         if last_image is not None:
-            raise ValueError("conditions that were made of images have the last one already; leave out last_image")
+            raise ValueError("conditions of images contain the last one already; leave out last_image")
         made: Mapping[str, Tensor] = image
     else:
         first, last = _picture(model, "image", image), None

@@ -96,7 +96,7 @@ def card(layout: Layout) -> Card:
 
 
 def _of_images(layout: Layout, transformer: Mapping[str, Any]) -> Reads | None:
-    """How its pipeline reads images; None if it makes clips of text alone."""
+    """How its pipeline reads images; None for a text-to-video model."""
     if transformer["in_channels"] != transformer["out_channels"]:
         return "image" if transformer.get("pos_embed_seq_len") is None else "ends"
     if layout.index["_class_name"] == "WanPipeline":
