@@ -217,7 +217,7 @@ def test_a_name_is_found_from_anywhere_and_a_file_goes_first(
     assert Recipe.load("world/dmd2").settings.steps > 1 and not caplog.records  # a folder without a recipe is none
     Path("world/dmd2/recipe.yaml").write_text(TINY)
     assert Recipe.load("world/dmd2").settings.steps == 1
-    assert "comes with fewstep" in caplog.text and "world/dmd2/recipe.yaml" in caplog.text
+    assert "not the recipe with this name in the package" in caplog.text and "world/dmd2/recipe.yaml" in caplog.text
     code, out, _ = said("distill", "world/consistency", "--dry-run")
     assert code == 0 and "runs/consistency-" in out
 
