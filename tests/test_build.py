@@ -199,7 +199,7 @@ def test_missing_required_key() -> None:
 
 
 def test_import_paths() -> None:
-    tree = {"type": "fewstep.diffusion.path:RectifiedFlow"}
+    tree = {"type": "fewstep.diffusion.paths:RectifiedFlow"}
     from fewstep.diffusion import NoisePath, RectifiedFlow
 
     assert build(NoisePath, tree) == RectifiedFlow()
