@@ -28,6 +28,7 @@ from fewstep.engine.prepare import prepare
 from fewstep.engine.run import Run
 from fewstep.methods import METHODS, FlowMatching, Method
 from fewstep.models import Card, VideoModel, fingerprint
+from fewstep.models.results import result_in
 from fewstep.written import names
 from support_engine import CASES, Everything, die, long_run, short_run, small, tiny_model
 
@@ -95,8 +96,10 @@ def test_being_killed_and_going_on_changes_no_bit(case: str, tmp_path: Path) -> 
     short_run(tmp_path / "killed", case)
     assert_same_state(last_state(tmp_path / "straight"), last_state(tmp_path / "killed"))
     assert figures(tmp_path / "straight") == figures(tmp_path / "killed")
-    for file in (tmp_path / "straight" / "student").iterdir():
-        assert file.read_bytes() == (tmp_path / "killed" / "student" / file.name).read_bytes()
+    made = result_in(tmp_path / "straight")
+    assert made is not None
+    for file in made.iterdir():
+        assert file.read_bytes() == (tmp_path / "killed" / made.name / file.name).read_bytes()
 
 
 def test_sigkill_at_any_moment_changes_no_bit(tmp_path: Path) -> None:
