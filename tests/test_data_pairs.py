@@ -239,7 +239,7 @@ def test_plans_that_cannot_be_run() -> None:
     with pytest.raises(ValueError, match="2 steps cannot pass through 2 times"):
         PairPlan(times=TIMES, steps=2).resolve(Contract())
     leading = Contract(steps=25, grid=Timesteps(spacing="leading", steps_offset=1))
-    with pytest.raises(ValueError, match=r"from t = 0\.962 to 0, .* name a grid"):
+    with pytest.raises(ValueError, match=r"from t = 0\.962 to 0, .* name another grid"):
         PairPlan(times=TIMES).resolve(leading)
     assert PairPlan(times=TIMES, grid=Shifted()).resolve(leading).grid[0] == 1.0
 

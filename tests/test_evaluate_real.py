@@ -211,7 +211,7 @@ def test_a_video_encoder_sees_what_its_own_processor_would_make(family: str, tmp
         torch.testing.assert_close(extractor.map(to_floats(pixels)), torch.cat(wanted).mean(1), rtol=1e-4, atol=1e-5)
     assert f"{family}Model" in extractor.name and "4 frames of 32x32" in extractor.name
     transformers.VideoMAEImageProcessor(rescale_factor=1 / 127.5).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"otherwise than to \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"does not scale pixels to \[0, 1\]"):
         feature_map(str(tmp_path), (SIDE, SIDE), CPU)
 
 
@@ -257,7 +257,7 @@ def test_real_clips_are_drawn_by_seed_without_the_unreadable(videos: Path):
     assert first.shape == second.shape == (6, 3, FRAMES, SIDE, SIDE)
     assert not (first.flatten(1)[:, None] == second.flatten(1)[None]).all(2).any()  # no clip is in both
     assert real.draw(9, FRAMES, (SIDE, SIDE), 0).sets == 1
-    with pytest.raises(DataError, match="14 videos give 16 frames at stride 2, and 20 are asked for"):
+    with pytest.raises(DataError, match="14 videos have 16 frames at stride 2, and 20 are needed"):
         real.draw(20, FRAMES, (SIDE, SIDE), 0)
     with pytest.raises(DataError, match="too short"):
         RealClips(path=str(videos), stride=4).draw(4, FRAMES, (SIDE, SIDE), 0)
@@ -334,7 +334,7 @@ def test_features_and_n_are_said_wherever_a_figure_is(finished: tuple[Report, Pa
     assert "FVD" in heads and "CLIPScore" in heads and "Frechet" not in heads
     said = str(table(report).caption)
     assert "FVD: n = 5, to 5 real clips" in said and "i3d_torchscript.pt" in said
-    assert "CLIPScore: n = 5" in said and "FVD: 5 clips for 9 features is few" in said
+    assert "CLIPScore: n = 5" in said and "FVD: 5 clips are few for 9 features" in said
     page = write_report(folder).read_text()
     for words in ("the captions of 5 real clips", "1 seed each", "real clips</td>", "CLIPScore", "FVD controls"):
         assert words in page
@@ -360,7 +360,7 @@ def test_enough_clips_for_their_features_are_extrapolated(teacher: VideoModel, v
     assert row.frechet_infinity is not None and row.frechet is not None and row.frechet_infinity < row.frechet
     assert "FVD, n to infinity" in names
     assert row.clip_score is None and "CLIPScore" not in str(table(report).caption)
-    assert not any("is few" in note for note in report.notes)
+    assert not any("are few for" in note for note in report.notes)
 
 
 def test_on_the_command_line(
@@ -387,7 +387,7 @@ def test_on_the_command_line(
         return code, captured.out, " ".join(captured.err.split())
 
     code, _, err = run(*protocol)
-    assert code == 2 and "and 100 are asked for" in err and "ask for fewer prompts" in err
+    assert code == 2 and "and 100 are needed" in err and "ask for fewer prompts" in err
     code, _, err = run("--suite", "avdm2", "--real", videos)
     assert code == 2 and "--features" in err and "--clip" in err
     code, _, err = run("--real", videos)
