@@ -341,6 +341,7 @@ def test_overrides_are_split_off() -> None:
     assert pairs == [("method.x", "-1"), ("a.b", "c=d")]
 
 
+@pytest.mark.usefixtures("few_latency_runs")
 def test_evaluate_compares_a_student_with_its_teacher(said, tiny: Path) -> None:
     from fewstep.recipe import Recipe
 

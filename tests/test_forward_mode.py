@@ -97,9 +97,9 @@ def peak(tokens: int) -> int:
 
 
 def test_memory_does_not_grow_with_the_square_of_the_tokens() -> None:
-    short, long = peak(512), peak(2048)
+    short, long = peak(256), peak(1024)
     assert long < 4.1 * short
-    assert long < 2048 * 2048 * B * H * 8 / 8  # an eighth of the scores alone
+    assert long < 1024 * 1024 * B * H * 8 / 8  # an eighth of the scores alone
 
 
 # --- what a prediction says ---------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from fewstep.cli import main
 from fewstep.cli.watch import ended
 from fewstep.core.shipped import command_for
 from fewstep.engine import train
-from fewstep.engine.run import result_of
+from fewstep.engine.result import result_of
 from fewstep.methods import METHODS, Consistency, FlowMatching, Method, ReadAttributes, Reconstruction
 from fewstep.models.bundle import read_card
 from fewstep.models.results import RESULTS, result_in

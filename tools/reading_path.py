@@ -24,7 +24,13 @@ FILES, LINES = 12, 1500
 """The budget of the world's recipe."""
 START, LOSS, NETWORK = "recipe.py", "student_loss", "models/denoiser.py"
 """The file at which the path starts, the function at which it ends, and the file below which networks are."""
-QUICK = {"settings.steps": "1", "settings.health": "null", "settings.batch": "1", "settings.compile": "false"}
+QUICK = {
+    "settings.steps": "1",
+    "method.critic_updates": "1",
+    "settings.health": "null",
+    "settings.batch": "1",
+    "settings.compile": "false",
+}
 
 STOPPED = 130
 """The command's exit code when it is interrupted."""
@@ -77,12 +83,14 @@ def trace(recipe: str, *, deep: bool = False) -> list[str]:
     sys.path.insert(0, str(ROOT / "src"))
     from fewstep.cli import main as fewstep
     from fewstep.engine.run import Run
+    from fewstep.methods.base import Update
 
     trail, update = Trail(deep=deep), Run.update
 
-    def traced(self: Run, *args: Any) -> Any:
-        sys.setprofile(trail)
-        return update(self, *args)
+    def traced(self: Run, event: Update, *args: Any) -> Any:
+        if event.roles == ("student",):
+            sys.setprofile(trail)
+        return update(self, event, *args)
 
     with tempfile.TemporaryDirectory() as folder:
         overrides = [word for key, value in QUICK.items() for word in (f"--{key}", value)]
