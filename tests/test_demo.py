@@ -14,7 +14,7 @@ from fewstep.models.bundle import VideoModel
 from fewstep.recipe import Recipe
 
 
-@pytest.mark.usefixtures("single_thread", "few_latency_runs")
+@pytest.mark.usefixtures("single_thread")
 def test_demo_writes_what_it_promises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "compile_problem", lambda: "compiling takes longer than this test")
     short = replace(demo.RECIPE, settings=replace(demo.RECIPE.settings, steps=1, batch=2), probe=None)
