@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -40,6 +41,12 @@ def shared_models_stay_as_they_are() -> Iterator[None]:
     yield
     if (tiny := sys.modules.get("tiny_models")) is not None:
         assert not tiny.changed(), f"a test has changed a shared model ({tiny.changed()}); give it a copy: save_tiny"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c_is_heard() -> None:
+    """Also where tests run in the background of a shell, which lets its jobs ignore it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
