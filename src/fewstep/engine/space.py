@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from fewstep.core.disk import require_space, size_of
-from fewstep.engine.memory import FLOAT
+from fewstep.engine.memory import optimizer_bytes
 from fewstep.engine.run import Run
 from fewstep.models.results import RESULTS
 
@@ -28,14 +28,12 @@ def require_disk(run: Run) -> None:
 
 def checkpoint_bytes(run: Run) -> int:
     """Bytes of the tensors in one checkpoint: networks that change, and their optimisers' moments (AdamW 2, Muon 1)."""
-    moments = (
-        FLOAT * (1 if kind == "muon" else 2) * parameter.numel()
-        for optimizer in run.optimizers.values()
-        for kind, part in optimizer.parts.items()
-        for group in part.param_groups
-        for parameter in group["params"]
-    )
-    return sum(_bytes(network.state_dict()) for network in run.changing.values()) + sum(moments)
+    trained = dict.fromkeys(("adamw", "muon"), 0)
+    for optimizer in run.optimizers.values():
+        for kind, part in optimizer.parts.items():
+            trained[kind] += sum(p.numel() for group in part.param_groups for p in group["params"])
+    networks = sum(_bytes(network.state_dict()) for network in run.changing.values())
+    return networks + optimizer_bytes(sum(trained.values()), momentum_only=trained["muon"])
 
 
 def student_bytes(run: Run) -> int:
