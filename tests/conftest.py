@@ -81,12 +81,3 @@ def load_tool() -> Callable[[str], ModuleType]:
         return module
 
     return load
-
-
-@pytest.fixture
-def few_latency_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An evaluation takes each time three times, not twenty: a test asks that it is there, not how long it is."""
-    from fewstep.evaluate import cost
-
-    measure = cost.measure_latency
-    monkeypatch.setattr(cost, "measure_latency", lambda fn, **options: measure(fn, **options | {"runs": 3}))

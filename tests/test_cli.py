@@ -341,6 +341,15 @@ def test_overrides_are_split_off() -> None:
     assert pairs == [("method.x", "-1"), ("a.b", "c=d")]
 
 
+@pytest.fixture
+def few_latency_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluation takes each time three times, not twenty: a test asks that it is there, not how long it is."""
+    from fewstep.evaluate import cost
+
+    measure = cost.measure_latency
+    monkeypatch.setattr(cost, "measure_latency", lambda fn, **options: measure(fn, **options | {"runs": 3}))
+
+
 @pytest.mark.usefixtures("few_latency_runs")
 def test_evaluate_compares_a_student_with_its_teacher(said, tiny: Path) -> None:
     from fewstep.recipe import Recipe

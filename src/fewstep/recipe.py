@@ -109,8 +109,6 @@ class Recipe(Written):
 
     def _claim(self, output: Path) -> None:
         """Make `output` this recipe's folder. Refuse if another recipe has left checkpoints or a result there."""
-        if output.exists() and not output.is_dir():
-            raise RecipeError(f"{output} is a file; give a folder as output")
         if (output / FILE).is_file() and any((output / made).exists() for made in ("checkpoints", "best", *RESULTS)):
             try:
                 theirs = Recipe.load(output / FILE)

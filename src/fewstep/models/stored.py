@@ -68,9 +68,8 @@ class Stored(Mapping[str, Tensor]):
                     "to use it all the same, trust it (--trust, or trust=True)"
                 )
         path, stored = self._place[name]
-        tensor: Tensor = open_tensors(path).get_tensor(
-            stored
-        )  # opened anew: an open file keeps in memory what was read
+        # The file is opened anew: an open one keeps in memory what was read.
+        tensor: Tensor = open_tensors(path).get_tensor(stored)
         return tensor.to(dtype, copy=True)  # the file may be written over, or deleted
 
     def __iter__(self) -> Iterator[str]:
