@@ -1,19 +1,21 @@
-"""Attention layers of diffusers that normalise queries and keys over all heads together, as in Wan and LTX.
+"""Blocks of diffusers as in Wan and LTX: modulated by time, with queries and keys normalised over all heads together.
 
 Legend: as in `models/backbone.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.attention import Operation
 from fewstep.core import KV
 from fewstep.models.backbone import Tokens, read
-from fewstep.models.video_dit import merge_heads, split_heads
+from fewstep.models.video_dit import gate, merge_heads, modulate, split_heads
 
 
 def project(attention: Any, x_BNE: Tensor, source_BME: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,3 +36,15 @@ def read_frames(attention: Any, h_BNE: Tensor, state: Tokens, operation: Operati
     """What tokens read from each other and from earlier frames, and their own keys and values for later ones."""
     mixed, new = read(operation, project(attention, h_BNE, h_BNE), state.context, state.past)
     return out(attention, mixed), new
+
+
+def modulated(block: Any, state: Tokens, cross: Callable[[Tensor], Tensor], norm: nn.Module, mlp: nn.Module) -> Tokens:
+    """A block's forward: self-attention, `cross` to the text, `norm` and `mlp`; the first and last are modulated by time."""
+    x = state.x_BNE
+    parts = (block.scale_shift_table + state.context.modulation_BG6E).unbind(2)
+    shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts
+    read, new = read_frames(block.attn1, modulate(block.norm1(x), shift_a, scale_a), state, block.operation)
+    x = x + gate(read, gate_a)
+    x = x + cross(x)
+    x = x + gate(mlp(modulate(norm(x), shift_m, scale_m)), gate_m)
+    return replace(state, x_BNE=x, new=new)

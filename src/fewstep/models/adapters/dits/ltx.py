@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from fewstep.attention import Dense, Grid3, Operation, Pattern, attend
 from fewstep.core import Call, Cond, RecipeError
 from fewstep.diffusion import LinearQuadratic, Shifted
-from fewstep.models.adapters.dits.attention import out, project, read_frames
+from fewstep.models.adapters.dits.attention import modulated, out, project
 from fewstep.models.adapters.flow import contract_of
 from fewstep.models.adapters.layout import Layout
 from fewstep.models.adapters.network import DiffusersBackbone
@@ -31,7 +31,7 @@ from fewstep.models.backbone import Context, Original, Tokens
 from fewstep.models.card import Card, latent_shape_of
 from fewstep.models.rotary import turn_pairs
 from fewstep.models.spec import Spec
-from fewstep.models.video_dit import gate, modulate, time_groups
+from fewstep.models.video_dit import modulate, time_groups
 
 _TIMESTEPS = 1000
 _TEXT_LENGTH = 128
@@ -224,15 +224,11 @@ class _Block(nn.Module):
         self.scale_shift_table = block.scale_shift_table
 
     def forward(self, state: Tokens) -> Tokens:
-        x, context = state.x_BNE, state.context
-        parts = (self.scale_shift_table + context.modulation_BG6E).unbind(2)
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts
-        h = modulate(self.norm1(x), shift_a, scale_a)
-        read, new = read_frames(self.attn1, h, state, self.operation)
-        x = x + gate(read, gate_a)
-        x = x + out(self.attn2, attend(*project(self.attn2, x, context.text_BLE), context.text_mask_B11L))
-        x = x + gate(self.ff(modulate(self.norm2(x), shift_m, scale_m)), gate_m)
-        return replace(state, x_BNE=x, new=new)
+        def cross(x: Tensor) -> Tensor:
+            context = state.context
+            return out(self.attn2, attend(*project(self.attn2, x, context.text_BLE), context.text_mask_B11L))
+
+        return modulated(self, state, cross, self.norm2, self.ff)
 
 
 def _tokens(x: Tensor) -> Tensor:

@@ -5,16 +5,14 @@ Legend: as in `models/backbone.py`.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformerBlock
 from torch import Tensor, nn
 
 from fewstep.attention import Operation, attend
-from fewstep.models.adapters.dits.attention import out, project, read_frames
+from fewstep.models.adapters.dits.attention import modulated, out, project
 from fewstep.models.backbone import Context, Tokens
-from fewstep.models.video_dit import gate, modulate, split_heads
+from fewstep.models.video_dit import split_heads
 
 
 class WanBlock(nn.Module):
@@ -29,15 +27,7 @@ class WanBlock(nn.Module):
         self.scale_shift_table = block.scale_shift_table
 
     def forward(self, state: Tokens) -> Tokens:
-        x, context = state.x_BNE, state.context
-        parts = (self.scale_shift_table + context.modulation_BG6E).unbind(2)
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts
-        h = modulate(self.norm1(x), shift_a, scale_a)
-        read, new = read_frames(self.attn1, h, state, self.operation)
-        x = x + gate(read, gate_a)
-        x = x + _read(self.attn2, self.norm2(x), context)
-        x = x + gate(self.ffn(modulate(self.norm3(x), shift_m, scale_m)), gate_m)
-        return replace(state, x_BNE=x, new=new)
+        return modulated(self, state, lambda x: _read(self.attn2, self.norm2(x), state.context), self.norm3, self.ffn)
 
 
 def _read(attention: WanAttention, x_BNE: Tensor, context: Context) -> Tensor:
