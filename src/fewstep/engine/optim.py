@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from fewstep.engine.muon import Muon
 from fewstep.engine.settings import Optim
 
 
@@ -31,10 +32,7 @@ class RoleOptimizer:
                     f"muon works on the matrices inside `blocks`, and this {type(network).__name__} has none; "
                     "give its role an entry of type adamw in settings.optim"
                 )
-            # match_rms_adamw gives Muon's update the RMS of AdamW's, so that one learning rate serves both (2502.16982).
-            self.parts["muon"] = torch.optim.Muon(
-                _groups(matrices, optim), lr=optim.lr, weight_decay=optim.weight_decay, adjust_lr_fn="match_rms_adamw"
-            )
+            self.parts["muon"] = Muon(_groups(matrices, optim), lr=optim.lr, weight_decay=optim.weight_decay)
         if others:  # there are none with adapters, which are all matrices inside `blocks`
             # fused: one kernel does the whole update of a weight, three times as fast on a CPU as the default
             self.parts["adamw"] = torch.optim.AdamW(
