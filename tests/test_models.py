@@ -101,7 +101,7 @@ def test_a_block_is_its_equation() -> None:
         return y if scale is None else y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt() * scale
 
     def turned(y: Tensor) -> Tensor:
-        cos, sin = FrameRotary(18, 100.0).table(torch.arange(FRAMES), state.grid)
+        cos, sin = FrameRotary(18, 100.0).table(torch.arange(FRAMES), state.grid, y)
         pairs = torch.complex(y[..., :9], y[..., 9:]) * torch.complex(cos, sin)
         return torch.cat([pairs.real, pairs.imag], -1)
 
@@ -328,7 +328,7 @@ def test_only_differences_of_position_are_read() -> None:
     q, k = torch.randn(2, 1, 1, 24, 18, dtype=torch.float64)
     rotary = FrameRotary(18, 100.0, halves=True)
     rotate = rotary.turn
-    early, late = (rotary.table(start + torch.arange(4), Grid3(4, 2, 3)) for start in (0, 5))
+    early, late = (rotary.table(start + torch.arange(4), Grid3(4, 2, 3), q) for start in (0, 5))
     scores = rotate(q, early) @ rotate(k, early).mT
     torch.testing.assert_close(rotate(q, late) @ rotate(k, late).mT, scores, atol=1e-10, rtol=0)
     assert far(rotate(q, late) @ rotate(k, early).mT, scores)

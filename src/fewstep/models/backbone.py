@@ -211,7 +211,7 @@ class Backbone(nn.Module, ABC):
         """
         grid, (positions, start), layers = self.grid(x), memory.keep.stand(memory), memory.layers
         if layers:
-            table = self.rotary.table(positions.clamp_min(0), grid).to(x)
+            table = self.rotary.table(positions.clamp_min(0), grid, x)
             table = table if call.shared is None else cast(Ulysses, call.shared).own_heads(table)
             layers = tuple((self.rotary.turn(k, table).to(v), v) for k, v in layers)
         return KVView(layers, positions, start, positions >= 0 if memory.keep.leaves_empty else None)

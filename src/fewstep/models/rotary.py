@@ -17,8 +17,9 @@ from fewstep.attention import Grid3
 class Rotary(Protocol):
     """Tables of angles, and how they turn keys and queries."""
 
-    def table(self, frames: Tensor, grid: Grid3) -> Tensor:
-        """Cosines and sines of the tokens of frames that stand at `frames`, `[F]`: `[2, M, D / 2]` or `[2, H, M, D / 2]`.
+    def table(self, frames: Tensor, grid: Grid3, like: Tensor) -> Tensor:
+        """Cosines and sines of the tokens of frames that stand at `frames`, `[F]`: `[2, M, D / 2]` or `[2, H, M, D / 2]`, with
+        the type and on the device of `like`.
 
         Streams that differ in age have `frames` `[B, F]` and get `[2, B, 1 or H, M, D / 2]`.
         """
@@ -38,19 +39,21 @@ class FrameRotary:
     halves: bool = False
     """Whether the pairs `(x[i], x[i + D/2])` are rotated, or the pairs `(x[2i], x[2i + 1])`."""
 
-    def table(self, frames: Tensor, grid: Grid3) -> Tensor:
-        """float64, computed on the CPU."""
+    def table(self, frames: Tensor, grid: Grid3, like: Tensor) -> Tensor:
+        """An axis has its own angles, so only each axis is computed in float64 on the CPU, which takes no time."""
         if frames.ndim == 2:
-            return torch.stack([self.table(row, grid) for row in frames], 1)[:, :, None]
-        positions = torch.meshgrid(frames, torch.arange(grid.height), torch.arange(grid.width), indexing="ij")
+            return torch.stack([self.table(row, grid, like) for row in frames], 1)[:, :, None]
         pairs = self.dim // 2
         sizes = (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3)
-        angles = [
-            position.flatten()[:, None] * self.base ** (-torch.arange(size, dtype=torch.float64) / size)
-            for position, size in zip(positions, sizes, strict=True)
-        ]
-        angle = torch.cat(angles, -1)
-        return torch.stack([angle.cos(), angle.sin()])
+        axes = frames, torch.arange(grid.height), torch.arange(grid.width)
+        tables = []
+        for axis, (positions, size) in enumerate(zip(axes, sizes, strict=True)):
+            angle = positions[:, None] * self.base ** (-torch.arange(size, dtype=torch.float64) / size)
+            shape = [2, 1, 1, 1, size]
+            shape[1 + axis] = len(positions)
+            table = torch.stack([angle.cos(), angle.sin()]).to(like).view(shape)
+            tables.append(table.expand(2, len(frames), grid.height, grid.width, size))
+        return torch.cat(tables, -1).flatten(1, 3)
 
     def turn(self, x_BHMD: Tensor, table: Tensor) -> Tensor:
         return turn_halves(x_BHMD, table) if self.halves else turn_pairs(x_BHMD, table)

@@ -81,7 +81,7 @@ class VideoDiT(Backbone):
             text_BLE=text,
             text_mask_B11L=cond.mask[:, None, None],
             rotary=self.rotary,
-            table=self.rotary.table(call.positions(grid.frames), grid).to(x),
+            table=self.rotary.table(call.positions(grid.frames), grid, x),
             site=self.site(self.pattern, grid, call, x.device),
         )
         return Tokens(x_BNE, time_BGE, grid, context)

@@ -151,7 +151,7 @@ class LTX(DiffusersBackbone):
             text_BLE=text,
             text_mask_B11L=cond.mask[:, None, None],
             rotary=self.rotary,
-            table=self.rotary.table(call.positions(grid.frames), grid).to(x),
+            table=self.rotary.table(call.positions(grid.frames), grid, x),
             site=self.site(self.pattern, grid, call, x.device),
         )
         return Tokens(x_BNE, time.unflatten(0, time_BG.shape), grid, context)
@@ -197,9 +197,9 @@ class _Rotary:
     fps: int
     first_pixels: bool
 
-    def table(self, frames: Tensor, grid: Grid3) -> Tensor:
+    def table(self, frames: Tensor, grid: Grid3, like: Tensor) -> Tensor:
         if frames.ndim == 2:
-            return torch.stack([self.table(row, grid) for row in frames], 1)
+            return torch.stack([self.table(row, grid, like) for row in frames], 1)
         (time, space), frames = self.compression, frames.float()
         seconds = frames * (time / self.fps)
         if self.first_pixels:
@@ -207,7 +207,7 @@ class _Rotary:
         axes = seconds, torch.arange(grid.height).float() * space, torch.arange(grid.width).float() * space
         places_13M = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)[None]
         tables_2ME = torch.stack([table[0, :, ::2] for table in self.rope(places_13M, video_coords=places_13M)])
-        return tables_2ME.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return tables_2ME.unflatten(-1, (self.heads, -1)).transpose(1, 2).to(like)
 
     def turn(self, x_BHMD: Tensor, table: Tensor) -> Tensor:
         return turn_pairs(x_BHMD, table)

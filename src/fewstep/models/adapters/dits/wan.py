@@ -180,7 +180,7 @@ class Wan(DiffusersBackbone):
             text_BLE=text,
             text_mask_B11L=None,  # Wan was trained to read the zeros after a prompt
             rotary=self.rotary,
-            table=self.rotary.table(call.positions(grid.frames), grid).to(x),
+            table=self.rotary.table(call.positions(grid.frames), grid, x),
             site=self.site(self.pattern, grid, call, x.device),
             image_BKE=image,
         )
