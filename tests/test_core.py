@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fewstep.core import Call, Cond, Rng, Seeds
-from fewstep.core.call import Place
+from fewstep.core.call import Constants, Place
 from fewstep.core.finite import NonFiniteError, require_finite
 from fewstep.diffusion import CFG, Prediction, RectifiedFlow
 
@@ -125,3 +125,11 @@ def test_guidance_hands_the_call_on() -> None:
     for guidance in (CFG(), CFG(scale=3.0)):
         guidance(net, torch.zeros(2, 1, 1, 1, 1), torch.ones(2), one, one, call)
     assert seen == [call, replace(call, branch="both")]
+
+
+def test_branches_have_constants_of_their_own() -> None:
+    call = Call(constants=Constants())
+    assert [call.constant("words", lambda: value) for value in (1, 2)] == [1, 1]
+    assert replace(call, branch="both").constant("words", lambda: 3) == 3
+    assert replace(call, step=1).constant("words", lambda: 4) == 1
+    assert [Call().constant("words", lambda: value) for value in (5, 6)] == [5, 6]

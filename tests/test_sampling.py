@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,9 +16,11 @@ from fewstep.compress import ScalarInput
 from fewstep.core import Call, Seeds
 from fewstep.core.call import Place, S
 from fewstep.diffusion import CFG, EDM, Contract, Heun, Prediction
-from fewstep.models import VideoModel
+from fewstep.models import VideoModel, sampling
 from fewstep.models.repattern import repattern
+from fewstep.models.source import Diffusers
 from support_engine import shaken, tiny_model
+from tiny_models import IMAGE_SIZE, TINY, shared
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 PROMPTS = ("a small red ring", "a large blue disc")
@@ -133,3 +138,53 @@ def test_scalars_that_are_not_read_not_given_or_no_numbers_are_refused() -> None
     for wrong in ("4", True, float("nan"), None, torch.ones(2)):
         with pytest.raises(ValueError, match="guidance must be a finite number, such as 4.0, got"):
             model.sampling(PROMPTS, scalars={"guidance": wrong})
+
+
+# --- what a run computes once ------------------------------------------------------------------------------------------
+
+
+def load_tiny(family: str) -> VideoModel:
+    size = TINY[family].size if family in TINY else IMAGE_SIZE
+    return Diffusers(source=str(shared(family)), **size).load()
+
+
+class Counted:
+    """Calls of a network's layers, by the end of their names."""
+
+    def __init__(self, network: torch.nn.Module, *ends: str) -> None:
+        self.calls: Counter[str] = Counter()
+        for name, module in network.named_modules():
+            for end in ends:
+                if name.endswith(end):
+                    module.register_forward_hook(lambda *_, end=end: self.calls.update([end]))
+
+
+@pytest.mark.parametrize("family", ["world", "wan", "wan_image", "ltx", "wan_experts"])
+def test_values_that_no_step_changes_change_no_clip(family: str) -> None:
+    model = tiny_model() if family == "world" else load_tiny(family)
+    shown = {"image": torch.zeros(1, 3, model.card.height, model.card.width)} if "image" in model.parts else {}
+    options: dict[str, Any] = {"num_inference_steps": 3, "seed": 3, **shown}
+    kept = model.latents(PROMPTS, **options)
+    with mock.patch.object(sampling, "Constants", return_value=None):
+        assert torch.equal(model.latents(PROMPTS, **options), kept)
+    assert not torch.equal(model.latents(PROMPTS[::-1], **options), kept)
+
+
+@pytest.mark.parametrize(("family", "words"), [("world", "cross.kv"), ("wan", "attn2.to_k"), ("ltx", "attn2.to_k")])
+def test_the_text_is_read_once_in_a_run(family: str, words: str) -> None:
+    model = tiny_model() if family == "world" else load_tiny(family)
+    blocks = len(model.denoiser.backbone.blocks)
+    model = model.with_card(contract=Contract(steps=4, guidance=CFG(scale=3.0)))
+    counted = Counted(model.denoiser, words)
+    model.latents(PROMPTS)
+    assert counted.calls == {words: blocks}
+    model.latents(PROMPTS)
+    assert counted.calls == {words: 2 * blocks}, "another run has its own"
+
+
+def test_runs_in_turns_keep_their_own_values() -> None:
+    model = tiny_model().with_card(contract=Contract(steps=3, guidance=CFG(scale=3.0)))
+    turns = [model.sampling([prompt], seed=1) for prompt in PROMPTS]
+    last = [list(steps) for steps in zip(*turns, strict=True)][-1]
+    for prompt, step in zip(PROMPTS, last, strict=True):
+        assert torch.equal(step.x, model.latents([prompt], seed=1))

@@ -7,8 +7,8 @@ every block is run.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol, Self, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ class Flow(Protocol):
 
 
 S = TypeVar("S", bound=Flow)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,23 @@ def every_block(block: Callable[[S], S], state: S, place: Place) -> S:
     return block(state)
 
 
+@dataclass(frozen=True, eq=False)
+class Constants:
+    """Values that are the same in all calls of one run of sampling, such as keys of the text: each is computed once.
+
+    Made for one run, with one network and fixed conditions.
+    """
+
+    kept: dict[Hashable, Any] = field(default_factory=dict)
+
+    def get(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` gave when `key` was asked for first."""
+        if key not in self.kept:
+            self.kept[key] = make()
+        found: T = self.kept[key]
+        return found
+
+
 @dataclass(frozen=True)
 class Call:
     """One call among those that make a clip."""
@@ -113,6 +131,12 @@ class Call:
     runner: Runner = every_block
     shared: Sharing | None = None
     """Processes that make this call together, each with its share of the tokens; None: this process alone."""
+    constants: Constants | None = None
+    """Values that the run of sampling keeps from call to call; None: every call computes its own."""
+
+    def constant(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` gives, if it gives the same in all calls of this branch."""
+        return make() if self.constants is None else self.constants.get((self.branch, key), make)
 
     def positions(self, frames: int) -> Tensor:
         """Where so many frames of the call itself stand in their stream, int64 `[F]` or `[B, F]`."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Self, cast
 
@@ -68,6 +69,8 @@ class State(ABC):
     """Input: rotated keys, and values, that the next block may read in addition to its own."""
     place: Place = field(default=Place(0, 1, Call()), kw_only=True)
     """Input: where the next block is, and in which call."""
+    text: tuple[KV, ...] | None = field(default=None, kw_only=True)
+    """Input: keys and values of what the next block reads besides the clip (text, image); None: the block computes them."""
     new: KV | None = field(default=None, kw_only=True)
     """Output: keys (without rotary position) and values of the last block that ran."""
 
@@ -188,6 +191,8 @@ class Backbone(nn.Module, ABC):
     and all other operations work token by token."""
     transforms: tuple[Transform, ...] = ()
     """Transforms of this network relative to its class and `args`, see `compress.transformed`."""
+    text_first: ClassVar[bool] = False
+    """Whether blocks have `reads(context)`: the keys and values of `State.text`, which one run of sampling computes once."""
     takes_scalars: ClassVar[bool] = False
     """Whether `embed` passes its time embedding through `with_scalars`."""
     scalars: nn.ModuleDict
@@ -234,6 +239,11 @@ class Backbone(nn.Module, ABC):
             f"{type(self).__name__} sees whole clips and has no past; take a causal model (VideoDiT, Wan, LTX)"
         )
 
+    def turns(self, grid: Grid3, x: Tensor, call: Call) -> Tensor:
+        """The table of `rotary` for the tokens of a call."""
+        make = partial(self.rotary.table, call.positions(grid.frames), grid, x)
+        return make() if call.kv is not None else call.constant("turns", make)  # a stream moves on
+
     def with_scalars(self, time_BGE: Tensor, cond: Cond) -> Tensor:
         """The time embedding, to which every added scalar input adds what `cond` says of it."""
         for scalar in self.scalars.values():
@@ -274,7 +284,10 @@ class Backbone(nn.Module, ABC):
             state = state.split(cast(Ulysses, call.shared))
         for index, block in enumerate(self.blocks):
             place = Place(index, len(self.blocks), call)
-            state = replace(state, past=call.kv.layer(index) if call.kv else None, place=place, new=None)
+            past, text = call.kv.layer(index) if call.kv else None, None
+            if call.constants is not None and self.text_first:
+                text = call.constant(("text", index), partial(block.reads, cast(Tokens, state).context))  # type: ignore[operator, misc]
+            state = replace(state, past=past, place=place, text=text, new=None)
             state = call.runner(block, state, place)
             yield state
 

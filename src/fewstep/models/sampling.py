@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from fewstep.compress.stepwise import knows_steps
 from fewstep.core import Call, Cond, Seeds
-from fewstep.core.call import Runner, Sharing, every_block
+from fewstep.core.call import Constants, Runner, Sharing, every_block
 from fewstep.diffusion import CFG, Prediction, Step, StepCountError
 from fewstep.models.images import Images
 
@@ -92,8 +93,10 @@ def sampling(model: VideoModel, request: Request) -> Iterator[Step]:
         noise, shape = Seeds(request.seeds, device=str(model.device)), model.latent_shape(request.num_frames)
         start = model.denoiser.path.prior(noise.randn((len(request.prompts), *shape), "start"))
 
+    constants = None if knows_steps(model.denoiser) else Constants()
+
     def denoise(x_t: Tensor, t: Tensor, call: Call) -> Prediction:
-        call = replace(call, runner=request.runner, shared=request.shared)
+        call = replace(call, runner=request.runner, shared=request.shared, constants=constants)
         model.bring("denoiser")
         with evaluating(model.denoiser), model.runtime.denoising():
             return guidance(model.denoiser, x_t, t, cond, uncond, call)

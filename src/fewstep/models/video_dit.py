@@ -32,6 +32,7 @@ class VideoDiT(Backbone):
     """2-5 M parameters at the default size; head dimension `width / heads` must be even and at least 6."""
 
     shares = True
+    text_first = True
     takes_scalars = True
 
     def __init__(
@@ -81,7 +82,7 @@ class VideoDiT(Backbone):
             text_BLE=text,
             text_mask_B11L=cond.mask[:, None, None],
             rotary=self.rotary,
-            table=self.rotary.table(call.positions(grid.frames), grid, x),
+            table=self.turns(grid, x, call),
             site=self.site(self.pattern, grid, call, x.device),
         )
         return Tokens(x_BNE, time_BGE, grid, context)
@@ -124,10 +125,14 @@ class Block(nn.Module):
         x, context = state.x_BNE, state.context
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (self.table + context.modulation_BG6E).unbind(2)
         mixed, new = self.attention(modulate(_norm(x), shift_a, scale_a), context, state.past)
-        x = x + gate(mixed, gate_a)
-        x = x + self.cross(_norm(x), context)
-        x = x + gate(self.mlp(modulate(_norm(x), shift_m, scale_m)), gate_m)
+        x = gated(x, mixed, gate_a)
+        x = x + self.cross(_norm(x), state.text or self.reads(context), context.text_mask_B11L)
+        x = gated(x, self.mlp(modulate(_norm(x), shift_m, scale_m)), gate_m)
         return replace(state, x_BNE=x, new=new)
+
+    def reads(self, context: Context) -> tuple[KV, ...]:
+        """Keys and values of the words."""
+        return (self.cross.words(context.text_BLE),)
 
 
 class SelfAttention(nn.Module):
@@ -160,10 +165,13 @@ class CrossAttention(nn.Module):
         self.key_scale = nn.Parameter(torch.ones(width // heads))
         self.out = nn.Linear(width, width)
 
-    def forward(self, x_BNE: Tensor, context: Context) -> Tensor:
-        k, v = (split_heads(y, self.heads) for y in self.kv(context.text_BLE).chunk(2, -1))
+    def words(self, text_BLE: Tensor) -> KV:
+        k, v = (split_heads(y, self.heads) for y in self.kv(text_BLE).chunk(2, -1))
+        return rms_norm(k, self.key_scale), v
+
+    def forward(self, x_BNE: Tensor, words: tuple[KV, ...], mask_B11L: Tensor | None) -> Tensor:
         q = rms_norm(split_heads(self.q(x_BNE), self.heads), self.query_scale)
-        return self.out(merge_heads(attend(q, rms_norm(k, self.key_scale), v, context.text_mask_B11L)))
+        return self.out(merge_heads(attend(q, *words[0], mask_B11L)))
 
 
 class MLP(nn.Module):
@@ -196,11 +204,13 @@ def _norm(x: Tensor) -> Tensor:
 def modulate(x_BNE: Tensor, shift_BGE: Tensor, scale_BGE: Tensor) -> Tensor:
     """`x (1 + scale) + shift`, where each time group owns an equal run of tokens."""
     x = x_BNE.unflatten(1, (shift_BGE.shape[1], -1))
-    return (x * (1 + scale_BGE[:, :, None]) + shift_BGE[:, :, None]).flatten(1, 2)
+    return torch.addcmul(shift_BGE[:, :, None], x, 1 + scale_BGE[:, :, None]).flatten(1, 2)
 
 
-def gate(x_BNE: Tensor, gate_BGE: Tensor) -> Tensor:
-    return (x_BNE.unflatten(1, (gate_BGE.shape[1], -1)) * gate_BGE[:, :, None]).flatten(1, 2)
+def gated(x_BNE: Tensor, made_BNE: Tensor, gate_BGE: Tensor) -> Tensor:
+    """`x + gate made`, likewise."""
+    x, made = (y.unflatten(1, (gate_BGE.shape[1], -1)) for y in (x_BNE, made_BNE))
+    return torch.addcmul(x, made, gate_BGE[:, :, None]).flatten(1, 2)
 
 
 def time_features(t: Tensor) -> Tensor:

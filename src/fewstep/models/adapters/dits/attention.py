@@ -15,15 +15,25 @@ from torch import Tensor, nn
 from fewstep.attention import Operation
 from fewstep.core import KV
 from fewstep.models.backbone import Tokens, read
-from fewstep.models.video_dit import gate, merge_heads, modulate, split_heads
+from fewstep.models.video_dit import gated, merge_heads, modulate, split_heads
 
 
-def project(attention: Any, x_BNE: Tensor, source_BME: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries of x, keys and values of the source, by heads; the norms are computed in full precision."""
-    q, k, v = attention.to_q(x_BNE), attention.to_k(source_BME), attention.to_v(source_BME)
-    with torch.autocast(x_BNE.device.type, enabled=False):
-        q, k = (norm(y.to(x_BNE.dtype)).to(v.dtype) for norm, y in ((attention.norm_q, q), (attention.norm_k, k)))
-    return split_heads(q, attention.heads), split_heads(k, attention.heads), split_heads(v, attention.heads)
+def queries(attention: Any, x_BNE: Tensor) -> Tensor:
+    """Queries of x by heads."""
+    return split_heads(normalised(attention.norm_q, attention.to_q(x_BNE), x_BNE.dtype), attention.heads)
+
+
+def keys(attention: Any, source_BME: Tensor, dtype: torch.dtype) -> KV:
+    """Keys and values of the source by heads; `dtype` is that of latents."""
+    k, v = normalised(attention.norm_k, attention.to_k(source_BME), dtype), attention.to_v(source_BME)
+    return split_heads(k, attention.heads), split_heads(v, attention.heads)
+
+
+def normalised(norm: nn.Module, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """`y` after its norm, which is computed as `dtype`."""
+    with torch.autocast(y.device.type, enabled=False):
+        made: Tensor = norm(y.to(dtype)).to(y.dtype)
+    return made
 
 
 def out(attention: Any, mixed_BHND: Tensor) -> Tensor:
@@ -34,7 +44,8 @@ def out(attention: Any, mixed_BHND: Tensor) -> Tensor:
 
 def read_frames(attention: Any, h_BNE: Tensor, state: Tokens, operation: Operation) -> tuple[Tensor, KV]:
     """What tokens read from each other and from earlier frames, and their own keys and values for later ones."""
-    mixed, new = read(operation, project(attention, h_BNE, h_BNE), state.context, state.past)
+    qkv = (queries(attention, h_BNE), *keys(attention, h_BNE, h_BNE.dtype))
+    mixed, new = read(operation, qkv, state.context, state.past)
     return out(attention, mixed), new
 
 
@@ -44,7 +55,7 @@ def modulated(block: Any, state: Tokens, cross: Callable[[Tensor], Tensor], norm
     parts = (block.scale_shift_table + state.context.modulation_BG6E).unbind(2)
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts
     read, new = read_frames(block.attn1, modulate(block.norm1(x), shift_a, scale_a), state, block.operation)
-    x = x + gate(read, gate_a)
+    x = gated(x, read, gate_a)
     x = x + cross(x)
-    x = x + gate(mlp(modulate(norm(x), shift_m, scale_m)), gate_m)
+    x = gated(x, mlp(modulate(norm(x), shift_m, scale_m)), gate_m)
     return replace(state, x_BNE=x, new=new)

@@ -21,9 +21,9 @@ from diffusers.models.transformers.transformer_ltx import LTXVideoTransformerBlo
 from torch import Tensor, nn
 
 from fewstep.attention import Dense, Grid3, Operation, Pattern, attend
-from fewstep.core import Call, Cond, RecipeError
+from fewstep.core import KV, Call, Cond, RecipeError
 from fewstep.diffusion import LinearQuadratic, Shifted
-from fewstep.models.adapters.dits.attention import modulated, out, project
+from fewstep.models.adapters.dits.attention import keys, modulated, out, queries
 from fewstep.models.adapters.flow import contract_of
 from fewstep.models.adapters.layout import Layout
 from fewstep.models.adapters.network import DiffusersBackbone
@@ -97,6 +97,7 @@ class LTX(DiffusersBackbone):
 
     network = LTXVideoTransformer3DModel
     shares = True
+    text_first = True
 
     def __init__(
         self,
@@ -145,13 +146,13 @@ class LTX(DiffusersBackbone):
             x_BNE = self.proj_in(_tokens(x))
             time_BG = time_groups(t, x)
             modulation, time = self.time_embed(_TIMESTEPS * time_BG.flatten(), batch_size=len(x), hidden_dtype=x.dtype)
-            text = self.caption_projection(cond.text.to(x.dtype))
+            text = call.constant("words", lambda: self.caption_projection(cond.text.to(x.dtype)))
         context = Context(
             modulation_BG6E=modulation.unflatten(0, time_BG.shape).unflatten(-1, (6, self.width)),
             text_BLE=text,
             text_mask_B11L=cond.mask[:, None, None],
             rotary=self.rotary,
-            table=self.rotary.table(call.positions(grid.frames), grid, x),
+            table=self.turns(grid, x, call),
             site=self.site(self.pattern, grid, call, x.device),
         )
         return Tokens(x_BNE, time.unflatten(0, time_BG.shape), grid, context)
@@ -225,10 +226,14 @@ class _Block(nn.Module):
 
     def forward(self, state: Tokens) -> Tokens:
         def cross(x: Tensor) -> Tensor:
-            context = state.context
-            return out(self.attn2, attend(*project(self.attn2, x, context.text_BLE), context.text_mask_B11L))
+            ((k, v),) = state.text or self.reads(state.context)
+            return out(self.attn2, attend(queries(self.attn2, x), k, v, state.context.text_mask_B11L))
 
         return modulated(self, state, cross, self.norm2, self.ff)
+
+    def reads(self, context: Context) -> tuple[KV, ...]:
+        """Keys and values of the text."""
+        return (keys(self.attn2, context.text_BLE, context.modulation_BG6E.dtype),)
 
 
 def _tokens(x: Tensor) -> Tensor:

@@ -130,6 +130,7 @@ class Wan(DiffusersBackbone):
 
     network = WanTransformer3DModel
     shares = True
+    text_first = True
     takes_scalars = True
 
     def __init__(self, *, config: dict[str, Any], pattern: Pattern = Dense(), first_frame: bool = False) -> None:
@@ -172,15 +173,14 @@ class Wan(DiffusersBackbone):
             waves = embedder.timesteps_proj(_TIMESTEPS * time_BG.flatten()).to(x.dtype)
             time_BGE = self.with_scalars(embedder.time_embedder(waves).unflatten(0, time_BG.shape), cond)
             modulation = embedder.time_proj(F.silu(time_BGE)).unflatten(-1, (6, self.width))
-            text = embedder.text_embedder(cond.text.to(x.dtype))
-            seen = embedder.image_embedder
-            image = None if seen is None else seen(self._seen(self._of_image(cond, "image_states")).to(x.dtype))
+            text = call.constant("words", lambda: embedder.text_embedder(cond.text.to(x.dtype)))
+            image = call.constant("image", lambda: self._image(cond, x.dtype))
         context = Context(
             modulation_BG6E=modulation,
             text_BLE=text,
             text_mask_B11L=None,  # Wan was trained to read the zeros after a prompt
             rotary=self.rotary,
-            table=self.rotary.table(call.positions(grid.frames), grid, x),
+            table=self.turns(grid, x, call),
             site=self.site(self.pattern, grid, call, x.device),
             image_BKE=image,
         )
@@ -214,6 +214,11 @@ class Wan(DiffusersBackbone):
     def _reads_image(self) -> bool:
         """Whether it reads the latents of the image beside those of the clip."""
         return bool(self.patch_embedding.in_channels != self.channels)
+
+    def _image(self, cond: Cond, dtype: torch.dtype) -> Tensor | None:
+        """The image as blocks read it, beside the text."""
+        seen = self.condition_embedder.image_embedder
+        return None if seen is None else seen(self._seen(self._of_image(cond, "image_states")).to(dtype))
 
     def _seen(self, states_BKD: Tensor) -> Tensor:
         """As the embedder takes them: those of two images one after the other in the batch."""

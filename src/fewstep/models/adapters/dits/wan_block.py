@@ -5,12 +5,14 @@ Legend: as in `models/backbone.py`.
 
 from __future__ import annotations
 
-import torch
-from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformerBlock
+from functools import partial
+
+from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor, nn
 
 from fewstep.attention import Operation, attend
-from fewstep.models.adapters.dits.attention import modulated, out, project
+from fewstep.core import KV
+from fewstep.models.adapters.dits.attention import keys, modulated, normalised, out, queries
 from fewstep.models.backbone import Context, Tokens
 from fewstep.models.video_dit import split_heads
 
@@ -27,21 +29,19 @@ class WanBlock(nn.Module):
         self.scale_shift_table = block.scale_shift_table
 
     def forward(self, state: Tokens) -> Tokens:
-        return modulated(self, state, lambda x: _read(self.attn2, self.norm2(x), state.context), self.norm3, self.ffn)
+        return modulated(self, state, partial(self._cross, state), self.norm3, self.ffn)
 
+    def reads(self, context: Context) -> tuple[KV, ...]:
+        """Keys and values of the text and, where there is one, of the image, by weights of their own."""
+        attention, dtype = self.attn2, context.modulation_BG6E.dtype
+        text, image = keys(attention, context.text_BLE, dtype), context.image_BKE
+        if image is None:
+            return (text,)
+        k, v = normalised(attention.norm_added_k, attention.add_k_proj(image), dtype), attention.add_v_proj(image)
+        return text, (split_heads(k, attention.heads), split_heads(v, attention.heads))
 
-def _read(attention: WanAttention, x_BNE: Tensor, context: Context) -> Tensor:
-    """What tokens take from the text and, where there is one, from the image."""
-    q, k, v = project(attention, x_BNE, context.text_BLE)
-    read = attend(q, k, v, context.text_mask_B11L)
-    if context.image_BKE is not None:
-        read = read + attend(q, *_project_image(attention, context.image_BKE, x_BNE.dtype))
-    return out(attention, read)
-
-
-def _project_image(attention: WanAttention, image_BKE: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Keys and values of the image, by weights of their own."""
-    k, v = attention.add_k_proj(image_BKE), attention.add_v_proj(image_BKE)
-    with torch.autocast(image_BKE.device.type, enabled=False):
-        k = attention.norm_added_k(k.to(dtype)).to(v.dtype)
-    return split_heads(k, attention.heads), split_heads(v, attention.heads)
+    def _cross(self, state: Tokens, x_BNE: Tensor) -> Tensor:
+        """What tokens take from the text and from the image."""
+        q = queries(self.attn2, self.norm2(x_BNE))
+        read, *more = (attend(q, k, v) for k, v in state.text or self.reads(state.context))
+        return out(self.attn2, sum(more, read))

@@ -117,7 +117,7 @@ class WanExperts(Backbone):
         return alone
 
     def embed(self, x: Tensor, t: Tensor, cond: Cond, call: Call = Call()) -> _Routed:
-        chosen, parts, places = self._chosen(t), [], []
+        chosen, parts, places, call = self._chosen(t), [], [], replace(call, constants=None)  # each has its own
         for index, expert in enumerate(self.experts):
             own = [row for row, its in enumerate(chosen) if index in its or call.kv is not None]
             rows = torch.tensor(own, device=x.device, dtype=torch.long)
