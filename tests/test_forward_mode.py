@@ -15,9 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fewstep.attention import attend
 from fewstep.attention.forward_mode import forward_mode
 from fewstep.core import Cond
+from fewstep.core.ledger import Ledger
 from fewstep.diffusion import EDM, KINDS, VP, Betas, Kind, NoisePath, Prediction, RectifiedFlow, Trig
 from fewstep.diffusion.prediction import Tangent
-from fewstep.engine.outline import Ledger
 from support_engine import tiny_model
 
 B, H, N, M, D = 2, 3, 5, 7, 8

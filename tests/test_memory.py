@@ -14,10 +14,11 @@ import torch
 
 import fewstep
 from fewstep.cli.plan import planned, variants
+from fewstep.core.ledger import Ledger
 from fewstep.data import Prompts
 from fewstep.engine import Health, Parallel
 from fewstep.engine.memory import FLOAT, Holding, Means, Phase, Plan, fitting, optimizer_bytes, parse_bytes, remedies
-from fewstep.engine.outline import Drawn, Ledger, Outline
+from fewstep.engine.outline import Drawn, Outline
 from fewstep.engine.precision import autocast, float32
 from fewstep.engine.prepare import prepare
 from fewstep.methods import AVDM2, DMD2, BackwardSimulation, Consistency, Method, Update

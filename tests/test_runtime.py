@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -14,20 +15,24 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.attention import BlockCausal, Operation, TopK, attend, attending
+from fewstep.caching import SkipMiddle
 from fewstep.cli import main
 from fewstep.cli.arguments import CheckLora, CheckModel, Evaluate, Pairs, Sample
 from fewstep.cli.command import Runs
 from fewstep.core import Rng
 from fewstep.diffusion import CFG
 from fewstep.engine.effective import Kernels
-from fewstep.models import Card, VideoModel
+from fewstep.models import Card, VideoModel, offload
 from fewstep.models import runtime as running
 from fewstep.models.card import allocate
 from fewstep.models.fitting import Memory, fitting
+from fewstep.models.offload import Blockwise, bring
 from fewstep.models.repattern import repattern
-from fewstep.models.runtime import Runtime, bring, effective, told
+from fewstep.models.runtime import Runtime, effective, told
+from fewstep.models.source import Diffusers
 from fewstep.models.spec import Spec
 from support_engine import tiny_model
+from tiny_models import TINY, shared
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 PROMPTS = ("a small red ring", "a large blue disc")
@@ -135,7 +140,7 @@ def test_a_loaded_model_does_not_need_its_file(folder: Path) -> None:
     ({"tiling": "on"}, "tiling 'on' is unknown; choose one of auto, whole, tiles, chunks"),
     ({"attention": "flash"}, "attention 'flash' is unknown; choose one of auto, reference, sdpa-cudnn, sdpa-flash"),
     ({"device": "gpu"}, "device 'gpu' is no device; write cpu, cuda or cuda:1"),
-    ({"offload": True}, "offload keeps idle networks on the CPU, and device is cpu already"),
+    ({"offload": "model"}, "offload keeps idle networks on the CPU, and device is cpu already"),
     ({"compile": True, "attention": "reference"}, "compiled blocks cannot compute the reference"),
 ])  # fmt: skip
 def test_what_no_machine_can_do_is_refused_at_once(asked: dict[str, Any], said: str) -> None:
@@ -164,7 +169,7 @@ def test_what_this_machine_or_model_cannot_do_is_refused(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_device_that_is_not_there_is_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match="device cuda: this machine has"):
-        VideoModel.from_pretrained(folder, runtime=Runtime(device="cuda", offload=True))
+        VideoModel.from_pretrained(folder, runtime=Runtime(device="cuda", offload="model"))
 
 
 def test_bfloat16_that_is_slow_is_announced(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,11 +298,58 @@ def noted(call: Callable[..., Any], name: str, seen: list[str]) -> Callable[...,
     return run
 
 
+@pytest.mark.parametrize("family", ["world", "wan", "wan_experts"])
+def test_blocks_that_come_one_by_one_make_the_same_clip(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two are there at most, the network is left as it was, and another runner runs inside."""
+    model = (
+        tiny_model(depth=4) if family == "world" else Diffusers(source=str(shared(family)), **TINY[family].size).load()
+    )
+    plain, skipping = model.latents(PROMPTS), model.latents(PROMPTS, runner=SkipMiddle(every=2).begin())
+    copied, alive, most, layers = Blockwise._copied, [], [0], list[int]()
+
+    def noted(self: Blockwise, layer: int) -> Any:
+        weights = copied(self, layer)
+        alive[:] = [tensor for tensor in alive if tensor() is not None] + [weakref.ref(next(iter(weights.values())))]
+        most[0] = max(most[0], len(alive))
+        layers.append(layer)
+        return weights
+
+    monkeypatch.setattr(Blockwise, "_copied", noted)
+    monkeypatch.setattr(
+        VideoModel, "runner",
+        lambda self, inner: Blockwise(self.denoiser.backbone.blocks, torch.device("cpu"), inner),
+    )  # fmt: skip
+    before = {name: p.data_ptr() for name, p in model.denoiser.named_parameters()}
+    assert torch.equal(model.latents(PROMPTS), plain) and most == [2]
+    calls, blocks = model.card.contract.steps, len(model.denoiser.backbone.blocks)
+    assert layers == [*range(blocks)] * calls + [0], "each comes once in a call"
+    assert {name: p.data_ptr() for name, p in model.denoiser.named_parameters()} == before
+    assert torch.equal(model.latents(PROMPTS, runner=SkipMiddle(every=2).begin()), skipping)
+    assert not torch.equal(plain, skipping) or family != "world"
+
+
+def test_without_its_blocks_a_denoiser_comes_whole_otherwise() -> None:
+    network = tiny_model().denoiser
+    names = {id(tensor): name for name, tensor in network.named_parameters()}
+    ends = {names[id(tensor)] for tensor in offload._ends(network) if id(tensor) in names}
+    blocks = {name for name in names.values() if name.startswith("backbone.blocks.")}
+    assert ends | blocks == set(names.values()) and not ends & blocks and "backbone.patches.weight" in ends
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_blocks_come_to_the_gpu_one_by_one(folder: Path) -> None:
+    plain = VideoModel.from_pretrained(folder, runtime=Runtime(device="cuda"))
+    model = VideoModel.from_pretrained(folder, runtime=Runtime(device="cuda", offload="block"))
+    assert torch.equal(model(PROMPTS), plain(PROMPTS))
+    assert {p.device.type for p in model.denoiser.backbone.blocks.parameters()} == {"cpu"}
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_one_network_at_a_time_is_on_the_gpu(folder: Path) -> None:
     plain = VideoModel.from_pretrained(folder, runtime=Runtime(device="cuda"))
-    model = VideoModel.from_pretrained(folder, runtime=Runtime(device="cuda", offload=True))
+    model = VideoModel.from_pretrained(folder, runtime=Runtime(device="cuda", offload="model"))
     torch.testing.assert_close(model(PROMPTS), plain(PROMPTS))
     where = {name: next(part.parameters()).device.type for name, part in model.parts.items()}
     assert where == {"denoiser": "cpu", "text": "cpu", "codec": "cuda", "features": "cpu"}
@@ -394,6 +446,6 @@ def test_sample_says_how_it_ran(folder: Path, capsys: pytest.CaptureFixture[str]
     err = capsys.readouterr().err
     assert "denoiser bfloat16, float32" in err and "attention: sdpa-math" in err and "decoding: chunks" in err
     assert Path(clips[0]).read_bytes() != Path(clips[2]).read_bytes()
-    for option, value in (("--offload", ""), ("--batch", "0"), ("--attention", "sdpa-cudnn")):
+    for option, value in (("--offload", "model"), ("--batch", "0"), ("--attention", "sdpa-cudnn")):
         assert main([*words, clips[2], option, *([value] if value else [])]) == 2
         assert option.removeprefix("--") in capsys.readouterr().err

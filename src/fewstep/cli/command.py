@@ -59,8 +59,9 @@ class Runs(Loads):
     """Device for the networks, such as cpu or cuda. Processes on one machine share its devices."""
     compile: bool = False
     """Compile the denoiser's blocks: minutes at the first call, faster after."""
-    offload: bool = False
-    """Keep only the working network on the device: text encoder, denoiser or codec. The others wait in the CPU's memory."""
+    offload: Literal["none", "model", "block"] = "none"
+    """What waits in the CPU's memory. model: all networks but the one that works. block: also the denoiser's blocks, which
+    come to the device one after the other."""
     tiling: Literal["auto", "whole", "tiles", "chunks"] = "auto"
     """Decode clips whole, large frames in overlapping tiles, or one latent frame after the other. auto: as the model's card
     says."""

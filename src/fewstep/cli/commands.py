@@ -269,6 +269,8 @@ def check_model(options: arguments.CheckModel) -> int:
 
     if options.dtype == "bfloat16":
         raise UsageError("--dtype bfloat16: models are checked in float32 or float64, where rounding hides no mistake")
+    if options.offload == "block":
+        raise UsageError("--offload block: checks call the network as a whole; leave it out, or choose model")
     model = VideoModel.from_pretrained(options.source, trust=options.trust, runtime=_runtime(options))
     inputs = conformance.Options(
         num_frames=options.num_frames, height=options.height, width=options.width, steps=options.num_inference_steps,

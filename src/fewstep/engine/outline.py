@@ -7,20 +7,15 @@ description to be measured. Compiled blocks need less memory than this measureme
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import flop_registry
 
 from fewstep.core import Batch, Call, Pairs, Rng
-from fewstep.core.flops import FORMULAS
+from fewstep.core.ledger import Ledger
 from fewstep.engine.health.measure import decode
 from fewstep.engine.health.monitor import judge_of, unexamined
 from fewstep.engine.memory import Holding, Phase, Plan, optimizer_bytes
@@ -34,53 +29,9 @@ from fewstep.engine.views import Views
 from fewstep.methods.base import Method, Nets, Update
 from fewstep.methods.frames import fold_frames
 from fewstep.models import Card, Denoiser, VideoModel
+from fewstep.models.hollow import imagine
 from fewstep.models.source import outline
 from fewstep.models.spread import Spread
-
-
-class Ledger(TorchDispatchMode):
-    """Counts inside a `with` block: bytes of new tensors (now and at most), which `owners` were read, and operations."""
-
-    def __init__(self, owners: Mapping[str, nn.Module] | None = None) -> None:
-        super().__init__()
-        self.live = self.peak = self.flops = 0
-        self.reads: set[str] = set()
-        self._alive: dict[int, Any] = {}
-        self._owned: dict[int, tuple[str, Any]] = {}
-        for name, network in (owners or {}).items():
-            for tensor in (*network.parameters(), *network.buffers()):
-                storage = tensor.untyped_storage()
-                self._owned.setdefault(id(storage), (name, storage))
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor) and (owned := self._owned.get(id(leaf.untyped_storage()))):
-                self.reads.add(owned[0])
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self.note(leaf)
-        formula: Any = FORMULAS.get(func._overloadpacket)
-        if formula is not None:
-            shapes = tree_map(lambda x: tuple(x.shape) if isinstance(x, Tensor) else x, args)
-            self.flops += formula(*shapes)
-        elif func._overloadpacket in flop_registry:
-            self.flops += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
-        return out
-
-    def note(self, tensor: Tensor) -> None:
-        """Count the memory behind `tensor`, once, until nothing refers to it."""
-        storage = tensor.untyped_storage()
-        key, size = id(storage), storage.nbytes()
-        if key in self._alive or key in self._owned or not size:
-            return
-        self._alive[key] = weakref.ref(storage, lambda _: self._forget(key, size))
-        self.live += size
-        self.peak = max(self.peak, self.live)
-
-    def _forget(self, key: int, size: int) -> None:
-        if self._alive.pop(key, None) is not None:
-            self.live -= size
 
 
 @dataclass(frozen=True)
@@ -119,7 +70,7 @@ class Outline:
         for role in trained_roles(method, settings.steps):
             require_named(nets[role], settings.optim_of(role))
         for network in {id(network): network for network in (*model.parts.values(), *nets.values(), base)}.values():
-            _imagine(network, mode)
+            imagine(network, mode)
         return cls(
             model=model, method=method, settings=settings, nets=nets, base=base, frames=frames or card.num_frames,
             probed=probed, mode=mode,
@@ -288,22 +239,6 @@ class Outline:
             t = torch.ones(len(x_t))
             _ = network.features(x_t, t, cond, layers, call) if layers else network(x_t, t, cond, call)
         return ledger.flops
-
-
-def _imagine(network: nn.Module, mode: FakeTensorMode) -> None:
-    """Move a network from the meta device to a CPU without memory: autocast and attention do not know the meta device."""
-    made: dict[nn.Parameter, nn.Parameter] = {}  # a parameter that two modules share stays one
-    with mode:
-        for module in network.modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    if parameter not in made:
-                        empty = torch.empty(parameter.shape, dtype=parameter.dtype)
-                        made[parameter] = nn.Parameter(empty, requires_grad=False)
-                    module._parameters[name] = made[parameter]
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
 def _holding(role: str, network: nn.Module, *, trained: bool, slim: int = 0) -> Holding:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fewstep.compress import Transform, transformed
 from fewstep.core import Cond, dump
 from fewstep.core.atomic import settle
+from fewstep.core.call import Runner, every_block
 from fewstep.core.shipped import command_for
 from fewstep.core.stamp import stamp_of
 from fewstep.core.yaml import load_json
@@ -35,8 +36,9 @@ from fewstep.models.fingerprint import describe, print_of
 from fewstep.models.images import Images, blank_images, image_conditions
 from fewstep.models.loading import loaded
 from fewstep.models.lora import updated
+from fewstep.models.offload import Blockwise, bring
 from fewstep.models.results import result_in
-from fewstep.models.runtime import Runtime, bring, decoded, require_exact, settled, typed
+from fewstep.models.runtime import Runtime, decoded, require_exact, settled, typed
 from fewstep.models.sampling import Request, sampling
 from fewstep.models.scalars import scalar_conditions
 from fewstep.models.spec import lacking
@@ -103,7 +105,7 @@ class VideoModel:
     @property
     def device(self) -> torch.device:
         """Where clips are made. The text encoder may wait elsewhere."""
-        if self.runtime.offload:
+        if self.runtime.offload != "none":
             return torch.device(self.runtime.device)
         return next(self.parts.get("denoiser", next(iter(self.parts.values()))).parameters()).device
 
@@ -113,7 +115,7 @@ class VideoModel:
             return self.prepared(replace(self.runtime, dtype=str(place).removeprefix("torch.")))  # type: ignore[arg-type]
         for part in self.parts.values():
             part.to(place)
-        self.runtime = replace(self.runtime, device=str(place), offload=False)
+        self.runtime = replace(self.runtime, device=str(place), offload="none")
         return self
 
     def prepared(self, runtime: Runtime) -> VideoModel:
@@ -141,8 +143,14 @@ class VideoModel:
 
     def bring(self, *names: str) -> None:
         """Put these networks, and with offload no others, on the device."""
-        if self.runtime.offload:
-            bring(self.parts, names, self.device)
+        if self.runtime.offload != "none":
+            bring(self.parts, names, self.device, whole=self.runtime.offload == "model")
+
+    def runner(self, inner: Runner = every_block) -> Runner:
+        """`inner`, and before it what brings blocks to the device, where they wait elsewhere (`Runtime.offload`). For one run."""
+        if self.runtime.offload != "block":
+            return inner
+        return Blockwise(self.denoiser.backbone.blocks, self.device, inner)
 
     def with_part(self, name: str, network: nn.Module, **card: Any) -> VideoModel:
         """The same model with one network (and fields of its card) exchanged; the other networks are shared."""

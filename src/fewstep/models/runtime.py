@@ -18,6 +18,7 @@ from fewstep.attention import Operation, Tier, attending, pick, require_tier
 from fewstep.core.compiling import compile_problem
 from fewstep.core.devices import has_bfloat16, require_device, require_device_name
 from fewstep.models.decoding import decode_stream
+from fewstep.models.offload import pin
 
 if TYPE_CHECKING:
     from fewstep.models.bundle import VideoModel
@@ -25,7 +26,13 @@ if TYPE_CHECKING:
 
 Dtype = Literal["float32", "bfloat16", "float64"]
 Tiling = Literal["auto", "whole", "tiles", "chunks"]
+Offload = Literal["none", "model", "block"]
 
+_NETWORKS: dict[Offload, str] = {
+    "none": "all on the device",
+    "model": "one at a time on the device",
+    "block": "one at a time on the device, the denoiser block by block",
+}
 _MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -39,9 +46,9 @@ class Runtime:
     device: str = "cpu"
     compile: bool = False
     """Compile the denoiser's blocks with `torch.compile`: minutes at the first call, faster after."""
-    offload: bool = False
-    """Keep on the device only the network that works: the text encoder, then the denoiser, then the codec. The others wait
-    in the memory of the CPU."""
+    offload: Offload = "none"
+    """What waits in the memory of the CPU. model: every network but the one that works (text encoder, then denoiser, then
+    codec). block: also the blocks of the denoiser, which come to the device one after the other, the next while one runs."""
     tiling: Tiling = "auto"
     """How clips are decoded. auto: as the codec's card says. whole: at once. tiles: large frames in overlapping tiles, which
     are nearly the whole. chunks: a latent frame at a time, which gives the frames of the whole."""
@@ -55,10 +62,14 @@ class Runtime:
             if known and value not in known:
                 raise ValueError(f"{field.name} {value!r} is unknown; choose one of {', '.join(known)}")
         require_device_name(self.device, "device")
-        if self.offload and torch.device(self.device).type == "cpu":
+        if self.offload != "none" and torch.device(self.device).type == "cpu":
             raise ValueError("offload keeps idle networks on the CPU, and device is cpu already; leave offload out")
         if self.compile and self.attention == "reference":
             raise ValueError("compiled blocks cannot compute the reference of attention; leave compile out")
+        if self.compile and self.offload == "block":
+            raise ValueError(
+                "compiled blocks cannot come to the device one by one; leave compile out, or offload model"
+            )
 
     @contextmanager
     def precision(self) -> Iterator[None]:
@@ -119,7 +130,9 @@ def settled(model: VideoModel, runtime: Runtime) -> None:
     denoiser, codec = cast("Denoiser | None", model.parts.get("denoiser")), cast(Any, model.parts.get("codec"))
     for part in model.parts.values():
         if not any(tensor.is_meta for tensor in part.parameters()):  # left in its file
-            part.to("cpu" if runtime.offload else runtime.device)
+            part.to(runtime.device if runtime.offload == "none" else "cpu")
+    if denoiser is not None and runtime.offload == "block" and torch.device(runtime.device).type == "cuda":
+        pin(denoiser)
     if codec is not None and hasattr(codec, "tile"):
         own = bool(codec.args["tiling"]) and (runtime.tiling == "auto" or codec.chunks_in_tiles)
         codec.tile({"tiles": True, "whole": False}.get(runtime.tiling, own))
@@ -128,14 +141,6 @@ def settled(model: VideoModel, runtime: Runtime) -> None:
     elif denoiser is not None and model.runtime.compile and not runtime.compile:
         for block in denoiser.backbone.blocks:
             block._compiled_call_impl = None
-
-
-def bring(parts: Mapping[str, nn.Module], names: tuple[str, ...], device: torch.device) -> None:
-    """Put the networks of these `names` on the device, after all others have made room."""
-    for name in sorted(parts, key=lambda name: name in names):
-        wanted = device if name in names else torch.device("cpu")
-        if next(parts[name].parameters(), torch.empty(0)).device != wanted:
-            parts[name].to(wanted)
 
 
 def decoded(codec: Any, latents: Tensor, runtime: Runtime) -> Tensor:
@@ -162,7 +167,7 @@ def effective(model: VideoModel) -> dict[str, str]:
     facts["blocks"] = "compiled" if denoiser is not None and _compiled(denoiser) else "not compiled"
     chosen = pick(device.type, torch.bfloat16 if half else torch.float32).name
     facts["attention"] = f"auto ({chosen})" if runtime.attention == "auto" else runtime.attention
-    facts["networks"] = "one at a time on the device" if runtime.offload else "all on the device"
+    facts["networks"] = _NETWORKS[runtime.offload]
     facts["decoding"] = _decoding(model)
     return facts
 

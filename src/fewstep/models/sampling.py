@@ -93,10 +93,11 @@ def sampling(model: VideoModel, request: Request) -> Iterator[Step]:
         noise, shape = Seeds(request.seeds, device=str(model.device)), model.latent_shape(request.num_frames)
         start = model.denoiser.path.prior(noise.randn((len(request.prompts), *shape), "start"))
 
-    constants = None if knows_steps(model.denoiser) else Constants()
+    runner, early = model.runner(request.runner), model.runtime.offload != "block" and not knows_steps(model.denoiser)
+    constants = Constants() if early else None
 
     def denoise(x_t: Tensor, t: Tensor, call: Call) -> Prediction:
-        call = replace(call, runner=request.runner, shared=request.shared, constants=constants)
+        call = replace(call, runner=runner, shared=request.shared, constants=constants)
         model.bring("denoiser")
         with evaluating(model.denoiser), model.runtime.denoising():
             return guidance(model.denoiser, x_t, t, cond, uncond, call)

@@ -73,7 +73,7 @@ class Session:
         channels, _, height, width = self._model.latent_shape()
         shape = (len(before.prompts), channels, self._chunks.stream.length(index), height, width)
         start = self._model.denoiser.path.prior(noise.randn(shape, "start"))
-        runner = every_block if self._cache is None else self._cache.begin()
+        runner = self._model.runner(every_block if self._cache is None else self._cache.begin())
         made = self._chunks.chunk(before.memory, start, *self._conditions, noise, runner)
         while True:
             self._model.bring("denoiser")
