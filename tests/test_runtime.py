@@ -423,13 +423,14 @@ def test_as_many_clips_as_fit_are_made_at_once() -> None:
 
 
 def test_every_command_that_runs_a_model_has_the_same_options() -> None:
-    """They are the fields of `Runtime`, with the same values and defaults."""
+    """They are the fields of `Runtime`, with the same values and defaults, and `auto` where the machine decides."""
     assert all(issubclass(command, Runs) for command in (Sample, Evaluate, Pairs, CheckModel, CheckLora))
     options, mine = get_type_hints(Runs), get_type_hints(Runtime)
     given = Sample(student="x")
     for field in fields(Runtime):
-        assert get_args(options[field.name]) == get_args(mine[field.name]), field.name
-        assert getattr(given, field.name) == field.default, field.name
+        auto = field.name in ("dtype", "offload")
+        assert get_args(options[field.name]) == ("auto",) * auto + get_args(mine[field.name]), field.name
+        assert getattr(given, field.name) == ("auto" if auto else field.default), field.name
 
 
 def test_sample_says_how_it_ran(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

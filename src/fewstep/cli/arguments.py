@@ -203,6 +203,10 @@ class Sample(Runs):
     """Enlarge each pixel this many times (default: small clips to about 128 pixels, others not at all)."""
     force: bool = False
     """Allow a step count, number of frames or guidance that the student was not trained for."""
+    dry_run: bool = False
+    """Print how much memory sampling needs, by network and phase. Load and write nothing."""
+    memory: str | None = None
+    """With --dry-run: memory of the device, such as 24GB. Prints whether sampling fits, and what would make it fit."""
 
     def run(self, overrides: Overrides) -> int:
         from fewstep.cli import clips

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fewstep.cli.command import UsageError
-from fewstep.cli.commands import _made, _prompts, _runtime
+from fewstep.cli.commands import _made, _prompts
+from fewstep.cli.running import runtime_of, show
 from fewstep.core.atomic import require_writable
 from fewstep.core.stopping import saying
 from fewstep.data.video import LARGEST_SIDE, read_image, write_video
@@ -35,6 +36,9 @@ def sample(options: Sample) -> int:
     prompts = _prompts(options.prompt, options.prompt_file)
     _check(options, len(prompts))
     scalars = _scalars(options.scalar)
+    if options.dry_run:
+        at_once = min(options.batch or TOGETHER, len(prompts))
+        return show(options, options.student, clips=at_once, num_frames=options.num_frames, memory=options.memory)
     card = read_card(options.student)
     scale = _scale(options, card)
     spans = _spans(len(prompts), card.width * scale)
@@ -42,7 +46,9 @@ def sample(options: Sample) -> int:
         options.output if len(spans) == 1 else _numbered(options.output, first, len(prompts)) for first, _ in spans
     ]
     require_writable(paths[-1])
-    model = VideoModel.from_pretrained(options.student, trust=options.trust, runtime=_runtime(options))
+    model = VideoModel.from_pretrained(
+        options.student, trust=options.trust, runtime=runtime_of(options, options.student)
+    )
     images = _images(options, card)
     done: list[Path] = []
 

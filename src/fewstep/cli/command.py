@@ -49,19 +49,19 @@ class Loads(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class Runs(Loads):
-    """A command that runs a model. Copy of the fields of `fewstep.models.runtime.Runtime`: importing it would load torch just
-    to print a help text."""
+    """A command that runs a model. Copy of the fields of `fewstep.models.runtime.Runtime`, with `auto` where the machine
+    decides: importing it would load torch just to print a help text."""
 
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """Arithmetic of the denoiser. bfloat16: its blocks compute in bfloat16 and take half the memory. float64: to tell rounding
-    from mistakes."""
+    from mistakes. auto: float32 on a CPU, the type of the stored weights on a GPU."""
     device: str = "cpu"
     """Device for the networks, such as cpu or cuda. Processes on one machine share its devices."""
     compile: bool = False
     """Compile the denoiser's blocks: minutes at the first call, faster after."""
-    offload: Literal["none", "model", "block"] = "none"
+    offload: Literal["auto", "none", "model", "block"] = "auto"
     """What waits in the CPU's memory. model: all networks but the one that works. block: also the denoiser's blocks, which
-    come to the device one after the other."""
+    come to the device one after the other. auto: as little as the GPU's free memory asks for."""
     tiling: Literal["auto", "whole", "tiles", "chunks"] = "auto"
     """Decode clips whole, large frames in overlapping tiles, or one latent frame after the other. auto: as the model's card
     says."""

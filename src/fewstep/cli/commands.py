@@ -17,12 +17,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from fewstep.cli import arguments
-    from fewstep.cli.command import Runs
     from fewstep.data.prepare import Prepared
     from fewstep.evaluate import Suite
     from fewstep.models.bundle import VideoModel
     from fewstep.models.images import ImageEncoder
-    from fewstep.models.runtime import Runtime
 
 
 def demo(options: arguments.Demo) -> int:
@@ -75,6 +73,7 @@ def train(options: arguments.Train, overrides: Overrides) -> int:
 
 def prepare(options: arguments.Prepare) -> int:
     from fewstep.cli.pace import telling
+    from fewstep.cli.running import own_device
     from fewstep.cli.screen import screen
     from fewstep.core.peers import meet_peers, part_company
     from fewstep.data.keep import Keep
@@ -89,7 +88,7 @@ def prepare(options: arguments.Prepare) -> int:
     unused = {"denoiser", "features"} if options.texts else {"denoiser", "features", "text"}
     model = VideoModel.from_pretrained(options.model, leave=unused, trust=options.trust)
     for part in model.parts.keys() - unused:
-        model.part(part).to(_own_device(options.device))
+        model.part(part).to(own_device(options.device))
     given = {name: getattr(options, name) for name in ("num_frames", "height", "width")}
     size = {name: getattr(model.card, name) if value is None else value for name, value in given.items()}
     cut = Cut(**size, stride=options.stride, clips_per_video=options.clips_per_video, shots=options.shots)
@@ -140,26 +139,6 @@ def _dropped(prepared: Prepared) -> Table:
     return table(("dropped", "videos", "clips", "for example"), rows)
 
 
-def _own_device(name: str) -> str:
-    """The device of this process; processes on one machine share its devices evenly. ValueError for a missing device."""
-    import torch
-
-    from fewstep.core.devices import require_device
-
-    require_device(name, "--device")
-    if name.startswith("cpu") or ":" in name:
-        return name
-    return f"{name}:{place().local_rank % torch.accelerator.device_count()}"
-
-
-def _runtime(options: Runs) -> Runtime:
-    """How the models of a command are run. ValueError for what this machine cannot do."""
-    from fewstep.models.runtime import Runtime
-
-    given = {field.name: getattr(options, field.name) for field in fields(Runtime)}
-    return Runtime(**given | {"device": _own_device(options.device)})
-
-
 def _ran(model: VideoModel) -> None:
     """Say how a model is run, where it is not as always."""
     from fewstep.models.runtime import Runtime, effective, told
@@ -170,6 +149,7 @@ def _ran(model: VideoModel) -> None:
 
 def pairs(options: arguments.Pairs) -> int:
     from fewstep.cli.pace import telling
+    from fewstep.cli.running import runtime_of
     from fewstep.core.peers import meet_peers, part_company
     from fewstep.data.pairs import PairPlan, make_pairs, pairs_cost
     from fewstep.data.prompts import read_prompts
@@ -190,7 +170,7 @@ def pairs(options: arguments.Pairs) -> int:
         storage=options.storage, shard_size=options.shard_size,
     )  # fmt: skip
     peers = meet_peers()
-    model = VideoModel.from_pretrained(options.model, trust=options.trust, runtime=_runtime(options))
+    model = VideoModel.from_pretrained(options.model, trust=options.trust, runtime=runtime_of(options, options.model))
     _ran(model)
     cost = pairs_cost(model, len(prompts), plan)
     if peers.leads:
@@ -212,13 +192,16 @@ def pairs(options: arguments.Pairs) -> int:
 
 def evaluate(options: arguments.Evaluate) -> int:
     from fewstep.cli.pace import telling
+    from fewstep.cli.running import runtime_of
     from fewstep.cli.screen import screen
     from fewstep.evaluate import details, entries, table, write_report
     from fewstep.evaluate import evaluate as measure
     from fewstep.models.bundle import VideoModel
 
     suite = _suite(options)
-    student = VideoModel.from_pretrained(options.student, trust=options.trust, runtime=_runtime(options))
+    student = VideoModel.from_pretrained(
+        options.student, trust=options.trust, runtime=runtime_of(options, options.student)
+    )
     _ran(student)
     teacher = _teacher_of(student, options.teacher, options.trust)
     with telling(options.quiet) as progress:
@@ -262,6 +245,7 @@ def _suite(options: arguments.Evaluate) -> Suite:
 def check_model(options: arguments.CheckModel) -> int:
     """Exit code 1 if a check fails."""
     from fewstep.cli.pace import telling
+    from fewstep.cli.running import runtime_of
     from fewstep.cli.screen import screen
     from fewstep.cli.screen import table as columns
     from fewstep.evaluate import conformance
@@ -271,7 +255,7 @@ def check_model(options: arguments.CheckModel) -> int:
         raise UsageError("--dtype bfloat16: models are checked in float32 or float64, where rounding hides no mistake")
     if options.offload == "block":
         raise UsageError("--offload block: checks call the network as a whole; leave it out, or choose model")
-    model = VideoModel.from_pretrained(options.source, trust=options.trust, runtime=_runtime(options))
+    model = VideoModel.from_pretrained(options.source, trust=options.trust, runtime=runtime_of(options, options.source))
     inputs = conformance.Options(
         num_frames=options.num_frames, height=options.height, width=options.width, steps=options.num_inference_steps,
         seed=options.seed, prompts=options.prompt, video=options.video,
@@ -311,6 +295,7 @@ def export(options: arguments.Export) -> int:
 
 def check_lora(options: arguments.CheckLora) -> int:
     from fewstep.cli.pace import telling
+    from fewstep.cli.running import runtime_of
     from fewstep.cli.screen import screen
     from fewstep.evaluate.style import Styled, check_style
     from fewstep.models.bundle import VideoModel
@@ -318,7 +303,7 @@ def check_lora(options: arguments.CheckLora) -> int:
 
     given = options.prompt or options.prompt_file
     prompts = _prompts(options.prompt, options.prompt_file) if given else world_prompts(16, 0.5, 0)
-    runtime = _runtime(options)
+    runtime = runtime_of(options, options.student)
     student = _at_steps(
         VideoModel.from_pretrained(options.student, trust=options.trust, runtime=runtime), options.num_inference_steps
     )

@@ -217,7 +217,8 @@ class VideoModel:
     def encode_text(self, prompts: Sequence[str], *, guided: bool = True) -> tuple[Cond, Cond]:
         """Conditions of `prompts`, and the card's negative prompt as many times; if not `guided`, where nobody reads it, the
         conditions a second time."""
-        self.bring("text")
+        if self.runtime.offload != "block":  # there it works on the CPU
+            self.bring("text")
         with torch.no_grad():
             given = self.text.encode(prompts).to(self.device)
             if not guided:
@@ -319,7 +320,7 @@ class VideoModel:
         runtime: Runtime = Runtime(),
     ) -> VideoModel:  # fmt: skip
         """As `from_pretrained`, by a card that may say more than the source does (another size, another pattern)."""
-        folder = _folder_of(source) if card.parts.keys() - card.sources.keys() else Path()
+        folder = folder_of(source) if card.parts.keys() - card.sources.keys() else Path()
         return loaded(cls(card, {}), folder, leave=leave, trust=trust, runtime=runtime)
 
 
@@ -330,11 +331,12 @@ def read_card(source: Path | str) -> Card:
     """
     if str(source) not in _BUILT_INS and adapters.is_layout(source):
         return adapters.card(source)
-    path = _folder_of(source) / "card.json"
+    path = folder_of(source) / "card.json"
     return parse_card(load_json(path, "a card"), str(path))
 
 
-def _folder_of(source: Path | str) -> Path:
+def folder_of(source: Path | str) -> Path:
+    """Where the files of a fewstep model are. FileNotFoundError for a folder without a card; it says how to make one."""
     folder = _BUILT_INS.get(str(source), Path(source))
     if not (folder / "card.json").is_file():
         made, command = result_in(folder.parent) or result_in(folder), command_for(folder)

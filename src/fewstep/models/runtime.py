@@ -31,7 +31,7 @@ Offload = Literal["none", "model", "block"]
 _NETWORKS: dict[Offload, str] = {
     "none": "all on the device",
     "model": "one at a time on the device",
-    "block": "one at a time on the device, the denoiser block by block",
+    "block": "one at a time on the device, the denoiser block by block; the text encoder on the CPU",
 }
 _MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -48,7 +48,8 @@ class Runtime:
     """Compile the denoiser's blocks with `torch.compile`: minutes at the first call, faster after."""
     offload: Offload = "none"
     """What waits in the memory of the CPU. model: every network but the one that works (text encoder, then denoiser, then
-    codec). block: also the blocks of the denoiser, which come to the device one after the other, the next while one runs."""
+    codec). block: also the blocks of the denoiser, which come to the device one after the other, the next while one runs; the
+    text encoder works on the CPU."""
     tiling: Tiling = "auto"
     """How clips are decoded. auto: as the codec's card says. whole: at once. tiles: large frames in overlapping tiles, which
     are nearly the whole. chunks: a latent frame at a time, which gives the frames of the whole."""

@@ -80,7 +80,7 @@ class Stored(Mapping[str, Tensor]):
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor, without reading the tensor."""
-        return {name: tuple(piece.get_shape()) for name, piece in self._slices()}
+        return {name: tuple(piece.get_shape()) for name, piece in self.slices()}
 
     def odd(self, network: nn.Module) -> list[str]:
         """Names that only one of the files and `network` has, and those whose shapes differ."""
@@ -91,14 +91,14 @@ class Stored(Mapping[str, Tensor]):
         """RecipeError names the first tensors that do not fit `network`."""
         if odd := self.odd(network):
             raise RecipeError(f"{where}: tensors do not match the card's network: {', '.join(odd[:4])}")
-        for name, piece in self._slices():
+        for name, piece in self.slices():
             kind = piece.get_dtype()
             if self._like[name].is_floating_point() and "F" not in kind:
                 raise RecipeError(
                     f"{where}: {name} is stored as {kind}, and the network has numbers; copy the folder again"
                 )
 
-    def _slices(self) -> Iterator[tuple[str, Any]]:
+    def slices(self) -> Iterator[tuple[str, Any]]:
         """Every tensor as it is described in its file."""
         files = {path: open_tensors(path) for path, _ in self._place.values()}
         return ((name, files[path].get_slice(stored)) for name, (path, stored) in self._place.items())

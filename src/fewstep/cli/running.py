@@ -1,0 +1,105 @@
+"""How a command runs its models: what `auto` chooses, and `sample --dry-run`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields, replace
+
+import torch
+
+from fewstep.cli.command import Runs
+from fewstep.cli.plan import size
+from fewstep.cli.screen import screen, table
+from fewstep.core.env import place
+from fewstep.engine.memory import parse_bytes
+from fewstep.models.bundle import read_card
+from fewstep.models.card import Card
+from fewstep.models.needs import Needs, Way, needs, stored_dtype, ways
+from fewstep.models.runtime import Offload, Runtime
+
+SHARE = 0.9
+"""Share of a GPU's free memory that `auto` plans with: kernels and the allocator take some."""
+
+
+def own_device(name: str) -> str:
+    """The device of this process; processes on one machine share its devices evenly. ValueError for a missing device."""
+    from fewstep.core.devices import require_device
+
+    require_device(name, "--device")
+    if name.startswith("cpu") or ":" in name:
+        return name
+    return f"{name}:{place().local_rank % torch.accelerator.device_count()}"
+
+
+def runtime_of(options: Runs, source: str, *, device: str | None = None) -> Runtime:
+    """How the options run the model `source`, with `auto` chosen for this machine. ValueError for what it cannot do.
+
+    Another `device` is one that need not be there; then nothing is offloaded by itself.
+    """
+    card, here = read_card(source), device or own_device(options.device)
+    given = {field.name: getattr(options, field.name) for field in fields(Runtime)} | {"device": here}
+    gpu = here.startswith("cuda")
+    if options.dtype == "auto":
+        given["dtype"] = stored_dtype(card, source) if gpu else "float32"
+    if options.offload != "auto":
+        return Runtime(**given)
+    runtime = Runtime(**given | {"offload": "none"})
+    return runtime if device or not gpu else _fitted(card, runtime)
+
+
+def _fitted(card: Card, runtime: Runtime) -> Runtime:
+    """Offload where the GPU's free memory asks for it; as much as possible where nothing fits by calculation."""
+    free, _ = torch.cuda.mem_get_info(runtime.device)
+    found = needs(card, runtime)
+    offloads: tuple[Offload, ...] = ("none", "model") if runtime.compile else ("none", "model", "block")
+    fits = (offload for offload in offloads if found.peak(offload) <= SHARE * free)
+    return replace(runtime, offload=next(fits, offloads[-1]))
+
+
+def show(options: Runs, source: str, *, clips: int, num_frames: int | None, memory: str | None) -> int:
+    """`sample --dry-run`: what one batch of clips needs, whether it fits, and the simplest ways to make it fit."""
+    card, out = read_card(source), screen()
+    runtime, limit = runtime_of(options, source, device=options.device), None if memory is None else parse_bytes(memory)
+    every = ways(card, runtime, clips=clips, num_frames=num_frames)
+    first = next(every)
+    frames = num_frames or card.num_frames
+    out.print(
+        f"{card.name}: {clips} clips of {frames} frames of {card.height} x {card.width} at once, {runtime.dtype} on "
+        f"{options.device}", markup=False, soft_wrap=True,
+    )  # fmt: skip
+    out.print(table(("\nweights", ""), ((name, size(held)) for name, held in first.needs.weights.items())))
+    out.print(table(("\nphase", "weights on the device", "tensors besides", "together"), _phases(first.needs, runtime)))
+    out.print(f"\npeak {size(first.peak)}, without the program itself", markup=False)
+    if limit is not None:
+        _verdict(every, first, limit)
+    out.print("dry run: nothing was loaded or written")
+    return 0
+
+
+def _phases(needs: Needs, runtime: Runtime) -> Iterator[tuple[str, ...]]:
+    for phase, working in needs.working.items():
+        sizes = (needs.resident(phase, runtime.offload), working, needs.total(phase, runtime.offload))
+        yield phase, *map(size, sizes)
+
+
+def _verdict(others: Iterator[Way], first: Way, limit: int) -> None:
+    out = screen()
+    if first.peak <= limit:
+        out.print(f"fits in {size(limit)}: {size(limit - first.peak)} are left for the program and the kernels")
+        return
+    out.print(f"does not fit in {size(limit)}: {size(first.peak - limit)} too much", markup=False)
+    tried: list[tuple[str, str, str]] = []
+    for way in others:
+        fits = way.peak <= limit
+        tried.append((_changes(first.runtime, way.runtime), size(way.peak), "yes" if fits else "no"))
+        if fits:
+            break
+    out.print(table(("\nwith", "peak", "fits"), tried))
+    if not tried or tried[-1][2] == "no":
+        out.print("\nnone of these fits: make fewer or smaller clips (--batch 1, --num-frames)")
+
+
+def _changes(first: Runtime, other: Runtime) -> str:
+    """The options that make the one the other."""
+    names = [field.name for field in fields(Runtime) if getattr(first, field.name) != getattr(other, field.name)]
+    return " ".join(f"--{name} {getattr(other, name)}" for name in names)

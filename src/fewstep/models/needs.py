@@ -1,0 +1,145 @@
+"""Memory that sampling takes, before anything is loaded: weights by network, and what each phase needs besides.
+
+The networks' own code runs once with tensors that have no values, and every tensor is counted for as long as it lives. So a
+new model needs no second description. All sizes are bytes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fewstep.core import Call
+from fewstep.core.call import Constants
+from fewstep.core.ledger import Ledger
+from fewstep.models import adapters
+from fewstep.models.bundle import folder_of
+from fewstep.models.card import Card
+from fewstep.models.hollow import imagine
+from fewstep.models.runtime import Dtype, Offload, Runtime, decoded, typed
+from fewstep.models.source import outline
+from fewstep.models.stored import Stored
+
+READING, DENOISING, DECODING = "reading the prompt", "denoising", "decoding"
+_WORKERS = {READING: "text", DENOISING: "denoiser", DECODING: "codec"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What clips made at once need."""
+
+    weights: Mapping[str, int]
+    """Of each network, in the types in which it is run."""
+    ends: int
+    """Of the denoiser without its blocks."""
+    block: int
+    """Of its largest block."""
+    working: Mapping[str, int]
+    """Tensors of each phase beside the weights, at their most. The text encoder's own are left out: they are small."""
+
+    def resident(self, phase: str, offload: Offload) -> int:
+        """Weights on the device during a phase."""
+        if offload == "none":
+            return sum(self.weights.values())
+        if offload == "block" and phase != DECODING:  # the text encoder works on the CPU
+            return self.ends + 2 * self.block if phase == DENOISING else 0  # one block runs, the next is on its way
+        return self.weights.get(_WORKERS[phase], 0)
+
+    def total(self, phase: str, offload: Offload) -> int:
+        return self.resident(phase, offload) + self.working[phase]
+
+    def peak(self, offload: Offload) -> int:
+        """At the phase that needs most."""
+        return max(self.total(phase, offload) for phase in self.working)
+
+
+@dataclass(frozen=True)
+class Way:
+    """A runtime, and what sampling needs with it at its peak."""
+
+    runtime: Runtime
+    needs: Needs
+
+    @property
+    def peak(self) -> int:
+        return self.needs.peak(self.runtime.offload)
+
+
+def needs(card: Card, runtime: Runtime, *, clips: int = 1, num_frames: int | None = None) -> Needs:
+    """What a model of this card needs to make `clips` at once. ValueError for sizes that it cannot make."""
+    mode, model = FakeTensorMode(allow_non_fake_inputs=True), outline(card)
+    typed(model.denoiser, runtime.dtype)
+    for part in model.parts.values():
+        imagine(part, mode)
+    blocks = model.denoiser.backbone.blocks
+    weights = {name: _size(part.state_dict().values()) for name, part in model.parts.items() if name != "features"}
+    each = [_size(block.state_dict().values()) for block in blocks]
+    codec = cast(Any, model.parts.get("codec"))
+    if hasattr(codec, "tile"):
+        own = bool(codec.args["tiling"]) and (runtime.tiling == "auto" or codec.chunks_in_tiles)
+        codec.tile({"tiles": True, "whole": False}.get(runtime.tiling, own))
+    guidance, wide = card.contract.guidance, torch.float64 if runtime.dtype == "float64" else torch.float32
+    here = replace(runtime, device="cpu", offload="none")  # where tensors without values are
+    with torch.no_grad(), mode:
+        start = torch.empty(clips, *model.latent_shape(num_frames), dtype=wide)
+        with Ledger(model.parts) as reading:
+            cond = model.blank_cond(clips, num_frames)
+            reading.note(start)
+            for tensor in cond.tensors:
+                reading.note(tensor)
+            uncond = model.blank_cond(clips, num_frames) if guidance.active else cond
+        with Ledger(model.parts) as denoising, here.denoising():
+            for tensor in (start, *cond.tensors, *uncond.tensors):
+                denoising.note(tensor)
+            constants = None if runtime.offload == "block" else Constants()
+            call = Call(constants=constants)
+            for _ in range(2):  # the second call finds what a run keeps
+                x = guidance(model.denoiser, start, torch.ones(clips), cond, uncond, call).x0
+        with Ledger(model.parts) as decoding:
+            decoding.note(x)
+            if codec is not None:
+                decoded(codec, x.float(), here)
+    return Needs(
+        weights=weights, ends=weights["denoiser"] - sum(each), block=max(each),
+        working={READING: reading.peak, DENOISING: denoising.peak, DECODING: decoding.peak},
+    )  # fmt: skip
+
+
+def ways(card: Card, runtime: Runtime, *, clips: int = 1, num_frames: int | None = None) -> Iterator[Way]:
+    """`runtime`, and then others that need less memory of the device, the simplest first. They are measured one by one, when
+    they are asked for."""
+    elsewhere = torch.device(runtime.device).type != "cpu"
+    offloads: tuple[Offload, ...] = ("none", "model", "block") if elsewhere else ("none",)
+    codec = outline(card).parts.get("codec")
+    tilings = [runtime.tiling, *(["tiles"] if hasattr(codec, "tile") else []), "chunks"]
+    dtypes = dict.fromkeys((runtime.dtype, "bfloat16"))
+    known: dict[tuple[str, str], Needs] = {}
+    for dtype, tiling, offload in product(dtypes, dict.fromkeys(tilings), offloads[offloads.index(runtime.offload) :]):
+        if offload == "block" and runtime.compile:
+            continue
+        chosen = replace(runtime, dtype=dtype, tiling=tiling, offload=offload)  # type: ignore[arg-type]
+        if (dtype, tiling) not in known:
+            known[dtype, tiling] = needs(card, chosen, clips=clips, num_frames=num_frames)
+        yield Way(chosen, known[dtype, tiling])
+
+
+def stored_dtype(card: Card, source: str) -> Dtype:
+    """bfloat16 if that is how the denoiser's matrices are stored, else float32. Errors as of reading the weights."""
+    part = outline(card).denoiser
+    if "denoiser" in card.sources:
+        weights = adapters.stored(part, card.sources["denoiser"])
+    else:
+        weights = Stored([folder_of(source) / "denoiser.safetensors"], part.state_dict())
+    kinds = Counter(piece.get_dtype() for _, piece in weights.slices()) if weights is not None else Counter()
+    return "bfloat16" if kinds and kinds.most_common(1)[0][0] == "BF16" else "float32"
+
+
+def _size(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
