@@ -274,7 +274,7 @@ def test_distill_sample_and_refuse(said, tiny: Path) -> None:
     refused(
         said("sample", "run/student", "--prompt", "a", "--scalar", "guidance=4"), "does not read 'guidance'", "none"
     )
-    refused(said("sample", "run/student", "--prompt", "a", "--output", "clip.avi"), ".mp4 or .gif")
+    refused(said("sample", "run/student", "--prompt", "a", "--output", "clip.avi"), ".mp4, .gif, .webp, .png")
     refused(said("sample", "nowhere", "--prompt", "a"), "no card.json")
     refused(
         said("sample", "run/student", "--prompt", "a", "--num-frames", 6),

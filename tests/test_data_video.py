@@ -148,7 +148,7 @@ def test_gif_shows_every_frame_enlarged(tmp_path: Path) -> None:
 
 
 def test_writing_refuses_what_it_cannot_do(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"cannot write .avi; choose .mp4 or .gif"):
+    with pytest.raises(ValueError, match=r"cannot write .avi; choose .mp4 or .gif or .webp or .png"):
         write_video(tmp_path / "a.avi", ramp())
     with pytest.raises(ValueError, match="must be floats"):
         write_video(tmp_path / "a.mp4", to_pixels(ramp()))

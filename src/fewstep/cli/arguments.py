@@ -11,6 +11,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 from fewstep.cli.command import Command, Loads, Overrides, Runs, UsageError
+from fewstep.cli.generation import Sample
 from fewstep.cli.questions import Doctor, Explain, List, Watch
 
 LayoutName = Literal["plain", "openvid", "webvid", "ucf101", "tars"]
@@ -169,49 +170,6 @@ class Train(Command):
 @dataclass(frozen=True)
 class Distill(Train):
     """Distil a model into a few-step student with a recipe. Every key is an option: --method.critic-updates 3."""
-
-
-@dataclass(frozen=True)
-class Sample(Runs):
-    """Generate one clip per prompt with a student or teacher."""
-
-    student: Positional[Annotated[str, arg(metavar="STUDENT")]]
-    """Model: a fewstep folder (a run's student/), a folder in diffusers' layout, a hub name, or `world`."""
-    prompt: tuple[str, ...] = ()
-    """Prompts, one clip each. Up to 8 clips go side by side into one file; more go into one file each (sample-01.mp4, ...)."""
-    prompt_file: Path | None = None
-    """Text file with one prompt per line, in place of --prompt."""
-    image: tuple[Path, ...] = ()
-    """First frame for image-to-video models: one image for all prompts, or one per prompt."""
-    last_image: tuple[Path, ...] = ()
-    """Last frame for models that generate between two images: one for all prompts, or one per prompt."""
-    num_inference_steps: int | None = None
-    """Number of sampling steps (default: from the card). A student refuses step counts it was not trained for."""
-    guidance_scale: float | None = None
-    """Guidance scale: uncond + scale (cond - uncond) (default: from the card)."""
-    scalar: tuple[str, ...] = ()
-    """Numbers that the model reads besides time and text (ScalarInput), by name, such as guidance=4.0."""
-    num_frames: int | None = None
-    """Frames per clip (default: from the card). Another number needs --force."""
-    seed: int = 0
-    """Seed of the first clip; each further clip adds 1."""
-    batch: int | None = None
-    """Clips generated at once (default: 8; on a GPU as many of them as fit, which the first clip shows)."""
-    output: Path = Path("sample.mp4")
-    """File to write, .mp4 or .gif."""
-    scale: int | None = None
-    """Enlarge each pixel this many times (default: small clips to about 128 pixels, others not at all)."""
-    force: bool = False
-    """Allow a step count, number of frames or guidance that the student was not trained for."""
-    dry_run: bool = False
-    """Print how much memory sampling needs, by network and phase. Load and write nothing."""
-    memory: str | None = None
-    """With --dry-run: memory of the device, such as 24GB. Prints whether sampling fits, and what would make it fit."""
-
-    def run(self, overrides: Overrides) -> int:
-        from fewstep.cli import clips
-
-        return clips.sample(self)
 
 
 @dataclass(frozen=True)

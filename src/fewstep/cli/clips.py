@@ -6,73 +6,118 @@ import math
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fewstep.cli.command import UsageError
 from fewstep.cli.commands import _made, _prompts
+from fewstep.cli.pace import Tell, telling
+from fewstep.cli.remade import note_of, remade, scalars_of, warn_of_others
 from fewstep.cli.running import runtime_of, show
 from fewstep.core.atomic import require_writable
 from fewstep.core.stopping import saying
-from fewstep.data.video import LARGEST_SIDE, read_image, write_video
+from fewstep.data.video import FORMATS, LARGEST_SIDE, read_image, write_video
+from fewstep.diffusion import Step
 from fewstep.models.bundle import VideoModel, read_card
 from fewstep.models.fitting import Memory, fitting
 from fewstep.models.runtime import effective, told
 
 if TYPE_CHECKING:
-    from fewstep.cli.arguments import Sample
+    from fewstep.cli.generation import Sample
     from fewstep.models.card import Card
 
 TOGETHER = 8
 """Clips that are made at once (unless `--batch` says otherwise), and largest number side by side in one file."""
+GRID = 64
+"""Largest number of clips in one file if each prompt is sampled with several seeds."""
 SHOWN = 128
 """Shorter side, in pixels, to which smaller clips are enlarged."""
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """The clips that a command asks for: every prompt, with every seed if there are several."""
+
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+    @classmethod
+    def of(cls, options: Sample) -> Wanted:
+        prompts, seeds = _prompts(options.prompt, options.prompt_file), options.seed
+        if len(seeds) == 1:
+            return cls(prompts, tuple(range(seeds[0], seeds[0] + len(prompts))))
+        return cls(tuple(p for p in prompts for _ in seeds), seeds * len(prompts))
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
 def sample(options: Sample) -> int:
-    prompts = _prompts(options.prompt, options.prompt_file)
-    _check(options, len(prompts))
-    scalars = _scalars(options.scalar)
+    options = remade(options) if options.like else options
+    if not options.student:
+        raise UsageError("name a model, such as world, or a file to make again: --like FILE")
+    wanted = Wanted.of(options)
+    _check(options, len(wanted))
     if options.dry_run:
-        at_once = min(options.batch or TOGETHER, len(prompts))
+        at_once = min(options.batch or TOGETHER, len(wanted))
         return show(options, options.student, clips=at_once, num_frames=options.num_frames, memory=options.memory)
-    card = read_card(options.student)
+    card = _sized(read_card(options.student), options)
     scale = _scale(options, card)
-    spans = _spans(len(prompts), card.width * scale)
-    paths = [
-        options.output if len(spans) == 1 else _numbered(options.output, first, len(prompts)) for first, _ in spans
-    ]
+    columns = len(options.seed) if len(options.seed) > 1 else 0
+    spans = _spans(len(wanted), columns, card, scale)
+    paths = [options.output if len(spans) == 1 else _numbered(options.output, i, len(spans)) for i in range(len(spans))]
     require_writable(paths[-1])
-    model = VideoModel.from_pretrained(
-        options.student, trust=options.trust, runtime=runtime_of(options, options.student)
-    )
+    runtime = runtime_of(options, options.student)
+    model = VideoModel.load(card, options.student, trust=options.trust, runtime=runtime)
+    warn_of_others(options, model)
     images = _images(options, card)
     done: list[Path] = []
 
     def kept() -> str:
         return f"{len(done)} of {len(paths)} files are written" + (f", the last one is {done[-1]}" if done else "")
 
-    with saying(kept):
+    with saying(kept), telling(options.quiet) as tell:
         waiting, files = list[Tensor](), list(zip(spans, paths, strict=True))
-        for first, last in fitting(len(prompts), options.batch, TOGETHER, Memory.of(model.device)):
+        for first, last in fitting(len(wanted), options.batch, TOGETHER, Memory.of(model.device)):
             mine = {name: stack if len(stack) == 1 else stack[first:last] for name, stack in images.items()}
-            clips = model(
-                prompts[first:last], **mine, num_inference_steps=options.num_inference_steps, num_frames=options.num_frames,
-                guidance_scale=options.guidance_scale, scalars=scalars, seed=options.seed + first, force=options.force,
-            )  # fmt: skip
+            clips = _clips(model, Wanted(wanted.prompts[first:last], wanted.seeds[first:last]), options, mine, tell)
             waiting += clips.cpu().split(1)
             while files and files[0][0][1] <= last:
                 (begin, end), path = files.pop(0)
-                _write(path, torch.cat(waiting[: end - begin]), card.fps, scale)
+                note = note_of(options, model, wanted.prompts[begin:end], wanted.seeds[begin:end])
+                frames = {"fps": options.fps or card.fps, "scale": scale, "columns": columns, "note": note}
+                done.append(_write(path, torch.cat(waiting[: end - begin]), frames))
                 waiting = waiting[end - begin :]
-                done.append(path)
     print(told(effective(model)), file=sys.stderr)
     for path in done[:-1]:
         _made(path)
     return _made(done[-1])
+
+
+def _clips(model: VideoModel, wanted: Wanted, options: Sample, images: dict[str, Tensor], tell: Tell) -> Tensor:
+    """Clips made at once, with progress by step."""
+    steps = model.sampling(
+        wanted.prompts, **images, num_inference_steps=options.num_inference_steps, num_frames=options.num_frames,
+        guidance_scale=options.guidance_scale, scalars=scalars_of(options), seed=wanted.seeds, force=options.force,
+    )  # fmt: skip
+    for step in steps:
+        tell(f"clips with seeds {wanted.seeds[0]} to {wanted.seeds[-1]}", step.index + 1, step.steps, "steps")
+        if options.preview is not None:
+            _preview(model, step, options.preview)
+    with torch.inference_mode():
+        return model.decode(step.x)
+
+
+def _preview(model: VideoModel, step: Step, path: Path) -> None:
+    """The middle frame of each clip as the step before the last sees it."""
+    x0 = step.prediction.x0[:TOGETHER]
+    middle = x0.shape[2] // 2
+    with torch.inference_mode():
+        write_video(path, model.decode(x0[:, :, middle : middle + 1])[:, :, -1:])
 
 
 def _check(options: Sample, count: int) -> None:
@@ -80,15 +125,43 @@ def _check(options: Sample, count: int) -> None:
     for name in ("image", "last_image"):
         if len(getattr(options, name)) not in (0, 1, count):
             option = f"--{name}".replace("_", "-")
-            raise UsageError(f"{option}: give one picture, or one for each of the {count} prompts")
-    if options.output.suffix.lower() not in (".mp4", ".gif"):
-        raise UsageError(f"--output {options.output}: choose a name that ends in .mp4 or .gif")
-    for name in ("num_frames", "num_inference_steps", "scale", "batch"):
+            raise UsageError(f"{option}: give one picture, or one for each of the {count} clips")
+    if options.output.suffix.lower() not in FORMATS:
+        raise UsageError(f"--output {options.output}: choose a name that ends in {', '.join(FORMATS)}")
+    if options.preview is not None and options.preview.suffix.lower() != ".png":
+        raise UsageError(f"--preview {options.preview}: choose a name that ends in .png")
+    for name in ("num_frames", "num_inference_steps", "scale", "batch", "height", "width"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if len(set(options.seed)) < len(options.seed) or not options.seed:
+        raise UsageError(f"--seed: give one number, or several different ones, got {list(options.seed)}")
     if options.guidance_scale is not None and not math.isfinite(options.guidance_scale):
         raise UsageError(f"--guidance-scale must be a number, got {options.guidance_scale}")
+    if options.fps is not None and not 0 < options.fps <= 1000:
+        raise UsageError(f"--fps must be above 0 and at most 1000, got {options.fps}")
+    scalars_of(options)
+
+
+def _sized(card: Card, options: Sample) -> Card:
+    """The card with the options' size and negative prompt. UsageError for what the model was not trained for, unless forced,
+    and for a negative prompt that nobody would read."""
+    height, width = options.height or card.height, options.width or card.width
+    if (height, width) != (card.height, card.width) and card.role == "student" and not options.force:
+        raise UsageError(
+            f"{card.name!r} was trained for frames of {card.height} x {card.width}; leave --height and --width out, or add "
+            "--force"
+        )
+    changes: dict[str, Any] = {"height": height, "width": width}
+    if options.negative_prompt is not None:
+        guided = card.contract.guidance.active if options.guidance_scale is None else options.guidance_scale != 1
+        if not guided:
+            raise UsageError(
+                f"--negative-prompt: {card.name!r} is sampled without guidance, so it reads no negative prompt. Leave it out, "
+                "or apply guidance on top (--guidance-scale 2 --force), which takes two calls per step"
+            )
+        changes["negative_prompt"] = options.negative_prompt
+    return replace(card, **changes)
 
 
 def _scale(options: Sample, card: Card) -> int:
@@ -102,10 +175,13 @@ def _scale(options: Sample, card: Card) -> int:
     return scale
 
 
-def _spans(count: int, width: int) -> list[tuple[int, int]]:
-    """Which clips share a file: all clips if they are few and fit side by side, otherwise none."""
-    together = count <= TOGETHER and count * width <= LARGEST_SIDE
-    return [(0, count)] if together else [(i, i + 1) for i in range(count)]
+def _spans(count: int, columns: int, card: Card, scale: int) -> list[tuple[int, int]]:
+    """Which clips share a file: all clips if they are few and fit side by side (a row per prompt), otherwise none."""
+    across, rows = columns or count, count // columns if columns else 1
+    few = count <= (GRID if columns else TOGETHER)
+    if few and across * card.width * scale <= LARGEST_SIDE and rows * card.height * scale <= LARGEST_SIDE:
+        return [(0, count)]
+    return [(i, i + 1) for i in range(count)]
 
 
 def _numbered(output: Path, number: int, count: int) -> Path:
@@ -119,31 +195,14 @@ def _images(options: Sample, card: Card) -> dict[str, Tensor]:
     return {name: torch.stack([read_image(p, size) for p in paths]) for name, paths in pictures.items() if paths}
 
 
-def _scalars(given: Sequence[str]) -> dict[str, float]:
-    """The numbers by name. UsageError for a word that is no `name=number`, and for a name that is given twice."""
-    found: dict[str, float] = {}
-    for word in given:
-        name, equals, number = word.partition("=")
-        try:
-            value = float(number)
-        except ValueError:
-            value = math.nan
-        if not (name and equals and math.isfinite(value)):
-            raise UsageError(f"--scalar {word}: write the name and a number, such as guidance=4.0")
-        if name in found:
-            raise UsageError(f"--scalar: {name} is given twice, as {found[name]:g} and as {value:g}; give it once")
-        found[name] = value
-    return found
-
-
-def _write(path: Path, clips: Tensor, fps: float, scale: int) -> None:
+def _write(path: Path, clips: Tensor, options: dict[str, Any]) -> Path:
     """Write clips. If the disk is full or gone, write them to the folder for temporary files; the error names that file."""
     try:
-        write_video(path, clips, fps=fps, scale=scale)
+        return write_video(path, clips, **options)
     except OSError as error:
         spare = Path(tempfile.mkdtemp(prefix="fewstep-")) / f"clips{path.suffix}"
         try:
-            write_video(spare, clips, fps=fps, scale=scale)
+            spare = write_video(spare, clips, **options)
         except OSError:
             raise error from None
         raise OSError(error.errno, f"{error.strerror}. The clips were written to {spare} instead", str(path)) from error

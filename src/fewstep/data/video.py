@@ -19,10 +19,11 @@ import av
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
-from fewstep.core.atomic import replacing
+from fewstep.core.atomic import replacing, replacing_folder
 from fewstep.core.finite import require_finite
 from fewstep.data.shots import find_cuts
 
@@ -176,16 +177,19 @@ def cover(planes: Tensor, size: tuple[int, int]) -> Tensor:
     return planes[..., top : top + target_h, left : left + target_w]
 
 
-def write_video(path: str | Path, frames: Tensor, *, fps: float = 8, scale: int = 1, columns: int = 0) -> Path:
-    """Write floats `[3, F, H, W]`, or `[B, 3, F, H, W]` side by side, in [-1, 1], to .mp4 (H.264) or .gif.
+def write_video(
+    path: str | Path, frames: Tensor, *, fps: float = 8, scale: int = 1, columns: int = 0, note: str = ""
+) -> Path:
+    """Write floats `[3, F, H, W]`, or `[B, 3, F, H, W]` side by side, in [-1, 1], to .mp4 (H.264), .gif, .webp (lossless) or
+    .png (a file for one frame; a folder of numbered files, named without the suffix, for several). Returns where it is.
 
     `scale` enlarges by repeating pixels; `columns` is the number of clips per row (0 = all in one row). H.264 needs even sizes,
-    so the last row or column of an odd size is repeated. A .gif shows each frame for a whole number of 1/100 s.
+    so the last row or column of an odd size is repeated. A .gif shows each frame for a whole number of 1/100 s. `read_note`
+    reads the `note` again.
     """
     path = Path(path)
-    writers = {".mp4": _write_mp4, ".gif": _write_gif}
-    if path.suffix.lower() not in writers:
-        raise ValueError(f"{path}: cannot write {path.suffix or 'without a suffix'}; choose {' or '.join(writers)}")
+    if path.suffix.lower() not in _WRITERS:
+        raise ValueError(f"{path}: cannot write {path.suffix or 'without a suffix'}; choose {' or '.join(_WRITERS)}")
     if frames.ndim not in (4, 5) or frames.shape[-4] != 3 or not frames.is_floating_point():
         got = f"{frames.dtype} {tuple(frames.shape)}"
         raise ValueError(f"frames must be floats [3, F, H, W] or [B, 3, F, H, W], got {got}")
@@ -193,9 +197,33 @@ def write_video(path: str | Path, frames: Tensor, *, fps: float = 8, scale: int 
         raise ValueError(f"scale must be at least 1 and fps positive, got scale={scale}, fps={fps}")
     pixels = _tile(to_pixels(frames if frames.ndim == 5 else frames[None]), columns)
     array = pixels.repeat_interleave(scale, 1).repeat_interleave(scale, 2).numpy()
+    if path.suffix.lower() == ".png" and len(array) > 1:
+        with replacing_folder(path.with_suffix("")) as folder:
+            for number, frame in enumerate(array, 1):
+                _write_png(folder / f"{number:0{max(4, len(str(len(array))))}d}.png", frame[None], fps, note)
+        return path.with_suffix("")
     with replacing(path) as draft:
-        writers[path.suffix.lower()](draft, array, fps)
+        _WRITERS[path.suffix.lower()](draft, array, fps, note)
     return path
+
+
+def read_note(path: str | Path) -> str:
+    """The note that `write_video` left in a file or folder; empty without one. ClipError for what is no video or picture."""
+    path = Path(path)
+    if path.is_dir():
+        path = next(iter(sorted(path.glob("*.png"))), path)
+    try:
+        if path.suffix.lower() == ".mp4":
+            with _opened(path) as file:
+                found: str = file.metadata.get("comment", "")
+                return found
+        with Image.open(path) as picture:
+            kept = (
+                picture.info.get("comment", "") if picture.format != "WEBP" else picture.getexif().get(_DESCRIPTION, "")
+            )
+    except (OSError, SyntaxError, ClipError) as error:
+        raise ClipError(f"{path}: cannot be read as a video or picture ({error})") from None
+    return kept.decode("utf-8", "replace") if isinstance(kept, bytes) else str(kept)
 
 
 def _tile(clips: Tensor, columns: int) -> Tensor:
@@ -207,10 +235,12 @@ def _tile(clips: Tensor, columns: int) -> Tensor:
     return clips.reshape(rows, columns, f, h, w, c).permute(2, 0, 3, 1, 4, 5).reshape(f, rows * h, columns * w, c)
 
 
-def _write_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
+def _write_mp4(path: Path, frames: np.ndarray, fps: float, note: str) -> None:
     odd = [(0, size % 2) for size in frames.shape[1:3]]
     frames = np.pad(frames, [(0, 0), *odd, (0, 0)], mode="edge")
     with av.open(str(path), "w") as file:
+        if note:
+            file.metadata["comment"] = note
         stream = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000), options={"crf": "18"})
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
@@ -219,18 +249,42 @@ def _write_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
         file.mux(stream.encode())
 
 
-def _write_gif(path: Path, frames: np.ndarray, fps: float) -> None:
-    path.write_bytes(encode_gif(frames, fps))
+def _write_gif(path: Path, frames: np.ndarray, fps: float, note: str) -> None:
+    path.write_bytes(encode_gif(frames, fps, note))
 
 
-def encode_gif(frames: np.ndarray, fps: float) -> bytes:
+def _write_webp(path: Path, frames: np.ndarray, fps: float, note: str) -> None:
+    first, *rest = map(Image.fromarray, frames)
+    told = Image.Exif()
+    if note:
+        told[_DESCRIPTION] = note
+    first.save(
+        path, "WEBP", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0, lossless=True, exif=told
+    )
+
+
+def _write_png(path: Path, frames: np.ndarray, fps: float, note: str) -> None:
+    told = PngInfo()
+    if note:
+        told.add_text("comment", note)
+    Image.fromarray(frames[0]).save(path, "PNG", pnginfo=told)
+
+
+_WRITERS = {".mp4": _write_mp4, ".gif": _write_gif, ".webp": _write_webp, ".png": _write_png}
+FORMATS = tuple(_WRITERS)
+"""Suffixes of files that `write_video` writes."""
+_DESCRIPTION = 0x010E
+"""EXIF's number of the description of a picture."""
+
+
+def encode_gif(frames: np.ndarray, fps: float, note: str = "") -> bytes:
     """uint8 `[F, H, W, 3]` as an endless GIF of at most 256 colours."""
     # One palette for the whole clip, because a palette per frame would make the clip flicker.
     palette = Image.fromarray(frames.reshape(-1, *frames.shape[2:])).quantize(256, dither=Image.Dither.NONE)
     first, *rest = [Image.fromarray(f).quantize(palette=palette, dither=Image.Dither.NONE) for f in frames]
     buffer = BytesIO()
     duration = max(20, round(100 / fps) * 10)  # browsers slow down anything faster than 20 ms
-    first.save(buffer, "GIF", save_all=True, append_images=rest, duration=duration, loop=0)
+    first.save(buffer, "GIF", save_all=True, append_images=rest, duration=duration, loop=0, comment=note.encode())
     return buffer.getvalue()
 
 

@@ -1,0 +1,69 @@
+"""`fewstep sample` and its arguments. Nothing heavy is imported here, so that `fewstep --help` is fast."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from fewstep.cli.command import Overrides, Runs
+
+
+@dataclass(frozen=True)
+class Sample(Runs):
+    """Generate one clip per prompt with a student or teacher."""
+
+    student: Positional[Annotated[str, arg(metavar="STUDENT")]] = ""
+    """Model: a fewstep folder (a run's student/), a folder in diffusers' layout, a hub name, or `world`."""
+    prompt: tuple[str, ...] = ()
+    """Prompts, one clip each. Up to 8 clips go side by side into one file; more go into one file each (sample-01.mp4, ...)."""
+    like: Path | None = None
+    """Make the clips of this file again: it says how fewstep sample made it. Other options change that."""
+    prompt_file: Path | None = None
+    """Text file with one prompt per line, in place of --prompt."""
+    image: tuple[Path, ...] = ()
+    """First frame for image-to-video models: one image for all prompts, or one per prompt."""
+    last_image: tuple[Path, ...] = ()
+    """Last frame for models that generate between two images: one for all prompts, or one per prompt."""
+    num_inference_steps: int | None = None
+    """Number of sampling steps (default: from the card). A student refuses step counts it was not trained for."""
+    guidance_scale: float | None = None
+    """Guidance scale: uncond + scale (cond - uncond) (default: from the card)."""
+    scalar: tuple[str, ...] = ()
+    """Numbers that the model reads besides time and text (ScalarInput), by name, such as guidance=4.0."""
+    negative_prompt: str | None = None
+    """Negative prompt, for models that are sampled with guidance (default: from the card)."""
+    num_frames: int | None = None
+    """Frames per clip (default: from the card). Another number needs --force."""
+    height: int | None = None
+    """Height of the clips in pixels (default: from the card). A student needs --force for another."""
+    width: int | None = None
+    """Width of the clips in pixels (default: from the card). A student needs --force for another."""
+    seed: tuple[int, ...] = (0,)
+    """Seed of the first clip; each further clip adds 1. With several seeds every prompt is sampled with each: a grid with a row
+    per prompt."""
+    batch: int | None = None
+    """Clips generated at once (default: 8; on a GPU as many of them as fit, which the first clip shows)."""
+    output: Path = Path("sample.mp4")
+    """File to write: .mp4, .gif, .webp (without loss), or .png for a folder with a file per frame."""
+    fps: float | None = None
+    """Frames per second of the file (default: from the card)."""
+    preview: Path | None = None
+    """Picture (.png) that shows the middle frame after each step, while clips are being made."""
+    scale: int | None = None
+    """Enlarge each pixel this many times (default: small clips to about 128 pixels, others not at all)."""
+    force: bool = False
+    """Allow a step count, number of frames or guidance that the student was not trained for."""
+    dry_run: bool = False
+    """Print how much memory sampling needs, by network and phase. Load and write nothing."""
+    memory: str | None = None
+    """With --dry-run: memory of the device, such as 24GB. Prints whether sampling fits, and what would make it fit."""
+    quiet: bool = False
+    """Hide the progress bar."""
+
+    def run(self, overrides: Overrides) -> int:
+        from fewstep.cli import clips
+
+        return clips.sample(self)

@@ -1,0 +1,98 @@
+"""What a file says of how its clips were made, and `sample --like FILE`, which makes them again."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fewstep.cli.command import UsageError
+from fewstep.data.video import read_note
+from fewstep.evaluate.machine import versions
+from fewstep.models.bundle import VideoModel
+
+if TYPE_CHECKING:
+    from fewstep.cli.generation import Sample
+
+_KEPT = (
+    "student", "image", "last_image", "num_inference_steps", "guidance_scale", "negative_prompt", "scalar", "num_frames",
+    "height", "width", "fps", "scale", "force", "dtype", "tiling", "attention",
+)  # fmt: skip
+"""Options that decide what is made, besides prompts and seeds."""
+
+
+def note_of(options: Sample, model: VideoModel, prompts: Sequence[str], seeds: Sequence[int]) -> str:
+    """All that is needed to make clips of a file again, and what made them, as JSON."""
+    given = {name: getattr(options, name) for name in _KEPT}
+    given["scalar"] = tuple(f"{name}={value:g}" for name, value in sorted(scalars_of(options).items()))
+    default = {field.name: field.default for field in fields(options)}
+    changed = {name: value for name, value in given.items() if name == "student" or value != default[name]}
+    facts = {
+        "made by": "fewstep sample", "prompts": prompts, "seeds": seeds, "options": changed,
+        "model": model.card.name, "denoiser": model.fingerprint("denoiser"), "arithmetic": model.runtime.dtype,
+        "device": str(model.device), "times": model.card.contract.times(options.num_inference_steps, force=options.force),
+        "versions": versions(),
+    }  # fmt: skip
+    return json.dumps(facts, default=str)
+
+
+def remade(options: Sample) -> Sample:
+    """The options with what the file `options.like` says, where the command line does not. UsageError without such a note."""
+    facts, default = _facts(options.like or Path()), {field.name: field.default for field in fields(options)}
+    told: dict[str, Any] = {name: value for name, value in facts["options"].items() if name in _KEPT}
+    told["prompt"], told["seed"] = _pairs(facts["prompts"], facts["seeds"])
+    if options.prompt_file is not None:
+        del told["prompt"]
+    for name in ("image", "last_image"):
+        if name in told:
+            told[name] = tuple(map(Path, told[name]))
+    if "scalar" in told:
+        told["scalar"] = tuple(told["scalar"])
+    return replace(options, **{name: value for name, value in told.items() if getattr(options, name) == default[name]})
+
+
+def scalars_of(options: Sample) -> dict[str, float]:
+    """The numbers by name. UsageError for a word that is no `name=number`, and for a name that is given twice."""
+    found: dict[str, float] = {}
+    for word in options.scalar:
+        name, equals, number = word.partition("=")
+        try:
+            value = float(number)
+        except ValueError:
+            value = math.nan
+        if not (name and equals and math.isfinite(value)):
+            raise UsageError(f"--scalar {word}: write the name and a number, such as guidance=4.0")
+        if name in found:
+            raise UsageError(f"--scalar: {name} is given twice, as {found[name]:g} and as {value:g}; give it once")
+        found[name] = value
+    return found
+
+
+def warn_of_others(options: Sample, model: VideoModel) -> None:
+    """Say where the weights are not those that made the file."""
+    if options.like is not None and (made := _facts(options.like)["denoiser"]) != model.fingerprint("denoiser"):
+        print(f"{options.like} was made by other weights ({made}), so the clips will differ", file=sys.stderr)
+
+
+def _pairs(prompts: Sequence[str], seeds: Sequence[int]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """The prompts and seeds of a command line that asks for these clips."""
+    if (list(seeds) == list(range(seeds[0], seeds[0] + len(prompts))) and len(set(prompts)) > 1) or len(prompts) == 1:
+        return tuple(prompts), (seeds[0],)
+    different = tuple(dict.fromkeys(seeds))
+    return tuple(prompts[:: len(different)]), different
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    try:
+        facts: dict[str, Any] = json.loads(read_note(path))
+        if all(key in facts for key in ("options", "prompts", "seeds", "denoiser")):
+            return facts
+    except json.JSONDecodeError:
+        pass
+    raise UsageError(
+        f"--like {path}: it does not say how it was made; give a file that fewstep sample wrote, unchanged"
+    )
