@@ -17,6 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fewstep.compress.linear import linears
@@ -186,7 +187,8 @@ class _File:
         for part, called in (("down", "lora_A or lora_down"), ("up", "lora_B or lora_up")):
             if part not in parts:
                 raise ValueError(f"{self.path}: {layer} has no {called}; the file is incomplete, copy it again")
-        down, up, shape = parts["down"], parts["up"], self.names.denoiser.get_submodule(layer).weight.shape
+        down, up = parts["down"], parts["up"]
+        shape: torch.Size = self.names.denoiser.get_submodule(layer).weight.shape
         if (
             up.shape[0] != shape[0]
             or up[0].numel() != len(down)
