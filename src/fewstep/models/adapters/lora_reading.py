@@ -17,7 +17,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fewstep.compress.linear import linears
@@ -188,7 +187,8 @@ class _File:
             if part not in parts:
                 raise ValueError(f"{self.path}: {layer} has no {called}; the file is incomplete, copy it again")
         down, up = parts["down"], parts["up"]
-        shape: torch.Size = self.names.denoiser.get_submodule(layer).weight.shape
+        layer_weight: Any = self.names.denoiser.get_submodule(layer).weight
+        shape = layer_weight.shape
         if (
             up.shape[0] != shape[0]
             or up[0].numel() != len(down)

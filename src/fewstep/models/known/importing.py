@@ -80,6 +80,12 @@ class Import:
         return self.known.holds == "weights" and self.known.guidance_input is None and adapters.is_layout(self.source)
 
     @property
+    def _path(self) -> Path:
+        """Where the weights are; those of a whole model in diffusers' layout are in a folder of their own."""
+        source = Path(self.source)
+        return next((source / part for part in ("unet", "transformer") if (source / part).is_dir()), source)
+
+    @property
     def _base(self) -> str:
         """ValueError where the system has no base of its own and none is given."""
         if self.base is not None:
@@ -126,7 +132,7 @@ class Import:
 
     def _tensors(self) -> Collection[str]:
         """Names of the tensors, where there is something to read."""
-        path = Path(self.source)
+        path = self._path
         if not path.exists():
             raise FileNotFoundError(f"{self.source}: no such file or folder; give --as NAME with a hub name, or a path")
         return [name for file in files_in(path) for name in open_weights(file).names]
@@ -154,15 +160,14 @@ class Import:
     def _whole(self, card: Card) -> Denoiser:
         """A denoiser with the weights of the file."""
         network: Denoiser = allocate("denoiser", card)  # type: ignore[assignment]
-        source = Path(self.source)
-        weights = open_weights(source / "unet" if (source / "unet").is_dir() else source)
+        weights = open_weights(self._path)
         if self.known.guidance_input is not None:
             weights = told(weights, self.known.guidance_input)
         _fill(network.state_dict(), weights, network, self.source)
         return network
 
     def _provenance(self, card: Card) -> dict[str, str]:
-        known, path = self.known, Path(self.source)
+        known, path = self.known, self._path
         files = files_in(path) if path.exists() and not self._is_layout else []
         return {
             "source": known.source,
