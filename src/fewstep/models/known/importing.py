@@ -63,21 +63,21 @@ class Import:
         """
         known, name = self.known, Path(self.source).name
         contract, card = known.for_file(name, self.steps), self._card()
-        if self.base is None and self._is_layout:
-            model = _loaded(card, self.source, with_denoiser=True)
-            network = model.denoiser
-        elif known.holds == "weights":
-            model, network = _loaded(card, self._base, with_denoiser=False), self._whole(card)
-        else:
-            model = _loaded(card, self._base, with_denoiser=True)
-            network = self._changed(model.denoiser)
+        network = self._network(card)  # before the other parts are read: it is here that files do not fit
+        model = _loaded(card, self._home, [part for part in card.parts if part != "denoiser"])
         made = model.with_part("denoiser", network.requires_grad_(False), role="student", contract=contract)
         return made.with_card(name=known.name, provenance=self._provenance(card))
 
     @property
     def _is_layout(self) -> bool:
-        """Whether `source` is a whole model, with text encoder and codec."""
-        return self.known.holds == "weights" and self.known.guidance_input is None and adapters.is_layout(self.source)
+        """Whether `source` is a whole model, whose text encoder and codec are used."""
+        whole = self.known.holds == "weights" and self.known.guidance_input is None
+        return whole and self.base is None and adapters.is_layout(self.source)
+
+    @property
+    def _home(self) -> str:
+        """Where the other parts are."""
+        return self.source if self._is_layout else self._base
 
     @property
     def _path(self) -> Path:
@@ -96,7 +96,7 @@ class Import:
 
     def _card(self) -> Card:
         """The card of the base at the student's size. ValueError where it is no base for this system."""
-        known, base = self.known, self.source if self.base is None and self._is_layout else self._base
+        known, base = self.known, self._home
         if not Path(self.source).exists() and base != self.source:
             raise FileNotFoundError(
                 f"{self.source}: no such file or folder; download the files of {known.source} and give their path"
@@ -136,6 +136,13 @@ class Import:
         if not path.exists():
             raise FileNotFoundError(f"{self.source}: no such file or folder; give --as NAME with a hub name, or a path")
         return [name for file in files_in(path) for name in open_weights(file).names]
+
+    def _network(self, card: Card) -> Denoiser:
+        """The student's denoiser."""
+        if self.known.holds == "weights" and not self._is_layout:
+            return self._whole(card)
+        network = _loaded(card, self._home, ["denoiser"]).denoiser
+        return network if self._is_layout else self._changed(network)
 
     def _changed(self, network: Denoiser) -> Denoiser:
         """The base's denoiser with the LoRA added, in place; of motion modules with these in place of its own."""
@@ -181,11 +188,10 @@ class Import:
         }
 
 
-def _loaded(card: Card, source: str, *, with_denoiser: bool) -> VideoModel:
-    """The base, its large other parts left in their files."""
-    if not with_denoiser:
-        card = replace(card, parts={part: spec for part, spec in card.parts.items() if part != "denoiser"})
-    return VideoModel.load(card, source, leave=("text", "codec"))
+def _loaded(card: Card, source: str, parts: Collection[str]) -> VideoModel:
+    """Some parts of the base; those that are only named in the student are left in their files."""
+    some = replace(card, parts={part: card.parts[part] for part in parts})
+    return VideoModel.load(some, source, leave=("text", "codec"))
 
 
 def _fill(own: Mapping[str, Tensor], weights: Weights, network: Denoiser, where: str) -> None:
