@@ -110,6 +110,7 @@ def test_angles_are_those_of_rcm() -> None:
     tan = 14.101419947, 5.797883715, 1.557407725  # of 1.5, 1.4 and 1.0
     assert Angles().times(4) == pytest.approx((80 / 81, *(x / (1 + x) for x in tan), 0.0), abs=1e-9)
     assert Angles().times(1) == (pytest.approx(80 / 81), 0.0)
+    assert Angles().times(2)[1] == pytest.approx(tan[0] / (1 + tan[0]), abs=1e-9)
     with pytest.raises(ValueError, match="angles decrease"):
         Angles(sigma_max=1.0)
 

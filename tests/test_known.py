@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ from fewstep.diffusion import CFG, DDIM, Contract, Euler, Exact, Renoise, StepCo
 from fewstep.models import VideoModel
 from fewstep.models.known import KNOWN, Known
 from fewstep.models.known.importing import Import
+from fewstep.models.known.lcm_times import lcm_times
 from fewstep.models.known.recognise import named, recognise
 from fewstep.models.source import Diffusers
 from support_known import lora, start_of
@@ -99,11 +101,35 @@ def test_a_system_says_where_its_facts_come_from(known: Known) -> None:
     assert __import__(module, fromlist=["x"]).__doc__
 
 
+def test_the_list_says_what_can_be_imported(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "students", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [entry["name"] for entry in found] == [known.name for known in KNOWN]
+    assert all(Path(entry["file"]).is_file() for entry in found)
+    for entry, known in zip(found, KNOWN, strict=True):
+        assert entry["cite"] == known.source and known.what in entry["doc"]
+        assert ("Cannot be imported" in entry["doc"]) == bool(known.missing)
+
+
+@pytest.mark.parametrize("known", [known for known in KNOWN if not known.missing], ids=lambda known: known.name)
+def test_a_student_goes_back_to_diffusers(known: Known) -> None:
+    """Diffusers has a scheduler for every contract but rCM's, which begins below pure noise."""
+    from fewstep.models.adapters.export.schedulers import exact_scheduler
+
+    for steps in known.counts:
+        if known.name == "rcm-wan21":
+            with pytest.raises(ValueError, match="diffusers has no scheduler"):
+                exact_scheduler(known.path, known.kind, known.contract, steps)
+        else:
+            assert exact_scheduler(known.path, known.kind, known.contract, steps).pin() is not None
+
+
 @pytest.mark.parametrize("steps", range(2, 9))
 def test_times_of_lcm_are_those_of_its_scheduler(steps: int) -> None:
     theirs = LCMScheduler()
     theirs.set_timesteps(steps)
-    ours = BY_NAME["lcm-lora-sd15"].contract.times(steps)
+    ours = lcm_times(range(steps, steps + 1)).times(steps)
+    assert ours == BY_NAME["lcm-lora-sd15"].contract.times(steps)
     assert [round(1000 * t) - 1 for t in ours[:-1]] == theirs.timesteps.tolist()
 
 

@@ -200,6 +200,9 @@ def test_animatelcm_is_motion_modules_and_a_lora(unets: dict[str, Path], tmp_pat
         expected = tensors[other] if other in tensors else base.state_dict()[name]
         torch.testing.assert_close(value, expected + next(iter(updates.values())) if other == added else expected)
     assert student.card.contract.guidance == CFG(scale=1.5) and student.card.contract.steps == 6
+    chain = {key: value for key, value in student.card.provenance.items() if key.endswith("licence")}
+    assert chain.pop("licence") == "MIT" and "OpenRAIL" in chain.pop("teacher.licence")
+    assert chain == {"fact: licence": "github.com/G-U-N/AnimateLCM LICENSE.txt"}
 
 
 def test_another_table_is_refused(unets: dict[str, Path], tmp_path: Path) -> None:

@@ -251,7 +251,7 @@ def test_half_a_lora_is_refused(experts: VideoModel, tmp_path: Path) -> None:
 
 def test_low_is_not_read_in_other_words() -> None:
     """A name with both words, or with one of them inside another word, does not say whose it is."""
-    for one, two in (("flow_high", "slow_other"), ("high_low", "low"), ("high", "high2")):
+    for one, two in (("x_high", "slow_other"), ("high_low", "low"), ("high", "high2")):
         with pytest.raises(ValueError, match="whose they are"):
             in_order([Path(f"{one}.safetensors"), Path(f"{two}.safetensors")])
     files = [Path("b_low.safetensors"), Path("z_HIGH.safetensors")]
@@ -283,6 +283,8 @@ def test_what_does_not_fit_is_refused(wan: VideoModel, tmp_path: Path) -> None:
     refused(
         wan, tmp_path, "made for another model", **{f"{LAYER}.lora_A.weight": down, f"{LAYER}.lora_B.weight": up[:, :1]}
     )
+    twice = {f"{LAYER}.alpha": torch.tensor(1.0), f"transformer.{LAYER}.alpha": torch.tensor(2.0)}
+    refused(wan, tmp_path, "says again what another tensor says", **twice)
     refused(wan, tmp_path, "has no lora_B", **{f"{LAYER}.lora_A.weight": down})
     refused(wan, tmp_path, "has no lora_A", **{f"{LAYER}.alpha": torch.tensor(1.0)})
     refused(wan, tmp_path, "difference of .*bias is", **{f"{LAYER}.diff_b": torch.ones(3)})

@@ -95,7 +95,9 @@ CASES = (
     ),
     imported("no such system", LIGHTX2V, lora(), "wan-lightning", "wan22-lightning", more=("--as", "wan-lightning")),
     imported("one that cannot be imported", LIGHTX2V, lora(), "causvid", "streaming", more=("--as", "causvid")),
-    imported("another base", LIGHTX2V, lora(family="wan_experts"), "base is a WanExperts", "belongs to a Wan", "--base"),
+    imported(
+        "another base", LIGHTX2V, lora(family="wan_experts"), "base is a WanExperts", "belongs to a Wan", "--base"
+    ),
     imported("no base there", LIGHTX2V, lambda here: lora()(here) or (here / "base").rename(here / "away"), "base"),
     imported(
         "an unknown layer", LIGHTX2V, lora("diffusion_model.blocks.9.self_attn.q"), LIGHTX2V, "blocks.9", "lora_unet_"

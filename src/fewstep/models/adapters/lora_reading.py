@@ -38,7 +38,8 @@ _OLD = re.compile(r"\.processor\.to_(q|k|v|out)_lora\.(down|up)\.weight$")
 """Diffusers' names before peft: the matrices of an attention layer belong to its processor."""
 _PREFIXES = ("", PREFIX, "model.diffusion_model.", "diffusion_model.", "transformer.", "unet.")
 _UNDERSCORED = ("lora_unet_", "lora_transformer_")
-_NOISES = tuple(re.compile(rf"(?<![a-z]){word}(?![a-z])", re.IGNORECASE) for word in ("high", "low"))
+_HIGH = re.compile(r"(?<![a-z])high(?![a-z])", re.IGNORECASE)
+_LOW = re.compile(r"(?<![a-z])low(?![a-z])", re.IGNORECASE)
 """What files of Wan 2.2's experts are called by: how noisy the clips are that they see."""
 _BOTH = (
     "give a folder with a file for each, called NAME.safetensors and NAME_2.safetensors, or with high and low in their names; "
@@ -136,8 +137,10 @@ class _File:
             parameter = self.names.find(layer, kind) if kind else None
             if parameter is None:
                 odd.append(name)
-            else:
-                found.setdefault(parameter, {})[kind] = value
+                continue
+            if kind in found.setdefault(parameter, {}):
+                raise ValueError(f"{self.path}: {name} says again what another tensor says; leave one of them out")
+            found[parameter][kind] = value
         if odd:
             network = type(self.names.denoiser.backbone).__name__
             advice = _BOTH if self._for_one_expert else f"layers may be called {self.names.told}, also without prefix"
@@ -252,10 +255,14 @@ def _find(source: Path, experts: Sequence[str]) -> tuple[dict[Path, str | None],
 def in_order(files: Sequence[Path]) -> tuple[Path, Path]:
     """Two files, that of the expert for noisy times first. ValueError where their names do not say which it is."""
     for one, two in (files, files[::-1]):
-        noises = [pattern.search(one.stem) for pattern in _NOISES], [pattern.search(two.stem) for pattern in _NOISES]
-        if two.stem == f"{one.stem}_2" or (noises[0][0] and noises[1][1] and not noises[0][1] and not noises[1][0]):
+        by_noise = _says(one, _HIGH, _LOW) and _says(two, _LOW, _HIGH)
+        if two.stem == f"{one.stem}_2" or by_noise:
             return one, two
     raise ValueError(f"{files[0].parent}: {files[0].name} and {files[1].name} do not say whose they are; {_BOTH}")
+
+
+def _says(file: Path, word: re.Pattern[str], other: re.Pattern[str]) -> bool:
+    return bool(word.search(file.stem)) and not other.search(file.stem)
 
 
 def _strength(file: Path, config: dict[str, Any]) -> float:
