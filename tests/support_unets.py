@@ -71,7 +71,7 @@ def vae() -> AutoencoderKL:
 def scheduler(schedule: str, **changes: Any) -> DDIMScheduler:
     """As it is published: leading timesteps with an offset, ending at the first level of the table."""
     plain = {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False}
-    return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule=schedule, **(plain | changes))
+    return DDIMScheduler(**({"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": schedule} | plain | changes))
 
 
 def animatediff(**changes: Any) -> AnimateDiffPipeline:

@@ -181,7 +181,7 @@ def test_list_offers_what_the_catalogue_has() -> None:
     from typing import get_args, get_type_hints
 
     kinds = get_args(get_type_hints(List)["kind"])
-    assert {*KINDS, "recipes"} == set(kinds)
+    assert {*KINDS, "recipes", "students"} == set(kinds)
 
 
 def test_list_recipes_says_what_each_makes(said) -> None:

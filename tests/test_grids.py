@@ -16,6 +16,7 @@ from fewstep.diffusion import (
     DDIM,
     GRIDS,
     SAMPLERS,
+    Angles,
     Contract,
     DPMpp2M,
     Euler,
@@ -55,7 +56,8 @@ def read(tree: dict[str, Any]) -> Contract:
 def test_times_decrease_from_noise_to_data(grid: TimeGrid) -> None:
     for steps in grid.counts or (1, 2, 4, 25):
         times = grid.times(steps)
-        assert len(times) == steps + 1 and times[0] == 1 and times[-1] == 0
+        assert len(times) == steps + 1 and times[-1] == 0
+        assert times[0] == (80 / 81 if isinstance(grid, Angles) else 1)
         assert all(a > b for a, b in zip(times, times[1:]))
 
 
@@ -91,12 +93,26 @@ def test_export_visits_its_times_or_says_that_it_cannot(grid: TimeGrid) -> None:
     from fewstep.models.adapters.export.schedulers import exact_scheduler
 
     steps = (grid.counts or (4,))[-1]
+    if grid.times(steps)[0] != 1:  # diffusers' pipelines begin with pure noise
+        with pytest.raises(ValueError, match="no scheduler that does what"):
+            exact_scheduler(RectifiedFlow(), "flow", Contract(grid=grid, steps=steps), steps)
+        return
     scheduler: Any = exact_scheduler(RectifiedFlow(), "flow", Contract(grid=grid, steps=steps), steps).pin()
     scheduler.set_timesteps(steps)
     assert scheduler.sigmas.tolist() == pytest.approx(grid.times(steps), abs=1e-6)
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def test_angles_are_those_of_rcm() -> None:
+    """By hand: sigma 80 is t = 80 / 81; an angle a is t = tan a / (1 + tan a)."""
+    tan = 14.101419947, 5.797883715, 1.557407725  # of 1.5, 1.4 and 1.0
+    assert Angles().times(4) == pytest.approx((80 / 81, *(x / (1 + x) for x in tan), 0.0), abs=1e-9)
+    assert Angles().times(1) == (pytest.approx(80 / 81), 0.0)
+    assert Angles().times(2)[1] == pytest.approx(tan[0] / (1 + tan[0]), abs=1e-9)
+    with pytest.raises(ValueError, match="angles decrease"):
+        Angles(sigma_max=1.0)
 
 
 @pytest.mark.parametrize("steps", [1, 4, 25, 50])

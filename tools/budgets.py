@@ -23,7 +23,18 @@ SUPPORT = {  # files of a room that are not one of its algorithms, and may hold 
     "models": {"__init__", "bundle", "source", "spec"},  # no networks in them
     "models/adapters": {"__init__", "joint", "streams", "unet", "chunks", "pipeline"},
 }
-NUMBERED = {"avdm2", "dmd2", "dpmpp_2m", "int8", "t5", "hunyuan15", "qwen_byt5"}  # what the field calls it
+NUMBERED = {
+    "avdm2",
+    "dmd2",
+    "dpmpp_2m",
+    "int8",
+    "t5",
+    "hunyuan15",
+    "qwen_byt5",
+    "hyper_sd15",
+    "lcm_lora_sd15",
+    "rcm_wan21",
+}  # what the field calls it
 BANNED_NAMES = {"utils", "util", "common", "misc", "helpers", "helper"}
 NEVER = {"nan_to_num": "bad numbers are never hidden", "eval": "text is never run", "exec": "text is never run"}
 PLAIN_CALLS = {"eval", "exec", "print"}  # model.eval() is something else

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import re
 from collections.abc import Callable, Mapping
@@ -19,6 +20,7 @@ from fewstep.diffusion import CFG, DENSITIES, GRIDS, PATHS, SAMPLERS
 from fewstep.engine import Health, Settings, WorldProbe
 from fewstep.methods import METHODS, ROLLOUTS
 from fewstep.models import NETWORKS
+from fewstep.models.known import KNOWN, Known
 from fewstep.models.source import Diffusers, Pretrained, Previous, Scratch
 from fewstep.world.data import WorldClips
 
@@ -57,10 +59,20 @@ class Entry:
 
 
 def entries(kind: str) -> list[Entry]:
-    """All entries of `kind`: a key of `KINDS`, or `recipes` for the recipes of the package."""
+    """All entries of `kind`: a key of `KINDS`, `recipes` for the recipes of the package, or `students` for public ones."""
     if kind == "recipes":
         return [Entry(name, headline(path), "", _near(path), 1) for name, path in shipped().items()]
+    if kind == "students":
+        return [_student(known) for known in KNOWN]
     return [entry(thing) for thing in KINDS[kind]]
+
+
+def _student(known: Known) -> Entry:
+    """A public few-step model; the sentence says what is missing here to import it."""
+    doc = f"{known.what}. Cannot be imported: fewstep lacks {known.missing}" if known.missing else known.what
+    module = f"fewstep.models.known.{known.name.replace('-', '_')}"
+    path = Path(str(importlib.util.find_spec(module).origin))  # type: ignore[union-attr]
+    return Entry(known.name, doc, known.source, _near(path), 1)
 
 
 def entry(thing: Callable[..., Any]) -> Entry:

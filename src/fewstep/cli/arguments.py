@@ -13,6 +13,7 @@ from tyro.conf import Positional, arg
 from fewstep.cli.command import Command, Loads, Overrides, Runs, UsageError
 from fewstep.cli.generation import Sample
 from fewstep.cli.questions import Doctor, Explain, List, Watch
+from fewstep.cli.students import Import
 
 LayoutName = Literal["plain", "openvid", "webvid", "ucf101", "tars"]
 """Copy of `fewstep.data.layouts.LayoutName`: importing that module would load torch just to print a help text."""
@@ -311,7 +312,8 @@ class CheckLora(Runs):
 
 COMMANDS: dict[str, type[Command]] = {
     "demo": Demo, "prepare": Prepare, "train": Train, "pairs": Pairs, "distill": Distill, "sample": Sample,
-    "evaluate": Evaluate, "check-model": CheckModel, "export": Export, "check-lora": CheckLora,
+    "evaluate": Evaluate, "check-model": CheckModel, "import": Import, "export": Export,
+    "check-lora": CheckLora,
     "watch": Watch, "list": List, "explain": Explain, "doctor": Doctor,
 }  # fmt: skip
 

@@ -28,11 +28,12 @@ class Watch(Command):
 
 @dataclass(frozen=True)
 class List(Command):
-    """List what a recipe can name, with source file and paper."""
+    """List what a recipe can name, with source file and paper; and the public students that can be imported."""
 
     kind: Positional[
         Literal[
             "recipes",
+            "students",
             "methods",
             "models",
             "networks",

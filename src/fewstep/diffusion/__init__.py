@@ -2,7 +2,16 @@
 
 from fewstep.diffusion.contract import Contract, Stream
 from fewstep.diffusion.densities import DENSITIES, Grid, LogitNormal, TimeDensity, Uniform
-from fewstep.diffusion.grids import Exact, LinearQuadratic, Shifted, StepCountError, TimeGrid, Timesteps
+from fewstep.diffusion.grids import (
+    Angles,
+    Exact,
+    LinearQuadratic,
+    Shifted,
+    StepCountError,
+    TimeGrid,
+    Timesteps,
+    Trained,
+)
 from fewstep.diffusion.guidance import CFG
 from fewstep.diffusion.path import NoisePath
 from fewstep.diffusion.paths import EDM, PATHS, VP, Betas, RectifiedFlow, Trig
@@ -10,13 +19,14 @@ from fewstep.diffusion.prediction import KINDS, Kind, Prediction, from_x0, targe
 from fewstep.diffusion.samplers import DDIM, SAMPLERS, DPMpp2M, Euler, Heun, Renoise, Sampler, Staggered, Step
 from fewstep.diffusion.times import shifted, timestep, uniform_grid
 
-GRIDS: tuple[type[TimeGrid], ...] = (Shifted, LinearQuadratic, Timesteps, Exact)
+GRIDS: tuple[type[TimeGrid], ...] = (Shifted, LinearQuadratic, Timesteps, Exact, Trained, Angles)
 NAMED: tuple[type, ...] = (*PATHS, *SAMPLERS, *GRIDS)
 """What a card can name."""
 
 __all__ = [
-    "CFG", "DDIM", "DENSITIES", "GRIDS", "KINDS", "NAMED", "PATHS", "SAMPLERS", "VP", "Betas", "Contract", "DPMpp2M", "EDM",
-    "Euler", "Exact", "Grid", "Heun", "Kind", "LinearQuadratic", "LogitNormal", "NoisePath", "Prediction", "RectifiedFlow",
-    "Renoise", "Sampler", "Shifted", "Staggered", "Step", "StepCountError", "Stream", "TimeDensity", "TimeGrid", "Timesteps",
-    "Trig", "Uniform", "from_x0", "shifted", "target", "timestep", "uniform_grid",
+    "CFG", "DDIM", "DENSITIES", "EDM", "GRIDS", "KINDS", "NAMED", "PATHS", "SAMPLERS", "VP", "Angles", "Betas",
+    "Contract", "DPMpp2M", "Euler", "Exact", "Grid", "Heun", "Kind", "LinearQuadratic", "LogitNormal", "NoisePath",
+    "Prediction", "RectifiedFlow", "Renoise", "Sampler", "Shifted", "Staggered", "Step", "StepCountError", "Stream",
+    "TimeDensity", "TimeGrid", "Timesteps", "Trained", "Trig", "Uniform", "from_x0", "shifted", "target", "timestep",
+    "uniform_grid",
 ]  # fmt: skip

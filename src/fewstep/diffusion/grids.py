@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -129,7 +130,79 @@ class Exact(TimeGrid):
         for grid in self.grids:
             if len(grid) == steps + 1:
                 return grid
-        trained = ", ".join(map(str, self.counts))
-        raise StepCountError(
-            f"this student was trained for {trained} steps and was asked for {steps}. Use one of these."
-        )
+        raise _untrained(self, steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained(TimeGrid):
+    """The times of another grid, for the step counts that a student was trained for. Other counts are refused.
+
+    >>> Trained(grid=Shifted(shift=5.0), steps=(4,)).times(4)
+    (1.0, 0.9375, 0.8333333333333334, 0.625, 0.0)
+    """
+
+    grid: TimeGrid = Shifted()
+    steps: tuple[Count, ...] = (4,)
+    """The step counts that it was trained for."""
+
+    def __post_init__(self) -> None:
+        if not self.steps or min(self.steps) < 1 or self.grid.counts:
+            raise ValueError(
+                f"name at least one step count, and a grid that takes any; got {self.steps} and {self.grid}"
+            )
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        return tuple(sorted(set(self.steps)))
+
+    @property
+    def free(self) -> TimeGrid:
+        return self.grid
+
+    def times(self, steps: int) -> tuple[float, ...]:
+        """StepCountError for a step count that is not listed."""
+        if steps not in self.steps:
+            raise _untrained(self, steps)
+        return self.grid.times(steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Angles(TimeGrid):
+    """Angles `atan(s / a)` that a student of rectified flow was trained at (rCM, 2510.08431): `t = sin / (sin + cos)`.
+
+    The first is that of `sigma_max`, so the times begin below 1, and sampling begins with a little less than pure noise.
+    """
+
+    sigma_max: Positive = 80.0
+    """Ratio of noise to signal at which sampling begins."""
+    angles: tuple[Annotated[float, Bounds(above=0, below=math.pi / 2)], ...] = (1.5, 1.4, 1.0)
+    """Angles of the later steps, decreasing: n - 1 of them, the first ones, in n steps."""
+
+    def __post_init__(self) -> None:
+        every = (math.atan(self.sigma_max), *self.angles, 0.0)
+        if any(a <= b for a, b in zip(every, every[1:])):
+            raise ValueError(f"angles decrease from atan(sigma_max) = {every[0]:.6g} to 0, got {list(self.angles)}")
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        return tuple(range(1, len(self.angles) + 2))
+
+    @property
+    def free(self) -> TimeGrid:
+        return Shifted()
+
+    def times(self, steps: int) -> tuple[float, ...]:
+        """StepCountError for more steps than there are angles.
+
+        >>> [round(t, 4) for t in Angles().times(2)]
+        [0.9877, 0.9338, 0.0]
+        """
+        if steps not in self.counts:
+            raise _untrained(self, steps)
+        angles = (math.atan(self.sigma_max), *self.angles[: steps - 1])
+        return (*(math.sin(a) / (math.sin(a) + math.cos(a)) for a in angles), 0.0)
+
+
+def _untrained(grid: TimeGrid, steps: int) -> StepCountError:
+    trained = ", ".join(map(str, grid.counts))
+    return StepCountError(f"this student was trained for {trained} steps and was asked for {steps}. Use one of these.")

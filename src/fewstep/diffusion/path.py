@@ -42,9 +42,9 @@ class NoisePath(ABC):
         c = self.at(t, x0)
         return c.a * x0 + c.s * eps
 
-    def prior(self, eps: Tensor) -> Tensor:
-        """Where sampling starts, `x_1 = s(1) eps`: the noise itself unless the path explodes (EDM)."""
-        return self.at(torch.ones(len(eps), device=eps.device), eps).s * eps
+    def prior(self, eps: Tensor, t: float = 1.0) -> Tensor:
+        """Where sampling starts, `x_t = s(t) eps`: at t = 1 the noise itself unless the path explodes (EDM)."""
+        return self.at(torch.full((len(eps),), t, dtype=torch.float64, device=eps.device), eps).s * eps
 
     def log_snr(self, t: Tensor) -> Tensor:
         c = self.coeffs(t.double())

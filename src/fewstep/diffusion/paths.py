@@ -126,8 +126,8 @@ class Betas(NoisePath):
         share = (angle - angles[above - 1]) / (angles[above] - angles[above - 1])
         return ((above - 1 + share) / self.num_train_timesteps).clamp(0, 1)
 
-    def prior(self, eps: Tensor) -> Tensor:
-        """The noise itself, as these models are sampled, though the table may end with a little signal left."""
+    def prior(self, eps: Tensor, t: float = 1.0) -> Tensor:
+        """The noise itself at any `t`, as these models are sampled, though the table may end with a little signal left."""
         return eps
 
     def _angles(self, like: Tensor) -> Tensor:

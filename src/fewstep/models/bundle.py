@@ -35,7 +35,7 @@ from fewstep.models.denoiser import Denoiser
 from fewstep.models.fingerprint import describe, print_of
 from fewstep.models.images import Images, blank_images, image_conditions
 from fewstep.models.loading import loaded
-from fewstep.models.lora import updated
+from fewstep.models.lora import add
 from fewstep.models.offload import Blockwise, bring
 from fewstep.models.results import result_in
 from fewstep.models.runtime import Runtime, decoded, require_exact, settled, typed
@@ -167,11 +167,13 @@ class VideoModel:
         return made
 
     def with_lora(self, source: Path | str) -> VideoModel:
-        """The same model with a LoRA merged into its denoiser: a file or folder that diffusers, ComfyUI or peft reads.
+        """The same model with a LoRA merged into its denoiser: a file or folder that diffusers, ComfyUI, kohya or peft reads.
+        A model of two experts takes a folder with a file for each of them.
 
         FileNotFoundError or ValueError say why it does not fit.
         """
-        network = updated(self.denoiser, adapters.read_lora(self.denoiser, Path(source)))
+        updates, network = adapters.read_lora(self.denoiser, Path(source)), copy.deepcopy(self.denoiser)
+        add(network, updates.layers, updates.whole)
         return self.with_part("denoiser", network, provenance={**self.card.provenance, "lora": str(source)})
 
     def transformed(self, *transforms: Transform) -> VideoModel:

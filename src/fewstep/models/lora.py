@@ -14,8 +14,9 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -107,15 +108,25 @@ class LowRank(NamedTuple):
     """What a LoRA file holds of one layer."""
 
     up: Tensor
-    """B, `[out, rank]`."""
+    """B, `[out, rank]`; of a convolution `[out, rank, 1, ...]`."""
     down: Tensor
-    """A, `[rank, in]`."""
+    """A, `[rank, in]`; of a convolution `[rank, in, ...]`, with the sizes of its kernel."""
     scale: float
 
     @property
     def update(self) -> Tensor:
-        """What is added to W, float32."""
-        return self.scale * (self.up.float() @ self.down.float())
+        """What is added to W, float32, `[out, in]`; of a convolution, its kernel's places are beside the inputs."""
+        return self.scale * (self.up.float().flatten(1) @ self.down.float().flatten(1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Updates:
+    """What a LoRA file changes in a network."""
+
+    layers: dict[str, LowRank]
+    """Low-rank updates by the layer whose weight they are added to."""
+    whole: dict[str, Tensor] = field(default_factory=dict)
+    """Differences by the parameter they are added to, in its shape: biases, norms, or a whole weight."""
 
 
 def adapt(base: Denoiser, lora: Lora, rng: Rng) -> Denoiser:
@@ -171,23 +182,35 @@ def merge(base: nn.Module, network: nn.Module) -> nn.Module:
     return updated(base, layers) if layers else network
 
 
-@torch.no_grad()
 def updated(base: _Network, layers: Mapping[str, LoraLinear] | Mapping[str, LowRank]) -> _Network:
-    """A copy of `base` with each update added to the weight of the layer it is named after.
+    """A copy of `base` with each update added to the weight of the layer it is named after."""
+    whole = copy.deepcopy(base)
+    add(whole, layers)
+    return whole
+
+
+@torch.no_grad()
+def add(
+    network: nn.Module,
+    layers: Mapping[str, LoraLinear] | Mapping[str, LowRank],
+    whole: Mapping[str, Tensor] = MappingProxyType({}),
+) -> None:
+    """Add each update of `layers` to the weight of the layer it is named after, and each of `whole` to its parameter, in place.
 
     Where a layer has no float weight (`Int8`), the update stays beside it, as one of `Branches`.
     """
-    whole = copy.deepcopy(base)
     beside: dict[str, LoraLinear | LowRank] = {}
     for name, layer in layers.items():
-        weight = whole.get_submodule(name)._parameters.get("weight")
+        weight = network.get_submodule(name)._parameters.get("weight")
         if weight is None:
             beside[name] = layer
         else:
-            weight.add_(layer.update.to(weight))
+            weight.add_(layer.update.to(weight).view_as(weight))
+    for name, difference in whole.items():
+        parameter = network.get_parameter(name)
+        parameter.add_(difference.to(parameter))
     if beside:
-        _put_beside(whole, beside)
-    return whole
+        _put_beside(network, beside)
 
 
 def _put_beside(denoiser: Any, layers: Mapping[str, LoraLinear | LowRank]) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fewstep.models.bundle import VideoModel
     from fewstep.models.card import Card
     from fewstep.models.denoiser import Denoiser
-    from fewstep.models.lora import LowRank
+    from fewstep.models.lora import Updates
     from fewstep.models.stored import Stored
 
 PIPELINES = MappingProxyType(
@@ -102,7 +102,7 @@ def export_lora(model: VideoModel, lora: Path, folder: Path, *, names: str, reci
     return made
 
 
-def read_lora(denoiser: Denoiser, source: Path) -> dict[str, LowRank]:
-    """What a LoRA file or folder adds to the weights of a denoiser, by layer."""
-    updates: dict[str, LowRank] = adapter("lora_file").read_lora(denoiser, source)
+def read_lora(denoiser: Denoiser, source: Path) -> Updates:
+    """What a LoRA file or folder adds to the weights of a denoiser."""
+    updates: Updates = adapter("lora_reading").read_lora(denoiser, source)
     return updates

@@ -1,4 +1,4 @@
-"""LoRA files of other tools: one safetensors file with `<layer>.lora_A.weight` and `<layer>.lora_B.weight`.
+"""Write LoRA files for other tools: one safetensors file with `<layer>.lora_A.weight` and `<layer>.lora_B.weight`.
 
 Layers are called as in diffusers (`transformer.blocks.0.attn1.to_q`), or by the names that a family's authors gave them,
 which is what ComfyUI expects (`diffusion_model.blocks.0.self_attn.q`).
@@ -11,24 +11,21 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fewstep.compress.linear import linears
-from fewstep.core.yaml import load_json
 from fewstep.models.denoiser import Denoiser
-from fewstep.models.lora import CONFIG, PREFIX, WEIGHTS, LowRank
-from fewstep.models.stored import open_tensors, read_tensors
+from fewstep.models.lora import CONFIG, PREFIX, WEIGHTS
+from fewstep.models.stored import read_tensors
 
 Names = Literal["diffusers", "comfyui"]
 NAMES: Mapping[Names, str] = MappingProxyType(
     {"diffusers": "pytorch_lora_weights.safetensors", "comfyui": "{}.safetensors"}
 )
 """What a LoRA file is called, by who shall read it; diffusers looks for this name in a folder."""
-_ENDS = ("lora_A.weight", "lora_B.weight", "lora_down.weight", "lora_up.weight", "alpha")
 _UNCALLABLE = re.compile(r"motion_modules\.\d+\.proj_(in|out)$")
 """Layers that diffusers calls with a keyword which peft's layers do not know: its pipelines fail with adapters there."""
 
@@ -70,7 +67,7 @@ def write_lora(denoiser: Denoiser, adapter: Path, folder: Path, names: Names, st
     rename, prefix, usual = names_of(denoiser, names), _prefix(denoiser, names), next(iter(files))
     written: dict[str, dict[str, Tensor]] = {network: {} for network in files}
     for name, value in read_tensors(adapter / WEIGHTS).items():
-        layer, end = _split(name.removeprefix(f"{PREFIX}backbone."))
+        layer, end = re.fullmatch(r"(.+)\.(lora_[AB]\.weight)", name.removeprefix(f"{PREFIX}backbone.")).groups()  # type: ignore[union-attr]
         if _UNCALLABLE.search(layer):
             raise ValueError(
                 f"diffusers fails with adapters on {layer}; export the merged student, or train with "
@@ -83,91 +80,5 @@ def write_lora(denoiser: Denoiser, adapter: Path, folder: Path, names: Names, st
         save_file(tensors, folder / files[network], {"format": "pt"})
 
 
-def read_lora(denoiser: Denoiser, source: Path) -> dict[str, LowRank]:
-    """What a LoRA adds to the weights of the denoiser's layers, by their names here; every tensor of it must find its layer.
-
-    `source` is a file with names as in diffusers, in ComfyUI or here, or a folder with one (also as peft writes it).
-    FileNotFoundError or ValueError say what is wrong.
-    """
-    file, config = _find(source)
-    tensors, strength = read_tensors(file), _strength(file, config)
-    if not tensors:
-        raise ValueError(
-            f"{file}: there are no tensors in it; give a LoRA as a .safetensors file, or a folder with one"
-        )
-    layers, updates = _layers(denoiser), {}
-    odd = sorted(name for name in tensors if _split(name)[0] not in layers or _split(name)[1] not in _ENDS)
-    if odd:
-        raise ValueError(
-            f"{file}: {len(odd)} of {len(tensors)} tensors belong to no linear layer of this {type(denoiser.backbone).__name__}: "
-            f"{', '.join(odd[:3])}"
-        )
-    for name in dict.fromkeys(_split(name)[0] for name in tensors):
-        down, up = (_either(tensors, name, *ends) for ends in (("lora_A", "lora_down"), ("lora_B", "lora_up")))
-        weight = denoiser.get_submodule(layers[name]).weight
-        if (up.shape[0], down.shape[1]) != tuple(weight.shape) or up.shape[1] != down.shape[0]:
-            raise ValueError(
-                f"{file}: {name} is {tuple(up.shape)} times {tuple(down.shape)}, and the layer {tuple(weight.shape)}"
-            )
-        alpha = tensors.get(f"{name}.alpha")
-        scale = strength if alpha is None else float(alpha) / down.shape[0]
-        updates[layers[name]] = LowRank(up, down, scale)
-    return updates
-
-
-def _find(source: Path) -> tuple[Path, dict[str, Any]]:
-    """The safetensors file, and peft's settings where they lie beside it."""
-    if source.is_file():
-        return source, {}
-    if (source / CONFIG).is_file():
-        return source / WEIGHTS, load_json(source / CONFIG, "a LoRA's settings")
-    files = sorted(source.glob("*.safetensors"))
-    if len(files) != 1:
-        found = f"there are {len(files)} .safetensors files in it" if source.is_dir() else "no such file or folder"
-        raise FileNotFoundError(f"{source}: {found}; give a LoRA as a .safetensors file, or a folder with one")
-    return files[0], {}
-
-
-def _strength(file: Path, config: dict[str, Any]) -> float:
-    """`alpha / rank` of tensors that have no alpha of their own."""
-    if not config:
-        with open_tensors(file) as opened:
-            written = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
-        config = {key.rpartition(".")[2]: value for key, value in written.items()}
-    special = [key for key in ("rank_pattern", "alpha_pattern", "use_dora", "use_rslora") if config.get(key)]
-    if special:
-        raise ValueError(f"{file}: LoRAs with {', '.join(special)} are not read; merge it with the tool that made it")
-    return float(config["lora_alpha"] / config["r"]) if config else 1.0
-
-
-def _layers(denoiser: Denoiser) -> dict[str, str]:
-    """Linear layers by every name that a file may call them."""
-    backbone, found = denoiser.backbone, dict[str, str]()
-    outside = [(names_of(denoiser, names), _prefix(denoiser, names)) for names in _known(denoiser)]
-    for name, *_ in linears(backbone):
-        found |= {prefix + rename(name): f"backbone.{name}" for rename, prefix in outside}
-        found[f"{PREFIX}backbone.{name}"] = f"backbone.{name}"
-    return found
-
-
-def _known(denoiser: Denoiser) -> list[Names]:
-    """Whose names there are for this network."""
-    names: list[Names] = ["diffusers"] if hasattr(denoiser.backbone, "folders") else []
-    return [*names, "comfyui"] if hasattr(denoiser.backbone, "authors") else names
-
-
-def _either(tensors: Mapping[str, Tensor], layer: str, *matrices: str) -> Tensor:
-    for matrix in matrices:
-        if f"{layer}.{matrix}.weight" in tensors:
-            return tensors[f"{layer}.{matrix}.weight"]
-    raise ValueError(f"{layer} has no {' or '.join(matrices)}; the file is incomplete")
-
-
 def _prefix(denoiser: Denoiser, names: Names) -> str:
     return "diffusion_model." if names == "comfyui" else f"{denoiser.backbone.folders[0]}."  # type: ignore[index]
-
-
-def _split(name: str) -> tuple[str, str]:
-    """Layer, and which matrix of it."""
-    end = next((end for end in _ENDS if name.endswith(f".{end}")), "")
-    return name.removesuffix(f".{end}"), end

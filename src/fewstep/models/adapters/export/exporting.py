@@ -24,7 +24,8 @@ from fewstep.core.atomic import replacing_folder, write_text
 from fewstep.models.adapters.export.readme import readme
 from fewstep.models.adapters.export.usage import OWN_TIMES, Usage, original_of
 from fewstep.models.adapters.layout import Layout
-from fewstep.models.adapters.lora_file import Names, file_names, names_of, read_lora, require_adapter, write_lora
+from fewstep.models.adapters.lora_file import Names, file_names, names_of, require_adapter, write_lora
+from fewstep.models.adapters.lora_reading import read_lora
 from fewstep.models.card import Card, parse_card
 from fewstep.models.fingerprint import describe
 
@@ -89,7 +90,8 @@ def export_lora(model: VideoModel, adapter: Path, folder: Path, *, names: Names,
 
 def _require_base(model: VideoModel, adapter: Path, layout: Layout) -> None:
     """ValueError where the student is not the layout's network plus these adapters: over it they would do something else."""
-    updates, backbone = read_lora(model.denoiser, require_adapter(adapter)), model.denoiser.backbone
+    backbone = model.denoiser.backbone
+    updates = read_lora(model.denoiser, require_adapter(adapter)).layers
     own, parts = backbone.state_dict(), tuple(backbone.folders)  # type: ignore[arg-type]
     layout, names = Layout.find(layout.source, parts), {name: backbone.foreign(name) for name in own}
     stored = ChainMap[str, Tensor](*(layout.weights(part, own, names) for part in parts))  # type: ignore[arg-type]

@@ -68,7 +68,7 @@ def exact_scheduler(
     ValueError if diffusers has no such scheduler.
     """
     times, sampler = contract.times(steps), contract.sampler
-    if isinstance(path, RectifiedFlow) and kind == "flow" and sampler in _STOCHASTIC:
+    if isinstance(path, RectifiedFlow) and kind == "flow" and sampler in _STOCHASTIC and times[0] == 1:
         return _flow(times, stochastic=_STOCHASTIC[sampler], uniform=uniform)
     if isinstance(path, Betas) and kind in _PREDICTIONS:
         table = _Table(path, _PREDICTIONS[kind], contract.grid, [_level(t, path) for t in times])

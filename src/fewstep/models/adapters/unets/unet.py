@@ -21,7 +21,7 @@ from fewstep.models.backbone import State
 
 _REFUSED = (
     "class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim", "encoder_hid_dim_type",
-    "center_input_sample", "time_embedding_act_fn", "dropout",
+    "center_input_sample", "time_embedding_act_fn", "dropout", "time_cond_proj_dim",
 )  # fmt: skip
 """Settings of diffusers' U-Nets that need inputs or steps which this contract does not have."""
 
@@ -69,7 +69,8 @@ class UNet(DiffusersBackbone):
             if network.config.get(key):
                 raise ValueError(
                     f"a {type(self).__name__} with {key}: {network.config[key]!r} cannot be read: it does more than "
-                    "denoise by one text and one time; give a text-to-image or text-to-video model of SD 1.x or 2.x"
+                    "denoise by one text and one time; give a text-to-image or text-to-video model of SD 1.x or 2.x, or, for a "
+                    "network that is told its guidance, make a student of it (fewstep import)"
                 )
         self.config, self.factor = network.config, 2**network.num_upsamplers
         self.time_proj, self.time_embedding, self.conv_in = network.time_proj, network.time_embedding, network.conv_in
