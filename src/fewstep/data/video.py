@@ -80,7 +80,7 @@ def read_video(
     too short.
     """
     wanted = range(start, start + num_frames * stride, stride)
-    frames = [_fit(f, size) for i, f in enumerate(_decode(source, wanted.stop - stride + 1)) if i in wanted]
+    frames = [fit(f, size) for i, f in enumerate(decode(source, wanted.stop - stride + 1)) if i in wanted]
     if len(frames) < num_frames:
         raise ClipError(_too_short(frames, wanted))
     return torch.stack(frames)
@@ -93,7 +93,7 @@ def read_image(path: str | Path, size: tuple[int, int]) -> Tensor:
             pixels = np.array(image.convert("RGB"))
     except Exception as error:  # a broken file can make the decoder raise anything; so can a picture of too many pixels
         raise ClipError(f"{path} is not a readable picture: {error}") from None
-    return to_floats(_fit(pixels, size)[None])[:, 0]
+    return to_floats(fit(pixels, size)[None])[:, 0]
 
 
 def read_clips(source: str | Path | BytesIO, cut: Cut) -> Iterator[Clip]:
@@ -106,14 +106,14 @@ def read_clips(source: str | Path | BytesIO, cut: Cut) -> Iterator[Clip]:
     """
     span, frames, made, begin = cut.num_frames * cut.stride, list[Tensor](), 0, 0
     done = False  # with this shot
-    decoded = _decode(source, 0 if cut.shots else cut.clips_per_video * span)
+    decoded = decode(source, 0 if cut.shots else cut.clips_per_video * span)
     for i, (frame, is_cut) in enumerate(find_cuts(decoded) if cut.shots else zip(decoded, repeat(False))):
         if is_cut:
             if not done:
                 yield _short_shot(frames, cut, begin)
             frames, begin, done = [], i, False
         if not done and (i - begin) % cut.stride == 0:
-            frames.append(_fit(frame, (cut.height, cut.width)))
+            frames.append(fit(frame, (cut.height, cut.width)))
         if len(frames) == cut.num_frames:
             yield Clip(torch.stack(frames), begin)
             frames, made, begin, done = [], made + 1, begin + span, cut.shots
@@ -145,6 +145,13 @@ def read_facts(source: str | Path | BytesIO) -> Facts:
         if length is None and file.duration is not None:
             length = file.duration / av.time_base
         return Facts(length, min(stream.width, stream.height))
+
+
+def read_rate(source: str | Path | BytesIO) -> float | None:
+    """Frames per second by the header of a video, the mean if the rate varies; None if the header has none."""
+    with _opened(source) as file:
+        rate = file.streams.video[0].average_rate
+        return float(rate) if rate else None
 
 
 def to_floats(frames: Tensor) -> Tensor:
@@ -234,7 +241,7 @@ def encode_gif(frames: np.ndarray, fps: float) -> bytes:
     return buffer.getvalue()
 
 
-def _decode(source: str | Path | BytesIO, stop: int) -> Iterator[np.ndarray]:
+def decode(source: str | Path | BytesIO, stop: int) -> Iterator[np.ndarray]:
     """Upright uint8 `[H, W, 3]` frames of the first video stream, at most `stop` (0 = all)."""
     number = 0
     with _opened(source) as file:
@@ -276,7 +283,7 @@ def _reason(error: av.FFmpegError) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-def _fit(frame: np.ndarray, size: tuple[int, int] | None) -> Tensor:
+def fit(frame: np.ndarray, size: tuple[int, int] | None) -> Tensor:
     """Scale uint8 `[H, W, 3]` to cover `size`, antialiased, and crop the centre."""
     pixels = torch.from_numpy(np.ascontiguousarray(frame))
     if size is None or tuple(pixels.shape[:2]) == size:
