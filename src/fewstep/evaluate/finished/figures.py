@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -60,7 +60,7 @@ def measure(frames: Tensor, fps: float | None, clip: Clip | None = None, text: T
 
     A measure that needs more frames than there are is None; so is everything about time for a picture.
     """
-    still = {name: [] for name in ("brightness", "saturation", "contrast", "sharpness", "clipped", "black")}
+    still: dict[str, list[Tensor]] = {name: [] for name in ("brightness", "saturation", "contrast", "sharpness", "clipped", "black")}
     coarsely, embedded = [], []
     large = min(frames.shape[1:3]) >= 3
     for x in windows(frames, 1):
@@ -83,7 +83,9 @@ def measure(frames: Tensor, fps: float | None, clip: Clip | None = None, text: T
     enough = len(frames) >= FEWEST_TO_REPEAT
     found["repetition"] = float(repetition(torch.cat(coarsely)[None])) if enough else None
     found |= vlite(frames, fps, embeddings)
-    found["clip_score"] = None if embeddings is None or text is None else float(100 * (embeddings @ text[0].cpu()).mean())
+    found["clip_score"] = (
+        None if embeddings is None or text is None else float(100 * (embeddings @ text[0].cpu()).mean())
+    )
     return Measured(found, embeddings)
 
 
@@ -108,7 +110,9 @@ def vlite(frames: Tensor, fps: float | None, embeddings: Tensor | None = None) -
     moves = _moves(frames, fps)
     found["vlite.dynamic_degree"] = None if moves is None else float(moves)
     if moves is False:
-        found["vlite.temporal_flickering"] = float(torch.cat([temporal_flickering(x) for x in windows(frames, 2)]).mean())
+        found["vlite.temporal_flickering"] = float(
+            torch.cat([temporal_flickering(x) for x in windows(frames, 2)]).mean()
+        )
     dropped = [motion_smoothness(x) for x in windows(frames, 3)]
     found["vlite.motion_smoothness"] = float(torch.cat(dropped)[::2].mean())
     if embeddings is not None:
@@ -145,3 +149,9 @@ def windows(frames: Tensor, span: int) -> Iterator[Tensor]:
     for first in range(0, len(frames) - span + 1, step):
         part = to_floats(frames[first : first + step + span - 1])
         yield part.unfold(1, span, 1).permute(1, 0, 4, 2, 3)
+
+
+def mean(rows: Sequence[Figures], name: str) -> float | None:
+    """Mean of one measure over the videos that have it; None if none has."""
+    values = [value for row in rows if (value := row[name]) is not None]
+    return sum(values) / len(values) if values else None

@@ -15,8 +15,8 @@ from fewstep.metrics import mean_interval, ratio_of_means
 from fewstep.metrics.statistics import FEWEST, ratio_interval
 
 Verdict = Literal["more", "less", "equal", "unclear"]
-NAMED = 4
-"""Videos that a sentence names; it counts the others."""
+NAMED, LISTED = 4, 6
+"""Videos and measures that a sentence names; it counts more of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,9 @@ def _finding(side: str, measure: Measure, pairs: Sequence[tuple[str, float, floa
 
 
 def _verdict(measure: Measure, ends: tuple[float, float]) -> Verdict:
-    low, high = (1 / (1 + measure.margin), 1 + measure.margin) if measure.kind == "ratio" else (-measure.margin, measure.margin)
+    low, high = (
+        (1 / (1 + measure.margin), 1 + measure.margin) if measure.kind == "ratio" else (-measure.margin, measure.margin)
+    )
     if ends[0] > high:
         return "more"
     if ends[1] < low:
@@ -99,16 +101,16 @@ def verdict(found: Sequence[Finding], reference: str) -> Iterator[str]:
         yield f"{side}: {sentence(finding)}."
     for finding in found:
         if finding.faults and finding not in named:
-            yield f"{side}: {BY_NAME[finding.measure].title} in {len(finding.faults)} of {finding.videos} videos, not in the " \
-                  f"reference's: {_some(finding.faults)}."
-    equal = [BY_NAME[f.measure].title for f in found if f.verdict == "equal" and not f.faults]
+            count = f"{len(finding.faults)} of {finding.videos} videos"
+            yield f"{side}: more {BY_NAME[finding.measure].title} than {reference} in {count}: {_some(finding.faults)}."
+    rest = [f for f in found if f not in named and not f.faults and f.interval is not None]
+    equal, unclear = ([BY_NAME[f.measure].title for f in rest if f.verdict == kind] for kind in ("equal", "unclear"))
+    if not named and not any(f.faults for f in found):
+        yield f"{side}: no difference from {reference} is shown."
     if equal:
         yield f"{side}: about equal to {reference} in {_listed(equal)}."
-    unclear = [BY_NAME[f.measure].title for f in found if f.verdict == "unclear" and f not in named]
-    if unclear and videos >= FEWEST:
+    if unclear:
         yield f"{side}: too few videos, or too different ones, to tell about {_listed(unclear)}."
-    if not named and not any(f.faults for f in found) and not unclear:
-        yield f"{side}: no difference from {reference} in any measure."
 
 
 def sentence(finding: Finding) -> str:
@@ -120,7 +122,7 @@ def sentence(finding: Finding) -> str:
         ends = "" if finding.interval is None else f" [{finding.interval[0]:.2f}, {finding.interval[1]:.2f}]"
         return f"{_times(finding.compared)} the reference's {measure.title}{ends}, {count}"
     values = f"{measure.written(finding.mean)}, the reference's {measure.written(finding.reference)}"
-    ends = "" if finding.interval is None else f" [{', '.join(map(measure.compared, finding.interval))}]"
+    ends = "" if finding.interval is None else f" (difference {measure.between(finding.interval)})"
     return f"{measure.title} {values}{ends}, {count}"
 
 
@@ -140,4 +142,6 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _listed(names: Sequence[str]) -> str:
+    if len(names) > LISTED:
+        return f"{len(names)} measures"
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

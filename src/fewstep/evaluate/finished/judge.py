@@ -15,7 +15,7 @@ from fewstep.core.atomic import write_text
 from fewstep.core.lock import holding
 from fewstep.data.base import DataError
 from fewstep.evaluate.features.extractors import FeatureMap, feature_map
-from fewstep.evaluate.finished.figures import VLITE, Figures, Measured, measure, small, vlite
+from fewstep.evaluate.finished.figures import VLITE, Figures, Measured, mean, measure, small, vlite
 from fewstep.evaluate.finished.findings import Finding, find, verdict
 from fewstep.evaluate.finished.matching import Matched, match
 from fewstep.evaluate.finished.players import begin, require_free, write_player
@@ -56,19 +56,30 @@ class Options:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Shown:
+    """One file, as it was compared with the reference's."""
+
+    file: str
+    player: str
+    """The copy for the page, below its folder."""
+    format: str
+    """Its own size, rate and number of frames."""
+    compared_in: str
+    """The format in which it and the reference's were measured."""
+    changes: tuple[str, ...]
+    """What was resampled for that, of this file or of the reference's."""
+    figures: Figures
+    reference: Figures
+    """The reference's figures in the same format."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Video:
-    """The videos of all sides that show the same thing, in the order of the sides."""
+    """The files of all sides that show the same thing, in the order of the sides."""
 
     name: str
     prompt: str
-    files: tuple[str, ...]
-    format: str
-    """In which they were compared."""
-    changes: tuple[str, ...]
-    """What was resampled, one sentence per file."""
-    figures: tuple[Figures, ...]
-    players: tuple[str, ...]
-    """Copies for the page, below its folder."""
+    sides: tuple[Shown, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,13 +138,21 @@ def compare_videos(
     with holding(output):
         begin(output, FILE, KIND)
         videos = []
-        for number, (case, own) in enumerate(zip(matched.cases, formats, strict=True)):
+        for number, own in enumerate(formats):
             videos.append(bench.video(number, matched, own, output))
             if progress is not None:
                 progress("videos", number + 1, len(matched.cases))
         found = _judged(matched, videos, bench, [str(path) for path in paths])
         write_text(output / FILE, json.dumps(asdict(found), indent=2) + "\n")
     return found
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What was found in one file, in one format."""
+
+    measured: Measured
+    features: Tensor | None
 
 
 class _Bench:
@@ -143,32 +162,47 @@ class _Bench:
         self.options, self.prompted = options, prompted
         self.map: FeatureMap | None = feature_map(options.features, (0, 0), CPU) if options.features else None
         self.clip = _clip(options.clip) if options.clip else None
-        self.features: list[list[Tensor]] = []
-        """By video, by side."""
+        self.features: list[list[tuple[Tensor | None, Tensor | None]]] = []
+        """By video, by side: features of the file, and of the reference's in the same format."""
         self.controls: dict[str, list[Figures]] = {"a still picture": [], "frames shuffled": []}
 
     def video(self, number: int, matched: Matched, own: Sequence[Format], output: Path) -> Video:
-        """Measure the files of one case, and write their copies for the page."""
-        case, wanted = matched.cases[number], meet(own, self.options.num_frames)
+        """Measure the files of one case, and write their copies for the page.
+
+        Each file meets the reference's in a format of the two alone, so that a small or slow side does not hide what is wrong
+        with another one.
+        """
+        case, most = matched.cases[number], self.options.num_frames
         text = None if self.clip is None or not case.prompt else self.clip.prompt(case.prompt)
-        figures, players, changed, rows = [], [], [], []
+        references: dict[Format, _Look] = {}
+        shown, rows = [], []
         for side, (path, its) in enumerate(zip(case.files, own, strict=True)):
-            frames = read(path, its, wanted)
-            found = measure(frames, wanted.fps, self.clip, text)
+            wanted, whole = meet((own[0], its), most), meet((its,), most)
+            frames = read(path, its, whole)
+            player = write_player(output, side, number, frames, its.fps)
+            mine = self._look(frames if whole == wanted else read(path, its, wanted), wanted, text)
             if side == 0:
-                self._control(frames, wanted.fps, found, number)
-            if self.map is not None:
-                with torch.inference_mode():
-                    rows.append(self.map.map(small(frames)).double().cpu())
-            figures.append(found.figures)
-            players.append(write_player(output, side, number, frames, wanted.fps))
-            if what := changes(its, wanted):
-                changed.append(f"{matched.sides[side]}: {', '.join(what)}")
+                references[wanted] = mine
+                self._control(frames, wanted.fps, mine.measured, number)
+            del frames
+            if wanted not in references:
+                references[wanted] = self._look(read(case.files[0], own[0], wanted), wanted, text)
+            told = [("", changes(its, wanted, most)), (f"{matched.sides[0]}: ", changes(own[0], wanted, most))]
+            shown.append(Shown(
+                file=str(path), player=player, format=str(its), compared_in=str(wanted),
+                changes=tuple(f"{who}{what}" for who, each in told[: 1 if side == 0 else 2] for what in each),
+                figures=mine.measured.figures, reference=references[wanted].measured.figures,
+            ))  # fmt: skip
+            rows.append((mine.features, references[wanted].features))
         self.features.append(rows)
-        return Video(
-            name=case.name, prompt=case.prompt, files=tuple(map(str, case.files)), format=str(wanted),
-            changes=tuple(changed), figures=tuple(figures), players=tuple(players),
-        )  # fmt: skip
+        return Video(name=case.name, prompt=case.prompt, sides=tuple(shown))
+
+    def _look(self, frames: Tensor, wanted: Format, text: Tensor | None) -> _Look:
+        measured = measure(frames, wanted.fps, self.clip, text)
+        if self.map is None:
+            return _Look(measured, None)
+        with torch.inference_mode():
+            return _Look(measured, self.map.map(small(frames)).double().cpu())
 
     def _control(self, frames: Tensor, fps: float | None, found: Measured, number: int) -> None:
         """The VBench-like measures of a still picture, and of the frames in random order."""
@@ -187,15 +221,20 @@ def _clip(folder: str) -> Clip:
 
 def _judged(matched: Matched, videos: Sequence[Video], bench: _Bench, paths: Sequence[str]) -> Comparison:
     names = [video.name for video in videos]
-    by_side = [[video.figures[i] for video in videos] for i in range(len(matched.sides))]
-    findings = [find(side, names, mine, by_side[0]) for side, mine in zip(matched.sides[1:], by_side[1:])]
+    findings = []
+    for i, side in enumerate(matched.sides[1:], 1):
+        pairs = [video.sides[i] for video in videos]
+        findings.append(find(side, names, [one.figures for one in pairs], [one.reference for one in pairs]))
     options = asdict(bench.options) | {"prompt_file": str(bench.options.prompt_file or "")}
     return Comparison(
         sides=matched.sides,
         verdict=tuple(line for found in findings for line in verdict(found, matched.sides[0])),
         findings=tuple(finding for found in findings for finding in found),
         distances=tuple(_distances(matched.sides, bench)),
-        controls={name: _means(rows) for name, rows in bench.controls.items()},
+        controls={
+            control: {f"vlite.{name}": mean(rows, f"vlite.{name}") for name in VLITE}
+            for control, rows in bench.controls.items()
+        },
         videos=tuple(videos),
         notes=tuple(_notes(matched, videos, bench)),
         paths=tuple(paths),
@@ -209,38 +248,32 @@ def _judged(matched: Matched, videos: Sequence[Video], bench: _Bench, paths: Seq
 def _distances(sides: Sequence[str], bench: _Bench) -> Iterator[Distance]:
     if bench.map is None or len(bench.features) < FEWEST_TO_MEASURE_DISTANCE:
         return
-    sets = [torch.cat([rows[i] for rows in bench.features]) for i in range(len(sides))]
-    floor = split_half(sets[0], torch.Generator().manual_seed(0))
-    for side, own in zip(sides[1:], sets[1:]):
-        value = frechet(own, sets[0])
-        low, high = jackknife(value, frechet_without(own, sets[0]))
+    for i, side in enumerate(sides[1:], 1):
+        own, reference = (torch.cat([rows[i][which] for rows in bench.features]) for which in (0, 1))  # type: ignore[misc]
+        value = frechet(own, reference)
+        low, high = jackknife(value, frechet_without(own, reference))
+        floor = split_half(reference, torch.Generator().manual_seed(0))
         yield Distance(side=side, value=value, interval=(max(0.0, low), high), n=len(own), floor=floor)
-
-
-def _means(rows: Sequence[Figures]) -> Figures:
-    """Mean of each VBench-like measure over the videos that have it."""
-    found: Figures = {}
-    for name in (f"vlite.{name}" for name in VLITE):
-        values = [row[name] for row in rows if row[name] is not None]
-        found[name] = sum(values) / len(values) if values else None  # type: ignore[arg-type]
-    return found
 
 
 def _notes(matched: Matched, videos: Sequence[Video], bench: _Bench) -> Iterator[str]:
     """What a reader must know before quoting a figure."""
     yield f"Videos are matched {matched.how}."
     yield from matched.left_out
-    if changed := sum(bool(video.changes) for video in videos):
-        yield f"Size, rate or length differ in {changed} of {len(videos)} videos. They are compared in the smallest of each; the " \
-              "list of videos says what was resampled."
+    for i, side in enumerate(matched.sides[1:], 1):
+        if changed := [video.sides[i] for video in videos if video.sides[i].changes]:
+            yield (
+                f"{side}: size, rate or length differ from the reference's in {len(changed)} of {len(videos)} videos, so the two "
+                f"are compared in the smaller of each ({changed[0].compared_in} in {changed[0].file})."
+            )
     if len(videos) < FEWEST:
         yield "Intervals: none, because one video says nothing about other videos."
     elif len(videos) < ENOUGH:
         yield f"Intervals: wide and not reliable, because {len(videos)} videos are few; give {ENOUGH} or more."
-    if all(video.figures[0]["motion"] is None for video in videos):
+    if all(video.sides[0].figures["motion"] is None for video in videos):
         yield "Motion, flicker, drift, frozen frames, cuts and repetition: not measured, because these are pictures."
     if bench.map is not None and len(videos) < FEWEST_TO_MEASURE_DISTANCE:
-        yield f"Distance: not measured, because it needs {FEWEST_TO_MEASURE_DISTANCE} videos or more, and there are {len(videos)}."
+        yield f"Distance: not measured, because it needs {FEWEST_TO_MEASURE_DISTANCE} videos, and there are {len(videos)}."
     elif bench.map is not None:
         yield f"Distance: with {len(videos)} videos it is biased upwards. Compare it only at equal n and features."
     if bench.clip is not None and not bench.prompted:

@@ -154,9 +154,7 @@ def _by_order(
         )
     ordered = [[files[name] for name in sorted(files, key=natural)] for files in found]
     own = sorted(found[0], key=natural)
-    cases = tuple(
-        Case(name, files, prompt) for name, files, prompt in zip(own, zip(*ordered), prompts, strict=True)
-    )
+    cases = tuple(Case(name, files, prompt) for name, files, prompt in zip(own, zip(*ordered), prompts, strict=True))
     return Matched(names, cases, "by order: line i of the prompt file is the i-th file of each folder")
 
 

@@ -52,6 +52,14 @@ class Measure:
             return f"{100 * value:+.1f} points"
         return f"{value:+.3g}"
 
+    def between(self, ends: tuple[float, float]) -> str:
+        """An interval of ratios or differences."""
+        if self.kind == "ratio":
+            return f"{ends[0]:.2f} to {ends[1]:.2f}"
+        if self.unit in ("share", "change"):
+            return f"{100 * ends[0]:+.1f} to {100 * ends[1]:+.1f} points"
+        return f"{ends[0]:+.3g} to {ends[1]:+.3g}"
+
 
 def _ratio(name: str, title: str, floor: float, about: str) -> Measure:
     return Measure(name=name, title=title, kind="ratio", margin=0.1, floor=floor, about=about)

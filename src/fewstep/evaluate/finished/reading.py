@@ -108,16 +108,16 @@ def read(path: Path, own: Format, wanted: Format) -> Tensor:
     return clip
 
 
-def changes(own: Format, wanted: Format) -> tuple[str, ...]:
-    """What is resampled of a file, in words; nothing if it is compared as it is."""
+def changes(own: Format, wanted: Format, num_frames: int | None = None) -> tuple[str, ...]:
+    """What is resampled of a file, in words; nothing if it is compared as it is, but for the frames after `num_frames`."""
     said: list[str] = []
     if (own.height, own.width) != (wanted.height, wanted.width):
         said.append(f"size {own.width} x {own.height} to {wanted.width} x {wanted.height}")
     if own.fps is not None and wanted.fps is not None:
         if own.fps != wanted.fps:
             said.append(f"rate {own.fps:g} to {wanted.fps:g} fps")
-        if (lost := own.seconds - wanted.seconds) > 0.5 / own.fps:
-            said.append(f"length {own.seconds:.2f} to {own.seconds - lost:.2f} s")
+        if own.seconds - wanted.seconds > 1 / wanted.fps - 1e-6 and wanted.frames != num_frames:
+            said.append(f"length {own.seconds:.2f} to {wanted.seconds:.2f} s")
     return tuple(said)
 
 

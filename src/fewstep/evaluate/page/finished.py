@@ -10,8 +10,9 @@ from pathlib import Path
 from string import Template
 
 from fewstep.core.atomic import write_text
+from fewstep.evaluate.finished.figures import mean
 from fewstep.evaluate.finished.findings import Finding, apart
-from fewstep.evaluate.finished.judge import Comparison, Video
+from fewstep.evaluate.finished.judge import Comparison, Shown, Video
 from fewstep.evaluate.finished.measures import BY_NAME, MEASURES, Measure
 from fewstep.evaluate.page.table import number
 
@@ -42,13 +43,13 @@ def worst_first(found: Comparison) -> list[tuple[float, Video]]:
 
 
 def _apart(video: Video, side: int) -> list[tuple[Measure, float]]:
-    return apart(video.figures[side], video.figures[0])
+    return apart(video.sides[side].figures, video.sides[side].reference)
 
 
 def _cases(found: Comparison) -> str:
     places = {video.name: i for i, video in enumerate(found.videos)}
     boxes = [_case(found, video, worst, places[video.name]) for worst, video in worst_first(found)]
-    used = [m for m in MEASURES if any(figures[m.name] is not None for v in found.videos for figures in v.figures)]
+    used = [m for m in MEASURES if any(one.figures[m.name] is not None for v in found.videos for one in v.sides)]
     options = "".join(f'<option value="{m.name}">{escape(m.title)}</option>' for m in used)
     bar = (
         '<div class="bar"><label>Worst first by <select id="sort"><option value="">any measure</option>'
@@ -67,52 +68,65 @@ def _case(found: Comparison, video: Video, worst: float, place: int) -> str:
     for side in range(1, len(found.sides)):
         for measure, margins in _apart(video, side):
             largest[measure.name] = max(largest.get(measure.name, 0.0), round(abs(margins), 3))
-    still = video.players[0].endswith(".png")
-    fps = "1" if still else video.format.split(", ")[1].split(" ")[0]
+    still = video.sides[0].player.endswith(".png")
+    fps = "1" if still else video.sides[0].format.split(", ")[1].split(" ")[0]
     controls = "" if still else (
         '<div class="controls"><button class="play">Play</button><button class="step" data-step="-1">&#8249; frame</button>'
-        '<button class="step" data-step="1">frame &#8250;</button><input type="range" min="0" max="1" step="0.001" value="0"></div>'
+        '<button class="step" data-step="1">frame &#8250;</button>'
+        '<input type="range" min="0" max="1" step="0.001" value="0"></div>'
     )  # fmt: skip
-    changed = "".join(f"<p>Resampled: {escape(change)}.</p>" for change in video.changes)
     prompt = f"<p>“{escape(video.prompt)}”</p>" if video.prompt else ""
     return (
         f'<article class="card case" data-place="{place}" data-worst="{worst:.3f}" data-fps="{fps}" '
         f"data-apart='{escape(json.dumps(largest), quote=True)}'>"
-        f"<header><h3>{escape(video.name)}</h3>{prompt}<p>{escape(video.format)}</p>{changed}</header>"
+        f"<header><h3>{escape(video.name)}</h3>{prompt}</header>"
         f'<div class="players">{players}</div>{controls}'
         f"<details><summary>All figures</summary>{_figures(found, video)}</details></article>"
     )
 
 
 def _player(found: Comparison, video: Video, side: int) -> str:
-    name, source = escape(found.sides[side]), escape(video.players[side])
+    name, source = escape(found.sides[side]), escape(video.sides[side].player)
     alt = f"{name}: {escape(video.name)}"
     picture = f'<img src="{source}" alt="{alt}" loading="lazy">' if source.endswith(".png") else (
         f'<video src="{source}" aria-label="{alt}" muted playsinline preload="metadata"></video>'
     )  # fmt: skip
-    own, reference = video.figures[side], video.figures[0]
+    one = video.sides[side]
     told = "<li>reference</li>" if side == 0 else "".join(
-        f"<li>{escape(m.title)} {m.written(own[m.name])}, reference {m.written(reference[m.name])}</li>"
+        f"<li>{escape(m.title)} {m.written(one.figures[m.name])}, reference {m.written(one.reference[m.name])}</li>"
         for m, _ in _apart(video, side)[:TOLD]
     ) or "<li>within all margins</li>"  # fmt: skip
-    return f"<figure>{picture}<figcaption><b>{name}</b><ul>{told}</ul></figcaption></figure>"
+    changed = (
+        f"<li>compared in {escape(one.compared_in)} ({escape('; '.join(one.changes))})</li>" if one.changes else ""
+    )
+    facts = f"<ul>{told}<li>{escape(one.format)}</li>{changed}</ul>"
+    return f"<figure>{picture}<figcaption><b>{name}</b>{facts}</figcaption></figure>"
 
 
 def _figures(found: Comparison, video: Video) -> str:
-    used = [m for m in MEASURES if any(figures[m.name] is not None for figures in video.figures)]
-    rows = [[escape(m.title), *(m.written(figures[m.name]) for figures in video.figures)] for m in used]
-    return _grid(["", *map(escape, found.sides)], [[(cell, "") for cell in row] for row in rows])
+    used = [m for m in MEASURES if any(one.figures[m.name] is not None for one in video.sides)]
+    rows = [[(escape(m.title), ""), *((_both(m, one), "") for one in video.sides)] for m in used]
+    return _grid(["", *map(escape, found.sides)], rows)
+
+
+def _both(measure: Measure, one: Shown) -> str:
+    """A figure, and the reference's in the same format if the files were resampled."""
+    own = measure.written(one.figures[measure.name])
+    return f"{own} <small>reference {measure.written(one.reference[measure.name])}</small>" if one.changes else own
 
 
 def _table(found: Comparison) -> str:
-    heads = ["", f"{escape(found.sides[0])}<br>mean", *(f"{escape(side)}<br>mean, compared" for side in found.sides[1:])]
+    heads = [
+        "",
+        f"{escape(found.sides[0])}<br>mean",
+        *(f"{escape(side)}<br>mean, compared" for side in found.sides[1:]),
+    ]
     rows = []
     for measure in MEASURES:
         mine = [next((f for f in found.of(side) if f.measure == measure.name), None) for side in found.sides[1:]]
-        known = [finding for finding in mine if finding is not None]
-        if known:
+        if any(finding is not None for finding in mine):
             title = (f'<span title="{escape(measure.about)}">{escape(measure.title)}</span>', "")
-            first = (measure.written(known[0].reference), "")
+            first = (measure.written(mean([video.sides[0].figures for video in found.videos], measure.name)), "")
             rows.append([title, first, *(_cell(measure, finding) for finding in mine)])
     hint = (
         f"{len(found.videos)} videos of each. In brackets: 95 % intervals over videos (Student's t, paired). Coloured: the whole "
@@ -125,9 +139,8 @@ def _cell(measure: Measure, finding: Finding | None) -> tuple[str, str]:
     if finding is None:
         return "-", ""
     compared = "" if finding.compared is None else measure.compared(finding.compared)
-    ends = "" if finding.interval is None else f" [{', '.join(map(measure.compared, finding.interval))}]"
-    of = "" if finding.videos == finding.more + finding.less or not (finding.more or finding.less) else ""
-    return f"{measure.written(finding.mean)} &nbsp; {compared} <small>{ends}{of}</small>", finding.verdict
+    ends = "" if finding.interval is None else f"[{measure.between(finding.interval)}]"
+    return f"{measure.written(finding.mean)} &nbsp; {compared} <small>{ends}</small>", finding.verdict
 
 
 def _controls(found: Comparison) -> str:
@@ -138,7 +151,7 @@ def _controls(found: Comparison) -> str:
     for name in names:
         measure = BY_NAME[name]
         values = [next((f.mean for f in found.of(side) if f.measure == name), None) for side in found.sides[1:]]
-        reference = next(f.reference for f in found.findings if f.measure == name)
+        reference = mean([video.sides[0].figures for video in found.videos], name)
         control = [found.controls[kind][name] for kind in ("a still picture", "frames shuffled")]
         rows.append([(measure.title, ""), *((measure.written(v), "") for v in (reference, *values, *control))])
     heads = ["", *map(escape, found.sides), "control:<br>a still picture", "control:<br>frames shuffled"]
@@ -167,7 +180,9 @@ def _method(found: Comparison) -> str:
     facts |= {"features": found.features or "none", "CLIP": found.clip or "none"}
     facts |= {m.title: f"{m.about}; margin {_margin(m)}" for m in MEASURES}
     listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
-    return _section("How it was measured", "", f'<div class="card"><ul class="notes">{notes}</ul><br><dl>{listed}</dl></div>')
+    return _section(
+        "How it was measured", "", f'<div class="card"><ul class="notes">{notes}</ul><br><dl>{listed}</dl></div>'
+    )
 
 
 def _margin(measure: Measure) -> str:
@@ -179,7 +194,9 @@ def _margin(measure: Measure) -> str:
 def _grid(heads: Sequence[str], rows: Sequence[Sequence[tuple[str, str]]]) -> str:
     head = "".join(f"<th>{cell}</th>" for cell in heads)
     lines = "".join(
-        "<tr>" + "".join(f'<td class="{kind}">{cell}</td>' if kind else f"<td>{cell}</td>" for cell, kind in row) + "</tr>"
+        "<tr>"
+        + "".join(f'<td class="{kind}">{cell}</td>' if kind else f"<td>{cell}</td>" for cell, kind in row)
+        + "</tr>"
         for row in rows
     )
     return f"<table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
