@@ -11,7 +11,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 from fewstep.cli.command import Command, Loads, Overrides, Runs, UsageError
-from fewstep.cli.finished import Compare
+from fewstep.cli.finished import Compare, Study
 from fewstep.cli.questions import Doctor, Explain, List, Watch
 
 LayoutName = Literal["plain", "openvid", "webvid", "ucf101", "tars"]
@@ -351,7 +351,8 @@ class CheckLora(Runs):
 COMMANDS: dict[str, type[Command]] = {
     "demo": Demo, "prepare": Prepare, "train": Train, "pairs": Pairs, "distill": Distill, "sample": Sample,
     "evaluate": Evaluate, "check-model": CheckModel, "export": Export, "check-lora": CheckLora,
-    "compare": Compare, "watch": Watch, "list": List, "explain": Explain, "doctor": Doctor,
+    "compare": Compare, "study": Study,
+    "watch": Watch, "list": List, "explain": Explain, "doctor": Doctor,
 }  # fmt: skip
 
 

@@ -38,3 +38,33 @@ class Compare(Command):
         from fewstep.cli import judging
 
         return judging.compare(self)
+
+
+@dataclass(frozen=True)
+class Study(Command):
+    """Make a blind side-by-side page for a user study, or compute the preference from its answers.
+
+    Two folders and --output make a study. Give raters the folder OUTPUT/page, and nothing else. One study folder and --answers
+    compute the share of answers for the second folder, with an interval over videos and raters."""
+
+    sides: Positional[Annotated[tuple[Path, ...], arg(metavar="VIDEOS")]]
+    """Two folders of videos or pictures, or two files; with --answers, the folder of a study."""
+    output: Path | None = None
+    """Folder to write the page and key.json to."""
+    answers: tuple[Path, ...] = ()
+    """CSV files that raters saved."""
+    question: tuple[str, ...] = ("Which video do you prefer?",)
+    """Questions, asked about each pair."""
+    prompt_file: Path | None = None
+    """Prompts, which are shown above the videos, and match the files as for fewstep compare (default: match by name)."""
+    pairs: int | None = None
+    """Number of pairs, drawn by the seed (default: all)."""
+    seed: int = 0
+    """Seed that draws pairs, their order, and which copy is whose."""
+    quiet: bool = False
+    """Hide the progress bar."""
+
+    def run(self, overrides: Overrides) -> int:
+        from fewstep.cli import judging
+
+        return judging.study(self)

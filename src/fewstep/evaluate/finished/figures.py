@@ -60,7 +60,9 @@ def measure(frames: Tensor, fps: float | None, clip: Clip | None = None, text: T
 
     A measure that needs more frames than there are is None; so is everything about time for a picture.
     """
-    still: dict[str, list[Tensor]] = {name: [] for name in ("brightness", "saturation", "contrast", "sharpness", "clipped", "black")}
+    still: dict[str, list[Tensor]] = {
+        name: [] for name in ("brightness", "saturation", "contrast", "sharpness", "clipped", "black")
+    }
     coarsely, embedded = [], []
     large = min(frames.shape[1:3]) >= 3
     for x in windows(frames, 1):

@@ -68,10 +68,10 @@ def require_free(output: Path, sides: Sequence[Path], file: str, kind: str) -> N
         raise FileExistsError(f"{output} is not empty, and {kind} did not write it; give another output folder")
 
 
-def begin(output: Path, file: str, kind: str) -> None:
+def begin(output: Path, file: str, kind: str, copies: str = FOLDER) -> None:
     """Mark the folder, so that a stopped command can be run again, and delete the copies of an earlier one."""
     if _ours(output / file, kind):
-        shutil.rmtree(output / FOLDER, ignore_errors=True)
+        shutil.rmtree(output / copies, ignore_errors=True)
     write_text(output / file, json.dumps({"kind": kind}) + "\n")
 
 
