@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 AT_ONCE = 2**24
 """Pixels that are measured at once."""
+PAIRS = 32
+"""Pairs of frames whose flow is measured at once."""
 FLOW_FPS = 8
 """Frames per second at which VBench measures flow."""
 SMALL = 256
@@ -131,7 +133,8 @@ def _moves(frames: Tensor, fps: float) -> bool | None:
     y = torch.cat([scaled_down(luma(x)[:, 0]) for x in windows(chosen, 1)])
     if len(y) < 2 or min(y.shape[1:]) < BLOCK:
         return None
-    lengths = [block_flow(y[i : i + 1], y[i + 1 : i + 2]) for i in range(len(y) - 1)]
+    before, after = y[:-1].split(PAIRS), y[1:].split(PAIRS)
+    lengths = [block_flow(a, b) for a, b in zip(before, after)]
     return dynamic_degree(torch.cat(lengths), min(y.shape[1:]))
 
 
