@@ -22,7 +22,9 @@ def film(seed: int, frames: int = FRAMES, side: int = SIDE) -> Tensor:
     return torch.stack([wide[:, :, 160 - 2 * f : 160 - 2 * f + side] for f in range(frames)], 1)
 
 
-def films(folder: Path, change: Change = lambda clip: clip, *, count: int = 3, fps: float = 8, side: int = SIDE) -> Path:
+def films(
+    folder: Path, change: Change = lambda clip: clip, *, count: int = 3, fps: float = 8, side: int = SIDE
+) -> Path:
     """Write the first `count` films, changed, as `film-1.mp4` and so on."""
     for number in range(count):
         write_video(folder / f"film-{number + 1}.mp4", change(film(number, side=side)), fps=fps)

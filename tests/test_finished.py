@@ -72,6 +72,7 @@ def test_a_table_of_prompts_matches_by_name_and_a_text_file_by_order(tmp_path: P
     assert [(case.name, case.files[1].name, case.prompt) for case in found.cases] == [
         ("clip-2", "v1.mp4", "a duck"), ("clip-10", "v2.mp4", "a goose"),
     ]  # fmt: skip
+    assert [case.files[0].name for case in found.cases] == ["clip-2.mp4", "clip-10.mp4"]
     table = tmp_path / "prompts.csv"
     table.write_text('video,caption\nclip-2.mp4,"a duck, swimming"\nclip-10,a goose\n')
     found = match([a, empty(tmp_path / "c", "clip-2.mp4", "clip-10.mp4")], table)
@@ -146,7 +147,9 @@ def test_figures_are_those_of_the_whole_clip_however_many_frames_are_measured_at
     monkeypatch.setattr("fewstep.evaluate.finished.figures.AT_ONCE", 4 * SIDE * SIDE * 3)
     assert len(list(windows(frames, 2))) == 5
     parts = measure(frames, 8).figures
-    assert {name for name, value in parts.items() if value is None} == {name for name, value in whole.items() if value is None}
+    assert {name for name, value in parts.items() if value is None} == {
+        name for name, value in whole.items() if value is None
+    }
     known = {name: value for name, value in whole.items() if value is not None}
     assert {name: parts[name] for name in known} == pytest.approx(known, rel=1e-6)
     wanted = {
@@ -172,6 +175,13 @@ def test_flickering_counts_for_videos_that_do_not_move() -> None:
     still = vlite(frames[torch.zeros(24, dtype=torch.long)], 8)
     assert still["vlite.dynamic_degree"] == 0 and still["vlite.temporal_flickering"] == 1
     assert vlite(frames, 24)["vlite.dynamic_degree"] == 1  # every third frame
+
+
+def test_flow_is_measured_at_about_eight_frames_per_second() -> None:
+    """One pixel per frame of a side of 64 is slow at 8 frames per second, and fast at 24."""
+    picture = to_pixels(film(1, 1, 64))[0]
+    rolling = torch.stack([picture.roll(i, 1) for i in range(48)])
+    assert vlite(rolling, 8)["vlite.dynamic_degree"] == 0 and vlite(rolling, 24)["vlite.dynamic_degree"] == 1
 
 
 def test_drift_is_measured_frame_by_frame() -> None:
@@ -222,6 +232,7 @@ def test_a_measure_is_named_if_the_whole_interval_is_beyond_the_margin(mine: lis
 def test_differences_have_margins_of_their_own() -> None:
     assert found("frozen", [0.1, 0.11, 0.1], [0.0, 0.0, 0.01]).verdict == "more"
     assert found("frozen", [0.02, 0.03, 0.02], [0.0, 0.0, 0.01]).verdict == "equal"
+    assert found("frozen", [0.11, 0.9, 0.5], [0.0, 0.8, 0.4]).verdict == "more"  # video by video
     one = found("black", [0.0, 0.5, 0.0], [0.0, 0.0, 0.0])
     assert one.verdict == "unclear" and one.faults == ("v1",)
     assert found("saturation", [1.0, 5.0, 1.0], [1.0, 1.0, 1.0]).faults == ()
@@ -231,7 +242,9 @@ def test_differences_have_margins_of_their_own() -> None:
 def test_verdicts_in_words() -> None:
     names = ["v0", "v1", "v2"]
     reference = [NOTHING | {"motion": 1.0, "frozen": 0.0, "saturation": 0.2, "cuts": 0.0} for _ in names]
-    mine = [NOTHING | {"motion": 0.001 * (4 + i), "frozen": 1.0, "saturation": 0.2, "cuts": float(i == 2)} for i in range(3)]
+    mine = [
+        NOTHING | {"motion": 0.001 * (4 + i), "frozen": 1.0, "saturation": 0.2, "cuts": float(i == 2)} for i in range(3)
+    ]
     assert list(verdict(find("new", names, mine, reference), "old")) == [
         "new: almost nothing of the reference's motion [0.00, 0.01], less in 3 of 3 videos.",
         "new: frozen frames 100 %, the reference's 0 % (difference +100.0 to +100.0 points), more in 3 of 3 videos.",
@@ -249,7 +262,9 @@ def test_margins_apart_put_the_worst_measure_first() -> None:
     reference = NOTHING | {"motion": 1.0, "saturation": 1.0, "frozen": 0.0, "cuts": 2.0}
     assert [(m.name, margins > 0) for m, margins in apart(mine, reference)] == [("saturation", True), ("motion", False)]
     assert BY_NAME["frozen"].distance(0.15, 0.05) == pytest.approx(2)
-    assert BY_NAME["contrast"].distance(1.21 * 1.01 - 0.01, 1.0) == pytest.approx(2)  # two tenths, above a floor of 0.01
+    assert BY_NAME["contrast"].distance(1.21 * 1.01 - 0.01, 1.0) == pytest.approx(
+        2
+    )  # two tenths, above a floor of 0.01
     assert BY_NAME["motion"].distance(0.0, 0.0) == 0
 
 
@@ -293,17 +308,31 @@ def test_distances_need_four_videos_and_have_a_floor(tmp_path: Path) -> None:
     old, new = films(tmp_path / "old", count=5), films(tmp_path / "new", vivid, count=5)
     (one,) = compare_videos([old, new], tmp_path / "out", Options(features="pooled", num_frames=4)).distances
     assert one.n == 5 and one.value > 0 and one.interval is not None and one.interval[0] <= one.value <= one.interval[1]
-    (same,) = compare_videos([old, films(tmp_path / "same", count=5)], tmp_path / "b", Options(features="pooled", num_frames=4)).distances
+    (same,) = compare_videos(
+        [old, films(tmp_path / "same", count=5)], tmp_path / "b", Options(features="pooled", num_frames=4)
+    ).distances
     assert same.value == pytest.approx(0, abs=1e-6) and same.floor > 0
-    few = compare_videos([films(tmp_path / "c"), films(tmp_path / "d")], tmp_path / "e", Options(features="pooled", num_frames=4))
+    few = compare_videos(
+        [films(tmp_path / "c"), films(tmp_path / "d")], tmp_path / "e", Options(features="pooled", num_frames=4)
+    )
     assert few.distances == () and any(note.startswith("Distance: not measured") for note in few.notes)
 
 
 def test_pictures_are_clips_of_one_frame(tmp_path: Path) -> None:
     made = compare_videos([pictures(tmp_path / "a"), pictures(tmp_path / "b", vivid)], tmp_path / "out")
-    assert {f.measure for f in made.findings} == {"brightness", "saturation", "contrast", "sharpness", "clipped", "black"}
+    assert {f.measure for f in made.findings} == {
+        "brightness",
+        "saturation",
+        "contrast",
+        "sharpness",
+        "clipped",
+        "black",
+    }
     assert {f.measure: f.verdict for f in made.findings}["contrast"] == "less"
-    assert made.videos[0].sides[0].player.endswith(".png") and (tmp_path / "out" / made.videos[0].sides[1].player).is_file()
+    assert (
+        made.videos[0].sides[0].player.endswith(".png")
+        and (tmp_path / "out" / made.videos[0].sides[1].player).is_file()
+    )
     assert any("these are pictures" in note for note in made.notes)
     page = write_page(made, tmp_path / "out").read_text()
     assert "<video" not in page.split("<script>")[0] and page.count("<img") == 6
@@ -314,7 +343,7 @@ def test_the_page_shows_the_worst_case_first_and_plays_copies_beside_it(tmp_path
     shutil.copytree(old, tmp_path / "new")
     write_video(tmp_path / "new/film-2.mp4", stopped(film(1)), fps=8)
     made = compare_videos([old, tmp_path / "new"], tmp_path / "out")
-    assert [video.name for _, video in worst_first(made)][0] == "film-2"
+    assert next(video.name for _, video in worst_first(made)) == "film-2"
     made = replace(made, verdict=("<script>alert(1)</script>",))
     page = write_page(made, tmp_path / "out")
     text = page.read_text()

@@ -74,6 +74,14 @@ def test_black_frames_are_counted_one_by_one():
     assert black(clip).tolist() == [0.0]
 
 
+def test_a_frame_with_a_bright_spot_is_not_black():
+    clip = torch.full((1, 3, 1, 10, 10), -1.0)
+    clip[..., :3, 0] = 0.5  # 3 % of the pixels
+    assert black(clip).tolist() == [0.0] and float(brightness(clip)) < 0.1
+    clip[..., 1:3, 0] = -1.0
+    assert black(clip).tolist() == [1.0]
+
+
 def test_sharpness_falls_with_blur_and_not_with_contrast_or_brightness():
     clip = texture()
     blurred = avg_pool2d(clip[:, :, 0], 3, 1, 1, count_include_pad=False)[:, :, None]
@@ -140,8 +148,20 @@ def test_a_loop_repeats_and_a_walk_does_not():
     straight = torch.arange(24.0)[None, :, None].expand(1, 24, 5)
     assert repetition(torch.cat([straight, torch.zeros(1, 24, 5)])).tolist() == [0.0, 0.0]
     assert float(repetition(torch.randn(1, 40, 200, generator=generator))) < 0.2
+    between = torch.randn(1, 8, 20, generator=generator)
+    assert float(repetition(torch.cat([once[:, :6], between, once[:, :6]], 1))) < 0.5  # it comes back, but too late
     with pytest.raises(ValueError, match="F >= 8"):
         repetition(once[:, :7])
+
+
+def test_what_stays_the_same_is_no_repetition():
+    """A bright picture in which one cell does what it likes does not resemble itself half a video later."""
+    x = torch.zeros(1, 32, 20)
+    x[..., 1:] = torch.linspace(-9, 9, 19)
+    x[0, :, 0] = torch.randn(32, generator=torch.Generator().manual_seed(9))
+    x[0, 1, 0], x[0, 0, 0] = -3.0, 3.0
+    alone = repetition(x[..., :1])
+    assert repetition(x).tolist() == pytest.approx(alone.tolist()) and float(alone) > 0
 
 
 def test_coarse_features_are_means_of_cells():
@@ -199,6 +219,8 @@ def test_flickering_and_smoothness_are_means_over_the_range():
     clip[:, :, 1] = 0.4  # a flash of one fifth of the range
     assert temporal_flickering(clip).tolist() == pytest.approx([1 - 0.2 * 2 / 4])
     assert motion_smoothness(clip).tolist() == pytest.approx([1 - 0.2 / 2])  # of frames 1 and 3
+    clip[:, :, 2], clip[:, :, 1] = 0.4, 0.0
+    assert motion_smoothness(clip).tolist() == pytest.approx([1 - 0.2 / 2])  # either is half of the flash away
     steady = torch.arange(5.0)[None, None, :, None, None].expand(1, 3, 5, 2, 2) / 5
     assert motion_smoothness(steady).tolist() == pytest.approx([1.0])
     for function, few in ((temporal_flickering, 1), (motion_smoothness, 2)):

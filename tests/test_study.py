@@ -34,7 +34,9 @@ def write(path: Path, rows: list[tuple[object, ...]]) -> Path:
     with path.open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(COLUMNS)
-        table.writerows((study, rater, question, pair, "p", choice, 1.5) for study, rater, question, pair, choice in rows)
+        table.writerows(
+            (study, rater, question, pair, "p", choice, 1.5) for study, rater, question, pair, choice in rows
+        )
     return path
 
 

@@ -52,6 +52,12 @@ def study(options: Study) -> int:
 def _answered(options: Study) -> int:
     if len(options.sides) != 1 or options.output is not None:
         raise UsageError("--answers needs one folder, the output of fewstep study, and no --output")
+    plain = type(options)(sides=options.sides)
+    for name in ("question", "prompt_file", "pairs", "seed"):
+        if getattr(options, name) != getattr(plain, name):
+            raise UsageError(
+                f"--{name.replace('_', '-')} belongs to the making of a study; leave it out with --answers"
+            )
     asked = load_study(options.sides[0])
     found = preferences(read_answers(options.answers, asked), asked)
     for line in told(found, asked):

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from fewstep.core.atomic import replacing, write_text
+from fewstep.core.lock import FILE as LOCK
 from fewstep.data.base import DataError
 from fewstep.data.video import cover, to_floats, write_video
 from fewstep.evaluate.finished.figures import windows
@@ -64,7 +65,8 @@ def require_free(output: Path, sides: Sequence[Path], file: str, kind: str) -> N
             raise DataError(f"--output {output}: the videos of {side} are there too; give another output folder")
     if output.is_file():
         raise FileExistsError(f"{output} is a file; give a folder")
-    if output.is_dir() and any(output.iterdir()) and not _ours(output / file, kind):
+    others = [path for path in output.iterdir() if path.name != LOCK] if output.is_dir() else []
+    if others and not _ours(output / file, kind):
         raise FileExistsError(f"{output} is not empty, and {kind} did not write it; give another output folder")
 
 
