@@ -205,6 +205,13 @@ def write_video(path: str | Path, frames: Tensor, *, fps: float = 8, scale: int 
     return path
 
 
+def write_pixels(path: Path, pixels: Tensor, *, fps: float) -> Path:
+    """Write uint8 `[F, H, W, 3]` to .mp4 as `write_video` does, without a copy of it as floats."""
+    with replacing(path) as draft:
+        _write_mp4(draft, pixels.numpy(), fps)
+    return path
+
+
 def _tile(clips: Tensor, columns: int) -> Tensor:
     """Arrange clips `[B, F, H, W, 3]` in one picture per frame; the rest of the last row is black."""
     columns = min(columns or len(clips), len(clips))

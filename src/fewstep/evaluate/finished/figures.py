@@ -34,14 +34,14 @@ from fewstep.metrics.vlite import consistency, dynamic_degree, motion_smoothness
 if TYPE_CHECKING:
     from fewstep.evaluate.features.clip_score import Clip
 
-AT_ONCE = 2**24
-"""Pixels that are measured at once."""
+AT_ONCE = 2**22
+"""Values of pixels that are measured at once."""
 PAIRS = 32
 """Pairs of frames whose flow is measured at once."""
 FLOW_FPS = 8
 """Frames per second at which VBench measures flow."""
-SMALL = 256
-"""Shorter side of the frames that extractors of the distance get; they scale these to their own size."""
+SMALL, MOST = 256, 1024
+"""Shorter side and largest number of the frames that extractors of the distance get; they scale these to their own size."""
 BRIGHT, COLOURED, SHARP = 0.05, 0.02, 0.02
 """Means below which a rise of brightness (and contrast), saturation or sharpness is not taken relative to the mean."""
 
@@ -139,7 +139,14 @@ def _moves(frames: Tensor, fps: float) -> bool | None:
 
 
 def small(frames: Tensor) -> Tensor:
-    """A video for the extractors of the distance: floats `[1, 3, F, H, W]`, scaled down to a shorter side of 256 pixels."""
+    """A video for the extractors of the distance: floats `[1, 3, F, H, W]`, scaled down to a shorter side of 256 pixels.
+
+    ValueError for more than 1024 frames, because extractors take a whole video at once.
+    """
+    if len(frames) > MOST:
+        raise ValueError(
+            f"a distance takes at most {MOST} frames per video, got {len(frames)}; give --num-frames {MOST}"
+        )
     ratio = min(1.0, SMALL / min(frames.shape[1:3]))
     size = (max(1, round(frames.shape[1] * ratio)), max(1, round(frames.shape[2] * ratio)))
     if size == tuple(frames.shape[1:3]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from fewstep.evaluate.finished.figures import VLITE, Figures, Measured, mean, me
 from fewstep.evaluate.finished.findings import Finding, find, verdict
 from fewstep.evaluate.finished.matching import Matched, match
 from fewstep.evaluate.finished.players import begin, require_free, write_player
-from fewstep.evaluate.finished.reading import Format, changes, look_at, meet, read
+from fewstep.evaluate.finished.reading import Format, Progress, changes, look_at, meet, read
 from fewstep.evaluate.inputs import require_transformers
 from fewstep.evaluate.machine import versions
 from fewstep.metrics import frechet, frechet_without, jackknife, split_half
@@ -32,7 +32,6 @@ FILE = "results.json"
 KIND = "fewstep compare"
 FEWEST_TO_MEASURE_DISTANCE = 4
 CPU = torch.device("cpu")
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +63,7 @@ class Shown:
     """The copy for the page, below its folder."""
     format: str
     """Its own size, rate and number of frames."""
+    seconds: float
     compared_in: str
     """The format in which it and the reference's were measured."""
     changes: tuple[str, ...]
@@ -133,7 +133,7 @@ def compare_videos(
     paths = [Path(side) for side in sides]
     matched = match(paths, options.prompt_file, allow_missing=options.allow_missing)
     require_free(output, paths, FILE, KIND)
-    formats = look_at(matched.cases)
+    formats = look_at(matched.cases, progress)
     bench = _Bench(options, any(case.prompt for case in matched.cases))
     with holding(output):
         begin(output, FILE, KIND)
@@ -180,7 +180,10 @@ class _Bench:
             wanted, whole = meet((own[0], its), most), meet((its,), most)
             frames = read(path, its, whole)
             player = write_player(output, side, number, frames, its.fps)
-            mine = self._look(frames if whole == wanted else read(path, its, wanted), wanted, text)
+            if whole != wanted:
+                del frames  # one video at a time
+                frames = read(path, its, wanted)
+            mine = self._look(frames, wanted, text)
             if side == 0:
                 references[wanted] = mine
                 self._control(frames, wanted.fps, mine.measured, number)
@@ -189,7 +192,7 @@ class _Bench:
                 references[wanted] = self._look(read(case.files[0], own[0], wanted), wanted, text)
             told = [("", changes(its, wanted, most)), (f"{matched.sides[0]}: ", changes(own[0], wanted, most))]
             shown.append(Shown(
-                file=str(path), player=player, format=str(its), compared_in=str(wanted),
+                file=str(path), player=player, format=str(its), seconds=its.seconds, compared_in=str(wanted),
                 changes=tuple(f"{who}{what}" for who, each in told[: 1 if side == 0 else 2] for what in each),
                 figures=mine.measured.figures, reference=references[wanted].measured.figures,
             ))  # fmt: skip

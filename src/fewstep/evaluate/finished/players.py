@@ -13,7 +13,7 @@ from torch import Tensor
 from fewstep.core.atomic import replacing, write_text
 from fewstep.core.lock import FILE as LOCK
 from fewstep.data.base import DataError
-from fewstep.data.video import cover, to_floats, write_video
+from fewstep.data.video import cover, write_pixels
 from fewstep.evaluate.finished.figures import windows
 
 FOLDER = "videos"
@@ -36,7 +36,7 @@ def write_copy(folder: Path, stem: str, frames: Tensor, fps: float | None) -> st
         with replacing(path) as draft:
             Image.fromarray(shown[0].numpy()).save(draft)
     else:
-        write_video(path, to_floats(shown), fps=fps)
+        write_pixels(path, shown, fps=fps)
     return name
 
 

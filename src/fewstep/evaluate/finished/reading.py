@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from fewstep.data.base import DataError
 from fewstep.data.video import ClipError, decode, fit, read_rate
 from fewstep.evaluate.finished.matching import PICTURES, Case
 
+Progress = Callable[[str, int, int], None]
 LARGEST = 2**30
 """Bytes of one video in memory, 8 bits per colour. A longer one is scaled down."""
 
@@ -53,11 +54,11 @@ def look(path: Path) -> Format:
     return Format(count, rate, *shape)
 
 
-def look_at(cases: Sequence[Case]) -> list[tuple[Format, ...]]:
+def look_at(cases: Sequence[Case], progress: Progress | None = None) -> list[tuple[Format, ...]]:
     """The formats of all files, in the order of the cases. DataError that names what cannot be read or compared."""
     found: list[tuple[Format, ...]] = []
     broken: list[str] = []
-    for case in cases:
+    for number, case in enumerate(cases):
         formats: list[Format] = []
         for path in case.files:
             try:
@@ -67,6 +68,8 @@ def look_at(cases: Sequence[Case]) -> list[tuple[Format, ...]]:
         if not broken and len({one.fps is None for one in formats}) > 1:
             raise DataError(f"{case.name}: one side has a picture and another one a video; give the same kind")
         found.append(tuple(formats))
+        if progress is not None:
+            progress("reading", number + 1, len(cases))
     if broken:
         more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
         raise DataError(f"cannot read {'; '.join(broken[:3])}{more}. Write these files again, or remove them")

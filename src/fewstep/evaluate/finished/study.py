@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,13 @@ from fewstep.core.lock import holding
 from fewstep.data.base import DataError
 from fewstep.evaluate.finished.matching import match
 from fewstep.evaluate.finished.players import begin, require_free, write_copy
-from fewstep.evaluate.finished.reading import look_at, meet, read
+from fewstep.evaluate.finished.reading import Progress, look_at, meet, read
 
 KEY = "key.json"
 """Which copy is whose. It lies outside the folder that raters get."""
 RATERS = "page"
 KIND = "fewstep study"
 COPIES = ("p", "q")
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +90,7 @@ def make_study(
     require_free(output, paths, KEY, KIND)
     generator = torch.Generator().manual_seed(options.seed)
     chosen = [matched.cases[i] for i in torch.randperm(len(matched.cases), generator=generator)[:count].tolist()]
-    formats = look_at(chosen)
+    formats = look_at(chosen, progress)
     first = (torch.randperm(count, generator=generator) % 2).tolist()
     pairs = []
     with holding(output):

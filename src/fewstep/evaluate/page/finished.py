@@ -68,6 +68,7 @@ def _case(found: Comparison, video: Video, worst: float, place: int) -> str:
     for side in range(1, len(found.sides)):
         for measure, margins in _apart(video, side):
             largest[measure.name] = max(largest.get(measure.name, 0.0), round(abs(margins), 3))
+    longest = max(range(len(video.sides)), key=lambda side: video.sides[side].seconds)
     still = video.sides[0].player.endswith(".png")
     fps = "1" if still else video.sides[0].format.split(", ")[1].split(" ")[0]
     controls = "" if still else (
@@ -77,7 +78,7 @@ def _case(found: Comparison, video: Video, worst: float, place: int) -> str:
     )  # fmt: skip
     prompt = f"<p>“{escape(video.prompt)}”</p>" if video.prompt else ""
     return (
-        f'<article class="card case" data-place="{place}" data-worst="{worst:.3f}" data-fps="{fps}" '
+        f'<article class="card case" data-place="{place}" data-worst="{worst:.3f}" data-fps="{fps}" data-lead="{longest}" '
         f"data-apart='{escape(json.dumps(largest), quote=True)}'>"
         f"<header><h3>{escape(video.name)}</h3>{prompt}</header>"
         f'<div class="players">{players}</div>{controls}'
