@@ -16,14 +16,14 @@ from fewstep.data import write_video
 from fewstep.data.base import DataError
 from fewstep.data.video import ClipError, read_video, to_floats, to_pixels
 from fewstep.evaluate.finished import judge, players, reading
-from fewstep.evaluate.finished.figures import measure, vlite, windows
+from fewstep.evaluate.finished.figures import measure, parts, vlite
 from fewstep.evaluate.finished.findings import Finding, apart, find, sentence, verdict
 from fewstep.evaluate.finished.judge import Options, compare_videos
 from fewstep.evaluate.finished.matching import match
 from fewstep.evaluate.finished.measures import BY_NAME, MEASURES
 from fewstep.evaluate.finished.reading import Format, changes, look, look_at, meet, read
 from fewstep.evaluate.page.finished import worst_first, write_page
-from fewstep.metrics import flicker, frozen, motion, repetition, saturation, sharpness
+from fewstep.metrics import flicker, frozen, luma, motion, repetition, saturation, sharpness
 from fewstep.metrics.repetition import coarse
 from fewstep.metrics.statistics import ratio_interval
 from fewstep.metrics.vlite import motion_smoothness
@@ -144,14 +144,19 @@ def test_figures_are_those_of_the_whole_clip_however_many_frames_are_measured_at
     frames = to_pixels(film(1, 21))
     clip = to_floats(frames)[None]
     whole = measure(frames, 8).figures
-    monkeypatch.setattr("fewstep.evaluate.finished.figures.AT_ONCE", 4 * SIDE * SIDE * 3)
-    assert len(list(windows(frames, 2))) == 5
-    parts = measure(frames, 8).figures
-    assert {name for name, value in parts.items() if value is None} == {
+    monkeypatch.setattr("fewstep.evaluate.finished.figures.AT_ONCE", 5 * SIDE * SIDE * 3)
+    split = list(parts(frames))
+    assert [len(part.runs(1)) for part in split] == [5, 5, 5, 5, 1]
+    for span in (1, 2, 3):
+        assert torch.equal(
+            torch.cat([part.runs(span) for part in split])[:, :, 0], clip[0, :, : 22 - span].transpose(0, 1)
+        )
+    again = measure(frames, 8).figures
+    assert {name for name, value in again.items() if value is None} == {
         name for name, value in whole.items() if value is None
     }
     known = {name: value for name, value in whole.items() if value is not None}
-    assert {name: parts[name] for name in known} == pytest.approx(known, rel=1e-6)
+    assert {name: again[name] for name in known} == pytest.approx(known, rel=1e-6)
     wanted = {
         "motion": motion(clip), "flicker": flicker(clip), "saturation": saturation(clip), "sharpness": sharpness(clip),
         "frozen": frozen(clip), "repetition": repetition(coarse(clip)), "vlite.motion_smoothness": motion_smoothness(clip),
@@ -173,6 +178,7 @@ def test_flickering_counts_for_videos_that_do_not_move() -> None:
     frames = to_pixels(film(1, 24, 64))
     assert vlite(frames, 8)["vlite.dynamic_degree"] == 1 and vlite(frames, 8)["vlite.temporal_flickering"] is None
     still = vlite(frames[torch.zeros(24, dtype=torch.long)], 8)
+    assert vlite(frames, 8, order=torch.zeros(24, dtype=torch.long)) == still
     assert still["vlite.dynamic_degree"] == 0 and still["vlite.temporal_flickering"] == 1
     assert vlite(frames, 24)["vlite.dynamic_degree"] == 1  # every third frame
 
@@ -182,6 +188,14 @@ def test_flow_is_measured_at_about_eight_frames_per_second() -> None:
     picture = to_pixels(film(1, 1, 64))[0]
     rolling = torch.stack([picture.roll(i, 1) for i in range(48)])
     assert vlite(rolling, 8)["vlite.dynamic_degree"] == 0 and vlite(rolling, 24)["vlite.dynamic_degree"] == 1
+
+
+def test_flow_takes_every_third_frame_also_from_part_to_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    frames, seen = to_pixels(film(1, 20)), []
+    monkeypatch.setattr("fewstep.evaluate.finished.figures.AT_ONCE", 5 * SIDE * SIDE * 3)
+    monkeypatch.setattr("fewstep.evaluate.finished.figures._moves", lambda y: seen.append(y) or True)
+    vlite(frames, 24)
+    torch.testing.assert_close(seen[0], luma(to_floats(frames)[None, :, ::3])[0])
 
 
 def test_drift_is_measured_frame_by_frame() -> None:

@@ -156,7 +156,7 @@ def read_rate(source: str | Path | BytesIO) -> float | None:
 
 def to_floats(frames: Tensor) -> Tensor:
     """Convert uint8 `[..., F, H, W, 3]` (from `read_clips`) to float32 `[..., 3, F, H, W]` in [-1, 1] (for codecs)."""
-    return (frames.movedim(-1, -4).float() / 127.5 - 1).contiguous()
+    return frames.movedim(-1, -4).contiguous().float() / 127.5 - 1  # moving bytes is faster than moving floats
 
 
 def to_pixels(frames: Tensor) -> Tensor:

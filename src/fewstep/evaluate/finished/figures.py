@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -34,16 +34,16 @@ from fewstep.metrics.vlite import consistency, dynamic_degree, motion_smoothness
 if TYPE_CHECKING:
     from fewstep.evaluate.features.clip_score import Clip
 
-AT_ONCE = 2**22
-"""Values of pixels that are measured at once."""
+AT_ONCE, LEAST = 2**22, 4
+"""Values of pixels that are measured at once, and the smallest number of frames."""
 PAIRS = 32
 """Pairs of frames whose flow is measured at once."""
 FLOW_FPS = 8
 """Frames per second at which VBench measures flow."""
 SMALL, MOST = 256, 1024
 """Shorter side and largest number of the frames that extractors of the distance get; they scale these to their own size."""
-BRIGHT, COLOURED, SHARP = 0.05, 0.02, 0.02
-"""Means below which a rise of brightness (and contrast), saturation or sharpness is not taken relative to the mean."""
+FLOORS = {"brightness": 0.05, "contrast": 0.05, "saturation": 0.02, "sharpness": 0.02}
+"""Means below which the drift of a figure is not taken relative to the mean."""
 
 Figures = dict[str, float | None]
 """One value per measure; None where a video cannot have it, such as the motion of a picture."""
@@ -62,28 +62,25 @@ def measure(frames: Tensor, fps: float | None, clip: Clip | None = None, text: T
 
     A measure that needs more frames than there are is None; so is everything about time for a picture.
     """
-    still: dict[str, list[Tensor]] = {
-        name: [] for name in ("brightness", "saturation", "contrast", "sharpness", "clipped", "black")
-    }
+    series: dict[str, list[Tensor]] = {name: [] for name in (*STILL, *IN_TIME)}
     coarsely, embedded = [], []
-    large = min(frames.shape[1:3]) >= 3
-    for x in windows(frames, 1):
-        for name, figure in {
-            "brightness": brightness, "saturation": saturation, "contrast": contrast, "clipped": clipped, "black": black,
-        }.items():  # fmt: skip
-            still[name].append(figure(x))
-        still["sharpness"].append(sharpness(x) if large else x.new_zeros(len(x)))
-        coarsely.append(coarse(x)[:, 0])
+    for part in parts(frames):
+        single, pairs, triples = (part.runs(span) for span in (1, 2, 3))
+        for name, function in STILL.items():
+            series[name].append(function(single))
+        series["motion"].append(motion(pairs))
+        series["frozen"].append(frozen(pairs))
+        series["flicker"].append(flicker(triples))
+        coarsely.append(coarse(single)[:, 0])
         if clip is not None:
-            embedded.append(clip.frames(x[:, :, 0].transpose(0, 1)).cpu())
-    series = {name: torch.cat(parts) for name, parts in still.items()}
+            embedded.append(clip.frames(single[:, :, 0].transpose(0, 1)).cpu())
+    joined = {name: torch.cat(values) for name, values in series.items()}
     embeddings = torch.cat(embedded) if embedded else None
-    found: Figures = {name: float(values.mean()) for name, values in series.items()}
-    floors = {"brightness": BRIGHT, "contrast": BRIGHT, "saturation": COLOURED, "sharpness": SHARP}
-    for name, floor in floors.items():
+    found: Figures = {name: float(values.mean()) if len(values) else None for name, values in joined.items()}
+    for name, floor in FLOORS.items():
         enough = len(frames) >= FEWEST_TO_DRIFT
-        found[f"{name}_drift"] = float(drift(series[name][None], floor)) if enough else None
-    found |= _in_time(frames)
+        found[f"{name}_drift"] = float(drift(joined[name][None], floor)) if enough else None
+    found["cuts"] = float(len(cuts(frames))) if len(frames) > 1 else None
     enough = len(frames) >= FEWEST_TO_REPEAT
     found["repetition"] = float(repetition(torch.cat(coarsely)[None])) if enough else None
     found |= vlite(frames, fps, embeddings)
@@ -93,32 +90,36 @@ def measure(frames: Tensor, fps: float | None, clip: Clip | None = None, text: T
     return Measured(found, embeddings)
 
 
-def _in_time(frames: Tensor) -> Figures:
-    """Motion, frozen frames, flicker and cuts."""
-    names: dict[str, float | None] = {"motion": None, "frozen": None, "flicker": None, "cuts": None}
-    if len(frames) < 2:
-        return names
-    pairs = [(motion(x), frozen(x)) for x in windows(frames, 2)]
-    names["motion"], names["frozen"] = (float(torch.cat(list(part)).mean()) for part in zip(*pairs))
-    names["cuts"] = float(len(cuts(frames)))
-    if len(frames) > 2:
-        names["flicker"] = float(torch.cat([flicker(x) for x in windows(frames, 3)]).mean())
-    return names
+def _sharpness(x: Tensor) -> Tensor:
+    """Sharpness, 0 for frames that are too small to have one."""
+    return sharpness(x) if min(x.shape[-2:]) >= 3 else torch.zeros(len(x), dtype=torch.float64)
 
 
-def vlite(frames: Tensor, fps: float | None, embeddings: Tensor | None = None) -> Figures:
-    """The light forms of VBench's measures. Flicker counts only for videos that do not move, as VBench does it."""
+STILL: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "brightness": brightness, "saturation": saturation, "contrast": contrast, "sharpness": _sharpness, "clipped": clipped,
+    "black": black,
+}  # fmt: skip
+"""Figures of single frames."""
+IN_TIME = ("motion", "frozen", "flicker")
+
+
+def vlite(frames: Tensor, fps: float | None, embeddings: Tensor | None = None, order: Tensor | None = None) -> Figures:
+    """The light forms of VBench's measures, of the frames in an order of indices if one is given; `embeddings` are those of the
+    frames in that order. Flickering counts only for videos that do not move, as VBench does it."""
     found: Figures = {f"vlite.{name}": None for name in VLITE}
-    if fps is None or len(frames) < 3:
+    count = len(frames) if order is None else len(order)
+    if fps is None or count < 3:
         return found
-    moves = _moves(frames, fps)
+    every, lumas, smooth, steady = max(1, round(fps / FLOW_FPS)), [], [], []
+    for part in parts(frames, order):
+        seen = part.runs(1)[-part.first % every :: every]  # every so many frames of the whole
+        lumas.append(scaled_down(luma(seen)[:, 0]))
+        smooth.append(motion_smoothness(part.runs(3)[part.first % 2 :: 2]))
+        steady.append(temporal_flickering(part.runs(2)))
+    moves = _moves(torch.cat(lumas))
     found["vlite.dynamic_degree"] = None if moves is None else float(moves)
-    if moves is False:
-        found["vlite.temporal_flickering"] = float(
-            torch.cat([temporal_flickering(x) for x in windows(frames, 2)]).mean()
-        )
-    dropped = [motion_smoothness(x) for x in windows(frames, 3)]
-    found["vlite.motion_smoothness"] = float(torch.cat(dropped)[::2].mean())
+    found["vlite.temporal_flickering"] = float(torch.cat(steady).mean()) if moves is False else None
+    found["vlite.motion_smoothness"] = float(torch.cat(smooth).mean())
     if embeddings is not None:
         found["vlite.background_consistency"] = float(consistency(embeddings[None]))
     return found
@@ -127,14 +128,11 @@ def vlite(frames: Tensor, fps: float | None, embeddings: Tensor | None = None) -
 VLITE = ("dynamic_degree", "motion_smoothness", "temporal_flickering", "background_consistency")
 
 
-def _moves(frames: Tensor, fps: float) -> bool | None:
-    """Whether the video moves; None for frames that are too small or too few to tell."""
-    chosen = frames[:: max(1, round(fps / FLOW_FPS))]
-    y = torch.cat([scaled_down(luma(x)[:, 0]) for x in windows(chosen, 1)])
+def _moves(y: Tensor) -> bool | None:
+    """Whether a video moves, from luma `[N, H, W]` at about 8 frames per second; None if it is too small or short to tell."""
     if len(y) < 2 or min(y.shape[1:]) < BLOCK:
         return None
-    before, after = y[:-1].split(PAIRS), y[1:].split(PAIRS)
-    lengths = [block_flow(a, b) for a, b in zip(before, after)]
+    lengths = [block_flow(a, b) for a, b in zip(y[:-1].split(PAIRS), y[1:].split(PAIRS))]
     return dynamic_degree(torch.cat(lengths), min(y.shape[1:]))
 
 
@@ -151,16 +149,36 @@ def small(frames: Tensor) -> Tensor:
     size = (max(1, round(frames.shape[1] * ratio)), max(1, round(frames.shape[2] * ratio)))
     if size == tuple(frames.shape[1:3]):
         return to_floats(frames)[None]
-    planes = [cover(x[:, :, 0], size).clamp(-1, 1) for x in windows(frames, 1)]
+    planes = [cover(part.runs(1)[:, :, 0], size).clamp(-1, 1) for part in parts(frames)]
     return torch.cat(planes).transpose(0, 1)[None]
 
 
-def windows(frames: Tensor, span: int) -> Iterator[Tensor]:
-    """All runs of `span` neighbouring frames of uint8 `[F, H, W, 3]`, a few at a time: floats `[n, 3, span, H, W]`."""
-    step = max(1, AT_ONCE // (frames.shape[1] * frames.shape[2] * 3))
-    for first in range(0, len(frames) - span + 1, step):
-        part = to_floats(frames[first : first + step + span - 1])
-        yield part.unfold(1, span, 1).permute(1, 0, 4, 2, 3)
+@dataclass(frozen=True)
+class Part:
+    """Some neighbouring frames of a video, and the two after them."""
+
+    first: int
+    """Number of the first frame in the video."""
+    count: int
+    """Frames of this part, without the two after them."""
+    pixels: Tensor
+    """Floats `[3, F, H, W]` in [-1, 1]."""
+
+    def runs(self, span: int) -> Tensor:
+        """All runs of `span` (1 to 3) neighbouring frames that begin in this part, `[n, 3, span, H, W]`; none at the end."""
+        x = self.pixels[:, : self.count + span - 1]
+        if x.shape[1] < span:
+            return x.new_zeros(0, 3, span, *x.shape[2:])
+        return x.unfold(1, span, 1).permute(1, 0, 4, 2, 3)
+
+
+def parts(frames: Tensor, order: Tensor | None = None) -> Iterator[Part]:
+    """A video, uint8 `[F, H, W, 3]`, a few frames at a time; its frames in another order if one is given."""
+    total = len(frames) if order is None else len(order)
+    step = max(LEAST, AT_ONCE // (frames.shape[1] * frames.shape[2] * 3))
+    for first in range(0, total, step):
+        span = slice(first, first + step + 2)
+        yield Part(first, min(step, total - first), to_floats(frames[span] if order is None else frames[order[span]]))
 
 
 def mean(rows: Sequence[Figures], name: str) -> float | None:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 FILE = "results.json"
 KIND = "fewstep compare"
 FEWEST_TO_MEASURE_DISTANCE = 4
+STILL = 16
+"""Frames of the still picture among the controls."""
 CPU = torch.device("cpu")
 
 
@@ -210,9 +212,9 @@ class _Bench:
     def _control(self, frames: Tensor, fps: float | None, found: Measured, number: int) -> None:
         """The VBench-like measures of a still picture, and of the frames in random order."""
         order = torch.randperm(len(frames), generator=torch.Generator().manual_seed(number))
-        for name, chosen in {"a still picture": torch.zeros_like(order), "frames shuffled": order}.items():
+        for name, chosen in {"a still picture": torch.zeros_like(order[:STILL]), "frames shuffled": order}.items():
             embeddings = None if found.embeddings is None else found.embeddings[chosen]
-            self.controls[name].append(vlite(frames[chosen], fps, embeddings))
+            self.controls[name].append(vlite(frames, fps, embeddings, chosen))
 
 
 def _clip(folder: str) -> Clip:

@@ -41,7 +41,7 @@ class Measure:
         if self.unit == "share":
             return f"{100 * value:.0f} %" if value == 0 or value >= 0.1 else f"{100 * value:.1f} %"
         if self.unit == "change":
-            return f"{100 * value:+.0f} %"
+            return f"{round(100 * value):+d} %"
         return f"{value:.1f}" if self.unit == "points" else f"{value:.3g}"
 
     def compared(self, value: float) -> str:

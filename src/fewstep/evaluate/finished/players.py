@@ -14,7 +14,6 @@ from fewstep.core.atomic import replacing, write_text
 from fewstep.core.lock import FILE as LOCK
 from fewstep.data.base import DataError
 from fewstep.data.video import cover, write_pixels
-from fewstep.evaluate.finished.figures import windows
 
 FOLDER = "videos"
 LONGEST = 512
@@ -48,11 +47,9 @@ def scaled(frames: Tensor) -> Tensor:
     ratio = LONGEST / max(height, width)
     size = (max(1, round(height * ratio)), max(1, round(width * ratio)))
     small = frames.new_empty(len(frames), *size, 3)
-    place = 0
-    for x in windows(frames, 1):
-        planes = cover((x[:, :, 0] + 1) * 127.5, size).round().clamp(0, 255)
-        small[place : place + len(x)] = planes.permute(0, 2, 3, 1).to(small.dtype)
-        place += len(x)
+    for place, frame in enumerate(frames):
+        planes = cover(frame.permute(2, 0, 1)[None].float(), size)[0].round().clamp(0, 255)
+        small[place] = planes.permute(1, 2, 0).to(small.dtype)
     return small
 
 
