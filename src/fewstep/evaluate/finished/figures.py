@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -27,8 +28,8 @@ from fewstep.metrics import (
 )
 from fewstep.metrics.drift import FEWEST as FEWEST_TO_DRIFT
 from fewstep.metrics.flow import BLOCK, block_flow, scaled_down
+from fewstep.metrics.repetition import CELLS, coarse
 from fewstep.metrics.repetition import FEWEST as FEWEST_TO_REPEAT
-from fewstep.metrics.repetition import coarse
 from fewstep.metrics.vlite import consistency, dynamic_degree, motion_smoothness, temporal_flickering
 
 if TYPE_CHECKING:
@@ -62,19 +63,20 @@ def measure(frames: Tensor, fps: float | None, clip: Clip | None = None, text: T
 
     A measure that needs more frames than there are is None; so is everything about time for a picture.
     """
-    series: dict[str, list[Tensor]] = {name: [] for name in (*STILL, *IN_TIME)}
-    coarsely, embedded = [], []
+    # Small tensors that are kept would lie between the large ones that are freed, and the heap would grow with every part.
+    series: dict[str, list[float]] = {name: [] for name in (*STILL, *IN_TIME)}
+    coarsely, embedded = torch.empty(1, len(frames), CELLS**2), []
     for part in parts(frames):
         single, pairs, triples = (part.runs(span) for span in (1, 2, 3))
         for name, function in STILL.items():
-            series[name].append(function(single))
-        series["motion"].append(motion(pairs))
-        series["frozen"].append(frozen(pairs))
-        series["flicker"].append(flicker(triples))
-        coarsely.append(coarse(single)[:, 0])
+            series[name] += function(single).tolist()
+        series["motion"] += motion(pairs).tolist()
+        series["frozen"] += frozen(pairs).tolist()
+        series["flicker"] += flicker(triples).tolist()
+        coarsely[0, part.first : part.first + part.count] = coarse(single)[:, 0]
         if clip is not None:
             embedded.append(clip.frames(single[:, :, 0].transpose(0, 1)).cpu())
-    joined = {name: torch.cat(values) for name, values in series.items()}
+    joined = {name: torch.tensor(values, dtype=torch.float64) for name, values in series.items()}
     embeddings = torch.cat(embedded) if embedded else None
     found: Figures = {name: float(values.mean()) if len(values) else None for name, values in joined.items()}
     for name, floor in FLOORS.items():
@@ -82,7 +84,7 @@ def measure(frames: Tensor, fps: float | None, clip: Clip | None = None, text: T
         found[f"{name}_drift"] = float(drift(joined[name][None], floor)) if enough else None
     found["cuts"] = float(len(cuts(frames))) if len(frames) > 1 else None
     enough = len(frames) >= FEWEST_TO_REPEAT
-    found["repetition"] = float(repetition(torch.cat(coarsely)[None])) if enough else None
+    found["repetition"] = float(repetition(coarsely)) if enough else None
     found |= vlite(frames, fps, embeddings)
     found["clip_score"] = (
         None if embeddings is None or text is None else float(100 * (embeddings @ text[0].cpu()).mean())
@@ -110,16 +112,20 @@ def vlite(frames: Tensor, fps: float | None, embeddings: Tensor | None = None, o
     count = len(frames) if order is None else len(order)
     if fps is None or count < 3:
         return found
-    every, lumas, smooth, steady = max(1, round(fps / FLOW_FPS)), [], [], []
+    every = max(1, round(fps / FLOW_FPS))
+    lumas, smooth, steady = torch.empty(0), list[float](), list[float]()
     for part in parts(frames, order):
         seen = part.runs(1)[-part.first % every :: every]  # every so many frames of the whole
-        lumas.append(scaled_down(luma(seen)[:, 0]))
-        smooth.append(motion_smoothness(part.runs(3)[part.first % 2 :: 2]))
-        steady.append(temporal_flickering(part.runs(2)))
-    moves = _moves(torch.cat(lumas))
+        y = scaled_down(luma(seen)[:, 0])
+        lumas = lumas if part.first else y.new_empty(math.ceil(count / every), *y.shape[1:])
+        place = math.ceil(part.first / every)
+        lumas[place : place + len(y)] = y
+        smooth += motion_smoothness(part.runs(3)[part.first % 2 :: 2]).tolist()
+        steady += temporal_flickering(part.runs(2)).tolist()
+    moves = _moves(lumas)
     found["vlite.dynamic_degree"] = None if moves is None else float(moves)
-    found["vlite.temporal_flickering"] = float(torch.cat(steady).mean()) if moves is False else None
-    found["vlite.motion_smoothness"] = float(torch.cat(smooth).mean())
+    found["vlite.temporal_flickering"] = sum(steady) / len(steady) if moves is False else None
+    found["vlite.motion_smoothness"] = sum(smooth) / len(smooth)
     if embeddings is not None:
         found["vlite.background_consistency"] = float(consistency(embeddings[None]))
     return found
