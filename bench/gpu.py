@@ -136,7 +136,9 @@ def offload(options: Options) -> dict[str, Any]:
             if options.device == "cuda":
                 pin(denoiser)
             bring({"denoiser": denoiser}, ("denoiser",), torch.device(options.device), whole=False)
-            runner = Blockwise(denoiser.backbone.blocks, torch.device(options.device), lambda block, state, _: block(state))
+            runner = Blockwise(
+                denoiser.backbone.blocks, torch.device(options.device), lambda block, state, _: block(state)
+            )
         else:
             denoiser.to(options.device)
         if options.device == "cuda":
@@ -197,7 +199,11 @@ def plan(options: Options) -> dict[str, Any]:
 
 def train(options: Options) -> dict[str, Any]:
     """A DMD2 cycle of one clip beside its floor (`train_step.py`)."""
-    case = ["--model", "world", "--batch", "2"] if options.small else ["--model", "wan-1.3b", "--recipe", "wan21_1p3b/dmd2"]
+    case = (
+        ["--model", "world", "--batch", "2"]
+        if options.small
+        else ["--model", "wan-1.3b", "--recipe", "wan21_1p3b/dmd2"]
+    )
     command = [sys.executable, "bench/train_step.py", *case, "--device", options.device, "--rounds", "2"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     lines = done.stdout.strip().splitlines()
@@ -215,7 +221,9 @@ PARTS: dict[str, tuple[Callable[[Options], dict[str, Any]], int]] = {
 
 
 def commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     return done.stdout.strip() or "unknown"
 
 
@@ -247,7 +255,15 @@ def main(options: Options) -> int:
 
 def alone(part: str, options: Options) -> dict[str, Any]:
     """The result of a part, from a process of its own."""
-    command = [sys.executable, __file__, "--part", part, "--device", options.device, *(["--small"] if options.small else [])]
+    command = [
+        sys.executable,
+        __file__,
+        "--part",
+        part,
+        "--device",
+        options.device,
+        *(["--small"] if options.small else []),
+    ]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PARTS[part][1], check=False)
     except subprocess.TimeoutExpired:

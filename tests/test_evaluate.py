@@ -112,6 +112,24 @@ def test_few_prompts_are_said_and_one_has_no_intervals(
     assert load_report(tmp_path) == report and write_report(tmp_path).is_file()
 
 
+def test_pictures_are_evaluated_as_clips_of_one_frame(tmp_path: Path):
+    """Whatever needs time, or reads direction and speed, is left out with the reason; distances and diversity stay."""
+    image = guided_teacher(steps=3, num_frames=1)
+    rows = [Entry(name="teacher 3", model=image), Entry(name="teacher 1", model=image, steps=1)]
+    report = evaluate(rows, replace(SMALL, features="auto"), tmp_path)
+    row = report.row("teacher 1")
+    assert (row.motion, row.flicker, row.motion_ci, row.motion_absolute, row.accuracy) == (None,) * 5
+    assert row.diversity is not None and row.frechet is not None and row.frechet > 0
+    assert report.frechet_features.startswith("pooled") and report.truth is not None and report.truth.motion is None
+    assert [note for note in report.notes if "these models make pictures" in note]
+    assert not [note for note in report.notes if "huffled frames" in note]
+    page = write_report(tmp_path).read_text()
+    assert "Motion relative" not in page and "Diversity relative" in page
+    assert load_report(tmp_path) == report
+    with pytest.raises(ValueError, match=r"1 \(pictures\) or at least 3"):
+        prepare([Entry(name="two", model=guided_teacher(steps=1, num_frames=2))], SMALL)
+
+
 def test_the_reference_row_is_one_and_only_students_have_gains(finished: tuple[Report, Path]):
     report, _ = finished
     first = report.row("teacher 4")

@@ -244,6 +244,29 @@ def test_clip_score_is_what_transformers_computes(clip: Path):
         ClipScore(clip / "nowhere", Cases(prompts, None, 1, 0), CPU)
 
 
+def test_finished_videos_get_the_same_clip_score(clip: Path, tmp_path: Path):
+    from fewstep.data.video import read_video
+    from fewstep.evaluate.features.clip_score import Clip, ClipScore
+    from fewstep.evaluate.finished import Options, compare_videos
+    from fewstep.metrics.vlite import consistency
+    from support_finished import films, vivid
+
+    sides = [films(tmp_path / "old", count=2), films(tmp_path / "new", vivid, count=2)]
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red ball\ntwo grey boxes, slowly\n")
+    made = compare_videos(sides, tmp_path / "out", Options(clip=str(clip), prompt_file=prompts, num_frames=4))
+    first = to_floats(read_video(sides[1] / "film-2.mp4", 4))[None]
+    figures = made.videos[1].sides[1].figures
+    score = ClipScore(clip, Cases(("two grey boxes, slowly",), None, 1, 0), CPU)(first, 0, 1)["clip_score"]
+    assert figures["clip_score"] == pytest.approx(float(score), rel=1e-5)
+    alike = consistency(Clip(clip, CPU).frames(first[0])[None])
+    assert figures["vlite.background_consistency"] == pytest.approx(float(alike), rel=1e-5)
+    assert made.controls["a still picture"]["vlite.background_consistency"] == pytest.approx(1)
+    unasked = compare_videos(sides, tmp_path / "b", Options(clip=str(clip), num_frames=4))
+    assert unasked.videos[0].sides[0].figures["clip_score"] is None
+    assert any(note.startswith("CLIPScore: not measured") for note in unasked.notes)
+
+
 # --- real clips -------------------------------------------------------------------------------------------------------
 
 

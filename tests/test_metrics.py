@@ -238,14 +238,20 @@ def test_diversity():
         diversity(one)
 
 
-@pytest.mark.parametrize("function", [motion, flicker, pooled])
-def test_too_few_frames_are_refused(function):
+@pytest.mark.parametrize(("function", "frames"), [(motion, 1), (flicker, 2), (pooled, 2)])
+def test_too_few_frames_are_refused(function, frames: int):
     with pytest.raises(ValueError, match="F >= "):
-        function(torch.zeros(1, 3, 1, 8, 8))
+        function(torch.zeros(1, 3, frames, 8, 8))
 
 
 def test_pooled_features_are_a_fixed_number():
     assert pooled(torch.rand(2, 3, 3, 8, 8)).shape == pooled(torch.rand(2, 3, 20, 16, 24)).shape == (2, 72)
+
+
+def test_pooled_features_of_a_picture_are_the_means_of_its_quarters():
+    picture = torch.zeros(1, 3, 1, 4, 4)
+    picture[:, 2, :, 2:, :2] = 0.8  # blue, lower left
+    assert pooled(picture).tolist() == [pytest.approx([0.0] * 10 + [0.8, 0.0])]
 
 
 def test_pooled_features_are_means_and_changes_by_part():

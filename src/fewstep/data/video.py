@@ -81,7 +81,7 @@ def read_video(
     too short.
     """
     wanted = range(start, start + num_frames * stride, stride)
-    frames = [_fit(f, size) for i, f in enumerate(_decode(source, wanted.stop - stride + 1)) if i in wanted]
+    frames = [fit(f, size) for i, f in enumerate(decode(source, wanted.stop - stride + 1)) if i in wanted]
     if len(frames) < num_frames:
         raise ClipError(_too_short(frames, wanted))
     return torch.stack(frames)
@@ -94,7 +94,7 @@ def read_image(path: str | Path, size: tuple[int, int]) -> Tensor:
             pixels = np.array(image.convert("RGB"))
     except Exception as error:  # a broken file can make the decoder raise anything; so can a picture of too many pixels
         raise ClipError(f"{path} is not a readable picture: {error}") from None
-    return to_floats(_fit(pixels, size)[None])[:, 0]
+    return to_floats(fit(pixels, size)[None])[:, 0]
 
 
 def read_clips(source: str | Path | BytesIO, cut: Cut) -> Iterator[Clip]:
@@ -107,14 +107,14 @@ def read_clips(source: str | Path | BytesIO, cut: Cut) -> Iterator[Clip]:
     """
     span, frames, made, begin = cut.num_frames * cut.stride, list[Tensor](), 0, 0
     done = False  # with this shot
-    decoded = _decode(source, 0 if cut.shots else cut.clips_per_video * span)
+    decoded = decode(source, 0 if cut.shots else cut.clips_per_video * span)
     for i, (frame, is_cut) in enumerate(find_cuts(decoded) if cut.shots else zip(decoded, repeat(False))):
         if is_cut:
             if not done:
                 yield _short_shot(frames, cut, begin)
             frames, begin, done = [], i, False
         if not done and (i - begin) % cut.stride == 0:
-            frames.append(_fit(frame, (cut.height, cut.width)))
+            frames.append(fit(frame, (cut.height, cut.width)))
         if len(frames) == cut.num_frames:
             yield Clip(torch.stack(frames), begin)
             frames, made, begin, done = [], made + 1, begin + span, cut.shots
@@ -148,9 +148,16 @@ def read_facts(source: str | Path | BytesIO) -> Facts:
         return Facts(length, min(stream.width, stream.height))
 
 
+def read_rate(source: str | Path | BytesIO) -> float | None:
+    """Frames per second by the header of a video, the mean if the rate varies; None if the header has none."""
+    with _opened(source) as file:
+        rate = file.streams.video[0].average_rate
+        return float(rate) if rate else None
+
+
 def to_floats(frames: Tensor) -> Tensor:
     """Convert uint8 `[..., F, H, W, 3]` (from `read_clips`) to float32 `[..., 3, F, H, W]` in [-1, 1] (for codecs)."""
-    return (frames.movedim(-1, -4).float() / 127.5 - 1).contiguous()
+    return frames.movedim(-1, -4).contiguous().float() / 127.5 - 1  # moving bytes is faster than moving floats
 
 
 def to_pixels(frames: Tensor) -> Tensor:
@@ -226,6 +233,13 @@ def read_note(path: str | Path) -> str:
     return kept.decode("utf-8", "replace") if isinstance(kept, bytes) else str(kept)
 
 
+def write_pixels(path: Path, pixels: Tensor, *, fps: float) -> Path:
+    """Write uint8 `[F, H, W, 3]` to .mp4 as `write_video` does, without a copy of it as floats."""
+    with replacing(path) as draft:
+        _write_mp4(draft, pixels.numpy(), fps, "")
+    return path
+
+
 def _tile(clips: Tensor, columns: int) -> Tensor:
     """Arrange clips `[B, F, H, W, 3]` in one picture per frame; the rest of the last row is black."""
     columns = min(columns or len(clips), len(clips))
@@ -288,7 +302,7 @@ def encode_gif(frames: np.ndarray, fps: float, note: str = "") -> bytes:
     return buffer.getvalue()
 
 
-def _decode(source: str | Path | BytesIO, stop: int) -> Iterator[np.ndarray]:
+def decode(source: str | Path | BytesIO, stop: int) -> Iterator[np.ndarray]:
     """Upright uint8 `[H, W, 3]` frames of the first video stream, at most `stop` (0 = all)."""
     number = 0
     with _opened(source) as file:
@@ -330,7 +344,7 @@ def _reason(error: av.FFmpegError) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-def _fit(frame: np.ndarray, size: tuple[int, int] | None) -> Tensor:
+def fit(frame: np.ndarray, size: tuple[int, int] | None) -> Tensor:
     """Scale uint8 `[H, W, 3]` to cover `size`, antialiased, and crop the centre."""
     pixels = torch.from_numpy(np.ascontiguousarray(frame))
     if size is None or tuple(pixels.shape[:2]) == size:

@@ -68,7 +68,9 @@ def make_row(entry: Entry, mine: Measured, reference: Measured, distance: Distan
     each = dict(zip(ATTRIBUTES, mine.by_prompt("attributes", seeds).unbind(1), strict=True)) if checked else {}
     fits = None if mine.clip_score is None else mine.by_prompt("clip_score", seeds)
     is_reference = bench.truth is None and mine is reference
-    moved, reference_moved = mine.by_prompt("motion", seeds), reference.by_prompt("motion", seeds)
+    moved = None
+    if mine.motion is not None:
+        moved = ratio_interval(mine.by_prompt("motion", seeds), reference.by_prompt("motion", seeds))
     return Row(
         name=entry.name,
         model=entry.model.card.name,
@@ -89,12 +91,12 @@ def make_row(entry: Entry, mine: Measured, reference: Measured, distance: Distan
         frechet_n=len(mine.features),
         frechet_shuffled=distance.shuffled,
         motion=_ratio(mine.motion, reference.motion),
-        motion_ci=_range(ratio_interval(moved, reference_moved)),
-        motion_absolute=float(mine.motion.mean()),
+        motion_ci=None if moved is None else _range(moved),
+        motion_absolute=None if mine.motion is None else float(mine.motion.mean()),
         diversity=_ratio(mine.diversity, reference.diversity),
         diversity_absolute=None if mine.diversity is None else float(mine.diversity.mean()),
         flicker=_ratio(mine.flicker, reference.flicker),
-        flicker_absolute=float(mine.flicker.mean()),
+        flicker_absolute=None if mine.flicker is None else float(mine.flicker.mean()),
         seconds=cost.sampling.p50,
         seconds_p95=cost.sampling.p95,
         seconds_runs=len(cost.sampling.runs),

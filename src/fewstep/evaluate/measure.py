@@ -46,8 +46,9 @@ class Meter:
         require_finite(x, f"clips of prompts {first} to {last - 1}")
         self._put("features", self._features.map(x))
         self._put("shuffled", self._features.map(shuffled(x, self._shuffle)))
-        self._put("motion", motion(x))
-        self._put("flicker", flicker(x))
+        if x.shape[2] > 1:
+            self._put("motion", motion(x))
+            self._put("flicker", flicker(x))
         if seeds > 1:
             self._put("diversity", diversity(x.unflatten(0, (-1, seeds))))
         for judge in self._judges:
@@ -65,8 +66,8 @@ class Meter:
         return Measured(
             features=whole["features"],
             shuffled=whole["shuffled"],
-            motion=whole["motion"],
-            flicker=whole["flicker"],
+            motion=whole.get("motion"),
+            flicker=whole.get("flicker"),
             diversity=whole.get("diversity"),
             right=whole.get("right"),
             abstained=whole.get("abstained"),
@@ -84,9 +85,9 @@ class Measured:
     """Features of the clips, `[N, D]`."""
     shuffled: Tensor
     """Features of the same clips with their frames in random order, `[N, D]`."""
-    motion: Tensor
-    """Motion of each clip, `[N]`; `flicker` has the same shape."""
-    flicker: Tensor
+    motion: Tensor | None
+    """Motion of each clip, `[N]`; `flicker` has the same shape. None for pictures, which are clips of one frame."""
+    flicker: Tensor | None
     diversity: Tensor | None
     """Diversity of each prompt, `[P]`; None with one seed per prompt."""
     right: Tensor | None

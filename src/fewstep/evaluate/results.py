@@ -72,14 +72,15 @@ class Row:
     frechet_shuffled: float
     """Control: distance of the same clips with their frames in random order. It must be higher."""
     motion: float | None
-    """Motion relative to the reference row (1 = equal); diversity and flicker likewise. None if the reference has none."""
+    """Motion relative to the reference row (1 = equal); diversity and flicker likewise. None if the reference has none, and
+    for pictures."""
     motion_ci: Range | None
-    motion_absolute: float
+    motion_absolute: float | None
     diversity: float | None
     diversity_absolute: float | None
     """Diversity, not relative to any row; None with a single seed per prompt."""
     flicker: float | None
-    flicker_absolute: float
+    flicker_absolute: float | None
     seconds: float
     """Median seconds for one clip alone, from text to latents."""
     seconds_p95: float

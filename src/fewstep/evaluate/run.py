@@ -123,8 +123,10 @@ def _marks(mine: Measured, clip: int) -> dict[str, str]:
 def _notes(rows: Sequence[Entry], bench: Bench, target: Target) -> Iterator[str]:
     """Notes that a reader needs before quoting a figure."""
     (clips, width), distance = target.features.shape, bench.suite.distance
-    if bench.cases.scenes is None and bench.clip is None:
+    if bench.cases.scenes is None and bench.clip is None and bench.num_frames > 1:
         yield "Accuracy: not measured, because only prompts of the built-in world can be checked."
+    if bench.num_frames == 1:
+        yield "Accuracy, motion and flicker: not measured, because these models make pictures."
     if target.halves:
         yield f"{distance} floor: compares two halves of the reference set, so it is higher than the floor of the full set."
     if (prompts := len(bench.cases.prompts)) < FEWEST:
@@ -139,7 +141,7 @@ def _notes(rows: Sequence[Entry], bench: Bench, target: Target) -> Iterator[str]
     trained = {entry.model.card.num_frames for entry in rows} - {bench.num_frames}
     if trained:
         yield f"Clips have {bench.num_frames} frames; the models were trained for {', '.join(map(str, sorted(trained)))}."
-    if target.shuffled < 2 * target.floor:
+    if target.shuffled < 2 * target.floor and bench.num_frames > 1:
         yield f"{distance}: do not rely on it. Shuffled frames hardly change it, so these features do not see time."
     if bench.clip is not None and bench.clip.cut:
         yield f"CLIPScore: {bench.clip.cut} of {len(bench.cases.prompts)} prompts are too long for CLIP and were cut."

@@ -47,7 +47,8 @@ class Bench:
     @property
     def judges(self) -> tuple[Judge, ...]:
         """The functions that score clips against their prompts."""
-        world = () if self.cases.scenes is None else (checked(self.cases),)
+        readable = self.cases.scenes is not None and self.num_frames > 1  # a picture shows no direction and no speed
+        world = (checked(self.cases),) if readable else ()
         return world if self.clip is None else (*world, self.clip)
 
 
@@ -71,14 +72,14 @@ def prepare(entries: Sequence[Entry], suite: Suite) -> Bench:
             f"the models make clips of different (frames, height, width): {sorted(shapes)}; give models of one size"
         )
     (num_frames, height, width), *_ = shapes
-    if num_frames < 3:
-        raise ValueError(f"num_frames must be at least 3 for motion and flicker, got {num_frames}")
+    if num_frames == 2:
+        raise ValueError("num_frames must be 1 (pictures) or at least 3 (motion and flicker), got 2")
     if len({entry.model.device for entry in entries}) > 1:
         raise ValueError("the models are on different devices; move them to one with model.to(device)")
     if len({entry.model.runtime for entry in entries}) > 1:
         raise ValueError("the models run in different ways; give all of them one Runtime: model.prepared(runtime)")
     size, device = (height, width), entries[0].model.device
-    features = feature_map(suite.features, size, device)
+    features = feature_map("pooled" if (suite.features, num_frames) == ("auto", 1) else suite.features, size, device)
     features.check(num_frames, size, device)
     cases, truth = ask(suite, num_frames, size)
     return Bench(

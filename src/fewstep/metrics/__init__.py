@@ -1,8 +1,11 @@
 """Pure functions on clips `[B, 3, F, H, W]` in [-1, 1] and on features `[N, D]`; no network, no file, no global state."""
 
 from fewstep.metrics.colour import contrast, saturation
+from fewstep.metrics.cuts import cuts
 from fewstep.metrics.diversity import diversity
+from fewstep.metrics.drift import drift
 from fewstep.metrics.energy import energy
+from fewstep.metrics.exposure import black, brightness, clipped
 from fewstep.metrics.flicker import flicker
 from fewstep.metrics.frechet import (
     frechet,
@@ -12,8 +15,12 @@ from fewstep.metrics.frechet import (
     shuffled,
     split_half,
 )
+from fewstep.metrics.frozen import frozen
+from fewstep.metrics.luma import luma
 from fewstep.metrics.motion import motion
 from fewstep.metrics.pooled import pooled
+from fewstep.metrics.repetition import repetition
+from fewstep.metrics.sharpness import sharpness
 from fewstep.metrics.statistics import (
     Interval,
     clustered_wilson,
@@ -25,7 +32,8 @@ from fewstep.metrics.statistics import (
 )
 
 __all__ = [
-    "Interval", "clustered_wilson", "contrast", "diversity", "energy", "flicker", "frechet",
-    "frechet_infinity", "frechet_without", "gaussian_distance", "jackknife", "mean_interval", "motion", "percentile", "pooled",
-    "ratio_of_means", "saturation", "shuffled", "split_half", "wilson",
+    "Interval", "black", "brightness", "clipped", "clustered_wilson", "contrast", "cuts", "diversity", "drift", "energy",
+    "flicker", "frechet", "frechet_infinity", "frechet_without", "frozen", "gaussian_distance", "jackknife", "luma",
+    "mean_interval", "motion", "percentile", "pooled", "ratio_of_means", "repetition", "saturation", "sharpness", "shuffled",
+    "split_half", "wilson",
 ]  # fmt: skip

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+from fewstep.metrics.luma import luma
 
 
 def saturation(frames: Tensor) -> Tensor:
@@ -19,8 +20,4 @@ def contrast(frames: Tensor) -> Tensor:
 
     Brightness is Rec. 601 luma of pixels in [-1, 1].
     """
-    if frames.ndim != 5 or frames.shape[1] != 3:
-        raise ValueError(f"contrast needs clips [B, 3, F, H, W], got {list(frames.shape)}")
-    weights = torch.tensor([0.299, 0.587, 0.114], device=frames.device)
-    luma = torch.einsum("bcfhw,c->bfhw", frames.float(), weights)
-    return luma.flatten(2).std(2).mean(1).double().cpu()
+    return luma(frames).flatten(2).std(2).mean(1).double().cpu()

@@ -15,8 +15,11 @@ def pooled(frames: Tensor) -> Tensor:
 
     For each colour channel and quarter of the frame: the mean over each half of the clip, and four times the mean absolute
     change over 1, 2 and 4 frames and the mean absolute second difference. They are fixed, so anybody can recompute them. They
-    are weaker than learnt features, but see time. ValueError for fewer than 3 frames.
+    are weaker than learnt features, but see time. Pictures, clips of one frame, have the 12 means alone: `[B, 12]`. ValueError
+    for 2 frames.
     """
+    if frames.ndim == 5 and frames.shape[2] == 1:
+        return _cells(frames.float(), 1)
     if frames.ndim != 5 or frames.shape[2] < 3:
         raise ValueError(f"pooled features need clips [B, C, F >= 3, H, W], got {list(frames.shape)}")
     x = frames.float()

@@ -131,7 +131,8 @@ def _facts(report: Report, hero: Row | None) -> Iterator[tuple[str, str]]:
         )
     if doubt:
         return  # pure noise has much motion and diversity
-    yield times(hero.motion), f"the motion of {reference.name}"
+    if hero.motion is not None:
+        yield times(hero.motion), f"the motion of {reference.name}"
     if hero.diversity is not None:
         yield times(hero.diversity), f"the diversity of {reference.name}"
 
@@ -239,15 +240,22 @@ def _charts(report: Report) -> str:
     items = [Bar(r.name, r.frechet, kind(r, report), r.frechet_ci) for r in rows if r.frechet is not None]
     marks = [(report.frechet_floor, "noise floor")]
     cards.append((f"{report.distance}, lower is better", bars(items, text=number, marks=marks)))
-    items = [Bar(r.name, r.motion, kind(r, report), r.motion_ci) for r in rows]
-    cards.append((f"Motion relative to {report.reference}", bars(items, text=times, marks=[(1.0, report.reference)])))
+    moving = all(row.motion_absolute is not None for row in rows)
+    if moving:
+        items = [Bar(r.name, r.motion, kind(r, report), r.motion_ci) for r in rows]
+        cards.append(
+            (f"Motion relative to {report.reference}", bars(items, text=times, marks=[(1.0, report.reference)]))
+        )
     if all(row.diversity is not None for row in rows):
         items = [Bar(r.name, r.diversity, kind(r, report)) for r in rows]
         cards.append(
             (f"Diversity relative to {report.reference}", bars(items, text=times, marks=[(1.0, report.reference)]))
         )
-    items = [Bar(r.name, r.flicker, kind(r, report)) for r in rows]
-    cards.append((f"Flicker relative to {report.reference}", bars(items, text=times, marks=[(1.0, report.reference)])))
+    if moving:
+        items = [Bar(r.name, r.flicker, kind(r, report)) for r in rows]
+        cards.append(
+            (f"Flicker relative to {report.reference}", bars(items, text=times, marks=[(1.0, report.reference)]))
+        )
     return _section("Charts", "", _cards("charts", cards))
 
 

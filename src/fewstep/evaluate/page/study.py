@@ -1,0 +1,25 @@
+"""The page of a blind study, which saves a rater's answers as a CSV file and needs no server."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+
+from fewstep.core.atomic import write_text
+from fewstep.evaluate.finished.study import COPIES, RATERS, Study
+
+FILE = "study.html"
+
+
+def write_study_page(study: Study, folder: Path | str) -> Path:
+    """Write `page/study.html` below the output folder of `make_study`. It names copies and prompts, never the sides."""
+    pairs = [dict(zip(COPIES, pair.files, strict=True)) | {"prompt": pair.prompt} for pair in study.pairs]
+    tree = {"id": study.id, "questions": study.questions, "pairs": pairs}
+    # In a script element, "</script>" in a prompt would end it.
+    text = json.dumps(tree).replace("<", "\\u003c")
+    template = Template(files("fewstep.evaluate.page").joinpath("study.html").read_text(encoding="utf-8"))
+    path = Path(folder) / RATERS / FILE
+    write_text(path, template.substitute(study=text))
+    return path
