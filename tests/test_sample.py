@@ -165,3 +165,14 @@ def test_files_without_a_note_are_refused(wrong: str, model: VideoModel, capsys:
 def test_a_model_or_a_file_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sample", "--prompt", "a"]) == 2
     assert "name a model, such as world, or a file to make again: --like FILE" in capsys.readouterr().err
+
+
+def test_first_steps_of_a_teacher(model: VideoModel, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_model(seed=1).with_card(role="student", contract=Contract(steps=2)).save("student")
+    words = ("student", "--prompt", PROMPTS[0])
+    sampled(*words, "--output", "alone.webp")
+    sampled(*words, "--teacher", "tiny", "--teacher-steps", 1, "--output", "led.webp")
+    sampled("--like", "led.webp", "--output", "again.webp")
+    assert contents("led.webp") == contents("again.webp") != contents("alone.webp")
+    assert main(["sample", *words, "--teacher", "tiny"]) == 2
+    assert "--teacher and --teacher-steps belong together" in capsys.readouterr().err

@@ -18,6 +18,7 @@ from fewstep.core.call import Place, S
 from fewstep.diffusion import CFG, EDM, Contract, Heun, Prediction
 from fewstep.models import VideoModel, sampling
 from fewstep.models.repattern import repattern
+from fewstep.models.sampling import Lead
 from fewstep.models.source import Diffusers
 from support_engine import shaken, tiny_model
 from tiny_models import IMAGE_SIZE, TINY, shared
@@ -188,3 +189,34 @@ def test_runs_in_turns_keep_their_own_values() -> None:
     last = [list(steps) for steps in zip(*turns, strict=True)][-1]
     for prompt, step in zip(PROMPTS, last, strict=True):
         assert torch.equal(step.x, model.latents([prompt], seed=1))
+
+
+# --- first steps of another model --------------------------------------------------------------------------------------
+
+
+def test_the_teacher_makes_the_first_steps_with_its_own_guidance() -> None:
+    """Each step is the sampler's, with the prediction of whoever makes it."""
+    teacher = tiny_model().with_card(contract=Contract(guidance=CFG(scale=3.0)))
+    student = student_of(tiny_model(seed=1))
+    grid = student.card.contract.times(4)
+    steps = list(student.sampling(PROMPTS, num_inference_steps=4, seed=2, force=True, lead=Lead(teacher, 2)))
+    (cond, negative), (own, _) = teacher.conditions(PROMPTS), student.conditions(PROMPTS)
+    x = Seeds((2, 3)).randn((2, *student.latent_shape()), "start")
+    for step, t, s in zip(steps, grid[:-1], grid[1:], strict=True):
+        with torch.no_grad():
+            time = torch.full((2,), t)
+            led = CFG(scale=3.0)(teacher.denoiser, x, time, cond, negative)
+            flow = led.raw if step.index < 2 else student.denoiser(x, time, own).raw
+        x = x + (s - t) * flow
+        torch.testing.assert_close(step.x, x, rtol=1e-4, atol=1e-4)
+
+
+def test_a_lead_that_does_not_fit_is_refused() -> None:
+    student = student_of(tiny_model())
+    for steps in (0, 2):
+        with pytest.raises(ValueError, match=f"can have 1 to 1 of its first by the teacher, not {steps}"):
+            student.latents(PROMPTS, num_inference_steps=2, force=True, lead=Lead(tiny_model(), steps))
+    with pytest.raises(
+        ValueError, match="its noise path is EDM.* give the teacher that this student was distilled from"
+    ):
+        student.latents(PROMPTS, num_inference_steps=2, force=True, lead=Lead(tiny_model(path=EDM()), 1))

@@ -25,6 +25,7 @@ from fewstep.diffusion import Step
 from fewstep.models.bundle import VideoModel, read_card
 from fewstep.models.fitting import Memory, fitting
 from fewstep.models.runtime import effective, told
+from fewstep.models.sampling import Lead
 
 if TYPE_CHECKING:
     from fewstep.cli.generation import Sample
@@ -74,7 +75,7 @@ def sample(options: Sample) -> int:
     runtime = runtime_of(options, options.student)
     model = VideoModel.load(card, options.student, trust=options.trust, runtime=runtime)
     warn_of_others(options, model)
-    images = _images(options, card)
+    images, lead = _images(options, card), _lead(options, model)
     done: list[Path] = []
 
     def kept() -> str:
@@ -84,7 +85,8 @@ def sample(options: Sample) -> int:
         waiting, files = list[Tensor](), list(zip(spans, paths, strict=True))
         for first, last in fitting(len(wanted), options.batch, TOGETHER, Memory.of(model.device)):
             mine = {name: stack if len(stack) == 1 else stack[first:last] for name, stack in images.items()}
-            clips = _clips(model, Wanted(wanted.prompts[first:last], wanted.seeds[first:last]), options, mine, tell)
+            some = Wanted(wanted.prompts[first:last], wanted.seeds[first:last])
+            clips = _clips(model, some, options, {**mine, "lead": lead}, tell)
             waiting += clips.cpu().split(1)
             while files and files[0][0][1] <= last:
                 (begin, end), path = files.pop(0)
@@ -98,10 +100,10 @@ def sample(options: Sample) -> int:
     return _made(done[-1])
 
 
-def _clips(model: VideoModel, wanted: Wanted, options: Sample, images: dict[str, Tensor], tell: Tell) -> Tensor:
-    """Clips made at once, with progress by step."""
+def _clips(model: VideoModel, wanted: Wanted, options: Sample, more: dict[str, Any], tell: Tell) -> Tensor:
+    """Clips made at once, with progress by step; `more` are other fields of the request."""
     steps = model.sampling(
-        wanted.prompts, **images, num_inference_steps=options.num_inference_steps, num_frames=options.num_frames,
+        wanted.prompts, **more, num_inference_steps=options.num_inference_steps, num_frames=options.num_frames,
         guidance_scale=options.guidance_scale, scalars=scalars_of(options), seed=wanted.seeds, force=options.force,
     )  # fmt: skip
     for step in steps:
@@ -120,6 +122,17 @@ def _preview(model: VideoModel, step: Step, path: Path) -> None:
         write_video(path, model.decode(x0[:, :, middle : middle + 1])[:, :, -1:])
 
 
+def _lead(options: Sample, model: VideoModel) -> Lead | None:
+    """The model for the first steps, at the student's size and run alike."""
+    if options.teacher is None or options.teacher_steps is None:
+        return None
+    size = {name: getattr(model.card, name) for name in ("num_frames", "height", "width")}
+    card = replace(read_card(options.teacher), **size)
+    return Lead(
+        VideoModel.load(card, options.teacher, trust=options.trust, runtime=model.runtime), options.teacher_steps
+    )
+
+
 def _check(options: Sample, count: int) -> None:
     """UsageError for options that no model can fulfil, before a model is loaded."""
     for name in ("image", "last_image"):
@@ -130,7 +143,11 @@ def _check(options: Sample, count: int) -> None:
         raise UsageError(f"--output {options.output}: choose a name that ends in {', '.join(FORMATS)}")
     if options.preview is not None and options.preview.suffix.lower() != ".png":
         raise UsageError(f"--preview {options.preview}: choose a name that ends in .png")
-    for name in ("num_frames", "num_inference_steps", "scale", "batch", "height", "width"):
+    if (options.teacher is None) != (options.teacher_steps is None):
+        raise UsageError(
+            "--teacher and --teacher-steps belong together: a model, and how many of the first steps it makes"
+        )
+    for name in ("num_frames", "num_inference_steps", "scale", "batch", "height", "width", "teacher_steps"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}")

@@ -54,6 +54,10 @@ class Sample(Runs):
     """Picture (.png) that shows the middle frame after each step, while clips are being made."""
     scale: int | None = None
     """Enlarge each pixel this many times (default: small clips to about 128 pixels, others not at all)."""
+    teacher: str | None = None
+    """Model for the first steps, with its own guidance: usually the teacher (default: the student makes all steps)."""
+    teacher_steps: int | None = None
+    """Number of the first steps that --teacher makes, at the student's times."""
     force: bool = False
     """Allow a step count, number of frames or guidance that the student was not trained for."""
     dry_run: bool = False

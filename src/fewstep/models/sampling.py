@@ -14,11 +14,37 @@ from fewstep.compress.stepwise import knows_steps
 from fewstep.core import Call, Cond, Seeds
 from fewstep.core.call import Constants, Runner, Sharing, every_block
 from fewstep.diffusion import CFG, Prediction, Step, StepCountError
+from fewstep.diffusion.samplers import Denoise
 from fewstep.models.images import Images
 
 if TYPE_CHECKING:
     from fewstep.models.bundle import VideoModel
     from fewstep.models.card import Card
+
+
+@dataclass(frozen=True, eq=False)
+class Lead:
+    """Another model that makes the first steps, with the guidance of its own card: the teacher, for the composition of a clip."""
+
+    model: VideoModel
+    steps: int
+    """Number of the first steps, at the times of the student's own grid."""
+
+    def check(self, model: VideoModel, count: int) -> None:
+        """ValueError for a model that cannot make steps of this one's clips, and for all steps or none."""
+        if not 1 <= self.steps < count:
+            raise ValueError(
+                f"a clip of {count} steps can have 1 to {count - 1} of its first by the teacher, not {self.steps}"
+            )
+        for what, mine, its in (
+            ("noise path", model.denoiser.path, self.model.denoiser.path),
+            ("latents", model.latent_shape(), self.model.latent_shape()),
+        ):
+            if mine != its:
+                raise ValueError(
+                    f"{self.model.card.name!r} cannot make the first steps of {model.card.name!r}: its {what} is {its}, not "
+                    f"{mine}; give the teacher that this student was distilled from, at the same size"
+                )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,6 +69,8 @@ class Request:
     """One seed per prompt, or the first of consecutive seeds. A clip depends only on its own seed and prompt."""
     force: bool = False
     """Allow what the model was not trained for: another step count or number of frames, or guidance on top of a student's."""
+    lead: Lead | None = None
+    """Another model for the first steps; None: this one makes all."""
     runner: Runner = every_block
     """Runner of the blocks, such as `caching.SkipMiddle().begin()`. A runner with memory serves one request only."""
     shared: Sharing | None = None
@@ -88,11 +116,20 @@ def sampling(model: VideoModel, request: Request) -> Iterator[Step]:
     """The steps of one run. What is refused is refused here; what is returned makes a step whenever it is asked for one."""
     times, guidance = request.times(model.card), request.guidance(model.card)
     request.check(model.card)
+    noise, shape = Seeds(request.seeds, device=str(model.device)), model.latent_shape(request.num_frames)
+    with torch.no_grad():
+        start = model.denoiser.path.prior(noise.randn((len(request.prompts), *shape), "start"), times[0])
+    denoise = _denoising(model, request, guidance)
+    if request.lead is not None:
+        denoise = _led(denoise, model, request, len(times) - 1)
+    steps = model.card.contract.sampler.sampling(denoise, start, times, rng=noise)
+    return without_gradient(steps)
+
+
+def _denoising(model: VideoModel, request: Request, guidance: CFG) -> Denoise:
+    """What a model predicts in one run of sampling."""
     with torch.no_grad(), model.runtime.precision():
         cond, uncond = _conditions(model, request, guided=guidance.active)
-        noise, shape = Seeds(request.seeds, device=str(model.device)), model.latent_shape(request.num_frames)
-        start = model.denoiser.path.prior(noise.randn((len(request.prompts), *shape), "start"), times[0])
-
     runner, early = model.runner(request.runner), model.runtime.offload != "block" and not knows_steps(model.denoiser)
     constants = Constants() if early else None
 
@@ -102,8 +139,22 @@ def sampling(model: VideoModel, request: Request) -> Iterator[Step]:
         with evaluating(model.denoiser), model.runtime.denoising():
             return guidance(model.denoiser, x_t, t, cond, uncond, call)
 
-    steps = model.card.contract.sampler.sampling(denoise, start, times, rng=noise)
-    return without_gradient(steps)
+    return denoise
+
+
+def _led(own: Denoise, model: VideoModel, request: Request, count: int) -> Denoise:
+    """`own` predictions after those of the request's other model, for the first steps. A runner is for one network: its own."""
+    lead = request.lead
+    assert lead is not None
+    lead.check(model, count)
+    first = _denoising(lead.model, replace(request, scalars={}, runner=every_block), lead.model.card.contract.guidance)
+
+    def denoise(x_t: Tensor, t: Tensor, call: Call) -> Prediction:
+        leads = call.step < lead.steps
+        (model if leads else lead.model).bring()  # with offload it makes room for the other
+        return (first if leads else own)(x_t, t, call)
+
+    return denoise
 
 
 def _conditions(model: VideoModel, request: Request, guided: bool) -> tuple[Cond, Cond]:
