@@ -24,6 +24,7 @@ from fewstep.cli import main
 from fewstep.core import atomic
 from fewstep.core.lock import FILE, FolderInUse, holding
 from fewstep.core.stopping import Terminated, on_request, saying
+from fewstep.diffusion import Step
 from fewstep.engine.checkpoint import checkpoints
 from fewstep.engine.run import Run
 from fewstep.evaluate import Suite, entries, evaluate, sampling
@@ -235,15 +236,15 @@ def test_many_clips_are_files_of_their_own(recipe: Path, capsys: pytest.CaptureF
 def test_clips_that_are_done_stay_when_the_rest_is_stopped(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny_teacher(Path())
     Path("p.txt").write_text("a duck\n" * 11)
-    real, calls = VideoModel.latents, []
+    real, calls = VideoModel.sampling, []
 
-    def latents(model: VideoModel, prompts: list[str], **options: object) -> torch.Tensor:
+    def sampling(model: VideoModel, prompts: list[str], **options: object) -> Iterator[Step]:
         calls.append(len(prompts))
         if len(calls) == 2:
             raise KeyboardInterrupt
         return real(model, prompts, **options)  # type: ignore[arg-type]
 
-    with patch.object(VideoModel, "latents", latents):
+    with patch.object(VideoModel, "sampling", sampling):
         code, err = said(capsys, "sample", "teacher", "--prompt-file", "p.txt", "--output", "c.gif")
     assert calls == [8, 3] and code == 130
     assert err == "fewstep: stopped; 8 of 11 files are written, the last one is c-08.gif"

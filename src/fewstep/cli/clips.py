@@ -61,21 +61,20 @@ def sample(options: Sample) -> int:
     options = remade(options) if options.like else options
     if not options.student:
         raise UsageError("name a model, such as world, or a file to make again: --like FILE")
-    wanted = Wanted.of(options)
-    _check(options, len(wanted))
+    wanted, columns = Wanted.of(options), len(options.seed) if len(options.seed) > 1 else 0
+    _check(options, len(wanted) // max(1, columns))
     if options.dry_run:
         at_once = min(options.batch or TOGETHER, len(wanted))
         return show(options, options.student, clips=at_once, num_frames=options.num_frames, memory=options.memory)
     card = _sized(read_card(options.student), options)
     scale = _scale(options, card)
-    columns = len(options.seed) if len(options.seed) > 1 else 0
     spans = _spans(len(wanted), columns, card, scale)
     paths = [options.output if len(spans) == 1 else _numbered(options.output, i, len(spans)) for i in range(len(spans))]
     require_writable(paths[-1])
     runtime = runtime_of(options, options.student)
     model = VideoModel.load(card, options.student, trust=options.trust, runtime=runtime)
     warn_of_others(options, model)
-    images, lead = _images(options, card), _lead(options, model)
+    images, lead = _images(options, card, columns), _lead(options, model)
     done: list[Path] = []
 
     def kept() -> str:
@@ -134,11 +133,11 @@ def _lead(options: Sample, model: VideoModel) -> Lead | None:
 
 
 def _check(options: Sample, count: int) -> None:
-    """UsageError for options that no model can fulfil, before a model is loaded."""
+    """UsageError for options that no model can fulfil with so many prompts, before a model is loaded."""
     for name in ("image", "last_image"):
         if len(getattr(options, name)) not in (0, 1, count):
             option = f"--{name}".replace("_", "-")
-            raise UsageError(f"{option}: give one picture, or one for each of the {count} clips")
+            raise UsageError(f"{option}: give one picture, or one for each of the {count} prompts")
     if options.output.suffix.lower() not in FORMATS:
         raise UsageError(f"--output {options.output}: choose a name that ends in {', '.join(FORMATS)}")
     if options.preview is not None and options.preview.suffix.lower() != ".png":
@@ -206,10 +205,15 @@ def _numbered(output: Path, number: int, count: int) -> Path:
     return output.with_name(f"{output.stem}-{number + 1:0{len(str(count))}d}{output.suffix}")
 
 
-def _images(options: Sample, card: Card) -> dict[str, Tensor]:
+def _images(options: Sample, card: Card, columns: int) -> dict[str, Tensor]:
+    """One picture for all clips, or one for each: every seed of a prompt has the prompt's."""
     pictures: dict[str, Sequence[Path]] = {"image": options.image, "last_image": options.last_image}
-    size = (card.height, card.width)
-    return {name: torch.stack([read_image(p, size) for p in paths]) for name, paths in pictures.items() if paths}
+    size, found = (card.height, card.width), {}
+    for name, paths in pictures.items():
+        if paths:
+            stack = torch.stack([read_image(path, size) for path in paths])
+            found[name] = stack if len(paths) == 1 else stack.repeat_interleave(max(1, columns), 0)
+    return found
 
 
 def _write(path: Path, clips: Tensor, options: dict[str, Any]) -> Path:

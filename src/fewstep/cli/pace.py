@@ -20,7 +20,8 @@ class Tell(Protocol):
 
 @contextmanager
 def telling(quiet: bool) -> Iterator[Tell]:
-    """Show reports on standard error, from the first one on; without a terminal, show the speed too."""
+    """Show reports on standard error, from the first one on; without a terminal, show the speed too, and last where each job
+    ended (after an error its message says that)."""
     bar = progress_bar(quiet)
     shown: dict[str, tuple[TaskID, Pace]] = {}
     last: dict[str, str] = {}
@@ -46,8 +47,8 @@ def telling(quiet: bool) -> Iterator[Tell]:
         yield tell
     finally:
         bar.stop()
-        for line in last.values() if not bar.console.is_terminal else ():
-            _say(bar, line)
+    for line in last.values() if not bar.console.is_terminal else ():
+        _say(bar, line)
 
 
 def _say(bar: Progress, line: str) -> None:

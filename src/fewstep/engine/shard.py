@@ -53,9 +53,7 @@ def shard(network: Denoiser, weights: Mapping[str, Tensor], mesh: DeviceMesh) ->
             unit.set_force_sum_reduction_for_comms(True)
     for way in ("features", "jvp"):  # ways to call it, besides forward
         register_fsdp_forward_method(network, way)
-    if network.backbone.text_first:
-        for block in network.backbone.blocks:
-            register_fsdp_forward_method(block, "reads")
+    network.backbone.text_first = False  # a block's weights are gathered for its forward alone
     shares: dict[str, Tensor] = {}
     for name, empty in network.state_dict().items():
         full = weights[name].detach().to(mesh.device_type, empty.dtype)

@@ -191,7 +191,7 @@ class Backbone(nn.Module, ABC):
     and all other operations work token by token."""
     transforms: tuple[Transform, ...] = ()
     """Transforms of this network relative to its class and `args`, see `compress.transformed`."""
-    text_first: ClassVar[bool] = False
+    text_first: bool = False
     """Whether blocks have `reads(context)`: the keys and values of `State.text`, which one run of sampling computes once."""
     takes_scalars: ClassVar[bool] = False
     """Whether `embed` passes its time embedding through `with_scalars`."""

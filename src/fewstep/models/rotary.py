@@ -70,8 +70,9 @@ def turn_pairs(x_BHMD: Tensor, table: Tensor) -> Tensor:
     """Turn each pair `(x[2i], x[2i + 1])`: as complex numbers in one pass, which the compiler does not know."""
     cos, sin = table
     if not torch.compiler.is_compiling():
-        wide = x_BHMD.to(torch.promote_types(x_BHMD.dtype, cos.dtype)).unflatten(-1, (-1, 2))
-        turned = torch.view_as_complex(wide) * torch.complex(cos, sin).to(wide.dtype.to_complex())
+        kind = torch.promote_types(torch.promote_types(x_BHMD.dtype, cos.dtype), torch.float32)
+        wide = x_BHMD.to(kind).unflatten(-1, (-1, 2))
+        turned = torch.view_as_complex(wide) * torch.complex(cos.to(kind), sin.to(kind))
         return torch.view_as_real(turned).flatten(-2).to(x_BHMD.dtype)
     a, b = x_BHMD.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x_BHMD.dtype)
