@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from types import MappingProxyType
 
 from torch import nn
@@ -12,6 +12,7 @@ from fewstep.methods.base import Method, Nets, Sync, Update
 from fewstep.methods.roles import Copy, Making
 from fewstep.models import Card, Lora, VideoModel
 from fewstep.models.card import latent_shape_of, text_width_of
+from fewstep.models.runtime import typed
 from fewstep.models.source import ModelSource, Pretrained
 
 _LOOKED_AT = 10_000
@@ -52,6 +53,28 @@ def build_nets(
     for network in roles.values():
         network.requires_grad_(False)
     return Nets(roles)
+
+
+def build_for(
+    settings: Settings, model: VideoModel, method: Method, others: Mapping[str, VideoModel], device: str | None = None
+) -> Nets:
+    """The networks as `settings` keep them: frozen ones narrow, if it says so (`settings.frozen`)."""
+    frozen = {"teacher": model} | {role: other for role, other in others.items() if role in sources(method)}
+    narrow = settings.frozen == "bf16"
+    if narrow and settings.lora is not None:  # before adapters borrow the weights
+        _narrow([*frozen.values(), *others.values()])
+    nets = build_nets(model, method, settings.seed, settings.lora, device, others)
+    if narrow and settings.lora is None:  # after exact copies were made of them
+        _narrow(frozen.values())
+    return nets
+
+
+def _narrow(models: Iterable[VideoModel]) -> None:
+    for model in models:
+        if not model.denoiser.rounded:
+            if not any(tensor.is_meta for tensor in model.denoiser.parameters()):
+                model.rounded["denoiser"] = model.fingerprint("denoiser")
+            typed(model.denoiser, "bfloat16")
 
 
 def sources(method: Method) -> dict[str, ModelSource]:

@@ -18,8 +18,8 @@ from fewstep.core import Batch, Call, Pairs, Rng
 from fewstep.core.ledger import Ledger
 from fewstep.engine.health.measure import decode
 from fewstep.engine.health.monitor import judge_of, unexamined
-from fewstep.engine.memory import Holding, Phase, Plan, optimizer_bytes
-from fewstep.engine.nets import build_nets, origin, sources, starts, trained_roles
+from fewstep.engine.memory import FLOAT, Holding, Phase, Plan, optimizer_bytes
+from fewstep.engine.nets import build_for, origin, sources, starts, trained_roles
 from fewstep.engine.optim import matrices_of, require_named
 from fewstep.engine.precision import autocast, float32
 from fewstep.engine.preview import CLIPS
@@ -66,7 +66,7 @@ class Outline:
         others = {role: outline(source.card()) for role, source in {**sources(method), **starts(settings)}.items()}
         others = {**with_student(model, settings, others)}
         base = others.get("student", model).part(method.part)
-        nets = build_nets(model, method, settings.seed, settings.lora, others=others)
+        nets = build_for(settings, model, method, others)
         for role in trained_roles(method, settings.steps):
             require_named(nets[role], settings.optim_of(role))
         for network in {id(network): network for network in (*model.parts.values(), *nets.values(), base)}.values():
@@ -191,7 +191,7 @@ class Outline:
             _ = self.model.codec.decode(x0).clamp(-1, 1)
         merged = 0  # a student of adapters is merged into a whole network before it is judged
         if self.settings.lora is not None:
-            merged = sum(parameter.nbytes for parameter in self.nets["teacher"].parameters())
+            merged = FLOAT * sum(parameter.numel() for parameter in self.nets["teacher"].parameters())
         return Phase(
             pause=what, reads=frozenset({"teacher", "codec"} | reads), gradients={}, activations=ledger.peak + merged
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from fewstep.engine.effective import in_effect
 from fewstep.engine.health.monitor import watching
 from fewstep.engine.heap import keep_freed_memory
 from fewstep.engine.mesh import Processes, join, require_mesh
-from fewstep.engine.nets import build_nets, origin, require_alike, sources, starts, trained_roles
+from fewstep.engine.nets import build_for, origin, require_alike, sources, starts, trained_roles
 from fewstep.engine.offload import Shelf
 from fewstep.engine.optim import RoleOptimizer
 from fewstep.engine.precision import autocast
@@ -142,6 +143,9 @@ class Networks:
         weights, shell = {"teacher": model.weights(part)}, hollow(others.get("student", model).part(part))
         weights |= {role: other.weights("denoiser") for role, other in others.items()}
         sharded = processes.weights is not None and isinstance(shell, Denoiser)
+        exact = None  # what adapters will be merged into, on the CPU
+        if settings.frozen == "bf16" and settings.lora is not None:
+            exact = copy.deepcopy(others.get("student", model).part(part))
         if sharded:
             model = VideoModel(model.card, {**model.parts, part: hollow(model.part(part))})
             others = {role: VideoModel(o.card, {"denoiser": hollow(o.denoiser)}) for role, o in others.items()}
@@ -151,7 +155,7 @@ class Networks:
         if not sharded:
             for other in others.values():
                 other.denoiser.to(settings.device)
-        nets = build_nets(model, method, settings.seed, settings.lora, settings.device, others)
+        nets = build_for(settings, model, method, others, settings.device)
         average = duplicate(nets.student) if settings.ema > 0 else None
         shared = None if processes.tokens is None else Ulysses(processes.tokens)
         spread = Spread(shared, settings.parallel.checkpointing)
@@ -162,7 +166,7 @@ class Networks:
                 spread.check(denoiser.backbone)
         if settings.parallel.offload:
             nets = Shelf(nets.roles, settings.device)
-        base = others.get("student", model).part(part)
+        base = others.get("student", model).part(part) if exact is None else exact
         return cls(model=model, nets=nets, base=base, average=average, shell=shell, spread=spread)
 
 
@@ -201,7 +205,14 @@ def require_possible(method: Method, settings: Settings, card: Card, probe: Prob
             "settings.lora: every process holds the frozen weights whole, and settings.parallel would divide them; "
             "leave out shard and replicate"
         )
+    if settings.frozen == "bf16" and (settings.autocast != "bf16" or not settings.parallel.whole):
+        raise ValueError(
+            "settings.frozen: bf16 keeps what autocast casts in every call, on every process whole; write autocast: bf16 and "
+            "leave out shard and replicate, or leave frozen out"
+        )
     if method.part != "denoiser":
+        if settings.frozen != "float32":
+            raise ValueError(f"settings.frozen is for denoisers, and {name} trains the {method.part}; leave it out")
         for setting in ("compile", "preview_every", "lora", "transforms"):
             if getattr(settings, setting) and (setting, method.part) != ("preview_every", "codec"):
                 who = f"{name} trains the {method.part}"

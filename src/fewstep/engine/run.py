@@ -150,7 +150,9 @@ class Run:
 
         The student is moved to the run's device; an average that stays elsewhere goes back when the next iteration begins.
         """
-        return self._with(self._result.to(self.settings.device))
+        made = self._with(self._result.to(self.settings.device))
+        made.part(self.method.part).to(self.settings.device)  # adapters are merged where the exact weights wait
+        return made
 
     def keep(self, folder: Path) -> None:
         """Write the student's folder completely or not at all; adapters are stored beside the merged weights.

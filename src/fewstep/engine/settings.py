@@ -122,6 +122,10 @@ class Settings:
     most `(1 + k) / (10 + k)`, so that the average forgets the initial weights quickly."""
     autocast: Literal["off", "bf16"] = "off"
     """Precision of the networks' arithmetic; off is float32. Master weights, optimiser states and losses stay float32."""
+    frozen: Literal["float32", "bf16"] = "float32"
+    """How the matrices of frozen denoisers are kept: the teacher's and, with lora, those below the adapters. bf16 needs
+    `autocast: bf16`, which multiplies in bfloat16 anyway: the same numbers in half the memory. The exact weights that adapters
+    are merged into wait on the CPU."""
     compile: bool = False
     """Compile the blocks of every network with `torch.compile`: minutes of compilation, then faster iterations."""
     log_every: Count = 10

@@ -58,7 +58,7 @@ class LoraLinear(nn.Module):
     def __init__(self, base: nn.Module, rank: int, scale: float) -> None:
         super().__init__()
         self.in_features, self.out_features, self.base, self.scale = base.in_features, base.out_features, base, scale
-        place = {"device": base.weight.device, "dtype": base.weight.dtype}
+        place = {"device": base.weight.device, "dtype": torch.promote_types(base.weight.dtype, torch.float32)}
         self.lora_A = nn.utils.skip_init(nn.Linear, base.in_features, rank, bias=False, **place)
         self.lora_B = nn.utils.skip_init(nn.Linear, rank, base.out_features, bias=False, **place)
 
