@@ -184,7 +184,6 @@ def plan(options: Options) -> dict[str, Any]:
     import tempfile
 
     import published
-
     from fewstep.models.bundle import read_card
     from fewstep.models.needs import DENOISING, needs
 
