@@ -1,5 +1,6 @@
 # make demo    the whole library in minutes on a CPU: distil, measure, report (runs/demo)
 # make test    all tests but the slow ones; make test-slow: those
+# make gpu     everything that waits for a GPU, in one resumable command (bench/gpu.py)
 # make wheel   build the wheel, install it elsewhere, run a recipe from there
 # make lint    ruff, types, layers, budgets
 # make format  ruff's formatter
@@ -23,7 +24,7 @@ endif
 endif
 endif
 
-.PHONY: demo test test-slow wheel lint format clean
+.PHONY: demo test test-slow gpu wheel lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.core
@@ -34,6 +35,9 @@ test: $(VENV)/.test
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -q -n $(WORKERS) -m slow --timeout 3600
+
+gpu: $(VENV)/.test
+	PYTHONPATH=src $(BIN)/python bench/gpu.py
 
 wheel: $(VENV)/.core
 	$(BIN)/python tools/try_wheel.py
