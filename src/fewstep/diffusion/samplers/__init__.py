@@ -7,10 +7,12 @@ from fewstep.diffusion.samplers.euler import Euler
 from fewstep.diffusion.samplers.heun import Heun
 from fewstep.diffusion.samplers.renoise import Renoise
 from fewstep.diffusion.samplers.staggered import Staggered
+from fewstep.diffusion.samplers.unipc import UniPC
+from fewstep.diffusion.samplers.whole_timesteps import WholeTimesteps
 
-SAMPLERS: tuple[type[Sampler], ...] = (Euler, Heun, DDIM, DPMpp2M, Renoise, Staggered)
+SAMPLERS: tuple[type[Sampler], ...] = (Euler, Heun, DDIM, DPMpp2M, UniPC, Renoise, Staggered, WholeTimesteps)
 
 __all__ = [
     "DDIM", "SAMPLERS", "DPMpp2M", "Denoise", "Euler", "Here", "Heun", "Renoise", "Sampler", "Staggered", "Step", "Time",
-    "Times", "finish", "full",
+    "Times", "UniPC", "WholeTimesteps", "finish", "full",
 ]  # fmt: skip
