@@ -16,6 +16,7 @@ from fewstep.diffusion import (
     VP,
     Betas,
     DPMpp2M,
+    FixedStride,
     FlowSchedule,
     Kind,
     MultistepTimesteps,
@@ -23,6 +24,7 @@ from fewstep.diffusion import (
     Prediction,
     RectifiedFlow,
     Sampler,
+    Timesteps,
     Trig,
     UniPC,
     WholeTimesteps,
@@ -160,7 +162,7 @@ def require_same(sampler: Sampler, denoise: Denoise, times: tuple[float, ...], s
     ours = theirs = Rng(1).randn(SHAPE, "x")
     for step, timestep in zip(sampler.sampling(denoise, ours, times, rng=Rng(0)), scheduler.timesteps, strict=True):
         theirs = scheduler.step(network(theirs, timestep / 1000), timestep, theirs).prev_sample
-        if step.index == step.steps - 1 and scheduler.config.solver_type == "bh1":
+        if step.index == step.steps - 1 and scheduler.config.get("solver_type") == "bh1":
             assert step.x.isfinite().all() and theirs.isnan().all()
         else:
             assert float((step.x - theirs).norm() / theirs.norm()) < 1e-5
@@ -197,6 +199,22 @@ def test_on_a_table_clips_are_those_of_diffusers(
 
     times = MultistepTimesteps(spacing=spacing, steps_offset=1).times(steps)
     require_same(sampler, denoise, times, scheduler)
+
+
+@pytest.mark.parametrize("kind", ["eps", "v"])
+@pytest.mark.parametrize("clean", [True, False])
+@pytest.mark.parametrize(("spacing", "steps"), [("linspace", 5), ("linspace", 25), ("trailing", 7), ("leading", 4)])
+def test_a_fixed_stride_is_diffusers_ddim(spacing: Any, steps: int, clean: bool, kind: Kind) -> None:
+    scheduler = pytest.importorskip("diffusers").DDIMScheduler(
+        prediction_type=NAMES[kind], timestep_spacing=spacing, set_alpha_to_one=clean, clip_sample=False, **ANIMATEDIFF
+    )
+    scheduler.set_timesteps(steps)
+
+    def denoise(x: Tensor, t: Tensor, call: Call) -> Prediction:
+        return Prediction(network(x, t[0] - 1e-3), kind, x, t, Betas(schedule="linear"))
+
+    times = Timesteps(spacing=spacing, ends_clean=clean).times(steps)
+    require_same(FixedStride(ends_clean=clean), denoise, times, scheduler)
 
 
 # --- grids ------------------------------------------------------------------------------------------------------------

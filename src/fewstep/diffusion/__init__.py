@@ -21,6 +21,7 @@ from fewstep.diffusion.samplers import (
     SAMPLERS,
     DPMpp2M,
     Euler,
+    FixedStride,
     Heun,
     Renoise,
     Sampler,
@@ -47,8 +48,8 @@ NAMED: tuple[type, ...] = (*PATHS, *SAMPLERS, *GRIDS)
 
 __all__ = [
     "CFG", "DDIM", "DENSITIES", "EDM", "GRIDS", "KINDS", "NAMED", "PATHS", "SAMPLERS", "VP", "Angles", "Betas",
-    "Contract", "DPMpp2M", "Euler", "Exact", "FlowSchedule", "Grid", "Heun", "Kind", "LinearQuadratic", "LogitNormal",
-    "MultistepTimesteps", "NoisePath", "Prediction", "RectifiedFlow", "Renoise", "Sampler", "Shifted", "Staggered", "Step",
-    "StepCountError", "Stream", "TimeDensity", "TimeGrid", "Timesteps", "Trained", "Trig", "UniPC", "Uniform",
+    "Contract", "DPMpp2M", "Euler", "Exact", "FixedStride", "FlowSchedule", "Grid", "Heun", "Kind", "LinearQuadratic",
+    "LogitNormal", "MultistepTimesteps", "NoisePath", "Prediction", "RectifiedFlow", "Renoise", "Sampler", "Shifted", "Staggered",
+    "Step", "StepCountError", "Stream", "TimeDensity", "TimeGrid", "Timesteps", "Trained", "Trig", "UniPC", "Uniform",
     "WholeTimesteps", "from_x0", "shifted", "target", "timestep", "uniform_grid",
 ]  # fmt: skip

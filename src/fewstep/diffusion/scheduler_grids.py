@@ -33,6 +33,10 @@ class FlowSchedule(TimeGrid):
                 f"a grid needs shift > 0 and num_train_timesteps > 1, got {self.shift} and {self.num_train_timesteps}"
             )
 
+    @property
+    def from_noise(self) -> bool:
+        return True
+
     def times(self, steps: int) -> tuple[float, ...]:
         """`steps + 1` decreasing times; all schedulers but `euler` begin below 1.
 

@@ -91,7 +91,8 @@ def sampling(model: VideoModel, request: Request) -> Iterator[Step]:
     with torch.no_grad(), model.runtime.precision():
         cond, uncond = _conditions(model, request, guided=guidance.active)
         noise, shape = Seeds(request.seeds, device=str(model.device)), model.latent_shape(request.num_frames)
-        start = model.denoiser.path.prior(noise.randn((len(request.prompts), *shape), "start"), times[0])
+        first = 1.0 if model.card.contract.grid.from_noise else times[0]
+        start = model.denoiser.path.prior(noise.randn((len(request.prompts), *shape), "start"), first)
 
     runner, early = model.runner(request.runner), model.runtime.offload != "block" and not knows_steps(model.denoiser)
     constants = Constants() if early else None

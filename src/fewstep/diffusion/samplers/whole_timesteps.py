@@ -36,6 +36,10 @@ class WholeTimesteps(Sampler):
     def one_time(self) -> bool:
         return self.sampler.one_time
 
+    @property
+    def by_frame(self) -> bool:
+        return self.sampler.by_frame
+
     def calls(self, steps: int) -> int:
         return self.sampler.calls(steps)
 
