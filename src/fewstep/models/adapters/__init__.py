@@ -18,6 +18,7 @@ from fewstep.models.networks import ADAPTED, adapter
 
 if TYPE_CHECKING:
     from fewstep.models.bundle import VideoModel
+    from fewstep.models.adapters.presets.facts import Preset
     from fewstep.models.card import Card
     from fewstep.models.denoiser import Denoiser
     from fewstep.models.lora import Updates
@@ -55,6 +56,30 @@ def card(source: Path | str) -> Card:
     if pipeline not in PIPELINES:
         raise RecipeError(f"{source} is a {pipeline}; the pipelines that can be read are {', '.join(PIPELINES)}")
     made: Card = adapter(PIPELINES[pipeline]).card(layout)
+    return made
+
+
+PRESETS = ("layout", "authors")
+"""Other ways to sample a published model than its card's own."""
+_AUTHORS = MappingProxyType({"Wan": "wan", "WanExperts": "wan", "LTX": "ltx", "CogVideoX": "cogvideox"})
+"""Denoisers for which it is known how their authors sample them, and the file of `presets` that knows it."""
+
+
+def preset(card: Card, name: str) -> Preset:
+    """Another way to sample a model in diffusers' layout. RecipeError where there is none, or it cannot be followed."""
+    if card.role == "student":
+        raise RecipeError(
+            f"preset: {name}: {card.name} is a student, which is sampled by its own contract; leave preset out"
+        )
+    layout, family = adapter("layout").Layout.find(card.sources["denoiser"]), card.parts["denoiser"].type
+    if name == "layout":
+        made: Preset = adapter("presets.scheduled").preset(layout)
+    elif name in PRESETS and family in _AUTHORS:
+        made = adapter(f"presets.{_AUTHORS[family]}").authors(layout, card)
+    else:
+        raise RecipeError(
+            f"preset: {name}: there is none for {family}; choose layout, or authors for {', '.join(_AUTHORS)}, or leave it out"
+        )
     return made
 
 
