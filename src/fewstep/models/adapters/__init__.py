@@ -7,6 +7,7 @@ that comes from there has `folders`, those of the layout it reads, and `load(fol
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -17,8 +18,8 @@ from fewstep.core import RecipeError
 from fewstep.models.networks import ADAPTED, adapter
 
 if TYPE_CHECKING:
-    from fewstep.models.bundle import VideoModel
     from fewstep.models.adapters.presets.facts import Preset
+    from fewstep.models.bundle import VideoModel
     from fewstep.models.card import Card
     from fewstep.models.denoiser import Denoiser
     from fewstep.models.lora import Updates
@@ -56,11 +57,13 @@ def card(source: Path | str) -> Card:
     if pipeline not in PIPELINES:
         raise RecipeError(f"{source} is a {pipeline}; the pipelines that can be read are {', '.join(PIPELINES)}")
     made: Card = adapter(PIPELINES[pipeline]).card(layout)
-    return made
+    return replace(made, provenance=made.provenance | {"preset": NO_PRESET})
 
 
 PRESETS = ("layout", "authors")
 """Other ways to sample a published model than its card's own."""
+NO_PRESET = "none: Euler or DDIM over plain times, with the layout's shift; the presets layout and authors are others"
+"""What the card of a layout says of how it is sampled."""
 _AUTHORS = MappingProxyType({"Wan": "wan", "WanExperts": "wan", "LTX": "ltx", "CogVideoX": "cogvideox"})
 """Denoisers for which it is known how their authors sample them, and the file of `presets` that knows it."""
 

@@ -40,7 +40,7 @@ _CONDITION = "LTXConditionPipeline"
 _CONDITION_TEXT_LENGTH = 256
 _THRESHOLD = 0.025
 _DECODE = MappingProxyType({"decode_time": 0.05, "decode_noise": 0.025})
-"""What LTX's authors tell and give a decoder that reads a time, from 0.9.1 on (configs/ltxv-2b-0.9.1.yaml, ltxv-2b-0.9.5.yaml)."""
+"""What LTX's authors tell and give a decoder that reads a time, from 0.9.1 on (configs/ltxv-2b-0.9.1.yaml, -0.9.5.yaml)."""
 _NEGATIVE = "worst quality, inconsistent motion, blurry, jittery, distorted"
 """The negative prompt that LTX's authors sample with."""
 
