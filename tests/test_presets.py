@@ -41,6 +41,7 @@ from fewstep.models import VideoModel
 from fewstep.models.adapters.export.schedulers import exact_scheduler
 from fewstep.models.bundle import read_card
 from fewstep.models.source import Diffusers
+from support_unets import animatediff
 from tiny_models import TINY, save_tiny
 
 pytestmark = [pytest.mark.usefixtures("single_thread"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
@@ -108,6 +109,20 @@ def test_with_the_preset_layout_clips_are_the_pipeline_s(case: str, tmp_path: Pa
     folder = layout(name, tmp_path, scheduler)
     assert distance(*both(name, folder, "layout", 5)) < 1e-5
     assert distance(*both(name, folder, None, 5)) > 1e-3
+
+
+@torch.no_grad()
+def test_animatediff_as_it_is_documented(tmp_path: Path) -> None:
+    """DDIM with `linspace`, as in diffusers' page on AnimateDiff."""
+    pipeline = animatediff(timestep_spacing="linspace")
+    pipeline.save_pretrained(tmp_path)
+    for preset, near in (("layout", True), (None, False)):
+        model = Diffusers(source=str(tmp_path), num_frames=4, preset=preset).load()
+        theirs = pipeline(
+            PROMPTS, num_frames=4, height=16, width=16, num_inference_steps=25, guidance_scale=7.5, output_type="latent",
+            latents=Seeds((5, 6)).randn((2, *model.latent_shape()), "start"),
+        ).frames  # fmt: skip
+        assert (distance(model.latents(PROMPTS, seed=(5, 6)), theirs) < 1e-5) is near
 
 
 def test_the_contract_of_the_preset_layout(tmp_path: Path) -> None:
