@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
 
-from fewstep.core import Call, Rng
+from fewstep.core import Call, Rng, Seeds
 from fewstep.diffusion import (
     DDIM,
     EDM,
     VP,
+    Angles,
     Betas,
+    Contract,
     DPMpp2M,
     FixedStride,
     FlowSchedule,
@@ -25,12 +28,14 @@ from fewstep.diffusion import (
     RectifiedFlow,
     Sampler,
     Timesteps,
+    Trained,
     Trig,
     UniPC,
     WholeTimesteps,
     uniform_grid,
 )
 from fewstep.diffusion.samplers import Denoise
+from support_engine import tiny_model
 from support_gaussian import GaussianTeacher, cond_of, f64
 
 SHAPE = (2, 2, 3, 4, 4)
@@ -106,6 +111,20 @@ def test_unipc_by_hand() -> None:
     ratio = (lam[1] - lam[2]) / h[2]
     last = 0.2 / 0.5 * fixed - 0.8 * math.expm1(-h[2]) * (4 + 0.5 * (1 - 4) / ratio)
     assert seen[2:] == pytest.approx([last, 3.0], rel=1e-12)
+
+
+def test_bh1_leaves_a_step_from_pure_noise_as_it_is() -> None:
+    """There its B(h) is infinite; bh2 has a limit, and corrects half of what x0 has changed."""
+
+    def denoise(x: Tensor, t: Tensor, call: Call) -> Prediction:
+        return Prediction(torch.full_like(x, (1.0, 3.0, 0.0)[call.step]), "x0", x, t, RectifiedFlow())
+
+    x, times = Rng(1).randn(SHAPE, "x").double(), (1.0, 0.6, 0.3, 0.0)
+    for variant, fixed in (("bh1", 0.6 * x + 0.4), ("bh2", 0.6 * x + 0.4 + 0.5 * 0.4 * 2)):
+        seen = list(UniPC(variant=variant).sampling(denoise, x, times, rng=Rng(0)))  # type: ignore[arg-type]
+        torch.testing.assert_close(seen[0].x, 0.6 * x + 0.4)
+        # from pure noise the past counts for nothing: the next step is of first order
+        torch.testing.assert_close(seen[1].x, 0.3 / 0.6 * fixed + (0.7 - 0.4 * 0.3 / 0.6) * 3)
 
 
 def test_another_variant_is_refused() -> None:
@@ -251,6 +270,19 @@ def test_timesteps_are_those_of_diffusers(name: str, spacing: Any, steps: int) -
     scheduler.set_timesteps(steps)
     times = MultistepTimesteps(spacing=spacing, steps_offset=1).times(steps)
     assert [round(1000 * t) - 1 for t in times[:-1]] == scheduler.timesteps.tolist() and times[-1] == 0
+
+
+def test_sampling_starts_from_the_noise_itself() -> None:
+    """Also where the first time is below 1, as in diffusers' pipelines; a student's own times mean what they say."""
+    model = tiny_model()
+    for grid, share in (
+        (FlowSchedule(scheduler="dpm"), 1.0),
+        (Trained(grid=FlowSchedule(scheduler="dpm"), steps=(2,)), 1.0),
+        (Angles(), Angles().times(2)[0]),
+    ):
+        model.card = replace(model.card, contract=Contract(grid=grid, steps=2))
+        noise = Seeds((3,)).randn((1, *model.latent_shape()), "start")
+        torch.testing.assert_close(next(model.sampling(["a"], seed=3)).prediction.x_t, share * noise)
 
 
 REFUSED: list[tuple[Any, str]] = [

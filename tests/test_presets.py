@@ -39,6 +39,8 @@ from fewstep.diffusion import (
 )
 from fewstep.models import VideoModel
 from fewstep.models.adapters.export.schedulers import exact_scheduler
+from fewstep.models.adapters.export.usage import Usage
+from fewstep.models.adapters.layout import Layout
 from fewstep.models.bundle import read_card
 from fewstep.models.source import Diffusers
 from support_unets import animatediff
@@ -53,7 +55,7 @@ COGVIDEOX = {
 }  # fmt: skip
 
 
-def layout(name: str, folder: Path, scheduler: Any = None, **index: Any) -> Path:
+def made(name: str, folder: Path, scheduler: Any = None, **index: Any) -> Path:
     """A tiny model with another scheduler, and other entries of model_index.json."""
     save_tiny(name, folder)
     file = folder / "model_index.json"
@@ -106,7 +108,7 @@ SCHEDULERS = {
 def test_with_the_preset_layout_clips_are_the_pipeline_s(case: str, tmp_path: Path) -> None:
     """And without it they are not: docs/models.md says how far away they are."""
     name, scheduler = SCHEDULERS[case]
-    folder = layout(name, tmp_path, scheduler)
+    folder = made(name, tmp_path, scheduler)
     assert distance(*both(name, folder, "layout", 5)) < 1e-5
     assert distance(*both(name, folder, None, 5)) > 1e-3
 
@@ -126,7 +128,7 @@ def test_animatediff_as_it_is_documented(tmp_path: Path) -> None:
 
 
 def test_the_contract_of_the_preset_layout(tmp_path: Path) -> None:
-    folder = layout("wan", tmp_path, diffusers.UniPCMultistepScheduler(**FLOW))
+    folder = made("wan", tmp_path, diffusers.UniPCMultistepScheduler(**FLOW))
     plain, card = read_card(folder), Diffusers(source=str(folder), preset="layout").card()
     assert plain.contract == Contract(steps=50, grid=Shifted(shift=3.0), guidance=CFG(scale=5.0))
     assert card.contract == replace(
@@ -139,7 +141,7 @@ def test_the_contract_of_the_preset_layout(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["ltx", "ltx_condition", "hunyuan"])
 def test_pipelines_that_give_their_scheduler_its_times_need_no_preset(name: str, tmp_path: Path) -> None:
-    folder = layout(name, tmp_path)
+    folder = made(name, tmp_path)
     assert Diffusers(source=str(folder), preset="layout").card().contract == read_card(folder).contract
 
 
@@ -156,7 +158,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("said", REFUSED)
 def test_schedulers_that_cannot_be_followed_are_refused(said: str, tmp_path: Path) -> None:
-    folder = layout("wan", tmp_path, REFUSED[said])
+    folder = made("wan", tmp_path, REFUSED[said])
     with pytest.raises(RecipeError) as error:
         Diffusers(source=str(folder), preset="layout").card()
     assert said in str(error.value) and "eave the preset out" in str(error.value)
@@ -195,7 +197,7 @@ PUBLISHED: dict[str, tuple[str, int, Size, float, CFG, int, str]] = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_what_wan_s_authors_publish(name: str, tmp_path: Path) -> None:
     tiny, heads, size, shift, guidance, steps, negative = PUBLISHED[name]
-    folder = layout(tiny, tmp_path / name)
+    folder = made(tiny, tmp_path / name)
     for part in ("transformer", "transformer_2"):
         if (folder / part).exists():
             configured(folder, part, num_attention_heads=heads)
@@ -212,7 +214,7 @@ def test_what_wan_s_authors_publish(name: str, tmp_path: Path) -> None:
 
 
 def test_one_s_own_size_comes_before_the_authors(tmp_path: Path) -> None:
-    folder = layout("wan_ends", tmp_path)
+    folder = made("wan_ends", tmp_path)
     card = Diffusers(source=str(folder), preset="authors", height=480, width=832, negative_prompt="dark").card()
     assert size_of(card) == (81, 480, 832, 16) and card.negative_prompt == "dark"
 
@@ -228,7 +230,7 @@ def test_one_s_own_size_comes_before_the_authors(tmp_path: Path) -> None:
 def test_what_ltx_s_authors_publish(
     name: str, layers: int, licence: str, steps: int, size: Size, missing: str, tmp_path: Path
 ) -> None:
-    folder = configured(layout(name, tmp_path), "transformer", num_layers=layers)
+    folder = configured(made(name, tmp_path), "transformer", num_layers=layers)
     plain, card = read_card(folder), Diffusers(source=str(folder), preset="authors").card()
     for each in (plain, card):
         assert licence in each.provenance["licence"] and each.contract.guidance == CFG(scale=3.0)
@@ -240,13 +242,20 @@ def test_what_ltx_s_authors_publish(
         assert card.contract.grid == LinearQuadratic(threshold=0.025)
 
 
+def test_an_export_tells_the_pipeline_the_decoder_s_time(tmp_path: Path) -> None:
+    folder = made("ltx", tmp_path)
+    model = Diffusers(source=str(folder), text_dtype="float32", **TINY["ltx"].size).load()
+    options = Usage(model, Layout.find(str(folder))).options(4)
+    assert (options["decode_timestep"], options["decode_noise_scale"]) == (0.05, 0.025)
+
+
 def test_a_decoder_of_ltx_that_reads_no_time_gets_no_noise(tmp_path: Path) -> None:
-    folder = configured(layout("ltx", tmp_path), "vae", timestep_conditioning=False)
+    folder = configured(made("ltx", tmp_path), "vae", timestep_conditioning=False)
     assert "decode_time" not in read_card(folder).parts["codec"].args
 
 
 def test_what_cogvideox_s_authors_publish(tmp_path: Path) -> None:
-    folder = layout("cogvideox", tmp_path, diffusers.CogVideoXDDIMScheduler(**COGVIDEOX))
+    folder = made("cogvideox", tmp_path, diffusers.CogVideoXDDIMScheduler(**COGVIDEOX))
     with pytest.raises(
         RecipeError, match="CogVideoXDPMScheduler, which draws noise between steps, and with guidance that"
     ):
@@ -260,7 +269,7 @@ def test_what_cogvideox_s_authors_publish(tmp_path: Path) -> None:
 
 
 def test_families_without_a_table_and_students_are_refused(tmp_path: Path) -> None:
-    folder = layout("hunyuan", tmp_path)
+    folder = made("hunyuan", tmp_path)
     with pytest.raises(RecipeError, match="there is none for HunyuanVideo; choose layout, or authors for Wan, "):
         Diffusers(source=str(folder), preset="authors").card()
     model = VideoModel.from_pretrained(folder)
@@ -332,10 +341,10 @@ def test_what_diffusers_does_not_do_is_refused(name: str) -> None:
 
 
 def test_an_exported_model_has_the_layout_s_scheduler_again(tmp_path: Path) -> None:
-    folder = layout("wan", tmp_path / "base", diffusers.UniPCMultistepScheduler(**FLOW))
+    folder = made("wan", tmp_path / "base", diffusers.UniPCMultistepScheduler(**FLOW))
     model = Diffusers(source=str(folder), text_dtype="float32", preset="layout", **TINY["wan"].size).load()
-    made = model.export(tmp_path / "out")
-    written = json.loads((made / "scheduler" / "scheduler_config.json").read_text())
+    out = model.export(tmp_path / "out")
+    written = json.loads((out / "scheduler" / "scheduler_config.json").read_text())
     assert written["_class_name"] == "UniPCMultistepScheduler" and written["flow_shift"] == 3.0
-    assert read_card(made).contract == model.card.contract
-    assert distance(*both("wan", made, None, 3)) < 1e-5  # the stamped card keeps the contract
+    assert read_card(out).contract == model.card.contract
+    assert distance(*both("wan", out, None, 3)) < 1e-5  # the stamped card keeps the contract
