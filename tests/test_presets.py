@@ -37,6 +37,7 @@ from fewstep.diffusion import (
     UniPC,
     WholeTimesteps,
 )
+from fewstep.evaluate.conformance import Options, check_model
 from fewstep.models import VideoModel
 from fewstep.models.adapters.export.schedulers import exact_scheduler
 from fewstep.models.adapters.export.usage import Usage
@@ -348,3 +349,15 @@ def test_an_exported_model_has_the_layout_s_scheduler_again(tmp_path: Path) -> N
     assert written["_class_name"] == "UniPCMultistepScheduler" and written["flow_shift"] == 3.0
     assert read_card(out).contract == model.card.contract
     assert distance(*both("wan", out, None, 3)) < 1e-5  # the stamped card keeps the contract
+
+
+@pytest.mark.parametrize(
+    ("case", "preset"), [("wan-unipc", "layout"), ("wan-euler", "layout"), ("wan-unipc", "authors")]
+)
+def test_check_model_compares_with_what_the_card_follows(case: str, preset: Any, tmp_path: Path) -> None:
+    name, scheduler = SCHEDULERS[case]
+    source = Diffusers(
+        source=str(made(name, tmp_path, scheduler)), text_dtype="float32", preset=preset, **TINY[name].size
+    )
+    (found,) = check_model(source.load(), Options(**TINY[name].size), only=["times"]).findings
+    assert found.outcome == ("pass" if preset == "layout" else "not applicable"), found.note
