@@ -48,7 +48,7 @@ from fewstep.models.lora import adapt, adapters, merge, save_adapter
 from fewstep.models.source import Diffusers
 from support_engine import tiny_model
 from support_unets import animatediff, scheduler, stable_diffusion
-from tiny_models import IMAGE, IMAGE_SIZE, TINY, save_tiny
+from tiny_models import IMAGE, IMAGE_SIZE, TINY, decoder_noise, save_tiny
 
 pytestmark = [pytest.mark.usefixtures("single_thread"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 PROMPTS = ["a red ball", "a cat walks"]
@@ -61,6 +61,7 @@ sys.modules["fewstep"] = None  # importing it is an error from here on
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from diffusers.pipelines.ltx import pipeline_ltx
 from diffusers.schedulers import scheduling_flow_match_euler_discrete as flow, scheduling_lcm as lcm
 for name in json.loads(sys.argv[1]):
     for number, code in enumerate(re.findall("```python\\n(.*?)```", open(f"{name}/README.md").read(), re.DOTALL)):
@@ -72,6 +73,7 @@ for name in json.loads(sys.argv[1]):
         for kind in ("latent", "np"):
             noises = [given[key] for key in sorted(given) if key.startswith("renoise")]
             flow.randn_tensor = lcm.randn_tensor = lambda shape, **_: noises.pop(0)
+            pipeline_ltx.randn_tensor = lambda *_, **__: given["decoder"]
             shown = [Image.open("image.png")] if "image" in name else []
             out = pipe(*shown, json.loads(sys.argv[2]), latents=given["start"], output_type=kind, **sampling)
             made[kind] = torch.as_tensor(out[0]).contiguous()
@@ -166,6 +168,8 @@ def exported(layouts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
         given = {key: noise.randn(shape, key) for key in ("start", *(f"renoise/{i}" for i in range(5)))}
         pack = student.denoiser.backbone.original().pack
         given = {key: pack(value).contiguous() for key, value in given.items()}
+        if "decode_noise" in student.card.parts["codec"].args:
+            given["decoder"] = decoder_noise(torch.empty(shape)).contiguous()
         save_file(given, root / f"{name}.given")
     command = [sys.executable, "-c", PLAIN, json.dumps(list(CASES)), json.dumps(PROMPTS)]
     ran = subprocess.run(command, cwd=root, check=False, capture_output=True, text=True)

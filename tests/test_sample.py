@@ -176,3 +176,54 @@ def test_first_steps_of_a_teacher(model: VideoModel, capsys: pytest.CaptureFixtu
     assert contents("led.webp") == contents("again.webp") != contents("alone.webp")
     assert main(["sample", *words, "--teacher", "tiny"]) == 2
     assert "--teacher and --teacher-steps belong together" in capsys.readouterr().err
+
+
+@pytest.fixture
+def layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A tiny Wan as it is published: with UniPC."""
+    diffusers = pytest.importorskip("diffusers")
+    from tiny_models import save_tiny
+
+    monkeypatch.chdir(tmp_path)
+    folder = save_tiny("wan", tmp_path / "wan")
+    scheduler = diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    (folder / "scheduler" / "scheduler_config.json").unlink()
+    scheduler.save_pretrained(folder / "scheduler")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "UniPCMultistepScheduler"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return "wan"
+
+
+def test_a_preset_is_followed_named_and_made_again(layout: str, capsys: pytest.CaptureFixture[str]) -> None:
+    small = (
+        "--prompt",
+        "a cat",
+        "--num-frames",
+        5,
+        "--force",
+        "--height",
+        32,
+        "--width",
+        48,
+        "--num-inference-steps",
+        2,
+    )
+    sampled(layout, *small, "--preset", "layout", "--output", "first.gif")
+    assert "preset layout: UniPCMultistepScheduler of the layout" in capsys.readouterr().err
+    note = json.loads(read_note(Path("first.gif")))
+    assert note["options"]["preset"] == "layout" and note["times"][0] == pytest.approx(1 - 1e-6, abs=1e-9)
+    sampled("--like", "first.gif", "--output", "again.gif")
+    assert np.array_equal(pictures("first.gif"), pictures("again.gif"))
+    sampled(layout, *small, "--output", "plain.gif")
+    assert not np.array_equal(pictures("first.gif"), pictures("plain.gif"))
+
+
+def test_a_dry_run_plans_the_preset_s_size(layout: str, capsys: pytest.CaptureFixture[str]) -> None:
+    file = Path(layout, "transformer", "config.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_attention_heads": 40}))
+    for words, size in (((), "480 x 832"), (("--preset", "authors"), "720 x 1280")):
+        assert main(["sample", layout, "--prompt", "a cat", "--dry-run", *words]) == 0
+        assert size in capsys.readouterr().out

@@ -22,6 +22,7 @@ from fewstep.diffusion import (
     Contract,
     DPMpp2M,
     Euler,
+    FixedStride,
     Heun,
     NoisePath,
     Prediction,
@@ -42,7 +43,8 @@ from support_gaussian import GaussianTeacher, cond_of, f64
 
 BOUNDED = [RectifiedFlow(), Trig(), VP()]
 EVERY: list[Sampler] = [cls() for cls in SAMPLERS]
-ODES = [sampler for sampler in EVERY if sampler.deterministic and sampler.one_time]
+BY_FRAME = [sampler for sampler in EVERY if sampler.one_time and sampler.by_frame]
+ODES = [sampler for sampler in BY_FRAME if sampler.deterministic]
 SHAPE = (3, 1, 6, 1, 2)
 PROMPTS = ["a red circle moves left", "a blue square moves up"]
 
@@ -257,7 +259,7 @@ def test_a_time_per_frame_is_one_for_each() -> None:
         full((1.0, 0.5), x)
 
 
-@pytest.mark.parametrize("sampler", [s for s in EVERY if s.one_time], ids=named)
+@pytest.mark.parametrize("sampler", BY_FRAME, ids=named)
 @pytest.mark.parametrize("path", BOUNDED, ids=lambda p: type(p).__name__)
 def test_each_frame_goes_its_own_way(sampler: Sampler, path: NoisePath) -> None:
     """A frame that waits, moves by times of its own and rests is what a clip of such frames would be."""
@@ -302,7 +304,7 @@ def clip(model: VideoModel, sampler: Sampler) -> Tensor:
     return model.latents(PROMPTS, seed=3)
 
 
-@pytest.mark.parametrize("sampler", [s for s in EVERY if s.one_time], ids=named)
+@pytest.mark.parametrize("sampler", BY_FRAME, ids=named)
 def test_without_a_delay_it_is_the_plain_sampler_bit_for_bit(network: VideoModel, sampler: Sampler) -> None:
     plain = clip(network, sampler)
     assert torch.equal(clip(network, Staggered(sampler=sampler, delay=0)), plain)
@@ -343,6 +345,10 @@ def test_what_cannot_be_staggered_is_refused() -> None:
         Staggered(groups=0)
     with pytest.raises(ValueError, match="gives all frames one time"):
         Staggered(sampler=Staggered())
+    with pytest.raises(ValueError, match="its own time, such as Euler, not FixedStride"):
+        Staggered(sampler=FixedStride())
+    with pytest.raises(ValueError, match="one time for all frames; take DDIM"):
+        sample(FixedStride(), known(draw("x0")), draw("eps"), ((1.0,) * 6, (0.0,) * 6))
     with pytest.raises(ValueError, match="6 latent frames cannot be cut into 7 groups"):
         sample(Staggered(groups=7), gaussian()[1], draw("eps"), uniform_grid(2))
 

@@ -41,7 +41,7 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
-from diffusers.pipelines.ltx import pipeline_ltx_condition
+from diffusers.pipelines.ltx import pipeline_ltx, pipeline_ltx_condition
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import (
@@ -234,8 +234,17 @@ LTX_SHIFT = math.exp(0.95 + (2.05 - 0.95) * (41 * 16 * 22 - 1024) / (4096 - 1024
 
 def ltx_sample(pipeline: LTXPipeline, noise: Tensor, **options: Any) -> Tensor:
     tokens = noise.flatten(2).transpose(1, 2)
-    made = torch.as_tensor(pipeline(latents=tokens, frame_rate=20, **options).frames)
+    options |= {"decode_timestep": 0.05, "decode_noise_scale": 0.025, "frame_rate": 20}
+    with patch.object(pipeline_ltx, "randn_tensor", side_effect=[decoder_noise(noise)]):
+        made = torch.as_tensor(pipeline(latents=tokens, **options).frames)
     return made.transpose(1, 2).reshape(noise.shape) if options["output_type"] == "latent" else made
+
+
+def decoder_noise(latents: Tensor) -> Tensor:
+    """The noise that is given to LTX's decoder."""
+    shape = latents.shape[1], *latents.shape[3:]
+    drawn = torch.stack([Rng(0).randn(shape, f"decode/{frame}") for frame in range(latents.shape[2])], 1)
+    return drawn.expand_as(latents)
 
 
 def ltx_condition() -> LTXConditionPipeline:
@@ -255,10 +264,8 @@ def ltx_condition() -> LTXConditionPipeline:
 
 def ltx_condition_sample(pipeline: LTXConditionPipeline, noise: Tensor, **options: Any) -> Tensor:
     """It draws its noise itself, for the latents and for the decoder."""
-    shape = noise.shape[1], *noise.shape[3:]
-    drawn = torch.stack([Rng(0).randn(shape, f"decode/{frame}") for frame in range(noise.shape[2])], 1)
     options |= {"decode_timestep": 0.05, "decode_noise_scale": 0.025, "frame_rate": 20}
-    with patch.object(pipeline_ltx_condition, "randn_tensor", side_effect=[noise, drawn.expand_as(noise)]):
+    with patch.object(pipeline_ltx_condition, "randn_tensor", side_effect=[noise, decoder_noise(noise)]):
         return torch.as_tensor(pipeline(**options).frames)
 
 

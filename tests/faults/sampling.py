@@ -59,6 +59,8 @@ VALUES = (
     asked("--prompt-file teacher", "teacher"),
     asked("--device gpu", "--device", "gpu"),
     asked("--stepz 3", "--stepz"),
+    asked("--preset layout", "--preset", "own contract"),
+    asked("--preset quick", "--preset", "quick"),
     sample("prompts in Latin-1", (*SAMPLE, "--prompt-file", "p.txt"), "p.txt", "UTF-8", files={"p.txt": b"gr\xfcn"}),
     sample("prompts in UTF-16", (*SAMPLE, "--prompt-file", "p.txt"), "p.txt", "UTF-8", files={"p.txt": "x".encode("utf-16")}),
     sample("prompts with NUL", (*SAMPLE, "--prompt-file", "p.txt"), "p.txt", "NUL", files={"p.txt": "a\0b"}),

@@ -22,10 +22,12 @@ from fewstep.core.atomic import require_writable
 from fewstep.core.stopping import saying
 from fewstep.data.video import FORMATS, LARGEST_SIDE, read_image, write_video
 from fewstep.diffusion import Step
+from fewstep.models.adapters import is_layout
 from fewstep.models.bundle import VideoModel, read_card
 from fewstep.models.fitting import Memory, fitting
 from fewstep.models.runtime import effective, told
 from fewstep.models.sampling import Lead
+from fewstep.models.source import Diffusers
 
 if TYPE_CHECKING:
     from fewstep.cli.generation import Sample
@@ -65,8 +67,9 @@ def sample(options: Sample) -> int:
     _check(options, len(wanted) // max(1, columns))
     if options.dry_run:
         at_once = min(options.batch or TOGETHER, len(wanted))
-        return show(options, options.student, clips=at_once, num_frames=options.num_frames, memory=options.memory)
-    card = _sized(read_card(options.student), options)
+        card = _preset(options)
+        return show(options, card, clips=at_once, num_frames=options.num_frames, memory=options.memory)
+    card = _sized(_preset(options), options)
     scale = _scale(options, card)
     spans = _spans(len(wanted), columns, card, scale)
     paths = [options.output if len(spans) == 1 else _numbered(options.output, i, len(spans)) for i in range(len(spans))]
@@ -93,6 +96,8 @@ def sample(options: Sample) -> int:
                 frames = {"fps": options.fps or card.fps, "scale": scale, "columns": columns, "note": note}
                 done.append(_write(path, torch.cat(waiting[: end - begin]), frames))
                 waiting = waiting[end - begin :]
+    if options.preset is not None:
+        print(f"preset {card.provenance['preset']}", file=sys.stderr)
     print(told(effective(model)), file=sys.stderr)
     for path in done[:-1]:
         _made(path)
@@ -157,6 +162,18 @@ def _check(options: Sample, count: int) -> None:
     if options.fps is not None and not 0 < options.fps <= 1000:
         raise UsageError(f"--fps must be above 0 and at most 1000, got {options.fps}")
     scalars_of(options)
+
+
+def _preset(options: Sample) -> Card:
+    """The model's card, with what `--preset` changes. UsageError for a model that is sampled by its own contract."""
+    if options.preset is None:
+        return read_card(options.student)
+    if not is_layout(options.student):
+        raise UsageError(
+            f"--preset {options.preset}: {options.student} is a folder of fewstep's own, which is sampled by its own contract; "
+            "leave --preset out"
+        )
+    return Diffusers(source=options.student, preset=options.preset).card()
 
 
 def _sized(card: Card, options: Sample) -> Card:

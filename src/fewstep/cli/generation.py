@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
@@ -27,6 +27,9 @@ class Sample(Runs):
     """First frame for image-to-video models: one image for all prompts, or one per prompt."""
     last_image: tuple[Path, ...] = ()
     """Last frame for models that generate between two images: one for all prompts, or one per prompt."""
+    preset: Literal["layout", "authors"] | None = None
+    """For a model in diffusers' layout: sample it as the layout's own scheduler does (layout), or as its authors do (authors)
+    (default: Euler or DDIM over plain times)."""
     num_inference_steps: int | None = None
     """Number of sampling steps (default: from the card). A student refuses step counts it was not trained for."""
     guidance_scale: float | None = None

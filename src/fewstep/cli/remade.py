@@ -19,9 +19,8 @@ if TYPE_CHECKING:
     from fewstep.cli.generation import Sample
 
 _KEPT = (
-    "student", "teacher", "teacher_steps", "image", "last_image", "num_inference_steps", "guidance_scale", "negative_prompt",
-    "scalar", "num_frames",
-    "height", "width", "fps", "scale", "force", "dtype", "tiling", "attention",
+    "student", "preset", "teacher", "teacher_steps", "image", "last_image", "num_inference_steps", "guidance_scale",
+    "negative_prompt", "scalar", "num_frames", "height", "width", "fps", "scale", "force", "dtype", "tiling", "attention",
 )  # fmt: skip
 """Options that decide what is made, besides prompts and seeds."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,6 +17,9 @@ from fewstep.models.bundle import read_card
 from fewstep.models.card import Card
 from fewstep.models.needs import Needs, Way, needs, stored_dtype, ways
 from fewstep.models.runtime import Offload, Runtime
+
+if TYPE_CHECKING:
+    from fewstep.cli.generation import Sample
 
 SHARE = 0.9
 """Share of a GPU's free memory that `auto` plans with: kernels and the allocator take some."""
@@ -56,10 +60,10 @@ def _fitted(card: Card, runtime: Runtime) -> Runtime:
     return replace(runtime, offload=next(fits, offloads[-1]))
 
 
-def show(options: Runs, source: str, *, clips: int, num_frames: int | None, memory: str | None) -> int:
+def show(options: Sample, card: Card, *, clips: int, num_frames: int | None, memory: str | None) -> int:
     """`sample --dry-run`: what one batch of clips needs, whether it fits, and the simplest ways to make it fit."""
-    card, out = read_card(source), screen()
-    runtime, limit = runtime_of(options, source, device=options.device), None if memory is None else parse_bytes(memory)
+    out, limit = screen(), None if memory is None else parse_bytes(memory)
+    runtime = runtime_of(options, options.student, device=options.device)
     every = ways(card, runtime, clips=clips, num_frames=num_frames)
     first = next(every)
     frames = num_frames or card.num_frames

@@ -16,17 +16,40 @@ from fewstep.diffusion.guidance import CFG
 from fewstep.diffusion.path import NoisePath
 from fewstep.diffusion.paths import EDM, PATHS, VP, Betas, RectifiedFlow, Trig
 from fewstep.diffusion.prediction import KINDS, Kind, Prediction, from_x0, target
-from fewstep.diffusion.samplers import DDIM, SAMPLERS, DPMpp2M, Euler, Heun, Renoise, Sampler, Staggered, Step
+from fewstep.diffusion.samplers import (
+    DDIM,
+    SAMPLERS,
+    DPMpp2M,
+    Euler,
+    FixedStride,
+    Heun,
+    Renoise,
+    Sampler,
+    Staggered,
+    Step,
+    UniPC,
+    WholeTimesteps,
+)
+from fewstep.diffusion.scheduler_grids import FlowSchedule, MultistepTimesteps
 from fewstep.diffusion.times import shifted, timestep, uniform_grid
 
-GRIDS: tuple[type[TimeGrid], ...] = (Shifted, LinearQuadratic, Timesteps, Exact, Trained, Angles)
+GRIDS: tuple[type[TimeGrid], ...] = (
+    Shifted,
+    LinearQuadratic,
+    Timesteps,
+    Exact,
+    Trained,
+    Angles,
+    FlowSchedule,
+    MultistepTimesteps,
+)
 NAMED: tuple[type, ...] = (*PATHS, *SAMPLERS, *GRIDS)
 """What a card can name."""
 
 __all__ = [
     "CFG", "DDIM", "DENSITIES", "EDM", "GRIDS", "KINDS", "NAMED", "PATHS", "SAMPLERS", "VP", "Angles", "Betas",
-    "Contract", "DPMpp2M", "Euler", "Exact", "Grid", "Heun", "Kind", "LinearQuadratic", "LogitNormal", "NoisePath",
-    "Prediction", "RectifiedFlow", "Renoise", "Sampler", "Shifted", "Staggered", "Step", "StepCountError", "Stream",
-    "TimeDensity", "TimeGrid", "Timesteps", "Trained", "Trig", "Uniform", "from_x0", "shifted", "target", "timestep",
-    "uniform_grid",
+    "Contract", "DPMpp2M", "Euler", "Exact", "FixedStride", "FlowSchedule", "Grid", "Heun", "Kind", "LinearQuadratic",
+    "LogitNormal", "MultistepTimesteps", "NoisePath", "Prediction", "RectifiedFlow", "Renoise", "Sampler", "Shifted", "Staggered",
+    "Step", "StepCountError", "Stream", "TimeDensity", "TimeGrid", "Timesteps", "Trained", "Trig", "UniPC", "Uniform",
+    "WholeTimesteps", "from_x0", "shifted", "target", "timestep", "uniform_grid",
 ]  # fmt: skip

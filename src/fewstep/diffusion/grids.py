@@ -24,6 +24,11 @@ class TimeGrid(ABC):
         return ()
 
     @property
+    def from_noise(self) -> bool:
+        """Whether sampling starts from the noise itself, even if the first time is below 1, as in diffusers' pipelines."""
+        return False
+
+    @property
     def free(self) -> TimeGrid:
         """The grid of step counts that the model was not trained for: of a grid that takes any, itself."""
         return self
@@ -154,6 +159,10 @@ class Trained(TimeGrid):
     @property
     def counts(self) -> tuple[int, ...]:
         return tuple(sorted(set(self.steps)))
+
+    @property
+    def from_noise(self) -> bool:
+        return self.grid.from_noise
 
     @property
     def free(self) -> TimeGrid:

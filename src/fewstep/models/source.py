@@ -67,6 +67,9 @@ class Diffusers(ModelSource):
     """
 
     source: str
+    preset: Literal["layout", "authors"] | None = None
+    """How to sample it: with the sampler and times of the layout's own scheduler (layout), or as its authors do (authors). null:
+    Euler or DDIM over plain times."""
     num_frames: Size | None = None
     height: Size | None = None
     width: Size | None = None
@@ -105,9 +108,11 @@ class Diffusers(ModelSource):
                 parts[part] = _with(parts[part], key, value)
         sizes = ("num_frames", "height", "width", "fps", "negative_prompt")
         chosen = {name: getattr(self, name) for name in sizes if getattr(self, name) is not None}
-        card = replace(card, parts=parts, **chosen)
+        preset = None if self.preset is None else adapters.preset(card, self.preset)
+        card = replace(card, parts=parts, **({} if preset is None else preset.fields) | chosen)
         latent_shape_of(card)
-        return adapters.at_size(card)
+        card = adapters.at_size(card)
+        return card if preset is None else preset.sampled(card, str(self.preset))
 
     def load(self, leave: Collection[str] = (), parts: Collection[str] = PARTS) -> VideoModel:
         return _load(_only(self._plain(), parts), self, leave)

@@ -4,13 +4,26 @@ from fewstep.diffusion.samplers.base import Denoise, Here, Sampler, Step, Time, 
 from fewstep.diffusion.samplers.ddim import DDIM
 from fewstep.diffusion.samplers.dpmpp_2m import DPMpp2M
 from fewstep.diffusion.samplers.euler import Euler
+from fewstep.diffusion.samplers.fixed_stride import FixedStride
 from fewstep.diffusion.samplers.heun import Heun
 from fewstep.diffusion.samplers.renoise import Renoise
 from fewstep.diffusion.samplers.staggered import Staggered
+from fewstep.diffusion.samplers.unipc import UniPC
+from fewstep.diffusion.samplers.whole_timesteps import WholeTimesteps
 
-SAMPLERS: tuple[type[Sampler], ...] = (Euler, Heun, DDIM, DPMpp2M, Renoise, Staggered)
+SAMPLERS: tuple[type[Sampler], ...] = (
+    Euler,
+    Heun,
+    DDIM,
+    FixedStride,
+    DPMpp2M,
+    UniPC,
+    Renoise,
+    Staggered,
+    WholeTimesteps,
+)
 
 __all__ = [
-    "DDIM", "SAMPLERS", "DPMpp2M", "Denoise", "Euler", "Here", "Heun", "Renoise", "Sampler", "Staggered", "Step", "Time",
-    "Times", "finish", "full",
+    "DDIM", "SAMPLERS", "DPMpp2M", "Denoise", "Euler", "FixedStride", "Here", "Heun", "Renoise", "Sampler", "Staggered", "Step",
+    "Time", "Times", "UniPC", "WholeTimesteps", "finish", "full",
 ]  # fmt: skip

@@ -95,6 +95,11 @@ class Sampler(ABC):
         """Whether all frames of a clip have the same time in every call."""
         return True
 
+    @property
+    def by_frame(self) -> bool:
+        """Whether frames may have times of their own."""
+        return True
+
     def calls(self, steps: int) -> int:
         """Network evaluations of one clip in so many steps, without guidance."""
         return steps

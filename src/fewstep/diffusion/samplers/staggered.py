@@ -36,6 +36,10 @@ class Staggered(Sampler):
             )
         if not self.sampler.one_time:
             raise ValueError("a staggered sampler holds one that gives all frames one time, such as Euler")
+        if not self.sampler.by_frame:
+            raise ValueError(
+                f"a staggered sampler holds one that can move each frame by its own time, such as Euler, not {self.sampler}"
+            )
 
     @property
     def deterministic(self) -> bool:

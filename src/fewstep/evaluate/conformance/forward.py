@@ -11,6 +11,7 @@ from PIL import Image
 from fewstep.attention import Dense
 from fewstep.core import Cond, Seeds
 from fewstep.data.video import to_uint8
+from fewstep.diffusion import FlowSchedule, MultistepTimesteps
 from fewstep.evaluate.conformance.subject import Fault, Measured, NotApplicable, Subject, relative, worst
 
 _TIMES = (1.0, 0.7, 0.3, 0.05)
@@ -60,9 +61,14 @@ def times(s: Subject) -> Measured:
     contract, layout = s.model.card.contract, s.layout
     if contract.trained:
         raise NotApplicable("a student has its own times, not those of the model's scheduler")
-    from fewstep.models.adapters.export.pipeline import recommended_times
+    if s.model.card.provenance.get("preset", "").startswith("authors"):
+        raise NotApplicable("the card follows the model's authors (preset), not its scheduler")
+    from fewstep.models.adapters.export.pipeline import recommended_times, scheduled_times
 
-    theirs = recommended_times(layout, s.options.steps, s.tokens)
+    if isinstance(contract.grid, FlowSchedule | MultistepTimesteps):
+        theirs = scheduled_times(layout, s.options.steps)
+    else:
+        theirs = recommended_times(layout, s.options.steps, s.tokens)
     ours = contract.times(s.options.steps)
     return Measured(max(abs(a - b) for a, b in zip(ours, theirs, strict=True)), 1e-5)
 

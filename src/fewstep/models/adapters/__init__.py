@@ -7,6 +7,7 @@ that comes from there has `folders`, those of the layout it reads, and `load(fol
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from fewstep.core import RecipeError
 from fewstep.models.networks import ADAPTED, adapter
 
 if TYPE_CHECKING:
+    from fewstep.models.adapters.presets.facts import Preset
     from fewstep.models.bundle import VideoModel
     from fewstep.models.card import Card
     from fewstep.models.denoiser import Denoiser
@@ -55,6 +57,32 @@ def card(source: Path | str) -> Card:
     if pipeline not in PIPELINES:
         raise RecipeError(f"{source} is a {pipeline}; the pipelines that can be read are {', '.join(PIPELINES)}")
     made: Card = adapter(PIPELINES[pipeline]).card(layout)
+    return replace(made, provenance=made.provenance | {"preset": NO_PRESET})
+
+
+PRESETS = ("layout", "authors")
+"""Other ways to sample a published model than its card's own."""
+NO_PRESET = "none: Euler or DDIM over plain times, with the layout's shift; the presets layout and authors are others"
+"""What the card of a layout says of how it is sampled."""
+_AUTHORS = MappingProxyType({"Wan": "wan", "WanExperts": "wan", "LTX": "ltx", "CogVideoX": "cogvideox"})
+"""Denoisers for which it is known how their authors sample them, and the file of `presets` that knows it."""
+
+
+def preset(card: Card, name: str) -> Preset:
+    """Another way to sample a model in diffusers' layout. RecipeError where there is none, or it cannot be followed."""
+    if card.role == "student":
+        raise RecipeError(
+            f"preset: {name}: {card.name} is a student, which is sampled by its own contract; leave preset out"
+        )
+    layout, family = adapter("layout").Layout.find(card.sources["denoiser"]), card.parts["denoiser"].type
+    if name == "layout":
+        made: Preset = adapter("presets.scheduled").preset(layout)
+    elif name in PRESETS and family in _AUTHORS:
+        made = adapter(f"presets.{_AUTHORS[family]}").authors(layout, card)
+    else:
+        raise RecipeError(
+            f"preset: {name}: there is none for {family}; choose layout, or authors for {', '.join(_AUTHORS)}, or leave it out"
+        )
     return made
 
 

@@ -1,8 +1,8 @@
 """LTX-Video text-to-video (2501.00103) over diffusers' LTXVideoTransformer3DModel.
 
 Positions are seconds and pixels, so the network knows the frame rate and how much the codec compresses. From 0.9.5 on, in
-layouts of LTXConditionPipeline, a latent frame stands where the first of its frames is, times are slow at first, and the
-decoder is given a little noise.
+layouts of LTXConditionPipeline, a latent frame stands where the first of its frames is, and times are slow at first. From
+0.9.1 on the decoder is given a little noise.
 Legend: as in `models/backbone.py`; tokens are single latent pixels.
 """
 
@@ -27,6 +27,7 @@ from fewstep.models.adapters.dits.attention import keys, modulated, out, queries
 from fewstep.models.adapters.flow import contract_of
 from fewstep.models.adapters.layout import Layout
 from fewstep.models.adapters.network import DiffusersBackbone
+from fewstep.models.adapters.presets.ltx import licence_of
 from fewstep.models.backbone import Context, Original, Tokens
 from fewstep.models.card import Card, latent_shape_of
 from fewstep.models.rotary import turn_pairs
@@ -39,7 +40,7 @@ _CONDITION = "LTXConditionPipeline"
 _CONDITION_TEXT_LENGTH = 256
 _THRESHOLD = 0.025
 _DECODE = MappingProxyType({"decode_time": 0.05, "decode_noise": 0.025})
-"""What LTX's authors tell and give a decoder that reads a time, from 0.9.5 on."""
+"""What LTX's authors tell and give a decoder that reads a time, from 0.9.1 on (configs/ltxv-2b-0.9.1.yaml, -0.9.5.yaml)."""
 _NEGATIVE = "worst quality, inconsistent motion, blurry, jittery, distorted"
 """The negative prompt that LTX's authors sample with."""
 
@@ -48,7 +49,7 @@ def card(layout: Layout) -> Card:
     """LTX as diffusers samples it: 161 frames of 512 x 704 at 25 per second, 50 steps, guidance 3."""
     later, vae = layout.index["_class_name"] == _CONDITION, layout.config("vae")
     codec_settings = {"config": vae, "kind": "AutoencoderKLLTXVideo", "patch": 1, "tiling": False}
-    if later and vae.get("timestep_conditioning"):
+    if vae.get("timestep_conditioning"):
         codec_settings |= _DECODE
     codec = Spec("VideoCodec", codec_settings)
     with torch.device("meta"):
@@ -66,7 +67,7 @@ def card(layout: Layout) -> Card:
         parts={"denoiser": Spec("LTX", network), "text": Spec("T5Text", text), "codec": codec},
         sources=dict.fromkeys(("denoiser", "text", "codec"), layout.source),
         num_frames=161, height=512, width=704, fps=25, negative_prompt=_NEGATIVE,
-        provenance={"source": layout.source, "licence": "LTX-Video Open Weights License"},
+        provenance={"source": layout.source, "licence": licence_of(later, network["config"]["num_layers"])},
     )  # fmt: skip
     return at_size(made)
 

@@ -24,6 +24,7 @@ from fewstep.models.adapters.dits.wan_begun import Begun, begun, ended
 from fewstep.models.adapters.dits.wan_block import WanBlock
 from fewstep.models.adapters.layout import Layout
 from fewstep.models.adapters.network import DiffusersBackbone
+from fewstep.models.adapters.presets.wan import FACTS, SMALL, kind_of
 from fewstep.models.backbone import Context, Tokens
 from fewstep.models.card import Card
 from fewstep.models.rotary import FrameRotary
@@ -33,15 +34,6 @@ from fewstep.models.video_dit import modulate, time_groups
 _TIMESTEPS = 1000
 _ROTARY_BASE = 10000.0
 _TEXT_LENGTH = 512
-_SIZE = MappingProxyType({"num_frames": 81, "height": 480, "width": 832, "fps": 16})
-_A14B = MappingProxyType({"num_frames": 81, "height": 720, "width": 1280, "fps": 16})
-_TI2V = MappingProxyType({"num_frames": 121, "height": 704, "width": 1280, "fps": 24})
-"""Size for the 5B model of Wan 2.2, whose pipeline gives every token its own time (`expand_timesteps`)."""
-_NEGATIVE = (
-    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
-    "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
-)
-"""The negative prompt that Wan's authors sample with."""
 _AUTHORS = MappingProxyType(
     {
         "condition_embedder.time_embedder.linear_1": "time_embedding.0", "attn1": "self_attn", "to_q": "q",
@@ -61,21 +53,22 @@ _PART = re.compile(rf"(?<![^.])({'|'.join(map(re.escape, _AUTHORS))})(?![^.])")
 
 
 def card(layout: Layout) -> Card:
-    """Wan as its authors sample it, with the shift of the layout's scheduler."""
+    """Wan at its authors' size and with their negative prompt, sampled as diffusers does: the layout's shift, guidance 5, 50
+    steps of text-to-video at 480p. The preset `authors` has the rest."""
     scheduler, transformer = layout.scheduler(), layout.config("transformer")
     text = {"config": layout.config("text_encoder"), "length": _TEXT_LENGTH, "plain": False, "dtype": "bfloat16"}
     patch = transformer["patch_size"][1]
     codec = {"config": layout.config("vae"), "kind": "AutoencoderKLWan", "patch": patch, "tiling": False}
     boundary, reads = layout.index.get("boundary_ratio"), _of_images(layout, transformer)
     if boundary is not None:
-        denoiser, size = _experts(layout, boundary), _A14B
+        denoiser = _experts(layout, boundary)
         early, late = (4.0, 3.0) if reads is None else (3.5, 3.5)
         steps, guidance = 40, CFG(scale=early, low=boundary, outside=late)
     else:
         network = {"config": transformer, "pattern": Dense().tree(), "first_frame": reads == "frame"}
         denoiser = Spec("Wan", network)
-        size = _TI2V if layout.index.get("expand_timesteps") else _SIZE
         steps, guidance = 40 if reads == "image" else 50, CFG(scale=5.0)
+    published = FACTS[kind := kind_of(layout, reads)]
     parts = {"denoiser": denoiser, "text": Spec("T5Text", text), "codec": Spec("VideoCodec", codec)}
     if reads is not None:
         config = layout.config("image_encoder") if transformer.get("image_dim") else None
@@ -89,9 +82,11 @@ def card(layout: Layout) -> Card:
             steps=steps,
             guidance=guidance,
         ),
-        negative_prompt=_NEGATIVE,
+        negative_prompt=published.negative,
         provenance={"source": layout.source, "licence": "Apache-2.0"},
-        **size,
+        **(
+            SMALL if kind == "T2V-14B" else published.size
+        ),  # diffusers' example size; the layout's shift is that of 480p
     )
 
 

@@ -67,6 +67,15 @@ def recommended_times(layout: Layout, steps: int, tokens: int) -> tuple[float, .
     return tuple(euler.sigmas.tolist())
 
 
+def scheduled_times(layout: Layout, steps: int) -> tuple[float, ...]:
+    """The times that a layout's multistep or flow scheduler visits when a pipeline asks for `steps` steps: our t."""
+    scheduler = getattr(diffusers, layout.index["scheduler"][1]).from_config(layout.scheduler())
+    scheduler.set_timesteps(steps)
+    if "beta_schedule" in scheduler.config and not scheduler.config.get("use_flow_sigmas"):
+        return (*((k + 1) / scheduler.config.num_train_timesteps for k in scheduler.timesteps.tolist()), 0.0)
+    return tuple(scheduler.sigmas.tolist())
+
+
 def sample(
     model: VideoModel, layout: Layout, noise: Tensor, cond: Cond, uncond: Cond, steps: int,
     pictures: Mapping[str, Image.Image] = MappingProxyType({}),

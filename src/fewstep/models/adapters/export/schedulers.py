@@ -24,6 +24,7 @@ from fewstep.diffusion import (
     Betas,
     Contract,
     Euler,
+    FixedStride,
     Kind,
     NoisePath,
     RectifiedFlow,
@@ -32,6 +33,7 @@ from fewstep.diffusion import (
     TimeGrid,
     Timesteps,
 )
+from fewstep.models.adapters.export.multistep import multistep
 
 _PREDICTIONS = MappingProxyType({"eps": "epsilon", "v": "v_prediction", "x0": "sample"})
 _NEAR = 1e-6
@@ -68,12 +70,18 @@ def exact_scheduler(
     ValueError if diffusers has no such scheduler.
     """
     times, sampler = contract.times(steps), contract.sampler
+    if not uniform and (scheduler := multistep(path, kind, contract)) is not None:
+        return ExactScheduler(scheduler)
     if isinstance(path, RectifiedFlow) and kind == "flow" and sampler in _STOCHASTIC and times[0] == 1:
         return _flow(times, stochastic=_STOCHASTIC[sampler], uniform=uniform)
     if isinstance(path, Betas) and kind in _PREDICTIONS:
         table = _Table(path, _PREDICTIONS[kind], contract.grid, [_level(t, path) for t in times])
-        for scheduler in _SCHEDULERS.get(sampler, ()):
-            if (found := scheduler(table)) is not None:
+        if isinstance(sampler, FixedStride):
+            made = _ddim(table, any_spacing=True) if sampler == _stride_of(table) else None
+            if made is not None:
+                return made
+        for make in _SCHEDULERS.get(sampler, ()):
+            if (found := make(table)) is not None:
                 return found
     raise ValueError(
         f"diffusers has no scheduler that does what {type(sampler).__name__} does on {type(path).__name__} at the times "
@@ -132,8 +140,13 @@ class _Table:
     levels: list[float]
 
 
-def _ddim(table: _Table) -> ExactScheduler | None:
-    """Diffusers' DDIM moves down by one number of levels, whatever timestep comes next."""
+def _stride_of(table: _Table) -> FixedStride:
+    """The sampler that is diffusers' DDIM for this table and end."""
+    return FixedStride(num_train_timesteps=table.path.num_train_timesteps, ends_clean=table.levels[-1] < 0)
+
+
+def _ddim(table: _Table, *, any_spacing: bool = False) -> ExactScheduler | None:
+    """Diffusers' DDIM moves down by one number of levels, whatever timestep comes next; `any_spacing` wants just that."""
     path, levels = table.path, table.levels
     asked, steps = table.grid if isinstance(table.grid, Timesteps) else Timesteps(), len(levels) - 1
     settings = _schedule(path, table.prediction) | {
@@ -147,7 +160,7 @@ def _ddim(table: _Table) -> ExactScheduler | None:
     scheduler.set_timesteps(steps)
     stride = path.num_train_timesteps // steps
     even = all(a - b == stride for a, b in pairwise(levels[:-1])) and levels[-2] < stride
-    return ExactScheduler(scheduler) if even and scheduler.timesteps.tolist() == levels[:-1] else None
+    return ExactScheduler(scheduler) if (even or any_spacing) and scheduler.timesteps.tolist() == levels[:-1] else None
 
 
 def _euler(table: _Table) -> ExactScheduler | None:

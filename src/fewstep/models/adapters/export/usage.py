@@ -107,6 +107,8 @@ class Usage:
             "num_inference_steps": steps, "num_frames": card.num_frames, "height": card.height, "width": card.width,
             "max_sequence_length": card.parts["text"].args.get("length"), **self._guidance(),
         }  # fmt: skip
+        if (codec := card.parts["codec"].args).get("decode_time"):
+            offered |= {"decode_timestep": codec["decode_time"], "decode_noise_scale": codec["decode_noise"]}
         if card.contract.guidance.active and (card.negative_prompt or "guidance_scale" in names):
             offered["negative_prompt"] = card.negative_prompt  # HunyuanVideo is not guided without one
         offered = {names.get(name, name): value for name, value in offered.items()} | self.original.told

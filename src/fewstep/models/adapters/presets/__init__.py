@@ -1,0 +1,1 @@
+"""Presets: other ways to sample a published model than the card's own, one file per source of facts."""
