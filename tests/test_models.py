@@ -8,6 +8,7 @@ import shutil
 import zlib
 from dataclasses import replace
 from typing import TypeVar
+from unittest import mock
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ from fewstep.models import (
     VideoDiT,
     VideoModel,
 )  # fmt: skip
-from fewstep.models.rotary import FrameRotary
+from fewstep.models.rotary import FrameRotary, turn_pairs
 from fewstep.models.spread import Spread
 from fewstep.models.video_dit import patchify, unpatchify
 
@@ -332,6 +333,23 @@ def test_only_differences_of_position_are_read() -> None:
     scores = rotate(q, early) @ rotate(k, early).mT
     torch.testing.assert_close(rotate(q, late) @ rotate(k, late).mT, scores, atol=1e-10, rtol=0)
     assert far(rotate(q, late) @ rotate(k, early).mT, scores)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("compiling", [False, True])
+def test_pairs_turn_by_the_formula_in_every_type(dtype: torch.dtype, compiling: bool) -> None:
+    """As complex numbers, or by the formula that the compiler takes."""
+    x, angle = torch.randn(2, 3, 5, 8, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+    expected = torch.empty_like(x)
+    for pair in range(4):
+        c, s = angle[:, pair].cos(), angle[:, pair].sin()
+        expected[..., 2 * pair] = x[..., 2 * pair] * c - x[..., 2 * pair + 1] * s
+        expected[..., 2 * pair + 1] = x[..., 2 * pair] * s + x[..., 2 * pair + 1] * c
+    with mock.patch.object(torch.compiler, "is_compiling", return_value=compiling):
+        made = turn_pairs(x.to(dtype), torch.stack([angle.cos(), angle.sin()]).to(dtype))
+    assert made.dtype == dtype
+    close = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05}[dtype]
+    torch.testing.assert_close(made.double(), expected, rtol=close, atol=close)
 
 
 def test_wrong_latents_are_refused() -> None:

@@ -42,6 +42,6 @@ class WanBlock(nn.Module):
 
     def _cross(self, state: Tokens, x_BNE: Tensor) -> Tensor:
         """What tokens take from the text and from the image."""
-        q = queries(self.attn2, self.norm2(x_BNE))
-        read, *more = (attend(q, k, v) for k, v in state.text or self.reads(state.context))
-        return out(self.attn2, sum(more, read))
+        q, (text, *image) = queries(self.attn2, self.norm2(x_BNE)), state.text or self.reads(state.context)
+        read = attend(q, *text, state.context.text_mask_B11L)
+        return out(self.attn2, sum((attend(q, k, v) for k, v in image), read))
