@@ -22,8 +22,8 @@ from fewstep.attention import (
     TopK,
     Window,
     attend,
+    attending,
     backends,
-    math_only,
     pick,
 )
 from fewstep.attention.pattern import Operation, Pattern
@@ -227,7 +227,7 @@ def test_attend_is_softmax_attention_in_every_kernel(masked: bool) -> None:
         mask[:, 0] = True
     expected = softmax_attention(q, k, v, mask)
     torch.testing.assert_close(attend(q, k, v, mask), expected, atol=1e-12, rtol=0)
-    with math_only():
+    with attending("sdpa-math"):
         torch.testing.assert_close(attend(q, k, v, mask), expected, atol=1e-12, rtol=0)
     low = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask)
     assert low.dtype == torch.bfloat16

@@ -2,7 +2,7 @@
 
 from fewstep.attention.block_causal import BlockCausal
 from fewstep.attention.dense import Dense
-from fewstep.attention.kernels import Backend, Tier, attend, attending, backends, math_only, pick, require_tier
+from fewstep.attention.kernels import Backend, Tier, attend, attending, backends, pick, require_tier
 from fewstep.attention.kv import KEEPS, Everything, Keep, KVCache, Window
 from fewstep.attention.pattern import Grid3, Operation, Pattern, Site, operate
 from fewstep.attention.routed.top_k import TopK
@@ -12,6 +12,6 @@ PATTERNS: tuple[type[Pattern], ...] = (Dense, BlockCausal, TopK)
 
 __all__ = [
     "KEEPS", "PATTERNS", "Backend", "BlockCausal", "Dense", "Everything", "Grid3", "KVCache", "Keep", "Operation", "Pattern",
-    "Site", "Tier", "TopK", "Ulysses", "Window", "attend", "attending", "backends", "math_only", "operate", "pick",
+    "Site", "Tier", "TopK", "Ulysses", "Window", "attend", "attending", "backends", "operate", "pick",
     "require_tier",
 ]  # fmt: skip

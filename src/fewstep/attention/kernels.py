@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -118,11 +118,6 @@ def _exactly(
             bool_mask = attn_mask.dtype == torch.bool
             scores = scores.masked_fill(~attn_mask, float("-inf")) if bool_mask else scores + attn_mask
         return (scores.softmax(-1) @ value.double()).to(value.dtype)
-
-
-def math_only() -> AbstractContextManager[None]:
-    """Inside, attention is plain matmul and softmax: the only kernel with forward-mode derivatives (`jvp`)."""
-    return sdpa_kernel(SDPBackend.MATH)
 
 
 @dataclass(frozen=True)
