@@ -64,7 +64,12 @@ def test_autoencoder_teacher_student_film(videos: Path, single_thread: None) -> 
     assert {row.nfe for row in report.rows if row.role == "student"} == {1, 2, 4}
     four = report.row("student 4")
     assert four.motion is not None and 0.7 < four.motion < 1.3, four
-    assert four.diversity is not None and four.diversity > 0.6, four  # a hasty teacher's student need not be better
+    assert four.diversity is not None and four.diversity > 0.6, four
+    full, blurred = (teacher.latents(prompts, num_inference_steps=steps) for steps in (None, 1))
+    one = student.latents(
+        prompts, num_inference_steps=1
+    )  # in more steps a hasty teacher, with nearly straight paths, is as good
+    assert float((one - full).square().mean()) < 0.8 * float((blurred - full).square().mean())
 
 
 @torch.no_grad()
