@@ -165,16 +165,16 @@ def frozen_critic() -> Iterator[None]:
 @contextmanager
 def other_path() -> Iterator[None]:
     """The student is fed on a trigonometric path, though it has learnt the straight one."""
-    from fewstep.engine import prepare
+    from fewstep.engine import nets as building
 
-    build = prepare.build_nets
+    build = building.build_nets
 
     def wrong(*arguments: Any) -> Any:
         nets = build(*arguments)
         nets.student.path = Trig()
         return nets
 
-    with mock.patch.object(prepare, "build_nets", wrong):
+    with mock.patch.object(building, "build_nets", wrong):
         yield
 
 

@@ -17,6 +17,7 @@ from fewstep.cli import main
 from fewstep.core import Rng
 from fewstep.diffusion import CFG, KINDS, Kind, Prediction, RectifiedFlow, Trig, target
 from fewstep.engine import CheckpointError, Health, Optim, prepare, train
+from fewstep.engine import nets as building
 from fewstep.engine.checkpoint import RunState, checkpoints
 from fewstep.engine.health import Record, judge, monitor, read_record, weights
 from fewstep.engine.health.heard import Heard, Terms
@@ -186,7 +187,7 @@ def test_a_lagging_critic_gets_more_updates(tmp_path: Path) -> None:
 def test_a_critic_of_single_frames_is_tested_on_them_and_helped(tmp_path: Path) -> None:
     """Beside the image teacher that it began as, which is another model on another path; and it is announced."""
     shapes: dict[str, set[int]] = {"image_critic": set(), "image_teacher": set()}
-    made = prepare.build_nets
+    made = building.build_nets
 
     def noted(*arguments: Any) -> Any:
         nets = made(*arguments)
@@ -196,7 +197,7 @@ def test_a_critic_of_single_frames_is_tested_on_them_and_helped(tmp_path: Path) 
 
     method = replace(CASES["AVDM2"], critic_updates=1)
     with (
-        mock.patch.object(prepare, "build_nets", noted),
+        mock.patch.object(building, "build_nets", noted),
         mock.patch.object(monitor, "lags", side_effect=[True, True]),
         mock.patch.object(RunLog, "say") as said,
     ):

@@ -151,7 +151,8 @@ class Run:
         The student is moved to the run's device; an average that stays elsewhere goes back when the next iteration begins.
         """
         made = self._with(self._result.to(self.settings.device))
-        made.part(self.method.part).to(self.settings.device)  # adapters are merged where the exact weights wait
+        if self.settings.lora is not None:  # adapters are merged where the exact weights wait
+            made.denoiser.to(self.settings.device)
         return made
 
     def keep(self, folder: Path) -> None:

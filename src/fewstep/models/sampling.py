@@ -116,11 +116,11 @@ def sampling(model: VideoModel, request: Request) -> Iterator[Step]:
     """The steps of one run. What is refused is refused here; what is returned makes a step whenever it is asked for one."""
     times, guidance = request.times(model.card), request.guidance(model.card)
     request.check(model.card)
+    denoise = _denoising(model, request, guidance)
     noise, shape = Seeds(request.seeds, device=str(model.device)), model.latent_shape(request.num_frames)
     first = 1.0 if model.card.contract.grid.from_noise else times[0]
     with torch.no_grad():
         start = model.denoiser.path.prior(noise.randn((len(request.prompts), *shape), "start"), first)
-    denoise = _denoising(model, request, guidance)
     if request.lead is not None:
         denoise = _led(denoise, model, request, len(times) - 1)
     steps = model.card.contract.sampler.sampling(denoise, start, times, rng=noise)
