@@ -18,11 +18,17 @@ Said = Callable[..., tuple[int, str, str]]
 """Runs a command in process: exit code, standard output, standard error."""
 
 
-def make_videos(folder: Path, count: int = 3, *, frames: int = 24, size: int = 32) -> Path:
-    """A square of one colour that moves right over black, one video per colour, and a captions.jsonl."""
+def make_videos(folder: Path, count: int = 3, *, frames: int = 24, size: int = 32, waves: bool = False) -> Path:
+    """A square of one colour that moves right over black, one video per colour, and a captions.jsonl.
+
+    With `waves` over slow waves of light: an autoencoder that sees little but black learns black.
+    """
     lines = []
     for number, (color, value) in enumerate(list(COLORS.items())[:count]):
         clip = torch.full((3, frames, size, size), -1.0)
+        if waves:
+            phase = torch.arange(size)[:, None] + 2 * torch.arange(size) + 3 * torch.arange(frames)[:, None, None]
+            clip[:] = torch.stack([0.8 * torch.sin(phase / (8 + 3 * channel) + number) for channel in range(3)])
         for frame in range(frames):
             left = (frame + 5 * number) % (size - 12)
             clip[:, frame, 10:22, left : left + 12] = torch.tensor(value)[:, None, None]

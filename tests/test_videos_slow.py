@@ -26,7 +26,7 @@ PRECISE = ("--settings.autocast", "off")
 @pytest.fixture
 def videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    return CLIPS if CLIPS.is_dir() else make_videos(tmp_path / "videos", frames=48)
+    return CLIPS if CLIPS.is_dir() else make_videos(tmp_path / "videos", frames=48, waves=True)
 
 
 def test_autoencoder_teacher_student_film(videos: Path, single_thread: None) -> None:

@@ -9,6 +9,8 @@ After Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Mode
 Not from the paper: no KL, perceptual or adversarial term. Line 2 replaces the KL term: the noise is proportional to the spread
 of the latents, so larger latents do not help, and nearby latents must decode alike. Line 3 compares finite differences, which
 keeps edges sharp at small cost. A few random frames per clip are enough, because neighbouring frames are alike.
+
+Frames that are black but for a small spot collapse to black: that is the median, which line 3 asks for (LOG.md).
 """
 
 from __future__ import annotations
