@@ -23,7 +23,7 @@ from fewstep.models import adapters
 from fewstep.models.bundle import folder_of
 from fewstep.models.card import Card
 from fewstep.models.hollow import imagine
-from fewstep.models.runtime import Dtype, Offload, Runtime, decoded, typed
+from fewstep.models.runtime import Dtype, Offload, Runtime, decoded, tile, typed
 from fewstep.models.source import outline
 from fewstep.models.stored import Stored
 
@@ -82,9 +82,7 @@ def needs(card: Card, runtime: Runtime, *, clips: int = 1, num_frames: int | Non
     weights = {name: _size(part.state_dict().values()) for name, part in model.parts.items() if name != "features"}
     each = [_size(block.state_dict().values()) for block in blocks]
     codec = cast(Any, model.parts.get("codec"))
-    if hasattr(codec, "tile"):
-        own = bool(codec.args["tiling"]) and (runtime.tiling == "auto" or codec.chunks_in_tiles)
-        codec.tile({"tiles": True, "whole": False}.get(runtime.tiling, own))
+    tile(codec, runtime)
     guidance, wide = card.contract.guidance, torch.float64 if runtime.dtype == "float64" else torch.float32
     here = replace(runtime, device="cpu", offload="none")  # where tensors without values are
     with torch.no_grad(), mode:

@@ -126,6 +126,13 @@ def require_exact(model: VideoModel) -> None:
         )
 
 
+def tile(codec: Any, runtime: Runtime) -> None:
+    """Make a codec that has tiles decode in them, or whole, as `runtime` or its card says."""
+    if hasattr(codec, "tile"):
+        own = bool(codec.args["tiling"]) and (runtime.tiling == "auto" or codec.chunks_in_tiles)
+        codec.tile({"tiles": True, "whole": False}.get(runtime.tiling, own))
+
+
 def settled(model: VideoModel, runtime: Runtime) -> None:
     """Make a model run as `runtime` says: its tensors have their types already."""
     denoiser, codec = cast("Denoiser | None", model.parts.get("denoiser")), cast(Any, model.parts.get("codec"))
@@ -134,9 +141,7 @@ def settled(model: VideoModel, runtime: Runtime) -> None:
             part.to(runtime.device if runtime.offload == "none" else "cpu")
     if denoiser is not None and runtime.offload == "block" and torch.device(runtime.device).type == "cuda":
         pin(denoiser)
-    if codec is not None and hasattr(codec, "tile"):
-        own = bool(codec.args["tiling"]) and (runtime.tiling == "auto" or codec.chunks_in_tiles)
-        codec.tile({"tiles": True, "whole": False}.get(runtime.tiling, own))
+    tile(codec, runtime)
     if denoiser is not None and runtime.compile and not _compiled(denoiser):
         denoiser.backbone.compile_blocks()
     elif denoiser is not None and model.runtime.compile and not runtime.compile:
