@@ -16,7 +16,7 @@ from torch import Tensor
 from fewstep.cli.command import UsageError
 from fewstep.cli.commands import _made, _prompts
 from fewstep.cli.pace import Tell, telling
-from fewstep.cli.remade import note_of, remade, scalars_of, warn_of_others
+from fewstep.cli.remade import making, note_of, remade, scalars_of, warn_of_others
 from fewstep.cli.running import runtime_of, show
 from fewstep.core.atomic import require_writable
 from fewstep.core.stopping import saying
@@ -76,7 +76,8 @@ def sample(options: Sample) -> int:
     require_writable(paths[-1])
     runtime = runtime_of(options, options.student)
     model = VideoModel.load(card, options.student, trust=options.trust, runtime=runtime)
-    warn_of_others(options, model)
+    made = making(options, model)
+    warn_of_others(options, made)
     images, lead = _images(options, card, columns), _lead(options, model)
     done: list[Path] = []
 
@@ -92,7 +93,7 @@ def sample(options: Sample) -> int:
             waiting += clips.cpu().split(1)
             while files and files[0][0][1] <= last:
                 (begin, end), path = files.pop(0)
-                note = note_of(options, model, wanted.prompts[begin:end], wanted.seeds[begin:end])
+                note = note_of(made, wanted.prompts[begin:end], wanted.seeds[begin:end])
                 frames = {"fps": options.fps or card.fps, "scale": scale, "columns": columns, "note": note}
                 done.append(_write(path, torch.cat(waiting[: end - begin]), frames))
                 waiting = waiting[end - begin :]

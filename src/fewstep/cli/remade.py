@@ -25,19 +25,23 @@ _KEPT = (
 """Options that decide what is made, besides prompts and seeds."""
 
 
-def note_of(options: Sample, model: VideoModel, prompts: Sequence[str], seeds: Sequence[int]) -> str:
-    """All that is needed to make clips of a file again, and what made them, as JSON."""
+def making(options: Sample, model: VideoModel) -> dict[str, Any]:
+    """What made the clips, and what is needed to make them again besides prompts and seeds. Hashes the denoiser's weights."""
     given = {name: getattr(options, name) for name in _KEPT}
     given["scalar"] = tuple(f"{name}={value:g}" for name, value in sorted(scalars_of(options).items()))
     default = {field.name: field.default for field in fields(options)}
     changed = {name: value for name, value in given.items() if name == "student" or value != default[name]}
-    facts = {
-        "made by": "fewstep sample", "prompts": prompts, "seeds": seeds, "options": changed,
+    return {
+        "made by": "fewstep sample", "options": changed,
         "model": model.card.name, "denoiser": model.fingerprint("denoiser"), "arithmetic": model.runtime.dtype,
         "device": str(model.device), "times": model.card.contract.times(options.num_inference_steps, force=options.force),
         "versions": versions(),
     }  # fmt: skip
-    return json.dumps(facts, default=str)
+
+
+def note_of(made: dict[str, Any], prompts: Sequence[str], seeds: Sequence[int]) -> str:
+    """The note of a file with these clips, as JSON."""
+    return json.dumps({**made, "prompts": prompts, "seeds": seeds}, default=str)
 
 
 def remade(options: Sample) -> Sample:
@@ -72,10 +76,10 @@ def scalars_of(options: Sample) -> dict[str, float]:
     return found
 
 
-def warn_of_others(options: Sample, model: VideoModel) -> None:
+def warn_of_others(options: Sample, made: dict[str, Any]) -> None:
     """Say where the weights are not those that made the file."""
-    if options.like is not None and (made := _facts(options.like)["denoiser"]) != model.fingerprint("denoiser"):
-        print(f"{options.like} was made by other weights ({made}), so the clips will differ", file=sys.stderr)
+    if options.like is not None and (before := _facts(options.like)["denoiser"]) != made["denoiser"]:
+        print(f"{options.like} was made by other weights ({before}), so the clips will differ", file=sys.stderr)
 
 
 def _pairs(prompts: Sequence[str], seeds: Sequence[int]) -> tuple[tuple[str, ...], tuple[int, ...]]:
