@@ -65,11 +65,10 @@ def sample(options: Sample) -> int:
         raise UsageError("name a model, such as world, or a file to make again: --like FILE")
     wanted, columns = Wanted.of(options), len(options.seed) if len(options.seed) > 1 else 0
     _check(options, len(wanted) // max(1, columns))
+    card = _sized(_preset(options), options)
     if options.dry_run:
         at_once = min(options.batch or TOGETHER, len(wanted))
-        card = _preset(options)
         return show(options, card, clips=at_once, num_frames=options.num_frames, memory=options.memory)
-    card = _sized(_preset(options), options)
     scale = _scale(options, card)
     spans = _spans(len(wanted), columns, card, scale)
     paths = [options.output if len(spans) == 1 else _numbered(options.output, i, len(spans)) for i in range(len(spans))]
