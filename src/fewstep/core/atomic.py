@@ -8,7 +8,7 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 UMASK = os.umask(0o022)
@@ -57,6 +57,13 @@ def replacing_folder(target: Path) -> Iterator[Path]:
         discard(target, successor=draft)
     else:
         draft.rename(target)
+
+
+def new_folder(target: Path) -> AbstractContextManager[Path]:
+    """`replacing_folder` for a folder that nobody has filled yet. FileExistsError for one that is not empty."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{target} is not empty; give another folder, or delete it")
+    return replacing_folder(target)
 
 
 def settle(file: Path) -> None:

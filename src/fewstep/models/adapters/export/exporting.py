@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fewstep.attention import Dense
 from fewstep.core import dump
-from fewstep.core.atomic import replacing_folder, write_text
+from fewstep.core.atomic import new_folder, write_text
 from fewstep.models.adapters.export.readme import readme
 from fewstep.models.adapters.export.usage import OWN_TIMES, Usage, original_of
 from fewstep.models.adapters.layout import Layout
@@ -60,7 +60,7 @@ def export(model: VideoModel, folder: Path, *, names: Names, link: bool, recipe:
         **{name: [None, None] for name in _NOT_WRITTEN if name in layout.index},
         STAMP: dump(card),
     }
-    with _new(folder) as draft:
+    with new_folder(folder) as draft:
         for name, part in made.items():
             part.save_pretrained(draft / name)
         for name in _folders(index, leave=made.keys()):
@@ -80,7 +80,7 @@ def export_lora(model: VideoModel, adapter: Path, folder: Path, *, names: Names,
     if not usage.takes_lora:
         raise ValueError(f"diffusers loads no LoRA into its {usage.pipeline}; export the whole student")
     _require_base(model, adapter, usage.layout)
-    with _new(folder) as draft:
+    with new_folder(folder) as draft:
         write_lora(model.denoiser, adapter, draft, names, folder.name)
         for name, scheduler in usage.schedulers().items():
             scheduler.save_pretrained(draft / name)
@@ -123,7 +123,7 @@ def _export_weights(model: VideoModel, folder: Path, names: Names, recipe: str) 
     for name, value in backbone.state_dict().items():
         network, _, within = rename(name).rpartition("/")
         written[network or next(iter(files))][within] = value.contiguous()
-    with _new(folder) as draft:
+    with new_folder(folder) as draft:
         for network, tensors in written.items():
             save_file(tensors, draft / files[network], {"fewstep": json.dumps(dump(card))})
         _describe(draft, card, folder.name, {}, recipe)
@@ -158,12 +158,6 @@ def _usage(model: VideoModel) -> Usage:
             "student exactly"
         )
     return usage
-
-
-def _new(folder: Path) -> Any:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} is not empty; give another folder, or delete it")
-    return replacing_folder(folder)
 
 
 def _sealed(model: VideoModel) -> Card:
