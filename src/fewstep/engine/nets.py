@@ -12,7 +12,6 @@ from fewstep.methods.base import Method, Nets, Sync, Update
 from fewstep.methods.roles import Copy, Making
 from fewstep.models import Card, Lora, VideoModel
 from fewstep.models.card import latent_shape_of, text_width_of
-from fewstep.models.runtime import typed
 from fewstep.models.source import ModelSource, Pretrained
 
 _LOOKED_AT = 10_000
@@ -72,9 +71,7 @@ def build_for(
 def _narrow(models: Iterable[VideoModel]) -> None:
     for model in models:
         if not model.denoiser.rounded:
-            if not any(tensor.is_meta for tensor in model.denoiser.parameters()):
-                model.rounded["denoiser"] = model.fingerprint("denoiser")
-            typed(model.denoiser, "bfloat16")
+            model.retype("bfloat16")
 
 
 def sources(method: Method) -> dict[str, ModelSource]:

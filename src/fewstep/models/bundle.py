@@ -38,7 +38,7 @@ from fewstep.models.loading import loaded
 from fewstep.models.lora import add
 from fewstep.models.offload import Blockwise, bring
 from fewstep.models.results import result_in
-from fewstep.models.runtime import Runtime, decoded, require_exact, settled, typed
+from fewstep.models.runtime import Dtype, Runtime, decoded, require_exact, settled, typed
 from fewstep.models.sampling import Request, sampling
 from fewstep.models.scalars import scalar_conditions
 from fewstep.models.spec import lacking
@@ -129,11 +129,16 @@ class VideoModel:
                 raise ValueError(
                     f"the weights are {self.runtime.dtype} already; load the model again with this runtime"
                 )
-            self.rounded["denoiser"] = self.fingerprint("denoiser")
-            typed(self.denoiser, runtime.dtype)
+            self.retype(runtime.dtype)
         settled(self, runtime)
         self.runtime = runtime
         return self
+
+    def retype(self, dtype: Dtype) -> None:
+        """Give the denoiser's tensors the types of `dtype`, in place; its fingerprint stays that of the weights it had."""
+        if not any(tensor.is_meta for tensor in self.denoiser.parameters()):  # without values there is none
+            self.rounded["denoiser"] = self.fingerprint("denoiser")
+        typed(self.denoiser, dtype)
 
     def with_card(self, **changes: Any) -> VideoModel:
         """The same networks, run alike, with fields of the card exchanged."""
