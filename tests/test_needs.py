@@ -18,24 +18,16 @@ from fewstep.models import needs as needing
 from fewstep.models.bundle import read_card
 from fewstep.models.needs import DECODING, DENOISING, READING, Needs, needs, stored_dtype, ways
 from fewstep.models.runtime import Offload, Runtime
-from fewstep.models.source import Diffusers
 from support_engine import tiny_model
-from tiny_models import TINY, shared
+from tiny_models import load_tiny, shared
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 PROMPTS = ("a red ball", "a cat walks")
 
 
-def load_tiny(family: str, runtime: Runtime = Runtime()) -> VideoModel:
-    if family == "world":
-        return VideoModel.from_pretrained("world", runtime=runtime)
-    chosen = Diffusers(source=str(shared(family)), **TINY[family].size)
-    return VideoModel.load(chosen.card(), chosen.source, runtime=runtime)
-
-
 @pytest.mark.parametrize("family", ["world", "wan", "ltx", "cogvideox", "hunyuan", "wan_experts"])
 def test_what_is_planned_is_what_is_taken(family: str) -> None:
-    model = load_tiny(family)
+    model = VideoModel.from_pretrained("world") if family == "world" else load_tiny(family)
     planned = needs(model.card, Runtime(), clips=2)
     for name, part in model.parts.items():
         if name != "features":

@@ -29,10 +29,9 @@ from fewstep.models.fitting import Memory, fitting
 from fewstep.models.offload import Blockwise, bring
 from fewstep.models.repattern import repattern
 from fewstep.models.runtime import Runtime, effective, told
-from fewstep.models.source import Diffusers
 from fewstep.models.spec import Spec
 from support_engine import tiny_model
-from tiny_models import TINY, shared
+from tiny_models import load_tiny
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 PROMPTS = ("a small red ring", "a large blue disc")
@@ -301,9 +300,7 @@ def noted(call: Callable[..., Any], name: str, seen: list[str]) -> Callable[...,
 @pytest.mark.parametrize("family", ["world", "wan", "wan_experts"])
 def test_blocks_that_come_one_by_one_make_the_same_clip(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two are there at most, the network is left as it was, and another runner runs inside."""
-    model = (
-        tiny_model(depth=4) if family == "world" else Diffusers(source=str(shared(family)), **TINY[family].size).load()
-    )
+    model = tiny_model(depth=4) if family == "world" else load_tiny(family)
     plain, skipping = model.latents(PROMPTS), model.latents(PROMPTS, runner=SkipMiddle(every=2).begin())
     copied, alive, most, layers = Blockwise._copied, [], [0], list[int]()
 

@@ -19,9 +19,8 @@ from fewstep.diffusion import CFG, EDM, Contract, Heun, Prediction
 from fewstep.models import VideoModel, sampling
 from fewstep.models.repattern import repattern
 from fewstep.models.sampling import Lead
-from fewstep.models.source import Diffusers
 from support_engine import shaken, tiny_model
-from tiny_models import IMAGE_SIZE, TINY, shared
+from tiny_models import load_tiny
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 PROMPTS = ("a small red ring", "a large blue disc")
@@ -142,11 +141,6 @@ def test_scalars_that_are_not_read_not_given_or_no_numbers_are_refused() -> None
 
 
 # --- what a run computes once ------------------------------------------------------------------------------------------
-
-
-def load_tiny(family: str) -> VideoModel:
-    size = TINY[family].size if family in TINY else IMAGE_SIZE
-    return Diffusers(source=str(shared(family)), **size).load()
 
 
 class Counted:

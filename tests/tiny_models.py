@@ -64,6 +64,9 @@ from transformers import (
 
 from fewstep.core import Rng
 from fewstep.diffusion import CFG, Betas, Contract, LinearQuadratic, Shifted
+from fewstep.models import VideoModel
+from fewstep.models.runtime import Runtime
+from fewstep.models.source import Diffusers
 
 WORDS = [
     "<pad>",
@@ -500,6 +503,12 @@ def shared(name: str, seed: int = 0, **config: Any) -> Path:
         _save(name, folder, seed, config)
         SHARED[key] = folder, digests(folder)
     return SHARED[key][0]
+
+
+def load_tiny(name: str, runtime: Runtime = Runtime()) -> VideoModel:
+    """The shared model `name` at the size of its tests."""
+    chosen = Diffusers(source=str(shared(name)), **(TINY[name].size if name in TINY else IMAGE_SIZE))
+    return VideoModel.load(chosen.card(), chosen.source, runtime=runtime)
 
 
 def save_tiny(name: str, folder: Path, seed: int = 0, **config: Any) -> Path:
