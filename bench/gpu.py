@@ -14,7 +14,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ import torch
 import tyro
 from torch import Tensor
 
-from fewstep.core import Call, Cond, Rng
+from fewstep.core import Cond, Rng
 from fewstep.core.call import Constants
 from fewstep.core.ledger import Ledger
 from fewstep.diffusion import CFG, Euler
+from fewstep.evaluate.latency import peak_memory
 from fewstep.evaluate.machine import describe_machine, versions
 from fewstep.models import Denoiser
 from fewstep.models.offload import Blockwise, bring, pin
@@ -68,8 +70,6 @@ def wan(options: Options, dtype: str = "bfloat16") -> tuple[Denoiser, Tensor, Co
 
 def sampled(denoiser: Denoiser, x: Tensor, cond: Cond, *, steps: int, guidance: CFG, runner: Any = None) -> Tensor:
     """A clip, as `VideoModel` samples it."""
-    from dataclasses import replace
-
     extra: dict[str, Any] = {"constants": Constants()} if runner is None else {"runner": runner}
     times = tuple(1 - i / steps for i in range(steps + 1))
     with torch.no_grad(), Runtime(dtype="bfloat16", device=x.device.type).denoising():
@@ -107,11 +107,12 @@ def sample(options: Options) -> dict[str, Any]:
             "4 steps, s": four, "50 guided steps, s (10 times 5)": 10 * five,
             "share of the matrix rate": 4 * ledger.flops / four / peak_flops,
         }  # fmt: skip
-    if options.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        sampled(denoiser, x, cond, steps=2, guidance=CFG(scale=5.0))
-        found["peak memory, GiB"] = torch.cuda.max_memory_allocated() / 2**30
-    return found
+    return found | peak(lambda: sampled(denoiser, x, cond, steps=2, guidance=CFG(scale=5.0)), options)
+
+
+def peak(fn: Callable[[], Any], options: Options) -> dict[str, float]:
+    """Most memory of the GPU while `fn` runs; nothing elsewhere, where the whole program would be counted."""
+    return {"peak memory, GiB": peak_memory(fn, "cuda")[0] / 2**30} if options.device == "cuda" else {}
 
 
 def matmul_rate(options: Options) -> float:
@@ -141,13 +142,9 @@ def offload(options: Options) -> dict[str, Any]:
             )
         else:
             denoiser.to(options.device)
-        if options.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+        two = partial(sampled, denoiser, x, cond, steps=2, guidance=guidance, runner=runner)
         clips[name] = sampled(denoiser, x, cond, steps=1, guidance=guidance, runner=runner)
-        seconds = timer.of(lambda: sampled(denoiser, x, cond, steps=2, guidance=guidance, runner=runner))  # noqa: B023
-        found[name] = {"s per step": seconds / 2}
-        if options.device == "cuda":
-            found[name]["peak memory, GiB"] = torch.cuda.max_memory_allocated() / 2**30
+        found[name] = {"s per step": timer.of(two) / 2} | peak(two, options)
     return {**found, "same bits": bool(torch.equal(clips["block"], clips["none"]))}
 
 
@@ -162,24 +159,13 @@ def decode(options: Options) -> dict[str, Any]:
     timer = Timer(options.device)
     with torch.no_grad():
         vae.decode(x)
-        if options.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
         seconds = timer.of(lambda: vae.decode(x))
-    found = {"s": seconds, "frames per second": (4 * x.shape[2] - 3) / seconds}
-    if options.device == "cuda":
-        found["peak memory, GiB"] = torch.cuda.max_memory_allocated() / 2**30
-    return found
+        most = peak(lambda: vae.decode(x), options)
+    return {"s": seconds, "frames per second": (4 * x.shape[2] - 3) / seconds} | most
 
 
 def plan(options: Options) -> dict[str, Any]:
     """What the plan says that denoising needs, to be compared with the peaks of `sample` and `offload`."""
-    denoiser, x, cond = wan(options)
-    call = Call(constants=Constants())
-    with torch.no_grad(), Ledger({"denoiser": denoiser}) as ledger, Runtime(dtype="bfloat16").denoising():
-        if options.small:
-            for _ in range(2):
-                CFG(scale=5.0)(denoiser, x.cpu(), torch.ones(1), cond.to("cpu"), cond.to("cpu"), call)
-            return {"tensors besides the weights, GiB": ledger.peak / 2**30}
     sys.path.append(str(ROOT / "tests"))
     import tempfile
 
@@ -188,7 +174,9 @@ def plan(options: Options) -> dict[str, Any]:
     from fewstep.models.needs import DENOISING, needs
 
     with tempfile.TemporaryDirectory() as folder:
-        found = needs(read_card(published.wan(Path(folder), published.WAN_13B)), Runtime(dtype="bfloat16"))
+        card = read_card(published.wan(Path(folder), published.WAN_13B))
+        card = replace(card, num_frames=9, height=64, width=64) if options.small else card
+        found = needs(card, Runtime(dtype="bfloat16"))
     own = found.weights["denoiser"]
     return {
         "none, GiB": (own + found.working[DENOISING]) / 2**30,

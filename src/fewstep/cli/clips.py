@@ -26,7 +26,7 @@ from fewstep.models.adapters import is_layout
 from fewstep.models.bundle import VideoModel, read_card
 from fewstep.models.fitting import Memory, fitting
 from fewstep.models.runtime import effective, told
-from fewstep.models.sampling import Lead
+from fewstep.models.sampling import Lead, Request
 from fewstep.models.source import Diffusers
 
 if TYPE_CHECKING:
@@ -69,13 +69,14 @@ def sample(options: Sample) -> int:
     if options.dry_run:
         at_once = min(options.batch or TOGETHER, len(wanted))
         return show(options, card, clips=at_once, num_frames=options.num_frames, memory=options.memory)
+    times = Request(prompts=(), num_inference_steps=options.num_inference_steps, force=options.force).times(card)
     scale = _scale(options, card)
     spans = _spans(len(wanted), columns, card, scale)
     paths = [options.output if len(spans) == 1 else _numbered(options.output, i, len(spans)) for i in range(len(spans))]
     require_writable(paths[-1])
     runtime = runtime_of(options, options.student)
     model = VideoModel.load(card, options.student, trust=options.trust, runtime=runtime)
-    made = making(options, model)
+    made = making(options, model, times)
     warn_of_others(options, made)
     images, lead = _images(options, card, columns), _lead(options, model)
     done: list[Path] = []

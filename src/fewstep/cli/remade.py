@@ -25,7 +25,7 @@ _KEPT = (
 """Options that decide what is made, besides prompts and seeds."""
 
 
-def making(options: Sample, model: VideoModel) -> dict[str, Any]:
+def making(options: Sample, model: VideoModel, times: Sequence[float]) -> dict[str, Any]:
     """What made the clips, and what is needed to make them again besides prompts and seeds. Hashes the denoiser's weights."""
     given = {name: getattr(options, name) for name in _KEPT}
     given["scalar"] = tuple(f"{name}={value:g}" for name, value in sorted(scalars_of(options).items()))
@@ -34,7 +34,7 @@ def making(options: Sample, model: VideoModel) -> dict[str, Any]:
     return {
         "made by": "fewstep sample", "options": changed,
         "model": model.card.name, "denoiser": model.fingerprint("denoiser"), "arithmetic": model.runtime.dtype,
-        "device": str(model.device), "times": model.card.contract.times(options.num_inference_steps, force=options.force),
+        "device": str(model.device), "times": times,
         "versions": versions(),
     }  # fmt: skip
 
