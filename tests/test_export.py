@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from peft import get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import UMT5EncoderModel
 
 from fewstep.attention import BlockCausal
 from fewstep.cli import main
@@ -511,6 +513,50 @@ def test_two_experts_are_two_files(tuned: dict[str, Path], tmp_path: Path, monke
         back = convert_wan_transformer_to_diffusers(load_file(tmp_path / "whole" / file))
         original = student.denoiser.backbone.original().networks[folder].state_dict()
         assert back.keys() == original.keys() and all(torch.equal(back[key], original[key]) for key in original)
+
+
+@pytest.mark.parametrize("name", ["wan-shifted", "ltx-shifted", "wan_experts-guided", "animatediff-renoise"])
+def test_in_half_the_bytes_a_network_is_what_diffusers_would_make_of_it(
+    layouts: dict[str, Path], tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page loads it so, the codec stays exact, and it comes back with the fingerprint that the card says."""
+    student = student_of(layouts, CASES[name])
+    whole, half = student.export(tmp_path / "whole"), student.export(tmp_path / "half", dtype="bfloat16")
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, Any] = {}
+    exec(re.findall("```python\n(.*?)```", (half / "README.md").read_text(), re.DOTALL)[0], scope)
+    for part in student.denoiser.backbone.original().networks:
+        loaded, file = getattr(scope["pipe"], part), f"{part}/diffusion_pytorch_model.safetensors"
+        theirs = type(loaded).from_pretrained(whole / part, torch_dtype=torch.bfloat16).state_dict()
+        written = load_file(half / file)
+        assert theirs.keys() == written.keys() == loaded.state_dict().keys()
+        for key, value in loaded.state_dict().items():
+            assert value.dtype == theirs[key].dtype == written[key].dtype
+            assert torch.equal(value, theirs[key]) and torch.equal(value, written[key])
+        assert (half / file).stat().st_size < 0.7 * (whole / file).stat().st_size
+    assert scope["pipe"].vae.dtype == torch.float32
+    back = VideoModel.from_pretrained(half)
+    assert back.fingerprint("denoiser") == back.card.fingerprints["denoiser"] != student.fingerprint("denoiser")
+
+
+def test_every_file_can_have_half_the_bytes(tuned: dict[str, Path], tmp_path: Path) -> None:
+    """One file for ComfyUI, and a LoRA; a text encoder that its layout stores in half is loaded so."""
+    student = VideoModel.from_pretrained(tuned["wan"])
+    written = load_file(student.export(tmp_path / "wan", names="comfyui", dtype="float16") / "wan.safetensors")
+    assert written["blocks.0.self_attn.q.weight"].dtype == torch.float16
+    assert written["blocks.0.modulation"].dtype == torch.float32  # diffusers keeps it so
+    adapter = tuned["wan"] / "adapter"
+    export_lora(student, adapter, tmp_path / "lora", names="diffusers", dtype="bfloat16")
+    lora = load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
+    assert {value.dtype for value in lora.values()} == {torch.bfloat16}
+    layout = Path(student.card.sources["text"])
+    shutil.copytree(layout, tmp_path / "layout")
+    UMT5EncoderModel.from_pretrained(layout / "text_encoder").bfloat16().save_pretrained(
+        tmp_path / "layout/text_encoder"
+    )
+    moved = student.with_card(sources=dict.fromkeys(student.card.sources, str(tmp_path / "layout")))
+    page = (export_lora(moved, adapter, tmp_path / "other", names="diffusers") / "README.md").read_text()
+    assert 'torch_dtype={"text_encoder": torch.bfloat16})' in page and "import torch\n" in page
 
 
 def test_the_names_of_wans_authors_are_a_bijection(layouts: dict[str, Path], tmp_path: Path) -> None:

@@ -269,6 +269,8 @@ class Export(Loads):
     """Export only the LoRA, as a file to load on top of the teacher. Needs a student trained with settings.lora."""
     link: bool = False
     """Create links to the text encoder and codec instead of copies."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number type of the file. float32: the student as it was trained. The others: half the size, and rounded clips."""
     evaluation: Path | None = None
     """Folder written by `fewstep evaluate`. Adds its figures for this student to the card and to README.md."""
 

@@ -289,8 +289,11 @@ def export(options: arguments.Export) -> int:
         model = model.with_card(scores=model.card.scores | scores)
     recipe = (home / FILE).read_text(encoding="utf-8") if (home / FILE).is_file() else ""
     if options.lora:
-        return _made(adapters.export_lora(model, home / "adapter", options.folder, names=options.names, recipe=recipe))
-    return _made(model.export(options.folder, names=options.names, link=options.link, recipe=recipe))
+        files = {"names": options.names, "dtype": options.dtype}
+        return _made(adapters.export_lora(model, home / "adapter", options.folder, recipe=recipe, **files))
+    return _made(
+        model.export(options.folder, names=options.names, link=options.link, dtype=options.dtype, recipe=recipe)
+    )
 
 
 def check_lora(options: arguments.CheckLora) -> int:

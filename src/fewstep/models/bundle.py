@@ -285,7 +285,7 @@ class VideoModel:
                 prints[name] = self.card.fingerprints.get(name) or self.fingerprint(name)
                 continue
             tensors = {k: _stored(v, dtype) for k, v in part.state_dict().items()}
-            prints[name] = print_of(part, {k: tensors[k].to(v.dtype) for k, v in part.state_dict().items()})
+            prints[name] = print_of(part, part.state_dict(), {key: tensor.dtype for key, tensor in tensors.items()})
             save_file(tensors, folder / f"{name}.safetensors")
             settle(folder / f"{name}.safetensors")
             files[name] = stamp_of(folder / f"{name}.safetensors")
@@ -299,15 +299,17 @@ class VideoModel:
         *,
         names: Literal["diffusers", "comfyui"] = "diffusers",
         link: bool = False,
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         recipe: str = "",
     ) -> Path:
         """Write a folder in diffusers' layout that makes the same clips without this package; `from_pretrained` reads it.
 
         What was not trained is copied from its source (`link`: linked). ValueError where diffusers could not do the same.
-        With `comfyui` the denoiser alone, in one file, by its authors' names. `recipe` is the text of it, for the page.
+        With `comfyui` the denoiser alone, in one file, by its authors' names. The denoiser is stored as `dtype`: in half the
+        memory its clips differ by rounding. `recipe` is the text of it, for the page.
         """
         require_exact(self)
-        return adapters.export_model(self, Path(folder), names=names, link=link, recipe=recipe)
+        return adapters.export_model(self, Path(folder), names=names, link=link, dtype=dtype, recipe=recipe)
 
     @classmethod
     def from_pretrained(

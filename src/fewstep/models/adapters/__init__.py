@@ -118,15 +118,18 @@ def _network(part: nn.Module, source: str) -> Any:
     return network
 
 
-def export_model(model: VideoModel, folder: Path, *, names: str, link: bool, recipe: str = "") -> Path:
-    """See `VideoModel.export`."""
-    made: Path = adapter("export.exporting").export(model, folder, names=names, link=link, recipe=recipe)
+def export_model(model: VideoModel, folder: Path, **options: Any) -> Path:
+    """See `VideoModel.export`, whose options these are."""
+    made: Path = adapter("export.exporting").export(model, folder, **options)
     return made
 
 
-def export_lora(model: VideoModel, lora: Path, folder: Path, *, names: str, recipe: str = "") -> Path:
-    """Write a student's adapters, which lie in the folder `lora`, as a LoRA file that diffusers or ComfyUI reads."""
-    made: Path = adapter("export.exporting").export_lora(model, lora, folder, names=names, recipe=recipe)
+def export_lora(model: VideoModel, lora: Path, folder: Path, **options: Any) -> Path:
+    """Write a student's adapters, which lie in the folder `lora`, as a LoRA file that diffusers or ComfyUI reads.
+
+    Options: `names`, `dtype` and `recipe`, as of `VideoModel.export`.
+    """
+    made: Path = adapter("export.exporting").export_lora(model, lora, folder, **options)
     return made
 
 

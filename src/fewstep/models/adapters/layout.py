@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
 from fewstep.models.denoiser import Denoiser
-from fewstep.models.stored import Stored
+from fewstep.models.stored import Stored, open_tensors
+
+_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""Types of numbers as safetensors calls them."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,18 @@ class Layout:
     def guider(self) -> dict[str, Any]:
         """The settings of its guidance, where it has such a folder."""
         return _arguments(self.folder / "guider" / "guider_config.json")
+
+    def dtype(self, part: str) -> torch.dtype | None:
+        """The type of most numbers in the files of `part/`; None where there are none."""
+        numbers = Counter[str]()
+        for file in _weight_files(self.folder / part):
+            if file.is_file():
+                tensors = open_tensors(file)
+                for name in tensors.keys():  # noqa: SIM118 - it is no mapping
+                    piece = tensors.get_slice(name)
+                    numbers[piece.get_dtype()] += math.prod(piece.get_shape())
+        kinds = [_TYPES[kind] for kind, _ in numbers.most_common() if kind in _TYPES]
+        return kinds[0] if kinds else None
 
     def stored(self, part: nn.Module) -> Stored | None:
         """Weights of a part in their files; None where their names are not the part's own, or the part needs more."""

@@ -56,9 +56,11 @@ def file_names(folders: Sequence[str], names: Names, stem: str) -> dict[str, str
 
 
 @torch.no_grad()
-def write_lora(denoiser: Denoiser, adapter: Path, folder: Path, names: Names, stem: str) -> None:
-    """The adapters in the folder `adapter`, as a file for each network; their strength `alpha / rank` is multiplied into B, so
-    that no reader can miss it.
+def write_lora(
+    denoiser: Denoiser, adapter: Path, folder: Path, names: Names, stem: str, dtype: torch.dtype = torch.float32
+) -> None:
+    """The adapters in the folder `adapter`, as a file of `dtype` for each network; their strength `alpha / rank` is multiplied
+    into B, so that no reader can miss it.
 
     ValueError where diffusers could not run with them.
     """
@@ -75,7 +77,7 @@ def write_lora(denoiser: Denoiser, adapter: Path, folder: Path, names: Names, st
             )
         network, _, within = rename(layer).rpartition("/")
         scale = config["lora_alpha"] / config["r"] if end == "lora_B.weight" else 1.0
-        written[network or usual][f"{prefix}{within}.{end}"] = (scale * value).contiguous()
+        written[network or usual][f"{prefix}{within}.{end}"] = (scale * value).to(dtype).contiguous()
     for network, tensors in written.items():
         save_file(tensors, folder / files[network], {"format": "pt"})
 

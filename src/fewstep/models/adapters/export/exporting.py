@@ -21,13 +21,15 @@ from torch import Tensor
 from fewstep.attention import Dense
 from fewstep.core import dump
 from fewstep.core.atomic import new_folder, write_text
+from fewstep.models.adapters.export.narrow import Dtype, narrowed, own_types
 from fewstep.models.adapters.export.readme import readme
 from fewstep.models.adapters.export.usage import OWN_TIMES, Usage, original_of
 from fewstep.models.adapters.layout import Layout
 from fewstep.models.adapters.lora_file import Names, file_names, names_of, require_adapter, write_lora
 from fewstep.models.adapters.lora_reading import read_lora
+from fewstep.models.backbone import Original
 from fewstep.models.card import Card, parse_card
-from fewstep.models.fingerprint import describe
+from fewstep.models.fingerprint import describe, print_of
 
 if TYPE_CHECKING:
     from fewstep.models.bundle import VideoModel
@@ -39,7 +41,7 @@ _NOT_WRITTEN = ("motion_adapter",)
 """Parts of layouts whose weights the denoiser holds as well: a teacher's copy would contradict the student."""
 
 
-def export(model: VideoModel, folder: Path, *, names: Names, link: bool, recipe: str) -> Path:
+def export(model: VideoModel, folder: Path, *, names: Names, link: bool, dtype: Dtype, recipe: str) -> Path:
     """Write `model` in diffusers' layout, or its denoiser as one file by the names that its authors gave the weights.
 
     What the model did not change is copied from its source, or linked; `recipe` is the text of what made it, if known.
@@ -48,11 +50,11 @@ def export(model: VideoModel, folder: Path, *, names: Names, link: bool, recipe:
     if names == "comfyui":
         if link:
             raise ValueError("one file of weights has nothing to link; leave link out, or write diffusers' layout")
-        return _export_weights(model, folder, names, recipe)
+        return _export_weights(model, folder, names, dtype, recipe)
     _require_plain(model)
-    usage = _usage(model)
-    card, layout = _sealed(model), usage.layout
-    made: dict[str, Any] = {**usage.original.networks, **usage.schedulers()}
+    usage = _usage(model, dtype)
+    card, layout = _sealed(model, usage.original, dtype), usage.layout
+    networks, made = usage.original.networks, dict[str, Any](usage.schedulers())
     if usage.guider is not None:
         made["guider"] = usage.guider
     index = layout.index | {
@@ -61,16 +63,20 @@ def export(model: VideoModel, folder: Path, *, names: Names, link: bool, recipe:
         STAMP: dump(card),
     }
     with new_folder(folder) as draft:
+        for name, network in networks.items():
+            narrowed(network, dtype).save_pretrained(draft / name)
         for name, part in made.items():
             part.save_pretrained(draft / name)
-        for name in _folders(index, leave=made.keys()):
+        for name in _folders(index, leave={*networks, *made}):
             _bring(Layout.find(layout.source, (name,)).folder / name, draft / name, link=link)
         write_text(draft / "model_index.json", json.dumps(index, indent=2) + "\n")
         _describe(draft, card, folder.name, usage.pages(folder.name, folder.name), recipe)
     return folder
 
 
-def export_lora(model: VideoModel, adapter: Path, folder: Path, *, names: Names, recipe: str) -> Path:
+def export_lora(
+    model: VideoModel, adapter: Path, folder: Path, *, names: Names, dtype: Dtype = "float32", recipe: str = ""
+) -> Path:
     """Write the adapters of a student, which are in the folder `adapter`, as one file for its teacher's pipeline.
 
     Errors as in `export`; FileNotFoundError where there are no adapters.
@@ -81,7 +87,7 @@ def export_lora(model: VideoModel, adapter: Path, folder: Path, *, names: Names,
         raise ValueError(f"diffusers loads no LoRA into its {usage.pipeline}; export the whole student")
     _require_base(model, adapter, usage.layout)
     with new_folder(folder) as draft:
-        write_lora(model.denoiser, adapter, draft, names, folder.name)
+        write_lora(model.denoiser, adapter, draft, names, folder.name, getattr(torch, dtype))
         for name, scheduler in usage.schedulers().items():
             scheduler.save_pretrained(draft / name)
         _describe(draft, model.card, folder.name, usage.pages(usage.layout.source, folder.name, lora=True), recipe)
@@ -113,16 +119,19 @@ def _describe(draft: Path, card: Card, title: str, usage: Mapping[int, str], rec
         write_text(draft / RECIPE, recipe)
 
 
-def _export_weights(model: VideoModel, folder: Path, names: Names, recipe: str) -> Path:
+def _export_weights(model: VideoModel, folder: Path, names: Names, dtype: Dtype, recipe: str) -> Path:
     """The denoiser alone, a file for each of its networks; the card is in the files' metadata, and on the page."""
     _require_plain(model)
-    backbone, card = model.denoiser.backbone, _sealed(model)
+    backbone, original = model.denoiser.backbone, original_of(model)
+    card, types = _sealed(model, original, dtype), own_types(model.denoiser, original, dtype)
     rename = names_of(model.denoiser, names)
     files = file_names(backbone.folders, names, folder.name)  # type: ignore[arg-type]
     written: dict[str, dict[str, Tensor]] = {network: {} for network in files}
     for name, value in backbone.state_dict().items():
         network, _, within = rename(name).rpartition("/")
-        written[network or next(iter(files))][within] = value.contiguous()
+        written[network or next(iter(files))][within] = value.to(
+            types.get(f"backbone.{name}", value.dtype)
+        ).contiguous()
     with new_folder(folder) as draft:
         for network, tensors in written.items():
             save_file(tensors, draft / files[network], {"fewstep": json.dumps(dump(card))})
@@ -148,10 +157,10 @@ def _require_plain(model: VideoModel) -> None:
         )
 
 
-def _usage(model: VideoModel) -> Usage:
+def _usage(model: VideoModel, dtype: Dtype = "float32") -> Usage:
     """ValueError where plain diffusers could not make the same clips."""
     original_of(model)  # refuses fewstep's own networks, which have no layout to look for
-    usage = Usage(model, _layout(model))
+    usage = Usage(model, _layout(model), dtype)
     if usage.pipeline in OWN_TIMES:
         raise ValueError(
             f"{usage.pipeline} goes by times of its own and draws its noise itself; a folder of fewstep's own keeps this "
@@ -160,10 +169,11 @@ def _usage(model: VideoModel) -> Usage:
     return usage
 
 
-def _sealed(model: VideoModel) -> Card:
-    """The card as it goes out: everything in one folder."""
+def _sealed(model: VideoModel, original: Original, dtype: Dtype) -> Card:
+    """The card as it goes out: everything in one folder, the denoiser in the type that it is stored in."""
     prints = {name: model.card.fingerprints.get(name) or model.fingerprint(name) for name in model.parts}
-    prints["denoiser"] = model.fingerprint("denoiser")
+    stored = own_types(model.denoiser, original, dtype)
+    prints["denoiser"] = print_of(model.denoiser, model.weights("denoiser"), stored)
     parts = {name: describe(part) for name, part in model.parts.items()}
     return replace(model.card, parts=parts, sources={}, fingerprints=prints, files={})
 

@@ -9,9 +9,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import diffusers
+import torch
 from diffusers import ClassifierFreeGuidance, SchedulerMixin
 
 from fewstep.models.adapters.conditions.cogvideox_image import CogVideoXImage
+from fewstep.models.adapters.export.narrow import Dtype
 from fewstep.models.adapters.export.schedulers import ExactScheduler, exact_scheduler
 from fewstep.models.adapters.layout import Layout
 from fewstep.models.adapters.lora_file import file_names
@@ -49,6 +51,8 @@ class Usage:
 
     model: VideoModel
     layout: Layout
+    dtype: Dtype = "float32"
+    """Type in which the denoiser is stored."""
 
     def __post_init__(self) -> None:
         card = self.model.card
@@ -133,7 +137,11 @@ class Usage:
 
     def _code(self, steps: int, source: str, home: str, *, lora: bool) -> str:
         exact, folder, names = self.exact(steps), self._folder(steps), {self.pipeline}
-        lines = [f'pipe = {self.pipeline}.from_pretrained("{source}")']
+        types = self._types(lora=lora)
+        given = ", ".join(f'"{name}": {kind}' for name, kind in types.items())
+        lines = [
+            f'pipe = {self.pipeline}.from_pretrained("{source}"' + (f", torch_dtype={{{given}}})" if types else ")")
+        ]
         if lora:
             lines.append(f'pipe.load_lora_weights("{home}")')
             (_, *others) = file_names(tuple(self.original.networks), "diffusers", home).items()
@@ -151,9 +159,15 @@ class Usage:
             lines.append("set_timesteps = pipe.scheduler.set_timesteps")
             lines.append("pipe.scheduler.set_timesteps = lambda *_, device=None, sigmas=None, timesteps=None, **__: (")
             lines.append(f"    set_timesteps(device=device, {arguments}))")
-        return "\n".join(
-            [f"from diffusers import {', '.join(sorted(names))}", "", *lines, f"sampling = {self.options(steps)!r}"]
-        )
+        imports = [*(["import torch"] if types else []), f"from diffusers import {', '.join(sorted(names))}"]
+        return "\n".join([*imports, "", *lines, f"sampling = {self.options(steps)!r}"])
+
+    def _types(self, *, lora: bool) -> dict[str, torch.dtype]:
+        """In which type the pipeline shall load its networks: as each is stored; without those of float32, its default."""
+        types = {name: self.layout.dtype(name) for name, entry in self.layout.index.items() if isinstance(entry, list)}
+        if not lora:
+            types |= dict.fromkeys(self.original.networks, getattr(torch, self.dtype))
+        return {name: kind for name, kind in types.items() if kind not in (None, torch.float32)}
 
     def _folder(self, steps: int) -> str:
         return _SCHEDULER if steps == self.model.card.contract.steps else f"{_SCHEDULER}_{steps}"
