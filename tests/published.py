@@ -47,3 +47,15 @@ def wan(folder: Path, transformer: dict[str, Any]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content), encoding="utf-8")
     return folder
+
+
+SD15: dict[str, Any] = {
+    "sample_size": 64, "block_out_channels": (320, 640, 1280, 1280), "layers_per_block": 2, "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}  # fmt: skip
+"""`unet/config.json` of stable-diffusion-v1-5, where it differs from diffusers' default."""
+MOTION: dict[str, Any] = {
+    "block_out_channels": (320, 640, 1280, 1280), "motion_layers_per_block": 2, "motion_num_attention_heads": 8,
+    "motion_norm_num_groups": 32, "motion_max_seq_length": 32, "use_motion_mid_block": False,
+}  # fmt: skip
+"""`config.json` of guoyww/animatediff-motion-adapter-v1-5-3."""

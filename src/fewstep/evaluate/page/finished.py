@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from html import escape
-from importlib.resources import files
 from pathlib import Path
-from string import Template
 
 from fewstep.core.atomic import write_text
 from fewstep.evaluate.finished.figures import mean
@@ -15,6 +13,7 @@ from fewstep.evaluate.finished.findings import Finding, apart
 from fewstep.evaluate.finished.judge import Comparison, Shown, Video
 from fewstep.evaluate.finished.measures import BY_NAME, MEASURES, Measure
 from fewstep.evaluate.page.table import number
+from fewstep.evaluate.page.template import page
 
 FILE = "compare.html"
 TOLD = 4
@@ -23,15 +22,15 @@ TOLD = 4
 
 def write_page(found: Comparison, folder: Path | str) -> Path:
     """Write `compare.html` to the output folder of `compare_videos`. The page plays the copies in `videos/` beside it."""
-    template = Template(files("fewstep.evaluate.page").joinpath("finished.html").read_text(encoding="utf-8"))
     body = [_cases(found), _table(found), _controls(found), _distances(found), _method(found)]
-    page = template.substitute(
+    text = page(
+        "finished.html",
         title=escape(f"{', '.join(found.sides[1:])} compared with {found.sides[0]}"),
         verdict="".join(f"<li>{escape(line)}</li>" for line in found.verdict),
         body="\n".join(filter(None, body)),
     )
     path = Path(folder) / FILE
-    write_text(path, page)
+    write_text(path, text)
     return path
 
 

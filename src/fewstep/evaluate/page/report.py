@@ -6,9 +6,7 @@ import base64
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
-from importlib.resources import files
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from safetensors.torch import load_file
@@ -21,6 +19,7 @@ from fewstep.evaluate.page.animate import fitted, gif_bytes
 from fewstep.evaluate.page.earned import unearned
 from fewstep.evaluate.page.svg import Bar, Point, bars, curve, scatter
 from fewstep.evaluate.page.table import between, ends, number, percent, score, times, truth_cells
+from fewstep.evaluate.page.template import page
 from fewstep.evaluate.results import CLIPS, Range, Report, Row, load_report
 
 FILE = "report.html"
@@ -41,19 +40,19 @@ def write_report(folder: Path | str, *, run: Path | str | None = None, recipe: s
     if run is not None:
         sections += [_health(Path(run)), _curves(Path(run))]
     sections += [_method(report), _provenance(report, recipe)]
-    template = Template(files("fewstep.evaluate.page").joinpath("report.html").read_text(encoding="utf-8"))
     hero = best_student(report)
-    page = template.substitute(
+    text = page(
+        "report.html",
         title=escape(f"{hero.model}: few-step report" if hero else "fewstep report"),
         lead=escape(lead(report, hero)),
         facts="".join(
             f'<div class="card"><b>{escape(a)}</b><span>{escape(b)}</span></div>' for a, b in _facts(report, hero)
         ),
-        columns=max(1, len(clips)),
+        columns=str(max(1, len(clips))),
         body="\n".join(sections),
     )
     path = folder / FILE
-    write_text(path, page)
+    write_text(path, text)
     return path
 
 

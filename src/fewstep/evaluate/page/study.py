@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from importlib.resources import files
 from pathlib import Path
-from string import Template
 
 from fewstep.core.atomic import write_text
 from fewstep.evaluate.finished.study import COPIES, RATERS, Study
+from fewstep.evaluate.page.template import page
 
 FILE = "study.html"
 
@@ -19,7 +18,6 @@ def write_study_page(study: Study, folder: Path | str) -> Path:
     tree = {"id": study.id, "questions": study.questions, "pairs": pairs}
     # In a script element, "</script>" in a prompt would end it.
     text = json.dumps(tree).replace("<", "\\u003c")
-    template = Template(files("fewstep.evaluate.page").joinpath("study.html").read_text(encoding="utf-8"))
     path = Path(folder) / RATERS / FILE
-    write_text(path, template.substitute(study=text))
+    write_text(path, page("study.html", study=text))
     return path
