@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,8 +23,19 @@ from fewstep.engine.prepare import prepare
 from fewstep.methods import DMD2, Consistency, Nets, Progressive, Reconstruction
 from fewstep.models import Denoiser, Lora, VideoModel, fingerprint
 from fewstep.models.averaging import blend
-from fewstep.models.lora import LoraLinear, adapt, adapters, duplicate, load_adapter, merge, save_adapter, weaken
+from fewstep.models.lora import (
+    LoraLinear,
+    Merged,
+    adapt,
+    adapters,
+    duplicate,
+    load_adapter,
+    merge,
+    save_adapter,
+    weaken,
+)
 from fewstep.models.spread import Spread
+from fewstep.models.stored import write_tensors
 from fewstep.world.data import WorldClips
 from support_engine import FRAMES, small, tiny_model
 from support_gaussian import ONE_STEP
@@ -95,6 +107,35 @@ def test_merged_weights_compute_the_same(base: Denoiser) -> None:
     assert not torch.allclose(call(whole), call(base), atol=1e-3)
     assert {name for name, _ in whole.named_parameters()} == {name for name, _ in base.named_parameters()}
     assert merge(base, base) is base
+
+
+def test_merged_weights_are_written_one_at_a_time(base: Denoiser, tmp_path: Path) -> None:
+    """The same bits as those of a merged network, which is never in memory."""
+    network, seen = moved(adapt(base, LORA, Rng(0))), list[weakref.ref[Tensor]]()
+    weights, here = Merged(base.state_dict(), network), {x.data_ptr() for x in base.state_dict().values()}
+
+    def read(name: str) -> Tensor:
+        value = weights[name]
+        if value.data_ptr() not in here:
+            seen.append(weakref.ref(value))
+        assert sum(ref() is not None for ref in seen) <= 2  # the one before is let go of when this one is there
+        return value
+
+    write_tensors(tmp_path / "file.safetensors", base.state_dict(), read)
+    written, whole = load_file(tmp_path / "file.safetensors"), merge(base, network).state_dict()
+    assert len(seen) == len(adapters(network)) > 4 and written.keys() == whole.keys()
+    assert all(torch.equal(written[name], whole[name]) for name in whole)
+
+
+def test_written_tensors_are_read_by_safetensors(tmp_path: Path) -> None:
+    tensors = {
+        "none": torch.zeros(0, 3), "one": torch.tensor(1.5), "half": torch.randn(3, 5).bfloat16(), "yes": torch.tensor([True]),
+        "turned": torch.randn(4, 6).T, "narrow": torch.arange(-3, 4, dtype=torch.int8), "wide": torch.ones(2).double(),
+    }  # fmt: skip
+    write_tensors(tmp_path / "file.safetensors", tensors, tensors.__getitem__)
+    read = load_file(tmp_path / "file.safetensors")
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[name], value) and read[name].dtype == value.dtype for name, value in tensors.items())
 
 
 def test_weak_adapters_lie_between_and_follow(base: Denoiser) -> None:

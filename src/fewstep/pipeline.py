@@ -10,6 +10,7 @@ from fewstep.core.build import RecipeError, digest
 from fewstep.core.env import place
 from fewstep.data import Data
 from fewstep.engine import Settings
+from fewstep.engine.loop import result_from
 from fewstep.engine.prepare import require_same
 from fewstep.engine.probe import WorldProbe
 from fewstep.engine.result import result_of, role_of
@@ -123,20 +124,19 @@ class Pipeline(Written):
 
         A finished stage is not run again. To run it again, delete its folder and the folders of later stages.
         """
+        *_, last = self.stages.values()
+        return result_from(self.complete(output, quiet=quiet), last.settings.device)
+
+    def complete(self, output: Path | str, *, quiet: bool = False) -> Path:
+        """Run the stages, and return the folder of the last one's result."""
         output = Path(output)
         self.check()
         if place().rank == 0:
             self._claim(output)
-        student = None
         for planned in self.plan(output):
-            done = planned.recipe.finished(planned.folder)
-            student = None if done else planned.recipe.run(planned.folder, quiet=quiet)
-        return VideoModel.from_pretrained(self.student(output)) if student is None else student
-
-    def student(self, output: Path) -> Path:
-        """The folder of the last stage's result."""
-        *_, last = self.plan(output)
-        return last.result
+            if not planned.recipe.finished(planned.folder):
+                planned.recipe.complete(planned.folder, quiet=quiet)
+        return planned.result
 
     def _claim(self, output: Path) -> None:
         """Write this recipe to `output`. Each stage checks its own folder."""

@@ -16,10 +16,10 @@ from fewstep.core.env import place
 from fewstep.core.lock import holding
 from fewstep.core.yaml import read_text
 from fewstep.data import Data, require
-from fewstep.engine import Settings, train
+from fewstep.engine import Settings
+from fewstep.engine.loop import complete, result_from
 from fewstep.engine.prepare import require_possible, require_processes
 from fewstep.engine.probe import WorldProbe
-from fewstep.engine.result import result_of
 from fewstep.evaluate.machine import describe_machine, versions
 from fewstep.methods.base import Method
 from fewstep.models.bundle import VideoModel
@@ -79,28 +79,32 @@ class Recipe(Written):
 
     def run(self, output: Path | str, *, quiet: bool = False) -> VideoModel:
         """Train and return the student. The same call resumes a stopped run. The result is also in `output/student`."""
+        return result_from(self.complete(output, quiet=quiet), self.settings.device)
+
+    def complete(self, output: Path | str, *, quiet: bool = False) -> Path:
+        """Train, and return the folder of the result."""
         output = Path(output)
         self.check()
         if output.exists() and not output.is_dir():
             raise RecipeError(f"{output} is a file; give a folder as output")
         require_processes(self.settings)
         with holding(output) if place().rank == 0 else nullcontext():
-            return self._run(output, quiet=quiet)
+            return self._complete(output, quiet=quiet)
 
-    def _run(self, output: Path, *, quiet: bool) -> VideoModel:
+    def _complete(self, output: Path, *, quiet: bool) -> Path:
         leads = place().rank == 0
         if leads:
             self._claim(output)
         whole = self.settings.lora is not None or self.settings.transforms  # which may change every weight
         cut = place().world_size > 1 and self.method.part == "denoiser" and not whole
         model = self.model.load(leave=("denoiser",) if cut else ())  # each process then keeps its share only
-        student = train(
+        folder = complete(
             model, self.method, self.data, self.settings, output,
             probe=self.probe, provenance=self._provenance(model), quiet=quiet,
         )  # fmt: skip
         if leads:
-            self.save(output / result_of(self.method, model.card))
-        return student
+            self.save(folder)
+        return folder
 
     def finished(self, output: Path) -> bool:
         """Whether `output` has the complete result of exactly this recipe."""

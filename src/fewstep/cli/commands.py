@@ -45,7 +45,6 @@ def demo(options: arguments.Demo) -> int:
 
 def train(options: arguments.Train, overrides: Overrides) -> int:
     from fewstep.core.peers import part_company
-    from fewstep.models.results import result_in
     from fewstep.pipeline import Pipeline, read
 
     if options.strict and options.allow_fallback:
@@ -65,10 +64,9 @@ def train(options: arguments.Train, overrides: Overrides) -> int:
             raise UsageError(
                 f"--{option} works only with --dry-run, which prints what a run needs; add --dry-run, or leave --{option} out"
             )
-    recipe.run(output, quiet=options.quiet)
+    made = recipe.complete(output, quiet=options.quiet)
     part_company()
-    made = recipe.student(output) if isinstance(recipe, Pipeline) else result_in(output)
-    return _made(made or output)
+    return _made(made)
 
 
 def prepare(options: arguments.Prepare) -> int:

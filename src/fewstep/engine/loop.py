@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from fewstep.core import Rng
 from fewstep.core.atomic import replacing_folder
+from fewstep.core.env import place
 from fewstep.core.finite import require_finite
 from fewstep.core.stopping import Request, Terminated, on_request, saying
 from fewstep.data.base import Data, require
@@ -43,14 +44,31 @@ def train(
     provenance: dict[str, str] | None = None,
     quiet: bool = False,
 ) -> VideoModel:
-    """Train the method's student and return it. The same call resumes a run that was killed.
+    """Train the method's student and return it: `complete`, and its result from the disk. The same call resumes a run that
+    was killed. With several processes, only the leader gets the denoiser's weights, in main memory.
+    """
+    folder = complete(model, method, data, settings, output, probe=probe, provenance=provenance, quiet=quiet)
+    return result_from(folder, settings.device)
+
+
+def complete(
+    model: VideoModel,
+    method: Method,
+    data: Data,
+    settings: Settings,
+    output: Path | str,
+    *,
+    probe: Probe | None = None,
+    provenance: dict[str, str] | None = None,
+    quiet: bool = False,
+) -> Path:
+    """Train the method's student and return the folder that it was written to.
 
     Under `torchrun` every process calls it with the same arguments, and `output` is on a file system that all of them see.
     Writes to `output`: `metrics.jsonl`, `tensorboard/`, `previews/`, `checkpoints/`, `health.json`, `health/`,
     `effective.json`, `best/`, and the result: `student/`, `teacher/` or the trained part (`result_of`). With a probe, the
-    returned model is the best one by the probe's rule. Otherwise it is the last one, or the best so far if the last one fails
-    its health check (`settings.health`). With several processes,
-    only the leader gets the denoiser's weights, in main memory. `model` becomes the frozen teacher. SIGTERM saves a
+    result is the best one by the probe's rule. Otherwise it is the last one, or the best so far if the last one fails
+    its health check (`settings.health`). `model` becomes the frozen teacher. SIGTERM saves a
     checkpoint after the current iteration and raises Terminated. Raises ValueError if a setting cannot take effect,
     NonFiniteError if a number is not finite, CheckpointError if `output` belongs to another run, OSError if the disk is too
     small.
@@ -149,9 +167,9 @@ def judge(run: Run, probe: Probe, log: RunLog) -> None:
         log.say(f"step {run.step}: best so far, " + ", ".join(f"{name} {score:.3f}" for name, score in scores.items()))
 
 
-def finish(run: Run) -> VideoModel:
-    """Write the result (`result_of`): the best student by the probe's rule, or the last one, or the best so far if the last one
-    fails its health check."""
+def finish(run: Run) -> Path:
+    """Write the result (`result_of`) to its folder: the best student by the probe's rule, or the last one, or the best so far
+    if the last one fails its health check."""
     if run.method.part == "codec":
         calibrate(run)
     folder = run.output / result_of(run.method, run.model.card)
@@ -161,10 +179,16 @@ def finish(run: Run) -> VideoModel:
         with replacing_folder(folder) as draft:
             shutil.copytree(run.output / "best", draft, dirs_exist_ok=True)
     run.processes.barrier()
-    if not run.processes.leads:
+    return folder
+
+
+def result_from(folder: Path, device: str) -> VideoModel:
+    """The result of a run, on its device, or with several processes in the leader's main memory."""
+    here = place()
+    if here.rank != 0:
         return VideoModel.from_pretrained(folder, leave=("denoiser",))
     student = VideoModel.from_pretrained(folder)
-    return student if run.processes.world > 1 else student.to(run.settings.device)  # it may not fit beside the shards
+    return student if here.world_size > 1 else student.to(device)
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ from fewstep.engine.views import Listener, Views
 from fewstep.methods.base import Method, Nets, Sync, Update
 from fewstep.models import VideoModel
 from fewstep.models.averaging import blend
-from fewstep.models.lora import merge, save_adapter
+from fewstep.models.lora import Merged, merge, mergeable, save_adapter
 from fewstep.models.spread import Spread
 
 
@@ -150,7 +150,7 @@ class Run:
 
         The student is moved to the run's device; an average that stays elsewhere goes back when the next iteration begins.
         """
-        made = self._with(self._result.to(self.settings.device))
+        made = self._with(merge(self.base, self._result.to(self.settings.device)))
         if self.settings.lora is not None:  # adapters are merged where the exact weights wait
             made.denoiser.to(self.settings.device)
         return made
@@ -163,7 +163,7 @@ class Run:
         network = whole(self._result, self.shell, self.processes)
         if self.processes.leads:
             with replacing_folder(folder) as draft:
-                self._with(network).save(draft)
+                self._saved(network).save(draft)
                 if self.settings.lora is not None:
                     save_adapter(network, draft / "adapter", self.model.card.name)
 
@@ -176,7 +176,6 @@ class Run:
         if self.method.part != "denoiser":
             return self.model.with_part(self.method.part, network, provenance=self.provenance)
         contract = self.method.contract(card.contract)
-        network = merge(self.base, network)
         return self.model.with_part(
             "denoiser",
             network,
@@ -185,6 +184,14 @@ class Run:
             provenance=self.provenance,
             scores=dict(self.best),
         )
+
+    def _saved(self, network: nn.Module) -> VideoModel:
+        """The model to be saved. Weights with adapters in them are computed one by one, when they are read."""
+        if self.settings.lora is None or not mergeable(self.base, network):
+            return self._with(merge(self.base, network))
+        made = self._with(self.base)
+        made.stored["denoiser"] = Merged(self.base.state_dict(), network)
+        return made
 
     @property
     def changing(self) -> dict[str, nn.Module]:

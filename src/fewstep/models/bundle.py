@@ -16,12 +16,11 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fewstep.compress import Transform, transformed
 from fewstep.core import Cond, dump
-from fewstep.core.atomic import settle
+from fewstep.core.atomic import replacing
 from fewstep.core.call import Runner, every_block
 from fewstep.core.shipped import command_for
 from fewstep.core.stamp import stamp_of
@@ -42,7 +41,7 @@ from fewstep.models.runtime import Dtype, Runtime, decoded, require_exact, settl
 from fewstep.models.sampling import Request, sampling
 from fewstep.models.scalars import scalar_conditions
 from fewstep.models.spec import lacking
-from fewstep.models.stored import Stored
+from fewstep.models.stored import write_tensors
 from fewstep.models.text import TextEncoder
 
 BUILT_IN = Path(__file__).parent.parent / "world" / "weights"
@@ -67,8 +66,8 @@ class VideoModel:
         self.parts = {name: part.eval() for name, part in parts.items()}
         self.runtime = runtime
         """How the model is run."""
-        self.stored: dict[str, Stored] = {}
-        """Weights in their files: of parts that have no memory for them (on the meta device), or have them rounded."""
+        self.stored: dict[str, Mapping[str, Tensor]] = {}
+        """Weights elsewhere, mostly in their files: of parts that have no memory for them, or have them rounded."""
         self.rounded: dict[str, str] = {}
         """Fingerprints of parts that have their weights rounded, and nowhere else."""
 
@@ -284,10 +283,11 @@ class VideoModel:
             if name in elsewhere:
                 prints[name] = self.card.fingerprints.get(name) or self.fingerprint(name)
                 continue
-            tensors = {k: _stored(v, dtype) for k, v in part.state_dict().items()}
-            prints[name] = print_of(part, part.state_dict(), {key: tensor.dtype for key, tensor in tensors.items()})
-            save_file(tensors, folder / f"{name}.safetensors")
-            settle(folder / f"{name}.safetensors")
+            own, tensors = part.state_dict(), self.weights(name)
+            like = {k: v.to("meta", dtype if v.is_floating_point() else v.dtype) for k, v in own.items()}
+            prints[name] = print_of(part, tensors, {key: empty.dtype for key, empty in like.items()})
+            with replacing(folder / f"{name}.safetensors") as draft:
+                write_tensors(draft, like, tensors.__getitem__)
             files[name] = stamp_of(folder / f"{name}.safetensors")
         card = replace(card, fingerprints=prints, files=files, transforms=self.transforms)
         (folder / "card.json").write_text(json.dumps(dump(card), indent=2) + "\n")
@@ -355,7 +355,3 @@ def folder_of(source: Path | str) -> Path:
             f"in diffusers' layout (with model_index.json), a hub name (owner/name), or a built-in: {', '.join(_BUILT_INS)}."
         )
     return folder
-
-
-def _stored(value: Tensor, dtype: torch.dtype) -> Tensor:
-    return (value.to(dtype) if value.is_floating_point() else value).detach().cpu().contiguous().clone()

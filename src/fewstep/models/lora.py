@@ -182,6 +182,30 @@ def merge(base: nn.Module, network: nn.Module) -> nn.Module:
     return updated(base, layers) if layers else network
 
 
+def mergeable(base: nn.Module, network: nn.Module) -> bool:
+    """Whether every layer with an adapter has a float weight, to which the update can be added."""
+    return all(base.get_submodule(name)._parameters.get("weight") is not None for name in adapters(network))
+
+
+class Merged(Mapping[str, Tensor]):
+    """Weights with the adapters of a network in them, each computed when it is asked for: as `merge` does, for those that are
+    `mergeable`."""
+
+    def __init__(self, weights: Mapping[str, Tensor], network: nn.Module) -> None:
+        self._weights, self._layers = weights, adapters(network)
+
+    @torch.no_grad()
+    def __getitem__(self, name: str) -> Tensor:
+        value, layer = self._weights[name], self._layers.get(name.removesuffix(".weight"))
+        return value if layer is None else value + layer.update.to(value).view_as(value)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
 def updated(base: _Network, layers: Mapping[str, LoraLinear] | Mapping[str, LowRank]) -> _Network:
     """A copy of `base` with each update added to the weight of the layer it is named after."""
     whole = copy.deepcopy(base)

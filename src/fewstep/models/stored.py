@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -14,6 +15,12 @@ from torch import Tensor, nn
 from fewstep.core import RecipeError
 from fewstep.core.env import place
 from fewstep.core.stamp import stamp_of
+
+KINDS = {
+    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+"""Types of numbers as safetensors calls them."""
 
 
 def open_tensors(path: Path) -> Any:
@@ -30,6 +37,23 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file. Errors as of `open_tensors`."""
     file = open_tensors(path)
     return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+
+
+def write_tensors(path: Path, like: Mapping[str, Tensor], read: Callable[[str], Tensor]) -> None:
+    """A safetensors file of what `read` gives for each name, with the shapes and dtypes of `like`: one tensor at a time, so a
+    network that is computed while it is written (`lora.Merged`) is never in memory as a whole.
+    """
+    header, end = dict[str, Any](), 0
+    for name, tensor in like.items():
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": KINDS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in like.items():
+            value = read(name).detach().to("cpu", tensor.dtype).contiguous()
+            file.write(value.flatten().view(torch.uint8).numpy().data)
 
 
 class Stored(Mapping[str, Tensor]):

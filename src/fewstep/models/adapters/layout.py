@@ -16,10 +16,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
 from fewstep.models.denoiser import Denoiser
-from fewstep.models.stored import Stored, open_tensors
-
-_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-"""Types of numbers as safetensors calls them."""
+from fewstep.models.stored import KINDS, Stored, open_tensors
 
 
 @dataclass(frozen=True)
@@ -68,8 +65,8 @@ class Layout:
                 for name in tensors.keys():  # noqa: SIM118 - it is no mapping
                     piece = tensors.get_slice(name)
                     numbers[piece.get_dtype()] += math.prod(piece.get_shape())
-        kinds = [_TYPES[kind] for kind, _ in numbers.most_common() if kind in _TYPES]
-        return kinds[0] if kinds else None
+        types = {kind: dtype for dtype, kind in KINDS.items() if dtype.is_floating_point}
+        return next((types[kind] for kind, _ in numbers.most_common() if kind in types), None)
 
     def stored(self, part: nn.Module) -> Stored | None:
         """Weights of a part in their files; None where their names are not the part's own, or the part needs more."""
