@@ -14,7 +14,7 @@ import torch
 from fewstep.attention import BlockCausal
 from fewstep.compress import ScalarInput
 from fewstep.core import Call, Seeds
-from fewstep.core.call import Place, S
+from fewstep.core.call import Constants, Place, S
 from fewstep.diffusion import CFG, EDM, Contract, Heun, Prediction
 from fewstep.models import VideoModel, sampling
 from fewstep.models.repattern import repattern
@@ -175,6 +175,21 @@ def test_the_text_is_read_once_in_a_run(family: str, words: str) -> None:
     assert counted.calls == {words: blocks}
     model.latents(PROMPTS)
     assert counted.calls == {words: 2 * blocks}, "another run has its own"
+
+
+def test_each_expert_reads_the_text_once() -> None:
+    """They take turns at 0.6. What the first one kept is gone when the second begins."""
+    model, seen = load_tiny("wan_experts"), []
+    model = model.with_card(contract=Contract(steps=5, guidance=CFG(scale=3.0)))
+    counted = Counted(model.denoiser, "attn2.to_k", "text_embedder.linear_1")
+    with mock.patch.object(sampling, "Constants", side_effect=lambda: seen.append(Constants()) or seen[-1]):
+        model.latents(PROMPTS)
+    blocks = len(model.denoiser.backbone.blocks)
+    assert counted.calls == {"attn2.to_k": 2 * blocks, "text_embedder.linear_1": 2}
+    ((route, kept),) = seen[0].kept.values()
+    assert route == ((), (0, 1, 2, 3)) and {key[1:] for key in kept.kept if key[0] == "both"} == {
+        ("text", layer) for layer in range(blocks)
+    }
 
 
 def test_runs_in_turns_keep_their_own_values() -> None:

@@ -13,20 +13,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fewstep.attention import NAG
 from fewstep.cli.command import UsageError
 from fewstep.cli.commands import _made, _prompts
 from fewstep.cli.pace import Tell, telling
 from fewstep.cli.remade import making, note_of, remade, scalars_of, warn_of_others
 from fewstep.cli.running import runtime_of, show
 from fewstep.core.atomic import require_writable
+from fewstep.core.build import At
 from fewstep.core.stopping import saying
 from fewstep.data.video import FORMATS, LARGEST_SIDE, read_image, write_video
 from fewstep.diffusion import Step
 from fewstep.models.adapters import is_layout
 from fewstep.models.bundle import VideoModel, read_card
 from fewstep.models.fitting import Memory, fitting
+from fewstep.models.networks import network_class
 from fewstep.models.runtime import effective, told
-from fewstep.models.sampling import Lead, Request
+from fewstep.models.sampling import Lead, Request, require_nag
 from fewstep.models.source import Diffusers
 
 if TYPE_CHECKING:
@@ -110,6 +113,7 @@ def _clips(model: VideoModel, wanted: Wanted, options: Sample, more: dict[str, A
     steps = model.sampling(
         wanted.prompts, **more, num_inference_steps=options.num_inference_steps, num_frames=options.num_frames,
         guidance_scale=options.guidance_scale, scalars=scalars_of(options), seed=wanted.seeds, force=options.force,
+        nag=_nag(options),
     )  # fmt: skip
     for step in steps:
         tell(f"clips with seeds {wanted.seeds[0]} to {wanted.seeds[-1]}", step.index + 1, step.steps, "steps")
@@ -163,6 +167,7 @@ def _check(options: Sample, count: int) -> None:
     if options.fps is not None and not 0 < options.fps <= 1000:
         raise UsageError(f"--fps must be above 0 and at most 1000, got {options.fps}")
     scalars_of(options)
+    _nag(options)
 
 
 def _preset(options: Sample) -> Card:
@@ -187,15 +192,30 @@ def _sized(card: Card, options: Sample) -> Card:
             "--force"
         )
     changes: dict[str, Any] = {"height": height, "width": width}
+    if options.nag_scale is not None:
+        require_nag(network_class(card.parts["denoiser"].type, At("card.json", "parts.denoiser.type")))
     if options.negative_prompt is not None:
         guided = card.contract.guidance.active if options.guidance_scale is None else options.guidance_scale != 1
-        if not guided:
+        if not guided and options.nag_scale is None:
             raise UsageError(
                 f"--negative-prompt: {card.name!r} is sampled without guidance, so it reads no negative prompt. Leave it out, "
-                "or apply guidance on top (--guidance-scale 2 --force), which takes two calls per step"
+                "or apply guidance on top (--guidance-scale 2 --force), which takes two calls per step, or push the attention to "
+                f"the prompt away from it (--nag-scale {NAG().scale:g}), which takes one"
             )
         changes["negative_prompt"] = options.negative_prompt
     return replace(card, **changes)
+
+
+def _nag(options: Sample) -> NAG | None:
+    """UsageError for numbers that NAG does not take, and for some without a scale."""
+    given = {name: getattr(options, f"nag_{name}") for name in ("scale", "tau", "alpha")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given and "scale" not in given:
+        raise UsageError(f"--nag-{next(iter(given))} changes NAG, which is off; give --nag-scale too")
+    try:
+        return NAG(**given) if given else None
+    except ValueError as error:
+        raise UsageError(f"--nag-scale, --nag-tau, --nag-alpha: {error}") from None
 
 
 def _scale(options: Sample, card: Card) -> int:

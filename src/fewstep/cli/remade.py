@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 _KEPT = (
     "student", "preset", "teacher", "teacher_steps", "image", "last_image", "num_inference_steps", "guidance_scale",
-    "negative_prompt", "scalar", "num_frames", "height", "width", "fps", "scale", "force", "dtype", "tiling", "attention",
+    "negative_prompt", "nag_scale", "nag_tau", "nag_alpha", "scalar", "num_frames", "height", "width", "fps", "scale", "force",
+    "dtype", "tiling", "attention",
 )  # fmt: skip
 """Options that decide what is made, besides prompts and seeds."""
 
