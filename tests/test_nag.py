@@ -21,7 +21,7 @@ from fewstep.diffusion import CFG, Contract
 from fewstep.models import VideoModel, sampling
 from fewstep.models.bundle import read_card
 from fewstep.models.offload import Blockwise
-from fewstep.models.sampling import require_nag
+from fewstep.models.sampling import Lead, require_nag
 from support_engine import tiny_model
 from tiny_models import load_tiny, save_tiny
 
@@ -154,6 +154,13 @@ def test_with_guidance_the_negative_pass_is_as_it_was(family: str) -> None:
         seen.append(model.denoiser(step.prediction.x_t, t, cond, Call(negative=Negative(uncond, nag))).raw)
         seen.append(model.denoiser(step.prediction.x_t, t, uncond).raw)
     torch.testing.assert_close(step.prediction.raw, seen[1] + 3 * (seen[0] - seen[1]), rtol=1e-4, atol=1e-4)
+
+
+def test_the_teacher_s_first_steps_are_plain() -> None:
+    model, _ = student("world")
+    teacher = tiny_model(seed=1).with_card(contract=Contract(guidance=CFG(scale=3.0)))
+    plain, pushed = (list(model.sampling(PROMPTS, lead=Lead(teacher, 2), nag=nag)) for nag in (None, STRONG))
+    assert [torch.equal(a.x, b.x) for a, b in zip(plain, pushed, strict=True)] == [True, True, False]
 
 
 @pytest.mark.parametrize("family", ["world", "wan_experts"])

@@ -71,13 +71,13 @@ def sample(options: Sample) -> int:
     card = _sized(_preset(options), options)
     if options.dry_run:
         at_once = min(options.batch or TOGETHER, len(wanted))
-        return show(options, card, clips=at_once, num_frames=options.num_frames, memory=options.memory)
+        return show(options, _planned(card, options), clips=at_once, nag=_nag(options))
     times = Request(prompts=(), num_inference_steps=options.num_inference_steps, force=options.force).times(card)
     scale = _scale(options, card)
     spans = _spans(len(wanted), columns, card, scale)
     paths = [options.output if len(spans) == 1 else _numbered(options.output, i, len(spans)) for i in range(len(spans))]
     require_writable(paths[-1])
-    runtime = runtime_of(options, options.student)
+    runtime = runtime_of(options, options.student, card=_planned(card, options))
     model = VideoModel.load(card, options.student, trust=options.trust, runtime=runtime)
     made = making(options, model, times)
     warn_of_others(options, made)
@@ -204,6 +204,13 @@ def _sized(card: Card, options: Sample) -> Card:
             )
         changes["negative_prompt"] = options.negative_prompt
     return replace(card, **changes)
+
+
+def _planned(card: Card, options: Sample) -> Card:
+    """The card with the options' number of frames and guidance, for a plan of memory."""
+    asked = Request(prompts=(), guidance_scale=options.guidance_scale, force=options.force)
+    contract = replace(card.contract, guidance=asked.guidance(card))
+    return replace(card, num_frames=options.num_frames or card.num_frames, contract=contract)
 
 
 def _nag(options: Sample) -> NAG | None:

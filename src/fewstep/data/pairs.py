@@ -243,12 +243,13 @@ class _Teacher:
         noise = Seeds(tuple(seeds), device)
         kept: list[Tensor] = []
 
-        runner = self.model.runner()
+        runner, calls = self.model.runner(), self.model.runtime.guidance_calls
 
         def denoise(x_t: Tensor, t: Tensor, call: Call) -> Prediction:
             self.model.bring("denoiser")
             with self.model.runtime.denoising():
-                return course.guidance(self.model.denoiser, x_t, t, cond, uncond, replace(call, runner=runner))
+                call = replace(call, runner=runner)
+                return course.guidance(self.model.denoiser, x_t, t, cond, uncond, call, calls=calls)
 
         start = self.model.denoiser.path.prior(noise.randn((len(prompts), *self.shape), "start"))
         for step in course.sampler.sampling(denoise, start, course.grid, rng=noise):

@@ -145,7 +145,7 @@ def _denoising(model: VideoModel, request: Request, guidance: CFG) -> Denoise:
         call = replace(call, runner=runner, shared=request.shared, constants=constants, negative=negative)
         model.bring("denoiser")
         with evaluating(model.denoiser), model.runtime.denoising():
-            return guidance(model.denoiser, x_t, t, cond, uncond, call)
+            return guidance(model.denoiser, x_t, t, cond, uncond, call, calls=model.runtime.guidance_calls)
 
     return denoise
 
