@@ -22,13 +22,15 @@ from fewstep.cli.running import runtime_of, show
 from fewstep.core.atomic import require_writable
 from fewstep.core.build import At
 from fewstep.core.stopping import saying
+from fewstep.data.text_folder import TextFolder, filled
 from fewstep.data.video import FORMATS, LARGEST_SIDE, read_image, write_video
 from fewstep.diffusion import Step
 from fewstep.models.adapters import is_layout
 from fewstep.models.bundle import VideoModel, read_card
 from fewstep.models.fitting import Memory, fitting
+from fewstep.models.needs import Encoder, Plan
 from fewstep.models.networks import network_class
-from fewstep.models.runtime import effective, told
+from fewstep.models.runtime import Runtime, effective, told
 from fewstep.models.sampling import Lead, Request, require_nag
 from fewstep.models.source import Diffusers
 
@@ -71,17 +73,19 @@ def sample(options: Sample) -> int:
     card = _sized(_preset(options), options)
     if options.dry_run:
         at_once = min(options.batch or TOGETHER, len(wanted))
-        return show(options, _planned(card, options), clips=at_once, nag=_nag(options))
+        plan: Plan = {"clips": at_once, "nag": _nag(options), "encoder": _encoder(options, card, wanted)}
+        return show(options, _planned(card, options), **plan)
     times = Request(prompts=(), num_inference_steps=options.num_inference_steps, force=options.force).times(card)
     scale = _scale(options, card)
     spans = _spans(len(wanted), columns, card, scale)
     paths = [options.output if len(spans) == 1 else _numbered(options.output, i, len(spans)) for i in range(len(spans))]
     require_writable(paths[-1])
-    runtime = runtime_of(options, options.student, card=_planned(card, options))
-    model = VideoModel.load(card, options.student, trust=options.trust, runtime=runtime)
+    plan = {"nag": _nag(options), "encoder": _encoder(options, card, wanted)}
+    runtime = runtime_of(options, options.student, card=_planned(card, options), **plan)
+    model, texts = _loaded(card, options.student, options, wanted, runtime)
     made = making(options, model, times)
     warn_of_others(options, made)
-    images, lead = _images(options, card, columns), _lead(options, model)
+    images, lead = _images(options, card, columns), _lead(options, model, wanted)
     done: list[Path] = []
 
     def kept() -> str:
@@ -92,7 +96,7 @@ def sample(options: Sample) -> int:
         for first, last in fitting(len(wanted), options.batch, TOGETHER, Memory.of(model.device)):
             mine = {name: stack if len(stack) == 1 else stack[first:last] for name, stack in images.items()}
             some = Wanted(wanted.prompts[first:last], wanted.seeds[first:last])
-            clips = _clips(model, some, options, {**mine, "lead": lead}, tell)
+            clips = _clips(model, some, options, {**mine, "lead": lead, "texts": texts}, tell)
             waiting += clips.cpu().split(1)
             while files and files[0][0][1] <= last:
                 (begin, end), path = files.pop(0)
@@ -131,15 +135,36 @@ def _preview(model: VideoModel, step: Step, path: Path) -> None:
         write_video(path, model.decode(x0[:, :, middle : middle + 1])[:, :, -1:])
 
 
-def _lead(options: Sample, model: VideoModel) -> Lead | None:
+def _loaded(
+    card: Card, source: str, options: Sample, wanted: Wanted, runtime: Runtime
+) -> tuple[VideoModel, TextFolder | None]:
+    """A model and, with `--texts`, the conditions of the prompts; then its text encoder has gone before the others come."""
+    if options.texts is None:
+        return VideoModel.load(card, source, trust=options.trust, runtime=runtime), None
+    device = "cpu" if runtime.offload == "block" else runtime.device
+    prompts = (*wanted.prompts, card.negative_prompt)
+    texts = filled(options.texts, card, source, prompts, trust=options.trust, device=device)
+    rest = replace(card, parts={name: spec for name, spec in card.parts.items() if name != "text"})
+    return VideoModel.load(rest, source, trust=options.trust, runtime=runtime), texts
+
+
+def _encoder(options: Sample, card: Card, wanted: Wanted) -> Encoder:
+    """Where the text encoder will be."""
+    if options.texts is None:
+        return "beside"
+    known = TextFolder.known(options.texts, card)
+    there = known is not None and not known.missing((*wanted.prompts, card.negative_prompt))
+    return "absent" if there else "alone"
+
+
+def _lead(options: Sample, model: VideoModel, wanted: Wanted) -> Lead | None:
     """The model for the first steps, at the student's size and run alike."""
     if options.teacher is None or options.teacher_steps is None:
         return None
     size = {name: getattr(model.card, name) for name in ("num_frames", "height", "width")}
     card = replace(read_card(options.teacher), **size)
-    return Lead(
-        VideoModel.load(card, options.teacher, trust=options.trust, runtime=model.runtime), options.teacher_steps
-    )
+    teacher, texts = _loaded(card, options.teacher, options, wanted, model.runtime)
+    return Lead(teacher, options.teacher_steps, texts)
 
 
 def _check(options: Sample, count: int) -> None:

@@ -45,6 +45,9 @@ class Sample(Runs):
     """Largest factor by which NAG lets the norm of what a token reads grow (default: 2.5)."""
     nag_alpha: float | None = None
     """Share of what NAG pushed in the result, 0 to 1 (default: 0.25)."""
+    texts: Path | None = None
+    """Folder with text states of known prompts: the text encoder is loaded only for prompts that are not there, alone, and theirs
+    are added. A run's data.text_cache is such a folder (default: every prompt is encoded)."""
     num_frames: int | None = None
     """Frames per clip (default: from the card). Another number needs --force."""
     height: int | None = None

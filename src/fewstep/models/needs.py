@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any, cast, get_args
+from typing import Any, Literal, TypedDict, Unpack, cast, get_args
 
 import torch
 from torch import Tensor
@@ -43,11 +43,15 @@ class Needs:
     """Of the denoiser without its blocks."""
     block: int
     """Of its largest block."""
+    alone: int = 0
+    """Of a text encoder that is loaded, and works, before the other networks are loaded."""
     working: Mapping[str, int]
     """Tensors of each phase beside the weights, at their most. The text encoder's own are left out: they are small."""
 
     def resident(self, phase: str, offload: Offload) -> int:
         """Weights on the device during a phase."""
+        if phase == READING and "text" not in self.weights:
+            return 0 if offload == "block" else self.alone
         if offload == "none":
             return sum(self.weights.values())
         if offload == "block" and phase != DECODING:  # the text encoder works on the CPU
@@ -74,8 +78,28 @@ class Way:
         return self.needs.peak(self.runtime.offload)
 
 
+Encoder = Literal["beside", "alone", "absent"]
+"""Where a text encoder is: beside the other networks, loaded before them and then no more (alone), or not loaded, because the
+text states are stored (absent)."""
+
+
+class Plan(TypedDict, total=False):
+    """What a plan may know besides card and runtime."""
+
+    clips: int
+    num_frames: int | None
+    nag: NAG | None
+    encoder: Encoder
+
+
 def needs(
-    card: Card, runtime: Runtime, *, clips: int = 1, num_frames: int | None = None, nag: NAG | None = None
+    card: Card,
+    runtime: Runtime,
+    *,
+    clips: int = 1,
+    num_frames: int | None = None,
+    nag: NAG | None = None,
+    encoder: Encoder = "beside",
 ) -> Needs:
     """What a model of this card needs to make `clips` at once. ValueError for sizes that it cannot make."""
     mode, model = FakeTensorMode(allow_non_fake_inputs=True), outline(card)
@@ -84,6 +108,7 @@ def needs(
         imagine(part, mode)
     blocks = model.denoiser.backbone.blocks
     weights = {name: _size(part.state_dict().values()) for name, part in model.parts.items() if name != "features"}
+    alone = weights.pop("text", 0) if encoder != "beside" else 0
     each = [_size(block.state_dict().values()) for block in blocks]
     codec = cast(Any, model.parts.get("codec"))
     tile(codec, runtime)
@@ -110,7 +135,7 @@ def needs(
             if codec is not None:
                 decoded(codec, x.float(), here)
     return Needs(
-        weights=weights, ends=weights["denoiser"] - sum(each), block=max(each),
+        weights=weights, ends=weights["denoiser"] - sum(each), block=max(each), alone=alone if encoder == "alone" else 0,
         working={READING: reading.peak, DENOISING: denoising.peak, DECODING: decoding.peak},
     )  # fmt: skip
 
@@ -127,9 +152,7 @@ def placements(card: Card, runtime: Runtime) -> list[tuple[Offload, Calls]]:
     return [(offload, count) for offload, count in every if offload in offloads and count in calls]
 
 
-def ways(
-    card: Card, runtime: Runtime, *, clips: int = 1, num_frames: int | None = None, nag: NAG | None = None
-) -> Iterator[Way]:
+def ways(card: Card, runtime: Runtime, **plan: Unpack[Plan]) -> Iterator[Way]:
     """`runtime`, and then others that need less memory of the device, the simplest first. They are measured one by one, when
     they are asked for."""
     codec = outline(card).parts.get("codec")
@@ -139,7 +162,7 @@ def ways(
     for dtype, tiling, (offload, calls) in product(dtypes, dict.fromkeys(tilings), placements(card, runtime)):
         chosen = replace(runtime, dtype=dtype, tiling=tiling, offload=offload, guidance_calls=calls)  # type: ignore[arg-type]
         if (dtype, tiling, calls) not in known:
-            known[dtype, tiling, calls] = needs(card, chosen, clips=clips, num_frames=num_frames, nag=nag)
+            known[dtype, tiling, calls] = needs(card, chosen, **plan)
         yield Way(chosen, known[dtype, tiling, calls])
 
 

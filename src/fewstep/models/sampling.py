@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from fewstep.models.card import Card
 
 
+Texts = Callable[[Sequence[str]], Cond]
+"""Conditions of prompts, as a text encoder gives them (`data.text_folder.TextFolder`)."""
+
+
 @dataclass(frozen=True, eq=False)
 class Lead:
     """Another model that makes the first steps, with the guidance of its own card: the teacher, for the composition of a clip."""
@@ -30,6 +34,8 @@ class Lead:
     model: VideoModel
     steps: int
     """Number of the first steps, at the times of the student's own grid."""
+    texts: Texts | None = None
+    """What has its conditions in place of its text encoder."""
 
     def check(self, model: VideoModel, count: int) -> None:
         """ValueError for a model that cannot make steps of this one's clips, and for all steps or none."""
@@ -75,6 +81,8 @@ class Request:
     """Allow what the model was not trained for: another step count or number of frames, or guidance on top of a student's."""
     lead: Lead | None = None
     """Another model for the first steps; None: this one makes all."""
+    texts: Texts | None = None
+    """What has the conditions of prompts in place of the model's text encoder, which then need not be there."""
     runner: Runner = every_block
     """Runner of the blocks, such as `caching.SkipMiddle().begin()`. A runner with memory serves one request only."""
     shared: Sharing | None = None
@@ -155,7 +163,7 @@ def _led(own: Denoise, model: VideoModel, request: Request, count: int) -> Denoi
     lead = request.lead
     assert lead is not None
     lead.check(model, count)
-    theirs = replace(request, scalars={}, runner=every_block, nag=None)
+    theirs = replace(request, scalars={}, runner=every_block, nag=None, texts=lead.texts)
     first = _denoising(lead.model, theirs, lead.model.card.contract.guidance)
 
     def denoise(x_t: Tensor, t: Tensor, call: Call) -> Prediction:
@@ -171,11 +179,13 @@ def _conditions(model: VideoModel, request: Request, guided: bool) -> tuple[Cond
     prompts, negative = request.prompts, request.negative
     if not isinstance(prompts, Cond):
         images = request.image, request.last_image, request.num_frames
-        cond, uncond = model.conditions(prompts, *images, scalars=request.scalars, guided=guided and negative is None)
+        guided = guided and negative is None
+        cond, uncond = model.conditions(prompts, *images, scalars=request.scalars, guided=guided, texts=request.texts)
         return cond, uncond if negative is None else negative.to(model.device)
-    if request.image is not None or request.last_image is not None or request.scalars:
+    if request.image is not None or request.last_image is not None or request.scalars or request.texts is not None:
         raise ValueError(
-            "these conditions are ready and have their images and scalars already; leave out image, last_image and scalars"
+            "these conditions are ready and have their images and scalars already; leave out image, last_image and scalars, and "
+            "texts"
         )
     if guided and negative is None:
         what = "guidance" if request.nag is None else "nag"

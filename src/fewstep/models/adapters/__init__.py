@@ -103,6 +103,18 @@ def stored(part: nn.Module, source: str) -> Stored | None:
     return found
 
 
+def files_of(part: nn.Module, source: str) -> list[tuple[str | int, ...]]:
+    """What tells the files of a part from others, without reading or downloading them: on the hub the commit, else each file's
+    name, size and time of change.
+    """
+    network = _network(part, source)
+    layout: Any = adapter("layout").Layout.find(source)
+    if not Path(source).expanduser().is_dir():
+        return [(source, layout.folder.name)]
+    paths = sorted(path for folder in network.folders for path in (layout.folder / folder).glob("*"))
+    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+
+
 def _layout(part: nn.Module, source: str) -> Any:
     return adapter("layout").Layout.find(source, _network(part, source).folders)
 
