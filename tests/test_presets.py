@@ -15,10 +15,13 @@ pytest.importorskip("diffusers", reason="needs the extra diffusers")
 import diffusers
 from torch import Tensor
 
+from fewstep.cli import main
 from fewstep.core import Call, Rng, Seeds
 from fewstep.core.build import RecipeError
+from fewstep.data.pairs import PairPlan
 from fewstep.diffusion import (
     CFG,
+    Angles,
     Betas,
     Contract,
     DPMpp2M,
@@ -361,3 +364,62 @@ def test_check_model_compares_with_what_the_card_follows(case: str, preset: Any,
     )
     (found,) = check_model(source.load(), Options(**TINY[name].size), only=["times"]).findings
     assert found.outcome == ("pass" if preset == "layout" else "not applicable"), found.note
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+class Reached(Exception):
+    """What a command would have run."""
+
+
+def test_pairs_and_evaluate_take_a_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The contract that the command runs is the preset's; evaluate's teacher also has the student's size."""
+    folder = made("wan", tmp_path / "wan", diffusers.UniPCMultistepScheduler(**FLOW))
+    wanted = Diffusers(source=str(folder), preset="layout").card().contract
+
+    def stop(*given: Any, **_: Any) -> None:
+        raise Reached(given[0])
+
+    (tmp_path / "p.txt").write_text("a cat")
+    words = [str(tmp_path / "p.txt"), "--output", str(tmp_path / "out"), "--model", str(folder), "--preset", "layout"]
+    monkeypatch.setattr("fewstep.data.pairs.make_pairs", stop)
+    with pytest.raises(Reached) as reached:
+        main(["pairs", *words, "--quiet"])
+    teacher = reached.value.args[0]
+    assert teacher.card.contract == wanted
+    course = PairPlan(times=(1.0, 0.5, 0.0), steps=4).resolve(teacher.card.contract)
+    assert course.sampler == WholeTimesteps(sampler=UniPC()) and course.grid[0] == 1.0 and 0.5 in course.grid
+    size = {"num_frames": 5, "height": 32, "width": 48}
+    Diffusers(source=str(folder), **size).load().with_card(role="student").save(tmp_path / "student")
+    monkeypatch.setattr("fewstep.evaluate.entries", stop)
+    words = [
+        "evaluate",
+        str(tmp_path / "student"),
+        "--teacher",
+        str(folder),
+        "--output",
+        str(tmp_path / "e"),
+        "--quiet",
+    ]
+    for preset, contract in (("layout", wanted), (None, read_card(folder).contract)):
+        with pytest.raises(Reached) as reached:
+            main([*words, *(["--preset", preset] if preset else [])])
+        card = reached.value.args[0].card
+        assert card.contract == contract and {name: getattr(card, name) for name in size} == size
+
+
+def test_a_preset_for_folders_of_fewstep_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["pairs", "world:2"], ["evaluate", "world"], ["sample", "world", "--prompt", "a"]):
+        assert main([*words, "--preset", "authors", "--output", str(tmp_path / "x.gif")]) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert "--preset authors: world" in said and "of fewstep's own" in said and "leave --preset out" in said
+
+
+def test_a_grid_that_begins_well_below_noise_has_no_pairs() -> None:
+    plan = PairPlan(times=(1.0, 0.5, 0.0))
+    for grid in (FlowSchedule(shift=1.0), FlowSchedule(scheduler="dpm", shift=1.0)):
+        times = grid.times(4)
+        assert times[0] < 1 and plan.resolve(Contract(grid=grid, steps=4)).grid[0] == 1.0
+    with pytest.raises(ValueError, match="own grid goes from t = 0.98.* to 0, and pairs go from 1 to 0"):
+        plan.resolve(Contract(grid=Angles(), steps=4))

@@ -17,6 +17,7 @@ from fewstep.attention import NAG
 from fewstep.cli.command import UsageError
 from fewstep.cli.commands import _made, _prompts
 from fewstep.cli.pace import Tell, telling
+from fewstep.cli.presets import card_of
 from fewstep.cli.remade import making, note_of, remade, scalars_of, warn_of_others
 from fewstep.cli.running import runtime_of, show
 from fewstep.core.atomic import require_writable
@@ -25,14 +26,12 @@ from fewstep.core.stopping import saying
 from fewstep.data.text_folder import TextFolder, filled
 from fewstep.data.video import FORMATS, LARGEST_SIDE, read_image, write_video
 from fewstep.diffusion import Step
-from fewstep.models.adapters import is_layout
 from fewstep.models.bundle import VideoModel, read_card
 from fewstep.models.fitting import Memory, fitting
 from fewstep.models.needs import Encoder, Plan
 from fewstep.models.networks import network_class
 from fewstep.models.runtime import Runtime, effective, told
 from fewstep.models.sampling import Lead, Request, require_nag
-from fewstep.models.source import Diffusers
 
 if TYPE_CHECKING:
     from fewstep.cli.generation import Sample
@@ -70,7 +69,7 @@ def sample(options: Sample) -> int:
         raise UsageError("name a model, such as world, or a file to make again: --like FILE")
     wanted, columns = Wanted.of(options), len(options.seed) if len(options.seed) > 1 else 0
     _check(options, len(wanted) // max(1, columns))
-    card = _sized(_preset(options), options)
+    card = _sized(card_of(options.student, options.preset), options)
     if options.dry_run:
         at_once = min(options.batch or TOGETHER, len(wanted))
         plan: Plan = {"clips": at_once, "nag": _nag(options), "encoder": _encoder(options, card, wanted)}
@@ -193,18 +192,6 @@ def _check(options: Sample, count: int) -> None:
         raise UsageError(f"--fps must be above 0 and at most 1000, got {options.fps}")
     scalars_of(options)
     _nag(options)
-
-
-def _preset(options: Sample) -> Card:
-    """The model's card, with what `--preset` changes. UsageError for a model that is sampled by its own contract."""
-    if options.preset is None:
-        return read_card(options.student)
-    if not is_layout(options.student):
-        raise UsageError(
-            f"--preset {options.preset}: {options.student} is a folder of fewstep's own, which is sampled by its own contract; "
-            "leave --preset out"
-        )
-    return Diffusers(source=options.student, preset=options.preset).card()
 
 
 def _sized(card: Card, options: Sample) -> Card:
