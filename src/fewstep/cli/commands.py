@@ -154,7 +154,6 @@ def pairs(options: arguments.Pairs) -> int:
     from fewstep.core.peers import meet_peers, part_company
     from fewstep.data.pairs import PairPlan, make_pairs, pairs_cost
     from fewstep.data.prompts import read_prompts
-    from fewstep.diffusion import CFG
     from fewstep.models.bundle import VideoModel
 
     prompts: Sequence[str]
@@ -165,13 +164,13 @@ def pairs(options: arguments.Pairs) -> int:
         prompts = world_prompts(int(count), 0.5, options.seed)
     else:
         prompts = read_prompts(Path(options.prompts))
+    card = card_of(options.model, options.preset)
     plan = PairPlan(
         times=options.times, steps=options.steps, seed=options.seed, num_frames=options.num_frames,
-        guidance=None if options.guidance_scale is None else CFG(scale=options.guidance_scale),
+        guidance=None if options.guidance_scale is None else card.contract.guidance.rescaled(options.guidance_scale),
         storage=options.storage, shard_size=options.shard_size,
     )  # fmt: skip
     peers = meet_peers()
-    card = card_of(options.model, options.preset)
     runtime = runtime_of(options, options.model, card=card)
     model = VideoModel.load(card, options.model, trust=options.trust, runtime=runtime)
     _ran(model)

@@ -54,6 +54,10 @@ class CFG:
         """The same, with the one scale `scale` at all times at which there is guidance."""
         return replace(self, scale=scale, outside=1.0 if self.outside == 1.0 else scale)
 
+    def scales(self, t: Tensor, call: Call) -> float | Tensor:
+        """The scale inside the interval: one, or one for each of the times `t`."""
+        return self.scale
+
     def __call__(
         self, net: Net, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond, call: Call = Call(), *, calls: Calls = "one"
     ) -> Prediction:
@@ -77,7 +81,7 @@ class CFG:
         inside = (t >= self.low) & (t <= self.high)
         one = torch.ones_like(t, dtype=x_t.dtype)
         scale = torch.where(
-            inside, self.scale * one, self.outside * one
+            inside, self.scales(t, call) * one, self.outside * one
         )  # in the latents' dtype: float64 stays float64
         raw = raw_uncond + broadcast(scale, x_t) * (raw_cond - raw_uncond)
         return Prediction(raw=raw, kind=both.kind, x_t=x_t, t=t, path=both.path, kv=both.kv)
