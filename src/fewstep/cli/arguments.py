@@ -289,7 +289,7 @@ class CheckLora(Runs):
     """Apply a style LoRA of the teacher to teacher and student, and measure how much of its effect the student keeps."""
 
     lora: Positional[Annotated[str, arg(metavar="LORA")]]
-    """LoRA file, or a folder that contains one."""
+    """LoRA file, a folder that contains one, or a hub name (owner/name, or owner/name/FILE.safetensors)."""
     student: str
     """Student: a fewstep folder (a run's student/)."""
     output: Path

@@ -82,6 +82,8 @@ def sample(options: Sample) -> int:
     plan = {"nag": _nag(options), "encoder": _encoder(options, card, wanted)}
     runtime = runtime_of(options, options.student, card=_planned(card, options), **plan)
     model, texts = _loaded(card, options.student, options, wanted, runtime)
+    for lora in options.lora:
+        model = model.with_lora(lora)
     made = making(options, model, times)
     warn_of_others(options, made)
     images, lead = _images(options, card, columns), _lead(options, model, wanted)

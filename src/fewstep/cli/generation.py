@@ -45,6 +45,8 @@ class Sample(Runs):
     """Largest factor by which NAG lets the norm of what a token reads grow (default: 2.5)."""
     nag_alpha: float | None = None
     """Share of what NAG pushed in the result, 0 to 1 (default: 0.25)."""
+    lora: tuple[str, ...] = ()
+    """LoRAs to merge into the denoiser: files, folders or hub names (owner/name, or owner/name/FILE.safetensors)."""
     texts: Path | None = None
     """Folder with text states of known prompts: the text encoder is loaded only for prompts that are not there, alone, and theirs
     are added. A run's data.text_cache is such a folder (default: every prompt is encoded)."""

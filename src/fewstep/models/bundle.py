@@ -173,11 +173,12 @@ class VideoModel:
 
     def with_lora(self, source: Path | str) -> VideoModel:
         """The same model with a LoRA merged into its denoiser: a file or folder that diffusers, ComfyUI, kohya or peft reads.
-        A model of two experts takes a folder with a file for each of them.
+        Or its name on the hub: `owner/name`, or `owner/name/FILE.safetensors` where the repository has several. A model of two
+        experts takes a folder with a file for each of them.
 
         FileNotFoundError or ValueError say why it does not fit.
         """
-        updates, network = adapters.read_lora(self.denoiser, Path(source)), copy.deepcopy(self.denoiser)
+        updates, network = adapters.read_lora(self.denoiser, str(source)), copy.deepcopy(self.denoiser)
         add(network, updates.layers, updates.whole)
         return self.with_part("denoiser", network, provenance={**self.card.provenance, "lora": str(source)})
 

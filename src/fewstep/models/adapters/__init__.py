@@ -142,7 +142,12 @@ def export_lora(model: VideoModel, lora: Path, folder: Path, *, names: str, reci
     return made
 
 
-def read_lora(denoiser: Denoiser, source: Path) -> Updates:
-    """What a LoRA file or folder adds to the weights of a denoiser."""
+def read_lora(denoiser: Denoiser, source: str) -> Updates:
+    """What a LoRA adds to the weights of a denoiser: a file or folder, or its name on the hub."""
     updates: Updates = adapter("lora_reading").read_lora(denoiser, source)
     return updates
+
+
+def is_lora(source: str) -> bool:
+    """Whether a LoRA lies there, or may be on the hub."""
+    return Path(source).exists() or bool(adapter("lora_hub").is_hub_name(source))
