@@ -345,7 +345,7 @@ def test_a_lora_is_downloaded_by_its_name(hub: list[list[str]], wan: VideoModel,
 
 
 REFUSED_NAMES = {
-    "me/many": "has 2 .safetensors files (a.safetensors, deep/b.safetensors), and a LoRA of this model is one; give one by owner/",
+    "me/many": "has 2 .safetensors files (a.safetensors, deep/b.safetensors), and a LoRA of this model is one; give one by",
     "me/none": "me/none: there is no such file or folder, and the hub did not give it: no repository me/none",
     "me/one/other.safetensors": "the repository me/one has no other.safetensors",
     "loras/style.safetensors": "no such file or folder",
