@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fewstep.core import Call, Cond, Rng, Seeds
-from fewstep.core.call import Constants, Place
+from fewstep.core import Call, Cond, KVView, Rng, Seeds
+from fewstep.core.call import Constants, Negative, Place
 from fewstep.core.finite import NonFiniteError, require_finite
 from fewstep.diffusion import CFG, Prediction, RectifiedFlow
 
@@ -125,6 +125,24 @@ def test_guidance_hands_the_call_on() -> None:
     for guidance in (CFG(), CFG(scale=3.0)):
         guidance(net, torch.zeros(2, 1, 1, 1, 1), torch.ones(2), one, one, call)
     assert seen == [call, replace(call, branch="both")]
+
+
+def test_guidance_in_two_calls_asks_for_the_prompt_first() -> None:
+    """Each call is of the clips alone; the negative prompt itself is pushed away from nothing."""
+    seen: list[tuple[Call, float]] = []
+
+    def net(x_t: torch.Tensor, t: torch.Tensor, cond: Cond, call: Call = Call()) -> Prediction:
+        seen.append((call, float(cond.text.sum())))
+        return Prediction(x_t + cond.text[0, 0, 0], "flow", x_t, t, RectifiedFlow())
+
+    one, other = (Cond(torch.full((2, 1, 1), v), torch.ones(2, 1, dtype=torch.bool)) for v in (1.0, 3.0))
+    call = Call(step=2, steps=5, constants=Constants(), negative=Negative(other, torch.add))
+    made = CFG(scale=3.0)(net, torch.zeros(2, 1, 1, 1, 1), torch.ones(2), one, other, call, calls="two")
+    assert made.raw.flatten().tolist() == [3 + 3 * (1 - 3)] * 2
+    assert seen == [(call, 2.0), (replace(call, branch="uncond", negative=None), 6.0)]
+    stream = replace(call, kv=KVView((), torch.zeros(0), torch.tensor(0)))
+    with pytest.raises(ValueError, match="a stream's past is read by both prompts in one call"):
+        CFG(scale=3.0)(net, torch.zeros(2, 1, 1, 1, 1), torch.ones(2), one, other, stream, calls="two")
 
 
 def test_branches_have_constants_of_their_own() -> None:

@@ -14,12 +14,15 @@ from diffusers import StableDiffusionPipeline, WanPipeline
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fewstep.cli import main
 from fewstep.compress import Int8
 from fewstep.core import Rng
 from fewstep.models import VideoModel
+from fewstep.models.adapters import lora_hub
 from fewstep.models.adapters.lora_reading import in_order, read_lora
+from fewstep.models.source import Diffusers
 from support_unets import stable_diffusion
-from tiny_models import shared
+from tiny_models import TINY, shared
 
 pytestmark = [pytest.mark.usefixtures("single_thread"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 RANK, ALPHA = 2, 6.0
@@ -302,3 +305,93 @@ def test_reading_leaves_the_base_as_it_was(wan: VideoModel, tmp_path: Path) -> N
     assert all(torch.equal(value, before[name]) for name, value in wan.denoiser.state_dict().items())
     updates = read_lora(wan.denoiser, file)
     assert updates.layers.keys() == {f"backbone.{LAYER}"} and updates.whole.keys() == {f"backbone.{LAYER}.bias"}
+
+
+# --- by a name on the hub -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """A hub with three repositories; what is downloaded from it is noted."""
+    down, up = (x.contiguous() for x in matrices(24, (24,)))
+    tensors = {f"transformer.{LAYER}.lora_A.weight": down, f"transformer.{LAYER}.lora_B.weight": up}
+    for name in ("one/style.safetensors", "many/a.safetensors", "many/deep/b.safetensors"):
+        write(tmp_path / "me" / name, **tensors)
+    asked: list[list[str]] = []
+
+    def download(repo: str, allow_patterns: list[str]) -> str:
+        asked.append([repo, *allow_patterns])
+        return str(tmp_path / repo)
+
+    def listed(repo: str) -> list[str]:
+        if not (tmp_path / repo).is_dir():
+            raise OSError(f"no repository {repo}")
+        return sorted(str(path.relative_to(tmp_path / repo)) for path in (tmp_path / repo).rglob("*.safetensors"))
+
+    monkeypatch.setattr(lora_hub, "snapshot_download", download)
+    monkeypatch.setattr(lora_hub, "list_repo_files", listed)
+    monkeypatch.chdir(tmp_path.parent)
+    return asked
+
+
+def test_a_lora_is_downloaded_by_its_name(hub: list[list[str]], wan: VideoModel, tmp_path: Path) -> None:
+    """The same update as of the file, and no other file of the repository."""
+    expected = change(wan, tmp_path / "me/one/style.safetensors")
+    assert expected and hub == []
+    for source in ("me/one", "me/many/a.safetensors", "me/many/deep/b.safetensors"):
+        found = change(wan, source)  # type: ignore[arg-type]
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    assert hub == [["me/one", "style.safetensors"], ["me/many", "a.safetensors"], ["me/many", "deep/b.safetensors"]]
+
+
+REFUSED_NAMES = {
+    "me/many": "has 2 .safetensors files (a.safetensors, deep/b.safetensors), and a LoRA of this model is one; give one by",
+    "me/none": "me/none: there is no such file or folder, and the hub did not give it: no repository me/none",
+    "me/one/other.safetensors": "the repository me/one has no other.safetensors",
+    "loras/style.safetensors": "no such file or folder",
+}
+
+
+@pytest.mark.parametrize("source", REFUSED_NAMES)
+def test_names_without_a_lora_are_refused(source: str, hub: list[list[str]], wan: VideoModel) -> None:
+    with pytest.raises(FileNotFoundError) as error:
+        wan.with_lora(source)
+    assert REFUSED_NAMES[source] in str(error.value)
+
+
+def test_two_experts_take_two_files_of_a_repository(hub: list[list[str]], experts: VideoModel, tmp_path: Path) -> None:
+    down, up = matrices(24, (24,))
+    for name in ("high_noise.safetensors", "low_noise.safetensors"):
+        write(tmp_path / "me/both" / name, **{f"{LAYER}.lora_A.weight": down, f"{LAYER}.lora_B.weight": up})
+    expected = change(experts, tmp_path / "me/both")
+    assert len(expected) == 2 and change(experts, "me/both").keys() == expected.keys()  # type: ignore[arg-type]
+    assert hub == [["me/both", "high_noise.safetensors", "low_noise.safetensors"]]
+
+
+def test_a_recipe_takes_a_name_and_loads_nothing_for_its_card(hub: list[list[str]]) -> None:
+    source = Diffusers(source=str(shared("wan")), lora="me/one", **TINY["wan"].size)
+    assert source.card().provenance["lora"] == "me/one" and hub == []
+    with pytest.raises(FileNotFoundError, match="is not there; give a LoRA file or folder, or a hub name"):
+        Diffusers(source=str(shared("wan")), lora="loras/style.safetensors", **TINY["wan"].size).card()
+
+
+def test_sample_merges_loras_and_makes_the_clip_again(hub: list[list[str]]) -> None:
+    words = [
+        "sample",
+        str(shared("wan")),
+        "--prompt",
+        "a cat",
+        "--quiet",
+        "--num-frames",
+        "5",
+        "--height",
+        "32",
+        "--width",
+        "48",
+    ]
+    words += ["--num-inference-steps", "2", "--force"]
+    assert main([*words, "--output", "plain.gif"]) == 0
+    assert main([*words, "--lora", "me/one", "--output", "styled.gif"]) == 0
+    assert main(["sample", "--like", "styled.gif", "--output", "again.gif", "--quiet"]) == 0
+    plain, styled, again = (Path(f"{name}.gif").read_bytes() for name in ("plain", "styled", "again"))
+    assert plain != styled == again and hub == [["me/one", "style.safetensors"]] * 2

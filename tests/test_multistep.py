@@ -19,6 +19,7 @@ from fewstep.diffusion import (
     Betas,
     Contract,
     DPMpp2M,
+    DynamicCFG,
     FixedStride,
     FlowSchedule,
     Kind,
@@ -27,6 +28,7 @@ from fewstep.diffusion import (
     Prediction,
     RectifiedFlow,
     Sampler,
+    SDEDPMpp2M,
     Timesteps,
     Trained,
     Trig,
@@ -236,6 +238,79 @@ def test_a_fixed_stride_is_diffusers_ddim(spacing: Any, steps: int, clean: bool,
     require_same(FixedStride(ends_clean=clean), denoise, times, scheduler)
 
 
+# --- CogVideoX's sampler: with fresh noise -----------------------------------------------------------------------------
+
+COGVIDEOX = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("spacing", "steps"), [("trailing", 10), ("trailing", 7), ("linspace", 5), ("leading", 4), ("trailing", 1)]
+)
+@pytest.mark.parametrize(("shift", "zero"), [(3.0, True), (1.0, True), (3.0, False)])
+def test_with_a_stride_it_is_cogvideox_s_scheduler(
+    shift: float, zero: bool, spacing: Any, steps: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same noise, of which diffusers draws twice as much as it uses."""
+    diffusers = pytest.importorskip("diffusers")
+    from diffusers.schedulers import scheduling_dpm_cogvideox
+
+    scheduler = diffusers.CogVideoXDPMScheduler(
+        timestep_spacing=spacing, rescale_betas_zero_snr=zero, snr_shift_scale=shift, **COGVIDEOX
+    )
+    scheduler.set_timesteps(steps)
+    path, now, times = Betas(snr_shift=shift, zero_snr=zero), [0], Timesteps(spacing=spacing).times(steps)
+    monkeypatch.setattr(
+        scheduling_dpm_cogvideox, "randn_tensor", lambda shape, **_: Rng(0).randn(shape, f"sde/{now[0]}").to(dtype)
+    )
+
+    def denoise(x: Tensor, t: Tensor, call: Call) -> Prediction:
+        return Prediction(network(x, t[0] - 1e-3), "v", x, t, path)
+
+    theirs, old = Rng(1).randn(SHAPE, "x").to(dtype), None
+    made = SDEDPMpp2M(stride=1000).sampling(denoise, theirs, times, rng=Rng(0))
+    for step, timestep in zip(made, scheduler.timesteps, strict=True):
+        now[0] = step.index
+        before = scheduler.timesteps[step.index - 1] if step.index else None
+        theirs, old = scheduler.step(network(theirs, timestep / 1000), old, timestep, before, theirs)
+        assert float((step.x - theirs).norm() / theirs.norm()) < 1e-5
+
+
+def test_the_stochastic_step_by_hand() -> None:
+    """Three steps in numbers, with x0 that the network is told: the first of first order, the last gives x0."""
+    x0, times = [2.0, 1.0, 4.0], (0.8, 0.6, 0.2, 0.0)
+
+    def denoise(x: Tensor, t: Tensor, call: Call) -> Prediction:
+        return Prediction(torch.full_like(x, x0[call.step]), "x0", x, t, RectifiedFlow())
+
+    x = torch.full((1, 1, 1, 1, 1), 1.5, dtype=torch.float64)
+    seen = [float(step.x) for step in SDEDPMpp2M().sampling(denoise, x, times, rng=Rng(0))]
+    noise = [float(Rng(0).randn((1, 1, 1, 1, 1), f"sde/{i}")) for i in range(2)]
+    lam = [math.log((1 - t) / t) for t in times[:3]]
+    h = [b - a for a, b in zip(lam, lam[1:])]
+    first = 0.6 / 0.8 * math.exp(-h[0]) * 1.5 + 0.4 * (1 - math.exp(-2 * h[0])) * 2
+    first += 0.6 * math.sqrt(1 - math.exp(-2 * h[0])) * noise[0]
+    blend = 1 + (1 - 2) * h[1] / (2 * h[0])
+    second = 0.2 / 0.6 * math.exp(-h[1]) * first + 0.8 * (1 - math.exp(-2 * h[1])) * blend
+    second += 0.2 * math.sqrt(1 - math.exp(-2 * h[1])) * noise[1]
+    assert seen == pytest.approx([first, second, 4.0], rel=1e-7)
+
+
+def test_its_steps_keep_the_distribution_of_data() -> None:
+    """Of many noises, the samples of a Gaussian have its mean and deviation: nothing is lost, and no noise is left over."""
+    teacher, denoise = gaussian(RectifiedFlow())
+    x = Rng(1).randn((4000, 1, 1, 1, 2), "eps").double()
+    made = SDEDPMpp2M()(denoise, x, tuple(1 - i / 60 for i in range(60)) + (0.0,), rng=Rng(0))
+    exact = teacher.flow_map(x, 1.0, 0.0, 0.7)
+    assert abs(float(made.mean() - exact.mean())) < 0.03 and abs(float(made.std() / exact.std()) - 1) < 0.03
+    assert float((made - exact).norm() / exact.norm()) > 0.3, "another clip for another noise"
+
+
 # --- grids ------------------------------------------------------------------------------------------------------------
 
 
@@ -285,11 +360,14 @@ def test_sampling_starts_from_the_noise_itself() -> None:
         torch.testing.assert_close(next(model.sampling(["a"], seed=3)).prediction.x_t, share * noise)
 
 
+UNEVEN = (1.0, 0.5, 0.5)
 REFUSED: list[tuple[Any, str]] = [
     (lambda: FlowSchedule(scheduler="heun"), "choose unipc, dpm or euler"),  # type: ignore[arg-type]
     (lambda: FlowSchedule(shift=0.0), "shift > 0"),
     (lambda: FlowSchedule().times(0), "at least 1 step"),
     (lambda: MultistepTimesteps().times(1000), "in 1 to 999 steps"),
+    (lambda: DynamicCFG(counts="timesteps", power=4.5), "give a whole power"),
+    (lambda: SDEDPMpp2M(stride=9)(gaussian(VP())[1], torch.ones(SHAPE), (UNEVEN, 0.0), rng=Rng(0)), "leave stride out"),
     (lambda: MultistepTimesteps(spacing="leading", steps_offset=600).times(1), "beyond timestep 999"),
 ]
 

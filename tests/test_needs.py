@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -9,10 +10,13 @@ import pytest
 import torch
 
 import published
-from fewstep.cli import main
+from fewstep.attention import NAG
+from fewstep.cli import main, running
 from fewstep.cli.arguments import Sample
 from fewstep.cli.running import runtime_of
 from fewstep.core.ledger import Ledger
+from fewstep.diffusion import CFG
+from fewstep.diffusion.guidance import Calls
 from fewstep.models import VideoModel
 from fewstep.models import needs as needing
 from fewstep.models.bundle import read_card
@@ -44,6 +48,54 @@ def test_what_is_planned_is_what_is_taken(family: str) -> None:
     assert 0.85 < planned.working[DECODING] / decoding.peak < 1.15
 
 
+@pytest.mark.parametrize(
+    ("family", "extra"), [("wan", None), ("wan_experts", None), ("cogvideox", None), ("wan", NAG())]
+)
+def test_guidance_in_two_calls_is_planned_and_takes_less(family: str, extra: NAG | None) -> None:
+    model, peaks = load_tiny(family), {}
+    cond, negative = model.conditions(PROMPTS)
+    for calls in get_args(Calls):
+        model.prepared(Runtime(guidance_calls=calls))
+        planned = needs(model.card, model.runtime, clips=2, nag=extra).working[DENOISING]
+        with torch.no_grad(), Ledger(model.parts) as denoising:
+            for tensor in (*cond.tensors, *negative.tensors):
+                denoising.note(tensor)
+            model.latents(cond, negative=negative, num_inference_steps=2, nag=extra)
+        assert 0.85 < planned / denoising.peak < 1.15, calls
+        peaks[calls] = planned
+    assert peaks["two"] < 0.95 * peaks["one"]  # the text, with its keys, is as large as before
+
+
+def test_nag_is_planned() -> None:
+    """What blocks keep of the negative prompt, and what they read of it."""
+    card = load_tiny("wan").card
+    assert needs(card, Runtime(), nag=NAG()).working[DENOISING] > needs(card, Runtime()).working[DENOISING]
+
+
+@pytest.mark.parametrize(("free", "asked", "chosen"), [
+    (700, {}, ("none", "one")), (620, {}, ("model", "one")), (550, {}, ("none", "two")), (460, {}, ("model", "two")),
+    (420, {}, ("block", "one")), (300, {}, ("block", "two")), (1, {}, ("block", "two")),
+    (550, {"offload": "none"}, ("none", "two")), (550, {"guidance_calls": "one"}, ("block", "one")),
+    (300, {"offload": "none"}, ("none", "two")), (550, {"compile": True}, ("none", "two")),
+])  # fmt: skip
+def test_auto_takes_what_the_free_memory_asks_for(
+    free: int, asked: dict[str, Any], chosen: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights of 350, of which 300 work at a time and 100 block by block; tensors of 300 in one call, 150 in two."""
+    monkeypatch.setattr(running, "own_device", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free / 0.9 + 1, 0))
+    monkeypatch.setattr(
+        running, "needs",
+        lambda card, runtime: Needs(
+            weights={"text": 50, "denoiser": 300}, ends=20, block=40,
+            working={READING: 0, DENOISING: {"one": 300, "two": 150}[runtime.guidance_calls], DECODING: 0},
+        ),
+    )  # fmt: skip
+    options = Sample(student="world", device="cuda", dtype="float32", **asked)
+    found = running.runtime_of(options, "world")
+    assert (found.offload, found.guidance_calls) == chosen
+
+
 def test_bfloat16_weights_are_planned_as_they_are_kept() -> None:
     model = load_tiny("wan", Runtime(dtype="bfloat16"))
     planned = needs(model.card, Runtime(dtype="bfloat16"))
@@ -70,10 +122,15 @@ def test_ways_begin_with_what_was_asked_for_and_offload_only_to_a_cpu(monkeypatc
         here[0] == Runtime() and {way.offload for way in here} == {"none"} and {way.device for way in here} == {"cpu"}
     )
     there = [way.runtime for way in ways(card, Runtime(device="cuda"))]
-    assert [way.offload for way in there[:3]] == ["none", "model", "block"] and there[0].dtype == "float32"
+    assert [(way.offload, way.guidance_calls) for way in there[:6]] == [
+        ("none", "one"), ("model", "one"), ("none", "two"), ("model", "two"), ("block", "one"), ("block", "two"),
+    ] and there[0].dtype == "float32"  # fmt: skip
     assert {way.dtype for way in there} == {"float32", "bfloat16"}
     compiled = [way.runtime for way in ways(card, Runtime(device="cuda", compile=True, offload="model"))]
     assert {way.offload for way in compiled} == {"model"}
+    assert {way.runtime.guidance_calls for way in ways(card, Runtime(guidance_calls="two"))} == {"two"}
+    free = replace(card, contract=replace(card.contract, guidance=CFG()))
+    assert {way.runtime.guidance_calls for way in ways(free, Runtime(device="cuda"))} == {"one"}
 
 
 def test_the_stored_type_is_read_from_the_files(tmp_path: Path) -> None:

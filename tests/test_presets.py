@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,18 @@ pytest.importorskip("diffusers", reason="needs the extra diffusers")
 import diffusers
 from torch import Tensor
 
-from fewstep.core import Call, Rng, Seeds
+from fewstep.cli import main
+from fewstep.core import Call, Rng, Seeds, build, dump
 from fewstep.core.build import RecipeError
+from fewstep.data.pairs import PairPlan
 from fewstep.diffusion import (
     CFG,
+    NAMED,
+    Angles,
     Betas,
     Contract,
     DPMpp2M,
+    DynamicCFG,
     Exact,
     FixedStride,
     FlowSchedule,
@@ -31,6 +37,7 @@ from fewstep.diffusion import (
     NoisePath,
     Prediction,
     RectifiedFlow,
+    SDEDPMpp2M,
     Shifted,
     Timesteps,
     Trained,
@@ -256,11 +263,13 @@ def test_a_decoder_of_ltx_that_reads_no_time_gets_no_noise(tmp_path: Path) -> No
 
 
 def test_what_cogvideox_s_authors_publish(tmp_path: Path) -> None:
+    """5B: noise between steps, and guidance that changes from step to step; 2B: neither."""
     folder = made("cogvideox", tmp_path, diffusers.CogVideoXDDIMScheduler(**COGVIDEOX))
-    with pytest.raises(
-        RecipeError, match="CogVideoXDPMScheduler, which draws noise between steps, and with guidance that"
-    ):
-        Diffusers(source=str(folder), preset="authors").card()
+    card = Diffusers(source=str(folder), preset="authors").card()
+    dynamic = DynamicCFG(scale=6.0, counts="timesteps")
+    assert card.contract == Contract(
+        sampler=SDEDPMpp2M(stride=1000), grid=Timesteps(spacing="trailing"), steps=50, guidance=dynamic
+    )
     configured(folder, "transformer", use_rotary_positional_embeddings=False)
     card = Diffusers(source=str(folder), preset="authors").card()
     assert card.contract == Contract(
@@ -269,14 +278,61 @@ def test_what_cogvideox_s_authors_publish(tmp_path: Path) -> None:
     assert Diffusers(source=str(folder), preset="layout").card().contract.grid == Timesteps(spacing="linspace")
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("preset", "dynamic"), [("authors", True), ("layout", False)])
+def test_cogvideox_5b_is_sampled_as_by_its_authors(
+    preset: Any, dynamic: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The latents of diffusers' pipeline with CogVideoXDPMScheduler and, as in cli_demo.py, `use_dynamic_cfg`, of one noise."""
+    from diffusers.schedulers import scheduling_dpm_cogvideox
+
+    scheduler = diffusers.CogVideoXDPMScheduler(**COGVIDEOX | {"timestep_spacing": "trailing"})
+    folder, now, noise = made("cogvideox", tmp_path, scheduler), [-1], Seeds((5, 6))
+    model = Diffusers(source=str(folder), text_dtype="float32", preset=preset, **TINY["cogvideox"].size).load()
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    step, shape = type(scheduler).step, (2, *model.latent_shape())
+    monkeypatch.setattr(type(scheduler), "step", lambda *a, **o: (now.__setitem__(0, now[0] + 1), step(*a, **o))[1])
+    monkeypatch.setattr(
+        scheduling_dpm_cogvideox, "randn_tensor", lambda *_, **__: noise.randn(shape, f"sde/{now[0]}").transpose(1, 2)
+    )
+    options = {
+        "prompt": PROMPTS, "negative_prompt": model.card.negative_prompt, "num_frames": model.card.num_frames,
+        "height": model.card.height, "width": model.card.width, "num_inference_steps": 5, "guidance_scale": 6.0,
+        "use_dynamic_cfg": dynamic,
+    }  # fmt: skip
+    theirs = TINY["cogvideox"].sample(pipeline, noise.randn(shape, "start"), **options, output_type="latent")
+    assert now == [4]
+    ours = model.latents(PROMPTS, seed=(5, 6), num_inference_steps=5)
+    assert distance(ours, theirs) < 1e-5
+    constant = replace(model.card.contract, guidance=CFG(scale=6.0))
+    plain = model.with_card(contract=constant).latents(PROMPTS, seed=(5, 6), num_inference_steps=5)
+    assert (distance(plain, ours) > 1e-3) is dynamic
+
+
+def test_guidance_that_changes_by_hand() -> None:
+    """1 + 6 (1 - cos(pi u^5)) / 2: by steps it grows, by timesteps it is as diffusers' pipeline writes it."""
+    t = torch.tensor([0.02, 1.0])
+    grows = [DynamicCFG(scale=6.0).scales(t, Call(step=i, steps=4)) for i in range(4)]
+    assert grows == pytest.approx([1 + 3 * (1 - math.cos(math.pi * u**5)) for u in (0, 0.25, 0.5, 0.75)])
+    assert grows[-1] == pytest.approx(1.79578, abs=1e-5)
+    jumps = DynamicCFG(scale=6.0, counts="timesteps").scales(t, Call(step=9, steps=50))
+    expected = [1 + 6 * (1 - math.cos(math.pi * ((50 - k) / 50) ** 5.0)) / 2 for k in (19, 999)]
+    assert torch.as_tensor(jumps).tolist() == pytest.approx(expected, abs=1e-5)
+    contract = Contract(guidance=DynamicCFG(scale=6.0, counts="timesteps"))
+    names = {cls.__name__: cls for cls in NAMED}
+    assert build(Contract, json.loads(json.dumps(dump(contract))), names) == contract
+    assert "type" not in dump(Contract(guidance=CFG(scale=6.0)))["guidance"]
+    assert not DynamicCFG(scale=1.0).active and contract.calls(5) == 10
+    assert DynamicCFG(scale=6.0).rescaled(3.0) == DynamicCFG(scale=3.0)
+
+
 def test_families_without_a_table_and_students_are_refused(tmp_path: Path) -> None:
     folder = made("hunyuan", tmp_path)
     with pytest.raises(RecipeError, match="there is none for HunyuanVideo; choose layout, or authors for Wan, "):
         Diffusers(source=str(folder), preset="authors").card()
     model = VideoModel.from_pretrained(folder)
     index = json.loads((folder / "model_index.json").read_text())
-    from fewstep.core import dump
-
     student = dump(replace(model.card, role="student"))
     (folder / "model_index.json").write_text(json.dumps(index | {"_fewstep": student}))
     with pytest.raises(RecipeError, match="is a student, which is sampled by its own contract; leave preset out"):
@@ -361,3 +417,62 @@ def test_check_model_compares_with_what_the_card_follows(case: str, preset: Any,
     )
     (found,) = check_model(source.load(), Options(**TINY[name].size), only=["times"]).findings
     assert found.outcome == ("pass" if preset == "layout" else "not applicable"), found.note
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+class Reached(Exception):
+    """What a command would have run."""
+
+
+def test_pairs_and_evaluate_take_a_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The contract that the command runs is the preset's; evaluate's teacher also has the student's size."""
+    folder = made("wan", tmp_path / "wan", diffusers.UniPCMultistepScheduler(**FLOW))
+    wanted = Diffusers(source=str(folder), preset="layout").card().contract
+
+    def stop(*given: Any, **_: Any) -> None:
+        raise Reached(given[0])
+
+    (tmp_path / "p.txt").write_text("a cat")
+    words = [str(tmp_path / "p.txt"), "--output", str(tmp_path / "out"), "--model", str(folder), "--preset", "layout"]
+    monkeypatch.setattr("fewstep.data.pairs.make_pairs", stop)
+    with pytest.raises(Reached) as reached:
+        main(["pairs", *words, "--quiet"])
+    teacher = reached.value.args[0]
+    assert teacher.card.contract == wanted
+    course = PairPlan(times=(1.0, 0.5, 0.0), steps=4).resolve(teacher.card.contract)
+    assert course.sampler == WholeTimesteps(sampler=UniPC()) and course.grid[0] == 1.0 and 0.5 in course.grid
+    size = {"num_frames": 5, "height": 32, "width": 48}
+    Diffusers(source=str(folder), **size).load().with_card(role="student").save(tmp_path / "student")
+    monkeypatch.setattr("fewstep.evaluate.entries", stop)
+    words = [
+        "evaluate",
+        str(tmp_path / "student"),
+        "--teacher",
+        str(folder),
+        "--output",
+        str(tmp_path / "e"),
+        "--quiet",
+    ]
+    for preset, contract in (("layout", wanted), (None, read_card(folder).contract)):
+        with pytest.raises(Reached) as reached:
+            main([*words, *(["--preset", preset] if preset else [])])
+        card = reached.value.args[0].card
+        assert card.contract == contract and {name: getattr(card, name) for name in size} == size
+
+
+def test_a_preset_for_folders_of_fewstep_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["pairs", "world:2"], ["evaluate", "world"], ["sample", "world", "--prompt", "a"]):
+        assert main([*words, "--preset", "authors", "--output", str(tmp_path / "x.gif")]) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert "--preset authors: world" in said and "of fewstep's own" in said and "leave --preset out" in said
+
+
+def test_a_grid_that_begins_well_below_noise_has_no_pairs() -> None:
+    plan = PairPlan(times=(1.0, 0.5, 0.0))
+    for grid in (FlowSchedule(shift=1.0), FlowSchedule(scheduler="dpm", shift=1.0)):
+        times = grid.times(4)
+        assert times[0] < 1 and plan.resolve(Contract(grid=grid, steps=4)).grid[0] == 1.0
+    with pytest.raises(ValueError, match="own grid goes from t = 0.98.* to 0, and pairs go from 1 to 0"):
+        plan.resolve(Contract(grid=Angles(), steps=4))

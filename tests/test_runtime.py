@@ -425,7 +425,7 @@ def test_every_command_that_runs_a_model_has_the_same_options() -> None:
     options, mine = get_type_hints(Runs), get_type_hints(Runtime)
     given = Sample(student="x")
     for field in fields(Runtime):
-        auto = field.name in ("dtype", "offload")
+        auto = field.name in ("dtype", "offload", "guidance_calls")
         assert get_args(options[field.name]) == ("auto",) * auto + get_args(mine[field.name]), field.name
         assert getattr(given, field.name) == ("auto" if auto else field.default), field.name
 

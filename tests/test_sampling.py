@@ -11,13 +11,15 @@ from unittest import mock
 import pytest
 import torch
 
-from fewstep.attention import BlockCausal
+from fewstep.attention import NAG, BlockCausal
+from fewstep.caching import SkipMiddle
 from fewstep.compress import ScalarInput
 from fewstep.core import Call, Seeds
-from fewstep.core.call import Place, S
+from fewstep.core.call import Constants, Place, S
 from fewstep.diffusion import CFG, EDM, Contract, Heun, Prediction
 from fewstep.models import VideoModel, sampling
 from fewstep.models.repattern import repattern
+from fewstep.models.runtime import Runtime, effective
 from fewstep.models.sampling import Lead
 from support_engine import shaken, tiny_model
 from tiny_models import load_tiny
@@ -177,12 +179,52 @@ def test_the_text_is_read_once_in_a_run(family: str, words: str) -> None:
     assert counted.calls == {words: 2 * blocks}, "another run has its own"
 
 
+def test_each_expert_reads_the_text_once() -> None:
+    """They take turns at 0.6. What the first one kept is gone when the second begins."""
+    model, seen = load_tiny("wan_experts"), []
+    model = model.with_card(contract=Contract(steps=5, guidance=CFG(scale=3.0)))
+    counted = Counted(model.denoiser, "attn2.to_k", "text_embedder.linear_1")
+    with mock.patch.object(sampling, "Constants", side_effect=lambda: seen.append(Constants()) or seen[-1]):
+        model.latents(PROMPTS)
+    blocks = len(model.denoiser.backbone.blocks)
+    assert counted.calls == {"attn2.to_k": 2 * blocks, "text_embedder.linear_1": 2}
+    ((route, kept),) = seen[0].kept.values()
+    assert route == ((), (0, 1, 2, 3)) and {key[1:] for key in kept.kept if key[0] == "both"} == {
+        ("text", layer) for layer in range(blocks)
+    }
+
+
 def test_runs_in_turns_keep_their_own_values() -> None:
     model = tiny_model().with_card(contract=Contract(steps=3, guidance=CFG(scale=3.0)))
     turns = [model.sampling([prompt], seed=1) for prompt in PROMPTS]
     last = [list(steps) for steps in zip(*turns, strict=True)][-1]
     for prompt, step in zip(PROMPTS, last, strict=True):
         assert torch.equal(step.x, model.latents([prompt], seed=1))
+
+
+# --- guidance in two calls ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["world", "wan", "ltx", "wan_experts", "cogvideox"])
+def test_guidance_in_two_calls_makes_the_same_clip(family: str) -> None:
+    """In float64, where rounding hides nothing; with the text of each prompt read once, and a cache for each."""
+    model = tiny_model(depth=4) if family == "world" else load_tiny(family)
+    model = model.with_card(contract=replace(model.card.contract, steps=4)).prepared(Runtime(dtype="float64"))
+    runs = [{}, {"runner": SkipMiddle(every=2).begin()}] + [{"nag": NAG()}] * (family != "cogvideox")
+    one = [model.latents(PROMPTS, **options) for options in runs]
+    model.prepared(Runtime(dtype="float64", guidance_calls="two"))
+    assert "in two calls" in effective(model)["guidance"]
+    sizes: list[int] = []
+    hook = model.denoiser.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    runs[1] = {"runner": SkipMiddle(every=2).begin()}
+    for made, options in zip(one, runs, strict=True):
+        torch.testing.assert_close(model.latents(PROMPTS, **options), made, rtol=1e-6, atol=1e-6)
+    hook.remove()
+    assert sizes == [2] * 8 * len(runs)
+    if family == "wan":
+        counted = Counted(model.denoiser, "attn2.to_k")
+        model.latents(PROMPTS)
+        assert counted.calls == {"attn2.to_k": 2 * len(model.denoiser.backbone.blocks)}
 
 
 # --- first steps of another model --------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from fewstep.caching import CACHES
 from fewstep.compress import TRANSFORMS
 from fewstep.core.shipped import headline, shipped
 from fewstep.data import DATA
-from fewstep.diffusion import CFG, DENSITIES, GRIDS, PATHS, SAMPLERS
+from fewstep.diffusion import DENSITIES, GRIDS, GUIDANCES, PATHS, SAMPLERS
 from fewstep.engine import Health, Settings, WorldProbe
 from fewstep.methods import METHODS, ROLLOUTS
 from fewstep.models import NETWORKS
@@ -37,7 +37,7 @@ KINDS: Mapping[str, tuple[Callable[..., Any], ...]] = MappingProxyType({
     "grids": GRIDS,
     "paths": PATHS,
     "densities": DENSITIES,
-    "settings": (Settings, Health, WorldProbe, CFG),
+    "settings": (Settings, Health, WorldProbe, *GUIDANCES),
 })  # fmt: skip
 _ARXIV = re.compile(r"\b\d{4}\.\d{4,5}\b")
 

@@ -4,6 +4,7 @@ from fewstep.attention.block_causal import BlockCausal
 from fewstep.attention.dense import Dense
 from fewstep.attention.kernels import Backend, Tier, attend, attending, backends, pick, require_tier
 from fewstep.attention.kv import KEEPS, Everything, Keep, KVCache, Window
+from fewstep.attention.nag import NAG
 from fewstep.attention.pattern import Grid3, Operation, Pattern, Site, operate
 from fewstep.attention.routed.top_k import TopK
 from fewstep.attention.ulysses import Ulysses
@@ -11,7 +12,7 @@ from fewstep.attention.ulysses import Ulysses
 PATTERNS: tuple[type[Pattern], ...] = (Dense, BlockCausal, TopK)
 
 __all__ = [
-    "KEEPS", "PATTERNS", "Backend", "BlockCausal", "Dense", "Everything", "Grid3", "KVCache", "Keep", "Operation", "Pattern",
-    "Site", "Tier", "TopK", "Ulysses", "Window", "attend", "attending", "backends", "operate", "pick",
+    "KEEPS", "NAG", "PATTERNS", "Backend", "BlockCausal", "Dense", "Everything", "Grid3", "KVCache", "Keep", "Operation",
+    "Pattern", "Site", "Tier", "TopK", "Ulysses", "Window", "attend", "attending", "backends", "operate", "pick",
     "require_tier",
 ]  # fmt: skip

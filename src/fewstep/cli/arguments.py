@@ -108,6 +108,9 @@ class Pairs(Runs):
     """Folder to write the shards to."""
     model: str = "world"
     """Teacher: a folder, a hub name, or `world`."""
+    preset: Literal["layout", "authors"] | None = None
+    """For a teacher in diffusers' layout: sample it as the layout's own scheduler does (layout), or as its authors do (authors)
+    (default: Euler or DDIM over plain times)."""
     steps: int | None = None
     """Steps of the teacher's solver (default: from its card)."""
     guidance_scale: float | None = None
@@ -184,6 +187,9 @@ class Evaluate(Runs):
     """Folder to write results.json and report.html to."""
     teacher: str = "world"
     """Teacher to compare with: a folder, a hub name, or `world`."""
+    preset: Literal["layout", "authors"] | None = None
+    """For a teacher (and student) in diffusers' layout: sample it as the layout's own scheduler does (layout), or as its authors
+    do (authors) (default: Euler or DDIM over plain times)."""
     num_inference_steps: tuple[int, ...] = ()
     """Step counts to measure (default: all that the student was trained for)."""
     suite: Literal["world", "avdm2"] = "world"
@@ -285,7 +291,7 @@ class CheckLora(Runs):
     """Apply a style LoRA of the teacher to teacher and student, and measure how much of its effect the student keeps."""
 
     lora: Positional[Annotated[str, arg(metavar="LORA")]]
-    """LoRA file, or a folder that contains one."""
+    """LoRA file, a folder that contains one, or a hub name (owner/name, or owner/name/FILE.safetensors)."""
     student: str
     """Student: a fewstep folder (a run's student/)."""
     output: Path

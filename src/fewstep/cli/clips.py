@@ -13,21 +13,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fewstep.attention import NAG
 from fewstep.cli.command import UsageError
 from fewstep.cli.commands import _made, _prompts
 from fewstep.cli.pace import Tell, telling
+from fewstep.cli.presets import card_of
 from fewstep.cli.remade import making, note_of, remade, scalars_of, warn_of_others
 from fewstep.cli.running import runtime_of, show
 from fewstep.core.atomic import require_writable
+from fewstep.core.build import At
 from fewstep.core.stopping import saying
+from fewstep.data.text_folder import TextFolder, filled
 from fewstep.data.video import FORMATS, LARGEST_SIDE, read_image, write_video
 from fewstep.diffusion import Step
-from fewstep.models.adapters import is_layout
 from fewstep.models.bundle import VideoModel, read_card
 from fewstep.models.fitting import Memory, fitting
-from fewstep.models.runtime import effective, told
-from fewstep.models.sampling import Lead, Request
-from fewstep.models.source import Diffusers
+from fewstep.models.needs import Encoder, Plan
+from fewstep.models.networks import network_class
+from fewstep.models.runtime import Runtime, effective, told
+from fewstep.models.sampling import Lead, Request, require_nag
 
 if TYPE_CHECKING:
     from fewstep.cli.generation import Sample
@@ -65,20 +69,24 @@ def sample(options: Sample) -> int:
         raise UsageError("name a model, such as world, or a file to make again: --like FILE")
     wanted, columns = Wanted.of(options), len(options.seed) if len(options.seed) > 1 else 0
     _check(options, len(wanted) // max(1, columns))
-    card = _sized(_preset(options), options)
+    card = _sized(card_of(options.student, options.preset), options)
     if options.dry_run:
         at_once = min(options.batch or TOGETHER, len(wanted))
-        return show(options, card, clips=at_once, num_frames=options.num_frames, memory=options.memory)
+        plan: Plan = {"clips": at_once, "nag": _nag(options), "encoder": _encoder(options, card, wanted)}
+        return show(options, _planned(card, options), **plan)
     times = Request(prompts=(), num_inference_steps=options.num_inference_steps, force=options.force).times(card)
     scale = _scale(options, card)
     spans = _spans(len(wanted), columns, card, scale)
     paths = [options.output if len(spans) == 1 else _numbered(options.output, i, len(spans)) for i in range(len(spans))]
     require_writable(paths[-1])
-    runtime = runtime_of(options, options.student)
-    model = VideoModel.load(card, options.student, trust=options.trust, runtime=runtime)
+    plan = {"nag": _nag(options), "encoder": _encoder(options, card, wanted)}
+    runtime = runtime_of(options, options.student, card=_planned(card, options), **plan)
+    model, texts = _loaded(card, options.student, options, wanted, runtime)
+    for lora in options.lora:
+        model = model.with_lora(lora)
     made = making(options, model, times)
     warn_of_others(options, made)
-    images, lead = _images(options, card, columns), _lead(options, model)
+    images, lead = _images(options, card, columns), _lead(options, model, wanted)
     done: list[Path] = []
 
     def kept() -> str:
@@ -89,7 +97,7 @@ def sample(options: Sample) -> int:
         for first, last in fitting(len(wanted), options.batch, TOGETHER, Memory.of(model.device)):
             mine = {name: stack if len(stack) == 1 else stack[first:last] for name, stack in images.items()}
             some = Wanted(wanted.prompts[first:last], wanted.seeds[first:last])
-            clips = _clips(model, some, options, {**mine, "lead": lead}, tell)
+            clips = _clips(model, some, options, {**mine, "lead": lead, "texts": texts}, tell)
             waiting += clips.cpu().split(1)
             while files and files[0][0][1] <= last:
                 (begin, end), path = files.pop(0)
@@ -110,6 +118,7 @@ def _clips(model: VideoModel, wanted: Wanted, options: Sample, more: dict[str, A
     steps = model.sampling(
         wanted.prompts, **more, num_inference_steps=options.num_inference_steps, num_frames=options.num_frames,
         guidance_scale=options.guidance_scale, scalars=scalars_of(options), seed=wanted.seeds, force=options.force,
+        nag=_nag(options),
     )  # fmt: skip
     for step in steps:
         tell(f"clips with seeds {wanted.seeds[0]} to {wanted.seeds[-1]}", step.index + 1, step.steps, "steps")
@@ -127,15 +136,36 @@ def _preview(model: VideoModel, step: Step, path: Path) -> None:
         write_video(path, model.decode(x0[:, :, middle : middle + 1])[:, :, -1:])
 
 
-def _lead(options: Sample, model: VideoModel) -> Lead | None:
+def _loaded(
+    card: Card, source: str, options: Sample, wanted: Wanted, runtime: Runtime
+) -> tuple[VideoModel, TextFolder | None]:
+    """A model and, with `--texts`, the conditions of the prompts; then its text encoder has gone before the others come."""
+    if options.texts is None:
+        return VideoModel.load(card, source, trust=options.trust, runtime=runtime), None
+    device = "cpu" if runtime.offload == "block" else runtime.device
+    prompts = (*wanted.prompts, card.negative_prompt)
+    texts = filled(options.texts, card, source, prompts, trust=options.trust, device=device)
+    rest = replace(card, parts={name: spec for name, spec in card.parts.items() if name != "text"})
+    return VideoModel.load(rest, source, trust=options.trust, runtime=runtime), texts
+
+
+def _encoder(options: Sample, card: Card, wanted: Wanted) -> Encoder:
+    """Where the text encoder will be."""
+    if options.texts is None:
+        return "beside"
+    known = TextFolder.known(options.texts, card)
+    there = known is not None and not known.missing((*wanted.prompts, card.negative_prompt))
+    return "absent" if there else "alone"
+
+
+def _lead(options: Sample, model: VideoModel, wanted: Wanted) -> Lead | None:
     """The model for the first steps, at the student's size and run alike."""
     if options.teacher is None or options.teacher_steps is None:
         return None
     size = {name: getattr(model.card, name) for name in ("num_frames", "height", "width")}
     card = replace(read_card(options.teacher), **size)
-    return Lead(
-        VideoModel.load(card, options.teacher, trust=options.trust, runtime=model.runtime), options.teacher_steps
-    )
+    teacher, texts = _loaded(card, options.teacher, options, wanted, model.runtime)
+    return Lead(teacher, options.teacher_steps, texts)
 
 
 def _check(options: Sample, count: int) -> None:
@@ -163,18 +193,7 @@ def _check(options: Sample, count: int) -> None:
     if options.fps is not None and not 0 < options.fps <= 1000:
         raise UsageError(f"--fps must be above 0 and at most 1000, got {options.fps}")
     scalars_of(options)
-
-
-def _preset(options: Sample) -> Card:
-    """The model's card, with what `--preset` changes. UsageError for a model that is sampled by its own contract."""
-    if options.preset is None:
-        return read_card(options.student)
-    if not is_layout(options.student):
-        raise UsageError(
-            f"--preset {options.preset}: {options.student} is a folder of fewstep's own, which is sampled by its own contract; "
-            "leave --preset out"
-        )
-    return Diffusers(source=options.student, preset=options.preset).card()
+    _nag(options)
 
 
 def _sized(card: Card, options: Sample) -> Card:
@@ -187,15 +206,37 @@ def _sized(card: Card, options: Sample) -> Card:
             "--force"
         )
     changes: dict[str, Any] = {"height": height, "width": width}
+    if options.nag_scale is not None:
+        require_nag(network_class(card.parts["denoiser"].type, At("card.json", "parts.denoiser.type")))
     if options.negative_prompt is not None:
         guided = card.contract.guidance.active if options.guidance_scale is None else options.guidance_scale != 1
-        if not guided:
+        if not guided and options.nag_scale is None:
             raise UsageError(
                 f"--negative-prompt: {card.name!r} is sampled without guidance, so it reads no negative prompt. Leave it out, "
-                "or apply guidance on top (--guidance-scale 2 --force), which takes two calls per step"
+                "or apply guidance on top (--guidance-scale 2 --force), which takes two calls per step, or push the attention to "
+                f"the prompt away from it (--nag-scale {NAG().scale:g}), which takes one"
             )
         changes["negative_prompt"] = options.negative_prompt
     return replace(card, **changes)
+
+
+def _planned(card: Card, options: Sample) -> Card:
+    """The card with the options' number of frames and guidance, for a plan of memory."""
+    asked = Request(prompts=(), guidance_scale=options.guidance_scale, force=options.force)
+    contract = replace(card.contract, guidance=asked.guidance(card))
+    return replace(card, num_frames=options.num_frames or card.num_frames, contract=contract)
+
+
+def _nag(options: Sample) -> NAG | None:
+    """UsageError for numbers that NAG does not take, and for some without a scale."""
+    given = {name: getattr(options, f"nag_{name}") for name in ("scale", "tau", "alpha")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given and "scale" not in given:
+        raise UsageError(f"--nag-{next(iter(given))} changes NAG, which is off; give --nag-scale too")
+    try:
+        return NAG(**given) if given else None
+    except ValueError as error:
+        raise UsageError(f"--nag-scale, --nag-tau, --nag-alpha: {error}") from None
 
 
 def _scale(options: Sample, card: Card) -> int:

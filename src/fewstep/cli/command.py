@@ -62,6 +62,9 @@ class Runs(Loads):
     offload: Literal["auto", "none", "model", "block"] = "auto"
     """What waits in the CPU's memory. model: all networks but the one that works. block: also the denoiser's blocks, which
     come to the device one after the other. auto: as little as the GPU's free memory asks for."""
+    guidance_calls: Literal["auto", "one", "two"] = "auto"
+    """Calls of the denoiser for one step with guidance. one: prompt and negative prompt as one batch. two: one after the other,
+    in half the memory. auto: one, or two on a GPU whose free memory asks for it."""
     tiling: Literal["auto", "whole", "tiles", "chunks"] = "auto"
     """Decode clips whole, large frames in overlapping tiles, or one latent frame after the other. auto: as the model's card
     says."""

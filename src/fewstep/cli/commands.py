@@ -147,11 +147,11 @@ def _ran(model: VideoModel) -> None:
 
 def pairs(options: arguments.Pairs) -> int:
     from fewstep.cli.pace import telling
+    from fewstep.cli.presets import card_of
     from fewstep.cli.running import runtime_of
     from fewstep.core.peers import meet_peers, part_company
     from fewstep.data.pairs import PairPlan, make_pairs, pairs_cost
     from fewstep.data.prompts import read_prompts
-    from fewstep.diffusion import CFG
     from fewstep.models.bundle import VideoModel
 
     prompts: Sequence[str]
@@ -162,13 +162,15 @@ def pairs(options: arguments.Pairs) -> int:
         prompts = world_prompts(int(count), 0.5, options.seed)
     else:
         prompts = read_prompts(Path(options.prompts))
+    card = card_of(options.model, options.preset)
     plan = PairPlan(
         times=options.times, steps=options.steps, seed=options.seed, num_frames=options.num_frames,
-        guidance=None if options.guidance_scale is None else CFG(scale=options.guidance_scale),
+        guidance=None if options.guidance_scale is None else card.contract.guidance.rescaled(options.guidance_scale),
         storage=options.storage, shard_size=options.shard_size,
     )  # fmt: skip
     peers = meet_peers()
-    model = VideoModel.from_pretrained(options.model, trust=options.trust, runtime=runtime_of(options, options.model))
+    runtime = runtime_of(options, options.model, card=card)
+    model = VideoModel.load(card, options.model, trust=options.trust, runtime=runtime)
     _ran(model)
     cost = pairs_cost(model, len(prompts), plan)
     if peers.leads:
@@ -190,6 +192,7 @@ def pairs(options: arguments.Pairs) -> int:
 
 def evaluate(options: arguments.Evaluate) -> int:
     from fewstep.cli.pace import telling
+    from fewstep.cli.presets import card_of, presets_of, teacher_of
     from fewstep.cli.running import runtime_of
     from fewstep.cli.screen import screen
     from fewstep.evaluate import details, entries, table, write_report
@@ -197,11 +200,12 @@ def evaluate(options: arguments.Evaluate) -> int:
     from fewstep.models.bundle import VideoModel
 
     suite = _suite(options)
-    student = VideoModel.from_pretrained(
-        options.student, trust=options.trust, runtime=runtime_of(options, options.student)
-    )
+    own, its = presets_of((options.student, options.teacher), options.preset)
+    card = card_of(options.student, own)
+    runtime = runtime_of(options, options.student, card=card)
+    student = VideoModel.load(card, options.student, trust=options.trust, runtime=runtime)
     _ran(student)
-    teacher = _teacher_of(student, options.teacher, options.trust)
+    teacher = teacher_of(student, options.teacher, trust=options.trust, preset=its)
     with telling(options.quiet) as progress:
         rows = entries(teacher, student, options.num_inference_steps)
         report = measure(rows, suite, options.output, progress=progress)
@@ -296,6 +300,7 @@ def export(options: arguments.Export) -> int:
 
 def check_lora(options: arguments.CheckLora) -> int:
     from fewstep.cli.pace import telling
+    from fewstep.cli.presets import teacher_of
     from fewstep.cli.running import runtime_of
     from fewstep.cli.screen import screen
     from fewstep.evaluate.style import Styled, check_style
@@ -309,7 +314,7 @@ def check_lora(options: arguments.CheckLora) -> int:
         VideoModel.from_pretrained(options.student, trust=options.trust, runtime=runtime), options.num_inference_steps
     )
     _ran(student)
-    teacher = _teacher_of(student, options.teacher, options.trust)
+    teacher = teacher_of(student, options.teacher, trust=options.trust)
     if options.restyled is None:
         tried = Styled.by_lora(student, options.lora)
     else:
@@ -330,20 +335,6 @@ def check_lora(options: arguments.CheckLora) -> int:
         markup=False, soft_wrap=True,
     )  # fmt: skip
     return _made(options.output / "lora.gif")
-
-
-def _teacher_of(student: VideoModel, source: str, trust: bool) -> VideoModel:
-    """The teacher to compare with. A diffusers model takes any size, so it gets the student's."""
-    from fewstep.models.bundle import VideoModel, read_card
-    from fewstep.models.source import Diffusers
-
-    own, wanted = read_card(source), student.card
-    size = (wanted.num_frames, wanted.height, wanted.width)
-    if own.role != "teacher" or "denoiser" not in own.sources or size == (own.num_frames, own.height, own.width):
-        return VideoModel.from_pretrained(source, trust=trust, runtime=student.runtime)
-    print(f"{own.name} at the student's size: {size[0]} frames of {size[1]} x {size[2]}", flush=True)
-    chosen = Diffusers(source=source, num_frames=wanted.num_frames, height=wanted.height, width=wanted.width)
-    return VideoModel.load(chosen.card(), source, trust=trust, runtime=student.runtime)
 
 
 def _at_steps(model: VideoModel, steps: int | None) -> VideoModel:

@@ -37,7 +37,19 @@ class Sample(Runs):
     scalar: tuple[str, ...] = ()
     """Numbers that the model reads besides time and text (ScalarInput), by name, such as guidance=4.0."""
     negative_prompt: str | None = None
-    """Negative prompt, for models that are sampled with guidance (default: from the card)."""
+    """Negative prompt, for models that are sampled with guidance or with --nag-scale (default: from the card)."""
+    nag_scale: float | None = None
+    """Push the attention to the prompt away from the negative prompt (NAG), in the same call: a negative prompt for students
+    without guidance. Usual values: 4 to 11 (default: no NAG)."""
+    nag_tau: float | None = None
+    """Largest factor by which NAG lets the norm of what a token reads grow (default: 2.5)."""
+    nag_alpha: float | None = None
+    """Share of what NAG pushed in the result, 0 to 1 (default: 0.25)."""
+    lora: tuple[str, ...] = ()
+    """LoRAs to merge into the denoiser: files, folders or hub names (owner/name, or owner/name/FILE.safetensors)."""
+    texts: Path | None = None
+    """Folder with text states of known prompts: the text encoder is loaded only for prompts that are not there, alone, and theirs
+    are added. A run's data.text_cache is such a folder (default: every prompt is encoded)."""
     num_frames: int | None = None
     """Frames per clip (default: from the card). Another number needs --force."""
     height: int | None = None

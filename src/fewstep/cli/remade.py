@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from fewstep.cli.generation import Sample
 
 _KEPT = (
-    "student", "preset", "teacher", "teacher_steps", "image", "last_image", "num_inference_steps", "guidance_scale",
-    "negative_prompt", "scalar", "num_frames", "height", "width", "fps", "scale", "force", "dtype", "tiling", "attention",
+    "student", "preset", "lora", "teacher", "teacher_steps", "image", "last_image", "num_inference_steps", "guidance_scale",
+    "negative_prompt", "nag_scale", "nag_tau", "nag_alpha", "scalar", "num_frames", "height", "width", "fps", "scale", "force",
+    "dtype", "tiling", "attention",
 )  # fmt: skip
 """Options that decide what is made, besides prompts and seeds."""
 
@@ -54,8 +55,9 @@ def remade(options: Sample) -> Sample:
     for name in ("image", "last_image"):
         if name in told:
             told[name] = tuple(map(Path, told[name]))
-    if "scalar" in told:
-        told["scalar"] = tuple(told["scalar"])
+    for name in ("scalar", "lora"):
+        if name in told:
+            told[name] = tuple(told[name])
     return replace(options, **{name: value for name, value in told.items() if getattr(options, name) == default[name]})
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
-from fewstep.core.types import KV
+from fewstep.core.types import KV, Cond
 
 Branch = Literal["cond", "uncond", "both"]
 """Which condition the samples of a call have; `both`: the first half the prompt's, the second half the negative one's."""
@@ -116,6 +116,34 @@ class Constants:
         found: T = self.kept[key]
         return found
 
+    def during(self, route: Hashable) -> Constants:
+        """Values for one route through several networks in one (`Flow.route`); None: there is one network. Networks take turns,
+        so those of another route are forgotten.
+        """
+        if route is None:
+            return self
+        known: tuple[Hashable, Constants] | None = self.kept.get(_ROUTE)
+        if known is None or known[0] != route:
+            known = self.kept[_ROUTE] = (route, Constants())
+        return known[1]
+
+
+_ROUTE = "route"
+
+
+@dataclass(frozen=True, eq=False)
+class Negative:
+    """A negative prompt that attention to the prompt is pushed away from inside a call (`attention.NAG`)."""
+
+    cond: Cond
+    """Its conditions: one for each sample with the prompt's, which come first in a call."""
+    push: Callable[[Tensor, Tensor], Tensor]
+    """From what queries read of the prompt, and of the negative one, to what they get; all `[B, H, N, D]`."""
+
+    def of(self, rows: Tensor) -> Negative:
+        """That of these samples of the call, in increasing order."""
+        return Negative(self.cond[rows[rows < len(self.cond)]], self.push)
+
 
 @dataclass(frozen=True)
 class Call:
@@ -133,6 +161,8 @@ class Call:
     """Processes that make this call together, each with its share of the tokens; None: this process alone."""
     constants: Constants | None = None
     """Values that the run of sampling keeps from call to call; None: every call computes its own."""
+    negative: Negative | None = None
+    """Negative prompt for the attention to the prompt; None: it reads the prompt alone."""
 
     def constant(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` gives, if it gives the same in all calls of this branch."""

@@ -30,6 +30,8 @@ from fewstep.models.card import Card, latent_shape_of
 from fewstep.models.images import image_names
 
 PREVIEWED = 4
+ALMOST = 0.999
+"""Grids of diffusers' schedulers begin here or later, a little below pure noise. Their first state is the noise all the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +65,12 @@ class PairPlan:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     def resolve(self, contract: Contract) -> Course:
-        """The sampler, times and guidance of this plan for a teacher with `contract`."""
+        """The sampler, times and guidance of this plan for a teacher with `contract`. A grid from `ALMOST` on begins at 1."""
         sampler = _require_ode(contract.sampler if self.sampler is None else self.sampler)
         steps = contract.steps if self.steps is None else self.steps
         base = contract.times(steps) if self.grid is None else self.grid.times(steps)
+        if ALMOST <= base[0] < 1:
+            base = (1.0, *base[1:])
         if (base[0], base[-1]) != (1.0, 0.0):
             raise ValueError(
                 f"this model's own grid goes from t = {base[0]:g} to {base[-1]:g}, and pairs go from 1 to 0; "
@@ -243,12 +247,13 @@ class _Teacher:
         noise = Seeds(tuple(seeds), device)
         kept: list[Tensor] = []
 
-        runner = self.model.runner()
+        runner, calls = self.model.runner(), self.model.runtime.guidance_calls
 
         def denoise(x_t: Tensor, t: Tensor, call: Call) -> Prediction:
             self.model.bring("denoiser")
             with self.model.runtime.denoising():
-                return course.guidance(self.model.denoiser, x_t, t, cond, uncond, replace(call, runner=runner))
+                call = replace(call, runner=runner)
+                return course.guidance(self.model.denoiser, x_t, t, cond, uncond, call, calls=calls)
 
         start = self.model.denoiser.path.prior(noise.randn((len(prompts), *self.shape), "start"))
         for step in course.sampler.sampling(denoise, start, course.grid, rng=noise):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,12 +50,12 @@ class Texts:
     def __call__(self, prompts: Sequence[str], device: str | torch.device) -> tuple[Cond, Cond]:
         """Conditions of `prompts`, and as many of the negative prompt."""
         states = [self.states(prompt) for prompt in (*prompts, self.negative)]
-        both = Cond.cat([_padded(cond, self.length) for cond in states]).to(device)
+        both = Cond.cat([padded(cond, self.length) for cond in states]).to(device)
         return both[:-1], both[-1:].expand(len(prompts))
 
     def _make(self, prompt: str) -> Cond:
         if self.stored is not None:
-            return _read(self.stored, prompt)
+            return read_states(self.stored, prompt)
         return self.model.blank_cond(1) if self.encoder is None else _encode(self.encoder, prompt)
 
 
@@ -120,10 +121,17 @@ def _digest(prompts: Iterable[str]) -> str:
     return hashed.hexdigest()[:12]
 
 
-def _read(stored: ShardReader, prompt: str) -> Cond:
+def row_of(stored: ShardReader, prompt: str) -> dict[str, Any] | None:
+    """The index entry of a prompt; None if it is not stored."""
     index = bisect_left(range(len(stored)), prompt, key=lambda i: stored.row(i)["caption"])
     row = stored.row(index) if index < len(stored) else {}
-    if row.get("caption") != prompt:
+    return row if row.get("caption") == prompt else None
+
+
+def read_states(stored: ShardReader, prompt: str) -> Cond:
+    """The states of one prompt, without padding. KeyError for a prompt that is not stored."""
+    row = row_of(stored, prompt)
+    if row is None:
         raise KeyError(prompt)
     read = {name: stored.read_ragged(name, row)[None].float() for name in ("text", "mask", *row["extra"])}
     text, mask = (read.pop(name)[:, : row["length"]] for name in ("text", "mask"))
@@ -138,7 +146,7 @@ def _encode(encoder: TextEncoder, prompt: str) -> Cond:
     return Cond(cond.text[:, :end].clone(), cond.mask[:, :end].clone(), cond.extra)
 
 
-def _padded(cond: Cond, length: int) -> Cond:
+def padded(cond: Cond, length: int) -> Cond:
     """The states padded with zeros to `length` tokens."""
     room = length - cond.mask.shape[1]
     return Cond(pad(cond.text, (0, 0, 0, room)), pad(cond.mask, (0, room)), cond.extra)

@@ -2,6 +2,7 @@
 
 from fewstep.diffusion.contract import Contract, Stream
 from fewstep.diffusion.densities import DENSITIES, Grid, LogitNormal, TimeDensity, Uniform
+from fewstep.diffusion.dynamic import DynamicCFG
 from fewstep.diffusion.grids import (
     Angles,
     Exact,
@@ -25,6 +26,7 @@ from fewstep.diffusion.samplers import (
     Heun,
     Renoise,
     Sampler,
+    SDEDPMpp2M,
     Staggered,
     Step,
     UniPC,
@@ -43,13 +45,14 @@ GRIDS: tuple[type[TimeGrid], ...] = (
     FlowSchedule,
     MultistepTimesteps,
 )
-NAMED: tuple[type, ...] = (*PATHS, *SAMPLERS, *GRIDS)
+GUIDANCES: tuple[type[CFG], ...] = (CFG, DynamicCFG)
+NAMED: tuple[type, ...] = (*PATHS, *SAMPLERS, *GRIDS, *GUIDANCES)
 """What a card can name."""
 
 __all__ = [
-    "CFG", "DDIM", "DENSITIES", "EDM", "GRIDS", "KINDS", "NAMED", "PATHS", "SAMPLERS", "VP", "Angles", "Betas",
-    "Contract", "DPMpp2M", "Euler", "Exact", "FixedStride", "FlowSchedule", "Grid", "Heun", "Kind", "LinearQuadratic",
-    "LogitNormal", "MultistepTimesteps", "NoisePath", "Prediction", "RectifiedFlow", "Renoise", "Sampler", "Shifted", "Staggered",
-    "Step", "StepCountError", "Stream", "TimeDensity", "TimeGrid", "Timesteps", "Trained", "Trig", "UniPC", "Uniform",
-    "WholeTimesteps", "from_x0", "shifted", "target", "timestep", "uniform_grid",
+    "CFG", "DDIM", "DENSITIES", "EDM", "GRIDS", "GUIDANCES", "KINDS", "NAMED", "PATHS", "SAMPLERS", "VP", "Angles", "Betas",
+    "Contract", "DPMpp2M", "DynamicCFG", "Euler", "Exact", "FixedStride", "FlowSchedule", "Grid", "Heun", "Kind",
+    "LinearQuadratic", "LogitNormal", "MultistepTimesteps", "NoisePath", "Prediction", "RectifiedFlow", "Renoise", "SDEDPMpp2M",
+    "Sampler", "Shifted", "Staggered", "Step", "StepCountError", "Stream", "TimeDensity", "TimeGrid", "Timesteps", "Trained",
+    "Trig", "UniPC", "Uniform", "WholeTimesteps", "from_x0", "shifted", "target", "timestep", "uniform_grid",
 ]  # fmt: skip

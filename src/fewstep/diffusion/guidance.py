@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from torch import Tensor
 from fewstep.core import Call, Cond
 from fewstep.diffusion.path import broadcast
 from fewstep.diffusion.prediction import Prediction
+
+Calls = Literal["one", "two"]
+"""Calls of the network for one guided prediction. one: prompt and negative prompt as one batch. two: one after the other."""
 
 
 class Net(Protocol):
@@ -51,19 +54,34 @@ class CFG:
         """The same, with the one scale `scale` at all times at which there is guidance."""
         return replace(self, scale=scale, outside=1.0 if self.outside == 1.0 else scale)
 
-    def __call__(self, net: Net, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond, call: Call = Call()) -> Prediction:
-        """Guided prediction; conditional and unconditional pass run as one batch of 2B, or one pass of B when off.
+    def scales(self, t: Tensor, call: Call) -> float | Tensor:
+        """The scale inside the interval: one, or one for each of the times `t`."""
+        return self.scale
 
-        The past that `call` brings, and the keys and values that come back, are of so many samples, too.
+    def __call__(
+        self, net: Net, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond, call: Call = Call(), *, calls: Calls = "one"
+    ) -> Prediction:
+        """Guided prediction; conditional and unconditional pass run as one batch of 2B or, with `calls` two, one after the other:
+        the same numbers up to rounding, in half the memory. One pass of B when off.
+
+        The past that `call` brings, and the keys and values that come back, are of so many samples, too; so a call with a past
+        must be one.
         """
         if not self.active:
             return net(x_t, t, cond, call)
-        both = net(torch.cat([x_t, x_t]), torch.cat([t, t]), Cond.cat([cond, uncond]), replace(call, branch="both"))
-        raw_cond, raw_uncond = both.raw.chunk(2)
+        if calls == "one":
+            both = net(torch.cat([x_t, x_t]), torch.cat([t, t]), Cond.cat([cond, uncond]), replace(call, branch="both"))
+            raw_cond, raw_uncond = both.raw.chunk(2)
+        else:
+            if call.kv is not None:
+                raise ValueError("a stream's past is read by both prompts in one call; guide a stream with calls='one'")
+            both = net(x_t, t, cond, replace(call, branch="cond"))
+            raw_cond, free = both.raw, replace(call, branch="uncond", negative=None)
+            raw_uncond = net(x_t, t, uncond, free).raw
         inside = (t >= self.low) & (t <= self.high)
         one = torch.ones_like(t, dtype=x_t.dtype)
         scale = torch.where(
-            inside, self.scale * one, self.outside * one
+            inside, self.scales(t, call) * one, self.outside * one
         )  # in the latents' dtype: float64 stays float64
         raw = raw_uncond + broadcast(scale, x_t) * (raw_cond - raw_uncond)
         return Prediction(raw=raw, kind=both.kind, x_t=x_t, t=t, path=both.path, kv=both.kv)

@@ -16,12 +16,29 @@ from typing import Any, ClassVar, NamedTuple, Self, cast
 import torch
 from torch import Tensor, nn
 
-from fewstep.attention import Grid3, KVCache, Operation, Pattern, Site, Ulysses, operate
+from fewstep.attention import Grid3, KVCache, Operation, Pattern, Site, Ulysses, attend, operate
 from fewstep.compress import Transform
 from fewstep.compress.stepwise import knows_steps
 from fewstep.core import KV, Call, Cond, KVView
 from fewstep.core.call import Place
 from fewstep.models.rotary import Rotary
+
+
+class Avoided(NamedTuple):
+    """A negative prompt as blocks read it (`core.call.Negative`), for the first b samples of a call."""
+
+    text_bLE: Tensor
+    mask_b11L: Tensor | None
+    push: Callable[[Tensor, Tensor], Tensor]
+
+    @classmethod
+    def of(cls, call: Call, states: Callable[[Cond], Tensor], *, masked: bool) -> Avoided | None:
+        """That of a call, if it has one; `states` makes of conditions what blocks read."""
+        if call.negative is None:
+            return None
+        cond = call.negative.cond
+        text = call.constant("negative words", lambda: states(cond))
+        return cls(text, cond.mask[:, None, None] if masked else None, call.negative.push)
 
 
 class Context(NamedTuple):
@@ -39,6 +56,33 @@ class Context(NamedTuple):
     """Processes that hold the other tokens of these clips; None if clips are not shared."""
     image_BKE: Tensor | None = None
     """K image tokens that are read next to the text; None without an image."""
+    avoided: Avoided | None = None
+    """Negative prompt that attention to the text is pushed away from; None: there is none."""
+
+
+class Words(NamedTuple):
+    """Keys and values of what a block reads besides the clip."""
+
+    text: KV
+    avoided: KV | None = None
+    """Of the negative prompt, if there is one to be pushed away from."""
+    image: KV | None = None
+
+
+def words_of(context: Context, keys: Callable[[Tensor], KV]) -> Words:
+    """Those of a context's texts; `keys` are the block's."""
+    avoided = context.avoided
+    return Words(keys(context.text_BLE), None if avoided is None else keys(avoided.text_bLE))
+
+
+def read_text(q_BHND: Tensor, words: Words, context: Context) -> Tensor:
+    """What queries read of the prompt: `[B, H, N, D]`, pushed away from what they read of the negative one, if there is one."""
+    read, avoided = attend(q_BHND, *words.text, context.text_mask_B11L), context.avoided
+    if avoided is None or words.avoided is None:
+        return read
+    own = len(avoided.text_bLE)  # guidance's negative samples come last, and are as they were
+    pushed = avoided.push(read[:own], attend(q_BHND[:own], *words.avoided, avoided.mask_b11L))
+    return pushed if own == len(read) else torch.cat([pushed, read[own:]])
 
 
 class Read(NamedTuple):
@@ -69,8 +113,8 @@ class State(ABC):
     """Input: rotated keys, and values, that the next block may read in addition to its own."""
     place: Place = field(default=Place(0, 1, Call()), kw_only=True)
     """Input: where the next block is, and in which call."""
-    text: tuple[KV, ...] | None = field(default=None, kw_only=True)
-    """Input: keys and values of what the next block reads besides the clip (text, image); None: the block computes them."""
+    text: Any = field(default=None, kw_only=True)
+    """Input: `Words` that the next block reads, or of several networks in one those of each; None: the block computes them."""
     new: KV | None = field(default=None, kw_only=True)
     """Output: keys (without rotary position) and values of the last block that ran."""
 
@@ -192,7 +236,8 @@ class Backbone(nn.Module, ABC):
     transforms: tuple[Transform, ...] = ()
     """Transforms of this network relative to its class and `args`, see `compress.transformed`."""
     text_first: bool = False
-    """Whether blocks have `reads(context)`: the keys and values of `State.text`, which one run of sampling computes once."""
+    """Whether blocks attend to the text apart from the clip, and have `reads(context)`: the `State.text` that one run of sampling
+    computes once. Their attention to the text is `read_text`."""
     takes_scalars: ClassVar[bool] = False
     """Whether `embed` passes its time embedding through `with_scalars`."""
     scalars: nn.ModuleDict
@@ -282,11 +327,12 @@ class Backbone(nn.Module, ABC):
         if call.shared is not None:
             self.require_sharing()
             state = state.split(cast(Ulysses, call.shared))
+        kept = call.constants.during(state.route) if call.constants is not None and self.text_first else None
         for index, block in enumerate(self.blocks):
             place = Place(index, len(self.blocks), call)
             past, text = call.kv.layer(index) if call.kv else None, None
-            if call.constants is not None and self.text_first:
-                text = call.constant(("text", index), partial(block.reads, cast(Tokens, state).context))  # type: ignore[operator, misc]
+            if kept is not None:
+                text = kept.get((call.branch, "text", index), partial(block.reads, cast(Any, state).context))  # type: ignore[operator, misc]
             state = replace(state, past=past, place=place, text=text, new=None)
             state = call.runner(block, state, place)
             yield state

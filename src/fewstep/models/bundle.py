@@ -38,7 +38,7 @@ from fewstep.models.lora import add
 from fewstep.models.offload import Blockwise, bring
 from fewstep.models.results import result_in
 from fewstep.models.runtime import Dtype, Runtime, decoded, require_exact, settled, typed
-from fewstep.models.sampling import Request, sampling
+from fewstep.models.sampling import Request, Texts, sampling
 from fewstep.models.scalars import scalar_conditions
 from fewstep.models.spec import lacking
 from fewstep.models.stored import write_tensors
@@ -172,11 +172,12 @@ class VideoModel:
 
     def with_lora(self, source: Path | str) -> VideoModel:
         """The same model with a LoRA merged into its denoiser: a file or folder that diffusers, ComfyUI, kohya or peft reads.
-        A model of two experts takes a folder with a file for each of them.
+        Or its name on the hub: `owner/name`, or `owner/name/FILE.safetensors` where the repository has several. A model of two
+        experts takes a folder with a file for each of them.
 
         FileNotFoundError or ValueError say why it does not fit.
         """
-        updates, network = adapters.read_lora(self.denoiser, Path(source)), copy.deepcopy(self.denoiser)
+        updates, network = adapters.read_lora(self.denoiser, str(source)), copy.deepcopy(self.denoiser)
         add(network, updates.layers, updates.whole)
         return self.with_part("denoiser", network, provenance={**self.card.provenance, "lora": str(source)})
 
@@ -220,16 +221,19 @@ class VideoModel:
         frames = self.card.num_frames if num_frames is None else num_frames
         return self.codec.latent_shape(frames, self.card.height, self.card.width)
 
-    def encode_text(self, prompts: Sequence[str], *, guided: bool = True) -> tuple[Cond, Cond]:
+    def encode_text(
+        self, prompts: Sequence[str], *, guided: bool = True, texts: Texts | None = None
+    ) -> tuple[Cond, Cond]:
         """Conditions of `prompts`, and the card's negative prompt as many times; if not `guided`, where nobody reads it, the
-        conditions a second time."""
-        if self.runtime.offload != "block":  # there it works on the CPU
+        conditions a second time. `texts` has them in place of the text encoder."""
+        if texts is None and self.runtime.offload != "block":  # there it works on the CPU
             self.bring("text")
+        encode = self.text.encode if texts is None else texts
         with torch.no_grad():
-            given = self.text.encode(prompts).to(self.device)
+            given = encode(prompts).to(self.device)
             if not guided:
                 return given, given
-            return given, self.text.encode([self.card.negative_prompt]).to(self.device).expand(len(prompts))
+            return given, encode([self.card.negative_prompt]).to(self.device).expand(len(prompts))
 
     def conditions(
         self,
@@ -240,10 +244,11 @@ class VideoModel:
         *,
         scalars: Mapping[str, float] = MappingProxyType({}),
         guided: bool = True,
+        texts: Texts | None = None,
     ) -> tuple[Cond, Cond]:
         """Conditions of `prompts` and of the negative prompt, both with the images where this model makes clips of them, and
-        with the `scalars` that it reads (`ScalarInput`). `guided` as in `encode_text`. `latents` takes both in place of
-        prompts.
+        with the `scalars` that it reads (`ScalarInput`). `guided` and `texts` as in `encode_text`. `latents` takes both in place
+        of prompts.
 
         ValueError where an image or scalar is missing or of no use.
         """
@@ -253,7 +258,7 @@ class VideoModel:
         self.bring("image", "codec")
         extra = image_conditions(self, len(prompts), image, last_image, frames)
         extra |= scalar_conditions(self, len(prompts), scalars)
-        cond, uncond = self.encode_text(prompts, guided=guided)
+        cond, uncond = self.encode_text(prompts, guided=guided, texts=texts)
         return cond.with_extra(extra), uncond.with_extra(extra)
 
     def blank_cond(self, batch: int, num_frames: int | None = None) -> Cond:

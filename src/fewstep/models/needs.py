@@ -10,15 +10,17 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any, cast
+from typing import Any, Literal, TypedDict, Unpack, cast, get_args
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fewstep.attention import NAG
 from fewstep.core import Call
-from fewstep.core.call import Constants
+from fewstep.core.call import Constants, Negative
 from fewstep.core.ledger import Ledger
+from fewstep.diffusion.guidance import Calls
 from fewstep.models import adapters
 from fewstep.models.bundle import folder_of
 from fewstep.models.card import Card
@@ -41,11 +43,15 @@ class Needs:
     """Of the denoiser without its blocks."""
     block: int
     """Of its largest block."""
+    alone: int = 0
+    """Of a text encoder that is loaded, and works, before the other networks are loaded."""
     working: Mapping[str, int]
     """Tensors of each phase beside the weights, at their most. The text encoder's own are left out: they are small."""
 
     def resident(self, phase: str, offload: Offload) -> int:
         """Weights on the device during a phase."""
+        if phase == READING and "text" not in self.weights:
+            return 0 if offload == "block" else self.alone
         if offload == "none":
             return sum(self.weights.values())
         if offload == "block" and phase != DECODING:  # the text encoder works on the CPU
@@ -72,7 +78,29 @@ class Way:
         return self.needs.peak(self.runtime.offload)
 
 
-def needs(card: Card, runtime: Runtime, *, clips: int = 1, num_frames: int | None = None) -> Needs:
+Encoder = Literal["beside", "alone", "absent"]
+"""Where a text encoder is: beside the other networks, loaded before them and then no more (alone), or not loaded, because the
+text states are stored (absent)."""
+
+
+class Plan(TypedDict, total=False):
+    """What a plan may know besides card and runtime."""
+
+    clips: int
+    num_frames: int | None
+    nag: NAG | None
+    encoder: Encoder
+
+
+def needs(
+    card: Card,
+    runtime: Runtime,
+    *,
+    clips: int = 1,
+    num_frames: int | None = None,
+    nag: NAG | None = None,
+    encoder: Encoder = "beside",
+) -> Needs:
     """What a model of this card needs to make `clips` at once. ValueError for sizes that it cannot make."""
     mode, model = FakeTensorMode(allow_non_fake_inputs=True), outline(card)
     typed(model.denoiser, runtime.dtype)
@@ -80,6 +108,7 @@ def needs(card: Card, runtime: Runtime, *, clips: int = 1, num_frames: int | Non
         imagine(part, mode)
     blocks = model.denoiser.backbone.blocks
     weights = {name: _size(part.state_dict().values()) for name, part in model.parts.items() if name != "features"}
+    alone = weights.pop("text", 0) if encoder != "beside" else 0
     each = [_size(block.state_dict().values()) for block in blocks]
     codec = cast(Any, model.parts.get("codec"))
     tile(codec, runtime)
@@ -92,40 +121,49 @@ def needs(card: Card, runtime: Runtime, *, clips: int = 1, num_frames: int | Non
             reading.note(start)
             for tensor in cond.tensors:
                 reading.note(tensor)
-            uncond = model.blank_cond(clips, num_frames) if guidance.active else cond
+            uncond = model.blank_cond(clips, num_frames) if guidance.active or nag is not None else cond
         with Ledger(model.parts) as denoising, here.denoising():
             for tensor in (start, *cond.tensors, *uncond.tensors):
                 denoising.note(tensor)
             constants = None if runtime.offload == "block" else Constants()
-            call = Call(constants=constants)
-            for _ in range(2):  # the second call finds what a run keeps
-                x = guidance(model.denoiser, start, torch.ones(clips), cond, uncond, call).x0
+            call = Call(constants=constants, negative=None if nag is None else Negative(uncond, nag))
+            for _ in range(2):  # the second step finds what a run keeps
+                calls = runtime.guidance_calls
+                x = guidance(model.denoiser, start, torch.ones(clips), cond, uncond, call, calls=calls).x0
         with Ledger(model.parts) as decoding:
             decoding.note(x)
             if codec is not None:
                 decoded(codec, x.float(), here)
     return Needs(
-        weights=weights, ends=weights["denoiser"] - sum(each), block=max(each),
+        weights=weights, ends=weights["denoiser"] - sum(each), block=max(each), alone=alone if encoder == "alone" else 0,
         working={READING: reading.peak, DENOISING: denoising.peak, DECODING: decoding.peak},
     )  # fmt: skip
 
 
-def ways(card: Card, runtime: Runtime, *, clips: int = 1, num_frames: int | None = None) -> Iterator[Way]:
+def placements(card: Card, runtime: Runtime) -> list[tuple[Offload, Calls]]:
+    """What may wait in the memory of the CPU, and the calls of a step with guidance: those of `runtime`, and then others that
+    need less memory of the device. Two calls cost less time than blocks that come one by one, and more than networks that do.
+    """
+    every: list[tuple[Offload, Calls]] = [("none", "one"), ("model", "one"), ("none", "two"), ("model", "two")]
+    every += [] if runtime.compile else [("block", "one"), ("block", "two")]
+    elsewhere, guided = torch.device(runtime.device).type != "cpu", card.contract.guidance.active
+    offloads = get_args(Offload)[get_args(Offload).index(runtime.offload) :] if elsewhere else ("none",)
+    calls = ("one", "two") if guided and runtime.guidance_calls == "one" else (runtime.guidance_calls,)
+    return [(offload, count) for offload, count in every if offload in offloads and count in calls]
+
+
+def ways(card: Card, runtime: Runtime, **plan: Unpack[Plan]) -> Iterator[Way]:
     """`runtime`, and then others that need less memory of the device, the simplest first. They are measured one by one, when
     they are asked for."""
-    elsewhere = torch.device(runtime.device).type != "cpu"
-    offloads: tuple[Offload, ...] = ("none", "model", "block") if elsewhere else ("none",)
     codec = outline(card).parts.get("codec")
     tilings = [runtime.tiling, *(["tiles"] if hasattr(codec, "tile") else []), "chunks"]
     dtypes = dict.fromkeys((runtime.dtype, "bfloat16"))
-    known: dict[tuple[str, str], Needs] = {}
-    for dtype, tiling, offload in product(dtypes, dict.fromkeys(tilings), offloads[offloads.index(runtime.offload) :]):
-        if offload == "block" and runtime.compile:
-            continue
-        chosen = replace(runtime, dtype=dtype, tiling=tiling, offload=offload)  # type: ignore[arg-type]
-        if (dtype, tiling) not in known:
-            known[dtype, tiling] = needs(card, chosen, clips=clips, num_frames=num_frames)
-        yield Way(chosen, known[dtype, tiling])
+    known: dict[tuple[str, ...], Needs] = {}
+    for dtype, tiling, (offload, calls) in product(dtypes, dict.fromkeys(tilings), placements(card, runtime)):
+        chosen = replace(runtime, dtype=dtype, tiling=tiling, offload=offload, guidance_calls=calls)  # type: ignore[arg-type]
+        if (dtype, tiling, calls) not in known:
+            known[dtype, tiling, calls] = needs(card, chosen, **plan)
+        yield Way(chosen, known[dtype, tiling, calls])
 
 
 def stored_dtype(card: Card, source: str) -> Dtype:

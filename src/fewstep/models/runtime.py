@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fewstep.attention import Operation, Tier, attending, pick, require_tier
 from fewstep.core.compiling import compile_problem
 from fewstep.core.devices import has_bfloat16, require_device, require_device_name
+from fewstep.diffusion.guidance import Calls
 from fewstep.models.decoding import decode_stream
 from fewstep.models.offload import pin
 
@@ -33,6 +34,7 @@ _NETWORKS: dict[Offload, str] = {
     "model": "one at a time on the device",
     "block": "one at a time on the device, the denoiser block by block; the text encoder on the CPU",
 }
+_GUIDANCE: dict[Calls, str] = {"one": "one call", "two": "two calls"}
 _MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -50,6 +52,9 @@ class Runtime:
     """What waits in the memory of the CPU. model: every network but the one that works (text encoder, then denoiser, then
     codec). block: also the blocks of the denoiser, which come to the device one after the other, the next while one runs; the
     text encoder works on the CPU."""
+    guidance_calls: Calls = "one"
+    """Calls of the denoiser for one step with guidance. one: prompt and negative prompt as one batch, the fastest. two: one after
+    the other, the same clips up to rounding in half the memory of tensors."""
     tiling: Tiling = "auto"
     """How clips are decoded. auto: as the codec's card says. whole: at once. tiles: large frames in overlapping tiles, which
     are nearly the whole. chunks: a latent frame at a time, which gives the frames of the whole."""
@@ -174,6 +179,8 @@ def effective(model: VideoModel) -> dict[str, str]:
     chosen = pick(device.type, torch.bfloat16 if half else torch.float32).name
     facts["attention"] = f"auto ({chosen})" if runtime.attention == "auto" else runtime.attention
     facts["networks"] = _NETWORKS[runtime.offload]
+    if runtime.guidance_calls == "two" or model.card.contract.guidance.active:
+        facts["guidance"] = f"prompt and negative prompt in {_GUIDANCE[runtime.guidance_calls]}"
     facts["decoding"] = _decoding(model)
     return facts
 

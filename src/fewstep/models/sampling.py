@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from fewstep.attention import NAG
 from fewstep.compress.stepwise import knows_steps
 from fewstep.core import Call, Cond, Seeds
-from fewstep.core.call import Constants, Runner, Sharing, every_block
+from fewstep.core.call import Constants, Negative, Runner, Sharing, every_block
 from fewstep.diffusion import CFG, Prediction, Step, StepCountError
 from fewstep.diffusion.samplers import Denoise
 from fewstep.models.images import Images
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from fewstep.models.card import Card
 
 
+Texts = Callable[[Sequence[str]], Cond]
+"""Conditions of prompts, as a text encoder gives them (`data.text_folder.TextFolder`)."""
+
+
 @dataclass(frozen=True, eq=False)
 class Lead:
     """Another model that makes the first steps, with the guidance of its own card: the teacher, for the composition of a clip."""
@@ -29,6 +34,8 @@ class Lead:
     model: VideoModel
     steps: int
     """Number of the first steps, at the times of the student's own grid."""
+    texts: Texts | None = None
+    """What has its conditions in place of its text encoder."""
 
     def check(self, model: VideoModel, count: int) -> None:
         """ValueError for a model that cannot make steps of this one's clips, and for all steps or none."""
@@ -54,7 +61,10 @@ class Request:
     prompts: Sequence[str] | Cond
     """Texts, one for each clip; or their conditions, which `VideoModel.conditions` has made (with images, if it has)."""
     negative: Cond | None = None
-    """Conditions of the negative prompt, for guidance. None: the card's prompt is encoded, where there is guidance."""
+    """Conditions of the negative prompt, for guidance and `nag`. None: the card's prompt is encoded, where it is read."""
+    nag: NAG | None = None
+    """Push what tokens read of the prompt away from what they read of the negative one. It needs no second call, so it is for
+    students without guidance, too. None: the attention to the prompt is as it was trained."""
     image: Images | None = None
     """First frame for an image-to-video model: one image for all prompts, or one per prompt."""
     last_image: Tensor | None = None
@@ -71,6 +81,8 @@ class Request:
     """Allow what the model was not trained for: another step count or number of frames, or guidance on top of a student's."""
     lead: Lead | None = None
     """Another model for the first steps; None: this one makes all."""
+    texts: Texts | None = None
+    """What has the conditions of prompts in place of the model's text encoder, which then need not be there."""
     runner: Runner = every_block
     """Runner of the blocks, such as `caching.SkipMiddle().begin()`. A runner with memory serves one request only."""
     shared: Sharing | None = None
@@ -129,16 +141,19 @@ def sampling(model: VideoModel, request: Request) -> Iterator[Step]:
 
 def _denoising(model: VideoModel, request: Request, guidance: CFG) -> Denoise:
     """What a model predicts in one run of sampling."""
+    if request.nag is not None:
+        require_nag(type(model.denoiser.backbone))
     with torch.no_grad(), model.runtime.precision():
-        cond, uncond = _conditions(model, request, guided=guidance.active)
+        cond, uncond = _conditions(model, request, guided=guidance.active or request.nag is not None)
     runner, early = model.runner(request.runner), model.runtime.offload != "block" and not knows_steps(model.denoiser)
     constants = Constants() if early else None
+    negative = None if request.nag is None else Negative(uncond, request.nag)
 
     def denoise(x_t: Tensor, t: Tensor, call: Call) -> Prediction:
-        call = replace(call, runner=runner, shared=request.shared, constants=constants)
+        call = replace(call, runner=runner, shared=request.shared, constants=constants, negative=negative)
         model.bring("denoiser")
         with evaluating(model.denoiser), model.runtime.denoising():
-            return guidance(model.denoiser, x_t, t, cond, uncond, call)
+            return guidance(model.denoiser, x_t, t, cond, uncond, call, calls=model.runtime.guidance_calls)
 
     return denoise
 
@@ -148,7 +163,8 @@ def _led(own: Denoise, model: VideoModel, request: Request, count: int) -> Denoi
     lead = request.lead
     assert lead is not None
     lead.check(model, count)
-    first = _denoising(lead.model, replace(request, scalars={}, runner=every_block), lead.model.card.contract.guidance)
+    theirs = replace(request, scalars={}, runner=every_block, nag=None, texts=lead.texts)
+    first = _denoising(lead.model, theirs, lead.model.card.contract.guidance)
 
     def denoise(x_t: Tensor, t: Tensor, call: Call) -> Prediction:
         leads = call.step < lead.steps
@@ -163,15 +179,28 @@ def _conditions(model: VideoModel, request: Request, guided: bool) -> tuple[Cond
     prompts, negative = request.prompts, request.negative
     if not isinstance(prompts, Cond):
         images = request.image, request.last_image, request.num_frames
-        cond, uncond = model.conditions(prompts, *images, scalars=request.scalars, guided=guided and negative is None)
+        guided = guided and negative is None
+        cond, uncond = model.conditions(prompts, *images, scalars=request.scalars, guided=guided, texts=request.texts)
         return cond, uncond if negative is None else negative.to(model.device)
-    if request.image is not None or request.last_image is not None or request.scalars:
+    if request.image is not None or request.last_image is not None or request.scalars or request.texts is not None:
         raise ValueError(
-            "these conditions are ready and have their images and scalars already; leave out image, last_image and scalars"
+            "these conditions are ready and have their images and scalars already; leave out image, last_image and scalars, and "
+            "texts"
         )
     if guided and negative is None:
-        raise ValueError("guidance reads a negative prompt too; give negative, the second of model.conditions(...)")
+        what = "guidance" if request.nag is None else "nag"
+        raise ValueError(f"{what} reads a negative prompt too; give negative, the second of model.conditions(...)")
     return prompts.to(model.device), (negative or prompts).to(model.device)
+
+
+def require_nag(network: type[nn.Module]) -> None:
+    """ValueError for a denoiser of a class whose attention to the text is not apart from that to the clip."""
+    if not getattr(network, "text_first", False):
+        raise ValueError(
+            f"nag (--nag-scale) changes layers that attend to the text alone, and a {network.__name__} has none that fewstep "
+            "reaches; VideoDiT, Wan, WanExperts and LTX have. Leave it out, or apply guidance on top (guidance_scale=2 and "
+            "force), which takes two calls per step"
+        )
 
 
 @torch.no_grad()

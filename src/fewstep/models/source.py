@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
@@ -48,7 +47,8 @@ class Pretrained(ModelSource):
     source: str = "world"
     """Model folder (such as a run's `student/`), or `world`, the teacher in the package."""
     lora: str | None = None
-    """LoRA file or folder to merge into the teacher; the student then learns its style. null: none."""
+    """LoRA to merge into the teacher: a file or folder, or a hub name (owner/name, owner/name/FILE.safetensors). The student then
+    learns its style. null: none."""
     transforms: tuple[Transform, ...] = ()
     """Transforms applied to the denoiser, after those of its card and after the LoRA. They change teacher and student."""
 
@@ -83,7 +83,8 @@ class Diffusers(ModelSource):
     text_dtype: Literal["float32", "bfloat16"] | None = None
     """Type of the text encoder's weights. null: bfloat16 for T5, float32 for CLIP."""
     lora: str | None = None
-    """LoRA file or folder to merge into the teacher; the student then learns its style. null: none."""
+    """LoRA to merge into the teacher: a file or folder, or a hub name (owner/name, owner/name/FILE.safetensors). The student then
+    learns its style. null: none."""
     transforms: tuple[Transform, ...] = ()
     """Transforms applied to the denoiser, after the LoRA. They change teacher and student."""
 
@@ -204,8 +205,8 @@ def _restyled(card: Card, lora: str | None) -> Card:
     """With a LoRA: the denoiser's weights are not those that the card knew. FileNotFoundError where it is not there."""
     if lora is None:
         return card
-    if not Path(lora).exists():
-        raise FileNotFoundError(f"model.lora: {lora} is not there; give a LoRA file or folder")
+    if not adapters.is_lora(lora):
+        raise FileNotFoundError(f"model.lora: {lora} is not there; give a LoRA file or folder, or a hub name")
     prints = {part: known for part, known in card.fingerprints.items() if part != "denoiser"}
     return replace(card, fingerprints=prints, provenance=card.provenance | {"lora": lora})
 

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewstep.attention import Dense, Grid3, Operation, Pattern, attend
+from fewstep.attention import Dense, Grid3, Operation, Pattern
 from fewstep.core import KV, Call, Cond
 from fewstep.core.bounds import Depth, Positive, Size
-from fewstep.models.backbone import Backbone, Context, Tokens, read
+from fewstep.models.backbone import Avoided, Backbone, Context, Tokens, Words, read, read_text, words_of
 from fewstep.models.rotary import FrameRotary
 
 _TIME_FEATURES = 128
@@ -84,6 +84,7 @@ class VideoDiT(Backbone):
             rotary=self.rotary,
             table=self.turns(grid, x, call),
             site=self.site(self.pattern, grid, call, x.device),
+            avoided=Avoided.of(call, lambda negative: negative.text.to(x.dtype), masked=True),
         )
         return Tokens(x_BNE, time_BGE, grid, context)
 
@@ -126,13 +127,13 @@ class Block(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (self.table + context.modulation_BG6E).unbind(2)
         mixed, new = self.attention(modulate(_norm(x), shift_a, scale_a), context, state.past)
         x = gated(x, mixed, gate_a)
-        x = x + self.cross(_norm(x), state.text or self.reads(context), context.text_mask_B11L)
+        x = x + self.cross(_norm(x), state.text or self.reads(context), context)
         x = gated(x, self.mlp(modulate(_norm(x), shift_m, scale_m)), gate_m)
         return replace(state, x_BNE=x, new=new)
 
-    def reads(self, context: Context) -> tuple[KV, ...]:
+    def reads(self, context: Context) -> Words:
         """Keys and values of the words."""
-        return (self.cross.words(context.text_BLE),)
+        return words_of(context, self.cross.words)
 
 
 class SelfAttention(nn.Module):
@@ -169,9 +170,9 @@ class CrossAttention(nn.Module):
         k, v = (split_heads(y, self.heads) for y in self.kv(text_BLE).chunk(2, -1))
         return rms_norm(k, self.key_scale), v
 
-    def forward(self, x_BNE: Tensor, words: tuple[KV, ...], mask_B11L: Tensor | None) -> Tensor:
+    def forward(self, x_BNE: Tensor, words: Words, context: Context) -> Tensor:
         q = rms_norm(split_heads(self.q(x_BNE), self.heads), self.query_scale)
-        return self.out(merge_heads(attend(q, *words[0], mask_B11L)))
+        return self.out(merge_heads(read_text(q, words, context)))
 
 
 class MLP(nn.Module):

@@ -7,6 +7,7 @@ from fewstep.diffusion.samplers.euler import Euler
 from fewstep.diffusion.samplers.fixed_stride import FixedStride
 from fewstep.diffusion.samplers.heun import Heun
 from fewstep.diffusion.samplers.renoise import Renoise
+from fewstep.diffusion.samplers.sde_dpmpp_2m import SDEDPMpp2M
 from fewstep.diffusion.samplers.staggered import Staggered
 from fewstep.diffusion.samplers.unipc import UniPC
 from fewstep.diffusion.samplers.whole_timesteps import WholeTimesteps
@@ -17,6 +18,7 @@ SAMPLERS: tuple[type[Sampler], ...] = (
     DDIM,
     FixedStride,
     DPMpp2M,
+    SDEDPMpp2M,
     UniPC,
     Renoise,
     Staggered,
@@ -24,6 +26,6 @@ SAMPLERS: tuple[type[Sampler], ...] = (
 )
 
 __all__ = [
-    "DDIM", "SAMPLERS", "DPMpp2M", "Denoise", "Euler", "FixedStride", "Here", "Heun", "Renoise", "Sampler", "Staggered", "Step",
-    "Time", "Times", "UniPC", "WholeTimesteps", "finish", "full",
+    "DDIM", "SAMPLERS", "DPMpp2M", "Denoise", "Euler", "FixedStride", "Here", "Heun", "Renoise", "SDEDPMpp2M", "Sampler",
+    "Staggered", "Step", "Time", "Times", "UniPC", "WholeTimesteps", "finish", "full",
 ]  # fmt: skip

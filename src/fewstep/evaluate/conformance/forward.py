@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 
 import torch
 from PIL import Image
@@ -11,7 +10,7 @@ from PIL import Image
 from fewstep.attention import Dense
 from fewstep.core import Cond, Seeds
 from fewstep.data.video import to_uint8
-from fewstep.diffusion import FlowSchedule, MultistepTimesteps
+from fewstep.diffusion import CFG, FlowSchedule, MultistepTimesteps
 from fewstep.evaluate.conformance.subject import Fault, Measured, NotApplicable, Subject, relative, worst
 
 _TIMES = (1.0, 0.7, 0.3, 0.05)
@@ -132,7 +131,7 @@ def guidance(s: Subject) -> Measured:
     words, negative = (s.network(s.x_t, s.t, cond).raw for cond in (s.cond, s.uncond))
     pairs = []
     for scale in (0.0, 1.0, 3.0):
-        guided = replace(s.model.card.contract.guidance, scale=scale, low=0.0, high=1.0)
+        guided = CFG(scale=scale)
         made = guided(s.network, s.x_t, s.t, s.cond, s.uncond).raw
         pairs.append((made, negative + scale * (words - negative)))
     return Measured(worst(pairs), s.tolerance)

@@ -103,6 +103,18 @@ def stored(part: nn.Module, source: str) -> Stored | None:
     return found
 
 
+def files_of(part: nn.Module, source: str) -> list[tuple[str | int, ...]]:
+    """What tells the files of a part from others, without reading or downloading them: on the hub the commit, else each file's
+    name, size and time of change.
+    """
+    network = _network(part, source)
+    layout: Any = adapter("layout").Layout.find(source)
+    if not Path(source).expanduser().is_dir():
+        return [(source, layout.folder.name)]
+    paths = sorted(path for folder in network.folders for path in (layout.folder / folder).glob("*"))
+    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+
+
 def _layout(part: nn.Module, source: str) -> Any:
     return adapter("layout").Layout.find(source, _network(part, source).folders)
 
@@ -133,7 +145,12 @@ def export_lora(model: VideoModel, lora: Path, folder: Path, **options: Any) -> 
     return made
 
 
-def read_lora(denoiser: Denoiser, source: Path) -> Updates:
-    """What a LoRA file or folder adds to the weights of a denoiser."""
+def read_lora(denoiser: Denoiser, source: str) -> Updates:
+    """What a LoRA adds to the weights of a denoiser: a file or folder, or its name on the hub."""
     updates: Updates = adapter("lora_reading").read_lora(denoiser, source)
     return updates
+
+
+def is_lora(source: str) -> bool:
+    """Whether a LoRA lies there, or may be on the hub."""
+    return Path(source).exists() or bool(adapter("lora_hub").is_hub_name(source))

@@ -22,6 +22,7 @@ from torch import Tensor
 from fewstep.compress.linear import linears
 from fewstep.core.yaml import load_json
 from fewstep.models.adapters.lora_file import Names, names_of
+from fewstep.models.adapters.lora_hub import local
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.lora import CONFIG, PREFIX, WEIGHTS, LowRank, Updates
 from fewstep.models.stored import open_tensors, read_tensors
@@ -47,13 +48,15 @@ _BOTH = (
 )
 
 
-def read_lora(denoiser: Denoiser, source: Path) -> Updates:
+def read_lora(denoiser: Denoiser, source: Path | str) -> Updates:
     """What a LoRA changes in the denoiser; every tensor of it must find its layer.
 
     `source` is a safetensors file, or a folder with one (also as peft writes it). For a network of two experts it is a folder
-    with a file for each. FileNotFoundError or ValueError say what is wrong.
+    with a file for each. Or it is a name on the hub (`lora_hub`). FileNotFoundError or ValueError say what is wrong.
     """
-    files, config = _find(source, _experts(denoiser))
+    experts = _experts(denoiser)
+    source = local(str(source), max(1, len(experts)))
+    files, config = _find(source, experts)
     layers, whole = dict[str, LowRank](), dict[str, Tensor]()
     for file, expert in files.items():
         tensors = read_tensors(file)

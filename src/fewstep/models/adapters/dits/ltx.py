@@ -20,15 +20,15 @@ from diffusers import LTXConditionPipeline, LTXVideoTransformer3DModel
 from diffusers.models.transformers.transformer_ltx import LTXVideoTransformerBlock
 from torch import Tensor, nn
 
-from fewstep.attention import Dense, Grid3, Operation, Pattern, attend
-from fewstep.core import KV, Call, Cond, RecipeError
+from fewstep.attention import Dense, Grid3, Operation, Pattern
+from fewstep.core import Call, Cond, RecipeError
 from fewstep.diffusion import LinearQuadratic, Shifted
 from fewstep.models.adapters.dits.attention import keys, modulated, out, queries
 from fewstep.models.adapters.flow import contract_of
 from fewstep.models.adapters.layout import Layout
 from fewstep.models.adapters.network import DiffusersBackbone
 from fewstep.models.adapters.presets.ltx import licence_of
-from fewstep.models.backbone import Context, Original, Tokens
+from fewstep.models.backbone import Avoided, Context, Original, Tokens, Words, read_text, words_of
 from fewstep.models.card import Card, latent_shape_of
 from fewstep.models.rotary import turn_pairs
 from fewstep.models.spec import Spec
@@ -148,6 +148,7 @@ class LTX(DiffusersBackbone):
             time_BG = time_groups(t, x)
             modulation, time = self.time_embed(_TIMESTEPS * time_BG.flatten(), batch_size=len(x), hidden_dtype=x.dtype)
             text = call.constant("words", lambda: self.caption_projection(cond.text.to(x.dtype)))
+            avoided = Avoided.of(call, lambda negative: self.caption_projection(negative.text.to(x.dtype)), masked=True)
         context = Context(
             modulation_BG6E=modulation.unflatten(0, time_BG.shape).unflatten(-1, (6, self.width)),
             text_BLE=text,
@@ -155,6 +156,7 @@ class LTX(DiffusersBackbone):
             rotary=self.rotary,
             table=self.turns(grid, x, call),
             site=self.site(self.pattern, grid, call, x.device),
+            avoided=avoided,
         )
         return Tokens(x_BNE, time.unflatten(0, time_BG.shape), grid, context)
 
@@ -227,14 +229,14 @@ class _Block(nn.Module):
 
     def forward(self, state: Tokens) -> Tokens:
         def cross(x: Tensor) -> Tensor:
-            ((k, v),) = state.text or self.reads(state.context)
-            return out(self.attn2, attend(queries(self.attn2, x), k, v, state.context.text_mask_B11L))
+            words = state.text or self.reads(state.context)
+            return out(self.attn2, read_text(queries(self.attn2, x), words, state.context))
 
         return modulated(self, state, cross, self.norm2, self.ff)
 
-    def reads(self, context: Context) -> tuple[KV, ...]:
+    def reads(self, context: Context) -> Words:
         """Keys and values of the text."""
-        return (keys(self.attn2, context.text_BLE, context.modulation_BG6E.dtype),)
+        return words_of(context, lambda text: keys(self.attn2, text, context.modulation_BG6E.dtype))
 
 
 def _tokens(x: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from fewstep.models.adapters.dits.wan_block import WanBlock
 from fewstep.models.adapters.layout import Layout
 from fewstep.models.adapters.network import DiffusersBackbone
 from fewstep.models.adapters.presets.wan import FACTS, SMALL, kind_of
-from fewstep.models.backbone import Context, Tokens
+from fewstep.models.backbone import Avoided, Context, Tokens
 from fewstep.models.card import Card
 from fewstep.models.rotary import FrameRotary
 from fewstep.models.spec import Spec
@@ -170,6 +170,7 @@ class Wan(DiffusersBackbone):
             modulation = embedder.time_proj(F.silu(time_BGE)).unflatten(-1, (6, self.width))
             text = call.constant("words", lambda: embedder.text_embedder(cond.text.to(x.dtype)))
             image = call.constant("image", lambda: self._image(cond, x.dtype))
+            avoided = Avoided.of(call, lambda negative: embedder.text_embedder(negative.text.to(x.dtype)), masked=False)
         context = Context(
             modulation_BG6E=modulation,
             text_BLE=text,
@@ -178,6 +179,7 @@ class Wan(DiffusersBackbone):
             table=self.turns(grid, x, call),
             site=self.site(self.pattern, grid, call, x.device),
             image_BKE=image,
+            avoided=avoided,
         )
         return Begun(x_BNE, time_BGE, grid, context, known)
 

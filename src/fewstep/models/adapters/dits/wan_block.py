@@ -11,9 +11,8 @@ from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor, nn
 
 from fewstep.attention import Operation, attend
-from fewstep.core import KV
 from fewstep.models.adapters.dits.attention import keys, modulated, normalised, out, queries
-from fewstep.models.backbone import Context, Tokens
+from fewstep.models.backbone import Context, Tokens, Words, read_text, words_of
 from fewstep.models.video_dit import split_heads
 
 
@@ -31,17 +30,17 @@ class WanBlock(nn.Module):
     def forward(self, state: Tokens) -> Tokens:
         return modulated(self, state, partial(self._cross, state), self.norm3, self.ffn)
 
-    def reads(self, context: Context) -> tuple[KV, ...]:
+    def reads(self, context: Context) -> Words:
         """Keys and values of the text and, where there is one, of the image, by weights of their own."""
         attention, dtype = self.attn2, context.modulation_BG6E.dtype
-        text, image = keys(attention, context.text_BLE, dtype), context.image_BKE
+        words, image = words_of(context, lambda text: keys(attention, text, dtype)), context.image_BKE
         if image is None:
-            return (text,)
+            return words
         k, v = normalised(attention.norm_added_k, attention.add_k_proj(image), dtype), attention.add_v_proj(image)
-        return text, (split_heads(k, attention.heads), split_heads(v, attention.heads))
+        return words._replace(image=(split_heads(k, attention.heads), split_heads(v, attention.heads)))
 
     def _cross(self, state: Tokens, x_BNE: Tensor) -> Tensor:
         """What tokens take from the text and from the image."""
-        q, (text, *image) = queries(self.attn2, self.norm2(x_BNE)), state.text or self.reads(state.context)
-        read = attend(q, *text, state.context.text_mask_B11L)
-        return out(self.attn2, sum((attend(q, k, v) for k, v in image), read))
+        q, words = queries(self.attn2, self.norm2(x_BNE)), state.text or self.reads(state.context)
+        read = read_text(q, words, state.context)
+        return out(self.attn2, read if words.image is None else read + attend(q, *words.image))

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from fewstep.attention import Dense, Grid3, Pattern, Ulysses
 from fewstep.core import KV, Call, Cond
+from fewstep.core.call import Constants
 from fewstep.core.finite import has_values
 from fewstep.models.adapters.dits.wan import Wan
 from fewstep.models.adapters.dits.wan_begun import Begun
-from fewstep.models.backbone import Backbone, Original, State
+from fewstep.models.backbone import Backbone, Context, Original, State, Words
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class _Routed(State):
     """Expert of each frame, or one for all frames."""
     cached: bool
     """Whether every expert processes every sample, so that a cache holds what each may read later."""
+    rows: tuple[tuple[int, ...], ...]
+    """For each expert the numbers of its samples."""
 
     @property
     def volume(self) -> Tensor:
@@ -50,7 +53,12 @@ class _Routed(State):
 
     @property
     def route(self) -> Hashable:
-        return tuple(part is not None for part in self.parts)
+        return self.rows
+
+    @property
+    def context(self) -> tuple[Context | None, ...]:
+        """That of each expert with samples."""
+        return tuple(None if part is None else part.context for part in self.parts)
 
     def split(self, processes: Ulysses) -> _Routed:
         return self._each(lambda part: part.split(processes))
@@ -83,6 +91,7 @@ class WanExperts(Backbone):
     """
 
     shares = True
+    text_first = True
     folders: ClassVar[tuple[str, ...]] = ("transformer", "transformer_2")
 
     def __init__(self, *, config: dict[str, Any], boundaries: list[float], pattern: Pattern = Dense()) -> None:
@@ -117,15 +126,26 @@ class WanExperts(Backbone):
         return alone
 
     def embed(self, x: Tensor, t: Tensor, cond: Cond, call: Call = Call()) -> _Routed:
-        chosen, parts, places, call = self._chosen(t), [], [], replace(call, constants=None)  # each has its own
-        for index, expert in enumerate(self.experts):
-            own = [row for row, its in enumerate(chosen) if index in its or call.kv is not None]
+        chosen, parts, places = self._chosen(t), [], []
+        samples = range(len(x))
+        route = tuple(
+            tuple(row for row in samples if index in chosen[row] or call.kv is not None)
+            for index, _ in enumerate(self.experts)
+        )
+        kept = None if call.constants is None else call.constants.during(route)
+        for index, (expert, own) in enumerate(zip(self.experts, route, strict=True)):
             rows = torch.tensor(own, device=x.device, dtype=torch.long)
-            parts.append(expert.embed(x[rows], t[rows], cond[rows], call) if own else None)
-            place = [own.index(row) if row in own else 0 for row in range(len(x))]
+            its = replace(
+                call,
+                constants=None if kept is None else kept.get(("expert", index), Constants),
+                negative=None if call.negative is None else call.negative.of(rows),
+            )
+            parts.append(expert.embed(x[rows], t[rows], cond[rows], its) if own else None)
+            place = [own.index(row) if row in own else 0 for row in samples]
             places.append(torch.tensor(place, device=x.device))
-        routes = torch.tensor(chosen, device=x.device)
-        return _reaching_idle(self.experts, _Routed(tuple(parts), tuple(places), routes, call.kv is not None))
+        chosen_BG = torch.tensor(chosen, device=x.device)
+        state = _Routed(tuple(parts), tuple(places), chosen_BG, call.kv is not None, route)
+        return _reaching_idle(self.experts, state)
 
     def grid(self, x: Tensor) -> Grid3:
         return self.experts[0].grid(x)  # type: ignore[operator]
@@ -178,13 +198,18 @@ class _Block(nn.Module):
         pasts: Sequence[KV | None] = [None] * len(self.experts)
         if state.past is not None:  # heads of all experts side by side
             pasts = list(zip(*(x.chunk(len(self.experts), 1) for x in state.past), strict=True))
-        each = zip(self.experts, state.parts, pasts, strict=True)
-        parts = tuple(part and expert(replace(part, past=past)) for expert, part, past in each)
+        each = zip(self.experts, state.parts, pasts, state.text or [None] * len(self.experts), strict=True)
+        parts = tuple(part and expert(replace(part, past=past, text=text)) for expert, part, past, text in each)
         new = None
         if state.cached:
             k, v = (torch.cat(x, 1) for x in zip(*(part.new for part in parts if part), strict=True))
             new = k, v
         return _reaching_idle(self.experts, replace(state, parts=parts, new=new))
+
+    def reads(self, contexts: Sequence[Context | None]) -> tuple[Words | None, ...]:
+        """Keys and values of each expert with samples."""
+        each = zip(self.experts, contexts, strict=True)
+        return tuple(context and expert.reads(context) for expert, context in each)  # type: ignore[operator]
 
 
 def _reaching_idle(experts: nn.ModuleList, state: _Routed) -> _Routed:

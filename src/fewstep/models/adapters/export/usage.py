@@ -12,6 +12,7 @@ import diffusers
 import torch
 from diffusers import ClassifierFreeGuidance, SchedulerMixin
 
+from fewstep.diffusion import CFG
 from fewstep.models.adapters.conditions.cogvideox_image import CogVideoXImage
 from fewstep.models.adapters.export.narrow import Dtype
 from fewstep.models.adapters.export.schedulers import ExactScheduler, exact_scheduler
@@ -122,9 +123,10 @@ class Usage:
     def _guidance(self) -> dict[str, float]:
         """Diffusers changes the scale with the expert, and never in the time of one network."""
         guidance, boundary = self.model.card.contract.guidance, self.layout.index.get("boundary_ratio")
-        if not guidance.active or (guidance.scale > 1 and (guidance.low, guidance.high) == (0, 1)):
+        plain = type(guidance) is CFG
+        if not guidance.active or (plain and guidance.scale > 1 and (guidance.low, guidance.high) == (0, 1)):
             return {"guidance_scale": guidance.scale}
-        if guidance.scale > 1 and (guidance.low, guidance.high) == (boundary, 1):
+        if plain and guidance.scale > 1 and (guidance.low, guidance.high) == (boundary, 1):
             return {"guidance_scale": guidance.scale, "guidance_scale_2": guidance.outside}
         raise ValueError(
             "diffusers guides at all times with a scale above 1, or with one for each expert, and the contract asks for "

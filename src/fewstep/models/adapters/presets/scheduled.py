@@ -1,7 +1,8 @@
 """The sampler and times of a layout's own scheduler, as its pipeline in diffusers uses it.
 
 Facts from github.com/huggingface/diffusers, src/diffusers/schedulers/: scheduling_unipc_multistep.py,
-scheduling_dpmsolver_multistep.py, scheduling_flow_match_euler_discrete.py, scheduling_ddim.py, scheduling_ddim_cogvideox.py.
+scheduling_dpmsolver_multistep.py, scheduling_flow_match_euler_discrete.py, scheduling_ddim.py, scheduling_ddim_cogvideox.py,
+scheduling_dpm_cogvideox.py.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from fewstep.diffusion import (
     FlowSchedule,
     MultistepTimesteps,
     Sampler,
+    SDEDPMpp2M,
     TimeGrid,
     Timesteps,
     UniPC,
@@ -102,6 +104,14 @@ def _ddim(settings: Mapping[str, Any]) -> tuple[Sampler, TimeGrid]:
     return FixedStride(num_train_timesteps=total, ends_clean=clean), grid
 
 
+def _sde(settings: Mapping[str, Any]) -> tuple[Sampler, TimeGrid]:
+    _require(settings, {"set_alpha_to_one": True})
+    total = settings.get("num_train_timesteps", 1000)
+    spacing, offset = settings.get("timestep_spacing", "leading"), settings.get("steps_offset", 0)
+    grid = Timesteps(spacing=spacing, num_train_timesteps=total, steps_offset=offset)
+    return SDEDPMpp2M(stride=total), grid
+
+
 def _require(settings: Mapping[str, Any], followed: Mapping[str, Any]) -> None:
     for key, value in followed.items():
         if settings.get(key, value) not in (value, str(value)):
@@ -113,6 +123,6 @@ def _require(settings: Mapping[str, Any], followed: Mapping[str, Any]) -> None:
 
 _READ: Mapping[str, Callable[[Mapping[str, Any]], tuple[Sampler, TimeGrid]]] = MappingProxyType({
     "UniPCMultistepScheduler": _unipc, "DPMSolverMultistepScheduler": _dpm, "FlowMatchEulerDiscreteScheduler": _euler,
-    "DDIMScheduler": _ddim, "CogVideoXDDIMScheduler": _ddim,
+    "DDIMScheduler": _ddim, "CogVideoXDDIMScheduler": _ddim, "CogVideoXDPMScheduler": _sde,
 })  # fmt: skip
 """Schedulers of diffusers, and what follows them."""
