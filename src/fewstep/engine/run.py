@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fewstep.core import Batch, Losses, Rng
 from fewstep.core.atomic import recover, replacing_folder
@@ -25,12 +26,13 @@ from fewstep.engine.preview import Preview, Reconstructions
 from fewstep.engine.probe import Probe
 from fewstep.engine.result import role_of
 from fewstep.engine.settings import Settings
-from fewstep.engine.shard import add_gradients, whole
+from fewstep.engine.shard import add_gradients, filled, whole
 from fewstep.engine.views import Listener, Views
 from fewstep.methods.base import Method, Nets, Sync, Update
 from fewstep.models import VideoModel
 from fewstep.models.averaging import blend
-from fewstep.models.lora import merge, save_adapter
+from fewstep.models.depot import depot_of
+from fewstep.models.lora import adapters, add, merge, save_adapter
 from fewstep.models.spread import Spread
 
 
@@ -51,6 +53,9 @@ class Run:
     """What the student began as: with adapters, the frozen network that they belong to."""
     shell: nn.Module
     """Structure of the student without its weights."""
+    exact: Mapping[str, Tensor] | None
+    """The weights that adapters are merged into, where a depot has those that are trained with: they are read when a student
+    is saved, from their files if they have any. None: those of `base`."""
     spread: Spread
     """How its denoisers are called."""
     identity: dict[str, str]
@@ -77,7 +82,7 @@ class Run:
 
     def iterate(self) -> None:
         """All updates of the current step, in the method's order."""
-        if self.average is not None and self.settings.parallel.offload:
+        if self.average is not None and self.settings.parallel.offload and self.settings.lora is None:
             self.average.to("cpu")
         rng = Rng(self.settings.seed, self.step, device=self.settings.device)
         places = [rng.at(place=place) for place in self.processes.places(self.settings.accumulate)]
@@ -146,11 +151,14 @@ class Run:
     # --- what a run returns and keeps ---------------------------------------------------------------------------------
 
     def student(self) -> VideoModel:
-        """The model with the student as its trained part: the averaged student if there is one, with adapters merged.
+        """The model with the student as its trained part: the averaged student if there is one, with adapters merged, or
+        beside their frozen weights if those come block by block.
 
         The student is moved to the run's device; an average that stays elsewhere goes back when the next iteration begins.
         """
-        made = self._with(self._result.to(self.settings.device))
+        if depot_of(self._result) is not None:
+            return self._with(self._result)
+        made = self._with(merge(self.base, self._result.to(self.settings.device)))
         if self.settings.lora is not None:  # adapters are merged where the exact weights wait
             made.denoiser.to(self.settings.device)
         return made
@@ -163,9 +171,17 @@ class Run:
         network = whole(self._result, self.shell, self.processes)
         if self.processes.leads:
             with replacing_folder(folder) as draft:
-                self._with(network).save(draft)
+                self._with(self._merged(network)).save(draft)
                 if self.settings.lora is not None:
                     save_adapter(network, draft / "adapter", self.model.card.name)
+
+    def _merged(self, network: nn.Module) -> nn.Module:
+        """The network to be saved, with the adapters of `network` in its weights."""
+        if self.exact is None:
+            return merge(self.base, network)
+        made = filled(self.shell, {name: self.exact[name].to("cpu", copy=True) for name in self.exact})
+        add(made, adapters(network))
+        return made
 
     @property
     def _result(self) -> nn.Module:
@@ -176,7 +192,6 @@ class Run:
         if self.method.part != "denoiser":
             return self.model.with_part(self.method.part, network, provenance=self.provenance)
         contract = self.method.contract(card.contract)
-        network = merge(self.base, network)
         return self.model.with_part(
             "denoiser",
             network,

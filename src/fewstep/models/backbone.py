@@ -21,6 +21,7 @@ from fewstep.compress import Transform
 from fewstep.compress.stepwise import knows_steps
 from fewstep.core import KV, Call, Cond, KVView
 from fewstep.core.call import Place
+from fewstep.models.depot import Depot
 from fewstep.models.rotary import Rotary
 
 
@@ -193,6 +194,8 @@ class Backbone(nn.Module, ABC):
     """Transforms of this network relative to its class and `args`, see `compress.transformed`."""
     text_first: bool = False
     """Whether blocks have `reads(context)`: the keys and values of `State.text`, which one run of sampling computes once."""
+    depot: Depot | None = None
+    """Where the blocks' weights are, and from where they come while a block runs; None: in the blocks."""
     takes_scalars: ClassVar[bool] = False
     """Whether `embed` passes its time embedding through `with_scalars`."""
     scalars: nn.ModuleDict
@@ -288,7 +291,7 @@ class Backbone(nn.Module, ABC):
             if call.constants is not None and self.text_first:
                 text = call.constant(("text", index), partial(block.reads, cast(Tokens, state).context))  # type: ignore[operator, misc]
             state = replace(state, past=past, place=place, text=text, new=None)
-            state = call.runner(block, state, place)
+            state = call.runner(block if self.depot is None else self.depot.around(block), state, place)
             yield state
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond, call: Call = Call()) -> Output:
