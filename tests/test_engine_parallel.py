@@ -73,6 +73,15 @@ def assert_as_one(folder: Path, processes: int, name: str, monkeypatch: pytest.M
         assert rank["rows"] == found[0]["rows"], name
 
 
+def assert_identical(found: dict[str, Any], expected: dict[str, Any], what: str) -> None:
+    """Figures, gradients and weights, bit for bit: the same sums in the same order."""
+    assert found["rows"] == expected["rows"], what
+    for kind in ("gradients", "weights"):
+        assert found[kind].keys() == expected[kind].keys() and found[kind], what
+        for name, value in expected[kind].items():
+            assert torch.equal(found[kind][name], value), f"{what}, {name}"
+
+
 @pytest.mark.timeout(900)  # processes that share two cores with other tests
 def test_two_processes_compute_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = [
@@ -102,6 +111,46 @@ def test_four_processes_compute_what_one_does(tmp_path: Path, monkeypatch: pytes
     together(4, tmp_path, support_parallel.main, tmp_path, names)
     for name in names:
         assert_as_one(tmp_path, 4, name, monkeypatch)
+
+
+@pytest.mark.timeout(900)  # processes that share two cores with other tests
+def test_frozen_blocks_can_be_divided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Below adapters, and narrow ones beside sharded networks: the same numbers as whole ones, in half the memory."""
+    pairs = {
+        "DMD2-adapters.divided": "DMD2-adapters.whole",
+        "DMD2-adapters.divided.narrow": "DMD2-adapters.whole.narrow",
+        "DMD2-eight-bits-adapters.divided": "DMD2-eight-bits-adapters.whole",
+        "DMD2.checkpointing.narrow": "DMD2.checkpointing.bf16",
+    }
+    alone = ["KnowledgeDistillation-adapters.divided.off.aot_eager"]
+    together(2, tmp_path, support_parallel.main, tmp_path, [*pairs, *pairs.values(), *alone])
+    assert_as_one(tmp_path, 2, "DMD2-adapters.divided", monkeypatch)
+    assert_as_one(tmp_path, 2, alone[0], monkeypatch)
+    for name, like in pairs.items():
+        for rank in range(2):
+            found, expected = results(tmp_path, name, rank), results(tmp_path, like, rank)
+            assert_identical(found, expected, name)
+            assert found["brought"] == 1 and expected["brought"] == 0
+    whole, half = (results(tmp_path, name)["frozen"] for name in ("DMD2-adapters.whole", "DMD2-adapters.divided"))
+    blocks = sum(p.nbytes for p in tiny_model().denoiser.backbone.blocks.parameters())
+    assert whole - half == pytest.approx(blocks / 2, rel=0.1), "ends stay whole, of blocks there is a half"
+
+
+@pytest.mark.timeout(900)  # processes that share two cores with other tests
+def test_four_processes_divide_frozen_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In two groups, and together with tokens."""
+    names = ["DMD2-adapters.divided_twice.narrow", "DMD2-adapters.divided_clips", "DMD2-adapters.divided_twice"]
+    pairs = {names[0]: "DMD2-adapters.whole.narrow", names[1]: "DMD2-adapters.sequence"}
+    together(4, tmp_path, support_parallel.main, tmp_path, [*names, *pairs.values()])
+    for name, like in pairs.items():
+        for rank in range(4):
+            assert_identical(results(tmp_path, name, rank), results(tmp_path, like, rank), name)
+    for name in names[1:]:
+        assert_as_one(tmp_path, 4, name, monkeypatch)
+    blocks = sum(p.nbytes for p in tiny_model().denoiser.backbone.blocks.parameters())
+    whole = results(tmp_path, pairs[names[1]])["frozen"]
+    held = [whole - results(tmp_path, name)["frozen"] for name in names[1:]]
+    assert held == pytest.approx([blocks * 3 / 4, blocks / 2], rel=0.1), "neighbours that share clips have shares, too"
 
 
 @pytest.mark.timeout(900)  # processes that share two cores with other tests
@@ -190,7 +239,7 @@ def assert_one_takes_over(output: Path) -> None:
 
 
 @pytest.mark.timeout(900)  # processes that share two cores with other tests
-@pytest.mark.parametrize("name", ["whole_run", "adapters_run", "pruned_run"])
+@pytest.mark.parametrize("name", ["whole_run", "adapters_run", "divided_run", "pruned_run"])
 def test_two_processes_take_over_what_one_has_begun(place_to_run: Path, name: str) -> None:
     output = place_to_run / name
     WHOLE_RUNS[name](output)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fewstep.core.call import S
+from fewstep.core.call import S, T
 
 ALIGNED = 256
 """Bytes; every tensor of a block begins at a multiple of it, as in memory that is requested for it alone."""
@@ -101,6 +101,12 @@ class Depot:
         """`block`, with its weights while it runs. If it is run again in the backward pass, they come again."""
         return partial(self._run, block)
 
+    def reading(self, block: nn.Module, read: Callable[[nn.Module], T]) -> T:
+        """What `read` finds in a block that has its weights."""
+        brought = {f"block.{name}": tensor for name, tensor in self.bring(block).items()}
+        found: T = functional_call(_Read(block), brought, (read,))
+        return found
+
     @property
     def held(self) -> int:
         """Bytes of all shares that this process keeps."""
@@ -123,6 +129,15 @@ class Depot:
         whole = torch.empty(len(share) * dist.get_world_size(self.group), dtype=torch.uint8, device=self.device)
         dist.all_gather_into_tensor(whole, share, group=self.group)
         return whole
+
+
+class _Read(nn.Module):
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, read: Callable[[nn.Module], T]) -> T:
+        return read(self.block)
 
 
 def deposit(denoiser: Any, weights: Mapping[str, Tensor], depot: Depot) -> None:
