@@ -176,7 +176,7 @@ class Brought:
     """The blocks that depots have brought and that somebody holds, now and at most."""
 
     def __init__(self) -> None:
-        self.most, self._alive = 0, list[weakref.ref[Any]]()
+        self.most, self.count, self._alive = 0, 0, list[weakref.ref[Any]]()
 
     @property
     def here(self) -> int:
@@ -184,6 +184,7 @@ class Brought:
         return len(self._alive)
 
     def note(self, block: Tensor) -> Tensor:
+        self.count += 1
         self._alive.append(weakref.ref(block.untyped_storage()))
         self.most = max(self.most, self.here)
         return block

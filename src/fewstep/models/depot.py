@@ -86,12 +86,17 @@ class Depot:
 
     def bring(self, block: nn.Module) -> dict[str, Tensor]:
         """The tensors of a block that have no memory there, by name; they go when nobody holds them. Every process of the group
-        must call."""
+        must call. ValueError for a tensor that was not put here."""
         here: dict[int, Tensor] = {}
         brought = {}
         for name, tensor in (*block.named_parameters(), *block.named_buffers()):
             if tensor.is_meta:
-                slot = self._slots[id(tensor.untyped_storage())]
+                slot = self._slots.get(id(tensor.untyped_storage()))
+                if slot is None:
+                    raise ValueError(
+                        f"{name} has no memory and is not in the depot: a copy of a network has other tensors; borrow them "
+                        "(models.lora), or make the copy before its blocks are put away"
+                    )
                 if id(slot.share) not in here:
                     here[id(slot.share)] = self._fetched(slot.share)
                 brought[name] = slot.view(here[id(slot.share)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -37,7 +39,7 @@ def sample(network: nn.Module) -> Tensor:
         return torch.cat(changed(network)).clone()
     found = [depot.reading(block, changed) for block in network.backbone.blocks]  # type: ignore[union-attr]
     ends = [picked(layer.weight + layer.update) for layer in layers.values() if not layer.weight.is_meta]
-    return torch.cat([*sum(found, []), *ends])
+    return torch.cat([*chain(*found), *ends])
 
 
 def moved(before: Tensor, after: Tensor) -> float:
