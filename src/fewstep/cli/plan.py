@@ -91,7 +91,7 @@ def planned(recipe: Recipe, settings: Settings, card: Card) -> Plan:
     """The plan of a recipe with other `settings`; it includes what data and `settings.parallel` already do to save memory."""
     parallel = settings.parallel
     shard = parallel.shard * parallel.sequence or max(1, place().world_size // parallel.replicate)
-    shard = shard if settings.lora is None else 1
+    shard = 1 if settings.lora is not None and parallel.whole else shard
     stored = bool(recipe.data.text_cache) and settings.device != "cpu"
     probed = recipe.probe.clips if recipe.probe is not None else 0
     plan = Outline.of(card, recipe.method, settings, recipe.data.num_frames, probed).plan()

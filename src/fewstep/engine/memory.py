@@ -29,14 +29,17 @@ class Holding:
     weights: int
     optimizer: int
     gathered: int = 0
-    """Number of its weights that a process holds whole at one time under sharding: embedding, head and two blocks (one
+    """Bytes of its weights that a process holds whole at one time under sharding: embedding, head and two blocks (one
     runs, the next is being gathered). 0: not sharded; discriminators, codecs, encoders and adapters stay whole."""
+    blocks: int = 0
+    """Bytes of its frozen blocks, if they can come when they run: processes share them, or they wait in main memory
+    (`models.depot`). `gathered` is then the largest block."""
     idles: bool = True
     """Whether offload moves it to the CPU while it is not used; the model's other parts stay."""
 
     @property
     def sharded(self) -> bool:
-        return self.gathered > 0
+        return self.gathered > 0 and not self.blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +56,8 @@ class Phase:
     """Floating-point operations of one update as measured, with the longest rollouts."""
     pause: str = ""
     """Name of the phase if nothing is trained in it."""
+    merged: int = 0
+    """Bytes of the activations that are a network with its adapters merged into it; it is not made if blocks come."""
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -101,33 +106,57 @@ class Plan:
     """Phases between iterations, which generate clips for checks and pictures."""
     means: Means = Means()
     shared: bool = False
-    """Whether networks are adapters over the same weights; then none of them can be offloaded."""
+    """Whether networks are adapters over the same weights. With offload they stay, and the frozen blocks wait."""
+    again: bool = False
+    """Whether blocks are computed again in the backward pass; only then frozen ones can come when they run."""
 
     def resident(self, phase: Phase) -> int:
         """Bytes on the device for the whole update."""
-        kept = [h for h in self.holdings if not (self.means.stored_text and h.role == "text")]
-        if self.means.offload:
-            return sum(self._own(h, h.weights) for h in kept if h.role in phase.reads or not h.idles)
-        return sum(self._own(h, h.weights + h.optimizer) for h in kept)
+        if not self.means.offload:
+            return sum(self._own(h, h.weights + h.optimizer) for h in self._kept)
+        there = [h for h in self._kept if h.role in phase.reads or not h.idles or self._comes(h)]
+        return sum(self._own(h, h.weights) - (self._share(h) if self._comes(h) else 0) for h in there)
+
+    def waiting(self, phase: Phase) -> int:
+        """Bytes that wait in main memory during the update."""
+        return sum(self._own(h, h.weights + h.optimizer) for h in self._kept) - self.resident(phase)
 
     def total(self, phase: Phase) -> int:
         """Bytes at the peak of an update: in its backward pass, or when optimiser states are moved in for a step."""
         trained = {h.role: h for h in self.holdings if h.role in phase.roles}
         gradients = sum(self._own(trained[role], size) for role, size in phase.gradients.items())
         states = max((self._own(h, h.optimizer) for h in trained.values()), default=0) if self.means.offload else 0
-        return self.resident(phase) + gradients + max(phase.activations + self.gathered(phase), states)
+        merged = phase.merged if any(map(self._comes, self.holdings)) else 0
+        return self.resident(phase) + gradients + max(phase.activations - merged + self.gathered(phase), states)
 
     def gathered(self, phase: Phase) -> int:
-        """Bytes of sharded weights that are gathered at one time, and of gradients before they are divided: only one network
+        """Bytes of divided weights that are gathered at one time, and of gradients before they are divided: only one network
         runs at a time."""
-        if self.means.shard == 1:
-            return 0
-        sizes = (h.gathered * (2 if h.role in phase.roles else 1) for h in self.holdings if h.role in phase.reads)
+        cut = [h for h in self.holdings if h.sharded and self.means.shard > 1 and h.role in phase.reads]
+        sizes = [h.gathered * (2 if h.role in phase.roles else 1) for h in cut]
+        way = (
+            1 / self.means.shard if self.means.offload and self.means.shard > 1 else 0
+        )  # of the share that is copied first
+        sizes += [round(h.gathered * (1 + way)) for h in self.holdings if self._comes(h)]
         return max(sizes, default=0)
 
     def _own(self, held: Holding, size: int) -> int:
         """Bytes that one process has of `size` bytes of a network's weights, gradients or states."""
+        if self._comes(held):
+            return size - held.blocks + self._share(held)
         return size // self.means.shard if held.sharded else size
+
+    def _comes(self, held: Holding) -> bool:
+        """Whether a network's blocks come when they run."""
+        return held.blocks > 0 and (self.means.shard > 1 or (self.means.offload and self.shared))
+
+    def _share(self, held: Holding) -> int:
+        """Bytes of its blocks that one process keeps, on the device or in main memory."""
+        return held.blocks // self.means.shard
+
+    @property
+    def _kept(self) -> list[Holding]:
+        return [h for h in self.holdings if not (self.means.stored_text and h.role == "text")]
 
     @property
     def peak(self) -> Peak:
@@ -167,10 +196,12 @@ def remedies(variants: dict[tuple[str, ...], Plan], shard: int, elsewhere: bool)
     """
     found = []
     for names, plan in variants.items():
+        lent = any(h.blocks for h in plan.holdings)  # blocks that come
+        cut = (any(h.sharded for h in plan.holdings) or lent) and (plan.again or not lent)
         changes: dict[str, tuple[bool, dict[str, Any]]] = {
             "stored text": (elsewhere, {"stored_text": True}),
-            "offload": (elsewhere and not plan.shared, {"offload": True}),
-            f"sharding over {shard}": (any(h.sharded for h in plan.holdings), {"shard": shard}),
+            "offload": (elsewhere and (plan.again or not plan.shared), {"offload": True}),
+            f"sharding over {shard}": (cut, {"shard": shard}),
         }
         possible = {
             name: means for name, (can, means) in changes.items() if can and plan.means != replace(plan.means, **means)

@@ -79,25 +79,35 @@ class Outline:
     def plan(self) -> Plan:
         """Memory and work of one process that has the whole run to itself."""
         phases = tuple(self._phase(update) for update in self._kinds())
-        shared = self.settings.lora is not None
+        shared, again = self.settings.lora is not None, self.settings.parallel.checkpointing
         holdings, pauses = (*self._holdings(), *self._kept()), tuple(self._pauses())
-        return Plan(holdings=holdings, phases=phases, flops=self._flops(phases), pauses=pauses, shared=shared)
+        flops = self._flops(phases)
+        return Plan(holdings=holdings, phases=phases, flops=flops, pauses=pauses, shared=shared, again=again)
 
     def _holdings(self) -> Iterator[Holding]:
         trained = trained_roles(self.method, self.settings.steps)
         for role, network in self.nets.items():
             optim = self.settings.optim_of(role)
             slim = sum(p.numel() for p in matrices_of(network)) if optim.type == "muon" else 0
-            gathered = _gathered(network) if self.settings.lora is None else 0
-            yield replace(_holding(role, network, trained=role in trained, slim=slim), gathered=gathered)
+            whole = self.settings.lora is None
+            gathered = _gathered(network) if whole else 0
+            held = replace(_holding(role, network, trained=role in trained, slim=slim), gathered=gathered, idles=whole)
+            yield self._lent(held, network) if role in {"teacher", *sources(self.method)} else held
             if role == "student" and self.settings.ema > 0:
                 average = _holding("student average", network, trained=False)
-                yield replace(average, gathered=gathered)
+                yield replace(average, gathered=gathered, idles=whole)
         if not any(self.base is network for network in self.nets.values()):
-            yield _holding("student's base", self.base, trained=False)
+            yield self._lent(replace(_holding("student's base", self.base, trained=False), idles=False), self.base)
         for name, part in self.model.parts.items():
             if name != self.method.part:
                 yield replace(_holding(name, part, trained=False), idles=False)
+
+    def _lent(self, held: Holding, network: nn.Module) -> Holding:
+        """A frozen network, whose blocks can come when they run: with adapters, or if they are narrow."""
+        if not isinstance(network, Denoiser) or (self.settings.lora is None and self.settings.frozen == "float32"):
+            return held
+        blocks = [_bytes(block) for block in network.backbone.blocks]
+        return replace(held, blocks=sum(blocks), gathered=max(blocks))
 
     def _kinds(self) -> Iterator[Update]:
         """The first update of every set of roles."""
@@ -192,9 +202,9 @@ class Outline:
         merged = 0  # a student of adapters is merged into a whole network before it is judged
         if self.settings.lora is not None:
             merged = FLOAT * sum(parameter.numel() for parameter in self.nets["teacher"].parameters())
-        return Phase(
-            pause=what, reads=frozenset({"teacher", "codec"} | reads), gradients={}, activations=ledger.peak + merged
-        )
+        reads = {"teacher", "codec"} | reads
+        activations = ledger.peak + merged
+        return Phase(pause=what, reads=frozenset(reads), gradients={}, activations=activations, merged=merged)
 
     def batch(self, size: int | None = None) -> Batch:
         """One batch without values: all fields that the method needs, with prompts of the greatest length. The default
@@ -268,6 +278,11 @@ def _gathered(network: nn.Module) -> int:
         return 0
     blocks = sorted(sum(p.nbytes for p in block.parameters()) for block in network.backbone.blocks)
     return sum(p.nbytes for p in network.parameters()) - sum(blocks[:-2])
+
+
+def _bytes(block: nn.Module) -> int:
+    """Bytes of what a block has in its state."""
+    return sum(tensor.nbytes for tensor in block.state_dict().values())
 
 
 def _tensors(batch: Batch) -> Iterator[Tensor]:

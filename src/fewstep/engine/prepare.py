@@ -40,7 +40,7 @@ from fewstep.methods.base import Method, Nets
 from fewstep.models import Card, Denoiser, VideoModel
 from fewstep.models.depot import Depot, deposit, depot_of
 from fewstep.models.lora import duplicate
-from fewstep.models.spread import Spread
+from fewstep.models.spread import Spread, to_cpu
 
 WHOSE = ("recipe", "method", "cite", "teacher", "data")
 """Provenance entries that identify a run; the others (machine, versions) may change when the run is resumed."""
@@ -175,7 +175,7 @@ class Networks:
         nets = build_for(settings, model, method, others, settings.device, settle)
         average = duplicate(nets.student) if settings.ema > 0 else None
         shared = None if processes.tokens is None else Ulysses(processes.tokens)
-        spread = Spread(shared, settings.parallel.checkpointing)
+        spread = Spread(shared, settings.parallel.checkpointing, to_cpu if settings.parallel.offload else None)
         for role, denoiser in {**nets, "ema": average}.items():
             if isinstance(denoiser, Denoiser):
                 if processes.weights is not None and depot_of(denoiser) is None:

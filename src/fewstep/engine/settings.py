@@ -47,7 +47,8 @@ class Parallel:
 
     shard: Natural = 0
     """Processes that share each denoiser's weights, gradients and optimiser states (times `sequence`); with `settings.lora`
-    they share the frozen blocks below the adapters. 0: all processes; with `settings.lora`, 1, or all that `replicate` leaves."""
+    they share the frozen blocks below the adapters. 0: all processes; with `settings.lora` every process has the frozen blocks
+    whole, unless there is `replicate`."""
     replicate: Size = 1
     """Copies of each sharding group (HSDP): groups exchange gradients; weights stay within a group."""
     sequence: Size = 1
@@ -57,8 +58,9 @@ class Parallel:
     """Recompute the denoisers' blocks in the backward pass instead of storing their activations: a third more computation,
     much less memory."""
     offload: bool = False
-    """Keep on the CPU: networks that the current update does not use, the averaged student, and optimiser states between
-    steps. With `settings.lora`: the frozen blocks, each of which comes when it runs, and optimiser states between steps."""
+    """Keep on the CPU: networks that the current update does not use, the averaged student, optimiser states between steps,
+    and, with `checkpointing`, what flows between the blocks. With `settings.lora` no network moves: the frozen blocks wait,
+    and each comes when it runs."""
 
     def __post_init__(self) -> None:
         require_bounds(self, "settings.parallel")
@@ -66,7 +68,7 @@ class Parallel:
     @property
     def whole(self) -> bool:
         """Whether no setting asks for sharded networks. With adapters, every process then holds the frozen weights whole."""
-        return self.shard == 1 or (self.shard, self.replicate) == (0, 1)
+        return self.shard * self.sequence == 1 or (self.shard, self.replicate) == (0, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
