@@ -63,6 +63,6 @@ def test_frozen_matrices_are_planned_as_they_are_kept() -> None:
 def test_frozen_in_bfloat16_needs_autocast_and_blocks_that_come_again() -> None:
     with pytest.raises(ValueError, match=r"settings\.frozen: bf16 keeps what autocast casts in every call"):
         require_possible(DMD2(), small(3, frozen="bf16"), read_card("world"), None)
+    shared = small(3, frozen="bf16", autocast="bf16", parallel=Parallel(shard=2))
     with pytest.raises(ValueError, match="write checkpointing: true, so that each comes again"):
-        shared = small(3, frozen="bf16", autocast="bf16", parallel=Parallel(shard=2))
         require_possible(DMD2(), shared, read_card("world"), None)

@@ -56,6 +56,8 @@ class Phase:
     """Floating-point operations of one update as measured, with the longest rollouts."""
     pause: str = ""
     """Name of the phase if nothing is trained in it."""
+    parked: int = 0
+    """Bytes of the activations that wait in main memory with offload: what flows between recomputed blocks."""
     merged: int = 0
     """Bytes of the activations that are a network with its adapters merged into it; it is not made if blocks come."""
 
@@ -119,15 +121,17 @@ class Plan:
 
     def waiting(self, phase: Phase) -> int:
         """Bytes that wait in main memory during the update."""
-        return sum(self._own(h, h.weights + h.optimizer) for h in self._kept) - self.resident(phase)
+        away = sum(self._own(h, h.weights + h.optimizer) for h in self._kept) - self.resident(phase)
+        return away + (phase.parked if self.means.offload else 0)
 
     def total(self, phase: Phase) -> int:
         """Bytes at the peak of an update: in its backward pass, or when optimiser states are moved in for a step."""
         trained = {h.role: h for h in self.holdings if h.role in phase.roles}
         gradients = sum(self._own(trained[role], size) for role, size in phase.gradients.items())
         states = max((self._own(h, h.optimizer) for h in trained.values()), default=0) if self.means.offload else 0
-        merged = phase.merged if any(map(self._comes, self.holdings)) else 0
-        return self.resident(phase) + gradients + max(phase.activations - merged + self.gathered(phase), states)
+        less = phase.merged if any(map(self._comes, self.holdings)) else 0
+        less += phase.parked if self.means.offload else 0
+        return self.resident(phase) + gradients + max(phase.activations - less + self.gathered(phase), states)
 
     def gathered(self, phase: Phase) -> int:
         """Bytes of divided weights that are gathered at one time, and of gradients before they are divided: only one network

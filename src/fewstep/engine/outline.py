@@ -29,9 +29,9 @@ from fewstep.engine.views import Views
 from fewstep.methods.base import Method, Nets, Update
 from fewstep.methods.frames import fold_frames
 from fewstep.models import Card, Denoiser, VideoModel
-from fewstep.models.hollow import imagine
+from fewstep.models.hollow import Absent, imagine
 from fewstep.models.source import outline
-from fewstep.models.spread import Spread
+from fewstep.models.spread import Park, Spread
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,14 @@ class Outline:
         """What the update holds in memory if its rollouts draw these integers (`Rollout.fullest`)."""
         for role, network in self.nets.items():
             network.requires_grad_(role in update.roles).train(role in update.roles)
-        batch, nets = self.batch(), Views(self.nets, Spread(checkpointing=self.settings.parallel.checkpointing))
         ledger = Ledger({**self.nets, **{n: p for n, p in self.model.parts.items() if n != self.method.part}})
+        flows = [0]
+
+        def park(x: Tensor) -> Tensor:
+            flows.append(x.nbytes)
+            return ledger.aside(x)
+
+        batch, nets = self.batch(), Views(self.nets, self._spread(park))
         with ledger:
             for leaf in _tensors(batch):
                 ledger.note(leaf)
@@ -145,9 +151,16 @@ class Outline:
             for parameter in parameters:
                 parameter.grad = None
         activations = max(0, ledger.peak - sum(gradients.values()))
+        parked = max(0, ledger.peak - ledger.left - max(flows))  # one of them is there, where its block runs
         lender = {"teacher", *sources(self.method)} if self.settings.lora is not None else set()
         reads = frozenset(ledger.reads | set(update.roles) | lender)
-        return Phase(reads=reads, gradients=gradients, activations=activations, flops=ledger.flops)
+        return Phase(reads=reads, gradients=gradients, activations=activations, parked=parked, flops=ledger.flops)
+
+    def _spread(self, park: Park | None = None) -> Spread:
+        """How networks are called: with the processes that share clips."""
+        parallel = self.settings.parallel
+        shared = Absent(count=parallel.sequence) if parallel.sequence > 1 else None
+        return Spread(shared, parallel.checkpointing, park)
 
     @property
     def _examined(self) -> Health | None:
@@ -197,7 +210,8 @@ class Outline:
                 ledger.note(leaf)
             x_t = torch.empty(batch.noise_shape)
             with autocast(self.settings, "cpu"):
-                x0 = guidance(self.nets["teacher"], x_t, torch.ones(clips), batch.cond, batch.uncond).x0.float()
+                call = Call(shared=self._spread().shared)
+                x0 = guidance(self.nets["teacher"], x_t, torch.ones(clips), batch.cond, batch.uncond, call).x0.float()
             _ = self.model.codec.decode(x0).clamp(-1, 1)
         merged = 0  # a student of adapters is merged into a whole network before it is judged
         if self.settings.lora is not None:
