@@ -34,6 +34,8 @@ class Holding:
     blocks: int = 0
     """Bytes of its frozen blocks, if they can come when they run: processes share them, or they wait in main memory
     (`models.depot`). `gathered` is then the largest block."""
+    narrow: int = 0
+    """Bytes that its weights would take less with `settings.frozen: bf16`."""
     idles: bool = True
     """Whether offload moves it to the CPU while it is not used; the model's other parts stay."""
 
@@ -81,6 +83,8 @@ class Means:
     """Move roles that an update does not read, and optimiser states between steps, to main memory."""
     stored_text: bool = False
     """Encode all text before training, so that the text encoder is not resident."""
+    narrow: bool = False
+    """Keep the matrices of frozen denoisers as bfloat16."""
 
     def __post_init__(self) -> None:
         if self.shard < 1:
@@ -112,17 +116,23 @@ class Plan:
     again: bool = False
     """Whether blocks are computed again in the backward pass; only then frozen ones can come when they run."""
 
+    def can(self, means: Means) -> bool:
+        """Whether a run can use `means` as it is: frozen blocks come when they run only where they come again for the backward
+        pass."""
+        narrow = means.narrow or any(h.blocks for h in self.holdings)
+        comes = (means.shard > 1 or means.offload) if self.shared else (means.shard > 1 and narrow)
+        return self.again or not comes
+
     def resident(self, phase: Phase) -> int:
         """Bytes on the device for the whole update."""
         if not self.means.offload:
-            return sum(self._own(h, h.weights + h.optimizer) for h in self._kept)
+            return self._everything
         there = [h for h in self._kept if h.role in phase.reads or not h.idles or self._comes(h)]
-        return sum(self._own(h, h.weights) - (self._share(h) if self._comes(h) else 0) for h in there)
+        return sum(self._own(h, self._weights(h)) - (self._share(h) if self._comes(h) else 0) for h in there)
 
     def waiting(self, phase: Phase) -> int:
         """Bytes that wait in main memory during the update."""
-        away = sum(self._own(h, h.weights + h.optimizer) for h in self._kept) - self.resident(phase)
-        return away + (phase.parked if self.means.offload else 0)
+        return self._everything - self.resident(phase) + (phase.parked if self.means.offload else 0)
 
     def total(self, phase: Phase) -> int:
         """Bytes at the peak of an update: in its backward pass, or when optimiser states are moved in for a step."""
@@ -141,13 +151,14 @@ class Plan:
         way = (
             1 / self.means.shard if self.means.offload and self.means.shard > 1 else 0
         )  # of the share that is copied first
-        sizes += [round(h.gathered * (1 + way)) for h in self.holdings if self._comes(h)]
+        one = {h.role: h.gathered * self._blocks(h) / h.blocks for h in self.holdings if self._comes(h)}
+        sizes += [round(size * (1 + way)) for size in one.values()]
         return max(sizes, default=0)
 
     def _own(self, held: Holding, size: int) -> int:
         """Bytes that one process has of `size` bytes of a network's weights, gradients or states."""
         if self._comes(held):
-            return size - held.blocks + self._share(held)
+            return size - self._blocks(held) + self._share(held)
         return size // self.means.shard if held.sharded else size
 
     def _comes(self, held: Holding) -> bool:
@@ -156,7 +167,18 @@ class Plan:
 
     def _share(self, held: Holding) -> int:
         """Bytes of its blocks that one process keeps, on the device or in main memory."""
-        return held.blocks // self.means.shard
+        return self._blocks(held) // self.means.shard
+
+    def _blocks(self, held: Holding) -> int:
+        return held.blocks - (held.narrow if self.means.narrow else 0)
+
+    def _weights(self, held: Holding) -> int:
+        return held.weights - (held.narrow if self.means.narrow else 0)
+
+    @property
+    def _everything(self) -> int:
+        """Bytes of weights and optimiser states that one process has, on the device or in main memory."""
+        return sum(self._own(h, self._weights(h) + h.optimizer) for h in self._kept)
 
     @property
     def _kept(self) -> list[Holding]:
@@ -200,11 +222,11 @@ def remedies(variants: dict[tuple[str, ...], Plan], shard: int, elsewhere: bool)
     """
     found = []
     for names, plan in variants.items():
-        lent = any(h.blocks for h in plan.holdings)  # blocks that come
-        cut = (any(h.sharded for h in plan.holdings) or lent) and (plan.again or not lent)
+        cut = any(h.sharded or h.blocks for h in plan.holdings)
         changes: dict[str, tuple[bool, dict[str, Any]]] = {
             "stored text": (elsewhere, {"stored_text": True}),
-            "offload": (elsewhere and (plan.again or not plan.shared), {"offload": True}),
+            "frozen in bf16": (any(h.narrow for h in plan.holdings), {"narrow": True}),
+            "offload": (elsewhere, {"offload": True}),
             f"sharding over {shard}": (cut, {"shard": shard}),
         }
         possible = {
@@ -215,7 +237,8 @@ def remedies(variants: dict[tuple[str, ...], Plan], shard: int, elsewhere: bool)
                 means: dict[str, Any] = {}
                 for name in chosen:
                     means |= possible[name]
-                found.append(Remedy((*names, *chosen), plan.by(replace(plan.means, **means))))
+                if plan.can(both := replace(plan.means, **means)):
+                    found.append(Remedy((*names, *chosen), plan.by(both)))
     return sorted(found, key=lambda remedy: (len(remedy.names), remedy.bytes))
 
 

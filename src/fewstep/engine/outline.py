@@ -30,6 +30,7 @@ from fewstep.methods.base import Method, Nets, Update
 from fewstep.methods.frames import fold_frames
 from fewstep.models import Card, Denoiser, VideoModel
 from fewstep.models.hollow import Absent, imagine
+from fewstep.models.runtime import matrices
 from fewstep.models.source import outline
 from fewstep.models.spread import Park, Spread
 
@@ -103,8 +104,13 @@ class Outline:
                 yield replace(_holding(name, part, trained=False), idles=False)
 
     def _lent(self, held: Holding, network: nn.Module) -> Holding:
-        """A frozen network, whose blocks can come when they run: with adapters, or if they are narrow."""
-        if not isinstance(network, Denoiser) or (self.settings.lora is None and self.settings.frozen == "float32"):
+        """A frozen network, which can be narrow; its blocks can come when they run with adapters, or if they are narrow."""
+        settings = self.settings
+        if not isinstance(network, Denoiser):
+            return held
+        if settings.frozen == "float32" and settings.autocast == "bf16":
+            held = replace(held, narrow=_narrower(network))
+        if settings.lora is None and settings.frozen == "float32":
             return held
         blocks = [_bytes(block) for block in network.backbone.blocks]
         return replace(held, blocks=sum(blocks), gathered=max(blocks))
@@ -292,6 +298,12 @@ def _gathered(network: nn.Module) -> int:
         return 0
     blocks = sorted(sum(p.nbytes for p in block.parameters()) for block in network.backbone.blocks)
     return sum(p.nbytes for p in network.parameters()) - sum(blocks[:-2])
+
+
+def _narrower(denoiser: Denoiser) -> int:
+    """Bytes that the matrices of its blocks would take less as bfloat16."""
+    tensors = {p for layer in matrices(denoiser) for p in layer.parameters() if p.dtype == torch.float32}
+    return sum(tensor.nbytes // 2 for tensor in tensors)
 
 
 def _bytes(block: nn.Module) -> int:
