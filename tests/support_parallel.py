@@ -32,11 +32,14 @@ from fewstep.attention import KVCache, Ulysses
 from fewstep.compress import Int8, Pruned, StepScales, Transform
 from fewstep.core import Batch, Call, Cond, Losses, Rng
 from fewstep.core.env import place
+from fewstep.core.ledger import Ledger
 from fewstep.engine import Health, Parallel, Settings
 from fewstep.engine.optim import RoleOptimizer
+from fewstep.engine.outline import Drawn
 from fewstep.engine.prepare import prepare
 from fewstep.engine.run import Run
 from fewstep.engine.shard import hollow, shard
+from fewstep.engine.views import Views
 from fewstep.methods import DMD2, BackwardSimulation, Method, Nets, Update
 from fewstep.methods.roles import Other, Role
 from fewstep.methods.targets import mse
@@ -106,6 +109,7 @@ OWN: Mapping[str, tuple[Transform, ...]] = {
 """Transforms of the student."""
 LORA = Lora(rank=2)
 """Adapters of the cases above whose names end in `-adapters`."""
+PLANNED = small(3, batch=4, accumulate=2, lora=LORA)
 EXAMINED = small(6, save_every=2, ema=0.9, accumulate=2, batch=1, health=Health(every=3, prompts=1))
 SPREADS: Mapping[str, Parallel] = {
     "shard": Parallel(),
@@ -113,6 +117,7 @@ SPREADS: Mapping[str, Parallel] = {
     "replicate": Parallel(replicate=2),
     "sequence": Parallel(sequence=2),
     "checkpointing": Parallel(checkpointing=True),
+    "clips": Parallel(shard=1, sequence=2, checkpointing=True),
     "divided": Parallel(shard=2, checkpointing=True),
     "divided_twice": Parallel(shard=2, replicate=2, checkpointing=True),
     "divided_clips": Parallel(shard=2, sequence=2, checkpointing=True),
@@ -196,6 +201,31 @@ def brought_blocks() -> Iterator[Brought]:
     brought, fetched = Brought(), Depot._fetched
     with patch.object(Depot, "_fetched", lambda self, share: brought.note(fetched(self, share))):
         yield brought
+
+
+def peaks(spread: str, folder: Path) -> dict[str, Any]:
+    """The most bytes that each update of adapters holds besides what the run holds all the time, in one of its processes."""
+    settings = replace(PLANNED, parallel=SPREADS[spread])
+    run, draws = prepare(tiny_model(), METHODS["DMD2-adapters"], Everything(), settings, folder), {"exit": 9, "grid": 9}
+    batch, found = run.source.batch(settings.batch, Drawn(settings.seed, draws=draws)), {}
+    for step in (0, 1):
+        for update in run.method.updates(step):
+            assert isinstance(update, Update)
+            for role, network in run.nets.items():
+                network.requires_grad_(role in update.roles)
+            ledger = Ledger({**run.nets, **run.model.parts})
+            spread_ = run.spread if run.spread.park is None else replace(run.spread, park=partial(aside, ledger))
+            with ledger:
+                for terms in update.losses(Views(run.nets, spread_), batch, Drawn(settings.seed, draws=draws)):
+                    torch.stack(list(terms.values())).sum().backward()
+            found["+".join(update.roles)] = ledger.left
+            for network in run.nets.values():
+                network.zero_grad(set_to_none=True)
+    return {"peaks": json.dumps(found)}
+
+
+def aside(ledger: Ledger, x: Tensor) -> Tensor:
+    return ledger.aside(x.clone())
 
 
 def watch_gradients(run: Run, into: dict[str, Tensor]) -> None:
@@ -363,6 +393,8 @@ def main(folder: Path, names: list[str]) -> None:
             keep(folder, name, {"found": per_frame("sequence", PER_FRAME[name])})
         elif name == "begun":
             keep(folder, name, begun(folder))
+        elif name.startswith("peaks."):
+            keep(folder, name, peaks(name.removeprefix("peaks."), folder))
         elif name == "derivative":
             keep(folder, name, {"found": derivative("shard")})
         else:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fewstep.compress import Int8, Pruned, StepScales, Transform
@@ -16,18 +18,20 @@ from fewstep.core import Call, Rng
 from fewstep.engine import Health, Parallel, Settings
 from fewstep.engine import prepare as preparing
 from fewstep.engine.health import weights
+from fewstep.engine.offload import Shelf
 from fewstep.engine.prepare import prepare, require_possible, require_processes
 from fewstep.engine.preview import Preview
 from fewstep.engine.probe import WorldProbe
 from fewstep.engine.run import Run
 from fewstep.engine.settings import Optim
 from fewstep.engine.shard import divided, gathered
+from fewstep.engine.student import untrained
 from fewstep.methods import DMD2
 from fewstep.models import Lora, VideoModel, fingerprint
 from fewstep.models.bundle import read_card
 from fewstep.models.depot import Depot, deposit, depot_of
 from fewstep.models.lora import adapt, duplicate, load_adapter, merge, weaken
-from fewstep.models.spread import Spread
+from fewstep.models.spread import Spread, to_cpu
 from support_engine import CASES, Everything, small, tiny_model
 from support_parallel import METHODS, brought_blocks
 from test_lora import call, moved
@@ -145,6 +149,52 @@ def test_a_block_goes_when_it_is_done_and_comes_again_in_the_backward_pass() -> 
         assert brought.here == 4 and kept.requires_grad
 
 
+def test_shares_of_all_processes_are_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal ones, in the order of ranks; nobody keeps more than its own."""
+    plain, depots, ranks = tiny_model().denoiser, list[Depot](), list[Any]()
+    for rank in range(3):
+        monkeypatch.setattr(dist, "get_world_size", lambda group: 3)
+        monkeypatch.setattr(dist, "get_rank", lambda group, rank=rank: rank)
+        ranks.append(copy.deepcopy(plain))
+        depots.append(Depot(CPU, group=object()))  # type: ignore[arg-type]
+        deposit(ranks[-1], plain.state_dict(), depots[-1])
+    kept = [next(iter(depot._slots.values())).share for depot in depots]
+    monkeypatch.setattr(dist, "all_gather_into_tensor", lambda whole, share, group: whole.copy_(torch.cat(kept)))
+    found, expected = depots[1].bring(ranks[1].backbone.blocks[0]), dict(plain.backbone.blocks[0].named_parameters())
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    assert len({len(share) for share in kept}) == 1 and kept[0].untyped_storage().nbytes() == len(kept[0])
+    size = sum(p.nbytes for p in plain.backbone.blocks.parameters())
+    assert size / 3 <= depots[0].held < 1.2 * size / 3
+
+
+def test_what_flows_between_blocks_waits_elsewhere() -> None:
+    """Of what blocks read, nothing is held between the forward and the backward pass but its copies; gradients are the same."""
+    network, flows = tiny_model(depth=4).denoiser, list[weakref.ref[Any]]()
+
+    def noting(block: Any, state: Any, place: Any) -> Any:
+        flows.append(weakref.ref(state.streams[0].untyped_storage()))
+        return block(state)
+
+    grads, held = [], []
+    for park in (None, to_cpu):
+        network.zero_grad(set_to_none=True)
+        out = call(network, Spread(checkpointing=True, park=park)(Call(runner=noting)))
+        held.append(sum(flow() is not None for flow in flows[-4:]))
+        out.square().sum().backward()
+        grads.append([parameter.grad for parameter in network.parameters()])
+    assert held == [4, 0]
+    assert all(torch.equal(mine, its) for mine, its in zip(*grads, strict=True)) and any(g.any() for g in grads[0])
+
+
+def test_networks_whose_blocks_wait_do_not_move() -> None:
+    """Beside networks that come and go as a whole."""
+    teacher, student = tiny_model().denoiser, tiny_model().denoiser
+    put(teacher)
+    shelf = Shelf({"teacher": teacher, "student": student}, "cpu", stay=["teacher"])
+    shelf.bring("student")
+    assert shelf["teacher"] is teacher and divided(teacher) and torch.equal(call(teacher), call(student))
+
+
 def test_who_reads_a_weight_outside_of_its_block_gets_an_error() -> None:
     network = tiny_model().denoiser
     put(network)
@@ -213,7 +263,7 @@ def test_the_model_of_the_caller_stays_as_it_is(tmp_path: Path) -> None:
         VideoModel.from_pretrained(tmp_path / "kept").denoiser
     )
     assert {t.device.type for o in run.optimizers.values() for t in o.state().values()} == {"cpu"}
-    assert "frozen blocks on the CPU" in run.effective.spread
+    assert "frozen blocks on the CPU" in run.effective.spread and run.spread.park is to_cpu
 
 
 def test_narrow_frozen_blocks_are_put_away_in_their_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,12 +292,20 @@ def test_weights_are_looked_at_where_they_are_with_what_adapters_add() -> None:
     assert torch.equal(weights.sample(mine), weights.sample(its))
 
 
-def test_a_network_that_knows_steps_has_its_weights_at_every_step() -> None:
-    model = tiny_model().transformed(StepScales(steps=2))
-    before = model.latents(["a red ball"], num_inference_steps=2, force=True)
+def test_clips_are_made_by_a_network_whose_blocks_come() -> None:
+    for transforms in ((), (StepScales(steps=2),)):
+        model = tiny_model().transformed(*transforms)
+        before = model.latents(["a red ball"], num_inference_steps=2, force=True)
+        put(model.denoiser)
+        assert torch.equal(model.latents(["a red ball"], num_inference_steps=2, force=True), before)
+        assert model.device == CPU
+
+
+def test_the_untrained_student_is_made_of_a_whole_teacher() -> None:
+    model, settings = tiny_model(depth=3), settings_of(2, transforms=(Pruned(blocks=(1,)),))
+    expected = fingerprint(model.transformed(Pruned(blocks=(1,))).denoiser)
     put(model.denoiser)
-    assert torch.equal(model.latents(["a red ball"], num_inference_steps=2, force=True), before)
-    assert model.device == CPU and not model.denoiser.backbone.text_first
+    assert fingerprint(untrained(model, settings, None).denoiser) == expected
 
 
 @pytest.mark.parametrize(
@@ -266,6 +324,8 @@ def test_blocks_that_come_must_come_again(others: dict[str, Any]) -> None:
     again = replace(settings, parallel=replace(settings.parallel, checkpointing=True))
     require_possible(DMD2(), again, read_card("world"), None)
     assert again.brings() and not replace(again, parallel=Parallel()).brings()
+    neighbours = Parallel(shard=1, sequence=2)
+    assert not neighbours.whole and Parallel(shard=1).whole and Parallel(sequence=2).whole
 
 
 def test_narrow_networks_are_sharded_where_there_are_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:

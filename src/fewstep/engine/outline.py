@@ -216,7 +216,7 @@ class Outline:
                 ledger.note(leaf)
             x_t = torch.empty(batch.noise_shape)
             with autocast(self.settings, "cpu"):
-                call = Call(shared=self._spread().shared)
+                call = Call(shared=self._spread().shared if asks_teacher else None)  # of a probe each makes its own
                 x0 = guidance(self.nets["teacher"], x_t, torch.ones(clips), batch.cond, batch.uncond, call).x0.float()
             _ = self.model.codec.decode(x0).clamp(-1, 1)
         merged = 0  # a student of adapters is merged into a whole network before it is judged
