@@ -287,6 +287,7 @@ def test_narrow_weights_are_planned_without_a_measurement() -> None:
     narrow = plans[0].by(Means(narrow=True))
     assert narrow.resident(narrow.phases[0]) == plans[1].resident(plans[1].phases[0])
     assert not any(holding.narrow for holding in plans[1].holdings) and plans[0].holdings[0].narrow > 0
+    assert {holding.role for holding in plans[0].holdings if holding.blocks or holding.narrow} == {"teacher"}
 
 
 WITHOUT_DRAWS = BackwardSimulation(grids=((1.0,),))

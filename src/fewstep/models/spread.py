@@ -43,7 +43,6 @@ def _parked(park: Park, block: Callable[[S], S], state: S) -> S:
     streams = state.streams
     kinds = [(x.device, x.requires_grad) for x in streams]
     waiting, first = state.with_streams([park(x.detach()) for x in streams]), [state]
-    del state, streams
 
     def run() -> S:
         if first:
