@@ -33,7 +33,7 @@ from fewstep.compress import Int8, Pruned, StepScales, Transform
 from fewstep.core import Batch, Call, Cond, Losses, Rng
 from fewstep.core.env import place
 from fewstep.core.ledger import Ledger
-from fewstep.engine import Health, Parallel, Settings
+from fewstep.engine import Health, Optim, Parallel, Settings
 from fewstep.engine.optim import RoleOptimizer
 from fewstep.engine.outline import Drawn
 from fewstep.engine.prepare import prepare
@@ -93,6 +93,7 @@ METHODS: Mapping[str, Method] = {
     "DMD2-eight-bits-adapters": replace(CASES["DMD2"], warmup=1),  # type: ignore[type-var]
     "Imitation": Imitation(),
     "DMD2": replace(CASES["DMD2"], warmup=1),  # type: ignore[type-var]
+    "DMD2-muon": replace(CASES["DMD2"], warmup=1),  # type: ignore[type-var]
     "DMD2-everything": CASES["DMD2-everything"],
     "AVDM2": CASES["AVDM2"],
     "Consistency": CASES["Consistency"],
@@ -142,6 +143,8 @@ def watched(
         autocast = frozen = "bf16"
     settings = replace(WHOLE, parallel=SPREADS[spread], autocast=autocast, compile=bool(backend), lora=lora)
     settings = replace(settings, transforms=OWN.get(method, ()), frozen=frozen)
+    if method.endswith("-muon"):
+        settings = replace(settings, optim={"student": Optim(type="muon", lr=1e-3)})
     compiler = partial(torch.compile, backend=backend) if backend else torch.compile
     with patch.object(torch, "compile", compiler):
         run = prepare(tiny_model(), METHODS[method], Everything(), settings, folder)

@@ -266,6 +266,24 @@ def test_the_model_of_the_caller_stays_as_it_is(tmp_path: Path) -> None:
     assert "frozen blocks on the CPU" in run.effective.spread and run.spread.park is to_cpu
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_pinned_blocks_change_no_number_on_a_gpu(tmp_path: Path) -> None:
+    ends = []
+    for offload in (False, True):
+        parallel = Parallel(offload=offload, checkpointing=True)
+        settings = settings_of(4, device="cuda", autocast="bf16", frozen="bf16", parallel=parallel)
+        run = prepare(tiny_model(depth=3), DMD2(critic_updates=1), Everything(), settings, tmp_path / str(offload))
+        for _ in range(4):
+            run.iterate()
+        run.keep(run.output / "kept")
+        ends.append({name: tensor.cpu() for name, tensor in run.nets.roles["student"].state_dict().items()})
+        if offload:
+            depot = depot_of(run.nets.roles["student"])
+            assert depot is not None and all(slot.share.is_pinned() for slot in depot._slots.values())
+    assert same(*ends)
+
+
 def test_narrow_frozen_blocks_are_put_away_in_their_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half the bytes; and a network that another one starts from is read from its file, tensor by tensor."""
     monkeypatch.setattr(preparing, "require_mesh", lambda *_: None)

@@ -21,17 +21,17 @@ from fewstep.compress import Pruned
 from fewstep.core import Call, Cond, Rng
 from fewstep.core.atomic import discard
 from fewstep.data.base import Source
-from fewstep.engine import Optim, Parallel, train
+from fewstep.engine import Parallel, train
 from fewstep.engine.checkpoint import Checkpoint, RunState, checkpoints
 from fewstep.engine.health import read_record
 from fewstep.engine.log import RunLog, read_metrics
 from fewstep.engine.mesh import Processes, require_mesh
 from fewstep.engine.offload import Shelf
-from fewstep.engine.prepare import open_data, prepare, require_processes
+from fewstep.engine.prepare import open_data, prepare
 from fewstep.engine.shard import _let_fsdp_see_inside, hollow
 from fewstep.engine.views import Views
 from fewstep.methods import METHODS, Method
-from fewstep.models import Lora, State, VideoDiT, VideoModel, adapters, fingerprint
+from fewstep.models import State, VideoDiT, VideoModel, adapters, fingerprint
 from fewstep.models.spread import Spread
 from support_engine import CASES, Everything, small, tiny_model
 from support_parallel import EXAMINED, PER_FRAME, WHOLE_RUNS, derivative, launch, per_frame, results, watched
@@ -104,6 +104,7 @@ def test_two_processes_compute_what_one_does(tmp_path: Path, monkeypatch: pytest
 def test_four_processes_compute_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = [
         "DMD2.replicate",
+        "DMD2-muon.replicate",
         "Consistency.sequence",
         "KnowledgeDistillation.shard",
         "KnowledgeDistillation-adapters.sequence",
@@ -425,7 +426,6 @@ def test_processes_that_cannot_do_it_are_refused(
             {"compile": True, "parallel": Parallel(sequence=2)},
             "compile cannot compile the communication between processes",
         ),
-        (CASES["Consistency"], {"optim": {"student": Optim(type="muon")}}, "muon needs whole matrices"),
         (CASES["Reconstruction"], {"parallel": Parallel(sequence=2)}, "settings.parallel.sequence is for denoisers"),
         (CASES["Reconstruction"], {"parallel": Parallel(shard=2)}, "shard is for denoisers, and Reconstruction trains"),
         (CASES["Reconstruction"], {"parallel": Parallel(checkpointing=True)}, "checkpointing is for denoisers"),
@@ -437,11 +437,6 @@ def test_what_several_processes_cannot_do_is_refused(
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=message):
         train(tiny_model(), method, Everything(), small(2, accumulate=2, **others), tmp_path, quiet=True)
-
-
-def test_adapters_are_whole_on_every_process_so_muon_can_work_on_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    require_processes(small(2, accumulate=2, lora=Lora(), optim={"student": Optim(type="muon")}))
 
 
 def test_a_network_that_cannot_share_its_tokens_says_so() -> None:

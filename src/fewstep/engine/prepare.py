@@ -302,12 +302,6 @@ def require_processes(settings: Settings) -> None:
             "settings.compile cannot compile the communication between processes that share a clip; write compile: false, "
             "or settings.parallel.sequence: 1"
         )
-    muon = sorted(role for role, optim in settings.optim.items() if optim.type == "muon")
-    if muon and settings.lora is None:
-        raise ValueError(
-            f"settings.optim.{muon[0]}: muon needs whole matrices, and sharded networks have only parts of them; "
-            "write type: adamw, or start without torchrun"
-        )
 
 
 def describe(method: Method, data: Data, settings: Settings) -> dict[str, Any]:
