@@ -10,7 +10,9 @@ import os
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
@@ -30,16 +32,20 @@ from fewstep.attention import KVCache, Ulysses
 from fewstep.compress import Int8, Pruned, StepScales, Transform
 from fewstep.core import Batch, Call, Cond, Losses, Rng
 from fewstep.core.env import place
-from fewstep.engine import Health, Parallel, Settings
+from fewstep.core.ledger import Ledger
+from fewstep.engine import Health, Optim, Parallel, Settings
 from fewstep.engine.optim import RoleOptimizer
+from fewstep.engine.outline import Drawn
 from fewstep.engine.prepare import prepare
 from fewstep.engine.run import Run
 from fewstep.engine.shard import hollow, shard
+from fewstep.engine.views import Views
 from fewstep.methods import DMD2, BackwardSimulation, Method, Nets, Update
 from fewstep.methods.roles import Other, Role
 from fewstep.methods.targets import mse
 from fewstep.models import Card, Lora, VideoModel
 from fewstep.models.card import PARTS
+from fewstep.models.depot import Depot, depot_of
 from fewstep.models.fingerprint import describe, fingerprint
 from fewstep.models.source import ModelSource
 from support_engine import CASES, Everything, small, tiny_model
@@ -87,6 +93,7 @@ METHODS: Mapping[str, Method] = {
     "DMD2-eight-bits-adapters": replace(CASES["DMD2"], warmup=1),  # type: ignore[type-var]
     "Imitation": Imitation(),
     "DMD2": replace(CASES["DMD2"], warmup=1),  # type: ignore[type-var]
+    "DMD2-muon": replace(CASES["DMD2"], warmup=1),  # type: ignore[type-var]
     "DMD2-everything": CASES["DMD2-everything"],
     "AVDM2": CASES["AVDM2"],
     "Consistency": CASES["Consistency"],
@@ -103,6 +110,7 @@ OWN: Mapping[str, tuple[Transform, ...]] = {
 """Transforms of the student."""
 LORA = Lora(rank=2)
 """Adapters of the cases above whose names end in `-adapters`."""
+PLANNED = small(3, batch=4, accumulate=2, lora=LORA)
 EXAMINED = small(6, save_every=2, ema=0.9, accumulate=2, batch=1, health=Health(every=3, prompts=1))
 SPREADS: Mapping[str, Parallel] = {
     "shard": Parallel(),
@@ -110,6 +118,10 @@ SPREADS: Mapping[str, Parallel] = {
     "replicate": Parallel(replicate=2),
     "sequence": Parallel(sequence=2),
     "checkpointing": Parallel(checkpointing=True),
+    "clips": Parallel(shard=1, sequence=2, checkpointing=True),
+    "divided": Parallel(shard=2, checkpointing=True),
+    "divided_twice": Parallel(shard=2, replicate=2, checkpointing=True),
+    "divided_clips": Parallel(shard=2, sequence=2, checkpointing=True),
 }
 
 
@@ -120,13 +132,19 @@ def full(tensor: Tensor) -> Tensor:
 def watched(
     method: str, spread: str, autocast: str = "off", backend: str = "", folder: Path = Path()
 ) -> dict[str, Any]:
-    """Three iterations: figures, whole gradients of the first two, whole networks at the end, calls of the student.
+    """Three iterations: figures, whole gradients of the first two, whole networks at the end, calls of the student; bytes of
+    frozen weights that this process holds, and the largest number of blocks that a depot brought at the same time.
 
-    With a `backend` blocks are compiled by it: one that traces and generates no code takes seconds in place of minutes.
+    With `narrow` in place of a type of arithmetic, frozen matrices are bfloat16, too. With a `backend` blocks are compiled by
+    it: one that traces and generates no code takes seconds in place of minutes.
     """
-    lora = LORA if method.endswith("-adapters") else None
+    lora, frozen = LORA if method.endswith("-adapters") else None, "float32"
+    if autocast == "narrow":
+        autocast = frozen = "bf16"
     settings = replace(WHOLE, parallel=SPREADS[spread], autocast=autocast, compile=bool(backend), lora=lora)
-    settings = replace(settings, transforms=OWN.get(method, ()))
+    settings = replace(settings, transforms=OWN.get(method, ()), frozen=frozen)
+    if method.endswith("-muon"):
+        settings = replace(settings, optim={"student": Optim(type="muon", lr=1e-3)})
     compiler = partial(torch.compile, backend=backend) if backend else torch.compile
     with patch.object(torch, "compile", compiler):
         run = prepare(tiny_model(), METHODS[method], Everything(), settings, folder)
@@ -134,13 +152,83 @@ def watched(
     run.nets.student.register_forward_pre_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
     watch_gradients(run, gradients)
     rows, counts = [], []
-    for _ in range(STEPS):
-        run.iterate()
-        rows.append(run.figures)
-        counts.append(calls[0])
+    with brought_blocks() as brought:
+        for _ in range(STEPS):
+            run.iterate()
+            rows.append(run.figures)
+            counts.append(calls[0])
+            assert not brought.here, "weights stay after the iteration"
     weights = {f"{name}.{key}": full(t) for name, net in run.changing.items() for key, t in net.state_dict().items()}
     assert all(t.dtype == torch.float32 for t in weights.values())
-    return {"rows": rows, "calls": counts, "gradients": gradients, "weights": weights}
+    found = {"rows": rows, "calls": counts, "gradients": gradients, "weights": weights}
+    return found | {"frozen": frozen_bytes(run), "brought": brought.most}
+
+
+def frozen_bytes(run: Run) -> int:
+    """Bytes of the weights of this process that no optimiser changes and that are no average: shared ones count once."""
+    kept: dict[int, int] = {}
+    for role in run.nets.roles.keys() - run.optimizers.keys() | {"student"}:
+        network, trained = (
+            run.nets.roles[role],
+            {id(p) for o in run.optimizers.values() for p in o.network.parameters()},
+        )
+        for tensor in (*network.parameters(), *network.buffers()):
+            if id(tensor) not in trained and not tensor.is_meta and role != "ema":
+                local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+                kept[local.untyped_storage().data_ptr()] = local.untyped_storage().nbytes()
+    depots = {id(depot): depot.held for net in run.nets.roles.values() if (depot := depot_of(net)) is not None}
+    return sum(kept.values()) + sum(depots.values())
+
+
+class Brought:
+    """The blocks that depots have brought and that somebody holds, now and at most."""
+
+    def __init__(self) -> None:
+        self.most, self.count, self._alive = 0, 0, list[weakref.ref[Any]]()
+
+    @property
+    def here(self) -> int:
+        self._alive = [block for block in self._alive if block() is not None]
+        return len(self._alive)
+
+    def note(self, block: Tensor) -> Tensor:
+        self.count += 1
+        self._alive.append(weakref.ref(block.untyped_storage()))
+        self.most = max(self.most, self.here)
+        return block
+
+
+@contextmanager
+def brought_blocks() -> Iterator[Brought]:
+    """What depots bring in the meantime."""
+    brought, fetched = Brought(), Depot._fetched
+    with patch.object(Depot, "_fetched", lambda self, share: brought.note(fetched(self, share))):
+        yield brought
+
+
+def peaks(spread: str, folder: Path) -> dict[str, Any]:
+    """The most bytes that each update of adapters holds besides what the run holds all the time, in one of its processes."""
+    settings = replace(PLANNED, parallel=SPREADS[spread])
+    run, draws = prepare(tiny_model(), METHODS["DMD2-adapters"], Everything(), settings, folder), {"exit": 9, "grid": 9}
+    batch, found = run.source.batch(settings.batch, Drawn(settings.seed, draws=draws)), {}
+    for step in (0, 1):
+        for update in run.method.updates(step):
+            assert isinstance(update, Update)
+            for role, network in run.nets.items():
+                network.requires_grad_(role in update.roles)
+            ledger = Ledger({**run.nets, **run.model.parts})
+            spread_ = run.spread if run.spread.park is None else replace(run.spread, park=partial(aside, ledger))
+            with ledger:
+                for terms in update.losses(Views(run.nets, spread_), batch, Drawn(settings.seed, draws=draws)):
+                    torch.stack(list(terms.values())).sum().backward()
+            found["+".join(update.roles)] = ledger.left
+            for network in run.nets.values():
+                network.zero_grad(set_to_none=True)
+    return {"peaks": json.dumps(found)}
+
+
+def aside(ledger: Ledger, x: Tensor) -> Tensor:
+    return ledger.aside(x.clone())
 
 
 def watch_gradients(run: Run, into: dict[str, Tensor]) -> None:
@@ -221,6 +309,12 @@ def adapters_run(output: Path) -> None:
     whole_run(output, lora=LORA, parallel=Parallel(sequence=place().world_size))
 
 
+def divided_run(output: Path) -> None:
+    """As `whole_run`, but of adapters over frozen blocks in bfloat16, which all processes share."""
+    parallel = Parallel(shard=place().world_size, checkpointing=True)
+    whole_run(output, lora=LORA, autocast="bf16", frozen="bf16", parallel=parallel)
+
+
 def pruned_run(output: Path) -> None:
     """As `whole_run`, but the student has one block less than its teacher."""
     whole_run(output, transforms=(Pruned(blocks=(1,)),))
@@ -264,8 +358,8 @@ def raising_run(output: Path) -> None:
 PER_FRAME: Mapping[str, int] = {"per_frame": 4, "streamed": 2}
 """Frames of a chunk, by name."""
 WHOLE_RUNS: Mapping[str, Callable[[Path], None]] = {
-    "whole_run": whole_run, "adapters_run": adapters_run, "pruned_run": pruned_run, "killed_run": killed_run,
-    "raising_run": raising_run,
+    "whole_run": whole_run, "adapters_run": adapters_run, "divided_run": divided_run, "pruned_run": pruned_run,
+    "killed_run": killed_run, "raising_run": raising_run,
 }  # fmt: skip
 
 
@@ -302,6 +396,8 @@ def main(folder: Path, names: list[str]) -> None:
             keep(folder, name, {"found": per_frame("sequence", PER_FRAME[name])})
         elif name == "begun":
             keep(folder, name, begun(folder))
+        elif name.startswith("peaks."):
+            keep(folder, name, peaks(name.removeprefix("peaks."), folder))
         elif name == "derivative":
             keep(folder, name, {"found": derivative("shard")})
         else:

@@ -21,17 +21,17 @@ from fewstep.compress import Pruned
 from fewstep.core import Call, Cond, Rng
 from fewstep.core.atomic import discard
 from fewstep.data.base import Source
-from fewstep.engine import Optim, Parallel, train
+from fewstep.engine import Parallel, train
 from fewstep.engine.checkpoint import Checkpoint, RunState, checkpoints
 from fewstep.engine.health import read_record
 from fewstep.engine.log import RunLog, read_metrics
 from fewstep.engine.mesh import Processes, require_mesh
 from fewstep.engine.offload import Shelf
-from fewstep.engine.prepare import open_data, prepare, require_processes
+from fewstep.engine.prepare import open_data, prepare
 from fewstep.engine.shard import _let_fsdp_see_inside, hollow
 from fewstep.engine.views import Views
 from fewstep.methods import METHODS, Method
-from fewstep.models import Lora, State, VideoDiT, VideoModel, adapters, fingerprint
+from fewstep.models import State, VideoDiT, VideoModel, adapters, fingerprint
 from fewstep.models.spread import Spread
 from support_engine import CASES, Everything, small, tiny_model
 from support_parallel import EXAMINED, PER_FRAME, WHOLE_RUNS, derivative, launch, per_frame, results, watched
@@ -73,6 +73,15 @@ def assert_as_one(folder: Path, processes: int, name: str, monkeypatch: pytest.M
         assert rank["rows"] == found[0]["rows"], name
 
 
+def assert_identical(found: dict[str, Any], expected: dict[str, Any], what: str) -> None:
+    """Figures, gradients and weights, bit for bit: the same sums in the same order."""
+    assert found["rows"] == expected["rows"], what
+    for kind in ("gradients", "weights"):
+        assert found[kind].keys() == expected[kind].keys() and found[kind], what
+        for name, value in expected[kind].items():
+            assert torch.equal(found[kind][name], value), f"{what}, {name}"
+
+
 @pytest.mark.timeout(900)  # processes that share two cores with other tests
 def test_two_processes_compute_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = [
@@ -95,6 +104,7 @@ def test_two_processes_compute_what_one_does(tmp_path: Path, monkeypatch: pytest
 def test_four_processes_compute_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = [
         "DMD2.replicate",
+        "DMD2-muon.replicate",
         "Consistency.sequence",
         "KnowledgeDistillation.shard",
         "KnowledgeDistillation-adapters.sequence",
@@ -102,6 +112,46 @@ def test_four_processes_compute_what_one_does(tmp_path: Path, monkeypatch: pytes
     together(4, tmp_path, support_parallel.main, tmp_path, names)
     for name in names:
         assert_as_one(tmp_path, 4, name, monkeypatch)
+
+
+@pytest.mark.timeout(900)  # processes that share two cores with other tests
+def test_frozen_blocks_can_be_divided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Below adapters, and narrow ones beside sharded networks: the same numbers as whole ones, in half the memory."""
+    pairs = {
+        "DMD2-adapters.divided": "DMD2-adapters.whole",
+        "DMD2-adapters.divided.narrow": "DMD2-adapters.whole.narrow",
+        "DMD2-eight-bits-adapters.divided": "DMD2-eight-bits-adapters.whole",
+        "DMD2.checkpointing.narrow": "DMD2.checkpointing.bf16",
+    }
+    alone = ["KnowledgeDistillation-adapters.divided.off.aot_eager"]
+    together(2, tmp_path, support_parallel.main, tmp_path, [*pairs, *pairs.values(), *alone])
+    assert_as_one(tmp_path, 2, "DMD2-adapters.divided", monkeypatch)
+    assert_as_one(tmp_path, 2, alone[0], monkeypatch)
+    for name, like in pairs.items():
+        for rank in range(2):
+            found, expected = results(tmp_path, name, rank), results(tmp_path, like, rank)
+            assert_identical(found, expected, name)
+            assert found["brought"] == 1 and expected["brought"] == 0
+    whole, half = (results(tmp_path, name)["frozen"] for name in ("DMD2-adapters.whole", "DMD2-adapters.divided"))
+    blocks = sum(p.nbytes for p in tiny_model().denoiser.backbone.blocks.parameters())
+    assert whole - half == pytest.approx(blocks / 2, rel=0.1), "ends stay whole, of blocks there is a half"
+
+
+@pytest.mark.timeout(900)  # processes that share two cores with other tests
+def test_four_processes_divide_frozen_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In two groups, and together with tokens."""
+    names = ["DMD2-adapters.divided_twice.narrow", "DMD2-adapters.divided_clips", "DMD2-adapters.divided_twice"]
+    pairs = {names[0]: "DMD2-adapters.whole.narrow", names[1]: "DMD2-adapters.sequence"}
+    together(4, tmp_path, support_parallel.main, tmp_path, [*names, *pairs.values()])
+    for name, like in pairs.items():
+        for rank in range(4):
+            assert_identical(results(tmp_path, name, rank), results(tmp_path, like, rank), name)
+    for name in names[1:]:
+        assert_as_one(tmp_path, 4, name, monkeypatch)
+    blocks = sum(p.nbytes for p in tiny_model().denoiser.backbone.blocks.parameters())
+    whole = results(tmp_path, pairs[names[1]])["frozen"]
+    held = [whole - results(tmp_path, name)["frozen"] for name in names[1:]]
+    assert held == pytest.approx([blocks * 3 / 4, blocks / 2], rel=0.1), "neighbours that share clips have shares, too"
 
 
 @pytest.mark.timeout(900)  # processes that share two cores with other tests
@@ -190,7 +240,7 @@ def assert_one_takes_over(output: Path) -> None:
 
 
 @pytest.mark.timeout(900)  # processes that share two cores with other tests
-@pytest.mark.parametrize("name", ["whole_run", "adapters_run", "pruned_run"])
+@pytest.mark.parametrize("name", ["whole_run", "adapters_run", "divided_run", "pruned_run"])
 def test_two_processes_take_over_what_one_has_begun(place_to_run: Path, name: str) -> None:
     output = place_to_run / name
     WHOLE_RUNS[name](output)
@@ -376,7 +426,6 @@ def test_processes_that_cannot_do_it_are_refused(
             {"compile": True, "parallel": Parallel(sequence=2)},
             "compile cannot compile the communication between processes",
         ),
-        (CASES["Consistency"], {"optim": {"student": Optim(type="muon")}}, "muon needs whole matrices"),
         (CASES["Reconstruction"], {"parallel": Parallel(sequence=2)}, "settings.parallel.sequence is for denoisers"),
         (CASES["Reconstruction"], {"parallel": Parallel(shard=2)}, "shard is for denoisers, and Reconstruction trains"),
         (CASES["Reconstruction"], {"parallel": Parallel(checkpointing=True)}, "checkpointing is for denoisers"),
@@ -388,11 +437,6 @@ def test_what_several_processes_cannot_do_is_refused(
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=message):
         train(tiny_model(), method, Everything(), small(2, accumulate=2, **others), tmp_path, quiet=True)
-
-
-def test_adapters_are_whole_on_every_process_so_muon_can_work_on_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    require_processes(small(2, accumulate=2, lora=Lora(), optim={"student": Optim(type="muon")}))
 
 
 def test_a_network_that_cannot_share_its_tokens_says_so() -> None:

@@ -13,10 +13,12 @@ import pytest
 import torch
 
 import fewstep
+import support_parallel
 from fewstep.cli.plan import planned, variants
 from fewstep.core.ledger import Ledger
 from fewstep.data import Prompts
 from fewstep.engine import Health, Parallel
+from fewstep.engine import prepare as preparing
 from fewstep.engine.memory import FLOAT, Holding, Means, Phase, Plan, fitting, optimizer_bytes, parse_bytes, remedies
 from fewstep.engine.outline import Drawn, Outline
 from fewstep.engine.precision import autocast, float32
@@ -30,6 +32,8 @@ from fewstep.recipe import Recipe
 from fewstep.world.data import WorldClips
 from support_engine import CASES, FRAMES, TinyImages, small, tiny_model
 from support_memory import METHOD, settings_of
+from support_parallel import METHODS, results
+from support_processes import together
 
 TOLERANCE = 0.15
 FEW = replace(METHOD, rollout=BackwardSimulation(grids=((1.0, 0.5),)))
@@ -134,6 +138,56 @@ def test_what_is_done_already_or_cannot_be_is_not_offered() -> None:
     assert all("offload" not in remedy.names and remedy.plan.means.offload for remedy in found) and len(found) == 4
 
 
+LENT = Plan(
+    holdings=(
+        Holding(
+            role="teacher", network="Net", parameters=100, trained=0, weights=1000, optimizer=0, gathered=200, blocks=800,
+            narrow=300, idles=False,
+        ),
+        Holding(
+            role="student", network="Net", parameters=10, trained=10, weights=40, optimizer=80, idles=False
+        ),
+        held("text", 50, trained=False),
+    ),
+    phases=(Phase(reads=frozenset({"student"}), gradients={"student": 40}, activations=500, parked=300),),
+    pauses=(Phase(pause="picture", reads=frozenset({"student"}), gradients={}, activations=900, merged=400),),
+    flops=1, shared=True, again=True,
+)  # fmt: skip
+"""Adapters over a frozen network of four blocks."""
+
+
+@pytest.mark.parametrize(
+    ("means", "update", "picture", "waiting"),
+    [
+        (Means(), 1000 + 40 + 80 + 200 + 40 + 500, 1000 + 40 + 80 + 200 + 900, 0),
+        (Means(shard=4), 200 + 200 + 120 + 200 + 40 + 500 + 200, 200 + 200 + 120 + 200 + 500 + 200, 0),
+        (Means(offload=True), 200 + 40 + 200 + 40 + (500 - 300 + 200), 200 + 40 + 200 + 500 + 200, 800 + 80 + 300),
+        (
+            Means(offload=True, shard=4), 200 + 40 + 200 + 40 + (500 - 300 + 250), 200 + 40 + 200 + 500 + 250,
+            200 + 80 + 300,
+        ),
+        (Means(narrow=True), 700 + 40 + 80 + 200 + 40 + 500, 700 + 40 + 80 + 200 + 900, 0),
+        (Means(narrow=True, shard=4), 200 + 125 + 120 + 200 + 40 + 500 + 125, 200 + 125 + 120 + 200 + 500 + 125, 0),
+    ],
+)  # fmt: skip
+def test_frozen_blocks_are_shared_or_wait(means: Means, update: int, picture: int, waiting: int) -> None:
+    """Ends and adapters stay; one whole block is there at a time; nothing is merged to be looked at."""
+    plan = LENT.by(means)
+    assert [plan.total(phase) for phase in (*plan.phases, *plan.pauses)] == [update, picture]
+    assert plan.waiting(plan.phases[0]) == waiting
+
+
+def test_blocks_come_only_where_they_come_again() -> None:
+    names = {remedy.names for remedy in remedies({(): LENT}, 4, elsewhere=True)}
+    assert {("offload",), ("sharding over 4",), ("offload", "sharding over 4"), ("frozen in bf16",)} <= names
+    names = {remedy.names for remedy in remedies({(): replace(LENT, again=False)}, 4, elsewhere=True)}
+    assert ("frozen in bf16",) in names and not any({"offload", "sharding over 4"} & set(each) for each in names)
+    narrow = replace(PLAN, holdings=(replace(PLAN.holdings[0], narrow=100), *PLAN.holdings[1:]))
+    names = {remedy.names for remedy in remedies({(): narrow}, 4, elsewhere=True)}
+    assert ("frozen in bf16", "offload") in names and ("sharding over 4",) in names
+    assert not any({"frozen in bf16", "sharding over 4"} <= set(each) for each in names)
+
+
 def test_time_follows_from_the_rate() -> None:
     assert PLAN.seconds(1e12, 1000) == 1000.0
 
@@ -191,6 +245,49 @@ def test_shapes_hold_what_the_run_holds(others: dict[str, Any], tmp_path: Path) 
         assert found == pytest.approx(ledger.peak, rel=0.1)
         for network in run.nets.values():
             network.zero_grad(set_to_none=True)
+
+
+@pytest.mark.timeout(900)  # processes that share two cores with other tests
+def test_processes_hold_what_is_planned(tmp_path: Path) -> None:
+    """Adapters: with shares of the frozen blocks, of the clips, of both; and with flows that wait elsewhere."""
+    names = [f"peaks.{spread}" for spread in ("divided", "clips")]
+    together(2, tmp_path, support_parallel.main, tmp_path, names)
+    for name in names:
+        parallel = support_parallel.SPREADS[name.removeprefix("peaks.")]
+        settings = replace(support_parallel.PLANNED, parallel=parallel)
+        plan = Outline.of(tiny_card(), METHODS["DMD2-adapters"], settings, FRAMES).plan().by(Means(shard=2))
+        found = json.loads(results(tmp_path, name)["peaks"])
+        for phase in plan.phases:
+            planned = plan.total(phase) - plan.resident(phase)
+            assert found["+".join(phase.roles)] == pytest.approx(planned, rel=0.1), (name, phase.roles)
+
+
+def test_what_waits_between_blocks_is_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preparing, "require_mesh", lambda *_: None)
+    waiting = Parallel(offload=True, checkpointing=True)
+    monkeypatch.setitem(support_parallel.SPREADS, "waiting", waiting)  # type: ignore[arg-type]
+    found = json.loads(support_parallel.peaks("waiting", tmp_path)["peaks"])
+    outline = Outline.of(
+        tiny_card(), METHODS["DMD2-adapters"], replace(support_parallel.PLANNED, parallel=waiting), FRAMES
+    )
+    plan = outline.plan().by(Means(offload=True))
+    for phase in plan.phases:
+        left = plan.total(phase) - plan.resident(phase)
+        assert phase.parked > 0
+        assert found["+".join(phase.roles)] == pytest.approx(left, rel=0.1), phase.roles
+
+
+def test_narrow_weights_are_planned_without_a_measurement() -> None:
+    """As those of a run that has them."""
+    settings = small(20, autocast="bf16", lora=Lora(rank=2), health=None)
+    plans = [
+        Outline.of(tiny_card(), Consistency(), replace(settings, frozen=frozen)).plan()
+        for frozen in ("float32", "bf16")
+    ]  # type: ignore[arg-type]
+    narrow = plans[0].by(Means(narrow=True))
+    assert narrow.resident(narrow.phases[0]) == plans[1].resident(plans[1].phases[0])
+    assert not any(holding.narrow for holding in plans[1].holdings) and plans[0].holdings[0].narrow > 0
+    assert {holding.role for holding in plans[0].holdings if holding.blocks or holding.narrow} == {"teacher"}
 
 
 WITHOUT_DRAWS = BackwardSimulation(grids=((1.0,),))
@@ -305,9 +402,20 @@ def test_adapters_are_planned_whole_on_every_process(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("WORLD_SIZE", "4")
     spread = [planned(recipe, settings, card) for settings in (whole, lora)]
     assert spread[0].peak.bytes < alone[0].peak.bytes and spread[1].peak.bytes == alone[1].peak.bytes
-    assert variants(recipe, card, spread[0])["LoRA",].means.shard == 1
     cut = replace(recipe, settings=replace(whole, parallel=Parallel(shard=4)))
-    assert ("LoRA",) not in variants(cut, card, spread[0])
+    found = variants(cut, card, spread[0])
+    assert ("LoRA",) not in found and found["LoRA", "checkpointing"].means.shard == 4
+    assert not any(holding.sharded for holding in found["LoRA", "checkpointing"].holdings)
+    shared = variants(recipe, card, spread[0], 2)
+    assert shared["LoRA",].means.shard == 1 and shared["checkpointing", "clips shared by 2"].means.shard == 2
+    assert ("clips shared by 2",) not in shared and len(shared) == 6
+
+
+def test_clips_without_equal_parts_are_not_offered() -> None:
+    settings = small(20, lora=Lora(rank=2), health=None, parallel=Parallel(checkpointing=True))
+    recipe = Recipe(model=Pretrained(source="world"), method=FEW, data=WorldClips(num_frames=FRAMES), settings=settings)
+    plan = replace(PLAN, shared=True, again=True)
+    assert variants(recipe, tiny_card(), plan, 5) == {(): plan}  # two heads
 
 
 def test_what_stays_whole_and_resident_is_known() -> None:

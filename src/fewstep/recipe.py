@@ -95,8 +95,9 @@ class Recipe(Written):
         leads = place().rank == 0
         if leads:
             self._claim(output)
-        whole = self.settings.lora is not None or self.settings.transforms  # which may change every weight
-        cut = place().world_size > 1 and self.method.part == "denoiser" and not whole
+        world, settings = place().world_size, self.settings
+        cut = (world > 1 and settings.lora is None) or settings.brings(world)
+        cut = cut and self.method.part == "denoiser" and not settings.transforms  # which may change every weight
         model = self.model.load(leave=("denoiser",) if cut else ())  # each process then keeps its share only
         folder = complete(
             model, self.method, self.data, self.settings, output,

@@ -37,6 +37,10 @@ class Ulysses:
                 f"{x.shape[dim]} tokens cannot be shared evenly by {self.size} processes (settings.parallel.sequence); "
                 "choose a divisor, or another number of frames or size"
             )
+        return self.own(x, dim)
+
+    def own(self, x: Tensor, dim: int) -> Tensor:
+        """This process' part of `x`, which has equal ones."""
         shared: Tensor = _Split.apply(x, dim, self.group)
         return shared
 
@@ -44,6 +48,11 @@ class Ulysses:
         """All runs, in every process."""
         joined: Tensor = _Join.apply(x, dim, self.group)
         return joined
+
+    def exchange(self, x: Tensor) -> Tensor:
+        """Entry i of the first axis goes to process i, and comes from it."""
+        received: Tensor = _Exchange.apply(x, self.group)
+        return received
 
     def to_heads(self, x_BHmD: Tensor, beside: int = 0) -> Tensor:
         """All tokens of this process' share of the heads, `[B, H / P, M, D]`. H must be a multiple of P.
@@ -56,14 +65,14 @@ class Ulysses:
                 "let settings.parallel.sequence be a divisor of them"
             )
         x_BHnD = x_BHmD[:, :, beside:]
-        received_PBhnD = _Exchange.apply(x_BHnD.unflatten(1, (self.size, -1)).movedim(1, 0), self.group)
+        received_PBhnD = self.exchange(x_BHnD.unflatten(1, (self.size, -1)).movedim(1, 0))
         x_BhND = received_PBhnD.movedim(0, 2).flatten(2, 3)
         return torch.cat([self.split(x_BHmD[:, :, :beside], 1), x_BhND], 2) if beside else x_BhND
 
     def to_tokens(self, y_BhMD: Tensor, beside: int = 0) -> Tensor:
         """All heads of this process' tokens, `[B, H, m, D]`; and of the first `beside`, which every process has."""
         y_BhND = y_BhMD[:, :, beside:]
-        received_PBhnD = _Exchange.apply(y_BhND.unflatten(2, (self.size, -1)).movedim(2, 0), self.group)
+        received_PBhnD = self.exchange(y_BhND.unflatten(2, (self.size, -1)).movedim(2, 0))
         y_BHnD = received_PBhnD.movedim(0, 1).flatten(1, 2)
         return torch.cat([self.join(y_BhMD[:, :, :beside], 1), y_BHnD], 2) if beside else y_BHnD
 
@@ -95,8 +104,6 @@ class _Join(torch.autograd.Function):
 
 
 class _Exchange(torch.autograd.Function):
-    """Entry i of the first axis goes to process i, and comes from it."""
-
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -91,7 +92,7 @@ def planned(recipe: Recipe, settings: Settings, card: Card) -> Plan:
     """The plan of a recipe with other `settings`; it includes what data and `settings.parallel` already do to save memory."""
     parallel = settings.parallel
     shard = parallel.shard * parallel.sequence or max(1, place().world_size // parallel.replicate)
-    shard = shard if settings.lora is None else 1
+    shard = 1 if settings.lora is not None and parallel.whole else shard
     stored = bool(recipe.data.text_cache) and settings.device != "cpu"
     probed = recipe.probe.clips if recipe.probe is not None else 0
     plan = Outline.of(card, recipe.method, settings, recipe.data.num_frames, probed).plan()
@@ -144,6 +145,8 @@ def work(recipe: Recipe, plan: Plan, device: Device) -> Iterator[str]:
     """Peak memory, length, time and cost, one line each."""
     settings, peak = recipe.settings, plan.peak
     yield f"peak {size(peak.bytes)} ({peak.phase.name}), without the program itself"
+    if plan.means.offload:
+        yield f"{size(max(map(plan.waiting, (*plan.phases, *plan.pauses))))} wait in main memory"
     clips = settings.batch * settings.accumulate
     cost = in_forwards(recipe.method.cost())
     yield f"{settings.steps} iterations of {clips} clips, {cost} forward-equivalents per clip and iteration"
@@ -161,7 +164,7 @@ def verdict(out: Console, recipe: Recipe, card: Card, plan: Plan, device: Device
         out.print(f"fits in {size(limit)}: {size(limit - plan.peak.bytes)} are left for the program and the kernels")
         return
     out.print(f"does not fit in {size(limit)}: {size(plan.peak.bytes - limit)} too much")
-    found = remedies(variants(recipe, card, plan), device.shard, recipe.settings.device != "cpu")
+    found = remedies(variants(recipe, card, plan, device.shard), device.shard, recipe.settings.device != "cpu")
     single = [remedy for remedy in found if len(remedy.names) == 1]
     out.print(table(("\nalone", "peak", "fits"), (_row(remedy, limit) for remedy in single)))
     ways = list(fitting([remedy for remedy in found if remedy.names], limit))
@@ -169,25 +172,54 @@ def verdict(out: Console, recipe: Recipe, card: Card, plan: Plan, device: Device
         out.print(
             "\nnone of these makes the run fit, not even all together: use a smaller settings.batch, clip or network"
         )
-    elif any(len(remedy.names) > 1 for remedy in ways):
+        return
+    if any(len(remedy.names) > 1 for remedy in ways):
         shown = [remedy for remedy in ways if len(remedy.names) > 1][:TRIED]
         out.print(table(("\ntogether", "peak", "fits"), (_row(remedy, limit) for remedy in shown)))
+    out.print(f"\nnearest: {'; '.join(how(name, device.shard) for name in ways[0].names)}", markup=False)
 
 
-def variants(recipe: Recipe, card: Card, plan: Plan) -> dict[tuple[str, ...], Plan]:
-    """The plan of the run, and measured plans with each setting that changes its activations."""
-    settings, denoiser = recipe.settings, recipe.method.part == "denoiser"
-    found: dict[tuple[str, ...], Plan] = {(): plan}
-    if not denoiser:
-        return found
-    again = {"parallel": replace(settings.parallel, checkpointing=True)}
-    ways: dict[tuple[str, ...], dict[str, Any]] = {}
-    if not settings.parallel.checkpointing:
-        ways["checkpointing",] = again
+def how(name: str, processes: int) -> str:
+    """What to write to have a way to make a run fit."""
+    start = f"torchrun --nproc-per-node {processes}"
+    return {
+        "LoRA": "settings.lora: {}",
+        "checkpointing": "settings.parallel.checkpointing: true",
+        "stored text": "data.text_cache: FOLDER",
+        "frozen in bf16": "settings.frozen: bf16",
+        "offload": "settings.parallel.offload: true",
+        f"sharding over {processes}": f"settings.parallel.shard: {processes} ({start})",
+        f"clips shared by {processes}": f"settings.parallel: {{shard: 1, sequence: {processes}}} ({start})",
+    }[name]
+
+
+def variants(recipe: Recipe, card: Card, plan: Plan, processes: int = 1) -> dict[tuple[str, ...], Plan]:
+    """The plan of the run, and measured plans with each setting that changes its activations. With several `processes` they
+    may share every clip, besides the weights, where a clip has equal parts."""
+    settings, parallel = recipe.settings, recipe.settings.parallel
+    if recipe.method.part != "denoiser":
+        return {(): plan}
+    ways: dict[tuple[str, ...], Settings] = {(): settings}
     idle = any(transform.identity for transform in settings.transforms)  # adapters would leave them so
-    if settings.lora is None and not idle and not settings.parallel.offload and settings.parallel.whole:
-        ways |= {("LoRA", *names): {"lora": Lora(), **way} for names, way in {(): {}, **ways}.items()}
-    return found | {names: planned(recipe, replace(settings, **way), card) for names, way in ways.items()}
+    if settings.lora is None and not idle:
+        ways["LoRA",] = replace(settings, lora=Lora())
+    if not parallel.checkpointing:
+        again = replace(parallel, checkpointing=True)
+        ways |= {(*names, "checkpointing"): replace(way, parallel=again) for names, way in ways.items()}
+    if processes > 1 and (parallel.replicate, parallel.sequence) == (1, 1) and not settings.compile:
+        ways |= {
+            (*names, f"clips shared by {processes}"): replace(
+                way, parallel=replace(way.parallel, shard=1, sequence=processes)
+            )
+            for names, way in ways.items()
+            if way.parallel.checkpointing
+        }
+    found: dict[tuple[str, ...], Plan] = {(): plan}
+    for names, way in ways.items():
+        if names and (way.parallel.checkpointing or not way.brings()):
+            with suppress(ValueError):  # clips without equal parts, or a network that cannot share them
+                found[names] = planned(recipe, way, card)
+    return found
 
 
 def _row(remedy: Remedy, limit: int) -> tuple[str, str, str]:

@@ -15,11 +15,15 @@ from fewstep.core.flops import FORMULAS
 
 
 class Ledger(TorchDispatchMode):
-    """Counts inside a `with` block: bytes of new tensors (now and at most), which `owners` were read, and operations."""
+    """Counts inside a `with` block: bytes of new tensors (now and at most), which `owners` were read, and operations.
+
+    `left` is the largest number of bytes without those of tensors that were set `aside`.
+    """
 
     def __init__(self, owners: Mapping[str, nn.Module] | None = None) -> None:
         super().__init__()
-        self.live = self.peak = self.flops = 0
+        self.live = self.peak = self.left = self.flops = 0
+        self._aside: dict[int, int] = {}
         self.reads: set[str] = set()
         self._alive: dict[int, Any] = {}
         self._owned: dict[int, tuple[str, Any]] = {}
@@ -53,7 +57,16 @@ class Ledger(TorchDispatchMode):
         self._alive[key] = weakref.ref(storage, lambda _: self._forget(key, size))
         self.live += size
         self.peak = max(self.peak, self.live)
+        self.left = max(self.left, self.live - sum(self._aside.values()))
+
+    def aside(self, tensor: Tensor) -> Tensor:
+        """From now on the memory behind `tensor` does not count for `left`; the tensor itself."""
+        storage = tensor.untyped_storage()
+        if id(storage) in self._alive:
+            self._aside[id(storage)] = storage.nbytes()
+        return tensor
 
     def _forget(self, key: int, size: int) -> None:
         if self._alive.pop(key, None) is not None:
             self.live -= size
+            self._aside.pop(key, None)

@@ -25,7 +25,7 @@ from fewstep.diffusion.times import apart
 from fewstep.engine.mesh import Processes
 from fewstep.engine.nets import trained_roles
 from fewstep.engine.precision import autocast
-from fewstep.engine.settings import Optim, Parallel, Settings
+from fewstep.engine.settings import Optim, Settings
 from fewstep.engine.shard import hollow
 from fewstep.methods.base import Method, Nets
 from fewstep.models import Denoiser
@@ -251,7 +251,7 @@ def in_effect(
         weights=types_of({**{part: net for part, net in model.parts.items() if part != method.part}, **nets.roles}),
         arithmetic="bfloat16" if settings.autocast == "bf16" else "float32",
         optimizers={role: told(optim) for role, optim in optims.items()},
-        spread=spread_of(settings.parallel, processes),
+        spread=spread_of(settings, processes),
         compiles=compiles,
         graphs="compiled at the first call" if compiles else "not compiled",
         average=f"average of the student, decay {settings.ema:g}" if settings.ema else "the student itself",
@@ -274,16 +274,17 @@ def told(optim: Optim) -> str:
     return ", ".join(facts)
 
 
-def spread_of(parallel: Parallel, processes: Processes) -> str:
+def spread_of(settings: Settings, processes: Processes) -> str:
     """How the run is spread over processes and memories."""
-    world, sequence = processes.world, processes.sequence
+    parallel, world, sequence = settings.parallel, processes.world, processes.sequence
+    waiting = "idle networks on the CPU" if settings.lora is None else "frozen blocks on the CPU"
     facts = ["one process"]
     if world > 1:
         groups = world // sequence if processes.weights is None else parallel.replicate
         shards = world // (groups * sequence)
         facts = [f"{world} processes: replicate {groups} x shard {shards} x sequence {sequence}"]
     facts += ["blocks computed again in the backward pass"] * parallel.checkpointing
-    facts += ["idle networks on the CPU"] * parallel.offload
+    facts += [waiting] * parallel.offload
     return ", ".join(facts)
 
 

@@ -29,14 +29,19 @@ class Holding:
     weights: int
     optimizer: int
     gathered: int = 0
-    """Number of its weights that a process holds whole at one time under sharding: embedding, head and two blocks (one
+    """Bytes of its weights that a process holds whole at one time under sharding: embedding, head and two blocks (one
     runs, the next is being gathered). 0: not sharded; discriminators, codecs, encoders and adapters stay whole."""
+    blocks: int = 0
+    """Bytes of its frozen blocks, if they can come when they run: processes share them, or they wait in main memory
+    (`models.depot`). `gathered` is then the largest block."""
+    narrow: int = 0
+    """Bytes that its weights would take less with `settings.frozen: bf16`."""
     idles: bool = True
     """Whether offload moves it to the CPU while it is not used; the model's other parts stay."""
 
     @property
     def sharded(self) -> bool:
-        return self.gathered > 0
+        return self.gathered > 0 and not self.blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +58,10 @@ class Phase:
     """Floating-point operations of one update as measured, with the longest rollouts."""
     pause: str = ""
     """Name of the phase if nothing is trained in it."""
+    parked: int = 0
+    """Bytes of the activations that wait in main memory with offload: what flows between recomputed blocks."""
+    merged: int = 0
+    """Bytes of the activations that are a network with its adapters merged into it; it is not made if blocks come."""
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -74,6 +83,8 @@ class Means:
     """Move roles that an update does not read, and optimiser states between steps, to main memory."""
     stored_text: bool = False
     """Encode all text before training, so that the text encoder is not resident."""
+    narrow: bool = False
+    """Keep the matrices of frozen denoisers as bfloat16."""
 
     def __post_init__(self) -> None:
         if self.shard < 1:
@@ -101,33 +112,77 @@ class Plan:
     """Phases between iterations, which generate clips for checks and pictures."""
     means: Means = Means()
     shared: bool = False
-    """Whether networks are adapters over the same weights; then none of them can be offloaded."""
+    """Whether networks are adapters over the same weights. With offload they stay, and the frozen blocks wait."""
+    again: bool = False
+    """Whether blocks are computed again in the backward pass; only then frozen ones can come when they run."""
+
+    def can(self, means: Means) -> bool:
+        """Whether a run can use `means` as it is: frozen blocks come when they run only where they come again for the backward
+        pass."""
+        narrow = means.narrow or any(h.blocks for h in self.holdings)
+        comes = (means.shard > 1 or means.offload) if self.shared else (means.shard > 1 and narrow)
+        return self.again or not comes
 
     def resident(self, phase: Phase) -> int:
         """Bytes on the device for the whole update."""
-        kept = [h for h in self.holdings if not (self.means.stored_text and h.role == "text")]
-        if self.means.offload:
-            return sum(self._own(h, h.weights) for h in kept if h.role in phase.reads or not h.idles)
-        return sum(self._own(h, h.weights + h.optimizer) for h in kept)
+        if not self.means.offload:
+            return self._everything
+        there = [h for h in self._kept if h.role in phase.reads or not h.idles or self._comes(h)]
+        return sum(self._own(h, self._weights(h)) - (self._share(h) if self._comes(h) else 0) for h in there)
+
+    def waiting(self, phase: Phase) -> int:
+        """Bytes that wait in main memory during the update."""
+        return self._everything - self.resident(phase) + (phase.parked if self.means.offload else 0)
 
     def total(self, phase: Phase) -> int:
         """Bytes at the peak of an update: in its backward pass, or when optimiser states are moved in for a step."""
         trained = {h.role: h for h in self.holdings if h.role in phase.roles}
         gradients = sum(self._own(trained[role], size) for role, size in phase.gradients.items())
         states = max((self._own(h, h.optimizer) for h in trained.values()), default=0) if self.means.offload else 0
-        return self.resident(phase) + gradients + max(phase.activations + self.gathered(phase), states)
+        less = phase.merged if any(map(self._comes, self.holdings)) else 0
+        less += phase.parked if self.means.offload else 0
+        return self.resident(phase) + gradients + max(phase.activations - less + self.gathered(phase), states)
 
     def gathered(self, phase: Phase) -> int:
-        """Bytes of sharded weights that are gathered at one time, and of gradients before they are divided: only one network
+        """Bytes of divided weights that are gathered at one time, and of gradients before they are divided: only one network
         runs at a time."""
-        if self.means.shard == 1:
-            return 0
-        sizes = (h.gathered * (2 if h.role in phase.roles else 1) for h in self.holdings if h.role in phase.reads)
+        cut = [h for h in self.holdings if h.sharded and self.means.shard > 1 and h.role in phase.reads]
+        sizes = [h.gathered * (2 if h.role in phase.roles else 1) for h in cut]
+        way = (
+            1 / self.means.shard if self.means.offload and self.means.shard > 1 else 0
+        )  # of the share that is copied first
+        one = {h.role: h.gathered * self._blocks(h) / h.blocks for h in self.holdings if self._comes(h)}
+        sizes += [round(size * (1 + way)) for size in one.values()]
         return max(sizes, default=0)
 
     def _own(self, held: Holding, size: int) -> int:
         """Bytes that one process has of `size` bytes of a network's weights, gradients or states."""
+        if self._comes(held):
+            return size - self._blocks(held) + self._share(held)
         return size // self.means.shard if held.sharded else size
+
+    def _comes(self, held: Holding) -> bool:
+        """Whether a network's blocks come when they run."""
+        return held.blocks > 0 and (self.means.shard > 1 or (self.means.offload and self.shared))
+
+    def _share(self, held: Holding) -> int:
+        """Bytes of its blocks that one process keeps, on the device or in main memory."""
+        return self._blocks(held) // self.means.shard
+
+    def _blocks(self, held: Holding) -> int:
+        return held.blocks - (held.narrow if self.means.narrow else 0)
+
+    def _weights(self, held: Holding) -> int:
+        return held.weights - (held.narrow if self.means.narrow else 0)
+
+    @property
+    def _everything(self) -> int:
+        """Bytes of weights and optimiser states that one process has, on the device or in main memory."""
+        return sum(self._own(h, self._weights(h) + h.optimizer) for h in self._kept)
+
+    @property
+    def _kept(self) -> list[Holding]:
+        return [h for h in self.holdings if not (self.means.stored_text and h.role == "text")]
 
     @property
     def peak(self) -> Peak:
@@ -167,10 +222,12 @@ def remedies(variants: dict[tuple[str, ...], Plan], shard: int, elsewhere: bool)
     """
     found = []
     for names, plan in variants.items():
+        cut = any(h.sharded or h.blocks for h in plan.holdings)
         changes: dict[str, tuple[bool, dict[str, Any]]] = {
             "stored text": (elsewhere, {"stored_text": True}),
-            "offload": (elsewhere and not plan.shared, {"offload": True}),
-            f"sharding over {shard}": (any(h.sharded for h in plan.holdings), {"shard": shard}),
+            "frozen in bf16": (any(h.narrow for h in plan.holdings), {"narrow": True}),
+            "offload": (elsewhere, {"offload": True}),
+            f"sharding over {shard}": (cut, {"shard": shard}),
         }
         possible = {
             name: means for name, (can, means) in changes.items() if can and plan.means != replace(plan.means, **means)
@@ -180,7 +237,8 @@ def remedies(variants: dict[tuple[str, ...], Plan], shard: int, elsewhere: bool)
                 means: dict[str, Any] = {}
                 for name in chosen:
                     means |= possible[name]
-                found.append(Remedy((*names, *chosen), plan.by(replace(plan.means, **means))))
+                if plan.can(both := replace(plan.means, **means)):
+                    found.append(Remedy((*names, *chosen), plan.by(both)))
     return sorted(found, key=lambda remedy: (len(remedy.names), remedy.bytes))
 
 

@@ -27,8 +27,9 @@ class Processes(Peers):
     sequence: int = 1
     """Number of neighbouring processes that share each clip; each has a part of the tokens."""
     weights: DeviceMesh | None = None
-    """Mesh over which every denoiser is sharded: `(shard,)` or `(replicate, shard)`. None with one process and with
-    adapters: then every process has whole networks."""
+    """Mesh over which the weights of every denoiser are divided: `(shard,)` or `(replicate, shard)`; with adapters, those of the
+    frozen blocks. None with one process, and with adapters unless `settings.parallel` asks for it: every process has whole
+    networks."""
     tokens: dist.ProcessGroup | None = None
     """Group of the processes that share clips with this one; None if every process has its own clips."""
     disk: dist.ProcessGroup | None = None
@@ -76,7 +77,7 @@ def join(settings: Settings) -> Processes:
         meet()
     replicate, sequence = parallel.replicate, parallel.sequence
     weights = tokens = None
-    if settings.lora is None:
+    if settings.lora is None or not parallel.whole:
         shard = here.world_size // replicate  # neighbours that share a clip hold different shards of a network, too
         shape = (shard,) if replicate == 1 else (replicate, shard)
         weights = init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fewstep.core.devices import has_bfloat16
 
@@ -27,7 +28,7 @@ ITERATIONS = 5
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, made nearly orthogonal, and scaled to the root mean square of AdamW's updates: 0.2 of the learning rate.
 
-    For matrices only. The state of a parameter is `momentum_buffer`, of its shape and type.
+    For matrices only. The state of a parameter is `momentum_buffer`, of its shape and type. Every process must call `step`.
     """
 
     def __init__(self, params: Iterable[Any], lr: float, weight_decay: float) -> None:
@@ -46,10 +47,18 @@ class Muon(torch.optim.Optimizer):
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
         momentum = state["momentum_buffer"].lerp_(gradient, 1 - MOMENTUM)
-        direction = orthogonalised(gradient.lerp(momentum, MOMENTUM))
+        direction = _of_the_whole(gradient.lerp(momentum, MOMENTUM))
         parameter.mul_(1 - lr * weight_decay)
         # an orthogonal matrix of A x B has entries of root mean square max(A, B) ** -0.5
         parameter.add_(direction, alpha=-lr * 0.2 * math.sqrt(max(parameter.shape)))
+
+
+def _of_the_whole(matrix: Tensor) -> Tensor:
+    """`matrix`, orthogonalised. A sharded one is gathered by every process, which keeps its share of the result."""
+    if not isinstance(matrix, DTensor):
+        return orthogonalised(matrix)
+    made = orthogonalised(matrix.full_tensor())
+    return distribute_tensor(made, matrix.device_mesh, matrix.placements, src_data_rank=None)
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 
 from torch import nn
@@ -10,7 +10,7 @@ from torch import nn
 from fewstep.engine.settings import Settings
 from fewstep.methods.base import Method, Nets, Sync, Update
 from fewstep.methods.roles import Copy, Making
-from fewstep.models import Card, Lora, VideoModel
+from fewstep.models import Card, Denoiser, Lora, VideoModel
 from fewstep.models.card import latent_shape_of, text_width_of
 from fewstep.models.source import ModelSource, Pretrained
 
@@ -55,23 +55,30 @@ def build_nets(
 
 
 def build_for(
-    settings: Settings, model: VideoModel, method: Method, others: Mapping[str, VideoModel], device: str | None = None
+    settings: Settings,
+    model: VideoModel,
+    method: Method,
+    others: Mapping[str, VideoModel],
+    device: str | None = None,
+    settle: Callable[[str, Denoiser], None] = lambda role, denoiser: None,
 ) -> Nets:
-    """The networks as `settings` keep them: frozen ones narrow, if it says so (`settings.frozen`)."""
+    """The networks as `settings` keep them: frozen ones narrow, if it says so (`settings.frozen`). `settle` is then told of
+    each frozen network that has its final type, before adapters borrow its weights."""
     frozen = {"teacher": model} | {role: other for role, other in others.items() if role in sources(method)}
-    narrow = settings.frozen == "bf16"
-    if narrow and settings.lora is not None:  # before adapters borrow the weights
-        _narrow([*frozen.values(), *others.values()])
+    if settings.lora is not None:
+        _settle({**frozen, **others}, settings, settle)
     nets = build_nets(model, method, settings.seed, settings.lora, device, others)
-    if narrow and settings.lora is None:  # after exact copies were made of them
-        _narrow(frozen.values())
+    if settings.lora is None and settings.frozen == "bf16":  # after exact copies were made of them
+        _settle(frozen, settings, settle)
     return nets
 
 
-def _narrow(models: Iterable[VideoModel]) -> None:
-    for model in models:
-        if not model.denoiser.rounded:
-            model.retype("bfloat16")
+def _settle(models: Mapping[str, VideoModel], settings: Settings, settle: Callable[[str, Denoiser], None]) -> None:
+    for role, model in models.items():
+        if "denoiser" in model.parts:
+            if settings.frozen == "bf16" and not model.denoiser.rounded:
+                model.retype("bfloat16")
+            settle(role, model.denoiser)
 
 
 def sources(method: Method) -> dict[str, ModelSource]:

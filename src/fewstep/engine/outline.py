@@ -29,9 +29,10 @@ from fewstep.engine.views import Views
 from fewstep.methods.base import Method, Nets, Update
 from fewstep.methods.frames import fold_frames
 from fewstep.models import Card, Denoiser, VideoModel
-from fewstep.models.hollow import imagine
+from fewstep.models.hollow import Absent, imagine
+from fewstep.models.runtime import matrices
 from fewstep.models.source import outline
-from fewstep.models.spread import Spread
+from fewstep.models.spread import Park, Spread
 
 
 @dataclass(frozen=True)
@@ -79,25 +80,40 @@ class Outline:
     def plan(self) -> Plan:
         """Memory and work of one process that has the whole run to itself."""
         phases = tuple(self._phase(update) for update in self._kinds())
-        shared = self.settings.lora is not None
+        shared, again = self.settings.lora is not None, self.settings.parallel.checkpointing
         holdings, pauses = (*self._holdings(), *self._kept()), tuple(self._pauses())
-        return Plan(holdings=holdings, phases=phases, flops=self._flops(phases), pauses=pauses, shared=shared)
+        flops = self._flops(phases)
+        return Plan(holdings=holdings, phases=phases, flops=flops, pauses=pauses, shared=shared, again=again)
 
     def _holdings(self) -> Iterator[Holding]:
         trained = trained_roles(self.method, self.settings.steps)
         for role, network in self.nets.items():
             optim = self.settings.optim_of(role)
             slim = sum(p.numel() for p in matrices_of(network)) if optim.type == "muon" else 0
-            gathered = _gathered(network) if self.settings.lora is None else 0
-            yield replace(_holding(role, network, trained=role in trained, slim=slim), gathered=gathered)
+            whole = self.settings.lora is None
+            gathered = _gathered(network) if whole else 0
+            held = replace(_holding(role, network, trained=role in trained, slim=slim), gathered=gathered, idles=whole)
+            yield self._lent(held, network) if role in {"teacher", *sources(self.method)} else held
             if role == "student" and self.settings.ema > 0:
                 average = _holding("student average", network, trained=False)
-                yield replace(average, gathered=gathered)
+                yield replace(average, gathered=gathered, idles=whole)
         if not any(self.base is network for network in self.nets.values()):
-            yield _holding("student's base", self.base, trained=False)
+            yield self._lent(replace(_holding("student's base", self.base, trained=False), idles=False), self.base)
         for name, part in self.model.parts.items():
             if name != self.method.part:
                 yield replace(_holding(name, part, trained=False), idles=False)
+
+    def _lent(self, held: Holding, network: nn.Module) -> Holding:
+        """A frozen network, which can be narrow; its blocks can come when they run with adapters, or if they are narrow."""
+        settings = self.settings
+        if not isinstance(network, Denoiser):
+            return held
+        if settings.frozen == "float32" and settings.autocast == "bf16":
+            held = replace(held, narrow=_narrower(network))
+        if settings.lora is None and settings.frozen == "float32":
+            return held
+        blocks = [_bytes(block) for block in network.backbone.blocks]
+        return replace(held, blocks=sum(blocks), gathered=max(blocks))
 
     def _kinds(self) -> Iterator[Update]:
         """The first update of every set of roles."""
@@ -119,8 +135,14 @@ class Outline:
         """What the update holds in memory if its rollouts draw these integers (`Rollout.fullest`)."""
         for role, network in self.nets.items():
             network.requires_grad_(role in update.roles).train(role in update.roles)
-        batch, nets = self.batch(), Views(self.nets, Spread(checkpointing=self.settings.parallel.checkpointing))
         ledger = Ledger({**self.nets, **{n: p for n, p in self.model.parts.items() if n != self.method.part}})
+        flows = [0]
+
+        def park(x: Tensor) -> Tensor:
+            flows.append(x.nbytes)
+            return ledger.aside(x)
+
+        batch, nets = self.batch(), Views(self.nets, self._spread(park))
         with ledger:
             for leaf in _tensors(batch):
                 ledger.note(leaf)
@@ -135,9 +157,16 @@ class Outline:
             for parameter in parameters:
                 parameter.grad = None
         activations = max(0, ledger.peak - sum(gradients.values()))
+        parked = max(0, ledger.peak - ledger.left - max(flows))  # one of them is there, where its block runs
         lender = {"teacher", *sources(self.method)} if self.settings.lora is not None else set()
         reads = frozenset(ledger.reads | set(update.roles) | lender)
-        return Phase(reads=reads, gradients=gradients, activations=activations, flops=ledger.flops)
+        return Phase(reads=reads, gradients=gradients, activations=activations, parked=parked, flops=ledger.flops)
+
+    def _spread(self, park: Park | None = None) -> Spread:
+        """How networks are called: with the processes that share clips."""
+        parallel = self.settings.parallel
+        shared = Absent(count=parallel.sequence) if parallel.sequence > 1 else None
+        return Spread(shared, parallel.checkpointing, park)
 
     @property
     def _examined(self) -> Health | None:
@@ -187,14 +216,15 @@ class Outline:
                 ledger.note(leaf)
             x_t = torch.empty(batch.noise_shape)
             with autocast(self.settings, "cpu"):
-                x0 = guidance(self.nets["teacher"], x_t, torch.ones(clips), batch.cond, batch.uncond).x0.float()
+                call = Call(shared=self._spread().shared if asks_teacher else None)  # of a probe each makes its own
+                x0 = guidance(self.nets["teacher"], x_t, torch.ones(clips), batch.cond, batch.uncond, call).x0.float()
             _ = self.model.codec.decode(x0).clamp(-1, 1)
         merged = 0  # a student of adapters is merged into a whole network before it is judged
         if self.settings.lora is not None:
             merged = FLOAT * sum(parameter.numel() for parameter in self.nets["teacher"].parameters())
-        return Phase(
-            pause=what, reads=frozenset({"teacher", "codec"} | reads), gradients={}, activations=ledger.peak + merged
-        )
+        reads = {"teacher", "codec"} | reads
+        activations = ledger.peak + merged
+        return Phase(pause=what, reads=frozenset(reads), gradients={}, activations=activations, merged=merged)
 
     def batch(self, size: int | None = None) -> Batch:
         """One batch without values: all fields that the method needs, with prompts of the greatest length. The default
@@ -268,6 +298,17 @@ def _gathered(network: nn.Module) -> int:
         return 0
     blocks = sorted(sum(p.nbytes for p in block.parameters()) for block in network.backbone.blocks)
     return sum(p.nbytes for p in network.parameters()) - sum(blocks[:-2])
+
+
+def _narrower(denoiser: Denoiser) -> int:
+    """Bytes that the matrices of its blocks would take less as bfloat16."""
+    tensors = {p for layer in matrices(denoiser) for p in layer.parameters() if p.dtype == torch.float32}
+    return sum(tensor.nbytes // 2 for tensor in tensors)
+
+
+def _bytes(block: nn.Module) -> int:
+    """Bytes of what a block has in its state."""
+    return sum(tensor.nbytes for tensor in block.state_dict().values())
 
 
 def _tensors(batch: Batch) -> Iterator[Tensor]:

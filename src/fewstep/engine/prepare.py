@@ -12,7 +12,8 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from fewstep.attention import Ulysses
 from fewstep.core import Rng, dump
@@ -37,8 +38,9 @@ from fewstep.engine.student import require_transformable, transforms_of, with_st
 from fewstep.engine.views import Views
 from fewstep.methods.base import Method, Nets
 from fewstep.models import Card, Denoiser, VideoModel
+from fewstep.models.depot import Depot, deposit, depot_of
 from fewstep.models.lora import duplicate
-from fewstep.models.spread import Spread
+from fewstep.models.spread import Spread, to_cpu
 
 WHOSE = ("recipe", "method", "cite", "teacher", "data")
 """Provenance entries that identify a run; the others (machine, versions) may change when the run is resumed."""
@@ -71,7 +73,7 @@ def prepare(
     }
     effective = in_effect(model, method, settings, nets, shell=held.shell, processes=processes, identity=identity)
     if effective.compiles:
-        compile_blocks(nets, sharded=processes.weights is not None)
+        compile_blocks(nets)
     source = open_data(data, model, method, processes)
     rng = Rng(settings.seed, device=settings.device)
     preview = picture_of(model, method, source, rng, held.spread) if settings.preview_every else None
@@ -80,9 +82,9 @@ def prepare(
     )
     return Run(
         model=model, method=method, settings=settings, output=output, processes=processes, nets=nets, source=source,
-        optimizers=optimizers, average=held.average, base=held.base, shell=held.shell, spread=held.spread, identity=identity,
-        trees=trees, effective=effective, provenance=dict(provenance) | told(others) | effective.provenance, probe=probe,
-        preview=preview, monitor=monitor,
+        optimizers=optimizers, average=held.average, base=held.base, shell=held.shell, exact=held.exact, spread=held.spread,
+        identity=identity, trees=trees, effective=effective, probe=probe, preview=preview, monitor=monitor,
+        provenance=dict(provenance) | told(others) | effective.provenance,
     )  # fmt: skip
 
 
@@ -94,12 +96,19 @@ def picture_of(
 
 
 def load_others(method: Method, settings: Settings, processes: Processes) -> dict[str, VideoModel]:
-    """Other models whose denoisers a run uses, by role. Weights that will be sharded are not loaded yet."""
-    leave, others = ("denoiser",) if processes.weights is not None else (), {**sources(method), **starts(settings)}
+    """Other models whose denoisers a run uses, by role. Weights that will be divided are not loaded yet."""
+    divides = processes.weights is not None or settings.brings()
+    leave, others = ("denoiser",) if divides else (), {**sources(method), **starts(settings)}
     return {
         role: source.load(leave=() if role == "student" and settings.transforms else leave, parts=("denoiser",))
         for role, source in others.items()
     }
+
+
+def depot_for(settings: Settings, processes: Processes) -> Depot:
+    """An empty depot for a run's frozen blocks: divided over the processes that share weights, on the CPU with offload."""
+    group = None if processes.weights is None else processes.weights["shard"].get_group()
+    return Depot(torch.empty(0, device=settings.device).device, group, settings.parallel.offload)
 
 
 def told(others: Mapping[str, VideoModel]) -> dict[str, str]:
@@ -122,6 +131,8 @@ class Networks:
     """Averaged student."""
     shell: nn.Module
     """Structure of the student without its weights."""
+    exact: Mapping[str, Tensor] | None
+    """As in `Run`."""
     spread: Spread
     """How its denoisers are called."""
 
@@ -136,15 +147,16 @@ class Networks:
     ) -> Networks:
         """Make the networks that a model and a method need, on the run's device or spread over its processes.
 
-        If a network will be sharded, only its structure is copied. Each role then takes its shards of the weights it starts
-        with: the teacher's, or another model's.
+        If a network will be divided, only its structure is copied. Each role then takes its shards of the weights it starts
+        with: the teacher's, or another model's. What adapters borrow, and narrow frozen blocks, are kept by a depot.
         """
         part, others = method.part, with_student(model, settings, others)
         weights, shell = {"teacher": model.weights(part)}, hollow(others.get("student", model).part(part))
         weights |= {role: other.weights("denoiser") for role, other in others.items()}
-        sharded = processes.weights is not None and isinstance(shell, Denoiser)
+        depot = depot_for(settings, processes) if settings.brings(processes.world) else None
+        sharded = (processes.weights is not None or depot is not None) and isinstance(shell, Denoiser)
         exact = None  # what adapters will be merged into, on the CPU
-        if settings.frozen == "bf16" and settings.lora is not None:
+        if settings.frozen == "bf16" and settings.lora is not None and depot is None:
             exact = copy.deepcopy(others.get("student", model).part(part))
         if sharded:
             model = VideoModel(model.card, {**model.parts, part: hollow(model.part(part))})
@@ -155,19 +167,25 @@ class Networks:
         if not sharded:
             for other in others.values():
                 other.denoiser.to(settings.device)
-        nets = build_for(settings, model, method, others, settings.device)
+
+        def settle(role: str, denoiser: Denoiser) -> None:
+            if depot is not None:
+                deposit(denoiser, weights[role], depot)
+
+        nets = build_for(settings, model, method, others, settings.device, settle)
         average = duplicate(nets.student) if settings.ema > 0 else None
         shared = None if processes.tokens is None else Ulysses(processes.tokens)
-        spread = Spread(shared, settings.parallel.checkpointing)
+        spread = Spread(shared, settings.parallel.checkpointing, to_cpu if settings.parallel.offload else None)
         for role, denoiser in {**nets, "ema": average}.items():
             if isinstance(denoiser, Denoiser):
-                if processes.weights is not None:
+                if processes.weights is not None and depot_of(denoiser) is None:
                     shard(denoiser, weights[origin(method, role, weights)], processes.weights)
                 spread.check(denoiser.backbone)
-        if settings.parallel.offload:
-            nets = Shelf(nets.roles, settings.device)
+        if settings.parallel.offload and settings.lora is None:
+            nets = Shelf(nets.roles, settings.device, [role for role in nets if depot_of(nets.roles[role]) is not None])
         base = others.get("student", model).part(part) if exact is None else exact
-        return cls(model=model, nets=nets, base=base, average=average, shell=shell, spread=spread)
+        kept = weights[origin(method, "student", weights)] if depot is not None and settings.lora is not None else None
+        return cls(model=model, nets=nets, base=base, average=average, shell=shell, exact=kept, spread=spread)
 
 
 def require_possible(method: Method, settings: Settings, card: Card, probe: Probe | None) -> tuple[str, ...]:
@@ -195,21 +213,12 @@ def require_possible(method: Method, settings: Settings, card: Card, probe: Prob
         made.check(settings.lora)
     if method.part == "denoiser":
         require_transformable(method, settings, card)
-    if settings.lora is not None and settings.parallel.offload:
+    if settings.frozen == "bf16" and settings.autocast != "bf16":
         raise ValueError(
-            "settings.parallel.offload moves idle networks to the CPU one by one, and with settings.lora all networks share "
-            "the same weights; leave out one of the two settings"
+            "settings.frozen: bf16 keeps what autocast casts in every call; write autocast: bf16, or leave frozen out"
         )
-    if settings.lora is not None and not settings.parallel.whole:
-        raise ValueError(
-            "settings.lora: every process holds the frozen weights whole, and settings.parallel would divide them; "
-            "leave out shard and replicate"
-        )
-    if settings.frozen == "bf16" and (settings.autocast != "bf16" or not settings.parallel.whole):
-        raise ValueError(
-            "settings.frozen: bf16 keeps what autocast casts in every call, on every process whole; write autocast: bf16 and "
-            "leave out shard and replicate, or leave frozen out"
-        )
+    if method.part == "denoiser":
+        require_again(settings)
     if method.part != "denoiser":
         if settings.frozen != "float32":
             raise ValueError(f"settings.frozen is for denoisers, and {name} trains the {method.part}; leave it out")
@@ -226,6 +235,15 @@ def require_possible(method: Method, settings: Settings, card: Card, probe: Prob
     if probe is not None:
         probe.check(card, method.part)
     return roles
+
+
+def require_again(settings: Settings, world: int = 1) -> None:
+    """Refuse (ValueError) frozen blocks that come when they run, and would all stay until the backward pass."""
+    if settings.brings(world) and not settings.parallel.checkpointing:
+        raise ValueError(
+            "settings.parallel: frozen blocks that processes share (shard, replicate) or that wait on the CPU (offload) come "
+            "when they run, and the backward pass would keep them all; write checkpointing: true, so that each comes again"
+        )
 
 
 def require_same(method: Method, settings: Settings, card: Card, begun: Card | None = None) -> None:
@@ -276,18 +294,13 @@ def require_processes(settings: Settings) -> None:
     """Refuse (ValueError) what the processes that are there now cannot do; a recipe may be right for other machines."""
     require_device(settings.device, "settings.device")
     require_mesh(settings.parallel, settings.accumulate, settings.device)
+    require_again(settings, place().world_size)
     if place().world_size == 1:
         return
     if settings.compile and settings.parallel.sequence > 1:
         raise ValueError(
             "settings.compile cannot compile the communication between processes that share a clip; write compile: false, "
             "or settings.parallel.sequence: 1"
-        )
-    muon = sorted(role for role, optim in settings.optim.items() if optim.type == "muon")
-    if muon and settings.lora is None:
-        raise ValueError(
-            f"settings.optim.{muon[0]}: muon needs whole matrices, and sharded networks have only parts of them; "
-            "write type: adamw, or start without torchrun"
         )
 
 
@@ -316,9 +329,9 @@ def open_data(data: Data, model: VideoModel, method: Method, processes: Processe
     return source
 
 
-def compile_blocks(nets: Nets, *, sharded: bool) -> None:
+def compile_blocks(nets: Nets) -> None:
     """Compile in place. Each role, batch size, grad mode and autocast state is one more variant of the same block graph."""
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     for network in nets.roles.values():
         if isinstance(network, Denoiser):
-            network.backbone.compile_blocks(hooked=sharded)
+            network.backbone.compile_blocks(hooked=isinstance(network, FSDPModule))

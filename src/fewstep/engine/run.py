@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fewstep.core import Batch, Losses, Rng
 from fewstep.core.atomic import recover, replacing_folder
@@ -25,12 +26,13 @@ from fewstep.engine.preview import Preview, Reconstructions
 from fewstep.engine.probe import Probe
 from fewstep.engine.result import role_of
 from fewstep.engine.settings import Settings
-from fewstep.engine.shard import add_gradients, whole
+from fewstep.engine.shard import add_gradients, filled, whole
 from fewstep.engine.views import Listener, Views
 from fewstep.methods.base import Method, Nets, Sync, Update
 from fewstep.models import VideoModel
 from fewstep.models.averaging import blend
-from fewstep.models.lora import Merged, merge, mergeable, save_adapter
+from fewstep.models.depot import depot_of
+from fewstep.models.lora import Merged, adapters, add, merge, mergeable, save_adapter
 from fewstep.models.spread import Spread
 
 
@@ -51,6 +53,9 @@ class Run:
     """What the student began as: with adapters, the frozen network that they belong to."""
     shell: nn.Module
     """Structure of the student without its weights."""
+    exact: Mapping[str, Tensor] | None
+    """The weights that adapters are merged into, where a depot has those that are trained with: they are read when a student
+    is saved, from their files if they have any. None: those of `base`."""
     spread: Spread
     """How its denoisers are called."""
     identity: dict[str, str]
@@ -77,7 +82,7 @@ class Run:
 
     def iterate(self) -> None:
         """All updates of the current step, in the method's order."""
-        if self.average is not None and self.settings.parallel.offload:
+        if self.average is not None and self.settings.parallel.offload and self.settings.lora is None:
             self.average.to("cpu")
         rng = Rng(self.settings.seed, self.step, device=self.settings.device)
         places = [rng.at(place=place) for place in self.processes.places(self.settings.accumulate)]
@@ -146,10 +151,13 @@ class Run:
     # --- what a run returns and keeps ---------------------------------------------------------------------------------
 
     def student(self) -> VideoModel:
-        """The model with the student as its trained part: the averaged student if there is one, with adapters merged.
+        """The model with the student as its trained part: the averaged student if there is one, with adapters merged, or
+        beside their frozen weights if those come block by block.
 
         The student is moved to the run's device; an average that stays elsewhere goes back when the next iteration begins.
         """
+        if depot_of(self._result) is not None:
+            return self._with(self._result)
         made = self._with(merge(self.base, self._result.to(self.settings.device)))
         if self.settings.lora is not None:  # adapters are merged where the exact weights wait
             made.denoiser.to(self.settings.device)
@@ -187,11 +195,17 @@ class Run:
 
     def _saved(self, network: nn.Module) -> VideoModel:
         """The model to be saved. Weights with adapters in them are computed one by one, when they are read."""
-        if self.settings.lora is None or not mergeable(self.base, network):
+        base = self.base if self.exact is None else self.shell
+        weights = self.base.state_dict() if self.exact is None else self.exact
+        if self.settings.lora is not None and mergeable(base, network):
+            made = self._with(base)
+            made.stored["denoiser"] = Merged(weights, network)
+            return made
+        if self.exact is None:
             return self._with(merge(self.base, network))
-        made = self._with(self.base)
-        made.stored["denoiser"] = Merged(self.base.state_dict(), network)
-        return made
+        whole = filled(self.shell, {name: weights[name].to("cpu", copy=True) for name in weights})
+        add(whole, adapters(network))
+        return self._with(whole)
 
     @property
     def changing(self) -> dict[str, nn.Module]:

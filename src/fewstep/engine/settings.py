@@ -46,8 +46,9 @@ class Parallel:
     """
 
     shard: Natural = 0
-    """Processes that share each denoiser's weights, gradients and optimiser states (times `sequence`). 0: all processes;
-    with `settings.lora`, 1."""
+    """Processes that share each denoiser's weights, gradients and optimiser states (times `sequence`); with `settings.lora`
+    they share the frozen blocks below the adapters. 0: all processes; with `settings.lora` every process has the frozen blocks
+    whole, unless there is `replicate`."""
     replicate: Size = 1
     """Copies of each sharding group (HSDP): groups exchange gradients; weights stay within a group."""
     sequence: Size = 1
@@ -57,16 +58,17 @@ class Parallel:
     """Recompute the denoisers' blocks in the backward pass instead of storing their activations: a third more computation,
     much less memory."""
     offload: bool = False
-    """Keep on the CPU: networks that the current update does not use, the averaged student, and optimiser states between
-    steps."""
+    """Keep on the CPU: networks that the current update does not use, the averaged student, optimiser states between steps,
+    and, with `checkpointing`, what flows between the blocks. With `settings.lora` no network moves: the frozen blocks wait,
+    and each comes when it runs."""
 
     def __post_init__(self) -> None:
         require_bounds(self, "settings.parallel")
 
     @property
     def whole(self) -> bool:
-        """Whether no setting asks for sharded networks. Adapters need this: every process holds them whole."""
-        return self.shard == 1 or (self.shard, self.replicate) == (0, 1)
+        """Whether no setting asks for sharded networks. With adapters, every process then holds the frozen weights whole."""
+        return self.shard * self.sequence == 1 or (self.shard, self.replicate) == (0, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +127,7 @@ class Settings:
     frozen: Literal["float32", "bf16"] = "float32"
     """How the matrices of frozen denoisers are kept: the teacher's and, with lora, those below the adapters. bf16 needs
     `autocast: bf16`, which multiplies in bfloat16 anyway: the same numbers in half the memory. The exact weights that adapters
-    are merged into wait on the CPU."""
+    are merged into wait on the CPU, divided among the processes where the frozen weights are."""
     compile: bool = False
     """Compile the blocks of every network with `torch.compile`: minutes of compilation, then faster iterations."""
     log_every: Count = 10
@@ -147,6 +149,13 @@ class Settings:
 
     def __post_init__(self) -> None:
         require_bounds(self, "settings")
+
+    def brings(self, world: int = 1) -> bool:
+        """Whether frozen blocks come when they run (`models.depot`) in a run of `world` processes: those below adapters if
+        processes share them or they wait on the CPU; narrow ones if networks are sharded."""
+        if self.lora is not None:
+            return not self.parallel.whole or self.parallel.offload
+        return self.frozen == "bf16" and (world > 1 or not self.parallel.whole)
 
     def optim_of(self, role: str) -> Optim:
         return self.optim.get(role) or self.optim.get("student") or Optim()

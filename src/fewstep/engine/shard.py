@@ -2,7 +2,7 @@
 
 A denoiser is cut along its three parts: each block is one unit; embedding and head together are another. All other networks
 (discriminator heads, codecs, encoders) are small: every process holds them whole, and their gradients are summed over the
-processes. Adapters, and the frozen weights that they share, are held whole too.
+processes; so with adapters. The frozen blocks that adapters borrow, and narrow ones, are divided by a `models.depot`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from fewstep.diffusion.prediction import Prediction, Tangent
 from fewstep.engine.mesh import Processes
 from fewstep.models.backbone import State
 from fewstep.models.denoiser import Denoiser
+from fewstep.models.depot import depot_of, withdrawn
 
 
 def hollow(network: nn.Module) -> nn.Module:
@@ -66,24 +67,41 @@ def shard(network: Denoiser, weights: Mapping[str, Tensor], mesh: DeviceMesh) ->
 
 
 def whole(network: nn.Module, shell: nn.Module, processes: Processes) -> nn.Module:
-    """The network in one piece on the CPU, for the leader to save. Every process must call; the others get an empty shell."""
-    if not isinstance(network, FSDPModule):
+    """The network in one piece on the CPU, for the leader to save. Every process must call; the others get an empty shell.
+    Adapters are never divided."""
+    if not divided(network):
         return network
     tensors = {}
-    for name, tensor in network.state_dict().items():
-        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    for name, tensor in _pieces(network):
         if processes.leads:
-            tensors[name] = full.detach().cpu()
-    piece = copy.deepcopy(shell)
-    if processes.leads:
-        piece.load_state_dict(tensors, assign=True)
+            tensors[name] = tensor.cpu()
+    return filled(shell, tensors) if processes.leads else copy.deepcopy(shell)
+
+
+def filled(shell: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+    """A network of the structure `shell` around these `weights`."""
+    piece: nn.Module = copy.deepcopy(shell)
+    piece.load_state_dict(weights, assign=True)
     return piece
 
 
 def gathered(network: nn.Module) -> dict[str, Tensor]:
-    """Every tensor of a sharded network, whole, on the CPU of this process. Every process must call."""
-    tensors = network.state_dict()
-    return {name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().cpu() for name, t in tensors.items()}
+    """Every tensor of a divided network, whole, on the CPU of this process. Every process must call."""
+    return {name: tensor.cpu() for name, tensor in _pieces(network)}
+
+
+def divided(network: nn.Module) -> bool:
+    """Whether a network's own weights are not all here: they are sharded, or a depot has those of its blocks."""
+    return isinstance(network, FSDPModule) or any(parameter.is_meta for parameter in network.parameters())
+
+
+def _pieces(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a divided network, whole, one after the other."""
+    if depot_of(network) is not None:
+        yield from withdrawn(network)
+    for name, tensor in network.state_dict().items():
+        if not tensor.is_meta:
+            yield name, (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def add_gradients(network: nn.Module, processes: Processes) -> None:

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from torch.distributed.fsdp import FSDPModule
 
 from fewstep.compress import ScalarInput, Transform
 from fewstep.engine.nets import origin, sources, synced, trained_roles
 from fewstep.engine.settings import Settings
-from fewstep.engine.shard import gathered
+from fewstep.engine.shard import divided, gathered
 from fewstep.methods.base import Method
 from fewstep.models import Card, Denoiser, VideoModel
 from fewstep.models.card import allocate, sketch
@@ -28,10 +27,10 @@ def with_student(model: VideoModel, settings: Settings, others: Mapping[str, Vid
 def untrained(model: VideoModel, settings: Settings, begun: VideoModel | None) -> VideoModel:
     """The model with the student as it was before training; `begun` is the model of `settings.start`.
 
-    Every process gathers the whole of a sharded teacher that is changed, so all must call.
+    Every process gathers the whole of a divided teacher that is changed, so all must call.
     """
     before = begun or model
-    if settings.transforms and isinstance(before.denoiser, FSDPModule):
+    if settings.transforms and divided(before.denoiser):
         before = VideoModel(model.card, {"denoiser": _whole(model.denoiser)})
     denoiser = _changed(before, model, settings).denoiser.to(model.device)
     return VideoModel(model.card, {**model.parts, "denoiser": denoiser})

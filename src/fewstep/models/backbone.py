@@ -21,6 +21,7 @@ from fewstep.compress import Transform
 from fewstep.compress.stepwise import knows_steps
 from fewstep.core import KV, Call, Cond, KVView
 from fewstep.core.call import Place
+from fewstep.models.depot import Depot
 from fewstep.models.rotary import Rotary
 
 
@@ -238,6 +239,8 @@ class Backbone(nn.Module, ABC):
     text_first: bool = False
     """Whether blocks attend to the text apart from the clip, and have `reads(context)`: the `State.text` that one run of sampling
     computes once. Their attention to the text is `read_text`."""
+    depot: Depot | None = None
+    """Where the blocks' weights are, and from where they come while a block runs; None: in the blocks."""
     takes_scalars: ClassVar[bool] = False
     """Whether `embed` passes its time embedding through `with_scalars`."""
     scalars: nn.ModuleDict
@@ -334,7 +337,7 @@ class Backbone(nn.Module, ABC):
             if kept is not None:
                 text = kept.get((call.branch, "text", index), partial(block.reads, cast(Any, state).context))  # type: ignore[operator, misc]
             state = replace(state, past=past, place=place, text=text, new=None)
-            state = call.runner(block, state, place)
+            state = call.runner(block if self.depot is None else self.depot.around(block), state, place)
             yield state
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond, call: Call = Call()) -> Output:

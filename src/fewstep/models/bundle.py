@@ -31,6 +31,7 @@ from fewstep.models import adapters
 from fewstep.models.autoencoder import FrameAutoencoder
 from fewstep.models.card import PARTS, Card, parse_card
 from fewstep.models.denoiser import Denoiser
+from fewstep.models.depot import depot_of
 from fewstep.models.fingerprint import describe, print_of
 from fewstep.models.images import Images, blank_images, image_conditions
 from fewstep.models.loading import loaded
@@ -106,7 +107,9 @@ class VideoModel:
         """Where clips are made. The text encoder may wait elsewhere."""
         if self.runtime.offload != "none":
             return torch.device(self.runtime.device)
-        return next(self.parts.get("denoiser", next(iter(self.parts.values()))).parameters()).device
+        network = self.parts.get("denoiser", next(iter(self.parts.values())))
+        depot = depot_of(network)
+        return next(network.parameters()).device if depot is None else depot.device
 
     def to(self, place: str | torch.device | torch.dtype) -> VideoModel:
         """On another device, or in other arithmetic (`Runtime.dtype`); as `prepared`, in place."""

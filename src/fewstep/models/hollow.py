@@ -2,9 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import cast
+
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fewstep.attention import Ulysses
+
+
+@dataclass(frozen=True)
+class Absent(Ulysses):
+    """Processes that share every clip, of which only this one is there: what it computes has the right shapes, and no values."""
+
+    group: dist.ProcessGroup = cast(dist.ProcessGroup, None)
+    count: int = 1
+
+    @property
+    def size(self) -> int:
+        return self.count
+
+    def own(self, x: Tensor, dim: int) -> Tensor:
+        return x.chunk(self.count, dim)[0].contiguous()
+
+    def join(self, x: Tensor, dim: int) -> Tensor:
+        return torch.cat([x] * self.count, dim)
+
+    def exchange(self, x: Tensor) -> Tensor:
+        return x.contiguous().clone()
 
 
 def imagine(network: nn.Module, mode: FakeTensorMode) -> None:

@@ -29,6 +29,7 @@ from fewstep.core import Rng
 from fewstep.core.bounds import Positive, Size, require_bounds
 from fewstep.core.yaml import load_json
 from fewstep.models.denoiser import Denoiser
+from fewstep.models.depot import depot_of
 from fewstep.models.stored import read_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -55,10 +56,12 @@ class Lora:
 class LoraLinear(nn.Module):
     """`base(x) + scale (x A^T) B^T`: `base` is a linear layer of any class whose tensors are borrowed, A and B are its own."""
 
-    def __init__(self, base: nn.Module, rank: int, scale: float) -> None:
+    def __init__(self, base: nn.Module, rank: int, scale: float, device: torch.device | None = None) -> None:
+        """On the `device` of its base, if none is given."""
         super().__init__()
         self.in_features, self.out_features, self.base, self.scale = base.in_features, base.out_features, base, scale
-        place = {"device": base.weight.device, "dtype": torch.promote_types(base.weight.dtype, torch.float32)}
+        dtype = torch.promote_types(base.weight.dtype, torch.float32)
+        place = {"device": device or base.weight.device, "dtype": dtype}
         self.lora_A = nn.utils.skip_init(nn.Linear, base.in_features, rank, bias=False, **place)
         self.lora_B = nn.utils.skip_init(nn.Linear, rank, base.out_features, bias=False, **place)
 
@@ -136,9 +139,9 @@ def adapt(base: Denoiser, lora: Lora, rng: Rng) -> Denoiser:
     """
     if adapters(base):
         raise ValueError("this network has adapters already; merge them into it first")
-    twin = _borrow(base)
+    twin, depot = _borrow(base), depot_of(base)
     for name, parent, child, linear in _targets(twin, lora.targets):
-        layer = LoraLinear(linear, lora.rank, lora.alpha / lora.rank)
+        layer = LoraLinear(linear, lora.rank, lora.alpha / lora.rank, None if depot is None else depot.device)
         with torch.no_grad():
             first = rng.rand(tuple(layer.lora_A.weight.shape), name)
             layer.lora_A.weight.copy_((2 * first - 1) * linear.in_features**-0.5)  # as peft draws it

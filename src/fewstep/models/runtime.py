@@ -118,9 +118,13 @@ def typed(denoiser: Denoiser, dtype: Dtype) -> None:
         denoiser.double()
     elif dtype == "bfloat16":
         denoiser.rounded = True
-        for module in denoiser.backbone.blocks.modules():
-            if isinstance(module, _MATRICES):  # autocast would cast these in every call, and no others
-                module.to(torch.bfloat16)
+        for module in matrices(denoiser):
+            module.to(torch.bfloat16)
+
+
+def matrices(denoiser: Denoiser) -> list[nn.Module]:
+    """The layers that autocast casts in every call, and no others."""
+    return [module for module in denoiser.backbone.blocks.modules() if isinstance(module, _MATRICES)]
 
 
 def require_exact(model: VideoModel) -> None:

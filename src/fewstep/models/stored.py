@@ -96,6 +96,9 @@ class Stored(Mapping[str, Tensor]):
         tensor: Tensor = open_tensors(path).get_tensor(stored)
         return tensor.to(dtype, copy=True)  # the file may be written over, or deleted
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._place  # without reading it
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._place)
 

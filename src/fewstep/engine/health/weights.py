@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from fewstep.models.depot import depot_of
 from fewstep.models.lora import adapters
 
 SAMPLED = 1 << 16
@@ -17,14 +20,26 @@ def sample(network: nn.Module) -> Tensor:
     """Every n-th weight of a network, as a float32 copy on the CPU.
 
     A sharded network gives the weights of this process; a network with adapters, the weights that the adapters change, with
-    that change.
+    that change. Where a depot has these, every process must call.
     """
-    layers = list(adapters(network).values())
+    layers, depot = adapters(network), depot_of(network)
     own = [p.to_local() if isinstance(p, DTensor) else p for p in network.parameters()]
-    tensors = (layer.weight + layer.update for layer in layers) if layers else iter(own)  # one at a time
-    count = sum(tensor.numel() for tensor in ([layer.weight for layer in layers] or own))
+    count = sum(tensor.numel() for tensor in ([layer.weight for layer in layers.values()] or own))
     stride = max(1, count // SAMPLED)
-    return torch.cat([tensor.detach().flatten()[::stride].float().cpu() for tensor in tensors]).clone()
+
+    def picked(tensor: Tensor) -> Tensor:
+        return tensor.detach().flatten()[::stride].float().cpu()
+
+    def changed(within: nn.Module) -> list[Tensor]:
+        return [picked(layer.weight + layer.update) for layer in adapters(within).values()]  # one at a time
+
+    if not layers:
+        return torch.cat([picked(tensor) for tensor in own]).clone()
+    if depot is None:
+        return torch.cat(changed(network)).clone()
+    found = [depot.reading(block, changed) for block in network.backbone.blocks]  # type: ignore[union-attr]
+    ends = [picked(layer.weight + layer.update) for layer in layers.values() if not layer.weight.is_meta]
+    return torch.cat([*chain(*found), *ends])
 
 
 def moved(before: Tensor, after: Tensor) -> float:
