@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewstep.compress.stepwise import knows_steps
 from fewstep.core import Call, Cond, Seeds
@@ -16,6 +15,8 @@ from fewstep.core.call import Constants, Runner, Sharing, every_block
 from fewstep.diffusion import CFG, Prediction, Step, StepCountError
 from fewstep.diffusion.samplers import Denoise
 from fewstep.models.images import Images
+from fewstep.models.served import evaluating
+from fewstep.streaming.session import Session
 
 if TYPE_CHECKING:
     from fewstep.models.bundle import VideoModel
@@ -103,19 +104,28 @@ class Request:
 
     def check(self, card: Card) -> None:
         """ValueError for another number of frames than the card's, and for a student that does not make whole clips."""
-        if self.num_frames not in (None, card.num_frames) and not self.force:
+        streams = card.contract.stream is not None  # then a clip may have any length
+        if self.num_frames not in (None, card.num_frames) and not streams and not self.force:
             raise ValueError(
                 f"{card.name!r} makes clips of {card.num_frames} frames and was asked for {self.num_frames}, which it was not "
                 "trained for. Leave num_frames out, or pass force (--force)."
             )
         if card.contract.stream is not None:
-            raise ValueError(f"{card.name!r} makes clips chunk by chunk (contract.stream), and this samples whole ones")
+            for name in ("image", "last_image", "lead", "shared"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{card.name!r} makes clips chunk by chunk, and takes no {name}; leave it out")
+            if self.runner is not every_block:
+                raise ValueError(
+                    "a runner serves one chunk; give a cache policy to `streaming.Session`, and leave runner out"
+                )
 
 
 def sampling(model: VideoModel, request: Request) -> Iterator[Step]:
     """The steps of one run. What is refused is refused here; what is returned makes a step whenever it is asked for one."""
     times, guidance = request.times(model.card), request.guidance(model.card)
     request.check(model.card)
+    if model.card.contract.stream is not None:
+        return without_gradient(_streamed(model, request, guidance))
     denoise = _denoising(model, request, guidance)
     noise, shape = Seeds(request.seeds, device=str(model.device)), model.latent_shape(request.num_frames)
     first = 1.0 if model.card.contract.grid.from_noise else times[0]
@@ -125,6 +135,25 @@ def sampling(model: VideoModel, request: Request) -> Iterator[Step]:
         denoise = _led(denoise, model, request, len(times) - 1)
     steps = model.card.contract.sampler.sampling(denoise, start, times, rng=noise)
     return without_gradient(steps)
+
+
+def _streamed(model: VideoModel, request: Request, guidance: CFG) -> Iterator[Step]:
+    """The steps of all chunks of a clip, one after the other; the latents of each are all that is there by then."""
+    contract, (_, frames, _, _) = model.card.contract, model.latent_shape(request.num_frames)
+    assert contract.stream is not None
+    chunks = len(contract.stream.lengths(frames))
+    with torch.no_grad(), model.runtime.precision():
+        conditions = _conditions(model, request, guided=guidance.active)
+    session = Session(
+        model.with_card(contract=replace(contract, guidance=guidance)), [""] * len(request.prompts), seed=request.seeds,
+        conditions=conditions, num_inference_steps=request.num_inference_steps, force=request.force,
+    )  # fmt: skip
+    done = list[Tensor]()
+    for chunk in range(chunks):
+        for step in session.steps():
+            x = torch.cat([*done, step.x], 2)
+            yield replace(step, index=chunk * step.steps + step.index, steps=chunks * step.steps, x=x)
+        done.append(step.x)
 
 
 def _denoising(model: VideoModel, request: Request, guidance: CFG) -> Denoise:
@@ -178,16 +207,3 @@ def _conditions(model: VideoModel, request: Request, guided: bool) -> tuple[Cond
 def without_gradient(steps: Iterator[Step]) -> Iterator[Step]:
     """The same steps. Gradients are as they were whenever the caller is at work."""
     yield from steps
-
-
-@contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """The network as it is sampled, and afterwards as it was."""
-    training = network.training
-    if training:
-        network.eval()
-    try:
-        yield
-    finally:
-        if training:
-            network.train()
