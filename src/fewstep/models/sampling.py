@@ -103,21 +103,20 @@ class Request:
         return own.rescaled(scale)
 
     def check(self, card: Card) -> None:
-        """ValueError for another number of frames than the card's, and for a student that does not make whole clips."""
-        streams = card.contract.stream is not None  # then a clip may have any length
-        if self.num_frames not in (None, card.num_frames) and not streams and not self.force:
-            raise ValueError(
-                f"{card.name!r} makes clips of {card.num_frames} frames and was asked for {self.num_frames}, which it was not "
-                "trained for. Leave num_frames out, or pass force (--force)."
-            )
-        if card.contract.stream is not None:
-            for name in ("image", "last_image", "lead", "shared"):
-                if getattr(self, name) is not None:
-                    raise ValueError(f"{card.name!r} makes clips chunk by chunk, and takes no {name}; leave it out")
-            if self.runner is not every_block:
+        """ValueError for another number of frames than the card's; and, where clips are made chunk by chunk and may be of any
+        length, for what is for whole clips."""
+        if card.contract.stream is None:
+            if self.num_frames not in (None, card.num_frames) and not self.force:
                 raise ValueError(
-                    "a runner serves one chunk; give a cache policy to `streaming.Session`, and leave runner out"
+                    f"{card.name!r} makes clips of {card.num_frames} frames and was asked for {self.num_frames}, which it was "
+                    "not trained for. Leave num_frames out, or pass force (--force)."
                 )
+            return
+        for name in ("image", "last_image", "lead", "shared"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{card.name!r} makes clips chunk by chunk, and takes no {name}; leave it out")
+        if self.runner is not every_block:
+            raise ValueError("a runner serves one chunk; leave it out, or give a cache policy to `streaming.Session`")
 
 
 def sampling(model: VideoModel, request: Request) -> Iterator[Step]:
@@ -139,21 +138,45 @@ def sampling(model: VideoModel, request: Request) -> Iterator[Step]:
 
 def _streamed(model: VideoModel, request: Request, guidance: CFG) -> Iterator[Step]:
     """The steps of all chunks of a clip, one after the other; the latents of each are all that is there by then."""
-    contract, (_, frames, _, _) = model.card.contract, model.latent_shape(request.num_frames)
-    assert contract.stream is not None
-    chunks = len(contract.stream.lengths(frames))
+    contract, lengths = model.card.contract, _chunks(model, request.num_frames or model.card.num_frames)
     with torch.no_grad(), model.runtime.precision():
         conditions = _conditions(model, request, guided=guidance.active)
     session = Session(
         model.with_card(contract=replace(contract, guidance=guidance)), [""] * len(request.prompts), seed=request.seeds,
         conditions=conditions, num_inference_steps=request.num_inference_steps, force=request.force,
     )  # fmt: skip
-    done = list[Tensor]()
-    for chunk in range(chunks):
-        for step in session.steps():
-            x = torch.cat([*done, step.x], 2)
-            yield replace(step, index=chunk * step.steps + step.index, steps=chunks * step.steps, x=x)
-        done.append(step.x)
+
+    def steps() -> Iterator[Step]:
+        done = list[Tensor]()
+        for chunk in range(len(lengths)):
+            for step in session.steps():
+                x = torch.cat([*done, step.x], 2)
+                yield replace(step, index=chunk * step.steps + step.index, steps=len(lengths) * step.steps, x=x)
+            done.append(step.x)
+
+    return steps()
+
+
+def _chunks(model: VideoModel, frames: int) -> tuple[int, ...]:
+    """Latent frames of the chunks of a clip. ValueError names the nearest clips that whole chunks make."""
+    stream = model.card.contract.stream
+    assert stream is not None
+
+    def lengths(count: int) -> tuple[int, ...] | None:
+        try:
+            return stream.lengths(model.latent_shape(count)[1]) if count > 0 else None
+        except ValueError:
+            return None
+
+    if (found := lengths(frames)) is not None:
+        return found
+    near = [
+        next((n for n in wider if lengths(n)), None) for wider in (range(frames, 0, -1), range(frames, 2 * frames + 99))
+    ]
+    raise ValueError(
+        f"{model.card.name!r} makes chunks of {', '.join(map(str, stream.chunks))} latent frames, and {frames} frames are not "
+        f"whole chunks; ask for {' or '.join(str(n) for n in near if n)} frames"
+    )
 
 
 def _denoising(model: VideoModel, request: Request, guidance: CFG) -> Denoise:
