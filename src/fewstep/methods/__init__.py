@@ -10,12 +10,12 @@ from fewstep.methods.knowledge_distillation import KnowledgeDistillation
 from fewstep.methods.progressive import Progressive
 from fewstep.methods.reconstruction import Reconstruction
 from fewstep.methods.roles import ROLES, Copy, Heads, Making, Other, Role, Weak
-from fewstep.methods.rollouts import ROLLOUTS, BackwardSimulation, FromData, FromPairs, Rolled, Rollout
+from fewstep.methods.rollouts import ROLLOUTS, BackwardSimulation, FromData, FromPairs, Rolled, Rollout, SelfForced
 
 METHODS = (FlowMatching, Reconstruction, ReadAttributes, KnowledgeDistillation, Progressive, Consistency, DMD2, AVDM2)
 
 __all__ = [
     "AVDM2", "DMD2", "METHODS", "ROLES", "ROLLOUTS", "BackwardSimulation", "Consistency", "Copy", "FlowMatching", "FromData",
     "FromPairs", "Heads", "KnowledgeDistillation", "Making", "Method", "Nets", "Other", "Progressive", "ReadAttributes",
-    "Reconstruction", "Role", "Rolled", "Rollout", "Sync", "Update", "Weak", "Work", "in_forwards",
+    "Reconstruction", "Role", "Rolled", "Rollout", "SelfForced", "Sync", "Update", "Weak", "Work", "in_forwards",
 ]  # fmt: skip

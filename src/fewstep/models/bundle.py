@@ -41,6 +41,7 @@ from fewstep.models.results import result_in
 from fewstep.models.runtime import Dtype, Runtime, decoded, require_exact, settled, typed
 from fewstep.models.sampling import Request, Texts, sampling
 from fewstep.models.scalars import scalar_conditions
+from fewstep.models.served import Served
 from fewstep.models.spec import lacking
 from fewstep.models.stored import write_tensors
 from fewstep.models.text import TextEncoder
@@ -158,6 +159,11 @@ class VideoModel:
         if self.runtime.offload != "block":
             return inner
         return Blockwise(self.denoiser.backbone.blocks, self.device, inner)
+
+    @property
+    def reader(self) -> Served:
+        """The denoiser as this model runs it."""
+        return Served(self)
 
     def with_part(self, name: str, network: nn.Module, **card: Any) -> VideoModel:
         """The same model with one network (and fields of its card) exchanged; the other networks are shared."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewstep.attention import NAG
 from fewstep.compress.stepwise import knows_steps
@@ -17,6 +16,8 @@ from fewstep.core.call import Constants, Negative, Runner, Sharing, every_block
 from fewstep.diffusion import CFG, Prediction, Step, StepCountError
 from fewstep.diffusion.samplers import Denoise
 from fewstep.models.images import Images
+from fewstep.models.served import evaluating
+from fewstep.streaming.session import Session
 
 if TYPE_CHECKING:
     from fewstep.models.bundle import VideoModel
@@ -114,20 +115,28 @@ class Request:
         return own.rescaled(scale)
 
     def check(self, card: Card) -> None:
-        """ValueError for another number of frames than the card's, and for a student that does not make whole clips."""
-        if self.num_frames not in (None, card.num_frames) and not self.force:
-            raise ValueError(
-                f"{card.name!r} makes clips of {card.num_frames} frames and was asked for {self.num_frames}, which it was not "
-                "trained for. Leave num_frames out, or pass force (--force)."
-            )
-        if card.contract.stream is not None:
-            raise ValueError(f"{card.name!r} makes clips chunk by chunk (contract.stream), and this samples whole ones")
+        """ValueError for another number of frames than the card's; and, where clips are made chunk by chunk and may be of any
+        length, for what is for whole clips."""
+        if card.contract.stream is None:
+            if self.num_frames not in (None, card.num_frames) and not self.force:
+                raise ValueError(
+                    f"{card.name!r} makes clips of {card.num_frames} frames and was asked for {self.num_frames}, which it was "
+                    "not trained for. Leave num_frames out, or pass force (--force)."
+                )
+            return
+        for name in ("image", "last_image", "lead", "nag", "shared"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{card.name!r} makes clips chunk by chunk, and takes no {name}; leave it out")
+        if self.runner is not every_block:
+            raise ValueError("a runner serves one chunk; leave it out, or give a cache policy to `streaming.Session`")
 
 
 def sampling(model: VideoModel, request: Request) -> Iterator[Step]:
     """The steps of one run. What is refused is refused here; what is returned makes a step whenever it is asked for one."""
     times, guidance = request.times(model.card), request.guidance(model.card)
     request.check(model.card)
+    if model.card.contract.stream is not None:
+        return without_gradient(_streamed(model, request, guidance))
     denoise = _denoising(model, request, guidance)
     noise, shape = Seeds(request.seeds, device=str(model.device)), model.latent_shape(request.num_frames)
     first = 1.0 if model.card.contract.grid.from_noise else times[0]
@@ -137,6 +146,49 @@ def sampling(model: VideoModel, request: Request) -> Iterator[Step]:
         denoise = _led(denoise, model, request, len(times) - 1)
     steps = model.card.contract.sampler.sampling(denoise, start, times, rng=noise)
     return without_gradient(steps)
+
+
+def _streamed(model: VideoModel, request: Request, guidance: CFG) -> Iterator[Step]:
+    """The steps of all chunks of a clip, one after the other; the latents of each are all that is there by then."""
+    contract, lengths = model.card.contract, _chunks(model, request.num_frames or model.card.num_frames)
+    with torch.no_grad(), model.runtime.precision():
+        conditions = _conditions(model, request, guided=guidance.active)
+    session = Session(
+        model.with_card(contract=replace(contract, guidance=guidance)), [""] * len(request.prompts), seed=request.seeds,
+        conditions=conditions, num_inference_steps=request.num_inference_steps, force=request.force,
+    )  # fmt: skip
+
+    def steps() -> Iterator[Step]:
+        done = list[Tensor]()
+        for chunk in range(len(lengths)):
+            for step in session.steps():
+                x = torch.cat([*done, step.x], 2)
+                yield replace(step, index=chunk * step.steps + step.index, steps=len(lengths) * step.steps, x=x)
+            done.append(step.x)
+
+    return steps()
+
+
+def _chunks(model: VideoModel, frames: int) -> tuple[int, ...]:
+    """Latent frames of the chunks of a clip. ValueError names the nearest clips that whole chunks make."""
+    stream = model.card.contract.stream
+    assert stream is not None
+
+    def lengths(count: int) -> tuple[int, ...] | None:
+        try:
+            return stream.lengths(model.latent_shape(count)[1]) if count > 0 else None
+        except ValueError:
+            return None
+
+    if (found := lengths(frames)) is not None:
+        return found
+    near = [
+        next((n for n in wider if lengths(n)), None) for wider in (range(frames, 0, -1), range(frames, 2 * frames + 99))
+    ]
+    raise ValueError(
+        f"{model.card.name!r} makes chunks of {', '.join(map(str, stream.chunks))} latent frames, and {frames} frames are not "
+        f"whole chunks; ask for {' or '.join(str(n) for n in near if n)} frames"
+    )
 
 
 def _denoising(model: VideoModel, request: Request, guidance: CFG) -> Denoise:
@@ -207,16 +259,3 @@ def require_nag(network: type[nn.Module]) -> None:
 def without_gradient(steps: Iterator[Step]) -> Iterator[Step]:
     """The same steps. Gradients are as they were whenever the caller is at work."""
     yield from steps
-
-
-@contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """The network as it is sampled, and afterwards as it was."""
-    training = network.training
-    if training:
-        network.eval()
-    try:
-        yield
-    finally:
-        if training:
-            network.train()

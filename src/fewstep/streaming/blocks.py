@@ -5,22 +5,35 @@ import it.
     2  x = sampler from fresh noise over the student's times, every call reads view
     3  memory = memory and the keys and values of the chunk                           (`Stream.commit`)
 
-Calls write nothing: a chunk that is given up half-way leaves the memory as it was.
+Calls write nothing: a chunk that is given up half-way leaves the memory as it was. A training rollout may stop a chunk early,
+at an exit; then the prediction of that step is the chunk, and the only one that carries gradient.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from fewstep.attention import Everything, Keep, KVCache, Window
-from fewstep.core import Call, Cond, Rng, Seeds
+from fewstep.core import Call, Cond, KVView, Rng, Seeds
 from fewstep.core.call import Runner, every_block
-from fewstep.diffusion import Contract, Prediction, Step, Stream
+from fewstep.diffusion import Contract, NoisePath, Prediction, Step, Stream
 from fewstep.diffusion.samplers import Denoise, full
-from fewstep.models.denoiser import Predictor
+
+
+class Reader(Protocol):
+    """A denoiser that reads a memory."""
+
+    path: NoisePath
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond, call: Call = ..., /) -> Prediction: ...
+
+    def recall(self, memory: KVCache, x_t: Tensor, call: Call = ..., /) -> KVView: ...
 
 
 @dataclass(frozen=True)
@@ -31,12 +44,17 @@ class Made:
     memory: KVCache | None
     """Memory after the chunk; None before its last step."""
 
+    @property
+    def x(self) -> Tensor:
+        """The chunk, `[B, C, f, H, W]`, after its last step."""
+        return self.step.x if self.step.index == self.step.steps - 1 else self.step.prediction.x0
+
 
 @dataclass(frozen=True, kw_only=True)
 class Chunks:
     """How one student makes chunks: the whole of what training and serving must agree on."""
 
-    network: Predictor
+    network: Reader
     contract: Contract
     times: tuple[float, ...]
     """Times of the sampler's steps, the same in every chunk."""
@@ -53,11 +71,20 @@ class Chunks:
         return KVCache.empty(keep_of(self.stream))
 
     def chunk(
-        self, memory: KVCache, noise: Tensor, cond: Cond, uncond: Cond, rng: Seeds | Rng, runner: Runner = every_block
+        self,
+        memory: KVCache,
+        noise: Tensor,
+        cond: Cond,
+        uncond: Cond,
+        rng: Seeds | Rng,
+        *,
+        runner: Runner = every_block,
+        exit: int | None = None,
     ) -> Iterator[Made]:
         """Make the chunk that follows `memory` from `noise` `[B, C, f, H, W]`, step by step; the last step has its memory.
 
-        `rng` is this chunk's own. With guidance the memory is of twice as many samples, the condition's first.
+        `rng` is this chunk's own. With guidance the memory is of twice as many samples, the condition's first. `exit` is for
+        training: the step to stop at, and the only one with gradient. What is remembered has none.
         """
         view = self.network.recall(memory, noise)  # 1
 
@@ -65,14 +92,21 @@ class Chunks:
             return self.contract.guidance(self.network, x_t, t, cond, uncond, replace(call, kv=view))
 
         def cached(x_t: Tensor, t: Tensor, call: Call) -> Prediction:
-            return denoise(x_t, t, replace(call, runner=runner))
+            with nullcontext() if exit in (None, call.step) else torch.no_grad():
+                return denoise(x_t, t, replace(call, runner=runner))
 
         for step in self.contract.sampler.sampling(cached, noise, self.times, rng=rng):  # 2
-            ends = step.index == step.steps - 1
-            yield Made(step, self._committed(memory, step, denoise, rng) if ends else None)
+            made = Made(step, None)
+            ends = step.index == (step.steps - 1 if exit is None else exit)
+            if ends:
+                with nullcontext() if exit is None else torch.no_grad():
+                    made = replace(made, memory=self._committed(memory, made, denoise, rng))
+            yield made
+            if ends:
+                return
 
-    def _committed(self, memory: KVCache, last: Step, denoise: Denoise, rng: Seeds | Rng) -> KVCache:
-        x, kv = last.x, last.prediction.kv
+    def _committed(self, memory: KVCache, made: Made, denoise: Denoise, rng: Seeds | Rng) -> KVCache:
+        last, x, kv = made.step, made.x, made.step.prediction.kv
         if self.stream.commit != "last":
             t = self.stream.context_time
             x_t = self.network.path.add_noise(x, rng.randn(x.shape, "context"), full(t, x)) if t else x
@@ -82,6 +116,8 @@ class Chunks:
                 "the last step of this chunk skipped blocks, so there is nothing to commit; let the stream commit clean "
                 "latents, or choose a cache policy that runs every block in the last step"
             )
+        if not torch.is_grad_enabled():
+            kv = tuple((k.detach(), v.detach()) for k, v in kv)
         return memory.commit(kv, x.shape[2])  # 3
 
 

@@ -4,18 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fewstep.attention import KVCache
 from fewstep.caching import CachePolicy
-from fewstep.core import Seeds
+from fewstep.core import Cond, Seeds
 from fewstep.core.call import every_block
 from fewstep.diffusion import Step
-from fewstep.models import VideoModel
-from fewstep.models.sampling import evaluating
-from fewstep.streaming.blocks import Chunks
+from fewstep.streaming.blocks import Chunks, Reader
+
+
+class Streams(Protocol):
+    """What a session needs of a `VideoModel`."""
+
+    @property
+    def card(self) -> Any: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def reader(self) -> Reader: ...
+
+    def conditions(self, prompts: Sequence[str], *, guided: bool) -> tuple[Cond, Cond]: ...
+
+    def latent_shape(self) -> tuple[int, int, int, int]: ...
 
 
 @dataclass(frozen=True)
@@ -40,21 +56,30 @@ class Session:
 
     def __init__(
         self,
-        model: VideoModel,
+        model: Streams,
         start: Snapshot | Sequence[str],
         *,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         num_inference_steps: int | None = None,
         cache: CachePolicy | None = None,
+        conditions: tuple[Cond, Cond] | None = None,
+        force: bool = False,
     ) -> None:
-        """`start` is one prompt per clip, or a snapshot. ValueError for a model that makes whole clips."""
+        """`start` is one prompt per clip, or a snapshot; `seed` one seed per clip, or the first of consecutive ones.
+
+        `conditions` are those of the prompts and of the negative ones, where they are ready. ValueError for a model that makes
+        whole clips, and for a step count that it was not trained for, unless `force`.
+        """
         contract = model.card.contract
-        self._chunks = Chunks(network=model.denoiser, contract=contract, times=contract.times(num_inference_steps))
+        self._chunks = Chunks(
+            network=model.reader, contract=contract, times=contract.times(num_inference_steps, force=force)
+        )
         if not isinstance(start, Snapshot):
-            start = Snapshot(tuple(start), tuple(range(seed, seed + len(start))), self._chunks.begin())
+            seeds = range(seed, seed + len(start)) if isinstance(seed, int) else seed
+            start = Snapshot(tuple(start), tuple(seeds), self._chunks.begin())
         self._model, self._cache, self.snapshot = model, cache, start
         self._guided = contract.guidance.active
-        self._conditions = model.conditions(start.prompts, guided=self._guided)
+        self._conditions = conditions or model.conditions(start.prompts, guided=self._guided)
 
     def steer(self, prompts: Sequence[str]) -> None:
         """Other prompts, one per clip, from the next chunk on."""
@@ -72,18 +97,12 @@ class Session:
         noise = Seeds(before.seeds, device=str(self._model.device)).fold(f"chunk/{index}")
         channels, _, height, width = self._model.latent_shape()
         shape = (len(before.prompts), channels, self._chunks.stream.length(index), height, width)
-        start = self._model.denoiser.path.prior(noise.randn(shape, "start"))
-        runner = self._model.runner(every_block if self._cache is None else self._cache.begin())
-        made = self._chunks.chunk(before.memory, start, *self._conditions, noise, runner)
-        while True:
-            self._model.bring("denoiser")
-            with evaluating(self._model.denoiser), self._model.runtime.denoising():
-                now = next(made, None)
-            if now is None:
-                return
-            if now.memory is not None:
-                self.snapshot = replace(self.snapshot, memory=now.memory, chunks=index + 1)
-            yield now.step
+        start = self._chunks.network.path.prior(noise.randn(shape, "start"))
+        runner = every_block if self._cache is None else self._cache.begin()
+        for made in self._chunks.chunk(before.memory, start, *self._conditions, noise, runner=runner):
+            if made.memory is not None:
+                self.snapshot = replace(self.snapshot, memory=made.memory, chunks=index + 1)
+            yield made.step
 
     def take(self, chunks: int) -> Iterator[Tensor]:
         """The next chunks, latents `[B, C, f, h, w]` each, as soon as they are made."""

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from statistics import fmean
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from fewstep.core import Batch, Call, Rng
 from fewstep.diffusion import Prediction
 from fewstep.diffusion.samplers import full
 from fewstep.methods.rollouts.base import Rolled, Rollout, Visit
-from fewstep.methods.rollouts.grids import exact
+from fewstep.methods.rollouts.grids import Exit, deepest, drawn, stops
 from fewstep.models.denoiser import Predictor
 
 
@@ -27,10 +26,8 @@ class BackwardSimulation(Rollout):
     each time, the inputs that all its samplers give it. `grids=((1.0,),)` is one step, from pure noise to clean latents.
     """
 
-    exit: Literal["random", "last"] = "random"
-    """Step to stop at: a random one or the last. All processes draw the same step, because they must agree on the number of
-    calls."""
-
+    exit: Exit = "random"
+    """Step to stop at: a random one or the last."""
     grad_calls: int = 1
     """Number of last calls that carry gradient; the gradient flows from one call to the next."""
 
@@ -41,26 +38,20 @@ class BackwardSimulation(Rollout):
 
     @property
     def calls(self) -> float:
-        return fmean(fmean(stops) + 1 for stops in self._stops)
+        return fmean(fmean(found) + 1 for found in stops(self.grids, self.exit))
 
     @property
     def work(self) -> float:
-        return self.calls + 2 * fmean(fmean(min(stop + 1, self.grad_calls) for stop in stops) for stops in self._stops)
+        graded = (fmean(min(stop + 1, self.grad_calls) for stop in found) for found in stops(self.grids, self.exit))
+        return self.calls + 2 * fmean(graded)
 
     @property
     def fullest(self) -> Mapping[str, int]:
         """The longest grid with the last exit: it has most calls, and most of them with gradient."""
-        lengths = [len(grid) for grid in self.grids]
-        return {"grid": lengths.index(max(lengths)), "exit": max(lengths) - 1}
-
-    @property
-    def _stops(self) -> list[range]:
-        """The exits of each grid."""
-        return [range(0 if self.exit == "random" else len(g) - 1, len(g)) for g in self.grids]
+        return deepest(self.grids)
 
     def __call__(self, student: Predictor, batch: Batch, rng: Rng, *, grad: bool) -> Rolled:
-        grid = exact(self.grids, self.shift)[rng.integer("grid", len(self.grids))]
-        stop = rng.integer("exit", len(grid)) if self.exit == "random" else len(grid) - 1
+        grid, stop = drawn(self.grids, self.exit, self.shift, rng)
         noise, before = rng.randn(batch.noise_shape, "noise"), list[Visit]()
 
         def call_student(x_t: Tensor, t: Tensor, call: Call) -> Prediction:

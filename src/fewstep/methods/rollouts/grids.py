@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import torch
 
+from fewstep.core import Rng
 from fewstep.diffusion import CFG, Contract, Exact, Sampler, Shifted, shifted
 from fewstep.diffusion.times import check_grid
 
@@ -13,6 +15,27 @@ Grids = tuple[tuple[float, ...], ...]
 """One tuple of decreasing times per step count, before the shift and without the final 0."""
 NESTED: Grids = ((1.0,), (1.0, 0.5), (1.0, 0.75, 0.5, 0.25))
 """Grids for 1, 2 and 4 steps. Each grid contains the coarser ones."""
+
+
+Exit = Literal["random", "last"]
+"""Step at which a rollout stops. All processes draw the same step, because they must agree on the number of calls."""
+
+
+def stops(grids: Grids, exit: Exit) -> list[range]:
+    """The steps of each grid at which a rollout may stop."""
+    return [range(0 if exit == "random" else len(grid) - 1, len(grid)) for grid in grids]
+
+
+def deepest(grids: Grids) -> dict[str, int]:
+    """`Rollout.fullest` of a rollout that draws a grid and an exit: the longest grid, to its end."""
+    lengths = [len(grid) for grid in grids]
+    return {"grid": lengths.index(max(lengths)), "exit": max(lengths) - 1}
+
+
+def drawn(grids: Grids, exit: Exit, shift: float, rng: Rng) -> tuple[tuple[float, ...], int]:
+    """One of the grids, with its shifted times, and the step to stop at."""
+    grid = exact(grids, shift)[rng.integer("grid", len(grids))]
+    return grid, rng.integer("exit", len(grid)) if exit == "random" else len(grid) - 1
 
 
 def exact(grids: Grids, shift: float) -> Grids:

@@ -1,0 +1,52 @@
+"""A denoiser as its model runs it, for those who call it themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from fewstep.attention import KVCache
+from fewstep.core import Call, Cond, KVView
+from fewstep.diffusion import NoisePath, Prediction
+
+if TYPE_CHECKING:
+    from fewstep.models.bundle import VideoModel
+
+
+@dataclass(frozen=True)
+class Served:
+    """The denoiser of a model: on its device, in eval mode, in the arithmetic of its `Runtime`."""
+
+    model: VideoModel
+
+    @property
+    def path(self) -> NoisePath:
+        return self.model.denoiser.path
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond, call: Call = Call()) -> Prediction:
+        self.model.bring("denoiser")
+        with evaluating(self.model.denoiser), self.model.runtime.denoising():
+            prediction: Prediction = self.model.denoiser(
+                x_t, t, cond, replace(call, runner=self.model.runner(call.runner))
+            )
+        return prediction
+
+    def recall(self, memory: KVCache, x_t: Tensor, call: Call = Call()) -> KVView:
+        return self.model.denoiser.recall(memory, x_t, call)
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """The network as it is sampled, and afterwards as it was."""
+    training = network.training
+    if training:
+        network.eval()
+    try:
+        yield
+    finally:
+        if training:
+            network.train()

@@ -1,0 +1,150 @@
+"""A rollout is the loop that serves, and the gradient of a chunk is that of one call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fewstep.attention import KVCache
+from fewstep.core import Batch, Call, Cond, KVView, Rng, Seeds
+from fewstep.diffusion import CFG, Contract, Shifted, Stream
+from fewstep.engine import train
+from fewstep.engine.views import View
+from fewstep.methods import DMD2, Rolled, SelfForced
+from fewstep.models import VideoModel
+from fewstep.models.spread import Spread
+from fewstep.streaming import Session
+from fewstep.world.data import WorldClips
+from support_engine import FRAMES, small, tiny_model
+from test_streaming import PROMPTS, streaming_model
+
+pytestmark = pytest.mark.usefixtures("single_thread")
+STREAMS = {
+    "all": Stream(), "chunks": Stream(chunks=(2,)), "sink": Stream(window=3, sink=1),
+    "noised": Stream(commit="noised", context_time=0.2), "last": Stream(commit="last", window=2),
+}  # fmt: skip
+TWO = ((1.0, 0.5),)
+
+
+class Numbers(Seeds):
+    """The noise of a session, and the first of all grids and exits."""
+
+    def integer(self, name: str, high: int) -> int:
+        return 0
+
+
+@dataclass
+class Heard:
+    """A student that keeps a list of its calls."""
+
+    network: Any
+    calls: list[tuple[bool, Tensor, Tensor, Call, Tensor]] = field(default_factory=list)
+
+    @property
+    def path(self) -> Any:
+        return self.network.path
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond, call: Call = Call()) -> Any:
+        made = self.network(x_t, t, cond, call)
+        self.calls.append((torch.is_grad_enabled(), x_t, t, call, made.x0))
+        return made
+
+    def recall(self, memory: KVCache, x_t: Tensor, call: Call = Call()) -> KVView:
+        return self.network.recall(memory, x_t, call)
+
+
+def rolled_by(network: Any, model: VideoModel, rollout: SelfForced, rng: Any, frames: int = 4) -> Rolled:
+    cond, uncond = model.conditions(PROMPTS)
+    return rollout(network, Batch(cond=cond, uncond=uncond, latent_shape=(4, frames, 8, 8)), rng, grad=True)
+
+
+@pytest.mark.parametrize("stream", STREAMS.values(), ids=STREAMS)
+def test_at_the_last_exit_a_rollout_is_a_session_bit_for_bit(stream: Stream) -> None:
+    """From the same noise: one loop makes what is trained on and what is served."""
+    model = streaming_model(stream)
+    rolled = rolled_by(model.denoiser, model, SelfForced(stream=stream, grids=TWO, exit="last"), Numbers((0, 1)), 6)
+    chunks = list(Session(model, PROMPTS).take(len(stream.lengths(6))))
+    assert torch.equal(rolled.x0.detach(), torch.cat(chunks, 2))
+    assert torch.equal(rolled.x0.detach(), model.latents(PROMPTS, num_frames=6))
+
+
+@pytest.mark.parametrize("commit", ["clean", "last"])
+def test_one_call_of_each_chunk_carries_gradient(commit: Any) -> None:
+    """The exit is the same in all chunks; what comes out there is the chunk that the next one reads."""
+    stream = Stream(chunks=(2,), commit=commit)
+    model, rollout, counts = streaming_model(stream), SelfForced(stream=stream), []
+    model.denoiser.requires_grad_(True)
+    for step in range(8):
+        heard = Heard(model.denoiser)
+        rolled = rolled_by(heard, model, rollout, Rng(0, step))
+        calls = rolled.exit + 1
+        each = calls + (commit == "clean")
+        assert [grad for grad, *_ in heard.calls] == ([False] * rolled.exit + [True] + [False] * (each - calls)) * 2
+        exits = [heard.calls[rolled.exit], heard.calls[each + rolled.exit]]
+        assert torch.equal(rolled.x0, torch.cat([x0 for *_, x0 in exits], 2)) and rolled.x0.requires_grad
+        assert torch.equal(rolled.x_t, torch.cat([x_t for _, x_t, *_ in exits], 2))
+        assert len(rolled.before) == rolled.exit and torch.equal(rolled.t, torch.full((2,), rolled.grid[rolled.exit]))
+        if commit == "clean":  # what is remembered is the prediction of the exit, at time 0
+            _, x_t, t, *_ = heard.calls[each - 1]
+            assert torch.equal(x_t, exits[0][-1]) and not t.any()
+        counts.append(len(heard.calls) / 2)
+    assert {1, 2, 3, 4} >= {count - (commit == "clean") for count in counts} and len(set(counts)) > 2
+    assert rollout.calls == 2.5 + (commit == "clean") and rollout.work == rollout.calls + 2
+
+
+@pytest.mark.parametrize("stream", [STREAMS["all"], STREAMS["sink"], STREAMS["last"]], ids=["all", "sink", "last"])
+def test_the_gradient_of_a_chunk_is_that_of_its_own_call(stream: Stream) -> None:
+    """Whatever else the loss has: chunks are tied by what is remembered, which carries none."""
+    model = streaming_model(stream)
+    weights = list(model.denoiser.requires_grad_(True).parameters())
+    heard = Heard(model.denoiser)
+    rolled = rolled_by(heard, model, SelfForced(stream=stream, grids=TWO, exit="last"), Rng(3), 5)
+    exits = [call for call in heard.calls if call[0]]
+    assert len(exits) == 5
+    for index, (_, x_t, t, call, _) in enumerate(exits):
+        assert call.kv is not None and not any(x.requires_grad for layer in call.kv.layers for x in layer)
+        own = torch.autograd.grad(rolled.x0[:, :, index].square().sum(), weights, retain_graph=True, allow_unused=True)
+        alone = model.denoiser(x_t, t, model.conditions(PROMPTS)[0], call).x0.square().sum()
+        for a, b in zip(own, torch.autograd.grad(alone, weights, allow_unused=True), strict=True):
+            assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
+
+
+def test_recomputed_blocks_read_what_they_read_before() -> None:
+    """Also after the window has moved on: blocks run anew in the backward pass, long after the rollout."""
+    stream = Stream(window=2)
+    model = streaming_model(stream)
+    weights, found = list(model.denoiser.requires_grad_(True).parameters()), []
+    for checkpointing in (False, True):
+        view = View("student", model.denoiser, Spread(checkpointing=checkpointing))
+        rolled = rolled_by(view, model, SelfForced(stream=stream, grids=TWO, exit="last"), Rng(3), 7)
+        found.append(torch.autograd.grad(rolled.x0.square().sum(), weights, allow_unused=True))
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_its_student_streams() -> None:
+    stream = Stream(chunks=(2,), window=4)
+    teacher = Contract(grid=Shifted(shift=3.0), guidance=CFG(scale=4.0))
+    contract = SelfForced(stream=stream, grids=TWO, shift=3.0).contract(teacher)
+    assert contract.stream == stream and contract.times() == (1.0, 0.75, 0.0) and not contract.guidance.active
+
+
+def test_a_run_trains_with_it_and_its_student_is_sampled_as_a_stream(tmp_path: Path) -> None:
+    """Trained, probed and saved like any other; clips may be longer than those of the training."""
+    method = DMD2(critic_updates=1, rollout=SelfForced(stream=Stream(chunks=(2,)), grids=TWO))
+    model = tiny_model()
+    student = train(model, method, WorldClips(num_frames=FRAMES), small(steps=2), tmp_path, quiet=True)
+    assert student.card.contract.stream == Stream(chunks=(2,))
+    again = VideoModel.from_pretrained(tmp_path / "student")
+    assert torch.equal(again.latents(PROMPTS), student.latents(PROMPTS)) and student.latents(PROMPTS).shape[2] == FRAMES
+    longer = again.latents(PROMPTS, num_frames=3 * FRAMES)
+    assert longer.shape[2] == 3 * FRAMES and torch.equal(longer[:, :, :FRAMES], again.latents(PROMPTS))
+    with pytest.raises(ValueError, match="7 frames are not whole chunks; ask for 6 or 8 frames"):
+        again.sampling(PROMPTS, num_frames=7)  # at once
+    for option in ({"shared": object()}, {"runner": lambda block, state, place: block(state)}):
+        with pytest.raises(ValueError, match="leave"):
+            again.sampling(PROMPTS, **option)
