@@ -42,7 +42,7 @@ PLAIN_CALLS = {"eval", "exec", "print"}  # model.eval() is something else
 EXCEPTIONS: dict[str, str] = {
     # "<path>:<rule>" or "<path>:<function>:<rule>" -> why, and what would remove it
     "src/fewstep/models/video_dit.py:__init__:parameters": "a network's constructor names every size",
-    "src/fewstep/engine/loop.py:train:parameters": "the front door of the engine",
+    "src/fewstep/engine/loop.py:complete:parameters": "the front door of the engine",
     "src/fewstep/data/prepare.py:prepare:parameters": "the front door of preparation",
     "src/fewstep/attention/forward_mode.py:_attend:parameters": "those of torch's own attention, and how much at a time",
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -34,21 +35,12 @@ from fewstep.models import VideoModel
 
 
 def train(
-    model: VideoModel,
-    method: Method,
-    data: Data,
-    settings: Settings,
-    output: Path | str,
-    *,
-    probe: Probe | None = None,
-    provenance: dict[str, str] | None = None,
-    quiet: bool = False,
+    model: VideoModel, method: Method, data: Data, settings: Settings, output: Path | str, **options: Any
 ) -> VideoModel:
-    """Train the method's student and return it: `complete`, and its result from the disk. The same call resumes a run that
-    was killed. With several processes, only the leader gets the denoiser's weights, in main memory.
+    """Train the method's student and return it: `complete`, whose `options` these are, and its result from the disk. The same
+    call resumes a run that was killed. With several processes, only the leader gets the denoiser's weights, in main memory.
     """
-    folder = complete(model, method, data, settings, output, probe=probe, provenance=provenance, quiet=quiet)
-    return result_from(folder, settings.device)
+    return result_from(complete(model, method, data, settings, output, **options), settings.device)
 
 
 def complete(
