@@ -218,17 +218,18 @@ def peaks(spread: str, folder: Path) -> dict[str, Any]:
                 network.requires_grad_(role in update.roles)
             ledger = Ledger({**run.nets, **run.model.parts})
             spread_ = run.spread if run.spread.park is None else replace(run.spread, park=partial(aside, ledger))
+            ledger.watch("flows")
             with ledger:
                 for terms in update.losses(Views(run.nets, spread_), batch, Drawn(settings.seed, draws=draws)):
                     torch.stack(list(terms.values())).sum().backward()
-            found["+".join(update.roles)] = ledger.left
+            found["+".join(update.roles)] = ledger.left("flows")
             for network in run.nets.values():
                 network.zero_grad(set_to_none=True)
     return {"peaks": json.dumps(found)}
 
 
 def aside(ledger: Ledger, x: Tensor) -> Tensor:
-    return ledger.aside(x.clone())
+    return ledger.aside(x.clone(), "flows")
 
 
 def watch_gradients(run: Run, into: dict[str, Tensor]) -> None:

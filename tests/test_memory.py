@@ -216,6 +216,32 @@ def test_a_ledger_counts_memory_once_and_while_it_lives() -> None:
     assert ledger.live == 0 and ledger.peak == 2 * 4 * 32
 
 
+def test_a_ledger_tells_what_is_left_without_what_is_aside() -> None:
+    with Ledger() as ledger:
+        ledger.watch("a")
+        ledger.watch("a", "b")
+        first = ledger.aside(torch.zeros(8), "a")
+        second = torch.zeros(16)
+        assert (ledger.left("a"), ledger.left("a", "b")) == (4 * 16, 4 * 16)
+        ledger.aside(second, "b")
+        del first
+        third = torch.zeros(32)
+        assert (ledger.left("a"), ledger.left("a", "b")) == (4 * (16 + 32), 4 * 32)
+        assert ledger.peak == 4 * (16 + 32) and third.sum() == 0
+
+
+def test_gradients_that_are_shared_come_when_activations_are_there() -> None:
+    """Alone, the peak is the end of the backward pass; with small gradients it may be its beginning."""
+    update = replace(PLAN.phases[0], activations=100, before=450, parked=80, before_parked=300)
+    plan = replace(PLAN, phases=(update,))
+    assert plan.total(update) == plan.resident(update) + 400 + 100
+    shared = plan.by(Means(shard=4))
+    assert shared.total(update) == shared.resident(update) + 100 + min(100 + 300, 450) + 2 * 80
+    assert plan.by(Means(shard=40)).total(update) == plan.by(Means(shard=40)).resident(update) + 10 + 450 + 160
+    away = plan.by(Means(shard=4, offload=True))
+    assert away.total(update) == away.resident(update) + 100 + max(min(20 + 300, 150) + 160, 200)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_every_method_can_be_planned(name: str) -> None:
     plan = Outline.of(tiny_card(), CASES[name], small(20), FRAMES).plan()
@@ -271,6 +297,7 @@ def test_what_waits_between_blocks_is_planned(tmp_path: Path, monkeypatch: pytes
         tiny_card(), METHODS["DMD2-adapters"], replace(support_parallel.PLANNED, parallel=waiting), FRAMES
     )
     plan = outline.plan().by(Means(offload=True))
+    assert plan.phases[-1].roles == ("student",) and plan.phases[-1].parked == 4 * 64 * 24 * FLOAT, "one of two inputs"
     for phase in plan.phases:
         left = plan.total(phase) - plan.resident(phase)
         assert phase.parked > 0
@@ -392,6 +419,10 @@ def test_recomputed_blocks_and_adapters_hold_less() -> None:
     for phase, other in zip(lora.phases, whole.phases, strict=True):
         assert all(phase.gradients[role] < other.gradients[role] for role in other.gradients)
     assert not any(holding.sharded for holding in lora.holdings)
+    for phase in again.phases:  # without gradients the fullest moment is fuller than what is beside all of them
+        assert phase.activations <= phase.before <= phase.activations + sum(phase.gradients.values())
+        assert 0 < phase.before_parked < phase.before
+    assert any(phase.before < phase.activations + sum(phase.gradients.values()) for phase in again.phases)
 
 
 def test_adapters_are_planned_whole_on_every_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,13 +18,15 @@ from fewstep.core.flops import FORMULAS
 class Ledger(TorchDispatchMode):
     """Counts inside a `with` block: bytes of new tensors (now and at most), which `owners` were read, and operations.
 
-    `left` is the largest number of bytes without those of tensors that were set `aside`.
+    `left` tells the largest number of bytes without those of tensors that were set `aside`.
     """
 
     def __init__(self, owners: Mapping[str, nn.Module] | None = None) -> None:
         super().__init__()
-        self.live = self.peak = self.left = self.flops = 0
-        self._aside: dict[int, int] = {}
+        self.live = self.peak = self.flops = 0
+        self._aside: dict[int, tuple[str, int]] = {}
+        self._sums: Counter[str] = Counter()
+        self._left: dict[frozenset[str], int] = {}
         self.reads: set[str] = set()
         self._alive: dict[int, Any] = {}
         self._owned: dict[int, tuple[str, Any]] = {}
@@ -57,16 +60,32 @@ class Ledger(TorchDispatchMode):
         self._alive[key] = weakref.ref(storage, lambda _: self._forget(key, size))
         self.live += size
         self.peak = max(self.peak, self.live)
-        self.left = max(self.left, self.live - sum(self._aside.values()))
+        for kinds, most in self._left.items():
+            left = self.live
+            for kind in kinds:
+                left -= self._sums[kind]
+            if left > most:
+                self._left[kinds] = left
 
-    def aside(self, tensor: Tensor) -> Tensor:
-        """From now on the memory behind `tensor` does not count for `left`; the tensor itself."""
+    def aside(self, tensor: Tensor, kind: str) -> Tensor:
+        """From now on the memory behind `tensor` counts as of this `kind`; the tensor itself."""
         storage = tensor.untyped_storage()
-        if id(storage) in self._alive:
-            self._aside[id(storage)] = storage.nbytes()
+        if id(storage) in self._alive and id(storage) not in self._aside:
+            self._aside[id(storage)] = kind, storage.nbytes()
+            self._sums[kind] += storage.nbytes()
         return tensor
+
+    def watch(self, *kinds: str) -> None:
+        """Count from now on what `left` tells of these kinds."""
+        self._left[frozenset(kinds)] = self.live
+
+    def left(self, *kinds: str) -> int:
+        """The most bytes at any time without those of these kinds, which are watched."""
+        return self._left[frozenset(kinds)]
 
     def _forget(self, key: int, size: int) -> None:
         if self._alive.pop(key, None) is not None:
             self.live -= size
-            self._aside.pop(key, None)
+            if key in self._aside:
+                kind, _ = self._aside.pop(key)
+                self._sums[kind] -= size

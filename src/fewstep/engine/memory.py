@@ -60,6 +60,11 @@ class Phase:
     """Name of the phase if nothing is trained in it."""
     parked: int = 0
     """Bytes of the activations that wait in main memory with offload: what flows between recomputed blocks."""
+    before: int = 0
+    """As `activations`, but at the fullest moment if gradients took nothing: processes that share gradients come near to that. 0:
+    the same moment."""
+    before_parked: int = 0
+    """The part of `before` that waits with offload."""
     merged: int = 0
     """Bytes of the activations that are a network with its adapters merged into it; it is not made if blocks come."""
 
@@ -139,9 +144,15 @@ class Plan:
         trained = {h.role: h for h in self.holdings if h.role in phase.roles}
         gradients = sum(self._own(trained[role], size) for role, size in phase.gradients.items())
         states = max((self._own(h, h.optimizer) for h in trained.values()), default=0) if self.means.offload else 0
+        activations = self._activations(phase, sum(phase.gradients.values()) - gradients)
+        return self.resident(phase) + gradients + max(activations + self.gathered(phase), states)
+
+    def _activations(self, phase: Phase, spared: int) -> int:
+        """Bytes of activations at the peak, if the process has `spared` bytes of gradients less than there are."""
         less = phase.merged if any(map(self._comes, self.holdings)) else 0
-        less += phase.parked if self.means.offload else 0
-        return self.resident(phase) + gradients + max(phase.activations - less + self.gathered(phase), states)
+        at_end = phase.activations - less - (phase.parked if self.means.offload else 0)
+        before = phase.before - (phase.before_parked if self.means.offload else 0)
+        return min(at_end + spared, before) if spared and before else at_end
 
     def gathered(self, phase: Phase) -> int:
         """Bytes of divided weights that are gathered at one time, and of gradients before they are divided: only one network

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -140,8 +141,12 @@ class Outline:
 
         def park(x: Tensor) -> Tensor:
             flows.append(x.nbytes)
-            return ledger.aside(x)
+            return ledger.aside(x, "flows")
 
+        for kinds in (("flows",), ("gradients",), ("flows", "gradients")):
+            ledger.watch(*kinds)
+        trained = [parameter for role in update.roles for parameter in self.nets[role].parameters()]
+        hooks = [parameter.register_post_accumulate_grad_hook(partial(_apart, ledger)) for parameter in trained]
         batch, nets = self.batch(), Views(self.nets, self._spread(park))
         with ledger:
             for leaf in _tensors(batch):
@@ -156,11 +161,18 @@ class Outline:
             gradients[role] = sum(p.grad.nbytes for p in parameters if p.grad is not None)
             for parameter in parameters:
                 parameter.grad = None
+        for hook in hooks:
+            hook.remove()
         activations = max(0, ledger.peak - sum(gradients.values()))
-        parked = max(0, ledger.peak - ledger.left - max(flows))  # one of them is there, where its block runs
+        before, own = ledger.left("gradients"), max(flows)  # one of the flows is there, where its block runs
+        parked = max(0, ledger.peak - ledger.left("flows") - own)
+        before_parked = max(0, before - ledger.left("flows", "gradients") - own)
         lender = {"teacher", *sources(self.method)} if self.settings.lora is not None else set()
         reads = frozenset(ledger.reads | set(update.roles) | lender)
-        return Phase(reads=reads, gradients=gradients, activations=activations, parked=parked, flops=ledger.flops)
+        return Phase(
+            reads=reads, gradients=gradients, activations=activations, parked=parked, before=before,
+            before_parked=before_parked, flops=ledger.flops,
+        )  # fmt: skip
 
     def _spread(self, park: Park | None = None) -> Spread:
         """How networks are called: with the processes that share clips."""
@@ -269,6 +281,11 @@ class Outline:
             t = torch.ones(len(x_t))
             _ = network.features(x_t, t, cond, layers, call) if layers else network(x_t, t, cond, call)
         return ledger.flops
+
+
+def _apart(ledger: Ledger, parameter: Tensor) -> None:
+    if parameter.grad is not None:
+        ledger.aside(parameter.grad, "gradients")
 
 
 def _holding(role: str, network: nn.Module, *, trained: bool, slim: int = 0) -> Holding:
