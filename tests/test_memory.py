@@ -330,13 +330,17 @@ def test_checks_pictures_and_probes_hold_what_is_planned(tmp_path: Path) -> None
     file.write_text("one cat\ntwo cats\nthree\nfour\n", encoding="utf-8")
     settings = small(3, preview_every=3, ema=0.9, health=Health(every=3, prompts=2))
     plan = Outline.of(card, method, settings, probed=6).plan()
-    assert [phase.name for phase in plan.pauses] == ["health check", "picture", "probe"]
-    assert all(phase.reads >= {"teacher", "student average", "codec"} for phase in plan.pauses)
+    *pauses, checkpoint = plan.pauses
+    assert [phase.name for phase in pauses] == ["health check", "picture", "probe"]
+    assert all(phase.reads >= {"teacher", "student average", "codec"} for phase in pauses)
+    assert checkpoint.name == "checkpoint"
     kept = next(h.weights for h in plan.holdings if h.role == "clips of checks")
     run = prepare(model, method, Prompts(path=str(file)), settings, tmp_path)
     run.iterate()
     assert run.monitor is not None and run.preview is not None
-    check, picture, probe = (phase.activations for phase in plan.pauses)
+    check, picture, probe = (phase.activations for phase in pauses)
+    copies = [tensor.nbytes for tensors in run.state().staged().components.values() for tensor in tensors.values()]
+    assert sum(copies) == pytest.approx(plan.copied(checkpoint), rel=0.01)
     with Ledger({**run.nets, **run.model.parts, "average": run.average}) as ledger:
         run.monitor.check(run.student(), 1)
     assert ledger.live == kept and ledger.peak == pytest.approx(kept + check, rel=0.1)

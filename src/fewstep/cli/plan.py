@@ -113,7 +113,7 @@ def phases(plan: Plan) -> Iterator[tuple[str, ...]]:
         yield (
             phase.name,
             size(sum(phase.gradients.values())) if phase.gradients else "-",
-            size(phase.activations),
+            size(phase.activations + plan.copied(phase)),
             size(plan.total(phase)),
         )
 

@@ -67,6 +67,8 @@ class Phase:
     """The part of `before` that waits with offload."""
     merged: int = 0
     """Bytes of the activations that are a network with its adapters merged into it; it is not made if blocks come."""
+    copies: frozenset[str] = frozenset()
+    """Networks of which a copy is made, with optimiser states."""
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -144,8 +146,12 @@ class Plan:
         trained = {h.role: h for h in self.holdings if h.role in phase.roles}
         gradients = sum(self._own(trained[role], size) for role, size in phase.gradients.items())
         states = max((self._own(h, h.optimizer) for h in trained.values()), default=0) if self.means.offload else 0
-        activations = self._activations(phase, sum(phase.gradients.values()) - gradients)
+        activations = self._activations(phase, sum(phase.gradients.values()) - gradients) + self.copied(phase)
         return self.resident(phase) + gradients + max(activations + self.gathered(phase), states)
+
+    def copied(self, phase: Phase) -> int:
+        """Bytes of the copies that one process makes."""
+        return sum(self._own(h, h.weights + h.optimizer) for h in self._kept if h.role in phase.copies)
 
     def _activations(self, phase: Phase, spared: int) -> int:
         """Bytes of activations at the peak, if the process has `spared` bytes of gradients less than there are."""

@@ -205,7 +205,7 @@ class Outline:
         return size * health.prompts * health.seeds
 
     def _pauses(self) -> Iterator[Phase]:
-        """The work between iterations that the settings ask for: checks, pictures, probes."""
+        """The work between iterations: checks, pictures and probes if the settings ask for them, checkpoints."""
         student, critic = "student average" if self.settings.ema > 0 else "student", self.method.critic
         if (health := self._examined) is not None:
             clips, new = min(self.settings.batch, health.prompts * health.seeds), self._clips(health) * self._counts
@@ -215,6 +215,11 @@ class Outline:
             yield self._making("picture", CLIPS, {student, "student"})
         if self.probed:
             yield self._making("probe", self.probed, {student}, asks_teacher=False)
+        if self.settings.device == "cpu":  # elsewhere its copies are in main memory
+            saved = {*trained_roles(self.method, self.settings.steps), student}
+            yield Phase(
+                pause="checkpoint", reads=frozenset(saved), gradients={}, activations=0, copies=frozenset(saved)
+            )
 
     def _making(self, what: str, clips: int, reads: set[str], *, asks_teacher: bool = True) -> Phase:
         """Memory to make `clips` clips at once: the larger of one network call, which stands for all calls, and decoding.
