@@ -23,7 +23,7 @@ from fewstep.engine import Health, Optim, Parallel, Settings, train
 from fewstep.engine.effective import settle
 from fewstep.engine.prepare import prepare
 from fewstep.evaluate import Entry, RealClips, Suite, evaluate
-from fewstep.methods import DMD2, METHODS, ROLLOUTS, FlowMatching, FromData, Method
+from fewstep.methods import DMD2, METHODS, ROLLOUTS, FlowMatching, FromData, Method, SelfForced
 from fewstep.models import Lora
 from fewstep.models.source import Pretrained, Scratch
 from fewstep.models.spec import Spec
@@ -192,6 +192,7 @@ def test_a_field_that_is_only_checked_or_printed_is_found(unread: Callable[..., 
 def test_methods_and_rollouts_read_every_field(unread: Callable[..., set[str]], tmp_path: Path) -> None:
     cases: dict[str, Method] = {**CASES, "data": DMD2(critic_updates=1, rollout=FromData())}
     cases["images"] = FlowMatching(image_fraction=1.0)
+    cases["stream"] = DMD2(critic_updates=1, rollout=SelfForced())
 
     def action() -> None:
         for name, method in cases.items():

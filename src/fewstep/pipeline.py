@@ -10,10 +10,9 @@ from fewstep.core.build import RecipeError, digest
 from fewstep.core.env import place
 from fewstep.data import Data
 from fewstep.engine import Settings
-from fewstep.engine.loop import result_from
 from fewstep.engine.prepare import require_same
 from fewstep.engine.probe import WorldProbe
-from fewstep.engine.result import result_of, role_of
+from fewstep.engine.result import result_from, result_of, role_of
 from fewstep.engine.student import transforms_of
 from fewstep.methods.base import Method
 from fewstep.models.bundle import VideoModel

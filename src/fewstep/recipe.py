@@ -17,9 +17,10 @@ from fewstep.core.lock import holding
 from fewstep.core.yaml import read_text
 from fewstep.data import Data, require
 from fewstep.engine import Settings
-from fewstep.engine.loop import complete, result_from
+from fewstep.engine.loop import complete
 from fewstep.engine.prepare import require_possible, require_processes
 from fewstep.engine.probe import WorldProbe
+from fewstep.engine.result import result_from
 from fewstep.evaluate.machine import describe_machine, versions
 from fewstep.methods.base import Method
 from fewstep.models.bundle import VideoModel

@@ -7,16 +7,12 @@ with one process or many: all processes run the same code, and only the leader w
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 
-from fewstep.core import Rng
-from fewstep.core.atomic import replacing_folder
-from fewstep.core.env import place
 from fewstep.core.finite import require_finite
 from fewstep.core.stopping import Request, Terminated, on_request, saying
 from fewstep.data.base import Data, require
@@ -26,7 +22,7 @@ from fewstep.engine.health.examine import announce, examine
 from fewstep.engine.log import RunLog
 from fewstep.engine.prepare import prepare
 from fewstep.engine.probe import Probe
-from fewstep.engine.result import result_of
+from fewstep.engine.result import finish, result_from
 from fewstep.engine.run import Run
 from fewstep.engine.settings import Settings
 from fewstep.engine.space import require_disk
@@ -157,36 +153,3 @@ def judge(run: Run, probe: Probe, log: RunLog) -> None:
         run.best = scores
         run.keep(run.output / "best")
         log.say(f"step {run.step}: best so far, " + ", ".join(f"{name} {score:.3f}" for name, score in scores.items()))
-
-
-def finish(run: Run) -> Path:
-    """Write the result (`result_of`) to its folder: the best student by the probe's rule, or the last one, or the best so far
-    if the last one fails its health check."""
-    if run.method.part == "codec":
-        calibrate(run)
-    folder = run.output / result_of(run.method, run.model.card)
-    if not run.best and not (run.monitor is not None and run.monitor.returns_best):
-        run.keep(folder)
-    elif run.processes.leads:
-        with replacing_folder(folder) as draft:
-            shutil.copytree(run.output / "best", draft, dirs_exist_ok=True)
-    run.processes.barrier()
-    return folder
-
-
-def result_from(folder: Path, device: str) -> VideoModel:
-    """The result of a run, on its device, or with several processes in the leader's main memory."""
-    here = place()
-    if here.rank != 0:
-        return VideoModel.from_pretrained(folder, leave=("denoiser",))
-    student = VideoModel.from_pretrained(folder)
-    return student if here.world_size > 1 else student.to(device)
-
-
-@torch.no_grad()
-def calibrate(run: Run, batches: int = 8) -> None:
-    """Store the mean and deviation of its latents in a trained codec, so that denoisers get normalised latents."""
-    codec, rng = run.student().codec, Rng(run.settings.seed, device=run.settings.device)
-    fresh = [run.source.batch(run.settings.batch, rng.fold(f"calibrate/{i}")).frames for i in range(batches)]
-    latents = torch.cat([codec.encode_raw(frames) for frames in fresh if frames is not None])
-    codec.set_statistics(latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4)))

@@ -24,15 +24,15 @@ from fewstep.engine.optim import RoleOptimizer
 from fewstep.engine.precision import autocast, float32
 from fewstep.engine.preview import Preview, Reconstructions
 from fewstep.engine.probe import Probe
-from fewstep.engine.result import role_of
+from fewstep.engine.result import saved, with_result
 from fewstep.engine.settings import Settings
-from fewstep.engine.shard import add_gradients, filled, whole
+from fewstep.engine.shard import add_gradients, whole
 from fewstep.engine.views import Listener, Views
 from fewstep.methods.base import Method, Nets, Sync, Update
 from fewstep.models import VideoModel
 from fewstep.models.averaging import blend
 from fewstep.models.depot import depot_of
-from fewstep.models.lora import Merged, adapters, add, merge, mergeable, save_adapter
+from fewstep.models.lora import merge, save_adapter
 from fewstep.models.spread import Spread
 
 
@@ -157,8 +157,8 @@ class Run:
         The student is moved to the run's device; an average that stays elsewhere goes back when the next iteration begins.
         """
         if depot_of(self._result) is not None:
-            return self._with(self._result)
-        made = self._with(merge(self.base, self._result.to(self.settings.device)))
+            return with_result(self, self._result)
+        made = with_result(self, merge(self.base, self._result.to(self.settings.device)))
         if self.settings.lora is not None:  # adapters are merged where the exact weights wait
             made.denoiser.to(self.settings.device)
         return made
@@ -171,41 +171,13 @@ class Run:
         network = whole(self._result, self.shell, self.processes)
         if self.processes.leads:
             with replacing_folder(folder) as draft:
-                self._saved(network).save(draft)
+                saved(self, network).save(draft)
                 if self.settings.lora is not None:
                     save_adapter(network, draft / "adapter", self.model.card.name)
 
     @property
     def _result(self) -> nn.Module:
         return self.average if self.average is not None else self.nets.roles["student"]
-
-    def _with(self, network: nn.Module) -> VideoModel:
-        card = self.model.card
-        if self.method.part != "denoiser":
-            return self.model.with_part(self.method.part, network, provenance=self.provenance)
-        contract = self.method.contract(card.contract)
-        return self.model.with_part(
-            "denoiser",
-            network,
-            contract=contract,
-            role=role_of(self.method, card),
-            provenance=self.provenance,
-            scores=dict(self.best),
-        )
-
-    def _saved(self, network: nn.Module) -> VideoModel:
-        """The model to be saved. Weights with adapters in them are computed one by one, when they are read."""
-        base = self.base if self.exact is None else self.shell
-        weights = self.base.state_dict() if self.exact is None else self.exact
-        if self.settings.lora is not None and mergeable(base, network):
-            made = self._with(base)
-            made.stored["denoiser"] = Merged(weights, network)
-            return made
-        if self.exact is None:
-            return self._with(merge(self.base, network))
-        whole = filled(self.shell, {name: weights[name].to("cpu", copy=True) for name in weights})
-        add(whole, adapters(network))
-        return self._with(whole)
 
     @property
     def changing(self) -> dict[str, nn.Module]:
