@@ -390,5 +390,7 @@ def test_what_is_refused_is_refused_before_the_first_step() -> None:
     with pytest.raises(TypeError, match="sed"):
         model.sampling(PROMPTS, sed=3)
     model.card = replace(model.card, contract=replace(model.card.contract, stream=Stream(chunks=(2,))))
-    with pytest.raises(ValueError, match="chunk by chunk"):
-        model.sampling(PROMPTS)
+    with pytest.raises(ValueError, match="chunk by chunk, and takes no image"):
+        model.sampling(PROMPTS, image=torch.zeros(3, 32, 32))
+    with pytest.raises(ValueError, match="7 frames are not whole chunks; ask for 6 or 8 frames"):
+        model.sampling(PROMPTS, num_frames=7)

@@ -49,7 +49,7 @@ VALUES = (
     asked("--scalar guidance=4 guidance=5", "--scalar", "twice"),
     asked("--scalar guidance=4", "guidance", "none"),
     asked("--num-frames 5", "5", "--force"),
-    asked("--num-frames 100000000 --force", "memory"),
+    asked("--num-frames 100000000 --force", "num_frames", "65,536"),
     asked("--image a.png", "a.png", files={"a.png": b""}),
     asked("--last-image a.png", "a.png", files={"a.png": b""}),
     asked("--image nowhere.png", "nowhere.png"),
