@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -157,7 +158,7 @@ def watched(
             run.iterate()
             rows.append(run.figures)
             counts.append(calls[0])
-            assert not brought.here, "weights stay after the iteration"
+            assert brought.wait(), "weights stay after the iteration"
     weights = {f"{name}.{key}": full(t) for name, net in run.changing.items() for key, t in net.state_dict().items()}
     assert all(t.dtype == torch.float32 for t in weights.values())
     found = {"rows": rows, "calls": counts, "gradients": gradients, "weights": weights}
@@ -191,7 +192,15 @@ class Brought:
         self._alive = [block for block in self._alive if block() is not None]
         return len(self._alive)
 
+    def wait(self) -> bool:
+        """Is none left, after the threads of gloo have let go of what they sent?"""
+        for _ in range(50):
+            if dist.is_initialized() and self.here:
+                time.sleep(0.01)
+        return not self.here
+
     def note(self, block: Tensor) -> Tensor:
+        self.wait()
         self.count += 1
         self._alive.append(weakref.ref(block.untyped_storage()))
         self.most = max(self.most, self.here)
