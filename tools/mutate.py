@@ -136,7 +136,10 @@ def mutations(folder: Path = LIST) -> list[Mutation]:
     """The whole list; in each file of it: source file -> list of mutations."""
     listed = []
     for path in sorted(folder.glob("*.yaml")):
-        for file, entries in yaml.safe_load(path.read_text(encoding="utf-8")).items():
+        text = path.read_text(encoding="utf-8")
+        for file, entries in yaml.safe_load(text).items():
+            if len(re.findall(f"^{re.escape(file)}:$", text, re.MULTILINE)) > 1:  # YAML would lose all but the last
+                raise SystemExit(f"{path}: {file} is listed twice; put its mutations into one list")
             for entry in entries:
                 tests = entry.get("tests", [])
                 named = (tests,) if isinstance(tests, str) else tuple(tests)
