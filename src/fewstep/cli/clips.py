@@ -71,15 +71,14 @@ def sample(options: Sample) -> int:
     _check(options, len(wanted) // max(1, columns))
     card = _sized(card_of(options.student, options.preset), options)
     if options.dry_run:
-        at_once = min(options.batch or TOGETHER, len(wanted))
-        plan: Plan = {"clips": at_once, "nag": _nag(options), "encoder": _encoder(options, card, wanted)}
+        plan: Plan = {**_plan(options, card, wanted), "clips": min(options.batch or TOGETHER, len(wanted))}
         return show(options, _planned(card, options), **plan)
     times = Request(prompts=(), num_inference_steps=options.num_inference_steps, force=options.force).times(card)
     scale = _scale(options, card)
     spans = _spans(len(wanted), columns, card, scale)
     paths = [options.output if len(spans) == 1 else _numbered(options.output, i, len(spans)) for i in range(len(spans))]
     require_writable(paths[-1])
-    plan = {"nag": _nag(options), "encoder": _encoder(options, card, wanted)}
+    plan = _plan(options, card, wanted)
     runtime = runtime_of(options, options.student, card=_planned(card, options), **plan)
     model, texts = _loaded(card, options.student, options, wanted, runtime)
     for lora in options.lora:
@@ -147,6 +146,11 @@ def _loaded(
     texts = filled(options.texts, card, source, prompts, trust=options.trust, device=device)
     rest = replace(card, parts={name: spec for name, spec in card.parts.items() if name != "text"})
     return VideoModel.load(rest, source, trust=options.trust, runtime=runtime), texts
+
+
+def _plan(options: Sample, card: Card, wanted: Wanted) -> Plan:
+    """What a plan of memory must know besides the card."""
+    return {"nag": _nag(options), "encoder": _encoder(options, card, wanted)}
 
 
 def _encoder(options: Sample, card: Card, wanted: Wanted) -> Encoder:

@@ -16,7 +16,7 @@ from fewstep.core.call import Constants, Negative, Runner, Sharing, every_block
 from fewstep.diffusion import CFG, Prediction, Step, StepCountError
 from fewstep.diffusion.samplers import Denoise
 from fewstep.models.images import Images
-from fewstep.models.served import evaluating
+from fewstep.models.served import serving
 from fewstep.streaming.session import Session
 
 if TYPE_CHECKING:
@@ -203,8 +203,7 @@ def _denoising(model: VideoModel, request: Request, guidance: CFG) -> Denoise:
 
     def denoise(x_t: Tensor, t: Tensor, call: Call) -> Prediction:
         call = replace(call, runner=runner, shared=request.shared, constants=constants, negative=negative)
-        model.bring("denoiser")
-        with evaluating(model.denoiser), model.runtime.denoising():
+        with serving(model):
             return guidance(model.denoiser, x_t, t, cond, uncond, call, calls=model.runtime.guidance_calls)
 
     return denoise

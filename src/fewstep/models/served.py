@@ -28,15 +28,21 @@ class Served:
         return self.model.denoiser.path
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond, call: Call = Call()) -> Prediction:
-        self.model.bring("denoiser")
-        with evaluating(self.model.denoiser), self.model.runtime.denoising():
-            prediction: Prediction = self.model.denoiser(
-                x_t, t, cond, replace(call, runner=self.model.runner(call.runner))
-            )
+        call = replace(call, runner=self.model.runner(call.runner))
+        with serving(self.model):
+            prediction: Prediction = self.model.denoiser(x_t, t, cond, call)
         return prediction
 
     def recall(self, memory: KVCache, x_t: Tensor, call: Call = Call()) -> KVView:
         return self.model.denoiser.recall(memory, x_t, call)
+
+
+@contextmanager
+def serving(model: VideoModel) -> Iterator[None]:
+    """Calls of the model's denoiser: on its device, in eval mode, in the arithmetic of its `Runtime`."""
+    model.bring("denoiser")
+    with evaluating(model.denoiser), model.runtime.denoising():
+        yield
 
 
 @contextmanager

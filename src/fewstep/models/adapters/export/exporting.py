@@ -27,7 +27,6 @@ from fewstep.models.adapters.export.usage import OWN_TIMES, Usage, original_of
 from fewstep.models.adapters.layout import Layout
 from fewstep.models.adapters.lora_file import Names, file_names, names_of, require_adapter, write_lora
 from fewstep.models.adapters.lora_reading import read_lora
-from fewstep.models.backbone import Original
 from fewstep.models.card import Card, parse_card
 from fewstep.models.fingerprint import describe, print_of
 
@@ -53,7 +52,7 @@ def export(model: VideoModel, folder: Path, *, names: Names, link: bool, dtype: 
         return _export_weights(model, folder, names, dtype, recipe)
     _require_plain(model)
     usage = _usage(model, dtype)
-    card, layout = _sealed(model, usage.original, dtype), usage.layout
+    card, layout = _sealed(model, own_types(model.denoiser, usage.original, dtype)), usage.layout
     networks, made = usage.original.networks, dict[str, Any](usage.schedulers())
     if usage.guider is not None:
         made["guider"] = usage.guider
@@ -122,16 +121,15 @@ def _describe(draft: Path, card: Card, title: str, usage: Mapping[int, str], rec
 def _export_weights(model: VideoModel, folder: Path, names: Names, dtype: Dtype, recipe: str) -> Path:
     """The denoiser alone, a file for each of its networks; the card is in the files' metadata, and on the page."""
     _require_plain(model)
-    backbone, original = model.denoiser.backbone, original_of(model)
-    card, types = _sealed(model, original, dtype), own_types(model.denoiser, original, dtype)
+    backbone, types = model.denoiser.backbone, own_types(model.denoiser, original_of(model), dtype)
+    card = _sealed(model, types)
     rename = names_of(model.denoiser, names)
     files = file_names(backbone.folders, names, folder.name)  # type: ignore[arg-type]
     written: dict[str, dict[str, Tensor]] = {network: {} for network in files}
     for name, value in backbone.state_dict().items():
         network, _, within = rename(name).rpartition("/")
-        written[network or next(iter(files))][within] = value.to(
-            types.get(f"backbone.{name}", value.dtype)
-        ).contiguous()
+        stored = types.get(f"backbone.{name}", value.dtype)
+        written[network or next(iter(files))][within] = value.to(stored).contiguous()
     with new_folder(folder) as draft:
         for network, tensors in written.items():
             save_file(tensors, draft / files[network], {"fewstep": json.dumps(dump(card))})
@@ -169,11 +167,10 @@ def _usage(model: VideoModel, dtype: Dtype = "float32") -> Usage:
     return usage
 
 
-def _sealed(model: VideoModel, original: Original, dtype: Dtype) -> Card:
-    """The card as it goes out: everything in one folder, the denoiser in the type that it is stored in."""
+def _sealed(model: VideoModel, types: Mapping[str, torch.dtype]) -> Card:
+    """The card as it goes out: everything in one folder, the denoiser's numbers in the `types` that they are stored in."""
     prints = {name: model.card.fingerprints.get(name) or model.fingerprint(name) for name in model.parts}
-    stored = own_types(model.denoiser, original, dtype)
-    prints["denoiser"] = print_of(model.denoiser, model.weights("denoiser"), stored)
+    prints["denoiser"] = print_of(model.denoiser, model.weights("denoiser"), types)
     parts = {name: describe(part) for name, part in model.parts.items()}
     return replace(model.card, parts=parts, sources={}, fingerprints=prints, files={})
 
