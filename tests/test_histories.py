@@ -212,6 +212,12 @@ def test_from_data_clean_chunks_are_as_they_were(model: VideoModel) -> None:
     assert clean and seen == {0.0, 0.5, 1.0}
 
 
+def test_diffusion_forcing_reads_the_noised_chunks_and_calls_once(model: VideoModel) -> None:
+    heard, x0 = Heard(model.denoiser), clip(model, 4, 1)
+    DiffusionForced(stream=HALVES).over(heard, x0)(clip(model, 4, 2), torch.ones(2), model.conditions(PROMPTS)[0])
+    assert [call.kv for *_, call in heard.calls] == [None]
+
+
 @pytest.mark.parametrize(
     "history", [DiffusionForced(stream=HALVES), TeacherForced(stream=HALVES)], ids=["diffusion", "teacher"]
 )
