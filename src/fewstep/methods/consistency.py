@@ -89,4 +89,4 @@ class Consistency(Method):
         return student_contract(teacher, grids, self.shift, Renoise())
 
     def cost(self) -> tuple[Work, ...]:
-        return Work("student", 3), Work("teacher", 2 if self.guidance.active else 1), Work("target", 1)
+        return Work("student", 3), Work("teacher", self.guidance.passes), Work("target", 1)
