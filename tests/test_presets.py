@@ -23,11 +23,11 @@ from fewstep.data.pairs import PairPlan
 from fewstep.diffusion import (
     CFG,
     NAMED,
+    STG,
     Angles,
     Betas,
     Contract,
     DPMpp2M,
-    STG,
     DynamicCFG,
     Exact,
     FixedStride,

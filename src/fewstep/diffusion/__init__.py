@@ -51,8 +51,8 @@ NAMED: tuple[type, ...] = (*PATHS, *SAMPLERS, *GRIDS, *GUIDANCES)
 """What a card can name."""
 
 __all__ = [
-    "CFG", "DDIM", "DENSITIES", "EDM", "GRIDS", "GUIDANCES", "KINDS", "NAMED", "PATHS", "SAMPLERS", "STG", "VP", "Angles", "Betas",
-    "Contract", "DPMpp2M", "DynamicCFG", "Euler", "Exact", "FixedStride", "FlowSchedule", "Grid", "Heun", "Kind",
+    "CFG", "DDIM", "DENSITIES", "EDM", "GRIDS", "GUIDANCES", "KINDS", "NAMED", "PATHS", "SAMPLERS", "STG", "VP", "Angles",
+    "Betas", "Contract", "DPMpp2M", "DynamicCFG", "Euler", "Exact", "FixedStride", "FlowSchedule", "Grid", "Heun", "Kind",
     "LinearQuadratic", "LogitNormal", "MultistepTimesteps", "NoisePath", "Prediction", "RectifiedFlow", "Renoise", "SDEDPMpp2M",
     "Sampler", "Shifted", "Staggered", "Step", "StepCountError", "Stream", "TimeDensity", "TimeGrid", "Timesteps", "Trained",
     "Trig", "UniPC", "Uniform", "WholeTimesteps", "from_x0", "shifted", "target", "timestep", "uniform_grid",
