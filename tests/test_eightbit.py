@@ -279,7 +279,7 @@ def planned(method: Method, model: VideoModel, **others: Any) -> Plan:
 
 
 def test_a_plan_knows_8_bit_states_and_what_they_would_save() -> None:
-    method, model = CASES["FlowMatching"], tiny_model()
+    method, model = CASES["FlowMatching"], tiny_model(depth=1)
     sizes = [p.numel() for p in model.denoiser.parameters()]
     float32 = planned(method, model, optim={"student": Optim()})
     eight = planned(method, model, optim={"student": EIGHT})
