@@ -12,21 +12,29 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import tyro
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from fewstep.core import Cond, Rng
 from fewstep.core.call import Constants
 from fewstep.core.ledger import Ledger
 from fewstep.diffusion import CFG, Euler
+from fewstep.engine import Optim
+from fewstep.engine.optim import RoleOptimizer
+from fewstep.engine.shard import hollow, shard
 from fewstep.evaluate.latency import peak_memory
 from fewstep.evaluate.machine import describe_machine, versions
 from fewstep.models import Denoiser
@@ -54,13 +62,13 @@ class Options:
     """For the script's own use: run this part here and print its result."""
 
 
-def wan(options: Options, dtype: str = "bfloat16") -> tuple[Denoiser, Tensor, Cond]:
-    """The denoiser of Wan2.1-T2V-1.3B with random weights, noise of its clips, and text states."""
+def wan(options: Options, dtype: str = "bfloat16", **changes: int) -> tuple[Denoiser, Tensor, Cond]:
+    """The denoiser of Wan2.1-T2V-1.3B with random weights (and `changes` in its config), noise of its clips, and text states."""
     from fewstep.diffusion import RectifiedFlow
     from fewstep.models.adapters.dits.wan import Wan
 
     torch.manual_seed(0)
-    size = {"num_layers": 2, "num_attention_heads": 2, "ffn_dim": 64} if options.small else {}
+    size = {"num_layers": 2, "num_attention_heads": 2, "ffn_dim": 64} if options.small else changes
     denoiser = Denoiser(Wan(config=WAN | size), RectifiedFlow(), "flow").eval().requires_grad_(False)
     typed(denoiser, dtype)  # type: ignore[arg-type]
     shape = (16, 3, 8, 8) if options.small else WAN_CLIP
@@ -164,11 +172,71 @@ def decode(options: Options) -> dict[str, Any]:
     return {"s": seconds, "frames per second": (4 * x.shape[2] - 3) / seconds} | most
 
 
+def shards(options: Options) -> dict[str, Any]:
+    """Training steps of a Wan of four blocks that FSDP2 divides over a mesh of one process, beside those of the whole one."""
+    whole, x, cond = wan(options, "float32", num_layers=4)
+    x = x[:, :, :6, :30, :52]
+    whole.to(options.device)
+    found, weights = dict[str, Any](), dict[str, dict[str, Tensor]]()
+    with alone_in_a_group(options.device) as mesh:
+        cut = hollow(whole)
+        shard(cut, whole.state_dict(), mesh)  # type: ignore[arg-type]
+        for name, network in (("whole", whole), ("shards", cut)):
+            losses, seconds = trained(network, x, cond, options)
+            found[name] = {"s per step": min(seconds[1:]), "losses": losses}
+            weights[name] = {key: full(tensor) for key, tensor in network.state_dict().items()}
+        most = peak(lambda: trained(cut, x, cond, options), options)
+    pairs = [(weights["shards"][key], tensor) for key, tensor in weights["whole"].items()]
+    apart = max(float((ours - own).abs().max() / own.abs().max().clamp_min(1e-12)) for ours, own in pairs)
+    same = all(torch.equal(ours, own) for ours, own in pairs)
+    return found | most | {"largest relative difference of a weight": apart, "same bits": same}
+
+
+STEPS = 4
+"""Training steps of `shards`; the first is not timed."""
+
+
+def trained(network: Any, x: Tensor, cond: Cond, options: Options) -> tuple[list[float], list[float]]:
+    """Losses and seconds of steps with the engine's AdamW, under autocast as in a run. They make a given clip of noise."""
+    network.requires_grad_(True)
+    optimizer, timer = RoleOptimizer(network, Optim(lr=1e-4), STEPS), Timer(options.device)
+    losses, seconds = [], []
+    for step in range(STEPS):
+        noise, t = Rng(step).randn(tuple(x.shape), "noise").to(x.device), torch.full((len(x),), 0.5, device=x.device)
+
+        def once(step: int = step, noise: Tensor = noise, t: Tensor = t) -> None:
+            with torch.autocast(x.device.type, torch.bfloat16):
+                made = network((x + noise) / 2, t, cond).raw
+            loss = (made - (noise - x)).float().square().mean()
+            loss.backward()
+            optimizer.clip()
+            optimizer.step(step)
+            losses.append(float(loss.detach()))
+
+        seconds.append(timer.of(once))
+    return losses, seconds
+
+
+@contextmanager
+def alone_in_a_group(device: str) -> Iterator[DeviceMesh]:
+    """A mesh of this process alone."""
+    kind = torch.device(device).type
+    with tempfile.TemporaryDirectory() as folder:
+        backend = "nccl" if kind == "cuda" else "gloo"
+        dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1)
+        try:
+            yield init_device_mesh(kind, (1,), mesh_dim_names=("shard",))
+        finally:
+            dist.destroy_process_group()
+
+
+def full(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
 def plan(options: Options) -> dict[str, Any]:
     """What the plan says that denoising needs, to be compared with the peaks of `sample` and `offload`."""
     sys.path.append(str(ROOT / "tests"))
-    import tempfile
-
     import published
     from fewstep.models.bundle import read_card
     from fewstep.models.needs import DENOISING, needs
@@ -202,7 +270,7 @@ def train(options: Options) -> dict[str, Any]:
 
 PARTS: dict[str, tuple[Callable[[Options], dict[str, Any]], int]] = {
     "tests": (tests, 120), "sample": (sample, 150), "offload": (offload, 60), "decode": (decode, 40), "plan": (plan, 60),
-    "train": (train, 180),
+    "train": (train, 180), "shards": (shards, 60),
 }  # fmt: skip
 """Parts, and the seconds that each may take."""
 

@@ -80,6 +80,29 @@ def test_a_recipe_is_measured_on_the_adapter_of_wan(train_step: ModuleType, monk
         train_step.Case(recipe=recipe, batch=2)
 
 
+def test_shards_of_one_process_train_as_the_whole_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The part that a GPU runs, at toy size: the same losses and weights, and nothing of the group stays behind."""
+    pytest.importorskip("diffusers", reason="needs the extra diffusers")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parent.parent / "bench")])
+    gpu = importlib.import_module("gpu")
+    monkeypatch.setattr(gpu, "TEXT", (6, 8))
+    monkeypatch.setattr(gpu, "WAN", gpu.WAN | {"attention_head_dim": 12, "text_dim": 8, "freq_dim": 16})
+    cut: list[bool] = []
+    step = gpu.RoleOptimizer.step
+
+    def watched(self: Any, number: int) -> float:
+        cut.append(any(isinstance(p, gpu.DTensor) for p in self.network.parameters()))
+        return float(step(self, number))
+
+    monkeypatch.setattr(gpu.RoleOptimizer, "step", watched)
+    found = gpu.PARTS["shards"][0](gpu.Options(device="cpu", small=True))
+    assert cut == [False] * gpu.STEPS + [True] * gpu.STEPS
+    assert found["whole"]["losses"] == found["shards"]["losses"] and len(set(found["whole"]["losses"])) == gpu.STEPS
+    assert found["same bits"] and found["largest relative difference of a weight"] == 0
+    assert min(found[name]["s per step"] for name in ("whole", "shards")) > 0
+    assert not gpu.dist.is_initialized()
+
+
 def test_a_gpu_that_is_not_there_is_said_to_be(train_step: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert train_step.main(train_step.Case(model="wan-1.3b")) == 0
     assert "skipped" in capsys.readouterr().out

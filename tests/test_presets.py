@@ -23,6 +23,7 @@ from fewstep.data.pairs import PairPlan
 from fewstep.diffusion import (
     CFG,
     NAMED,
+    STG,
     Angles,
     Betas,
     Contract,
@@ -230,8 +231,8 @@ def test_one_s_own_size_comes_before_the_authors(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "layers", "licence", "steps", "size", "missing"),
     [
-        ("ltx", 28, "0.9 licence (RAIL-M)", 40, (161, 512, 704, 25), "stg_scale 1"),
-        ("ltx_condition", 28, "0.9.5 licence (OpenRAIL-M)", 40, (161, 512, 704, 25), "stg_scale 1"),
+        ("ltx", 28, "0.9 licence (RAIL-M)", 40, (161, 512, 704, 25), ""),
+        ("ltx_condition", 28, "0.9.5 licence (OpenRAIL-M)", 40, (161, 512, 704, 25), ""),
         ("ltx_condition", 48, "LTX-Video Open Weights License", 30, (121, 704, 1216, 30), "second pass"),
     ],
 )
@@ -241,8 +242,12 @@ def test_what_ltx_s_authors_publish(
     folder = configured(made(name, tmp_path), "transformer", num_layers=layers)
     plain, card = read_card(folder), Diffusers(source=str(folder), preset="authors").card()
     for each in (plain, card):
-        assert licence in each.provenance["licence"] and each.contract.guidance == CFG(scale=3.0)
+        assert licence in each.provenance["licence"]
         assert each.parts["codec"].args["decode_time"] == 0.05 and each.parts["codec"].args["decode_noise"] == 0.025
+    stg = STG(scale=3.0, stg_scale=1.0, blocks=(19,), rescale=0.7)
+    assert plain.contract.guidance == CFG(scale=3.0)
+    assert card.contract.guidance == (CFG(scale=3.0) if layers == 48 else stg)
+    assert ("without" in card.provenance["preset"]) is (layers == 48)
     assert (plain.contract.steps, size_of(plain)) == (50, (161, 512, 704, 25))
     assert (card.contract.steps, size_of(card)) == (steps, size)
     assert missing in card.provenance["preset"] and card.parts["denoiser"].args["fps"] == size[3]

@@ -59,6 +59,10 @@ def facts(device: str) -> list[tuple[str, str]]:
         ("settings.device", f"write {device!r} in the recipe; fewstep does not choose a device by itself"),
         ("video files", _package("av", "read and written", "pip install av")),
         (
+            "8-bit optimisers",
+            _package("bitsandbytes", "settings.optim may have type: adamw8bit", 'pip install "fewstep[eightbit]"'),
+        ),
+        (
             "tensorboard",
             _package("tensorboard", "runs log to it besides metrics.jsonl", 'pip install "fewstep[track]"'),
         ),

@@ -187,6 +187,7 @@ def how(name: str, processes: int) -> str:
         "checkpointing": "settings.parallel.checkpointing: true",
         "stored text": "data.text_cache: FOLDER",
         "frozen in bf16": "settings.frozen: bf16",
+        "8-bit optimiser states": "settings.optim: {student: {type: adamw8bit}}, and so for each role with an entry of its own",
         "offload": "settings.parallel.offload: true",
         f"sharding over {processes}": f"settings.parallel.shard: {processes} ({start})",
         f"clips shared by {processes}": f"settings.parallel: {{shard: 1, sequence: {processes}}} ({start})",

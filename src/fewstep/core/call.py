@@ -15,8 +15,9 @@ from torch import Tensor
 
 from fewstep.core.types import KV, Cond
 
-Branch = Literal["cond", "uncond", "both"]
-"""Which condition the samples of a call have; `both`: the first half the prompt's, the second half the negative one's."""
+Branch = Literal["cond", "uncond", "both", "perturbed"]
+"""Which condition the samples of a call have; `both`: the first half the prompt's, the second half the negative one's;
+`perturbed`: the prompt's, by a network that is made worse (`unmixed`)."""
 
 
 class Flow(Protocol):
@@ -180,6 +181,8 @@ class Call:
     """Values that the run of sampling keeps from call to call; None: every call computes its own."""
     negative: Negative | None = None
     """Negative prompt for the attention to the prompt; None: it reads the prompt alone."""
+    unmixed: tuple[int, ...] = ()
+    """Blocks, counted from 0, whose self-attention mixes nothing: each token gets its own values (`diffusion.STG`)."""
 
     def constant(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` gives, if it gives the same in all calls of this branch."""

@@ -104,8 +104,8 @@ class Course:
 
     @property
     def nfe(self) -> int:
-        """Network evaluations per pair; two per call when guidance is on."""
-        return self.sampler.calls(len(self.grid) - 1) * (2 if self.guidance.active else 1)
+        """Network evaluations per pair, guidance counted."""
+        return self.sampler.calls(len(self.grid) - 1) * self.guidance.passes
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from fewstep.diffusion.samplers import (
     WholeTimesteps,
 )
 from fewstep.diffusion.scheduler_grids import FlowSchedule, MultistepTimesteps
+from fewstep.diffusion.stg import STG
 from fewstep.diffusion.times import shifted, timestep, uniform_grid
 
 GRIDS: tuple[type[TimeGrid], ...] = (
@@ -45,13 +46,13 @@ GRIDS: tuple[type[TimeGrid], ...] = (
     FlowSchedule,
     MultistepTimesteps,
 )
-GUIDANCES: tuple[type[CFG], ...] = (CFG, DynamicCFG)
+GUIDANCES: tuple[type[CFG], ...] = (CFG, DynamicCFG, STG)
 NAMED: tuple[type, ...] = (*PATHS, *SAMPLERS, *GRIDS, *GUIDANCES)
 """What a card can name."""
 
 __all__ = [
-    "CFG", "DDIM", "DENSITIES", "EDM", "GRIDS", "GUIDANCES", "KINDS", "NAMED", "PATHS", "SAMPLERS", "VP", "Angles", "Betas",
-    "Contract", "DPMpp2M", "DynamicCFG", "Euler", "Exact", "FixedStride", "FlowSchedule", "Grid", "Heun", "Kind",
+    "CFG", "DDIM", "DENSITIES", "EDM", "GRIDS", "GUIDANCES", "KINDS", "NAMED", "PATHS", "SAMPLERS", "STG", "VP", "Angles",
+    "Betas", "Contract", "DPMpp2M", "DynamicCFG", "Euler", "Exact", "FixedStride", "FlowSchedule", "Grid", "Heun", "Kind",
     "LinearQuadratic", "LogitNormal", "MultistepTimesteps", "NoisePath", "Prediction", "RectifiedFlow", "Renoise", "SDEDPMpp2M",
     "Sampler", "Shifted", "Staggered", "Step", "StepCountError", "Stream", "TimeDensity", "TimeGrid", "Timesteps", "Trained",
     "Trig", "UniPC", "Uniform", "WholeTimesteps", "from_x0", "shifted", "target", "timestep", "uniform_grid",

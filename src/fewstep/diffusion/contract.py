@@ -115,5 +115,5 @@ class Contract:
         return grid.times(steps)
 
     def calls(self, steps: int | None = None) -> int:
-        """NFE: network evaluations per clip, guidance counted (two per step when it is on)."""
-        return self.sampler.calls(self.steps if steps is None else steps) * (2 if self.guidance.active else 1)
+        """NFE: network evaluations per clip, guidance counted (two per step when it is on, three with STG)."""
+        return self.sampler.calls(self.steps if steps is None else steps) * self.guidance.passes

@@ -47,8 +47,19 @@ class CFG:
         return cls(scale=w + 1)
 
     @property
-    def active(self) -> bool:
+    def guided(self) -> bool:
+        """Whether the negative prompt is called."""
         return self.scale != 1.0 or self.outside != 1.0
+
+    @property
+    def active(self) -> bool:
+        """Whether it does anything."""
+        return self.guided
+
+    @property
+    def passes(self) -> int:
+        """Network evaluations for one prediction."""
+        return 2 if self.guided else 1
 
     def rescaled(self, scale: float) -> CFG:
         """The same, with the one scale `scale` at all times at which there is guidance."""
@@ -67,8 +78,15 @@ class CFG:
         The past that `call` brings, and the keys and values that come back, are of so many samples, too; so a call with a past
         must be one.
         """
-        if not self.active:
-            return net(x_t, t, cond, call)
+        return self.beside(net, x_t, t, cond, uncond, call, calls)[0]
+
+    def beside(
+        self, net: Net, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond, call: Call, calls: Calls
+    ) -> tuple[Prediction, Tensor]:
+        """The guided prediction, and what the network gave for the prompt alone (as `Prediction.raw`)."""
+        if not self.guided:
+            alone = net(x_t, t, cond, call)
+            return alone, alone.raw
         if calls == "one":
             both = net(torch.cat([x_t, x_t]), torch.cat([t, t]), Cond.cat([cond, uncond]), replace(call, branch="both"))
             raw_cond, raw_uncond = both.raw.chunk(2)
@@ -84,4 +102,4 @@ class CFG:
             inside, self.scales(t, call) * one, self.outside * one
         )  # in the latents' dtype: float64 stays float64
         raw = raw_uncond + broadcast(scale, x_t) * (raw_cond - raw_uncond)
-        return Prediction(raw=raw, kind=both.kind, x_t=x_t, t=t, path=both.path, kv=both.kv)
+        return Prediction(raw=raw, kind=both.kind, x_t=x_t, t=t, path=both.path, kv=both.kv), raw_cond

@@ -7,13 +7,19 @@ sizes come from `outline.py`, which runs the method on tensors without values. A
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
 FLOAT = 4
 """Bytes of a master weight, of a gradient, and of an optimiser's moment."""
+EIGHT_BIT = ("adamw8bit", "paged_adamw8bit")
+"""Types of optimisers whose moments have 8 bits."""
+SMALL = 4096
+"""Tensors of fewer values than this have moments in float32 there, too."""
+BLOCK = 256
+"""Values of an 8-bit moment that share one float32 scale."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +42,8 @@ class Holding:
     (`models.depot`). `gathered` is then the largest block."""
     narrow: int = 0
     """Bytes that its weights would take less with `settings.frozen: bf16`."""
+    slack: int = 0
+    """Bytes that its optimiser's states would take less with `type: adamw8bit`."""
     idles: bool = True
     """Whether offload moves it to the CPU while it is not used; the model's other parts stay."""
 
@@ -92,6 +100,8 @@ class Means:
     """Encode all text before training, so that the text encoder is not resident."""
     narrow: bool = False
     """Keep the matrices of frozen denoisers as bfloat16."""
+    eight_bit: bool = False
+    """Keep AdamW's moments in 8 bits."""
 
     def __post_init__(self) -> None:
         if self.shard < 1:
@@ -125,9 +135,11 @@ class Plan:
 
     def can(self, means: Means) -> bool:
         """Whether a run can use `means` as it is: frozen blocks come when they run only where they come again for the backward
-        pass."""
+        pass, and 8-bit moments are of whole weights."""
         narrow = means.narrow or any(h.blocks for h in self.holdings)
         comes = (means.shard > 1 or means.offload) if self.shared else (means.shard > 1 and narrow)
+        if means.eight_bit and means.shard > 1 and any(h.sharded for h in self.holdings):
+            return False
         return self.again or not comes
 
     def resident(self, phase: Phase) -> int:
@@ -145,13 +157,13 @@ class Plan:
         """Bytes at the peak of an update: in its backward pass, or when optimiser states are moved in for a step."""
         trained = {h.role: h for h in self.holdings if h.role in phase.roles}
         gradients = sum(self._own(trained[role], size) for role, size in phase.gradients.items())
-        states = max((self._own(h, h.optimizer) for h in trained.values()), default=0) if self.means.offload else 0
+        states = max((self._own(h, self._states(h)) for h in trained.values()), default=0) if self.means.offload else 0
         activations = self._activations(phase, sum(phase.gradients.values()) - gradients) + self.copied(phase)
         return self.resident(phase) + gradients + max(activations + self.gathered(phase), states)
 
     def copied(self, phase: Phase) -> int:
         """Bytes of the copies that one process makes."""
-        return sum(self._own(h, h.weights + h.optimizer) for h in self._kept if h.role in phase.copies)
+        return sum(self._own(h, h.weights + self._states(h)) for h in self._kept if h.role in phase.copies)
 
     def _activations(self, phase: Phase, spared: int) -> int:
         """Bytes of activations at the peak, if the process has `spared` bytes of gradients less than there are."""
@@ -192,10 +204,13 @@ class Plan:
     def _weights(self, held: Holding) -> int:
         return held.weights - (held.narrow if self.means.narrow else 0)
 
+    def _states(self, held: Holding) -> int:
+        return held.optimizer - (held.slack if self.means.eight_bit else 0)
+
     @property
     def _everything(self) -> int:
         """Bytes of weights and optimiser states that one process has, on the device or in main memory."""
-        return sum(self._own(h, self._weights(h) + h.optimizer) for h in self._kept)
+        return sum(self._own(h, self._weights(h) + self._states(h)) for h in self._kept)
 
     @property
     def _kept(self) -> list[Holding]:
@@ -231,6 +246,16 @@ def optimizer_bytes(trained: int, momentum_only: int = 0) -> int:
     return FLOAT * (2 * trained - momentum_only)
 
 
+def eight_bit_bytes(sizes: Iterable[int]) -> int:
+    """8-bit AdamW's states of tensors of so many values: two moments of a byte, and a scale for each of their blocks; small
+    tensors have float32 moments.
+
+    >>> eight_bit_bytes([4096]), eight_bit_bytes([4095])
+    (8320, 32760)
+    """
+    return sum(2 * (n + FLOAT * -(-n // BLOCK)) if n >= SMALL else optimizer_bytes(n) for n in sizes)
+
+
 def remedies(variants: dict[tuple[str, ...], Plan], shard: int, elsewhere: bool) -> list[Remedy]:
     """Every combination of the measured `variants` (by the names of their changes) with changes that need no measurement.
 
@@ -243,6 +268,7 @@ def remedies(variants: dict[tuple[str, ...], Plan], shard: int, elsewhere: bool)
         changes: dict[str, tuple[bool, dict[str, Any]]] = {
             "stored text": (elsewhere, {"stored_text": True}),
             "frozen in bf16": (any(h.narrow for h in plan.holdings), {"narrow": True}),
+            "8-bit optimiser states": (any(h.slack for h in plan.holdings), {"eight_bit": True}),
             "offload": (elsewhere, {"offload": True}),
             f"sharding over {shard}": (cut, {"shard": shard}),
         }

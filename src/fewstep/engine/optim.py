@@ -1,4 +1,4 @@
-"""Optimisers of one role, and the learning rate as a function of the step."""
+"""Optimisers of one role, the memory of their states, and the learning rate as a function of the step."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from fewstep.engine.memory import EIGHT_BIT, eight_bit_bytes, optimizer_bytes
 from fewstep.engine.muon import Muon
 from fewstep.engine.settings import Optim
 
 
 class RoleOptimizer:
-    """The optimiser(s) of one role: AdamW, or Muon on the blocks' matrices and AdamW on the rest.
+    """The optimiser(s) of one role: AdamW, also with moments of 8 bits, or Muon on the blocks' matrices and AdamW on the rest.
 
-    ValueError if Muon is asked for and the network has no such matrices, or if `lr_of` names no parameter of it.
+    ValueError if Muon is asked for and the network has no such matrices, if 8 bits are and its weights are divided over
+    processes, or if `lr_of` names no parameter of it.
     """
 
     def __init__(self, network: nn.Module, optim: Optim, steps: int, *, rest: bool = False) -> None:
@@ -33,7 +35,9 @@ class RoleOptimizer:
                     "give its role an entry of type adamw in settings.optim"
                 )
             self.parts["muon"] = Muon(_groups(matrices, optim), lr=optim.lr, weight_decay=optim.weight_decay)
-        if others:  # there are none with adapters, which are all matrices inside `blocks`
+        if optim.type in EIGHT_BIT:
+            self.parts[optim.type] = _eight_bit(others, optim)
+        elif others:  # there are none with adapters, which are all matrices inside `blocks`
             # fused: one kernel does the whole update of a weight, three times as fast on a CPU as the default
             self.parts["adamw"] = torch.optim.AdamW(
                 _groups(others, optim), lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True
@@ -93,6 +97,9 @@ class RoleOptimizer:
         for kind, slot, name in (key.split("/", 2) for key in keys):
             if kind in self.parts and name in parameters:
                 parameter = parameters[name]
+                if kind in EIGHT_BIT:
+                    self.parts[kind].begin(parameter)  # type: ignore[attr-defined]
+                    continue
                 empty = torch.zeros((), device=parameter.device) if slot == "step" else torch.zeros_like(parameter)
                 self.parts[kind].state[parameter][slot] = empty.requires_grad_(False)
         return self.state()
@@ -112,9 +119,13 @@ def learning_rate(optim: Optim, step: int, steps: int) -> float:
             return optim.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def matrices_of(network: nn.Module) -> list[nn.Parameter]:
-    """The parameters that Muon trains."""
-    return list(_split(network)[0].values())
+def state_bytes(network: nn.Module, kind: str) -> int:
+    """Bytes of the moments that an optimiser of type `kind` keeps for a whole network."""
+    sizes = [p.numel() for p in network.parameters()]
+    if kind in EIGHT_BIT:
+        return eight_bit_bytes(sizes)
+    matrices = _split(network)[0].values() if kind == "muon" else ()
+    return optimizer_bytes(sum(sizes), momentum_only=sum(p.numel() for p in matrices))
 
 
 def require_named(network: nn.Module, optim: Optim) -> None:
@@ -131,6 +142,20 @@ def require_named(network: nn.Module, optim: Optim) -> None:
             raise ValueError(
                 f"lr_of: {' and '.join(found)} are both part of the name {name}; use keys of which only one fits a name"
             )
+
+
+def _eight_bit(named: Mapping[str, nn.Parameter], optim: Optim) -> torch.optim.Optimizer:
+    if any(isinstance(parameter, DTensor) for parameter in named.values()):
+        raise ValueError(
+            f"settings.optim: {optim.type} keeps blocks of whole weights, and processes divide the weights of this network; "
+            "write type: adamw, which divides its states, or train adapters (settings.lora: {}), which stay whole"
+        )
+    from fewstep.engine.eightbit import EightBitAdamW
+
+    return EightBitAdamW(
+        _groups(named, optim), lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay,
+        paged=optim.type == "paged_adamw8bit",
+    )  # fmt: skip
 
 
 def _groups(named: Mapping[str, nn.Parameter], optim: Optim) -> list[dict[str, Any]]:

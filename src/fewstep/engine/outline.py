@@ -19,9 +19,9 @@ from fewstep.core import Batch, Call, Pairs, Rng
 from fewstep.core.ledger import Ledger
 from fewstep.engine.health.measure import decode
 from fewstep.engine.health.monitor import judge_of, unexamined
-from fewstep.engine.memory import FLOAT, Holding, Phase, Plan, optimizer_bytes
+from fewstep.engine.memory import FLOAT, Holding, Phase, Plan
 from fewstep.engine.nets import build_for, origin, sources, starts, trained_roles
-from fewstep.engine.optim import matrices_of, require_named
+from fewstep.engine.optim import require_named, state_bytes
 from fewstep.engine.precision import autocast, float32
 from fewstep.engine.preview import CLIPS
 from fewstep.engine.settings import Health, Settings
@@ -89,20 +89,19 @@ class Outline:
     def _holdings(self) -> Iterator[Holding]:
         trained = trained_roles(self.method, self.settings.steps)
         for role, network in self.nets.items():
-            optim = self.settings.optim_of(role)
-            slim = sum(p.numel() for p in matrices_of(network)) if optim.type == "muon" else 0
+            optim = self.settings.optim_of(role).type if role in trained else ""
             whole = self.settings.lora is None
             gathered = _gathered(network) if whole else 0
-            held = replace(_holding(role, network, trained=role in trained, slim=slim), gathered=gathered, idles=whole)
+            held = replace(_holding(role, network, optim), gathered=gathered, idles=whole)
             yield self._lent(held, network) if role in {"teacher", *sources(self.method)} else held
             if role == "student" and self.settings.ema > 0:
-                average = _holding("student average", network, trained=False)
+                average = _holding("student average", network)
                 yield replace(average, gathered=gathered, idles=whole)
         if not any(self.base is network for network in self.nets.values()):
-            yield self._lent(replace(_holding("student's base", self.base, trained=False), idles=False), self.base)
+            yield self._lent(replace(_holding("student's base", self.base), idles=False), self.base)
         for name, part in self.model.parts.items():
             if name != self.method.part:
-                yield replace(_holding(name, part, trained=False), idles=False)
+                yield replace(_holding(name, part), idles=False)
 
     def _lent(self, held: Holding, network: nn.Module) -> Holding:
         """A frozen network, which can be narrow; its blocks can come when they run with adapters, or if they are narrow."""
@@ -293,7 +292,8 @@ def _apart(ledger: Ledger, parameter: Tensor) -> None:
         ledger.aside(parameter.grad, "gradients")
 
 
-def _holding(role: str, network: nn.Module, *, trained: bool, slim: int = 0) -> Holding:
+def _holding(role: str, network: nn.Module, optim: str = "") -> Holding:
+    """A network, with the type of its optimiser if it is trained."""
     own = list(network.parameters())
     count = sum(p.numel() for p in own)
     borrowed = {name for module in network.modules() for name in module._non_persistent_buffers_set}
@@ -302,9 +302,10 @@ def _holding(role: str, network: nn.Module, *, trained: bool, slim: int = 0) -> 
         role=role,
         network=_named(network),
         parameters=count,
-        trained=count if trained else 0,
+        trained=count if optim else 0,
         weights=sum(tensor.nbytes for tensor in (*own, *buffers)),
-        optimizer=optimizer_bytes(count, slim) if trained else 0,
+        optimizer=state_bytes(network, optim) if optim else 0,
+        slack=state_bytes(network, optim) - state_bytes(network, "adamw8bit") if optim == "adamw" else 0,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +25,7 @@ from fewstep.data.base import Data, Source
 from fewstep.engine.effective import in_effect
 from fewstep.engine.health.monitor import watching
 from fewstep.engine.heap import keep_freed_memory
+from fewstep.engine.memory import EIGHT_BIT
 from fewstep.engine.mesh import Processes, join, require_mesh
 from fewstep.engine.nets import build_for, origin, require_alike, sources, starts, trained_roles
 from fewstep.engine.offload import Shelf
@@ -209,6 +211,7 @@ def require_possible(method: Method, settings: Settings, card: Card, probe: Prob
         near = difflib.get_close_matches(role, roles, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise ValueError(f"settings.optim.{role}: no such role is trained; {hint}({name} trains: {', '.join(roles)})")
+    require_eight_bit_possible(method, settings)
     for made in method.aux().values():
         made.check(settings.lora)
     if method.part == "denoiser":
@@ -244,6 +247,41 @@ def require_again(settings: Settings, world: int = 1) -> None:
             "settings.parallel: frozen blocks that processes share (shard, replicate) or that wait on the CPU (offload) come "
             "when they run, and the backward pass would keep them all; write checkpointing: true, so that each comes again"
         )
+
+
+def require_eight_bit_possible(method: Method, settings: Settings) -> None:
+    """Refuse (ValueError) 8-bit moments that are paged in vain, or whose weights processes divide."""
+    parallel = settings.parallel
+    for role, kind in _eight_bit(settings).items():
+        if kind.startswith("paged") and (settings.device.startswith("cpu") or parallel.offload):
+            why = (
+                "settings.parallel.offload moves them already"
+                if parallel.offload
+                else "this device has no other memory"
+            )
+            raise ValueError(
+                f"settings.optim.{role}: {kind} pages a GPU's optimiser states to main memory, and {why}; write adamw8bit"
+            )
+        processes = parallel.replicate * max(parallel.shard, 1) * parallel.sequence
+        if method.part == "denoiser" and settings.lora is None and processes > 1:
+            raise ValueError(
+                f"settings.optim.{role}: {kind} keeps blocks of whole weights, and settings.parallel divides them; write "
+                "type: adamw, which divides its states, or train adapters (settings.lora: {}), which stay whole"
+            )
+
+
+def require_eight_bit(settings: Settings) -> None:
+    """Refuse (ValueError) 8-bit moments where bitsandbytes is missing."""
+    for role, kind in _eight_bit(settings).items():
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ValueError(
+                f'settings.optim.{role}: {kind} needs bitsandbytes, which is not installed: pip install "fewstep[eightbit]", '
+                "or write type: adamw"
+            )
+
+
+def _eight_bit(settings: Settings) -> dict[str, str]:
+    return {role: optim.type for role, optim in settings.optim.items() if optim.type in EIGHT_BIT}
 
 
 def require_same(method: Method, settings: Settings, card: Card, begun: Card | None = None) -> None:
@@ -295,6 +333,7 @@ def require_processes(settings: Settings) -> None:
     require_device(settings.device, "settings.device")
     require_mesh(settings.parallel, settings.accumulate, settings.device)
     require_again(settings, place().world_size)
+    require_eight_bit(settings)
     if place().world_size == 1:
         return
     if settings.compile and settings.parallel.sequence > 1:

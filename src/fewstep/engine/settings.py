@@ -14,9 +14,11 @@ from fewstep.models.lora import Lora
 class Optim:
     """One role's optimiser and its learning-rate schedule."""
 
-    type: Literal["adamw", "muon"] = "adamw"
+    type: Literal["adamw", "adamw8bit", "paged_adamw8bit", "muon"] = "adamw"
     """Optimiser. `muon` orthogonalises the momentum of the blocks' weight matrices; AdamW trains all other parameters. A
-    network without such matrices refuses `muon`."""
+    network without such matrices refuses `muon`. `adamw8bit` keeps AdamW's moments in 8 bits; `paged_adamw8bit` also lets a
+    GPU move them to main memory when its own is short. Both need `pip install "fewstep[eightbit]"` (bitsandbytes), and
+    weights that are not divided over processes."""
     lr: Positive = 1e-4
     """Learning rate after warm-up."""
     lr_of: dict[str, Positive] = field(default_factory=dict)

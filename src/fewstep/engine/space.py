@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from fewstep.core.disk import require_space, size_of
-from fewstep.engine.memory import optimizer_bytes
+from fewstep.engine.optim import state_bytes
 from fewstep.engine.run import Run
 from fewstep.models.results import RESULTS
 
@@ -27,13 +27,10 @@ def require_disk(run: Run) -> None:
 
 
 def checkpoint_bytes(run: Run) -> int:
-    """Bytes of the tensors in one checkpoint: networks that change, and their optimisers' moments (AdamW 2, Muon 1)."""
-    trained = dict.fromkeys(("adamw", "muon"), 0)
-    for optimizer in run.optimizers.values():
-        for kind, part in optimizer.parts.items():
-            trained[kind] += sum(p.numel() for group in part.param_groups for p in group["params"])
+    """Bytes of the tensors in one checkpoint: networks that change, and their optimisers' moments."""
+    moments = sum(state_bytes(optimizer.network, optimizer.optim.type) for optimizer in run.optimizers.values())
     networks = sum(_bytes(network.state_dict()) for network in run.changing.values())
-    return networks + optimizer_bytes(sum(trained.values()), momentum_only=trained["muon"])
+    return networks + moments
 
 
 def student_bytes(run: Run) -> int:

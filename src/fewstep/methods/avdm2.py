@@ -144,7 +144,7 @@ class AVDM2(Method):
 
     def cost(self) -> tuple[Work, ...]:
         turns, frames = self.critic_updates, self.frames if self.score == "frames" else 0
-        real, fake = Work(self.real, 2 if self.guidance.active else 1, frames), Work(self.fake, 3 * turns + 1, frames)
+        real, fake = Work(self.real, self.guidance.passes, frames), Work(self.fake, 3 * turns + 1, frames)
         scores = (real, fake) if self.score != "none" else ()
         eyes = (Work("teacher", 2 * turns + 2, layers=self.layers),) if self.adversarial > 0 else ()
         return Work("student", turns * self.rollout.calls + self.rollout.work), *scores, *eyes

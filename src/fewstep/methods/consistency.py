@@ -94,5 +94,4 @@ class Consistency(Method):
 
     def cost(self) -> tuple[Work, ...]:
         calls = self.history.calls
-        guided = 2 if self.guidance.active else 1
-        return Work("student", 3 * calls), Work("teacher", guided * calls), Work("target", calls)
+        return Work("student", 3 * calls), Work("teacher", self.guidance.passes * calls), Work("target", calls)

@@ -139,7 +139,7 @@ class DMD2(Method):
         return self.guidance(real, x_t, t, batch.cond, batch.uncond).x0, nets.critic(x_t, t, batch.cond).x0
 
     def cost(self) -> tuple[Work, ...]:
-        turns, guided, r1 = self.critic_updates, 2 if self.guidance.active else 1, 1 if self.r1 > 0 else 0
+        turns, guided, r1 = self.critic_updates, self.guidance.passes, 1 if self.r1 > 0 else 0
         return (
             Work("student", turns * self.rollout.calls + self.rollout.work + (3 if self.anchor > 0 else 0)),
             Work("real" if self.weak > 0 else "teacher", guided),

@@ -110,7 +110,7 @@ class Progressive(Method):
 
     def cost(self) -> tuple[Work, ...]:
         total = sum(n for _, n in self.stages)
-        guided = self.stages[0][1] / total if self.guidance.active else 0.0
+        guided = self.stages[0][1] / total * (self.guidance.passes - 1)
         return Work("student", 3), Work("stage", 2 + 2 * guided)
 
 

@@ -95,9 +95,13 @@ class Read(NamedTuple):
     """This call's own keys (not rotated) and values, for the memory. Processes that share clips have their own heads each."""
 
 
-def read(operation: Operation, qkv: tuple[Tensor, Tensor, Tensor], context: Context, past: KV | None) -> Read:
+def read(operation: Operation, qkv: tuple[Tensor, Tensor, Tensor], state: Tokens) -> Read:
     """Self-attention of this call's tokens, wherever they are, to each other and to the past. `qkv` are `[B, H, n, D]`."""
-    (q, k, v), shared, table = qkv, context.shared, context.table
+    (q, k, v), context, past = qkv, state.context, state.past
+    if state.unmixed:
+        own = (k, v) if context.shared is None else (context.shared.to_heads(k), context.shared.to_heads(v))
+        return Read(v, own)
+    shared, table = context.shared, context.table
     if shared is not None:
         (q, k, v), table = (shared.to_heads(x) for x in qkv), shared.own_heads(table)
     q_BHND, k_BHMD, v_BHMD = context.rotary.turn(q, table).to(v), context.rotary.turn(k, table).to(v), v
@@ -117,6 +121,8 @@ class State(ABC):
     """Input: where the next block is, and in which call."""
     text: Any = field(default=None, kw_only=True)
     """Input: `Words` that the next block reads, or of several networks in one those of each; None: the block computes them."""
+    unmixed: bool = field(default=False, kw_only=True)
+    """Input: whether the next block's self-attention gives each token its own values (`Call.unmixed`)."""
     new: KV | None = field(default=None, kw_only=True)
     """Output: keys (without rotary position) and values of the last block that ran."""
 
@@ -242,6 +248,9 @@ class Backbone(nn.Module, ABC):
     computes once. Their attention to the text is `read_text`."""
     depot: Depot | None = None
     """Where the blocks' weights are, and from where they come while a block runs; None: in the blocks."""
+    unmixes: ClassVar[bool] = False
+    """Whether a call may leave the tokens of some blocks unmixed (`Call.unmixed`): their self-attention is `read`, which is
+    given the block's state."""
     takes_scalars: ClassVar[bool] = False
     """Whether `embed` passes its time embedding through `with_scalars`."""
     scalars: nn.ModuleDict
@@ -333,13 +342,15 @@ class Backbone(nn.Module, ABC):
         if call.shared is not None:
             self.require_sharing()
             state = state.split(cast(Ulysses, call.shared))
+        if call.unmixed:
+            self.require_unmixing(call.unmixed)
         kept = call.constants.during(state.route) if call.constants is not None and self.text_first else None
         for index, block in enumerate(self.blocks):
             place = Place(index, len(self.blocks), call)
             past, text = call.kv.layer(index) if call.kv else None, None
             if kept is not None:
                 text = kept.get((call.branch, "text", index), partial(block.reads, cast(Any, state).context))  # type: ignore[operator, misc]
-            state = replace(state, past=past, place=place, text=text, new=None)
+            state = replace(state, past=past, place=place, text=text, unmixed=index in call.unmixed, new=None)
             state = call.runner(block if self.depot is None else self.depot.around(block), state, place)
             yield state
 
@@ -355,6 +366,20 @@ class Backbone(nn.Module, ABC):
         """ValueError if processes cannot share the tokens of this network's clips (`Call.shared`)."""
         if not self.shares:
             raise ValueError(f"processes cannot share the tokens of a {type(self).__name__}; set parallel.sequence: 1")
+
+    def require_unmixing(self, blocks: Sequence[int]) -> None:
+        """ValueError if the self-attention of these blocks cannot be left out (`Call.unmixed`)."""
+        name = type(self).__name__
+        if not self.unmixes:
+            raise ValueError(
+                f"spatiotemporal guidance (STG) replaces the self-attention of single blocks, which a {name} has not apart from "
+                "other attention; VideoDiT, Wan, WanExperts and LTX have. Use guidance of type CFG"
+            )
+        if wrong := [block for block in blocks if not 0 <= block < len(self.blocks)]:
+            raise ValueError(
+                f"spatiotemporal guidance (STG): this {name} has the blocks 0 to {len(self.blocks) - 1}, and {wrong} were "
+                "asked for; name others in the guidance's blocks"
+            )
 
     def compile_blocks(self, *, hooked: bool = False) -> None:
         """Compile every block in place (one graph serves all). A copy of this network starts uncompiled.

@@ -33,6 +33,7 @@ class VideoDiT(Backbone):
 
     shares = True
     text_first = True
+    unmixes = True
     takes_scalars = True
 
     def __init__(
@@ -125,7 +126,7 @@ class Block(nn.Module):
     def forward(self, state: Tokens) -> Tokens:
         x, context = state.x_BNE, state.context
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (self.table + context.modulation_BG6E).unbind(2)
-        mixed, new = self.attention(modulate(_norm(x), shift_a, scale_a), context, state.past)
+        mixed, new = self.attention(modulate(_norm(x), shift_a, scale_a), state)
         x = gated(x, mixed, gate_a)
         x = x + self.cross(_norm(x), state.text or self.reads(context), context)
         x = gated(x, self.mlp(modulate(_norm(x), shift_m, scale_m)), gate_m)
@@ -147,10 +148,10 @@ class SelfAttention(nn.Module):
         self.key_scale = nn.Parameter(torch.ones(width // heads))
         self.out = nn.Linear(width, width)
 
-    def forward(self, x_BNE: Tensor, context: Context, past: KV | None) -> tuple[Tensor, KV]:
+    def forward(self, x_BNE: Tensor, state: Tokens) -> tuple[Tensor, KV]:
         q, k, v = (split_heads(y, self.heads) for y in self.qkv(x_BNE).chunk(3, -1))
         q, k = rms_norm(q, self.query_scale), rms_norm(k, self.key_scale)
-        mixed, new = read(self.operation, (q, k, v), context, past)
+        mixed, new = read(self.operation, (q, k, v), state)
         return self.out(merge_heads(mixed)), new
 
 

@@ -45,7 +45,7 @@ def out(attention: Any, mixed_BHND: Tensor) -> Tensor:
 def read_frames(attention: Any, h_BNE: Tensor, state: Tokens, operation: Operation) -> tuple[Tensor, KV]:
     """What tokens read from each other and from earlier frames, and their own keys and values for later ones."""
     qkv = (queries(attention, h_BNE), *keys(attention, h_BNE, h_BNE.dtype))
-    mixed, new = read(operation, qkv, state.context, state.past)
+    mixed, new = read(operation, qkv, state)
     return out(attention, mixed), new
 
 

@@ -99,6 +99,7 @@ class LTX(DiffusersBackbone):
     network = LTXVideoTransformer3DModel
     shares = True
     text_first = True
+    unmixes = True
 
     def __init__(
         self,

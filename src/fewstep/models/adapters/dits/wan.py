@@ -126,6 +126,7 @@ class Wan(DiffusersBackbone):
     network = WanTransformer3DModel
     shares = True
     text_first = True
+    unmixes = True
     takes_scalars = True
 
     def __init__(self, *, config: dict[str, Any], pattern: Pattern = Dense(), first_frame: bool = False) -> None:

@@ -92,6 +92,7 @@ class WanExperts(Backbone):
 
     shares = True
     text_first = True
+    unmixes = True
     folders: ClassVar[tuple[str, ...]] = ("transformer", "transformer_2")
 
     def __init__(self, *, config: dict[str, Any], boundaries: list[float], pattern: Pattern = Dense()) -> None:
@@ -199,7 +200,10 @@ class _Block(nn.Module):
         if state.past is not None:  # heads of all experts side by side
             pasts = list(zip(*(x.chunk(len(self.experts), 1) for x in state.past), strict=True))
         each = zip(self.experts, state.parts, pasts, state.text or [None] * len(self.experts), strict=True)
-        parts = tuple(part and expert(replace(part, past=past, text=text)) for expert, part, past, text in each)
+        parts = tuple(
+            part and expert(replace(part, past=past, text=text, unmixed=state.unmixed))
+            for expert, part, past, text in each
+        )
         new = None
         if state.cached:
             k, v = (torch.cat(x, 1) for x in zip(*(part.new for part in parts if part), strict=True))
