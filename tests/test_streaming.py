@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.attention import BlockCausal, Dense, Everything, KVCache, Window
+from fewstep.attention import BlockCausal, Dense, Everything, KVCache, Prefix, Window
 from fewstep.caching import SkipMiddle
 from fewstep.core import Call, Seeds
 from fewstep.core.call import Place, Runner, S
-from fewstep.diffusion import CFG, EDM, Contract, Exact, Renoise, Shifted, Stream
+from fewstep.diffusion import CFG, EDM, Contract, Exact, Memory, Renoise, Shifted, Stream
 from fewstep.models import VideoModel
 from fewstep.models.repattern import repattern
 from fewstep.streaming import Chunks, Session
@@ -157,9 +157,20 @@ def test_the_first_chunk_may_be_shorter() -> None:
 
 def test_the_memory_of_a_stream() -> None:
     assert keep_of(Stream()) == Everything()
-    assert keep_of(Stream(chunks=(1, 3), window=9, sink=2, positions="window")) == Window(
-        window=9, chunk=3, sink=2, relative=True
-    )
+    assert keep_of(Stream(chunks=(1, 3), window=9, sink=2)) == Window(window=9, sink=2)
+    assert keep_of(Stream(memory=Prefix(frames=2))) == Prefix(frames=2)
+    model = streaming_model(Stream(chunks=(1, 3), window=9, sink=2, positions="window"))
+    begun = Chunks(network=model.reader, contract=model.card.contract, times=(1.0, 0.0)).begin()
+    assert (begun.keep, begun.chunk, begun.standing) == (Window(window=9, sink=2), 3, "window")
+    with pytest.raises(ValueError, match="derive it from Keep"):
+        keep_of(Stream(memory=Foreign()))
+
+
+class Foreign(Memory):
+    """A policy that says nothing of what is kept."""
+
+    def check(self, chunk: int) -> None:
+        pass
 
 
 def test_a_model_of_whole_clips_is_refused() -> None:

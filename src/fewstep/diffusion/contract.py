@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,6 +13,17 @@ from fewstep.diffusion.grids import Shifted, TimeGrid
 from fewstep.diffusion.guidance import CFG
 from fewstep.diffusion.samplers import Euler, Sampler
 
+Standing = Literal["absolute", "window", "sink", "rebased"]
+"""Where remembered frames stand, as rotary embedding is told (`attention.kv.standing`)."""
+
+
+class Memory(ABC):
+    """What the memory of a stream holds. A contract only names it; the policies are `attention.KEEPS`."""
+
+    @abstractmethod
+    def check(self, chunk: int) -> None:
+        """ValueError unless it can serve chunks of up to so many frames."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stream:
@@ -20,32 +32,48 @@ class Stream:
     chunks: tuple[Size, ...] = (1,)
     """Latent frames of each chunk; the last number repeats: `(1, 3)` is 1, 3, 3, ..."""
     window: Natural = 0
-    """Latent frames that a chunk may read, including the sink and its own frames; 0: all."""
+    """Latent frames that a chunk may read, including the sink and its own frames; 0: all. Short for `memory: {type: Window}`."""
     sink: Natural = 0
     """First frames of the stream that stay in memory; they count towards `window`."""
+    memory: Memory | None = None
+    """Policy that says what is remembered, such as `{type: Retrieval, frames: 6}`. null: what `window` and `sink` say."""
     commit: Literal["clean", "noised", "last"] = "clean"
     """Keys and values to remember of a finished chunk: those of one more call on its clean latents (`clean`), those of one
     more call on its latents noised to `context_time` (`noised`), or those of its last step (`last`), without another call."""
     context_time: Decay = 0.0
     """Time of the noised latents if `commit` is `noised`."""
-    positions: Literal["absolute", "window"] = "absolute"
-    """Position of a remembered frame: its place in the stream (`absolute`) or its place in the window (`window`)."""
+    positions: Standing = "absolute"
+    """Position of a remembered frame. `absolute`: its place in the stream. `window`: its place among the remembered frames.
+    `sink`: its place in the stream, but the sink stands just before the oldest other frame. `rebased`: its place in the stream
+    until the network's table of positions ends; then all move down."""
 
     def __post_init__(self) -> None:
         if not self.chunks or min(self.chunks) < 1:
             raise ValueError(f"chunks have at least 1 latent frame each, and there is at least one; got {self.chunks}")
-        if self.sink < 0 or self.window < 0:
-            raise ValueError(f"window and sink cannot be negative, got {self.window} and {self.sink}")
-        if not self.window and (self.sink or self.positions == "window"):
-            raise ValueError("a stream that reads all its past has no sink and no positions in a window; give a window")
-        if self.window and self.window < self.sink + max(self.chunks):
-            raise ValueError(
-                f"a window of {self.window} frames cannot hold a sink of {self.sink} and a chunk of {max(self.chunks)}"
-            )
+        self._check_memory()
         if (self.commit == "noised") != (0 < self.context_time < 1):
             raise ValueError(
                 f"context_time is the time, between 0 and 1, at which noised latents are remembered, and 0 otherwise; got "
                 f"{self.context_time} with commit {self.commit}"
+            )
+
+    def _check_memory(self) -> None:
+        if self.memory is not None:
+            if self.window or self.sink:
+                raise ValueError(
+                    f"memory says what is remembered, and so do window={self.window} and sink={self.sink}; set them in memory"
+                )
+            self.memory.check(max(self.chunks))
+            return
+        if self.sink < 0 or self.window < 0:
+            raise ValueError(f"window and sink cannot be negative, got {self.window} and {self.sink}")
+        if not self.window and (self.sink or self.positions != "absolute"):
+            raise ValueError(
+                "a stream that reads all its past has no sink and no positions in a window; give a window or a memory"
+            )
+        if self.window and self.window < self.sink + max(self.chunks):
+            raise ValueError(
+                f"a window of {self.window} frames cannot hold a sink of {self.sink} and a chunk of {max(self.chunks)}"
             )
 
     def length(self, index: int) -> int:

@@ -68,7 +68,8 @@ class Chunks:
 
     def begin(self) -> KVCache:
         """The memory of a stream that has not begun."""
-        return KVCache.empty(keep_of(self.stream))
+        stream = self.stream
+        return KVCache.empty(keep_of(stream), max(stream.chunks), stream.positions)
 
     def chunk(
         self,
@@ -86,6 +87,7 @@ class Chunks:
         `rng` is this chunk's own. With guidance the memory is of twice as many samples, the condition's first. `exit` is for
         training: the step to stop at, and the only one with gradient. What is remembered has none.
         """
+        memory = memory.facing(self._poses(cond))
         view = self.network.recall(memory, noise)  # 1
 
         def denoise(x_t: Tensor, t: Tensor, call: Call) -> Prediction:
@@ -105,6 +107,11 @@ class Chunks:
             if ends:
                 return
 
+    def _poses(self, cond: Cond) -> Tensor | None:
+        """Where the frames of the next chunk look from, if the condition says it."""
+        pose = cond.extra.get("pose")
+        return pose if pose is None or not self.contract.guidance.active else torch.cat([pose, pose])
+
     def _committed(self, memory: KVCache, made: Made, denoise: Denoise, rng: Seeds | Rng) -> KVCache:
         last, x, kv = made.step, made.x, made.step.prediction.kv
         if self.stream.commit != "last":
@@ -122,9 +129,11 @@ class Chunks:
 
 
 def keep_of(stream: Stream) -> Keep:
-    """What the memory of a stream holds."""
-    if not stream.window:
-        return Everything()
-    return Window(
-        window=stream.window, chunk=max(stream.chunks), sink=stream.sink, relative=stream.positions == "window"
-    )
+    """What the memory of a stream holds. ValueError for a policy that is none of `attention.kv`."""
+    if stream.memory is None:
+        return Window(window=stream.window, sink=stream.sink) if stream.window else Everything()
+    if not isinstance(stream.memory, Keep):
+        raise ValueError(
+            f"memory: {type(stream.memory).__name__} is no policy of fewstep.attention.kv; derive it from Keep"
+        )
+    return stream.memory
