@@ -23,7 +23,18 @@ from fewstep.engine import Health, Optim, Parallel, Settings, train
 from fewstep.engine.effective import settle
 from fewstep.engine.prepare import prepare
 from fewstep.evaluate import Entry, RealClips, Suite, evaluate
-from fewstep.methods import DMD2, METHODS, ROLLOUTS, FlowMatching, FromData, Method, SelfForced
+from fewstep.methods import (
+    DMD2,
+    HISTORIES,
+    METHODS,
+    ROLLOUTS,
+    DiffusionForced,
+    FlowMatching,
+    FromData,
+    Method,
+    SelfForced,
+    TeacherForced,
+)
 from fewstep.models import Lora
 from fewstep.models.source import Pretrained, Scratch
 from fewstep.models.spec import Spec
@@ -193,6 +204,8 @@ def test_methods_and_rollouts_read_every_field(unread: Callable[..., set[str]], 
     cases: dict[str, Method] = {**CASES, "data": DMD2(critic_updates=1, rollout=FromData())}
     cases["images"] = FlowMatching(image_fraction=1.0)
     cases["stream"] = DMD2(critic_updates=1, rollout=SelfForced())
+    cases["teacher forced"] = FlowMatching(history=TeacherForced())
+    cases["diffusion forced"] = FlowMatching(history=DiffusionForced(clean=0.5))
 
     def action() -> None:
         for name, method in cases.items():
@@ -203,7 +216,7 @@ def test_methods_and_rollouts_read_every_field(unread: Callable[..., set[str]], 
                 run.iterate()
             run.student()
 
-    assert not unread((*METHODS, *ROLLOUTS), action)
+    assert not unread((*METHODS, *ROLLOUTS, *HISTORIES), action)
 
 
 def test_settings_read_every_field(unread: Callable[..., set[str]], tmp_path: Path) -> None:

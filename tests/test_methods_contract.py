@@ -14,6 +14,7 @@ from fewstep.diffusion import CFG, DDIM, DENSITIES, Contract, Heun, RectifiedFlo
 from fewstep.methods import (
     AVDM2,
     DMD2,
+    HISTORIES,
     METHODS,
     ROLLOUTS,
     BackwardSimulation,
@@ -41,7 +42,7 @@ from support_engine import TinyImages
 from support_gaussian import ONE_STEP, terms
 
 B, SHAPE, SIZES = 2, (4, 3, 4, 4), (3, 5)
-METHOD_NAMES = {cls.__name__: cls for cls in (*METHODS, *ROLLOUTS, *DENSITIES)}
+METHOD_NAMES = {cls.__name__: cls for cls in (*METHODS, *ROLLOUTS, *HISTORIES, *DENSITIES)}
 CASES: dict[str, Method] = {cls.__name__: cls() for cls in METHODS} | {
     "FlowMatching-images": FlowMatching(image_fraction=1.0, images_per_clip=2, cond_drop=0.5),
     "ReadAttributes-features": ReadAttributes(of="features"),

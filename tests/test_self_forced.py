@@ -38,6 +38,16 @@ class Numbers(Seeds):
         return 0
 
 
+@dataclass(frozen=True)
+class Late(Numbers):
+    """The same, with a stretch that begins later."""
+
+    stretch: int = 0
+
+    def integer(self, name: str, high: int) -> int:
+        return min(self.stretch, high - 1) if name == "stretch" else 0
+
+
 @dataclass
 class Heard:
     """A student that keeps a list of its calls."""
@@ -124,6 +134,36 @@ def test_recomputed_blocks_read_what_they_read_before() -> None:
         rolled = rolled_by(view, model, SelfForced(stream=stream, grids=TWO, exit="last"), Rng(3), 7)
         found.append(torch.autograd.grad(rolled.x0.square().sum(), weights, allow_unused=True))
     assert all(a is b is None or torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(
+    "stream", [Stream(chunks=(2,), window=4), Stream(), STREAMS["last"]], ids=["window", "all", "last"]
+)
+def test_a_stretch_of_a_longer_stream_is_that_of_a_session(stream: Stream) -> None:
+    """Self-Forcing++: what comes before is made as in sampling, without gradient; any chunk may be the first."""
+    model = streaming_model(stream)
+    model.denoiser.requires_grad_(True)
+    rollout = SelfForced(stream=stream, grids=TWO, exit="last", clips=3)
+    whole = torch.cat(list(Session(model, PROMPTS).take(len(stream.lengths(12)))), 2)
+    for stretch in range(9):
+        heard, length = Heard(model.denoiser), stream.length(0)
+        rolled = rolled_by(heard, model, rollout, Late((0, 1), stretch=stretch))
+        first = min(stretch, 8 // length) * length
+        assert torch.equal(rolled.x0.detach(), whole[:, :, first : first + 4])
+        assert rolled.noise is not None and rolled.noise.shape[2] == 4
+        assert sum(grad for grad, *_ in heard.calls) == len(stream.lengths(4))
+    remember = stream.commit != "last"
+    assert rollout.calls == 2 + remember + 1.0 * (
+        2 + remember
+    )  # half of the two clips that may come before, in all steps
+
+
+def test_what_comes_before_the_stretch_takes_all_steps() -> None:
+    """Whatever the exit: that is what the student will remember when it is sampled."""
+    stream = Stream(chunks=(2,))
+    model, heard = streaming_model(stream), Heard(streaming_model(stream).denoiser)
+    rolled = rolled_by(heard, model, SelfForced(stream=stream, grids=TWO, clips=2), Late((0, 1), stretch=9), 2)
+    assert rolled.exit == 0 and [round(t.max().item(), 2) for _, _, t, *_ in heard.calls] == [1.0, 0.5, 0.0, 1.0, 0.0]
 
 
 def test_its_student_streams() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fewstep.attention.kernels import attend
 from fewstep.attention.kv import Everything, Keep, KVCache, Window
-from fewstep.attention.pattern import Operation, Pattern, Site
+from fewstep.attention.pattern import Operation, Pattern, Site, frames_of
 from fewstep.core.bounds import Count, Natural
 
 
@@ -102,17 +102,11 @@ class _ChunkByChunk(Operation):
             return attend(q_BHND, k_BHMD, v_BHMD, site.readable_B11M)
         for start, stop in self._chunks(site):
             runs = self.pattern.reads(past + start, past + stop, past)
-            k, v = (_runs(x, runs, per_frame, 2) for x in (k_BHMD, v_BHMD))
+            k, v = (frames_of(x, runs, per_frame) for x in (k_BHMD, v_BHMD))
             keys = site.readable_B11M
-            keys = None if keys is None else _runs(keys, runs, per_frame, 3)
+            keys = None if keys is None else frames_of(keys, runs, per_frame, 3)
             read.append(attend(q_BHND[:, :, start * per_frame : stop * per_frame], k, v, keys))
         return read[0] if len(read) == 1 else torch.cat(read, 2)
 
     def _chunks(self, site: Site) -> list[tuple[int, int]]:
         return list(pairwise([*range(0, site.grid.frames, self.pattern.chunk), site.grid.frames]))
-
-
-def _runs(x: Tensor, runs: list[tuple[int, int]], per_frame: int, dim: int) -> Tensor:
-    """The tokens of runs of frames."""
-    parts = [x.narrow(dim, low * per_frame, (high - low) * per_frame) for low, high in runs if high > low]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)

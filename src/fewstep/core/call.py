@@ -75,6 +75,21 @@ class KVView:
 
 
 @dataclass(frozen=True)
+class Causal:
+    """The frames of a call are chunks, each of which reads itself and what came before: one call in place of one per chunk.
+
+    A chunk reads each earlier frame once: from the past of the call, if it is there, otherwise from the call itself.
+    """
+
+    chunks: tuple[int, ...]
+    """Latent frames of each chunk."""
+    recent: int | None = None
+    """So many frames right before its own are read, and the sink; None: all."""
+    sink: int = 0
+    """First frames of the stream, which every chunk reads."""
+
+
+@dataclass(frozen=True)
 class Place:
     """Where in a network, and in which call, a block is run."""
 
@@ -163,6 +178,8 @@ class Call:
     branch: Branch = "cond"
     kv: KVView | None = None
     """Past that the call may read. If the branch is `both`, the condition's samples come first, then the negative ones."""
+    causal: Causal | None = None
+    """Chunks of the call, if the later ones may not be read by the earlier; None: all its frames read each other."""
     runner: Runner = every_block
     shared: Sharing | None = None
     """Processes that make this call together, each with its share of the tokens; None: this process alone."""

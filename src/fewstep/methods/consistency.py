@@ -24,6 +24,7 @@ from fewstep.core.bounds import Bounds, Count, Fraction, Positive, require_bound
 from fewstep.diffusion import CFG, Contract, Renoise, uniform_grid
 from fewstep.diffusion.path import broadcast
 from fewstep.methods.base import Method, Nets, Sync, Update, Work
+from fewstep.methods.histories import History, WholeClip
 from fewstep.methods.roles import Copy, Role
 from fewstep.methods.rollouts import pick, student_contract
 from fewstep.methods.targets import pseudo_huber
@@ -50,6 +51,8 @@ class Consistency(Method):
     steps: tuple[Count, ...] = (1, 2, 4)
     """Step counts that the student serves; training does not depend on them. Each must divide `intervals`, otherwise its
     times are not on the training grid."""
+    history: History = WholeClip()
+    """What is read of earlier chunks, for a student and a teacher that stream (causal consistency, 2605.15141)."""
 
     def __post_init__(self) -> None:
         require_bounds(self)
@@ -75,18 +78,21 @@ class Consistency(Method):
 
     def student_loss(self, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Losses]:
         x0, grid = batch.require("x0"), uniform_grid(self.intervals, self.shift)
-        n = rng.integers((len(batch),), "index", self.intervals)
+        n = self.history.index(self.intervals, x0, rng)
+        student, teacher, target_net = (self.history.over(net, x0) for net in (nets.student, nets.teacher, nets.target))
         t, s = pick(grid, n, x0), pick(grid, (n + self.skip).clamp_max(self.intervals), x0)
-        x_t = nets.student.path.add_noise(x0, rng.randn(x0.shape, "eps"), t)  # 1
+        x_t = student.path.add_noise(x0, rng.randn(x0.shape, "eps"), t)  # 1
         with torch.no_grad():
-            real = self.guidance(nets.teacher, x_t, t, batch.cond, batch.uncond)
-            target = nets.target(real.step_to(s), s, batch.cond).x0  # 2
+            real = self.guidance(teacher, x_t, t, batch.cond, batch.uncond)
+            target = target_net(real.step_to(s), s, batch.cond).x0  # 2
             target = torch.where(broadcast(s, x0) == 0, real.x0, target)  # f(x, 0) = x
-        yield {"consistency": pseudo_huber(nets.student(x_t, t, batch.cond).x0, target, self.huber)}  # 3
+        yield {"consistency": pseudo_huber(student(x_t, t, batch.cond).x0, target, self.huber)}  # 3
 
     def contract(self, teacher: Contract) -> Contract:
         grids = tuple(uniform_grid(n)[:-1] for n in self.steps)
-        return student_contract(teacher, grids, self.shift, Renoise())
+        return self.history.contract(student_contract(teacher, grids, self.shift, Renoise()))
 
     def cost(self) -> tuple[Work, ...]:
-        return Work("student", 3), Work("teacher", 2 if self.guidance.active else 1), Work("target", 1)
+        calls = self.history.calls
+        guided = 2 if self.guidance.active else 1
+        return Work("student", 3 * calls), Work("teacher", guided * calls), Work("target", calls)

@@ -4,7 +4,7 @@ Lipman et al., Flow Matching for Generative Modeling, 2210.02747; condition drop
 
     1  x0 ~ data with prompt c; eps ~ N(0, I); t ~ density
     2  c <- null prompt with probability cond_drop
-    3  x_t = a(t) x0 + s(t) eps
+    3  x_t = a(t) x0 + s(t) eps                                (a clip that streams: a time per chunk, see `history`)
     4  minimise |net(x_t, t, c) - (p x0 + q eps)|^2          (for flow prediction: da x0 + ds eps)
 
 Not from the paper: any path and prediction kind; times are stratified over the batch; some iterations use single frames, so
@@ -18,12 +18,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from fewstep.core import Batch, Cond, Losses, Rng
-from fewstep.core.bounds import Count, Fraction
-from fewstep.diffusion import LogitNormal, TimeDensity
+from fewstep.core.bounds import Count, Fraction, require_bounds
+from fewstep.diffusion import Contract, LogitNormal, TimeDensity
 from fewstep.methods.base import Method, Nets, Update, Work
 from fewstep.methods.frames import fold_frames
+from fewstep.methods.histories import History, WholeClip
 from fewstep.methods.targets import denoising
 
 
@@ -41,6 +43,13 @@ class FlowMatching(Method):
     """Share of iterations on single frames."""
     images_per_clip: Count = 4
     """Frames taken from each clip in an iteration on single frames."""
+    history: History = WholeClip()
+    """What is read of earlier chunks, for a model that streams."""
+
+    def __post_init__(self) -> None:
+        require_bounds(self)
+        if self.image_fraction and self.history.stream is not None:
+            raise ValueError("a model that streams is not trained on single frames; set image_fraction: 0")
 
     @property
     def needs(self) -> frozenset[str]:
@@ -54,17 +63,27 @@ class FlowMatching(Method):
         if torch.rand((), generator=rng.shared("image")) < self.image_fraction:
             x0, rows = fold_frames(x0, self.images_per_clip, rng)
             cond, uncond = cond[rows], uncond[rows]
-        eps, t = rng.randn(x0.shape, "eps"), self.density.sample(len(x0), rng)  # 1
+        eps, t = rng.randn(x0.shape, "eps"), self.history.times(self.density, x0, rng)  # 1
         cond = drop(cond, uncond, self.cond_drop, rng)  # 2
-        prediction = nets.student(nets.student.path.add_noise(x0, eps, t), t, cond)  # 3
-        yield {"flow": denoising(prediction, x0, eps)}  # 4
+        student = self.history.over(nets.student, x0)
+        prediction = student(student.path.add_noise(x0, eps, t), t, cond)  # 3
+        yield {"flow": denoising(prediction, x0, eps, weights(t))}  # 4
+
+    def contract(self, teacher: Contract) -> Contract:
+        return self.history.contract(teacher)
 
     def cost(self) -> tuple[Work, ...]:
         images = Work("student", 3 * self.image_fraction, frames=self.images_per_clip)
-        clips = Work("student", 3 * (1 - self.image_fraction))
+        clips = Work("student", 3 * self.history.calls * (1 - self.image_fraction))
         return tuple(work for work in (clips, images) if work.forwards > 0)
 
 
 def drop(cond: Cond, uncond: Cond, probability: float, rng: Rng) -> Cond:
     """`cond` with a share `probability` of its rows replaced by `uncond`."""
     return cond.where(rng.rand((len(cond),), "cond_drop") >= probability, uncond)
+
+
+def weights(t: Tensor) -> Tensor | None:
+    """Weights of frames with times `[B, F]`, of mean 1: 0 for those without noise, which say nothing. None for times `[B]`."""
+    noised = (t > 0).float()
+    return None if t.ndim == 1 else noised / noised.mean().clamp_min(1e-6)

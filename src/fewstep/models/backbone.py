@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.attention import Grid3, KVCache, Operation, Pattern, Site, Ulysses, attend, operate
+from fewstep.attention.pattern import parts_of
 from fewstep.compress import Transform
 from fewstep.compress.stepwise import knows_steps
 from fewstep.core import KV, Call, Cond, KVView
@@ -280,8 +281,10 @@ class Backbone(nn.Module, ABC):
             own = torch.ones(*past.shape[:-1], grid.tokens, dtype=torch.bool)
             readable = torch.cat([past, own], -1).to(device)
             readable = (readable if readable.ndim == 2 else readable[None])[:, None, None]
-        site = Site(grid, 0 if kv is None else kv.slots, 0, readable, call)
-        pattern.check(site)
+        parts = () if call.causal is None else parts_of(call.causal, grid, kv)
+        site = Site(grid, 0 if kv is None else kv.slots, 0, readable, call, parts)
+        for alone in (site.of(part) for part in parts) if parts else (site,):
+            pattern.check(alone)
         return site
 
     def grid(self, x: Tensor) -> Grid3:

@@ -22,8 +22,11 @@ from fewstep.models.backbone import Backbone
 class Predictor(Protocol):
     """What a method sees of a denoiser: a `Denoiser`, or a run's view of one."""
 
-    path: NoisePath
-    kind: Kind
+    @property
+    def path(self) -> NoisePath: ...
+
+    @property
+    def kind(self) -> Kind: ...
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond, call: Call = ..., /) -> Prediction: ...
 

@@ -29,7 +29,8 @@ from fewstep.diffusion.samplers import Denoise, full
 class Reader(Protocol):
     """A denoiser that reads a memory."""
 
-    path: NoisePath
+    @property
+    def path(self) -> NoisePath: ...
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond, call: Call = ..., /) -> Prediction: ...
 

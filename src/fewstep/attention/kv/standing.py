@@ -29,7 +29,7 @@ def stand(
     there = positions != EMPTY
     if policy == "window":
         earlier = (positions[..., None, :] < positions[..., :, None]) & there[..., None, :]
-        return where(there, earlier.sum(-1), positions), there.sum(-1).expand(start.shape)
+        return where(there, earlier.sum(-1), positions), there.sum(-1)
     if policy == "sink":
         pinned = there & (positions < sink)
         oldest = where(there & ~pinned, positions, start[..., None]).amin(-1, keepdim=True)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fewstep.core import Batch, Rng
+from fewstep.diffusion import Contract
+from fewstep.methods.histories import History, WholeClip
 from fewstep.methods.rollouts.base import Rolled, Rollout, pick, predict
 from fewstep.methods.rollouts.grids import exact
 from fewstep.models.denoiser import Predictor
@@ -18,8 +20,23 @@ class FromData(Rollout):
 
     needs: ClassVar[frozenset[str]] = frozenset({"x0"})
 
+    history: History = WholeClip()
+    """What is read of earlier chunks, for a student that streams (CausVid: `DiffusionForced`, 2412.07772)."""
+
     def __call__(self, student: Predictor, batch: Batch, rng: Rng, *, grad: bool) -> Rolled:
         x0, times = batch.require("x0"), [t for grid in exact(self.grids, self.shift) for t in grid]
-        t = pick(times, rng.integers((len(batch),), "index", len(times)), x0)
-        noise = rng.randn(x0.shape, "noise")
+        index = self.history.index(len(times), x0, rng)
+        t, noise = pick((*times, 0.0), index, x0), rng.randn(x0.shape, "noise")
+        student = self.history.over(student, x0)
         return predict(student, student.path.add_noise(x0, noise, t), t, batch, grad, noise=noise)
+
+    @property
+    def calls(self) -> float:
+        return self.history.calls
+
+    @property
+    def work(self) -> float:
+        return 3 * self.history.calls
+
+    def contract(self, teacher: Contract) -> Contract:
+        return self.history.contract(super().contract(teacher))

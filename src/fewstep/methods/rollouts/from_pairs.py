@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from fewstep.core import Batch, Pairs, Rng
+from fewstep.diffusion import Contract
+from fewstep.methods.histories import History, WholeClip
 from fewstep.methods.rollouts.base import Rolled, Rollout, pick, predict
 from fewstep.methods.rollouts.grids import NESTED, Grids, exact
 from fewstep.models.denoiser import Predictor
@@ -24,14 +27,38 @@ class FromPairs(Rollout):
     needs: ClassVar[frozenset[str]] = frozenset({"pairs"})
 
     grids: Grids = NESTED
+    history: History = WholeClip()
+    """What is read of earlier chunks, for a student that streams: their stored states at times of their own (`DiffusionForced`,
+    CausVid's ODE initialisation, 2412.07772), or their endpoints (`TeacherForced`)."""
 
     def __call__(self, student: Predictor, batch: Batch, rng: Rng, *, grad: bool) -> Rolled:
         pairs: Pairs = batch.require("pairs")
         stored = [stored_index(pairs, t) for grid in exact(self.grids, self.shift) for t in grid]
-        drawn = rng.integers((len(batch),), "index", len(stored))
-        index = torch.tensor(stored, device=drawn.device)[drawn]
-        x_t = pairs.states[torch.arange(len(batch), device=index.device), index]
-        return predict(student, x_t, pick(pairs.times, index, x_t), batch, grad)
+        endpoint = pairs.states[:, -1]
+        drawn = self.history.index(len(stored), endpoint, rng)
+        index = torch.tensor([*stored, len(pairs.times) - 1], device=drawn.device)[drawn]
+        x_t = states_at(pairs.states, index)
+        return predict(self.history.over(student, endpoint), x_t, pick(pairs.times, index, x_t), batch, grad)
+
+    @property
+    def calls(self) -> float:
+        return self.history.calls
+
+    @property
+    def work(self) -> float:
+        return 3 * self.history.calls
+
+    def contract(self, teacher: Contract) -> Contract:
+        return self.history.contract(super().contract(teacher))
+
+
+def states_at(states: Tensor, index: Tensor) -> Tensor:
+    """`[B, C, F, H, W]` of `[B, T+1, C, F, H, W]`: of each clip the state `index` `[B]`, or of each of its frames `[B, F]`."""
+    clips = torch.arange(len(states), device=index.device)
+    if index.ndim == 1:
+        return states[clips, index]
+    frames = torch.arange(states.shape[3], device=index.device)
+    return states[clips[:, None], index, :, frames].transpose(1, 2)
 
 
 def stored_index(pairs: Pairs, t: float) -> int:

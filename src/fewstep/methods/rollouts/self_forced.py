@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from statistics import fmean
 
 import torch
 from torch import Tensor
 
 from fewstep.core import Batch, Rng
+from fewstep.core.bounds import Count
 from fewstep.diffusion import Contract, Stream
 from fewstep.methods.rollouts.base import Rolled, Rollout, Visit
 from fewstep.methods.rollouts.grids import Exit, deepest, drawn, stops
@@ -23,41 +25,60 @@ class SelfForced(Rollout):
 
     The call at the exit carries gradient; what is remembered of a chunk carries none. So the gradient of a chunk is that of one
     call, whatever the length of the stream. With several grids, each rollout draws a grid and then the exit.
+
+    With `clips` the stream is longer than what the teacher knows, and a random stretch as long as one clip is trained on
+    (Self-Forcing++, 2510.02283). What comes before it is made with all steps, as in sampling, and without gradient; what comes
+    after it is not made. The law of its start is not published: every chunk of the longer stream is as likely. The paper's
+    backward noise initialisation is what DMD does anyway: it adds noise to the stretch itself.
     """
 
     stream: Stream = Stream()
     """How a clip is made chunk by chunk, in training and afterwards."""
     exit: Exit = "random"
     """Step to stop at, the same in all chunks: a random one or the last."""
+    clips: Count = 1
+    """Length of a rollout in clips of the teacher's length; the last one of a random number up to this is trained on."""
 
     @property
     def calls(self) -> float:
         """Those that make keys and values to remember are calls, too."""
         remember = 0 if self.stream.commit == "last" else 1
-        return remember + fmean(fmean(found) + 1 for found in stops(self.grids, self.exit))
+        ahead = (self.clips - 1) / 2 * (remember + fmean(map(len, self.grids)))
+        return ahead + remember + fmean(fmean(found) + 1 for found in stops(self.grids, self.exit))
 
     @property
     def fullest(self) -> Mapping[str, int]:
-        return deepest(self.grids)
+        return deepest(self.grids) | ({"stretch": 2**31} if self.clips > 1 else {})
 
     def __call__(self, student: Predictor, batch: Batch, rng: Rng, *, grad: bool) -> Rolled:
         grid, stop = drawn(self.grids, self.exit, self.shift, rng)
         contract = Contract(sampler=self.sampler, steps=len(grid), stream=self.stream)
-        loop, (clips, channels, frames, *size) = (
-            Chunks(network=student, contract=contract, times=(*grid, 0.0)),
-            batch.noise_shape,
-        )
+        loop = Chunks(network=student, contract=contract, times=(*grid, 0.0))
+        first, lengths = self._stretch(batch.latent_shape[1], rng)
         memory, noises, made = loop.begin(), list[Tensor](), list[list[Made]]()
-        for index, length in enumerate(self.stream.lengths(frames)):
-            own = rng.fold(f"chunk/{index}")
-            noises.append(own.randn((clips, channels, length, *size), "start"))
-            start = student.path.prior(noises[-1])
-            with torch.set_grad_enabled(grad):
-                made.append(list(loop.chunk(memory, start, batch.cond, batch.cond, own, exit=stop)))
-            memory = made[-1][-1].memory or memory
+        for index, length in enumerate(lengths):
+            own, trained = rng.fold(f"chunk/{index}"), index >= first
+            noise = own.randn((*batch.noise_shape[:2], length, *batch.noise_shape[3:]), "start")
+            start = student.path.prior(noise)
+            with torch.set_grad_enabled(grad and trained):
+                steps = list(loop.chunk(memory, start, batch.cond, batch.cond, own, exit=stop if trained else None))
+            memory = steps[-1].memory or memory
+            if trained:
+                noises.append(noise)
+                made.append(steps)
         (*before, last) = (_visit(steps) for steps in zip(*made, strict=True))
         x0 = torch.cat([steps[-1].x for steps in made], 2)
         return Rolled(x0, last.x_t, last.t, tuple(before), torch.cat(noises, 2), exit=stop, grid=grid)
+
+    def _stretch(self, frames: int, rng: Rng) -> tuple[int, tuple[int, ...]]:
+        """The first chunk that is trained on, and the lengths of all chunks up to the last one of the stretch."""
+        if self.clips == 1:
+            return 0, self.stream.lengths(frames)
+        lengths = self.stream.lengths(self.clips * frames)
+        bounds = [0, *accumulate(lengths)]
+        starts = [i for i, low in enumerate(bounds) if low + frames in bounds]
+        first = starts[rng.integer("stretch", len(starts))]
+        return first, lengths[: bounds.index(bounds[first] + frames)]
 
     def contract(self, teacher: Contract) -> Contract:
         """It streams."""
