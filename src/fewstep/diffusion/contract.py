@@ -31,6 +31,9 @@ class Stream:
 
     chunks: tuple[Size, ...] = (1,)
     """Latent frames of each chunk; the last number repeats: `(1, 3)` is 1, 3, 3, ..."""
+    steps: tuple[Size, ...] = ()
+    """Number of steps of each chunk; the last number repeats: `(4, 2)` is 4, 2, 2, ... (ASD, 2511.01419, has more steps in the
+    first chunk). Each must be a step count of the contract. Empty: the contract's own number in every chunk."""
     window: Natural = 0
     """Latent frames that a chunk may read, including the sink and its own frames; 0: all. Short for `memory: {type: Window}`."""
     sink: Natural = 0
@@ -50,6 +53,8 @@ class Stream:
     def __post_init__(self) -> None:
         if not self.chunks or min(self.chunks) < 1:
             raise ValueError(f"chunks have at least 1 latent frame each, and there is at least one; got {self.chunks}")
+        if self.steps and min(self.steps) < 1:
+            raise ValueError(f"a chunk takes at least 1 step; got steps={self.steps}")
         self._check_memory()
         if (self.commit == "noised") != (0 < self.context_time < 1):
             raise ValueError(
@@ -79,6 +84,15 @@ class Stream:
     def length(self, index: int) -> int:
         """Latent frames of chunk `index`, counted from 0."""
         return self.chunks[min(index, len(self.chunks) - 1)]
+
+    def index(self, frame: int) -> int:
+        """Number of the chunk that begins at latent frame `frame`. ValueError inside a chunk."""
+        index = begin = 0
+        while begin < frame:
+            begin, index = begin + self.length(index), index + 1
+        if begin != frame:
+            raise ValueError(f"no chunk of {list(self.chunks)} latent frames begins at frame {frame}")
+        return index
 
     def lengths(self, frames: int) -> tuple[int, ...]:
         """Lengths of the chunks of a clip of `frames` latent frames.
@@ -125,6 +139,8 @@ class Contract:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"a clip takes at least 1 step, got steps={self.steps}")
+        for count in () if self.stream is None else self.stream.steps:
+            self.grid.times(count)  # StepCountError for a number of steps that it was not trained for
 
     @property
     def counts(self) -> tuple[int, ...]:

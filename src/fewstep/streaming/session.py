@@ -15,6 +15,7 @@ from fewstep.core import Cond, Seeds
 from fewstep.core.call import every_block
 from fewstep.diffusion import Step
 from fewstep.streaming.blocks import Chunks, Reader
+from fewstep.streaming.switch import Fade, Mix, Switch, mixed, require_switch
 
 
 class Streams(Protocol):
@@ -43,6 +44,10 @@ class Snapshot:
     memory: KVCache
     chunks: int = 0
     """Number of chunks made so far."""
+    latents: Tensor | None = None
+    """Last latents, from which the memory can be made anew for other prompts; None before the first chunk."""
+    fade: Fade | None = None
+    """Change of prompts that is under way."""
 
 
 class Session:
@@ -71,9 +76,7 @@ class Session:
         whole clips, and for a step count that it was not trained for, unless `force`.
         """
         contract = model.card.contract
-        self._chunks = Chunks(
-            network=model.reader, contract=contract, times=contract.times(num_inference_steps, force=force)
-        )
+        self._chunks = Chunks.of(model.reader, contract, num_inference_steps, force=force)
         if not isinstance(start, Snapshot):
             seeds = range(seed, seed + len(start)) if isinstance(seed, int) else seed
             start = Snapshot(tuple(start), tuple(seeds), self._chunks.begin())
@@ -81,14 +84,42 @@ class Session:
         self._guided = contract.guidance.active
         self._conditions = conditions or model.conditions(start.prompts, guided=self._guided)
 
-    def steer(self, prompts: Sequence[str]) -> None:
-        """Other prompts, one per clip, from the next chunk on."""
+    def steer(self, prompts: Sequence[str], how: Switch = "keep", *, over: int = 4) -> None:
+        """Other prompts, one per clip, from the next chunk on; `how` is a way of `streaming.switch`. With `lerp` the change takes
+        `over` chunks (4 is Krea's default).
+        """
+        require_switch(how, over)
         if len(prompts) != len(self.snapshot.prompts):
             raise ValueError(
                 f"this session has {len(self.snapshot.prompts)} clips, and was given {len(prompts)} prompts"
             )
         self._conditions = self._model.conditions(prompts, guided=self._guided)
-        self.snapshot = replace(self.snapshot, prompts=tuple(prompts))
+        before, fade, memory = self.snapshot, None, self.snapshot.memory
+        if how == "lerp":
+            fade = Fade(self._mix(before.chunks - 1), before.chunks, over)
+        elif how == "clear":
+            memory = memory.keep.forget(memory, memory.start)
+        elif how == "recache" and before.latents is not None:
+            seeds = Seeds(before.seeds, device=str(self._model.device)).fold(f"recache/{before.chunks}")
+            with torch.no_grad():
+                memory = self._chunks.recache(memory, before.latents, *self._conditions, seeds)
+        self.snapshot = replace(before, prompts=tuple(prompts), memory=memory, fade=fade)
+
+    def _mix(self, chunk: int) -> Mix:
+        """The prompts of a chunk."""
+        prompts, fade = self.snapshot.prompts, self.snapshot.fade
+        return ((prompts, 1.0),) if fade is None else fade.at(chunk, prompts)
+
+    def _conditions_of(self, chunk: int) -> tuple[Cond, Cond]:
+        mix = self._mix(chunk)
+        if len(mix) == 1:
+            return self._conditions
+        given = [self._model.conditions(prompts, guided=self._guided)[0] for prompts, _ in mix]
+        return mixed(given, [weight for _, weight in mix]), self._conditions[1]
+
+    def counts(self, chunks: int) -> tuple[int, ...]:
+        """Numbers of steps of the first so many chunks."""
+        return tuple(len(self._chunks.grid(index)) - 1 for index in range(chunks))
 
     @torch.no_grad()
     def steps(self) -> Iterator[Step]:
@@ -99,9 +130,10 @@ class Session:
         shape = (len(before.prompts), channels, self._chunks.stream.length(index), height, width)
         start = self._chunks.network.path.prior(noise.randn(shape, "start"))
         runner = every_block if self._cache is None else self._cache.begin()
-        for made in self._chunks.chunk(before.memory, start, *self._conditions, noise, runner=runner):
+        for made in self._chunks.chunk(before.memory, start, *self._conditions_of(index), noise, runner=runner):
             if made.memory is not None:
-                self.snapshot = replace(self.snapshot, memory=made.memory, chunks=index + 1)
+                latents = self._chunks.recent(before.latents, made.x, index)
+                self.snapshot = replace(self.snapshot, memory=made.memory, chunks=index + 1, latents=latents)
             yield made.step
 
     def take(self, chunks: int) -> Iterator[Tensor]:
