@@ -47,7 +47,7 @@ class Decaying(Keep):
         rows = new if memory.rows is None else torch.cat([memory.rows, new])
         positions, start = torch.cat([memory.positions, memory.coming(frames)]), memory.start + frames
         budget = self.budgets(positions, start, frames, tokens)
-        stays = _order(tokens)[rows[:, 1]] < budget[rows[:, 0]]
+        stays = order_of(tokens)[rows[:, 1]] < budget[rows[:, 0]]
         number = (budget > 0).cumsum(0) - 1  # slots without tokens are gone
         rows, index = torch.stack([number[rows[:, 0]], rows[:, 1]], 1)[stays], stays.nonzero().flatten()
         old = memory.layers or tuple((k[:, :, :0], v[:, :, :0]) for k, v in delta)
@@ -58,7 +58,7 @@ class Decaying(Keep):
         return replace(memory, layers=layers, positions=positions[budget > 0], start=start, rows=rows)
 
 
-def _order(tokens: int) -> Tensor:
+def order_of(tokens: int) -> Tensor:
     """The order in which tokens leave, last first: steps of the golden section, so that the first n are spread over the frame."""
     place = (torch.arange(tokens, dtype=torch.float64) * (5**0.5 - 1) / 2) % 1
     return place.argsort().argsort()
