@@ -20,7 +20,7 @@ from fewstep.attention import (
     Retrieval,
     Window,
 )
-from fewstep.core import Call, Cond, Seeds
+from fewstep.core import Call, Cond, Seeds, build
 from fewstep.diffusion import CFG, Contract, Exact, Renoise, Shifted, StepCountError, Stream
 from fewstep.models import VideoModel
 from fewstep.models.repattern import repattern
@@ -382,6 +382,13 @@ def test_a_later_prompt_leaves_earlier_chunks_as_they_were() -> None:
     rest = made(session, 3)
     assert all(torch.equal(a, b) for a, b in zip(first, whole[:2], strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(rest, whole[2:], strict=True))
+
+
+def test_cards_from_before_are_read() -> None:
+    tree = {"chunks": [2], "window": 8, "sink": 2, "commit": "clean", "context_time": 0.0, "positions": "window"}
+    stream = build(Stream, tree)
+    assert stream == Stream(chunks=(2,), window=8, sink=2, positions="window")
+    assert keep_of(stream) == Window(window=8, sink=2)
 
 
 def test_the_contract_names_what_is_remembered() -> None:
