@@ -189,9 +189,15 @@ class Chunks:
         return grids.pop()
 
     def _committed(self, memory: KVCache, made: Made, denoise: Denoise, rng: Seeds | Rng) -> KVCache:
-        last, x, kv = made.step, made.x, made.step.prediction.kv
+        last, call = made.step, Call(step=made.step.index, steps=made.step.steps)
+        return self.remembered(memory, made.x, last.prediction.kv, denoise, call, rng)
+
+    def remembered(
+        self, memory: KVCache, x: Tensor, kv: tuple[KV, ...] | None, denoise: Denoise, call: Call, rng: Seeds | Rng
+    ) -> KVCache:
+        """`memory` and a finished chunk `x`, whose last step was `call` and made `kv`."""
         if self.stream.commit != "last":
-            kv = self._context(x, denoise, Call(step=last.index, steps=last.steps), rng)
+            kv = self._context(x, denoise, call, rng)
         return memory.commit(_given(kv), x.shape[2])  # 3
 
     def _context(self, x: Tensor, denoise: Denoise, call: Call, rng: Seeds | Rng) -> tuple[KV, ...] | None:
