@@ -29,6 +29,7 @@ from fewstep.methods import (
     Sync,
     Update,
 )
+from fewstep.methods.targets import motion_matching
 from support_gaussian import (
     ONE_STEP,
     RF,
@@ -152,6 +153,16 @@ def test_dmd2_weighs_its_regression_on_stored_endpoints() -> None:
     error = nets.student.net.clips.detach() - states[:, 1]
     torch.testing.assert_close(loss.detach(), 0.25 * ((error.square() + 1e-6).sqrt() - 1e-3).mean())
     assert torch.equal(nets.student.questions[-1].x_t, states[:, 0])
+
+
+def test_dmd2_weighs_the_motion_of_the_same_scores() -> None:
+    nets, batch = dmd2_nets(), make_batch()
+    loss = terms(replace(METHOD, motion=0.2).student_loss(nets, batch, Rng(0)))["motion"]
+    (seen,), made = nets.critic.questions, nets.student.net.clips.detach()
+    teacher, cond, null = nets.teacher.net, conds_of(LABELS), cond_of(0, B)
+    plain, free = (teacher(seen.x_t, seen.t, c).x0.detach() for c in (cond, null))
+    fake = nets.critic.net(seen.x_t, seen.t, cond).x0.detach()
+    torch.testing.assert_close(loss.detach(), 0.2 * motion_matching(made, free + 2.5 * (plain - free), fake))
 
 
 @pytest.mark.parametrize("weak", [0.0, 0.25])

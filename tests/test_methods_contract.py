@@ -53,6 +53,7 @@ CASES: dict[str, Method] = {cls.__name__: cls() for cls in METHODS} | {
     "DMD2-three-grids": DMD2(critic_updates=1, rollout=BackwardSimulation(grids=NESTED, shift=3.0, mode="ode")),
     "DMD2-data": DMD2(critic_updates=1, rollout=FromData()),
     "DMD2-anchor": DMD2(critic_updates=1, anchor=0.25),
+    "DMD2-motion": DMD2(critic_updates=1, motion=0.2),
     "DMD2-weak": DMD2(critic_updates=1, weak=0.25),
     "AVDM2-image-teacher": AVDM2(image_teacher=TinyImages(), frames=2),
     "AVDM2-video-score": AVDM2(score="video"),

@@ -105,3 +105,34 @@ def test_approximate_r1_is_the_squared_gradient() -> None:
     slope, n = f64(3.0, 4.0), torch.randn(200_000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     value = targets.approximate_r1(torch.zeros(1, dtype=torch.float64), 0.1 * n @ slope)
     assert math.isclose(float(value), 0.01 * 25, rel_tol=0.02)
+
+
+def test_motion_matching_has_the_gradient_that_the_published_code_lacks() -> None:
+    """Its gradient in the differences of frames is `w_j (fake - real)` over the mean error, and none in what all frames share."""
+    generator = torch.Generator().manual_seed(3)
+    x0, real, fake = (torch.randn(2, 3, 5, 2, 2, generator=generator, dtype=torch.float64) for _ in range(3))
+    x0.requires_grad_(True)
+    (grad,) = torch.autograd.grad(targets.motion_matching(x0, real, fake), x0)
+    moved, wanted, seen = (x.detach().diff(dim=2) for x in (x0, real, fake))
+    error = (moved - wanted).abs().mean((1, 3, 4))
+    growth = 1.2 ** torch.arange(4)
+    for clip in range(2):
+        expected = torch.zeros(3, 5, 2, 2, dtype=torch.float64)
+        for j in range(4):
+            weight = 0.7 * (1 + error[clip, : j + 1].sum() / error[clip].sum()) + 0.3 * growth[j] / growth.mean()
+            pull = weight * (seen - wanted)[clip, :, j] / error[clip].mean() / moved.numel()
+            expected[:, j + 1] += pull
+            expected[:, j] -= pull
+        assert torch.allclose(grad[clip], expected, rtol=1e-4)
+    assert torch.allclose(grad.sum(2), torch.zeros_like(grad.sum(2)), atol=1e-12)
+
+
+def test_motion_matching_moves_the_motion_towards_the_real_one() -> None:
+    """Where the critic sees the student as it is."""
+    generator = torch.Generator().manual_seed(4)
+    x0, real = (torch.randn(1, 2, 4, 2, 2, generator=generator, dtype=torch.float64) for _ in range(2))
+    x0.requires_grad_(True)
+    (grad,) = torch.autograd.grad(targets.motion_matching(x0, real, x0.detach()), x0)
+    distances = [((x0 - step * grad).diff(dim=2) - real.diff(dim=2)).square().sum() for step in (0.0, 1.0)]
+    assert distances[1] < distances[0]
+    assert not torch.autograd.grad(targets.motion_matching(x0, real, real), x0)[0].any()

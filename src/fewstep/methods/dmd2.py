@@ -10,10 +10,12 @@ al., One-step Diffusion with Distribution Matching Distillation, 2311.18828.
     4  x = student's sampler up to a random exit                                (gradient through the last call)
     5  g = (critic(x_t) - guided teacher(x_t)) / mean|x - guided teacher(x_t)|;  put g on x
     6  + gan * softplus(-D(x_t))
-    7  + anchor * d(student(stored state), stored endpoint)
+    7  + motion * (line 5 on differences of neighbouring frames)
+    8  + anchor * d(student(stored state), stored endpoint)
 
 Not from the paper: all turns of an iteration (critic and student) use the same prompts with different noise; D is heads of its
-own on frozen teacher features (FastGen), not on the critic's bottleneck; R1 (2501.08316); critic warm-up. Line 7 is DMD's
+own on frozen teacher features (FastGen), not on the critic's bottleneck; R1 (2501.08316); critic warm-up. Line 7 is Diagonal
+Distillation's (2603.09488), for streams. Line 8 is DMD's
 regression, with pseudo-Huber on latents instead of LPIPS: reverse KL seeks modes, so accuracy can rise while diversity falls,
 and stored noise-to-video pairs keep every mode. `weak` is from MagicDistillation (2503.13319): the real score of line 5 comes
 from teacher weights that are moved part of the way to the critic's.
@@ -64,6 +66,8 @@ class DMD2(Method):
     """Size of the perturbation of the noised latents in the R1 penalty."""
     layers: tuple[int, ...] = (-1,)
     """Teacher blocks whose features the discriminator reads."""
+    motion: Amount = 0.0
+    """Weight of matching the motion between frames (Diagonal Distillation: 0.2); 0: off."""
     weak: float = 0.0
     """Share of the critic's adapters added to the teacher for the real score (MagicDistillation: 0.25); 0: the teacher
     alone. Needs settings.lora."""
@@ -116,14 +120,17 @@ class DMD2(Method):
         x0 = self.rollout(nets.student, batch, rng, grad=True).x0  # 4
         t = self.score_density.sample(len(x0), rng)
         x_t = nets.teacher.path.add_noise(x0, rng.randn(x0.shape, "eps"), t)
-        losses = {"matching": targets.distribution_matching(x0, *self.scores(nets, batch, x_t, t))}  # 5
+        real, fake = self.scores(nets, batch, x_t, t)
+        losses = {"matching": targets.distribution_matching(x0, real, fake)}  # 5
         if self.gan > 0:
             logits = nets.discriminator(nets.teacher.features(x_t, t, batch.cond, self.layers))
             losses["adversarial"] = self.gan * targets.adversarial_generator(logits)  # 6
+        if self.motion > 0:
+            losses["motion"] = self.motion * targets.motion_matching(x0, real, fake)  # 7
         yield losses
         if self.anchor > 0:
             stored = self.anchor_rollout(nets.student, batch, rng, grad=True)
-            yield {"anchor": self.anchor * targets.pseudo_huber(stored.x0, batch.require("pairs").states[:, -1])}  # 7
+            yield {"anchor": self.anchor * targets.pseudo_huber(stored.x0, batch.require("pairs").states[:, -1])}  # 8
 
     @torch.no_grad()
     def scores(self, nets: Nets, batch: Batch, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
