@@ -22,6 +22,7 @@ from fewstep.attention import (
 )
 from fewstep.core import Call, Cond, Seeds, build
 from fewstep.diffusion import CFG, Contract, Exact, Renoise, Shifted, StepCountError, Stream
+from fewstep.methods import SelfForced
 from fewstep.models import VideoModel
 from fewstep.models.repattern import repattern
 from fewstep.streaming import Chunks, Session, fitting
@@ -105,6 +106,11 @@ def test_each_chunk_takes_its_own_number_of_steps() -> None:
     assert session.counts(4) == (4, 1, 1, 1)
 
 
+def test_calls_are_those_of_a_chunk_in_the_long_run() -> None:
+    contract = stepped(Stream(steps=(4, 1)), guidance=CFG(scale=3.0)).card.contract
+    assert contract.calls() == 2 and contract.calls(4) == 8 and stepped(Stream()).card.contract.calls() == 2
+
+
 def test_a_clip_counts_the_steps_of_all_its_chunks() -> None:
     model = stepped(Stream(chunks=(2,), steps=(4, 2, 1)))
     steps = list(model.sampling(PROMPTS, num_frames=8))
@@ -121,11 +127,17 @@ def test_numbers_of_steps_that_cannot_be_are_refused() -> None:
     model = stepped(Stream(steps=(4, 2)))
     with pytest.raises(StepCountError, match="take 4, 2 steps; leave the step count out, not 1"):
         Session(model, PROMPTS, num_inference_steps=1)
+    assert Session(model, PROMPTS, num_inference_steps=2).counts(3) == (4, 2, 2)  # its default: its own plan
     forced = Session(model, PROMPTS, num_inference_steps=1, force=True)
     assert forced.counts(3) == (1, 1, 1) and len(list(forced.steps())) == 1
     loop, (cond, uncond), noise = Chunks.of(model.reader, model.card.contract), model.conditions(PROMPTS), Seeds((0, 1))
     with pytest.raises(ValueError, match="stops all chunks at one step"):
         next(loop.chunk(loop.begin(), torch.zeros(2, 4, 1, 8, 8), cond, uncond, noise, exit=0))
+
+
+def test_a_rollout_of_one_exit_refuses_steps_by_chunk() -> None:
+    with pytest.raises(ValueError, match="stops all chunks at one step"):
+        SelfForced(stream=Stream(steps=(4, 2)))
 
 
 def test_streams_of_one_batch_take_as_many_steps() -> None:

@@ -144,6 +144,23 @@ def test_a_stream_reads_the_frames_that_saw_what_it_will_see() -> None:
         assert chosen is not None and chosen.tolist() == [[0, 2]] * (2 * (1 + guidance.active))
 
 
+def test_a_session_is_told_where_each_chunk_looks_from() -> None:
+    model = streaming_model(Stream(memory=Facing(frames=1, recent=1, sink=0, reach=100.0)), CFG(scale=3.0))
+
+    def looking(turn: float) -> dict[str, Tensor]:
+        return {"pose": torch.tensor([[[0.0, 0.0, 0.0, cos(turn * tau), sin(turn * tau), 0.0]]] * 2)}
+
+    session = Session(model, PROMPTS)
+    for turn in (0.0, 0.25, 0.5):
+        list(session.steps(looking(turn)))
+    ahead, aside = ([*Session(model, session.snapshot).steps(looking(turn))][-1].x for turn in (0.0, 0.25))
+    assert not torch.equal(ahead, aside)  # other frames are read
+    again = [*Session(model, session.snapshot).steps(looking(0.0))][-1].x
+    assert torch.equal(ahead, again)
+    with pytest.raises(ValueError, match="extra 'pose'; got nothing"):
+        list(session.steps())
+
+
 def test_a_chunk_that_is_given_up_was_never_begun() -> None:
     model = streaming_model(Stream(window=3))
     whole, session = made(Session(model, PROMPTS), 3), Session(model, PROMPTS)

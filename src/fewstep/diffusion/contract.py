@@ -159,5 +159,8 @@ class Contract:
         return grid.times(steps)
 
     def calls(self, steps: int | None = None) -> int:
-        """NFE: network evaluations per clip, guidance counted (two per step when it is on)."""
-        return self.sampler.calls(self.steps if steps is None else steps) * (2 if self.guidance.active else 1)
+        """NFE: network evaluations per clip, guidance counted (two per step when it is on). Of a stream: per chunk, in the long
+        run; those that make what is remembered are not counted."""
+        if steps is None:
+            steps = self.stream.steps[-1] if self.stream is not None and self.stream.steps else self.steps
+        return self.sampler.calls(steps) * (2 if self.guidance.active else 1)

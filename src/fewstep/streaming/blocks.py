@@ -62,9 +62,10 @@ class Chunks:
 
     @classmethod
     def of(cls, network: Reader, contract: Contract, steps: int | None = None, *, force: bool = False) -> Chunks:
-        """Those of a contract. StepCountError for a step count that it was not trained for, unless `force`."""
+        """Those of a contract. StepCountError for a step count that it was not trained for, unless `force`. The contract's own
+        number means its stream's, where that has them chunk by chunk."""
         own = () if contract.stream is None else contract.stream.steps
-        if own and steps is not None:
+        if own and steps not in (None, contract.steps):
             if not force:
                 raise StepCountError(
                     f"the chunks of this stream take {', '.join(map(str, own))} steps; leave the step count out, not {steps}"

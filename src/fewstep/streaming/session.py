@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -122,15 +123,19 @@ class Session:
         return tuple(len(self._chunks.grid(index)) - 1 for index in range(chunks))
 
     @torch.no_grad()
-    def steps(self) -> Iterator[Step]:
-        """The next chunk, step by step; the latents of its last step are the chunk's. Given up before, it was never begun."""
+    def steps(self, extra: Mapping[str, Tensor] = MappingProxyType({})) -> Iterator[Step]:
+        """The next chunk, step by step; the latents of its last step are the chunk's. Given up before, it was never begun.
+
+        `extra` is what the conditions say of this chunk alone, such as `pose` (`attention.Facing`).
+        """
         before, index = self.snapshot, self.snapshot.chunks
         noise = Seeds(before.seeds, device=str(self._model.device)).fold(f"chunk/{index}")
         channels, _, height, width = self._model.latent_shape()
         shape = (len(before.prompts), channels, self._chunks.stream.length(index), height, width)
         start = self._chunks.network.path.prior(noise.randn(shape, "start"))
         runner = every_block if self._cache is None else self._cache.begin()
-        for made in self._chunks.chunk(before.memory, start, *self._conditions_of(index), noise, runner=runner):
+        cond, uncond = (given.with_extra(extra) for given in self._conditions_of(index))
+        for made in self._chunks.chunk(before.memory, start, cond, uncond, noise, runner=runner):
             if made.memory is not None:
                 latents = self._chunks.recent(before.latents, made.x, index)
                 self.snapshot = replace(self.snapshot, memory=made.memory, chunks=index + 1, latents=latents)
