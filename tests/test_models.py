@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
-from fewstep.attention import BlockCausal, Dense, Grid3, KVCache, Window
+from fewstep.attention import BlockCausal, Dense, Grid3, Importance, Int8Memory, Keep, KVCache, Window
 from fewstep.attention.pattern import Pattern
 from fewstep.core import Call, Cond, KVView, RecipeError
 from fewstep.diffusion import RectifiedFlow
@@ -241,16 +241,18 @@ def test_streams_of_different_age_share_a_call() -> None:
     assert far(together[:1], net(now[:1], t[:1, 6:], cond[:1], Call(kv=net.recall(nobody, now[:1]))).raw)
 
 
-def test_one_compiled_graph_serves_every_fill_of_a_ring() -> None:
+@pytest.mark.parametrize(
+    "keep", [Window(window=5, sink=1), Importance(window=5), Int8Memory(keep=Window(window=5))], ids=str
+)
+def test_one_compiled_graph_serves_every_fill_of_a_ring(keep: Keep) -> None:
     """The first chunk has no past; from the second on every chunk, every block and every age has the same graph."""
-    pattern = BlockCausal(window=5, sink=1)
-    net, (x, t, cond) = small(pattern), inputs(frames=9)
-    plain, counter = streamed(net, pattern.begin(), x, t, cond, 1), CompileCounter()
+    net, (x, t, cond) = small(BlockCausal()), inputs(frames=9)
+    plain, counter = streamed(net, KVCache.empty(keep), x, t, cond, 1), CompileCounter()
     torch._dynamo.reset()
     for block in net.blocks:
         block.compile(backend=counter, fullgraph=True, dynamic=False)
     with torch.no_grad():
-        torch.testing.assert_close(streamed(net, pattern.begin(), x, t, cond, 1), plain, atol=1e-10, rtol=0)
+        torch.testing.assert_close(streamed(net, KVCache.empty(keep), x, t, cond, 1), plain, atol=1e-10, rtol=0)
     assert counter.frame_count == 2
 
 
