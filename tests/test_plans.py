@@ -357,6 +357,33 @@ def test_a_session_fades_and_arrives() -> None:
     assert session.snapshot.fade == Fade(before=((tuple(PROMPTS), 0.5), (tuple(OTHERS), 0.5)), since=2, over=2)
 
 
+@pytest.mark.parametrize("how", ["recache", "clear", "lerp"])
+def test_a_memory_is_not_changed_under_a_chunk_that_is_being_made(how: Any) -> None:
+    session = Session(stepped(Stream(window=3)), PROMPTS)
+    made(session, 2)
+    steps = session.steps()
+    next(steps)
+    with pytest.raises(ValueError, match=f"finish its steps or close them before '{how}'"):
+        session.steer(OTHERS, how)
+    session.steer(OTHERS)
+    steps.close()
+    session.steer(OTHERS, how)
+    for step in session.steps():
+        if step.index == step.steps - 1:
+            session.steer(PROMPTS, how)  # the chunk is finished
+
+
+def test_a_switch_that_cannot_be_changes_nothing() -> None:
+    session = Session(stepped(Stream(commit="last", window=3)), PROMPTS)
+    made(session, 2)
+    before = session.snapshot
+    with pytest.raises(ValueError, match="choose another switch"):
+        session.steer(OTHERS, "recache")
+    assert session.snapshot is before
+    plain = Session(stepped(Stream(commit="last", window=3)), PROMPTS)
+    assert torch.equal(made(plain, 3)[-1], made(session, 1)[0])
+
+
 def test_other_switches_are_refused() -> None:
     session = Session(stepped(Stream()), PROMPTS)
     with pytest.raises(ValueError, match="one of keep, recache, clear, lerp, not 'melt'"):

@@ -82,7 +82,7 @@ class Session:
             seeds = range(seed, seed + len(start)) if isinstance(seed, int) else seed
             start = Snapshot(tuple(start), tuple(seeds), self._chunks.begin())
         self._model, self._cache, self.snapshot = model, cache, start
-        self._guided = contract.guidance.active
+        self._guided, self._making = contract.guidance.active, False
         self._conditions = conditions or model.conditions(start.prompts, guided=self._guided)
 
     def steer(self, prompts: Sequence[str], how: Switch = "keep", *, over: int = 4) -> None:
@@ -94,7 +94,11 @@ class Session:
             raise ValueError(
                 f"this session has {len(self.snapshot.prompts)} clips, and was given {len(prompts)} prompts"
             )
-        self._conditions = self._model.conditions(prompts, guided=self._guided)
+        if self._making and how != "keep":
+            raise ValueError(
+                f"a chunk is being made, and will be remembered as it was begun; finish its steps or close them before {how!r}"
+            )
+        conditions = self._model.conditions(prompts, guided=self._guided)
         before, fade, memory = self.snapshot, None, self.snapshot.memory
         if how == "lerp":
             fade = Fade(self._mix(before.chunks - 1), before.chunks, over)
@@ -103,8 +107,8 @@ class Session:
         elif how == "recache" and before.latents is not None:
             seeds = Seeds(before.seeds, device=str(self._model.device)).fold(f"recache/{before.chunks}")
             with torch.no_grad():
-                memory = self._chunks.recache(memory, before.latents, *self._conditions, seeds)
-        self.snapshot = replace(before, prompts=tuple(prompts), memory=memory, fade=fade)
+                memory = self._chunks.recache(memory, before.latents, *conditions, seeds)
+        self._conditions, self.snapshot = conditions, replace(before, prompts=tuple(prompts), memory=memory, fade=fade)
 
     def _mix(self, chunk: int) -> Mix:
         """The prompts of a chunk."""
@@ -135,11 +139,16 @@ class Session:
         start = self._chunks.network.path.prior(noise.randn(shape, "start"))
         runner = every_block if self._cache is None else self._cache.begin()
         cond, uncond = (given.with_extra(extra) for given in self._conditions_of(index))
-        for made in self._chunks.chunk(before.memory, start, cond, uncond, noise, runner=runner):
-            if made.memory is not None:
-                latents = self._chunks.recent(before.latents, made.x, index)
-                self.snapshot = replace(self.snapshot, memory=made.memory, chunks=index + 1, latents=latents)
-            yield made.step
+        self._making = True
+        try:
+            for made in self._chunks.chunk(before.memory, start, cond, uncond, noise, runner=runner):
+                if made.memory is not None:
+                    latents = self._chunks.recent(before.latents, made.x, index)
+                    self.snapshot = replace(self.snapshot, memory=made.memory, chunks=index + 1, latents=latents)
+                    self._making = False
+                yield made.step
+        finally:
+            self._making = False
 
     def take(self, chunks: int) -> Iterator[Tensor]:
         """The next chunks, latents `[B, C, f, h, w]` each, as soon as they are made."""
