@@ -17,7 +17,7 @@ from diffusers import WanImageToVideoPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from fewstep.attention import BlockCausal, KVCache
+from fewstep.attention import BlockCausal, KVCache, Window
 from fewstep.cli import main
 from fewstep.core import Call, Cond, Rng, Seeds
 from fewstep.core.build import RecipeError
@@ -117,6 +117,29 @@ def test_whichever_expert_comes_next_finds_its_own_past(experts: Path) -> None:
         torch.testing.assert_close(streamed, whole, atol=1e-5, rtol=1e-5)
         one = network.backbone.expert(0 if t > 0.6 else 1)(x[:, :, 1:], torch.full((2,), t), cond).raw
         assert (streamed - one).abs().max() > 1e-3  # the past is read
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["wan", "wan_experts"])
+def test_a_stream_ends_with_the_table_of_positions_unless_frames_move(family: str) -> None:
+    """Tiny Wan knows 32 positions (Wan: 1024). A window that moves back to its beginning reads the same."""
+    source = str(shared(family))
+    model = Diffusers(source=source, text_dtype="float32", pattern=BlockCausal(chunk=1), **TINY[family].size).load()
+    network, cond, t = model.denoiser, model.text.encode(PROMPTS), torch.full((2,), 0.9)
+    x = Rng(0).randn((2, *model.latent_shape()), "x")[:, :, :1]
+    made = {}
+    for standing, begin in (("absolute", 0), ("rebased", 31), ("window", 31)):
+        memory = replace(KVCache.empty(Window(window=3), 1, standing), start=torch.tensor(begin))
+        known = replace(memory, standing="window")
+        memory = memory.commit(network(x, 0 * t, cond, Call(kv=network.recall(known, x))).kv or (), 1)
+        made[standing] = network(x, t, cond, Call(kv=network.recall(memory, x))).raw
+        if begin:
+            with pytest.raises(
+                ValueError, match=r"knows positions of 32 latent frames, not 33\. Let the stream have a window"
+            ):
+                network(x, t, cond, Call(kv=network.recall(replace(memory, standing="absolute"), x)))
+    for standing in ("rebased", "window"):
+        torch.testing.assert_close(made[standing], made["absolute"], atol=1e-5, rtol=1e-5)
 
 
 def test_experts_must_be_alike(tmp_path: Path) -> None:

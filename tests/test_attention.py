@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fewstep.attention import (
-    KEEPS,
     PATTERNS,
     BlockCausal,
     Dense,
-    Everything,
     Grid3,
-    Keep,
-    KVCache,
     Site,
     TopK,
-    Window,
     attend,
     attending,
     backends,
@@ -287,118 +280,3 @@ def test_a_backend_is_tried_by_running_it(monkeypatch: pytest.MonkeyPatch) -> No
     found = {backend.name: backend for backend in backends("cpu")}
     assert ran == [torch.bfloat16] * 2  # flash and math: the others are for CUDA
     assert not found["sdpa-flash"].available and found["sdpa-math"].why == "no such kernel here"
-
-
-# --- memories -------------------------------------------------------------------------------------------------------------
-
-MEMORIES = [Everything(), Window(window=3), Window(window=6, chunk=2, sink=1), Window(window=5, chunk=2, sink=3)]
-every_memory = pytest.mark.parametrize("keep", MEMORIES, ids=str)
-
-
-def chunk_of(first: int, frames: int, batch: int = 1) -> tuple[tuple[Tensor, Tensor], ...]:
-    """Keys and values of two layers, two tokens a frame, that tell layer and frame."""
-    number = torch.arange(first, first + frames).repeat_interleave(2)[None, None, :, None].expand(batch, 1, -1, 3)
-    return tuple((number + 0.1 + 100 * layer, number + 0.2 + 100 * layer) for layer in range(2))
-
-
-def test_every_policy_has_an_example() -> None:
-    assert {type(keep) for keep in MEMORIES} == set(KEEPS)
-
-
-@every_memory
-def test_a_memory_holds_the_frames_that_its_positions_say(keep: Keep) -> None:
-    """To three times the window: keys and values of every slot are those of the frame that is said to be there."""
-    chunk = getattr(keep, "chunk", 2)
-    memory = KVCache.empty(keep)
-    for first in range(0, 18, chunk):
-        before = memory
-        memory = memory.commit(chunk_of(first, chunk), chunk)
-        assert before.start == first  # it was left as it was
-        assert memory.start == first + chunk
-        for layer, (k, v) in enumerate(memory.layers):
-            for slot, frame in enumerate(memory.positions.tolist()):
-                if frame >= 0:
-                    rows = slice(2 * slot, 2 * slot + 2)
-                    assert k[0, 0, rows, 0].tolist() == pytest.approx([frame + 0.1 + 100 * layer] * 2)
-                    assert v[0, 0, rows, 0].tolist() == pytest.approx([frame + 0.2 + 100 * layer] * 2)
-        held = sorted(frame for frame in memory.positions.tolist() if frame >= 0)
-        now = first + chunk
-        if isinstance(keep, Window):
-            last = keep.slots - keep.sink
-            assert held == sorted({*range(min(keep.sink, now)), *range(max(0, now - last), now)})
-            assert memory.layers[0][0].shape[2] == 2 * keep.slots  # one shape from the first commit on
-        else:
-            assert held == list(range(now))
-
-
-def test_a_ring_overwrites_and_does_not_shift() -> None:
-    keep = Window(window=5, sink=1)
-    memory = KVCache.empty(keep)
-    for frame in range(6):
-        before, memory = memory, memory.commit(chunk_of(frame, 1), 1)
-    changed = (memory.positions != before.positions).nonzero().flatten().tolist()
-    assert len(changed) == 1 and before.positions[changed[0]] == 2 and memory.positions[changed[0]] == 5
-
-
-def test_relative_positions_stand_next_to_each_other() -> None:
-    keep = Window(window=6, chunk=2, sink=1, relative=True)
-    memory = KVCache.empty(keep)
-    for first in range(0, 12, 2):
-        memory = memory.commit(chunk_of(first, 2), 2)
-    where, start = keep.stand(memory)
-    assert sorted(memory.positions.tolist()) == [0, 9, 10, 11]
-    assert (
-        dict(zip(memory.positions.tolist(), where.tolist(), strict=True)) == {0: 0, 9: 1, 10: 2, 11: 3} and start == 4
-    )
-    absolute, begin = replace(keep, relative=False).stand(memory)
-    assert torch.equal(absolute, memory.positions) and begin == 12
-
-
-def test_streams_of_different_age_are_one_batch() -> None:
-    keep = Window(window=4, sink=1)
-    young = KVCache.empty(keep).commit(chunk_of(0, 1), 1)
-    old = KVCache.empty(keep)
-    for frame in range(5):
-        old = old.commit(chunk_of(frame, 1), 1)
-    both = KVCache.batch([young, old])
-    assert both.start.tolist() == [1, 5] and both.positions.shape == (2, 3)
-    after = both.commit(
-        tuple(
-            (torch.cat([a, c]), torch.cat([b, d]))
-            for (a, b), (c, d) in zip(chunk_of(1, 1), chunk_of(5, 1), strict=True)
-        ),
-        1,
-    )
-    for row, (alone, number) in enumerate([(young, 1), (old, 5)]):
-        alone = alone.commit(chunk_of(number, 1), 1)
-        assert torch.equal(after.positions[row], alone.positions)
-        filled = (alone.positions >= 0).repeat_interleave(2)
-        for (k, _), (own, _) in zip(after.layers, alone.layers, strict=True):
-            assert torch.equal(k[row, :, filled], own[0, :, filled])
-
-
-def test_what_cannot_be_committed_is_refused() -> None:
-    one = KVCache.empty().commit(chunk_of(0, 1), 1)
-    with pytest.raises(ValueError, match="2 layers"):
-        one.commit(chunk_of(1, 1)[:1], 1)
-    with pytest.raises(ValueError, match="a chunk has frames"):
-        one.commit((), 1)
-    with pytest.raises(ValueError, match="chunks of 1 frames at most"):
-        KVCache.empty(Window(window=4)).commit(chunk_of(0, 2), 2)
-    with pytest.raises(ValueError, match="raise window"):
-        Window(window=3, chunk=2, sink=2)
-    with pytest.raises(ValueError, match="one policy"):
-        KVCache.batch([one, KVCache.empty(Window(window=4)).commit(chunk_of(0, 1), 1)])
-
-
-@dataclass(frozen=True)
-class Nothing(Keep):
-    """A policy of one's own: the past is forgotten."""
-
-    def commit(self, memory, delta, frames):  # type: ignore[no-untyped-def]
-        return replace(memory, start=memory.start + frames)
-
-
-def test_a_policy_of_ones_own() -> None:
-    memory = KVCache.empty(Nothing()).commit(chunk_of(0, 2), 2)
-    assert memory.start == 2 and memory.layers == ()

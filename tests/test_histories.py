@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.attention import BlockCausal, KVCache
+from fewstep.attention import BlockCausal, Decaying, KVCache, Retrieval
 from fewstep.core import Batch, Call, Cond, KVView, Pairs, Rng
 from fewstep.core.call import Causal
 from fewstep.diffusion import CFG, Contract, Stream
@@ -48,7 +48,7 @@ def clip(model: VideoModel, frames: int, seed: int) -> Tensor:
 def one_after_the_other(model: VideoModel, stream: Stream, x_t: Tensor, t: Tensor, read: Tensor, at: Tensor) -> Tensor:
     """What a stream predicts for the chunks of `x_t`, when it remembers those of `read` at times `at`."""
     cond, _ = model.conditions(PROMPTS)
-    memory, made, bounds = KVCache.empty(keep_of(stream)), [], [0]
+    memory, made, bounds = KVCache.empty(keep_of(stream), max(stream.chunks)), [], [0]
     for length in stream.lengths(x_t.shape[2]):
         bounds.append(bounds[-1] + length)
     for low, high in pairwise(bounds):
@@ -254,6 +254,15 @@ def test_what_one_call_cannot_be_is_refused(model: VideoModel) -> None:
     moving = DiffusionForced(stream=Stream(window=3, sink=1, positions="window")).over(model.denoiser, x)
     with pytest.raises(ValueError, match="absolute"):
         moving(x, t, cond)
+    chosen = DiffusionForced(stream=Stream(memory=Retrieval())).over(model.denoiser, x)
+    with pytest.raises(ValueError, match="remembers by Retrieval"):
+        chosen(x, t, cond)
+    net, whole = model.denoiser, Call(kv=model.denoiser.recall(KVCache.empty(), x))
+    halved = KVCache.empty(Decaying(half=1.0, sink=0)).commit(net(x[:, :, :1], t, cond, whole).kv, 1)
+    for _ in range(2):
+        halved = halved.commit(net(x[:, :, :1], t, cond, whole).kv, 1)
+    with pytest.raises(ValueError, match="parts of them"):
+        net(x, t, cond, Call(causal=Causal((2, 2)), kv=net.recall(halved, x)))
     with pytest.raises(ValueError, match="not 3"):
         DiffusionForced(stream=HALVES).over(model.denoiser, x)(x[:, :, :3], t, cond)
     with pytest.raises(ValueError, match="remembers 'last'"):

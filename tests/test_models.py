@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
-from fewstep.attention import BlockCausal, Dense, Grid3, Keep, KVCache, Window
+from fewstep.attention import BlockCausal, Dense, Grid3, Importance, Int8Memory, Keep, KVCache, Window
 from fewstep.attention.pattern import Pattern
 from fewstep.core import Call, Cond, KVView, RecipeError
 from fewstep.diffusion import RectifiedFlow
@@ -186,8 +186,8 @@ def test_the_past_and_its_distance_matter() -> None:
     assert far(swapped[:, :, 5], net(x, t, cond).raw[:, :, 5])
 
 
-def streamed(net: VideoDiT, keep: Keep, x: Tensor, t: Tensor, cond: Cond, chunk: int) -> Tensor:
-    memory, parts = KVCache.empty(keep), []
+def streamed(net: VideoDiT, memory: KVCache, x: Tensor, t: Tensor, cond: Cond, chunk: int) -> Tensor:
+    parts = []
     for part, times in zip(x.split(chunk, 2), t.split(chunk, 1), strict=True):
         out = net(part, times, cond, Call(kv=net.recall(memory, part)))
         assert out.kv is not None
@@ -202,7 +202,7 @@ def test_a_window_with_sink_is_one_masked_forward(chunk: int, window: int, sink:
     pattern = BlockCausal(chunk=chunk, window=window, sink=sink)
     net, (x, t, cond) = small(pattern), inputs(frames=3 * window)
     whole = net(x, t, cond).raw
-    torch.testing.assert_close(streamed(net, pattern.keep, x, t, cond, chunk), whole, atol=1e-10, rtol=0)
+    torch.testing.assert_close(streamed(net, pattern.begin(), x, t, cond, chunk), whole, atol=1e-10, rtol=0)
     assert far(whole, small(BlockCausal(chunk=chunk))(x, t, cond).raw)
 
 
@@ -210,7 +210,10 @@ def test_without_a_sink_only_distances_count() -> None:
     """A window that is re-indexed is the same model where there is no sink, and another one where there is."""
     net, (x, t, cond) = small(BlockCausal()), inputs(frames=9)
     for sink, alike in ((0, True), (1, False)):
-        kept = [streamed(net, Window(window=4, sink=sink, relative=on), x, t, cond, 1) for on in (False, True)]
+        kept = [
+            streamed(net, KVCache.empty(Window(window=4, sink=sink), standing=on), x, t, cond, 1)
+            for on in ("absolute", "window")
+        ]
         assert far(*kept) != alike
         if alike:
             torch.testing.assert_close(*kept, atol=1e-10, rtol=0)
@@ -238,16 +241,18 @@ def test_streams_of_different_age_share_a_call() -> None:
     assert far(together[:1], net(now[:1], t[:1, 6:], cond[:1], Call(kv=net.recall(nobody, now[:1]))).raw)
 
 
-def test_one_compiled_graph_serves_every_fill_of_a_ring() -> None:
+@pytest.mark.parametrize(
+    "keep", [Window(window=5, sink=1), Importance(window=5), Int8Memory(keep=Window(window=5))], ids=str
+)
+def test_one_compiled_graph_serves_every_fill_of_a_ring(keep: Keep) -> None:
     """The first chunk has no past; from the second on every chunk, every block and every age has the same graph."""
-    pattern = BlockCausal(window=5, sink=1)
-    net, (x, t, cond) = small(pattern), inputs(frames=9)
-    plain, counter = streamed(net, pattern.keep, x, t, cond, 1), CompileCounter()
+    net, (x, t, cond) = small(BlockCausal()), inputs(frames=9)
+    plain, counter = streamed(net, KVCache.empty(keep), x, t, cond, 1), CompileCounter()
     torch._dynamo.reset()
     for block in net.blocks:
         block.compile(backend=counter, fullgraph=True, dynamic=False)
     with torch.no_grad():
-        torch.testing.assert_close(streamed(net, pattern.keep, x, t, cond, 1), plain, atol=1e-10, rtol=0)
+        torch.testing.assert_close(streamed(net, KVCache.empty(keep), x, t, cond, 1), plain, atol=1e-10, rtol=0)
     assert counter.frame_count == 2
 
 

@@ -392,5 +392,5 @@ def test_what_is_refused_is_refused_before_the_first_step() -> None:
     model.card = replace(model.card, contract=replace(model.card.contract, stream=Stream(chunks=(2,))))
     with pytest.raises(ValueError, match="chunk by chunk, and takes no image"):
         model.sampling(PROMPTS, image=torch.zeros(3, 32, 32))
-    with pytest.raises(ValueError, match="7 frames are not whole chunks; ask for 6 or 8 frames"):
+    with pytest.raises(ValueError, match=r"7 frames are 7 latent .*ask for 6 frames \(6 .*or 8 frames \(8"):
         model.sampling(PROMPTS, num_frames=7)

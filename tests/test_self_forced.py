@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.attention import KVCache
+from fewstep.attention import Importance, Int8Memory, KVCache, MovingSink, Window
 from fewstep.core import Batch, Call, Cond, KVView, Rng, Seeds
 from fewstep.diffusion import CFG, Contract, Shifted, Stream
 from fewstep.engine import train
@@ -27,6 +27,8 @@ pytestmark = pytest.mark.usefixtures("single_thread")
 STREAMS = {
     "all": Stream(), "chunks": Stream(chunks=(2,)), "sink": Stream(window=3, sink=1),
     "noised": Stream(commit="noised", context_time=0.2), "last": Stream(commit="last", window=2),
+    "importance": Stream(memory=Importance(window=3)), "sink of means": Stream(memory=MovingSink(window=3, sink=1, decay=0.5)),
+    "int8": Stream(memory=Int8Memory(keep=Window(window=4, sink=1)), positions="sink"),
 }  # fmt: skip
 TWO = ((1.0, 0.5),)
 
@@ -124,9 +126,11 @@ def test_the_gradient_of_a_chunk_is_that_of_its_own_call(stream: Stream) -> None
             assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
 
 
-def test_recomputed_blocks_read_what_they_read_before() -> None:
+@pytest.mark.parametrize(
+    "stream", [Stream(window=2), STREAMS["importance"], STREAMS["int8"]], ids=["window", "chosen", "int8"]
+)
+def test_recomputed_blocks_read_what_they_read_before(stream: Stream) -> None:
     """Also after the window has moved on: blocks run anew in the backward pass, long after the rollout."""
-    stream = Stream(window=2)
     model = streaming_model(stream)
     weights, found = list(model.denoiser.requires_grad_(True).parameters()), []
     for checkpointing in (False, True):
@@ -183,7 +187,7 @@ def test_a_run_trains_with_it_and_its_student_is_sampled_as_a_stream(tmp_path: P
     assert torch.equal(again.latents(PROMPTS), student.latents(PROMPTS)) and student.latents(PROMPTS).shape[2] == FRAMES
     longer = again.latents(PROMPTS, num_frames=3 * FRAMES)
     assert longer.shape[2] == 3 * FRAMES and torch.equal(longer[:, :, :FRAMES], again.latents(PROMPTS))
-    with pytest.raises(ValueError, match="7 frames are not whole chunks; ask for 6 or 8 frames"):
+    with pytest.raises(ValueError, match=r"7 frames are 7 latent frames, .*ask for 6 frames \(6 .*or 8 frames \(8"):
         again.sampling(PROMPTS, num_frames=7)  # at once
     for option in ({"shared": object()}, {"runner": lambda block, state, place: block(state)}):
         with pytest.raises(ValueError, match="leave"):

@@ -4,17 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import cos, sin, tau
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from fewstep.attention import BlockCausal, Dense, Everything, KVCache, Window
+from fewstep.attention import (
+    KEEPS,
+    BlockCausal,
+    Decaying,
+    Dense,
+    Everything,
+    Facing,
+    Importance,
+    Int8Memory,
+    KVCache,
+    MovingSink,
+    Prefix,
+    Retrieval,
+    Window,
+)
 from fewstep.caching import SkipMiddle
 from fewstep.core import Call, Seeds
 from fewstep.core.call import Place, Runner, S
-from fewstep.diffusion import CFG, EDM, Contract, Exact, Renoise, Shifted, Stream
+from fewstep.diffusion import CFG, EDM, Contract, Exact, Memory, Renoise, Shifted, Stream
 from fewstep.models import VideoModel
 from fewstep.models.repattern import repattern
 from fewstep.streaming import Chunks, Session
@@ -73,6 +88,77 @@ def test_restored_from_a_snapshot_it_goes_on_bit_for_bit() -> None:
     made(session, 2)  # somebody goes on
     again = made(Session(model, paused), 4)
     assert all(torch.equal(a, b) for a, b in zip(again, whole[2:], strict=True))
+
+
+POLICIES = {
+    "everything": Stream(), "window": Stream(window=3, sink=1), "rebased": Stream(window=3, positions="rebased"),
+    "prefix": Stream(memory=Prefix(frames=1), positions="sink"),
+    "moving sink": Stream(memory=MovingSink(window=4, sink=1, decay=0.5)),
+    "importance": Stream(memory=Importance(window=4, sink=1), positions="window"),
+    "retrieval": Stream(memory=Retrieval(frames=1, recent=1, sink=1)), "decaying": Stream(memory=Decaying(half=1.0, sink=1)),
+    "int8": Stream(memory=Int8Memory(keep=Importance(window=4))),
+}  # fmt: skip
+
+
+def test_every_policy_is_streamed_but_the_one_that_needs_poses() -> None:
+    kinds = {type(keep_of(stream)) for stream in POLICIES.values()}
+    assert set(KEEPS) - kinds == {Facing}
+
+
+@pytest.mark.parametrize("guidance", [CFG(), CFG(scale=3.0)], ids=["plain", "guided"])
+@pytest.mark.parametrize("stream", POLICIES.values(), ids=POLICIES)
+def test_every_policy_is_restored_bit_for_bit_and_cancelled_without_a_trace(stream: Stream, guidance: CFG) -> None:
+    model = streaming_model(stream, guidance)
+    whole, session = made(Session(model, PROMPTS), 6), Session(model, PROMPTS)
+    made(session, 3)
+    paused = session.snapshot
+    bits = [x.clone() for layer in paused.memory.layers for x in layer]
+    given_up = session.steps()
+    next(given_up)
+    given_up.close()
+    assert session.snapshot is paused
+    made(session, 2)  # somebody goes on
+    assert all(
+        torch.equal(a, b) for a, b in zip(bits, (x for layer in paused.memory.layers for x in layer), strict=True)
+    )
+    again = made(Session(model, paused), 3)
+    assert all(torch.equal(a, b) for a, b in zip(again, whole[3:], strict=True))
+
+
+def test_a_stream_reads_the_frames_that_saw_what_it_will_see() -> None:
+    """Poses come with the condition of each chunk, and are remembered with it, of both branches of guidance."""
+    for guidance in (CFG(), CFG(scale=3.0)):
+        model = streaming_model(Stream(memory=Facing(frames=1, recent=1, sink=0, reach=100.0)), guidance)
+        loop = Chunks(network=model.reader, contract=model.card.contract, times=(1.0, 0.5, 0.0))
+        cond, uncond = model.conditions(PROMPTS)
+        memory = loop.begin()
+        for frame, turn in enumerate((0.0, 0.25, 0.5, 0.0)):
+            pose = torch.tensor([[[0.0, 0.0, 0.0, cos(turn * tau), sin(turn * tau), 0.0]]] * 2)
+            noise = Seeds((0, 1)).fold(str(frame))
+            facing = cond.with_extra({"pose": pose})
+            chosen = memory.facing(torch.cat([pose] * (1 + guidance.active))).read().positions if frame else None
+            *_, last = loop.chunk(
+                memory, noise.randn((2, 4, 1, 8, 8), "start"), facing, uncond.with_extra({"pose": pose}), noise
+            )
+            memory = last.memory or memory
+        assert chosen is not None and chosen.tolist() == [[0, 2]] * (2 * (1 + guidance.active))
+
+
+def test_a_session_is_told_where_each_chunk_looks_from() -> None:
+    model = streaming_model(Stream(memory=Facing(frames=1, recent=1, sink=0, reach=100.0)), CFG(scale=3.0))
+
+    def looking(turn: float) -> dict[str, Tensor]:
+        return {"pose": torch.tensor([[[0.0, 0.0, 0.0, cos(turn * tau), sin(turn * tau), 0.0]]] * 2)}
+
+    session = Session(model, PROMPTS)
+    for turn in (0.0, 0.25, 0.5):
+        list(session.steps(looking(turn)))
+    ahead, aside = ([*Session(model, session.snapshot).steps(looking(turn))][-1].x for turn in (0.0, 0.25))
+    assert not torch.equal(ahead, aside)  # other frames are read
+    again = [*Session(model, session.snapshot).steps(looking(0.0))][-1].x
+    assert torch.equal(ahead, again)
+    with pytest.raises(ValueError, match="extra 'pose'; got nothing"):
+        list(session.steps())
 
 
 def test_a_chunk_that_is_given_up_was_never_begun() -> None:
@@ -157,9 +243,20 @@ def test_the_first_chunk_may_be_shorter() -> None:
 
 def test_the_memory_of_a_stream() -> None:
     assert keep_of(Stream()) == Everything()
-    assert keep_of(Stream(chunks=(1, 3), window=9, sink=2, positions="window")) == Window(
-        window=9, chunk=3, sink=2, relative=True
-    )
+    assert keep_of(Stream(chunks=(1, 3), window=9, sink=2)) == Window(window=9, sink=2)
+    assert keep_of(Stream(memory=Prefix(frames=2))) == Prefix(frames=2)
+    model = streaming_model(Stream(chunks=(1, 3), window=9, sink=2, positions="window"))
+    begun = Chunks(network=model.reader, contract=model.card.contract, times=(1.0, 0.0)).begin()
+    assert (begun.keep, begun.chunk, begun.standing) == (Window(window=9, sink=2), 3, "window")
+    with pytest.raises(ValueError, match="derive it from Keep"):
+        keep_of(Stream(memory=Foreign()))
+
+
+class Foreign(Memory):
+    """A policy that says nothing of what is kept."""
+
+    def check(self, chunk: int) -> None:
+        pass
 
 
 def test_a_model_of_whole_clips_is_refused() -> None:

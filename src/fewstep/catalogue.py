@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from fewstep.attention import PATTERNS
+from fewstep.attention import KEEPS, PATTERNS
 from fewstep.caching import CACHES
 from fewstep.compress import TRANSFORMS
 from fewstep.core.shipped import headline, shipped
@@ -32,6 +32,7 @@ KINDS: Mapping[str, tuple[Callable[..., Any], ...]] = MappingProxyType({
     "rollouts": ROLLOUTS,
     "histories": HISTORIES,
     "patterns": PATTERNS,
+    "memories": KEEPS,
     "caches": CACHES,
     "transforms": TRANSFORMS,
     "samplers": SAMPLERS,

@@ -3,7 +3,20 @@
 from fewstep.attention.block_causal import BlockCausal
 from fewstep.attention.dense import Dense
 from fewstep.attention.kernels import Backend, Tier, attend, attending, backends, pick, require_tier
-from fewstep.attention.kv import KEEPS, Everything, Keep, KVCache, Window
+from fewstep.attention.kv import (
+    KEEPS,
+    Decaying,
+    Everything,
+    Facing,
+    Importance,
+    Int8Memory,
+    Keep,
+    KVCache,
+    MovingSink,
+    Prefix,
+    Retrieval,
+    Window,
+)
 from fewstep.attention.nag import NAG
 from fewstep.attention.pattern import Grid3, Operation, Pattern, Site, operate
 from fewstep.attention.routed.top_k import TopK
@@ -12,7 +25,7 @@ from fewstep.attention.ulysses import Ulysses
 PATTERNS: tuple[type[Pattern], ...] = (Dense, BlockCausal, TopK)
 
 __all__ = [
-    "KEEPS", "NAG", "PATTERNS", "Backend", "BlockCausal", "Dense", "Everything", "Grid3", "KVCache", "Keep", "Operation",
-    "Pattern", "Site", "Tier", "TopK", "Ulysses", "Window", "attend", "attending", "backends", "operate", "pick",
-    "require_tier",
+    "KEEPS", "NAG", "PATTERNS", "Backend", "BlockCausal", "Decaying", "Dense", "Everything", "Facing", "Grid3", "Importance",
+    "Int8Memory", "KVCache", "Keep", "MovingSink", "Operation", "Pattern", "Prefix", "Retrieval", "Site", "Tier", "TopK",
+    "Ulysses", "Window", "attend", "attending", "backends", "operate", "pick", "require_tier",
 ]  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fewstep.attention.kernels import attend
-from fewstep.attention.kv import Everything, Keep, Window
+from fewstep.attention.kv import Everything, Keep, KVCache, Window
 from fewstep.attention.pattern import Operation, Pattern, Site, frames_of
 from fewstep.core.bounds import Count, Natural
 
@@ -43,7 +43,11 @@ class BlockCausal(Pattern):
     @property
     def keep(self) -> Keep:
         """What a memory must hold so that streaming equals this pattern."""
-        return Window(window=self.window, chunk=self.chunk, sink=self.sink) if self.window else Everything()
+        return Window(window=self.window, sink=self.sink) if self.window else Everything()
+
+    def begin(self) -> KVCache:
+        """The memory of a stream that has not begun, with which streaming equals this pattern."""
+        return KVCache.empty(self.keep, self.chunk)
 
     def operation(self, layer: int, heads: int, width: int) -> Operation:
         return _ChunkByChunk(self)
@@ -55,9 +59,9 @@ class BlockCausal(Pattern):
             )
         if site.call.kv is None:
             return
-        if bool((site.call.kv.start % self.chunk).any()):
+        if bool((site.call.kv.number % self.chunk).any()):
             raise ValueError(
-                f"a memory up to frame {site.call.kv.start.tolist()} ends inside a chunk of {self.chunk}; commit whole "
+                f"a memory up to frame {site.call.kv.number.tolist()} ends inside a chunk of {self.chunk}; commit whole "
                 "chunks only"
             )
         if self.window and site.past and site.grid.frames > self.chunk:
@@ -92,6 +96,10 @@ class _ChunkByChunk(Operation):
 
     def forward(self, q_BHND: Tensor, k_BHMD: Tensor, v_BHMD: Tensor, site: Site) -> Tensor:
         per_frame, past, read = site.grid.per_frame, site.past, []
+        if (
+            past and site.grid.frames <= self.pattern.chunk
+        ):  # all that is remembered, which may be less than whole frames
+            return attend(q_BHND, k_BHMD, v_BHMD, site.readable_B11M)
         for start, stop in self._chunks(site):
             runs = self.pattern.reads(past + start, past + stop, past)
             k, v = (frames_of(x, runs, per_frame) for x in (k_BHMD, v_BHMD))

@@ -132,6 +132,10 @@ def parts_of(causal: Causal, grid: Grid3, kv: KVView | None) -> tuple[Part, ...]
     if kv is not None:
         if kv.start.ndim or kv.positions.ndim > 1:
             raise ValueError("chunks of one call read a past of one age; call once for each age")
+        if kv.layers and kv.layers[0][0].shape[2] != kv.slots * grid.per_frame:
+            raise ValueError(
+                "chunks of one call read whole frames, and this past has parts of them; call once for each chunk"
+            )
         first, past = int(kv.start), kv.slots
         places = {p: slot for slot, p in enumerate(kv.positions.tolist()[:past]) if p >= 0}
     places = {first + frame: past + frame for frame in range(grid.frames)} | places

@@ -40,6 +40,7 @@ class List(Command):
             "data",
             "rollouts",
             "patterns",
+            "memories",
             "caches",
             "transforms",
             "samplers",

@@ -58,6 +58,13 @@ class KVView:
     """Position of the call's first frame, int64, `[]` or `[B]`."""
     readable: Tensor | None = None
     """False for slots without a frame, same shape as `positions`; None: every slot holds a frame."""
+    frame: Tensor | None = None
+    """Number of the call's first frame in its stream, like `start`; None: `start`, which is it where positions are absolute."""
+
+    @property
+    def number(self) -> Tensor:
+        """Number of the call's first frame in its stream, from 0."""
+        return self.start if self.frame is None else self.frame
 
     def layer(self, index: int) -> KV | None:
         return self.layers[index] if self.layers else None

@@ -1,6 +1,6 @@
 """Mathematics without networks: paths, predictions, times, guidance, samplers."""
 
-from fewstep.diffusion.contract import Contract, Stream
+from fewstep.diffusion.contract import Contract, Memory, Standing, Stream
 from fewstep.diffusion.densities import DENSITIES, Grid, LogitNormal, TimeDensity, Uniform
 from fewstep.diffusion.dynamic import DynamicCFG
 from fewstep.diffusion.grids import (
@@ -53,7 +53,8 @@ NAMED: tuple[type, ...] = (*PATHS, *SAMPLERS, *GRIDS, *GUIDANCES)
 __all__ = [
     "CFG", "DDIM", "DENSITIES", "EDM", "GRIDS", "GUIDANCES", "KINDS", "NAMED", "PATHS", "SAMPLERS", "STG", "VP", "Angles",
     "Betas", "Contract", "DPMpp2M", "DynamicCFG", "Euler", "Exact", "FixedStride", "FlowSchedule", "Grid", "Heun", "Kind",
-    "LinearQuadratic", "LogitNormal", "MultistepTimesteps", "NoisePath", "Prediction", "RectifiedFlow", "Renoise", "SDEDPMpp2M",
-    "Sampler", "Shifted", "Staggered", "Step", "StepCountError", "Stream", "TimeDensity", "TimeGrid", "Timesteps", "Trained",
-    "Trig", "UniPC", "Uniform", "WholeTimesteps", "from_x0", "shifted", "target", "timestep", "uniform_grid",
+    "LinearQuadratic", "LogitNormal", "Memory", "MultistepTimesteps", "NoisePath", "Prediction", "RectifiedFlow", "Renoise",
+    "SDEDPMpp2M", "Sampler", "Shifted", "Staggered", "Standing", "Step", "StepCountError", "Stream", "TimeDensity", "TimeGrid",
+    "Timesteps", "Trained", "Trig", "UniPC", "Uniform", "WholeTimesteps", "from_x0", "shifted", "target", "timestep",
+    "uniform_grid",
 ]  # fmt: skip

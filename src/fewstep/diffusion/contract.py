@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,6 +13,17 @@ from fewstep.diffusion.grids import Shifted, TimeGrid
 from fewstep.diffusion.guidance import CFG
 from fewstep.diffusion.samplers import Euler, Sampler
 
+Standing = Literal["absolute", "window", "sink", "rebased"]
+"""Where remembered frames stand, as rotary embedding is told (`attention.kv.standing`)."""
+
+
+class Memory(ABC):
+    """What the memory of a stream holds. A contract only names it; the policies are `attention.KEEPS`."""
+
+    @abstractmethod
+    def check(self, chunk: int) -> None:
+        """ValueError unless it can serve chunks of up to so many frames."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stream:
@@ -19,38 +31,68 @@ class Stream:
 
     chunks: tuple[Size, ...] = (1,)
     """Latent frames of each chunk; the last number repeats: `(1, 3)` is 1, 3, 3, ..."""
+    steps: tuple[Size, ...] = ()
+    """Number of steps of each chunk; the last number repeats: `(4, 2)` is 4, 2, 2, ... (ASD, 2511.01419, has more steps in the
+    first chunk). Each must be a step count of the contract. Empty: the contract's own number in every chunk."""
     window: Natural = 0
-    """Latent frames that a chunk may read, including the sink and its own frames; 0: all."""
+    """Latent frames that a chunk may read, including the sink and its own frames; 0: all. Short for `memory: {type: Window}`."""
     sink: Natural = 0
     """First frames of the stream that stay in memory; they count towards `window`."""
+    memory: Memory | None = None
+    """Policy that says what is remembered, such as `{type: Retrieval, frames: 6}`. null: what `window` and `sink` say."""
     commit: Literal["clean", "noised", "last"] = "clean"
     """Keys and values to remember of a finished chunk: those of one more call on its clean latents (`clean`), those of one
     more call on its latents noised to `context_time` (`noised`), or those of its last step (`last`), without another call."""
     context_time: Decay = 0.0
     """Time of the noised latents if `commit` is `noised`."""
-    positions: Literal["absolute", "window"] = "absolute"
-    """Position of a remembered frame: its place in the stream (`absolute`) or its place in the window (`window`)."""
+    positions: Standing = "absolute"
+    """Position of a remembered frame. `absolute`: its place in the stream. `window`: its place among the remembered frames.
+    `sink`: its place in the stream, but the sink stands just before the oldest other frame. `rebased`: its place in the stream
+    until the network's table of positions ends; then all move down."""
 
     def __post_init__(self) -> None:
         if not self.chunks or min(self.chunks) < 1:
             raise ValueError(f"chunks have at least 1 latent frame each, and there is at least one; got {self.chunks}")
-        if self.sink < 0 or self.window < 0:
-            raise ValueError(f"window and sink cannot be negative, got {self.window} and {self.sink}")
-        if not self.window and (self.sink or self.positions == "window"):
-            raise ValueError("a stream that reads all its past has no sink and no positions in a window; give a window")
-        if self.window and self.window < self.sink + max(self.chunks):
-            raise ValueError(
-                f"a window of {self.window} frames cannot hold a sink of {self.sink} and a chunk of {max(self.chunks)}"
-            )
+        if self.steps and min(self.steps) < 1:
+            raise ValueError(f"a chunk takes at least 1 step; got steps={self.steps}")
+        self._check_memory()
         if (self.commit == "noised") != (0 < self.context_time < 1):
             raise ValueError(
                 f"context_time is the time, between 0 and 1, at which noised latents are remembered, and 0 otherwise; got "
                 f"{self.context_time} with commit {self.commit}"
             )
 
+    def _check_memory(self) -> None:
+        if self.memory is not None:
+            if self.window or self.sink:
+                raise ValueError(
+                    f"memory says what is remembered, and so do window={self.window} and sink={self.sink}; set them in memory"
+                )
+            self.memory.check(max(self.chunks))
+            return
+        if self.sink < 0 or self.window < 0:
+            raise ValueError(f"window and sink cannot be negative, got {self.window} and {self.sink}")
+        if not self.window and (self.sink or self.positions != "absolute"):
+            raise ValueError(
+                "a stream that reads all its past has no sink and no positions in a window; give a window or a memory"
+            )
+        if self.window and self.window < self.sink + max(self.chunks):
+            raise ValueError(
+                f"a window of {self.window} frames cannot hold a sink of {self.sink} and a chunk of {max(self.chunks)}"
+            )
+
     def length(self, index: int) -> int:
         """Latent frames of chunk `index`, counted from 0."""
         return self.chunks[min(index, len(self.chunks) - 1)]
+
+    def index(self, frame: int) -> int:
+        """Number of the chunk that begins at latent frame `frame`. ValueError inside a chunk."""
+        index = begin = 0
+        while begin < frame:
+            begin, index = begin + self.length(index), index + 1
+        if begin != frame:
+            raise ValueError(f"no chunk of {list(self.chunks)} latent frames begins at frame {frame}")
+        return index
 
     def lengths(self, frames: int) -> tuple[int, ...]:
         """Lengths of the chunks of a clip of `frames` latent frames.
@@ -97,6 +139,8 @@ class Contract:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"a clip takes at least 1 step, got steps={self.steps}")
+        for count in () if self.stream is None else self.stream.steps:
+            self.grid.times(count)  # StepCountError for a number of steps that it was not trained for
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -115,5 +159,8 @@ class Contract:
         return grid.times(steps)
 
     def calls(self, steps: int | None = None) -> int:
-        """NFE: network evaluations per clip, guidance counted (two per step when it is on, three with STG)."""
-        return self.sampler.calls(self.steps if steps is None else steps) * self.guidance.passes
+        """NFE: network evaluations per clip, guidance counted (two per step when it is on, three with STG). Of a stream: per chunk,
+        in the long run; those that make what is remembered are not counted."""
+        if steps is None:
+            steps = self.stream.steps[-1] if self.stream is not None and self.stream.steps else self.steps
+        return self.sampler.calls(steps) * self.guidance.passes

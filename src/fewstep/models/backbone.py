@@ -272,12 +272,15 @@ class Backbone(nn.Module, ABC):
         """What calls like `call` on latents like `x`, which come next, may read of a memory. Make it once for all calls of a
         chunk.
         """
-        grid, (positions, start), layers = self.grid(x), memory.keep.stand(memory), memory.layers
+        grid, read = self.grid(x), memory.read()
+        (positions, start), layers = read.stand(self.rotary.longest), read.layers
         if layers:
             table = self.rotary.table(positions.clamp_min(0), grid, x)
+            if read.rows is not None:
+                table = table[..., (read.rows @ torch.tensor([grid.per_frame, 1])).to(table.device), :]
             table = table if call.shared is None else cast(Ulysses, call.shared).own_heads(table)
             layers = tuple((self.rotary.turn(k, table).to(v), v) for k, v in layers)
-        return KVView(layers, positions, start, positions >= 0 if memory.keep.leaves_empty else None)
+        return KVView(layers, positions, start, positions >= 0 if memory.keep.leaves_empty else None, read.start)
 
     def site(self, pattern: Pattern, grid: Grid3, call: Call, device: torch.device) -> Site:
         """Where this call's self-attention is. ValueError where `pattern` cannot be right."""
@@ -301,8 +304,20 @@ class Backbone(nn.Module, ABC):
 
     def turns(self, grid: Grid3, x: Tensor, call: Call) -> Tensor:
         """The table of `rotary` for the tokens of a call."""
+        self._require_positions(call, grid.frames)
         make = partial(self.rotary.table, call.positions(grid.frames), grid, x)
         return make() if call.kv is not None else call.constant("turns", make)  # a stream moves on
+
+    def _require_positions(self, call: Call, frames: int) -> None:
+        """ValueError past the end of the table of positions."""
+        if (longest := self.rotary.longest) is None:
+            return
+        end = frames if call.kv is None else int(call.kv.start.max()) + frames
+        if end > longest:
+            what = (
+                "" if call.kv is None else '. Let the stream have a window, and positions "window", "sink" or "rebased"'
+            )
+            raise ValueError(f"{type(self).__name__} knows positions of {longest} latent frames, not {end}{what}")
 
     def with_scalars(self, time_BGE: Tensor, cond: Cond) -> Tensor:
         """The time embedding, to which every added scalar input adds what `cond` says of it."""

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from fewstep.attention import PATTERNS
+from fewstep.attention import KEEPS, PATTERNS
 from fewstep.compress import TRANSFORMS, Transform, transformed
 from fewstep.core import RecipeError, build
 from fewstep.core.bounds import FrameRate, Size, require_bounds
@@ -62,7 +62,7 @@ def parse_card(tree: Any, where: str) -> Card:
     """The card of its plain values. RecipeError says what is wrong with them, or that they would import code."""
     if not (isinstance(tree, dict) and tree.get("parts")):
         raise RecipeError(f"{where}: parts is empty or missing, so there is no network to load; copy the folder again")
-    names = {cls.__name__: cls for classes in (NAMED, TRANSFORMS, PATTERNS) for cls in classes}
+    names = {cls.__name__: cls for classes in (NAMED, TRANSFORMS, PATTERNS, KEEPS) for cls in classes}
     card: Card = build(Card, tree, names, where)
     return card
 

@@ -17,6 +17,11 @@ from fewstep.attention import Grid3
 class Rotary(Protocol):
     """Tables of angles, and how they turn keys and queries."""
 
+    @property
+    def longest(self) -> int | None:
+        """Number of frames whose positions the network knows; None: any."""
+        ...
+
     def table(self, frames: Tensor, grid: Grid3, like: Tensor) -> Tensor:
         """Cosines and sines of the tokens of frames that stand at `frames`, `[F]`: `[2, M, D / 2]` or `[2, H, M, D / 2]`, with
         the type and on the device of `like`.
@@ -38,6 +43,7 @@ class FrameRotary:
     base: float
     halves: bool = False
     """Whether the pairs `(x[i], x[i + D/2])` are rotated, or the pairs `(x[2i], x[2i + 1])`."""
+    longest: int | None = None
 
     def table(self, frames: Tensor, grid: Grid3, like: Tensor) -> Tensor:
         """An axis has its own angles, so only each axis is computed in float64 on the CPU, which takes no time."""

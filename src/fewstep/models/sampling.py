@@ -17,6 +17,7 @@ from fewstep.diffusion import CFG, Prediction, Step, StepCountError
 from fewstep.diffusion.samplers import Denoise
 from fewstep.models.images import Images
 from fewstep.models.served import serving
+from fewstep.streaming.plan import fitting
 from fewstep.streaming.session import Session
 
 if TYPE_CHECKING:
@@ -150,7 +151,12 @@ def sampling(model: VideoModel, request: Request) -> Iterator[Step]:
 
 def _streamed(model: VideoModel, request: Request, guidance: CFG) -> Iterator[Step]:
     """The steps of all chunks of a clip, one after the other; the latents of each are all that is there by then."""
-    contract, lengths = model.card.contract, _chunks(model, request.num_frames or model.card.num_frames)
+    contract, frames = model.card.contract, request.num_frames or model.card.num_frames
+    assert contract.stream is not None
+    try:
+        lengths = fitting(contract.stream, frames, lambda count: model.latent_shape(count)[1])
+    except ValueError as error:
+        raise ValueError(f"{model.card.name!r}: {error}") from None
     with torch.no_grad(), model.runtime.precision():
         conditions = _conditions(model, request, guided=guidance.active)
     session = Session(
@@ -158,37 +164,17 @@ def _streamed(model: VideoModel, request: Request, guidance: CFG) -> Iterator[St
         conditions=conditions, num_inference_steps=request.num_inference_steps, force=request.force,
     )  # fmt: skip
 
+    counts = session.counts(len(lengths))
+
     def steps() -> Iterator[Step]:
         done = list[Tensor]()
         for chunk in range(len(lengths)):
             for step in session.steps():
                 x = torch.cat([*done, step.x], 2)
-                yield replace(step, index=chunk * step.steps + step.index, steps=len(lengths) * step.steps, x=x)
+                yield replace(step, index=sum(counts[:chunk]) + step.index, steps=sum(counts), x=x)
             done.append(step.x)
 
     return steps()
-
-
-def _chunks(model: VideoModel, frames: int) -> tuple[int, ...]:
-    """Latent frames of the chunks of a clip. ValueError names the nearest clips that whole chunks make."""
-    stream = model.card.contract.stream
-    assert stream is not None
-
-    def lengths(count: int) -> tuple[int, ...] | None:
-        try:
-            return stream.lengths(model.latent_shape(count)[1]) if count > 0 else None
-        except ValueError:
-            return None
-
-    if (found := lengths(frames)) is not None:
-        return found
-    near = [
-        next((n for n in wider if lengths(n)), None) for wider in (range(frames, 0, -1), range(frames, 2 * frames + 99))
-    ]
-    raise ValueError(
-        f"{model.card.name!r} makes chunks of {', '.join(map(str, stream.chunks))} latent frames, and {frames} frames are not "
-        f"whole chunks; ask for {' or '.join(str(n) for n in near if n)} frames"
-    )
 
 
 def _denoising(model: VideoModel, request: Request, guidance: CFG) -> Denoise:

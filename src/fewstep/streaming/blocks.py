@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from fewstep.attention import Everything, Keep, KVCache, Window
-from fewstep.core import Call, Cond, KVView, Rng, Seeds
+from fewstep.core import KV, Call, Cond, KVView, Rng, Seeds
 from fewstep.core.call import Runner, every_block
-from fewstep.diffusion import Contract, NoisePath, Prediction, Step, Stream
+from fewstep.diffusion import Contract, NoisePath, Prediction, Step, StepCountError, Stream
 from fewstep.diffusion.samplers import Denoise, full
 
 
@@ -58,7 +58,20 @@ class Chunks:
     network: Reader
     contract: Contract
     times: tuple[float, ...]
-    """Times of the sampler's steps, the same in every chunk."""
+    """Times of the sampler's steps, the same in every chunk, unless the stream has `steps` of its own."""
+
+    @classmethod
+    def of(cls, network: Reader, contract: Contract, steps: int | None = None, *, force: bool = False) -> Chunks:
+        """Those of a contract. StepCountError for a step count that it was not trained for, unless `force`. The contract's own
+        number means its stream's, where that has them chunk by chunk."""
+        own = () if contract.stream is None else contract.stream.steps
+        if own and steps not in (None, contract.steps):
+            if not force:
+                raise StepCountError(
+                    f"the chunks of this stream take {', '.join(map(str, own))} steps; leave the step count out, not {steps}"
+                )
+            contract = replace(contract, stream=replace(contract.stream, steps=()))  # type: ignore[type-var]
+        return cls(network=network, contract=contract, times=contract.times(steps, force=force))
 
     @property
     def stream(self) -> Stream:
@@ -69,7 +82,13 @@ class Chunks:
 
     def begin(self) -> KVCache:
         """The memory of a stream that has not begun."""
-        return KVCache.empty(keep_of(self.stream))
+        stream = self.stream
+        return KVCache.empty(keep_of(stream), max(stream.chunks), stream.positions)
+
+    def grid(self, index: int) -> tuple[float, ...]:
+        """Times of the steps of chunk `index`."""
+        own = self.stream.steps
+        return self.contract.times(own[min(index, len(own) - 1)]) if own else self.times
 
     def chunk(
         self,
@@ -87,6 +106,7 @@ class Chunks:
         `rng` is this chunk's own. With guidance the memory is of twice as many samples, the condition's first. `exit` is for
         training: the step to stop at, and the only one with gradient. What is remembered has none.
         """
+        memory = memory.facing(self._poses(cond))
         view = self.network.recall(memory, noise)  # 1
 
         def denoise(x_t: Tensor, t: Tensor, call: Call) -> Prediction:
@@ -96,7 +116,7 @@ class Chunks:
             with nullcontext() if exit in (None, call.step) else torch.no_grad():
                 return denoise(x_t, t, replace(call, runner=runner))
 
-        for step in self.contract.sampler.sampling(cached, noise, self.times, rng=rng):  # 2
+        for step in self.contract.sampler.sampling(cached, noise, self._grid(memory, exit), rng=rng):  # 2
             made = Made(step, None)
             ends = step.index == (step.steps - 1 if exit is None else exit)
             if ends:
@@ -106,26 +126,104 @@ class Chunks:
             if ends:
                 return
 
-    def _committed(self, memory: KVCache, made: Made, denoise: Denoise, rng: Seeds | Rng) -> KVCache:
-        last, x, kv = made.step, made.x, made.step.prediction.kv
-        if self.stream.commit != "last":
-            t = self.stream.context_time
-            x_t = self.network.path.add_noise(x, rng.randn(x.shape, "context"), full(t, x)) if t else x
-            kv = denoise(x_t, full(t, x), Call(step=last.index, steps=last.steps)).kv
-        if kv is None:
+    def _poses(self, cond: Cond) -> Tensor | None:
+        """Where the frames of the next chunk look from, if the condition says it."""
+        pose = cond.extra.get("pose")
+        return pose if pose is None or not self.contract.guidance.active else torch.cat([pose, pose])
+
+    def recache(
+        self, memory: KVCache, latents: Tensor, cond: Cond, uncond: Cond, rng: Seeds | Rng, *, sink: bool = True
+    ) -> KVCache:
+        """The memory made anew from the last latents `[B, C, F, h, w]` that it holds, with other conditions: one call per chunk.
+
+        It is the memory of a stream that begins with these latents, and not what was carried on: a call reads a past that read
+        its own past in turn. A sink that is older than the latents stays as it is; without `sink` it is forgotten.
+        """
+        if self.stream.commit == "last":
             raise ValueError(
-                "the last step of this chunk skipped blocks, so there is nothing to commit; let the stream commit clean "
-                "latents, or choose a cache policy that runs every block in the last step"
+                "this stream remembers what its last step made, which latents alone do not tell; choose another switch, or a "
+                "stream that commits clean latents"
             )
-        if not torch.is_grad_enabled():
-            kv = tuple((k.detach(), v.detach()) for k, v in kv)
-        return memory.commit(kv, x.shape[2])  # 3
+        if memory.start.ndim:
+            raise ValueError(
+                "streams of different age are not made anew in one call; do it for each before they are one batch"
+            )
+        first = memory.start - latents.shape[2]
+        index, lengths = self.stream.index(int(first)), list[int]()
+        while sum(lengths) < latents.shape[2]:
+            lengths.append(self.stream.length(index + len(lengths)))
+        stays = sink and int(first) >= memory.keep.pinned
+        memory = memory.keep.forget(memory, first) if stays else replace(self.begin(), start=first)
+        for number, x in enumerate(latents.split(lengths, 2), index):
+            steps = len(self.grid(number)) - 1
+            call = Call(step=steps - 1, steps=steps, kv=self.network.recall(memory, x))
+
+            def denoise(x_t: Tensor, t: Tensor, told: Call, call: Call = call) -> Prediction:
+                return self.contract.guidance(self.network, x_t, t, cond, uncond, replace(told, kv=call.kv))
+
+            kv = self._context(x, denoise, call, rng.fold(f"chunk/{number}"))
+            memory = memory.commit(_given(kv), x.shape[2])
+        return memory
+
+    def recent(self, latents: Tensor | None, x: Tensor, index: int) -> Tensor:
+        """The latents from which `recache` can make the memory anew after chunk `index`, which is `x`: as many of the last chunks
+        as a chunk may read, at least one."""
+        span, frames = keep_of(self.stream).span, x.shape[2]
+        while (span is None and index) or (
+            span is not None and index and frames + self.stream.length(index - 1) <= span
+        ):
+            index, frames = index - 1, frames + self.stream.length(index - 1)
+        return x if latents is None else torch.cat([latents, x], 2)[:, :, -frames:]
+
+    def _grid(self, memory: KVCache, exit: int | None) -> tuple[float, ...]:
+        """Times of the chunk that follows `memory`."""
+        if not self.stream.steps:
+            return self.times
+        if exit is not None:
+            raise ValueError(
+                f"a rollout stops all chunks at one step, and those of this stream take {self.stream.steps} steps; train it with "
+                "one number of steps"
+            )
+        grids = {self.grid(self.stream.index(start)) for start in memory.start.flatten().tolist()}
+        if len(grids) > 1:
+            raise ValueError("streams of one batch have chunks of different numbers of steps; keep them apart")
+        return grids.pop()
+
+    def _committed(self, memory: KVCache, made: Made, denoise: Denoise, rng: Seeds | Rng) -> KVCache:
+        last, call = made.step, Call(step=made.step.index, steps=made.step.steps)
+        return self.remembered(memory, made.x, last.prediction.kv, denoise, call, rng)
+
+    def remembered(
+        self, memory: KVCache, x: Tensor, kv: tuple[KV, ...] | None, denoise: Denoise, call: Call, rng: Seeds | Rng
+    ) -> KVCache:
+        """`memory` and a finished chunk `x`, whose last step was `call` and made `kv`."""
+        if self.stream.commit != "last":
+            kv = self._context(x, denoise, call, rng)
+        return memory.commit(_given(kv), x.shape[2])  # 3
+
+    def _context(self, x: Tensor, denoise: Denoise, call: Call, rng: Seeds | Rng) -> tuple[KV, ...] | None:
+        """Keys and values of finished latents, as they are remembered."""
+        t = self.stream.context_time
+        x_t = self.network.path.add_noise(x, rng.randn(x.shape, "context"), full(t, x)) if t else x
+        return denoise(x_t, full(t, x), call).kv
+
+
+def _given(kv: tuple[KV, ...] | None) -> tuple[KV, ...]:
+    """Keys and values to remember, without gradient where none is taken. ValueError where blocks were left out."""
+    if kv is None:
+        raise ValueError(
+            "the last step of this chunk skipped blocks, so there is nothing to commit; let the stream commit clean "
+            "latents, or choose a cache policy that runs every block in the last step"
+        )
+    return kv if torch.is_grad_enabled() else tuple((k.detach(), v.detach()) for k, v in kv)
 
 
 def keep_of(stream: Stream) -> Keep:
-    """What the memory of a stream holds."""
-    if not stream.window:
-        return Everything()
-    return Window(
-        window=stream.window, chunk=max(stream.chunks), sink=stream.sink, relative=stream.positions == "window"
-    )
+    """What the memory of a stream holds. ValueError for a policy that is none of `attention.kv`."""
+    if stream.memory is None:
+        return Window(window=stream.window, sink=stream.sink) if stream.window else Everything()
+    if not isinstance(stream.memory, Keep):
+        raise ValueError(
+            f"memory: {type(stream.memory).__name__} is no policy of fewstep.attention.kv; derive it from Keep"
+        )
+    return stream.memory

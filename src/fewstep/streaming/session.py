@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +16,7 @@ from fewstep.core import Cond, Seeds
 from fewstep.core.call import every_block
 from fewstep.diffusion import Step
 from fewstep.streaming.blocks import Chunks, Reader
+from fewstep.streaming.switch import Fade, Mix, Switch, mixed, require_switch
 
 
 class Streams(Protocol):
@@ -43,6 +45,10 @@ class Snapshot:
     memory: KVCache
     chunks: int = 0
     """Number of chunks made so far."""
+    latents: Tensor | None = None
+    """Last latents, from which the memory can be made anew for other prompts; None before the first chunk."""
+    fade: Fade | None = None
+    """Change of prompts that is under way."""
 
 
 class Session:
@@ -71,38 +77,78 @@ class Session:
         whole clips, and for a step count that it was not trained for, unless `force`.
         """
         contract = model.card.contract
-        self._chunks = Chunks(
-            network=model.reader, contract=contract, times=contract.times(num_inference_steps, force=force)
-        )
+        self._chunks = Chunks.of(model.reader, contract, num_inference_steps, force=force)
         if not isinstance(start, Snapshot):
             seeds = range(seed, seed + len(start)) if isinstance(seed, int) else seed
             start = Snapshot(tuple(start), tuple(seeds), self._chunks.begin())
         self._model, self._cache, self.snapshot = model, cache, start
-        self._guided = contract.guidance.active
+        self._guided, self._making = contract.guidance.active, False
         self._conditions = conditions or model.conditions(start.prompts, guided=self._guided)
 
-    def steer(self, prompts: Sequence[str]) -> None:
-        """Other prompts, one per clip, from the next chunk on."""
+    def steer(self, prompts: Sequence[str], how: Switch = "keep", *, over: int = 4) -> None:
+        """Other prompts, one per clip, from the next chunk on; `how` is a way of `streaming.switch`. With `lerp` the change takes
+        `over` chunks (4 is Krea's default).
+        """
+        require_switch(how, over)
         if len(prompts) != len(self.snapshot.prompts):
             raise ValueError(
                 f"this session has {len(self.snapshot.prompts)} clips, and was given {len(prompts)} prompts"
             )
-        self._conditions = self._model.conditions(prompts, guided=self._guided)
-        self.snapshot = replace(self.snapshot, prompts=tuple(prompts))
+        if self._making and how != "keep":
+            raise ValueError(
+                f"a chunk is being made, and will be remembered as it was begun; finish its steps or close them before {how!r}"
+            )
+        conditions = self._model.conditions(prompts, guided=self._guided)
+        before, fade, memory = self.snapshot, None, self.snapshot.memory
+        if how == "lerp":
+            fade = Fade(self._mix(before.chunks - 1), before.chunks, over)
+        elif how == "clear":
+            memory = memory.keep.forget(memory, memory.start)
+        elif how == "recache" and before.latents is not None:
+            seeds = Seeds(before.seeds, device=str(self._model.device)).fold(f"recache/{before.chunks}")
+            with torch.no_grad():
+                memory = self._chunks.recache(memory, before.latents, *conditions, seeds)
+        self._conditions, self.snapshot = conditions, replace(before, prompts=tuple(prompts), memory=memory, fade=fade)
+
+    def _mix(self, chunk: int) -> Mix:
+        """The prompts of a chunk."""
+        prompts, fade = self.snapshot.prompts, self.snapshot.fade
+        return ((prompts, 1.0),) if fade is None else fade.at(chunk, prompts)
+
+    def _conditions_of(self, chunk: int) -> tuple[Cond, Cond]:
+        mix = self._mix(chunk)
+        if len(mix) == 1:
+            return self._conditions
+        given = [self._model.conditions(prompts, guided=self._guided)[0] for prompts, _ in mix]
+        return mixed(given, [weight for _, weight in mix]), self._conditions[1]
+
+    def counts(self, chunks: int) -> tuple[int, ...]:
+        """Numbers of steps of the first so many chunks."""
+        return tuple(len(self._chunks.grid(index)) - 1 for index in range(chunks))
 
     @torch.no_grad()
-    def steps(self) -> Iterator[Step]:
-        """The next chunk, step by step; the latents of its last step are the chunk's. Given up before, it was never begun."""
+    def steps(self, extra: Mapping[str, Tensor] = MappingProxyType({})) -> Iterator[Step]:
+        """The next chunk, step by step; the latents of its last step are the chunk's. Given up before, it was never begun.
+
+        `extra` is what the conditions say of this chunk alone, such as `pose` (`attention.Facing`).
+        """
         before, index = self.snapshot, self.snapshot.chunks
         noise = Seeds(before.seeds, device=str(self._model.device)).fold(f"chunk/{index}")
         channels, _, height, width = self._model.latent_shape()
         shape = (len(before.prompts), channels, self._chunks.stream.length(index), height, width)
         start = self._chunks.network.path.prior(noise.randn(shape, "start"))
         runner = every_block if self._cache is None else self._cache.begin()
-        for made in self._chunks.chunk(before.memory, start, *self._conditions, noise, runner=runner):
-            if made.memory is not None:
-                self.snapshot = replace(self.snapshot, memory=made.memory, chunks=index + 1)
-            yield made.step
+        cond, uncond = (given.with_extra(extra) for given in self._conditions_of(index))
+        self._making = True
+        try:
+            for made in self._chunks.chunk(before.memory, start, cond, uncond, noise, runner=runner):
+                if made.memory is not None:
+                    latents = self._chunks.recent(before.latents, made.x, index)
+                    self.snapshot = replace(self.snapshot, memory=made.memory, chunks=index + 1, latents=latents)
+                    self._making = False
+                yield made.step
+        finally:
+            self._making = False
 
     def take(self, chunks: int) -> Iterator[Tensor]:
         """The next chunks, latents `[B, C, f, h, w]` each, as soon as they are made."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewstep.attention import KVCache, Operation, Pattern, Site
+from fewstep.attention import Operation, Pattern, Site
 from fewstep.core import Call
 from fewstep.evaluate.conformance.subject import Measured, NotApplicable, Subject, relative
 from fewstep.models import Denoiser
@@ -66,7 +66,7 @@ def cache(s: Subject) -> Measured:
     """
     s.require("full_mask", "future", "frame_times")
     causal, parts = _chunks(s)
-    memory, made = KVCache.empty(s.pattern.keep), []
+    memory, made = s.pattern.begin(), []
     t = torch.linspace(0.9, 0.1, s.shape[1]).to(s.t).expand(2, -1)
     for part, time in zip(parts, t.split(s.pattern.chunk, 1), strict=True):
         prediction = causal(part, time, s.cond, Call(kv=causal.recall(memory, part)))

@@ -15,12 +15,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fewstep.attention import KVCache
+from fewstep.attention import Everything, KVCache, Window
 from fewstep.core import Call, Cond, KVView, Rng
 from fewstep.core.call import Causal
 from fewstep.diffusion import Contract, Kind, NoisePath, Prediction, Stream, TimeDensity
 from fewstep.diffusion.prediction import Tangent
 from fewstep.models.denoiser import Predictor
+from fewstep.streaming.blocks import keep_of
 
 
 class History(ABC):
@@ -125,5 +126,12 @@ def chunks_of(stream: Stream, frames: int) -> Causal:
             f"in a call of whole clips a frame has one position, and this stream has positions {stream.positions!r}; train it "
             "with absolute ones, or with a rollout (SelfForced)"
         )
-    recent = stream.window - stream.sink - max(stream.chunks) if stream.window else None
-    return Causal(stream.lengths(frames), recent, stream.sink)
+    keep, chunks = keep_of(stream), stream.lengths(frames)
+    if isinstance(keep, Window):
+        return Causal(chunks, keep.window - keep.sink - max(stream.chunks), keep.sink)
+    if not isinstance(keep, Everything):
+        raise ValueError(
+            f"in a call of whole clips a chunk reads everything or a window, and this stream remembers by {type(keep).__name__}; "
+            "train it with SelfForced, or give it a window"
+        )
+    return Causal(chunks)

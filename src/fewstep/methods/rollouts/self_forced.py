@@ -39,6 +39,14 @@ class SelfForced(Rollout):
     clips: Count = 1
     """Length of a rollout in clips of the teacher's length; the last one of a random number up to this is trained on."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stream.steps:
+            raise ValueError(
+                f"a rollout stops all chunks at one step, and those of this stream take {self.stream.steps} steps; leave "
+                "stream.steps out in training, and set it in the student's contract"
+            )
+
     @property
     def calls(self) -> float:
         """Those that make keys and values to remember are calls, too."""

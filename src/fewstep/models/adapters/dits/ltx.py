@@ -201,6 +201,7 @@ class _Rotary:
     compression: tuple[int, int]
     fps: int
     first_pixels: bool
+    longest: int | None = None
 
     def table(self, frames: Tensor, grid: Grid3, like: Tensor) -> Tensor:
         if frames.ndim == 2:

@@ -141,8 +141,8 @@ class Wan(DiffusersBackbone):
             raise ValueError(f"Wan is read with patches of one frame; this network has {list(config.patch_size)}")
         self.heads, self.head_width = config.num_attention_heads, config.attention_head_dim
         self.width, self.patch = self.heads * self.head_width, tuple(config.patch_size[1:])
-        self.rotary = FrameRotary(self.head_width, _ROTARY_BASE)
-        self.longest, self.channels = config.rope_max_seq_len, config.out_channels
+        self.rotary = FrameRotary(self.head_width, _ROTARY_BASE, longest=config.rope_max_seq_len)
+        self.channels = config.out_channels
         self.patch_embedding, self.condition_embedder = network.patch_embedding, network.condition_embedder
         self.blocks = nn.ModuleList(
             WanBlock(block, self.pattern.operation(layer, self.heads, self.head_width))
@@ -152,9 +152,7 @@ class Wan(DiffusersBackbone):
         self.scale_shift_table = network.scale_shift_table
 
     def embed(self, x: Tensor, t: Tensor, cond: Cond, call: Call = Call()) -> Tokens:
-        grid, start = self.grid(x), 0 if call.kv is None else int(call.kv.start.max())
-        if start + grid.frames > self.longest:
-            raise ValueError(f"Wan knows positions of {self.longest} latent frames, not {start + grid.frames}")
+        grid, start = self.grid(x), 0 if call.kv is None else int(call.kv.number.max())
         known = None
         if call.kv is None and self.first_frame:
             self._require_whole(x.shape[2] > 1, x)
