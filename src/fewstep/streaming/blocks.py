@@ -11,9 +11,10 @@ at an exit; then the prediction of that step is the chunk, and the only one that
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Protocol
 
 import torch
@@ -41,8 +42,14 @@ class Made:
     """A step of a chunk that has been made."""
 
     step: Step
-    memory: KVCache | None
-    """Memory after the chunk; None before its last step."""
+    commit: Callable[[], KVCache] | None = None
+    """Adds the chunk to the memory; None before its last step."""
+
+    @cached_property
+    def memory(self) -> KVCache | None:
+        """Memory after the chunk, made when it is first asked for, so that a chunk can be shown before; None before its last
+        step."""
+        return None if self.commit is None else self.commit()
 
     @property
     def x(self) -> Tensor:
@@ -96,11 +103,11 @@ class Chunks:
                 return denoise(x_t, t, replace(call, runner=runner))
 
         for step in self.contract.sampler.sampling(cached, noise, self.times, rng=rng):  # 2
-            made = Made(step, None)
+            made = Made(step)
             ends = step.index == (step.steps - 1 if exit is None else exit)
             if ends:
-                with nullcontext() if exit is None else torch.no_grad():
-                    made = replace(made, memory=self._committed(memory, made, denoise, rng))
+                commit = self._committed if exit is None else torch.no_grad()(self._committed)
+                made = replace(made, commit=partial(commit, memory, made, denoise, rng))
             yield made
             if ends:
                 return

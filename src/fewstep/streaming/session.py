@@ -13,7 +13,7 @@ from fewstep.attention import KVCache
 from fewstep.caching import CachePolicy
 from fewstep.core import Cond, Seeds
 from fewstep.core.call import every_block
-from fewstep.diffusion import Step
+from fewstep.diffusion import Step, Stream
 from fewstep.streaming.blocks import Chunks, Reader
 
 
@@ -81,6 +81,15 @@ class Session:
         self._guided = contract.guidance.active
         self._conditions = conditions or model.conditions(start.prompts, guided=self._guided)
 
+    @property
+    def model(self) -> Streams:
+        return self._model
+
+    @property
+    def stream(self) -> Stream:
+        """How the model makes chunks."""
+        return self._chunks.stream
+
     def steer(self, prompts: Sequence[str]) -> None:
         """Other prompts, one per clip, from the next chunk on."""
         if len(prompts) != len(self.snapshot.prompts):
@@ -92,7 +101,8 @@ class Session:
 
     @torch.no_grad()
     def steps(self) -> Iterator[Step]:
-        """The next chunk, step by step; the latents of its last step are the chunk's. Given up before, it was never begun."""
+        """The next chunk, step by step; the latents of its last step are the chunk's. They are there before the chunk is
+        remembered, which happens when the iterator is asked for more. Given up before, it was never begun."""
         before, index = self.snapshot, self.snapshot.chunks
         noise = Seeds(before.seeds, device=str(self._model.device)).fold(f"chunk/{index}")
         channels, _, height, width = self._model.latent_shape()
@@ -100,9 +110,9 @@ class Session:
         start = self._chunks.network.path.prior(noise.randn(shape, "start"))
         runner = every_block if self._cache is None else self._cache.begin()
         for made in self._chunks.chunk(before.memory, start, *self._conditions, noise, runner=runner):
-            if made.memory is not None:
-                self.snapshot = replace(self.snapshot, memory=made.memory, chunks=index + 1)
             yield made.step
+            if (memory := made.memory) is not None:
+                self.snapshot = replace(self.snapshot, memory=memory, chunks=index + 1)
 
     def take(self, chunks: int) -> Iterator[Tensor]:
         """The next chunks, latents `[B, C, f, h, w]` each, as soon as they are made."""

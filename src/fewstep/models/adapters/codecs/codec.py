@@ -139,6 +139,10 @@ class VideoCodec(nn.Module):
         frames = -(-(num_frames // time + 1) // self.patch_frames) * self.patch_frames
         return channels, frames, height // space, width // space
 
+    def clip_frames(self, latents: int) -> int:
+        """Frames of a clip of so many latent frames, 1 at least."""
+        return (latents - self.patch_frames) * self.factors[0] + 1
+
     def _own(self, latents: Tensor, before: int) -> Tensor:
         """The autoencoder's own latents of those that follow `before` others, without what only fills the first patch."""
         mean, std = self._statistics(latents)

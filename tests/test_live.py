@@ -1,0 +1,372 @@
+"""Live streams: frames as soon as they are there, prompts at times, pause, cancel, restore; and nothing depends on scheduling."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fewstep.attention import BlockCausal
+from fewstep.core.finite import NonFiniteError
+from fewstep.core.pixels import to_uint8
+from fewstep.diffusion import Contract, Exact, Renoise, Shifted, Stream
+from fewstep.models import VideoModel
+from fewstep.models.decoding import Decoded
+from fewstep.models.repattern import repattern
+from fewstep.streaming import LiveChunk, LiveSession, Session
+from support_engine import tiny_model
+
+pytestmark = pytest.mark.usefixtures("single_thread")
+PROMPTS = ("a red ball rolls left", "a blue star stays")
+BESIDE = pytest.mark.parametrize("beside", [True, False], ids=["beside", "between"])
+
+
+def streaming_model(stream: Stream = Stream(chunks=(2,), window=5, sink=1)) -> VideoModel:
+    """The tiny model in two steps with fresh noise, at 4 frames a second."""
+    model = tiny_model()
+    pattern = BlockCausal(chunk=max(stream.chunks), window=stream.window, sink=stream.sink)
+    grid = Exact(grids=((1.0, 0.5, 0.0),), otherwise=Shifted())
+    contract = Contract(sampler=Renoise(), steps=2, grid=grid, stream=stream)
+    return model.with_part("denoiser", repattern(model.denoiser, pattern), contract=contract, fps=4.0)
+
+
+@pytest.fixture
+def model() -> VideoModel:
+    return streaming_model()
+
+
+@pytest.fixture
+def calls(model: VideoModel) -> list[float]:
+    """The times of all network calls, as they come."""
+    seen = list[float]()
+    model.denoiser.register_forward_pre_hook(lambda _, inputs: seen.append(round(float(inputs[1][0]), 2)))
+    return seen
+
+
+def live(model: VideoModel, *prompts: str, seed: int = 0, beside: bool = True) -> LiveSession:
+    return LiveSession(Session(model, prompts or PROMPTS, seed=seed), beside=beside)
+
+
+def begin(session: LiveSession, index: int, *, finish: bool = False) -> list[LiveChunk]:
+    """Work until this chunk has been begun, or its latents are finished; what was shown meanwhile."""
+    shown = list[LiveChunk]()
+    while session._making is None or session._making.index < index or (finish and not session._making.made):
+        if (made := session.work()) is not None:
+            shown.append(made)
+    return shown
+
+
+def joined(chunks: list[LiveChunk]) -> Tensor:
+    return torch.cat([chunk.frames for chunk in chunks], 1)
+
+
+def same(a: list[LiveChunk], b: list[LiveChunk]) -> bool:
+    facts = [[(c.index, c.first, c.seconds, c.prompts, c.version) for c in some] for some in (a, b)]
+    return facts[0] == facts[1] and torch.equal(joined(a), joined(b))
+
+
+@BESIDE
+def test_frames_are_those_of_the_whole_clip(beside: bool, model: VideoModel) -> None:
+    chunks = list(live(model, beside=beside).frames(4))
+    whole = model.decode(model.latents(list(PROMPTS), num_frames=8))
+    assert joined(chunks).dtype == torch.uint8 and joined(chunks).shape == (
+        2,
+        8,
+        model.card.height,
+        model.card.width,
+        3,
+    )
+    assert (joined(chunks).int() - to_uint8(whole).movedim(1, -1).int()).abs().max() <= 1
+    assert [(c.index, c.first, c.seconds) for c in chunks] == [(0, 0, 0.0), (1, 2, 0.5), (2, 4, 1.0), (3, 6, 1.5)]
+    assert all(c.prompts == PROMPTS and c.version == 0 for c in chunks)
+    assert all(c.took.denoise > 0 and c.took.decode > 0 for c in chunks)
+    assert chunks[0].took.commit == 0 and all(c.took.commit > 0 for c in chunks[1:])
+
+
+@BESIDE
+def test_the_first_frames_do_not_wait_for_the_commit(beside: bool, model: VideoModel, calls: list[float]) -> None:
+    session = live(model, beside=beside)
+    next(session.frames())
+    assert calls == [1.0, 0.5]
+    list(session.frames(1))
+    assert calls == [1.0, 0.5, 0.0, 1.0, 0.5]
+
+
+@BESIDE
+def test_the_last_chunk_of_a_stream_is_not_remembered(beside: bool, model: VideoModel, calls: list[float]) -> None:
+    list(live(model, beside=beside).frames(3, last=True))
+    assert calls == [1.0, 0.5, 0.0, 1.0, 0.5, 0.0, 1.0, 0.5]
+
+
+def test_two_streams_in_turns_are_two_streams(model: VideoModel) -> None:
+    alone = [list(live(model, prompt, seed=seed).frames(3)) for seed, prompt in enumerate(PROMPTS)]
+    sessions = [live(model, prompt, seed=seed) for seed, prompt in enumerate(PROMPTS)]
+    shown: list[list[LiveChunk]] = [[], []]
+    while min(map(len, shown)) < 3:
+        for session, chunks in zip(sessions, shown, strict=True):
+            made = session.work(3)
+            chunks += [made] if made is not None else []
+    assert all(same(a, b) for a, b in zip(alone, shown, strict=True))
+
+
+@BESIDE
+def test_restored_it_goes_on_bit_for_bit(beside: bool, model: VideoModel) -> None:
+    whole = list(live(model, beside=beside).frames(5))
+    session = live(model, beside=beside)
+    begin, paused = list(session.frames(2)), session.snapshot()
+    on = list(session.frames(3))
+    again = LiveSession.restore(model, paused, beside=beside)
+    assert same(begin + on, whole) and same(list(again.frames(3)), whole[2:])
+    assert live(model).snapshot().session.chunks == 0
+
+
+def test_a_snapshot_amid_other_work_is_where_the_viewer_is(model: VideoModel) -> None:
+    """Chunks that are made ahead are not in it, and prompts that they have are to come."""
+    whole, session = live(model), live(model)
+    for one in (whole, session):
+        one.prompt("a green cross turns", chunk=1)
+        one.prompt("a red square stays", chunk=3)
+    expected, frames = list(whole.frames(5)), session.frames()
+    shown = [next(frames), next(frames)]
+    shown += begin(session, 3)
+    paused = session.snapshot()
+    assert [chunk for chunk, _ in paused.switches] == [chunk for chunk in (1, 3) if chunk >= len(shown)]
+    again = LiveSession.restore(model, paused)
+    assert same(shown + list(again.frames(5 - len(shown))), expected)
+
+
+def test_prompts_apply_from_the_first_chunk_that_starts_then(model: VideoModel) -> None:
+    """Chunks of 2 frames start at 0, 0.5, 1, 1.5 s."""
+    session = live(model)
+    assert [session.chunk_at(seconds) for seconds in (0.0, 0.1, 0.5, 0.51, 1.5)] == [0, 1, 1, 2, 3]
+    assert session.prompt("a green cross turns", at=0.6) == 2
+    chunks = list(session.frames(4))
+    plain = list(live(model).frames(4))
+    assert [c.version for c in chunks] == [0, 0, 1, 1]
+    assert [c.prompts for c in chunks] == [PROMPTS] * 2 + [("a green cross turns",) * 2] * 2
+    assert [torch.equal(a.frames, b.frames) for a, b in zip(chunks, plain, strict=True)] == [True, True, False, False]
+    by_hand = Session(model, PROMPTS)
+    latents = list(by_hand.take(2))
+    by_hand.steer(["a green cross turns"] * 2)
+    latents += list(by_hand.take(2))
+    expected = to_uint8(model.decode(torch.cat(latents, 2))).movedim(1, -1)
+    assert (joined(chunks).int() - expected.int()).abs().max() <= 1
+
+
+def test_a_prompt_for_the_past_applies_to_the_next_chunk(model: VideoModel) -> None:
+    session = live(model)
+    frames = session.frames()
+    next(frames)
+    assert session.prompt("a green cross turns", at=0.0) == session.prompt("a blue ring", chunk=0) == 1
+    assert next(frames).prompts == ("a blue ring",) * 2
+    begin(session, 2)
+    assert session.prompt(["a", "b"]) == 3
+
+
+def test_prompts_that_cannot_be(model: VideoModel) -> None:
+    session = live(model)
+    with pytest.raises(ValueError, match="2 clips, and was given 3 prompts"):
+        session.prompt(["a", "b", "c"])
+    with pytest.raises(ValueError, match="not both; got 1.0 and 3"):
+        session.prompt("a", at=1.0, chunk=3)
+    for wrong in ({"at": -1.0}, {"at": float("nan")}, {"at": float("inf")}, {"chunk": -1}):
+        with pytest.raises(ValueError, match="from second 0 or chunk 0 on"):
+            session.prompt("a", **wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="say how many chunks"):
+        next(session.frames(last=True))
+
+
+@BESIDE
+def test_pause_and_resume_leave_no_trace(beside: bool, model: VideoModel, calls: list[float]) -> None:
+    whole, session = list(live(model, beside=beside).frames(3)), live(model, beside=beside)
+    shown, calls[:] = list(session.frames(1)), []
+    session.work()
+    session.work()  # half of chunk 1
+    session.pause()
+    assert list(session.frames()) == [] and calls == [0.0, 1.0]
+    session.resume()
+    shown += list(session.frames(2))
+    assert calls == [0.0, 1.0, 0.5, 0.0, 1.0, 0.5] and same(shown, whole)
+
+
+@BESIDE
+def test_a_chunk_that_is_cancelled_was_never_begun(beside: bool, model: VideoModel, calls: list[float]) -> None:
+    whole, session = list(live(model, beside=beside).frames(3)), live(model, beside=beside)
+    shown = list(session.frames(1))
+    session.work()
+    before, _ = session._session.snapshot, session.work()
+    session.cancel()
+    assert list(session.frames()) == [] and session._session.snapshot is before
+    session.resume()
+    calls[:] = []
+    shown += list(session.frames(2))
+    assert calls == [1.0, 0.5, 0.0, 1.0, 0.5] and same(shown, whole)
+    session.work()
+    session.work()
+    session.cancel()
+    assert session.prompt("a green cross turns") == 3  # the chunk that was given up
+
+
+def test_what_was_made_is_shown_after_a_cancel(model: VideoModel) -> None:
+    session = live(model)
+    frames = session.frames()
+    shown = [next(frames)]
+    shown += begin(session, 2)
+    session.cancel()
+    shown += list(frames)
+    assert [c.index for c in shown] == [0, 1]
+
+
+def test_another_thread_may_stop_it(model: VideoModel) -> None:
+    session = live(model)
+    shown = list[LiveChunk]()
+
+    def stop() -> None:
+        session.prompt("a green cross turns")
+        session.cancel()
+
+    for chunk in session.frames():
+        shown.append(chunk)
+        if chunk.index == 1:
+            thread = threading.Thread(target=stop)
+            thread.start()
+            thread.join()
+    assert 2 <= len(shown) <= 4 and shown[1].version == 0
+
+
+class Late:
+    """A model whose decoder gives the frames of a latent when it has seen the next one, and says how many it has been given."""
+
+    def __init__(self, model: VideoModel) -> None:
+        self.model, self.asked, self.open = model, list[int](), threading.Event()
+        self.open.set()
+        self.fail_at: int | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def decode_next(self, latents: Tensor, past: Any = None, *, last: bool = False) -> Decoded:
+        self.asked.append(latents.shape[2])
+        self.open.wait(10)
+        if self.fail_at == len(self.asked) - 1:
+            raise RuntimeError("the decoder is broken")
+        seen = latents if past is None else torch.cat([past, latents], 2)
+        now, rest = (seen, seen[:, :, :0]) if last else (seen[:, :, :-1], seen[:, :, -1:])
+        return Decoded(self.model.decode_next(now).frames, rest)
+
+
+@BESIDE
+def test_decoders_that_wait(beside: bool, model: VideoModel) -> None:
+    expected = joined(list(live(model).frames(4)))
+    session = live(Late(model), beside=beside)  # type: ignore[arg-type]
+    chunks = list(session.frames(4, last=True))
+    assert [c.frames.shape[1] for c in chunks] == [1, 2, 2, 3] and [c.first for c in chunks] == [0, 1, 3, 5]
+    assert (joined(chunks).int() - expected.int()).abs().max() <= 1
+    with pytest.raises(ValueError, match="has ended"):
+        session.work()
+    late = Late(model)
+    session = live(late, beside=beside)  # type: ignore[arg-type]
+    list(session.frames(2))
+    again = LiveSession.restore(late, session.snapshot(), beside=beside)  # type: ignore[arg-type]
+    assert [c.first for c in again.frames(2, last=True)] == [3, 5]
+
+
+def test_a_chunk_that_was_made_ahead_is_not_the_last(model: VideoModel) -> None:
+    late = Late(model)
+    session = live(late)  # type: ignore[arg-type]
+    next(session.frames())
+    late.open.clear()
+    assert begin(session, 1, finish=True) == []
+    late.open.set()
+    with pytest.raises(ValueError, match="as if others followed"):
+        next(session.frames(1, last=True))
+    assert [c.index for c in session.frames(2, last=True)] == [1, 2]
+
+
+def test_at_most_two_chunks_wait_for_their_frames(model: VideoModel, calls: list[float]) -> None:
+    late = Late(model)
+    session = live(late)  # type: ignore[arg-type]
+    next(session.frames())
+    late.open.clear()
+    threading.Timer(0.5, late.open.set).start()
+    begin(session, 3, finish=True)
+    assert late.open.is_set()  # chunk 3 waited for the frames of chunk 1
+
+
+@BESIDE
+def test_errors_of_the_decoder_reach_the_caller_at_their_chunk(beside: bool, model: VideoModel) -> None:
+    late = Late(model)
+    late.fail_at = 1
+    session = live(late, beside=beside)  # type: ignore[arg-type]
+    frames = session.frames(3)
+    assert next(frames).index == 0
+    good = session.snapshot()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="decoder is broken"):
+            list(session.frames(3))
+    late.fail_at = None
+    assert [c.index for c in LiveSession.restore(late, good, beside=beside).frames(2)] == [1, 2]  # type: ignore[arg-type]
+
+
+def test_bad_numbers_are_not_shown(model: VideoModel) -> None:
+    model.codec.mean.fill_(float("nan"))
+    with pytest.raises(NonFiniteError, match="frames of a live stream"):
+        next(live(model).frames())
+
+
+def test_an_error_of_a_call_leaves_the_chunk_unbegun(model: VideoModel) -> None:
+    whole, session = list(live(model).frames(3)), live(model)
+    shown, forward, broken = list(session.frames(1)), model.denoiser.backbone.forward, [2]
+
+    def breaks(*inputs: Any) -> Any:
+        broken[0] -= 1
+        if broken[0] == 0:
+            raise MemoryError
+        return forward(*inputs)
+
+    model.denoiser.backbone.forward = breaks  # type: ignore[method-assign]
+    with pytest.raises(MemoryError):
+        list(session.frames(1))
+    assert same(shown + list(session.frames(2)), whole)
+    broken[0] = 1
+    with pytest.raises(MemoryError):
+        session.snapshot()
+    with pytest.raises(ValueError, match="remembering it failed"):
+        session.snapshot()
+
+
+def test_a_closed_session_makes_nothing(model: VideoModel) -> None:
+    with live(model) as session:
+        next(session.frames())
+        pool = session._decoder._pool
+    with pytest.raises(ValueError, match="has ended"):
+        session.work()
+    assert pool is not None and all(not thread.is_alive() for thread in pool._threads)
+
+
+def test_memory_is_flat(model: VideoModel) -> None:
+    """What a live session holds of the past does not grow."""
+    session = live(model)
+    sizes, asides = set[int](), list[int]()
+    for _ in session.frames(6):
+        layers = session.snapshot().session.memory.layers
+        sizes.add(sum(x.numel() for layer in layers for x in layer))
+        asides.append(len(session._undecoded))
+    assert len(sizes) == 1 and max(asides) <= 2
+
+
+def walk(chunks: Iterator[LiveChunk]) -> list[int]:
+    return [chunk.index for chunk in chunks]
+
+
+def test_a_loop_that_was_left_goes_on(model: VideoModel) -> None:
+    session = live(model)
+    for _ in session.frames():
+        break
+    assert walk(session.frames(2)) == [1, 2] and walk(session.frames(0)) == []
+    assert replace(session.snapshot(), switches=()).frames == 6
