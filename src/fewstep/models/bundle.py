@@ -46,6 +46,7 @@ from fewstep.models.served import Served
 from fewstep.models.spec import lacking
 from fewstep.models.stored import write_tensors
 from fewstep.models.text import TextEncoder
+from fewstep.streaming import LiveSession, Session
 
 BUILT_IN = Path(__file__).parent.parent / "world" / "weights"
 """Where the built-in world's networks are shipped: one folder each, `teacher` and `features`."""
@@ -211,6 +212,11 @@ class VideoModel:
         """Clips `[B, 3, F, H, W]` in [-1, 1] of latents, whole, in tiles or in chunks (`Runtime.tiling`)."""
         self.bring("codec")
         return decoded(self.codec, latents, self.runtime)
+
+    def stream(self, prompts: Sequence[str], **options: Any) -> LiveSession:
+        """A live stream of one clip per prompt, of a model whose contract has a `stream`; `options` are those of `Session`, such
+        as `seed`. With offload chunks are decoded between the denoiser's calls, not beside them."""
+        return LiveSession(Session(self, prompts, **options), beside=self.runtime.offload == "none")
 
     @torch.no_grad()
     def decode_next(self, latents: Tensor, past: Any = None, *, last: bool = False) -> Decoded:
