@@ -10,6 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fewstep.attention import BlockCausal
 from fewstep.core.finite import NonFiniteError
@@ -370,3 +374,48 @@ def test_a_loop_that_was_left_goes_on(model: VideoModel) -> None:
         break
     assert walk(session.frames(2)) == [1, 2] and walk(session.frames(0)) == []
     assert replace(session.snapshot(), switches=()).frames == 6
+
+
+def test_a_stream_in_a_window_compiles_nothing_after_its_second_chunk() -> None:
+    model, counter = streaming_model(Stream(chunks=(2,), window=8, sink=2)), CompileCounter()
+    torch._dynamo.reset()
+    for block in model.denoiser.backbone.blocks:
+        block.compile(backend=counter, fullgraph=True, dynamic=False)
+    session, graphs = live(model), list[int]()
+    for _ in session.frames(7):
+        session.snapshot()  # with the chunk's commit
+        graphs.append(counter.frame_count)
+    torch._dynamo.reset()
+    assert graphs[0] > 0 and graphs[1:] == [graphs[1]] * 6
+
+
+class Reads(TorchDispatchMode):
+    """Operations that wait for the device to learn a number of a tensor which was computed there."""
+
+    def __init__(self, *there: Tensor) -> None:
+        super().__init__()
+        self.found, self.computed = list[str](), WeakTensorKeyDictionary()
+        for tensor in there:
+            self.computed[tensor] = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if any(isinstance(x, Tensor) and x in self.computed for x in tree_leaves((args, kwargs))):
+            if func.overloadpacket.__name__ in ("_local_scalar_dense", "equal", "nonzero", "is_nonzero"):
+                self.found.append(str(func))
+            for x in tree_leaves(made):
+                if isinstance(x, Tensor):
+                    self.computed[x] = True
+        return made
+
+
+def test_no_call_waits_for_a_number_of_the_device(model: VideoModel) -> None:
+    """Positions and masks of the memory are known on the CPU; a stream on a GPU never waits inside a chunk."""
+    session, weights = Session(model, PROMPTS), list(model.denoiser.parameters())
+    texts = [x for cond in session._conditions for x in cond.tensors]
+    with torch.no_grad(), Reads(*weights, *model.denoiser.buffers(), *texts) as reads:
+        list(session.take(3))
+    assert len(reads.computed) > len(weights) and reads.found == []
+    with torch.no_grad(), Reads(*weights) as reads:
+        bool(weights[0].sum() > 0)
+    assert reads.found == ["aten._local_scalar_dense.default"]
