@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fewstep.models.encoding import Encoded
+
 
 @dataclass(frozen=True)
 class Decoded:
@@ -53,6 +55,14 @@ class FrameByFrame(ABC):
             return Decoded(self.decode(latents), past)
         batch, _, _, height, width = latents.shape
         return Decoded(latents.new_zeros(batch, 3, 0, height * self.downsample, width * self.downsample), past)
+
+    @abstractmethod
+    def encode(self, frames: Tensor, *, autocast: bool = False) -> Tensor:
+        """The latents."""
+
+    def encode_next(self, frames: Tensor, past: Any = None) -> Encoded:
+        """As in `ChunkEncoder`; every latent comes at once, and nothing is remembered."""
+        return Encoded(self.encode(frames), past)
 
     def clip_frames(self, latents: int) -> int:
         """As many."""
