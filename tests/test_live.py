@@ -16,13 +16,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fewstep.attention import BlockCausal
+from fewstep.core import Rng, Seeds
 from fewstep.core.finite import NonFiniteError
 from fewstep.core.pixels import to_uint8
 from fewstep.diffusion import Contract, Exact, Renoise, Shifted, Stream
 from fewstep.models import VideoModel
 from fewstep.models.decoding import Decoded
 from fewstep.models.repattern import repattern
-from fewstep.streaming import LiveChunk, LiveSession, Session
+from fewstep.streaming import LiveChunk, LiveSession, Session, Video
 from support_engine import tiny_model
 
 pytestmark = pytest.mark.usefixtures("single_thread")
@@ -419,3 +420,46 @@ def test_no_call_waits_for_a_number_of_the_device(model: VideoModel) -> None:
     with torch.no_grad(), Reads(*weights) as reads:
         bool(weights[0].sum() > 0)
     assert reads.found == ["aten._local_scalar_dense.default"]
+
+
+def clip(model: VideoModel, frames: int) -> Tensor:
+    return Rng(5).randn((2, 4, frames, *model.latent_shape()[2:]), "clip")
+
+
+def changes(model: VideoModel, strength: float) -> Video:
+    """A clip of 10 latent frames, in chunks of 2."""
+    return Video(lambda index: clip(model, 10)[:, :, 2 * index : 2 * index + 2], strength)
+
+
+def test_a_video_is_changed_from_the_time_of_its_strength(model: VideoModel, calls: list[float]) -> None:
+    session = Session(model, PROMPTS)
+    list(session.take(1, changes(model, 0.7)))
+    calls[:] = []
+    steps = list(session.steps(changes(model, 0.7)))
+    noise = Seeds((0, 1)).fold("chunk/1").randn((2, 4, 2, 8, 8), "start")
+    assert calls == [0.5, 0.0] and len(steps) == 1
+    torch.testing.assert_close(steps[0].prediction.x_t, 0.5 * clip(model, 10)[:, :, 2:4] + 0.5 * noise)
+
+
+def test_at_full_strength_nothing_of_the_video_is_left(model: VideoModel) -> None:
+    session = model.stream(PROMPTS, video=changes(model, 1.0))
+    assert same(list(session.frames(3)), list(live(model).frames(3)))
+
+
+@BESIDE
+def test_a_changed_video_goes_on_bit_for_bit(beside: bool, model: VideoModel) -> None:
+    video = changes(model, 0.5)
+    whole = list(LiveSession(Session(model, PROMPTS), video=video, beside=beside).frames(4))
+    session = LiveSession(Session(model, PROMPTS), video=video, beside=beside)
+    begun = list(session.frames(2))
+    again = LiveSession.restore(model, session.snapshot(), video=video, beside=beside)
+    assert same(begun + list(again.frames(2)), whole)
+
+
+def test_videos_that_do_not_fit(model: VideoModel) -> None:
+    session = Session(model, PROMPTS)
+    with pytest.raises(ValueError, match=r"below the student's last step, at 0.5; give one of its times, 1, 0.5"):
+        next(session.steps(changes(model, 0.4)))
+    list(session.take(1))
+    with pytest.raises(ValueError, match="chunk 1 has latents .* was given as"):
+        next(session.steps(Video(lambda _: clip(model, 3), 0.5)))

@@ -15,13 +15,14 @@ from fewstep.attention import BlockCausal, Dense
 from fewstep.cli import main
 from fewstep.core.pixels import to_uint8
 from fewstep.data.growing import GrowingVideo
-from fewstep.data.video import read_note, read_rate, read_video
+from fewstep.data.video import read_note, read_rate, read_video, to_floats
 from fewstep.diffusion import CFG, Contract, Exact, Renoise, Shifted, Stream
 from fewstep.models import VideoModel
 from fewstep.models.bundle import read_card
 from fewstep.models.needs import remembered
 from fewstep.models.repattern import repattern
 from fewstep.models.runtime import Runtime
+from fewstep.streaming import Video
 from support_engine import tiny_model
 
 pytestmark = pytest.mark.usefixtures("single_thread")
@@ -185,3 +186,25 @@ def test_the_first_chunk_may_be_shorter(student: VideoModel) -> None:
 
 def test_pixels_are_rounded() -> None:
     assert to_uint8(torch.tensor([-2.0, -1.0, 0.0, 0.003, 1.0, 9.0])).tolist() == [0, 0, 128, 128, 255, 255]
+
+
+def test_a_video_is_changed(student: VideoModel, refused: Callable[..., str]) -> None:
+    side = student.card.height
+    with GrowingVideo("in.mp4", fps=8) as video:
+        video.add(colours(9, (side, side)))
+    words = ("--prompt", "a", "--seconds", 1, "--video", "in.mp4")
+    assert streamed(*words, "--output", "out.mp4") == 0
+    assert json.loads(read_note("out.mp4"))["options"]["video"] == "in.mp4"
+    assert streamed(*words, "--strength", 1, "--output", "full.mp4") == 0
+    assert streamed("--prompt", "a", "--seconds", 1, "--output", "plain.mp4") == 0
+    out, full, plain = (read_video(name, 8) for name in ("out.mp4", "full.mp4", "plain.mp4"))
+    assert torch.equal(full, plain) and not torch.equal(out, plain)
+    x = student.codec.encode(to_floats(read_video("in.mp4", 9))[None])
+    by_hand = student.stream(["a"], video=Video(lambda i: x[:, :, 3 * i : 3 * i + 3], 0.5))
+    expected = torch.cat([chunk.frames[0] for chunk in by_hand.frames(3)])[:8]
+    scale = out.shape[1] // side
+    assert (out[:, ::scale, ::scale].float().mean((1, 2)) - expected.float().mean((1, 2))).abs().max() < 6
+    assert "it has 9 frames, and the chunks of this stream 12" in refused("--seconds", 1.25, "--video", "in.mp4")
+    assert "give one of its times, 1, 0.5" in refused("--seconds", 1, "--video", "in.mp4", "--strength", 0.3)
+    assert "--strength is that of" in refused("--strength", 0.3)
+    assert "no such file" in refused("--seconds", 1, "--video", "no.mp4")

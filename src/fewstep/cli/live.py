@@ -13,6 +13,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from fewstep.cli.clips import SHOWN
 from fewstep.cli.command import UsageError
@@ -24,22 +25,25 @@ from fewstep.cli.screen import screen, table
 from fewstep.core.atomic import require_writable
 from fewstep.core.stopping import saying
 from fewstep.data.growing import GrowingVideo
-from fewstep.data.video import LARGEST_SIDE, to_floats, write_video
+from fewstep.data.video import LARGEST_SIDE, decode, fit, to_floats, write_video
 from fewstep.engine.log import figure
 from fewstep.evaluate.latency import memory_in_use
 from fewstep.evaluate.machine import versions
 from fewstep.models.bundle import VideoModel, read_card
+from fewstep.models.encoding import encode_stream
 from fewstep.models.needs import remembered
 from fewstep.models.runtime import effective, told
 from fewstep.models.sampling import Request
 from fewstep.models.source import outline
-from fewstep.streaming import LiveChunk
+from fewstep.streaming import LiveChunk, Video
 
 if TYPE_CHECKING:
     from fewstep.cli.streams import Stream
     from fewstep.models.card import Card
 
-_KEPT = ("student", "seconds", "num_inference_steps", "lora", "scale", "force", "dtype", "tiling", "attention")
+_KEPT = (
+    "student", "seconds", "video", "strength", "num_inference_steps", "lora", "scale", "force", "dtype", "tiling", "attention",
+)  # fmt: skip
 """Options that decide what is made, besides prompts and seed."""
 
 
@@ -127,26 +131,28 @@ def stream(options: Stream) -> int:
     for lora in options.lora:
         model = model.with_lora(lora)
     clock = Clock(perf_counter(), model.device)
-    settings = {"seed": options.seed, "num_inference_steps": options.num_inference_steps, "force": options.force}
-    with model.stream([options.prompt], **settings) as live:
+    steps, force, video = options.num_inference_steps, options.force, _video(options, model, length, times)
+    with model.stream([options.prompt], video=video, seed=options.seed, num_inference_steps=steps, force=force) as live:
         changes = [(seconds, live.prompt(text, at=seconds), text) for seconds, text in options.at]
         note = _note(options, model, times, changes)
-        video = GrowingVideo(options.output, fps=card.fps, scale=scale, note=note)
-        with saying(lambda: _kept(options.output, video, card)), video, telling(options.quiet) as tell:
+        file = GrowingVideo(options.output, fps=card.fps, scale=scale, note=note)
+        with saying(lambda: _kept(options.output, file, card)), file, telling(options.quiet) as tell:
             for chunk in live.frames(len(length.chunks), last=True):
                 clock.shown(chunk)
-                video.add(chunk.frames[0, : length.frames - video.frames])
+                file.add(chunk.frames[0, : length.frames - file.frames])
                 if options.preview is not None and chunk.frames.shape[1]:
                     write_video(options.preview, to_floats(chunk.frames[0, -1:]), scale=scale)
-                tell(str(options.output), video.frames, length.frames, clock.said())
+                tell(str(options.output), file.frames, length.frames, clock.said())
     print(told(effective(model)), file=sys.stderr)
-    print(f"{video.frames} frames, {clock.speed()}, {clock.said()}", file=sys.stderr)
+    print(f"{file.frames} frames, {clock.speed()}, {clock.said()}", file=sys.stderr)
     return _made(options.output)
 
 
 def _check(options: Stream) -> None:
     """UsageError for what no model can do."""
     _prompts((options.prompt, *(text for _, text in options.at)), None)
+    if options.video is None and options.strength is not None:
+        raise UsageError("--strength is that of the change of a --video; give one, or leave --strength out")
     if not math.isfinite(options.seconds):
         raise UsageError(f"--seconds must be a number, got {options.seconds}")
     for name, suffix in (("output", ".mp4"), ("preview", ".png")):
@@ -157,6 +163,33 @@ def _check(options: Stream) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+
+
+def _video(options: Stream, model: VideoModel, length: Length, times: Sequence[float]) -> Video | None:
+    """The video to change, encoded as the stream comes to it. ValueError for one that is too short, before anything is made."""
+    if options.video is None:
+        return None
+    source, chunking, size = options.video, model.card.contract.stream, (model.card.height, model.card.width)
+    assert chunking is not None
+    needed = sum(length.chunks)
+    if (there := sum(1 for _ in decode(source, needed))) < needed:
+        raise UsageError(
+            f"--video {source}: it has {there} frames, and the chunks of this stream {needed}; give fewer --seconds than "
+            f"{there / model.card.fps:.8g}"
+        )
+    frames = (to_floats(fit(frame, size)[None])[None].to(model.device) for frame in decode(source, needed))
+    encoded = enumerate(encode_stream(model.codec, frames, map(chunking.length, range(len(length.chunks)))))
+    latest = next(encoded)
+
+    def latents(index: int) -> Tensor:
+        nonlocal latest
+        while latest[0] < index:
+            latest = next(encoded)
+        return latest[1]
+
+    found = Video(latents, times[min(1, len(times) - 2)] if options.strength is None else options.strength)
+    found.begins(tuple(times))
+    return found
 
 
 def _scale(options: Stream, card: Card) -> int:
@@ -180,8 +213,8 @@ def _note(options: Stream, model: VideoModel, times: Sequence[float], changes: S
     return json.dumps(made, default=str)
 
 
-def _kept(path: Path, video: GrowingVideo, card: Card) -> str:
-    return f"{path} can be played and has {video.frames} frames ({video.frames / card.fps:.8g} s)"
+def _kept(path: Path, file: GrowingVideo, card: Card) -> str:
+    return f"{path} can be played and has {file.frames} frames ({file.frames / card.fps:.8g} s)"
 
 
 def _planned(options: Stream, card: Card, length: Length, steps: int) -> int:

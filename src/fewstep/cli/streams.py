@@ -25,6 +25,11 @@ class Stream(Runs):
     """Another prompt, from the first chunk on that starts at this second or later: --at 10 "a blue star". May be repeated."""
     seconds: float = 10.0
     """Length of the video."""
+    video: Path | None = None
+    """Video to change, frame by frame: each chunk starts from its frames, noised to --strength (default: start from noise)."""
+    strength: float | None = None
+    """Time, from 0 to 1, at which a chunk of --video starts: the student's largest that is not above this. At 1 nothing of the
+    video is left (default: the student's second time)."""
     num_inference_steps: int | None = None
     """Number of sampling steps per chunk (default: from the card). A student refuses step counts it was not trained for."""
     seed: int = 0

@@ -46,7 +46,7 @@ from fewstep.models.served import Served
 from fewstep.models.spec import lacking
 from fewstep.models.stored import write_tensors
 from fewstep.models.text import TextEncoder
-from fewstep.streaming import LiveSession, Session
+from fewstep.streaming import LiveSession, Session, Video
 
 BUILT_IN = Path(__file__).parent.parent / "world" / "weights"
 """Where the built-in world's networks are shipped: one folder each, `teacher` and `features`."""
@@ -213,10 +213,10 @@ class VideoModel:
         self.bring("codec")
         return decoded(self.codec, latents, self.runtime)
 
-    def stream(self, prompts: Sequence[str], **options: Any) -> LiveSession:
-        """A live stream of one clip per prompt, of a model whose contract has a `stream`; `options` are those of `Session`, such
-        as `seed`. With offload chunks are decoded between the denoiser's calls, not beside them."""
-        return LiveSession(Session(self, prompts, **options), beside=self.runtime.offload == "none")
+    def stream(self, prompts: Sequence[str], *, video: Video | None = None, **options: Any) -> LiveSession:
+        """A live stream of one clip per prompt, or of a changed `video`, of a model whose contract has a `stream`; `options` are
+        those of `Session`, such as `seed`. With offload chunks are decoded between the denoiser's calls, not beside them."""
+        return LiveSession(Session(self, prompts, **options), video=video, beside=self.runtime.offload == "none")
 
     @torch.no_grad()
     def decode_next(self, latents: Tensor, past: Any = None, *, last: bool = False) -> Decoded:

@@ -2,6 +2,6 @@
 
 from fewstep.streaming.blocks import Chunks, Made
 from fewstep.streaming.live import LiveChunk, LiveSession, LiveSnapshot, Took
-from fewstep.streaming.session import Session, Snapshot
+from fewstep.streaming.session import Session, Snapshot, Video
 
-__all__ = ["Chunks", "LiveChunk", "LiveSession", "LiveSnapshot", "Made", "Session", "Snapshot", "Took"]
+__all__ = ["Chunks", "LiveChunk", "LiveSession", "LiveSnapshot", "Made", "Session", "Snapshot", "Took", "Video"]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fewstep.diffusion import Step
 from fewstep.streaming.decoder import Decoder, Pixels
-from fewstep.streaming.session import Session, Snapshot, Streams
+from fewstep.streaming.session import Session, Snapshot, Streams, Video
 
 AHEAD = 2
 """Most chunks that are being decoded, or wait for it."""
@@ -113,13 +113,21 @@ class LiveSession:
     While one thread iterates, others may call `prompt`, `pause`, `resume`, `cancel` and `snapshot`.
     """
 
-    def __init__(self, session: Session, start: LiveSnapshot | None = None, *, beside: bool = True) -> None:
-        """`session` is where `start` says; `restore` makes both fit. None: its first frame is the stream's.
+    def __init__(
+        self,
+        session: Session,
+        start: LiveSnapshot | None = None,
+        *,
+        video: Video | None = None,
+        beside: bool = True,
+    ) -> None:
+        """`session` is where `start` says; `restore` makes both fit. None: its first frame is the stream's. With a `video` the
+        stream changes that.
 
         Chunks are decoded `beside` the denoiser, in a thread of their own, or between two chunks, in the caller's. The frames are
         the same.
         """
-        self._session, self._model = session, cast(Shows, session.model)
+        self._session, self._model, self._video = session, cast(Shows, session.model), video
         self._start = start or LiveSnapshot(session.snapshot)
         self._switches = dict(self._start.switches)
         self._decoder = Decoder(self._model.decode_next, self._start.past, self._model.device, beside=beside)
@@ -131,9 +139,12 @@ class LiveSession:
         self._lock = RLock()
 
     @classmethod
-    def restore(cls, model: Shows, snapshot: LiveSnapshot, *, beside: bool = True, **options: Any) -> LiveSession:
-        """A session that goes on after `snapshot`, bit for bit. `options` are those that its `Session` had."""
-        return cls(Session(model, snapshot.session, **options), snapshot, beside=beside)
+    def restore(
+        cls, model: Shows, snapshot: LiveSnapshot, *, video: Video | None = None, beside: bool = True, **options: Any
+    ) -> LiveSession:
+        """A session that goes on after `snapshot`, bit for bit. `video` and `options` are those of the session before, and of its
+        `Session`."""
+        return cls(Session(model, snapshot.session, **options), snapshot, video=video, beside=beside)
 
     # --- control, from any thread -------------------------------------------------------------------------------------
 
@@ -271,7 +282,7 @@ class LiveSession:
         if prompts is not None and prompts != self._session.snapshot.prompts:
             self._session.steer(prompts)
         version = self._start.version + sum(chunk <= index for chunk in self._switches)
-        return _Making(index, self._session.steps(), self._session.snapshot.prompts, version, self._commit)
+        return _Making(index, self._session.steps(self._video), self._session.snapshot.prompts, version, self._commit)
 
     def _call(self, making: _Making, *, last: bool = False) -> None:
         """One network call: a step of the chunk, or what remembers it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -14,6 +14,7 @@ from fewstep.caching import CachePolicy
 from fewstep.core import Cond, Seeds
 from fewstep.core.call import every_block
 from fewstep.diffusion import Step, Stream
+from fewstep.diffusion.samplers import full
 from fewstep.streaming.blocks import Chunks, Reader
 
 
@@ -43,6 +44,26 @@ class Snapshot:
     memory: KVCache
     chunks: int = 0
     """Number of chunks made so far."""
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video that a stream changes (video-to-video): chunks start from its latents, noised, instead of from noise."""
+
+    latents: Callable[[int], Tensor]
+    """Latents `[B, C, f, h, w]` of a chunk, by its number. Equal for equal numbers."""
+    strength: float = 1.0
+    """Each chunk starts at the largest time of the student's grid that is not above this one; 1: nothing of the video is left."""
+
+    def begins(self, times: tuple[float, ...]) -> int:
+        """The step to begin with. ValueError where no time is low enough."""
+        for step, time in enumerate(times[:-1]):
+            if time <= self.strength + 1e-6:
+                return step
+        raise ValueError(
+            f"strength {self.strength:g} is below the student's last step, at {times[-2]:.4g}; give one of its times, "
+            f"{', '.join(f'{time:.4g}' for time in times[:-1])}"
+        )
 
 
 class Session:
@@ -100,22 +121,33 @@ class Session:
         self.snapshot = replace(self.snapshot, prompts=tuple(prompts))
 
     @torch.no_grad()
-    def steps(self) -> Iterator[Step]:
+    def steps(self, video: Video | None = None) -> Iterator[Step]:
         """The next chunk, step by step; the latents of its last step are the chunk's. They are there before the chunk is
-        remembered, which happens when the iterator is asked for more. Given up before, it was never begun."""
+        remembered, which happens when the iterator is asked for more. Given up before, it was never begun.
+
+        It starts from noise, or from this chunk of a `video`. ValueError for latents of another shape.
+        """
         before, index = self.snapshot, self.snapshot.chunks
         noise = Seeds(before.seeds, device=str(self._model.device)).fold(f"chunk/{index}")
         channels, _, height, width = self._model.latent_shape()
         shape = (len(before.prompts), channels, self._chunks.stream.length(index), height, width)
-        start = self._chunks.network.path.prior(noise.randn(shape, "start"))
+        chunks, path = self._chunks, self._chunks.network.path
+        if video is None:
+            start = path.prior(noise.randn(shape, "start"))
+        else:
+            chunks = replace(chunks, times=chunks.times[video.begins(chunks.times) :])
+            clean = video.latents(index)
+            if clean.shape != shape:
+                raise ValueError(f"chunk {index} has latents {shape}, and its video was given as {tuple(clean.shape)}")
+            start = path.add_noise(clean, noise.randn(shape, "start"), full(chunks.times[0], clean))
         runner = every_block if self._cache is None else self._cache.begin()
-        for made in self._chunks.chunk(before.memory, start, *self._conditions, noise, runner=runner):
+        for made in chunks.chunk(before.memory, start, *self._conditions, noise, runner=runner):
             yield made.step
             if (memory := made.memory) is not None:
                 self.snapshot = replace(self.snapshot, memory=memory, chunks=index + 1)
 
-    def take(self, chunks: int) -> Iterator[Tensor]:
+    def take(self, chunks: int, video: Video | None = None) -> Iterator[Tensor]:
         """The next chunks, latents `[B, C, f, h, w]` each, as soon as they are made."""
         for _ in range(chunks):
-            *_, last = self.steps()
+            *_, last = self.steps(video)
             yield last.x
