@@ -103,8 +103,11 @@ def test_the_first_frames_do_not_wait_for_the_commit(beside: bool, model: VideoM
 
 
 @BESIDE
-def test_the_last_chunk_of_a_stream_is_not_remembered(beside: bool, model: VideoModel, calls: list[float]) -> None:
-    list(live(model, beside=beside).frames(3, last=True))
+@pytest.mark.parametrize("last", [True, False])
+def test_a_chunk_is_remembered_when_another_follows(
+    last: bool, beside: bool, model: VideoModel, calls: list[float]
+) -> None:
+    list(live(model, beside=beside).frames(3, last=last))
     assert calls == [1.0, 0.5, 0.0, 1.0, 0.5, 0.0, 1.0, 0.5]
 
 
@@ -132,17 +135,19 @@ def test_restored_it_goes_on_bit_for_bit(beside: bool, model: VideoModel) -> Non
 
 def test_a_snapshot_amid_other_work_is_where_the_viewer_is(model: VideoModel) -> None:
     """Chunks that are made ahead are not in it, and prompts that they have are to come."""
-    whole, session = live(model), live(model)
+    late = Late(model)
+    whole, session = live(late), live(late)  # type: ignore[arg-type]
     for one in (whole, session):
         one.prompt("a green cross turns", chunk=1)
         one.prompt("a red square stays", chunk=3)
-    expected, frames = list(whole.frames(5)), session.frames()
-    shown = [next(frames), next(frames)]
-    shown += begin(session, 3)
+    expected, shown = list(whole.frames(5)), [next(session.frames())]
+    late.open.clear()
+    assert begin(session, 3) == [] and session._session.snapshot.chunks == 3
     paused = session.snapshot()
-    assert [chunk for chunk, _ in paused.switches] == [chunk for chunk in (1, 3) if chunk >= len(shown)]
-    again = LiveSession.restore(model, paused)
-    assert same(shown + list(again.frames(5 - len(shown))), expected)
+    late.open.set()
+    assert [chunk for chunk, _ in paused.switches] == [1, 3] and paused.session.chunks == 1
+    again = LiveSession.restore(late, paused)  # type: ignore[arg-type]
+    assert same(shown + list(again.frames(4)), expected)
 
 
 def test_prompts_apply_from_the_first_chunk_that_starts_then(model: VideoModel) -> None:
@@ -217,14 +222,15 @@ def test_a_chunk_that_is_cancelled_was_never_begun(beside: bool, model: VideoMod
     assert session.prompt("a green cross turns") == 3  # the chunk that was given up
 
 
-def test_what_was_made_is_shown_after_a_cancel(model: VideoModel) -> None:
-    session = live(model)
+def test_what_was_made_is_shown_after_a_cancel_and_stays_made(model: VideoModel) -> None:
+    whole, session = list(live(model).frames(4)), live(model)
     frames = session.frames()
-    shown = [next(frames)]
-    shown += begin(session, 2)
+    shown = [next(frames), *begin(session, 2, finish=True)]
     session.cancel()
     shown += list(frames)
-    assert [c.index for c in shown] == [0, 1]
+    assert [c.index for c in shown] == [0, 1, 2]
+    session.resume()
+    assert same(shown + list(session.frames(1)), whole)
 
 
 def test_another_thread_may_stop_it(model: VideoModel) -> None:

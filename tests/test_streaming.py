@@ -75,13 +75,16 @@ def test_restored_from_a_snapshot_it_goes_on_bit_for_bit() -> None:
     assert all(torch.equal(a, b) for a, b in zip(again, whole[2:], strict=True))
 
 
-def test_a_chunk_that_is_given_up_was_never_begun() -> None:
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_chunk_that_is_given_up_was_never_begun(steps: int) -> None:
+    """After its first step, or after its last, before it is remembered."""
     model = streaming_model(Stream(window=3))
     whole, session = made(Session(model, PROMPTS), 3), Session(model, PROMPTS)
     before = session.snapshot
     given_up = session.steps()
-    next(given_up)
-    given_up.close()
+    for _ in range(steps):
+        next(given_up)
+    given_up.close()  # type: ignore[attr-defined]
     assert session.snapshot is before
     assert all(torch.equal(a, b) for a, b in zip(made(session, 3), whole, strict=True))
 

@@ -143,15 +143,16 @@ def needs(
 def remembered(card: Card, runtime: Runtime) -> int:
     """Bytes of keys and values, in all blocks, that a stream of this card remembers of one latent frame of a clip."""
     mode, model = FakeTensorMode(allow_non_fake_inputs=True), outline(card)
-    typed(model.denoiser, runtime.dtype)
-    imagine(model.denoiser, mode)
+    network = model.denoiser
+    typed(network, runtime.dtype)
+    imagine(network, mode)
     here = replace(runtime, device="cpu", offload="none")
     with torch.no_grad(), mode, here.denoising():
         channels, _, height, width = model.latent_shape()
         x = torch.empty(1, channels, 1, height, width, dtype=torch.float64 if runtime.dtype == "float64" else None)
         memory = KVCache(start=torch.tensor(0))  # a number that this mode knows the value of
-        call = Call(kv=model.denoiser.recall(memory, x))
-        found = model.denoiser(x, torch.ones(1), model.blank_cond(1), call).kv or ()
+        call = Call(kv=network.recall(memory, x))
+        found = network(x, torch.ones(1), model.blank_cond(1), call).kv or ()
     return sum(map(_size, found)) * (2 if card.contract.guidance.active else 1)
 
 
