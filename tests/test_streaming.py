@@ -17,6 +17,7 @@ from fewstep.core.call import Place, Runner, S
 from fewstep.diffusion import CFG, EDM, Contract, Exact, Renoise, Shifted, Stream
 from fewstep.models import VideoModel
 from fewstep.models.repattern import repattern
+from fewstep.models.video_dit import CrossAttention
 from fewstep.streaming import Chunks, Session
 from fewstep.streaming.blocks import keep_of
 from support_engine import tiny_model
@@ -100,6 +101,28 @@ def test_steering_changes_what_follows() -> None:
     assert session.snapshot.prompts[0] == "a green cross turns"
     with pytest.raises(ValueError, match="2 clips, and was given 1 prompts"):
         session.steer(["one"])
+
+
+def test_nothing_of_an_earlier_prompt_is_kept() -> None:
+    """Keys of the text are computed once for a prompt; after `steer` they are those of the new one."""
+    model = streaming_model(Stream(window=3))
+    session = Session(model, PROMPTS)
+    made(session, 1)
+    session.steer(["a green cross turns", "a red square stays"])
+    fresh = Session(model, session.snapshot)
+    assert all(torch.equal(a, b) for a, b in zip(made(session, 2), made(fresh, 2), strict=True))
+
+
+def test_keys_of_the_text_are_computed_once_for_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, reads = streaming_model(Stream(window=3)), list[int]()
+    words = CrossAttention.words
+    monkeypatch.setattr(CrossAttention, "words", lambda self, text: reads.append(1) or words(self, text))
+    session = Session(model, PROMPTS)
+    made(session, 3)
+    assert len(reads) == len(model.denoiser.backbone.blocks)
+    session.steer(PROMPTS)
+    made(session, 2)
+    assert len(reads) == 2 * len(model.denoiser.backbone.blocks)
 
 
 def test_a_clip_depends_on_its_own_seed_and_prompt_only() -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fewstep.attention import Everything, Keep, KVCache, Window
 from fewstep.core import Call, Cond, KVView, Rng, Seeds
-from fewstep.core.call import Runner, every_block
+from fewstep.core.call import Constants, Runner, every_block
 from fewstep.diffusion import Contract, NoisePath, Prediction, Step, Stream
 from fewstep.diffusion.samplers import Denoise, full
 
@@ -65,6 +65,8 @@ class Chunks:
     contract: Contract
     times: tuple[float, ...]
     """Times of the sampler's steps, the same in every chunk."""
+    constants: Constants | None = None
+    """What all calls of one stream share while its conditions stay, such as keys of the text; None: it is computed every time."""
 
     @property
     def stream(self) -> Stream:
@@ -96,7 +98,9 @@ class Chunks:
         view = self.network.recall(memory, noise)  # 1
 
         def denoise(x_t: Tensor, t: Tensor, call: Call) -> Prediction:
-            return self.contract.guidance(self.network, x_t, t, cond, uncond, replace(call, kv=view))
+            return self.contract.guidance(
+                self.network, x_t, t, cond, uncond, replace(call, kv=view, constants=self.constants)
+            )
 
         def cached(x_t: Tensor, t: Tensor, call: Call) -> Prediction:
             with nullcontext() if exit in (None, call.step) else torch.no_grad():

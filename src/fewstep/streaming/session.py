@@ -12,7 +12,7 @@ from torch import Tensor
 from fewstep.attention import KVCache
 from fewstep.caching import CachePolicy
 from fewstep.core import Cond, Seeds
-from fewstep.core.call import every_block
+from fewstep.core.call import Constants, every_block
 from fewstep.diffusion import Step, Stream
 from fewstep.diffusion.samplers import full
 from fewstep.streaming.blocks import Chunks, Reader
@@ -93,7 +93,10 @@ class Session:
         """
         contract = model.card.contract
         self._chunks = Chunks(
-            network=model.reader, contract=contract, times=contract.times(num_inference_steps, force=force)
+            network=model.reader,
+            contract=contract,
+            times=contract.times(num_inference_steps, force=force),
+            constants=Constants(),
         )
         if not isinstance(start, Snapshot):
             seeds = range(seed, seed + len(start)) if isinstance(seed, int) else seed
@@ -118,6 +121,7 @@ class Session:
                 f"this session has {len(self.snapshot.prompts)} clips, and was given {len(prompts)} prompts"
             )
         self._conditions = self._model.conditions(prompts, guided=self._guided)
+        self._chunks = replace(self._chunks, constants=Constants())
         self.snapshot = replace(self.snapshot, prompts=tuple(prompts))
 
     @torch.no_grad()
