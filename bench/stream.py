@@ -25,11 +25,11 @@ from fewstep.attention import BlockCausal
 from fewstep.core import Cond, Rng
 from fewstep.diffusion import CFG, Contract, Exact, Renoise, Shifted, Stream
 from fewstep.evaluate.latency import memory_in_use
-from fewstep.models import VideoModel
+from fewstep.models import Card, Denoiser, VideoModel
 from fewstep.models.repattern import repattern
 from fewstep.models.runtime import Runtime
 from fewstep.streaming import LiveSession, Session
-from measuring import Timer, load, middle, rounded, without_defaults, write
+from measuring import WAN, Timer, load, middle, rounded, without_defaults, write
 
 PROMPT = "a red circle moves left"
 GRIDS = {1: (1.0, 0.0), 2: (1.0, 0.75, 0.0), 4: (1.0, 0.9375, 0.8333, 0.625, 0.0)}
@@ -55,17 +55,14 @@ class Case:
     dtype: Literal["float32", "bfloat16"] = "float32"
     compile: bool = False
     device: str = "cpu"
+    small: bool = False
+    """A tiny `wan-1.3b`, to try the script itself."""
 
 
 def student(case: Case) -> tuple[VideoModel, dict[str, Any]]:
     """A model that streams, and what its sessions are told."""
     wan = case.model == "wan-1.3b"
-    model, _ = load(case.model)
-    if wan:
-        from fewstep.models.adapters.codecs.codec import VideoCodec
-
-        model.parts["codec"] = VideoCodec(config={}).eval().requires_grad_(False)
-        model.denoiser.requires_grad_(False)
+    model = random_wan(case) if wan else load(case.model)[0]
     if wan or case.model == "world":
         stream = Stream(chunks=(case.chunk,), window=case.window, sink=case.sink, commit=case.commit)
         grid = Exact(grids=(GRIDS[case.steps],), otherwise=Shifted())
@@ -75,9 +72,26 @@ def student(case: Case) -> tuple[VideoModel, dict[str, Any]]:
     model = model.prepared(Runtime(dtype=case.dtype, compile=case.compile, device=case.device))
     if not wan:
         return model, {}
-    text = Rng(0).randn((1, 512, 4096), "text").to(case.device)
+    text = Rng(0).randn((1, 512, WAN["text_dim"]), "text").to(case.device)
     cond = Cond(text, text.new_ones(1, 512, dtype=torch.bool))
     return model, {"conditions": (cond, cond)}
+
+
+def random_wan(case: Case) -> VideoModel:
+    """Denoiser and autoencoder of Wan2.1-T2V-1.3B with random weights; no text encoder."""
+    from fewstep.models.adapters.codecs.codec import VideoCodec
+    from fewstep.models.adapters.dits.wan import Wan
+
+    torch.manual_seed(0)
+    card = Card(
+        name="wan-1.3b", num_frames=81, height=64 if case.small else 480, width=64 if case.small else 832, fps=16
+    )
+    size = {"num_layers": 2, "num_attention_heads": 2, "ffn_dim": 64} if case.small else {}
+    denoiser = Denoiser(Wan(config=WAN | size), card.path, card.kind)
+    codec = VideoCodec(config={"base_dim": 8} if case.small else {})
+    return VideoModel(
+        card, {part: net.requires_grad_(False) for part, net in (("denoiser", denoiser), ("codec", codec))}
+    )
 
 
 def begun(model: VideoModel, told: dict[str, Any], seed: int = 0, *, beside: bool = True) -> LiveSession:
