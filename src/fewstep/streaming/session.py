@@ -93,10 +93,7 @@ class Session:
         """
         contract = model.card.contract
         self._chunks = Chunks(
-            network=model.reader,
-            contract=contract,
-            times=contract.times(num_inference_steps, force=force),
-            constants=Constants(),
+            network=model.reader, contract=contract, times=contract.times(num_inference_steps, force=force)
         )
         if not isinstance(start, Snapshot):
             seeds = range(seed, seed + len(start)) if isinstance(seed, int) else seed
@@ -104,6 +101,7 @@ class Session:
         self._model, self._cache, self.snapshot = model, cache, start
         self._guided = contract.guidance.active
         self._conditions = conditions or model.conditions(start.prompts, guided=self._guided)
+        self._kept: tuple[tuple[Tensor, ...], Constants] = (), Constants()
 
     @property
     def model(self) -> Streams:
@@ -121,7 +119,6 @@ class Session:
                 f"this session has {len(self.snapshot.prompts)} clips, and was given {len(prompts)} prompts"
             )
         self._conditions = self._model.conditions(prompts, guided=self._guided)
-        self._chunks = replace(self._chunks, constants=Constants())
         self.snapshot = replace(self.snapshot, prompts=tuple(prompts))
 
     @torch.no_grad()
@@ -135,7 +132,7 @@ class Session:
         noise = Seeds(before.seeds, device=str(self._model.device)).fold(f"chunk/{index}")
         channels, _, height, width = self._model.latent_shape()
         shape = (len(before.prompts), channels, self._chunks.stream.length(index), height, width)
-        chunks, path = self._chunks, self._chunks.network.path
+        chunks, path = replace(self._chunks, constants=self._constants()), self._chunks.network.path
         if video is None:
             start = path.prior(noise.randn(shape, "start"))
         else:
@@ -149,6 +146,13 @@ class Session:
             yield made.step
             if (memory := made.memory) is not None:
                 self.snapshot = replace(self.snapshot, memory=memory, chunks=index + 1)
+
+    def _constants(self) -> Constants:
+        """What calls share while the conditions are the same tensors."""
+        now = tuple(tensor for given in self._conditions for tensor in given.tensors)
+        if len(now) != len(self._kept[0]) or any(a is not b for a, b in zip(now, self._kept[0])):
+            self._kept = now, Constants()
+        return self._kept[1]
 
     def take(self, chunks: int, video: Video | None = None) -> Iterator[Tensor]:
         """The next chunks, latents `[B, C, f, h, w]` each, as soon as they are made."""
