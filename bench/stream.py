@@ -203,7 +203,7 @@ def main(case: Case) -> None:
     found = measure(case)
     for name, value in found.items():
         print(name, value)
-    named = replace(case, minutes=0.0, model=case.model.rstrip("/").replace("/", "_"))
+    named = replace(case, model=case.model.rstrip("/").replace("/", "_"))
     print(write("-".join(["stream", *without_defaults(named)]), case, found, case.device))
 
 
