@@ -222,6 +222,18 @@ def test_a_chunk_that_is_cancelled_was_never_begun(beside: bool, model: VideoMod
     assert session.prompt("a green cross turns") == 3  # the chunk that was given up
 
 
+def test_prompts_of_a_chunk_that_is_cancelled_are_taken_back(model: VideoModel) -> None:
+    whole, session = list(live(model).frames(3)), live(model)
+    shown = list(session.frames(1))
+    assert session.prompt("a green cross turns") == 1
+    begin(session, 1)
+    session.cancel()
+    assert session.prompt(PROMPTS) == 1 and session._session.snapshot.prompts == PROMPTS
+    session.resume()
+    shown += session.frames(2)
+    assert torch.equal(joined(shown), joined(whole)) and [c.version for c in shown] == [0, 1, 1]
+
+
 def test_what_was_made_is_shown_after_a_cancel_and_stays_made(model: VideoModel) -> None:
     whole, session = list(live(model).frames(4)), live(model)
     frames = session.frames()

@@ -87,6 +87,8 @@ class _Making:
     """A chunk on its way: its steps are made, then it is decoded and remembered, then it is shown."""
 
     index: int
+    before: Snapshot
+    """The session before it, and before the prompts that apply from it on."""
     steps: Iterator[Step]
     prompts: tuple[str, ...]
     version: int
@@ -278,11 +280,11 @@ class LiveSession:
         return making
 
     def _begun(self, index: int) -> _Making:
-        prompts = self._switches.get(index)
-        if prompts is not None and prompts != self._session.snapshot.prompts:
-            self._session.steer(prompts)
+        session, before = self._session, self._session.snapshot
+        if index in self._switches:
+            session.steer(self._switches[index])
         version = self._start.version + sum(chunk <= index for chunk in self._switches)
-        return _Making(index, self._session.steps(self._video), self._session.snapshot.prompts, version, self._commit)
+        return _Making(index, before, session.steps(self._video), session.snapshot.prompts, version, self._commit)
 
     def _call(self, making: _Making, *, last: bool = False) -> None:
         """One network call: a step of the chunk, or what remembers it."""
@@ -293,7 +295,7 @@ class LiveSession:
                 torch.accelerator.current_stream(self._model.device).synchronize()
         except BaseException:  # its steps have ended
             self._ended = making.made
-            self._making = None
+            self._session.snapshot, self._making = making.before, None
             raise
         milliseconds = 1000 * (perf_counter() - start)
         if step is None:
@@ -324,5 +326,5 @@ class LiveSession:
         """Give up the chunk that is half-made, if that was asked for."""
         if self._dropping and self._making is not None and not self._making.made:
             cast(Generator[Step, None, None], self._making.steps).close()
-            self._making = None
+            self._session.snapshot, self._making = self._making.before, None
         self._dropping = False
