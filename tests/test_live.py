@@ -23,6 +23,7 @@ from fewstep.diffusion import Contract, Exact, Renoise, Shifted, Stream
 from fewstep.models import VideoModel
 from fewstep.models.decoding import Decoded
 from fewstep.models.repattern import repattern
+from fewstep.models.runtime import Runtime
 from fewstep.streaming import LiveChunk, LiveSession, Session, Video
 from support_engine import tiny_model
 
@@ -481,3 +482,15 @@ def test_videos_that_do_not_fit(model: VideoModel) -> None:
     list(session.take(1))
     with pytest.raises(ValueError, match="chunk 1 has latents .* was given as"):
         next(session.steps(Video(lambda _: clip(model, 3), 0.5)))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_frames_are_the_same_beside_and_between() -> None:
+    model = streaming_model().prepared(Runtime(device="cuda"))
+    beside, between = (list(live(model, beside=beside).frames(6)) for beside in (True, False))
+    assert not joined(beside).is_cuda and (joined(beside).int() - joined(between).int()).abs().max() <= 1
+    session = live(model)
+    shown = list(session.frames(3))
+    again = LiveSession.restore(model, session.snapshot())
+    assert (joined(shown + list(again.frames(3))).int() - joined(beside).int()).abs().max() <= 1

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +19,7 @@ from fewstep.attention import BlockCausal, Dense
 from fewstep.cli import main
 from fewstep.core.pixels import to_uint8
 from fewstep.data.growing import GrowingVideo
-from fewstep.data.video import read_note, read_rate, read_video, to_floats
+from fewstep.data.video import decode, read_note, read_rate, read_video, to_floats
 from fewstep.diffusion import CFG, Contract, Exact, Renoise, Shifted, Stream
 from fewstep.models import VideoModel
 from fewstep.models.bundle import read_card
@@ -208,3 +212,22 @@ def test_a_video_is_changed(student: VideoModel, refused: Callable[..., str]) ->
     assert "give one of its times, 1, 0.5" in refused("--seconds", 1, "--video", "in.mp4", "--strength", 0.3)
     assert "--strength is that of" in refused("--strength", 0.3)
     assert "no such file" in refused("--seconds", 1, "--video", "no.mp4")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_command_that_is_stopped_leaves_a_video(number: signal.Signals, student: VideoModel) -> None:
+    words = [sys.executable, "-m", "fewstep", "stream", "student", "--prompt", "a", "--seconds", "600", "--quiet"]
+    path = Path("stream.mp4")
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+        while not path.is_file() or path.stat().st_size < 30_000:
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, told = process.communicate()
+    there = sum(1 for _ in decode(path, 0))
+    assert there > 5 and json.loads(read_note(path))["prompts"] == ["a"]
+    if number is signal.SIGKILL:
+        assert process.returncode == -number
+    else:
+        assert process.returncode == 128 + number and f"has {there} frames" in told
