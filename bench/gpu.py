@@ -3,7 +3,7 @@
 Each part runs in a process of its own with a limit of time, and its result is kept in one JSON file at once. A part that has a
 result of the same commit and device is not run again (`--again` runs it). A part that fails says why; the others go on.
 
-    python bench/gpu.py                  all parts, under eight minutes on a data-centre GPU
+    python bench/gpu.py                  all parts, under eleven minutes on a data-centre GPU
     python bench/gpu.py --only sample    one of them
 """
 
@@ -259,18 +259,31 @@ def train(options: Options) -> dict[str, Any]:
         if options.small
         else ["--model", "wan-1.3b", "--recipe", "wan21_1p3b/dmd2"]
     )
-    command = [sys.executable, "bench/train_step.py", *case, "--device", options.device, "--rounds", "2"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    facts = figures(["bench/train_step.py", *case, "--device", options.device, "--rounds", "2"])
+    return facts if "failed" in facts else {name: facts[name] for name in ("medians", "phases", "memory", "cost")}
+
+
+def stream(options: Options) -> dict[str, Any]:
+    """A live stream of 480 x 832 in chunks of 3 latent frames (`stream.py`)."""
+    size = ["--small", "--chunks", "2"] if options.small else ["--dtype", "bfloat16", "--compile"]
+    case = ["--model", "wan-1.3b", "--chunk", "3", "--sink", "3", "--rounds", "3", *size]
+    facts = figures(["bench/stream.py", *case, "--device", options.device])
+    return {name: value for name, value in facts.items() if name not in ("case", "machine", "versions")}
+
+
+def figures(words: list[str]) -> dict[str, Any]:
+    """What another script of this folder has written; its last line names the file."""
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=False)
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
         return {"failed": (done.stderr or done.stdout)[-800:]}
-    facts = json.loads((ROOT / lines[-1]).read_text())
-    return {name: facts[name] for name in ("medians", "phases", "memory", "cost")}
+    found: dict[str, Any] = json.loads((ROOT / lines[-1]).read_text())
+    return found
 
 
 PARTS: dict[str, tuple[Callable[[Options], dict[str, Any]], int]] = {
     "tests": (tests, 120), "sample": (sample, 150), "offload": (offload, 60), "decode": (decode, 40), "plan": (plan, 60),
-    "train": (train, 180), "shards": (shards, 60),
+    "train": (train, 180), "shards": (shards, 60), "stream": (stream, 180),
 }  # fmt: skip
 """Parts, and the seconds that each may take."""
 

@@ -106,3 +106,18 @@ def test_shards_of_one_process_train_as_the_whole_network(monkeypatch: pytest.Mo
 def test_a_gpu_that_is_not_there_is_said_to_be(train_step: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert train_step.main(train_step.Case(model="wan-1.3b")) == 0
     assert "skipped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("case", [{}, {"model": "wan-1.3b", "small": True, "steps": 1}], ids=["world", "wan"])
+def test_the_figures_of_a_stream(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    if case:
+        pytest.importorskip("diffusers", reason="needs the extra diffusers")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parent.parent / "bench")])
+    stream = importlib.import_module("stream")
+    found = stream.measure(stream.Case(chunk=1, window=2, sink=0, rounds=1, chunks=2, **case))
+    assert found["network calls"] == (2 if case else 3) and found["chunk over its network calls"] >= 1
+    for where in ("decoded beside", "decoded between"):
+        rate, between = found[where]["frames per second"], found[where]["between chunks, ms"]
+        frames = 4 if case else 1
+        assert 1000 * frames / between["p99"] <= rate * 1.01 and found[where]["of a chunk, ms"]["denoise"] > 0
+    assert 0 < found["first frame, ms"]["p50"] <= found["first frame, ms"]["p99"]

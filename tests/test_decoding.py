@@ -10,12 +10,14 @@ import torch
 pytest.importorskip("diffusers", reason="needs the extra diffusers")
 
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from fewstep.core import Rng
 from fewstep.models import FrameAutoencoder
 from fewstep.models.adapters.codecs.codec import VideoCodec
 from fewstep.models.adapters.codecs.frame_codec import FrameCodec
 from fewstep.models.decoding import Decoded, decode_stream
+from fewstep.models.encoding import encode_stream
 from support_unets import vae as image_autoencoder
 from tiny_models import TINY
 
@@ -213,3 +215,64 @@ def memory(past: Any) -> int:
         return past.untyped_storage().nbytes() // 4
     inner = past.values() if isinstance(past, dict) else past if isinstance(past, list | tuple) else ()
     return sum(map(memory, inner))
+
+
+@pytest.mark.parametrize("sizes", [(1, 4, 4, 4), (2, 3, 8), (13,), (5, 1, 1, 1, 5)])
+@pytest.mark.parametrize("name", ["wan", "wan_ti2v"])
+def test_latents_of_frames_that_come_are_those_of_the_clip(name: str, sizes: tuple[int, ...]) -> None:
+    codec = codec_of(name)
+    frames = Rng(0).randn((2, 3, 13, 64, 96), "frames").clamp(-1, 1)
+    chunks = list(encode_stream(codec, frames.split(sizes, 2), (1, 2, 1)))
+    with torch.no_grad():
+        torch.testing.assert_close(torch.cat(chunks, 2), codec.encode(frames), **EXACT)
+    assert [chunk.shape[2] for chunk in chunks] == [1, 2, 1]
+    assert [chunk.shape[2] for chunk in encode_stream(codec, [frames[:, :, :8]], (1, 2, 1))] == [1]
+
+
+@torch.no_grad()
+def test_latents_come_as_soon_as_their_frames() -> None:
+    codec = codec_of("wan")
+    frames, past, made = Rng(0).randn((1, 3, 9, 64, 96), "frames"), None, list[int]()
+    for frame in frames.split(1, 2):
+        found = codec.encode_next(frame, past)
+        again = codec.encode_next(frame, past)  # the memory was not changed
+        assert torch.equal(found.latents, again.latents)
+        past = found.past
+        made.append(found.latents.shape[2])
+    assert made == [1, 0, 0, 0, 1, 0, 0, 0, 1]
+    with pytest.raises(ValueError, match="in tiles"):
+        codec_of("wan", tiling=True).encode_next(frames)
+
+
+@torch.no_grad()
+def test_what_an_encoder_remembers_does_not_grow() -> None:
+    codec, past, sizes = codec_of("wan"), None, list[int]()
+    for number in range(5):
+        past = codec.encode_next(Rng(number).randn((1, 3, 4, 64, 96), "frames"), past).past
+        sizes.append(sum(x.untyped_storage().nbytes() for x in tensors_in(past)))
+    assert len(set(sizes[1:])) == 1  # after the first latent, whose convolutions have seen one frame only
+
+
+def tensors_in(past: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(past) if isinstance(x, Tensor)]
+
+
+@pytest.mark.parametrize("name", sorted(VIDEO.keys() - {"wan", "wan_ti2v"}))
+def test_encoders_that_look_ahead_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="does not work chunk by chunk"):
+        codec_of(name).encode_next(torch.zeros(1, 3, 1, 64, 96))
+
+
+def test_frames_of_codecs_without_time_are_encoded_one_by_one() -> None:
+    codec = FrameAutoencoder(width=8, depth=1)
+    frames = Rng(0).randn((2, 3, 6, 16, 16), "frames")
+    chunks = list(encode_stream(codec, frames.split((1, 5), 2), (2, 2, 2)))
+    with torch.no_grad():
+        torch.testing.assert_close(torch.cat(chunks, 2), codec.encode(frames), **EXACT)
+
+
+@pytest.mark.parametrize("name", VIDEO)
+def test_frames_of_a_clip_and_its_latents(name: str) -> None:
+    codec = codec_of(name)
+    for latents in (1, VIDEO[name][0]):
+        assert codec.latent_shape(codec.clip_frames(latents), 64, 96)[1] == latents

@@ -87,6 +87,16 @@ def test_a_stream_of_clean_latents_is_remembered_in_the_last_step() -> None:
         seen.clear()
 
 
+def test_a_stream_keeps_no_keys_of_the_text_where_they_depend_on_the_step() -> None:
+    contract = Contract(grid=Exact(grids=((1.0, 0.5, 0.0),)), steps=2, sampler=Renoise(), stream=Stream())
+    model = tiny_model().transformed(Repatterned(pattern=BlockCausal(chunk=1)), StepScales(steps=2))
+    model = model.with_part("denoiser", model.denoiser, contract=contract)
+    shaken(model.denoiser)
+    kept, plain = (Session(model, ["a red ball"]) for _ in range(2))
+    plain._chunks = replace(plain._chunks, constants=None)
+    assert all(torch.equal(a, b) for a, b in zip(kept.take(2), plain.take(2), strict=True))
+
+
 def test_another_number_of_steps_is_refused(model: VideoModel) -> None:
     for call in ({"steps": 3}, {"steps": 1}):
         with pytest.raises(ValueError, match=rf"layers for 4 steps, and was called for step 1 of {call['steps']}"):

@@ -32,6 +32,7 @@ from fewstep.core.call import Place, Runner, S
 from fewstep.diffusion import CFG, EDM, Contract, Exact, Memory, Renoise, Shifted, Stream
 from fewstep.models import VideoModel
 from fewstep.models.repattern import repattern
+from fewstep.models.video_dit import CrossAttention
 from fewstep.streaming import Chunks, Session
 from fewstep.streaming.blocks import keep_of
 from support_engine import tiny_model
@@ -152,22 +153,25 @@ def test_a_session_is_told_where_each_chunk_looks_from() -> None:
 
     session = Session(model, PROMPTS)
     for turn in (0.0, 0.25, 0.5):
-        list(session.steps(looking(turn)))
-    ahead, aside = ([*Session(model, session.snapshot).steps(looking(turn))][-1].x for turn in (0.0, 0.25))
+        list(session.steps(extra=looking(turn)))
+    ahead, aside = ([*Session(model, session.snapshot).steps(extra=looking(turn))][-1].x for turn in (0.0, 0.25))
     assert not torch.equal(ahead, aside)  # other frames are read
-    again = [*Session(model, session.snapshot).steps(looking(0.0))][-1].x
+    again = [*Session(model, session.snapshot).steps(extra=looking(0.0))][-1].x
     assert torch.equal(ahead, again)
     with pytest.raises(ValueError, match="extra 'pose'; got nothing"):
         list(session.steps())
 
 
-def test_a_chunk_that_is_given_up_was_never_begun() -> None:
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_chunk_that_is_given_up_was_never_begun(steps: int) -> None:
+    """After its first step, or after its last, before it is remembered."""
     model = streaming_model(Stream(window=3))
     whole, session = made(Session(model, PROMPTS), 3), Session(model, PROMPTS)
     before = session.snapshot
     given_up = session.steps()
-    next(given_up)
-    given_up.close()
+    for _ in range(steps):
+        next(given_up)
+    given_up.close()  # type: ignore[attr-defined]
     assert session.snapshot is before
     assert all(torch.equal(a, b) for a, b in zip(made(session, 3), whole, strict=True))
 
@@ -183,6 +187,28 @@ def test_steering_changes_what_follows() -> None:
     assert session.snapshot.prompts[0] == "a green cross turns"
     with pytest.raises(ValueError, match="2 clips, and was given 1 prompts"):
         session.steer(["one"])
+
+
+def test_nothing_of_an_earlier_prompt_is_kept() -> None:
+    """Keys of the text are computed once for a prompt; after `steer` they are those of the new one."""
+    model = streaming_model(Stream(window=3))
+    session = Session(model, PROMPTS)
+    made(session, 1)
+    session.steer(["a green cross turns", "a red square stays"])
+    fresh = Session(model, session.snapshot)
+    assert all(torch.equal(a, b) for a, b in zip(made(session, 2), made(fresh, 2), strict=True))
+
+
+def test_keys_of_the_text_are_computed_once_for_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, reads = streaming_model(Stream(window=3)), list[int]()
+    words = CrossAttention.words
+    monkeypatch.setattr(CrossAttention, "words", lambda self, text: reads.append(1) or words(self, text))
+    session = Session(model, PROMPTS)
+    made(session, 3)
+    assert len(reads) == len(model.denoiser.backbone.blocks)
+    session.steer(PROMPTS)
+    made(session, 2)
+    assert len(reads) == 2 * len(model.denoiser.backbone.blocks)
 
 
 def test_a_clip_depends_on_its_own_seed_and_prompt_only() -> None:

@@ -14,6 +14,7 @@ from fewstep.cli.command import Command, Loads, Overrides, Runs, UsageError
 from fewstep.cli.finished import Compare, Study
 from fewstep.cli.generation import Sample
 from fewstep.cli.questions import Doctor, Explain, List, Watch
+from fewstep.cli.streams import Stream
 from fewstep.cli.students import Import
 
 LayoutName = Literal["plain", "openvid", "webvid", "ucf101", "tars"]
@@ -320,7 +321,7 @@ class CheckLora(Runs):
 
 
 COMMANDS: dict[str, type[Command]] = {
-    "demo": Demo, "prepare": Prepare, "train": Train, "pairs": Pairs, "distill": Distill, "sample": Sample,
+    "demo": Demo, "prepare": Prepare, "train": Train, "pairs": Pairs, "distill": Distill, "sample": Sample, "stream": Stream,
     "evaluate": Evaluate, "check-model": CheckModel, "import": Import, "export": Export, "check-lora": CheckLora,
     "compare": Compare, "study": Study,
     "watch": Watch, "list": List, "explain": Explain, "doctor": Doctor,

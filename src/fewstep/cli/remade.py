@@ -95,7 +95,7 @@ def _pairs(prompts: Sequence[str], seeds: Sequence[int]) -> tuple[tuple[str, ...
 def _facts(path: Path) -> dict[str, Any]:
     try:
         facts: dict[str, Any] = json.loads(read_note(path))
-        if all(key in facts for key in ("options", "prompts", "seeds", "denoiser")):
+        if all(key in facts for key in ("options", "prompts", "seeds", "denoiser")) and "changes" not in facts:
             return facts
     except json.JSONDecodeError:
         pass

@@ -25,6 +25,7 @@ from torch.nn.functional import interpolate, pad
 
 from fewstep.core.atomic import replacing, replacing_folder
 from fewstep.core.finite import require_finite
+from fewstep.core.pixels import to_uint8
 from fewstep.data.shots import find_cuts
 
 LARGEST_SIDE = 16384
@@ -164,11 +165,6 @@ def to_pixels(frames: Tensor) -> Tensor:
     """Convert floats `[..., 3, F, H, W]` in [-1, 1] to uint8 `[..., F, H, W, 3]`. Values outside are clipped; NaN is refused."""
     require_finite(frames, "frames to be written")
     return to_uint8(frames).movedim(-4, -1).cpu().contiguous()
-
-
-def to_uint8(values: Tensor) -> Tensor:
-    """Convert floats in [-1, 1] of any shape to uint8 0..255. Values outside are clipped."""
-    return ((values.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def cover(planes: Tensor, size: tuple[int, int]) -> Tensor:

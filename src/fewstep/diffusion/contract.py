@@ -159,8 +159,8 @@ class Contract:
         return grid.times(steps)
 
     def calls(self, steps: int | None = None) -> int:
-        """NFE: network evaluations per clip, guidance counted (two per step when it is on, three with STG). Of a stream: per chunk,
-        in the long run; those that make what is remembered are not counted."""
+        """NFE: network evaluations per clip, guidance counted (two per step when it is on, three with STG). Of a stream: per
+        chunk, in the long run; those that make what is remembered are not counted."""
         if steps is None:
             steps = self.stream.steps[-1] if self.stream is not None and self.stream.steps else self.steps
         return self.sampler.calls(steps) * self.guidance.passes

@@ -13,8 +13,8 @@ from torch.nn.functional import interpolate, pad
 
 from fewstep.core import Rng
 from fewstep.core.call import Sharing
+from fewstep.core.pixels import to_uint8
 from fewstep.data.base import Source
-from fewstep.data.video import to_uint8
 from fewstep.models import VideoModel
 from fewstep.models.images import Images, images_in
 

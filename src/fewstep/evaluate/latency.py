@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -70,10 +71,25 @@ def peak_memory(fn: Callable[[], Any], device: torch.device | str = "cpu") -> tu
         fn()
         return _resident_peak(), "resident set peak of the process"
     fn()
+    return _peak_since_start(), "resident set peak of the process since its start"
+
+
+def memory_in_use(device: torch.device | str = "cpu") -> int:
+    """Bytes in use now: by tensors on a CUDA device, elsewhere by the process. On systems that do not tell, its peak."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return _peak_since_start()
+
+
+def _peak_since_start() -> int:
     import resource  # not on Windows
 
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "resident set peak of the process since its start"
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _reset_resident_peak() -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core.finite import require_finite
-from fewstep.data.video import to_uint8
+from fewstep.core.pixels import to_uint8
 from fewstep.evaluate.cases import Cases
 from fewstep.evaluate.features.extractors import FeatureMap
 from fewstep.metrics import diversity, flicker, motion, shuffled

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fewstep.core.atomic import write_text
 from fewstep.core.finite import require_finite
-from fewstep.data.video import to_uint8
+from fewstep.core.pixels import to_uint8
 from fewstep.evaluate.features.extractors import feature_map
 from fewstep.evaluate.page.animate import grid_gif
 from fewstep.models.bundle import VideoModel

@@ -30,6 +30,7 @@ from fewstep.diffusion.samplers import finish
 from fewstep.models import adapters
 from fewstep.models.autoencoder import FrameAutoencoder
 from fewstep.models.card import PARTS, Card, parse_card
+from fewstep.models.decoding import Decoded
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.depot import depot_of
 from fewstep.models.fingerprint import describe, print_of
@@ -45,6 +46,7 @@ from fewstep.models.served import Served
 from fewstep.models.spec import lacking
 from fewstep.models.stored import write_tensors
 from fewstep.models.text import TextEncoder
+from fewstep.streaming import LiveSession, Session, Video
 
 BUILT_IN = Path(__file__).parent.parent / "world" / "weights"
 """Where the built-in world's networks are shipped: one folder each, `teacher` and `features`."""
@@ -210,6 +212,23 @@ class VideoModel:
         """Clips `[B, 3, F, H, W]` in [-1, 1] of latents, whole, in tiles or in chunks (`Runtime.tiling`)."""
         self.bring("codec")
         return decoded(self.codec, latents, self.runtime)
+
+    def stream(self, prompts: Sequence[str], *, video: Video | None = None, **options: Any) -> LiveSession:
+        """A live stream of one clip per prompt, or of a changed `video`, of a model whose contract has a `stream`; `options` are
+        those of `Session`, such as `seed`. With offload chunks are decoded between the denoiser's calls, not beside them."""
+        return LiveSession(Session(self, prompts, **options), video=video, beside=self.runtime.offload == "none")
+
+    @torch.no_grad()
+    def decode_next(self, latents: Tensor, past: Any = None, *, last: bool = False) -> Decoded:
+        """Frames in [-1, 1] of latents that follow those of `past`: as `ChunkCodec.decode_next`, run as this model is."""
+        self.bring("codec")
+        with self.runtime.precision():
+            made = self.codec.decode_next(latents, past, last=last)
+        return replace(made, frames=made.frames.clamp(-1, 1))
+
+    def clip_frames(self, latents: int) -> int:
+        """Frames of a clip of so many latent frames."""
+        return self.codec.clip_frames(latents) if latents else 0
 
     def latents(self, prompts: Sequence[str] | Cond, **options: Any) -> Tensor:
         """Sample latents `[B, C, F, h, w]` by the card's contract: `sampling`, run to its end."""

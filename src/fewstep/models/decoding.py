@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fewstep.models.encoding import Encoded
+
 
 @dataclass(frozen=True)
 class Decoded:
@@ -34,6 +36,9 @@ class ChunkCodec(Protocol):
         With `last` nothing follows, and the frames that were held back come too; f may be 0.
         """
 
+    def clip_frames(self, latents: int) -> int:
+        """Frames of a clip of so many latent frames, 1 at least."""
+
 
 class FrameByFrame(ABC):
     """For codecs that know no time: every latent frame is decoded by itself."""
@@ -50,6 +55,18 @@ class FrameByFrame(ABC):
             return Decoded(self.decode(latents), past)
         batch, _, _, height, width = latents.shape
         return Decoded(latents.new_zeros(batch, 3, 0, height * self.downsample, width * self.downsample), past)
+
+    @abstractmethod
+    def encode(self, frames: Tensor, *, autocast: bool = False) -> Tensor:
+        """The latents."""
+
+    def encode_next(self, frames: Tensor, past: Any = None) -> Encoded:
+        """As in `ChunkEncoder`; every latent comes at once, and nothing is remembered."""
+        return Encoded(self.encode(frames), past)
+
+    def clip_frames(self, latents: int) -> int:
+        """As many."""
+        return latents
 
 
 @torch.no_grad()  # else a clip's graph would grow with it

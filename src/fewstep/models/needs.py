@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fewstep.attention import NAG
+from fewstep.attention import NAG, KVCache
 from fewstep.core import Call
 from fewstep.core.call import Constants, Negative
 from fewstep.core.ledger import Ledger
@@ -138,6 +138,22 @@ def needs(
         weights=weights, ends=weights["denoiser"] - sum(each), block=max(each), alone=alone if encoder == "alone" else 0,
         working={READING: reading.peak, DENOISING: denoising.peak, DECODING: decoding.peak},
     )  # fmt: skip
+
+
+def remembered(card: Card, runtime: Runtime) -> int:
+    """Bytes of keys and values, in all blocks, that a stream of this card remembers of one latent frame of a clip."""
+    mode, model = FakeTensorMode(allow_non_fake_inputs=True), outline(card)
+    network = model.denoiser
+    typed(network, runtime.dtype)
+    imagine(network, mode)
+    here = replace(runtime, device="cpu", offload="none")
+    with torch.no_grad(), mode, here.denoising():
+        channels, _, height, width = model.latent_shape()
+        x = torch.empty(1, channels, 1, height, width, dtype=torch.float64 if runtime.dtype == "float64" else None)
+        memory = KVCache(start=torch.tensor(0))  # a number that this mode knows the value of
+        call = Call(kv=network.recall(memory, x))
+        found = network(x, torch.ones(1), model.blank_cond(1), call).kv or ()
+    return sum(map(_size, found)) * (2 if card.contract.guidance.active else 1)
 
 
 def placements(card: Card, runtime: Runtime) -> list[tuple[Offload, Calls]]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from fewstep.attention import KVCache
+from fewstep.compress.stepwise import knows_steps
 from fewstep.core import Call, Cond, KVView
 from fewstep.diffusion import NoisePath, Prediction
 
@@ -28,10 +30,16 @@ class Served:
         return self.model.denoiser.path
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond, call: Call = Call()) -> Prediction:
-        call = replace(call, runner=self.model.runner(call.runner))
+        kept = call.constants if self._alike and self.model.runtime.offload != "block" else None
+        call = replace(call, runner=self.model.runner(call.runner), constants=kept)
         with serving(self.model):
             prediction: Prediction = self.model.denoiser(x_t, t, cond, call)
         return prediction
+
+    @cached_property
+    def _alike(self) -> bool:
+        """Whether blocks compute the same keys of the text in all steps."""
+        return not knows_steps(self.model.denoiser)
 
     def recall(self, memory: KVCache, x_t: Tensor, call: Call = Call()) -> KVView:
         return self.model.denoiser.recall(memory, x_t, call)

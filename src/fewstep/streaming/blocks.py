@@ -11,9 +11,10 @@ at an exit; then the prediction of that step is the chunk, and the only one that
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Protocol
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from fewstep.attention import Everything, Keep, KVCache, Window
 from fewstep.core import KV, Call, Cond, KVView, Rng, Seeds
-from fewstep.core.call import Runner, every_block
+from fewstep.core.call import Constants, Runner, every_block
 from fewstep.diffusion import Contract, NoisePath, Prediction, Step, StepCountError, Stream
 from fewstep.diffusion.samplers import Denoise, full
 
@@ -42,8 +43,14 @@ class Made:
     """A step of a chunk that has been made."""
 
     step: Step
-    memory: KVCache | None
-    """Memory after the chunk; None before its last step."""
+    commit: Callable[[], KVCache] | None = None
+    """Adds the chunk to the memory; None before its last step."""
+
+    @cached_property
+    def memory(self) -> KVCache | None:
+        """Memory after the chunk, made when it is first asked for, so that a chunk can be shown before; None before its last
+        step."""
+        return None if self.commit is None else self.commit()
 
     @property
     def x(self) -> Tensor:
@@ -59,6 +66,8 @@ class Chunks:
     contract: Contract
     times: tuple[float, ...]
     """Times of the sampler's steps, the same in every chunk, unless the stream has `steps` of its own."""
+    constants: Constants | None = None
+    """What all calls of one stream share while its conditions stay, such as keys of the text; None: it is computed every time."""
 
     @classmethod
     def of(cls, network: Reader, contract: Contract, steps: int | None = None, *, force: bool = False) -> Chunks:
@@ -90,6 +99,11 @@ class Chunks:
         own = self.stream.steps
         return self.contract.times(own[min(index, len(own) - 1)]) if own else self.times
 
+    def at(self, times: tuple[float, ...]) -> Chunks:
+        """The same with these times in every chunk."""
+        stream = replace(self.stream, steps=())
+        return replace(self, contract=replace(self.contract, stream=stream), times=times)
+
     def chunk(
         self,
         memory: KVCache,
@@ -110,18 +124,20 @@ class Chunks:
         view = self.network.recall(memory, noise)  # 1
 
         def denoise(x_t: Tensor, t: Tensor, call: Call) -> Prediction:
-            return self.contract.guidance(self.network, x_t, t, cond, uncond, replace(call, kv=view))
+            return self.contract.guidance(
+                self.network, x_t, t, cond, uncond, replace(call, kv=view, constants=self.constants)
+            )
 
         def cached(x_t: Tensor, t: Tensor, call: Call) -> Prediction:
             with nullcontext() if exit in (None, call.step) else torch.no_grad():
                 return denoise(x_t, t, replace(call, runner=runner))
 
         for step in self.contract.sampler.sampling(cached, noise, self._grid(memory, exit), rng=rng):  # 2
-            made = Made(step, None)
+            made = Made(step)
             ends = step.index == (step.steps - 1 if exit is None else exit)
             if ends:
-                with nullcontext() if exit is None else torch.no_grad():
-                    made = replace(made, memory=self._committed(memory, made, denoise, rng))
+                commit = self._committed if exit is None else torch.no_grad()(self._committed)
+                made = replace(made, commit=partial(commit, memory, made, denoise, rng))
             yield made
             if ends:
                 return

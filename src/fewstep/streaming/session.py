@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -13,8 +13,9 @@ from torch import Tensor
 from fewstep.attention import KVCache
 from fewstep.caching import CachePolicy
 from fewstep.core import Cond, Seeds
-from fewstep.core.call import every_block
-from fewstep.diffusion import Step
+from fewstep.core.call import Constants, every_block
+from fewstep.diffusion import Step, Stream
+from fewstep.diffusion.samplers import full
 from fewstep.streaming.blocks import Chunks, Reader
 from fewstep.streaming.switch import Fade, Mix, Switch, mixed, require_switch
 
@@ -51,6 +52,26 @@ class Snapshot:
     """Change of prompts that is under way."""
 
 
+@dataclass(frozen=True)
+class Video:
+    """A video that a stream changes (video-to-video): chunks start from its latents, noised, instead of from noise."""
+
+    latents: Callable[[int], Tensor]
+    """Latents `[B, C, f, h, w]` of a chunk, by its number. Equal for equal numbers."""
+    strength: float = 1.0
+    """Each chunk starts at the largest time of the student's grid that is not above this one; 1: nothing of the video is left."""
+
+    def begins(self, times: tuple[float, ...]) -> int:
+        """The step to begin with. ValueError where no time is low enough."""
+        for step, time in enumerate(times[:-1]):
+            if time <= self.strength + 1e-6:
+                return step
+        raise ValueError(
+            f"strength {self.strength:g} is below the student's last step, at {times[-2]:.4g}; give one of its times, "
+            f"{', '.join(f'{time:.4g}' for time in times[:-1])}"
+        )
+
+
 class Session:
     """A stream of latents, chunk by chunk, of a model whose contract has a `stream`.
 
@@ -84,6 +105,16 @@ class Session:
         self._model, self._cache, self.snapshot = model, cache, start
         self._guided, self._making = contract.guidance.active, False
         self._conditions = conditions or model.conditions(start.prompts, guided=self._guided)
+        self._kept: tuple[tuple[Tensor, ...], Constants] = (), Constants()
+
+    @property
+    def model(self) -> Streams:
+        return self._model
+
+    @property
+    def stream(self) -> Stream:
+        """How the model makes chunks."""
+        return self._chunks.stream
 
     def steer(self, prompts: Sequence[str], how: Switch = "keep", *, over: int = 4) -> None:
         """Other prompts, one per clip, from the next chunk on; `how` is a way of `streaming.switch`. With `lerp` the change takes
@@ -127,31 +158,51 @@ class Session:
         return tuple(len(self._chunks.grid(index)) - 1 for index in range(chunks))
 
     @torch.no_grad()
-    def steps(self, extra: Mapping[str, Tensor] = MappingProxyType({})) -> Iterator[Step]:
-        """The next chunk, step by step; the latents of its last step are the chunk's. Given up before, it was never begun.
+    def steps(
+        self, video: Video | None = None, *, extra: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> Iterator[Step]:
+        """The next chunk, step by step; the latents of its last step are the chunk's. They are there before the chunk is
+        remembered, which happens when the iterator is asked for more. Given up before, it was never begun.
 
-        `extra` is what the conditions say of this chunk alone, such as `pose` (`attention.Facing`).
+        It starts from noise, or from this chunk of a `video`. `extra` is what the conditions say of this chunk alone, such as
+        `pose` (`attention.Facing`). ValueError for latents of another shape.
         """
         before, index = self.snapshot, self.snapshot.chunks
         noise = Seeds(before.seeds, device=str(self._model.device)).fold(f"chunk/{index}")
         channels, _, height, width = self._model.latent_shape()
         shape = (len(before.prompts), channels, self._chunks.stream.length(index), height, width)
-        start = self._chunks.network.path.prior(noise.randn(shape, "start"))
+        chunks, path = self._chunks, self._chunks.network.path
+        if video is None:
+            start = path.prior(noise.randn(shape, "start"))
+        else:
+            times = chunks.grid(index)
+            chunks = chunks.at(times[video.begins(times) :])
+            clean = video.latents(index)
+            if clean.shape != shape:
+                raise ValueError(f"chunk {index} has latents {shape}, and its video was given as {tuple(clean.shape)}")
+            start = path.add_noise(clean, noise.randn(shape, "start"), full(chunks.times[0], clean))
         runner = every_block if self._cache is None else self._cache.begin()
         cond, uncond = (given.with_extra(extra) for given in self._conditions_of(index))
+        chunks = replace(chunks, constants=self._constants(cond, uncond))
         self._making = True
         try:
-            for made in self._chunks.chunk(before.memory, start, cond, uncond, noise, runner=runner):
-                if made.memory is not None:
-                    latents = self._chunks.recent(before.latents, made.x, index)
-                    self.snapshot = replace(self.snapshot, memory=made.memory, chunks=index + 1, latents=latents)
-                    self._making = False
+            for made in chunks.chunk(before.memory, start, cond, uncond, noise, runner=runner):
                 yield made.step
+                if (memory := made.memory) is not None:
+                    latents = self._chunks.recent(before.latents, made.x, index)
+                    self.snapshot = replace(self.snapshot, memory=memory, chunks=index + 1, latents=latents)
         finally:
             self._making = False
 
-    def take(self, chunks: int) -> Iterator[Tensor]:
+    def _constants(self, *conditions: Cond) -> Constants:
+        """What calls share while the conditions are the same tensors."""
+        now = tuple(tensor for given in conditions for tensor in given.tensors)
+        if len(now) != len(self._kept[0]) or any(a is not b for a, b in zip(now, self._kept[0])):
+            self._kept = now, Constants()
+        return self._kept[1]
+
+    def take(self, chunks: int, video: Video | None = None) -> Iterator[Tensor]:
         """The next chunks, latents `[B, C, f, h, w]` each, as soon as they are made."""
         for _ in range(chunks):
-            *_, last = self.steps()
+            *_, last = self.steps(video)
             yield last.x

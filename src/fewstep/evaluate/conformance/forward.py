@@ -9,7 +9,7 @@ from PIL import Image
 
 from fewstep.attention import Dense
 from fewstep.core import Cond, Seeds
-from fewstep.data.video import to_uint8
+from fewstep.core.pixels import to_uint8
 from fewstep.diffusion import CFG, FlowSchedule, MultistepTimesteps
 from fewstep.evaluate.conformance.subject import Fault, Measured, NotApplicable, Subject, relative, worst
 

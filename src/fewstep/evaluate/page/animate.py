@@ -11,7 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional
 
-from fewstep.data.video import encode_gif, to_uint8
+from fewstep.core.pixels import to_uint8
+from fewstep.data.video import encode_gif
 
 GAP = 6
 """Pixels between the clips of a grid."""

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, unpatchify
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, patchify, unpatchify
 from torch import Tensor, nn
 
 
@@ -27,6 +27,16 @@ class ChunkDecoder(ABC):
     def __init__(self, vae: Any, options: Mapping[str, Any] = MappingProxyType({})) -> None:
         self.vae, self.options = vae, options
 
+    def encode(self, frames: Tensor, past: Any) -> tuple[list[Tensor], Any]:
+        """The autoencoder's own latents of `[1, 3, F, H, W]` that can be made now, one by one, and what the next call needs.
+
+        ValueError for encoders that read what comes after a frame, or a clip as a whole.
+        """
+        raise ValueError(
+            f"the encoder of {type(self.vae).__name__} does not work chunk by chunk; encode the whole clip, or take a model with "
+            "Wan's autoencoder"
+        )
+
     @abstractmethod
     def next(self, z: Tensor, past: Any, last: bool) -> tuple[list[Tensor], Any]:
         """The frames that can be made now, in pieces, and what the next call needs.
@@ -38,20 +48,28 @@ class ChunkDecoder(ABC):
 class WanChunks(ChunkDecoder):
     """Latent by latent, as Wan decodes whole clips: every convolution remembers the last two frames that it read."""
 
-    @property
-    def _convolutions(self) -> int:
-        return sum(isinstance(module, WanCausalConv3d) for module in self.vae.decoder.modules())
-
     def next(self, z: Tensor, past: Any, last: bool) -> tuple[list[Tensor], Any]:
         made, patch = [], self.vae.config.patch_size or 1
         for frame in frames_of(z):
             begins = past is None
-            cache = [None] * self._convolutions if begins else list(past)
+            cache = [None] * _causal(self.vae.decoder) if begins else list(past)
             z_1 = self.vae.post_quant_conv(frame)
             decoded = self.vae.decoder(z_1, feat_cache=cache, feat_idx=[0], first_chunk=begins)
             made.append(unpatchify(decoded, patch).clamp(-1, 1))
             past = cache
         return made, past
+
+    def encode(self, frames: Tensor, past: Any) -> tuple[list[Tensor], Any]:
+        """One frame first, then four by four, as Wan encodes whole clips."""
+        waiting, cache = past or (frames[:, :, :0], None)
+        waiting, made = torch.cat([waiting, frames], 2), list[Tensor]()
+        while waiting.shape[2] >= (size := 1 if cache is None else 4):
+            cache = [None] * _causal(self.vae.encoder) if cache is None else list(cache)
+            x = waiting[:, :, :size]
+            x = x if self.vae.config.patch_size is None else patchify(x, self.vae.config.patch_size)
+            made.append(self.vae.quant_conv(self.vae.encoder(x, feat_cache=cache, feat_idx=[0])).chunk(2, 1)[0])
+            waiting = waiting[:, :, size:]
+        return made, (waiting.clone(), cache)
 
 
 class CogVideoXChunks(ChunkDecoder):
@@ -176,6 +194,11 @@ class _Walk:
         else:
             made = arrange(h)[:, : h.shape[1] // 8] + arrange(x).repeat_interleave(repeats // 2, 1)
         return made
+
+
+def _causal(network: nn.Module) -> int:
+    """Number of convolutions that remember frames."""
+    return sum(isinstance(module, WanCausalConv3d) for module in network.modules())
 
 
 def frames_of(z: Tensor) -> tuple[Tensor, ...]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fewstep.core import Rng
 from fewstep.models.adapters.codecs.chunks import CHUNKS, ChunkDecoder
 from fewstep.models.decoding import Decoded
+from fewstep.models.encoding import Encoded
 
 Kind = Literal[
     "AutoencoderKLWan", "AutoencoderKLLTXVideo", "AutoencoderKLCogVideoX", "AutoencoderKLHunyuanVideo",
@@ -98,6 +99,21 @@ class VideoCodec(nn.Module):
         missing = whole - latents.shape[2]
         return torch.cat([latents[:, :, :1].repeat(1, 1, missing, 1, 1), latents], 2) if missing else latents
 
+    def encode_next(self, frames: Tensor, past: Any = None) -> Encoded:
+        """As in `ChunkEncoder`: the first latent comes with the first frame, each further one with the next four (Wan). What is
+        remembered does not grow with the clip. ValueError for other encoders, and in tiles."""
+        chunks = self._chunks(self.vae)
+        if self.vae.use_tiling:
+            raise ValueError(f"{self.kind.__name__} does not encode chunks in tiles; set tiling: false")
+        channels, _, height, width = self.latent_shape(1, *frames.shape[3:])
+        mean, std = self._statistics(frames)
+        with torch.autocast(frames.device.type, enabled=False):
+            pairs = zip(frames.float().split(1), past or [None] * len(frames), strict=True)
+            made = [chunks.encode(clip, seen) for clip, seen in pairs]
+        nothing = frames.new_zeros(1, channels, 0, height, width, dtype=torch.float32)
+        latents = torch.cat([torch.cat([nothing, *parts], 2) for parts, _ in made])
+        return Encoded((latents - mean) / std, [seen for _, seen in made])
+
     def decode(self, latents: Tensor) -> Tensor:
         """The frames, in [-1, 1]."""
         clips = self._own(latents, 0)
@@ -138,6 +154,10 @@ class VideoCodec(nn.Module):
         channels = config["z_dim"] if "z_dim" in config else config["latent_channels"]
         frames = -(-(num_frames // time + 1) // self.patch_frames) * self.patch_frames
         return channels, frames, height // space, width // space
+
+    def clip_frames(self, latents: int) -> int:
+        """Frames of a clip of so many latent frames, 1 at least."""
+        return (latents - self.patch_frames) * self.factors[0] + 1
 
     def _own(self, latents: Tensor, before: int) -> Tensor:
         """The autoencoder's own latents of those that follow `before` others, without what only fills the first patch."""
