@@ -70,7 +70,7 @@ class SelfForced(Rollout):
             start = student.path.prior(noise)
             with torch.set_grad_enabled(grad and trained):
                 steps = list(loop.chunk(memory, start, batch.cond, batch.cond, own, exit=stop if trained else None))
-            memory = steps[-1].memory or memory
+                memory = steps[-1].memory or memory
             if trained:
                 noises.append(noise)
                 made.append(steps)
