@@ -11,11 +11,22 @@ import pytest
 import torch
 from torch import Tensor
 
+from fewstep.data.video import to_uint8
 from fewstep.diffusion import CFG, Stream
 from fewstep.evaluate.features.extractors import feature_map
-from fewstep.evaluate.streams import Claim, DriftSuite, Fresh, LongClips, Rendered, Streamed, load_drift, measure_drift, rows_of
+from fewstep.evaluate.streams import (
+    Claim,
+    DriftSuite,
+    Fresh,
+    LongClips,
+    Rendered,
+    Streamed,
+    load_drift,
+    measure_drift,
+    rows_of,
+    switching,
+)
 from fewstep.evaluate.streams import run as running
-from fewstep.evaluate.streams import switching
 from fewstep.evaluate.streams.clips import cut, variation
 from fewstep.evaluate.streams.figures import curve, distances, kept, ratio_to, slope
 from fewstep.evaluate.streams.rolling import roll, shown_windows
@@ -220,7 +231,8 @@ def test_a_window_is_measured_on_its_own_frames() -> None:
     for w, frames in enumerate(windows):
         torch.testing.assert_close(found.measures["saturation"][:, w], saturation(frames))
         torch.testing.assert_close(found.features[:, w], POOLED.map(frames).double())
-    assert found.strips.shape == (2, 2, 3, 4, 32, 32), "the first clip of the first prompts"
+    assert found.strips.shape == (4, 2, 3, 4, 32, 32), "the first clip of each prompt"
+    assert torch.equal(found.strips[1, 1, :, -1], to_uint8(windows[1][2, :, -1]))
 
 
 def test_the_shown_windows_include_half_way_and_the_end() -> None:
@@ -277,7 +289,9 @@ def test_every_way_of_switching_is_tried(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(Session, "steer", steered)
     suite = replace(SUITE, prompts=2, batch=2)
     found = switching.switch(Streamed(name="a", role="student", model=model), suite.cases(), suite, None)
-    assert {(one.how, one.kind) for one in found} == {(how, kind) for how in ("keep", "clear") for kind in switching.KINDS}
+    assert {(one.how, one.kind) for one in found} == {
+        (how, kind) for how in ("keep", "clear") for kind in switching.KINDS
+    }
     assert sorted(set(hows)) == ["clear", "keep"]
 
 

@@ -134,7 +134,12 @@ def ratio_interval(values: Tensor, reference: Tensor, confidence: float = 0.95) 
 
 
 def bootstrap_interval(
-    values: Tensor, statistic: Callable[[Tensor], Tensor], *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+    values: Tensor,
+    statistic: Callable[[Tensor], Tensor],
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
 ) -> Interval:
     """Percentile interval of a statistic of independent rows `[N, ...]`: its quantiles over resamples of N rows with replacement
     (Efron 1979). (-inf, inf) for a single row.

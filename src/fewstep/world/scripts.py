@@ -73,10 +73,14 @@ def parse_script(text: str) -> Script:
     for clause in clauses:
         found = _CLAUSE.fullmatch(clause)
         if found is None:
-            raise ValueError(f"cannot read {clause!r}: it must end with its time, such as 'at 3 s'. A good script: {EXAMPLE!r}")
+            raise ValueError(
+                f"cannot read {clause!r}: it must end with its time, such as 'at 3 s'. A good script: {EXAMPLE!r}"
+            )
         frame = float(found["second"]) * FPS
         if frame != round(frame):
-            raise ValueError(f"cannot read {clause!r}: {found['second']} s is between two frames; give a multiple of {1 / FPS} s")
+            raise ValueError(
+                f"cannot read {clause!r}: {found['second']} s is between two frames; give a multiple of {1 / FPS} s"
+            )
         scenes.append(_changed(scenes[-1], found["changes"]))
         starts.append(round(frame))
     return Script(tuple(scenes), tuple(starts))
@@ -112,7 +116,9 @@ def _changes(before: Scene, after: Scene) -> str:
     """The clause that makes the second scene of the first."""
     new = {name: getattr(after, name) for name in ATTRIBUTES if getattr(after, name) != getattr(before, name)}
     said = []
-    looks = [new[name] for name in ("size", "colour") if name in new] + ([f"a {new['shape']}"] if "shape" in new else [])
+    looks = [new[name] for name in ("size", "colour") if name in new] + (
+        [f"a {new['shape']}"] if "shape" in new else []
+    )
     if looks:
         said.append(f"becomes {' and '.join(looks)}")
     if "background" in new:
@@ -139,7 +145,7 @@ def _changed(scene: Scene, words: str) -> Scene:
     for name, values in found.items():
         if len(values) + (name in new) > 1:
             raise ValueError(f"cannot read {words!r}: {name} is ambiguous ({' and '.join([*values, *new.values()])})")
-        new |= {name: value for value in values}
+        new.update((name, value) for value in values)
     if replace(scene, **new) == scene:
         raise ValueError(f"cannot read {words!r}: it changes nothing; say what turns, becomes or speeds up")
     return replace(scene, **new)

@@ -31,7 +31,9 @@ class LongClips(ABC):
     """What it is compared as: `student`, `causal` (the undistilled causal model), `teacher`, or `real`."""
 
     @abstractmethod
-    def windows(self, scenes: Sequence[Scene], prompts: Sequence[str], seeds: Sequence[int], count: int) -> Iterator[Tensor]:
+    def windows(
+        self, scenes: Sequence[Scene], prompts: Sequence[str], seeds: Sequence[int], count: int
+    ) -> Iterator[Tensor]:
         """The first `count` windows `[B, 3, F, H, W]` of one clip per prompt, F as in the models' cards. Each is made when it is
         asked for, and none is kept."""
 
@@ -78,7 +80,9 @@ class Streamed(Sampled):
         commits = self.contract.stream is not None and self.contract.stream.commit != "last"
         return self.contract.calls(self.steps) + commits * (2.0 if self.contract.guidance.active else 1.0)
 
-    def windows(self, scenes: Sequence[Scene], prompts: Sequence[str], seeds: Sequence[int], count: int) -> Iterator[Tensor]:
+    def windows(
+        self, scenes: Sequence[Scene], prompts: Sequence[str], seeds: Sequence[int], count: int
+    ) -> Iterator[Tensor]:
         session = Session(self.model, prompts, seed=seeds, num_inference_steps=self.steps, force=True)
         frames = decoded_stream(self.model, endless(session))
         return cut(frames, self.model.card.num_frames, count)
@@ -90,7 +94,9 @@ class Fresh(Sampled):
 
     kind = "new clips"
 
-    def windows(self, scenes: Sequence[Scene], prompts: Sequence[str], seeds: Sequence[int], count: int) -> Iterator[Tensor]:
+    def windows(
+        self, scenes: Sequence[Scene], prompts: Sequence[str], seeds: Sequence[int], count: int
+    ) -> Iterator[Tensor]:
         for window in range(count):
             own = [seed + window * 1_000_003 for seed in seeds]
             latents = self.model.latents(prompts, seed=own, num_inference_steps=self.steps, force=True)
@@ -116,7 +122,9 @@ class Rendered(LongClips):
     def facts(self) -> dict[str, str]:
         return {"frames": str(self.num_frames), "draw": str(self.draw)}
 
-    def windows(self, scenes: Sequence[Scene], prompts: Sequence[str], seeds: Sequence[int], count: int) -> Iterator[Tensor]:
+    def windows(
+        self, scenes: Sequence[Scene], prompts: Sequence[str], seeds: Sequence[int], count: int
+    ) -> Iterator[Tensor]:
         clips = [
             render_script([Script((scene,))], variation(seed, self.draw), count * self.num_frames)
             for scene, seed in zip(scenes, seeds, strict=True)

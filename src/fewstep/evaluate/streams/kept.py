@@ -33,7 +33,9 @@ class KeptRolls:
     paths: Mapping[str, Path]
 
     @classmethod
-    def of(cls, rows: Sequence[LongClips], suite: DriftSuite, features: str, model: VideoModel, output: Path) -> KeptRolls:
+    def of(
+        cls, rows: Sequence[LongClips], suite: DriftSuite, features: str, model: VideoModel, output: Path
+    ) -> KeptRolls:
         """The files for these rows. Other weights, prompts or settings get other files."""
         asked = {
             "suite": repr(suite), "features": features, "device": model.device.type, "runtime": repr(model.runtime)
@@ -79,7 +81,11 @@ def require_own(output: Path, models: Mapping[str, str], suite: Mapping[str, Any
     try:
         there = load_drift(output)
     except (DataError, ValueError, TypeError, KeyError, OSError):
-        raise FileExistsError(f"{output} has files that fewstep drift did not write; give another output folder") from None
+        raise FileExistsError(
+            f"{output} has files that fewstep drift did not write; give another output folder"
+        ) from None
     if there.models != models or json.loads(json.dumps(suite)) != json.loads(json.dumps(there.suite)):
         changed = "models" if there.models != models else "prompts or settings"
-        raise FileExistsError(f"{output / FILE} has figures for other {changed}; give another output folder, or delete it")
+        raise FileExistsError(
+            f"{output / FILE} has figures for other {changed}; give another output folder, or delete it"
+        )

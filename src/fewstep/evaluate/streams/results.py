@@ -15,7 +15,7 @@ from fewstep.evaluate.streams.switching import Switch
 
 FILE = "results.json"
 STRIPS = "strips.safetensors"
-"""Film strips, uint8 `[K, T, 3, S, h, w]` under each row's name (`rolling.Rolled.strips`)."""
+"""Film strips, uint8 `[P, T, 3, S, h, w]` under each row's name (`rolling.Rolled.strips`)."""
 KIND = "fewstep drift"
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from fewstep.core.finite import require_finite
 from fewstep.data.video import to_uint8
 from fewstep.evaluate.features.extractors import FeatureMap
-from fewstep.evaluate.page.animate import fitted
 from fewstep.evaluate.streams.clips import LongClips
 from fewstep.evaluate.streams.suite import DriftCases, DriftSuite
 from fewstep.metrics import brightness, contrast, flicker, motion, saturation, sharpness
@@ -32,8 +31,6 @@ READ = ("accuracy", "same object", *ATTRIBUTES)
 """Measures by the checker: 1 or 0. `accuracy`: every attribute is right."""
 SHOWN_FRAMES = 4
 """Frames per window in the film strips."""
-SIDE = 64
-"""Longest side of these frames in pixels."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,7 @@ class Rolled:
     features: Tensor
     """Features `[N, W, D]`."""
     strips: Tensor
-    """Frames of the first prompts' clips in the windows of `shown_windows`: uint8 `[K, T, 3, S, h, w]`."""
+    """Frames of each prompt's first clip in the windows of `shown_windows`: uint8 `[P, T, 3, S, h, w]`."""
 
 
 def shown_windows(count: int, times: tuple[int, ...]) -> tuple[int, ...]:
@@ -58,7 +55,9 @@ def shown_windows(count: int, times: tuple[int, ...]) -> tuple[int, ...]:
 
 
 @torch.inference_mode()
-def roll(row: LongClips, cases: DriftCases, suite: DriftSuite, features: FeatureMap, progress: Progress | None) -> Rolled:
+def roll(
+    row: LongClips, cases: DriftCases, suite: DriftSuite, features: FeatureMap, progress: Progress | None
+) -> Rolled:
     """Make and measure every clip of a row. Rows that cannot drift have one window. NonFiniteError if a model makes NaN."""
     count = suite.count if row.kind != "new clips" else 1
     batches = list(cases.batches(suite.batch))
@@ -75,7 +74,7 @@ def roll(row: LongClips, cases: DriftCases, suite: DriftSuite, features: Feature
     return Rolled(
         measures={name: torch.cat([part.measures[name] for part in parts]) for name in (*READ, *PIXELS)},
         features=torch.cat([part.features for part in parts]),
-        strips=torch.cat([part.strips for part in parts])[: suite.shown],
+        strips=torch.cat([part.strips for part in parts]),
     )
 
 
@@ -100,7 +99,7 @@ class _Meter:
         self._seen.append(self._features.map(frames).double().cpu())
         if window in self._shown:
             at = [round(i * (frames.shape[2] - 1) / (SHOWN_FRAMES - 1)) for i in range(SHOWN_FRAMES)]
-            self._strips.append(fitted(to_uint8(frames[:: self._seeds, :, at]), SIDE).cpu())
+            self._strips.append(to_uint8(frames[:: self._seeds, :, at]).cpu())
 
     def done(self) -> Rolled:
         windows = joined(self._readings, self._readings[0].track.shape[1], self._checker)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import save_file
 
@@ -33,9 +32,28 @@ MOTION_WITHIN = 0.2
 """Largest accepted difference from the teacher's motion, as a share of it."""
 
 
-def rows_of(
-    students: Mapping[str, VideoModel], teacher: VideoModel, causal: VideoModel | None = None
-) -> list[Sampled]:
+@dataclass(frozen=True)
+class Bench:
+    """An evaluation that is prepared: everything that rows share."""
+
+    suite: DriftSuite
+    cases: DriftCases
+    frames: int
+    """Frames per window."""
+    features: FeatureMap
+    model: VideoModel
+    """Any of the models, for device and runtime."""
+
+    @classmethod
+    def of(cls, rows: Sequence[Sampled], suite: DriftSuite) -> Bench:
+        """ValueError for rows that cannot be compared."""
+        frames, model = _frames(rows), rows[0].model
+        features = feature_map(suite.features, (CANVAS, CANVAS), model.device)
+        features.check(frames, (CANVAS, CANVAS), model.device)
+        return cls(suite, suite.cases(), frames, features, model)
+
+
+def rows_of(students: Mapping[str, VideoModel], teacher: VideoModel, causal: VideoModel | None = None) -> list[Sampled]:
     """The rows of a fair comparison: students at their own steps; the undistilled causal model at the same steps; the teacher at
     its own steps, and at the least number of steps that gives a frame at least as many network evaluations as a student."""
     own = [clips_of(model, name, "student") for name, model in students.items()]
@@ -59,26 +77,17 @@ def measure_drift(
     continues after the finished rows. ValueError for models that cannot be compared, or that do not make clips of the built-in
     world; FileExistsError if `output` has something else; NonFiniteError if a model makes NaN.
     """
-    frames, output = _frames(rows), Path(output)
-    cases, model = suite.cases(), rows[0].model
-    features = feature_map(suite.features, (CANVAS, CANVAS), model.device)
-    features.check(frames, (CANVAS, CANVAS), model.device)
-    real = Rendered(num_frames=frames)
-    every: list[LongClips] = [*rows, real]
-    reference = Rendered(num_frames=frames, name="reference", draw=1)
+    bench, output = Bench.of(rows, suite), Path(output)
+    every: list[LongClips] = [*rows, Rendered(num_frames=bench.frames)]
+    reference = Rendered(num_frames=bench.frames, name="reference", draw=1)
     with holding(output):
         models = {row.name: row.model.fingerprint("denoiser") for row in rows}
         require_own(output, models, asdict(suite))
-        store = KeptRolls.of([*every, reference], suite, features.name, model, output)
+        store = KeptRolls.of([*every, reference], suite, bench.features.name, bench.model, output)
         with saying(store.said):
-            rolled = {row.name: _rolled(row, cases, suite, features, store, progress) for row in [*every, reference]}
-            switches = [
-                one for row in rows if suite.switch and isinstance(row, Streamed) and row.role == "student"
-                for one in switch(row, cases, suite, progress)
-            ]  # fmt: skip
-        if switches:
-            switches += rendered(cases, frames)
-        report = _compared(every, rolled, cases, suite, frames, features.name, switches, models, model)
+            rolled = {row.name: _rolled(row, bench, store, progress) for row in [*every, reference]}
+            switches = list(_switches(rows, bench, progress)) if suite.switch else []
+        report = _compared(every, rolled, bench, switches, models)
         with replacing(output / STRIPS) as draft:
             save_file({row.name: rolled[row.name].strips.contiguous() for row in every}, draft)
         report.save(output)
@@ -105,47 +114,55 @@ def _frames(rows: Sequence[Sampled]) -> int:
     return frames
 
 
-def _rolled(
-    row: LongClips, cases: DriftCases, suite: DriftSuite, features: FeatureMap, store: KeptRolls, progress: Progress | None
-) -> Rolled:
+def _rolled(row: LongClips, bench: Bench, store: KeptRolls, progress: Progress | None) -> Rolled:
     found = store.read(row.name)
     if found is None:
-        found = roll(row, cases, suite, features, progress)
+        found = roll(row, bench.cases, bench.suite, bench.features, progress)
         store.write(row.name, found)
     return found
 
 
+def _switches(rows: Sequence[Sampled], bench: Bench, progress: Progress | None) -> Iterator[Switch]:
+    """The students' switched prompts, and those of rendered clips; nothing if no student streams."""
+    students = [row for row in rows if isinstance(row, Streamed) and row.role == "student"]
+    for row in students:
+        yield from switch(row, bench.cases, bench.suite, progress)
+    if students:
+        yield from rendered(bench.cases, bench.frames)
+
+
 def _compared(
-    rows: Sequence[LongClips], rolled: Mapping[str, Rolled], cases: DriftCases, suite: DriftSuite, frames: int,
-    features: str, switches: Sequence[Switch], models: Mapping[str, str], model: VideoModel,
-) -> DriftReport:  # fmt: skip
-    made = [_row(row, rolled[row.name], rolled["reference"], cases, suite, frames) for row in rows]
+    rows: Sequence[LongClips],
+    rolled: Mapping[str, Rolled],
+    bench: Bench,
+    switches: Sequence[Switch],
+    models: dict[str, str],
+) -> DriftReport:
+    made = [_row(row, rolled[row.name], rolled["reference"], bench) for row in rows]
     return DriftReport(
         rows=tuple(made),
-        claims=tuple(_claims(made, rolled, cases, suite)),
+        claims=tuple(_claims(made, rolled, bench)),
         switches=tuple(switches),
-        frames=frames,
-        fps=model.card.fps,
-        prompts=cases.prompts,
-        seeds=cases.seeds,
-        features=features,
-        suite=asdict(suite) | {"times": list(suite.times)},
-        models=dict(models),
-        machine=asdict(describe_machine(model.device)),
+        frames=bench.frames,
+        fps=bench.model.card.fps,
+        prompts=bench.cases.prompts,
+        seeds=bench.cases.seeds,
+        features=bench.features.name,
+        suite=asdict(bench.suite) | {"times": list(bench.suite.times)},
+        models=models,
+        machine=asdict(describe_machine(bench.model.device)),
         versions=versions(),
-        runtime=effective(model),
-        notes=tuple(_notes(made, suite)),
+        runtime=effective(bench.model),
+        notes=tuple(_notes(made, bench.suite)),
     )
 
 
-def _row(
-    row: LongClips, mine: Rolled, reference: Rolled, cases: DriftCases, suite: DriftSuite, frames: int
-) -> LongRow:
-    seeds, windows = cases.seeds_per_prompt, mine.features.shape[1]
+def _row(row: LongClips, mine: Rolled, reference: Rolled, bench: Bench) -> LongRow:
+    seeds, windows, times = bench.cases.seeds_per_prompt, mine.features.shape[1], bench.suite.times
     curves = {
-        name: curve(values, seeds, frames, suite.times, share=name in READ) for name, values in mine.measures.items()
+        name: curve(values, seeds, bench.frames, times, share=name in READ) for name, values in mine.measures.items()
     }
-    distance = distances(mine.features, reference.features[:, :windows], seeds, frames, suite.times)
+    distance = distances(mine.features, reference.features[:, :windows], seeds, bench.frames, times)
     return LongRow(
         name=row.name, role=row.role, kind=row.kind, nfe_per_frame=row.nfe_per_frame,
         curves=curves | ({} if distance is None else {"Frechet": distance}),
@@ -153,11 +170,9 @@ def _row(
     )  # fmt: skip
 
 
-def _claims(
-    rows: Sequence[LongRow], rolled: Mapping[str, Rolled], cases: DriftCases, suite: DriftSuite
-) -> Iterator[Claim]:
+def _claims(rows: Sequence[LongRow], rolled: Mapping[str, Rolled], bench: Bench) -> Iterator[Claim]:
     """What each student is held to, at the longest clips."""
-    teachers, last = [row for row in rows if row.role == "teacher"], suite.count
+    teachers, last = [row for row in rows if row.role == "teacher"], bench.suite.count
     for row in rows:
         if row.role != "student" or row.kind != "stream":
             continue
@@ -166,19 +181,21 @@ def _claims(
             row=row.name, text=f"share of its first-window accuracy that is left at {last}x",
             value=kept.ratio, interval=kept.interval, low=KEPT_ACCURACY,
         )  # fmt: skip
-        mine = {name: cases.by_prompt(rolled[row.name].measures[name][:, -1]) for name in ("motion", "accuracy")}
+        mine = {name: bench.cases.by_prompt(rolled[row.name].measures[name][:, -1]) for name in ("motion", "accuracy")}
         if not teachers:
             continue
-        its = cases.by_prompt(rolled[teachers[0].name].measures["motion"][:, 0])
+        its = bench.cases.by_prompt(rolled[teachers[0].name].measures["motion"][:, 0])
         value, interval = ratio_to(mine["motion"], its)
         yield Claim(
             row=row.name, text=f"motion at {last}x, relative to {teachers[0].name}", value=value,
             interval=interval, low=1 - MOTION_WITHIN, high=1 + MOTION_WITHIN,
         )  # fmt: skip
         equal = min(
-            (t for t in teachers if t.nfe_per_frame >= row.nfe_per_frame), key=lambda t: t.nfe_per_frame, default=teachers[0]
+            (t for t in teachers if t.nfe_per_frame >= row.nfe_per_frame),
+            key=lambda t: t.nfe_per_frame,
+            default=teachers[0],
         )
-        right = cases.by_prompt(rolled[equal.name].measures["accuracy"][:, 0])
+        right = bench.cases.by_prompt(rolled[equal.name].measures["accuracy"][:, 0])
         between = difference_of_shares(mine["accuracy"], right)
         yield Claim(
             row=row.name, text=f"accuracy at {last}x minus that of {equal.name} ({equal.nfe_per_frame:g} calls per frame)",

@@ -30,7 +30,7 @@ class DriftSuite:
     switch: bool = True
     """Whether prompts are also switched on the way (`switching`)."""
     shown: int = 6
-    """Prompts with film strips in the page."""
+    """Prompts with film strips in the page: those that drift most."""
 
     def __post_init__(self) -> None:
         counts = {name: getattr(self, name) for name in ("prompts", "seeds_per_prompt", "batch", "shown")}

@@ -25,7 +25,7 @@ from fewstep.world.grammar import ATTRIBUTES, DIRECTIONS, Scene, describe
 from fewstep.world.scripts import Script, render_script
 from fewstep.world.windows import NEVER, Windows, read_windows
 
-AFTER = 4
+AFTER = 3
 """Clip lengths that are made after the switch."""
 STRIDE = 4
 """Frames between the windows that are read: the resolution of `frames until right`."""
@@ -96,9 +96,7 @@ def switch(row: Streamed, cases: DriftCases, suite: DriftSuite, progress: Progre
                 progress(f"{row.name}, switched prompts", done, total)
     scale = frames / row.model.latent_shape(frames)[1]
     place = round(places[0] * scale)
-    return [
-        summarised(row.name, how, kind, merged(windows), cases, place) for (how, kind), windows in found.items()
-    ]
+    return [summarised(row.name, how, kind, merged(windows), cases, place) for (how, kind), windows in found.items()]
 
 
 def rendered(cases: DriftCases, frames: int) -> list[Switch]:
@@ -150,7 +148,10 @@ def merged(windows: Sequence[Windows]) -> Windows:
 
 def summarised(row: str, how: str, kind: str, windows: Windows, cases: DriftCases, place: int) -> Switch:
     """The figures of switched clips; the switch is at frame `place`."""
-    seeds, before = cases.seeds_per_prompt, max(w for w, first in enumerate(windows.first) if first + windows.length <= place)
+    seeds, before = (
+        cases.seeds_per_prompt,
+        max(w for w, first in enumerate(windows.first) if first + windows.length <= place),
+    )
     old = windows.right([Script((scene,)) for scene in cases.scenes])
     new = windows.right([Script((switched(scene, kind),)) for scene in cases.scenes])
     since = windows.since(new.prod(2), place)
@@ -176,7 +177,8 @@ def summarised(row: str, how: str, kind: str, windows: Windows, cases: DriftCase
 
 def _share(there: Tensor, seeds: int) -> Range | None:
     by_prompt = there.double().unflatten(0, (-1, seeds)).mean(1)
-    return tuple(clustered_wilson(by_prompt, seeds)) if len(by_prompt) >= FEWEST else None
+    low, high = clustered_wilson(by_prompt, seeds)
+    return (low, high) if len(by_prompt) >= FEWEST else None
 
 
 def _median(waited: Tensor) -> tuple[float | None, Range | None]:
