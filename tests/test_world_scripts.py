@@ -7,10 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fewstep.core import Rng
+from fewstep.data.base import DataError
 from fewstep.world.checker import Checker
 from fewstep.world.grammar import ATTRIBUTES, describe, parse, sample_scenes
 from fewstep.world.renderer import Variation, render
+from fewstep.world.script_clips import WorldScripts
 from fewstep.world.scripts import EXAMPLE, FPS, Script, describe_script, parse_script, render_script
+from support_engine import tiny_model
 
 RING = parse("a small red ring moves slowly left over a navy background")
 
@@ -92,3 +96,38 @@ def test_the_checker_reads_the_scene_of_each_part() -> None:
         accuracy = Checker().score(frames, [script.scenes[part] for script in scripts]).accuracy()
         assert min(accuracy.values()) > 0.95, accuracy
     assert list(accuracy) == [*ATTRIBUTES, "all"]
+
+
+def test_a_batch_of_scripts_is_of_its_two_prompts() -> None:
+    data = WorldScripts(num_frames=40, every=8, changes=("direction", "colour"))
+    source = data.open(tiny_model(), WorldScripts.provides)
+    batch = source.batch(8, Rng(0))
+    later = batch.require("later")
+    frames, first, second = batch.require("frames"), batch.prompts, later.prompts
+    assert frames.shape == (8, 3, 40, 32, 32) and later.frame in (8, 16, 24, 32)
+    assert batch.latent_shape == (4, 40, 8, 8) and batch.require("x0").shape == (8, 4, 40, 8, 8)
+    for prompts, part in ((first, frames[:, :, : later.frame]), (second, frames[:, :, later.frame :])):
+        assert Checker().score(part, [parse(prompt) for prompt in prompts]).accuracy()["all"] > 0.8
+    changed = {n for a, b in zip(first, second, strict=True) for n in ATTRIBUTES
+               if getattr(parse(a), n) != getattr(parse(b), n)}  # fmt: skip
+    assert changed == {"direction", "colour"}
+    torch.testing.assert_close(later.cond.text[3], tiny_model().text.encode([second[3]]).text[0], rtol=1e-5, atol=1e-5)
+
+
+def test_the_prompt_changes_at_any_chunk_and_at_one_frame_in_all_places() -> None:
+    source = WorldScripts(num_frames=14, every=4).open(tiny_model(), frozenset({"prompts", "later"}))
+    found = {source.batch(1, Rng(0, step)).require("later").frame for step in range(40)}
+    assert found == {4, 8, 12}
+    here, there = (source.batch(1, Rng(0, 3, place)) for place in (0, 1))
+    assert here.require("later").frame == there.require("later").frame and here.prompts != there.prompts
+
+
+def test_scripts_that_cannot_change_are_refused() -> None:
+    with pytest.raises(ValueError, match="changes names hue"):
+        WorldScripts(changes=("hue",))
+    with pytest.raises(ValueError, match="at least one attribute"):
+        WorldScripts(changes=())
+    with pytest.raises(ValueError, match="smaller data.every"):
+        WorldScripts(num_frames=4, every=4)
+    with pytest.raises(DataError, match="32 x 32"):
+        WorldScripts().check(tiny_model().with_card(height=64))
