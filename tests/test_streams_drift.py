@@ -223,8 +223,24 @@ def test_real_clips_do_not_drift_and_fading_ones_do() -> None:
     assert float(fading.measures["accuracy"][:, -1].mean()) < 0.5
 
 
+@dataclass(frozen=True, kw_only=True)
+class Turned(Rendered):
+    """Rendered clips that move in another direction than they should."""
+
+    def windows(
+        self, scenes: Sequence[Scene], prompts: Sequence[str], seeds: Sequence[int], count: int
+    ) -> Iterator[Tensor]:
+        return super().windows([switching.switched(scene, "turn") for scene in scenes], prompts, seeds, count)
+
+
+def test_a_window_is_right_if_every_attribute_is() -> None:
+    found = roll(Turned(num_frames=16), CASES, replace(SUITE, times=(1, 2)), POOLED, None).measures
+    assert float(found["accuracy"].max()) == float(found["direction"].max()) == 0
+    assert min(float(found[name].mean()) for name in ATTRIBUTES if name != "direction") > 0.8
+
+
 def test_a_window_is_measured_on_its_own_frames() -> None:
-    suite = replace(SUITE, times=(1, 2), seeds_per_prompt=2, batch=1)
+    suite = replace(SUITE, times=(1, 2), seeds_per_prompt=2, batch=2)
     cases = suite.cases()
     found = roll(Rendered(num_frames=16), cases, suite, POOLED, None)
     windows = list(Rendered(num_frames=16).windows(cases.scenes, (), cases.seeds, 2))
