@@ -75,6 +75,14 @@ def test_what_is_kept_of_nothing_is_not_a_number_of_times() -> None:
     assert value == 1.5 and interval == pytest.approx((1.5, 1.5))
 
 
+@pytest.mark.parametrize("prompts", [24, 200])
+def test_a_few_prompts_that_are_all_right_prove_little(prompts: int) -> None:
+    found = kept(torch.ones(prompts, 3), 3, share=True)
+    assert found.ratio == 1.0 and found.interval is not None
+    assert (found.interval[0] < 0.95) == (prompts == 24), "24 prompts cannot show that 95 % are kept, 200 can"
+    assert found.interval[0] < 1 < found.interval[1]
+
+
 def test_seeds_of_a_prompt_count_once() -> None:
     """Two equal clips of each prompt say no more than one."""
     values = torch.rand(6, 4, generator=torch.Generator().manual_seed(0)).double()
@@ -330,6 +338,8 @@ def test_a_drift_evaluation_from_models_to_results(tmp_path: Path) -> None:
     assert not (tmp_path / "rows").exists()
     with pytest.raises(FileExistsError, match="other prompts or settings"):
         measure_drift(rows(), replace(SUITE, seed=1), tmp_path)
+    with pytest.raises(FileExistsError, match="other models"):
+        measure_drift([replace(row, steps=1) for row in rows()], SUITE, tmp_path)
 
 
 def test_a_stopped_evaluation_goes_on_after_its_finished_rows(tmp_path: Path) -> None:

@@ -110,6 +110,7 @@ class Batch:
     labels: Tensor | None = None
     """Attribute indices `[B, A]`, for the small encoders of the built-in world."""
     later: Later | None = None
+    """Prompts that hold from a later frame on."""
 
     def __len__(self) -> int:
         return len(self.cond)

@@ -24,7 +24,7 @@ class Kept:
     ratio: float | None
     """None if the mean of the first window is 0."""
     interval: Range | None
-    """95 % interval: percentile bootstrap over prompts. None with a single prompt."""
+    """95 % interval: percentile bootstrap over prompts (`kept`). None with a single prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,17 +53,22 @@ def curve(values: Tensor, seeds: int, frames: int, times: Sequence[int], *, shar
         intervals=tuple((i.low, i.high) if several else None for i in between),
         slope=None if slopes is None else float(slopes.mean()),
         slope_interval=None if slopes is None else _ends(bootstrap_interval(slopes, _mean)),
-        kept=tuple(kept(by_prompt, n) for n in times if 1 < n <= windows),
+        kept=tuple(kept(by_prompt, n, share=share) for n in times if 1 < n <= windows),
     )
 
 
-def kept(by_prompt: Tensor, times: int) -> Kept:
-    """What is kept of the first window in window `times`, from values `[P, W]`."""
+def kept(by_prompt: Tensor, times: int, *, share: bool = False) -> Kept:
+    """What is kept of the first window in window `times`, from values `[P, W]`.
+
+    The interval of a share is that of the prompts and two more, each right in one of the windows only (as in
+    `statistics.difference_of_shares`). Without them it would have no width if all prompts are right in both.
+    """
     pairs = by_prompt[:, [0, times - 1]]
     first, last = pairs.mean(0).tolist()
-    if first == 0:
-        return Kept(times=times, ratio=None, interval=None)
-    return Kept(times=times, ratio=last / first, interval=_ends(bootstrap_interval(pairs, _ratio)))
+    if first == 0 or len(pairs) < FEWEST:
+        return Kept(times=times, ratio=last / first if first else None, interval=None)
+    rows = torch.cat([pairs, torch.eye(2, dtype=pairs.dtype)]) if share else pairs
+    return Kept(times=times, ratio=last / first, interval=_ends(bootstrap_interval(rows, _ratio)))
 
 
 def distances(mine: Tensor, real: Tensor, seeds: int, frames: int, times: Sequence[int]) -> Curve | None:

@@ -78,7 +78,7 @@ class DriftReport:
     features: str
     suite: dict[str, Any]
     models: dict[str, str]
-    """Fingerprint of each row's denoiser."""
+    """Fingerprint of each row's denoiser, and its number of steps."""
     machine: dict[str, Any]
     versions: dict[str, str]
     runtime: dict[str, str]

@@ -13,7 +13,7 @@ from fewstep.data.video import to_uint8
 from fewstep.evaluate.features.extractors import FeatureMap
 from fewstep.evaluate.streams.clips import LongClips
 from fewstep.evaluate.streams.suite import DriftCases, DriftSuite
-from fewstep.metrics import brightness, contrast, flicker, motion, saturation, sharpness
+from fewstep.metrics import brightness, contrast, flicker, frozen, motion, saturation, sharpness
 from fewstep.world.checker import Checker, Readings
 from fewstep.world.grammar import ATTRIBUTES
 from fewstep.world.scripts import Script
@@ -24,7 +24,7 @@ Progress = Callable[[str, int, int], None]
 
 PIXELS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "motion": motion, "sharpness": sharpness, "saturation": saturation, "brightness": brightness, "contrast": contrast,
-    "flicker": flicker,
+    "flicker": flicker, "frozen": frozen,
 }  # fmt: skip
 """Measures of pixels by window: clips `[B, 3, F, H, W]` to `[B]`."""
 READ = ("accuracy", "same object", *ATTRIBUTES)

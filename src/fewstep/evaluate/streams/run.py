@@ -81,7 +81,7 @@ def measure_drift(
     every: list[LongClips] = [*rows, Rendered(num_frames=bench.frames)]
     reference = Rendered(num_frames=bench.frames, name="reference", draw=1)
     with holding(output):
-        models = {row.name: row.model.fingerprint("denoiser") for row in rows}
+        models = {row.name: f"{row.model.fingerprint('denoiser')}, {_steps(row)} steps" for row in rows}
         require_own(output, models, asdict(suite))
         store = KeptRolls.of([*every, reference], suite, bench.features.name, bench.model, output)
         with saying(store.said):
@@ -93,6 +93,10 @@ def measure_drift(
         report.save(output)
         store.delete()
     return report
+
+
+def _steps(row: Sampled) -> int:
+    return row.contract.steps if row.steps is None else row.steps
 
 
 def _frames(rows: Sequence[Sampled]) -> int:
