@@ -114,6 +114,8 @@ class Rendered(LongClips):
     role: str = "real"
     draw: int = 0
     """Another number draws other clips of the same scenes."""
+    device: torch.device = torch.device("cpu")
+    """Where the clips are needed; they are drawn on the CPU."""
 
     @property
     def nfe_per_frame(self) -> float:
@@ -129,7 +131,8 @@ class Rendered(LongClips):
             render_script([Script((scene,))], variation(seed, self.draw), count * self.num_frames)
             for scene, seed in zip(scenes, seeds, strict=True)
         ]
-        yield from torch.cat(clips).split(self.num_frames, 2)
+        for frames in torch.cat(clips).split(self.num_frames, 2):
+            yield frames.to(self.device)
 
 
 def clips_of(model: VideoModel, name: str, role: str, steps: int | None = None) -> Sampled:

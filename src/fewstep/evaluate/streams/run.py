@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -78,8 +78,9 @@ def measure_drift(
     world; FileExistsError if `output` has something else; NonFiniteError if a model makes NaN.
     """
     bench, output = Bench.of(rows, suite), Path(output)
-    every: list[LongClips] = [*rows, Rendered(num_frames=bench.frames)]
-    reference = Rendered(num_frames=bench.frames, name="reference", draw=1)
+    real = Rendered(num_frames=bench.frames, device=bench.model.device)
+    every: list[LongClips] = [*rows, real]
+    reference = replace(real, name="reference", draw=1)
     with holding(output):
         models = {row.name: f"{row.model.fingerprint('denoiser')}, {_steps(row)} steps" for row in rows}
         require_own(output, models, asdict(suite))
