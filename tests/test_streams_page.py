@@ -86,7 +86,10 @@ def test_the_worst_prompts_come_first(folder: Path) -> None:
 def test_a_claim_says_its_figure_its_interval_and_what_is_wanted() -> None:
     claim = Claim(row="a", text="motion", value=0.91, interval=(0.85, 0.97), low=0.8, high=1.2)
     assert said(claim) == "a: motion: 0.91 [0.85, 0.97], wanted 0.8 to 1.2"
-    assert said(replace(claim, value=None, interval=None, high=None)) == "a: motion: not measured, wanted at least 0.8"
+    assert (
+        said(replace(claim, value=None, interval=None, high=None))
+        == "a: motion: undefined, because it is relative to 0, wanted at least 0.8"
+    )
 
 
 def test_a_chart_begins_at_0_and_draws_a_single_point_as_a_level() -> None:

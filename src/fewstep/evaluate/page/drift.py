@@ -85,7 +85,7 @@ def _claims(report: DriftReport) -> str:
 
 def said(claim: Claim) -> str:
     """A claim as one line of text."""
-    value = "not measured" if claim.value is None else f"{claim.value:.2f}"
+    value = "undefined, because it is relative to 0" if claim.value is None else f"{claim.value:.2f}"
     ends = "" if claim.interval is None else f" [{claim.interval[0]:.2f}, {claim.interval[1]:.2f}]"
     wanted = f"at least {claim.low:g}" if claim.high is None else f"{claim.low:g} to {claim.high:g}"
     return f"{claim.row}: {claim.text}: {value}{ends}, wanted {wanted}"
@@ -243,7 +243,9 @@ def _switches(report: DriftReport) -> str:
 
 def _switched(one: Switch) -> list[str]:
     frames = "never" if one.frames is None else f"{one.frames:g}" + _small(one.frames_interval, lambda x: f"{x:g}")
-    stays = ", ".join(f"{escape(name)} {percent(share)}" for name, share in one.survived.items())
+    stays = ", ".join(f"{escape(name)}&nbsp;{percent(share)}" for name, share in one.survived.items()).replace(
+        " %", "&nbsp;%"
+    )
     right = percent(one.right) + _small(one.right_interval, percent)
     return [percent(one.right_before), right, frames, percent(one.same_object), f'<span class="long">{stays}</span>']
 

@@ -43,7 +43,7 @@ class Claim:
     row: str
     text: str
     value: float | None
-    """None if it could not be measured."""
+    """None if it is relative to 0."""
     interval: Range | None
     low: float
     """Smallest accepted value."""
