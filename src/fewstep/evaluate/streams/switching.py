@@ -10,6 +10,7 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -126,10 +127,8 @@ def _continued(
 ) -> Iterator[Tensor]:
     """Frames of the whole clip, whose prompts are switched after the chunks that are there."""
     session = _session(row, snapshot, ())
-    if ways() == ("keep",):
-        session.steer(texts)
-    else:
-        session.steer(texts, how=how)  # type: ignore[call-arg]
+    options: dict[str, Any] = {"how": how} if len(ways()) > 1 else {}
+    session.steer(texts, **options)
     return decoded_stream(row.model, chain(begun, endless(session)))
 
 
