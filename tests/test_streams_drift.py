@@ -158,6 +158,17 @@ def test_windows_of_a_stream_are_the_stream_bit_for_bit() -> None:
         assert torch.equal(torch.cat(windows, 2), torch.cat([model.decode(chunk) for chunk in chunks], 2))
 
 
+@pytest.mark.parametrize("row", ["stream", "whole clips", "rendered"])
+def test_gradients_are_as_they_were_between_two_windows(row: str) -> None:
+    rows: dict[str, LongClips] = {
+        "stream": Streamed(name="a", role="student", model=streaming_model(STREAM)),
+        "whole clips": Fresh(name="t", role="teacher", model=tiny_model(), steps=1),
+        "rendered": Rendered(num_frames=FRAMES),
+    }
+    windows = rows[row].windows(CASES.scenes[:1], CASES.prompts[:1], (7,), 2)
+    assert not next(windows).requires_grad and torch.is_grad_enabled()
+
+
 def test_windows_of_whole_clips_are_new_clips() -> None:
     model = tiny_model()
     first, second = Fresh(name="t", role="teacher", model=model, steps=2).windows((), CASES.prompts[:1], (7,), 2)

@@ -100,8 +100,9 @@ class Fresh(Sampled):
         for window in range(count):
             own = [seed + window * 1_000_003 for seed in seeds]
             latents = self.model.latents(prompts, seed=own, num_inference_steps=self.steps, force=True)
-            with torch.no_grad():
-                yield self.model.decode(latents)
+            with torch.no_grad():  # left before the caller goes on
+                frames = self.model.decode(latents)
+            yield frames
 
 
 @dataclass(frozen=True, kw_only=True)
