@@ -23,12 +23,13 @@ from fewstep.models import NETWORKS
 from fewstep.models.known import KNOWN, Known
 from fewstep.models.source import Diffusers, Pretrained, Previous, Scratch
 from fewstep.world.data import WorldClips
+from fewstep.world.script_clips import WorldScripts
 
 KINDS: Mapping[str, tuple[Callable[..., Any], ...]] = MappingProxyType({
     "methods": METHODS,
     "models": (Pretrained, Diffusers, Scratch, Previous),
     "networks": NETWORKS,
-    "data": (*DATA, WorldClips),
+    "data": (*DATA, WorldClips, WorldScripts),
     "rollouts": ROLLOUTS,
     "histories": HISTORIES,
     "patterns": PATTERNS,

@@ -11,6 +11,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 from fewstep.cli.command import Command, Loads, Overrides, Runs, UsageError
+from fewstep.cli.drift import Drift
 from fewstep.cli.finished import Compare, Study
 from fewstep.cli.generation import Sample
 from fewstep.cli.questions import Doctor, Explain, List, Watch
@@ -323,7 +324,7 @@ class CheckLora(Runs):
 COMMANDS: dict[str, type[Command]] = {
     "demo": Demo, "prepare": Prepare, "train": Train, "pairs": Pairs, "distill": Distill, "sample": Sample, "stream": Stream,
     "evaluate": Evaluate, "check-model": CheckModel, "import": Import, "export": Export, "check-lora": CheckLora,
-    "compare": Compare, "study": Study,
+    "compare": Compare, "study": Study, "drift": Drift,
     "watch": Watch, "list": List, "explain": Explain, "doctor": Doctor,
 }  # fmt: skip
 

@@ -83,6 +83,16 @@ class Pairs:
 
 
 @dataclass(frozen=True)
+class Later:
+    """Prompts that follow the first ones on the way through a clip."""
+
+    cond: Cond
+    frame: int
+    """Latent frame from which they hold, the same in all clips."""
+    prompts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Batch:
     """One batch. Fields a data source does not provide are None; `Method.needs` names those a method reads."""
 
@@ -99,6 +109,8 @@ class Batch:
     """Pixels `[B, 3, F, H, W]` in [-1, 1]."""
     labels: Tensor | None = None
     """Attribute indices `[B, A]`, for the small encoders of the built-in world."""
+    later: Later | None = None
+    """Prompts that hold from a later frame on."""
 
     def __len__(self) -> int:
         return len(self.cond)

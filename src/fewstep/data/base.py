@@ -17,6 +17,7 @@ REMEDIES = {
     "frames": "Videos or WorldClips",
     "pairs": "StoredPairs (fewstep pairs)",
     "labels": "WorldClips",
+    "later": "WorldScripts",
 }
 """The fields of Batch a method may need, and the data that provide each."""
 

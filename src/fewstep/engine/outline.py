@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fewstep.core import Batch, Call, Pairs, Rng
+from fewstep.core import Batch, Call, Later, Pairs, Rng
 from fewstep.core.ledger import Ledger
 from fewstep.engine.health.measure import decode
 from fewstep.engine.health.monitor import judge_of, unexamined
@@ -260,6 +260,7 @@ class Outline:
                 pairs=Pairs(torch.empty(size, len(times), *shape), times) if "pairs" in needs else None,
                 frames=torch.empty(size, 3, *frames) if "frames" in needs else None,
                 labels=torch.zeros(size, 6, dtype=torch.long) if "labels" in needs else None,
+                later=Later(cond, 0) if "later" in needs else None,
             )  # fmt: skip
 
     def _flops(self, phases: tuple[Phase, ...]) -> int:

@@ -23,6 +23,7 @@ from fewstep.metrics.repetition import repetition
 from fewstep.metrics.sharpness import sharpness
 from fewstep.metrics.statistics import (
     Interval,
+    bootstrap_interval,
     clustered_wilson,
     jackknife,
     mean_interval,
@@ -32,8 +33,8 @@ from fewstep.metrics.statistics import (
 )
 
 __all__ = [
-    "Interval", "black", "brightness", "clipped", "clustered_wilson", "contrast", "cuts", "diversity", "drift", "energy",
-    "flicker", "frechet", "frechet_infinity", "frechet_without", "frozen", "gaussian_distance", "jackknife", "luma",
-    "mean_interval", "motion", "percentile", "pooled", "ratio_of_means", "repetition", "saturation", "sharpness", "shuffled",
-    "split_half", "wilson",
+    "Interval", "black", "bootstrap_interval", "brightness", "clipped", "clustered_wilson", "contrast", "cuts", "diversity",
+    "drift", "energy", "flicker", "frechet", "frechet_infinity", "frechet_without", "frozen", "gaussian_distance", "jackknife",
+    "luma", "mean_interval", "motion", "percentile", "pooled", "ratio_of_means", "repetition", "saturation", "sharpness",
+    "shuffled", "split_half", "wilson",
 ]  # fmt: skip

@@ -7,7 +7,7 @@ has no interval. `tests/test_coverage_slow.py` simulates how often the intervals
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -131,6 +131,32 @@ def ratio_interval(values: Tensor, reference: Tensor, confidence: float = 0.95) 
     low, high = mean_interval(values.double() - ratio * reference.double(), confidence)
     low, high = sorted((low / bottom, high / bottom))
     return Interval(ratio + low, ratio + high)
+
+
+def bootstrap_interval(
+    values: Tensor,
+    statistic: Callable[[Tensor], Tensor],
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """Percentile interval of a statistic of independent rows `[N, ...]`: its quantiles over resamples of N rows with replacement
+    (Efron 1979). (-inf, inf) for a single row.
+
+    `statistic` gets `[R, N, ...]` and returns one value per resample, `[R]`. Resamples without a value (NaN) are left out; if
+    there is none with a value, both ends are NaN. For few rows the interval is too narrow.
+    """
+    x = values.detach().double().cpu()
+    if x.ndim == 0 or len(x) == 0:
+        raise ValueError(f"a bootstrap needs rows [N >= 1, ...], got shape {list(values.shape)}")
+    if len(x) < FEWEST:
+        return NOTHING
+    generator = torch.Generator().manual_seed(seed)
+    found = statistic(x[torch.randint(len(x), (resamples, len(x)), generator=generator)])
+    tail = (1 - confidence) / 2
+    low, high = torch.nanquantile(found, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return Interval(low, high)
 
 
 def percentile(values: Sequence[float], q: float) -> float:

@@ -27,6 +27,8 @@ class Readings:
     """The checker's findings: `values` is int64 `[B, 6]`, the index within each of `ATTRIBUTES`, or -1 if it abstained."""
 
     values: Tensor
+    track: Tensor
+    """`[B, F, 2]`: the object's centre (x, y) in each frame, pixels on the torus; NaN where no object is visible."""
 
     def scene(self, i: int) -> Scene | None:
         """The scene of clip `i`, or None if the checker abstained from any attribute."""
@@ -96,19 +98,20 @@ class Checker:
         per_pass = max(1, 512 // clips.shape[2])  # half a million pixels fit into the processor's cache
         with torch.autocast(clips.device.type, enabled=False):  # the result must not depend on the caller's precision
             passes = [self._read(part) for part in clips.split(per_pass)] if len(clips) else []
-        return Readings(torch.cat(passes) if passes else torch.empty(0, 6, dtype=torch.long, device=clips.device))
+        if not passes:
+            none = torch.empty(0, 6, dtype=torch.long, device=clips.device)
+            return Readings(none, torch.empty(0, clips.shape[2], 2, device=clips.device))
+        values, track = (torch.cat(parts) for parts in zip(*passes, strict=True))
+        return Readings(values, track)
 
     def score(self, clips: Tensor, scenes: Sequence[Scene]) -> Score:
         """Compare clips with the scenes they should show; `ValueError` if the counts differ."""
         if len(clips) != len(scenes):
             raise ValueError(f"{len(clips)} clips but {len(scenes)} scenes; give one scene per clip")
         values = self.read(clips).values
-        wanted = (
-            torch.tensor([scene.to_indices() for scene in scenes], dtype=torch.long).reshape(-1, 6).to(values.device)
-        )
-        return Score(right=values == wanted, abstained=values == ABSTAIN)
+        return Score(right=values == indices(scenes).to(values.device), abstained=values == ABSTAIN)
 
-    def _read(self, clips: Tensor) -> Tensor:
+    def _read(self, clips: Tensor) -> tuple[Tensor, Tensor]:
         rgb = (clips.float().clamp(-1, 1) + 1).div(2).permute(0, 2, 3, 4, 1).flatten(2, 3)  # [B, F, P, 3]
         group = temporal_groups(rgb.shape[1]).to(rgb.device)
         background, ground = self._background(rgb, group)
@@ -121,7 +124,8 @@ class Checker:
         shape, size = self._shape(alpha, centre, group)
         direction, speed = self._motion(centre, visible.all(1))
         shape, colour, size = (_agreed(v.where(seen, ABSTAIN)) for v in (shape, colour, size))
-        return torch.stack([shape, colour, size, direction, speed, _agreed(background)], 1)
+        values = torch.stack([shape, colour, size, direction, speed, _agreed(background)], 1)
+        return values, centre.where(visible[..., None], torch.nan)
 
     def _background(self, rgb: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
         """Index of the background `[B, G]` (or -1) and its mean colour as seen `[B, G, 3]`."""
@@ -174,7 +178,7 @@ class Checker:
         if frames == 1:
             nothing = torch.full((clips,), ABSTAIN, device=centre.device)
             return nothing, nothing
-        track = torch.cat([torch.zeros_like(centre[:, :1]), _wrap(centre.diff(dim=1)).cumsum(1)], 1)
+        track = torch.cat([torch.zeros_like(centre[:, :1]), wrap(centre.diff(dim=1)).cumsum(1)], 1)
         velocity = _robust_slope(track)
         speed = velocity.norm(dim=1)
         time = torch.arange(frames, device=centre.device, dtype=track.dtype)[:, None]
@@ -208,6 +212,11 @@ def read_scenes(prompts: Sequence[str], height: int, width: int) -> tuple[Scene,
         return None
 
 
+def indices(scenes: Sequence[Scene]) -> Tensor:
+    """Attribute indices `[B, 6]` of scenes, int64."""
+    return torch.tensor([scene.to_indices() for scene in scenes], dtype=torch.long).reshape(-1, 6)
+
+
 def temporal_groups(num_frames: int) -> Tensor:
     """The group of each frame, `[F]`: groups of about four frames, at most eight; a value must hold in all of them."""
     count = min(8, max(1, num_frames // 4))
@@ -229,7 +238,7 @@ def _palette(table: Mapping[str, tuple[int, int, int]], names: Sequence[str], de
     return torch.tensor([table[name] for name in names], device=device, dtype=torch.float32) / 255
 
 
-def _wrap(offset: Tensor) -> Tensor:
+def wrap(offset: Tensor) -> Tensor:
     """The shortest offset on the torus, in [-16, 16) pixels."""
     return torch.remainder(offset + CANVAS / 2, CANVAS) - CANVAS / 2
 
@@ -244,7 +253,7 @@ def _centre(alpha: Tensor) -> Tensor:
         angle = torch.atan2(profile @ (grid * turn).sin(), profile @ (grid * turn).cos())
         centre = angle / turn
         for _ in range(2):  # the circular mean is biased for an asymmetric shape; the mean offset around it is not
-            offset = _wrap(grid - centre[..., None])
+            offset = wrap(grid - centre[..., None])
             centre = centre + (profile * offset).sum(2) / profile.sum(2).clamp(min=1e-6)
         axes.append(centre)
     return torch.stack(axes, 2)

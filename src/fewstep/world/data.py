@@ -81,7 +81,7 @@ class _Stream:
             )
         return Batch(
             *self.texts(prompts, rng.device),
-            latent_shape=_latent_shape(self.model, self.data.num_frames),
+            latent_shape=latent_shape(self.model, self.data.num_frames),
             prompts=prompts,
             x0=encode(self.model, frames) if "x0" in self.needs and frames is not None else None,
             frames=frames if "frames" in self.needs else None,
@@ -93,7 +93,7 @@ class _Pool:
     """A fixed set of encoded clips; a batch is a draw from it, each clip rolled by a random number of latent cells."""
 
     def __init__(self, data: WorldClips, model: VideoModel, texts: Texts) -> None:
-        self.texts, self.shape = texts, _latent_shape(model, data.num_frames)
+        self.texts, self.shape = texts, latent_shape(model, data.num_frames)
         self.scenes: list[Scene] = []
         latents = []
         for start in range(0, data.pool, AT_ONCE):
@@ -133,5 +133,6 @@ def labels(scenes: Sequence[Scene]) -> Tensor:
     return torch.tensor([scene.to_indices() for scene in scenes])
 
 
-def _latent_shape(model: VideoModel, num_frames: int) -> tuple[int, int, int, int]:
+def latent_shape(model: VideoModel, num_frames: int) -> tuple[int, int, int, int]:
+    """Shape of the latents of a clip; without a codec, of a clip of nothing."""
     return model.latent_shape(num_frames) if "codec" in model.parts else (0, num_frames, 0, 0)

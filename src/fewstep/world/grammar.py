@@ -187,7 +187,7 @@ def parse(prompt: str) -> Scene:
     Raises `ValueError` naming each missing attribute, each attribute with two different values, or the words that are not in
     the vocabulary, with an example of a good prompt.
     """
-    found, unknown = _match(_tokens(prompt))
+    found, unknown = match_words(tokens(prompt))
     faults = []
     for name, accepted in ATTRIBUTES.items():
         if len(found[name]) > 1:
@@ -205,7 +205,8 @@ def _article(phrase: str) -> str:
     return "an" if phrase[0] in "aeiou" else "a"
 
 
-def _tokens(text: str) -> tuple[str, ...]:
+def tokens(text: str) -> tuple[str, ...]:
+    """The words of a text, in lower case."""
     return tuple(re.findall(r"[^\W_]+", text.lower()))
 
 
@@ -215,9 +216,9 @@ def _lexicon() -> dict[tuple[str, ...], tuple[str, str]]:
     for name, values in ATTRIBUTES.items():
         for value in values:
             for phrase in (value, *_SYNONYMS[value], *_READ_ONLY.get(value, ())):
-                if entries.setdefault(_tokens(phrase), (name, value)) != (name, value):
+                if entries.setdefault(tokens(phrase), (name, value)) != (name, value):
                     raise AssertionError(
-                        f"the phrase {phrase!r} names two values: {value} and {entries[_tokens(phrase)][1]}"
+                        f"the phrase {phrase!r} names two values: {value} and {entries[tokens(phrase)][1]}"
                     )
     # Words for corners and edges alone, so that any preposition may come before them.
     for corner, up in (("upper", "up"), ("top", "up"), ("lower", "down"), ("bottom", "down")):
@@ -232,7 +233,7 @@ _LEXICON = _lexicon()
 _LONGEST = max(map(len, _LEXICON))
 
 
-def _match(words: tuple[str, ...]) -> tuple[dict[str, list[str]], list[str]]:
+def match_words(words: tuple[str, ...]) -> tuple[dict[str, list[str]], list[str]]:
     """Greedy longest match from left to right: the distinct values found for each attribute, and the unknown words."""
     found: dict[str, list[str]] = {name: [] for name in ATTRIBUTES}
     unknown, at = [], 0

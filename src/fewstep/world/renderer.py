@@ -6,7 +6,7 @@ centre of pixel (row i, column j) is (j + 0.5, i + 0.5).  Another canvas `size` 
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -96,6 +96,10 @@ class Variation:
             shade=spread(0.06, 1.0),
         )
 
+    def row(self, i: int) -> "Variation":
+        """The variation of clip `i` alone."""
+        return Variation(**{field.name: getattr(self, field.name)[i : i + 1] for field in fields(self)})
+
 
 def render(
     scenes: Sequence[Scene], variation: Variation, num_frames: int = 16, size: int = CANVAS, style: str = "plain"
@@ -110,13 +114,10 @@ def render(
     if num_frames < 1 or size < 1:
         raise ValueError(f"num_frames and size must be at least 1, got {num_frames} and {size}")
     device, look = variation.tilt.device, STYLES[style]
-    index = torch.tensor([scene.to_indices() for scene in scenes], dtype=torch.long).reshape(-1, 6).to(device)
-    shape, colour, extent, direction, speed, background = index.unbind(1)
+    shape, colour, extent, _, _, background = _indices(scenes, device).unbind(1)
 
-    pace = _table(SPEED, SPEEDS, device)[speed] * variation.speed_scale
-    velocity = pace[:, None] * torch.tensor(_HEADING, device=device)[direction]
     frame = torch.arange(num_frames, device=device, dtype=torch.float32)
-    centre = variation.position[:, None] + frame[:, None] * velocity[:, None]  # [B, F, 2]
+    centre = variation.position[:, None] + frame[:, None] * velocity(scenes, variation)[:, None]  # [B, F, 2]
     radius = _table(RADIUS, SIZES, device)[extent] * variation.radius_scale
 
     alpha = torch.empty(len(scenes), num_frames, size, size, device=device)
@@ -128,6 +129,13 @@ def render(
     ground = _table(look.backgrounds, BACKGROUNDS, device)[background] / 255
     change = (2 * (paint - ground))[:, :, None, None, None]
     return alpha[:, None].mul(change).add_((2 * ground - 1)[:, :, None, None, None]).clamp_(-1, 1)
+
+
+def velocity(scenes: Sequence[Scene], variation: Variation) -> Tensor:
+    """Pixels per frame of each scene's object, `[B, 2]` (x, y)."""
+    direction, speed = _indices(scenes, variation.tilt.device)[:, 3:5].unbind(1)
+    pace = _table(SPEED, SPEEDS, variation.tilt.device)[speed] * variation.speed_scale
+    return pace[:, None] * torch.tensor(_HEADING, device=variation.tilt.device)[direction]
 
 
 def coverage(shape: str, centre: Tensor, radius: Tensor, tilt: Tensor, size: int = CANVAS, line: float = 0.0) -> Tensor:
@@ -207,6 +215,10 @@ def _star(x: Tensor, y: Tensor, r: Tensor) -> Tensor:
 
 
 _DISTANCE = {"circle": _circle, "square": _square, "triangle": _triangle, "ring": _ring, "cross": _cross, "star": _star}
+
+
+def _indices(scenes: Sequence[Scene], device: torch.device) -> Tensor:
+    return torch.tensor([scene.to_indices() for scene in scenes], dtype=torch.long).reshape(-1, 6).to(device)
 
 
 def _table(mapping: Mapping, order: Sequence[str], device: torch.device) -> Tensor:

@@ -33,6 +33,17 @@ class Point:
     kind: str
 
 
+@dataclass(frozen=True)
+class Line:
+    """One line of a chart, with an optional interval at each point; `kind` is a CSS class. A single point is drawn as a level."""
+
+    label: str
+    xs: Sequence[float]
+    ys: Sequence[float]
+    kind: str
+    intervals: Sequence[tuple[float, float] | None] = ()
+
+
 def bars(
     items: Sequence[Bar],
     *,
@@ -137,6 +148,36 @@ def curve(xs: Sequence[float], ys: Sequence[float], *, marks: Sequence[tuple[flo
         y = float(place(x_low, value).split(",")[1])
         parts += [_line(left, y, right, y, "mark"), _text(right, y - 3 if y > 24 else y + 12, name, "small", "end")]
     parts += [f'<polyline class="raw" points="{raw}"/>', f'<polyline class="mean" points="{mean}"/>']
+    return _svg(lower + 24, parts, CURVE_WIDTH)
+
+
+def lines(items: Sequence[Line], *, x_name: str, text: Callable[[float], str], top: float | None = None) -> str:
+    """Several lines over one axis that begins at 0, with pale bands for their intervals; `text` writes the levels."""
+    left, right, upper, lower = 52, CURVE_WIDTH - 8, 8, 148
+    ends = [y for item in items for y in (*item.ys, *(high for i in item.intervals if i for high in i[1:]))]
+    x_high = max([x for item in items for x in item.xs] + [1e-12])
+    y_high = top or max([y for y in ends if math.isfinite(y)] + [1e-12])
+
+    def place(x: float, y: float) -> str:
+        up = min(max(y / y_high, 0.0), 1.0)
+        return f"{left + (right - left) * x / x_high:.1f},{lower - (lower - upper) * up:.1f}"
+
+    parts = []
+    for share in (0.0, 0.5, 1.0):
+        y = lower - (lower - upper) * share
+        parts += [_line(left, y, right, y, "grid"), _text(left - 7, y + 4, text(share * y_high), "small", "end")]
+    parts += [_text(left, lower + 17, "0", "small"), _text(right, lower + 17, f"{x_name} {x_high:g}", "small", "end")]
+    for item in items:
+        xs, ys = (item.xs, item.ys) if len(item.xs) > 1 else ((0, x_high), (*item.ys, *item.ys))
+        band = [(x, i) for x, i in zip(item.xs, item.intervals) if i is not None]
+        if len(band) > 1:
+            edge = [place(x, i[1]) for x, i in band] + [place(x, i[0]) for x, i in reversed(band)]
+            parts.append(f'<polygon class="band {item.kind}" points="{" ".join(edge)}"/>')
+        level = "" if len(item.xs) > 1 else " level"
+        points = " ".join(place(x, y) for x, y in zip(xs, ys, strict=True))
+        parts.append(
+            f'<polyline class="line {item.kind}{level}" points="{points}"><title>{escape(item.label)}</title></polyline>'
+        )
     return _svg(lower + 24, parts, CURVE_WIDTH)
 
 
