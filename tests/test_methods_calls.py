@@ -29,7 +29,7 @@ from fewstep.methods import (
     Sync,
     Update,
 )
-from fewstep.methods.targets import motion_matching
+from fewstep.methods.motion import motion_matching
 from support_gaussian import (
     ONE_STEP,
     RF,

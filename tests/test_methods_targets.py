@@ -9,6 +9,7 @@ import torch
 
 from fewstep.diffusion import KINDS, Kind, Prediction, RectifiedFlow, Trig, target
 from fewstep.methods import targets
+from fewstep.methods.motion import motion_matching
 from support_gaussian import AffineTableStudent, ExactCritic, GaussianTeacher, cond_of, f64, normal
 
 
@@ -112,7 +113,7 @@ def test_motion_matching_has_the_gradient_that_the_published_code_lacks() -> Non
     generator = torch.Generator().manual_seed(3)
     x0, real, fake = (torch.randn(2, 3, 5, 2, 2, generator=generator, dtype=torch.float64) for _ in range(3))
     x0.requires_grad_(True)
-    (grad,) = torch.autograd.grad(targets.motion_matching(x0, real, fake), x0)
+    (grad,) = torch.autograd.grad(motion_matching(x0, real, fake), x0)
     moved, wanted, seen = (x.detach().diff(dim=2) for x in (x0, real, fake))
     error = (moved - wanted).abs().mean((1, 3, 4))
     growth = 1.2 ** torch.arange(4)
@@ -132,7 +133,7 @@ def test_motion_matching_moves_the_motion_towards_the_real_one() -> None:
     generator = torch.Generator().manual_seed(4)
     x0, real = (torch.randn(1, 2, 4, 2, 2, generator=generator, dtype=torch.float64) for _ in range(2))
     x0.requires_grad_(True)
-    (grad,) = torch.autograd.grad(targets.motion_matching(x0, real, x0.detach()), x0)
+    (grad,) = torch.autograd.grad(motion_matching(x0, real, x0.detach()), x0)
     distances = [((x0 - step * grad).diff(dim=2) - real.diff(dim=2)).square().sum() for step in (0.0, 1.0)]
     assert distances[1] < distances[0]
-    assert not torch.autograd.grad(targets.motion_matching(x0, real, real), x0)[0].any()
+    assert not torch.autograd.grad(motion_matching(x0, real, real), x0)[0].any()

@@ -132,25 +132,21 @@ class Recipe(Written):
 
     def _provenance(self, model: VideoModel) -> dict[str, str]:
         """The student's provenance. The model's own provenance is kept, under `teacher.` if the model is the teacher."""
-        distilled = not isinstance(self.model, Scratch)
-        before = model.card.provenance
+        distilled, before = not isinstance(self.model, Scratch), model.card.provenance
         chain = {f"teacher.{key}" if distilled else key: value for key, value in before.items()}
         machine = describe_machine(self.settings.device)
-        licence = {"licence": before["licence"]} if distilled and "licence" in before else {}
-        return (
-            chain
-            | licence
-            | {
-                "recipe": self.hash,
-                "method": type(self.method).__name__,
-                "cite": self.method.cite,
-                "teacher": f"{model.card.name} {model.fingerprint(self.method.part)}",
-                "data": type(self.data).__name__,
-                "data settings": json.dumps(dump(self.data, Data), sort_keys=True),
-                "machine": f"{machine.accelerator or machine.cpu}, {machine.cores} CPU cores, {machine.system}",
-                "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
-            }
-        )
+        chain |= {"licence": before["licence"]} if distilled and "licence" in before else {}
+        return {
+            **chain,
+            "recipe": self.hash,
+            "method": type(self.method).__name__,
+            "cite": self.method.cite,
+            "teacher": f"{model.card.name} {model.fingerprint(self.method.part)}",
+            "data": type(self.data).__name__,
+            "data settings": json.dumps(dump(self.data, Data), sort_keys=True),
+            "machine": f"{machine.accelerator or machine.cpu}, {machine.cores} CPU cores, {machine.system}",
+            "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+        }
 
 
 def distill(

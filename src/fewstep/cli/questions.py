@@ -39,6 +39,7 @@ class List(Command):
             "networks",
             "data",
             "rollouts",
+            "histories",
             "patterns",
             "memories",
             "caches",

@@ -96,10 +96,7 @@ class CFG:
             both = net(x_t, t, cond, replace(call, branch="cond"))
             raw_cond, free = both.raw, replace(call, branch="uncond", negative=None)
             raw_uncond = net(x_t, t, uncond, free).raw
-        inside = (t >= self.low) & (t <= self.high)
-        one = torch.ones_like(t, dtype=x_t.dtype)
-        scale = torch.where(
-            inside, self.scales(t, call) * one, self.outside * one
-        )  # in the latents' dtype: float64 stays float64
+        inside, one = (t >= self.low) & (t <= self.high), torch.ones_like(t, dtype=x_t.dtype)  # float64 stays float64
+        scale = torch.where(inside, self.scales(t, call) * one, self.outside * one)
         raw = raw_uncond + broadcast(scale, x_t) * (raw_cond - raw_uncond)
         return Prediction(raw=raw, kind=both.kind, x_t=x_t, t=t, path=both.path, kv=both.kv), raw_cond

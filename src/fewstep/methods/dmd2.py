@@ -15,10 +15,9 @@ al., One-step Diffusion with Distribution Matching Distillation, 2311.18828.
 
 Not from the paper: all turns of an iteration (critic and student) use the same prompts with different noise; D is heads of its
 own on frozen teacher features (FastGen), not on the critic's bottleneck; R1 (2501.08316); critic warm-up. Line 7 is Diagonal
-Distillation's (2603.09488), for streams. Line 8 is DMD's
-regression, with pseudo-Huber on latents instead of LPIPS: reverse KL seeks modes, so accuracy can rise while diversity falls,
-and stored noise-to-video pairs keep every mode. `weak` is from MagicDistillation (2503.13319): the real score of line 5 comes
-from teacher weights that are moved part of the way to the critic's.
+Distillation's (2603.09488). Line 8 is DMD's, with pseudo-Huber on latents instead of LPIPS: reverse KL seeks modes, so accuracy
+can rise while diversity falls, and stored noise-to-video pairs keep every mode. `weak` is from MagicDistillation (2503.13319):
+the real score of line 5 comes from teacher weights that are moved part of the way to the critic's.
 """
 
 from __future__ import annotations
@@ -36,6 +35,7 @@ from fewstep.core.bounds import Amount, Count, Natural, require_bounds
 from fewstep.diffusion import CFG, TimeDensity, Uniform
 from fewstep.methods import targets
 from fewstep.methods.base import Method, Nets, Update, Work
+from fewstep.methods.motion import motion_matching
 from fewstep.methods.roles import Copy, Heads, Role, Weak
 from fewstep.methods.rollouts import BackwardSimulation, FromPairs, Rollout
 
@@ -126,7 +126,7 @@ class DMD2(Method):
             logits = nets.discriminator(nets.teacher.features(x_t, t, batch.cond, self.layers))
             losses["adversarial"] = self.gan * targets.adversarial_generator(logits)  # 6
         if self.motion > 0:
-            losses["motion"] = self.motion * targets.motion_matching(x0, real, fake)  # 7
+            losses["motion"] = self.motion * motion_matching(x0, real, fake)  # 7
         yield losses
         if self.anchor > 0:
             stored = self.anchor_rollout(nets.student, batch, rng, grad=True)

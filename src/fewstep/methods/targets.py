@@ -73,23 +73,6 @@ def distribution_matching(x0: Tensor, real: Tensor, fake: Tensor, weight: Tensor
     return toward(x0, broadcast(weight, gap) * gap)
 
 
-def motion_matching(x0: Tensor, real: Tensor, fake: Tensor) -> Tensor:
-    """`distribution_matching` of the differences between neighbouring frames (Diagonal Distillation, 2603.09488). Mean over all
-    elements.
-
-    Weights of the differences: `0.7 (1 + e_j / e_last)`, with e the error of the motion summed up to there, and 0.3 of `1.2^j`
-    scaled to mean 1, which is our reading of "normalised". The published code computes this term without a gradient; here it has
-    one.
-    """
-    moved, wanted, seen = (x.diff(dim=2) for x in (x0, real, fake))
-    error = (moved.detach() - wanted).abs().mean((1, *range(3, x0.ndim)))
-    summed = error.cumsum(1)
-    growth = 1.2 ** torch.arange(error.shape[1], dtype=error.dtype, device=error.device)
-    weight = 0.7 * (1 + summed / (summed[:, -1:] + FLOOR)) + 0.3 * growth / growth.mean()
-    gap = (seen - wanted).detach()
-    return toward(moved, broadcast(weight * _one_over(error.mean(1, keepdim=True), FLOOR), gap) * gap)
-
-
 def denoising(prediction: Prediction, x0: Tensor, eps: Tensor, weight: Tensor | None = None) -> Tensor:
     """Regression in the network's own prediction kind: `mean w (raw - (p x0 + q eps))^2`. Mean over all elements.
 
