@@ -146,9 +146,32 @@ def test_a_snapshot_amid_other_work_is_where_the_viewer_is(model: VideoModel) ->
     assert begin(session, 3) == [] and session._session.snapshot.chunks == 3
     paused = session.snapshot()
     late.open.set()
-    assert [chunk for chunk, _ in paused.switches] == [1, 3] and paused.session.chunks == 1
+    assert [chunk for chunk, *_ in paused.switches] == [1, 3] and paused.session.chunks == 1
     again = LiveSession.restore(late, paused)  # type: ignore[arg-type]
     assert same(shown + list(again.frames(4)), expected)
+
+
+@pytest.mark.parametrize("how", ["keep", "recache", "clear", "lerp"])
+def test_prompts_change_in_the_ways_of_a_session(how: Any, model: VideoModel) -> None:
+    """Also those to come in a snapshot."""
+    by_hand = Session(model, PROMPTS)
+    latents = list(by_hand.take(2))
+    by_hand.steer(("a green cross turns",) * 2, how)
+    latents += list(by_hand.take(2))
+    session = live(model)
+    session.prompt("a green cross turns", chunk=2, how=how)
+    first, paused = list(session.frames(1)), session.snapshot()
+    shown = [*first, *LiveSession.restore(model, paused).frames(3)]
+    expected = to_uint8(model.decode(torch.cat(latents, 2))).movedim(1, -1)
+    assert (joined(shown).int() - expected.int()).abs().max() <= 1
+
+
+def test_a_way_that_the_stream_does_not_have_is_refused_at_once(model: VideoModel) -> None:
+    last = model.with_card(contract=replace(model.card.contract, stream=Stream(chunks=(2,), commit="last", window=4)))
+    with pytest.raises(ValueError, match="choose another switch"):
+        live(last).prompt("a green cross turns", how="recache")
+    with pytest.raises(ValueError, match="how must be one of"):
+        live(model).prompt("a green cross turns", how="fade")  # type: ignore[arg-type]
 
 
 def test_prompts_apply_from_the_first_chunk_that_starts_then(model: VideoModel) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,23 @@ def test_what_comes_before_the_stretch_takes_all_steps() -> None:
     model, heard = streaming_model(stream), Heard(streaming_model(stream).denoiser)
     rolled = rolled_by(heard, model, SelfForced(stream=stream, grids=TWO, clips=2), Late((0, 1), stretch=9), 2)
     assert rolled.exit == 0 and [round(t.max().item(), 2) for _, _, t, *_ in heard.calls] == [1.0, 0.5, 0.0, 1.0, 0.0]
+
+
+def test_keys_and_values_of_steps_are_not_kept() -> None:
+    """Only what is remembered of a chunk is: the others would fill a GPU."""
+    stream, made = Stream(chunks=(2,)), list[weakref.ref[Tensor]]()
+    model = streaming_model(stream)
+
+    class Counted(Heard):
+        def __call__(self, x_t: Tensor, t: Tensor, cond: Cond, call: Call = Call()) -> Any:
+            assert sum(ref() is not None for ref in made) <= 2  # the last step's, and those of what is being remembered
+            prediction = self.network(x_t, t, cond, call)
+            made.append(weakref.ref(prediction.kv[0][0]))
+            return prediction
+
+    with torch.no_grad():
+        rolled_by(Counted(model.denoiser), model, SelfForced(stream=stream, exit="last"), Numbers((0, 1)), 8)
+    assert len(made) == 4 * (4 + 1)
 
 
 def test_its_student_streams() -> None:

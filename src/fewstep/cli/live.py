@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     from fewstep.models.card import Card
 
 _KEPT = (
-    "student", "seconds", "video", "strength", "num_inference_steps", "lora", "scale", "force", "dtype", "tiling", "attention",
+    "student", "seconds", "switch", "video", "strength", "num_inference_steps", "lora", "scale", "force", "dtype", "tiling",
+    "attention",
 )  # fmt: skip
 """Options that decide what is made, besides prompts and seed."""
 
@@ -133,7 +134,7 @@ def stream(options: Stream) -> int:
     clock = Clock(perf_counter(), model.device)
     steps, force, video = options.num_inference_steps, options.force, _video(options, model, length, times)
     with model.stream([options.prompt], video=video, seed=options.seed, num_inference_steps=steps, force=force) as live:
-        changes = [(seconds, live.prompt(text, at=seconds), text) for seconds, text in options.at]
+        changes = [(seconds, live.prompt(text, at=seconds, how=options.switch), text) for seconds, text in options.at]
         note = _note(options, model, times, changes)
         file = GrowingVideo(options.output, fps=card.fps, scale=scale, note=note)
         with saying(lambda: _kept(options.output, file, card)), file, telling(options.quiet) as tell:

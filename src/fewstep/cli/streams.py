@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
@@ -23,6 +23,9 @@ class Stream(Runs):
     """Prompt of the beginning."""
     at: UseAppendAction[tuple[tuple[float, str], ...]] = ()
     """Another prompt, from the first chunk on that starts at this second or later: --at 10 "a blue star". May be repeated."""
+    switch: Literal["keep", "recache", "clear", "lerp"] = "keep"
+    """How --at changes the prompt. keep: smoothly. recache: at once, from the last frames. clear: a hard cut. lerp: over four
+    chunks."""
     seconds: float = 10.0
     """Length of the video."""
     video: Path | None = None

@@ -21,6 +21,7 @@ from torch import Tensor
 from fewstep.diffusion import Step
 from fewstep.streaming.decoder import Decoder, Pixels
 from fewstep.streaming.session import Session, Snapshot, Streams, Video
+from fewstep.streaming.switch import Switch
 
 AHEAD = 2
 """Most chunks that are being decoded, or wait for it."""
@@ -78,8 +79,8 @@ class LiveSnapshot:
     """Frames shown so far."""
     version: int = 0
     """How often the prompts have changed."""
-    switches: tuple[tuple[int, tuple[str, ...]], ...] = ()
-    """Prompts to come, with the chunk from which they apply."""
+    switches: tuple[tuple[int, tuple[str, ...], Switch], ...] = ()
+    """Chunks from which other prompts apply, these prompts, and how they are changed."""
 
 
 @dataclass(eq=False)
@@ -131,7 +132,7 @@ class LiveSession:
         """
         self._session, self._model, self._video = session, cast(Shows, session.model), video
         self._start = start or LiveSnapshot(session.snapshot)
-        self._switches = dict(self._start.switches)
+        self._switches = {chunk: (prompts, how) for chunk, prompts, how in self._start.switches}
         self._decoder = Decoder(self._model.decode_next, self._start.past, self._model.device, beside=beside)
         self._making: _Making | None = None  # the chunk that was begun last
         self._undecoded = deque[tuple[_Making, Future[Pixels]]]()
@@ -150,8 +151,10 @@ class LiveSession:
 
     # --- control, from any thread -------------------------------------------------------------------------------------
 
-    def prompt(self, text: str | Sequence[str], *, at: float | None = None, chunk: int | None = None) -> int:
-        """Other prompts, one for all clips or one each, from a chunk on, whose number is returned.
+    def prompt(
+        self, text: str | Sequence[str], *, at: float | None = None, chunk: int | None = None, how: Switch = "keep"
+    ) -> int:
+        """Other prompts, one for all clips or one each, from a chunk on, whose number is returned; `how` as in `Session.steer`.
 
         That is the first chunk that starts `at` this second or later, or this `chunk`; by default, and where it was begun
         already, the next one to begin. Of several prompts for one chunk the last counts.
@@ -160,6 +163,7 @@ class LiveSession:
             raise ValueError(f"give the time or the chunk from which a prompt applies, not both; got {at} and {chunk}")
         if not (0 <= (at or 0) < math.inf) or (chunk or 0) < 0:
             raise ValueError(f"a prompt applies from second 0 or chunk 0 on, got {chunk if at is None else at}")
+        self._session.require(how)
         clips = len(self._start.session.prompts)
         prompts = (text,) * clips if isinstance(text, str) else tuple(text)
         if len(prompts) != clips:
@@ -168,7 +172,7 @@ class LiveSession:
             self._drop()
             begun = self._session.snapshot.chunks if self._making is None else self._making.index + 1
             first = max(begun, (chunk or 0) if at is None else self.chunk_at(at))
-            self._switches[first] = prompts
+            self._switches[first] = prompts, how
             return first
 
     def chunk_at(self, seconds: float) -> int:
@@ -200,7 +204,9 @@ class LiveSession:
         """
         with self._lock:
             shown = self._last
-            waiting = tuple((c, prompts) for c, prompts in sorted(self._switches.items()) if c >= self.chunks)
+            waiting = tuple(
+                (chunk, *switch) for chunk, switch in sorted(self._switches.items()) if chunk >= self.chunks
+            )
             if shown is None:
                 return replace(self._start, switches=waiting)
             if shown.after is None and shown is self._making:
@@ -282,7 +288,7 @@ class LiveSession:
     def _begun(self, index: int) -> _Making:
         session, before = self._session, self._session.snapshot
         if index in self._switches:
-            session.steer(self._switches[index])
+            session.steer(*self._switches[index])
         version = self._start.version + sum(chunk <= index for chunk in self._switches)
         return _Making(index, before, session.steps(self._video), session.snapshot.prompts, version, self._commit)
 

@@ -116,11 +116,20 @@ class Session:
         """How the model makes chunks."""
         return self._chunks.stream
 
+    def require(self, how: Switch, over: int = 4) -> None:
+        """ValueError for a way to change prompts that there is not, or not for this stream."""
+        require_switch(how, over)
+        if how == "recache" and self.stream.commit == "last":
+            raise ValueError(
+                "this stream remembers what its last step made, which latents alone do not tell; choose another switch than "
+                "recache"
+            )
+
     def steer(self, prompts: Sequence[str], how: Switch = "keep", *, over: int = 4) -> None:
         """Other prompts, one per clip, from the next chunk on; `how` is a way of `streaming.switch`. With `lerp` the change takes
         `over` chunks (4 is Krea's default).
         """
-        require_switch(how, over)
+        self.require(how, over)
         if len(prompts) != len(self.snapshot.prompts):
             raise ValueError(
                 f"this session has {len(self.snapshot.prompts)} clips, and was given {len(prompts)} prompts"

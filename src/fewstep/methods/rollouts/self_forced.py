@@ -63,20 +63,20 @@ class SelfForced(Rollout):
         contract = Contract(sampler=self.sampler, steps=len(grid), stream=self.stream)
         loop = Chunks(network=student, contract=contract, times=(*grid, 0.0))
         first, lengths = self._stretch(batch.latent_shape[1], rng)
-        memory, noises, made = loop.begin(), list[Tensor](), list[list[Made]]()
+        memory, noises, made = loop.begin(), list[Tensor](), list[list[Visit]]()
         for index, length in enumerate(lengths):
             own, trained = rng.fold(f"chunk/{index}"), index >= first
             noise = own.randn((*batch.noise_shape[:2], length, *batch.noise_shape[3:]), "start")
-            start = student.path.prior(noise)
+            visits, start = list[Visit](), student.path.prior(noise)
             with torch.set_grad_enabled(grad and trained):
-                steps = list(loop.chunk(memory, start, batch.cond, batch.cond, own, exit=stop if trained else None))
-                memory = steps[-1].memory or memory
+                for step in loop.chunk(memory, start, batch.cond, batch.cond, own, exit=stop if trained else None):
+                    visits.append(_visit(step))
+                memory = step.memory or memory
             if trained:
                 noises.append(noise)
-                made.append(steps)
-        (*before, last) = (_visit(steps) for steps in zip(*made, strict=True))
-        x0 = torch.cat([steps[-1].x for steps in made], 2)
-        return Rolled(x0, last.x_t, last.t, tuple(before), torch.cat(noises, 2), exit=stop, grid=grid)
+                made.append(visits)
+        (*before, last) = (_joined(visits) for visits in zip(*made, strict=True))
+        return Rolled(last.x0, last.x_t, last.t, tuple(before), torch.cat(noises, 2), exit=stop, grid=grid)
 
     def _stretch(self, frames: int, rng: Rng) -> tuple[int, tuple[int, ...]]:
         """The first chunk that is trained on, and the lengths of all chunks up to the last one of the stretch."""
@@ -93,7 +93,11 @@ class SelfForced(Rollout):
         return replace(super().contract(teacher), stream=self.stream)
 
 
-def _visit(steps: tuple[Made, ...]) -> Visit:
+def _visit(made: Made) -> Visit:
+    """A step of a chunk, without the keys and values that it made."""
+    return Visit(made.x, made.step.prediction.x_t, made.step.prediction.t)
+
+
+def _joined(chunks: tuple[Visit, ...]) -> Visit:
     """The same step of every chunk, as one call."""
-    seen = [made.step.prediction for made in steps]
-    return Visit(torch.cat([p.x0 for p in seen], 2), torch.cat([p.x_t for p in seen], 2), seen[0].t)
+    return Visit(torch.cat([v.x0 for v in chunks], 2), torch.cat([v.x_t for v in chunks], 2), chunks[0].t)
