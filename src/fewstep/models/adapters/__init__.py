@@ -156,7 +156,7 @@ def read_lora(denoiser: Denoiser, source: str) -> Updates:
 
 
 def lora_of(denoiser: Denoiser, tensors: Mapping[str, Tensor], path: Path) -> Updates:
-    """What the tensors of a LoRA's file at `path` add to the weights of a denoiser; `alpha / rank` is 1 where they do not say it."""
+    """What the tensors of a LoRA's file at `path` add to a denoiser; `alpha / rank` is 1 where they do not say it."""
     updates: Updates = adapter("lora_reading").lora_of(denoiser, tensors, path)
     return updates
 

@@ -74,8 +74,10 @@ def read_lora(denoiser: Denoiser, source: Path | str) -> Updates:
 def lora_of(
     denoiser: Denoiser, tensors: Mapping[str, Tensor], path: Path, *, strength: float = 1.0, expert: str | None = None
 ) -> Updates:
-    """What the `tensors` of a LoRA's file at `path` change in the denoiser, or in one `expert` of it. `strength` is `alpha / rank` of
-    layers that have no alpha of their own. ValueError says what is wrong."""
+    """What the `tensors` of a LoRA's file at `path` change in the denoiser, or in one `expert` of it.
+
+    `strength` is `alpha / rank` of layers that have no alpha of their own. ValueError says what is wrong.
+    """
     found = _File(path, tensors, _Names(denoiser, expert), strength)
     return Updates(layers=found.layers(), whole=found.whole())
 

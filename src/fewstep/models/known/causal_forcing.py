@@ -1,6 +1,6 @@
 """Causal Forcing (2602.02214), chunk-wise: Wan 2.1 1.3B as a stream of chunks of 3 latent frames, 4 steps each.
 
-Sampled like Self-Forcing, whose code it is built on; another start of training. Its authors sample these weights without averaging.
+Sampled like Self-Forcing, whose code it is built on. Its authors sample the weights that are not averaged.
 """
 
 from dataclasses import replace
@@ -25,6 +25,6 @@ CAUSAL_FORCING = replace(
         "key names": f"{_REPOSITORY} inference.py (model., after FSDP model._fsdp_wrapped_module.)",
         "licence": f"huggingface.co/zhuhz22/Causal-Forcing README.md; {_REPOSITORY} LICENSE",
     },
-    unverified="the page of the weights was read in a copy of it. Its authors make clips of 21 latent frames; here the window of 21 "
-    "moves on",
+    unverified="the page of the weights was read in a copy of it. Its authors make clips of 21 latent frames; here the window of "
+    "21 moves on",
 )

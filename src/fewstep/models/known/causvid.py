@@ -26,8 +26,8 @@ CAUSVID = Known(
     licence="CC BY-NC-SA 4.0",
     facts={
         "times, chunks": "github.com/tianweiy/CausVid configs/wan_causal_dmd.yaml (no warping)",
-        "solver, commit, memory, no guidance": "github.com/tianweiy/CausVid causvid/models/wan/causal_inference.py (a call at time "
-        "0; 32760 tokens, which are 21 latent frames)",
+        "solver, commit, memory, no guidance": "github.com/tianweiy/CausVid causvid/models/wan/causal_inference.py (a call at "
+        "time 0; 32760 tokens, which are 21 latent frames)",
         "positions": "github.com/tianweiy/CausVid causvid/models/wan/causal_model.py (place in the stream)",
         "key names, weights": "github.com/tianweiy/CausVid minimal_inference/autoregressive_inference.py (model.pt, generator); "
         "causvid/train_distillation.py (no average is stored)",

@@ -22,6 +22,7 @@ from fewstep.models.known.system import Known
 from fewstep.models.known.weights import Weights, files_in, open_weights, with_lora
 from fewstep.models.lora import add
 from fewstep.models.source import Diffusers
+from fewstep.streaming.plan import fitting
 
 _PREFIXES = (
     "", "net.", "model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "unet.", "generator.model.", "module.",
@@ -66,6 +67,8 @@ class Import:
         network = self._network(card)  # before the other parts are read: it is here that files do not fit
         model = _loaded(card, self._home, [part for part in card.parts if part != "denoiser"])
         made = model.with_part("denoiser", network.requires_grad_(False), role="student", contract=contract)
+        if contract.stream is not None:  # a clip of half chunks is refused here, and not when it is sampled
+            fitting(contract.stream, card.num_frames, lambda frames: made.latent_shape(frames)[1])
         return made.with_card(name=known.name, provenance=self._provenance(card))
 
     @property

@@ -1,7 +1,7 @@
 """LongLive 1.0 (2509.22622): Wan 2.1 1.3B as a stream with a short window and a sink, 4 steps per chunk of 3 latent frames.
 
-The grid of Self-Forcing. A chunk reads 12 latent frames: the first 3 of the stream, the 6 before it, and its own. The student is two
-files in one folder: the network, and a LoRA of long clips (`lora.pt`, rank and alpha 256, so its strength is 1).
+The grid of Self-Forcing. A chunk reads 12 latent frames: the first 3 of the stream, the 6 before it, and its own. The student is
+two files in one folder: the network, and a LoRA of long clips (`lora.pt`, rank and alpha 256, so its strength is 1).
 """
 
 from fewstep.diffusion import CFG, Contract, Renoise, Shifted, Stream, Trained

@@ -1,7 +1,7 @@
 """Rolling Forcing (2509.25161): Wan 2.1 1.3B that denoises a window of 5 chunks at once, each at a level of its own.
 
-5 steps, 1000, 800, 600, 400, 200 under shift 5. A call reads 21 latent frames: 15 in the window, in both directions, and the sink of
-3 frames, placed just before what else is remembered. `streaming.Rolling` is this loop; sessions do not run it.
+5 steps, 1000, 800, 600, 400, 200 under shift 5. A call reads 21 latent frames: 15 in the window, in both directions, and the sink
+of 3 frames, placed just before what else is remembered. `streaming.Rolling` is this loop; sessions do not run it.
 """
 
 from fewstep.diffusion import CFG, Contract, Renoise, Shifted, Stream, Trained

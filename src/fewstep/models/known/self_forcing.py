@@ -30,7 +30,7 @@ SELF_FORCING = Known(
         "key names": "github.com/guandeh17/Self-Forcing utils/wan_wrapper.py (model.), utils/distributed.py (EMA_FSDP)",
         "licence": "huggingface.co/gdhe17/Self-Forcing README.md; github.com/guandeh17/Self-Forcing LICENSE",
     },
-    unverified="the page of the weights has CC BY-NC-SA 4.0 (read in a copy of it), and the repository of the code Apache-2.0; the "
-    "stricter was taken. In training a chunk is remembered at the lowest time of the grid, about 0.005, and in inference at "
+    unverified="the page of the weights has CC BY-NC-SA 4.0 (read in a copy of it), and the repository of the code Apache-2.0; "
+    "the stricter was taken. In training a chunk is remembered at the lowest time of the grid, about 0.005, and in inference at "
     "exactly 0; inference was taken. Its authors make clips of 21 latent frames; here the window of 21 moves on",
 )  # fmt: skip

@@ -30,8 +30,8 @@ class Known:
     """What its files hold: a LoRA, the whole denoiser, the whole denoiser with a LoRA beside it that belongs to it, or motion
     modules (with a LoRA beside them, if there is one)."""
     inside: str = ""
-    """Which of the networks in a training checkpoint its authors sample, such as `generator_ema`. Empty: the averaged one, if there
-    is one."""
+    """Which of the networks in a training checkpoint its authors sample, such as `generator_ema`. Empty: the averaged one, if
+    there is one."""
     files: str
     """Pattern of the names of its files, folders or hub pages. Nothing else may match it."""
     keys: str = ""
