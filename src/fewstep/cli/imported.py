@@ -23,10 +23,7 @@ def import_student(options: Import) -> int:
     print(
         f"{student.card.name}: {contract.steps} steps at times {times}; {contract.sampler}, guidance {contract.guidance.scale:g}"
     )
-    if (stream := contract.stream) is not None:
-        own = f", {', '.join(map(str, stream.steps))} steps each" if stream.steps else ""
-        print(
-            f"a stream: chunks of {', '.join(map(str, stream.chunks))} latent frames{own}; a chunk reads {stream.window or 'all'} "
-            f"latent frames, itself included, {stream.sink} of them the first; fewstep stream runs it"
-        )
+    if contract.stream is not None:
+        chunks = ", ".join(map(str, contract.stream.chunks))
+        print(f"a stream in chunks of {chunks} latent frames; fewstep stream {options.output} makes it live")
     return _made(options.output)
