@@ -75,6 +75,13 @@ TIMES = {
     "dmd2-sdxl": (4, (1000.0, 750.0, 500.0, 250.0, 0.0), Renoise()),
     "causvid": (3, (1000.0, 757.0, 522.0, 0.0), Renoise()),
     "self-forcing": (4, (1000.0, 937.5, 833.3333, 625.0, 0.0), Renoise()),
+    "causal-forcing": (4, (1000.0, 937.5, 833.3333, 625.0, 0.0), Renoise()),
+    "causal-forcing-framewise": (4, (1000.0, 937.5, 833.3333, 625.0, 0.0), Renoise()),
+    "causal-forcing-2step": (2, (1000.0, 833.3333, 0.0), Renoise()),
+    "causal-forcing-1step": (1, (1000.0, 0.0), Renoise()),
+    "longlive": (4, (1000.0, 937.5, 833.3333, 625.0, 0.0), Renoise()),
+    "rolling-forcing": (5, (1000.0, 952.3810, 882.3529, 769.2308, 555.5556, 0.0), Renoise()),
+    "krea-realtime": (4, (1000.0, 937.5, 833.3333, 625.0, 0.0), Renoise()),
 }
 """Default steps, times in thousandths by hand from the sources, and the sampler."""
 

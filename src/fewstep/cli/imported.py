@@ -23,4 +23,7 @@ def import_student(options: Import) -> int:
     print(
         f"{student.card.name}: {contract.steps} steps at times {times}; {contract.sampler}, guidance {contract.guidance.scale:g}"
     )
+    if contract.stream is not None:
+        chunks = ", ".join(map(str, contract.stream.chunks))
+        print(f"a stream in chunks of {chunks} latent frames; fewstep stream {options.output} makes it live")
     return _made(options.output)

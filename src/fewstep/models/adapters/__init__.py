@@ -18,6 +18,10 @@ from fewstep.core import RecipeError
 from fewstep.models.networks import ADAPTED, adapter
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
     from fewstep.models.adapters.presets.facts import Preset
     from fewstep.models.bundle import VideoModel
     from fewstep.models.card import Card
@@ -148,6 +152,12 @@ def export_lora(model: VideoModel, lora: Path, folder: Path, **options: Any) -> 
 def read_lora(denoiser: Denoiser, source: str) -> Updates:
     """What a LoRA adds to the weights of a denoiser: a file or folder, or its name on the hub."""
     updates: Updates = adapter("lora_reading").read_lora(denoiser, source)
+    return updates
+
+
+def lora_of(denoiser: Denoiser, tensors: Mapping[str, Tensor], path: Path) -> Updates:
+    """What the tensors of a LoRA's file at `path` add to a denoiser; `alpha / rank` is 1 where they do not say it."""
+    updates: Updates = adapter("lora_reading").lora_of(denoiser, tensors, path)
     return updates
 
 

@@ -64,11 +64,22 @@ def read_lora(denoiser: Denoiser, source: Path | str) -> Updates:
             raise ValueError(
                 f"{file}: there are no tensors in it; give a LoRA as a .safetensors file, or a folder with one"
             )
-        found = _File(file, tensors, _Names(denoiser, expert), _strength(file, config))
-        layers |= found.layers()
-        whole |= found.whole()
+        found = lora_of(denoiser, tensors, file, strength=_strength(file, config), expert=expert)
+        layers |= found.layers
+        whole |= found.whole
     _require_all_experts(denoiser, source, (*layers, *whole))
     return Updates(layers=layers, whole=whole)
+
+
+def lora_of(
+    denoiser: Denoiser, tensors: Mapping[str, Tensor], path: Path, *, strength: float = 1.0, expert: str | None = None
+) -> Updates:
+    """What the `tensors` of a LoRA's file at `path` change in the denoiser, or in one `expert` of it.
+
+    `strength` is `alpha / rank` of layers that have no alpha of their own. ValueError says what is wrong.
+    """
+    found = _File(path, tensors, _Names(denoiser, expert), strength)
+    return Updates(layers=found.layers(), whole=found.whole())
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,10 @@ from fewstep.models.denoiser import Denoiser
 from fewstep.models.known.guidance import told
 from fewstep.models.known.recognise import named, names_of, recognise
 from fewstep.models.known.system import Known
-from fewstep.models.known.weights import Weights, files_in, open_weights
+from fewstep.models.known.weights import Weights, files_in, open_weights, with_lora
 from fewstep.models.lora import add
 from fewstep.models.source import Diffusers
+from fewstep.streaming.plan import fitting
 
 _PREFIXES = (
     "", "net.", "model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "unet.", "generator.model.", "module.",
@@ -66,6 +67,8 @@ class Import:
         network = self._network(card)  # before the other parts are read: it is here that files do not fit
         model = _loaded(card, self._home, [part for part in card.parts if part != "denoiser"])
         made = model.with_part("denoiser", network.requires_grad_(False), role="student", contract=contract)
+        if contract.stream is not None:  # a clip of half chunks is refused here, and not when it is sampled
+            fitting(contract.stream, card.num_frames, lambda frames: made.latent_shape(frames)[1])
         return made.with_card(name=known.name, provenance=self._provenance(card))
 
     @property
@@ -84,6 +87,13 @@ class Import:
         """Where the weights are; those of a whole model in diffusers' layout are in a folder of their own."""
         source = Path(self.source)
         return next((source / part for part in ("unet", "transformer") if (source / part).is_dir()), source)
+
+    @property
+    def _files(self) -> list[Path]:
+        """What is read of the student, besides a layout."""
+        if self.known.holds != "adapted":
+            return files_in(self._path)
+        return [file for file in with_lora(self._path, "weights", required=True) if file is not None]
 
     @property
     def _base(self) -> str:
@@ -139,43 +149,42 @@ class Import:
 
     def _network(self, card: Card) -> Denoiser:
         """The student's denoiser."""
-        if self.known.holds == "weights" and not self._is_layout:
+        if self.known.holds in ("weights", "adapted") and not self._is_layout:
             return self._whole(card)
         network = _loaded(card, self._home, ["denoiser"]).denoiser
         return network if self._is_layout else self._changed(network)
 
     def _changed(self, network: Denoiser) -> Denoiser:
         """The base's denoiser with the LoRA added, in place; of motion modules with these in place of its own."""
-        source = Path(self.source)
+        source: Path | None = Path(self.source)
         if self.known.holds == "motion":
-            every = files_in(source)
-            loras = [file for file in every if "lora" in file.name.lower()]
-            motion = [file for file in every if file not in loras]
-            if len(motion) != 1 or len(loras) > 1:
-                raise ValueError(
-                    f"{source}: give one file of motion modules, and at most one LoRA beside it, in a folder"
-                )
+            motion, source = with_lora(Path(self.source), "motion modules", required=False)
             own = {name: tensor for name, tensor in network.state_dict().items() if _MOTION in name}
-            _fill(own, open_weights(motion[0]), network, str(motion[0]))
-            if not loras:
-                return network
-            source = loras[0]
-        updates = adapters.read_lora(network, source)
-        add(network, updates.layers, updates.whole)
+            _fill(own, open_weights(motion), network, str(motion))
+        if source is not None:
+            updates = adapters.read_lora(network, source)
+            add(network, updates.layers, updates.whole)
         return network
 
     def _whole(self, card: Card) -> Denoiser:
-        """A denoiser with the weights of the file."""
+        """A denoiser with the weights of the file, and what the LoRA beside it adds."""
         network: Denoiser = allocate("denoiser", card)  # type: ignore[assignment]
-        weights = open_weights(self._path)
+        source, lora = self._path, None
+        if self.known.holds == "adapted":
+            source, lora = with_lora(source, "weights", required=True)
+        weights = open_weights(source, self.known.inside)
         if self.known.guidance_input is not None:
             weights = told(weights, self.known.guidance_input)
         _fill(network.state_dict(), weights, network, self.source)
+        if lora is not None:
+            tensors = open_weights(lora, "generator_lora")
+            updates = adapters.lora_of(network, {name: tensors.read(name) for name in tensors.names}, lora)
+            add(network, updates.layers, updates.whole)
         return network
 
     def _provenance(self, card: Card) -> dict[str, str]:
         known, path = self.known, self._path
-        files = files_in(path) if path.exists() and not self._is_layout else []
+        files = self._files if path.exists() and not self._is_layout else []
         return {
             "source": known.source,
             "licence": known.licence,

@@ -41,8 +41,9 @@ def recognise(source: str, tensors: Callable[[], Collection[str]]) -> Known:
 
 
 def names_of(source: str) -> list[str]:
-    """What may say which system it is: the name itself, those of files in it, that of the folder around it."""
+    """What may say which system it is: the name itself, those of files in it, that of the folder around it, and both."""
     path = Path(source)
     inside = sorted(file.name for file in path.iterdir() if file.is_file()) if path.is_dir() else []
-    around = [path.absolute().parent.name] if path.exists() else [source]
+    folder = path.absolute().parent.name
+    around = [folder, f"{folder}/{path.name}"] if path.exists() else [source]
     return [path.name, *inside, *around]

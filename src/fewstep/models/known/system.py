@@ -26,8 +26,12 @@ class Known:
     """Models whose text encoder, codec and, for a LoRA, denoiser it needs; the first is the default."""
     network: str
     """Class of the denoiser of such a model."""
-    holds: Literal["lora", "weights", "motion"]
-    """What its files hold: a LoRA, the whole denoiser, or motion modules (with a LoRA beside them, if there is one)."""
+    holds: Literal["lora", "weights", "adapted", "motion"]
+    """What its files hold: a LoRA, the whole denoiser, the whole denoiser with a LoRA beside it that belongs to it, or motion
+    modules (with a LoRA beside them, if there is one)."""
+    inside: str = ""
+    """Which of the networks in a training checkpoint its authors sample, such as `generator_ema`. Empty: the averaged one, if
+    there is one."""
     files: str
     """Pattern of the names of its files, folders or hub pages. Nothing else may match it."""
     keys: str = ""
@@ -53,7 +57,9 @@ class Known:
 
     @property
     def counts(self) -> tuple[int, ...]:
-        return self.contract.counts
+        """Step counts that can be asked for: of a stream that has its own for each chunk, its name alone."""
+        stream = self.contract.stream
+        return (self.contract.steps,) if stream is not None and stream.steps else self.contract.counts
 
     def for_file(self, name: str, steps: int | None) -> Contract:
         """The contract of a file. ValueError where it cannot be told for how many steps it is, or it is for no such count."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,10 @@ from fewstep.models.stored import open_tensors
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 _INSIDE = ("generator_ema", "ema", "generator", "state_dict", "model", "module", "net")
 """Where a checkpoint may have the student's weights, the averaged ones first."""
+_STUDENTS = ("generator_ema", "ema", "generator")
+"""Of these, networks that were trained; of which one is meant where a system says so."""
+_WRAPPERS = re.compile(r"(?<![^.])(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
+"""What torch puts into the names of a network that was sharded, checkpointed or compiled."""
 
 
 class Weights(ABC):
@@ -64,7 +69,7 @@ def files_in(source: Path) -> list[Path]:
     """
     if source.is_file():
         return [source]
-    found = sorted(source.glob("*.safetensors")) or sorted(p for p in source.glob("*") if p.suffix in PICKLED)
+    found = _in_folder(source)
     if not found or (found[0].suffix in PICKLED and len(found) > 1):
         said = f"there are {len(found)} files of weights in it" if source.is_dir() else "no such file or folder"
         raise FileNotFoundError(
@@ -73,11 +78,29 @@ def files_in(source: Path) -> list[Path]:
     return found
 
 
-def open_weights(source: Path) -> Weights:
-    """The weights in a file or folder. FileNotFoundError, RecipeError or ValueError say what is wrong."""
+def _in_folder(source: Path) -> list[Path]:
+    return sorted(source.glob("*.safetensors")) or sorted(p for p in source.glob("*") if p.suffix in PICKLED)
+
+
+def with_lora(source: Path, what: str, *, required: bool) -> tuple[Path, Path | None]:
+    """The file of `what` in a folder, and the LoRA beside it. ValueError where there is more, or less."""
+    every = [source] if source.is_file() else _in_folder(source)
+    loras = [file for file in every if "lora" in file.name.lower()]
+    rest = [file for file in every if file not in loras]
+    if len(rest) != 1 or len(loras) > 1 or (required and not loras):
+        count = "one" if required else "at most one"
+        raise ValueError(f"{source}: give one file of {what}, and {count} LoRA beside it, in a folder")
+    return rest[0], loras[0] if loras else None
+
+
+def open_weights(source: Path, inside: str = "") -> Weights:
+    """The weights in a file or folder; `inside` is the network that is meant where a checkpoint has several.
+
+    FileNotFoundError, RecipeError or ValueError say what is wrong.
+    """
     files = files_in(source)
     if files[0].suffix in PICKLED:
-        return _Pickled(_unpickled(files[0]))
+        return _Pickled(_unpickled(files[0], inside))
     places: dict[str, Path] = {}
     for file in files:
         for name in open_tensors(file).keys():  # noqa: SIM118 - it is no mapping
@@ -89,7 +112,7 @@ def open_weights(source: Path) -> Weights:
     return _require_some(_Files(places), source)
 
 
-def _unpickled(path: Path) -> Mapping[str, Tensor]:
+def _unpickled(path: Path, inside: str) -> Mapping[str, Tensor]:
     """ValueError for a file that is damaged, or holds anything but tensors: to load that would run its code."""
     try:
         loaded = _load(path)
@@ -103,12 +126,33 @@ def _unpickled(path: Path) -> Mapping[str, Tensor]:
         if isinstance(error, OSError) and error.strerror:
             raise
         raise ValueError(f"{path} is cut short or no file of torch; copy or download it again") from None
-    for key in _INSIDE:
-        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-            loaded = loaded[key]
-            break
-    tensors = {str(k): v for k, v in loaded.items() if isinstance(v, Tensor)} if isinstance(loaded, dict) else {}
-    return _require_some(_Pickled(tensors), path).tensors
+    found = _chosen(loaded, inside, path) if isinstance(loaded, dict) else {}
+    return _require_some(_Pickled(_unwrapped(found, path)), path).tensors
+
+
+def _chosen(loaded: Mapping[str, Any], inside: str, path: Path) -> Mapping[str, Any]:
+    """The network that is meant in a checkpoint. ValueError where it is another one's."""
+    networks = [key for key, value in loaded.items() if isinstance(value, dict)]
+    order = (inside, *(key for key in _INSIDE if key not in _STUDENTS)) if inside else _INSIDE
+    key = next((key for key in order if key in networks), None)
+    if key is None and inside and set(networks) & set(_STUDENTS):
+        raise ValueError(
+            f"{path} has {', '.join(networks)}, and its authors sample {inside}, which is not in it; download the file that they "
+            "sample"
+        )
+    return loaded if key is None else loaded[key]
+
+
+def _unwrapped(found: Mapping[str, Any], path: Path) -> Mapping[str, Tensor]:
+    """Tensors by the names that they have in the network itself. ValueError where two have the same."""
+    tensors: dict[str, Tensor] = {}
+    for name, value in found.items():
+        if isinstance(value, Tensor):
+            plain = _WRAPPERS.sub("", str(name))
+            if plain in tensors:
+                raise ValueError(f"{path}: {plain} is in it twice, once wrapped; give a file with one of them")
+            tensors[plain] = value
+    return tensors
 
 
 def _load(path: Path) -> Any:

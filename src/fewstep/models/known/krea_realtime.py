@@ -1,0 +1,34 @@
+"""Krea Realtime: Wan 2.1 14B as a stream of chunks of 3 latent frames, 4 steps each, trained with Self-Forcing.
+
+Its file is plain: safetensors, the authors' names behind `model.`. Its memory is not: before each chunk it is made anew from the
+last 3 latent frames, in one call that reads nothing older, and the first of them is decoded and encoded again as an image.
+"""
+
+from fewstep.diffusion import CFG, Contract, Renoise, Shifted, Stream, Trained
+from fewstep.models.known.system import Known
+
+_REPOSITORY = "github.com/krea-ai/realtime-video"
+
+KREA_REALTIME = Known(
+    name="krea-realtime",
+    what="Wan 2.1 14B as a stream of chunks in 4 steps each: Krea Realtime; not for commercial use",
+    source="krea/krea-realtime-video",
+    bases=("Wan-AI/Wan2.1-T2V-14B-Diffusers",),
+    network="Wan",
+    holds="weights",
+    files=r"krea[-_]realtime",
+    contract=Contract(
+        grid=Trained(grid=Shifted(shift=5.0), steps=(4,)), sampler=Renoise(), steps=4, guidance=CFG(scale=1.0),
+        stream=Stream(chunks=(3,), window=6, positions="window"),
+    ),
+    licence="CC BY-NC-SA 4.0",
+    facts={
+        "times, chunks": f"{_REPOSITORY} configs/self_forcing_server_14b.yaml (1000, 937, 833, 625)",
+        "memory, commit, positions, no guidance": f"{_REPOSITORY} release_server.py (recompute_kv_cache, kv_cache_num_frames 3)",
+        "key names": f"{_REPOSITORY} release_server.py (load_transformer)",
+        "licence": f"{_REPOSITORY} LICENSE.md",
+    },
+    unverified="the licence of the weights' own page; that of the repository was taken. The server's default is 5 steps, its "
+    "configuration has 4",
+    missing="a memory that is made anew before each chunk from the last latents, the first of them encoded again as an image",
+)  # fmt: skip
