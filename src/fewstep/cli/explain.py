@@ -18,7 +18,7 @@ from fewstep.core.shipped import header, shipped
 from fewstep.core.yaml import to_yaml
 from fewstep.methods.base import Method, Sync, Update
 from fewstep.models import Spec
-from fewstep.pipeline import Pipeline, read
+from fewstep.pipeline import Pipeline, Stage, read
 from fewstep.recipe import Recipe
 from fewstep.written import find
 
@@ -47,17 +47,17 @@ def show(wanted: Path, overrides: list[tuple[str, str]], allow_imports: bool) ->
     return 0
 
 
-def _stages(recipe: Recipe | Pipeline) -> Iterator[tuple[str, Recipe]]:
+def _stages(recipe: Recipe | Pipeline) -> Iterator[tuple[str, Recipe | Stage]]:
     """Every recipe (one per stage), with a line that says where it starts."""
     if isinstance(recipe, Recipe):
         yield "", recipe
         return
-    for number, stage in enumerate(recipe.plan(Path("OUTPUT")), 1):
-        start = stage.recipe.settings.start
-        yield (
-            f"\n# stage {number} of {len(recipe.stages)}: {stage.name}" + (f", start: {start}" if start else ""),
-            stage.recipe,
-        )
+    try:
+        starts = [planned.recipe.settings.start for planned in recipe.plan(Path("OUTPUT"))]
+    except (OSError, ValueError):  # a model is not here; the check at the end says so
+        starts = [None] * len(recipe.stages)
+    for number, ((name, stage), start) in enumerate(zip(recipe.stages.items(), starts, strict=True), 1):
+        yield f"\n# stage {number} of {len(recipe.stages)}: {name}" + (f", start: {start}" if start else ""), stage
 
 
 def lines(thing: Any, tree: dict[str, Any]) -> Iterator[tuple[int, str, str]]:
