@@ -16,6 +16,7 @@ from diffusers import CogVideoXDDIMScheduler, CogVideoXImageToVideoPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from fewstep.core import Call, Cond, KVView, RecipeError, Rng, Seeds
+from fewstep.core.call import Causal
 from fewstep.diffusion import DDIM, Betas, Contract
 from fewstep.evaluate.conformance import check_model, subject
 from fewstep.models import Denoiser, Lora, VideoModel
@@ -107,6 +108,8 @@ def test_what_cogvideox_cannot_do_is_refused() -> None:
         mine(x, Rng(0).rand((2, 3), "t"), cond)
     with pytest.raises(ValueError, match="no cache"):
         mine(x, t, cond, NO_PAST)
+    with pytest.raises(ValueError, match="not chunks; call it without causal"):
+        mine(x, t, cond, Call(causal=Causal((1, 2))))
     with pytest.raises(ValueError, match="multiples of 2"):
         mine(x[..., :5], t, cond)
     with pytest.raises(ValueError, match="F a multiple of 2"):

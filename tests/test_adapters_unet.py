@@ -13,6 +13,7 @@ from torch import Tensor, nn
 pytest.importorskip("diffusers")
 
 from fewstep.core import Call, Cond, KVView, Rng
+from fewstep.core.call import Causal
 from fewstep.diffusion import Betas
 from fewstep.models import Denoiser, FeatureHeads
 from fewstep.models.adapters.unets.animatediff import AnimateDiff
@@ -192,6 +193,8 @@ def test_what_a_unet_cannot_do_is_refused(family: type[UNet]) -> None:
         mine(x[..., :6], t, cond)
     with pytest.raises(ValueError, match="no cache"):
         mine(x, t, cond, NO_PAST)
+    with pytest.raises(ValueError, match="not chunks; call it without causal"):
+        mine(x, t, cond, Call(causal=Causal((1, 2))))
     extra = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
     with pytest.raises(ValueError, match="addition_embed_type: 'text_time' cannot be read"):
         family(config=FAMILIES[family] | extra | {"projection_class_embeddings_input_dim": 60})

@@ -49,8 +49,12 @@ def require_whole_clips(name: str, x: Tensor, t: Tensor, call: Call) -> None:
             f"{name} was trained with one time per clip: t must be [{len(x)}], got {tuple(t.shape)}; give whole clips one "
             "time, or take a model whose frames have their own (Wan, LTX)"
         )
-    if call.kv is not None or call.causal is not None:
-        raise ValueError(f"{name} sees whole clips, and cannot stream; call it without kv and causal")
+    if call.kv is not None:
+        raise ValueError(f"{name} sees whole clips and has no cache; call it without kv")
+    if call.causal is not None:
+        raise ValueError(
+            f"{name} sees whole clips, not chunks; call it without causal (leave out the history of a method)"
+        )
 
 
 def path_of(scheduler: Mapping[str, Any]) -> Betas:
