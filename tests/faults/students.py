@@ -94,7 +94,14 @@ CASES = (
         "list students",
     ),
     imported("no such system", LIGHTX2V, lora(), "wan-lightning", "wan22-lightning", more=("--as", "wan-lightning")),
-    imported("one that cannot be imported", LIGHTX2V, lora(), "causvid", "streaming", more=("--as", "causvid")),
+    imported(
+        "one that cannot be imported",
+        LIGHTX2V,
+        lora(),
+        "rolling-forcing",
+        "rolling window",
+        more=("--as", "rolling-forcing"),
+    ),
     imported(
         "another base", LIGHTX2V, lora(family="wan_experts"), "base is a WanExperts", "belongs to a Wan", "--base"
     ),
