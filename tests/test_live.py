@@ -151,6 +151,15 @@ def test_a_snapshot_amid_other_work_is_where_the_viewer_is(model: VideoModel) ->
     assert same(shown + list(again.frames(4)), expected)
 
 
+def test_on_a_cpu_chunks_are_decoded_between_two_chunks(model: VideoModel) -> None:
+    """Its cores are the denoiser's; who wants a thread for decoding asks for it."""
+    threads = threading.active_count()
+    with model.stream(PROMPTS) as session:
+        assert same(list(session.frames(3)), list(live(model).frames(3)))
+        assert session._decoder._pool is None
+    assert threading.active_count() <= threads + 1  # that of the live session beside it
+
+
 @pytest.mark.parametrize("how", ["keep", "recache", "clear", "lerp"])
 def test_prompts_change_in_the_ways_of_a_session(how: Any, model: VideoModel) -> None:
     """Also those to come in a snapshot."""

@@ -215,8 +215,10 @@ class VideoModel:
 
     def stream(self, prompts: Sequence[str], *, video: Video | None = None, **options: Any) -> LiveSession:
         """A live stream of one clip per prompt, or of a changed `video`, of a model whose contract has a `stream`; `options` are
-        those of `Session`, such as `seed`. With offload chunks are decoded between the denoiser's calls, not beside them."""
-        return LiveSession(Session(self, prompts, **options), video=video, beside=self.runtime.offload == "none")
+        those of `Session`, such as `seed`. Chunks are decoded beside the denoiser's calls; on a CPU, whose cores these need, and
+        with offload between them."""
+        beside = self.runtime.offload == "none" and self.device.type != "cpu"
+        return LiveSession(Session(self, prompts, **options), video=video, beside=beside)
 
     @torch.no_grad()
     def decode_next(self, latents: Tensor, past: Any = None, *, last: bool = False) -> Decoded:
