@@ -25,10 +25,28 @@ PAGE = "report.html"
 
 
 @dataclass(frozen=True)
-class KeptRows:
-    """The finished rows of one evaluation: one file per row, by the row's name."""
+class RowFiles:
+    """Files of the finished rows of one evaluation, by the row's name."""
 
     paths: Mapping[str, Path]
+
+    def said(self) -> str:
+        """What happens if the user starts a stopped evaluation again."""
+        count = sum(path.is_file() for path in self.paths.values())
+        which = "1 finished row is" if count == 1 else f"{count} finished rows are"
+        return f"{which} kept, and the same command continues after that"
+
+    def delete(self) -> None:
+        """Delete the files of these rows, once the report holds all of them. Files of other evaluations stay."""
+        for path in self.paths.values():
+            path.unlink(missing_ok=True)
+        with suppress(OSError):
+            next(iter(self.paths.values())).parent.rmdir()
+
+
+@dataclass(frozen=True)
+class KeptRows(RowFiles):
+    """The finished rows of one evaluation: one file per row, by the row's name."""
 
     @classmethod
     def of(cls, rows: Sequence[Entry], bench: Bench, output: Path) -> KeptRows:
@@ -63,19 +81,6 @@ class KeptRows:
         tensors = {key: value.contiguous() for key, value in vars(measured).items() if isinstance(value, torch.Tensor)}
         with replacing(self.paths[name]) as draft:
             save_file(tensors, draft, metadata={"seconds": repr(measured.seconds)})
-
-    def said(self) -> str:
-        """What happens if the user starts a stopped evaluation again."""
-        count = sum(path.is_file() for path in self.paths.values())
-        which = "1 finished row is" if count == 1 else f"{count} finished rows are"
-        return f"{which} kept, and the same command continues after that"
-
-    def delete(self) -> None:
-        """Delete the files of these rows, once the report holds all of them. Files of other evaluations stay."""
-        for path in self.paths.values():
-            path.unlink(missing_ok=True)
-        with suppress(OSError):
-            next(iter(self.paths.values())).parent.rmdir()
 
 
 def require_own(output: Path, models: Mapping[str, str], suite: Mapping[str, Any]) -> None:

@@ -79,7 +79,7 @@ class Chunks:
                 raise StepCountError(
                     f"the chunks of this stream take {', '.join(map(str, own))} steps; leave the step count out, not {steps}"
                 )
-            contract = replace(contract, stream=replace(contract.stream, steps=()))  # type: ignore[type-var]
+            return cls(network=network, contract=contract, times=()).at(contract.times(steps, force=force))
         return cls(network=network, contract=contract, times=contract.times(steps, force=force))
 
     @property
@@ -147,6 +147,14 @@ class Chunks:
         pose = cond.extra.get("pose")
         return pose if pose is None or not self.contract.guidance.active else torch.cat([pose, pose])
 
+    def require_recache(self) -> None:
+        """ValueError for a stream whose memory latents alone do not tell."""
+        if self.stream.commit == "last":
+            raise ValueError(
+                "this stream remembers what its last step made, which latents alone do not tell; choose another switch than "
+                "recache, or a stream that commits clean latents"
+            )
+
     def recache(
         self, memory: KVCache, latents: Tensor, cond: Cond, uncond: Cond, rng: Seeds | Rng, *, sink: bool = True
     ) -> KVCache:
@@ -155,11 +163,7 @@ class Chunks:
         It is the memory of a stream that begins with these latents, and not what was carried on: a call reads a past that read
         its own past in turn. A sink that is older than the latents stays as it is; without `sink` it is forgotten.
         """
-        if self.stream.commit == "last":
-            raise ValueError(
-                "this stream remembers what its last step made, which latents alone do not tell; choose another switch, or a "
-                "stream that commits clean latents"
-            )
+        self.require_recache()
         if memory.start.ndim:
             raise ValueError(
                 "streams of different age are not made anew in one call; do it for each before they are one batch"

@@ -119,11 +119,8 @@ class Session:
     def require(self, how: Switch, over: int = 4) -> None:
         """ValueError for a way to change prompts that there is not, or not for this stream."""
         require_switch(how, over)
-        if how == "recache" and self.stream.commit == "last":
-            raise ValueError(
-                "this stream remembers what its last step made, which latents alone do not tell; choose another switch than "
-                "recache"
-            )
+        if how == "recache":
+            self._chunks.require_recache()
 
     def steer(self, prompts: Sequence[str], how: Switch = "keep", *, over: int = 4) -> None:
         """Other prompts, one per clip, from the next chunk on; `how` is a way of `streaming.switch`. With `lerp` the change takes

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,21 +15,19 @@ from fewstep.core.atomic import replacing
 from fewstep.core.build import digest
 from fewstep.core.lock import FILE as LOCK
 from fewstep.data.base import DataError
+from fewstep.evaluate.kept import FOLDER, RowFiles
 from fewstep.evaluate.streams.clips import LongClips
 from fewstep.evaluate.streams.results import FILE, load_drift
 from fewstep.evaluate.streams.rolling import Rolled
 from fewstep.evaluate.streams.suite import DriftSuite
 from fewstep.models.bundle import VideoModel
 
-FOLDER = "rows"
 _MEASURE = "measure/"
 
 
 @dataclass(frozen=True)
-class KeptRolls:
-    """The finished rows of one evaluation: one file per row, by the row's name."""
-
-    paths: Mapping[str, Path]
+class KeptRolls(RowFiles):
+    """The finished rows of one drift evaluation: one file per row, by the row's name."""
 
     @classmethod
     def of(
@@ -58,19 +55,6 @@ class KeptRolls:
         tensors |= {"features": rolled.features.contiguous(), "strips": rolled.strips.contiguous()}
         with replacing(self.paths[name]) as draft:
             save_file(tensors, draft)
-
-    def said(self) -> str:
-        """What happens if the user starts a stopped evaluation again."""
-        count = sum(path.is_file() for path in self.paths.values())
-        which = "1 finished row is" if count == 1 else f"{count} finished rows are"
-        return f"{which} kept, and the same command continues after that"
-
-    def delete(self) -> None:
-        """Delete the files of these rows, once the report holds all of them."""
-        for path in self.paths.values():
-            path.unlink(missing_ok=True)
-        with suppress(OSError):
-            next(iter(self.paths.values())).parent.rmdir()
 
 
 def require_own(output: Path, models: Mapping[str, str], suite: Mapping[str, Any]) -> None:
