@@ -42,7 +42,8 @@ def main() -> int:
             "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
             "licence": LICENCE,
         }
-        card = replace(model.card, name=f"world-{name}", contract=contract, provenance=model.card.provenance | made)
+        origin = {key: value for key, value in model.card.provenance.items() if not key.endswith("machine")} | made
+        card = replace(model.card, name=f"world-{name}", contract=contract, provenance=origin)
         folder = VideoModel(card, model.parts).save(BUILT_IN / name, dtype=torch.float16)
         size = sum(file.stat().st_size for file in folder.iterdir())
         print(f"{folder}: {size / 1e6:.1f} MB")
