@@ -132,7 +132,7 @@ class Chunks:
             with nullcontext() if exit in (None, call.step) else torch.no_grad():
                 return denoise(x_t, t, replace(call, runner=runner))
 
-        for step in self.contract.sampler.sampling(cached, noise, self._grid(memory, exit), rng=rng):  # 2
+        for step in self.contract.sampler.sampling(cached, noise, self._grid(memory), rng=rng):  # 2
             made = Made(step)
             ends = step.index == (step.steps - 1 if exit is None else exit)
             if ends:
@@ -195,15 +195,10 @@ class Chunks:
             index, frames = index - 1, frames + self.stream.length(index - 1)
         return x if latents is None else torch.cat([latents, x], 2)[:, :, -frames:]
 
-    def _grid(self, memory: KVCache, exit: int | None) -> tuple[float, ...]:
+    def _grid(self, memory: KVCache) -> tuple[float, ...]:
         """Times of the chunk that follows `memory`."""
         if not self.stream.steps:
             return self.times
-        if exit is not None:
-            raise ValueError(
-                f"a rollout stops all chunks at one step, and those of this stream take {self.stream.steps} steps; train it with "
-                "one number of steps"
-            )
         grids = {self.grid(self.stream.index(start)) for start in memory.start.flatten().tolist()}
         if len(grids) > 1:
             raise ValueError("streams of one batch have chunks of different numbers of steps; keep them apart")
