@@ -198,7 +198,9 @@ PLANS = {
 def stepped(stream: Stream, grids: Any) -> VideoModel:
     """The tiny model with the contract of a student that was trained with these steps."""
     model = streaming_model(Stream(chunks=stream.chunks, window=stream.window, sink=stream.sink))
-    return model.with_part("denoiser", model.denoiser, contract=SelfForced(stream=stream, grids=grids).contract(Contract()))
+    return model.with_part(
+        "denoiser", model.denoiser, contract=SelfForced(stream=stream, grids=grids).contract(Contract())
+    )
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)

@@ -34,8 +34,11 @@ class Stream:
     steps: tuple[Size, ...] = ()
     """Number of steps of each chunk; the last number repeats: `(4, 2)` is 4, 2, 2, ... (ASD, 2511.01419, has more steps in the
     first chunk). Each must be a step count of the contract. Empty: the contract's own number in every chunk."""
+    rolling: Natural = 0
+    """Chunks that are denoised at once, each a step or more behind the one before it (Rolling Forcing, 2509.25161: as many as there
+    are steps; StreamDiT, 2507.03745: fewer). The number of steps must be a multiple. 0: one chunk after the other."""
     window: Natural = 0
-    """Latent frames that a chunk may read, including the sink and its own frames; 0: all. Short for `memory: {type: Window}`."""
+    """Latent frames that a call may read, including the sink and its own frames; 0: all. Short for `memory: {type: Window}`."""
     sink: Natural = 0
     """First frames of the stream that stay in memory; they count towards `window`."""
     memory: Memory | None = None
@@ -55,6 +58,11 @@ class Stream:
             raise ValueError(f"chunks have at least 1 latent frame each, and there is at least one; got {self.chunks}")
         if self.steps and min(self.steps) < 1:
             raise ValueError(f"a chunk takes at least 1 step; got steps={self.steps}")
+        if self.rolling < 0 or (self.rolling and self.steps):
+            raise ValueError(
+                f"chunks that are denoised at once are at least 0 and take one number of steps; got rolling={self.rolling} and "
+                f"steps={self.steps}"
+            )
         self._check_memory()
         if (self.commit == "noised") != (0 < self.context_time < 1):
             raise ValueError(
@@ -76,9 +84,11 @@ class Stream:
             raise ValueError(
                 "a stream that reads all its past has no sink and no positions in a window; give a window or a memory"
             )
-        if self.window and self.window < self.sink + max(self.chunks):
+        own = max(self.rolling, 1) * max(self.chunks)
+        if self.window and self.window < self.sink + own:
+            what = f"{self.rolling} chunks" if self.rolling > 1 else "a chunk"
             raise ValueError(
-                f"a window of {self.window} frames cannot hold a sink of {self.sink} and a chunk of {max(self.chunks)}"
+                f"a window of {self.window} frames cannot hold a sink of {self.sink} and {what} of {max(self.chunks)}"
             )
 
     def length(self, index: int) -> int:

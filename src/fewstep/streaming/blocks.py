@@ -38,6 +38,20 @@ class Reader(Protocol):
     def recall(self, memory: KVCache, x_t: Tensor, call: Call = ..., /) -> KVView: ...
 
 
+@dataclass(frozen=True, eq=False)
+class Flying:
+    """A chunk among several that are denoised at once (`streaming.rolling`)."""
+
+    index: int
+    """Its number in the stream."""
+    x: Tensor
+    """Its latents at its time, `[B, C, f, H, W]`."""
+    step: int = 0
+    """Number of steps that it has made."""
+    before: Prediction | None = None
+    """Prediction of its last step."""
+
+
 @dataclass(frozen=True)
 class Made:
     """A step of a chunk that has been made."""
@@ -45,6 +59,8 @@ class Made:
     step: Step
     commit: Callable[[], KVCache] | None = None
     """Adds the chunk to the memory; None before its last step."""
+    window: tuple[Flying, ...] = ()
+    """Chunks that were denoised with it and are not finished, oldest first; before its last step it is one of them."""
 
     @cached_property
     def memory(self) -> KVCache | None:
