@@ -23,9 +23,9 @@ FIVE = (1.0, 20 / 21, 15 / 17, 10 / 13, 5 / 9)
 
 @torch.no_grad()
 def by_hand(network: Any, text: Tensor, shape: tuple[int, ...], seeds: tuple[int, ...]) -> Tensor:
-    """Windows `[max(0, w - 4), min(N - 1, w)]` of chunks of 3 frames, as in the authors' inference. There is no cache: finished chunks
-    stand clean before the window, and a mask lets each of them read what was finished before it. In a clip of 21 latent frames a
-    window always has room for all of them, so nothing is left out and the sink stays at its place."""
+    """Windows `[max(0, w - 4), min(N - 1, w)]` of chunks of 3 frames, as in the authors' inference. There is no cache: finished
+    chunks stand clean before the window, and a mask lets each of them read what was finished before it. In a clip of 21 latent
+    frames a window always has room for all of them, so nothing is left out and the sink stays at its place."""
     batch, channels, frames, height, width = shape
     per_frame, count = height * width // 4, frames // 3
     rng = [Seeds(seeds).fold(f"chunk/{c}") for c in range(count)]

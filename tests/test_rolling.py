@@ -187,8 +187,8 @@ def test_a_tick_leaves_the_one_before_as_it_was() -> None:
 
 
 def test_a_call_reads_its_window_and_no_more() -> None:
-    """The sink, the newest others, and its own frames are six (Rolling Forcing: 3 + 3 + 15 = 21). So the call that remembers a chunk
-    reads more of the past than the one that denoises three, and while the window shrinks, calls read more of it."""
+    """The sink, the newest others, and its own frames are six (Rolling Forcing: 3 + 3 + 15 = 21). So the call that remembers a
+    chunk reads more of the past than the one that denoises three, and while the window shrinks, calls read more of it."""
     model = rolling_model(Stream(window=6, sink=1, positions="sink"), THREE)
     heard = Heard(model.reader)
     rolled(model, 8, heard)
@@ -215,7 +215,7 @@ def test_chunks_that_make_several_steps_each() -> None:
 # --- sessions ---------------------------------------------------------------------------------------------------------------
 
 STREAMS = {
-    "window": Stream(window=5, sink=1), "last": Stream(commit="last", window=4), "chunks": Stream(chunks=(1, 2), positions="absolute"),
+    "window": Stream(window=5, sink=1), "last": Stream(commit="last", window=4), "chunks": Stream(chunks=(1, 2)),
     "two": Stream(rolling=2, chunks=(2,), window=8, sink=2, positions="sink"),
 }  # fmt: skip
 

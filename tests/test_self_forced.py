@@ -213,8 +213,8 @@ def test_chunks_with_steps_of_their_own_are_trained_as_they_are_served(plan: Any
     session = Session(model, PROMPTS)
     assert torch.equal(rolled.x0.detach(), torch.cat(list(session.take(len(stream.lengths(8)))), 2))
     counts = session.counts(len(stream.lengths(8)))
-    once = [[False] * (count - 1) + [True] + [False] * (stream.commit == "clean") for count in counts]
-    assert [grad for grad, *_ in heard.calls] == sum(once, [])
+    once = [("." * (count - 1)) + "g" + "." * (stream.commit == "clean") for count in counts]
+    assert "".join("g" if grad else "." for grad, *_ in heard.calls) == "".join(once)
     assert rolled.exit == 3 and rolled.grid == () and rolled.t.shape == (2, 8)
     assert rolled.t.tolist() == [[0.25] * 8] * 2
 
@@ -223,6 +223,7 @@ def test_every_step_of_a_chunk_is_as_likely() -> None:
     """One draw of all: 12 shares of 4, 3 and 2 steps. Chunks of one number of steps stop at the step that is drawn."""
     stream, grids = PLANS["diagonal"]
     model, found = stepped(stream, grids), list[tuple[int, ...]]()
+    model.denoiser.requires_grad_(True)
 
     @dataclass(frozen=True)
     class Drawn(Numbers):
@@ -239,6 +240,7 @@ def test_every_step_of_a_chunk_is_as_likely() -> None:
         lengths = [b - a for a, b in zip([-1, *ends], ends)]
         found.append(tuple(length - 1 for length in lengths))
         assert rolled.exit == max(found[-1]) == len(rolled.before)
+        assert rolled.x0.requires_grad and not any(visit.x0.requires_grad for visit in rolled.before)
         for chunk, end in enumerate(ends):
             calls = heard.calls[end - found[-1][chunk] : end + 1]
             calls = [calls[0]] * (rolled.exit + 1 - len(calls)) + calls  # a chunk with fewer calls stays at its first

@@ -35,8 +35,8 @@ class Stream:
     """Number of steps of each chunk; the last number repeats: `(4, 2)` is 4, 2, 2, ... (ASD, 2511.01419, has more steps in the
     first chunk). Each must be a step count of the contract. Empty: the contract's own number in every chunk."""
     rolling: Natural = 0
-    """Chunks that are denoised at once, each a step or more behind the one before it (Rolling Forcing, 2509.25161: as many as there
-    are steps; StreamDiT, 2507.03745: fewer). The number of steps must be a multiple. 0: one chunk after the other."""
+    """Chunks that are denoised at once, each a step or more behind the one before it (Rolling Forcing, 2509.25161: as many as
+    there are steps; StreamDiT, 2507.03745: fewer). The number of steps must be a multiple. 0: one chunk after the other."""
     window: Natural = 0
     """Latent frames that a call may read, including the sink and its own frames; 0: all. Short for `memory: {type: Window}`."""
     sink: Natural = 0

@@ -8,6 +8,6 @@ from fewstep.streaming.session import Session, Snapshot, Video
 from fewstep.streaming.switch import Fade, Switch
 
 __all__ = [
-    "Chunks", "Fade", "Flying", "LiveChunk", "LiveSession", "LiveSnapshot", "Made", "Rolling", "Session", "Snapshot", "Switch", "Took",
-    "Video", "fitting",
+    "Chunks", "Fade", "Flying", "LiveChunk", "LiveSession", "LiveSnapshot", "Made", "Rolling", "Session", "Snapshot", "Switch",
+    "Took", "Video", "fitting",
 ]  # fmt: skip

@@ -69,6 +69,12 @@ class Made:
         return None if self.commit is None else self.commit()
 
     @property
+    def predictions(self) -> tuple[Prediction, ...]:
+        """Those of all chunks of the call, oldest first."""
+        others = tuple(flying.before for flying in self.window if flying.before is not None)
+        return others if self.window and self.commit is None else (self.step.prediction, *others)
+
+    @property
     def x(self) -> Tensor:
         """The chunk, `[B, C, f, H, W]`, after its last step."""
         return self.step.x if self.step.index == self.step.steps - 1 else self.step.prediction.x0

@@ -7,9 +7,9 @@
 
 At the beginning the window grows, so the first chunk is finished after T ticks; where the stream ends it shrinks. With N = T, as
 in Rolling Forcing, each tick finishes a chunk; with fewer chunks each makes several steps before the next one is pushed
-(StreamDiT, 2507.03745). With one chunk it is the ordinary loop, bit for bit. A call reads `Stream.window` frames in all, the sink,
-its own and the newest of the others: while the window shrinks, it reads more of the past. The network must read both directions
-of time in a window: the pattern `Dense`, as for a chunk.
+(StreamDiT, 2507.03745). With one chunk it is the ordinary loop, bit for bit. A call reads `Stream.window` frames in all: the
+sink, its own, and the newest of the others; while the window shrinks, it reads more of the past. The network must read both
+directions of time in a window: the pattern `Dense`, as for a chunk.
 """
 
 from __future__ import annotations
@@ -88,19 +88,24 @@ class Rolling:
         """The ticks after which the oldest chunk of `window` is finished, or where that is empty, the chunk that `memory` ends
         at. The last tick has its memory, and the window that stays.
 
-        `start(n)` is chunk n at time 1, `[B, C, f, H, W]`; None: the stream has ended before. `rng` is that of the stream: chunk n
-        has `rng.fold("chunk/n")`, as in a session.
+        `start(n)` is chunk n at time 1, `[B, C, f, H, W]`; None: the stream has ended before. `rng` is that of the stream: chunk
+        n has `rng.fold("chunk/n")`, as in a session.
         """
-        index = window[0].index if window else self.chunks.stream.index(int(memory.start))
         steps = len(self.chunks.times) - 1 - (window[0].step if window else 0)
         for number in range(steps):
-            if not window or window[-1].step >= self.turns:
-                following = window[-1].index + 1 if window else index
-                if (noise := start(following)) is not None:
-                    window = (*window, Flying(following, noise))
-            made = self.tick(memory, window, cond, uncond, rng)
+            made = self.tick(memory, self.pushed(memory, window, start), cond, uncond, rng)
             window = made.window
             yield replace(made, step=replace(made.step, index=number, steps=steps))
+
+    def pushed(
+        self, memory: KVCache, window: tuple[Flying, ...], start: Callable[[int], Tensor | None]
+    ) -> tuple[Flying, ...]:
+        """`window` before its next call: with another chunk, if it is time and `start` gives one."""
+        if window and window[-1].step < self.turns:
+            return window
+        index = window[-1].index + 1 if window else self.chunks.stream.index(int(memory.start))
+        noise = start(index)
+        return window if noise is None else (*window, Flying(index, noise))
 
     def take(
         self, count: int, shape: tuple[int, int, int], cond: Cond, uncond: Cond, rng: Seeds | Rng
@@ -134,9 +139,9 @@ class Rolling:
 
         def reading(x: Tensor) -> Denoise:
             view = loop.network.recall(_reached(memory, x.shape[2]), x)
-            facts = {"kv": view, "constants": loop.constants}
-            return lambda x_t, t, call: loop.contract.guidance(
-                loop.network, x_t, t, cond, uncond, replace(call, **facts)
+            constants, guidance = loop.constants, loop.contract.guidance
+            return lambda x_t, t, call: guidance(
+                loop.network, x_t, t, cond, uncond, replace(call, kv=view, constants=constants)
             )
 
         made = reading(x)(x, t, Call(step=oldest.step, steps=steps))  # 2

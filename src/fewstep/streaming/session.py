@@ -185,8 +185,8 @@ class Session:
         remembered, which happens when the iterator is asked for more. Given up before, it was never begun.
 
         It starts from noise, or from this chunk of a `video`. `extra` is what the conditions say of this chunk alone, such as
-        `pose` (`attention.Facing`). `left` is the number of chunks until the stream ends, with this one; None: it has no end. Only
-        where several chunks are denoised at once the last ones depend on it. ValueError for latents of another shape.
+        `pose` (`attention.Facing`). `left` is the number of chunks until the stream ends, with this one; None: it has no end.
+        Only where several chunks are denoised at once, the last ones depend on it. ValueError for latents of another shape.
         """
         before, index = self.snapshot, self.snapshot.chunks
         cond, uncond = (given.with_extra(extra) for given in self._conditions_of(index))

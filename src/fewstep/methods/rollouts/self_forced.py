@@ -52,6 +52,11 @@ class SelfForced(Rollout):
                 f"chunks of this stream take {', '.join(map(str, self.stream.steps))} steps, and grids has lists of "
                 f"{', '.join(map(str, given))} times; give one list for each of these numbers of steps"
             )
+        if self.stream.rolling > 1:
+            raise ValueError(
+                f"this stream denoises {self.stream.rolling} chunks at once, and this rollout one chunk after the other; take "
+                "RollingForced, or leave stream.rolling out"
+            )
 
     @property
     def calls(self) -> float:
@@ -83,10 +88,8 @@ class SelfForced(Rollout):
             if trained:
                 noises.append(noise)
                 made.append(visits)
-        deep, apart = max(map(len, made)), bool(self.stream.steps)
-        calls = [[visits[max(0, n + len(visits) - deep)] for visits in made] for n in range(deep)]
-        (*before, last), noise = (joined(chunks, apart=apart) for chunks in calls), torch.cat(noises, 2)
-        return Rolled(last.x0, last.x_t, last.t, tuple(before), noise, exit=deep - 1, grid=loop.times[:-1])
+        (*before, last), noise = aligned(made, apart=bool(self.stream.steps)), torch.cat(noises, 2)
+        return Rolled(last.x0, last.x_t, last.t, tuple(before), noise, exit=len(before), grid=loop.times[:-1])
 
     def _drawn(self, student: Predictor, rng: Rng) -> tuple[Chunks, int, int]:
         """The loop, and the share of its steps after which a chunk stops: `exit` of `of`."""
@@ -117,8 +120,17 @@ def _visit(made: Made) -> Visit:
     return Visit(made.x, made.step.prediction.x_t, made.step.prediction.t)
 
 
-def joined(chunks: Sequence[Visit], *, apart: bool) -> Visit:
-    """Calls of chunks that follow each other, as one call: at one time, or `apart`, at times of their own."""
+def aligned(chunks: Sequence[Sequence[Visit]], *, apart: bool) -> list[Visit]:
+    """The calls of each chunk, as calls on all of them: the last ones together, and those with fewer stay at their first. At one
+    time for all, or where they are `apart`, at a time for each frame. Only the last has gradient."""
+    deep = max(map(len, chunks))
+    calls = [[calls[max(0, n + len(calls) - deep)] for calls in chunks] for n in range(deep)]
+    with torch.no_grad():
+        before = [_joined(visits, apart) for visits in calls[:-1]]
+    return [*before, _joined(calls[-1], apart)]
+
+
+def _joined(chunks: Sequence[Visit], apart: bool) -> Visit:
     each = [v.t[:, None].expand(-1, v.x0.shape[2]) if v.t.ndim == 1 else v.t for v in chunks]
     t = torch.cat(each, 1) if apart else chunks[0].t
     return Visit(torch.cat([v.x0 for v in chunks], 2), torch.cat([v.x_t for v in chunks], 2), t)

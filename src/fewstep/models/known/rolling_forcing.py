@@ -2,8 +2,8 @@
 
 5 steps, 1000, 800, 600, 400, 200 under shift 5. A call reads 21 latent frames: 15 in the window, in both directions, and the sink
 of 3 frames, placed just before what else is remembered. Two differences from the authors' code do not change a clip of 21 latent
-frames, their own length: in the first calls they remember an estimate of the first chunk, which nothing reads; and in longer streams
-their call that remembers a chunk reads the last 18 frames, where ours reads the sink and the last 15.
+frames, their own length: in the first calls they remember an estimate of the first chunk, which nothing reads; and in longer
+streams their call that remembers a chunk reads the last 18 frames, where ours reads the sink and the last 15.
 """
 
 from fewstep.diffusion import CFG, Contract, Renoise, Shifted, Stream, Trained
