@@ -32,6 +32,7 @@ from fewstep.methods import (
     FlowMatching,
     FromData,
     Method,
+    RollingForced,
     SelfForced,
     TeacherForced,
 )
@@ -204,6 +205,7 @@ def test_methods_and_rollouts_read_every_field(unread: Callable[..., set[str]], 
     cases: dict[str, Method] = {**CASES, "data": DMD2(critic_updates=1, rollout=FromData())}
     cases["images"] = FlowMatching(image_fraction=1.0)
     cases["stream"] = DMD2(critic_updates=1, rollout=SelfForced())
+    cases["rolling"] = DMD2(critic_updates=1, rollout=RollingForced())
     cases["teacher forced"] = FlowMatching(history=TeacherForced())
     cases["diffusion forced"] = FlowMatching(history=DiffusionForced(clean=0.5))
 

@@ -226,12 +226,14 @@ def _planned(options: Stream, card: Card, length: Length, steps: int) -> int:
     each, calls = remembered(card, runtime), 2 if card.contract.guidance.active else 1
     latents = [chunking.length(i) for i in range(len(length.chunks))]
     held = min(sum(latents), chunking.window - max(chunking.chunks)) if chunking.window else sum(latents)
+    at_once = max(chunking.rolling, 1)
     limit = "" if chunking.window else ": all, without a window"
     rows = [
         ("length", f"{length.frames} frames of {card.height} x {card.width}, {length.frames / card.fps:.8g} s"),
         ("chunks", f"{len(latents)} of {_different(length.chunks)} frames, {_different(latents)} latent frames"),
         ("frames left out of the last chunk", str(sum(length.chunks) - length.frames)),
-        ("network calls of a chunk", str(calls * steps)),
+        ("chunks denoised at once", str(at_once)),
+        ("network calls of a chunk", str(calls * steps // at_once)),
         ("network calls to remember it", str(0 if chunking.commit == "last" else calls)),
         ("memory of a latent frame", size(each)),
         ("memory of the stream", f"{size(held * each)}, {held} latent frames{limit}"),

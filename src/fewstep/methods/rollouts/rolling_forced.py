@@ -82,8 +82,7 @@ class RollingForced(Rollout):
                         made[flying.index].append(Visit(prediction.x0, prediction.x_t, prediction.t))
                 tiled |= {flying.index for flying in window if trained}
             with torch.no_grad():
-                memory = after.memory or memory
-            window = tuple(replace(flying, x=flying.x.detach(), before=None) for flying in after.window)
+                memory, window = after.memory or memory, after.window
         (*before, last) = aligned(made, apart=True)
         return Rolled(last.x0, last.x_t, last.t, tuple(before), torch.cat(noises, 2), exit=len(before))
 
