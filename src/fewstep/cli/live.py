@@ -234,7 +234,7 @@ def _planned(options: Stream, card: Card, length: Length, steps: int) -> int:
         ("frames left out of the last chunk", str(sum(length.chunks) - length.frames)),
         ("chunks denoised at once", str(at_once)),
         ("network calls of a chunk", str(calls * steps // at_once)),
-        ("network calls to remember it", str(0 if chunking.commit == "last" else calls)),
+        ("network calls to remember it", str(calls * chunking.commits)),
         ("memory of a latent frame", size(each)),
         ("memory of the stream", f"{size(held * each)}, {held} latent frames{limit}"),
     ]  # fmt: skip

@@ -43,9 +43,10 @@ class Stream:
     """First frames of the stream that stay in memory; they count towards `window`."""
     memory: Memory | None = None
     """Policy that says what is remembered, such as `{type: Retrieval, frames: 6}`. null: what `window` and `sink` say."""
-    commit: Literal["clean", "noised", "last"] = "clean"
+    commit: Literal["clean", "noised", "last", "nothing"] = "clean"
     """Keys and values to remember of a finished chunk: those of one more call on its clean latents (`clean`), those of one
-    more call on its latents noised to `context_time` (`noised`), or those of its last step (`last`), without another call."""
+    more call on its latents noised to `context_time` (`noised`), those of its last step (`last`), without another call, or
+    none (`nothing`): a call reads its own frames alone, and they stand at its beginning (StreamDiT, 2507.03745)."""
     context_time: Decay = 0.0
     """Time of the noised latents if `commit` is `noised`."""
     positions: Standing = "absolute"
@@ -72,6 +73,8 @@ class Stream:
 
     def _check_memory(self) -> None:
         if self.memory is not None:
+            if self.commit == "nothing":
+                raise ValueError(f"nothing is remembered, so leave memory out, not {type(self.memory).__name__}")
             if self.window or self.sink:
                 raise ValueError(
                     f"memory says what is remembered, and so do window={self.window} and sink={self.sink}; set them in memory"
@@ -85,11 +88,18 @@ class Stream:
                 "a stream that reads all its past has no sink and no positions in a window; give a window or a memory"
             )
         own = max(self.rolling, 1) * max(self.chunks)
+        if self.commit == "nothing" and self.window:
+            raise ValueError(f"nothing is remembered, so no window bounds what is read; leave out window={self.window}")
         if self.window and self.window < self.sink + own:
             what = f"{self.rolling} chunks" if self.rolling > 1 else "a chunk"
             raise ValueError(
                 f"a window of {self.window} frames cannot hold a sink of {self.sink} and {what} of {max(self.chunks)}"
             )
+
+    @property
+    def commits(self) -> int:
+        """Calls that are made only to remember a chunk."""
+        return int(self.commit in ("clean", "noised"))
 
     def length(self, index: int) -> int:
         """Latent frames of chunk `index`, counted from 0."""

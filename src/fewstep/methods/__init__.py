@@ -6,7 +6,7 @@ from fewstep.methods.base import Method, Nets, Sync, Update, Work, in_forwards
 from fewstep.methods.consistency import Consistency
 from fewstep.methods.dmd2 import DMD2
 from fewstep.methods.flow_matching import FlowMatching
-from fewstep.methods.histories import HISTORIES, DiffusionForced, History, TeacherForced, WholeClip
+from fewstep.methods.histories import HISTORIES, DiffusionForced, History, MovingBuffer, TeacherForced, WholeClip
 from fewstep.methods.knowledge_distillation import KnowledgeDistillation
 from fewstep.methods.progressive import Progressive
 from fewstep.methods.reconstruction import Reconstruction
@@ -27,6 +27,6 @@ METHODS = (FlowMatching, Reconstruction, ReadAttributes, KnowledgeDistillation, 
 __all__ = [
     "AVDM2", "DMD2", "HISTORIES", "METHODS", "ROLES", "ROLLOUTS", "BackwardSimulation", "Consistency", "Copy",
     "DiffusionForced", "FlowMatching", "FromData", "FromPairs", "Heads", "History", "KnowledgeDistillation", "Making",
-    "Method", "Nets", "Other", "Progressive", "ReadAttributes", "Reconstruction", "Role", "Rolled", "RollingForced",
-    "Rollout", "SelfForced", "Sync", "TeacherForced", "Update", "Weak", "WholeClip", "Work", "in_forwards",
+    "Method", "MovingBuffer", "Nets", "Other", "Progressive", "ReadAttributes", "Reconstruction", "Role", "Rolled",
+    "RollingForced", "Rollout", "SelfForced", "Sync", "TeacherForced", "Update", "Weak", "WholeClip", "Work", "in_forwards",
 ]  # fmt: skip

@@ -114,7 +114,8 @@ class Chunks:
     def begin(self) -> KVCache:
         """The memory of a stream that has not begun."""
         stream = self.stream
-        return KVCache.empty(keep_of(stream), max(stream.chunks), stream.positions)
+        standing = "window" if stream.commit == "nothing" else stream.positions
+        return KVCache.empty(keep_of(stream), max(stream.chunks), standing)
 
     def grid(self, index: int) -> tuple[float, ...]:
         """Times of the steps of chunk `index`."""
@@ -171,6 +172,8 @@ class Chunks:
 
     def require_recache(self) -> None:
         """ValueError for a stream whose memory latents alone do not tell."""
+        if self.stream.commit == "nothing":
+            raise ValueError("this stream remembers nothing, so there is nothing to make anew; choose keep or lerp")
         if self.stream.commit == "last":
             raise ValueError(
                 "this stream remembers what its last step made, which latents alone do not tell; choose another switch than "
@@ -210,6 +213,8 @@ class Chunks:
     def recent(self, latents: Tensor | None, x: Tensor, index: int) -> Tensor:
         """The latents from which `recache` can make the memory anew after chunk `index`, which is `x`: as many of the last chunks
         as a chunk may read, at least one."""
+        if self.stream.commit == "nothing":
+            return x
         span, frames = keep_of(self.stream).span, x.shape[2]
         while (span is None and index) or (
             span is not None and index and frames + self.stream.length(index - 1) <= span
@@ -234,7 +239,9 @@ class Chunks:
         self, memory: KVCache, x: Tensor, kv: tuple[KV, ...] | None, denoise: Denoise, call: Call, rng: Seeds | Rng
     ) -> KVCache:
         """`memory` and a finished chunk `x`, whose last step was `call` and made `kv`."""
-        if self.stream.commit != "last":
+        if self.stream.commit == "nothing":
+            return replace(memory, start=memory.start + x.shape[2])
+        if self.stream.commits:
             kv = self._context(x, denoise, call, rng)
         return memory.commit(_given(kv), x.shape[2])  # 3
 

@@ -126,6 +126,8 @@ def chunks_of(stream: Stream, frames: int) -> Causal:
             f"in a call of whole clips a frame has one position, and this stream has positions {stream.positions!r}; train it "
             "with absolute ones, or with a rollout (SelfForced)"
         )
+    if stream.commit == "nothing":
+        raise ValueError("chunks of this stream read nothing of each other; train it with MovingBuffer")
     keep, chunks = keep_of(stream), stream.lengths(frames)
     if isinstance(keep, Window):
         return Causal(chunks, keep.window - keep.sink - max(stream.chunks), keep.sink)

@@ -49,8 +49,7 @@ class RollingForced(Rollout):
     @property
     def calls(self) -> float:
         """Per frame: a call on a window counts as one for each of its frames."""
-        remember = 0 if self.stream.commit == "last" else 1
-        return self.plain * self._serial.calls + (1 - self.plain) * (len(self.grids[0]) + remember)
+        return self.plain * self._serial.calls + (1 - self.plain) * (len(self.grids[0]) + self.stream.commits)
 
     @property
     def fullest(self) -> Mapping[str, int]:

@@ -61,7 +61,7 @@ class SelfForced(Rollout):
     @property
     def calls(self) -> float:
         """Those that make keys and values to remember are calls, too. Of chunks with steps of their own: in the long run."""
-        remember = 0 if self.stream.commit == "last" else 1
+        remember = self.stream.commits
         long = [grid for grid in self.grids if len(grid) in self.stream.steps[-1:]] or self.grids
         ahead = (self.clips - 1) / 2 * (remember + fmean(map(len, long)))
         return ahead + remember + fmean(fmean(found) + 1 for found in stops(tuple(long), self.exit))
