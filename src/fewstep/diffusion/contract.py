@@ -37,6 +37,9 @@ class Stream:
     rolling: Natural = 0
     """Chunks that are denoised at once, each a step or more behind the one before it (Rolling Forcing, 2509.25161: as many as
     there are steps; StreamDiT, 2507.03745: fewer). The number of steps must be a multiple. 0: one chunk after the other."""
+    mutual: bool = True
+    """Whether chunks that are denoised at once read each other in both directions, for which a student must be trained. false: a
+    chunk reads those before it alone, as far as they are by then (Block Cascading, 2511.20426)."""
     window: Natural = 0
     """Latent frames that a call may read, including the sink and its own frames; 0: all. Short for `memory: {type: Window}`."""
     sink: Natural = 0
@@ -87,11 +90,11 @@ class Stream:
             raise ValueError(
                 "a stream that reads all its past has no sink and no positions in a window; give a window or a memory"
             )
-        own = max(self.rolling, 1) * max(self.chunks)
+        own = (max(self.rolling, 1) if self.mutual else 1) * max(self.chunks)
         if self.commit == "nothing" and self.window:
             raise ValueError(f"nothing is remembered, so no window bounds what is read; leave out window={self.window}")
         if self.window and self.window < self.sink + own:
-            what = f"{self.rolling} chunks" if self.rolling > 1 else "a chunk"
+            what = f"{self.rolling} chunks" if own > max(self.chunks) else "a chunk"
             raise ValueError(
                 f"a window of {self.window} frames cannot hold a sink of {self.sink} and {what} of {max(self.chunks)}"
             )

@@ -1,6 +1,7 @@
 """Streaming: causal students that generate video chunk by chunk, and sessions."""
 
 from fewstep.streaming.blocks import Chunks, Flying, Made
+from fewstep.streaming.cascade import cascaded
 from fewstep.streaming.live import LiveChunk, LiveSession, LiveSnapshot, Took
 from fewstep.streaming.plan import fitting
 from fewstep.streaming.rolling import Rolling
@@ -9,5 +10,5 @@ from fewstep.streaming.switch import Fade, Switch
 
 __all__ = [
     "Chunks", "Fade", "Flying", "LiveChunk", "LiveSession", "LiveSnapshot", "Made", "Rolling", "Session", "Snapshot", "Switch",
-    "Took", "Video", "fitting",
+    "Took", "Video", "cascaded", "fitting",
 ]  # fmt: skip

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fewstep.attention import Everything, Keep, KVCache, Window
 from fewstep.core import KV, Call, Cond, KVView, Rng, Seeds
-from fewstep.core.call import Constants, Runner, every_block
+from fewstep.core.call import Causal, Constants, Runner, every_block
 from fewstep.diffusion import Contract, NoisePath, Prediction, Step, StepCountError, Stream
 from fewstep.diffusion.samplers import Denoise, full
 
@@ -271,3 +271,22 @@ def keep_of(stream: Stream) -> Keep:
             f"memory: {type(stream.memory).__name__} is no policy of fewstep.attention.kv; derive it from Keep"
         )
     return stream.memory
+
+
+def one_after_the_other(stream: Stream, lengths: tuple[int, ...]) -> Causal:
+    """What chunks of so many frames read if they are one call: each what it reads in a stream, where the ones before it have been
+    made. ValueError where one call cannot be so."""
+    if stream.positions != "absolute":
+        raise ValueError(
+            f"in one call of several chunks a frame has one position, and this stream has positions {stream.positions!r}; take "
+            "absolute ones, or make one chunk after the other (in training: SelfForced)"
+        )
+    keep = keep_of(stream)
+    if isinstance(keep, Window):
+        return Causal(lengths, keep.window - keep.sink - max(stream.chunks), keep.sink)
+    if not isinstance(keep, Everything):
+        raise ValueError(
+            f"in one call of several chunks each reads everything or a window, and this stream remembers by "
+            f"{type(keep).__name__}; give it a window, or make one chunk after the other (in training: SelfForced)"
+        )
+    return Causal(lengths)

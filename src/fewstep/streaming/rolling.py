@@ -10,6 +10,10 @@ in Rolling Forcing, each tick finishes a chunk; with fewer chunks each makes sev
 (StreamDiT, 2507.03745). With one chunk it is the ordinary loop, bit for bit. A call reads `Stream.window` frames in all: the
 sink, its own, and the newest of the others; while the window shrinks, it reads more of the past. The network must read both
 directions of time in a window: the pattern `Dense`, as for a chunk.
+
+Without `Stream.mutual` a chunk of the window reads earlier ones alone, and each chunk as many frames as it would one after the
+other. This is Block Cascading (2511.20426), for students that were not trained to roll: a chunk starts when the one before it has
+made T / N of its steps.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from fewstep.attention import Everything, KVCache, Window
 from fewstep.core import KV, Call, Cond, Rng, Seeds
 from fewstep.diffusion import Prediction, Step
 from fewstep.diffusion.samplers import Denoise, Here, full
-from fewstep.streaming.blocks import Chunks, Flying, Made, keep_of
+from fewstep.streaming.blocks import Chunks, Flying, Made, keep_of, one_after_the_other
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +60,8 @@ class Rolling:
                 f"{steps} steps cannot be shared by the {self.width} chunks of a rolling window; take a multiple of "
                 f"{self.width}"
             )
+        if not stream.mutual:
+            one_after_the_other(stream, stream.chunks)  # ValueError for positions that one call cannot have
         if not isinstance(keep_of(stream), Everything | Window):
             raise ValueError(
                 f"a rolling window reads everything or a window of the past, and this stream remembers by "
@@ -138,13 +144,15 @@ class Rolling:
         t = full(each[0] if len(set(each)) == 1 else tuple(each), x)
 
         def reading(x: Tensor) -> Denoise:
-            view = loop.network.recall(_reached(memory, x.shape[2]), x)
+            view = loop.network.recall(_reached(memory, x.shape[2]) if loop.stream.mutual else memory, x)
             constants, guidance = loop.constants, loop.contract.guidance
             return lambda x_t, t, call: guidance(
                 loop.network, x_t, t, cond, uncond, replace(call, kv=view, constants=constants)
             )
 
-        made = reading(x)(x, t, Call(step=oldest.step, steps=steps))  # 2
+        lengths = tuple(flying.x.shape[2] for flying in window)
+        causal = None if loop.stream.mutual or len(window) == 1 else one_after_the_other(loop.stream, lengths)
+        made = reading(x)(x, t, Call(step=oldest.step, steps=steps, causal=causal))  # 2
         moved = tuple(self._moved(window, made, rng))  # 3
         prediction = moved[0].before
         assert prediction is not None
