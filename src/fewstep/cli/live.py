@@ -35,15 +35,15 @@ from fewstep.models.needs import remembered
 from fewstep.models.runtime import effective, told
 from fewstep.models.sampling import Request
 from fewstep.models.source import outline
-from fewstep.streaming import LiveChunk, Video
+from fewstep.streaming import LiveChunk, Video, cascaded
 
 if TYPE_CHECKING:
     from fewstep.cli.streams import Stream
     from fewstep.models.card import Card
 
 _KEPT = (
-    "student", "seconds", "switch", "video", "strength", "num_inference_steps", "lora", "scale", "force", "dtype", "tiling",
-    "attention",
+    "student", "seconds", "switch", "video", "strength", "num_inference_steps", "cascade", "lora", "scale", "force", "dtype",
+    "tiling", "attention",
 )  # fmt: skip
 """Options that decide what is made, besides prompts and seed."""
 
@@ -119,7 +119,7 @@ class Clock:
 
 def stream(options: Stream) -> int:
     _check(options)
-    card = read_card(options.student)
+    card = _cascaded(options, read_card(options.student))
     length, scale = Length.of(options.seconds, card), _scale(options, card)
     length.require(options.at, card)
     times = Request(prompts=(), num_inference_steps=options.num_inference_steps, force=options.force).times(card)
@@ -147,6 +147,13 @@ def stream(options: Stream) -> int:
     print(told(effective(model)), file=sys.stderr)
     print(f"{file.frames} frames, {clock.speed()}, {clock.said()}", file=sys.stderr)
     return _made(options.output)
+
+
+def _cascaded(options: Stream, card: Card) -> Card:
+    """The card, whose chunks start before the one before is finished, if that is asked for."""
+    if options.cascade is None:
+        return card
+    return replace(card, contract=cascaded(card.contract, options.cascade, options.num_inference_steps))
 
 
 def _check(options: Stream) -> None:

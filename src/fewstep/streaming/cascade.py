@@ -11,8 +11,8 @@ def cascaded(contract: Contract, after: int, steps: int | None = None) -> Contra
     """The contract of a stream whose chunks start when the one before has made `after` of its `steps` (default: its own).
 
     No training is needed: a chunk reads those before it, finished or not. With all steps it is the same stream, bit for bit.
-    ValueError for a contract without a stream, for one whose stream rolls or has steps by chunk, and where `after` does not divide
-    the steps.
+    ValueError for a contract without a stream, for one whose stream rolls or has steps by chunk, and where `after` does not
+    divide the steps.
     """
     stream, count = contract.stream, steps or contract.steps
     if stream is None or stream.rolling or stream.steps:
