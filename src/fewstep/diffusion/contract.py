@@ -9,6 +9,7 @@ from typing import Any, Literal
 from fewstep.core.bounds import Count, Decay, Natural, Size
 from fewstep.core.build import At, Names, build, build_arguments
 from fewstep.diffusion.first_version import objects
+from fewstep.diffusion.free_noise import FreeNoise
 from fewstep.diffusion.grids import Shifted, TimeGrid
 from fewstep.diffusion.guidance import CFG
 from fewstep.diffusion.samplers import Euler, Sampler
@@ -40,6 +41,8 @@ class Stream:
     mutual: bool = True
     """Whether chunks that are denoised at once read each other in both directions, for which a student must be trained. false: a
     chunk reads those before it alone, as far as they are by then (Block Cascading, 2511.20426)."""
+    noise: FreeNoise | None = None
+    """Noise of earlier frames that later ones start from; null: each chunk has its own."""
     window: Natural = 0
     """Latent frames that a call may read, including the sink and its own frames; 0: all. Short for `memory: {type: Window}`."""
     sink: Natural = 0

@@ -30,6 +30,7 @@ from fewstep.core import KV, Call, Cond, Rng, Seeds
 from fewstep.diffusion import Prediction, Step
 from fewstep.diffusion.samplers import Denoise, Here, full
 from fewstep.streaming.blocks import Chunks, Flying, Made, keep_of, one_after_the_other
+from fewstep.streaming.noise import start_noise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,8 +131,7 @@ class Rolling:
         """Chunk `index` at time 1, from noise; None after `count` chunks, if there is an end. `size` is `(B, C, H, W)`."""
         if count is not None and index >= count:
             return None
-        shape = (*size[:2], self.chunks.stream.length(index), *size[2:])
-        return self.chunks.network.path.prior(rng.fold(f"chunk/{index}").randn(shape, "start"))
+        return self.chunks.network.path.prior(start_noise(self.chunks.stream, index, size, rng))
 
     def tick(self, memory: KVCache, window: tuple[Flying, ...], cond: Cond, uncond: Cond, rng: Seeds | Rng) -> Made:
         """One call on `window`, oldest chunk first. ValueError where it is empty."""

@@ -17,6 +17,7 @@ from fewstep.core.call import Constants, every_block
 from fewstep.diffusion import Step, Stream
 from fewstep.diffusion.samplers import full
 from fewstep.streaming.blocks import Chunks, Flying, Made, Reader
+from fewstep.streaming.noise import start_noise
 from fewstep.streaming.rolling import Rolling
 from fewstep.streaming.switch import Fade, Mix, Switch, mixed, require_switch
 
@@ -213,22 +214,22 @@ class Session:
     def _one(self, video: Video | None, cond: Cond, uncond: Cond) -> Iterator[Made]:
         """The next chunk, from its first step to its last."""
         before, index = self.snapshot, self.snapshot.chunks
-        noise = self._seeds.fold(f"chunk/{index}")
-        batch, channels, *size = self._size
-        shape = (batch, channels, self._chunks.stream.length(index), *size)
         chunks, path = self._chunks, self._chunks.network.path
+        noise = start_noise(chunks.stream, index, self._size, self._seeds)
         if video is None:
-            start = path.prior(noise.randn(shape, "start"))
+            start = path.prior(noise)
         else:
             times = chunks.grid(index)
             chunks = chunks.at(times[video.begins(times) :])
             clean = video.latents(index)
-            if clean.shape != shape:
-                raise ValueError(f"chunk {index} has latents {shape}, and its video was given as {tuple(clean.shape)}")
-            start = path.add_noise(clean, noise.randn(shape, "start"), full(chunks.times[0], clean))
+            if clean.shape != noise.shape:
+                raise ValueError(
+                    f"chunk {index} has latents {tuple(noise.shape)}, and its video was given as {tuple(clean.shape)}"
+                )
+            start = path.add_noise(clean, noise, full(chunks.times[0], clean))
         runner = every_block if self._cache is None else self._cache.begin()
         chunks = replace(chunks, constants=self._constants(cond, uncond))
-        return chunks.chunk(before.memory, start, cond, uncond, noise, runner=runner)
+        return chunks.chunk(before.memory, start, cond, uncond, self._seeds.fold(f"chunk/{index}"), runner=runner)
 
     def _several(self, rolling: Rolling, cond: Cond, uncond: Cond, count: int | None) -> Iterator[Made]:
         """The next chunk, and steps of those that follow it, of `count` in the whole stream."""

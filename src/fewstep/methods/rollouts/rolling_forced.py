@@ -16,6 +16,7 @@ from fewstep.methods.rollouts.grids import exact
 from fewstep.methods.rollouts.self_forced import SelfForced, aligned
 from fewstep.models.denoiser import Predictor
 from fewstep.streaming.blocks import Chunks, Flying
+from fewstep.streaming.noise import start_noise
 from fewstep.streaming.rolling import Rolling
 
 _COIN = 10**9
@@ -61,10 +62,8 @@ class RollingForced(Rollout):
             return self._serial(student, batch, rng, grad=grad)
         rolling, lengths = Rolling(chunks=self._chunks(student)), self.stream.lengths(batch.latent_shape[1])
         shape, steps = batch.noise_shape, len(self.grids[0])
-        noises = [
-            rng.fold(f"chunk/{index}").randn((*shape[:2], length, *shape[3:]), "start")
-            for index, length in enumerate(lengths)
-        ]
+        size = shape[0], shape[1], shape[3], shape[4]
+        noises = [start_noise(self.stream, index, size, rng) for index in range(len(lengths))]
         chosen, memory, window = rng.integer("residue", steps), rolling.chunks.begin(), tuple[Flying, ...]()
         made, tiled = [list[Visit]() for _ in lengths], set[int]()
 

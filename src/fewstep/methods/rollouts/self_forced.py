@@ -18,6 +18,7 @@ from fewstep.methods.rollouts.base import Rolled, Rollout, Visit
 from fewstep.methods.rollouts.grids import Exit, deepest, drawn, stops
 from fewstep.models.denoiser import Predictor
 from fewstep.streaming.blocks import Chunks, Made
+from fewstep.streaming.noise import start_noise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,10 +77,12 @@ class SelfForced(Rollout):
         loop, exit, of = self._drawn(student, rng)
         first, lengths = self._stretch(batch.latent_shape[1], rng)
         memory, noises, made = loop.begin(), list[Tensor](), list[list[Visit]]()
-        for index, length in enumerate(lengths):
+        shape = batch.noise_shape
+        size = shape[0], shape[1], shape[3], shape[4]
+        for index in range(len(lengths)):
             own, trained = rng.fold(f"chunk/{index}"), index >= first
             stop = exit * (len(loop.grid(index)) - 1) // of if trained else None
-            noise = own.randn((*batch.noise_shape[:2], length, *batch.noise_shape[3:]), "start")
+            noise = start_noise(self.stream, index, size, rng)
             visits, start = list[Visit](), student.path.prior(noise)
             with torch.set_grad_enabled(grad and trained):
                 for step in loop.chunk(memory, start, batch.cond, batch.cond, own, exit=stop):
