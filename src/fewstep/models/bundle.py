@@ -46,12 +46,16 @@ from fewstep.models.served import Served
 from fewstep.models.spec import lacking
 from fewstep.models.stored import write_tensors
 from fewstep.models.text import TextEncoder
-from fewstep.streaming import LiveSession, Session, Video
+from fewstep.streaming import LiveSession, LiveSnapshot, Session, Video
 
 BUILT_IN = Path(__file__).parent.parent / "world" / "weights"
-"""Where the built-in world's networks are shipped: one folder each, `teacher` and `features`."""
+"""Where the built-in world's networks are shipped: one folder each."""
 
-_BUILT_INS = {"world": BUILT_IN / "teacher", "world/features": BUILT_IN / "features"}
+_BUILT_INS = {
+    "world": BUILT_IN / "teacher",
+    "world/features": BUILT_IN / "features",
+    "world/stream": BUILT_IN / "stream",
+}
 """Folders by the names they go by, which look like names on the hub and are none."""
 
 
@@ -213,12 +217,14 @@ class VideoModel:
         self.bring("codec")
         return decoded(self.codec, latents, self.runtime)
 
-    def stream(self, prompts: Sequence[str], *, video: Video | None = None, **options: Any) -> LiveSession:
-        """A live stream of one clip per prompt, or of a changed `video`, of a model whose contract has a `stream`; `options` are
-        those of `Session`, such as `seed`. Chunks are decoded beside the denoiser's calls; on a CPU, whose cores these need, and
-        with offload between them."""
+    def stream(self, start: Sequence[str] | LiveSnapshot, *, video: Video | None = None, **options: Any) -> LiveSession:
+        """A live stream of one clip per prompt, or one that goes on after a snapshot, or of a changed `video`, of a model whose
+        contract has a `stream`; `options` are those of `Session`, such as `seed`. Chunks are decoded beside the denoiser's
+        calls; on a CPU, whose cores these need, and with offload between them."""
         beside = self.runtime.offload == "none" and self.device.type != "cpu"
-        return LiveSession(Session(self, prompts, **options), video=video, beside=beside)
+        if isinstance(start, LiveSnapshot):
+            return LiveSession.restore(self, start, video=video, beside=beside, **options)
+        return LiveSession(Session(self, start, **options), video=video, beside=beside)
 
     @torch.no_grad()
     def decode_next(self, latents: Tensor, past: Any = None, *, last: bool = False) -> Decoded:
@@ -350,7 +356,8 @@ class VideoModel:
     def from_pretrained(
         cls, source: Path | str, *, leave: Collection[str] = (), trust: bool = False, runtime: Runtime = Runtime()
     ) -> VideoModel:
-        """Load a folder, a model in diffusers' layout (a folder or its hub name), or a built-in: `world`, `world/features`.
+        """Load a folder, a model in diffusers' layout (a folder or its hub name), or a built-in: `world` (the teacher),
+        `world/stream` (a student that streams), `world/features`.
 
         Networks come in eval mode. The weights of parts to `leave` stay in their files: `weights` reads them when wanted.
         Files that fewstep wrote are compared with what their card says of them when they are read, unless you `trust` them.
