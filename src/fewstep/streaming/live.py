@@ -241,8 +241,8 @@ class LiveSession:
     def frames(self, chunks: int | None = None, *, last: bool = False) -> Iterator[LiveChunk]:
         """The next `chunks` (None: without end), each as soon as it has its frames. Ends early at `pause` and `cancel`.
 
-        `last`: nothing follows, so the last chunk also has the frames that some decoders hold back. Whoever stops asking may go
-        on later with another `frames`.
+        `last`: nothing follows, so the last chunk also has the frames that some decoders hold back, and a window of several
+        chunks shrinks (`Session.steps(left=...)`). Whoever stops asking may go on later with another `frames`.
         """
         if last and chunks is None:
             raise ValueError("a stream without end has no last chunk; say how many chunks it has")
