@@ -32,6 +32,8 @@ from fewstep.methods import (
     FlowMatching,
     FromData,
     Method,
+    MovingBuffer,
+    RollingForced,
     SelfForced,
     TeacherForced,
 )
@@ -204,7 +206,10 @@ def test_methods_and_rollouts_read_every_field(unread: Callable[..., set[str]], 
     cases: dict[str, Method] = {**CASES, "data": DMD2(critic_updates=1, rollout=FromData())}
     cases["images"] = FlowMatching(image_fraction=1.0)
     cases["stream"] = DMD2(critic_updates=1, rollout=SelfForced())
+    cases["rolling"] = DMD2(critic_updates=1, rollout=RollingForced())
     cases["teacher forced"] = FlowMatching(history=TeacherForced())
+    buffer = Stream(chunks=(1,), rolling=4, commit="nothing")
+    cases["moving buffer"] = FlowMatching(history=MovingBuffer(stream=buffer, parts=(1, 4)))
     cases["diffusion forced"] = FlowMatching(history=DiffusionForced(clean=0.5))
 
     def action() -> None:

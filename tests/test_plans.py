@@ -22,7 +22,6 @@ from fewstep.attention import (
 )
 from fewstep.core import Call, Cond, Seeds, build
 from fewstep.diffusion import CFG, Contract, Exact, Renoise, Shifted, StepCountError, Stream
-from fewstep.methods import SelfForced
 from fewstep.models import VideoModel
 from fewstep.models.repattern import repattern
 from fewstep.streaming import Chunks, Session, fitting
@@ -130,14 +129,6 @@ def test_numbers_of_steps_that_cannot_be_are_refused() -> None:
     assert Session(model, PROMPTS, num_inference_steps=2).counts(3) == (4, 2, 2)  # its default: its own plan
     forced = Session(model, PROMPTS, num_inference_steps=1, force=True)
     assert forced.counts(3) == (1, 1, 1) and len(list(forced.steps())) == 1
-    loop, (cond, uncond), noise = Chunks.of(model.reader, model.card.contract), model.conditions(PROMPTS), Seeds((0, 1))
-    with pytest.raises(ValueError, match="stops all chunks at one step"):
-        next(loop.chunk(loop.begin(), torch.zeros(2, 4, 1, 8, 8), cond, uncond, noise, exit=0))
-
-
-def test_a_rollout_of_one_exit_refuses_steps_by_chunk() -> None:
-    with pytest.raises(ValueError, match="stops all chunks at one step"):
-        SelfForced(stream=Stream(steps=(4, 2)))
 
 
 def test_streams_of_one_batch_take_as_many_steps() -> None:

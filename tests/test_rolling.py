@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from fewstep.attention import Dense, KVCache
+from fewstep.attention import Dense, KVCache, Retrieval
+from fewstep.caching import SkipMiddle
 from fewstep.core import Call, Cond, KVView, Seeds
+from fewstep.core.pixels import to_uint8
 from fewstep.diffusion import CFG, Contract, Euler, Exact, Heun, Renoise, Sampler, Shifted, Stream
 from fewstep.models import VideoModel
 from fewstep.models.repattern import repattern
-from fewstep.streaming import Chunks, Rolling, Session
+from fewstep.streaming import Chunks, Flying, LiveSession, Rolling, Session, Video
 from support_engine import tiny_model
 from test_streaming import PROMPTS, made
 
@@ -25,8 +27,10 @@ THREE = (1.0, 0.7, 0.4, 0.0)
 def rolling_model(
     stream: Stream, times: tuple[float, ...], sampler: Sampler = Renoise(), guidance: CFG = CFG()
 ) -> VideoModel:
-    model = tiny_model()
+    model, steps = tiny_model(), len(times) - 1
     grid = Exact(grids=(times,), otherwise=Shifted())
+    if not stream.steps and not stream.rolling:
+        stream = replace(stream, rolling=steps)
     contract = Contract(sampler=sampler, steps=len(times) - 1, grid=grid, guidance=guidance, stream=stream)
     return model.with_part("denoiser", repattern(model.denoiser, Dense()), contract=contract)
 
@@ -37,6 +41,7 @@ class Heard:
 
     network: Any
     calls: list[tuple[list[float], int]] = field(default_factory=list)
+    read: list[list[int]] = field(default_factory=list)
 
     @property
     def path(self) -> Any:
@@ -48,11 +53,23 @@ class Heard:
         return self.network(x_t, t, cond, call)
 
     def recall(self, memory: KVCache, x_t: Tensor, call: Call = Call()) -> KVView:
+        self.read.append(sorted(position for position in memory.positions.tolist() if position >= 0))
         return self.network.recall(memory, x_t, call)
 
 
+def one_by_one(model: VideoModel) -> VideoModel:
+    """The same model, whose stream makes one chunk after the other."""
+    contract = model.card.contract
+    assert contract.stream is not None
+    return model.with_card(contract=replace(contract, stream=replace(contract.stream, rolling=0)))
+
+
+def rolling(model: VideoModel, network: Any = None) -> Rolling:
+    return Rolling(chunks=Chunks.of(network or model.reader, model.card.contract))
+
+
 def rolled(model: VideoModel, count: int, network: Any = None) -> list[Tensor]:
-    window = Rolling(chunks=Chunks.of(network or model.reader, model.card.contract))
+    window = rolling(model, network)
     with torch.no_grad():
         return list(window.take(count, SHAPE, *model.conditions(PROMPTS), Seeds((0, 1))))
 
@@ -102,12 +119,13 @@ def test_what_the_last_step_left_is_of_the_finished_chunk() -> None:
     )
     noise = [rng.fold(f"chunk/{i}").randn((2, 4, 1, 8, 8), "start") for i in range(2)]
     with torch.no_grad():
-        first = window.tick(window.begin(), noise[0], cond, uncond, rng)
-        done = window.tick(first, noise[1], cond, uncond, rng)
+        first = window.tick(window.chunks.begin(), (Flying(0, noise[0]),), cond, uncond, rng)
+        done = window.tick(window.chunks.begin(), (*first.window, Flying(1, noise[1])), cond, uncond, rng)
         x = torch.cat([first.window[0].x, noise[1]], 2)
         view = model.reader.recall(KVCache.empty(), x)
         whole = model.reader(x, torch.tensor([[0.6, 1.0]] * 2), cond, Call(kv=view)).kv
-    assert done.memory.positions.tolist() == [0] and whole is not None
+    assert first.memory is None and done.memory is not None and whole is not None
+    assert done.memory.positions.tolist() == [0]
     for (k, v), (own_k, own_v) in zip(done.memory.layers, whole, strict=True):
         half = own_k.shape[2] // 2
         assert torch.equal(k, own_k[:, :, :half]) and torch.equal(v, own_v[:, :, :half])
@@ -147,30 +165,161 @@ def test_a_deterministic_sampler_rolls_too() -> None:
     """Each chunk takes the sampler's own steps: with one chunk the window is the sampler."""
     for guidance in (CFG(), CFG(scale=2.0)):
         model = rolling_model(Stream(chunks=(3,)), THREE, sampler=Euler(), guidance=guidance)
-        (alone,), (chunk,) = rolled(model, 1), made(Session(model, PROMPTS), 1)
+        (alone,), (chunk,) = rolled(model, 1), made(Session(one_by_one(model), PROMPTS), 1)
         assert torch.equal(alone, chunk)
 
 
 def test_a_tick_leaves_the_one_before_as_it_was() -> None:
-    model = rolling_model(Stream(window=3), THREE)
-    window = Rolling(chunks=Chunks.of(model.reader, model.card.contract))
-    (cond, uncond), rng, tick = model.conditions(PROMPTS), Seeds((0, 1)), window.begin()
+    model = rolling_model(Stream(window=4), THREE)
+    window = rolling(model)
+    (cond, uncond), rng, memory, flying = model.conditions(PROMPTS), Seeds((0, 1)), window.chunks.begin(), ()
     noise = [rng.fold(f"chunk/{i}").randn((2, 4, 1, 8, 8), "start") for i in range(5)]
     with torch.no_grad():
-        for x in noise[:4]:
-            tick = window.tick(tick, x, cond, uncond, rng)
-        one, two = (window.tick(tick, noise[4], cond, uncond, rng) for _ in range(2))
-        other = window.tick(tick, None, cond, uncond, rng)
-    assert one.done is not None and two.done is not None and torch.equal(one.done, two.done)
-    assert other.done is not None and not torch.equal(one.done, other.done) and len(other.window) == 1
+        for index, x in enumerate(noise[:4]):
+            made = window.tick(memory, (*flying, Flying(index, x)), cond, uncond, rng)
+            memory, flying = made.memory or memory, made.window
+        one, two = (window.tick(memory, (*flying, Flying(4, noise[4])), cond, uncond, rng) for _ in range(2))
+        other = window.tick(memory, flying, cond, uncond, rng)
+    assert one.memory is not None and torch.equal(one.x, two.x)
+    assert other.memory is not None and not torch.equal(one.x, other.x) and len(other.window) == 1
     with pytest.raises(ValueError, match="nothing is in the window"):
-        window.tick(window.begin(), None, cond, uncond, rng)
+        window.tick(memory, (), cond, uncond, rng)
+
+
+def test_a_call_reads_its_window_and_no_more() -> None:
+    """The sink, the newest others, and its own frames are six (Rolling Forcing: 3 + 3 + 15 = 21). So the call that remembers a
+    chunk reads more of the past than the one that denoises three, and while the window shrinks, calls read more of it."""
+    model = rolling_model(Stream(window=6, sink=1, positions="sink"), THREE)
+    heard = Heard(model.reader)
+    rolled(model, 8, heard)
+    frames = [len(times) for times, _ in heard.calls]
+    for own, read, (_, start) in zip(frames, heard.read, heard.calls, strict=True):
+        room = 6 - 1 - own
+        assert read == sorted({0, *range(max(start - room, 0), start)} if start else set())
+    assert frames == [1, 2, 3, 1, *[3, 1] * 5, 2, 1, 1, 1]
+    assert max(own + len(read) for own, read in zip(frames, heard.read, strict=True)) == 6
+
+
+def test_chunks_that_make_several_steps_each() -> None:
+    """Two chunks at once share four steps: each makes two before the next one comes (StreamDiT)."""
+    model = rolling_model(Stream(rolling=2, commit="last"), (1.0, 0.8, 0.6, 0.3, 0.0))
+    heard = Heard(model.reader)
+    rolled(model, 3, heard)
+    assert [times for times, _ in heard.calls] == [
+        [1.0], [0.8], [0.6, 1.0], [0.3, 0.8], [0.6, 1.0], [0.3, 0.8], [0.6], [0.3],
+    ]  # fmt: skip
+    session = Session(model, PROMPTS)
+    assert session.counts(3) == (4, 2, 2) == tuple(len(list(session.steps())) for _ in range(3))
+
+
+# --- sessions ---------------------------------------------------------------------------------------------------------------
+
+STREAMS = {
+    "window": Stream(window=5, sink=1), "last": Stream(commit="last", window=4), "chunks": Stream(chunks=(1, 2)),
+    "two": Stream(rolling=2, chunks=(2,), window=8, sink=2, positions="sink"),
+}  # fmt: skip
+
+
+def times_of(stream: Stream) -> tuple[float, ...]:
+    return (1.0, 0.8, 0.6, 0.3, 0.0) if stream.rolling else THREE
+
+
+@pytest.mark.parametrize("guidance", [CFG(), CFG(scale=3.0)], ids=["plain", "guided"])
+@pytest.mark.parametrize("stream", STREAMS.values(), ids=STREAMS)
+def test_a_clip_is_a_window_that_rolls_to_its_end(stream: Stream, guidance: CFG) -> None:
+    model = rolling_model(stream, times_of(stream), guidance=guidance)
+    count, frames = 6, sum(model.card.contract.stream.length(i) for i in range(6))  # type: ignore[union-attr]
+    whole, clip = rolled(model, count), model.latents(PROMPTS, num_frames=frames)
+    assert torch.equal(clip, torch.cat(whole, 2))
+    endless = made(Session(model, PROMPTS), count)
+    ahead = model.card.contract.stream.rolling - 1  # type: ignore[union-attr]
+    same = [torch.equal(a, b) for a, b in zip(endless, whole, strict=True)]
+    assert (
+        same == [True] * (count - ahead) + [False] * ahead
+    )  # the last chunks see those that follow, where there are any
+
+
+@pytest.mark.parametrize("stream", STREAMS.values(), ids=STREAMS)
+def test_a_session_is_restored_bit_for_bit_and_cancelled_without_a_trace(stream: Stream) -> None:
+    """A snapshot holds the chunks that are half-made."""
+    model = rolling_model(stream, times_of(stream))
+    whole, session = made(Session(model, PROMPTS), 6), Session(model, PROMPTS)
+    made(session, 3)
+    paused = session.snapshot
+    bits = [x.clone() for x in (*(x for layer in paused.memory.layers for x in layer), *(f.x for f in paused.window))]
+    assert len(paused.window) == model.card.contract.stream.rolling - 1  # type: ignore[union-attr]
+    given_up = session.steps()
+    next(given_up)
+    given_up.close()
+    assert session.snapshot is paused
+    made(session, 2)  # somebody goes on
+    now = (*(x for layer in paused.memory.layers for x in layer), *(f.x for f in paused.window))
+    assert all(torch.equal(a, b) for a, b in zip(bits, now, strict=True))
+    again = made(Session(model, paused), 3)
+    assert all(torch.equal(a, b) for a, b in zip(again, whole[3:], strict=True))
+
+
+def test_another_prompt_reaches_the_chunks_in_the_window_gradually() -> None:
+    """Those that were begun under the old one keep what it gave them; a chunk that enters later has the new one alone."""
+    model = rolling_model(Stream(window=4), THREE)
+    heard, others = Heard(model.reader), ["a green cross turns", "a yellow square falls"]
+    session = Session(model, PROMPTS)
+    first = made(session, 3)
+    paused = session.snapshot
+    session.steer(others)
+    after = made(session, 4)
+    assert all(torch.equal(a, b) for a, b in zip(first, made(Session(model, PROMPTS), 3), strict=True))
+    old = made(Session(model, paused), 4)
+    assert not any(torch.equal(a, b) for a, b in zip(after, old, strict=True))
+    cond, uncond = model.conditions(others)
+    with torch.no_grad():  # one call of the oldest chunk, under the new prompt
+        noise = Seeds((0, 1)).fold("chunk/5").randn((2, 4, 1, 8, 8), "start")
+        by_hand = rolling(model, heard).tick(
+            paused.memory, (*paused.window, Flying(5, noise)), cond, uncond, Seeds((0, 1))
+        )
+    assert torch.equal(by_hand.x, after[0]) and heard.calls[0][0] == [0.4, 0.7, 1.0]
+    session.steer(PROMPTS, "recache")
+    session.steer(PROMPTS, "clear")
+    made(session, 1)
+
+
+def test_a_live_stream_rolls_and_is_restored() -> None:
+    """Shown before they are remembered; the end of the stream is that of the clip."""
+    model = rolling_model(Stream(window=5, sink=1), THREE)
+    with LiveSession(Session(model, PROMPTS), beside=False) as live:
+        shown = list(live.frames(2))
+        where = live.snapshot()
+        shown += live.frames(4, last=True)
+    whole = to_uint8(model.decode(model.latents(PROMPTS, num_frames=6))).movedim(1, -1)
+    assert (torch.cat([chunk.frames for chunk in shown], 1).int() - whole.int()).abs().max() <= 1
+    with LiveSession.restore(model, where, beside=False) as again:
+        rest = list(again.frames(4, last=True))
+    assert all(torch.equal(a.frames, b.frames) for a, b in zip(rest, shown[2:], strict=True))
+
+
+def test_what_a_window_cannot_do_is_refused() -> None:
+    model = rolling_model(Stream(), THREE)
+    session = Session(model, PROMPTS)
+    video = Video(lambda chunk: torch.zeros(2, 4, 1, 8, 8))
+    for given in ({"video": video}, {"extra": {"pose": torch.zeros(2, 1, 6)}}):
+        with pytest.raises(ValueError, match="leave out video and extra"):
+            next(session.steps(**given))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="leave the cache out"):
+        Session(model, PROMPTS, cache=SkipMiddle())
+    with pytest.raises(ValueError, match="4 steps cannot be shared by the 3 chunks"):
+        Session(model, PROMPTS, num_inference_steps=4, force=True)
+    with pytest.raises(ValueError, match="reads everything or a window of the past, and .* by Retrieval"):
+        Session(rolling_model(Stream(memory=Retrieval()), THREE), PROMPTS)
+    with pytest.raises(ValueError, match="one number of steps; got rolling=2 and steps="):
+        Stream(rolling=2, steps=(2,))
+    with pytest.raises(ValueError, match="6 frames cannot hold a sink of 1 and 3 chunks of 2"):
+        Stream(chunks=(2,), rolling=3, window=6, sink=1)
 
 
 def test_what_cannot_roll_is_refused() -> None:
     model = rolling_model(Stream(), THREE, sampler=Heun())
     with pytest.raises(ValueError, match="Heun takes 5 calls for 3 steps"):
-        Rolling(chunks=Chunks.of(model.reader, model.card.contract))
+        rolling(model)
     model = rolling_model(Stream(steps=(3,)), THREE)
     with pytest.raises(ValueError, match=r"leave stream\.steps out"):
-        Rolling(chunks=Chunks.of(model.reader, model.card.contract))
+        rolling(model)

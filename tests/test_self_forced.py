@@ -188,6 +188,82 @@ def test_keys_and_values_of_steps_are_not_kept() -> None:
     assert len(made) == 4 * (4 + 1)
 
 
+DIAGONAL = ((1.0, 0.75, 0.5, 0.25), (1.0, 0.7, 0.25), (1.0, 0.25))
+PLANS = {
+    "diagonal": (Stream(steps=(4, 3, 2), commit="last", window=4, sink=1), DIAGONAL),
+    "first frame": (Stream(chunks=(2,), steps=(4, 2)), DIAGONAL[::2]),
+}
+
+
+def stepped(stream: Stream, grids: Any) -> VideoModel:
+    """The tiny model with the contract of a student that was trained with these steps."""
+    model = streaming_model(Stream(chunks=stream.chunks, window=stream.window, sink=stream.sink))
+    return model.with_part(
+        "denoiser", model.denoiser, contract=SelfForced(stream=stream, grids=grids).contract(Contract())
+    )
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_chunks_with_steps_of_their_own_are_trained_as_they_are_served(plan: Any) -> None:
+    """Bit for bit at the last exit; what is remembered of a chunk is what its last call left, and nothing else is called."""
+    stream, grids = plan
+    model = stepped(stream, grids)
+    heard = Heard(model.denoiser.requires_grad_(True))
+    rolled = rolled_by(heard, model, SelfForced(stream=stream, grids=grids, exit="last"), Numbers((0, 1)), 8)
+    session = Session(model, PROMPTS)
+    assert torch.equal(rolled.x0.detach(), torch.cat(list(session.take(len(stream.lengths(8)))), 2))
+    counts = session.counts(len(stream.lengths(8)))
+    once = [("." * (count - 1)) + "g" + "." * (stream.commit == "clean") for count in counts]
+    assert "".join("g" if grad else "." for grad, *_ in heard.calls) == "".join(once)
+    assert rolled.exit == 3 and rolled.grid == () and rolled.t.shape == (2, 8)
+    assert rolled.t.tolist() == [[0.25] * 8] * 2
+
+
+def test_every_step_of_a_chunk_is_as_likely() -> None:
+    """One draw of all: 12 shares of 4, 3 and 2 steps. Chunks of one number of steps stop at the step that is drawn."""
+    stream, grids = PLANS["diagonal"]
+    model, found = stepped(stream, grids), list[tuple[int, ...]]()
+    model.denoiser.requires_grad_(True)
+
+    @dataclass(frozen=True)
+    class Drawn(Numbers):
+        share: int = 0
+
+        def integer(self, name: str, high: int) -> int:
+            assert (name, high) == ("exit", 12)
+            return self.share
+
+    for share in range(12):
+        heard, rollout = Heard(model.denoiser), SelfForced(stream=stream, grids=grids)
+        rolled = rolled_by(heard, model, rollout, Drawn((0, 1), share=share), 4)
+        ends = [i for i, (grad, *_) in enumerate(heard.calls) if grad]
+        lengths = [b - a for a, b in zip([-1, *ends], ends)]
+        found.append(tuple(length - 1 for length in lengths))
+        assert rolled.exit == max(found[-1]) == len(rolled.before)
+        assert rolled.x0.requires_grad and not any(visit.x0.requires_grad for visit in rolled.before)
+        for chunk, end in enumerate(ends):
+            calls = heard.calls[end - found[-1][chunk] : end + 1]
+            calls = [calls[0]] * (rolled.exit + 1 - len(calls)) + calls  # a chunk with fewer calls stays at its first
+            for visit, (_, x_t, t, _, x0) in zip((*rolled.before, rolled), calls, strict=True):
+                assert torch.equal(visit.x0[:, :, chunk : chunk + 1], x0) and torch.equal(visit.t[:, chunk], t)
+                assert torch.equal(visit.x_t[:, :, chunk : chunk + 1], x_t)
+    assert found[0] == (0, 0, 0, 0) and found[5] == (1, 1, 0, 0) and found[-1] == (3, 2, 1, 1)
+    for chunk, count in enumerate((4, 3, 2, 2)):
+        assert [[stops[chunk] for stops in found].count(step) for step in range(count)] == [12 // count] * count
+
+
+def test_lists_of_times_are_those_of_the_chunks() -> None:
+    stream, grids = PLANS["diagonal"]
+    rollout = SelfForced(stream=stream, grids=grids)
+    assert rollout.calls == 1.5 and SelfForced(stream=stream, grids=grids, exit="last").calls == 2
+    assert SelfForced(stream=stream, grids=grids, clips=3).calls == 1.5 + 2 and rollout.fullest == {"exit": 11}
+    for wrong in (grids[:2], (*grids, (1.0,))):
+        with pytest.raises(ValueError, match="take 4, 3, 2 steps, and grids has lists of .*give one list for each"):
+            SelfForced(stream=stream, grids=wrong)
+    contract = rollout.contract(Contract())
+    assert contract.stream == stream and contract.times(3) == (1.0, 0.7, 0.25, 0.0) and contract.calls() == 2
+
+
 def test_its_student_streams() -> None:
     stream = Stream(chunks=(2,), window=4)
     teacher = Contract(grid=Shifted(shift=3.0), guidance=CFG(scale=4.0))

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fewstep.attention import BlockCausal, Decaying, Importance, Int8Memory, Keep, MovingSink, Prefix, Retrieval
+from fewstep.attention import BlockCausal, Decaying, Dense, Importance, Int8Memory, Keep, MovingSink, Prefix, Retrieval
 from fewstep.core import RecipeError
-from fewstep.diffusion import Contract, Exact, Renoise, Shifted, Stream
+from fewstep.diffusion import Contract, DPMpp2M, Exact, Renoise, Sampler, Shifted, Stream
 from fewstep.models import VideoModel
 from fewstep.models.repattern import repattern
 from fewstep.models.snapshots import load_snapshot, save_snapshot
@@ -51,6 +51,23 @@ def test_a_stream_goes_on_bit_for_bit(memory: Keep | None, tmp_path: Path) -> No
         chunks = list(again.frames(4))
     assert torch.equal(torch.cat([chunk.frames for chunk in chunks], 1), expected)
     assert [(c.index, c.version) for c in chunks] == [(3, 1), (4, 1), (5, 2), (6, 2)]
+
+
+@pytest.mark.parametrize("sampler", [Renoise(), DPMpp2M()], ids=["renoise", "multistep"])
+def test_chunks_that_are_half_made_go_on(sampler: Sampler, tmp_path: Path) -> None:
+    """Several at once, and what a multistep sampler keeps of their last step."""
+    model = streaming(rolling=2)
+    grid = Exact(grids=((1.0, 0.8, 0.5, 0.3, 0.0),), otherwise=Shifted())
+    contract = replace(model.card.contract, grid=grid, steps=4, sampler=sampler)
+    model = model.with_part("denoiser", repattern(model.denoiser, Dense()), contract=contract)
+    with model.stream(["a red ball"], seed=5) as live:
+        list(live.frames(2))
+        save_snapshot(live.snapshot(), model, tmp_path / "there.safetensors")
+        expected = torch.cat([chunk.frames for chunk in live.frames(3)], 1)
+    start = load_snapshot(tmp_path / "there.safetensors", model)
+    assert [(flying.index, flying.step) for flying in start.session.window] == [(2, 2)]
+    with model.stream(start) as again:
+        assert torch.equal(torch.cat([chunk.frames for chunk in again.frames(3)], 1), expected)
 
 
 def test_another_model_is_refused(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from fewstep.models.bundle import read_card
 from fewstep.models.needs import remembered
 from fewstep.models.repattern import repattern
 from fewstep.models.runtime import Runtime
-from fewstep.streaming import Video
+from fewstep.streaming import Video, cascaded
 from support_engine import tiny_model
 
 pytestmark = pytest.mark.usefixtures("single_thread")
@@ -185,6 +185,26 @@ def test_what_cannot_be_is_refused_before_anything_is_written(refused: Callable[
     assert "ends in .png" in refused("--preview", "a.gif") and "at least 1, got 0" in refused("--scale", 0)
     assert "more than 16384" in refused("--scale", 9999)
     assert main(["stream", "student", "--prompt", "a", "--output", "a.gif"]) == 2
+
+
+def test_a_chunk_may_start_before_the_one_before_is_finished(
+    student: VideoModel, refused: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command's video is that of the cascaded contract, and its note says so."""
+    assert "after 1, 2 of 2 steps" in refused("--cascade", 3)
+    words = ("--prompt", "a", "--seconds", 1.5, "--cascade", 1, "--scale", 1)
+    assert streamed(*words, "--dry-run") == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "denoised at once 2" in told and "calls of a chunk 1" in told
+    assert streamed(*words, "--output", "a.mp4") == 0
+    model = student.with_card(contract=cascaded(student.card.contract, 1))
+    with GrowingVideo("b.mp4", fps=RATE) as video, model.stream(["a"]) as live:
+        for chunk in live.frames(4, last=True):
+            video.add(chunk.frames[0])
+    assert torch.equal(read_video("a.mp4", 12), read_video("b.mp4", 12))
+    assert streamed("--prompt", "a", "--seconds", 1.5, "--scale", 1, "--output", "c.mp4") == 0
+    assert not torch.equal(read_video("c.mp4", 12), read_video("b.mp4", 12))
+    assert json.loads(read_note("a.mp4"))["options"]["cascade"] == 1
 
 
 def test_a_model_of_whole_clips_is_refused(student: VideoModel, capsys: pytest.CaptureFixture[str]) -> None:

@@ -330,6 +330,13 @@ def test_every_way_of_switching_is_tried(monkeypatch: pytest.MonkeyPatch) -> Non
     assert sorted(set(hows)) == ["clear", "keep"]
 
 
+def test_a_stream_that_cannot_be_made_anew_is_switched_in_other_ways() -> None:
+    suite = replace(SUITE, prompts=2, batch=2)
+    model = streaming_model(replace(STREAM, commit="last"))
+    found = switching.switch(Streamed(name="a", role="student", model=model), suite.cases(), suite, None)
+    assert {one.how for one in found} == {"keep", "clear", "lerp"} == {*switching.ways()} - {"recache"}
+
+
 # --- a whole evaluation -----------------------------------------------------------------------------------------------
 
 

@@ -37,15 +37,15 @@ from fewstep.models.runtime import effective, told
 from fewstep.models.sampling import Request
 from fewstep.models.snapshots import load_snapshot, save_snapshot
 from fewstep.models.source import outline
-from fewstep.streaming import LiveChunk, LiveSession, LiveSnapshot, Snapshot, Video
+from fewstep.streaming import LiveChunk, LiveSession, LiveSnapshot, Snapshot, Video, cascaded
 
 if TYPE_CHECKING:
     from fewstep.cli.streams import Stream
     from fewstep.models.card import Card
 
 _KEPT = (
-    "student", "seconds", "switch", "video", "strength", "num_inference_steps", "lora", "scale", "force", "dtype", "tiling",
-    "attention",
+    "student", "seconds", "switch", "video", "strength", "num_inference_steps", "cascade", "lora", "scale", "force", "dtype",
+    "tiling", "attention",
 )  # fmt: skip
 """Options that decide what is made, besides prompts and seed."""
 
@@ -139,7 +139,7 @@ def stream(options: Stream) -> int:
     if options.like is not None:
         options = _like(options, options.like)
     _check(options)
-    card = read_card(options.student)
+    card = _cascaded(options, read_card(options.student))
     length, scale = Length.of(options.seconds, card), _scale(options, card)
     length.require(options.at, card)
     times = Request(prompts=(), num_inference_steps=options.num_inference_steps, force=options.force).times(card)
@@ -181,6 +181,13 @@ def stream(options: Stream) -> int:
     print(told(effective(model)), file=sys.stderr)
     print(f"{file.frames} frames, {clock.speed()}, {clock.said()}", file=sys.stderr)
     return _made(options.output)
+
+
+def _cascaded(options: Stream, card: Card) -> Card:
+    """The card, whose chunks start before the one before is finished, if that is asked for."""
+    if options.cascade is None:
+        return card
+    return replace(card, contract=cascaded(card.contract, options.cascade, options.num_inference_steps))
 
 
 def _begun(options: Stream, model: VideoModel, start: LiveSnapshot | None, video: Video | None) -> LiveSession:
@@ -306,13 +313,15 @@ def _planned(options: Stream, card: Card, length: Length, steps: int) -> int:
     each, calls = remembered(card, runtime), 2 if card.contract.guidance.active else 1
     latents = [chunking.length(i) for i in range(len(length.chunks))]
     held = min(sum(latents), chunking.window - max(chunking.chunks)) if chunking.window else sum(latents)
+    at_once = max(chunking.rolling, 1)
     limit = "" if chunking.window else ": all, without a window"
     rows = [
         ("length", f"{length.frames} frames of {card.height} x {card.width}, {length.frames / card.fps:.8g} s"),
         ("chunks", f"{len(latents)} of {_different(length.chunks)} frames, {_different(latents)} latent frames"),
         ("frames left out of the last chunk", str(length.spare)),
-        ("network calls of a chunk", str(calls * steps)),
-        ("network calls to remember it", str(0 if chunking.commit == "last" else calls)),
+        ("chunks denoised at once", str(at_once)),
+        ("network calls of a chunk", str(calls * steps // at_once)),
+        ("network calls to remember it", str(calls * chunking.commits)),
         ("memory of a latent frame", size(each)),
         ("memory of the stream", f"{size(held * each)}, {held} latent frames{limit}"),
     ]  # fmt: skip

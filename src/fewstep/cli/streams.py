@@ -35,6 +35,9 @@ class Stream(Runs):
     video is left (default: the student's second time)."""
     num_inference_steps: int | None = None
     """Number of sampling steps per chunk (default: from the card). A student refuses step counts it was not trained for."""
+    cascade: int | None = None
+    """Start a chunk when the one before has made so many steps, which must divide their number (default: when it is finished).
+    The video is another one; it is faster only where a chunk is too small to fill the device."""
     seed: int = 0
     """Seed of the video."""
     lora: tuple[str, ...] = ()

@@ -3,6 +3,7 @@
 from fewstep.diffusion.contract import Contract, Memory, Standing, Stream
 from fewstep.diffusion.densities import DENSITIES, Grid, LogitNormal, TimeDensity, Uniform
 from fewstep.diffusion.dynamic import DynamicCFG
+from fewstep.diffusion.free_noise import FreeNoise
 from fewstep.diffusion.grids import (
     Angles,
     Exact,
@@ -52,9 +53,9 @@ NAMED: tuple[type, ...] = (*PATHS, *SAMPLERS, *GRIDS, *GUIDANCES)
 
 __all__ = [
     "CFG", "DDIM", "DENSITIES", "EDM", "GRIDS", "GUIDANCES", "KINDS", "NAMED", "PATHS", "SAMPLERS", "STG", "VP", "Angles",
-    "Betas", "Contract", "DPMpp2M", "DynamicCFG", "Euler", "Exact", "FixedStride", "FlowSchedule", "Grid", "Heun", "Kind",
-    "LinearQuadratic", "LogitNormal", "Memory", "MultistepTimesteps", "NoisePath", "Prediction", "RectifiedFlow", "Renoise",
-    "SDEDPMpp2M", "Sampler", "Shifted", "Staggered", "Standing", "Step", "StepCountError", "Stream", "TimeDensity", "TimeGrid",
-    "Timesteps", "Trained", "Trig", "UniPC", "Uniform", "WholeTimesteps", "from_x0", "shifted", "target", "timestep",
-    "uniform_grid",
+    "Betas", "Contract", "DPMpp2M", "DynamicCFG", "Euler", "Exact", "FixedStride", "FlowSchedule", "FreeNoise", "Grid",
+    "Heun", "Kind", "LinearQuadratic", "LogitNormal", "Memory", "MultistepTimesteps", "NoisePath", "Prediction",
+    "RectifiedFlow", "Renoise", "SDEDPMpp2M", "Sampler", "Shifted", "Staggered", "Standing", "Step", "StepCountError",
+    "Stream", "TimeDensity", "TimeGrid", "Timesteps", "Trained", "Trig", "UniPC", "Uniform", "WholeTimesteps", "from_x0",
+    "shifted", "target", "timestep", "uniform_grid",
 ]  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from fewstep.core.bounds import Count, Decay, Natural, Size
 from fewstep.core.build import At, Names, build, build_arguments
 from fewstep.diffusion.first_version import objects
+from fewstep.diffusion.free_noise import FreeNoise
 from fewstep.diffusion.grids import Shifted, TimeGrid
 from fewstep.diffusion.guidance import CFG
 from fewstep.diffusion.samplers import Euler, Sampler
@@ -34,15 +35,24 @@ class Stream:
     steps: tuple[Size, ...] = ()
     """Number of steps of each chunk; the last number repeats: `(4, 2)` is 4, 2, 2, ... (ASD, 2511.01419, has more steps in the
     first chunk). Each must be a step count of the contract. Empty: the contract's own number in every chunk."""
+    rolling: Natural = 0
+    """Chunks that are denoised at once, each a step or more behind the one before it (Rolling Forcing, 2509.25161: as many as
+    there are steps; StreamDiT, 2507.03745: fewer). The number of steps must be a multiple. 0: one chunk after the other."""
+    mutual: bool = True
+    """Whether chunks that are denoised at once read each other in both directions, for which a student must be trained. false: a
+    chunk reads those before it alone, as far as they are by then (Block Cascading, 2511.20426)."""
+    noise: FreeNoise | None = None
+    """Noise of earlier frames that later ones start from; null: each chunk has its own."""
     window: Natural = 0
-    """Latent frames that a chunk may read, including the sink and its own frames; 0: all. Short for `memory: {type: Window}`."""
+    """Latent frames that a call may read, including the sink and its own frames; 0: all. Short for `memory: {type: Window}`."""
     sink: Natural = 0
     """First frames of the stream that stay in memory; they count towards `window`."""
     memory: Memory | None = None
     """Policy that says what is remembered, such as `{type: Retrieval, frames: 6}`. null: what `window` and `sink` say."""
-    commit: Literal["clean", "noised", "last"] = "clean"
+    commit: Literal["clean", "noised", "last", "nothing"] = "clean"
     """Keys and values to remember of a finished chunk: those of one more call on its clean latents (`clean`), those of one
-    more call on its latents noised to `context_time` (`noised`), or those of its last step (`last`), without another call."""
+    more call on its latents noised to `context_time` (`noised`), those of its last step (`last`), without another call, or
+    none (`nothing`): a call reads its own frames alone, and they stand at its beginning (StreamDiT, 2507.03745)."""
     context_time: Decay = 0.0
     """Time of the noised latents if `commit` is `noised`."""
     positions: Standing = "absolute"
@@ -55,6 +65,11 @@ class Stream:
             raise ValueError(f"chunks have at least 1 latent frame each, and there is at least one; got {self.chunks}")
         if self.steps and min(self.steps) < 1:
             raise ValueError(f"a chunk takes at least 1 step; got steps={self.steps}")
+        if self.rolling < 0 or (self.rolling and self.steps):
+            raise ValueError(
+                f"chunks that are denoised at once are at least 0 and take one number of steps; got rolling={self.rolling} and "
+                f"steps={self.steps}"
+            )
         self._check_memory()
         if (self.commit == "noised") != (0 < self.context_time < 1):
             raise ValueError(
@@ -64,6 +79,8 @@ class Stream:
 
     def _check_memory(self) -> None:
         if self.memory is not None:
+            if self.commit == "nothing":
+                raise ValueError(f"nothing is remembered, so leave memory out, not {type(self.memory).__name__}")
             if self.window or self.sink:
                 raise ValueError(
                     f"memory says what is remembered, and so do window={self.window} and sink={self.sink}; set them in memory"
@@ -76,10 +93,19 @@ class Stream:
             raise ValueError(
                 "a stream that reads all its past has no sink and no positions in a window; give a window or a memory"
             )
-        if self.window and self.window < self.sink + max(self.chunks):
+        own = (max(self.rolling, 1) if self.mutual else 1) * max(self.chunks)
+        if self.commit == "nothing" and self.window:
+            raise ValueError(f"nothing is remembered, so no window bounds what is read; leave out window={self.window}")
+        if self.window and self.window < self.sink + own:
+            what = f"{self.rolling} chunks" if own > max(self.chunks) else "a chunk"
             raise ValueError(
-                f"a window of {self.window} frames cannot hold a sink of {self.sink} and a chunk of {max(self.chunks)}"
+                f"a window of {self.window} frames cannot hold a sink of {self.sink} and {what} of {max(self.chunks)}"
             )
+
+    @property
+    def commits(self) -> int:
+        """Calls that are made only to remember a chunk."""
+        return int(self.commit in ("clean", "noised"))
 
     def length(self, index: int) -> int:
         """Latent frames of chunk `index`, counted from 0."""

@@ -6,18 +6,27 @@ from fewstep.methods.base import Method, Nets, Sync, Update, Work, in_forwards
 from fewstep.methods.consistency import Consistency
 from fewstep.methods.dmd2 import DMD2
 from fewstep.methods.flow_matching import FlowMatching
-from fewstep.methods.histories import HISTORIES, DiffusionForced, History, TeacherForced, WholeClip
+from fewstep.methods.histories import HISTORIES, DiffusionForced, History, MovingBuffer, TeacherForced, WholeClip
 from fewstep.methods.knowledge_distillation import KnowledgeDistillation
 from fewstep.methods.progressive import Progressive
 from fewstep.methods.reconstruction import Reconstruction
 from fewstep.methods.roles import ROLES, Copy, Heads, Making, Other, Role, Weak
-from fewstep.methods.rollouts import ROLLOUTS, BackwardSimulation, FromData, FromPairs, Rolled, Rollout, SelfForced
+from fewstep.methods.rollouts import (
+    ROLLOUTS,
+    BackwardSimulation,
+    FromData,
+    FromPairs,
+    Rolled,
+    RollingForced,
+    Rollout,
+    SelfForced,
+)
 
 METHODS = (FlowMatching, Reconstruction, ReadAttributes, KnowledgeDistillation, Progressive, Consistency, DMD2, AVDM2)
 
 __all__ = [
     "AVDM2", "DMD2", "HISTORIES", "METHODS", "ROLES", "ROLLOUTS", "BackwardSimulation", "Consistency", "Copy",
-    "DiffusionForced", "FlowMatching", "FromData", "FromPairs", "Heads", "History", "KnowledgeDistillation", "Making", "Method",
-    "Nets", "Other", "Progressive", "ReadAttributes", "Reconstruction", "Role", "Rolled", "Rollout", "SelfForced", "Sync",
-    "TeacherForced", "Update", "Weak", "WholeClip", "Work", "in_forwards",
+    "DiffusionForced", "FlowMatching", "FromData", "FromPairs", "Heads", "History", "KnowledgeDistillation", "Making",
+    "Method", "MovingBuffer", "Nets", "Other", "Progressive", "ReadAttributes", "Reconstruction", "Role", "Rolled",
+    "RollingForced", "Rollout", "SelfForced", "Sync", "TeacherForced", "Update", "Weak", "WholeClip", "Work", "in_forwards",
 ]  # fmt: skip

@@ -169,7 +169,7 @@ def _streamed(model: VideoModel, request: Request, guidance: CFG) -> Iterator[St
     def steps() -> Iterator[Step]:
         done = list[Tensor]()
         for chunk in range(len(lengths)):
-            for step in session.steps():
+            for step in session.steps(left=len(lengths) - chunk):
                 x = torch.cat([*done, step.x], 2)
                 yield replace(step, index=sum(counts[:chunk]) + step.index, steps=sum(counts), x=x)
             done.append(step.x)

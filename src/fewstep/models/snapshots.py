@@ -18,14 +18,17 @@ from torch import Tensor
 from fewstep.attention import Keep, KVCache
 from fewstep.core.atomic import replacing
 from fewstep.core.build import dump
+from fewstep.diffusion import NoisePath, Prediction
 from fewstep.models.stored import open_tensors
-from fewstep.streaming import Chunks, Fade, LiveSnapshot, Snapshot
+from fewstep.streaming import Chunks, Fade, Flying, LiveSnapshot, Snapshot
 
 if TYPE_CHECKING:
     from fewstep.models.bundle import VideoModel
 
 _HEADER = "fewstep.stream"
-_HOLDERS: dict[str, type] = {kind.__name__: kind for kind in (LiveSnapshot, Snapshot, KVCache, Fade)}
+_HOLDERS: dict[str, type] = {
+    kind.__name__: kind for kind in (LiveSnapshot, Snapshot, KVCache, Fade, Flying, Prediction)
+}
 _ON_CPU = frozenset({"positions", "start", "rows"})
 """Fields of a memory that stay on the CPU."""
 
@@ -73,6 +76,8 @@ def _written(value: Any, tensors: list[Tensor]) -> Any:
         return {type(value).__name__: [_written(item, tensors) for item in value]}
     if isinstance(value, Mapping):
         return {"dict": [[key, _written(item, tensors)] for key, item in value.items()]}
+    if isinstance(value, NoisePath):
+        return {"path": type(value).__name__}
     name = type(value).__name__
     if _HOLDERS.get(name) is not type(value):
         raise ValueError(
@@ -97,6 +102,8 @@ class _Reading:
             return tensor if name in _ON_CPU else tensor.to(self.model.device)
         if kind == "keep":  # the model's own: the contracts are equal
             return Chunks.of(self.model.reader, self.model.card.contract).begin().keep
+        if kind == "path":  # likewise
+            return self.model.denoiser.path
         if kind == "dict":
             return {key: self.value(item) for key, item in inner}
         if kind in ("tuple", "list"):

@@ -1,13 +1,14 @@
 """Streaming: causal students that generate video chunk by chunk, and sessions."""
 
-from fewstep.streaming.blocks import Chunks, Made
+from fewstep.streaming.blocks import Chunks, Flying, Made
+from fewstep.streaming.cascade import cascaded
 from fewstep.streaming.live import LiveChunk, LiveSession, LiveSnapshot, Took
 from fewstep.streaming.plan import fitting
-from fewstep.streaming.rolling import Rolling, Tick
+from fewstep.streaming.rolling import Rolling
 from fewstep.streaming.session import Session, Snapshot, Video
 from fewstep.streaming.switch import Fade, Switch
 
 __all__ = [
-    "Chunks", "Fade", "LiveChunk", "LiveSession", "LiveSnapshot", "Made", "Rolling", "Session", "Snapshot", "Switch", "Tick",
-    "Took", "Video", "fitting",
+    "Chunks", "Fade", "Flying", "LiveChunk", "LiveSession", "LiveSnapshot", "Made", "Rolling", "Session", "Snapshot", "Switch",
+    "Took", "Video", "cascaded", "fitting",
 ]  # fmt: skip

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fewstep.attention import Everything, Keep, KVCache, Window
 from fewstep.core import KV, Call, Cond, KVView, Rng, Seeds
-from fewstep.core.call import Constants, Runner, every_block
+from fewstep.core.call import Causal, Constants, Runner, every_block
 from fewstep.diffusion import Contract, NoisePath, Prediction, Step, StepCountError, Stream
 from fewstep.diffusion.samplers import Denoise, full
 
@@ -38,6 +38,20 @@ class Reader(Protocol):
     def recall(self, memory: KVCache, x_t: Tensor, call: Call = ..., /) -> KVView: ...
 
 
+@dataclass(frozen=True, eq=False)
+class Flying:
+    """A chunk among several that are denoised at once (`streaming.rolling`)."""
+
+    index: int
+    """Its number in the stream."""
+    x: Tensor
+    """Its latents at its time, `[B, C, f, H, W]`."""
+    step: int = 0
+    """Number of steps that it has made."""
+    before: Prediction | None = None
+    """Prediction of its last step."""
+
+
 @dataclass(frozen=True)
 class Made:
     """A step of a chunk that has been made."""
@@ -45,12 +59,20 @@ class Made:
     step: Step
     commit: Callable[[], KVCache] | None = None
     """Adds the chunk to the memory; None before its last step."""
+    window: tuple[Flying, ...] = ()
+    """Chunks that were denoised with it and are not finished, oldest first; before its last step it is one of them."""
 
     @cached_property
     def memory(self) -> KVCache | None:
         """Memory after the chunk, made when it is first asked for, so that a chunk can be shown before; None before its last
         step."""
         return None if self.commit is None else self.commit()
+
+    @property
+    def predictions(self) -> tuple[Prediction, ...]:
+        """Those of all chunks of the call, oldest first."""
+        others = tuple(flying.before for flying in self.window if flying.before is not None)
+        return others if self.window and self.commit is None else (self.step.prediction, *others)
 
     @property
     def x(self) -> Tensor:
@@ -92,7 +114,8 @@ class Chunks:
     def begin(self) -> KVCache:
         """The memory of a stream that has not begun."""
         stream = self.stream
-        return KVCache.empty(keep_of(stream), max(stream.chunks), stream.positions)
+        standing = "window" if stream.commit == "nothing" else stream.positions
+        return KVCache.empty(keep_of(stream), max(stream.chunks), standing)
 
     def grid(self, index: int) -> tuple[float, ...]:
         """Times of the steps of chunk `index`."""
@@ -132,7 +155,7 @@ class Chunks:
             with nullcontext() if exit in (None, call.step) else torch.no_grad():
                 return denoise(x_t, t, replace(call, runner=runner))
 
-        for step in self.contract.sampler.sampling(cached, noise, self._grid(memory, exit), rng=rng):  # 2
+        for step in self.contract.sampler.sampling(cached, noise, self._grid(memory), rng=rng):  # 2
             made = Made(step)
             ends = step.index == (step.steps - 1 if exit is None else exit)
             if ends:
@@ -149,6 +172,8 @@ class Chunks:
 
     def require_recache(self) -> None:
         """ValueError for a stream whose memory latents alone do not tell."""
+        if self.stream.commit == "nothing":
+            raise ValueError("this stream remembers nothing, so there is nothing to make anew; choose keep or lerp")
         if self.stream.commit == "last":
             raise ValueError(
                 "this stream remembers what its last step made, which latents alone do not tell; choose another switch than "
@@ -188,6 +213,8 @@ class Chunks:
     def recent(self, latents: Tensor | None, x: Tensor, index: int) -> Tensor:
         """The latents from which `recache` can make the memory anew after chunk `index`, which is `x`: as many of the last chunks
         as a chunk may read, at least one."""
+        if self.stream.commit == "nothing":
+            return x
         span, frames = keep_of(self.stream).span, x.shape[2]
         while (span is None and index) or (
             span is not None and index and frames + self.stream.length(index - 1) <= span
@@ -195,15 +222,10 @@ class Chunks:
             index, frames = index - 1, frames + self.stream.length(index - 1)
         return x if latents is None else torch.cat([latents, x], 2)[:, :, -frames:]
 
-    def _grid(self, memory: KVCache, exit: int | None) -> tuple[float, ...]:
+    def _grid(self, memory: KVCache) -> tuple[float, ...]:
         """Times of the chunk that follows `memory`."""
         if not self.stream.steps:
             return self.times
-        if exit is not None:
-            raise ValueError(
-                f"a rollout stops all chunks at one step, and those of this stream take {self.stream.steps} steps; train it with "
-                "one number of steps"
-            )
         grids = {self.grid(self.stream.index(start)) for start in memory.start.flatten().tolist()}
         if len(grids) > 1:
             raise ValueError("streams of one batch have chunks of different numbers of steps; keep them apart")
@@ -217,7 +239,9 @@ class Chunks:
         self, memory: KVCache, x: Tensor, kv: tuple[KV, ...] | None, denoise: Denoise, call: Call, rng: Seeds | Rng
     ) -> KVCache:
         """`memory` and a finished chunk `x`, whose last step was `call` and made `kv`."""
-        if self.stream.commit != "last":
+        if self.stream.commit == "nothing":
+            return replace(memory, start=memory.start + x.shape[2])
+        if self.stream.commits:
             kv = self._context(x, denoise, call, rng)
         return memory.commit(_given(kv), x.shape[2])  # 3
 
@@ -247,3 +271,22 @@ def keep_of(stream: Stream) -> Keep:
             f"memory: {type(stream.memory).__name__} is no policy of fewstep.attention.kv; derive it from Keep"
         )
     return stream.memory
+
+
+def one_after_the_other(stream: Stream, lengths: tuple[int, ...]) -> Causal:
+    """What chunks of so many frames read if they are one call: each what it reads in a stream, where the ones before it have been
+    made. ValueError where one call cannot be so."""
+    if stream.positions != "absolute":
+        raise ValueError(
+            f"in one call of several chunks a frame has one position, and this stream has positions {stream.positions!r}; take "
+            "absolute ones, or make one chunk after the other (in training: SelfForced)"
+        )
+    keep = keep_of(stream)
+    if isinstance(keep, Window):
+        return Causal(lengths, keep.window - keep.sink - max(stream.chunks), keep.sink)
+    if not isinstance(keep, Everything):
+        raise ValueError(
+            f"in one call of several chunks each reads everything or a window, and this stream remembers by "
+            f"{type(keep).__name__}; give it a window, or make one chunk after the other (in training: SelfForced)"
+        )
+    return Causal(lengths)

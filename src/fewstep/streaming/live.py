@@ -241,8 +241,8 @@ class LiveSession:
     def frames(self, chunks: int | None = None, *, last: bool = False) -> Iterator[LiveChunk]:
         """The next `chunks` (None: without end), each as soon as it has its frames. Ends early at `pause` and `cancel`.
 
-        `last`: nothing follows, so the last chunk also has the frames that some decoders hold back. Whoever stops asking may go
-        on later with another `frames`.
+        `last`: nothing follows, so the last chunk also has the frames that some decoders hold back, and a window of several
+        chunks shrinks (`Session.steps(left=...)`). Whoever stops asking may go on later with another `frames`.
         """
         if last and chunks is None:
             raise ValueError("a stream without end has no last chunk; say how many chunks it has")
@@ -268,29 +268,30 @@ class LiveSession:
             if self._ended and not self._undecoded:
                 raise ValueError("this stream has ended; begin another one, or restore a snapshot")
             self._drop()
-            making = self._next(until) if self._running and not self._ended else None
+            making = self._next(until, last) if self._running and not self._ended else None
             if making is not None:
                 self._call(making, last=last and until == making.index + 1)
             return self._shown(patient=making is None or self._last is None)
 
-    def _next(self, until: int | None) -> _Making | None:
+    def _next(self, until: int | None, last: bool) -> _Making | None:
         """The chunk that needs a network call; None if no chunk before `until` does."""
         making = self._making
         if making is None or making.after is not None:
             index = self._session.snapshot.chunks
             if until is not None and index >= until:
                 return None
-            making = self._making = self._begun(index)
+            making = self._making = self._begun(index, until - index if last and until is not None else None)
         elif until is not None and making.index + making.made >= until:
             return None  # it is remembered when the stream goes on
         return making
 
-    def _begun(self, index: int) -> _Making:
+    def _begun(self, index: int, left: int | None) -> _Making:
         session, before = self._session, self._session.snapshot
         if index in self._switches:
             session.steer(*self._switches[index])
         version = self._start.version + sum(chunk <= index for chunk in self._switches)
-        return _Making(index, before, session.steps(self._video), session.snapshot.prompts, version, self._commit)
+        steps = session.steps(self._video, left=left)
+        return _Making(index, before, steps, session.snapshot.prompts, version, self._commit)
 
     def _call(self, making: _Making, *, last: bool = False) -> None:
         """One network call: a step of the chunk, or what remembers it."""

@@ -16,7 +16,9 @@ from fewstep.core import Cond, Seeds
 from fewstep.core.call import Constants, every_block
 from fewstep.diffusion import Step, Stream
 from fewstep.diffusion.samplers import full
-from fewstep.streaming.blocks import Chunks, Reader
+from fewstep.streaming.blocks import Chunks, Flying, Made, Reader
+from fewstep.streaming.noise import start_noise
+from fewstep.streaming.rolling import Rolling
 from fewstep.streaming.switch import Fade, Mix, Switch, mixed, require_switch
 
 
@@ -50,6 +52,8 @@ class Snapshot:
     """Last latents, from which the memory can be made anew for other prompts; None before the first chunk."""
     fade: Fade | None = None
     """Change of prompts that is under way."""
+    window: tuple[Flying, ...] = ()
+    """Chunks that are denoised already, where several are at once (`Stream.rolling`)."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,11 @@ class Session:
         if not isinstance(start, Snapshot):
             seeds = range(seed, seed + len(start)) if isinstance(seed, int) else seed
             start = Snapshot(tuple(start), tuple(seeds), self._chunks.begin())
+        self._rolling = Rolling(chunks=self._chunks) if self._chunks.stream.rolling > 1 else None
+        if self._rolling is not None and cache is not None:
+            raise ValueError(
+                "a cache policy serves one chunk, and this stream denoises several at once; leave the cache out"
+            )
         self._model, self._cache, self.snapshot = model, cache, start
         self._guided, self._making = contract.guidance.active, False
         self._conditions = conditions or model.conditions(start.prompts, guided=self._guided)
@@ -160,45 +169,87 @@ class Session:
         return mixed(given, [weight for _, weight in mix]), self._conditions[1]
 
     def counts(self, chunks: int) -> tuple[int, ...]:
-        """Numbers of steps of the first so many chunks."""
+        """Numbers of steps of the first so many chunks: those that `steps` makes."""
+        if self._rolling is not None:
+            return tuple(map(self._rolling.count, range(chunks)))
         return tuple(len(self._chunks.grid(index)) - 1 for index in range(chunks))
 
     @torch.no_grad()
     def steps(
-        self, video: Video | None = None, *, extra: Mapping[str, Tensor] = MappingProxyType({})
+        self,
+        video: Video | None = None,
+        *,
+        extra: Mapping[str, Tensor] = MappingProxyType({}),
+        left: int | None = None,
     ) -> Iterator[Step]:
         """The next chunk, step by step; the latents of its last step are the chunk's. They are there before the chunk is
         remembered, which happens when the iterator is asked for more. Given up before, it was never begun.
 
         It starts from noise, or from this chunk of a `video`. `extra` is what the conditions say of this chunk alone, such as
-        `pose` (`attention.Facing`). ValueError for latents of another shape.
+        `pose` (`attention.Facing`). `left` is the number of chunks until the stream ends, with this one; None: it has no end.
+        Only where several chunks are denoised at once, the last ones depend on it. ValueError for latents of another shape.
         """
         before, index = self.snapshot, self.snapshot.chunks
-        noise = Seeds(before.seeds, device=str(self._model.device)).fold(f"chunk/{index}")
-        channels, _, height, width = self._model.latent_shape()
-        shape = (len(before.prompts), channels, self._chunks.stream.length(index), height, width)
+        cond, uncond = (given.with_extra(extra) for given in self._conditions_of(index))
+        if self._rolling is None:
+            making = self._one(video, cond, uncond)
+        elif video is None and not extra:
+            making = self._several(self._rolling, cond, uncond, None if left is None else index + left)
+        else:
+            raise ValueError(
+                "this stream denoises several chunks at once, from noise and with one condition; leave out video and extra"
+            )
+        self._making = True
+        try:
+            for made in making:
+                yield made.step
+                if (memory := made.memory) is not None:
+                    latents = self._chunks.recent(before.latents, made.x, index)
+                    self.snapshot = replace(
+                        self.snapshot, memory=memory, chunks=index + 1, latents=latents, window=made.window
+                    )
+        finally:
+            self._making = False
+
+    def _one(self, video: Video | None, cond: Cond, uncond: Cond) -> Iterator[Made]:
+        """The next chunk, from its first step to its last."""
+        before, index = self.snapshot, self.snapshot.chunks
         chunks, path = self._chunks, self._chunks.network.path
+        noise = start_noise(chunks.stream, index, self._size, self._seeds)
         if video is None:
-            start = path.prior(noise.randn(shape, "start"))
+            start = path.prior(noise)
         else:
             times = chunks.grid(index)
             chunks = chunks.at(times[video.begins(times) :])
             clean = video.latents(index)
-            if clean.shape != shape:
-                raise ValueError(f"chunk {index} has latents {shape}, and its video was given as {tuple(clean.shape)}")
-            start = path.add_noise(clean, noise.randn(shape, "start"), full(chunks.times[0], clean))
+            if clean.shape != noise.shape:
+                raise ValueError(
+                    f"chunk {index} has latents {tuple(noise.shape)}, and its video was given as {tuple(clean.shape)}"
+                )
+            start = path.add_noise(clean, noise, full(chunks.times[0], clean))
         runner = every_block if self._cache is None else self._cache.begin()
-        cond, uncond = (given.with_extra(extra) for given in self._conditions_of(index))
         chunks = replace(chunks, constants=self._constants(cond, uncond))
-        self._making = True
-        try:
-            for made in chunks.chunk(before.memory, start, cond, uncond, noise, runner=runner):
-                yield made.step
-                if (memory := made.memory) is not None:
-                    latents = self._chunks.recent(before.latents, made.x, index)
-                    self.snapshot = replace(self.snapshot, memory=memory, chunks=index + 1, latents=latents)
-        finally:
-            self._making = False
+        return chunks.chunk(before.memory, start, cond, uncond, self._seeds.fold(f"chunk/{index}"), runner=runner)
+
+    def _several(self, rolling: Rolling, cond: Cond, uncond: Cond, count: int | None) -> Iterator[Made]:
+        """The next chunk, and steps of those that follow it, of `count` in the whole stream."""
+        before, size, seeds = self.snapshot, self._size, self._seeds
+        rolling = replace(rolling, chunks=replace(self._chunks, constants=self._constants(cond, uncond)))
+
+        def start(index: int) -> Tensor | None:
+            return rolling.start(index, size=size, rng=seeds, count=count)
+
+        return rolling.chunk(before.memory, before.window, start, cond, uncond, seeds)
+
+    @property
+    def _seeds(self) -> Seeds:
+        return Seeds(self.snapshot.seeds, device=str(self._model.device))
+
+    @property
+    def _size(self) -> tuple[int, int, int, int]:
+        """Latents `[B, C, f, H, W]` without their frames."""
+        channels, _, height, width = self._model.latent_shape()
+        return len(self.snapshot.prompts), channels, height, width
 
     def _constants(self, *conditions: Cond) -> Constants:
         """What calls share while the conditions are the same tensors."""

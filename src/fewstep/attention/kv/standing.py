@@ -24,9 +24,11 @@ def stand(
     their own, until the next `chunk` frames would pass the end of the table of `longest` positions; then all move down until the
     oldest is at 0. Frames that stay for ever do not let it move.
     """
+    there = positions != EMPTY
+    if policy == "window" and not positions.shape[-1]:
+        return positions, 0 * start
     if not positions.shape[-1] or policy == "absolute":
         return positions, start
-    there = positions != EMPTY
     if policy == "window":
         earlier = (positions[..., None, :] < positions[..., :, None]) & there[..., None, :]
         return where(there, earlier.sum(-1), positions), there.sum(-1)

@@ -236,7 +236,7 @@ def _switches(report: DriftReport) -> str:
     hint = (
         "The prompt is switched after one clip length, at a chunk. Becomes right: from some frame to the end, every attribute of "
         "the second prompt is right. Frames until right: median over clips, in steps of 4 frames. The last two columns: share "
-        "of the clips that were right before the switch."
+        "of the clips that were right before the switch. A stream that cannot be switched in some way has no row for it."
     )
     return _section("Switched prompts", hint, f'<div class="card scroll">{_grid(heads, rows)}</div>')
 

@@ -77,7 +77,7 @@ class Streamed(Sampled):
     @property
     def nfe_per_frame(self) -> float:
         """With the call that commits a chunk to the memory, where there is one."""
-        commits = self.contract.stream is not None and self.contract.stream.commit != "last"
+        commits = self.contract.stream is not None and self.contract.stream.commits
         return self.contract.calls(self.steps) + commits * (2.0 if self.contract.guidance.active else 1.0)
 
     def windows(

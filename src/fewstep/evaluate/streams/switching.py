@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -78,11 +79,22 @@ def ways() -> tuple[str, ...]:
     return typing.get_args(typing.get_type_hints(Session.steer)["how"]) or ("keep",)
 
 
+def offered(session: Session) -> tuple[str, ...]:
+    """Those of `ways` in which this stream can be switched; one that latents alone do not tell is not made anew."""
+    found = []
+    for how in ways():
+        with suppress(ValueError):
+            session.require(how)  # type: ignore[arg-type]
+            found.append(how)
+    return tuple(found)
+
+
 @torch.inference_mode()
 def switch(row: Streamed, cases: DriftCases, suite: DriftSuite, progress: Progress | None) -> list[Switch]:
-    """Switch the prompts of a row's streams after one clip length, in every way and kind."""
+    """Switch the prompts of a row's streams after one clip length, in every way that they can be and every kind."""
     frames, spans = row.model.card.num_frames, list(cases.batches(suite.batch))
-    found: dict[tuple[str, str], list[Windows]] = {(how, kind): [] for how in ways() for kind in KINDS}
+    hows = offered(_session(row, cases.prompts[:1], cases.seeds[:1]))
+    found: dict[tuple[str, str], list[Windows]] = {(how, kind): [] for how in hows for kind in KINDS}
     places: list[int] = []
     done, total = 0, len(spans) * len(found)
     for span in spans:

@@ -15,13 +15,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fewstep.attention import Everything, KVCache, Window
+from fewstep.attention import KVCache
 from fewstep.core import Call, Cond, KVView, Rng
 from fewstep.core.call import Causal
 from fewstep.diffusion import Contract, Kind, NoisePath, Prediction, Stream, TimeDensity
 from fewstep.diffusion.prediction import Tangent
 from fewstep.models.denoiser import Predictor
-from fewstep.streaming.blocks import keep_of
+from fewstep.streaming.blocks import one_after_the_other
 
 
 class History(ABC):
@@ -121,17 +121,6 @@ class ByChunk:
 
 def chunks_of(stream: Stream, frames: int) -> Causal:
     """What the chunks of whole clips read, as they do one after the other in a stream. ValueError where one call cannot be so."""
-    if stream.positions != "absolute":
-        raise ValueError(
-            f"in a call of whole clips a frame has one position, and this stream has positions {stream.positions!r}; train it "
-            "with absolute ones, or with a rollout (SelfForced)"
-        )
-    keep, chunks = keep_of(stream), stream.lengths(frames)
-    if isinstance(keep, Window):
-        return Causal(chunks, keep.window - keep.sink - max(stream.chunks), keep.sink)
-    if not isinstance(keep, Everything):
-        raise ValueError(
-            f"in a call of whole clips a chunk reads everything or a window, and this stream remembers by {type(keep).__name__}; "
-            "train it with SelfForced, or give it a window"
-        )
-    return Causal(chunks)
+    if stream.commit == "nothing":
+        raise ValueError("chunks of this stream read nothing of each other; train it with MovingBuffer")
+    return one_after_the_other(stream, stream.lengths(frames))

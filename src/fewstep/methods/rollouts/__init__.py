@@ -5,11 +5,12 @@ from fewstep.methods.rollouts.base import Rolled, Rollout, Visit, pick, predict
 from fewstep.methods.rollouts.from_data import FromData
 from fewstep.methods.rollouts.from_pairs import FromPairs
 from fewstep.methods.rollouts.grids import NESTED, Grids, exact, student_contract
+from fewstep.methods.rollouts.rolling_forced import RollingForced
 from fewstep.methods.rollouts.self_forced import SelfForced
 
-ROLLOUTS: tuple[type[Rollout], ...] = (BackwardSimulation, FromData, FromPairs, SelfForced)
+ROLLOUTS: tuple[type[Rollout], ...] = (BackwardSimulation, FromData, FromPairs, RollingForced, SelfForced)
 
 __all__ = [
-    "NESTED", "ROLLOUTS", "BackwardSimulation", "FromData", "FromPairs", "Grids", "Rolled", "Rollout", "SelfForced", "Visit",
-    "exact", "pick", "predict", "student_contract",
+    "NESTED", "ROLLOUTS", "BackwardSimulation", "FromData", "FromPairs", "Grids", "Rolled", "RollingForced", "Rollout",
+    "SelfForced", "Visit", "exact", "pick", "predict", "student_contract",
 ]  # fmt: skip

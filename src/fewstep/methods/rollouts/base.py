@@ -35,13 +35,14 @@ class Rolled(Visit):
     """The last call, whose x0 the method's losses use, and the calls that led to it."""
 
     before: tuple[Visit, ...] = ()
-    """Earlier calls, in order. The last `Rollout.grad_calls` calls carry gradient."""
+    """Earlier calls, in order. The last `Rollout.grad_calls` calls carry gradient. Of chunks that differ in their number of calls
+    the last ones belong together, and those that made fewer stay at their first one."""
     noise: Tensor | None = None
     """Noise of the first input, before scaling to its path; None if the input is a stored state."""
     exit: int = 0
-    """Steps of the sampler that were done before the last call."""
+    """Steps of the sampler that were done before the last call; of chunks that differ, the most."""
     grid: tuple[float, ...] = ()
-    """Times of that sampler, without the final 0; empty if each sample has its own step."""
+    """Times of that sampler, without the final 0; empty if each sample, or each chunk, has its own step."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from math import lcm
 from statistics import fmean
 
 import torch
@@ -17,6 +18,7 @@ from fewstep.methods.rollouts.base import Rolled, Rollout, Visit
 from fewstep.methods.rollouts.grids import Exit, deepest, drawn, stops
 from fewstep.models.denoiser import Predictor
 from fewstep.streaming.blocks import Chunks, Made
+from fewstep.streaming.noise import start_noise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,10 @@ class SelfForced(Rollout):
 
     The call at the exit carries gradient; what is remembered of a chunk carries none. So the gradient of a chunk is that of one
     call, whatever the length of the stream. With several grids, each rollout draws a grid and then the exit.
+
+    Where the stream has `steps` of its own (Diagonal Distillation, 2603.09488), each of `grids` belongs to the chunks of as many
+    steps, and one draw says after which share of its steps every chunk stops: each step of a chunk is as likely, also where
+    chunks differ. With `commit: last` a chunk reads what the exit call of the chunk before it left, and nothing else is called.
 
     With `clips` the stream is longer than what the teacher knows, and a random stretch as long as one clip is trained on
     (Self-Forcing++, 2510.02283). What comes before it is made with all steps, as in sampling, and without gradient; what comes
@@ -35,48 +41,67 @@ class SelfForced(Rollout):
     stream: Stream = Stream()
     """How a clip is made chunk by chunk, in training and afterwards."""
     exit: Exit = "random"
-    """Step to stop at, the same in all chunks: a random one or the last."""
+    """Step to stop at, in all chunks after the same share of their steps: a random one or the last."""
     clips: Count = 1
     """Length of a rollout in clips of the teacher's length; the last one of a random number up to this is trained on."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.stream.steps:
+        own, given = set(self.stream.steps), [len(grid) for grid in self.grids]
+        if own and sorted(given) != sorted(own):
             raise ValueError(
-                f"a rollout stops all chunks at one step, and those of this stream take {self.stream.steps} steps; leave "
-                "stream.steps out in training, and set it in the student's contract"
+                f"chunks of this stream take {', '.join(map(str, self.stream.steps))} steps, and grids has lists of "
+                f"{', '.join(map(str, given))} times; give one list for each of these numbers of steps"
+            )
+        if self.stream.rolling > 1:
+            raise ValueError(
+                f"this stream denoises {self.stream.rolling} chunks at once, and this rollout one chunk after the other; take "
+                "RollingForced, or leave stream.rolling out"
             )
 
     @property
     def calls(self) -> float:
-        """Those that make keys and values to remember are calls, too."""
-        remember = 0 if self.stream.commit == "last" else 1
-        ahead = (self.clips - 1) / 2 * (remember + fmean(map(len, self.grids)))
-        return ahead + remember + fmean(fmean(found) + 1 for found in stops(self.grids, self.exit))
+        """Those that make keys and values to remember are calls, too. Of chunks with steps of their own: in the long run."""
+        remember = self.stream.commits
+        long = [grid for grid in self.grids if len(grid) in self.stream.steps[-1:]] or self.grids
+        ahead = (self.clips - 1) / 2 * (remember + fmean(map(len, long)))
+        return ahead + remember + fmean(fmean(found) + 1 for found in stops(tuple(long), self.exit))
 
     @property
     def fullest(self) -> Mapping[str, int]:
-        return deepest(self.grids) | ({"stretch": 2**31} if self.clips > 1 else {})
+        """The longest grid, its last exit, and as much before the stretch as may be."""
+        drawn = {"exit": lcm(*self.stream.steps) - 1} if self.stream.steps else deepest(self.grids)
+        return drawn | ({"stretch": 2**31} if self.clips > 1 else {})
 
     def __call__(self, student: Predictor, batch: Batch, rng: Rng, *, grad: bool) -> Rolled:
-        grid, stop = drawn(self.grids, self.exit, self.shift, rng)
-        contract = Contract(sampler=self.sampler, steps=len(grid), stream=self.stream)
-        loop = Chunks(network=student, contract=contract, times=(*grid, 0.0))
+        loop, exit, of = self._drawn(student, rng)
         first, lengths = self._stretch(batch.latent_shape[1], rng)
         memory, noises, made = loop.begin(), list[Tensor](), list[list[Visit]]()
-        for index, length in enumerate(lengths):
+        shape = batch.noise_shape
+        size = shape[0], shape[1], shape[3], shape[4]
+        for index in range(len(lengths)):
             own, trained = rng.fold(f"chunk/{index}"), index >= first
-            noise = own.randn((*batch.noise_shape[:2], length, *batch.noise_shape[3:]), "start")
+            stop = exit * (len(loop.grid(index)) - 1) // of if trained else None
+            noise = start_noise(self.stream, index, size, rng)
             visits, start = list[Visit](), student.path.prior(noise)
             with torch.set_grad_enabled(grad and trained):
-                for step in loop.chunk(memory, start, batch.cond, batch.cond, own, exit=stop if trained else None):
+                for step in loop.chunk(memory, start, batch.cond, batch.cond, own, exit=stop):
                     visits.append(_visit(step))
                 memory = step.memory or memory
             if trained:
                 noises.append(noise)
                 made.append(visits)
-        (*before, last) = (_joined(visits) for visits in zip(*made, strict=True))
-        return Rolled(last.x0, last.x_t, last.t, tuple(before), torch.cat(noises, 2), exit=stop, grid=grid)
+        (*before, last), noise = aligned(made, apart=bool(self.stream.steps)), torch.cat(noises, 2)
+        return Rolled(last.x0, last.x_t, last.t, tuple(before), noise, exit=len(before), grid=loop.times[:-1])
+
+    def _drawn(self, student: Predictor, rng: Rng) -> tuple[Chunks, int, int]:
+        """The loop, and the share of its steps after which a chunk stops: `exit` of `of`."""
+        loop = Chunks(network=student, contract=self.contract(Contract()), times=())
+        if not self.stream.steps:
+            grid, stop = drawn(self.grids, self.exit, self.shift, rng)
+            return replace(loop, times=(*grid, 0.0)), stop, len(grid)
+        of = lcm(*self.stream.steps)
+        return loop, rng.integer("exit", of) if self.exit == "random" else of - 1, of
 
     def _stretch(self, frames: int, rng: Rng) -> tuple[int, tuple[int, ...]]:
         """The first chunk that is trained on, and the lengths of all chunks up to the last one of the stretch."""
@@ -98,6 +123,17 @@ def _visit(made: Made) -> Visit:
     return Visit(made.x, made.step.prediction.x_t, made.step.prediction.t)
 
 
-def _joined(chunks: tuple[Visit, ...]) -> Visit:
-    """The same step of every chunk, as one call."""
-    return Visit(torch.cat([v.x0 for v in chunks], 2), torch.cat([v.x_t for v in chunks], 2), chunks[0].t)
+def aligned(chunks: Sequence[Sequence[Visit]], *, apart: bool) -> list[Visit]:
+    """The calls of each chunk, as calls on all of them: the last ones together, and those with fewer stay at their first. At one
+    time for all, or where they are `apart`, at a time for each frame. Only the last has gradient."""
+    deep = max(map(len, chunks))
+    calls = [[calls[max(0, n + len(calls) - deep)] for calls in chunks] for n in range(deep)]
+    with torch.no_grad():
+        before = [_joined(visits, apart) for visits in calls[:-1]]
+    return [*before, _joined(calls[-1], apart)]
+
+
+def _joined(chunks: Sequence[Visit], apart: bool) -> Visit:
+    each = [v.t[:, None].expand(-1, v.x0.shape[2]) if v.t.ndim == 1 else v.t for v in chunks]
+    t = torch.cat(each, 1) if apart else chunks[0].t
+    return Visit(torch.cat([v.x0 for v in chunks], 2), torch.cat([v.x_t for v in chunks], 2), t)
