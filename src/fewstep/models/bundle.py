@@ -297,8 +297,13 @@ class VideoModel:
             blank = Cond(torch.zeros(batch, 1, 1), torch.zeros(batch, 1, dtype=torch.bool))
         else:
             blank = self.text.blank(batch).with_extra(blank_images(self, batch, num_frames or self.card.num_frames))
-        scalars = self.denoiser.backbone.scalars if "denoiser" in self.parts else ()
-        return blank.with_extra({name: torch.zeros(batch) for name in scalars})
+        if "denoiser" not in self.parts:
+            return blank
+        backbone = self.denoiser.backbone
+        blank = blank.with_extra({name: torch.zeros(batch) for name in backbone.scalars})
+        told = [signal.told for signal in backbone.signals]
+        frames = self.latent_shape(num_frames)[1] if told else 0
+        return blank.with_extra({one.name: torch.zeros(batch, frames, one.width) for one in told}, framewise=True)
 
     # --- folders ------------------------------------------------------------------------------------------------------
 

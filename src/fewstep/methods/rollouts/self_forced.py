@@ -64,12 +64,12 @@ class SelfForced(Rollout):
         loop = Chunks(network=student, contract=contract, times=(*grid, 0.0))
         first, lengths = self._stretch(batch.latent_shape[1], rng)
         memory, noises, made = loop.begin(), list[Tensor](), list[list[Visit]]()
-        for index, length in enumerate(lengths):
+        for index, (begin, length) in enumerate(zip(accumulate(lengths, initial=0), lengths)):
             own, trained = rng.fold(f"chunk/{index}"), index >= first
             noise = own.randn((*batch.noise_shape[:2], length, *batch.noise_shape[3:]), "start")
-            visits, start = list[Visit](), student.path.prior(noise)
+            visits, start, cond = list[Visit](), student.path.prior(noise), batch.cond.during(begin, length)
             with torch.set_grad_enabled(grad and trained):
-                for step in loop.chunk(memory, start, batch.cond, batch.cond, own, exit=stop if trained else None):
+                for step in loop.chunk(memory, start, cond, cond, own, exit=stop if trained else None):
                     visits.append(_visit(step))
                 memory = step.memory or memory
             if trained:
