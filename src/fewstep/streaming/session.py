@@ -188,7 +188,7 @@ class Session:
                 raise ValueError(f"chunk {index} has latents {shape}, and its video was given as {tuple(clean.shape)}")
             start = path.add_noise(clean, noise.randn(shape, "start"), full(chunks.times[0], clean))
         runner = every_block if self._cache is None else self._cache.begin()
-        first = sum(map(self._chunks.stream.length, range(index)))
+        first = chunks.stream.begin(index)
         cond, uncond = (given.during(first, shape[2]).with_extra(extra) for given in self._conditions_of(index))
         chunks = replace(chunks, constants=self._constants(cond, uncond))
         self._making = True
