@@ -18,6 +18,7 @@ from torch import Tensor
 from fewstep.cli.clips import SHOWN
 from fewstep.cli.command import UsageError
 from fewstep.cli.commands import _made, _prompts
+from fewstep.cli.keys import read_keys
 from fewstep.cli.pace import telling
 from fewstep.cli.plan import size
 from fewstep.cli.running import runtime_of
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from fewstep.models.card import Card
 
 _KEPT = (
-    "student", "seconds", "switch", "video", "strength", "num_inference_steps", "lora", "scale", "force", "dtype", "tiling",
+    "student", "seconds", "switch", "keys", "video", "strength", "num_inference_steps", "lora", "scale", "force", "dtype", "tiling",
     "attention",
 )  # fmt: skip
 """Options that decide what is made, besides prompts and seed."""
@@ -122,6 +123,7 @@ def stream(options: Stream) -> int:
     card = read_card(options.student)
     length, scale = Length.of(options.seconds, card), _scale(options, card)
     length.require(options.at, card)
+    keys = read_keys(options.keys, card) if options.keys else None
     times = Request(prompts=(), num_inference_steps=options.num_inference_steps, force=options.force).times(card)
     if options.dry_run:
         return _planned(options, card, length, len(times) - 1)
@@ -135,6 +137,8 @@ def stream(options: Stream) -> int:
     steps, force, video = options.num_inference_steps, options.force, _video(options, model, length, times)
     with model.stream([options.prompt], video=video, seed=options.seed, num_inference_steps=steps, force=force) as live:
         changes = [(seconds, live.prompt(text, at=seconds, how=options.switch), text) for seconds, text in options.at]
+        if keys is not None:
+            live.control("keys", keys)
         note = _note(options, model, times, changes)
         file = GrowingVideo(options.output, fps=card.fps, scale=scale, note=note)
         with saying(lambda: _kept(options.output, file, card)), file, telling(options.quiet) as tell:

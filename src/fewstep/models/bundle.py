@@ -41,7 +41,7 @@ from fewstep.models.offload import Blockwise, bring
 from fewstep.models.results import result_in
 from fewstep.models.runtime import Dtype, Runtime, decoded, require_exact, settled, typed
 from fewstep.models.sampling import Request, Texts, sampling
-from fewstep.models.scalars import scalar_conditions
+from fewstep.models.scalars import scalar_conditions, with_blank_inputs
 from fewstep.models.served import Served
 from fewstep.models.spec import lacking
 from fewstep.models.stored import write_tensors
@@ -297,13 +297,7 @@ class VideoModel:
             blank = Cond(torch.zeros(batch, 1, 1), torch.zeros(batch, 1, dtype=torch.bool))
         else:
             blank = self.text.blank(batch).with_extra(blank_images(self, batch, num_frames or self.card.num_frames))
-        if "denoiser" not in self.parts:
-            return blank
-        backbone = self.denoiser.backbone
-        blank = blank.with_extra({name: torch.zeros(batch) for name in backbone.scalars})
-        told = [signal.told for signal in backbone.signals]
-        frames = self.latent_shape(num_frames)[1] if told else 0
-        return blank.with_extra({one.name: torch.zeros(batch, frames, one.width) for one in told}, framewise=True)
+        return with_blank_inputs(self, blank, num_frames)
 
     # --- folders ------------------------------------------------------------------------------------------------------
 
