@@ -26,7 +26,7 @@ from fewstep.cli.screen import screen, table
 from fewstep.core.atomic import require_writable
 from fewstep.core.stopping import saying
 from fewstep.data.growing import GrowingVideo
-from fewstep.data.video import LARGEST_SIDE, decode, fit, to_floats, write_video
+from fewstep.data.video import LARGEST_SIDE, decode, fit, read_image, to_floats, write_video
 from fewstep.engine.log import figure
 from fewstep.evaluate.latency import memory_in_use
 from fewstep.evaluate.machine import versions
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from fewstep.models.card import Card
 
 _KEPT = (
-    "student", "seconds", "switch", "keys", "video", "strength", "num_inference_steps", "lora", "scale", "force", "dtype", "tiling",
+    "student", "seconds", "switch", "keys", "image", "video", "strength", "num_inference_steps", "lora", "scale", "force", "dtype", "tiling",
     "attention",
 )  # fmt: skip
 """Options that decide what is made, besides prompts and seed."""
@@ -134,8 +134,9 @@ def stream(options: Stream) -> int:
     for lora in options.lora:
         model = model.with_lora(lora)
     clock = Clock(perf_counter(), model.device)
-    steps, force, video = options.num_inference_steps, options.force, _video(options, model, length, times)
-    with model.stream([options.prompt], video=video, seed=options.seed, num_inference_steps=steps, force=force) as live:
+    given = {"video": _video(options, model, length, times), "image": _image(options, card)}
+    asked = {"seed": options.seed, "num_inference_steps": options.num_inference_steps, "force": options.force}
+    with model.stream([options.prompt], **given, **asked) as live:
         changes = [(seconds, live.prompt(text, at=seconds, how=options.switch), text) for seconds, text in options.at]
         if keys is not None:
             live.control("keys", keys)
@@ -156,6 +157,8 @@ def stream(options: Stream) -> int:
 def _check(options: Stream) -> None:
     """UsageError for what no model can do."""
     _prompts((options.prompt, *(text for _, text in options.at)), None)
+    if options.video is not None and options.image is not None:
+        raise UsageError("a video begins with --image or changes --video; leave out one")
     if options.video is None and options.strength is not None:
         raise UsageError("--strength is that of the change of a --video; give one, or leave --strength out")
     if not math.isfinite(options.seconds):
@@ -168,6 +171,11 @@ def _check(options: Stream) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+
+
+def _image(options: Stream, card: Card) -> Tensor | None:
+    """The picture to begin with, as large as the video."""
+    return None if options.image is None else read_image(options.image, (card.height, card.width))
 
 
 def _video(options: Stream, model: VideoModel, length: Length, times: Sequence[float]) -> Video | None:

@@ -31,6 +31,8 @@ class Stream(Runs):
     is held to the end. Or a text file with a line for each change: its second, and the keys (default: none)."""
     seconds: float = 10.0
     """Length of the video."""
+    image: Path | None = None
+    """Picture that the video begins with, scaled and cropped to its size. For students whose first chunk is one latent frame."""
     video: Path | None = None
     """Video to change, frame by frame: each chunk starts from its frames, noised to --strength (default: start from noise)."""
     strength: float | None = None

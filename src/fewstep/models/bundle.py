@@ -34,7 +34,7 @@ from fewstep.models.decoding import Decoded
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.depot import depot_of
 from fewstep.models.fingerprint import describe, print_of
-from fewstep.models.images import Images, blank_images, image_conditions
+from fewstep.models.images import Images, blank_images, first_latents, image_conditions
 from fewstep.models.loading import loaded
 from fewstep.models.lora import add
 from fewstep.models.offload import Blockwise, bring
@@ -213,11 +213,17 @@ class VideoModel:
         self.bring("codec")
         return decoded(self.codec, latents, self.runtime)
 
-    def stream(self, prompts: Sequence[str], *, video: Video | None = None, **options: Any) -> LiveSession:
+    def stream(
+        self, prompts: Sequence[str], *, video: Video | None = None, image: Tensor | None = None, **options: Any
+    ) -> LiveSession:
         """A live stream of one clip per prompt, or of a changed `video`, of a model whose contract has a `stream`; `options` are
-        those of `Session`, such as `seed`. Chunks are decoded beside the denoiser's calls; on a CPU, whose cores these need, and
+        those of `Session`, such as `seed`. It begins with an `image`, if there is one (`images.first_latents`). Chunks are decoded beside the denoiser's calls; on a CPU, whose cores these need, and
         with offload between them."""
         beside = self.runtime.offload == "none" and self.device.type != "cpu"
+        if image is not None and video is not None:
+            raise ValueError("a stream begins with an image or changes a video, not both; leave out one")
+        if image is not None:
+            options = {**options, "given": first_latents(self, len(prompts), image)}
         return LiveSession(Session(self, prompts, **options), video=video, beside=beside)
 
     @torch.no_grad()

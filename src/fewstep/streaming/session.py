@@ -50,6 +50,8 @@ class Snapshot:
     """Last latents, from which the memory can be made anew for other prompts; None before the first chunk."""
     fade: Fade | None = None
     """Change of prompts that is under way."""
+    given: Tensor | None = None
+    """Latents `[B, C, F, h, w]` that the stream begins with, in whole chunks, such as that of an image; None: it makes all."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +92,11 @@ class Session:
         num_inference_steps: int | None = None,
         cache: CachePolicy | None = None,
         conditions: tuple[Cond, Cond] | None = None,
+        given: Tensor | None = None,
         force: bool = False,
     ) -> None:
-        """`start` is one prompt per clip, or a snapshot; `seed` one seed per clip, or the first of consecutive ones.
+        """`start` is one prompt per clip, or a snapshot; `seed` one seed per clip, or the first of consecutive ones. `given` are
+        latents that a new stream begins with: its first chunks are these, and later ones read them.
 
         `conditions` are those of the prompts and of the negative ones, where they are ready. ValueError for a model that makes
         whole clips, and for a step count that it was not trained for, unless `force`.
@@ -101,7 +105,10 @@ class Session:
         self._chunks = Chunks.of(model.reader, contract, num_inference_steps, force=force)
         if not isinstance(start, Snapshot):
             seeds = range(seed, seed + len(start)) if isinstance(seed, int) else seed
-            start = Snapshot(tuple(start), tuple(seeds), self._chunks.begin())
+            start = Snapshot(tuple(start), tuple(seeds), self._chunks.begin(), given=given)
+            self._require_given(model, start)
+        elif given is not None:
+            raise ValueError("a snapshot has what its stream began with; leave out given")
         self._model, self._cache, self.snapshot = model, cache, start
         self._guided, self._making = contract.guidance.active, False
         self._conditions = conditions or model.conditions(start.prompts, guided=self._guided)
@@ -189,17 +196,33 @@ class Session:
             start = path.add_noise(clean, noise.randn(shape, "start"), full(chunks.times[0], clean))
         runner = every_block if self._cache is None else self._cache.begin()
         first = chunks.stream.begin(index)
+        given = None if before.given is None else before.given[:, :, first : first + shape[2]]
         cond, uncond = (given.during(first, shape[2]).with_extra(extra) for given in self._conditions_of(index))
         chunks = replace(chunks, constants=self._constants(cond, uncond))
         self._making = True
         try:
-            for made in chunks.chunk(before.memory, start, cond, uncond, noise, runner=runner):
+            making = (
+                chunks.known(before.memory, given, cond, uncond, noise, index)
+                if given is not None and given.shape[2]
+                else chunks.chunk(before.memory, start, cond, uncond, noise, runner=runner)
+            )
+            for made in making:
                 yield made.step
                 if (memory := made.memory) is not None:
                     latents = self._chunks.recent(before.latents, made.x, index)
                     self.snapshot = replace(self.snapshot, memory=memory, chunks=index + 1, latents=latents)
         finally:
             self._making = False
+
+    def _require_given(self, model: Streams, start: Snapshot) -> None:
+        """ValueError for latents of another shape than the first chunks of the stream."""
+        if start.given is None:
+            return
+        channels, _, height, width = model.latent_shape()
+        chunks = self._chunks.stream.lengths(start.given.shape[2])  # refuses half a chunk
+        wanted = (len(start.prompts), channels, sum(chunks), height, width)
+        if start.given.shape != wanted:
+            raise ValueError(f"the stream begins with latents {wanted}, and {tuple(start.given.shape)} were given")
 
     def _constants(self, *conditions: Cond) -> Constants:
         """What calls share while the conditions are the same tensors."""
