@@ -49,7 +49,7 @@ CASES: Mapping[str, Transform] = {
     "ScalarInput": ScalarInput(name="guidance", scale=10.0),
     "ScalarInput-default": ScalarInput(name="until", default=0.5),
     "FrameInput": FrameInput(name="keys", width=2, words=("left", "right")),
-    "FrameInput-default": FrameInput(name="beat", default=0.0),
+    "FrameInput-window": FrameInput(name="beat", default=0.0, back=2, ahead=1),
     "Repatterned": Repatterned(pattern=BlockCausal(chunk=1)),
     "StepScales": StepScales(steps=3),
     "StepScales-some": StepScales(steps=2, targets=("mlp.up",)),
@@ -60,7 +60,7 @@ CASES: Mapping[str, Transform] = {
 def call(network: Denoiser, scale: float = 4.0) -> Tensor:
     rng = Rng(5)
     extra = {name: torch.full((2,), scale) for name in network.backbone.scalars}
-    extra |= {x.told.name: rng.randn((2, FRAMES, x.told.width), x.told.name) for x in network.backbone.signals}
+    extra |= {x.told.name: rng.randn((2, FRAMES, x.told.numbers), x.told.name) for x in network.backbone.signals}
     cond = Cond(rng.randn((2, 3, 16), "text"), torch.ones(2, 3, dtype=torch.bool), extra)
     steps = max((layer.steps for layer in network.modules() if isinstance(layer, StepLinear)), default=1)
     said = Call(step=steps - 1, steps=steps)

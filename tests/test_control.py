@@ -109,17 +109,65 @@ def control(name: str, chunk: int, *rows: float) -> Control:
 def test_rows_follow_the_frames_that_are_seen() -> None:
     """Latent frames of four frames each: the third one is half of the old rows and half of the last one, which stays."""
     some = [control("beat", 0, 1, 1, 1, 0, 0.5, 0.5, 0.5), control("keys", 2, 1)]
-    found = told(some, (0, 4))
+    inputs = {name: FrameInput(name=name) for name in ("beat", "keys")}
+    found = told(some, (0, 4), inputs)
     assert list(found) == ["beat"] and found["beat"].flatten().tolist() == [0.75]
-    assert told(some, (4, 8, 12))["beat"].flatten().tolist() == [0.5, 0.5]
-    assert set(told(some, (8, 12))) == {"beat", "keys"}
-    assert told([*some, control("beat", 1, 0.0)], (4, 8))["beat"].flatten().tolist() == [0.0]
+    assert told(some, (4, 8, 12), inputs)["beat"].flatten().tolist() == [0.5, 0.5]
+    assert set(told(some, (8, 12), inputs)) == {"beat", "keys"}
+    assert told([*some, control("beat", 1, 0.0)], (4, 8), inputs)["beat"].flatten().tolist() == [0.0]
+
+
+def test_a_latent_frame_is_told_of_frames_before_and_after_it() -> None:
+    """Closed form, one frame per latent frame: the row before, its own, and the two after; the outermost rows stay."""
+    numbers = torch.arange(1.0, 6.0)[None, :, None]
+    windows = of_latents(numbers, range(6), back=1, ahead=2)
+    assert windows[0].tolist() == [[1, 1, 2, 3], [1, 2, 3, 4], [2, 3, 4, 5], [3, 4, 5, 5], [4, 5, 5, 5]]
+    four = of_latents(numbers, (0, 1, 5), back=1)  # of one frame, then of four: the mean of the four, one frame earlier
+    assert four[0].tolist() == [[1, 1], [2.5, 3.5]]
+    heard = {"beat": FrameInput(name="beat", back=1, ahead=2)}
+    whole = [Control("beat", numbers, 0, 0)]
+    parts = [told(whole, ends, heard)["beat"] for ends in ((0, 1, 2), (2, 3, 4, 5))]
+    assert torch.equal(torch.cat(parts, 1), windows)
+    later = told([*whole, Control("beat", torch.zeros(1, 1, 1), 1, 3)], (2, 3), heard)
+    assert later.popitem()[1].tolist() == [[[2, 3, 0, 0]]]  # a control that is to come is heard, as far as it is near
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 3])
+def test_a_chunk_never_hears_beyond_its_look_ahead(ahead: int) -> None:
+    """Sound that comes later than its last frame and the look-ahead does not change a chunk; the last that it hears does."""
+    heard = FrameInput(name="beat", back=1, ahead=ahead, default=0.0)
+    model = streaming_model().transformed(heard)
+    shaken(model.denoiser.backbone.signals, 0.3)
+    beat, shown = torch.rand(12, 1, generator=torch.Generator().manual_seed(0)), {}
+    for changed in (None, 4 + ahead - 1, 4 + ahead):  # the second chunk ends before frame 4
+        rows = beat.clone()
+        if changed is not None:
+            rows[changed] += 0.5
+        with live(model) as session:
+            session.control("beat", rows)
+            shown[changed] = joined(list(session.frames(2)))
+    assert not torch.equal(shown[4 + ahead - 1], shown[None]) and torch.equal(shown[4 + ahead], shown[None])
+
+
+def test_what_was_heard_before_a_restore_counts(model: VideoModel) -> None:
+    """A control that another one has replaced is kept as long as its frames are heard."""
+    listening = streaming_model().transformed(FrameInput(name="beat", back=2, default=0.0))
+    shaken(listening.denoiser.backbone.signals, 0.3)
+    with live(listening) as one:
+        one.control("beat", [1.0])
+        one.control("beat", [0.0], chunk=1)
+        first = list(one.frames(1))
+        one.control("beat", [0.5], chunk=3)
+        where, rest = one.snapshot(), list(one.frames(3))
+    assert rest[0].told["beat"].tolist() == [[[1, 1, 0], [1, 0, 0]]] * 2 and len(first) == 1
+    with LiveSession.restore(listening, where, beside=False) as again:
+        assert torch.equal(joined(list(again.frames(3))), joined(rest))
 
 
 def test_only_what_may_still_be_told_is_kept() -> None:
     some = [control("a", 0, 1), control("b", 0, 1), control("a", 2, 1), control("a", 5, 1)]
-    assert [(c.name, c.chunk) for c in lasting(some, 3)] == [("b", 0), ("a", 2), ("a", 5)]
-    assert lasting(some, 0) == tuple(some)
+    assert [(c.name, c.chunk) for c in lasting(some, 12)] == [("b", 0), ("a", 2), ("a", 5)]
+    assert lasting(some, 7) == tuple(some) and len(lasting(some, 8)) == 3
 
 
 @pytest.mark.parametrize(

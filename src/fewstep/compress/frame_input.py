@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fewstep.compress.scalar_input import waves
 from fewstep.compress.transform import Transform
-from fewstep.core.bounds import Count, require_bounds
+from fewstep.core.bounds import Count, Natural, require_bounds
 
 _WAVES, _FASTEST = 16, 30.0
 """Waves that stand for one number, and radians per unit of the fastest."""
@@ -27,7 +27,7 @@ _PARTS = 6
 
 @dataclass(frozen=True, kw_only=True)
 class FrameInput(Transform):
-    """The network reads `Cond.extra[name]`, `[B, F, width]`: some numbers for every latent frame of a call.
+    """The network reads `Cond.extra[name]`, `[B, F, numbers]`: some numbers for every latent frame of a call.
 
     A frame's numbers say what happens between the frame before it and this one. In a stream each chunk is told of its own
     frames.
@@ -36,6 +36,10 @@ class FrameInput(Transform):
     name: str
     width: Count = 1
     """Numbers for each frame, best about 0 to 1."""
+    back: Natural = 0
+    """Frames before its own whose numbers a frame reads as well: sound that was heard already."""
+    ahead: Natural = 0
+    """Frames after its own, likewise. A stream that is told what comes as it comes is late by so many frames."""
     words: tuple[str, ...] = ()
     """What each of the numbers is called, such as keys: left, right, up, down. Needed to name them on the command line."""
     default: float | None = None
@@ -51,6 +55,11 @@ class FrameInput(Transform):
     @property
     def identity(self) -> bool:
         return True
+
+    @property
+    def numbers(self) -> int:
+        """How many a latent frame reads: those of its own frames, and of each one before and after."""
+        return self.width * (self.back + 1 + self.ahead)
 
     def apply(self, network: Any) -> Any:
         if not network.takes_signals:
@@ -70,7 +79,7 @@ class Signal(nn.Module):
     def __init__(self, told: FrameInput, width: int, **place: Any) -> None:
         super().__init__()
         self.told = told
-        self.out = nn.utils.skip_init(nn.Linear, told.width * _WAVES, _PARTS * width, **place)
+        self.out = nn.utils.skip_init(nn.Linear, told.numbers * _WAVES, _PARTS * width, **place)
         if not self.out.weight.is_meta:
             nn.init.zeros_(self.out.weight)
             nn.init.zeros_(self.out.bias)
@@ -78,7 +87,7 @@ class Signal(nn.Module):
     def forward(self, modulation_BG6E: Tensor, extra: Mapping[str, Tensor], frames: int) -> Tensor:
         """The modulation of each of the `frames` of a call, `[B, F, 6, E]`, with this added. ValueError where a condition does not
         say what is needed."""
-        told, shape = self.told, (len(modulation_BG6E), frames, self.told.width)
+        told, shape = self.told, (len(modulation_BG6E), frames, self.told.numbers)
         value_BFK = extra.get(told.name)
         if value_BFK is None and told.default is not None:
             value_BFK = modulation_BG6E.new_full(shape, told.default)
@@ -89,7 +98,7 @@ class Signal(nn.Module):
             )
         if value_BFK.shape != shape:
             raise ValueError(
-                f"Cond.extra[{told.name!r}] must be {list(shape)}, {told.width} numbers for every latent frame of the call, got "
+                f"Cond.extra[{told.name!r}] must be {list(shape)}, {told.numbers} numbers for every latent frame of the call, got "
                 f"{list(value_BFK.shape)}"
             )
         read = waves(value_BFK.to(modulation_BG6E), _WAVES, _FASTEST).flatten(2)

@@ -44,4 +44,4 @@ def with_blank_inputs(model: VideoModel, cond: Cond, num_frames: int | None) -> 
     cond = cond.with_extra({name: torch.zeros(batch) for name in backbone.scalars})
     told = [signal.told for signal in backbone.signals]
     frames = model.latent_shape(num_frames)[1] if told else 0
-    return cond.with_extra({each.name: torch.zeros(batch, frames, each.width) for each in told}, framewise=True)
+    return cond.with_extra({each.name: torch.zeros(batch, frames, each.numbers) for each in told}, framewise=True)

@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
 from threading import RLock
 from time import perf_counter
 from typing import Any, Protocol, cast
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fewstep.diffusion import Step
-from fewstep.streaming.control import Control, lasting, numbers_for, told
+from fewstep.streaming.control import Control, inputs_of, lasting, numbers_for, told
 from fewstep.streaming.decoder import Decoder, Pixels
 from fewstep.streaming.session import Session, Snapshot, Streams, Video
 from fewstep.streaming.switch import Switch
@@ -189,10 +188,15 @@ class LiveSession:
         rows = numbers_for(self._model.card, name, numbers, len(self._start.session.prompts)).to(self._model.device)
         with self._lock:
             first = self._first(at, chunk)
-            kept = [c for c in lasting(self._controls, self.chunks) if (c.name, c.chunk) != (name, first)]
+            kept = [c for c in self._lasting() if (c.name, c.chunk) != (name, first)]
             new = Control(name, rows, first, self._ends(first)[0])
             self._controls = tuple(sorted([*kept, new], key=lambda control: control.chunk))
             return first
+
+    def _lasting(self) -> tuple[Control, ...]:
+        """Controls that the chunk after the one that was shown last, or a later one, is told of."""
+        back = max((each.back for each in inputs_of(self._model.card).values()), default=0)
+        return lasting(self._controls, self._ends(self.chunks)[0] - back)
 
     def _first(self, at: float | None, chunk: int | None) -> int:
         """The first chunk that is not begun, or later."""
@@ -238,7 +242,7 @@ class LiveSession:
             waiting = tuple(
                 (chunk, *switch) for chunk, switch in sorted(self._switches.items()) if chunk >= self.chunks
             )
-            controls = lasting(self._controls, self.chunks)
+            controls = self._lasting()
             if shown is None:
                 return replace(self._start, switches=waiting, controls=controls)
             if shown.after is None and shown is self._making:
@@ -322,7 +326,7 @@ class LiveSession:
         if index in self._switches:
             session.steer(*self._switches[index])
         version = self._start.version + sum(chunk <= index for chunk in self._switches)
-        extra = told(self._controls, self._ends(index))
+        extra = told(self._controls, self._ends(index), inputs_of(self._model.card))
         steps = session.steps(self._video, extra=extra)
         return _Making(index, before, steps, session.snapshot.prompts, version, extra, self._commit)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core import Batch, Rng
-from fewstep.core.bounds import Size
+from fewstep.core.bounds import Natural, Size
 from fewstep.data.base import Data, Source
 from fewstep.data.texts import Texts
 from fewstep.models import Card, VideoModel
@@ -48,11 +48,13 @@ class Told:
             moves = headings(scenes, self.keys, frames) * (PACE if self.beat is None else paces(self.beat))
         return moves if self.pose is None else moves - PACE * camera_moves(self.pose)
 
-    def extra(self, ends: Sequence[int]) -> Mapping[str, Tensor]:
-        """Conditions by name, for latent frames that are decoded to so many frames (`of_latents`)."""
+    def extra(self, ends: Sequence[int], back: int = 0, ahead: int = 0) -> Mapping[str, Tensor]:
+        """Conditions by name, for latent frames that are decoded to so many frames; of the beat with those before and after
+        (`of_latents`)."""
         camera = None if self.pose is None else camera_moves(self.pose)
-        given = {"keys": self.keys, "beat": self.beat, "camera": camera, "pose": self.pose}
-        return {name: of_latents(numbers, ends) for name, numbers in given.items() if numbers is not None}
+        given = {"keys": self.keys, "camera": camera, "pose": self.pose}
+        made = {name: of_latents(numbers, ends) for name, numbers in given.items() if numbers is not None}
+        return made if self.beat is None else made | {"beat": of_latents(self.beat, ends, back, ahead)}
 
 
 def sentence(scene: Scene, signals: Sequence[Steered]) -> str:
@@ -81,10 +83,16 @@ class WorldActions(Data):
     """Frames of the clips; the model's own clips may be shorter."""
     signals: tuple[Steered, ...] = ("keys",)
     """What steers the clips. The prompt says of the motion only what no signal says."""
+    back: Natural = 0
+    """Frames before its own whose beat a frame is told of, too: `back` of the network's `FrameInput`."""
+    ahead: Natural = 0
+    """Frames after its own, likewise."""
 
     def __post_init__(self) -> None:
         if not self.signals or len(set(self.signals)) < len(self.signals):
             raise ValueError(f"signals: name at least one of keys, beat and camera, each once; got {list(self.signals)}")
+        if (self.back or self.ahead) and "beat" not in self.signals:
+            raise ValueError(f"back and ahead are frames of the beat, and signals are {list(self.signals)}; leave them out")
 
     def check_card(self, card: Card) -> None:
         WorldClips(num_frames=card.num_frames).check_card(card)
@@ -110,7 +118,7 @@ class _Actions:
         scenes, variation = sample_scenes(size, generator), Variation.sample(size, generator)
         told = Told.sample(data.signals, size, data.num_frames, generator)
         prompts = tuple(sentence(scene, data.signals) for scene in scenes)
-        extra = {name: x.to(rng.device) for name, x in told.extra(self.ends).items()}
+        extra = {name: x.to(rng.device) for name, x in told.extra(self.ends, data.back, data.ahead).items()}
         frames = None
         if self.needs & {"frames", "x0"}:
             track = walked(variation.position, told.moves(scenes, variation, data.num_frames))
