@@ -2,9 +2,9 @@
 
     python bench/actions.py runs/world/actions/2-consistency/student --steps 4 --clips 32 --frames 32
 
-`obeyed`: of clips that are told random keys. `chance`: the same clips against the keys of other clips. `nothing`: clips of the same
-prompts and seeds that are told no keys, against these keys. `still`: an object that never moves. `rendered`: real clips of these
-keys, encoded and decoded, which is the most that can be had. Intervals are 95 % over clips.
+`obeyed`: of clips that are told random keys. `chance`: the same clips against the keys of other clips. `nothing`: clips of the
+same prompts and seeds that are told no keys, against these keys. `still`: an object that never moves. `rendered`: real clips of
+these keys, encoded and decoded, which is the most that can be had. Intervals are 95 % over clips.
 """
 
 from __future__ import annotations

@@ -82,7 +82,8 @@ def test_the_video_shows_the_image_and_goes_on_after_a_restore(model: VideoModel
 def test_an_image_takes_one_call_and_a_cancelled_one_leaves_no_trace(model: VideoModel) -> None:
     times = list[float]()
     model.denoiser.register_forward_pre_hook(lambda _, inputs: times.append(float(inputs[1].max())))
-    session = Session(model, PROMPTS, given=torch.zeros(2, 4, 1, 8, 8))
+    session = Session(model, PROMPTS)
+    session.begin_with(torch.zeros(2, 4, 1, 8, 8))
     before, steps = session.snapshot, session.steps()
     assert next(steps).index == 0 and times == [0.0]
     steps.close()  # type: ignore[attr-defined]
@@ -93,7 +94,9 @@ def test_an_image_takes_one_call_and_a_cancelled_one_leaves_no_trace(model: Vide
 
 def test_several_chunks_may_be_given(model: VideoModel) -> None:
     given = Rng(0).randn((2, 4, 5, 8, 8), "given")
-    chunks = list(Session(model, PROMPTS, given=given).take(4))
+    session = Session(model, PROMPTS)
+    session.begin_with(given)
+    chunks = list(session.take(4))
     assert torch.equal(torch.cat(chunks[:3], 2), given) and chunks[3].shape[2] == 2
 
 
@@ -101,18 +104,22 @@ def test_what_cannot_begin_with_an_image_is_refused(model: VideoModel) -> None:
     long = model_of(Stream(chunks=(2,)))
     with pytest.raises(ValueError, match=r"first chunk of 2 latent frames.*chunks \[1, 2\]"):
         long.stream(PROMPTS, image=picture())
-    with pytest.raises(ValueError, match=r"begins with an image: give image \(--image\), \[3, 32, 32\]; got \[1, 3, 8, 8\]"):
+    with pytest.raises(
+        ValueError, match=r"begins with an image: give image \(--image\), \[3, 32, 32\]; got \[1, 3, 8, 8\]"
+    ):
         model.stream(PROMPTS, image=torch.zeros(1, 3, 8, 8))
     with pytest.raises(ValueError, match="3 images for 2 clips"):
         model.stream(PROMPTS, image=picture(count=3))
     with pytest.raises(ValueError, match="not both"):
         model.stream(PROMPTS, image=picture(), video=Video(lambda chunk: torch.zeros(())))
     with pytest.raises(ValueError, match=r"begins with latents \(2, 4, 1, 8, 8\), and \(1, 4, 1, 8, 8\) were given"):
-        Session(model, PROMPTS, given=torch.zeros(1, 4, 1, 8, 8))
+        Session(model, PROMPTS).begin_with(torch.zeros(1, 4, 1, 8, 8))
     with pytest.raises(ValueError, match=r"make clips of 1 or 3, not 2"):
-        Session(model, PROMPTS, given=torch.zeros(2, 4, 2, 8, 8))
-    with pytest.raises(ValueError, match="a snapshot has what its stream began with"):
-        Session(model, Session(model, PROMPTS).snapshot, given=torch.zeros(2, 4, 1, 8, 8))
+        Session(model, PROMPTS).begin_with(torch.zeros(2, 4, 2, 8, 8))
+    session = Session(model, PROMPTS)
+    list(session.take(1))
+    with pytest.raises(ValueError, match="has made 1 chunks already"):
+        session.begin_with(torch.zeros(2, 4, 1, 8, 8))
 
 
 def test_the_command_takes_a_picture(
@@ -124,7 +131,10 @@ def test_the_command_takes_a_picture(
     words = ["stream", "student", "--prompt", "a red ball", "--quiet", "--scale", "1", "--image", "a.png"]
     assert main([*words, "--seconds", "1.25", "--output", "a.mp4"]) == 0
     loaded = VideoModel.from_pretrained("student")
-    with loaded.stream(["a red ball"], image=read_image("a.png", (32, 32))) as live, GrowingVideo("b.mp4", fps=4) as file:
+    with (
+        loaded.stream(["a red ball"], image=read_image("a.png", (32, 32))) as live,
+        GrowingVideo("b.mp4", fps=4) as file,
+    ):
         for chunk in live.frames(3):
             file.add(chunk.frames[0])
     assert torch.equal(read_video("a.mp4", 5), read_video("b.mp4", 5))

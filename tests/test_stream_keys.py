@@ -52,7 +52,11 @@ def test_a_file_has_the_second_of_each_change(card: Card, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("text", "why"),
-    [("jump*3", "unknown key jump; the keys are left, right and none"), ("left*0", "cannot read"), ("left*x", "cannot read")],
+    [
+        ("jump*3", "unknown key jump; the keys are left, right and none"),
+        ("left*0", "cannot read"),
+        ("left*x", "cannot read"),
+    ],
 )
 def test_what_is_no_key_is_refused(text: str, why: str, card: Card) -> None:
     with pytest.raises(UsageError, match=why):

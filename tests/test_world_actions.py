@@ -55,7 +55,9 @@ def test_keys_move_the_object_by_their_pace() -> None:
 def test_a_track_of_constant_velocity_is_drawn_as_by_render_bit_for_bit() -> None:
     scenes, variation = sample_scenes(4, dice()), Variation.sample(4, dice(1))
     still = torch.zeros(4, 1, 1)
-    assert torch.equal(render_track(scenes, variation, variation.position[:, None] + still), render(scenes, variation, 1))
+    assert torch.equal(
+        render_track(scenes, variation, variation.position[:, None] + still), render(scenes, variation, 1)
+    )
     with pytest.raises(ValueError, match="one of each per clip"):
         render_track(scenes, variation, torch.zeros(3, 2, 2))
 
@@ -112,7 +114,7 @@ def test_keys_are_held_and_none_of_them_is_preferred() -> None:
     changes = (keys.diff(dim=1) != 0).any(2).double().mean()
     assert abs(float(changes) - 1 / 5) < 0.02  # they are held for five frames in the mean
     beat = random_beat(200, 64, dice())
-    assert 0 <= beat.min() and beat.max() == 1 and (beat.diff(dim=1) > 0).double().mean() < 0.3
+    assert beat.min() >= 0 and beat.max() == 1 and (beat.diff(dim=1) > 0).double().mean() < 0.3
     assert paces(beat).max() == 2.5
     poses = random_cameras(50, 32, dice())
     assert poses.shape == (50, 32, 6) and (poses[:, 0] == torch.tensor([0.0, 0, 0, 0, 0, 1])).all()

@@ -29,8 +29,8 @@ def read_keys(text: str, card: Card) -> Tensor:
     told = next((x for x in card.transforms if isinstance(x, FrameInput) and x.name == "keys" and x.words), None)
     if told is None:
         raise UsageError(
-            f"--keys: {card.name!r} reads no keys; train a student with the transform FrameInput(name: keys, words: ...), such as "
-            "world/actions"
+            f"--keys: {card.name!r} reads no keys; train a student with the transform FrameInput (name: keys, words: ...), "
+            "such as world/actions"
         )
     path = Path(text)
     held = _file(path, card.fps) if path.suffix == ".txt" else _words(text)
@@ -44,7 +44,9 @@ def _words(text: str) -> Iterator[tuple[str, int]]:
     for number, part in enumerate(parts, 1):
         found = _HELD.fullmatch(part)
         if found is None or found["frames"] == "0":
-            raise UsageError(f'--keys: cannot read {part!r}; write keys and numbers of frames, such as "left*8 right*8"')
+            raise UsageError(
+                f'--keys: cannot read {part!r}; write keys and numbers of frames, such as "left*8 right*8"'
+            )
         yield found["keys"], int(found["frames"] or 1)
         if number == len(parts) and found["frames"]:
             yield NONE, 1
@@ -62,9 +64,13 @@ def _file(path: Path, fps: float) -> Iterator[tuple[str, int]]:
             second, keys = line
             moment = float(second)
         except ValueError:
-            raise UsageError(f"--keys {path}: line {number} is {' '.join(line)!r}; write its second and keys: 2.5 left") from None
+            raise UsageError(
+                f"--keys {path}: line {number} is {' '.join(line)!r}; write its second and keys: 2.5 left"
+            ) from None
         if not math.isfinite(moment) or round(moment * fps) < changes[-1][0]:
-            raise UsageError(f"--keys {path}: line {number} is before the line above it; sort the lines by their seconds")
+            raise UsageError(
+                f"--keys {path}: line {number} is before the line above it; sort the lines by their seconds"
+            )
         changes.append((round(moment * fps), keys))
     for (frame, keys), (end, _) in zip(changes, changes[1:], strict=False):
         yield keys, end - frame

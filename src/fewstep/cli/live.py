@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from fewstep.models.card import Card
 
 _KEPT = (
-    "student", "seconds", "switch", "keys", "image", "video", "strength", "num_inference_steps", "lora", "scale", "force", "dtype", "tiling",
-    "attention",
+    "student", "seconds", "switch", "keys", "image", "video", "strength", "num_inference_steps", "lora", "scale", "force",
+    "dtype", "tiling", "attention",
 )  # fmt: skip
 """Options that decide what is made, besides prompts and seed."""
 
@@ -134,9 +134,13 @@ def stream(options: Stream) -> int:
     for lora in options.lora:
         model = model.with_lora(lora)
     clock = Clock(perf_counter(), model.device)
-    given = {"video": _video(options, model, length, times), "image": _image(options, card)}
-    asked = {"seed": options.seed, "num_inference_steps": options.num_inference_steps, "force": options.force}
-    with model.stream([options.prompt], **given, **asked) as live:
+    asked: dict[str, Any] = {
+        "seed": options.seed,
+        "num_inference_steps": options.num_inference_steps,
+        "force": options.force,
+    }
+    video, image = _video(options, model, length, times), _image(options, card)
+    with model.stream([options.prompt], video=video, image=image, **asked) as live:
         changes = [(seconds, live.prompt(text, at=seconds, how=options.switch), text) for seconds, text in options.at]
         if keys is not None:
             live.control("keys", keys)

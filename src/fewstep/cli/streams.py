@@ -27,8 +27,8 @@ class Stream(Runs):
     """How --at changes the prompt. keep: smoothly. recache: at once, from the last frames. clear: a hard cut. lerp: over four
     chunks."""
     keys: str = ""
-    """Keys that are held, for a student that reads them, frame by frame: "left*8 right*8 none*4 left+up". A last key without a number
-    is held to the end. Or a text file with a line for each change: its second, and the keys (default: none)."""
+    """Keys that are held, for a student that reads them, frame by frame: "left*8 right*8 none*4 left+up". A last key without a
+    number is held to the end. Or a text file with a line for each change: its second, and the keys (default: none)."""
     seconds: float = 10.0
     """Length of the video."""
     image: Path | None = None

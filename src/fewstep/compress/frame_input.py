@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fewstep.compress.scalar_input import waves
@@ -85,8 +84,8 @@ class Signal(nn.Module):
             nn.init.zeros_(self.out.bias)
 
     def forward(self, modulation_BG6E: Tensor, extra: Mapping[str, Tensor], frames: int) -> Tensor:
-        """The modulation of each of the `frames` of a call, `[B, F, 6, E]`, with this added. ValueError where a condition does not
-        say what is needed."""
+        """The modulation of each of the `frames` of a call, `[B, F, 6, E]`, with this added. ValueError where a condition does
+        not say what is needed."""
         told, shape = self.told, (len(modulation_BG6E), frames, self.told.numbers)
         value_BFK = extra.get(told.name)
         if value_BFK is None and told.default is not None:
@@ -98,8 +97,8 @@ class Signal(nn.Module):
             )
         if value_BFK.shape != shape:
             raise ValueError(
-                f"Cond.extra[{told.name!r}] must be {list(shape)}, {told.numbers} numbers for every latent frame of the call, got "
-                f"{list(value_BFK.shape)}"
+                f"Cond.extra[{told.name!r}] must be {list(shape)}, {told.numbers} numbers for every latent frame of the call, "
+                f"got {list(value_BFK.shape)}"
             )
         read = waves(value_BFK.to(modulation_BG6E), _WAVES, _FASTEST).flatten(2)
         return modulation_BG6E + self.out(read).unflatten(-1, (_PARTS, -1))

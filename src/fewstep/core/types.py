@@ -57,7 +57,7 @@ class Cond:
         for name in sorted(self.framewise):
             if (told := self.extra[name].shape[1]) < first + frames:
                 raise ValueError(
-                    f"the condition tells {name!r} of {told} latent frames, and frame {first + frames - 1} is asked for (from 0); "
+                    f"the condition tells {name!r} of {told} latent frames, and frame {first + frames - 1} is asked for; "
                     "tell it of as many as are made"
                 )
         part = {name: x[:, first : first + frames] if name in self.framewise else x for name, x in self.extra.items()}

@@ -331,8 +331,8 @@ class Backbone(nn.Module, ABC):
         return time_BGE
 
     def with_signals(self, modulation_BG6E: Tensor, cond: Cond, frames: int) -> Tensor:
-        """The modulation of the blocks in a call of so many latent frames, to which every input for frames adds what `cond` says of
-        it."""
+        """The modulation of the blocks in a call of so many latent frames, to which every input for frames adds what `cond` says
+        of it."""
         for signal in self.signals:
             modulation_BG6E = signal(modulation_BG6E, cond.extra, frames)
         return modulation_BG6E

@@ -217,14 +217,15 @@ class VideoModel:
         self, prompts: Sequence[str], *, video: Video | None = None, image: Tensor | None = None, **options: Any
     ) -> LiveSession:
         """A live stream of one clip per prompt, or of a changed `video`, of a model whose contract has a `stream`; `options` are
-        those of `Session`, such as `seed`. It begins with an `image`, if there is one (`images.first_latents`). Chunks are decoded beside the denoiser's calls; on a CPU, whose cores these need, and
-        with offload between them."""
+        those of `Session`, such as `seed`. It may begin with an `image` (`images.first_latents`). Chunks are decoded beside the
+        denoiser's calls; on a CPU, whose cores these need, and with offload between them."""
         beside = self.runtime.offload == "none" and self.device.type != "cpu"
         if image is not None and video is not None:
             raise ValueError("a stream begins with an image or changes a video, not both; leave out one")
+        session = Session(self, prompts, **options)
         if image is not None:
-            options = {**options, "given": first_latents(self, len(prompts), image)}
-        return LiveSession(Session(self, prompts, **options), video=video, beside=beside)
+            session.begin_with(first_latents(self, len(prompts), image))
+        return LiveSession(session, video=video, beside=beside)
 
     @torch.no_grad()
     def decode_next(self, latents: Tensor, past: Any = None, *, last: bool = False) -> Decoded:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fewstep.compress import FrameInput
 from fewstep.core import Cond
 
 if TYPE_CHECKING:
@@ -42,6 +43,6 @@ def with_blank_inputs(model: VideoModel, cond: Cond, num_frames: int | None) -> 
         return cond
     backbone, batch = model.denoiser.backbone, len(cond)
     cond = cond.with_extra({name: torch.zeros(batch) for name in backbone.scalars})
-    told = [signal.told for signal in backbone.signals]
+    told: list[FrameInput] = [signal.told for signal in backbone.signals]  # type: ignore[misc]
     frames = model.latent_shape(num_frames)[1] if told else 0
     return cond.with_extra({each.name: torch.zeros(batch, frames, each.numbers) for each in told}, framewise=True)

@@ -24,8 +24,9 @@ def of_latents(
     """The numbers of latent frames, `[B, F, (back + 1 + ahead) K]`, from those of the frames that are seen, `[B, N, K]`.
 
     `ends[i]` is how many frames `i` latent frames are decoded to (`VideoModel.clip_frames`), from `ends[0]`, the number of
-    the first frame of the clip; `first` is that of the first row (None: the same). Besides the mean of its own frames a latent frame is told that of the frames 1 to `back` earlier and 1 to
-    `ahead` later, the earliest first; beyond both ends the outermost row stays. ValueError where the numbers end before the clip.
+    the first frame that is told of; `first` is that of the first row (None: the same). Besides the mean of its own frames a
+    latent frame is told that of the frames 1 to `back` earlier and 1 to `ahead` later, the earliest first; beyond both ends the
+    outermost row stays. ValueError where the numbers end before the clip.
     """
     first = ends[0] if first is None else first
     if numbers_BNK.ndim != 3 or numbers_BNK.shape[1] < ends[-1] - first:
@@ -71,8 +72,8 @@ def numbers_for(card: Any, name: str, numbers: Any, clips: int) -> Tensor:
     found = found.expand(clips, -1, -1) if found.ndim == 2 else found
     if found.ndim != 3 or found.shape != (clips, found.shape[1], reads[name].width) or not found.shape[1]:
         raise ValueError(
-            f"{name}: give {reads[name].width} numbers for one frame, a row of them for each frame, or such rows for each of {clips} "
-            f"clips; got {list(torch.as_tensor(numbers).shape)}"
+            f"{name}: give {reads[name].width} numbers for one frame, a row of them for each frame, or such rows for each of "
+            f"{clips} clips; got {list(torch.as_tensor(numbers).shape)}"
         )
     if not torch.isfinite(found).all():
         raise ValueError(f"{name}: the numbers must be finite")

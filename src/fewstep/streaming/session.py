@@ -92,11 +92,9 @@ class Session:
         num_inference_steps: int | None = None,
         cache: CachePolicy | None = None,
         conditions: tuple[Cond, Cond] | None = None,
-        given: Tensor | None = None,
         force: bool = False,
     ) -> None:
-        """`start` is one prompt per clip, or a snapshot; `seed` one seed per clip, or the first of consecutive ones. `given` are
-        latents that a new stream begins with: its first chunks are these, and later ones read them.
+        """`start` is one prompt per clip, or a snapshot; `seed` one seed per clip, or the first of consecutive ones.
 
         `conditions` are those of the prompts and of the negative ones, where they are ready. ValueError for a model that makes
         whole clips, and for a step count that it was not trained for, unless `force`.
@@ -105,10 +103,7 @@ class Session:
         self._chunks = Chunks.of(model.reader, contract, num_inference_steps, force=force)
         if not isinstance(start, Snapshot):
             seeds = range(seed, seed + len(start)) if isinstance(seed, int) else seed
-            start = Snapshot(tuple(start), tuple(seeds), self._chunks.begin(), given=given)
-            self._require_given(model, start)
-        elif given is not None:
-            raise ValueError("a snapshot has what its stream began with; leave out given")
+            start = Snapshot(tuple(start), tuple(seeds), self._chunks.begin())
         self._model, self._cache, self.snapshot = model, cache, start
         self._guided, self._making = contract.guidance.active, False
         self._conditions = conditions or model.conditions(start.prompts, guided=self._guided)
@@ -122,6 +117,20 @@ class Session:
     def stream(self) -> Stream:
         """How the model makes chunks."""
         return self._chunks.stream
+
+    def begin_with(self, latents: Tensor) -> None:
+        """Let the first chunks be these latents `[B, C, F, h, w]`, such as those of an image; later chunks read them.
+
+        ValueError for a stream that has begun, half a chunk, and latents of another shape.
+        """
+        if self.snapshot.chunks:
+            raise ValueError(f"this stream has made {self.snapshot.chunks} chunks already; begin another one")
+        channels, _, height, width = self._model.latent_shape()
+        frames = sum(self.stream.lengths(latents.shape[2]))  # refuses half a chunk
+        wanted = (len(self.snapshot.prompts), channels, frames, height, width)
+        if latents.shape != wanted:
+            raise ValueError(f"the stream begins with latents {wanted}, and {tuple(latents.shape)} were given")
+        self.snapshot = replace(self.snapshot, given=latents)
 
     def require(self, how: Switch, over: int = 4) -> None:
         """ValueError for a way to change prompts that there is not, or not for this stream."""
@@ -213,16 +222,6 @@ class Session:
                     self.snapshot = replace(self.snapshot, memory=memory, chunks=index + 1, latents=latents)
         finally:
             self._making = False
-
-    def _require_given(self, model: Streams, start: Snapshot) -> None:
-        """ValueError for latents of another shape than the first chunks of the stream."""
-        if start.given is None:
-            return
-        channels, _, height, width = model.latent_shape()
-        chunks = self._chunks.stream.lengths(start.given.shape[2])  # refuses half a chunk
-        wanted = (len(start.prompts), channels, sum(chunks), height, width)
-        if start.given.shape != wanted:
-            raise ValueError(f"the stream begins with latents {wanted}, and {tuple(start.given.shape)} were given")
 
     def _constants(self, *conditions: Cond) -> Constants:
         """What calls share while the conditions are the same tensors."""

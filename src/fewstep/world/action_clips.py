@@ -90,9 +90,13 @@ class WorldActions(Data):
 
     def __post_init__(self) -> None:
         if not self.signals or len(set(self.signals)) < len(self.signals):
-            raise ValueError(f"signals: name at least one of keys, beat and camera, each once; got {list(self.signals)}")
+            raise ValueError(
+                f"signals: name at least one of keys, beat and camera, each once; got {list(self.signals)}"
+            )
         if (self.back or self.ahead) and "beat" not in self.signals:
-            raise ValueError(f"back and ahead are frames of the beat, and signals are {list(self.signals)}; leave them out")
+            raise ValueError(
+                f"back and ahead are frames of the beat, and signals are {list(self.signals)}; leave them out"
+            )
 
     def check_card(self, card: Card) -> None:
         WorldClips(num_frames=card.num_frames).check_card(card)

@@ -62,7 +62,7 @@ def random_keys(clips: int, frames: int, generator: torch.Generator, *, held: tu
 
 
 def random_beat(clips: int, frames: int, generator: torch.Generator) -> Tensor:
-    """A signal like the loudness of music, `[B, F, 1]` from 0 to 1: beats every 4 to 8 frames that fade with a half-life of 1 to 3."""
+    """A signal like loudness, `[B, F, 1]` from 0 to 1: a beat every 4 to 8 frames, which fades to half in 1 to 3."""
     every = torch.randint(4, 9, (clips, 1), generator=generator)
     phase = torch.randint(0, 8, (clips, 1), generator=generator)
     fade = 1 + 2 * torch.rand(clips, 1, generator=generator)
