@@ -201,6 +201,13 @@ def test_a_memory_that_faces_is_told_poses() -> None:
     assert all(chunk.told["pose"].shape == (1, 2, 6) for chunk in shown)
 
 
+def test_a_memory_that_would_not_be_told_is_not_made_anew(model: VideoModel) -> None:
+    with live(model) as session:
+        with pytest.raises(ValueError, match="reads keys of every frame.*keep, clear or lerp"):
+            session.prompt("a green cross turns", how="recache")
+        assert session.prompt("a green cross turns", how="lerp") == 0
+
+
 def test_a_latent_frame_needs_all_its_frames() -> None:
     numbers: Tensor = torch.zeros(1, 3, 1)
     with pytest.raises(ValueError, match="4 frames need"):

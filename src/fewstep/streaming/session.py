@@ -17,6 +17,7 @@ from fewstep.core.call import Constants, every_block
 from fewstep.diffusion import Step, Stream
 from fewstep.diffusion.samplers import full
 from fewstep.streaming.blocks import Chunks, Reader
+from fewstep.streaming.control import inputs_of
 from fewstep.streaming.switch import Fade, Mix, Switch, mixed, require_switch
 
 
@@ -137,6 +138,11 @@ class Session:
         require_switch(how, over)
         if how == "recache":
             self._chunks.require_recache()
+            if reads := ", ".join(inputs_of(self._model.card)):
+                raise ValueError(
+                    f"this model reads {reads} of every frame, which a memory that is made anew is not told yet; choose keep, clear "
+                    "or lerp"
+                )
 
     def steer(self, prompts: Sequence[str], how: Switch = "keep", *, over: int = 4) -> None:
         """Other prompts, one per clip, from the next chunk on; `how` is a way of `streaming.switch`. With `lerp` the change takes
