@@ -140,7 +140,7 @@ class Session:
             self._chunks.require_recache()
             if reads := ", ".join(inputs_of(self._model.card)):
                 raise ValueError(
-                    f"this model reads {reads} of every frame, which a memory that is made anew is not told yet; choose keep, clear "
+                    f"this model reads {reads} of every frame, which a memory that is made anew is not told; choose keep, clear "
                     "or lerp"
                 )
 
