@@ -116,6 +116,39 @@ def test_the_same_words_make_the_same_video(student: VideoModel) -> None:
     assert torch.equal(a, b)
 
 
+def test_a_video_is_made_again_from_what_it_says(student: VideoModel, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--prompt", "a red ball", "--at", 1, "b", "--seconds", 2, "--seed", 4, "--switch", "recache", "--scale", 3)
+    assert streamed(*words, "--output", "a.mp4") == 0
+    assert main(["stream", "--like", "a.mp4", "--output", "b.mp4", "--quiet"]) == 0
+    assert torch.equal(read_video("a.mp4", 16), read_video("b.mp4", 16))
+    assert main(["stream", "--like", "a.mp4", "--seed", "5", "--output", "c.mp4", "--quiet"]) == 0
+    assert not torch.equal(read_video("a.mp4", 16), read_video("c.mp4", 16))
+    capsys.readouterr()
+    with GrowingVideo(Path("d.mp4"), fps=8) as video:
+        video.add(colours(2))
+    assert main(["stream", "--like", "d.mp4"]) == 2 and "a file that fewstep stream wrote" in capsys.readouterr().err
+
+
+def test_a_stream_goes_on_after_its_snapshot(student: VideoModel, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both parts are the frames of one stream."""
+    whole = ("--prompt", "a red ball", "--seed", 3, "--at", 3, "b")
+    assert streamed(*whole, "--seconds", 4.5, "--output", "whole.mp4") == 0
+    assert (
+        streamed("--prompt", "a red ball", "--seed", 3, "--seconds", 1.5, "--snapshot", "s", "--output", "a.mp4") == 0
+    )
+    words = ("--restore", "s", "--seconds", 3)
+    assert streamed(*words, "--at", 1.5, "b", "--output", "b.mp4") == 0
+    note = json.loads(read_note("b.mp4"))
+    assert note["after chunks"] == 4 and note["changes"] == [{"at": 1.5, "chunk": 8, "prompt": "b"}]
+    parts = [read_video(name, count).float().mean((1, 2)) for name, count in (("a.mp4", 12), ("b.mp4", 24))]
+    assert (torch.cat(parts) - read_video("whole.mp4", 36).float().mean((1, 2))).abs().max() < 6
+    assert main(["stream", "--like", "b.mp4"]) == 2 and "went on after a snapshot" in capsys.readouterr().err
+    assert streamed(*words, "--seed", 1) == 2 and "leave --video, --seed" in capsys.readouterr().err
+    assert streamed("--seconds", 1) == 2 and "--prompt is missing" in capsys.readouterr().err
+    assert streamed("--prompt", "a", "--seconds", 1, "--snapshot", "t") == 2
+    assert "give --seconds 0.75 or 1.125" in capsys.readouterr().err and not Path("t").exists()
+
+
 def test_ctrl_c_ends_the_video(
     student: VideoModel, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,7 +1,8 @@
 """Copy the built-in world's trained networks into the package: half-precision weights, and a card with their origin.
 
-`python tools/ship_world.py` after the runs of the recipes world/* (autoencoder, text_encoder, features, teacher, teacher_motion);
-`--runs DIR` where they lie elsewhere. The teacher's contract, measured best, is given by `--guidance` and `--shift`.
+`python tools/ship_world.py` after the runs of the recipes world/* (autoencoder, text_encoder, features, teacher, teacher_motion,
+self_forcing); `--runs DIR` where they lie elsewhere, `--only NAME` for one of them. The teacher's contract, measured best, is
+given by `--guidance` and `--shift`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from fewstep.evaluate import describe_machine, versions
 from fewstep.models.bundle import BUILT_IN, VideoModel
 from fewstep.models.results import result_in
 
-SHIPPED = {"teacher": "teacher_motion", "features": "features"}
+SHIPPED = {"teacher": "teacher_motion", "features": "features", "stream": "self_forcing"}
 """Folder in the package: the run it comes from."""
 LICENCE = "Apache-2.0; trained on clips rendered by fewstep.world only, from random weights"
 
@@ -27,10 +28,14 @@ def main() -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs/world"))
     parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--shift", type=float, default=1.0)
+    parser.add_argument("--only", choices=SHIPPED)
     options, machine = parser.parse_args(), describe_machine()
-    for name, run in SHIPPED.items():
+    for name in [options.only] if options.only else SHIPPED:
+        run = SHIPPED[name]
         model = VideoModel.from_pretrained(result_in(options.runs / run) or options.runs / run)
-        contract = replace(model.card.contract, guidance=CFG(scale=options.guidance), grid=Shifted(shift=options.shift))
+        contract = model.card.contract
+        if name == "teacher":
+            contract = replace(contract, guidance=CFG(scale=options.guidance), grid=Shifted(shift=options.shift))
         made = {
             "recipe file": f"world/{run}",
             "trained on": f"{machine.cores} CPU cores ({machine.cpu}), no GPU",

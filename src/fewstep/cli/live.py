@@ -21,6 +21,7 @@ from fewstep.cli.commands import _made, _prompts
 from fewstep.cli.keys import read_keys
 from fewstep.cli.pace import telling
 from fewstep.cli.plan import size
+from fewstep.cli.remade import facts_of
 from fewstep.cli.running import runtime_of
 from fewstep.cli.screen import screen, table
 from fewstep.core.atomic import require_writable
@@ -35,8 +36,9 @@ from fewstep.models.encoding import encode_stream
 from fewstep.models.needs import remembered
 from fewstep.models.runtime import effective, told
 from fewstep.models.sampling import Request
+from fewstep.models.snapshots import load_snapshot, save_snapshot
 from fewstep.models.source import outline
-from fewstep.streaming import LiveChunk, Video
+from fewstep.streaming import LiveChunk, LiveSession, LiveSnapshot, Snapshot, Video
 
 if TYPE_CHECKING:
     from fewstep.cli.streams import Stream
@@ -58,8 +60,9 @@ class Length:
     """Frames of each chunk; the last one may have more than the video needs, which are not written."""
 
     @classmethod
-    def of(cls, seconds: float, card: Card) -> Length:
-        """UsageError for a model of whole clips, and for a length that is no whole number of frames."""
+    def of(cls, seconds: float, card: Card, after: int = 0) -> Length:
+        """Those that follow the first `after` chunks. UsageError for a model of whole clips, and for a length that is no whole
+        number of frames."""
         chunking = card.contract.stream
         if chunking is None:
             raise UsageError(
@@ -73,11 +76,26 @@ class Length:
                 f"--seconds {seconds:g}: a video of {card.fps:g} frames per second has a whole number of them, 1 at least; give "
                 f"{' or '.join(f'{n / card.fps:.8g}' for n in near)}"
             )
-        model, latents, ends = outline(card), 0, [0]
-        while ends[-1] < frames:
-            latents += chunking.length(len(ends) - 1)
+        model, latents = outline(card), sum(map(chunking.length, range(after)))
+        ends = [model.clip_frames(latents) if latents else 0]
+        while ends[-1] - ends[0] < frames:
+            latents += chunking.length(after + len(ends) - 1)
             ends.append(model.clip_frames(latents))
         return cls(frames, tuple(b - a for a, b in zip(ends, ends[1:])))
+
+    @property
+    def spare(self) -> int:
+        """Frames of the last chunk that the video does not need."""
+        return sum(self.chunks) - self.frames
+
+    def require_whole(self, card: Card) -> None:
+        """UsageError where the last chunk is not written whole, and a stream that goes on would leave frames out."""
+        if self.spare:
+            fits = (sum(self.chunks[:-1]), sum(self.chunks))
+            raise UsageError(
+                f"--snapshot: the stream goes on after a whole chunk, and {self.spare} frames of the last one are not in this "
+                f"video; give --seconds {' or '.join(f'{n / card.fps:.8g}' for n in fits if n)}"
+            )
 
     def require(self, at: Sequence[tuple[float, str]], card: Card) -> None:
         """UsageError for a prompt for which no chunk is left."""
@@ -119,6 +137,8 @@ class Clock:
 
 
 def stream(options: Stream) -> int:
+    if options.like is not None:
+        options = _like(options, options.like)
     _check(options)
     card = read_card(options.student)
     length, scale = Length.of(options.seconds, card), _scale(options, card)
@@ -127,40 +147,64 @@ def stream(options: Stream) -> int:
     times = Request(prompts=(), num_inference_steps=options.num_inference_steps, force=options.force).times(card)
     if options.dry_run:
         return _planned(options, card, length, len(times) - 1)
-    for path in filter(None, (options.output, options.preview)):
+    for path in filter(None, (options.output, options.preview, options.snapshot)):
         require_writable(path)
     runtime = runtime_of(options, options.student, card=card)
     model = VideoModel.load(card, options.student, trust=options.trust, runtime=runtime)
     for lora in options.lora:
         model = model.with_lora(lora)
+    start = None if options.restore is None else load_snapshot(options.restore, model)
+    if start is not None:
+        length = Length.of(options.seconds, card, start.session.chunks)
+    if options.snapshot is not None:
+        length.require_whole(card)
     clock = Clock(perf_counter(), model.device)
-    asked: dict[str, Any] = {
-        "seed": options.seed,
-        "num_inference_steps": options.num_inference_steps,
-        "force": options.force,
-    }
-    video, image = _video(options, model, length, times), _image(options, card)
-    with model.stream([options.prompt], video=video, image=image, **asked) as live:
-        changes = [(seconds, live.prompt(text, at=seconds, how=options.switch), text) for seconds, text in options.at]
+    with _begun(options, model, start, _video(options, model, length, times)) as live:
+        ahead = 0.0 if start is None else start.frames / card.fps
+        changes = [
+            (seconds, live.prompt(text, at=ahead + seconds, how=options.switch), text) for seconds, text in options.at
+        ]
         if keys is not None:
             live.control("keys", keys)
-        note = _note(options, model, times, changes)
+        note = _note(options, model, live.snapshot().session, times, changes)
         file = GrowingVideo(options.output, fps=card.fps, scale=scale, note=note)
         with saying(lambda: _kept(options.output, file, card)), file, telling(options.quiet) as tell:
-            for chunk in live.frames(len(length.chunks), last=True):
+            for chunk in live.frames(len(length.chunks), last=options.snapshot is None):
                 clock.shown(chunk)
                 file.add(chunk.frames[0, : length.frames - file.frames])
                 if options.preview is not None and chunk.frames.shape[1]:
                     write_video(options.preview, to_floats(chunk.frames[0, -1:]), scale=scale)
                 tell(str(options.output), file.frames, length.frames, clock.said())
+            if options.snapshot is not None:
+                save_snapshot(live.snapshot(), model, options.snapshot)
+    if (
+        options.like is not None
+        and facts_of(options.like, "fewstep stream")["denoiser"] != json.loads(note)["denoiser"]
+    ):
+        print(f"{options.like} was made by other weights, so the frames will differ", file=sys.stderr)
     print(told(effective(model)), file=sys.stderr)
     print(f"{file.frames} frames, {clock.speed()}, {clock.said()}", file=sys.stderr)
     return _made(options.output)
 
 
+def _begun(options: Stream, model: VideoModel, start: LiveSnapshot | None, video: Video | None) -> LiveSession:
+    """The stream, where it begins or goes on."""
+    steps, force = options.num_inference_steps, options.force
+    if start is None:
+        size = model.card.height, model.card.width
+        image = None if options.image is None else read_image(options.image, size)
+        prompts, seed = [options.prompt or ""], options.seed
+        return model.stream(prompts, video=video, image=image, seed=seed, num_inference_steps=steps, force=force)
+    live = model.stream(start, video=video, num_inference_steps=steps, force=force)
+    if options.prompt:
+        live.prompt(options.prompt, how=options.switch)
+    return live
+
+
 def _check(options: Stream) -> None:
     """UsageError for what no model can do."""
-    _prompts((options.prompt, *(text for _, text in options.at)), None)
+    _check_start(options)
+    _prompts(tuple(text for text in (options.prompt, *(text for _, text in options.at)) if text is not None), None)
     if options.video is not None and options.image is not None:
         raise UsageError("a video begins with --image or changes --video; leave out one")
     if options.video is None and options.strength is not None:
@@ -177,9 +221,29 @@ def _check(options: Stream) -> None:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
 
 
-def _image(options: Stream, card: Card) -> Tensor | None:
-    """The picture to begin with, as large as the video."""
-    return None if options.image is None else read_image(options.image, (card.height, card.width))
+def _like(options: Stream, path: Path) -> Stream:
+    """The options with what the file says, where the command line does not. UsageError without such a note."""
+    facts, default = facts_of(path, "fewstep stream"), {field.name: field.default for field in fields(options)}
+    if facts["after chunks"]:
+        raise UsageError(f"--like {path}: it went on after a snapshot; give --restore and the options that made it")
+    told: dict[str, Any] = {name: value for name, value in facts["options"].items() if name in _KEPT}
+    told |= {"prompt": facts["prompts"][0], "seed": facts["seeds"][0]}
+    told["at"] = tuple((change["at"], change["prompt"]) for change in facts["changes"])
+    for name, kind in (("video", Path), ("image", Path), ("lora", tuple)):
+        if name in told:
+            told[name] = kind(told[name])
+    return replace(options, **{name: value for name, value in told.items() if getattr(options, name) == default[name]})
+
+
+def _check_start(options: Stream) -> None:
+    """UsageError unless it is clear where the stream begins."""
+    if options.restore is None:
+        if options.prompt is None:
+            raise UsageError("--prompt is missing: say what the video shows, or go on with a stream by --restore")
+    elif options.video is not None or options.image is not None or options.dry_run or options.seed:
+        raise UsageError(
+            "--restore goes on with a stream, its seed and its prompts; leave --video, --image, --seed and --dry-run out"
+        )
 
 
 def _video(options: Stream, model: VideoModel, length: Length, times: Sequence[float]) -> Video | None:
@@ -217,12 +281,19 @@ def _scale(options: Stream, card: Card) -> int:
     return scale
 
 
-def _note(options: Stream, model: VideoModel, times: Sequence[float], changes: Sequence[tuple[float, int, str]]) -> str:
+def _note(
+    options: Stream,
+    model: VideoModel,
+    begun: Snapshot,
+    times: Sequence[float],
+    changes: Sequence[tuple[float, int, str]],
+) -> str:
     """How the file is made, as JSON."""
     default = {field.name: field.default for field in fields(options)}
     given = {name: getattr(options, name) for name in _KEPT if getattr(options, name) != default[name]}
     made = {
-        "made by": "fewstep stream", "options": given, "prompts": [options.prompt], "seeds": [options.seed],
+        "made by": "fewstep stream", "options": given, "prompts": list(begun.prompts), "seeds": list(begun.seeds),
+        "after chunks": begun.chunks,
         "changes": [{"at": at, "chunk": chunk, "prompt": prompt} for at, chunk, prompt in changes],
         "model": model.card.name, "denoiser": model.fingerprint("denoiser"), "arithmetic": model.runtime.dtype,
         "device": str(model.device), "times": times, "versions": versions(),
@@ -246,7 +317,7 @@ def _planned(options: Stream, card: Card, length: Length, steps: int) -> int:
     rows = [
         ("length", f"{length.frames} frames of {card.height} x {card.width}, {length.frames / card.fps:.8g} s"),
         ("chunks", f"{len(latents)} of {_different(length.chunks)} frames, {_different(latents)} latent frames"),
-        ("frames left out of the last chunk", str(sum(length.chunks) - length.frames)),
+        ("frames left out of the last chunk", str(length.spare)),
         ("network calls of a chunk", str(calls * steps)),
         ("network calls to remember it", str(0 if chunking.commit == "last" else calls)),
         ("memory of a latent frame", size(each)),

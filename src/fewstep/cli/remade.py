@@ -1,4 +1,4 @@
-"""What a file says of how its clips were made, and `sample --like FILE`, which makes them again."""
+"""What a file says of how its clips were made, and `--like FILE` of `sample` and `stream`, which makes them again."""
 
 from __future__ import annotations
 
@@ -47,7 +47,10 @@ def note_of(made: dict[str, Any], prompts: Sequence[str], seeds: Sequence[int]) 
 
 def remade(options: Sample) -> Sample:
     """The options with what the file `options.like` says, where the command line does not. UsageError without such a note."""
-    facts, default = _facts(options.like or Path()), {field.name: field.default for field in fields(options)}
+    facts, default = (
+        facts_of(options.like or Path(), "fewstep sample"),
+        {field.name: field.default for field in fields(options)},
+    )
     told: dict[str, Any] = {name: value for name, value in facts["options"].items() if name in _KEPT}
     told["prompt"], told["seed"] = _pairs(facts["prompts"], facts["seeds"])
     if options.prompt_file is not None:
@@ -80,7 +83,10 @@ def scalars_of(options: Sample) -> dict[str, float]:
 
 def warn_of_others(options: Sample, made: dict[str, Any]) -> None:
     """Say where the weights are not those that made the file."""
-    if options.like is not None and (before := _facts(options.like)["denoiser"]) != made["denoiser"]:
+    if (
+        options.like is not None
+        and (before := facts_of(options.like, "fewstep sample")["denoiser"]) != made["denoiser"]
+    ):
         print(f"{options.like} was made by other weights ({before}), so the clips will differ", file=sys.stderr)
 
 
@@ -92,13 +98,12 @@ def _pairs(prompts: Sequence[str], seeds: Sequence[int]) -> tuple[tuple[str, ...
     return tuple(prompts[:: len(different)]), different
 
 
-def _facts(path: Path) -> dict[str, Any]:
+def facts_of(path: Path, command: str) -> dict[str, Any]:
+    """What a file says of how `command` made it. UsageError where it says nothing, or names another command."""
     try:
         facts: dict[str, Any] = json.loads(read_note(path))
-        if all(key in facts for key in ("options", "prompts", "seeds", "denoiser")) and "changes" not in facts:
+        if all(key in facts for key in ("options", "prompts", "seeds", "denoiser")) and facts.get("made by") == command:
             return facts
     except json.JSONDecodeError:
         pass
-    raise UsageError(
-        f"--like {path}: it does not say how it was made; give a file that fewstep sample wrote, unchanged"
-    )
+    raise UsageError(f"--like {path}: it does not say how it was made; give a file that {command} wrote, unchanged")

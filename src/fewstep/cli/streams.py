@@ -17,10 +17,10 @@ class Stream(Runs):
 
     Ctrl-C ends the video after the frames that are made."""
 
-    student: Positional[Annotated[str, arg(metavar="STUDENT")]]
-    """Student that streams: a fewstep folder (a run's student/)."""
-    prompt: str
-    """Prompt of the beginning."""
+    student: Positional[Annotated[str, arg(metavar="STUDENT")]] = "world/stream"
+    """Student that streams: a fewstep folder (a run's student/), or a built-in."""
+    prompt: str | None = None
+    """Prompt of the beginning; with --restore the next prompt (default: the stream's)."""
     at: UseAppendAction[tuple[tuple[float, str], ...]] = ()
     """Another prompt, from the first chunk on that starts at this second or later: --at 10 "a blue star". May be repeated."""
     switch: Literal["keep", "recache", "clear", "lerp"] = "keep"
@@ -48,6 +48,12 @@ class Stream(Runs):
     """File to write, an .mp4. It can be played while it is written, and also if this command is killed."""
     preview: Path | None = None
     """Picture (.png) that shows the newest frame while the video is made."""
+    snapshot: Path | None = None
+    """File to write where the stream is at the end, so that --restore goes on with it. The video must end with a whole chunk."""
+    restore: Path | None = None
+    """File of --snapshot: go on with that stream, with the same student."""
+    like: Path | None = None
+    """Video that fewstep stream wrote: make it again. Other options given here replace those of the file."""
     scale: int | None = None
     """Enlarge each pixel this many times (default: small videos to about 128 pixels, others not at all)."""
     force: bool = False

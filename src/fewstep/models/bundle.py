@@ -34,24 +34,28 @@ from fewstep.models.decoding import Decoded
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.depot import depot_of
 from fewstep.models.fingerprint import describe, print_of
-from fewstep.models.images import Images, blank_images, first_latents, image_conditions
+from fewstep.models.images import Images, blank_images, image_conditions
 from fewstep.models.loading import loaded
 from fewstep.models.lora import add
 from fewstep.models.offload import Blockwise, bring
 from fewstep.models.results import result_in
 from fewstep.models.runtime import Dtype, Runtime, decoded, require_exact, settled, typed
-from fewstep.models.sampling import Request, Texts, sampling
+from fewstep.models.sampling import Request, Texts, sampling, streaming
 from fewstep.models.scalars import scalar_conditions, with_blank_inputs
 from fewstep.models.served import Served
 from fewstep.models.spec import lacking
 from fewstep.models.stored import write_tensors
 from fewstep.models.text import TextEncoder
-from fewstep.streaming import LiveSession, Session, Video
+from fewstep.streaming import LiveSession, LiveSnapshot
 
 BUILT_IN = Path(__file__).parent.parent / "world" / "weights"
-"""Where the built-in world's networks are shipped: one folder each, `teacher` and `features`."""
+"""Where the built-in world's networks are shipped: one folder each."""
 
-_BUILT_INS = {"world": BUILT_IN / "teacher", "world/features": BUILT_IN / "features"}
+_BUILT_INS = {
+    "world": BUILT_IN / "teacher",
+    "world/features": BUILT_IN / "features",
+    "world/stream": BUILT_IN / "stream",
+}
 """Folders by the names they go by, which look like names on the hub and are none."""
 
 
@@ -213,19 +217,10 @@ class VideoModel:
         self.bring("codec")
         return decoded(self.codec, latents, self.runtime)
 
-    def stream(
-        self, prompts: Sequence[str], *, video: Video | None = None, image: Tensor | None = None, **options: Any
-    ) -> LiveSession:
-        """A live stream of one clip per prompt, or of a changed `video`, of a model whose contract has a `stream`; `options` are
-        those of `Session`, such as `seed`. It may begin with an `image` (`images.first_latents`). Chunks are decoded beside the
-        denoiser's calls; on a CPU, whose cores these need, and with offload between them."""
-        beside = self.runtime.offload == "none" and self.device.type != "cpu"
-        if image is not None and video is not None:
-            raise ValueError("a stream begins with an image or changes a video, not both; leave out one")
-        session = Session(self, prompts, **options)
-        if image is not None:
-            session.begin_with(first_latents(self, len(prompts), image))
-        return LiveSession(session, video=video, beside=beside)
+    def stream(self, start: Sequence[str] | LiveSnapshot, **options: Any) -> LiveSession:
+        """A live stream of one clip per prompt, or one that goes on after a snapshot, of a model whose contract has a `stream`;
+        `options` are those of `sampling.streaming` (`video`, `image`) and of `Session`, such as `seed`."""
+        return streaming(self, start, **options)
 
     @torch.no_grad()
     def decode_next(self, latents: Tensor, past: Any = None, *, last: bool = False) -> Decoded:
@@ -356,7 +351,8 @@ class VideoModel:
     def from_pretrained(
         cls, source: Path | str, *, leave: Collection[str] = (), trust: bool = False, runtime: Runtime = Runtime()
     ) -> VideoModel:
-        """Load a folder, a model in diffusers' layout (a folder or its hub name), or a built-in: `world`, `world/features`.
+        """Load a folder, a model in diffusers' layout (a folder or its hub name), or a built-in: `world` (the teacher),
+        `world/stream` (a student that streams), `world/features`.
 
         Networks come in eval mode. The weights of parts to `leave` stay in their files: `weights` reads them when wanted.
         Files that fewstep wrote are compared with what their card says of them when they are read, unless you `trust` them.

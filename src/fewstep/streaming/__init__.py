@@ -1,6 +1,7 @@
 """Streaming: causal students that generate video chunk by chunk, and sessions."""
 
 from fewstep.streaming.blocks import Chunks, Made
+from fewstep.streaming.control import Control
 from fewstep.streaming.live import LiveChunk, LiveSession, LiveSnapshot, Took
 from fewstep.streaming.plan import fitting
 from fewstep.streaming.rolling import Rolling, Tick
@@ -8,6 +9,6 @@ from fewstep.streaming.session import Session, Snapshot, Video
 from fewstep.streaming.switch import Fade, Switch
 
 __all__ = [
-    "Chunks", "Fade", "LiveChunk", "LiveSession", "LiveSnapshot", "Made", "Rolling", "Session", "Snapshot", "Switch", "Tick",
-    "Took", "Video", "fitting",
+    "Chunks", "Control", "Fade", "LiveChunk", "LiveSession", "LiveSnapshot", "Made", "Rolling", "Session", "Snapshot", "Switch",
+    "Tick", "Took", "Video", "fitting",
 ]  # fmt: skip
