@@ -23,7 +23,7 @@ import support_processes
 from fewstep import distill
 from fewstep.attention import BlockCausal, KVCache, Operation, TopK
 from fewstep.cli import main
-from fewstep.compress import Int8, ScalarInput, StepScales
+from fewstep.compress import FrameInput, Int8, ScalarInput, StepScales
 from fewstep.compress.step_scales import Scaled
 from fewstep.core import Call, Cond, Rng, Seeds
 from fewstep.core.build import RecipeError
@@ -272,6 +272,21 @@ def test_it_is_transformed_and_comes_back(model: VideoModel, tmp_path: Path) -> 
     else:
         with pytest.raises(ValueError, match="takes no scalar inputs"):
             model.transformed(scalar)
+
+
+def test_it_reads_numbers_of_every_frame(model: VideoModel) -> None:
+    """Where its blocks have a modulation of their own: a frame's numbers change the clip, and at first they do not."""
+    (x, t, cond), keys = drawn(model), FrameInput(name="keys", width=2)
+    if not model.denoiser.backbone.takes_signals:
+        with pytest.raises(ValueError, match="takes no inputs for its frames"):
+            model.transformed(keys)
+        return
+    changed, rng = model.transformed(keys).denoiser, Rng(0)
+    told = [cond.with_extra({"keys": rng.rand((len(x), x.shape[2], 2), name)}, framewise=True) for name in "ab"]
+    assert torch.equal(changed(x, t, told[0]).raw, model.denoiser(x, t, cond).raw)
+    with torch.no_grad():
+        changed.backbone.signals[0].out.weight.add_(0.1 * rng.randn(changed.backbone.signals[0].out.weight.shape, "w"))
+    assert not torch.equal(changed(x, t, told[0]).raw, changed(x, t, told[1]).raw)
 
 
 def test_its_linear_layers_know_the_step(model: VideoModel) -> None:

@@ -10,8 +10,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fewstep.compress import FrameInput
 from fewstep.diffusion import CFG
 from fewstep.methods import DMD2
 from fewstep.world.data import WorldClips
@@ -121,3 +123,17 @@ def test_the_figures_of_a_stream(case: dict[str, Any], monkeypatch: pytest.Monke
         frames = 4 if case else 1
         assert 1000 * frames / between["p99"] <= rate * 1.01 and found[where]["of a chunk, ms"]["denoise"] > 0
     assert 0 < found["first frame, ms"]["p50"] <= found["first frame, ms"]["p99"]
+
+
+def test_obeyed_keys_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a model that was not trained: shares lie between 0 and 1, and an object that stands still obeys where no key is held."""
+    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parent.parent / "bench")])
+    actions = importlib.import_module("actions")
+    model = tiny_model().transformed(FrameInput(name="keys", width=4, default=0.0))
+    found = actions.measure(model, actions.Case(student="", clips=5, frames=FRAMES, steps=1, at_once=3))
+    dice = torch.Generator().manual_seed(0)
+    scenes = actions.sample_scenes(5, dice)
+    actions.Variation.sample(5, dice)
+    keys = actions.random_keys(len(scenes), FRAMES, dice)
+    assert found["still"][0] == pytest.approx(float((keys[:, 1:].sum(2) == 0).double().mean()), abs=1e-3)
+    assert {"obeyed", "chance", "nothing", "rendered", "seen"} < found.keys() and 0 <= found["obeyed"][0] <= 1

@@ -14,6 +14,7 @@ from fewstep.attention import BlockCausal
 from fewstep.compress import (
     TRANSFORMS,
     Branches,
+    FrameInput,
     Int8,
     Pruned,
     Repatterned,
@@ -47,6 +48,8 @@ CASES: Mapping[str, Transform] = {
     "Pruned-none": Pruned(),
     "ScalarInput": ScalarInput(name="guidance", scale=10.0),
     "ScalarInput-default": ScalarInput(name="until", default=0.5),
+    "FrameInput": FrameInput(name="keys", width=2, words=("left", "right")),
+    "FrameInput-window": FrameInput(name="beat", default=0.0, back=2, ahead=1),
     "Repatterned": Repatterned(pattern=BlockCausal(chunk=1)),
     "StepScales": StepScales(steps=3),
     "StepScales-some": StepScales(steps=2, targets=("mlp.up",)),
@@ -57,6 +60,7 @@ CASES: Mapping[str, Transform] = {
 def call(network: Denoiser, scale: float = 4.0) -> Tensor:
     rng = Rng(5)
     extra = {name: torch.full((2,), scale) for name in network.backbone.scalars}
+    extra |= {x.told.name: rng.randn((2, FRAMES, x.told.numbers), x.told.name) for x in network.backbone.signals}
     cond = Cond(rng.randn((2, 3, 16), "text"), torch.ones(2, 3, dtype=torch.bool), extra)
     steps = max((layer.steps for layer in network.modules() if isinstance(layer, StepLinear)), default=1)
     said = Call(step=steps - 1, steps=steps)

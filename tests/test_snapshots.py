@@ -11,19 +11,31 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fewstep.attention import BlockCausal, Decaying, Dense, Importance, Int8Memory, Keep, MovingSink, Prefix, Retrieval
+from fewstep.attention import (
+    BlockCausal,
+    Decaying,
+    Dense,
+    Facing,
+    Importance,
+    Int8Memory,
+    Keep,
+    MovingSink,
+    Prefix,
+    Retrieval,
+)
+from fewstep.compress import FrameInput
 from fewstep.core import RecipeError
 from fewstep.diffusion import Contract, DPMpp2M, Exact, Renoise, Sampler, Shifted, Stream
 from fewstep.models import VideoModel
 from fewstep.models.repattern import repattern
 from fewstep.models.snapshots import load_snapshot, save_snapshot
-from support_engine import tiny_model
+from support_engine import shaken, tiny_model
 
 MEMORIES: list[Keep] = [
     Prefix(frames=3), MovingSink(window=8, sink=2), Importance(window=7, sink=2), Retrieval(frames=2, recent=2, sink=1),
     Decaying(half=1.5, sink=1), Int8Memory(), Int8Memory(keep=Prefix(frames=3)),
 ]  # fmt: skip
-"""One of each kind that holds more than keys and values; `Facing` needs poses, which a live stream has no place for."""
+"""One of each kind that holds more than keys and values; `Facing`, which needs poses, is below."""
 pytestmark = pytest.mark.usefixtures("single_thread")
 
 
@@ -68,6 +80,25 @@ def test_chunks_that_are_half_made_go_on(sampler: Sampler, tmp_path: Path) -> No
     assert [(flying.index, flying.step) for flying in start.session.window] == [(2, 2)]
     with model.stream(start) as again:
         assert torch.equal(torch.cat([chunk.frames for chunk in again.frames(3)], 1), expected)
+
+
+def test_what_was_told_and_given_is_in_the_file(tmp_path: Path) -> None:
+    """Keys of later frames, and latents that the stream begins with; and a memory by pose."""
+    stream = Stream(chunks=(1, 2), memory=Facing(frames=2, recent=2, sink=0))
+    keys = FrameInput(name="keys", width=2, default=0.0)
+    told = tiny_model().with_card(contract=replace(streaming().card.contract, stream=stream)).transformed(keys)
+    shaken(told.denoiser.backbone.signals, 0.3)
+    with told.stream(["a red ball"], image=torch.zeros(3, 32, 32)) as live:
+        live.control("keys", [[1, 0], [0, 1]], chunk=2)
+        live.control("pose", [0.0, 0, 0, 1, 0, 0])
+        save_snapshot(live.snapshot(), told, tmp_path / "begin.safetensors")
+        list(live.frames(2))
+        save_snapshot(live.snapshot(), told, tmp_path / "there.safetensors")
+        expected = torch.cat([chunk.frames for chunk in live.frames(3)], 1)
+    for name, skipped in (("begin", 2), ("there", 0)):
+        with told.stream(load_snapshot(tmp_path / f"{name}.safetensors", told)) as again:
+            list(again.frames(skipped))
+            assert torch.equal(torch.cat([chunk.frames for chunk in again.frames(3)], 1), expected)
 
 
 def test_another_model_is_refused(tmp_path: Path) -> None:

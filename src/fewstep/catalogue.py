@@ -22,6 +22,7 @@ from fewstep.methods import HISTORIES, METHODS, ROLLOUTS
 from fewstep.models import NETWORKS
 from fewstep.models.known import KNOWN, Known
 from fewstep.models.source import Diffusers, Pretrained, Previous, Scratch
+from fewstep.world.action_clips import WorldActions
 from fewstep.world.data import WorldClips
 from fewstep.world.script_clips import WorldScripts
 
@@ -29,7 +30,7 @@ KINDS: Mapping[str, tuple[Callable[..., Any], ...]] = MappingProxyType({
     "methods": METHODS,
     "models": (Pretrained, Diffusers, Scratch, Previous),
     "networks": NETWORKS,
-    "data": (*DATA, WorldClips, WorldScripts),
+    "data": (*DATA, WorldClips, WorldScripts, WorldActions),
     "rollouts": ROLLOUTS,
     "histories": HISTORIES,
     "patterns": PATTERNS,

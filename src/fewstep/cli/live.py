@@ -18,6 +18,7 @@ from torch import Tensor
 from fewstep.cli.clips import SHOWN
 from fewstep.cli.command import UsageError
 from fewstep.cli.commands import _made, _prompts
+from fewstep.cli.keys import read_keys
 from fewstep.cli.pace import telling
 from fewstep.cli.plan import size
 from fewstep.cli.remade import facts_of
@@ -26,7 +27,7 @@ from fewstep.cli.screen import screen, table
 from fewstep.core.atomic import require_writable
 from fewstep.core.stopping import saying
 from fewstep.data.growing import GrowingVideo
-from fewstep.data.video import LARGEST_SIDE, decode, fit, to_floats, write_video
+from fewstep.data.video import LARGEST_SIDE, decode, fit, read_image, to_floats, write_video
 from fewstep.engine.log import figure
 from fewstep.evaluate.latency import memory_in_use
 from fewstep.evaluate.machine import versions
@@ -44,8 +45,8 @@ if TYPE_CHECKING:
     from fewstep.models.card import Card
 
 _KEPT = (
-    "student", "seconds", "switch", "video", "strength", "num_inference_steps", "cascade", "lora", "scale", "force", "dtype",
-    "tiling", "attention",
+    "student", "seconds", "switch", "keys", "image", "video", "strength", "num_inference_steps", "cascade", "lora", "scale",
+    "force", "dtype", "tiling", "attention",
 )  # fmt: skip
 """Options that decide what is made, besides prompts and seed."""
 
@@ -142,6 +143,7 @@ def stream(options: Stream) -> int:
     card = _cascaded(options, read_card(options.student))
     length, scale = Length.of(options.seconds, card), _scale(options, card)
     length.require(options.at, card)
+    keys = read_keys(options.keys, card) if options.keys else None
     times = Request(prompts=(), num_inference_steps=options.num_inference_steps, force=options.force).times(card)
     if options.dry_run:
         return _planned(options, card, length, len(times) - 1)
@@ -162,6 +164,8 @@ def stream(options: Stream) -> int:
         changes = [
             (seconds, live.prompt(text, at=ahead + seconds, how=options.switch), text) for seconds, text in options.at
         ]
+        if keys is not None:
+            live.control("keys", keys)
         note = _note(options, model, live.snapshot().session, times, changes)
         file = GrowingVideo(options.output, fps=card.fps, scale=scale, note=note)
         with saying(lambda: _kept(options.output, file, card)), file, telling(options.quiet) as tell:
@@ -194,9 +198,10 @@ def _begun(options: Stream, model: VideoModel, start: LiveSnapshot | None, video
     """The stream, where it begins or goes on."""
     steps, force = options.num_inference_steps, options.force
     if start is None:
-        return model.stream(
-            [options.prompt or ""], video=video, seed=options.seed, num_inference_steps=steps, force=force
-        )
+        size = model.card.height, model.card.width
+        image = None if options.image is None else read_image(options.image, size)
+        prompts, seed = [options.prompt or ""], options.seed
+        return model.stream(prompts, video=video, image=image, seed=seed, num_inference_steps=steps, force=force)
     live = model.stream(start, video=video, num_inference_steps=steps, force=force)
     if options.prompt:
         live.prompt(options.prompt, how=options.switch)
@@ -207,6 +212,8 @@ def _check(options: Stream) -> None:
     """UsageError for what no model can do."""
     _check_start(options)
     _prompts(tuple(text for text in (options.prompt, *(text for _, text in options.at)) if text is not None), None)
+    if options.video is not None and options.image is not None:
+        raise UsageError("a video begins with --image or changes --video; leave out one")
     if options.video is None and options.strength is not None:
         raise UsageError("--strength is that of the change of a --video; give one, or leave --strength out")
     if not math.isfinite(options.seconds):
@@ -229,7 +236,7 @@ def _like(options: Stream, path: Path) -> Stream:
     told: dict[str, Any] = {name: value for name, value in facts["options"].items() if name in _KEPT}
     told |= {"prompt": facts["prompts"][0], "seed": facts["seeds"][0]}
     told["at"] = tuple((change["at"], change["prompt"]) for change in facts["changes"])
-    for name, kind in (("video", Path), ("lora", tuple)):
+    for name, kind in (("video", Path), ("image", Path), ("lora", tuple)):
         if name in told:
             told[name] = kind(told[name])
     return replace(options, **{name: value for name, value in told.items() if getattr(options, name) == default[name]})
@@ -240,9 +247,9 @@ def _check_start(options: Stream) -> None:
     if options.restore is None:
         if options.prompt is None:
             raise UsageError("--prompt is missing: say what the video shows, or go on with a stream by --restore")
-    elif options.video is not None or options.dry_run or options.seed:
+    elif options.video is not None or options.image is not None or options.dry_run or options.seed:
         raise UsageError(
-            "--restore goes on with a stream, its seed and its prompts; leave --video, --seed and --dry-run out"
+            "--restore goes on with a stream, its seed and its prompts; leave --video, --image, --seed and --dry-run out"
         )
 
 

@@ -26,8 +26,13 @@ class Stream(Runs):
     switch: Literal["keep", "recache", "clear", "lerp"] = "keep"
     """How --at changes the prompt. keep: smoothly. recache: at once, from the last frames. clear: a hard cut. lerp: over four
     chunks."""
+    keys: str = ""
+    """Keys that are held, for a student that reads them, frame by frame: "left*8 right*8 none*4 left+up". A last key without a
+    number is held to the end. Or a text file with a line for each change: its second, and the keys (default: none)."""
     seconds: float = 10.0
     """Length of the video."""
+    image: Path | None = None
+    """Picture that the video begins with, scaled and cropped to its size. For students whose first chunk is one latent frame."""
     video: Path | None = None
     """Video to change, frame by frame: each chunk starts from its frames, noised to --strength (default: start from noise)."""
     strength: float | None = None

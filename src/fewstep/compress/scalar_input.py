@@ -46,7 +46,7 @@ class ScalarInput(Transform):
             raise ValueError(
                 f"a {type(network).__name__} takes no scalar inputs: it does not add them to its time embedding"
             )
-        if self.name in network.scalars:
+        if self.name in network.scalars or self.name in {signal.told.name for signal in network.signals}:
             raise ValueError(f"this network reads a scalar {self.name!r} already")
         weight = next(network.parameters())
         network.scalars[self.name] = Scalar(self, network.width, device=weight.device, dtype=weight.dtype)
@@ -80,8 +80,8 @@ class Scalar(nn.Module):
         return time_BGE + self.out(waves(value_B.to(time_BGE) / told.scale))[:, None]
 
 
-def waves(value_B: Tensor) -> Tensor:
-    """Cosines and sines `[B, 128]`."""
-    rates = torch.exp(torch.linspace(0, math.log(_FASTEST), _WAVES // 2, dtype=value_B.dtype, device=value_B.device))
-    angle = value_B[:, None] * rates
+def waves(value: Tensor, count: int = _WAVES, fastest: float = _FASTEST) -> Tensor:
+    """Cosines and sines `[..., count]` of numbers `[...]`, from 1 to `fastest` radians per unit."""
+    rates = torch.exp(torch.linspace(0, math.log(fastest), count // 2, dtype=value.dtype, device=value.device))
+    angle = value[..., None] * rates
     return torch.cat([angle.cos(), angle.sin()], -1)

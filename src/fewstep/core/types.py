@@ -6,7 +6,7 @@ Shapes: latents are `[B, C, F, H, W]`, text states `[B, L, D]`, time `t` is `[B]
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ class Cond:
     mask: Tensor
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     """Further conditions by name, each `[B, ...]` (pooled text, image states), which an encoder passes to its own denoiser."""
+    framewise: frozenset[str] = frozenset()
+    """Those of `extra` that are told of every latent frame, `[B, F, ...]`: keys that are held, where the camera is."""
 
     def __len__(self) -> int:
         return len(self.text)
@@ -45,9 +47,21 @@ class Cond:
         """This condition where `keep` `[B]` is True, `other` elsewhere (condition dropout)."""
         return Cond._join([self, other], lambda x, y: torch.where(keep.reshape(-1, *[1] * (x.ndim - 1)), x, y))
 
-    def with_extra(self, extra: Mapping[str, Tensor]) -> Cond:
-        """This condition and more."""
-        return Cond(self.text, self.mask, {**self.extra, **extra})
+    def with_extra(self, extra: Mapping[str, Tensor], *, framewise: bool = False) -> Cond:
+        """This condition and more; `framewise`: what is added is told of every latent frame."""
+        names = self.framewise | extra.keys() if framewise else self.framewise - extra.keys()
+        return Cond(self.text, self.mask, {**self.extra, **extra}, frozenset(names))
+
+    def during(self, first: int, frames: int) -> Cond:
+        """This condition for so many latent frames, from `first` on. ValueError where it does not reach so far."""
+        for name in sorted(self.framewise):
+            if (told := self.extra[name].shape[1]) < first + frames:
+                raise ValueError(
+                    f"the condition tells {name!r} of {told} latent frames, and frame {first + frames - 1} is asked for; "
+                    "tell it of as many as are made"
+                )
+        part = {name: x[:, first : first + frames] if name in self.framewise else x for name, x in self.extra.items()}
+        return replace(self, extra=part)
 
     @staticmethod
     def cat(parts: list[Cond]) -> Cond:
@@ -59,7 +73,8 @@ class Cond:
         return self.text, self.mask, *self.extra.values()
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Cond:
-        return Cond(change(self.text), change(self.mask), {name: change(x) for name, x in self.extra.items()})
+        extra = {name: change(x) for name, x in self.extra.items()}
+        return Cond(change(self.text), change(self.mask), extra, self.framewise)
 
     @staticmethod
     def _join(parts: list[Cond], join: Callable[..., Tensor]) -> Cond:
@@ -69,7 +84,8 @@ class Cond:
             have = "; ".join(", ".join(sorted(part.extra)) or "none" for part in parts)
             raise ValueError(f"conditions with different extras cannot be one batch: {have}")
         extra = {name: join(*(part.extra[name] for part in parts)) for name in names}
-        return Cond(join(*(part.text for part in parts)), join(*(part.mask for part in parts)), extra)
+        framewise = frozenset[str]().union(*(part.framewise for part in parts))
+        return Cond(join(*(part.text for part in parts)), join(*(part.mask for part in parts)), extra, framewise)
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,10 @@ class Stream:
         """Latent frames of chunk `index`, counted from 0."""
         return self.chunks[min(index, len(self.chunks) - 1)]
 
+    def begin(self, index: int) -> int:
+        """Latent frames before chunk `index`."""
+        return sum(self.chunks[:index]) + max(0, index - len(self.chunks)) * self.chunks[-1]
+
     def index(self, frame: int) -> int:
         """Number of the chunk that begins at latent frame `frame`. ValueError inside a chunk."""
         index = begin = 0

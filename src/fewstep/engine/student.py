@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from fewstep.compress import ScalarInput, Transform
+from fewstep.compress import FrameInput, ScalarInput, Transform
 from fewstep.engine.nets import origin, sources, synced, trained_roles
 from fewstep.engine.settings import Settings
 from fewstep.engine.shard import divided, gathered
@@ -64,10 +64,11 @@ def require_transformable(method: Method, settings: Settings, card: Card) -> Non
         return
     counts = method.contract(card.contract).counts
     for transform in settings.transforms:
-        if isinstance(transform, ScalarInput) and transform.default is None:
+        if isinstance(transform, (ScalarInput, FrameInput)) and transform.default is None:
+            what = "scalar" if isinstance(transform, ScalarInput) else "input"
             raise ValueError(
-                f"settings.transforms: checks, pictures and probes make clips without the scalar {transform.name!r}; give "
-                "ScalarInput a default"
+                f"settings.transforms: checks, pictures and probes make clips without the {what} {transform.name!r}; give "
+                f"{type(transform).__name__} a default"
             )
         transform.check(counts)
     for target, source in synced(method, settings.steps):

@@ -253,12 +253,17 @@ class Backbone(nn.Module, ABC):
     given the block's state."""
     takes_scalars: ClassVar[bool] = False
     """Whether `embed` passes its time embedding through `with_scalars`."""
+    takes_signals: ClassVar[bool] = False
+    """Whether `embed` passes the modulation of its blocks through `with_signals`."""
     scalars: nn.ModuleDict
     """Embeddings added by `ScalarInput`, by name."""
+    signals: nn.ModuleList
+    """Embeddings added by `FrameInput`, in their order."""
 
     def __init__(self) -> None:
         super().__init__()
         self.scalars = nn.ModuleDict()
+        self.signals = nn.ModuleList()
 
     @abstractmethod
     def embed(self, x: Tensor, t: Tensor, cond: Cond, call: Call = Call()) -> State:
@@ -324,6 +329,13 @@ class Backbone(nn.Module, ABC):
         for scalar in self.scalars.values():
             time_BGE = scalar(time_BGE, cond.extra)
         return time_BGE
+
+    def with_signals(self, modulation_BG6E: Tensor, cond: Cond, frames: int) -> Tensor:
+        """The modulation of the blocks in a call of so many latent frames, to which every input for frames adds what `cond` says
+        of it."""
+        for signal in self.signals:
+            modulation_BG6E = signal(modulation_BG6E, cond.extra, frames)
+        return modulation_BG6E
 
     def original(self) -> Original | None:
         """The networks this one was read from, to compare with or to save; None where the class is fewstep's own."""

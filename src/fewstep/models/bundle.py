@@ -40,13 +40,13 @@ from fewstep.models.lora import add
 from fewstep.models.offload import Blockwise, bring
 from fewstep.models.results import result_in
 from fewstep.models.runtime import Dtype, Runtime, decoded, require_exact, settled, typed
-from fewstep.models.sampling import Request, Texts, sampling
-from fewstep.models.scalars import scalar_conditions
+from fewstep.models.sampling import Request, Texts, sampling, streaming
+from fewstep.models.scalars import scalar_conditions, with_blank_inputs
 from fewstep.models.served import Served
 from fewstep.models.spec import lacking
 from fewstep.models.stored import write_tensors
 from fewstep.models.text import TextEncoder
-from fewstep.streaming import LiveSession, LiveSnapshot, Session, Video
+from fewstep.streaming import LiveSession, LiveSnapshot
 
 BUILT_IN = Path(__file__).parent.parent / "world" / "weights"
 """Where the built-in world's networks are shipped: one folder each."""
@@ -217,14 +217,10 @@ class VideoModel:
         self.bring("codec")
         return decoded(self.codec, latents, self.runtime)
 
-    def stream(self, start: Sequence[str] | LiveSnapshot, *, video: Video | None = None, **options: Any) -> LiveSession:
-        """A live stream of one clip per prompt, or one that goes on after a snapshot, or of a changed `video`, of a model whose
-        contract has a `stream`; `options` are those of `Session`, such as `seed`. Chunks are decoded beside the denoiser's
-        calls; on a CPU, whose cores these need, and with offload between them."""
-        beside = self.runtime.offload == "none" and self.device.type != "cpu"
-        if isinstance(start, LiveSnapshot):
-            return LiveSession.restore(self, start, video=video, beside=beside, **options)
-        return LiveSession(Session(self, start, **options), video=video, beside=beside)
+    def stream(self, start: Sequence[str] | LiveSnapshot, **options: Any) -> LiveSession:
+        """A live stream of one clip per prompt, or one that goes on after a snapshot, of a model whose contract has a `stream`;
+        `options` are those of `sampling.streaming` (`video`, `image`) and of `Session`, such as `seed`."""
+        return streaming(self, start, **options)
 
     @torch.no_grad()
     def decode_next(self, latents: Tensor, past: Any = None, *, last: bool = False) -> Decoded:
@@ -303,8 +299,7 @@ class VideoModel:
             blank = Cond(torch.zeros(batch, 1, 1), torch.zeros(batch, 1, dtype=torch.bool))
         else:
             blank = self.text.blank(batch).with_extra(blank_images(self, batch, num_frames or self.card.num_frames))
-        scalars = self.denoiser.backbone.scalars if "denoiser" in self.parts else ()
-        return blank.with_extra({name: torch.zeros(batch) for name in scalars})
+        return with_blank_inputs(self, blank, num_frames)
 
     # --- folders ------------------------------------------------------------------------------------------------------
 

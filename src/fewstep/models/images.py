@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol, cast
 
+import torch
 from torch import Tensor
 
 from fewstep.core import Cond
@@ -80,6 +81,35 @@ def blank_images(model: VideoModel, batch: int, num_frames: int) -> dict[str, Te
     return _part(model).blank(batch, model.codec, size) if "image" in model.parts else {}
 
 
+def first_latents(model: VideoModel, clips: int, image: Tensor) -> Tensor:
+    """Latents `[B, C, 1, h, w]` of a picture `[3, H, W]`, or of one for each clip, for streams whose first chunk is one latent
+    frame: they begin with it, and no part `image` is needed.
+
+    ValueError for a stream with a longer first chunk, and for a codec that makes no single frames.
+    """
+    name, stream = model.card.name, model.card.contract.stream
+    if "image" in model.parts:
+        raise ValueError(
+            f"{name!r} reads its image in every chunk, which streams cannot do yet; take a text-to-video model"
+        )
+    if stream is not None and stream.length(0) != 1:
+        raise ValueError(
+            f"{name!r} makes its first chunk of {stream.length(0)} latent frames at once, and an image is one: train a student "
+            f"whose stream has chunks [1, {stream.length(1)}], or give latents of whole chunks, Session.begin_with(...)"
+        )
+    pictures = _picture(model, "image", image, "begins with an image")
+    if len(pictures) not in (1, clips):
+        raise ValueError(f"{len(pictures)} images for {clips} clips: give one for all, or one for each")
+    model.bring("codec")
+    with torch.no_grad():
+        latents = model.codec.encode(pictures[:, :, None]).to(model.device)
+    if latents.shape[2] != 1:
+        raise ValueError(
+            f"the codec of {name!r} makes {latents.shape[2]} latent frames of one frame; it cannot begin with one"
+        )
+    return latents.expand(clips, -1, -1, -1, -1)
+
+
 def images_in(model: VideoModel, cond: Cond) -> Mapping[str, Tensor] | None:
     """What a condition says of pictures, as `VideoModel.latents` takes it; None where the model reads text alone."""
     return {name: cond.extra[name] for name in image_names(model)} or None
@@ -94,14 +124,12 @@ def _part(model: VideoModel) -> ImageEncoder:
     return cast(ImageEncoder, model.part("image"))
 
 
-def _picture(model: VideoModel, name: str, picture: Tensor | None) -> Tensor:
+def _picture(model: VideoModel, name: str, picture: Tensor | None, what: str = "is an image-to-video model") -> Tensor:
     """As `[B, 3, H, W]` where the codec is."""
     size = (3, model.card.height, model.card.width)
     if picture is None or picture.shape[-3:] != size or picture.ndim not in (3, 4):
         got, flag = "none" if picture is None else str(list(picture.shape)), "--" + name.replace("_", "-")
-        raise ValueError(
-            f"{model.card.name!r} is an image-to-video model: give {name} ({flag}), {list(size)}; got {got}"
-        )
+        raise ValueError(f"{model.card.name!r} {what}: give {name} ({flag}), {list(size)}; got {got}")
     if not (picture.is_floating_point() and bool((picture.abs() <= 1).all())):
         raise ValueError(
             f"{name} is a picture of floating-point numbers in [-1, 1]: x / 127.5 - 1 of 8 bits, 2 x - 1 of [0, 1]"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,9 @@ from fewstep.core import Call, Cond, Seeds
 from fewstep.core.call import Constants, Negative, Runner, Sharing, every_block
 from fewstep.diffusion import CFG, Prediction, Step, StepCountError
 from fewstep.diffusion.samplers import Denoise
-from fewstep.models.images import Images
+from fewstep.models.images import Images, first_latents
 from fewstep.models.served import serving
-from fewstep.streaming.plan import fitting
-from fewstep.streaming.session import Session
+from fewstep.streaming import LiveSession, LiveSnapshot, Session, Video, fitting
 
 if TYPE_CHECKING:
     from fewstep.models.bundle import VideoModel
@@ -147,6 +146,30 @@ def sampling(model: VideoModel, request: Request) -> Iterator[Step]:
         denoise = _led(denoise, model, request, len(times) - 1)
     steps = model.card.contract.sampler.sampling(denoise, start, times, rng=noise)
     return without_gradient(steps)
+
+
+def streaming(
+    model: VideoModel,
+    start: Sequence[str] | LiveSnapshot,
+    *,
+    video: Video | None = None,
+    image: Tensor | None = None,
+    **options: Any,
+) -> LiveSession:
+    """A live stream of prompts, or one that goes on after a snapshot, or of a changed `video`; it may begin with an `image`
+    (`images.first_latents`). `options` are those of `Session`.
+
+    Chunks are decoded beside the denoiser's calls; on a CPU, whose cores these need, and with offload between them.
+    """
+    beside = model.runtime.offload == "none" and model.device.type != "cpu"
+    if image is not None and (video is not None or isinstance(start, LiveSnapshot)):
+        raise ValueError("only a new stream that changes no video begins with an image; leave out the image")
+    if isinstance(start, LiveSnapshot):
+        return LiveSession.restore(model, start, video=video, beside=beside, **options)
+    session = Session(model, start, **options)
+    if image is not None:
+        session.begin_with(first_latents(model, len(start), image))
+    return LiveSession(session, video=video, beside=beside)
 
 
 def _streamed(model: VideoModel, request: Request, guidance: CFG) -> Iterator[Step]:

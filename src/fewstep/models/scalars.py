@@ -1,4 +1,4 @@
-"""Numbers that a network reads besides time and text (`compress.ScalarInput`), as conditions of clips."""
+"""Numbers that a network reads besides time and text (`compress.ScalarInput`, `compress.FrameInput`), as conditions of clips."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from fewstep.compress import FrameInput
+from fewstep.core import Cond
 
 if TYPE_CHECKING:
     from fewstep.models.bundle import VideoModel
@@ -32,3 +35,14 @@ def scalar_conditions(model: VideoModel, batch: int, given: Mapping[str, float])
                 f"scalars={{{name!r}: 4.0}} (--scalar {name}=4.0)"
             )
     return {name: torch.full((batch,), float(value), device=model.device) for name, value in given.items()}
+
+
+def with_blank_inputs(model: VideoModel, cond: Cond, num_frames: int | None) -> Cond:
+    """Conditions with zeros for everything that the model reads besides, of clips of so many frames (None: the card's)."""
+    if "denoiser" not in model.parts:
+        return cond
+    backbone, batch = model.denoiser.backbone, len(cond)
+    cond = cond.with_extra({name: torch.zeros(batch) for name in backbone.scalars})
+    told: list[FrameInput] = [signal.told for signal in backbone.signals]  # type: ignore[misc]
+    frames = model.latent_shape(num_frames)[1] if told else 0
+    return cond.with_extra({each.name: torch.zeros(batch, frames, each.numbers) for each in told}, framewise=True)

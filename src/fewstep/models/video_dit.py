@@ -35,6 +35,7 @@ class VideoDiT(Backbone):
     text_first = True
     unmixes = True
     takes_scalars = True
+    takes_signals = True
 
     def __init__(
         self,
@@ -78,6 +79,7 @@ class VideoDiT(Backbone):
             )
             time_BGE = self.with_scalars(time_BGE, cond)
             modulation = self.modulation(F.silu(time_BGE)).unflatten(-1, (6, self.width))
+            modulation = self.with_signals(modulation, cond, grid.frames)
         context = Context(
             modulation_BG6E=modulation,
             text_BLE=text,

@@ -165,6 +165,20 @@ class Chunks:
             if ends:
                 return
 
+    def known(
+        self, memory: KVCache, x: Tensor, cond: Cond, uncond: Cond, rng: Seeds | Rng, index: int
+    ) -> Iterator[Made]:
+        """Chunk `index`, which follows `memory`, where its latents `x` are known, such as those of an image: the one call that
+        remembers it, as if it were finished."""
+        memory, steps = memory.facing(self._poses(cond)), len(self.grid(index)) - 1
+        call = Call(step=steps - 1, steps=steps, kv=self.network.recall(memory, x))
+
+        def denoise(x_t: Tensor, t: Tensor, told: Call) -> Prediction:
+            return self.contract.guidance(self.network, x_t, t, cond, uncond, told)
+
+        prediction = self._context(x, denoise, call, rng)
+        yield Made(Step(0, 1, prediction, x), lambda: memory.commit(_given(prediction.kv), x.shape[2]))
+
     def _poses(self, cond: Cond) -> Tensor | None:
         """Where the frames of the next chunk look from, if the condition says it."""
         pose = cond.extra.get("pose")
@@ -206,8 +220,8 @@ class Chunks:
             def denoise(x_t: Tensor, t: Tensor, told: Call, call: Call = call) -> Prediction:
                 return self.contract.guidance(self.network, x_t, t, cond, uncond, replace(told, kv=call.kv))
 
-            kv = self._context(x, denoise, call, rng.fold(f"chunk/{number}"))
-            memory = memory.commit(_given(kv), x.shape[2])
+            kept = self._context(x, denoise, call, rng.fold(f"chunk/{number}"))
+            memory = memory.commit(_given(kept.kv), x.shape[2])
         return memory
 
     def recent(self, latents: Tensor | None, x: Tensor, index: int) -> Tensor:
@@ -242,14 +256,14 @@ class Chunks:
         if self.stream.commit == "nothing":
             return replace(memory, start=memory.start + x.shape[2])
         if self.stream.commits:
-            kv = self._context(x, denoise, call, rng)
+            kv = self._context(x, denoise, call, rng).kv
         return memory.commit(_given(kv), x.shape[2])  # 3
 
-    def _context(self, x: Tensor, denoise: Denoise, call: Call, rng: Seeds | Rng) -> tuple[KV, ...] | None:
-        """Keys and values of finished latents, as they are remembered."""
+    def _context(self, x: Tensor, denoise: Denoise, call: Call, rng: Seeds | Rng) -> Prediction:
+        """The call on finished latents whose keys and values are remembered."""
         t = self.stream.context_time
         x_t = self.network.path.add_noise(x, rng.randn(x.shape, "context"), full(t, x)) if t else x
-        return denoise(x_t, full(t, x), call).kv
+        return denoise(x_t, full(t, x), call)
 
 
 def _given(kv: tuple[KV, ...] | None) -> tuple[KV, ...]:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from threading import RLock
 from time import perf_counter
 from typing import Any, Protocol, cast
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fewstep.diffusion import Step
+from fewstep.streaming.control import Control, inputs_of, lasting, numbers_for, told
 from fewstep.streaming.decoder import Decoder, Pixels
 from fewstep.streaming.session import Session, Snapshot, Streams, Video
 from fewstep.streaming.switch import Switch
@@ -64,6 +65,8 @@ class LiveChunk:
     version: int
     """How often the prompts had changed by then."""
     took: Took
+    told: Mapping[str, Tensor] = field(default_factory=dict)
+    """What it was told of its latent frames, by name, `[B, f, K]` each."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,8 @@ class LiveSnapshot:
     """How often the prompts have changed."""
     switches: tuple[tuple[int, tuple[str, ...], Switch], ...] = ()
     """Chunks from which other prompts apply, these prompts, and how they are changed."""
+    controls: tuple[Control, ...] = ()
+    """What is told of later frames."""
 
 
 @dataclass(eq=False)
@@ -93,6 +98,7 @@ class _Making:
     steps: Iterator[Step]
     prompts: tuple[str, ...]
     version: int
+    told: Mapping[str, Tensor]
     commit: float
     """Milliseconds of the commit of the chunk before it."""
     denoise: float = 0.0
@@ -113,7 +119,7 @@ class LiveSession:
     >>> live.prompt("a blue star", at=10.0)                                 # doctest: +SKIP
     >>> for chunk in live.frames(chunks=20): show(chunk.frames)             # doctest: +SKIP
 
-    While one thread iterates, others may call `prompt`, `pause`, `resume`, `cancel` and `snapshot`.
+    While one thread iterates, others may call `prompt`, `control`, `pause`, `resume`, `cancel` and `snapshot`.
     """
 
     def __init__(
@@ -133,6 +139,7 @@ class LiveSession:
         self._session, self._model, self._video = session, cast(Shows, session.model), video
         self._start = start or LiveSnapshot(session.snapshot)
         self._switches = {chunk: (prompts, how) for chunk, prompts, how in self._start.switches}
+        self._controls = self._start.controls
         self._decoder = Decoder(self._model.decode_next, self._start.past, self._model.device, beside=beside)
         self._making: _Making | None = None  # the chunk that was begun last
         self._undecoded = deque[tuple[_Making, Future[Pixels]]]()
@@ -159,21 +166,49 @@ class LiveSession:
         That is the first chunk that starts `at` this second or later, or this `chunk`; by default, and where it was begun
         already, the next one to begin. Of several prompts for one chunk the last counts.
         """
-        if at is not None and chunk is not None:
-            raise ValueError(f"give the time or the chunk from which a prompt applies, not both; got {at} and {chunk}")
-        if not (0 <= (at or 0) < math.inf) or (chunk or 0) < 0:
-            raise ValueError(f"a prompt applies from second 0 or chunk 0 on, got {chunk if at is None else at}")
+        _require_moment("a prompt applies", at, chunk)
         self._session.require(how)
         clips = len(self._start.session.prompts)
         prompts = (text,) * clips if isinstance(text, str) else tuple(text)
         if len(prompts) != clips:
             raise ValueError(f"this session has {clips} clips, and was given {len(prompts)} prompts")
         with self._lock:
-            self._drop()
-            begun = self._session.snapshot.chunks if self._making is None else self._making.index + 1
-            first = max(begun, (chunk or 0) if at is None else self.chunk_at(at))
+            first = self._first(at, chunk)
             self._switches[first] = prompts, how
             return first
+
+    def control(self, name: str, numbers: Any, *, at: float | None = None, chunk: int | None = None) -> int:
+        """Tell the model something of every frame (`FrameInput`) from a chunk on, whose number is returned: the first that is not
+        begun, or later, as in `prompt`.
+
+        `numbers` are of one frame `[K]`, and stay; or of one frame after the other `[N, K]`, from the chunk's first frame on,
+        and the last row stays; or such rows for each clip, `[B, N, K]`. ValueError for what the model does not read.
+        """
+        _require_moment(f"{name} applies", at, chunk)
+        rows = numbers_for(self._model.card, name, numbers, len(self._start.session.prompts)).to(self._model.device)
+        with self._lock:
+            first = self._first(at, chunk)
+            kept = [c for c in self._lasting() if (c.name, c.chunk) != (name, first)]
+            new = Control(name, rows, first, self._ends(first)[0])
+            self._controls = tuple(sorted([*kept, new], key=lambda control: control.chunk))
+            return first
+
+    def _lasting(self) -> tuple[Control, ...]:
+        """Controls that the chunk after the one that was shown last, or a later one, is told of."""
+        back = max((each.back for each in inputs_of(self._model.card).values()), default=0)
+        return lasting(self._controls, self._ends(self.chunks)[0] - back)
+
+    def _first(self, at: float | None, chunk: int | None) -> int:
+        """The first chunk that is not begun, or later."""
+        self._drop()
+        begun = self._session.snapshot.chunks if self._making is None else self._making.index + 1
+        return max(begun, (chunk or 0) if at is None else self.chunk_at(at))
+
+    def _ends(self, chunk: int) -> tuple[int, ...]:
+        """Number of frames in the stream before a chunk, and after each of its latent frames."""
+        stream = self._session.stream
+        latents = range(stream.begin(chunk), stream.begin(chunk + 1) + 1)
+        return tuple(map(self._model.clip_frames, latents))
 
     def chunk_at(self, seconds: float) -> int:
         """Number of the first chunk that starts at this second or later."""
@@ -207,15 +242,16 @@ class LiveSession:
             waiting = tuple(
                 (chunk, *switch) for chunk, switch in sorted(self._switches.items()) if chunk >= self.chunks
             )
+            controls = self._lasting()
             if shown is None:
-                return replace(self._start, switches=waiting)
+                return replace(self._start, switches=waiting, controls=controls)
             if shown.after is None and shown is self._making:
                 self._call(shown)
             if shown.after is None:
                 raise ValueError(
                     f"chunk {shown.index} was shown, but remembering it failed; restore an earlier snapshot"
                 )
-            return LiveSnapshot(shown.after, shown.past, shown.end, shown.version, waiting)
+            return LiveSnapshot(shown.after, shown.past, shown.end, shown.version, waiting, controls)
 
     def close(self) -> None:
         """End the stream and free its thread."""
@@ -290,8 +326,9 @@ class LiveSession:
         if index in self._switches:
             session.steer(*self._switches[index])
         version = self._start.version + sum(chunk <= index for chunk in self._switches)
-        steps = session.steps(self._video, left=left)
-        return _Making(index, before, steps, session.snapshot.prompts, version, self._commit)
+        extra = told(self._controls, self._ends(index), inputs_of(self._model.card))
+        steps = session.steps(self._video, extra=extra, left=left)
+        return _Making(index, before, steps, session.snapshot.prompts, version, extra, self._commit)
 
     def _call(self, making: _Making, *, last: bool = False) -> None:
         """One network call: a step of the chunk, or what remembers it."""
@@ -326,7 +363,7 @@ class LiveSession:
         took = Took(denoise=making.denoise, commit=making.commit, decode=pixels.milliseconds)
         return LiveChunk(
             frames=pixels.frames, index=making.index, first=first, seconds=first / self._model.card.fps,
-            prompts=making.prompts, version=making.version, took=took,
+            prompts=making.prompts, version=making.version, took=took, told=making.told,
         )  # fmt: skip
 
     def _drop(self) -> None:
@@ -335,3 +372,11 @@ class LiveSession:
             cast(Generator[Step, None, None], self._making.steps).close()
             self._session.snapshot, self._making = self._making.before, None
         self._dropping = False
+
+
+def _require_moment(what: str, at: float | None, chunk: int | None) -> None:
+    """ValueError for a time and a chunk, and for one before the stream."""
+    if at is not None and chunk is not None:
+        raise ValueError(f"give the time or the chunk from which {what}, not both; got {at} and {chunk}")
+    if not (0 <= (at or 0) < math.inf) or (chunk or 0) < 0:
+        raise ValueError(f"{what} from second 0 or chunk 0 on, got {chunk if at is None else at}")

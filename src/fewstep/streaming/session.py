@@ -17,6 +17,7 @@ from fewstep.core.call import Constants, every_block
 from fewstep.diffusion import Step, Stream
 from fewstep.diffusion.samplers import full
 from fewstep.streaming.blocks import Chunks, Flying, Made, Reader
+from fewstep.streaming.control import inputs_of
 from fewstep.streaming.noise import start_noise
 from fewstep.streaming.rolling import Rolling
 from fewstep.streaming.switch import Fade, Mix, Switch, mixed, require_switch
@@ -54,6 +55,8 @@ class Snapshot:
     """Change of prompts that is under way."""
     window: tuple[Flying, ...] = ()
     """Chunks that are denoised already, where several are at once (`Stream.rolling`)."""
+    given: Tensor | None = None
+    """Latents `[B, C, F, h, w]` that the stream begins with, in whole chunks, such as that of an image; None: it makes all."""
 
 
 @dataclass(frozen=True)
@@ -125,11 +128,34 @@ class Session:
         """How the model makes chunks."""
         return self._chunks.stream
 
+    def begin_with(self, latents: Tensor) -> None:
+        """Let the first chunks be these latents `[B, C, F, h, w]`, such as those of an image; later chunks read them.
+
+        ValueError for a stream that has begun, half a chunk, and latents of another shape.
+        """
+        if self.snapshot.chunks:
+            raise ValueError(f"this stream has made {self.snapshot.chunks} chunks already; begin another one")
+        if self._rolling is not None or self.stream.commit == "nothing":
+            raise ValueError(
+                "chunks of this stream are denoised several at once, or nothing is remembered; begin it with noise"
+            )
+        channels, _, height, width = self._model.latent_shape()
+        frames = sum(self.stream.lengths(latents.shape[2]))  # refuses half a chunk
+        wanted = (len(self.snapshot.prompts), channels, frames, height, width)
+        if latents.shape != wanted:
+            raise ValueError(f"the stream begins with latents {wanted}, and {tuple(latents.shape)} were given")
+        self.snapshot = replace(self.snapshot, given=latents)
+
     def require(self, how: Switch, over: int = 4) -> None:
         """ValueError for a way to change prompts that there is not, or not for this stream."""
         require_switch(how, over)
         if how == "recache":
             self._chunks.require_recache()
+            if reads := ", ".join(inputs_of(self._model.card)):
+                raise ValueError(
+                    f"this model reads {reads} of every frame, which a memory that is made anew is not told; choose keep, clear "
+                    "or lerp"
+                )
 
     def steer(self, prompts: Sequence[str], how: Switch = "keep", *, over: int = 4) -> None:
         """Other prompts, one per clip, from the next chunk on; `how` is a way of `streaming.switch`. With `lerp` the change takes
@@ -190,11 +216,12 @@ class Session:
         Only where several chunks are denoised at once, the last ones depend on it. ValueError for latents of another shape.
         """
         before, index = self.snapshot, self.snapshot.chunks
-        cond, uncond = (given.with_extra(extra) for given in self._conditions_of(index))
+        first, length = self.stream.begin(index), self.stream.length(index)
         if self._rolling is None:
+            cond, uncond = (told.during(first, length).with_extra(extra) for told in self._conditions_of(index))
             making = self._one(video, cond, uncond)
         elif video is None and not extra:
-            making = self._several(self._rolling, cond, uncond, None if left is None else index + left)
+            making = self._several(self._rolling, *self._conditions_of(index), None if left is None else index + left)
         else:
             raise ValueError(
                 "this stream denoises several chunks at once, from noise and with one condition; leave out video and extra"
@@ -228,8 +255,12 @@ class Session:
                 )
             start = path.add_noise(clean, noise, full(chunks.times[0], clean))
         runner = every_block if self._cache is None else self._cache.begin()
-        chunks = replace(chunks, constants=self._constants(cond, uncond))
-        return chunks.chunk(before.memory, start, cond, uncond, self._seeds.fold(f"chunk/{index}"), runner=runner)
+        chunks, rng = replace(chunks, constants=self._constants(cond, uncond)), self._seeds.fold(f"chunk/{index}")
+        first = chunks.stream.begin(index)
+        given = None if before.given is None else before.given[:, :, first : first + noise.shape[2]]
+        if given is not None and given.shape[2]:
+            return chunks.known(before.memory, given, cond, uncond, rng, index)
+        return chunks.chunk(before.memory, start, cond, uncond, rng, runner=runner)
 
     def _several(self, rolling: Rolling, cond: Cond, uncond: Cond, count: int | None) -> Iterator[Made]:
         """The next chunk, and steps of those that follow it, of `count` in the whole stream."""

@@ -69,4 +69,4 @@ def mixed(conds: Sequence[Cond], weights: Sequence[float]) -> Cond:
         else value
         for name, value in first.extra.items()
     }
-    return Cond(text.to(first.text), mask, extra)  # type: ignore[union-attr]
+    return Cond(text.to(first.text), mask, extra, first.framewise)  # type: ignore[union-attr]

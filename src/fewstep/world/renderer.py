@@ -63,7 +63,7 @@ SPEED: Mapping[str, float] = {"slowly": 0.7, "quickly": 1.8}
 """Euclidean speed in pixels per frame, the same for straight and diagonal directions."""
 
 # DIRECTIONS go counter-clockwise from "right" in steps of 45 degrees; y is negated because row 0 is the top.
-_HEADING = [(math.cos(k * math.pi / 4), -math.sin(k * math.pi / 4)) for k in range(len(DIRECTIONS))]
+HEADING = [(math.cos(k * math.pi / 4), -math.sin(k * math.pi / 4)) for k in range(len(DIRECTIONS))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,11 +113,23 @@ def render(
         raise ValueError(f"{len(scenes)} scenes but {len(variation.tilt)} variations; give one variation per scene")
     if num_frames < 1 or size < 1:
         raise ValueError(f"num_frames and size must be at least 1, got {num_frames} and {size}")
-    device, look = variation.tilt.device, STYLES[style]
-    shape, colour, extent, _, _, background = _indices(scenes, device).unbind(1)
-
-    frame = torch.arange(num_frames, device=device, dtype=torch.float32)
+    frame = torch.arange(num_frames, device=variation.tilt.device, dtype=torch.float32)
     centre = variation.position[:, None] + frame[:, None] * velocity(scenes, variation)[:, None]  # [B, F, 2]
+    return render_track(scenes, variation, centre, size, style)
+
+
+def render_track(
+    scenes: Sequence[Scene], variation: Variation, centre: Tensor, size: int = CANVAS, style: str = "plain"
+) -> Tensor:
+    """Draw scenes whose objects are at `centre` `[B, F, 2]` (x, y), wherever that is: as `render`, but for the motion.
+
+    `ValueError` when the number of scenes, of variations and of tracks differ."""
+    if not len(scenes) == len(variation.tilt) == len(centre):
+        raise ValueError(
+            f"{len(scenes)} scenes, {len(variation.tilt)} variations and {len(centre)} tracks; give one of each per clip"
+        )
+    device, look, num_frames = variation.tilt.device, STYLES[style], centre.shape[1]
+    shape, colour, extent, _, _, background = _indices(scenes, device).unbind(1)
     radius = _table(RADIUS, SIZES, device)[extent] * variation.radius_scale
 
     alpha = torch.empty(len(scenes), num_frames, size, size, device=device)
@@ -135,7 +147,7 @@ def velocity(scenes: Sequence[Scene], variation: Variation) -> Tensor:
     """Pixels per frame of each scene's object, `[B, 2]` (x, y)."""
     direction, speed = _indices(scenes, variation.tilt.device)[:, 3:5].unbind(1)
     pace = _table(SPEED, SPEEDS, variation.tilt.device)[speed] * variation.speed_scale
-    return pace[:, None] * torch.tensor(_HEADING, device=variation.tilt.device)[direction]
+    return pace[:, None] * torch.tensor(HEADING, device=variation.tilt.device)[direction]
 
 
 def coverage(shape: str, centre: Tensor, radius: Tensor, tilt: Tensor, size: int = CANVAS, line: float = 0.0) -> Tensor:

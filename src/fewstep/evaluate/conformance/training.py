@@ -141,4 +141,5 @@ def _to(cond: Cond, dtype: torch.dtype) -> Cond:
         cond.text.to(dtype),
         cond.mask,
         {name: value.to(dtype) if value.is_floating_point() else value for name, value in cond.extra.items()},
+        cond.framewise,
     )

@@ -79,13 +79,13 @@ class SelfForced(Rollout):
         memory, noises, made = loop.begin(), list[Tensor](), list[list[Visit]]()
         shape = batch.noise_shape
         size = shape[0], shape[1], shape[3], shape[4]
-        for index in range(len(lengths)):
+        for index, (begin, length) in enumerate(zip(accumulate(lengths, initial=0), lengths)):
             own, trained = rng.fold(f"chunk/{index}"), index >= first
             stop = exit * (len(loop.grid(index)) - 1) // of if trained else None
             noise = start_noise(self.stream, index, size, rng)
-            visits, start = list[Visit](), student.path.prior(noise)
+            visits, start, cond = list[Visit](), student.path.prior(noise), batch.cond.during(begin, length)
             with torch.set_grad_enabled(grad and trained):
-                for step in loop.chunk(memory, start, batch.cond, batch.cond, own, exit=stop):
+                for step in loop.chunk(memory, start, cond, cond, own, exit=stop):
                     visits.append(_visit(step))
                 memory = step.memory or memory
             if trained:

@@ -128,6 +128,7 @@ class Wan(DiffusersBackbone):
     text_first = True
     unmixes = True
     takes_scalars = True
+    takes_signals = True
 
     def __init__(self, *, config: dict[str, Any], pattern: Pattern = Dense(), first_frame: bool = False) -> None:
         super().__init__()
@@ -167,6 +168,7 @@ class Wan(DiffusersBackbone):
             waves = embedder.timesteps_proj(_TIMESTEPS * time_BG.flatten()).to(x.dtype)
             time_BGE = self.with_scalars(embedder.time_embedder(waves).unflatten(0, time_BG.shape), cond)
             modulation = embedder.time_proj(F.silu(time_BGE)).unflatten(-1, (6, self.width))
+            modulation = self.with_signals(modulation, cond, grid.frames)
             text = call.constant("words", lambda: embedder.text_embedder(cond.text.to(x.dtype)))
             image = call.constant("image", lambda: self._image(cond, x.dtype))
             avoided = Avoided.of(call, lambda negative: embedder.text_embedder(negative.text.to(x.dtype)), masked=False)
