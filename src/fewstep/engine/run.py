@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.core import Batch, Losses, Rng
+from fewstep.core import Batch, Carried, Losses, Rng
 from fewstep.core.atomic import recover, replacing_folder
 from fewstep.core.finite import require_finite
 from fewstep.data.base import Source
@@ -34,6 +35,9 @@ from fewstep.models.averaging import blend
 from fewstep.models.depot import depot_of
 from fewstep.models.lora import merge, save_adapter
 from fewstep.models.spread import Spread
+
+CARRIED = "carried"
+"""Component of a checkpoint that holds what a run carries."""
 
 
 @dataclass
@@ -73,6 +77,8 @@ class Run:
     """Iterations done."""
     best: dict[str, float] = field(default_factory=dict)
     """Scores of the best student so far, which is in `output/best`."""
+    carried: dict[int, Carried] = field(default_factory=lambda: defaultdict(Carried))
+    """What is carried from one update to the next, by place: of the places of this process."""
     watch: Watch | None = field(default_factory=Watch)
     """Recorder of the times of all calls in the first iterations; None afterwards."""
     figures: dict[str, float] = field(default_factory=dict)
@@ -86,7 +92,10 @@ class Run:
             self.average.to("cpu")
         rng = Rng(self.settings.seed, self.step, device=self.settings.device)
         places = [rng.at(place=place) for place in self.processes.places(self.settings.accumulate)]
-        batches = [(self.source.batch(self.settings.batch, where), where.place) for where in places]
+        batches = [
+            (replace(self.source.batch(self.settings.batch, where), carried=self.carried[where.place]), where.place)
+            for where in places
+        ]
         seen: dict[str, list[float]] = {}
         events = self.monitor.events(self.step) if self.monitor is not None else self.method.updates(self.step)
         for number, event in enumerate(events):
@@ -199,13 +208,16 @@ class Run:
     def state(self) -> RunState:
         components = {name: network.state_dict() for name, network in self.changing.items()}
         components |= {name: optimizer.state() for name, optimizer in self.stepping.items()}
+        if carried := self._carried():
+            components[CARRIED] = carried
         health = self.monitor.state() if self.monitor is not None else None
         values = {"identity": self.identity, "best": self.best, "health": health, "run": self.trees}
         return RunState(self.step, components, values)
 
     def restore(self, saved: Checkpoint) -> None:
         """Resume from a checkpoint of this run. CheckpointError if it belongs to another run or is incomplete."""
-        saved.require(self.identity, {*self.changing, *self.stepping})
+        carried = {CARRIED} & {*saved.components}  # of methods that carry nothing there is none
+        saved.require(self.identity, {*self.changing, *self.stepping, *carried})
         self.step, self.best = saved.step, dict(saved.values["best"])
         if self.monitor is not None:
             self.monitor.restore(saved.values["health"])
@@ -214,8 +226,22 @@ class Run:
             saved.read(name, network.state_dict(), self.processes.disk)
         for name, optimizer in self.stepping.items():
             saved.read(name, optimizer.allocate(saved.shapes(name)), self.processes.disk)
+        if carried:
+            self._carry(saved)
         if self.monitor is not None and self.processes.leads:
             self.monitor.record.save(self.output)
+
+    def _carried(self) -> dict[str, Tensor]:
+        """All that this process carries, as a component of a checkpoint: the names begin with the place."""
+        return {f"{place}/{name}": x for place, kept in self.carried.items() for name, x in kept.tensors.items()}
+
+    def _carry(self, saved: Checkpoint) -> None:
+        """Take up what a checkpoint holds for the places of this process."""
+        places = self.processes.places(self.settings.accumulate)
+        found = saved.part(CARRIED, lambda name: int(name.partition("/")[0]) in places, self.processes.disk)
+        for place in places:
+            own = {name.partition("/")[2]: x for name, x in found.items() if int(name.partition("/")[0]) == place}
+            self.carried[place] = Carried(own)
 
     def _recover_best(self) -> None:
         """Restore the best student if the run was killed while replacing it. CheckpointError if it is gone."""

@@ -11,13 +11,22 @@ from fewstep.methods.knowledge_distillation import KnowledgeDistillation
 from fewstep.methods.progressive import Progressive
 from fewstep.methods.reconstruction import Reconstruction
 from fewstep.methods.roles import ROLES, Copy, Heads, Making, Other, Role, Weak
-from fewstep.methods.rollouts import ROLLOUTS, BackwardSimulation, FromData, FromPairs, Rolled, Rollout, SelfForced
+from fewstep.methods.rollouts import (
+    ROLLOUTS,
+    BackwardSimulation,
+    FromData,
+    FromPairs,
+    Rolled,
+    Rollout,
+    SelfForced,
+    StreamingLong,
+)
 
 METHODS = (FlowMatching, Reconstruction, ReadAttributes, KnowledgeDistillation, Progressive, Consistency, DMD2, AVDM2)
 
 __all__ = [
     "AVDM2", "DMD2", "HISTORIES", "METHODS", "ROLES", "ROLLOUTS", "BackwardSimulation", "Consistency", "Copy",
     "DiffusionForced", "FlowMatching", "FromData", "FromPairs", "Heads", "History", "KnowledgeDistillation", "Making", "Method",
-    "Nets", "Other", "Progressive", "ReadAttributes", "Reconstruction", "Role", "Rolled", "Rollout", "SelfForced", "Sync",
-    "TeacherForced", "Update", "Weak", "WholeClip", "Work", "in_forwards",
+    "Nets", "Other", "Progressive", "ReadAttributes", "Reconstruction", "Role", "Rolled", "Rollout", "SelfForced", "StreamingLong",
+    "Sync", "TeacherForced", "Update", "Weak", "WholeClip", "Work", "in_forwards",
 ]  # fmt: skip

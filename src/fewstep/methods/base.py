@@ -106,6 +106,9 @@ class Method(ABC):
     cite: ClassVar[str]
     """Authors, title and arXiv id, as printed by `fewstep list methods`."""
 
+    continues: ClassVar[bool] = False
+    """Whether it trains on clips that have a past or conditions of their own: rollouts that are not `whole`."""
+
     @property
     def needs(self) -> frozenset[str]:
         """Fields of Batch that the method reads. They are compared with the data before any weight is loaded."""
@@ -125,6 +128,11 @@ class Method(ABC):
     def rollouts(self) -> tuple[Rollout, ...]:
         """Fields that are rollouts, which make student samples. Stored data must contain the times at which they start."""
         return tuple(value for value in vars(self).values() if isinstance(value, Rollout))
+
+    @property
+    def carries(self) -> bool:
+        """Whether updates leave something for later ones (`Batch.carried`)."""
+        return any(rollout.carries for rollout in self.rollouts)
 
     def aux(self) -> Mapping[str, Role]:
         """Roles besides student and teacher."""

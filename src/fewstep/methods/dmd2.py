@@ -45,6 +45,7 @@ class DMD2(Method):
     """Distribution matching distillation."""
 
     cite: ClassVar[str] = "Yin et al., Improved Distribution Matching Distillation for Fast Image Synthesis, 2405.14867"
+    continues: ClassVar[bool] = True
 
     rollout: Rollout = BackwardSimulation()
     """How student samples are generated in training: with the student's own sampler."""
@@ -102,28 +103,31 @@ class DMD2(Method):
 
     def critic_loss(self, turn: int, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Losses]:
         rng = rng.fold(f"critic/{turn}")  # new samples in every turn
-        x0 = self.rollout(nets.student, batch, rng, grad=False).x0  # 1
+        rolled = self.rollout(nets.student, batch, rng, grad=False)  # 1
+        x0, cond = rolled.clip, rolled.of(batch).cond
         eps, t = rng.randn(x0.shape, "eps"), self.critic_density.sample(len(x0), rng)
         x_t = nets.critic.path.add_noise(x0, eps, t)
-        yield {"denoising": targets.denoising(nets.critic(x_t, t, batch.cond), x0, eps)}  # 2
+        yield {"denoising": targets.denoising(nets.critic(x_t, t, cond), x0, eps, rolled.keep)}  # 2
         if self.gan > 0:
             real_t = nets.teacher.path.add_noise(batch.require("x0"), eps, t)
             with torch.no_grad():  # the features are frozen; only the heads learn
-                views = [real_t, x_t] + ([real_t + self.rho * rng.randn(x0.shape, "r1")] if self.r1 > 0 else [])
-                taps = [nets.teacher.features(view, t, batch.cond, self.layers) for view in views]
+                views = [(real_t, batch.cond), (x_t, cond)]
+                views += [(real_t + self.rho * rng.randn(x0.shape, "r1"), batch.cond)] if self.r1 > 0 else []
+                taps = [nets.teacher.features(view, t, c, self.layers) for view, c in views]
             real, fake, *near = (nets.discriminator(tap) for tap in taps)
             losses = {"discriminator": targets.adversarial_discriminator(real, fake)}  # 3
             yield losses | ({"r1": self.r1 * targets.approximate_r1(real, near[0])} if near else {})
 
     def student_loss(self, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Losses]:
         rng = rng.fold("student")
-        x0 = self.rollout(nets.student, batch, rng, grad=True).x0  # 4
+        rolled = self.rollout(nets.student, batch, rng, grad=True)  # 4
+        x0, shown = rolled.clip, rolled.of(batch)
         t = self.score_density.sample(len(x0), rng)
         x_t = nets.teacher.path.add_noise(x0, rng.randn(x0.shape, "eps"), t)
-        real, fake = self.scores(nets, batch, x_t, t)
-        losses = {"matching": targets.distribution_matching(x0, real, fake)}  # 5
+        real, fake = self.scores(nets, shown, x_t, t)
+        losses = {"matching": targets.distribution_matching(x0, real, fake, keep=rolled.keep)}  # 5
         if self.gan > 0:
-            logits = nets.discriminator(nets.teacher.features(x_t, t, batch.cond, self.layers))
+            logits = nets.discriminator(nets.teacher.features(x_t, t, shown.cond, self.layers))
             losses["adversarial"] = self.gan * targets.adversarial_generator(logits)  # 6
         if self.motion > 0:
             losses["motion"] = self.motion * motion_matching(x0, real, fake)  # 7

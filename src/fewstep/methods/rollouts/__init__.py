@@ -6,10 +6,11 @@ from fewstep.methods.rollouts.from_data import FromData
 from fewstep.methods.rollouts.from_pairs import FromPairs
 from fewstep.methods.rollouts.grids import NESTED, Grids, exact, student_contract
 from fewstep.methods.rollouts.self_forced import SelfForced
+from fewstep.methods.rollouts.streaming_long import StreamingLong
 
-ROLLOUTS: tuple[type[Rollout], ...] = (BackwardSimulation, FromData, FromPairs, SelfForced)
+ROLLOUTS: tuple[type[Rollout], ...] = (BackwardSimulation, FromData, FromPairs, SelfForced, StreamingLong)
 
 __all__ = [
-    "NESTED", "ROLLOUTS", "BackwardSimulation", "FromData", "FromPairs", "Grids", "Rolled", "Rollout", "SelfForced", "Visit",
-    "exact", "pick", "predict", "student_contract",
+    "NESTED", "ROLLOUTS", "BackwardSimulation", "FromData", "FromPairs", "Grids", "Rolled", "Rollout", "SelfForced", "StreamingLong",
+    "Visit", "exact", "pick", "predict", "student_contract",
 ]  # fmt: skip
