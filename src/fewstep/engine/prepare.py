@@ -290,11 +290,8 @@ def require_same(method: Method, settings: Settings, card: Card, begun: Card | N
     before the folder exists."""
     if settings.start is None:
         return
-    if method.part != "denoiser" or settings.lora is not None:
-        raise ValueError(
-            "settings.start works only for a denoiser that is trained whole, without adapters; leave out settings.lora or "
-            "settings.start"
-        )
+    if method.part != "denoiser":
+        raise ValueError(f"settings.start is for a denoiser, and this method trains the {method.part}; leave it out")
     begun = begun or starts(settings)["student"].card()
     if "denoiser" not in begun.parts:
         raise ValueError(f"settings.start: {settings.start} has no denoiser; it has {', '.join(begun.parts)}")

@@ -182,7 +182,7 @@ class Run:
             with replacing_folder(folder) as draft:
                 saved(self, network).save(draft)
                 if self.settings.lora is not None:
-                    save_adapter(network, draft / "adapter", self.model.card.name)
+                    save_adapter(network, draft / "adapter", self.settings.start or self.model.card.name)
 
     @property
     def _result(self) -> nn.Module:
