@@ -33,6 +33,7 @@ from fewstep.methods import (
     FromData,
     Method,
     SelfForced,
+    StreamingLong,
     TeacherForced,
 )
 from fewstep.models import Lora
@@ -204,6 +205,8 @@ def test_methods_and_rollouts_read_every_field(unread: Callable[..., set[str]], 
     cases: dict[str, Method] = {**CASES, "data": DMD2(critic_updates=1, rollout=FromData())}
     cases["images"] = FlowMatching(image_fraction=1.0)
     cases["stream"] = DMD2(critic_updates=1, rollout=SelfForced())
+    cases["long"] = DMD2(critic_updates=1, rollout=SelfForced(clips=2, overlap=1))
+    cases["streaming long"] = DMD2(critic_updates=1, rollout=StreamingLong())
     cases["teacher forced"] = FlowMatching(history=TeacherForced())
     cases["diffusion forced"] = FlowMatching(history=DiffusionForced(clean=0.5))
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from fewstep.attention import Importance, Int8Memory, MovingSink, Window
 from fewstep.core import Batch, Carried, Rng
 from fewstep.diffusion import CFG, Stream, Uniform
-from fewstep.engine import Optim, train
-from fewstep.engine.checkpoint import RunState, checkpoints
+from fewstep.engine import Optim, Settings, train
+from fewstep.engine.checkpoint import Checkpoint, RunState, checkpoints
 from fewstep.engine.prepare import prepare
 from fewstep.methods import AVDM2, DMD2, Nets, Rolled, Rollout, SelfForced, StreamingLong
 from fewstep.methods.targets import dmd_normaliser
@@ -255,26 +255,47 @@ def test_a_stream_that_remembers_its_last_step_cannot_switch() -> None:
 
 # --- in a run -------------------------------------------------------------------------------------------------------------
 
-METHOD = DMD2(critic_updates=2, rollout=StreamingLong(stream=WINDOW, grids=TWO, length=9, overlap=1))
+METHOD = DMD2(critic_updates=2, rollout=StreamingLong(stream=WINDOW, grids=TWO, length=13, overlap=1))
+"""Streams of four clips, and three updates in an iteration."""
+
+
+def settings_of(steps: int) -> Settings:
+    """Two micro-batches: two streams, which go on over every checkpoint."""
+    return small(steps, save_every=1, accumulate=2, health=None, optim={"student": Optim(lr=1e-3)})
 
 
 def streaming_run(output: Path) -> VideoModel:
-    """Two micro-batches, three updates in each iteration, streams of two clips: a stream goes on over every checkpoint."""
-    settings = small(3, save_every=1, accumulate=2, health=None, optim={"student": Optim(lr=1e-3)})
-    return train(tiny_model(), METHOD, WorldClips(num_frames=FRAMES), settings, output, quiet=True)
+    return train(tiny_model(), METHOD, WorldClips(num_frames=FRAMES), settings_of(3), output, quiet=True)
 
 
+def assert_same(a: RunState, b: RunState) -> None:
+    assert a.components.keys() == b.components.keys() and {name[0] for name in a.components["carried"]} == {"0", "1"}
+    for name, tensors in a.components.items():
+        assert tensors.keys() == b.components[name].keys()
+        assert all(torch.equal(x, b.components[name][key]) for key, x in tensors.items()), name
+
+
+def test_a_resumed_run_goes_on_with_its_streams_bit_for_bit(tmp_path: Path) -> None:
+    """A checkpoint lies between the third and the fourth clip of a stream."""
+    runs = [prepare(tiny_model(), METHOD, WorldClips(num_frames=FRAMES), settings_of(2), tmp_path) for _ in range(2)]
+    runs[0].iterate()
+    folder = runs[0].state().save(tmp_path)
+    assert all(int(runs[0].carried[place].part("stream")["clip"]) == 3 for place in (0, 1))
+    runs[1].restore(Checkpoint.open(folder))
+    for run in runs:
+        run.iterate()
+    assert runs[0].figures == runs[1].figures
+    assert_same(runs[0].state(), runs[1].state())
+
+
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_its_streams_bit_for_bit(tmp_path: Path) -> None:
-    straight = streaming_run(tmp_path / "straight")
+    streaming_run(tmp_path / "straight")
     die(streaming_run, "iteration", 3, tmp_path / "killed")
     assert len(checkpoints(tmp_path / "killed" / "checkpoints")) > 0
-    again = streaming_run(tmp_path / "killed")
-    for a, b in zip(straight.denoiser.parameters(), again.denoiser.parameters(), strict=True):
-        assert torch.equal(a, b)
-    states = [RunState.load(checkpoints(tmp_path / name / "checkpoints")[-1]) for name in ("straight", "killed")]
-    carried = [state.components["carried"] for state in states]
-    assert carried[0].keys() == carried[1].keys() and {name[0] for name in carried[0]} == {"0", "1"}
-    assert all(torch.equal(x, carried[1][name]) for name, x in carried[0].items())
+    streaming_run(tmp_path / "killed")
+    a, b = (RunState.load(checkpoints(tmp_path / name / "checkpoints")[-1]) for name in ("straight", "killed"))
+    assert_same(a, b)
 
 
 def test_each_place_has_a_stream_of_its_own_that_all_updates_go_on_with(tmp_path: Path) -> None:
@@ -282,7 +303,9 @@ def test_each_place_has_a_stream_of_its_own_that_all_updates_go_on_with(tmp_path
     run.iterate()
     kept = [run.carried[place].part("stream") for place in (0, 1)]
     assert not torch.equal(kept[0]["seeds"], kept[1]["seeds"])
-    assert [int(part["clip"]) for part in kept] == [1, 1]  # of two clips each: the third update begins another stream
+    assert [int(part["clip"]) for part in kept] == [3, 3]
+    run.iterate()  # the second update of this iteration begins another stream
+    assert [int(run.carried[place].part("stream")["clip"]) for place in (0, 1)] == [2, 2]
 
 
 def test_a_run_that_carries_nothing_has_the_checkpoints_that_it_had(tmp_path: Path) -> None:

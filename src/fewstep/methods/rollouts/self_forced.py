@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from fewstep.core import Batch, Rng
-from fewstep.core.bounds import Count, Natural
+from fewstep.core.bounds import Amount, Count, Natural
 from fewstep.diffusion import Contract, Stream
 from fewstep.methods.rollouts.base import Rolled, Rollout, Visit, joined
 from fewstep.methods.rollouts.grids import Exit, deepest, drawn, stops
+from fewstep.methods.rollouts.noisy_past import reading
 from fewstep.models.denoiser import Predictor
 from fewstep.streaming.blocks import Chunks, Made
 
@@ -45,6 +46,9 @@ class SelfForced(Rollout):
     """Length of a rollout in clips of the teacher's length; the last one of a random number up to this is trained on."""
     overlap: Natural = 0
     """First latent frames of a later stretch that are seen and not trained: whole chunks (published: one frame, or one chunk)."""
+    history_noise: Amount = 0.0
+    """Noise on what is read of the past in training, relative to its root mean square (`NoisyPast`; Live Avatar, 2512.04677);
+    0: none. Sampling never has any."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,8 +85,9 @@ class SelfForced(Rollout):
             own, trained = rng.fold(f"chunk/{index}"), index >= first
             noise = own.randn((*batch.noise_shape[:2], length, *batch.noise_shape[3:]), "start")
             visits, start = list[Visit](), student.path.prior(noise)
+            chunks = reading(loop, self.history_noise, own) if trained else loop
             with torch.set_grad_enabled(grad and trained):
-                for step in loop.chunk(memory, start, batch.cond, batch.cond, own, exit=stop if trained else None):
+                for step in chunks.chunk(memory, start, batch.cond, batch.cond, own, exit=stop if trained else None):
                     visits.append(visit(step))
                 memory = step.memory or memory
             if trained:

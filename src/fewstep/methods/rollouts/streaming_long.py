@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from fewstep.core import Batch, Rng, Seeds
-from fewstep.core.bounds import Count, Natural
+from fewstep.core.bounds import Amount, Count, Natural
 from fewstep.diffusion import Contract, Stream
 from fewstep.methods.rollouts.base import Rolled, Rollout, Visit, joined
 from fewstep.methods.rollouts.grids import Exit, deepest, drawn, stops
+from fewstep.methods.rollouts.noisy_past import reading
 from fewstep.methods.rollouts.self_forced import visit
 from fewstep.methods.rollouts.underway import Underway
 from fewstep.models.denoiser import Predictor
@@ -53,18 +54,20 @@ class StreamingLong(Rollout):
     """Let every stream change its prompts once."""
     exit: Exit = "random"
     """Step to stop at, the same in all chunks of a clip: a random one or the last."""
+    history_noise: Amount = 0.0
+    """Noise on what is read of the past in training, relative to its root mean square (`NoisyPast`; Live Avatar, 2512.04677);
+    0: none. Sampling never has any."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.stream.steps:
             raise ValueError(
-                f"a rollout stops all chunks at one step, and those of this stream take {self.stream.steps} steps; leave "
-                "stream.steps out in training, and set it in the student's contract"
+                f"a rollout stops all chunks at one step, not after {self.stream.steps}; leave stream.steps out in training"
             )
         if self.switch and self.stream.commit == "last":
             raise ValueError(
-                "prompts are switched by a memory that is made anew from latents, and this stream remembers what its last "
-                "steps made; write switch: false, or let the stream commit clean latents"
+                "a switch makes the memory anew from latents, and this stream remembers its last steps; write switch: false, or "
+                "let the stream commit clean latents"
             )
 
     @property
@@ -73,7 +76,7 @@ class StreamingLong(Rollout):
 
     @property
     def calls(self) -> float:
-        """Those of a clip without overlap. A memory that is made anew, once per stream, is not counted."""
+        """Those of a first clip. A memory that is made anew, once per stream, is not counted."""
         remember = 0 if self.stream.commit == "last" else 1
         return remember + fmean(fmean(found) + 1 for found in stops(self.grids, self.exit))
 
@@ -96,7 +99,7 @@ class StreamingLong(Rollout):
             noise = own.randn((*batch.noise_shape[:2], length, *batch.noise_shape[3:]), "start")
             visits, memory, start = list[Visit](), now.memory, student.path.prior(noise)
             with torch.set_grad_enabled(grad):
-                for step in loop.chunk(memory, start, *conds, own, exit=stop):
+                for step in reading(loop, self.history_noise, own).chunk(memory, start, *conds, own, exit=stop):
                     visits.append(visit(step))
                 memory = step.memory or memory
             latents = loop.recent(now.latents, step.x.detach(), now.chunks)
