@@ -115,7 +115,7 @@ class Carried:
     def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Let these be all that is under `name/`, without gradient; an empty mapping forgets what was there."""
         self._tensors = {key: x for key, x in self._tensors.items() if not key.startswith(f"{name}/")}
-        self._tensors |= {f"{name}/{key}": x.detach().to("cpu") for key, x in tensors.items()}
+        self._tensors |= {f"{name}/{key}": x.detach().to("cpu").contiguous() for key, x in tensors.items()}
 
 
 @dataclass(frozen=True)

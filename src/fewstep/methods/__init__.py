@@ -9,6 +9,7 @@ from fewstep.methods.flow_matching import FlowMatching
 from fewstep.methods.histories import HISTORIES, DiffusionForced, History, TeacherForced, WholeClip
 from fewstep.methods.knowledge_distillation import KnowledgeDistillation
 from fewstep.methods.progressive import Progressive
+from fewstep.methods.recycling import ErrorRecycling
 from fewstep.methods.reconstruction import Reconstruction
 from fewstep.methods.roles import ROLES, Copy, Heads, Making, Other, Role, Weak
 from fewstep.methods.rollouts import (
@@ -26,7 +27,7 @@ METHODS = (FlowMatching, Reconstruction, ReadAttributes, KnowledgeDistillation, 
 
 __all__ = [
     "AVDM2", "DMD2", "HISTORIES", "METHODS", "ROLES", "ROLLOUTS", "BackwardSimulation", "Consistency", "Copy",
-    "DiffusionForced", "FlowMatching", "FromData", "FromPairs", "Heads", "History", "KnowledgeDistillation", "Making", "Method",
+    "DiffusionForced", "ErrorRecycling", "FlowMatching", "FromData", "FromPairs", "Heads", "History", "KnowledgeDistillation", "Making", "Method",
     "Nets", "Other", "Progressive", "ReadAttributes", "Reconstruction", "Role", "Rolled", "Rollout", "SelfForced", "StreamingLong",
     "Sync", "TeacherForced", "Update", "Weak", "WholeClip", "Work", "in_forwards",
 ]  # fmt: skip
