@@ -27,11 +27,14 @@ from fewstep.methods import (
     DMD2,
     HISTORIES,
     METHODS,
+    REWARDS,
     ROLLOUTS,
     DiffusionForced,
+    ErrorRecycling,
     FlowMatching,
     FromData,
     Method,
+    MotionReward,
     SelfForced,
     StreamingLong,
     TeacherForced,
@@ -207,6 +210,9 @@ def test_methods_and_rollouts_read_every_field(unread: Callable[..., set[str]], 
     cases["stream"] = DMD2(critic_updates=1, rollout=SelfForced())
     cases["long"] = DMD2(critic_updates=1, rollout=SelfForced(clips=2, overlap=1))
     cases["streaming long"] = DMD2(critic_updates=1, rollout=StreamingLong())
+    cases["reward"] = DMD2(critic_updates=1, reward=MotionReward())
+    recycling = ErrorRecycling(past=0.0)
+    cases["recycling"] = FlowMatching(recycling=recycling)
     cases["teacher forced"] = FlowMatching(history=TeacherForced())
     cases["diffusion forced"] = FlowMatching(history=DiffusionForced(clean=0.5))
 
@@ -219,7 +225,7 @@ def test_methods_and_rollouts_read_every_field(unread: Callable[..., set[str]], 
                 run.iterate()
             run.student()
 
-    assert not unread((*METHODS, *ROLLOUTS, *HISTORIES), action)
+    assert not unread((*METHODS, *ROLLOUTS, *HISTORIES, *REWARDS, ErrorRecycling), action)
 
 
 def test_settings_read_every_field(unread: Callable[..., set[str]], tmp_path: Path) -> None:

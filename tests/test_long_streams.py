@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewstep.attention import Importance, Int8Memory, MovingSink, Window
 from fewstep.core import Batch, Carried, Rng
@@ -96,7 +96,9 @@ def test_losses_look_at_the_new_frames_and_networks_at_the_whole_clip_with_its_o
     nets = Nets({"student": student, "teacher": Noted("teacher", 0.4), "critic": Noted("critic", 0.5)})
     batch = Batch(conds_of([1, 1]), cond_of(0, 2), shape)
     density = Uniform(low=0.4, high=0.5)
-    method = DMD2(rollout=Given(past=past, labels=labels), guidance=CFG(), score_density=density, critic_density=density)
+    method = DMD2(
+        rollout=Given(past=past, labels=labels), guidance=CFG(), score_density=density, critic_density=density
+    )
     terms(method.student_loss(nets, batch, Rng(0)))["matching"].backward()
     ((x_t, cond),), ((seen, _),) = asked["teacher"], asked["critic"]
     assert torch.equal(x_t, seen) and torch.equal(cond.text, conds_of(labels).text)
@@ -134,7 +136,11 @@ LONG = StreamingLong(stream=WINDOW, grids=TWO, exit="last", length=10, overlap=1
 
 
 def going_on(
-    model: VideoModel, rollout: StreamingLong, calls: int, prompts: Mapping[int, list[str]] | None = None, **options: Any
+    model: VideoModel,
+    rollout: StreamingLong,
+    calls: int,
+    prompts: Mapping[int, list[str]] | None = None,
+    **options: Any,
 ) -> tuple[list[Rolled], Carried]:
     """So many calls with one thing carried; call n has the prompts `prompts[n]`, or the usual ones."""
     carried, found = options.pop("carried", None) or Carried(), []
@@ -150,7 +156,9 @@ def seeds_of(calls: int = 0) -> tuple[int, ...]:
     return tuple(Rng(7, calls).integers((2,), "seeds", 2**62).tolist())
 
 
-@pytest.mark.parametrize("stream", [s for s in STREAMS.values() if s.chunks == (1,)], ids=[n for n in STREAMS if n != "chunks"])
+@pytest.mark.parametrize(
+    "stream", [s for s in STREAMS.values() if s.chunks == (1,)], ids=[n for n in STREAMS if n != "chunks"]
+)
 def test_its_clips_are_a_session_bit_for_bit(stream: Stream) -> None:
     """Call after call, until the length is reached; then another stream begins."""
     model = streaming_model(stream)
@@ -206,7 +214,10 @@ def test_only_new_frames_carry_gradient_and_nothing_that_is_carried_does() -> No
         assert call.kv is not None and not any(x.requires_grad for layer in call.kv.layers for x in layer)
 
 
-@pytest.mark.parametrize("keep", [Window(window=3, sink=1), MovingSink(window=3, sink=1), Importance(window=3), Int8Memory(keep=Window(window=3))])
+@pytest.mark.parametrize(
+    "keep",
+    [Window(window=3, sink=1), MovingSink(window=3, sink=1), Importance(window=3), Int8Memory(keep=Window(window=3))],
+)
 def test_what_is_carried_does_not_grow_with_the_stream(keep: Any) -> None:
     model, sizes = streaming_model(Stream(memory=keep)), []
     carried = Carried()
@@ -218,7 +229,9 @@ def test_what_is_carried_does_not_grow_with_the_stream(keep: Any) -> None:
 
 def test_a_stream_that_was_stored_and_read_goes_on_bit_for_bit() -> None:
     model = streaming_model(Stream(memory=Int8Memory(keep=Window(window=4, sink=1)), positions="sink"))
-    rollout = replace(LONG, stream=Stream(memory=Int8Memory(keep=Window(window=4, sink=1)), positions="sink"), length=16)
+    rollout = replace(
+        LONG, stream=Stream(memory=Int8Memory(keep=Window(window=4, sink=1)), positions="sink"), length=16
+    )
     straight, _ = going_on(model, rollout, 5)
     _, carried = going_on(model, rollout, 2)
     copy = Carried({name: x.clone() for name, x in carried.tensors.items()})

@@ -12,7 +12,6 @@ from fewstep import Pipeline, Stage, VideoModel
 from fewstep.core import RecipeError
 from fewstep.engine.run import Run
 from fewstep.methods import DMD2, Consistency, FlowMatching
-from fewstep.models import Lora
 from fewstep.models.bundle import read_card
 from fewstep.models.source import Pretrained, Previous, Scratch
 from fewstep.models.spec import Spec

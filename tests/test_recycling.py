@@ -73,7 +73,10 @@ def test_empty_banks_are_the_base_training_bit_for_bit(history: Any, model: Vide
     assert losses(replace(base, recycling=recycling), model, Carried(), range(1))[0] == plain
     never = replace(recycling, clean=1.0, keep_clean=1.0)  # banks fill, and are not used
     carried = Carried()
-    assert losses(replace(base, recycling=never), model, carried, range(4))[0] == losses(base, model, Carried(), range(4))[0]
+    assert (
+        losses(replace(base, recycling=never), model, carried, range(4))[0]
+        == losses(base, model, Carried(), range(4))[0]
+    )
     assert carried.part("errors")
 
 
@@ -139,7 +142,9 @@ def test_what_is_kept_carries_no_gradient_and_clean_chunks_leave_nothing(model: 
     model.denoiser.requires_grad_(True)
     carried = Carried()
     recycling = replace(ALWAYS, size=100)
-    losses(FlowMatching(history=DiffusionForced(stream=HALVES, clean=0.5), recycling=recycling), model, carried, range(3))
+    losses(
+        FlowMatching(history=DiffusionForced(stream=HALVES, clean=0.5), recycling=recycling), model, carried, range(3)
+    )
     banks: dict[str, Tensor] = carried.part("errors")
     assert banks and not any(bank.requires_grad for bank in banks.values())
     assert sum(len(bank) for name, bank in banks.items() if name.startswith("data/")) < 3 * 2 * 2

@@ -246,9 +246,7 @@ def test_adapters_go_on_from_an_earlier_student(frozen: Any, autocast: Any, tmp_
     """Its weights are those under the adapters of the student, the critic's are the teacher's; the result has the student's."""
     first, teacher = tiny_model(seed=3), tiny_model()
     first.save(tmp_path / "first")
-    settings = small(
-        1, start=str(tmp_path / "first"), lora=Lora(rank=2), health=None, frozen=frozen, autocast=autocast
-    )
+    settings = small(1, start=str(tmp_path / "first"), lora=Lora(rank=2), health=None, frozen=frozen, autocast=autocast)
     run = prepare(teacher, METHOD, WorldClips(num_frames=FRAMES), settings, tmp_path / "run")
     begun = run.student().weights("denoiser")
     assert all(torch.equal(begun[name], x) for name, x in first.weights("denoiser").items())

@@ -156,9 +156,11 @@ class Checkpoint:
         if into:
             self._fill(name, into, group)
 
-    def part(self, name: str, wanted: Callable[[str], bool], group: dist.ProcessGroup | None = None) -> dict[str, Tensor]:
-        """The tensors of a component that are `wanted` by their names, on the CPU. Each process may want others; with a group, all
-        its processes must call."""
+    def part(
+        self, name: str, wanted: Callable[[str], bool], group: dist.ProcessGroup | None = None
+    ) -> dict[str, Tensor]:
+        """The tensors of a component that are `wanted` by their names, on the CPU. Each process may want others; with a group,
+        all its processes must call."""
         into = {key: torch.empty(size, dtype=dtype) for key, (size, dtype) in self.shapes(name).items() if wanted(key)}
         self._fill(name, into, group)
         return into

@@ -20,7 +20,6 @@ from fewstep.engine.checkpoint import Checkpoint, CheckpointError, RunState
 from fewstep.engine.effective import Effective, Watch
 from fewstep.engine.health.monitor import Monitor
 from fewstep.engine.mesh import Processes
-from fewstep.engine.nets import sources
 from fewstep.engine.optim import RoleOptimizer
 from fewstep.engine.precision import autocast, float32
 from fewstep.engine.preview import Preview, Reconstructions
@@ -191,7 +190,7 @@ class Run:
     @property
     def changing(self) -> dict[str, nn.Module]:
         """Every network a checkpoint holds, by component."""
-        frozen = {"teacher", *sources(self.method)}
+        frozen = {"teacher", *(role for role, made in self.method.aux().items() if not made.trainable)}
         roles = {role: net for role, net in self.nets.roles.items() if role not in frozen and net.state_dict()}
         return roles if self.average is None else roles | {"ema": self.average}
 

@@ -9,9 +9,10 @@ from fewstep.methods.flow_matching import FlowMatching
 from fewstep.methods.histories import HISTORIES, DiffusionForced, History, TeacherForced, WholeClip
 from fewstep.methods.knowledge_distillation import KnowledgeDistillation
 from fewstep.methods.progressive import Progressive
-from fewstep.methods.recycling import ErrorRecycling
 from fewstep.methods.reconstruction import Reconstruction
-from fewstep.methods.roles import ROLES, Copy, Heads, Making, Other, Role, Weak
+from fewstep.methods.recycling import ErrorRecycling
+from fewstep.methods.rewards import REWARDS, MotionReward, Reward
+from fewstep.methods.roles import ROLES, Copy, Decoder, Heads, Making, Other, Role, Weak
 from fewstep.methods.rollouts import (
     ROLLOUTS,
     BackwardSimulation,
@@ -26,8 +27,9 @@ from fewstep.methods.rollouts import (
 METHODS = (FlowMatching, Reconstruction, ReadAttributes, KnowledgeDistillation, Progressive, Consistency, DMD2, AVDM2)
 
 __all__ = [
-    "AVDM2", "DMD2", "HISTORIES", "METHODS", "ROLES", "ROLLOUTS", "BackwardSimulation", "Consistency", "Copy",
-    "DiffusionForced", "ErrorRecycling", "FlowMatching", "FromData", "FromPairs", "Heads", "History", "KnowledgeDistillation", "Making", "Method",
-    "Nets", "Other", "Progressive", "ReadAttributes", "Reconstruction", "Role", "Rolled", "Rollout", "SelfForced", "StreamingLong",
-    "Sync", "TeacherForced", "Update", "Weak", "WholeClip", "Work", "in_forwards",
+    "AVDM2", "DMD2", "HISTORIES", "METHODS", "REWARDS", "ROLES", "ROLLOUTS", "BackwardSimulation", "Consistency",
+    "Copy", "Decoder", "DiffusionForced", "ErrorRecycling", "FlowMatching", "FromData", "FromPairs", "Heads",
+    "History", "KnowledgeDistillation", "Making", "Method", "MotionReward", "Nets", "Other", "Progressive",
+    "ReadAttributes", "Reconstruction", "Reward", "Role", "Rolled", "Rollout", "SelfForced", "StreamingLong", "Sync",
+    "TeacherForced", "Update", "Weak", "WholeClip", "Work", "in_forwards",
 ]  # fmt: skip

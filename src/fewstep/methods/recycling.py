@@ -45,10 +45,10 @@ class ErrorRecycling:
     """Banks of errors, and how often they are used. Frozen: the banks themselves are carried by the run (`Batch.carried`).
 
     An error is of one chunk, or of a whole clip where the network does not stream, and it is used again at a time of the same
-    bucket (`past`: of any). Each place has banks of its own, in main memory and in checkpoints; `size` numbers of latents for each
-    bucket add up. Not as published: banks are per process place, and nobody gathers those of others in the first iterations; a full
-    bucket loses a random error (the paper offers the nearest one, too); the paper's last frame as condition is here the clean
-    chunks that `TeacherForced` reads.
+    bucket (`past`: of any). Each place has banks of its own, in main memory and in checkpoints; `size` numbers of latents for
+    each bucket add up. Not as published: banks are per process place, and nobody gathers those of others in the first
+    iterations; a full bucket loses a random error (the paper offers the nearest one, too); the paper's last frame as condition
+    is here the clean chunks that `TeacherForced` reads.
     """
 
     clean: Fraction = 0.2
@@ -83,7 +83,8 @@ class ErrorRecycling:
     def keep(
         self, carried: Carried, made: Prediction, ideal: Prediction, errors: Errors, lengths: Sequence[int], rng: Rng
     ) -> None:
-        """Add what `made` is wrong by to the banks; `ideal` is the target as a prediction. Chunks without noise have no errors."""
+        """Add what `made` is wrong by to the banks; `ideal` is the target as a prediction. Chunks without noise have no
+        errors."""
         banks, rng, clips = carried.part(NAME), rng.fold("recycling"), len(made.raw)
         assert errors.injected is not None
         kept = errors.injected | (rng.rand((clips,), "keep") < self.keep_clean)
@@ -110,8 +111,8 @@ class ErrorRecycling:
 def _drawn(
     banks: dict[str, Tensor], kind: str, wanted: Tensor, which: Tensor, x0: Tensor, places: list[tuple[int, ...]]
 ) -> Tensor | None:
-    """One error for each chunk of the clips that are `wanted`, of its own length and bucket (`past`: any bucket); zero where there
-    is none; None where there are none at all."""
+    """One error for each chunk of the clips that are `wanted`, of its own length and bucket (`past`: any bucket); zero where
+    there is none; None where there are none at all."""
     found = torch.zeros_like(x0)
     hits = 0
     for clip, piece, begin, length, bucket in places:

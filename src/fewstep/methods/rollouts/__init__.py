@@ -11,6 +11,6 @@ from fewstep.methods.rollouts.streaming_long import StreamingLong
 ROLLOUTS: tuple[type[Rollout], ...] = (BackwardSimulation, FromData, FromPairs, SelfForced, StreamingLong)
 
 __all__ = [
-    "NESTED", "ROLLOUTS", "BackwardSimulation", "FromData", "FromPairs", "Grids", "Rolled", "Rollout", "SelfForced", "StreamingLong",
-    "Visit", "exact", "pick", "predict", "student_contract",
+    "NESTED", "ROLLOUTS", "BackwardSimulation", "FromData", "FromPairs", "Grids", "Rolled", "Rollout", "SelfForced",
+    "StreamingLong", "Visit", "exact", "pick", "predict", "student_contract",
 ]  # fmt: skip

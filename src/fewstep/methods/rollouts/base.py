@@ -55,8 +55,8 @@ class Rolled(Visit):
 
     @property
     def keep(self) -> Tensor | None:
-        """Weights of the frames of `clip` in a loss, `[B, F]`, of mean 1: 0 in the past, so that a mean over the clip is a mean over
-        `x0`. None: all are 1."""
+        """Weights of the frames of `clip` in a loss, `[B, F]`, of mean 1: 0 in the past, so that a mean over the clip is a mean
+        over `x0`. None: all are 1."""
         if self.past is None:
             return None
         clip = self.clip

@@ -15,11 +15,12 @@ from fewstep.streaming.blocks import Chunks, Reader
 
 @dataclass(frozen=True)
 class NoisyPast:
-    """A student that reads its memory with noise: `k + scale rms(k) n`, values likewise, n standard normal (a `streaming.Reader`).
+    """A student that reads its memory with noise: `k + scale rms(k) n`, values likewise, n standard normal (a
+    `streaming.Reader`).
 
-    The root mean square is over one layer's remembered frames but the pinned ones (the sink), which stay as they are. All calls of
-    a chunk read the same noise, and the memory itself has none. From the paper: noise on the cached history, so that what a person
-    looks like must come from the sink. Its size and law are not published: both are ours.
+    The root mean square is over one layer's remembered frames but the pinned ones (the sink), which stay as they are. All calls
+    of a chunk read the same noise, and the memory itself has none. From the paper: noise on the cached history, so that what a
+    person looks like must come from the sink. Its size and law are not published: both are ours.
     """
 
     network: Reader

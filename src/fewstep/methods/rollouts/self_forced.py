@@ -34,8 +34,8 @@ class SelfForced(Rollout):
 
     With `overlap` the first frames of a stretch that does not begin its stream are seen by teacher and critic, and not trained
     (2506.08009): they are made like what comes before them. Not as published: the papers replace the first latent of such a
-    stretch by an image latent (decode, and encode its last frame alone), because the teacher's clips begin with one. A rollout has
-    no autoencoder, so the latents stay as they are; for codecs that know no time this is the same.
+    stretch by an image latent (decode, and encode its last frame alone), because the teacher's clips begin with one. A rollout
+    has no autoencoder, so the latents stay as they are; for codecs that know no time this is the same.
     """
 
     stream: Stream = Stream()
@@ -58,7 +58,9 @@ class SelfForced(Rollout):
                 "stream.steps out in training, and set it in the student's contract"
             )
         if self.overlap and self.clips == 1:
-            raise ValueError("overlap is the beginning of a later stretch; let a rollout have more clips, or write overlap: 0")
+            raise ValueError(
+                "overlap is the beginning of a later stretch; let a rollout have more clips, or write overlap: 0"
+            )
 
     @property
     def whole(self) -> bool:
@@ -111,8 +113,8 @@ class SelfForced(Rollout):
         trained = bounds[begin] + (self.overlap if begin else 0)
         if trained not in bounds or trained >= bounds[begin] + frames:
             raise ValueError(
-                f"an overlap of {self.overlap} frames is not whole chunks of {list(self.stream.chunks)} in a clip of {frames}; give "
-                "a sum of its first chunks that leaves some"
+                f"an overlap of {self.overlap} frames is not whole chunks of {list(self.stream.chunks)} in a clip of {frames};
+                give " "a sum of its first chunks that leaves some"
             )
         return begin, bounds.index(trained), lengths[: bounds.index(bounds[begin] + frames)]
 

@@ -34,12 +34,12 @@ class StreamingLong(Rollout):
         5  before the stream would be longer than `length` frames, another one begins
 
     The stream between two calls is `Underway`, in `Batch.carried`: the run keeps one for each place, in main memory and in its
-    checkpoints, and all updates of an iteration, those of the critic too, take the next clip of the same one. Keys and values that
-    were made with earlier weights stay as they are, as in the paper. With the last exit and weights that do not change, its clips
-    are those of a `streaming.Session`, bit for bit.
+    checkpoints, and all updates of an iteration, those of the critic too, take the next clip of the same one. Keys and values
+    that were made with earlier weights stay as they are, as in the paper. With the last exit and weights that do not change,
+    its clips are those of a `streaming.Session`, bit for bit.
 
-    Not as published: the first latent of a clip is not replaced by an image latent (see `SelfForced`); a switch is as likely before
-    every clip but the first; memory is made anew from as many latents as a chunk may read, in training as in a session.
+    Not as published: the first latent of a clip is not replaced by an image latent (see `SelfForced`); a switch is as likely
+    before every clip but the first; memory is made anew from as many latents as a chunk may read, in training as in a session.
     """
 
     carries: ClassVar[bool] = True

@@ -14,7 +14,8 @@ from fewstep.core import Cond
 
 @dataclass(frozen=True, kw_only=True)
 class Underway:
-    """Everything that the next clip depends on. `streaming.Snapshot` is the same for serving, with prompts in place of conditions."""
+    """Everything that the next clip depends on. `streaming.Snapshot` is the same for serving, with prompts in place of
+    conditions."""
 
     memory: KVCache
     conds: tuple[Cond, Cond]
