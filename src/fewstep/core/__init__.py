@@ -6,6 +6,6 @@ from fewstep.core.rng import Noise, Rng, Seeds
 from fewstep.core.types import KV, Batch, Carried, Cond, Later, Losses, Pairs
 
 __all__ = [
-    "KV", "Batch", "Call", "Carried", "Cond", "KVView", "Later", "Losses", "Noise", "Pairs", "RecipeError", "Rng", "Seeds", "build",
-    "dump",
+    "KV", "Batch", "Call", "Carried", "Cond", "KVView", "Later", "Losses", "Noise", "Pairs", "RecipeError", "Rng", "Seeds",
+    "build", "dump",
 ]  # fmt: skip

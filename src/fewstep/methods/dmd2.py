@@ -14,9 +14,9 @@ al., One-step Diffusion with Distribution Matching Distillation, 2311.18828.
     8  + anchor * d(student(stored state), stored endpoint)
 
 Not from the paper: all turns of an iteration (critic and student) use the same prompts with different noise; D is heads of its
-own on frozen teacher features, not on the critic's bottleneck; R1 (2501.08316); critic warm-up. Line 7 is of 2603.09488. Line 8
-is DMD's, with pseudo-Huber on latents instead of LPIPS: it keeps the modes that reverse KL loses. `weak` (2503.13319): the real
-score of line 5 is that of teacher weights moved towards the critic's. `reward` (Re-DMD, 2512.04678): g times exp(r / beta).
+own on frozen teacher features, not on the critic's bottleneck; R1 (2501.08316); critic warm-up; line 7 (2603.09488). Line 8 is
+DMD's, with pseudo-Huber on latents instead of LPIPS: it keeps modes that reverse KL loses. `weak` (2503.13319): the real score
+is that of teacher weights moved towards the critic's. `reward` (Re-DMD, 2512.04678): g times exp(r / beta), of mean 1.
 """
 
 from __future__ import annotations
@@ -46,7 +46,6 @@ class DMD2(Method):
 
     cite: ClassVar[str] = "Yin et al., Improved Distribution Matching Distillation for Fast Image Synthesis, 2405.14867"
     continues: ClassVar[bool] = True
-
     rollout: Rollout = BackwardSimulation()
     """How student samples are generated in training: with the student's own sampler."""
     guidance: CFG = CFG(scale=3.0)
@@ -72,7 +71,7 @@ class DMD2(Method):
     reward: Reward | None = None
     """Clips that it prefers count more in line 5; null: all alike."""
     weak: Part = 0.0
-    """Share of the critic's adapters added to the teacher for the real score (MagicDistillation: 0.25). Needs settings.lora."""
+    """Share of the critic's adapters added to the teacher for the real score (MagicDistillation: 0.25); 0: none. Needs LoRA."""
     anchor: Amount = 0.0
     """lambda_reg: weight of the regression on stored pairs (DMD: 0.25); 0: off, and no pairs are needed."""
     anchor_rollout: FromPairs = FromPairs()
@@ -87,10 +86,10 @@ class DMD2(Method):
         return frozenset({"prompts"} | self.rollout.needs | gan | anchor)
 
     def aux(self) -> dict[str, Role]:
-        critic: dict[str, Role] = {"critic": Copy("teacher")}
-        critic |= {"real": Weak("critic", self.weak)} if self.weak > 0 else {}
-        critic |= {"codec": Decoder()} if self.reward is not None else {}
-        return critic | ({"discriminator": Heads("teacher", self.layers)} if self.gan > 0 else {})
+        roles: dict[str, Role] = {"critic": Copy("teacher")}
+        roles |= {"real": Weak("critic", self.weak)} if self.weak > 0 else {}
+        roles |= {"codec": Decoder()} if self.reward is not None else {}
+        return roles | ({"discriminator": Heads("teacher", self.layers)} if self.gan > 0 else {})
 
     def updates(self, step: int) -> Iterator[Update]:
         trained = tuple(role for role, made in self.aux().items() if made.trainable)
@@ -107,10 +106,11 @@ class DMD2(Method):
         x_t = nets.critic.path.add_noise(x0, eps, t)
         yield {"denoising": targets.denoising(nets.critic(x_t, t, cond), x0, eps, rolled.keep)}  # 2
         if self.gan > 0:
-            real_t, c = nets.teacher.path.add_noise(batch.require("x0"), eps, t), batch.cond
+            real_t = nets.teacher.path.add_noise(batch.require("x0"), eps, t)
+            moved = [(real_t + self.rho * rng.randn(x0.shape, "r1"), batch.cond)] if self.r1 > 0 else []
             with torch.no_grad():  # the features are frozen; only the heads learn
-                near = [(real_t + self.rho * rng.randn(x0.shape, "r1"), c)] if self.r1 > 0 else []
-                taps = [nets.teacher.features(x, t, c, self.layers) for x, c in [(real_t, c), (x_t, cond), *near]]
+                views = [(real_t, batch.cond), (x_t, cond), *moved]
+                taps = [nets.teacher.features(x, t, c, self.layers) for x, c in views]
             real, fake, *near = (nets.discriminator(tap) for tap in taps)
             losses = {"discriminator": targets.adversarial_discriminator(real, fake)}  # 3
             yield losses | ({"r1": self.r1 * targets.approximate_r1(real, near[0])} if near else {})

@@ -22,6 +22,8 @@ from fewstep.diffusion import Prediction
 
 NAME = "errors"
 """Part of what a run carries that holds the banks."""
+Place = tuple[int, int, int, int, int]
+"""Where a chunk is: clip, number, first frame, length, bucket of time."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,8 @@ class ErrorRecycling:
                     _push(banks, f"{kind}/{length}/{bucket}", one, self.size, int(slots[clip, piece]))
         carried.put(NAME, banks)
 
-    def _places(self, t: Tensor, lengths: Sequence[int]) -> list[tuple[int, int, int, int, int]]:
-        """Clip, number, first frame, length and bucket of time of every chunk."""
+    def _places(self, t: Tensor, lengths: Sequence[int]) -> list[Place]:
+        """Every chunk of clips at times `[B]` or `[B, F]`."""
         begins = [0, *accumulate(lengths)]
         places = []
         for clip, row in enumerate(t.reshape(len(t), -1).tolist()):
@@ -109,7 +111,7 @@ class ErrorRecycling:
 
 
 def _drawn(
-    banks: dict[str, Tensor], kind: str, wanted: Tensor, which: Tensor, x0: Tensor, places: list[tuple[int, ...]]
+    banks: dict[str, Tensor], kind: str, wanted: Tensor, which: Tensor, x0: Tensor, places: Sequence[Place]
 ) -> Tensor | None:
     """One error for each chunk of the clips that are `wanted`, of its own length and bucket (`past`: any bucket); zero where
     there is none; None where there are none at all."""

@@ -113,8 +113,8 @@ class SelfForced(Rollout):
         trained = bounds[begin] + (self.overlap if begin else 0)
         if trained not in bounds or trained >= bounds[begin] + frames:
             raise ValueError(
-                f"an overlap of {self.overlap} frames is not whole chunks of {list(self.stream.chunks)} in a clip of {frames};
-                give " "a sum of its first chunks that leaves some"
+                f"an overlap of {self.overlap} frames is not whole chunks of {list(self.stream.chunks)} in a clip of {frames}; "
+                "give a sum of its first chunks that leaves some"
             )
         return begin, bounds.index(trained), lengths[: bounds.index(bounds[begin] + frames)]
 

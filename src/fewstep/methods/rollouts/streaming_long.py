@@ -29,17 +29,16 @@ class StreamingLong(Rollout):
         1  a stream begins with the prompts of the batch, and a first clip of F frames, as long as the teacher's clips
         2  each call goes on from the memory that the call before has left: F - overlap new frames, each chunk stopped at one exit
         3  networks that judge see the last `overlap` frames and the new ones; losses count the new ones
-        4  at one random clip of the stream the prompts become those of the batch of that moment: the memory is made anew from the
-           last latents with them (`Chunks.recache`), and student, teacher and critic use them from then on
+        4  at one random clip the prompts become those of the batch of that moment: the memory is made anew from the last latents
+           with them (`Chunks.recache`), and student, teacher and critic use them from then on
         5  before the stream would be longer than `length` frames, another one begins
 
     The stream between two calls is `Underway`, in `Batch.carried`: the run keeps one for each place, in main memory and in its
-    checkpoints, and all updates of an iteration, those of the critic too, take the next clip of the same one. Keys and values
-    that were made with earlier weights stay as they are, as in the paper. With the last exit and weights that do not change,
-    its clips are those of a `streaming.Session`, bit for bit.
+    checkpoints, and all updates of an iteration, the critic's too, go on with it. Keys and values that were made with earlier
+    weights stay, as in the paper. At the last exit and fixed weights, clips are those of a `streaming.Session`, bit for bit.
 
     Not as published: the first latent of a clip is not replaced by an image latent (see `SelfForced`); a switch is as likely
-    before every clip but the first; memory is made anew from as many latents as a chunk may read, in training as in a session.
+    before every clip but the first; memory is made anew from as many latents as a chunk may read, as in a session.
     """
 
     carries: ClassVar[bool] = True
@@ -131,7 +130,7 @@ class StreamingLong(Rollout):
     @torch.no_grad()
     def _switched(self, loop: Chunks, now: Underway, batch: Batch, device: str) -> Underway:
         """The same stream with the prompts of `batch`, and a memory that says so."""
-        assert now.latents is not None
+        assert now.latents is not None  # a clip was made
         conds, seeds = (batch.cond, batch.uncond), Seeds(now.seeds, device=device).fold(f"recache/{now.chunks}")
         return replace(now, conds=conds, memory=loop.recache(now.memory, now.latents, *conds, seeds))
 
@@ -148,5 +147,4 @@ class StreamingLong(Rollout):
         return lengths
 
     def contract(self, teacher: Contract) -> Contract:
-        """It streams."""
         return replace(super().contract(teacher), stream=self.stream)
