@@ -71,6 +71,7 @@ def whole() -> dict[type, Any]:
         Scratch(denoiser=Spec("VideoDiT"), codec="world", contract=Contract(grid=Timesteps(), stream=Stream())),
         Repatterned(pattern=BlockCausal(chunk=1)),
         StepScales(steps=4),
+        ErrorRecycling(past=0.0),
         *(cls(**{f.name: "x" for f in fields(cls) if f.default is f.default_factory}) for cls in _plain()),
     ]
     for start in starts:

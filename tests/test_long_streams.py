@@ -29,6 +29,7 @@ from test_streaming import PROMPTS, streaming_model
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 OTHERS = ["a green ring moves up", "a white square rolls right"]
+IGNORED = ["a black ring stays", "a red star moves down"]
 WINDOW = Stream(window=3, sink=1)
 PAIRS = Stream(chunks=(2,), window=4)
 
@@ -179,7 +180,7 @@ def test_prompts_switch_once_at_the_drawn_clip_with_a_memory_made_anew() -> None
         switch = 1 + Rng(7, seed_step).integer("switch", 2)
         seen.add(switch)
         for call in range(3):
-            cond, uncond = model.conditions(OTHERS if call else PROMPTS)
+            cond, uncond = model.conditions({0: PROMPTS, switch: OTHERS}.get(call, IGNORED))
             batch = Batch(cond=cond, uncond=uncond, latent_shape=(4, 4, 8, 8), carried=carried)
             rolled.append(LONG(model.denoiser, batch, Rng(7, seed_step + 10 * call), grad=False))
         session = Session(model, PROMPTS, seed=seeds_of(seed_step))

@@ -46,7 +46,8 @@ class StreamingLong(Rollout):
     stream: Stream = Stream()
     """How chunks are made, in training and afterwards. Give it a window, or memory grows with the stream."""
     length: Count = 240
-    """Largest length of a stream in latent frames."""
+    """Largest length of a stream in latent frames. Its number of clips and the updates of an iteration should have no common
+    factor: otherwise the student is always trained on the same ones of them."""
     overlap: Natural = 3
     """Latent frames of the clip before that teacher and critic see again; what is left of a clip must be whole chunks."""
     switch: bool = True
@@ -130,7 +131,7 @@ class StreamingLong(Rollout):
     @torch.no_grad()
     def _switched(self, loop: Chunks, now: Underway, batch: Batch, device: str) -> Underway:
         """The same stream with the prompts of `batch`, and a memory that says so."""
-        assert now.latents is not None  # a clip was made
+        assert now.latents is not None
         conds, seeds = (batch.cond, batch.uncond), Seeds(now.seeds, device=device).fold(f"recache/{now.chunks}")
         return replace(now, conds=conds, memory=loop.recache(now.memory, now.latents, *conds, seeds))
 
@@ -141,8 +142,7 @@ class StreamingLong(Rollout):
             lengths.append(self.stream.length(now.chunks + len(lengths)))
         if sum(lengths) > new:
             raise ValueError(
-                f"a clip of {frames} latent frames with overlap {self.overlap if now.clip else 0} is not whole chunks of "
-                f"{list(self.stream.chunks)}; change overlap, or the chunks"
+                f"{new} new latent frames are not whole chunks of {list(self.stream.chunks)}; change overlap, or the chunks"
             )
         return lengths
 
