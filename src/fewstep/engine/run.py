@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.core import Batch, Carried, Losses, Rng
-from fewstep.core.atomic import recover, replacing_folder
+from fewstep.core import Batch, Losses, Rng
+from fewstep.core.atomic import replacing_folder
 from fewstep.core.finite import require_finite
 from fewstep.data.base import Source
-from fewstep.engine.checkpoint import Checkpoint, CheckpointError, RunState
+from fewstep.engine.carrying import Places, carried_in
+from fewstep.engine.checkpoint import Checkpoint, RunState
 from fewstep.engine.effective import Effective, Watch
 from fewstep.engine.health.monitor import Monitor
 from fewstep.engine.mesh import Processes
@@ -24,7 +24,7 @@ from fewstep.engine.optim import RoleOptimizer
 from fewstep.engine.precision import autocast, float32
 from fewstep.engine.preview import Preview, Reconstructions
 from fewstep.engine.probe import Probe
-from fewstep.engine.result import saved, with_result
+from fewstep.engine.result import recover_best, saved, with_result
 from fewstep.engine.settings import Settings
 from fewstep.engine.shard import add_gradients, whole
 from fewstep.engine.views import Listener, Views
@@ -34,9 +34,6 @@ from fewstep.models.averaging import blend
 from fewstep.models.depot import depot_of
 from fewstep.models.lora import merge, save_adapter
 from fewstep.models.spread import Spread
-
-CARRIED = "carried"
-"""Component of a checkpoint that holds what a run carries."""
 
 
 @dataclass
@@ -76,8 +73,8 @@ class Run:
     """Iterations done."""
     best: dict[str, float] = field(default_factory=dict)
     """Scores of the best student so far, which is in `output/best`."""
-    carried: dict[int, Carried] = field(default_factory=lambda: defaultdict(Carried))
-    """What is carried from one update to the next, by place: of the places of this process."""
+    carried: Places = field(default_factory=Places)
+    """What is carried from one update to the next, by place."""
     watch: Watch | None = field(default_factory=Watch)
     """Recorder of the times of all calls in the first iterations; None afterwards."""
     figures: dict[str, float] = field(default_factory=dict)
@@ -92,8 +89,8 @@ class Run:
         rng = Rng(self.settings.seed, self.step, device=self.settings.device)
         places = [rng.at(place=place) for place in self.processes.places(self.settings.accumulate)]
         batches = [
-            (replace(self.source.batch(self.settings.batch, where), carried=self.carried[where.place]), where.place)
-            for where in places
+            (replace(self.source.batch(self.settings.batch, at), carried=self.carried[at.place]), at.place)
+            for at in places
         ]
         seen: dict[str, list[float]] = {}
         events = self.monitor.events(self.step) if self.monitor is not None else self.method.updates(self.step)
@@ -207,48 +204,22 @@ class Run:
     def state(self) -> RunState:
         components = {name: network.state_dict() for name, network in self.changing.items()}
         components |= {name: optimizer.state() for name, optimizer in self.stepping.items()}
-        if carried := self._carried():
-            components[CARRIED] = carried
+        components |= self.carried.component
         health = self.monitor.state() if self.monitor is not None else None
         values = {"identity": self.identity, "best": self.best, "health": health, "run": self.trees}
         return RunState(self.step, components, values)
 
     def restore(self, saved: Checkpoint) -> None:
         """Resume from a checkpoint of this run. CheckpointError if it belongs to another run or is incomplete."""
-        carried = {CARRIED} & {*saved.components}  # of methods that carry nothing there is none
-        saved.require(self.identity, {*self.changing, *self.stepping, *carried})
+        saved.require(self.identity, {*self.changing, *self.stepping, *carried_in(saved)})
         self.step, self.best = saved.step, dict(saved.values["best"])
         if self.monitor is not None:
             self.monitor.restore(saved.values["health"])
-        self._recover_best()
+        recover_best(self)
         for name, network in self.changing.items():
             saved.read(name, network.state_dict(), self.processes.disk)
         for name, optimizer in self.stepping.items():
             saved.read(name, optimizer.allocate(saved.shapes(name)), self.processes.disk)
-        if carried:
-            self._carry(saved)
+        self.carried.restore(saved, self.processes, self.settings.accumulate)
         if self.monitor is not None and self.processes.leads:
             self.monitor.record.save(self.output)
-
-    def _carried(self) -> dict[str, Tensor]:
-        """All that this process carries, as a component of a checkpoint: the names begin with the place."""
-        return {f"{place}/{name}": x for place, kept in self.carried.items() for name, x in kept.tensors.items()}
-
-    def _carry(self, saved: Checkpoint) -> None:
-        """Take up what a checkpoint holds for the places of this process."""
-        places = self.processes.places(self.settings.accumulate)
-        found = saved.part(CARRIED, lambda name: int(name.partition("/")[0]) in places, self.processes.disk)
-        for place in places:
-            own = {name.partition("/")[2]: x for name, x in found.items() if int(name.partition("/")[0]) == place}
-            self.carried[place] = Carried(own)
-
-    def _recover_best(self) -> None:
-        """Restore the best student if the run was killed while replacing it. CheckpointError if it is gone."""
-        folder = self.output / "best"
-        if self.processes.leads:
-            recover(folder)
-        self.processes.barrier()
-        if self.has_best and not (folder / "card.json").is_file():
-            raise CheckpointError(
-                f"{folder}, the best student so far, is gone. Put it back, or start anew in another output folder."
-            )

@@ -2,7 +2,7 @@
 
 from fewstep.methods.attributes import ReadAttributes
 from fewstep.methods.avdm2 import AVDM2
-from fewstep.methods.base import Method, Nets, Sync, Update, Work, in_forwards
+from fewstep.methods.base import Method, Nets, Sync, Update
 from fewstep.methods.consistency import Consistency
 from fewstep.methods.dmd2 import DMD2
 from fewstep.methods.flow_matching import FlowMatching
@@ -23,6 +23,7 @@ from fewstep.methods.rollouts import (
     SelfForced,
     StreamingLong,
 )
+from fewstep.methods.work import Work, in_forwards
 
 METHODS = (FlowMatching, Reconstruction, ReadAttributes, KnowledgeDistillation, Progressive, Consistency, DMD2, AVDM2)
 

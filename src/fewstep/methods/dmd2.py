@@ -33,11 +33,12 @@ from fewstep.core import Batch, Losses, Rng
 from fewstep.core.bounds import Amount, Count, Natural, Part, require_bounds
 from fewstep.diffusion import CFG, TimeDensity, Uniform
 from fewstep.methods import targets
-from fewstep.methods.base import Method, Nets, Update, Work
+from fewstep.methods.base import Method, Nets, Update, judged
 from fewstep.methods.motion import motion_matching
 from fewstep.methods.rewards import Reward
 from fewstep.methods.roles import Copy, Decoder, Heads, Role, Weak
 from fewstep.methods.rollouts import BackwardSimulation, FromPairs, Rollout
+from fewstep.methods.work import Work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,16 +101,15 @@ class DMD2(Method):
 
     def critic_loss(self, turn: int, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Losses]:
         rng = rng.fold(f"critic/{turn}")  # new samples in every turn
-        rolled = self.rollout(nets.student, batch, rng, grad=False)  # 1
-        x0, cond = rolled.clip, rolled.of(batch).cond
+        x0, keep, shown = judged(self.rollout(nets.student, batch, rng, grad=False), batch)  # 1
         eps, t = rng.randn(x0.shape, "eps"), self.critic_density.sample(len(x0), rng)
         x_t = nets.critic.path.add_noise(x0, eps, t)
-        yield {"denoising": targets.denoising(nets.critic(x_t, t, cond), x0, eps, rolled.keep)}  # 2
+        yield {"denoising": targets.denoising(nets.critic(x_t, t, shown.cond), x0, eps, keep)}  # 2
         if self.gan > 0:
             real_t = nets.teacher.path.add_noise(batch.require("x0"), eps, t)
             moved = [(real_t + self.rho * rng.randn(x0.shape, "r1"), batch.cond)] if self.r1 > 0 else []
             with torch.no_grad():  # the features are frozen; only the heads learn
-                views = [(real_t, batch.cond), (x_t, cond), *moved]
+                views = [(real_t, batch.cond), (x_t, shown.cond), *moved]
                 taps = [nets.teacher.features(x, t, c, self.layers) for x, c in views]
             real, fake, *near = (nets.discriminator(tap) for tap in taps)
             losses = {"discriminator": targets.adversarial_discriminator(real, fake)}  # 3
@@ -118,11 +118,11 @@ class DMD2(Method):
     def student_loss(self, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Losses]:
         rng = rng.fold("student")
         rolled = self.rollout(nets.student, batch, rng, grad=True)  # 4
-        x0, shown = rolled.clip, rolled.of(batch)
+        x0, keep, shown = judged(rolled, batch)
         t = self.score_density.sample(len(x0), rng)
         x_t = nets.teacher.path.add_noise(x0, rng.randn(x0.shape, "eps"), t)
         real, fake = self.scores(nets, shown, x_t, t)
-        keep = rolled.keep if self.reward is None else self.reward.keep(nets.codec, rolled)
+        keep = keep if self.reward is None else self.reward.keep(nets.codec, rolled)
         losses = {"matching": targets.distribution_matching(x0, real, fake, keep=keep)}  # 5
         if self.gan > 0:
             logits = nets.discriminator(nets.teacher.features(x_t, t, shown.cond, self.layers))

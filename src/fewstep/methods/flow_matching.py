@@ -25,11 +25,12 @@ from torch import Tensor
 from fewstep.core import Batch, Cond, Losses, Rng
 from fewstep.core.bounds import Count, Fraction, require_bounds
 from fewstep.diffusion import Contract, LogitNormal, TimeDensity, target
-from fewstep.methods.base import Method, Nets, Update, Work
+from fewstep.methods.base import Method, Nets, Update
 from fewstep.methods.frames import fold_frames
 from fewstep.methods.histories import History, TeacherForced, WholeClip
 from fewstep.methods.recycling import ErrorRecycling, Errors, plus
 from fewstep.methods.targets import denoising
+from fewstep.methods.work import Work
 
 
 @dataclass(frozen=True, kw_only=True)
