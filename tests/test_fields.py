@@ -27,14 +27,18 @@ from fewstep.methods import (
     DMD2,
     HISTORIES,
     METHODS,
+    REWARDS,
     ROLLOUTS,
     DiffusionForced,
+    ErrorRecycling,
     FlowMatching,
     FromData,
     Method,
+    MotionReward,
     MovingBuffer,
     RollingForced,
     SelfForced,
+    StreamingLong,
     TeacherForced,
 )
 from fewstep.models import Lora
@@ -69,6 +73,7 @@ def whole() -> dict[type, Any]:
         Scratch(denoiser=Spec("VideoDiT"), codec="world", contract=Contract(grid=Timesteps(), stream=Stream())),
         Repatterned(pattern=BlockCausal(chunk=1)),
         StepScales(steps=4),
+        ErrorRecycling(past=0.0),
         *(cls(**{f.name: "x" for f in fields(cls) if f.default is f.default_factory}) for cls in _plain()),
     ]
     for start in starts:
@@ -207,6 +212,11 @@ def test_methods_and_rollouts_read_every_field(unread: Callable[..., set[str]], 
     cases["images"] = FlowMatching(image_fraction=1.0)
     cases["stream"] = DMD2(critic_updates=1, rollout=SelfForced())
     cases["rolling"] = DMD2(critic_updates=1, rollout=RollingForced())
+    cases["long"] = DMD2(critic_updates=1, rollout=SelfForced(clips=2, overlap=1))
+    cases["streaming long"] = DMD2(critic_updates=1, rollout=StreamingLong())
+    cases["reward"] = DMD2(critic_updates=1, reward=MotionReward())
+    recycling = ErrorRecycling(past=0.0)
+    cases["recycling"] = FlowMatching(recycling=recycling)
     cases["teacher forced"] = FlowMatching(history=TeacherForced())
     buffer = Stream(chunks=(1,), rolling=4, commit="nothing")
     cases["moving buffer"] = FlowMatching(history=MovingBuffer(stream=buffer, parts=(1, 4)))
@@ -221,7 +231,7 @@ def test_methods_and_rollouts_read_every_field(unread: Callable[..., set[str]], 
                 run.iterate()
             run.student()
 
-    assert not unread((*METHODS, *ROLLOUTS, *HISTORIES), action)
+    assert not unread((*METHODS, *ROLLOUTS, *HISTORIES, *REWARDS, ErrorRecycling), action)
 
 
 def test_settings_read_every_field(unread: Callable[..., set[str]], tmp_path: Path) -> None:

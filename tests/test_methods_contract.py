@@ -16,6 +16,7 @@ from fewstep.methods import (
     DMD2,
     HISTORIES,
     METHODS,
+    REWARDS,
     ROLLOUTS,
     BackwardSimulation,
     Consistency,
@@ -25,6 +26,7 @@ from fewstep.methods import (
     KnowledgeDistillation,
     Making,
     Method,
+    MotionReward,
     Nets,
     Progressive,
     ReadAttributes,
@@ -42,7 +44,7 @@ from support_engine import TinyImages
 from support_gaussian import ONE_STEP, terms
 
 B, SHAPE, SIZES = 2, (4, 3, 4, 4), (3, 5)
-METHOD_NAMES = {cls.__name__: cls for cls in (*METHODS, *ROLLOUTS, *HISTORIES, *DENSITIES)}
+METHOD_NAMES = {cls.__name__: cls for cls in (*METHODS, *ROLLOUTS, *HISTORIES, *REWARDS, *DENSITIES)}
 CASES: dict[str, Method] = {cls.__name__: cls() for cls in METHODS} | {
     "FlowMatching-images": FlowMatching(image_fraction=1.0, images_per_clip=2, cond_drop=0.5),
     "ReadAttributes-features": ReadAttributes(of="features"),
@@ -54,6 +56,7 @@ CASES: dict[str, Method] = {cls.__name__: cls() for cls in METHODS} | {
     "DMD2-data": DMD2(critic_updates=1, rollout=FromData()),
     "DMD2-anchor": DMD2(critic_updates=1, anchor=0.25),
     "DMD2-motion": DMD2(critic_updates=1, motion=0.2),
+    "DMD2-reward": DMD2(critic_updates=1, reward=MotionReward()),
     "DMD2-weak": DMD2(critic_updates=1, weak=0.25),
     "AVDM2-image-teacher": AVDM2(image_teacher=TinyImages(), frames=2),
     "AVDM2-video-score": AVDM2(score="video"),
@@ -90,7 +93,7 @@ def make_nets(method: Method) -> Nets:
         roles = {"teacher": part(method.part), "student": part(method.part)}
         for role, recipe in method.aux().items():
             borrows = recipe.origin is not None or recipe.source is not None  # of the shaken kind, too
-            roles[role] = part(method.part) if borrows else recipe.make(role, Making(roles=roles))
+            roles[role] = part(method.part) if borrows else recipe.make(role, Making(roles=roles, codec=part("codec")))
     return Nets({role: network.requires_grad_(False) for role, network in roles.items()})
 
 

@@ -18,7 +18,7 @@ from fewstep.engine.nets import build_nets, origin, sources, trained_roles
 from fewstep.engine.outline import Outline
 from fewstep.engine.prepare import prepare
 from fewstep.engine.views import View
-from fewstep.methods import DMD2, ROLES, Copy, Heads, Making, Method, Nets, Other, Role, Update, Weak
+from fewstep.methods import DMD2, ROLES, Copy, Decoder, Heads, Making, Method, Nets, Other, Role, Update, Weak
 from fewstep.methods.targets import mse
 from fewstep.models import Denoiser, Lora, fingerprint
 from fewstep.models.fingerprint import describe
@@ -102,7 +102,13 @@ def test_a_new_role_is_one_class(tmp_path: Path) -> None:
     assert {"student", "gain"} <= run.changing.keys()
 
 
-MADE: dict[type[Role], Role] = {Copy: Copy(), Heads: Heads(), Weak: Weak("student", 0.5), Other: Other(TinyImages())}
+MADE: dict[type[Role], Role] = {
+    Copy: Copy(),
+    Heads: Heads(),
+    Weak: Weak("student", 0.5),
+    Other: Other(TinyImages()),
+    Decoder: Decoder(),
+}
 
 
 @pytest.mark.parametrize("cls", ROLES, ids=lambda cls: cls.__name__)
@@ -112,7 +118,7 @@ def test_what_a_role_says_is_so(cls: type[Role]) -> None:
     roles: dict[str, nn.Module] = {"teacher": teacher}
     roles["student"] = Copy().make("student", Making(roles=roles, lora=Lora(rank=2)))
     others = {} if role.source is None else {"new": role.source.load()}
-    made = role.make("new", Making(roles=roles, others=others))
+    made = role.make("new", Making(roles=roles, others=others, codec=model.codec))
     assert role.needs is None or role.needs in roles
     assert (role.source is not None) == (cls is Other) and (not others or made is others["new"].denoiser)
     assert role.trainable == (cls in (Copy, Heads))

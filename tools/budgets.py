@@ -16,7 +16,18 @@ ROOT = Path(__file__).resolve().parent.parent
 FILE_LINES, NETWORK_FILE_LINES, METHOD_FILE_LINES = 400, 600, 150
 FUNCTION_LINES, PARAMETERS = 60, 7
 SUPPORT = {  # files of a room that are not one of its algorithms, and may hold several classes that belong together
-    "methods": {"__init__", "base", "frames", "grids", "motion", "roles", "targets"},
+    "methods": {
+        "__init__",
+        "base",
+        "frames",
+        "grids",
+        "motion",
+        "recycling",
+        "rewards",
+        "roles",
+        "targets",
+        "underway",
+    },
     "attention": {"__init__", "forward_mode", "pattern", "kernels", "cache", "choosing", "slots", "standing"},
     "caching": {"__init__", "base"},
     "diffusion/samplers": {"__init__", "base"},

@@ -56,6 +56,8 @@ Positive = Annotated[float, Bounds(above=0)]
 Amount = Annotated[float, Bounds(0)]
 """A number that is not negative."""
 Fraction = Annotated[float, Bounds(0, 1)]
+Part = Annotated[float, Bounds(0, below=1)]
+"""A share that is never all of it."""
 Decay = Annotated[float, Bounds(0, below=1)]
 """Decay of a running average. At 1 the average would never change."""
 

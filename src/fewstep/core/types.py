@@ -108,6 +108,32 @@ class Later:
     prompts: tuple[str, ...] = ()
 
 
+class Carried:
+    """What a run carries from one update to the next for the clips of one place (`Rng.place`): tensors by name, in main memory.
+
+    It comes with each batch, and whoever needs it reads and replaces it: a stream that goes on in the next iteration, a bank of
+    errors. Checkpoints hold it, so a resumed run goes on bit for bit, with any number of processes. It is no random state and no
+    network; what can be computed from `(seed, step, name, place)` is not carried.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor] | None = None) -> None:
+        self._tensors = dict(tensors or {})
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """All of them, by full name (`stream/seeds`)."""
+        return self._tensors
+
+    def part(self, name: str) -> dict[str, Tensor]:
+        """Those under `name/`, without that prefix; none at first."""
+        return {key.removeprefix(f"{name}/"): x for key, x in self._tensors.items() if key.startswith(f"{name}/")}
+
+    def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Let these be all that is under `name/`, without gradient; an empty mapping forgets what was there."""
+        self._tensors = {key: x for key, x in self._tensors.items() if not key.startswith(f"{name}/")}
+        self._tensors |= {f"{name}/{key}": x.detach().to("cpu").contiguous() for key, x in tensors.items()}
+
+
 @dataclass(frozen=True)
 class Batch:
     """One batch. Fields a data source does not provide are None; `Method.needs` names those a method reads."""
@@ -127,6 +153,8 @@ class Batch:
     """Attribute indices `[B, A]`, for the small encoders of the built-in world."""
     later: Later | None = None
     """Prompts that hold from a later frame on."""
+    carried: Carried | None = None
+    """What the run carries for this place; the engine gives it, not the data."""
 
     def __len__(self) -> int:
         return len(self.cond)

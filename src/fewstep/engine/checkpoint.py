@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -154,9 +154,21 @@ class Checkpoint:
                 "Give another output folder."
             )
         if into:
-            reader = HuggingFaceStorageReader(str(self.folder / name))
-            _expect_one_process()
-            dcp.load(dict(into), storage_reader=reader, process_group=group, no_dist=group is None)
+            self._fill(name, into, group)
+
+    def part(
+        self, name: str, wanted: Callable[[str], bool], group: dist.ProcessGroup | None = None
+    ) -> dict[str, Tensor]:
+        """The tensors of a component that are `wanted` by their names, on the CPU. Each process may want others; with a group,
+        all its processes must call."""
+        into = {key: torch.empty(size, dtype=dtype) for key, (size, dtype) in self.shapes(name).items() if wanted(key)}
+        self._fill(name, into, group)
+        return into
+
+    def _fill(self, name: str, into: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:
+        reader = HuggingFaceStorageReader(str(self.folder / name))
+        _expect_one_process()
+        dcp.load(dict(into), storage_reader=reader, process_group=group, no_dist=group is None)
 
 
 class Saver:

@@ -33,7 +33,8 @@ def build_nets(
     models of `sources`, and under `student` the model whose denoiser the student starts as, if it is no copy of the teacher.
     """
     roles: dict[str, nn.Module] = {"teacher": model.part(method.part)}
-    making = Making(roles=roles, seed=seed, lora=lora, device=device, others=others)
+    codec = model.parts.get("codec")
+    making = Making(roles=roles, seed=seed, lora=lora, device=device, others=others, codec=codec)
     begun = others.get("student")
     if begun is not None:
         roles["student"] = begun.denoiser

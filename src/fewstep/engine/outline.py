@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fewstep.core import Batch, Call, Later, Pairs, Rng
+from fewstep.core import Batch, Call, Carried, Later, Losses, Pairs, Rng
 from fewstep.core.ledger import Ledger
 from fewstep.engine.health.measure import decode
 from fewstep.engine.health.monitor import judge_of, unexamined
@@ -147,11 +147,19 @@ class Outline:
         trained = [parameter for role in update.roles for parameter in self.nets[role].parameters()]
         hooks = [parameter.register_post_accumulate_grad_hook(partial(_apart, ledger)) for parameter in trained]
         batch, nets = self.batch(), Views(self.nets, self._spread(park))
+
+        def losses() -> Iterator[Losses]:
+            return update.losses(nets, batch, Drawn(self.settings.seed, draws=draws))
+
+        if self.method.carries:  # measured as it goes on with what an update before it has left
+            with autocast(self.settings, "cpu"):
+                for _ in losses():
+                    pass
         with ledger:
             for leaf in _tensors(batch):
                 ledger.note(leaf)
             with autocast(self.settings, "cpu"):
-                for terms in update.losses(nets, batch, Drawn(self.settings.seed, draws=draws)):
+                for terms in losses():
                     with float32(self.settings, "cpu"):
                         torch.stack(list(terms.values())).sum().backward()
         gradients = {}
@@ -261,6 +269,7 @@ class Outline:
                 frames=torch.empty(size, 3, *frames) if "frames" in needs else None,
                 labels=torch.zeros(size, 6, dtype=torch.long) if "labels" in needs else None,
                 later=Later(cond, 0) if "later" in needs else None,
+                carried=Carried(),
             )  # fmt: skip
 
     def _flops(self, phases: tuple[Phase, ...]) -> int:

@@ -203,6 +203,7 @@ def require_possible(method: Method, settings: Settings, card: Card, probe: Prob
     require_alike(method, card)
     require_same(method, settings, card)
     require_clips(method, card)
+    require_going_on(method, settings)
     for role in {"teacher", *sources(method)}.intersection(roles):
         raise ValueError(
             f"{name} trains the {role}, which stays frozen; make a role that is a Copy of it and train that"
@@ -289,11 +290,8 @@ def require_same(method: Method, settings: Settings, card: Card, begun: Card | N
     before the folder exists."""
     if settings.start is None:
         return
-    if method.part != "denoiser" or settings.lora is not None:
-        raise ValueError(
-            "settings.start works only for a denoiser that is trained whole, without adapters; leave out settings.lora or "
-            "settings.start"
-        )
+    if method.part != "denoiser":
+        raise ValueError(f"settings.start is for a denoiser, and this method trains the {method.part}; leave it out")
     begun = begun or starts(settings)["student"].card()
     if "denoiser" not in begun.parts:
         raise ValueError(f"settings.start: {settings.start} has no denoiser; it has {', '.join(begun.parts)}")
@@ -313,6 +311,22 @@ def require_same(method: Method, settings: Settings, card: Card, begun: Card | N
         raise ValueError(
             f"settings.start: {settings.start} is no student of this teacher: it has the transforms {list(begun.transforms)}, "
             f"and this run's student {list(wanted)}; write those that it has besides the teacher's in settings.transforms"
+        )
+
+
+def require_going_on(method: Method, settings: Settings) -> None:
+    """Refuse (ValueError) streams that go on from update to update where nobody can go on with them."""
+    name = type(method).__name__
+    for rollout in method.rollouts:
+        if not (rollout.whole or method.continues):
+            raise ValueError(
+                f"{type(rollout).__name__} makes clips with a past or prompts of their own, and {name} would show its networks "
+                "neither; use DMD2, or a rollout of whole clips (SelfForced with overlap: 0)"
+            )
+    if method.carries and settings.parallel.sequence > 1:
+        raise ValueError(
+            f"{name} carries clips from one update to the next, and processes that share a clip would each carry a part of it; "
+            "write settings.parallel.sequence: 1"
         )
 
 

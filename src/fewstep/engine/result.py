@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from fewstep.core import Rng
-from fewstep.core.atomic import replacing_folder
+from fewstep.core.atomic import recover, replacing_folder
 from fewstep.core.env import place
+from fewstep.engine.checkpoint import CheckpointError
 from fewstep.engine.shard import filled
 from fewstep.methods.base import Method
 from fewstep.models import VideoModel
@@ -75,6 +76,18 @@ def finish(run: Run) -> Path:
             shutil.copytree(run.output / "best", draft, dirs_exist_ok=True)
     run.processes.barrier()
     return folder
+
+
+def recover_best(run: Run) -> None:
+    """Restore the best student if the run was killed while replacing it. CheckpointError if it is gone."""
+    folder = run.output / "best"
+    if run.processes.leads:
+        recover(folder)
+    run.processes.barrier()
+    if run.has_best and not (folder / "card.json").is_file():
+        raise CheckpointError(
+            f"{folder}, the best student so far, is gone. Put it back, or start anew in another output folder."
+        )
 
 
 def result_from(folder: Path, device: str) -> VideoModel:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -12,19 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.core import Batch, Losses, Rng
-from fewstep.core.atomic import recover, replacing_folder
+from fewstep.core.atomic import replacing_folder
 from fewstep.core.finite import require_finite
 from fewstep.data.base import Source
-from fewstep.engine.checkpoint import Checkpoint, CheckpointError, RunState
+from fewstep.engine.carrying import Places, carried_in
+from fewstep.engine.checkpoint import Checkpoint, RunState
 from fewstep.engine.effective import Effective, Watch
 from fewstep.engine.health.monitor import Monitor
 from fewstep.engine.mesh import Processes
-from fewstep.engine.nets import sources
 from fewstep.engine.optim import RoleOptimizer
 from fewstep.engine.precision import autocast, float32
 from fewstep.engine.preview import Preview, Reconstructions
 from fewstep.engine.probe import Probe
-from fewstep.engine.result import saved, with_result
+from fewstep.engine.result import recover_best, saved, with_result
 from fewstep.engine.settings import Settings
 from fewstep.engine.shard import add_gradients, whole
 from fewstep.engine.views import Listener, Views
@@ -73,6 +73,8 @@ class Run:
     """Iterations done."""
     best: dict[str, float] = field(default_factory=dict)
     """Scores of the best student so far, which is in `output/best`."""
+    carried: Places = field(default_factory=Places)
+    """What is carried from one update to the next, by place."""
     watch: Watch | None = field(default_factory=Watch)
     """Recorder of the times of all calls in the first iterations; None afterwards."""
     figures: dict[str, float] = field(default_factory=dict)
@@ -86,7 +88,10 @@ class Run:
             self.average.to("cpu")
         rng = Rng(self.settings.seed, self.step, device=self.settings.device)
         places = [rng.at(place=place) for place in self.processes.places(self.settings.accumulate)]
-        batches = [(self.source.batch(self.settings.batch, where), where.place) for where in places]
+        batches = [
+            (replace(self.source.batch(self.settings.batch, at), carried=self.carried[at.place]), at.place)
+            for at in places
+        ]
         seen: dict[str, list[float]] = {}
         events = self.monitor.events(self.step) if self.monitor is not None else self.method.updates(self.step)
         for number, event in enumerate(events):
@@ -173,7 +178,7 @@ class Run:
             with replacing_folder(folder) as draft:
                 saved(self, network).save(draft)
                 if self.settings.lora is not None:
-                    save_adapter(network, draft / "adapter", self.model.card.name)
+                    save_adapter(network, draft / "adapter", self.settings.start or self.model.card.name)
 
     @property
     def _result(self) -> nn.Module:
@@ -182,7 +187,7 @@ class Run:
     @property
     def changing(self) -> dict[str, nn.Module]:
         """Every network a checkpoint holds, by component."""
-        frozen = {"teacher", *sources(self.method)}
+        frozen = {"teacher", *(role for role, made in self.method.aux().items() if not made.trainable)}
         roles = {role: net for role, net in self.nets.roles.items() if role not in frozen and net.state_dict()}
         return roles if self.average is None else roles | {"ema": self.average}
 
@@ -199,31 +204,22 @@ class Run:
     def state(self) -> RunState:
         components = {name: network.state_dict() for name, network in self.changing.items()}
         components |= {name: optimizer.state() for name, optimizer in self.stepping.items()}
+        components |= self.carried.component
         health = self.monitor.state() if self.monitor is not None else None
         values = {"identity": self.identity, "best": self.best, "health": health, "run": self.trees}
         return RunState(self.step, components, values)
 
     def restore(self, saved: Checkpoint) -> None:
         """Resume from a checkpoint of this run. CheckpointError if it belongs to another run or is incomplete."""
-        saved.require(self.identity, {*self.changing, *self.stepping})
+        saved.require(self.identity, {*self.changing, *self.stepping, *carried_in(saved)})
         self.step, self.best = saved.step, dict(saved.values["best"])
         if self.monitor is not None:
             self.monitor.restore(saved.values["health"])
-        self._recover_best()
+        recover_best(self)
         for name, network in self.changing.items():
             saved.read(name, network.state_dict(), self.processes.disk)
         for name, optimizer in self.stepping.items():
             saved.read(name, optimizer.allocate(saved.shapes(name)), self.processes.disk)
+        self.carried.restore(saved, self.processes, self.settings.accumulate)
         if self.monitor is not None and self.processes.leads:
             self.monitor.record.save(self.output)
-
-    def _recover_best(self) -> None:
-        """Restore the best student if the run was killed while replacing it. CheckpointError if it is gone."""
-        folder = self.output / "best"
-        if self.processes.leads:
-            recover(folder)
-        self.processes.barrier()
-        if self.has_best and not (folder / "card.json").is_file():
-            raise CheckpointError(
-                f"{folder}, the best student so far, is gone. Put it back, or start anew in another output folder."
-            )

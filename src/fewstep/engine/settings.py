@@ -120,7 +120,8 @@ class Settings:
     """Transforms applied to the student alone, which starts from the teacher's weights (or those of `start`) in another
     structure. `model.transforms` change the teacher, too."""
     lora: Lora | None = None
-    """Train LoRA adapters over one frozen copy of the teacher's weights. null: train whole networks."""
+    """Train LoRA adapters over one frozen copy of the teacher's weights; with `start`, the student's are over those of the
+    earlier student. null: train whole networks."""
     ema: Decay = 0.0
     """Decay of the averaged student, which the run returns; 0: return the student itself. In iteration k the decay is at
     most `(1 + k) / (10 + k)`, so that the average forgets the initial weights quickly."""

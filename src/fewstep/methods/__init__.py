@@ -2,7 +2,7 @@
 
 from fewstep.methods.attributes import ReadAttributes
 from fewstep.methods.avdm2 import AVDM2
-from fewstep.methods.base import Method, Nets, Sync, Update, Work, in_forwards
+from fewstep.methods.base import Method, Nets, Sync, Update
 from fewstep.methods.consistency import Consistency
 from fewstep.methods.dmd2 import DMD2
 from fewstep.methods.flow_matching import FlowMatching
@@ -10,7 +10,9 @@ from fewstep.methods.histories import HISTORIES, DiffusionForced, History, Movin
 from fewstep.methods.knowledge_distillation import KnowledgeDistillation
 from fewstep.methods.progressive import Progressive
 from fewstep.methods.reconstruction import Reconstruction
-from fewstep.methods.roles import ROLES, Copy, Heads, Making, Other, Role, Weak
+from fewstep.methods.recycling import ErrorRecycling
+from fewstep.methods.rewards import REWARDS, MotionReward, Reward
+from fewstep.methods.roles import ROLES, Copy, Decoder, Heads, Making, Other, Role, Weak
 from fewstep.methods.rollouts import (
     ROLLOUTS,
     BackwardSimulation,
@@ -20,13 +22,16 @@ from fewstep.methods.rollouts import (
     RollingForced,
     Rollout,
     SelfForced,
+    StreamingLong,
 )
+from fewstep.methods.work import Work, in_forwards
 
 METHODS = (FlowMatching, Reconstruction, ReadAttributes, KnowledgeDistillation, Progressive, Consistency, DMD2, AVDM2)
 
 __all__ = [
-    "AVDM2", "DMD2", "HISTORIES", "METHODS", "ROLES", "ROLLOUTS", "BackwardSimulation", "Consistency", "Copy",
-    "DiffusionForced", "FlowMatching", "FromData", "FromPairs", "Heads", "History", "KnowledgeDistillation", "Making",
-    "Method", "MovingBuffer", "Nets", "Other", "Progressive", "ReadAttributes", "Reconstruction", "Role", "Rolled",
-    "RollingForced", "Rollout", "SelfForced", "Sync", "TeacherForced", "Update", "Weak", "WholeClip", "Work", "in_forwards",
+    "AVDM2", "DMD2", "HISTORIES", "METHODS", "REWARDS", "ROLES", "ROLLOUTS", "BackwardSimulation", "Consistency",
+    "Copy", "Decoder", "DiffusionForced", "ErrorRecycling", "FlowMatching", "FromData", "FromPairs", "Heads",
+    "History", "KnowledgeDistillation", "Making", "Method", "MotionReward", "MovingBuffer", "Nets", "Other", "Progressive",
+    "ReadAttributes", "Reconstruction", "Reward", "Role", "Rolled", "RollingForced", "Rollout", "SelfForced", "StreamingLong",
+    "Sync", "TeacherForced", "Update", "Weak", "WholeClip", "Work", "in_forwards",
 ]  # fmt: skip

@@ -30,10 +30,11 @@ from fewstep.core import Batch, Cond, Losses, Rng
 from fewstep.core.bounds import Amount, Count, require_bounds
 from fewstep.diffusion import CFG, TimeDensity, Uniform
 from fewstep.methods import targets
-from fewstep.methods.base import Method, Nets, Update, Work
+from fewstep.methods.base import Method, Nets, Update
 from fewstep.methods.frames import fold_frames
 from fewstep.methods.roles import Copy, Heads, Other, Role
 from fewstep.methods.rollouts import BackwardSimulation, Rollout
+from fewstep.methods.work import Work
 from fewstep.models.source import ModelSource
 
 
@@ -42,7 +43,6 @@ class AVDM2(Method):
     """Adversarial distribution matching of clips with score matching of their frames."""
 
     cite: ClassVar[str] = "Zhu et al., Accelerating Video Diffusion Models via Distribution Matching, 2412.05899"
-
     image_teacher: ModelSource | None = None
     """phi_2D: image model with the video teacher's latents and text states. null: the video teacher, frame by frame."""
     rollout: Rollout = BackwardSimulation()

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from fewstep.core import Batch, Losses, Rng
 from fewstep.diffusion import CFG, Contract
 from fewstep.methods.roles import Role
-from fewstep.methods.rollouts import Rollout
+from fewstep.methods.rollouts import Rolled, Rollout
+from fewstep.methods.work import Work
 
 
 class Nets(Mapping[str, Any]):
@@ -70,30 +71,10 @@ class Sync:
     decay: float = 0.0
 
 
-@dataclass(frozen=True)
-class Work:
-    """Work of one network on one clip in one iteration, in forward-equivalents: a forward pass is 1, a backward pass 2."""
-
-    role: str
-    forwards: float
-    frames: int = 0
-    """Number of single frames of the clip that the network reads (at most all of them); 0: the whole clip."""
-    layers: tuple[int, ...] = ()
-    """Blocks whose output is used; the network runs up to the deepest. Empty: the whole network."""
-
-
-def in_forwards(cost: Sequence[Work]) -> str:
-    """Forward-equivalents in words, whole clips first.
-
-    >>> in_forwards([Work("student", 4.5), Work("critic", 3, frames=4), Work("teacher", 2, layers=(0, 1))])
-    '4.5, 3 of 4 frames, 2 of the first 2 blocks'
-    """
-    sums: dict[str, float] = {"": 0.0}
-    for work in cost:
-        what = f" of {work.frames} frames" if work.frames else ""
-        what += f" of the first {max(work.layers) + 1} blocks" if min(work.layers, default=-1) >= 0 else ""
-        sums[what] = sums.get(what, 0.0) + work.forwards
-    return ", ".join(f"{forwards:g}{what}" for what, forwards in sums.items())
+def judged(rolled: Rolled, batch: Batch) -> tuple[Tensor, Tensor | None, Batch]:
+    """What teacher and critic see of a rollout, if the method `continues` streams: the clip `[B, C, F, H, W]` with its past, the
+    weights of its frames in losses (None: all alike), and the batch with the clip's own conditions."""
+    return rolled.clip, rolled.keep, rolled.of(batch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +86,9 @@ class Method(ABC):
 
     cite: ClassVar[str]
     """Authors, title and arXiv id, as printed by `fewstep list methods`."""
+
+    continues: ClassVar[bool] = False
+    """Whether it trains on clips that have a past or conditions of their own: rollouts that are not `whole`."""
 
     @property
     def needs(self) -> frozenset[str]:
@@ -125,6 +109,11 @@ class Method(ABC):
     def rollouts(self) -> tuple[Rollout, ...]:
         """Fields that are rollouts, which make student samples. Stored data must contain the times at which they start."""
         return tuple(value for value in vars(self).values() if isinstance(value, Rollout))
+
+    @property
+    def carries(self) -> bool:
+        """Whether updates leave something for later ones (`Batch.carried`)."""
+        return any(rollout.carries for rollout in self.rollouts)
 
     def aux(self) -> Mapping[str, Role]:
         """Roles besides student and teacher."""

@@ -23,11 +23,12 @@ from fewstep.core import Batch, Losses, Rng
 from fewstep.core.bounds import Bounds, Count, Fraction, Positive, require_bounds
 from fewstep.diffusion import CFG, Contract, Renoise, uniform_grid
 from fewstep.diffusion.path import broadcast
-from fewstep.methods.base import Method, Nets, Sync, Update, Work
+from fewstep.methods.base import Method, Nets, Sync, Update
 from fewstep.methods.histories import History, WholeClip
 from fewstep.methods.roles import Copy, Role
 from fewstep.methods.rollouts import pick, student_contract
 from fewstep.methods.targets import pseudo_huber
+from fewstep.methods.work import Work
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,10 +14,9 @@ al., One-step Diffusion with Distribution Matching Distillation, 2311.18828.
     8  + anchor * d(student(stored state), stored endpoint)
 
 Not from the paper: all turns of an iteration (critic and student) use the same prompts with different noise; D is heads of its
-own on frozen teacher features (FastGen), not on the critic's bottleneck; R1 (2501.08316); critic warm-up. Line 7 is Diagonal
-Distillation's (2603.09488). Line 8 is DMD's, with pseudo-Huber on latents instead of LPIPS: reverse KL seeks modes, so accuracy
-can rise while diversity falls, and stored noise-to-video pairs keep every mode. `weak` is from MagicDistillation (2503.13319):
-the real score of line 5 comes from teacher weights that are moved part of the way to the critic's.
+own on frozen teacher features, not on the critic's bottleneck; R1 (2501.08316); critic warm-up; line 7 (2603.09488). Line 8 is
+DMD's, with pseudo-Huber on latents instead of LPIPS: it keeps modes that reverse KL loses. `weak` (2503.13319): the real score
+is that of teacher weights moved towards the critic's. `reward` (Re-DMD, 2512.04678): g times exp(r / beta), of mean 1.
 """
 
 from __future__ import annotations
@@ -31,13 +30,15 @@ import torch
 from torch import Tensor
 
 from fewstep.core import Batch, Losses, Rng
-from fewstep.core.bounds import Amount, Count, Natural, require_bounds
+from fewstep.core.bounds import Amount, Count, Natural, Part, require_bounds
 from fewstep.diffusion import CFG, TimeDensity, Uniform
 from fewstep.methods import targets
-from fewstep.methods.base import Method, Nets, Update, Work
+from fewstep.methods.base import Method, Nets, Update, judged
 from fewstep.methods.motion import motion_matching
-from fewstep.methods.roles import Copy, Heads, Role, Weak
+from fewstep.methods.rewards import Reward
+from fewstep.methods.roles import Copy, Decoder, Heads, Role, Weak
 from fewstep.methods.rollouts import BackwardSimulation, FromPairs, Rollout
+from fewstep.methods.work import Work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,7 @@ class DMD2(Method):
     """Distribution matching distillation."""
 
     cite: ClassVar[str] = "Yin et al., Improved Distribution Matching Distillation for Fast Image Synthesis, 2405.14867"
-
+    continues: ClassVar[bool] = True
     rollout: Rollout = BackwardSimulation()
     """How student samples are generated in training: with the student's own sampler."""
     guidance: CFG = CFG(scale=3.0)
@@ -68,9 +69,10 @@ class DMD2(Method):
     """Teacher blocks whose features the discriminator reads."""
     motion: Amount = 0.0
     """Weight of matching the motion between frames (Diagonal Distillation: 0.2); 0: off."""
-    weak: float = 0.0
-    """Share of the critic's adapters added to the teacher for the real score (MagicDistillation: 0.25); 0: the teacher
-    alone. Needs settings.lora."""
+    reward: Reward | None = None
+    """Clips that it prefers count more in line 5; null: all alike."""
+    weak: Part = 0.0
+    """Share of the critic's adapters added to the teacher for the real score (MagicDistillation: 0.25); 0: none. Needs LoRA."""
     anchor: Amount = 0.0
     """lambda_reg: weight of the regression on stored pairs (DMD: 0.25); 0: off, and no pairs are needed."""
     anchor_rollout: FromPairs = FromPairs()
@@ -78,10 +80,6 @@ class DMD2(Method):
 
     def __post_init__(self) -> None:
         require_bounds(self)
-        if not 0 <= self.weak < 1:
-            raise ValueError(
-                f"weak must be at least 0 and below 1, got {self.weak}; at 1 the real and fake scores are equal"
-            )
 
     @property
     def needs(self) -> frozenset[str]:
@@ -89,9 +87,10 @@ class DMD2(Method):
         return frozenset({"prompts"} | self.rollout.needs | gan | anchor)
 
     def aux(self) -> dict[str, Role]:
-        critic: dict[str, Role] = {"critic": Copy("teacher")}
-        real: dict[str, Role] = {"real": Weak("critic", self.weak)} if self.weak > 0 else {}
-        return critic | real | ({"discriminator": Heads("teacher", self.layers)} if self.gan > 0 else {})
+        roles: dict[str, Role] = {"critic": Copy("teacher")}
+        roles |= {"real": Weak("critic", self.weak)} if self.weak > 0 else {}
+        roles |= {"codec": Decoder()} if self.reward is not None else {}
+        return roles | ({"discriminator": Heads("teacher", self.layers)} if self.gan > 0 else {})
 
     def updates(self, step: int) -> Iterator[Update]:
         trained = tuple(role for role, made in self.aux().items() if made.trainable)
@@ -102,28 +101,31 @@ class DMD2(Method):
 
     def critic_loss(self, turn: int, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Losses]:
         rng = rng.fold(f"critic/{turn}")  # new samples in every turn
-        x0 = self.rollout(nets.student, batch, rng, grad=False).x0  # 1
+        x0, keep, shown = judged(self.rollout(nets.student, batch, rng, grad=False), batch)  # 1
         eps, t = rng.randn(x0.shape, "eps"), self.critic_density.sample(len(x0), rng)
         x_t = nets.critic.path.add_noise(x0, eps, t)
-        yield {"denoising": targets.denoising(nets.critic(x_t, t, batch.cond), x0, eps)}  # 2
+        yield {"denoising": targets.denoising(nets.critic(x_t, t, shown.cond), x0, eps, keep)}  # 2
         if self.gan > 0:
             real_t = nets.teacher.path.add_noise(batch.require("x0"), eps, t)
+            moved = [(real_t + self.rho * rng.randn(x0.shape, "r1"), batch.cond)] if self.r1 > 0 else []
             with torch.no_grad():  # the features are frozen; only the heads learn
-                views = [real_t, x_t] + ([real_t + self.rho * rng.randn(x0.shape, "r1")] if self.r1 > 0 else [])
-                taps = [nets.teacher.features(view, t, batch.cond, self.layers) for view in views]
+                views = [(real_t, batch.cond), (x_t, shown.cond), *moved]
+                taps = [nets.teacher.features(x, t, c, self.layers) for x, c in views]
             real, fake, *near = (nets.discriminator(tap) for tap in taps)
             losses = {"discriminator": targets.adversarial_discriminator(real, fake)}  # 3
             yield losses | ({"r1": self.r1 * targets.approximate_r1(real, near[0])} if near else {})
 
     def student_loss(self, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Losses]:
         rng = rng.fold("student")
-        x0 = self.rollout(nets.student, batch, rng, grad=True).x0  # 4
+        rolled = self.rollout(nets.student, batch, rng, grad=True)  # 4
+        x0, keep, shown = judged(rolled, batch)
         t = self.score_density.sample(len(x0), rng)
         x_t = nets.teacher.path.add_noise(x0, rng.randn(x0.shape, "eps"), t)
-        real, fake = self.scores(nets, batch, x_t, t)
-        losses = {"matching": targets.distribution_matching(x0, real, fake)}  # 5
+        real, fake = self.scores(nets, shown, x_t, t)
+        keep = keep if self.reward is None else self.reward.keep(nets.codec, rolled)
+        losses = {"matching": targets.distribution_matching(x0, real, fake, keep=keep)}  # 5
         if self.gan > 0:
-            logits = nets.discriminator(nets.teacher.features(x_t, t, batch.cond, self.layers))
+            logits = nets.discriminator(nets.teacher.features(x_t, t, shown.cond, self.layers))
             losses["adversarial"] = self.gan * targets.adversarial_generator(logits)  # 6
         if self.motion > 0:
             losses["motion"] = self.motion * motion_matching(x0, real, fake)  # 7

@@ -8,7 +8,9 @@ Lipman et al., Flow Matching for Generative Modeling, 2210.02747; condition drop
     4  minimise |net(x_t, t, c) - (p x0 + q eps)|^2          (for flow prediction: da x0 + ds eps)
 
 Not from the paper: any path and prediction kind; times are stratified over the batch; some iterations use single frames, so
-that the model is an image model too (1 latent frame), which adversarial and image-teacher methods need.
+that the model is an image model too (1 latent frame), which adversarial and image-teacher methods need. `recycling` (Stable Video
+Infinity, 2510.09212) adds the model's own earlier errors to x0, eps and what is read of earlier chunks, with the target of the
+clean x0.
 """
 
 from __future__ import annotations
@@ -22,11 +24,13 @@ from torch import Tensor
 
 from fewstep.core import Batch, Cond, Losses, Rng
 from fewstep.core.bounds import Count, Fraction, require_bounds
-from fewstep.diffusion import Contract, LogitNormal, TimeDensity
-from fewstep.methods.base import Method, Nets, Update, Work
+from fewstep.diffusion import Contract, LogitNormal, TimeDensity, target
+from fewstep.methods.base import Method, Nets, Update
 from fewstep.methods.frames import fold_frames
-from fewstep.methods.histories import History, WholeClip
+from fewstep.methods.histories import History, TeacherForced, WholeClip
+from fewstep.methods.recycling import ErrorRecycling, Errors, plus
 from fewstep.methods.targets import denoising
+from fewstep.methods.work import Work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,15 +49,26 @@ class FlowMatching(Method):
     """Frames taken from each clip in an iteration on single frames."""
     history: History = WholeClip()
     """What is read of earlier chunks, for a model that streams."""
+    recycling: ErrorRecycling | None = None
+    """Train on the model's own errors, too, for long streams; null: on data alone."""
 
     def __post_init__(self) -> None:
         require_bounds(self)
         if self.image_fraction and self.history.stream is not None:
             raise ValueError("a model that streams is not trained on single frames; set image_fraction: 0")
+        if self.recycling is not None and self.recycling.past and not isinstance(self.history, TeacherForced):
+            raise ValueError(
+                "errors of the past are added to the clean chunks that history TeacherForced reads, and this history reads none; "
+                "write recycling.past: 0"
+            )
 
     @property
     def needs(self) -> frozenset[str]:
         return frozenset({"prompts", "x0"})
+
+    @property
+    def carries(self) -> bool:
+        return self.recycling is not None
 
     def updates(self, step: int) -> Iterator[Update]:
         yield Update(("student",), self.student_loss)
@@ -65,8 +80,15 @@ class FlowMatching(Method):
             cond, uncond = cond[rows], uncond[rows]
         eps, t = rng.randn(x0.shape, "eps"), self.history.times(self.density, x0, rng)  # 1
         cond = drop(cond, uncond, self.cond_drop, rng)  # 2
-        student = self.history.over(nets.student, x0)
-        prediction = student(student.path.add_noise(x0, eps, t), t, cond)  # 3
+        lengths = (x0.shape[2],) if self.history.stream is None else self.history.stream.lengths(x0.shape[2])
+        errors = Errors()
+        if self.recycling is not None:
+            errors = self.recycling.draw(batch.require("carried"), x0, t, lengths, rng)
+        student, eps = self.history.over(nets.student, plus(x0, errors.past)), plus(eps, errors.noise)
+        prediction = student(student.path.add_noise(plus(x0, errors.data), eps, t), t, cond)  # 3
+        if self.recycling is not None:
+            ideal = prediction.with_raw(target(prediction.kind, x0, eps, t, prediction.path))
+            self.recycling.keep(batch.require("carried"), prediction, ideal, errors, lengths, rng)
         yield {"flow": denoising(prediction, x0, eps, weights(t))}  # 4
 
     def contract(self, teacher: Contract) -> Contract:

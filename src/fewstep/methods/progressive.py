@@ -30,10 +30,11 @@ from fewstep.core import Batch, Losses, Rng
 from fewstep.core.bounds import Count, Natural, Positive, require_bounds
 from fewstep.diffusion import CFG, DDIM, Contract, NoisePath, uniform_grid
 from fewstep.diffusion.path import broadcast
-from fewstep.methods.base import Method, Nets, Sync, Update, Work
+from fewstep.methods.base import Method, Nets, Sync, Update
 from fewstep.methods.roles import Copy, Role
 from fewstep.methods.rollouts import pick, student_contract
 from fewstep.methods.targets import mse
+from fewstep.methods.work import Work
 
 
 @dataclass(frozen=True, kw_only=True)

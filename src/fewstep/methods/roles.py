@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ class Making:
     """Device for new weights; None: the device of the network whose features they read."""
     others: Mapping[str, VideoModel] = field(default_factory=dict)
     """Models requested by roles with a `source`, by role."""
+    codec: nn.Module | None = None
+    """Autoencoder of the run's model; None: it has none."""
 
     def denoiser(self, role: str) -> Denoiser:
         """The network of that role. ValueError if it is not a denoiser."""
@@ -172,4 +175,20 @@ class Other(Role):
         return making.others[name].denoiser
 
 
-ROLES = (Copy, Heads, Weak, Other)
+@dataclass(frozen=True)
+class Decoder(Role):
+    """A frozen role: a copy of the autoencoder of the run's model, for what is judged by its frames."""
+
+    @property
+    def trainable(self) -> bool:
+        return False
+
+    def make(self, name: str, making: Making) -> nn.Module:
+        if making.codec is None:
+            raise ValueError(
+                f"the role {name!r} decodes clips, and this model has no autoencoder; take a model with a codec"
+            )
+        return copy.deepcopy(making.codec)
+
+
+ROLES = (Copy, Heads, Weak, Other, Decoder)

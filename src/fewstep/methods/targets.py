@@ -60,16 +60,20 @@ def _one_over(distance: Tensor, floor: float) -> Tensor:
     return 1 / (distance.to(torch.promote_types(distance.dtype, torch.float32)) + floor)
 
 
-def distribution_matching(x0: Tensor, real: Tensor, fake: Tensor, weight: Tensor | None = None) -> Tensor:
+def distribution_matching(
+    x0: Tensor, real: Tensor, fake: Tensor, weight: Tensor | None = None, *, keep: Tensor | None = None
+) -> Tensor:
     """A loss whose gradient in `x0` is that of the reverse KL from student to teacher (2405.14867, eq. 2-3). Mean over all
     elements.
 
     `fake` is the critic's x0 prediction and `real` the teacher's, from the same student sample with noise. Where the student
     has more mass than the teacher, `fake` is nearer to `x0`, and descent moves `x0` towards `real`. `weight`, `[B]` or
-    `[B, F]`, replaces `dmd_normaliser`; `a^2/s^2` gives the gradient of KL(student_t | teacher_t) itself.
+    `[B, F]`, replaces `dmd_normaliser`; `a^2/s^2` gives the gradient of KL(student_t | teacher_t) itself. `keep`,
+    of mean 1 and the same shapes, says how much each sample or frame counts besides.
     """
     weight = dmd_normaliser(x0, real) if weight is None else weight
     gap = (fake - real).detach()
+    gap = gap if keep is None else broadcast(keep, gap) * gap
     return toward(x0, broadcast(weight, gap) * gap)
 
 

@@ -7,10 +7,13 @@ from fewstep.methods.rollouts.from_pairs import FromPairs
 from fewstep.methods.rollouts.grids import NESTED, Grids, exact, student_contract
 from fewstep.methods.rollouts.rolling_forced import RollingForced
 from fewstep.methods.rollouts.self_forced import SelfForced
+from fewstep.methods.rollouts.streaming_long import StreamingLong
 
-ROLLOUTS: tuple[type[Rollout], ...] = (BackwardSimulation, FromData, FromPairs, RollingForced, SelfForced)
+ROLLOUTS: tuple[type[Rollout], ...] = (
+    BackwardSimulation, FromData, FromPairs, RollingForced, SelfForced, StreamingLong,
+)  # fmt: skip
 
 __all__ = [
     "NESTED", "ROLLOUTS", "BackwardSimulation", "FromData", "FromPairs", "Grids", "Rolled", "RollingForced", "Rollout",
-    "SelfForced", "Visit", "exact", "pick", "predict", "student_contract",
+    "SelfForced", "StreamingLong", "Visit", "exact", "pick", "predict", "student_contract",
 ]  # fmt: skip

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from fewstep.core import Batch, Rng
+from fewstep.core import Batch, Cond, Rng
 from fewstep.core.bounds import Positive
 from fewstep.diffusion import DDIM, Contract, Renoise, Sampler
 from fewstep.methods.rollouts.grids import Grids, exact, student_contract
@@ -43,6 +43,30 @@ class Rolled(Visit):
     """Steps of the sampler that were done before the last call; of chunks that differ, the most."""
     grid: tuple[float, ...] = ()
     """Times of that sampler, without the final 0; empty if each sample, or each chunk, has its own step."""
+    past: Tensor | None = None
+    """Latents `[B, C, P, H, W]` that come right before `x0` in its stream, without gradient: networks that judge the clip see
+    them, and losses do not count them. None: the clip is `x0`."""
+    conds: tuple[Cond, Cond] | None = None
+    """What the clip shows, and the null prompt, where they are not those of the batch."""
+
+    @property
+    def clip(self) -> Tensor:
+        """What teacher and critic see: the past, then `x0`."""
+        return self.x0 if self.past is None else torch.cat([self.past, self.x0], 2)
+
+    @property
+    def keep(self) -> Tensor | None:
+        """Weights of the frames of `clip` in a loss, `[B, F]`, of mean 1: 0 in the past, so that a mean over the clip is a mean
+        over `x0`. None: all are 1."""
+        if self.past is None:
+            return None
+        clip = self.clip
+        new = torch.arange(clip.shape[2], device=clip.device) >= self.past.shape[2]
+        return (new * (clip.shape[2] / self.x0.shape[2])).to(clip.dtype).expand(len(clip), -1)
+
+    def of(self, batch: Batch) -> Batch:
+        """The batch with the conditions of this clip."""
+        return batch if self.conds is None else replace(batch, cond=self.conds[0], uncond=self.conds[1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +75,8 @@ class Rollout(ABC):
 
     needs: ClassVar[frozenset[str]] = frozenset()
     """Fields of Batch that it reads, other than the condition."""
+    carries: ClassVar[bool] = False
+    """Whether it goes on with what an earlier call has left in `Batch.carried`."""
 
     grids: Grids = ((1.0, 0.75, 0.5, 0.25),)
     """Time grids without the final 0, one tuple per step count."""
@@ -66,6 +92,11 @@ class Rollout(ABC):
     def sampler(self) -> Sampler:
         """The sampler that makes the clips, in training and afterwards."""
         return Renoise() if self.mode == "sde" else DDIM()
+
+    @property
+    def whole(self) -> bool:
+        """Whether the clip is `x0` alone, with the conditions of the batch (`Rolled.past`, `Rolled.conds`)."""
+        return True
 
     @property
     def calls(self) -> float:
@@ -99,6 +130,22 @@ class Rollout(ABC):
 def pick(times: Sequence[float], index: Tensor, like: Tensor) -> Tensor:
     """`times[index]` with the shape of `index` (`[B]` or `[B, F]`) and the dtype of `like`."""
     return torch.tensor(times, dtype=torch.float64, device=index.device)[index].to(like.dtype)
+
+
+def aligned(chunks: Sequence[Sequence[Visit]], *, apart: bool = False) -> list[Visit]:
+    """The calls of each chunk, as calls on all of them: the last ones together, and those with fewer stay at their first. At one
+    time for all, or where they are `apart`, at a time for each frame. Only the last has gradient."""
+    deep = max(map(len, chunks))
+    calls = [[calls[max(0, n + len(calls) - deep)] for calls in chunks] for n in range(deep)]
+    with torch.no_grad():
+        before = [_joined(visits, apart) for visits in calls[:-1]]
+    return [*before, _joined(calls[-1], apart)]
+
+
+def _joined(chunks: Sequence[Visit], apart: bool) -> Visit:
+    each = [v.t[:, None].expand(-1, v.x0.shape[2]) if v.t.ndim == 1 else v.t for v in chunks]
+    t = torch.cat(each, 1) if apart else chunks[0].t
+    return Visit(torch.cat([v.x0 for v in chunks], 2), torch.cat([v.x_t for v in chunks], 2), t)
 
 
 def predict(student: Predictor, x_t: Tensor, t: Tensor, batch: Batch, grad: bool, **facts: Any) -> Rolled:

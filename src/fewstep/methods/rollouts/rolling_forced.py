@@ -11,9 +11,9 @@ from torch import Tensor
 from fewstep.core import Batch, Rng
 from fewstep.core.bounds import Fraction
 from fewstep.diffusion import Contract, Stream
-from fewstep.methods.rollouts.base import Rolled, Rollout, Visit
+from fewstep.methods.rollouts.base import Rolled, Rollout, Visit, aligned
 from fewstep.methods.rollouts.grids import exact
-from fewstep.methods.rollouts.self_forced import SelfForced, aligned
+from fewstep.methods.rollouts.self_forced import SelfForced
 from fewstep.models.denoiser import Predictor
 from fewstep.streaming.blocks import Chunks, Flying
 from fewstep.streaming.noise import start_noise

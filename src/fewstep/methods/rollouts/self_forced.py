@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import lcm
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from fewstep.core import Batch, Rng
-from fewstep.core.bounds import Count
+from fewstep.core.bounds import Amount, Count, Natural
 from fewstep.diffusion import Contract, Stream
-from fewstep.methods.rollouts.base import Rolled, Rollout, Visit
+from fewstep.methods.rollouts.base import Rolled, Rollout, Visit, aligned
 from fewstep.methods.rollouts.grids import Exit, deepest, drawn, stops
+from fewstep.methods.rollouts.noisy_past import reading
 from fewstep.models.denoiser import Predictor
 from fewstep.streaming.blocks import Chunks, Made
 from fewstep.streaming.noise import start_noise
@@ -36,6 +37,11 @@ class SelfForced(Rollout):
     (Self-Forcing++, 2510.02283). What comes before it is made with all steps, as in sampling, and without gradient; what comes
     after it is not made. The law of its start is not published: every chunk of the longer stream is as likely. The paper's
     backward noise initialisation is what DMD does anyway: it adds noise to the stretch itself.
+
+    With `overlap` the first frames of a stretch that does not begin its stream are seen by teacher and critic, and not trained
+    (2506.08009): they are made like what comes before them. Not as published: the papers replace the first latent of such a
+    stretch by an image latent (decode, and encode its last frame alone), because the teacher's clips begin with one. A rollout
+    has no autoencoder, so the latents stay as they are; for codecs that know no time this is the same.
     """
 
     stream: Stream = Stream()
@@ -44,6 +50,11 @@ class SelfForced(Rollout):
     """Step to stop at, in all chunks after the same share of their steps: a random one or the last."""
     clips: Count = 1
     """Length of a rollout in clips of the teacher's length; the last one of a random number up to this is trained on."""
+    overlap: Natural = 0
+    """First latent frames of a later stretch that are seen and not trained: whole chunks (published: one frame, or one chunk)."""
+    history_noise: Amount = 0.0
+    """Noise on what is read of the past in training, relative to its root mean square (`NoisyPast`; Live Avatar, 2512.04677);
+    0: none. Sampling never has any."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,6 +69,14 @@ class SelfForced(Rollout):
                 f"this stream denoises {self.stream.rolling} chunks at once, and this rollout one chunk after the other; take "
                 "RollingForced, or leave stream.rolling out"
             )
+        if self.overlap and self.clips == 1:
+            raise ValueError(
+                "overlap is the beginning of a later stretch; let a rollout have more clips, or write overlap: 0"
+            )
+
+    @property
+    def whole(self) -> bool:
+        return not self.overlap
 
     @property
     def calls(self) -> float:
@@ -75,24 +94,28 @@ class SelfForced(Rollout):
 
     def __call__(self, student: Predictor, batch: Batch, rng: Rng, *, grad: bool) -> Rolled:
         loop, exit, of = self._drawn(student, rng)
-        first, lengths = self._stretch(batch.latent_shape[1], rng)
-        memory, noises, made = loop.begin(), list[Tensor](), list[list[Visit]]()
+        begin, first, lengths = self._stretch(batch.latent_shape[1], rng)
+        memory, past, noises, made = loop.begin(), list[Tensor](), list[Tensor](), list[list[Visit]]()
         shape = batch.noise_shape
         size = shape[0], shape[1], shape[3], shape[4]
-        for index, (begin, length) in enumerate(zip(accumulate(lengths, initial=0), lengths)):
+        for index, (frame, length) in enumerate(zip(accumulate(lengths, initial=0), lengths)):
             own, trained = rng.fold(f"chunk/{index}"), index >= first
             stop = exit * (len(loop.grid(index)) - 1) // of if trained else None
             noise = start_noise(self.stream, index, size, rng)
-            visits, start, cond = list[Visit](), student.path.prior(noise), batch.cond.during(begin, length)
+            visits, start, cond = list[Visit](), student.path.prior(noise), batch.cond.during(frame, length)
+            chunks = reading(loop, self.history_noise, own) if trained else loop
             with torch.set_grad_enabled(grad and trained):
-                for step in loop.chunk(memory, start, cond, cond, own, exit=stop):
-                    visits.append(_visit(step))
+                for step in chunks.chunk(memory, start, cond, cond, own, exit=stop):
+                    visits.append(visit(step))
                 memory = step.memory or memory
             if trained:
                 noises.append(noise)
                 made.append(visits)
+            elif index >= begin:
+                past.append(visits[-1].x0)
         (*before, last), noise = aligned(made, apart=bool(self.stream.steps)), torch.cat(noises, 2)
-        return Rolled(last.x0, last.x_t, last.t, tuple(before), noise, exit=len(before), grid=loop.times[:-1])
+        seen, calls, grid = torch.cat(past, 2) if past else None, tuple(before), loop.times[:-1]
+        return Rolled(last.x0, last.x_t, last.t, calls, noise, exit=len(before), grid=grid, past=seen)
 
     def _drawn(self, student: Predictor, rng: Rng) -> tuple[Chunks, int, int]:
         """The loop, and the share of its steps after which a chunk stops: `exit` of `of`."""
@@ -103,37 +126,28 @@ class SelfForced(Rollout):
         of = lcm(*self.stream.steps)
         return loop, rng.integer("exit", of) if self.exit == "random" else of - 1, of
 
-    def _stretch(self, frames: int, rng: Rng) -> tuple[int, tuple[int, ...]]:
-        """The first chunk that is trained on, and the lengths of all chunks up to the last one of the stretch."""
+    def _stretch(self, frames: int, rng: Rng) -> tuple[int, int, tuple[int, ...]]:
+        """The first chunk that is seen, the first one that is trained on, and the lengths of all chunks up to the last one of the
+        stretch."""
         if self.clips == 1:
-            return 0, self.stream.lengths(frames)
+            return 0, 0, self.stream.lengths(frames)
         lengths = self.stream.lengths(self.clips * frames)
         bounds = [0, *accumulate(lengths)]
         starts = [i for i, low in enumerate(bounds) if low + frames in bounds]
-        first = starts[rng.integer("stretch", len(starts))]
-        return first, lengths[: bounds.index(bounds[first] + frames)]
+        begin = starts[rng.integer("stretch", len(starts))]
+        trained = bounds[begin] + (self.overlap if begin else 0)
+        if trained not in bounds or trained >= bounds[begin] + frames:
+            raise ValueError(
+                f"an overlap of {self.overlap} frames is not whole chunks of {list(self.stream.chunks)} in a clip of {frames}; "
+                "give a sum of its first chunks that leaves some"
+            )
+        return begin, bounds.index(trained), lengths[: bounds.index(bounds[begin] + frames)]
 
     def contract(self, teacher: Contract) -> Contract:
         """It streams."""
         return replace(super().contract(teacher), stream=self.stream)
 
 
-def _visit(made: Made) -> Visit:
+def visit(made: Made) -> Visit:
     """A step of a chunk, without the keys and values that it made."""
     return Visit(made.x, made.step.prediction.x_t, made.step.prediction.t)
-
-
-def aligned(chunks: Sequence[Sequence[Visit]], *, apart: bool) -> list[Visit]:
-    """The calls of each chunk, as calls on all of them: the last ones together, and those with fewer stay at their first. At one
-    time for all, or where they are `apart`, at a time for each frame. Only the last has gradient."""
-    deep = max(map(len, chunks))
-    calls = [[calls[max(0, n + len(calls) - deep)] for calls in chunks] for n in range(deep)]
-    with torch.no_grad():
-        before = [_joined(visits, apart) for visits in calls[:-1]]
-    return [*before, _joined(calls[-1], apart)]
-
-
-def _joined(chunks: Sequence[Visit], apart: bool) -> Visit:
-    each = [v.t[:, None].expand(-1, v.x0.shape[2]) if v.t.ndim == 1 else v.t for v in chunks]
-    t = torch.cat(each, 1) if apart else chunks[0].t
-    return Visit(torch.cat([v.x0 for v in chunks], 2), torch.cat([v.x_t for v in chunks], 2), t)
