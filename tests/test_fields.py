@@ -18,7 +18,7 @@ from fewstep.compress import Repatterned, StepScales
 from fewstep.core.build import digest, dump
 from fewstep.data import Cut, Keep, PairPlan, Preparation, make_pairs, pairs_cost
 from fewstep.data import prepare as encode
-from fewstep.diffusion import Contract, Stream, Timesteps
+from fewstep.diffusion import Contract, FreeNoise, Stream, Timesteps
 from fewstep.engine import Health, Optim, Parallel, Settings, train
 from fewstep.engine.effective import settle
 from fewstep.engine.prepare import prepare
@@ -74,6 +74,7 @@ def whole() -> dict[type, Any]:
         Repatterned(pattern=BlockCausal(chunk=1)),
         StepScales(steps=4),
         ErrorRecycling(past=0.0),
+        FreeNoise(),
         *(cls(**{f.name: "x" for f in fields(cls) if f.default is f.default_factory}) for cls in _plain()),
     ]
     for start in starts:

@@ -169,3 +169,9 @@ class Batch:
     @property
     def noise_shape(self) -> tuple[int, ...]:
         return (len(self), *self.latent_shape)
+
+    @property
+    def frame_shape(self) -> tuple[int, int, int, int]:
+        """Of one latent frame of each clip, `(B, C, H, W)`."""
+        channels, _, height, width = self.latent_shape
+        return len(self), channels, height, width

@@ -61,9 +61,8 @@ class RollingForced(Rollout):
         if rng.integer("coin", _COIN) < self.plain * _COIN:
             return self._serial(student, batch, rng, grad=grad)
         rolling, lengths = Rolling(chunks=self._chunks(student)), self.stream.lengths(batch.latent_shape[1])
-        shape, steps = batch.noise_shape, len(self.grids[0])
-        size = shape[0], shape[1], shape[3], shape[4]
-        noises = [start_noise(self.stream, index, size, rng) for index in range(len(lengths))]
+        steps = len(self.grids[0])
+        noises = [start_noise(self.stream, index, batch.frame_shape, rng) for index in range(len(lengths))]
         chosen, memory, window = rng.integer("residue", steps), rolling.chunks.begin(), tuple[Flying, ...]()
         made, tiled = [list[Visit]() for _ in lengths], set[int]()
 

@@ -70,9 +70,7 @@ class SelfForced(Rollout):
                 "RollingForced, or leave stream.rolling out"
             )
         if self.overlap and self.clips == 1:
-            raise ValueError(
-                "overlap is the beginning of a later stretch; let a rollout have more clips, or write overlap: 0"
-            )
+            raise ValueError("overlap begins a later stretch; let a rollout have more clips, or write overlap: 0")
 
     @property
     def whole(self) -> bool:
@@ -96,12 +94,10 @@ class SelfForced(Rollout):
         loop, exit, of = self._drawn(student, rng)
         begin, first, lengths = self._stretch(batch.latent_shape[1], rng)
         memory, past, noises, made = loop.begin(), list[Tensor](), list[Tensor](), list[list[Visit]]()
-        shape = batch.noise_shape
-        size = shape[0], shape[1], shape[3], shape[4]
         for index, (frame, length) in enumerate(zip(accumulate(lengths, initial=0), lengths)):
             own, trained = rng.fold(f"chunk/{index}"), index >= first
             stop = exit * (len(loop.grid(index)) - 1) // of if trained else None
-            noise = start_noise(self.stream, index, size, rng)
+            noise = start_noise(self.stream, index, batch.frame_shape, rng)
             visits, start, cond = list[Visit](), student.path.prior(noise), batch.cond.during(frame, length)
             chunks = reading(loop, self.history_noise, own) if trained else loop
             with torch.set_grad_enabled(grad and trained):
@@ -114,8 +110,8 @@ class SelfForced(Rollout):
             elif index >= begin:
                 past.append(visits[-1].x0)
         (*before, last), noise = aligned(made, apart=bool(self.stream.steps)), torch.cat(noises, 2)
-        seen, calls, grid = torch.cat(past, 2) if past else None, tuple(before), loop.times[:-1]
-        return Rolled(last.x0, last.x_t, last.t, calls, noise, exit=len(before), grid=grid, past=seen)
+        seen, calls = torch.cat(past, 2) if past else None, tuple(before)
+        return Rolled(last.x0, last.x_t, last.t, calls, noise, exit=len(before), grid=loop.times[:-1], past=seen)
 
     def _drawn(self, student: Predictor, rng: Rng) -> tuple[Chunks, int, int]:
         """The loop, and the share of its steps after which a chunk stops: `exit` of `of`."""

@@ -61,14 +61,9 @@ class StreamingLong(Rollout):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.stream.steps:
+        if self.stream.steps or self.stream.rolling > 1:
             raise ValueError(
-                f"a rollout stops all chunks at one step, not after {self.stream.steps}; leave stream.steps out in training"
-            )
-        if self.stream.rolling > 1:
-            raise ValueError(
-                f"this stream denoises {self.stream.rolling} chunks at once, and this rollout one chunk after the other; leave "
-                "stream.rolling out"
+                "this rollout makes chunks one after the other and stops all at one step; leave out stream.steps and stream.rolling"
             )
         if self.switch and self.stream.commit in ("last", "nothing"):
             raise ValueError(
@@ -99,10 +94,9 @@ class StreamingLong(Rollout):
             now = self._switched(loop, now, batch, rng.device)  # 4
         past, conds, seeds = now.past, now.conds, Seeds(now.seeds, device=rng.device)
         noises, made = list[Tensor](), list[list[Visit]]()
-        shape = batch.noise_shape
-        size = shape[0], shape[1], shape[3], shape[4]
         for _ in self._lengths(now, batch.latent_shape[1]):  # 2
-            own, noise = seeds.fold(f"chunk/{now.chunks}"), start_noise(self.stream, now.chunks, size, seeds)
+            own = seeds.fold(f"chunk/{now.chunks}")
+            noise = start_noise(self.stream, now.chunks, batch.frame_shape, seeds)
             visits, memory, start = list[Visit](), now.memory, student.path.prior(noise)
             with torch.set_grad_enabled(grad):
                 for step in reading(loop, self.history_noise, own).chunk(memory, start, *conds, own, exit=stop):
