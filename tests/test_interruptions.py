@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from faults.given import RECIPE
 from faults.given import teacher as tiny_teacher
 from faults.making import video
-from fewstep.engine.checkpoint import Checkpoint
+from fewstep.engine.checkpoint import Checkpoint, RunState
 from fewstep.engine.log import read_metrics
 from fewstep.models.results import result_in
 from support_stopping import fewstep
@@ -92,6 +93,39 @@ def test_two_processes_agree_on_where_to_stop(name: str, of_two: Path) -> None:
     assert weights(run) == weights(of_two / "straight") != {}
     steps = [[row["step"] for row in read_metrics(of_two / output / "metrics.jsonl")] for output in (name, "straight")]
     assert steps[0] == steps[1] == list(range(1, 7))
+
+
+STREAM = """
+model: {type: Pretrained, source: teacher}
+method:
+  type: DMD2
+  critic_updates: 1
+  rollout: {type: StreamingLong, stream: {window: 3, sink: 1}, grids: [[1.0, 0.5]], length: 16, overlap: 1}
+data: {type: WorldClips, num_frames: 4}
+settings: {steps: 3, batch: 1, accumulate: 2, save_every: 100, log_every: 1, health: null}
+"""
+"""Streams of five clips, two updates in an iteration: they go on over every checkpoint."""
+
+
+@pytest.mark.slow
+def test_streams_go_on_with_another_number_of_processes(tmp_path: Path) -> None:
+    """Each place has its own, whoever computes it: two processes write them, one goes on with both, and the other way round."""
+    tiny_teacher(tmp_path)
+    (tmp_path / "r.yaml").write_text(STREAM)
+    for before, after in ((2, 1), (1, 2)):
+        name = f"{before}-{after}"
+        words = f"distill r.yaml --quiet --output {name}".split()
+        code, err = fewstep(*words, here=tmp_path, at=("iteration", 2, "SIGTERM"), processes=before)
+        assert code != 0, err
+        stored = RunState.load(tmp_path / name / "checkpoints/step-000002").components["carried"]
+        assert {key[0] for key in stored} == {"0", "1"}
+        assert not torch.equal(stored["0/stream/seeds"], stored["1/stream/seeds"])
+        code, err = fewstep(*words, here=tmp_path, processes=after)
+        assert code == 0, err
+    states = [RunState.load(tmp_path / name / "checkpoints/step-000003") for name in ("2-1", "1-2")]
+    assert [state.components["carried"]["1/stream/clip"] for state in states] == [1, 1]
+    seeds = [state.components["carried"]["1/stream/seeds"] for state in states]
+    assert torch.equal(*seeds)
 
 
 @pytest.mark.slow

@@ -14,9 +14,10 @@ from torch import Tensor
 from fewstep.attention import Importance, Int8Memory, MovingSink, Window
 from fewstep.core import Batch, Carried, Rng
 from fewstep.diffusion import CFG, Stream, Uniform
-from fewstep.engine import Optim, Settings, train
+from fewstep.engine import Optim, Parallel, Settings, train
 from fewstep.engine.checkpoint import Checkpoint, RunState, checkpoints
-from fewstep.engine.prepare import prepare
+from fewstep.engine.outline import Outline
+from fewstep.engine.prepare import prepare, require_possible
 from fewstep.methods import AVDM2, DMD2, Nets, Rolled, Rollout, SelfForced, StreamingLong
 from fewstep.methods.targets import dmd_normaliser
 from fewstep.models import VideoModel
@@ -24,6 +25,7 @@ from fewstep.streaming import Session
 from fewstep.world.data import WorldClips
 from support_engine import FRAMES, die, small, tiny_model
 from support_gaussian import FreeClips, GaussianTeacher, cond_of, conds_of, f64, terms
+from test_memory import tiny_card
 from test_self_forced import STREAMS, TWO, Heard, Late, rolled_by
 from test_streaming import PROMPTS, streaming_model
 
@@ -326,3 +328,24 @@ def test_a_run_that_carries_nothing_has_the_checkpoints_that_it_had(tmp_path: Pa
     run = prepare(tiny_model(), DMD2(critic_updates=1), WorldClips(num_frames=FRAMES), small(1, health=None), tmp_path)
     run.iterate()
     assert "carried" not in run.state().components
+
+
+def test_a_plan_counts_a_stream_that_goes_on() -> None:
+    """Its chunks read a whole window from the first on, which the first clip of a stream does not: the update after is measured."""
+    settings, stream = small(1, health=None, batch=1), Stream(window=7)
+    card = tiny_card()
+    long = Outline.of(card, DMD2(rollout=StreamingLong(stream=stream, overlap=1, switch=False)), settings, FRAMES)
+    once = Outline.of(card, DMD2(rollout=SelfForced(stream=stream)), settings, FRAMES)
+
+    def peaks(outline: Outline) -> dict[tuple[str, ...], int]:
+        return {phase.roles: phase.activations for phase in outline.plan().phases}
+
+    assert peaks(long).keys() == peaks(once).keys()
+    assert peaks(long)["critic",] > peaks(once)["critic",]
+
+
+def test_processes_that_share_a_clip_carry_none() -> None:
+    settings = small(1, parallel=Parallel(sequence=2), accumulate=1)
+    with pytest.raises(ValueError, match=r"settings\.parallel\.sequence: 1"):
+        require_possible(METHOD, settings, tiny_card(), None)
+    require_possible(DMD2(rollout=SelfForced()), settings, tiny_card(), None)
