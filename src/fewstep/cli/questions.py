@@ -40,6 +40,7 @@ class List(Command):
             "data",
             "rollouts",
             "histories",
+            "rewards",
             "patterns",
             "memories",
             "caches",
