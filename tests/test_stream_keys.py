@@ -85,4 +85,6 @@ def test_a_video_obeys_its_keys_and_says_so(tmp_path: Path, monkeypatch: pytest.
                 file.add(chunk.frames[0])
         assert torch.equal(read_video("b.mp4", 6), there) == same
     assert json.loads(read_note("keys.mp4"))["options"]["keys"] == "left*3 right"
+    assert main(["stream", "--like", "keys.mp4", "--output", "again.mp4", "--quiet"]) == 0
+    assert torch.equal(read_video("again.mp4", 6), there)
     assert main([*words, "--keys", "jump", "--output", "no.mp4"]) == 2 and not Path("no.mp4").exists()

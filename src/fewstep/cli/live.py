@@ -249,7 +249,7 @@ def _check_start(options: Stream) -> None:
             raise UsageError("--prompt is missing: say what the video shows, or go on with a stream by --restore")
     elif options.video is not None or options.image is not None or options.dry_run or options.seed:
         raise UsageError(
-            "--restore goes on with a stream, its seed and its prompts; leave --video, --image, --seed and --dry-run out"
+            "--restore goes on with a stream, its seed and its prompts; leave --video, --seed, --image and --dry-run out"
         )
 
 
