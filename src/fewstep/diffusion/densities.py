@@ -21,12 +21,8 @@ class TimeDensity(ABC):
         """The time at quantile `u` in (0, 1), float64 in, float64 out."""
 
     def sample(self, batch: int, rng: Rng, name: str = "time", *, frames: int | None = None) -> Tensor:
-        """`[batch]` float32 times, or `[batch, frames]`: one for each frame."""
-        return self.at_quantile(self.quantiles(batch, rng, name, frames=frames)).float()
-
-    def quantiles(self, batch: int, rng: Rng, name: str = "time", *, frames: int | None = None) -> Tensor:
-        """Those of the times of `sample`, float64 in (0, 1). They are stratified: each falls in a slice of its own, of as many
-        equal slices as there are times.
+        """`[batch]` float32 times, or `[batch, frames]`: one for each frame. They are stratified: each falls in a slice of
+        its own, of as many equal slices as there are times.
 
         Strata cut the variance of the loss at no cost and leave the marginal density of each time unchanged, because the
         slices are dealt in random order.
@@ -35,7 +31,7 @@ class TimeDensity(ABC):
         count = batch * (frames or 1)
         order = torch.randperm(count, generator=rng.local(f"{name}/order")).to(rng.device).reshape(shape)
         u = (order.double() + rng.rand(shape, name).double()) / count
-        return u.clamp(1e-6, 1 - 1e-6)
+        return self.at_quantile(u.clamp(1e-6, 1 - 1e-6)).float()
 
 
 @dataclass(frozen=True, kw_only=True)

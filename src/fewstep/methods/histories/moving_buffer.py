@@ -46,8 +46,7 @@ class MovingBuffer(History):
         """Of part j of n: quantile `(j + u) / n` of the density, with one u for the clip. So a part has the times of its n-th of
         the density, and all frames together have the density itself."""
         parts, part = self._parts(clips, rng)
-        u = density.quantiles(len(clips), rng)[:, None]
-        t = density.at_quantile((part + u) / parts).float()
+        t = _ByPart(density, parts, part).sample(len(clips), rng)
         return t[:, 0] if max(self.parts) == 1 else t
 
     def index(self, count: int, clips: Tensor, rng: Rng) -> Tensor:
@@ -80,3 +79,15 @@ class MovingBuffer(History):
                 f"{contract.steps} steps cannot be shared by {self.stream.rolling} chunks; take a multiple"
             )
         return replace(contract, stream=self.stream, steps=steps)
+
+
+@dataclass(frozen=True, eq=False)
+class _ByPart(TimeDensity):
+    """A density, of which each part of a clip has its share. A sample is `[B, F]`."""
+
+    whole: TimeDensity
+    parts: Tensor
+    part: Tensor
+
+    def at_quantile(self, u: Tensor) -> Tensor:
+        return self.whole.at_quantile((self.part + u[:, None]) / self.parts)
