@@ -331,7 +331,7 @@ def test_a_run_that_carries_nothing_has_the_checkpoints_that_it_had(tmp_path: Pa
 
 
 def test_a_plan_counts_a_stream_that_goes_on() -> None:
-    """Its chunks read a whole window from the first on, which the first clip of a stream does not: the update after is measured."""
+    """Its chunks read a whole window from the first on, which those of a first clip do not: the update after is measured."""
     settings, stream = small(1, health=None, batch=1), Stream(window=7)
     card = tiny_card()
     long = Outline.of(card, DMD2(rollout=StreamingLong(stream=stream, overlap=1, switch=False)), settings, FRAMES)
