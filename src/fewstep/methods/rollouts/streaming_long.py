@@ -63,7 +63,7 @@ class StreamingLong(Rollout):
         super().__post_init__()
         if self.stream.steps or self.stream.rolling > 1 or self.stream.recompute:
             raise ValueError(
-                "this rollout carries its memory on and stops chunks at one step; leave out the stream's steps, rolling, recompute"
+                "this rollout carries its memory on and stops chunks at one step; leave out steps, rolling and recompute"
             )
         if self.switch and self.stream.commit in ("last", "nothing"):
             raise ValueError(

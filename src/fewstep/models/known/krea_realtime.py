@@ -1,7 +1,8 @@
 """Krea Realtime: Wan 2.1 14B as a stream of chunks of 3 latent frames, 4 steps each, trained with Self-Forcing.
 
 Its file is plain: safetensors, the authors' names behind `model.`. Its memory is made anew before each chunk from the last 3
-latent frames, in one call that reads nothing older (`Stream.recompute`). But the first of them is decoded and encoded again as an image.
+latent frames, in one call that reads nothing older (`Stream.recompute`). But the first of them is decoded and encoded again as an
+image.
 """
 
 from fewstep.diffusion import CFG, Contract, Renoise, Shifted, Stream, Trained
