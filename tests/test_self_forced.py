@@ -30,6 +30,8 @@ STREAMS = {
     "noised": Stream(commit="noised", context_time=0.2), "last": Stream(commit="last", window=2),
     "importance": Stream(memory=Importance(window=3)), "sink of means": Stream(memory=MovingSink(window=3, sink=1, decay=0.5)),
     "int8": Stream(memory=Int8Memory(keep=Window(window=4, sink=1)), positions="sink"),
+    "made anew": Stream(chunks=(2,), window=5, recompute=True, positions="window"),
+    "made anew of noised": Stream(window=3, recompute=True, commit="noised", context_time=0.2),
 }  # fmt: skip
 TWO = ((1.0, 0.5),)
 
@@ -128,7 +130,9 @@ def test_the_gradient_of_a_chunk_is_that_of_its_own_call(stream: Stream) -> None
 
 
 @pytest.mark.parametrize(
-    "stream", [Stream(window=2), STREAMS["importance"], STREAMS["int8"]], ids=["window", "chosen", "int8"]
+    "stream",
+    [Stream(window=2), STREAMS["importance"], STREAMS["int8"], Stream(window=3, recompute=True)],
+    ids=["window", "chosen", "int8", "made anew"],
 )
 def test_recomputed_blocks_read_what_they_read_before(stream: Stream) -> None:
     """Also after the window has moved on: blocks run anew in the backward pass, long after the rollout."""
@@ -142,7 +146,9 @@ def test_recomputed_blocks_read_what_they_read_before(stream: Stream) -> None:
 
 
 @pytest.mark.parametrize(
-    "stream", [Stream(chunks=(2,), window=4), Stream(), STREAMS["last"]], ids=["window", "all", "last"]
+    "stream",
+    [Stream(chunks=(2,), window=4), Stream(), STREAMS["last"], Stream(window=2, recompute=True)],
+    ids=["window", "all", "last", "made anew"],
 )
 def test_a_stretch_of_a_longer_stream_is_that_of_a_session(stream: Stream) -> None:
     """Self-Forcing++: what comes before is made as in sampling, without gradient; any chunk may be the first."""

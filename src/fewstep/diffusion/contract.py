@@ -55,6 +55,9 @@ class Stream:
     none (`nothing`): a call reads its own frames alone, and they stand at its beginning (StreamDiT, 2507.03745)."""
     context_time: Decay = 0.0
     """Time of the noised latents if `commit` is `noised`."""
+    recompute: bool = False
+    """Whether the memory is made anew before every chunk, from the last latents that `window` has room for and with the prompts
+    of that chunk (Krea Realtime). Nothing older reaches a chunk, not even through what they had read."""
     positions: Standing = "absolute"
     """Position of a remembered frame. `absolute`: its place in the stream. `window`: its place among the remembered frames.
     `sink`: its place in the stream, but the sink stands just before the oldest other frame. `rebased`: its place in the stream
@@ -75,6 +78,21 @@ class Stream:
             raise ValueError(
                 f"context_time is the time, between 0 and 1, at which noised latents are remembered, and 0 otherwise; got "
                 f"{self.context_time} with commit {self.commit}"
+            )
+        self._check_recompute()
+
+    def _check_recompute(self) -> None:
+        if not self.recompute:
+            return
+        if not self.window or self.sink:
+            raise ValueError(
+                "a memory that is made anew from the last latents has a window and no sink; give window, and leave sink and "
+                f"memory out; got window={self.window} and sink={self.sink}"
+            )
+        if self.rolling or not self.commits:
+            raise ValueError(
+                "a memory is made anew from finished latents, for one chunk after the other; leave rolling out, and let commit "
+                f"be clean or noised; got rolling={self.rolling} and commit={self.commit}"
             )
 
     def _check_memory(self) -> None:
@@ -104,8 +122,10 @@ class Stream:
 
     @property
     def commits(self) -> int:
-        """Calls that are made only to remember a chunk."""
-        return int(self.commit in ("clean", "noised"))
+        """Calls that are made only to remember, for each chunk; in the long run where the memory is made anew."""
+        if self.commit not in ("clean", "noised"):
+            return 0
+        return max((self.window - max(self.chunks)) // self.chunks[-1], 1) if self.recompute else 1
 
     def length(self, index: int) -> int:
         """Latent frames of chunk `index`, counted from 0."""

@@ -5,6 +5,7 @@ import it.
     2  x = sampler from fresh noise over the student's times, every call reads view
     3  memory = memory and the keys and values of the chunk                           (`Stream.commit`)
 
+With `Stream.recompute` line 3 only counts frames, and before line 1 the memory is made of the last latents (`Chunks.ready`).
 Calls write nothing: a chunk that is given up half-way leaves the memory as it was. A training rollout may stop a chunk early,
 at an exit; then the prediction of that step is the chunk, and the only one that carries gradient.
 """
@@ -177,7 +178,7 @@ class Chunks:
             return self.contract.guidance(self.network, x_t, t, cond, uncond, told)
 
         prediction = self._context(x, denoise, call, rng)
-        yield Made(Step(0, 1, prediction, x), lambda: memory.commit(_given(prediction.kv), x.shape[2]))
+        yield Made(Step(0, 1, prediction, x), lambda: self._after(memory, prediction.kv, x.shape[2]))
 
     def _poses(self, cond: Cond) -> Tensor | None:
         """Where the frames of the next chunk look from, if the condition says it."""
@@ -188,6 +189,8 @@ class Chunks:
         """ValueError for a stream whose memory latents alone do not tell."""
         if self.stream.commit == "nothing":
             raise ValueError("this stream remembers nothing, so there is nothing to make anew; choose keep or lerp")
+        if self.stream.recompute:
+            raise ValueError("this stream makes its memory anew before every chunk, with the new prompts; choose keep")
         if self.stream.commit == "last":
             raise ValueError(
                 "this stream remembers what its last step made, which latents alone do not tell; choose another switch than "
@@ -203,6 +206,29 @@ class Chunks:
         its own past in turn. A sink that is older than the latents stays as it is; without `sink` it is forgotten.
         """
         self.require_recache()
+        return self._anew(memory, latents, cond, uncond, rng, sink)
+
+    @torch.no_grad()
+    def ready(self, memory: KVCache, latents: Tensor | None, cond: Cond, uncond: Cond, rng: Seeds | Rng) -> KVCache:
+        """What the next chunk is given as its memory: `memory`, and with `Stream.recompute` the one made anew from `latents`,
+        those that `recent` keeps, with the conditions of that chunk. `rng` is that of the stream. It carries no gradient.
+
+        Made with the same conditions and before the window is full, it is the memory that is carried on, bit for bit. ValueError
+        for conditions that differ from frame to frame: those of earlier frames are not known.
+        """
+        if not self.stream.recompute or latents is None:
+            return memory
+        if cond.framewise:
+            raise ValueError(
+                f"this model reads {', '.join(sorted(cond.framewise))} of every frame, which a memory that is made anew is not "
+                "told; let the stream have recompute: false"
+            )
+        return self._anew(memory, latents, cond, uncond, rng, False)
+
+    def _anew(
+        self, memory: KVCache, latents: Tensor, cond: Cond, uncond: Cond, rng: Seeds | Rng, sink: bool
+    ) -> KVCache:
+        """`recache`, in any stream."""
         if memory.start.ndim:
             raise ValueError(
                 "streams of different age are not made anew in one call; do it for each before they are one batch"
@@ -218,18 +244,21 @@ class Chunks:
             call = Call(step=steps - 1, steps=steps, kv=self.network.recall(memory, x))
 
             def denoise(x_t: Tensor, t: Tensor, told: Call, call: Call = call) -> Prediction:
-                return self.contract.guidance(self.network, x_t, t, cond, uncond, replace(told, kv=call.kv))
+                told = replace(told, kv=call.kv, constants=self.constants)
+                return self.contract.guidance(self.network, x_t, t, cond, uncond, told)
 
             kept = self._context(x, denoise, call, rng.fold(f"chunk/{number}"))
             memory = memory.commit(_given(kept.kv), x.shape[2])
         return memory
 
     def recent(self, latents: Tensor | None, x: Tensor, index: int) -> Tensor:
-        """The latents from which `recache` can make the memory anew after chunk `index`, which is `x`: as many of the last chunks
-        as a chunk may read, at least one."""
+        """The latents from which the memory can be made anew after chunk `index`, which is `x`: as many of the last chunks as a
+        chunk may read, at least one. With `Stream.recompute` its own frames count, too."""
         if self.stream.commit == "nothing":
             return x
         span, frames = keep_of(self.stream).span, x.shape[2]
+        if span is not None and self.stream.recompute:
+            span -= max(self.stream.chunks)
         while (span is None and index) or (
             span is not None and index and frames + self.stream.length(index - 1) <= span
         ):
@@ -253,11 +282,15 @@ class Chunks:
         self, memory: KVCache, x: Tensor, kv: tuple[KV, ...] | None, denoise: Denoise, call: Call, rng: Seeds | Rng
     ) -> KVCache:
         """`memory` and a finished chunk `x`, whose last step was `call` and made `kv`."""
-        if self.stream.commit == "nothing":
-            return replace(memory, start=memory.start + x.shape[2])
-        if self.stream.commits:
+        if self.stream.commits and not self.stream.recompute:
             kv = self._context(x, denoise, call, rng).kv
-        return memory.commit(_given(kv), x.shape[2])  # 3
+        return self._after(memory, kv, x.shape[2])
+
+    def _after(self, memory: KVCache, kv: tuple[KV, ...] | None, frames: int) -> KVCache:
+        """`memory` after a finished chunk, with what it leaves."""
+        if self.stream.commit == "nothing" or self.stream.recompute:
+            return replace(self.begin(), start=memory.start + frames)
+        return memory.commit(_given(kv), frames)  # 3
 
     def _context(self, x: Tensor, denoise: Denoise, call: Call, rng: Seeds | Rng) -> Prediction:
         """The call on finished latents whose keys and values are remembered."""
@@ -294,6 +327,11 @@ def one_after_the_other(stream: Stream, lengths: tuple[int, ...]) -> Causal:
         raise ValueError(
             f"in one call of several chunks a frame has one position, and this stream has positions {stream.positions!r}; take "
             "absolute ones, or make one chunk after the other (in training: SelfForced)"
+        )
+    if stream.recompute:
+        raise ValueError(
+            "in one call of several chunks each reads what the others had read, and this stream makes its memory anew; let it "
+            "have recompute: false, or make one chunk after the other (in training: SelfForced)"
         )
     keep = keep_of(stream)
     if isinstance(keep, Window):

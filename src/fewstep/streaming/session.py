@@ -176,6 +176,7 @@ class Session:
             fade = Fade(self._mix(before.chunks - 1), before.chunks, over)
         elif how == "clear":
             memory = memory.keep.forget(memory, memory.start)
+            before = replace(before, latents=None) if self.stream.recompute else before
         elif how == "recache" and before.latents is not None:
             seeds = Seeds(before.seeds, device=str(self._model.device)).fold(f"recache/{before.chunks}")
             with torch.no_grad():
@@ -241,7 +242,8 @@ class Session:
     def _one(self, video: Video | None, cond: Cond, uncond: Cond) -> Iterator[Made]:
         """The next chunk, from its first step to its last."""
         before, index = self.snapshot, self.snapshot.chunks
-        chunks, path = self._chunks, self._chunks.network.path
+        chunks, path = replace(self._chunks, constants=self._constants(cond, uncond)), self._chunks.network.path
+        memory = chunks.ready(before.memory, before.latents, cond, uncond, self._seeds)
         noise = start_noise(chunks.stream, index, self._size, self._seeds)
         if video is None:
             start = path.prior(noise)
@@ -255,12 +257,12 @@ class Session:
                 )
             start = path.add_noise(clean, noise, full(chunks.times[0], clean))
         runner = every_block if self._cache is None else self._cache.begin()
-        chunks, rng = replace(chunks, constants=self._constants(cond, uncond)), self._seeds.fold(f"chunk/{index}")
+        rng = self._seeds.fold(f"chunk/{index}")
         first = chunks.stream.begin(index)
         given = None if before.given is None else before.given[:, :, first : first + noise.shape[2]]
         if given is not None and given.shape[2]:
-            return chunks.known(before.memory, given, cond, uncond, rng, index)
-        return chunks.chunk(before.memory, start, cond, uncond, rng, runner=runner)
+            return chunks.known(memory, given, cond, uncond, rng, index)
+        return chunks.chunk(memory, start, cond, uncond, rng, runner=runner)
 
     def _several(self, rolling: Rolling, cond: Cond, uncond: Cond, count: int | None) -> Iterator[Made]:
         """The next chunk, and steps of those that follow it, of `count` in the whole stream."""

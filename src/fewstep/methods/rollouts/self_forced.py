@@ -40,8 +40,7 @@ class SelfForced(Rollout):
 
     With `overlap` the first frames of a stretch that does not begin its stream are seen by teacher and critic, and not trained
     (2506.08009): they are made like what comes before them. Not as published: the papers replace the first latent of such a
-    stretch by an image latent (decode, and encode its last frame alone), because the teacher's clips begin with one. A rollout
-    has no autoencoder, so the latents stay as they are; for codecs that know no time this is the same.
+    stretch by an image latent (decode, and encode its last frame alone). A rollout has no autoencoder, so latents stay.
     """
 
     stream: Stream = Stream()
@@ -93,7 +92,7 @@ class SelfForced(Rollout):
     def __call__(self, student: Predictor, batch: Batch, rng: Rng, *, grad: bool) -> Rolled:
         loop, exit, of = self._drawn(student, rng)
         begin, first, lengths = self._stretch(batch.latent_shape[1], rng)
-        memory, past, noises, made = loop.begin(), list[Tensor](), list[Tensor](), list[list[Visit]]()
+        memory, past, noises, made, latents = loop.begin(), list[Tensor](), list[Tensor](), list[list[Visit]](), None
         for index, (frame, length) in enumerate(zip(accumulate(lengths, initial=0), lengths)):
             own, trained = rng.fold(f"chunk/{index}"), index >= first
             stop = exit * (len(loop.grid(index)) - 1) // of if trained else None
@@ -101,9 +100,11 @@ class SelfForced(Rollout):
             visits, start, cond = list[Visit](), student.path.prior(noise), batch.cond.during(frame, length)
             chunks = reading(loop, self.history_noise, own) if trained else loop
             with torch.set_grad_enabled(grad and trained):
-                for step in chunks.chunk(memory, start, cond, cond, own, exit=stop):
+                known = loop.ready(memory, latents, cond, cond, rng)
+                for step in chunks.chunk(known, start, cond, cond, own, exit=stop):
                     visits.append(visit(step))
                 memory = step.memory or memory
+            latents = loop.recent(latents, step.x.detach(), index)
             if trained:
                 noises.append(noise)
                 made.append(visits)

@@ -61,9 +61,9 @@ class StreamingLong(Rollout):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.stream.steps or self.stream.rolling > 1:
+        if self.stream.steps or self.stream.rolling > 1 or self.stream.recompute:
             raise ValueError(
-                "this rollout makes chunks one after the other and stops all at one step; leave out stream.steps and stream.rolling"
+                "this rollout carries its memory on and stops chunks at one step; leave out steps, rolling and recompute"
             )
         if self.switch and self.stream.commit in ("last", "nothing"):
             raise ValueError(

@@ -1,7 +1,8 @@
 """Krea Realtime: Wan 2.1 14B as a stream of chunks of 3 latent frames, 4 steps each, trained with Self-Forcing.
 
-Its file is plain: safetensors, the authors' names behind `model.`. Its memory is not: before each chunk it is made anew from the
-last 3 latent frames, in one call that reads nothing older, and the first of them is decoded and encoded again as an image.
+Its file is plain: safetensors, the authors' names behind `model.`. Its memory is made anew before each chunk from the last 3
+latent frames, in one call that reads nothing older (`Stream.recompute`). But the first of them is decoded and encoded again as an
+image.
 """
 
 from fewstep.diffusion import CFG, Contract, Renoise, Shifted, Stream, Trained
@@ -19,7 +20,7 @@ KREA_REALTIME = Known(
     files=r"krea[-_]realtime",
     contract=Contract(
         grid=Trained(grid=Shifted(shift=5.0), steps=(4,)), sampler=Renoise(), steps=4, guidance=CFG(scale=1.0),
-        stream=Stream(chunks=(3,), window=6, positions="window"),
+        stream=Stream(chunks=(3,), window=6, recompute=True, positions="window"),
     ),
     licence="CC BY-NC-SA 4.0",
     facts={
@@ -30,5 +31,5 @@ KREA_REALTIME = Known(
     },
     unverified="the licence of the weights' own page; that of the repository was taken. The server's default is 5 steps, its "
     "configuration has 4",
-    missing="a memory that is made anew before each chunk from the last latents, the first of them encoded again as an image",
+    missing="a memory whose first latent frame is decoded, and encoded again as an image, before each chunk",
 )  # fmt: skip
