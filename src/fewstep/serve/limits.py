@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from fewstep.core.bounds import Count, Positive, require_bounds
 
+LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
+"""Names of this machine that no other reaches it by."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
@@ -33,8 +36,12 @@ class Limits:
     """Seconds that finished clips are kept."""
     upload: Count = 20 << 20
     """Bytes of a request with a picture."""
-    pixels: Count = 1 << 26
+    pixels: Count = 1 << 25
     """Pixels of a picture, decoded."""
+    clip: Count = 10**9
+    """Bytes of a clip, decoded."""
+    free: Count = 1 << 28
+    """Bytes of the disk that must be free before a clip is accepted."""
 
     def __post_init__(self) -> None:
         require_bounds(self)

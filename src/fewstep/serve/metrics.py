@@ -5,6 +5,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32)
+_LONG = (1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 3600)
 _MILLISECONDS = (5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10000)
 
 
@@ -28,6 +29,11 @@ class Metrics:
         self.sockets = Gauge("fewstep_sockets", "Connections of viewers", registry=registry)
         self.deaths = Gauge("fewstep_worker_deaths", "How often the worker has died", registry=registry)
         self.refused = Counter("fewstep_refused", "Streams and clips that were refused", ["code"], registry=registry)
+        self.clips = Counter("fewstep_clips", "Clips of jobs that have ended", ["outcome"], registry=registry)
+        self.clips_waiting = Gauge("fewstep_clips_waiting", "Clips of jobs that wait", registry=registry)
+        self.clip_seconds = Histogram(
+            "fewstep_clip_seconds", "From a job's request to its video", buckets=_LONG, registry=registry
+        )
         self.clips = Counter("fewstep_clips", "Clips by how they ended", ["status"], registry=registry)
         self.clip_seconds = Histogram(
             "fewstep_clip_seconds", "From a clip's request to its file", buckets=_SECONDS, registry=registry

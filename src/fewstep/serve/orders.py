@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,9 +78,14 @@ class Make(Order):
 
     model: str
     prompt: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """Of `VideoModel.sampling`: seed, num_inference_steps, num_frames, guidance_scale."""
+    frames: int
+    seed: int = 0
+    steps: int | None = None
+    """None: the model's own number."""
+    guidance: float | None = None
+    """Scale; None: the model's own."""
     negative_prompt: str | None = None
+    """None: the model's own."""
     image: Pixels | None = None
     """First frame `[H, W, 3]`."""
     schedule: tuple[tuple[float, str], ...] = ()
@@ -109,6 +112,8 @@ class Facts:
     """Frames of the first and of later chunks of a student that streams; empty: it makes whole clips."""
     chunk_seconds: float = 0.0
     """Time that a chunk takes, as measured at the start."""
+    guidance: float = 1.0
+    """Scale of its own guidance; 1: none."""
     licence: str = ""
 
     @property

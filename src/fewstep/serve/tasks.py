@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fewstep.core.pixels import to_uint8
+from fewstep.data.video import to_floats, to_pixels
 from fewstep.models import VideoModel
 from fewstep.models.snapshots import load_snapshot, save_snapshot
 from fewstep.serve.orders import (
@@ -52,7 +52,8 @@ class Task(ABC):
     def hear(self, order: Order, now: float) -> None:  # noqa: B027 - a clip takes no orders
         """Follow an order."""
 
-    def close(self) -> None:  # noqa: B027 - a clip holds nothing
+    @abstractmethod
+    def close(self) -> None:
         """Free what it holds."""
 
 
@@ -127,29 +128,39 @@ class Clip(Task):
         self._send(Progress(id=self._order.id, done=done[0], of=done[1]))
         return True
 
-    def _sampled(self) -> Iterator[tuple[int, int]]:
-        order, model, options = self._order, self._model, dict[str, Any](self._order.options)
-        image = (
-            None if order.image is None else torch.from_numpy(order.image).permute(2, 0, 1)[None].float() / 127.5 - 1
-        )
-        step = None
-        for step in model.sampling([order.prompt], **options, **({} if image is None else {"image": image})):
-            yield step.index + 1, step.steps + 1
-        assert step is not None
-        self._made(to_uint8(model.decode(step.x))[0].permute(1, 2, 3, 0).numpy())
+    def close(self) -> None:
+        self._calls.close()
 
-    def _streamed(self) -> Iterator[tuple[int, int]]:
-        order, model, options = self._order, self._model, dict[str, Any](self._order.options)
-        frames = options.pop("num_frames", None) or model.card.num_frames
-        chunks, parts = chunks_for(model, frames), list[Pixels]()
-        with model.stream([order.prompt], **options) as live:
+    def _sampled(self) -> Generator[tuple[int, int]]:
+        order, model = self._order, self._model
+        if order.negative_prompt is not None:
+            model = model.with_card(negative_prompt=order.negative_prompt)
+        image = None if order.image is None else to_floats(torch.from_numpy(order.image)[None])[:, 0]
+        steps = model.sampling(
+            [order.prompt], image=image, seed=order.seed, num_inference_steps=order.steps, num_frames=order.frames,
+            guidance_scale=order.guidance,
+        )  # fmt: skip
+        step = None
+        for step in steps:
+            if model.device.type != "cpu":  # else calls would pile up there, before those for viewers
+                torch.accelerator.current_stream(model.device).synchronize()
+            yield step.index + 1, step.steps + 1  # decoding is the last
+        assert step is not None
+        with torch.inference_mode():
+            frames = model.decode(step.x)
+        self._made(to_pixels(frames)[0].numpy())
+
+    def _streamed(self) -> Generator[tuple[int, int]]:
+        order, model = self._order, self._model
+        chunks, parts = chunks_for(model, order.frames), list[Pixels]()
+        with model.stream([order.prompt], seed=order.seed, num_inference_steps=order.steps) as live:
             for seconds, prompt in order.schedule:
                 live.prompt(prompt, at=seconds)
             while live.chunks < chunks:
                 if (made := live.work(chunks, last=True)) is not None:
                     parts.append(made.frames[0].numpy())
                 yield live.chunks, chunks
-        self._made(np.concatenate(parts)[:frames])
+        self._made(np.concatenate(parts)[: order.frames])
 
     def _made(self, frames: Pixels) -> None:
         self._send(Made(id=self._order.id, frames=np.ascontiguousarray(frames), fps=self._model.card.fps))

@@ -167,12 +167,15 @@ def warm(name: str, model: VideoModel) -> Facts:
     card = model.card
     facts = Facts(
         name=name, role=card.role, fps=card.fps, height=card.height, width=card.width, frames=card.num_frames,
-        steps=steps_of(model), guided=card.role != "student", takes_image="image" in model.parts,
+        steps=steps_of(model), guided=card.role != "student", guidance=card.contract.guidance.scale,
+        takes_image="image" in model.parts,
         licence=card.provenance.get("licence", ""),
     )  # fmt: skip
     if card.contract.stream is None:
-        *_, last = model.sampling([""], num_inference_steps=facts.steps[-1] if facts.steps else 2)
-        model.decode(last.x)
+        image = torch.zeros(3, card.height, card.width) if facts.takes_image else None
+        *_, last = model.sampling([""], image=image, num_inference_steps=facts.steps[-1] if facts.steps else 2)
+        with torch.inference_mode():
+            model.decode(last.x)
         return facts
     with model.stream([""]) as live:
         chunks = full_chunks(model) + 2
