@@ -63,7 +63,7 @@ class Server:
     def app(self) -> Starlette:
         """What clients reach."""
         sockets = Sockets(self.viewers, self.door, self.limits, self.metrics, self.origins)
-        videos = Videos(self.jobs, self.clips, self.supervisor, self.limits, self.folder)
+        videos = Videos(self.jobs, self.clips, self.supervisor, self.limits, self.folder, self.metrics)
         routes = [
             Route("/v1/models", self._guarded(self._models)),
             Route("/v1/models/{name:path}", self._guarded(self._model)),

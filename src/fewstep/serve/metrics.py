@@ -29,14 +29,10 @@ class Metrics:
         self.sockets = Gauge("fewstep_sockets", "Connections of viewers", registry=registry)
         self.deaths = Gauge("fewstep_worker_deaths", "How often the worker has died", registry=registry)
         self.refused = Counter("fewstep_refused", "Streams and clips that were refused", ["code"], registry=registry)
-        self.clips = Counter("fewstep_clips", "Clips of jobs that have ended", ["outcome"], registry=registry)
-        self.clips_waiting = Gauge("fewstep_clips_waiting", "Clips of jobs that wait", registry=registry)
-        self.clip_seconds = Histogram(
-            "fewstep_clip_seconds", "From a job's request to its video", buckets=_LONG, registry=registry
-        )
+        self.clips_waiting = Gauge("fewstep_clips_waiting", "Clips that wait", registry=registry)
         self.clips = Counter("fewstep_clips", "Clips by how they ended", ["status"], registry=registry)
         self.clip_seconds = Histogram(
-            "fewstep_clip_seconds", "From a clip's request to its file", buckets=_SECONDS, registry=registry
+            "fewstep_clip_seconds", "From a clip's request to its file", buckets=_LONG, registry=registry
         )
 
     def chunk(self, denoise: float, commit: float, decode: float, encode: float) -> None:

@@ -18,6 +18,7 @@ from fewstep.serve.clips import Clips
 from fewstep.serve.errors import ApiError
 from fewstep.serve.jobs import Job, Jobs, KeyReused
 from fewstep.serve.limits import Limits
+from fewstep.serve.metrics import Metrics
 from fewstep.serve.orders import Facts
 from fewstep.serve.supervisor import Supervisor
 from fewstep.serve.uploads import fields_of, picture_of
@@ -40,6 +41,7 @@ class Videos:
     supervisor: Supervisor
     limits: Limits
     folder: Path
+    metrics: Metrics
     _decoding: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
 
     def routes(self, guarded: Guard) -> list[Route]:
@@ -115,6 +117,13 @@ class Videos:
 
     async def _accepted(self, request: Request, holder: str) -> Job:
         """The job that a request makes, or that it made before. `ApiError` says why not."""
+        try:
+            return await self._asked(request, holder)
+        except ApiError as error:
+            self.metrics.refused.labels(error.code).inc()
+            raise
+
+    async def _asked(self, request: Request, holder: str) -> Job:
         if self.clips.draining or not self.supervisor.models:
             headers = {"Retry-After": "10"}
             raise ApiError(503, "the server is not ready; try again in a moment", code="not_ready", headers=headers)
