@@ -146,7 +146,9 @@ def test_a_server_that_is_killed_goes_on_where_it_was(tmp_path: Path) -> None:
         long = asked(address, "/v1/videos", prompt="a red ball", num_frames=400)["id"]
         waits = asked(address, "/v1/videos", prompt="a red ball", num_frames=4)["id"]
         until(address, long, "in_progress")
-        second = subprocess.run([sys.executable, "-m", "fewstep", "serve", *words], capture_output=True, text=True, check=False)
+        second = subprocess.run(
+            [sys.executable, "-m", "fewstep", "serve", *words], capture_output=True, text=True, check=False
+        )
         assert second.returncode == 2 and "in use by another fewstep" in second.stderr
         evil = urllib.request.Request(f"{address}/v1/videos", headers={"Host": "evil.example"})
         with pytest.raises(urllib.error.HTTPError, match="400"):  # a page under a name that leads to this machine

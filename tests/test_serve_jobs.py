@@ -14,6 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
+from fewstep.core.finite import NonFiniteError
+from fewstep.data.video import to_pixels
 from fewstep.models import VideoModel
 from fewstep.serve.errors import ApiError
 from fewstep.serve.jobs import Job, Jobs, KeyReused
@@ -22,6 +24,7 @@ from fewstep.serve.orders import Facts, Made, Make, News, Progress
 from fewstep.serve.tasks import Clip
 from fewstep.serve.uploads import picture_of
 from fewstep.serve.wishes import Wish, asked_of, wish_of
+from fewstep.serve.worker import warm
 from support_engine import tiny_model
 from support_serve import save_streaming
 
@@ -173,7 +176,9 @@ def test_a_request_of_little_is_what_the_model_makes() -> None:
     assert wish({}).seconds == 2.0
 
 
-@pytest.mark.parametrize("read", [lambda value: value, lambda value: value if isinstance(value, str) else json.dumps(value)])
+@pytest.mark.parametrize(
+    "read", [lambda value: value, lambda value: value if isinstance(value, str) else json.dumps(value)]
+)
 def test_json_and_forms_say_the_same(read: Any) -> None:
     given = {
         "seconds": 3, "size": "48x32", "num_frames": 24, "fps": 8, "seed": 7, "num_inference_steps": 2, "width": 48,
@@ -260,7 +265,10 @@ def test_a_clip_that_would_take_too_much_memory_is_refused() -> None:
 
 
 def test_a_picture_is_for_models_that_begin_with_one() -> None:
-    for facts, picture, message in ((WHOLE, True, "takes no picture"), (replace(WHOLE, takes_image=True), False, "send one")):
+    for facts, picture, message in (
+        (WHOLE, True, "takes no picture"),
+        (replace(WHOLE, takes_image=True), False, "send one"),
+    ):
         with pytest.raises(ApiError, match=message) as refused:
             wish({}, facts, picture)
         assert refused.value.param == "input_reference"
@@ -303,18 +311,28 @@ def test_a_picture_that_is_damaged_or_of_another_kind_is_refused(kind: str) -> N
     good = _file(noise)
     flipped = bytearray(good)
     flipped[len(good) // 2] ^= 255
-    data = {"text": b"<svg/>", "cut": good[: len(good) // 2], "flipped": bytes(flipped), "gif": _file(noise, "gif"), "empty": b""}
+    data = {
+        "text": b"<svg/>",
+        "cut": good[: len(good) // 2],
+        "flipped": bytes(flipped),
+        "gif": _file(noise, "gif"),
+        "empty": b"",
+    }
     with pytest.raises(ApiError, match="no readable picture") as refused:
         picture_of(data[kind], WHOLE, Limits())
     assert refused.value.status_code == 400 and refused.value.param == "input_reference"
+
+
+def _all_of(task: Clip) -> None:
+    while task.work(lambda: 0.0):
+        pass
 
 
 def made_by(model: VideoModel, order: Make) -> tuple[list[Progress], np.ndarray]:
     """What a clip's task tells."""
     heard = list[News]()
     task = Clip(order, model, Path(), heard.append, 0.0)
-    while task.work(lambda: 0.0):
-        pass
+    _all_of(task)
     *progress, made = heard
     assert isinstance(made, Made)
     return [news for news in progress if isinstance(news, Progress)], made.frames
@@ -332,6 +350,33 @@ def test_a_clip_is_what_the_model_makes_of_the_request() -> None:
         )
     assert np.array_equal(frames, ((expected[0].permute(1, 2, 3, 0) + 1) * 127.5).round().to(torch.uint8).numpy())
     assert [(p.done, p.of) for p in progress] == [(1, 3), (2, 3)]
+
+
+def test_a_clip_begins_with_its_picture() -> None:
+    from tiny_models import shared
+
+    model = VideoModel.from_pretrained(shared("wan_image")).with_card(height=16, width=16, num_frames=5)
+    facts = warm("x", model)
+    assert facts.takes_image
+    size = model.card.height, model.card.width
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    frames = facts.frames
+    order = Make(id="1", model="x", prompt="a duck", frames=frames, seed=3, steps=2, image=pixels)
+    _, made = made_by(model, order)
+    image = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1
+    expected = to_pixels(model(["a duck"], seed=3, num_inference_steps=2, image=image))[0]
+    other = to_pixels(model(["a duck"], seed=3, num_inference_steps=2, image=-image))[0]
+    assert np.array_equal(made, expected.numpy()) and not torch.equal(expected, other)
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_numbers_that_are_no_pictures_fail_the_clip(tmp_path: Path, streams: bool) -> None:
+    model = VideoModel.from_pretrained(save_streaming(tmp_path)) if streams else tiny_model()
+    for parameter in model.codec.parameters():
+        parameter.data.fill_(torch.nan)
+    task = Clip(Make(id="1", model="x", prompt="a", frames=4), model, Path(), lambda news: None, 0.0)
+    with pytest.raises(NonFiniteError):
+        _all_of(task)
 
 
 def test_a_clip_of_a_stream_changes_its_prompt_and_ends_with_its_frame(tmp_path: Path) -> None:

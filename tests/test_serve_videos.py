@@ -8,6 +8,7 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -58,7 +59,9 @@ class House(Running):
     def curl(self, path: str, *arguments: str, who: str = "ada") -> tuple[int, dict[str, str], bytes]:
         """Status, headers and body."""
         command = ["curl", "-sS", "-i", "-H", f"Authorization: Bearer {self.keys[who]}", *arguments, self.url + path]
-        head, _, body = subprocess.run(command, check=True, capture_output=True, timeout=60).stdout.partition(b"\r\n\r\n")
+        head, _, body = subprocess.run(command, check=True, capture_output=True, timeout=60).stdout.partition(
+            b"\r\n\r\n"
+        )
         while head.startswith(b"HTTP/1.1 100"):
             head, _, body = body.partition(b"\r\n\r\n")
         first, *lines = head.decode().split("\r\n")
@@ -177,7 +180,12 @@ def test_the_openai_client_lists_pages_and_models(house: House) -> None:
 
 
 def test_curl_makes_a_video_of_json_and_reads_a_part_of_it(house: House) -> None:
-    body = {"model": "tiny", "prompt": "a red ball", "num_frames": 6, "prompt_schedule": [{"at_s": 0.04, "prompt": "a star"}]}
+    body = {
+        "model": "tiny",
+        "prompt": "a red ball",
+        "num_frames": 6,
+        "prompt_schedule": [{"at_s": 0.04, "prompt": "a star"}],
+    }
     status, _, told = house.curl("/v1/videos", "-H", "Content-Type: application/json", "-d", json.dumps(body))
     job = json.loads(told)
     assert status == 200 and job["seconds"] == "0.12" and job["fps"] == 50
@@ -259,7 +267,10 @@ def test_files_are_reached_by_the_ids_of_jobs_alone(house: House, name: str) -> 
 
 def test_a_request_that_comes_twice_makes_one_video(house: House) -> None:
     client, headers = house.client(), {"Idempotency-Key": "k1"}
-    one, two = (client.videos.create(prompt="a", model="tiny", extra_headers=headers, extra_body={"num_frames": 2}) for _ in "12")
+    one, two = (
+        client.videos.create(prompt="a", model="tiny", extra_headers=headers, extra_body={"num_frames": 2})
+        for _ in "12"
+    )
     assert one.id == two.id and len(client.videos.list().data) == 1
     with pytest.raises(openai.UnprocessableEntityError, match="another request"):
         client.videos.create(prompt="b", model="tiny", extra_headers=headers)
@@ -353,7 +364,9 @@ def test_a_job_survives_its_worker_once(house: House) -> None:
     assert settled(lambda: client.videos.retrieve(job.id).status == "queued")
     waits = client.videos.create(prompt="b", model="tiny", extra_body={"num_frames": 2})  # while there is no worker
     assert settled(lambda: client.videos.retrieve(job.id).progress > 0)
-    house.on_loop(lambda: (supervisor._lost(job.id), supervisor._pipe.send(Close(id=job.id))))  # as if it had died again
+    house.on_loop(
+        lambda: (supervisor._lost(job.id), supervisor._pipe.send(Close(id=job.id)))
+    )  # as if it had died again
     failed = ended(client, job.id)
     assert failed.status == "failed" and failed.error.code == "worker_lost"
     assert ended(client, waits.id).status == "completed"
@@ -439,11 +452,49 @@ def test_finished_jobs_and_their_files_go_after_their_time(house: House, monkeyp
     assert not list((house.server.folder / "videos").iterdir())
 
 
+def test_what_operators_see(house: House) -> None:
+    async def metrics() -> str:
+        return bytes((await house.server._metrics(None)).body).decode()  # type: ignore[arg-type]
+
+    def value(name: str) -> float:
+        text = asyncio.run_coroutine_threadsafe(metrics(), house.loop).result(10)
+        found = [float(line.split()[-1]) for line in text.splitlines() if line.startswith(name + " ")]
+        return found[0] if found else 0.0
+
+    names = (
+        'fewstep_clips_total{status="completed"}',
+        "fewstep_clip_seconds_count",
+        'fewstep_refused_total{code="invalid_value"}',
+    )
+    before = [value(name) for name in names]
+    house.curl("/v1/videos/sync", "-F", "prompt=a", "-F", "model=tiny", "-F", "num_frames=2")
+    house.refused("-F", "prompt=a", "-F", "model=tiny", "-F", "seed=x")
+    assert [value(name) for name in names] == [1 + count for count in before]
+    house.begun()
+    house.client().videos.create(prompt="a", model="tiny")
+    assert value("fewstep_clips_waiting") == 1
+
+
+def test_the_examples_of_the_page_run(house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "serving.md").read_text(encoding="utf-8")
+    ((shell, code),) = zip(re.findall(r"```bash\n(.*?)```", page, re.S), re.findall(r"```py\n(.*?)```", page, re.S))
+    monkeypatch.chdir(tmp_path)
+    told = {"ADDRESS": house.url, "KEY": house.keys["ada"], "MODEL": "tiny"}
+    done = subprocess.run(["bash", "-ec", shell], env=os.environ | told, capture_output=True, text=True, check=True)
+    assert '"error": ' not in done.stdout.replace('"error": null', "") and '"error":{' not in done.stdout
+    assert done.stdout.count('"object":"video"') == 4 and len(frames_in((tmp_path / "video.mp4").read_bytes())) == 4
+    (tmp_path / "video.mp4").unlink()
+    exec(compile(code, "serving.md", "exec"), {"address": house.url, "key": house.keys["ada"], "model": "tiny"})
+    assert len(frames_in((tmp_path / "video.mp4").read_bytes())) == 4
+
+
 def test_many_clients_at_once_get_their_own_videos(house: House) -> None:
     found = dict[str, bytes]()
 
     def one(who: str, seed: int) -> None:
-        _, headers, data = house.curl("/v1/videos/sync", "-F", "prompt=a", "-F", "model=tiny", "-F", "num_frames=4", "-F", f"seed={seed}", who=who)
+        _, headers, data = house.curl(
+            "/v1/videos/sync", "-F", "prompt=a", "-F", "model=tiny", "-F", "num_frames=4", "-F", f"seed={seed}", who=who
+        )
         found[headers["x-video-id"]] = data
 
     threads = [threading.Thread(target=one, args=(who, seed)) for seed, who in enumerate(("ada", "bob") * 3)]

@@ -15,8 +15,8 @@ from fewstep.cli.drift import Drift
 from fewstep.cli.finished import Compare, Study
 from fewstep.cli.generation import Sample
 from fewstep.cli.questions import Doctor, Explain, List, Watch
-from fewstep.cli.streams import Stream
 from fewstep.cli.serving import Serve
+from fewstep.cli.streams import Stream
 from fewstep.cli.students import Import
 
 LayoutName = Literal["plain", "openvid", "webvid", "ucf101", "tars"]

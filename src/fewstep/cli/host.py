@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fewstep.cli.command import UsageError
 from fewstep.cli.running import runtime_of
-from fewstep.cli.serving import Serve
 from fewstep.core.env import cpu_count
 from fewstep.models.bundle import read_card
 
@@ -23,6 +23,9 @@ except ModuleNotFoundError as error:
     raise UsageError(
         f'fewstep serve needs the package {error.name}; install what it needs: pip install "fewstep[serve]"'
     ) from None
+
+if TYPE_CHECKING:
+    from fewstep.cli.serving import Serve
 
 
 def serve(options: Serve) -> int:
@@ -63,7 +66,9 @@ def names_of(models: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
         if not name or not source:
             raise UsageError(f"{model}: give a folder, or NAME=FOLDER")
         if name in found:
-            raise UsageError(f"{found[name]} and {source} are both called {name!r}; give one another name: NAME={source}")
+            raise UsageError(
+                f"{found[name]} and {source} are both called {name!r}; give one another name: NAME={source}"
+            )
         found[name] = source
     return tuple(found.items())
 
@@ -93,4 +98,6 @@ def _check(options: Serve) -> None:
     for origin in options.origin:
         scheme, found, host = origin.partition("://")
         if not (found and scheme in ("http", "https") and host and "/" not in host):
-            raise UsageError(f"--origin {origin}: an origin is http:// or https:// and a host, such as https://example.com")
+            raise UsageError(
+                f"--origin {origin}: an origin is http:// or https:// and a host, such as https://example.com"
+            )

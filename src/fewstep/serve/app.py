@@ -26,8 +26,8 @@ from fewstep.serve.jobs import Jobs
 from fewstep.serve.keys import Door
 from fewstep.serve.limits import LOOPBACK, Limits
 from fewstep.serve.metrics import Metrics
-from fewstep.serve.sockets import Sockets, origin_allowed
 from fewstep.serve.orders import Facts
+from fewstep.serve.sockets import Sockets, origin_allowed
 from fewstep.serve.supervisor import HANGS, Supervisor
 from fewstep.serve.videos import Videos
 from fewstep.serve.viewers import Viewers

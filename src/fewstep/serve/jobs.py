@@ -71,7 +71,9 @@ class Jobs:
             self._file.execute(_TABLE)
             self._file.execute(f"PRAGMA user_version = {VERSION}")
         except sqlite3.DatabaseError as error:
-            raise ValueError(f"{path} cannot be used as a table of jobs ({error}); delete it, or give another folder") from None
+            raise ValueError(
+                f"{path} cannot be used as a table of jobs ({error}); delete it, or give another folder"
+            ) from None
 
     def close(self) -> None:
         self._file.close()

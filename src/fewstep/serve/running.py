@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import uvicorn
 
-from fewstep.serve import protocol
 from fewstep.core.lock import holding
+from fewstep.serve import protocol
 from fewstep.serve.app import Server
 from fewstep.serve.limits import LOOPBACK
 
@@ -49,9 +49,7 @@ def web_server(server: Server, host: str, port: int) -> Web:
     return Web(config, server)
 
 
-async def run(
-    server: Server, host: str, port: int, watch_port: int | None, ready: Callable[[str], None]
-) -> None:
+async def run(server: Server, host: str, port: int, watch_port: int | None, ready: Callable[[str], None]) -> None:
     """Serve until a signal comes. `ready` is called with the address when the models are warm. ValueError when they cannot be
     served, or the port cannot be had; FolderInUse when another server has the folder."""
     with holding(server.folder):

@@ -49,7 +49,9 @@ async def fields_of(request: Request, limits: Limits) -> tuple[dict[str, Any], b
     if kind.strip().lower() in ("multipart/form-data", "application/x-www-form-urlencoded"):
         return await _form(request)
     if kind.strip().lower() != "application/json":
-        raise ApiError(415, "send JSON (Content-Type: application/json) or a form (multipart/form-data)", code="content_type")
+        raise ApiError(
+            415, "send JSON (Content-Type: application/json) or a form (multipart/form-data)", code="content_type"
+        )
     try:
         given = await request.json()
     except (ValueError, RecursionError):

@@ -83,7 +83,9 @@ class Videos:
             raise ApiError(400, "order is asc or desc", param="order", code="invalid_value")
         after = self.jobs.get(asked["after"], holder) if asked.get("after") else None
         if asked.get("after") and after is None:
-            raise ApiError(400, "after is the id of a video of yours, and this one is none", param="after", code="invalid_value")
+            raise ApiError(
+                400, "after is the id of a video of yours, and this one is none", param="after", code="invalid_value"
+            )
         jobs, more = self.jobs.page(holder, after=after, limit=int(limit), newest=order == "desc")
         ends = {"first_id": jobs[0].id if jobs else None, "last_id": jobs[-1].id if jobs else None}
         return JSONResponse({"object": "list", "data": [self.told(job) for job in jobs], "has_more": more, **ends})
@@ -112,7 +114,9 @@ class Videos:
     def _found(self, request: Request, holder: str) -> Job:
         job = self.jobs.get(request.path_params["id"], holder)
         if job is None:
-            raise ApiError(404, "there is no such video of yours; it may have been deleted, or its time is over", code="not_found")
+            raise ApiError(
+                404, "there is no such video of yours; it may have been deleted, or its time is over", code="not_found"
+            )
         return job
 
     async def _accepted(self, request: Request, holder: str) -> Job:

@@ -1,4 +1,4 @@
-"""What a client asks a clip to be, and the clip that its model makes of that; whatever the model was not trained for is refused."""
+"""What a client asks a clip to be, and the clip that its model makes of that. What the model was not trained for is refused."""
 
 from __future__ import annotations
 
@@ -84,13 +84,17 @@ def asked_of(given: Mapping[str, Any]) -> Asked:
             raise _wrong(name[:40], f"there is no field {name[:40]!r}; there are {', '.join(hints)}, input_reference")
         text = str in (hints[name], *get_args(hints[name]))
         try:
-            found[name] = build(hints[name], value if text or not isinstance(value, str) else _read(value), {}, At(name))
+            found[name] = build(
+                hints[name], value if text or not isinstance(value, str) else _read(value), {}, At(name)
+            )
         except RecipeError as error:
             raise _wrong(name, str(error)) from None
     if "prompt" not in found:
         raise _wrong("prompt", "prompt is missing: say what the video shows")
     asked = Asked(**found)
-    prompts = {"prompt": asked.prompt} | {f"prompt_schedule[{i}]": x.prompt for i, x in enumerate(asked.prompt_schedule)}
+    prompts = {"prompt": asked.prompt} | {
+        f"prompt_schedule[{i}]": x.prompt for i, x in enumerate(asked.prompt_schedule)
+    }
     for name, prompt in prompts.items():
         if not 0 < len(prompt.strip()) <= len(prompt) <= LONGEST_PROMPT:
             raise _wrong(name, f"{name}: a prompt has 1 to {LONGEST_PROMPT} characters, and this one {len(prompt)}")
@@ -125,7 +129,9 @@ def _require_size(asked: Asked, facts: Facts) -> None:
         raise _wrong("size", f"{facts.name} makes videos of {size} (width x height), not of {asked.size!r:.40}")
     for name in ("width", "height"):
         if getattr(asked, name) not in (None, getattr(facts, name)):
-            raise _wrong(name, f"{facts.name} makes videos of {size} (width x height), not of {name} {getattr(asked, name)}")
+            raise _wrong(
+                name, f"{facts.name} makes videos of {size} (width x height), not of {name} {getattr(asked, name)}"
+            )
 
 
 def _frames(asked: Asked, facts: Facts, fps: float, limits: Limits) -> int:
@@ -134,10 +140,15 @@ def _frames(asked: Asked, facts: Facts, fps: float, limits: Limits) -> int:
         exact, param = asked.seconds * fps, "seconds"
         whole = min(max(1, round(min(exact, 1e9))), 10**9)
         if abs(exact - whole) > 0.01:
-            near = " or ".join(f"{n / fps:.8g}" for n in sorted({max(1, int(min(exact, 1e9))), int(min(exact, 1e9)) + 1}))
+            near = " or ".join(
+                f"{n / fps:.8g}" for n in sorted({max(1, int(min(exact, 1e9))), int(min(exact, 1e9)) + 1})
+            )
             raise _wrong(param, f"a video of {fps:g} frames per second has a whole number of them; give seconds {near}")
         if frames not in (None, whole):
-            raise _wrong(param, f"{asked.seconds:g} seconds have {whole} frames at {fps:g} per second, not {frames}; give one of both")
+            raise _wrong(
+                param,
+                f"{asked.seconds:g} seconds have {whole} frames at {fps:g} per second, not {frames}; give one of both",
+            )
         frames = whole
     if frames is None:
         return facts.frames
@@ -190,4 +201,3 @@ def _read(text: str) -> Any:
 
 def _wrong(param: str, message: str) -> ApiError:
     return ApiError(400, message, param=param, code="invalid_value")
-
