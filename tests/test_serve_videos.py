@@ -39,6 +39,7 @@ from fewstep.serve.jobs import Jobs
 from fewstep.serve.keys import Door, Keys
 from fewstep.serve.limits import Limits
 from fewstep.serve.orders import Close
+from fewstep.serve.wishes import Wish
 from fewstep.serve.worker import Served
 from support_engine import tiny_model
 from support_serve import Running, running, save_streaming
@@ -503,3 +504,26 @@ def test_many_clients_at_once_get_their_own_videos(house: House) -> None:
     for thread in threads:
         thread.join()
     assert len(found) == 6 and len(set(found.values())) == 6
+
+
+def test_the_picture_of_a_job_is_there_while_it_is_made_and_no_longer(house: House) -> None:
+    """The worker of this house has no model that begins with one, and says so; the file reaches it, and goes."""
+    supervisor, folder, heard = house.server.supervisor, house.server.folder / "videos", list[bytes]()
+    order = supervisor.order
+
+    def listen(what: Any, hear: Any = None) -> None:
+        if getattr(what, "image", None) is not None:
+            heard.append(what.image.read_bytes())
+        order(what, hear)
+
+    wish = Wish(model="world/teacher", prompt="a", frames=4, fps=8, width=32, height=32, picture=True)
+    supervisor.order = listen  # type: ignore[method-assign]
+    try:
+        job = house.on_loop(
+            lambda: (house.server.jobs.add("ada", wish, picture=picture()), house.server.clips.wake())[0]
+        )
+        failed = ended(house.client(), job.id)
+    finally:
+        supervisor.order = order  # type: ignore[method-assign]
+    assert heard == [picture()] and not list(folder.iterdir())
+    assert failed.error.code == "invalid_request" and "text-to-video model" in failed.error.message

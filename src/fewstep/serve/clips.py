@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import io
 import logging
 import sqlite3
 import time
@@ -13,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -104,9 +102,13 @@ class Clips:
                 self._making, self._done, self._news = job, 0.0, asyncio.Queue()
                 if await self._noted(lambda job=job: self._jobs.begin(job)):  # type: ignore[misc]
                     await self._make(job)
-            except Exception:
-                log.exception("a job failed")
-                await self._failed(job, "internal_error", "the server failed; its log says why")
+            except Exception as error:
+                self._delete(job.id)
+                if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                    await self._failed(job, "no_space", "the server's disk is full; try again later")
+                else:
+                    log.exception("a job failed")
+                    await self._failed(job, "internal_error", "the server failed; its log says why")
             self._making = None
 
     async def _make(self, job: Job) -> None:
@@ -117,8 +119,10 @@ class Clips:
         order = Make(
             id=job.id, model=wish.model, prompt=wish.prompt, frames=wish.frames, seed=wish.seed, steps=wish.steps,
             guidance=wish.guidance, negative_prompt=wish.negative_prompt, schedule=wish.schedule,
-            image=None if png is None else np.array(Image.open(io.BytesIO(png)).convert("RGB")),
+            image=None if png is None else self._picture(job),
         )  # fmt: skip
+        if png is not None:
+            await asyncio.to_thread(self._picture(job).write_bytes, png)
         self._supervisor.order(order, self._news.put_nowait)
         while (news := await self._news.get()) is not None:
             match news:
@@ -135,19 +139,16 @@ class Clips:
                     return
 
     async def _keep(self, job: Job, frames: Pixels) -> None:
-        try:
-            await asyncio.to_thread(self._write, job, frames)
-        except Exception as error:
-            self._delete(job.id)
-            if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise
-            await self._failed(job, "no_space", "the server's disk is full; try again later")
-            return
+        await asyncio.to_thread(self._write, job, frames)
+        self._picture(job).unlink(missing_ok=True)
         if not await self._noted(lambda: self._jobs.complete(job)):  # it was removed while it was written
             self._delete(job.id)
             return
         self._metrics.clips.labels("completed").inc()
         self._metrics.clip_seconds.observe(max(0.0, time.time() - job.created))
+
+    def _picture(self, job: Job) -> Path:
+        return self._folder / f"{job.id}.png"
 
     def _write(self, job: Job, frames: Pixels) -> None:
         write_pixels(self.video(job), torch.from_numpy(frames), fps=job.wish.fps)
@@ -155,6 +156,7 @@ class Clips:
             Image.fromarray(frames[len(frames) // 2]).save(draft, "webp")
 
     async def _failed(self, job: Job, code: str, message: str) -> None:
+        self._picture(job).unlink(missing_ok=True)
         self._metrics.clips.labels("failed").inc()
         await self._noted(lambda: self._jobs.fail(job, code, message))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,8 +87,8 @@ class Make(Order):
     """Scale; None: the model's own."""
     negative_prompt: str | None = None
     """None: the model's own."""
-    image: Pixels | None = None
-    """First frame `[H, W, 3]`."""
+    image: Path | None = None
+    """File of the first frame. Its pixels are more than a pipe holds, and the server would wait until the worker reads them."""
     schedule: tuple[tuple[float, str], ...] = ()
     """Seconds from which other prompts hold, of a student that streams."""
 

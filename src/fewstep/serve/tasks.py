@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fewstep.data.video import to_floats, to_pixels
+from fewstep.data.video import read_image, to_pixels
 from fewstep.models import VideoModel
 from fewstep.models.snapshots import load_snapshot, save_snapshot
 from fewstep.serve.orders import (
@@ -135,7 +135,8 @@ class Clip(Task):
         order, model = self._order, self._model
         if order.negative_prompt is not None:
             model = model.with_card(negative_prompt=order.negative_prompt)
-        image = None if order.image is None else to_floats(torch.from_numpy(order.image)[None])[:, 0]
+        size = model.card.height, model.card.width
+        image = None if order.image is None else read_image(order.image, size)
         steps = model.sampling(
             [order.prompt], image=image, seed=order.seed, num_inference_steps=order.steps, num_frames=order.frames,
             guidance_scale=order.guidance,
