@@ -15,6 +15,7 @@ from fewstep.cli.drift import Drift
 from fewstep.cli.finished import Compare, Study
 from fewstep.cli.generation import Sample
 from fewstep.cli.questions import Doctor, Explain, List, Watch
+from fewstep.cli.serving import Serve
 from fewstep.cli.streams import Stream
 from fewstep.cli.students import Import
 
@@ -323,7 +324,7 @@ class CheckLora(Runs):
 
 COMMANDS: dict[str, type[Command]] = {
     "demo": Demo, "prepare": Prepare, "train": Train, "pairs": Pairs, "distill": Distill, "sample": Sample, "stream": Stream,
-    "evaluate": Evaluate, "check-model": CheckModel, "import": Import, "export": Export, "check-lora": CheckLora,
+    "serve": Serve, "evaluate": Evaluate, "check-model": CheckModel, "import": Import, "export": Export, "check-lora": CheckLora,
     "compare": Compare, "study": Study, "drift": Drift,
     "watch": Watch, "list": List, "explain": Explain, "doctor": Doctor,
 }  # fmt: skip

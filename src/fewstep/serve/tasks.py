@@ -1,0 +1,194 @@
+"""What a worker does: streams and clips, each one network call at a time."""
+
+from __future__ import annotations
+
+import secrets
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fewstep.data.video import read_image, to_pixels
+from fewstep.models import VideoModel
+from fewstep.models.snapshots import load_snapshot, save_snapshot
+from fewstep.serve.orders import (
+    Applies,
+    Finished,
+    Made,
+    Make,
+    News,
+    Open,
+    Order,
+    Pixels,
+    Play,
+    Played,
+    Progress,
+    Save,
+    Saved,
+    Shown,
+    Steer,
+)
+from fewstep.serve.pace import AHEAD, Pace
+from fewstep.streaming import LiveChunk, LiveSnapshot
+
+Send = Callable[[News], None]
+
+
+class Task(ABC):
+    """A stream or a clip that is being made."""
+
+    @abstractmethod
+    def due(self, now: float) -> float | None:
+        """When its next call should be done, on the worker's clock; None: it waits."""
+
+    @abstractmethod
+    def work(self, now: Callable[[], float]) -> bool:
+        """Make one network call. Whether more follow."""
+
+    def hear(self, order: Order, now: float) -> None:  # noqa: B027 - a clip takes no orders
+        """Follow an order."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free what it holds."""
+
+
+class Stream(Task):
+    """A stream and its viewer."""
+
+    def __init__(self, order: Open, model: VideoModel, folder: Path, send: Send, now: float) -> None:
+        """`folder` has the files of snapshots. ValueError for what the student was not trained for."""
+        self._order, self._model, self._folder, self._send = order, model, folder, send
+        start: LiveSnapshot | list[str] = [order.prompt]
+        options: dict[str, Any] = {"seed": order.seed}
+        if order.snapshot is not None:
+            start, options = load_snapshot(folder / order.snapshot, model), {}
+        self._live = model.stream(start, num_inference_steps=order.steps, **options)
+        self._until = None if order.chunks is None else self._live.chunks + order.chunks
+        longest = max(chunk_frames(model))
+        self._pace = Pace(model.card.fps, AHEAD * longest, opened=now, acknowledged=order.acknowledged)
+        self._paused_at: float | None = None
+
+    def due(self, now: float) -> float | None:
+        if self._paused_at is not None or self._pace.waits(now):
+            return None
+        return self._pace.due()
+
+    def work(self, now: Callable[[], float]) -> bool:
+        chunk = self._live.work(self._until, last=self._until is not None)
+        if chunk is not None:
+            self._pace.send(chunk.frames.shape[1], now())
+            self._send(_shown(self._order.id, chunk))
+        if self._live.chunks == self._until:
+            self._send(Finished(id=self._order.id))
+            return False
+        return True
+
+    def hear(self, order: Order, now: float) -> None:
+        match order:
+            case Steer():
+                chunk = self._live.prompt(order.prompt, how=order.how)
+                self._send(Applies(id=order.id, token=order.token, chunk=chunk, prompt=order.prompt))
+            case Play(on=True) if self._paused_at is not None:
+                self._pace.pause(now - self._paused_at)
+                self._paused_at = None
+            case Play(on=False) if self._paused_at is None:
+                self._paused_at = now
+            case Played():
+                self._pace.play(order.frames, now)
+            case Save():
+                path = self._folder / f"{secrets.token_urlsafe(18)}.safetensors"
+                save_snapshot(self._live.snapshot(), self._model, path)
+                self._send(Saved(id=order.id, chunk=self._live.chunks, name=path.name, bytes=path.stat().st_size))
+
+    def close(self) -> None:
+        self._live.close()
+
+
+class Clip(Task):
+    """A clip, made when no viewer of a stream waits; of a student that streams, chunk by chunk."""
+
+    def __init__(self, order: Make, model: VideoModel, folder: Path, send: Send, now: float) -> None:
+        """ValueError for what the model cannot make."""
+        self._order, self._model, self._send, self._opened = order, model, send, now
+        self._calls = self._streamed() if model.card.contract.stream is not None else self._sampled()
+        self._began = False
+
+    def due(self, now: float) -> float:
+        return self._opened + 1e9  # after all viewers, and in order
+
+    def work(self, now: Callable[[], float]) -> bool:
+        done = next(self._calls, None)
+        if done is None:
+            return False
+        self._send(Progress(id=self._order.id, done=done[0], of=done[1]))
+        return True
+
+    def close(self) -> None:
+        self._calls.close()
+
+    def _sampled(self) -> Generator[tuple[int, int]]:
+        order, model = self._order, self._model
+        if order.negative_prompt is not None:
+            model = model.with_card(negative_prompt=order.negative_prompt)
+        size = model.card.height, model.card.width
+        image = None if order.image is None else read_image(order.image, size)
+        steps = model.sampling(
+            [order.prompt], image=image, seed=order.seed, num_inference_steps=order.steps, num_frames=order.frames,
+            guidance_scale=order.guidance,
+        )  # fmt: skip
+        step = None
+        for step in steps:
+            if model.device.type != "cpu":  # else calls would pile up there, before those for viewers
+                torch.accelerator.current_stream(model.device).synchronize()
+            yield step.index + 1, step.steps + 1  # decoding is the last
+        assert step is not None
+        with torch.inference_mode():
+            frames = model.decode(step.x)
+        self._made(to_pixels(frames)[0].numpy())
+
+    def _streamed(self) -> Generator[tuple[int, int]]:
+        order, model = self._order, self._model
+        chunks, parts = chunks_for(model, order.frames), list[Pixels]()
+        with model.stream([order.prompt], seed=order.seed, num_inference_steps=order.steps) as live:
+            for seconds, prompt in order.schedule:
+                live.prompt(prompt, at=seconds)
+            while live.chunks < chunks:
+                if (made := live.work(chunks, last=True)) is not None:
+                    parts.append(made.frames[0].numpy())
+                yield live.chunks, chunks
+        self._made(np.concatenate(parts)[: order.frames])
+
+    def _made(self, frames: Pixels) -> None:
+        self._send(Made(id=self._order.id, frames=np.ascontiguousarray(frames), fps=self._model.card.fps))
+
+
+def chunk_frames(model: VideoModel) -> tuple[int, int]:
+    """Frames of the first chunk of a stream, and of later ones."""
+    stream = model.card.contract.stream
+    assert stream is not None
+    first, second = stream.length(0), stream.length(1)
+    begin = model.clip_frames(first)
+    return begin, model.clip_frames(first + second) - begin
+
+
+def chunks_for(model: VideoModel, frames: int) -> int:
+    """Chunks that have at least so many frames."""
+    stream = model.card.contract.stream
+    assert stream is not None
+    for count, latents in enumerate(accumulate(map(stream.length, range(frames))), 1):
+        if model.clip_frames(latents) >= frames:
+            return count
+    return frames
+
+
+def _shown(name: str, chunk: LiveChunk) -> Shown:
+    took = chunk.took
+    return Shown(
+        id=name, index=chunk.index, first=chunk.first, seconds=chunk.seconds, prompt=chunk.prompts[0], version=chunk.version,
+        frames=chunk.frames[0].numpy(), took=(took.denoise, took.commit, took.decode),
+    )  # fmt: skip

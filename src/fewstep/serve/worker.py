@@ -1,0 +1,198 @@
+"""The process that computes: it holds the models, and makes one network call at a time for whoever needs it most."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewstep.core.finite import NonFiniteError
+from fewstep.models import VideoModel
+from fewstep.models.runtime import Runtime
+from fewstep.serve.orders import Beat, Close, Down, Facts, Failed, Make, News, Open, Order, Up
+from fewstep.serve.tasks import Clip, Stream, Task, chunk_frames
+
+IDLE = 0.02
+"""Seconds between two looks at the clock while every viewer has enough frames."""
+BEAT = 1.0
+"""Seconds between two signs of life."""
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """What a worker serves."""
+
+    models: tuple[tuple[str, str], ...]
+    """Names by which clients ask, and folders or built-ins."""
+    runtime: Runtime = Runtime()
+    threads: int | None = None
+    """Threads of a CPU; None: torch's own number."""
+    trust: bool = False
+    folder: Path = Path()
+    """Where snapshots are written."""
+
+    def load(self) -> dict[str, VideoModel]:
+        return {
+            name: VideoModel.from_pretrained(source, runtime=self.runtime, trust=self.trust)
+            for name, source in self.models
+        }
+
+
+def run(pipe: Connection, served: Served) -> None:
+    """The process: load, warm up, then follow orders until the pipe is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server says when it ends
+    if served.threads is not None:
+        torch.set_num_threads(served.threads)
+    try:
+        models = served.load()
+        facts = tuple(warm(name, model) for name, model in models.items())
+    except (ValueError, OSError) as error:
+        pipe.send(Down(message=str(error)))
+        return
+    pipe.send(Up(models=facts))
+    try:
+        Worker(models, pipe, served.folder).run()
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return  # the server is gone
+
+
+class Worker:
+    """Tasks, and which of them is next: the one whose viewer runs out of frames first."""
+
+    def __init__(
+        self,
+        models: Mapping[str, VideoModel],
+        pipe: Connection,
+        folder: Path,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._models, self._pipe, self._folder, self._clock = models, pipe, folder, clock
+        self._tasks: dict[str, Task] = {}
+        self._beat = clock()
+
+    def run(self) -> None:
+        """Without end. EOFError when the server has closed the pipe."""
+        while True:
+            if self._clock() - self._beat >= BEAT:
+                self._beat = self._clock()
+                self._pipe.send(Beat())
+            task = self.next()
+            patience = 0.0 if task else IDLE if self._tasks else BEAT
+            while self._pipe.poll(patience):
+                self.follow(self._pipe.recv())
+                patience = 0.0
+                task = self.next()
+            if task is not None:
+                self.work(task)
+
+    def next(self) -> str | None:
+        """The task whose next call is due first; None if nobody waits for one."""
+        now = self._clock()
+        due = {name: when for name, task in self._tasks.items() if (when := task.due(now)) is not None}
+        return min(due, key=due.__getitem__, default=None)
+
+    def follow(self, order: Order) -> None:
+        """An order. What cannot be done is answered by `Failed`, and ends the task."""
+        task = self._tasks.get(order.id)
+        try:
+            match order:
+                case Open() | Make():
+                    kind: Any = Stream if isinstance(order, Open) else Clip
+                    self._tasks[order.id] = kind(
+                        order, self._models[order.model], self._folder, self._say, self._clock()
+                    )
+                case Close():
+                    self._end(order.id)
+                case _ if task is not None:
+                    task.hear(order, self._clock())
+        except Exception as error:
+            self._failed(order.id, error)
+
+    def work(self, name: str) -> None:
+        """One network call of a task."""
+        try:
+            if not self._tasks[name].work(self._clock):
+                self._end(name)
+        except Exception as error:
+            self._failed(name, error)
+
+    def _say(self, news: News) -> None:
+        self._pipe.send(news)
+
+    def _end(self, name: str) -> None:
+        if (task := self._tasks.pop(name, None)) is not None:
+            task.close()
+
+    def _failed(self, name: str, error: Exception) -> None:
+        if isinstance(error, (BrokenPipeError, ConnectionResetError)):
+            raise error
+        try:
+            self._end(name)
+        except Exception:
+            log.exception("closing a task that failed")
+        self._pipe.send(_told(name, error))
+
+
+def _told(name: str, error: Exception) -> Failed:
+    """An error as clients may see it: without paths of this machine, unless it is about what they asked for."""
+    match error:
+        case NonFiniteError():
+            message = "the model made numbers that are no pictures (not finite); use another seed or prompt"
+            return Failed(id=name, code="not_finite", message=message)
+        case torch.OutOfMemoryError():
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            return Failed(
+                id=name, code="out_of_memory", message="the device has no memory left; try again", retryable=True
+            )
+        case ValueError():
+            return Failed(id=name, code="invalid_request", message=str(error))
+        case _:
+            log.error("a task failed", exc_info=error)
+            return Failed(
+                id=name, code="internal_error", message="the worker failed; the server's log says why", retryable=True
+            )
+
+
+def warm(name: str, model: VideoModel) -> Facts:
+    """Make a little of everything, so that nothing is compiled or allocated for the first client; and measure it."""
+    card = model.card
+    facts = Facts(
+        name=name, role=card.role, fps=card.fps, height=card.height, width=card.width, frames=card.num_frames,
+        steps=steps_of(model), guided=card.role != "student", guidance=card.contract.guidance.scale,
+        takes_image="image" in model.parts,
+        licence=card.provenance.get("licence", ""),
+    )  # fmt: skip
+    if card.contract.stream is None:
+        image = torch.zeros(3, card.height, card.width) if facts.takes_image else None
+        *_, last = model.sampling([""], image=image, num_inference_steps=facts.steps[-1] if facts.steps else 2)
+        with torch.inference_mode():
+            model.decode(last.x)
+        return facts
+    with model.stream([""]) as live:
+        chunks = full_chunks(model) + 2
+        took = [chunk.took for chunk in live.frames(chunks)][-2:]
+    seconds = min(t.denoise + t.commit + t.decode for t in took) / 1000
+    return replace(facts, chunk_frames=chunk_frames(model), chunk_seconds=seconds)
+
+
+def full_chunks(model: VideoModel) -> int:
+    """Chunks after which the memory of a stream is full, so that each further one takes as long."""
+    stream = model.card.contract.stream
+    assert stream is not None
+    return -(-stream.window // max(stream.chunks)) if stream.window else 2
+
+
+def steps_of(model: VideoModel) -> tuple[int, ...]:
+    """Step counts that a model was trained for, its own first; empty: any."""
+    contract = model.card.contract
+    others = (count for count in reversed(contract.grid.counts) if count != contract.steps)
+    return (contract.steps, *others) if model.card.role == "student" else ()

@@ -1,0 +1,121 @@
+"""A server in a thread, with a real worker process, and viewers that talk to it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from websockets.sync.client import ClientConnection, connect
+
+from fewstep.attention import BlockCausal
+from fewstep.diffusion import Contract, Exact, Renoise, Shifted, Stream
+from fewstep.models.repattern import repattern
+from fewstep.serve.app import Server
+from fewstep.serve.running import web_server
+from support_engine import tiny_model
+
+
+def save_streaming(folder: Path, fps: int = 50) -> Path:
+    """A tiny student in chunks of 2 frames, in 2 steps or 1."""
+    model = tiny_model()
+    grid = Exact(grids=((1.0, 0.5, 0.0), (1.0, 0.0)), otherwise=Shifted())
+    contract = Contract(sampler=Renoise(), steps=2, grid=grid, stream=Stream(chunks=(2,), window=6, sink=2))
+    network = repattern(model.denoiser, BlockCausal(chunk=2, window=6, sink=2))
+    return model.with_part("denoiser", network, contract=contract, role="student", fps=fps).save(folder)
+
+
+@dataclass
+class Running:
+    """A server that answers."""
+
+    server: Server
+    port: int
+    loop: asyncio.AbstractEventLoop
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def viewer(self, **init: Any) -> Viewer:
+        """A connection that has said `init`."""
+        viewer = self.connect()
+        viewer.say("init", **init)
+        return viewer
+
+    def connect(self, **options: Any) -> Viewer:
+        return Viewer(connect(f"ws://127.0.0.1:{self.port}/v1/stream", max_size=None, legacy=True, **options))
+
+    def on_loop(self, call: Any) -> Any:
+        """The result of a call in the server's thread."""
+
+        async def result() -> Any:
+            return call()
+
+        return asyncio.run_coroutine_threadsafe(result(), self.loop).result(10)
+
+
+@dataclass
+class Viewer:
+    """One connection: what it has heard."""
+
+    socket: ClientConnection
+    heard: list[dict[str, Any]] = field(default_factory=list)
+    media: list[bytes] = field(default_factory=list)
+
+    def say(self, kind: str, **fields: Any) -> None:
+        self.socket.send(json.dumps({"type": kind, **fields}))
+
+    def until(self, kind: str, timeout: float = 20.0, **fields: Any) -> dict[str, Any]:
+        """Listen until a message of this type, with these fields."""
+        while True:
+            message = self.socket.recv(timeout)
+            if isinstance(message, bytes):
+                self.media.append(message)
+                continue
+            told = json.loads(message)
+            self.heard.append(told)
+            if told["type"] == kind and all(told[name] == value for name, value in fields.items()):
+                for _ in range(told.get("messages", 0)):
+                    self.media.append(self.socket.recv(timeout))  # type: ignore[arg-type]
+                return dict(told)
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+@contextmanager
+def running(server: Server) -> Iterator[Running]:
+    """The server until the block ends, warm."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    web, loops, up = web_server(server, "127.0.0.1", port), list[asyncio.AbstractEventLoop](), threading.Event()
+
+    async def serve() -> None:
+        loops.append(asyncio.get_running_loop())
+        serving = asyncio.create_task(web.serve())
+        while not web.started and not serving.done():
+            await asyncio.sleep(0.01)
+        try:
+            await server.supervisor.until_ready()
+        except ValueError:
+            web.should_exit = True
+        up.set()
+        await serving
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
+    thread.start()
+    try:
+        assert up.wait(120) and not server.supervisor.failure, "the server did not start"
+        yield Running(server, port, loops[0])
+    finally:
+        web.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive(), "the server did not end"
