@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import asdict, dataclass, field, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Mount, Route, WebSocketRoute
-from starlette.staticfiles import StaticFiles
 
 from fewstep.serve.keys import Door
 from fewstep.serve.limits import Limits
 from fewstep.serve.metrics import Metrics
+from fewstep.serve.page_files import PageFiles
 from fewstep.serve.sockets import Sockets, origin_allowed
 from fewstep.serve.supervisor import HANGS, Supervisor
 from fewstep.serve.viewers import Viewers
@@ -55,7 +54,7 @@ class Server:
             Route("/v1/stream/tickets", self._guarded(self._ticket), methods=["POST"]),
             Route("/v1/stream/snapshots/{name}", self._guarded(self._snapshot)),
             WebSocketRoute("/v1/stream", sockets.connect),
-            Mount("/", StaticFiles(directory=str(files("fewstep.serve") / "page"), html=True)),
+            Mount("/", PageFiles()),
         ]
         return Starlette(routes=routes, lifespan=self._life, exception_handlers={HTTPException: _told})
 
