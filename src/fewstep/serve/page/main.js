@@ -24,6 +24,7 @@ let stream = null; // the one that is watched
 let asked = null; // what it was asked for
 let began = 0; // when Start was pressed
 let paused = false;
+let slow = false; // whether the machine makes frames more slowly than they are played
 let prompts = 0; // sent so far
 let clipFrames = 0; // frames of the teacher's clip, until the stream has as many
 let latest = ""; // prompt of the last chunk that came
@@ -55,6 +56,7 @@ document.addEventListener("visibilitychange", () => {
   // A hidden tab draws nothing; what it does not show need not be made.
   if (document.hidden && !find("pause").disabled && !paused) pause(true, "Paused while this tab was hidden. Press Resume to go on.");
 });
+addEventListener("pagehide", () => stream !== null && stop()); // frees its place at once
 load();
 
 async function load() {
@@ -142,7 +144,7 @@ function pause(on, why) {
   paused = on;
   player.pause(on);
   stream.pause(on);
-  view.state(on ? "paused" : "live", { why });
+  view.state(on ? "paused" : "live", { why, slow });
 }
 
 function stop() {
@@ -158,20 +160,21 @@ function stop() {
 // What the stream tells
 
 function state(name, details) {
-  view.state(name === "live" && paused ? "paused" : name, details);
+  view.state(name === "live" && paused ? "paused" : name, { slow, ...details });
 }
 
 function started(message) {
+  slow = !message.realtime;
   player.begin(message);
   reel.begin(message);
   meters.begin(message);
-  find("live-title").textContent = `${message.model}, ${message.steps} ${message.steps === 1 ? "step" : "steps"} per chunk`;
+  find("live-title").textContent = `${message.model}, ${message.steps} ${message.steps === 1 ? "step" : "steps"}`;
   find("download").disabled = true;
   if (document.activeElement === document.body || document.activeElement === find("go")) setTimeout(() => find("pause").focus());
 }
 
 function applied({ chunk, prompt }) {
-  find("applied").textContent = `“${prompt}” applies from chunk ${chunk}.`;
+  find("applied").textContent = `“${shortened(prompt)}” applies from chunk ${chunk}.`;
 }
 
 function chunk(message, pictures) {
@@ -282,6 +285,7 @@ function clipEnded(error) {
 
 // The rest
 
+const shortened = (text) => (text.length > 40 ? `${text.slice(0, 39).trimEnd()}…` : text);
 const since = (start) => `${((performance.now() - start) / 1000).toFixed(2)} s`;
 
 function download() {

@@ -79,12 +79,12 @@ export class Settings {
     const live = streams(model);
     const choices = model.steps.map((count, i) => choice(count, i === 0));
     find("steps").replaceChildren(find("steps").querySelector("legend"), ...choices);
-    find("steps").querySelector("legend").textContent = live ? "Steps per chunk" : "Steps";
     find("steps").hidden = choices.length === 0;
     find("any-steps").hidden = choices.length > 0 && !teacher;
-    find("any-steps").firstChild.textContent = choices.length > 0 ? "Teacher's steps " : "Steps ";
+    find("models").hidden = this.#models.length === 1;
     find("length").hidden = !live;
     find("compare-field").hidden = !teacher;
+    find("teacher").textContent = teacher ? `Compare with ${teacher.id} in` : "";
     changed(model);
   }
 

@@ -5,8 +5,8 @@ const STATES = {
   loading: () => "The server is loading its models…",
   connecting: () => "Connecting…",
   queued: ({ position }) => `In the queue, position ${position}. The stream begins when there is room.`,
-  live: () => "Live.",
-  paused: ({ why }) => why ?? "Paused. Press Resume or the space bar to go on.",
+  live: ({ slow }) => (slow ? "Live, slower than real time on this machine." : "Live."),
+  paused: ({ why }) => why ?? "Paused.",
   reconnecting: ({ tries, of, seconds }) => `Connection lost. Try ${tries} of ${of}${seconds ? ` in ${seconds} s` : ""}…`,
   ended: ({ frames }) => `Ended after ${frames} frames. Press Start for another stream.`,
   making: () => "Making a clip.",
@@ -56,6 +56,7 @@ export class View {
     this.find("pause").textContent = name === "paused" ? "Resume" : "Pause";
     this.find("stop").disabled = !(busy || name === "connecting" || name === "queued" || name === "making");
     this.find("snapshot").disabled = !live;
+    this.find("settings").disabled = busy || waits || name === "making";
   }
 
   /** An error, and what to do. `again` is called when the button is pressed. */
