@@ -42,6 +42,11 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def model(student: Path) -> VideoModel:
+    return VideoModel.from_pretrained(student)
+
+
+@pytest.fixture(scope="module")
 def house(student: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """A student that streams and its teacher, which does not."""
     teacher = tiny_model().save(tmp_path_factory.mktemp("models") / "teacher")
@@ -137,10 +142,10 @@ def downloaded(page: Page) -> tuple[np.ndarray, list[int]]:
 
 
 def assert_made(
-    student: Path, frames: np.ndarray, changes: dict[int, str] | None = None, *, first: int = 0, seed: int = 0
+    model: VideoModel, frames: np.ndarray, changes: dict[int, str] | None = None, *, first: int = 0, seed: int = 0
 ) -> None:
     """These are the frames that the model itself makes, from the first one on."""
-    with VideoModel.from_pretrained(student).stream([FIRST], seed=seed) as live:
+    with model.stream([FIRST], seed=seed) as live:
         for number, prompt in (changes or {}).items():
             live.prompt(prompt, chunk=number)
         expected = [shown.frames[0].numpy() for shown in live.frames((first + len(frames)) // 2 + 1)]
@@ -155,7 +160,7 @@ def test_a_browser_lets_the_page_load_nothing_from_elsewhere(house: Running) -> 
             assert b"http://" not in answer.read().replace(b"http://www.w3.org/2000/svg", b"")
 
 
-def test_a_stream_is_shown_at_its_speed_and_steered_in_two_tabs(visit: Open, student: Path) -> None:
+def test_a_stream_is_shown_at_its_speed_and_steered_in_two_tabs(visit: Open, model: VideoModel) -> None:
     """Twenty seconds of it. The file that is kept is what the model makes, picture by picture."""
     page, other = visit(), visit()
     start(page)
@@ -176,7 +181,7 @@ def test_a_stream_is_shown_at_its_speed_and_steered_in_two_tabs(visit: Open, stu
     number = chunk(page)
     assert 0.5 * lasted * FPS <= 2 * number <= lasted * FPS + 4, "it plays too slowly or too fast"
     assert re.match(r"\d+\.\d\d s", page.locator("#first").inner_text())
-    for meter in ("#rate", "#chunk", "#lead", "#load"):
+    for meter in ("#rate", "#chunk", "#lead", "#load", "#memory"):
         assert re.search(r"\d", page.locator(meter).inner_text()), meter
     for chart in ("#rate-chart", "#chunk-chart", "#lead-chart"):
         assert page.locator(f"{chart} > *").count() >= 2, chart
@@ -184,7 +189,7 @@ def test_a_stream_is_shown_at_its_speed_and_steered_in_two_tabs(visit: Open, stu
     expect(page.locator("#state")).to_contain_text("Ended after")
     frames, durations = downloaded(page)
     assert set(durations) == {1000 // FPS} and len(frames) >= 2 * number
-    assert_made(student, frames, {int(told[1]): "a blue star"})
+    assert_made(model, frames, {int(told[1]): "a blue star"})
     expect(other.locator("#state")).to_contain_text("Live")
     expect(other.locator("#live-note")).to_have_text("a green square")
 
@@ -209,7 +214,7 @@ def test_the_space_bar_pauses_and_goes_on(visit: Open, house: Running) -> None:
     expect(page.locator("#state")).to_contain_text("Live")
 
 
-def test_a_lost_connection_comes_back_and_no_frame_is_missing(wire: Wire, visit: Open, student: Path) -> None:
+def test_a_lost_connection_comes_back_and_no_frame_is_missing(wire: Wire, visit: Open, model: VideoModel) -> None:
     page = visit(wire.url, forgive="ERR_")
     start(page)
     reach(page, 1)
@@ -224,7 +229,7 @@ def test_a_lost_connection_comes_back_and_no_frame_is_missing(wire: Wire, visit:
     reach(page, applied + 1)
     page.get_by_role("button", name="Stop").click()
     frames, _ = downloaded(page)
-    assert_made(student, frames, {applied: "a blue star"})
+    assert_made(model, frames, {applied: "a blue star"})
 
 
 def test_a_server_that_does_not_come_back_is_told_and_tried_again(wire: Wire, visit: Open) -> None:
@@ -264,7 +269,7 @@ def test_a_place_in_the_queue_is_told(visit: Open, house: Running) -> None:
     reach(page, 0)
 
 
-def test_a_stream_goes_on_from_a_snapshot(visit: Open, student: Path) -> None:
+def test_a_stream_goes_on_from_a_snapshot(visit: Open, model: VideoModel) -> None:
     page = visit()
     page.get_by_label("Seed").fill("7")
     start(page)
@@ -280,7 +285,7 @@ def test_a_stream_goes_on_from_a_snapshot(visit: Open, student: Path) -> None:
     reach(page, number + 4)
     page.get_by_role("button", name="Stop").click()
     frames, _ = downloaded(page)
-    assert_made(student, frames, first=2 * number, seed=7)
+    assert_made(model, frames, first=2 * number, seed=7)
 
 
 def test_a_key_is_asked_for_and_kept_in_the_tab(visit: Open, house: Running, tmp_path: Path) -> None:
@@ -306,8 +311,12 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(visit: Open, house: Running, tmp
         house.server.door.keys = None
 
 
+def makes_clips(house: Running) -> bool:
+    return any(getattr(route, "path", "") == "/v1/videos" for route in house.server.app().routes)
+
+
 def test_a_server_without_clips_says_so_beside_the_stream(visit: Open, house: Running) -> None:
-    if any(getattr(route, "path", "") == "/v1/videos" for route in house.server.app().routes):
+    if makes_clips(house):
         pytest.skip("this server makes clips")
     page = visit(forgive="405")
     expect(page.locator("#clip-title")).to_have_text("slow")
@@ -315,6 +324,36 @@ def test_a_server_without_clips_says_so_beside_the_stream(visit: Open, house: Ru
     expect(page.locator("#clip-overlay")).to_have_text("This server makes no clips.")
     expect(page.locator("#state")).to_contain_text("Live")
     reach(page, 0)
+
+
+def test_the_teacher_is_watched_beside_the_stream(visit: Open, house: Running) -> None:
+    if not makes_clips(house):
+        pytest.skip("this server makes no clips")
+    page = visit()
+    page.get_by_label("steps", exact=True).fill("30")
+    start(page, compare=True)
+    expect(page.locator("#clip-overlay")).to_have_text(re.compile(r"step \d+ of 30"))
+    expect(page.locator("#live-times")).to_contain_text(" frames after ")
+    expect(page.locator("#clip-note")).to_contain_text("finished after")
+    page.wait_for_function("() => document.getElementById('clip-video').currentTime > 0")
+    expect(page.locator("#state")).to_contain_text("Live")
+
+
+def test_a_model_without_streams_makes_a_clip(visit: Open, house: Running) -> None:
+    if not makes_clips(house):
+        pytest.skip("this server makes no clips")
+    page = visit()
+    page.get_by_label("Model").select_option("slow")
+    page.get_by_label("steps", exact=True).fill("2")
+    page.get_by_role("button", name="Start").click()
+    expect(page.locator("#state")).to_have_text("The clip is ready.")
+    with page.expect_download() as told:
+        page.get_by_role("button", name="Download").click()
+    assert told.value.path().read_bytes()[4:8] == b"ftyp"
+    page.get_by_label("steps", exact=True).fill("100")
+    page.get_by_role("button", name="Start").click()
+    page.get_by_role("button", name="Stop").click()
+    expect(page.locator("#state")).to_have_text("Ready.")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

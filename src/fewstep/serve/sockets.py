@@ -105,7 +105,7 @@ class Sockets:
                 due = time.monotonic() + 1
                 stats = protocol.Stats(
                     streams=self.viewers.streams, waiting=self.viewers.waiting, load=round(self.viewers.load, 3),
-                    memory=0, lead=round(viewer.lead, 3),
+                    memory=self.viewers.memory, lead=round(viewer.lead, 3),
                 )  # fmt: skip
                 packet = Packet(stats.text())
             if packet is None:

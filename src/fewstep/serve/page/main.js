@@ -78,6 +78,8 @@ async function load() {
 }
 
 function chosen(model) {
+  find("clock").textContent = "";
+  find("download").disabled = true;
   view.about(model, streams(model));
   view.examples(settings.examples, (prompt) => {
     find("prompt").value = prompt;
@@ -93,6 +95,7 @@ function panels() {
   find("live").hidden = !live;
   find("charts").hidden = !live;
   find("clip").hidden = live && !settings.compares;
+  find("clip-fair").hidden = !live;
   if (stream !== null) return;
   find("live-title").textContent = settings.model.id;
   find("clip-title").textContent = (live ? settings.teacher : settings.model)?.id ?? "";
@@ -108,6 +111,8 @@ function start(more = {}) {
   const { seed } = settings;
   asked = { model: model.id, prompt, seed, ...more };
   panels();
+  find("clock").textContent = "";
+  find("download").disabled = true;
   if (!streams(model)) {
     view.state("making");
     clip.make({ ...asked, steps: settings.steps });
@@ -169,7 +174,6 @@ function started(message) {
   reel.begin(message);
   meters.begin(message);
   find("live-title").textContent = `${message.model}, ${message.steps} ${message.steps === 1 ? "step" : "steps"}`;
-  find("download").disabled = true;
   if (document.activeElement === document.body || document.activeElement === find("go")) setTimeout(() => find("pause").focus());
 }
 
