@@ -22,6 +22,7 @@ from fewstep.models import VideoModel
 from fewstep.serve.app import Server
 from fewstep.serve.keys import Keys
 from fewstep.serve.limits import Limits
+from fewstep.serve.pace import AHEAD
 from fewstep.serve.worker import Served
 from support_browser import Wire, browsing, chromium
 from support_engine import tiny_model
@@ -51,7 +52,7 @@ def house(student: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[R
     """A student that streams and its teacher, which does not."""
     teacher = tiny_model().save(tmp_path_factory.mktemp("models") / "teacher")
     served = Served(models=(("tiny", str(student)), ("slow", str(teacher))), threads=1)
-    with running(Server(served, limits=Limits(streams=8), folder=tmp_path_factory.mktemp("served"))) as house:
+    with running(Server(served, limits=Limits(streams=8, grace=40), folder=tmp_path_factory.mktemp("served"))) as house:
         house.server.viewers._gate.full = 100.0  # room for two streams, however slow the machine
         yield house
 
@@ -160,7 +161,7 @@ def test_a_browser_lets_the_page_load_nothing_from_elsewhere(house: Running) -> 
             assert b"http://" not in answer.read().replace(b"http://www.w3.org/2000/svg", b"")
 
 
-def test_a_stream_is_shown_at_its_speed_and_steered_in_two_tabs(visit: Open, model: VideoModel) -> None:
+def test_a_stream_is_shown_at_its_speed_and_steered_in_two_tabs(visit: Open, house: Running, model: VideoModel) -> None:
     """Twenty seconds of it. The file that is kept is what the model makes, picture by picture."""
     page, other = visit(), visit()
     start(page)
@@ -179,7 +180,9 @@ def test_a_stream_is_shown_at_its_speed_and_steered_in_two_tabs(visit: Open, mod
     page.wait_for_timeout(max(0.0, 20 - (time.monotonic() - begun)) * 1000)
     lasted = time.monotonic() - begun
     number = chunk(page)
-    assert 0.5 * lasted * FPS <= 2 * number <= lasted * FPS + 4, "it plays too slowly or too fast"
+    assert 2 * number <= lasted * FPS + 4, "it plays too fast"
+    got = house.on_loop(lambda: max(viewer.frames for viewer in house.server.viewers._all.values()))
+    assert 2 * number >= max(got - 2 * (AHEAD + 2), 0.25 * lasted * FPS), "it plays too slowly"
     assert re.match(r"\d+\.\d\d s", page.locator("#first").inner_text())
     for meter in ("#rate", "#chunk", "#lead", "#load", "#memory"):
         assert re.search(r"\d", page.locator(meter).inner_text()), meter
