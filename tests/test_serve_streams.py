@@ -164,6 +164,34 @@ def test_a_stream_goes_on_from_a_snapshot(house: Running) -> None:
         assert house.viewer(snapshot=name).until("error")["code"] == "no_snapshot"
 
 
+def test_a_stream_from_a_snapshot_waits_for_its_viewer_too(house: Running) -> None:
+    """Its frames are counted from the stream's beginning, and it is three chunks ahead of its viewer all the same."""
+    viewer = house.viewer(seconds=20, ack=True)
+    viewer.until("chunk", index=2)
+    viewer.say("ack", frames=6)
+    viewer.until("chunk", index=5)
+    viewer.say("snapshot")
+    saved = viewer.until("saved")
+    viewer.say("stop")
+    again = house.viewer(seconds=20, snapshot=saved["name"], ack=True)
+    first = again.until("chunk", index=saved["chunk"])["first"]
+    again.until("chunk", index=saved["chunk"] + 2)
+    again.say("ack", frames=first + 2)
+    assert again.until("chunk")["index"] == saved["chunk"] + 3
+    with pytest.raises(TimeoutError):
+        again.until("chunk", timeout=0.5)
+    again.say("stop")
+
+
+def test_statistics_come_every_second_also_between_chunks(house: Running) -> None:
+    viewer = house.viewer(seconds=20)
+    viewer.until("chunk")
+    told = [viewer.until("stats", timeout=5) for _ in range(3)]
+    assert sum(message["type"] == "chunk" for message in viewer.heard) > 3
+    assert told[-1]["streams"] == 1 and told[-1]["memory"] > 1 << 20
+    viewer.say("stop")
+
+
 def test_a_viewer_that_comes_back_misses_nothing(house: Running) -> None:
     viewer = house.viewer(seconds=20, ack=True)
     session = viewer.until("started")["session"]

@@ -6,7 +6,6 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import asdict, dataclass, field, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Mount, Route, WebSocketRoute
-from starlette.staticfiles import StaticFiles
 
 from fewstep.serve.clips import Clips
 from fewstep.serve.errors import ApiError, told
@@ -27,6 +25,7 @@ from fewstep.serve.keys import Door
 from fewstep.serve.limits import LOOPBACK, Limits
 from fewstep.serve.metrics import Metrics
 from fewstep.serve.orders import Facts
+from fewstep.serve.page_files import PageFiles
 from fewstep.serve.sockets import Sockets, origin_allowed
 from fewstep.serve.supervisor import HANGS, Supervisor
 from fewstep.serve.videos import Videos
@@ -71,7 +70,7 @@ class Server:
             Route("/v1/stream/tickets", self._guarded(self._ticket), methods=["POST"]),
             Route("/v1/stream/snapshots/{name}", self._guarded(self._snapshot)),
             WebSocketRoute("/v1/stream", sockets.connect),
-            Mount("/", StaticFiles(directory=str(files("fewstep.serve") / "page"), html=True)),
+            Mount("/", PageFiles()),
         ]
         middleware = []
         if self.door.keys is None:  # else a page could reach this machine under a name of its own

@@ -152,6 +152,9 @@ class Down:
 class Beat:
     """The worker is alive."""
 
+    memory: int = 0
+    """Bytes that it holds: of the GPU where it uses one, else of the machine; 0 where that is not known."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Applies(News):

@@ -50,7 +50,7 @@ class Sockets:
         finally:
             self.open -= 1
             self.metrics.sockets.set(self.open)
-            with contextlib.suppress(RuntimeError, OSError):
+            with contextlib.suppress(WebSocketDisconnect, RuntimeError, OSError):
                 if (
                     socket.client_state is WebSocketState.CONNECTED
                     and socket.application_state is WebSocketState.CONNECTED
@@ -97,13 +97,15 @@ class Sockets:
 
     async def _send(self, socket: WebSocket, viewer: Viewer, outbox: asyncio.Queue[Packet | None]) -> None:
         """What the viewer is to get, until nothing follows."""
+        due = time.monotonic() + 1
         while True:
             try:
-                packet = await asyncio.wait_for(outbox.get(), 1.0)
+                packet = await asyncio.wait_for(outbox.get(), max(0.0, due - time.monotonic()))
             except TimeoutError:
+                due = time.monotonic() + 1
                 stats = protocol.Stats(
                     streams=self.viewers.streams, waiting=self.viewers.waiting, load=round(self.viewers.load, 3),
-                    memory=0, lead=round(viewer.lead, 3),
+                    memory=self.viewers.memory, lead=round(viewer.lead, 3),
                 )  # fmt: skip
                 packet = Packet(stats.text())
             if packet is None:

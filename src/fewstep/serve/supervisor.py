@@ -35,6 +35,8 @@ class Supervisor:
         self._since = self._heard_at = time.monotonic()
         self.models: dict[str, Facts] = {}
         """What is served, by name; what was known of it stays while a worker is started again."""
+        self.memory = 0
+        """Bytes that the worker holds."""
         self.deaths = 0
         """How often a worker has died."""
         self.failure = ""
@@ -109,7 +111,7 @@ class Supervisor:
         self._heard_at = time.monotonic()
         match news:
             case Beat():
-                pass
+                self.memory = news.memory
             case Up():
                 self.models = {facts.name: facts for facts in news.models}
                 self._since = time.monotonic()

@@ -68,6 +68,9 @@ class Stream(Task):
         if order.snapshot is not None:
             start, options = load_snapshot(folder / order.snapshot, model), {}
         self._live = model.stream(start, num_inference_steps=order.steps, **options)
+        self._before = (
+            start.frames if isinstance(start, LiveSnapshot) else 0
+        )  # frames that were shown before the snapshot
         self._until = None if order.chunks is None else self._live.chunks + order.chunks
         longest = max(chunk_frames(model))
         self._pace = Pace(model.card.fps, AHEAD * longest, opened=now, acknowledged=order.acknowledged)
@@ -99,7 +102,7 @@ class Stream(Task):
             case Play(on=False) if self._paused_at is None:
                 self._paused_at = now
             case Played():
-                self._pace.play(order.frames, now)
+                self._pace.play(order.frames - self._before, now)
             case Save():
                 path = self._folder / f"{secrets.token_urlsafe(18)}.safetensors"
                 save_snapshot(self._live.snapshot(), self._model, path)

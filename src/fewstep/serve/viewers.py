@@ -234,6 +234,10 @@ class Viewers:
     def load(self) -> float:
         return self._gate.load
 
+    @property
+    def memory(self) -> int:
+        return self._supervisor.memory
+
     def join(self, init: protocol.Init, holder: str) -> Viewer:
         """A new stream, or one that is there already. `Refused` says why not."""
         if init.session is not None:

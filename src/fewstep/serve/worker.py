@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -83,7 +85,7 @@ class Worker:
         while True:
             if self._clock() - self._beat >= BEAT:
                 self._beat = self._clock()
-                self._pipe.send(Beat())
+                self._pipe.send(Beat(memory_held()))
             task = self.next()
             patience = 0.0 if task else IDLE if self._tasks else BEAT
             while self._pipe.poll(patience):
@@ -182,6 +184,16 @@ def warm(name: str, model: VideoModel) -> Facts:
         took = [chunk.took for chunk in live.frames(chunks)][-2:]
     seconds = min(t.denoise + t.commit + t.decode for t in took) / 1000
     return replace(facts, chunk_frames=chunk_frames(model), chunk_seconds=seconds)
+
+
+def memory_held() -> int:
+    """Bytes of this process: of its GPU, else of the machine; 0 where the system does not say."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.memory_reserved()
+    with contextlib.suppress(OSError):
+        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+    return 0
 
 
 def full_chunks(model: VideoModel) -> int:
