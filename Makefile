@@ -1,4 +1,5 @@
 # make demo    the whole library in minutes on a CPU: distil, measure, report (runs/demo)
+# make serve   the live page of the built-in student that streams, beside its teacher
 # make test    all tests but the slow ones; make test-slow: those
 # make gpu     everything that waits for a GPU, in one resumable command (bench/gpu.py)
 # make wheel   build the wheel, install it elsewhere, run a recipe from there
@@ -24,11 +25,14 @@ endif
 endif
 endif
 
-.PHONY: demo test test-slow gpu wheel lint format clean
+.PHONY: demo serve test test-slow gpu wheel lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.core
 	OMP_NUM_THREADS=$$($(BIN)/python -c 'from fewstep.core.env import cpu_count; print(cpu_count())') $(BIN)/fewstep demo --output runs/demo
+
+serve: $(VENV)/.serve
+	$(BIN)/fewstep serve world/stream world --open
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not slow"
@@ -68,6 +72,10 @@ $(VENV)/.torch: $(VENV)/.made
 
 $(VENV)/.core: $(VENV)/.torch pyproject.toml
 	$(INSTALL) -e .
+	touch $@
+
+$(VENV)/.serve: $(VENV)/.core pyproject.toml
+	$(INSTALL) -e ".[serve]"
 	touch $@
 
 $(VENV)/.test: $(VENV)/.core pyproject.toml

@@ -98,9 +98,9 @@ CASES = (
         "one that cannot be imported",
         LIGHTX2V,
         lora(),
-        "rolling-forcing",
-        "rolling window",
-        more=("--as", "rolling-forcing"),
+        "krea-realtime",
+        "encoded again as an image",
+        more=("--as", "krea-realtime"),
     ),
     imported(
         "another base", LIGHTX2V, lora(family="wan_experts"), "base is a WanExperts", "belongs to a Wan", "--base"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,6 +50,8 @@ def serve(options: Serve) -> int:
 
     def ready(address: str) -> None:
         print(f"fewstep serves {', '.join(runtimes)} at {address}", flush=True)
+        if options.open:
+            webbrowser.open(address)
 
     asyncio.run(run(server, options.host, options.port, options.watch_port, ready))
     return 0

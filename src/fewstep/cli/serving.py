@@ -33,6 +33,8 @@ class Serve(Runs):
     """Origins of other pages that may use the server, such as https://example.com."""
     folder: Path = Path("served")
     """Folder for the table of jobs, finished videos, and snapshots of streams."""
+    open: bool = False
+    """Open the page in a browser when the models are warm."""
     threads: int | None = None
     """Threads of the process that computes (default: all cores but one)."""
 
