@@ -217,6 +217,18 @@ def test_a_viewer_that_leaves_before_it_begins_leaves_nothing(house: Running) ->
         house.viewer().close()
 
 
+def test_a_viewer_that_leaves_while_it_waits_leaves_nothing(house: Running) -> None:
+    gate, viewers = house.server.viewers._gate, house.server.viewers
+    house.on_loop(lambda: gate.enter(1.0))
+    try:
+        viewer = house.viewer(seconds=20)
+        viewer.until("queue")
+        viewer.socket.socket.close()
+        assert settled(lambda: not next(iter(viewers._all.values())).attached)
+    finally:
+        house.on_loop(lambda: (gate.leave(1.0), viewers._admit()))
+
+
 def test_wrong_messages_are_answered_and_harm_nobody(house: Running) -> None:
     viewer = house.viewer(seconds=20)
     viewer.until("started")

@@ -293,6 +293,8 @@ class Viewers:
                 chunks=chunks_of(viewer.facts, seconds), snapshot=init.snapshot, acknowledged=init.ack,
             )  # fmt: skip
             self._supervisor.order(order, viewer.news.put_nowait)
+            if not viewer.attached:  # it left while it waited, and may come back
+                viewer.detach()
         for position, viewer in enumerate(self._waiting, 1):
             viewer.say(protocol.Queue(position=position))
 
