@@ -242,6 +242,7 @@ def test_a_server_that_does_not_come_back_is_told_and_tried_again(wire: Wire, vi
     wire.cut()
     expect(page.get_by_role("alert")).to_contain_text("did not come back")
     number = chunk(page)
+    page.wait_for_timeout(1000)  # all that it had is played
     wire.mend()
     page.get_by_role("button", name="Connect again").click()
     expect(page.locator("#state")).to_contain_text("Live")

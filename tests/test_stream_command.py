@@ -143,7 +143,7 @@ def test_a_stream_goes_on_after_its_snapshot(student: VideoModel, capsys: pytest
     parts = [read_video(name, count).float().mean((1, 2)) for name, count in (("a.mp4", 12), ("b.mp4", 24))]
     assert (torch.cat(parts) - read_video("whole.mp4", 36).float().mean((1, 2))).abs().max() < 6
     assert main(["stream", "--like", "b.mp4"]) == 2 and "went on after a snapshot" in capsys.readouterr().err
-    assert streamed(*words, "--seed", 1) == 2 and "leave --video, --image, --seed" in capsys.readouterr().err
+    assert streamed(*words, "--seed", 1) == 2 and "leave --video, --seed" in capsys.readouterr().err
     assert streamed("--seconds", 1) == 2 and "--prompt is missing" in capsys.readouterr().err
     assert streamed("--prompt", "a", "--seconds", 1, "--snapshot", "t") == 2
     assert "give --seconds 0.75 or 1.125" in capsys.readouterr().err and not Path("t").exists()

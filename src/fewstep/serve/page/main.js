@@ -233,6 +233,7 @@ function failed(error) {
   view.trouble(error, () => {
     if (error.code !== "unreachable") return start();
     stream = lost;
+    lost.played(player.frames);
     lost.again();
   });
 }

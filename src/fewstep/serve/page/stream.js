@@ -56,6 +56,7 @@ export class Stream {
   }
 
   #report() {
+    clearTimeout(this.#timers.report);
     this.#timers.report = 0;
     const { here, told } = this.#played;
     if (here > told && this.#say({ type: "ack", frames: here })) this.#played.told = here;
@@ -182,6 +183,7 @@ export class Stream {
     if (this.#prompt !== null && this.#say(this.#prompt)) this.#prompt = null;
     if (!first) this.#say({ type: this.#paused ? "pause" : "resume" });
     this.#played.told = 0;
+    this.#report(); // what was played meanwhile, without which the server makes nothing more
     this.on.state("live");
   }
 
