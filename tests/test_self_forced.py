@@ -30,9 +30,11 @@ STREAMS = {
     "noised": Stream(commit="noised", context_time=0.2), "last": Stream(commit="last", window=2),
     "importance": Stream(memory=Importance(window=3)), "sink of means": Stream(memory=MovingSink(window=3, sink=1, decay=0.5)),
     "int8": Stream(memory=Int8Memory(keep=Window(window=4, sink=1)), positions="sink"),
+}  # fmt: skip
+ANEW = {
     "made anew": Stream(chunks=(2,), window=5, recompute=True, positions="window"),
     "made anew of noised": Stream(window=3, recompute=True, commit="noised", context_time=0.2),
-}  # fmt: skip
+}
 TWO = ((1.0, 0.5),)
 
 
@@ -78,7 +80,7 @@ def rolled_by(network: Any, model: VideoModel, rollout: SelfForced, rng: Any, fr
     return rollout(network, Batch(cond=cond, uncond=uncond, latent_shape=(4, frames, 8, 8)), rng, grad=True)
 
 
-@pytest.mark.parametrize("stream", STREAMS.values(), ids=STREAMS)
+@pytest.mark.parametrize("stream", [*STREAMS.values(), *ANEW.values()], ids=[*STREAMS, *ANEW])
 def test_at_the_last_exit_a_rollout_is_a_session_bit_for_bit(stream: Stream) -> None:
     """From the same noise: one loop makes what is trained on and what is served."""
     model = streaming_model(stream)
