@@ -334,9 +334,9 @@ def test_the_teacher_is_watched_beside_the_stream(visit: Open, house: Running) -
     if not makes_clips(house):
         pytest.skip("this server makes no clips")
     page = visit()
-    page.get_by_label("steps", exact=True).fill("30")
+    page.get_by_label("steps", exact=True).fill("100")
     start(page, compare=True)
-    expect(page.locator("#clip-overlay")).to_have_text(re.compile(r"step \d+ of 30"))
+    expect(page.locator("#clip-overlay")).to_have_text(re.compile(r"step \d+ of 100"))
     expect(page.locator("#live-times")).to_contain_text(" frames after ")
     expect(page.locator("#clip-note")).to_contain_text("finished after")
     page.wait_for_function("() => document.getElementById('clip-video').currentTime > 0")
