@@ -315,28 +315,11 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(visit: Open, house: Running, tmp
         house.server.door.keys = None
 
 
-def makes_clips(house: Running) -> bool:
-    return any(getattr(route, "path", "") == "/v1/videos" for route in house.server.app().routes)
-
-
-def test_a_server_without_clips_says_so_beside_the_stream(visit: Open, house: Running) -> None:
-    if makes_clips(house):
-        pytest.skip("this server makes clips")
-    page = visit(forgive="405")
-    expect(page.locator("#clip-title")).to_have_text("slow")
-    start(page, compare=True)
-    expect(page.locator("#clip-overlay")).to_have_text("This server makes no clips.")
-    expect(page.locator("#state")).to_contain_text("Live")
-    reach(page, 0)
-
-
 def test_the_teacher_is_watched_beside_the_stream(visit: Open, house: Running) -> None:
-    if not makes_clips(house):
-        pytest.skip("this server makes no clips")
     page = visit()
-    page.get_by_label("steps", exact=True).fill("200")
+    page.get_by_label("steps", exact=True).fill("100")
     start(page, compare=True)
-    expect(page.locator("#clip-overlay")).to_have_text(re.compile(r"step \d+ of 200"))
+    expect(page.locator("#clip-overlay")).to_have_text(re.compile(r"step \d+ of 100"))
     expect(page.locator("#live-times")).to_contain_text(" frames after ")
     expect(page.locator("#clip-note")).to_contain_text("finished after")
     page.wait_for_function("() => document.getElementById('clip-video').currentTime > 0")
@@ -344,8 +327,6 @@ def test_the_teacher_is_watched_beside_the_stream(visit: Open, house: Running) -
 
 
 def test_a_model_without_streams_makes_a_clip(visit: Open, house: Running) -> None:
-    if not makes_clips(house):
-        pytest.skip("this server makes no clips")
     page = visit()
     page.get_by_label("Model").select_option("slow")
     page.get_by_label("steps", exact=True).fill("2")

@@ -3,7 +3,7 @@
 import { Refused, request } from "./api.js";
 
 /** Milliseconds between two looks at a job. */
-const LOOK = 500;
+const LOOK = 250;
 
 export class Clip {
   #number = 0; // of the job that is shown, so that the news of an earlier one are dropped

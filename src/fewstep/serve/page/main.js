@@ -243,7 +243,7 @@ function failed(error) {
 function shown({ number, chunk: { index, pts, first, prompt }, bytes }) {
   if (reel.frames === 0) {
     meters.first(since(began));
-    find("live-times").textContent = `first frame after ${since(began)}`;
+    find("live-times").prepend(`first frame after ${since(began)}`); // the teacher's number of frames may be here already
     view.overlay("");
     find("download").disabled = false;
   }
