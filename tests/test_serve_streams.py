@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import os
+import shutil
 import signal
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,8 @@ from fewstep.models import VideoModel
 from fewstep.serve.app import Server
 from fewstep.serve.keys import Door, Keys
 from fewstep.serve.limits import Limits
-from fewstep.serve.worker import Served
+from fewstep.serve.orders import Applies, Close, Declined, Failed, News, Open, Save, Saved, Steer
+from fewstep.serve.worker import Served, Worker
 from support_serve import Running, Viewer, running, save_streaming
 
 pytestmark = pytest.mark.timeout(180)
@@ -117,6 +121,37 @@ def test_of_a_storm_of_prompts_the_last_one_counts(house: Running) -> None:
     applied = viewer.until("applied", id="19")
     assert viewer.until("chunk", index=applied["chunk"])["prompt"] == "prompt 19"
     viewer.say("stop")
+
+
+def test_an_order_that_cannot_be_followed_leaves_the_stream_as_it_is(tmp_path: Path) -> None:
+    """A way to change prompts that the student has not, and a disk that takes no snapshot."""
+    model = VideoModel.from_pretrained(save_streaming(tmp_path / "student"))
+    stream = replace(model.card.contract.stream, commit="last")
+    model = model.with_card(contract=replace(model.card.contract, stream=stream))
+    here, there = multiprocessing.Pipe()
+    worker = Worker({"tiny": model}, there, tmp_path / "gone", clock=lambda: 0.0)
+
+    def told(kind: type[News]) -> Any:
+        heard: Any = here.recv()
+        while not isinstance(heard, kind):
+            heard = here.recv()
+        return heard
+
+    worker.follow(Open(id="a", model="tiny", prompt="a red ball"))
+    worker.work("a")
+    worker.follow(Steer(id="a", prompt="a blue star", how="recache"))
+    assert "choose" in told(Declined).message
+    worker.follow(Save(id="a"))
+    assert told(Saved).bytes
+    shutil.rmtree(tmp_path / "gone")
+    (tmp_path / "gone").write_text("no folder")
+    worker.follow(Save(id="a"))
+    assert told(Declined).message == "the server could not write the file; try again later"
+    worker.follow(Steer(id="a", prompt="a blue star", token="x"))
+    assert told(Applies).token == "x"
+    worker.follow(Open(id="b", model="tiny", prompt="a", steps=3))
+    assert told(Failed).id == "b" and worker.next() == "a"
+    worker.follow(Close(id="a"))
 
 
 def test_a_paused_stream_makes_nothing_and_goes_on(house: Running) -> None:

@@ -157,6 +157,13 @@ class Beat:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Declined(News):
+    """An order that could not be followed; the task goes on as if it had not been given."""
+
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Applies(News):
     """From which chunk on a prompt holds."""
 

@@ -19,6 +19,7 @@ from fewstep.serve.metrics import Metrics
 from fewstep.serve.orders import (
     Applies,
     Close,
+    Declined,
     Facts,
     Failed,
     Finished,
@@ -139,6 +140,8 @@ class Viewer:
                     await self._chunk(news, media)
                 case Applies():
                     self.say(protocol.Applied(id=news.token, chunk=news.chunk, prompt=news.prompt))
+                case Declined():
+                    self.say(protocol.Error(code="invalid_request", message=news.message, fatal=False))
                 case Saved():
                     self.snapshots[news.name] = self.holder
                     self.say(protocol.Saved(name=news.name, chunk=news.chunk, bytes=news.bytes))

@@ -18,7 +18,7 @@ import torch
 from fewstep.core.finite import NonFiniteError
 from fewstep.models import VideoModel
 from fewstep.models.runtime import Runtime
-from fewstep.serve.orders import Beat, Close, Down, Facts, Failed, Make, News, Open, Order, Up
+from fewstep.serve.orders import Beat, Close, Declined, Down, Facts, Failed, Make, News, Open, Order, Up
 from fewstep.serve.tasks import Clip, Stream, Task, chunk_frames
 
 IDLE = 0.02
@@ -102,7 +102,7 @@ class Worker:
         return min(due, key=due.__getitem__, default=None)
 
     def follow(self, order: Order) -> None:
-        """An order. What cannot be done is answered by `Failed`, and ends the task."""
+        """An order. A task that cannot begin is answered by `Failed`; what one cannot do that is there, by `Declined`."""
         task = self._tasks.get(order.id)
         try:
             match order:
@@ -114,9 +114,18 @@ class Worker:
                 case Close():
                     self._end(order.id)
                 case _ if task is not None:
-                    task.hear(order, self._clock())
+                    self._tell(order, task)
         except Exception as error:
             self._failed(order.id, error)
+
+    def _tell(self, order: Order, task: Task) -> None:
+        try:
+            task.hear(order, self._clock())
+        except ValueError as error:  # a way to change prompts that this student has not
+            self._say(Declined(id=order.id, message=str(error)))
+        except OSError:
+            log.exception("a snapshot could not be written")
+            self._say(Declined(id=order.id, message="the server could not write the file; try again later"))
 
     def work(self, name: str) -> None:
         """One network call of a task."""
