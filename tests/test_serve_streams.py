@@ -350,6 +350,32 @@ def test_a_worker_that_is_killed_is_started_again_and_viewers_are_told(house: Ru
     house.viewer(seconds=0.1).until("done")
 
 
+def test_a_worker_that_hangs_is_killed_and_viewers_are_told(house: Running) -> None:
+    supervisor = house.server.supervisor
+    viewer = house.viewer(seconds=20)
+    viewer.until("chunk")
+    deaths, patience = supervisor.deaths, supervisor._hangs
+    house.on_loop(lambda: setattr(supervisor, "_hangs", 3.0))
+    try:
+        assert supervisor.pid is not None
+        os.kill(supervisor.pid, signal.SIGSTOP)
+        assert viewer.until("error", timeout=30)["code"] == "worker_lost"
+    finally:
+        house.on_loop(lambda: setattr(supervisor, "_hangs", patience))
+    assert settled(lambda: supervisor.ready, 60) and supervisor.deaths == deaths + 1
+    house.viewer(seconds=0.1).until("done")
+
+
+def test_many_silent_connections_harm_nobody(house: Running) -> None:
+    silent = [house.connect() for _ in range(200)]
+    viewer = house.viewer(seconds=0.2)
+    assert viewer.until("done")["chunks"] == 5
+    for one in silent:
+        assert one.until("error")["code"] == "timeout"
+        one.close()
+    assert settled(lambda: house.server.metrics.sockets._value.get() <= 1)
+
+
 def test_keys_are_checked_before_a_connection_is_accepted(student: Path, tmp_path: Path) -> None:
     secret = Keys.add(tmp_path / "keys", "ada")
     door = Door(Keys.read(tmp_path / "keys"))

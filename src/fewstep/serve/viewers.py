@@ -206,6 +206,12 @@ class Viewer:
             self.outbox.put_nowait(None)
 
     @property
+    def rests(self) -> bool:
+        """Whether it is up to its viewer that nothing happens: not where it waits for the worker."""
+        behind = self.init.ack and self.frames > self.played
+        return self.active and (self.paused or self.throttled or behind)
+
+    @property
     def lead(self) -> float:
         """Seconds that it is ahead of its viewer, if that says what it has played."""
         return (self.frames - self.played) / self.facts.fps if self.init.ack else 0.0
@@ -320,7 +326,7 @@ class Viewers:
         still = time.monotonic() - viewer.moved
         if not viewer.attached and still > self._limits.grace:
             viewer.finish(protocol.Done(chunks=viewer.chunks, frames=viewer.frames))
-        elif viewer.active and still > self._limits.idle:
+        elif viewer.rests and still > self._limits.idle:
             message = f"nothing was watched for {self._limits.idle:g} seconds"
             viewer.finish(protocol.Error(code="idle", message=message, retryable=True))
 
