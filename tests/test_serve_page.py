@@ -10,6 +10,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -317,9 +318,16 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(visit: Open, house: Running, tmp
 
 def test_the_teacher_is_watched_beside_the_stream(visit: Open, house: Running) -> None:
     page = visit()
+
+    def on_its_way(route: Any) -> None:
+        """The first answer says what it would say of a slower teacher."""
+        answer = route.fetch()
+        route.fulfill(response=answer, json={**answer.json(), "status": "in_progress", "progress": 40})
+
+    page.route(re.compile(r"/v1/videos/[^/]+$"), on_its_way, times=1)
     page.get_by_label("steps", exact=True).fill("100")
     start(page, compare=True)
-    expect(page.locator("#clip-overlay")).to_have_text(re.compile(r"step \d+ of 100"))
+    expect(page.locator("#clip-overlay")).to_have_text("step 40 of 100")
     expect(page.locator("#live-times")).to_contain_text(" frames after ")
     expect(page.locator("#clip-note")).to_contain_text("finished after")
     page.wait_for_function("() => document.getElementById('clip-video').currentTime > 0")
