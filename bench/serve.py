@@ -33,6 +33,20 @@ from websockets.asyncio.client import connect
 from fewstep.models import VideoModel
 from measuring import rounded, without_defaults, write
 
+SERVER = """
+import asyncio, sys
+from pathlib import Path
+from fewstep.serve.app import Server
+from fewstep.serve.limits import Limits
+from fewstep.serve.running import run
+from fewstep.serve.worker import Served
+
+model, folder, threads = sys.argv[1:]
+served = Served(models=((model, model),), threads=int(threads))
+server = Server(served, limits=Limits(streams=10_000), folder=Path(folder))
+asyncio.run(run(server, "127.0.0.1", 0, None, lambda address: print(address, flush=True)))
+"""
+"""`fewstep serve`, with as many streams for one holder as there is room for."""
 FIRST, LATE = 1.0, 0.25
 """The objective, in seconds."""
 
@@ -90,6 +104,7 @@ async def watch(url: str, seconds: float, *, greedy: bool = False) -> Seen:
                     seen.waited = True
                 case "error":
                     seen.refused = told["code"]
+                    break
                 case "chunk":
                     seen.arrivals.append((time.perf_counter(), told["pts"]))
                     seen.frames += told["frames"]
@@ -161,13 +176,14 @@ async def soak(url: str, pid: int, room: int, case: Case) -> list[dict[str, floa
 def main(case: Case) -> dict[str, Any]:
     engine = alone(case)
     with tempfile.TemporaryDirectory() as folder:
-        words = ["serve", case.model, "--port", "0", "--folder", folder, "--threads", str(case.threads)]
-        server = subprocess.Popen([sys.executable, "-m", "fewstep", *words], stdout=subprocess.PIPE, text=True)
+        words = [sys.executable, "-c", SERVER, case.model, folder, str(case.threads)]
+        server = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
         try:
             assert server.stdout is not None
-            url = server.stdout.readline().split()[-1]
+            url = server.stdout.readline().strip()
             with urllib.request.urlopen(f"{url}/v1/models") as answer:
-                load = json.load(answer)["data"][0]["load"]
+                facts = json.load(answer)["data"][0]
+            load = facts["chunk_seconds"] * facts["fps"] / facts["chunk_frames"][-1]
             room = max(1, int(0.85 / load))
             numbers = sorted({1, max(1, room // 2), room, int(case.most * room)})
             rows = [summary(asyncio.run(crowd(url, count, case))) for count in numbers]
