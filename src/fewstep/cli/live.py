@@ -76,7 +76,7 @@ class Length:
                 f"--seconds {seconds:g}: a video of {card.fps:g} frames per second has a whole number of them, 1 at least; give "
                 f"{' or '.join(f'{n / card.fps:.8g}' for n in near)}"
             )
-        model, latents = outline(card), sum(map(chunking.length, range(after)))
+        model, latents = outline(card), chunking.begin(after)
         ends = [model.clip_frames(latents) if latents else 0]
         while ends[-1] - ends[0] < frames:
             latents += chunking.length(after + len(ends) - 1)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import io
-from fractions import Fraction
-from typing import Any, Protocol
+from typing import Protocol
 
-import av
-import numpy as np
 from PIL import Image
 
+from fewstep.data.growing import Fragments
 from fewstep.serve.orders import Pixels
 
 
@@ -37,21 +35,11 @@ class FragmentedMP4:
     next one."""
 
     def __init__(self, fps: float) -> None:
-        self._out, self._rate = io.BytesIO(), Fraction(fps).limit_denominator(1000)
-        movflags = "frag_every_frame+empty_moov+default_base_moof"
-        options = {"movflags": movflags, "flush_packets": "1", "use_editlist": "0"}
-        self._file = av.open(_Unseekable(self._out), "w", format="mp4", options=options)
-        self._stream: Any = None
+        self._out = io.BytesIO()
+        self._fragments = Fragments(_Unseekable(self._out), fps=fps, crf=20, preset="ultrafast")
 
     def add(self, frames: Pixels) -> list[bytes]:
-        frames = np.pad(frames, [(0, 0), *((0, size % 2) for size in frames.shape[1:3]), (0, 0)], mode="edge")
-        if self._stream is None:
-            options = {"crf": "20", "preset": "ultrafast", "tune": "zerolatency"}
-            self._stream = self._file.add_stream("libx264", rate=self._rate, options=options)
-            self._stream.height, self._stream.width = frames.shape[1:3]
-            self._stream.pix_fmt = "yuv420p"
-        for frame in frames:
-            self._file.mux(self._stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        self._fragments.add(frames)
         made = self._out.getvalue()
         self._out.seek(0)
         self._out.truncate()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +67,7 @@ class Stream(Task):
         if order.snapshot is not None:
             start, options = load_snapshot(folder / order.snapshot, model), {}
         self._live = model.stream(start, num_inference_steps=order.steps, **options)
-        self._before = (
-            start.frames if isinstance(start, LiveSnapshot) else 0
-        )  # frames that were shown before the snapshot
+        self._before = self._live.snapshot().frames  # those that were shown before it begins
         self._until = None if order.chunks is None else self._live.chunks + order.chunks
         longest = max(chunk_frames(model))
         self._pace = Pace(model.card.fps, AHEAD * longest, opened=now, acknowledged=order.acknowledged)
@@ -119,7 +116,6 @@ class Clip(Task):
         """ValueError for what the model cannot make."""
         self._order, self._model, self._send, self._opened = order, model, send, now
         self._calls = self._streamed() if model.card.contract.stream is not None else self._sampled()
-        self._began = False
 
     def due(self, now: float) -> float:
         return self._opened + 1e9  # after all viewers, and in order
@@ -156,8 +152,9 @@ class Clip(Task):
 
     def _streamed(self) -> Generator[tuple[int, int]]:
         order, model = self._order, self._model
-        chunks, parts = chunks_for(model, order.frames), list[Pixels]()
+        parts = list[Pixels]()
         with model.stream([order.prompt], seed=order.seed, num_inference_steps=order.steps) as live:
+            chunks = live.chunk_at(order.frames / model.card.fps)
             for seconds, prompt in order.schedule:
                 live.prompt(prompt, at=seconds)
             while live.chunks < chunks:
@@ -177,16 +174,6 @@ def chunk_frames(model: VideoModel) -> tuple[int, int]:
     first, second = stream.length(0), stream.length(1)
     begin = model.clip_frames(first)
     return begin, model.clip_frames(first + second) - begin
-
-
-def chunks_for(model: VideoModel, frames: int) -> int:
-    """Chunks that have at least so many frames."""
-    stream = model.card.contract.stream
-    assert stream is not None
-    for count, latents in enumerate(accumulate(map(stream.length, range(frames))), 1):
-        if model.clip_frames(latents) >= frames:
-            return count
-    return frames
 
 
 def _shown(name: str, chunk: LiveChunk) -> Shown:

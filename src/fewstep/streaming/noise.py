@@ -16,7 +16,7 @@ def start_noise(stream: Stream, index: int, size: tuple[int, int, int, int], rng
     """
     if stream.noise is None:
         return _own(stream, index, size, rng)
-    begin = sum(map(stream.length, range(index)))
+    begin = stream.begin(index)
     frames = [stream.noise.source(frame) for frame in range(begin, begin + stream.length(index))]
     drawn, first, chunk = dict[int, Tensor](), 0, 0
     while first <= max(frames):
