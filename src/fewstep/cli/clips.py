@@ -84,7 +84,7 @@ def sample(options: Sample) -> int:
     for lora in options.lora:
         model = model.with_lora(lora)
     made = making(options, model, times)
-    warn_of_others(options, made)
+    warn_of_others(options.like, made)
     images, lead = _images(options, card, columns), _lead(options, model, wanted)
     done: list[Path] = []
 

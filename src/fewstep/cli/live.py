@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -21,7 +21,7 @@ from fewstep.cli.commands import _made, _prompts
 from fewstep.cli.keys import read_keys
 from fewstep.cli.pace import telling
 from fewstep.cli.plan import size
-from fewstep.cli.remade import facts_of
+from fewstep.cli.remade import completed, facts_of, made_by, warn_of_others
 from fewstep.cli.running import runtime_of
 from fewstep.cli.screen import screen, table
 from fewstep.core.atomic import require_writable
@@ -30,7 +30,6 @@ from fewstep.data.growing import GrowingVideo
 from fewstep.data.video import LARGEST_SIDE, decode, fit, read_image, to_floats, write_video
 from fewstep.engine.log import figure
 from fewstep.evaluate.latency import memory_in_use
-from fewstep.evaluate.machine import versions
 from fewstep.models.bundle import VideoModel, read_card
 from fewstep.models.encoding import encode_stream
 from fewstep.models.needs import remembered
@@ -166,8 +165,8 @@ def stream(options: Stream) -> int:
         ]
         if keys is not None:
             live.control("keys", keys)
-        note = _note(options, model, live.snapshot().session, times, changes)
-        file = GrowingVideo(options.output, fps=card.fps, scale=scale, note=note)
+        made = _making(options, model, live.snapshot().session, times, changes)
+        file = GrowingVideo(options.output, fps=card.fps, scale=scale, note=json.dumps(made, default=str))
         with saying(lambda: _kept(options.output, file, card)), file, telling(options.quiet) as tell:
             for chunk in live.frames(len(length.chunks), last=options.snapshot is None):
                 clock.shown(chunk)
@@ -177,11 +176,7 @@ def stream(options: Stream) -> int:
                 tell(str(options.output), file.frames, length.frames, clock.said())
             if options.snapshot is not None:
                 save_snapshot(live.snapshot(), model, options.snapshot)
-    if (
-        options.like is not None
-        and facts_of(options.like, "fewstep stream")["denoiser"] != json.loads(note)["denoiser"]
-    ):
-        print(f"{options.like} was made by other weights, so the frames will differ", file=sys.stderr)
+    warn_of_others(options.like, made)
     print(told(effective(model)), file=sys.stderr)
     print(f"{file.frames} frames, {clock.speed()}, {clock.said()}", file=sys.stderr)
     return _made(options.output)
@@ -230,7 +225,7 @@ def _check(options: Stream) -> None:
 
 def _like(options: Stream, path: Path) -> Stream:
     """The options with what the file says, where the command line does not. UsageError without such a note."""
-    facts, default = facts_of(path, "fewstep stream"), {field.name: field.default for field in fields(options)}
+    facts = facts_of(path, "fewstep stream")
     if facts["after chunks"]:
         raise UsageError(f"--like {path}: it went on after a snapshot; give --restore and the options that made it")
     told: dict[str, Any] = {name: value for name, value in facts["options"].items() if name in _KEPT}
@@ -239,7 +234,7 @@ def _like(options: Stream, path: Path) -> Stream:
     for name, kind in (("video", Path), ("image", Path), ("lora", tuple)):
         if name in told:
             told[name] = kind(told[name])
-    return replace(options, **{name: value for name, value in told.items() if getattr(options, name) == default[name]})
+    return completed(options, told)
 
 
 def _check_start(options: Stream) -> None:
@@ -288,24 +283,19 @@ def _scale(options: Stream, card: Card) -> int:
     return scale
 
 
-def _note(
+def _making(
     options: Stream,
     model: VideoModel,
     begun: Snapshot,
     times: Sequence[float],
     changes: Sequence[tuple[float, int, str]],
-) -> str:
-    """How the file is made, as JSON."""
-    default = {field.name: field.default for field in fields(options)}
-    given = {name: getattr(options, name) for name in _KEPT if getattr(options, name) != default[name]}
-    made = {
-        "made by": "fewstep stream", "options": given, "prompts": list(begun.prompts), "seeds": list(begun.seeds),
-        "after chunks": begun.chunks,
+) -> dict[str, Any]:
+    """How the file is made."""
+    given = {name: getattr(options, name) for name in _KEPT}
+    return made_by("fewstep stream", options, given, model, times) | {
+        "prompts": list(begun.prompts), "seeds": list(begun.seeds), "after chunks": begun.chunks,
         "changes": [{"at": at, "chunk": chunk, "prompt": prompt} for at, chunk, prompt in changes],
-        "model": model.card.name, "denoiser": model.fingerprint("denoiser"), "arithmetic": model.runtime.dtype,
-        "device": str(model.device), "times": times, "versions": versions(),
     }  # fmt: skip
-    return json.dumps(made, default=str)
 
 
 def _kept(path: Path, file: GrowingVideo, card: Card) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fewstep.cli.command import UsageError
 from fewstep.data.video import read_note
@@ -18,6 +18,7 @@ from fewstep.models.bundle import VideoModel
 if TYPE_CHECKING:
     from fewstep.cli.generation import Sample
 
+T = TypeVar("T")
 _KEPT = (
     "student", "preset", "lora", "teacher", "teacher_steps", "image", "last_image", "num_inference_steps", "guidance_scale",
     "negative_prompt", "nag_scale", "nag_tau", "nag_alpha", "scalar", "num_frames", "height", "width", "fps", "scale", "force",
@@ -30,10 +31,17 @@ def making(options: Sample, model: VideoModel, times: Sequence[float]) -> dict[s
     """What made the clips, and what is needed to make them again besides prompts and seeds. Hashes the denoiser's weights."""
     given = {name: getattr(options, name) for name in _KEPT}
     given["scalar"] = tuple(f"{name}={value:g}" for name, value in sorted(scalars_of(options).items()))
-    default = {field.name: field.default for field in fields(options)}
+    return made_by("fewstep sample", options, given, model, times)
+
+
+def made_by(
+    command: str, options: Any, given: Mapping[str, Any], model: VideoModel, times: Sequence[float]
+) -> dict[str, Any]:
+    """What `command` made with its `options`, of which `given` decide what is made."""
+    default = _defaults(options)
     changed = {name: value for name, value in given.items() if name == "student" or value != default[name]}
     return {
-        "made by": "fewstep sample", "options": changed,
+        "made by": command, "options": changed,
         "model": model.card.name, "denoiser": model.fingerprint("denoiser"), "arithmetic": model.runtime.dtype,
         "device": str(model.device), "times": times,
         "versions": versions(),
@@ -47,10 +55,7 @@ def note_of(made: dict[str, Any], prompts: Sequence[str], seeds: Sequence[int]) 
 
 def remade(options: Sample) -> Sample:
     """The options with what the file `options.like` says, where the command line does not. UsageError without such a note."""
-    facts, default = (
-        facts_of(options.like or Path(), "fewstep sample"),
-        {field.name: field.default for field in fields(options)},
-    )
+    facts = facts_of(options.like or Path(), "fewstep sample")
     told: dict[str, Any] = {name: value for name, value in facts["options"].items() if name in _KEPT}
     told["prompt"], told["seed"] = _pairs(facts["prompts"], facts["seeds"])
     if options.prompt_file is not None:
@@ -61,7 +66,17 @@ def remade(options: Sample) -> Sample:
     for name in ("scalar", "lora"):
         if name in told:
             told[name] = tuple(told[name])
-    return replace(options, **{name: value for name, value in told.items() if getattr(options, name) == default[name]})
+    return completed(options, told)
+
+
+def completed(options: T, told: Mapping[str, Any]) -> T:
+    """The options with what was told, where the command line says nothing."""
+    default = _defaults(options)
+    return replace(options, **{name: value for name, value in told.items() if getattr(options, name) == default[name]})  # type: ignore[type-var]
+
+
+def _defaults(options: Any) -> dict[str, Any]:
+    return {field.name: field.default for field in fields(options)}
 
 
 def scalars_of(options: Sample) -> dict[str, float]:
@@ -81,13 +96,10 @@ def scalars_of(options: Sample) -> dict[str, float]:
     return found
 
 
-def warn_of_others(options: Sample, made: dict[str, Any]) -> None:
+def warn_of_others(like: Path | None, made: Mapping[str, Any]) -> None:
     """Say where the weights are not those that made the file."""
-    if (
-        options.like is not None
-        and (before := facts_of(options.like, "fewstep sample")["denoiser"]) != made["denoiser"]
-    ):
-        print(f"{options.like} was made by other weights ({before}), so the clips will differ", file=sys.stderr)
+    if like is not None and (before := facts_of(like, made["made by"])["denoiser"]) != made["denoiser"]:
+        print(f"{like} was made by other weights ({before}), so the clips will differ", file=sys.stderr)
 
 
 def _pairs(prompts: Sequence[str], seeds: Sequence[int]) -> tuple[tuple[str, ...], tuple[int, ...]]:

@@ -21,14 +21,20 @@ LARGEST = 1 << 16
 Seed = Annotated[int, Bounds(least=0, most=2**63 - 1)]
 
 
+def require_prompt(prompt: str) -> None:
+    """ValueError for a prompt that is empty, or too long."""
+    if not 0 < len(prompt.strip()) <= len(prompt) <= LONGEST_PROMPT:
+        raise ValueError(f"a prompt has 1 to {LONGEST_PROMPT} characters, and this one {len(prompt)}")
+
+
 class Message:
     """What a client says. `type` is the name of the class in lower case."""
 
     def __post_init__(self) -> None:
         require_bounds(self)
         prompt = getattr(self, "prompt", None)
-        if prompt is not None and not 0 < len(prompt.strip()) <= len(prompt) <= LONGEST_PROMPT:
-            raise ValueError(f"a prompt has 1 to {LONGEST_PROMPT} characters, and this one {len(prompt)}")
+        if prompt is not None:
+            require_prompt(prompt)
 
 
 @dataclass(frozen=True, kw_only=True)

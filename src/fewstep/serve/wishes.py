@@ -12,7 +12,7 @@ from fewstep.core.build import At, RecipeError, build
 from fewstep.serve.errors import ApiError
 from fewstep.serve.limits import Limits
 from fewstep.serve.orders import Facts
-from fewstep.serve.protocol import LONGEST_PROMPT, Seed
+from fewstep.serve.protocol import LONGEST_PROMPT, Seed, require_prompt
 
 MOST_STEPS, MOST_PROMPTS = 200, 100
 
@@ -96,8 +96,10 @@ def asked_of(given: Mapping[str, Any]) -> Asked:
         f"prompt_schedule[{i}]": x.prompt for i, x in enumerate(asked.prompt_schedule)
     }
     for name, prompt in prompts.items():
-        if not 0 < len(prompt.strip()) <= len(prompt) <= LONGEST_PROMPT:
-            raise _wrong(name, f"{name}: a prompt has 1 to {LONGEST_PROMPT} characters, and this one {len(prompt)}")
+        try:
+            require_prompt(prompt)
+        except ValueError as error:
+            raise _wrong(name, f"{name}: {error}") from None
     if len(asked.negative_prompt or "") > LONGEST_PROMPT:
         raise _wrong("negative_prompt", f"negative_prompt: it has at most {LONGEST_PROMPT} characters")
     return asked
