@@ -14,11 +14,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fewstep.core import Batch, Cond, Rng
+from fewstep.attention import KVCache
+from fewstep.core import Batch, Cond, Noise, Rng
 from fewstep.core.bounds import Positive
 from fewstep.diffusion import DDIM, Contract, Renoise, Sampler
 from fewstep.methods.rollouts.grids import Grids, exact, student_contract
 from fewstep.models.denoiser import Predictor
+from fewstep.streaming.blocks import Chunks
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,17 @@ class Rollout(ABC):
 def pick(times: Sequence[float], index: Tensor, like: Tensor) -> Tensor:
     """`times[index]` with the shape of `index` (`[B]` or `[B, F]`) and the dtype of `like`."""
     return torch.tensor(times, dtype=torch.float64, device=index.device)[index].to(like.dtype)
+
+
+def calls_of(
+    loop: Chunks, memory: KVCache, start: Tensor, conds: tuple[Cond, Cond], rng: Noise, *, exit: int | None, grad: bool
+) -> tuple[list[Visit], KVCache]:
+    """The calls that make the next chunk of a stream from `start`, up to step `exit` (None: all), and the memory after it."""
+    visits = list[Visit]()
+    with torch.set_grad_enabled(grad):
+        for made in loop.chunk(memory, start, *conds, rng, exit=exit):
+            visits.append(Visit(made.x, made.step.prediction.x_t, made.step.prediction.t))
+        return visits, made.memory or memory
 
 
 def aligned(chunks: Sequence[Sequence[Visit]], *, apart: bool = False) -> list[Visit]:

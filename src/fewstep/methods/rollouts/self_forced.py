@@ -14,11 +14,11 @@ from torch import Tensor
 from fewstep.core import Batch, Rng
 from fewstep.core.bounds import Amount, Count, Natural
 from fewstep.diffusion import Contract, Stream
-from fewstep.methods.rollouts.base import Rolled, Rollout, Visit, aligned
+from fewstep.methods.rollouts.base import Rolled, Rollout, Visit, aligned, calls_of
 from fewstep.methods.rollouts.grids import Exit, deepest, drawn, stops
 from fewstep.methods.rollouts.noisy_past import reading
 from fewstep.models.denoiser import Predictor
-from fewstep.streaming.blocks import Chunks, Made
+from fewstep.streaming.blocks import Chunks
 from fewstep.streaming.noise import start_noise
 
 
@@ -97,14 +97,13 @@ class SelfForced(Rollout):
             own, trained = rng.fold(f"chunk/{index}"), index >= first
             stop = exit * (len(loop.grid(index)) - 1) // of if trained else None
             noise = start_noise(self.stream, index, batch.frame_shape, rng)
-            visits, start, cond = list[Visit](), student.path.prior(noise), batch.cond.during(frame, length)
-            chunks = reading(loop, self.history_noise, own) if trained else loop
-            with torch.set_grad_enabled(grad and trained):
-                known = loop.ready(memory, latents, cond, cond, rng)
-                for step in chunks.chunk(known, start, cond, cond, own, exit=stop):
-                    visits.append(visit(step))
-                memory = step.memory or memory
-            latents = loop.recent(latents, step.x.detach(), index)
+            start, cond = student.path.prior(noise), batch.cond.during(frame, length)
+            chunks, known = (
+                reading(loop, self.history_noise, own) if trained else loop,
+                loop.ready(memory, latents, cond, cond, rng),
+            )
+            visits, memory = calls_of(chunks, known, start, (cond, cond), own, exit=stop, grad=grad and trained)
+            latents = loop.recent(latents, visits[-1].x0.detach(), index)
             if trained:
                 noises.append(noise)
                 made.append(visits)
@@ -143,8 +142,3 @@ class SelfForced(Rollout):
     def contract(self, teacher: Contract) -> Contract:
         """It streams."""
         return replace(super().contract(teacher), stream=self.stream)
-
-
-def visit(made: Made) -> Visit:
-    """A step of a chunk, without the keys and values that it made."""
-    return Visit(made.x, made.step.prediction.x_t, made.step.prediction.t)

@@ -13,10 +13,9 @@ from torch import Tensor
 from fewstep.core import Batch, Rng, Seeds
 from fewstep.core.bounds import Amount, Count, Natural
 from fewstep.diffusion import Contract, Stream
-from fewstep.methods.rollouts.base import Rolled, Rollout, Visit, aligned
+from fewstep.methods.rollouts.base import Rolled, Rollout, Visit, aligned, calls_of
 from fewstep.methods.rollouts.grids import Exit, deepest, drawn, stops
 from fewstep.methods.rollouts.noisy_past import reading
-from fewstep.methods.rollouts.self_forced import visit
 from fewstep.methods.rollouts.underway import Underway
 from fewstep.models.denoiser import Predictor
 from fewstep.streaming.blocks import Chunks
@@ -97,12 +96,9 @@ class StreamingLong(Rollout):
         for _ in self._lengths(now, batch.latent_shape[1]):  # 2
             own = seeds.fold(f"chunk/{now.chunks}")
             noise = start_noise(self.stream, now.chunks, batch.frame_shape, seeds)
-            visits, memory, start = list[Visit](), now.memory, student.path.prior(noise)
-            with torch.set_grad_enabled(grad):
-                for step in reading(loop, self.history_noise, own).chunk(memory, start, *conds, own, exit=stop):
-                    visits.append(visit(step))
-                memory = step.memory or memory
-            latents = loop.recent(now.latents, step.x.detach(), now.chunks)
+            chunks, start = reading(loop, self.history_noise, own), student.path.prior(noise)
+            visits, memory = calls_of(chunks, now.memory, start, conds, own, exit=stop, grad=grad)
+            latents = loop.recent(now.latents, visits[-1].x0.detach(), now.chunks)
             now = replace(now, memory=memory, latents=latents, chunks=now.chunks + 1)
             noises.append(noise)
             made.append(visits)
