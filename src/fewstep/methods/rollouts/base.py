@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fewstep.attention import KVCache
-from fewstep.core import Batch, Cond, Noise, Rng
+from fewstep.core import Batch, Cond, Rng, Seeds
 from fewstep.core.bounds import Positive
 from fewstep.diffusion import DDIM, Contract, Renoise, Sampler
 from fewstep.methods.rollouts.grids import Grids, exact, student_contract
@@ -135,7 +135,14 @@ def pick(times: Sequence[float], index: Tensor, like: Tensor) -> Tensor:
 
 
 def calls_of(
-    loop: Chunks, memory: KVCache, start: Tensor, conds: tuple[Cond, Cond], rng: Noise, *, exit: int | None, grad: bool
+    loop: Chunks,
+    memory: KVCache,
+    start: Tensor,
+    conds: tuple[Cond, Cond],
+    rng: Seeds | Rng,
+    *,
+    exit: int | None,
+    grad: bool,
 ) -> tuple[list[Visit], KVCache]:
     """The calls that make the next chunk of a stream from `start`, up to step `exit` (None: all), and the memory after it."""
     visits = list[Visit]()
