@@ -319,15 +319,18 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(visit: Open, house: Running, tmp
 def test_the_teacher_is_watched_beside_the_stream(visit: Open, house: Running) -> None:
     page = visit()
 
+    asked = re.compile(r"/v1/videos/[^/]+$")
+
     def on_its_way(route: Any) -> None:
-        """The first answer says what it would say of a slower teacher."""
+        """What the server would say of a slower teacher."""
         answer = route.fetch()
         route.fulfill(response=answer, json={**answer.json(), "status": "in_progress", "progress": 40})
 
-    page.route(re.compile(r"/v1/videos/[^/]+$"), on_its_way, times=1)
+    page.route(asked, on_its_way)
     page.get_by_label("steps", exact=True).fill("100")
     start(page, compare=True)
     expect(page.locator("#clip-overlay")).to_have_text("step 40 of 100")
+    page.unroute(asked)
     expect(page.locator("#live-times")).to_contain_text(" frames after ")
     expect(page.locator("#clip-note")).to_contain_text("finished after")
     page.wait_for_function("() => document.getElementById('clip-video').currentTime > 0")
