@@ -81,7 +81,7 @@ def run_demo(
 
     `progress(row, done, total)` is called during the measurement. A stopped demo resumes where it was.
     """
-    output, recipe = Path(output), fitted(recipe)
+    output, recipe = Path(output), replace(recipe, settings=fitted(recipe.settings))
     student = recipe.run(output / "run", quiet=quiet)
     student.save(output / "student")
     runtime = Runtime(dtype="bfloat16" if recipe.settings.autocast == "bf16" else "float32")
@@ -91,12 +91,11 @@ def run_demo(
     return Demo(report, output / "student", page, film(output, teacher.card.fps))
 
 
-def fitted(recipe: Recipe) -> Recipe:
-    """The recipe with what is fast on this machine: compiled blocks if compiling works, and bfloat16 arithmetic if the processor
-    has it. The resolved recipe in the output says what was chosen.
+def fitted(settings: Settings) -> Settings:
+    """The settings with what is fast on this machine: compiled blocks if compiling works, and bfloat16 arithmetic if the
+    processor has it. The resolved recipe in the output says what was chosen.
     """
-    settings = replace(recipe.settings, compile=not compile_problem(), autocast="bf16" if has_bfloat16() else "off")
-    return replace(recipe, settings=settings)
+    return replace(settings, compile=not compile_problem(), autocast="bf16" if has_bfloat16() else "off")
 
 
 def film(folder: Path, fps: float) -> Path:

@@ -14,6 +14,7 @@ from fewstep.cli.command import Command, Loads, Overrides, Runs, UsageError
 from fewstep.cli.drift import Drift
 from fewstep.cli.finished import Compare, Study
 from fewstep.cli.generation import Sample
+from fewstep.cli.leaderboard import Leaderboard
 from fewstep.cli.questions import Doctor, Explain, List, Watch
 from fewstep.cli.serving import Serve
 from fewstep.cli.streams import Stream
@@ -325,7 +326,7 @@ class CheckLora(Runs):
 COMMANDS: dict[str, type[Command]] = {
     "demo": Demo, "prepare": Prepare, "train": Train, "pairs": Pairs, "distill": Distill, "sample": Sample, "stream": Stream,
     "serve": Serve, "evaluate": Evaluate, "check-model": CheckModel, "import": Import, "export": Export, "check-lora": CheckLora,
-    "compare": Compare, "study": Study, "drift": Drift,
+    "compare": Compare, "study": Study, "drift": Drift, "leaderboard": Leaderboard,
     "watch": Watch, "list": List, "explain": Explain, "doctor": Doctor,
 }  # fmt: skip
 

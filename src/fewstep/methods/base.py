@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
@@ -139,6 +139,10 @@ class Method(ABC):
     def contract_at(self, teacher: Contract, step: int) -> Contract:
         """How to sample the student of iteration `step`, for figures during the run. Default: the final `contract`."""
         return self.contract(teacher)
+
+    def lengthened(self, factor: float) -> Self:
+        """The method for a run of `factor` times as many iterations. Fields that count iterations grow with it; default: none."""
+        return self
 
     def shown(self, role: str) -> int:
         """Number of single frames per clip that `role` reads; 0: it reads whole clips."""

@@ -18,10 +18,10 @@ shifted; any path. The optimiser is not restarted in each stage, and its learnin
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -89,6 +89,9 @@ class Progressive(Method):
                 f"settings.steps is {steps}, but the last stage (the student of {self.stages[-1][0]} steps) begins after "
                 f"{before} iterations; give it {sum(n for _, n in self.stages)}, or at least {before + 1}, or shorten stages"
             )
+
+    def lengthened(self, factor: float) -> Self:
+        return replace(self, stages=tuple((n, max(1, int(length * factor))) for n, length in self.stages))
 
     def student_loss(self, steps: int, guidance: CFG, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Losses]:
         x0, path, fine = batch.require("x0"), nets.student.path, uniform_grid(2 * steps, self.shift)

@@ -1,0 +1,27 @@
+"""One table for all methods: same teacher, prompts, seeds and budget, best checkpoint by one rule."""
+
+from fewstep.leaderboard.budget import DEMO, lengthened, work
+from fewstep.leaderboard.contest import Contestant, contestants
+from fewstep.leaderboard.page import write_page
+from fewstep.leaderboard.results import TEACHER, Figures, Result, load_results, summary
+from fewstep.leaderboard.runs import Run, measure_teacher, run, teacher_measured
+from fewstep.leaderboard.table import write_table
+
+__all__ = [
+    "DEMO",
+    "TEACHER",
+    "Contestant",
+    "Figures",
+    "Result",
+    "Run",
+    "contestants",
+    "lengthened",
+    "load_results",
+    "measure_teacher",
+    "run",
+    "summary",
+    "teacher_measured",
+    "work",
+    "write_page",
+    "write_table",
+]

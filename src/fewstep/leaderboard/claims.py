@@ -1,0 +1,92 @@
+"""What papers claim, as differences between two rows of the table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from fewstep.leaderboard.results import Figures, Result
+
+Figure = Literal["accuracy", "frechet", "motion", "diversity"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """`better` is better than `worse` in one figure."""
+
+    cite: str
+    text: str
+    better: str
+    """Name of a row; `worse` too."""
+    worse: str
+    figure: Figure = "accuracy"
+    steps: int = 1
+
+
+CLAIMS: tuple[Claim, ...] = (
+    Claim(
+        cite="2405.14867",
+        text="Distribution matching makes better one-step students than regression on the teacher's trajectories.",
+        better="dmd2", worse="knowledge_distillation",
+    ),
+    Claim(
+        cite="2405.14867", text="Distribution matching makes better four-step students than consistency.",
+        better="dmd2", worse="consistency", steps=4,
+    ),
+    Claim(
+        cite="2405.14867", text="It loses diversity, which regression keeps.",
+        better="knowledge_distillation", worse="dmd2", figure="diversity",
+    ),
+)  # fmt: skip
+"""Claims that the table can judge."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the table says of a claim at one budget."""
+
+    claim: Claim
+    outcome: Literal["confirmed", "contradicted", "not told apart", "not measured"]
+    better: float | None = None
+    worse: float | None = None
+
+
+def judge(claim: Claim, results: Sequence[Result]) -> Verdict:
+    """Confirmed or contradicted only if the two rows' intervals do not touch; with several seeds, those of all pairs of seeds."""
+    better, worse = (_rows(results, name, claim.steps) for name in (claim.better, claim.worse))
+    if not better or not worse:
+        return Verdict(claim, "not measured")
+    means = [sum(value(row, claim.figure) for row in rows) / len(rows) for rows in (better, worse)]
+    signs = {_sign(one, other, claim.figure) for one in better for other in worse}
+    outcome: Literal["confirmed", "contradicted", "not told apart"] = "not told apart"
+    if signs == {1}:
+        outcome = "confirmed"
+    elif signs == {-1}:
+        outcome = "contradicted"
+    return Verdict(claim, outcome, *means)
+
+
+def value(row: Figures, figure: Figure) -> float:
+    return float(getattr(row, figure))
+
+
+def _rows(results: Sequence[Result], name: str, steps: int) -> list[Figures]:
+    return [result.rows[steps] for result in results if result.name == name and steps in result.rows]
+
+
+def _sign(one: Figures, other: Figures, figure: Figure) -> int:
+    """1: `one` is better, -1: worse, 0: their intervals touch. Motion and diversity have no interval: a tenth is one."""
+    low, high = _interval(one, figure), _interval(other, figure)
+    if low[0] <= high[1] and high[0] <= low[1]:
+        return 0
+    larger = 1 if low[0] > high[1] else -1
+    return -larger if figure == "frechet" else larger
+
+
+def _interval(row: Figures, figure: Figure) -> tuple[float, float]:
+    own = {"accuracy": row.accuracy_ci, "frechet": row.frechet_ci}.get(figure)
+    if own is not None:
+        return own
+    middle = value(row, figure)
+    return 0.95 * middle, 1.05 * middle

@@ -1,0 +1,102 @@
+"""Figures of one run as one JSON file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fewstep.core.atomic import write_text
+from fewstep.evaluate.results import Range, Row
+
+TEACHER = "teacher"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """One student, or the teacher, at one number of steps, on the clips that all rows share. Not relative to anything."""
+
+    accuracy: float
+    accuracy_ci: Range
+    frechet: float
+    frechet_ci: Range | None
+    motion: float
+    diversity: float
+    flicker: float
+
+    @classmethod
+    def of(cls, row: Row) -> Figures:
+        """Of a row of an evaluation on the built-in world."""
+        figures = {
+            "accuracy": row.accuracy, "accuracy_ci": row.accuracy_ci, "frechet": row.frechet,
+            "motion": row.motion_absolute, "diversity": row.diversity_absolute, "flicker": row.flicker_absolute,
+        }  # fmt: skip
+        assert all(value is not None for value in figures.values()), (
+            f"{row.name} was not measured on the built-in world"
+        )
+        return cls(**figures, frechet_ci=row.frechet_ci)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """A run and its figures."""
+
+    name: str
+    """Name of the recipe in `recipes/leaderboard`, or `teacher`."""
+    method: str
+    code: str
+    """`Contestant.code` of the run: of what was run."""
+    budget: float
+    """In units of the demo's budget; 0: nothing was trained."""
+    seed: int
+    iterations: int
+    """Of all stages."""
+    spent: float
+    """Forward-equivalents, stored pairs included."""
+    seconds: float
+    """Time of training, pairs and probes included."""
+    memory_mb: float
+    """Peak memory of the process while it trained."""
+    rows: Mapping[int, Figures]
+    """Figures by number of steps."""
+    floor: float
+    """Frechet distance between two sets of rendered clips of these prompts: that of a perfect model."""
+    machine: Mapping[str, Any]
+    versions: Mapping[str, str]
+
+    @property
+    def file(self) -> str:
+        return file_of(self.name, self.budget, self.seed)
+
+    def save(self, folder: Path) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / self.file, json.dumps(asdict(self), indent=1) + "\n")
+        return folder / self.file
+
+
+def summary(result: Result) -> str:
+    """Accuracy and distance at each number of steps, in one line."""
+    return ", ".join(f"{n} steps {row.accuracy:.2f} / {row.frechet:.2f}" for n, row in result.rows.items())
+
+
+def file_of(name: str, budget: float, seed: int) -> str:
+    """The file of a run: every run has one of its own, so that a table can grow on several machines."""
+    return f"{name}-{budget:g}-{seed}.json" if budget else f"{name}.json"
+
+
+def load_result(path: Path) -> Result:
+    tree = json.loads(path.read_text(encoding="utf-8"))
+    rows = {int(steps): _figures(row) for steps, row in tree.pop("rows").items()}
+    return Result(**tree, rows=rows)
+
+
+def load_results(folder: Path) -> list[Result]:
+    """All runs in a folder."""
+    return [load_result(path) for path in sorted(folder.glob("*.json"))]
+
+
+def _figures(tree: dict[str, Any]) -> Figures:
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in tree.items()}
+    return Figures(**values)

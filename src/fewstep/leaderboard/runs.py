@@ -1,0 +1,148 @@
+"""One run of the leaderboard: train within the budget, measure, write one JSON file. A stopped run resumes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fewstep.data.pairs import PairPlan, StoredPairs, make_pairs
+from fewstep.demo import fitted
+from fewstep.diffusion import CFG
+from fewstep.evaluate import Entry, Suite, evaluate
+from fewstep.evaluate.latency import peak_memory
+from fewstep.evaluate.machine import describe_machine, versions
+from fewstep.leaderboard.budget import DEMO, work
+from fewstep.leaderboard.contest import Contestant
+from fewstep.leaderboard.results import TEACHER, Figures, Result, file_of, load_result
+from fewstep.methods import FromPairs
+from fewstep.methods.rollouts.grids import exact
+from fewstep.models.bundle import VideoModel
+from fewstep.models.runtime import Runtime
+from fewstep.pipeline import Pipeline
+from fewstep.recipe import Recipe
+from fewstep.world.grammar import world_prompts
+
+COUNTS = (4, 2, 1)
+"""Steps of the rows."""
+
+SUITE = Suite(prompts=96, seeds_per_prompt=2, batch=32, seed=2027, latency_runs=3, latency_budget=1.0)
+"""What every row is measured on: 192 clips. No run and no probe uses these prompts."""
+
+FIGURES = "figures"
+"""Folder of a run's evaluation, with its clips."""
+
+PAIRED = 0.5
+"""Share of its budget that a method on stored pairs spends on making them."""
+
+PAIR_STEPS = 20
+"""Steps of the teacher for a pair."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A contestant with a budget (1: the demo's) and a seed."""
+
+    contestant: Contestant
+    budget: float = 1.0
+    seed: int = 0
+
+    @property
+    def file(self) -> str:
+        return file_of(self.contestant.name, self.budget, self.seed)
+
+    @property
+    def title(self) -> str:
+        return f"{self.contestant.name}, budget {self.budget:g}, seed {self.seed}"
+
+    def done(self, results: Path) -> bool:
+        """Whether its figures are there, of this very recipe and code."""
+        path = results / self.file
+        return path.is_file() and load_result(path).code == self.contestant.code
+
+
+def run(this: Run, results: Path, folder: Path, *, quiet: bool = False) -> Result:
+    """Train and measure, and write the figures to `results`; the student and its clips stay in `folder`."""
+    place = folder / Path(this.file).stem / this.contestant.code
+    began, spent = time.monotonic(), 0.0
+    recipe = this.contestant.prepared(this.budget * DEMO * (1 - PAIRED if this.contestant.paired else 1), this.seed)
+    if this.contestant.paired:
+        recipe, spent = _with_pairs(recipe, this, folder / f"pairs-{this.budget:g}-{this.seed}")
+    recipe = _each(recipe, lambda stage: replace(stage, settings=fitted(stage.settings)))
+    peak, _ = peak_memory(lambda: recipe.complete(place / "run", quiet=quiet))
+    seconds = time.monotonic() - began
+    student = recipe.run(place / "run", quiet=True)
+    rows, floor = _measured(student, tuple(n for n in COUNTS if n in student.card.contract.counts), place / FIGURES)
+    result = Result(
+        name=this.contestant.name, method=this.contestant.method, code=this.contestant.code, budget=this.budget,
+        seed=this.seed, iterations=_iterations(recipe), spent=spent + work(recipe), seconds=seconds,
+        memory_mb=peak / 2**20, rows=rows, floor=floor, machine=asdict(describe_machine()), versions=versions(),
+    )  # fmt: skip
+    result.save(results)
+    return result
+
+
+def measure_teacher(results: Path, folder: Path) -> Result:
+    """The figures of the teacher at its own steps and at those of the students."""
+    teacher = VideoModel.from_pretrained("world")
+    counts = (teacher.card.contract.steps, *COUNTS)
+    rows, floor = _measured(teacher, counts, folder / TEACHER / teacher.fingerprint("denoiser") / FIGURES)
+    result = Result(
+        name=TEACHER, method="", code=teacher.fingerprint("denoiser"), budget=0.0, seed=0, iterations=0, spent=0.0,
+        seconds=0.0, memory_mb=0.0, rows=rows, floor=floor, machine=asdict(describe_machine()),
+        versions=versions(),
+    )  # fmt: skip
+    result.save(results)
+    return result
+
+
+def figures_of(result: Result) -> Path:
+    """Where the evaluation of a run lies in the folder of all runs."""
+    return Path(Path(result.file).stem) / result.code / FIGURES
+
+
+def teacher_measured(results: Path) -> bool:
+    path = results / f"{TEACHER}.json"
+    return path.is_file() and load_result(path).code == VideoModel.from_pretrained("world").fingerprint("denoiser")
+
+
+def _measured(model: VideoModel, counts: tuple[int, ...], folder: Path) -> tuple[dict[int, Figures], float]:
+    """Figures by number of steps, and the distance of rendered clips to others."""
+    model = model.prepared(Runtime())
+    report = evaluate([Entry(name=str(n), model=model, steps=n) for n in counts], SUITE, folder)
+    return {n: Figures.of(report.row(str(n))) for n in counts}, report.frechet_floor
+
+
+def _with_pairs(recipe: Recipe | Pipeline, this: Run, folder: Path) -> tuple[Recipe | Pipeline, float]:
+    """The recipe with stored pairs in `folder`, and what they cost."""
+    teacher = VideoModel.from_pretrained("world")
+    stages = recipe.stages.values() if isinstance(recipe, Pipeline) else (recipe,)
+    readers = [r for s in stages for r in s.method.rollouts if isinstance(r, FromPairs)]
+    times = sorted(
+        {t for reader in readers for grid in exact(reader.grids, reader.shift) for t in grid} | {0.0}, reverse=True
+    )
+    guidance = CFG(scale=teacher.card.contract.guidance.scale)
+    plan = PairPlan(times=tuple(times), steps=PAIR_STEPS, seed=1000 * this.seed, guidance=guidance)
+    each = plan.resolve(teacher.card.contract).nfe
+    count = int(this.budget * DEMO * PAIRED / each)
+    made = make_pairs(teacher, world_prompts(count, 0.5, 500 + this.seed), folder, plan, batch=16)
+
+    def reading(stage: Any) -> Any:
+        return replace(stage, data=StoredPairs(path=str(made.folder))) if "pairs" in stage.method.needs else stage
+
+    return _each(recipe, reading), float(count * each)
+
+
+def _each(recipe: Recipe | Pipeline, change: Callable[[Any], Any]) -> Recipe | Pipeline:
+    """The recipe with every stage changed."""
+    if isinstance(recipe, Pipeline):
+        return replace(recipe, stages={name: change(stage) for name, stage in recipe.stages.items()})
+    changed: Recipe = change(recipe)
+    return changed
+
+
+def _iterations(recipe: Recipe | Pipeline) -> int:
+    stages = recipe.stages.values() if isinstance(recipe, Pipeline) else (recipe,)
+    return sum(stage.settings.steps for stage in stages)

@@ -1,0 +1,126 @@
+"""The table: Markdown for the documentation, one section per budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from statistics import mean
+
+from fewstep.core.atomic import write_text
+from fewstep.evaluate.page.table import percent
+from fewstep.leaderboard.budget import DEMO
+from fewstep.leaderboard.claims import CLAIMS, judge
+from fewstep.leaderboard.contest import PROBES
+from fewstep.leaderboard.results import TEACHER, Figures, Result
+from fewstep.leaderboard.runs import COUNTS, SUITE
+
+HEAD = """# Leaderboard
+
+Every method on the same teacher, the built-in one, with the same budget, prompts, seeds and rule. `fewstep leaderboard` runs what
+is missing and writes this page. Each run is one JSON file in `bench/leaderboard`; its recipe has the same name in
+`src/fewstep/recipes/leaderboard`.
+
+- **Budget**: forward passes of the teacher on one clip, {demo:,.0f} of them, as many as `fewstep demo` trains with. A backward
+  pass counts two. Pairs that are stored before a run count too.
+- **Student**: the best of {probes} of its run by one rule: mean over step counts of accuracy - 0.1 log(distance), on other prompts.
+- **Figures**: {clips} clips of {prompts} prompts. Accuracy: all six attributes of the prompt are right. Distance: Frechet, to
+  rendered clips of the same prompts, whose own distance is {floor:.2f}. Motion and diversity are relative to the teacher at its
+  own steps.
+- With several seeds: the mean, and the lowest and highest in brackets.
+"""
+
+
+def write_table(results: Sequence[Result], path: Path) -> Path:
+    """Write the page. ValueError without the teacher's row."""
+    teachers = [result for result in results if result.name == TEACHER]
+    if not teachers:
+        raise ValueError("the teacher was not measured; run fewstep leaderboard teacher")
+    runs = sorted((r for r in results if r.name != TEACHER), key=lambda r: (r.budget, r.name, r.seed))
+    parts = [heading(teachers[0].floor), teacher_section(teachers[0])]
+    for budget, group in groupby(runs, key=lambda r: r.budget):
+        parts.append(budget_section(budget, list(group), teachers[0]))
+    write_text(path, "\n".join(parts))
+    return path
+
+
+def heading(floor: float) -> str:
+    clips = SUITE.prompts * SUITE.seeds_per_prompt
+    return HEAD.format(demo=DEMO, probes=PROBES, prompts=SUITE.prompts, clips=clips, floor=floor)
+
+
+def teacher_section(teacher: Result) -> str:
+    reference = teacher.rows[max(teacher.rows)]
+    lines = [
+        f"| {n} | {percent(row.accuracy)} | {row.frechet:.2f} | {row.motion / reference.motion:.2f} | "
+        f"{row.diversity / reference.diversity:.2f} |"
+        for n, row in sorted(teacher.rows.items(), reverse=True)
+    ]
+    head = "| steps of the teacher | accuracy | distance | motion | diversity |\n| ---: | ---: | ---: | ---: | ---: |"
+    return "\n".join(["## The teacher", "", head, *lines, ""])
+
+
+def budget_section(budget: float, results: Sequence[Result], teacher: Result) -> str:
+    """The rows of one budget, the best first, and what they say of the papers' claims."""
+    reference = teacher.rows[max(teacher.rows)]
+    names = sorted({result.name for result in results}, key=lambda name: -rule(results, name))
+    head = [f"{n} {'step' if n == 1 else 'steps'}" for n in COUNTS]
+    title = "The demo's budget" if budget == 1 else f"{budget:g} times the demo's budget"
+    lines = [
+        f"## {title}",
+        "",
+        "Accuracy / distance at each number of steps; motion and diversity at the fewest steps of the row.",
+        "",
+        f"| | {' | '.join(head)} | motion | diversity | iterations | minutes | memory | seeds |",
+        f"| --- |{' ---: |' * (len(COUNTS) + 6)}",
+        *(row(name, [r for r in results if r.name == name], reference) for name in names),
+        "",
+        *said(results),
+    ]
+    return "\n".join(lines)
+
+
+def row(name: str, runs: Sequence[Result], reference: Figures) -> str:
+    cells = [cell([run.rows[n] for run in runs if n in run.rows]) for n in COUNTS]
+    fewest = [run.rows[min(run.rows)] for run in runs]
+    cells += [spread([one.motion / reference.motion for one in fewest])]
+    cells += [spread([one.diversity / reference.diversity for one in fewest])]
+    cells += [f"{runs[0].iterations}", f"{mean(run.seconds for run in runs) / 60:.0f}"]
+    cells += [f"{max(run.memory_mb for run in runs) / 1024:.1f} GiB", str(len(runs))]
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def cell(rows: Sequence[Figures]) -> str:
+    if not rows:
+        return ""
+    return f"{spread([one.accuracy for one in rows])} / {spread([one.frechet for one in rows])}"
+
+
+def spread(values: Sequence[float]) -> str:
+    """The mean, with the lowest and highest of several."""
+    ends = f" [{min(values):.2f}, {max(values):.2f}]" if len(values) > 1 else ""
+    return f"{mean(values):.2f}{ends}"
+
+
+def rule(results: Iterable[Result], name: str) -> float:
+    """By which rows are sorted: mean over steps and seeds of accuracy - 0.1 log(distance); a missing step count has 0 / 160."""
+    runs = [result for result in results if result.name == name]
+    return mean(_score(run.rows, n) for run in runs for n in COUNTS)
+
+
+def _score(rows: Mapping[int, Figures], steps: int) -> float:
+    if steps not in rows:
+        return -0.1 * math.log(160)
+    return rows[steps].accuracy - 0.1 * math.log(max(rows[steps].frechet, 1e-6))
+
+
+def said(results: Sequence[Result]) -> list[str]:
+    verdicts = [verdict for claim in CLAIMS if (verdict := judge(claim, results)).outcome != "not measured"]
+    if not verdicts:
+        return []
+    lines = [
+        f"- {v.claim.text} ({v.claim.cite}) **{v.outcome}**: {v.claim.figure} at {v.claim.steps}, {v.better:.2f} and {v.worse:.2f}."
+        for v in verdicts
+    ]
+    return ["What papers claim, at this budget:", "", *lines, ""]
