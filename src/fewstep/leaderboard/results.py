@@ -56,7 +56,7 @@ class Result:
     spent: float
     """Forward-equivalents, stored pairs included."""
     seconds: float
-    """Time of training, pairs and probes included."""
+    """Time of training, pairs and probes included; of a resumed run, of its last part."""
     memory_mb: float
     """Peak memory of the process while it trained."""
     rows: Mapping[int, Figures]

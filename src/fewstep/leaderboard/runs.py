@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fewstep.core.build import digest
 from fewstep.data.pairs import PairPlan, StoredPairs, make_pairs
 from fewstep.demo import fitted
 from fewstep.diffusion import CFG
@@ -63,18 +64,18 @@ class Run:
         return path.is_file() and load_result(path).code == self.contestant.code
 
 
-def run(this: Run, results: Path, folder: Path, *, quiet: bool = False) -> Result:
+def run(this: Run, results: Path, folder: Path, *, suite: Suite = SUITE, quiet: bool = False) -> Result:
     """Train and measure, and write the figures to `results`; the student and its clips stay in `folder`."""
     place = folder / Path(this.file).stem / this.contestant.code
     began, spent = time.monotonic(), 0.0
     recipe = this.contestant.prepared(this.budget * DEMO * (1 - PAIRED if this.contestant.paired else 1), this.seed)
     if this.contestant.paired:
-        recipe, spent = _with_pairs(recipe, this, folder / f"pairs-{this.budget:g}-{this.seed}")
+        recipe, spent = _with_pairs(recipe, this, folder)
     recipe = _each(recipe, lambda stage: replace(stage, settings=fitted(stage.settings)))
     peak, _ = peak_memory(lambda: recipe.complete(place / "run", quiet=quiet))
     seconds = time.monotonic() - began
     student = recipe.run(place / "run", quiet=True)
-    rows, floor = _measured(student, tuple(n for n in COUNTS if n in student.card.contract.counts), place / FIGURES)
+    rows, floor = _measured(student, tuple(n for n in COUNTS if n in student.card.contract.counts), place / FIGURES, suite)
     result = Result(
         name=this.contestant.name, method=this.contestant.method, code=this.contestant.code, budget=this.budget,
         seed=this.seed, iterations=_iterations(recipe), spent=spent + work(recipe), seconds=seconds,
@@ -84,11 +85,11 @@ def run(this: Run, results: Path, folder: Path, *, quiet: bool = False) -> Resul
     return result
 
 
-def measure_teacher(results: Path, folder: Path) -> Result:
+def measure_teacher(results: Path, folder: Path, *, suite: Suite = SUITE) -> Result:
     """The figures of the teacher at its own steps and at those of the students."""
     teacher = VideoModel.from_pretrained("world")
     counts = (teacher.card.contract.steps, *COUNTS)
-    rows, floor = _measured(teacher, counts, folder / TEACHER / teacher.fingerprint("denoiser") / FIGURES)
+    rows, floor = _measured(teacher, counts, folder / TEACHER / teacher.fingerprint("denoiser") / FIGURES, suite)
     result = Result(
         name=TEACHER, method="", code=teacher.fingerprint("denoiser"), budget=0.0, seed=0, iterations=0, spent=0.0,
         seconds=0.0, memory_mb=0.0, rows=rows, floor=floor, machine=asdict(describe_machine()),
@@ -108,15 +109,15 @@ def teacher_measured(results: Path) -> bool:
     return path.is_file() and load_result(path).code == VideoModel.from_pretrained("world").fingerprint("denoiser")
 
 
-def _measured(model: VideoModel, counts: tuple[int, ...], folder: Path) -> tuple[dict[int, Figures], float]:
+def _measured(model: VideoModel, counts: tuple[int, ...], folder: Path, suite: Suite) -> tuple[dict[int, Figures], float]:
     """Figures by number of steps, and the distance of rendered clips to others."""
     model = model.prepared(Runtime())
-    report = evaluate([Entry(name=str(n), model=model, steps=n) for n in counts], SUITE, folder)
+    report = evaluate([Entry(name=str(n), model=model, steps=n) for n in counts], suite, folder)
     return {n: Figures.of(report.row(str(n))) for n in counts}, report.frechet_floor
 
 
 def _with_pairs(recipe: Recipe | Pipeline, this: Run, folder: Path) -> tuple[Recipe | Pipeline, float]:
-    """The recipe with stored pairs in `folder`, and what they cost."""
+    """The recipe with stored pairs, and what they cost."""
     teacher = VideoModel.from_pretrained("world")
     stages = recipe.stages.values() if isinstance(recipe, Pipeline) else (recipe,)
     readers = [r for s in stages for r in s.method.rollouts if isinstance(r, FromPairs)]
@@ -127,7 +128,8 @@ def _with_pairs(recipe: Recipe | Pipeline, this: Run, folder: Path) -> tuple[Rec
     plan = PairPlan(times=tuple(times), steps=PAIR_STEPS, seed=1000 * this.seed, guidance=guidance)
     each = plan.resolve(teacher.card.contract).nfe
     count = int(this.budget * DEMO * PAIRED / each)
-    made = make_pairs(teacher, world_prompts(count, 0.5, 500 + this.seed), folder, plan, batch=16)
+    place = folder / f"pairs-{digest([times, count, this.seed])}"
+    made = make_pairs(teacher, world_prompts(count, 0.5, 500 + this.seed), place, plan, batch=16)
 
     def reading(stage: Any) -> Any:
         return replace(stage, data=StoredPairs(path=str(made.folder))) if "pairs" in stage.method.needs else stage

@@ -1,0 +1,197 @@
+"""The leaderboard: equal budgets, what is run again, verdicts on claims, and a run from end to end."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fewstep import demo, leaderboard
+from fewstep.evaluate import Suite
+from fewstep.leaderboard import DEMO, Contestant, Figures, Result, Run, contestants, lengthened, work
+from fewstep.leaderboard.budget import BLOCKS, CLIP, share
+from fewstep.leaderboard.claims import CLAIMS, Claim, judge
+from fewstep.leaderboard.results import load_result
+from fewstep.leaderboard.table import budget_section, rule
+from fewstep.methods import METHODS, Progressive
+from fewstep.methods.work import Work
+from fewstep.models.bundle import VideoModel
+from fewstep.pipeline import Pipeline
+
+RECIPE = """# A test.
+model: {type: Pretrained, source: world}
+method: {type: Consistency, guidance: {scale: 2.0}, intervals: 48, skip: 1, decay: 0.5}
+data: {type: WorldClips, pool: 64}
+settings: {steps: 10, batch: 2}
+"""
+
+
+def figures(accuracy: float, frechet: float = 2.0, width: float = 0.05) -> Figures:
+    return Figures(
+        accuracy=accuracy, accuracy_ci=(accuracy - width, accuracy + width), frechet=frechet,
+        frechet_ci=(frechet * 0.9, frechet * 1.1), motion=0.05, diversity=0.4, flicker=0.1,
+    )  # fmt: skip
+
+
+def result(name: str, rows: dict[int, Figures], *, budget: float = 1.0, seed: int = 0) -> Result:
+    return Result(
+        name=name, method="M", code="c", budget=budget, seed=seed, iterations=10, spent=1.0, seconds=60.0, memory_mb=1024.0,
+        rows=rows, floor=0.4, machine={}, versions={},
+    )  # fmt: skip
+
+
+def test_the_unit_is_a_forward_pass_of_the_teacher_on_a_whole_clip() -> None:
+    teacher = VideoModel.from_pretrained("world")
+    assert (CLIP, BLOCKS) == (teacher.card.num_frames, len(teacher.denoiser.backbone.blocks))
+    assert share(Work("student", 3), frames=16) == 3
+    assert share(Work("critic", 3, frames=4), frames=16) == 0.75
+    assert share(Work("teacher", 2, layers=(0, 1)), frames=16, blocks=8) == 0.5
+    assert share(Work("teacher", 2, layers=(0, -1)), frames=16, blocks=8) == 2
+
+
+def test_the_demo_spends_the_demos_budget() -> None:
+    # two critic turns of (2/3 + 1 calls of a rollout, 3 of the critic), one student turn, guided below t = 0.9
+    rollout = (1 + 1.5 + 2.5) / 3
+    assert pytest.approx(140 * 16 * (2 * rollout + rollout + 2 + 2 + 3 * 2 + 1)) == DEMO
+    assert work(demo.RECIPE) == DEMO
+
+
+@pytest.mark.parametrize("name", contestants())
+def test_every_row_spends_its_budget_and_no_more(name: str) -> None:
+    one = contestants()[name]
+    for budget in (DEMO / 2, 10 * DEMO):
+        made = one.prepared(budget, seed=3)
+        stages = list(made.stages.values()) if isinstance(made, Pipeline) else [made]
+        step = max(work(replace(one.stages[i], settings=replace(s.settings, steps=1))) for i, s in enumerate(stages))
+        assert budget - len(stages) * step * 1.01 <= work(made) <= budget
+        assert all(stage.settings.seed == 3 for stage in stages)
+        assert stages[-1].probe is not None
+        assert -(-stages[-1].settings.steps // stages[-1].probe.every) == 4
+
+
+def test_every_row_has_a_method_of_the_package_and_serves_a_row_of_the_table() -> None:
+    for one in contestants().values():
+        assert all(type(stage.method) in METHODS for stage in one.stages)
+        made = one.prepared(DEMO, 0)
+        last = list(made.stages.values())[-1] if isinstance(made, Pipeline) else made
+        teacher = one.stages[0].model.card().contract  # type: ignore[union-attr]
+        assert set(last.method.contract(teacher).counts) & {1, 2, 4}
+        last.method.check(last.settings.steps)
+
+
+def test_stages_within_a_method_grow_with_the_run() -> None:
+    method = Progressive(stages=((4, 10), (2, 20)))
+    assert method.lengthened(2.5).stages == ((4, 25), (2, 50))
+    assert method.lengthened(0.01).stages == ((4, 1), (2, 1))
+
+
+def test_a_budget_that_pays_for_nothing_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "small.yaml").write_text(RECIPE)
+    with pytest.raises(ValueError, match="less than one iteration of Consistency"):
+        lengthened(Contestant("small", tmp_path / "small.yaml").recipe, 1.0)
+
+
+def test_a_run_is_done_until_its_recipe_or_code_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "small.yaml"
+    path.write_text(RECIPE)
+    run = Run(Contestant("small", path))
+    assert not run.done(tmp_path)
+    replace(result("small", {1: figures(0.5)}), code=run.contestant.code).save(tmp_path)
+    assert run.done(tmp_path)
+    assert not Run(run.contestant, seed=1).done(tmp_path)
+    assert not Run(run.contestant, budget=10.0).done(tmp_path)
+    path.write_text(RECIPE.replace("A test", "Another comment"))
+    assert Run(Contestant("small", path)).done(tmp_path)
+    path.write_text(RECIPE.replace("decay: 0.5", "decay: 0.6"))
+    assert not Run(Contestant("small", path)).done(tmp_path)
+
+
+def test_code_is_the_method_with_what_it_holds_but_not_its_prose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fewstep.leaderboard import contest
+
+    one = contestants()["dmd2"]
+    before, read = one.code, Path.read_text
+
+    def changed(file: str, old: str, new: str) -> str:
+        def patched(path: Path, *args: object, **options: str) -> str:
+            text = read(path, *args, **options)  # type: ignore[arg-type]
+            if path.name == file:
+                assert old in text
+                text = text.replace(old, new)
+            return text
+
+        with monkeypatch.context() as patch:
+            patch.setattr(contest.Path, "read_text", patched)
+            return one.code
+
+    assert changed("dmd2.py", "Distribution matching distillation.", "Something else.") == before
+    assert changed("dmd2.py", "self.warmup:", "self.warmup + 1:") != before
+    assert changed("targets.py", "gap = (fake - real)", "gap = (real - fake)") != before
+    assert changed("backward_simulation.py", "grad", "grads") != before
+
+
+@pytest.mark.parametrize(
+    ("better", "worse", "outcome"),
+    [(0.8, 0.5, "confirmed"), (0.5, 0.8, "contradicted"), (0.62, 0.6, "not told apart")],
+)
+def test_a_claim_is_judged_only_if_intervals_do_not_touch(better: float, worse: float, outcome: str) -> None:
+    claim = Claim(cite="", text="", better="a", worse="b", steps=2)
+    rows = [result("a", {2: figures(better)}), result("b", {2: figures(worse)})]
+    assert judge(claim, rows).outcome == outcome
+    near = replace(claim, figure="frechet")  # a smaller distance is better
+    rows = [result("a", {2: figures(0.5, 2 - better)}), result("b", {2: figures(0.5, 2 - worse)})]
+    assert judge(near, rows).outcome == outcome
+    assert judge(claim, rows[:1]).outcome == "not measured"
+
+
+def test_with_several_seeds_every_pair_of_seeds_must_agree() -> None:
+    claim = Claim(cite="", text="", better="a", worse="b", steps=2)
+    rows = [result("a", {2: figures(0.8)}), result("a", {2: figures(0.55)}, seed=1), result("b", {2: figures(0.5)})]
+    assert judge(claim, rows).outcome == "not told apart"
+
+
+def test_claims_name_rows() -> None:
+    assert {name for claim in CLAIMS for name in (claim.better, claim.worse)} <= set(contestants())
+
+
+def test_rows_are_sorted_by_the_rule_and_seeds_show_their_spread() -> None:
+    teacher = result("teacher", {50: figures(0.9)}, budget=0.0)
+    rows = [
+        result("low", {4: figures(0.5), 2: figures(0.5), 1: figures(0.5)}),
+        result("one", {1: figures(0.9)}),
+        result("high", {4: figures(0.9), 2: figures(0.8), 1: figures(0.6)}),
+        result("high", {4: figures(0.7), 2: figures(0.8), 1: figures(0.6)}, seed=1),
+    ]
+    lines = [line for line in budget_section(1.0, rows, teacher).splitlines() if line.startswith("| ")]
+    assert [line.split()[1] for line in lines[2:]] == ["high", "low", "one"]
+    assert "0.80 [0.70, 0.90] / 2.00 [2.00, 2.00]" in lines[2]
+    assert rule(rows, "low") == pytest.approx(0.5 - 0.1 * 0.6931, abs=1e-3)
+
+
+@pytest.mark.usefixtures("single_thread")
+def test_a_run_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "compile_problem", lambda: "compiling takes longer than this test")
+    monkeypatch.setattr("fewstep.leaderboard.contest.WorldProbe", lambda **options: None)
+    (tmp_path / "small.yaml").write_text(RECIPE.replace("type: Consistency", "type: Consistency, shift: 3.0"))
+    one = Contestant("small", tmp_path / "small.yaml")
+    suite = Suite(prompts=2, seeds_per_prompt=2, batch=4, latency_runs=1, latency_budget=0.0)
+    results, runs = tmp_path / "results", tmp_path / "runs"
+    made = leaderboard.run(Run(one, budget=0.0004), results, runs, suite=suite, quiet=True)
+    assert (made.iterations, made.spent) == (
+        int(0.0004 * DEMO / work(one.recipe) * 10),
+        work(lengthened(one.recipe, 0.0004 * DEMO)),
+    )
+    assert set(made.rows) == {1, 2, 4}
+    assert load_result(results / made.file) == made
+    teacher = replace(result("teacher", {n: figures(0.5) for n in (50, 4, 2, 1)}), budget=0.0)
+    table = leaderboard.write_table([teacher, made], tmp_path / "table.md").read_text(encoding="utf-8")
+    assert "## 0.0004 times the demo's budget" in table
+    assert "| small |" in table
+
+
+def test_a_table_without_the_teacher_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="fewstep leaderboard teacher"):
+        leaderboard.write_table([result("a", {1: figures(0.5)})], tmp_path / "t.md")
