@@ -1,0 +1,212 @@
+"""Matchings against closed forms: a Gaussian student and a Gaussian teacher, expectations by quadrature in float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fewstep.diffusion import CFG
+from fewstep.methods import targets
+from fewstep.methods.matching import FDivergence, Fisher, Matching, Noised, ReverseKL, ScoreImplicit, Scores
+from support_gaussian import RF, GaussianTeacher, cond_of, f64
+
+MEAN, STD = 0.7, 0.8
+"""The teacher's samples are N(MEAN, STD^2)."""
+MU, RHO = 0.3, math.log(0.6)
+"""The student's are MU + exp(RHO) z."""
+FEW = 48
+
+
+def nodes(count: int = FEW) -> tuple[Tensor, Tensor, Tensor]:
+    """z, eps and weights of mean 1 for expectations over two independent normal numbers."""
+    x, w = np.polynomial.hermite_e.hermegauss(count)
+    z, eps = (torch.from_numpy(v.flatten()) for v in np.meshgrid(x, x))
+    weights = torch.from_numpy(np.outer(w, w).flatten())
+    return z, eps, weights / weights.mean()
+
+
+def gradients(matching: Matching, t: float, *, rho: float = RHO, logits: bool = False) -> tuple[float, float, float]:
+    """Loss and its gradients in the student's mean and log deviation; the critic is exact."""
+    mu, log_std = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (MU, rho))
+    z, eps, weights = (v.reshape(-1, 1, 1, 1, 1) for v in nodes())
+    x0, times = mu + log_std.exp() * z, torch.full((len(z),), t, dtype=torch.float64)
+    noised = Noised(x0, RF.add_noise(x0, eps, times), times, eps)
+    loss = matching.loss(noised, scores(rho, logits=logits, count=len(z)), weights.flatten())
+    loss.backward()
+    assert mu.grad is not None
+    assert log_std.grad is not None
+    return loss.item(), float(mu.grad), float(log_std.grad)
+
+
+def scores(rho: float = RHO, *, logits: bool = False, count: int) -> Scores:
+    teacher, critic = GaussianTeacher(f64(0, MEAN), STD), GaussianTeacher(f64(0, MU), math.exp(rho))
+    for network in (teacher, critic):
+        network.requires_grad_(False)
+    cond, none = (cond_of(c, count) for c in (1, 0))
+    return Scores(teacher, critic, CFG(), cond, none, ratio if logits else None)
+
+
+def spreads(t: float, rho: float = RHO) -> tuple[float, float, float, float]:
+    """a, s, and the variances of the noised teacher and student."""
+    a, s = 1 - t, t
+    return a, s, a * a * STD**2 + s * s, a * a * math.exp(2 * rho) + s * s
+
+
+def log_normal(x: Tensor, mean: float, variance: float) -> Tensor:
+    return -((x - mean) ** 2) / (2 * variance) - 0.5 * math.log(2 * math.pi * variance)
+
+
+def ratio(x_t: Tensor, t: Tensor) -> Tensor:
+    """The logits of a perfect discriminator, `[B, 1]`."""
+    a, _, v_r, v_g = spreads(float(t[0]))
+    return (log_normal(x_t, a * MEAN, v_r) - log_normal(x_t, a * MU, v_g)).flatten(1)
+
+
+@pytest.mark.parametrize("t", [0.2, 0.5, 0.9])
+def test_the_exact_weight_gives_the_gradient_of_the_kl(t: float) -> None:
+    a, _, v_r, v_g = spreads(t)
+    _, mu, rho = gradients(ReverseKL(weight="exact"), t)
+    assert mu == pytest.approx(a * a * (MU - MEAN) / v_r, rel=1e-9)
+    assert rho == pytest.approx(a * a * math.exp(2 * RHO) * (1 / v_r - 1 / v_g), rel=1e-9)
+
+
+def test_the_weight_one_is_diff_instruct() -> None:
+    """`x . (fake - real)` with no gradient in the two: its public code's loss."""
+    a, s, v_r, _ = spreads(0.5)
+    exact, one = gradients(ReverseKL(weight="exact"), 0.5)[1:], gradients(ReverseKL(weight="one"), 0.5)[1:]
+    assert one == pytest.approx([g * s * s / a / a for g in exact], rel=1e-9)
+
+
+def test_the_weight_by_distance_is_dmds() -> None:
+    torch.manual_seed(0)
+    x0 = torch.randn(4, 1, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    t, eps = torch.full((4,), 0.5, dtype=torch.float64), torch.randn(4, 1, 2, 3, 3, dtype=torch.float64)
+    noised, both = Noised(x0, RF.add_noise(x0, eps, t), t, eps), scores(count=4)
+    (mine,) = torch.autograd.grad(ReverseKL().loss(noised, both), x0)
+    with torch.no_grad():
+        real, fake = both.real(noised.x_t, t), both.fake(noised.x_t, t)
+    away = (x0 - real).abs().flatten(1).mean(1)
+    torch.testing.assert_close(mine, (fake - real) / (away.reshape(-1, 1, 1, 1, 1) + targets.FLOOR) / x0.numel())
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 1.2])
+def test_sid_with_an_exact_critic_is_one_minus_alpha_times_the_fisher_divergence(alpha: float) -> None:
+    a, s, v_r, v_g = spreads(0.4)
+    loss, *_ = gradients(Fisher(alpha=alpha, weight="one"), 0.4)
+    z, eps, weights = nodes()
+    x_t = a * (MU + math.exp(RHO) * z) + s * eps
+    gap = s * s / a * (-(x_t - a * MEAN) / v_r + (x_t - a * MU) / v_g)  # real - fake: s^2 / a times that of the scores
+    assert loss == pytest.approx((1 - alpha) * float((weights * gap**2).mean()), rel=1e-8, abs=1e-12)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0, 1.2])
+def test_sids_gradient_points_to_the_teacher_for_every_alpha(alpha: float) -> None:
+    t, equal = 0.4, math.log(STD)
+    _, s, v, _ = spreads(t, equal)
+    mu = gradients(Fisher(alpha=alpha, weight="one"), t, rho=equal)[1]
+    assert mu == pytest.approx((MU - MEAN) * s**4 / v**2, rel=1e-9)
+
+
+def test_sim_follows_the_distance_of_the_scores_with_the_samples_held() -> None:
+    """d = y^2 / 2 in x0: its gradient in the student's own score, averaged over samples that do not move."""
+    t = 0.4
+    a, s, v_r, v_g = spreads(t)
+    _, mu, rho = gradients(ScoreImplicit(distance="l2"), t)
+    z, eps, weights = nodes()
+    x_t = a * (MU + math.exp(RHO) * z) + s * eps
+    away = x_t - a * MU
+    y = -away / v_g + (x_t - a * MEAN) / v_r
+    scale = (s * s / a) ** 2
+    assert mu == pytest.approx(scale * float((weights * y * a / v_g).mean()), rel=1e-8)
+    in_rho = away * 2 * a * a * math.exp(2 * RHO) / v_g**2  # of the score -away / v_g
+    assert rho == pytest.approx(scale * float((weights * y * in_rho).mean()), rel=1e-8)
+
+
+def test_sim_with_l2_is_sid_with_alpha_one() -> None:
+    sim, sid = gradients(ScoreImplicit(distance="l2"), 0.6), gradients(Fisher(weight="one"), 0.6)
+    assert sim == pytest.approx(sid, rel=1e-12)
+
+
+def test_pseudo_huber_weighs_clips_alike() -> None:
+    """A clip whose scores are ten times as far apart has as much gradient: far above c only the direction counts."""
+    torch.manual_seed(0)
+    shape = (1, 1, 2, 4, 4)
+    direction, x0 = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+
+    class Apart(Scores):
+        def real(self, x_t: Tensor, t: Tensor) -> Tensor:
+            return 0 * x_t
+
+        def fake(self, x_t: Tensor, t: Tensor) -> Tensor:
+            return far * direction + 0 * x_t
+
+    sizes = []
+    for far in (1.0, 10.0):
+        leaf = x0.clone().requires_grad_()
+        noised = Noised(leaf, leaf, torch.ones(1, dtype=torch.float64), leaf)
+        none: Any = None
+        loss = ScoreImplicit().loss(noised, Apart(none, none, CFG(), none, none))
+        sizes.append(torch.autograd.grad(loss, leaf)[0])
+    torch.testing.assert_close(sizes[0], sizes[1], rtol=1e-5, atol=0)
+    unit = direction / direction.square().mean().sqrt()
+    torch.testing.assert_close(sizes[0], unit / x0.numel(), rtol=1e-5, atol=0)
+
+
+F: dict[str, Callable[[Tensor], Tensor]] = {
+    "reverse_kl": lambda r: -r.log(),
+    "forward_kl": lambda r: r * r.log(),
+    "js": lambda r: r * r.log() - (1 + r) * ((1 + r) / 2).log(),
+    "jeffreys": lambda r: (r - 1) * r.log(),
+    "hellinger": lambda r: 4 * (1 - r.sqrt()),
+    "softened_rkl": lambda r: (1 + r) * ((1 + r) / r).log(),
+    "neyman": lambda r: (1 - r) ** 2 / r / 2,
+}
+
+
+@pytest.mark.parametrize("kind", F)
+def test_an_f_divergence_has_its_own_gradient(kind: Any) -> None:
+    """Against finite differences of `E_student f(teacher / student)` at one time."""
+    t = 0.5
+    a, _, v_r, _ = spreads(t)
+    x = torch.linspace(-9, 9, 40001, dtype=torch.float64)
+
+    def divergence(mu: float, rho: float) -> float:
+        v_g = spreads(t, rho)[3]
+        p, q = log_normal(x, a * MEAN, v_r), log_normal(x, a * mu, v_g)
+        return float(torch.trapezoid(q.exp() * F[kind]((p - q).exp()), x))
+
+    matching = FDivergence(kind=kind, weight="exact", low=1e-300, high=1e300)
+    z, eps, weights = nodes()
+    x_t = (a * (MU + math.exp(RHO) * z) + t * eps).reshape(-1, 1, 1, 1, 1)
+    h = matching.h(ratio(x_t, torch.full((1,), t)).mean(1).exp())
+    _, mu, rho = gradients(matching, t, logits=True)
+    step = 1e-4
+    in_mu = (divergence(MU + step, RHO) - divergence(MU - step, RHO)) / (2 * step)
+    in_rho = (divergence(MU, RHO + step) - divergence(MU, RHO - step)) / (2 * step)
+    assert mu * float(h.mean()) == pytest.approx(in_mu, rel=1e-4)  # h counts relative to its mean in the batch
+    assert rho * float(h.mean()) == pytest.approx(in_rho, rel=1e-4, abs=1e-6)
+
+
+def test_reverse_kl_as_an_f_divergence_is_dmd2_bit_for_bit() -> None:
+    assert gradients(FDivergence(kind="reverse_kl"), 0.5, logits=True) == gradients(ReverseKL(), 0.5)
+
+
+def test_ratios_are_limited() -> None:
+    wide = torch.tensor([[-50.0, -50.0], [0.0, 0.0], [50.0, 50.0]])
+    h = FDivergence(kind="forward_kl").weights(wide)
+    torch.testing.assert_close(h, torch.tensor([0.1, 1.0, 20.0]) / 7.0333333)
+
+
+def test_what_cannot_work_is_refused() -> None:
+    with pytest.raises(ValueError, match="low must be below high"):
+        FDivergence(low=2.0, high=1.0)
+    with pytest.raises(ValueError, match="set its adversarial weight"):
+        gradients(FDivergence(), 0.5)
+    with pytest.raises(ValueError, match="alpha"):
+        Fisher(alpha=-1.0)
