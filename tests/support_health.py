@@ -27,7 +27,7 @@ from fewstep.diffusion import CFG, Contract, Renoise, Trig, Uniform
 from fewstep.engine import Health, Optim, Settings, train
 from fewstep.engine.health import Record, read_record
 from fewstep.engine.optim import RoleOptimizer
-from fewstep.methods import AVDM2, DMD2, Consistency, KnowledgeDistillation, Method, Nets, Progressive
+from fewstep.methods import AVDM2, DMD2, Adversary, Consistency, KnowledgeDistillation, Method, Nets, Progressive
 from fewstep.methods.rollouts import NESTED, BackwardSimulation, FromPairs, student_contract
 from fewstep.models import VideoModel
 from fewstep.world.data import WorldClips, encode
@@ -229,8 +229,8 @@ SOUND_RUNS: dict[str, tuple[Method, Settings]] = {
     ),
     "AVDM2": (
         AVDM2(
-            score="video", rollout=QUICK.rollout, guidance=QUICK.guidance, critic_updates=1, adversarial=0.1,
-            adversarial_density=Uniform(low=0.2, high=0.9), layers=(2, 4, 5),
+            score="video", rollout=QUICK.rollout, guidance=QUICK.guidance, critic_updates=1,
+            adversary=Adversary(weight=0.1, density=Uniform(low=0.2, high=0.9), layers=(2, 4, 5), joint=True),
         ),
         settings(student=FAST, critic=FAST, discriminator=FAST),
     ),

@@ -16,7 +16,7 @@ from fewstep.cli import main
 from fewstep.core import Batch, Call, Cond, RecipeError, Rng, Seeds
 from fewstep.diffusion import CFG, DDIM, Betas, Contract, Prediction, Timesteps
 from fewstep.engine.nets import build_nets
-from fewstep.methods import DMD2, BackwardSimulation
+from fewstep.methods import DMD2, Adversary, BackwardSimulation
 from fewstep.models import Denoiser, VideoModel
 from fewstep.models.adapters.codecs.frame_codec import FrameCodec
 from fewstep.models.adapters.ddpm import contract_of, kind_of, path_of
@@ -216,7 +216,9 @@ def test_what_a_family_does_not_have_is_refused(folder: Path) -> None:
 
 def test_a_discriminator_reads_several_scales(model: VideoModel) -> None:
     """Frozen features, trained heads; the student's gradient passes through the features."""
-    method = DMD2(gan=0.1, layers=(0, 1, 3), guidance=CFG(scale=3.0), rollout=BackwardSimulation(grids=((1.0, 0.5),)))
+    method = DMD2(
+        adversary=Adversary(layers=(0, 1, 3)), guidance=CFG(scale=3.0), rollout=BackwardSimulation(grids=((1.0, 0.5),))
+    )
     nets, (cond, uncond) = build_nets(model, method, seed=0), model.encode_text(PROMPTS)
     shape = (4, 2, 8, 8)
     batch = Batch(cond=cond, uncond=uncond, latent_shape=shape, x0=Rng(0).randn((2, *shape), "x0"))
@@ -230,7 +232,7 @@ def test_a_discriminator_reads_several_scales(model: VideoModel) -> None:
         nets[role].requires_grad_(False)
     assert all(p.grad is None for role in ("teacher", "critic") for p in nets[role].parameters())
     with pytest.raises(ValueError, match=r"layers must be from -7 to 6, .*; got \[7\]"):
-        build_nets(model, DMD2(gan=0.1, layers=(7,)), seed=0)
+        build_nets(model, DMD2(adversary=Adversary(layers=(7,))), seed=0)
 
 
 @pytest.mark.parametrize("name", ["stable_diffusion", pytest.param("animatediff", marks=pytest.mark.slow)])

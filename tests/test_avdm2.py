@@ -20,7 +20,7 @@ from fewstep.engine.checkpoint import checkpoints
 from fewstep.engine.outline import Outline
 from fewstep.engine.prepare import prepare
 from fewstep.engine.run import Run
-from fewstep.methods import AVDM2, BackwardSimulation, Nets, in_forwards
+from fewstep.methods import AVDM2, Adversary, BackwardSimulation, Nets, in_forwards
 from fewstep.methods.frames import fold_frames
 from fewstep.models import JointHead, Lora, TextEncoder, VideoModel
 from fewstep.models.lora import adapters
@@ -45,7 +45,7 @@ B, F, K = 3, 5, 2
 SHAPE = (2, F, 3, 4)
 VIDEO, IMAGE = RF, VP()
 METHOD = AVDM2(
-    image_teacher=TinyImages(), rollout=ONE_STEP, frames=K, guidance=CFG(scale=2.5), score_weight=0.7, adversarial=0.0
+    image_teacher=TinyImages(), rollout=ONE_STEP, frames=K, guidance=CFG(scale=2.5), score_weight=0.7, adversary=None
 )
 ENGINE = AVDM2(image_teacher=TinyImages(), frames=2, rollout=BackwardSimulation(grids=((1.0, 0.5),)))
 
@@ -243,7 +243,7 @@ def test_the_discriminator_looks_on_the_video_path_with_the_clips_own_conditions
     batch = replace(batch_of(x0=Rng(0).randn((B, *SHAPE), "x0").double() + 2), cond=conds_of(labels))
     nets = gaussian_nets()
     nets = Nets({**nets, "teacher": Asked(nets.teacher), "discriminator": MeanHead()})
-    method = replace(METHOD, adversarial=0.3)
+    method = replace(METHOD, adversary=replace(AVDM2().adversary, weight=0.3))
     losses = terms(method.critic_loss(0, nets, batch, Rng(0)))
     loss = terms(method.student_loss(nets, batch, Rng(0)))["adversarial"]
     real, made, again = nets.teacher.questions
@@ -270,7 +270,9 @@ def test_a_better_discriminator_tells_them_apart(adversarial: Any) -> None:
     assert losses[0] == pytest.approx(1.386, abs=0.4)
     assert losses[-1] < 0.5 * losses[0]
     clips = (batch.x0 * 0.3 + 1, nets.student.clips.detach())
-    real, made = (method.logits(nets, x, batch.cond, Rng(1)).detach() for x in clips)
+    t = torch.full((len(batch),), 0.2, dtype=torch.float64)
+    shown = (nets.teacher.path.add_noise(x, Rng(1).randn(x.shape, "eps"), t) for x in clips)
+    real, made = (method.adversary.logits(nets, x_t, t, batch.cond).detach() for x_t in shown)
     assert float(real.mean()) > 1 and float(made.mean()) < -1, "large logits mean real"
 
 
@@ -282,17 +284,18 @@ def test_fields_say_who_is_there_and_what_is_read() -> None:
     assert set(AVDM2().aux()) == {"image_critic", "discriminator"}
     assert set(AVDM2(score="video").aux()) == {"critic", "discriminator"}
     assert set(AVDM2(score="none").aux()) == {"discriminator"}
-    assert set(AVDM2(adversarial=0.0).aux()) == {"image_critic"}
-    assert AVDM2().needs == {"prompts", "x0"} and AVDM2(adversarial=0.0).needs == {"prompts"}
+    assert set(AVDM2(adversary=None).aux()) == {"image_critic"}
+    assert AVDM2().needs == {"prompts", "x0"} and AVDM2(adversary=None).needs == {"prompts"}
     assert [update.roles for update in ENGINE.updates(0)] == [("image_critic", "discriminator")] * 2 + [("student",)]
     assert in_forwards(AVDM2().cost()) == "9.5, 9 of 4 frames, 6 of the first 2 blocks"
     assert in_forwards(AVDM2(score="video").cost()) == "18.5, 6 of the first 2 blocks"
     assert in_forwards(AVDM2(score="none", critic_updates=1).cost()) == "7, 4 of the first 2 blocks"
     assert [AVDM2().critic, AVDM2(score="video").critic, AVDM2(score="none").critic] == ["image_critic", "critic", None]
     for wrong, said in (
-        ({"score": "none", "adversarial": 0.0}, "leave no loss for the student"),
+        ({"score": "none", "adversary": None}, "leave no loss for the student"),
         ({"score": "video", "image_teacher": TinyImages()}, "does not use an image teacher"),
         ({"frames": 0}, "at least 1"),
+        ({"adversary": Adversary()}, "adversary.density is null"),
     ):
         with pytest.raises(ValueError, match=said):
             AVDM2(**wrong)

@@ -13,11 +13,11 @@ pytest.importorskip("diffusers", reason="needs the extra diffusers")
 
 from fewstep.core import Batch, Rng
 from fewstep.data.base import Data, Source
-from fewstep.diffusion import CFG, Betas
+from fewstep.diffusion import CFG, Betas, Uniform
 from fewstep.engine import Optim, Settings
 from fewstep.engine.outline import Outline
 from fewstep.engine.prepare import prepare
-from fewstep.methods import AVDM2, BackwardSimulation
+from fewstep.methods import AVDM2, Adversary, BackwardSimulation
 from fewstep.models import VideoModel
 from fewstep.models.source import Diffusers
 from fewstep.recipe import Recipe
@@ -49,7 +49,8 @@ def recipe(tmp_path: Path) -> Recipe:
         make().save_pretrained(tmp_path / name)
     method = AVDM2(
         image_teacher=Diffusers(source=str(tmp_path / "stable_diffusion")),
-        rollout=BackwardSimulation(grids=((1.0, 0.5),)), frames=2, guidance=CFG(scale=3.0), layers=(0, 1, 3),
+        rollout=BackwardSimulation(grids=((1.0, 0.5),)), frames=2, guidance=CFG(scale=3.0),
+        adversary=Adversary(weight=0.01, density=Uniform(high=0.5), layers=(0, 1, 3), joint=True),
     )  # fmt: skip
     critics = Optim(lr=1e-3, weight_decay=0.01)
     optim = {

@@ -100,7 +100,7 @@ def test_of_another_model_only_the_denoiser_is_read(tmp_path: Path) -> None:
         source.load()
     alone = source.load(parts=("denoiser",))
     assert set(alone.parts) == set(alone.card.parts) == {"denoiser"}
-    method = AVDM2(image_teacher=source, frames=2, adversarial=0.0)
+    method = AVDM2(image_teacher=source, frames=2, adversary=None)
     run = prepare(tiny_model(), method, WorldClips(num_frames=FRAMES), small(1), tmp_path / "run")
     assert fingerprint(run.nets.image_teacher) == fingerprint(tiny_model(seed=7).denoiser)
 

@@ -253,7 +253,7 @@ def test_explain_shows_defaults_sources_and_overrides(said, tiny: Path) -> None:
 
 def test_dry_run_loads_and_writes_nothing(said, tiny: Path) -> None:
     before = sorted(tiny.parent.rglob("*"))
-    code, out, _ = said("distill", tiny, "--dry-run", "--method.gan", "0.01")
+    code, out, _ = said("distill", tiny, "--dry-run", "--method.adversary", "{weight: 0.01}")
     assert code == 0, out
     for word in ("teacher", "student", "critic", "discriminator", "VideoDiT", "[2, 4, 4, 8, 8]", "MiB"):
         assert word in out, out

@@ -25,7 +25,7 @@ from fewstep.engine.optim import RoleOptimizer, learning_rate
 from fewstep.engine.prepare import prepare
 from fewstep.engine.preview import HEAD
 from fewstep.engine.run import Run
-from fewstep.methods import DMD2, Copy, FlowMatching, Method, Nets, Sync, Update
+from fewstep.methods import DMD2, Adversary, Copy, FlowMatching, Method, Nets, Sync, Update
 from fewstep.models import Backbone, Card, FeatureHeads, VideoModel, fingerprint
 from fewstep.models.averaging import blend
 from support_engine import CASES, FRAMES, LONG, Everything, TinyImages, small, tiny_model
@@ -345,12 +345,12 @@ def test_moments_wait_on_the_cpu_and_come_back() -> None:
 def test_roles_begin_frozen_and_equal(tmp_path: Path) -> None:
     model = tiny_model()
     torch.manual_seed(0)
-    nets = build_nets(model, DMD2(gan=0.1), seed=3)
+    nets = build_nets(model, DMD2(adversary=Adversary()), seed=3)
     assert not any(p.requires_grad for net in nets.values() for p in net.parameters())
     assert fingerprint(nets.student) == fingerprint(nets.critic) == fingerprint(nets.teacher)
     assert not {p.data_ptr() for p in nets.student.parameters()} & {p.data_ptr() for p in nets.critic.parameters()}
     torch.manual_seed(1)
-    again, other = (build_nets(model, DMD2(gan=0.1), seed=seed) for seed in (3, 4))
+    again, other = (build_nets(model, DMD2(adversary=Adversary()), seed=seed) for seed in (3, 4))
     assert fingerprint(nets.discriminator) == fingerprint(again.discriminator) != fingerprint(other.discriminator)
     images = TinyImages().load()
     mixed = build_nets(model, CASES["AVDM2"], seed=3, others={"image_teacher": images})
@@ -395,7 +395,7 @@ def test_only_the_named_roles_move_and_train(tmp_path: Path) -> None:
 
 
 def test_heads_are_made_for_the_layers_asked_for(tmp_path: Path) -> None:
-    run = prepared(tmp_path, DMD2(gan=0.1, layers=(0, -1)), small(1))
+    run = prepared(tmp_path, DMD2(adversary=Adversary(layers=(0, -1))), small(1))
     assert isinstance(run.nets.discriminator, FeatureHeads) and len(run.nets.discriminator.heads) == 2
 
 
@@ -503,7 +503,7 @@ def test_a_bad_probe_figure_stops_the_run(tmp_path: Path) -> None:
         (CASES["Reconstruction"], {"compile": True}, "settings.compile is for denoisers"),
         (CASES["ReadAttributes-features"], {"preview_every": 1}, "settings.preview_every is for denoisers"),
         (CASES["Reconstruction"], {"optim": {"student": Optim(type="muon")}}, "give its role an entry of type adamw"),
-        (DMD2(gan=0.1), {"optim": {"student": Optim(type="muon")}}, "this FeatureHeads has none"),
+        (DMD2(adversary=Adversary()), {"optim": {"student": Optim(type="muon")}}, "this FeatureHeads has none"),
         (
             DMD2(),
             {"optim": {"student": Optim(lr_of={"motion": 1e-4})}},
@@ -754,8 +754,8 @@ def test_every_variant_of_a_block_compiles(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_trained_roles_are_those_that_some_step_trains() -> None:
-    assert trained_roles(DMD2(gan=0.1, warmup=3), 3) == ("critic", "discriminator")
-    assert trained_roles(DMD2(gan=0.1, warmup=3), 10**9) == ("critic", "discriminator", "student")
+    assert trained_roles(DMD2(adversary=Adversary(), warmup=3), 3) == ("critic", "discriminator")
+    assert trained_roles(DMD2(adversary=Adversary(), warmup=3), 10**9) == ("critic", "discriminator", "student")
     assert trained_roles(CASES["Progressive"], 10) == ("student",)
 
 

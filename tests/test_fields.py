@@ -26,17 +26,22 @@ from fewstep.evaluate import Entry, RealClips, Suite, evaluate
 from fewstep.methods import (
     DMD2,
     HISTORIES,
+    MATCHINGS,
     METHODS,
     REWARDS,
     ROLLOUTS,
+    Adversary,
     DiffusionForced,
     ErrorRecycling,
+    FDivergence,
+    Fisher,
     FlowMatching,
     FromData,
     Method,
     MotionReward,
     MovingBuffer,
     RollingForced,
+    ScoreImplicit,
     SelfForced,
     StreamingLong,
     TeacherForced,
@@ -215,6 +220,9 @@ def test_methods_and_rollouts_read_every_field(unread: Callable[..., set[str]], 
     cases["rolling"] = DMD2(critic_updates=1, rollout=RollingForced())
     cases["long"] = DMD2(critic_updates=1, rollout=SelfForced(clips=2, overlap=1))
     cases["streaming long"] = DMD2(critic_updates=1, rollout=StreamingLong())
+    cases["f"] = DMD2(critic_updates=1, adversary=Adversary(r2=1.0), matching=FDivergence())
+    cases["sid"] = DMD2(critic_updates=1, matching=Fisher())
+    cases["sim"] = DMD2(critic_updates=1, matching=ScoreImplicit())
     cases["reward"] = DMD2(critic_updates=1, reward=MotionReward())
     recycling = ErrorRecycling(past=0.0)
     cases["recycling"] = FlowMatching(recycling=recycling)
@@ -232,7 +240,7 @@ def test_methods_and_rollouts_read_every_field(unread: Callable[..., set[str]], 
                 run.iterate()
             run.student()
 
-    assert not unread((*METHODS, *ROLLOUTS, *HISTORIES, *REWARDS, ErrorRecycling), action)
+    assert not unread((*METHODS, *MATCHINGS, Adversary, *ROLLOUTS, *HISTORIES, *REWARDS, ErrorRecycling), action)
 
 
 def test_settings_read_every_field(unread: Callable[..., set[str]], tmp_path: Path) -> None:

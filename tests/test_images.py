@@ -341,7 +341,7 @@ def test_the_known_frame_is_not_trained_on(model: VideoModel, videos: Path, tmp_
 
 def test_single_frames_of_clips_that_begin_with_an_image_are_refused(model: VideoModel) -> None:
     """Before anything is loaded, and by the network, whoever asks it."""
-    own, method = AVDM2(adversarial=0), FlowMatching(image_fraction=0.5)
+    own, method = AVDM2(adversary=None), FlowMatching(image_fraction=0.5)
     for refused, role in ((method, "student"), (own, "teacher")):
         with pytest.raises(ValueError, match=f"shows single frames to the {role}, and"):
             require_possible(refused, settings(1), model.card, None)

@@ -43,7 +43,7 @@ def result(name: str, rows: dict[int, Figures], *, budget: float = 1.0, seed: in
 
 def test_the_unit_is_a_forward_pass_of_the_teacher_on_a_whole_clip() -> None:
     teacher = VideoModel.from_pretrained("world")
-    assert (CLIP, BLOCKS) == (teacher.card.num_frames, len(teacher.denoiser.backbone.blocks))
+    assert (teacher.card.num_frames, len(teacher.denoiser.backbone.blocks)) == (CLIP, BLOCKS)
     assert share(Work("student", 3), frames=16) == 3
     assert share(Work("critic", 3, frames=4), frames=16) == 0.75
     assert share(Work("teacher", 2, layers=(0, 1)), frames=16, blocks=8) == 0.5

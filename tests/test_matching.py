@@ -49,7 +49,7 @@ def scores(rho: float = RHO, *, logits: bool = False, count: int) -> Scores:
     for network in (teacher, critic):
         network.requires_grad_(False)
     cond, none = (cond_of(c, count) for c in (1, 0))
-    return Scores(teacher, critic, CFG(), cond, none, ratio if logits else None)
+    return Scores(teacher, critic, CFG(), cond, none, logits=ratio if logits else None)
 
 
 def spreads(t: float, rho: float = RHO) -> tuple[float, float, float, float]:
@@ -78,7 +78,7 @@ def test_the_exact_weight_gives_the_gradient_of_the_kl(t: float) -> None:
 
 def test_the_weight_one_is_diff_instruct() -> None:
     """`x . (fake - real)` with no gradient in the two: its public code's loss."""
-    a, s, v_r, _ = spreads(0.5)
+    a, s, *_ = spreads(0.5)
     exact, one = gradients(ReverseKL(weight="exact"), 0.5)[1:], gradients(ReverseKL(weight="one"), 0.5)[1:]
     assert one == pytest.approx([g * s * s / a / a for g in exact], rel=1e-9)
 
@@ -140,14 +140,16 @@ def test_pseudo_huber_weighs_clips_alike() -> None:
     direction, x0 = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
 
     class Apart(Scores):
+        far = 1.0
+
         def real(self, x_t: Tensor, t: Tensor) -> Tensor:
             return 0 * x_t
 
         def fake(self, x_t: Tensor, t: Tensor) -> Tensor:
-            return far * direction + 0 * x_t
+            return self.far * direction + 0 * x_t
 
     sizes = []
-    for far in (1.0, 10.0):
+    for Apart.far in (1.0, 10.0):
         leaf = x0.clone().requires_grad_()
         noised = Noised(leaf, leaf, torch.ones(1, dtype=torch.float64), leaf)
         none: Any = None
@@ -182,7 +184,7 @@ def test_an_f_divergence_has_its_own_gradient(kind: Any) -> None:
         return float(torch.trapezoid(q.exp() * F[kind]((p - q).exp()), x))
 
     matching = FDivergence(kind=kind, weight="exact", low=1e-300, high=1e300)
-    z, eps, weights = nodes()
+    z, eps, _ = nodes()
     x_t = (a * (MU + math.exp(RHO) * z) + t * eps).reshape(-1, 1, 1, 1, 1)
     h = matching.h(ratio(x_t, torch.full((1,), t)).mean(1).exp())
     _, mu, rho = gradients(matching, t, logits=True)

@@ -23,7 +23,7 @@ from fewstep.engine.memory import FLOAT, Holding, Means, Phase, Plan, fitting, o
 from fewstep.engine.outline import Drawn, Outline
 from fewstep.engine.precision import autocast, float32
 from fewstep.engine.prepare import prepare
-from fewstep.methods import AVDM2, DMD2, BackwardSimulation, Consistency, Method, Update
+from fewstep.methods import AVDM2, DMD2, Adversary, BackwardSimulation, Consistency, Method, Update
 from fewstep.models import Card, FrameAutoencoder, Lora, VideoModel
 from fewstep.models.bundle import read_card
 from fewstep.models.fingerprint import describe
@@ -389,11 +389,11 @@ class Glance(torch.nn.Module):
 @pytest.mark.parametrize(
     "method",
     [
-        DMD2(rollout=WITHOUT_DRAWS, critic_updates=2, gan=0.1, r1=0.1),
+        DMD2(rollout=WITHOUT_DRAWS, critic_updates=2, adversary=Adversary(weight=0.1, r1=0.1)),
         Consistency(),
         AVDM2(rollout=WITHOUT_DRAWS, frames=1, critic_updates=1),
         AVDM2(rollout=WITHOUT_DRAWS, frames=3, critic_updates=1, image_teacher=TinyImages(depth=6)),
-        AVDM2(rollout=WITHOUT_DRAWS, score="video", adversarial=0.0, critic_updates=1),
+        AVDM2(rollout=WITHOUT_DRAWS, score="video", adversary=None, critic_updates=1),
     ],
     ids=["DMD2", "Consistency", "one frame", "a large image teacher", "video"],
 )

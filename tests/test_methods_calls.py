@@ -17,6 +17,7 @@ from fewstep.diffusion import CFG, DDIM, Contract, Heun, NoisePath, Renoise, Shi
 from fewstep.diffusion import Grid as TimeGrid
 from fewstep.methods import (
     DMD2,
+    Adversary,
     BackwardSimulation,
     Consistency,
     FlowMatching,
@@ -26,6 +27,7 @@ from fewstep.methods import (
     Progressive,
     ReadAttributes,
     Reconstruction,
+    ReverseKL,
     Sync,
     Update,
 )
@@ -83,7 +85,7 @@ METHOD = DMD2(
     score_density=Uniform(low=0.3, high=0.4),
     critic_density=Uniform(low=0.8, high=0.9),
 )
-ADVERSARIAL = replace(METHOD, gan=0.03, r1=2.0, rho=0.1)
+ADVERSARIAL = replace(METHOD, adversary=Adversary(weight=0.03, r1=2.0, rho=0.1))
 
 
 def dmd2_nets() -> Nets:
@@ -157,12 +159,14 @@ def test_dmd2_weighs_its_regression_on_stored_endpoints() -> None:
 
 def test_dmd2_weighs_the_motion_of_the_same_scores() -> None:
     nets, batch = dmd2_nets(), make_batch()
-    loss = terms(replace(METHOD, motion=0.2).student_loss(nets, batch, Rng(0)))["motion"]
+    without = terms(METHOD.student_loss(dmd2_nets(), batch, Rng(0)))["matching"]
+    both = terms(replace(METHOD, matching=ReverseKL(motion=0.2)).student_loss(nets, batch, Rng(0)))["matching"]
     (seen,), made = nets.critic.questions, nets.student.net.clips.detach()
     teacher, cond, null = nets.teacher.net, conds_of(LABELS), cond_of(0, B)
     plain, free = (teacher(seen.x_t, seen.t, c).x0.detach() for c in (cond, null))
     fake = nets.critic.net(seen.x_t, seen.t, cond).x0.detach()
-    torch.testing.assert_close(loss.detach(), 0.2 * motion_matching(made, free + 2.5 * (plain - free), fake))
+    moved = 0.2 * motion_matching(made, free + 2.5 * (plain - free), fake)
+    torch.testing.assert_close((both - without).detach(), moved)
 
 
 @pytest.mark.parametrize("weak", [0.0, 0.25])

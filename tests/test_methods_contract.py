@@ -10,17 +10,32 @@ from torch import nn
 
 from fewstep.core import Batch, Pairs, Rng
 from fewstep.core.build import build, dump
-from fewstep.diffusion import CFG, DDIM, DENSITIES, Contract, Heun, RectifiedFlow, Renoise, Shifted, uniform_grid
+from fewstep.diffusion import (
+    CFG,
+    DDIM,
+    DENSITIES,
+    Contract,
+    Heun,
+    RectifiedFlow,
+    Renoise,
+    Shifted,
+    Uniform,
+    uniform_grid,
+)
 from fewstep.methods import (
     AVDM2,
     DMD2,
     HISTORIES,
+    MATCHINGS,
     METHODS,
     REWARDS,
     ROLLOUTS,
+    Adversary,
     BackwardSimulation,
     Consistency,
     Copy,
+    FDivergence,
+    Fisher,
     FlowMatching,
     FromData,
     KnowledgeDistillation,
@@ -31,6 +46,8 @@ from fewstep.methods import (
     Progressive,
     ReadAttributes,
     Reconstruction,
+    ReverseKL,
+    ScoreImplicit,
     Sync,
 )  # fmt: skip
 from fewstep.methods.frames import fold_frames
@@ -44,24 +61,32 @@ from support_engine import TinyImages
 from support_gaussian import ONE_STEP, terms
 
 B, SHAPE, SIZES = 2, (4, 3, 4, 4), (3, 5)
-METHOD_NAMES = {cls.__name__: cls for cls in (*METHODS, *ROLLOUTS, *HISTORIES, *REWARDS, *DENSITIES)}
+METHOD_NAMES = {
+    cls.__name__: cls for cls in (*METHODS, *MATCHINGS, Adversary, *ROLLOUTS, *HISTORIES, *REWARDS, *DENSITIES)
+}
 CASES: dict[str, Method] = {cls.__name__: cls() for cls in METHODS} | {
     "FlowMatching-images": FlowMatching(image_fraction=1.0, images_per_clip=2, cond_drop=0.5),
     "ReadAttributes-features": ReadAttributes(of="features"),
     "Progressive-unguided": Progressive(stages=((1, 5),), guidance=CFG()),
     "Consistency-unguided": Consistency(guidance=CFG(), skip=3),
-    "DMD2-gan": DMD2(critic_updates=2, gan=0.03, r1=1.0, layers=(0, -1)),
+    "DMD2-gan": DMD2(critic_updates=2, adversary=Adversary(r1=1.0, layers=(0, -1))),
     "DMD2-one-step": DMD2(critic_updates=1, rollout=ONE_STEP),
     "DMD2-three-grids": DMD2(critic_updates=1, rollout=BackwardSimulation(grids=NESTED, shift=3.0, mode="ode")),
     "DMD2-data": DMD2(critic_updates=1, rollout=FromData()),
     "DMD2-anchor": DMD2(critic_updates=1, anchor=0.25),
-    "DMD2-motion": DMD2(critic_updates=1, motion=0.2),
+    "DMD2-motion": DMD2(critic_updates=1, matching=ReverseKL(motion=0.2)),
     "DMD2-reward": DMD2(critic_updates=1, reward=MotionReward()),
+    "DMD2-align": DMD2(critic_updates=1, align=0.03),
+    "DMD2-f-divergence": DMD2(critic_updates=1, adversary=Adversary(), matching=FDivergence()),
+    "DMD2-relativistic": DMD2(critic_updates=1, adversary=Adversary(loss="relativistic", r2=1.0, density=Uniform())),
+    "DMD2-hinge": DMD2(critic_updates=1, adversary=Adversary(loss="hinge", joint=True)),
+    "DMD2-sid": DMD2(critic_updates=1, matching=Fisher(alpha=1.2), critic_guidance=CFG(scale=3.0)),
+    "DMD2-sim": DMD2(critic_updates=1, matching=ScoreImplicit()),
     "DMD2-weak": DMD2(critic_updates=1, weak=0.25),
     "AVDM2-image-teacher": AVDM2(image_teacher=TinyImages(), frames=2),
     "AVDM2-video-score": AVDM2(score="video"),
     "AVDM2-adversarial-only": AVDM2(score="none"),
-    "AVDM2-score-only": AVDM2(adversarial=0.0, guidance=CFG()),
+    "AVDM2-score-only": AVDM2(adversary=None, guidance=CFG()),
 }
 cases = pytest.mark.parametrize("method", CASES.values(), ids=CASES.keys())
 

@@ -11,6 +11,7 @@ from fewstep.core import Pairs, Rng
 from fewstep.diffusion import CFG, VP, Contract, NoisePath, Trig, from_x0, uniform_grid
 from fewstep.methods import (
     DMD2,
+    Adversary,
     Consistency,
     FromPairs,
     KnowledgeDistillation,
@@ -252,7 +253,7 @@ def test_dmd2_order_and_number_of_updates() -> None:
     method = DMD2(critic_updates=3, warmup=2)
     assert [u.roles for u in method.updates(2)] == [("critic",)] * 3 + [("student",)]
     assert [u.roles for u in method.updates(1)] == [("critic",)] * 3
-    adversarial = DMD2(critic_updates=1, gan=0.01)
+    adversarial = DMD2(critic_updates=1, adversary=Adversary())
     assert [u.roles for u in adversarial.updates(0)] == [("critic", "discriminator"), ("student",)]
 
 
@@ -269,7 +270,7 @@ def test_dmd2_critic_turns_see_fresh_samples() -> None:
 
 def test_dmd2_needs_follow_its_fields_and_costs_follow_the_paper() -> None:
     assert DMD2().needs == {"prompts"}
-    assert DMD2(gan=0.01).needs == {"prompts", "x0"}
+    assert DMD2(adversary=Adversary()).needs == {"prompts", "x0"}
     assert DMD2(anchor=0.25).needs == {"prompts", "pairs"}
     forwards = {n: sum(work.forwards for work in DMD2(critic_updates=n).cost()) for n in (1, 5)}
     assert forwards == {1: 7.5 + 5.5, 5: 7.5 + 5 * 5.5}

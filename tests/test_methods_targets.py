@@ -92,13 +92,13 @@ def test_pseudo_huber_limits() -> None:
 
 def test_adversarial_terms() -> None:
     zero, right, wrong = torch.zeros(4, 2), torch.full((4, 2), 20.0), torch.full((4, 2), -20.0)
-    assert math.isclose(float(targets.adversarial_discriminator(zero, zero)), 2 * math.log(2), rel_tol=1e-6)
-    assert targets.adversarial_discriminator(right, wrong) < 1e-6 < targets.adversarial_generator(wrong)
-    assert targets.adversarial_generator(right) < 1e-6
+    assert math.isclose(float(targets.discriminator("softplus", zero, zero)), 2 * math.log(2), rel_tol=1e-6)
+    assert targets.discriminator("softplus", right, wrong) < 1e-6 < targets.generator("softplus", wrong)
+    assert targets.generator("softplus", right) < 1e-6
     a, b = torch.tensor([[1.0, -2.0], [0.5, 3.0]]), torch.tensor([[-0.3, 0.2], [2.0, -1.0]])
     soft = lambda x: float((1 + x.double().exp()).log().mean())  # noqa: E731 - the mean over all logits
-    assert float(targets.adversarial_generator(a)) == pytest.approx(soft(-a))
-    assert float(targets.adversarial_discriminator(a, b)) == pytest.approx(soft(-a) + soft(b))
+    assert float(targets.generator("softplus", a)) == pytest.approx(soft(-a))
+    assert float(targets.discriminator("softplus", a, b)) == pytest.approx(soft(-a) + soft(b))
 
 
 def test_approximate_r1_is_the_squared_gradient() -> None:

@@ -151,7 +151,7 @@ def test_a_missing_file_names_the_nearest(tiny: Path) -> None:
 def test_hash_depends_on_values_only(tiny: Path) -> None:
     recipe = Recipe.load(tiny)
     tiny.write_text(
-        TINY.replace("method: {type: DMD2, critic_updates: 2}", "method: {critic_updates: 2, type: DMD2, gan: 0}")
+        TINY.replace("method: {type: DMD2, critic_updates: 2}", "method: {critic_updates: 2, type: DMD2, anchor: 0}")
     )
     assert Recipe.load(tiny).hash == recipe.hash
     assert recipe.override([("settings.seed", "1")]).hash != recipe.hash
@@ -163,7 +163,9 @@ def test_check_refuses_before_any_weight(tiny: Path) -> None:
     recipe = Recipe.load(tiny)
     assert recipe.check().num_frames == 4
     with pytest.raises(DataError, match="DMD2 needs x0"):
-        recipe.override([("method.gan", "0.01"), ("data", "{type: Prompts, path: nowhere.txt}")]).check()
+        recipe.override(
+            [("method.adversary", "{weight: 0.01}"), ("data", "{type: Prompts, path: nowhere.txt}")]
+        ).check()
     with pytest.raises(ValueError, match=r"settings.optim.critc: no such role is trained; did you mean critic\?"):
         recipe.override([("settings.optim.critc.lr", "1e-3")]).check()
     with pytest.raises(RecipeError, match="trains the codec, but the model has only denoiser, text"):

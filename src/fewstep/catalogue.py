@@ -18,7 +18,7 @@ from fewstep.core.shipped import headline, shipped
 from fewstep.data import DATA
 from fewstep.diffusion import DENSITIES, GRIDS, GUIDANCES, PATHS, SAMPLERS
 from fewstep.engine import Health, Settings, WorldProbe
-from fewstep.methods import HISTORIES, METHODS, REWARDS, ROLLOUTS
+from fewstep.methods import HISTORIES, MATCHINGS, METHODS, REWARDS, ROLLOUTS, Adversary
 from fewstep.models import NETWORKS
 from fewstep.models.known import KNOWN, Known
 from fewstep.models.source import Diffusers, Pretrained, Previous, Scratch
@@ -33,6 +33,8 @@ KINDS: Mapping[str, tuple[Callable[..., Any], ...]] = MappingProxyType({
     "data": (*DATA, WorldClips, WorldScripts, WorldActions),
     "rollouts": ROLLOUTS,
     "histories": HISTORIES,
+    "matchings": MATCHINGS,
+    "adversaries": (Adversary,),
     "rewards": REWARDS,
     "patterns": PATTERNS,
     "memories": KEEPS,

@@ -40,6 +40,8 @@ class List(Command):
             "data",
             "rollouts",
             "histories",
+            "matchings",
+            "adversaries",
             "rewards",
             "patterns",
             "memories",

@@ -75,7 +75,9 @@ def run(this: Run, results: Path, folder: Path, *, suite: Suite = SUITE, quiet: 
     peak, _ = peak_memory(lambda: recipe.complete(place / "run", quiet=quiet))
     seconds = time.monotonic() - began
     student = recipe.run(place / "run", quiet=True)
-    rows, floor = _measured(student, tuple(n for n in COUNTS if n in student.card.contract.counts), place / FIGURES, suite)
+    rows, floor = _measured(
+        student, tuple(n for n in COUNTS if n in student.card.contract.counts), place / FIGURES, suite
+    )
     result = Result(
         name=this.contestant.name, method=this.contestant.method, code=this.contestant.code, budget=this.budget,
         seed=this.seed, iterations=_iterations(recipe), spent=spent + work(recipe), seconds=seconds,
@@ -109,7 +111,9 @@ def teacher_measured(results: Path) -> bool:
     return path.is_file() and load_result(path).code == VideoModel.from_pretrained("world").fingerprint("denoiser")
 
 
-def _measured(model: VideoModel, counts: tuple[int, ...], folder: Path, suite: Suite) -> tuple[dict[int, Figures], float]:
+def _measured(
+    model: VideoModel, counts: tuple[int, ...], folder: Path, suite: Suite
+) -> tuple[dict[int, Figures], float]:
     """Figures by number of steps, and the distance of rendered clips to others."""
     model = model.prepared(Runtime())
     report = evaluate([Entry(name=str(n), model=model, steps=n) for n in counts], suite, folder)

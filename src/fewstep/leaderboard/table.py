@@ -24,7 +24,8 @@ is missing and writes this page. Each run is one JSON file in `bench/leaderboard
 
 - **Budget**: forward passes of the teacher on one clip, {demo:,.0f} of them, as many as `fewstep demo` trains with. A backward
   pass counts two. Pairs that are stored before a run count too.
-- **Student**: the best of {probes} of its run by one rule: mean over step counts of accuracy - 0.1 log(distance), on other prompts.
+- **Student**: the best of {probes} of its run by one rule: mean over step counts of accuracy - 0.1 log(distance), on other
+  prompts.
 - **Figures**: {clips} clips of {prompts} prompts. Accuracy: all six attributes of the prompt are right. Distance: Frechet, to
   rendered clips of the same prompts, whose own distance is {floor:.2f}. Motion and diversity are relative to the teacher at its
   own steps.
@@ -120,7 +121,8 @@ def said(results: Sequence[Result]) -> list[str]:
     if not verdicts:
         return []
     lines = [
-        f"- {v.claim.text} ({v.claim.cite}) **{v.outcome}**: {v.claim.figure} at {v.claim.steps}, {v.better:.2f} and {v.worse:.2f}."
+        f"- {v.claim.text} ({v.claim.cite}) **{v.outcome}**: {v.claim.figure} at {v.claim.steps}, "
+        f"{v.better:.2f} and {v.worse:.2f}."
         for v in verdicts
     ]
     return ["What papers claim, at this budget:", "", *lines, ""]

@@ -1,5 +1,6 @@
 """Distillation methods: one file per algorithm, listed in METHODS."""
 
+from fewstep.methods.adversary import Adversary
 from fewstep.methods.attributes import ReadAttributes
 from fewstep.methods.avdm2 import AVDM2
 from fewstep.methods.base import Method, Nets, Sync, Update
@@ -8,6 +9,7 @@ from fewstep.methods.dmd2 import DMD2
 from fewstep.methods.flow_matching import FlowMatching
 from fewstep.methods.histories import HISTORIES, DiffusionForced, History, MovingBuffer, TeacherForced, WholeClip
 from fewstep.methods.knowledge_distillation import KnowledgeDistillation
+from fewstep.methods.matching import MATCHINGS, FDivergence, Fisher, Matching, ReverseKL, ScoreImplicit
 from fewstep.methods.progressive import Progressive
 from fewstep.methods.reconstruction import Reconstruction
 from fewstep.methods.recycling import ErrorRecycling
@@ -29,9 +31,10 @@ from fewstep.methods.work import Work, in_forwards
 METHODS = (FlowMatching, Reconstruction, ReadAttributes, KnowledgeDistillation, Progressive, Consistency, DMD2, AVDM2)
 
 __all__ = [
-    "AVDM2", "DMD2", "HISTORIES", "METHODS", "REWARDS", "ROLES", "ROLLOUTS", "BackwardSimulation", "Consistency",
-    "Copy", "Decoder", "DiffusionForced", "ErrorRecycling", "FlowMatching", "FromData", "FromPairs", "Heads",
-    "History", "KnowledgeDistillation", "Making", "Method", "MotionReward", "MovingBuffer", "Nets", "Other", "Progressive",
-    "ReadAttributes", "Reconstruction", "Reward", "Role", "Rolled", "RollingForced", "Rollout", "SelfForced", "StreamingLong",
-    "Sync", "TeacherForced", "Update", "Weak", "WholeClip", "Work", "in_forwards",
+    "AVDM2", "DMD2", "HISTORIES", "MATCHINGS", "METHODS", "REWARDS", "ROLES", "ROLLOUTS", "Adversary", "BackwardSimulation",
+    "Consistency", "Copy", "Decoder", "DiffusionForced", "ErrorRecycling", "FDivergence", "Fisher", "FlowMatching",
+    "FromData", "FromPairs", "Heads", "History", "KnowledgeDistillation", "Making", "Matching", "Method", "MotionReward",
+    "MovingBuffer", "Nets", "Other", "Progressive", "ReadAttributes", "Reconstruction", "ReverseKL", "Reward", "Role",
+    "Rolled", "RollingForced", "Rollout", "ScoreImplicit", "SelfForced", "StreamingLong", "Sync", "TeacherForced", "Update",
+    "Weak", "WholeClip", "Work", "in_forwards",
 ]  # fmt: skip

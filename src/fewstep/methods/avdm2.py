@@ -30,9 +30,10 @@ from fewstep.core import Batch, Cond, Losses, Rng
 from fewstep.core.bounds import Amount, Count, require_bounds
 from fewstep.diffusion import CFG, TimeDensity, Uniform
 from fewstep.methods import targets
+from fewstep.methods.adversary import Adversary
 from fewstep.methods.base import Method, Nets, Update
 from fewstep.methods.frames import fold_frames
-from fewstep.methods.roles import Copy, Heads, Other, Role
+from fewstep.methods.roles import Copy, Other, Role
 from fewstep.methods.rollouts import BackwardSimulation, Rollout
 from fewstep.methods.work import Work
 from fewstep.models.source import ModelSource
@@ -55,27 +56,28 @@ class AVDM2(Method):
     """Guidance of the teacher whose score is matched; the critic uses none."""
     score_weight: Amount = 1.0
     """lambda_SDM: weight of the score loss."""
-    adversarial: Amount = 0.01
-    """lambda_ADM: weight of the adversarial loss under mean reduction; 0: off, and no clips are needed."""
+    adversary: Adversary | None = Adversary(weight=0.01, density=Uniform(low=0.0, high=0.5), layers=(0, 1), joint=True)
+    """The discriminator and lambda_ADM, its weight. Its times must be high enough that real and generated clips overlap, and low
+    enough that they differ. null: none, and no clips are needed."""
     critic_updates: Count = 2
     """Updates of critic and discriminator per student update, all in one iteration."""
     score_density: TimeDensity = Uniform(low=0.2, high=0.98)
     """s: density of times for scores and critic, on the path of the teacher whose score is matched."""
-    adversarial_density: TimeDensity = Uniform(low=0.0, high=0.5)
-    """t: times of the discriminator; high enough that real and generated clips overlap, low enough to differ."""
-    layers: tuple[int, ...] = (0, 1)
-    """Blocks of the video teacher whose features the discriminator reads."""
 
     def __post_init__(self) -> None:
         require_bounds(self)
-        if self.score == "none" and self.adversarial == 0:
-            raise ValueError("score none and adversarial 0 leave no loss for the student; set one of the two")
+        if self.score == "none" and self.adversary is None:
+            raise ValueError("score none and adversary null leave no loss for the student; set one of the two")
+        if self.adversary and self.adversary.density is None:
+            raise ValueError(
+                "adversary.density is null, and AVDM2's discriminator has times of its own; give it a density"
+            )
         if self.score != "frames" and self.image_teacher is not None:
             raise ValueError(f"score {self.score} does not use an image teacher; write image_teacher: null")
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"prompts"} | self.rollout.needs | ({"x0"} if self.adversarial > 0 else set()))
+        return frozenset({"prompts"} | self.rollout.needs | ({"x0"} if self.adversary else set()))
 
     @property
     def real(self) -> str:  # the role whose score is matched
@@ -88,7 +90,7 @@ class AVDM2(Method):
     def aux(self) -> dict[str, Role]:
         roles: dict[str, Role] = {} if self.image_teacher is None else {"image_teacher": Other(self.image_teacher)}
         critic = {} if self.score == "none" else {self.fake: Copy(self.real)}
-        return roles | critic | ({"discriminator": Heads("teacher", self.layers, True)} if self.adversarial > 0 else {})
+        return roles | critic | ({"discriminator": self.adversary.role} if self.adversary else {})
 
     def updates(self, step: int) -> Iterator[Update]:
         trained = tuple(role for role, made in self.aux().items() if made.trainable)
@@ -103,10 +105,9 @@ class AVDM2(Method):
             seen, cond, _ = self.seen(x, batch, rng)
             x_s, s, eps = self.noised(nets, seen, rng)
             losses["denoising"] = targets.denoising(nets[self.fake](x_s, s, cond), seen, eps)  # 2
-        if self.adversarial > 0:
-            real = self.logits(nets, batch.require("x0"), batch.cond, rng.fold("real"))
-            fake = self.logits(nets, x, batch.cond, rng.fold("fake"))
-            losses["discriminator"] = targets.adversarial_discriminator(real, fake)  # 3
+        if self.adversary:
+            real, fake = self.adversary.pair(nets, batch, x, batch.cond, rng)
+            losses |= self.adversary.discriminator_losses(nets, real, fake, rng)  # 3
         yield losses
 
     def student_loss(self, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Losses]:
@@ -119,9 +120,9 @@ class AVDM2(Method):
                 real = self.guidance(nets[self.real], x_s, s, cond, uncond).x0
                 fake = nets[self.fake](x_s, s, cond).x0
             losses["matching"] = self.score_weight * targets.distribution_matching(seen, real, fake)  # 5
-        if self.adversarial > 0:
-            logits = self.logits(nets, x, batch.cond, rng.fold("fake"))
-            losses["adversarial"] = self.adversarial * targets.adversarial_generator(logits)  # 6
+        if self.adversary:
+            real, fake = self.adversary.pair(nets, batch, x, batch.cond, rng)
+            losses["adversarial"] = self.adversary.student_loss(nets, real, fake)  # 6
         yield losses
 
     def seen(self, x: Tensor, batch: Batch, rng: Rng) -> tuple[Tensor, Cond, Cond]:
@@ -136,15 +137,9 @@ class AVDM2(Method):
         s, eps = self.score_density.sample(len(seen), rng), rng.randn(seen.shape, "eps")
         return getattr(nets, self.fake).path.add_noise(seen, eps, s), s, eps
 
-    def logits(self, nets: Nets, x: Tensor, cond: Cond, rng: Rng) -> Tensor:
-        """D of clips with noise on the video teacher's path. Its features are frozen, but gradients flow to `x`."""
-        t = self.adversarial_density.sample(len(x), rng)
-        x_t = nets.teacher.path.add_noise(x, rng.randn(x.shape, "eps"), t)
-        return nets.discriminator(nets.teacher.features(x_t, t, cond, self.layers))
-
     def cost(self) -> tuple[Work, ...]:
         turns, frames = self.critic_updates, self.frames if self.score == "frames" else 0
         real, fake = Work(self.real, self.guidance.passes, frames), Work(self.fake, 3 * turns + 1, frames)
         scores = (real, fake) if self.score != "none" else ()
-        eyes = (Work("teacher", 2 * turns + 2, layers=self.layers),) if self.adversarial > 0 else ()
+        eyes = (self.adversary.work(turns),) if self.adversary else ()
         return Work("student", turns * self.rollout.calls + self.rollout.work), *scores, *eyes

@@ -6,17 +6,18 @@ al., One-step Diffusion with Distribution Matching Distillation, 2311.18828.
     repeat critic_updates times:
     1    x = student's sampler up to a random exit                              (no gradient)
     2    critic: minimise |critic(x_t, t, c) - target(x, eps)|^2,  x_t = a x + s eps
-    3    discriminator: minimise softplus(-D(real_t)) + softplus(D(x_t))        (if gan > 0)
+    3    discriminator: minimise softplus(-D(real_t)) + softplus(D(x_t))        (with an adversary)
     4  x = student's sampler up to a random exit                                (gradient through the last call)
     5  g = (critic(x_t) - guided teacher(x_t)) / mean|x - guided teacher(x_t)|;  put g on x
-    6  + gan * softplus(-D(x_t))
-    7  + motion * (line 5 on differences of neighbouring frames)
-    8  + anchor * d(student(stored state), stored endpoint)
+    6  + lambda_G softplus(-D(x_t))
+    7  + anchor * d(student(stored state), stored endpoint)
+    8  critic <- (1 - align) critic + align student                              (if align > 0)
 
-Not from the paper: all turns of an iteration (critic and student) use the same prompts with different noise; D is heads of its
-own on frozen teacher features, not on the critic's bottleneck; R1 (2501.08316); critic warm-up; line 7 (2603.09488). Line 8 is
-DMD's, with pseudo-Huber on latents instead of LPIPS: it keeps modes that reverse KL loses. `weak` (2503.13319): the real score
-is that of teacher weights moved towards the critic's. `reward` (Re-DMD, 2512.04678): g times exp(r / beta), of mean 1.
+Line 5 is the `matching`: others of that room make this loop Diff-Instruct, f-distill, SiD or SIM. Not from the paper: all turns
+of an iteration use the same prompts with different noise; D is heads of its own on frozen teacher features, not on the critic's
+bottleneck; critic warm-up; line 8 (SenseFlow, 2506.00523). Line 7 is DMD's, with pseudo-Huber on latents instead of LPIPS: it
+keeps modes that reverse KL loses. `weak` (2503.13319): the real score is that of teacher weights moved towards the critic's.
+`reward` (Re-DMD, 2512.04678): g times exp(r / beta), of mean 1.
 """
 
 from __future__ import annotations
@@ -26,17 +27,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
 from fewstep.core import Batch, Losses, Rng
 from fewstep.core.bounds import Amount, Count, Natural, Part, require_bounds
 from fewstep.diffusion import CFG, TimeDensity, Uniform
 from fewstep.methods import targets
-from fewstep.methods.base import Method, Nets, Update, judged
-from fewstep.methods.motion import motion_matching
+from fewstep.methods.adversary import Adversary
+from fewstep.methods.base import Method, Nets, Sync, Update, judged
+from fewstep.methods.matching import Matching, Noised, ReverseKL, Scores
 from fewstep.methods.rewards import Reward
-from fewstep.methods.roles import Copy, Decoder, Heads, Role, Weak
+from fewstep.methods.roles import Copy, Decoder, Role, Weak
 from fewstep.methods.rollouts import BackwardSimulation, FromPairs, Rollout
 from fewstep.methods.work import Work
 
@@ -49,30 +48,29 @@ class DMD2(Method):
     continues: ClassVar[bool] = True
     rollout: Rollout = BackwardSimulation()
     """How student samples are generated in training: with the student's own sampler."""
+    matching: Matching = ReverseKL()
+    """How the difference of teacher and critic becomes a loss; DMD2's own is the reverse KL."""
     guidance: CFG = CFG(scale=3.0)
     """Guidance of the teacher; it is distilled into the student. The critic uses none."""
     critic_updates: Count = 5
     """Critic updates per student update, all in one iteration."""
+    critic_guidance: CFG = CFG()
+    """Guidance of the critic, in both turns: none in DMD2, the teacher's in SiD-LSG (2406.01561), 0 (the critic reads no prompt)
+    in SiD's Zero-CFG (2505.12674)."""
     warmup: Natural = 0
     """First iterations, which train only the critic (and the discriminator)."""
     score_density: TimeDensity = Uniform(low=0.02, high=0.98)
     """Density of t for the score difference."""
     critic_density: TimeDensity = Uniform()
     """Density of t for the critic's training."""
-    gan: Amount = 0.0
-    """lambda_G: weight of the GAN loss under mean reduction (published: 0.001 to 0.03); 0: off, and no clips are needed."""
-    r1: Amount = 0.0
-    """Weight of the approximate R1 penalty on the discriminator; 0: off."""
-    rho: Amount = 0.1
-    """Size of the perturbation of the noised latents in the R1 penalty."""
-    layers: tuple[int, ...] = (-1,)
-    """Teacher blocks whose features the discriminator reads."""
-    motion: Amount = 0.0
-    """Weight of matching the motion between frames (Diagonal Distillation: 0.2); 0: off."""
+    adversary: Adversary | None = None
+    """GAN loss beside the matching, which needs clips (lambda_G: 0.001 to 0.03); null: none."""
     reward: Reward | None = None
     """Clips that it prefers count more in line 5; null: all alike."""
     weak: Part = 0.0
     """Share of the critic's adapters added to the teacher for the real score (MagicDistillation: 0.25); 0: none. Needs LoRA."""
+    align: Part = 0.0
+    """Share of the student's weights that the critic takes after each update of the student (SenseFlow: 0.03); 0: none."""
     anchor: Amount = 0.0
     """lambda_reg: weight of the regression on stored pairs (DMD: 0.25); 0: off, and no pairs are needed."""
     anchor_rollout: FromPairs = FromPairs()
@@ -80,71 +78,69 @@ class DMD2(Method):
 
     def __post_init__(self) -> None:
         require_bounds(self)
+        if self.matching.judged and self.adversary is None:
+            raise ValueError(f"{type(self.matching).__name__} reads a discriminator; give the method an adversary")
 
     @property
     def needs(self) -> frozenset[str]:
-        gan, anchor = {"x0"} if self.gan > 0 else set(), {"pairs"} if self.anchor > 0 else set()
+        gan, anchor = {"x0"} if self.adversary else set(), {"pairs"} if self.anchor > 0 else set()
         return frozenset({"prompts"} | self.rollout.needs | gan | anchor)
 
     def aux(self) -> dict[str, Role]:
         roles: dict[str, Role] = {"critic": Copy("teacher")}
         roles |= {"real": Weak("critic", self.weak)} if self.weak > 0 else {}
         roles |= {"codec": Decoder()} if self.reward is not None else {}
-        return roles | ({"discriminator": Heads("teacher", self.layers)} if self.gan > 0 else {})
+        return roles | ({"discriminator": self.adversary.role} if self.adversary else {})
 
-    def updates(self, step: int) -> Iterator[Update]:
+    def updates(self, step: int) -> Iterator[Update | Sync]:
         trained = tuple(role for role, made in self.aux().items() if made.trainable)
         for k in range(self.critic_updates):
             yield Update(trained, partial(self.critic_loss, k))
         if step >= self.warmup:
             yield Update(("student",), self.student_loss)
+            if self.align > 0:
+                yield Sync("critic", "student", 1 - self.align)  # 8
 
     def critic_loss(self, turn: int, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Losses]:
         rng = rng.fold(f"critic/{turn}")  # new samples in every turn
         x0, keep, shown = judged(self.rollout(nets.student, batch, rng, grad=False), batch)  # 1
         eps, t = rng.randn(x0.shape, "eps"), self.critic_density.sample(len(x0), rng)
         x_t = nets.critic.path.add_noise(x0, eps, t)
-        yield {"denoising": targets.denoising(nets.critic(x_t, t, shown.cond), x0, eps, keep)}  # 2
-        if self.gan > 0:
-            real_t = nets.teacher.path.add_noise(batch.require("x0"), eps, t)
-            moved = [(real_t + self.rho * rng.randn(x0.shape, "r1"), batch.cond)] if self.r1 > 0 else []
-            with torch.no_grad():  # the features are frozen; only the heads learn
-                views = [(real_t, batch.cond), (x_t, shown.cond), *moved]
-                taps = [nets.teacher.features(x, t, c, self.layers) for x, c in views]
-            real, fake, *near = (nets.discriminator(tap) for tap in taps)
-            losses = {"discriminator": targets.adversarial_discriminator(real, fake)}  # 3
-            yield losses | ({"r1": self.r1 * targets.approximate_r1(real, near[0])} if near else {})
+        prediction = self.critic_guidance(nets.critic, x_t, t, shown.cond, shown.uncond)
+        yield {"denoising": targets.denoising(prediction, x0, eps, keep)}  # 2
+        if self.adversary:
+            real, fake = self.adversary.pair(nets, batch, x0, shown.cond, rng, (eps, t))
+            yield self.adversary.discriminator_losses(nets, real, fake, rng)  # 3
 
     def student_loss(self, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Losses]:
         rng = rng.fold("student")
         rolled = self.rollout(nets.student, batch, rng, grad=True)  # 4
         x0, keep, shown = judged(rolled, batch)
-        t = self.score_density.sample(len(x0), rng)
-        x_t = nets.teacher.path.add_noise(x0, rng.randn(x0.shape, "eps"), t)
-        real, fake = self.scores(nets, shown, x_t, t)
+        t, eps = self.score_density.sample(len(x0), rng), rng.randn(x0.shape, "eps")
+        noised = Noised(x0, nets.teacher.path.add_noise(x0, eps, t), t, eps)
         keep = keep if self.reward is None else self.reward.keep(nets.codec, rolled)
-        losses = {"matching": targets.distribution_matching(x0, real, fake, keep=keep)}  # 5
-        if self.gan > 0:
-            logits = nets.discriminator(nets.teacher.features(x_t, t, shown.cond, self.layers))
-            losses["adversarial"] = self.gan * targets.adversarial_generator(logits)  # 6
-        if self.motion > 0:
-            losses["motion"] = self.motion * motion_matching(x0, real, fake)  # 7
+        losses = {"matching": self.matching.loss(noised, self.scores(nets, shown), keep)}  # 5
+        if self.adversary:
+            real, fake = self.adversary.pair(nets, batch, x0, shown.cond, rng, (eps, t))
+            losses["adversarial"] = self.adversary.student_loss(nets, real, fake)  # 6
         yield losses
         if self.anchor > 0:
             stored = self.anchor_rollout(nets.student, batch, rng, grad=True)
-            yield {"anchor": self.anchor * targets.pseudo_huber(stored.x0, batch.require("pairs").states[:, -1])}  # 8
+            yield {"anchor": self.anchor * targets.pseudo_huber(stored.x0, batch.require("pairs").states[:, -1])}  # 7
 
-    @torch.no_grad()
-    def scores(self, nets: Nets, batch: Batch, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """The x0 predictions of the guided teacher (real) and of the critic (fake)."""
-        real = nets["real"] if self.weak > 0 else nets.teacher
-        return self.guidance(real, x_t, t, batch.cond, batch.uncond).x0, nets.critic(x_t, t, batch.cond).x0
+    def scores(self, nets: Nets, shown: Batch) -> Scores:
+        """Teacher (real) and critic (fake) on the clips of a batch, and the discriminator."""
+        logits = partial(self.adversary.logits, nets, cond=shown.cond) if self.adversary else None
+        return Scores(
+            teacher=nets.real if self.weak > 0 else nets.teacher, critic=nets.critic, guidance=self.guidance,
+            critic_guidance=self.critic_guidance, cond=shown.cond, uncond=shown.uncond, logits=logits,
+        )  # fmt: skip
 
     def cost(self) -> tuple[Work, ...]:
-        turns, guided, r1 = self.critic_updates, self.guidance.passes, 1 if self.r1 > 0 else 0
+        turns, back, critic = self.critic_updates, self.matching.backward, self.critic_guidance.passes
         return (
             Work("student", turns * self.rollout.calls + self.rollout.work + (3 if self.anchor > 0 else 0)),
-            Work("real" if self.weak > 0 else "teacher", guided),
-            Work("critic", 3 * turns + 1),
-            *((Work("teacher", (2 + r1) * turns + 2, layers=self.layers),) if self.gan > 0 else ()),
+            Work("real" if self.weak > 0 else "teacher", (1 + back) * self.guidance.passes),
+            Work("critic", (3 * turns + 1 + back) * critic),
+            *((self.adversary.work(turns),) if self.adversary else ()),
         )

@@ -6,12 +6,16 @@ do not depend on batch size, resolution or number of heads. No function here cal
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fewstep.diffusion import Prediction, target
 from fewstep.diffusion.path import broadcast
+
+Gan = Literal["softplus", "hinge", "relativistic"]
 
 FLOOR = 1e-5
 """Added to the DMD normaliser, in units of the latents. It matters only if the student equals its teacher."""
@@ -85,14 +89,29 @@ def denoising(prediction: Prediction, x0: Tensor, eps: Tensor, weight: Tensor | 
     return mse(prediction.raw, target(prediction.kind, x0, eps, prediction.t, prediction.path), weight)
 
 
-def adversarial_generator(fake: Tensor) -> Tensor:
-    """Non-saturating generator loss `mean softplus(-D(fake))` (1406.2661; 2405.14867, eq. 4). Mean over logits."""
-    return F.softplus(-fake).mean()
+def generator(loss: Gan, fake: Tensor, real: Tensor | None = None) -> Tensor:
+    """What the student minimises, given logits of D `[B, heads]`. Mean over logits.
+
+    softplus: `softplus(-D(fake))`, which does not saturate (1406.2661; 2405.14867, eq. 4). hinge: `-D(fake)`. relativistic:
+    `softplus(-(D(fake) - D(real)))`, in pairs (1807.00734; 2506.09350).
+    """
+    match loss:
+        case "softplus":
+            return F.softplus(-fake).mean()
+        case "hinge":
+            return -fake.mean()
+    assert real is not None, "the relativistic loss compares with real clips"
+    return F.softplus(real - fake).mean()
 
 
-def adversarial_discriminator(real: Tensor, fake: Tensor) -> Tensor:
-    """Discriminator loss `mean softplus(-D(real)) + mean softplus(D(fake))`. Mean over logits; `2 log 2` at zero logits."""
-    return F.softplus(-real).mean() + F.softplus(fake).mean()
+def discriminator(loss: Gan, real: Tensor, fake: Tensor) -> Tensor:
+    """What D minimises. Mean over logits. At logits 0 it is `2 log 2` (softplus), `2` (hinge) or `log 2` (relativistic)."""
+    match loss:
+        case "softplus":
+            return F.softplus(-real).mean() + F.softplus(fake).mean()
+        case "hinge":
+            return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+    return F.softplus(fake - real).mean()
 
 
 def approximate_r1(logits: Tensor, perturbed: Tensor) -> Tensor:

@@ -40,6 +40,8 @@ class Scores:
     """Guidance of the teacher."""
     cond: Cond
     uncond: Cond
+    critic_guidance: CFG = CFG()
+    """Guidance of the critic."""
     logits: Callable[[Tensor, Tensor], Tensor] | None = None
     """The discriminator on `(x_t, t)`: `[B, heads]`; None: the method has none."""
 
@@ -49,7 +51,7 @@ class Scores:
 
     def fake(self, x_t: Tensor, t: Tensor) -> Tensor:
         """The critic's x0."""
-        return self.critic(x_t, t, self.cond).x0
+        return self.critic_guidance(self.critic, x_t, t, self.cond, self.uncond).x0
 
 
 class Matching(ABC):

@@ -1,0 +1,117 @@
+"""The adversarial part of a method: a discriminator on features of the teacher, its losses and its stabilisers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewstep.core import Batch, Cond, Losses, Rng
+from fewstep.core.bounds import Amount, Positive, require_bounds
+from fewstep.diffusion import TimeDensity
+from fewstep.methods import targets
+from fewstep.methods.base import Nets
+from fewstep.methods.roles import Heads
+from fewstep.methods.work import Work
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A clip as the discriminator sees it: with noise, and with its prompt."""
+
+    x_t: Tensor
+    t: Tensor
+    cond: Cond
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adversary:
+    """A discriminator D of real and generated clips: trained heads on frozen features of the teacher (LADD, 2403.12015; DMD2).
+
+    Its gradient reaches the student through the features. All losses are means over logits, so weights do not depend on sizes.
+    """
+
+    weight: Positive = 0.03
+    """lambda_G: weight of the student's term (published with mean reduction: 0.001 to 0.03). D's own loss has weight 1."""
+    loss: targets.Gan = "softplus"
+    """softplus: the non-saturating GAN loss. hinge: LADD, SF-V. relativistic: logits of pairs are compared (AAPT, 2506.09350)."""
+    density: TimeDensity | None = None
+    """Times of the clips that D compares, drawn for real and generated clips apart. null: those of the critic and of the scores,
+    with the same noise for both (FastGen)."""
+    layers: tuple[int, ...] = (-1,)
+    """Teacher blocks whose features D reads."""
+    joint: bool = False
+    """One head on all layers with a logit per patch, not a head per layer with a logit per clip."""
+    r1: Amount = 0.0
+    """Weight of the approximate R1 penalty (2501.08316), on real clips; `r2` on generated ones. 0: off."""
+    r2: Amount = 0.0
+    rho: Positive = 0.1
+    """Size of the perturbation of noised latents in r1 and r2. lambda rho^2 is what counts."""
+
+    def __post_init__(self) -> None:
+        require_bounds(self)
+        if not self.layers:
+            raise ValueError("layers names no block of the teacher; give at least one, such as (-1,), the last")
+
+    @property
+    def role(self) -> Heads:
+        return Heads("teacher", self.layers, self.joint)
+
+    def pair(
+        self, nets: Nets, batch: Batch, x: Tensor, cond: Cond, rng: Rng, given: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Shown, Shown]:
+        """Real clips of the batch and the student's `x`, with noise: each with its own, or both with the `given` (eps, t)."""
+
+        def noised(clip: Tensor, cond: Cond, rng: Rng) -> Shown:
+            if self.density is not None:
+                eps, t = rng.randn(clip.shape, "eps"), self.density.sample(len(clip), rng)
+            else:
+                assert given is not None, "a method without such times needs adversary.density"
+                eps, t = given
+            return Shown(nets.teacher.path.add_noise(clip, eps, t), t, cond)
+
+        return noised(batch.require("x0"), batch.cond, rng.fold("real")), noised(x, cond, rng.fold("fake"))
+
+    def discriminator_losses(self, nets: Nets, real: Shown, fake: Shown, rng: Rng) -> Losses:
+        """D's losses. The features are frozen; only the heads learn."""
+        near = [(self.r1, real, "r1")] * (self.r1 > 0) + [(self.r2, fake, "r2")] * (self.r2 > 0)
+        with torch.no_grad():
+            taps = [self._features(nets, clip) for clip in (real, fake)]
+            moved = [self._features(nets, self._moved(clip, rng, name)) for _, clip, name in near]
+        logits = {"r1": nets.discriminator(taps[0]), "r2": nets.discriminator(taps[1])}
+        losses = {"discriminator": targets.discriminator(self.loss, logits["r1"], logits["r2"])}
+        for (weight, _, name), tap in zip(near, moved, strict=True):
+            losses[name] = weight * targets.approximate_r1(logits[name], nets.discriminator(tap))
+        return losses
+
+    def student_loss(self, nets: Nets, real: Shown, fake: Shown) -> Tensor:
+        """lambda_G times the student's loss. The relativistic one alone reads real clips."""
+        if not self.paired:
+            return self.weight * targets.generator(self.loss, self._logits(nets, fake))
+        with torch.no_grad():
+            there = self._logits(nets, real)
+        return self.weight * targets.generator(self.loss, self._logits(nets, fake), there)
+
+    @property
+    def paired(self) -> bool:
+        """Whether the student's loss reads real clips."""
+        return self.loss == "relativistic"
+
+    def logits(self, nets: Nets, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """D of noised clips, `[B, heads]`."""
+        return nets.discriminator(nets.teacher.features(x_t, t, cond, self.layers))
+
+    def work(self, turns: int) -> Work:
+        """Of the features in `turns` updates of D and one of the student."""
+        penalties = (self.r1 > 0) + (self.r2 > 0)
+        return Work("teacher", (2 + penalties) * turns + 2 + self.paired, layers=self.layers)
+
+    def _logits(self, nets: Nets, clip: Shown) -> Tensor:
+        return self.logits(nets, clip.x_t, clip.t, clip.cond)
+
+    def _features(self, nets: Nets, clip: Shown) -> list[Tensor]:
+        return nets.teacher.features(clip.x_t, clip.t, clip.cond, self.layers)
+
+    def _moved(self, clip: Shown, rng: Rng, name: str) -> Shown:
+        return Shown(clip.x_t + self.rho * rng.randn(clip.x_t.shape, name), clip.t, clip.cond)
