@@ -177,6 +177,28 @@ def test_dmd2_takes_its_real_score_from_the_weak_role_where_there_is_one(weak: f
     assert ("real" in replace(METHOD, weak=weak).aux()) == (weak > 0)
 
 
+def test_dmd2_guides_its_critic_in_both_turns_if_told_so() -> None:
+    """SiD-LSG; scale 0 is a critic that reads the null prompt alone."""
+    method, batch = replace(METHOD, critic_guidance=CFG(scale=0.0)), make_batch()
+    nets = dmd2_nets()
+    learnt = terms(method.critic_loss(0, nets, batch, Rng(0)))["denoising"]
+    (seen,), made = nets.critic.questions, nets.student.net.clips.detach()
+    x_t, t = seen.x_t[:B], seen.t[:B]
+    answer = nets.critic.net(x_t, t, cond_of(0, B)).raw
+    target = (x_t - (1 - t.double().reshape(-1, 1, 1, 1, 1)) * made) / t.double().reshape(-1, 1, 1, 1, 1) - made
+    torch.testing.assert_close(learnt, (answer - target).square().mean())
+    terms(method.student_loss(nets, batch, Rng(0)))
+    assert nets.critic.questions[-1].labels == [*LABELS, *[0] * B]
+    assert sum(work.forwards for work in method.cost()) == sum(work.forwards for work in METHOD.cost()) + 7
+
+
+def test_dmd2_mixes_a_share_of_the_student_into_its_critic() -> None:
+    *_, student, sync = replace(METHOD, align=0.03).updates(0)
+    assert student.roles == ("student",)
+    assert sync == Sync("critic", "student", 0.97)
+    assert not [event for event in METHOD.updates(0) if isinstance(event, Sync)]
+
+
 def test_dmd2_draws_new_clips_for_every_turn() -> None:
     nets = dmd2_nets()
     for update in METHOD.updates(0):

@@ -99,6 +99,11 @@ def test_adversarial_terms() -> None:
     soft = lambda x: float((1 + x.double().exp()).log().mean())  # noqa: E731 - the mean over all logits
     assert float(targets.generator("softplus", a)) == pytest.approx(soft(-a))
     assert float(targets.discriminator("softplus", a, b)) == pytest.approx(soft(-a) + soft(b))
+    assert float(targets.generator("hinge", a)) == pytest.approx(-2.5 / 4)
+    assert float(targets.discriminator("hinge", a, b)) == pytest.approx((0 + 3 + 0.5 + 0) / 4 + (0.7 + 1.2 + 3 + 0) / 4)
+    assert float(targets.generator("relativistic", a, b)) == pytest.approx(soft(b - a))
+    assert float(targets.discriminator("relativistic", a, b)) == pytest.approx(soft(b - a))
+    assert float(targets.discriminator("relativistic", a, a)) == pytest.approx(math.log(2))
 
 
 def test_approximate_r1_is_the_squared_gradient() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -75,14 +75,12 @@ class Adversary:
 
     def discriminator_losses(self, nets: Nets, real: Shown, fake: Shown, rng: Rng) -> Losses:
         """D's losses. The features are frozen; only the heads learn."""
-        near = [(self.r1, real, "r1")] * (self.r1 > 0) + [(self.r2, fake, "r2")] * (self.r2 > 0)
-        with torch.no_grad():
-            taps = [self._features(nets, clip) for clip in (real, fake)]
-            moved = [self._features(nets, self._moved(clip, rng, name)) for _, clip, name in near]
-        logits = {"r1": nets.discriminator(taps[0]), "r2": nets.discriminator(taps[1])}
-        losses = {"discriminator": targets.discriminator(self.loss, logits["r1"], logits["r2"])}
-        for (weight, _, name), tap in zip(near, moved, strict=True):
-            losses[name] = weight * targets.approximate_r1(logits[name], nets.discriminator(tap))
+        there, made = self._judged(nets, real), self._judged(nets, fake)
+        losses = {"discriminator": targets.discriminator(self.loss, there, made)}
+        if self.r1 > 0:
+            losses["r1"] = self.r1 * targets.approximate_r1(there, self._judged(nets, self._moved(real, rng, "r1")))
+        if self.r2 > 0:
+            losses["r2"] = self.r2 * targets.approximate_r1(made, self._judged(nets, self._moved(fake, rng, "r2")))
         return losses
 
     def student_loss(self, nets: Nets, real: Shown, fake: Shown) -> Tensor:
@@ -110,8 +108,11 @@ class Adversary:
     def _logits(self, nets: Nets, clip: Shown) -> Tensor:
         return self.logits(nets, clip.x_t, clip.t, clip.cond)
 
-    def _features(self, nets: Nets, clip: Shown) -> list[Tensor]:
-        return nets.teacher.features(clip.x_t, clip.t, clip.cond, self.layers)
+    def _judged(self, nets: Nets, clip: Shown) -> Tensor:
+        """Logits with gradient in the heads alone."""
+        with torch.no_grad():
+            features = nets.teacher.features(clip.x_t, clip.t, clip.cond, self.layers)
+        return nets.discriminator(features)
 
     def _moved(self, clip: Shown, rng: Rng, name: str) -> Shown:
-        return Shown(clip.x_t + self.rho * rng.randn(clip.x_t.shape, name), clip.t, clip.cond)
+        return replace(clip, x_t=clip.x_t + self.rho * rng.randn(clip.x_t.shape, name))

@@ -1,0 +1,130 @@
+"""The adversarial part that methods hold: its losses, penalties and times, on a discriminator that can be computed by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fewstep.core import Batch, Rng
+from fewstep.diffusion import Uniform
+from fewstep.methods import Adversary, Nets, targets
+from fewstep.methods.adversary import Shown
+from support_gaussian import RF, Asked, GaussianTeacher, MeanHead, cond_of, f64
+
+B, SHAPE = 64, (1, 2, 4, 4)
+
+
+def clips(name: str) -> Tensor:
+    return Rng(5).randn((B, *SHAPE), name).double()
+
+
+def nets(weight: float = 1.5) -> Nets:
+    teacher = GaussianTeacher(f64(0, 1), 0.5).requires_grad_(False)
+    return Nets({"teacher": Asked(teacher), "discriminator": MeanHead(weight)})
+
+
+def shown(x: Tensor) -> Shown:
+    return Shown(x, torch.full((B,), 0.5, dtype=torch.float64), cond_of(1, B))
+
+
+def mean(x: Tensor) -> Tensor:
+    return 1.5 * x.flatten(1).mean(1)
+
+
+@pytest.mark.parametrize("loss", ["softplus", "hinge", "relativistic"])
+def test_each_loss_is_what_its_paper_says(loss: targets.Gan) -> None:
+    real, fake = clips("real") + 0.3, clips("fake").requires_grad_()
+    adversary, networks = Adversary(weight=0.2, loss=loss), nets()
+    d = adversary.discriminator_losses(networks, shown(real), shown(fake.detach()), Rng(0))["discriminator"]
+    g = adversary.student_loss(networks, shown(real), shown(fake))
+    r, f = mean(real), mean(fake)
+    wanted = {
+        "softplus": (F.softplus(-r).mean() + F.softplus(f).mean(), F.softplus(-f).mean()),
+        "hinge": ((1 - r).clamp_min(0).mean() + (1 + f).clamp_min(0).mean(), -f.mean()),
+        "relativistic": (F.softplus(-(r - f)).mean(), F.softplus(-(f - r)).mean()),
+    }[loss]
+    torch.testing.assert_close((d, g), (wanted[0], 0.2 * wanted[1]))
+    assert adversary.paired == (loss == "relativistic")
+
+
+@pytest.mark.parametrize("loss", ["softplus", "hinge", "relativistic"])
+def test_the_student_climbs_and_the_discriminator_tells_apart(loss: targets.Gan) -> None:
+    real, fake, adversary, networks = clips("real") + 1, clips("fake").requires_grad_(), Adversary(loss=loss), nets(0.5)
+    adversary.student_loss(networks, shown(real), shown(fake)).backward()
+    assert fake.grad is not None
+    assert (fake.grad < 0).all(), "descent makes the logits of the student's clips larger"
+    networks.discriminator.weight.grad = None
+    adversary.discriminator_losses(networks, shown(real), shown(fake.detach()), Rng(0))["discriminator"].backward()
+    assert networks.discriminator.weight.grad < 0, "real clips have the larger mean: their logits rise"
+
+
+def test_equal_clips_tell_the_relativistic_loss_nothing_about_the_heads() -> None:
+    same, adversary, networks = clips("real"), Adversary(loss="relativistic"), nets()
+    loss = adversary.discriminator_losses(networks, shown(same), shown(same), Rng(0))["discriminator"]
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(2))
+    assert float(networks.discriminator.weight.grad) == 0
+
+
+def test_the_relativistic_loss_compares_pairs() -> None:
+    """A clip counts by how its own pair compares; real clips have no gradient."""
+    real, fake = clips("real").requires_grad_(), clips("fake").requires_grad_()
+    adversary, networks = Adversary(loss="relativistic"), nets()
+    adversary.student_loss(networks, shown(real), shown(fake)).backward()
+    assert fake.grad is not None
+    slope = -0.03 * torch.sigmoid(mean(real) - mean(fake)) * 1.5 / B / real[0].numel()
+    torch.testing.assert_close(fake.grad, slope.detach().reshape(-1, 1, 1, 1, 1).expand_as(fake))
+    assert real.grad is None
+
+
+def test_penalties_are_the_squared_gradient_of_a_linear_discriminator() -> None:
+    """`lambda rho^2 |a|^2` for D(x) = a . x, here a = 1.5 / n in each of n elements."""
+    adversary = Adversary(r1=2.0, r2=3.0, rho=0.1)
+    losses = [
+        adversary.discriminator_losses(nets(), shown(clips("real")), shown(clips("fake")), Rng(s)) for s in range(40)
+    ]
+    gradient = 1.5**2 / math.prod(SHAPE)
+    for name, weight in (("r1", 2.0), ("r2", 3.0)):
+        found = torch.stack([each[name] for each in losses]).mean()
+        assert float(found) == pytest.approx(weight * 0.1**2 * gradient, rel=0.1)
+
+
+def test_r2_is_about_generated_clips() -> None:
+    networks = nets()
+    fake = clips("fake")
+    Adversary(r2=1.0).discriminator_losses(networks, shown(clips("real")), shown(fake), Rng(0))
+    _, _, moved = networks.teacher.questions
+    assert abs(float((moved.x_t - fake).std()) - 0.1) < 0.01
+
+
+def test_clips_have_times_of_their_own_only_where_they_have_a_density() -> None:
+    batch = Batch(cond_of(1, B), cond_of(0, B), SHAPE, x0=clips("real"))
+    given = (clips("eps"), torch.full((B,), 0.25, dtype=torch.float64))
+    real, fake = Adversary().pair(nets(), batch, clips("fake"), batch.cond, Rng(0), given)
+    assert torch.equal(real.t, given[1])
+    assert torch.equal(fake.t, given[1])
+    torch.testing.assert_close(real.x_t, RF.add_noise(clips("real"), *given))
+    torch.testing.assert_close(fake.x_t, RF.add_noise(clips("fake"), *given))
+    own = Adversary(density=Uniform(low=0.5, high=0.6))
+    real, fake = own.pair(nets(), batch, clips("fake"), batch.cond, Rng(0), given)
+    assert not torch.equal(real.t, fake.t)
+    assert float(torch.cat([real.t, fake.t]).min()) >= 0.5
+
+
+def test_its_work_counts_every_clip_that_it_reads() -> None:
+    assert Adversary().work(2).forwards == 2 * 2 + 2
+    assert Adversary(r1=1.0, r2=1.0).work(2).forwards == 2 * 4 + 2
+    assert Adversary(loss="relativistic").work(2).forwards == 2 * 2 + 3
+
+
+def test_what_cannot_work_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one, such as"):
+        Adversary(layers=())
+    with pytest.raises(ValueError, match="weight"):
+        Adversary(weight=0.0)
+    with pytest.raises(ValueError, match="rho"):
+        Adversary(rho=0.0)
