@@ -23,6 +23,7 @@ from fewstep.methods import (
     AVDM2,
     DMD2,
     METHODS,
+    AdversarialDistillation,
     Adversary,
     BackwardSimulation,
     FlowMatching,
@@ -92,6 +93,7 @@ CASES: Mapping[str, Method] = {cls.__name__: cls() for cls in METHODS} | {
     "Progressive": Progressive(stages=((4, 3), (2, 4), (1, 3))),
     "DMD2": DMD2(critic_updates=2, warmup=2, rollout=TWO_GRIDS),
     "AVDM2": AVDM2(image_teacher=TinyImages(), frames=2, rollout=TWO_GRIDS),
+    "AdversarialDistillation": AdversarialDistillation(distillation=2.5, regression=0.1),
     "DMD2-everything": DMD2(
         critic_updates=1, adversary=Adversary(r1=1.0, layers=(0, -1)), anchor=0.25, rollout=TWO_GRIDS
     ),

@@ -30,6 +30,7 @@ from fewstep.methods import (
     METHODS,
     REWARDS,
     ROLLOUTS,
+    AdversarialDistillation,
     Adversary,
     BackwardSimulation,
     Consistency,
@@ -83,6 +84,10 @@ CASES: dict[str, Method] = {cls.__name__: cls() for cls in METHODS} | {
     "DMD2-sid": DMD2(critic_updates=1, matching=Fisher(alpha=1.2), critic_guidance=CFG(scale=3.0)),
     "DMD2-sim": DMD2(critic_updates=1, matching=ScoreImplicit()),
     "DMD2-weak": DMD2(critic_updates=1, weak=0.25),
+    "APT": AdversarialDistillation(
+        rollout=BackwardSimulation(grids=((1.0,),)),
+        adversary=Adversary(trained=True, clean=True, density=Uniform(), r1=1.0),
+    ),
     "AVDM2-image-teacher": AVDM2(image_teacher=TinyImages(), frames=2),
     "AVDM2-video-score": AVDM2(score="video"),
     "AVDM2-adversarial-only": AVDM2(score="none"),

@@ -1,5 +1,6 @@
 """Distillation methods: one file per algorithm, listed in METHODS."""
 
+from fewstep.methods.adversarial import AdversarialDistillation
 from fewstep.methods.adversary import Adversary
 from fewstep.methods.attributes import ReadAttributes
 from fewstep.methods.avdm2 import AVDM2
@@ -28,13 +29,16 @@ from fewstep.methods.rollouts import (
 )
 from fewstep.methods.work import Work, in_forwards
 
-METHODS = (FlowMatching, Reconstruction, ReadAttributes, KnowledgeDistillation, Progressive, Consistency, DMD2, AVDM2)
+METHODS = (
+    FlowMatching, Reconstruction, ReadAttributes, KnowledgeDistillation, Progressive, Consistency, DMD2, AVDM2,
+    AdversarialDistillation,
+)  # fmt: skip
 
 __all__ = [
-    "AVDM2", "DMD2", "HISTORIES", "MATCHINGS", "METHODS", "REWARDS", "ROLES", "ROLLOUTS", "Adversary", "BackwardSimulation",
-    "Consistency", "Copy", "Decoder", "DiffusionForced", "ErrorRecycling", "FDivergence", "Fisher", "FlowMatching",
-    "FromData", "FromPairs", "Heads", "History", "KnowledgeDistillation", "Making", "Matching", "Method", "MotionReward",
-    "MovingBuffer", "Nets", "Other", "Progressive", "ReadAttributes", "Reconstruction", "ReverseKL", "Reward", "Role",
-    "Rolled", "RollingForced", "Rollout", "ScoreImplicit", "SelfForced", "StreamingLong", "Sync", "TeacherForced", "Update",
-    "Weak", "WholeClip", "Work", "in_forwards",
+    "AVDM2", "DMD2", "HISTORIES", "MATCHINGS", "METHODS", "REWARDS", "ROLES", "ROLLOUTS", "AdversarialDistillation",
+    "Adversary", "BackwardSimulation", "Consistency", "Copy", "Decoder", "DiffusionForced", "ErrorRecycling", "FDivergence",
+    "Fisher", "FlowMatching", "FromData", "FromPairs", "Heads", "History", "KnowledgeDistillation", "Making", "Matching",
+    "Method", "MotionReward", "MovingBuffer", "Nets", "Other", "Progressive", "ReadAttributes", "Reconstruction", "ReverseKL",
+    "Reward", "Role", "Rolled", "RollingForced", "Rollout", "ScoreImplicit", "SelfForced", "StreamingLong", "Sync",
+    "TeacherForced", "Update", "Weak", "WholeClip", "Work", "in_forwards",
 ]  # fmt: skip

@@ -12,7 +12,7 @@ from fewstep.core.bounds import Amount, Positive, require_bounds
 from fewstep.diffusion import TimeDensity
 from fewstep.methods import targets
 from fewstep.methods.base import Nets
-from fewstep.methods.roles import Heads
+from fewstep.methods.roles import Copy, Heads, Role
 from fewstep.methods.work import Work
 
 
@@ -27,7 +27,7 @@ class Shown:
 
 @dataclass(frozen=True, kw_only=True)
 class Adversary:
-    """A discriminator D of real and generated clips: trained heads on frozen features of the teacher (LADD, 2403.12015; DMD2).
+    """A discriminator D of real and generated clips: trained heads on features of the teacher (LADD, 2403.12015; DMD2).
 
     Its gradient reaches the student through the features. All losses are means over logits, so weights do not depend on sizes.
     """
@@ -41,6 +41,11 @@ class Adversary:
     with the same noise for both (FastGen)."""
     layers: tuple[int, ...] = (-1,)
     """Teacher blocks whose features D reads."""
+    trained: bool = False
+    """Train a copy of the teacher beneath the heads, too (Seaweed-APT, 2501.08316): stronger, and as large as the student. false:
+    the features are frozen."""
+    clean: bool = False
+    """Show clips without noise. The features are told a time all the same, which should vary (APT: t = 0 alone collapses)."""
     joint: bool = False
     """One head on all layers with a logit per patch, not a head per layer with a logit per clip."""
     r1: Amount = 0.0
@@ -55,8 +60,14 @@ class Adversary:
             raise ValueError("layers names no block of the teacher; give at least one, such as (-1,), the last")
 
     @property
-    def role(self) -> Heads:
-        return Heads("teacher", self.layers, self.joint)
+    def eyes(self) -> str:
+        """The role whose features D reads."""
+        return "eyes" if self.trained else "teacher"
+
+    @property
+    def roles(self) -> dict[str, Role]:
+        eyes: dict[str, Role] = {"eyes": Copy("teacher")} if self.trained else {}
+        return eyes | {"discriminator": Heads(self.eyes, self.layers, self.joint)}
 
     def pair(
         self, nets: Nets, batch: Batch, x: Tensor, cond: Cond, rng: Rng, given: tuple[Tensor, Tensor] | None = None
@@ -69,12 +80,12 @@ class Adversary:
             else:
                 assert given is not None, "a method without such times needs adversary.density"
                 eps, t = given
-            return Shown(nets.teacher.path.add_noise(clip, eps, t), t, cond)
+            return Shown(clip if self.clean else nets.teacher.path.add_noise(clip, eps, t), t, cond)
 
         return noised(batch.require("x0"), batch.cond, rng.fold("real")), noised(x, cond, rng.fold("fake"))
 
     def discriminator_losses(self, nets: Nets, real: Shown, fake: Shown, rng: Rng) -> Losses:
-        """D's losses. The features are frozen; only the heads learn."""
+        """D's losses, with no gradient in the clips."""
         there, made = self._judged(nets, real), self._judged(nets, fake)
         losses = {"discriminator": targets.discriminator(self.loss, there, made)}
         if self.r1 > 0:
@@ -98,20 +109,21 @@ class Adversary:
 
     def logits(self, nets: Nets, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """D of noised clips, `[B, heads]`."""
-        return nets.discriminator(nets.teacher.features(x_t, t, cond, self.layers))
+        return nets.discriminator(nets[self.eyes].features(x_t, t, cond, self.layers))
 
     def work(self, turns: int) -> Work:
         """Of the features in `turns` updates of D and one of the student."""
         penalties = (self.r1 > 0) + (self.r2 > 0)
-        return Work("teacher", (2 + penalties) * turns + 2 + self.paired, layers=self.layers)
+        each = 3 if self.trained else 1
+        return Work(self.eyes, each * (2 + penalties) * turns + 2 + self.paired, layers=self.layers)
 
     def _logits(self, nets: Nets, clip: Shown) -> Tensor:
         return self.logits(nets, clip.x_t, clip.t, clip.cond)
 
     def _judged(self, nets: Nets, clip: Shown) -> Tensor:
-        """Logits with gradient in the heads alone."""
-        with torch.no_grad():
-            features = nets.teacher.features(clip.x_t, clip.t, clip.cond, self.layers)
+        """Logits with gradient in the heads, and in the features if they are trained."""
+        with torch.set_grad_enabled(self.trained):
+            features = nets[self.eyes].features(clip.x_t.detach(), clip.t, clip.cond, self.layers)
         return nets.discriminator(features)
 
     def _moved(self, clip: Shown, rng: Rng, name: str) -> Shown:

@@ -90,7 +90,7 @@ class AVDM2(Method):
     def aux(self) -> dict[str, Role]:
         roles: dict[str, Role] = {} if self.image_teacher is None else {"image_teacher": Other(self.image_teacher)}
         critic = {} if self.score == "none" else {self.fake: Copy(self.real)}
-        return roles | critic | ({"discriminator": self.adversary.role} if self.adversary else {})
+        return roles | critic | (self.adversary.roles if self.adversary else {})
 
     def updates(self, step: int) -> Iterator[Update]:
         trained = tuple(role for role, made in self.aux().items() if made.trainable)

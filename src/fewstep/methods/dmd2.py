@@ -90,7 +90,7 @@ class DMD2(Method):
         roles: dict[str, Role] = {"critic": Copy("teacher")}
         roles |= {"real": Weak("critic", self.weak)} if self.weak > 0 else {}
         roles |= {"codec": Decoder()} if self.reward is not None else {}
-        return roles | ({"discriminator": self.adversary.role} if self.adversary else {})
+        return roles | (self.adversary.roles if self.adversary else {})
 
     def updates(self, step: int) -> Iterator[Update | Sync]:
         trained = tuple(role for role, made in self.aux().items() if made.trainable)
