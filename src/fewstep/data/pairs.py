@@ -285,7 +285,7 @@ class StoredPairs(Data):
     """A folder written by `fewstep pairs`. Its states belong to one teacher and are refused for another.
 
     Its `x0` are the endpoints: samples of the guided teacher, not recorded data. A discriminator that takes them as real (DMD2
-    with `gan`) pulls the student towards the teacher's samples, with the teacher's faults.
+    with an `adversary`) pulls the student towards the teacher's samples, with the teacher's faults.
     """
 
     provides: ClassVar[frozenset[str]] = frozenset({"prompts", "pairs", "x0"})
