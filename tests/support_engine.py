@@ -23,11 +23,13 @@ from fewstep.methods import (
     AVDM2,
     DMD2,
     METHODS,
+    TDM,
     AdversarialDistillation,
     Adversary,
     BackwardSimulation,
     FlowMatching,
     Method,
+    MomentMatching,
     Progressive,
     ReadAttributes,
 )
@@ -93,6 +95,8 @@ CASES: Mapping[str, Method] = {cls.__name__: cls() for cls in METHODS} | {
     "Progressive": Progressive(stages=((4, 3), (2, 4), (1, 3))),
     "DMD2": DMD2(critic_updates=2, warmup=2, rollout=TWO_GRIDS),
     "AVDM2": AVDM2(image_teacher=TinyImages(), frames=2, rollout=TWO_GRIDS),
+    "MomentMatching": MomentMatching(steps=(1, 2)),
+    "TDM": TDM(rollout=BackwardSimulation(grids=TWO_GRIDS.grids, mode="ode")),
     "AdversarialDistillation": AdversarialDistillation(distillation=2.5, regression=0.1),
     "DMD2-everything": DMD2(
         critic_updates=1, adversary=Adversary(r1=1.0, layers=(0, -1)), anchor=0.25, rollout=TWO_GRIDS

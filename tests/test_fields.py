@@ -30,6 +30,7 @@ from fewstep.methods import (
     METHODS,
     REWARDS,
     ROLLOUTS,
+    TDM,
     Adversary,
     DiffusionForced,
     ErrorRecycling,
@@ -223,6 +224,7 @@ def test_methods_and_rollouts_read_every_field(unread: Callable[..., set[str]], 
     cases["f"] = DMD2(critic_updates=1, adversary=Adversary(r2=1.0), matching=FDivergence())
     cases["sid"] = DMD2(critic_updates=1, matching=Fisher())
     cases["sim"] = DMD2(critic_updates=1, matching=ScoreImplicit())
+    cases["above"] = TDM(interval="above")
     cases["reward"] = DMD2(critic_updates=1, reward=MotionReward())
     recycling = ErrorRecycling(past=0.0)
     cases["recycling"] = FlowMatching(recycling=recycling)

@@ -27,6 +27,7 @@ from fewstep.methods import (
     DMD2,
     HISTORIES,
     MATCHINGS,
+    MomentMatching,
     METHODS,
     REWARDS,
     ROLLOUTS,
@@ -197,7 +198,7 @@ def test_contract_and_cost(method: Method) -> None:
     if isinstance(method, (FlowMatching, Reconstruction, ReadAttributes)):
         assert contract == teacher
     else:
-        sampled = method.rollouts[0].mode if method.rollouts else "ode" if isinstance(method, Progressive) else "sde"
+        sampled = method.rollouts[0].mode if method.rollouts else "ode" if isinstance(method, (Progressive, MomentMatching)) else "sde"
         shift = method.rollouts[0].shift if method.rollouts else method.shift  # type: ignore[attr-defined]
         assert contract.trained == {n: uniform_grid(n, shift) for n in contract.counts}
         assert contract.grid.free == Shifted(shift=shift)

@@ -42,6 +42,16 @@ class NoisePath(ABC):
         c = self.at(t, x0)
         return c.a * x0 + c.s * eps
 
+    def between(self, s: Tensor, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """`a`, `b` from time s to a later t, `x_t = a x_s + b eps`: `a_t / a_s` and `sqrt(s_t^2 - a^2 s_s^2)`; shapes as in `at`.
+
+        From s = 0 they are those of `add_noise`.
+        """
+        first, last = self.coeffs(s.double()), self.coeffs(t.double())
+        a = last.a / first.a
+        b = (last.s.square() - a.square() * first.s.square()).clamp_min(0).sqrt()
+        return broadcast(a, like).to(like.dtype), broadcast(b, like).to(like.dtype)
+
     def prior(self, eps: Tensor, t: float = 1.0) -> Tensor:
         """Where sampling starts, `x_t = s(t) eps`: at t = 1 the noise itself unless the path explodes (EDM)."""
         return self.at(torch.full((len(eps),), t, dtype=torch.float64, device=eps.device), eps).s * eps

@@ -6,6 +6,7 @@ from fewstep.methods.attributes import ReadAttributes
 from fewstep.methods.avdm2 import AVDM2
 from fewstep.methods.base import Method, Nets, Sync, Update
 from fewstep.methods.consistency import Consistency
+from fewstep.methods.distribution import TDM, MomentMatching
 from fewstep.methods.dmd2 import DMD2
 from fewstep.methods.flow_matching import FlowMatching
 from fewstep.methods.histories import HISTORIES, DiffusionForced, History, MovingBuffer, TeacherForced, WholeClip
@@ -31,14 +32,14 @@ from fewstep.methods.work import Work, in_forwards
 
 METHODS = (
     FlowMatching, Reconstruction, ReadAttributes, KnowledgeDistillation, Progressive, Consistency, DMD2, AVDM2,
-    AdversarialDistillation,
+    AdversarialDistillation, TDM, MomentMatching,
 )  # fmt: skip
 
 __all__ = [
-    "AVDM2", "DMD2", "HISTORIES", "MATCHINGS", "METHODS", "REWARDS", "ROLES", "ROLLOUTS", "AdversarialDistillation",
+    "AVDM2", "DMD2", "HISTORIES", "MATCHINGS", "METHODS", "REWARDS", "ROLES", "ROLLOUTS", "TDM", "AdversarialDistillation",
     "Adversary", "BackwardSimulation", "Consistency", "Copy", "Decoder", "DiffusionForced", "ErrorRecycling", "FDivergence",
     "Fisher", "FlowMatching", "FromData", "FromPairs", "Heads", "History", "KnowledgeDistillation", "Making", "Matching",
-    "Method", "MotionReward", "MovingBuffer", "Nets", "Other", "Progressive", "ReadAttributes", "Reconstruction", "ReverseKL",
-    "Reward", "Role", "Rolled", "RollingForced", "Rollout", "ScoreImplicit", "SelfForced", "StreamingLong", "Sync",
-    "TeacherForced", "Update", "Weak", "WholeClip", "Work", "in_forwards",
+    "Method", "MomentMatching", "MotionReward", "MovingBuffer", "Nets", "Other", "Progressive", "ReadAttributes",
+    "Reconstruction", "ReverseKL", "Reward", "Role", "Rolled", "RollingForced", "Rollout", "ScoreImplicit", "SelfForced",
+    "StreamingLong", "Sync", "TeacherForced", "Update", "Weak", "WholeClip", "Work", "in_forwards",
 ]  # fmt: skip

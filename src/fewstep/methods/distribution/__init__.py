@@ -1,0 +1,6 @@
+"""Methods that match distributions, besides DMD2 and what it holds."""
+
+from fewstep.methods.distribution.moment_matching import MomentMatching
+from fewstep.methods.distribution.tdm import TDM
+
+__all__ = ["TDM", "MomentMatching"]

@@ -1,0 +1,217 @@
+"""Distribution matching along the trajectory: TDM, whose critic needs an unbiased target, and moment matching."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fewstep.core import Batch, Rng
+from fewstep.diffusion import CFG, VP, NoisePath, from_x0
+from fewstep.methods import TDM, BackwardSimulation, MomentMatching, Nets, targets
+from fewstep.methods.distribution.tdm import unbiased
+from fewstep.methods.matching import FDivergence, Noised
+from support_gaussian import RF, Asked, FreeClips, GaussianTeacher, cond_of, conds_of, f64, minimise, terms
+
+B, SHAPE, LABELS = 4, (1, 4, 8, 8), [1, 2, 1, 1]
+MEANS, STD, OTHER = f64(-0.2, 0.7, 1.5), 0.4, f64(0.3, -0.6, 0.1)
+GRID = (1.0, 0.75, 0.5, 0.25)
+METHOD = TDM(rollout=BackwardSimulation(grids=(GRID,), mode="ode"), guidance=CFG(scale=2.5))
+
+
+def clips(name: str, size: int = B) -> Tensor:
+    return Rng(3).randn((size, *SHAPE), name).double()
+
+
+def make_batch() -> Batch:
+    return Batch(conds_of(LABELS), cond_of(0, B), SHAPE, x0=clips("real"))
+
+
+def nets() -> Nets:
+    networks = {
+        "student": FreeClips((B, *SHAPE)), "teacher": GaussianTeacher(MEANS, STD), "critic": GaussianTeacher(OTHER, 0.5)
+    }  # fmt: skip
+    return Nets({role: Asked(network.requires_grad_(role == "student")) for role, network in networks.items()})
+
+
+@pytest.mark.parametrize("path", [RF, VP()])
+def test_noise_from_a_time_on_makes_the_marginal_of_a_later_time(path: NoisePath) -> None:
+    s, t, like = f64(0.3, 0.6), f64(0.5, 0.9), torch.zeros(2, 1, 1, 1, 1, dtype=torch.float64)
+    a, b = path.between(s, t, like)
+    first, last = path.at(s, like), path.at(t, like)
+    torch.testing.assert_close(a * first.a, last.a)
+    torch.testing.assert_close((a * first.s).square() + b.square(), last.s.square())
+    a, b = path.between(torch.zeros_like(t), t, like)
+    torch.testing.assert_close((a, b), (last.a / path.at(0 * t, like).a, b))
+
+
+@pytest.mark.parametrize("path", [RF, VP()])
+def test_the_critics_target_is_unbiased_and_the_obvious_one_is_not(path: NoisePath) -> None:
+    """A linear regression on the noised state finds the exact denoiser, which knows nothing of x_s."""
+    s, t, mean, std = 0.4, 0.8, 0.7, 0.5
+    nodes, weights = np.polynomial.hermite_e.hermegauss(8)
+    z, noise, eps = (torch.from_numpy(v.flatten()).reshape(-1, 1, 1, 1, 1) for v in np.meshgrid(nodes, nodes, nodes))
+    w = torch.from_numpy(np.einsum("i,j,k->ijk", weights, weights, weights).flatten())
+    x0, times = mean + std * z, torch.full((len(z),), t, dtype=torch.float64)
+    lower = torch.full_like(times, s)
+    x_s = path.add_noise(x0, noise, lower)
+    a, b = path.between(lower, times, x_s)
+    noised = Noised(x_s, a * x_s + b * eps, times, eps)
+    found, _, _ = unbiased(noised, lower, path)
+    exact = GaussianTeacher(f64(0, mean), std, path)(noised.x_t, times, cond_of(1, len(z))).x0
+    torch.testing.assert_close(fitted(noised.x_t, found, w), exact)
+    torch.testing.assert_close(fitted(noised.x_t, x0, w), exact)  # what the target stands for
+    assert float((fitted(noised.x_t, x_s, w) - exact).abs().max()) > 0.05
+
+
+def fitted(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+    """Weighted least squares of y on 1 and x, at x."""
+    rows = torch.stack([torch.ones_like(x), x], -1).reshape(-1, 2)
+    root = w.sqrt()[:, None]
+    solution = torch.linalg.lstsq(rows * root, y.reshape(-1, 1) * root).solution
+    return (rows @ solution).reshape_as(x)
+
+
+def test_the_target_is_eq_8_of_phased_dmd_and_from_zero_it_is_flow_matching() -> None:
+    s, t = f64(0.25, 0.0), f64(0.7, 0.6)
+    x_s, eps = clips("x", 2), clips("e", 2)
+    a, b = RF.between(s, t, x_s)
+    noised = Noised(x_s, a * x_s + b * eps, t, eps)
+    x0, noise, weight = unbiased(noised, s, RF)
+    (a_s, s_s, *_), (a_t, s_t, *_) = RF.at(s, x_s), RF.at(t, x_s)
+    wanted = (a_s.square() * s_t + a_t * s_s.square()) / (a_s.square() * b) * eps - x_s / a_s
+    torch.testing.assert_close(noise - x0, wanted)
+    torch.testing.assert_close(x0[1], x_s[1])
+    torch.testing.assert_close(noise[1], eps[1])
+    torch.testing.assert_close(weight, (10 * b.square()).clamp_max(1).flatten())
+
+
+@pytest.mark.parametrize("interval", ["step", "above"])
+@pytest.mark.parametrize("stop", range(4))
+def test_states_of_a_step_are_compared_within_it(interval: str, stop: int) -> None:
+    """The landing of a step with noise, at times between the landing and where the step began (or all above)."""
+    method = replace(METHOD, interval=interval)
+    t, landed = GRID[stop], (*GRID, 0.0)[stop + 1]
+    x0, x_t = clips("made", 64), clips("state", 64)
+    from fewstep.methods.rollouts import Rolled
+
+    rolled = Rolled(x0, x_t, torch.full((64,), t, dtype=torch.float64), exit=stop, grid=GRID)
+    noised, s = method.noised(rolled, RF, Rng(0))
+    assert torch.equal(s, torch.full_like(s, landed))
+    top = t if interval == "step" else 1.0
+    assert float(noised.t.min()) > landed
+    assert float(noised.t.max()) <= max(min(top, 0.98), landed)
+    x_s = from_x0(x0, x_t, rolled.t, RF).step_to(s)
+    a, b = RF.between(s, noised.t, x_s)
+    torch.testing.assert_close(noised.x_t, a * x_s + b * noised.eps)
+    assert noised.x0 is x0
+
+
+def test_the_students_gradient_is_on_its_clean_prediction() -> None:
+    networks, batch = nets(), make_batch()
+    terms(METHOD.student_loss(networks, batch, Rng(0)))["matching"].backward()
+    (seen,), made = networks.critic.questions, networks.student.net.clips
+    teacher, cond = networks.teacher.net, conds_of(LABELS)
+    plain, free = (teacher(seen.x_t, seen.t, c).x0 for c in (cond, cond_of(0, B)))
+    real, fake = free + 2.5 * (plain - free), networks.critic.net(seen.x_t, seen.t, cond).x0
+    weight = 1 / ((made.detach() - real).abs().flatten(1).mean(1) + targets.FLOOR)
+    torch.testing.assert_close(made.grad, weight.reshape(-1, 1, 1, 1, 1) * (fake - real) / made.numel())
+
+
+def test_the_critic_learns_without_gradient_in_the_student() -> None:
+    networks = nets()
+    networks.critic.requires_grad_(True)
+    terms(METHOD.critic_loss(0, networks, make_batch(), Rng(0)))["denoising"].backward()
+    assert networks.student.net.clips.grad is None
+    assert networks.critic.net.means.grad is not None
+    assert not any(question.grad for question in networks.student.questions)
+
+
+def test_a_landing_at_the_teachers_own_states_moves_nothing() -> None:
+    """Student and critic are exact: what is compared is the same distribution, at every time."""
+    teacher = GaussianTeacher(MEANS, STD)
+    networks = Nets({**nets(), "critic": Asked(teacher), "teacher": Asked(teacher)})
+    terms(replace(METHOD, guidance=CFG()).student_loss(networks, make_batch(), Rng(0)))["matching"].backward()
+    assert float(networks.student.net.clips.grad.abs().max()) == 0
+
+
+def test_tdm_says_what_it_costs_and_refuses_fresh_noise() -> None:
+    assert sum(work.forwards for work in METHOD.cost()) == 2.5 + 4.5 + 2 + 4
+    with pytest.raises(ValueError, match="rollout.mode to ode"):
+        TDM(rollout=BackwardSimulation())
+    with pytest.raises(ValueError, match="TDM has none"):
+        TDM(matching=FDivergence())
+
+
+# --- moment matching --------------------------------------------------------------------------------------------------
+
+MOMENTS = MomentMatching(steps=(4,), guidance=CFG(scale=2.5))
+
+
+def test_the_step_lands_within_one_step_of_the_grid() -> None:
+    networks, batch = nets(), make_batch()
+    x, x_s, s = replace(MOMENTS, shift=3.0).stepped(networks, batch, Rng(0))
+    (seen,) = networks.student.questions
+    torch.testing.assert_close(x, networks.student.net.clips)
+    assert not x_s.requires_grad
+    back = lambda t: t / (3 - 2 * t)  # noqa: E731 - the shift undone
+    lengths = back(seen.t.double()) - back(s.double())
+    assert (lengths >= -1e-9).all()
+    assert (lengths <= 0.25 + 1e-9).all()
+    torch.testing.assert_close(x_s, from_x0(x.detach(), seen.x_t, seen.t, RF).step_to(s))
+
+
+def test_the_best_critic_is_the_middle_of_student_and_teacher() -> None:
+    networks, batch = nets(), make_batch()
+    middle = FreeClips((B, *SHAPE))
+    networks = Nets({**networks, "critic": middle})
+    minimise(list(middle.parameters()), lambda: terms(MOMENTS.critic_loss(0, networks, batch, Rng(0)))["moments"])
+    seen, made = networks.teacher.questions[-1], networks.student.net.clips.detach()
+    plain, free = (networks.teacher.net(seen.x_t[:B], seen.t[:B], c).x0 for c in (conds_of(LABELS), cond_of(0, B)))
+    torch.testing.assert_close(middle.clips.detach(), (made + free + 2.5 * (plain - free)) / 2, atol=1e-6, rtol=1e-6)
+
+
+def test_a_sample_of_the_clean_clips_is_left_where_it_is_and_their_mean_is_not() -> None:
+    """Moments of the error, `E[(x - teacher(x_s)) x_s^n]`, with x a sample of the posterior at t, and with its mean."""
+    t, s, mean, std = 0.8, 0.6, 0.7, 0.5
+    nodes, weights = np.polynomial.hermite_e.hermegauss(24)
+    z, eps = (torch.from_numpy(v.flatten()).reshape(-1, 1, 1, 1, 1) for v in np.meshgrid(nodes, nodes))
+    w = torch.from_numpy(np.outer(weights, weights).flatten())
+    teacher, x0 = GaussianTeacher(f64(0, mean), std), mean + std * z
+    times, lower = (torch.full((len(z),), v, dtype=torch.float64) for v in (t, s))
+    x_t, cond = RF.add_noise(x0, eps, times), cond_of(1, len(z))
+    sizes = []
+    for x in (x0, teacher(x_t, times, cond).x0.detach()):
+        x_s = from_x0(x, x_t, times, RF).step_to(lower)
+        error = x - teacher(x_s, lower, cond).x0.detach()
+        sizes.append(max(abs(float((w * (error * x_s**n).flatten()).sum() / w.sum())) for n in range(3)))
+    assert sizes[0] < 1e-10
+    assert sizes[1] > 1e-3
+
+
+def test_the_student_follows_the_difference_of_critic_and_teacher() -> None:
+    networks, batch = nets(), make_batch()
+    terms(MOMENTS.student_loss(networks, batch, Rng(0)))["matching"].backward()
+    (seen,), made = networks.critic.questions, networks.student.net.clips
+    plain, free = (networks.teacher.net(seen.x_t, seen.t, c).x0 for c in (conds_of(LABELS), cond_of(0, B)))
+    real, fake = free + 2.5 * (plain - free), networks.critic.net(seen.x_t, seen.t, conds_of(LABELS)).x0
+    weight = 1 / ((made.detach() - real).abs().flatten(1).mean(1) + targets.FLOOR)
+    torch.testing.assert_close(made.grad, weight.reshape(-1, 1, 1, 1, 1) * (fake - real) / made.numel())
+
+
+def test_moment_matching_serves_its_steps_and_refuses_none() -> None:
+    contract = MomentMatching(steps=(1, 2, 4), shift=3.0).contract(nets_contract())
+    assert contract.counts == (1, 2, 4)
+    assert contract.times(2) == (1.0, 0.75, 0.0)
+    assert sum(work.forwards for work in MOMENTS.cost()) == 4 + 4 + 4
+    with pytest.raises(ValueError, match="steps is empty"):
+        MomentMatching(steps=())
+
+
+def nets_contract() -> object:
+    from fewstep.diffusion import Contract
+
+    return Contract()
