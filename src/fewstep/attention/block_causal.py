@@ -57,6 +57,11 @@ class BlockCausal(Pattern):
             raise ValueError(
                 "text that reads the clip would tell the past of the future; BlockCausal needs cross-attention"
             )
+        if site.call.mutual:
+            raise ValueError(
+                f"chunks that are denoised at once read each other in both directions, and with {self} a chunk reads earlier "
+                "ones alone; give the network the pattern Dense, or let the stream have mutual: false"
+            )
         if site.call.kv is None:
             return
         if bool((site.call.kv.number % self.chunk).any()):

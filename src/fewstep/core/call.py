@@ -181,6 +181,9 @@ class Call:
     """Past that the call may read. If the branch is `both`, the condition's samples come first, then the negative ones."""
     causal: Causal | None = None
     """Chunks of the call, if the later ones may not be read by the earlier; None: all its frames read each other."""
+    mutual: bool = False
+    """Whether the call is a window of chunks that must read each other in both directions (`streaming.rolling`), which a causal
+    pattern refuses."""
     runner: Runner = every_block
     shared: Sharing | None = None
     """Processes that make this call together, each with its share of the tokens; None: this process alone."""

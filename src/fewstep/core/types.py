@@ -63,6 +63,12 @@ class Cond:
         part = {name: x[:, first : first + frames] if name in self.framewise else x for name, x in self.extra.items()}
         return replace(self, extra=part)
 
+    def at(self, frames: Tensor) -> Cond:
+        """This condition for one latent frame of each clip, whose number is `frames` `[B]`."""
+        rows = torch.arange(len(self), device=frames.device)
+        own = {name: x[rows, frames][:, None] if name in self.framewise else x for name, x in self.extra.items()}
+        return replace(self, extra=own)
+
     @staticmethod
     def cat(parts: list[Cond]) -> Cond:
         return Cond._join(parts, lambda *tensors: torch.cat(tensors))

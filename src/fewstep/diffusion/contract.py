@@ -144,15 +144,15 @@ class Stream:
             raise ValueError(f"no chunk of {list(self.chunks)} latent frames begins at frame {frame}")
         return index
 
-    def lengths(self, frames: int) -> tuple[int, ...]:
-        """Lengths of the chunks of a clip of `frames` latent frames.
+    def lengths(self, frames: int, first: int = 0) -> tuple[int, ...]:
+        """Lengths of the chunks of `frames` latent frames: those of a clip, or from chunk `first` on.
 
         >>> Stream(chunks=(1, 3)).lengths(7)
         (1, 3, 3)
         """
         found: list[int] = []
         while sum(found) < frames:
-            found.append(self.length(len(found)))
+            found.append(self.length(first + len(found)))
         if sum(found) != frames:
             raise ValueError(
                 f"chunks of {list(self.chunks)} latent frames make clips of {sum(found[:-1])} or {sum(found)}, not {frames}"

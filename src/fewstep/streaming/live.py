@@ -86,6 +86,8 @@ class LiveSnapshot:
     """Chunks from which other prompts apply, these prompts, and how they are changed."""
     controls: tuple[Control, ...] = ()
     """What is told of later frames."""
+    given: tuple[tuple[int, Tensor], ...] = ()
+    """Chunks from which latents are given, and these latents."""
 
 
 @dataclass(eq=False)
@@ -139,6 +141,7 @@ class LiveSession:
         self._session, self._model, self._video = session, cast(Shows, session.model), video
         self._start = start or LiveSnapshot(session.snapshot)
         self._switches = {chunk: (prompts, how) for chunk, prompts, how in self._start.switches}
+        self._given = dict(self._start.given)
         self._controls = self._start.controls
         self._decoder = Decoder(self._model.decode_next, self._start.past, self._model.device, beside=beside)
         self._making: _Making | None = None  # the chunk that was begun last
@@ -175,6 +178,16 @@ class LiveSession:
         with self._lock:
             first = self._first(at, chunk)
             self._switches[first] = prompts, how
+            return first
+
+    def begin_with(self, latents: Tensor, *, at: float | None = None, chunk: int | None = None) -> int:
+        """Let the stream go on with these latents, as in `Session.begin_with`, from a chunk on, whose number is returned: the
+        first that is not begun, or later, as in `prompt`."""
+        _require_moment("latents are given", at, chunk)
+        with self._lock:
+            first = self._first(at, chunk)
+            self._session.require_given(latents, first)
+            self._given[first] = latents.to(self._model.device)
             return first
 
     def control(self, name: str, numbers: Any, *, at: float | None = None, chunk: int | None = None) -> int:
@@ -242,16 +255,17 @@ class LiveSession:
             waiting = tuple(
                 (chunk, *switch) for chunk, switch in sorted(self._switches.items()) if chunk >= self.chunks
             )
-            controls = self._lasting()
+            given = tuple(each for each in sorted(self._given.items()) if each[0] >= self.chunks)
+            later = {"switches": waiting, "controls": self._lasting(), "given": given}
             if shown is None:
-                return replace(self._start, switches=waiting, controls=controls)
+                return replace(self._start, **later)
             if shown.after is None and shown is self._making:
                 self._call(shown)
             if shown.after is None:
                 raise ValueError(
                     f"chunk {shown.index} was shown, but remembering it failed; restore an earlier snapshot"
                 )
-            return LiveSnapshot(shown.after, shown.past, shown.end, shown.version, waiting, controls)
+            return LiveSnapshot(shown.after, shown.past, shown.end, shown.version, **later)
 
     def close(self) -> None:
         """End the stream and free its thread."""
@@ -325,6 +339,8 @@ class LiveSession:
         session, before = self._session, self._session.snapshot
         if index in self._switches:
             session.steer(*self._switches[index])
+        if index in self._given:
+            session.begin_with(self._given[index])
         version = self._start.version + sum(chunk <= index for chunk in self._switches)
         extra = told(self._controls, self._ends(index), inputs_of(self._model.card))
         steps = session.steps(self._video, extra=extra, left=left)

@@ -56,7 +56,9 @@ class Snapshot:
     window: tuple[Flying, ...] = ()
     """Chunks that are denoised already, where several are at once (`Stream.rolling`)."""
     given: Tensor | None = None
-    """Latents `[B, C, F, h, w]` that the stream begins with, in whole chunks, such as that of an image; None: it makes all."""
+    """Latents `[B, C, F, h, w]` of whole chunks that are not made, such as that of an image; None: all are made."""
+    since: int = 0
+    """Number of the first latent frame of `given` in the stream."""
 
 
 @dataclass(frozen=True)
@@ -129,22 +131,26 @@ class Session:
         return self._chunks.stream
 
     def begin_with(self, latents: Tensor) -> None:
-        """Let the first chunks be these latents `[B, C, F, h, w]`, such as those of an image; later chunks read them.
+        """Let the next chunks be these latents `[B, C, F, h, w]`, such as those of an image; later chunks read them.
 
-        ValueError for a stream that has begun, half a chunk, and latents of another shape.
+        A stream may begin with them, or a stretch of it. ValueError while a chunk is being made, and as `require_given`.
         """
-        if self.snapshot.chunks:
-            raise ValueError(f"this stream has made {self.snapshot.chunks} chunks already; begin another one")
+        if self._making:
+            raise ValueError("a chunk is being made; finish its steps or close them before other latents are given")
+        self.require_given(latents, self.snapshot.chunks)
+        self.snapshot = replace(self.snapshot, given=latents, since=self.stream.begin(self.snapshot.chunks))
+
+    def require_given(self, latents: Tensor, chunk: int) -> None:
+        """ValueError for latents that chunk `chunk` and those after it cannot be: half a chunk, or another shape."""
         if self._rolling is not None or self.stream.commit == "nothing":
             raise ValueError(
                 "chunks of this stream are denoised several at once, or nothing is remembered; begin it with noise"
             )
         channels, _, height, width = self._model.latent_shape()
-        frames = sum(self.stream.lengths(latents.shape[2]))  # refuses half a chunk
+        frames = sum(self.stream.lengths(latents.shape[2], chunk))  # refuses half a chunk
         wanted = (len(self.snapshot.prompts), channels, frames, height, width)
         if latents.shape != wanted:
             raise ValueError(f"the stream begins with latents {wanted}, and {tuple(latents.shape)} were given")
-        self.snapshot = replace(self.snapshot, given=latents)
 
     def require(self, how: Switch, over: int = 4) -> None:
         """ValueError for a way to change prompts that there is not, or not for this stream."""
@@ -258,7 +264,7 @@ class Session:
             start = path.add_noise(clean, noise, full(chunks.times[0], clean))
         runner = every_block if self._cache is None else self._cache.begin()
         rng = self._seeds.fold(f"chunk/{index}")
-        first = chunks.stream.begin(index)
+        first = chunks.stream.begin(index) - before.since
         given = None if before.given is None else before.given[:, :, first : first + noise.shape[2]]
         if given is not None and given.shape[2]:
             return chunks.known(memory, given, cond, uncond, rng, index)
