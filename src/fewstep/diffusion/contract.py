@@ -58,6 +58,9 @@ class Stream:
     recompute: bool = False
     """Whether the memory is made anew before every chunk, from the last latents that `window` has room for and with the prompts
     of that chunk (Krea Realtime). Nothing older reaches a chunk, not even through what they had read."""
+    reencode: bool = False
+    """Whether the first of these latents becomes that of an image, when the stream has moved on (Krea Realtime): its last frame
+    as it was decoded, encoded alone. The latent of a clip's first frame has other statistics than those that follow."""
     positions: Standing = "absolute"
     """Position of a remembered frame. `absolute`: its place in the stream. `window`: its place among the remembered frames.
     `sink`: its place in the stream, but the sink stands just before the oldest other frame. `rebased`: its place in the stream
@@ -83,6 +86,11 @@ class Stream:
 
     def _check_recompute(self) -> None:
         if not self.recompute:
+            if self.reencode:
+                raise ValueError(
+                    "only a memory that is made anew has a first latent that can be encoded again; set recompute: true, or "
+                    "reencode: false"
+                )
             return
         if not self.window or self.sink:
             raise ValueError(

@@ -34,7 +34,7 @@ from fewstep.models.decoding import Decoded
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.depot import depot_of
 from fewstep.models.fingerprint import describe, print_of
-from fewstep.models.images import Images, blank_images, image_conditions
+from fewstep.models.images import Images, blank_images, image_conditions, image_latents
 from fewstep.models.loading import loaded
 from fewstep.models.lora import add
 from fewstep.models.offload import Blockwise, bring
@@ -233,6 +233,10 @@ class VideoModel:
     def clip_frames(self, latents: int) -> int:
         """Frames of a clip of so many latent frames."""
         return self.codec.clip_frames(latents) if latents else 0
+
+    def image_latents(self, pictures: Tensor) -> Tensor:
+        """Latents `[B, C, 1, h, w]` of pictures `[B, 3, H, W]` in [-1, 1], each the only frame of a clip."""
+        return image_latents(self, pictures)
 
     def latents(self, prompts: Sequence[str] | Cond, **options: Any) -> Tensor:
         """Sample latents `[B, C, F, h, w]` by the card's contract: `sampling`, run to its end."""

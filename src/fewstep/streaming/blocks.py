@@ -209,9 +209,19 @@ class Chunks:
         return self._anew(memory, latents, cond, uncond, rng, sink)
 
     @torch.no_grad()
-    def ready(self, memory: KVCache, latents: Tensor | None, cond: Cond, uncond: Cond, rng: Seeds | Rng) -> KVCache:
+    def ready(
+        self,
+        memory: KVCache,
+        latents: Tensor | None,
+        cond: Cond,
+        uncond: Cond,
+        rng: Seeds | Rng,
+        *,
+        image: Tensor | None = None,
+    ) -> KVCache:
         """What the next chunk is given as its memory: `memory`, and with `Stream.recompute` the one made anew from `latents`,
         those that `recent` keeps, with the conditions of that chunk. `rng` is that of the stream. It carries no gradient.
+        `image` `[B, C, 1, h, w]` takes the place of their first frame with `Stream.reencode`, unless that is the stream's.
 
         Made with the same conditions and before the window is full, it is the memory that is carried on, bit for bit. ValueError
         for conditions that differ from frame to frame: those of earlier frames are not known.
@@ -223,6 +233,13 @@ class Chunks:
                 f"this model reads {', '.join(sorted(cond.framewise))} of every frame, which a memory that is made anew is not "
                 "told; let the stream have recompute: false"
             )
+        if self.stream.reencode and int(memory.start) > latents.shape[2]:
+            if image is None:
+                raise ValueError(
+                    "this stream encodes the first latent of its past again as an image, and a rollout has no autoencoder; train "
+                    "with reencode: false, and set it in the student's card"
+                )
+            latents = torch.cat([image, latents[:, :, 1:]], 2)
         return self._anew(memory, latents, cond, uncond, rng, False)
 
     def _anew(

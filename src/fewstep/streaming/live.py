@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from threading import RLock
 from time import perf_counter
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -26,14 +26,6 @@ from fewstep.streaming.switch import Switch
 
 AHEAD = 2
 """Most chunks that are being decoded, or wait for it."""
-
-
-class Shows(Streams, Protocol):
-    """What a live session needs of a `VideoModel` besides."""
-
-    def decode_next(self, latents: Tensor, past: Any = None, *, last: bool = False) -> Any: ...
-
-    def clip_frames(self, latents: int) -> int: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +130,7 @@ class LiveSession:
         Chunks are decoded `beside` the denoiser, in a thread of their own, or between two chunks, in the caller's. The frames are
         the same.
         """
-        self._session, self._model, self._video = session, cast(Shows, session.model), video
+        self._session, self._model, self._video = session, session.model, video
         self._start = start or LiveSnapshot(session.snapshot)
         self._switches = {chunk: (prompts, how) for chunk, prompts, how in self._start.switches}
         self._given = dict(self._start.given)
@@ -153,7 +145,7 @@ class LiveSession:
 
     @classmethod
     def restore(
-        cls, model: Shows, snapshot: LiveSnapshot, *, video: Video | None = None, beside: bool = True, **options: Any
+        cls, model: Streams, snapshot: LiveSnapshot, *, video: Video | None = None, beside: bool = True, **options: Any
     ) -> LiveSession:
         """A session that goes on after `snapshot`, bit for bit. `video` and `options` are those of the session before, and of its
         `Session`."""

@@ -39,6 +39,35 @@ class Streams(Protocol):
 
     def latent_shape(self) -> tuple[int, int, int, int]: ...
 
+    def decode_next(self, latents: Tensor, past: Any = None, *, last: bool = False) -> Any: ...
+
+    def clip_frames(self, latents: int) -> int: ...
+
+    def image_latents(self, pictures: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The frames of the last latents."""
+
+    pictures: Tensor | None = None
+    """The last frame that each of them was decoded to, `[B, 3, F, H, W]`; None: nothing was decoded."""
+    past: Any = None
+    """Memory of the decoder after them."""
+
+    def after(self, x: Tensor, first: int, kept: int, model: Streams) -> Seen:
+        """Those of the last `kept` latent frames, after a chunk `x` that begins with latent frame `first`. ValueError for a
+        codec whose frames do not come with their latents."""
+        made, ends = model.decode_next(x, self.past), [model.clip_frames(first + i) for i in range(x.shape[2] + 1)]
+        if made.frames.shape[2] != ends[-1] - ends[0]:
+            raise ValueError(
+                "this stream encodes the last frame of a latent again as an image, and its codec decodes that frame only after "
+                "later latents; take a model with Wan's autoencoder, or set reencode: false"
+            )
+        last = made.frames[:, :, [end - ends[0] - 1 for end in ends[1:]]]
+        pictures = last if self.pictures is None else torch.cat([self.pictures, last], 2)
+        return Seen(pictures[:, :, -kept:], made.past)
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -59,6 +88,8 @@ class Snapshot:
     """Latents `[B, C, F, h, w]` of whole chunks that are not made, such as that of an image; None: all are made."""
     since: int = 0
     """Number of the first latent frame of `given` in the stream."""
+    seen: Seen = Seen()
+    """What `latents` look like, where the first of them is encoded again (`Stream.reencode`)."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +213,8 @@ class Session:
             fade = Fade(self._mix(before.chunks - 1), before.chunks, over)
         elif how == "clear":
             memory = memory.keep.forget(memory, memory.start)
-            before = replace(before, latents=None) if self.stream.recompute else before
+            if self.stream.recompute:
+                before = replace(before, latents=None, seen=replace(before.seen, pictures=None))
         elif how == "recache" and before.latents is not None:
             seeds = Seeds(before.seeds, device=str(self._model.device)).fold(f"recache/{before.chunks}")
             with torch.no_grad():
@@ -238,9 +270,11 @@ class Session:
             for made in making:
                 yield made.step
                 if (memory := made.memory) is not None:
-                    latents = self._chunks.recent(before.latents, made.x, index)
+                    latents, seen = self._chunks.recent(before.latents, made.x, index), before.seen
+                    if self.stream.reencode:
+                        seen = seen.after(made.x, first, latents.shape[2], self._model)
                     self.snapshot = replace(
-                        self.snapshot, memory=memory, chunks=index + 1, latents=latents, window=made.window
+                        self.snapshot, memory=memory, chunks=index + 1, latents=latents, window=made.window, seen=seen
                     )
         finally:
             self._making = False
@@ -249,7 +283,9 @@ class Session:
         """The next chunk, from its first step to its last."""
         before, index = self.snapshot, self.snapshot.chunks
         chunks, path = replace(self._chunks, constants=self._constants(cond, uncond)), self._chunks.network.path
-        memory = chunks.ready(before.memory, before.latents, cond, uncond, self._seeds)
+        seen = before.seen.pictures
+        image = None if seen is None else self._model.image_latents(seen[:, :, 0])
+        memory = chunks.ready(before.memory, before.latents, cond, uncond, self._seeds, image=image)
         noise = start_noise(chunks.stream, index, self._size, self._seeds)
         if video is None:
             start = path.prior(noise)
