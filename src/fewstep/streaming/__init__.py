@@ -10,6 +10,6 @@ from fewstep.streaming.session import Seen, Session, Snapshot, Video
 from fewstep.streaming.switch import Fade, Switch
 
 __all__ = [
-    "Chunks", "Control", "Fade", "Flying", "LiveChunk", "LiveSession", "LiveSnapshot", "Made", "Rolling", "Seen", "Session", "Snapshot",
-    "Switch", "Took", "Video", "cascaded", "fitting",
+    "Chunks", "Control", "Fade", "Flying", "LiveChunk", "LiveSession", "LiveSnapshot", "Made", "Rolling", "Seen", "Session",
+    "Snapshot", "Switch", "Took", "Video", "cascaded", "fitting",
 ]  # fmt: skip

@@ -31,6 +31,6 @@ KREA_REALTIME = Known(
         "licence": f"{_REPOSITORY} LICENSE.md",
     },
     unverified="the licence of the weights' own page; that of the repository was taken. The server's default is 5 steps, its "
-    "configuration has 4. While prompts change gradually the server makes the memory with those of the chunk before, here it is made "
-    "with those of the chunk. The lower weight of old keys of the authors' report is not in their code",
+    "configuration has 4. While prompts change gradually the server makes the memory with those of the chunk before, here it is "
+    "made with those of the chunk. The lower weight of old keys of the authors' report is not in their code",
 )  # fmt: skip
