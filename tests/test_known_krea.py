@@ -40,8 +40,8 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> VideoModel:
 @torch.no_grad()
 def by_hand(text: Tensor, shape: tuple[int, ...], seeds: tuple[int, ...], *, image: bool = True) -> Tensor:
     """The authors' loop. There is no cache: the last 3 latent frames stand clean before the chunk, at positions 0 to 2, and a
-    mask lets them read each other alone. From the third chunk on the first of them is another one: of the 12 frames that its chunk
-    was decoded to, the 4th (the server keeps the last 9), encoded as an image."""
+    mask lets them read each other alone. From the third chunk on the first of them is another one: of the 12 frames that its
+    chunk was decoded to, the 4th (the server keeps the last 9), encoded as an image."""
     network, vae = original(), AutoencoderKLWan.from_pretrained(shared("wan") / "vae").eval()
     mean, std = (torch.tensor(vae.config[name]).view(1, -1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
     batch, channels, frames, height, width = shape

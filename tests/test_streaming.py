@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import cos, sin, tau
@@ -24,17 +25,21 @@ from fewstep.attention import (
     MovingSink,
     Prefix,
     Retrieval,
+    TopK,
     Window,
+    attending,
+    operate,
 )
+from fewstep.attention.pattern import Pattern
 from fewstep.caching import SkipMiddle
-from fewstep.core import Call, Seeds
+from fewstep.core import Call, Rng, Seeds
 from fewstep.core.call import Place, Runner, S
 from fewstep.diffusion import CFG, EDM, Contract, Exact, Memory, Renoise, Shifted, Stream
 from fewstep.models import VideoModel
 from fewstep.models.repattern import repattern
 from fewstep.models.video_dit import CrossAttention
 from fewstep.streaming import Chunks, Session
-from fewstep.streaming.blocks import keep_of
+from fewstep.streaming.blocks import keep_of, one_after_the_other
 from support_engine import tiny_model
 
 PROMPTS = ["a red ball rolls left", "a blue star stays"]
@@ -351,3 +356,50 @@ def test_a_stream_starts_at_the_noise_level_of_its_path() -> None:
     first = next(Session(model, PROMPTS).steps()).prediction.x_t
     noise = Seeds((0, 1)).fold("chunk/0").randn(tuple(first.shape), "start")
     torch.testing.assert_close(first, 5.0 * noise)
+
+
+@pytest.mark.parametrize("pattern", [Dense(), BlockCausal(chunk=2, window=5, sink=1), BlockCausal()], ids=str)
+def test_a_past_may_count_less(pattern: Pattern) -> None:
+    """By hand: weight w is log w on the logits of the past without its oldest frame, in each layer; 1 is nothing, bit for bit; and
+    it reaches a stream."""
+    model = streaming_model(Stream(chunks=(2,), window=5, sink=1))
+    network = repattern(model.denoiser, pattern).backbone
+    keep, rng = Window(window=5, sink=1), Rng(0)
+    empty = KVCache.empty(keep, 2, weight=0.3)
+    delta = tuple((rng.randn((2, 2, 32, 12), f"k{i}"), rng.randn((2, 2, 32, 12), f"v{i}")) for i in range(2))
+    memory = empty.commit(delta, 2)  # one of three slots is empty
+    x = rng.randn((2, 4, 2, 8, 8), "x")
+    view = network.recall(memory, x)
+    site = network.site(pattern, network.grid(x), Call(kv=view), x.device)
+    q, k, v = (rng.randn((2, 2, n, 12), name) for n, name in ((32, "q"), (80, "k"), (80, "v")))
+    logits = (q @ k.mT) / 12**0.5
+    order = view.positions.tolist()
+    for slot, position in enumerate(order):
+        logits[..., 16 * slot : 16 * (slot + 1)] += {0: 0.0, 1: math.log(0.3), -1: -math.inf}[position]
+    operation = pattern.operation(0, 2, 12)
+    mask = operation.mask(q, k, site)
+    assert (mask is None) == (pattern != BlockCausal())
+    logits = logits if mask is None else logits.masked_fill(~mask, -math.inf)
+    for tier in ("auto", "reference"):
+        with attending(tier):  # type: ignore[arg-type]
+            torch.testing.assert_close(operate(operation, q, k, v, site), logits.softmax(-1) @ v, atol=1e-5, rtol=1e-5)
+    sorted_order = sorted(order)
+    assert sorted_order == [-1, 0, 1]
+    streams = [Stream(chunks=(2,), window=5, sink=1, past_weight=weight) for weight in (1.0, 0.3)]
+    plain, less = (torch.cat(made(Session(streaming_model(stream), PROMPTS), 3), 2) for stream in streams)
+    assert torch.equal(plain[:, :, :2], less[:, :, :2]) and not torch.equal(plain[:, :, 2:], less[:, :, 2:])
+    assert torch.equal(plain, torch.cat(made(Session(model, PROMPTS), 3), 2))
+
+
+def test_a_weight_that_would_do_nothing_is_refused() -> None:
+    for weight in (0.0, 1.5, -1.0):
+        with pytest.raises(ValueError, match="past_weight"):
+            Stream(past_weight=weight)
+    with pytest.raises(ValueError, match="one call of several chunks all that is read counts alike"):
+        one_after_the_other(Stream(past_weight=0.5), (1, 1))
+    routed = streaming_model(Stream(window=3, past_weight=0.5))
+    routed = routed.with_part("denoiser", repattern(routed.denoiser, TopK(block=4, keep=0.5)))
+    with pytest.raises(ValueError, match="router cannot weigh.*past_weight to 1"):
+        made(Session(routed, PROMPTS), 2)
+    with pytest.raises(ValueError, match="remembers parts of frames.*past_weight to 1"):
+        made(Session(streaming_model(Stream(memory=Decaying(half=0.5, sink=1), past_weight=0.5)), PROMPTS), 3)

@@ -57,7 +57,8 @@ class Site:
     beside: int = 0
     """Number of text tokens before both. Every query reads them; as queries they read every key."""
     readable_B11M: Tensor | None = None
-    """False for keys that nobody may read: padded text, empty slots. None: all may be read."""
+    """False for keys that nobody may read: padded text, empty slots; or numbers that are added to the logits of a key
+    (`KVView.weight`), minus infinity for such keys. None: all may be read alike."""
     call: Call = Call()
     parts: tuple[Part, ...] = ()
     """Chunks that read apart (`Call.causal`); (): the call is read as one."""
@@ -83,14 +84,17 @@ class Operation(nn.Module, ABC):
         """
 
     def allowed(self, q_BHND: Tensor, k_BHMD: Tensor, site: Site) -> Tensor | None:
-        """The same with text and with keys that nobody reads, for all queries and keys; None: all."""
+        """The same with text and with keys that nobody reads, for all queries and keys; None: all. Numbers for the logits where
+        `site.readable_B11M` has such."""
         beside = site.beside
         mask = self.mask(q_BHND[:, :, beside:], k_BHMD[:, :, beside:], site)
         if mask is not None and beside:
             mask = F.pad(mask, (beside, 0, beside, 0), value=True)
         if mask is None or site.readable_B11M is None:
             return mask if site.readable_B11M is None else site.readable_B11M
-        return mask & site.readable_B11M
+        if site.readable_B11M.dtype == torch.bool:
+            return mask & site.readable_B11M
+        return site.readable_B11M.masked_fill(~mask.to(site.readable_B11M.device), -torch.inf)
 
     def forward(self, q_BHND: Tensor, k_BHMD: Tensor, v_BHMD: Tensor, site: Site) -> Tensor:
         """`[B, H, N, D]`; H may be this process' share of the heads."""

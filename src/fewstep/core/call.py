@@ -60,6 +60,8 @@ class KVView:
     """False for slots without a frame, same shape as `positions`; None: every slot holds a frame."""
     frame: Tensor | None = None
     """Number of the call's first frame in its stream, like `start`; None: `start`, which is it where positions are absolute."""
+    weight: float = 1.0
+    """How much a token of the past counts in attention, where one of the call counts 1. The oldest frame counts 1, too."""
 
     @property
     def number(self) -> Tensor:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fewstep.core.bounds import Count, Decay, Natural, Size
+from fewstep.core.bounds import Count, Decay, Natural, Positive, Size
 from fewstep.core.build import At, Names, build, build_arguments
 from fewstep.diffusion.first_version import objects
 from fewstep.diffusion.free_noise import FreeNoise
@@ -61,6 +61,9 @@ class Stream:
     reencode: bool = False
     """Whether the first of these latents becomes that of an image, when the stream has moved on (Krea Realtime): its last frame
     as it was decoded, encoded alone. The latent of a clip's first frame has other statistics than those that follow."""
+    past_weight: Positive = 1.0
+    """How much a remembered token counts in attention, where one of the chunk counts 1: 0.3 adds log 0.3 to its logit (Krea
+    Realtime's report, against errors of the past; for students that were trained without it). The oldest frame counts 1."""
     positions: Standing = "absolute"
     """Position of a remembered frame. `absolute`: its place in the stream. `window`: its place among the remembered frames.
     `sink`: its place in the stream, but the sink stands just before the oldest other frame. `rebased`: its place in the stream
@@ -77,6 +80,8 @@ class Stream:
                 f"steps={self.steps}"
             )
         self._check_memory()
+        if not 0 < self.past_weight <= 1:
+            raise ValueError(f"past_weight is above 0, and 1 at most; got {self.past_weight}")
         if (self.commit == "noised") != (0 < self.context_time < 1):
             raise ValueError(
                 f"context_time is the time, between 0 and 1, at which noised latents are remembered, and 0 otherwise; got "

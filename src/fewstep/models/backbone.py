@@ -206,6 +206,17 @@ def _same(x: Tensor) -> Tensor:
     return x
 
 
+def _slots_read(kv: KVView) -> Tensor | None:
+    """Which slots of a past may be read, `[S]` or `[B, S]`; where they count less than the call, what is added to their
+    logits."""
+    if kv.weight == 1:
+        return kv.readable
+    there = torch.ones_like(kv.positions, dtype=torch.bool) if kv.readable is None else kv.readable
+    oldest = kv.positions.masked_fill(~there, torch.iinfo(torch.long).max).amin(-1, keepdim=True)
+    weight = torch.where(kv.positions == oldest, 1.0, kv.weight)
+    return torch.where(there, weight, 0.0).log()
+
+
 class Original(NamedTuple):
     """What an adapter was read from: its own library's networks with the same weights, and how that library calls them."""
 
@@ -285,15 +296,18 @@ class Backbone(nn.Module, ABC):
                 table = table[..., (read.rows @ torch.tensor([grid.per_frame, 1])).to(table.device), :]
             table = table if call.shared is None else cast(Ulysses, call.shared).own_heads(table)
             layers = tuple((self.rotary.turn(k, table).to(v), v) for k, v in layers)
-        return KVView(layers, positions, start, positions >= 0 if memory.keep.leaves_empty else None, read.start)
+        if memory.weight != 1 and read.rows is not None:
+            raise ValueError("this stream remembers parts of frames, which cannot count less; set its past_weight to 1")
+        there = positions >= 0 if memory.keep.leaves_empty else None
+        return KVView(layers, positions, start, there, read.start, memory.weight)
 
     def site(self, pattern: Pattern, grid: Grid3, call: Call, device: torch.device) -> Site:
         """Where this call's self-attention is. ValueError where `pattern` cannot be right."""
         kv, readable = call.kv, None
-        if kv is not None and kv.layers and kv.readable is not None:
-            past = kv.readable.repeat_interleave(grid.per_frame, -1)
-            own = torch.ones(*past.shape[:-1], grid.tokens, dtype=torch.bool)
-            readable = torch.cat([past, own], -1).to(device)
+        if kv is not None and kv.layers and (slots := _slots_read(kv)) is not None:
+            past = slots.repeat_interleave(grid.per_frame, -1)
+            own = torch.ones(*past.shape[:-1], grid.tokens).to(past.dtype)
+            readable = torch.cat([past, own if past.dtype == torch.bool else own.log()], -1).to(device)
             readable = (readable if readable.ndim == 2 else readable[None])[:, None, None]
         parts = () if call.causal is None else parts_of(call.causal, grid, kv)
         site = Site(grid, 0 if kv is None else kv.slots, 0, readable, call, parts)

@@ -116,7 +116,7 @@ class Chunks:
         """The memory of a stream that has not begun."""
         stream = self.stream
         standing = "window" if stream.commit == "nothing" else stream.positions
-        return KVCache.empty(keep_of(stream), max(stream.chunks), standing)
+        return KVCache.empty(keep_of(stream), max(stream.chunks), standing, stream.past_weight)
 
     def grid(self, index: int) -> tuple[float, ...]:
         """Times of the steps of chunk `index`."""
@@ -349,6 +349,11 @@ def one_after_the_other(stream: Stream, lengths: tuple[int, ...]) -> Causal:
         raise ValueError(
             "in one call of several chunks each reads what the others had read, and this stream makes its memory anew; let it "
             "have recompute: false, or make one chunk after the other (in training: SelfForced)"
+        )
+    if stream.past_weight != 1:
+        raise ValueError(
+            "in one call of several chunks all that is read counts alike; let the stream have past_weight: 1, or make one chunk "
+            "after the other (in training: SelfForced)"
         )
     keep = keep_of(stream)
     if isinstance(keep, Window):

@@ -84,6 +84,8 @@ class KVCache:
     """Frames of the longest chunk."""
     standing: Standing = "absolute"
     """Where remembered frames stand, as rotary embedding is told."""
+    weight: float = 1.0
+    """How much what is remembered counts in attention (`KVView.weight`)."""
     rows: Tensor | None = None
     """Slot and number in its frame of every token, `[M, 2]` on the CPU. None: all tokens of all slots, in order."""
     notes: tuple[Tensor, ...] = ()
@@ -156,7 +158,7 @@ class KVCache:
     @property
     def kind(self) -> tuple[object, ...]:
         """What memories of one batch have in common."""
-        return self.keep, self.chunk, self.standing, self.positions.shape[-1]
+        return self.keep, self.chunk, self.standing, self.weight, self.positions.shape[-1]
 
     @property
     def nbytes(self) -> int:
@@ -164,10 +166,12 @@ class KVCache:
         return sum(x.nbytes for x in (*(x for layer in self.layers for x in layer), *self.notes))
 
     @staticmethod
-    def empty(keep: Keep = Everything(), chunk: int = 1, standing: Standing = "absolute") -> KVCache:
+    def empty(
+        keep: Keep = Everything(), chunk: int = 1, standing: Standing = "absolute", weight: float = 1.0
+    ) -> KVCache:
         """The memory of a stream that has not begun. ValueError where `keep` cannot serve chunks of up to `chunk` frames."""
         keep.check(chunk)
-        return KVCache(keep, chunk=chunk, standing=standing)
+        return KVCache(keep, chunk=chunk, standing=standing, weight=weight)
 
     @staticmethod
     def batch(memories: Sequence[KVCache]) -> KVCache:
