@@ -13,6 +13,7 @@ from fewstep.attention import (
     Dense,
     Grid3,
     Site,
+    StateCausal,
     TopK,
     attend,
     attending,
@@ -28,6 +29,7 @@ EXAMPLES = [
     BlockCausal(chunk=3),
     BlockCausal(chunk=2, window=4),
     BlockCausal(chunk=2, window=5, sink=1),
+    StateCausal(chunk=2, window=5, sink=1),
     TopK(block=4, keep=0.5),
     TopK(block=5, keep=0.4),
     TopK(block=3, keep=1.0),
@@ -79,7 +81,7 @@ def test_an_operation_is_softmax_attention_under_its_mask(pattern: Pattern, besi
     try:
         pattern.check(site)
     except ValueError:
-        assert beside and isinstance(pattern, BlockCausal)
+        assert beside and isinstance(pattern, BlockCausal | StateCausal)
         return
     operation, (q, k, v) = pattern.operation(0, 2, 8), drawn(count, count)
     allowed = operation.allowed(q, k, site)

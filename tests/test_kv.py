@@ -24,11 +24,14 @@ from fewstep.attention import (
     MovingSink,
     Prefix,
     Retrieval,
+    StateCausal,
+    StateMemory,
     Window,
 )
 from fewstep.attention.kv.decaying import order_of
 from fewstep.attention.kv.int8_memory import quantised, restored
 from fewstep.attention.kv.slots import prototypes
+from fewstep.attention.pattern import Pattern
 from fewstep.core import Call, Cond, build
 from fewstep.core.build import dump
 from fewstep.diffusion import Stream
@@ -43,13 +46,13 @@ NAMES = {keep.__name__: keep for keep in KEEPS}
 LONG = 99
 IDENTITIES: list[Keep] = [
     Everything(), Window(window=LONG), Window(window=LONG, sink=3), Prefix(frames=LONG), MovingSink(window=LONG),
-    Importance(window=LONG, sink=1), Retrieval(frames=LONG), Facing(frames=LONG), Decaying(half=1e9, sink=0),
-    Int8Memory(keep=Window(window=LONG, sink=LONG - 3)), Int8Memory(keep=Prefix(frames=LONG)),
+    Importance(window=LONG, sink=1), StateMemory(window=LONG), Retrieval(frames=LONG), Facing(frames=LONG),
+    Decaying(half=1e9, sink=0), Int8Memory(keep=Window(window=LONG, sink=LONG - 3)), Int8Memory(keep=Prefix(frames=LONG)),
 ]  # fmt: skip
 """Every policy where it keeps all frames of a short stream."""
 SMALL: list[Keep] = [
     Everything(), Window(window=6), Window(window=7, sink=1), Window(window=5, sink=3), Prefix(frames=3), Prefix(frames=0),
-    MovingSink(window=8, sink=2, decay=0.5), Importance(window=7, sink=2), Importance(window=4),
+    MovingSink(window=8, sink=2, decay=0.5), StateMemory(window=7, sink=1), Importance(window=7, sink=2), Importance(window=4),
     Retrieval(frames=2, recent=2, sink=1), Facing(frames=2, recent=2, sink=1), Decaying(half=1.5, sink=1),
     Decaying(half=0.4, sink=0), Int8Memory(), Int8Memory(keep=Window(window=8, sink=1)), Int8Memory(keep=Prefix(frames=3)),
     Int8Memory(keep=MovingSink(window=8, sink=2)), Int8Memory(keep=Importance(window=7, sink=2)),
@@ -151,13 +154,18 @@ def test_where_a_policy_keeps_all_it_keeps_it_bit_for_bit(keep: Keep) -> None:
 
 @pytest.mark.parametrize("keep", IDENTITIES, ids=str)
 def test_a_stream_with_all_its_past_is_one_masked_forward(keep: Keep) -> None:
-    net, (x, t, cond) = small(BlockCausal(chunk=CHUNK)), inputs(frames=6)
+    net, (x, t, cond) = small(fitting(BlockCausal(chunk=CHUNK), keep)), inputs(frames=6)
     memory = KVCache.empty(keep, CHUNK)
     whole = net(x, t, cond).raw
     torch.testing.assert_close(with_poses(net, memory, x, t, cond), whole, atol=1e-10, rtol=0)
     if not keep.leaves_empty:  # no slot is empty, so the same kernels see the same numbers
         plain = with_poses(net, KVCache.empty(Everything(), CHUNK), x, t, cond)
         assert torch.equal(with_poses(net, memory, x, t, cond), plain)
+
+
+def fitting(pattern: Pattern, keep: Keep) -> Pattern:
+    """A pattern that reads what this policy keeps."""
+    return StateCausal(chunk=CHUNK, window=keep.window, sink=keep.sink) if isinstance(keep, StateMemory) else pattern
 
 
 def with_poses(net: VideoDiT, memory: KVCache, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
@@ -173,7 +181,7 @@ def with_poses(net: VideoDiT, memory: KVCache, x: Tensor, t: Tensor, cond: Cond)
 @pytest.mark.parametrize("pattern", [Dense(), BlockCausal(chunk=CHUNK)], ids=["dense", "causal"])
 def test_a_network_reads_what_the_policy_says_and_no_more(keep: Keep, pattern: Dense | BlockCausal) -> None:
     """Attention over exactly these keys, at their own positions: the tokens of every view are the memory's, turned."""
-    net, (x, t, cond) = small(pattern), inputs(frames=14)
+    net, (x, t, cond) = small(fitting(pattern, keep)), inputs(frames=14)
     memory = KVCache.empty(keep, CHUNK)
     for index, (part, times) in enumerate(zip(x.split(CHUNK, 2), t.split(CHUNK, 1), strict=True)):
         memory = memory.facing(poses_of(CHUNK * index, batch=2))
@@ -247,7 +255,7 @@ def expected_bytes(keep: Keep, frames: int) -> int:
     match keep:
         case Everything():
             return frames * FRAME
-        case Window() | MovingSink():
+        case Window() | MovingSink() | StateMemory():  # without gates nothing enters the state
             return (keep.window - CHUNK) * FRAME
         case Prefix():
             return (keep.frames + CHUNK) * FRAME

@@ -25,6 +25,8 @@ from fewstep.attention import (
     MovingSink,
     Prefix,
     Retrieval,
+    StateCausal,
+    StateMemory,
     TopK,
     Window,
     attending,
@@ -40,7 +42,7 @@ from fewstep.models.repattern import repattern
 from fewstep.models.video_dit import CrossAttention
 from fewstep.streaming import Chunks, Session
 from fewstep.streaming.blocks import keep_of, one_after_the_other
-from support_engine import tiny_model
+from support_engine import shaken, tiny_model
 
 PROMPTS = ["a red ball rolls left", "a blue star stays"]
 TWO_STEPS = ((1.0, 0.5, 0.0),)
@@ -49,11 +51,17 @@ TWO_STEPS = ((1.0, 0.5, 0.0),)
 def streaming_model(stream: Stream, guidance: CFG = CFG(), depth: int = 2) -> VideoModel:
     """The tiny model, frame by frame or in chunks, in two steps with fresh noise."""
     model = tiny_model(depth=depth)
-    pattern = BlockCausal(chunk=max(stream.chunks), window=stream.window, sink=stream.sink)
+    pattern: Pattern = BlockCausal(chunk=max(stream.chunks), window=stream.window, sink=stream.sink)
+    if isinstance(memory := stream.memory, StateMemory):
+        pattern = StateCausal(chunk=max(stream.chunks), window=memory.window, sink=memory.sink)
     contract = Contract(
         sampler=Renoise(), steps=2, grid=Exact(grids=TWO_STEPS, otherwise=Shifted()), guidance=guidance, stream=stream
     )
-    return model.with_part("denoiser", repattern(model.denoiser, pattern), contract=contract)
+    network = repattern(model.denoiser, pattern)
+    if isinstance(pattern, StateCausal):
+        for block in network.backbone.blocks:
+            shaken(block.attention.operation, 0.5)
+    return model.with_part("denoiser", network, contract=contract)
 
 
 def made(session: Session, chunks: int) -> list[Tensor]:
@@ -102,7 +110,7 @@ POLICIES = {
     "moving sink": Stream(memory=MovingSink(window=4, sink=1, decay=0.5)),
     "importance": Stream(memory=Importance(window=4, sink=1), positions="window"),
     "retrieval": Stream(memory=Retrieval(frames=1, recent=1, sink=1)), "decaying": Stream(memory=Decaying(half=1.0, sink=1)),
-    "int8": Stream(memory=Int8Memory(keep=Importance(window=4))),
+    "int8": Stream(memory=Int8Memory(keep=Importance(window=4))), "state": Stream(memory=StateMemory(window=3, sink=1)),
 }  # fmt: skip
 
 
@@ -118,15 +126,14 @@ def test_every_policy_is_restored_bit_for_bit_and_cancelled_without_a_trace(stre
     whole, session = made(Session(model, PROMPTS), 6), Session(model, PROMPTS)
     made(session, 3)
     paused = session.snapshot
-    bits = [x.clone() for layer in paused.memory.layers for x in layer]
+    bits = [x.clone() for layer in paused.memory.layers for x in layer] + [x.clone() for x in paused.memory.states]
     given_up = session.steps()
     next(given_up)
     given_up.close()
     assert session.snapshot is paused
     made(session, 2)  # somebody goes on
-    assert all(
-        torch.equal(a, b) for a, b in zip(bits, (x for layer in paused.memory.layers for x in layer), strict=True)
-    )
+    here = [*(x for layer in paused.memory.layers for x in layer), *paused.memory.states]
+    assert all(torch.equal(a, b) for a, b in zip(bits, here, strict=True))
     again = made(Session(model, paused), 3)
     assert all(torch.equal(a, b) for a, b in zip(again, whole[3:], strict=True))
 
@@ -360,8 +367,8 @@ def test_a_stream_starts_at_the_noise_level_of_its_path() -> None:
 
 @pytest.mark.parametrize("pattern", [Dense(), BlockCausal(chunk=2, window=5, sink=1), BlockCausal()], ids=str)
 def test_a_past_may_count_less(pattern: Pattern) -> None:
-    """By hand: weight w is log w on the logits of the past without its oldest frame, in each layer; 1 is nothing, bit for bit; and
-    it reaches a stream."""
+    """By hand: weight w is log w on the logits of the past without its oldest frame, in each layer; 1 is nothing, bit for bit;
+    and it reaches a stream."""
     model = streaming_model(Stream(chunks=(2,), window=5, sink=1))
     network = repattern(model.denoiser, pattern).backbone
     keep, rng = Window(window=5, sink=1), Rng(0)

@@ -15,17 +15,19 @@ from fewstep.attention.kv import (
     MovingSink,
     Prefix,
     Retrieval,
+    StateMemory,
     Window,
 )
 from fewstep.attention.nag import NAG
 from fewstep.attention.pattern import Grid3, Operation, Pattern, Site, operate
 from fewstep.attention.routed.top_k import TopK
+from fewstep.attention.state_causal import StateCausal
 from fewstep.attention.ulysses import Ulysses
 
-PATTERNS: tuple[type[Pattern], ...] = (Dense, BlockCausal, TopK)
+PATTERNS: tuple[type[Pattern], ...] = (Dense, BlockCausal, StateCausal, TopK)
 
 __all__ = [
     "KEEPS", "NAG", "PATTERNS", "Backend", "BlockCausal", "Decaying", "Dense", "Everything", "Facing", "Grid3", "Importance",
-    "Int8Memory", "KVCache", "Keep", "MovingSink", "Operation", "Pattern", "Prefix", "Retrieval", "Site", "Tier", "TopK",
-    "Ulysses", "Window", "attend", "attending", "backends", "operate", "pick", "require_tier",
+    "Int8Memory", "KVCache", "Keep", "MovingSink", "Operation", "Pattern", "Prefix", "Retrieval", "Site", "StateCausal",
+    "StateMemory", "Tier", "TopK", "Ulysses", "Window", "attend", "attending", "backends", "operate", "pick", "require_tier",
 ]  # fmt: skip

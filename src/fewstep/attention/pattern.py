@@ -9,14 +9,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewstep.attention.kernels import attend, by_reference
-from fewstep.core import Call, KVView
+from fewstep.core import KV, Call, KVView
 from fewstep.core.call import Causal
 
 
@@ -101,6 +101,14 @@ class Operation(nn.Module, ABC):
         mask = self.allowed(q_BHND, k_BHMD, site)
         return attend(q_BHND, k_BHMD, v_BHMD, None if mask is None else mask.to(q_BHND.device))
 
+    def finish(self, mixed_BHND: Tensor, qkv: tuple[Tensor, Tensor, Tensor], site: Site) -> tuple[Tensor, KV]:
+        """What the call's tokens get, and what is remembered of them: by default what they read, and their keys and values.
+
+        `qkv` are those of the call, without rotary position. Patterns that fold (`Pattern.folds`) add what they read of a state,
+        and gates to the values.
+        """
+        return mixed_BHND, qkv[1:]
+
 
 def operate(operation: Operation, q_BHND: Tensor, k_BHMD: Tensor, v_BHMD: Tensor, site: Site) -> Tensor:
     """What an operation computes, of each part of the call; where the reference is asked for (`kernels.attending`): what its
@@ -164,6 +172,9 @@ def _runs(frames: Sequence[int]) -> tuple[tuple[int, int], ...]:
 
 class Pattern(ABC):
     """Which keys each query reads: a frozen dataclass, named in recipes and cards."""
+
+    folds: ClassVar[bool] = False
+    """Whether its operations read a state of what has left the memory, and make the gates that write it (`KVView.states`)."""
 
     @abstractmethod
     def operation(self, layer: int, heads: int, width: int) -> Operation:

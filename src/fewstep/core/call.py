@@ -62,6 +62,9 @@ class KVView:
     """Number of the call's first frame in its stream, like `start`; None: `start`, which is it where positions are absolute."""
     weight: float = 1.0
     """How much a token of the past counts in attention, where one of the call counts 1. The oldest frame counts 1, too."""
+    states: tuple[Tensor, ...] | None = None
+    """What has left the memory, folded into a matrix `[B, H, V, D]` per block, where operations read and write it
+    (`Pattern.folds`): () before anything has left. None: what has left is lost."""
 
     @property
     def number(self) -> Tensor:

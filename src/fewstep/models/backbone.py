@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.attention import Grid3, KVCache, Operation, Pattern, Site, Ulysses, attend, operate
-from fewstep.attention.pattern import parts_of
+from fewstep.attention.pattern import Part, parts_of
 from fewstep.compress import Transform
 from fewstep.compress.stepwise import knows_steps
 from fewstep.core import KV, Call, Cond, KVView
@@ -108,7 +108,8 @@ def read(operation: Operation, qkv: tuple[Tensor, Tensor, Tensor], state: Tokens
     if past is not None:
         k_BHMD, v_BHMD = torch.cat([past[0], k_BHMD], 2), torch.cat([past[1], v], 2)
     mixed = operate(operation, q_BHND, k_BHMD, v_BHMD, context.site)
-    return Read(mixed if shared is None else shared.to_tokens(mixed), (k, v))
+    mixed, new = operation.finish(mixed, (q, k, v), context.site)
+    return Read(mixed if shared is None else shared.to_tokens(mixed), new)
 
 
 @dataclass(frozen=True)
@@ -217,6 +218,21 @@ def _slots_read(kv: KVView) -> Tensor | None:
     return torch.where(there, weight, 0.0).log()
 
 
+def _require_states(pattern: Pattern, kv: KVView, parts: Sequence[Part]) -> None:
+    """ValueError where what has left the memory is folded and not read, or would be read and is not there."""
+    name = type(pattern).__name__
+    if kv.states is not None and not pattern.folds:
+        raise ValueError(
+            f"this stream folds what leaves its memory into a state, which {name} does not read; give the network the pattern "
+            "StateCausal, or let the stream have a window"
+        )
+    if pattern.folds and kv.layers and (kv.states is None or parts):
+        raise ValueError(
+            f"{name} reads a state of what has left the memory: let the stream have memory: {{type: StateMemory, ...}} and make "
+            "one chunk after the other, or train on whole clips in one call (DiffusionForced)"
+        )
+
+
 class Original(NamedTuple):
     """What an adapter was read from: its own library's networks with the same weights, and how that library calls them."""
 
@@ -299,7 +315,8 @@ class Backbone(nn.Module, ABC):
         if memory.weight != 1 and read.rows is not None:
             raise ValueError("this stream remembers parts of frames, which cannot count less; set its past_weight to 1")
         there = positions >= 0 if memory.keep.leaves_empty else None
-        return KVView(layers, positions, start, there, read.start, memory.weight)
+        states = read.states if memory.keep.folds else None
+        return KVView(layers, positions, start, there, read.start, memory.weight, states)
 
     def site(self, pattern: Pattern, grid: Grid3, call: Call, device: torch.device) -> Site:
         """Where this call's self-attention is. ValueError where `pattern` cannot be right."""
@@ -310,6 +327,8 @@ class Backbone(nn.Module, ABC):
             readable = torch.cat([past, own if past.dtype == torch.bool else own.log()], -1).to(device)
             readable = (readable if readable.ndim == 2 else readable[None])[:, None, None]
         parts = () if call.causal is None else parts_of(call.causal, grid, kv)
+        if kv is not None:
+            _require_states(pattern, kv, parts)
         site = Site(grid, 0 if kv is None else kv.slots, 0, readable, call, parts)
         for alone in (site.of(part) for part in parts) if parts else (site,):
             pattern.check(alone)

@@ -21,7 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fewstep.attention import Everything, Keep, KVCache, Window
+from fewstep.attention import Everything, Keep, KVCache, StateMemory, Window
 from fewstep.core import KV, Call, Cond, KVView, Rng, Seeds
 from fewstep.core.call import Causal, Constants, Runner, every_block
 from fewstep.diffusion import Contract, NoisePath, Prediction, Step, StepCountError, Stream
@@ -356,7 +356,7 @@ def one_after_the_other(stream: Stream, lengths: tuple[int, ...]) -> Causal:
             "after the other (in training: SelfForced)"
         )
     keep = keep_of(stream)
-    if isinstance(keep, Window):
+    if isinstance(keep, Window | StateMemory):
         return Causal(lengths, keep.window - keep.sink - max(stream.chunks), keep.sink)
     if not isinstance(keep, Everything):
         raise ValueError(

@@ -248,16 +248,16 @@ class LiveSession:
                 (chunk, *switch) for chunk, switch in sorted(self._switches.items()) if chunk >= self.chunks
             )
             given = tuple(each for each in sorted(self._given.items()) if each[0] >= self.chunks)
-            later = {"switches": waiting, "controls": self._lasting(), "given": given}
-            if shown is None:
-                return replace(self._start, **later)
-            if shown.after is None and shown is self._making:
-                self._call(shown)
-            if shown.after is None:
-                raise ValueError(
-                    f"chunk {shown.index} was shown, but remembering it failed; restore an earlier snapshot"
-                )
-            return LiveSnapshot(shown.after, shown.past, shown.end, shown.version, **later)
+            start = self._start
+            if shown is not None:
+                if shown.after is None and shown is self._making:
+                    self._call(shown)
+                if shown.after is None:
+                    raise ValueError(
+                        f"chunk {shown.index} was shown, but remembering it failed; restore an earlier snapshot"
+                    )
+                start = LiveSnapshot(shown.after, shown.past, shown.end, shown.version)
+            return replace(start, switches=waiting, controls=self._lasting(), given=given)
 
     def close(self) -> None:
         """End the stream and free its thread."""

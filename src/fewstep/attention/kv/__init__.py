@@ -8,6 +8,7 @@ from fewstep.attention.kv.int8_memory import Int8Memory
 from fewstep.attention.kv.moving_sink import MovingSink
 from fewstep.attention.kv.prefix import Prefix
 from fewstep.attention.kv.retrieval import Retrieval
+from fewstep.attention.kv.state_memory import StateMemory
 from fewstep.attention.kv.window import Window
 
 KEEPS: tuple[type[Keep], ...] = (
@@ -19,10 +20,11 @@ KEEPS: tuple[type[Keep], ...] = (
     Retrieval,
     Facing,
     Decaying,
+    StateMemory,
     Int8Memory,
 )
 
 __all__ = [
     "KEEPS", "Decaying", "Everything", "Facing", "Importance", "Int8Memory", "KVCache", "Keep", "MovingSink", "Prefix",
-    "Retrieval", "Window",
+    "Retrieval", "StateMemory", "Window",
 ]  # fmt: skip
