@@ -176,6 +176,11 @@ class Pattern(ABC):
     folds: ClassVar[bool] = False
     """Whether its operations read a state of what has left the memory, and make the gates that write it (`KVView.states`)."""
 
+    @property
+    def compresses(self) -> int:
+        """Tokens that one of the learned tokens stands for that its operations leave behind each frame; 0: they leave none."""
+        return 0
+
     @abstractmethod
     def operation(self, layer: int, heads: int, width: int) -> Operation:
         """What block `layer` computes, with `heads` heads of `width` channels. It may have parameters of its own."""

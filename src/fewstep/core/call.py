@@ -65,6 +65,9 @@ class KVView:
     states: tuple[Tensor, ...] | None = None
     """What has left the memory, folded into a matrix `[B, H, V, D]` per block, where operations read and write it
     (`Pattern.folds`): () before anything has left. None: what has left is lost."""
+    compresses: int = 0
+    """Tokens that one learned token stands for (`Pattern.compresses`), where such tokens are remembered behind those of a frame;
+    0: they are not."""
 
     @property
     def number(self) -> Tensor:

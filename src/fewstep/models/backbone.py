@@ -218,6 +218,16 @@ def _slots_read(kv: KVView) -> Tensor | None:
     return torch.where(there, weight, 0.0).log()
 
 
+def _of_rows(table: Tensor, rows: Tensor, per_frame: int) -> Tensor:
+    """The angles of single tokens, of a table of whole frames; of one that stands for several: half-way between the two in their
+    middle."""
+    first = rows[:, :2] @ torch.tensor([per_frame, 1])
+    count = rows[:, 2] if rows.shape[1] == 3 else torch.ones_like(first)
+    low, high = (table[..., index.to(table.device), :] for index in (first + (count - 1) // 2, first + count // 2))
+    middle = low + high
+    return torch.where((count > 1).to(table.device)[:, None], middle / middle.norm(dim=0, keepdim=True), low)
+
+
 def _require_states(pattern: Pattern, kv: KVView, parts: Sequence[Part]) -> None:
     """ValueError where what has left the memory is folded and not read, or would be read and is not there."""
     name = type(pattern).__name__
@@ -225,6 +235,12 @@ def _require_states(pattern: Pattern, kv: KVView, parts: Sequence[Part]) -> None
         raise ValueError(
             f"this stream folds what leaves its memory into a state, which {name} does not read; give the network the pattern "
             "StateCausal, or let the stream have a window"
+        )
+    if kv.compresses != pattern.compresses and (kv.layers or kv.compresses):
+        raise ValueError(
+            f"{name} leaves a learned token for each {pattern.compresses or 'no'} tokens of a frame, and this stream remembers "
+            f"one for {kv.compresses or 'none'}: give the network the pattern CompressCausal, and the stream memory: {{type: "
+            "CompressedMemory, ...}, with one ratio"
         )
     if pattern.folds and kv.layers and (kv.states is None or parts):
         raise ValueError(
@@ -309,14 +325,14 @@ class Backbone(nn.Module, ABC):
         if layers:
             table = self.rotary.table(positions.clamp_min(0), grid, x)
             if read.rows is not None:
-                table = table[..., (read.rows @ torch.tensor([grid.per_frame, 1])).to(table.device), :]
+                table = _of_rows(table, read.rows, grid.per_frame)
             table = table if call.shared is None else cast(Ulysses, call.shared).own_heads(table)
             layers = tuple((self.rotary.turn(k, table).to(v), v) for k, v in layers)
         if memory.weight != 1 and read.rows is not None:
             raise ValueError("this stream remembers parts of frames, which cannot count less; set its past_weight to 1")
         there = positions >= 0 if memory.keep.leaves_empty else None
         states = read.states if memory.keep.folds else None
-        return KVView(layers, positions, start, there, read.start, memory.weight, states)
+        return KVView(layers, positions, start, there, read.start, memory.weight, states, memory.keep.compresses)
 
     def site(self, pattern: Pattern, grid: Grid3, call: Call, device: torch.device) -> Site:
         """Where this call's self-attention is. ValueError where `pattern` cannot be right."""

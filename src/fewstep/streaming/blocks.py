@@ -114,9 +114,7 @@ class Chunks:
 
     def begin(self) -> KVCache:
         """The memory of a stream that has not begun."""
-        stream = self.stream
-        standing = "window" if stream.commit == "nothing" else stream.positions
-        return KVCache.empty(keep_of(stream), max(stream.chunks), standing, stream.past_weight)
+        return empty_memory(self.stream)
 
     def grid(self, index: int) -> tuple[float, ...]:
         """Times of the steps of chunk `index`."""
@@ -326,6 +324,12 @@ def _given(kv: tuple[KV, ...] | None) -> tuple[KV, ...]:
     return kv if torch.is_grad_enabled() else tuple((k.detach(), v.detach()) for k, v in kv)
 
 
+def empty_memory(stream: Stream) -> KVCache:
+    """The memory of a stream that has not begun."""
+    standing = "window" if stream.commit == "nothing" else stream.positions
+    return KVCache.empty(keep_of(stream), max(stream.chunks), standing, stream.past_weight)
+
+
 def keep_of(stream: Stream) -> Keep:
     """What the memory of a stream holds. ValueError for a policy that is none of `attention.kv`."""
     if stream.memory is None:
@@ -361,6 +365,7 @@ def one_after_the_other(stream: Stream, lengths: tuple[int, ...]) -> Causal:
     if not isinstance(keep, Everything):
         raise ValueError(
             f"in one call of several chunks each reads everything or a window, and this stream remembers by "
-            f"{type(keep).__name__}; give it a window, or make one chunk after the other (in training: SelfForced)"
+            f"{type(keep).__name__}; give it a window, or make one chunk after the other (in training: SelfForced, or "
+            "TeacherForced with apart: true)"
         )
     return Causal(lengths)

@@ -1,6 +1,7 @@
 """The memory of a stream: the cache itself, and policies that say what it holds. One policy per file, listed in KEEPS."""
 
 from fewstep.attention.kv.cache import Everything, Keep, KVCache
+from fewstep.attention.kv.compressed_memory import CompressedMemory
 from fewstep.attention.kv.decaying import Decaying
 from fewstep.attention.kv.facing import Facing
 from fewstep.attention.kv.importance import Importance
@@ -21,10 +22,11 @@ KEEPS: tuple[type[Keep], ...] = (
     Facing,
     Decaying,
     StateMemory,
+    CompressedMemory,
     Int8Memory,
 )
 
 __all__ = [
-    "KEEPS", "Decaying", "Everything", "Facing", "Importance", "Int8Memory", "KVCache", "Keep", "MovingSink", "Prefix",
-    "Retrieval", "StateMemory", "Window",
+    "KEEPS", "CompressedMemory", "Decaying", "Everything", "Facing", "Importance", "Int8Memory", "KVCache", "Keep", "MovingSink",
+    "Prefix", "Retrieval", "StateMemory", "Window",
 ]  # fmt: skip

@@ -43,6 +43,11 @@ class Keep(Memory):
         return False
 
     @property
+    def compresses(self) -> int:
+        """Tokens that a learned token stands for, of those that come behind each frame (`Pattern.compresses`); 0: none come."""
+        return 0
+
+    @property
     def span(self) -> int | None:
         """Number of the last frames that a memory can be rebuilt from (`streaming.blocks.Chunks.recache`); None: all frames."""
         return None
@@ -92,7 +97,8 @@ class KVCache:
     weight: float = 1.0
     """How much what is remembered counts in attention (`KVView.weight`)."""
     rows: Tensor | None = None
-    """Slot and number in its frame of every token, `[M, 2]` on the CPU. None: all tokens of all slots, in order."""
+    """Slot and number in its frame of every token, `[M, 2]` on the CPU; of what is read also how many tokens it stands for, from
+    that number on, `[M, 3]`. None: all tokens of all slots, in order."""
     states: tuple[Tensor, ...] = ()
     """What has left, folded into a matrix `[B, H, V, D]` per block (`Keep.folds`); () before anything has."""
     notes: tuple[Tensor, ...] = ()

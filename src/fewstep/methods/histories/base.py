@@ -21,7 +21,7 @@ from fewstep.core.call import Causal
 from fewstep.diffusion import Contract, Kind, NoisePath, Prediction, Stream, TimeDensity
 from fewstep.diffusion.prediction import Tangent
 from fewstep.models.denoiser import Predictor
-from fewstep.streaming.blocks import one_after_the_other
+from fewstep.streaming.blocks import empty_memory, one_after_the_other
 
 
 class History(ABC):
@@ -117,6 +117,50 @@ class ByChunk:
             )
         memory = KVCache(layers=read, positions=torch.arange(clean.shape[2]))
         return replace(call, kv=self.network.recall(memory, x_t, call))
+
+
+@dataclass(frozen=True)
+class OneByOne:
+    """A denoiser that makes one chunk after the other, each with the memory of a stream of clean ones (a `Predictor`). Gradient
+    flows through what is remembered."""
+
+    network: Predictor
+    stream: Stream
+    clean: Tensor
+    """Clips `[B, C, F, H, W]` that are remembered."""
+
+    @property
+    def path(self) -> NoisePath:
+        return self.network.path
+
+    @property
+    def kind(self) -> Kind:
+        return self.network.kind
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond, call: Call = Call()) -> Prediction:
+        memory, first, made = empty_memory(self.stream), 0, list[Tensor]()
+        clean = self.clean.repeat(len(x_t) // len(self.clean), 1, 1, 1, 1)
+        for length in self.stream.lengths(x_t.shape[2]):
+            own, told = slice(first, first + length), cond.during(first, length)
+            memory = memory.facing(told.extra.get("pose"))
+            here = replace(call, kv=self.network.recall(memory, x_t[:, :, own], call))
+            made.append(self.network(x_t[:, :, own], t if t.ndim == 1 else t[:, own], told, here).raw)
+            kept = self.network(clean[:, :, own], clean.new_zeros(len(clean)), told, here).kv
+            if kept is None:
+                raise ValueError("this network gives no keys and values to remember; leave out its runner")
+            memory, first = memory.commit(kept, length), first + length
+        return Prediction(torch.cat(made, 2), self.kind, x_t, t, self.path)
+
+    def features(self, x_t: Tensor, t: Tensor, cond: Cond, layers: Sequence[int], call: Call = Call()) -> list[Tensor]:
+        raise ValueError("chunks that are calls of their own have no features of a clip; write apart: false")
+
+    def jvp(
+        self, x_t: Tensor, t: Tensor, cond: Cond, dx: Tensor, dt: Tensor, call: Call = Call()
+    ) -> tuple[Prediction, Tangent]:
+        raise ValueError("chunks that are calls of their own have no derivative in one pass; write apart: false")
+
+    def recall(self, memory: KVCache, x_t: Tensor, call: Call = Call()) -> KVView:
+        return self.network.recall(memory, x_t, call)
 
 
 def chunks_of(stream: Stream, frames: int) -> Causal:
