@@ -4,9 +4,10 @@
     2  weight_j = softmax_j(q . k_j / sqrt(D))    over the `ratio` tokens of a row that a learned query stands for
     3  k' = (sum_j weight_j k_j) A,   v' = (sum_j weight_j v_j) B       what is remembered of a frame that has left the window
 
-From the paper: learned queries compress the past at a linear ratio, and stand at interpolated positions. Not from the paper,
-whose compressor is a network of its own over the whole past: queries of each layer and head read the keys that it has anyway, those of
-their own tokens. q begins at 0 and A, B as the identity: the mean. Keys have no rotary position. Legend: as in `pattern.py`.
+From the paper: one learned query token, copied, compresses the past at a linear ratio and stands at interpolated positions. Not
+from the paper, whose compressor is a network of its own over the whole past: each layer and head has a query, which reads the
+keys of its own tokens. q begins at 0 and A, B as the identity: the mean. Keys have no rotary position.
+Legend: as in `pattern.py`.
 """
 
 from __future__ import annotations

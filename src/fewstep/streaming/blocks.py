@@ -178,6 +178,13 @@ class Chunks:
         prediction = self._context(x, denoise, call, rng)
         yield Made(Step(0, 1, prediction, x), lambda: self._after(memory, prediction.kv, x.shape[2]))
 
+    @torch.no_grad()
+    def given(self, memory: KVCache, x: Tensor, cond: Cond, rng: Seeds | Rng, index: int) -> KVCache:
+        """`memory` and the `known` chunk `index`, without gradient."""
+        (made,) = self.known(memory, x, cond, cond, rng, index)
+        assert made.memory is not None
+        return made.memory
+
     def _poses(self, cond: Cond) -> Tensor | None:
         """Where the frames of the next chunk look from, if the condition says it."""
         pose = cond.extra.get("pose")

@@ -6,8 +6,9 @@ mean of the frames that it is decoded to: of four frames with `left` held in thr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,6 +51,12 @@ class Control:
     chunk: int
     frame: int
     """Number of the first frame of this chunk in the stream."""
+    fed: bool = False
+    """Whether more rows follow: then the stream waits for them, and the last row does not stay."""
+
+    def lacks(self, end: int) -> bool:
+        """Whether rows are still to come for frames before number `end`."""
+        return self.fed and self.frame + self.numbers_BNK.shape[1] < end
 
 
 def inputs_of(card: Any) -> Mapping[str, FrameInput]:
@@ -104,3 +111,21 @@ def lasting(controls: Sequence[Control], frame: int) -> tuple[Control, ...]:
     """Those that tell of frame `frame` or later ones, in order."""
     latest = {control.name: control for control in controls if control.frame <= frame}
     return tuple(c for c in controls if c.frame > frame or latest[c.name] is c)
+
+
+def fed(controls: Sequence[Control], new: Control) -> tuple[Control, ...]:
+    """`controls` with more rows: those of `new` follow the ones that were fed before under its name, if there are any."""
+    before = next((c for c in controls if c.fed and c.name == new.name), None)
+    if before is not None:
+        rows = torch.cat([before.numbers_BNK, new.numbers_BNK], 1)
+        new = replace(before, numbers_BNK=rows, fed=new.fed)
+    others = (c for c in controls if c is not before)
+    return tuple(sorted([*others, new], key=lambda control: control.chunk))
+
+
+def require_moment(what: str, at: float | None, chunk: int | None) -> None:
+    """ValueError for a time and a chunk, and for one before the stream."""
+    if at is not None and chunk is not None:
+        raise ValueError(f"give the time or the chunk from which {what}, not both; got {at} and {chunk}")
+    if not (0 <= (at or 0) < math.inf) or (chunk or 0) < 0:
+        raise ValueError(f"{what} from second 0 or chunk 0 on, got {chunk if at is None else at}")

@@ -75,8 +75,6 @@ class Rolled(Visit):
 class Rollout(ABC):
     """The student's sampler (`grids`, `shift`, `mode`), and how its training samples are made."""
 
-    needs: ClassVar[frozenset[str]] = frozenset()
-    """Fields of Batch that it reads, other than the condition."""
     carries: ClassVar[bool] = False
     """Whether it goes on with what an earlier call has left in `Batch.carried`."""
 
@@ -89,6 +87,11 @@ class Rollout(ABC):
 
     def __post_init__(self) -> None:
         exact(self.grids, self.shift)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Fields of Batch that it reads, other than the condition."""
+        return frozenset()
 
     @property
     def sampler(self) -> Sampler:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,12 +23,14 @@ class FromPairs(Rollout):
     Both sampling modes may be used.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"pairs"})
-
     grids: Grids = NESTED
     history: History = WholeClip()
     """What is read of earlier chunks, for a student that streams: their stored states at times of their own (`DiffusionForced`,
     CausVid's ODE initialisation, 2412.07772), or their endpoints (`TeacherForced`)."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"pairs"})
 
     def __call__(self, student: Predictor, batch: Batch, rng: Rng, *, grad: bool) -> Rolled:
         pairs: Pairs = batch.require("pairs")

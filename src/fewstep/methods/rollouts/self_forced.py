@@ -15,7 +15,7 @@ from fewstep.core import Batch, Rng
 from fewstep.core.bounds import Amount, Count, Natural
 from fewstep.diffusion import Contract, Stream
 from fewstep.methods.rollouts.base import Rolled, Rollout, Visit, aligned, calls_of
-from fewstep.methods.rollouts.grids import Exit, deepest, drawn, stops
+from fewstep.methods.rollouts.grids import Exit, deepest, drawn, stops, stretch
 from fewstep.methods.rollouts.noisy_past import reading
 from fewstep.models.denoiser import Predictor
 from fewstep.streaming.blocks import Chunks
@@ -51,6 +51,9 @@ class SelfForced(Rollout):
     """Length of a rollout in clips of the teacher's length; the last one of a random number up to this is trained on."""
     overlap: Natural = 0
     """First latent frames of a later stretch that are seen and not trained: whole chunks (published: one frame, or one chunk)."""
+    given: Natural = 0
+    """First chunks that are those of the data, such as a reference image that stays in the sink (TalkingMachines, 2506.03099):
+    remembered and seen, not trained. Streams begin so with `Session.begin_with`."""
     history_noise: Amount = 0.0
     """Noise on what is read of the past in training, relative to its root mean square (`NoisyPast`; Live Avatar, 2512.04677);
     0: none. Sampling never has any."""
@@ -70,10 +73,16 @@ class SelfForced(Rollout):
             )
         if self.overlap and self.clips == 1:
             raise ValueError("overlap begins a later stretch; let a rollout have more clips, or write overlap: 0")
+        if self.given and self.clips > 1:
+            raise ValueError("a rollout of several clips cannot begin with data; write clips: 1, or given: 0")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"x0"} if self.given else ())
 
     @property
     def whole(self) -> bool:
-        return not self.overlap
+        return not self.overlap and not self.given
 
     @property
     def calls(self) -> float:
@@ -95,6 +104,11 @@ class SelfForced(Rollout):
         memory, past, noises, made, latents = loop.begin(), list[Tensor](), list[Tensor](), list[list[Visit]](), None
         for index, (frame, length) in enumerate(zip(accumulate(lengths, initial=0), lengths)):
             own, trained = rng.fold(f"chunk/{index}"), index >= first
+            if index < self.given:
+                x, cond = batch.require("x0")[:, :, frame : frame + length], batch.cond.during(frame, length)
+                memory, latents = loop.given(memory, x, cond, own, index), loop.recent(latents, x, index)
+                past.append(x)
+                continue
             stop = exit * (len(loop.grid(index)) - 1) // of if trained else None
             noise = start_noise(self.stream, index, batch.frame_shape, rng)
             start, cond = student.path.prior(noise), batch.cond.during(frame, length)
@@ -123,21 +137,11 @@ class SelfForced(Rollout):
         return loop, rng.integer("exit", of) if self.exit == "random" else of - 1, of
 
     def _stretch(self, frames: int, rng: Rng) -> tuple[int, int, tuple[int, ...]]:
-        """The first chunk that is seen, the first one that is trained on, and the lengths of all chunks up to the last one of the
-        stretch."""
-        if self.clips == 1:
-            return 0, 0, self.stream.lengths(frames)
-        lengths = self.stream.lengths(self.clips * frames)
-        bounds = [0, *accumulate(lengths)]
-        starts = [i for i, low in enumerate(bounds) if low + frames in bounds]
-        begin = starts[rng.integer("stretch", len(starts))]
-        trained = bounds[begin] + (self.overlap if begin else 0)
-        if trained not in bounds or trained >= bounds[begin] + frames:
-            raise ValueError(
-                f"an overlap of {self.overlap} frames is not whole chunks of {list(self.stream.chunks)} in a clip of {frames}; "
-                "give a sum of its first chunks that leaves some"
-            )
-        return begin, bounds.index(trained), lengths[: bounds.index(bounds[begin] + frames)]
+        if self.clips > 1:
+            return stretch(self.stream, frames, self.clips, self.overlap, rng)
+        if self.given >= len(lengths := self.stream.lengths(frames)):
+            raise ValueError(f"a clip has {len(lengths)} chunks, and given={self.given} leaves none to train; lower it")
+        return 0, self.given, lengths
 
     def contract(self, teacher: Contract) -> Contract:
         """It streams."""
