@@ -108,7 +108,7 @@ class ByChunk:
         call = replace(call, causal=chunks_of(self.stream, x_t.shape[2]))
         if self.clean is None:
             return call
-        clean = self.clean.repeat(len(x_t) // len(self.clean), 1, 1, 1, 1)
+        clean = _each(self.clean, len(x_t))
         nothing = self.network.recall(KVCache.empty(), clean, call)
         read = self.network(clean, clean.new_zeros(len(clean)), cond, replace(call, kv=nothing)).kv
         if read is None:
@@ -139,7 +139,7 @@ class OneByOne:
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond, call: Call = Call()) -> Prediction:
         memory, first, made = empty_memory(self.stream), 0, list[Tensor]()
-        clean = self.clean.repeat(len(x_t) // len(self.clean), 1, 1, 1, 1)
+        clean = _each(self.clean, len(x_t))
         for length in self.stream.lengths(x_t.shape[2]):
             own, told = slice(first, first + length), cond.during(first, length)
             memory = memory.facing(told.extra.get("pose"))
@@ -161,6 +161,11 @@ class OneByOne:
 
     def recall(self, memory: KVCache, x_t: Tensor, call: Call = Call()) -> KVView:
         return self.network.recall(memory, x_t, call)
+
+
+def _each(clean: Tensor, samples: int) -> Tensor:
+    """The clips that so many samples of a call read: those of the batch, in turns."""
+    return clean.repeat(samples // len(clean), 1, 1, 1, 1)
 
 
 def chunks_of(stream: Stream, frames: int) -> Causal:

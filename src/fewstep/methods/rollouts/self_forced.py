@@ -103,15 +103,15 @@ class SelfForced(Rollout):
         begin, first, lengths = self._stretch(batch.latent_shape[1], rng)
         memory, past, noises, made, latents = loop.begin(), list[Tensor](), list[Tensor](), list[list[Visit]](), None
         for index, (frame, length) in enumerate(zip(accumulate(lengths, initial=0), lengths)):
-            own, trained = rng.fold(f"chunk/{index}"), index >= first
+            own, trained, cond = rng.fold(f"chunk/{index}"), index >= first, batch.cond.during(frame, length)
             if index < self.given:
-                x, cond = batch.require("x0")[:, :, frame : frame + length], batch.cond.during(frame, length)
+                x = batch.require("x0")[:, :, frame : frame + length]
                 memory, latents = loop.given(memory, x, cond, own, index), loop.recent(latents, x, index)
                 past.append(x)
                 continue
             stop = exit * (len(loop.grid(index)) - 1) // of if trained else None
             noise = start_noise(self.stream, index, batch.frame_shape, rng)
-            start, cond = student.path.prior(noise), batch.cond.during(frame, length)
+            start = student.path.prior(noise)
             chunks, known = (
                 reading(loop, self.history_noise, own) if trained else loop,
                 loop.ready(memory, latents, cond, cond, rng),
