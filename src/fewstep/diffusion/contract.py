@@ -49,10 +49,11 @@ class Stream:
     """First frames of the stream that stay in memory; they count towards `window`."""
     memory: Memory | None = None
     """Policy that says what is remembered, such as `{type: Retrieval, frames: 6}`. null: what `window` and `sink` say."""
-    commit: Literal["clean", "noised", "last", "nothing"] = "clean"
+    commit: Literal["clean", "noised", "last", "levels", "nothing"] = "clean"
     """Keys and values to remember of a finished chunk: those of one more call on its clean latents (`clean`), those of one
-    more call on its latents noised to `context_time` (`noised`), those of its last step (`last`), without another call, or
-    none (`nothing`): a call reads its own frames alone, and they stand at its beginning (StreamDiT, 2507.03745)."""
+    more call on its latents noised to `context_time` (`noised`), those of its last step (`last`), without another call, those of
+    every step, each for the same step of later chunks (`levels`; Live Avatar, 2512.04677), or none (`nothing`): a call reads its
+    own frames alone, and they stand at its beginning (StreamDiT, 2507.03745)."""
     context_time: Decay = 0.0
     """Time of the noised latents if `commit` is `noised`."""
     recompute: bool = False
@@ -86,6 +87,11 @@ class Stream:
             raise ValueError(
                 f"context_time is the time, between 0 and 1, at which noised latents are remembered, and 0 otherwise; got "
                 f"{self.context_time} with commit {self.commit}"
+            )
+        if self.commit == "levels" and (self.steps or self.rolling):
+            raise ValueError(
+                "a memory for each step is that of one number of steps, and of one chunk after the other; leave steps and "
+                "rolling out"
             )
         self._check_recompute()
 

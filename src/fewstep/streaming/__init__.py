@@ -4,6 +4,7 @@ from fewstep.streaming.blocks import Chunks, Flying, Made
 from fewstep.streaming.cascade import cascaded
 from fewstep.streaming.control import Control
 from fewstep.streaming.live import LiveChunk, LiveSession, LiveSnapshot, Took
+from fewstep.streaming.pipelined import pipelined
 from fewstep.streaming.plan import fitting
 from fewstep.streaming.rolling import Rolling
 from fewstep.streaming.session import Seen, Session, Snapshot, Video
@@ -11,5 +12,5 @@ from fewstep.streaming.switch import Fade, Switch
 
 __all__ = [
     "Chunks", "Control", "Fade", "Flying", "LiveChunk", "LiveSession", "LiveSnapshot", "Made", "Rolling", "Seen", "Session",
-    "Snapshot", "Switch", "Took", "Video", "cascaded", "fitting",
+    "Snapshot", "Switch", "Took", "Video", "cascaded", "fitting", "pipelined",
 ]  # fmt: skip

@@ -14,10 +14,11 @@ from fewstep.attention import KVCache
 from fewstep.caching import CachePolicy
 from fewstep.core import Cond, Seeds
 from fewstep.core.call import Constants, every_block
-from fewstep.diffusion import Step, Stream
+from fewstep.diffusion import DDIM, Euler, Renoise, Step, Stream
 from fewstep.diffusion.samplers import full
 from fewstep.streaming.blocks import Chunks, Flying, Made, Reader
 from fewstep.streaming.control import inputs_of
+from fewstep.streaming.levels import memory_of
 from fewstep.streaming.noise import start_noise
 from fewstep.streaming.rolling import Rolling
 from fewstep.streaming.switch import Fade, Mix, Switch, mixed, require_switch
@@ -287,6 +288,10 @@ class Session:
         image = None if seen is None else self._model.image_latents(seen[:, :, 0])
         memory = chunks.ready(before.memory, before.latents, cond, uncond, self._seeds, image=image)
         noise = start_noise(chunks.stream, index, self._size, self._seeds)
+        if video is not None and chunks.stream.commit == "levels":
+            raise ValueError(
+                "a video starts at a later step, and this stream remembers every step; leave the video out"
+            )
         if video is None:
             start = path.prior(noise)
         else:
@@ -305,6 +310,44 @@ class Session:
         if given is not None and given.shape[2]:
             return chunks.known(memory, given, cond, uncond, rng, index)
         return chunks.chunk(memory, start, cond, uncond, rng, runner=runner)
+
+    def require_hops(self, processes: int) -> None:
+        """ValueError unless so many processes can share the steps of this stream, each with the memory of one (`pipelined`)."""
+        loop, steps = self._chunks, len(self._chunks.times) - 1
+        if self.stream.commit != "levels":
+            raise ValueError(
+                "processes share the steps of a stream that remembers each of them; set its commit to levels"
+            )
+        if processes != steps:
+            raise ValueError(f"{steps} steps need as many processes, not {processes}")
+        if not isinstance(loop.contract.sampler, DDIM | Euler | Renoise):
+            raise ValueError(
+                f"{type(loop.contract.sampler).__name__} may need more of a chunk than its latents; choose Renoise, Euler or DDIM"
+            )
+        memory_of(self.snapshot.memory, 0, steps)
+
+    def hops(self, level: int, count: int, receive: Callable[[tuple[int, ...]], Tensor]) -> Iterator[Tensor]:
+        """Step `level` of the next `count` chunks, each before it is remembered: latents after it. Those before it are noise, or
+        what `receive` gives for their shape. The session stays where it is."""
+        before, loop = self.snapshot, self._chunks
+        memory = memory_of(before.memory, level, len(loop.times) - 1)
+        for index in range(before.chunks, before.chunks + count):
+            first, length = self.stream.begin(index), self.stream.length(index)
+            cond, uncond = (told.during(first, length) for told in self._conditions_of(index))
+            rng, (batch, channels, height, width) = self._seeds.fold(f"chunk/{index}"), self._size
+            since = first - before.since
+            given = None if before.given is None else before.given[:, :, since : since + length]
+            known = given is not None and bool(given.shape[2])
+            if given is not None and known:
+                x = given
+            elif level == 0:
+                x = loop.network.path.prior(start_noise(self.stream, index, self._size, self._seeds))
+            else:
+                x = receive((batch, channels, length, height, width))
+            loop = replace(loop, constants=self._constants(cond, uncond))
+            x, kv = loop.hop(memory, x, level, cond, uncond, rng, known=known)
+            yield x
+            memory = memory.commit(kv, length)
 
     def _several(self, rolling: Rolling, cond: Cond, uncond: Cond, count: int | None) -> Iterator[Made]:
         """The next chunk, and steps of those that follow it, of `count` in the whole stream."""
