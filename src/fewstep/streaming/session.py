@@ -338,12 +338,12 @@ class Session:
             since = first - before.since
             given = None if before.given is None else before.given[:, :, since : since + length]
             known = given is not None and bool(given.shape[2])
-            if given is not None and known:
-                x = given
-            elif level == 0:
-                x = loop.network.path.prior(start_noise(self.stream, index, self._size, self._seeds))
-            else:
+            if level:
                 x = receive((batch, channels, length, height, width))
+            elif given is not None and known:
+                x = given
+            else:
+                x = loop.network.path.prior(start_noise(self.stream, index, self._size, self._seeds))
             loop = replace(loop, constants=self._constants(cond, uncond))
             x, kv = loop.hop(memory, x, level, cond, uncond, rng, known=known)
             yield x
