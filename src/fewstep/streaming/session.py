@@ -256,9 +256,9 @@ class Session:
         Only where several chunks are denoised at once, the last ones depend on it. ValueError for latents of another shape.
         """
         before, index = self.snapshot, self.snapshot.chunks
-        first, length = self.stream.begin(index), self.stream.length(index)
+        first = self.stream.begin(index)
         if self._rolling is None:
-            cond, uncond = (told.during(first, length).with_extra(extra) for told in self._conditions_of(index))
+            cond, uncond = self._told(index, extra)
             making = self._one(video, cond, uncond)
         elif video is None and not extra:
             making = self._several(self._rolling, *self._conditions_of(index), None if left is None else index + left)
@@ -305,11 +305,21 @@ class Session:
             start = path.add_noise(clean, noise, full(chunks.times[0], clean))
         runner = every_block if self._cache is None else self._cache.begin()
         rng = self._seeds.fold(f"chunk/{index}")
-        first = chunks.stream.begin(index) - before.since
-        given = None if before.given is None else before.given[:, :, first : first + noise.shape[2]]
-        if given is not None and given.shape[2]:
+        if (given := self._given(index)) is not None:
             return chunks.known(memory, given, cond, uncond, rng, index)
         return chunks.chunk(memory, start, cond, uncond, rng, runner=runner)
+
+    def _told(self, index: int, extra: Mapping[str, Tensor] = MappingProxyType({})) -> tuple[Cond, Cond]:
+        """Conditions of a chunk, of its own frames, and what is extra."""
+        first, length = self.stream.begin(index), self.stream.length(index)
+        cond, uncond = (told.during(first, length).with_extra(extra) for told in self._conditions_of(index))
+        return cond, uncond
+
+    def _given(self, index: int) -> Tensor | None:
+        """Latents of a chunk, if they are given."""
+        first, given = self.stream.begin(index) - self.snapshot.since, self.snapshot.given
+        part = None if given is None else given[:, :, first : first + self.stream.length(index)]
+        return part if part is not None and part.shape[2] else None
 
     def require_hops(self, processes: int) -> None:
         """ValueError unless so many processes can share the steps of this stream, each with the memory of one (`pipelined`)."""
@@ -332,20 +342,16 @@ class Session:
         before, loop = self.snapshot, self._chunks
         memory = memory_of(before.memory, level, len(loop.times) - 1)
         for index in range(before.chunks, before.chunks + count):
-            first, length = self.stream.begin(index), self.stream.length(index)
-            cond, uncond = (told.during(first, length) for told in self._conditions_of(index))
+            (cond, uncond), given, length = self._told(index), self._given(index), self.stream.length(index)
             rng, (batch, channels, height, width) = self._seeds.fold(f"chunk/{index}"), self._size
-            since = first - before.since
-            given = None if before.given is None else before.given[:, :, since : since + length]
-            known = given is not None and bool(given.shape[2])
             if level:
                 x = receive((batch, channels, length, height, width))
-            elif given is not None and known:
+            elif given is not None:
                 x = given
             else:
                 x = loop.network.path.prior(start_noise(self.stream, index, self._size, self._seeds))
             loop = replace(loop, constants=self._constants(cond, uncond))
-            x, kv = loop.hop(memory, x, level, cond, uncond, rng, known=known)
+            x, kv = loop.hop(memory, x, level, cond, uncond, rng, known=given is not None)
             yield x
             memory = memory.commit(kv, length)
 
