@@ -3,32 +3,44 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from PIL import Image
 from websockets.sync.client import ClientConnection, connect
 
 from fewstep.attention import BlockCausal
+from fewstep.compress import FrameInput
 from fewstep.diffusion import Contract, Exact, Renoise, Shifted, Stream
 from fewstep.models.repattern import repattern
 from fewstep.serve.app import Server
 from fewstep.serve.running import web_server
-from support_engine import tiny_model
+from support_engine import shaken, tiny_model
+
+KEYS = FrameInput(name="keys", width=4, words=("left", "right", "up", "down"), default=0.0)
 
 
-def save_streaming(folder: Path, fps: int = 50) -> Path:
-    """A tiny student in chunks of 2 frames, in 2 steps or 1."""
+def save_streaming(folder: Path, fps: int = 50, keys: FrameInput | None = None) -> Path:
+    """A tiny student in chunks of 2 frames, in 2 steps or 1; with `keys` it reads them."""
     model = tiny_model()
     grid = Exact(grids=((1.0, 0.5, 0.0), (1.0, 0.0)), otherwise=Shifted())
     contract = Contract(sampler=Renoise(), steps=2, grid=grid, stream=Stream(chunks=(2,), window=6, sink=2))
     network = repattern(model.denoiser, BlockCausal(chunk=2, window=6, sink=2))
-    return model.with_part("denoiser", network, contract=contract, role="student", fps=fps).save(folder)
+    student = model.with_part("denoiser", network, contract=contract, role="student", fps=fps)
+    if keys is not None:
+        student = student.transformed(keys)
+        shaken(student.denoiser.backbone.signals, 0.5)
+    return student.save(folder)
 
 
 @dataclass
@@ -51,6 +63,11 @@ class Running:
 
     def connect(self, **options: Any) -> Viewer:
         return Viewer(connect(f"ws://127.0.0.1:{self.port}/v1/stream", max_size=None, legacy=True, **options))
+
+    def quiet(self) -> bool:
+        """Whether no stream is served any more, soon."""
+        viewers = self.server.viewers
+        return settled(lambda: bool(self.on_loop(lambda: viewers.streams + viewers.waiting == 0)))
 
     def on_loop(self, call: Any) -> Any:
         """The result of a call in the server's thread."""
@@ -86,8 +103,24 @@ class Viewer:
                     self.media.append(self.socket.recv(timeout))  # type: ignore[arg-type]
                 return dict(told)
 
+    def frames(self) -> torch.Tensor:
+        """The pictures that it has got, uint8 `[F, H, W, 3]`."""
+        return torch.from_numpy(np.stack([np.asarray(Image.open(io.BytesIO(picture))) for picture in self.media]))
+
+    def told(self, kind: str) -> list[dict[str, Any]]:
+        """All messages of this type that it has heard."""
+        return [message for message in self.heard if message["type"] == kind]
+
     def close(self) -> None:
         self.socket.close()
+
+
+def settled(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
+    """Whether it comes true in time."""
+    until = time.monotonic() + seconds
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.01)
+    return condition()
 
 
 @contextmanager

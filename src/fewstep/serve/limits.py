@@ -33,7 +33,9 @@ class Limits:
     jobs: Count = 20
     """Clips of one holder that are not finished."""
     kept: Positive = 24 * 3600.0
-    """Seconds that finished clips are kept."""
+    """Seconds that finished clips and snapshots of streams are kept."""
+    snapshots: Count = 20
+    """Snapshots of one holder; the oldest is deleted for another one."""
     upload: Count = 20 << 20
     """Bytes of a request with a picture."""
     pixels: Count = 1 << 25

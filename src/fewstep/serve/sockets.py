@@ -15,7 +15,8 @@ from fewstep.serve import protocol
 from fewstep.serve.keys import Door
 from fewstep.serve.limits import Limits
 from fewstep.serve.metrics import Metrics
-from fewstep.serve.viewers import Packet, Refused, Viewer, Viewers
+from fewstep.serve.viewer import Packet, Viewer
+from fewstep.serve.viewers import Refused, Viewers
 
 SUBPROTOCOL = "fewstep.v1"
 POLICY, OVERLOADED = 1008, 1013
@@ -119,24 +120,26 @@ class Sockets:
         """What the viewer says, until it goes or stops."""
         recent = deque[float](maxlen=self.limits.messages)
         while True:
+            message: protocol.Message | None = None
             try:
                 text = await _text(socket)
                 now = time.monotonic()
                 if len(recent) == recent.maxlen and now - recent[0] < 1:
-                    viewer.finish(_too_many(self.limits.messages))
+                    viewer.finish(_too_many(self.limits.messages), wanted=True)
                     await asyncio.sleep(1)  # for the sender
                     return
                 recent.append(now)
                 message = protocol.heard(text)
                 if isinstance(message, protocol.Stop):
-                    viewer.finish(protocol.Done(chunks=viewer.chunks, frames=viewer.frames))
+                    viewer.finish(protocol.Done(chunks=viewer.chunks, frames=viewer.frames), wanted=True)
                     await asyncio.sleep(1)
                     return
                 viewer.hear(message)
             except WebSocketDisconnect:
                 return
             except ValueError as error:
-                viewer.say(protocol.Error(code="invalid_message", message=str(error), fatal=False))
+                id = getattr(message, "id", "")
+                viewer.say(protocol.Error(code="invalid_message", message=str(error), fatal=False, id=id))
 
 
 async def _text(socket: WebSocket) -> str:
