@@ -23,7 +23,7 @@ const clip = new Clip(
 );
 
 /** Chunks that a stream which is steered by keys may be ahead of the screen, so that it obeys soon. */
-const STEERED = 1;
+const STEERED = 2;
 
 let stream = null; // the one that is watched
 let asked = null; // what it was asked for

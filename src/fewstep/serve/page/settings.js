@@ -100,7 +100,9 @@ export class Settings {
 
   /** Example prompts for the chosen model. */
   get examples() {
-    return this.model.height <= WORLD ? EXAMPLES.world : EXAMPLES.real;
+    if (this.model.height > WORLD) return EXAMPLES.real;
+    const steered = this.model.keys.length > 0; // then keys say how it moves
+    return steered ? EXAMPLES.world.map((text) => text.replace(/ moves \S+ \S+/, "")) : EXAMPLES.world;
   }
 }
 
