@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,11 @@ from websockets.sync.client import ClientConnection, connect
 from fewstep.attention import BlockCausal
 from fewstep.compress import FrameInput
 from fewstep.diffusion import Contract, Exact, Renoise, Shifted, Stream
+from fewstep.models import VideoModel
 from fewstep.models.repattern import repattern
 from fewstep.serve.app import Server
-from fewstep.serve.running import web_server
+from fewstep.serve.running import Web, web_server
+from fewstep.serve.worker import Served
 from support_engine import shaken, tiny_model
 
 KEYS = FrameInput(name="keys", width=4, words=("left", "right", "up", "down"), default=0.0)
@@ -43,11 +45,65 @@ def save_streaming(folder: Path, fps: int = 50, keys: FrameInput | None = None) 
     return student.save(folder)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stuck(Served):
+    """Models whose decoders hang while there is a file."""
+
+    hangs: Path
+
+    def load(self) -> dict[str, VideoModel]:
+        models = super().load()
+        for model in models.values():
+            decode = model.codec.decode_next
+
+            def waits(*args: Any, decode: Callable[..., Any] = decode, **options: Any) -> Any:
+                while self.hangs.exists():
+                    time.sleep(0.05)
+                return decode(*args, **options)
+
+            model.codec.decode_next = waits
+        return models
+
+
+class Mute:
+    """A connection that reads only when it is told to, so that what it is sent stays with the server."""
+
+    def __init__(self, port: int) -> None:
+        self.socket = socket.socket()
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        self.socket.settimeout(20)
+        self.socket.connect(("127.0.0.1", port))
+        lines = ("GET /v1/stream HTTP/1.1", f"Host: 127.0.0.1:{port}", "Connection: Upgrade", "Upgrade: websocket")
+        more = ("Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==", "", "")
+        self.socket.sendall("\r\n".join(lines + more).encode())
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):
+            head += self.socket.recv(1)
+        assert head.startswith(b"HTTP/1.1 101"), head
+
+    def say(self, kind: str, **fields: Any) -> None:
+        text = json.dumps({"type": kind, **fields}).encode()
+        assert len(text) < 126
+        self.socket.sendall(bytes([0x81, 0x80 | len(text), 0, 0, 0, 0]) + text)  # masked by zeros
+
+    def rest(self) -> bytes:
+        """Everything until the server ends the connection."""
+        found = bytearray()
+        with suppress(ConnectionResetError):
+            while data := self.socket.recv(1 << 16):
+                found += data
+        return bytes(found)
+
+    def close(self) -> None:
+        self.socket.close()
+
+
 @dataclass
 class Running:
     """A server that answers."""
 
     server: Server
+    web: Web
     port: int
     loop: asyncio.AbstractEventLoop
 
@@ -147,7 +203,7 @@ def running(server: Server) -> Iterator[Running]:
     thread.start()
     try:
         assert up.wait(120) and not server.supervisor.failure, "the server did not start"
-        yield Running(server, port, loops[0])
+        yield Running(server, web, port, loops[0])
     finally:
         web.should_exit = True
         thread.join(30)

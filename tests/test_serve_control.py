@@ -20,7 +20,7 @@ from websockets.exceptions import ConnectionClosed
 from fewstep.models import VideoModel
 from fewstep.serve.app import Server
 from fewstep.serve.limits import Limits
-from fewstep.serve.orders import Failed, Open, Shown
+from fewstep.serve.orders import Applies, Declined, Failed, Open, Played, Press, Save, Shown, Steer
 from fewstep.serve.snapshots import SWEEP, SnapshotFiles
 from fewstep.serve.tasks import SOON
 from fewstep.serve.worker import Served, Worker, warm
@@ -192,6 +192,45 @@ def test_a_model_that_must_be_told_keys_is_told_of_none(tmp_path: Path) -> None:
         worker.work("a")
     heard = here.recv()
     assert isinstance(heard, Shown) and not isinstance(heard, Failed) and heard.keys == ()
+
+
+def test_a_worker_follows_orders_for_later_chunks_as_far_as_it_must(tmp_path: Path) -> None:
+    """The same in this process, where a mistake can be planted: chunks that are named, how far ahead a stream is, snapshots."""
+    model = VideoModel.from_pretrained(save_streaming(tmp_path / "s", keys=KEYS))
+    here, there = multiprocessing.Pipe()
+    worker = Worker({"s": model}, there, tmp_path, clock=lambda: 0.0)
+
+    def news() -> Any:
+        assert here.poll(5)
+        return here.recv()
+
+    worker.follow(Open(id="a", model="s", prompt=BALL, acknowledged=True, ahead=1))
+    worker.follow(Press(id="a", keys=("up", "left"), chunk=1, token="x"))
+    assert news() == Applies(id="a", token="x", chunk=1, keys=("up", "left"))
+    worker.follow(Steer(id="a", prompt=STAR, chunk=2, token="y"))
+    assert news() == Applies(id="a", token="y", chunk=2, prompt=STAR)
+    for order in (
+        Press(id="a", keys=(), chunk=SOON + 1, token="z"),
+        Steer(id="a", prompt=STAR, chunk=10**6, token="z"),
+    ):
+        worker.follow(order)
+        told = news()
+        assert isinstance(told, Declined) and told.token == "z" and "is far away" in told.message
+    shown = list[Shown]()
+    while len(shown) < 4:
+        while worker.next() == "a":
+            worker.work("a")
+        shown.append(news())
+        assert not here.poll(0), "it is further ahead than it may be"
+        worker.follow(Played(id="a", frames=2 * len(shown)))
+    assert [(chunk.index, set(chunk.keys), chunk.prompt) for chunk in shown] == [
+        (0, set(), BALL), (1, {"up", "left"}, BALL), (2, {"up", "left"}, STAR), (3, {"up", "left"}, STAR),
+    ]  # fmt: skip
+    worker.follow(Save(id="a"))
+    other = Worker({"s": model.with_card(name="other")}, there, tmp_path, clock=lambda: 0.0)
+    other.follow(Open(id="b", model="s", prompt=BALL, snapshot=news().name))
+    failed = news()
+    assert "differs from 'other'" in failed.message and str(tmp_path) not in failed.message
 
 
 # --- ways to change a prompt ------------------------------------------------------------------------------------------

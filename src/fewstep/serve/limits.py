@@ -28,6 +28,8 @@ class Limits:
     """Seconds that a stream waits for a viewer whose connection was lost."""
     hello: Positive = 10.0
     """Seconds until a new connection must have said `init`."""
+    unread: Positive = 20.0
+    """Seconds that a message waits for a viewer who reads nothing. Then the connection is dropped."""
     messages: Count = 50
     """Messages of a viewer per second."""
     jobs: Count = 20
