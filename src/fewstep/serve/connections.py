@@ -32,7 +32,11 @@ class Connection(WebSocketsSansIOProtocol):
 
     def on_task_complete(self, task: asyncio.Task[None]) -> None:
         super().on_task_complete(task)
-        self.loop.call_later(LINGER, self.transport.abort)
+        self.loop.call_later(LINGER, self._cut)
+
+    def _cut(self) -> None:
+        if not self.disconnected:
+            self.transport.abort()
 
     def _drop(self, code: int, reason: str) -> None:
         """Say why, behind what waits to be read. Nothing more can be sent."""
