@@ -33,6 +33,7 @@ from soaking import soak
 
 SERVER = """
 import asyncio, sys
+from pathlib import Path
 from fewstep.serve.app import Server
 from fewstep.serve.limits import Limits
 from fewstep.serve.running import run

@@ -38,7 +38,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE, TESTS, LIST = ROOT / "src" / "fewstep", ROOT / "tests", ROOT / "tests" / "mutations"
 GOLDEN = "test_golden.py"
-WORKERS, SECONDS = 1, 600
+WORKERS, SECONDS = 2, 600
 """Children at once, and the longest that one may take: a mistake that never ends is noticed by that."""
 KILLED, GOLDEN_ONLY, SURVIVED, STALE = "killed", "golden only", "survived", "stale"
 LIBRARIES = ("pytest", "pytest_timeout", "torch", "transformers", "diffusers.models.transformers.transformer_wan")
