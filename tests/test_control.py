@@ -16,7 +16,7 @@ from fewstep.diffusion import Stream
 from fewstep.models import VideoModel
 from fewstep.models.snapshots import load_snapshot, save_snapshot
 from fewstep.streaming import LiveChunk, LiveSession, Session
-from fewstep.streaming.control import Control, lasting, of_latents, told
+from fewstep.streaming.control import Control, held_last, lasting, of_latents, told
 from support_engine import shaken
 from test_live import begin, joined, streaming_model
 
@@ -189,6 +189,16 @@ def test_what_the_model_does_not_read_is_refused(
 ) -> None:
     with live(model) as session, pytest.raises(ValueError, match=why):
         session.control(name, numbers, **options)
+
+
+def test_the_keys_of_a_chunk_are_those_of_its_last_frame() -> None:
+    """Of four frames per latent frame, held in two or more; frames that were heard before do not count."""
+    keys = FrameInput(name="keys", width=2, words=("left", "right"), back=1, ahead=1)
+    card = replace(streaming_model().card, transforms=(keys,))
+    rows = torch.tensor([[[1, 1, 1, 1, 1, 1], [0, 1, 0.5, 0.25, 0, 1]]])
+    assert held_last(card, {"keys": rows}) == ("left",) and held_last(card, {}) == ()
+    unnamed = replace(card, transforms=(replace(keys, words=()),))
+    assert held_last(unnamed, {"keys": rows}) == ()
 
 
 def test_a_memory_that_faces_is_told_poses() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -26,6 +27,7 @@ from fewstep.serve.limits import LOOPBACK, Limits
 from fewstep.serve.metrics import Metrics
 from fewstep.serve.orders import Facts
 from fewstep.serve.page_files import PageFiles
+from fewstep.serve.snapshots import SnapshotFiles
 from fewstep.serve.sockets import Sockets, origin_allowed
 from fewstep.serve.supervisor import HANGS, Supervisor
 from fewstep.serve.videos import Videos
@@ -47,15 +49,17 @@ class Server:
     metrics: Metrics = field(default_factory=Metrics)
     began: float = field(default_factory=time.time)
     supervisor: Supervisor = field(init=False)
+    snapshots: SnapshotFiles = field(init=False)
     viewers: Viewers = field(init=False)
     jobs: Jobs = field(init=False)
     clips: Clips = field(init=False)
 
     def __post_init__(self) -> None:
-        self.snapshots = self.folder / "snapshots"
-        self.snapshots.mkdir(parents=True, exist_ok=True)
-        self.supervisor = Supervisor(replace(self.served, folder=self.snapshots), hangs=self.hangs)
-        self.viewers = Viewers(self.supervisor, self.limits, self.metrics)
+        written = self.folder / "snapshots"
+        written.mkdir(parents=True, exist_ok=True)
+        self.snapshots = SnapshotFiles(written, self.limits.kept, self.limits.snapshots)
+        self.supervisor = Supervisor(replace(self.served, folder=written), hangs=self.hangs)
+        self.viewers = Viewers(self.supervisor, self.snapshots, self.limits, self.metrics)
         self.jobs = Jobs(self.folder / "jobs.sqlite", self.limits.kept)
         self.clips = Clips(self.jobs, self.folder / "videos", self.supervisor, self.metrics)
 
@@ -92,9 +96,11 @@ class Server:
     async def _life(self, _: Starlette) -> AsyncIterator[None]:
         self.supervisor.begin()
         self.clips.begin()
+        sweeping = asyncio.create_task(self.snapshots.sweeping())
         try:
             yield
         finally:
+            sweeping.cancel()
             await self.clips.end()
             await self.supervisor.end()
             self.jobs.close()
@@ -132,10 +138,10 @@ class Server:
         return JSONResponse({"ticket": self.door.ticket(holder)})
 
     async def _snapshot(self, request: Request, holder: str) -> Response:
-        name = request.path_params["name"]
-        if self.viewers.snapshots.get(name) != holder:
+        path = self.snapshots.path(request.path_params["name"], holder)
+        if path is None:
             raise ApiError(404, "there is no such snapshot of yours any more", code="no_snapshot")
-        return FileResponse(self.snapshots / name, filename="stream.safetensors")
+        return FileResponse(self.snapshots.folder / path, filename="stream.safetensors")
 
     async def _health(self, _: Request) -> Response:
         return PlainTextResponse("ok\n")

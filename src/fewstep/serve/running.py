@@ -12,6 +12,7 @@ import uvicorn
 from fewstep.core.lock import holding
 from fewstep.serve import protocol
 from fewstep.serve.app import Server
+from fewstep.serve.connections import Connection
 from fewstep.serve.limits import LOOPBACK
 
 DRAIN = 10.0
@@ -43,7 +44,7 @@ def web_server(server: Server, host: str, port: int) -> Web:
     """What clients reach. ValueError as of `require_private`."""
     require_private(host, server)
     config = uvicorn.Config(
-        server.app(), host=host, port=port, log_level="warning", access_log=False, loop="asyncio", ws="websockets-sansio",
+        server.app(), host=host, port=port, log_level="warning", access_log=False, loop="asyncio", ws=Connection,
         ws_max_size=protocol.LARGEST, timeout_graceful_shutdown=5, server_header=False,
     )  # fmt: skip
     return Web(config, server)

@@ -7,7 +7,7 @@ mean of the frames that it is decoded to: of four frames with `left` held in thr
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -65,6 +65,28 @@ def inputs_of(card: Any) -> Mapping[str, FrameInput]:
     stream = card.contract.stream
     facing = stream is not None and isinstance(keep_of(stream), Facing)
     return found | ({"pose": FrameInput(name="pose", width=6)} if facing else {})
+
+
+def keys_of(card: Any) -> tuple[str, ...]:
+    """Names of the keys that a model of that card reads, in the order of their numbers; none: it reads no keys."""
+    found = inputs_of(card).get("keys")
+    return () if found is None else found.words
+
+
+def row_of(held: Collection[str], keys: Sequence[str]) -> list[float]:
+    """The numbers of a frame during which these of the model's `keys` are held. ValueError for another one."""
+    if unknown := sorted(set(held) - set(keys)):
+        raise ValueError(f"unknown key {', '.join(unknown)}; the keys are {', '.join(keys)}")
+    return [float(key in held) for key in keys]
+
+
+def held_last(card: Any, told: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Keys that the first clip was told of in the last latent frame of a chunk: those held for at least half of its frames."""
+    if "keys" not in told or not (keys := keys_of(card)):
+        return ()
+    start = inputs_of(card)["keys"].back * len(keys)
+    own = told["keys"][0, -1, start : start + len(keys)].tolist()
+    return tuple(key for key, share in zip(keys, own, strict=True) if share >= 0.5)
 
 
 def numbers_for(card: Any, name: str, numbers: Any, clips: int) -> Tensor:
