@@ -17,6 +17,7 @@ from PIL import Image
 from fewstep.core.finite import NonFiniteError
 from fewstep.data.video import to_pixels
 from fewstep.models import VideoModel
+from fewstep.serve.database import SQLite
 from fewstep.serve.errors import ApiError
 from fewstep.serve.jobs import Job, Jobs, KeyReused
 from fewstep.serve.limits import Limits
@@ -50,12 +51,12 @@ def clock() -> Clock:
 
 @pytest.fixture
 def jobs(tmp_path: Path, clock: Clock) -> Jobs:
-    return Jobs(tmp_path / "jobs.sqlite", kept=60.0, clock=clock)
+    return Jobs(SQLite(tmp_path / "jobs.sqlite"), kept=60.0, clock=clock)
 
 
 def test_a_job_is_in_the_file_as_it_was_asked_for(jobs: Jobs, tmp_path: Path, clock: Clock) -> None:
     job = jobs.add("ada", WISH, picture=b"png")
-    again = Jobs(tmp_path / "jobs.sqlite", kept=60.0, clock=clock)
+    again = Jobs(SQLite(tmp_path / "jobs.sqlite"), kept=60.0, clock=clock)
     found = again.get(job.id)
     assert found == job and found.wish == WISH and again.picture(found) == b"png"
     assert (job.state, job.created, job.begun, job.ended) == ("queued", 1000.0, 0, None)
@@ -125,7 +126,7 @@ def test_what_was_being_made_is_made_again_once(jobs: Jobs, tmp_path: Path, cloc
     assert jobs.begin(done) and jobs.complete(done)
     for state in ("queued", "failed"):
         assert jobs.begin(job)
-        again = Jobs(tmp_path / "jobs.sqlite", kept=60.0, clock=clock)  # the server was killed
+        again = Jobs(SQLite(tmp_path / "jobs.sqlite"), kept=60.0, clock=clock)  # the server was killed
         again.recover()
         assert _state(again, job) == state
         assert _state(again, done) == "completed" and _state(again, waits) == "queued"
@@ -160,11 +161,11 @@ def test_a_holder_has_so_many_unfinished_jobs(jobs: Jobs) -> None:
 def test_a_file_that_is_no_table_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("no table, and long enough to be seen as something else" * 99)
     with pytest.raises(ValueError, match="cannot be used as a table of jobs"):
-        Jobs(tmp_path / "a", kept=1.0)
+        Jobs(SQLite(tmp_path / "a"), kept=1.0)
     with sqlite3.connect(tmp_path / "b") as file:
         file.execute("PRAGMA user_version = 99")
     with pytest.raises(ValueError, match="another version"):
-        Jobs(tmp_path / "b", kept=1.0)
+        Jobs(SQLite(tmp_path / "b"), kept=1.0)
 
 
 def wish(given: dict[str, Any], facts: Facts = WHOLE, picture: bool = False, **limits: Any) -> Wish:

@@ -12,7 +12,6 @@ import re
 import shutil
 import signal
 import socket
-import sqlite3
 import subprocess
 import tempfile
 import threading
@@ -35,6 +34,7 @@ from fewstep.data.video import to_pixels, write_pixels
 from fewstep.models import VideoModel
 from fewstep.serve import clips as serve_clips
 from fewstep.serve.app import Server
+from fewstep.serve.database import TableFull
 from fewstep.serve.jobs import Jobs
 from fewstep.serve.keys import Door, Keys
 from fewstep.serve.limits import Limits
@@ -412,7 +412,7 @@ def test_a_table_that_cannot_be_changed_delays_the_job(house: House, monkeypatch
     def full(self: Jobs, job: Any) -> bool:
         tried.append(1)
         if len(tried) < 3:
-            raise sqlite3.OperationalError("database or disk is full")
+            raise TableFull("database or disk is full")
         return complete(self, job)
 
     monkeypatch.setattr(Jobs, "complete", full)
