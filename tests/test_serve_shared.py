@@ -344,13 +344,12 @@ def test_a_server_that_says_nothing_loses_its_job_to_the_other(
 def test_a_process_that_is_killed_leaves_its_job_to_the_other(tmp_path: Path) -> None:
     student, table = save_streaming(tmp_path / "student"), str(tmp_path / "jobs.db")
     words = (f"tiny={student}", "--folder", str(tmp_path / "served"), "--threads", "1", "--jobs", table)
-    with command(*words) as (first, address):
+    with command(*words) as (first, address), command(*words) as (_, other):
         id = asked(address, "/v1/videos", prompt="a red ball", num_frames=400)["id"]
-        until(address, id, "in_progress")
-        with command(*words) as (_, other):
-            first.kill()
-            first.wait(30)
-            assert asked(other, f"/v1/videos/{id}")["status"] == "in_progress"
-            ended = settled(lambda: asked(other, f"/v1/videos/{id}")["status"] in ("completed", "failed"), 240)
-            assert ended and asked(other, f"/v1/videos/{id}")["status"] == "completed"
-            assert len(asked(other, f"/v1/videos/{id}/content")) > 1000
+        until(address, id, "in_progress")  # the one that accepts it is the first to know
+        first.kill()
+        first.wait(30)
+        assert asked(other, f"/v1/videos/{id}")["status"] == "in_progress"
+        ended = settled(lambda: asked(other, f"/v1/videos/{id}")["status"] in ("completed", "failed"), 240)
+        assert ended and asked(other, f"/v1/videos/{id}")["status"] == "completed"
+        assert len(asked(other, f"/v1/videos/{id}/content")) > 1000

@@ -215,6 +215,21 @@ def test_curl_makes_a_video_of_a_form_and_waits_for_it(house: House, teacher: Pa
     assert json.loads(house.curl(f"/v1/videos/{headers['x-video-id']}")[2])["status"] == "completed"
 
 
+def test_a_schedule_of_prompts_is_the_same_in_json_and_in_a_form(house: House) -> None:
+    schedule = json.dumps([{"at_s": 0.08, "prompt": "a blue star"}])
+    form = ("-F", "model=tiny", "-F", "prompt=a red ball", "-F", "num_frames=8", "-F", f"prompt_schedule={schedule}")
+    body = json.dumps(
+        {"model": "tiny", "prompt": "a red ball", "num_frames": 8, "prompt_schedule": json.loads(schedule)}
+    )
+    made = [
+        house.curl("/v1/videos/sync", *arguments)
+        for arguments in (form, ("-H", "Content-Type: application/json", "-d", body), (*form[:6],))
+    ]
+    assert [status for status, _, _ in made] == [200] * 3
+    changed, same, plain = (frames_in(data) for _, _, data in made)
+    assert np.array_equal(changed, same) and not np.array_equal(changed, plain)
+
+
 def test_a_client_that_stops_waiting_cancels(house: House) -> None:
     asked = {"model": "tiny", "prompt": "a", **HOURS}
     with socket.create_connection(("127.0.0.1", house.port)) as client:

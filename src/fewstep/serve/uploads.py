@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.types import Message
 
 from fewstep.data.video import fit
+from fewstep.serve import webp
 from fewstep.serve.errors import ApiError
 from fewstep.serve.limits import Limits
 from fewstep.serve.orders import Facts
@@ -22,7 +23,8 @@ from fewstep.serve.orders import Facts
 SECONDS = 120.0
 """Longest time that a body may take."""
 REFERENCE = "input_reference"
-KINDS = ("PNG", "JPEG")
+KINDS = ("PNG", "JPEG", *(("WEBP",) if webp.is_safe() else ()))
+"""Pictures that are read."""
 
 
 async def bounded(request: Request, most: int) -> Request:
@@ -86,12 +88,12 @@ def _inline(url: Any) -> bytes:
     """The bytes of a picture that is part of the request."""
     head, _, text = url.partition(",") if isinstance(url, str) else ("", "", "")
     try:
-        if head not in ("data:image/png;base64", "data:image/jpeg;base64"):
+        if head not in [f"data:image/{kind.lower()};base64" for kind in KINDS]:
             raise ValueError
         return base64.b64decode(text, validate=True)
     except (ValueError, binascii.Error):
         message = (
-            f"{REFERENCE} is the file of a picture, or data:image/png;base64,... (or jpeg) as its image_url; this server reads "
+            f"{REFERENCE} is the file of a picture, or data:image/png;base64,... as its image_url; this server reads "
             "no addresses and no files of its own"
         )
         raise ApiError(400, message, param=REFERENCE, code="invalid_value") from None
@@ -99,11 +101,16 @@ def _inline(url: Any) -> bytes:
 
 def picture_of(data: bytes, facts: Facts, limits: Limits) -> bytes:
     """A picture, upright, scaled to cover the size of a model's clips and cropped at the centre: a PNG of nothing else."""
-    problem = f"{REFERENCE} is no readable picture; send a PNG or a JPEG"
+    *kinds, last = KINDS
+    problem = f"{REFERENCE} is no readable picture; send a {', '.join(kinds)} or {last} (no animation)"
+    too_large = REFERENCE + " has {} x {} pixels, and at most " + f"{limits.pixels} are read"
     try:
+        if (size := webp.size_of(data)) is not None and size[0] * size[1] > limits.pixels:
+            problem = too_large.format(*size)
+            raise ValueError
         with Image.open(io.BytesIO(data), formats=KINDS) as image:  # reads the header only
             if image.width * image.height > limits.pixels:
-                problem = f"{REFERENCE} has {image.width} x {image.height} pixels, and at most {limits.pixels} are read"
+                problem = too_large.format(*image.size)
                 raise ValueError
             pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
         out = io.BytesIO()
