@@ -228,6 +228,16 @@ def test_a_schedule_of_prompts_is_the_same_in_json_and_in_a_form(house: House) -
     assert [status for status, _, _ in made] == [200] * 3
     changed, same, plain = (frames_in(data) for _, _, data in made)
     assert np.array_equal(changed, same) and not np.array_equal(changed, plain)
+    more = {"num_frames": 8, "prompt_schedule": json.loads(schedule)}  # OpenAI's client writes a field for each value
+    job = house.client().videos.create(prompt="a red ball", model="tiny", extra_body=more)
+    ended(house.client(), job.id)
+    assert np.array_equal(frames_in(house.client().videos.download_content(job.id).read()), changed)
+    error = house.refused("-F", "prompt=a", "-F", "model=tiny", "-F", "prompt_schedule[][at_s]=1")
+    assert error["param"] == "prompt_schedule" and "1 times and 0 prompts" in error["message"]
+    twice = ("-F", "prompt_schedule[][at_s]=1", "-F", "prompt_schedule[][prompt]=b")
+    assert "is there twice" in house.refused(*form, *twice)["message"]
+    error = house.refused("-F", "prompt=a", "-F", "prompt_schedule[][at_s]=x", "-F", "prompt_schedule[][prompt]=b")
+    assert error["param"] == "prompt_schedule" and error["status"] == 400
 
 
 def test_a_client_that_stops_waiting_cancels(house: House) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import binascii
 import io
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,13 @@ from fewstep.serve import webp
 from fewstep.serve.errors import ApiError
 from fewstep.serve.limits import Limits
 from fewstep.serve.orders import Facts
+from fewstep.serve.wishes import json_or_text
 
 SECONDS = 120.0
 """Longest time that a body may take."""
 REFERENCE = "input_reference"
+SCHEDULE = "prompt_schedule"
+LATER = (f"{SCHEDULE}[][at_s]", f"{SCHEDULE}[][prompt]")
 KINDS = ("PNG", "JPEG", *(("WEBP",) if webp.is_safe() else ()))
 """Pictures that are read."""
 
@@ -68,8 +72,8 @@ async def fields_of(request: Request, limits: Limits) -> tuple[dict[str, Any], b
 
 
 async def _form(request: Request) -> tuple[dict[str, Any], bytes | None]:
-    given, picture = dict[str, Any](), None
-    async with request.form(max_files=1, max_fields=50) as form:
+    given, picture, later = dict[str, Any](), None, {key: list[str]() for key in LATER}
+    async with request.form(max_files=1, max_fields=300) as form:
         for name, value in form.multi_items():
             if name in (REFERENCE, f"{REFERENCE}[image_url]"):
                 if picture is not None:
@@ -77,11 +81,25 @@ async def _form(request: Request) -> tuple[dict[str, Any], bytes | None]:
                 picture = await value.read() if isinstance(value, UploadFile) else _inline(value)
             elif isinstance(value, UploadFile):
                 raise ApiError(400, f"only {REFERENCE} is a file", param=name[:40], code="invalid_value")
+            elif name in later:
+                later[name].append(value)
             elif name in given:
                 raise ApiError(400, f"{name[:40]} is there twice", param=name[:40], code="invalid_value")
             else:
                 given[name] = value
-    return given, picture
+    if any(later.values()) and SCHEDULE in given:
+        raise ApiError(400, f"{SCHEDULE} is there twice", param=SCHEDULE, code="invalid_value")
+    return given | _schedule(later), picture
+
+
+def _schedule(later: Mapping[str, list[str]]) -> dict[str, Any]:
+    """Prompts that follow, as OpenAI's client writes a list of objects into a form: a field for each value."""
+    times, prompts = later.values()
+    if len(times) != len(prompts):
+        message = f"{SCHEDULE} has {len(times)} times and {len(prompts)} prompts; give at_s and prompt for each"
+        raise ApiError(400, message, param=SCHEDULE, code="invalid_value")
+    pairs = [{"at_s": json_or_text(time), "prompt": prompt} for time, prompt in zip(times, prompts)]
+    return {SCHEDULE: pairs} if pairs else {}
 
 
 def _inline(url: Any) -> bytes:
