@@ -285,6 +285,8 @@ def export(options: arguments.Export) -> int:
     from fewstep.models.bundle import VideoModel
     from fewstep.written import FILE
 
+    if options.engine is not None and (options.lora or options.names != "diffusers"):
+        raise UsageError(f"--for {options.engine} says which files are written; leave out --lora and --names")
     model, home = VideoModel.from_pretrained(options.student, trust=options.trust), Path(options.student)
     if options.evaluation is not None:
         scores = figures(load_report(options.evaluation), model.fingerprint("denoiser"))
@@ -293,9 +295,8 @@ def export(options: arguments.Export) -> int:
     if options.lora:
         files = {"names": options.names, "dtype": options.dtype}
         return _made(adapters.export_lora(model, home / "adapter", options.folder, recipe=recipe, **files))
-    return _made(
-        model.export(options.folder, names=options.names, link=options.link, dtype=options.dtype, recipe=recipe)
-    )
+    made: dict[str, Any] = {"names": options.names, "link": options.link, "dtype": options.dtype}
+    return _made(model.export(options.folder, **made, recipe=recipe, engine=options.engine))
 
 
 def check_lora(options: arguments.CheckLora) -> int:

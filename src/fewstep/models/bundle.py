@@ -341,15 +341,19 @@ class VideoModel:
         link: bool = False,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         recipe: str = "",
+        engine: Literal["vllm-omni", "sglang", "lightx2v"] | None = None,
     ) -> Path:
         """Write a folder in diffusers' layout that makes the same clips without this package; `from_pretrained` reads it.
 
         What was not trained is copied from its source (`link`: linked). ValueError where diffusers could not do the same.
         With `comfyui` the denoiser alone, in one file, by its authors' names. The denoiser is stored as `dtype`: in half the
-        memory its clips differ by rounding. `recipe` is the text of it, for the page.
+        memory its clips differ by rounding. `recipe` is the text of it, for the page. With `engine`, what that engine serves;
+        ValueError where it would make other clips.
         """
         require_exact(self)
-        return adapters.export_model(self, Path(folder), names=names, link=link, dtype=dtype, recipe=recipe)
+        return adapters.export_model(
+            self, Path(folder), names=names, link=link, dtype=dtype, recipe=recipe, engine=engine
+        )
 
     @classmethod
     def from_pretrained(

@@ -20,6 +20,7 @@ from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Mount, Route, WebSocketRoute
 
 from fewstep.serve.clips import Clips
+from fewstep.serve.database import TableDown
 from fewstep.serve.errors import ApiError, told
 from fewstep.serve.jobs import Jobs
 from fewstep.serve.keys import Door
@@ -30,6 +31,7 @@ from fewstep.serve.page_files import PageFiles
 from fewstep.serve.snapshots import SnapshotFiles
 from fewstep.serve.sockets import Sockets, origin_allowed
 from fewstep.serve.supervisor import HANGS, Supervisor
+from fewstep.serve.tables import table_of
 from fewstep.serve.videos import Videos
 from fewstep.serve.viewers import Viewers
 from fewstep.serve.worker import Served
@@ -45,6 +47,8 @@ class Server:
     origins: tuple[str, ...] = ()
     folder: Path = Path("served")
     """Where finished clips, their table, and snapshots are."""
+    table: str | None = None
+    """A table of jobs that other servers share, with this folder: see `fewstep.serve.database`. None: one in the folder."""
     hangs: float = HANGS
     metrics: Metrics = field(default_factory=Metrics)
     began: float = field(default_factory=time.time)
@@ -60,8 +64,9 @@ class Server:
         self.snapshots = SnapshotFiles(written, self.limits.kept, self.limits.snapshots)
         self.supervisor = Supervisor(replace(self.served, folder=written), hangs=self.hangs)
         self.viewers = Viewers(self.supervisor, self.snapshots, self.limits, self.metrics)
-        self.jobs = Jobs(self.folder / "jobs.sqlite", self.limits.kept)
-        self.clips = Clips(self.jobs, self.folder / "videos", self.supervisor, self.metrics)
+        self.jobs = table_of(self.folder, self.table, self.limits.kept)
+        shared = self.table is not None
+        self.clips = Clips(self.jobs, self.folder / "videos", self.supervisor, self.metrics, shared=shared)
 
     def app(self) -> Starlette:
         """What clients reach."""
@@ -79,7 +84,7 @@ class Server:
         middleware = []
         if self.door.keys is None:  # else a page could reach this machine under a name of its own
             middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"], www_redirect=False)]
-        handlers = {HTTPException: told, Exception: told}
+        handlers = {HTTPException: told, TableDown: told, Exception: told}
         return Starlette(routes=routes, lifespan=self._life, exception_handlers=handlers, middleware=middleware)
 
     async def drain(self, seconds: float) -> None:
@@ -154,7 +159,8 @@ class Server:
         metrics = self.metrics
         metrics.streams.set(self.viewers.streams)
         metrics.waiting.set(self.viewers.waiting)
-        metrics.clips_waiting.set(self.jobs.waiting())
+        with contextlib.suppress(TableDown):
+            metrics.clips_waiting.set(self.jobs.waiting())
         metrics.load.set(self.viewers.load)
         metrics.deaths.set(self.supervisor.deaths)
         return Response(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4")

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fewstep.data.video import read_image, to_pixels
 from fewstep.models import VideoModel
+from fewstep.models.runtime import decodes_in_chunks
 from fewstep.models.snapshots import load_snapshot, save_snapshot
 from fewstep.serve.orders import (
     Applies,
@@ -163,11 +165,28 @@ class Clip(Task):
         for step in steps:
             if model.device.type != "cpu":  # else calls would pile up there, before those for viewers
                 torch.accelerator.current_stream(model.device).synchronize()
-            yield step.index + 1, step.steps + 1  # decoding is the last
+            pieces = step.x.shape[2] if decodes_in_chunks(model) else 1
+            yield step.index + 1, step.steps + pieces
         assert step is not None
-        with torch.inference_mode():
-            frames = model.decode(step.x)
-        self._made(to_pixels(frames)[0].numpy())
+        parts = list[Pixels]()
+        for frames in self._decoded(step.x, pieces):
+            parts.append(to_pixels(frames)[0].numpy())
+            if len(parts) < pieces:
+                yield step.steps + len(parts), step.steps + pieces
+        self._made(np.concatenate(parts))
+
+    def _decoded(self, latents: Tensor, pieces: int) -> Iterator[Tensor]:
+        """Frames `[1, 3, F, H, W]` of so many pieces, one after the other: between two of them the worker says that it lives, and
+        hears whether the clip is still wanted."""
+        past = None
+        with torch.no_grad():
+            if pieces == 1:
+                yield self._model.decode(latents)
+                return
+            for index, piece in enumerate(latents.split(1, 2), 1):
+                made = self._model.decode_next(piece, past, last=index == pieces)
+                past = made.past
+                yield made.frames
 
     def _streamed(self) -> Generator[tuple[int, int]]:
         order, model = self._order, self._model
