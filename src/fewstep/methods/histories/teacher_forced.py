@@ -13,7 +13,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from fewstep.diffusion import Stream
-from fewstep.methods.histories.base import ByChunk, History
+from fewstep.methods.histories.base import History
+from fewstep.models.by_chunk import ByChunk
 from fewstep.models.denoiser import Predictor
 
 
