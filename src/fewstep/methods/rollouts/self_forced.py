@@ -11,10 +11,12 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
+from fewstep.attention import KVCache
 from fewstep.core import Batch, Rng
 from fewstep.core.bounds import Amount, Count, Natural
 from fewstep.diffusion import Contract, Stream
 from fewstep.methods.rollouts.base import Rolled, Rollout, Visit, aligned, calls_of
+from fewstep.methods.rollouts.context import Context, require_frames
 from fewstep.methods.rollouts.grids import Exit, deepest, drawn, stops
 from fewstep.methods.rollouts.noisy_past import reading
 from fewstep.models.denoiser import Predictor
@@ -51,6 +53,10 @@ class SelfForced(Rollout):
     """Length of a rollout in clips of the teacher's length; the last one of a random number up to this is trained on."""
     overlap: Natural = 0
     """First latent frames of a later stretch that are seen and not trained: whole chunks (published: one frame, or one chunk)."""
+    context: bool = False
+    """Let teacher and critic of a later stretch read the frames before it that the student's chunks have read (HY-WorldPlay's
+    context forcing, 2512.14614; see `Context`). Otherwise they see the stretch alone, and what the student does to agree with
+    earlier frames is an error to them."""
     history_noise: Amount = 0.0
     """Noise on what is read of the past in training, relative to its root mean square (`NoisyPast`; Live Avatar, 2512.04677);
     0: none. Sampling never has any."""
@@ -70,10 +76,16 @@ class SelfForced(Rollout):
             )
         if self.overlap and self.clips == 1:
             raise ValueError("overlap begins a later stretch; let a rollout have more clips, or write overlap: 0")
+        if self.context and self.clips == 1:
+            raise ValueError(
+                "context comes before a later stretch; let a rollout have more clips, or write context: false"
+            )
+        if self.context:
+            require_frames(self.stream)
 
     @property
     def whole(self) -> bool:
-        return not self.overlap
+        return not (self.overlap or self.context)
 
     @property
     def calls(self) -> float:
@@ -93,6 +105,7 @@ class SelfForced(Rollout):
         loop, exit, of = self._drawn(student, rng)
         begin, first, lengths = self._stretch(batch.latent_shape[1], rng)
         memory, past, noises, made, latents = loop.begin(), list[Tensor](), list[Tensor](), list[list[Visit]](), None
+        before, read = list[Tensor](), list[KVCache]()
         for index, (frame, length) in enumerate(zip(accumulate(lengths, initial=0), lengths)):
             own, trained = rng.fold(f"chunk/{index}"), index >= first
             stop = exit * (len(loop.grid(index)) - 1) // of if trained else None
@@ -104,14 +117,20 @@ class SelfForced(Rollout):
             )
             visits, memory = calls_of(chunks, known, start, (cond, cond), own, exit=stop, grad=grad and trained)
             latents = loop.recent(latents, visits[-1].x0.detach(), index)
+            if self.context and index < begin:
+                before.append(visits[-1].x0.detach())
+            elif self.context:
+                read.append(known.facing(cond.extra.get("pose")))
             if trained:
                 noises.append(noise)
                 made.append(visits)
             elif index >= begin:
                 past.append(visits[-1].x0)
-        (*before, last), noise = aligned(made, apart=bool(self.stream.steps)), torch.cat(noises, 2)
-        seen, calls = torch.cat(past, 2) if past else None, tuple(before)
-        return Rolled(last.x0, last.x_t, last.t, calls, noise, exit=len(before), grid=loop.times[:-1], past=seen)
+        (*calls, last), seen = aligned(made, apart=bool(self.stream.steps)), torch.cat(past, 2) if past else None
+        return Rolled(
+            last.x0, last.x_t, last.t, tuple(calls), torch.cat(noises, 2), exit=len(calls), grid=loop.times[:-1], past=seen,
+            context=Context.of(self.stream, before, read),
+        )  # fmt: skip
 
     def _drawn(self, student: Predictor, rng: Rng) -> tuple[Chunks, int, int]:
         """The loop, and the share of its steps after which a chunk stops: `exit` of `of`."""
