@@ -19,6 +19,7 @@ from fewstep.methods.rollouts.base import Rolled, Rollout, Visit, aligned, calls
 from fewstep.methods.rollouts.context import Context, require_frames
 from fewstep.methods.rollouts.grids import Exit, deepest, drawn, stops
 from fewstep.methods.rollouts.noisy_past import reading
+from fewstep.methods.rollouts.stretch import Stretch
 from fewstep.models.denoiser import Predictor
 from fewstep.streaming.blocks import Chunks
 from fewstep.streaming.noise import start_noise
@@ -103,11 +104,11 @@ class SelfForced(Rollout):
 
     def __call__(self, student: Predictor, batch: Batch, rng: Rng, *, grad: bool) -> Rolled:
         loop, exit, of = self._drawn(student, rng)
-        begin, first, lengths = self._stretch(batch.latent_shape[1], rng)
+        part = Stretch.drawn(self.stream, batch.latent_shape[1], self.clips, self.overlap, rng)
         memory, past, noises, made, latents = loop.begin(), list[Tensor](), list[Tensor](), list[list[Visit]](), None
         before, read = list[Tensor](), list[KVCache]()
-        for index, (frame, length) in enumerate(zip(accumulate(lengths, initial=0), lengths)):
-            own, trained = rng.fold(f"chunk/{index}"), index >= first
+        for index, (frame, length) in enumerate(zip(accumulate(part.lengths, initial=0), part.lengths)):
+            own, trained = rng.fold(f"chunk/{index}"), index >= part.first
             stop = exit * (len(loop.grid(index)) - 1) // of if trained else None
             noise = start_noise(self.stream, index, batch.frame_shape, rng)
             start, cond = student.path.prior(noise), batch.cond.during(frame, length)
@@ -117,14 +118,14 @@ class SelfForced(Rollout):
             )
             visits, memory = calls_of(chunks, known, start, (cond, cond), own, exit=stop, grad=grad and trained)
             latents = loop.recent(latents, visits[-1].x0.detach(), index)
-            if self.context and index < begin:
+            if self.context and index < part.begin:
                 before.append(visits[-1].x0.detach())
             elif self.context:
                 read.append(known.facing(cond.extra.get("pose")))
             if trained:
                 noises.append(noise)
                 made.append(visits)
-            elif index >= begin:
+            elif index >= part.begin:
                 past.append(visits[-1].x0)
         (*calls, last), seen = aligned(made, apart=bool(self.stream.steps)), torch.cat(past, 2) if past else None
         return Rolled(
@@ -140,23 +141,6 @@ class SelfForced(Rollout):
             return replace(loop, times=(*grid, 0.0)), stop, len(grid)
         of = lcm(*self.stream.steps)
         return loop, rng.integer("exit", of) if self.exit == "random" else of - 1, of
-
-    def _stretch(self, frames: int, rng: Rng) -> tuple[int, int, tuple[int, ...]]:
-        """The first chunk that is seen, the first one that is trained on, and the lengths of all chunks up to the last one of the
-        stretch."""
-        if self.clips == 1:
-            return 0, 0, self.stream.lengths(frames)
-        lengths = self.stream.lengths(self.clips * frames)
-        bounds = [0, *accumulate(lengths)]
-        starts = [i for i, low in enumerate(bounds) if low + frames in bounds]
-        begin = starts[rng.integer("stretch", len(starts))]
-        trained = bounds[begin] + (self.overlap if begin else 0)
-        if trained not in bounds or trained >= bounds[begin] + frames:
-            raise ValueError(
-                f"an overlap of {self.overlap} frames is not whole chunks of {list(self.stream.chunks)} in a clip of {frames}; "
-                "give a sum of its first chunks that leaves some"
-            )
-        return begin, bounds.index(trained), lengths[: bounds.index(bounds[begin] + frames)]
 
     def contract(self, teacher: Contract) -> Contract:
         """It streams."""
