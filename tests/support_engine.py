@@ -19,7 +19,17 @@ from fewstep.diffusion import CFG, VP, Contract, Kind, NoisePath, RectifiedFlow
 from fewstep.engine import Optim, Settings, checkpoint, train
 from fewstep.engine.optim import RoleOptimizer
 from fewstep.engine.run import Run
-from fewstep.methods import AVDM2, DMD2, METHODS, BackwardSimulation, FlowMatching, Method, Progressive, ReadAttributes
+from fewstep.methods import (
+    AVDM2,
+    DMD2,
+    METHODS,
+    BackwardSimulation,
+    FlowMatching,
+    Method,
+    Progressive,
+    ReadAttributes,
+    SelfAdversarial,
+)
 from fewstep.methods.rollouts import NESTED
 from fewstep.models import Card, ClipFeatures, Denoiser, FrameAutoencoder, TextEncoder, VideoDiT, VideoModel
 from fewstep.models.card import PARTS
@@ -82,6 +92,7 @@ CASES: Mapping[str, Method] = {cls.__name__: cls() for cls in METHODS} | {
     "Progressive": Progressive(stages=((4, 3), (2, 4), (1, 3))),
     "DMD2": DMD2(critic_updates=2, warmup=2, rollout=TWO_GRIDS),
     "AVDM2": AVDM2(image_teacher=TinyImages(), frames=2, rollout=TWO_GRIDS),
+    "SelfAdversarial": SelfAdversarial(critic_updates=1, r1=1.0, layers=(0, -1), rollout=TWO_GRIDS),
     "DMD2-everything": DMD2(critic_updates=1, gan=0.03, r1=1.0, layers=(0, -1), anchor=0.25, rollout=TWO_GRIDS),
 }
 """Every registered method with its defaults, unless a smaller or richer variant is given here."""

@@ -106,7 +106,8 @@ class Pairs(Runs):
 
     prompts: Positional[Annotated[str, arg(metavar="PROMPTS")]]
     """Text file with one prompt per line, or `world:N` for N prompts of the built-in world. For an image-to-video model: a
-    .csv file with the columns caption, image and, optionally, last_image."""
+    .csv file with the columns caption, image and, optionally, last_image. For a model that streams: a folder written by
+    `fewstep prepare`, or `world:N`; each chunk reads the clean chunks of the clip before it."""
     output: Path
     """Folder to write the shards to."""
     model: str = "world"

@@ -95,6 +95,16 @@ class Cond:
 
 
 @dataclass(frozen=True)
+class Past:
+    """What a teacher that makes clips chunk by chunk has read as the past of its chunks."""
+
+    clips: Tensor
+    """Clean clips `[B, C, F, H, W]`: each chunk read the chunks before its own place in them."""
+    chunks: tuple[int, ...]
+    """Latent frames of each chunk."""
+
+
+@dataclass(frozen=True)
 class Pairs:
     """Stored ODE states of a teacher: `states[:, i]` is `x_t` at `times[i]`; the last is the endpoint at time 0."""
 
@@ -102,6 +112,8 @@ class Pairs:
     """Stored states, `[B, T+1, C, F, H, W]`."""
     times: tuple[float, ...]
     """Times of the states, decreasing: `times[0] == 1` and `times[-1] == 0`."""
+    past: Past | None = None
+    """Clips that the teacher read, if it was causal; None: each state is one of a whole clip."""
 
 
 @dataclass(frozen=True)

@@ -24,14 +24,18 @@ from fewstep.methods.rollouts import (
     SelfForced,
     StreamingLong,
 )
+from fewstep.methods.self_adversarial import SelfAdversarial
 from fewstep.methods.work import Work, in_forwards
 
-METHODS = (FlowMatching, Reconstruction, ReadAttributes, KnowledgeDistillation, Progressive, Consistency, DMD2, AVDM2)
+METHODS = (
+    FlowMatching, Reconstruction, ReadAttributes, KnowledgeDistillation, Progressive, Consistency, DMD2, AVDM2,
+    SelfAdversarial,
+)  # fmt: skip
 
 __all__ = [
     "AVDM2", "DMD2", "HISTORIES", "METHODS", "REWARDS", "ROLES", "ROLLOUTS", "BackwardSimulation", "Consistency",
     "Copy", "Decoder", "DiffusionForced", "ErrorRecycling", "FlowMatching", "FromData", "FromPairs", "Heads",
     "History", "KnowledgeDistillation", "Making", "Method", "MotionReward", "MovingBuffer", "Nets", "Other", "Progressive",
-    "ReadAttributes", "Reconstruction", "Reward", "Role", "Rolled", "RollingForced", "Rollout", "SelfForced", "StreamingLong",
-    "Sync", "TeacherForced", "Update", "Weak", "WholeClip", "Work", "in_forwards",
+    "ReadAttributes", "Reconstruction", "Reward", "Role", "Rolled", "RollingForced", "Rollout", "SelfAdversarial", "SelfForced",
+    "StreamingLong", "Sync", "TeacherForced", "Update", "Weak", "WholeClip", "Work", "in_forwards",
 ]  # fmt: skip

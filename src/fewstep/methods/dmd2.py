@@ -101,10 +101,10 @@ class DMD2(Method):
 
     def critic_loss(self, turn: int, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Losses]:
         rng = rng.fold(f"critic/{turn}")  # new samples in every turn
-        x0, keep, shown = judged(self.rollout(nets.student, batch, rng, grad=False), batch)  # 1
+        x0, keep, shown, judges = judged(self.rollout(nets.student, batch, rng, grad=False), batch, nets)  # 1
         eps, t = rng.randn(x0.shape, "eps"), self.critic_density.sample(len(x0), rng)
         x_t = nets.critic.path.add_noise(x0, eps, t)
-        yield {"denoising": targets.denoising(nets.critic(x_t, t, shown.cond), x0, eps, keep)}  # 2
+        yield {"denoising": targets.denoising(judges.critic(x_t, t, shown.cond), x0, eps, keep)}  # 2
         if self.gan > 0:
             real_t = nets.teacher.path.add_noise(batch.require("x0"), eps, t)
             moved = [(real_t + self.rho * rng.randn(x0.shape, "r1"), batch.cond)] if self.r1 > 0 else []
@@ -118,10 +118,10 @@ class DMD2(Method):
     def student_loss(self, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Losses]:
         rng = rng.fold("student")
         rolled = self.rollout(nets.student, batch, rng, grad=True)  # 4
-        x0, keep, shown = judged(rolled, batch)
+        x0, keep, shown, judges = judged(rolled, batch, nets)
         t = self.score_density.sample(len(x0), rng)
         x_t = nets.teacher.path.add_noise(x0, rng.randn(x0.shape, "eps"), t)
-        real, fake = self.scores(nets, shown, x_t, t)
+        real, fake = self.scores(judges, shown, x_t, t)
         keep = keep if self.reward is None else self.reward.keep(nets.codec, rolled)
         losses = {"matching": targets.distribution_matching(x0, real, fake, keep=keep)}  # 5
         if self.gan > 0:

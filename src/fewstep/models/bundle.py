@@ -62,8 +62,7 @@ _BUILT_INS = {
 class VideoModel:
     """Networks by part, and their card. `model(prompts)` makes clips.
 
-    Parts: `denoiser`, `text`, `codec`, `features`, and `image` of image-to-video models; a folder may hold only some
-    (an autoencoder on its way to a teacher).
+    Parts: `denoiser`, `text`, `codec`, `features`, and `image` of image-to-video models; a folder may hold only some.
     """
 
     def __init__(self, card: Card, parts: Mapping[str, nn.Module], runtime: Runtime = Runtime()) -> None:
@@ -345,10 +344,9 @@ class VideoModel:
     ) -> Path:
         """Write a folder in diffusers' layout that makes the same clips without this package; `from_pretrained` reads it.
 
-        What was not trained is copied from its source (`link`: linked). ValueError where diffusers could not do the same.
+        What was not trained is copied from its source (`link`: linked). ValueError where diffusers (`engine`) would do otherwise.
         With `comfyui` the denoiser alone, in one file, by its authors' names. The denoiser is stored as `dtype`: in half the
-        memory its clips differ by rounding. `recipe` is the text of it, for the page. With `engine`, what that engine serves;
-        ValueError where it would make other clips.
+        memory its clips differ by rounding. `recipe` is the text of it, for the page. With `engine`, what that engine serves.
         """
         require_exact(self)
         return adapters.export_model(

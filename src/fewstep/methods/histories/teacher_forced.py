@@ -13,8 +13,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from fewstep.diffusion import Stream
-from fewstep.methods.histories.base import ByChunk, History, OneByOne
+from fewstep.methods.histories.base import History
+from fewstep.models.by_chunk import ByChunk
 from fewstep.models.denoiser import Predictor
+from fewstep.models.one_by_one import OneByOne
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,15 +1,14 @@
-"""The time grids that a student is trained on, the contract that follows from them, and stretches of longer streams."""
+"""The time grids that a student is trained on, and the contract that follows from them."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import accumulate
 from typing import Literal
 
 import torch
 
 from fewstep.core import Rng
-from fewstep.diffusion import CFG, Contract, Exact, Sampler, Shifted, Stream, shifted
+from fewstep.diffusion import CFG, Contract, Exact, Sampler, Shifted, shifted
 from fewstep.diffusion.times import check_grid
 
 Grids = tuple[tuple[float, ...], ...]
@@ -63,19 +62,3 @@ def student_contract(
     listed = tuple(dict.fromkeys((*grid, 0.0) for grid in exact(grids, shift)))
     grid = Exact(grids=listed, otherwise=Shifted(shift=shift))
     return replace(teacher, grid=grid, sampler=sampler, steps=grid.counts[-1], guidance=guidance)
-
-
-def stretch(stream: Stream, frames: int, clips: int, overlap: int, rng: Rng) -> tuple[int, int, tuple[int, ...]]:
-    """A random stretch of `frames` latent frames of a stream of so many clips: the first chunk that is seen, the first one that
-    is trained on, and the lengths of all chunks up to the last one of the stretch. ValueError for half a chunk."""
-    lengths = stream.lengths(clips * frames)
-    bounds = [0, *accumulate(lengths)]
-    starts = [i for i, low in enumerate(bounds) if low + frames in bounds]
-    begin = starts[rng.integer("stretch", len(starts))]
-    trained = bounds[begin] + (overlap if begin else 0)
-    if trained not in bounds or trained >= bounds[begin] + frames:
-        raise ValueError(
-            f"an overlap of {overlap} frames is not whole chunks of {list(stream.chunks)} in a clip of {frames}; give a sum of "
-            "its first chunks that leaves some"
-        )
-    return begin, bounds.index(trained), lengths[: bounds.index(bounds[begin] + frames)]
