@@ -2,8 +2,7 @@
 
     python bench/serve.py
     python bench/serve.py --model runs/mine/student --seconds 60
-    python bench/serve.py --minutes 30     # and the same load for so long: threads, files and memory must stay as they are
-    python bench/serve.py --minutes 480
+    python bench/serve.py --soak 480     # eight hours of viewers who steer and leave: threads, files and memory must not grow
 
 For each number of viewers: from a viewer's `init` to its first frames, how late later chunks are for a player that began with
 the first one, and what became of viewers that there was no room for. The declared objective: 99 % of the first chunks of those
@@ -15,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import random
 import subprocess
 import sys
@@ -23,7 +21,6 @@ import tempfile
 import time
 import urllib.request
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +29,7 @@ from websockets.asyncio.client import connect
 
 from fewstep.models import VideoModel
 from measuring import rounded, without_defaults, write
+from soaking import soak
 
 SERVER = """
 import asyncio, sys
@@ -63,8 +61,11 @@ class Case:
     """Mean seconds between two viewers (a Poisson process)."""
     most: float = 2.0
     """Viewers at most, relative to what there is room for."""
-    minutes: float = 0.0
-    """Minutes of a load at capacity, for which threads, files and memory are watched."""
+    soak: float = 0.0
+    """Minutes of viewers who steer, pause, leave and come back (`soaking.py`), instead of the rest: what the server holds is
+    sampled, with its slope per hour."""
+    every: float = 2.0
+    """Seconds between two samples."""
     seed: int = 0
 
 
@@ -151,30 +152,8 @@ def alone(case: Case, chunks: int = 60) -> float:
         return sum(chunk.frames.shape[1] for chunk in live.frames(chunks)) / (time.perf_counter() - start)
 
 
-def held(pid: int) -> dict[str, float]:
-    """Threads, open files and memory (MiB) of the server and of its worker."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    found = {"threads": 0.0, "files": 0.0, "memory": 0.0}
-    for process in (str(pid), *children):
-        status = dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
-        found["threads"] += int(status["Threads"])
-        found["files"] += len(os.listdir(f"/proc/{process}/fd"))
-        found["memory"] += int(status.get("VmRSS", "0 kB").split()[0]) / 1024
-    return found
-
-
-async def soak(url: str, pid: int, room: int, case: Case) -> list[dict[str, float]]:
-    """What the server holds, after each wave of viewers."""
-    waves, until = list[dict[str, float]](), time.monotonic() + 60 * case.minutes
-    while time.monotonic() < until:
-        await crowd(url, room, case)
-        waves.append(held(pid))
-        print({name: round(value, 1) for name, value in waves[-1].items()}, file=sys.stderr, flush=True)
-    return waves
-
-
 def main(case: Case) -> dict[str, Any]:
-    engine = alone(case)
+    engine = 0.0 if case.soak else alone(case)
     with tempfile.TemporaryDirectory() as folder:
         words = [sys.executable, "-c", SERVER, case.model, folder, str(case.threads)]
         server = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
@@ -185,18 +164,24 @@ def main(case: Case) -> dict[str, Any]:
                 facts = json.load(answer)["data"][0]
             load = facts["chunk_seconds"] * facts["fps"] / facts["chunk_frames"][-1]
             room = max(1, int(0.85 / load))
-            numbers = sorted({1, max(1, room // 2), room, int(case.most * room)})
-            rows = [summary(asyncio.run(crowd(url, count, case))) for count in numbers]
-            one = asyncio.run(watch(url, 60.0, greedy=True))
-            begin = one.arrivals[8][0]
-            speed = sum(now > begin for now, _ in one.arrivals) * one.frames / len(one.arrivals)
-            speed /= one.arrivals[-1][0] - begin
-            found = {"room": room, "rows": rows, "frames per second": speed, "without server": engine}
-            found |= {"share": speed / engine, "soak": asyncio.run(soak(url, server.pid, room, case))}
+            if case.soak:
+                found = asyncio.run(soak(url, server.pid, room + 1, case.soak, case.every, case.seed))
+                return {"room": room} | found
+            return {"room": room} | measured(url, room, engine, case)
         finally:
             server.terminate()
             server.wait(30)
-    return found
+
+
+def measured(url: str, room: int, engine: float, case: Case) -> dict[str, Any]:
+    """Crowds of several sizes, and one viewer who takes all that there is."""
+    numbers = sorted({1, max(1, room // 2), room, int(case.most * room)})
+    rows = [summary(asyncio.run(crowd(url, count, case))) for count in numbers]
+    one = asyncio.run(watch(url, 60.0, greedy=True))
+    begin = one.arrivals[8][0]
+    speed = sum(now > begin for now, _ in one.arrivals) * one.frames / len(one.arrivals)
+    speed /= one.arrivals[-1][0] - begin
+    return {"rows": rows, "frames per second": speed, "without server": engine, "share": speed / engine}
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from fewstep.methods import (
     MomentMatching,
     Progressive,
     ReadAttributes,
+    SelfAdversarial,
 )
 from fewstep.methods.rollouts import NESTED
 from fewstep.models import Card, ClipFeatures, Denoiser, FrameAutoencoder, TextEncoder, VideoDiT, VideoModel
@@ -95,6 +96,7 @@ CASES: Mapping[str, Method] = {cls.__name__: cls() for cls in METHODS} | {
     "Progressive": Progressive(stages=((4, 3), (2, 4), (1, 3))),
     "DMD2": DMD2(critic_updates=2, warmup=2, rollout=TWO_GRIDS),
     "AVDM2": AVDM2(image_teacher=TinyImages(), frames=2, rollout=TWO_GRIDS),
+    "SelfAdversarial": SelfAdversarial(critic_updates=1, r1=1.0, layers=(0, -1), rollout=TWO_GRIDS),
     "MomentMatching": MomentMatching(steps=(1, 2)),
     "TDM": TDM(rollout=BackwardSimulation(grids=TWO_GRIDS.grids, mode="ode")),
     "AdversarialDistillation": AdversarialDistillation(distillation=2.5, regression=0.1),

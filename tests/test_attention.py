@@ -10,9 +10,11 @@ from torch.nn import functional as F
 from fewstep.attention import (
     PATTERNS,
     BlockCausal,
+    CompressCausal,
     Dense,
     Grid3,
     Site,
+    StateCausal,
     TopK,
     attend,
     attending,
@@ -28,6 +30,8 @@ EXAMPLES = [
     BlockCausal(chunk=3),
     BlockCausal(chunk=2, window=4),
     BlockCausal(chunk=2, window=5, sink=1),
+    StateCausal(chunk=2, window=5, sink=1),
+    CompressCausal(chunk=7, ratio=3),
     TopK(block=4, keep=0.5),
     TopK(block=5, keep=0.4),
     TopK(block=3, keep=1.0),
@@ -79,7 +83,7 @@ def test_an_operation_is_softmax_attention_under_its_mask(pattern: Pattern, besi
     try:
         pattern.check(site)
     except ValueError:
-        assert beside and isinstance(pattern, BlockCausal)
+        assert beside and isinstance(pattern, BlockCausal | CompressCausal | StateCausal)
         return
     operation, (q, k, v) = pattern.operation(0, 2, 8), drawn(count, count)
     allowed = operation.allowed(q, k, site)

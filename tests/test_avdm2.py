@@ -173,7 +173,7 @@ def test_score_networks_see_every_frame_with_its_clips_condition() -> None:
     learnt = nets.image_critic.questions[1]
     assert learnt.labels == each and learnt.grad and len(nets.image_teacher.questions) == 1
     s, answer = learnt.t, critic(learnt.x_t, learnt.t, conds_of(each))
-    drawn, _ = fold_frames(nets.student.clips.detach(), K, Rng(0).fold("critic/0"))
+    drawn = fold_frames(nets.student.clips.detach(), K, Rng(0).fold("critic/0")).clips
     c = IMAGE.at(s, drawn)
     eps = (learnt.x_t - c.a * drawn) / c.s
     assert abs(float(eps.std()) - 1) < 0.2

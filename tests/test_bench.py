@@ -137,3 +137,18 @@ def test_obeyed_keys_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     keys = actions.random_keys(len(scenes), FRAMES, dice)
     assert found["still"][0] == pytest.approx(float((keys[:, 1:].sum(2) == 0).double().mean()), abs=1e-3)
     assert {"obeyed", "chance", "nothing", "rendered", "seen"} < found.keys() and 0 <= found["obeyed"][0] <= 1
+
+
+def test_a_server_that_grows_is_told_from_one_that_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Closed form on a line, whose beginning does not count; and of 200 rows of noise about 1 in 40 seems to grow."""
+    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parent.parent / "bench")])
+    soaking = importlib.import_module("soaking")
+    seconds = [36.0 * number for number in range(100)]
+    line = soaking.trend(seconds, [5.0 if t < 700 else 3 + 2 * t / 3600 for t in seconds])
+    assert line.slope == pytest.approx(2) and line.interval == pytest.approx((2, 2)) and line.grows
+    noise = torch.randn(200, 100, generator=torch.Generator().manual_seed(0)).tolist()
+    grow = sum(soaking.trend(seconds, row).grows for row in noise)
+    assert 0 < grow <= 12
+    assert not soaking.trend(seconds, [-t for t in seconds]).grows
+    with pytest.raises(ValueError, match="too few"):
+        soaking.trend(seconds[:20], seconds[:20])

@@ -315,6 +315,9 @@ def test_scalars_are_refused_where_they_would_do_nothing(model: VideoModel) -> N
     for wrong in ({"name": "two words"}, {"name": "g", "scale": 0.0}):
         with pytest.raises(ValueError, match="must be"):
             ScalarInput(**wrong)
+    for word in ("keys", "values", "type", "training"):
+        with pytest.raises(ValueError, match=f"'{word}' is a word of torch's own.*choose another one, or FrameInput"):
+            ScalarInput(name=word)
 
 
 # --- another pattern ---------------------------------------------------------------------------------------------------

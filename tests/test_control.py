@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ from fewstep.attention import Facing
 from fewstep.compress import FrameInput
 from fewstep.diffusion import Stream
 from fewstep.models import VideoModel
+from fewstep.models.snapshots import load_snapshot, save_snapshot
 from fewstep.streaming import LiveChunk, LiveSession, Session
-from fewstep.streaming.control import Control, lasting, of_latents, told
+from fewstep.streaming.control import Control, held_last, lasting, of_latents, told
 from support_engine import shaken
 from test_live import begin, joined, streaming_model
 
@@ -189,6 +191,16 @@ def test_what_the_model_does_not_read_is_refused(
         session.control(name, numbers, **options)
 
 
+def test_the_keys_of_a_chunk_are_those_of_its_last_frame() -> None:
+    """Of four frames per latent frame, held in two or more; frames that were heard before do not count."""
+    keys = FrameInput(name="keys", width=2, words=("left", "right"), back=1, ahead=1)
+    card = replace(streaming_model().card, transforms=(keys,))
+    rows = torch.tensor([[[1, 1, 1, 1, 1, 1], [0, 1, 0.5, 0.25, 0, 1]]])
+    assert held_last(card, {"keys": rows}) == ("left",) and held_last(card, {}) == ()
+    unnamed = replace(card, transforms=(replace(keys, words=()),))
+    assert held_last(unnamed, {"keys": rows}) == ()
+
+
 def test_a_memory_that_faces_is_told_poses() -> None:
     plain = streaming_model()
     with live(plain) as session, pytest.raises(ValueError, match="nothing"):
@@ -212,3 +224,65 @@ def test_a_latent_frame_needs_all_its_frames() -> None:
     numbers: Tensor = torch.zeros(1, 3, 1)
     with pytest.raises(ValueError, match="4 frames need"):
         of_latents(numbers, (8, 12))
+
+
+# --- a signal that is fed as it comes -----------------------------------------------------------------------------------------
+
+
+def listening(ahead: int, back: int = 1) -> VideoModel:
+    made = streaming_model().transformed(FrameInput(name="beat", back=back, ahead=ahead, default=0.0))
+    shaken(made.denoiser.backbone.signals, 0.3)
+    return made
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 3])
+def test_a_fed_stream_waits_for_what_a_chunk_hears_and_no_longer(ahead: int) -> None:
+    """Chunks of two frames: chunk n begins when 2 (n + 1) + ahead rows are there. Fed row by row it is the stream that is told
+    all at once, bit for bit."""
+    model, beat = listening(ahead), torch.rand(12, 1, generator=torch.Generator().manual_seed(0))
+    with live(model) as whole:
+        whole.control("beat", beat)
+        expected = joined(list(whole.frames(4)))
+    with live(model) as session:
+        shown, counts = [], []
+        for row in range(8 + ahead):
+            assert session.feed("beat", beat[row : row + 1]) == row + 1
+            shown += session.frames()  # without end: it ends where a row is missing
+            counts.append(len(shown))
+        assert counts == [max(row + 1 - ahead, 0) // 2 for row in range(8 + ahead)]
+        assert session.waiting and torch.equal(joined(shown), expected)
+
+
+def test_after_the_last_rows_the_last_one_stays() -> None:
+    model, rows = listening(2), torch.tensor([[0.1], [0.9], [0.4]])
+    with live(model) as told_at_once, live(model) as session:
+        told_at_once.control("beat", rows)
+        session.feed("beat", rows[:1])
+        assert list(session.frames(1)) == [] and session.waiting
+        assert session.feed("beat", rows[1:], last=True) == 3 and not session.waiting
+        assert torch.equal(joined(list(session.frames(4))), joined(list(told_at_once.frames(4))))
+
+
+def test_a_restored_stream_waits_likewise(tmp_path: Path) -> None:
+    model = listening(1)
+    model = model.with_card(role="student")
+    beat = torch.rand(10, 1, generator=torch.Generator().manual_seed(1))
+    with live(model) as session:
+        session.feed("beat", beat[:6])
+        first = list(session.frames())
+        where = session.snapshot()
+        session.feed("beat", beat[6:])
+        rest = list(session.frames())
+    assert (len(first), len(rest)) == (2, 2)
+    save_snapshot(where, model, tmp_path / "there.safetensors")
+    with LiveSession.restore(model, load_snapshot(tmp_path / "there.safetensors", model), beside=False) as again:
+        assert list(again.frames()) == [] and again.feed("beat", beat[6:]) == 10
+        assert torch.equal(joined(list(again.frames())), joined(rest))
+
+
+def test_what_is_fed_is_checked() -> None:
+    with live(listening(0)) as session:
+        with pytest.raises(ValueError, match="does not read 'keys'"):
+            session.feed("keys", [[1.0]])
+        with pytest.raises(ValueError, match="must be finite"):
+            session.feed("beat", [[float("nan")]])

@@ -17,6 +17,7 @@ from fewstep.core.call import Causal
 from fewstep.diffusion import CFG, Contract, Exact, Renoise, Shifted, Stream
 from fewstep.methods import FlowMatching
 from fewstep.methods.base import Nets
+from fewstep.methods.frames import fold_frames
 from fewstep.methods.histories import TeacherForced
 from fewstep.methods.rollouts import SelfForced
 from fewstep.models import VideoModel
@@ -143,6 +144,24 @@ def test_training_on_clips_reaches_the_layer() -> None:
     losses["flow"].backward()
     (signal,) = student.backbone.signals
     assert signal.out.weight.grad is not None and signal.out.weight.grad.abs().sum() > 0
+
+
+def test_single_frames_are_told_their_own_numbers() -> None:
+    """`image_fraction`: each still has the numbers that its frame has in the clip."""
+    model, keys = reading(), held(FRAMES)
+    number = torch.arange(FRAMES, dtype=torch.float32).expand(2, FRAMES)
+    keys[:, :, 0] = number + 10 * torch.arange(2.0)[:, None]
+    cond, heard = told(model, keys), list[tuple[Tensor, Tensor]]()
+    clips = keys[:, None, :, :1, None].expand(2, 4, FRAMES, 8, 8)
+    stills = fold_frames(clips, 3, Rng(0))
+    assert torch.equal(stills.of(cond).extra["keys"][:, 0, 0], stills.clips[:, 0, 0, 0, 0])
+    assert len(stills.of(cond)) == 6 and torch.equal(stills.of(cond).text, cond.text[stills.rows])
+    model.denoiser.register_forward_pre_hook(lambda _, args: heard.append((args[0], args[2].extra["keys"])))
+    batch = Batch(cond, told(model, keys), (4, FRAMES, 8, 8), x0=clips)
+    nets = Nets({"student": model.denoiser, "teacher": model.denoiser})
+    list(FlowMatching(image_fraction=1.0, images_per_clip=2).student_loss(nets, batch, Rng(0)))
+    ((x, seen),) = heard
+    assert x.shape[:3] == (4, 4, 1) and seen.shape == (4, 1, 3)
 
 
 def test_what_is_missing_or_of_another_shape_is_named() -> None:

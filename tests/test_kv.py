@@ -13,6 +13,8 @@ from torch import Tensor
 from fewstep.attention import (
     KEEPS,
     BlockCausal,
+    CompressCausal,
+    CompressedMemory,
     Decaying,
     Dense,
     Everything,
@@ -24,16 +26,20 @@ from fewstep.attention import (
     MovingSink,
     Prefix,
     Retrieval,
+    StateCausal,
+    StateMemory,
     Window,
 )
 from fewstep.attention.kv.decaying import order_of
 from fewstep.attention.kv.int8_memory import quantised, restored
 from fewstep.attention.kv.slots import prototypes
+from fewstep.attention.pattern import Pattern
 from fewstep.core import Call, Cond, build
 from fewstep.core.build import dump
 from fewstep.diffusion import Stream
+from fewstep.models.repattern import repattern
 from fewstep.models.video_dit import VideoDiT
-from test_models import far, inputs, small, streamed
+from test_models import denoiser, far, inputs, small, streamed
 
 KV2 = tuple[tuple[Tensor, Tensor], ...]
 LAYERS, HEADS, TOKENS, WIDTH, BYTES = 2, 1, 4, 3, 8
@@ -43,14 +49,16 @@ NAMES = {keep.__name__: keep for keep in KEEPS}
 LONG = 99
 IDENTITIES: list[Keep] = [
     Everything(), Window(window=LONG), Window(window=LONG, sink=3), Prefix(frames=LONG), MovingSink(window=LONG),
-    Importance(window=LONG, sink=1), Retrieval(frames=LONG), Facing(frames=LONG), Decaying(half=1e9, sink=0),
-    Int8Memory(keep=Window(window=LONG, sink=LONG - 3)), Int8Memory(keep=Prefix(frames=LONG)),
+    Importance(window=LONG, sink=1), StateMemory(window=LONG), Retrieval(frames=LONG), Facing(frames=LONG),
+    Decaying(half=1e9, sink=0), CompressedMemory(window=LONG, ratio=1), Int8Memory(keep=Window(window=LONG, sink=LONG - 3)),
+    Int8Memory(keep=Prefix(frames=LONG)),
 ]  # fmt: skip
 """Every policy where it keeps all frames of a short stream."""
 SMALL: list[Keep] = [
     Everything(), Window(window=6), Window(window=7, sink=1), Window(window=5, sink=3), Prefix(frames=3), Prefix(frames=0),
-    MovingSink(window=8, sink=2, decay=0.5), Importance(window=7, sink=2), Importance(window=4),
-    Retrieval(frames=2, recent=2, sink=1), Facing(frames=2, recent=2, sink=1), Decaying(half=1.5, sink=1),
+    MovingSink(window=8, sink=2, decay=0.5), StateMemory(window=7, sink=1), Importance(window=7, sink=2),
+    CompressedMemory(window=7, sink=1, past=3, ratio=1), CompressedMemory(window=6, sink=2, past=1, ratio=1),
+    Importance(window=4), Retrieval(frames=2, recent=2, sink=1), Facing(frames=2, recent=2, sink=1), Decaying(half=1.5, sink=1),
     Decaying(half=0.4, sink=0), Int8Memory(), Int8Memory(keep=Window(window=8, sink=1)), Int8Memory(keep=Prefix(frames=3)),
     Int8Memory(keep=MovingSink(window=8, sink=2)), Int8Memory(keep=Importance(window=7, sink=2)),
     Int8Memory(keep=Retrieval(frames=2, recent=2, sink=1)), Int8Memory(keep=Facing(frames=2, recent=2, sink=1)),
@@ -89,8 +97,15 @@ def after(keep: Keep, chunks: int, batch: int = 1, seed: int = 0) -> KVCache:
 
 
 def grown(memory: KVCache, index: int, batch: int = 1, seed: int = 0) -> KVCache:
-    facing = memory.facing(poses_of(CHUNK * index, batch=batch))
-    return facing.commit(chunk_of(CHUNK * index, batch=batch, seed=seed), CHUNK)
+    facing, new = memory.facing(poses_of(CHUNK * index, batch=batch)), chunk_of(CHUNK * index, batch=batch, seed=seed)
+    if isinstance(keep := memory.keep, CompressedMemory):  # learned tokens behind each frame: the first of every group
+        new = tuple((behind(k, keep.ratio), behind(v, keep.ratio)) for k, v in new)
+    return facing.commit(new, CHUNK)
+
+
+def behind(x: Tensor, ratio: int) -> Tensor:
+    frames = x.unflatten(2, (CHUNK, TOKENS))
+    return torch.cat([frames, frames[:, :, :, ::ratio]], 3).flatten(2, 3)
 
 
 def read(memory: KVCache) -> KVCache:
@@ -143,7 +158,7 @@ def test_where_a_policy_keeps_all_it_keeps_it_bit_for_bit(keep: Keep) -> None:
     memory = after(keep, 5)
     found = held(read(memory)) if memory.rows is None else None
     if found is None:
-        assert same(memory.layers, after(Everything(), 5).layers)
+        assert same(read(memory).layers, after(Everything(), 5).layers)
         return
     assert list(found) == list(range(10)) or sorted(found) == list(range(10))
     assert all(same(found[frame], chunk_of(frame, 1)) for frame in found)
@@ -151,13 +166,21 @@ def test_where_a_policy_keeps_all_it_keeps_it_bit_for_bit(keep: Keep) -> None:
 
 @pytest.mark.parametrize("keep", IDENTITIES, ids=str)
 def test_a_stream_with_all_its_past_is_one_masked_forward(keep: Keep) -> None:
-    net, (x, t, cond) = small(BlockCausal(chunk=CHUNK)), inputs(frames=6)
+    plain, (x, t, cond) = denoiser(BlockCausal(chunk=CHUNK)), inputs(frames=6)
+    net: VideoDiT = repattern(plain, fitting(BlockCausal(chunk=CHUNK), keep)).backbone  # type: ignore[assignment]
     memory = KVCache.empty(keep, CHUNK)
-    whole = net(x, t, cond).raw
+    whole = plain.backbone(x, t, cond).raw
     torch.testing.assert_close(with_poses(net, memory, x, t, cond), whole, atol=1e-10, rtol=0)
     if not keep.leaves_empty:  # no slot is empty, so the same kernels see the same numbers
-        plain = with_poses(net, KVCache.empty(Everything(), CHUNK), x, t, cond)
-        assert torch.equal(with_poses(net, memory, x, t, cond), plain)
+        every = with_poses(plain.backbone, KVCache.empty(Everything(), CHUNK), x, t, cond)  # type: ignore[arg-type]
+        assert torch.equal(with_poses(net, memory, x, t, cond), every)
+
+
+def fitting(pattern: Pattern, keep: Keep) -> Pattern:
+    """A pattern that reads what this policy keeps."""
+    if isinstance(keep, CompressedMemory):
+        return CompressCausal(chunk=CHUNK, ratio=keep.ratio)
+    return StateCausal(chunk=CHUNK, window=keep.window, sink=keep.sink) if isinstance(keep, StateMemory) else pattern
 
 
 def with_poses(net: VideoDiT, memory: KVCache, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
@@ -173,7 +196,7 @@ def with_poses(net: VideoDiT, memory: KVCache, x: Tensor, t: Tensor, cond: Cond)
 @pytest.mark.parametrize("pattern", [Dense(), BlockCausal(chunk=CHUNK)], ids=["dense", "causal"])
 def test_a_network_reads_what_the_policy_says_and_no_more(keep: Keep, pattern: Dense | BlockCausal) -> None:
     """Attention over exactly these keys, at their own positions: the tokens of every view are the memory's, turned."""
-    net, (x, t, cond) = small(pattern), inputs(frames=14)
+    net, (x, t, cond) = small(fitting(pattern, keep)), inputs(frames=14)
     memory = KVCache.empty(keep, CHUNK)
     for index, (part, times) in enumerate(zip(x.split(CHUNK, 2), t.split(CHUNK, 1), strict=True)):
         memory = memory.facing(poses_of(CHUNK * index, batch=2))
@@ -247,7 +270,7 @@ def expected_bytes(keep: Keep, frames: int) -> int:
     match keep:
         case Everything():
             return frames * FRAME
-        case Window() | MovingSink():
+        case Window() | MovingSink() | StateMemory():  # without gates nothing enters the state
             return (keep.window - CHUNK) * FRAME
         case Prefix():
             return (keep.frames + CHUNK) * FRAME
@@ -257,6 +280,11 @@ def expected_bytes(keep: Keep, frames: int) -> int:
             return frames * (FRAME + numbers)
         case Facing():
             return frames * (FRAME + 6 * 8)
+        case CompressedMemory():
+            room = keep.window - CHUNK - keep.sink
+            whole = min(frames, keep.sink) + min(max(frames - keep.sink, 0), room)
+            learned = min(max(frames - keep.sink, 0), room + keep.past)
+            return whole * FRAME + learned * FRAME // keep.ratio
         case Decaying():
             ages = [max(frames - CHUNK - frame, 0) for frame in range(frames)]
             tokens = [

@@ -27,7 +27,6 @@ from fewstep.methods import (
     DMD2,
     HISTORIES,
     MATCHINGS,
-    MomentMatching,
     METHODS,
     REWARDS,
     ROLLOUTS,
@@ -43,6 +42,7 @@ from fewstep.methods import (
     KnowledgeDistillation,
     Making,
     Method,
+    MomentMatching,
     MotionReward,
     Nets,
     Progressive,
@@ -198,7 +198,13 @@ def test_contract_and_cost(method: Method) -> None:
     if isinstance(method, (FlowMatching, Reconstruction, ReadAttributes)):
         assert contract == teacher
     else:
-        sampled = method.rollouts[0].mode if method.rollouts else "ode" if isinstance(method, (Progressive, MomentMatching)) else "sde"
+        sampled = (
+            method.rollouts[0].mode
+            if method.rollouts
+            else "ode"
+            if isinstance(method, (Progressive, MomentMatching))
+            else "sde"
+        )
         shift = method.rollouts[0].shift if method.rollouts else method.shift  # type: ignore[attr-defined]
         assert contract.trained == {n: uniform_grid(n, shift) for n in contract.counts}
         assert contract.grid.free == Shifted(shift=shift)
@@ -231,12 +237,12 @@ def test_images_are_single_frames_of_their_own_clip() -> None:
 
 def test_folded_frames_are_different_frames_of_the_stated_clip() -> None:
     clips = torch.arange(2 * 5).reshape(2, 1, 5, 1, 1).expand(2, 3, 5, 2, 2)
-    frames, rows = fold_frames(clips, 4, Rng(0))
+    frames, rows, own = fold_frames(clips, 4, Rng(0))
     assert frames.shape == (8, 3, 1, 2, 2)
     assert rows.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
     shown = frames[:, 0, 0, 0, 0]
     assert len(set(shown.tolist())) == 8
-    assert torch.equal(shown // 5, rows)
+    assert torch.equal(shown // 5, rows) and torch.equal(shown % 5, own)
     many = [fold_frames(clips, 2, Rng(0, step))[0][:, 0, 0, 0, 0] % 5 for step in range(40)]
     assert {frozenset(chosen[:2].tolist()) for chosen in many} == {frozenset(x) for x in combinations(range(5), 2)}
     assert any(set(chosen[:2].tolist()) != set(chosen[2:].tolist()) for chosen in many), "each clip has its own"

@@ -14,8 +14,8 @@ from fewstep.core import Batch, Rng, Seeds
 from fewstep.diffusion import CFG, Contract, Euler, Exact, LogitNormal, Shifted, Stream, Uniform
 from fewstep.engine import train
 from fewstep.methods import DMD2, FlowMatching, FromData, MovingBuffer, WholeClip
-from fewstep.methods.histories.base import chunks_of
 from fewstep.models import VideoModel
+from fewstep.models.by_chunk import chunks_of
 from fewstep.streaming import Chunks, Flying, Rolling, Session
 from fewstep.world.data import WorldClips
 from support_engine import small, tiny_model

@@ -120,6 +120,45 @@ def test_the_calls_to_remember_are_counted(stream: Stream, calls: int, monkeypat
     assert len(heard) - 2 == calls == stream.commits
 
 
+@pytest.mark.parametrize("window", [3, 4])
+def test_the_first_latent_of_the_past_is_that_of_an_image(window: int) -> None:
+    """Closed form with a codec that knows no time: `encode(decode(latent))` in place of the first latent, as soon as that is not
+    the stream's first; the others stay, and so do the chunks before."""
+    stream = Stream(window=window, recompute=True)
+    model, bare = (streaming_model(replace(stream, reencode=again)) for again in (True, False))
+    session, plain = Session(model, PROMPTS), Session(bare, PROMPTS)
+    fits = [torch.equal(a, b) for a, b in zip(made(session, 6), made(plain, 6), strict=True)]
+    assert fits == [True] * window + [False] * (6 - window)
+    latents = session.snapshot.latents
+    assert latents is not None and latents.shape[2] == window - 1
+    image = model.codec.encode(model.decode(latents[:, :, :1]))
+    loop, (cond, uncond) = session._chunks, model.conditions(PROMPTS)
+    anew = torch.cat([image, latents[:, :, 1:]], 2)
+    memory = Session(bare, PROMPTS)._chunks.ready(session.snapshot.memory, anew, cond, uncond, SEEDS)
+    noise = SEEDS.fold("chunk/6")
+    with torch.no_grad():
+        *_, last = loop.chunk(memory, noise.randn((2, 4, 1, 8, 8), "start"), cond, uncond, noise)
+    torch.testing.assert_close(made(session, 1)[0], last.x, atol=1e-5, rtol=1e-5)
+
+
+def test_a_rollout_has_no_autoencoder() -> None:
+    model = streaming_model(Stream(window=3, recompute=True, reencode=True))
+    loop = Session(model, PROMPTS)._chunks
+    cond = model.conditions(PROMPTS)[0]
+    with pytest.raises(ValueError, match="no autoencoder; train with reencode: false"):
+        loop.ready(replace(loop.begin(), start=torch.tensor(4)), clip(2).float(), cond, cond, SEEDS)
+    with pytest.raises(ValueError, match="set recompute: true, or reencode: false"):
+        Stream(window=3, reencode=True)
+
+
+def test_a_codec_that_shows_frames_late_is_refused() -> None:
+    model = streaming_model(Stream(window=3, recompute=True, reencode=True))
+    late = model.codec.decode_next
+    model.codec.decode_next = lambda x, past=None, *, last=False: late(x[:, :, 1:], past, last=last)  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="decodes that frame only after later latents"):
+        made(Session(model, PROMPTS), 2)
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [

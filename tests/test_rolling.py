@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.attention import Dense, KVCache, Retrieval
+from fewstep.attention import BlockCausal, Dense, KVCache, Retrieval
 from fewstep.caching import SkipMiddle
 from fewstep.core import Call, Cond, KVView, Seeds
 from fewstep.core.pixels import to_uint8
@@ -323,3 +323,16 @@ def test_what_cannot_roll_is_refused() -> None:
     model = rolling_model(Stream(steps=(3,)), THREE)
     with pytest.raises(ValueError, match=r"leave stream\.steps out"):
         rolling(model)
+
+
+@pytest.mark.parametrize("pattern", [BlockCausal(), BlockCausal(window=4, sink=1)], ids=["all", "window"])
+def test_a_causal_network_does_not_roll(pattern: BlockCausal) -> None:
+    """Its chunks would read earlier ones alone, whatever the stream says; one after the other they may."""
+    model = rolling_model(Stream(rolling=3, window=pattern.window, sink=pattern.sink), THREE)
+    causal = model.with_part("denoiser", repattern(model.denoiser, pattern))
+    with pytest.raises(ValueError, match="both directions.*BlockCausal.*pattern Dense, or .*mutual: false"):
+        made(Session(causal, PROMPTS), 1)
+    for stream in (replace(model.card.contract.stream or Stream(), rolling=1), Stream(rolling=3, mutual=False)):
+        if not (pattern.window and stream.rolling == 3):  # a call of one chunk alone has a window
+            other = causal.with_card(contract=replace(model.card.contract, stream=stream))
+            assert len(made(Session(other, PROMPTS), 2)) == 2

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.attention import Importance, Int8Memory, KVCache, MovingSink, Window
+from fewstep.attention import Importance, Int8Memory, KVCache, MovingSink, StateMemory, Window
 from fewstep.core import Batch, Call, Cond, KVView, Rng, Seeds
 from fewstep.diffusion import CFG, Contract, Shifted, Stream
 from fewstep.engine import train
@@ -30,6 +30,7 @@ STREAMS = {
     "noised": Stream(commit="noised", context_time=0.2), "last": Stream(commit="last", window=2),
     "importance": Stream(memory=Importance(window=3)), "sink of means": Stream(memory=MovingSink(window=3, sink=1, decay=0.5)),
     "int8": Stream(memory=Int8Memory(keep=Window(window=4, sink=1)), positions="sink"),
+    "state": Stream(memory=StateMemory(window=3, sink=1)),
 }  # fmt: skip
 ANEW = {
     "made anew": Stream(chunks=(2,), window=5, recompute=True, positions="window"),

@@ -17,6 +17,9 @@ from PIL import Image
 from fewstep.core.finite import NonFiniteError
 from fewstep.data.video import to_pixels
 from fewstep.models import VideoModel
+from fewstep.models.runtime import decodes_in_chunks
+from fewstep.serve import webp
+from fewstep.serve.database import SQLite
 from fewstep.serve.errors import ApiError
 from fewstep.serve.jobs import Job, Jobs, KeyReused
 from fewstep.serve.limits import Limits
@@ -50,12 +53,12 @@ def clock() -> Clock:
 
 @pytest.fixture
 def jobs(tmp_path: Path, clock: Clock) -> Jobs:
-    return Jobs(tmp_path / "jobs.sqlite", kept=60.0, clock=clock)
+    return Jobs(SQLite(tmp_path / "jobs.sqlite"), kept=60.0, clock=clock)
 
 
 def test_a_job_is_in_the_file_as_it_was_asked_for(jobs: Jobs, tmp_path: Path, clock: Clock) -> None:
     job = jobs.add("ada", WISH, picture=b"png")
-    again = Jobs(tmp_path / "jobs.sqlite", kept=60.0, clock=clock)
+    again = Jobs(SQLite(tmp_path / "jobs.sqlite"), kept=60.0, clock=clock)
     found = again.get(job.id)
     assert found == job and found.wish == WISH and again.picture(found) == b"png"
     assert (job.state, job.created, job.begun, job.ended) == ("queued", 1000.0, 0, None)
@@ -125,7 +128,7 @@ def test_what_was_being_made_is_made_again_once(jobs: Jobs, tmp_path: Path, cloc
     assert jobs.begin(done) and jobs.complete(done)
     for state in ("queued", "failed"):
         assert jobs.begin(job)
-        again = Jobs(tmp_path / "jobs.sqlite", kept=60.0, clock=clock)  # the server was killed
+        again = Jobs(SQLite(tmp_path / "jobs.sqlite"), kept=60.0, clock=clock)  # the server was killed
         again.recover()
         assert _state(again, job) == state
         assert _state(again, done) == "completed" and _state(again, waits) == "queued"
@@ -160,11 +163,11 @@ def test_a_holder_has_so_many_unfinished_jobs(jobs: Jobs) -> None:
 def test_a_file_that_is_no_table_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("no table, and long enough to be seen as something else" * 99)
     with pytest.raises(ValueError, match="cannot be used as a table of jobs"):
-        Jobs(tmp_path / "a", kept=1.0)
+        Jobs(SQLite(tmp_path / "a"), kept=1.0)
     with sqlite3.connect(tmp_path / "b") as file:
         file.execute("PRAGMA user_version = 99")
     with pytest.raises(ValueError, match="another version"):
-        Jobs(tmp_path / "b", kept=1.0)
+        Jobs(SQLite(tmp_path / "b"), kept=1.0)
 
 
 def wish(given: dict[str, Any], facts: Facts = WHOLE, picture: bool = False, **limits: Any) -> Wish:
@@ -305,6 +308,38 @@ def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(monkeypatc
     assert refused.value.code == "invalid_image"
 
 
+@pytest.mark.parametrize("more", [{"lossless": True}, {"quality": 90}, {"exif": True}])
+def test_a_webp_picture_is_read_like_others(more: dict[str, Any]) -> None:
+    """Its three kinds of header."""
+    pixels = np.zeros((64, 96, 3), np.uint8)
+    pixels[:, 48:] = 200
+    if "exif" in more:
+        more["exif"] = Image.Exif()
+        more["exif"][0x010E] = "a secret"
+    data = _file(pixels, "webp", **more)
+    assert webp.size_of(data) == (96, 64)
+    made = np.array(Image.open(io.BytesIO(picture_of(data, WHOLE, Limits()))))
+    assert made.shape == (32, 48, 3) and made[:, :22].max() < 20 and made[:, 26:].min() > 180
+    with pytest.raises(ApiError, match="96 x 64 pixels, and at most 6143"):
+        picture_of(data, WHOLE, Limits(pixels=6143))
+
+
+def test_a_webp_file_says_its_size_before_its_decoder_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decoder reserves memory for the canvas when it opens a file."""
+    monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("it was opened"))
+    huge = b"RIFF" + bytes(4) + b"WEBPVP8X" + (10).to_bytes(4, "little") + bytes(4) + b"\xff" * 6
+    with pytest.raises(ApiError, match="16777216 x 16777216 pixels"):
+        picture_of(huge, WHOLE, Limits())
+    for broken in (
+        huge[:24],
+        huge[:12] + b"VP8 " + huge[16:],
+        huge[:20] + b"\x02" + huge[21:],
+    ):  # cut, odd, an animation
+        with pytest.raises(ApiError, match="no readable picture"):
+            picture_of(broken, WHOLE, Limits())
+    assert webp.size_of(b"\x89PNG and more") is None
+
+
 @pytest.mark.parametrize("kind", ["text", "cut", "flipped", "gif", "empty"])
 def test_a_picture_that_is_damaged_or_of_another_kind_is_refused(kind: str) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
@@ -349,7 +384,56 @@ def test_a_clip_is_what_the_model_makes_of_the_request() -> None:
             ["a red ball"], seed=3, num_inference_steps=2, guidance_scale=1.5
         )
     assert np.array_equal(frames, ((expected[0].permute(1, 2, 3, 0) + 1) * 127.5).round().to(torch.uint8).numpy())
-    assert [(p.done, p.of) for p in progress] == [(1, 3), (2, 3)]
+    assert [(p.done, p.of) for p in progress] == [
+        (1, 6),
+        (2, 6),
+        (3, 6),
+        (4, 6),
+        (5, 6),
+    ]  # two steps, four latent frames
+
+
+@pytest.mark.parametrize("family", ["wan_image", "ltx"])
+def test_a_clip_is_decoded_in_pieces_where_they_give_the_same_frames(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two pieces the worker says that it lives. A decoder that looks far ahead does it at once."""
+    from tiny_models import TINY, shared
+
+    size = {"height": 16, "width": 16, "num_frames": 9} if family == "wan_image" else TINY[family].size
+    model, calls = VideoModel.from_pretrained(shared(family)).with_card(**size), list[int]()
+    assert decodes_in_chunks(model) == (family == "wan_image")
+    decode_next = type(model).decode_next
+
+    def counted(self: VideoModel, latents: torch.Tensor, *given: Any, **named: Any) -> Any:
+        calls.append(latents.shape[2])
+        return decode_next(self, latents, *given, **named)
+
+    monkeypatch.setattr(type(model), "decode_next", counted)
+    latents = torch.randn(1, *model.latent_shape(), generator=torch.Generator().manual_seed(0))
+    task = Clip(Make(id="1", model="x", prompt="a", frames=model.card.num_frames), model, Path(), lambda _: None, 0.0)
+    pieces = latents.shape[2] if family == "wan_image" else 1
+    frames = torch.cat(list(task._decoded(latents, pieces)), 2)
+    assert calls == ([1] * pieces if pieces > 1 else []) and pieces == (3 if family == "wan_image" else 1)
+    with torch.no_grad():
+        torch.testing.assert_close(frames, model.decode(latents), atol=1e-5, rtol=0)
+
+
+def test_a_clip_that_is_given_up_while_it_is_decoded_decodes_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, heard, calls = tiny_model(), list[News](), list[int]()
+    decode_next = type(model).decode_next
+
+    def counted(self: VideoModel, *given: Any, **named: Any) -> Any:
+        calls.append(1)
+        return decode_next(self, *given, **named)
+
+    monkeypatch.setattr(type(model), "decode_next", counted)
+    task = Clip(Make(id="1", model="x", prompt="a", frames=4, steps=2), model, Path(), heard.append, 0.0)
+    for done in range(1, 4):
+        assert task.work(lambda: 0.0) and len(calls) == max(0, done - 2)  # a piece for each call, after two steps
+    task.close()
+    assert not task.work(lambda: 0.0) and len(calls) == 1
+    assert all(isinstance(news, Progress) for news in heard)
 
 
 def test_a_clip_begins_with_its_picture(tmp_path: Path) -> None:

@@ -25,9 +25,9 @@ def test_a_message_is_read() -> None:
         ("", "JSON object"),
         ("[1]", "JSON object"),
         ('"stop"', "JSON object"),
-        ("{}", "one of init, prompt, ack"),
-        ('{"type": "start"}', "one of init, prompt, ack"),
-        ('{"type": ["init"]}', "one of init, prompt, ack"),
+        ("{}", "one of init, prompt, control, ack"),
+        ('{"type": "start"}', "one of init, prompt, control, ack"),
+        ('{"type": ["init"]}', "one of init, prompt, control, ack"),
         ('{"type": "init", "promt": "a"}', "prompt"),
         ('{"type": "init", "prompt": 3}', "prompt"),
         ('{"type": "init", "prompt": "  "}', "1 to 2000 characters"),
@@ -40,6 +40,11 @@ def test_a_message_is_read() -> None:
         ('{"type": "ack"}', "frames"),
         ('{"type": "ack", "frames": -1}', "at least 0"),
         ('{"type": "prompt", "prompt": "a", "how": "slowly"}', "recache"),
+        ('{"type": "control"}', "keys"),
+        ('{"type": "control", "keys": [1]}', "keys"),
+        ('{"type": "control", "keys": [], "chunk": -1}', "at least 0"),
+        ('{"type": "init", "ahead": 0}', "at least 1"),
+        ('{"type": "init", "ahead": 4}', "at most 3"),
         ("[" * 100_000, "JSON object"),
     ],
 )
@@ -48,9 +53,15 @@ def test_a_wrong_message_is_refused(text: str, told: str) -> None:
         protocol.heard(text)
 
 
+def test_a_control_names_keys_and_maybe_a_chunk() -> None:
+    told = protocol.heard('{"type": "control", "keys": ["left", "up"], "chunk": 4, "id": "x"}')
+    assert told == protocol.Control(keys=("left", "up"), chunk=4, id="x")
+
+
 def test_a_message_of_the_server_names_its_type() -> None:
     said = json.loads(protocol.Error(code="busy", message="later", retryable=True).text())
-    assert said == {"type": "error", "code": "busy", "message": "later", "retryable": True, "fatal": True}
+    rest = {"retryable": True, "fatal": True, "id": ""}
+    assert said == {"type": "error", "code": "busy", "message": "later"} | rest
 
 
 def test_a_key_is_stored_as_a_digest_and_lets_its_holder_in(tmp_path: Path) -> None:

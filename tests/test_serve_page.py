@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import signal
@@ -25,9 +26,10 @@ from fewstep.serve.keys import Keys
 from fewstep.serve.limits import Limits
 from fewstep.serve.pace import AHEAD
 from fewstep.serve.worker import Served
+from fewstep.streaming import Switch
 from support_browser import Wire, browsing, chromium
 from support_engine import tiny_model
-from support_serve import Running, running, save_streaming
+from support_serve import KEYS, Running, running, save_streaming
 
 pytestmark = [
     pytest.mark.timeout(180),
@@ -50,9 +52,10 @@ def model(student: Path) -> VideoModel:
 
 @pytest.fixture(scope="module")
 def house(student: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """A student that streams and its teacher, which does not."""
+    """A student that streams, its teacher, which does not, and a student that is steered by keys."""
     teacher = tiny_model().save(tmp_path_factory.mktemp("models") / "teacher")
-    served = Served(models=(("tiny", str(student)), ("slow", str(teacher))), threads=1)
+    steered = save_streaming(tmp_path_factory.mktemp("models") / "steered", fps=FPS, keys=KEYS)
+    served = Served(models=(("tiny", str(student)), ("slow", str(teacher)), ("steered", str(steered))), threads=1)
     with running(Server(served, limits=Limits(streams=8, grace=40), folder=tmp_path_factory.mktemp("served"))) as house:
         house.server.viewers._gate.full = 100.0  # room for two streams, however slow the machine
         yield house
@@ -144,12 +147,18 @@ def downloaded(page: Page) -> tuple[np.ndarray, list[int]]:
 
 
 def assert_made(
-    model: VideoModel, frames: np.ndarray, changes: dict[int, str] | None = None, *, first: int = 0, seed: int = 0
+    model: VideoModel,
+    frames: np.ndarray,
+    changes: dict[int, str] | None = None,
+    *,
+    first: int = 0,
+    seed: int = 0,
+    how: Switch = "keep",
 ) -> None:
     """These are the frames that the model itself makes, from the first one on."""
     with model.stream([FIRST], seed=seed) as live:
         for number, prompt in (changes or {}).items():
-            live.prompt(prompt, chunk=number)
+            live.prompt(prompt, chunk=number, how=how)
         expected = [shown.frames[0].numpy() for shown in live.frames((first + len(frames)) // 2 + 1)]
     assert np.array_equal(frames, np.concatenate(expected)[first : first + len(frames)])
 
@@ -196,6 +205,99 @@ def test_a_stream_is_shown_at_its_speed_and_steered_in_two_tabs(visit: Open, hou
     assert_made(model, frames, {int(told[1]): "a blue star"})
     expect(other.locator("#state")).to_contain_text("Live")
     expect(other.locator("#live-note")).to_have_text("a green square")
+
+
+def answers(page: Page) -> list[dict[str, Any]]:
+    """What the server says to prompts and controls from now on."""
+    said = list[dict[str, Any]]()
+
+    def hear(text: str | bytes) -> None:
+        if isinstance(text, str) and (message := json.loads(text))["type"] == "applied":
+            said.append(message)
+
+    page.on("websocket", lambda socket: socket.on("framereceived", hear))
+    return said
+
+
+def wait_for(page: Page, condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "it does not come true"
+        page.wait_for_timeout(20)
+
+
+def test_keys_and_buttons_steer_and_a_tap_is_not_lost(visit: Open, house: Running) -> None:
+    """Held, tapped, by touch and by keyboard: the file has the frames of the model that is told what the page was told."""
+    page = visit()
+    expect(page.locator("#steering")).to_be_hidden()
+    page.get_by_label("Model").select_option("steered")
+    up, left = (page.get_by_role("button", name=f"Key {name}") for name in ("up", "left"))
+    expect(up).to_be_disabled()
+    said = answers(page)
+    start(page)
+    reach(page, 0)
+    page.keyboard.down("ArrowLeft")
+    wait_for(page, lambda: len(said) == 1)
+    expect(left).to_have_class("held shown")  # the frame on the screen obeys
+    page.keyboard.up("ArrowLeft")
+    expect(left).not_to_have_class("shown")
+    box = up.bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + 5, box["y"] + 5)
+    page.mouse.down()
+    page.mouse.up()  # long before the next chunk
+    wait_for(page, lambda: len(said) == 4)
+    up.focus()
+    page.keyboard.press("Enter")
+    wait_for(page, lambda: len(said) == 6)
+    page.get_by_label("Prompt", exact=True).press("ArrowDown")  # moves in the text there
+    reach(page, said[-1]["chunk"] + 1)
+    page.get_by_role("button", name="Stop").click()
+    assert [message["keys"] for message in said] == [["left"], [], ["up"], [], ["up"], []]
+    assert [b["chunk"] - a["chunk"] for a, b in (said[2:4], said[4:6])] == [1, 1]
+    frames, _ = downloaded(page)
+    with house.server.served.load()["steered"].stream([FIRST]) as live:
+        for message in said:
+            live.control("keys", [float(key in message["keys"]) for key in KEYS.words], chunk=message["chunk"])
+        expected = np.concatenate([made.frames[0].numpy() for made in live.frames(len(frames) // 2 + 1)])
+    assert np.array_equal(frames, expected[: len(frames)])
+
+
+def test_keys_that_are_held_while_the_connection_is_lost_are_told_again(wire: Wire, visit: Open) -> None:
+    page = visit(wire.url, forgive="ERR_")
+    page.get_by_label("Model").select_option("steered")
+    said = answers(page)
+    start(page)
+    reach(page, 0)
+    wire.cut()
+    expect(page.locator("#state")).to_contain_text("Connection lost.")
+    page.keyboard.down("ArrowRight")
+    wire.mend()
+    wait_for(page, lambda: bool(said))
+    assert said[0]["keys"] == ["right"]
+    page.evaluate("() => dispatchEvent(new Event('blur'))")  # the window loses the keyboard, so it hears of no release
+    wait_for(page, lambda: len(said) == 2)
+    assert said[1]["keys"] == []
+
+
+def test_how_a_prompt_changes_can_be_chosen(visit: Open, model: VideoModel) -> None:
+    page = visit()
+    said = answers(page)
+    start(page)
+    reach(page, 2)
+    page.get_by_label("When the prompt changes").select_option("forget what was seen")
+    page.get_by_label("Prompt", exact=True).fill("a blue star")
+    page.get_by_role("button", name="Change").click()
+    wait_for(page, lambda: len(said) == 1)
+    reach(page, said[0]["chunk"] + 1)
+    page.get_by_role("button", name="Stop").click()
+    frames, _ = downloaded(page)
+    assert_made(model, frames, {said[0]["chunk"]: "a blue star"}, how="clear")
+    page.get_by_label("Model").select_option("steered")
+    ways = page.get_by_label("When the prompt changes").get_by_role("option").all_inner_texts()
+    assert ways == ["keep what was seen", "blend over 4 chunks", "forget what was seen"]
+    page.get_by_label("Model").select_option("slow")
+    expect(page.get_by_label("When the prompt changes")).to_be_hidden()
 
 
 def test_the_space_bar_pauses_and_goes_on(visit: Open, house: Running) -> None:
@@ -330,7 +432,7 @@ def test_the_teacher_is_watched_beside_the_stream(visit: Open, house: Running) -
     page.get_by_label("steps", exact=True).fill("100")
     start(page, compare=True)
     expect(page.locator("#clip-overlay")).to_have_text("step 40 of 100")
-    page.unroute(asked)
+    page.unroute_all(behavior="ignoreErrors")
     expect(page.locator("#live-times")).to_contain_text(" frames after ")
     expect(page.locator("#clip-note")).to_contain_text("finished after")
     page.wait_for_function("() => document.getElementById('clip-video').currentTime > 0")

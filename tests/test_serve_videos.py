@@ -12,7 +12,6 @@ import re
 import shutil
 import signal
 import socket
-import sqlite3
 import subprocess
 import tempfile
 import threading
@@ -35,6 +34,7 @@ from fewstep.data.video import to_pixels, write_pixels
 from fewstep.models import VideoModel
 from fewstep.serve import clips as serve_clips
 from fewstep.serve.app import Server
+from fewstep.serve.database import TableFull
 from fewstep.serve.jobs import Jobs
 from fewstep.serve.keys import Door, Keys
 from fewstep.serve.limits import Limits
@@ -213,6 +213,31 @@ def test_curl_makes_a_video_of_a_form_and_waits_for_it(house: House, teacher: Pa
     clip = model(["12"], seed=5, num_inference_steps=2, guidance_scale=1.5)[0]
     assert np.array_equal(frames_in(data), written(to_pixels(clip), 4))
     assert json.loads(house.curl(f"/v1/videos/{headers['x-video-id']}")[2])["status"] == "completed"
+
+
+def test_a_schedule_of_prompts_is_the_same_in_json_and_in_a_form(house: House) -> None:
+    schedule = json.dumps([{"at_s": 0.08, "prompt": "a blue star"}])
+    form = ("-F", "model=tiny", "-F", "prompt=a red ball", "-F", "num_frames=8", "-F", f"prompt_schedule={schedule}")
+    body = json.dumps(
+        {"model": "tiny", "prompt": "a red ball", "num_frames": 8, "prompt_schedule": json.loads(schedule)}
+    )
+    made = [
+        house.curl("/v1/videos/sync", *arguments)
+        for arguments in (form, ("-H", "Content-Type: application/json", "-d", body), (*form[:6],))
+    ]
+    assert [status for status, _, _ in made] == [200] * 3
+    changed, same, plain = (frames_in(data) for _, _, data in made)
+    assert np.array_equal(changed, same) and not np.array_equal(changed, plain)
+    more = {"num_frames": 8, "prompt_schedule": json.loads(schedule)}  # OpenAI's client writes a field for each value
+    job = house.client().videos.create(prompt="a red ball", model="tiny", extra_body=more)
+    ended(house.client(), job.id)
+    assert np.array_equal(frames_in(house.client().videos.download_content(job.id).read()), changed)
+    error = house.refused("-F", "prompt=a", "-F", "model=tiny", "-F", "prompt_schedule[][at_s]=1")
+    assert error["param"] == "prompt_schedule" and "1 times and 0 prompts" in error["message"]
+    twice = ("-F", "prompt_schedule[][at_s]=1", "-F", "prompt_schedule[][prompt]=b")
+    assert "is there twice" in house.refused(*form, *twice)["message"]
+    error = house.refused("-F", "prompt=a", "-F", "prompt_schedule[][at_s]=x", "-F", "prompt_schedule[][prompt]=b")
+    assert error["param"] == "prompt_schedule" and error["status"] == 400
 
 
 def test_a_client_that_stops_waiting_cancels(house: House) -> None:
@@ -412,7 +437,7 @@ def test_a_table_that_cannot_be_changed_delays_the_job(house: House, monkeypatch
     def full(self: Jobs, job: Any) -> bool:
         tried.append(1)
         if len(tried) < 3:
-            raise sqlite3.OperationalError("database or disk is full")
+            raise TableFull("database or disk is full")
         return complete(self, job)
 
     monkeypatch.setattr(Jobs, "complete", full)

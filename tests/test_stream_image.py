@@ -16,6 +16,7 @@ from fewstep.data.growing import GrowingVideo
 from fewstep.data.video import read_image, read_video, write_video
 from fewstep.diffusion import CFG, Stream
 from fewstep.models import VideoModel
+from fewstep.models.snapshots import load_snapshot, save_snapshot
 from fewstep.streaming import LiveSession, Session, Video
 from support_engine import tiny_model
 from test_live import PROMPTS, joined, streaming_model
@@ -100,6 +101,52 @@ def test_several_chunks_may_be_given(model: VideoModel) -> None:
     assert torch.equal(torch.cat(chunks[:3], 2), given) and chunks[3].shape[2] == 2
 
 
+def test_a_later_stretch_may_begin_with_an_image() -> None:
+    """A stream of single frames goes on with a picture in the middle: it is shown, the next chunks read it, and only it if the
+    memory was cleared: then they are those of a stream that begins so, at the same place."""
+    model = model_of(Stream(window=3, positions="window"))
+    latent = model.codec.encode(picture(count=2)[:, :, None])
+    session = Session(model, PROMPTS)
+    list(session.take(2))
+    kept = session.snapshot
+    session.begin_with(latent)
+    shown, kept_on = session.take(2)
+    assert torch.equal(shown, latent) and session.snapshot.chunks == 4
+    plain = list(Session(model, kept).take(2))
+    assert not torch.equal(plain[1], kept_on)
+    session = Session(model, kept)
+    session.steer(PROMPTS, "clear")
+    session.begin_with(latent)
+    cut = list(session.take(2))[1]
+    loop, (cond, uncond) = session._chunks, model.conditions(PROMPTS)
+    with torch.no_grad():
+        empty = replace(loop.begin(), start=torch.tensor(2))
+        kv = model.denoiser(latent, torch.zeros(2), cond, Call(kv=model.denoiser.recall(empty, latent))).kv
+        noise = Seeds((0, 1)).fold("chunk/3")
+        *_, last = loop.chunk(empty.commit(kv or (), 1), noise.randn(cut.shape, "start"), cond, uncond, noise)
+    torch.testing.assert_close(last.x, cut, rtol=1e-5, atol=1e-5)
+
+
+def test_a_live_stream_goes_on_with_an_image_and_after_a_restore_likewise(tmp_path: Path) -> None:
+    model = model_of(Stream(window=3)).with_card(role="student")
+    latent = model.codec.encode(picture(count=2)[:, :, None])
+    with model.stream(PROMPTS) as live:
+        assert live.begin_with(latent, at=1.0) == 4  # a chunk is a frame, and there are four a second
+        list(live.frames(2))
+        where = live.snapshot()
+        assert [chunk for chunk, _ in where.given] == [4]
+        rest = list(live.frames(4))
+        assert live.begin_with(latent, chunk=1) == 6 and live.snapshot().given[0][0] == 6
+        with pytest.raises(ValueError, match=r"and \(2, 4, 1, 2, 2\) were given"):
+            live.begin_with(latent[..., :2, :2])
+    shown = model.decode(latent)
+    assert torch.equal(rest[2].frames, to_uint8(shown).movedim(1, -1))
+    save_snapshot(where, model, tmp_path / "there.safetensors")
+    for start in (where, load_snapshot(tmp_path / "there.safetensors", model)):
+        with LiveSession.restore(model, start, beside=False) as again:
+            assert torch.equal(joined(list(again.frames(4))), joined(rest))
+
+
 def test_what_cannot_begin_with_an_image_is_refused(model: VideoModel) -> None:
     long = model_of(Stream(chunks=(2,)))
     with pytest.raises(ValueError, match=r"first chunk of 2 latent frames.*chunks \[1, 2\]"):
@@ -118,8 +165,12 @@ def test_what_cannot_begin_with_an_image_is_refused(model: VideoModel) -> None:
         Session(model, PROMPTS).begin_with(torch.zeros(2, 4, 2, 8, 8))
     session = Session(model, PROMPTS)
     list(session.take(1))
-    with pytest.raises(ValueError, match="has made 1 chunks already"):
+    with pytest.raises(ValueError, match=r"make clips of 0 or 2, not 1"):
         session.begin_with(torch.zeros(2, 4, 1, 8, 8))
+    steps = session.steps()
+    next(steps)
+    with pytest.raises(ValueError, match="a chunk is being made"):
+        session.begin_with(torch.zeros(2, 4, 2, 8, 8))
 
 
 def test_the_command_takes_a_picture(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import cos, sin, tau
@@ -14,6 +15,7 @@ from torch import Tensor
 from fewstep.attention import (
     KEEPS,
     BlockCausal,
+    CompressedMemory,
     Decaying,
     Dense,
     Everything,
@@ -24,18 +26,24 @@ from fewstep.attention import (
     MovingSink,
     Prefix,
     Retrieval,
+    StateCausal,
+    StateMemory,
+    TopK,
     Window,
+    attending,
+    operate,
 )
+from fewstep.attention.pattern import Pattern
 from fewstep.caching import SkipMiddle
-from fewstep.core import Call, Seeds
+from fewstep.core import Call, Rng, Seeds
 from fewstep.core.call import Place, Runner, S
 from fewstep.diffusion import CFG, EDM, Contract, Exact, Memory, Renoise, Shifted, Stream
 from fewstep.models import VideoModel
 from fewstep.models.repattern import repattern
 from fewstep.models.video_dit import CrossAttention
 from fewstep.streaming import Chunks, Session
-from fewstep.streaming.blocks import keep_of
-from support_engine import tiny_model
+from fewstep.streaming.blocks import keep_of, one_after_the_other
+from support_engine import shaken, tiny_model
 
 PROMPTS = ["a red ball rolls left", "a blue star stays"]
 TWO_STEPS = ((1.0, 0.5, 0.0),)
@@ -44,11 +52,17 @@ TWO_STEPS = ((1.0, 0.5, 0.0),)
 def streaming_model(stream: Stream, guidance: CFG = CFG(), depth: int = 2) -> VideoModel:
     """The tiny model, frame by frame or in chunks, in two steps with fresh noise."""
     model = tiny_model(depth=depth)
-    pattern = BlockCausal(chunk=max(stream.chunks), window=stream.window, sink=stream.sink)
+    pattern: Pattern = BlockCausal(chunk=max(stream.chunks), window=stream.window, sink=stream.sink)
+    if isinstance(memory := stream.memory, StateMemory):
+        pattern = StateCausal(chunk=max(stream.chunks), window=memory.window, sink=memory.sink)
     contract = Contract(
         sampler=Renoise(), steps=2, grid=Exact(grids=TWO_STEPS, otherwise=Shifted()), guidance=guidance, stream=stream
     )
-    return model.with_part("denoiser", repattern(model.denoiser, pattern), contract=contract)
+    network = repattern(model.denoiser, pattern)
+    if isinstance(pattern, StateCausal):
+        for block in network.backbone.blocks:
+            shaken(block.attention.operation, 0.5)
+    return model.with_part("denoiser", network, contract=contract)
 
 
 def made(session: Session, chunks: int) -> list[Tensor]:
@@ -97,13 +111,13 @@ POLICIES = {
     "moving sink": Stream(memory=MovingSink(window=4, sink=1, decay=0.5)),
     "importance": Stream(memory=Importance(window=4, sink=1), positions="window"),
     "retrieval": Stream(memory=Retrieval(frames=1, recent=1, sink=1)), "decaying": Stream(memory=Decaying(half=1.0, sink=1)),
-    "int8": Stream(memory=Int8Memory(keep=Importance(window=4))),
+    "int8": Stream(memory=Int8Memory(keep=Importance(window=4))), "state": Stream(memory=StateMemory(window=3, sink=1)),
 }  # fmt: skip
 
 
 def test_every_policy_is_streamed_but_the_one_that_needs_poses() -> None:
     kinds = {type(keep_of(stream)) for stream in POLICIES.values()}
-    assert set(KEEPS) - kinds == {Facing}
+    assert set(KEEPS) - kinds == {Facing, CompressedMemory}  # whose streams are in test_compressed.py
 
 
 @pytest.mark.parametrize("guidance", [CFG(), CFG(scale=3.0)], ids=["plain", "guided"])
@@ -113,15 +127,14 @@ def test_every_policy_is_restored_bit_for_bit_and_cancelled_without_a_trace(stre
     whole, session = made(Session(model, PROMPTS), 6), Session(model, PROMPTS)
     made(session, 3)
     paused = session.snapshot
-    bits = [x.clone() for layer in paused.memory.layers for x in layer]
+    bits = [x.clone() for layer in paused.memory.layers for x in layer] + [x.clone() for x in paused.memory.states]
     given_up = session.steps()
     next(given_up)
     given_up.close()
     assert session.snapshot is paused
     made(session, 2)  # somebody goes on
-    assert all(
-        torch.equal(a, b) for a, b in zip(bits, (x for layer in paused.memory.layers for x in layer), strict=True)
-    )
+    here = [*(x for layer in paused.memory.layers for x in layer), *paused.memory.states]
+    assert all(torch.equal(a, b) for a, b in zip(bits, here, strict=True))
     again = made(Session(model, paused), 3)
     assert all(torch.equal(a, b) for a, b in zip(again, whole[3:], strict=True))
 
@@ -351,3 +364,50 @@ def test_a_stream_starts_at_the_noise_level_of_its_path() -> None:
     first = next(Session(model, PROMPTS).steps()).prediction.x_t
     noise = Seeds((0, 1)).fold("chunk/0").randn(tuple(first.shape), "start")
     torch.testing.assert_close(first, 5.0 * noise)
+
+
+@pytest.mark.parametrize("pattern", [Dense(), BlockCausal(chunk=2, window=5, sink=1), BlockCausal()], ids=str)
+def test_a_past_may_count_less(pattern: Pattern) -> None:
+    """By hand: weight w is log w on the logits of the past without its oldest frame, in each layer; 1 is nothing, bit for bit;
+    and it reaches a stream."""
+    model = streaming_model(Stream(chunks=(2,), window=5, sink=1))
+    network = repattern(model.denoiser, pattern).backbone
+    keep, rng = Window(window=5, sink=1), Rng(0)
+    empty = KVCache.empty(keep, 2, weight=0.3)
+    delta = tuple((rng.randn((2, 2, 32, 12), f"k{i}"), rng.randn((2, 2, 32, 12), f"v{i}")) for i in range(2))
+    memory = empty.commit(delta, 2)  # one of three slots is empty
+    x = rng.randn((2, 4, 2, 8, 8), "x")
+    view = network.recall(memory, x)
+    site = network.site(pattern, network.grid(x), Call(kv=view), x.device)
+    q, k, v = (rng.randn((2, 2, n, 12), name) for n, name in ((32, "q"), (80, "k"), (80, "v")))
+    logits = (q @ k.mT) / 12**0.5
+    order = view.positions.tolist()
+    for slot, position in enumerate(order):
+        logits[..., 16 * slot : 16 * (slot + 1)] += {0: 0.0, 1: math.log(0.3), -1: -math.inf}[position]
+    operation = pattern.operation(0, 2, 12)
+    mask = operation.mask(q, k, site)
+    assert (mask is None) == (pattern != BlockCausal())
+    logits = logits if mask is None else logits.masked_fill(~mask, -math.inf)
+    for tier in ("auto", "reference"):
+        with attending(tier):  # type: ignore[arg-type]
+            torch.testing.assert_close(operate(operation, q, k, v, site), logits.softmax(-1) @ v, atol=1e-5, rtol=1e-5)
+    sorted_order = sorted(order)
+    assert sorted_order == [-1, 0, 1]
+    streams = [Stream(chunks=(2,), window=5, sink=1, past_weight=weight) for weight in (1.0, 0.3)]
+    plain, less = (torch.cat(made(Session(streaming_model(stream), PROMPTS), 3), 2) for stream in streams)
+    assert torch.equal(plain[:, :, :2], less[:, :, :2]) and not torch.equal(plain[:, :, 2:], less[:, :, 2:])
+    assert torch.equal(plain, torch.cat(made(Session(model, PROMPTS), 3), 2))
+
+
+def test_a_weight_that_would_do_nothing_is_refused() -> None:
+    for weight in (0.0, 1.5, -1.0):
+        with pytest.raises(ValueError, match="past_weight"):
+            Stream(past_weight=weight)
+    with pytest.raises(ValueError, match="one call of several chunks all that is read counts alike"):
+        one_after_the_other(Stream(past_weight=0.5), (1, 1))
+    routed = streaming_model(Stream(window=3, past_weight=0.5))
+    routed = routed.with_part("denoiser", repattern(routed.denoiser, TopK(block=4, keep=0.5)))
+    with pytest.raises(ValueError, match="router cannot weigh.*past_weight to 1"):
+        made(Session(routed, PROMPTS), 2)
+    with pytest.raises(ValueError, match="remembers parts of frames.*past_weight to 1"):
+        made(Session(streaming_model(Stream(memory=Decaying(half=0.5, sink=1), past_weight=0.5)), PROMPTS), 3)

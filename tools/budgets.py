@@ -28,7 +28,17 @@ SUPPORT = {  # files of a room that are not one of its algorithms, and may hold 
         "targets",
         "underway",
     },
-    "attention": {"__init__", "forward_mode", "pattern", "kernels", "cache", "choosing", "slots", "standing"},
+    "attention": {
+        "__init__",
+        "forward_mode",
+        "pattern",
+        "kernels",
+        "delta_rule",
+        "cache",
+        "choosing",
+        "slots",
+        "standing",
+    },
     "caching": {"__init__", "base"},
     "diffusion/samplers": {"__init__", "base"},
     "models": {"__init__", "bundle", "source", "spec"},  # no networks in them

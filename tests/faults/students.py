@@ -98,9 +98,9 @@ CASES = (
         "one that cannot be imported",
         LIGHTX2V,
         lora(),
-        "krea-realtime",
-        "encoded again as an image",
-        more=("--as", "krea-realtime"),
+        "turbodiffusion",
+        "fewstep lacks",
+        more=("--as", "turbodiffusion"),
     ),
     imported(
         "another base", LIGHTX2V, lora(family="wan_experts"), "base is a WanExperts", "belongs to a Wan", "--base"

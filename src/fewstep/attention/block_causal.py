@@ -57,6 +57,11 @@ class BlockCausal(Pattern):
             raise ValueError(
                 "text that reads the clip would tell the past of the future; BlockCausal needs cross-attention"
             )
+        if site.call.mutual:
+            raise ValueError(
+                f"chunks that are denoised at once read each other in both directions, and with {self} a chunk reads earlier "
+                "ones alone; give the network the pattern Dense, or let the stream have mutual: false"
+            )
         if site.call.kv is None:
             return
         if bool((site.call.kv.number % self.chunk).any()):
@@ -82,13 +87,13 @@ class _ChunkByChunk(Operation):
 
     def __init__(self, pattern: BlockCausal) -> None:
         super().__init__()
-        self.pattern = pattern
+        self.causal = pattern
 
     def mask(self, q_BHND: Tensor, k_BHMD: Tensor, site: Site) -> Tensor | None:
         frames, past = site.grid.frames, site.past
         allowed = torch.zeros(frames, past + frames, dtype=torch.bool, device=q_BHND.device)
         for start, stop in self._chunks(site):
-            for low, high in self.pattern.reads(past + start, past + stop, past):
+            for low, high in self.causal.reads(past + start, past + stop, past):
                 allowed[start:stop, low:high] = True
         if bool(allowed.all()):
             return None
@@ -97,11 +102,11 @@ class _ChunkByChunk(Operation):
     def forward(self, q_BHND: Tensor, k_BHMD: Tensor, v_BHMD: Tensor, site: Site) -> Tensor:
         per_frame, past, read = site.grid.per_frame, site.past, []
         if (
-            past and site.grid.frames <= self.pattern.chunk
+            past and site.grid.frames <= self.causal.chunk
         ):  # all that is remembered, which may be less than whole frames
             return attend(q_BHND, k_BHMD, v_BHMD, site.readable_B11M)
         for start, stop in self._chunks(site):
-            runs = self.pattern.reads(past + start, past + stop, past)
+            runs = self.causal.reads(past + start, past + stop, past)
             k, v = (frames_of(x, runs, per_frame) for x in (k_BHMD, v_BHMD))
             keys = site.readable_B11M
             keys = None if keys is None else frames_of(keys, runs, per_frame, 3)
@@ -109,4 +114,4 @@ class _ChunkByChunk(Operation):
         return read[0] if len(read) == 1 else torch.cat(read, 2)
 
     def _chunks(self, site: Site) -> list[tuple[int, int]]:
-        return list(pairwise([*range(0, site.grid.frames, self.pattern.chunk), site.grid.frames]))
+        return list(pairwise([*range(0, site.grid.frames, self.causal.chunk), site.grid.frames]))

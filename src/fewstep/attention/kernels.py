@@ -34,7 +34,10 @@ _SHORT = 1024
 
 
 def attend(q_BHND: Tensor, k_BHMD: Tensor, v_BHMD: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Softmax attention, `[B, H, N, D]`. `mask` is bool, True = may look, and broadcasts to `[B, H, N, M]`."""
+    """Softmax attention, `[B, H, N, D]`. `mask` broadcasts to `[B, H, N, M]`: bool, True = may look, or numbers that are added
+    to the logits."""
+    if mask is not None and mask.is_floating_point():
+        mask = mask.to(q_BHND.dtype)
     own = _has_matmul(q_BHND.device.type, q_BHND.dtype) and k_BHMD.shape[2] <= _SHORT
     if own and _chosen.tier == "auto":
         return _matmul(q_BHND, k_BHMD, v_BHMD, mask)
@@ -44,7 +47,9 @@ def attend(q_BHND: Tensor, k_BHMD: Tensor, v_BHMD: Tensor, mask: Tensor | None =
 def _matmul(q_BHND: Tensor, k_BHMD: Tensor, v_BHMD: Tensor, mask: Tensor | None) -> Tensor:
     scores_BHNM = (q_BHND * q_BHND.shape[-1] ** -0.5) @ k_BHMD.transpose(-1, -2)
     if mask is not None:
-        scores_BHNM = scores_BHNM + torch.zeros_like(mask, dtype=q_BHND.dtype).masked_fill(~mask, float("-inf"))
+        if mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=q_BHND.dtype).masked_fill(~mask, float("-inf"))
+        scores_BHNM = scores_BHNM + mask
     return scores_BHNM.softmax(-1) @ v_BHMD
 
 

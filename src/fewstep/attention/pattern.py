@@ -9,14 +9,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewstep.attention.kernels import attend, by_reference
-from fewstep.core import Call, KVView
+from fewstep.core import KV, Call, KVView
 from fewstep.core.call import Causal
 
 
@@ -57,7 +57,8 @@ class Site:
     beside: int = 0
     """Number of text tokens before both. Every query reads them; as queries they read every key."""
     readable_B11M: Tensor | None = None
-    """False for keys that nobody may read: padded text, empty slots. None: all may be read."""
+    """False for keys that nobody may read: padded text, empty slots; or numbers that are added to the logits of a key
+    (`KVView.weight`), minus infinity for such keys. None: all may be read alike."""
     call: Call = Call()
     parts: tuple[Part, ...] = ()
     """Chunks that read apart (`Call.causal`); (): the call is read as one."""
@@ -83,19 +84,30 @@ class Operation(nn.Module, ABC):
         """
 
     def allowed(self, q_BHND: Tensor, k_BHMD: Tensor, site: Site) -> Tensor | None:
-        """The same with text and with keys that nobody reads, for all queries and keys; None: all."""
+        """The same with text and with keys that nobody reads, for all queries and keys; None: all. Numbers for the logits where
+        `site.readable_B11M` has such."""
         beside = site.beside
         mask = self.mask(q_BHND[:, :, beside:], k_BHMD[:, :, beside:], site)
         if mask is not None and beside:
             mask = F.pad(mask, (beside, 0, beside, 0), value=True)
         if mask is None or site.readable_B11M is None:
             return mask if site.readable_B11M is None else site.readable_B11M
-        return mask & site.readable_B11M
+        if site.readable_B11M.dtype == torch.bool:
+            return mask & site.readable_B11M
+        return site.readable_B11M.masked_fill(~mask.to(site.readable_B11M.device), -torch.inf)
 
     def forward(self, q_BHND: Tensor, k_BHMD: Tensor, v_BHMD: Tensor, site: Site) -> Tensor:
         """`[B, H, N, D]`; H may be this process' share of the heads."""
         mask = self.allowed(q_BHND, k_BHMD, site)
         return attend(q_BHND, k_BHMD, v_BHMD, None if mask is None else mask.to(q_BHND.device))
+
+    def finish(self, mixed_BHND: Tensor, qkv: tuple[Tensor, Tensor, Tensor], site: Site) -> tuple[Tensor, KV]:
+        """What the call's tokens get, and what is remembered of them: by default what they read, and their keys and values.
+
+        `qkv` are those of the call, without rotary position. Patterns that fold (`Pattern.folds`) add what they read of a state,
+        and gates to the values.
+        """
+        return mixed_BHND, qkv[1:]
 
 
 def operate(operation: Operation, q_BHND: Tensor, k_BHMD: Tensor, v_BHMD: Tensor, site: Site) -> Tensor:
@@ -160,6 +172,14 @@ def _runs(frames: Sequence[int]) -> tuple[tuple[int, int], ...]:
 
 class Pattern(ABC):
     """Which keys each query reads: a frozen dataclass, named in recipes and cards."""
+
+    folds: ClassVar[bool] = False
+    """Whether its operations read a state of what has left the memory, and make the gates that write it (`KVView.states`)."""
+
+    @property
+    def compresses(self) -> int:
+        """Tokens that one of the learned tokens stands for that its operations leave behind each frame; 0: they leave none."""
+        return 0
 
     @abstractmethod
     def operation(self, layer: int, heads: int, width: int) -> Operation:

@@ -107,7 +107,8 @@ class Pairs(Runs):
 
     prompts: Positional[Annotated[str, arg(metavar="PROMPTS")]]
     """Text file with one prompt per line, or `world:N` for N prompts of the built-in world. For an image-to-video model: a
-    .csv file with the columns caption, image and, optionally, last_image."""
+    .csv file with the columns caption, image and, optionally, last_image. For a model that streams: a folder written by
+    `fewstep prepare`, or `world:N`; each chunk reads the clean chunks of the clip before it."""
     output: Path
     """Folder to write the shards to."""
     model: str = "world"
@@ -266,7 +267,7 @@ class CheckModel(Runs):
 
 @dataclass(frozen=True)
 class Export(Loads):
-    """Export a student for diffusers or ComfyUI. Plain diffusers then generates the same clips."""
+    """Export a student for diffusers, ComfyUI or another server. Plain diffusers then generates the same clips."""
 
     student: Positional[Annotated[str, arg(metavar="STUDENT")]]
     """Student: a run's student/, or another fewstep folder with a diffusers network."""
@@ -275,6 +276,9 @@ class Export(Loads):
     names: Literal["diffusers", "comfyui"] = "diffusers"
     """Weight names. diffusers: a whole folder in its layout. comfyui: only the denoiser, in one file, with the original
     authors' names."""
+    engine: Annotated[Literal["vllm-omni", "sglang", "lightx2v"] | None, arg(name="for")] = None
+    """Export for this server: the files, flags and noise levels that it needs, and SERVE.md with the command (default: none).
+    Refused where it would make other clips."""
     lora: bool = False
     """Export only the LoRA, as a file to load on top of the teacher. Needs a student trained with settings.lora."""
     link: bool = False

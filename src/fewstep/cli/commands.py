@@ -145,24 +145,38 @@ def _ran(model: VideoModel) -> None:
         print(told(effective(model)), flush=True)
 
 
+def _of_pairs(options: arguments.Pairs) -> Sequence[str]:
+    """The prompts of trajectories."""
+    from fewstep.data.prompts import read_prompts
+    from fewstep.world.grammar import world_prompts
+
+    name, _, count = options.prompts.partition(":")
+    if name == "world" and count.isdecimal():
+        return world_prompts(int(count), 0.5, options.seed)
+    return read_prompts(Path(options.prompts))
+
+
+def _clips_of_pairs(options: arguments.Pairs, model: VideoModel) -> Sequence[str]:
+    """The prompts of trajectories of a model that streams, with clips if what was named has some."""
+    from fewstep.data.clipped import prepared_clips
+    from fewstep.world.data import world_clips
+
+    name, _, count = options.prompts.partition(":")
+    if name == "world" and count.isdecimal():
+        return world_clips(model, int(count), options.seed)
+    return prepared_clips(options.prompts, model) if Path(options.prompts).is_dir() else _of_pairs(options)
+
+
 def pairs(options: arguments.Pairs) -> int:
     from fewstep.cli.pace import telling
     from fewstep.cli.presets import card_of
     from fewstep.cli.running import runtime_of
     from fewstep.core.peers import meet_peers, part_company
     from fewstep.data.pairs import PairPlan, make_pairs, pairs_cost
-    from fewstep.data.prompts import read_prompts
     from fewstep.models.bundle import VideoModel
 
-    prompts: Sequence[str]
-    name, _, count = options.prompts.partition(":")
-    if name == "world" and count.isdecimal():
-        from fewstep.world.grammar import world_prompts
-
-        prompts = world_prompts(int(count), 0.5, options.seed)
-    else:
-        prompts = read_prompts(Path(options.prompts))
     card = card_of(options.model, options.preset)
+    prompts = None if card.contract.stream is not None else _of_pairs(options)
     plan = PairPlan(
         times=options.times, steps=options.steps, seed=options.seed, num_frames=options.num_frames,
         guidance=None if options.guidance_scale is None else card.contract.guidance.rescaled(options.guidance_scale),
@@ -172,6 +186,7 @@ def pairs(options: arguments.Pairs) -> int:
     runtime = runtime_of(options, options.model, card=card)
     model = VideoModel.load(card, options.model, trust=options.trust, runtime=runtime)
     _ran(model)
+    prompts = _clips_of_pairs(options, model) if prompts is None else prompts
     cost = pairs_cost(model, len(prompts), plan)
     if peers.leads:
         print(
@@ -285,6 +300,8 @@ def export(options: arguments.Export) -> int:
     from fewstep.models.bundle import VideoModel
     from fewstep.written import FILE
 
+    if options.engine is not None and (options.lora or options.names != "diffusers"):
+        raise UsageError(f"--for {options.engine} says which files are written; leave out --lora and --names")
     model, home = VideoModel.from_pretrained(options.student, trust=options.trust), Path(options.student)
     if options.evaluation is not None:
         scores = figures(load_report(options.evaluation), model.fingerprint("denoiser"))
@@ -293,9 +310,8 @@ def export(options: arguments.Export) -> int:
     if options.lora:
         files = {"names": options.names, "dtype": options.dtype}
         return _made(adapters.export_lora(model, home / "adapter", options.folder, recipe=recipe, **files))
-    return _made(
-        model.export(options.folder, names=options.names, link=options.link, dtype=options.dtype, recipe=recipe)
-    )
+    made: dict[str, Any] = {"names": options.names, "link": options.link, "dtype": options.dtype}
+    return _made(model.export(options.folder, **made, recipe=recipe, engine=options.engine))
 
 
 def check_lora(options: arguments.CheckLora) -> int:

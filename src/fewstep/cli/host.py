@@ -44,7 +44,7 @@ def serve(options: Serve) -> int:
     threads = max(1, cpu_count() - 1) if options.threads is None else options.threads
     served = Served(models=named, runtime=first, threads=threads, trust=options.trust)
     door = Door() if options.keys is None else Door(Keys.read(options.keys))
-    server = Server(served, door=door, origins=options.origin, folder=options.folder)
+    server = Server(served, door=door, origins=options.origin, folder=options.folder, table=options.jobs)
     require_private(options.host, server)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s")
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fewstep.cli.command import UsageError
-from fewstep.compress import FrameInput
+from fewstep.streaming.control import keys_of, row_of
 
 if TYPE_CHECKING:
     from fewstep.models.card import Card
@@ -26,15 +26,15 @@ def read_keys(text: str, card: Card) -> Tensor:
 
     UsageError for a model that reads no keys, an unknown key, and a file that cannot be read.
     """
-    told = next((x for x in card.transforms if isinstance(x, FrameInput) and x.name == "keys" and x.words), None)
-    if told is None:
+    keys = keys_of(card)
+    if not keys:
         raise UsageError(
             f"--keys: {card.name!r} reads no keys; train a student with the transform FrameInput (name: keys, words: ...), "
             "such as world/actions"
         )
     path = Path(text)
     held = _file(path, card.fps) if path.suffix == ".txt" else _words(text)
-    rows = [_row(keys, told.words) for keys, frames in held for _ in range(frames)]
+    rows = [_row(names, keys) for names, frames in held for _ in range(frames)]
     return torch.tensor(rows)
 
 
@@ -77,9 +77,9 @@ def _file(path: Path, fps: float) -> Iterator[tuple[str, int]]:
     yield changes[-1][1], 1
 
 
-def _row(keys: str, words: Sequence[str]) -> list[float]:
+def _row(names: str, keys: Sequence[str]) -> list[float]:
     """1 for each key that is held: `left+up`."""
-    held = [] if keys == NONE else keys.split("+")
-    if unknown := sorted(set(held) - set(words)):
-        raise UsageError(f"--keys: unknown key {', '.join(unknown)}; the keys are {', '.join(words)} and {NONE}")
-    return [float(word in held) for word in words]
+    try:
+        return row_of([] if names == NONE else names.split("+"), keys)
+    except ValueError as error:
+        raise UsageError(f"--keys: {error} and {NONE}") from None

@@ -33,6 +33,9 @@ class Serve(Runs):
     """Origins of other pages that may use the server, such as https://example.com."""
     folder: Path = Path("served")
     """Folder for the table of jobs, finished videos, and snapshots of streams."""
+    jobs: Annotated[str | None, arg(metavar="URL")] = None
+    """Table of jobs that several servers share, with the same --folder: the path of an SQLite file (servers of one machine),
+    or postgresql://USER@HOST/NAME (default: a table of this server's own, in --folder)."""
     open: bool = False
     """Open the page in a browser when the models are warm."""
     threads: int | None = None

@@ -34,6 +34,11 @@ class ScalarInput(Transform):
     def __post_init__(self) -> None:
         if not self.name.isidentifier():
             raise ValueError(f"name must be a word such as 'guidance', got {self.name!r}")
+        if hasattr(nn.ModuleDict(), self.name):  # where the network keeps it
+            raise ValueError(
+                f"name: {self.name!r} is a word of torch's own, such as keys, values, type or training; choose another one, or "
+                "FrameInput for numbers of every frame"
+            )
         if self.scale <= 0:
             raise ValueError(f"scale must be positive, got {self.scale}")
 

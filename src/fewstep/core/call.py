@@ -60,6 +60,14 @@ class KVView:
     """False for slots without a frame, same shape as `positions`; None: every slot holds a frame."""
     frame: Tensor | None = None
     """Number of the call's first frame in its stream, like `start`; None: `start`, which is it where positions are absolute."""
+    weight: float = 1.0
+    """How much a token of the past counts in attention, where one of the call counts 1. The oldest frame counts 1, too."""
+    states: tuple[Tensor, ...] | None = None
+    """What has left the memory, folded into a matrix `[B, H, V, D]` per block, where operations read and write it
+    (`Pattern.folds`): () before anything has left. None: what has left is lost."""
+    compresses: int = 0
+    """Tokens that one learned token stands for (`Pattern.compresses`), where such tokens are remembered behind those of a frame;
+    0: they are not."""
 
     @property
     def number(self) -> Tensor:
@@ -181,6 +189,9 @@ class Call:
     """Past that the call may read. If the branch is `both`, the condition's samples come first, then the negative ones."""
     causal: Causal | None = None
     """Chunks of the call, if the later ones may not be read by the earlier; None: all its frames read each other."""
+    mutual: bool = False
+    """Whether the call is a window of chunks that must read each other in both directions (`streaming.rolling`), which a causal
+    pattern refuses."""
     runner: Runner = every_block
     shared: Sharing | None = None
     """Processes that make this call together, each with its share of the tokens; None: this process alone."""

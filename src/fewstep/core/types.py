@@ -63,6 +63,12 @@ class Cond:
         part = {name: x[:, first : first + frames] if name in self.framewise else x for name, x in self.extra.items()}
         return replace(self, extra=part)
 
+    def at(self, frames: Tensor) -> Cond:
+        """This condition for one latent frame of each clip, whose number is `frames` `[B]`."""
+        rows = torch.arange(len(self), device=frames.device)
+        own = {name: x[rows, frames][:, None] if name in self.framewise else x for name, x in self.extra.items()}
+        return replace(self, extra=own)
+
     @staticmethod
     def cat(parts: list[Cond]) -> Cond:
         return Cond._join(parts, lambda *tensors: torch.cat(tensors))
@@ -89,6 +95,16 @@ class Cond:
 
 
 @dataclass(frozen=True)
+class Past:
+    """What a teacher that makes clips chunk by chunk has read as the past of its chunks."""
+
+    clips: Tensor
+    """Clean clips `[B, C, F, H, W]`: each chunk read the chunks before its own place in them."""
+    chunks: tuple[int, ...]
+    """Latent frames of each chunk."""
+
+
+@dataclass(frozen=True)
 class Pairs:
     """Stored ODE states of a teacher: `states[:, i]` is `x_t` at `times[i]`; the last is the endpoint at time 0."""
 
@@ -96,6 +112,8 @@ class Pairs:
     """Stored states, `[B, T+1, C, F, H, W]`."""
     times: tuple[float, ...]
     """Times of the states, decreasing: `times[0] == 1` and `times[-1] == 0`."""
+    past: Past | None = None
+    """Clips that the teacher read, if it was causal; None: each state is one of a whole clip."""
 
 
 @dataclass(frozen=True)

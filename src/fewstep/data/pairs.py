@@ -6,30 +6,36 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
-from fewstep.core import Batch, Call, Pairs, Rng, Seeds
+from fewstep.core import Batch, Call, Pairs, Past, Rng, Seeds
 from fewstep.core.build import digest, dump
+from fewstep.core.call import Constants
 from fewstep.core.disk import require_space, size_of
 from fewstep.core.lock import holding
 from fewstep.core.peers import meet_peers
 from fewstep.core.stopping import saying
 from fewstep.data.base import Data, DataError, Source, require
+from fewstep.data.clipped import Clipped, past_of
 from fewstep.data.images import PictureConditions, Pictured, require_pictures, require_stored
 from fewstep.data.order import draw_indices
 from fewstep.data.store import GOES_ON, PartedWriter, Progress, ShardReader, ShardWriter, Storage, read_manifest
 from fewstep.data.texts import Texts
 from fewstep.data.video import write_video
-from fewstep.diffusion import CFG, Contract, Prediction, Sampler, TimeGrid
+from fewstep.diffusion import CFG, Contract, Prediction, Sampler, Stream, TimeGrid
 from fewstep.diffusion.times import check_grid
 from fewstep.models.bundle import VideoModel
+from fewstep.models.by_chunk import ByChunk
 from fewstep.models.card import Card, latent_shape_of
+from fewstep.models.denoiser import Predictor
 from fewstep.models.images import image_names
 
 PREVIEWED = 4
+CLIP = "clip"
+"""Name of the clip that a causal teacher read, beside the states of a pair."""
 ALMOST = 0.999
 """Grids of diffusers' schedulers begin here or later, a little below pure noise. Their first state is the noise all the same."""
 
@@ -145,11 +151,13 @@ def grid_through(times: tuple[float, ...], grid: tuple[float, ...]) -> tuple[flo
 
 
 def pairs_cost(model: VideoModel, prompts: int, plan: PairPlan) -> PairsCost:
-    """The cost of `make_pairs` for `prompts` prompts, computed before anything is run."""
-    count = prompts * plan.per_prompt
-    values = len(plan.times) * torch.Size(model.latent_shape(plan.num_frames)).numel()
+    """The cost of `make_pairs` for `prompts` prompts, computed before anything is run. A teacher that streams also reads a clip
+    of the past once, which is stored."""
+    count, course = prompts * plan.per_prompt, plan.resolve(model.card.contract)
+    past = 1 if model.card.contract.stream is not None else 0
+    values = (len(plan.times) + past) * torch.Size(model.latent_shape(plan.num_frames)).numel()
     size = values * getattr(torch, plan.storage).itemsize
-    return PairsCost(count, plan.resolve(model.card.contract).nfe, count * size)
+    return PairsCost(count, course.nfe + past * course.guidance.passes, count * size)
 
 
 def make_pairs(
@@ -164,20 +172,23 @@ def make_pairs(
     """Sample the teacher on `prompts` and store its states at `plan.times` in `output`; `pairs_cost` gives the cost.
 
     Under torchrun every process calls it and takes its share; the result does not depend on the number of processes. An
-    image-to-video teacher needs prompts with pictures (`Pictured`), whose conditions are stored too. After a kill, the same
-    call continues, also with another number of processes, and gives the same bytes (another `batch` may change last bits). A
-    finished folder is returned unchanged. `progress` is called after every batch of this process' share. DataError if the
-    folder was begun with another teacher, plan or prompts; NonFiniteError if a state is not finite in `plan.storage`; OSError if
-    the disk is too small.
+    image-to-video teacher needs prompts with pictures (`Pictured`), whose conditions are stored too. A teacher that streams needs
+    prompts with clips (`Clipped`), which are stored too: all its chunks are solved at once from noise, each after the clean
+    chunks of the clip before it (Causal Forcing, 2602.02214). After a kill, the same call continues, also with another number of
+    processes, and gives the same bytes (another `batch` may change last bits). A finished folder is returned unchanged.
+    `progress` is called after every batch of this process' share. DataError if the folder was begun with another teacher, plan or
+    prompts; NonFiniteError if a state is not finite in `plan.storage`; OSError if the disk is too small.
     """
     if not prompts or batch < 1:
         raise ValueError(f"make_pairs needs prompts and a batch size, got {len(prompts)} prompts and batch={batch}")
     require_pictures(prompts, model.card, "make_pairs")
-    teacher, peers = _Teacher(model, plan), meet_peers()
+    teacher, peers = _Teacher(model, plan, past_of(model.card, prompts)), meet_peers()
     count = len(prompts) * plan.per_prompt
     settings = {**teacher.facts(), "prompts": digest(list(prompts)), "count": count}
     if isinstance(prompts, Pictured):
         settings |= {"image": model.fingerprint("image"), "pictures": prompts.digest()}
+    if isinstance(prompts, Clipped):
+        settings |= {"clips": prompts.origin}
     with holding(Path(output)) if peers.leads else nullcontext(), saying(lambda: GOES_ON):
         writer = PartedWriter(output, "pairs", settings, -(-count // plan.part_size), peers)
         if not writer.complete:
@@ -196,7 +207,7 @@ def make_pairs(
                 done += len(pairs)
             peers.barrier()
             if peers.leads:
-                writer.finish(teacher_name=model.card.name, nfe_per_pair=teacher.course.nfe)
+                writer.finish(teacher_name=model.card.name, nfe_per_pair=pairs_cost(model, 1, plan).nfe_per_pair)
             peers.barrier()
         else:
             ShardReader(writer.folder, "pairs").check()
@@ -211,8 +222,10 @@ def _add(part: ShardWriter, teacher: _Teacher, prompts: Sequence[str], pairs: ra
     chosen = [prompts[row] for row in rows]
     pictured = prompts if isinstance(prompts, Pictured) else None
     images = {} if pictured is None else PictureConditions(teacher.model, pictured, teacher.num_frames)(rows)
-    for i, states in enumerate(teacher.states(chosen, seeds, images)):
-        tensors = {"states": states, **{name: image[i] for name, image in images.items()}}
+    clips = prompts.latents(rows).to(getattr(torch, plan.storage)) if isinstance(prompts, Clipped) else None
+    read = {} if clips is None else {CLIP: clips}
+    for i, states in enumerate(teacher.states(chosen, seeds, images, clips)):
+        tensors = {"states": states, **{name: each[i] for name, each in (images | read).items()}}
         part.add({"caption": chosen[i], "seed": seeds[i]}, tensors, {})
     return chosen[-1]
 
@@ -220,8 +233,8 @@ def _add(part: ShardWriter, teacher: _Teacher, prompts: Sequence[str], pairs: ra
 class _Teacher:
     """A model that is sampled by a plan."""
 
-    def __init__(self, model: VideoModel, plan: PairPlan) -> None:
-        self.model, self.plan = model, plan
+    def __init__(self, model: VideoModel, plan: PairPlan, stream: Stream | None) -> None:
+        self.model, self.plan, self.stream = model, plan, stream
         self.course = plan.resolve(model.card.contract)
         self.num_frames = plan.num_frames or model.card.num_frames
         self.shape = model.latent_shape(self.num_frames)
@@ -230,7 +243,10 @@ class _Teacher:
     def facts(self) -> dict[str, Any]:
         """Everything that decides the states."""
         plan = self.plan
-        return {
+        causal: dict[str, Any] = {}
+        if self.stream is not None:
+            causal = {"stream": dump(self.stream), "chunks": self.stream.lengths(self.shape[1])}
+        return causal | {
             "teacher": {name: self.model.fingerprint(name) for name in ("denoiser", "text")},
             "times": plan.times, **dump(self.course), "seed": plan.seed, "per_prompt": plan.per_prompt,
             "latent_shape": self.shape, "storage": plan.storage,
@@ -239,21 +255,28 @@ class _Teacher:
         }  # fmt: skip
 
     @torch.no_grad()
-    def states(self, prompts: Sequence[str], seeds: Sequence[int], images: Mapping[str, Tensor]) -> Tensor:
-        """`[B, T, C, F, H, W]`: `x_t` at each of the plan's times; the last one is the endpoint."""
-        device, course = str(self.model.device), self.course
+    def states(
+        self, prompts: Sequence[str], seeds: Sequence[int], images: Mapping[str, Tensor], clips: Tensor | None
+    ) -> Tensor:
+        """`[B, T, C, F, H, W]`: `x_t` at each of the plan's times; the last one is the endpoint. `clips` are what the chunks of a
+        teacher that streams read of the past."""
+        device, course, network = str(self.model.device), self.course, cast("Predictor", self.model.denoiser)
         self.model.bring("text")
         cond, uncond = (each.with_extra(images).to(device) for each in self.texts(prompts, device))
         noise = Seeds(tuple(seeds), device)
         kept: list[Tensor] = []
 
-        runner, calls = self.model.runner(), self.model.runtime.guidance_calls
+        runner, calls, constants = self.model.runner(), self.model.runtime.guidance_calls, None
+        if clips is not None and self.stream is not None:
+            if clips.shape[1:] != self.shape:
+                raise DataError(f"a clip of the past has shape {list(clips.shape[1:])}, and pairs {list(self.shape)}")
+            network, constants = ByChunk(network, self.stream, clips.float().to(device)), Constants()
 
         def denoise(x_t: Tensor, t: Tensor, call: Call) -> Prediction:
             self.model.bring("denoiser")
             with self.model.runtime.denoising():
-                call = replace(call, runner=runner)
-                return course.guidance(self.model.denoiser, x_t, t, cond, uncond, call, calls=calls)
+                call = replace(call, runner=runner, constants=constants)
+                return course.guidance(network, x_t, t, cond, uncond, call, calls=calls)
 
         start = self.model.denoiser.path.prior(noise.randn((len(prompts), *self.shape), "start"))
         for step in course.sampler.sampling(denoise, start, course.grid, rng=noise):
@@ -285,7 +308,8 @@ class StoredPairs(Data):
     """A folder written by `fewstep pairs`. Its states belong to one teacher and are refused for another.
 
     Its `x0` are the endpoints: samples of the guided teacher, not recorded data. A discriminator that takes them as real (DMD2
-    with an `adversary`) pulls the student towards the teacher's samples, with the teacher's faults.
+    with an `adversary`) pulls the student towards the teacher's samples, with the teacher's faults. Of a teacher that streams
+    they are the clips that its chunks read as their past, because its endpoints are chunks that follow those, and not each other.
     """
 
     provides: ClassVar[frozenset[str]] = frozenset({"prompts", "pairs", "x0"})
@@ -359,9 +383,11 @@ class _PairSource:
         batch = Batch(cond=cond, uncond=uncond, latent_shape=(c, f, h, w), prompts=prompts)
         if not self.needs & {"pairs", "x0"}:
             return batch
-        states = self.reader.read("states", indices).to(rng.device)
+        states, past = self.reader.read("states", indices).to(rng.device), None
+        if "chunks" in settings:
+            past = Past(self.reader.read(CLIP, indices).to(rng.device), tuple(settings["chunks"]))
         return replace(
             batch,
-            pairs=Pairs(states, tuple(settings["times"])) if "pairs" in self.needs else None,
-            x0=states[:, -1] if "x0" in self.needs else None,
+            pairs=Pairs(states, tuple(settings["times"]), past) if "pairs" in self.needs else None,
+            x0=(states[:, -1] if past is None else past.clips) if "x0" in self.needs else None,
         )

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fewstep.core.bounds import Count, Decay, Natural, Size
+from fewstep.core.bounds import Count, Decay, Natural, Positive, Size
 from fewstep.core.build import At, Names, build, build_arguments
 from fewstep.diffusion.first_version import objects
 from fewstep.diffusion.free_noise import FreeNoise
@@ -49,15 +49,22 @@ class Stream:
     """First frames of the stream that stay in memory; they count towards `window`."""
     memory: Memory | None = None
     """Policy that says what is remembered, such as `{type: Retrieval, frames: 6}`. null: what `window` and `sink` say."""
-    commit: Literal["clean", "noised", "last", "nothing"] = "clean"
+    commit: Literal["clean", "noised", "last", "levels", "nothing"] = "clean"
     """Keys and values to remember of a finished chunk: those of one more call on its clean latents (`clean`), those of one
-    more call on its latents noised to `context_time` (`noised`), those of its last step (`last`), without another call, or
-    none (`nothing`): a call reads its own frames alone, and they stand at its beginning (StreamDiT, 2507.03745)."""
+    more call on its latents noised to `context_time` (`noised`), those of its last step (`last`), without another call, those of
+    every step, each for the same step of later chunks (`levels`; Live Avatar, 2512.04677), or none (`nothing`): a call reads its
+    own frames alone, and they stand at its beginning (StreamDiT, 2507.03745)."""
     context_time: Decay = 0.0
     """Time of the noised latents if `commit` is `noised`."""
     recompute: bool = False
     """Whether the memory is made anew before every chunk, from the last latents that `window` has room for and with the prompts
     of that chunk (Krea Realtime). Nothing older reaches a chunk, not even through what they had read."""
+    reencode: bool = False
+    """Whether the first of these latents becomes that of an image, when the stream has moved on (Krea Realtime): its last frame
+    as it was decoded, encoded alone. The latent of a clip's first frame has other statistics than those that follow."""
+    past_weight: Positive = 1.0
+    """How much a remembered token counts in attention, where one of the chunk counts 1: 0.3 adds log 0.3 to its logit (Krea
+    Realtime's report, against errors of the past; for students that were trained without it). The oldest frame counts 1."""
     positions: Standing = "absolute"
     """Position of a remembered frame. `absolute`: its place in the stream. `window`: its place among the remembered frames.
     `sink`: its place in the stream, but the sink stands just before the oldest other frame. `rebased`: its place in the stream
@@ -74,15 +81,27 @@ class Stream:
                 f"steps={self.steps}"
             )
         self._check_memory()
+        if not 0 < self.past_weight <= 1:
+            raise ValueError(f"past_weight is above 0, and 1 at most; got {self.past_weight}")
         if (self.commit == "noised") != (0 < self.context_time < 1):
             raise ValueError(
                 f"context_time is the time, between 0 and 1, at which noised latents are remembered, and 0 otherwise; got "
                 f"{self.context_time} with commit {self.commit}"
             )
+        if self.commit == "levels" and (self.steps or self.rolling):
+            raise ValueError(
+                "a memory for each step is that of one number of steps, and of one chunk after the other; leave steps and "
+                "rolling out"
+            )
         self._check_recompute()
 
     def _check_recompute(self) -> None:
         if not self.recompute:
+            if self.reencode:
+                raise ValueError(
+                    "only a memory that is made anew has a first latent that can be encoded again; set recompute: true, or "
+                    "reencode: false"
+                )
             return
         if not self.window or self.sink:
             raise ValueError(
@@ -144,15 +163,15 @@ class Stream:
             raise ValueError(f"no chunk of {list(self.chunks)} latent frames begins at frame {frame}")
         return index
 
-    def lengths(self, frames: int) -> tuple[int, ...]:
-        """Lengths of the chunks of a clip of `frames` latent frames.
+    def lengths(self, frames: int, first: int = 0) -> tuple[int, ...]:
+        """Lengths of the chunks of `frames` latent frames: those of a clip, or from chunk `first` on.
 
         >>> Stream(chunks=(1, 3)).lengths(7)
         (1, 3, 3)
         """
         found: list[int] = []
         while sum(found) < frames:
-            found.append(self.length(len(found)))
+            found.append(self.length(first + len(found)))
         if sum(found) != frames:
             raise ValueError(
                 f"chunks of {list(self.chunks)} latent frames make clips of {sum(found[:-1])} or {sum(found)}, not {frames}"

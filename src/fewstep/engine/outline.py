@@ -290,8 +290,8 @@ class Outline:
         with torch.no_grad(), Ledger() as ledger, self.mode:
             x_t, cond = torch.empty(batch.noise_shape), batch.cond
             if frames:
-                x_t, rows = fold_frames(x_t, frames, Rng(self.settings.seed))
-                cond = cond[rows]
+                stills = fold_frames(x_t, frames, Rng(self.settings.seed))
+                x_t, cond = stills.clips, stills.of(cond)
             t = torch.ones(len(x_t))
             _ = network.features(x_t, t, cond, layers, call) if layers else network(x_t, t, cond, call)
         return ledger.flops

@@ -28,11 +28,12 @@ from fewstep.methods.rollouts import (
     SelfForced,
     StreamingLong,
 )
+from fewstep.methods.self_adversarial import SelfAdversarial
 from fewstep.methods.work import Work, in_forwards
 
 METHODS = (
     FlowMatching, Reconstruction, ReadAttributes, KnowledgeDistillation, Progressive, Consistency, DMD2, AVDM2,
-    AdversarialDistillation, TDM, MomentMatching,
+    AdversarialDistillation, TDM, MomentMatching, SelfAdversarial,
 )  # fmt: skip
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "Adversary", "BackwardSimulation", "Consistency", "Copy", "Decoder", "DiffusionForced", "ErrorRecycling", "FDivergence",
     "Fisher", "FlowMatching", "FromData", "FromPairs", "Heads", "History", "KnowledgeDistillation", "Making", "Matching",
     "Method", "MomentMatching", "MotionReward", "MovingBuffer", "Nets", "Other", "Progressive", "ReadAttributes",
-    "Reconstruction", "ReverseKL", "Reward", "Role", "Rolled", "RollingForced", "Rollout", "ScoreImplicit", "SelfForced",
+    "Reconstruction", "ReverseKL", "Reward", "Role", "Rolled", "RollingForced", "Rollout", "ScoreImplicit", "SelfAdversarial",
+    "SelfForced",
     "StreamingLong", "Sync", "TeacherForced", "Update", "Weak", "WholeClip", "Work", "in_forwards",
 ]  # fmt: skip

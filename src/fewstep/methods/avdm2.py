@@ -129,8 +129,8 @@ class AVDM2(Method):
         """Input of the score networks from clips `[B, C, F, H, W]`: K frames of each, `[B K, C, 1, H, W]`, or whole clips."""
         if self.score == "video":
             return x, batch.cond, batch.uncond
-        frames, rows = fold_frames(x, self.frames, rng)
-        return frames, batch.cond[rows], batch.uncond[rows]
+        stills = fold_frames(x, self.frames, rng)
+        return stills.clips, stills.of(batch.cond), stills.of(batch.uncond)
 
     def noised(self, nets: Nets, seen: Tensor, rng: Rng) -> tuple[Tensor, Tensor, Tensor]:
         """`X_s` on the path of the score networks, `s` and the noise."""

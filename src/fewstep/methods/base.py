@@ -13,6 +13,7 @@ from fewstep.core import Batch, Losses, Rng
 from fewstep.diffusion import CFG, Contract
 from fewstep.methods.roles import Role
 from fewstep.methods.rollouts import Rolled, Rollout
+from fewstep.methods.rollouts.context import Context
 from fewstep.methods.work import Work
 
 
@@ -71,10 +72,23 @@ class Sync:
     decay: float = 0.0
 
 
-def judged(rolled: Rolled, batch: Batch) -> tuple[Tensor, Tensor | None, Batch]:
+class _Judges(Nets):
+    """The networks of a run as they judge a clip: with what its chunks have read of earlier frames."""
+
+    def __init__(self, nets: Nets, context: Context) -> None:
+        super().__init__(nets.roles)
+        self._nets, self._context = nets, context
+
+    def __getitem__(self, role: str) -> Any:
+        return self._context.over(self._nets[role])
+
+
+def judged(rolled: Rolled, batch: Batch, nets: Nets) -> tuple[Tensor, Tensor | None, Batch, Nets]:
     """What teacher and critic see of a rollout, if the method `continues` streams: the clip `[B, C, F, H, W]` with its past, the
-    weights of its frames in losses (None: all alike), and the batch with the clip's own conditions."""
-    return rolled.clip, rolled.keep, rolled.of(batch)
+    weights of its frames in losses (None: all alike), and the batch with the clip's own conditions; and the networks that judge
+    it, which read its context."""
+    judges = nets if rolled.context is None else _Judges(nets, rolled.context)
+    return rolled.clip, rolled.keep, rolled.of(batch), judges
 
 
 @dataclass(frozen=True, kw_only=True)

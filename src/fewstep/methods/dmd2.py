@@ -103,10 +103,10 @@ class DMD2(Method):
 
     def critic_loss(self, turn: int, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Losses]:
         rng = rng.fold(f"critic/{turn}")  # new samples in every turn
-        x0, keep, shown = judged(self.rollout(nets.student, batch, rng, grad=False), batch)  # 1
+        x0, keep, shown, judges = judged(self.rollout(nets.student, batch, rng, grad=False), batch, nets)  # 1
         eps, t = rng.randn(x0.shape, "eps"), self.critic_density.sample(len(x0), rng)
         x_t = nets.critic.path.add_noise(x0, eps, t)
-        prediction = self.critic_guidance(nets.critic, x_t, t, shown.cond, shown.uncond)
+        prediction = self.critic_guidance(judges.critic, x_t, t, shown.cond, shown.uncond)
         yield {"denoising": targets.denoising(prediction, x0, eps, keep)}  # 2
         if self.adversary:
             real, fake = self.adversary.pair(nets, batch, x0, shown.cond, rng, (eps, t))
@@ -115,11 +115,11 @@ class DMD2(Method):
     def student_loss(self, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Losses]:
         rng = rng.fold("student")
         rolled = self.rollout(nets.student, batch, rng, grad=True)  # 4
-        x0, keep, shown = judged(rolled, batch)
+        x0, keep, shown, judges = judged(rolled, batch, nets)
         t, eps = self.score_density.sample(len(x0), rng), rng.randn(x0.shape, "eps")
         noised = Noised(x0, nets.teacher.path.add_noise(x0, eps, t), t, eps)
         keep = keep if self.reward is None else self.reward.keep(nets.codec, rolled)
-        losses = {"matching": self.matching.loss(noised, self.scores(nets, shown), keep)}  # 5
+        losses = {"matching": self.matching.loss(noised, self.scores(nets, judges, shown), keep)}  # 5
         if self.adversary:
             real, fake = self.adversary.pair(nets, batch, x0, shown.cond, rng, (eps, t))
             losses["adversarial"] = self.adversary.student_loss(nets, real, fake)  # 6
@@ -128,11 +128,11 @@ class DMD2(Method):
             stored = self.anchor_rollout(nets.student, batch, rng, grad=True)
             yield {"anchor": self.anchor * targets.pseudo_huber(stored.x0, batch.require("pairs").states[:, -1])}  # 7
 
-    def scores(self, nets: Nets, shown: Batch) -> Scores:
-        """Teacher (real) and critic (fake) on the clips of a batch, and the discriminator."""
+    def scores(self, nets: Nets, judges: Nets, shown: Batch) -> Scores:
+        """Teacher (real) and critic (fake), as they judge the clips of a batch, and the discriminator."""
         logits = partial(self.adversary.logits, nets, cond=shown.cond) if self.adversary else None
         return Scores(
-            teacher=nets.real if self.weak > 0 else nets.teacher, critic=nets.critic, guidance=self.guidance,
+            teacher=judges.real if self.weak > 0 else judges.teacher, critic=judges.critic, guidance=self.guidance,
             critic_guidance=self.critic_guidance, cond=shown.cond, uncond=shown.uncond, logits=logits,
         )  # fmt: skip
 

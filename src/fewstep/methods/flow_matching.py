@@ -76,8 +76,8 @@ class FlowMatching(Method):
     def student_loss(self, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Losses]:
         x0, cond, uncond = batch.require("x0"), batch.cond, batch.uncond
         if torch.rand((), generator=rng.shared("image")) < self.image_fraction:
-            x0, rows = fold_frames(x0, self.images_per_clip, rng)
-            cond, uncond = cond[rows], uncond[rows]
+            stills = fold_frames(x0, self.images_per_clip, rng)
+            x0, cond, uncond = stills.clips, stills.of(cond), stills.of(uncond)
         eps, t = rng.randn(x0.shape, "eps"), self.history.times(self.density, x0, rng)  # 1
         cond = drop(cond, uncond, self.cond_drop, rng)  # 2
         lengths = (x0.shape[2],) if self.history.stream is None else self.history.stream.lengths(x0.shape[2])

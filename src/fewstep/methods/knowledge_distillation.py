@@ -1,7 +1,7 @@
 """Regress the endpoint of the teacher's ODE from its noise, or from a stored state between them.
 
 Luhman & Luhman, Knowledge Distillation in Iterative Generative Models for Improved Sampling Speed, 2101.02388;
-states between noise and endpoint: Yin et al. (CausVid), 2412.07772, section 4.3.
+states between noise and endpoint: Yin et al. (CausVid), 2412.07772, section 4.3; of a causal teacher: 2602.02214.
 
     offline  eps ~ N(0, I); x_{t_0} .. x_{t_N} = teacher's solver, guided; keep the states at the student's times
     1  draw i; input x_{t_i}
@@ -22,6 +22,7 @@ from fewstep.core.bounds import Positive
 from fewstep.methods.base import Method, Nets, Update
 from fewstep.methods.rollouts import FromPairs
 from fewstep.methods.targets import mse, pseudo_huber
+from fewstep.methods.work import Work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,3 +47,6 @@ class KnowledgeDistillation(Method):
         endpoint = batch.require("pairs").states[:, -1]
         x0 = self.rollout(nets.student, batch, rng, grad=True).x0  # 1
         yield {"endpoint": mse(x0, endpoint) if self.huber is None else pseudo_huber(x0, endpoint, self.huber)}  # 2
+
+    def cost(self) -> tuple[Work, ...]:
+        return (Work("student", self.rollout.work),)

@@ -6,13 +6,15 @@ Salimans & Ho, Progressive Distillation for Fast Sampling of Diffusion Models, 2
     1    stage <- student                                   (first stage: the guided teacher)
     2    i ~ {1..N}; u, m, s = the times i/N, (i - 1/2)/N, (i - 1)/N
     3    x_u = a_u x0 + s_u eps
-    4    x_m = DDIM(stage, x_u, u -> m); x_s = DDIM(stage, x_m, m -> s)
+    4    x_m = DDIM(stage, x_u, u -> m); x_s = DDIM(stage, x_m, m -> s)         (`factor` such steps from u to s)
     5    target = (x_s - (s_s/s_u) x_u) / (a_s - (s_s/s_u) a_u)       so that one DDIM step u -> s lands on x_s
-         at s = 0: the x0 prediction of the second step
+         at s = 0: the x0 prediction of the last step
     6    minimise max(a_u^2/s_u^2, 1) |student(x_u, u, c) - target|^2
 
 Not from the paper: the first stage distils guidance too (Meng et al., 2210.03142, use a separate stage); the grid may be
-shifted; any path. The optimiser is not restarted in each stage, and its learning rate is not annealed there.
+shifted; any path. The optimiser is not restarted in each stage, and its learning rate is not annealed there. With `history`
+MovingBuffer each part of a clip has a step i of its own, and one stage with a larger `factor` is the multistep distillation of
+StreamDiT (2507.03745): the student learns the guided teacher's way through each of N segments of noise in one step.
 """
 
 from __future__ import annotations
@@ -21,16 +23,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from typing import ClassVar, Self
+from typing import Annotated, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from fewstep.core import Batch, Losses, Rng
-from fewstep.core.bounds import Count, Natural, Positive, require_bounds
+from fewstep.core.bounds import Bounds, Count, Natural, Positive, require_bounds
 from fewstep.diffusion import CFG, DDIM, Contract, NoisePath, uniform_grid
 from fewstep.diffusion.path import broadcast
 from fewstep.methods.base import Method, Nets, Sync, Update
+from fewstep.methods.histories import DiffusionForced, History, WholeClip
 from fewstep.methods.roles import Copy, Role
 from fewstep.methods.rollouts import pick, student_contract
 from fewstep.methods.targets import mse
@@ -49,12 +52,19 @@ class Progressive(Method):
     """Guidance of the teacher in the first stage; the student learns it, so later stages use none."""
     shift: Positive = 1.0
     """Shift of the time grid; 1: none."""
+    factor: Annotated[int, Bounds(2, 10_000)] = 2
+    """Steps of the model before that one step of the student learns."""
+    history: History = WholeClip()
+    """What is read of other chunks, for a student and a teacher that stream (`MovingBuffer`)."""
 
     def __post_init__(self) -> None:
         require_bounds(self)
         counts = [n for n, _ in self.stages]
-        if not counts or counts[-1] < 1 or any(a != 2 * b for a, b in pairwise(counts)):
-            raise ValueError(f"each stage must have half the steps of the one before, got {counts}")
+        if not counts or counts[-1] < 1 or any(a != self.factor * b for a, b in pairwise(counts)):
+            part = "half" if self.factor == 2 else f"1/{self.factor} of"
+            raise ValueError(f"each stage must have {part} the steps of the one before, got {counts}")
+        if isinstance(self.history, DiffusionForced) and self.history.clean:
+            raise ValueError("chunks without noise have no step that could be learned; write history.clean: 0")
         if empty := [n for n, length in self.stages if length < 1]:
             raise ValueError(
                 f"stages: the stage of {empty[0]} steps has no iterations, so it would train nothing; give it at least 1 "
@@ -94,28 +104,33 @@ class Progressive(Method):
         return replace(self, stages=tuple((n, max(1, int(length * factor))) for n, length in self.stages))
 
     def student_loss(self, steps: int, guidance: CFG, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Losses]:
-        x0, path, fine = batch.require("x0"), nets.student.path, uniform_grid(2 * steps, self.shift)
-        i = 2 * rng.integers((len(batch),), "index", steps)
-        u, m, s = (pick(fine, i + k, x0) for k in (0, 1, 2))  # 2
-        x_u = path.add_noise(x0, rng.randn(x0.shape, "eps"), u)  # 3
+        x0, path, fine = batch.require("x0"), nets.student.path, uniform_grid(self.factor * steps, self.shift)
+        student, stage = (self.history.over(net, x0) for net in (nets.student, nets.stage))
+        i = self.factor * self.history.index(steps, x0, rng)
+        u, *between = (pick(fine, i + k, x0) for k in range(self.factor + 1))  # 2
+        x_u = x = path.add_noise(x0, rng.randn(x0.shape, "eps"), u)  # 3
         with torch.no_grad():
-            x_m = guidance(nets.stage, x_u, u, batch.cond, batch.uncond).step_to(m)  # 4
-            second = guidance(nets.stage, x_m, m, batch.cond, batch.uncond)
-            target = landing(x_u, u, second.step_to(s), s, path)  # 5
-            target = torch.where(broadcast(s, x0) == 0, second.x0, target)
+            for t, s in pairwise((u, *between)):
+                made = guidance(stage, x, t, batch.cond, batch.uncond)
+                x = made.step_to(s)  # 4
+            target = landing(x_u, u, x, s, path)  # 5
+            target = torch.where(broadcast(s, x0) == 0, made.x0, target)
         snr = path.log_snr(u).exp().to(x0.dtype)
-        yield {"halving": mse(nets.student(x_u, u, batch.cond).x0, target, snr.clamp_min(1))}  # 6
+        yield {"halving": mse(student(x_u, u, batch.cond).x0, target, snr.clamp_min(1))}  # 6
 
     def contract(self, teacher: Contract) -> Contract:
-        return student_contract(teacher, (uniform_grid(self.stages[-1][0])[:-1],), self.shift, DDIM())
+        return self._contract(teacher, self.stages[-1][0])
 
     def contract_at(self, teacher: Contract, step: int) -> Contract:
-        return student_contract(teacher, (uniform_grid(self.stages[self.stage(step)[0]][0])[:-1],), self.shift, DDIM())
+        return self._contract(teacher, self.stages[self.stage(step)[0]][0])
+
+    def _contract(self, teacher: Contract, steps: int) -> Contract:
+        return self.history.contract(student_contract(teacher, (uniform_grid(steps)[:-1],), self.shift, DDIM()))
 
     def cost(self) -> tuple[Work, ...]:
-        total = sum(n for _, n in self.stages)
+        total, calls = sum(n for _, n in self.stages), self.history.calls
         guided = self.stages[0][1] / total * (self.guidance.passes - 1)
-        return Work("student", 3), Work("stage", 2 + 2 * guided)
+        return Work("student", 3 * calls), Work("stage", self.factor * (1 + guided) * calls)
 
 
 def landing(x_u: Tensor, u: Tensor, x_s: Tensor, s: Tensor, path: NoisePath) -> Tensor:

@@ -54,7 +54,7 @@ class Reconstruction(Method):
         yield Update(("student",), self.student_loss)
 
     def student_loss(self, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Losses]:
-        frames, _ = fold_frames(batch.require("frames"), self.frames_per_clip, rng)
+        frames = fold_frames(batch.require("frames"), self.frames_per_clip, rng).clips
         latents = nets.student.encode_raw(frames)  # 1
         noise = self.noise * latents.detach().std() * rng.randn(latents.shape, "latent_noise")  # 2
         made = nets.student.decode_raw(latents + noise)

@@ -114,6 +114,16 @@ def discriminator(loss: Gan, real: Tensor, fake: Tensor) -> Tensor:
     return F.softplus(fake - real).mean()
 
 
+def paired_generator(fake: Tensor, real: Tensor) -> Tensor:
+    """Generator loss of pairs `mean (D(fake) - D(real))^2`. Mean over logits; no gradient where a pair is equal."""
+    return mse(fake, real)
+
+
+def paired_discriminator(real: Tensor, fake: Tensor) -> Tensor:
+    """Discriminator loss of pairs `mean (D(real) - D(fake) - 1)^2`. Mean over logits; only differences within a pair count."""
+    return mse(real - fake, torch.ones_like(fake))
+
+
 def approximate_r1(logits: Tensor, perturbed: Tensor) -> Tensor:
     """`mean (D(x) - D(x + rho n))^2` (2501.08316, eq. 3): about `rho^2 |grad D|^2`, without a second derivative.
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.attention import Grid3, KVCache, Operation, Pattern, Site, Ulysses, attend, operate
-from fewstep.attention.pattern import parts_of
+from fewstep.attention.pattern import Part, parts_of
 from fewstep.compress import Transform
 from fewstep.compress.stepwise import knows_steps
 from fewstep.core import KV, Call, Cond, KVView
@@ -108,7 +108,8 @@ def read(operation: Operation, qkv: tuple[Tensor, Tensor, Tensor], state: Tokens
     if past is not None:
         k_BHMD, v_BHMD = torch.cat([past[0], k_BHMD], 2), torch.cat([past[1], v], 2)
     mixed = operate(operation, q_BHND, k_BHMD, v_BHMD, context.site)
-    return Read(mixed if shared is None else shared.to_tokens(mixed), (k, v))
+    mixed, new = operation.finish(mixed, (q, k, v), context.site)
+    return Read(mixed if shared is None else shared.to_tokens(mixed), new)
 
 
 @dataclass(frozen=True)
@@ -206,6 +207,48 @@ def _same(x: Tensor) -> Tensor:
     return x
 
 
+def _slots_read(kv: KVView) -> Tensor | None:
+    """Which slots of a past may be read, `[S]` or `[B, S]`; where they count less than the call, what is added to their
+    logits."""
+    if kv.weight == 1:
+        return kv.readable
+    there = torch.ones_like(kv.positions, dtype=torch.bool) if kv.readable is None else kv.readable
+    oldest = kv.positions.masked_fill(~there, torch.iinfo(torch.long).max).amin(-1, keepdim=True)
+    weight = torch.where(kv.positions == oldest, 1.0, kv.weight)
+    return torch.where(there, weight, 0.0).log()
+
+
+def _of_rows(table: Tensor, rows: Tensor, per_frame: int) -> Tensor:
+    """The angles of single tokens, of a table of whole frames; of one that stands for several: half-way between the two in their
+    middle."""
+    first = rows[:, :2] @ torch.tensor([per_frame, 1])
+    count = rows[:, 2] if rows.shape[1] == 3 else torch.ones_like(first)
+    low, high = (table[..., index.to(table.device), :] for index in (first + (count - 1) // 2, first + count // 2))
+    middle = low + high
+    return torch.where((count > 1).to(table.device)[:, None], middle / middle.norm(dim=0, keepdim=True), low)
+
+
+def _require_states(pattern: Pattern, kv: KVView, parts: Sequence[Part]) -> None:
+    """ValueError where what has left the memory is folded and not read, or would be read and is not there."""
+    name = type(pattern).__name__
+    if kv.states is not None and not pattern.folds:
+        raise ValueError(
+            f"this stream folds what leaves its memory into a state, which {name} does not read; give the network the pattern "
+            "StateCausal, or let the stream have a window"
+        )
+    if kv.compresses != pattern.compresses and (kv.layers or kv.compresses):
+        raise ValueError(
+            f"{name} leaves a learned token for each {pattern.compresses or 'no'} tokens of a frame, and this stream remembers "
+            f"one for {kv.compresses or 'none'}: give the network the pattern CompressCausal, and the stream memory: {{type: "
+            "CompressedMemory, ...}, with one ratio"
+        )
+    if pattern.folds and kv.layers and (kv.states is None or parts):
+        raise ValueError(
+            f"{name} reads a state of what has left the memory: let the stream have memory: {{type: StateMemory, ...}} and make "
+            "one chunk after the other, or train on whole clips in one call (DiffusionForced)"
+        )
+
+
 class Original(NamedTuple):
     """What an adapter was read from: its own library's networks with the same weights, and how that library calls them."""
 
@@ -282,20 +325,26 @@ class Backbone(nn.Module, ABC):
         if layers:
             table = self.rotary.table(positions.clamp_min(0), grid, x)
             if read.rows is not None:
-                table = table[..., (read.rows @ torch.tensor([grid.per_frame, 1])).to(table.device), :]
+                table = _of_rows(table, read.rows, grid.per_frame)
             table = table if call.shared is None else cast(Ulysses, call.shared).own_heads(table)
             layers = tuple((self.rotary.turn(k, table).to(v), v) for k, v in layers)
-        return KVView(layers, positions, start, positions >= 0 if memory.keep.leaves_empty else None, read.start)
+        if memory.weight != 1 and read.rows is not None:
+            raise ValueError("this stream remembers parts of frames, which cannot count less; set its past_weight to 1")
+        there = positions >= 0 if memory.keep.leaves_empty else None
+        states = read.states if memory.keep.folds else None
+        return KVView(layers, positions, start, there, read.start, memory.weight, states, memory.keep.compresses)
 
     def site(self, pattern: Pattern, grid: Grid3, call: Call, device: torch.device) -> Site:
         """Where this call's self-attention is. ValueError where `pattern` cannot be right."""
         kv, readable = call.kv, None
-        if kv is not None and kv.layers and kv.readable is not None:
-            past = kv.readable.repeat_interleave(grid.per_frame, -1)
-            own = torch.ones(*past.shape[:-1], grid.tokens, dtype=torch.bool)
-            readable = torch.cat([past, own], -1).to(device)
+        if kv is not None and kv.layers and (slots := _slots_read(kv)) is not None:
+            past = slots.repeat_interleave(grid.per_frame, -1)
+            own = torch.ones(*past.shape[:-1], grid.tokens).to(past.dtype)
+            readable = torch.cat([past, own if past.dtype == torch.bool else own.log()], -1).to(device)
             readable = (readable if readable.ndim == 2 else readable[None])[:, None, None]
         parts = () if call.causal is None else parts_of(call.causal, grid, kv)
+        if kv is not None:
+            _require_states(pattern, kv, parts)
         site = Site(grid, 0 if kv is None else kv.slots, 0, readable, call, parts)
         for alone in (site.of(part) for part in parts) if parts else (site,):
             pattern.check(alone)

@@ -34,7 +34,7 @@ from fewstep.models.decoding import Decoded
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.depot import depot_of
 from fewstep.models.fingerprint import describe, print_of
-from fewstep.models.images import Images, blank_images, image_conditions
+from fewstep.models.images import Images, blank_images, image_conditions, image_latents
 from fewstep.models.loading import loaded
 from fewstep.models.lora import add
 from fewstep.models.offload import Blockwise, bring
@@ -62,8 +62,7 @@ _BUILT_INS = {
 class VideoModel:
     """Networks by part, and their card. `model(prompts)` makes clips.
 
-    Parts: `denoiser`, `text`, `codec`, `features`, and `image` of image-to-video models; a folder may hold only some
-    (an autoencoder on its way to a teacher).
+    Parts: `denoiser`, `text`, `codec`, `features`, and `image` of image-to-video models; a folder may hold only some.
     """
 
     def __init__(self, card: Card, parts: Mapping[str, nn.Module], runtime: Runtime = Runtime()) -> None:
@@ -234,6 +233,10 @@ class VideoModel:
         """Frames of a clip of so many latent frames."""
         return self.codec.clip_frames(latents) if latents else 0
 
+    def image_latents(self, pictures: Tensor) -> Tensor:
+        """Latents `[B, C, 1, h, w]` of pictures `[B, 3, H, W]` in [-1, 1], each the only frame of a clip."""
+        return image_latents(self, pictures)
+
     def latents(self, prompts: Sequence[str] | Cond, **options: Any) -> Tensor:
         """Sample latents `[B, C, F, h, w]` by the card's contract: `sampling`, run to its end."""
         return finish(self.sampling(prompts, **options))
@@ -337,15 +340,18 @@ class VideoModel:
         link: bool = False,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         recipe: str = "",
+        engine: Literal["vllm-omni", "sglang", "lightx2v"] | None = None,
     ) -> Path:
         """Write a folder in diffusers' layout that makes the same clips without this package; `from_pretrained` reads it.
 
-        What was not trained is copied from its source (`link`: linked). ValueError where diffusers could not do the same.
+        What was not trained is copied from its source (`link`: linked). ValueError where diffusers (`engine`) would do otherwise.
         With `comfyui` the denoiser alone, in one file, by its authors' names. The denoiser is stored as `dtype`: in half the
-        memory its clips differ by rounding. `recipe` is the text of it, for the page.
+        memory its clips differ by rounding. `recipe` is the text of it, for the page. With `engine`, what that engine serves.
         """
         require_exact(self)
-        return adapters.export_model(self, Path(folder), names=names, link=link, dtype=dtype, recipe=recipe)
+        return adapters.export_model(
+            self, Path(folder), names=names, link=link, dtype=dtype, recipe=recipe, engine=engine
+        )
 
     @classmethod
     def from_pretrained(

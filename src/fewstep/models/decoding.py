@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -39,11 +39,17 @@ class ChunkCodec(Protocol):
     def clip_frames(self, latents: int) -> int:
         """Frames of a clip of so many latent frames, 1 at least."""
 
+    @property
+    def whole_in_chunks(self) -> bool:
+        """Whether chunks give exactly the frames that the whole clip gives."""
+
 
 class FrameByFrame(ABC):
     """For codecs that know no time: every latent frame is decoded by itself."""
 
     downsample: int
+    whole_in_chunks: ClassVar[bool] = True
+    """Whether chunks give exactly the frames that the whole clip gives."""
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:

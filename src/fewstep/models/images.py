@@ -100,14 +100,20 @@ def first_latents(model: VideoModel, clips: int, image: Tensor) -> Tensor:
     pictures = _picture(model, "image", image, "begins with an image")
     if len(pictures) not in (1, clips):
         raise ValueError(f"{len(pictures)} images for {clips} clips: give one for all, or one for each")
+    return image_latents(model, pictures).expand(clips, -1, -1, -1, -1)
+
+
+@torch.no_grad()
+def image_latents(model: VideoModel, pictures: Tensor) -> Tensor:
+    """Latents `[B, C, 1, h, w]` of pictures `[B, 3, H, W]`. ValueError for a codec that makes no single frames."""
     model.bring("codec")
-    with torch.no_grad():
-        latents = model.codec.encode(pictures[:, :, None]).to(model.device)
+    latents = model.codec.encode(pictures[:, :, None]).to(model.device)
     if latents.shape[2] != 1:
         raise ValueError(
-            f"the codec of {name!r} makes {latents.shape[2]} latent frames of one frame; it cannot begin with one"
+            f"the codec of {model.card.name!r} makes {latents.shape[2]} latent frames of one frame, and an image is one; take a "
+            "model with another codec"
         )
-    return latents.expand(clips, -1, -1, -1, -1)
+    return latents
 
 
 def images_in(model: VideoModel, cond: Cond) -> Mapping[str, Tensor] | None:

@@ -153,7 +153,9 @@ def remembered(card: Card, runtime: Runtime) -> int:
         memory = KVCache(start=torch.tensor(0))  # a number that this mode knows the value of
         call = Call(kv=network.recall(memory, x))
         found = network(x, torch.ones(1), model.blank_cond(1), call).kv or ()
-    return sum(map(_size, found)) * (2 if card.contract.guidance.active else 1)
+    stream = card.contract.stream
+    levels = card.contract.steps if stream is not None and stream.commit == "levels" else 1
+    return sum(map(_size, found)) * levels * (2 if card.contract.guidance.active else 1)
 
 
 def placements(card: Card, runtime: Runtime) -> list[tuple[Offload, Calls]]:

@@ -169,6 +169,11 @@ def decoded(codec: Any, latents: Tensor, runtime: Runtime) -> Tensor:
     return clamped
 
 
+def decodes_in_chunks(model: VideoModel) -> bool:
+    """Whether `decode_next`, a latent frame at a time, gives the frames of `decode`."""
+    return model.runtime.tiling == "chunks" or bool(getattr(model.codec, "whole_in_chunks", False))
+
+
 def effective(model: VideoModel) -> dict[str, str]:
     """What is in effect when `model` samples, by name: looked at where looking is cheap."""
     runtime, facts = model.runtime, dict[str, str]()

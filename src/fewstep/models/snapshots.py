@@ -20,14 +20,14 @@ from fewstep.core.atomic import replacing
 from fewstep.core.build import dump
 from fewstep.diffusion import NoisePath, Prediction
 from fewstep.models.stored import open_tensors
-from fewstep.streaming import Chunks, Control, Fade, Flying, LiveSnapshot, Snapshot
+from fewstep.streaming import Chunks, Control, Fade, Flying, LiveSnapshot, Seen, Snapshot
 
 if TYPE_CHECKING:
     from fewstep.models.bundle import VideoModel
 
 _HEADER = "fewstep.stream"
 _HOLDERS: dict[str, type] = {
-    kind.__name__: kind for kind in (LiveSnapshot, Snapshot, KVCache, Fade, Flying, Prediction, Control)
+    kind.__name__: kind for kind in (LiveSnapshot, Snapshot, Seen, KVCache, Fade, Flying, Prediction, Control)
 }
 _ON_CPU = frozenset({"positions", "start", "rows"})
 """Fields of a memory that stay on the CPU."""

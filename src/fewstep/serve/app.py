@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -19,6 +20,7 @@ from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Mount, Route, WebSocketRoute
 
 from fewstep.serve.clips import Clips
+from fewstep.serve.database import TableDown
 from fewstep.serve.errors import ApiError, told
 from fewstep.serve.jobs import Jobs
 from fewstep.serve.keys import Door
@@ -26,8 +28,10 @@ from fewstep.serve.limits import LOOPBACK, Limits
 from fewstep.serve.metrics import Metrics
 from fewstep.serve.orders import Facts
 from fewstep.serve.page_files import PageFiles
+from fewstep.serve.snapshots import SnapshotFiles
 from fewstep.serve.sockets import Sockets, origin_allowed
 from fewstep.serve.supervisor import HANGS, Supervisor
+from fewstep.serve.tables import table_of
 from fewstep.serve.videos import Videos
 from fewstep.serve.viewers import Viewers
 from fewstep.serve.worker import Served
@@ -43,21 +47,26 @@ class Server:
     origins: tuple[str, ...] = ()
     folder: Path = Path("served")
     """Where finished clips, their table, and snapshots are."""
+    table: str | None = None
+    """A table of jobs that other servers share, with this folder: see `fewstep.serve.database`. None: one in the folder."""
     hangs: float = HANGS
     metrics: Metrics = field(default_factory=Metrics)
     began: float = field(default_factory=time.time)
     supervisor: Supervisor = field(init=False)
+    snapshots: SnapshotFiles = field(init=False)
     viewers: Viewers = field(init=False)
     jobs: Jobs = field(init=False)
     clips: Clips = field(init=False)
 
     def __post_init__(self) -> None:
-        self.snapshots = self.folder / "snapshots"
-        self.snapshots.mkdir(parents=True, exist_ok=True)
-        self.supervisor = Supervisor(replace(self.served, folder=self.snapshots), hangs=self.hangs)
-        self.viewers = Viewers(self.supervisor, self.limits, self.metrics)
-        self.jobs = Jobs(self.folder / "jobs.sqlite", self.limits.kept)
-        self.clips = Clips(self.jobs, self.folder / "videos", self.supervisor, self.metrics)
+        written = self.folder / "snapshots"
+        written.mkdir(parents=True, exist_ok=True)
+        self.snapshots = SnapshotFiles(written, self.limits.kept, self.limits.snapshots)
+        self.supervisor = Supervisor(replace(self.served, folder=written), hangs=self.hangs)
+        self.viewers = Viewers(self.supervisor, self.snapshots, self.limits, self.metrics)
+        self.jobs = table_of(self.folder, self.table, self.limits.kept)
+        shared = self.table is not None
+        self.clips = Clips(self.jobs, self.folder / "videos", self.supervisor, self.metrics, shared=shared)
 
     def app(self) -> Starlette:
         """What clients reach."""
@@ -75,7 +84,7 @@ class Server:
         middleware = []
         if self.door.keys is None:  # else a page could reach this machine under a name of its own
             middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"], www_redirect=False)]
-        handlers = {HTTPException: told, Exception: told}
+        handlers = {HTTPException: told, TableDown: told, Exception: told}
         return Starlette(routes=routes, lifespan=self._life, exception_handlers=handlers, middleware=middleware)
 
     async def drain(self, seconds: float) -> None:
@@ -92,9 +101,11 @@ class Server:
     async def _life(self, _: Starlette) -> AsyncIterator[None]:
         self.supervisor.begin()
         self.clips.begin()
+        sweeping = asyncio.create_task(self.snapshots.sweeping())
         try:
             yield
         finally:
+            sweeping.cancel()
             await self.clips.end()
             await self.supervisor.end()
             self.jobs.close()
@@ -132,10 +143,10 @@ class Server:
         return JSONResponse({"ticket": self.door.ticket(holder)})
 
     async def _snapshot(self, request: Request, holder: str) -> Response:
-        name = request.path_params["name"]
-        if self.viewers.snapshots.get(name) != holder:
+        path = self.snapshots.path(request.path_params["name"], holder)
+        if path is None:
             raise ApiError(404, "there is no such snapshot of yours any more", code="no_snapshot")
-        return FileResponse(self.snapshots / name, filename="stream.safetensors")
+        return FileResponse(self.snapshots.folder / path, filename="stream.safetensors")
 
     async def _health(self, _: Request) -> Response:
         return PlainTextResponse("ok\n")
@@ -148,7 +159,8 @@ class Server:
         metrics = self.metrics
         metrics.streams.set(self.viewers.streams)
         metrics.waiting.set(self.viewers.waiting)
-        metrics.clips_waiting.set(self.jobs.waiting())
+        with contextlib.suppress(TableDown):
+            metrics.clips_waiting.set(self.jobs.waiting())
         metrics.load.set(self.viewers.load)
         metrics.deaths.set(self.supervisor.deaths)
         return Response(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4")

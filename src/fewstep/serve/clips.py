@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import errno
 import logging
-import sqlite3
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from PIL import Image
 
 from fewstep.core.atomic import replacing
 from fewstep.data.video import write_pixels
+from fewstep.serve.database import TableDown
 from fewstep.serve.jobs import TRIES, Job, Jobs
 from fewstep.serve.metrics import Metrics
 from fewstep.serve.orders import Close, Failed, Made, Make, News, Pixels, Progress
@@ -26,6 +26,10 @@ SWEEP = 30.0
 """Seconds between two looks for jobs whose time is over."""
 AGAIN = 5.0
 """Seconds until a change of the table that failed is tried again."""
+BEAT = 2.0
+"""Seconds between two signs, in the table, that a clip is still made. Who deletes it elsewhere is heard then."""
+LOOK = 1.0
+"""Seconds until a server that has nothing to make looks for jobs that other servers accepted, or have left."""
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -33,8 +37,11 @@ T = TypeVar("T")
 class Clips:
     """Takes jobs from the table, orders their clips, and writes them."""
 
-    def __init__(self, jobs: Jobs, folder: Path, supervisor: Supervisor, metrics: Metrics) -> None:
-        """`folder` is for files of clips alone: others in it are deleted."""
+    def __init__(
+        self, jobs: Jobs, folder: Path, supervisor: Supervisor, metrics: Metrics, *, shared: bool = False
+    ) -> None:
+        """`folder` is for files of clips alone: others in it are deleted. `shared`: other servers make jobs of this table."""
+        self._shared = shared
         self._jobs, self._folder, self._supervisor, self._metrics = jobs, folder, supervisor, metrics
         self._tasks = list[asyncio.Task[None]]()
         self._more = asyncio.Event()
@@ -47,9 +54,9 @@ class Clips:
 
     def begin(self) -> None:
         """Go on with what is in the table."""
-        self._jobs.recover()
+        self._jobs.recover(lapsed=self._shared)
         loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(self._run()), loop.create_task(self._sweeping())]
+        self._tasks = [loop.create_task(work()) for work in (self._run, self._beating, self._sweeping)]
 
     async def end(self) -> None:
         """What is being made waits for the next server."""
@@ -59,7 +66,8 @@ class Clips:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._making is not None:
             self._supervisor.order(Close(id=self._making.id))
-            self._jobs.put_back(self._making, counts=False)
+            with contextlib.suppress(TableDown):  # then others make it when its lease is over
+                self._jobs.put_back(self._making, counts=False)
             self._making = None
 
     def wake(self) -> None:
@@ -70,6 +78,10 @@ class Clips:
         """Remove a job and its files, whatever its state."""
         self._jobs.remove(job)
         self._delete(job.id)
+        self._give_up(job)
+
+    def _give_up(self, job: Job) -> None:
+        """It is no longer this server's to make."""
         if self._making is not None and self._making.id == job.id:
             self._supervisor.order(Close(id=job.id))
             self._news.put_nowait(None)
@@ -79,7 +91,7 @@ class Clips:
         if job.state == "completed":
             return 100
         making = self._making is not None and self._making.id == job.id
-        return min(99, int(100 * self._done)) if making else 0
+        return min(99, int(100 * (self._done if making else job.done))) if job.state == "in_progress" else 0
 
     def video(self, job: Job) -> Path:
         return self._folder / f"{job.id}.mp4"
@@ -94,9 +106,10 @@ class Clips:
             except ValueError:  # there will be no worker; the server says so
                 return
             self._more.clear()
-            job = await self._noted(self._jobs.next)
+            job = await self._noted(self._next)
             if job is None:
-                await self._more.wait()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._more.wait(), LOOK if self._shared else None)
                 continue
             try:
                 self._making, self._done, self._news = job, 0.0, asyncio.Queue()
@@ -111,6 +124,13 @@ class Clips:
                     await self._failed(job, "internal_error", "the server failed; its log says why")
             self._making = None
 
+    def _next(self) -> Job | None:
+        """The oldest job; where others are who make jobs, the oldest that this server has the model of."""
+        if not self._shared:
+            return self._jobs.next()
+        self._jobs.recover(lapsed=True)
+        return self._jobs.next(self._supervisor.models)
+
     async def _make(self, job: Job) -> None:
         wish, png = job.wish, self._jobs.picture(job)
         if wish.model not in self._supervisor.models:
@@ -124,6 +144,10 @@ class Clips:
         if png is not None:
             await asyncio.to_thread(self._picture(job).write_bytes, png)
         self._supervisor.order(order, self._news.put_nowait)
+        await self._heard(job)
+
+    async def _heard(self, job: Job) -> None:
+        """Follow what the worker says of it, to its end."""
         while (news := await self._news.get()) is not None:
             match news:
                 case Progress():
@@ -137,15 +161,21 @@ class Clips:
                 case Failed():
                     await self._failed(job, news.code, news.message)
                     return
+        await self._leave(job)
 
     async def _keep(self, job: Job, frames: Pixels) -> None:
         await asyncio.to_thread(self._write, job, frames)
         self._picture(job).unlink(missing_ok=True)
-        if not await self._noted(lambda: self._jobs.complete(job)):  # it was removed while it was written
-            self._delete(job.id)
+        if not await self._noted(lambda: self._jobs.complete(job)):
+            await self._leave(job)
             return
         self._metrics.clips.labels("completed").inc()
         self._metrics.clip_seconds.observe(max(0.0, time.time() - job.created))
+
+    async def _leave(self, job: Job) -> None:
+        """Its files, if it was removed; else another server makes it, and they are of that one."""
+        if await self._noted(lambda: self._jobs.get(job.id)) is None:
+            self._delete(job.id)
 
     def _picture(self, job: Job) -> Path:
         return self._folder / f"{job.id}.png"
@@ -169,19 +199,31 @@ class Clips:
         while True:
             try:
                 return change()
-            except sqlite3.OperationalError as error:
+            except TableDown as error:
                 log.error("the table of jobs cannot be changed (%s); it is tried again", error)
                 await asyncio.sleep(AGAIN)
 
+    async def _beating(self) -> None:
+        while True:
+            await asyncio.sleep(BEAT)
+            if (job := self._making) is None:
+                continue
+            try:
+                if not self._jobs.renew(job, self._done):
+                    self._give_up(job)
+            except TableDown as error:
+                log.error("the table of jobs cannot be changed (%s); others may make what this server makes", error)
+
     async def _sweeping(self) -> None:
         while True:
-            with contextlib.suppress(sqlite3.OperationalError, OSError):
+            with contextlib.suppress(TableDown, OSError):
                 self.sweep()
             await asyncio.sleep(SWEEP)
 
     def sweep(self) -> None:
         """Delete jobs whose time is over, and files of no job."""
         self._jobs.expire()
+        self._jobs.recover(lapsed=True)
         ids = self._jobs.ids()
         for path in self._folder.iterdir():
             if path.name.strip(".").partition(".")[0] not in ids:

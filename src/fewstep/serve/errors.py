@@ -8,6 +8,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from fewstep.serve.database import TableDown
+
 
 class ApiError(HTTPException):
     """A request that is refused."""
@@ -28,7 +30,12 @@ class ApiError(HTTPException):
 
 async def told(_: Request, error: Exception) -> Response:
     """The answer to a request that failed."""
-    if not isinstance(error, HTTPException):  # the server's log has it
+    if isinstance(error, TableDown):
+        message = (
+            "the table of jobs cannot be reached; try again in a moment, with the same Idempotency-Key if you send one"
+        )
+        error = ApiError(503, message, code="not_ready", headers={"Retry-After": "10"})
+    elif not isinstance(error, HTTPException):  # the server's log has it
         error = ApiError(500, "the server failed; its log says why", code="internal_error")
     kind = "invalid_request_error" if error.status_code < 500 else "server_error"
     more = {name: getattr(error, name, None) for name in ("param", "code")}

@@ -1,31 +1,43 @@
-"""The table of jobs: one SQLite file, which outlives the server."""
+"""The table of jobs, which outlives its servers. Each job is made by one server at a time.
+
+A server that makes a job has it for a while (`LEASE`), and says in time that it still makes it. A job whose server has died is
+given back when that time is over.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import secrets
-import sqlite3
-import time
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from fewstep.core.build import At, build
+from fewstep.serve.database import Database, NotUnique, TableDown
 from fewstep.serve.wishes import Wish
 
 State = Literal["queued", "in_progress", "completed", "failed"]
 TRIES = 2
 """How often a job is begun, if the worker or the server dies meanwhile."""
-VERSION = 1
+LEASE = 30.0
+"""Seconds that a server has a job without saying that it still makes it."""
+VERSION = 2
 _TABLE = """
 CREATE TABLE IF NOT EXISTS jobs (
-    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, holder TEXT NOT NULL, wish TEXT NOT NULL,
-    state TEXT NOT NULL, created REAL NOT NULL, begun INTEGER NOT NULL, ended REAL, expires REAL,
-    code TEXT NOT NULL, message TEXT NOT NULL, picture BLOB, key TEXT, digest TEXT NOT NULL, UNIQUE (holder, key)
+    number {serial}, id TEXT NOT NULL UNIQUE, holder TEXT NOT NULL, wish TEXT NOT NULL,
+    state TEXT NOT NULL, created DOUBLE PRECISION NOT NULL, begun INTEGER NOT NULL, ended DOUBLE PRECISION,
+    expires DOUBLE PRECISION, code TEXT NOT NULL, message TEXT NOT NULL, picture {binary}, key TEXT, digest TEXT NOT NULL,
+    {added}, UNIQUE (holder, key)
 )"""
-_COLUMNS = "number, id, holder, wish, state, created, begun, ended, expires, code, message"
+_ADDED = (
+    "model TEXT NOT NULL DEFAULT ''", "server TEXT NOT NULL DEFAULT ''", "lease DOUBLE PRECISION NOT NULL DEFAULT 0",
+    "done DOUBLE PRECISION NOT NULL DEFAULT 0",
+)  # fmt: skip
+"""Columns that version 1 had not."""
+_COLUMNS = "number, id, holder, wish, state, created, begun, ended, expires, code, message, done"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +60,8 @@ class Job:
     code: str
     message: str
     """Why it failed."""
+    done: float = 0.0
+    """Share that is made, as its server said last."""
 
 
 class KeyReused(ValueError):
@@ -55,28 +69,44 @@ class KeyReused(ValueError):
 
 
 class Jobs:
-    """The table. Each change is in the file when its call returns; sqlite3.OperationalError where the disk is full."""
+    """The table. Each change is there when its call returns; TableDown where the database cannot make it."""
 
-    def __init__(self, path: Path, kept: float, clock: Callable[[], float] = time.time) -> None:
-        """Jobs that have ended are `kept` for so many seconds. ValueError for a file that is no such table."""
-        self._kept, self._clock = kept, clock
-        path.parent.mkdir(parents=True, exist_ok=True)
+    def __init__(
+        self, database: Database, kept: float, clock: Callable[[], float] | None = None, lease: float = LEASE
+    ) -> None:
+        """Jobs that have ended are `kept` for so many seconds. ValueError for a database that has another table."""
+        self._database, self._kept, self._lease = database, kept, lease
+        self._clock = database.now if clock is None else clock
+        self._server = f"{socket.gethostname()}/{os.getpid()}/{secrets.token_hex(4)}"
         try:
-            self._file = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-            self._file.execute("PRAGMA journal_mode = WAL")
-            self._file.execute("PRAGMA synchronous = NORMAL")  # a power cut may lose the last change, never the table
-            (version,) = self._file.execute("PRAGMA user_version").fetchone()
-            if version not in (0, VERSION):
-                raise ValueError(f"{path} is of another version of fewstep ({version}); give another folder")
-            self._file.execute(_TABLE)
-            self._file.execute(f"PRAGMA user_version = {VERSION}")
-        except sqlite3.DatabaseError as error:
-            raise ValueError(
-                f"{path} cannot be used as a table of jobs ({error}); delete it, or give another folder"
-            ) from None
+            with database.setting_up():
+                self._set_up(database.version())
+        except TableDown as error:
+            raise ValueError(f"{database.name} cannot be used as a table of jobs ({error})") from None
+
+    def _set_up(self, version: int) -> None:
+        database = self._database
+        if version not in (0, 1, VERSION):
+            raise ValueError(f"{database.name} is of another version of fewstep ({version}); give another folder")
+        if version == 1:
+            for column in _ADDED:
+                database.run(f"ALTER TABLE jobs ADD COLUMN {column}")
+            for id, wish in database.run("SELECT id, wish FROM jobs").rows:
+                database.run("UPDATE jobs SET model = ? WHERE id = ?", json.loads(wish)["model"], id)
+        database.run(_TABLE.format(serial=database.serial, binary=database.binary, added=", ".join(_ADDED)))
+        database.run("CREATE TABLE IF NOT EXISTS jobs_table (id TEXT NOT NULL)")
+        if not database.run("SELECT id FROM jobs_table").rows:
+            database.run("INSERT INTO jobs_table (id) VALUES (?)", secrets.token_hex(16))
+        if version != VERSION:
+            database.mark(VERSION)
+
+    @property
+    def table(self) -> str:
+        """Tells this table from others, wherever it is."""
+        return str(self._database.run("SELECT id FROM jobs_table").rows[0][0])
 
     def close(self) -> None:
-        self._file.close()
+        self._database.close()
 
     def add(self, holder: str, wish: Wish, *, picture: bytes | None = None, key: str | None = None) -> Job:
         """A new job, with the file of its picture. ValueError for an idempotency `key` that another job has: see `known`."""
@@ -84,12 +114,12 @@ class Jobs:
         digest = _digest(wish, picture)
         self.expire()
         try:
-            self._file.execute(
-                "INSERT INTO jobs (id, holder, wish, state, created, begun, code, message, picture, key, digest) "
-                "VALUES (?, ?, ?, 'queued', ?, 0, '', '', ?, ?, ?)",
-                (id, holder, text, self._clock(), picture, key, digest),
-            )
-        except sqlite3.IntegrityError:
+            self._database.run(
+                "INSERT INTO jobs (id, holder, wish, model, state, created, begun, code, message, picture, key, digest) "
+                "VALUES (?, ?, ?, ?, 'queued', ?, 0, '', '', ?, ?, ?)",
+                id, holder, text, wish.model, self._clock(), picture, key, digest,
+            )  # fmt: skip
+        except NotUnique:
             raise ValueError(f"the key {key!r} is taken") from None
         found = self._one("id = ?", id)
         assert found is not None
@@ -99,15 +129,15 @@ class Jobs:
         """The holder's job that came with this idempotency `key`, if there is one. KeyReused where that was another request."""
         if key is None or (found := self._one("holder = ? AND key = ?", holder, key)) is None:
             return None
-        (before,) = self._file.execute("SELECT digest FROM jobs WHERE id = ?", (found.id,)).fetchone()
-        if before != _digest(wish, picture):
+        rows = self._database.run("SELECT digest FROM jobs WHERE id = ?", found.id).rows
+        if [tuple(row) for row in rows] != [(_digest(wish, picture),)]:
             raise KeyReused("this Idempotency-Key came with another request before; use a new one")
         return found
 
     def picture(self, job: Job) -> bytes | None:
         """The file of the picture that its video begins with."""
-        row = self._file.execute("SELECT picture FROM jobs WHERE id = ?", (job.id,)).fetchone()
-        return None if row is None else row[0]
+        rows = self._database.run("SELECT picture FROM jobs WHERE id = ?", job.id).rows
+        return None if not rows or rows[0][0] is None else bytes(rows[0][0])
 
     def get(self, id: str, holder: str | None = None) -> Job | None:
         """A job, if it is the `holder`'s (None: anybody's)."""
@@ -121,9 +151,10 @@ class Jobs:
         rows = self._all(f"holder = ? AND {begin} ORDER BY number {order} LIMIT {limit + 1}", holder)
         return rows[:limit], len(rows) > limit
 
-    def next(self) -> Job | None:
-        """The oldest job that waits."""
-        return self._one("state = 'queued' ORDER BY number LIMIT 1")
+    def next(self, models: Collection[str] | None = None) -> Job | None:
+        """The oldest job that waits, of these models (None: of any)."""
+        of = "" if models is None else f" AND model IN ({', '.join('?' * len(models)) or 'NULL'})"
+        return self._one(f"state = 'queued'{of} ORDER BY number LIMIT 1", *(models or ()))
 
     def waiting(self, before: Job | None = None) -> int:
         """Number of jobs that wait, or of those that wait `before` another one."""
@@ -135,63 +166,83 @@ class Jobs:
         return self._count("holder = ? AND state IN ('queued', 'in_progress')", holder)
 
     def begin(self, job: Job) -> bool:
-        """It is being made. False: it was removed meanwhile."""
-        return self._set(job, "state = 'in_progress', begun = begun + 1")
+        """This server makes it from now on. False: it was removed, or another server makes it."""
+        change = "state = 'in_progress', begun = begun + 1, done = 0, server = ?, lease = ? WHERE state = 'queued' AND id = ?"
+        return self._changed(change, self._server, self._clock() + self._lease, job.id) == 1
+
+    def renew(self, job: Job, done: float) -> bool:
+        """This server still makes it, and has so much of it. False: it was removed, or given to another server."""
+        change = "lease = ?, done = ? WHERE state = 'in_progress' AND server = ? AND id = ?"
+        return self._changed(change, self._clock() + self._lease, done, self._server, job.id) == 1
 
     def put_back(self, job: Job, *, counts: bool) -> bool:
         """It waits again; `counts`: what was begun counts as one of its `TRIES`."""
-        change = "state = 'queued', begun = begun - ? WHERE state = 'in_progress' AND id = ?"
-        return self._file.execute(f"UPDATE jobs SET {change}", (0 if counts else 1, job.id)).rowcount == 1
+        change = (
+            "state = 'queued', server = '', begun = begun - ? WHERE state = 'in_progress' AND server = ? AND id = ?"
+        )
+        return self._changed(change, 0 if counts else 1, self._server, job.id) == 1
 
     def complete(self, job: Job) -> bool:
-        """Its video is there. False: it was removed meanwhile."""
+        """Its video is there. False: it was removed meanwhile, or another server makes it."""
         return self._end(job, "completed", "", "")
 
     def fail(self, job: Job, code: str, message: str) -> bool:
-        """It has failed. False: it was removed meanwhile."""
+        """It has failed. False: it was removed meanwhile, or another server makes it."""
         return self._end(job, "failed", code, message)
 
     def remove(self, job: Job) -> None:
-        self._file.execute("DELETE FROM jobs WHERE id = ?", (job.id,))
+        self._database.run("DELETE FROM jobs WHERE id = ?", job.id)
 
     def expire(self) -> None:
         """Remove jobs whose time is over."""
-        self._file.execute("DELETE FROM jobs WHERE expires <= ?", (self._clock(),))
+        self._database.run("DELETE FROM jobs WHERE expires <= ?", self._clock())
 
     def ids(self) -> frozenset[str]:
         """Of all jobs."""
-        return frozenset(id for (id,) in self._file.execute("SELECT id FROM jobs"))
+        return frozenset(id for (id,) in self._database.run("SELECT id FROM jobs").rows)
 
-    def recover(self) -> None:
-        """At the start of a server: what was being made when the last one died waits again, once; then it counts as failed."""
-        for job in self._all("state = 'in_progress'"):
-            if job.begun < TRIES:
-                self.put_back(job, counts=True)
-            else:
-                self.fail(job, "interrupted", f"the server has stopped {TRIES} times while this was made")
+    def recover(self, *, lapsed: bool = False) -> None:
+        """What was being made by a server that died waits again, once; then it counts as failed. `lapsed`: of other servers,
+        those alone that have not said for a lease that they still make it; else all, at the start of the only server."""
+        theirs = "state = 'in_progress'" + (" AND server <> ? AND lease <= ?" if lapsed else "")
+        values = (self._server, self._clock()) if lapsed else ()
+        self._changed(f"state = 'queued', server = '' WHERE {theirs} AND begun < {TRIES}", *values)
+        now, message = self._clock(), f"the server has stopped {TRIES} times while this was made"
+        self._changed(f"{_ENDED} WHERE {theirs}", *_ended("failed", now, self._kept, "interrupted", message), *values)
 
     def _end(self, job: Job, state: State, code: str, message: str) -> bool:
-        now = self._clock()
-        change = "state = ?, ended = ?, expires = ?, code = ?, message = ?, picture = NULL"
-        return self._set(job, change, state, now, now + self._kept, code, message)
+        given = _ended(state, self._clock(), self._kept, code, message)
+        return (
+            self._changed(
+                f"{_ENDED} WHERE ended IS NULL AND server IN ('', ?) AND id = ?", *given, self._server, job.id
+            )
+            == 1
+        )
 
-    def _set(self, job: Job, change: str, *values: Any) -> bool:
-        return self._file.execute(f"UPDATE jobs SET {change} WHERE id = ?", (*values, job.id)).rowcount == 1
+    def _changed(self, change: str, *values: Any) -> int:
+        """Number of rows."""
+        return self._database.run(f"UPDATE jobs SET {change}", *values).changed
 
     def _one(self, where: str, *values: Any) -> Job | None:
         return next(iter(self._all(where, *values)), None)
 
     def _all(self, where: str, *values: Any) -> list[Job]:
         names, now = _COLUMNS.split(", "), self._clock()
-        rows = self._file.execute(
-            f"SELECT {_COLUMNS} FROM jobs WHERE (expires IS NULL OR expires > ?) AND {where}", (now, *values)
+        found = self._database.run(
+            f"SELECT {_COLUMNS} FROM jobs WHERE (expires IS NULL OR expires > ?) AND {where}", now, *values
         )
-        made = (dict(zip(names, row, strict=True)) for row in rows.fetchall())
+        made = (dict(zip(names, row, strict=True)) for row in found.rows)
         return [Job(**row | {"wish": build(Wish, json.loads(row["wish"]), {}, At("job"))}) for row in made]
 
     def _count(self, where: str, *values: Any) -> int:
-        (count,) = self._file.execute(f"SELECT count(*) FROM jobs WHERE {where}", values).fetchone()
-        return int(count)
+        return int(self._database.run(f"SELECT count(*) FROM jobs WHERE {where}", *values).rows[0][0])
+
+
+_ENDED = "state = ?, ended = ?, expires = ?, code = ?, message = ?, picture = NULL, server = ''"
+
+
+def _ended(state: State, now: float, kept: float, code: str, message: str) -> tuple[Any, ...]:
+    return state, now, now + kept, code, message
 
 
 def _digest(wish: Wish, picture: bytes | None) -> str:

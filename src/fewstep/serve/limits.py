@@ -28,12 +28,16 @@ class Limits:
     """Seconds that a stream waits for a viewer whose connection was lost."""
     hello: Positive = 10.0
     """Seconds until a new connection must have said `init`."""
+    unread: Positive = 20.0
+    """Seconds that a message waits for a viewer who reads nothing. Then the connection is dropped."""
     messages: Count = 50
     """Messages of a viewer per second."""
     jobs: Count = 20
     """Clips of one holder that are not finished."""
     kept: Positive = 24 * 3600.0
-    """Seconds that finished clips are kept."""
+    """Seconds that finished clips and snapshots of streams are kept."""
+    snapshots: Count = 20
+    """Snapshots of one holder; the oldest is deleted for another one."""
     upload: Count = 20 << 20
     """Bytes of a request with a picture."""
     pixels: Count = 1 << 25

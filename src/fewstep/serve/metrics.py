@@ -29,6 +29,9 @@ class Metrics:
         self.sockets = Gauge("fewstep_sockets", "Connections of viewers", registry=registry)
         self.deaths = Gauge("fewstep_worker_deaths", "How often the worker has died", registry=registry)
         self.refused = Counter("fewstep_refused", "Streams and clips that were refused", ["code"], registry=registry)
+        self.dropped = Counter(
+            "fewstep_dropped", "Connections that were dropped because nothing was read", registry=registry
+        )
         self.clips_waiting = Gauge("fewstep_clips_waiting", "Clips that wait", registry=registry)
         self.clips = Counter("fewstep_clips", "Clips by how they ended", ["status"], registry=registry)
         self.clip_seconds = Histogram(

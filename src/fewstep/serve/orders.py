@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from fewstep.serve.pace import AHEAD
 from fewstep.streaming import Switch
 
 Pixels = NDArray[np.uint8]
@@ -34,19 +35,34 @@ class Open(Order):
     chunks: int | None = None
     """Length; None: until it is closed."""
     snapshot: str | None = None
-    """Where another stream of this model was: the name of its file. Its prompt and seed are gone on with."""
+    """Where another stream of this model was: its file, in the folder of `Served`. Its prompt and seed are gone on with."""
     acknowledged: bool = False
     """Whether the viewer says how far it has played. If not, it is taken to play in real time."""
+    ahead: int = AHEAD
+    """Chunks that it may be ahead of its viewer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Steer(Order):
-    """Another prompt, from the next chunk on."""
+    """Another prompt, from the next chunk on, or from a later one."""
 
     prompt: str
     how: Switch = "keep"
+    chunk: int | None = None
+    """None: the next one to begin."""
     token: str = ""
-    """Comes back in `Applies`."""
+    """Comes back in `Applies` or `Declined`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Press(Order):
+    """These keys are held from the next chunk on, or from a later one, and no others."""
+
+    keys: tuple[str, ...]
+    chunk: int | None = None
+    """None: the next one to begin."""
+    token: str = ""
+    """Comes back in `Applies` or `Declined`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +132,10 @@ class Facts:
     guidance: float = 1.0
     """Scale of its own guidance; 1: none."""
     licence: str = ""
+    keys: tuple[str, ...] = ()
+    """Names of the keys that a student that streams reads; none: it is not steered by keys."""
+    switches: tuple[Switch, ...] = ()
+    """Ways to change the prompt of its stream."""
 
     @property
     def streams(self) -> bool:
@@ -161,15 +181,18 @@ class Declined(News):
     """An order that could not be followed; the task goes on as if it had not been given."""
 
     message: str
+    token: str = ""
+    """Of the order."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Applies(News):
-    """From which chunk on a prompt holds."""
+    """From which chunk on a prompt or keys hold."""
 
     token: str
     chunk: int
-    prompt: str
+    prompt: str | None = None
+    keys: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -187,6 +210,8 @@ class Shown(News):
     frames: Pixels
     took: tuple[float, float, float]
     """Milliseconds of its steps, of remembering the chunk before it, and of decoding."""
+    keys: tuple[str, ...] = ()
+    """Keys that were held at its end."""
 
 
 @dataclass(frozen=True, kw_only=True)

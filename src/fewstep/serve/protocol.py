@@ -1,6 +1,6 @@
 """The messages of `WS /v1/stream`, as JSON objects with a `type`. Media are binary messages, which follow their `chunk`.
 
-Client:  init, then prompt, ack, pause, resume, snapshot, stop
+Client:  init, then prompt, control, ack, pause, resume, snapshot, stop
 Server:  queue (while others are served), started, then applied, chunk, saved, stats; at the end done or error
 """
 
@@ -13,6 +13,8 @@ from typing import Annotated, Literal
 
 from fewstep.core.bounds import Bounds, Natural, require_bounds
 from fewstep.core.build import At, RecipeError, build
+from fewstep.serve.pace import AHEAD
+from fewstep.streaming import Switch
 
 LONGEST_PROMPT = 2000
 """Characters."""
@@ -53,6 +55,8 @@ class Init(Message):
     """Frames as pictures, one binary message each; or a fragment of an MP4 (H.264) per chunk, for Media Source Extensions."""
     ack: bool = False
     """Whether the client says what it has played. If not, it is taken to play in real time."""
+    ahead: Annotated[int, Bounds(least=1, most=AHEAD)] = AHEAD
+    """Chunks that the server may be ahead. With fewer it obeys sooner, and a slow machine stalls sooner."""
     snapshot: str | None = None
     """Name of a snapshot on this server: go on with its prompt and seed."""
     session: str | None = None
@@ -66,9 +70,23 @@ class Prompt(Message):
     """Another prompt, from the next chunk on."""
 
     prompt: str
-    how: Literal["keep", "recache", "clear", "lerp"] = "keep"
+    how: Switch = "keep"
+    chunk: Natural | None = None
+    """From this chunk on, if it is not begun: so a stream can be made again, whatever the time that messages take."""
     id: str = ""
-    """Comes back in `applied`."""
+    """Comes back in `applied`, or in `error`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Control(Message):
+    """From the next chunk on these keys are held, and no others."""
+
+    keys: tuple[str, ...]
+    """Some of those that `/v1/models` and `started` name; none: no key is held."""
+    chunk: Natural | None = None
+    """As in `prompt`."""
+    id: str = ""
+    """Likewise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +117,7 @@ class Stop(Message):
 
 
 CLIENT: dict[str, type[Message]] = {
-    kind.__name__.lower(): kind for kind in (Init, Prompt, Ack, Pause, Resume, Snapshot, Stop)
+    kind.__name__.lower(): kind for kind in (Init, Prompt, Control, Ack, Pause, Resume, Snapshot, Stop)
 }
 
 
@@ -155,15 +173,20 @@ class Started(Said):
     realtime: bool
     """Whether the machine makes frames at least as fast as they are played."""
     licence: str
+    keys: tuple[str, ...] = ()
+    """Keys that `control` may name; none: this model reads no keys."""
+    switches: tuple[str, ...] = ()
+    """Values of `how` that this model knows."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Applied(Said):
-    """From which chunk on a prompt holds."""
+    """From which chunk on a prompt holds, or keys are held."""
 
     id: str
     chunk: int
-    prompt: str
+    prompt: str | None = None
+    keys: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +203,8 @@ class Chunk(Said):
     prompt: str
     version: int
     """How often the prompt had changed."""
+    keys: tuple[str, ...]
+    """Keys that were held at its end."""
     denoise_ms: float
     commit_ms: float
     """What it took to remember the chunk before."""
@@ -221,6 +246,8 @@ class Error(Said):
     retryable: bool = False
     fatal: bool = True
     """Whether the connection is closed."""
+    id: str = ""
+    """Of the prompt or control that was refused."""
 
 
 @dataclass(frozen=True, kw_only=True)

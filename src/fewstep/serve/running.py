@@ -9,10 +9,11 @@ from collections.abc import Callable
 
 import uvicorn
 
-from fewstep.core.lock import holding
 from fewstep.serve import protocol
 from fewstep.serve.app import Server
+from fewstep.serve.connections import Connection
 from fewstep.serve.limits import LOOPBACK
+from fewstep.serve.tables import alone
 
 DRAIN = 10.0
 """Seconds that viewers are given at the end."""
@@ -43,7 +44,7 @@ def web_server(server: Server, host: str, port: int) -> Web:
     """What clients reach. ValueError as of `require_private`."""
     require_private(host, server)
     config = uvicorn.Config(
-        server.app(), host=host, port=port, log_level="warning", access_log=False, loop="asyncio", ws="websockets-sansio",
+        server.app(), host=host, port=port, log_level="warning", access_log=False, loop="asyncio", ws=Connection,
         ws_max_size=protocol.LARGEST, timeout_graceful_shutdown=5, server_header=False,
     )  # fmt: skip
     return Web(config, server)
@@ -52,7 +53,7 @@ def web_server(server: Server, host: str, port: int) -> Web:
 async def run(server: Server, host: str, port: int, watch_port: int | None, ready: Callable[[str], None]) -> None:
     """Serve until a signal comes. `ready` is called with the address when the models are warm. ValueError when they cannot be
     served, or the port cannot be had; FolderInUse when another server has the folder."""
-    with holding(server.folder):
+    with alone(server.folder, server.table):
         web, listening = web_server(server, host, port), _bound(host, port)
         serving = asyncio.create_task(web.serve([listening]))
         watching: asyncio.Task[None] | None = None

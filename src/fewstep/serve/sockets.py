@@ -6,20 +6,27 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from fewstep.serve import protocol
+from fewstep.serve.connections import DROP
 from fewstep.serve.keys import Door
 from fewstep.serve.limits import Limits
 from fewstep.serve.metrics import Metrics
-from fewstep.serve.viewers import Packet, Refused, Viewer, Viewers
+from fewstep.serve.viewer import Packet, Viewer
+from fewstep.serve.viewers import Refused, Viewers
 
 SUBPROTOCOL = "fewstep.v1"
 POLICY, OVERLOADED = 1008, 1013
 """Codes with which a connection is closed: its client breaks the rules; try again later."""
+
+
+class Unread(Exception):
+    """The client does not read."""
 
 
 @dataclass
@@ -50,12 +57,10 @@ class Sockets:
         finally:
             self.open -= 1
             self.metrics.sockets.set(self.open)
-            with contextlib.suppress(WebSocketDisconnect, RuntimeError, OSError):
-                if (
-                    socket.client_state is WebSocketState.CONNECTED
-                    and socket.application_state is WebSocketState.CONNECTED
-                ):
-                    await socket.close()
+            states = socket.client_state, socket.application_state
+            if states == (WebSocketState.CONNECTED, WebSocketState.CONNECTED) and DROP in socket.scope["state"]:
+                with contextlib.suppress(WebSocketDisconnect, RuntimeError, OSError, Unread):
+                    await self._patiently(socket, socket.close())
 
     def _holder(self, socket: WebSocket) -> str | None:
         """Who connects: by a key in a header, or a ticket among the subprotocols. Neither is ever part of the address."""
@@ -110,33 +115,45 @@ class Sockets:
                 packet = Packet(stats.text())
             if packet is None:
                 return
-            await socket.send_text(packet.text)
+            await self._patiently(socket, socket.send_text(packet.text))
             for media in packet.media:
-                await socket.send_bytes(media)
+                await self._patiently(socket, socket.send_bytes(media))
             viewer.sent(packet)
+
+    async def _patiently(self, socket: WebSocket, sending: Coroutine[Any, Any, None]) -> None:
+        """Send something. `Unread` where the client does not read for too long: then the connection is dropped."""
+        try:
+            async with asyncio.timeout(self.limits.unread):
+                await sending
+        except TimeoutError:
+            self.metrics.dropped.inc()
+            socket.scope["state"].pop(DROP)(OVERLOADED, f"nothing was read for {self.limits.unread:g} seconds")
+            raise Unread from None
 
     async def _receive(self, socket: WebSocket, viewer: Viewer) -> None:
         """What the viewer says, until it goes or stops."""
         recent = deque[float](maxlen=self.limits.messages)
         while True:
+            message: protocol.Message | None = None
             try:
                 text = await _text(socket)
                 now = time.monotonic()
                 if len(recent) == recent.maxlen and now - recent[0] < 1:
-                    viewer.finish(_too_many(self.limits.messages))
+                    viewer.finish(_too_many(self.limits.messages), wanted=True)
                     await asyncio.sleep(1)  # for the sender
                     return
                 recent.append(now)
                 message = protocol.heard(text)
                 if isinstance(message, protocol.Stop):
-                    viewer.finish(protocol.Done(chunks=viewer.chunks, frames=viewer.frames))
+                    viewer.finish(protocol.Done(chunks=viewer.chunks, frames=viewer.frames), wanted=True)
                     await asyncio.sleep(1)
                     return
                 viewer.hear(message)
             except WebSocketDisconnect:
                 return
             except ValueError as error:
-                viewer.say(protocol.Error(code="invalid_message", message=str(error), fatal=False))
+                id = getattr(message, "id", "")
+                viewer.say(protocol.Error(code="invalid_message", message=str(error)[:500], fatal=False, id=id))
 
 
 async def _text(socket: WebSocket) -> str:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fewstep.data.video import read_image, to_pixels
 from fewstep.models import VideoModel
+from fewstep.models.runtime import decodes_in_chunks
 from fewstep.models.snapshots import load_snapshot, save_snapshot
 from fewstep.serve.orders import (
     Applies,
@@ -25,16 +27,20 @@ from fewstep.serve.orders import (
     Pixels,
     Play,
     Played,
+    Press,
     Progress,
     Save,
     Saved,
     Shown,
     Steer,
 )
-from fewstep.serve.pace import AHEAD, Pace
-from fewstep.streaming import LiveChunk, LiveSnapshot
+from fewstep.serve.pace import Pace
+from fewstep.streaming import LiveChunk, LiveSession, LiveSnapshot
+from fewstep.streaming.control import held_last, inputs_of, keys_of, row_of
 
 Send = Callable[[News], None]
+SOON = 100
+"""Chunks from the one that is shown to the last one for which prompts and keys are taken."""
 
 
 class Task(ABC):
@@ -65,12 +71,15 @@ class Stream(Task):
         start: LiveSnapshot | list[str] = [order.prompt]
         options: dict[str, Any] = {"seed": order.seed}
         if order.snapshot is not None:
-            start, options = load_snapshot(folder / order.snapshot, model), {}
+            start, options = _snapshot(folder / order.snapshot, model), {}
         self._live = model.stream(start, num_inference_steps=order.steps, **options)
+        self._keys = keys_of(model.card)
+        if order.snapshot is None:
+            release(self._live, model)
         self._before = self._live.snapshot().frames  # those that were shown before it begins
         self._until = None if order.chunks is None else self._live.chunks + order.chunks
         longest = max(chunk_frames(model))
-        self._pace = Pace(model.card.fps, AHEAD * longest, opened=now, acknowledged=order.acknowledged)
+        self._pace = Pace(model.card.fps, order.ahead * longest, opened=now, acknowledged=order.acknowledged)
         self._paused_at: float | None = None
 
     def due(self, now: float) -> float | None:
@@ -82,7 +91,7 @@ class Stream(Task):
         chunk = self._live.work(self._until, last=self._until is not None)
         if chunk is not None:
             self._pace.send(chunk.frames.shape[1], now())
-            self._send(_shown(self._order.id, chunk))
+            self._send(_shown(self._order.id, chunk, held_last(self._model.card, chunk.told)))
         if self._live.chunks == self._until:
             self._send(Finished(id=self._order.id))
             return False
@@ -91,8 +100,12 @@ class Stream(Task):
     def hear(self, order: Order, now: float) -> None:
         match order:
             case Steer():
-                chunk = self._live.prompt(order.prompt, how=order.how)
+                chunk = self._live.prompt(order.prompt, chunk=self._soon(order.chunk), how=order.how)
                 self._send(Applies(id=order.id, token=order.token, chunk=chunk, prompt=order.prompt))
+            case Press():
+                row = row_of(order.keys, self._keys)
+                chunk = self._live.control("keys", row, chunk=self._soon(order.chunk))
+                self._send(Applies(id=order.id, token=order.token, chunk=chunk, keys=order.keys))
             case Play(on=True) if self._paused_at is not None:
                 self._pace.pause(now - self._paused_at)
                 self._paused_at = None
@@ -104,6 +117,14 @@ class Stream(Task):
                 path = self._folder / f"{secrets.token_urlsafe(18)}.safetensors"
                 save_snapshot(self._live.snapshot(), self._model, path)
                 self._send(Saved(id=order.id, chunk=self._live.chunks, name=path.name, bytes=path.stat().st_size))
+
+    def _soon(self, chunk: int | None) -> int | None:
+        """The chunk of an order. ValueError for one that is far away: nobody may fill the memory with what is to come."""
+        if chunk is not None and chunk > self._live.chunks + SOON:
+            raise ValueError(
+                f"chunk {chunk} is far away; name one of the next {SOON}, up to {self._live.chunks + SOON}"
+            )
+        return chunk
 
     def close(self) -> None:
         self._live.close()
@@ -144,11 +165,28 @@ class Clip(Task):
         for step in steps:
             if model.device.type != "cpu":  # else calls would pile up there, before those for viewers
                 torch.accelerator.current_stream(model.device).synchronize()
-            yield step.index + 1, step.steps + 1  # decoding is the last
+            pieces = step.x.shape[2] if decodes_in_chunks(model) else 1
+            yield step.index + 1, step.steps + pieces
         assert step is not None
-        with torch.inference_mode():
-            frames = model.decode(step.x)
-        self._made(to_pixels(frames)[0].numpy())
+        parts = list[Pixels]()
+        for frames in self._decoded(step.x, pieces):
+            parts.append(to_pixels(frames)[0].numpy())
+            if len(parts) < pieces:
+                yield step.steps + len(parts), step.steps + pieces
+        self._made(np.concatenate(parts))
+
+    def _decoded(self, latents: Tensor, pieces: int) -> Iterator[Tensor]:
+        """Frames `[1, 3, F, H, W]` of so many pieces, one after the other: between two of them the worker says that it lives, and
+        hears whether the clip is still wanted."""
+        past = None
+        with torch.no_grad():
+            if pieces == 1:
+                yield self._model.decode(latents)
+                return
+            for index, piece in enumerate(latents.split(1, 2), 1):
+                made = self._model.decode_next(piece, past, last=index == pieces)
+                past = made.past
+                yield made.frames
 
     def _streamed(self) -> Generator[tuple[int, int]]:
         order, model = self._order, self._model
@@ -176,9 +214,23 @@ def chunk_frames(model: VideoModel) -> tuple[int, int]:
     return begin, model.clip_frames(first + second) - begin
 
 
-def _shown(name: str, chunk: LiveChunk) -> Shown:
+def release(live: LiveSession, model: VideoModel) -> None:
+    """Tell a stream that begins of no key, if the model reads keys and does not say what it is told without them."""
+    if (keys := keys_of(model.card)) and inputs_of(model.card)["keys"].default is None:
+        live.control("keys", [0.0] * len(keys))
+
+
+def _snapshot(path: Path, model: VideoModel) -> LiveSnapshot:
+    """Where another stream was. A ValueError names no path of this machine."""
+    try:
+        return load_snapshot(path, model)
+    except ValueError as error:
+        raise ValueError(str(error).replace(str(path), "the snapshot")) from None
+
+
+def _shown(name: str, chunk: LiveChunk, keys: tuple[str, ...]) -> Shown:
     took = chunk.took
     return Shown(
         id=name, index=chunk.index, first=chunk.first, seconds=chunk.seconds, prompt=chunk.prompts[0], version=chunk.version,
-        frames=chunk.frames[0].numpy(), took=(took.denoise, took.commit, took.decode),
+        frames=chunk.frames[0].numpy(), took=(took.denoise, took.commit, took.decode), keys=keys,
     )  # fmt: skip

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import binascii
 import io
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,14 +16,19 @@ from starlette.requests import Request
 from starlette.types import Message
 
 from fewstep.data.video import fit
+from fewstep.serve import webp
 from fewstep.serve.errors import ApiError
 from fewstep.serve.limits import Limits
 from fewstep.serve.orders import Facts
+from fewstep.serve.wishes import json_or_text
 
 SECONDS = 120.0
 """Longest time that a body may take."""
 REFERENCE = "input_reference"
-KINDS = ("PNG", "JPEG")
+SCHEDULE = "prompt_schedule"
+LATER = (f"{SCHEDULE}[][at_s]", f"{SCHEDULE}[][prompt]")
+KINDS = ("PNG", "JPEG", *(("WEBP",) if webp.is_safe() else ()))
+"""Pictures that are read."""
 
 
 async def bounded(request: Request, most: int) -> Request:
@@ -66,8 +72,8 @@ async def fields_of(request: Request, limits: Limits) -> tuple[dict[str, Any], b
 
 
 async def _form(request: Request) -> tuple[dict[str, Any], bytes | None]:
-    given, picture = dict[str, Any](), None
-    async with request.form(max_files=1, max_fields=50) as form:
+    given, picture, later = dict[str, Any](), None, {key: list[str]() for key in LATER}
+    async with request.form(max_files=1, max_fields=300) as form:
         for name, value in form.multi_items():
             if name in (REFERENCE, f"{REFERENCE}[image_url]"):
                 if picture is not None:
@@ -75,23 +81,37 @@ async def _form(request: Request) -> tuple[dict[str, Any], bytes | None]:
                 picture = await value.read() if isinstance(value, UploadFile) else _inline(value)
             elif isinstance(value, UploadFile):
                 raise ApiError(400, f"only {REFERENCE} is a file", param=name[:40], code="invalid_value")
+            elif name in later:
+                later[name].append(value)
             elif name in given:
                 raise ApiError(400, f"{name[:40]} is there twice", param=name[:40], code="invalid_value")
             else:
                 given[name] = value
-    return given, picture
+    if any(later.values()) and SCHEDULE in given:
+        raise ApiError(400, f"{SCHEDULE} is there twice", param=SCHEDULE, code="invalid_value")
+    return given | _schedule(later), picture
+
+
+def _schedule(later: Mapping[str, list[str]]) -> dict[str, Any]:
+    """Prompts that follow, as OpenAI's client writes a list of objects into a form: a field for each value."""
+    times, prompts = later.values()
+    if len(times) != len(prompts):
+        message = f"{SCHEDULE} has {len(times)} times and {len(prompts)} prompts; give at_s and prompt for each"
+        raise ApiError(400, message, param=SCHEDULE, code="invalid_value")
+    pairs = [{"at_s": json_or_text(time), "prompt": prompt} for time, prompt in zip(times, prompts)]
+    return {SCHEDULE: pairs} if pairs else {}
 
 
 def _inline(url: Any) -> bytes:
     """The bytes of a picture that is part of the request."""
     head, _, text = url.partition(",") if isinstance(url, str) else ("", "", "")
     try:
-        if head not in ("data:image/png;base64", "data:image/jpeg;base64"):
+        if head not in [f"data:image/{kind.lower()};base64" for kind in KINDS]:
             raise ValueError
         return base64.b64decode(text, validate=True)
     except (ValueError, binascii.Error):
         message = (
-            f"{REFERENCE} is the file of a picture, or data:image/png;base64,... (or jpeg) as its image_url; this server reads "
+            f"{REFERENCE} is the file of a picture, or data:image/png;base64,... as its image_url; this server reads "
             "no addresses and no files of its own"
         )
         raise ApiError(400, message, param=REFERENCE, code="invalid_value") from None
@@ -99,11 +119,16 @@ def _inline(url: Any) -> bytes:
 
 def picture_of(data: bytes, facts: Facts, limits: Limits) -> bytes:
     """A picture, upright, scaled to cover the size of a model's clips and cropped at the centre: a PNG of nothing else."""
-    problem = f"{REFERENCE} is no readable picture; send a PNG or a JPEG"
+    *kinds, last = KINDS
+    problem = f"{REFERENCE} is no readable picture; send a {', '.join(kinds)} or {last} (no animation)"
+    too_large = REFERENCE + " has {} x {} pixels, and at most " + f"{limits.pixels} are read"
     try:
+        if (size := webp.size_of(data)) is not None and size[0] * size[1] > limits.pixels:
+            problem = too_large.format(*size)
+            raise ValueError
         with Image.open(io.BytesIO(data), formats=KINDS) as image:  # reads the header only
             if image.width * image.height > limits.pixels:
-                problem = f"{REFERENCE} has {image.width} x {image.height} pixels, and at most {limits.pixels} are read"
+                problem = too_large.format(*image.size)
                 raise ValueError
             pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
         out = io.BytesIO()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import sqlite3
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from fewstep.serve.clips import Clips
+from fewstep.serve.database import TableFull
 from fewstep.serve.errors import ApiError
 from fewstep.serve.jobs import Job, Jobs, KeyReused
 from fewstep.serve.limits import Limits
@@ -149,7 +149,7 @@ class Videos:
             job = self.jobs.add(holder, wish, picture=png, key=key)
         except KeyReused as error:
             raise ApiError(422, str(error), code="idempotency_key_reused") from None
-        except sqlite3.OperationalError:
+        except TableFull:
             raise _no_space() from None
         self.clips.wake()
         return job

@@ -85,7 +85,7 @@ def asked_of(given: Mapping[str, Any]) -> Asked:
         text = str in (hints[name], *get_args(hints[name]))
         try:
             found[name] = build(
-                hints[name], value if text or not isinstance(value, str) else _read(value), {}, At(name)
+                hints[name], value if text or not isinstance(value, str) else json_or_text(value), {}, At(name)
             )
         except RecipeError as error:
             raise _wrong(name, str(error)) from None
@@ -193,7 +193,7 @@ def _schedule(asked: Asked, facts: Facts, frames: int, fps: float) -> tuple[tupl
     return tuple((later.at_s * fps / facts.fps, later.prompt) for later in asked.prompt_schedule)
 
 
-def _read(text: str) -> Any:
+def json_or_text(text: str) -> Any:
     """A value of a form."""
     try:
         return json.loads(text)

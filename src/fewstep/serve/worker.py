@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -19,7 +19,9 @@ from fewstep.core.finite import NonFiniteError
 from fewstep.models import VideoModel
 from fewstep.models.runtime import Runtime
 from fewstep.serve.orders import Beat, Close, Declined, Down, Facts, Failed, Make, News, Open, Order, Up
-from fewstep.serve.tasks import Clip, Stream, Task, chunk_frames
+from fewstep.serve.tasks import Clip, Stream, Task, chunk_frames, release
+from fewstep.streaming import Session, Switch
+from fewstep.streaming.control import keys_of
 
 IDLE = 0.02
 """Seconds between two looks at the clock while every viewer has enough frames."""
@@ -122,7 +124,7 @@ class Worker:
         try:
             task.hear(order, self._clock())
         except ValueError as error:  # a way to change prompts that this student has not
-            self._say(Declined(id=order.id, message=str(error)))
+            self._say(Declined(id=order.id, message=str(error), token=getattr(order, "token", "")))
         except OSError:
             log.exception("a snapshot could not be written")
             self._say(Declined(id=order.id, message="the server could not write the file; try again later"))
@@ -189,10 +191,13 @@ def warm(name: str, model: VideoModel) -> Facts:
             model.decode(last.x)
         return facts
     with model.stream([""]) as live:
+        release(live, model)
         chunks = full_chunks(model) + 2
         took = [chunk.took for chunk in live.frames(chunks)][-2:]
     seconds = min(t.denoise + t.commit + t.decode for t in took) / 1000
-    return replace(facts, chunk_frames=chunk_frames(model), chunk_seconds=seconds)
+    return replace(
+        facts, chunk_frames=chunk_frames(model), chunk_seconds=seconds, keys=keys_of(card), switches=switches_of(model)
+    )
 
 
 def memory_held() -> int:
@@ -210,6 +215,16 @@ def full_chunks(model: VideoModel) -> int:
     stream = model.card.contract.stream
     assert stream is not None
     return -(-stream.window // max(stream.chunks)) if stream.window else 2
+
+
+def switches_of(model: VideoModel) -> tuple[Switch, ...]:
+    """Ways to change the prompt of a stream of this model."""
+    session, found = Session(model, [""]), list[Switch]()
+    for how in get_args(Switch):
+        with contextlib.suppress(ValueError):
+            session.require(how)
+            found.append(how)
+    return tuple(found)
 
 
 def steps_of(model: VideoModel) -> tuple[int, ...]:

@@ -4,12 +4,13 @@ from fewstep.streaming.blocks import Chunks, Flying, Made
 from fewstep.streaming.cascade import cascaded
 from fewstep.streaming.control import Control
 from fewstep.streaming.live import LiveChunk, LiveSession, LiveSnapshot, Took
+from fewstep.streaming.pipelined import pipelined
 from fewstep.streaming.plan import fitting
 from fewstep.streaming.rolling import Rolling
-from fewstep.streaming.session import Session, Snapshot, Video
+from fewstep.streaming.session import Seen, Session, Snapshot, Video
 from fewstep.streaming.switch import Fade, Switch
 
 __all__ = [
-    "Chunks", "Control", "Fade", "Flying", "LiveChunk", "LiveSession", "LiveSnapshot", "Made", "Rolling", "Session", "Snapshot",
-    "Switch", "Took", "Video", "cascaded", "fitting",
+    "Chunks", "Control", "Fade", "Flying", "LiveChunk", "LiveSession", "LiveSnapshot", "Made", "Rolling", "Seen", "Session",
+    "Snapshot", "Switch", "Took", "Video", "cascaded", "fitting", "pipelined",
 ]  # fmt: skip

@@ -16,16 +16,17 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from fewstep.attention import Everything, Keep, KVCache, Window
+from fewstep.attention import Everything, Keep, KVCache, StateMemory, Window
 from fewstep.core import KV, Call, Cond, KVView, Rng, Seeds
 from fewstep.core.call import Causal, Constants, Runner, every_block
 from fewstep.diffusion import Contract, NoisePath, Prediction, Step, StepCountError, Stream
-from fewstep.diffusion.samplers import Denoise, full
+from fewstep.diffusion.samplers import Denoise, Here, full
+from fewstep.streaming.levels import joined, view_of
 
 
 class Reader(Protocol):
@@ -114,9 +115,7 @@ class Chunks:
 
     def begin(self) -> KVCache:
         """The memory of a stream that has not begun."""
-        stream = self.stream
-        standing = "window" if stream.commit == "nothing" else stream.positions
-        return KVCache.empty(keep_of(stream), max(stream.chunks), standing)
+        return empty_memory(self.stream)
 
     def grid(self, index: int) -> tuple[float, ...]:
         """Times of the steps of chunk `index`."""
@@ -144,13 +143,14 @@ class Chunks:
         `rng` is this chunk's own. With guidance the memory is of twice as many samples, the condition's first. `exit` is for
         training: the step to stop at, and the only one with gradient. What is remembered has none.
         """
-        memory = memory.facing(self._poses(cond))
+        memory, levels, kept = memory.facing(self._poses(cond)), self.stream.commit == "levels", list[Any]()
         view = self.network.recall(memory, noise)  # 1
+        if levels and exit not in (None, len(self.times) - 2):
+            raise ValueError("a stream that remembers every step makes them all; let the rollout have exit: last")
 
         def denoise(x_t: Tensor, t: Tensor, call: Call) -> Prediction:
-            return self.contract.guidance(
-                self.network, x_t, t, cond, uncond, replace(call, kv=view, constants=self.constants)
-            )
+            past = view_of(view, call.step, call.steps) if levels else view
+            return self._reading(past, cond, uncond)(x_t, t, call)
 
         def cached(x_t: Tensor, t: Tensor, call: Call) -> Prediction:
             with nullcontext() if exit in (None, call.step) else torch.no_grad():
@@ -158,10 +158,11 @@ class Chunks:
 
         for step in self.contract.sampler.sampling(cached, noise, self._grid(memory), rng=rng):  # 2
             made = Made(step)
+            kept = [*kept, step.prediction.kv] if levels else [step.prediction.kv]
             ends = step.index == (step.steps - 1 if exit is None else exit)
             if ends:
                 commit = self._committed if exit is None else torch.no_grad()(self._committed)
-                made = replace(made, commit=partial(commit, memory, made, denoise, rng))
+                made = replace(made, commit=partial(commit, memory, made, joined(kept), denoise, rng))
             yield made
             if ends:
                 return
@@ -172,13 +173,41 @@ class Chunks:
         """Chunk `index`, which follows `memory`, where its latents `x` are known, such as those of an image: the one call that
         remembers it, as if it were finished."""
         memory, steps = memory.facing(self._poses(cond)), len(self.grid(index)) - 1
-        call = Call(step=steps - 1, steps=steps, kv=self.network.recall(memory, x))
+        view, levels = self.network.recall(memory, x), steps if self.stream.commit == "levels" else 1
+        reads = [self._reading(view_of(view, level, levels), cond, uncond) for level in range(levels)]
+        calls = [Call(step=step, steps=steps) for step in range(steps - levels, steps)]
+        every = [self._context(x, denoise, call, rng) for denoise, call in zip(reads, calls, strict=True)]
+        yield Made(Step(0, 1, every[-1], x), lambda: self._after(memory, joined([p.kv for p in every]), x.shape[2]))
 
-        def denoise(x_t: Tensor, t: Tensor, told: Call) -> Prediction:
-            return self.contract.guidance(self.network, x_t, t, cond, uncond, told)
+    def hop(
+        self, memory: KVCache, x: Tensor, level: int, cond: Cond, uncond: Cond, rng: Seeds | Rng, *, known: bool = False
+    ) -> tuple[Tensor, tuple[KV, ...]]:
+        """A chunk `x` after step `level`, and what is remembered of that step, which reads `memory`, its own
+        (`streaming.pipelined`). A chunk that is `known` is only remembered."""
+        call = Call(step=level, steps=len(self.times) - 1)
+        denoise = self._reading(self.network.recall(memory.facing(self._poses(cond)), x), cond, uncond)
+        if known:
+            return x, _given(self._context(x, denoise, call, rng).kv)
+        t, s = self.times[level : level + 2]
+        prediction = denoise(x, full(t, x), call)
+        here = Here(x, t, s, prediction, None, call, denoise, rng)
+        return here.kept(self.contract.sampler.move(here)), _given(prediction.kv)
 
-        prediction = self._context(x, denoise, call, rng)
-        yield Made(Step(0, 1, prediction, x), lambda: self._after(memory, prediction.kv, x.shape[2]))
+    def _reading(self, view: KVView, cond: Cond, uncond: Cond) -> Denoise:
+        """What the network predicts when it reads this past."""
+
+        def denoise(x_t: Tensor, t: Tensor, call: Call) -> Prediction:
+            call = replace(call, kv=view, constants=self.constants)
+            return self.contract.guidance(self.network, x_t, t, cond, uncond, call)
+
+        return denoise
+
+    @torch.no_grad()
+    def given(self, memory: KVCache, x: Tensor, cond: Cond, rng: Seeds | Rng, index: int) -> KVCache:
+        """`memory` and the `known` chunk `index`, without gradient."""
+        (made,) = self.known(memory, x, cond, cond, rng, index)
+        assert made.memory is not None
+        return made.memory
 
     def _poses(self, cond: Cond) -> Tensor | None:
         """Where the frames of the next chunk look from, if the condition says it."""
@@ -191,9 +220,9 @@ class Chunks:
             raise ValueError("this stream remembers nothing, so there is nothing to make anew; choose keep or lerp")
         if self.stream.recompute:
             raise ValueError("this stream makes its memory anew before every chunk, with the new prompts; choose keep")
-        if self.stream.commit == "last":
+        if self.stream.commit in ("last", "levels"):
             raise ValueError(
-                "this stream remembers what its last step made, which latents alone do not tell; choose another switch than "
+                "this stream remembers what its steps made, which latents alone do not tell; choose another switch than "
                 "recache, or a stream that commits clean latents"
             )
 
@@ -209,9 +238,19 @@ class Chunks:
         return self._anew(memory, latents, cond, uncond, rng, sink)
 
     @torch.no_grad()
-    def ready(self, memory: KVCache, latents: Tensor | None, cond: Cond, uncond: Cond, rng: Seeds | Rng) -> KVCache:
+    def ready(
+        self,
+        memory: KVCache,
+        latents: Tensor | None,
+        cond: Cond,
+        uncond: Cond,
+        rng: Seeds | Rng,
+        *,
+        image: Tensor | None = None,
+    ) -> KVCache:
         """What the next chunk is given as its memory: `memory`, and with `Stream.recompute` the one made anew from `latents`,
         those that `recent` keeps, with the conditions of that chunk. `rng` is that of the stream. It carries no gradient.
+        `image` `[B, C, 1, h, w]` takes the place of their first frame with `Stream.reencode`, unless that is the stream's.
 
         Made with the same conditions and before the window is full, it is the memory that is carried on, bit for bit. ValueError
         for conditions that differ from frame to frame: those of earlier frames are not known.
@@ -223,6 +262,13 @@ class Chunks:
                 f"this model reads {', '.join(sorted(cond.framewise))} of every frame, which a memory that is made anew is not "
                 "told; let the stream have recompute: false"
             )
+        if self.stream.reencode and int(memory.start) > latents.shape[2]:
+            if image is None:
+                raise ValueError(
+                    "this stream encodes the first latent of its past again as an image, and a rollout has no autoencoder; train "
+                    "with reencode: false, and set it in the student's card"
+                )
+            latents = torch.cat([image, latents[:, :, 1:]], 2)
         return self._anew(memory, latents, cond, uncond, rng, False)
 
     def _anew(
@@ -241,13 +287,9 @@ class Chunks:
         memory = memory.keep.forget(memory, first) if stays else replace(self.begin(), start=first)
         for number, x in enumerate(latents.split(lengths, 2), index):
             steps = len(self.grid(number)) - 1
-            call = Call(step=steps - 1, steps=steps, kv=self.network.recall(memory, x))
-
-            def denoise(x_t: Tensor, t: Tensor, told: Call, call: Call = call) -> Prediction:
-                told = replace(told, kv=call.kv, constants=self.constants)
-                return self.contract.guidance(self.network, x_t, t, cond, uncond, told)
-
-            kept = self._context(x, denoise, call, rng.fold(f"chunk/{number}"))
+            reading = self._reading(self.network.recall(memory, x), cond, uncond)
+            call = Call(step=steps - 1, steps=steps)
+            kept = self._context(x, reading, call, rng.fold(f"chunk/{number}"))
             memory = memory.commit(_given(kept.kv), x.shape[2])
         return memory
 
@@ -274,9 +316,11 @@ class Chunks:
             raise ValueError("streams of one batch have chunks of different numbers of steps; keep them apart")
         return grids.pop()
 
-    def _committed(self, memory: KVCache, made: Made, denoise: Denoise, rng: Seeds | Rng) -> KVCache:
-        last, call = made.step, Call(step=made.step.index, steps=made.step.steps)
-        return self.remembered(memory, made.x, last.prediction.kv, denoise, call, rng)
+    def _committed(
+        self, memory: KVCache, made: Made, kv: tuple[KV, ...] | None, denoise: Denoise, rng: Seeds | Rng
+    ) -> KVCache:
+        call = Call(step=made.step.index, steps=made.step.steps)
+        return self.remembered(memory, made.x, kv, denoise, call, rng)
 
     def remembered(
         self, memory: KVCache, x: Tensor, kv: tuple[KV, ...] | None, denoise: Denoise, call: Call, rng: Seeds | Rng
@@ -309,6 +353,12 @@ def _given(kv: tuple[KV, ...] | None) -> tuple[KV, ...]:
     return kv if torch.is_grad_enabled() else tuple((k.detach(), v.detach()) for k, v in kv)
 
 
+def empty_memory(stream: Stream) -> KVCache:
+    """The memory of a stream that has not begun."""
+    standing = "window" if stream.commit == "nothing" else stream.positions
+    return KVCache.empty(keep_of(stream), max(stream.chunks), standing, stream.past_weight)
+
+
 def keep_of(stream: Stream) -> Keep:
     """What the memory of a stream holds. ValueError for a policy that is none of `attention.kv`."""
     if stream.memory is None:
@@ -333,12 +383,18 @@ def one_after_the_other(stream: Stream, lengths: tuple[int, ...]) -> Causal:
             "in one call of several chunks each reads what the others had read, and this stream makes its memory anew; let it "
             "have recompute: false, or make one chunk after the other (in training: SelfForced)"
         )
+    if stream.past_weight != 1:
+        raise ValueError(
+            "in one call of several chunks all that is read counts alike; let the stream have past_weight: 1, or make one chunk "
+            "after the other (in training: SelfForced)"
+        )
     keep = keep_of(stream)
-    if isinstance(keep, Window):
+    if isinstance(keep, Window | StateMemory):
         return Causal(lengths, keep.window - keep.sink - max(stream.chunks), keep.sink)
     if not isinstance(keep, Everything):
         raise ValueError(
             f"in one call of several chunks each reads everything or a window, and this stream remembers by "
-            f"{type(keep).__name__}; give it a window, or make one chunk after the other (in training: SelfForced)"
+            f"{type(keep).__name__}; give it a window, or make one chunk after the other (in training: SelfForced, or "
+            "TeacherForced with apart: true)"
         )
     return Causal(lengths)

@@ -6,8 +6,9 @@ mean of the frames that it is decoded to: of four frames with `left` held in thr
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,6 +51,12 @@ class Control:
     chunk: int
     frame: int
     """Number of the first frame of this chunk in the stream."""
+    fed: bool = False
+    """Whether more rows follow: then the stream waits for them, and the last row does not stay."""
+
+    def lacks(self, end: int) -> bool:
+        """Whether rows are still to come for frames before number `end`."""
+        return self.fed and self.frame + self.numbers_BNK.shape[1] < end
 
 
 def inputs_of(card: Any) -> Mapping[str, FrameInput]:
@@ -58,6 +65,28 @@ def inputs_of(card: Any) -> Mapping[str, FrameInput]:
     stream = card.contract.stream
     facing = stream is not None and isinstance(keep_of(stream), Facing)
     return found | ({"pose": FrameInput(name="pose", width=6)} if facing else {})
+
+
+def keys_of(card: Any) -> tuple[str, ...]:
+    """Names of the keys that a model of that card reads, in the order of their numbers; none: it reads no keys."""
+    found = inputs_of(card).get("keys")
+    return () if found is None else found.words
+
+
+def row_of(held: Collection[str], keys: Sequence[str]) -> list[float]:
+    """The numbers of a frame during which these of the model's `keys` are held. ValueError for another one."""
+    if unknown := sorted(set(held) - set(keys)):
+        raise ValueError(f"unknown key {', '.join(unknown)}; the keys are {', '.join(keys)}")
+    return [float(key in held) for key in keys]
+
+
+def held_last(card: Any, told: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Keys that the first clip was told of in the last latent frame of a chunk: those held for at least half of its frames."""
+    if "keys" not in told or not (keys := keys_of(card)):
+        return ()
+    start = inputs_of(card)["keys"].back * len(keys)
+    own = told["keys"][0, -1, start : start + len(keys)].tolist()
+    return tuple(key for key, share in zip(keys, own, strict=True) if share >= 0.5)
 
 
 def numbers_for(card: Any, name: str, numbers: Any, clips: int) -> Tensor:
@@ -104,3 +133,21 @@ def lasting(controls: Sequence[Control], frame: int) -> tuple[Control, ...]:
     """Those that tell of frame `frame` or later ones, in order."""
     latest = {control.name: control for control in controls if control.frame <= frame}
     return tuple(c for c in controls if c.frame > frame or latest[c.name] is c)
+
+
+def fed(controls: Sequence[Control], new: Control) -> tuple[Control, ...]:
+    """`controls` with more rows: those of `new` follow the ones that were fed before under its name, if there are any."""
+    before = next((c for c in controls if c.fed and c.name == new.name), None)
+    if before is not None:
+        rows = torch.cat([before.numbers_BNK, new.numbers_BNK], 1)
+        new = replace(before, numbers_BNK=rows, fed=new.fed)
+    others = (c for c in controls if c is not before)
+    return tuple(sorted([*others, new], key=lambda control: control.chunk))
+
+
+def require_moment(what: str, at: float | None, chunk: int | None) -> None:
+    """ValueError for a time and a chunk, and for one before the stream."""
+    if at is not None and chunk is not None:
+        raise ValueError(f"give the time or the chunk from which {what}, not both; got {at} and {chunk}")
+    if not (0 <= (at or 0) < math.inf) or (chunk or 0) < 0:
+        raise ValueError(f"{what} from second 0 or chunk 0 on, got {chunk if at is None else at}")

@@ -6,34 +6,25 @@ time. What it makes depends on nothing but model, prompts and seed: not on who a
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from threading import RLock
 from time import perf_counter
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from fewstep.diffusion import Step
-from fewstep.streaming.control import Control, inputs_of, lasting, numbers_for, told
+from fewstep.streaming.control import Control, fed, inputs_of, lasting, numbers_for, require_moment, told
 from fewstep.streaming.decoder import Decoder, Pixels
 from fewstep.streaming.session import Session, Snapshot, Streams, Video
 from fewstep.streaming.switch import Switch
 
 AHEAD = 2
 """Most chunks that are being decoded, or wait for it."""
-
-
-class Shows(Streams, Protocol):
-    """What a live session needs of a `VideoModel` besides."""
-
-    def decode_next(self, latents: Tensor, past: Any = None, *, last: bool = False) -> Any: ...
-
-    def clip_frames(self, latents: int) -> int: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +77,8 @@ class LiveSnapshot:
     """Chunks from which other prompts apply, these prompts, and how they are changed."""
     controls: tuple[Control, ...] = ()
     """What is told of later frames."""
+    given: tuple[tuple[int, Tensor], ...] = ()
+    """Chunks from which latents are given, and these latents."""
 
 
 @dataclass(eq=False)
@@ -136,9 +129,10 @@ class LiveSession:
         Chunks are decoded `beside` the denoiser, in a thread of their own, or between two chunks, in the caller's. The frames are
         the same.
         """
-        self._session, self._model, self._video = session, cast(Shows, session.model), video
+        self._session, self._model, self._video = session, session.model, video
         self._start = start or LiveSnapshot(session.snapshot)
         self._switches = {chunk: (prompts, how) for chunk, prompts, how in self._start.switches}
+        self._given = dict(self._start.given)
         self._controls = self._start.controls
         self._decoder = Decoder(self._model.decode_next, self._start.past, self._model.device, beside=beside)
         self._making: _Making | None = None  # the chunk that was begun last
@@ -150,7 +144,7 @@ class LiveSession:
 
     @classmethod
     def restore(
-        cls, model: Shows, snapshot: LiveSnapshot, *, video: Video | None = None, beside: bool = True, **options: Any
+        cls, model: Streams, snapshot: LiveSnapshot, *, video: Video | None = None, beside: bool = True, **options: Any
     ) -> LiveSession:
         """A session that goes on after `snapshot`, bit for bit. `video` and `options` are those of the session before, and of its
         `Session`."""
@@ -166,7 +160,7 @@ class LiveSession:
         That is the first chunk that starts `at` this second or later, or this `chunk`; by default, and where it was begun
         already, the next one to begin. Of several prompts for one chunk the last counts.
         """
-        _require_moment("a prompt applies", at, chunk)
+        require_moment("a prompt applies", at, chunk)
         self._session.require(how)
         clips = len(self._start.session.prompts)
         prompts = (text,) * clips if isinstance(text, str) else tuple(text)
@@ -177,6 +171,16 @@ class LiveSession:
             self._switches[first] = prompts, how
             return first
 
+    def begin_with(self, latents: Tensor, *, at: float | None = None, chunk: int | None = None) -> int:
+        """Let the stream go on with these latents, as in `Session.begin_with`, from a chunk on, whose number is returned: the
+        first that is not begun, or later, as in `prompt`."""
+        require_moment("latents are given", at, chunk)
+        with self._lock:
+            first = self._first(at, chunk)
+            self._session.require_given(latents, first)
+            self._given[first] = latents.to(self._model.device)
+            return first
+
     def control(self, name: str, numbers: Any, *, at: float | None = None, chunk: int | None = None) -> int:
         """Tell the model something of every frame (`FrameInput`) from a chunk on, whose number is returned: the first that is not
         begun, or later, as in `prompt`.
@@ -184,7 +188,7 @@ class LiveSession:
         `numbers` are of one frame `[K]`, and stay; or of one frame after the other `[N, K]`, from the chunk's first frame on,
         and the last row stays; or such rows for each clip, `[B, N, K]`. ValueError for what the model does not read.
         """
-        _require_moment(f"{name} applies", at, chunk)
+        require_moment(f"{name} applies", at, chunk)
         rows = numbers_for(self._model.card, name, numbers, len(self._start.session.prompts)).to(self._model.device)
         with self._lock:
             first = self._first(at, chunk)
@@ -192,6 +196,24 @@ class LiveSession:
             new = Control(name, rows, first, self._ends(first)[0])
             self._controls = tuple(sorted([*kept, new], key=lambda control: control.chunk))
             return first
+
+    def feed(self, name: str, numbers: Any, *, last: bool = False) -> int:
+        """Tell the model of frames as they come: rows `[N, K]` or `[B, N, K]` that follow those fed before, the first ones from
+        the first chunk on that is not begun. Number of the frame after them. Unlike with `control` no row stays before the `last`
+        ones: a chunk begins when all that it reads is there (`FrameInput.ahead`), and `frames` ends until then."""
+        rows = numbers_for(self._model.card, name, numbers, len(self._start.session.prompts)).to(self._model.device)
+        with self._lock:
+            first = self._first(None, None)
+            new = Control(name, rows, first, self._ends(first)[0], not last)
+            self._controls = fed(self._lasting(), new)
+            return max(c.frame + c.numbers_BNK.shape[1] for c in self._controls if c.name == name)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether the next chunk needs rows that have not been fed."""
+        chunk, inputs = self._session.snapshot.chunks, inputs_of(self._model.card)
+        busy = self._making is not None and self._making.after is None
+        return not busy and any(c.lacks(self._ends(chunk)[-1] + inputs[c.name].ahead) for c in self._controls)
 
     def _lasting(self) -> tuple[Control, ...]:
         """Controls that the chunk after the one that was shown last, or a later one, is told of."""
@@ -242,16 +264,17 @@ class LiveSession:
             waiting = tuple(
                 (chunk, *switch) for chunk, switch in sorted(self._switches.items()) if chunk >= self.chunks
             )
-            controls = self._lasting()
-            if shown is None:
-                return replace(self._start, switches=waiting, controls=controls)
-            if shown.after is None and shown is self._making:
-                self._call(shown)
-            if shown.after is None:
-                raise ValueError(
-                    f"chunk {shown.index} was shown, but remembering it failed; restore an earlier snapshot"
-                )
-            return LiveSnapshot(shown.after, shown.past, shown.end, shown.version, waiting, controls)
+            given = tuple(each for each in sorted(self._given.items()) if each[0] >= self.chunks)
+            start = self._start
+            if shown is not None:
+                if shown.after is None and shown is self._making:
+                    self._call(shown)
+                if shown.after is None:
+                    raise ValueError(
+                        f"chunk {shown.index} was shown, but remembering it failed; restore an earlier snapshot"
+                    )
+                start = LiveSnapshot(shown.after, shown.past, shown.end, shown.version)
+            return replace(start, switches=waiting, controls=self._lasting(), given=given)
 
     def close(self) -> None:
         """End the stream and free its thread."""
@@ -291,7 +314,7 @@ class LiveSession:
             made = self.work(until, last=last)
             if made is not None:
                 yield made
-            elif not (self._running or self._undecoded):
+            elif not self._undecoded and (self.waiting or not self._running):
                 return
 
     def work(self, until: int | None = None, *, last: bool = False) -> LiveChunk | None:
@@ -314,7 +337,7 @@ class LiveSession:
         making = self._making
         if making is None or making.after is not None:
             index = self._session.snapshot.chunks
-            if until is not None and index >= until:
+            if self.waiting or (until is not None and index >= until):
                 return None
             making = self._making = self._begun(index, until - index if last and until is not None else None)
         elif until is not None and making.index + making.made >= until:
@@ -325,6 +348,8 @@ class LiveSession:
         session, before = self._session, self._session.snapshot
         if index in self._switches:
             session.steer(*self._switches[index])
+        if index in self._given:
+            session.begin_with(self._given[index])
         version = self._start.version + sum(chunk <= index for chunk in self._switches)
         extra = told(self._controls, self._ends(index), inputs_of(self._model.card))
         steps = session.steps(self._video, extra=extra, left=left)
@@ -372,11 +397,3 @@ class LiveSession:
             cast(Generator[Step, None, None], self._making.steps).close()
             self._session.snapshot, self._making = self._making.before, None
         self._dropping = False
-
-
-def _require_moment(what: str, at: float | None, chunk: int | None) -> None:
-    """ValueError for a time and a chunk, and for one before the stream."""
-    if at is not None and chunk is not None:
-        raise ValueError(f"give the time or the chunk from which {what}, not both; got {at} and {chunk}")
-    if not (0 <= (at or 0) < math.inf) or (chunk or 0) < 0:
-        raise ValueError(f"{what} from second 0 or chunk 0 on, got {chunk if at is None else at}")

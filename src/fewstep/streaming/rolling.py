@@ -152,7 +152,8 @@ class Rolling:
 
         lengths = tuple(flying.x.shape[2] for flying in window)
         causal = None if loop.stream.mutual or len(window) == 1 else one_after_the_other(loop.stream, lengths)
-        made = reading(x)(x, t, Call(step=oldest.step, steps=steps, causal=causal))  # 2
+        mutual = loop.stream.mutual and self.width > 1
+        made = reading(x)(x, t, Call(step=oldest.step, steps=steps, causal=causal, mutual=mutual))  # 2
         moved = tuple(self._moved(window, made, rng))  # 3
         prediction = moved[0].before
         assert prediction is not None

@@ -14,10 +14,11 @@ from fewstep.attention import KVCache
 from fewstep.caching import CachePolicy
 from fewstep.core import Cond, Seeds
 from fewstep.core.call import Constants, every_block
-from fewstep.diffusion import Step, Stream
+from fewstep.diffusion import DDIM, Euler, Renoise, Step, Stream
 from fewstep.diffusion.samplers import full
 from fewstep.streaming.blocks import Chunks, Flying, Made, Reader
 from fewstep.streaming.control import inputs_of
+from fewstep.streaming.levels import memory_of
 from fewstep.streaming.noise import start_noise
 from fewstep.streaming.rolling import Rolling
 from fewstep.streaming.switch import Fade, Mix, Switch, mixed, require_switch
@@ -39,6 +40,35 @@ class Streams(Protocol):
 
     def latent_shape(self) -> tuple[int, int, int, int]: ...
 
+    def decode_next(self, latents: Tensor, past: Any = None, *, last: bool = False) -> Any: ...
+
+    def clip_frames(self, latents: int) -> int: ...
+
+    def image_latents(self, pictures: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The frames of the last latents."""
+
+    pictures: Tensor | None = None
+    """The last frame that each of them was decoded to, `[B, 3, F, H, W]`; None: nothing was decoded."""
+    past: Any = None
+    """Memory of the decoder after them."""
+
+    def after(self, x: Tensor, first: int, kept: int, model: Streams) -> Seen:
+        """Those of the last `kept` latent frames, after a chunk `x` that begins with latent frame `first`. ValueError for a
+        codec whose frames do not come with their latents."""
+        made, ends = model.decode_next(x, self.past), [model.clip_frames(first + i) for i in range(x.shape[2] + 1)]
+        if made.frames.shape[2] != ends[-1] - ends[0]:
+            raise ValueError(
+                "this stream encodes the last frame of a latent again as an image, and its codec decodes that frame only after "
+                "later latents; take a model with Wan's autoencoder, or set reencode: false"
+            )
+        last = made.frames[:, :, [end - ends[0] - 1 for end in ends[1:]]]
+        pictures = last if self.pictures is None else torch.cat([self.pictures, last], 2)
+        return Seen(pictures[:, :, -kept:], made.past)
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -56,7 +86,11 @@ class Snapshot:
     window: tuple[Flying, ...] = ()
     """Chunks that are denoised already, where several are at once (`Stream.rolling`)."""
     given: Tensor | None = None
-    """Latents `[B, C, F, h, w]` that the stream begins with, in whole chunks, such as that of an image; None: it makes all."""
+    """Latents `[B, C, F, h, w]` of whole chunks that are not made, such as that of an image; None: all are made."""
+    since: int = 0
+    """Number of the first latent frame of `given` in the stream."""
+    seen: Seen = Seen()
+    """What `latents` look like, where the first of them is encoded again (`Stream.reencode`)."""
 
 
 @dataclass(frozen=True)
@@ -129,22 +163,26 @@ class Session:
         return self._chunks.stream
 
     def begin_with(self, latents: Tensor) -> None:
-        """Let the first chunks be these latents `[B, C, F, h, w]`, such as those of an image; later chunks read them.
+        """Let the next chunks be these latents `[B, C, F, h, w]`, such as those of an image; later chunks read them.
 
-        ValueError for a stream that has begun, half a chunk, and latents of another shape.
+        A stream may begin with them, or a stretch of it. ValueError while a chunk is being made, and as `require_given`.
         """
-        if self.snapshot.chunks:
-            raise ValueError(f"this stream has made {self.snapshot.chunks} chunks already; begin another one")
+        if self._making:
+            raise ValueError("a chunk is being made; finish its steps or close them before other latents are given")
+        self.require_given(latents, self.snapshot.chunks)
+        self.snapshot = replace(self.snapshot, given=latents, since=self.stream.begin(self.snapshot.chunks))
+
+    def require_given(self, latents: Tensor, chunk: int) -> None:
+        """ValueError for latents that chunk `chunk` and those after it cannot be: half a chunk, or another shape."""
         if self._rolling is not None or self.stream.commit == "nothing":
             raise ValueError(
                 "chunks of this stream are denoised several at once, or nothing is remembered; begin it with noise"
             )
         channels, _, height, width = self._model.latent_shape()
-        frames = sum(self.stream.lengths(latents.shape[2]))  # refuses half a chunk
+        frames = sum(self.stream.lengths(latents.shape[2], chunk))  # refuses half a chunk
         wanted = (len(self.snapshot.prompts), channels, frames, height, width)
         if latents.shape != wanted:
             raise ValueError(f"the stream begins with latents {wanted}, and {tuple(latents.shape)} were given")
-        self.snapshot = replace(self.snapshot, given=latents)
 
     def require(self, how: Switch, over: int = 4) -> None:
         """ValueError for a way to change prompts that there is not, or not for this stream."""
@@ -176,7 +214,8 @@ class Session:
             fade = Fade(self._mix(before.chunks - 1), before.chunks, over)
         elif how == "clear":
             memory = memory.keep.forget(memory, memory.start)
-            before = replace(before, latents=None) if self.stream.recompute else before
+            if self.stream.recompute:
+                before = replace(before, latents=None, seen=replace(before.seen, pictures=None))
         elif how == "recache" and before.latents is not None:
             seeds = Seeds(before.seeds, device=str(self._model.device)).fold(f"recache/{before.chunks}")
             with torch.no_grad():
@@ -217,9 +256,9 @@ class Session:
         Only where several chunks are denoised at once, the last ones depend on it. ValueError for latents of another shape.
         """
         before, index = self.snapshot, self.snapshot.chunks
-        first, length = self.stream.begin(index), self.stream.length(index)
+        first = self.stream.begin(index)
         if self._rolling is None:
-            cond, uncond = (told.during(first, length).with_extra(extra) for told in self._conditions_of(index))
+            cond, uncond = self._told(index, extra)
             making = self._one(video, cond, uncond)
         elif video is None and not extra:
             making = self._several(self._rolling, *self._conditions_of(index), None if left is None else index + left)
@@ -232,9 +271,11 @@ class Session:
             for made in making:
                 yield made.step
                 if (memory := made.memory) is not None:
-                    latents = self._chunks.recent(before.latents, made.x, index)
+                    latents, seen = self._chunks.recent(before.latents, made.x, index), before.seen
+                    if self.stream.reencode:
+                        seen = seen.after(made.x, first, latents.shape[2], self._model)
                     self.snapshot = replace(
-                        self.snapshot, memory=memory, chunks=index + 1, latents=latents, window=made.window
+                        self.snapshot, memory=memory, chunks=index + 1, latents=latents, window=made.window, seen=seen
                     )
         finally:
             self._making = False
@@ -243,8 +284,14 @@ class Session:
         """The next chunk, from its first step to its last."""
         before, index = self.snapshot, self.snapshot.chunks
         chunks, path = replace(self._chunks, constants=self._constants(cond, uncond)), self._chunks.network.path
-        memory = chunks.ready(before.memory, before.latents, cond, uncond, self._seeds)
+        seen = before.seen.pictures
+        image = None if seen is None else self._model.image_latents(seen[:, :, 0])
+        memory = chunks.ready(before.memory, before.latents, cond, uncond, self._seeds, image=image)
         noise = start_noise(chunks.stream, index, self._size, self._seeds)
+        if video is not None and chunks.stream.commit == "levels":
+            raise ValueError(
+                "a video starts at a later step, and this stream remembers every step; leave the video out"
+            )
         if video is None:
             start = path.prior(noise)
         else:
@@ -258,11 +305,55 @@ class Session:
             start = path.add_noise(clean, noise, full(chunks.times[0], clean))
         runner = every_block if self._cache is None else self._cache.begin()
         rng = self._seeds.fold(f"chunk/{index}")
-        first = chunks.stream.begin(index)
-        given = None if before.given is None else before.given[:, :, first : first + noise.shape[2]]
-        if given is not None and given.shape[2]:
+        if (given := self._given(index)) is not None:
             return chunks.known(memory, given, cond, uncond, rng, index)
         return chunks.chunk(memory, start, cond, uncond, rng, runner=runner)
+
+    def _told(self, index: int, extra: Mapping[str, Tensor] = MappingProxyType({})) -> tuple[Cond, Cond]:
+        """Conditions of a chunk, of its own frames, and what is extra."""
+        first, length = self.stream.begin(index), self.stream.length(index)
+        cond, uncond = (told.during(first, length).with_extra(extra) for told in self._conditions_of(index))
+        return cond, uncond
+
+    def _given(self, index: int) -> Tensor | None:
+        """Latents of a chunk, if they are given."""
+        first, given = self.stream.begin(index) - self.snapshot.since, self.snapshot.given
+        part = None if given is None else given[:, :, first : first + self.stream.length(index)]
+        return part if part is not None and part.shape[2] else None
+
+    def require_hops(self, processes: int) -> None:
+        """ValueError unless so many processes can share the steps of this stream, each with the memory of one (`pipelined`)."""
+        loop, steps = self._chunks, len(self._chunks.times) - 1
+        if self.stream.commit != "levels":
+            raise ValueError(
+                "processes share the steps of a stream that remembers each of them; set its commit to levels"
+            )
+        if processes != steps:
+            raise ValueError(f"{steps} steps need as many processes, not {processes}")
+        if not isinstance(loop.contract.sampler, DDIM | Euler | Renoise):
+            raise ValueError(
+                f"{type(loop.contract.sampler).__name__} may need more of a chunk than its latents; choose Renoise, Euler or DDIM"
+            )
+        memory_of(self.snapshot.memory, 0, steps)
+
+    def hops(self, level: int, count: int, receive: Callable[[tuple[int, ...]], Tensor]) -> Iterator[Tensor]:
+        """Step `level` of the next `count` chunks, each before it is remembered: latents after it. Those before it are noise, or
+        what `receive` gives for their shape. The session stays where it is."""
+        before, loop = self.snapshot, self._chunks
+        memory = memory_of(before.memory, level, len(loop.times) - 1)
+        for index in range(before.chunks, before.chunks + count):
+            (cond, uncond), given, length = self._told(index), self._given(index), self.stream.length(index)
+            rng, (batch, channels, height, width) = self._seeds.fold(f"chunk/{index}"), self._size
+            if level:
+                x = receive((batch, channels, length, height, width))
+            elif given is not None:
+                x = given
+            else:
+                x = loop.network.path.prior(start_noise(self.stream, index, self._size, self._seeds))
+            loop = replace(loop, constants=self._constants(cond, uncond))
+            x, kv = loop.hop(memory, x, level, cond, uncond, rng, known=given is not None)
+            yield x
+            memory = memory.commit(kv, length)
 
     def _several(self, rolling: Rolling, cond: Cond, uncond: Cond, count: int | None) -> Iterator[Made]:
         """The next chunk, and steps of those that follow it, of `count` in the whole stream."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from fewstep.core import Batch, Rng
 from fewstep.core.bounds import Natural, Size
 from fewstep.data.base import Data, DataError, Source
+from fewstep.data.clipped import Clipped
 from fewstep.data.images import require_text_alone
 from fewstep.data.texts import Texts
 from fewstep.models import Card, VideoModel
@@ -120,6 +121,23 @@ class _Pool:
             prompts=prompts,
             x0=x0.float().to(rng.device),
         )
+
+
+def world_clips(model: VideoModel, count: int, seed: int) -> Clipped:
+    """`count` rendered clips with prompts, encoded when they are read, for trajectories of a teacher that streams
+    (`data.make_pairs`). DataError for a model of another size."""
+    data = WorldClips(num_frames=model.card.num_frames)
+    data.check(model)
+    generator = torch.Generator().manual_seed(seed)
+    scenes = sample_scenes(count, generator)
+    captions = tuple(paraphrase(scene, generator) for scene in scenes)
+
+    def latents(rows: Sequence[int]) -> Tensor:
+        own = [Variation.sample(1, torch.Generator().manual_seed(seed + 1 + row)) for row in rows]
+        clips = [render([scenes[row]], one, data.num_frames) for row, one in zip(rows, own, strict=True)]
+        return torch.cat([encode(model, clip.to(model.device)).cpu() for clip in clips])
+
+    return Clipped(captions, latents, f"world clips of seed {seed}")
 
 
 def encode(model: VideoModel, frames: Tensor) -> Tensor:

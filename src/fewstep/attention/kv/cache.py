@@ -38,6 +38,16 @@ class Keep(Memory):
         return False
 
     @property
+    def folds(self) -> bool:
+        """Whether frames that leave are folded into `KVCache.states`, for patterns that read them (`Pattern.folds`)."""
+        return False
+
+    @property
+    def compresses(self) -> int:
+        """Tokens that a learned token stands for, of those that come behind each frame (`Pattern.compresses`); 0: none come."""
+        return 0
+
+    @property
     def span(self) -> int | None:
         """Number of the last frames that a memory can be rebuilt from (`streaming.blocks.Chunks.recache`); None: all frames."""
         return None
@@ -84,8 +94,13 @@ class KVCache:
     """Frames of the longest chunk."""
     standing: Standing = "absolute"
     """Where remembered frames stand, as rotary embedding is told."""
+    weight: float = 1.0
+    """How much what is remembered counts in attention (`KVView.weight`)."""
     rows: Tensor | None = None
-    """Slot and number in its frame of every token, `[M, 2]` on the CPU. None: all tokens of all slots, in order."""
+    """Slot and number in its frame of every token, `[M, 2]` on the CPU; of what is read also how many tokens it stands for, from
+    that number on, `[M, 3]`. None: all tokens of all slots, in order."""
+    states: tuple[Tensor, ...] = ()
+    """What has left, folded into a matrix `[B, H, V, D]` per block (`Keep.folds`); () before anything has."""
     notes: tuple[Tensor, ...] = ()
     """What the policy writes down besides, each `[B, S, ...]`."""
     poses_BfP: Tensor | None = None
@@ -156,18 +171,20 @@ class KVCache:
     @property
     def kind(self) -> tuple[object, ...]:
         """What memories of one batch have in common."""
-        return self.keep, self.chunk, self.standing, self.positions.shape[-1]
+        return self.keep, self.chunk, self.standing, self.weight, self.positions.shape[-1]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values, and of what the policy writes down. Numbers of frames are not counted."""
-        return sum(x.nbytes for x in (*(x for layer in self.layers for x in layer), *self.notes))
+        """Bytes of keys and values, of states, and of what the policy writes down. Numbers of frames are not counted."""
+        return sum(x.nbytes for x in (*(x for layer in self.layers for x in layer), *self.notes, *self.states))
 
     @staticmethod
-    def empty(keep: Keep = Everything(), chunk: int = 1, standing: Standing = "absolute") -> KVCache:
+    def empty(
+        keep: Keep = Everything(), chunk: int = 1, standing: Standing = "absolute", weight: float = 1.0
+    ) -> KVCache:
         """The memory of a stream that has not begun. ValueError where `keep` cannot serve chunks of up to `chunk` frames."""
         keep.check(chunk)
-        return KVCache(keep, chunk=chunk, standing=standing)
+        return KVCache(keep, chunk=chunk, standing=standing, weight=weight)
 
     @staticmethod
     def batch(memories: Sequence[KVCache]) -> KVCache:
@@ -185,7 +202,10 @@ class KVCache:
         positions = torch.cat([m.positions.expand(n, -1) for n, m in zip(sizes, memories, strict=True)])
         start = torch.cat([m.start.expand(n) for n, m in zip(sizes, memories, strict=True)])
         notes = tuple(torch.cat(note) for note in zip(*(m.notes for m in memories), strict=True))
-        return replace(first, layers=layers, positions=positions, start=start, notes=notes, poses_BfP=None)
+        states = tuple(torch.cat(state) for state in zip(*(m.states for m in memories), strict=True))
+        return replace(
+            first, layers=layers, positions=positions, start=start, notes=notes, states=states, poses_BfP=None
+        )
 
 
 def _same_rows(a: Tensor | None, b: Tensor | None) -> bool:

@@ -39,6 +39,12 @@ class TopK(Pattern):
     def operation(self, layer: int, heads: int, width: int) -> Operation:
         return _Gathered(self)
 
+    def check(self, site: Site) -> None:
+        if site.readable_B11M is not None and site.readable_B11M.is_floating_point():
+            raise ValueError(
+                "a router cannot weigh the past less than the rest; set the stream's past_weight to 1, or take another pattern"
+            )
+
 
 class _Gathered(Operation):
     def __init__(self, pattern: TopK) -> None:

@@ -10,7 +10,8 @@ from torch import Tensor
 from fewstep.core import Rng
 from fewstep.core.bounds import Fraction
 from fewstep.diffusion import Stream
-from fewstep.methods.histories.base import ByChunk, History
+from fewstep.methods.histories.base import History
+from fewstep.models.by_chunk import ByChunk
 from fewstep.models.denoiser import Predictor
 
 

@@ -13,8 +13,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from fewstep.diffusion import Stream
-from fewstep.methods.histories.base import ByChunk, History
+from fewstep.methods.histories.base import History
+from fewstep.models.by_chunk import ByChunk
 from fewstep.models.denoiser import Predictor
+from fewstep.models.one_by_one import OneByOne
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +26,15 @@ class TeacherForced(History):
     calls: ClassVar[int] = 2
     stream: Stream = Stream()
     """How clips are made chunk by chunk."""
+    apart: bool = False
+    """Whether each chunk is calls of its own, one to predict and one to remember: for memories that one call on all chunks
+    cannot have, such as `Facing` or `CompressedMemory`. As many operations, and slower."""
 
     def __post_init__(self) -> None:
+        if self.apart and (self.stream.recompute or self.stream.rolling > 1):
+            raise ValueError(
+                "chunks that are calls of their own carry their memory on; leave recompute and rolling out"
+            )
         if self.stream.commit != "clean":
             raise ValueError(
                 f"teacher forcing reads clean chunks, and this stream remembers {self.stream.commit!r} ones; set its commit "
@@ -33,4 +42,4 @@ class TeacherForced(History):
             )
 
     def over(self, network: Predictor, x0: Tensor) -> Predictor:
-        return ByChunk(network, self.stream, x0)
+        return (OneByOne if self.apart else ByChunk)(network, self.stream, x0)

@@ -18,6 +18,7 @@ from fewstep.attention import KVCache
 from fewstep.core import Batch, Cond, Rng, Seeds
 from fewstep.core.bounds import Positive
 from fewstep.diffusion import DDIM, Contract, Renoise, Sampler
+from fewstep.methods.rollouts.context import Context
 from fewstep.methods.rollouts.grids import Grids, exact, student_contract
 from fewstep.models.denoiser import Predictor
 from fewstep.streaming.blocks import Chunks
@@ -50,6 +51,8 @@ class Rolled(Visit):
     them, and losses do not count them. None: the clip is `x0`."""
     conds: tuple[Cond, Cond] | None = None
     """What the clip shows, and the null prompt, where they are not those of the batch."""
+    context: Context | None = None
+    """Earlier frames that its chunks have read, for networks that judge it; None: they judge the clip alone."""
 
     @property
     def clip(self) -> Tensor:
@@ -75,8 +78,6 @@ class Rolled(Visit):
 class Rollout(ABC):
     """The student's sampler (`grids`, `shift`, `mode`), and how its training samples are made."""
 
-    needs: ClassVar[frozenset[str]] = frozenset()
-    """Fields of Batch that it reads, other than the condition."""
     carries: ClassVar[bool] = False
     """Whether it goes on with what an earlier call has left in `Batch.carried`."""
 
@@ -89,6 +90,11 @@ class Rollout(ABC):
 
     def __post_init__(self) -> None:
         exact(self.grids, self.shift)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Fields of Batch that it reads, other than the condition."""
+        return frozenset()
 
     @property
     def sampler(self) -> Sampler:

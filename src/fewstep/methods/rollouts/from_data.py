@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from fewstep.core import Batch, Rng
 from fewstep.diffusion import Contract
@@ -18,10 +17,12 @@ class FromData(Rollout):
     """Data with added noise as input, at one time of the grids per sample. Cheap, but sampling gives the student inputs that
     it has not seen in training."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"x0"})
-
     history: History = WholeClip()
     """What is read of earlier chunks, for a student that streams (CausVid: `DiffusionForced`, 2412.07772)."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"x0"})
 
     def __call__(self, student: Predictor, batch: Batch, rng: Rng, *, grad: bool) -> Rolled:
         x0, times = batch.require("x0"), [t for grid in exact(self.grids, self.shift) for t in grid]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from fewstep.core import Batch, Pairs, Rng
 from fewstep.diffusion import Contract
-from fewstep.methods.histories import History, WholeClip
+from fewstep.methods.histories import History, TeacherForced, WholeClip
 from fewstep.methods.rollouts.base import Rolled, Rollout, pick, predict
 from fewstep.methods.rollouts.grids import NESTED, Grids, exact
 from fewstep.models.denoiser import Predictor
@@ -24,21 +23,39 @@ class FromPairs(Rollout):
     Both sampling modes may be used.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"pairs"})
-
     grids: Grids = NESTED
     history: History = WholeClip()
     """What is read of earlier chunks, for a student that streams: their stored states at times of their own (`DiffusionForced`,
-    CausVid's ODE initialisation, 2412.07772), or their endpoints (`TeacherForced`)."""
+    CausVid's ODE initialisation, 2412.07772), or clean ones (`TeacherForced`): of pairs of a causal teacher the clips that the
+    teacher itself had read (Causal Forcing, 2602.02214), of others the endpoints."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"pairs"})
 
     def __call__(self, student: Predictor, batch: Batch, rng: Rng, *, grad: bool) -> Rolled:
         pairs: Pairs = batch.require("pairs")
         stored = [stored_index(pairs, t) for grid in exact(self.grids, self.shift) for t in grid]
-        endpoint = pairs.states[:, -1]
-        drawn = self.history.index(len(stored), endpoint, rng)
+        clean = self._clean(pairs)
+        drawn = self.history.index(len(stored), clean, rng)
         index = torch.tensor([*stored, len(pairs.times) - 1], device=drawn.device)[drawn]
         x_t = states_at(pairs.states, index)
-        return predict(self.history.over(student, endpoint), x_t, pick(pairs.times, index, x_t), batch, grad)
+        return predict(self.history.over(student, clean), x_t, pick(pairs.times, index, x_t), batch, grad)
+
+    def _clean(self, pairs: Pairs) -> Tensor:
+        """The clips whose clean chunks may be read: those that the teacher read. ValueError if this history reads something else:
+        a state of a causal teacher has an endpoint only together with them."""
+        if pairs.past is None:
+            return pairs.states[:, -1]
+        forced = isinstance(self.history, TeacherForced)
+        chunks = self.history.stream.lengths(pairs.states.shape[3]) if forced else ()
+        if chunks != pairs.past.chunks:
+            raise ValueError(
+                f"these pairs are of a teacher that read clean chunks of {list(pairs.past.chunks)} latent frames before each "
+                f"chunk; write rollout.history: {{type: TeacherForced, stream: ...}} with these chunks, not "
+                f"{type(self.history).__name__} with {list(chunks) or 'others'}"
+            )
+        return pairs.past.clips
 
     @property
     def calls(self) -> float:

@@ -11,12 +11,15 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
+from fewstep.attention import KVCache
 from fewstep.core import Batch, Rng
 from fewstep.core.bounds import Amount, Count, Natural
 from fewstep.diffusion import Contract, Stream
 from fewstep.methods.rollouts.base import Rolled, Rollout, Visit, aligned, calls_of
+from fewstep.methods.rollouts.context import Context, require_frames
 from fewstep.methods.rollouts.grids import Exit, deepest, drawn, stops
 from fewstep.methods.rollouts.noisy_past import reading
+from fewstep.methods.rollouts.stretch import Stretch, require_stretch
 from fewstep.models.denoiser import Predictor
 from fewstep.streaming.blocks import Chunks
 from fewstep.streaming.noise import start_noise
@@ -39,8 +42,7 @@ class SelfForced(Rollout):
     backward noise initialisation is what DMD does anyway: it adds noise to the stretch itself.
 
     With `overlap` the first frames of a stretch that does not begin its stream are seen by teacher and critic, and not trained
-    (2506.08009): they are made like what comes before them. Not as published: the papers replace the first latent of such a
-    stretch by an image latent (decode, and encode its last frame alone). A rollout has no autoencoder, so latents stay.
+    (2506.08009): they are made like what comes before them (`Stretch`).
     """
 
     stream: Stream = Stream()
@@ -51,6 +53,12 @@ class SelfForced(Rollout):
     """Length of a rollout in clips of the teacher's length; the last one of a random number up to this is trained on."""
     overlap: Natural = 0
     """First latent frames of a later stretch that are seen and not trained: whole chunks (published: one frame, or one chunk)."""
+    given: Natural = 0
+    """First chunks that are those of the data, such as a reference image that stays in the sink (TalkingMachines, 2506.03099):
+    remembered and seen, not trained. Streams begin so with `Session.begin_with`."""
+    context: bool = False
+    """Let teacher and critic of a later stretch read what the student's chunks have read before it (context forcing, 2512.14614).
+    Otherwise they see the stretch alone, and what the student does to agree with earlier frames is an error to them."""
     history_noise: Amount = 0.0
     """Noise on what is read of the past in training, relative to its root mean square (`NoisyPast`; Live Avatar, 2512.04677);
     0: none. Sampling never has any."""
@@ -68,12 +76,17 @@ class SelfForced(Rollout):
                 f"this stream denoises {self.stream.rolling} chunks at once, and this rollout one chunk after the other; take "
                 "RollingForced, or leave stream.rolling out"
             )
-        if self.overlap and self.clips == 1:
-            raise ValueError("overlap begins a later stretch; let a rollout have more clips, or write overlap: 0")
+        require_stretch(self.clips, self.overlap, self.given, self.context)
+        if self.context:
+            require_frames(self.stream)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"x0"} if self.given else ())
 
     @property
     def whole(self) -> bool:
-        return not self.overlap
+        return not (self.overlap or self.given or self.context)
 
     @property
     def calls(self) -> float:
@@ -91,27 +104,37 @@ class SelfForced(Rollout):
 
     def __call__(self, student: Predictor, batch: Batch, rng: Rng, *, grad: bool) -> Rolled:
         loop, exit, of = self._drawn(student, rng)
-        begin, first, lengths = self._stretch(batch.latent_shape[1], rng)
+        part = Stretch.drawn(self.stream, batch.latent_shape[1], self.clips, self.overlap, self.given, rng)
         memory, past, noises, made, latents = loop.begin(), list[Tensor](), list[Tensor](), list[list[Visit]](), None
-        for index, (frame, length) in enumerate(zip(accumulate(lengths, initial=0), lengths)):
-            own, trained = rng.fold(f"chunk/{index}"), index >= first
+        before, read = list[Tensor](), list[KVCache]()
+        for index, (frame, length) in enumerate(zip(accumulate(part.lengths, initial=0), part.lengths)):
+            own, trained, cond = rng.fold(f"chunk/{index}"), index >= part.first, batch.cond.during(frame, length)
+            if index < self.given:
+                x = batch.require("x0")[:, :, frame : frame + length]
+                memory, latents = loop.given(memory, x, cond, own, index), loop.recent(latents, x, index)
+                past.append(x)
+                continue
             stop = exit * (len(loop.grid(index)) - 1) // of if trained else None
             noise = start_noise(self.stream, index, batch.frame_shape, rng)
-            start, cond = student.path.prior(noise), batch.cond.during(frame, length)
-            chunks, known = (
-                reading(loop, self.history_noise, own) if trained else loop,
-                loop.ready(memory, latents, cond, cond, rng),
-            )
+            chunks = reading(loop, self.history_noise, own) if trained else loop
+            known = loop.ready(memory, latents, cond, cond, rng)
+            start = student.path.prior(noise)
             visits, memory = calls_of(chunks, known, start, (cond, cond), own, exit=stop, grad=grad and trained)
             latents = loop.recent(latents, visits[-1].x0.detach(), index)
+            if self.context and index < part.begin:
+                before.append(visits[-1].x0.detach())
+            elif self.context:
+                read.append(known.facing(cond.extra.get("pose")))
             if trained:
                 noises.append(noise)
                 made.append(visits)
-            elif index >= begin:
+            elif index >= part.begin:
                 past.append(visits[-1].x0)
-        (*before, last), noise = aligned(made, apart=bool(self.stream.steps)), torch.cat(noises, 2)
-        seen, calls = torch.cat(past, 2) if past else None, tuple(before)
-        return Rolled(last.x0, last.x_t, last.t, calls, noise, exit=len(before), grid=loop.times[:-1], past=seen)
+        (*calls, last), seen = aligned(made, apart=bool(self.stream.steps)), torch.cat(past, 2) if past else None
+        return Rolled(
+            last.x0, last.x_t, last.t, tuple(calls), torch.cat(noises, 2), exit=len(calls), grid=loop.times[:-1], past=seen,
+            context=Context.of(self.stream, before, read),
+        )  # fmt: skip
 
     def _drawn(self, student: Predictor, rng: Rng) -> tuple[Chunks, int, int]:
         """The loop, and the share of its steps after which a chunk stops: `exit` of `of`."""
@@ -121,23 +144,6 @@ class SelfForced(Rollout):
             return replace(loop, times=(*grid, 0.0)), stop, len(grid)
         of = lcm(*self.stream.steps)
         return loop, rng.integer("exit", of) if self.exit == "random" else of - 1, of
-
-    def _stretch(self, frames: int, rng: Rng) -> tuple[int, int, tuple[int, ...]]:
-        """The first chunk that is seen, the first one that is trained on, and the lengths of all chunks up to the last one of the
-        stretch."""
-        if self.clips == 1:
-            return 0, 0, self.stream.lengths(frames)
-        lengths = self.stream.lengths(self.clips * frames)
-        bounds = [0, *accumulate(lengths)]
-        starts = [i for i, low in enumerate(bounds) if low + frames in bounds]
-        begin = starts[rng.integer("stretch", len(starts))]
-        trained = bounds[begin] + (self.overlap if begin else 0)
-        if trained not in bounds or trained >= bounds[begin] + frames:
-            raise ValueError(
-                f"an overlap of {self.overlap} frames is not whole chunks of {list(self.stream.chunks)} in a clip of {frames}; "
-                "give a sum of its first chunks that leaves some"
-            )
-        return begin, bounds.index(trained), lengths[: bounds.index(bounds[begin] + frames)]
 
     def contract(self, teacher: Contract) -> Contract:
         """It streams."""

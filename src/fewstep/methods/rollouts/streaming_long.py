@@ -64,7 +64,7 @@ class StreamingLong(Rollout):
             raise ValueError(
                 "this rollout carries its memory on and stops chunks at one step; leave out steps, rolling and recompute"
             )
-        if self.switch and self.stream.commit in ("last", "nothing"):
+        if self.switch and self.stream.commit in ("last", "levels", "nothing"):
             raise ValueError(
                 "a switch makes the memory anew from latents, and this stream remembers its last steps; write switch: false, or "
                 "let the stream commit clean latents"

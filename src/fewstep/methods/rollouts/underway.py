@@ -42,6 +42,7 @@ class Underway:
         for number, (k, v) in enumerate(self.memory.layers):
             found |= {f"keys/{number}": k, f"values/{number}": v}
         found |= {f"notes/{number}": note for number, note in enumerate(self.memory.notes)}
+        found |= {f"states/{number}": state for number, state in enumerate(self.memory.states)}
         for name, cond in zip(CONDS, self.conds, strict=True):
             found |= {f"{name}/text": cond.text, f"{name}/mask": cond.mask}
             found |= {f"{name}/extra/{key}": x for key, x in cond.extra.items()}
@@ -57,7 +58,7 @@ class Underway:
         layers = zip(_listed(there, "keys"), _listed(there, "values"), strict=True)
         memory = replace(
             empty, layers=tuple(layers), positions=there["positions"], start=there["start"], rows=there.get("rows"),
-            notes=_listed(there, "notes"),
+            notes=_listed(there, "notes"), states=_listed(there, "states"),
         )  # fmt: skip
         extras = [_under(there, f"{name}/extra") for name in CONDS]
         cond, uncond = (

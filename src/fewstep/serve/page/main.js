@@ -2,6 +2,7 @@
 
 import { keep, keysFrom, models, request } from "./api.js";
 import { Clip } from "./clip.js";
+import { Keys } from "./keys.js";
 import { Meters } from "./meters.js";
 import { Player } from "./player.js";
 import { Settings, streams } from "./settings.js";
@@ -15,10 +16,14 @@ const reel = new Reel();
 const player = new Player(find("canvas"), { shown, stalled, over, broken });
 const meters = new Meters(find, player);
 const settings = new Settings(find, chosen);
+const keys = new Keys(find("keys"), (message) => stream?.control(message) ?? false);
 const clip = new Clip(
   { title: find("clip-title"), note: find("clip-note"), overlay: find("clip-overlay"), progress: find("clip-progress"), video: find("clip-video") },
   { ended: clipEnded },
 );
+
+/** Chunks that a stream which is steered by keys may be ahead of the screen, so that it obeys soon. */
+const STEERED = 2;
 
 let stream = null; // the one that is watched
 let asked = null; // what it was asked for
@@ -46,7 +51,7 @@ find("snapshot").addEventListener("click", () => stream?.snapshot());
 find("download").addEventListener("click", download);
 find("compare").addEventListener("change", panels);
 document.addEventListener("keydown", (event) => {
-  // The arrow keys are free for models that are steered.
+  // Arrow keys steer (keys.js).
   const typing = event.target.closest("input, textarea, select, button, summary, a, dialog, video");
   if (event.key !== " " || event.repeat || typing || find("pause").disabled) return;
   event.preventDefault();
@@ -81,6 +86,8 @@ function chosen(model) {
   find("clock").textContent = "";
   find("download").disabled = true;
   view.about(model, streams(model));
+  keys.offer(model.keys);
+  find("steering").hidden = model.keys.length === 0;
   view.examples(settings.examples, (prompt) => {
     find("prompt").value = prompt;
     find("prompt").focus();
@@ -124,8 +131,8 @@ function start(more = {}) {
   delete find("canvas").dataset.prompt;
   view.overlay("Waiting for the first frame…");
   const mine = new Stream(
-    { ...asked, steps: settings.steps, seconds: settings.seconds },
-    heardBy(() => mine === stream, { state, started, applied, chunk, saved, stats, refused, done, failed }),
+    { ...asked, steps: settings.steps, seconds: settings.seconds, ...(model.keys.length > 0 && { ahead: STEERED }) },
+    heardBy(() => mine === stream, { state, started, back, applied, chunk, saved, stats, refused, done, failed }),
   );
   stream = mine;
   stream.begin();
@@ -142,7 +149,7 @@ function heardBy(holds, listeners) {
 function change() {
   prompts += 1;
   find("applied").textContent = "Sent…";
-  stream.prompt(find("prompt").value.trim(), String(prompts));
+  stream.prompt(find("prompt").value.trim(), find("how").value, String(prompts));
 }
 
 function pause(on, why) {
@@ -173,11 +180,18 @@ function started(message) {
   player.begin(message);
   reel.begin(message);
   meters.begin(message);
+  keys.begin();
   find("live-title").textContent = `${message.model}, ${message.steps} ${message.steps === 1 ? "step" : "steps"}`;
-  if (document.activeElement === document.body || document.activeElement === find("go")) setTimeout(() => find("pause").focus());
+  const free = [document.body, find("go"), ...(message.keys.length > 0 ? [find("prompt")] : [])];
+  if (free.includes(document.activeElement)) setTimeout(() => find("pause").focus());
+}
+
+function back() {
+  keys.back();
 }
 
 function applied({ chunk, prompt }) {
+  if (prompt === null) return keys.answered(chunk);
   find("applied").textContent = `“${shortened(prompt)}” applies from chunk ${chunk}.`;
 }
 
@@ -213,7 +227,8 @@ function stats(message) {
   meters.stats(message);
 }
 
-function refused({ message }) {
+function refused({ message, id }) {
+  if (id.startsWith("keys")) keys.answered(null);
   find("applied").textContent = message;
 }
 
@@ -240,7 +255,8 @@ function failed(error) {
 
 // What the player tells
 
-function shown({ number, chunk: { index, pts, first, prompt }, bytes }) {
+function shown({ number, chunk: { index, pts, first, prompt, keys: held }, bytes }) {
+  keys.show(held);
   if (reel.frames === 0) {
     meters.first(since(began));
     find("live-times").prepend(`first frame after ${since(began)}`); // the teacher's number of frames may be here already

@@ -15,6 +15,13 @@ const EXAMPLES = {
     "Steam rises from a cup of tea on a windowsill, morning light",
   ],
 };
+/** What the ways to change a prompt do, in the order in which they are offered. */
+const CHANGES = {
+  keep: "keep what was seen",
+  lerp: "blend over 4 chunks",
+  recache: "see the past anew",
+  clear: "forget what was seen",
+};
 const WORLD = 64; // pixels of height up to which a model counts as one of the world
 
 export const streams = (model) => model.chunk_frames.length > 0;
@@ -83,6 +90,9 @@ export class Settings {
     find("any-steps").hidden = choices.length > 0 && !teacher;
     find("models").hidden = this.#models.length === 1;
     find("length").hidden = !live;
+    const ways = Object.keys(CHANGES).filter((way) => model.switches.includes(way));
+    find("how").replaceChildren(...ways.map((way) => new Option(CHANGES[way], way)));
+    find("change").hidden = ways.length < 2;
     find("compare-field").hidden = !teacher;
     find("teacher").textContent = teacher ? `Compare with ${teacher.id} in` : "";
     changed(model);
@@ -90,7 +100,9 @@ export class Settings {
 
   /** Example prompts for the chosen model. */
   get examples() {
-    return this.model.height <= WORLD ? EXAMPLES.world : EXAMPLES.real;
+    if (this.model.height > WORLD) return EXAMPLES.real;
+    const steered = this.model.keys.length > 0; // then keys say how it moves
+    return steered ? EXAMPLES.world.map((text) => text.replace(/ moves \S+ \S+/, "")) : EXAMPLES.world;
   }
 }
 

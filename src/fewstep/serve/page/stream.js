@@ -22,8 +22,8 @@ export class Stream {
   #played = { here: 0, told: 0 };
   #over = false;
 
-  /** `init` is the first message. `on` has functions: state(name, details), started, applied, chunk(chunk, pictures), saved,
-   *  stats, refused, done, failed. Each gets the server's message. */
+  /** `init` is the first message. `on` has functions: state(name, details), started, back, applied, chunk(chunk, pictures),
+   *  saved, stats, refused, done, failed. Each gets the server's message. */
   constructor(init, on) {
     this.init = { type: "init", media: "webp", ack: true, ...init };
     this.on = on;
@@ -35,9 +35,14 @@ export class Stream {
     this.#connect();
   }
 
-  prompt(text, id) {
-    const message = { type: "prompt", prompt: text, id };
+  prompt(text, how, id) {
+    const message = { type: "prompt", prompt: text, how, id };
     if (!this.#say(message)) this.#prompt = message;
+  }
+
+  /** These keys are held from now on. Whether there is a connection to say so. */
+  control(message) {
+    return this.#say({ type: "control", ...message });
   }
 
   pause(on) {
@@ -185,6 +190,7 @@ export class Stream {
     this.#played.told = 0;
     this.#report(); // what was played meanwhile, without which the server makes nothing more
     this.on.state("live");
+    if (!first) this.on.back(message);
   }
 
   #complete() {

@@ -56,6 +56,7 @@ export class View {
     this.find("pause").textContent = name === "paused" ? "Resume" : "Pause";
     this.find("stop").disabled = !(busy || name === "connecting" || name === "queued" || name === "making");
     this.find("snapshot").disabled = !live;
+    this.find("keys").disabled = !busy;
     this.find("settings").disabled = busy || waits || name === "making";
   }
 

@@ -72,6 +72,12 @@ class VideoCodec(nn.Module):
         """Whether chunks can be decoded while large frames are decoded in tiles."""
         return self._chunks.tiles
 
+    @property
+    def whole_in_chunks(self) -> bool:
+        """Whether chunks give exactly the frames that the whole clip gives."""
+        noisy = any(self.vae.config.get("decoder_inject_noise") or ())
+        return not noisy and not self.vae.use_tiling and self.kind.__name__ != "AutoencoderKLLTXVideo"
+
     def tile(self, on: bool) -> None:
         """Do large frames in tiles from now on, or no more."""
         self.vae.enable_tiling() if on else self.vae.disable_tiling()

@@ -21,6 +21,10 @@ from torch import Tensor
 from fewstep.attention import Dense
 from fewstep.core import dump
 from fewstep.core.atomic import new_folder, write_text
+from fewstep.models.adapters.export.engines import ENGINES, Engine
+from fewstep.models.adapters.export.engines.page import PAGE, page
+from fewstep.models.adapters.export.engines.plan import Plan
+from fewstep.models.adapters.export.engines.student import Student
 from fewstep.models.adapters.export.narrow import Dtype, narrowed, own_types
 from fewstep.models.adapters.export.readme import readme
 from fewstep.models.adapters.export.usage import OWN_TIMES, Usage, original_of
@@ -40,16 +44,47 @@ _NOT_WRITTEN = ("motion_adapter",)
 """Parts of layouts whose weights the denoiser holds as well: a teacher's copy would contradict the student."""
 
 
-def export(model: VideoModel, folder: Path, *, names: Names, link: bool, dtype: Dtype, recipe: str) -> Path:
-    """Write `model` in diffusers' layout, or its denoiser as one file by the names that its authors gave the weights.
+def export(
+    model: VideoModel,
+    folder: Path,
+    *,
+    names: Names,
+    link: bool,
+    dtype: Dtype,
+    recipe: str,
+    engine: Engine | None = None,
+) -> Path:
+    """Write `model` in diffusers' layout, or its denoiser as one file by the names that its authors gave the weights; or what
+    another `engine` needs to serve it.
 
     What the model did not change is copied from its source, or linked; `recipe` is the text of what made it, if known.
-    ValueError where plain diffusers could not make the same clips; FileExistsError for a folder that is not empty.
+    ValueError where plain diffusers, or the engine, could not make the same clips; FileExistsError for a folder that is not
+    empty.
     """
+    if engine is not None:
+        return _export_for(engine, model, folder, link=link, dtype=dtype, recipe=recipe)
     if names == "comfyui":
         if link:
             raise ValueError("one file of weights has nothing to link; leave link out, or write diffusers' layout")
-        return _export_weights(model, folder, names, dtype, recipe)
+        return _export_weights(model, folder, dtype, recipe, {})
+    return _export_layout(model, folder, link, dtype, recipe, None)
+
+
+def _export_for(engine: Engine, model: VideoModel, folder: Path, *, link: bool, dtype: Dtype, recipe: str) -> Path:
+    _require_plain(model)
+    original_of(model)  # refuses fewstep's own networks, which have no layout to look for
+    student = Student(model, _layout(model), folder.name)
+    plan = ENGINES[engine](student)
+    files = {**plan.files, PAGE: page(engine, student, plan)}
+    if plan.names == "comfyui":
+        if link:
+            raise ValueError(f"--for {engine} writes files of weights, which have nothing to link; leave link out")
+        return _export_weights(model, folder, dtype, recipe, files)
+    return _export_layout(model, folder, link, dtype, recipe, replace(plan, files=files))
+
+
+def _export_layout(model: VideoModel, folder: Path, link: bool, dtype: Dtype, recipe: str, plan: Plan | None) -> Path:
+    """Diffusers' layout, with what the `plan` for an engine adds."""
     _require_plain(model)
     usage = _usage(model, dtype)
     card, layout = _sealed(model, own_types(model.denoiser, usage.original, dtype)), usage.layout
@@ -59,6 +94,7 @@ def export(model: VideoModel, folder: Path, *, names: Names, link: bool, dtype: 
     index = layout.index | {
         "scheduler": ["diffusers", type(made["scheduler"]).__name__],
         **{name: [None, None] for name in _NOT_WRITTEN if name in layout.index},
+        **(plan.index if plan is not None else {}),
         STAMP: dump(card),
     }
     with new_folder(folder) as draft:
@@ -70,6 +106,7 @@ def export(model: VideoModel, folder: Path, *, names: Names, link: bool, dtype: 
             _bring(Layout.find(layout.source, (name,)).folder / name, draft / name, link=link)
         write_text(draft / "model_index.json", json.dumps(index, indent=2) + "\n")
         _describe(draft, card, folder.name, usage.pages(folder.name, folder.name), recipe)
+        _write(draft, plan.files if plan is not None else {})
     return folder
 
 
@@ -118,9 +155,16 @@ def _describe(draft: Path, card: Card, title: str, usage: Mapping[int, str], rec
         write_text(draft / RECIPE, recipe)
 
 
-def _export_weights(model: VideoModel, folder: Path, names: Names, dtype: Dtype, recipe: str) -> Path:
-    """The denoiser alone, a file for each of its networks; the card is in the files' metadata, and on the page."""
+def _write(draft: Path, files: Mapping[str, str]) -> None:
+    for name, text in files.items():
+        write_text(draft / name, text)
+
+
+def _export_weights(model: VideoModel, folder: Path, dtype: Dtype, recipe: str, more: Mapping[str, str]) -> Path:
+    """The denoiser alone, a file for each of its networks; the card is in the files' metadata, and on the page. `more` files
+    are written beside them."""
     _require_plain(model)
+    names: Names = "comfyui"
     backbone, types = model.denoiser.backbone, own_types(model.denoiser, original_of(model), dtype)
     card = _sealed(model, types)
     rename = names_of(model.denoiser, names)
@@ -134,6 +178,7 @@ def _export_weights(model: VideoModel, folder: Path, names: Names, dtype: Dtype,
         for network, tensors in written.items():
             save_file(tensors, draft / files[network], {"fewstep": json.dumps(dump(card))})
         _describe(draft, card, folder.name, {}, recipe)
+        _write(draft, more)
     return folder
 
 
