@@ -30,13 +30,13 @@ from support_serve import Running, Viewer, running, save_streaming
 
 pytestmark = pytest.mark.timeout(240)
 ROOT = Path(__file__).parent.parent
-PAGE = (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8")
 
 
-def block(kind: str) -> str:
-    """The one piece of the page of this kind."""
-    (found,) = re.findall(rf"```{kind}\n(.*?)```", PAGE, re.S)
-    return str(found)
+def example(name: str) -> str:
+    """A file that the page links to."""
+    page = (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8")
+    assert f"(../examples/deployment/{name})" in page
+    return (ROOT / "examples" / "deployment" / name).read_text(encoding="utf-8")
 
 
 def free_port() -> int:
@@ -62,7 +62,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[list[Runni
 @contextmanager
 def nginx(folder: Path, port: int, servers: list[Running]) -> Iterator[None]:
     text = (
-        block("nginx")
+        example("nginx.conf")
         .replace("listen 443 ssl", f"listen 127.0.0.1:{port} ssl")
         .replace("/etc/ssl/video.", f"{folder}/video.")
     )
@@ -95,7 +95,7 @@ def nginx(folder: Path, port: int, servers: list[Running]) -> Iterator[None]:
 
 @contextmanager
 def caddy(folder: Path, port: int, servers: list[Running]) -> Iterator[None]:
-    text = block("caddy").replace("video.example.com {", f"https://video.example.com:{port} {{\n    tls internal")
+    text = example("Caddyfile").replace("video.example.com {", f"https://video.example.com:{port} {{\n    tls internal")
     for number, server in enumerate(servers, 1):
         text = text.replace(f"127.0.0.1:800{number}", f"127.0.0.1:{server.port}")
     head = "{\n    admin off\n    skip_install_trust\n    auto_https disable_redirects\n    default_bind 127.0.0.1\n"
@@ -242,7 +242,7 @@ def test_the_container_starts_the_server_with_options_that_it_has() -> None:
 
 
 def test_probes_ask_what_the_server_has() -> None:
-    spec = yaml.safe_load(block("yaml"))
+    spec = yaml.safe_load(example("kubernetes.yaml"))
     watch = {route.path for route in Server.watch(object.__new__(Server)).routes}  # type: ignore[attr-defined]
     ports = {port.get("name"): port["containerPort"] for port in spec["ports"]}
     dockerfile = (ROOT / "Dockerfile").read_text()
@@ -256,7 +256,7 @@ def test_the_service_starts_a_server_per_gpu(tmp_path: Path) -> None:
 
     unit = configparser.RawConfigParser(strict=True)
     unit.optionxform = str  # type: ignore[assignment]
-    unit.read_string(block("ini"))
+    unit.read_string(example("fewstep@.service"))
     service = unit["Service"]
     words = shlex.split(shlex.split(service["ExecStart"])[2])
     known = {f"--{name.replace('_', '-')}" for name in Serve.__dataclass_fields__}
@@ -268,7 +268,9 @@ def test_the_service_starts_a_server_per_gpu(tmp_path: Path) -> None:
     assert "CUDA_VISIBLE_DEVICES=1\n" in done.stdout  # the second service has the second one
     assert service["SuccessExitStatus"] == "143"  # as test_serve_command.py sees it after SIGTERM
     if shutil.which("systemd-analyze") is not None:
-        text = block("ini").replace("/opt/fewstep/bin/fewstep", "/bin/true").replace("User=fewstep\n", "")
+        text = (
+            example("fewstep@.service").replace("/opt/fewstep/bin/fewstep", "/bin/true").replace("User=fewstep\n", "")
+        )
         for name in ("fewstep@.service", "fewstep@1.service"):
             (tmp_path / name).write_text(text)
         command = ["systemd-analyze", "verify", str(tmp_path / "fewstep@1.service")]

@@ -332,7 +332,11 @@ def test_a_causal_network_does_not_roll(pattern: BlockCausal) -> None:
     causal = model.with_part("denoiser", repattern(model.denoiser, pattern))
     with pytest.raises(ValueError, match="both directions.*BlockCausal.*pattern Dense, or .*mutual: false"):
         made(Session(causal, PROMPTS), 1)
-    for stream in (replace(model.card.contract.stream or Stream(), rolling=1), Stream(rolling=3, mutual=False)):
+    alone = replace(model.card.contract, stream=replace(model.card.contract.stream or Stream(), rolling=1))
+    with torch.no_grad():
+        window = Rolling(chunks=Chunks.of(causal.reader, alone))
+        assert len(list(window.take(2, SHAPE, *causal.conditions(PROMPTS), Seeds((0, 1))))) == 2
+    for stream in (alone.stream or Stream(), Stream(rolling=3, mutual=False)):
         if not (pattern.window and stream.rolling == 3):  # a call of one chunk alone has a window
             other = causal.with_card(contract=replace(model.card.contract, stream=stream))
             assert len(made(Session(other, PROMPTS), 2)) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import multiprocessing
 import os
@@ -13,14 +14,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from websockets.exceptions import ConnectionClosed
 
 from fewstep.models import VideoModel
+from fewstep.serve import viewer as viewer_module
 from fewstep.serve.app import Server
 from fewstep.serve.limits import Limits
-from fewstep.serve.orders import Applies, Declined, Failed, Open, Played, Press, Save, Shown, Steer
+from fewstep.serve.media import FragmentedMP4
+from fewstep.serve.metrics import Metrics
+from fewstep.serve.orders import Applies, Declined, Facts, Failed, Finished, Open, Played, Press, Save, Shown, Steer
+from fewstep.serve.protocol import Init
 from fewstep.serve.snapshots import SWEEP, SnapshotFiles
 from fewstep.serve.tasks import SOON
 from fewstep.serve.worker import Served, Worker, warm
@@ -309,6 +315,38 @@ def test_only_so_much_is_kept_for_one_holder(house: Running) -> None:
     finally:
         viewers._limits = patience
         house.on_loop(viewers._over.clear)
+
+
+@pytest.mark.parametrize("chunks", [0, 2])
+def test_what_encodes_a_stream_is_freed_with_it(chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each encoder of H.264 that is not closed leaves memory, and a server runs for months."""
+    facts = Facts(
+        name="a", role="student", fps=8.0, height=16, width=16, frames=8, steps=(4,), guided=False, takes_image=False,
+        chunk_frames=(2, 2),
+    )  # fmt: skip
+    closed = list[bool]()
+
+    class Watched(FragmentedMP4):
+        def close(self) -> None:
+            super().close()
+            closed.append(True)
+
+    monkeypatch.setattr("fewstep.serve.viewer.encoder", lambda media, fps: Watched(fps))
+
+    async def watched() -> None:
+        files = SnapshotFiles(Path("nowhere"), kept=1.0, most=1)
+        viewer = viewer_module.Viewer("ada", Init(media="mp4"), facts, lambda order: None, Metrics(), files)
+        for index in range(chunks):
+            frames = np.zeros((2, 16, 16, 3), np.uint8)
+            news = Shown(
+                id="a", index=index, first=2 * index, seconds=0.0, prompt="", version=0, frames=frames, took=(0, 0, 0)
+            )
+            viewer.news.put_nowait(news)
+        viewer.news.put_nowait(Finished(id="a"))
+        await viewer.pump()
+
+    asyncio.run(watched())
+    assert closed == [True]
 
 
 # --- snapshots --------------------------------------------------------------------------------------------------------

@@ -431,17 +431,21 @@ def test_a_disk_that_is_full_fails_the_job_and_says_so(house: House, monkeypatch
     assert ended(client, again.id).status == "completed"
 
 
-def test_a_table_that_cannot_be_changed_delays_the_job(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    client, complete, tried = house.client(), Jobs.complete, list[int]()
+@pytest.mark.parametrize("change", ["begin", "complete"])
+def test_a_table_that_cannot_be_changed_delays_the_job(
+    house: House, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    client, made, tried = house.client(), getattr(Jobs, change), list[int]()
 
     def full(self: Jobs, job: Any) -> bool:
         tried.append(1)
         if len(tried) < 3:
             raise TableFull("database or disk is full")
-        return complete(self, job)
+        return bool(made(self, job))
 
-    monkeypatch.setattr(Jobs, "complete", full)
-    monkeypatch.setattr(serve_clips, "AGAIN", 0.05)
+    monkeypatch.setattr(Jobs, change, full)
+    monkeypatch.setattr(serve_clips, "AGAIN", 0.2)
+    monkeypatch.setattr(serve_clips, "BEAT", 0.02)  # a job that is not begun yet is not said to be made
     job = client.videos.create(prompt="a", model="tiny", extra_body={"num_frames": 2})
     assert ended(client, job.id).status == "completed" and len(tried) == 3
 

@@ -151,6 +151,17 @@ def test_what_is_read_of_a_state_by_hand() -> None:
     assert shares[0] == 0 < shares[1] < shares[2]
 
 
+def test_the_gates_of_a_token_by_hand() -> None:
+    """Line 2 of the docstring: a token fades, and never grows."""
+    operation = shaken(StateCausal(window=4, sink=1).operation(0, 1, 3), 1.0).double()
+    k = Rng(0).randn((1, 1, 5, 3), "k").double()
+    decay, strength = operation.written(k)
+    products = k[0, 0] @ operation.gates[:2, 0].T + operation.biases[:2, 0]
+    torch.testing.assert_close(strength[0, 0], 1 / (1 + torch.exp(-products[:, 0])))
+    torch.testing.assert_close(decay[0, 0], -operation.rate[0].exp() * torch.log1p(products[:, 1].exp()))
+    assert (decay < 0).all()
+
+
 def test_bytes_are_constant() -> None:
     """The window with two gates per token and head, and D x D numbers per layer and head in at least 32 bits."""
     pattern = PATTERNS[2]

@@ -111,18 +111,21 @@ class Clips:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._more.wait(), LOOK if self._shared else None)
                 continue
-            try:
+            if await self._noted(lambda job=job: self._jobs.begin(job)):  # type: ignore[misc]
                 self._making, self._done, self._news = job, 0.0, asyncio.Queue()
-                if await self._noted(lambda job=job: self._jobs.begin(job)):  # type: ignore[misc]
-                    await self._make(job)
-            except Exception as error:
-                self._delete(job.id)
-                if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                    await self._failed(job, "no_space", "the server's disk is full; try again later")
-                else:
-                    log.exception("a job failed")
-                    await self._failed(job, "internal_error", "the server failed; its log says why")
-            self._making = None
+                await self._to_its_end(job)
+                self._making = None
+
+    async def _to_its_end(self, job: Job) -> None:
+        try:
+            await self._make(job)
+        except Exception as error:
+            await self._leave(job)
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                await self._failed(job, "no_space", "the server's disk is full; try again later")
+            else:
+                log.exception("a job failed")
+                await self._failed(job, "internal_error", "the server failed; its log says why")
 
     def _next(self) -> Job | None:
         """The oldest job; where others are who make jobs, the oldest that this server has the model of."""
@@ -173,8 +176,9 @@ class Clips:
         self._metrics.clip_seconds.observe(max(0.0, time.time() - job.created))
 
     async def _leave(self, job: Job) -> None:
-        """Its files, if it was removed; else another server makes it, and they are of that one."""
-        if await self._noted(lambda: self._jobs.get(job.id)) is None:
+        """Delete its files, if it was removed or is still this server's; else they are of another one, which makes it."""
+        mine = await self._noted(lambda: self._jobs.renew(job, self._done))
+        if mine or await self._noted(lambda: self._jobs.get(job.id)) is None:
             self._delete(job.id)
 
     def _picture(self, job: Job) -> Path:
@@ -222,9 +226,10 @@ class Clips:
 
     def sweep(self) -> None:
         """Delete jobs whose time is over, and files of no job."""
+        paths = list(self._folder.iterdir())  # first: a job that is accepted meanwhile is not among the ids
         self._jobs.expire()
         self._jobs.recover(lapsed=True)
         ids = self._jobs.ids()
-        for path in self._folder.iterdir():
+        for path in paths:
             if path.name.strip(".").partition(".")[0] not in ids:
                 path.unlink(missing_ok=True)

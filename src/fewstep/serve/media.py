@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from threading import Lock
 from typing import Protocol
 
 from PIL import Image
@@ -17,12 +18,18 @@ class Encoder(Protocol):
     def add(self, frames: Pixels) -> list[bytes]:
         """The messages of a chunk `[F, H, W, 3]`."""
 
+    def close(self) -> None:
+        """Free what it holds; nothing follows."""
+
 
 class WebP:
     """One picture per frame; small ones without loss."""
 
     def add(self, frames: Pixels) -> list[bytes]:
         return [self._picture(frame) for frame in frames]
+
+    def close(self) -> None:
+        """It holds nothing."""
 
     def _picture(self, frame: Pixels) -> bytes:
         out = io.BytesIO()
@@ -36,14 +43,20 @@ class FragmentedMP4:
 
     def __init__(self, fps: float) -> None:
         self._out = io.BytesIO()
+        self._lock = Lock()  # a stream that is given up is closed while another thread may still encode
         self._fragments = Fragments(_Unseekable(self._out), fps=fps, crf=20, preset="ultrafast")
 
     def add(self, frames: Pixels) -> list[bytes]:
-        self._fragments.add(frames)
-        made = self._out.getvalue()
-        self._out.seek(0)
-        self._out.truncate()
+        with self._lock:
+            self._fragments.add(frames)
+            made = self._out.getvalue()
+            self._out.seek(0)
+            self._out.truncate()
         return [made] if made else []
+
+    def close(self) -> None:
+        with self._lock:
+            self._fragments.close()  # what x264 holds is not freed otherwise
 
 
 class _Unseekable:

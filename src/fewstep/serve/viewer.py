@@ -7,11 +7,11 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any
 
 from fewstep.serve import protocol
-from fewstep.serve.media import encoder
+from fewstep.serve.media import Encoder, encoder
 from fewstep.serve.metrics import Metrics
 from fewstep.serve.orders import (
     Applies,
@@ -133,7 +133,10 @@ class Viewer:
 
     async def pump(self) -> None:
         """Turn news into messages, in their order, until the stream ends."""
-        media = encoder(self.init.media, self.facts.fps)
+        with closing(encoder(self.init.media, self.facts.fps)) as media:
+            await self._pump(media)
+
+    async def _pump(self, media: Encoder) -> None:
         while not self.ended:
             news = await self.news.get()
             self.moved = time.monotonic()
@@ -154,7 +157,7 @@ class Viewer:
                 case Failed():
                     self.finish(protocol.Error(code=news.code, message=news.message, retryable=news.retryable))
 
-    async def _chunk(self, news: Shown, media: Any) -> None:
+    async def _chunk(self, news: Shown, media: Encoder) -> None:
         start = time.perf_counter()
         made = await asyncio.to_thread(media.add, news.frames)
         took = 1000 * (time.perf_counter() - start)
