@@ -18,6 +18,7 @@ FUNCTION_LINES, PARAMETERS = 60, 7
 SUPPORT = {  # files of a room that are not one of its algorithms, and may hold several classes that belong together
     "methods": {
         "__init__",
+        "adversary",
         "base",
         "frames",
         "grids",

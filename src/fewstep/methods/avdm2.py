@@ -106,8 +106,8 @@ class AVDM2(Method):
             x_s, s, eps = self.noised(nets, seen, rng)
             losses["denoising"] = targets.denoising(nets[self.fake](x_s, s, cond), seen, eps)  # 2
         if self.adversary:
-            real, fake = self.adversary.pair(nets, batch, x, batch.cond, rng)
-            losses |= self.adversary.discriminator_losses(nets, real, fake, rng)  # 3
+            shown = self.adversary.pair(nets, batch, x, batch.cond, rng)
+            losses |= self.adversary.discriminator_losses(nets, *shown, rng)  # 3
         yield losses
 
     def student_loss(self, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Losses]:
@@ -121,8 +121,8 @@ class AVDM2(Method):
                 fake = nets[self.fake](x_s, s, cond).x0
             losses["matching"] = self.score_weight * targets.distribution_matching(seen, real, fake)  # 5
         if self.adversary:
-            real, fake = self.adversary.pair(nets, batch, x, batch.cond, rng)
-            losses["adversarial"] = self.adversary.student_loss(nets, real, fake)  # 6
+            shown = self.adversary.pair(nets, batch, x, batch.cond, rng)
+            losses["adversarial"] = self.adversary.student_loss(nets, *shown)  # 6
         yield losses
 
     def seen(self, x: Tensor, batch: Batch, rng: Rng) -> tuple[Tensor, Cond, Cond]:
