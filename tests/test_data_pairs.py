@@ -33,7 +33,7 @@ from fewstep.diffusion import (
     Timesteps,
     uniform_grid,
 )
-from fewstep.methods import DMD2
+from fewstep.methods import DMD2, Adversary
 from fewstep.models import Card, Denoiser, FrameAutoencoder, TextEncoder, VideoDiT, VideoModel, fingerprint
 from fewstep.models.bundle import read_card
 
@@ -183,7 +183,7 @@ def test_endpoints_serve_as_clips(tmp_path: Path) -> None:
     model = tiny()
     make_pairs(model, PROMPTS, tmp_path, PairPlan(times=TIMES, steps=4))
     data = StoredPairs(path=str(tmp_path))
-    require(data, DMD2(gan=0.01, anchor=0.25))
+    require(data, DMD2(adversary=Adversary(), anchor=0.25))
     both = data.open(model, frozenset({"prompts", "pairs", "x0"})).batch(3, Rng(0))
     assert both.x0 is not None and torch.equal(both.x0, both.require("pairs").states[:, -1])
     one = data.open(model, frozenset({"prompts", "x0"})).batch(3, Rng(0))

@@ -175,7 +175,7 @@ TOGETHER = (
     method("{type: AVDM2, frames: 0}", "method.frames"),
     method("{type: AVDM2, layers: []}", "layers"),
     method("{type: AVDM2, layers: [99]}", "layers"),
-    method("{type: AVDM2, score: none, adversarial: 0}", "adversarial"),
+    method("{type: AVDM2, score: none, adversary: null}", "adversary"),
     method("{type: AVDM2, image_teacher: {type: Pretrained, source: nowhere}}", "nowhere"),
     method("{type: AVDM2, image_teacher: nowhere}", "method.image_teacher"),
     method("{type: Consistency, skip: 0}", "skip"),
