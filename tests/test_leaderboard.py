@@ -190,6 +190,7 @@ def test_a_run_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     table = leaderboard.write_table([teacher, made], tmp_path / "table.md").read_text(encoding="utf-8")
     assert "## 0.0004 times the demo's budget" in table
     assert "| small |" in table
+    assert "Not run yet: add, apt" in table
 
 
 def test_a_table_without_the_teacher_is_refused(tmp_path: Path) -> None:

@@ -38,6 +38,26 @@ CLAIMS: tuple[Claim, ...] = (
         cite="2405.14867", text="It loses diversity, which regression keeps.",
         better="knowledge_distillation", worse="dmd2", figure="diversity",
     ),
+    Claim(
+        cite="2502.15681", text="The Jensen-Shannon divergence keeps more diversity than the reverse KL.",
+        better="f_distill", worse="dmd2", figure="diversity",
+    ),
+    Claim(
+        cite="2505.12674", text="SiD is better than distribution matching in four steps.",
+        better="sid", worse="dmd2", figure="frechet", steps=4,
+    ),
+    Claim(
+        cite="2503.06674", text="Matching along the trajectory is better than at its end, in four steps.",
+        better="tdm", worse="dmd2", steps=4,
+    ),
+    Claim(
+        cite="2406.04103", text="Moment matching is weak in one step.",
+        better="dmd2", worse="moment_matching",
+    ),
+    Claim(
+        cite="2501.08316", text="Adversarial post-training makes better one-step students than consistency, where it starts.",
+        better="apt", worse="consistency", figure="frechet",
+    ),
 )  # fmt: skip
 """Claims that the table can judge."""
 

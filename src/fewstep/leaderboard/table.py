@@ -12,7 +12,7 @@ from fewstep.core.atomic import write_text
 from fewstep.evaluate.page.table import percent
 from fewstep.leaderboard.budget import DEMO
 from fewstep.leaderboard.claims import CLAIMS, judge
-from fewstep.leaderboard.contest import PROBES
+from fewstep.leaderboard.contest import PROBES, contestants
 from fewstep.leaderboard.results import TEACHER, Figures, Result
 from fewstep.leaderboard.runs import COUNTS, SUITE
 
@@ -42,6 +42,8 @@ def write_table(results: Sequence[Result], path: Path) -> Path:
     parts = [heading(teachers[0].floor), teacher_section(teachers[0])]
     for budget, group in groupby(runs, key=lambda r: r.budget):
         parts.append(budget_section(budget, list(group), teachers[0]))
+    if lacking := sorted(set(contestants()) - {run.name for run in runs}):
+        parts.append(f"Not run yet: {', '.join(lacking)}.\n")
     write_text(path, "\n".join(parts))
     return path
 
