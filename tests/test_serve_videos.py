@@ -115,7 +115,7 @@ def house(student: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory
     served = Served(models=(("tiny", str(student)), ("world/teacher", str(teacher))), threads=1)
     limits = Limits(jobs=3, upload=1 << 20, pixels=100_000, seconds=60)
     with running(Server(served, limits=limits, door=Door(Keys.read(folder / "keys")), folder=folder)) as one:
-        house = House(one.server, one.port, one.loop)
+        house = House(one.server, one.web, one.port, one.loop)
         house.keys = keys
         yield house
 

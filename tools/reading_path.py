@@ -3,9 +3,10 @@
     python tools/reading_path.py [RECIPE]      print the files; exit 1 above the budget
 
 One iteration of the recipe (world/dmd2) is run, with a batch of one. On the path is every file with a function that is on the
-call stack between `Recipe.run` and the student's loss, and every file with a function that the method's own file calls until
-the loss is there. A file counts with all its lines. The types that everyone shares (`core`) are known, and so is what these
-files call in turn, by its name and docstring; with --deep both count, down to the networks.
+call stack between `Recipe.run` and the student's loss, every file with a function that the method's own file calls until the
+loss is there, and every file of the methods' room that a matching, which the method holds, calls for its loss. A file counts
+with all its lines. The types that everyone shares (`core`) are known, and so is what these files call in turn, by its name and
+docstring; with --deep both count, down to the networks.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "fewstep"
 FILES, LINES = 12, 1500
 """The budget of the world's recipe."""
+HELD = "methods/matching/"
+"""The room of the losses that a method holds."""
 START, LOSS, NETWORK = "recipe.py", "student_loss", "models/denoiser.py"
 """The file at which the path starts, the function at which it ends, and the file below which networks are."""
 QUICK = {
@@ -63,7 +66,9 @@ class Trail:
         callers = [file for f in stack[1 : names.index(LOSS, 1) + 1] if (file := _file(f)) is not None]
         if self.deep:
             return NETWORK not in callers
-        return callers[0] == self.method and not str(_file(frame)).startswith("core/")
+        file = str(_file(frame))
+        held = callers[0].startswith(HELD) and file.startswith("methods/")
+        return (callers[0] == self.method or held) and not file.startswith("core/")
 
 
 def _frames(frame: FrameType | None) -> Iterator[FrameType]:
