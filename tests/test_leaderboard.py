@@ -193,6 +193,24 @@ def test_a_run_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "Not run yet: add, apt" in table
 
 
+@pytest.mark.usefixtures("single_thread")
+def test_pairs_are_made_within_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "compile_problem", lambda: "compiling takes longer than this test")
+    monkeypatch.setattr("fewstep.leaderboard.contest.WorldProbe", lambda **options: None)
+    (tmp_path / "paired.yaml").write_text("""# A test.
+model: {type: Pretrained, source: world}
+method: {type: KnowledgeDistillation, rollout: {type: FromPairs, grids: [[1.0]], mode: ode}}
+data: {type: StoredPairs, path: nowhere}
+settings: {steps: 10, batch: 2}
+""")
+    one = Contestant("paired", tmp_path / "paired.yaml")
+    suite = Suite(prompts=2, seeds_per_prompt=2, batch=4, latency_runs=1, latency_budget=0.0)
+    budget = 200 / DEMO  # a hundred forward passes for two pairs of 20 guided steps, a hundred for 16 iterations of 6
+    made = leaderboard.run(Run(one, budget=budget), tmp_path / "results", tmp_path / "runs", suite=suite, quiet=True)
+    assert (made.iterations, made.spent) == (16, 2 * 40 + 16 * 6)
+    assert set(made.rows) == {1}
+
+
 def test_a_table_without_the_teacher_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="fewstep leaderboard teacher"):
         leaderboard.write_table([result("a", {1: figures(0.5)})], tmp_path / "t.md")

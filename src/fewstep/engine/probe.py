@@ -33,6 +33,11 @@ class Probe(Protocol):
     def better(self, scores: dict[str, float], best: dict[str, float]) -> bool: ...
 
 
+def merit(accuracy: float, distance: float, weight: float = 0.1) -> float:
+    """`accuracy - weight * log(distance)` of a student at one number of steps."""
+    return accuracy - weight * math.log(max(distance, 1e-6))
+
+
 @dataclass(frozen=True, kw_only=True)
 class WorldProbe:
     """Prompt accuracy, Frechet distance and diversity on fixed prompts and seeds of the built-in world.
@@ -81,7 +86,7 @@ class WorldProbe:
             distance = frechet(features, _reference(self, clips.shape[2]))
             scores |= {f"accuracy@{count}": accuracy, f"frechet@{count}": distance}
             scores[f"diversity@{count}"] = float(diversity(clips.unflatten(0, (-1, 2))).mean())
-            rule += (accuracy - self.frechet_weight * math.log(max(distance, 1e-6))) / len(counts)
+            rule += merit(accuracy, distance, self.frechet_weight) / len(counts)
         return {"rule": rule, **scores}
 
     def better(self, scores: dict[str, float], best: dict[str, float]) -> bool:

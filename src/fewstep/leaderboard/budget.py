@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from fewstep import demo
+from fewstep.leaderboard.stages import each, stages_of
 from fewstep.methods.work import Work
 from fewstep.pipeline import Pipeline, Stage
 from fewstep.recipe import Recipe
@@ -22,9 +23,7 @@ def work(recipe: Recipe | Pipeline) -> float:
 
     Networks are counted as large as the model the run starts from; discriminator heads are left out, as in `Method.cost`.
     """
-    if isinstance(recipe, Pipeline):
-        return sum(work_of(stage) for stage in recipe.stages.values())
-    return work_of(recipe)
+    return sum(work_of(stage) for stage in stages_of(recipe))
 
 
 def work_of(stage: Recipe | Stage) -> float:
@@ -61,12 +60,10 @@ def lengthened(recipe: Recipe | Pipeline, budget: float) -> Recipe | Pipeline:
     ValueError if it does not pay for one iteration of every stage.
     """
     factor = budget / work(recipe)
-    if isinstance(recipe, Pipeline):
-        return replace(recipe, stages={name: _stage(stage, factor) for name, stage in recipe.stages.items()})
-    return _stage(recipe, factor)
+    return each(recipe, lambda stage: _longer(stage, factor))
 
 
-def _stage(stage: Part, factor: float) -> Part:
+def _longer(stage: Part, factor: float) -> Part:
     steps = int(stage.settings.steps * factor)
     if steps < 1:
         raise ValueError(

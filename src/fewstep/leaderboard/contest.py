@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.core.build import digest
-from fewstep.core.shipped import headline, shipped
+from fewstep.core.shipped import shipped
 from fewstep.engine.probe import WorldProbe
 from fewstep.leaderboard.budget import lengthened
+from fewstep.leaderboard.stages import each, stages_of
 from fewstep.methods import targets
 from fewstep.pipeline import Pipeline, Stage, read
 from fewstep.recipe import Recipe
@@ -31,11 +32,6 @@ class Contestant:
     name: str
     path: Path
 
-    @property
-    def headline(self) -> str:
-        """What it is, in one sentence."""
-        return headline(self.path)
-
     @cached_property
     def recipe(self) -> Recipe | Pipeline:
         """As it is written in its file, before it is cut to a budget."""
@@ -43,16 +39,12 @@ class Contestant:
 
     @property
     def stages(self) -> tuple[Recipe | Stage, ...]:
-        return tuple(self.recipe.stages.values()) if isinstance(self.recipe, Pipeline) else (self.recipe,)
+        return stages_of(self.recipe)
 
     @property
     def method(self) -> str:
         """The names of its methods."""
         return ", then ".join(type(stage.method).__name__ for stage in self.stages)
-
-    @property
-    def cite(self) -> str:
-        return self.stages[-1].method.cite
 
     @property
     def paired(self) -> bool:
@@ -69,27 +61,20 @@ class Contestant:
 
     def prepared(self, budget: float, seed: int) -> Recipe | Pipeline:
         """The recipe for one run: as long as the budget allows, judged by the same rule as all others."""
-        recipe = lengthened(self.recipe, budget)
-        if isinstance(recipe, Pipeline):
-            *before, last = recipe.stages.items()
-            stages = {name: replace(stage, settings=_own(stage, seed)) for name, stage in before}
-            return replace(recipe, stages={**stages, last[0]: _judged(last[1], seed)})
-        return _judged(recipe, seed)
+
+        def own(stage: Any) -> Any:
+            return replace(stage, settings=replace(stage.settings, seed=seed, health=None))
+
+        recipe = each(lengthened(self.recipe, budget), own)
+        last = stages_of(recipe)[-1]
+        probe = WorldProbe(every=-(-last.settings.steps // PROBES), prompts=32)
+        return each(recipe, lambda stage: replace(stage, probe=probe) if stage is last else stage)
 
 
 def contestants() -> Mapping[str, Contestant]:
     """Everyone who takes part, by name."""
     names = {name.removeprefix(FOLDER): path for name, path in shipped().items() if name.startswith(FOLDER)}
     return {name: Contestant(name, path) for name, path in names.items()}
-
-
-def _judged(stage: Any, seed: int) -> Any:
-    settings = _own(stage, seed)
-    return replace(stage, settings=settings, probe=WorldProbe(every=-(-settings.steps // PROBES), prompts=32))
-
-
-def _own(stage: Any, seed: int) -> Any:
-    return replace(stage.settings, seed=seed, health=None)
 
 
 def _objects(value: Any) -> Iterator[Any]:

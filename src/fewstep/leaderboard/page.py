@@ -18,7 +18,7 @@ from fewstep.evaluate.page.template import page
 from fewstep.evaluate.results import CLIPS
 from fewstep.leaderboard.results import TEACHER, Result
 from fewstep.leaderboard.runs import COUNTS, figures_of
-from fewstep.leaderboard.table import rule
+from fewstep.leaderboard.table import rule, title_of
 
 SHOWN = 3
 """Prompts on the page."""
@@ -56,9 +56,8 @@ def _section(
             for result in firsts
         ),
     ]
-    title = "The demo's budget" if budget == 1 else f"{budget:g} times the demo's budget"
     table = f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
-    return f'<section><h2>{title}</h2><div class="card scroll">{table}</div></section>'
+    return f'<section><h2>{title_of(budget)}</h2><div class="card scroll">{table}</div></section>'
 
 
 def _cell(clips: Mapping[str, Tensor], result: Result, steps: int) -> str:

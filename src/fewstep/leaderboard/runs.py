@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from fewstep.evaluate.machine import describe_machine, versions
 from fewstep.leaderboard.budget import DEMO, work
 from fewstep.leaderboard.contest import Contestant
 from fewstep.leaderboard.results import TEACHER, Figures, Result, file_of, load_result
+from fewstep.leaderboard.stages import each, stages_of
 from fewstep.methods import FromPairs
 from fewstep.methods.rollouts.grids import exact
 from fewstep.models.bundle import VideoModel
@@ -71,17 +71,19 @@ def run(this: Run, results: Path, folder: Path, *, suite: Suite = SUITE, quiet: 
     recipe = this.contestant.prepared(this.budget * DEMO * (1 - PAIRED if this.contestant.paired else 1), this.seed)
     if this.contestant.paired:
         recipe, spent = _with_pairs(recipe, this, folder)
-    recipe = _each(recipe, lambda stage: replace(stage, settings=fitted(stage.settings)))
-    peak, _ = peak_memory(lambda: recipe.complete(place / "run", quiet=quiet))
+    recipe = each(recipe, lambda stage: replace(stage, settings=fitted(stage.settings)))
+    made = list[Path]()
+    peak, _ = peak_memory(lambda: made.append(recipe.complete(place / "run", quiet=quiet)))
     seconds = time.monotonic() - began
-    student = recipe.run(place / "run", quiet=True)
+    student = VideoModel.from_pretrained(made[0])
     rows, floor = _measured(
         student, tuple(n for n in COUNTS if n in student.card.contract.counts), place / FIGURES, suite
     )
     result = Result(
         name=this.contestant.name, method=this.contestant.method, code=this.contestant.code, budget=this.budget,
-        seed=this.seed, iterations=_iterations(recipe), spent=spent + work(recipe), seconds=seconds,
-        memory_mb=peak / 2**20, rows=rows, floor=floor, machine=asdict(describe_machine()), versions=versions(),
+        seed=this.seed, iterations=sum(stage.settings.steps for stage in stages_of(recipe)), spent=spent + work(recipe),
+        seconds=seconds, memory_mb=peak / 2**20, rows=rows, floor=floor, machine=asdict(describe_machine()),
+        versions=versions(),
     )  # fmt: skip
     result.save(results)
     return result
@@ -90,10 +92,10 @@ def run(this: Run, results: Path, folder: Path, *, suite: Suite = SUITE, quiet: 
 def measure_teacher(results: Path, folder: Path, *, suite: Suite = SUITE) -> Result:
     """The figures of the teacher at its own steps and at those of the students."""
     teacher = VideoModel.from_pretrained("world")
-    counts = (teacher.card.contract.steps, *COUNTS)
-    rows, floor = _measured(teacher, counts, folder / TEACHER / teacher.fingerprint("denoiser") / FIGURES, suite)
+    counts, code = (teacher.card.contract.steps, *COUNTS), teacher.fingerprint("denoiser")
+    rows, floor = _measured(teacher, counts, folder / TEACHER / code / FIGURES, suite)
     result = Result(
-        name=TEACHER, method="", code=teacher.fingerprint("denoiser"), budget=0.0, seed=0, iterations=0, spent=0.0,
+        name=TEACHER, method="", code=code, budget=0.0, seed=0, iterations=0, spent=0.0,
         seconds=0.0, memory_mb=0.0, rows=rows, floor=floor, machine=asdict(describe_machine()),
         versions=versions(),
     )  # fmt: skip
@@ -123,32 +125,18 @@ def _measured(
 def _with_pairs(recipe: Recipe | Pipeline, this: Run, folder: Path) -> tuple[Recipe | Pipeline, float]:
     """The recipe with stored pairs, and what they cost."""
     teacher = VideoModel.from_pretrained("world")
-    stages = recipe.stages.values() if isinstance(recipe, Pipeline) else (recipe,)
-    readers = [r for s in stages for r in s.method.rollouts if isinstance(r, FromPairs)]
+    readers = [r for s in stages_of(recipe) for r in s.method.rollouts if isinstance(r, FromPairs)]
     times = sorted(
         {t for reader in readers for grid in exact(reader.grids, reader.shift) for t in grid} | {0.0}, reverse=True
     )
     guidance = CFG(scale=teacher.card.contract.guidance.scale)
     plan = PairPlan(times=tuple(times), steps=PAIR_STEPS, seed=1000 * this.seed, guidance=guidance)
-    each = plan.resolve(teacher.card.contract).nfe
-    count = int(this.budget * DEMO * PAIRED / each)
+    nfe = plan.resolve(teacher.card.contract).nfe
+    count = int(this.budget * DEMO * PAIRED / nfe)
     place = folder / f"pairs-{digest([times, count, this.seed])}"
     made = make_pairs(teacher, world_prompts(count, 0.5, 500 + this.seed), place, plan, batch=16)
 
     def reading(stage: Any) -> Any:
         return replace(stage, data=StoredPairs(path=str(made.folder))) if "pairs" in stage.method.needs else stage
 
-    return _each(recipe, reading), float(count * each)
-
-
-def _each(recipe: Recipe | Pipeline, change: Callable[[Any], Any]) -> Recipe | Pipeline:
-    """The recipe with every stage changed."""
-    if isinstance(recipe, Pipeline):
-        return replace(recipe, stages={name: change(stage) for name, stage in recipe.stages.items()})
-    changed: Recipe = change(recipe)
-    return changed
-
-
-def _iterations(recipe: Recipe | Pipeline) -> int:
-    stages = recipe.stages.values() if isinstance(recipe, Pipeline) else (recipe,)
-    return sum(stage.settings.steps for stage in stages)
+    return each(recipe, reading), float(count * nfe)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 from statistics import mean
 
 from fewstep.core.atomic import write_text
+from fewstep.engine.probe import merit
 from fewstep.evaluate.page.table import percent
 from fewstep.leaderboard.budget import DEMO
 from fewstep.leaderboard.claims import CLAIMS, judge
@@ -69,9 +69,8 @@ def budget_section(budget: float, results: Sequence[Result], teacher: Result) ->
     reference = teacher.rows[max(teacher.rows)]
     names = sorted({result.name for result in results}, key=lambda name: -rule(results, name))
     head = [f"{n} {'step' if n == 1 else 'steps'}" for n in COUNTS]
-    title = "The demo's budget" if budget == 1 else f"{budget:g} times the demo's budget"
     lines = [
-        f"## {title}",
+        f"## {title_of(budget)}",
         "",
         "Accuracy / distance at each number of steps; motion and diversity at the fewest steps of the row.",
         "",
@@ -82,6 +81,10 @@ def budget_section(budget: float, results: Sequence[Result], teacher: Result) ->
         *said(results),
     ]
     return "\n".join(lines)
+
+
+def title_of(budget: float) -> str:
+    return "The demo's budget" if budget == 1 else f"{budget:g} times the demo's budget"
 
 
 def row(name: str, runs: Sequence[Result], reference: Figures) -> str:
@@ -107,15 +110,9 @@ def spread(values: Sequence[float]) -> str:
 
 
 def rule(results: Iterable[Result], name: str) -> float:
-    """By which rows are sorted: mean over steps and seeds of accuracy - 0.1 log(distance); a missing step count has 0 / 160."""
-    runs = [result for result in results if result.name == name]
-    return mean(_score(run.rows, n) for run in runs for n in COUNTS)
-
-
-def _score(rows: Mapping[int, Figures], steps: int) -> float:
-    if steps not in rows:
-        return -0.1 * math.log(160)
-    return rows[steps].accuracy - 0.1 * math.log(max(rows[steps].frechet, 1e-6))
+    """By which rows are sorted: the probe's rule, mean over steps and seeds; a missing step count has 0 / 160."""
+    found = [run.rows.get(n) for run in results if run.name == name for n in COUNTS]
+    return mean(merit(0.0, 160.0) if one is None else merit(one.accuracy, one.frechet) for one in found)
 
 
 def said(results: Sequence[Result]) -> list[str]:

@@ -36,6 +36,7 @@ from fewstep.core.bounds import Amount, Count, require_bounds
 from fewstep.diffusion import CFG, TimeDensity, Uniform
 from fewstep.methods import targets
 from fewstep.methods.base import Method, Nets, Update
+from fewstep.methods.matching import Noised, ReverseKL, Scores
 from fewstep.methods.roles import Copy, Heads, Role
 from fewstep.methods.rollouts import NESTED, BackwardSimulation, Rollout, SelfForced
 from fewstep.methods.work import Work
@@ -114,10 +115,8 @@ class SelfAdversarial(Method):
         y, more = self.pair(n, nets, batch, rng, grad=True)  # 4
         eps, t = rng.randn(y.shape, "eps"), self.score_density.sample(len(y), rng)
         y_t = nets.teacher.path.add_noise(y, eps, t)
-        with torch.no_grad():
-            real = self.guidance(nets.teacher, y_t, t, batch.cond, batch.uncond).x0
-            fake = nets.critic(y_t, t, batch.cond).x0
-        losses = {"matching": targets.distribution_matching(y, real, fake)}  # 5
+        scores = Scores(nets.teacher, nets.critic, self.guidance, batch.cond, batch.uncond)
+        losses = {"matching": ReverseKL().loss(Noised(y, y_t, t, eps), scores)}  # 5
         if more is not None:
             here = self.logits(n, nets, y_t, t, batch.cond)
             with torch.no_grad():

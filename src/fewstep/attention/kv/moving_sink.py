@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fewstep.attention.kv.cache import Keep, KVCache
-from fewstep.attention.kv.slots import frames_of, ring, with_room
+from fewstep.attention.kv.slots import frames_of, leaving, ring, with_room
 from fewstep.attention.kv.window import require_past
 from fewstep.core import KV
 from fewstep.core.bounds import Count, Fraction
@@ -50,10 +50,8 @@ class MovingSink(Keep):
         slots = self.window - memory.chunk
         before = with_room(memory, delta, frames, slots)
         after, taken = ring(before, delta, frames, self.sink, slots)
-        for new in range(frames):  # they leave in the order of their age, as the new ones come
-            left = (taken == new) & (before.positions >= self.sink)
-            if bool(left.any()):
-                after = replace(after, layers=self._moved(before, after, left))
+        for left in leaving(before, taken, frames, self.sink):
+            after = replace(after, layers=self._moved(before, after, left))
         return after
 
     def _moved(self, before: KVCache, after: KVCache, left: Tensor) -> tuple[KV, ...]:

@@ -5,6 +5,7 @@ Legend: B batch, H heads, S slots, f frames of a chunk, T tokens of a frame, D h
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,14 @@ def ring(memory: KVCache, delta: tuple[KV, ...], frames: int, sink: int, slots: 
     fits = (new >= sink) & (new >= memory.start[..., None] + frames - (slots - sink)) | (new < sink)
     taken = _taken(slot, fits, slots)
     return placed(memory, delta, frames, taken), taken
+
+
+def leaving(before: KVCache, taken: Tensor, frames: int, sink: int) -> Iterator[Tensor]:
+    """Which slot a frame leaves, `[S]` or `[B, S]`, in the order of their age: as the new ones of `ring` come. The sink stays."""
+    for new in range(frames):
+        left = (taken == new) & (before.positions >= sink)
+        if bool(left.any()):
+            yield left
 
 
 def placed(memory: KVCache, delta: tuple[KV, ...], frames: int, taken: Tensor) -> KVCache:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fewstep.attention.delta_rule import empty_state, folded
 from fewstep.attention.kv.cache import Keep, KVCache
-from fewstep.attention.kv.slots import frames_of, ring, with_room
+from fewstep.attention.kv.slots import frames_of, leaving, ring, with_room
 from fewstep.attention.kv.window import require_past
 from fewstep.core import KV
 from fewstep.core.bounds import Count, Natural
@@ -50,10 +50,8 @@ class StateMemory(Keep):
         if all(k.shape[-1] == v.shape[-1] for k, v in delta):
             return after
         states = memory.states or tuple(empty_state(k, k.shape[-1]) for k, _ in delta)
-        for new in range(frames):  # they leave in the order of their age, as the new ones come
-            left = (taken == new) & (before.positions >= self.sink)
-            if bool(left.any()):
-                states = tuple(_after(state, kv, left) for state, kv in zip(states, before.layers, strict=True))
+        for left in leaving(before, taken, frames, self.sink):
+            states = tuple(_after(state, kv, left) for state, kv in zip(states, before.layers, strict=True))
         return replace(after, states=states)
 
     def read(self, memory: KVCache) -> KVCache:

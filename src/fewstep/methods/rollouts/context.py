@@ -13,6 +13,7 @@ from fewstep.attention.kv.standing import EMPTY
 from fewstep.core import KV, Call, Cond
 from fewstep.core.call import Causal
 from fewstep.diffusion import NoisePath, Prediction, Standing, Stream
+from fewstep.models.by_chunk import clips_of
 from fewstep.models.denoiser import Predictor
 from fewstep.streaming.blocks import keep_of
 
@@ -83,8 +84,8 @@ class _Reminded:
                 f"this model reads {', '.join(sorted(told))} of every frame, which frames of a context are not told; write "
                 "context: false"
             )
-        times = len(x_t) // len(self.context.latents)
-        clean, frames = self.context.latents.repeat(times, 1, 1, 1, 1), self.context.frames.repeat(times, 1)
+        clean = clips_of(self.context.latents, len(x_t))
+        frames = self.context.frames.repeat(len(x_t) // len(self.context.frames), 1)
         nothing = self.network.recall(KVCache.empty(), clean, call)
         alone = replace(call, kv=nothing, causal=Causal((1,) * clean.shape[2]))
         read = self.network(clean, clean.new_zeros(len(clean)), cond, alone).kv
