@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fewstep.attention import KVCache
-from fewstep.core import Call, Cond, KVView
+from fewstep.core import KV, Call, Cond, KVView
 from fewstep.core.call import Causal
 from fewstep.diffusion import Kind, NoisePath, Prediction, Stream
 from fewstep.diffusion.prediction import Tangent
@@ -60,13 +60,16 @@ class ByChunk:
 
     def _remembered(self, clean: Tensor, cond: Cond, call: Call) -> KVCache:
         """The memory of a stream that has made the clean clips."""
-        nothing = self.network.recall(KVCache.empty(), clean, call)
-        read = self.network(clean, clean.new_zeros(len(clean)), cond, replace(call, kv=nothing)).kv
-        if read is None:
-            raise ValueError(
-                "this network gives no keys and values, so chunks cannot read clean clips; leave out its runner"
-            )
-        return KVCache(layers=read, positions=torch.arange(clean.shape[2]))
+        nothing = replace(call, kv=self.network.recall(KVCache.empty(), clean, call))
+        return KVCache(layers=keys_of(self.network, clean, cond, nothing), positions=torch.arange(clean.shape[2]))
+
+
+def keys_of(network: Predictor, clean: Tensor, cond: Cond, call: Call) -> tuple[KV, ...]:
+    """Keys and values of clean frames `[B, C, F, h, w]`, those of a call at time 0. ValueError if the network gives none."""
+    read = network(clean, clean.new_zeros(len(clean)), cond, call).kv
+    if read is None:
+        raise ValueError("this network gives no keys and values of clean frames to read; leave out its runner")
+    return read
 
 
 def clips_of(clean: Tensor, samples: int) -> Tensor:

@@ -12,7 +12,7 @@ from fewstep.attention import KVCache
 from fewstep.core import Call, Cond, KVView
 from fewstep.diffusion import Kind, NoisePath, Prediction, Stream
 from fewstep.diffusion.prediction import Tangent
-from fewstep.models.by_chunk import clips_of
+from fewstep.models.by_chunk import clips_of, keys_of
 from fewstep.models.denoiser import Predictor
 from fewstep.streaming.blocks import empty_memory
 
@@ -43,9 +43,7 @@ class OneByOne:
             memory = memory.facing(told.extra.get("pose"))
             here = replace(call, kv=self.network.recall(memory, x_t[:, :, own], call))
             made.append(self.network(x_t[:, :, own], t if t.ndim == 1 else t[:, own], told, here).raw)
-            kept = self.network(clean[:, :, own], clean.new_zeros(len(clean)), told, here).kv
-            if kept is None:
-                raise ValueError("this network gives no keys and values to remember; leave out its runner")
+            kept = keys_of(self.network, clean[:, :, own], told, here)
             memory, first = memory.commit(kept, length), first + length
         return Prediction(torch.cat(made, 2), self.kind, x_t, t, self.path)
 

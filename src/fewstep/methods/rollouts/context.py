@@ -13,7 +13,7 @@ from fewstep.attention.kv.standing import EMPTY
 from fewstep.core import KV, Call, Cond
 from fewstep.core.call import Causal
 from fewstep.diffusion import NoisePath, Prediction, Standing, Stream
-from fewstep.models.by_chunk import clips_of
+from fewstep.models.by_chunk import clips_of, keys_of
 from fewstep.models.denoiser import Predictor
 from fewstep.streaming.blocks import keep_of
 
@@ -88,10 +88,8 @@ class _Reminded:
         frames = self.context.frames.repeat(len(x_t) // len(self.context.frames), 1)
         nothing = self.network.recall(KVCache.empty(), clean, call)
         alone = replace(call, kv=nothing, causal=Causal((1,) * clean.shape[2]))
-        read = self.network(clean, clean.new_zeros(len(clean)), cond, alone).kv
-        if read is None:
-            raise ValueError("this network gives no keys and values, so it cannot read a context; leave out its runner")
-        view = self.network.recall(self.context.memory(read, frames, x_t.shape[2]), x_t, call)
+        memory = self.context.memory(keys_of(self.network, clean, cond, alone), frames, x_t.shape[2])
+        view = self.network.recall(memory, x_t, call)
         return self.network(x_t, t, cond, replace(call, kv=view))
 
 
