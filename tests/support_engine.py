@@ -31,6 +31,7 @@ from fewstep.methods import (
     Method,
     MomentMatching,
     Progressive,
+    ProgressiveAdversarial,
     ReadAttributes,
     SelfAdversarial,
 )
@@ -97,6 +98,9 @@ CASES: Mapping[str, Method] = {cls.__name__: cls() for cls in METHODS} | {
     "DMD2": DMD2(critic_updates=2, warmup=2, rollout=TWO_GRIDS),
     "AVDM2": AVDM2(image_teacher=TinyImages(), frames=2, rollout=TWO_GRIDS),
     "SelfAdversarial": SelfAdversarial(critic_updates=1, r1=1.0, layers=(0, -1), rollout=TWO_GRIDS),
+    "ProgressiveAdversarial": ProgressiveAdversarial(
+        progressive=Progressive(stages=((2, 1), (1, 1))), steps=1, adversary=Adversary(trained=True, r1=1.0)
+    ),
     "MomentMatching": MomentMatching(steps=(1, 2)),
     "TDM": TDM(rollout=BackwardSimulation(grids=TWO_GRIDS.grids, mode="ode")),
     "AdversarialDistillation": AdversarialDistillation(distillation=2.5, regression=0.1),

@@ -46,6 +46,7 @@ from fewstep.methods import (
     MotionReward,
     Nets,
     Progressive,
+    ProgressiveAdversarial,
     ReadAttributes,
     Reconstruction,
     ReverseKL,
@@ -202,10 +203,11 @@ def test_contract_and_cost(method: Method) -> None:
             method.rollouts[0].mode
             if method.rollouts
             else "ode"
-            if isinstance(method, (Progressive, MomentMatching))
+            if isinstance(method, (Progressive, ProgressiveAdversarial, MomentMatching))
             else "sde"
         )
-        shift = method.rollouts[0].shift if method.rollouts else method.shift  # type: ignore[attr-defined]
+        own = method.progressive if isinstance(method, ProgressiveAdversarial) else method
+        shift = method.rollouts[0].shift if method.rollouts else own.shift  # type: ignore[attr-defined]
         assert contract.trained == {n: uniform_grid(n, shift) for n in contract.counts}
         assert contract.grid.free == Shifted(shift=shift)
         assert contract.sampler == (Renoise() if sampled == "sde" else DDIM())

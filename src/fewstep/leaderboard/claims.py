@@ -58,6 +58,10 @@ CLAIMS: tuple[Claim, ...] = (
         cite="2501.08316", text="Adversarial post-training makes better one-step students than consistency, where it starts.",
         better="apt", worse="consistency", figure="frechet",
     ),
+    Claim(
+        cite="2402.13929", text="A discriminator makes better students of progressive distillation than the regression does.",
+        better="lightning", worse="progressive", figure="frechet",
+    ),
 )  # fmt: skip
 """Claims that the table can judge."""
 

@@ -1,6 +1,6 @@
 """Distillation methods: one file per algorithm, listed in METHODS."""
 
-from fewstep.methods.adversarial import AdversarialDistillation
+from fewstep.methods.adversarial import AdversarialDistillation, ProgressiveAdversarial
 from fewstep.methods.adversary import Adversary
 from fewstep.methods.attributes import ReadAttributes
 from fewstep.methods.avdm2 import AVDM2
@@ -33,14 +33,15 @@ from fewstep.methods.work import Work, in_forwards
 
 METHODS = (
     FlowMatching, Reconstruction, ReadAttributes, KnowledgeDistillation, Progressive, Consistency, DMD2, AVDM2,
-    AdversarialDistillation, TDM, MomentMatching, SelfAdversarial,
+    AdversarialDistillation, ProgressiveAdversarial, TDM, MomentMatching, SelfAdversarial,
 )  # fmt: skip
 
 __all__ = [
     "AVDM2", "DMD2", "HISTORIES", "MATCHINGS", "METHODS", "REWARDS", "ROLES", "ROLLOUTS", "TDM", "AdversarialDistillation",
     "Adversary", "BackwardSimulation", "Consistency", "Copy", "Decoder", "DiffusionForced", "ErrorRecycling", "FDivergence",
     "Fisher", "FlowMatching", "FromData", "FromPairs", "Heads", "History", "KnowledgeDistillation", "Making", "Matching",
-    "Method", "MomentMatching", "MotionReward", "MovingBuffer", "Nets", "Other", "Progressive", "ReadAttributes",
+    "Method", "MomentMatching", "MotionReward", "MovingBuffer", "Nets", "Other", "Progressive", "ProgressiveAdversarial",
+    "ReadAttributes",
     "Reconstruction", "ReverseKL", "Reward", "Role", "Rolled", "RollingForced", "Rollout", "ScoreImplicit", "SelfAdversarial",
     "SelfForced",
     "StreamingLong", "Sync", "TeacherForced", "Update", "Weak", "WholeClip", "Work", "in_forwards",

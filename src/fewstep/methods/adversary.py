@@ -23,6 +23,8 @@ class Shown:
     x_t: Tensor
     t: Tensor
     cond: Cond
+    before: tuple[Tensor, Tensor] | None = None
+    """Clip and time that are shown beside it: where the step began that ended here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +111,7 @@ class Adversary:
 
     def logits(self, nets: Nets, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """D of noised clips, `[B, heads]`."""
-        return nets.discriminator(nets[self.eyes].features(x_t, t, cond, self.layers))
+        return self._logits(nets, Shown(x_t, t, cond))
 
     def work(self, turns: int) -> Work:
         """Of the features in `turns` updates of D and one of the student."""
@@ -118,12 +120,18 @@ class Adversary:
         return Work(self.eyes, each * (2 + penalties) * turns + 2 + self.paired, layers=self.layers)
 
     def _logits(self, nets: Nets, clip: Shown) -> Tensor:
-        return self.logits(nets, clip.x_t, clip.t, clip.cond)
+        return nets.discriminator(self._seen(nets, clip))
+
+    def _seen(self, nets: Nets, clip: Shown) -> list[Tensor]:
+        """Features of the clip, and beside them, as further channels, those of what was before it."""
+        views = [(clip.x_t, clip.t), *([clip.before] if clip.before is not None else [])]
+        seen = [nets[self.eyes].features(x, t, clip.cond, self.layers) for x, t in views]
+        return [torch.cat(each, 1) for each in zip(*seen, strict=True)]
 
     def _judged(self, nets: Nets, clip: Shown) -> Tensor:
         """Logits with gradient in the heads, and in the features if they are trained."""
         with torch.set_grad_enabled(self.trained):
-            features = nets[self.eyes].features(clip.x_t.detach(), clip.t, clip.cond, self.layers)
+            features = self._seen(nets, replace(clip, x_t=clip.x_t.detach()))
         return nets.discriminator(features)
 
     def _moved(self, clip: Shown, rng: Rng, name: str) -> Shown:

@@ -104,19 +104,25 @@ class Progressive(Method):
         return replace(self, stages=tuple((n, max(1, int(length * factor))) for n, length in self.stages))
 
     def student_loss(self, steps: int, guidance: CFG, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Losses]:
-        x0, path, fine = batch.require("x0"), nets.student.path, uniform_grid(self.factor * steps, self.shift)
-        student, stage = (self.history.over(net, x0) for net in (nets.student, nets.stage))
+        (x_u, u, x, s, last), path = self.walk(steps, guidance, nets, batch, rng), nets.student.path
+        target = torch.where(broadcast(s, x) == 0, last, landing(x_u, u, x, s, path))  # 5
+        snr = path.log_snr(u).exp().to(x.dtype)
+        student = self.history.over(nets.student, batch.require("x0"))
+        yield {"halving": mse(student(x_u, u, batch.cond).x0, target, snr.clamp_min(1))}  # 6
+
+    @torch.no_grad()
+    def walk(self, steps: int, guidance: CFG, nets: Nets, batch: Batch, rng: Rng) -> tuple[Tensor, ...]:
+        """The way of the stage's model from `x_u`, a noised clip at times u of the student's grid, to `x_s` at the next times s,
+        where its last prediction was x0: these five."""
+        x0 = batch.require("x0")
+        fine, stage = uniform_grid(self.factor * steps, self.shift), self.history.over(nets.stage, x0)
         i = self.factor * self.history.index(steps, x0, rng)
         u, *between = (pick(fine, i + k, x0) for k in range(self.factor + 1))  # 2
-        x_u = x = path.add_noise(x0, rng.randn(x0.shape, "eps"), u)  # 3
-        with torch.no_grad():
-            for t, s in pairwise((u, *between)):
-                made = guidance(stage, x, t, batch.cond, batch.uncond)
-                x = made.step_to(s)  # 4
-            target = landing(x_u, u, x, s, path)  # 5
-            target = torch.where(broadcast(s, x0) == 0, made.x0, target)
-        snr = path.log_snr(u).exp().to(x0.dtype)
-        yield {"halving": mse(student(x_u, u, batch.cond).x0, target, snr.clamp_min(1))}  # 6
+        x_u = x = nets.student.path.add_noise(x0, rng.randn(x0.shape, "eps"), u)  # 3
+        for t, s in pairwise((u, *between)):
+            made = guidance(stage, x, t, batch.cond, batch.uncond)
+            x = made.step_to(s)  # 4
+        return x_u, u, x, s, made.x0
 
     def contract(self, teacher: Contract) -> Contract:
         return self._contract(teacher, self.stages[-1][0])

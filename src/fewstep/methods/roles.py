@@ -100,12 +100,14 @@ class Copy(Role):
 class Heads(Role):
     """A new network: discriminator heads on features of `of` at `layers` (negative numbers count from the end).
 
-    One head per layer with one logit per clip, or, if `joint`, one head on all layers with a logit per patch.
+    One head per layer with one logit per clip, or, if `joint`, one head on all layers with a logit per patch. They read the
+    features of so many `views` of a clip side by side.
     """
 
     of: str = "teacher"
     layers: tuple[int, ...] = (-1,)
     joint: bool = False
+    views: int = 1
 
     @property
     def needs(self) -> str:
@@ -118,7 +120,7 @@ class Heads(Role):
             raise ValueError(
                 f"layers must be from -{len(widths)} to {len(widths) - 1}, the blocks of this network; got {list(self.layers)}"
             )
-        seen = [widths[layer] for layer in self.layers]
+        seen = [self.views * widths[layer] for layer in self.layers]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(making.seed)
             heads = JointHead(seen) if self.joint else FeatureHeads(widths=seen, layers=self.layers)
