@@ -117,7 +117,7 @@ def test_states_are_plain_tensors_of_the_size_that_is_planned() -> None:
     }
     assert state["adamw8bit/step/bias"].item() == 2
     moments = sum(t.nbytes for key, t in state.items() if "/step/" not in key)
-    assert moments == state_bytes(network, "adamw8bit") == 2 * (8192 + 4 * 32) + 8 * 64
+    assert moments == state_bytes(network, EIGHT) == 2 * (8192 + 4 * 32) + 8 * 64
 
 
 @needs_library
@@ -288,7 +288,7 @@ def test_a_plan_knows_8_bit_states_and_what_they_would_save() -> None:
     assert own.slack == own.optimizer - less.optimizer
     assert planned(method, model, optim={"student": Optim(type="muon")}).holdings[-1].slack == 0
     assert float32.by(Means(eight_bit=True)).peak.bytes == eight.peak.bytes
-    assert state_bytes(model.denoiser, "paged_adamw8bit") == less.optimizer
+    assert state_bytes(model.denoiser, Optim(type="paged_adamw8bit")) == less.optimizer
 
 
 HELD = Holding(role="student", network="Net", parameters=100, trained=100, weights=400, optimizer=800, slack=600)

@@ -22,12 +22,14 @@ from fewstep.engine.checkpoint import RunState, checkpoints
 from fewstep.engine.log import RunLog, read_metrics
 from fewstep.engine.nets import build_nets, trained_roles
 from fewstep.engine.optim import RoleOptimizer, learning_rate
+from fewstep.engine.outline import Outline
 from fewstep.engine.prepare import prepare
 from fewstep.engine.preview import HEAD
 from fewstep.engine.run import Run
 from fewstep.methods import DMD2, Adversary, Copy, FlowMatching, Method, Nets, Sync, Update
 from fewstep.models import Backbone, Card, FeatureHeads, VideoModel, fingerprint
 from fewstep.models.averaging import blend
+from fewstep.models.fingerprint import describe
 from support_engine import CASES, FRAMES, LONG, Everything, TinyImages, small, tiny_model
 
 pytestmark = pytest.mark.usefixtures("single_thread")
@@ -503,7 +505,19 @@ def test_a_bad_probe_figure_stops_the_run(tmp_path: Path) -> None:
         (CASES["Reconstruction"], {"compile": True}, "settings.compile is for denoisers"),
         (CASES["ReadAttributes-features"], {"preview_every": 1}, "settings.preview_every is for denoisers"),
         (CASES["Reconstruction"], {"optim": {"student": Optim(type="muon")}}, "give its role an entry of type adamw"),
-        (DMD2(adversary=Adversary()), {"optim": {"student": Optim(type="muon")}}, "this FeatureHeads has none"),
+        (DMD2(adversary=Adversary()), {"optim": {"student": Optim(type="muon")}}, "this FeatureHeads trains none"),
+        (DMD2(), {"optim": {"student": Optim(type="muon", frozen=("blocks",))}}, "this Denoiser trains none"),
+        (DMD2(), {"optim": {"student": Optim(only=("motion",))}}, "only: no parameter of this Denoiser has 'motion'"),
+        (
+            DMD2(),
+            {"optim": {"student": Optim(frozen=("motion",))}},
+            "frozen: no parameter of this Denoiser has 'motion'",
+        ),
+        (
+            DMD2(),
+            {"optim": {"student": Optim(only=("cross",), frozen=("blocks",))}},
+            "leave no parameter of this Denoiser",
+        ),
         (
             DMD2(),
             {"optim": {"student": Optim(lr_of={"motion": 1e-4})}},
@@ -547,6 +561,37 @@ def test_parts_of_a_network_have_their_own_learning_rate(kind: str, tmp_path: Pa
     for name, change in moved["part"].items():
         assert torch.equal(change, moved["half" if "attention" in name else "all"][name]), name
     assert "0.001 for attention" in run.effective.optimizers["student"]
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_part_of_a_network_is_trained_alone(kind: str, tmp_path: Path) -> None:
+    """The rest stays bit for bit as it was, and has no gradients and no moments, in the plan and when a run is taken up again."""
+    optim = Optim(type=kind, lr=2e-3, only=("attention", "cross"), frozen=("cross.q",), weight_decay=0.1)
+
+    def trained(name: str) -> bool:
+        return ("attention" in name or "cross" in name) and "cross.q" not in name
+
+    run = prepared(tmp_path, CASES["FlowMatching"], small(4, optim={"student": optim}))
+    before = {name: p.detach().clone() for name, p in run.nets.student.named_parameters()}
+    for _ in range(2):
+        run.iterate()
+    moved = {name for name, p in run.nets.student.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name in before if trained(name)} and 0 < len(moved) < len(before)
+    state = run.optimizers["student"].state()
+    assert {key.split("/", 2)[2] for key in state} == moved
+    assert all((p.grad is None) or name in moved for name, p in run.nets.student.named_parameters())
+    again = prepared(tmp_path / "again", CASES["FlowMatching"], small(4, optim={"student": optim})).optimizers[
+        "student"
+    ]
+    assert again.allocate(state.keys()).keys() == state.keys()
+    moments = sum(tensor.nbytes for key, tensor in state.items() if key.split("/")[1] != "step")
+    parts = {name: describe(part) for name, part in tiny_model().parts.items()}
+    outline = Outline.of(
+        replace(tiny_model().card, parts=parts), CASES["FlowMatching"], small(4, optim={"student": optim}), FRAMES
+    )
+    (student,) = (held for held in outline.plan().holdings if held.role == "student")
+    assert student.trained == sum(before[name].numel() for name in moved) and student.optimizer == moments
+    assert "only attention and cross" in run.effective.optimizers["student"]
 
 
 def test_progressive_may_end_with_its_last_stage_begun(tmp_path: Path) -> None:

@@ -271,6 +271,8 @@ def told(optim: Optim) -> str:
     facts = [f"{optim.type} lr {rates} {optim.decay}", f"betas {betas}", f"clip {optim.clip:g}"]
     facts += [f"weight decay {optim.weight_decay:g}"] * bool(optim.weight_decay)
     facts += [f"warm-up {optim.warmup}"] * bool(optim.warmup)
+    facts += [f"only {' and '.join(optim.only)}"] * bool(optim.only)
+    facts += [f"without {' and '.join(optim.frozen)}"] * bool(optim.frozen)
     return ", ".join(facts)
 
 

@@ -19,7 +19,7 @@ class RoleOptimizer:
     """The optimiser(s) of one role: AdamW, also with moments of 8 bits, or Muon on the blocks' matrices and AdamW on the rest.
 
     ValueError if Muon is asked for and the network has no such matrices, if 8 bits are and its weights are divided over
-    processes, or if `lr_of` names no parameter of it.
+    processes, or if `lr_of`, `only` or `frozen` names no parameter of it.
     """
 
     def __init__(self, network: nn.Module, optim: Optim, steps: int, *, rest: bool = False) -> None:
@@ -27,11 +27,12 @@ class RoleOptimizer:
         self.optim, self.steps, self.network, self.rest = optim, steps, network, rest
         self.parts: dict[str, torch.optim.Optimizer] = {}
         require_named(network, optim)
-        matrices, others = _split(network) if optim.type == "muon" else ({}, dict(network.named_parameters()))
+        self.trained = chosen(network, optim)
+        matrices, others = _split(self.trained) if optim.type == "muon" else ({}, self.trained)
         if optim.type == "muon":
             if not matrices:
                 raise ValueError(
-                    f"muon works on the matrices inside `blocks`, and this {type(network).__name__} has none; "
+                    f"muon works on the matrices inside `blocks`, and this {type(network).__name__} trains none; "
                     "give its role an entry of type adamw in settings.optim"
                 )
             self.parts["muon"] = Muon(_groups(matrices, optim), lr=optim.lr, weight_decay=optim.weight_decay)
@@ -46,16 +47,16 @@ class RoleOptimizer:
     def clip(self) -> Tensor:
         """Scale the role's gradient down to the largest norm allowed, and return its norm before that. ValueError without
         a gradient."""
-        if all(parameter.grad is None for parameter in self.network.parameters()):
+        if all(parameter.grad is None for parameter in self.trained.values()):
             raise ValueError(
                 f"this update trains {type(self.network).__name__}, and no loss of the update depends on it; "
                 "correct the method's `updates`"
             )
-        gradients = [parameter.grad for parameter in self.network.parameters() if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in self.trained.values() if parameter.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()  # the norm over all shards; each process scales its own shard
-        nn.utils.clip_grads_with_norm_(self.network.parameters(), self.optim.clip, norm)
+        nn.utils.clip_grads_with_norm_(list(self.trained.values()), self.optim.clip, norm)
         return norm
 
     def step(self, step: int) -> float:
@@ -80,7 +81,7 @@ class RoleOptimizer:
 
     def state(self) -> dict[str, Tensor]:
         """Every optimiser tensor by `<optimiser>/<slot>/<parameter name>`."""
-        names = {id(p): name for name, p in self.network.named_parameters()}
+        names = {id(p): name for name, p in self.trained.items()}
         return {
             f"{kind}/{slot}/{names[id(p)]}": value
             for kind, part in self.parts.items()
@@ -91,12 +92,11 @@ class RoleOptimizer:
     def allocate(self, keys: Iterable[str]) -> dict[str, Tensor]:
         """Make empty optimiser tensors for the keys of an earlier `state`, in place; the caller fills them.
 
-        Keys of parameters that this role does not have are left out.
+        Keys of parameters that this role does not train are left out.
         """
-        parameters = dict(self.network.named_parameters())
         for kind, slot, name in (key.split("/", 2) for key in keys):
-            if kind in self.parts and name in parameters:
-                parameter = parameters[name]
+            if kind in self.parts and name in self.trained:
+                parameter = self.trained[name]
                 if kind in EIGHT_BIT:
                     self.parts[kind].begin(parameter)  # type: ignore[attr-defined]
                     continue
@@ -119,24 +119,42 @@ def learning_rate(optim: Optim, step: int, steps: int) -> float:
             return optim.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def state_bytes(network: nn.Module, kind: str) -> int:
-    """Bytes of the moments that an optimiser of type `kind` keeps for a whole network."""
-    sizes = [p.numel() for p in network.parameters()]
-    if kind in EIGHT_BIT:
+def chosen(network: nn.Module, optim: Optim) -> dict[str, nn.Parameter]:
+    """The parameters of a network that `optim` trains, by name."""
+    return {name: parameter for name, parameter in network.named_parameters() if optim.trains(name)}
+
+
+def begin(network: nn.Module, optim: Optim | None) -> None:
+    """Ready for an update: what `optim` trains has gradients, and nothing else; None: the network is frozen."""
+    network.requires_grad_(False).train(optim is not None)
+    for parameter in chosen(network, optim).values() if optim is not None else ():
+        parameter.requires_grad_(True)
+
+
+def state_bytes(network: nn.Module, optim: Optim) -> int:
+    """Bytes of the moments that the optimiser of a whole network keeps."""
+    trained = chosen(network, optim)
+    sizes = [p.numel() for p in trained.values()]
+    if optim.type in EIGHT_BIT:
         return eight_bit_bytes(sizes)
-    matrices = _split(network)[0].values() if kind == "muon" else ()
+    matrices = _split(trained)[0].values() if optim.type == "muon" else ()
     return optimizer_bytes(sum(sizes), momentum_only=sum(p.numel() for p in matrices))
 
 
 def require_named(network: nn.Module, optim: Optim) -> None:
-    """Refuse (ValueError) a learning rate for parameters that `network` lacks, or two for one."""
+    """Refuse (ValueError) parameters that `network` lacks, two learning rates for one, or none to train."""
     names = [name for name, _ in network.named_parameters()]
-    for key in optim.lr_of:
-        if not any(key in name for name in names):
-            raise ValueError(
-                f"lr_of: no parameter of this {type(network).__name__} has {key!r} in its name, as {names[len(names) // 2]} has; "
-                "a role without an entry in settings.optim takes the student's"
-            )
+    for field in ("lr_of", "only", "frozen"):
+        for key in getattr(optim, field):
+            if not any(key in name for name in names):
+                raise ValueError(
+                    f"{field}: no parameter of this {type(network).__name__} has {key!r} in its name, as "
+                    f"{names[len(names) // 2]} has; a role without an entry in settings.optim takes the student's"
+                )
+    if not any(optim.trains(name) for name in names):
+        raise ValueError(
+            f"only and frozen leave no parameter of this {type(network).__name__} to train; shorten frozen, or add to only"
+        )
     for name in names:
         if len(found := [key for key in optim.lr_of if key in name]) > 1:
             raise ValueError(
@@ -167,11 +185,11 @@ def _groups(named: Mapping[str, nn.Parameter], optim: Optim) -> list[dict[str, A
     return [{"params": parameters, "share": share} for share, parameters in groups.items()]
 
 
-def _split(network: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+def _split(named: Mapping[str, nn.Parameter]) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
     """Matrices inside `blocks`, and all other parameters (embeddings, heads, vectors, modulation tables)."""
     matrices: dict[str, nn.Parameter] = {}
     others: dict[str, nn.Parameter] = {}
-    for name, parameter in network.named_parameters():
+    for name, parameter in named.items():
         inside = "blocks." in name and parameter.ndim == 2 and name.endswith("weight")
         (matrices if inside else others)[name] = parameter
     return matrices, others

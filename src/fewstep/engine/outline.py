@@ -21,10 +21,10 @@ from fewstep.engine.health.measure import decode
 from fewstep.engine.health.monitor import judge_of, unexamined
 from fewstep.engine.memory import FLOAT, Holding, Phase, Plan
 from fewstep.engine.nets import build_for, origin, sources, starts, trained_roles
-from fewstep.engine.optim import require_named, state_bytes
+from fewstep.engine.optim import begin, chosen, require_named, state_bytes
 from fewstep.engine.precision import autocast, float32
 from fewstep.engine.preview import CLIPS
-from fewstep.engine.settings import Health, Settings
+from fewstep.engine.settings import Health, Optim, Settings
 from fewstep.engine.student import with_student
 from fewstep.engine.views import Views
 from fewstep.methods.base import Method, Nets, Update
@@ -89,7 +89,7 @@ class Outline:
     def _holdings(self) -> Iterator[Holding]:
         trained = trained_roles(self.method, self.settings.steps)
         for role, network in self.nets.items():
-            optim = self.settings.optim_of(role).type if role in trained else ""
+            optim = self.settings.optim_of(role) if role in trained else None
             whole = self.settings.lora is None
             gathered = _gathered(network) if whole else 0
             held = replace(_holding(role, network, optim), gathered=gathered, idles=whole)
@@ -134,7 +134,7 @@ class Outline:
     def phase(self, update: Update, draws: Mapping[str, int]) -> Phase:
         """What the update holds in memory if its rollouts draw these integers (`Rollout.fullest`)."""
         for role, network in self.nets.items():
-            network.requires_grad_(role in update.roles).train(role in update.roles)
+            begin(network, self.settings.optim_of(role) if role in update.roles else None)
         ledger = Ledger({**self.nets, **{n: p for n, p in self.model.parts.items() if n != self.method.part}})
         flows = [0]
 
@@ -144,7 +144,7 @@ class Outline:
 
         for kinds in (("flows",), ("gradients",), ("flows", "gradients")):
             ledger.watch(*kinds)
-        trained = [parameter for role in update.roles for parameter in self.nets[role].parameters()]
+        trained = [p for role in update.roles for p in self.nets[role].parameters() if p.requires_grad]
         hooks = [parameter.register_post_accumulate_grad_hook(partial(_apart, ledger)) for parameter in trained]
         batch, nets = self.batch(), Views(self.nets, self._spread(park))
 
@@ -302,8 +302,8 @@ def _apart(ledger: Ledger, parameter: Tensor) -> None:
         ledger.aside(parameter.grad, "gradients")
 
 
-def _holding(role: str, network: nn.Module, optim: str = "") -> Holding:
-    """A network, with the type of its optimiser if it is trained."""
+def _holding(role: str, network: nn.Module, optim: Optim | None = None) -> Holding:
+    """A network, with its optimiser if it is trained."""
     own = list(network.parameters())
     count = sum(p.numel() for p in own)
     borrowed = {name for module in network.modules() for name in module._non_persistent_buffers_set}
@@ -312,11 +312,16 @@ def _holding(role: str, network: nn.Module, optim: str = "") -> Holding:
         role=role,
         network=_named(network),
         parameters=count,
-        trained=count if optim else 0,
+        trained=sum(p.numel() for p in chosen(network, optim).values()) if optim else 0,
         weights=sum(tensor.nbytes for tensor in (*own, *buffers)),
         optimizer=state_bytes(network, optim) if optim else 0,
-        slack=state_bytes(network, optim) - state_bytes(network, "adamw8bit") if optim == "adamw" else 0,
+        slack=0 if optim is None or optim.type != "adamw" else state_bytes(network, optim) - _least(network, optim),
     )
+
+
+def _least(network: nn.Module, optim: Optim) -> int:
+    """Bytes of the moments that AdamW in 8 bits would keep."""
+    return state_bytes(network, replace(optim, type="adamw8bit"))
 
 
 def _named(network: nn.Module) -> str:

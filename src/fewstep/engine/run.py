@@ -20,7 +20,7 @@ from fewstep.engine.checkpoint import Checkpoint, RunState
 from fewstep.engine.effective import Effective, Watch
 from fewstep.engine.health.monitor import Monitor
 from fewstep.engine.mesh import Processes
-from fewstep.engine.optim import RoleOptimizer
+from fewstep.engine.optim import RoleOptimizer, begin
 from fewstep.engine.precision import autocast, float32
 from fewstep.engine.preview import Preview, Reconstructions
 from fewstep.engine.probe import Probe
@@ -111,7 +111,7 @@ class Run:
         """Do one optimiser step of the update's roles and return its figures. If a number is not finite, no weight changes."""
         self.nets.begin(update.roles)
         for role, network in self.nets.roles.items():
-            network.requires_grad_(role in update.roles).train(role in update.roles)
+            begin(network, self.settings.optim_of(role) if role in update.roles else None)
         figures = []
         nets = Views(self.nets, self.spread, self.listeners)
         for batch, place in batches:

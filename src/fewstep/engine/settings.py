@@ -23,6 +23,10 @@ class Optim:
     """Learning rate after warm-up."""
     lr_of: dict[str, Positive] = field(default_factory=dict)
     """Learning rates for some parameters, by a part of their names: `{motion_modules: 2.0e-5}`. All others use `lr`."""
+    only: tuple[str, ...] = ()
+    """Parts of names: parameters that have one of them are trained, and no others, as in `[motion_modules]`. Empty: all are."""
+    frozen: tuple[str, ...] = ()
+    """Parts of names of parameters that stay as they are, as in `[conv, proj]`. They need no gradient and no moments."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Betas of AdamW. Muon's momentum is always 0.95."""
     weight_decay: Amount = 0.0
@@ -37,6 +41,10 @@ class Optim:
 
     def __post_init__(self) -> None:
         require_bounds(self)
+
+    def trains(self, name: str) -> bool:
+        """Whether the parameter of this name is trained."""
+        return (not self.only or any(key in name for key in self.only)) and not any(key in name for key in self.frozen)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ def require_disk(run: Run) -> None:
 
 def checkpoint_bytes(run: Run) -> int:
     """Bytes of the tensors in one checkpoint: networks that change, and their optimisers' moments."""
-    moments = sum(state_bytes(optimizer.network, optimizer.optim.type) for optimizer in run.optimizers.values())
+    moments = sum(state_bytes(optimizer.network, optimizer.optim) for optimizer in run.optimizers.values())
     networks = sum(_bytes(network.state_dict()) for network in run.changing.values())
     return networks + moments
 
