@@ -235,7 +235,7 @@ def test_methods_and_rollouts_read_every_field(unread: Callable[..., set[str]], 
 
     def action() -> None:
         for name, method in cases.items():
-            iterations = 8 if name == "Progressive" else 3 if isinstance(method, DMD2) else 1
+            iterations = {"Progressive": 8, "ProgressiveAdversarial": 2}.get(name, 3 if isinstance(method, DMD2) else 1)
             run = prepare(tiny_model(), method, Everything(), small(iterations, health=None), tmp_path / name)
             method.cost()
             for _ in range(iterations):

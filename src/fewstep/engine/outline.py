@@ -25,7 +25,7 @@ from fewstep.engine.optim import begin, chosen, require_named, state_bytes
 from fewstep.engine.precision import autocast, float32
 from fewstep.engine.preview import CLIPS
 from fewstep.engine.settings import Health, Optim, Settings
-from fewstep.engine.student import with_student
+from fewstep.engine.student import equipped, with_student
 from fewstep.engine.views import Views
 from fewstep.methods.base import Method, Nets, Update
 from fewstep.methods.frames import fold_frames
@@ -63,7 +63,7 @@ class Outline:
 
     @classmethod
     def of(cls, card: Card, method: Method, settings: Settings, frames: int | None = None, probed: int = 0) -> Outline:
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        mode, settings = FakeTensorMode(allow_non_fake_inputs=True), equipped(settings, method, card)
         model = outline(card)
         others = {role: outline(source.card()) for role, source in {**sources(method), **starts(settings)}.items()}
         others = {**with_student(model, settings, others)}

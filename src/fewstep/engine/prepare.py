@@ -36,7 +36,7 @@ from fewstep.engine.probe import Probe
 from fewstep.engine.run import Run
 from fewstep.engine.settings import Parallel, Settings
 from fewstep.engine.shard import hollow, shard
-from fewstep.engine.student import require_transformable, transforms_of, with_student
+from fewstep.engine.student import equipped, require_transformable, transforms_of, with_student
 from fewstep.engine.views import Views
 from fewstep.methods.base import Method, Nets
 from fewstep.models import Card, Denoiser, VideoModel
@@ -59,6 +59,7 @@ def prepare(
     provenance: Mapping[str, str] = MappingProxyType({}),
 ) -> Run:
     """Allocate everything a run owns. ValueError names a setting that cannot take effect."""
+    settings = equipped(settings, method, model.card)
     roles = require_possible(method, settings, model.card, probe)
     require_processes(settings)
     trees = describe(method, data, settings)

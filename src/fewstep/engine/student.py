@@ -24,6 +24,13 @@ def with_student(model: VideoModel, settings: Settings, others: Mapping[str, Vid
     return {**others, "student": _changed(others.get("student", model), model, settings)}
 
 
+def equipped(settings: Settings, method: Method, card: Card) -> Settings:
+    """`settings` with the transforms that make the student read what the method needs, where it does not do so yet."""
+    reads = {each.name for each in transforms_of(card, settings) if isinstance(each, ScalarInput)}
+    more = tuple(ScalarInput(name=name, default=0.0) for name in method.scalars if name not in reads)
+    return replace(settings, transforms=(*settings.transforms, *more))
+
+
 def untrained(model: VideoModel, settings: Settings, begun: VideoModel | None) -> VideoModel:
     """The model with the student as it was before training; `begun` is the model of `settings.start`.
 

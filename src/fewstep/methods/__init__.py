@@ -6,7 +6,7 @@ from fewstep.methods.attributes import ReadAttributes
 from fewstep.methods.avdm2 import AVDM2
 from fewstep.methods.base import Method, Nets, Sync, Update
 from fewstep.methods.consistency import Consistency
-from fewstep.methods.distribution import TDM, MomentMatching
+from fewstep.methods.distribution import TDM, MomentMatching, TwinFlow
 from fewstep.methods.dmd2 import DMD2
 from fewstep.methods.flow_matching import FlowMatching
 from fewstep.methods.histories import HISTORIES, DiffusionForced, History, MovingBuffer, TeacherForced, WholeClip
@@ -33,7 +33,7 @@ from fewstep.methods.work import Work, in_forwards
 
 METHODS = (
     FlowMatching, Reconstruction, ReadAttributes, KnowledgeDistillation, Progressive, Consistency, DMD2, AVDM2,
-    AdversarialDistillation, ProgressiveAdversarial, TDM, MomentMatching, SelfAdversarial,
+    AdversarialDistillation, ProgressiveAdversarial, TDM, MomentMatching, TwinFlow, SelfAdversarial,
 )  # fmt: skip
 
 __all__ = [
@@ -44,5 +44,5 @@ __all__ = [
     "ReadAttributes",
     "Reconstruction", "ReverseKL", "Reward", "Role", "Rolled", "RollingForced", "Rollout", "ScoreImplicit", "SelfAdversarial",
     "SelfForced",
-    "StreamingLong", "Sync", "TeacherForced", "Update", "Weak", "WholeClip", "Work", "in_forwards",
+    "StreamingLong", "Sync", "TeacherForced", "TwinFlow", "Update", "Weak", "WholeClip", "Work", "in_forwards",
 ]  # fmt: skip

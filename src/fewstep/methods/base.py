@@ -104,6 +104,10 @@ class Method(ABC):
     continues: ClassVar[bool] = False
     """Whether it trains on clips that have a past or conditions of their own: rollouts that are not `whole`."""
 
+    scalars: ClassVar[tuple[str, ...]] = ()
+    """Numbers of every sample that the student's network reads besides its time (`ScalarInput`). They are 0 where it is sampled,
+    and a network that does not read them yet is changed so."""
+
     @property
     def needs(self) -> frozenset[str]:
         """Fields of Batch that the method reads. They are compared with the data before any weight is loaded."""

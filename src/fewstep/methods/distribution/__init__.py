@@ -2,5 +2,6 @@
 
 from fewstep.methods.distribution.moment_matching import MomentMatching
 from fewstep.methods.distribution.tdm import TDM
+from fewstep.methods.distribution.twin_flow import TwinFlow
 
-__all__ = ["TDM", "MomentMatching"]
+__all__ = ["TDM", "MomentMatching", "TwinFlow"]
