@@ -258,6 +258,15 @@ def settings(steps: int, **more: Any) -> Settings:
     return Settings(**{"steps": steps, "batch": 2, "health": None, "ema": 0.0} | more)
 
 
+WHOLE_RUNS = ("wan_image", "cogvideox15_image")
+"""Families of which a run with checks and pictures is among the quick tests; shorter runs of all teach them by pairs."""
+
+
+@pytest.mark.parametrize(
+    "folder",
+    [n if n in WHOLE_RUNS else pytest.param(n, marks=pytest.mark.slow) for n in (*IMAGE, *COGVIDEOX_IMAGE)],
+    indirect=True,
+)
 def test_a_model_of_images_is_distilled(
     folder: Path, source: Diffusers, model: VideoModel, videos: Path, tmp_path: Path
 ) -> None:
