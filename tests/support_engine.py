@@ -144,9 +144,9 @@ def long_run(output: Path) -> VideoModel:
     return train(tiny_model(), LONG, WorldClips(num_frames=FRAMES), settings, output, quiet=True)
 
 
-def short_run(output: Path, case: str) -> VideoModel:
-    """Five iterations of one method, a checkpoint after the second and the fourth."""
-    steps = 8 if case == "Progressive" else 5  # the last stage begins after seven
+def short_run(output: Path, case: str, steps: int) -> VideoModel:
+    """A few iterations of one method, a checkpoint after every second."""
+    steps = 8 if case == "Progressive" else steps  # its last stage begins after seven
     settings = small(steps, save_every=2, ema=0.9, accumulate=2)
     return train(tiny_model(), CASES[case], Everything(), settings, output, quiet=True)
 

@@ -420,7 +420,14 @@ def test_the_negative_prompt_is_what_guidance_leads_away_from(model: VideoModel)
     assert torch.equal(trained.mask, expected.mask)
 
 
-def test_distil_in_python(source: Diffusers, tmp_path: Path) -> None:
+LIKE_OTHERS = ("wan_ti2v", "ltx_condition", "cogvideox")
+"""Families that are trained as `wan`, `ltx` and `cogvideox15` are; test_conformance.py tests their gradients."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in LIKE_OTHERS else n for n in TINY], scope="session"
+)
+def test_distil_in_python(name: str, source: Diffusers, tmp_path: Path) -> None:
     distilled(source, tmp_path, None)
 
 

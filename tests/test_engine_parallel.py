@@ -137,9 +137,10 @@ def test_frozen_blocks_can_be_divided(tmp_path: Path, monkeypatch: pytest.Monkey
     assert whole - half == pytest.approx(blocks / 2, rel=0.1), "ends stay whole, of blocks there is a half"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # processes that share two cores with other tests
 def test_four_processes_divide_frozen_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In two groups, and together with tokens."""
+    """In two groups, and together with tokens; `test_frozen_blocks_can_be_divided` has one group."""
     names = ["DMD2-adapters.divided_twice.narrow", "DMD2-adapters.divided_clips", "DMD2-adapters.divided_twice"]
     pairs = {names[0]: "DMD2-adapters.whole.narrow", names[1]: "DMD2-adapters.sequence"}
     together(4, tmp_path, support_parallel.main, tmp_path, [*names, *pairs.values()])
@@ -242,8 +243,17 @@ def assert_one_takes_over(output: Path) -> None:
 
 
 @pytest.mark.timeout(900)  # processes that share two cores with other tests
-@pytest.mark.parametrize("name", ["whole_run", "adapters_run", "divided_run", "pruned_run"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "whole_run",
+        pytest.param("adapters_run", marks=pytest.mark.slow),
+        "divided_run",
+        pytest.param("pruned_run", marks=pytest.mark.slow),
+    ],
+)
 def test_two_processes_take_over_what_one_has_begun(place_to_run: Path, name: str) -> None:
+    """Of the quick ones one trains whole networks, one adapters over blocks that are divided."""
     output = place_to_run / name
     WHOLE_RUNS[name](output)
     newest = checkpoints(output / "checkpoints")[-1]

@@ -363,7 +363,9 @@ def test_single_frames_of_clips_that_begin_with_an_image_are_refused(model: Vide
 
 
 @pytest.mark.parametrize("folder", ["wan_image"], indirect=True)
-@pytest.mark.parametrize("method", [DMD, FlowMatching()], ids=["DMD2", "FlowMatching"])
+@pytest.mark.parametrize(
+    "method", [pytest.param(DMD, marks=pytest.mark.slow), FlowMatching()], ids=["DMD2", "FlowMatching"]
+)
 def test_a_killed_run_goes_on_to_the_same_student(
     method: Method, model: VideoModel, source: Diffusers, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
