@@ -185,8 +185,8 @@ def settled(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
 
 @contextmanager
 def running(server: Server) -> Iterator[Running]:
-    """The server until the block ends, warm."""
-    with patch.object(supervisor, "STARTS", forked()):
+    """The server until the block ends, warm. For a second after its worker has died there is none."""
+    with patch.object(supervisor, "STARTS", forked()), patch.object(supervisor, "PAUSES", (1.0,)):
         yield from _running(server)
 
 
