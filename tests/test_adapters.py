@@ -470,7 +470,7 @@ def written(source: Diffusers, folder: Path, settings: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    "name", [n if n in UNLIKE[:2] else pytest.param(n, marks=pytest.mark.slow) for n in TINY], scope="session"
+    "name", [n if n == "wan_experts" else pytest.param(n, marks=pytest.mark.slow) for n in TINY], scope="session"
 )
 def test_explained_and_planned_nothing_is_loaded(
     name: str, source: Diffusers, tmp_path: Path, capsys: pytest.CaptureFixture[str]
