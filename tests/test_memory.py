@@ -248,7 +248,7 @@ def test_gradients_that_are_shared_come_when_activations_are_there() -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_method_can_be_planned(name: str) -> None:
-    plan = Outline.of(tiny_card(), CASES[name], small(20), FRAMES).plan()
+    plan = Outline.of(tiny_card(depth=1), CASES[name], small(20), FRAMES).plan()
     trained = {h.role for h in plan.holdings if h.trained}
     assert trained == {role for phase in plan.phases for role in phase.roles}
     assert all(min(phase.gradients.values()) > 0 and phase.activations > 0 for phase in plan.phases)
@@ -439,7 +439,7 @@ def test_recomputed_blocks_and_adapters_hold_less() -> None:
 
 
 def test_adapters_are_planned_whole_on_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    card, whole = tiny_card(), small(20, accumulate=4, health=None)
+    card, whole = tiny_card(depth=1), small(20, accumulate=4, health=None)
     lora = replace(whole, lora=Lora(rank=2))
     recipe = Recipe(
         model=Pretrained(source="world"), method=ONE_CALL, data=WorldClips(num_frames=FRAMES), settings=whole
