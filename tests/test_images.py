@@ -388,6 +388,15 @@ def test_a_killed_run_goes_on_to_the_same_student(
         assert torch.equal(tensor, again.weights("denoiser")[name]), name
 
 
+LIKE_OTHERS = ("wan_image", "cogvideox_image")
+"""Families whose networks read no more than those of `wan_ends` and `cogvideox15_image`."""
+
+
+@pytest.mark.parametrize(
+    "folder",
+    [pytest.param(n, marks=pytest.mark.slow) if n in LIKE_OTHERS else n for n in (*IMAGE, *COGVIDEOX_IMAGE)],
+    indirect=True,
+)
 def test_a_run_on_images_is_planned_from_shapes(source: Diffusers, model: VideoModel) -> None:
     blank, told = model.blank_cond(2), model.conditions(CAPTIONS[:2], {**model.blank_cond(2).extra})[0]
     assert {k: v.shape for k, v in blank.extra.items()} == {k: v.shape for k, v in told.extra.items()}
