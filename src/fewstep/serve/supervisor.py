@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from multiprocessing.context import BaseContext
+from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 
 from fewstep.serve.orders import Beat, Close, Down, Facts, Failed, Finished, Made, News, Order, Up
@@ -19,7 +19,7 @@ HANGS = 120.0
 """Seconds without a word after which a worker counts as hanging and is killed. A network call must not take longer."""
 PAUSES = (0.0, 1.0, 2.0, 5.0, 15.0, 30.0)
 """Seconds before a worker that died is started again: after the first death, the second, and so on."""
-STARTS: BaseContext = multiprocessing.get_context("spawn")
+STARTS: SpawnContext | ForkServerContext = multiprocessing.get_context("spawn")
 """How workers are started: as new programs, since CUDA does not work in a fork."""
 log = logging.getLogger(__name__)
 Hear = Callable[[News], None]
