@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import signal
@@ -33,6 +34,12 @@ def pytest_configure(config: pytest.Config) -> None:
         from support_costs import Costs
 
         config.pluginmanager.register(Costs(file), "costs")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: the garbage collector need not look at a million objects again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

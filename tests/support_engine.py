@@ -144,13 +144,14 @@ def small(steps: int, **others: Any) -> Settings:
 def long_run(output: Path) -> VideoModel:
     """Three grids, a critic, Muon, an average and two micro-batches; a checkpoint every second step."""
     optim = {"student": Optim(type="muon", lr=1e-3, decay="linear"), "critic": Optim(lr=1e-3)}
-    settings = small(24, save_every=2, ema=0.9, accumulate=2, optim=optim)
+    settings = small(16, save_every=2, ema=0.9, accumulate=2, optim=optim)
     return train(tiny_model(), LONG, WorldClips(num_frames=FRAMES), settings, output, quiet=True)
 
 
-def short_run(output: Path, case: str) -> VideoModel:
-    """Eight iterations of one method, a checkpoint every second."""
-    settings = small(8, save_every=2, ema=0.9, accumulate=2)
+def short_run(output: Path, case: str, steps: int) -> VideoModel:
+    """A few iterations of one method, a checkpoint after every second."""
+    steps = 8 if case == "Progressive" else steps  # its last stage begins after seven
+    settings = small(steps, save_every=2, ema=0.9, accumulate=2)
     return train(tiny_model(), CASES[case], Everything(), settings, output, quiet=True)
 
 

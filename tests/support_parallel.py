@@ -52,7 +52,7 @@ from fewstep.models.source import ModelSource
 from support_engine import CASES, Everything, small, tiny_model
 
 ROOT = Path(__file__).parent.parent
-STEPS = 3
+STEPS = 2
 WHOLE = Settings(**vars(small(STEPS, ema=0.5, accumulate=4, batch=1)))
 
 
@@ -112,7 +112,7 @@ OWN: Mapping[str, tuple[Transform, ...]] = {
 LORA = Lora(rank=2)
 """Adapters of the cases above whose names end in `-adapters`."""
 PLANNED = small(3, batch=4, accumulate=2, lora=LORA)
-EXAMINED = small(6, save_every=2, ema=0.9, accumulate=2, batch=1, health=Health(every=3, prompts=1))
+EXAMINED = small(4, save_every=2, ema=0.9, accumulate=2, batch=1, health=Health(every=2, prompts=1))
 SPREADS: Mapping[str, Parallel] = {
     "shard": Parallel(),
     "whole": Parallel(),
@@ -133,7 +133,7 @@ def full(tensor: Tensor) -> Tensor:
 def watched(
     method: str, spread: str, autocast: str = "off", backend: str = "", folder: Path = Path()
 ) -> dict[str, Any]:
-    """Three iterations: figures, whole gradients of the first two, whole networks at the end, calls of the student; bytes of
+    """Two iterations: figures, whole gradients, whole networks at the end, calls of the student; bytes of
     frozen weights that this process holds, and the largest number of blocks that a depot brought at the same time.
 
     With `narrow` in place of a type of arithmetic, frozen matrices are bfloat16, too. With a `backend` blocks are compiled by
@@ -223,6 +223,8 @@ def peaks(spread: str, folder: Path) -> dict[str, Any]:
     for step in (0, 1):
         for update in run.method.updates(step):
             assert isinstance(update, Update)
+            if "+".join(update.roles) in found:
+                continue
             for role, network in run.nets.items():
                 network.requires_grad_(role in update.roles)
             ledger = Ledger({**run.nets, **run.model.parts})
@@ -245,9 +247,8 @@ def watch_gradients(run: Run, into: dict[str, Tensor]) -> None:
     for role, optimizer in run.optimizers.items():
 
         def spy(role: str = role, optimizer: RoleOptimizer = optimizer, clip: Any = optimizer.clip) -> Tensor:
-            if run.step < 2:
-                named = optimizer.network.named_parameters()
-                into.update({f"{run.step}.{role}.{name}": full(p.grad) for name, p in named if p.grad is not None})
+            named = optimizer.network.named_parameters()
+            into.update({f"{run.step}.{role}.{name}": full(p.grad) for name, p in named if p.grad is not None})
             return clip()
 
         optimizer.clip = spy  # type: ignore[method-assign]
@@ -340,12 +341,12 @@ def begun(folder: Path) -> dict[str, Any]:
 
 
 def killed_run(output: Path) -> None:
-    """As `whole_run`, but in the first attempt of torchrun the second process kills itself in iteration 5."""
+    """As `whole_run`, but in the first attempt of torchrun the second process kills itself in iteration 4."""
     if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and place().rank == 1:
         step, calls = RoleOptimizer.step, count(1)
 
         def fatal(self: RoleOptimizer, number: int) -> float:
-            if number == 4 and next(calls) == 2:
+            if number == 3 and next(calls) == 2:
                 (output.parent / "was_killed").touch()
                 os.kill(os.getpid(), signal.SIGKILL)
             return step(self, number)

@@ -1,4 +1,7 @@
-"""A server in a thread, with a real worker process, and viewers that talk to it."""
+"""A server in a thread, with a real worker process, and viewers that talk to it.
+
+The worker is forked from a process that has imported everything; test_serve_command.py starts it as the command does.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -24,10 +28,12 @@ from fewstep.compress import FrameInput
 from fewstep.diffusion import Contract, Exact, Renoise, Shifted, Stream
 from fewstep.models import VideoModel
 from fewstep.models.repattern import repattern
+from fewstep.serve import supervisor
 from fewstep.serve.app import Server
 from fewstep.serve.running import Web, web_server
 from fewstep.serve.worker import Served
 from support_engine import shaken, tiny_model
+from support_processes import forked
 
 KEYS = FrameInput(name="keys", width=4, words=("left", "right", "up", "down"), default=0.0)
 
@@ -179,7 +185,12 @@ def settled(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
 
 @contextmanager
 def running(server: Server) -> Iterator[Running]:
-    """The server until the block ends, warm."""
+    """The server until the block ends, warm. For a second after its worker has died there is none."""
+    with patch.object(supervisor, "STARTS", forked()), patch.object(supervisor, "PAUSES", (1.0,)):
+        yield from _running(server)
+
+
+def _running(server: Server) -> Iterator[Running]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

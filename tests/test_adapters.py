@@ -420,7 +420,14 @@ def test_the_negative_prompt_is_what_guidance_leads_away_from(model: VideoModel)
     assert torch.equal(trained.mask, expected.mask)
 
 
-def test_distil_in_python(source: Diffusers, tmp_path: Path) -> None:
+LIKE_OTHERS = ("wan_ti2v", "ltx_condition", "cogvideox")
+"""Families that are trained as `wan`, `ltx` and `cogvideox15` are; test_conformance.py tests their gradients."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in LIKE_OTHERS else n for n in TINY], scope="session"
+)
+def test_distil_in_python(name: str, source: Diffusers, tmp_path: Path) -> None:
     distilled(source, tmp_path, None)
 
 
@@ -463,7 +470,7 @@ def written(source: Diffusers, folder: Path, settings: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    "name", [n if n in UNLIKE[:2] else pytest.param(n, marks=pytest.mark.slow) for n in TINY], scope="session"
+    "name", [n if n == "wan_experts" else pytest.param(n, marks=pytest.mark.slow) for n in TINY], scope="session"
 )
 def test_explained_and_planned_nothing_is_loaded(
     name: str, source: Diffusers, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -486,10 +493,22 @@ def test_distil_and_sample_by_command(name: str, source: Diffusers, tmp_path: Pa
     assert video.stat().st_size > 0
 
 
+ONCE = {("wan", "{shard: 2}"), ("wan_experts", "{sequence: 2}")}
+"""The experts have Wan's blocks: the shards of two of them are tested, and the shared tokens of one."""
+
+
 @pytest.mark.parametrize(
-    "name", [n if n in UNLIKE else pytest.param(n, marks=pytest.mark.slow) for n in TINY], scope="session"
-)
-@pytest.mark.parametrize("parallel", ["{shard: 2}", "{sequence: 2}"], ids=["shard", "sequence"])
+    ("name", "parallel"),
+    [
+        pytest.param(
+            n, parallel, id=f"{parallel[1:-4]}-{n}",
+            marks=[pytest.mark.slow] if n not in UNLIKE or (n, parallel) in ONCE else [],
+        )
+        for n in TINY
+        for parallel in ("{shard: 2}", "{sequence: 2}")
+    ],
+    scope="session",
+)  # fmt: skip
 def test_two_processes_train_as_one(
     name: str, source: Diffusers, tmp_path: Path, parallel: str, alone: Callable[[], Rows]
 ) -> None:

@@ -73,7 +73,7 @@ LOOPS = [
 
 
 @pytest.mark.parametrize("settings", LOOPS, ids=lambda s: "-".join(map(str, s.values())))
-@pytest.mark.parametrize("steps", [1, 5])
+@pytest.mark.parametrize("steps", [pytest.param(1, marks=pytest.mark.slow), 5])  # five have the same start and end
 @torch.no_grad()
 def test_ddim_is_that_of_diffusers(
     pipelines: dict[str, tuple[Any, Path]], settings: dict[str, Any], steps: int

@@ -10,7 +10,7 @@ import torch
 import support_prepare
 from fewstep.data import texts
 from fewstep.data.video import write_video
-from support_processes import restarted
+from support_processes import restarted, together
 
 ROOT = Path(__file__).parent.parent
 VIDEOS, CLIPS = 7, 2
@@ -43,9 +43,21 @@ def encoded(output: Path) -> list[str]:
 
 
 @pytest.mark.timeout(600)
+def test_two_processes_prepare_what_one_does(videos: Path, tmp_path: Path) -> None:
+    """The same bytes, and no clip is encoded twice."""
+    whole, both = tmp_path / "whole", tmp_path / "both"
+    support_prepare.run(videos, whole)
+    together(2, tmp_path, support_prepare.run, videos, both)
+    assert contents(both) == contents(whole)
+    assert encoded(both) == encoded(whole) and len(encoded(whole)) == VIDEOS * CLIPS
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_killed_and_started_again_nothing_is_lost_or_done_twice(
     videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Restarted by torchrun's agent. `test_killed_preparation_continues_to_the_same_bytes` kills a single process."""
     whole, killed, parts = tmp_path / "whole", tmp_path / "killed", tmp_path / "parts"
     support_prepare.run(videos, whole)
     once = encoded(whole)

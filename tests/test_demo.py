@@ -11,16 +11,26 @@ import pytest
 from fewstep import demo
 from fewstep.evaluate import Suite
 from fewstep.models.bundle import VideoModel
+from fewstep.models.source import Pretrained
 from fewstep.recipe import Recipe
+from fewstep.world.data import WorldClips
+from support_engine import FRAMES, tiny_model
 
 
 @pytest.mark.usefixtures("single_thread")
-def test_demo_writes_what_it_promises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("teacher", ["tiny", pytest.param("world", marks=pytest.mark.slow)])
+def test_demo_writes_what_it_promises(teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the built-in teacher it takes a minute; a leaderboard's run measures that one in test_leaderboard.py."""
     monkeypatch.setattr(demo, "compile_problem", lambda: "compiling takes longer than this test")
     short = replace(demo.RECIPE, settings=replace(demo.RECIPE.settings, steps=1, batch=2), probe=None)
+    if teacher == "tiny":
+        tiny = tiny_model()
+        tiny.card = replace(tiny.card, contract=replace(tiny.card.contract, steps=50))
+        folder = tiny.save(tmp_path / "teacher")
+        short = replace(short, model=Pretrained(source=str(folder)), data=WorldClips(num_frames=FRAMES))
     suite = Suite(prompts=2, seeds_per_prompt=2, batch=4, latency_runs=1, latency_budget=0.0)
-    made = demo.run_demo(tmp_path, recipe=short, suite=suite, quiet=True)
-    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    made = demo.run_demo(tmp_path / "demo", recipe=short, suite=suite, quiet=True)
+    rows = json.loads((tmp_path / "demo" / "results.json").read_text())["rows"]
     assert [row["name"] for row in rows] == [f"teacher {n}" for n in (50, 4, 2, 1)] + [
         f"student {n}" for n in (4, 2, 1)
     ]

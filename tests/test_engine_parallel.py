@@ -137,9 +137,10 @@ def test_frozen_blocks_can_be_divided(tmp_path: Path, monkeypatch: pytest.Monkey
     assert whole - half == pytest.approx(blocks / 2, rel=0.1), "ends stay whole, of blocks there is a half"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # processes that share two cores with other tests
 def test_four_processes_divide_frozen_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In two groups, and together with tokens."""
+    """In two groups, and together with tokens; `test_frozen_blocks_can_be_divided` has one group."""
     names = ["DMD2-adapters.divided_twice.narrow", "DMD2-adapters.divided_clips", "DMD2-adapters.divided_twice"]
     pairs = {names[0]: "DMD2-adapters.whole.narrow", names[1]: "DMD2-adapters.sequence"}
     together(4, tmp_path, support_parallel.main, tmp_path, [*names, *pairs.values()])
@@ -170,7 +171,9 @@ def test_fsdp_sees_inside_the_state_of_every_network() -> None:
     """What it does not know it takes for a constant: gradients would then be gathered too late, or not at all."""
     for module in pkgutil.walk_packages(adapters.__path__, f"{adapters.__name__}."):
         importlib.import_module(module.name)
+    gc.unfreeze()  # conftest.py hides what was there before the tests
     every = [cls for cls in gc.get_objects() if issubclass(type(cls), type)]  # isinstance would wake lazy modules
+    gc.freeze()
     kinds = [cls for cls in every if State in cls.__mro__[1:] and cls.__module__.startswith("fewstep.")]
     assert {"Begun", "Tokens", "Streams"} <= {cls.__name__ for cls in kinds}
     _let_fsdp_see_inside()
@@ -212,14 +215,14 @@ def test_a_killed_process_comes_back_and_nothing_is_lost(place_to_run: Path) -> 
     assert (place_to_run / "was_killed").exists()
     assert_equal(last_state(killed), last_state(straight))
     for output in (killed, straight):
-        assert [row["step"] for row in read_metrics(output / "metrics.jsonl")] == list(range(1, 7))
+        assert [row["step"] for row in read_metrics(output / "metrics.jsonl")] == list(range(1, 5))
         names = {path.name for path in output.iterdir()}
         assert names >= {"recipe.yaml", "student", "checkpoints", "effective.json", "health.json"}
         assert "2 processes: replicate 1 x shard 2 x sequence 1" in (output / "effective.json").read_text()
         assert not list(output.rglob(".d*-*"))  # no litter
     records = [read_record(output) for output in (killed, straight)]
     assert records[0] == records[1] and records[1] is not None
-    assert [check.vitals.step for check in records[1].checks] == [3, 6]
+    assert [check.vitals.step for check in records[1].checks] == [2, 4]
     students = [VideoModel.from_pretrained(output / "student").denoiser.state_dict() for output in (killed, straight)]
     assert all(torch.equal(students[0][name], value) for name, value in students[1].items())
     assert_one_takes_over(straight)
@@ -240,8 +243,17 @@ def assert_one_takes_over(output: Path) -> None:
 
 
 @pytest.mark.timeout(900)  # processes that share two cores with other tests
-@pytest.mark.parametrize("name", ["whole_run", "adapters_run", "divided_run", "pruned_run"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "whole_run",
+        pytest.param("adapters_run", marks=pytest.mark.slow),
+        "divided_run",
+        pytest.param("pruned_run", marks=pytest.mark.slow),
+    ],
+)
 def test_two_processes_take_over_what_one_has_begun(place_to_run: Path, name: str) -> None:
+    """Of the quick ones one trains whole networks, one adapters over blocks that are divided."""
     output = place_to_run / name
     WHOLE_RUNS[name](output)
     newest = checkpoints(output / "checkpoints")[-1]

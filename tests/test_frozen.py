@@ -54,8 +54,8 @@ def test_frozen_matrices_in_bfloat16_change_no_number(method: Method, lora: Lora
 def test_frozen_matrices_are_planned_as_they_are_kept() -> None:
     card, sizes = read_card("world"), {}
     for frozen in ("float32", "bf16"):
-        plan = Outline.of(card, DMD2(), small(3, autocast="bf16", frozen=frozen, health=None, lora=Lora())).plan()  # type: ignore[arg-type]
-        sizes[frozen] = {held.role: held.weights for held in plan.holdings}
+        settings = small(3, autocast="bf16", frozen=frozen, health=None, lora=Lora())
+        sizes[frozen] = {held.role: held.weights for held in Outline.of(card, DMD2(), settings)._holdings()}
     assert sizes["bf16"]["student"] == sizes["float32"]["student"]
     assert 0.5 <= sizes["bf16"]["teacher"] / sizes["float32"]["teacher"] < 0.6
 

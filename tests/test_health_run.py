@@ -128,13 +128,13 @@ def test_the_report_draws_both_reference_lines(examined: Path) -> None:
 def test_examining_changes_no_number_and_a_stopped_run_says_the_same(tmp_path: Path) -> None:
     """Weights equal those of a run that is not examined; checks equal those of a run that was not stopped."""
     common: dict[str, Any] = {"save_every": 2, "ema": 0.9, "accumulate": 2}
-    train(tiny_model(), METHOD, Everything(), small(8, health=None, **common), tmp_path / "blind", quiet=True)
-    whole = run(tmp_path / "whole", 8, **common)
+    train(tiny_model(), METHOD, Everything(), small(6, health=None, **common), tmp_path / "blind", quiet=True)
+    whole = run(tmp_path / "whole", 6, **common)
     pulled = mock.patch.object(RunLog, "advance", side_effect=[*[None] * 5, Stopped])  # after the check of iteration 6
     with pulled, pytest.raises(Stopped):
-        run(tmp_path / "stopped", 8, **common)
-    resumed = run(tmp_path / "stopped", 8, **common)
-    assert resumed == whole and [check.vitals.step for check in whole.checks] == [3, 6, 8]
+        run(tmp_path / "stopped", 6, **common)
+    resumed = run(tmp_path / "stopped", 6, **common)
+    assert resumed == whole and [check.vitals.step for check in whole.checks] == [3, 6]
     states = [RunState.load(checkpoints(tmp_path / n / "checkpoints")[-1]) for n in ("blind", "whole", "stopped")]
     assert states[1].values == states[2].values and states[0].values["health"] is None
     for name, tensors in states[0].components.items():

@@ -258,6 +258,15 @@ def settings(steps: int, **more: Any) -> Settings:
     return Settings(**{"steps": steps, "batch": 2, "health": None, "ema": 0.0} | more)
 
 
+WHOLE_RUNS = ("wan_image", "cogvideox15_image")
+"""Families of which a run with checks and pictures is among the quick tests; shorter runs of all teach them by pairs."""
+
+
+@pytest.mark.parametrize(
+    "folder",
+    [n if n in WHOLE_RUNS else pytest.param(n, marks=pytest.mark.slow) for n in (*IMAGE, *COGVIDEOX_IMAGE)],
+    indirect=True,
+)
 def test_a_model_of_images_is_distilled(
     folder: Path, source: Diffusers, model: VideoModel, videos: Path, tmp_path: Path
 ) -> None:
@@ -354,7 +363,9 @@ def test_single_frames_of_clips_that_begin_with_an_image_are_refused(model: Vide
 
 
 @pytest.mark.parametrize("folder", ["wan_image"], indirect=True)
-@pytest.mark.parametrize("method", [DMD, FlowMatching()], ids=["DMD2", "FlowMatching"])
+@pytest.mark.parametrize(
+    "method", [pytest.param(DMD, marks=pytest.mark.slow), FlowMatching()], ids=["DMD2", "FlowMatching"]
+)
 def test_a_killed_run_goes_on_to_the_same_student(
     method: Method, model: VideoModel, source: Diffusers, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -377,6 +388,15 @@ def test_a_killed_run_goes_on_to_the_same_student(
         assert torch.equal(tensor, again.weights("denoiser")[name]), name
 
 
+LIKE_OTHERS = ("wan_image", "cogvideox_image")
+"""Families whose networks read no more than those of `wan_ends` and `cogvideox15_image`."""
+
+
+@pytest.mark.parametrize(
+    "folder",
+    [pytest.param(n, marks=pytest.mark.slow) if n in LIKE_OTHERS else n for n in (*IMAGE, *COGVIDEOX_IMAGE)],
+    indirect=True,
+)
 def test_a_run_on_images_is_planned_from_shapes(source: Diffusers, model: VideoModel) -> None:
     blank, told = model.blank_cond(2), model.conditions(CAPTIONS[:2], {**model.blank_cond(2).extra})[0]
     assert {k: v.shape for k, v in blank.extra.items()} == {k: v.shape for k, v in told.extra.items()}

@@ -155,9 +155,10 @@ def test_lightning_replaces_the_motion_modules(unets: dict[str, Path], tmp_path:
     student = Import(source=str(file), base=str(unets["animatediff"]), num_frames=4).student()
     assert student.card.contract.trained == {4: (1.0, 0.75, 0.5, 0.25, 0.0)}
     base = VideoModel.from_pretrained(unets["animatediff"]).denoiser.backbone
+    before = base.state_dict()
     for name, value in student.denoiser.backbone.state_dict().items():
         other = base.foreign(name)
-        assert torch.equal(value, tensors[other] if other in tensors else base.state_dict()[name])
+        assert torch.equal(value, tensors[other] if other in tensors else before[name])
     pipe = AnimateDiffPipeline.from_pretrained(unets["animatediff"])
     pipe.unet.load_state_dict(tensors, strict=False)
     pipe.scheduler = EulerDiscreteScheduler.from_config(
@@ -194,10 +195,11 @@ def test_animatelcm_is_motion_modules_and_a_lora(unets: dict[str, Path], tmp_pat
     updates = lora(folder / "AnimateLCM_sd15_t2v_lora.safetensors", dict([next(iter(UNET_LAYERS.items()))]), seed=1)
     student = Import(source=str(folder), base=str(unets["animatediff"]), num_frames=4).student()
     base = VideoModel.from_pretrained(unets["animatediff"]).denoiser.backbone
+    before = base.state_dict()
     added = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight"
     for name, value in student.denoiser.backbone.state_dict().items():
         other = base.foreign(name)
-        expected = tensors[other] if other in tensors else base.state_dict()[name]
+        expected = tensors[other] if other in tensors else before[name]
         torch.testing.assert_close(value, expected + next(iter(updates.values())) if other == added else expected)
     assert student.card.contract.guidance == CFG(scale=1.5) and student.card.contract.steps == 6
     chain = {key: value for key, value in student.card.provenance.items() if key.endswith("licence")}

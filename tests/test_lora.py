@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import weakref
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -288,9 +289,12 @@ def test_peft_reads_them(base: Denoiser, tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(1800)
-def test_compiled_blocks(base: Denoiser) -> None:
-    if problem := compile_problem():
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_blocks(base: Denoiser, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One backend traces both directions and generates no code; code is generated in test_models.py, too."""
+    if backend == "inductor" and (problem := compile_problem()):
         pytest.skip(problem)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     network = moved(adapt(base, LORA, Rng(0)))
     before = call(network)
     view = weaken(network, 1.0)

@@ -49,7 +49,8 @@ def test_what_is_planned_is_what_is_taken(family: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "extra"), [("wan", None), ("wan_experts", None), ("cogvideox", None), ("wan", NAG())]
+    ("family", "extra"),
+    [pytest.param("wan", None, marks=pytest.mark.slow), ("wan_experts", None), ("cogvideox", None), ("wan", NAG())],
 )
 def test_guidance_in_two_calls_is_planned_and_takes_less(family: str, extra: NAG | None) -> None:
     model, peaks = load_tiny(family), {}

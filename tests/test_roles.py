@@ -125,7 +125,8 @@ def test_what_a_role_says_is_so(cls: type[Role]) -> None:
     if role.origin is not None:
         base = roles[role.origin]
         assert isinstance(made, Denoiser) and isinstance(base, Denoiser)
-        assert all(torch.equal(mine, base.state_dict()[name]) for name, mine in made.state_dict().items())
+        held = base.state_dict()
+        assert all(torch.equal(mine, held[name]) for name, mine in made.state_dict().items())
 
 
 def test_what_a_role_cannot_be_made_from_is_refused() -> None:

@@ -51,7 +51,7 @@ def test_a_denoiser_that_is_cast_as_a_whole_samples(name: str) -> None:
 
 def test_a_unet_runs_in_bfloat16_and_has_no_reference(tmp_path: Path) -> None:
     animatediff().save_pretrained(tmp_path)
-    options: dict[str, Any] = {"num_frames": 4, "height": 64, "width": 64}
+    options: dict[str, Any] = {"num_frames": 2, "height": 16, "width": 16}
     source = Diffusers(source=str(tmp_path), **options)
     half = VideoModel.load(source.card(), source.source, runtime=HALF)
     with torch.autocast("cpu", torch.bfloat16):

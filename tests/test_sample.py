@@ -225,5 +225,5 @@ def test_a_dry_run_plans_the_preset_s_size(layout: str, capsys: pytest.CaptureFi
     file = Path(layout, "transformer", "config.json")
     file.write_text(json.dumps(json.loads(file.read_text()) | {"num_attention_heads": 40}))
     for words, size in (((), "480 x 832"), (("--preset", "authors"), "720 x 1280")):
-        assert main(["sample", layout, "--prompt", "a cat", "--dry-run", *words]) == 0
+        assert main(["sample", layout, "--prompt", "a cat", "--num-frames", "5", "--force", "--dry-run", *words]) == 0
         assert size in capsys.readouterr().out

@@ -208,6 +208,7 @@ def collect(files: Iterable[str]) -> None:
     os.chdir(ROOT)
     with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
         run_pytest(files, "--collect-only")
+    gc.unfreeze()  # tests/conftest.py hides from it what is there after the collection
     for function in gc.get_objects():
         if type(function) is FunctionType and function.__code__.co_filename.startswith(str(SOURCE)):
             LIVING.setdefault(place_of(function.__code__), []).append(function)

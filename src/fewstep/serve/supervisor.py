@@ -9,7 +9,8 @@ import threading
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkServerContext, SpawnContext
+from multiprocessing.process import BaseProcess
 
 from fewstep.serve.orders import Beat, Close, Down, Facts, Failed, Finished, Made, News, Order, Up
 from fewstep.serve.worker import Served, run
@@ -18,6 +19,8 @@ HANGS = 120.0
 """Seconds without a word after which a worker counts as hanging and is killed. A network call must not take longer."""
 PAUSES = (0.0, 1.0, 2.0, 5.0, 15.0, 30.0)
 """Seconds before a worker that died is started again: after the first death, the second, and so on."""
+STARTS: SpawnContext | ForkServerContext = multiprocessing.get_context("spawn")
+"""How workers are started: as new programs, since CUDA does not work in a fork."""
 log = logging.getLogger(__name__)
 Hear = Callable[[News], None]
 
@@ -28,7 +31,7 @@ class Supervisor:
     def __init__(self, served: Served, *, hangs: float = HANGS) -> None:
         self._served, self._hangs = served, hangs
         self._listeners: dict[str, Hear] = {}
-        self._process: SpawnProcess | None = None
+        self._process: BaseProcess | None = None
         self._pipe: Connection | None = None
         self._watch: asyncio.Task[None] | None = None
         self._up, self._stopping = asyncio.Event(), False
@@ -52,9 +55,8 @@ class Supervisor:
 
     def begin(self) -> None:
         """Start the worker. It is `ready` when its models are loaded and warm."""
-        context = multiprocessing.get_context("spawn")
-        here, there = context.Pipe()
-        self._process = context.Process(target=run, args=(there, self._served), name="fewstep-worker", daemon=True)
+        here, there = STARTS.Pipe()
+        self._process = STARTS.Process(target=run, args=(there, self._served), name="fewstep-worker", daemon=True)
         self._process.start()
         there.close()
         self._pipe = here
