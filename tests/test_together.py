@@ -6,25 +6,29 @@ Compared in float64, within 1e-9: a batch is multiplied in another order than ea
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import cast
 
 import pytest
 import torch
 from torch import Tensor
 
-from fewstep.attention import BlockCausal
+from fewstep.attention import BlockCausal, CompressCausal, CompressedMemory, Facing
 from fewstep.compress import Repatterned, StepScales
 from fewstep.core import Call, Cond, KVView, Seeds
 from fewstep.core.call import Causal, Negative
 from fewstep.diffusion import CFG, Contract, Exact, Prediction, Renoise, Step, Stream
 from fewstep.models import VideoModel
-from fewstep.streaming import Session
+from fewstep.models.adapters.dits.wan import Wan
+from fewstep.models.repattern import repattern
+from fewstep.streaming import Chunks, Session
 from fewstep.streaming.together import Asked, Together, joined
 from support_engine import shaken, tiny_model
 from test_streaming import POLICIES, made, streaming_model
+from tiny_models import wan_transformer
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 BALL, STAR = "a red ball rolls left", "a blue star stays"
@@ -60,14 +64,14 @@ def session(model: VideoModel, prompt: str, seed: int, chunks: int) -> Session:
 class Calls:
     """A stream whose work is one network call at a time, as the server has it."""
 
-    def __init__(self, session: Session) -> None:
-        self.session = session
+    def __init__(self, session: Session, extra: Mapping[str, Tensor] = MappingProxyType({})) -> None:
+        self.session, self.extra = session, extra
         self.steps: Generator[Step] | None = None
         self.latents = list[Tensor]()
 
     def __call__(self) -> None:
         if self.steps is None:
-            self.steps = cast(Generator[Step], self.session.steps())
+            self.steps = cast(Generator[Step], self.session.steps(extra=self.extra))
         step = next(self.steps, None)
         if step is None:  # the chunk is remembered
             self.steps = None
@@ -116,6 +120,31 @@ def test_a_stream_makes_in_company_what_it_makes_alone(name: str, scale: float, 
             for (k, v), (own_k, own_v) in zip(mine.layers, its.layers, strict=True):
                 close(k.double(), own_k.double())
                 close(v.double(), own_v.double())
+
+
+@pytest.mark.parametrize("kind", [Facing, CompressedMemory])
+def test_memories_that_choose_by_pose_or_compress_join_at_any_age(kind: type) -> None:
+    """Once they are as full as they get."""
+    memory = (
+        Facing(frames=1, recent=1, sink=1) if kind is Facing else CompressedMemory(window=3, sink=1, past=2, ratio=2)
+    )
+    model = double(streaming_model(Stream(memory=memory)))
+    if kind is CompressedMemory:
+        network = repattern(model.denoiser, CompressCausal(ratio=2))
+        model = double(model.with_part("denoiser", network, contract=model.card.contract))
+    extra = {"pose": torch.tensor([[[0.0, 0.0, 0.0, 1.0, 0.0, 0.0]]])} if kind is Facing else {}
+    alone = [Calls(Session(model, [prompt], seed=seed), extra) for seed, prompt in enumerate((BALL, STAR))]
+    for work, chunks in zip(alone, (7, 5), strict=True):
+        for _ in range(3 * chunks):
+            work()
+    company, seen = [Calls(Session(model, work.session.snapshot), extra) for work in alone], batches(model)
+    for _ in range(3):
+        Together(2)({str(number): work for number, work in enumerate(company)})
+    assert seen == [2, 2, 2]
+    for mine, its in zip(company, alone, strict=True):
+        its()
+        its()
+        close(mine.latents[-1], its.latents[-1])
 
 
 def test_calls_in_which_chunks_read_apart_are_not_joined() -> None:
@@ -180,13 +209,22 @@ def test_a_snapshot_from_company_is_restored_alone() -> None:
         close(next(Session(model, one.snapshot).take(1)), its[chunks])
 
 
+def test_a_chunk_is_remembered_once() -> None:
+    """Whoever asks for its memory again makes no other call."""
+    model = double(streaming_model(WINDOW))
+    loop, (cond, uncond), seen = Chunks.of(model.reader, model.card.contract), model.conditions([BALL]), batches(model)
+    noise = torch.randn(1, 4, 2, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    *_, last = loop.chunk(loop.begin(), noise, cond, uncond, Seeds((0,)))
+    assert last.memory is not None and last.memory is last.memory and len(seen) == 3
+
+
 # --- whose call it is -----------------------------------------------------------------------------------------------------
 
 
 class Sums:
     """A network that adds up its latents, and their number in the batch."""
 
-    by_step = False
+    by_step = by_age = False
 
     def __init__(self) -> None:
         self.seen = list[tuple[float, ...]]()
@@ -264,18 +302,16 @@ def test_what_calls_of_one_batch_have_in_common() -> None:
     assert all(asked(network, 1.0, **options).shape is None for options in alone)
 
 
-def test_what_is_said_of_a_whole_clip_holds_for_one_age() -> None:
-    """Such as the latents of an image: a network takes those of the frames that come next."""
-    network = Sums()
-
-    def told(start: int, framewise: bool) -> Asked:
-        one = asked(network, 1.0, kv=view(start=start))
-        return replace(one, cond=one.cond.with_extra({"image_latents": torch.zeros(1, 2, 3)}, framewise=framewise))
-
-    assert told(4, True).shape == told(8, True).shape != told(4, False).shape == told(4, False).shape
-    assert told(4, False).shape != told(8, False).shape
-    first = [asked(network, 1.0, kv=replace(view(start=n), layers=(), positions=torch.arange(0))) for n in (0, 0, 4)]
-    assert first[0].shape == first[1].shape != first[2].shape
+def test_a_network_that_looks_up_frames_by_number_is_called_for_one_age() -> None:
+    """Such as those of an image. Others may be of any age."""
+    network, placed = Sums(), Sums()
+    placed.by_age = True
+    ages = [[asked(one, 1.0, kv=view(start=n)).shape for n in (4, 4, 8)] for one in (network, placed)]
+    assert ages[0][0] == ages[0][1] == ages[0][2] and ages[1][0] == ages[1][1] != ages[1][2]
+    plain, image = (Wan(config=dict(wan_transformer(in_channels=n).config), pattern=BlockCausal()) for n in (4, 12))
+    begun = Wan(config=dict(wan_transformer().config), pattern=BlockCausal(), first_frame=True)
+    assert [backbone.by_age for backbone in (plain, image, begun)] == [False, True, True]
+    assert tiny_model().reader.by_age is False
 
 
 def test_networks_that_know_the_step_are_called_for_one_step() -> None:

@@ -46,6 +46,11 @@ class Served:
         """Whether blocks compute something else in each step, such as keys of the text."""
         return knows_steps(self.model.denoiser)
 
+    @property
+    def by_age(self) -> bool:
+        """Whether the network looks up something by the number of a frame."""
+        return self.model.denoiser.backbone.by_age
+
     def recall(self, memory: KVCache, x_t: Tensor, call: Call = Call()) -> KVView:
         return self.model.denoiser.recall(memory, x_t, call)
 

@@ -39,6 +39,11 @@ class Network(Protocol):
         """Whether what it predicts depends on the number of the step, so that calls of one batch are of one step."""
         ...
 
+    @property
+    def by_age(self) -> bool:
+        """Whether it looks up something by the number of a frame, so that streams of one batch are of one age."""
+        ...
+
     def alone(self, x_t: Tensor, t: Tensor, cond: Cond, call: Call, /) -> Prediction: ...
 
 
@@ -64,11 +69,11 @@ class Asked:
             return None
         options = replace(call, kv=None, constants=None, step=0, steps=1)
         step = (call.step, call.steps) if self.network.by_step else ()
+        age = tuple(view.number.flatten().tolist()) if self.network.by_age else ()
         told = tuple((name, _each(x)) for name, x in sorted(self.cond.extra.items()))
         condition = _each(self.cond.text), _each(self.cond.mask), told, self.cond.framewise
         own = _each(self.x_t), _each(self.t), condition, call.constants is None
-        whole = self.cond.extra.keys() - self.cond.framewise  # of a whole clip, such as the latents of an image
-        return self.network, options, step, own, _past(view, any_age=not whole)
+        return self.network, options, step, age, own, _past(view)
 
     def __call__(self) -> Prediction:
         """Make it alone."""
@@ -232,12 +237,12 @@ def _each(x: Tensor) -> Hashable:
     return x.shape[1:], x.dtype, x.device
 
 
-def _past(view: KVView, *, any_age: bool) -> Hashable:
-    """What pasts of one batch have in common. Streams may differ in age where all that depends on it is in the view."""
+def _past(view: KVView) -> Hashable:
+    """What pasts of one batch have in common: not where their frames stand."""
     layers = tuple((_each(k), _each(v)) for k, v in view.layers)
     states = None if view.states is None else tuple(map(_each, view.states))
     kind = view.positions.shape[-1], view.readable is None, view.frame is None, view.weight, view.compresses
-    return layers, states, kind, None if any_age and layers else tuple(view.number.flatten().tolist())
+    return layers, states, kind
 
 
 def _same(some: Sequence[object], others: Sequence[object]) -> bool:
