@@ -6,6 +6,7 @@ multiplied in another order, so last bits differ (`test_together.py` compares la
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 from fewstep.models import VideoModel
 from fewstep.models.runtime import Runtime
 from fewstep.serve.app import Server
+from fewstep.serve.limits import Limits
 from fewstep.serve.orders import (
     Applies,
     Close,
@@ -33,6 +35,7 @@ from fewstep.serve.orders import (
     Shown,
     Steer,
 )
+from fewstep.serve.protocol import Init
 from fewstep.serve.worker import Served, Worker, joined_seconds, warm
 from support_serve import running, save_streaming, settled
 from test_serve_faults import POISON
@@ -267,6 +270,28 @@ def test_the_load_of_viewers_is_what_was_measured_of_so_many() -> None:
     assert joined.load == apart.load == 0.5
 
 
+@pytest.mark.parametrize(("joined", "admitted"), [((), 2), ((0.16, 0.21), 3), ((0.11, 0.12), 4)])
+def test_as_many_viewers_are_admitted_as_their_batches_take(
+    joined: tuple[float, ...], admitted: int, folder: Path, tmp_path: Path
+) -> None:
+    """Up to 1.12: two of 0.5 each; three that take 1.05 together; three that take 0.6 and one of 0.5."""
+    server = Server(Served(models=(("s", str(folder)),)), limits=Limits(streams=9, waiting=9), folder=tmp_path)
+    viewers, gate, known = server.viewers, server.viewers._gate, facts(*joined)
+    gate.full = 1.12
+
+    async def come_and_go() -> None:
+        server.supervisor.models["s"] = known
+        server.supervisor._up.set()  # no worker: nothing is made
+        there = [viewers.join(Init(), "ada") for _ in range(5)]
+        assert gate.streams == admitted and gate.load == pytest.approx(known.taken(admitted))
+        assert [viewer.active for viewer in there] == [number < admitted for number in range(5)]
+        for left in range(4, -1, -1):
+            viewers._leave(there[4 - left])
+            assert gate.streams == min(left, admitted) and gate.load == pytest.approx(known.taken(min(left, admitted)))
+
+    asyncio.run(come_and_go())
+
+
 def test_what_a_batch_takes_is_measured_before_the_first_viewer(model: VideoModel) -> None:
     assert warm("s", model).joined_seconds == ()
     calls = list[int]()
@@ -276,6 +301,7 @@ def test_what_a_batch_takes_is_measured_before_the_first_viewer(model: VideoMode
     assert calls.count(3) >= 6 and calls.count(2) >= 6 and calls.count(1) == 0
 
 
+@pytest.mark.slow
 def test_a_server_counts_viewers_of_one_model_together(folder: Path, tmp_path: Path) -> None:
     """The second one adds what two take together, less what one takes."""
     with running(Server(Served(models=(("tiny", str(folder)),), threads=1, batch=2), folder=tmp_path)) as house:
