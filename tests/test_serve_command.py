@@ -69,6 +69,8 @@ def test_models_have_names_that_are_no_paths(tmp_path: Path) -> None:
         (("--port", "70000"), "--port must be from 0 to 65535"),
         (("--watch-port", "-1"), "--watch-port must be from 0"),
         (("--threads", "0"), "--threads must be at least 1"),
+        (("--batch", "0"), "--batch must be at least 1"),
+        (("--batch", "2"), "model makes whole clips; leave --batch out"),
         (("--origin", "example.com"), "an origin is http"),
         (("--dtype", "float16"), "invalid choice"),
         (("--offload", "model"), "leave offload out"),

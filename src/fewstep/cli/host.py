@@ -34,7 +34,10 @@ def serve(options: Serve) -> int:
         return _new_key(options)
     named = names_of(options.models)
     _check(options)
-    runtimes = {name: runtime_of(options, source, card=read_card(source)) for name, source in named}
+    cards = {name: read_card(source) for name, source in named}
+    if options.batch > 1 and all(card.contract.stream is None for card in cards.values()):
+        raise UsageError(f"--batch joins calls of streams, and {', '.join(cards)} makes whole clips; leave --batch out")
+    runtimes = {name: runtime_of(options, source, card=cards[name]) for name, source in named}
     first, *others = runtimes.values()
     if any(other != first for other in others):
         raise UsageError(
@@ -42,7 +45,7 @@ def serve(options: Serve) -> int:
             "--guidance-calls; or serve them apart"
         )
     threads = max(1, cpu_count() - 1) if options.threads is None else options.threads
-    served = Served(models=named, runtime=first, threads=threads, trust=options.trust)
+    served = Served(models=named, runtime=first, threads=threads, trust=options.trust, batch=options.batch)
     door = Door() if options.keys is None else Door(Keys.read(options.keys))
     server = Server(served, door=door, origins=options.origin, folder=options.folder, table=options.jobs)
     require_private(options.host, server)
@@ -98,6 +101,8 @@ def _check(options: Serve) -> None:
             raise UsageError(f"--{name} must be from 0 to 65535, got {port}")
     if options.threads is not None and options.threads < 1:
         raise UsageError(f"--threads must be at least 1, got {options.threads}")
+    if options.batch < 1:
+        raise UsageError(f"--batch must be at least 1, got {options.batch}")
     for origin in options.origin:
         scheme, found, host = origin.partition("://")
         if not (found and scheme in ("http", "https") and host and "/" not in host):

@@ -40,6 +40,9 @@ class Serve(Runs):
     """Open the page in a browser when the models are warm."""
     threads: int | None = None
     """Threads of the process that computes (default: all cores but one)."""
+    batch: int = 1
+    """Streams of one model at most whose network calls are made as one. What a viewer gets then depends on the others by
+    rounding; with 1 each call is made alone, and a viewer gets the frames of `fewstep stream`, bit for bit."""
 
     def run(self, overrides: Overrides) -> int:
         from fewstep.cli import host

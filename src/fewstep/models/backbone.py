@@ -294,6 +294,9 @@ class Backbone(nn.Module, ABC):
     unmixes: ClassVar[bool] = False
     """Whether a call may leave the tokens of some blocks unmixed (`Call.unmixed`): their self-attention is `read`, which is
     given the block's state."""
+    by_age: bool = False
+    """Whether it looks up something by the number of a frame in its stream, such as the latents of an image; then all samples of
+    a call must be of one age."""
     takes_scalars: ClassVar[bool] = False
     """Whether `embed` passes its time embedding through `with_scalars`."""
     takes_signals: ClassVar[bool] = False

@@ -14,6 +14,7 @@ from fewstep.attention import KVCache
 from fewstep.compress.stepwise import knows_steps
 from fewstep.core import Call, Cond, KVView
 from fewstep.diffusion import NoisePath, Prediction
+from fewstep.streaming.together import Asked, answered
 
 if TYPE_CHECKING:
     from fewstep.models.bundle import VideoModel
@@ -30,16 +31,25 @@ class Served:
         return self.model.denoiser.path
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond, call: Call = Call()) -> Prediction:
-        kept = call.constants if self._alike and self.model.runtime.offload != "block" else None
+        return answered(Asked(self, x_t, t, cond, call))
+
+    def alone(self, x_t: Tensor, t: Tensor, cond: Cond, call: Call) -> Prediction:
+        """One call of the network."""
+        kept = None if self.by_step or self.model.runtime.offload == "block" else call.constants
         call = replace(call, runner=self.model.runner(call.runner), constants=kept)
         with serving(self.model):
             prediction: Prediction = self.model.denoiser(x_t, t, cond, call)
         return prediction
 
     @cached_property
-    def _alike(self) -> bool:
-        """Whether blocks compute the same keys of the text in all steps."""
-        return not knows_steps(self.model.denoiser)
+    def by_step(self) -> bool:
+        """Whether blocks compute something else in each step, such as keys of the text."""
+        return knows_steps(self.model.denoiser)
+
+    @property
+    def by_age(self) -> bool:
+        """Whether the network looks up something by the number of a frame."""
+        return self.model.denoiser.backbone.by_age
 
     def recall(self, memory: KVCache, x_t: Tensor, call: Call = Call()) -> KVView:
         return self.model.denoiser.recall(memory, x_t, call)

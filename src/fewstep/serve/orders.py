@@ -129,6 +129,8 @@ class Facts:
     """Frames of the first and of later chunks of a student that streams; empty: it makes whole clips."""
     chunk_seconds: float = 0.0
     """Time that a chunk takes, as measured at the start."""
+    joined_seconds: tuple[float, ...] = ()
+    """Time in which 2, 3, ... streams make a chunk each, if their network calls are made as one; empty: they are not."""
     guidance: float = 1.0
     """Scale of its own guidance; 1: none."""
     licence: str = ""
@@ -144,7 +146,13 @@ class Facts:
     @property
     def load(self) -> float:
         """Share of the worker's time that one viewer of a stream takes."""
-        return self.chunk_seconds * self.fps / self.chunk_frames[-1] if self.streams else 0.0
+        return self.taken(1)
+
+    def taken(self, viewers: int) -> float:
+        """Share of the worker's time that so many viewers of streams take."""
+        times = 0.0, self.chunk_seconds, *self.joined_seconds
+        full, rest = divmod(viewers, len(times) - 1)
+        return (full * times[-1] + times[rest]) * self.fps / self.chunk_frames[-1] if self.streams else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Hashable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from fewstep.serve.orders import (
 from fewstep.serve.pace import Pace
 from fewstep.streaming import LiveChunk, LiveSession, LiveSnapshot
 from fewstep.streaming.control import held_last, inputs_of, keys_of, row_of
+from fewstep.streaming.live import AHEAD
 
 Send = Callable[[News], None]
 SOON = 100
@@ -45,6 +46,14 @@ SOON = 100
 
 class Task(ABC):
     """A stream or a clip that is being made."""
+
+    shape: Hashable = None
+    """Of its last network call, where calls are joined (`streaming.together`)."""
+
+    @property
+    def joins(self) -> bool:
+        """Whether its next call may be made with one that is due before."""
+        return False
 
     @abstractmethod
     def due(self, now: float) -> float | None:
@@ -81,6 +90,13 @@ class Stream(Task):
         longest = max(chunk_frames(model))
         self._pace = Pace(model.card.fps, order.ahead * longest, opened=now, acknowledged=order.acknowledged)
         self._paused_at: float | None = None
+        self._steers = set[int]()  # chunks from which prompts change
+
+    @property
+    def joins(self) -> bool:
+        """Not before a chunk with another prompt: others would wait until it is read."""
+        self._steers = {chunk for chunk in self._steers if chunk >= self._live.chunks}
+        return not self._steers or min(self._steers) > self._live.chunks + AHEAD
 
     def due(self, now: float) -> float | None:
         if self._paused_at is not None or self._pace.waits(now):
@@ -101,6 +117,7 @@ class Stream(Task):
         match order:
             case Steer():
                 chunk = self._live.prompt(order.prompt, chunk=self._soon(order.chunk), how=order.how)
+                self._steers.add(chunk)
                 self._send(Applies(id=order.id, token=order.token, chunk=chunk, prompt=order.prompt))
             case Press():
                 row = row_of(order.keys, self._keys)

@@ -99,9 +99,9 @@ class Viewers:
 
     def _admit(self) -> None:
         """Begin as many of those that wait as there is room for."""
-        while self._waiting and self._supervisor.ready and self._gate.admits(self._waiting[0].facts.load):
+        while self._waiting and self._supervisor.ready and self._gate.admits(self._share(self._waiting[0])):
             viewer = self._waiting.popleft()
-            self._gate.enter(viewer.facts.load)
+            self._gate.enter(self._share(viewer))
             viewer.active = True
             viewer.say(viewer.started())
             init, seconds = viewer.init, viewer.init.seconds or self._limits.seconds
@@ -115,6 +115,12 @@ class Viewers:
                 viewer.detach()
         for position, viewer in enumerate(self._waiting, 1):
             viewer.say(protocol.Queue(position=position))
+
+    def _share(self, viewer: Viewer) -> float:
+        """Share of the worker's time that it takes in addition to the others of its model."""
+        facts = viewer.facts
+        others = sum(o.active and o.facts.name == facts.name for o in self._all.values() if o is not viewer)
+        return facts.taken(others + 1) - facts.taken(others)
 
     async def _care(self, viewer: Viewer) -> None:
         """From the beginning of a stream to its end."""
@@ -142,7 +148,7 @@ class Viewers:
     def _leave(self, viewer: Viewer) -> None:
         self._all.pop(viewer.id, None)
         if viewer.active:
-            self._gate.leave(viewer.facts.load)
+            self._gate.leave(self._share(viewer))
             self._supervisor.order(Close(id=viewer.id))
         elif viewer in self._waiting:
             self._waiting.remove(viewer)

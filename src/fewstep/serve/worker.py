@@ -1,4 +1,5 @@
-"""The process that computes: it holds the models, and makes one network call at a time for whoever needs it most."""
+"""The process that computes: it holds the models, and makes one network call at a time for whoever needs it most; with
+`Served.batch`, for others together with it."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, get_args
@@ -20,8 +22,9 @@ from fewstep.models import VideoModel
 from fewstep.models.runtime import Runtime
 from fewstep.serve.orders import Beat, Close, Declined, Down, Facts, Failed, Make, News, Open, Order, Up
 from fewstep.serve.tasks import Clip, Stream, Task, chunk_frames, release
-from fewstep.streaming import Session, Switch
+from fewstep.streaming import LiveSession, Session, Switch
 from fewstep.streaming.control import keys_of
+from fewstep.streaming.together import Together
 
 IDLE = 0.02
 """Seconds between two looks at the clock while every viewer has enough frames."""
@@ -42,6 +45,8 @@ class Served:
     trust: bool = False
     folder: Path = Path()
     """Where snapshots are written."""
+    batch: int = 1
+    """Streams at most whose network calls are made as one (`streaming.together`); 1: every call is made alone."""
 
     def load(self) -> dict[str, VideoModel]:
         return {
@@ -57,13 +62,13 @@ def run(pipe: Connection, served: Served) -> None:
         torch.set_num_threads(served.threads)
     try:
         models = served.load()
-        facts = tuple(warm(name, model) for name, model in models.items())
+        facts = tuple(warm(name, model, served.batch) for name, model in models.items())
     except (ValueError, OSError) as error:
         pipe.send(Down(message=str(error)))
         return
     pipe.send(Up(models=facts))
     try:
-        Worker(models, pipe, served.folder).run()
+        Worker(models, pipe, served.folder, batch=served.batch).run()
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the server is gone
 
@@ -77,8 +82,10 @@ class Worker:
         pipe: Connection,
         folder: Path,
         clock: Callable[[], float] = time.monotonic,
+        batch: int = 1,
     ) -> None:
         self._models, self._pipe, self._folder, self._clock = models, pipe, folder, clock
+        self._together = Together(batch) if batch > 1 else None
         self._tasks: dict[str, Task] = {}
         self._beat = clock()
 
@@ -99,9 +106,13 @@ class Worker:
 
     def next(self) -> str | None:
         """The task whose next call is due first; None if nobody waits for one."""
+        return next(iter(self._waiting()), None)
+
+    def _waiting(self) -> list[str]:
+        """Tasks whose next call may be made now, those first that are due first."""
         now = self._clock()
         due = {name: when for name, task in self._tasks.items() if (when := task.due(now)) is not None}
-        return min(due, key=due.__getitem__, default=None)
+        return sorted(due, key=due.__getitem__)
 
     def follow(self, order: Order) -> None:
         """An order. A task that cannot begin is answered by `Failed`; what one cannot do that is there, by `Declined`."""
@@ -130,9 +141,28 @@ class Worker:
             self._say(Declined(id=order.id, message="the server could not write the file; try again later"))
 
     def work(self, name: str) -> None:
-        """One network call of a task."""
+        """One network call of a task, and together with it those of others."""
+        if self._together is None:
+            self._worked(name, partial(self._tasks[name].work, self._clock))
+            return
+        names = [name, *self._company(name)[: self._together.most - 1]]
+        lanes = self._together({each: partial(self._tasks[each].work, self._clock) for each in names})
+        for each, lane in lanes.items():
+            self._tasks[each].shape = lane.shape or self._tasks[each].shape
+            self._worked(each, lane.done.result)
+
+    def _company(self, name: str) -> list[str]:
+        """Other tasks that wait, too, and whose last call could have been made as one with that of `name`. Nobody is waited for.
+        If the next call of one of them turns out to have another shape, it is made alone, after that of `name`."""
+        mine, shape = self._tasks, self._tasks[name].shape
+        return [
+            o for o in self._waiting() if o != name and shape is not None and mine[o].joins and mine[o].shape == shape
+        ]
+
+    def _worked(self, name: str, more: Callable[[], bool]) -> None:
+        """What comes of a call: whether more follow, or an error."""
         try:
-            if not self._tasks[name].work(self._clock):
+            if not more():
                 self._end(name)
         except Exception as error:
             self._failed(name, error)
@@ -141,6 +171,8 @@ class Worker:
         self._pipe.send(news)
 
     def _end(self, name: str) -> None:
+        if self._together is not None:
+            self._together.forget()
         if (task := self._tasks.pop(name, None)) is not None:
             task.close()
 
@@ -175,8 +207,9 @@ def _told(name: str, error: Exception) -> Failed:
             )
 
 
-def warm(name: str, model: VideoModel) -> Facts:
-    """Make a little of everything, so that nothing is compiled or allocated for the first client; and measure it."""
+def warm(name: str, model: VideoModel, batch: int = 1) -> Facts:
+    """Make a little of everything, so that nothing is compiled or allocated for the first client; and measure it. ValueError for
+    a `batch` of streams whose calls cannot be made as one."""
     card = model.card
     facts = Facts(
         name=name, role=card.role, fps=card.fps, height=card.height, width=card.width, frames=card.num_frames,
@@ -196,8 +229,47 @@ def warm(name: str, model: VideoModel) -> Facts:
         took = [chunk.took for chunk in live.frames(chunks)][-2:]
     seconds = min(t.denoise + t.commit + t.decode for t in took) / 1000
     return replace(
-        facts, chunk_frames=chunk_frames(model), chunk_seconds=seconds, keys=keys_of(card), switches=switches_of(model)
-    )
+        facts, chunk_frames=chunk_frames(model), chunk_seconds=seconds, joined_seconds=joined_seconds(name, model, batch),
+        keys=keys_of(card), switches=switches_of(model),
+    )  # fmt: skip
+
+
+def joined_seconds(name: str, model: VideoModel, batch: int) -> tuple[float, ...]:
+    """Time in which 2, 3, ... `batch` streams make a chunk each, with full memories and one call for all."""
+    if batch < 2:
+        return ()
+    together, found = Together(batch), list[float]()
+    with contextlib.ExitStack() as ended:
+        lives = {str(seed): ended.enter_context(model.stream([""], seed=seed)) for seed in range(batch)}
+        for live in lives.values():
+            release(live, model)
+        for chunk in range(full_chunks(model)):
+            made_together(together, lives, chunk + 1)
+        while len(lives) > 1:
+            times = [made_together(together, lives, lives["0"].chunks + 1) for _ in range(2)]
+            found.insert(0, min(times))
+            lives.popitem()
+    if found[-1] > batch * found[0] / 2:
+        log.warning(
+            "%s: a call for %d streams takes no less time than calls for 2 of them; try a smaller --batch", name, batch
+        )
+    return tuple(max(found[: count + 1]) for count in range(len(found)))
+
+
+def made_together(together: Together, lives: Mapping[str, LiveSession], chunks: int) -> float:
+    """Seconds until each of several streams of one age has shown so many chunks. ValueError where no call of them is joined."""
+    start, joined = time.perf_counter(), False
+    while any(live.chunks < chunks for live in lives.values()):
+        lanes = together({name: live.work for name, live in lives.items()}).values()
+        for lane in lanes:
+            lane.done.result()
+        shape, *others = {lane.shape for lane in lanes}
+        joined = joined or (shape is not None and not others)
+    if not joined:
+        raise ValueError(
+            "--batch: network calls of two streams of this model cannot be made as one, even of the same age; leave --batch out"
+        )
+    return time.perf_counter() - start
 
 
 def memory_held() -> int:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cache, partial
 from typing import Any, Protocol
 
 import torch
@@ -60,14 +60,13 @@ class Made:
 
     step: Step
     commit: Callable[[], KVCache] | None = None
-    """Adds the chunk to the memory; None before its last step."""
+    """Adds the chunk to the memory, once (`functools.cache`); None before its last step."""
     window: tuple[Flying, ...] = ()
     """Chunks that were denoised with it and are not finished, oldest first; before its last step it is one of them."""
 
-    @cached_property
+    @property
     def memory(self) -> KVCache | None:
-        """Memory after the chunk, made when it is first asked for, so that a chunk can be shown before; None before its last
-        step."""
+        """Memory after the chunk, made when first asked for, so that a chunk can be shown before; None before its last step."""
         return None if self.commit is None else self.commit()
 
     @property
@@ -162,7 +161,7 @@ class Chunks:
             ends = step.index == (step.steps - 1 if exit is None else exit)
             if ends:
                 commit = self._committed if exit is None else torch.no_grad()(self._committed)
-                made = replace(made, commit=partial(commit, memory, made, joined(kept), denoise, rng))
+                made = replace(made, commit=cache(partial(commit, memory, made, joined(kept), denoise, rng)))
             yield made
             if ends:
                 return
@@ -177,7 +176,8 @@ class Chunks:
         reads = [self._reading(view_of(view, level, levels), cond, uncond) for level in range(levels)]
         calls = [Call(step=step, steps=steps) for step in range(steps - levels, steps)]
         every = [self._context(x, denoise, call, rng) for denoise, call in zip(reads, calls, strict=True)]
-        yield Made(Step(0, 1, every[-1], x), lambda: self._after(memory, joined([p.kv for p in every]), x.shape[2]))
+        commit = partial(self._after, memory, joined([p.kv for p in every]), x.shape[2])
+        yield Made(Step(0, 1, every[-1], x), cache(commit))
 
     def hop(
         self, memory: KVCache, x: Tensor, level: int, cond: Cond, uncond: Cond, rng: Seeds | Rng, *, known: bool = False

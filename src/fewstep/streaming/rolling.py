@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -166,7 +166,7 @@ class Rolling:
         def remembered(x: Tensor = moved[0].x, last: Call = Call(step=steps - 1, steps=steps)) -> KVCache:
             return loop.remembered(memory, x, kv, reading(x), last, rng.fold(f"chunk/{oldest.index}"))
 
-        return Made(step, remembered, moved[1:])  # 4
+        return Made(step, cache(remembered), moved[1:])  # 4
 
     def _moved(self, window: Sequence[Flying], made: Prediction, rng: Seeds | Rng) -> Iterator[Flying]:
         """Every chunk after its next step."""

@@ -151,6 +151,7 @@ class Wan(DiffusersBackbone):
         )
         self.norm_out, self.proj_out = network.norm_out, network.proj_out
         self.scale_shift_table = network.scale_shift_table
+        self.by_age = self.first_frame or self._reads_image
 
     def embed(self, x: Tensor, t: Tensor, cond: Cond, call: Call = Call()) -> Tokens:
         grid, start = self.grid(x), 0 if call.kv is None else int(call.kv.number.max())

@@ -118,6 +118,7 @@ class WanExperts(Backbone):
         for expert in experts:
             expert.blocks = nn.ModuleList()
         self.experts = nn.ModuleList(experts)
+        self.by_age = any(expert.by_age for expert in experts)
 
     def expert(self, index: int) -> Wan:
         """One expert as a network of its own, around the same tensors."""
