@@ -62,6 +62,7 @@ class TDM(Method):
 
     def __post_init__(self) -> None:
         require_bounds(self)
+        self.matching.check(self.guidance)
         if self.rollout.mode != "ode":
             raise ValueError("TDM follows the student's deterministic trajectory; set rollout.mode to ode")
         if self.matching.judged:
@@ -101,12 +102,12 @@ class TDM(Method):
         share = self.low + (1 - self.low) * rng.rand((len(t),), "time").to(t)
         u, eps = s + (top - s) * share, rng.randn(x_s.shape, "eps")
         a, b = path.between(s, u, x_s)
-        return Noised(rolled.x0, a * x_s + b * eps, u, eps), s
+        return Noised(rolled.x0, a * x_s + b * eps, u, eps, self.matching.guided_at(x_s, path, s, t, rng)), s
 
     def cost(self) -> tuple[Work, ...]:
         turns, back = self.critic_updates, self.matching.backward
         student = Work("student", turns * self.rollout.calls + self.rollout.work)
-        return student, Work("teacher", (1 + back) * self.guidance.passes), Work("critic", 3 * turns + 1 + back)
+        return student, Work("teacher", self.matching.teacher_calls(self.guidance)), Work("critic", 3 * turns + 1 + back)
 
 
 def unbiased(noised: Noised, s: Tensor, path: NoisePath) -> tuple[Tensor, Tensor, Tensor]:
