@@ -36,6 +36,7 @@ from fewstep.engine.probe import Probe
 from fewstep.engine.run import Run
 from fewstep.engine.settings import Parallel, Settings
 from fewstep.engine.shard import hollow, shard
+from fewstep.engine.phases import require_experts
 from fewstep.engine.student import require_transformable, transforms_of, with_student
 from fewstep.engine.views import Views
 from fewstep.methods.base import Method, Nets
@@ -217,6 +218,7 @@ def require_possible(method: Method, settings: Settings, card: Card, probe: Prob
         made.check(settings.lora)
     if method.part == "denoiser":
         require_transformable(method, settings, card)
+        require_experts(method, settings, card)
     if settings.frozen == "bf16" and settings.autocast != "bf16":
         raise ValueError(
             "settings.frozen: bf16 keeps what autocast casts in every call; write autocast: bf16, or leave frozen out"
