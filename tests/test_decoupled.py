@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +13,11 @@ from torch import Tensor
 
 from fewstep.core import Batch, Rng
 from fewstep.diffusion import CFG
+from fewstep.engine.prepare import prepare
 from fewstep.methods import AVDM2, DMD2, TDM, BackwardSimulation, FDivergence, Fisher, Matching, Nets, ScoreImplicit
 from fewstep.methods.matching import MATCHINGS, Noised, Point, ReverseKL, Scores
 from fewstep.methods.targets import FLOOR
+from support_engine import Everything, small, tiny_model
 from support_gaussian import RF, Asked, FreeClips, GaussianTeacher, cond_of, conds_of, f64, terms
 
 NULL, MEAN, STD, SCALE = -0.2, 0.7, 0.6, 3.5
@@ -44,9 +47,7 @@ def gradient(mu: float, *, below: float = INPUT, eps: float = 0.0) -> float:
     x0 = torch.full((len(nodes), 1, 1, 1, 1), mu + 0.3, dtype=torch.float64, requires_grad=True)
     t, u = LOW + (HIGH - LOW) * (nodes + 1) / 2, below * (nodes + 1) / 2
     noise = torch.full_like(x0, eps)
-    noised = Noised(
-        x0, RF.add_noise(x0, noise, t), t, noise, Point(RF.add_noise(x0.detach(), -noise, u), u)
-    )
+    noised = Noised(x0, RF.add_noise(x0, noise, t), t, noise, Point(RF.add_noise(x0.detach(), -noise, u), u))
     teacher, critic = GaussianTeacher(f64(NULL, MEAN), STD), GaussianTeacher(f64(0, mu), STD)
     both = Scores(teacher, critic, GUIDED, cond_of(1, len(nodes)), cond_of(0, len(nodes)))
     DECOUPLED.loss(noised, both, weights).backward()
@@ -73,7 +74,10 @@ def test_less_noisy_guidance_moves_it_less(below: float) -> None:
 
 def test_at_the_same_point_it_is_plain_guidance() -> None:
     torch.manual_seed(0)
-    x0, eps = torch.randn(4, *SHAPE, dtype=torch.float64, requires_grad=True), torch.randn(4, *SHAPE, dtype=torch.float64)
+    x0, eps = (
+        torch.randn(4, *SHAPE, dtype=torch.float64, requires_grad=True),
+        torch.randn(4, *SHAPE, dtype=torch.float64),
+    )
     t = f64(0.1, 0.4, 0.7, 0.95)
     x_t = RF.add_noise(x0, eps, t)
     networks = GaussianTeacher(f64(NULL, MEAN), STD), GaussianTeacher(f64(0.1, -0.4), 0.5)
@@ -132,9 +136,7 @@ def test_methods_read_guidance_at_cleaner_clips_than_the_students_input(method: 
 def test_avdm2_reads_guidance_of_single_frames_below_the_time_of_their_clip() -> None:
     size = 32
     rollout = BackwardSimulation(grids=((1.0, INPUT),), exit="last")
-    method = AVDM2(
-        rollout=rollout, adversary=None, frames=3, guidance=GUIDED, matching=ReverseKL(decoupled=True)
-    )
+    method = AVDM2(rollout=rollout, adversary=None, frames=3, guidance=GUIDED, matching=ReverseKL(decoupled=True))
     networks = nets(size, "image_critic")
     terms(method.student_loss(networks, make_batch(size), Rng(0)))["matching"].backward()
     apart, alone = networks.teacher.questions
@@ -158,7 +160,7 @@ def test_a_state_with_noise_is_only_noised_further() -> None:
     x_s = clips("x", 64)
     point = DECOUPLED.guided_at(x_s, RF, s, below, Rng(0))
     assert point is not None
-    assert 0.5 < float(point.t.min())
+    assert float(point.t.min()) > 0.5
     assert float(point.t.max()) < 0.75
     a, b = RF.between(s, point.t, x_s)
     assert float(((point.x_t - a * x_s) / b).std()) == pytest.approx(1, abs=0.05)
@@ -177,6 +179,15 @@ def test_other_matchings_read_guidance_where_they_read_the_scores(matching: Matc
     zero = torch.zeros(2, dtype=torch.float64)
     assert matching.guided_at(clips("x", 2), RF, zero, zero + 1, Rng(0)) is None
     assert matching.teacher_calls(GUIDED) == (4 if matching.through else 2)
+
+
+@pytest.mark.parametrize("method", [DMD2(critic_updates=1), AVDM2(critic_updates=1, frames=2)])
+def test_a_run_trains_with_it(method: DMD2 | AVDM2, tmp_path: Path) -> None:
+    held = replace(method, matching=ReverseKL(decoupled=True))
+    run = prepare(tiny_model(), held, Everything(), small(1, health=None), tmp_path)
+    run.iterate()
+    assert math.isfinite(run.figures["loss/matching"])
+    assert run.figures["grad/student"] > 0
 
 
 def test_what_has_no_effect_or_no_meaning_is_refused() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fewstep import Pipeline, Recipe, Stage, VideoModel
-from fewstep.compress import Experts, Int8
+from fewstep.compress import Experts, Int8, StepScales
 from fewstep.compress.experts import expert_at
 from fewstep.core import Batch, Call, Rng
 from fewstep.diffusion import CFG, from_x0
@@ -95,14 +95,19 @@ class Landing(FreeClips):
 
     def forward(self, x_t: Tensor, t: Tensor, *rest: object):  # type: ignore[no-untyped-def]
         prediction = super().forward(x_t, t, *rest)  # type: ignore[arg-type]
-        return replace(prediction, raw=(self.x_s - 0.5 / t.double().reshape(-1, 1, 1, 1, 1) * x_t) * 2 + 0 * self.clips) \
-            if float(t[0]) == 1.0 else prediction
+        return (
+            replace(prediction, raw=(self.x_s - 0.5 / t.double().reshape(-1, 1, 1, 1, 1) * x_t) * 2 + 0 * self.clips)
+            if float(t[0]) == 1.0
+            else prediction
+        )
 
 
 def test_the_critic_of_a_phase_learns_what_clean_clips_its_states_stand_for() -> None:
     """Their mean is `MEAN + OFF / a`, which nobody has seen; the states' own mean is another."""
     size = 40_000
-    method = replace(phased(NOISY), rollout=BackwardSimulation(grids=((1.0, 0.5),), mode="ode", phase=(0.5, 1.0)), low=0.2)
+    method = replace(
+        phased(NOISY), rollout=BackwardSimulation(grids=((1.0, 0.5),), mode="ode", phase=(0.5, 1.0)), low=0.2
+    )
     critic = GaussianTeacher(f64(0, 0), STD)
     networks = Nets({"student": Landing(size), "teacher": GaussianTeacher(f64(0, MEAN), STD), "critic": critic})
     batch = Batch(cond_of(1, size), cond_of(0, size), SCALAR)
@@ -172,6 +177,15 @@ def test_experts_begin_as_the_network_that_they_are_copies_of() -> None:
         Experts(boundaries=(0.3, 0.6))
     with pytest.raises(ValueError, match="there is at least one"):
         Experts(boundaries=())
+
+
+def test_layers_of_experts_know_the_step() -> None:
+    """Whether they were given step scales before they were experts, or after."""
+    model, scales, pair = tiny_model(), StepScales(steps=4), Experts(boundaries=(0.5,))
+    x, cond, t = Rng(0).randn((2, 4, FRAMES, 8, 8), "x"), model.text.encode(["a red ball"] * 2), torch.full((2,), 0.3)
+    plain = model.denoiser(x, t, cond).raw
+    for order in ((scales, pair), (pair, scales)):
+        assert torch.equal(model.transformed(*order).denoiser(x, t, cond, Call(step=2, steps=4)).raw, plain)
 
 
 # --- two phases of a recipe -----------------------------------------------------------------------------------------------

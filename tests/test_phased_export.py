@@ -27,7 +27,10 @@ PROMPT = ["a red ball"]
 
 def student(*boundaries: float) -> VideoModel:
     source = Diffusers(
-        source=str(shared("wan")), text_dtype="float32", transforms=(Experts(boundaries=boundaries),), **TINY["wan"].size
+        source=str(shared("wan")),
+        text_dtype="float32",
+        transforms=(Experts(boundaries=boundaries),),
+        **TINY["wan"].size,
     )
     model = source.load()
     network = model.denoiser.backbone

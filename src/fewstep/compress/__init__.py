@@ -10,7 +10,16 @@ from fewstep.compress.scalar_input import ScalarInput
 from fewstep.compress.step_scales import StepScales
 from fewstep.compress.transform import Transform, transformed
 
-TRANSFORMS: tuple[type[Transform], ...] = (Int8, Branches, Experts, Pruned, Repatterned, ScalarInput, FrameInput, StepScales)
+TRANSFORMS: tuple[type[Transform], ...] = (
+    Int8,
+    Branches,
+    Experts,
+    Pruned,
+    Repatterned,
+    ScalarInput,
+    FrameInput,
+    StepScales,
+)
 
 __all__ = [
     "TRANSFORMS", "Branches", "Experts", "FrameInput", "Int8", "Pruned", "Repatterned", "ScalarInput", "StepScales", "Transform",

@@ -18,12 +18,14 @@ class Experts(Transform):
     """Copies of the network, of which each denoises the clips of its own times. They begin equal."""
 
     boundaries: tuple[float, ...]
-    """Times at which the experts change, decreasing: (0.9, 0.5) is three, for the times from 0.9, from 0.5 and below. Times as the
-    network is told, after the shift."""
+    """Times at which the experts change, decreasing: (0.9, 0.5) is three, for times from 0.9, from 0.5 and below. They are
+    the network's own times, after the shift."""
 
     def __post_init__(self) -> None:
         if not self.boundaries or not all(a > b for a, b in pairwise((1, *self.boundaries, 0))):
-            raise ValueError(f"boundaries decrease between 1 and 0, and there is at least one; got {list(self.boundaries)}")
+            raise ValueError(
+                f"boundaries decrease between 1 and 0, and there is at least one; got {list(self.boundaries)}"
+            )
 
     @property
     def identity(self) -> bool:

@@ -1,4 +1,4 @@
-"""Whether a student has an expert of its own for the steps that a run trains, so that the run leaves its other steps as they are."""
+"""Whether the steps that a run trains have an expert of their own, so that the run leaves the other steps as they are."""
 
 from __future__ import annotations
 

@@ -30,13 +30,13 @@ from fewstep.engine.mesh import Processes, join, require_mesh
 from fewstep.engine.nets import build_for, origin, require_alike, sources, starts, trained_roles
 from fewstep.engine.offload import Shelf
 from fewstep.engine.optim import RoleOptimizer
+from fewstep.engine.phases import require_experts
 from fewstep.engine.precision import autocast
 from fewstep.engine.preview import Preview, Reconstructions
 from fewstep.engine.probe import Probe
 from fewstep.engine.run import Run
 from fewstep.engine.settings import Parallel, Settings
 from fewstep.engine.shard import hollow, shard
-from fewstep.engine.phases import require_experts
 from fewstep.engine.student import require_transformable, transforms_of, with_student
 from fewstep.engine.views import Views
 from fewstep.methods.base import Method, Nets

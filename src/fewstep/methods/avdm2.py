@@ -144,7 +144,7 @@ class AVDM2(Method):
 
     def cost(self) -> tuple[Work, ...]:
         turns, frames = self.critic_updates, self.frames if self.score == "frames" else 0
-        real, fake = Work(self.real, self.matching.teacher_calls(self.guidance), frames), Work(self.fake, 3 * turns + 1, frames)
-        scores = (real, fake) if self.score != "none" else ()
+        real = Work(self.real, self.matching.teacher_calls(self.guidance), frames)
+        scores = (real, Work(self.fake, 3 * turns + 1, frames)) if self.score != "none" else ()
         eyes = (self.adversary.work(turns),) if self.adversary else ()
         return Work("student", turns * self.rollout.calls + self.rollout.work), *scores, *eyes

@@ -18,7 +18,7 @@ from fewstep.attention import Grid3, Pattern, Ulysses
 from fewstep.core import KV, Call, Cond
 from fewstep.core.call import Constants
 from fewstep.core.finite import has_values
-from fewstep.models.backbone import Backbone, Context, State, Words
+from fewstep.models.backbone import Backbone, Context, Original, State, Words
 
 E = TypeVar("E", bound=Backbone)
 
@@ -84,8 +84,8 @@ class Experts(Backbone, Generic[E]):
     """Expert 0 is for times from `boundaries[0]` to 1, expert 1 for those from `boundaries[1]` to there, the last from 0.
 
     All are of one class, with the same arguments. A frame is denoised by the expert of its time, which reads the other frames
-    with its own keys: a clip whose frames have times on both sides is seen by both experts. With a causal pattern and a cache view
-    it is a causal model. An expert cannot read the keys of another, so a cache has those of all, their heads side by side,
+    with its own keys: a clip whose frames have times on both sides is seen by both experts. With a causal pattern and a cache
+    view it is a causal model. An expert cannot read the keys of another, so a cache has those of all, their heads side by side,
     and a call with a view costs as much as all experts do: whichever denoises the next frames finds the past there.
     """
 
@@ -99,7 +99,8 @@ class Experts(Backbone, Generic[E]):
         super().__init__()
         if len(boundaries) != len(experts) - 1 or not all(a > b for a, b in pairwise((1, *boundaries, 0))):
             raise ValueError(
-                f"{len(experts)} experts have {len(experts) - 1} boundaries, which decrease between 1 and 0; got {list(boundaries)}"
+                f"{len(experts)} experts have {len(experts) - 1} boundaries, which decrease between 1 and 0; got "
+                f"{list(boundaries)}"
             )
         self.boundaries = tuple(boundaries)
         self.args, self.pattern = experts[0].args, cast(Any, experts[0]).pattern
@@ -163,9 +164,10 @@ class Experts(Backbone, Generic[E]):
         experts = zip(self.experts, state.parts, strict=True)
         return state.together([None if part is None else expert.head(part) for expert, part in experts])  # type: ignore[operator]
 
-    def original(self) -> None:
+    def original(self) -> Original | None:
         """ValueError, because no other library has such a network."""
         self.require_plain()
+        return None
 
     def _chosen(self, t: Tensor) -> list[list[int]]:
         """The expert of each sample's frames, or of all of them if `t` is `[B]`."""

@@ -110,7 +110,11 @@ class TDM(Method):
     def cost(self) -> tuple[Work, ...]:
         turns, back = self.critic_updates, self.matching.backward
         student = Work("student", turns * self.rollout.calls + self.rollout.work)
-        return student, Work("teacher", self.matching.teacher_calls(self.guidance)), Work("critic", 3 * turns + 1 + back)
+        return (
+            student,
+            Work("teacher", self.matching.teacher_calls(self.guidance)),
+            Work("critic", 3 * turns + 1 + back),
+        )
 
 
 def unbiased(noised: Noised, s: Tensor, path: NoisePath) -> tuple[Tensor, Tensor, Tensor]:

@@ -59,7 +59,7 @@ class Scores:
         return self.guidance(self.teacher, x_t, t, self.cond, self.uncond).x0
 
     def real_guided_at(self, x_t: Tensor, t: Tensor, at: Point) -> Tensor:
-        """The teacher's x0 for the prompt alone, and what guidance adds to it elsewhere: `cond(x_t) + (w - 1) (cond - uncond)(at)`."""
+        """The teacher's x0 for the prompt alone, and what guidance adds elsewhere: `cond(x_t) + (w - 1) (cond - uncond)(at)`."""
         guided, alone = self.guidance.beside(self.teacher, *at, self.cond, self.uncond, Call(), "one")
         return self.teacher(x_t, t, self.cond).x0 + guided.x0 - guided.with_raw(alone).x0
 

@@ -34,8 +34,8 @@ class ReverseKL(Matching):
 
     decoupled: bool = False
     """Whether guidance is read apart, at a time of its own below that of the student's input (Decoupled DMD, 2511.22677):
-    `fake - cond` at x_t, minus `(scale - 1) (cond - uncond)` at that time. One more call of the teacher. Ours: the time is uniform,
-    and one weight is for both."""
+    `fake - cond` at x_t, minus `(scale - 1) (cond - uncond)` at that time. One more call of the teacher. Ours: the time is
+    uniform, and one weight is for both."""
 
     def __post_init__(self) -> None:
         require_bounds(self)
@@ -50,7 +50,9 @@ class ReverseKL(Matching):
         with torch.no_grad():
             fake, apart = scores.fake(noised.x_t, noised.t), noised.guided_at
             real = (
-                scores.real(noised.x_t, noised.t) if apart is None else scores.real_guided_at(noised.x_t, noised.t, apart)
+                scores.real(noised.x_t, noised.t)
+                if apart is None
+                else scores.real_guided_at(noised.x_t, noised.t, apart)
             )
         loss = targets.distribution_matching(noised.x0, real, fake, weight_of(self.weight, noised, scores), keep=keep)
         return loss + self.motion * motion_matching(noised.x0, real, fake) if self.motion > 0 else loss
@@ -67,7 +69,9 @@ class ReverseKL(Matching):
         if stills and self.motion > 0:
             raise ValueError("matching.motion compares frames of one clip, and single frames are shown; set it to 0")
         if self.decoupled and not guidance.guided:
-            raise ValueError("matching.decoupled reads guidance apart, and there is none; set guidance.scale, or decoupled: false")
+            raise ValueError(
+                "matching.decoupled reads guidance apart, and there is none; set guidance.scale, or decoupled: false"
+            )
 
     def teacher_calls(self, guidance: CFG) -> int:
         return super().teacher_calls(guidance) + self.decoupled

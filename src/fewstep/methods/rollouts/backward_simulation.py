@@ -31,8 +31,8 @@ class BackwardSimulation(Rollout):
     grad_calls: int = 1
     """Number of last calls that carry gradient; the gradient flows from one call to the next."""
     phase: Phase | None = None
-    """Steps to stop at, and so to train: those from times in (low, high], before the shift (Phased DMD, 2510.27684). null: all, and
-    each is a phase of its own."""
+    """Steps to stop at, and so to train: those from times in (low, high], before the shift (Phased DMD, 2510.27684). null: all,
+    and each is a phase of its own."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,7 +51,9 @@ class BackwardSimulation(Rollout):
 
     @property
     def work(self) -> float:
-        graded = (fmean(min(stop + 1, self.grad_calls) for stop in found) for found in stops(self.grids, self.exit, self.span))
+        graded = (
+            fmean(min(stop + 1, self.grad_calls) for stop in found) for found in stops(self.grids, self.exit, self.span)
+        )
         return self.calls + 2 * fmean(graded)
 
     @property

@@ -52,8 +52,8 @@ def require_phase(grids: Grids, phase: Phase) -> None:
     for grid in grids:
         if low not in (*grid, 0.0) or not any(low < t <= high for t in grid):
             raise ValueError(
-                f"a phase [low, high] ends at a time of each grid, or at 0, and some steps begin in it; got {list(phase)} for the "
-                f"grid {list(grid)}"
+                f"a phase [low, high] ends at a time of each grid, or at 0, and some steps begin in it; got {list(phase)} for "
+                f"the grid {list(grid)}"
             )
 
 
