@@ -32,7 +32,8 @@ def boundaries_of(card: Card) -> tuple[float, ...]:
     for transform in card.transforms:
         if isinstance(transform, Experts):
             return transform.boundaries
-    return tuple(cast(list[float], card.parts["denoiser"].args.get("boundaries", ())))
+    known = card.parts.get("denoiser")
+    return () if known is None else tuple(cast(list[float], known.args.get("boundaries", ())))
 
 
 def _require_own(rollout: BackwardSimulation, boundaries: tuple[float, ...]) -> None:
