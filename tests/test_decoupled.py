@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core import Batch, Rng
-from fewstep.diffusion import CFG
+from fewstep.diffusion import CFG, STG
 from fewstep.engine.prepare import prepare
 from fewstep.methods import AVDM2, DMD2, TDM, BackwardSimulation, FDivergence, Fisher, Matching, Nets, ScoreImplicit
 from fewstep.methods.matching import MATCHINGS, Noised, Point, ReverseKL, Scores
@@ -194,8 +194,9 @@ def test_what_has_no_effect_or_no_meaning_is_refused() -> None:
     with pytest.raises(ValueError, match="weight exact is that of one time"):
         ReverseKL(weight="exact", decoupled=True)
     for method in (DMD2, TDM, AVDM2):
-        with pytest.raises(ValueError, match=r"there is none; set guidance\.scale"):
-            method(guidance=CFG(), matching=ReverseKL(decoupled=True))
+        for guidance in (CFG(), STG(scale=3.0), STG(scale=1.0)):
+            with pytest.raises(ValueError, match=r"a scale other than 1; got .*; set guidance\.scale"):
+                method(guidance=guidance, matching=ReverseKL(decoupled=True))
     with pytest.raises(ValueError, match="single frames are shown"):
         AVDM2(matching=ReverseKL(motion=0.2))
     zero, x = torch.zeros(1), torch.zeros(1, *SHAPE)

@@ -15,6 +15,7 @@ from fewstep import VideoModel
 from fewstep.compress import Experts
 from fewstep.core import Seeds
 from fewstep.diffusion import DDIM, Contract, Exact
+from fewstep.engine.phases import boundaries_of
 from fewstep.models.experts import Experts as ByTime
 from fewstep.models.source import Diffusers
 from support_engine import shaken
@@ -65,3 +66,10 @@ def test_diffusers_samples_it_as_wan_2_2(tmp_path: Path) -> None:
 def test_three_experts_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"transformed \(Experts\), and only fewstep knows how to build it"):
         student(0.9, 0.7).export(tmp_path / "three")
+
+
+def test_wan_2_2_has_its_experts_already() -> None:
+    source = Diffusers(source=str(shared("wan_experts")), text_dtype="float32", **TINY["wan_experts"].size)
+    assert boundaries_of(source.card()) == (0.6,)
+    assert boundaries_of(student(0.9, 0.7).card) == (0.9, 0.7)
+    assert boundaries_of(Diffusers(source=str(shared("wan")), text_dtype="float32", **TINY["wan"].size).card()) == ()

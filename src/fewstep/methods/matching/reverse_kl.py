@@ -68,9 +68,10 @@ class ReverseKL(Matching):
     def check(self, guidance: CFG, *, stills: bool = False) -> None:
         if stills and self.motion > 0:
             raise ValueError("matching.motion compares frames of one clip, and single frames are shown; set it to 0")
-        if self.decoupled and not guidance.guided:
+        if self.decoupled and not (guidance.guided and guidance.passes == 2):
             raise ValueError(
-                "matching.decoupled reads guidance apart, and there is none; set guidance.scale, or decoupled: false"
+                "matching.decoupled reads the guidance of prompt and negative prompt apart: a CFG with a scale other than 1; got "
+                f"{guidance}; set guidance.scale, or decoupled: false"
             )
 
     def teacher_calls(self, guidance: CFG) -> int:
