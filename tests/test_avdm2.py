@@ -128,7 +128,7 @@ class ExactImageCritic(nn.Module):
         super().__init__()
         self.student, self.path = [student], IMAGE
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Prediction:
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond, *rest: Any) -> Prediction:
         student = self.student[0]
         means, c = student.offsets.detach(), IMAGE.at(t, x_t)
         variance = c.a**2 * student.std**2 + c.s**2

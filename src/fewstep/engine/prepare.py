@@ -30,6 +30,7 @@ from fewstep.engine.mesh import Processes, join, require_mesh
 from fewstep.engine.nets import build_for, origin, require_alike, sources, starts, trained_roles
 from fewstep.engine.offload import Shelf
 from fewstep.engine.optim import RoleOptimizer
+from fewstep.engine.phases import require_experts
 from fewstep.engine.precision import autocast
 from fewstep.engine.preview import Preview, Reconstructions
 from fewstep.engine.probe import Probe
@@ -218,6 +219,7 @@ def require_possible(method: Method, settings: Settings, card: Card, probe: Prob
         made.check(settings.lora)
     if method.part == "denoiser":
         require_transformable(method, settings, card)
+        require_experts(method, settings, card)
     if settings.frozen == "bf16" and settings.autocast != "bf16":
         raise ValueError(
             "settings.frozen: bf16 keeps what autocast casts in every call; write autocast: bf16, or leave frozen out"

@@ -51,6 +51,14 @@ CLAIMS: tuple[Claim, ...] = (
         better="tdm", worse="dmd2", steps=4,
     ),
     Claim(
+        cite="2510.27684", text="Phases with experts keep more motion than random exits of one student, in four steps.",
+        better="phased_dmd", worse="dmd2", figure="motion", steps=4,
+    ),
+    Claim(
+        cite="2511.22677", text="Guidance that is read at a time of its own is better than at that of the scores, in four steps.",
+        better="decoupled_dmd", worse="dmd2", steps=4,
+    ),
+    Claim(
         cite="2406.04103", text="Moment matching is weak in one step.",
         better="dmd2", worse="moment_matching",
     ),

@@ -33,6 +33,7 @@ from fewstep.methods import targets
 from fewstep.methods.adversary import Adversary
 from fewstep.methods.base import Method, Nets, Update
 from fewstep.methods.frames import fold_frames
+from fewstep.methods.matching import Noised, ReverseKL, Scores
 from fewstep.methods.roles import Copy, Other, Role
 from fewstep.methods.rollouts import BackwardSimulation, Rollout
 from fewstep.methods.work import Work
@@ -54,6 +55,8 @@ class AVDM2(Method):
     """K: random frames per clip, all different; a shorter clip gives all of its frames."""
     guidance: CFG = CFG(scale=7.5)
     """Guidance of the teacher whose score is matched; the critic uses none."""
+    matching: ReverseKL = ReverseKL()
+    """How the difference of teacher and critic becomes line 5."""
     score_weight: Amount = 1.0
     """lambda_SDM: weight of the score loss."""
     adversary: Adversary | None = Adversary(weight=0.01, density=Uniform(low=0.0, high=0.5), layers=(0, 1), joint=True)
@@ -66,6 +69,7 @@ class AVDM2(Method):
 
     def __post_init__(self) -> None:
         require_bounds(self)
+        self.matching.check(self.guidance, stills=self.score == "frames")
         if self.score == "none" and self.adversary is None:
             raise ValueError("score none and adversary null leave no loss for the student; set one of the two")
         if self.adversary and self.adversary.density is None:
@@ -112,14 +116,15 @@ class AVDM2(Method):
 
     def student_loss(self, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Losses]:
         rng = rng.fold("student")
-        x, losses = self.rollout(nets.student, batch, rng, grad=True).x0, {}  # 4
+        rolled = self.rollout(nets.student, batch, rng, grad=True)  # 4
+        x, losses = rolled.x0, {}
         if self.score != "none":
             seen, cond, uncond = self.seen(x, batch, rng)
-            with torch.no_grad():
-                x_s, s, _ = self.noised(nets, seen, rng)
-                real = self.guidance(nets[self.real], x_s, s, cond, uncond).x0
-                fake = nets[self.fake](x_s, s, cond).x0
-            losses["matching"] = self.score_weight * targets.distribution_matching(seen, real, fake)  # 5
+            x_s, s, eps = self.noised(nets, seen, rng)
+            below = rolled.t.repeat_interleave(len(seen) // len(x), 0)
+            apart = self.matching.guided_at(seen, nets[self.fake].path, torch.zeros_like(s), below, rng)
+            scores = Scores(nets[self.real], nets[self.fake], self.guidance, cond, uncond)
+            losses["matching"] = self.score_weight * self.matching.loss(Noised(seen, x_s, s, eps, apart), scores)  # 5
         if self.adversary:
             shown = self.adversary.pair(nets, batch, x, batch.cond, rng)
             losses["adversarial"] = self.adversary.student_loss(nets, *shown)  # 6
@@ -139,7 +144,7 @@ class AVDM2(Method):
 
     def cost(self) -> tuple[Work, ...]:
         turns, frames = self.critic_updates, self.frames if self.score == "frames" else 0
-        real, fake = Work(self.real, self.guidance.passes, frames), Work(self.fake, 3 * turns + 1, frames)
-        scores = (real, fake) if self.score != "none" else ()
+        real = Work(self.real, self.matching.teacher_calls(self.guidance), frames)
+        scores = (real, Work(self.fake, 3 * turns + 1, frames)) if self.score != "none" else ()
         eyes = (self.adversary.work(turns),) if self.adversary else ()
         return Work("student", turns * self.rollout.calls + self.rollout.work), *scores, *eyes

@@ -27,6 +27,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
+import torch
+
 from fewstep.core import Batch, Losses, Rng
 from fewstep.core.bounds import Amount, Count, Natural, Part, require_bounds
 from fewstep.diffusion import CFG, TimeDensity, Uniform
@@ -78,6 +80,7 @@ class DMD2(Method):
 
     def __post_init__(self) -> None:
         require_bounds(self)
+        self.matching.check(self.guidance)
         if self.matching.judged and self.adversary is None:
             raise ValueError(f"{type(self.matching).__name__} reads a discriminator; give the method an adversary")
 
@@ -117,7 +120,8 @@ class DMD2(Method):
         rolled = self.rollout(nets.student, batch, rng, grad=True)  # 4
         x0, keep, shown, judges = judged(rolled, batch, nets)
         t, eps = self.score_density.sample(len(x0), rng), rng.randn(x0.shape, "eps")
-        noised = Noised(x0, nets.teacher.path.add_noise(x0, eps, t), t, eps)
+        apart = self.matching.guided_at(x0, nets.teacher.path, torch.zeros_like(t), rolled.t, rng)
+        noised = Noised(x0, nets.teacher.path.add_noise(x0, eps, t), t, eps, apart)
         keep = keep if self.reward is None else self.reward.keep(nets.codec, rolled)
         losses = {"matching": self.matching.loss(noised, self.scores(nets, judges, shown), keep)}  # 5
         if self.adversary:
@@ -140,7 +144,7 @@ class DMD2(Method):
         turns, back, critic = self.critic_updates, self.matching.backward, self.critic_guidance.passes
         return (
             Work("student", turns * self.rollout.calls + self.rollout.work + (3 if self.anchor > 0 else 0)),
-            Work("real" if self.weak > 0 else "teacher", (1 + back) * self.guidance.passes),
+            Work("real" if self.weak > 0 else "teacher", self.matching.teacher_calls(self.guidance)),
             Work("critic", (3 * turns + 1 + back) * critic),
             *((self.adversary.work(turns),) if self.adversary else ()),
         )

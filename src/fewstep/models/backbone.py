@@ -389,6 +389,16 @@ class Backbone(nn.Module, ABC):
             modulation_BG6E = signal(modulation_BG6E, cond.extra, frames)
         return modulation_BG6E
 
+    @property
+    def named(self) -> Backbone:
+        """The network whose class and `args` are in its card: itself, or one of several in one."""
+        return self
+
+    def by_time(self, boundaries: Sequence[float]) -> Backbone:
+        """Copies of this network that take turns in time, which become one network with this one as its first
+        (`experts.Experts`). ValueError where its class has none."""
+        raise ValueError(f"a {type(self).__name__} has no experts by time; take VideoDiT or Wan")
+
     def original(self) -> Original | None:
         """The networks this one was read from, to compare with or to save; None where the class is fewstep's own."""
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 import torch
@@ -18,7 +19,9 @@ from fewstep.models.spec import Spec
 
 def describe(part: nn.Module) -> Spec:
     """Class and constructor arguments of a network; of a denoiser: its backbone's."""
-    return Spec.of(part.backbone if isinstance(part, Denoiser) else part)
+    if not isinstance(part, Denoiser):
+        return Spec.of(part)
+    return replace(Spec.of(part.backbone.named), args=dict(part.backbone.args))
 
 
 def fingerprint(part: nn.Module) -> str:

@@ -9,7 +9,9 @@ Legend: as in `backbone.py`; P values per patch.
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -20,6 +22,7 @@ from fewstep.attention import Dense, Grid3, Operation, Pattern
 from fewstep.core import KV, Call, Cond
 from fewstep.core.bounds import Depth, Positive, Size
 from fewstep.models.backbone import Avoided, Backbone, Context, Tokens, Words, read, read_text, words_of
+from fewstep.models.experts import Experts
 from fewstep.models.rotary import FrameRotary
 
 _TIME_FEATURES = 128
@@ -104,6 +107,9 @@ class VideoDiT(Backbone):
                 f"latents [B, C, F, H, W] need C = {self.channels} and H, W multiples of {self.patch}, got {tuple(x.shape)}"
             )
         return Grid3(frames, height // self.patch, width // self.patch)
+
+    def by_time(self, boundaries: Sequence[float]) -> Experts[VideoDiT]:
+        return Experts([self, *(copy.deepcopy(self) for _ in boundaries)], boundaries)
 
     def _initialise(self) -> None:
         """Gates, cross-attention outputs and the last layer start at zero: each block is the identity, the output is 0."""

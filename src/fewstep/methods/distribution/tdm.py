@@ -12,7 +12,10 @@ Luo et al., Learning Few-Step Diffusion Models by Trajectory Distribution Matchi
 Line 3: a regression on x would be wrong, because x_s is not noised x. The noise that was added from s to u is `b eps`, and
 `- eps / b` is a score target from x_s alone; in noise and clean latents: `eps* = s_u / b eps`, `x0* = (x_u - s_u eps*) / a_u`
 (for rectified flow, eq. 8 of Phased DMD, 2510.27684). It grows without bound as u goes to s, hence the weight min(1, 10 b^2).
-With `interval: above` u is in [s, 1] (Phased DMD's nested intervals, for which its authors also train one expert per phase).
+
+Phased DMD (2510.27684) is this method with `interval: above` (u in [s, 1]), several critic updates, and a `rollout.phase`: only
+the steps of a phase are trained, and s is its end. One stage of a recipe trains one phase, with a new critic, and one expert
+of a student with the transform `Experts`; the experts of earlier phases only make the states where it begins.
 
 Not from the paper: line 3, where it weighs a regression on x; the normaliser is DMD's mean and not a pseudo-Huber distance.
 """
@@ -40,7 +43,7 @@ from fewstep.methods.work import Work
 
 @dataclass(frozen=True, kw_only=True)
 class TDM(Method):
-    """Trajectory distribution matching."""
+    """Trajectory distribution matching, and phased distribution matching distillation."""
 
     cite: ClassVar[str] = (
         "Luo et al., Learning Few-Step Diffusion Models by Trajectory Distribution Matching, 2503.06674"
@@ -62,6 +65,7 @@ class TDM(Method):
 
     def __post_init__(self) -> None:
         require_bounds(self)
+        self.matching.check(self.guidance)
         if self.rollout.mode != "ode":
             raise ValueError("TDM follows the student's deterministic trajectory; set rollout.mode to ode")
         if self.matching.judged:
@@ -94,19 +98,23 @@ class TDM(Method):
 
     def noised(self, rolled: Rolled, path: NoisePath, rng: Rng) -> tuple[Noised, Tensor]:
         """The state where the student's last step lands, with noise; and the time s of that state, `[B]`."""
-        landed = (*rolled.grid, 0.0)[rolled.exit + 1]
+        landed = self.rollout.landing(rolled)
         t, s = rolled.t, torch.full_like(rolled.t, landed)
         x_s = from_x0(rolled.x0, rolled.x_t, t, path).step_to(s)
         top = (t if self.interval == "step" else torch.ones_like(t)).clamp_max(max(self.high, landed))
         share = self.low + (1 - self.low) * rng.rand((len(t),), "time").to(t)
         u, eps = s + (top - s) * share, rng.randn(x_s.shape, "eps")
         a, b = path.between(s, u, x_s)
-        return Noised(rolled.x0, a * x_s + b * eps, u, eps), s
+        return Noised(rolled.x0, a * x_s + b * eps, u, eps, self.matching.guided_at(x_s, path, s, t, rng)), s
 
     def cost(self) -> tuple[Work, ...]:
         turns, back = self.critic_updates, self.matching.backward
         student = Work("student", turns * self.rollout.calls + self.rollout.work)
-        return student, Work("teacher", (1 + back) * self.guidance.passes), Work("critic", 3 * turns + 1 + back)
+        return (
+            student,
+            Work("teacher", self.matching.teacher_calls(self.guidance)),
+            Work("critic", 3 * turns + 1 + back),
+        )
 
 
 def unbiased(noised: Noised, s: Tensor, path: NoisePath) -> tuple[Tensor, Tensor, Tensor]:

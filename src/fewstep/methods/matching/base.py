@@ -9,14 +9,21 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
-from fewstep.core import Cond
-from fewstep.diffusion import CFG
+from fewstep.core import Call, Cond, Rng
+from fewstep.diffusion import CFG, NoisePath
 from fewstep.diffusion.path import broadcast
 from fewstep.models.denoiser import Predictor
+
+
+class Point(NamedTuple):
+    """Latents `[B, C, F, H, W]` with noise, and their time, `[B]`."""
+
+    x_t: Tensor
+    t: Tensor
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,8 @@ class Noised:
     x_t: Tensor
     t: Tensor
     eps: Tensor
+    guided_at: Point | None = None
+    """The clip with noise of its own, where the teacher's guidance is read (`Matching.guided_at`); None: at `x_t`."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,11 @@ class Scores:
         """The guided teacher's x0."""
         return self.guidance(self.teacher, x_t, t, self.cond, self.uncond).x0
 
+    def real_guided_at(self, x_t: Tensor, t: Tensor, at: Point) -> Tensor:
+        """The teacher's x0 for the prompt alone, and what guidance adds elsewhere: `cond(x_t) + (w - 1) (cond - uncond)(at)`."""
+        guided, alone = self.guidance.beside(self.teacher, *at, self.cond, self.uncond, Call(), "one")
+        return self.teacher(x_t, t, self.cond).x0 + guided.x0 - guided.with_raw(alone).x0
+
     def fake(self, x_t: Tensor, t: Tensor) -> Tensor:
         """The critic's x0."""
         return self.critic_guidance(self.critic, x_t, t, self.cond, self.uncond).x0
@@ -65,6 +79,18 @@ class Matching(ABC):
     @abstractmethod
     def loss(self, noised: Noised, scores: Scores, keep: Tensor | None = None) -> Tensor:
         """Mean over all elements. `keep`, `[B]` or `[B, F]` of mean 1, says how much each clip or frame counts."""
+
+    def guided_at(self, x_s: Tensor, path: NoisePath, s: Tensor, below: Tensor, rng: Rng) -> Point | None:
+        """Where guidance is read, if not at `Noised.x_t`: the student's latents `x_s` of time s `[B]` with more noise, at a time
+        below that of the student's input, `[B]` or `[B, F]`."""
+        return None
+
+    def check(self, guidance: CFG, *, stills: bool = False) -> None:  # noqa: B027 - most matchings take anything
+        """Refuse (ValueError) a guidance of the teacher, or single frames (`stills`), that the matching cannot follow."""
+
+    def teacher_calls(self, guidance: CFG) -> int:
+        """Forward-equivalents of the teacher in one loss."""
+        return (1 + self.backward) * guidance.passes
 
     @property
     def backward(self) -> int:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from fewstep.core import Batch, Call, Rng
-from fewstep.diffusion import Prediction
+from fewstep.diffusion import Prediction, shifted
 from fewstep.diffusion.samplers import full
 from fewstep.methods.rollouts.base import Rolled, Rollout, Visit
-from fewstep.methods.rollouts.grids import Exit, deepest, drawn, stops
+from fewstep.methods.rollouts.grids import WHOLE, Exit, Phase, deepest, drawn, require_phase, stops
 from fewstep.models.denoiser import Predictor
 
 
@@ -30,28 +30,39 @@ class BackwardSimulation(Rollout):
     """Step to stop at: a random one or the last."""
     grad_calls: int = 1
     """Number of last calls that carry gradient; the gradient flows from one call to the next."""
+    phase: Phase | None = None
+    """Steps to stop at, and so to train: those from times in (low, high], before the shift (Phased DMD, 2510.27684). null: all,
+    and each is a phase of its own."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_phase(self.grids, self.span)
         if self.grad_calls < 1:
             raise ValueError(f"grad_calls must be at least 1, got {self.grad_calls}")
 
     @property
+    def span(self) -> Phase:
+        """The phase, or all steps."""
+        return WHOLE if self.phase is None else self.phase
+
+    @property
     def calls(self) -> float:
-        return fmean(fmean(found) + 1 for found in stops(self.grids, self.exit))
+        return fmean(fmean(found) + 1 for found in stops(self.grids, self.exit, self.span))
 
     @property
     def work(self) -> float:
-        graded = (fmean(min(stop + 1, self.grad_calls) for stop in found) for found in stops(self.grids, self.exit))
+        graded = (
+            fmean(min(stop + 1, self.grad_calls) for stop in found) for found in stops(self.grids, self.exit, self.span)
+        )
         return self.calls + 2 * fmean(graded)
 
     @property
     def fullest(self) -> Mapping[str, int]:
         """The longest grid with the last exit: it has most calls, and most of them with gradient."""
-        return deepest(self.grids)
+        return deepest(self.grids, self.span)
 
     def __call__(self, student: Predictor, batch: Batch, rng: Rng, *, grad: bool) -> Rolled:
-        grid, stop = drawn(self.grids, self.exit, self.shift, rng)
+        grid, stop = drawn(self.grids, self.exit, self.shift, rng, self.span)
         noise, before = rng.randn(batch.noise_shape, "noise"), list[Visit]()
 
         def call_student(x_t: Tensor, t: Tensor, call: Call) -> Prediction:
@@ -65,3 +76,16 @@ class BackwardSimulation(Rollout):
         last = call_student(x, full(grid[stop], x), Call(step=stop, steps=len(grid)))
         with torch.set_grad_enabled(grad):
             return Rolled(last.x0, x, last.t, tuple(before), noise, exit=stop, grid=grid)
+
+    def landing(self, rolled: Rolled) -> float:
+        """The time at which the last step of this rollout lands: where the next one begins, or at the end of its phase."""
+        times = (*rolled.grid, 0.0)
+        if self.phase is None:
+            return times[rolled.exit + 1]
+        return times[stops((rolled.grid,), "last", self.shifted_phase)[0][0] + 1]
+
+    @property
+    def shifted_phase(self) -> Phase:
+        """The phase in times as the network is told."""
+        low, high = (float(t) for t in shifted(torch.tensor(self.span, dtype=torch.float64), self.shift))
+        return low, high

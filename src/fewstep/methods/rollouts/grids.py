@@ -21,21 +21,40 @@ Exit = Literal["random", "last"]
 """Step at which a rollout stops. All processes draw the same step, because they must agree on the number of calls."""
 
 
-def stops(grids: Grids, exit: Exit) -> list[range]:
+Phase = tuple[float, float]
+"""Some of the steps: those from times in (low, high]. Times of the grids, before the shift."""
+WHOLE: Phase = (0.0, 1.0)
+
+
+def stops(grids: Grids, exit: Exit, phase: Phase = WHOLE) -> list[range]:
     """The steps of each grid at which a rollout may stop."""
-    return [range(0 if exit == "random" else len(grid) - 1, len(grid)) for grid in grids]
+    low, high = phase
+    steps = [[step for step, t in enumerate(grid) if low < t <= high] for grid in grids]
+    return [range(found[0 if exit == "random" else -1], found[-1] + 1) for found in steps]
 
 
-def deepest(grids: Grids) -> dict[str, int]:
+def deepest(grids: Grids, phase: Phase = WHOLE) -> dict[str, int]:
     """`Rollout.fullest` of a rollout that draws a grid and an exit: the longest grid, to its end."""
-    lengths = [len(grid) for grid in grids]
-    return {"grid": lengths.index(max(lengths)), "exit": max(lengths) - 1}
+    which = [len(grid) for grid in grids].index(max(map(len, grids)))
+    return {"grid": which, "exit": len(stops(grids, "random", phase)[which]) - 1}
 
 
-def drawn(grids: Grids, exit: Exit, shift: float, rng: Rng) -> tuple[tuple[float, ...], int]:
+def drawn(grids: Grids, exit: Exit, shift: float, rng: Rng, phase: Phase = WHOLE) -> tuple[tuple[float, ...], int]:
     """One of the grids, with its shifted times, and the step to stop at."""
-    grid = exact(grids, shift)[rng.integer("grid", len(grids))]
-    return grid, rng.integer("exit", len(grid)) if exit == "random" else len(grid) - 1
+    which = rng.integer("grid", len(grids))
+    found = stops(grids, exit, phase)[which]
+    return exact(grids, shift)[which], found[rng.integer("exit", len(found)) if exit == "random" else 0]
+
+
+def require_phase(grids: Grids, phase: Phase) -> None:
+    """ValueError unless a phase has steps in every grid, and ends where a step begins, or where the clips are clean."""
+    low, high = phase
+    for grid in grids:
+        if low not in (*grid, 0.0) or not any(low < t <= high for t in grid):
+            raise ValueError(
+                f"a phase [low, high] ends at a time of each grid, or at 0, and some steps begin in it; got {list(phase)} for "
+                f"the grid {list(grid)}"
+            )
 
 
 def exact(grids: Grids, shift: float) -> Grids:

@@ -5,8 +5,9 @@ Legend: as in `backbone.py`; p, q rows and columns of a patch, P values per patc
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -27,6 +28,7 @@ from fewstep.models.adapters.network import DiffusersBackbone
 from fewstep.models.adapters.presets.wan import FACTS, SMALL, kind_of
 from fewstep.models.backbone import Avoided, Context, Tokens
 from fewstep.models.card import Card
+from fewstep.models.experts import Experts
 from fewstep.models.rotary import FrameRotary
 from fewstep.models.spec import Spec
 from fewstep.models.video_dit import modulate, time_groups
@@ -191,6 +193,9 @@ class Wan(DiffusersBackbone):
             tokens_BNP = self.proj_out(modulate(self.norm_out(state.x_BNE), shift, scale))
         x = tokens_BNP.unflatten(2, (*self.patch, -1)).unflatten(1, state.grid)  # B F h w p q C
         return ended(x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5).flatten(3, 4), state.known_BC1HW)
+
+    def by_time(self, boundaries: Sequence[float]) -> Experts[Wan]:
+        return Experts([self, *(copy.deepcopy(self) for _ in boundaries)], boundaries)
 
     def by_original(self, network: Any, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         known, states = None, cond.extra.get("image_states")

@@ -1,107 +1,34 @@
-"""Wan 2.2 A14B (2503.20314 and its code release): one Wan for noisy times, another for the rest.
-
-Experts take turns in time, so a batch is routed: block i of all experts is one block here, and each sees the samples that
-have frames at its times.
-"""
+"""Wan 2.2 A14B (2503.20314 and its code release): one Wan for noisy times, another for the rest."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fewstep.attention import Dense, Grid3, Pattern, Ulysses
-from fewstep.core import KV, Call, Cond
-from fewstep.core.call import Constants
-from fewstep.core.finite import has_values
+from fewstep.attention import Dense, Pattern
+from fewstep.core import Cond
 from fewstep.models.adapters.dits.wan import Wan
-from fewstep.models.adapters.dits.wan_begun import Begun
-from fewstep.models.backbone import Backbone, Context, Original, State, Words
+from fewstep.models.backbone import Backbone, Original
+from fewstep.models.experts import Experts
 
 
-@dataclass(frozen=True)
-class _Routed(State):
-    """The states of all experts."""
+class WanExperts(Experts[Wan]):
+    """Two networks with the same `config`, that of diffusers, and one boundary. See `Experts`."""
 
-    parts: tuple[Begun | None, ...]
-    """State of each expert for its own samples; None if it has none."""
-    places: tuple[Tensor, ...]
-    """For each expert, the index of each sample in its part, `[B]`; undefined for samples of other experts."""
-    chosen_BG: Tensor
-    """Expert of each frame, or one for all frames."""
-    cached: bool
-    """Whether every expert processes every sample, so that a cache holds what each may read later."""
-    rows: tuple[tuple[int, ...], ...]
-    """For each expert the numbers of its samples."""
-
-    @property
-    def volume(self) -> Tensor:
-        return self.together([None if part is None else part.volume for part in self.parts])
-
-    @property
-    def streams(self) -> tuple[Tensor, ...]:
-        return tuple(x for part in self.parts if part for x in part.streams)
-
-    def with_streams(self, streams: Sequence[Tensor]) -> _Routed:
-        flowing = iter(streams)
-        return self._each(lambda part: part.with_streams([next(flowing) for _ in part.streams]))
-
-    @property
-    def route(self) -> Hashable:
-        return self.rows
-
-    @property
-    def context(self) -> tuple[Context | None, ...]:
-        """That of each expert with samples."""
-        return tuple(None if part is None else part.context for part in self.parts)
-
-    def split(self, processes: Ulysses) -> _Routed:
-        return self._each(lambda part: part.split(processes))
-
-    @property
-    def joined(self) -> _Routed:
-        return self._each(lambda part: part.joined)
-
-    def together(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """One `[B, C, F, H, W]` of those of the parts: each frame is its own expert's."""
-        made: Tensor | None = None
-        for index, (tensor, places) in enumerate(zip(tensors, self.places, strict=True)):
-            if tensor is not None:
-                own = (self.chosen_BG == index)[:, None, :, None, None]
-                made = tensor[places] if made is None else torch.where(own, tensor[places], made)
-        assert made is not None
-        return made
-
-    def _each(self, change: Callable[[Begun], Begun]) -> _Routed:
-        return replace(self, parts=tuple(part and change(part) for part in self.parts))
-
-
-class WanExperts(Backbone):
-    """Expert 0 is for times from `boundaries[0]` to 1, expert 1 for those from `boundaries[1]` to there, the last from 0.
-
-    All have the same `config`, that of diffusers. A frame is denoised by the expert of its time, which reads the other frames
-    with its own keys: a clip whose frames have times on both sides is seen by both experts. With `pattern` and a cache view
-    it is a causal model. An expert cannot read the keys of another, so a cache has those of all, their heads side by side,
-    and a call with a view costs as much as all experts do: whichever denoises the next frames finds the past there.
-    """
-
-    shares = True
-    text_first = True
-    unmixes = True
     folders: ClassVar[tuple[str, ...]] = ("transformer", "transformer_2")
 
     def __init__(self, *, config: dict[str, Any], boundaries: list[float], pattern: Pattern = Dense()) -> None:
-        super().__init__()
         if len(boundaries) != len(self.folders) - 1 or not 0 < boundaries[0] < 1:
             raise ValueError(f"two experts have one boundary between 0 and 1, got {boundaries}")
+        super().__init__([Wan(config=config, pattern=pattern) for _ in self.folders], boundaries)
         self.args = {"config": config, "boundaries": list(boundaries), "pattern": pattern.tree()}
-        self.boundaries, self.pattern = tuple(boundaries), pattern
-        self._hold([Wan(config=config, pattern=pattern) for _ in self.folders])
+
+    @property
+    def named(self) -> Backbone:
+        return self
 
     def load(self, folder: Path) -> None:
         """Take the weights of a folder in diffusers' layout, as float32."""
@@ -109,52 +36,7 @@ class WanExperts(Backbone):
             experts = [Wan(config=self.args["config"], pattern=self.pattern) for _ in self.folders]  # type: ignore[arg-type]
         for expert, part in zip(experts, self.folders, strict=True):
             expert.load(folder, part)
-        self._hold(experts)
-
-    def _hold(self, experts: list[Wan]) -> None:
-        self.width, self.heads, self.rotary = experts[0].width, experts[0].heads, experts[0].rotary
-        columns = [list(expert.blocks) for expert in experts]
-        self.blocks = nn.ModuleList(_Block(row) for row in zip(*columns, strict=True))
-        for expert in experts:
-            expert.blocks = nn.ModuleList()
-        self.experts = nn.ModuleList(experts)
-        self.by_age = any(expert.by_age for expert in experts)
-
-    def expert(self, index: int) -> Wan:
-        """One expert as a network of its own, around the same tensors."""
-        alone: Wan = copy.copy(self.experts[index])  # type: ignore[assignment]
-        blocks = nn.ModuleList(block.experts[index] for block in self.blocks)  # type: ignore[union-attr, index, misc]
-        alone._modules = {**alone._modules, "blocks": blocks}
-        return alone
-
-    def embed(self, x: Tensor, t: Tensor, cond: Cond, call: Call = Call()) -> _Routed:
-        chosen, parts, places = self._chosen(t), [], []
-        samples = range(len(x))
-        route = tuple(
-            tuple(row for row in samples if index in chosen[row] or call.kv is not None)
-            for index, _ in enumerate(self.experts)
-        )
-        kept = None if call.constants is None else call.constants.during(route)
-        for index, (expert, own) in enumerate(zip(self.experts, route, strict=True)):
-            rows = torch.tensor(own, device=x.device, dtype=torch.long)
-            its = replace(
-                call,
-                constants=None if kept is None else kept.get(("expert", index), Constants),
-                negative=None if call.negative is None else call.negative.of(rows),
-            )
-            parts.append(expert.embed(x[rows], t[rows], cond[rows], its) if own else None)
-            place = [own.index(row) if row in own else 0 for row in samples]
-            places.append(torch.tensor(place, device=x.device))
-        chosen_BG = torch.tensor(chosen, device=x.device)
-        state = _Routed(tuple(parts), tuple(places), chosen_BG, call.kv is not None, route)
-        return _reaching_idle(self.experts, state)
-
-    def grid(self, x: Tensor) -> Grid3:
-        return self.experts[0].grid(x)  # type: ignore[operator]
-
-    def head(self, state: _Routed) -> Tensor:
-        experts = zip(self.experts, state.parts, strict=True)
-        return state.together([None if part is None else expert.head(part) for expert, part in experts])  # type: ignore[operator]
+        self.hold(experts)
 
     def original(self) -> Original:
         self.require_plain()
@@ -179,52 +61,3 @@ class WanExperts(Backbone):
         """What Wan's authors call it, after the folder of its expert."""
         folder, _, rest = self.foreign(name).partition("/")
         return f"{folder}/{Wan.authors(rest)}"
-
-    def _chosen(self, t: Tensor) -> list[list[int]]:
-        """The expert of each sample's frames, or of all of them if `t` is `[B]`."""
-        if not has_values(t):  # either expert costs the same
-            return [[0]] * len(t)
-        frames = t if t.ndim == 2 else t[:, None]
-        chosen: list[list[int]] = torch.stack([frames < boundary for boundary in self.boundaries]).sum(0).tolist()
-        return chosen
-
-
-class _Block(nn.Module):
-    """The same block of every expert."""
-
-    def __init__(self, experts: Iterable[nn.Module]) -> None:
-        super().__init__()
-        self.experts = nn.ModuleList(experts)
-
-    def forward(self, state: _Routed) -> _Routed:
-        pasts: Sequence[KV | None] = [None] * len(self.experts)
-        if state.past is not None:  # heads of all experts side by side
-            pasts = list(zip(*(x.chunk(len(self.experts), 1) for x in state.past), strict=True))
-        each = zip(self.experts, state.parts, pasts, state.text or [None] * len(self.experts), strict=True)
-        parts = tuple(
-            part and expert(replace(part, past=past, text=text, unmixed=state.unmixed))
-            for expert, part, past, text in each
-        )
-        new = None
-        if state.cached:
-            k, v = (torch.cat(x, 1) for x in zip(*(part.new for part in parts if part), strict=True))
-            new = k, v
-        return _reaching_idle(self.experts, replace(state, parts=parts, new=new))
-
-    def reads(self, contexts: Sequence[Context | None]) -> tuple[Words | None, ...]:
-        """Keys and values of each expert with samples."""
-        each = zip(self.experts, contexts, strict=True)
-        return tuple(context and expert.reads(context) for expert, context in each)  # type: ignore[operator]
-
-
-def _reaching_idle(experts: nn.ModuleList, state: _Routed) -> _Routed:
-    """The same state, from which a gradient of zero reaches the experts without samples.
-
-    Processes that train together must have gradients of the same parameters, whatever times each of them has drawn.
-    """
-    idle = [expert for expert, part in zip(experts, state.parts, strict=True) if part is None]
-    trained = [p for expert in idle for p in expert.parameters() if p.requires_grad]
-    if not (trained and torch.is_grad_enabled()):
-        return state
-    nothing = 0 * torch.stack([p.flatten()[0] for p in trained]).sum()
-    return replace(state, parts=tuple(part and replace(part, x_BNE=part.x_BNE + nothing) for part in state.parts))

@@ -25,6 +25,7 @@ from fewstep.models.adapters.export.engines import ENGINES, Engine
 from fewstep.models.adapters.export.engines.page import PAGE, page
 from fewstep.models.adapters.export.engines.plan import Plan
 from fewstep.models.adapters.export.engines.student import Student
+from fewstep.models.adapters.export.experts import as_wan22, two_experts
 from fewstep.models.adapters.export.narrow import Dtype, narrowed, own_types
 from fewstep.models.adapters.export.readme import readme
 from fewstep.models.adapters.export.usage import OWN_TIMES, Usage, original_of
@@ -61,6 +62,7 @@ def export(
     ValueError where plain diffusers, or the engine, could not make the same clips; FileExistsError for a folder that is not
     empty.
     """
+    model = as_wan22(model)
     if engine is not None:
         return _export_for(engine, model, folder, link=link, dtype=dtype, recipe=recipe)
     if names == "comfyui":
@@ -231,7 +233,8 @@ def _layout(model: VideoModel) -> Layout:
             "text encoder and codec must come from one layout of diffusers; this card names "
             f"{' and '.join(sorted(sources)) or 'none'}{own}"
         )
-    return Layout.find(sources.pop())
+    layout = Layout.find(sources.pop())
+    return replace(layout, index=two_experts(layout.index, model.denoiser.backbone))
 
 
 def _folders(index: Mapping[str, Any], leave: Collection[str]) -> list[str]:
