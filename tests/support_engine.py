@@ -22,17 +22,22 @@ from fewstep.engine.run import Run
 from fewstep.methods import (
     AVDM2,
     DMD2,
+    GRPO,
     METHODS,
+    PSO,
     TDM,
     AdversarialDistillation,
     Adversary,
+    Alternating,
     BackwardSimulation,
     FlowMatching,
     Method,
     MomentMatching,
+    MotionReward,
     Progressive,
     ReadAttributes,
     SelfAdversarial,
+    WorldReward,
 )
 from fewstep.methods.rollouts import NESTED
 from fewstep.models import Card, ClipFeatures, Denoiser, FrameAutoencoder, TextEncoder, VideoDiT, VideoModel

@@ -248,7 +248,10 @@ def test_methods_and_rollouts_read_every_field(unread: Callable[..., set[str]], 
                 run.iterate()
             run.student()
 
-    assert not unread((*METHODS, *MATCHINGS, Adversary, *ROLLOUTS, *HISTORIES, *REWARDS, Reweighting, Feedback, ErrorRecycling), action)
+    assert not unread(
+        (*METHODS, *MATCHINGS, Adversary, *ROLLOUTS, *HISTORIES, *REWARDS, Reweighting, Feedback, ErrorRecycling),
+        action,
+    )
 
 
 def test_settings_read_every_field(unread: Callable[..., set[str]], tmp_path: Path) -> None:

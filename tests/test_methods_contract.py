@@ -86,6 +86,7 @@ CASES: dict[str, Method] = {cls.__name__: cls() for cls in METHODS} | {
     "DMD2-feedback": DMD2(critic_updates=1, feedback=Feedback(ceiling=0.0, frames=2)),
     "DMD2-split": DMD2(critic_updates=1, adversary=Adversary(split=0.5)),
     "Consistency-feedback": Consistency(feedback=Feedback(reward=MotionReward())),
+    "PSO": PSO(beta=1.0),  # networks as unlike as here are far on the flat side of a larger one
     "PSO-online": PSO(reward=MotionReward(), candidates=3),
     "Alternating-group": Alternating(distillation=DMD2(critic_updates=1), reinforcement=GRPO(refresh=1), ratio=1),
     "DMD2-align": DMD2(critic_updates=1, align=0.03),

@@ -174,7 +174,7 @@ def test_a_run_decodes_with_a_copy_that_is_neither_trained_nor_kept(tmp_path: Pa
 
 
 def judged(clips: Tensor, labels: Tensor) -> Tensor:
-    judge = WorldReward().networks["judge"].make("judge", Making(roles={}))
+    judge = WorldReward().networks["judge"].make("judge", Making(roles={})).requires_grad_(False)
     nets = Nets({"judge": judge.requires_grad_(False)})
     return WorldReward().score(clips, Batch(cond_of(1, 1), cond_of(0, 1), SHAPE, labels=labels), nets)
 
@@ -186,7 +186,7 @@ def test_the_worlds_reward_is_the_mean_log_probability_of_what_the_prompt_says()
     clips, labels = render(scenes, Variation.sample(4, generator), 16), indices(scenes)
     right, wrong = judged(clips, labels), judged(clips, labels.roll(1, 0))
     assert right.shape == (4,) and float(right.min()) > -0.3 and float((right - wrong).min()) > 1
-    judge = WorldReward().networks["judge"].make("judge", Making(roles={}))
+    judge = WorldReward().networks["judge"].make("judge", Making(roles={})).requires_grad_(False)
     logits = judge.classify(clips)
     by_hand = [sum(float(x.log_softmax(1)[i, labels[i, k]]) for k, x in enumerate(logits)) / 6 for i in range(4)]
     torch.testing.assert_close(right.detach(), torch.tensor(by_hand))
