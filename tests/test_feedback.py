@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fewstep.core import Batch, Call, Cond, Rng
 from fewstep.diffusion import DDIM, Contract, Prediction
+from fewstep.engine.outline import Outline
 from fewstep.methods import (
     DMD2,
     GRPO,
@@ -30,6 +31,8 @@ from fewstep.methods import (
 )
 from fewstep.methods.feedback.grpo import log_ratio
 from fewstep.methods.feedback.random_step import RandomStep
+from fewstep.models.fingerprint import describe
+from support_engine import FRAMES, small, tiny_model
 from support_gaussian import ONE_STEP, RF, AffineTableStudent, Asked, cond_of, f64, minimise, terms
 
 B, SHAPE = 3, (2, 3, 2, 2)
@@ -387,3 +390,18 @@ def test_the_exact_optimum_of_offline_pairs(beta: float) -> None:
     method, made = PSO(rollout=ONE_STEP, beta=beta, temperature=1.0), Nets({"student": student, "reference": reference})
     minimise([student.offset], lambda: terms(method.student_loss(made, given, Rng(0)))["preference"])
     assert float(student.offset.detach()) == pytest.approx(math.log(3) / (0.5 * beta), abs=1e-6)
+
+
+def test_a_plan_measures_both_turns() -> None:
+    """One role is trained in two ways, and the second needs the reference and the codec."""
+    model, settings = tiny_model(), small(4, health=None)
+    method = Alternating(
+        distillation=DMD2(rollout=ONE_STEP, critic_updates=1),
+        reinforcement=PSO(rollout=ONE_STEP, reward=MotionReward()),
+        ratio=2,
+    )
+    card = replace(model.card, parts={name: describe(part) for name, part in model.parts.items()})
+    phases = Outline.of(card, method, settings, FRAMES).plan().phases
+    assert [phase.roles for phase in phases] == [("critic",), ("student",), ("student",)]
+    assert "critic" in phases[1].reads and "reference" not in phases[1].reads
+    assert {"reference", "codec"} <= phases[2].reads and "critic" not in phases[2].reads

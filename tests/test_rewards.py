@@ -143,6 +143,11 @@ def test_motion_is_measured_on_the_decoded_clip_with_its_past() -> None:
     assert alone.shape == (2, 1)
 
 
+def test_a_single_frame_has_no_motion() -> None:
+    with pytest.raises(ValueError, match="one frame has no motion"):
+        MotionReward().score(torch.zeros(2, 3, 1, 4, 4), Batch(cond_of(1, 2), cond_of(0, 2), SHAPE), Nets({}))
+
+
 def test_what_cannot_count_is_refused() -> None:
     with pytest.raises(ValueError, match="raise settings.batch"):
         Reweighting().weights(torch.zeros(1))

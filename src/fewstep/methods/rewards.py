@@ -67,6 +67,10 @@ class MotionReward(Reward):
     """
 
     def score(self, frames: Tensor, batch: Batch, nets: Nets) -> Tensor:
+        if frames.shape[2] < 2:
+            raise ValueError(
+                "one frame has no motion; let MotionReward see at least two (feedback.frames: 2, or 0 for all)"
+            )
         return motion(frames)
 
 
