@@ -22,18 +22,23 @@ from fewstep.engine.run import Run
 from fewstep.methods import (
     AVDM2,
     DMD2,
+    GRPO,
     METHODS,
+    PSO,
     TDM,
     AdversarialDistillation,
     Adversary,
+    Alternating,
     BackwardSimulation,
     FlowMatching,
     Method,
     MomentMatching,
+    MotionReward,
     Progressive,
     ProgressiveAdversarial,
     ReadAttributes,
     SelfAdversarial,
+    WorldReward,
 )
 from fewstep.methods.rollouts import NESTED
 from fewstep.models import Card, ClipFeatures, Denoiser, FrameAutoencoder, TextEncoder, VideoDiT, VideoModel
@@ -104,6 +109,13 @@ CASES: Mapping[str, Method] = {cls.__name__: cls() for cls in METHODS} | {
     "MomentMatching": MomentMatching(steps=(1, 2)),
     "TDM": TDM(rollout=BackwardSimulation(grids=TWO_GRIDS.grids, mode="ode")),
     "AdversarialDistillation": AdversarialDistillation(distillation=2.5, regression=0.1),
+    "PSO": PSO(rollout=TWO_GRIDS, beta=10.0),
+    "GRPO": GRPO(rollout=TWO_GRIDS, reward=MotionReward(), refresh=2, candidates=2),
+    "Alternating": Alternating(
+        distillation=DMD2(critic_updates=1, rollout=TWO_GRIDS),
+        reinforcement=PSO(rollout=TWO_GRIDS, reward=WorldReward(), candidates=3, beta=10.0),
+        ratio=2,
+    ),
     "DMD2-everything": DMD2(
         critic_updates=1, adversary=Adversary(r1=1.0, layers=(0, -1)), anchor=0.25, rollout=TWO_GRIDS
     ),

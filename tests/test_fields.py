@@ -28,6 +28,7 @@ from fewstep.methods import (
     HISTORIES,
     MATCHINGS,
     METHODS,
+    PSO,
     REWARDS,
     ROLLOUTS,
     TDM,
@@ -35,17 +36,20 @@ from fewstep.methods import (
     DiffusionForced,
     ErrorRecycling,
     FDivergence,
+    Feedback,
     Fisher,
     FlowMatching,
     FromData,
     Method,
     MotionReward,
     MovingBuffer,
+    Reweighting,
     RollingForced,
     ScoreImplicit,
     SelfForced,
     StreamingLong,
     TeacherForced,
+    WorldReward,
 )
 from fewstep.models import Lora
 from fewstep.models.source import Pretrained, Scratch
@@ -225,7 +229,9 @@ def test_methods_and_rollouts_read_every_field(unread: Callable[..., set[str]], 
     cases["sid"] = DMD2(critic_updates=1, matching=Fisher())
     cases["sim"] = DMD2(critic_updates=1, matching=ScoreImplicit())
     cases["above"] = TDM(interval="above")
-    cases["reward"] = DMD2(critic_updates=1, reward=MotionReward())
+    cases["reweighting"] = DMD2(critic_updates=1, reweighting=Reweighting(reward=MotionReward()))
+    cases["feedback"] = DMD2(critic_updates=1, feedback=Feedback(ceiling=0.0, frames=1))
+    cases["online pairs"] = PSO(reward=WorldReward(), candidates=3)
     recycling = ErrorRecycling(past=0.0)
     cases["recycling"] = FlowMatching(recycling=recycling)
     cases["teacher forced"] = FlowMatching(history=TeacherForced())
@@ -242,7 +248,10 @@ def test_methods_and_rollouts_read_every_field(unread: Callable[..., set[str]], 
                 run.iterate()
             run.student()
 
-    assert not unread((*METHODS, *MATCHINGS, Adversary, *ROLLOUTS, *HISTORIES, *REWARDS, ErrorRecycling), action)
+    assert not unread(
+        (*METHODS, *MATCHINGS, Adversary, *ROLLOUTS, *HISTORIES, *REWARDS, Reweighting, Feedback, ErrorRecycling),
+        action,
+    )
 
 
 def test_settings_read_every_field(unread: Callable[..., set[str]], tmp_path: Path) -> None:

@@ -25,17 +25,21 @@ from fewstep.diffusion import (
 from fewstep.methods import (
     AVDM2,
     DMD2,
+    GRPO,
     HISTORIES,
     MATCHINGS,
     METHODS,
+    PSO,
     REWARDS,
     ROLLOUTS,
     AdversarialDistillation,
     Adversary,
+    Alternating,
     BackwardSimulation,
     Consistency,
     Copy,
     FDivergence,
+    Feedback,
     Fisher,
     FlowMatching,
     FromData,
@@ -50,6 +54,7 @@ from fewstep.methods import (
     ReadAttributes,
     Reconstruction,
     ReverseKL,
+    Reweighting,
     ScoreImplicit,
     Sync,
 )  # fmt: skip
@@ -63,7 +68,7 @@ from fewstep.models.video_dit import VideoDiT
 from support_engine import TinyImages
 from support_gaussian import ONE_STEP, terms
 
-B, SHAPE, SIZES = 2, (4, 3, 4, 4), (3, 5)
+B, SHAPE, SIZES = 2, (4, 3, 4, 4), (3, 5, 2, 2, 2, 2)
 METHOD_NAMES = {
     cls.__name__: cls for cls in (*METHODS, *MATCHINGS, Adversary, *ROLLOUTS, *HISTORIES, *REWARDS, *DENSITIES)
 }
@@ -78,7 +83,13 @@ CASES: dict[str, Method] = {cls.__name__: cls() for cls in METHODS} | {
     "DMD2-data": DMD2(critic_updates=1, rollout=FromData()),
     "DMD2-anchor": DMD2(critic_updates=1, anchor=0.25),
     "DMD2-motion": DMD2(critic_updates=1, matching=ReverseKL(motion=0.2)),
-    "DMD2-reward": DMD2(critic_updates=1, reward=MotionReward()),
+    "DMD2-reweighting": DMD2(critic_updates=1, reweighting=Reweighting()),
+    "DMD2-feedback": DMD2(critic_updates=1, feedback=Feedback(ceiling=0.0, frames=2)),
+    "DMD2-split": DMD2(critic_updates=1, adversary=Adversary(split=0.5)),
+    "Consistency-feedback": Consistency(feedback=Feedback(reward=MotionReward())),
+    "PSO": PSO(beta=1.0),  # networks as unlike as here are far on the flat side of a larger one
+    "PSO-online": PSO(reward=MotionReward(), candidates=3),
+    "Alternating-group": Alternating(distillation=DMD2(critic_updates=1), reinforcement=GRPO(refresh=1), ratio=1),
     "DMD2-align": DMD2(critic_updates=1, align=0.03),
     "DMD2-f-divergence": DMD2(critic_updates=1, adversary=Adversary(), matching=FDivergence()),
     "DMD2-relativistic": DMD2(critic_updates=1, adversary=Adversary(loss="relativistic", r2=1.0, density=Uniform())),
@@ -143,7 +154,7 @@ def make_batch(needs: frozenset[str]) -> Batch:
         x0=rng.randn((B, *SHAPE), "x0") if "x0" in needs else None,
         pairs=Pairs(rng.randn((B, 5, *SHAPE), "pairs"), uniform_grid(4)) if "pairs" in needs else None,
         frames=rng.rand((B, 3, 5, 16, 16), "frames") * 2 - 1 if "frames" in needs else None,
-        labels=torch.tensor([[0, 1], [2, 4]]) if "labels" in needs else None,
+        labels=torch.tensor([[0, 1, 0, 1, 1, 0], [2, 4, 1, 0, 1, 1]]) if "labels" in needs else None,
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from fewstep.engine.nets import build_nets, origin, sources, trained_roles
 from fewstep.engine.outline import Outline
 from fewstep.engine.prepare import prepare
 from fewstep.engine.views import View
-from fewstep.methods import DMD2, ROLES, Copy, Decoder, Heads, Making, Method, Nets, Other, Role, Update, Weak
+from fewstep.methods import DMD2, ROLES, Copy, Decoder, Heads, Judge, Making, Method, Nets, Other, Role, Update, Weak
 from fewstep.methods.targets import mse
 from fewstep.models import Denoiser, Lora, fingerprint
 from fewstep.models.fingerprint import describe
@@ -108,6 +108,7 @@ MADE: dict[type[Role], Role] = {
     Weak: Weak("student", 0.5),
     Other: Other(TinyImages()),
     Decoder: Decoder(),
+    Judge: Judge("world/features"),
 }
 
 

@@ -18,7 +18,7 @@ from fewstep.core.shipped import headline, shipped
 from fewstep.data import DATA
 from fewstep.diffusion import DENSITIES, GRIDS, GUIDANCES, PATHS, SAMPLERS
 from fewstep.engine import Health, Settings, WorldProbe
-from fewstep.methods import HISTORIES, MATCHINGS, METHODS, REWARDS, ROLLOUTS, Adversary
+from fewstep.methods import HISTORIES, MATCHINGS, METHODS, REWARDS, ROLLOUTS, Adversary, Feedback, Reweighting
 from fewstep.models import NETWORKS
 from fewstep.models.known import KNOWN, Known
 from fewstep.models.source import Diffusers, Pretrained, Previous, Scratch
@@ -35,7 +35,7 @@ KINDS: Mapping[str, tuple[Callable[..., Any], ...]] = MappingProxyType({
     "histories": HISTORIES,
     "matchings": MATCHINGS,
     "adversaries": (Adversary,),
-    "rewards": REWARDS,
+    "rewards": (*REWARDS, Reweighting, Feedback),
     "patterns": PATTERNS,
     "memories": KEEPS,
     "caches": CACHES,

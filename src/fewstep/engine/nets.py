@@ -119,13 +119,18 @@ def trained_roles(method: Method, steps: int) -> tuple[str, ...]:
     """Every role that some update of the run trains, in order of appearance."""
     seen: dict[str, None] = {}
     possible = {"student", *(name for name, role in method.aux().items() if role.trainable)}
-    for step in (*range(min(steps, _LOOKED_AT)), steps - 1):
+    for step in looked_at(steps):
         for event in method.updates(step):
             if isinstance(event, Update):
                 seen |= dict.fromkeys(event.roles)
         if seen.keys() >= possible:
             break
     return tuple(seen)
+
+
+def looked_at(steps: int) -> tuple[int, ...]:
+    """Iterations that stand for all in a list of what a run does: the first ones, and the last."""
+    return (*range(min(steps, _LOOKED_AT)), steps - 1)
 
 
 def synced(method: Method, steps: int) -> set[tuple[str, str]]:

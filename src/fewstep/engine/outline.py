@@ -20,7 +20,7 @@ from fewstep.core.ledger import Ledger
 from fewstep.engine.health.measure import decode
 from fewstep.engine.health.monitor import judge_of, unexamined
 from fewstep.engine.memory import FLOAT, Holding, Phase, Plan
-from fewstep.engine.nets import build_for, origin, sources, starts, trained_roles
+from fewstep.engine.nets import build_for, looked_at, origin, sources, starts, trained_roles
 from fewstep.engine.optim import begin, chosen, require_named, state_bytes
 from fewstep.engine.precision import autocast, float32
 from fewstep.engine.preview import CLIPS
@@ -116,15 +116,13 @@ class Outline:
         return replace(held, blocks=sum(blocks), gathered=max(blocks))
 
     def _kinds(self) -> Iterator[Update]:
-        """The first update of every set of roles."""
-        wanted, seen = set(trained_roles(self.method, self.settings.steps)), set()
-        for step in range(self.settings.steps):
+        """The first update of every set of roles with every loss: methods that take turns train one role in several ways."""
+        seen = set[tuple[tuple[str, ...], str]]()
+        for step in looked_at(self.settings.steps):
             for event in self.method.updates(step):
-                if isinstance(event, Update) and event.roles not in seen:
-                    seen.add(event.roles)
+                if isinstance(event, Update) and (kind := (event.roles, _loss_of(event))) not in seen:
+                    seen.add(kind)
                     yield event
-            if wanted <= {role for roles in seen for role in roles}:
-                return
 
     def _phase(self, update: Update) -> Phase:
         """The update with its rollouts at their longest: each rollout of the method in turn, the largest result."""
@@ -295,6 +293,12 @@ class Outline:
             t = torch.ones(len(x_t))
             _ = network.features(x_t, t, cond, layers, call) if layers else network(x_t, t, cond, call)
         return ledger.flops
+
+
+def _loss_of(update: Update) -> str:
+    """Name of the function that computes an update's losses, whatever arguments it is given first."""
+    losses = update.losses.func if isinstance(update.losses, partial) else update.losses
+    return str(getattr(losses, "__qualname__", ""))
 
 
 def _apart(ledger: Ledger, parameter: Tensor) -> None:

@@ -8,6 +8,7 @@ from fewstep.methods.base import Method, Nets, Sync, Update
 from fewstep.methods.consistency import Consistency
 from fewstep.methods.distribution import TDM, MomentMatching, TwinFlow
 from fewstep.methods.dmd2 import DMD2
+from fewstep.methods.feedback import GRPO, PSO, Alternating
 from fewstep.methods.flow_matching import FlowMatching
 from fewstep.methods.histories import HISTORIES, DiffusionForced, History, MovingBuffer, TeacherForced, WholeClip
 from fewstep.methods.knowledge_distillation import KnowledgeDistillation
@@ -15,8 +16,8 @@ from fewstep.methods.matching import MATCHINGS, FDivergence, Fisher, Matching, R
 from fewstep.methods.progressive import Progressive
 from fewstep.methods.reconstruction import Reconstruction
 from fewstep.methods.recycling import ErrorRecycling
-from fewstep.methods.rewards import REWARDS, MotionReward, Reward
-from fewstep.methods.roles import ROLES, Copy, Decoder, Heads, Making, Other, Role, Weak
+from fewstep.methods.rewards import REWARDS, Feedback, MotionReward, Reward, Reweighting, WorldReward
+from fewstep.methods.roles import ROLES, Copy, Decoder, Heads, Judge, Making, Other, Role, Weak
 from fewstep.methods.rollouts import (
     ROLLOUTS,
     BackwardSimulation,
@@ -33,16 +34,15 @@ from fewstep.methods.work import Work, in_forwards
 
 METHODS = (
     FlowMatching, Reconstruction, ReadAttributes, KnowledgeDistillation, Progressive, Consistency, DMD2, AVDM2,
-    AdversarialDistillation, ProgressiveAdversarial, TDM, MomentMatching, TwinFlow, SelfAdversarial,
+    AdversarialDistillation, ProgressiveAdversarial, TDM, MomentMatching, TwinFlow, SelfAdversarial, PSO, GRPO, Alternating,
 )  # fmt: skip
 
 __all__ = [
-    "AVDM2", "DMD2", "HISTORIES", "MATCHINGS", "METHODS", "REWARDS", "ROLES", "ROLLOUTS", "TDM", "AdversarialDistillation",
-    "Adversary", "BackwardSimulation", "Consistency", "Copy", "Decoder", "DiffusionForced", "ErrorRecycling", "FDivergence",
-    "Fisher", "FlowMatching", "FromData", "FromPairs", "Heads", "History", "KnowledgeDistillation", "Making", "Matching",
-    "Method", "MomentMatching", "MotionReward", "MovingBuffer", "Nets", "Other", "Progressive", "ProgressiveAdversarial",
-    "ReadAttributes",
-    "Reconstruction", "ReverseKL", "Reward", "Role", "Rolled", "RollingForced", "Rollout", "ScoreImplicit", "SelfAdversarial",
-    "SelfForced",
-    "StreamingLong", "Sync", "TeacherForced", "TwinFlow", "Update", "Weak", "WholeClip", "Work", "in_forwards",
+    "AVDM2", "DMD2", "GRPO", "HISTORIES", "MATCHINGS", "METHODS", "PSO", "REWARDS", "ROLES", "ROLLOUTS", "TDM",
+    "AdversarialDistillation", "Adversary", "Alternating", "BackwardSimulation", "Consistency", "Copy", "Decoder",
+    "DiffusionForced", "ErrorRecycling", "FDivergence", "Feedback", "Fisher", "FlowMatching", "FromData", "FromPairs",
+    "Heads", "History", "Judge", "KnowledgeDistillation", "Making", "Matching", "Method", "MomentMatching", "MotionReward",
+    "MovingBuffer", "Nets", "Other", "Progressive", "ProgressiveAdversarial", "ReadAttributes", "Reconstruction", "ReverseKL",
+    "Reward", "Reweighting", "Role", "Rolled", "RollingForced", "Rollout", "ScoreImplicit", "SelfAdversarial", "SelfForced",
+    "StreamingLong", "Sync", "TeacherForced", "TwinFlow", "Update", "Weak", "WholeClip", "Work", "WorldReward", "in_forwards",
 ]  # fmt: skip

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from fewstep.core import Batch, Cond, Losses, Rng
-from fewstep.core.bounds import Amount, Positive, require_bounds
+from fewstep.core.bounds import Amount, Fraction, Positive, require_bounds
 from fewstep.diffusion import TimeDensity
+from fewstep.diffusion.path import broadcast
 from fewstep.methods import targets
 from fewstep.methods.base import Nets
 from fewstep.methods.roles import Copy, Heads, Role
+from fewstep.methods.rollouts import Rollout
 from fewstep.methods.work import Work
 
 
@@ -53,6 +55,9 @@ class Adversary:
     r1: Amount = 0.0
     """Weight of the approximate R1 penalty (2501.08316), on real clips; `r2` on generated ones. 0: off."""
     r2: Amount = 0.0
+    split: Fraction = 0.0
+    """Time that divides the student's calls in `DMD2`: above it only the scores move their clips, up to it only D (Flash-DMD,
+    2511.20549). 0: both, everywhere. In the paper D sees pixels of clips that were made to the end, noised and predicted."""
     rho: Positive = 0.1
     """Size of the perturbation of noised latents in r1 and r2. lambda rho^2 is what counts."""
 
@@ -61,10 +66,40 @@ class Adversary:
         if not self.layers:
             raise ValueError("layers names no block of the teacher; give at least one, such as (-1,), the last")
 
+    def check(self, rollout: Rollout) -> None:
+        """Refuse (ValueError) a split of clips that go on, which have no time at which they were predicted."""
+        if self.split > 0 and not rollout.whole:
+            raise ValueError(
+                f"adversary.split divides whole clips by the time of their last call, and {type(rollout).__name__} goes on with "
+                "clips; write split: 0"
+            )
+
+    def check_alone(self) -> None:
+        """Refuse (ValueError) an adversary that shares times or calls with scores, for a method that has no such scores."""
+        if self.density is None:
+            raise ValueError(
+                "adversary.density is null, and there are no scores whose times it could share; give it a density"
+            )
+        if self.split > 0:
+            raise ValueError("adversary.split divides the calls of DMD2 between its scores and D; write split: 0")
+
+    def divided(self, x0: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The same clips twice: with gradient where the scores move them, and where D does. `t` (`[B]` or `[B, F]`) is the time
+        at which the student predicted them."""
+        if self.split == 0:
+            return x0, x0
+        above = broadcast(t > self.split, x0)
+        return torch.where(above, x0, x0.detach()), torch.where(above, x0.detach(), x0)
+
     @property
     def eyes(self) -> str:
         """The role whose features D reads."""
         return "eyes" if self.trained else "teacher"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Fields of Batch that it reads."""
+        return frozenset({"x0"})
 
     @property
     def roles(self) -> dict[str, Role]:

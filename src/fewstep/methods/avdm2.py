@@ -72,10 +72,8 @@ class AVDM2(Method):
         self.matching.check(self.guidance, stills=self.score == "frames")
         if self.score == "none" and self.adversary is None:
             raise ValueError("score none and adversary null leave no loss for the student; set one of the two")
-        if self.adversary and self.adversary.density is None:
-            raise ValueError(
-                "adversary.density is null, and AVDM2's discriminator has times of its own; give it a density"
-            )
+        if self.adversary:
+            self.adversary.check_alone()
         if self.score != "frames" and self.image_teacher is not None:
             raise ValueError(f"score {self.score} does not use an image teacher; write image_teacher: null")
 

@@ -25,6 +25,7 @@ from fewstep.diffusion import CFG, Contract, Renoise, uniform_grid
 from fewstep.diffusion.path import broadcast
 from fewstep.methods.base import Method, Nets, Sync, Update
 from fewstep.methods.histories import History, WholeClip
+from fewstep.methods.rewards import Feedback
 from fewstep.methods.roles import Copy, Role
 from fewstep.methods.rollouts import pick, student_contract
 from fewstep.methods.targets import pseudo_huber
@@ -54,6 +55,8 @@ class Consistency(Method):
     times are not on the training grid."""
     history: History = WholeClip()
     """What is read of earlier chunks, for a student and a teacher that stream (causal consistency, 2605.15141)."""
+    feedback: Feedback | None = None
+    """The gradient of a reward of the student's prediction (T2V-Turbo, 2405.18750); null: none."""
 
     def __post_init__(self) -> None:
         require_bounds(self)
@@ -68,10 +71,10 @@ class Consistency(Method):
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"prompts", "x0"})
+        return frozenset({"prompts", "x0"} | (self.feedback.needs if self.feedback else set()))
 
     def aux(self) -> dict[str, Role]:
-        return {"target": Copy("student")}
+        return {"target": Copy("student"), **(self.feedback.roles if self.feedback else {})}
 
     def updates(self, step: int) -> Iterator[Update | Sync]:
         yield Update(("student",), self.student_loss)
@@ -87,7 +90,9 @@ class Consistency(Method):
             real = self.guidance(teacher, x_t, t, batch.cond, batch.uncond)
             target = target_net(real.step_to(s), s, batch.cond).x0  # 2
             target = torch.where(broadcast(s, x0) == 0, real.x0, target)  # f(x, 0) = x
-        yield {"consistency": pseudo_huber(student(x_t, t, batch.cond).x0, target, self.huber)}  # 3
+        made = student(x_t, t, batch.cond).x0
+        losses = {"consistency": pseudo_huber(made, target, self.huber)}  # 3
+        yield losses | ({"reward": self.feedback.loss(made, batch, nets, rng)} if self.feedback else {})
 
     def contract(self, teacher: Contract) -> Contract:
         grids = tuple(uniform_grid(n)[:-1] for n in self.steps)

@@ -1,7 +1,6 @@
 """Match the student's distribution to the teacher's: follow the difference of their scores.
 
-Yin et al., Improved Distribution Matching Distillation for Fast Image Synthesis, 2405.14867; regression term: Yin et
-al., One-step Diffusion with Distribution Matching Distillation, 2311.18828.
+Yin et al., Improved Distribution Matching Distillation for Fast Image Synthesis, 2405.14867; regression term: DMD, 2311.18828.
 
     repeat critic_updates times:
     1    x = student's sampler up to a random exit                              (no gradient)
@@ -9,15 +8,12 @@ al., One-step Diffusion with Distribution Matching Distillation, 2311.18828.
     3    discriminator: minimise softplus(-D(real_t)) + softplus(D(x_t))        (with an adversary)
     4  x = student's sampler up to a random exit                                (gradient through the last call)
     5  g = (critic(x_t) - guided teacher(x_t)) / mean|x - guided teacher(x_t)|;  put g on x
-    6  + lambda_G softplus(-D(x_t))
+    6  + lambda_G softplus(-D(x_t)) - lambda_r reward(decoded x)                 (with an adversary; with feedback)
     7  + anchor * d(student(stored state), stored endpoint)
     8  critic <- (1 - align) critic + align student                              (if align > 0)
 
-Line 5 is the `matching`: others of that room make this loop Diff-Instruct, f-distill, SiD or SIM. Not from the paper: all turns
-of an iteration use the same prompts with different noise; D is heads of its own on frozen teacher features, not on the critic's
-bottleneck; critic warm-up; line 8 (SenseFlow, 2506.00523). Line 7 is DMD's, with pseudo-Huber on latents instead of LPIPS: it
-keeps modes that reverse KL loses. `weak` (2503.13319): the real score is that of teacher weights moved towards the critic's.
-`reward` (Re-DMD, 2512.04678): g times exp(r / beta), of mean 1.
+Line 5 is the `matching`: others make this loop Diff-Instruct, f-distill, SiD or SIM. Not from the paper: turns of an iteration
+share prompts, not noise; D is heads on frozen teacher features; critic warm-up; lines 7 (DMD's, with pseudo-Huber) and 8.
 """
 
 from __future__ import annotations
@@ -27,17 +23,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
-import torch
-
 from fewstep.core import Batch, Losses, Rng
 from fewstep.core.bounds import Amount, Count, Natural, Part, require_bounds
 from fewstep.diffusion import CFG, TimeDensity, Uniform
 from fewstep.methods import targets
 from fewstep.methods.adversary import Adversary
 from fewstep.methods.base import Method, Nets, Sync, Update, judged
-from fewstep.methods.matching import Matching, Noised, ReverseKL, Scores
-from fewstep.methods.rewards import Reward
-from fewstep.methods.roles import Copy, Decoder, Role, Weak
+from fewstep.methods.matching import Matching, ReverseKL, Scores
+from fewstep.methods.rewards import Feedback, Reweighting
+from fewstep.methods.roles import Copy, Role, Weak
 from fewstep.methods.rollouts import BackwardSimulation, FromPairs, Rollout
 from fewstep.methods.work import Work
 
@@ -57,8 +51,7 @@ class DMD2(Method):
     critic_updates: Count = 5
     """Critic updates per student update, all in one iteration."""
     critic_guidance: CFG = CFG()
-    """Guidance of the critic, in both turns: none in DMD2, the teacher's in SiD-LSG (2406.01561), 0 (the critic reads no prompt)
-    in SiD's Zero-CFG (2505.12674)."""
+    """Guidance of the critic: none in DMD2, the teacher's in SiD-LSG (2406.01561), 0 (no prompt) in Zero-CFG (2505.12674)."""
     warmup: Natural = 0
     """First iterations, which train only the critic (and the discriminator)."""
     score_density: TimeDensity = Uniform(low=0.02, high=0.98)
@@ -67,8 +60,10 @@ class DMD2(Method):
     """Density of t for the critic's training."""
     adversary: Adversary | None = None
     """GAN loss beside the matching, which needs clips (lambda_G: 0.001 to 0.03); null: none."""
-    reward: Reward | None = None
-    """Clips that it prefers count more in line 5; null: all alike."""
+    reweighting: Reweighting | None = None
+    """Clips that its reward prefers count more in line 5 (Re-DMD, 2512.04678); null: all alike."""
+    feedback: Feedback | None = None
+    """The gradient of a reward beside the matching (T2V-Turbo, 2405.18750); null: none."""
     weak: Part = 0.0
     """Share of the critic's adapters added to the teacher for the real score (MagicDistillation: 0.25); 0: none. Needs LoRA."""
     align: Part = 0.0
@@ -83,17 +78,22 @@ class DMD2(Method):
         self.matching.check(self.guidance)
         if self.matching.judged and self.adversary is None:
             raise ValueError(f"{type(self.matching).__name__} reads a discriminator; give the method an adversary")
+        for held in self.held:
+            held.check(self.rollout)
+
+    @property
+    def held(self) -> list[Adversary | Reweighting | Feedback]:
+        return [held for held in (self.adversary, self.reweighting, self.feedback) if held is not None]
 
     @property
     def needs(self) -> frozenset[str]:
-        gan, anchor = {"x0"} if self.adversary else set(), {"pairs"} if self.anchor > 0 else set()
-        return frozenset({"prompts"} | self.rollout.needs | gan | anchor)
+        own = {"prompts", "pairs"} if self.anchor > 0 else {"prompts"}
+        return frozenset(own | self.rollout.needs).union(*(held.needs for held in self.held))
 
     def aux(self) -> dict[str, Role]:
         roles: dict[str, Role] = {"critic": Copy("teacher")}
         roles |= {"real": Weak("critic", self.weak)} if self.weak > 0 else {}
-        roles |= {"codec": Decoder()} if self.reward is not None else {}
-        return roles | (self.adversary.roles if self.adversary else {})
+        return roles | {name: role for held in self.held for name, role in held.roles.items()}
 
     def updates(self, step: int) -> Iterator[Update | Sync]:
         trained = tuple(role for role, made in self.aux().items() if made.trainable)
@@ -120,13 +120,15 @@ class DMD2(Method):
         rolled = self.rollout(nets.student, batch, rng, grad=True)  # 4
         x0, keep, shown, judges = judged(rolled, batch, nets)
         t, eps = self.score_density.sample(len(x0), rng), rng.randn(x0.shape, "eps")
-        apart = self.matching.guided_at(x0, nets.teacher.path, torch.zeros_like(t), rolled.t, rng)
-        noised = Noised(x0, nets.teacher.path.add_noise(x0, eps, t), t, eps, apart)
-        keep = keep if self.reward is None else self.reward.keep(nets.codec, rolled)
+        early, late = self.adversary.divided(x0, rolled.t) if self.adversary else (x0, x0)
+        noised = self.matching.noised(early, nets.teacher.path, t, eps, rolled.t, rng)
+        keep = keep if self.reweighting is None else self.reweighting.keep(rolled, shown, nets)
         losses = {"matching": self.matching.loss(noised, self.scores(nets, judges, shown), keep)}  # 5
         if self.adversary:
-            real, fake = self.adversary.pair(nets, batch, x0, shown.cond, rng, (eps, t))
+            real, fake = self.adversary.pair(nets, batch, late, shown.cond, rng, (eps, t))
             losses["adversarial"] = self.adversary.student_loss(nets, real, fake)  # 6
+        if self.feedback:
+            losses["reward"] = self.feedback.loss(rolled.x0, shown, nets, rng)
         yield losses
         if self.anchor > 0:
             stored = self.anchor_rollout(nets.student, batch, rng, grad=True)
@@ -135,10 +137,8 @@ class DMD2(Method):
     def scores(self, nets: Nets, judges: Nets, shown: Batch) -> Scores:
         """Teacher (real) and critic (fake), as they judge the clips of a batch, and the discriminator."""
         logits = partial(self.adversary.logits, nets, cond=shown.cond) if self.adversary else None
-        return Scores(
-            teacher=judges.real if self.weak > 0 else judges.teacher, critic=judges.critic, guidance=self.guidance,
-            critic_guidance=self.critic_guidance, cond=shown.cond, uncond=shown.uncond, logits=logits,
-        )  # fmt: skip
+        real = judges.real if self.weak > 0 else judges.teacher
+        return Scores(real, judges.critic, self.guidance, shown.cond, shown.uncond, self.critic_guidance, logits)
 
     def cost(self) -> tuple[Work, ...]:
         turns, back, critic = self.critic_updates, self.matching.backward, self.critic_guidance.passes

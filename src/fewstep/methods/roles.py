@@ -77,6 +77,8 @@ class Copy(Role):
     """A role that starts as an independent copy of another role's weights."""
 
     of: str = "teacher"
+    frozen: bool = False
+    """Whether it stays what `of` was when the run began."""
 
     @property
     def needs(self) -> str:
@@ -85,6 +87,10 @@ class Copy(Role):
     @property
     def origin(self) -> str:
         return self.of
+
+    @property
+    def trainable(self) -> bool:
+        return not self.frozen
 
     def make(self, name: str, making: Making) -> nn.Module:
         """A copy; with `lora`, adapters over the frozen network instead.
@@ -193,4 +199,20 @@ class Decoder(Role):
         return copy.deepcopy(making.codec)
 
 
-ROLES = (Copy, Heads, Weak, Other, Decoder)
+@dataclass(frozen=True)
+class Judge(Role):
+    """A frozen role: the clip encoder of another model, which reads what a clip shows."""
+
+    model: str
+    """Folder of a model with a `features` network, or `world/features`."""
+
+    @property
+    def trainable(self) -> bool:
+        return False
+
+    def make(self, name: str, making: Making) -> nn.Module:
+        encoder = VideoModel.from_pretrained(self.model).part("features")
+        return encoder if making.device is None else encoder.to(making.device)
+
+
+ROLES = (Copy, Heads, Weak, Other, Decoder, Judge)

@@ -124,6 +124,26 @@ def paired_discriminator(real: Tensor, fake: Tensor) -> Tensor:
     return mse(real - fake, torch.ones_like(fake))
 
 
+def preference(win: Tensor, lose: Tensor, mean: Tensor, reference: Tensor, scale: float | Tensor) -> Tensor:
+    """`-log sigmoid(scale/2 (D_w - D_l))`, `D_y = |y - reference|^2 - |y - mean|^2` (2410.03190; Diffusion-DPO, 2311.12908).
+
+    Two outcomes of a step `N(mean, sd^2 I)`, `[B, C, F, H, W]`; `scale` is `beta / sd^2`, `[B]` or one number. Norms are means
+    over the elements of a clip. At `mean = reference` it is `log 2`. `D_w - D_l` is computed as
+    `2 (win - lose) . (mean - reference)`, which equals it and loses no digits.
+    """
+    gain = ((win - lose).detach() * (mean - reference.detach())).flatten(1).mean(1)
+    return F.softplus(-scale * gain).mean()
+
+
+def clipped_policy(log_ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
+    """`-mean min(rho A, clamp(rho, 1 - clip, 1 + clip) A)`, `rho = exp(log_ratio)` (PPO, 1707.06347; GRPO, 2402.03300).
+
+    Any shape. There is no gradient where rho has already gone past the clip in the direction that A asks for.
+    """
+    ratio = log_ratio.exp()
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage).mean()
+
+
 def approximate_r1(logits: Tensor, perturbed: Tensor) -> Tensor:
     """`mean (D(x) - D(x + rho n))^2` (2501.08316, eq. 3): about `rho^2 |grad D|^2`, without a second derivative.
 

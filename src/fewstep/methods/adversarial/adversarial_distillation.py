@@ -60,10 +60,7 @@ class AdversarialDistillation(Method):
 
     def __post_init__(self) -> None:
         require_bounds(self)
-        if self.adversary.density is None:
-            raise ValueError(
-                "adversary.density is null, and there are no scores whose times it could share; give it a density"
-            )
+        self.adversary.check_alone()
         if self.regression > 0 and not isinstance(self.rollout, FromData):
             raise ValueError(
                 f"regression compares a clip with the one it was predicted from, and {type(self.rollout).__name__} begins with "

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fewstep.core import Call, Cond, Rng
@@ -79,6 +80,10 @@ class Matching(ABC):
     @abstractmethod
     def loss(self, noised: Noised, scores: Scores, keep: Tensor | None = None) -> Tensor:
         """Mean over all elements. `keep`, `[B]` or `[B, F]` of mean 1, says how much each clip or frame counts."""
+
+    def noised(self, x0: Tensor, path: NoisePath, t: Tensor, eps: Tensor, below: Tensor, rng: Rng) -> Noised:
+        """The student's clips with noise `eps` at the times t, and where guidance is read besides (`guided_at`)."""
+        return Noised(x0, path.add_noise(x0, eps, t), t, eps, self.guided_at(x0, path, torch.zeros_like(t), below, rng))
 
     def guided_at(self, x_s: Tensor, path: NoisePath, s: Tensor, below: Tensor, rng: Rng) -> Point | None:
         """Where guidance is read, if not at `Noised.x_t`: the student's latents `x_s` of time s `[B]` with more noise, at a time
