@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from fewstep.core import Call, Rng
+from fewstep.core import Call, Rng, devices
 from fewstep.engine import Optim, Parallel, Settings, effective, train
 from fewstep.engine.effective import FallbackError, Times, Watch, attention_of, unfused_problem
 from fewstep.engine.prepare import prepare
@@ -96,6 +96,17 @@ def test_bf16_kernels_are_found_by_looking(tmp_path: Path) -> None:
     model = tiny_model()
     kernels, unfused = attention_of(model.denoiser, model, small(2, autocast="bf16"))
     assert kernels == ("matmul, matmul",) * 2 and 0 < unfused <= 64
+
+
+def test_bf16_that_is_slow_is_announced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = {
+        kind: prepare(tiny_model(), METHOD, DATA, small(2, autocast=kind), tmp_path / kind).effective
+        for kind in ("bf16", "off")
+    }
+    for there in (True, False):
+        monkeypatch.setattr(devices, "has_bfloat16", lambda there=there: there)
+        slow = {kind for kind, state in shown.items() if "float32 is faster" in "".join(state.lines())}
+        assert slow == (set() if there else {"bf16"})
 
 
 def test_watching_changes_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

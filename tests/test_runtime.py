@@ -19,7 +19,7 @@ from fewstep.caching import SkipMiddle
 from fewstep.cli import main
 from fewstep.cli.arguments import CheckLora, CheckModel, Evaluate, Pairs, Sample
 from fewstep.cli.command import Runs
-from fewstep.core import Rng
+from fewstep.core import Rng, devices
 from fewstep.diffusion import CFG
 from fewstep.engine.effective import Kernels
 from fewstep.models import Card, VideoModel, offload
@@ -174,7 +174,7 @@ def test_a_device_that_is_not_there_is_refused(folder: Path) -> None:
 def test_bfloat16_that_is_slow_is_announced(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = VideoModel.from_pretrained(folder, runtime=HALF)
     for there in (True, False):
-        monkeypatch.setattr(running, "has_bfloat16", lambda there=there: there)
+        monkeypatch.setattr(devices, "has_bfloat16", lambda there=there: there)
         assert ("no bfloat16 arithmetic, so float32 is faster" in told(effective(model))) is not there
 
 

@@ -31,3 +31,10 @@ def require_device_name(name: str, option: str) -> None:
 def has_bfloat16() -> bool:
     """Whether the processor has bfloat16 arithmetic. Without it `autocast: bf16` is slower on it than float32, not faster."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def emulated(arithmetic: str, device: str) -> str:
+    """What to add where this arithmetic is named, if the device has none of it: bfloat16 takes several times as long then."""
+    if arithmetic != "bfloat16" or torch.device(device).type != "cpu" or has_bfloat16():
+        return ""
+    return " (this processor has no bfloat16 arithmetic, so float32 is faster)"

@@ -21,6 +21,7 @@ from fewstep.core import Call
 from fewstep.core.atomic import write_text
 from fewstep.core.call import Place
 from fewstep.core.compiling import compile_problem
+from fewstep.core.devices import emulated
 from fewstep.diffusion.times import apart
 from fewstep.engine.mesh import Processes
 from fewstep.engine.nets import trained_roles
@@ -99,10 +100,11 @@ class Effective:
         kinds = sorted(set(self.attention))
         shown = ", ".join(f"{self.attention.count(k)} x ({k})" for k in kinds) or "none"
         roles = ", ".join(f"{role} {what}" for role, what in self.optimizers.items())
+        slow = emulated(self.arithmetic, self.device)
         facts = [
             f"on {self.device}, {self.spread}; {self.graphs}",
             f"attention by block: {shown}",
-            f"weights {', '.join(sorted(set(self.weights.values())))}, arithmetic {self.arithmetic}",
+            f"weights {', '.join(sorted(set(self.weights.values())))}, arithmetic {self.arithmetic}{slow}",
             f"trained: {roles}; {self.adapters}",
             f"returned: {self.average}",
         ]

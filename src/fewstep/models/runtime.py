@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fewstep.attention import Operation, Tier, attending, pick, require_tier
 from fewstep.core.compiling import compile_problem
-from fewstep.core.devices import has_bfloat16, require_device, require_device_name
+from fewstep.core.devices import emulated, require_device, require_device_name
 from fewstep.diffusion.guidance import Calls
 from fewstep.models.decoding import decode_stream
 from fewstep.models.offload import pin
@@ -181,9 +181,7 @@ def effective(model: VideoModel) -> dict[str, str]:
     half = runtime.dtype == "bfloat16"
     facts["device"] = str(model.device)
     facts["weights"] = "; ".join(f"{name} {types}" for name, types in types_of(model.parts).items())
-    facts["arithmetic"] = runtime.dtype
-    if half and device.type == "cpu" and not has_bfloat16():
-        facts["arithmetic"] += " (this processor has no bfloat16 arithmetic, so float32 is faster)"
+    facts["arithmetic"] = runtime.dtype + emulated(runtime.dtype, device.type)
     facts["blocks"] = "compiled" if denoiser is not None and _compiled(denoiser) else "not compiled"
     chosen = pick(device.type, torch.bfloat16 if half else torch.float32).name
     facts["attention"] = f"auto ({chosen})" if runtime.attention == "auto" else runtime.attention
