@@ -1,6 +1,7 @@
 """Take turns of distillation and reinforcement on one student, so that each holds the other in check.
 
-Flash-DMD, stage 2, 2511.20549; DMDR, 2511.13649.
+Chen et al., Flash-DMD: Towards High-Fidelity Few-Step Image Generation with Efficient Distillation and Joint Reinforcement Learning,
+2511.20549, stage 2; DMDR, 2511.13649.
 
     1  one iteration of `distillation`
     2  `ratio` iterations of `reinforcement`, on the same student
@@ -31,7 +32,7 @@ from fewstep.methods.work import Work
 class Alternating(Method):
     """Distillation and reinforcement by turns."""
 
-    cite: ClassVar[str] = "Flash-DMD, 2511.20549, stage 2"
+    cite: ClassVar[str] = "Chen et al., Flash-DMD (stage 2), 2511.20549"
 
     distillation: Method = DMD2()
     """What keeps the student near its teacher."""
