@@ -1,7 +1,7 @@
 """Take turns of distillation and reinforcement on one student, so that each holds the other in check.
 
-Chen et al., Flash-DMD: Towards High-Fidelity Few-Step Image Generation with Efficient Distillation and Joint Reinforcement Learning,
-2511.20549, stage 2; DMDR, 2511.13649.
+Chen et al., Flash-DMD: Towards High-Fidelity Few-Step Image Generation with Efficient Distillation and Joint Reinforcement
+Learning, 2511.20549, stage 2; DMDR, 2511.13649.
 
     1  one iteration of `distillation`
     2  `ratio` iterations of `reinforcement`, on the same student
