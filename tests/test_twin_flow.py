@@ -15,6 +15,7 @@ from fewstep.diffusion import VP, Prediction, RectifiedFlow
 from fewstep.engine import train
 from fewstep.engine.outline import Outline
 from fewstep.methods import Nets, TwinFlow
+from fewstep.models import Lora
 from fewstep.models.fingerprint import describe
 from support_engine import FRAMES, Everything, small, tiny_model
 from support_gaussian import cond_of, conds_of
@@ -183,3 +184,8 @@ def test_a_network_learns_to_read_what_it_needs(tmp_path: Path) -> None:
     assert held.parameters == sum(p.numel() for p in student.denoiser.parameters())
     again = train(student, method, Everything(), small(1), tmp_path / "again", quiet=True)
     assert again.card.transforms == inputs
+
+
+def test_adapters_cannot_learn_to_read(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="TwinFlow needs a student that reads until and twin; this model does not"):
+        train(tiny_model(), TwinFlow(), Everything(), small(1, lora=Lora(rank=2)), tmp_path, quiet=True)

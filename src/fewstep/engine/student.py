@@ -25,9 +25,15 @@ def with_student(model: VideoModel, settings: Settings, others: Mapping[str, Vid
 
 
 def equipped(settings: Settings, method: Method, card: Card) -> Settings:
-    """`settings` with the transforms that make the student read what the method needs, where it does not do so yet."""
+    """`settings` with the transforms that make the student read what the method needs, where it does not do so yet. ValueError
+    with adapters, which could not train them."""
     reads = {each.name for each in transforms_of(card, settings) if isinstance(each, ScalarInput)}
     more = tuple(ScalarInput(name=name, default=0.0) for name in method.scalars if name not in reads)
+    if more and settings.lora is not None:
+        raise ValueError(
+            f"{type(method).__name__} needs a student that reads {' and '.join(each.name for each in more)}; this model does not, "
+            "and adapters cannot teach it; leave out settings.lora, or give a model with these inputs (ScalarInput)"
+        )
     return replace(settings, transforms=(*settings.transforms, *more))
 
 
