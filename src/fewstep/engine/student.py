@@ -31,8 +31,8 @@ def equipped(settings: Settings, method: Method, card: Card) -> Settings:
     more = tuple(ScalarInput(name=name, default=0.0) for name in method.scalars if name not in reads)
     if more and settings.lora is not None:
         raise ValueError(
-            f"{type(method).__name__} needs a student that reads {' and '.join(each.name for each in more)}; this model does not, "
-            "and adapters cannot teach it; leave out settings.lora, or give a model with these inputs (ScalarInput)"
+            f"{type(method).__name__} needs a student that reads {' and '.join(each.name for each in more)}; this model does "
+            "not, and adapters cannot teach it; leave out settings.lora, or give a model with these inputs (ScalarInput)"
         )
     return replace(settings, transforms=(*settings.transforms, *more))
 
