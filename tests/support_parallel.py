@@ -35,7 +35,7 @@ from fewstep.core import Batch, Call, Cond, Losses, Rng
 from fewstep.core.env import place
 from fewstep.core.ledger import Ledger
 from fewstep.engine import Health, Optim, Parallel, Settings
-from fewstep.engine.optim import RoleOptimizer
+from fewstep.engine.optim import RoleOptimizer, begin
 from fewstep.engine.outline import Drawn
 from fewstep.engine.prepare import prepare
 from fewstep.engine.run import Run
@@ -226,7 +226,7 @@ def peaks(spread: str, folder: Path) -> dict[str, Any]:
             if "+".join(update.roles) in found:
                 continue
             for role, network in run.nets.items():
-                network.requires_grad_(role in update.roles)
+                begin(network, settings.optim_of(role) if role in update.roles else None)
             ledger = Ledger({**run.nets, **run.model.parts})
             spread_ = run.spread if run.spread.park is None else replace(run.spread, park=partial(aside, ledger))
             ledger.watch("flows")

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fewstep import Pipeline, Recipe, Stage, VideoModel
 from fewstep.compress import Experts, Int8, StepScales
-from fewstep.compress.experts import expert_at
 from fewstep.core import Batch, Call, Rng
 from fewstep.diffusion import CFG, from_x0
+from fewstep.diffusion.experts import expert_at
 from fewstep.engine.settings import Optim, Settings
 from fewstep.methods import TDM, BackwardSimulation, Nets, Rolled
 from fewstep.methods.rollouts.grids import stops

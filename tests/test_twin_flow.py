@@ -14,9 +14,13 @@ from fewstep.core import Batch, Call, Cond, Rng
 from fewstep.diffusion import VP, Prediction, RectifiedFlow
 from fewstep.engine import train
 from fewstep.engine.outline import Outline
-from fewstep.methods import Nets, TwinFlow
+from fewstep.engine.prepare import require_possible
+from fewstep.methods import DMD2, Nets, TwinFlow
 from fewstep.models import Lora
 from fewstep.models.fingerprint import describe
+from fewstep.models.source import Pretrained
+from fewstep.recipe import Recipe
+from fewstep.world.data import WorldClips
 from support_engine import FRAMES, Everything, small, tiny_model
 from support_gaussian import cond_of, conds_of
 
@@ -184,8 +188,17 @@ def test_a_network_learns_to_read_what_it_needs(tmp_path: Path) -> None:
     assert held.parameters == sum(p.numel() for p in student.denoiser.parameters())
     again = train(student, method, Everything(), small(1), tmp_path / "again", quiet=True)
     assert again.card.transforms == inputs
+    begun = small(1, start=str(student.save(tmp_path / "student")))
+    require_possible(
+        method, begun, model.card, None
+    )  # it has the teacher's transforms and those inputs, as this run's has
+    with pytest.raises(ValueError, match="no student of this teacher"):
+        require_possible(DMD2(), begun, model.card, None)
 
 
 def test_adapters_cannot_learn_to_read(tmp_path: Path) -> None:
+    """Whoever checks a recipe learns it, before any weight is loaded."""
+    source = Pretrained(source=str(tiny_model().save(tmp_path / "teacher")))
+    recipe = Recipe(model=source, method=TwinFlow(), data=WorldClips(), settings=small(1, lora=Lora(rank=2)))
     with pytest.raises(ValueError, match="TwinFlow needs a student that reads until and twin; this model does not"):
-        train(tiny_model(), TwinFlow(), Everything(), small(1, lora=Lora(rank=2)), tmp_path, quiet=True)
+        recipe.check()

@@ -13,7 +13,7 @@ from fewstep.engine import Settings
 from fewstep.engine.prepare import require_same
 from fewstep.engine.probe import WorldProbe
 from fewstep.engine.result import result_from, result_of, role_of
-from fewstep.engine.student import equipped, transforms_of
+from fewstep.engine.student import transforms_of
 from fewstep.methods.base import Method
 from fewstep.models.bundle import VideoModel
 from fewstep.models.card import Card
@@ -170,5 +170,5 @@ def _made(before: Planned) -> Card:
     if method.part != "denoiser":
         return replace(card, fingerprints=prints)
     contract = method.contract(card.contract)
-    transforms = transforms_of(card, equipped(before.recipe.settings, method, card))
+    transforms = transforms_of(card, before.recipe.settings, method)
     return replace(card, fingerprints=prints, transforms=transforms, contract=contract, role=role_of(method, card))

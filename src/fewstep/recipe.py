@@ -21,6 +21,7 @@ from fewstep.engine.loop import complete
 from fewstep.engine.prepare import require_possible, require_processes
 from fewstep.engine.probe import WorldProbe
 from fewstep.engine.result import result_from
+from fewstep.engine.student import equipped
 from fewstep.evaluate.machine import describe_machine, versions
 from fewstep.methods.base import Method
 from fewstep.models.bundle import VideoModel
@@ -85,23 +86,23 @@ class Recipe(Written):
     def complete(self, output: Path | str, *, quiet: bool = False) -> Path:
         """Train, and return the folder of the result."""
         output = Path(output)
-        self.check()
+        card = self.check()
         if output.exists() and not output.is_dir():
             raise RecipeError(f"{output} is a file; give a folder as output")
         require_processes(self.settings)
         with holding(output) if place().rank == 0 else nullcontext():
-            return self._complete(output, quiet=quiet)
+            return self._complete(output, card, quiet=quiet)
 
-    def _complete(self, output: Path, *, quiet: bool) -> Path:
+    def _complete(self, output: Path, card: Card, *, quiet: bool) -> Path:
         leads = place().rank == 0
         if leads:
             self._claim(output)
-        world, settings = place().world_size, self.settings
+        world, settings = place().world_size, equipped(self.settings, self.method, card)
         cut = (world > 1 and settings.lora is None) or settings.brings(world)
         cut = cut and self.method.part == "denoiser" and not settings.transforms  # which may change every weight
         model = self.model.load(leave=("denoiser",) if cut else ())  # each process then keeps its share only
         folder = complete(
-            model, self.method, self.data, self.settings, output,
+            model, self.method, self.data, settings, output,
             probe=self.probe, provenance=self._provenance(model), quiet=quiet,
         )  # fmt: skip
         if leads:

@@ -18,6 +18,7 @@ from fewstep.core.env import place
 from fewstep.engine.memory import Means, Plan, Remedy, fitting, parse_bytes, remedies
 from fewstep.engine.outline import Outline
 from fewstep.engine.settings import Settings
+from fewstep.engine.student import equipped
 from fewstep.methods import in_forwards
 from fewstep.models import Lora
 from fewstep.models.bundle import VideoModel
@@ -197,7 +198,7 @@ def how(name: str, processes: int) -> str:
 def variants(recipe: Recipe, card: Card, plan: Plan, processes: int = 1) -> dict[tuple[str, ...], Plan]:
     """The plan of the run, and measured plans with each setting that changes its activations. With several `processes` they
     may share every clip, besides the weights, where a clip has equal parts."""
-    settings, parallel = recipe.settings, recipe.settings.parallel
+    settings, parallel = equipped(recipe.settings, recipe.method, card), recipe.settings.parallel
     if recipe.method.part != "denoiser":
         return {(): plan}
     ways: dict[tuple[str, ...], Settings] = {(): settings}

@@ -11,15 +11,8 @@ from fewstep.compress.step_scales import StepScales
 from fewstep.compress.transform import Transform, transformed
 
 TRANSFORMS: tuple[type[Transform], ...] = (
-    Int8,
-    Branches,
-    Experts,
-    Pruned,
-    Repatterned,
-    ScalarInput,
-    FrameInput,
-    StepScales,
-)
+    Int8, Branches, Experts, Pruned, Repatterned, ScalarInput, FrameInput, StepScales,
+)  # fmt: skip
 
 __all__ = [
     "TRANSFORMS", "Branches", "Experts", "FrameInput", "Int8", "Pruned", "Repatterned", "ScalarInput", "StepScales", "Transform",

@@ -5,12 +5,11 @@ Phased DMD (2510.27684) trains one for each phase of a student's steps; Wan 2.2 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 from fewstep.compress.transform import Transform
+from fewstep.diffusion.experts import require_boundaries
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,10 +21,7 @@ class Experts(Transform):
     the network's own times, after the shift."""
 
     def __post_init__(self) -> None:
-        if not self.boundaries or not all(a > b for a, b in pairwise((1, *self.boundaries, 0))):
-            raise ValueError(
-                f"boundaries decrease between 1 and 0, and there is at least one; got {list(self.boundaries)}"
-            )
+        require_boundaries(self.boundaries)
 
     @property
     def identity(self) -> bool:
@@ -33,12 +29,3 @@ class Experts(Transform):
 
     def apply(self, network: Any) -> Any:
         return network.by_time(self.boundaries)
-
-
-def expert_at(boundaries: Sequence[float], t: float) -> int:
-    """The number of the expert for time t, from 0: an expert begins at its boundary, and later ones are below.
-
-    >>> [expert_at((0.9, 0.5), t) for t in (1.0, 0.9, 0.89, 0.5, 0.0)]
-    [0, 0, 1, 1, 2]
-    """
-    return sum(t < boundary for boundary in boundaries)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import cast
 
 from fewstep.compress import Experts
-from fewstep.compress.experts import expert_at
+from fewstep.diffusion.experts import expert_at
 from fewstep.engine.settings import Settings
 from fewstep.engine.student import transforms_of
 from fewstep.methods.base import Method
@@ -16,7 +16,7 @@ from fewstep.models import Card
 
 def require_experts(method: Method, settings: Settings, card: Card) -> None:
     """Refuse (ValueError) a phase that would change what another phase trains; `card` is the teacher's."""
-    boundaries = boundaries_of(replace(card, transforms=transforms_of(card, settings)))
+    boundaries = boundaries_of(replace(card, transforms=transforms_of(card, settings, method)))
     for rollout in method.rollouts:
         if isinstance(rollout, BackwardSimulation) and rollout.phase is not None:
             _require_own(rollout, boundaries)

@@ -194,6 +194,7 @@ class Networks:
 
 def require_possible(method: Method, settings: Settings, card: Card, probe: Probe | None) -> tuple[str, ...]:
     """The roles that will be trained. Refuse (ValueError) a setting that would do nothing, or would fail during the run."""
+    settings = equipped(settings, method, card)
     require_device_name(settings.device, "settings.device")
     name, roles = type(method).__name__, trained_roles(method, settings.steps)
     method.check(settings.steps)
@@ -309,7 +310,7 @@ def require_same(method: Method, settings: Settings, card: Card, begun: Card | N
                 f"settings.start: {settings.start} does not match this teacher: its {what} is {theirs}, and the teacher's is "
                 f"{own}; give a student of the same model"
             )
-    wanted = transforms_of(card, settings)
+    wanted = transforms_of(card, settings, method)
     if begun.transforms != wanted[: max(len(card.transforms), len(begun.transforms))]:
         raise ValueError(
             f"settings.start: {settings.start} is no student of this teacher: it has the transforms {list(begun.transforms)}, "

@@ -27,14 +27,14 @@ def with_student(model: VideoModel, settings: Settings, others: Mapping[str, Vid
 def equipped(settings: Settings, method: Method, card: Card) -> Settings:
     """`settings` with the transforms that make the student read what the method needs, where it does not do so yet. ValueError
     with adapters, which could not train them."""
-    reads = {each.name for each in transforms_of(card, settings) if isinstance(each, ScalarInput)}
-    more = tuple(ScalarInput(name=name, default=0.0) for name in method.scalars if name not in reads)
+    own = transforms_of(card, settings, method)[len(card.transforms) :]
+    more = [each.name for each in own[len(settings.transforms) :] if isinstance(each, ScalarInput)]
     if more and settings.lora is not None:
         raise ValueError(
-            f"{type(method).__name__} needs a student that reads {' and '.join(each.name for each in more)}; this model does "
+            f"{type(method).__name__} needs a student that reads {' and '.join(more)}; this model does "
             "not, and adapters cannot teach it; leave out settings.lora, or give a model with these inputs (ScalarInput)"
         )
-    return replace(settings, transforms=(*settings.transforms, *more))
+    return replace(settings, transforms=own)
 
 
 def untrained(model: VideoModel, settings: Settings, begun: VideoModel | None) -> VideoModel:
@@ -49,14 +49,17 @@ def untrained(model: VideoModel, settings: Settings, begun: VideoModel | None) -
     return VideoModel(model.card, {**model.parts, "denoiser": denoiser})
 
 
-def transforms_of(card: Card, settings: Settings) -> tuple[Transform, ...]:
-    """All transforms of the student of a teacher with that card."""
-    return (*card.transforms, *settings.transforms)
+def transforms_of(card: Card, settings: Settings, method: Method) -> tuple[Transform, ...]:
+    """All transforms of the student of a teacher with that card: the teacher's, those of the settings, and the inputs that the
+    method needs besides."""
+    own = (*card.transforms, *settings.transforms)
+    reads = {each.name for each in own if isinstance(each, ScalarInput)}
+    return (*own, *(ScalarInput(name=name, default=0.0) for name in method.scalars if name not in reads))
 
 
 def require_transformable(method: Method, settings: Settings, card: Card) -> None:
     """Refuse (ValueError) transforms that the student cannot have, or with which it could not be trained or sampled."""
-    every, name, others = transforms_of(card, settings), type(method).__name__, sources(method)
+    every, name, others = transforms_of(card, settings, method), type(method).__name__, sources(method)
     cards = {"teacher": card, "student": replace(card, transforms=every)}
     cards |= {role: source.card() for role, source in others.items()}
     for role in trained_roles(method, settings.steps):

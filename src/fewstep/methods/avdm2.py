@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from fewstep.core import Batch, Cond, Losses, Rng
@@ -33,7 +32,7 @@ from fewstep.methods import targets
 from fewstep.methods.adversary import Adversary
 from fewstep.methods.base import Method, Nets, Update
 from fewstep.methods.frames import fold_frames
-from fewstep.methods.matching import Noised, ReverseKL, Scores
+from fewstep.methods.matching import ReverseKL, Scores
 from fewstep.methods.roles import Copy, Other, Role
 from fewstep.methods.rollouts import BackwardSimulation, Rollout
 from fewstep.methods.work import Work
@@ -105,7 +104,8 @@ class AVDM2(Method):
         x, losses = self.rollout(nets.student, batch, rng, grad=False).x0, {}  # 1
         if self.score != "none":
             seen, cond, _ = self.seen(x, batch, rng)
-            x_s, s, eps = self.noised(nets, seen, rng)
+            s, eps = self.noise(seen, rng)
+            x_s = nets[self.fake].path.add_noise(seen, eps, s)
             losses["denoising"] = targets.denoising(nets[self.fake](x_s, s, cond), seen, eps)  # 2
         if self.adversary:
             shown = self.adversary.pair(nets, batch, x, batch.cond, rng)
@@ -118,11 +118,10 @@ class AVDM2(Method):
         x, losses = rolled.x0, {}
         if self.score != "none":
             seen, cond, uncond = self.seen(x, batch, rng)
-            x_s, s, eps = self.noised(nets, seen, rng)
             below = rolled.t.repeat_interleave(len(seen) // len(x), 0)
-            apart = self.matching.guided_at(seen, nets[self.fake].path, torch.zeros_like(s), below, rng)
+            noised = self.matching.noised(seen, nets[self.fake].path, *self.noise(seen, rng), below, rng)
             scores = Scores(nets[self.real], nets[self.fake], self.guidance, cond, uncond)
-            losses["matching"] = self.score_weight * self.matching.loss(Noised(seen, x_s, s, eps, apart), scores)  # 5
+            losses["matching"] = self.score_weight * self.matching.loss(noised, scores)  # 5
         if self.adversary:
             shown = self.adversary.pair(nets, batch, x, batch.cond, rng)
             losses["adversarial"] = self.adversary.student_loss(nets, *shown)  # 6
@@ -135,10 +134,9 @@ class AVDM2(Method):
         stills = fold_frames(x, self.frames, rng)
         return stills.clips, stills.of(batch.cond), stills.of(batch.uncond)
 
-    def noised(self, nets: Nets, seen: Tensor, rng: Rng) -> tuple[Tensor, Tensor, Tensor]:
-        """`X_s` on the path of the score networks, `s` and the noise."""
-        s, eps = self.score_density.sample(len(seen), rng), rng.randn(seen.shape, "eps")
-        return getattr(nets, self.fake).path.add_noise(seen, eps, s), s, eps
+    def noise(self, seen: Tensor, rng: Rng) -> tuple[Tensor, Tensor]:
+        """Times s and noise for the score networks, on whose path it is added."""
+        return self.score_density.sample(len(seen), rng), rng.randn(seen.shape, "eps")
 
     def cost(self) -> tuple[Work, ...]:
         turns, frames = self.critic_updates, self.frames if self.score == "frames" else 0

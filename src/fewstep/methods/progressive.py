@@ -82,8 +82,7 @@ class Progressive(Method):
         index, start = self.stage(step)
         if index > 0 and step == start:
             yield Sync("stage", "student")  # 1
-        guidance = self.guidance if index == 0 else CFG()
-        yield Update(("student",), partial(self.student_loss, self.stages[index][0], guidance))
+        yield Update(("student",), partial(self.student_loss, self.stages[index][0], self.guidance_in(index)))
 
     def stage(self, step: int) -> tuple[int, int]:
         """Number and first iteration of the stage that iteration `step` belongs to."""
@@ -91,6 +90,10 @@ class Progressive(Method):
         while index < len(self.stages) - 1 and step >= start + self.stages[index][1]:
             start, index = start + self.stages[index][1], index + 1
         return index, start
+
+    def guidance_in(self, index: int) -> CFG:
+        """That of the stage's model: from the second stage on it is a student, which has learnt it."""
+        return self.guidance if index == 0 else CFG()
 
     def check(self, steps: int) -> None:
         before = sum(length for _, length in self.stages[:-1])

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any, Generic, TypeVar, cast
 
 import torch
@@ -18,6 +17,7 @@ from fewstep.attention import Grid3, Pattern, Ulysses
 from fewstep.core import KV, Call, Cond
 from fewstep.core.call import Constants
 from fewstep.core.finite import has_values
+from fewstep.diffusion.experts import expert_at, require_boundaries
 from fewstep.models.backbone import Backbone, Context, Original, State, Words
 
 E = TypeVar("E", bound=Backbone)
@@ -97,11 +97,9 @@ class Experts(Backbone, Generic[E]):
     def __init__(self, experts: Sequence[E], boundaries: Sequence[float]) -> None:
         """Of `experts`, whose blocks become this network's, and the times at which they change, decreasing."""
         super().__init__()
-        if len(boundaries) != len(experts) - 1 or not all(a > b for a, b in pairwise((1, *boundaries, 0))):
-            raise ValueError(
-                f"{len(experts)} experts have {len(experts) - 1} boundaries, which decrease between 1 and 0; got "
-                f"{list(boundaries)}"
-            )
+        require_boundaries(boundaries)
+        if len(boundaries) != len(experts) - 1:
+            raise ValueError(f"{len(experts)} experts have {len(experts) - 1} boundaries; got {list(boundaries)}")
         self.boundaries = tuple(boundaries)
         self.args, self.pattern = experts[0].args, cast(Any, experts[0]).pattern
         self.hold(experts)
@@ -175,7 +173,7 @@ class Experts(Backbone, Generic[E]):
         if not has_values(t):  # either expert costs the same
             return [[0]] * len(t)
         frames = t if t.ndim == 2 else t[:, None]
-        chosen: list[list[int]] = torch.stack([frames < boundary for boundary in self.boundaries]).sum(0).tolist()
+        chosen: list[list[int]] = expert_at(self.boundaries, frames).tolist()
         return chosen
 
 

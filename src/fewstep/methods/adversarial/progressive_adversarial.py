@@ -81,7 +81,7 @@ class ProgressiveAdversarial(Method):
             if isinstance(event, Sync) or steps > self.steps:
                 yield event
                 continue
-            guidance = self.guidance if index == 0 else CFG()
+            guidance = self.progressive.guidance_in(index)
             alone = step - start >= (1 - self.alone) * length
             yield Update(tuple(self.adversary.roles), partial(self.discriminator_loss, steps, guidance, alone))
             yield Update(("student",), partial(self.student_loss, steps, guidance, alone))
