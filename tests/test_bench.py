@@ -11,13 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewstep.compress import FrameInput
-from fewstep.diffusion import CFG
+from fewstep.diffusion import CFG, Stream
 from fewstep.methods import DMD2
+from fewstep.world.actions import random_keys
 from fewstep.world.data import WorldClips
 from support_engine import FRAMES, tiny_model
+from test_streaming import streaming_model
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 
@@ -134,9 +137,23 @@ def test_obeyed_keys_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     dice = torch.Generator().manual_seed(0)
     scenes = actions.sample_scenes(5, dice)
     actions.Variation.sample(5, dice)
-    keys = actions.random_keys(len(scenes), FRAMES, dice)
+    keys = random_keys(len(scenes), FRAMES, dice)
     assert found["still"][0] == pytest.approx(float((keys[:, 1:].sum(2) == 0).double().mean()), abs=1e-3)
     assert {"obeyed", "chance", "nothing", "rendered", "seen"} < found.keys() and 0 <= found["obeyed"][0] <= 1
+
+
+def test_a_stream_that_begins_with_an_image_follows_a_beat_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a model that was not trained, whose first frame is the real clip's."""
+    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parent.parent / "bench")])
+    actions, begun = importlib.import_module("actions"), list[Tensor]()
+    beat = FrameInput(name="beat", back=2, ahead=2, default=0.5)
+    stream = streaming_model(Stream(chunks=(1, 2), window=5, sink=1)).card.contract
+    model = tiny_model().with_card(contract=stream).transformed(beat)
+    begin_with = actions.Session.begin_with
+    monkeypatch.setattr(actions.Session, "begin_with", lambda self, x: (begun.append(x), begin_with(self, x)))
+    found = actions.measure(model, actions.Case(student="", signal="beat", clips=3, frames=5, at_once=2))
+    assert [len(latents) for latents in begun] == [2, 1] * 2 and begun[0].shape[2] == 1
+    assert found["still"] == [0, 0, 0]
 
 
 def test_a_server_that_grows_is_told_from_one_that_does_not(monkeypatch: pytest.MonkeyPatch) -> None:

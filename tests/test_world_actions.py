@@ -15,6 +15,7 @@ from fewstep.world.actions import (
     KEYS,
     PACE,
     camera_moves,
+    in_time,
     obeyed,
     paces,
     random_beat,
@@ -96,6 +97,24 @@ def test_the_checker_finds_that_rendered_clips_obey_and_others_do_not(signals) -
     assert right.shape == (24, 15) and right.double().mean() > 0.97
     assert others.double().mean() < 0.45, "clips that were told something else do not obey by accident"
     assert not obeyed(torch.full_like(track, torch.nan), moves).any()  # what cannot be seen does not obey
+
+
+def test_an_object_in_time_with_a_beat_is_told_from_one_that_is_not() -> None:
+    """Closed form; and on rendered clips, where the mean pace is within a pixel of most beats and in time with none."""
+    moves = torch.tensor([[[9.0, 9.0], [0.5, 0], [2.5, 0], [1.5, 0]]])
+    for moved, wanted in (((1, 5, 3), 1.0), ((5, 1, 3), -1.0), ((2, 2, 2), 0.0), ((1, 3, 5), 0.5)):
+        track = torch.tensor([0.0, *moved]).cumsum(0)[None, :, None] * torch.tensor([0.6, 0.8])
+        assert in_time(track, moves).tolist() == pytest.approx([wanted], abs=1e-6)
+    unseen = torch.tensor([[[0.0, 0], [0, 1], [torch.nan, torch.nan], [0, 9], [0, 12]]])
+    moves = torch.tensor([[[9.0, 9.0], [0.5, 0], [7.0, 0], [0, 0], [1.5, 0]]])
+    assert in_time(unseen, moves).tolist() == pytest.approx([1.0])
+    assert in_time(torch.full((1, 5, 2), torch.nan), moves).tolist() == [0.0]
+    scenes, variation = sample_scenes(24, dice(3)), Variation.sample(24, dice(4))
+    moves = Told.sample(("beat",), 24, 16, dice(5)).moves(scenes, variation, 16)
+    track = Checker().read(render_track(scenes, variation, walked(variation.position, moves))).track
+    assert in_time(track, moves).mean() > 0.95 and in_time(track, moves.roll(1, 0)).mean() < 0.3
+    mean = walked(variation.position, moves.mean(1, keepdim=True).expand_as(moves))
+    assert obeyed(mean, moves).double().mean() > 0.6 and in_time(mean, moves).abs().max() < 1e-6
 
 
 def test_half_a_step_is_the_border() -> None:

@@ -92,3 +92,18 @@ def obeyed(track_BF2: Tensor, moves_BF2: Tensor) -> Tensor:
     """
     moved = wrap(track_BF2.diff(dim=1))
     return (moved - moves_BF2[:, 1:].to(moved)).norm(dim=2) < TOLERANCE  # False where it is not a number
+
+
+def in_time(track_BF2: Tensor, moves_BF2: Tensor) -> Tensor:
+    """How well the pace of each object follows the one that was asked for: the correlation of what it moved from frame to frame
+    with what it was told to, over the frames that show it, `[B]`; 0 for an object of one pace, or that is seen in no two moves.
+
+    Whoever moves at the mean pace is often within a pixel of the beat (`obeyed`), and has a correlation of 0 with it.
+    """
+    moved, told = wrap(track_BF2.diff(dim=1)).norm(dim=2).double(), moves_BF2[:, 1:].norm(dim=2).double()
+    seen = ~moved.isnan()
+    count = seen.sum(1, keepdim=True).clamp_min(1)
+    apart = [torch.where(seen, x - torch.where(seen, x, 0).sum(1, keepdim=True) / count, 0) for x in (moved, told)]
+    spread = torch.stack([x.norm(dim=1) for x in apart])
+    varies = (spread > 1e-3).all(0)  # pixels: more than rounding
+    return torch.where(varies, (apart[0] * apart[1]).sum(1) / spread.prod(0), 0.0)
