@@ -106,19 +106,26 @@ def caddy(folder: Path, port: int, servers: list[Running]) -> Iterator[None]:
 
 @contextmanager
 def started(*command: str, port: int) -> Iterator[None]:
-    """A program that listens at `port` until the block ends."""
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    """A program that listens at `port` until the block ends. What it says goes to a file: a pipe that nobody reads would fill
+    up and stop it."""
+    said = tempfile.TemporaryFile("w+")
+    process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
     try:
         for _ in range(200):
-            assert process.poll() is None, process.communicate()[0]
+            assert process.poll() is None, (said.seek(0), said.read())
             with socket.socket() as client:
                 if client.connect_ex(("127.0.0.1", port)) == 0:
                     break
             time.sleep(0.05)
         yield
+    except BaseException:
+        said.seek(0)
+        print(said.read()[-8000:])
+        raise
     finally:
         process.terminate()
         process.wait(20)
+        said.close()
 
 
 class Client:
