@@ -108,24 +108,23 @@ def caddy(folder: Path, port: int, servers: list[Running]) -> Iterator[None]:
 def started(*command: str, port: int) -> Iterator[None]:
     """A program that listens at `port` until the block ends. What it says goes to a file: a pipe that nobody reads would fill
     up and stop it."""
-    said = tempfile.TemporaryFile("w+")
-    process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
-    try:
-        for _ in range(200):
-            assert process.poll() is None, (said.seek(0), said.read())
-            with socket.socket() as client:
-                if client.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.05)
-        yield
-    except BaseException:
-        said.seek(0)
-        print(said.read()[-8000:])
-        raise
-    finally:
-        process.terminate()
-        process.wait(20)
-        said.close()
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
+        try:
+            for _ in range(200):
+                assert process.poll() is None, f"{command[0]} has ended"
+                with socket.socket() as client:
+                    if client.connect_ex(("127.0.0.1", port)) == 0:
+                        break
+                time.sleep(0.05)
+            yield
+        except BaseException:
+            said.seek(0)
+            print(said.read()[-8000:])
+            raise
+        finally:
+            process.terminate()
+            process.wait(20)
 
 
 class Client:

@@ -12,7 +12,8 @@ from fewstep.evaluate import Suite
 from fewstep.leaderboard import DEMO, Contestant, Figures, Result, Run, contestants, lengthened, work
 from fewstep.leaderboard.budget import BLOCKS, CLIP, share
 from fewstep.leaderboard.claims import CLAIMS, Claim, judge
-from fewstep.leaderboard.results import load_result
+from fewstep.leaderboard.results import TEACHER, load_result
+from fewstep.leaderboard.switches import SWITCHES
 from fewstep.leaderboard.table import budget_section, rule
 from fewstep.methods import METHODS, Progressive
 from fewstep.methods.work import Work
@@ -209,6 +210,22 @@ settings: {steps: 10, batch: 2}
     made = leaderboard.run(Run(one, budget=budget), tmp_path / "results", tmp_path / "runs", suite=suite, quiet=True)
     assert (made.iterations, made.spent) == (16, 2 * 40 + 16 * 6)
     assert set(made.rows) == {1}
+
+
+def test_switches_are_rows_of_their_own_that_change_one_thing() -> None:
+    known = contestants()
+    switched = [one for one in known.values() if "+" in one.name]
+    assert len(switched) == sum(len(each) for each in SWITCHES.values()) >= 10
+    for one in switched:
+        base = known[one.name.partition("+")[0]]
+        changed = {each.key for each in base.recipe.diff(one.recipe)}
+        assert changed == {key.replace("-", "_") for key, _ in one.changes} and one.code != base.code
+    rows = {4: figures(0.8), 2: figures(0.7), 1: figures(0.5)}
+    made = [result("dmd2", rows), result("dmd2+ema_off", rows), result("tdm", rows)]
+    text = budget_section(1.0, made, result(TEACHER, {50: figures(0.9)}, budget=0.0))
+    above, below = text.split("### dmd2, one change at a time")
+    assert "| tdm |" in above and "dmd2+ema_off" not in above
+    assert below.index("| dmd2 |") < below.index("| dmd2+ema_off |") and "| tdm |" not in below
 
 
 def test_a_table_without_the_teacher_is_refused(tmp_path: Path) -> None:

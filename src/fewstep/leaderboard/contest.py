@@ -16,6 +16,7 @@ from fewstep.core.shipped import shipped
 from fewstep.engine.probe import WorldProbe
 from fewstep.leaderboard.budget import lengthened
 from fewstep.leaderboard.stages import each, stages_of
+from fewstep.leaderboard.switches import JOINED, SWITCHES, Changes
 from fewstep.methods import targets
 from fewstep.pipeline import Pipeline, Stage, read
 from fewstep.recipe import Recipe
@@ -31,11 +32,13 @@ class Contestant:
 
     name: str
     path: Path
+    changes: Changes = ()
+    """Those of its switch."""
 
     @cached_property
     def recipe(self) -> Recipe | Pipeline:
-        """As it is written in its file, before it is cut to a budget."""
-        return read(self.path, [])
+        """As it is written in its file, with its switch, before it is cut to a budget."""
+        return read(self.path, list(self.changes))
 
     @property
     def stages(self) -> tuple[Recipe | Stage, ...]:
@@ -72,9 +75,14 @@ class Contestant:
 
 
 def contestants() -> Mapping[str, Contestant]:
-    """Everyone who takes part, by name."""
+    """Everyone who takes part, by name: all recipes, then each switch on its row."""
     names = {name.removeprefix(FOLDER): path for name, path in shipped().items() if name.startswith(FOLDER)}
-    return {name: Contestant(name, path) for name, path in names.items()}
+    rows = {name: Contestant(name, path) for name, path in names.items()}
+    switched = [
+        Contestant(f"{base}{JOINED}{switch}", names[base], changes)
+        for base, switches in SWITCHES.items() for switch, changes in switches.items()
+    ]  # fmt: skip
+    return rows | {one.name: one for one in switched}
 
 
 def _objects(value: Any) -> Iterator[Any]:

@@ -15,6 +15,7 @@ from fewstep.leaderboard.claims import CLAIMS, judge
 from fewstep.leaderboard.contest import PROBES, contestants
 from fewstep.leaderboard.results import TEACHER, Figures, Result
 from fewstep.leaderboard.runs import COUNTS, SUITE
+from fewstep.leaderboard.switches import JOINED
 
 HEAD = """# Leaderboard
 
@@ -64,23 +65,46 @@ def teacher_section(teacher: Result) -> str:
     return "\n".join(["## The teacher", "", head, *lines, ""])
 
 
+def steps_of(count: int) -> str:
+    return f"{count} {'step' if count == 1 else 'steps'}"
+
+
 def budget_section(budget: float, results: Sequence[Result], teacher: Result) -> str:
     """The rows of one budget, the best first, and what they say of the papers' claims."""
     reference = teacher.rows[max(teacher.rows)]
     names = sorted({result.name for result in results}, key=lambda name: -rule(results, name))
-    head = [f"{n} {'step' if n == 1 else 'steps'}" for n in COUNTS]
+    switched = {name.partition(JOINED)[0] for name in names if JOINED in name}
+
+    def rows(chosen: Iterable[str]) -> list[str]:
+        return [row(name, [r for r in results if r.name == name], reference) for name in chosen]
+
     lines = [
         f"## {title_of(budget)}",
         "",
         "Accuracy / distance at each number of steps; motion and diversity at the fewest steps of the row.",
         "",
-        f"| | {' | '.join(head)} | motion | diversity | iterations | minutes | memory | seeds |",
-        f"| --- |{' ---: |' * (len(COUNTS) + 6)}",
-        *(row(name, [r for r in results if r.name == name], reference) for name in names),
+        *HEADINGS,
+        *rows(name for name in names if JOINED not in name),
         "",
         *said(results),
     ]
+    for base in sorted(switched):
+        own = sorted(name for name in names if name.startswith(f"{base}{JOINED}"))
+        lines += [
+            f"### {base}, one change at a time",
+            "",
+            *HEADINGS,
+            *rows([*(n for n in names if n == base), *own]),
+            "",
+        ]
     return "\n".join(lines)
+
+
+HEADINGS = (
+    f"| | {' | '.join(steps_of(n) for n in COUNTS)} | motion | diversity | iterations | minutes | memory | seeds |",
+    f"| --- |{' ---: |' * (len(COUNTS) + 6)}",
+)
+"""Of a table of rows."""
 
 
 def title_of(budget: float) -> str:

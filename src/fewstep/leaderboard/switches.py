@@ -1,0 +1,32 @@
+"""What papers recommend for a stable run, one change at a time: rows of a base and one switch, `dmd2+critic_updates_5`.
+
+The regression anchor and the discriminator, which have data or optimisers of their own, are rows themselves: `dmd`, `dmd2_gan`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+Changes = tuple[tuple[str, str], ...]
+"""Overrides of a recipe, as on the command line."""
+
+SWITCHES: Mapping[str, Mapping[str, Changes]] = {
+    "dmd2": {
+        "critic_updates_1": (("method.critic-updates", "1"),),
+        "critic_updates_5": (("method.critic-updates", "5"),),  # DMD2, 2405.14867
+        "slow_critic": (("settings.optim.critic.lr", "2e-4"),),  # two time scales: a third of the student's rate
+        "slow_student": (("settings.optim.student.lr", "2e-4"),),
+        "ema_off": (("settings.ema", "0"),),
+        "ema_0.98": (("settings.ema", "0.98"),),
+        "unshifted_times": (("method.score-density.shift", "1"), ("method.critic-density.shift", "1")),
+        "guided_everywhere": (("method.guidance.high", "1"),),
+    },
+    "dmd2_gan": {
+        "weight_0.1": (("method.adversary.weight", "0.1"),),
+        "r1": (("method.adversary.r1", "1"),),
+    },
+}
+"""The changes of each switch, by the row that it is tried on."""
+
+JOINED = "+"
+"""Between the name of a row and that of its switch."""
