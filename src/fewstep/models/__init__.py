@@ -15,6 +15,6 @@ from fewstep.models.text import TextEncoder
 from fewstep.models.video_dit import VideoDiT
 
 __all__ = [
-    "NETWORKS", "Backbone", "BlockHead", "Card", "ClipFeatures", "Context", "Denoiser", "FeatureHeads", "FrameAutoencoder", "JointHead",
-    "Lora", "Output", "Spec", "State", "TextEncoder", "Tokens", "VideoDiT", "VideoModel", "fingerprint",
+    "NETWORKS", "Backbone", "BlockHead", "Card", "ClipFeatures", "Context", "Denoiser", "FeatureHeads", "FrameAutoencoder",
+    "JointHead", "Lora", "Output", "Spec", "State", "TextEncoder", "Tokens", "VideoDiT", "VideoModel", "fingerprint",
 ]  # fmt: skip
