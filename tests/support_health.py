@@ -230,7 +230,7 @@ SOUND_RUNS: dict[str, tuple[Method, Settings]] = {
     "AVDM2": (
         AVDM2(
             score="video", rollout=QUICK.rollout, guidance=QUICK.guidance, critic_updates=1,
-            adversary=Adversary(weight=0.1, density=Uniform(low=0.2, high=0.9), layers=(2, 4, 5), joint=True),
+            adversary=Adversary(weight=0.1, density=Uniform(low=0.2, high=0.9), layers=(2, 4, 5), head="joint"),
         ),
         settings(student=FAST, critic=FAST, discriminator=FAST),
     ),

@@ -50,7 +50,7 @@ def recipe(tmp_path: Path) -> Recipe:
     method = AVDM2(
         image_teacher=Diffusers(source=str(tmp_path / "stable_diffusion")),
         rollout=BackwardSimulation(grids=((1.0, 0.5),)), frames=2, guidance=CFG(scale=3.0),
-        adversary=Adversary(weight=0.01, density=Uniform(high=0.5), layers=(0, 1, 3), joint=True),
+        adversary=Adversary(weight=0.01, density=Uniform(high=0.5), layers=(0, 1, 3), head="joint"),
     )  # fmt: skip
     critics = Optim(lr=1e-3, weight_decay=0.01)
     optim = {

@@ -55,6 +55,7 @@ from fewstep.methods import (
     Reconstruction,
     ReverseKL,
     Reweighting,
+    Role,
     ScoreImplicit,
     Sync,
 )  # fmt: skip
@@ -93,7 +94,8 @@ CASES: dict[str, Method] = {cls.__name__: cls() for cls in METHODS} | {
     "DMD2-align": DMD2(critic_updates=1, align=0.03),
     "DMD2-f-divergence": DMD2(critic_updates=1, adversary=Adversary(), matching=FDivergence()),
     "DMD2-relativistic": DMD2(critic_updates=1, adversary=Adversary(loss="relativistic", r2=1.0, density=Uniform())),
-    "DMD2-hinge": DMD2(critic_updates=1, adversary=Adversary(loss="hinge", joint=True)),
+    "DMD2-hinge": DMD2(critic_updates=1, adversary=Adversary(loss="hinge", head="joint")),
+    "AdversarialDistillation-block": AdversarialDistillation(adversary=Adversary(head="block", density=Uniform())),
     "DMD2-sid": DMD2(critic_updates=1, matching=Fisher(alpha=1.2), critic_guidance=CFG(scale=3.0)),
     "DMD2-sim": DMD2(critic_updates=1, matching=ScoreImplicit()),
     "DMD2-weak": DMD2(critic_updates=1, weak=0.25),
@@ -130,13 +132,18 @@ def part(name: str) -> nn.Module:
     return shaken(Denoiser(backbone, RectifiedFlow(), "flow"))
 
 
+def new(name: str, role: Role, roles: dict[str, nn.Module]) -> nn.Module:
+    made = role.make(name, Making(roles=roles, codec=part("codec")))
+    return shaken(made) if role.trainable else made
+
+
 def make_nets(method: Method) -> Nets:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         roles = {"teacher": part(method.part), "student": part(method.part)}
         for role, recipe in method.aux().items():
             borrows = recipe.origin is not None or recipe.source is not None  # of the shaken kind, too
-            roles[role] = part(method.part) if borrows else recipe.make(role, Making(roles=roles, codec=part("codec")))
+            roles[role] = part(method.part) if borrows else new(role, recipe, roles)
     return Nets({role: network.requires_grad_(False) for role, network in roles.items()})
 
 

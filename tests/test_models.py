@@ -21,6 +21,7 @@ from fewstep.core import Call, Cond, KVView, RecipeError
 from fewstep.diffusion import RectifiedFlow
 from fewstep.models import (
     NETWORKS,
+    BlockHead,
     ClipFeatures,
     Denoiser,
     FeatureHeads,
@@ -542,10 +543,31 @@ def test_joint_head_brings_layers_of_any_size_and_width_together() -> None:
     assert all(volume.grad is not None and volume.grad.any() for volume in volumes)
 
 
+def test_block_head_is_attention_of_all_patches_at_the_coarsest_size() -> None:
+    torch.manual_seed(0)
+    head = BlockHead([32, 8], hidden=24, heads=2)
+    volumes = [torch.randn(2, 32, 3, 4, 4), torch.randn(2, 8, 3, 2, 2)]
+    assert torch.equal(head(volumes), torch.zeros(2, 3 * 2 * 2)), "fresh, it has no opinion"
+    head = awake(head)
+    plain = head(volumes)
+    volumes = [volume.requires_grad_() for volume in volumes]
+    head(volumes)[:, 0].sum().backward()
+    assert all(volume.grad is not None and volume.grad.flatten(3).any(-1).any(1).all() for volume in volumes), (
+        "each logit has seen all frames of all layers"
+    )
+    assert torch.allclose(head([volumes[0] * 5, volumes[1]]), plain, atol=1e-4), (
+        "layers count alike, whatever their scale"
+    )
+    turned = head([volume.flip(2) for volume in volumes]).unflatten(1, (3, 4)).flip(1).flatten(1)
+    assert far(turned, plain), "the order of frames counts"
+    assert torch.allclose(head([volume[1:] for volume in volumes]), plain[1:], atol=1e-5), "clips do not see each other"
+
+
 EXAMPLES = (
     small(BlockCausal(chunk=2)),
     FeatureHeads([16, 8], [1, -1]),
     JointHead([16, 24]),
+    BlockHead([16, 24], hidden=32, heads=2),
     FrameAutoencoder(width=16),
     TextEncoder(attribute_sizes=(2, 3)),
     ClipFeatures(width=16),

@@ -13,7 +13,7 @@ from fewstep.diffusion import TimeDensity
 from fewstep.diffusion.path import broadcast
 from fewstep.methods import targets
 from fewstep.methods.base import Nets
-from fewstep.methods.roles import Copy, Heads, Role
+from fewstep.methods.roles import Copy, Head, Heads, Role
 from fewstep.methods.rollouts import Rollout
 from fewstep.methods.work import Work
 
@@ -50,8 +50,9 @@ class Adversary:
     the features are frozen."""
     clean: bool = False
     """Show clips without noise. The features are told a time all the same, which should vary (APT: t = 0 alone collapses)."""
-    joint: bool = False
-    """One head on all layers with a logit per patch, not a head per layer with a logit per clip."""
+    head: Head = "separate"
+    """separate: a small convolutional head per layer, with a logit per clip. joint: one on all layers, with a logit per patch
+    (AVDM2). block: one transformer block on all layers, with a logit per patch that has seen the whole clip (2507.13343)."""
     r1: Amount = 0.0
     """Weight of the approximate R1 penalty (2501.08316), on real clips; `r2` on generated ones. 0: off."""
     r2: Amount = 0.0
@@ -104,7 +105,7 @@ class Adversary:
     @property
     def roles(self) -> dict[str, Role]:
         eyes: dict[str, Role] = {"eyes": Copy("teacher")} if self.trained else {}
-        return eyes | {"discriminator": Heads(self.eyes, self.layers, self.joint)}
+        return eyes | {"discriminator": Heads(self.eyes, self.layers, self.head)}
 
     def pair(
         self, nets: Nets, batch: Batch, x: Tensor, cond: Cond, rng: Rng, given: tuple[Tensor, Tensor] | None = None

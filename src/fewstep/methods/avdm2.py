@@ -58,7 +58,9 @@ class AVDM2(Method):
     """How the difference of teacher and critic becomes line 5."""
     score_weight: Amount = 1.0
     """lambda_SDM: weight of the score loss."""
-    adversary: Adversary | None = Adversary(weight=0.01, density=Uniform(low=0.0, high=0.5), layers=(0, 1), joint=True)
+    adversary: Adversary | None = Adversary(
+        weight=0.01, density=Uniform(low=0.0, high=0.5), layers=(0, 1), head="joint"
+    )
     """The discriminator and lambda_ADM, its weight. Its times must be high enough that real and generated clips overlap, and low
     enough that they differ. null: none, and no clips are needed."""
     critic_updates: Count = 2

@@ -6,14 +6,19 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import nn
 
 from fewstep.core import Rng
-from fewstep.models import Denoiser, FeatureHeads, JointHead, VideoModel
+from fewstep.models import BlockHead, Denoiser, FeatureHeads, JointHead, VideoModel
 from fewstep.models.lora import Lora, adapt, adapters, duplicate, weaken
 from fewstep.models.source import ModelSource
+
+Head = Literal["separate", "joint", "block"]
+"""Discriminator heads on features of several layers: a head per layer, or one on all of them, of convolutions or of a transformer
+block."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,15 +109,13 @@ class Copy(Role):
 
 @dataclass(frozen=True)
 class Heads(Role):
-    """A new network: discriminator heads on features of `of` at `layers` (negative numbers count from the end).
-
-    One head per layer with one logit per clip, or, if `joint`, one head on all layers with a logit per patch. They read the
-    features of so many `views` of a clip side by side.
+    """A new network: discriminator heads of the kind `head` on features of `of` at `layers` (negative numbers count from the
+    end). They read the features of so many `views` of a clip side by side.
     """
 
     of: str = "teacher"
     layers: tuple[int, ...] = (-1,)
-    joint: bool = False
+    head: Head = "separate"
     views: int = 1
 
     @property
@@ -129,8 +132,16 @@ class Heads(Role):
         seen = [self.views * widths[layer] for layer in self.layers]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(making.seed)
-            heads = JointHead(seen) if self.joint else FeatureHeads(widths=seen, layers=self.layers)
+            heads = self._network(seen)
         return heads.to(making.device or next(eyes.parameters()).device)
+
+    def _network(self, widths: list[int]) -> nn.Module:
+        match self.head:
+            case "separate":
+                return FeatureHeads(widths, self.layers)
+            case "joint":
+                return JointHead(widths)
+        return BlockHead(widths)
 
 
 @dataclass(frozen=True)

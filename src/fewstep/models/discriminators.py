@@ -1,4 +1,5 @@
-"""Small heads that distinguish real from generated clips by a denoiser's features (DMD2, 2405.14867; AVDM2, 2412.05899)."""
+"""Small heads that distinguish real from generated clips by a denoiser's features (DMD2, 2405.14867; AVDM2, 2412.05899;
+mobile adversarial distillation, 2507.13343)."""
 
 from __future__ import annotations
 
@@ -6,7 +7,12 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fewstep.attention import Grid3, attend
+from fewstep.models.rotary import FrameRotary
+from fewstep.models.video_dit import MLP, merge_heads, rms_norm, split_heads
 
 
 class FeatureHeads(nn.Module):
@@ -46,9 +52,37 @@ class JointHead(nn.Module):
     def forward(self, features: list[Tensor]) -> Tensor:
         """Logits `[B, patches]`, without a sigmoid; large means real."""
         volumes = [branch(volume) for branch, volume in zip(self.branches, features, strict=True)]
-        coarsest = min((volume.shape[2:] for volume in volumes), key=math.prod)
-        volumes = [nn.functional.adaptive_avg_pool3d(volume, coarsest) for volume in volumes]
-        return self.logit(torch.cat(volumes, 1)).flatten(1).to(features[0].dtype)
+        return self.logit(torch.cat(_pooled(volumes), 1)).flatten(1).to(features[0].dtype)
+
+
+class BlockHead(nn.Module):
+    """All feature layers, each `[B, width, F, h, w]` of its own width and size, to one logit per patch, through one block of a
+    diffusion transformer, in which every patch sees the whole clip.
+
+    Layers are pooled to the coarsest of them, projected to `hidden` channels each, and added. A fresh head gives every clip the
+    logit 0, so that it does not push a student before it has learnt anything.
+    """
+
+    def __init__(self, widths: Sequence[int], hidden: int = 256, heads: int = 4) -> None:
+        super().__init__()
+        if hidden % (2 * heads) or hidden // heads < 6:
+            raise ValueError(f"hidden / heads must be an even number >= 6, got {hidden} / {heads}")
+        self.args = {"widths": list(widths), "hidden": hidden, "heads": heads}
+        self.projectors = nn.ModuleList(nn.Linear(width, hidden) for width in widths)
+        self.block = _Block(hidden, heads)
+        self.logit = nn.Linear(hidden, 1)
+        for linear in (self.block.out, self.block.mlp.down, self.logit):
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        """Logits `[B, patches]`; large means real."""
+        volumes = _pooled(features)
+        tokens_BNE = [volume.flatten(2).transpose(1, 2) for volume in volumes]
+        pairs = zip(self.projectors, tokens_BNE, strict=True)
+        x_BNE = torch.stack([projector(_norm(tokens)) for projector, tokens in pairs]).sum(0)
+        x_BNE = self.block(x_BNE, Grid3(*volumes[0].shape[2:]))
+        return self.logit(_norm(x_BNE)).squeeze(-1).to(features[0].dtype)
 
 
 class _Head(nn.Module):
@@ -65,3 +99,34 @@ class _Head(nn.Module):
 
     def forward(self, volume: Tensor) -> Tensor:
         return self.logit(self.convs(volume).mean((2, 3, 4)))
+
+
+class _Block(nn.Module):
+    """Self-attention and an MLP. There is no modulation and no text: features know the time and the prompt."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.rotary = heads, FrameRotary(width // heads, 100.0, halves=True)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.query_scale = nn.Parameter(torch.ones(width // heads))
+        self.key_scale = nn.Parameter(torch.ones(width // heads))
+        self.out = nn.Linear(width, width)
+        self.mlp = MLP(width, 4 * width)
+
+    def forward(self, x_BNE: Tensor, grid: Grid3) -> Tensor:
+        table = self.rotary.table(torch.arange(grid.frames), grid, x_BNE)
+        q, k, v = (split_heads(y, self.heads) for y in self.qkv(_norm(x_BNE)).chunk(3, -1))
+        q, k = rms_norm(q, self.query_scale), rms_norm(k, self.key_scale)
+        q, k = (self.rotary.turn(y, table).to(v) for y in (q, k))
+        x_BNE = x_BNE + self.out(merge_heads(attend(q, k, v)))
+        return x_BNE + self.mlp(_norm(x_BNE))
+
+
+def _norm(x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+
+def _pooled(volumes: Sequence[Tensor]) -> list[Tensor]:
+    """Volumes `[B, width, F, h, w]` at the size of the coarsest of them."""
+    coarsest = min((volume.shape[2:] for volume in volumes), key=math.prod)
+    return [x if x.shape[2:] == coarsest else F.adaptive_avg_pool3d(x, coarsest) for x in volumes]

@@ -11,12 +11,14 @@ from torch import nn
 from fewstep.core import RecipeError
 from fewstep.core.build import At, find_class
 from fewstep.models.autoencoder import FrameAutoencoder
-from fewstep.models.discriminators import FeatureHeads, JointHead
+from fewstep.models.discriminators import BlockHead, FeatureHeads, JointHead
 from fewstep.models.features import ClipFeatures
 from fewstep.models.text import TextEncoder
 from fewstep.models.video_dit import VideoDiT
 
-NETWORKS: tuple[type[nn.Module], ...] = (VideoDiT, FeatureHeads, JointHead, FrameAutoencoder, TextEncoder, ClipFeatures)
+NETWORKS: tuple[type[nn.Module], ...] = (
+    VideoDiT, FeatureHeads, JointHead, BlockHead, FrameAutoencoder, TextEncoder, ClipFeatures,
+)  # fmt: skip
 ADAPTED = MappingProxyType(
     {
         "Wan": "dits.wan", "WanExperts": "dits.wan_experts", "LTX": "dits.ltx", "CogVideoX": "dits.cogvideox",

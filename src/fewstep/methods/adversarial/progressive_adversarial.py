@@ -71,7 +71,7 @@ class ProgressiveAdversarial(Method):
         return self.progressive.guidance
 
     def aux(self) -> dict[str, Role]:
-        heads = Heads(self.adversary.eyes, self.adversary.layers, self.adversary.joint, views=2)
+        heads = Heads(self.adversary.eyes, self.adversary.layers, self.adversary.head, views=2)
         return {**self.progressive.aux(), **self.adversary.roles, "discriminator": heads}
 
     def updates(self, step: int) -> Iterator[Update | Sync]:
