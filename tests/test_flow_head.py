@@ -24,8 +24,10 @@ from fewstep.engine.outline import Outline
 from fewstep.methods import DMD2, BackwardSimulation
 from fewstep.models import Denoiser, VideoModel
 from fewstep.models.fingerprint import describe
+from fewstep.models.source import Diffusers
 from fewstep.models.video_dit import VideoDiT
 from support_engine import FRAMES, Everything, shaken, small, tiny_model
+from tiny_models import TINY, shared
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 SHAPE, RNG = (2, 4, FRAMES, 8, 8), Rng(3)
@@ -113,6 +115,21 @@ def test_what_a_gate_of_zero_lets_through_is_nothing() -> None:
     y = clip("y")
     assert torch.equal(answer(denoiser, y, 0.9, 0.2), answer(denoiser, y + 1, 0.9, 0.2))
     assert not torch.equal(answer(denoiser, y, 0.9, 0.2), answer(denoiser, y, 0.6, 0.2))
+
+
+def test_wan_takes_a_head() -> None:
+    model = Diffusers(source=str(shared("wan")), text_dtype="float32", **TINY["wan"].size).load()
+    student = model.transformed(FlowHead(blocks=1, steps=2))
+    x, text = RNG.randn((1, *model.latent_shape()), "x"), model.blank_cond(1)
+    for t in (torch.tensor([0.4]), torch.rand(1, x.shape[2])):
+        before = model.denoiser(x, t, text).raw
+        assert torch.equal(student.denoiser(x, t, text, Call(rng=RNG)).raw, before)
+    shaken(student.denoiser.backbone.flow_head, 0.2)  # type: ignore[arg-type]
+    with counted(student) as runs, torch.no_grad():
+        after = student.denoiser(x, t, text, Call(rng=RNG)).raw
+    depth = len(model.denoiser.backbone.blocks)
+    assert [runs[i] for i in range(depth)] == [1] * (depth - 1) + [2]
+    assert after.isfinite().all() and (after - before).abs().max() > 1e-3
 
 
 def test_the_backbone_does_not_know_the_head() -> None:
