@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from fewstep.compress import FlowHead
 from fewstep.core import Batch, Pairs, Rng
 from fewstep.data.base import Data, Source
 from fewstep.diffusion import CFG, VP, Contract, Kind, NoisePath, RectifiedFlow
@@ -38,6 +39,7 @@ from fewstep.methods import (
     ProgressiveAdversarial,
     ReadAttributes,
     SelfAdversarial,
+    TransitionMatching,
     WorldReward,
 )
 from fewstep.methods.rollouts import NESTED
@@ -107,6 +109,7 @@ CASES: Mapping[str, Method] = {cls.__name__: cls() for cls in METHODS} | {
         progressive=Progressive(stages=((2, 1), (1, 1))), steps=1, adversary=Adversary(trained=True, r1=1.0)
     ),
     "MomentMatching": MomentMatching(steps=(1, 2)),
+    "TransitionMatching": TransitionMatching(head=FlowHead(blocks=1, steps=2)),
     "TDM": TDM(rollout=BackwardSimulation(grids=TWO_GRIDS.grids, mode="ode")),
     "AdversarialDistillation": AdversarialDistillation(distillation=2.5, regression=0.1),
     "PSO": PSO(rollout=TWO_GRIDS, beta=10.0),

@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 
 from fewstep import distill
 from fewstep.attention import KVCache, Ulysses
-from fewstep.compress import Int8, Pruned, StepScales, Transform
+from fewstep.compress import FlowHead, Int8, Pruned, StepScales, Transform
 from fewstep.core import Batch, Call, Cond, Losses, Rng
 from fewstep.core.env import place
 from fewstep.core.ledger import Ledger
@@ -91,6 +91,7 @@ class Imitation(Method):
 METHODS: Mapping[str, Method] = {
     "DMD2-pruned": replace(CASES["DMD2"], warmup=1),  # type: ignore[type-var]
     "DMD2-steps": DMD2(critic_updates=1, rollout=BackwardSimulation(grids=((1.0, 0.5),))),
+    "DMD2-head": DMD2(critic_updates=1, rollout=BackwardSimulation(grids=((1.0, 0.5),))),
     "DMD2-eight-bits-adapters": replace(CASES["DMD2"], warmup=1),  # type: ignore[type-var]
     "Imitation": Imitation(),
     "DMD2": replace(CASES["DMD2"], warmup=1),  # type: ignore[type-var]
@@ -106,6 +107,7 @@ METHODS: Mapping[str, Method] = {
 OWN: Mapping[str, tuple[Transform, ...]] = {
     "DMD2-pruned": (Pruned(blocks=(0,)),),
     "DMD2-steps": (StepScales(steps=2),),
+    "DMD2-head": (FlowHead(blocks=1, steps=2),),
     "DMD2-eight-bits-adapters": (Int8(),),
 }
 """Transforms of the student."""

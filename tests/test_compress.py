@@ -15,6 +15,7 @@ from fewstep.compress import (
     TRANSFORMS,
     Branches,
     Experts,
+    FlowHead,
     FrameInput,
     Int8,
     Pruned,
@@ -55,6 +56,8 @@ CASES: Mapping[str, Transform] = {
     "FrameInput-window": FrameInput(name="beat", default=0.0, back=2, ahead=1),
     "Repatterned": Repatterned(pattern=BlockCausal(chunk=1)),
     "StepScales": StepScales(steps=3),
+    "FlowHead": FlowHead(blocks=1, steps=2),
+    "FlowHead-three": FlowHead(blocks=1, steps=3),
     "StepScales-some": StepScales(steps=2, targets=("mlp.up",)),
 }
 """Every registered transform as it is without arguments, unless it needs some."""
@@ -66,7 +69,7 @@ def call(network: Denoiser, scale: float = 4.0) -> Tensor:
     extra |= {x.told.name: rng.randn((2, FRAMES, x.told.numbers), x.told.name) for x in network.backbone.signals}
     cond = Cond(rng.randn((2, 3, 16), "text"), torch.ones(2, 3, dtype=torch.bool), extra)
     steps = max((layer.steps for layer in network.modules() if isinstance(layer, StepLinear)), default=1)
-    said = Call(step=steps - 1, steps=steps)
+    said = Call(step=steps - 1, steps=steps, rng=rng)
     return network(rng.randn((2, 4, FRAMES, 8, 8), "x"), torch.tensor([0.3, 0.9]), cond, said).raw
 
 

@@ -39,7 +39,7 @@ from test_lora import call, moved
 pytestmark = pytest.mark.usefixtures("single_thread")
 LORA, CPU = Lora(rank=2), torch.device("cpu")
 WAITING = Parallel(offload=True, checkpointing=True)
-DENOISERS = [name for name, method in CASES.items() if method.part == "denoiser" and not method.scalars]
+DENOISERS = [name for name, method in CASES.items() if method.part == "denoiser" and not method.transforms]
 """Those whose student reads more than its teacher are not trained by adapters."""
 
 

@@ -158,7 +158,10 @@ def test_four_processes_divide_frozen_blocks(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.timeout(900)  # processes that share two cores with other tests
 def test_two_processes_train_a_transformed_student(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As one does; and one that imitates a frozen model of eight bits, of which each process has all."""
-    names = ["DMD2-pruned.shard", "DMD2-steps.shard", "DMD2-eight-bits-adapters.shard", "Imitation.shard"]
+    names = [
+        "DMD2-pruned.shard", "DMD2-steps.shard", "DMD2-eight-bits-adapters.shard", "Imitation.shard", "DMD2-head.shard",
+        "DMD2-head.clips",
+    ]  # fmt: skip
     together(2, tmp_path, support_parallel.main, tmp_path, [*names, "begun"])
     for name in names:
         assert_as_one(tmp_path, 2, name, monkeypatch)

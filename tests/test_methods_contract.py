@@ -58,6 +58,7 @@ from fewstep.methods import (
     Role,
     ScoreImplicit,
     Sync,
+    TransitionMatching,
 )  # fmt: skip
 from fewstep.methods.frames import fold_frames
 from fewstep.methods.rollouts import NESTED
@@ -214,7 +215,7 @@ def test_methods_are_recipes(method: Method) -> None:
 def test_contract_and_cost(method: Method) -> None:
     teacher = Contract(sampler=Heun(), steps=40, grid=Shifted(shift=2.0), guidance=CFG(scale=5.0))
     contract = method.contract(teacher)
-    if isinstance(method, (FlowMatching, Reconstruction, ReadAttributes)):
+    if isinstance(method, (FlowMatching, TransitionMatching, Reconstruction, ReadAttributes)):
         assert contract == teacher
     else:
         sampled = (

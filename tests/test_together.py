@@ -284,7 +284,7 @@ def test_what_calls_of_one_batch_have_in_common() -> None:
         one.shape is not None
         and one.shape == asked(network, 2.0, 3).shape == asked(network, 2.0, step=1, steps=4).shape
     )
-    assert one.shape == asked(network, 2.0, kv=view(start=9)).shape
+    assert one.shape == asked(network, 2.0, kv=view(start=9)).shape == asked(network, 1.0, rng=Seeds((1,))).shape
     others = [
         asked(Sums(), 1.0), asked(network, 1.0, kv=view(slots=3)), asked(network, 1.0, branch="both"),
         asked(network, 1.0, mutual=True), asked(network, 1.0, unmixed=(1,)), asked(network, 1.0, kv=replace(view(), weight=0.5)),

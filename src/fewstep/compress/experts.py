@@ -28,4 +28,6 @@ class Experts(Transform):
         return False  # up to rounding: a batch with times of several experts is computed in parts
 
     def apply(self, network: Any) -> Any:
+        if network.flow_head is not None:
+            raise ValueError("a network with a flow head is not copied into experts; leave out FlowHead or Experts")
         return network.by_time(self.boundaries)

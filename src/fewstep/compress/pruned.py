@@ -24,6 +24,8 @@ class Pruned(Transform):
         return not self.blocks
 
     def apply(self, network: Any) -> Any:
+        if self.blocks and network.flow_head is not None:
+            raise ValueError("the last blocks of this network are its flow head; put Pruned before FlowHead")
         count = len(network.blocks)
         if len(set(self.blocks)) != len(self.blocks) or not all(0 <= index < count for index in self.blocks):
             raise ValueError(f"blocks must be different numbers from 0 to {count - 1}, got {list(self.blocks)}")

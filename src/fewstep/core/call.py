@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
+from fewstep.core.rng import Noise
 from fewstep.core.types import KV, Cond
 
 Branch = Literal["cond", "uncond", "both", "perturbed"]
@@ -201,6 +202,8 @@ class Call:
     """Negative prompt for the attention to the prompt; None: it reads the prompt alone."""
     unmixed: tuple[int, ...] = ()
     """Blocks, counted from 0, whose self-attention mixes nothing: each token gets its own values (`diffusion.STG`)."""
+    rng: Noise | None = None
+    """Random numbers of the run, for networks that draw noise of their own (`compress.FlowHead`); None: there are none."""
 
     def constant(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` gives, if it gives the same in all calls of this branch."""

@@ -284,7 +284,8 @@ class Outline:
     def _forward(self, role: str, frames: int, layers: tuple[int, ...]) -> int:
         """Floating-point operations of one forward pass on a batch; the arguments are fields of `Work`."""
         network: Denoiser = self.nets[role]  # type: ignore[assignment]
-        batch, call = self.batch(), Call(steps=self.method.contract(self.model.card.contract).steps)
+        steps = self.method.contract(self.model.card.contract).steps
+        batch, call = self.batch(), Call(steps=steps, rng=Rng(self.settings.seed))
         with torch.no_grad(), Ledger() as ledger, self.mode:
             x_t, cond = torch.empty(batch.noise_shape), batch.cond
             if frames:

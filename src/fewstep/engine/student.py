@@ -25,14 +25,14 @@ def with_student(model: VideoModel, settings: Settings, others: Mapping[str, Vid
 
 
 def equipped(settings: Settings, method: Method, card: Card) -> Settings:
-    """`settings` with the transforms that make the student read what the method needs, where it does not do so yet. ValueError
-    with adapters, which could not train them."""
+    """`settings` with the transforms that the method needs, where the student does not have them yet. ValueError with adapters,
+    which could not train them."""
     own = transforms_of(card, settings, method)[len(card.transforms) :]
-    more = [each.name for each in own[len(settings.transforms) :] if isinstance(each, ScalarInput)]
+    more = [str(_what(each)) for each in own[len(settings.transforms) :]]
     if more and settings.lora is not None:
         raise ValueError(
-            f"{type(method).__name__} needs a student that reads {' and '.join(more)}; this model does "
-            "not, and adapters cannot teach it; leave out settings.lora, or give a model with these inputs (ScalarInput)"
+            f"{type(method).__name__} needs a student that has {' and '.join(more)}; this model does "
+            "not, and adapters cannot teach it; leave out settings.lora, or give a model with these transforms"
         )
     return replace(settings, transforms=own)
 
@@ -50,11 +50,16 @@ def untrained(model: VideoModel, settings: Settings, begun: VideoModel | None) -
 
 
 def transforms_of(card: Card, settings: Settings, method: Method) -> tuple[Transform, ...]:
-    """All transforms of the student of a teacher with that card: the teacher's, those of the settings, and the inputs that the
-    method needs besides."""
+    """All transforms of the student of a teacher with that card: the teacher's, those of the settings, and those that the method
+    needs besides."""
     own = (*card.transforms, *settings.transforms)
-    reads = {each.name for each in own if isinstance(each, ScalarInput)}
-    return (*own, *(ScalarInput(name=name, default=0.0) for name in method.scalars if name not in reads))
+    has = {_what(each) for each in own}
+    return (*own, *(each for each in method.transforms if _what(each) not in has))
+
+
+def _what(transform: Transform) -> Transform | str:
+    """What a method that needs this transform needs: of a scalar only that it is read, whatever its scale and default."""
+    return f"ScalarInput(name={transform.name!r})" if isinstance(transform, ScalarInput) else transform
 
 
 def require_transformable(method: Method, settings: Settings, card: Card) -> None:

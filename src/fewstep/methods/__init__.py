@@ -6,7 +6,7 @@ from fewstep.methods.attributes import ReadAttributes
 from fewstep.methods.avdm2 import AVDM2
 from fewstep.methods.base import Method, Nets, Sync, Update
 from fewstep.methods.consistency import Consistency
-from fewstep.methods.distribution import TDM, MomentMatching, TwinFlow
+from fewstep.methods.distribution import TDM, MomentMatching, TransitionMatching, TwinFlow
 from fewstep.methods.dmd2 import DMD2
 from fewstep.methods.feedback import GRPO, PSO, Alternating
 from fewstep.methods.flow_matching import FlowMatching
@@ -34,7 +34,8 @@ from fewstep.methods.work import Work, in_forwards
 
 METHODS = (
     FlowMatching, Reconstruction, ReadAttributes, KnowledgeDistillation, Progressive, Consistency, DMD2, AVDM2,
-    AdversarialDistillation, ProgressiveAdversarial, TDM, MomentMatching, TwinFlow, SelfAdversarial, PSO, GRPO, Alternating,
+    AdversarialDistillation, ProgressiveAdversarial, TDM, MomentMatching, TransitionMatching, TwinFlow, SelfAdversarial,
+    PSO, GRPO, Alternating,
 )  # fmt: skip
 
 __all__ = [
@@ -44,5 +45,6 @@ __all__ = [
     "Heads", "History", "Judge", "KnowledgeDistillation", "Making", "Matching", "Method", "MomentMatching", "MotionReward",
     "MovingBuffer", "Nets", "Other", "Progressive", "ProgressiveAdversarial", "ReadAttributes", "Reconstruction", "ReverseKL",
     "Reward", "Reweighting", "Role", "Rolled", "RollingForced", "Rollout", "ScoreImplicit", "SelfAdversarial", "SelfForced",
-    "StreamingLong", "Sync", "TeacherForced", "TwinFlow", "Update", "Weak", "WholeClip", "Work", "WorldReward", "in_forwards",
+    "StreamingLong", "Sync", "TeacherForced", "TransitionMatching", "TwinFlow", "Update", "Weak", "WholeClip", "Work",
+    "WorldReward", "in_forwards",
 ]  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
+from fewstep.compress import Transform
 from fewstep.core import Batch, Losses, Rng
 from fewstep.diffusion import CFG, Contract
 from fewstep.methods.roles import Role
@@ -104,14 +105,15 @@ class Method(ABC):
     continues: ClassVar[bool] = False
     """Whether it trains on clips that have a past or conditions of their own: rollouts that are not `whole`."""
 
-    scalars: ClassVar[tuple[str, ...]] = ()
-    """Numbers of every sample that the student's network reads besides its time (`ScalarInput`). They are 0 where it is sampled,
-    and a network that does not read them yet is changed so."""
-
     @property
     def needs(self) -> frozenset[str]:
         """Fields of Batch that the method reads. They are compared with the data before any weight is loaded."""
         return frozenset({"prompts"})
+
+    @property
+    def transforms(self) -> tuple[Transform, ...]:
+        """Changes of the student's network that the method needs. A network that does not have them yet is changed so."""
+        return ()
 
     @property
     def part(self) -> str:

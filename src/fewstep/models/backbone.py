@@ -7,7 +7,7 @@ E width, L text tokens, G time groups (1 when t is `[B]`, F when t is `[B, F]`).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
@@ -305,9 +305,12 @@ class Backbone(nn.Module, ABC):
     """Embeddings added by `ScalarInput`, by name."""
     signals: nn.ModuleList
     """Embeddings added by `FrameInput`, in their order."""
+    flow_head: nn.Module | None
+    """What runs the last blocks several times (`FlowHead`); None: every block runs once in a call."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.flow_head = None
         self.scalars = nn.ModuleDict()
         self.signals = nn.ModuleList()
 
@@ -427,14 +430,23 @@ class Backbone(nn.Module, ABC):
         return name
 
     def walk(self, state: State, call: Call = Call()) -> Iterator[State]:
-        """The state after each block, in the order of `blocks`; `call.runner` runs them."""
-        if call.shared is not None:
-            self.require_sharing()
-            state = state.split(cast(Ulysses, call.shared))
+        """The state after each block, in the order of `blocks`."""
+        return self.run(range(len(self.blocks)), self.divided(state, call), call)
+
+    def divided(self, state: State, call: Call) -> State:
+        """The state that `embed` made, or this process' share of it. ValueError for a call that the blocks cannot make."""
         if call.unmixed:
             self.require_unmixing(call.unmixed)
+        if call.shared is None:
+            return state
+        self.require_sharing()
+        return state.split(cast(Ulysses, call.shared))
+
+    def run(self, layers: Iterable[int], state: State, call: Call) -> Iterator[State]:
+        """The state after each of these blocks; `call.runner` runs them."""
         kept = call.constants.during(state.route) if call.constants is not None and self.text_first else None
-        for index, block in enumerate(self.blocks):
+        for index in layers:
+            block = self.blocks[index]
             place = Place(index, len(self.blocks), call)
             past, text = call.kv.layer(index) if call.kv else None, None
             if kept is not None:
@@ -444,6 +456,8 @@ class Backbone(nn.Module, ABC):
             yield state
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond, call: Call = Call()) -> Output:
+        if self.flow_head is not None:
+            return Output(self.flow_head(self, x, t, cond, call), None)
         start, made = self.embed(x, t, cond, call), []
         for state in self.walk(start, call):
             if call.kv is not None:

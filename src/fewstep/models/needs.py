@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fewstep.attention import NAG, KVCache
-from fewstep.core import Call
+from fewstep.core import Call, Rng
 from fewstep.core.call import Constants, Negative
 from fewstep.core.ledger import Ledger
 from fewstep.diffusion.guidance import Calls
@@ -126,7 +126,8 @@ def needs(
             for tensor in (start, *cond.tensors, *uncond.tensors):
                 denoising.note(tensor)
             constants = None if runtime.offload == "block" else Constants()
-            call = Call(constants=constants, negative=None if nag is None else Negative(uncond, nag))
+            negative = None if nag is None else Negative(uncond, nag)
+            call = Call(constants=constants, negative=negative, rng=Rng(0))
             for _ in range(2):  # the second step finds what a run keeps
                 calls = runtime.guidance_calls
                 x = guidance(model.denoiser, start, torch.ones(clips), cond, uncond, call, calls=calls).x0

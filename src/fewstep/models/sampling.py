@@ -206,6 +206,10 @@ def _denoising(model: VideoModel, request: Request, guidance: CFG) -> Denoise:
         require_nag(type(model.denoiser.backbone))
     with torch.no_grad(), model.runtime.precision():
         cond, uncond = _conditions(model, request, guided=guidance.active or request.nag is not None)
+    if request.runner is not every_block and model.denoiser.backbone.flow_head is not None:
+        raise ValueError(
+            "a cache policy takes each block to run once in a step, which those of a flow head do not; leave it out"
+        )
     runner, early = model.runner(request.runner), model.runtime.offload != "block" and not knows_steps(model.denoiser)
     constants = Constants() if early else None
     negative = None if request.nag is None else Negative(uncond, request.nag)

@@ -67,7 +67,7 @@ class Asked:
         apart = call.causal is not None or call.negative is not None or call.shared is not None
         if view is None or apart or call.runner is not every_block:
             return None
-        options = replace(call, kv=None, constants=None, step=0, steps=1)
+        options = replace(call, kv=None, constants=None, rng=None, step=0, steps=1)
         step = (call.step, call.steps) if self.network.by_step else ()
         age = tuple(view.number.flatten().tolist()) if self.network.by_age else ()
         told = tuple((name, _each(x)) for name, x in sorted(self.cond.extra.items()))

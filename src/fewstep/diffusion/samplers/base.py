@@ -112,7 +112,7 @@ class Sampler(ABC):
         """Make the steps one by one. Whoever has seen enough stops asking; nothing is left behind."""
         before = None
         for index, (t, s) in enumerate(pairwise(times)):
-            call = Call(step=index, steps=len(times) - 1)
+            call = Call(step=index, steps=len(times) - 1, rng=rng)
             prediction = denoise(x, full(t, x), call)
             here = Here(x, t, s, prediction, before, call, denoise, rng)
             x, before = here.kept(self.move(here)), prediction

@@ -35,7 +35,7 @@ class UniPC(Sampler):
     def sampling(self, denoise: Denoise, x: Tensor, times: Times, *, rng: Noise) -> Iterator[Step]:
         before, earlier, start = None, None, x
         for index, (t, s) in enumerate(pairwise(times)):
-            call = Call(step=index, steps=len(times) - 1)
+            call = Call(step=index, steps=len(times) - 1, rng=rng)
             prediction = denoise(x, full(t, x), call)
             start = x if before is None else self._corrected(x, start, prediction, before, earlier)
             here = Here(start, t, s, prediction, before, call, denoise, rng)

@@ -11,8 +11,7 @@ Cheng et al., TwinFlow: Realizing One-step Generation on Large Models with Self-
 In line 4 the clip y moves by v_fake - v_real = (x0_real - x0_fake) / s: distribution matching, without networks besides F. `->`
 is the distance |a - b|^2 / sqrt([|a - b|^2] + c^2) of a sample's mean square.
 
-The branch is a scalar input `twin` of the network, and r is `until`; the paper negates the time for F'. Not from the paper: every
-line reads the whole batch, which is split among them there.
+Not from the paper: scalar inputs (`twin`; r is `until`), where it negates the time for F'; every line reads the whole batch.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fewstep.compress import ScalarInput, Transform
 from fewstep.core import Batch, Cond, Losses, Rng
 from fewstep.core.bounds import Amount, Count, Fraction, Part, Positive, require_bounds
 from fewstep.diffusion import Contract, RectifiedFlow, Renoise, uniform_grid
@@ -43,7 +43,7 @@ class TwinFlow(Method):
     cite: ClassVar[str] = (
         "Cheng et al., TwinFlow: Realizing One-step Generation with Self-adversarial Flows, 2512.05150"
     )
-    scalars: ClassVar[tuple[str, ...]] = ("until", "twin")
+    transforms: ClassVar[tuple[Transform, ...]] = tuple(ScalarInput(name=n, default=0.0) for n in ("until", "twin"))
 
     steps: tuple[Count, ...] = (1, 2)
     """Step counts that the student serves."""

@@ -73,7 +73,7 @@ class BackwardSimulation(Rollout):
         for step in islice(self.sampler.sampling(call_student, x, (*grid, 0.0), rng=rng), stop):
             before.append(Visit(step.prediction.x0, step.prediction.x_t, step.prediction.t))
             x = step.x
-        last = call_student(x, full(grid[stop], x), Call(step=stop, steps=len(grid)))
+        last = call_student(x, full(grid[stop], x), Call(step=stop, steps=len(grid), rng=rng))
         with torch.set_grad_enabled(grad):
             return Rolled(last.x0, x, last.t, tuple(before), noise, exit=stop, grid=grid)
 
