@@ -56,6 +56,7 @@ from fewstep.methods import (
     ReverseKL,
     Reweighting,
     ScoreImplicit,
+    Scorers,
     Sync,
 )  # fmt: skip
 from fewstep.methods.frames import fold_frames
@@ -96,7 +97,7 @@ CASES: dict[str, Method] = {cls.__name__: cls() for cls in METHODS} | {
     "DMD2-hinge": DMD2(critic_updates=1, adversary=Adversary(loss="hinge", joint=True)),
     "DMD2-sid": DMD2(critic_updates=1, matching=Fisher(alpha=1.2), critic_guidance=CFG(scale=3.0)),
     "DMD2-sim": DMD2(critic_updates=1, matching=ScoreImplicit()),
-    "DMD2-weak": DMD2(critic_updates=1, weak=0.25),
+    "DMD2-weak": DMD2(critic_updates=1, scorers=Scorers(weak=0.25)),
     "APT": AdversarialDistillation(
         rollout=BackwardSimulation(grids=((1.0,),)),
         adversary=Adversary(trained=True, clean=True, density=Uniform(), r1=1.0),
