@@ -45,7 +45,7 @@ TEXTS = ["red", "scarlet", "crimson", "blue", "navy", "azure"]
 def encode(prompt: str) -> Cond:
     """Two clusters of states; the last token is padding, which must not count."""
     side = 10.0 * (TEXTS.index(prompt) > 2)
-    text = torch.tensor([[[side, 0.1 * TEXTS.index(prompt)], [side, 0.0], [1e6, -1e6]]])
+    text = torch.tensor([[[side, 0.1 * TEXTS.index(prompt)], [side, 0.0], [1e3 * (TEXTS.index(prompt) % 2), 0.0]]])
     return Cond(text, torch.tensor([[True, True, False]]))
 
 
