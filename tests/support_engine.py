@@ -98,6 +98,30 @@ class TinyImages(ModelSource):
         return VideoModel(model.card, {name: part for name, part in model.parts.items() if name in parts})
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sized(ModelSource):
+    """The tiny model with a denoiser of another width."""
+
+    width: int
+    seed: int = 5
+    path: NoisePath = RectifiedFlow()
+    text: int = 16
+
+    def card(self) -> Card:
+        model = self.load()
+        return replace(model.card, parts={name: describe(part) for name, part in model.parts.items()})
+
+    def load(self, leave: Collection[str] = (), parts: Collection[str] = PARTS) -> VideoModel:
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            backbone = VideoDiT(channels=4, width=self.width, depth=self.width // 12, heads=2, text_width=16)
+            denoiser = shaken(Denoiser(backbone, self.path, "flow"))
+            text = TextEncoder(width=self.text, length=12, buckets=64, depth=1, heads=2)
+        model = tiny_model(path=self.path)
+        made = {**model.parts, "denoiser": denoiser, **({"text": text} if self.text != 16 else {})}
+        return VideoModel(model.card, {name: part for name, part in made.items() if name in parts})
+
+
 CASES: Mapping[str, Method] = {cls.__name__: cls() for cls in METHODS} | {
     "FlowMatching": FlowMatching(image_fraction=0.3, images_per_clip=2),
     "ReadAttributes-features": ReadAttributes(of="features"),

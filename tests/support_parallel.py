@@ -41,7 +41,7 @@ from fewstep.engine.prepare import prepare
 from fewstep.engine.run import Run
 from fewstep.engine.shard import hollow, shard
 from fewstep.engine.views import Views
-from fewstep.methods import DMD2, BackwardSimulation, Method, Nets, Update
+from fewstep.methods import DMD2, BackwardSimulation, Method, Nets, Scorers, Update
 from fewstep.methods.roles import Other, Role
 from fewstep.methods.targets import mse
 from fewstep.models import Card, Lora, VideoModel
@@ -49,7 +49,7 @@ from fewstep.models.card import PARTS
 from fewstep.models.depot import Depot, depot_of
 from fewstep.models.fingerprint import describe, fingerprint
 from fewstep.models.source import ModelSource
-from support_engine import CASES, Everything, small, tiny_model
+from support_engine import CASES, Everything, Sized, small, tiny_model
 
 ROOT = Path(__file__).parent.parent
 STEPS = 2
@@ -90,6 +90,11 @@ class Imitation(Method):
 
 METHODS: Mapping[str, Method] = {
     "DMD2-pruned": replace(CASES["DMD2"], warmup=1),  # type: ignore[type-var]
+    "DMD2-scorers": DMD2(
+        critic_updates=1,
+        rollout=BackwardSimulation(grids=((1.0, 0.5),)),
+        scorers=Scorers(real=Sized(width=36), critic=Sized(width=12)),
+    ),
     "DMD2-steps": DMD2(critic_updates=1, rollout=BackwardSimulation(grids=((1.0, 0.5),))),
     "DMD2-head": DMD2(critic_updates=1, rollout=BackwardSimulation(grids=((1.0, 0.5),))),
     "DMD2-eight-bits-adapters": replace(CASES["DMD2"], warmup=1),  # type: ignore[type-var]
@@ -101,7 +106,7 @@ METHODS: Mapping[str, Method] = {
     "Consistency": CASES["Consistency"],
     "KnowledgeDistillation": CASES["KnowledgeDistillation"],
     "Reconstruction": CASES["Reconstruction"],
-    "DMD2-adapters": replace(CASES["DMD2"], warmup=1, weak=0.25),  # type: ignore[type-var]
+    "DMD2-adapters": replace(CASES["DMD2"], warmup=1, scorers=Scorers(weak=0.25)),  # type: ignore[type-var]
     "KnowledgeDistillation-adapters": CASES["KnowledgeDistillation"],
 }
 OWN: Mapping[str, tuple[Transform, ...]] = {

@@ -350,7 +350,7 @@ def test_another_models_latents_and_text_must_fit() -> None:
 
     recipe = Recipe(model=TinyImages(), method=ENGINE, data=Everything(), settings=small(1))
     recipe.check()
-    with pytest.raises(ValueError, match="'tiny' has text states of width 32, and 'tiny' of width 16"):
+    with pytest.raises(ValueError, match="'tiny' has text states of width 32, and 'tiny' 16"):
         replace(recipe, method=replace(ENGINE, image_teacher=OtherWords())).check()
 
 

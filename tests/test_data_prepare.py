@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -14,13 +14,15 @@ from PIL import Image
 from fewstep.cli import main
 from fewstep.core import Rng, build, dump
 from fewstep.core.finite import NonFiniteError
-from fewstep.data import (
+from fewstep.data import (  # fmt: skip
     DATA,
     Cut,
     Data,
     DataError,
     Keep,
     Latents,
+    Part,
+    Partition,
     Preparation,
     Progress,
     Prompts,
@@ -33,7 +35,7 @@ from fewstep.data import (
     require,
     to_floats,
     write_video,
-)  # fmt: skip
+)
 from fewstep.methods.base import Method
 from fewstep.models import Card, FrameAutoencoder, TextEncoder, VideoModel
 from fewstep.world.data import WorldClips
@@ -192,6 +194,22 @@ def test_latents_are_the_encoded_clips(videos: Path, tmp_path: Path) -> None:
             encoded = [model.codec.encode(clip[None])[0] for clip in clips]
         assert any(torch.equal(x0, latents) for latents in encoded)
     assert torch.equal(source.batch(3, Rng(7, step=5)).x0, source.batch(3, Rng(7, step=5)).x0)
+
+
+def test_latents_of_a_part_are_those_of_its_captions(videos: Path, tmp_path: Path) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class ByNumber(Partition):
+        def part(self, prompt: str, encode: object = None) -> int:
+            return int(prompt[-1]) % self.of
+
+    made, drawn = prepare(videos, tmp_path / "out", tiny().codec, replace(PLAN, storage="float32")), []
+    for index in range(2):
+        data = Latents(path=str(tmp_path / "out"), part=Part(by=ByNumber(of=2), index=index))
+        source = data.open(tiny(), frozenset({"prompts", "x0"}))
+        prompts = source.batch(len(source.rows), Rng(0)).prompts  # type: ignore[attr-defined]
+        assert {int(prompt[-1]) % 2 for prompt in prompts} == {index}
+        drawn += prompts
+    assert len(drawn) == made.clips
 
 
 def test_latents_of_another_autoencoder_are_refused(videos: Path, tmp_path: Path) -> None:

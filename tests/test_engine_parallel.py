@@ -86,7 +86,7 @@ def assert_identical(found: dict[str, Any], expected: dict[str, Any], what: str)
 def test_two_processes_compute_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = [
         "DMD2.shard", "AVDM2.shard", "Consistency.shard", "KnowledgeDistillation.shard", "DMD2-everything.sequence",
-        "Reconstruction.shard", "Consistency.shard.bf16", "KnowledgeDistillation.checkpointing",
+        "DMD2-scorers.shard", "Reconstruction.shard", "Consistency.shard.bf16", "KnowledgeDistillation.checkpointing",
         "KnowledgeDistillation.shard.off.aot_eager", "DMD2-adapters.whole", "KnowledgeDistillation-adapters.checkpointing",
     ]  # fmt: skip
     together(2, tmp_path, support_parallel.main, tmp_path, [*names, "per_frame", "streamed", "derivative"])

@@ -16,7 +16,7 @@ from fewstep.attention import BlockCausal
 from fewstep.catalogue import classes
 from fewstep.compress import Repatterned, StepScales
 from fewstep.core.build import digest, dump
-from fewstep.data import Cut, Keep, PairPlan, Preparation, make_pairs, pairs_cost
+from fewstep.data import ByCentroid, Cut, Keep, PairPlan, Part, Preparation, make_pairs, pairs_cost
 from fewstep.data import prepare as encode
 from fewstep.diffusion import Contract, FreeNoise, Stream, Timesteps
 from fewstep.engine import Health, Optim, Parallel, Settings, train
@@ -46,6 +46,7 @@ from fewstep.methods import (
     Reweighting,
     RollingForced,
     ScoreImplicit,
+    Scorers,
     SelfForced,
     StreamingLong,
     TeacherForced,
@@ -54,7 +55,8 @@ from fewstep.methods import (
 from fewstep.models import Lora
 from fewstep.models.source import Pretrained, Scratch
 from fewstep.models.spec import Spec
-from support_engine import CASES, Everything, small, tiny_model
+from fewstep.world.parts import ByAttribute
+from support_engine import CASES, Everything, Sized, small, tiny_model
 from support_evaluate import guided_teacher
 from support_videos import make_videos
 
@@ -85,6 +87,8 @@ def whole() -> dict[type, Any]:
         StepScales(steps=4),
         ErrorRecycling(past=0.0),
         FreeNoise(),
+        Part(by=ByAttribute(of=2), index=0),
+        ByCentroid(of=2, path="x"),
         *(cls(**{f.name: "x" for f in fields(cls) if f.default is f.default_factory}) for cls in _plain()),
     ]
     for start in starts:
@@ -234,6 +238,7 @@ def test_methods_and_rollouts_read_every_field(unread: Callable[..., set[str]], 
     cases["reweighting"] = DMD2(critic_updates=1, reweighting=Reweighting(reward=MotionReward()))
     cases["feedback"] = DMD2(critic_updates=1, feedback=Feedback(ceiling=0.0, frames=1))
     cases["online pairs"] = PSO(reward=WorldReward(), candidates=3)
+    cases["scorers"] = DMD2(critic_updates=1, scorers=Scorers(real=Sized(width=36), critic=Sized(width=12)))
     recycling = ErrorRecycling(past=0.0)
     cases["recycling"] = FlowMatching(recycling=recycling)
     cases["teacher forced"] = FlowMatching(history=TeacherForced())
@@ -251,7 +256,18 @@ def test_methods_and_rollouts_read_every_field(unread: Callable[..., set[str]], 
             run.student()
 
     assert not unread(
-        (*METHODS, *MATCHINGS, Adversary, *ROLLOUTS, *HISTORIES, *REWARDS, Reweighting, Feedback, ErrorRecycling),
+        (
+            *METHODS,
+            *MATCHINGS,
+            Adversary,
+            Scorers,
+            *ROLLOUTS,
+            *HISTORIES,
+            *REWARDS,
+            Reweighting,
+            Feedback,
+            ErrorRecycling,
+        ),
         action,
     )
 

@@ -21,7 +21,7 @@ from fewstep.diffusion import CFG
 from fewstep.engine import Optim, Parallel, Settings, train
 from fewstep.engine.nets import build_nets
 from fewstep.engine.prepare import prepare
-from fewstep.methods import DMD2, Consistency, Nets, Progressive, Reconstruction
+from fewstep.methods import DMD2, Consistency, Nets, Progressive, Reconstruction, Scorers
 from fewstep.models import Denoiser, Lora, VideoModel, fingerprint
 from fewstep.models.averaging import blend
 from fewstep.models.lora import (
@@ -43,7 +43,7 @@ from support_gaussian import ONE_STEP
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 LORA = Lora(rank=4, alpha=8.0)
-DMD = DMD2(critic_updates=1, weak=0.25)
+DMD = DMD2(critic_updates=1, scorers=Scorers(weak=0.25))
 
 
 @pytest.fixture
@@ -401,7 +401,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"set settings\.lora"):
         prepare(tiny_model(), DMD, data, small(1), tmp_path)
     with pytest.raises(ValueError, match="weak"):
-        DMD2(weak=1.0)
+        Scorers(weak=1.0)
     for cut in (Parallel(shard=2), Parallel(replicate=2), Parallel(offload=True)):
         with pytest.raises(ValueError, match="write checkpointing: true, so that each comes again"):
             prepare(tiny_model(), DMD, data, small(1, lora=LORA, parallel=cut), tmp_path)
@@ -410,7 +410,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
 def test_weak_real_score_shrinks_the_matching_gradient() -> None:
     """At scale 0 it is DMD2's own; at scale 1 real and fake are one score, and nothing is left."""
     model = tiny_model()
-    method = DMD2(guidance=CFG(), rollout=ONE_STEP, weak=0.5)
+    method = DMD2(guidance=CFG(), rollout=ONE_STEP, scorers=Scorers(weak=0.5))
     nets = dict(build_nets(model, method, 0, LORA))
     moved(nets["critic"])
     with torch.no_grad():

@@ -28,6 +28,7 @@ from fewstep.methods import (
     ReadAttributes,
     Reconstruction,
     ReverseKL,
+    Scorers,
     Sync,
     Update,
 )
@@ -172,9 +173,9 @@ def test_dmd2_weighs_the_motion_of_the_same_scores() -> None:
 @pytest.mark.parametrize("weak", [0.0, 0.25])
 def test_dmd2_takes_its_real_score_from_the_weak_role_where_there_is_one(weak: float) -> None:
     nets = Nets({**dmd2_nets(), **asked(real=GaussianTeacher(OTHER, 0.4))})
-    terms(replace(METHOD, weak=weak).student_loss(nets, make_batch(), Rng(0)))
+    terms(replace(METHOD, scorers=Scorers(weak=weak)).student_loss(nets, make_batch(), Rng(0)))
     assert bool(nets["real"].questions) == (weak > 0) == (not nets.teacher.questions)
-    assert ("real" in replace(METHOD, weak=weak).aux()) == (weak > 0)
+    assert ("real" in replace(METHOD, scorers=Scorers(weak=weak)).aux()) == (weak > 0)
 
 
 def test_dmd2_guides_its_critic_in_both_turns_if_told_so() -> None:

@@ -57,6 +57,7 @@ from fewstep.methods import (
     Reweighting,
     Role,
     ScoreImplicit,
+    Scorers,
     Sync,
     TransitionMatching,
 )  # fmt: skip
@@ -99,7 +100,7 @@ CASES: dict[str, Method] = {cls.__name__: cls() for cls in METHODS} | {
     "AdversarialDistillation-block": AdversarialDistillation(adversary=Adversary(head="block", density=Uniform())),
     "DMD2-sid": DMD2(critic_updates=1, matching=Fisher(alpha=1.2), critic_guidance=CFG(scale=3.0)),
     "DMD2-sim": DMD2(critic_updates=1, matching=ScoreImplicit()),
-    "DMD2-weak": DMD2(critic_updates=1, weak=0.25),
+    "DMD2-weak": DMD2(critic_updates=1, scorers=Scorers(weak=0.25)),
     "APT": AdversarialDistillation(
         rollout=BackwardSimulation(grids=((1.0,),)),
         adversary=Adversary(trained=True, clean=True, density=Uniform(), r1=1.0),

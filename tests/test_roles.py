@@ -142,7 +142,7 @@ def test_what_a_role_cannot_be_made_from_is_refused() -> None:
         build_nets(tiny_model(), Wanting(), 0)
     with pytest.raises(ValueError, match=r"layers must be from -2 to 1, .*; got \[5\]"):
         build_nets(tiny_model(), Wanting(role=Heads(layers=(5,))), 0)
-    with pytest.raises(ValueError, match="set settings.lora, or method.weak: 0"):
+    with pytest.raises(ValueError, match="set settings.lora, or method.scorers.weak: 0"):
         prepare(tiny_model(), replace(Wanting(), role=Weak("critic", 0.5)), Everything(), small(2), Path())
 
 

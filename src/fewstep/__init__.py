@@ -10,15 +10,17 @@ if TYPE_CHECKING:
     from fewstep.models.bundle import VideoModel
     from fewstep.pipeline import Pipeline, Stage
     from fewstep.recipe import Recipe, distill
+    from fewstep.students import Students
 
 __version__ = "0.1.0"
-__all__ = ["Pipeline", "Recipe", "RecipeError", "Stage", "VideoModel", "__version__", "distill"]
+__all__ = ["Pipeline", "Recipe", "RecipeError", "Stage", "Students", "VideoModel", "__version__", "distill"]
 
 _HOMES = {
     "Pipeline": "fewstep.pipeline",
     "Stage": "fewstep.pipeline",
     "Recipe": "fewstep.recipe",
     "RecipeError": "fewstep.core.build",
+    "Students": "fewstep.students",
     "VideoModel": "fewstep.models.bundle",
     "distill": "fewstep.recipe",
 }

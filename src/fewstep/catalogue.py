@@ -15,7 +15,7 @@ from fewstep.attention import KEEPS, PATTERNS
 from fewstep.caching import CACHES
 from fewstep.compress import TRANSFORMS
 from fewstep.core.shipped import headline, shipped
-from fewstep.data import DATA
+from fewstep.data import DATA, PARTITIONS
 from fewstep.diffusion import DENSITIES, GRIDS, GUIDANCES, PATHS, SAMPLERS
 from fewstep.engine import Health, Settings, WorldProbe
 from fewstep.methods import HISTORIES, MATCHINGS, METHODS, REWARDS, ROLLOUTS, Adversary, Feedback, Reweighting
@@ -24,6 +24,7 @@ from fewstep.models.known import KNOWN, Known
 from fewstep.models.source import Diffusers, Pretrained, Previous, Scratch
 from fewstep.world.action_clips import WorldActions
 from fewstep.world.data import WorldClips
+from fewstep.world.parts import ByAttribute
 from fewstep.world.script_clips import WorldScripts
 
 KINDS: Mapping[str, tuple[Callable[..., Any], ...]] = MappingProxyType({
@@ -31,6 +32,7 @@ KINDS: Mapping[str, tuple[Callable[..., Any], ...]] = MappingProxyType({
     "models": (Pretrained, Diffusers, Scratch, Previous),
     "networks": NETWORKS,
     "data": (*DATA, WorldClips, WorldScripts, WorldActions),
+    "partitions": (*PARTITIONS, ByAttribute),
     "rollouts": ROLLOUTS,
     "histories": HISTORIES,
     "matchings": MATCHINGS,

@@ -105,7 +105,8 @@ class Pipeline(Written):
                 if isinstance(model, Previous):
                     model, card, begun = Pretrained(source=last), made, None
                 else:
-                    settings, card, begun = replace(settings, start=last), model.card(), made
+                    card = before.card if model == before.recipe.model else model.card()  # it may not be made yet
+                    settings, begun = replace(settings, start=last), made
             recipe = Recipe(model=model, method=stage.method, data=stage.data, settings=settings, probe=stage.probe)
             before = Planned(name, folder, recipe, card, begun)
             yield before

@@ -8,6 +8,7 @@ from fewstep.data.layouts import LAYOUTS, Item
 from fewstep.data.listing import Listing, read_listing
 from fewstep.data.order import draw_indices
 from fewstep.data.pairs import PairPlan, PairsCost, PairsMade, StoredPairs, make_pairs, pairs_cost
+from fewstep.data.parts import PARTITIONS, ByCentroid, Part, Partition, centroids
 from fewstep.data.prepare import Preparation, Prepared, prepare
 from fewstep.data.prompts import Prompts, read_prompts
 from fewstep.data.report import Count, Report
@@ -19,8 +20,9 @@ from fewstep.data.video import Clip, ClipError, Cut, read_clips, read_video, to_
 DATA = (Latents, Prompts, StoredPairs, Videos)
 
 __all__ = [
-    "DATA", "LAYOUTS", "Clip", "ClipError", "Clipped", "Count", "Cut", "Data", "DataError", "Item", "Keep", "Latents", "Listing",
-    "PairPlan", "PairsCost", "PairsMade", "Preparation", "Prepared", "Progress", "Prompts", "Report", "Source",
-    "StoredPairs", "Texts", "Videos", "draw_indices", "make_pairs", "pairs_cost", "prepare", "prepared_clips", "read_clips",
-    "read_listing", "read_prompts", "read_video", "require", "store_texts", "to_floats", "to_pixels", "write_video",
+    "DATA", "LAYOUTS", "PARTITIONS", "ByCentroid", "Clip", "ClipError", "Clipped", "Count", "Cut", "Data", "DataError", "Item",
+    "Keep", "Latents", "Listing", "PairPlan", "PairsCost", "PairsMade", "Part", "Partition", "Preparation", "Prepared",
+    "Progress", "Prompts", "Report", "Source", "StoredPairs", "Texts", "Videos", "centroids", "draw_indices", "make_pairs",
+    "pairs_cost", "prepare", "prepared_clips", "read_clips", "read_listing", "read_prompts", "read_video", "require",
+    "store_texts", "to_floats", "to_pixels", "write_video",
 ]  # fmt: skip

@@ -12,6 +12,7 @@ from fewstep.data.base import Data, DataError, Source, require
 from fewstep.data.images import PictureConditions, Pictured, require_pictures
 from fewstep.data.lines import Lines
 from fewstep.data.order import draw_indices
+from fewstep.data.parts import Part
 from fewstep.data.texts import Texts
 from fewstep.models.bundle import VideoModel
 from fewstep.models.card import Card
@@ -31,6 +32,8 @@ class Prompts(Data):
     text_cache: str = ""
     """Folder for the text states of all prompts. They are encoded once, before training, and read from there; the text
     encoder then needs no place on the training device. Empty: encode each prompt when it is first drawn."""
+    part: Part | None = None
+    """The part of the prompts that is used (MSD, 2410.23274); null: all."""
 
     def check_card(self, card: Card) -> None:
         require_pictures(read_prompts(self.path), card, self.path)
@@ -41,7 +44,9 @@ class Prompts(Data):
         require_pictures(prompts, model.card, self.path)
         pictured = prompts if isinstance(prompts, Pictured) else None
         images = None if pictured is None else PictureConditions(model, pictured, model.card.num_frames)
-        return _PromptSource(model, prompts, Texts(model, needs, self.text_cache, prompts), images)
+        texts = Texts(model, needs, self.text_cache, prompts)
+        rows = range(len(prompts)) if self.part is None else self.part.rows(prompts, texts.states)
+        return _PromptSource(model, prompts, rows, texts, images)
 
 
 def read_prompts(path: str | Path) -> Sequence[str]:
@@ -62,11 +67,13 @@ def read_prompts(path: str | Path) -> Sequence[str]:
 class _PromptSource:
     model: VideoModel
     prompts: Sequence[str]
+    rows: Sequence[int]
+    """Places of the prompts that are drawn."""
     texts: Texts
     images: PictureConditions | None
 
     def batch(self, size: int, rng: Rng) -> Batch:
-        indices = draw_indices(len(self.prompts), size, rng)
+        indices = [self.rows[i] for i in draw_indices(len(self.rows), size, rng)]
         chosen = tuple(self.prompts[i] for i in indices)
         cond, uncond = self.texts(chosen, rng.device)
         if self.images is not None:

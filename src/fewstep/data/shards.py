@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,6 +10,7 @@ from fewstep.core import Batch, Rng
 from fewstep.data.base import Data, DataError, Source, require
 from fewstep.data.images import require_stored
 from fewstep.data.order import draw_indices
+from fewstep.data.parts import Part
 from fewstep.data.store import ShardReader, read_manifest
 from fewstep.data.texts import Texts
 from fewstep.models.bundle import VideoModel
@@ -28,6 +30,8 @@ class Latents(Data):
     path: str
     text_cache: str = ""
     """Folder for the text states of all captions, as in Prompts. Empty: encode each caption when it is first drawn."""
+    part: Part | None = None
+    """The part of the captions whose clips are used, as in Prompts; null: all."""
 
     def check_card(self, card: Card) -> None:
         settings = read_manifest(self.path, "latents")["settings"]
@@ -63,7 +67,8 @@ class Latents(Data):
         self.check(model)
         reader = ShardReader(self.path, "latents")
         texts = Texts(model, needs, self.text_cache, reader.captions)
-        return _LatentSource(reader, texts, "x0" in needs, image_names(model))
+        rows = range(len(reader)) if self.part is None else self.part.rows(reader.captions, texts.states)
+        return _LatentSource(reader, rows, texts, "x0" in needs, image_names(model))
 
 
 def _size(clip: dict[str, int]) -> str:
@@ -73,13 +78,15 @@ def _size(clip: dict[str, int]) -> str:
 @dataclass(frozen=True)
 class _LatentSource:
     reader: ShardReader
+    rows: Sequence[int]
+    """Places of the clips that are drawn."""
     texts: Texts
     wants_x0: bool
     images: tuple[str, ...]
     """Names of the conditions made from images."""
 
     def batch(self, size: int, rng: Rng) -> Batch:
-        indices = draw_indices(len(self.reader), size, rng)
+        indices = [self.rows[i] for i in draw_indices(len(self.rows), size, rng)]
         prompts = tuple(self.reader.row(i)["caption"] for i in indices)
         images = {name: self.reader.read(name, indices) for name in self.images}
         cond, uncond = (each.with_extra(images).to(rng.device) for each in self.texts(prompts, rng.device))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 from torch import nn
@@ -65,7 +66,7 @@ def build_for(
 ) -> Nets:
     """The networks as `settings` keep them: frozen ones narrow, if it says so (`settings.frozen`). `settle` is then told of
     each frozen network that has its final type, before adapters borrow its weights."""
-    frozen = {"teacher": model} | {role: other for role, other in others.items() if role in sources(method)}
+    frozen = {"teacher": model} | {role: other for role, other in others.items() if role in lenders(method)}
     if settings.lora is not None:
         _settle({**frozen, **others}, settings, settle)
     nets = build_nets(model, method, settings.seed, settings.lora, device, others)
@@ -83,8 +84,14 @@ def _settle(models: Mapping[str, VideoModel], settings: Settings, settle: Callab
 
 
 def sources(method: Method) -> dict[str, ModelSource]:
-    """Where the method's frozen networks of other models come from, by role."""
+    """Where the method's networks of other models come from, by role."""
     return {name: role.source for name, role in method.aux().items() if role.source is not None}
+
+
+def lenders(method: Method) -> tuple[str, ...]:
+    """Roles that stay what a whole model was when the run began: the teacher, and frozen networks of other models."""
+    aux = method.aux()
+    return "teacher", *(name for name, role in aux.items() if role.source is not None and not role.trainable)
 
 
 def origin(method: Method, role: str, stored: Collection[str]) -> str:
@@ -101,18 +108,35 @@ def starts(settings: Settings) -> dict[str, ModelSource]:
 
 
 def require_alike(method: Method, card: Card) -> None:
-    """Refuse (ValueError) another model if its networks cannot read the latents or text states of this run's model."""
-    for role, source in sources(method).items():
-        other = source.card()
+    """Refuse (ValueError) another model if its networks cannot read what this run's model makes: latents, text states, and
+    noise on its path. One that sees single frames may have a path of its own."""
+    for role, made in method.aux().items():
+        if made.source is None:
+            continue
+        other, like = made.source.card(), replace(card, num_frames=1) if made.stills else card
         if "denoiser" not in other.parts:
-            raise ValueError(f"method.{role}: {other.name!r} has no denoiser; it has {', '.join(other.parts)}")
-        here, there = ((latent_shape_of(c) or (None,))[0] for c in (card, other))
-        for what, mine, its in (("latents", here, there), ("text states", text_width_of(card), text_width_of(other))):
-            if None not in (mine, its) and mine != its:
+            raise ValueError(f"the method's {role}: {other.name!r} has no denoiser; it has {', '.join(other.parts)}")
+        mine, theirs = _facts(card, like), _facts(other, like)
+        if not made.stills:
+            mine |= {"the path": card.path, "first frames as input:": "image" in card.parts}
+            theirs |= {"the path": other.path, "first frames as input:": "image" in other.parts}
+        for what, its in theirs.items():
+            if its != mine.get(what, its):
                 raise ValueError(
-                    f"method.{role}: {other.name!r} has {what} of width {its}, and {card.name!r} of width {mine}; "
-                    "give a model that was trained with the same autoencoder and text encoder"
+                    f"the method's {role}: {other.name!r} has {what} {its}, and {card.name!r} {mine[what]}; give a model that "
+                    "was trained with the same autoencoder and text encoder, on the same noise path"
                 )
+
+
+def _facts(card: Card, like: Card) -> dict[str, object]:
+    """What networks that read the same latents and text states have in common, for clips of the size of `like`."""
+    facts: dict[str, object] = {}
+    if "codec" in card.parts:
+        size = {"num_frames": like.num_frames, "height": like.height, "width": like.width}
+        facts["latents of shape"] = latent_shape_of(replace(card, **size))  # type: ignore[arg-type]
+    if "text" in card.parts:
+        facts |= {"a text encoder": card.parts["text"].type, "text states of width": text_width_of(card)}
+    return facts
 
 
 def trained_roles(method: Method, steps: int) -> tuple[str, ...]:

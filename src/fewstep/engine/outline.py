@@ -20,7 +20,7 @@ from fewstep.core.ledger import Ledger
 from fewstep.engine.health.measure import decode
 from fewstep.engine.health.monitor import judge_of, unexamined
 from fewstep.engine.memory import FLOAT, Holding, Phase, Plan
-from fewstep.engine.nets import build_for, looked_at, origin, sources, starts, trained_roles
+from fewstep.engine.nets import build_for, lenders, looked_at, origin, sources, starts, trained_roles
 from fewstep.engine.optim import begin, chosen, require_named, state_bytes
 from fewstep.engine.precision import autocast, float32
 from fewstep.engine.preview import CLIPS
@@ -55,8 +55,8 @@ class Outline:
     settings: Settings
     nets: Nets
     frames: int
-    base: nn.Module
-    """What the student begins as: with adapters, the frozen network that they belong to."""
+    bases: Mapping[str, nn.Module]
+    """What the student, and trained roles of other models, begin as: with adapters, the frozen networks that they belong to."""
     probed: int
     """Clips that a probe generates at once; 0: no probe."""
     mode: FakeTensorMode = field(repr=False)
@@ -67,14 +67,17 @@ class Outline:
         model = outline(card)
         others = {role: outline(source.card()) for role, source in {**sources(method), **starts(settings)}.items()}
         others = {**with_student(model, settings, others)}
-        base = others.get("student", model).part(method.part)
+        bases = {"student": others.get("student", model).part(method.part)}
+        bases |= {role: others[role].denoiser for role in sources(method)}
         nets = build_for(settings, model, method, others)
         for role in trained_roles(method, settings.steps):
             require_named(nets[role], settings.optim_of(role))
-        for network in {id(network): network for network in (*model.parts.values(), *nets.values(), base)}.values():
+        for network in {
+            id(network): network for network in (*model.parts.values(), *nets.values(), *bases.values())
+        }.values():
             imagine(network, mode)
         return cls(
-            model=model, method=method, settings=settings, nets=nets, base=base, frames=frames or card.num_frames,
+            model=model, method=method, settings=settings, nets=nets, bases=bases, frames=frames or card.num_frames,
             probed=probed, mode=mode,
         )  # fmt: skip
 
@@ -93,12 +96,13 @@ class Outline:
             whole = self.settings.lora is None
             gathered = _gathered(network) if whole else 0
             held = replace(_holding(role, network, optim), gathered=gathered, idles=whole)
-            yield self._lent(held, network) if role in {"teacher", *sources(self.method)} else held
+            yield self._lent(held, network) if role in lenders(self.method) else held
             if role == "student" and self.settings.ema > 0:
                 average = _holding("student average", network)
                 yield replace(average, gathered=gathered, idles=whole)
-        if not any(self.base is network for network in self.nets.values()):
-            yield self._lent(replace(_holding("student's base", self.base), idles=False), self.base)
+        for role, base in self.bases.items():
+            if not any(base is network for network in self.nets.values()):
+                yield self._lent(replace(_holding(f"{role}'s base", base), idles=False), base)
         for name, part in self.model.parts.items():
             if name != self.method.part:
                 yield replace(_holding(name, part), idles=False)
@@ -172,8 +176,8 @@ class Outline:
         before, own = ledger.left("gradients"), max(flows)  # one of the flows is there, where its block runs
         parked = max(0, ledger.peak - ledger.left("flows") - own)
         before_parked = max(0, before - ledger.left("flows", "gradients") - own)
-        lender = {"teacher", *sources(self.method)} if self.settings.lora is not None else set()
-        reads = frozenset(ledger.reads | set(update.roles) | lender)
+        lent = lenders(self.method) if self.settings.lora is not None else ()
+        reads = frozenset(ledger.reads | {*update.roles, *lent})
         return Phase(
             reads=reads, gradients=gradients, activations=activations, parked=parked, before=before,
             before_parked=before_parked, flops=ledger.flops,

@@ -27,7 +27,7 @@ from fewstep.engine.health.monitor import watching
 from fewstep.engine.heap import keep_freed_memory
 from fewstep.engine.memory import EIGHT_BIT
 from fewstep.engine.mesh import Processes, join, require_mesh
-from fewstep.engine.nets import build_for, origin, require_alike, sources, starts, trained_roles
+from fewstep.engine.nets import build_for, lenders, origin, require_alike, sources, starts, trained_roles
 from fewstep.engine.offload import Shelf
 from fewstep.engine.optim import RoleOptimizer
 from fewstep.engine.phases import require_experts
@@ -207,7 +207,7 @@ def require_possible(method: Method, settings: Settings, card: Card, probe: Prob
     require_same(method, settings, card)
     require_clips(method, card)
     require_going_on(method, settings)
-    for role in {"teacher", *sources(method)}.intersection(roles):
+    for role in set(lenders(method)).intersection(roles):
         raise ValueError(
             f"{name} trains the {role}, which stays frozen; make a role that is a Copy of it and train that"
         )

@@ -81,6 +81,14 @@ def require_transformable(method: Method, settings: Settings, card: Card) -> Non
             f"settings.transforms: {idle[0]} begins without effect, and with settings.lora nothing but adapters is trained; "
             "leave out one of the two"
         )
+    own = {"student"} if settings.transforms else set()
+    for target, source in synced(method, settings.steps):
+        if origin(method, target, {*own, *others}) != origin(method, source, {*own, *others}):
+            what = "has the student's transforms" if own else "is another model"
+            raise ValueError(
+                f"{name} copies weights of the {source} into the {target}, and only one of them {what}; make the one a Copy of "
+                "the other"
+            )
     if not settings.transforms:
         return
     counts = method.contract(card.contract).counts
@@ -92,12 +100,6 @@ def require_transformable(method: Method, settings: Settings, card: Card) -> Non
                 f"{type(transform).__name__} a default"
             )
         transform.check(counts)
-    for target, source in synced(method, settings.steps):
-        if origin(method, target, {"student"}) != origin(method, source, {"student"}):
-            raise ValueError(
-                f"settings.transforms: {name} copies weights of the {source} into the {target}, and only one of them has the "
-                "student's transforms; make the one a Copy of the other"
-            )
     if "denoiser" in card.parts:
         try:
             sketch("denoiser", replace(card, transforms=every))

@@ -29,6 +29,7 @@ from fewstep.methods.rollouts import (
     SelfForced,
     StreamingLong,
 )
+from fewstep.methods.scorers import Scorers
 from fewstep.methods.self_adversarial import SelfAdversarial
 from fewstep.methods.work import Work, in_forwards
 
@@ -43,8 +44,8 @@ __all__ = [
     "AdversarialDistillation", "Adversary", "Alternating", "BackwardSimulation", "Consistency", "Copy", "Decoder",
     "DiffusionForced", "ErrorRecycling", "FDivergence", "Feedback", "Fisher", "FlowMatching", "FromData", "FromPairs",
     "Heads", "History", "Judge", "KnowledgeDistillation", "Making", "Matching", "Method", "MomentMatching", "MotionReward",
-    "MovingBuffer", "Nets", "Other", "Progressive", "ProgressiveAdversarial", "ReadAttributes", "Reconstruction", "ReverseKL",
-    "Reward", "Reweighting", "Role", "Rolled", "RollingForced", "Rollout", "ScoreImplicit", "SelfAdversarial", "SelfForced",
-    "StreamingLong", "Sync", "TeacherForced", "TransitionMatching", "TwinFlow", "Update", "Weak", "WholeClip", "Work",
-    "WorldReward", "in_forwards",
+    "MovingBuffer", "Nets", "Other", "Progressive", "ProgressiveAdversarial", "ReadAttributes", "Reconstruction",
+    "ReverseKL", "Reward", "Reweighting", "Role", "Rolled", "RollingForced", "Rollout", "ScoreImplicit", "Scorers",
+    "SelfAdversarial", "SelfForced", "StreamingLong", "Sync", "TeacherForced", "TransitionMatching", "TwinFlow", "Update",
+    "Weak", "WholeClip", "Work", "WorldReward", "in_forwards",
 ]  # fmt: skip

@@ -91,9 +91,9 @@ class AVDM2(Method):
         return "image_critic" if self.score == "frames" else "critic"
 
     def aux(self) -> dict[str, Role]:
-        roles: dict[str, Role] = {} if self.image_teacher is None else {"image_teacher": Other(self.image_teacher)}
+        image = {} if self.image_teacher is None else {"image_teacher": Other(self.image_teacher, stills=True)}
         critic = {} if self.score == "none" else {self.fake: Copy(self.real)}
-        return roles | critic | (self.adversary.roles if self.adversary else {})
+        return {**image, **critic} | (self.adversary.roles if self.adversary else {})
 
     def updates(self, step: int) -> Iterator[Update]:
         trained = tuple(role for role, made in self.aux().items() if made.trainable)

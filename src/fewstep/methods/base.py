@@ -141,9 +141,11 @@ class Method(ABC):
 
     @property
     def critic(self) -> str | None:
-        """The role that learns the student's distribution: a copy of a network, trained beside it. None: no such role."""
+        """The role that learns the student's distribution: a denoiser that was trained before, and is trained beside it. None: no
+        such role."""
         trained = {role for event in self.updates(0) if isinstance(event, Update) for role in event.roles}
-        return next((role for role, made in self.aux().items() if made.origin is not None and role in trained), None)
+        started = (role for role, made in self.aux().items() if made.origin is not None or made.source is not None)
+        return next((role for role in started if role in trained), None)
 
     @abstractmethod
     def updates(self, step: int) -> Iterator[Update | Sync]:

@@ -31,8 +31,9 @@ from fewstep.methods.adversary import Adversary
 from fewstep.methods.base import Method, Nets, Sync, Update, judged
 from fewstep.methods.matching import Matching, ReverseKL, Scores
 from fewstep.methods.rewards import Feedback, Reweighting
-from fewstep.methods.roles import Copy, Role, Weak
+from fewstep.methods.roles import Role
 from fewstep.methods.rollouts import BackwardSimulation, FromPairs, Rollout
+from fewstep.methods.scorers import Scorers
 from fewstep.methods.work import Work
 
 
@@ -48,6 +49,8 @@ class DMD2(Method):
     """How the difference of teacher and critic becomes a loss; DMD2's own is the reverse KL."""
     guidance: CFG = CFG(scale=3.0)
     """Guidance of the teacher; it is distilled into the student. The critic uses none."""
+    scorers: Scorers = Scorers()
+    """Teacher and critic, if they are other models than the student's, such as larger ones; or a weakened teacher."""
     critic_updates: Count = 5
     """Critic updates per student update, all in one iteration."""
     critic_guidance: CFG = CFG()
@@ -64,8 +67,6 @@ class DMD2(Method):
     """Clips that its reward prefers count more in line 5 (Re-DMD, 2512.04678); null: all alike."""
     feedback: Feedback | None = None
     """The gradient of a reward beside the matching (T2V-Turbo, 2405.18750); null: none."""
-    weak: Part = 0.0
-    """Share of the critic's adapters added to the teacher for the real score (MagicDistillation: 0.25); 0: none. Needs LoRA."""
     align: Part = 0.0
     """Share of the student's weights that the critic takes after each update of the student (SenseFlow: 0.03); 0: none."""
     anchor: Amount = 0.0
@@ -91,9 +92,7 @@ class DMD2(Method):
         return frozenset(own | self.rollout.needs).union(*(held.needs for held in self.held))
 
     def aux(self) -> dict[str, Role]:
-        roles: dict[str, Role] = {"critic": Copy("teacher")}
-        roles |= {"real": Weak("critic", self.weak)} if self.weak > 0 else {}
-        return roles | {name: role for held in self.held for name, role in held.roles.items()}
+        return self.scorers.roles | {name: role for held in self.held for name, role in held.roles.items()}
 
     def updates(self, step: int) -> Iterator[Update | Sync]:
         trained = tuple(role for role, made in self.aux().items() if made.trainable)
@@ -137,14 +136,14 @@ class DMD2(Method):
     def scores(self, nets: Nets, judges: Nets, shown: Batch) -> Scores:
         """Teacher (real) and critic (fake), as they judge the clips of a batch, and the discriminator."""
         logits = partial(self.adversary.logits, nets, cond=shown.cond) if self.adversary else None
-        real = judges.real if self.weak > 0 else judges.teacher
+        real = judges.real if self.scorers.real or self.scorers.weak > 0 else judges.teacher
         return Scores(real, judges.critic, self.guidance, shown.cond, shown.uncond, self.critic_guidance, logits)
 
     def cost(self) -> tuple[Work, ...]:
         turns, back, critic = self.critic_updates, self.matching.backward, self.critic_guidance.passes
         return (
             Work("student", turns * self.rollout.calls + self.rollout.work + (3 if self.anchor > 0 else 0)),
-            Work("real" if self.weak > 0 else "teacher", self.matching.teacher_calls(self.guidance)),
+            Work(self.scorers.role, self.matching.teacher_calls(self.guidance)),
             Work("critic", (3 * turns + 1 + back) * critic),
             *((self.adversary.work(turns),) if self.adversary else ()),
         )

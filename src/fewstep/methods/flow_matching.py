@@ -10,13 +10,13 @@ Lipman et al., Flow Matching for Generative Modeling, 2210.02747; condition drop
 Not from the paper: any path and prediction kind; times are stratified over the batch; some iterations use single frames, so
 that the model is an image model too (1 latent frame), which adversarial and image-teacher methods need. `recycling` (Stable Video
 Infinity, 2510.09212) adds the model's own earlier errors to x0, eps and what is read of earlier chunks, with the target of the
-clean x0.
+clean x0. `imitated` puts what another model predicts for x_t and c in place of x0 and eps in line 4.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -29,8 +29,10 @@ from fewstep.methods.base import Method, Nets, Update
 from fewstep.methods.frames import fold_frames
 from fewstep.methods.histories import History, TeacherForced, WholeClip
 from fewstep.methods.recycling import ErrorRecycling, Errors, plus
+from fewstep.methods.roles import Other, Role
 from fewstep.methods.targets import denoising
 from fewstep.methods.work import Work
+from fewstep.models.source import ModelSource
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,9 @@ class FlowMatching(Method):
     """What is read of earlier chunks, for a model that streams."""
     recycling: ErrorRecycling | None = None
     """Train on the model's own errors, too, for long streams; null: on data alone."""
+    imitated: ModelSource | None = None
+    """Model whose prediction is the target in line 4: teacher score matching (MSD, 2410.23274), with which a network of another
+    size begins that cannot copy its teacher's weights. null: the clip and the noise."""
 
     def __post_init__(self) -> None:
         require_bounds(self)
@@ -62,9 +67,17 @@ class FlowMatching(Method):
                 "write recycling.past: 0"
             )
 
+        if self.imitated is not None and (self.history.stream is not None or self.recycling is not None):
+            raise ValueError(
+                "another model is imitated on whole clips with one time; leave out history and recycling, or write imitated: null"
+            )
+
     @property
     def needs(self) -> frozenset[str]:
         return frozenset({"prompts", "x0"})
+
+    def aux(self) -> dict[str, Role]:
+        return {} if self.imitated is None else {"imitated": Other(self.imitated)}
 
     @property
     def carries(self) -> bool:
@@ -89,6 +102,10 @@ class FlowMatching(Method):
         if self.recycling is not None:
             ideal = prediction.with_raw(target(prediction.kind, x0, eps, t, prediction.path))
             self.recycling.keep(batch.require("carried"), prediction, ideal, errors, lengths, rng)
+        if self.imitated is not None:
+            with torch.no_grad():
+                seen = nets.imitated(prediction.x_t, t, cond)
+            x0, eps = seen.x0, seen.eps
         yield {"flow": denoising(prediction, x0, eps, weights(t))}  # 4
 
     def contract(self, teacher: Contract) -> Contract:
@@ -97,7 +114,13 @@ class FlowMatching(Method):
     def cost(self) -> tuple[Work, ...]:
         images = Work("student", 3 * self.image_fraction, frames=self.images_per_clip)
         clips = Work("student", 3 * self.history.calls * (1 - self.image_fraction))
-        return tuple(work for work in (clips, images) if work.forwards > 0)
+        own = tuple(work for work in (clips, images) if work.forwards > 0)
+        seen = (
+            ()
+            if self.imitated is None
+            else (replace(each, role="imitated", forwards=each.forwards / 3) for each in own)
+        )
+        return *own, *seen
 
 
 def drop(cond: Cond, uncond: Cond, probability: float, rng: Rng) -> Cond:

@@ -69,6 +69,11 @@ class Role(ABC):
         """Whether an update may train it."""
         return True
 
+    @property
+    def stills(self) -> bool:
+        """Whether it and its copies see single frames, noised on a path of their own; else what the run's model sees."""
+        return False
+
     def check(self, lora: Lora | None) -> None:  # noqa: B027 - most roles exist with adapters and without
         """Refuse (ValueError) a run with whole networks (`lora` None), or with these adapters, if the role cannot be made."""
 
@@ -169,7 +174,7 @@ class Weak(Role):
     def check(self, lora: Lora | None) -> None:
         if lora is None:
             raise ValueError(
-                "a weakened network needs adapters, and this run has none; set settings.lora, or method.weak: 0"
+                "a weakened network needs adapters, and this run has none; set settings.lora, or method.scorers.weak: 0"
             )
 
     def make(self, name: str, making: Making) -> nn.Module:
@@ -178,9 +183,12 @@ class Weak(Role):
 
 @dataclass(frozen=True)
 class Other(Role):
-    """A frozen role: the denoiser of another model, which must use the same latents and text states."""
+    """The denoiser of another model of any size, which must use the same latents and text states."""
 
     model: ModelSource
+    frozen: bool = True
+    """Whether it stays what that model is; else it is trained."""
+    stills: bool = False
 
     @property
     def source(self) -> ModelSource:
@@ -188,10 +196,14 @@ class Other(Role):
 
     @property
     def trainable(self) -> bool:
-        return False
+        return not self.frozen
 
     def make(self, name: str, making: Making) -> nn.Module:
-        return making.others[name].denoiser
+        """The network itself; if it is trained with `lora`, adapters over it."""
+        network = making.others[name].denoiser
+        if self.frozen or making.lora is None:
+            return network
+        return adapt(network, making.lora, Rng(making.seed).fold(f"lora/{name}"))
 
 
 @dataclass(frozen=True)

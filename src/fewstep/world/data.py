@@ -14,9 +14,11 @@ from fewstep.core.bounds import Natural, Size
 from fewstep.data.base import Data, DataError, Source
 from fewstep.data.clipped import Clipped
 from fewstep.data.images import require_text_alone
+from fewstep.data.parts import Part
 from fewstep.data.texts import Texts
 from fewstep.models import Card, VideoModel
-from fewstep.world.grammar import Scene, paraphrase, sample_scenes
+from fewstep.world.grammar import Scene, describe, paraphrase, sample_scenes
+from fewstep.world.parts import ByAttribute
 from fewstep.world.renderer import CANVAS, Variation, render
 
 AT_ONCE = 64
@@ -40,6 +42,13 @@ class WorldClips(Data):
     style: Literal["plain", "neon"] = "plain"
     """Drawing style: `plain` has filled shapes, as in the built-in teacher's training; `neon` has light outlines on black."""
 
+    part: Part | None = None
+    """The part of the prompts that is used (MSD, 2410.23274), such as that of some shapes (`ByAttribute`); null: all."""
+
+    def __post_init__(self) -> None:
+        if self.part is not None and not isinstance(self.part.by, ByAttribute):
+            raise ValueError(f"clips of the built-in world are divided ByAttribute, not {type(self.part.by).__name__}")
+
     def check_card(self, card: Card) -> None:
         require_text_alone(card, "WorldClips")
         if (card.height, card.width) != (CANVAS, CANVAS):
@@ -57,6 +66,16 @@ class WorldClips(Data):
     def check(self, model: VideoModel) -> None:
         self.check_card(model.card)
 
+    def scenes(self, count: int, generator: torch.Generator) -> list[Scene]:
+        """Draw scenes, uniform among those of the part."""
+        if self.part is None:
+            return sample_scenes(count, generator)
+        kept: list[Scene] = []
+        while len(kept) < count:
+            drawn = sample_scenes(count, generator)
+            kept += [scene for scene in drawn if self.part.by.part(describe(scene)) == self.part.index]
+        return kept[:count]
+
     def open(self, model: VideoModel, needs: frozenset[str]) -> Source:
         if self.pool and needs & {"frames", "labels"}:
             raise ValueError("a pool keeps only latents, and this method needs frames or labels; write data.pool: 0")
@@ -73,7 +92,7 @@ class _Stream:
 
     def batch(self, size: int, rng: Rng) -> Batch:
         generator = rng.local("world")
-        scenes = sample_scenes(size, generator)
+        scenes = self.data.scenes(size, generator)
         prompts = tuple(paraphrase(scene, generator) for scene in scenes)
         frames = None
         if self.needs & {"frames", "x0"}:
@@ -100,7 +119,7 @@ class _Pool:
         for start in range(0, data.pool, AT_ONCE):
             generator = Rng(data.pool_seed, step=start).local("pool")
             count = min(AT_ONCE, data.pool - start)
-            scenes = sample_scenes(count, generator)
+            scenes = data.scenes(count, generator)
             frames = render(scenes, Variation.sample(count, generator), data.num_frames, style=data.style).to(
                 model.device
             )

@@ -25,7 +25,7 @@ from fewstep.engine.health.record import Check, Record
 from fewstep.engine.health.verdict import judge, lags
 from fewstep.engine.health.vitals import Baselines, Verdict, Vitals, figures
 from fewstep.engine.mesh import Processes
-from fewstep.engine.nets import origin, sources, starts
+from fewstep.engine.nets import lenders, origin, sources, starts
 from fewstep.engine.preview import sheet
 from fewstep.engine.settings import Health, Settings
 from fewstep.engine.student import untrained
@@ -46,7 +46,7 @@ class Start:
     grid: str
     clips: Sampled
     error: float | None
-    """Error of the judge on these clips; None for a method without a critic."""
+    """Error of what the critic started as on these clips; None for a method without a critic."""
 
 
 @dataclass
@@ -200,7 +200,7 @@ class Monitor:
         return accuracy | ({"cosine": self.uncompared} if len(self.names) > 1 and self.uncompared else {})
 
     def _critic(self, sampled: Sampled, grid: str, contract: Contract) -> tuple[float | None, float | None]:
-        """The critic's error relative to its judge's on new samples, and this figure relative to the one on old samples.
+        """The critic's error on new samples, relative to that of what it started as; and this, relative to the same on old ones.
 
         Both networks get what the method gives them: whole clips, or some frames of each.
         """
@@ -209,7 +209,7 @@ class Monitor:
             return None, None
         self.nets.roles[self.method.critic].eval()
         critic: Predictor = self.nets[self.method.critic]
-        mine, theirs = self._errors((critic, self._judge), sampled)
+        mine, theirs = self._errors((critic, self._unlearnt), sampled)
         old = self._errors((critic,), start.clips)[0] / max(start.error, 1e-12)
         fresh = mine / max(theirs, 1e-12)
         return fresh, fresh / max(old, 1e-12)
@@ -219,10 +219,17 @@ class Monitor:
 
     @property
     def _judge(self) -> Predictor:
-        """The network whose score the student follows and from which the critic started: the teacher, or another model's
-        denoiser."""
+        """The network whose score the student follows: the teacher, or another model's denoiser."""
         judge: Predictor = self.nets[judge_of(self.method)]
         return judge
+
+    @property
+    def _unlearnt(self) -> Predictor:
+        """The frozen network that the critic started as; the judge, if the critic started as a model that is not kept."""
+        method = self.method
+        begun = origin(method, method.critic or "teacher", sources(method))
+        unlearnt: Predictor = self.nets[begun if begun in lenders(method) else judge_of(method)]
+        return unlearnt
 
     @property
     def _single(self) -> int:
@@ -242,7 +249,7 @@ class Monitor:
     def _start(self, grid: str, contract: Contract) -> Start:
         if self.start is None or self.start.grid != grid:
             clips = self.gauge.sample(_sampled_as(self._begun(), contract), contract.counts)
-            error = None if self.method.critic is None else self._errors((self._judge,), clips)[0]
+            error = None if self.method.critic is None else self._errors((self._unlearnt,), clips)[0]
             self.start = Start(grid, clips, error)
         return self.start
 
@@ -334,8 +341,8 @@ def unexamined(model: VideoModel, method: Method, settings: Settings) -> str:
 
 
 def judge_of(method: Method) -> str:
-    """The frozen role that the critic started from, and to which guidance applies; the teacher if there is no critic."""
-    return origin(method, method.critic or "teacher", sources(method))
+    """The frozen role whose score the student follows, and to which guidance applies: another model's, or the teacher."""
+    return next((role for role in lenders(method) if role != "teacher"), "teacher")
 
 
 def trained(method: Method, step: int) -> tuple[str, ...]:

@@ -30,8 +30,9 @@ from fewstep.core.bounds import Count, Positive, require_bounds
 from fewstep.diffusion import CFG, DDIM, Contract, shifted, uniform_grid
 from fewstep.methods import targets
 from fewstep.methods.base import Method, Nets, Update
-from fewstep.methods.roles import Copy, Role
+from fewstep.methods.roles import Role
 from fewstep.methods.rollouts import student_contract
+from fewstep.methods.scorers import Scorers
 from fewstep.methods.work import Work
 
 LEAST = 1e-3
@@ -50,6 +51,8 @@ class MomentMatching(Method):
     """Shift of the time grid; 1: none."""
     guidance: CFG = CFG(scale=3.0)
     """Guidance of the teacher; it is distilled into the student. The critic uses none."""
+    scorers: Scorers = Scorers()
+    """Teacher and critic, if they are other models than the student's, such as larger ones."""
     critic_updates: Count = 1
     """Critic updates per student update, all in one iteration."""
 
@@ -63,7 +66,7 @@ class MomentMatching(Method):
         return frozenset({"prompts", "x0"})
 
     def aux(self) -> dict[str, Role]:
-        return {"critic": Copy("teacher")}
+        return self.scorers.roles
 
     def updates(self, step: int) -> Iterator[Update]:
         for k in range(self.critic_updates):
@@ -73,14 +76,14 @@ class MomentMatching(Method):
     def critic_loss(self, turn: int, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Losses]:
         with torch.no_grad():
             x, x_s, s = self.stepped(nets, batch, rng.fold(f"critic/{turn}"))
-            real = self.guidance(nets.teacher, x_s, s, batch.cond, batch.uncond).x0
+            real = self.guidance(nets[self.scorers.role], x_s, s, batch.cond, batch.uncond).x0
         fake = nets.critic(x_s, s, batch.cond).x0
         yield {"moments": targets.mse(fake, x) + targets.mse(fake, real)}  # 3
 
     def student_loss(self, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Losses]:
         x, x_s, s = self.stepped(nets, batch, rng.fold("student"))
         with torch.no_grad():
-            real = self.guidance(nets.teacher, x_s, s, batch.cond, batch.uncond).x0
+            real = self.guidance(nets[self.scorers.role], x_s, s, batch.cond, batch.uncond).x0
             fake = nets.critic(x_s, s, batch.cond).x0
         yield {"matching": targets.distribution_matching(x, real, fake)}  # 4
 
@@ -101,6 +104,6 @@ class MomentMatching(Method):
         turns = self.critic_updates
         return (
             Work("student", turns + 3),
-            Work("teacher", (turns + 1) * self.guidance.passes),
+            Work(self.scorers.role, (turns + 1) * self.guidance.passes),
             Work("critic", 3 * turns + 1),
         )

@@ -36,8 +36,9 @@ from fewstep.diffusion import CFG, NoisePath, from_x0
 from fewstep.methods import targets
 from fewstep.methods.base import Method, Nets, Update
 from fewstep.methods.matching import Matching, Noised, ReverseKL, Scores
-from fewstep.methods.roles import Copy, Role
+from fewstep.methods.roles import Role
 from fewstep.methods.rollouts import BackwardSimulation, Rolled
+from fewstep.methods.scorers import Scorers
 from fewstep.methods.work import Work
 
 
@@ -53,6 +54,8 @@ class TDM(Method):
     """The student's sampler, which must be deterministic."""
     guidance: CFG = CFG(scale=3.0)
     """Guidance of the teacher; it is distilled into the student. The critic uses none."""
+    scorers: Scorers = Scorers()
+    """Teacher and critic, if they are other models than the student's, such as larger ones."""
     matching: Matching = ReverseKL()
     """How the difference of teacher and critic becomes a loss."""
     critic_updates: Count = 1
@@ -76,7 +79,7 @@ class TDM(Method):
         return frozenset({"prompts"} | self.rollout.needs)
 
     def aux(self) -> dict[str, Role]:
-        return {"critic": Copy("teacher")}
+        return self.scorers.roles
 
     def updates(self, step: int) -> Iterator[Update]:
         for k in range(self.critic_updates):
@@ -93,7 +96,7 @@ class TDM(Method):
     def student_loss(self, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Losses]:
         rng = rng.fold("student")
         noised, _ = self.noised(self.rollout(nets.student, batch, rng, grad=True), nets.teacher.path, rng)  # 4
-        scores = Scores(nets.teacher, nets.critic, self.guidance, batch.cond, batch.uncond)
+        scores = Scores(nets[self.scorers.role], nets.critic, self.guidance, batch.cond, batch.uncond)
         yield {"matching": self.matching.loss(noised, scores)}  # 5
 
     def noised(self, rolled: Rolled, path: NoisePath, rng: Rng) -> tuple[Noised, Tensor]:
@@ -112,7 +115,7 @@ class TDM(Method):
         student = Work("student", turns * self.rollout.calls + self.rollout.work)
         return (
             student,
-            Work("teacher", self.matching.teacher_calls(self.guidance)),
+            Work(self.scorers.role, self.matching.teacher_calls(self.guidance)),
             Work("critic", 3 * turns + 1 + back),
         )
 
