@@ -31,6 +31,7 @@ from fewstep.methods import (
     Alternating,
     BackwardSimulation,
     FlowMatching,
+    LatentPixel,
     Method,
     MomentMatching,
     MotionReward,
@@ -38,6 +39,7 @@ from fewstep.methods import (
     ProgressiveAdversarial,
     ReadAttributes,
     SelfAdversarial,
+    TimeAwareDistillation,
     WorldReward,
 )
 from fewstep.methods.rollouts import NESTED
@@ -109,6 +111,8 @@ CASES: Mapping[str, Method] = {cls.__name__: cls() for cls in METHODS} | {
     "MomentMatching": MomentMatching(steps=(1, 2)),
     "TDM": TDM(rollout=BackwardSimulation(grids=TWO_GRIDS.grids, mode="ode")),
     "AdversarialDistillation": AdversarialDistillation(distillation=2.5, regression=0.1),
+    "LatentPixel": LatentPixel(pixels=1.0, motion=1.0),
+    "TimeAwareDistillation": TimeAwareDistillation(teacher_steps=2),
     "PSO": PSO(rollout=TWO_GRIDS, beta=10.0),
     "GRPO": GRPO(rollout=TWO_GRIDS, reward=MotionReward(), refresh=2, candidates=2),
     "Alternating": Alternating(
@@ -127,7 +131,7 @@ CASES: Mapping[str, Method] = {cls.__name__: cls() for cls in METHODS} | {
 class Everything(Data):
     """World clips with every field a method may need; the stored states are on straight lines from noise to clip."""
 
-    provides: ClassVar[frozenset[str]] = frozenset({"prompts", "x0", "frames", "labels", "pairs"})
+    provides: ClassVar[frozenset[str]] = frozenset({"prompts", "x0", "low", "frames", "labels", "pairs"})
 
     def open(self, model: VideoModel, needs: frozenset[str]) -> Source:
         clips = WorldClips(num_frames=FRAMES)
