@@ -271,6 +271,7 @@ def test_a_student_remembers_where_everything_comes_from(tiny: Path, tmp_path: P
         "pool": 0,
         "pool_seed": 0,
         "style": "plain",
+        "low": {"factor": 4, "blur": 0.0, "noise": 0.0},
     }
     assert "cores" in said["machine"] and "torch" in said["versions"]
     state = json.loads(next((tmp_path / "s" / "checkpoints").glob("*/state.json")).read_text())
