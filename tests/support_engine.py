@@ -32,6 +32,7 @@ from fewstep.methods import (
     Alternating,
     BackwardSimulation,
     FlowMatching,
+    LatentPixel,
     Method,
     MomentMatching,
     MotionReward,
@@ -39,6 +40,7 @@ from fewstep.methods import (
     ProgressiveAdversarial,
     ReadAttributes,
     SelfAdversarial,
+    TimeAwareDistillation,
     TransitionMatching,
     WorldReward,
 )
@@ -136,6 +138,8 @@ CASES: Mapping[str, Method] = {cls.__name__: cls() for cls in METHODS} | {
     "TransitionMatching": TransitionMatching(head=FlowHead(blocks=1, steps=2)),
     "TDM": TDM(rollout=BackwardSimulation(grids=TWO_GRIDS.grids, mode="ode")),
     "AdversarialDistillation": AdversarialDistillation(distillation=2.5, regression=0.1),
+    "LatentPixel": LatentPixel(pixels=1.0, motion=1.0),
+    "TimeAwareDistillation": TimeAwareDistillation(teacher_steps=2),
     "PSO": PSO(rollout=TWO_GRIDS, beta=10.0),
     "GRPO": GRPO(rollout=TWO_GRIDS, reward=MotionReward(), refresh=2, candidates=2),
     "Alternating": Alternating(
@@ -154,7 +158,7 @@ CASES: Mapping[str, Method] = {cls.__name__: cls() for cls in METHODS} | {
 class Everything(Data):
     """World clips with every field a method may need; the stored states are on straight lines from noise to clip."""
 
-    provides: ClassVar[frozenset[str]] = frozenset({"prompts", "x0", "frames", "labels", "pairs"})
+    provides: ClassVar[frozenset[str]] = frozenset({"prompts", "x0", "low", "frames", "labels", "pairs"})
 
     def open(self, model: VideoModel, needs: frozenset[str]) -> Source:
         clips = WorldClips(num_frames=FRAMES)

@@ -40,6 +40,8 @@ from fewstep.methods import (
     Fisher,
     FlowMatching,
     FromData,
+    FromLow,
+    LatentPixel,
     Method,
     MotionReward,
     MovingBuffer,
@@ -227,6 +229,7 @@ def test_a_field_that_is_only_checked_or_printed_is_found(unread: Callable[..., 
 def test_methods_and_rollouts_read_every_field(unread: Callable[..., set[str]], tmp_path: Path) -> None:
     cases: dict[str, Method] = {**CASES, "data": DMD2(critic_updates=1, rollout=FromData())}
     cases["images"] = FlowMatching(image_fraction=1.0)
+    cases["low chunks"] = LatentPixel(rollout=FromLow(stream=Stream(commit="last")))
     cases["stream"] = DMD2(critic_updates=1, rollout=SelfForced())
     cases["rolling"] = DMD2(critic_updates=1, rollout=RollingForced())
     cases["long"] = DMD2(critic_updates=1, rollout=SelfForced(clips=2, overlap=1))

@@ -22,6 +22,7 @@ from fewstep.diffusion import (
     Euler,
     Exact,
     FlowSchedule,
+    FromVideo,
     Heun,
     LinearQuadratic,
     Renoise,
@@ -58,7 +59,7 @@ def test_times_decrease_from_noise_to_data(grid: TimeGrid) -> None:
     for steps in grid.counts or (1, 2, 4, 25):
         times = grid.times(steps)
         assert len(times) == steps + 1 and times[-1] == 0
-        assert times[0] == {Angles: 80 / 81, FlowSchedule: 1 - 1e-6}.get(type(grid), 1)
+        assert times[0] == {Angles: 80 / 81, FlowSchedule: 1 - 1e-6, FromVideo: 0.4}.get(type(grid), 1)
         assert all(a > b for a, b in zip(times, times[1:]))
 
 

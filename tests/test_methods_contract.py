@@ -43,7 +43,9 @@ from fewstep.methods import (
     Fisher,
     FlowMatching,
     FromData,
+    FromLow,
     KnowledgeDistillation,
+    LatentPixel,
     Making,
     Method,
     MomentMatching,
@@ -59,6 +61,7 @@ from fewstep.methods import (
     ScoreImplicit,
     Scorers,
     Sync,
+    TimeAwareDistillation,
     TransitionMatching,
 )  # fmt: skip
 from fewstep.methods.frames import fold_frames
@@ -84,6 +87,9 @@ CASES: dict[str, Method] = {cls.__name__: cls() for cls in METHODS} | {
     "DMD2-one-step": DMD2(critic_updates=1, rollout=ONE_STEP),
     "DMD2-three-grids": DMD2(critic_updates=1, rollout=BackwardSimulation(grids=NESTED, shift=3.0, mode="ode")),
     "DMD2-data": DMD2(critic_updates=1, rollout=FromData()),
+    "DMD2-low": DMD2(critic_updates=1, rollout=FromLow(noise=None)),
+    "LatentPixel-pixels": LatentPixel(latents=0.0, pixels=1.0, motion=1.0),
+    "TimeAwareDistillation-sharp": TimeAwareDistillation(rollout=FromLow(), teacher_steps=0, adversary=None),
     "DMD2-anchor": DMD2(critic_updates=1, anchor=0.25),
     "DMD2-motion": DMD2(critic_updates=1, matching=ReverseKL(motion=0.2)),
     "DMD2-reweighting": DMD2(critic_updates=1, reweighting=Reweighting()),
@@ -161,8 +167,9 @@ def make_batch(needs: frozenset[str]) -> Batch:
         cond, uncond, SHAPE,
         prompts=prompts if "prompts" in needs else (),
         x0=rng.randn((B, *SHAPE), "x0") if "x0" in needs else None,
+        low=rng.randn((B, *SHAPE), "low") if "low" in needs else None,
         pairs=Pairs(rng.randn((B, 5, *SHAPE), "pairs"), uniform_grid(4)) if "pairs" in needs else None,
-        frames=rng.rand((B, 3, 5, 16, 16), "frames") * 2 - 1 if "frames" in needs else None,
+        frames=rng.rand((B, 3, 3 if "low" in needs else 5, 16, 16), "frames") * 2 - 1 if "frames" in needs else None,
         labels=torch.tensor([[0, 1, 0, 1, 1, 0], [2, 4, 1, 0, 1, 1]]) if "labels" in needs else None,
     )  # fmt: skip
 
@@ -228,8 +235,9 @@ def test_contract_and_cost(method: Method) -> None:
         )
         own = method.progressive if isinstance(method, ProgressiveAdversarial) else method
         shift = method.rollouts[0].shift if method.rollouts else own.shift  # type: ignore[attr-defined]
-        assert contract.trained == {n: uniform_grid(n, shift) for n in contract.counts}
-        assert contract.grid.free == Shifted(shift=shift)
+        first = 0.4 if contract.grid.video_noise is not None else 1.0
+        assert contract.trained == {n: tuple(first * t for t in uniform_grid(n, shift)) for n in contract.counts}
+        assert contract.grid.free == (Shifted(shift=shift) if first == 1 else contract.grid.grid)  # type: ignore[attr-defined]
         assert contract.sampler == (Renoise() if sampled == "sde" else DDIM())
         assert contract.steps == max(contract.counts) and contract.guidance == CFG()
         assert contract.calls() < teacher.calls()

@@ -272,6 +272,7 @@ def test_a_student_remembers_where_everything_comes_from(tiny: Path, tmp_path: P
         "pool_seed": 0,
         "style": "plain",
         "part": None,
+        "low": {"factor": 4, "blur": 0.0, "noise": 0.0},
     }
     assert "cores" in said["machine"] and "torch" in said["versions"]
     state = json.loads(next((tmp_path / "s" / "checkpoints").glob("*/state.json")).read_text())

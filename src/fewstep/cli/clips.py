@@ -24,7 +24,7 @@ from fewstep.core.atomic import require_writable
 from fewstep.core.build import At
 from fewstep.core.stopping import saying
 from fewstep.data.text_folder import TextFolder, filled
-from fewstep.data.video import FORMATS, LARGEST_SIDE, read_image, write_video
+from fewstep.data.video import FORMATS, LARGEST_SIDE, read_image, read_video, to_floats, write_video
 from fewstep.diffusion import Step
 from fewstep.models.bundle import VideoModel, read_card
 from fewstep.models.fitting import Memory, fitting
@@ -32,6 +32,8 @@ from fewstep.models.needs import Encoder, Plan
 from fewstep.models.networks import network_class
 from fewstep.models.runtime import Runtime, effective, told
 from fewstep.models.sampling import Lead, Request, require_nag
+from fewstep.models.videos import video_of
+from fewstep.streaming import Video
 
 if TYPE_CHECKING:
     from fewstep.cli.generation import Sample
@@ -53,8 +55,11 @@ class Wanted:
     seeds: tuple[int, ...]
 
     @classmethod
-    def of(cls, options: Sample) -> Wanted:
-        prompts, seeds = _prompts(options.prompt, options.prompt_file), options.seed
+    def of(cls, options: Sample, null: str = "") -> Wanted:
+        """Where a video is given, there may be no prompt; then it is `null`."""
+        unsaid = options.video is not None and not options.prompt and options.prompt_file is None
+        prompts = (null,) if unsaid else _prompts(options.prompt, options.prompt_file)
+        seeds = options.seed
         if len(seeds) == 1:
             return cls(prompts, tuple(range(seeds[0], seeds[0] + len(prompts))))
         return cls(tuple(p for p in prompts for _ in seeds), seeds * len(prompts))
@@ -67,9 +72,10 @@ def sample(options: Sample) -> int:
     options = remade(options) if options.like else options
     if not options.student:
         raise UsageError("name a model, such as world, or a file to make again: --like FILE")
-    wanted, columns = Wanted.of(options), len(options.seed) if len(options.seed) > 1 else 0
+    card = card_of(options.student, options.preset)
+    wanted, columns = Wanted.of(options, card.negative_prompt), len(options.seed) if len(options.seed) > 1 else 0
     _check(options, len(wanted) // max(1, columns))
-    card = _sized(card_of(options.student, options.preset), options)
+    card = _sized(card, options)
     if options.dry_run:
         plan: Plan = {**_plan(options, card, wanted), "clips": min(options.batch or TOGETHER, len(wanted))}
         return show(options, _planned(card, options), **plan)
@@ -86,6 +92,7 @@ def sample(options: Sample) -> int:
     made = making(options, model, times)
     warn_of_others(options.like, made)
     images, lead = _images(options, card, columns), _lead(options, model, wanted)
+    given = {"lead": lead, "texts": texts, "video": _video(options, model, times)}
     done: list[Path] = []
 
     def kept() -> str:
@@ -96,7 +103,7 @@ def sample(options: Sample) -> int:
         for first, last in fitting(len(wanted), options.batch, TOGETHER, Memory.of(model.device)):
             mine = {name: stack if len(stack) == 1 else stack[first:last] for name, stack in images.items()}
             some = Wanted(wanted.prompts[first:last], wanted.seeds[first:last])
-            clips = _clips(model, some, options, {**mine, "lead": lead, "texts": texts}, tell)
+            clips = _clips(model, some, options, {**mine, **given}, tell)
             waiting += clips.cpu().split(1)
             while files and files[0][0][1] <= last:
                 (begin, end), path = files.pop(0)
@@ -182,6 +189,8 @@ def _check(options: Sample, count: int) -> None:
         raise UsageError(f"--output {options.output}: choose a name that ends in {', '.join(FORMATS)}")
     if options.preview is not None and options.preview.suffix.lower() != ".png":
         raise UsageError(f"--preview {options.preview}: choose a name that ends in .png")
+    if options.video is None and options.strength is not None:
+        raise UsageError("--strength is that of the change of a --video; give one, or leave --strength out")
     if (options.teacher is None) != (options.teacher_steps is None):
         raise UsageError(
             "--teacher and --teacher-steps belong together: a model, and how many of the first steps it makes"
@@ -277,6 +286,20 @@ def _images(options: Sample, card: Card, columns: int) -> dict[str, Tensor]:
             stack = torch.stack([read_image(path, size) for path in paths])
             found[name] = stack if len(paths) == 1 else stack.repeat_interleave(max(1, columns), 0)
     return found
+
+
+def _video(options: Sample, model: VideoModel, times: Sequence[float]) -> Video | None:
+    """The video to begin with. UsageError for a strength of no use."""
+    if options.video is None:
+        return None
+    card, own = model.card, model.card.contract.grid.video_noise is not None
+    if own and options.strength is not None:
+        raise UsageError(
+            f"--strength {options.strength:g}: {card.name!r} begins with a video at a time of its own, {times[0]:g}; leave it out"
+        )
+    frames = read_video(options.video, options.num_frames or card.num_frames, size=(card.height, card.width))
+    second = 1.0 if own else times[min(1, len(times) - 2)]
+    return video_of(model, to_floats(frames)[None], second if options.strength is None else options.strength)
 
 
 def _write(path: Path, clips: Tensor, options: dict[str, Any]) -> Path:

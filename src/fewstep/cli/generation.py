@@ -27,6 +27,12 @@ class Sample(Runs):
     """First frame for image-to-video models: one image for all prompts, or one per prompt."""
     last_image: tuple[Path, ...] = ()
     """Last frame for models that generate between two images: one for all prompts, or one per prompt."""
+    video: Path | None = None
+    """Video to begin with: a low-resolution one, for a student that makes it sharp (--prompt may be left out), or one to change
+    (default: start from noise)."""
+    strength: float | None = None
+    """Time, from 0 to 1, at which the change of --video starts: the model's largest that is not above this. At 1 nothing of the
+    video is left (default: the model's second time)."""
     preset: Literal["layout", "authors"] | None = None
     """For a model in diffusers' layout: sample it as the layout's own scheduler does (layout), or as its authors do (authors)
     (default: Euler or DDIM over plain times)."""

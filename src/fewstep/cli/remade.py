@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _KEPT = (
-    "student", "preset", "lora", "teacher", "teacher_steps", "image", "last_image", "num_inference_steps", "guidance_scale",
-    "negative_prompt", "nag_scale", "nag_tau", "nag_alpha", "scalar", "num_frames", "height", "width", "fps", "scale", "force",
-    "dtype", "tiling", "attention",
+    "student", "preset", "lora", "teacher", "teacher_steps", "image", "last_image", "video", "strength", "num_inference_steps",
+    "guidance_scale", "negative_prompt", "nag_scale", "nag_tau", "nag_alpha", "scalar", "num_frames", "height", "width", "fps",
+    "scale", "force", "dtype", "tiling", "attention",
 )  # fmt: skip
 """Options that decide what is made, besides prompts and seeds."""
 
@@ -63,6 +63,8 @@ def remade(options: Sample) -> Sample:
     for name in ("image", "last_image"):
         if name in told:
             told[name] = tuple(map(Path, told[name]))
+    if "video" in told:
+        told["video"] = Path(told["video"])
     for name in ("scalar", "lora"):
         if name in told:
             told[name] = tuple(told[name])

@@ -164,6 +164,8 @@ class Batch:
     prompts: tuple[str, ...] = ()
     x0: Tensor | None = None
     """Clean latents `[B, C, F, H, W]`."""
+    low: Tensor | None = None
+    """Latents `[B, C, F, H, W]` of the same clips at a low resolution, scaled up again."""
     pairs: Pairs | None = None
     frames: Tensor | None = None
     """Pixels `[B, 3, F, H, W]` in [-1, 1]."""

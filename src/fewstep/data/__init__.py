@@ -2,6 +2,7 @@
 
 from fewstep.data.base import Data, DataError, Source, require
 from fewstep.data.clipped import Clipped, prepared_clips
+from fewstep.data.degradation import Degradation
 from fewstep.data.files import Videos
 from fewstep.data.keep import Keep
 from fewstep.data.layouts import LAYOUTS, Item
@@ -20,9 +21,9 @@ from fewstep.data.video import Clip, ClipError, Cut, read_clips, read_video, to_
 DATA = (Latents, Prompts, StoredPairs, Videos)
 
 __all__ = [
-    "DATA", "LAYOUTS", "PARTITIONS", "ByCentroid", "Clip", "ClipError", "Clipped", "Count", "Cut", "Data", "DataError", "Item",
-    "Keep", "Latents", "Listing", "PairPlan", "PairsCost", "PairsMade", "Part", "Partition", "Preparation", "Prepared",
-    "Progress", "Prompts", "Report", "Source", "StoredPairs", "Texts", "Videos", "centroids", "draw_indices", "make_pairs",
-    "pairs_cost", "prepare", "prepared_clips", "read_clips", "read_listing", "read_prompts", "read_video", "require",
-    "store_texts", "to_floats", "to_pixels", "write_video",
+    "DATA", "LAYOUTS", "PARTITIONS", "ByCentroid", "Clip", "ClipError", "Clipped", "Count", "Cut", "Data", "DataError",
+    "Degradation", "Item", "Keep", "Latents", "Listing", "PairPlan", "PairsCost", "PairsMade", "Part", "Partition",
+    "Preparation", "Prepared", "Progress", "Prompts", "Report", "Source", "StoredPairs", "Texts", "Videos", "centroids",
+    "draw_indices", "make_pairs", "pairs_cost", "prepare", "prepared_clips", "read_clips", "read_listing", "read_prompts",
+    "read_video", "require", "store_texts", "to_floats", "to_pixels", "write_video",
 ]  # fmt: skip

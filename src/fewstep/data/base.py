@@ -14,6 +14,7 @@ from fewstep.models.card import Card
 REMEDIES = {
     "prompts": "Prompts",
     "x0": "Latents (fewstep prepare), Videos or WorldClips",
+    "low": "Videos or WorldClips",
     "frames": "Videos or WorldClips",
     "pairs": "StoredPairs (fewstep pairs)",
     "labels": "WorldClips",

@@ -21,6 +21,7 @@ from fewstep.core.atomic import replacing
 from fewstep.core.build import digest
 from fewstep.data.base import Data, DataError, Source, require
 from fewstep.data.clips import clips_of
+from fewstep.data.degradation import Degradation
 from fewstep.data.images import encode_ends
 from fewstep.data.keep import Keep
 from fewstep.data.layouts import Item, LayoutName
@@ -31,6 +32,7 @@ from fewstep.data.video import ClipError, Cut, to_floats
 from fewstep.models.bundle import VideoModel
 from fewstep.models.card import Card
 from fewstep.models.images import ImageEncoder
+from fewstep.models.videos import cover_latents
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +51,7 @@ class Videos(Data):
     last one if it needs that.
     """
 
-    provides: ClassVar[frozenset[str]] = frozenset({"prompts", "frames", "x0"})
+    provides: ClassVar[frozenset[str]] = frozenset({"prompts", "frames", "x0", "low"})
 
     path: str
     num_frames: int = 16
@@ -63,6 +65,8 @@ class Videos(Data):
     """Detect cuts, so that every clip comes from one shot."""
     keep: Keep = Keep()
     """Limits for videos and clips; anything outside them is dropped."""
+    low: Degradation = Degradation()
+    """How low-resolution clips are made of them, for methods that read such clips."""
     layout: LayoutName = "plain"
     """Layout of the dataset on disk, see `fewstep.data.layouts`."""
     root: str = ""
@@ -107,10 +111,10 @@ class Videos(Data):
         listing = open_listing(self.path, self.layout, self.root, self.listing)
         texts = Texts(model, needs, self.text_cache, listing.captions)
         shape = (3, self.cut.num_frames, self.cut.height, self.cut.width)
-        if "codec" in model.parts or "x0" in needs:
+        if "codec" in model.parts or needs & {"x0", "low"}:
             shape = model.codec.latent_shape(*shape[1:])
         return _VideoSource(
-            model, needs, texts, shape, _Shelf(listing, self._decode, self.threads, self.hold_mib * 2**20)
+            self.low, model, needs, texts, shape, _Shelf(listing, self._decode, self.threads, self.hold_mib * 2**20)
         )
 
     def _decode(self, item: Item) -> NDArray[np.uint8]:
@@ -201,9 +205,10 @@ class _VideoSource:
     """Draws videos and one clip of each. A batch is a function of its random stream."""
 
     def __init__(
-        self, model: VideoModel, needs: frozenset[str], texts: Texts, shape: tuple[int, int, int, int], shelf: _Shelf
-    ) -> None:
-        self.model, self.needs, self.texts, self.shape, self.shelf = model, needs, texts, shape, shelf
+        self, low: Degradation, model: VideoModel, needs: frozenset[str], texts: Texts, shape: tuple[int, int, int, int],
+        shelf: _Shelf,
+    ) -> None:  # fmt: skip
+        self.low, self.model, self.needs, self.texts, self.shape, self.shelf = low, model, needs, texts, shape, shelf
         self.steps: dict[tuple[int, int, int], int] = {}
         """The last requested step, by seed, place and size. If steps are requested in order, the next one is decoded ahead."""
 
@@ -247,5 +252,6 @@ class _VideoSource:
         return Batch(
             cond=cond, uncond=uncond, latent_shape=self.shape, prompts=prompts,
             x0=self.model.codec.encode(frames) if "x0" in self.needs else None,
+            low=cover_latents(self.model, self.low(frames, rng.fold("low"))) if "low" in self.needs else None,
             frames=frames if "frames" in self.needs else None,
         )  # fmt: skip

@@ -21,11 +21,11 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
-from torch.nn.functional import interpolate, pad
+from torch.nn.functional import pad
 
 from fewstep.core.atomic import replacing, replacing_folder
 from fewstep.core.finite import require_finite
-from fewstep.core.pixels import to_uint8
+from fewstep.core.pixels import cover, to_uint8
 from fewstep.data.shots import find_cuts
 
 LARGEST_SIDE = 16384
@@ -165,19 +165,6 @@ def to_pixels(frames: Tensor) -> Tensor:
     """Convert floats `[..., 3, F, H, W]` in [-1, 1] to uint8 `[..., F, H, W, 3]`. Values outside are clipped; NaN is refused."""
     require_finite(frames, "frames to be written")
     return to_uint8(frames).movedim(-4, -1).cpu().contiguous()
-
-
-def cover(planes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Floats `[N, C, H, W]` scaled to cover `size`, bicubic and antialiased, and cropped at the centre.
-
-    One side then fits exactly. Bicubic interpolation overshoots at edges: values may leave the range of the input.
-    """
-    (height, width), (target_h, target_w) = planes.shape[-2:], size
-    ratio = max(target_h / height, target_w / width)
-    covered = max(target_h, round(height * ratio)), max(target_w, round(width * ratio))
-    planes = interpolate(planes, covered, mode="bicubic", antialias=True, align_corners=False)
-    top, left = (covered[0] - target_h) // 2, (covered[1] - target_w) // 2
-    return planes[..., top : top + target_h, left : left + target_w]
 
 
 def write_video(

@@ -7,6 +7,7 @@ from fewstep.diffusion.free_noise import FreeNoise
 from fewstep.diffusion.grids import (
     Angles,
     Exact,
+    FromVideo,
     LinearQuadratic,
     Shifted,
     StepCountError,
@@ -43,6 +44,7 @@ GRIDS: tuple[type[TimeGrid], ...] = (
     Timesteps,
     Exact,
     Trained,
+    FromVideo,
     Angles,
     FlowSchedule,
     MultistepTimesteps,
@@ -53,9 +55,9 @@ NAMED: tuple[type, ...] = (*PATHS, *SAMPLERS, *GRIDS, *GUIDANCES)
 
 __all__ = [
     "CFG", "DDIM", "DENSITIES", "EDM", "GRIDS", "GUIDANCES", "KINDS", "NAMED", "PATHS", "SAMPLERS", "STG", "VP", "Angles",
-    "Betas", "Contract", "DPMpp2M", "DynamicCFG", "Euler", "Exact", "FixedStride", "FlowSchedule", "FreeNoise", "Grid",
-    "Heun", "Kind", "LinearQuadratic", "LogitNormal", "Memory", "MultistepTimesteps", "NoisePath", "Prediction",
-    "RectifiedFlow", "Renoise", "SDEDPMpp2M", "Sampler", "Shifted", "Staggered", "Standing", "Step", "StepCountError",
-    "Stream", "TimeDensity", "TimeGrid", "Timesteps", "Trained", "Trig", "UniPC", "Uniform", "WholeTimesteps", "from_x0",
-    "shifted", "target", "timestep", "uniform_grid",
+    "Betas", "Contract", "DPMpp2M", "DynamicCFG", "Euler", "Exact", "FixedStride", "FlowSchedule", "FreeNoise", "FromVideo",
+    "Grid", "Heun", "Kind", "LinearQuadratic", "LogitNormal", "Memory", "MultistepTimesteps", "NoisePath", "Prediction",
+    "RectifiedFlow", "Renoise", "SDEDPMpp2M", "Sampler", "Shifted", "Staggered", "Standing", "Step", "StepCountError", "Stream",
+    "TimeDensity", "TimeGrid", "Timesteps", "Trained", "Trig", "UniPC", "Uniform", "WholeTimesteps", "from_x0", "shifted",
+    "target", "timestep", "uniform_grid",
 ]  # fmt: skip

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from fewstep.core.bounds import Bounds, Count, Decay, Natural, Positive
+from fewstep.core.bounds import Bounds, Count, Decay, Natural, Part, Positive, require_bounds
 from fewstep.diffusion.times import check_grid, linear_quadratic_grid, uniform_grid
 
 
@@ -27,6 +27,12 @@ class TimeGrid(ABC):
     def from_noise(self) -> bool:
         """Whether sampling starts from the noise itself, even if the first time is below 1, as in diffusers' pipelines."""
         return False
+
+    @property
+    def video_noise(self) -> float | None:
+        """Time of the noise on the latents of a given video, which sampling must begin with. None: it begins with noise, or with
+        a video that has the noise of its first time."""
+        return None
 
     @property
     def free(self) -> TimeGrid:
@@ -165,6 +171,10 @@ class Trained(TimeGrid):
         return self.grid.from_noise
 
     @property
+    def video_noise(self) -> float | None:
+        return self.grid.video_noise
+
+    @property
     def free(self) -> TimeGrid:
         return self.grid
 
@@ -173,6 +183,31 @@ class Trained(TimeGrid):
         if steps not in self.steps:
             raise _untrained(self, steps)
         return self.grid.times(steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromVideo(TimeGrid):
+    """Uniform times from one below 1, for a student that begins with the latents of a given video and not with noise, such as a
+    low-resolution one that is to become sharp (DOVE, 2505.16239).
+
+    >>> FromVideo(time=0.4).times(2)
+    (0.4, 0.2, 0.0)
+    """
+
+    time: Annotated[float, Bounds(above=0, most=1)] = 0.4
+    """First time: the one for which the network takes the video's latents (DOVE: 0.4 of a table of 1000 timesteps)."""
+    noise: Part = 0.0
+    """Time of the noise that the latents are given before; 0: none (DOVE). Equal to `time`, they are latents of that time."""
+
+    def __post_init__(self) -> None:
+        require_bounds(self)
+
+    @property
+    def video_noise(self) -> float:
+        return self.noise
+
+    def times(self, steps: int) -> tuple[float, ...]:
+        return tuple(self.time * t for t in uniform_grid(steps))
 
 
 @dataclass(frozen=True, kw_only=True)

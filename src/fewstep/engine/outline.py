@@ -267,6 +267,7 @@ class Outline:
                 cond, uncond, shape,
                 prompts=("word " * cond.text.shape[1],) * size if "prompts" in needs else (),
                 x0=torch.empty(size, *shape) if "x0" in needs else None,
+                low=torch.empty(size, *shape) if "low" in needs else None,
                 pairs=Pairs(torch.empty(size, len(times), *shape), times) if "pairs" in needs else None,
                 frames=torch.empty(size, 3, *frames) if "frames" in needs else None,
                 labels=torch.zeros(size, 6, dtype=torch.long) if "labels" in needs else None,
@@ -360,5 +361,5 @@ def _bytes(block: nn.Module) -> int:
 
 def _tensors(batch: Batch) -> Iterator[Tensor]:
     states = batch.pairs.states if batch.pairs is not None else None
-    every = (*batch.cond.tensors, batch.x0, states, batch.frames, batch.labels)
+    every = (*batch.cond.tensors, batch.x0, batch.low, states, batch.frames, batch.labels)
     return (tensor for tensor in every if tensor is not None)

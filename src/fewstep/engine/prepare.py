@@ -242,6 +242,8 @@ def require_possible(method: Method, settings: Settings, card: Card, probe: Prob
                 )
     if probe is not None:
         probe.check(card, method.part)
+        if method.contract(card.contract).grid.video_noise is not None:
+            raise ValueError("probe: a probe samples from noise, and this student begins with a video; leave probe out")
     return roles
 
 

@@ -17,6 +17,7 @@ from fewstep.core.pixels import to_uint8
 from fewstep.data.base import Source
 from fewstep.models import VideoModel
 from fewstep.models.images import Images, images_in
+from fewstep.models.videos import video_for
 
 SHOWN_FRAMES = 6
 CLIPS = 4
@@ -35,6 +36,8 @@ class Preview:
     prompts: tuple[str, ...]
     images: Images | None
     """First frames (and last, if any) for an image-to-video model; None for other models."""
+    low: Tensor | None = None
+    """Latents of low-resolution clips, for students that make them sharp; None: the data give none."""
     shared: Sharing | None = None
     """Processes that generate every clip together."""
 
@@ -46,7 +49,7 @@ class Preview:
             raise ValueError(
                 "settings.preview_every needs prompts, and this run's data have none; write preview_every: 0"
             )
-        return cls(teacher, batch.prompts, images_in(teacher, batch.cond), shared)
+        return cls(teacher, batch.prompts, images_in(teacher, batch.cond), batch.low, shared)
 
     def draw(self, student: VideoModel) -> Image.Image:
         """One row per prompt. Columns: the student at its smallest step count, at its largest, and the teacher."""
@@ -62,7 +65,8 @@ class Preview:
         return self._clips(self.teacher)
 
     def _clips(self, model: VideoModel, steps: int | None = None) -> Tensor:
-        return model(self.prompts, image=self.images, num_inference_steps=steps, shared=self.shared).cpu()
+        given = {"image": self.images, "video": video_for(model, self.low)}
+        return model(self.prompts, **given, num_inference_steps=steps, shared=self.shared).cpu()
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fewstep.data.video import cover
+from fewstep.core.pixels import covering
 
 
 def require_transformers(what: str) -> None:
@@ -22,7 +22,7 @@ def as_read(frames: Tensor, size: tuple[int, int], num_frames: int | None = None
     """Fit clips `[B, 3, F, H, W]` in [-1, 1] to a network that reads `num_frames` frames of `size` (height, width).
 
     Frames are picked at equal distances from the first to the last (all frames for None). Each frame is scaled to cover the
-    size and cropped at the centre (`data.video.cover`). Clips that fit are not changed. ValueError for clips with fewer
+    size and cropped at the centre (`core.pixels.cover`). Clips that fit are not changed. ValueError for clips with fewer
     frames.
     """
     count = frames.shape[2]
@@ -32,10 +32,7 @@ def as_read(frames: Tensor, size: tuple[int, int], num_frames: int | None = None
                 f"the network reads {num_frames} frames, and the clips have {count}; generate longer clips"
             )
         frames = frames[:, :, [round(i * (count - 1) / (num_frames - 1)) for i in range(num_frames)]]
-    if frames.shape[-2:] == size:
-        return frames
-    planes = cover(frames.transpose(1, 2).flatten(0, 1).float(), size).clamp(-1, 1)
-    return planes.unflatten(0, (len(frames), -1)).transpose(1, 2)
+    return covering(frames, size)
 
 
 def fingerprint_files(paths: Iterable[Path]) -> str:

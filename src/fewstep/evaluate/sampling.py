@@ -66,6 +66,11 @@ def prepare(entries: Sequence[Entry], suite: Suite) -> Bench:
                 f"{entry.name!r} is an image-to-video model, and a suite has only prompts; look at its clips with "
                 "fewstep sample --image, or evaluate text-to-video models"
             )
+        if entry.contract.grid.video_noise is not None:
+            raise ValueError(
+                f"{entry.name!r} makes given videos sharp, and a suite has only prompts; look at its clips with fewstep sample "
+                "--video, or evaluate models that begin with noise"
+            )
     shapes = {(suite.num_frames or e.model.card.num_frames, e.model.card.height, e.model.card.width) for e in entries}
     if len(shapes) > 1:
         raise ValueError(

@@ -22,6 +22,7 @@ from fewstep.methods.rollouts import (
     ROLLOUTS,
     BackwardSimulation,
     FromData,
+    FromLow,
     FromPairs,
     Rolled,
     RollingForced,
@@ -31,21 +32,23 @@ from fewstep.methods.rollouts import (
 )
 from fewstep.methods.scorers import Scorers
 from fewstep.methods.self_adversarial import SelfAdversarial
+from fewstep.methods.upscaling import LatentPixel, TimeAwareDistillation
 from fewstep.methods.work import Work, in_forwards
 
 METHODS = (
     FlowMatching, Reconstruction, ReadAttributes, KnowledgeDistillation, Progressive, Consistency, DMD2, AVDM2,
     AdversarialDistillation, ProgressiveAdversarial, TDM, MomentMatching, TransitionMatching, TwinFlow, SelfAdversarial,
-    PSO, GRPO, Alternating,
+    PSO, GRPO, Alternating, LatentPixel, TimeAwareDistillation,
 )  # fmt: skip
 
 __all__ = [
     "AVDM2", "DMD2", "GRPO", "HISTORIES", "MATCHINGS", "METHODS", "PSO", "REWARDS", "ROLES", "ROLLOUTS", "TDM",
     "AdversarialDistillation", "Adversary", "Alternating", "BackwardSimulation", "Consistency", "Copy", "Decoder",
-    "DiffusionForced", "ErrorRecycling", "FDivergence", "Feedback", "Fisher", "FlowMatching", "FromData", "FromPairs",
-    "Heads", "History", "Judge", "KnowledgeDistillation", "Making", "Matching", "Method", "MomentMatching", "MotionReward",
-    "MovingBuffer", "Nets", "Other", "Progressive", "ProgressiveAdversarial", "ReadAttributes", "Reconstruction",
-    "ReverseKL", "Reward", "Reweighting", "Role", "Rolled", "RollingForced", "Rollout", "ScoreImplicit", "Scorers",
-    "SelfAdversarial", "SelfForced", "StreamingLong", "Sync", "TeacherForced", "TransitionMatching", "TwinFlow", "Update",
-    "Weak", "WholeClip", "Work", "WorldReward", "in_forwards",
+    "DiffusionForced", "ErrorRecycling", "FDivergence", "Feedback", "Fisher", "FlowMatching", "FromData", "FromLow",
+    "FromPairs", "Heads", "History", "Judge", "KnowledgeDistillation", "LatentPixel", "Making", "Matching", "Method",
+    "MomentMatching", "MotionReward", "MovingBuffer", "Nets", "Other", "Progressive", "ProgressiveAdversarial",
+    "ReadAttributes", "Reconstruction", "ReverseKL", "Reward", "Reweighting", "Role", "Rolled", "RollingForced", "Rollout",
+    "ScoreImplicit", "Scorers", "SelfAdversarial", "SelfForced", "StreamingLong", "Sync", "TeacherForced",
+    "TimeAwareDistillation", "TransitionMatching", "TwinFlow", "Update", "Weak", "WholeClip", "Work", "WorldReward",
+    "in_forwards",
 ]  # fmt: skip

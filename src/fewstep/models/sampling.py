@@ -18,6 +18,7 @@ from fewstep.diffusion.samplers import Denoise
 from fewstep.models.images import Images, first_latents
 from fewstep.models.served import serving
 from fewstep.streaming import LiveSession, LiveSnapshot, Session, Video, fitting
+from fewstep.streaming.video import require_noise
 
 if TYPE_CHECKING:
     from fewstep.models.bundle import VideoModel
@@ -70,6 +71,9 @@ class Request:
     """First frame for an image-to-video model: one image for all prompts, or one per prompt."""
     last_image: Tensor | None = None
     """Last frame for a model that generates between two images."""
+    video: Video | None = None
+    """Video to begin with, in place of noise (`models.videos.video_of`): one to change, or, for a student that makes clips sharp
+    (`FromVideo`), the low-resolution one."""
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     num_frames: int | None = None
@@ -117,6 +121,10 @@ class Request:
     def check(self, card: Card) -> None:
         """ValueError for another number of frames than the card's; and, where clips are made chunk by chunk and may be of any
         length, for what is for whole clips."""
+        if self.video is not None and self.lead is not None:
+            raise ValueError("the first steps are left out where a clip begins with a video; leave out lead, or video")
+        if self.video is None:
+            require_noise(card.contract.grid)
         if card.contract.stream is None:
             if self.num_frames not in (None, card.num_frames) and not self.force:
                 raise ValueError(
@@ -139,9 +147,13 @@ def sampling(model: VideoModel, request: Request) -> Iterator[Step]:
         return without_gradient(_streamed(model, request, guidance))
     denoise = _denoising(model, request, guidance)
     noise, shape = Seeds(request.seeds, device=str(model.device)), model.latent_shape(request.num_frames)
-    first = 1.0 if model.card.contract.grid.from_noise else times[0]
+    grid, path = model.card.contract.grid, model.denoiser.path
     with torch.no_grad():
-        start = model.denoiser.path.prior(noise.randn((len(request.prompts), *shape), "start"), first)
+        eps = noise.randn((len(request.prompts), *shape), "start")
+        if request.video is None:
+            start = path.prior(eps, 1.0 if grid.from_noise else times[0])
+        else:
+            start, times = request.video.start(0, eps, path, grid, times)
     if request.lead is not None:
         denoise = _led(denoise, model, request, len(times) - 1)
     steps = model.card.contract.sampler.sampling(denoise, start, times, rng=noise)
@@ -192,7 +204,7 @@ def _streamed(model: VideoModel, request: Request, guidance: CFG) -> Iterator[St
     def steps() -> Iterator[Step]:
         done = list[Tensor]()
         for chunk in range(len(lengths)):
-            for step in session.steps(left=len(lengths) - chunk):
+            for step in session.steps(request.video, left=len(lengths) - chunk):
                 x = torch.cat([*done, step.x], 2)
                 yield replace(step, index=sum(counts[:chunk]) + step.index, steps=sum(counts), x=x)
             done.append(step.x)

@@ -20,8 +20,9 @@ from torch import Tensor
 from fewstep.diffusion import Step
 from fewstep.streaming.control import Control, fed, inputs_of, lasting, numbers_for, require_moment, told
 from fewstep.streaming.decoder import Decoder, Pixels
-from fewstep.streaming.session import Session, Snapshot, Streams, Video
+from fewstep.streaming.session import Session, Snapshot, Streams
 from fewstep.streaming.switch import Switch
+from fewstep.streaming.video import Video
 
 AHEAD = 2
 """Most chunks that are being decoded, or wait for it."""

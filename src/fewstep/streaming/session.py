@@ -15,13 +15,13 @@ from fewstep.caching import CachePolicy
 from fewstep.core import Cond, Seeds
 from fewstep.core.call import Constants, every_block
 from fewstep.diffusion import DDIM, Euler, Renoise, Step, Stream
-from fewstep.diffusion.samplers import full
 from fewstep.streaming.blocks import Chunks, Flying, Made, Reader
 from fewstep.streaming.control import inputs_of
 from fewstep.streaming.levels import memory_of
 from fewstep.streaming.noise import start_noise
 from fewstep.streaming.rolling import Rolling
 from fewstep.streaming.switch import Fade, Mix, Switch, mixed, require_switch
+from fewstep.streaming.video import Video, require_noise
 
 
 class Streams(Protocol):
@@ -91,26 +91,6 @@ class Snapshot:
     """Number of the first latent frame of `given` in the stream."""
     seen: Seen = Seen()
     """What `latents` look like, where the first of them is encoded again (`Stream.reencode`)."""
-
-
-@dataclass(frozen=True)
-class Video:
-    """A video that a stream changes (video-to-video): chunks start from its latents, noised, instead of from noise."""
-
-    latents: Callable[[int], Tensor]
-    """Latents `[B, C, f, h, w]` of a chunk, by its number. Equal for equal numbers."""
-    strength: float = 1.0
-    """Each chunk starts at the largest time of the student's grid that is not above this one; 1: nothing of the video is left."""
-
-    def begins(self, times: tuple[float, ...]) -> int:
-        """The step to begin with. ValueError where no time is low enough."""
-        for step, time in enumerate(times[:-1]):
-            if time <= self.strength + 1e-6:
-                return step
-        raise ValueError(
-            f"strength {self.strength:g} is below the student's last step, at {times[-2]:.4g}; give one of its times, "
-            f"{', '.join(f'{time:.4g}' for time in times[:-1])}"
-        )
 
 
 class Session:
@@ -257,6 +237,8 @@ class Session:
         """
         before, index = self.snapshot, self.snapshot.chunks
         first = self.stream.begin(index)
+        if video is None:
+            require_noise(self._chunks.contract.grid)
         if self._rolling is None:
             cond, uncond = self._told(index, extra)
             making = self._one(video, cond, uncond)
@@ -295,14 +277,8 @@ class Session:
         if video is None:
             start = path.prior(noise)
         else:
-            times = chunks.grid(index)
-            chunks = chunks.at(times[video.begins(times) :])
-            clean = video.latents(index)
-            if clean.shape != noise.shape:
-                raise ValueError(
-                    f"chunk {index} has latents {tuple(noise.shape)}, and its video was given as {tuple(clean.shape)}"
-                )
-            start = path.add_noise(clean, noise, full(chunks.times[0], clean))
+            start, times = video.start(index, noise, path, chunks.contract.grid, chunks.grid(index))
+            chunks = chunks.at(times)
         runner = every_block if self._cache is None else self._cache.begin()
         rng = self._seeds.fold(f"chunk/{index}")
         if (given := self._given(index)) is not None:

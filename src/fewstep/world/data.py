@@ -13,10 +13,12 @@ from fewstep.core import Batch, Rng
 from fewstep.core.bounds import Natural, Size
 from fewstep.data.base import Data, DataError, Source
 from fewstep.data.clipped import Clipped
+from fewstep.data.degradation import Degradation
 from fewstep.data.images import require_text_alone
 from fewstep.data.parts import Part
 from fewstep.data.texts import Texts
 from fewstep.models import Card, VideoModel
+from fewstep.models.videos import cover_latents
 from fewstep.world.grammar import Scene, describe, paraphrase, sample_scenes
 from fewstep.world.parts import ByAttribute
 from fewstep.world.renderer import CANVAS, Variation, render
@@ -33,7 +35,7 @@ class WorldClips(Data):
     by whole latent cells (encoding and moving commute). This is for long runs, where rendering would take longer than training.
     """
 
-    provides: ClassVar[frozenset[str]] = frozenset({"prompts", "x0", "frames", "labels"})
+    provides: ClassVar[frozenset[str]] = frozenset({"prompts", "x0", "low", "frames", "labels"})
 
     num_frames: Size = 16
     pool: Natural = 0
@@ -41,7 +43,8 @@ class WorldClips(Data):
     pool_seed: int = 0
     style: Literal["plain", "neon"] = "plain"
     """Drawing style: `plain` has filled shapes, as in the built-in teacher's training; `neon` has light outlines on black."""
-
+    low: Degradation = Degradation()
+    """How low-resolution clips are made of the rendered ones, for methods that read them."""
     part: Part | None = None
     """The part of the prompts that is used (MSD, 2410.23274), such as that of some shapes (`ByAttribute`); null: all."""
 
@@ -77,8 +80,11 @@ class WorldClips(Data):
         return kept[:count]
 
     def open(self, model: VideoModel, needs: frozenset[str]) -> Source:
-        if self.pool and needs & {"frames", "labels"}:
-            raise ValueError("a pool keeps only latents, and this method needs frames or labels; write data.pool: 0")
+        if self.pool and needs & {"low", "frames", "labels"}:
+            raise ValueError(
+                "a pool keeps only latents of sharp clips, and this method needs low-resolution clips, frames or labels; write "
+                "data.pool: 0"
+            )
         if self.pool and "x0" in needs:
             return _Pool(self, model, Texts(model, needs))
         return _Stream(self, model, needs)
@@ -95,7 +101,7 @@ class _Stream:
         scenes = self.data.scenes(size, generator)
         prompts = tuple(paraphrase(scene, generator) for scene in scenes)
         frames = None
-        if self.needs & {"frames", "x0"}:
+        if self.needs & {"frames", "x0", "low"}:
             frames = render(scenes, Variation.sample(size, generator), self.data.num_frames, style=self.data.style).to(
                 rng.device
             )
@@ -104,9 +110,13 @@ class _Stream:
             latent_shape=latent_shape(self.model, self.data.num_frames),
             prompts=prompts,
             x0=encode(self.model, frames) if "x0" in self.needs and frames is not None else None,
+            low=self._low(frames, rng) if "low" in self.needs and frames is not None else None,
             frames=frames if "frames" in self.needs else None,
             labels=labels(scenes).to(rng.device) if "labels" in self.needs else None,
         )
+
+    def _low(self, frames: Tensor, rng: Rng) -> Tensor:
+        return cover_latents(self.model, self.data.low(frames, rng.fold("low")))
 
 
 class _Pool:

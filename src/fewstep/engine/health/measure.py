@@ -19,6 +19,8 @@ from fewstep.engine.health.vitals import Looks
 from fewstep.metrics import contrast, diversity, energy, motion, pooled, saturation
 from fewstep.models import VideoModel
 from fewstep.models.denoiser import Predictor
+from fewstep.models.videos import video_for
+from fewstep.streaming import Video
 from fewstep.world.checker import Checker, read_scenes
 from fewstep.world.grammar import Scene
 
@@ -52,7 +54,8 @@ class Gauge:
     precision: Callable[[], AbstractContextManager[Any]]
     images: Mapping[str, Tensor] | None = None
     """First frames (and last, if any) for an image-to-video model; None for other models."""
-
+    low: Tensor | None = None
+    """Latents of a low-resolution clip for each prompt, for students that make it sharp; None: the data give none."""
     shared: Sharing | None = None
     """Processes that generate every clip together."""
 
@@ -72,6 +75,10 @@ class Gauge:
     def pictures(self, part: slice) -> Mapping[str, Tensor] | None:
         """First frames (and last, if any) of these clips of `texts`."""
         return self.images and {name: x.repeat_interleave(self.seeds, 0)[part] for name, x in self.images.items()}
+
+    def video(self, model: VideoModel, part: slice) -> Video | None:
+        """The low-resolution clips of these clips of `texts`, for a model that begins with them."""
+        return video_for(model, None if self.low is None else self.low.repeat_interleave(self.seeds, 0)[part])
 
     def conditions(self, model: VideoModel, part: slice) -> tuple[Cond, Cond]:
         """Conditions of these clips: with the prompt, and without."""
@@ -94,6 +101,7 @@ class Gauge:
                     for step in model.sampling(
                         self.texts[part],
                         image=self.pictures(part),
+                        video=self.video(model, part),
                         num_inference_steps=count,
                         seed=part.start,
                         force=True,

@@ -311,7 +311,7 @@ def watching(
     gauge = Gauge.of(model, batch.prompts, health.seeds, settings.batch, precision, images_in(model, batch.cond))
     return Monitor(
         health=health,
-        gauge=replace(gauge, shared=nets.spread.shared),
+        gauge=replace(gauge, low=batch.low, shared=nets.spread.shared),
         model=model,
         method=method,
         settings=settings,

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fewstep.data.video import cover, to_floats
+from fewstep.core.pixels import cover
+from fewstep.data.video import to_floats
 from fewstep.metrics import (
     black,
     brightness,

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from fewstep.core.atomic import replacing, write_text
 from fewstep.core.lock import FILE as LOCK
+from fewstep.core.pixels import cover
 from fewstep.data.base import DataError
-from fewstep.data.video import cover, write_pixels
+from fewstep.data.video import write_pixels
 
 FOLDER = "videos"
 LONGEST = 512

@@ -70,6 +70,11 @@ def exact_scheduler(
     ValueError if diffusers has no such scheduler.
     """
     times, sampler = contract.times(steps), contract.sampler
+    if contract.grid.video_noise is not None:
+        raise ValueError(
+            "diffusers has no scheduler that does what this student needs, which begins with the latents of a video and not with "
+            "noise; a folder of fewstep's own keeps it exactly"
+        )
     if not uniform and (scheduler := multistep(path, kind, contract)) is not None:
         return ExactScheduler(scheduler)
     if isinstance(path, RectifiedFlow) and kind == "flow" and sampler in _STOCHASTIC and times[0] == 1:
