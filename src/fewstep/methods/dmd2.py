@@ -136,7 +136,7 @@ class DMD2(Method):
     def scores(self, nets: Nets, judges: Nets, shown: Batch) -> Scores:
         """Teacher (real) and critic (fake), as they judge the clips of a batch, and the discriminator."""
         logits = partial(self.adversary.logits, nets, cond=shown.cond) if self.adversary else None
-        real = judges.real if self.scorers.real or self.scorers.weak > 0 else judges.teacher
+        real = judges[self.scorers.role]
         return Scores(real, judges.critic, self.guidance, shown.cond, shown.uncond, self.critic_guidance, logits)
 
     def cost(self) -> tuple[Work, ...]:
