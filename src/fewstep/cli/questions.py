@@ -38,6 +38,7 @@ class List(Command):
             "models",
             "networks",
             "data",
+            "partitions",
             "rollouts",
             "histories",
             "matchings",
