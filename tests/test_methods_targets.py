@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fewstep.diffusion import KINDS, Kind, Prediction, RectifiedFlow, Trig, target
-from fewstep.methods import targets
+from fewstep.methods import gan, targets
 from fewstep.methods.motion import motion_matching
 from support_gaussian import AffineTableStudent, ExactCritic, GaussianTeacher, cond_of, f64, normal
 
@@ -92,24 +92,24 @@ def test_pseudo_huber_limits() -> None:
 
 def test_adversarial_terms() -> None:
     zero, right, wrong = torch.zeros(4, 2), torch.full((4, 2), 20.0), torch.full((4, 2), -20.0)
-    assert math.isclose(float(targets.discriminator("softplus", zero, zero)), 2 * math.log(2), rel_tol=1e-6)
-    assert targets.discriminator("softplus", right, wrong) < 1e-6 < targets.generator("softplus", wrong)
-    assert targets.generator("softplus", right) < 1e-6
+    assert math.isclose(float(gan.discriminator("softplus", zero, zero)), 2 * math.log(2), rel_tol=1e-6)
+    assert gan.discriminator("softplus", right, wrong) < 1e-6 < gan.generator("softplus", wrong)
+    assert gan.generator("softplus", right) < 1e-6
     a, b = torch.tensor([[1.0, -2.0], [0.5, 3.0]]), torch.tensor([[-0.3, 0.2], [2.0, -1.0]])
     soft = lambda x: float((1 + x.double().exp()).log().mean())  # noqa: E731 - the mean over all logits
-    assert float(targets.generator("softplus", a)) == pytest.approx(soft(-a))
-    assert float(targets.discriminator("softplus", a, b)) == pytest.approx(soft(-a) + soft(b))
-    assert float(targets.generator("hinge", a)) == pytest.approx(-2.5 / 4)
-    assert float(targets.discriminator("hinge", a, b)) == pytest.approx((0 + 3 + 0.5 + 0) / 4 + (0.7 + 1.2 + 3 + 0) / 4)
-    assert float(targets.generator("relativistic", a, b)) == pytest.approx(soft(b - a))
-    assert float(targets.discriminator("relativistic", a, b)) == pytest.approx(soft(b - a))
-    assert float(targets.discriminator("relativistic", a, a)) == pytest.approx(math.log(2))
+    assert float(gan.generator("softplus", a)) == pytest.approx(soft(-a))
+    assert float(gan.discriminator("softplus", a, b)) == pytest.approx(soft(-a) + soft(b))
+    assert float(gan.generator("hinge", a)) == pytest.approx(-2.5 / 4)
+    assert float(gan.discriminator("hinge", a, b)) == pytest.approx((0 + 3 + 0.5 + 0) / 4 + (0.7 + 1.2 + 3 + 0) / 4)
+    assert float(gan.generator("relativistic", a, b)) == pytest.approx(soft(b - a))
+    assert float(gan.discriminator("relativistic", a, b)) == pytest.approx(soft(b - a))
+    assert float(gan.discriminator("relativistic", a, a)) == pytest.approx(math.log(2))
 
 
 def test_approximate_r1_is_the_squared_gradient() -> None:
     """For a linear D, `E (D(x) - D(x + rho n))^2 = rho^2 |grad D|^2`."""
     slope, n = f64(3.0, 4.0), torch.randn(200_000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    value = targets.approximate_r1(torch.zeros(1, dtype=torch.float64), 0.1 * n @ slope)
+    value = gan.approximate_r1(torch.zeros(1, dtype=torch.float64), 0.1 * n @ slope)
     assert math.isclose(float(value), 0.01 * 25, rel_tol=0.02)
 
 

@@ -42,8 +42,11 @@ def test_every_named_test_is_there(mutate: ModuleType) -> None:
 
 def tried(tmp_path: Path, **entries: tuple[str, str, str]) -> dict[str, str]:
     """The verdicts of a list of its own, by mistake; each entry is old text, new text, test."""
-    listed = [{"mistake": name, "old": old, "new": new, "tests": test} for name, (old, new, test) in entries.items()]
-    (tmp_path / "list.yaml").write_text(yaml.safe_dump({"methods/targets.py": listed}))
+    listed: dict[str, list[dict[str, str]]] = {}
+    for name, (old, new, test) in entries.items():
+        file = "methods/targets.py" if "FLOOR" in old else "methods/gan.py"
+        listed.setdefault(file, []).append({"mistake": name, "old": old, "new": new, "tests": test})
+    (tmp_path / "list.yaml").write_text(yaml.safe_dump(listed))
     code = (
         "import sys, pathlib; sys.path.insert(0, 'tools'); import mutate\n"
         "mutate.GOLDEN, mutate.LIBRARIES = sys.argv[2], ('torch',)\n"

@@ -21,6 +21,7 @@ SUPPORT = {  # files of a room that are not one of its algorithms, and may hold 
         "adversary",
         "base",
         "frames",
+        "gan",
         "grids",
         "motion",
         "recycling",

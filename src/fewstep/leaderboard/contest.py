@@ -17,7 +17,7 @@ from fewstep.engine.probe import WorldProbe
 from fewstep.leaderboard.budget import lengthened
 from fewstep.leaderboard.stages import each, stages_of
 from fewstep.leaderboard.switches import JOINED, SWITCHES, Changes
-from fewstep.methods import targets
+from fewstep.methods import gan, targets
 from fewstep.pipeline import Pipeline, Stage, read
 from fewstep.recipe import Recipe
 
@@ -58,7 +58,7 @@ class Contestant:
     def code(self) -> str:
         """12 characters: the recipe, and the code of the method and of all that it holds, without docstrings and comments."""
         held = {type(found) for stage in self.stages for found in _objects(stage.method)}
-        files = {Path(inspect.getfile(kind)) for kind in held} | {Path(targets.__file__)}
+        files = {Path(inspect.getfile(kind)) for kind in held} | {Path(gan.__file__), Path(targets.__file__)}
         sources = [hashlib.sha256(_bare(path).encode()).hexdigest() for path in sorted(files)]
         return digest([self.recipe.tree(), sources])
 

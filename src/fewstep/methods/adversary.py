@@ -11,7 +11,7 @@ from fewstep.core import Batch, Cond, Losses, Rng
 from fewstep.core.bounds import Amount, Fraction, Positive, require_bounds
 from fewstep.diffusion import TimeDensity
 from fewstep.diffusion.path import broadcast
-from fewstep.methods import targets
+from fewstep.methods import gan
 from fewstep.methods.base import Nets
 from fewstep.methods.roles import Copy, Head, Heads, Role
 from fewstep.methods.rollouts import Rollout
@@ -38,7 +38,7 @@ class Adversary:
 
     weight: Positive = 0.03
     """lambda_G: weight of the student's term (published with mean reduction: 0.001 to 0.03). D's own loss has weight 1."""
-    loss: targets.Gan = "softplus"
+    loss: gan.Gan = "softplus"
     """softplus: the non-saturating GAN loss. hinge: LADD, SF-V. relativistic: logits of pairs are compared (AAPT, 2506.09350)."""
     density: TimeDensity | None = None
     """Times of the clips that D compares, drawn for real and generated clips apart. null: those of the critic and of the scores,
@@ -125,20 +125,20 @@ class Adversary:
     def discriminator_losses(self, nets: Nets, real: Shown, fake: Shown, rng: Rng) -> Losses:
         """D's losses, with no gradient in the clips."""
         there, made = self._judged(nets, real), self._judged(nets, fake)
-        losses = {"discriminator": targets.discriminator(self.loss, there, made)}
+        losses = {"discriminator": gan.discriminator(self.loss, there, made)}
         if self.r1 > 0:
-            losses["r1"] = self.r1 * targets.approximate_r1(there, self._judged(nets, self._moved(real, rng, "r1")))
+            losses["r1"] = self.r1 * gan.approximate_r1(there, self._judged(nets, self._moved(real, rng, "r1")))
         if self.r2 > 0:
-            losses["r2"] = self.r2 * targets.approximate_r1(made, self._judged(nets, self._moved(fake, rng, "r2")))
+            losses["r2"] = self.r2 * gan.approximate_r1(made, self._judged(nets, self._moved(fake, rng, "r2")))
         return losses
 
     def student_loss(self, nets: Nets, real: Shown, fake: Shown) -> Tensor:
         """lambda_G times the student's loss. The relativistic one alone reads real clips."""
         if not self.paired:
-            return self.weight * targets.generator(self.loss, self._logits(nets, fake))
+            return self.weight * gan.generator(self.loss, self._logits(nets, fake))
         with torch.no_grad():
             there = self._logits(nets, real)
-        return self.weight * targets.generator(self.loss, self._logits(nets, fake), there)
+        return self.weight * gan.generator(self.loss, self._logits(nets, fake), there)
 
     @property
     def paired(self) -> bool:

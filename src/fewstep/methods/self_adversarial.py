@@ -34,7 +34,7 @@ from torch import Tensor
 from fewstep.core import Batch, Cond, Losses, Rng
 from fewstep.core.bounds import Amount, Count, require_bounds
 from fewstep.diffusion import CFG, TimeDensity, Uniform
-from fewstep.methods import targets
+from fewstep.methods import gan, targets
 from fewstep.methods.base import Method, Nets, Update
 from fewstep.methods.matching import Noised, ReverseKL, Scores
 from fewstep.methods.roles import Copy, Heads, Role
@@ -105,9 +105,9 @@ class SelfAdversarial(Method):
             shown = [nets.teacher.path.add_noise(x, eps, s) for x in (more, y)]
             moved = [x + self.rho * rng.randn(y.shape, "r1") for x in shown] if self.r1 > 0 else []
             real, fake, *near = (self.logits(n, nets, x, s, batch.cond) for x in (*shown, *moved))
-            losses["discriminator"] = targets.paired_discriminator(real, fake)  # 3
+            losses["discriminator"] = gan.paired_discriminator(real, fake)  # 3
             if near:
-                losses["r1"] = self.r1 * targets.approximate_r1(torch.cat([real, fake]), torch.cat(near))
+                losses["r1"] = self.r1 * gan.approximate_r1(torch.cat([real, fake]), torch.cat(near))
         yield losses
 
     def student_loss(self, n: int, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Losses]:
@@ -121,7 +121,7 @@ class SelfAdversarial(Method):
             here = self.logits(n, nets, y_t, t, batch.cond)
             with torch.no_grad():
                 there = self.logits(n, nets, nets.teacher.path.add_noise(more, eps, t), t, batch.cond)
-            losses["adversarial"] = self.adversarial * targets.paired_generator(here, there)  # 6
+            losses["adversarial"] = self.adversarial * gan.paired_generator(here, there)  # 6
         yield losses
 
     def pair(self, n: int, nets: Nets, batch: Batch, rng: Rng, *, grad: bool) -> tuple[Tensor, Tensor | None]:
