@@ -15,7 +15,7 @@ from fewstep.core import Batch, Call, Cond, Rng
 from fewstep.diffusion import CFG, Prediction, Stream
 from fewstep.engine import train
 from fewstep.methods import DMD2, BackwardSimulation, FromData, Heads, Nets, SelfAdversarial, SelfForced, Update, Work
-from fewstep.methods.targets import paired_discriminator, paired_generator
+from fewstep.methods.gan import paired_discriminator, paired_generator
 from fewstep.streaming import Session
 from fewstep.world.data import WorldClips
 from support_engine import FRAMES, small, tiny_model
