@@ -1,7 +1,7 @@
 """Does a student of the steered world obey its keys, or follow its beat?
 
     python bench/actions.py runs/world/actions/2-consistency/student --steps 4 --clips 32 --frames 32
-    python bench/actions.py runs/world/talking/2-talking/student --signal beat --frames 31
+    python bench/actions.py runs/world/talking/3-talking/student --signal beat --frames 31
 
 Of keys: share of frames whose displacement is the one that was asked for. Of a beat: correlation of the object's pace with it.
 `obeyed`: of clips that are told a random signal. `chance`: the same clips against the signal of other clips. `nothing`: clips of

@@ -93,7 +93,8 @@ def test_scores_are_matched_on_what_the_student_made() -> None:
 
 def test_the_recipe_listens_as_its_stages_say() -> None:
     stages: Any = Pipeline.load("world/talking").stages
-    teacher, student = stages.values()
+    teacher, causal, student = stages.values()
+    assert causal.data == student.data and causal.method.history.stream == student.method.rollout.stream
     (signal,) = teacher.settings.transforms
     assert (
         (signal.back, signal.ahead)
