@@ -248,7 +248,9 @@ def test_gradients_that_are_shared_come_when_activations_are_there() -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_method_can_be_planned(name: str) -> None:
-    card = tiny_card(depth=2 if name == "AVDM2" else 1)  # its image teacher has two blocks
+    card = tiny_card(
+        depth=2 if name in {"AVDM2", "TransitionMatching"} else 1
+    )  # an image teacher of two blocks; a head of one
     plan = Outline.of(card, CASES[name], small(20), FRAMES).plan()
     trained = {h.role for h in plan.holdings if h.trained}
     assert trained == {role for phase in plan.phases for role in phase.roles}
