@@ -21,6 +21,7 @@ from fewstep.data import (
     to_pixels,
     write_video,
 )
+from support_finished import film
 
 CLIPS = Path(__file__).resolve().parents[2] / "shared" / "data" / "clips"
 
@@ -44,6 +45,12 @@ def test_written_video_is_read_back(tmp_path: Path) -> None:
     assert greys(frames).tolist() == list(range(12))
     assert (to_floats(frames) - ramp()).abs().max() < 0.05
     assert [p.name for p in tmp_path.iterdir()] == ["ramp.mp4"]  # no draft left
+
+
+def test_the_same_clip_is_the_same_file(tmp_path: Path) -> None:
+    clip = film(0, side=64)
+    files = [write_video(tmp_path / f"{number}.mp4", clip, fps=8).read_bytes() for number in range(40)]
+    assert len(set(files)) == 1
 
 
 def test_start_and_stride(tmp_path: Path) -> None:

@@ -8,8 +8,16 @@ from typing import Any
 
 import av
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+
+def x264(crf: int, **more: str) -> dict[str, str]:
+    """Options of the encoder, with which the same clip always becomes the same file: x264's AVX-512 code encodes small frames
+    differently now and then, so it does without."""
+    steady = {"x264-params": "asm=avx2"} if torch.backends.cpu.get_cpu_capability() == "AVX512" else {}
+    return {"crf": str(crf), **more, **steady}
 
 
 class Fragments:
@@ -29,7 +37,7 @@ class Fragments:
         if note:
             self._file.metadata["comment"] = note
         self._rate = Fraction(fps).limit_denominator(1000)
-        self._options = {"crf": str(crf), "preset": preset, "tune": "zerolatency"}
+        self._options = x264(crf, preset=preset, tune="zerolatency")
         self._stream: Any = None
         self.frames = 0
         """Number of frames that were added."""

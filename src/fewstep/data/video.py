@@ -26,6 +26,7 @@ from torch.nn.functional import pad
 from fewstep.core.atomic import replacing, replacing_folder
 from fewstep.core.finite import require_finite
 from fewstep.core.pixels import cover, to_uint8
+from fewstep.data.growing import x264
 from fewstep.data.shots import find_cuts
 
 LARGEST_SIDE = 16384
@@ -238,7 +239,7 @@ def _write_mp4(path: Path, frames: np.ndarray, fps: float, note: str) -> None:
     with av.open(str(path), "w") as file:
         if note:
             file.metadata["comment"] = note
-        stream = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000), options={"crf": "18"})
+        stream = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000), options=x264(18))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         for frame in frames:
