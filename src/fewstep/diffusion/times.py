@@ -72,3 +72,12 @@ def timestep(t: Tensor, num_train_timesteps: int) -> Tensor:
     whole = k.round()
     rounding = torch.where((k - whole).abs() < 1e-3, whole - k, torch.zeros_like(k))
     return (k + rounding.detach()).clamp_min(0).float()
+
+
+def in_steps(count: int) -> str:
+    """A number of steps in words.
+
+    >>> in_steps(1), in_steps(4)
+    ('1 step', '4 steps')
+    """
+    return f"{count} {'step' if count == 1 else 'steps'}"

@@ -15,6 +15,7 @@ from fewstep.core import Rng
 from fewstep.core.call import Sharing
 from fewstep.core.pixels import to_uint8
 from fewstep.data.base import Source
+from fewstep.diffusion.times import in_steps
 from fewstep.models import VideoModel
 from fewstep.models.images import Images, images_in
 from fewstep.models.videos import video_for
@@ -57,7 +58,7 @@ class Preview:
         shown = sorted({counts[0], counts[-1]})
         columns = [self._clips(student, n) for n in shown]
         now, before = ("student", "teacher") if student.card.role == "student" else ("now", "before training")
-        names = [f"{now}, {_steps(n)}" for n in shown] + [f"{before}, {_steps(self.teacher.card.contract.steps)}"]
+        names = [f"{now}, {in_steps(n)}" for n in shown] + [f"{before}, {in_steps(self.teacher.card.contract.steps)}"]
         return labelled(Image.fromarray(sheet([*columns, self._teacher_clips])), names)
 
     @cached_property
@@ -107,10 +108,6 @@ def labelled(picture: Image.Image, names: list[str]) -> Image.Image:
     for i, name in enumerate(names):
         pen.text((i * picture.width // len(names) + GAP, GAP), name, fill="black")
     return made
-
-
-def _steps(count: int) -> str:
-    return f"{count} {'step' if count == 1 else 'steps'}"
 
 
 def _resized(images: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.core.atomic import write_text
+from fewstep.diffusion.times import in_steps
 
 FILE = "results.json"
 CLIPS = "previews.safetensors"
@@ -189,7 +190,7 @@ def figures(report: Report, weights: str) -> dict[str, float]:
             f"motion relative to {report.reference}": (row.motion, report.seeds["clips"]),
             f"diversity relative to {report.reference}": (row.diversity, report.seeds["clips"]),
         }
-        steps = f"{row.steps} {'step' if row.steps == 1 else 'steps'}"
+        steps = in_steps(row.steps)
         found |= {f"{name}, {steps} (n = {n})": value for name, (value, n) in of.items() if value is not None}
     return found
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fewstep.core.atomic import write_text
+from fewstep.diffusion.times import in_steps
 from fewstep.evaluate import load_report
 from fewstep.evaluate.page.animate import gif_bytes
 from fewstep.evaluate.page.table import percent
@@ -44,7 +45,7 @@ def _section(
     names = sorted({result.name for result in mine}, key=lambda name: -rule(mine, name))
     firsts = [min((r for r in mine if r.name == name), key=lambda r: r.seed) for name in names]
     full = max(teacher.rows)
-    head = "".join(f"<th>{n} {'step' if n == 1 else 'steps'}</th>" for n in COUNTS)
+    head = "".join(f"<th>{in_steps(n)}</th>" for n in COUNTS)
     reference = "".join(_cell(clips[teacher.file], teacher, n) for n in COUNTS)
     lines = [
         f"<tr><th>teacher at {full} steps</th>{_cell(clips[teacher.file], teacher, full)}</tr>",

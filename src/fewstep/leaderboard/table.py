@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import mean
 
 from fewstep.core.atomic import write_text
+from fewstep.diffusion.times import in_steps
 from fewstep.engine.probe import merit
 from fewstep.evaluate.page.table import percent
 from fewstep.leaderboard.budget import DEMO
@@ -65,10 +66,6 @@ def teacher_section(teacher: Result) -> str:
     return "\n".join(["## The teacher", "", head, *lines, ""])
 
 
-def steps_of(count: int) -> str:
-    return f"{count} {'step' if count == 1 else 'steps'}"
-
-
 def budget_section(budget: float, results: Sequence[Result], teacher: Result) -> str:
     """The rows of one budget, the best first, and what they say of the papers' claims."""
     reference = teacher.rows[max(teacher.rows)]
@@ -101,7 +98,7 @@ def budget_section(budget: float, results: Sequence[Result], teacher: Result) ->
 
 
 HEADINGS = (
-    f"| | {' | '.join(steps_of(n) for n in COUNTS)} | motion | diversity | iterations | minutes | memory | seeds |",
+    f"| | {' | '.join(in_steps(n) for n in COUNTS)} | motion | diversity | iterations | minutes | memory | seeds |",
     f"| --- |{' ---: |' * (len(COUNTS) + 6)}",
 )
 """Of a table of rows."""

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from fewstep.core import Batch, Call, Losses, Rng
 from fewstep.core.bounds import Amount, Natural, require_bounds
-from fewstep.diffusion import CFG, DDIM, Prediction, TimeDensity, Uniform, uniform_grid
+from fewstep.diffusion import CFG, DDIM, Prediction, TimeDensity, Uniform
 from fewstep.methods import targets
 from fewstep.methods.adversary import Adversary
 from fewstep.methods.base import Method, Nets, Update
@@ -119,8 +119,7 @@ class TimeAwareDistillation(Method):
         def denoise(x_t: Tensor, t: Tensor, call: Call) -> Prediction:
             return self.guidance(nets.teacher, x_t, t, batch.cond, batch.uncond, call)
 
-        times = tuple(self.rollout.time * t for t in uniform_grid(self.teacher_steps))
-        return DDIM()(denoise, rolled.x_t, times, rng=rng)
+        return DDIM()(denoise, rolled.x_t, self.rollout.grid.times(self.teacher_steps), rng=rng)
 
     @torch.no_grad()
     def gap(self, nets: Nets, batch: Batch, x: Tensor, y: Tensor, rng: Rng) -> Tensor:

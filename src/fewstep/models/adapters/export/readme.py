@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 
+from fewstep.diffusion.times import in_steps
 from fewstep.models.card import Card
 
 _RESTRICTED = re.compile(
@@ -80,7 +81,7 @@ def _sampling(card: Card, usage: Mapping[int, str]) -> list[str]:
     sections.append(f"Sampler {type(contract.sampler).__name__}, guidance {scale}.{random}")
     for count in (steps, *(n for n in contract.counts if n != steps)):
         times = ", ".join(f"{t:.6g}" for t in contract.times(count))
-        sections.append(f"In {count} {'step' if count == 1 else 'steps'} the noise levels are {times}.")
+        sections.append(f"In {in_steps(count)} the noise levels are {times}.")
         if count != steps and count in usage:
             sections.append(_block(usage[count]))
     return sections
