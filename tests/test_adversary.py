@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fewstep.core import Batch, Rng
+from fewstep.core import Batch, Cond, Rng
 from fewstep.diffusion import Uniform
-from fewstep.methods import Adversary, Nets, targets
+from fewstep.methods import DMD2, Adversary, FDivergence, Nets, targets
 from fewstep.methods.adversary import Shown
 from support_gaussian import RF, Asked, GaussianTeacher, MeanHead, cond_of, f64
 
@@ -115,10 +115,72 @@ def test_clips_have_times_of_their_own_only_where_they_have_a_density() -> None:
     assert float(torch.cat([real.t, fake.t]).min()) >= 0.5
 
 
+class PromptHead(torch.nn.Module):
+    """Logits from where the asked prompt's mean lies: `Heads` on a teacher that shows both."""
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        x, label = features
+        return -(x.flatten(1).mean(1, keepdim=True) - label).abs()
+
+
+class Prompted(Asked):
+    """Features are the clip and the label of its prompt."""
+
+    def features(self, x_t: Tensor, t: Tensor, cond: Cond, *rest: object) -> list[Tensor]:
+        return [*super().features(x_t, t, cond), cond.text[:, :1, 0].to(x_t)]
+
+
+@pytest.mark.parametrize("loss", ["softplus", "hinge", "relativistic"])
+def test_a_mismatched_prompt_counts_as_generated(loss: targets.Gan) -> None:
+    """Real clips 0, 1, 2, 3 under their own prompts, and under those of the next."""
+    labels = torch.arange(4.0).double()
+    real = labels.reshape(4, 1, 1, 1, 1).expand(4, *SHAPE)
+    fake = real + 0.5
+    teacher = Prompted(GaussianTeacher(f64(0, 1), 0.5).requires_grad_(False))
+    networks = Nets({"teacher": teacher, "discriminator": PromptHead()})
+    cond = Cond.cat([cond_of(int(label), 1) for label in labels])
+    there, made = (Shown(x, torch.full((4,), 0.5).double(), cond) for x in (real, fake))
+    own, half, wrong = torch.zeros(4).double(), torch.full((4,), -0.5).double(), -f64(1, 1, 1, 3)
+    wanted = {
+        "softplus": F.softplus(-own).mean() + (F.softplus(half).mean() + F.softplus(wrong).mean()) / 2,
+        "hinge": 1 + ((1 + half).clamp_min(0).mean() + (1 + wrong).clamp_min(0).mean()) / 2,
+        "relativistic": (F.softplus(half - own).mean() + F.softplus(wrong - own).mean()) / 2,
+    }[loss]
+    adversary = Adversary(loss=loss, mismatched=True)
+    found = adversary.discriminator_losses(networks, there, made, Rng(0))["discriminator"]
+    torch.testing.assert_close(found, wanted)
+    assert teacher.questions[-1].labels == [1, 2, 3, 0]
+    torch.testing.assert_close(teacher.questions[-1].x_t, real)
+
+
+def test_a_prompt_without_a_neighbour_is_refused() -> None:
+    networks, one = nets(), shown(clips("real")[:1])
+    alone = Shown(one.x_t, one.t[:1], cond_of(1, 1))
+    with pytest.raises(ValueError, match="batch at least 2"):
+        Adversary(mismatched=True).discriminator_losses(networks, alone, alone, Rng(0))
+
+
+def test_every_draw_shows_all_clips_at_times_and_noises_of_their_own() -> None:
+    batch = Batch(cond_of(1, B), cond_of(0, B), SHAPE, x0=clips("real"))
+    adversary = Adversary(density=Uniform(low=0.2, high=0.9), draws=3)
+    real, fake = adversary.pair(nets(), batch, clips("fake"), batch.cond, Rng(0))
+    assert real.x_t.shape == fake.x_t.shape == (3 * B, *SHAPE)
+    assert len(real.cond) == 3 * B
+    assert len(set(real.t.tolist())) == 3 * B
+    t = real.t.reshape(-1, 1, 1, 1, 1)
+    noise = (real.x_t - (1 - t) * clips("real").repeat(3, 1, 1, 1, 1)) / t
+    first, second, third = noise.chunk(3)
+    assert abs(float((first * second).mean())) < 0.1
+    assert abs(float((second * third).mean())) < 0.1
+    assert float(noise.var()) == pytest.approx(1, abs=0.1)
+
+
 def test_its_work_counts_every_clip_that_it_reads() -> None:
     assert Adversary().work(2).forwards == 2 * 2 + 2
     assert Adversary(r1=1.0, r2=1.0).work(2).forwards == 2 * 4 + 2
     assert Adversary(loss="relativistic").work(2).forwards == 2 * 2 + 3
+    assert Adversary(mismatched=True).work(2).forwards == 2 * 3 + 2
+    assert Adversary(density=Uniform(), draws=3).work(2).forwards == 3 * (2 * 2 + 2)
 
 
 def test_what_cannot_work_is_refused() -> None:
@@ -128,3 +190,7 @@ def test_what_cannot_work_is_refused() -> None:
         Adversary(weight=0.0)
     with pytest.raises(ValueError, match="rho"):
         Adversary(rho=0.0)
+    with pytest.raises(ValueError, match="density, or write draws: 1"):
+        Adversary(draws=2)
+    with pytest.raises(ValueError, match="whose mismatched is false"):
+        DMD2(matching=FDivergence(), adversary=Adversary(mismatched=True))

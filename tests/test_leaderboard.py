@@ -154,6 +154,18 @@ def test_with_several_seeds_every_pair_of_seeds_must_agree() -> None:
     assert judge(claim, rows).outcome == "not told apart"
 
 
+def test_a_row_falls_where_its_interval_is_wholly_below_the_stored_one() -> None:
+    stored = result("a", {4: figures(0.8), 2: figures(0.7, 2.0), 1: figures(0.3)})
+    same = result("a", {4: figures(0.72), 2: figures(0.75, 2.3), 1: figures(0.5)})
+    assert leaderboard.fallen(stored, same) == [], "within the intervals, or better"
+    worse = result("a", {4: figures(0.6), 2: figures(0.7, 3.0)})
+    assert leaderboard.fallen(stored, worse) == [
+        "not served in 1 step any more", "accuracy in 4 steps: 0.60, was 0.80", "frechet in 2 steps: 3.00, was 2.00",
+    ]  # fmt: skip
+    still = result("a", {4: figures(0.8), 2: replace(figures(0.7), motion=0.03), 1: figures(0.3)})
+    assert leaderboard.fallen(stored, still) == ["motion in 2 steps: 0.03, was 0.05"]
+
+
 def test_claims_name_rows() -> None:
     assert {name for claim in CLAIMS for name in (claim.better, claim.worse)} <= set(contestants())
 
@@ -192,6 +204,7 @@ def test_a_run_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "## 0.0004 times the demo's budget" in table
     assert "| small |" in table
     assert "Not run yet: add, apt" in table
+    assert "changed since: small." in table, "no such recipe is shipped"
 
 
 @pytest.mark.usefixtures("single_thread")

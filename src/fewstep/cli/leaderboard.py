@@ -51,8 +51,11 @@ class Leaderboard(Command):
         print(f"{len(runs) - len(missing)} of {len(runs)} runs are there, in {self.results}", flush=True)
         for one in [] if self.show else missing:
             print(one.title, flush=True)
+            stored = one.stored(self.results)
             made = leaderboard.run(one, self.results, self.runs, quiet=self.quiet)
             print(f"{made.seconds / 60:.1f} minutes; {leaderboard.summary(made)}", flush=True)
+            for line in leaderboard.fallen(stored, made) if stored else []:
+                print(f"worse than before: {line}", flush=True)
         results = leaderboard.load_results(self.results)
         print(leaderboard.write_table(results, self.table))
         print(leaderboard.write_page(results, self.runs, self.runs / "leaderboard.html"))

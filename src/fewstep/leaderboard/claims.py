@@ -90,7 +90,7 @@ def judge(claim: Claim, results: Sequence[Result]) -> Verdict:
     if not better or not worse:
         return Verdict(claim, "not measured")
     means = [sum(value(row, claim.figure) for row in rows) / len(rows) for rows in (better, worse)]
-    signs = {_sign(one, other, claim.figure) for one in better for other in worse}
+    signs = {compared(one, other, claim.figure) for one in better for other in worse}
     outcome: Literal["confirmed", "contradicted", "not told apart"] = "not told apart"
     if signs == {1}:
         outcome = "confirmed"
@@ -103,17 +103,17 @@ def value(row: Figures, figure: Figure) -> float:
     return float(getattr(row, figure))
 
 
-def _rows(results: Sequence[Result], name: str, steps: int) -> list[Figures]:
-    return [result.rows[steps] for result in results if result.name == name and steps in result.rows]
-
-
-def _sign(one: Figures, other: Figures, figure: Figure) -> int:
+def compared(one: Figures, other: Figures, figure: Figure) -> int:
     """1: `one` is better, -1: worse, 0: their intervals touch. Motion and diversity have no interval: a tenth is one."""
     low, high = _interval(one, figure), _interval(other, figure)
     if low[0] <= high[1] and high[0] <= low[1]:
         return 0
     larger = 1 if low[0] > high[1] else -1
     return -larger if figure == "frechet" else larger
+
+
+def _rows(results: Sequence[Result], name: str, steps: int) -> list[Figures]:
+    return [result.rows[steps] for result in results if result.name == name and steps in result.rows]
 
 
 def _interval(row: Figures, figure: Figure) -> tuple[float, float]:

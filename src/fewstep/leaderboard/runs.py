@@ -58,10 +58,15 @@ class Run:
     def title(self) -> str:
         return f"{self.contestant.name}, budget {self.budget:g}, seed {self.seed}"
 
+    def stored(self, results: Path) -> Result | None:
+        """Its figures, if they are there, of whatever recipe and code."""
+        path = results / self.file
+        return load_result(path) if path.is_file() else None
+
     def done(self, results: Path) -> bool:
         """Whether its figures are there, of this very recipe and code."""
-        path = results / self.file
-        return path.is_file() and load_result(path).code == self.contestant.code
+        stored = self.stored(results)
+        return stored is not None and stored.code == self.contestant.code
 
 
 def run(this: Run, results: Path, folder: Path, *, suite: Suite = SUITE, quiet: bool = False) -> Result:

@@ -44,8 +44,11 @@ def write_table(results: Sequence[Result], path: Path) -> Path:
     parts = [heading(teachers[0].floor), teacher_section(teachers[0])]
     for budget, group in groupby(runs, key=lambda r: r.budget):
         parts.append(budget_section(budget, list(group), teachers[0]))
-    if lacking := sorted(set(contestants()) - {run.name for run in runs}):
+    known = contestants()
+    if lacking := sorted(set(known) - {run.name for run in runs}):
         parts.append(f"Not run yet: {', '.join(lacking)}.\n")
+    if changed := sorted({run.name for run in runs if run.name not in known or run.code != known[run.name].code}):
+        parts.append(f"Of a recipe or code that has changed since: {', '.join(changed)}.\n")
     write_text(path, "\n".join(parts))
     return path
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core import Batch, Cond, Losses, Rng
-from fewstep.core.bounds import Amount, Fraction, Positive, require_bounds
+from fewstep.core.bounds import Amount, Count, Fraction, Positive, require_bounds
 from fewstep.diffusion import TimeDensity
 from fewstep.diffusion.path import broadcast
 from fewstep.methods import gan
@@ -50,6 +50,12 @@ class Adversary:
     the features are frozen."""
     clean: bool = False
     """Show clips without noise. The features are told a time all the same, which should vary (APT: t = 0 alone collapses)."""
+    draws: Count = 1
+    """Times and noises, drawn from `density`, at which each clip is shown in one update: less noise in the gradient, for as many
+    calls of the features."""
+    mismatched: bool = False
+    """D learns that a real clip under another one's prompt is not real either (matching-aware: 1605.05396, 2303.05511), so that
+    it looks at what the prompt says, and not at faults of the picture alone. Half of the weight of what is not real."""
     head: Head = "separate"
     """separate: a small convolutional head per layer, with a logit per clip. joint: one on all layers, with a logit per patch
     (AVDM2). block: one transformer block on all layers, with a logit per patch that has seen the whole clip (2507.13343)."""
@@ -66,6 +72,10 @@ class Adversary:
         require_bounds(self)
         if not self.layers:
             raise ValueError("layers names no block of the teacher; give at least one, such as (-1,), the last")
+        if self.draws > 1 and self.density is None:
+            raise ValueError(
+                "draws are drawn from adversary.density, which is null; give it a density, or write draws: 1"
+            )
 
     def check(self, rollout: Rollout) -> None:
         """Refuse (ValueError) a split of clips that go on, which have no time at which they were predicted."""
@@ -114,6 +124,8 @@ class Adversary:
 
         def noised(clip: Tensor, cond: Cond, rng: Rng) -> Shown:
             if self.density is not None:
+                rows = torch.arange(len(clip), device=clip.device).repeat(self.draws)
+                clip, cond = clip[rows], cond[rows]
                 eps, t = rng.randn(clip.shape, "eps"), self.density.sample(len(clip), rng)
             else:
                 assert given is not None, "a method without such times needs adversary.density"
@@ -125,7 +137,7 @@ class Adversary:
     def discriminator_losses(self, nets: Nets, real: Shown, fake: Shown, rng: Rng) -> Losses:
         """D's losses, with no gradient in the clips."""
         there, made = self._judged(nets, real), self._judged(nets, fake)
-        losses = {"discriminator": gan.discriminator(self.loss, there, made)}
+        losses = {"discriminator": gan.discriminator(self.loss, *self._against_mismatched(nets, real, there, made))}
         if self.r1 > 0:
             losses["r1"] = self.r1 * gan.approximate_r1(there, self._judged(nets, self._moved(real, rng, "r1")))
         if self.r2 > 0:
@@ -151,9 +163,9 @@ class Adversary:
 
     def work(self, turns: int) -> Work:
         """Of the features in `turns` updates of D and one of the student."""
-        penalties = (self.r1 > 0) + (self.r2 > 0)
+        seen = 2 + (self.r1 > 0) + (self.r2 > 0) + self.mismatched
         each = 3 if self.trained else 1
-        return Work(self.eyes, each * (2 + penalties) * turns + 2 + self.paired, layers=self.layers)
+        return Work(self.eyes, self.draws * (each * seen * turns + 2 + self.paired), layers=self.layers)
 
     def _logits(self, nets: Nets, clip: Shown) -> Tensor:
         return nets.discriminator(self._seen(nets, clip))
@@ -169,6 +181,16 @@ class Adversary:
         with torch.set_grad_enabled(self.trained):
             features = self._seen(nets, replace(clip, x_t=clip.x_t.detach()))
         return nets.discriminator(features)
+
+    def _against_mismatched(self, nets: Nets, real: Shown, there: Tensor, made: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of what is real, and of what is not: with `mismatched`, real clips under the next one's prompt are not, too."""
+        if not self.mismatched:
+            return there, made
+        if len(real.cond) <= self.draws:
+            raise ValueError("adversary.mismatched exchanges prompts within a batch; give settings.batch at least 2")
+        others = torch.arange(len(real.cond), device=real.x_t.device).roll(-1)
+        wrong = self._judged(nets, replace(real, cond=real.cond[others]))
+        return torch.cat([there, there]), torch.cat([made, wrong])
 
     def _moved(self, clip: Shown, rng: Rng, name: str) -> Shown:
         return replace(clip, x_t=clip.x_t + self.rho * rng.randn(clip.x_t.shape, name))

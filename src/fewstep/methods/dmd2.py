@@ -77,8 +77,9 @@ class DMD2(Method):
     def __post_init__(self) -> None:
         require_bounds(self)
         self.matching.check(self.guidance)
-        if self.matching.judged and self.adversary is None:
-            raise ValueError(f"{type(self.matching).__name__} reads a discriminator; give the method an adversary")
+        if self.matching.judged and (self.adversary is None or self.adversary.mismatched):
+            ratio = f"{type(self.matching).__name__} reads the ratio of densities from a discriminator"
+            raise ValueError(f"{ratio}; give the method an adversary, whose mismatched is false")
         for held in self.held:
             held.check(self.rollout)
 
