@@ -233,6 +233,14 @@ def test_refuses_what_it_cannot_read(truth):
         CHECKER.score(clips[:2], scenes[:3])
 
 
+def test_reads_outlines_on_every_background():
+    generator = torch.Generator().manual_seed(0)
+    scenes = sample_scenes(200, generator)
+    clips = render(scenes, Variation.sample(200, generator), style="chalk")
+    assert Checker(style="chalk").score(clips, scenes).accuracy()["all"] > 0.95
+    assert CHECKER.score(clips, scenes).accuracy()["all"] < 0.5
+
+
 def test_reads_another_style_but_its_background():
     generator = torch.Generator().manual_seed(0)
     scenes = sample_scenes(200, generator)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fewstep.world.grammar import ATTRIBUTES, BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, Scene, sample_scenes
-from fewstep.world.renderer import BACKGROUND_RGB, COLOUR_RGB, RADIUS, SPEED, STYLES, Variation, coverage, render
+from fewstep.world.renderer import BACKGROUND_RGB, COLOUR_RGB, RADIUS, SPEED, Variation, coverage, render
 
 PLAIN = {
     "shape": "circle",
@@ -144,5 +144,14 @@ def test_an_outline_is_the_rim_of_the_filled_shape():
 
 def test_neon_is_drawn_on_black_whatever_is_asked_for():
     scenes = [Scene(**{**PLAIN, "background": name}) for name in BACKGROUNDS]
-    plain, neon = (render(scenes, still(len(scenes)), style=style) for style in STYLES)
+    plain, neon = (render(scenes, still(len(scenes)), style=style) for style in ("plain", "neon"))
     assert torch.equal(neon, neon[:1].expand_as(neon)) and not torch.equal(plain[0], plain[1])
+
+
+def test_chalk_is_an_outline_on_the_background_of_the_prompt():
+    scenes = [Scene(**{**PLAIN, "size": "large", "background": name}) for name in BACKGROUNDS]
+    plain, chalk = (render(scenes, still(len(scenes)), 1, style=style) for style in ("plain", "chalk"))
+    ground = plain[:, :, :, :1, :1]
+    assert torch.equal(chalk[:, :, :, 15:17, 15:17], ground.expand(-1, -1, -1, 2, 2)), "empty within"
+    assert torch.equal(chalk[..., :4, :], plain[..., :4, :]), "and the same around"
+    assert not torch.equal(chalk[..., 16, 9], plain[..., 16, 9]), "with a paler rim"

@@ -41,8 +41,8 @@ class WorldClips(Data):
     pool: Natural = 0
     """Clips kept in memory as latents (8 kB each at 16 frames); 0: render new clips for every batch."""
     pool_seed: int = 0
-    style: Literal["plain", "neon"] = "plain"
-    """Drawing style: `plain` has filled shapes, as in the built-in teacher's training; `neon` has light outlines on black."""
+    style: Literal["plain", "chalk", "neon"] = "plain"
+    """Drawing style: filled shapes, as in the built-in teacher's training; light outlines; light outlines on black."""
     low: Degradation = Degradation()
     """How low-resolution clips are made of the rendered ones, for methods that read them."""
     part: Part | None = None

@@ -46,17 +46,14 @@ class Style:
     """Width of the outline in reference pixels, inside the edge; 0 fills the shape."""
 
 
+PALE_RGB = {name: (76 + 7 * r // 10, 76 + 7 * g // 10, 76 + 7 * b // 10) for name, (r, g, b) in COLOUR_RGB.items()}
 STYLES: Mapping[str, Style] = {
     "plain": Style(colours=COLOUR_RGB, backgrounds=BACKGROUND_RGB),
-    "neon": Style(
-        colours={
-            name: (76 + 7 * r // 10, 76 + 7 * g // 10, 76 + 7 * b // 10) for name, (r, g, b) in COLOUR_RGB.items()
-        },
-        backgrounds=dict.fromkeys(BACKGROUND_RGB, BACKGROUND_RGB["black"]),
-        line=3.0,
-    ),
+    "chalk": Style(colours=PALE_RGB, backgrounds=BACKGROUND_RGB, line=3.0),
+    "neon": Style(colours=PALE_RGB, backgrounds=dict.fromkeys(BACKGROUND_RGB, BACKGROUND_RGB["black"]), line=3.0),
 }
-"""`neon` draws light outlines on black, for any background in the prompt; the shipped autoencoder can show them."""
+"""`chalk` draws light outlines on the asked background, `neon` on black, whatever is asked for; the shipped autoencoder can show
+both."""
 RADIUS: Mapping[str, float] = {"small": 5.0, "large": 8.5}
 """Nominal radius in pixels. The extent of each shape is a fixed multiple of it, chosen so that all shapes look equally big."""
 SPEED: Mapping[str, float] = {"slowly": 0.7, "quickly": 1.8}
