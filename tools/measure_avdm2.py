@@ -24,6 +24,7 @@ from fewstep.models.bundle import VideoModel
 from fewstep.world.checker import ABSTAIN, Checker
 from fewstep.world.grammar import ATTRIBUTES, Scene, parse, world_prompts
 from fewstep.world.renderer import STYLES
+from fewstep.world.styles import nearest_style
 
 NAMES = tuple(ATTRIBUTES)
 SHOWN = 6
@@ -39,6 +40,8 @@ class Frames:
     """Frames whose shape or colour is not clear."""
     right: Mapping[str, float]
     """By style: clips with the five attributes right that every style has, read as that style."""
+    drawn: Mapping[str, float]
+    """By style: clips that look most like it."""
 
 
 def main() -> int:
@@ -79,11 +82,13 @@ def read(clips: Tensor, scenes: Sequence[Scene]) -> Frames:
     seen = seen.unflatten(0, (len(clips), -1))
     clear = (seen != ABSTAIN).all(2)
     both = clear[:, 1:] & clear[:, :-1]
+    nearest = nearest_style(clips, scenes)
     changed = (seen[:, 1:] != seen[:, :-1]).any(2) & both
     return Frames(
         changes=float(changed.sum() / both.sum().clamp(min=1)),
         unreadable=1 - float(clear.float().mean()),
         right={style: float(each.float().mean()) for style, each in right.items()},
+        drawn={style: float((nearest == k).float().mean()) for k, style in enumerate(STYLES)},
     )
 
 
@@ -99,13 +104,12 @@ def tables(report: Report, frames: Mapping[str, Frames]) -> Iterator[str]:
         accuracy, distance, *rest = ("-" if value is None else f"{value:.2f}" for value in figures)
         yield row_of((row.name, accuracy, f"{low:.2f} to {high:.2f}", distance, *rest))
     yield ""
-    yield row_of(
-        ("", *NAMES, "another object in the next frame", "frame unreadable", *(f"{s}: five right" for s in STYLES))
-    )
-    yield row_of(["---"] * (9 + len(STYLES)))
+    styles = [*(f"{style}: five right" for style in STYLES), *(f"drawn as {style}" for style in STYLES)]
+    yield row_of(("", *NAMES, "another object in the next frame", "frame unreadable", *styles))
+    yield row_of(["---"] * (9 + len(styles)))
     for row in report.rows:
         mine, attributes = frames[row.name], row.attributes or {}
-        shares = [*attributes.values(), mine.changes, mine.unreadable, *mine.right.values()]
+        shares = [*attributes.values(), mine.changes, mine.unreadable, *mine.right.values(), *mine.drawn.values()]
         yield row_of((row.name, *(f"{share:.3f}" for share in shares)))
 
 
