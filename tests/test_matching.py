@@ -208,6 +208,8 @@ def test_ratios_are_limited() -> None:
 def test_what_cannot_work_is_refused() -> None:
     with pytest.raises(ValueError, match="low must be below high"):
         FDivergence(low=2.0, high=1.0)
+    with pytest.raises(ValueError, match="settings.batch at least 2"):
+        FDivergence().weights(torch.zeros(1, 2))
     with pytest.raises(ValueError, match="set its adversarial weight"):
         gradients(FDivergence(), 0.5)
     with pytest.raises(ValueError, match="alpha"):

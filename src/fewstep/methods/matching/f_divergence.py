@@ -54,7 +54,11 @@ class FDivergence(Matching):
         return targets.distribution_matching(noised.x0, real, fake, weight_of(self.weight, noised, scores), keep=keep)
 
     def weights(self, logits: Tensor) -> Tensor:
-        """`h(r)` over its mean in the batch, `[B]`, of logits `[B, heads]`."""
+        """`h(r)` over its mean in the batch, `[B]`, of logits `[B, heads]`. ValueError for a single clip, always at 1."""
+        if len(logits) == 1:
+            raise ValueError(
+                "f-divergences weigh the clips of a batch against each other; give settings.batch at least 2"
+            )
         h = self.h(logits.mean(1).exp().clamp(self.low, self.high))
         return h / h.mean()
 
