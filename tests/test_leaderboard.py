@@ -244,3 +244,13 @@ def test_switches_are_rows_of_their_own_that_change_one_thing() -> None:
 def test_a_table_without_the_teacher_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="fewstep leaderboard teacher"):
         leaderboard.write_table([result("a", {1: figures(0.5)})], tmp_path / "t.md")
+
+
+def test_the_page_has_the_stored_figures(tmp_path: Path) -> None:
+    root = Path(__file__).parents[1]
+    made = leaderboard.write_table(leaderboard.load_results(root / "bench" / "leaderboard"), tmp_path / "t.md")
+    page, again = (
+        [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith(("|", "- "))]
+        for path in (root / "docs" / "leaderboard.md", made)
+    )
+    assert page == again, "the figures have changed: run fewstep leaderboard --show"
