@@ -26,5 +26,5 @@ def test_the_style_of_a_rendered_clip_is_recognised(style: str) -> None:
 def test_a_clip_without_an_object_has_no_style() -> None:
     scenes = sample_scenes(2, torch.Generator().manual_seed(0))
     assert nearest_style(torch.zeros(2, 3, 8, 32, 32), scenes).tolist() == [ABSTAIN, ABSTAIN]
-    with pytest.raises(ValueError, match="give one scene per clip"):
+    with pytest.raises(ValueError, match="give one of each per clip"):
         nearest_style(torch.zeros(1, 3, 8, 32, 32), scenes)

@@ -18,7 +18,7 @@ def nearest_style(clips: Tensor, scenes: Sequence[Scene]) -> Tensor:
 
     The asked scene is drawn in every style, where the checker sees the object in each frame. The style with the least squared
     difference over those frames is the nearest. White shapes that are thinner than a line look alike in all styles. `ValueError`
-    as from `Checker.score`.
+    for what `Checker.read` refuses, and if the counts differ.
     """
     errors = torch.stack([_error(clips, scenes, style) for style in STYLES], 1)
     return errors.argmin(1).where(errors.isfinite().any(1), ABSTAIN)
@@ -26,8 +26,6 @@ def nearest_style(clips: Tensor, scenes: Sequence[Scene]) -> Tensor:
 
 def _error(clips: Tensor, scenes: Sequence[Scene], style: str) -> Tensor:
     """Mean squared difference of each clip from its scene in this style, `[B]`; infinite without an object."""
-    if len(clips) != len(scenes):
-        raise ValueError(f"{len(clips)} clips but {len(scenes)} scenes; give one scene per clip")
     track = Checker(style=style).read(clips).track
     seen = track.isfinite().all(2)
     still = torch.ones(len(clips), device=clips.device)
