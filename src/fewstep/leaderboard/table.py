@@ -31,7 +31,8 @@ is missing and writes this page. Each run is one JSON file in `bench/leaderboard
 - **Figures**: {clips} clips of {prompts} prompts. Accuracy: all six attributes of the prompt are right. Distance: Frechet, to
   rendered clips of the same prompts, whose own distance is {floor:.2f}. Motion and diversity are relative to the teacher at its
   own steps.
-- With several seeds: the mean, and the lowest and highest in brackets.
+- With several seeds: the mean, and the lowest and highest in brackets. The best rows, by the same rule, come first; a number of
+  steps that a student does not serve counts as nothing right.
 """
 
 
