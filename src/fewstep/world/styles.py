@@ -28,8 +28,9 @@ def _error(clips: Tensor, scenes: Sequence[Scene], style: str) -> Tensor:
     """Mean squared difference of each clip from its scene in this style, `[B]`; infinite without an object."""
     track = Checker(style=style).read(clips).track
     seen = track.isfinite().all(2)
+    track = track.where(seen[..., None], 0)  # frames that do not count
     still = torch.ones(len(clips), device=clips.device)
     usual = Variation(position=track[:, 0], tilt=0 * still, radius_scale=still, speed_scale=still, shade=still)
-    drawn = render_track(scenes, usual, track.nan_to_num(), style=style)
+    drawn = render_track(scenes, usual, track, style=style)
     by_frame = (drawn - clips).square().mean((1, 3, 4)) * seen
     return (by_frame.sum(1) / seen.sum(1)).where(seen.any(1), torch.inf)
