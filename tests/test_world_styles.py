@@ -14,10 +14,10 @@ from fewstep.world.styles import nearest_style
 @pytest.mark.parametrize("style", list(STYLES))
 def test_the_style_of_a_rendered_clip_is_recognised(style: str) -> None:
     generator = torch.Generator().manual_seed(0)
-    told = (
+    scenes = [
         one for one in sample_scenes(100, generator) if one.colour != "white"
-    )  # a thin white shape is alike in all styles
-    scenes = [scene for scene in told if style != "neon" or scene.background != "black"]
+    ]  # thin and white: alike in all styles
+    scenes = [one for one in scenes if style != "neon" or one.background != "black"]
     clips = render(scenes, Variation.sample(len(scenes), generator), style=style)
     found = nearest_style(clips + 0.05 * torch.randn(clips.shape, generator=generator), scenes)
     assert float((found == list(STYLES).index(style)).float().mean()) > 0.95
