@@ -134,6 +134,9 @@ class Client:
         self.host, self.port, self.key = f"video.example.com:{port}", port, key
         self.tls = ssl.create_default_context()
         self.tls.check_hostname, self.tls.verify_mode = False, ssl.CERT_NONE
+        # Not 1.3, which sends session tickets after the handshake: the socket's reading thread takes them while another thread
+        # sends, Python's ssl (before 3.13) does not guard that, and one connection of a thousand never gets its answer.
+        self.tls.maximum_version = ssl.TLSVersion.TLSv1_2
         self.http = httpx.Client(verify=self.tls, timeout=60, base_url=f"https://127.0.0.1:{port}")
         self.cookies = dict[str, str]()
 
