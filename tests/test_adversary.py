@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from fewstep.core import Batch, Cond, Rng
 from fewstep.diffusion import Uniform
-from fewstep.methods import DMD2, Adversary, FDivergence, Nets, targets
+from fewstep.methods import Adversary, Nets, targets
 from fewstep.methods.adversary import Shown
-from support_gaussian import RF, Asked, GaussianTeacher, MeanHead, cond_of, f64
+from support_gaussian import RF, Asked, GaussianTeacher, MeanHead, cond_of, conds_of, f64
 
 B, SHAPE = 64, (1, 2, 4, 4)
 
@@ -158,14 +158,20 @@ def test_a_prompt_without_a_neighbour_is_refused() -> None:
     alone = Shown(one.x_t, one.t[:1], cond_of(1, 1))
     with pytest.raises(ValueError, match="batch at least 2"):
         Adversary(mismatched=True).discriminator_losses(networks, alone, alone, Rng(0))
+    twice = Shown(
+        *(x[:1].repeat(2, *[1] * (x.ndim - 1)) for x in (alone.x_t, alone.t)),
+        alone.cond[torch.zeros(2, dtype=torch.long)],
+    )
+    with pytest.raises(ValueError, match="settings.batch at least 2"):  # one clip, drawn twice
+        Adversary(mismatched=True, density=Uniform(), draws=2).discriminator_losses(networks, twice, twice, Rng(0))
 
 
 def test_every_draw_shows_all_clips_at_times_and_noises_of_their_own() -> None:
-    batch = Batch(cond_of(1, B), cond_of(0, B), SHAPE, x0=clips("real"))
+    batch = Batch(conds_of(list(range(B))), cond_of(0, B), SHAPE, x0=clips("real"))
     adversary = Adversary(density=Uniform(low=0.2, high=0.9), draws=3)
     real, fake = adversary.pair(nets(), batch, clips("fake"), batch.cond, Rng(0))
     assert real.x_t.shape == fake.x_t.shape == (3 * B, *SHAPE)
-    assert len(real.cond) == 3 * B
+    assert real.cond.text[:, 0, 0].tolist() == fake.cond.text[:, 0, 0].tolist() == list(range(B)) * 3
     assert len(set(real.t.tolist())) == 3 * B
     t = real.t.reshape(-1, 1, 1, 1, 1)
     noise = (real.x_t - (1 - t) * clips("real").repeat(3, 1, 1, 1, 1)) / t
@@ -192,5 +198,3 @@ def test_what_cannot_work_is_refused() -> None:
         Adversary(rho=0.0)
     with pytest.raises(ValueError, match="density, or write draws: 1"):
         Adversary(draws=2)
-    with pytest.raises(ValueError, match="whose mismatched is false"):
-        DMD2(matching=FDivergence(), adversary=Adversary(mismatched=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -25,6 +25,7 @@ from fewstep.methods import (
     Nets,
     Reward,
     Sync,
+    TwinFlow,
     Update,
     WorldReward,
     targets,
@@ -177,10 +178,10 @@ def test_outcomes_are_those_of_the_students_sampler(index: int) -> None:
         seen.append((x, step.x))
         x = step.x
     before, after = seen[index]
-    made = RandomStep.at(before, grid, index, RF, 0.3)
+    made = RandomStep.at(before, grid, index, RF, 0.3, rng)
     eps = rng.randn(before.shape, f"renoise/{index}").double()
     torch.testing.assert_close(made.outcome(made.x0(student, batch()), eps), after)
-    last = RandomStep.at(seen[2][0], grid, 2, RF, 0.3)
+    last = RandomStep.at(seen[2][0], grid, 2, RF, 0.3, rng)
     torch.testing.assert_close(last.outcome(seen[2][1], eps), seen[2][1] + 0.3 * eps)
 
 
@@ -189,13 +190,13 @@ def test_a_candidates_reward_is_that_of_the_clip_that_follows() -> None:
     student, grid = Asked(Shifted(0.1 * noise("o"))), (1.0, 0.5, 0.25)
     made = nets(student, "reference")
     x0 = noise("clean")
-    outcomes, r = RandomStep.at(noise("x"), grid, 1, RF, 0.3).candidates(2, x0, Linear(), made, batch(), Rng(0))
+    outcomes, r = RandomStep.at(noise("x"), grid, 1, RF, 0.3, Rng(0)).candidates(2, x0, Linear(), made, batch(), Rng(0))
     assert [(q.t.tolist(), q.call.step, q.call.steps, q.grad) for q in student.questions] == [
         ([0.25] * B, 2, 3, False)
     ] * 2
     follow = torch.stack([y / 2 + 0.1 * noise("o") for y in outcomes])
     torch.testing.assert_close(r, follow.flatten(2).mean(2))
-    outcomes, r = RandomStep.at(noise("x"), grid, 2, RF, 0.3).candidates(2, x0, Linear(), made, batch(), Rng(0))
+    outcomes, r = RandomStep.at(noise("x"), grid, 2, RF, 0.3, Rng(0)).candidates(2, x0, Linear(), made, batch(), Rng(0))
     assert len(student.questions) == 2 and outcomes.shape == (2, B, *SHAPE)
     torch.testing.assert_close(r, outcomes.flatten(2).mean(2))
     assert not torch.equal(outcomes[0], outcomes[1])
@@ -252,7 +253,7 @@ def test_where_all_outcomes_are_as_good_there_is_no_gradient() -> None:
 
 
 def test_the_ratio_is_that_of_gaussian_likelihoods() -> None:
-    step = RandomStep.at(noise("x"), GRID, 0, RF, 0.3)
+    step = RandomStep.at(noise("x"), GRID, 0, RF, 0.3, Rng(0))
     x0, old = noise("new"), noise("old")
     outcomes = torch.stack([noise("y1"), noise("y2")])
 
@@ -319,6 +320,26 @@ def test_candidates_of_grpo_come_from_the_old_student_which_is_renewed_in_time()
     assert renewed == [0, 3, 6] and GRPO().aux()["old"] == Copy("student")
 
 
+@pytest.mark.parametrize(
+    "method", [PSO(rollout=TWO), PSO(rollout=TWO, reward=Linear()), GRPO(rollout=TWO, reward=Linear())]
+)
+def test_all_who_predict_a_step_are_given_the_rollouts_own_noise(method: PSO | GRPO) -> None:
+    """A student whose head draws noise (`FlowHead`) is then the same function for all of them."""
+    student, before = Asked(Shifted()), Asked(Shifted())
+    made = nets(student, "reference" if isinstance(method, PSO) else "old", before)
+    terms(method.student_loss(made, batch(x0=noise("data")), Rng(4)))
+    used = {q.call.rng for q in (*student.questions, *before.questions)}
+    assert len(used) == 1 and None not in used
+
+
+def test_offline_steps_are_those_of_the_phase_at_shifted_times() -> None:
+    rollout = BackwardSimulation(grids=((1.0, 0.75, 0.5, 0.25),), phase=(0.0, 0.5), shift=3.0)
+    made = nets(Asked(Shifted()), "reference")
+    steps = [PSO(rollout=rollout).noised(made, batch(x0=noise("data")), Rng(0, n))[0] for n in range(24)]
+    assert {round(float(step.t[0]), 9) for step in steps} == {0.75, 0.5}  # 0.5 and 0.25, shifted
+    assert {step.call.step for step in steps} == {2, 3}
+
+
 # --- both and their turns ---------------------------------------------------------------------------------------------
 
 
@@ -371,6 +392,31 @@ def test_turns_have_what_both_need() -> None:
     assert costs == {"student": (7 + 3 * 6.5) / 4, "teacher": 2 / 4, "critic": 4 / 4, "reference": 3 / 4}
     longer = replace(method, distillation=replace(method.distillation, warmup=4)).lengthened(2.0)
     assert longer.reinforcement == method.reinforcement
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked(PSO):
+    """Remembers what it was asked."""
+
+    asked: list[int] = field(default_factory=list)
+
+    def check(self, steps: int) -> None:
+        self.asked.append(steps)
+
+    def contract_at(self, teacher: Contract, step: int) -> Contract:
+        return replace(teacher, steps=step)
+
+
+def test_turns_change_and_check_the_student_as_both_ask() -> None:
+    rollout = BackwardSimulation(grids=((1.0,), (1.0, 0.5)))
+    method = Alternating(distillation=TwinFlow(), reinforcement=PSO(rollout=rollout))
+    assert method.transforms == TwinFlow.transforms
+    assert replace(method, reinforcement=TwinFlow()).transforms == TwinFlow.transforms, "each change once"
+    one, other = Checked(), Checked(reward=MotionReward())
+    both = Alternating(distillation=one, reinforcement=other, ratio=3)
+    both.check(9)
+    assert one.asked == [3] and other.asked == [6], "iterations 0, 4 and 8 of 9 distil"
+    assert both.contract_at(Contract(), 8).steps == 2
 
 
 def test_turns_of_two_samplers_are_refused() -> None:

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from fewstep.core import Batch, Cond, Rng
 from fewstep.diffusion import CFG
-from fewstep.methods import targets
+from fewstep.methods import DMD2, Adversary, Nets, targets
 from fewstep.methods.matching import FDivergence, Fisher, Matching, Noised, ReverseKL, ScoreImplicit, Scores
-from support_gaussian import RF, GaussianTeacher, cond_of, f64
+from support_gaussian import RF, SCALAR, Asked, GaussianTeacher, cond_of, f64
 
 MEAN, STD = 0.7, 0.8
 """The teacher's samples are N(MEAN, STD^2)."""
@@ -111,6 +112,64 @@ def test_sids_gradient_points_to_the_teacher_for_every_alpha(alpha: float) -> No
     _, s, v, _ = spreads(t, equal)
     mu = gradients(Fisher(alpha=alpha, weight="one"), t, rho=equal)[1]
     assert mu == pytest.approx((MU - MEAN) * s**4 / v**2, rel=1e-9)
+
+
+class Told(Scores):
+    """Scores that are fixed clips, and a little of x_t, so that they have a gradient."""
+
+    def real(self, x_t: Tensor, t: Tensor) -> Tensor:
+        return element("real", x_t) + 0.5 * x_t
+
+    def fake(self, x_t: Tensor, t: Tensor) -> Tensor:
+        return element("fake", x_t) - 0.25 * x_t
+
+
+def element(name: str, like: Tensor) -> Tensor:
+    return Rng(7).randn(like.shape, name).double()
+
+
+def told(matching: Matching, keep: Tensor | None = None, logits: Any = None) -> tuple[Tensor, Tensor]:
+    """Three clips, and the loss's gradient in them; x_t is the clip."""
+    x0 = element("x0", torch.empty(3, 2, 4, 2, 2)).requires_grad_()
+    none: Any = None
+    scores = Told(none, none, CFG(), none, none, logits=logits)
+    loss = matching.loss(Noised(x0, x0, torch.full((3,), 0.5, dtype=torch.float64), x0), scores, keep)
+    return x0.detach(), torch.autograd.grad(loss, x0)[0]
+
+
+def test_sids_default_weight_is_one_over_the_distance_of_clip_and_teacher() -> None:
+    """A number per clip that is not followed: the gradient is that of weight one, so often."""
+    x0, grad = told(Fisher(alpha=0.7))
+    away = (x0 - element("real", x0) - 0.5 * x0).abs().flatten(1).mean(1) + targets.FLOOR
+    torch.testing.assert_close(grad, told(Fisher(alpha=0.7, weight="one"))[1] / away.reshape(-1, 1, 1, 1, 1))
+
+
+def test_sims_constant_is_per_element() -> None:
+    """Where a clip's scores are about c apart: u = y / sqrt(mean y^2 + c^2) per element, followed through both networks."""
+    x0 = element("x0", torch.empty(3, 2, 4, 2, 2)).requires_grad_()
+    y = element("fake", x0) - 0.25 * x0 - element("real", x0) - 0.5 * x0
+    u = y / (y.square().flatten(1).mean(1) + 1.3**2).sqrt().reshape(-1, 1, 1, 1, 1)
+    (expected,) = torch.autograd.grad((-u * (element("fake", x0) - 1.25 * x0)).mean(), x0)
+    torch.testing.assert_close(told(ScoreImplicit(c=1.3))[1], expected)
+
+
+@pytest.mark.parametrize("frames", [1, 4])
+def test_what_counts_more_counts_more_in_an_f_divergence_too(frames: int) -> None:
+    """`keep` of clips or of frames, times the ratio's weight of the clip."""
+    logits, keep = f64(-0.5, 0.2, 1.0)[:, None], 1 + element("keep", torch.empty(3, frames)).abs()
+    matching = FDivergence(kind="forward_kl")
+    expected = told(ReverseKL())[1] * (matching.weights(logits)[:, None] * keep).reshape(3, 1, frames, 1, 1)
+    torch.testing.assert_close(told(matching, keep, lambda x_t, t: logits)[1], expected)
+
+
+def test_decoupled_guidance_has_noise_of_its_own() -> None:
+    matching, size = ReverseKL(decoupled=True), (64, 2, 4, 4, 4)
+    x0, t, rng = torch.zeros(size, dtype=torch.float64), torch.full((64,), 0.5, dtype=torch.float64), Rng(0)
+    at = matching.noised(x0, RF, t, rng.randn(size, "eps").double(), torch.ones_like(t), rng).guided_at
+    assert at is not None
+    own = at.x_t / at.t.reshape(-1, 1, 1, 1, 1)
+    assert abs(float((own * rng.randn(size, "eps").double()).mean())) < 0.05
+    assert float(own.square().mean()) == pytest.approx(1, abs=0.05)
 
 
 def test_sim_follows_the_distance_of_the_scores_with_the_samples_held() -> None:
@@ -214,3 +273,30 @@ def test_what_cannot_work_is_refused() -> None:
         gradients(FDivergence(), 0.5)
     with pytest.raises(ValueError, match="alpha"):
         Fisher(alpha=-1.0)
+
+
+@pytest.mark.parametrize("adversary", [
+    None, Adversary(mismatched=True), Adversary(clean=True), Adversary(loss="hinge"), Adversary(loss="relativistic"),
+])  # fmt: skip
+def test_a_discriminator_that_is_no_log_ratio_is_refused(adversary: Adversary | None) -> None:
+    with pytest.raises(ValueError, match="loss: softplus, and neither clean nor mismatched"):
+        DMD2(matching=FDivergence(), adversary=adversary)
+
+
+def test_the_ratio_is_read_for_the_prompt_of_each_clip() -> None:
+    asked: list[Cond] = []
+
+    class Eyes(Asked):
+        def features(self, x_t: Tensor, t: Tensor, cond: Cond, layers: Any) -> list[Tensor]:
+            asked.append(cond)
+            return [x_t.flatten(1)[:, :1]]
+
+    nets = Nets(
+        {"teacher": Eyes(GaussianTeacher(f64(0, MEAN), STD)), "critic": Asked(GaussianTeacher(f64(0, MU), STD))}
+    )
+    nets = Nets({**nets, "discriminator": lambda seen: seen[0]})  # type: ignore[dict-item]
+    shown = Batch(cond_of(1, 2), cond_of(0, 2), SCALAR)
+    scores = DMD2(matching=FDivergence(), adversary=Adversary()).scores(nets, nets, shown)
+    assert scores.logits is not None
+    scores.logits(torch.zeros(2, *SCALAR, dtype=torch.float64), f64(0.5, 0.5))
+    assert asked == [shown.cond]

@@ -113,12 +113,16 @@ def test_where_all_clips_are_as_good_it_is_dmd_bit_for_bit(value: float) -> None
     assert torch.equal(gradient(fixed(value, value, value, beta=0.01)), gradient(None))
 
 
-def test_weights_have_mean_one_before_they_are_limited_and_never_overflow() -> None:
+def test_weights_have_mean_one_also_when_limited_and_never_overflow() -> None:
     score = torch.linspace(0, 1, 5).double()
     weights = Reweighting(beta=1.0, limit=10.0).weights(score)
     assert float(weights.mean()) == pytest.approx(1) and float(weights[4] / weights[0]) == pytest.approx(2.718281828)
     hard = Reweighting(beta=1e-4, limit=4.0).weights(score)
     assert hard.tolist() == [0.25, 0.25, 0.25, 0.25, 4.0]
+    for size in (2, 8):
+        weights = Reweighting(beta=1e-4, limit=4.0).weights(torch.linspace(0, 1, size).double())
+        assert float(weights.mean()) == pytest.approx(1), "one clip far better than the others"
+        assert float(weights[-1] / weights[0]) == pytest.approx(min(size, 4) * 4)
     assert torch.allclose(Reweighting().weights(score + 1e6), Reweighting().weights(score), atol=1e-6)
 
 

@@ -10,11 +10,16 @@ import torch
 from torch import Tensor
 
 from fewstep.core import Batch, Rng
+from fewstep.core.shipped import shipped
 from fewstep.diffusion import CFG, VP, NoisePath, from_x0
+from fewstep.leaderboard.stages import stages_of
 from fewstep.methods import TDM, BackwardSimulation, MomentMatching, Nets, targets
 from fewstep.methods.distribution.tdm import unbiased
-from fewstep.methods.matching import FDivergence, Noised
-from support_gaussian import RF, Asked, FreeClips, GaussianTeacher, cond_of, conds_of, f64, minimise, terms
+from fewstep.methods.matching import FDivergence, Fisher, Noised, ReverseKL, ScoreImplicit
+from fewstep.methods.rollouts import Rolled
+from fewstep.methods.rollouts.grids import exact, stops
+from fewstep.pipeline import read
+from support_gaussian import RF, SCALAR, Asked, FreeClips, GaussianTeacher, cond_of, conds_of, f64, minimise, terms
 
 B, SHAPE, LABELS = 4, (1, 4, 8, 8), [1, 2, 1, 1]
 MEANS, STD, OTHER = f64(-0.2, 0.7, 1.5), 0.4, f64(0.3, -0.6, 0.1)
@@ -96,8 +101,6 @@ def test_states_of_a_step_are_compared_within_it(interval: str, stop: int) -> No
     method = replace(METHOD, interval=interval)
     t, landed = GRID[stop], (*GRID, 0.0)[stop + 1]
     x0, x_t = clips("made", 64), clips("state", 64)
-    from fewstep.methods.rollouts import Rolled
-
     rolled = Rolled(x0, x_t, torch.full((64,), t, dtype=torch.float64), exit=stop, grid=GRID)
     noised, s = method.noised(rolled, RF, Rng(0))
     assert torch.equal(s, torch.full_like(s, landed))
@@ -146,6 +149,45 @@ def test_tdm_says_what_it_costs_and_refuses_fresh_noise() -> None:
         TDM(matching=FDivergence())
 
 
+def test_a_matching_that_needs_the_students_own_clips_noised_is_refused() -> None:
+    """SiD and SIM compare the critic with the student's clip, whose mean given x_u it does not predict where s > 0."""
+    for matching in (Fisher(), ScoreImplicit(), ReverseKL(weight="exact")):
+        with pytest.raises(ValueError, match="weight distance or one"):
+            TDM(matching=matching)
+
+
+def test_times_must_be_left_above_every_landing() -> None:
+    shifted = BackwardSimulation(grids=(GRID,), mode="ode", shift=5.0)
+    with pytest.raises(ValueError, match=r"lands at 0\.9375, and high: 0\.9 leaves no time"):
+        TDM(rollout=shifted, high=0.9)
+    TDM(rollout=replace(shifted, exit="last"), high=0.1)
+    TDM(
+        rollout=replace(shifted, phase=(0.5, 1.0)), high=0.9
+    )  # both steps are compared above 0.8333, where the phase ends
+    with pytest.raises(ValueError, match=r"lands at 0\.8333"):
+        TDM(rollout=replace(shifted, phase=(0.5, 1.0)), high=0.8)
+
+
+RECIPES = [
+    (name, stage.method)
+    for name, path in shipped().items() if "type: TDM" in path.read_text()
+    for stage in stages_of(read(path, [])) if isinstance(stage.method, TDM)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "method"), RECIPES, ids=[name for name, _ in RECIPES])
+def test_the_critics_target_is_finite_at_every_step_of_every_recipe(name: str, method: TDM) -> None:
+    assert len({name for name, _ in RECIPES}) >= 5
+    x0, x_t = clips("made", 64), clips("state", 64)
+    rollout = method.rollout
+    for grid, found in zip(exact(rollout.grids, rollout.shift), stops(rollout.grids, rollout.exit, rollout.span)):
+        for stop in found:
+            t = torch.full((64,), grid[stop], dtype=torch.float64)
+            noised, s = method.noised(Rolled(x0, x_t, t, exit=stop, grid=grid), RF, Rng(0, stop))
+            assert (noised.t > s).all()
+            assert all(x.isfinite().all() for x in unbiased(noised, s, RF))
+
+
 # --- moment matching --------------------------------------------------------------------------------------------------
 
 MOMENTS = MomentMatching(steps=(4,), guidance=CFG(scale=2.5))
@@ -162,6 +204,16 @@ def test_the_step_lands_within_one_step_of_the_grid() -> None:
     assert (lengths >= -1e-9).all()
     assert (lengths <= 0.25 + 1e-9).all()
     torch.testing.assert_close(x_s, from_x0(x.detach(), seen.x_t, seen.t, RF).step_to(s))
+
+
+def test_a_step_never_goes_back_in_time() -> None:
+    student = FreeClips((4096, *SCALAR))
+    networks, x0 = Nets({"student": Asked(student)}), torch.zeros(4096, *SCALAR, dtype=torch.float64)
+    batch = Batch(cond_of(1, 4096), cond_of(0, 4096), SCALAR, x0=x0)
+    *_, s = replace(MOMENTS, steps=(1, 4)).stepped(networks, batch, Rng(0))
+    (seen,) = networks.student.questions
+    assert float(seen.t.min()) < 1e-3, "the draw reaches the times that matter"
+    assert (s <= seen.t).all()
 
 
 def test_the_best_critic_is_the_middle_of_student_and_teacher() -> None:

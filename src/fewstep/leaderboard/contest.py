@@ -7,7 +7,7 @@ import hashlib
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,19 @@ from fewstep.leaderboard.budget import lengthened
 from fewstep.leaderboard.stages import each, stages_of
 from fewstep.leaderboard.switches import JOINED, SWITCHES, Changes
 from fewstep.methods import gan, targets
+from fewstep.methods.matching import base as matchings
+from fewstep.methods.rollouts import base as rollouts
+from fewstep.methods.rollouts import grids
+from fewstep.models.bundle import VideoModel
 from fewstep.pipeline import Pipeline, Stage, read
 from fewstep.recipe import Recipe
 
 FOLDER = "leaderboard/"
 PROBES = 4
 """Times at which a run is judged, evenly spread, the last one at its end. The best student by `WorldProbe`'s rule is kept."""
+
+SHARED = (gan, targets, matchings, rollouts, grids)
+"""Formulas that many methods call: a row counts as changed if one of them has changed."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +63,12 @@ class Contestant:
 
     @property
     def code(self) -> str:
-        """12 characters: the recipe, and the code of the method and of all that it holds, without docstrings and comments."""
+        """12 characters: the recipe, the teacher, and the code of the method, of all that it holds and of `SHARED`; without
+        docstrings, comments and what only refuses a recipe (`__post_init__`)."""
         held = {type(found) for stage in self.stages for found in _objects(stage.method)}
-        files = {Path(inspect.getfile(kind)) for kind in held} | {Path(gan.__file__), Path(targets.__file__)}
+        files = {Path(inspect.getfile(part)) for part in (*held, *SHARED)}
         sources = [hashlib.sha256(_bare(path).encode()).hexdigest() for path in sorted(files)]
-        return digest([self.recipe.tree(), sources])
+        return digest([self.recipe.tree(), teacher_code(), sources])
 
     def prepared(self, budget: float, seed: int) -> Recipe | Pipeline:
         """The recipe for one run: as long as the budget allows, judged by the same rule as all others."""
@@ -85,6 +93,12 @@ def contestants() -> Mapping[str, Contestant]:
     return rows | {one.name: one for one in switched}
 
 
+@cache
+def teacher_code() -> str:
+    """Fingerprint of the teacher of all rows."""
+    return VideoModel.from_pretrained("world").fingerprint("denoiser")
+
+
 def _objects(value: Any) -> Iterator[Any]:
     """A frozen object and all objects in its fields."""
     if is_dataclass(value) and not isinstance(value, type):
@@ -97,13 +111,15 @@ def _objects(value: Any) -> Iterator[Any]:
 
 
 def _bare(path: Path) -> str:
-    """The code of a file as a tree, without docstrings and comments, which change no figure."""
+    """The code of a file as a tree, without what changes no figure: docstrings, comments, and what only refuses a recipe."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
-            node.body = [part for part in node.body if not _text(part)]
+            node.body = [part for part in node.body if not _silent(part)]
     return ast.dump(tree)
 
 
-def _text(node: ast.stmt) -> bool:
+def _silent(node: ast.stmt) -> bool:
+    if isinstance(node, ast.FunctionDef):
+        return node.name == "__post_init__"
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)

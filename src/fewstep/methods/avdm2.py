@@ -71,8 +71,10 @@ class AVDM2(Method):
     def __post_init__(self) -> None:
         require_bounds(self)
         self.matching.check(self.guidance, stills=self.score == "frames")
-        if self.score == "none" and self.adversary is None:
-            raise ValueError("score none and adversary null leave no loss for the student; set one of the two")
+        if (self.score == "none" or self.score_weight == 0) and self.adversary is None:
+            raise ValueError(
+                "without scores (score: none, or score_weight: 0) and adversary null no loss is left; set one"
+            )
         if self.adversary:
             self.adversary.check_alone()
         if self.score != "frames" and self.image_teacher is not None:

@@ -77,9 +77,9 @@ class DMD2(Method):
     def __post_init__(self) -> None:
         require_bounds(self)
         self.matching.check(self.guidance)
-        if self.matching.judged and (self.adversary is None or self.adversary.mismatched):
+        if self.matching.judged and ((d := self.adversary) is None or d.loss != "softplus" or d.clean or d.mismatched):
             ratio = f"{type(self.matching).__name__} reads the ratio of densities from a discriminator"
-            raise ValueError(f"{ratio}; give the method an adversary, whose mismatched is false")
+            raise ValueError(f"{ratio}; give an adversary with loss: softplus, and neither clean nor mismatched")
         for held in self.held:
             held.check(self.rollout)
 

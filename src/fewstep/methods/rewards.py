@@ -129,7 +129,8 @@ class Reweighting(_Held):
     beta: Positive = 0.02
     """Temperature, in units of the reward: a clip that is better by beta counts e times as much."""
     limit: float = 4.0
-    """Largest weight; the smallest is 1 / limit. Large weights invite clips that please the reward and nobody else."""
+    """Largest weight over the mean, before the weights are brought back to a mean of 1; the smallest is 1 / limit. Large weights
+    invite clips that please the reward and nobody else."""
 
     def __post_init__(self) -> None:
         require_bounds(self)
@@ -137,14 +138,15 @@ class Reweighting(_Held):
             raise ValueError(f"limit {wrong}; at 1 the reward does not count")
 
     def weights(self, score: Tensor) -> Tensor:
-        """`exp(r / beta)` over its mean in the batch, then limited: `[B]`. ValueError for a single clip, whose weight is always
-        1."""
+        """`exp(r / beta)` over its mean in the batch, limited, and over its mean again: `[B]`. ValueError for a single clip,
+        whose weight is always 1."""
         if len(score) < 2:
             raise ValueError(
                 "a reward compares the clips of a batch, and this one has a single clip; raise settings.batch"
             )
         raw = ((score - score.max()) / self.beta).exp()  # the largest is 1: no overflow, the same mean
-        return (raw / raw.mean()).clamp(1 / self.limit, self.limit)
+        limited = (raw / raw.mean()).clamp(1 / self.limit, self.limit)
+        return limited / limited.mean()
 
     @torch.no_grad()
     def keep(self, rolled: Rolled, batch: Batch, nets: Nets) -> Tensor:

@@ -15,9 +15,8 @@ The largest step count has no n': lines 1, 2, 4 and 5, as in DMD2. One student s
 contract gives its first chunk more of them (first-frame enhancement).
 
 Not from the paper, which says that D_n tells y from y' and no more: lines 3 and 6, lambda, and counts in turn, not at random. A
-relativistic softplus, which its figure suggests, pushes y on where y = y' (its slope is 1/2 there); the squares of a pair do not,
-whatever D_n is; nor would y equal y' with noises of their own. D_n are heads of their own on frozen teacher features, not on the
-critic's. `r1` is on both clips (2501.08316), as in the paper; n' is the next count that is served.
+relativistic softplus, which its figure suggests, pushes y on where y = y' (slope 1/2); squares of a pair do not, whatever D_n is;
+nor would y equal y' with noises of their own. D_n are heads on frozen teacher features, not the critic's. `r1` is on both clips.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core import Batch, Cond, Losses, Rng
-from fewstep.core.bounds import Amount, Count, require_bounds
+from fewstep.core.bounds import Amount, Count, Positive, require_bounds
 from fewstep.diffusion import CFG, TimeDensity, Uniform
 from fewstep.methods import gan, targets
 from fewstep.methods.base import Method, Nets, Update
@@ -63,7 +62,7 @@ class SelfAdversarial(Method):
     """Density of t for the critic's training."""
     r1: Amount = 0.0
     """Weight of the approximate R1 penalty on the discriminator, the mean over both clips; 0: off."""
-    rho: Amount = 0.1
+    rho: Positive = 0.1
     """Size of the perturbation of the noised latents in the R1 penalty."""
     layers: tuple[int, ...] = (-1,)
     """Teacher blocks whose features the discriminator reads, with heads of their own for each step count but the largest."""
@@ -77,6 +76,8 @@ class SelfAdversarial(Method):
                 "grids of at least two step counts, which all chunks have (no stream.steps); got "
                 f"{type(self.rollout).__name__} with grids={self.rollout.grids}"
             )
+        if not self.layers or getattr(self.rollout, "phase", None) is not None:
+            raise ValueError("give at least one layer of the teacher, such as -1, and no rollout.phase: clips end at 0")
 
     @property
     def grids(self) -> tuple[Rollout, ...]:

@@ -92,7 +92,7 @@ class MomentMatching(Method):
         x0 = batch.require("x0")
         steps = torch.tensor(self.steps, device=x0.device)[rng.integers((len(batch),), "steps", len(self.steps))]
         start = rng.rand((len(batch),), "time").to(x0)
-        end = (start - rng.rand((len(batch),), "length").to(x0) / steps).clamp_min(LEAST)
+        end = (start - rng.rand((len(batch),), "length").to(x0) / steps).clamp_min(LEAST).minimum(start)
         t, s = shifted(start, self.shift), shifted(end, self.shift)
         made = nets.student(nets.student.path.add_noise(x0, rng.randn(x0.shape, "eps"), t), t, batch.cond)  # 1
         return made.x0, made.step_to(s).detach(), s  # 2

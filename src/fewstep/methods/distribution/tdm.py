@@ -38,6 +38,7 @@ from fewstep.methods.base import Method, Nets, Update
 from fewstep.methods.matching import Matching, Noised, ReverseKL, Scores
 from fewstep.methods.roles import Role
 from fewstep.methods.rollouts import BackwardSimulation, Rolled
+from fewstep.methods.rollouts.grids import exact, stops
 from fewstep.methods.scorers import Scorers
 from fewstep.methods.work import Work
 
@@ -63,8 +64,9 @@ class TDM(Method):
     interval: Literal["step", "above"] = "step"
     """Times of the comparison: those of the step, from where it lands to where it began, or all above where it lands."""
     low: Fraction = 0.02
-    """Share of the interval next to the landing that is left out; `high` likewise, of the time itself (published: 0.9)."""
+    """Share of the interval next to the landing that is left out."""
     high: Fraction = 0.98
+    """Latest time of the comparison, above all times at which steps land (published: 0.9, for a grid without shift)."""
 
     def __post_init__(self) -> None:
         require_bounds(self)
@@ -73,6 +75,15 @@ class TDM(Method):
             raise ValueError("TDM follows the student's deterministic trajectory; set rollout.mode to ode")
         if self.matching.judged:
             raise ValueError(f"{type(self.matching).__name__} reads a discriminator, and TDM has none")
+        if self.matching.through or getattr(self.matching, "weight", None) == "exact":
+            raise ValueError(
+                "line 3 makes the critic know where steps land, and not the student's clips, which SiD, SIM and the KL's exact "
+                "weight compare it with; give TDM matching: ReverseKL, with weight distance or one"
+            )
+        if self.high <= (landed := _latest_landing(self.rollout)):
+            raise ValueError(
+                f"a step of the rollout lands at {landed:.4f}, and high: {self.high:g} leaves no time above it; raise high"
+            )
 
     @property
     def needs(self) -> frozenset[str]:
@@ -104,7 +115,7 @@ class TDM(Method):
         landed = self.rollout.landing(rolled)
         t, s = rolled.t, torch.full_like(rolled.t, landed)
         x_s = from_x0(rolled.x0, rolled.x_t, t, path).step_to(s)
-        top = (t if self.interval == "step" else torch.ones_like(t)).clamp_max(max(self.high, landed))
+        top = (t if self.interval == "step" else torch.ones_like(t)).clamp_max(self.high)
         share = self.low + (1 - self.low) * rng.rand((len(t),), "time").to(t)
         u, eps = s + (top - s) * share, rng.randn(x_s.shape, "eps")
         a, b = path.between(s, u, x_s)
@@ -118,6 +129,13 @@ class TDM(Method):
             Work(self.scorers.role, self.matching.teacher_calls(self.guidance)),
             Work("critic", 3 * turns + 1 + back),
         )
+
+
+def _latest_landing(rollout: BackwardSimulation) -> float:
+    """The largest time at which a step of the rollout may land: after its first exit, or at the end of its phase."""
+    exits = zip(exact(rollout.grids, rollout.shift), stops(rollout.grids, rollout.exit, rollout.span), strict=True)
+    which = 0 if rollout.phase is None else -1
+    return max((*grid, 0.0)[found[which] + 1] for grid, found in exits)
 
 
 def unbiased(noised: Noised, s: Tensor, path: NoisePath) -> tuple[Tensor, Tensor, Tensor]:

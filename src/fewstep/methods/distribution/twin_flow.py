@@ -64,8 +64,8 @@ class TwinFlow(Method):
 
     def __post_init__(self) -> None:
         require_bounds(self)
-        if not self.steps:
-            raise ValueError("steps is empty; give at least one number of steps, such as (1, 2)")
+        if not self.steps or self.delta >= 0.5:
+            raise ValueError(f"give at least one of steps, such as (1, 2), and delta < 0.5; got {self.delta}")
 
     @property
     def needs(self) -> frozenset[str]:

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
+from fewstep.compress import Transform
 from fewstep.core.bounds import Count, require_bounds
 from fewstep.diffusion import CFG, Contract
 from fewstep.methods.base import Method, Sync, Update
@@ -67,6 +68,10 @@ class Alternating(Method):
     def rollouts(self) -> tuple[Rollout, ...]:
         return self.distillation.rollouts + self.reinforcement.rollouts
 
+    @property
+    def transforms(self) -> tuple[Transform, ...]:
+        return tuple(dict.fromkeys((*self.distillation.transforms, *self.reinforcement.transforms)))
+
     def aux(self) -> dict[str, Role]:
         return {**self.distillation.aux(), **self.reinforcement.aux()}
 
@@ -77,8 +82,16 @@ class Alternating(Method):
         else:
             yield from self.reinforcement.updates(round * self.ratio + turn - 1)  # 2
 
+    def check(self, steps: int) -> None:
+        rounds, turn = divmod(steps, self.ratio + 1)
+        self.distillation.check(rounds + (turn > 0))
+        self.reinforcement.check(steps - rounds - (turn > 0))
+
     def contract(self, teacher: Contract) -> Contract:
         return self.distillation.contract(teacher)
+
+    def contract_at(self, teacher: Contract, step: int) -> Contract:
+        return self.distillation.contract_at(teacher, step // (self.ratio + 1))
 
     def lengthened(self, factor: float) -> Self:
         return replace(

@@ -72,7 +72,7 @@ class GRPO(Method):
 
     def student_loss(self, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Losses]:
         rolled = self.rollout(nets.old, batch, rng, grad=False)  # 2
-        step = RandomStep.at(rolled.x_t, rolled.grid, rolled.exit, nets.old.path, self.temperature)
+        step = RandomStep.at(rolled.x_t, rolled.grid, rolled.exit, nets.old.path, self.temperature, rng)
         outcomes, r = step.candidates(self.candidates, rolled.x0, self.reward, nets, batch, rng)  # 3
         better = (r - r.mean(0)) / (r.std(0, correction=0) + 1e-6)  # 4
         x0 = step.x0(nets.student, batch)

@@ -83,22 +83,23 @@ class PSO(Method):
             eps = rng.randn(x0.shape, "outcome")
             win, lose = step.outcome(batch.require("x0"), eps), step.outcome(reference, eps)  # 2
         else:
-            win, lose = self.ranked(step, x0.detach(), self.reward, nets, batch, rng)  # 2
+            win, lose = self.ranked(step, x0, self.reward, nets, batch, rng)  # 2
         scale = self.beta / step.deviation.flatten().square()
         yield {"preference": targets.preference(win, lose, step.signal * x0, step.signal * reference, scale)}  # 3
 
     def noised(self, nets: Nets, batch: Batch, rng: Rng) -> tuple[RandomStep, Tensor]:
         """A step from noised clips of the data, and the student's prediction."""
         x0, path = batch.require("x0"), nets.student.path
-        grid, index = drawn(self.rollout.grids, self.rollout.exit, self.rollout.shift, rng)
+        grid, index = drawn(self.rollout.grids, self.rollout.exit, self.rollout.shift, rng, self.rollout.span)
         x_t = path.add_noise(x0, rng.randn(x0.shape, "noise"), full(grid[index], x0))
-        step = RandomStep.at(x_t, grid, index, path, self.temperature)
+        step = RandomStep.at(x_t, grid, index, path, self.temperature, rng)
         return step, step.x0(nets.student, batch)
 
     def reached(self, nets: Nets, batch: Batch, rng: Rng) -> tuple[RandomStep, Tensor]:
         """A step from where the student's sampler has come, and the student's prediction."""
         rolled = self.rollout(nets.student, batch, rng, grad=True)
-        return RandomStep.at(rolled.x_t, rolled.grid, rolled.exit, nets.student.path, self.temperature), rolled.x0
+        step = RandomStep.at(rolled.x_t, rolled.grid, rolled.exit, nets.student.path, self.temperature, rng)
+        return step, rolled.x0
 
     def ranked(
         self, step: RandomStep, x0: Tensor, reward: Reward, nets: Nets, batch: Batch, rng: Rng

@@ -31,15 +31,17 @@ class RandomStep:
     """a_s, shaped to multiply latents; 1 in the last step. `deviation` likewise."""
     deviation: Tensor
     call: Call
-    """Which step of how many."""
+    """Which step of how many, and the noise that a student's own head may draw: the same for all who predict here."""
 
     @classmethod
-    def at(cls, x_t: Tensor, grid: tuple[float, ...], index: int, path: NoisePath, temperature: float) -> RandomStep:
-        """Step number `index` over the times `grid` (without the final 0)."""
+    def at(
+        cls, x_t: Tensor, grid: tuple[float, ...], index: int, path: NoisePath, temperature: float, rng: Rng
+    ) -> RandomStep:
+        """Step number `index` over the times `grid` (without the final 0), of a rollout with the randomness `rng`."""
         t, s = (full(u, x_t) for u in (*grid, 0.0)[index : index + 2])
         c, ends = path.at(s, x_t), index == len(grid) - 1
         signal, deviation = (torch.ones_like(c.a), torch.full_like(c.s, temperature)) if ends else (c.a, c.s)
-        return cls(x_t, t, s, signal, deviation, Call(step=index, steps=len(grid)))
+        return cls(x_t, t, s, signal, deviation, Call(step=index, steps=len(grid), rng=rng))
 
     @property
     def ends(self) -> bool:

@@ -36,6 +36,8 @@ class BackwardSimulation(Rollout):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not 0 <= self.span[0] < self.span[1] <= 1:
+            raise ValueError(f"a phase is [low, high] with 0 <= low < high <= 1, got {list(self.span)}")
         require_phase(self.grids, self.span)
         if self.grad_calls < 1:
             raise ValueError(f"grad_calls must be at least 1, got {self.grad_calls}")

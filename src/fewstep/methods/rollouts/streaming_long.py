@@ -120,6 +120,10 @@ class StreamingLong(Rollout):
         return 1 + (self.length - frames) // (frames - self.overlap)
 
     def _begun(self, loop: Chunks, batch: Batch, rng: Rng, clips: int) -> Underway:
+        if batch.cond.framewise:
+            raise ValueError(
+                f"long streams take conditions of whole clips; {min(batch.cond.framewise)} is told of every frame"
+            )
         seeds = tuple(rng.integers((len(batch),), "seeds", 2**62).tolist())
         switch = 1 + rng.integer("switch", clips - 1) if self.switch and clips > 1 else 0
         return Underway(memory=loop.begin(), conds=(batch.cond, batch.uncond), seeds=seeds, switch=switch)

@@ -67,6 +67,8 @@ class TimeAwareDistillation(Method):
         require_bounds(self)
         if self.adversary is not None:
             self.adversary.check_alone()
+        if self.regression == self.score == 0 and self.adversary is None:
+            raise ValueError("regression 0, score 0 and adversary null leave no loss; set one of the three")
         if self.teacher_steps and self.rollout.grid.noise != self.rollout.time:
             raise ValueError(
                 f"the teacher begins where the student does, and knows latents of time {self.rollout.time:g} with the noise of "
