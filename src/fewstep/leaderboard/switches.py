@@ -24,6 +24,7 @@ SWITCHES: Mapping[str, Mapping[str, Changes]] = {
     "dmd2_gan": {
         "weight_0.1": (("method.adversary.weight", "0.1"),),
         "r1": (("method.adversary.r1", "1"),),
+        "block_head": (("method.adversary.head", "block"),),  # every patch sees the whole clip, 2507.13343
     },
 }
 """The changes of each switch, by the row that it is tried on."""
