@@ -1,6 +1,9 @@
-# The server in a container:
+# The server in a container, on the CPU:
 #   docker build -t fewstep .
-#   docker run --gpus all -p 127.0.0.1:8000:8000 -v "$PWD/served:/served" -v "$PWD/served.keys:/served.keys:ro" fewstep
+#   docker run -p 127.0.0.1:8000:8000 -v "$PWD/served:/served" -v "$PWD/served.keys:/served.keys:ro" fewstep
+# On a GPU: what comes after the image's name replaces the last line of this file.
+#   docker run --gpus all -p 127.0.0.1:8000:8000 -v "$PWD/served:/served" -v "$PWD/served.keys:/served.keys:ro" fewstep \
+#     world/stream world --device cuda --host 0.0.0.0 --port 8000 --watch-port 9000 --folder /served --keys /served.keys
 # TORCH_INDEX takes torch from another index, such as one with builds for the CPU alone.
 FROM python:3.12-slim
 

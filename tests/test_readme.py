@@ -20,6 +20,7 @@ from fewstep.core.build import build, load_yaml
 from fewstep.core.shipped import shipped
 from fewstep.data import write_video
 from fewstep.engine.prepare import require_processes
+from fewstep.methods import METHODS
 from fewstep.models import VideoModel, bundle
 from fewstep.pipeline import Pipeline, read
 from fewstep.recipe import Recipe
@@ -92,6 +93,12 @@ def tiny_wan(tiny_world: Path) -> None:
 
 def test_readme_is_up_to_date(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert tool.main(["--check"]) == 0, "run python tools/readme.py\n" + capsys.readouterr().out
+
+
+def test_readme_counts_the_methods() -> None:
+    (line,) = re.findall(r"- Has (\d+ training methods: .*?)\.\n", (ROOT / "README.md").read_text(), re.DOTALL)
+    total, *kinds = (int(number) for number in re.findall(r"\b\d+\b", line))
+    assert total == len(METHODS) == sum(kinds)
 
 
 def test_check_shows_what_differs(tool, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
