@@ -92,10 +92,8 @@ class Leaderboard(Command):
         from fewstep.core.lock import FolderInUse
 
         print(one.title, flush=True)
-        stored, teacher = (
-            one.stored(self.results),
-            leaderboard.load_result(self.results / f"{leaderboard.TEACHER}.json"),
-        )
+        stored = one.stored(self.results)
+        teacher = leaderboard.load_result(self.results / f"{leaderboard.TEACHER}.json")
         try:
             made = leaderboard.run(one, self.results, self.runs, quiet=self.quiet)
         except FolderInUse as error:

@@ -146,8 +146,7 @@ def _interval(row: Figures, figure: Figure, reference: Figures) -> tuple[float, 
     if own is not None:
         return own
     middle = value(row, figure, reference)
-    low, high = 0.95 * middle, 1.05 * middle
     if figure != "motion":
-        return low, high
-    nearest, farthest = sorted(abs(math.log(max(end, STILL))) for end in (low, high))
-    return 0.0 if low <= 1 <= high else nearest, farthest
+        return 0.95 * middle, 1.05 * middle
+    away = abs(math.log(max(middle, STILL)))
+    return away - 0.05, away + 0.05
