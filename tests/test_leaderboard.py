@@ -8,38 +8,27 @@ from pathlib import Path
 import pytest
 
 from fewstep import demo, leaderboard
+from fewstep.core.lock import FolderInUse, holding
+from fewstep.data.pairs import PairPlan, PairsMade, make_pairs
+from fewstep.engine.probe import WorldProbe
 from fewstep.evaluate import Suite
-from fewstep.leaderboard import DEMO, Contestant, Figures, Result, Run, contestants, lengthened, work
+from fewstep.evaluate.cases import SEED_STRIDE
+from fewstep.leaderboard import DEMO, Contestant, Run, contestants, lengthened, work
 from fewstep.leaderboard.budget import BLOCKS, CLIP, share
-from fewstep.leaderboard.claims import CLAIMS, Claim, judge
+from fewstep.leaderboard.claims import CLAIMS, Claim, Verdict, judge
 from fewstep.leaderboard.results import TEACHER, load_result
+from fewstep.leaderboard.runs import APART, LARGEST, PAIR_STEPS, PAIRED, SEEDS, SUITE
+from fewstep.leaderboard.stages import stages_of
 from fewstep.leaderboard.switches import SWITCHES
-from fewstep.leaderboard.table import budget_section, rule
+from fewstep.leaderboard.table import budget_section, rule, said
 from fewstep.methods import METHODS, Progressive
 from fewstep.methods.work import Work
 from fewstep.models.bundle import VideoModel
 from fewstep.pipeline import Pipeline
+from fewstep.world.grammar import parse, world_prompts
+from support_leaderboard import RECIPE, figures, result
 
-RECIPE = """# A test.
-model: {type: Pretrained, source: world}
-method: {type: Consistency, guidance: {scale: 2.0}, intervals: 48, skip: 1, decay: 0.5}
-data: {type: WorldClips, pool: 64}
-settings: {steps: 10, batch: 2}
-"""
-
-
-def figures(accuracy: float, frechet: float = 2.0, width: float = 0.05) -> Figures:
-    return Figures(
-        accuracy=accuracy, accuracy_ci=(accuracy - width, accuracy + width), frechet=frechet,
-        frechet_ci=(frechet * 0.9, frechet * 1.1), motion=0.05, diversity=0.4, flicker=0.1,
-    )  # fmt: skip
-
-
-def result(name: str, rows: dict[int, Figures], *, budget: float = 1.0, seed: int = 0) -> Result:
-    return Result(
-        name=name, method="M", code="c", budget=budget, seed=seed, iterations=10, spent=1.0, seconds=60.0, memory_mb=1024.0,
-        rows=rows, floor=0.4, machine={}, versions={},
-    )  # fmt: skip
+TEACHERS = result(TEACHER, {50: figures(0.9), 1: figures(0.1)}, budget=0.0)
 
 
 def test_the_unit_is_a_forward_pass_of_the_teacher_on_a_whole_clip() -> None:
@@ -47,6 +36,7 @@ def test_the_unit_is_a_forward_pass_of_the_teacher_on_a_whole_clip() -> None:
     assert (teacher.card.num_frames, len(teacher.denoiser.backbone.blocks)) == (CLIP, BLOCKS)
     assert share(Work("student", 3), frames=16) == 3
     assert share(Work("critic", 3, frames=4), frames=16) == 0.75
+    assert share(Work("critic", 3, frames=32), frames=16) == 3, "it reads the whole clip, not more"
     assert share(Work("teacher", 2, layers=(0, 1)), frames=16, blocks=8) == 0.5
     assert share(Work("teacher", 2, layers=(0, -1)), frames=16, blocks=8) == 2
 
@@ -56,6 +46,8 @@ def test_the_demo_spends_the_demos_budget() -> None:
     rollout = (1 + 1.5 + 2.5) / 3
     assert pytest.approx(140 * 16 * (2 * rollout + rollout + 2 + 2 + 3 * 2 + 1)) == DEMO
     assert work(demo.RECIPE) == DEMO
+    accumulated = replace(demo.RECIPE, settings=replace(demo.RECIPE.settings, accumulate=3))
+    assert work(accumulated) == 3 * DEMO
 
 
 @pytest.mark.parametrize("name", contestants())
@@ -79,6 +71,41 @@ def test_every_row_has_a_method_of_the_package_and_serves_a_row_of_the_table() -
         teacher = one.stages[0].model.card().contract  # type: ignore[union-attr]
         assert set(last.method.contract(teacher).counts) & {1, 2, 4}
         last.method.check(last.settings.steps)
+
+
+def test_the_probe_has_other_prompts_and_scenes_than_the_figures() -> None:
+    own = world_prompts(SUITE.prompts, SUITE.paraphrased, SUITE.seed)
+    for one in contestants().values():
+        probe = stages_of(one.prepared(DEMO, 0))[-1].probe
+        assert probe is not None and probe.seed != SUITE.seed
+        assert not set(own) & set(probe._texts)
+        assert not {parse(text) for text in own} & set(probe._scenes)
+
+
+def test_no_two_runs_have_the_same_pairs_and_none_has_the_noise_of_the_figures() -> None:
+    most = LARGEST * DEMO * PAIRED / PAIR_STEPS
+    assert most < APART, "the pairs of one run end before those of the next seed begin"
+    assert SUITE.seed * SEED_STRIDE > SEEDS * APART + 500
+    assert {500 + APART * seed for seed in range(SEEDS)}.isdisjoint({SUITE.seed, WorldProbe().seed})
+
+
+@pytest.mark.parametrize("budget", [float("inf"), float("nan"), 0.0, -1.0, 1001.0])
+def test_a_budget_out_of_range_is_refused(budget: float) -> None:
+    with pytest.raises(ValueError, match="above 0 and at most 1000"):
+        Run(contestants()["dmd2"], budget)
+
+
+@pytest.mark.parametrize("seed", [-1, 1000])
+def test_a_seed_out_of_range_is_refused(seed: int) -> None:
+    with pytest.raises(ValueError, match="from 0 to 999"):
+        Run(contestants()["dmd2"], seed=seed)
+
+
+def test_two_budgets_have_two_files() -> None:
+    one = contestants()["dmd2"]
+    assert Run(one, 1.0).file == "dmd2-1-0.json"
+    assert Run(one, 0.0004).file == "dmd2-0.0004-0.json"
+    assert Run(one, 1.0000001).file == "dmd2-1.0000001-0.json", "six digits would be those of 1"
 
 
 def test_stages_within_a_method_grow_with_the_run() -> None:
@@ -141,29 +168,61 @@ def test_code_is_the_method_with_what_it_holds_but_not_its_prose(
 def test_a_claim_is_judged_only_if_intervals_do_not_touch(better: float, worse: float, outcome: str) -> None:
     claim = Claim(cite="", text="", better="a", worse="b", steps=2)
     rows = [result("a", {2: figures(better)}), result("b", {2: figures(worse)})]
-    assert judge(claim, rows).outcome == outcome
+    assert judge(claim, rows, figures(0.9)).outcome == outcome
     near = replace(claim, figure="frechet")  # a smaller distance is better
     rows = [result("a", {2: figures(0.5, 2 - better)}), result("b", {2: figures(0.5, 2 - worse)})]
-    assert judge(near, rows).outcome == outcome
-    assert judge(claim, rows[:1]).outcome == "not measured"
+    assert judge(near, rows, figures(0.9)).outcome == outcome
+    assert judge(claim, rows[:1], figures(0.9)).outcome == "not measured"
 
 
 def test_with_several_seeds_every_pair_of_seeds_must_agree() -> None:
     claim = Claim(cite="", text="", better="a", worse="b", steps=2)
     rows = [result("a", {2: figures(0.8)}), result("a", {2: figures(0.55)}, seed=1), result("b", {2: figures(0.5)})]
-    assert judge(claim, rows).outcome == "not told apart"
+    assert judge(claim, rows, figures(0.9)).outcome == "not told apart"
 
 
 def test_a_row_falls_where_its_interval_is_wholly_below_the_stored_one() -> None:
     stored = result("a", {4: figures(0.8), 2: figures(0.7, 2.0), 1: figures(0.3)})
     same = result("a", {4: figures(0.72), 2: figures(0.75, 2.3), 1: figures(0.5)})
-    assert leaderboard.fallen(stored, same) == [], "within the intervals, or better"
+    assert leaderboard.fallen(stored, same, TEACHERS) == [], "within the intervals, or better"
     worse = result("a", {4: figures(0.6), 2: figures(0.7, 3.0)})
-    assert leaderboard.fallen(stored, worse) == [
+    assert leaderboard.fallen(stored, worse, TEACHERS) == [
         "not served in 1 step any more", "accuracy in 4 steps: 0.60, was 0.80", "frechet in 2 steps: 3.00, was 2.00",
     ]  # fmt: skip
     still = result("a", {4: figures(0.8), 2: replace(figures(0.7), motion=0.03), 1: figures(0.3)})
-    assert leaderboard.fallen(stored, still) == ["motion in 2 steps: 0.03, was 0.05"]
+    assert leaderboard.fallen(stored, still, TEACHERS) == ["motion in 2 steps: 0.60, was 1.00"]
+    restless = result("a", {4: figures(0.8), 2: replace(figures(0.7), motion=0.08), 1: figures(0.3)})
+    assert leaderboard.fallen(stored, restless, TEACHERS) == ["motion in 2 steps: 1.60, was 1.00"]
+    assert leaderboard.fallen(restless, stored, TEACHERS) == [], "nearer to the teacher's"
+
+
+def test_motion_is_judged_by_its_distance_to_the_teachers() -> None:
+    claim = Claim(cite="", text="", better="a", worse="b", steps=2, figure="motion")
+
+    def outcome(a: float, b: float) -> Verdict:
+        rows = [result(name, {2: replace(figures(0.5), motion=m)}) for name, m in (("a", a), ("b", b))]
+        return judge(claim, rows, figures(0.9))
+
+    assert outcome(0.05, 0.08).outcome == "confirmed", "more motion than the teacher's is no merit"
+    assert outcome(0.05, 0.02).outcome == "confirmed"
+    assert outcome(0.08, 0.05).outcome == "contradicted"
+    assert outcome(0.03, 0.05 * 5 / 3).outcome == "not told apart", "equally far"
+    assert outcome(0.05, 0.0).outcome == "confirmed", "a clip that stands still"
+    assert (outcome(0.05, 0.1).better, outcome(0.05, 0.1).worse) == (1, 2)
+
+
+def test_a_distance_without_interval_is_not_judged() -> None:
+    claim = Claim(cite="", text="", better="a", worse="b", steps=2, figure="frechet")
+    rows = [result("a", {2: figures(0.5, 1.0)}), result("b", {2: replace(figures(0.5, 4.0), frechet_ci=None)})]
+    assert judge(claim, rows, figures(0.9)).outcome == "not measured"
+    assert judge(replace(claim, figure="accuracy"), rows, figures(0.9)).outcome == "not told apart"
+
+
+def test_a_verdict_says_what_it_compares() -> None:
+    rows = {1: figures(0.5), 4: figures(0.5)}
+    made = [result("phased_dmd", rows), result("dmd2", rows), result("dmd2", rows, seed=1)]
+    lines = said(made, replace(figures(0.9), motion=0.1))
+    assert any(line.endswith("motion at 4 steps, phased_dmd 0.50 (1 seed), dmd2 0.50 (2 seeds).") for line in lines)
 
 
 def test_claims_name_rows() -> None:
@@ -178,7 +237,7 @@ def test_rows_are_sorted_by_the_rule_and_seeds_show_their_spread() -> None:
         result("high", {4: figures(0.9), 2: figures(0.8), 1: figures(0.6)}),
         result("high", {4: figures(0.7), 2: figures(0.8), 1: figures(0.6)}, seed=1),
     ]
-    lines = [line for line in budget_section(1.0, rows, teacher).splitlines() if line.startswith("| ")]
+    lines = [line for line in budget_section(1.0, rows, teacher.most).splitlines() if line.startswith("| ")]
     assert [line.split()[1] for line in lines[2:]] == ["high", "low", "one"]
     assert "0.80 [0.70, 0.90] / 2.00 [2.00, 2.00]" in lines[2]
     assert rule(rows, "low") == pytest.approx(0.5 - 0.1 * 0.6931, abs=1e-3)
@@ -199,6 +258,11 @@ def test_a_run_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     )
     assert set(made.rows) == {1, 2, 4}
     assert load_result(results / made.file) == made
+    again = leaderboard.run(Run(one, budget=0.0004), results, runs, suite=suite, quiet=True)
+    assert (again.seconds, again.memory_mb) == (made.seconds, made.memory_mb), "those of training, which was complete"
+    place = runs / "small-0.0004-0" / one.code
+    with holding(place), pytest.raises(FolderInUse):
+        leaderboard.run(Run(one, budget=0.0004), results, runs, suite=suite, quiet=True)
     teacher = replace(result("teacher", {n: figures(0.5) for n in (50, 4, 2, 1)}), budget=0.0)
     table = leaderboard.write_table([teacher, made], tmp_path / "table.md").read_text(encoding="utf-8")
     assert "## 0.0004 times the demo's budget" in table
@@ -220,7 +284,16 @@ settings: {steps: 10, batch: 2}
     one = Contestant("paired", tmp_path / "paired.yaml")
     suite = Suite(prompts=2, seeds_per_prompt=2, batch=4, latency_runs=1, latency_budget=0.0)
     budget = 200 / DEMO  # a hundred forward passes for two pairs of 20 guided steps, a hundred for 16 iterations of 6
-    made = leaderboard.run(Run(one, budget=budget), tmp_path / "results", tmp_path / "runs", suite=suite, quiet=True)
+    seen = list[tuple[int, tuple[str, ...]]]()
+
+    def pairs(model: VideoModel, prompts: tuple[str, ...], output: Path, plan: PairPlan, *, batch: int) -> PairsMade:
+        seen.append((plan.seed, prompts))
+        return make_pairs(model, prompts, output, plan, batch=batch)
+
+    monkeypatch.setattr("fewstep.leaderboard.runs.make_pairs", pairs)
+    this = Run(one, budget=budget, seed=2)
+    made = leaderboard.run(this, tmp_path / "results", tmp_path / "runs", suite=suite, quiet=True)
+    assert seen == [(2_000_000, world_prompts(2, 0.5, 2_000_500))]
     assert (made.iterations, made.spent) == (16, 2 * 40 + 16 * 6)
     assert set(made.rows) == {1}
 
@@ -235,7 +308,7 @@ def test_switches_are_rows_of_their_own_that_change_one_thing() -> None:
         assert changed == {key.replace("-", "_") for key, _ in one.changes} and one.code != base.code
     rows = {4: figures(0.8), 2: figures(0.7), 1: figures(0.5)}
     made = [result("dmd2", rows), result("dmd2+ema_off", rows), result("tdm", rows)]
-    text = budget_section(1.0, made, result(TEACHER, {50: figures(0.9)}, budget=0.0))
+    text = budget_section(1.0, made, figures(0.9))
     above, below = text.split("### dmd2, one change at a time")
     assert "| tdm |" in above and "dmd2+ema_off" not in above
     assert below.index("| dmd2 |") < below.index("| dmd2+ema_off |") and "| tdm |" not in below

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
 from fewstep.cli.command import Command, Overrides, UsageError
+
+if TYPE_CHECKING:
+    from fewstep.leaderboard import Run
 
 
 @dataclass(frozen=True)
 class Leaderboard(Command):
     """Train every method on the built-in world with the same budget, and write one table and one page.
 
-    A run whose figures are there is not run again, unless its recipe or code has changed. Stopped runs resume."""
+    A run whose figures are there is not run again, unless its recipe or code has changed. Stopped runs resume. Several processes
+    can share the rows. The teacher is measured first if its figures are missing."""
 
     names: Positional[Annotated[tuple[str, ...], arg(metavar="NAME")]] = ()
     """Rows to run: recipes of the folder recipes/leaderboard, or `teacher` (default: all)."""
     budget: tuple[float, ...] = (1.0,)
-    """Budgets, in units of what the demo spends on training."""
+    """Budgets, in units of what the demo spends on training: above 0, at most 1000."""
     seeds: tuple[int, ...] = (0,)
-    """Seeds of training. Prompts and noise of the figures are the same for all."""
+    """Seeds of training, from 0 to 999. Prompts and noise of the figures are the same for all."""
     results: Path = Path("bench/leaderboard")
     """Folder of the figures: one JSON file per run."""
     runs: Path = Path("runs/leaderboard")
@@ -37,26 +42,63 @@ class Leaderboard(Command):
     def run(self, overrides: Overrides) -> int:
         from fewstep import leaderboard
 
-        known = leaderboard.contestants()
-        if unknown := set(self.names) - set(known) - {leaderboard.TEACHER}:
-            raise UsageError(f"no such row: {', '.join(sorted(unknown))}; choose from teacher, {', '.join(known)}")
-        wanted = self.names or (leaderboard.TEACHER, *known)
-        if leaderboard.TEACHER in wanted and not self.show and not leaderboard.teacher_measured(self.results):
-            leaderboard.measure_teacher(self.results, self.runs)
-        runs = [
-            leaderboard.Run(known[name], budget, seed)
-            for budget in self.budget for seed in self.seeds for name in wanted if name in known
-        ]  # fmt: skip
+        runs = self._runs()
+        leaderboard.load_results(self.results)  # a damaged file is an error now, not after hours
         missing = [one for one in runs if not one.done(self.results)]
         print(f"{len(runs) - len(missing)} of {len(runs)} runs are there, in {self.results}", flush=True)
-        for one in [] if self.show else missing:
-            print(one.title, flush=True)
-            stored = one.stored(self.results)
-            made = leaderboard.run(one, self.results, self.runs, quiet=self.quiet)
-            print(f"{made.seconds / 60:.1f} minutes; {leaderboard.summary(made)}", flush=True)
-            for line in leaderboard.fallen(stored, made) if stored else []:
-                print(f"worse than before: {line}", flush=True)
+        if self.show and not (self.results / f"{leaderboard.TEACHER}.json").is_file():
+            raise UsageError(f"{self.results} has no figures of the teacher; run fewstep leaderboard teacher")
+        if not self.show:
+            self._run(missing)
         results = leaderboard.load_results(self.results)
         print(leaderboard.write_table(results, self.table))
         print(leaderboard.write_page(results, self.runs, self.runs / "leaderboard.html"))
         return 0
+
+    def _runs(self) -> list[Run]:
+        """What was asked for, each run once. UsageError for a row, a budget or a seed that does not exist."""
+        from fewstep import leaderboard
+
+        known = leaderboard.contestants()
+        if unknown := set(self.names) - set(known) - {leaderboard.TEACHER}:
+            raise UsageError(f"no such row: {', '.join(sorted(unknown))}; choose from teacher, {', '.join(known)}")
+        names = [name for name in self.names or known if name in known]
+        try:
+            runs = [
+                leaderboard.Run(known[name], budget, seed)
+                for budget in self.budget for seed in self.seeds for name in names
+            ]  # fmt: skip
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+        return list({one.file: one for one in runs}.values())
+
+    def _run(self, missing: Sequence[Run]) -> None:
+        """Run what is missing, after a check of all of it."""
+        from fewstep import leaderboard
+
+        for one in missing:
+            try:
+                one.prepared()
+            except ValueError as error:
+                raise UsageError(f"{one.title}: {error}") from error
+        if not leaderboard.teacher_measured(self.results):
+            leaderboard.measure_teacher(self.results, self.runs)
+        for one in missing:
+            if not one.done(self.results):  # another process may have run it
+                self._run_one(one)
+
+    def _run_one(self, one: Run) -> None:
+        from fewstep import leaderboard
+        from fewstep.core.lock import FolderInUse
+
+        print(one.title, flush=True)
+        stored = one.stored(self.results)
+        teacher = leaderboard.load_result(self.results / f"{leaderboard.TEACHER}.json")
+        try:
+            made = leaderboard.run(one, self.results, self.runs, quiet=self.quiet)
+        except FolderInUse as error:
+            print(f"left to another process, which runs this row or makes its pairs: {error}", flush=True)
+            return
+        print(f"{made.seconds / 60:.1f} minutes; {leaderboard.summary(made)}", flush=True)
+        for line in leaderboard.fallen(stored, made, teacher) if stored else []:
+            print(f"worse than before: {line}", flush=True)

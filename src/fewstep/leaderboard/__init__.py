@@ -4,7 +4,7 @@ from fewstep.leaderboard.budget import DEMO, lengthened, work
 from fewstep.leaderboard.contest import Contestant, contestants
 from fewstep.leaderboard.page import write_page
 from fewstep.leaderboard.regressions import fallen
-from fewstep.leaderboard.results import TEACHER, Figures, Result, load_results, summary
+from fewstep.leaderboard.results import TEACHER, Figures, Result, load_result, load_results, summary
 from fewstep.leaderboard.runs import Run, measure_teacher, run, teacher_measured
 from fewstep.leaderboard.table import write_table
 
@@ -18,6 +18,7 @@ __all__ = [
     "contestants",
     "fallen",
     "lengthened",
+    "load_result",
     "load_results",
     "measure_teacher",
     "run",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -9,11 +10,17 @@ from typing import Literal
 from fewstep.leaderboard.results import Figures, Result
 
 Figure = Literal["accuracy", "frechet", "motion", "diversity"]
+SMALLER = ("frechet", "motion")
+"""Figures whose interval (of motion: of the distance to the teacher's) is better where it is smaller."""
+RELATIVE = ("motion", "diversity")
+"""Figures that are told relative to the teacher's at its own steps."""
+STILL = 1e-6
+"""Motion, relative to the teacher's, below which a clip stands still."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """`better` is better than `worse` in one figure."""
+    """`better` is better than `worse` in one figure. Motion is better the nearer it is to the teacher's at its own steps."""
 
     cite: str
     text: str
@@ -82,43 +89,64 @@ class Verdict:
     outcome: Literal["confirmed", "contradicted", "not told apart", "not measured"]
     better: float | None = None
     worse: float | None = None
+    seeds: tuple[int, int] = (0, 0)
+    """Number of runs of each side."""
 
 
-def judge(claim: Claim, results: Sequence[Result]) -> Verdict:
-    """Confirmed or contradicted only if the two rows' intervals do not touch; with several seeds, those of all pairs of seeds."""
+def judge(claim: Claim, results: Sequence[Result], reference: Figures) -> Verdict:
+    """Confirmed or contradicted only if the two rows' intervals do not touch; with several seeds, those of all pairs of seeds.
+
+    `reference` are the teacher's figures at its own steps.
+    """
     better, worse = (_rows(results, name, claim.steps) for name in (claim.better, claim.worse))
-    if not better or not worse:
+    if not better or not worse or not all(measured(row, claim.figure) for row in (*better, *worse)):
         return Verdict(claim, "not measured")
-    means = [sum(value(row, claim.figure) for row in rows) / len(rows) for rows in (better, worse)]
-    signs = {compared(one, other, claim.figure) for one in better for other in worse}
+    means = [sum(value(row, claim.figure, reference) for row in rows) / len(rows) for rows in (better, worse)]
+    signs = {compared(one, other, claim.figure, reference) for one in better for other in worse}
     outcome: Literal["confirmed", "contradicted", "not told apart"] = "not told apart"
     if signs == {1}:
         outcome = "confirmed"
     elif signs == {-1}:
         outcome = "contradicted"
-    return Verdict(claim, outcome, *means)
+    return Verdict(claim, outcome, means[0], means[1], (len(better), len(worse)))
 
 
-def value(row: Figures, figure: Figure) -> float:
-    return float(getattr(row, figure))
+def measured(row: Figures, figure: Figure) -> bool:
+    """Whether the figure can be compared: a Frechet distance of few clips has no interval."""
+    return figure != "frechet" or row.frechet_ci is not None
 
 
-def compared(one: Figures, other: Figures, figure: Figure) -> int:
-    """1: `one` is better, -1: worse, 0: their intervals touch. Motion and diversity have no interval: a tenth is one."""
-    low, high = _interval(one, figure), _interval(other, figure)
-    if low[0] <= high[1] and high[0] <= low[1]:
+def value(row: Figures, figure: Figure, reference: Figures) -> float:
+    """The figure as it is told."""
+    own = float(getattr(row, figure))
+    return own / float(getattr(reference, figure)) if figure in RELATIVE else own
+
+
+def compared(one: Figures, other: Figures, figure: Figure, reference: Figures) -> int:
+    """1: `one` is better, -1: worse, 0: their intervals touch, or one is not measured.
+
+    Motion and diversity have no interval: a tenth is one. Motion is compared by |log(motion / teacher's)|: more of it than the
+    teacher has is as wrong as less.
+    """
+    if not (measured(one, figure) and measured(other, figure)):
         return 0
-    larger = 1 if low[0] > high[1] else -1
-    return -larger if figure == "frechet" else larger
+    mine, theirs = _interval(one, figure, reference), _interval(other, figure, reference)
+    if mine[0] <= theirs[1] and theirs[0] <= mine[1]:
+        return 0
+    larger = 1 if mine[0] > theirs[1] else -1
+    return -larger if figure in SMALLER else larger
 
 
 def _rows(results: Sequence[Result], name: str, steps: int) -> list[Figures]:
     return [result.rows[steps] for result in results if result.name == name and steps in result.rows]
 
 
-def _interval(row: Figures, figure: Figure) -> tuple[float, float]:
+def _interval(row: Figures, figure: Figure, reference: Figures) -> tuple[float, float]:
     own = {"accuracy": row.accuracy_ci, "frechet": row.frechet_ci}.get(figure)
     if own is not None:
         return own
-    middle = value(row, figure)
-    return 0.95 * middle, 1.05 * middle
+    middle = value(row, figure, reference)
+    if figure != "motion":
+        return 0.95 * middle, 1.05 * middle
+    away = abs(math.log(max(middle, STILL)))
+    return away - 0.05, away + 0.05

@@ -16,7 +16,7 @@ from fewstep.evaluate import load_report
 from fewstep.evaluate.page.animate import gif_bytes
 from fewstep.evaluate.page.table import percent
 from fewstep.evaluate.page.template import page
-from fewstep.evaluate.results import CLIPS
+from fewstep.evaluate.results import CLIPS, FILE
 from fewstep.leaderboard.results import TEACHER, Result
 from fewstep.leaderboard.runs import COUNTS, figures_of
 from fewstep.leaderboard.table import rule, title_of
@@ -31,11 +31,17 @@ def write_page(results: Sequence[Result], runs: Path, path: Path) -> Path:
     clips = {result.file: _clips(runs / figures_of(result)) for result in results}
     teacher = next(result for result in results if result.name == TEACHER)
     body = "\n".join(_section(budget, results, teacher, clips) for budget in budgets)
-    prompts = [shown["prompt"] for shown in load_report(runs / figures_of(teacher)).previews[:SHOWN]]
-    listed = "".join(f"<li>“{escape(prompt)}”</li>" for prompt in prompts)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, page("leaderboard.html", body=body, prompts=listed))
+    write_text(path, page("leaderboard.html", body=body, prompts=_prompts(runs / figures_of(teacher))))
     return path
+
+
+def _prompts(folder: Path) -> str:
+    """The prompts of the clips, which the teacher's evaluation in `folder` has."""
+    if not (folder / FILE).is_file():
+        return "<p>The teacher's clips are not on this machine, only its figures.</p>"
+    prompts = [shown["prompt"] for shown in load_report(folder).previews[:SHOWN]]
+    return f"<ol>{''.join(f'<li>“{escape(prompt)}”</li>' for prompt in prompts)}</ol>"
 
 
 def _section(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fewstep.core.atomic import write_text
+from fewstep.core.build import build
 from fewstep.evaluate.results import Range, Row
 
 TEACHER = "teacher"
@@ -56,7 +57,7 @@ class Result:
     spent: float
     """Forward-equivalents, stored pairs included."""
     seconds: float
-    """Time of training, pairs and probes included; of a resumed run, of its last part."""
+    """Time of training, pairs and probes included, figures not; of a resumed training, of its last part."""
     memory_mb: float
     """Peak memory of the process while it trained."""
     rows: Mapping[int, Figures]
@@ -69,6 +70,11 @@ class Result:
     @property
     def file(self) -> str:
         return file_of(self.name, self.budget, self.seed)
+
+    @property
+    def most(self) -> Figures:
+        """Figures at the most steps: of the teacher, what motion and diversity are relative to."""
+        return self.rows[max(self.rows)]
 
     def save(self, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
@@ -83,20 +89,36 @@ def summary(result: Result) -> str:
 
 def file_of(name: str, budget: float, seed: int) -> str:
     """The file of a run: every run has one of its own, so that a table can grow on several machines."""
-    return f"{name}-{budget:g}-{seed}.json" if budget else f"{name}.json"
+    return f"{name}-{number(budget)}-{seed}.json" if budget else f"{name}.json"
+
+
+def number(budget: float) -> str:
+    """A budget in names and titles: all its digits, so that two budgets have two names.
+
+    >>> number(1.0), number(0.0004), number(1.0000001)
+    ('1', '0.0004', '1.0000001')
+    """
+    return repr(float(budget)).removesuffix(".0")
 
 
 def load_result(path: Path) -> Result:
-    tree = json.loads(path.read_text(encoding="utf-8"))
-    rows = {int(steps): _figures(row) for steps, row in tree.pop("rows").items()}
-    return Result(**tree, rows=rows)
+    """One run. ValueError for a file that cannot be read as one, or that has another run's name."""
+    try:
+        result = build(Result, json.loads(path.read_text(encoding="utf-8")), at="result")
+        result = replace(result, rows={int(steps): row for steps, row in result.rows.items()})
+    except ValueError as error:
+        raise ValueError(
+            f"{path} cannot be read: {error}. Delete it and run the row again: fewstep leaderboard"
+        ) from None
+    if not result.rows:
+        raise ValueError(f"{path} has no figures. Delete it and run the row again: fewstep leaderboard")
+    if path.name != result.file:
+        raise ValueError(
+            f"{path} has the figures of {result.file}, and a copy would count as another run. Delete it, or give it that name"
+        )
+    return result
 
 
 def load_results(folder: Path) -> list[Result]:
-    """All runs in a folder."""
-    return [load_result(path) for path in sorted(folder.glob("*.json"))]
-
-
-def _figures(tree: dict[str, Any]) -> Figures:
-    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in tree.items()}
-    return Figures(**values)
+    """All runs in a folder. Hidden files are none: a process that was killed may have left its draft."""
+    return [load_result(path) for path in sorted(folder.glob("*.json")) if not path.name.startswith(".")]

@@ -14,23 +14,28 @@ from fewstep.evaluate.page.table import percent
 from fewstep.leaderboard.budget import DEMO
 from fewstep.leaderboard.claims import CLAIMS, judge
 from fewstep.leaderboard.contest import PROBES, contestants
-from fewstep.leaderboard.results import TEACHER, Figures, Result
+from fewstep.leaderboard.results import TEACHER, Figures, Result, number
 from fewstep.leaderboard.runs import COUNTS, SUITE
 from fewstep.leaderboard.switches import JOINED
 
 HEAD = """# Leaderboard
 
 Every method on the same teacher, the built-in one, with the same budget, prompts, seeds and rule. `fewstep leaderboard` runs what
-is missing and writes this page. Each run is one JSON file in `bench/leaderboard`; its recipe has the same name in
-`src/fewstep/recipes/leaderboard`.
+is missing and writes this page. Each run is one JSON file in `bench/leaderboard`, named `ROW-BUDGET-SEED.json`. The recipe of a
+row is `ROW.yaml` in `src/fewstep/recipes/leaderboard`. A row `A{joined}B` is the recipe of row A with the change B of
+`src/fewstep/leaderboard/switches.py`.
 
 - **Budget**: forward passes of the teacher on one clip, {demo:,.0f} of them, as many as `fewstep demo` trains with. A backward
-  pass counts two. Pairs that are stored before a run count too.
+  pass counts two. Pairs that are stored before a run count too. These do not count: the decoder and the reward networks of
+  feedback, heads of discriminators, and probes. A student with a head of its own or with fewer blocks counts as a whole teacher.
 - **Student**: the best of {probes} of its run by one rule: mean over step counts of accuracy - 0.1 log(distance), on other
-  prompts.
+  prompts. Methods with stages inside (progressive, lightning) train students of more steps first; the rule judges those too in
+  the final number of steps, for which they are not made, so the choice is in effect among fewer.
 - **Figures**: {clips} clips of {prompts} prompts. Accuracy: all six attributes of the prompt are right. Distance: Frechet, to
   rendered clips of the same prompts, whose own distance is {floor:.2f}. Motion and diversity are relative to the teacher at its
-  own steps.
+  own steps; motion is better the nearer it is to 1. Training draws its scenes at random from the same world, so it meets some of
+  these.
+- **Intervals** are over prompts, not over seeds of training: where a row has one seed, another seed may change a verdict.
 - With several seeds: the mean, and the lowest and highest in brackets. The best rows, by the same rule, come first; a number of
   steps that a student does not serve counts as nothing right.
 """
@@ -44,7 +49,7 @@ def write_table(results: Sequence[Result], path: Path) -> Path:
     runs = sorted((r for r in results if r.name != TEACHER), key=lambda r: (r.budget, r.name, r.seed))
     parts = [heading(teachers[0].floor), teacher_section(teachers[0])]
     for budget, group in groupby(runs, key=lambda r: r.budget):
-        parts.append(budget_section(budget, list(group), teachers[0]))
+        parts.append(budget_section(budget, list(group), teachers[0].most))
     known = contestants()
     if lacking := sorted(set(known) - {run.name for run in runs}):
         parts.append(f"Not run yet: {', '.join(lacking)}.\n")
@@ -56,11 +61,11 @@ def write_table(results: Sequence[Result], path: Path) -> Path:
 
 def heading(floor: float) -> str:
     clips = SUITE.prompts * SUITE.seeds_per_prompt
-    return HEAD.format(demo=DEMO, probes=PROBES, prompts=SUITE.prompts, clips=clips, floor=floor)
+    return HEAD.format(demo=DEMO, probes=PROBES, prompts=SUITE.prompts, clips=clips, floor=floor, joined=JOINED)
 
 
 def teacher_section(teacher: Result) -> str:
-    reference = teacher.rows[max(teacher.rows)]
+    reference = teacher.most
     lines = [
         f"| {n} | {percent(row.accuracy)} | {row.frechet:.2f} | {row.motion / reference.motion:.2f} | "
         f"{row.diversity / reference.diversity:.2f} |"
@@ -70,9 +75,8 @@ def teacher_section(teacher: Result) -> str:
     return "\n".join(["## The teacher", "", head, *lines, ""])
 
 
-def budget_section(budget: float, results: Sequence[Result], teacher: Result) -> str:
+def budget_section(budget: float, results: Sequence[Result], reference: Figures) -> str:
     """The rows of one budget, the best first, and what they say of the papers' claims."""
-    reference = teacher.rows[max(teacher.rows)]
     names = sorted({result.name for result in results}, key=lambda name: -rule(results, name))
     switched = {name.partition(JOINED)[0] for name in names if JOINED in name}
 
@@ -87,7 +91,7 @@ def budget_section(budget: float, results: Sequence[Result], teacher: Result) ->
         *HEADINGS,
         *rows(name for name in names if JOINED not in name),
         "",
-        *said(results),
+        *said(results, reference),
     ]
     for base in sorted(switched):
         own = sorted(name for name in names if name.startswith(f"{base}{JOINED}"))
@@ -109,7 +113,7 @@ HEADINGS = (
 
 
 def title_of(budget: float) -> str:
-    return "The demo's budget" if budget == 1 else f"{budget:g} times the demo's budget"
+    return "The demo's budget" if budget == 1 else f"{number(budget)} times the demo's budget"
 
 
 def row(name: str, runs: Sequence[Result], reference: Figures) -> str:
@@ -140,13 +144,22 @@ def rule(results: Iterable[Result], name: str) -> float:
     return mean(merit(0.0, 160.0) if one is None else merit(one.accuracy, one.frechet) for one in found)
 
 
-def said(results: Sequence[Result]) -> list[str]:
-    verdicts = [verdict for claim in CLAIMS if (verdict := judge(claim, results)).outcome != "not measured"]
+NAMES = {"frechet": "distance"}
+"""What the page calls a figure, if not by its own name."""
+
+
+def said(results: Sequence[Result], reference: Figures) -> list[str]:
+    """The verdicts on the claims that can be judged."""
+    verdicts = [found for claim in CLAIMS if (found := judge(claim, results, reference)).outcome != "not measured"]
     if not verdicts:
         return []
     lines = [
-        f"- {v.claim.text} ({v.claim.cite}) **{v.outcome}**: {v.claim.figure} at {v.claim.steps}, "
-        f"{v.better:.2f} and {v.worse:.2f}."
+        f"- {v.claim.text} ({v.claim.cite}) **{v.outcome}**: {NAMES.get(v.claim.figure, v.claim.figure)} at {in_steps(v.claim.steps)}, "
+        f"{v.claim.better} {v.better:.2f} ({_seeds(v.seeds[0])}), {v.claim.worse} {v.worse:.2f} ({_seeds(v.seeds[1])})."
         for v in verdicts
     ]
     return ["What papers claim, at this budget:", "", *lines, ""]
+
+
+def _seeds(count: int) -> str:
+    return f"{count} {'seed' if count == 1 else 'seeds'}"
