@@ -65,7 +65,7 @@ class Contestant:
     def code(self) -> str:
         """12 characters: the recipe, the teacher, and the code of the method, of all that it holds and of `SHARED`; without
         docstrings, comments and what only refuses a recipe (`__post_init__`)."""
-        held = {type(found) for stage in self.stages for found in _objects(stage.method)}
+        held: set[Any] = {type(found) for stage in self.stages for found in _objects(stage.method)}
         files = {Path(inspect.getfile(part)) for part in (*held, *SHARED)}
         sources = [hashlib.sha256(_bare(path).encode()).hexdigest() for path in sorted(files)]
         return digest([self.recipe.tree(), teacher_code(), sources])

@@ -12,7 +12,7 @@ from fewstep.diffusion.times import in_steps
 from fewstep.engine.probe import merit
 from fewstep.evaluate.page.table import percent
 from fewstep.leaderboard.budget import DEMO
-from fewstep.leaderboard.claims import CLAIMS, judge
+from fewstep.leaderboard.claims import CLAIMS, Verdict, judge
 from fewstep.leaderboard.contest import PROBES, contestants
 from fewstep.leaderboard.results import TEACHER, Figures, Result, number
 from fewstep.leaderboard.runs import COUNTS, SUITE
@@ -153,12 +153,16 @@ def said(results: Sequence[Result], reference: Figures) -> list[str]:
     verdicts = [found for claim in CLAIMS if (found := judge(claim, results, reference)).outcome != "not measured"]
     if not verdicts:
         return []
-    lines = [
-        f"- {v.claim.text} ({v.claim.cite}) **{v.outcome}**: {NAMES.get(v.claim.figure, v.claim.figure)} at {in_steps(v.claim.steps)}, "
-        f"{v.claim.better} {v.better:.2f} ({_seeds(v.seeds[0])}), {v.claim.worse} {v.worse:.2f} ({_seeds(v.seeds[1])})."
-        for v in verdicts
-    ]
-    return ["What papers claim, at this budget:", "", *lines, ""]
+    return ["What papers claim, at this budget:", "", *map(_line, verdicts), ""]
+
+
+def _line(verdict: Verdict) -> str:
+    claim, (mine, theirs) = verdict.claim, (_seeds(count) for count in verdict.seeds)
+    figure = NAMES.get(claim.figure, claim.figure)
+    return (
+        f"- {claim.text} ({claim.cite}) **{verdict.outcome}**: {figure} at {in_steps(claim.steps)}, "
+        f"{claim.better} {verdict.better:.2f} ({mine}), {claim.worse} {verdict.worse:.2f} ({theirs})."
+    )
 
 
 def _seeds(count: int) -> str:
