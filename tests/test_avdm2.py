@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -381,3 +383,16 @@ def test_a_recipe_names_its_image_teacher(tmp_path: Path) -> None:
     )
     with pytest.raises(FileNotFoundError, match="nowhere: no card.json"):
         Recipe.load(path).check()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_tool_measures_students(
+    load_tool: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    """Both tables of docs/avdm2.md, with a row for the teacher, one at fewer steps, and one for each student."""
+    monkeypatch.setattr(sys, "argv", ["x", "--output", str(tmp_path), "--prompts", "2", "--steps", "2", "again=world"])
+    assert load_tool("measure_avdm2").main() == 0
+    rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert rows == ["", "---", "teacher 50", "teacher 2", "again"] * 2
+    assert (tmp_path / "clips.gif").stat().st_size > 1000

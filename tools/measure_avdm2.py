@@ -61,9 +61,7 @@ def main() -> int:
     ]
     for name, folder in (student.split("=", 1) for student in options.students):
         rows.append(Entry(name=name, model=VideoModel.from_pretrained(folder), steps=options.steps))
-    suite = Suite(
-        prompts=options.prompts, previews=options.prompts, autocast="bf16", latency_runs=3, latency_budget=2.0
-    )
+    suite = Suite(prompts=options.prompts, previews=options.prompts, latency_runs=3, latency_budget=2.0)
     report = evaluate(rows, suite, options.output)
     scenes = [parse(prompt) for prompt in world_prompts(suite.prompts, suite.paraphrased, suite.seed)]
     clips = {name: made.float() / 127.5 - 1 for name, made in load_file(options.output / CLIPS).items()}

@@ -30,6 +30,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 
@@ -226,7 +227,7 @@ def run_pytest(tests: Iterable[str], *options: str) -> int:
 
 def forked(jobs: Sequence[tuple[Mutation | None, Iterable[str]]]) -> list[Child]:
     """One child per job, at most `WORKERS` at once; in the order of the jobs."""
-    waiting, running, done = list(enumerate(jobs)), {}, {}
+    waiting, running, done = list(enumerate(jobs)), dict[int, tuple[int, TextIOWrapper, float]](), dict[int, Child]()
     while waiting or running:
         while waiting and len(running) < WORKERS:
             place, (mutation, tests) = waiting.pop(0)
@@ -345,7 +346,7 @@ def say(outcomes: Iterable[Outcome]) -> None:
 def table(outcomes: Sequence[Outcome]) -> str:
     """One row per room, and all; rates of what was tried."""
     verdicts = (KILLED, GOLDEN_ONLY, SURVIVED, STALE)
-    rows = [("room", "tried", *verdicts)]
+    rows: list[tuple[str, ...]] = [("room", "tried", *verdicts)]
     for room in (*sorted({o.mutation.room for o in outcomes}), "all"):
         counts = Counter(o.verdict for o in outcomes if room in (o.mutation.room, "all"))
         rows.append((room, *map(str, (counts.total(), *(counts[v] for v in verdicts)))))

@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 def executed(notebook: dict[str, Any]) -> dict[str, Any]:
     """The notebook with the outputs of its code cells, run in order in one namespace and an empty folder."""
     names: dict[str, Any] = {"__name__": "__main__"}
-    cells, before = [], Path.cwd()
+    cells, before = list[dict[str, Any]](), Path.cwd()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         try:

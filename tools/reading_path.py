@@ -99,7 +99,7 @@ def trace(recipe: str, *, deep: bool = False) -> list[str]:
 
     with tempfile.TemporaryDirectory() as folder:
         overrides = [word for key, value in QUICK.items() for word in (f"--{key}", value)]
-        Run.update = traced  # type: ignore[method-assign]
+        Run.update = traced  # type: ignore[method-assign, assignment]
         try:
             code = fewstep(["distill", recipe, "--output", f"{folder}/run", "--quiet", *overrides])
         finally:

@@ -15,7 +15,7 @@ import ast
 import json
 import re
 import sys
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,12 +32,12 @@ def main(argv: list[str] | None = None) -> int:
     costs: dict[str, float] = json.loads(options.file.read_text(encoding="utf-8"))
     total = sum(costs.values())
     print(f"{len(costs)} tests, {total:.0f} CPU-seconds; {above(costs)} take more than {LIMIT:g}")
-    shown = Counter(costs)
+    shown = costs
     if options.files:
-        shown = Counter()
+        shown = defaultdict(float)
         for test, seconds in costs.items():
             shown[test.partition("::")[0]] += seconds
-    for name, seconds in shown.most_common(options.count):
+    for name, seconds in sorted(shown.items(), key=lambda item: -item[1])[: options.count]:
         print(f"{seconds:8.2f} s {100 * seconds / total:5.1f} %  {name}")
         if not options.files:
             print(f"{'':19}guards: {guards(name)}")
