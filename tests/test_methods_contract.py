@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations
+from typing import Any
 
 import pytest
 import torch
@@ -276,3 +277,15 @@ def test_folded_frames_are_different_frames_of_the_stated_clip() -> None:
     many = [fold_frames(clips, 2, Rng(0, step))[0][:, 0, 0, 0, 0] % 5 for step in range(40)]
     assert {frozenset(chosen[:2].tolist()) for chosen in many} == {frozenset(x) for x in combinations(range(5), 2)}
     assert any(set(chosen[:2].tolist()) != set(chosen[2:].tolist()) for chosen in many), "each clip has its own"
+
+
+@pytest.mark.parametrize(("method", "wrong", "said"), [
+    ("TwinFlow", {"delta": 0.5}, "delta < 0.5"),
+    ("SelfAdversarial", {"layers": ()}, "at least one layer"),
+    ("TimeAwareDistillation", {"regression": 0.0, "score": 0.0, "adversary": None}, "leave no loss"),
+    ("ProgressiveAdversarial", {"alone": 0.5, "adversary": Adversary(trained=True, r1=1.0)}, "write alone: 0"),
+    ("ProgressiveAdversarial", {"adversary": Adversary(trained=True, split=0.5)}, "write split: 0"),
+])  # fmt: skip
+def test_values_that_cannot_train_are_refused(method: str, wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        next(kind for kind in METHODS if kind.__name__ == method)(**wrong)
