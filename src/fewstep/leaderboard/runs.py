@@ -18,7 +18,7 @@ from fewstep.evaluate import Entry, Suite, evaluate
 from fewstep.evaluate.latency import peak_memory
 from fewstep.evaluate.machine import describe_machine, versions
 from fewstep.leaderboard.budget import DEMO, work
-from fewstep.leaderboard.contest import Contestant
+from fewstep.leaderboard.contest import Contestant, teacher_code
 from fewstep.leaderboard.results import TEACHER, Figures, Result, file_of, load_result, number
 from fewstep.leaderboard.stages import each, stages_of
 from fewstep.methods import FromPairs
@@ -135,7 +135,7 @@ def _trained(recipe: Recipe | Pipeline, place: Path, began: float, quiet: bool) 
 def measure_teacher(results: Path, folder: Path, *, suite: Suite = SUITE) -> Result:
     """The figures of the teacher at its own steps and at those of the students."""
     teacher = VideoModel.from_pretrained("world")
-    counts, code = (teacher.card.contract.steps, *COUNTS), teacher.fingerprint("denoiser")
+    counts, code = (teacher.card.contract.steps, *COUNTS), teacher_code()
     rows, floor = _measured(teacher, counts, folder / TEACHER / code / FIGURES, suite)
     result = Result(
         name=TEACHER, method="", code=code, budget=0.0, seed=0, iterations=0, spent=0.0,
@@ -153,7 +153,7 @@ def figures_of(result: Result) -> Path:
 
 def teacher_measured(results: Path) -> bool:
     path = results / f"{TEACHER}.json"
-    return path.is_file() and load_result(path).code == VideoModel.from_pretrained("world").fingerprint("denoiser")
+    return path.is_file() and load_result(path).code == teacher_code()
 
 
 def _measured(

@@ -75,7 +75,8 @@ class TDM(Method):
             raise ValueError("TDM follows the student's deterministic trajectory; set rollout.mode to ode")
         if self.matching.judged:
             raise ValueError(f"{type(self.matching).__name__} reads a discriminator, and TDM has none")
-        if self.matching.through or getattr(self.matching, "weight", None) == "exact":
+        exact_weight = isinstance(self.matching, ReverseKL) and self.matching.weight == "exact"
+        if self.matching.through or exact_weight:
             raise ValueError(
                 "line 3 makes the critic know where steps land, and not the student's clips, which SiD, SIM and the KL's exact "
                 "weight compare it with; give TDM matching: ReverseKL, with weight distance or one"
