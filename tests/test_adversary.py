@@ -185,6 +185,7 @@ def test_its_work_counts_every_clip_that_it_reads() -> None:
     assert Adversary().work(2).forwards == 2 * 2 + 2
     assert Adversary(r1=1.0, r2=1.0).work(2).forwards == 2 * 4 + 2
     assert Adversary(loss="relativistic").work(2).forwards == 2 * 2 + 3
+    assert Adversary(draws=3, density=Uniform()).work(2, asked=1).forwards == 3 * (2 * 2 + 2) + 1
     assert Adversary(mismatched=True).work(2).forwards == 2 * 3 + 2
     assert Adversary(density=Uniform(), draws=3).work(2).forwards == 3 * (2 * 2 + 2)
 

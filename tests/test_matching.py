@@ -283,6 +283,11 @@ def test_a_discriminator_that_is_no_log_ratio_is_refused(adversary: Adversary | 
         DMD2(matching=FDivergence(), adversary=adversary)
 
 
+def test_what_it_asks_the_discriminator_is_in_the_cost() -> None:
+    asks, does_not = (DMD2(matching=matching, adversary=Adversary()).cost() for matching in (FDivergence(), ReverseKL()))
+    assert sum(work.forwards for work in asks) == sum(work.forwards for work in does_not) + 1
+
+
 def test_the_ratio_is_read_for_the_prompt_of_each_clip() -> None:
     asked: list[Cond] = []
 

@@ -133,6 +133,28 @@ def test_motion_matching_has_the_gradient_that_the_published_code_lacks() -> Non
     assert torch.allclose(grad.sum(2), torch.zeros_like(grad.sum(2)), atol=1e-12)
 
 
+def test_motion_of_the_past_does_not_count() -> None:
+    """A clip with three frames of past has the gradient of the clip that begins at the last of them."""
+    generator = torch.Generator().manual_seed(5)
+    x0, real, fake = (torch.randn(2, 2, 7, 2, 2, generator=generator, dtype=torch.float64) for _ in range(3))
+    keep = f64(0, 0, 0, 7 / 4, 7 / 4, 7 / 4, 7 / 4).expand(2, -1)
+    whole, cut = x0.clone().requires_grad_(True), x0[:, :, 2:].clone().requires_grad_(True)
+    (grad,) = torch.autograd.grad(motion_matching(whole, real, fake, keep), whole)
+    (expected,) = torch.autograd.grad(motion_matching(cut, real[:, :, 2:], fake[:, :, 2:]), cut)
+    assert torch.allclose(grad[:, :, 2:], expected, rtol=1e-6)
+    assert not grad[:, :, :2].any()
+
+
+def test_motion_of_a_clip_counts_as_much_as_the_clip() -> None:
+    generator = torch.Generator().manual_seed(6)
+    x0, real, fake = (torch.randn(2, 2, 4, 2, 2, generator=generator, dtype=torch.float64) for _ in range(3))
+    x0.requires_grad_(True)
+    (grad,) = torch.autograd.grad(motion_matching(x0, real, fake), x0)
+    for keep in (f64(0.5, 1.5), f64(0.5, 1.5)[:, None].expand(-1, 4)):
+        (weighed,) = torch.autograd.grad(motion_matching(x0, real, fake, keep), x0)
+        assert torch.allclose(weighed, grad * f64(0.5, 1.5).reshape(2, 1, 1, 1, 1), rtol=1e-4)
+
+
 def test_motion_matching_moves_the_motion_towards_the_real_one() -> None:
     """Where the critic sees the student as it is."""
     generator = torch.Generator().manual_seed(4)

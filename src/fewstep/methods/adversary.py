@@ -91,6 +91,10 @@ class Adversary:
             raise ValueError(
                 "adversary.density is null, and there are no scores whose times it could share; give it a density"
             )
+        self.check_whole()
+
+    def check_whole(self) -> None:
+        """Refuse (ValueError) a split, for a method whose calls D has to itself."""
         if self.split > 0:
             raise ValueError("adversary.split divides the calls of DMD2 between its scores and D; write split: 0")
 
@@ -161,11 +165,11 @@ class Adversary:
         """D of noised clips, `[B, heads]`."""
         return self._logits(nets, Shown(x_t, t, cond))
 
-    def work(self, turns: int) -> Work:
-        """Of the features in `turns` updates of D and one of the student."""
+    def work(self, turns: int, *, asked: int = 0) -> Work:
+        """Of the features in `turns` updates of D and one of the student, and where others have `asked` for `logits`."""
         seen = 2 + (self.r1 > 0) + (self.r2 > 0) + self.mismatched
         each = 3 if self.trained else 1
-        return Work(self.eyes, self.draws * (each * seen * turns + 2 + self.paired), layers=self.layers)
+        return Work(self.eyes, self.draws * (each * seen * turns + 2 + self.paired) + asked, layers=self.layers)
 
     def _logits(self, nets: Nets, clip: Shown) -> Tensor:
         return nets.discriminator(self._seen(nets, clip))

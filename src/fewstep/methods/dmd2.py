@@ -54,7 +54,8 @@ class DMD2(Method):
     critic_updates: Count = 5
     """Critic updates per student update, all in one iteration."""
     critic_guidance: CFG = CFG()
-    """Guidance of the critic: none in DMD2, the teacher's in SiD-LSG (2406.01561), 0 (no prompt) in Zero-CFG (2505.12674)."""
+    """Guidance of the critic: none in DMD2, the teacher's in SiD-LSG (2406.01561), 0 (no prompt) in Zero-CFG (2505.12674),
+    where the pass for the prompt is made all the same."""
     warmup: Natural = 0
     """First iterations, which train only the critic (and the discriminator)."""
     score_density: TimeDensity = Uniform(low=0.02, high=0.98)
@@ -146,5 +147,5 @@ class DMD2(Method):
             Work("student", turns * self.rollout.calls + self.rollout.work + (3 if self.anchor > 0 else 0)),
             Work(self.scorers.role, self.matching.teacher_calls(self.guidance)),
             Work("critic", (3 * turns + 1 + back) * critic),
-            *((self.adversary.work(turns),) if self.adversary else ()),
+            *((self.adversary.work(turns, asked=self.matching.judged),) if self.adversary else ()),
         )

@@ -9,8 +9,10 @@ from fewstep.diffusion.path import broadcast
 from fewstep.methods.targets import FLOOR, toward
 
 
-def motion_matching(x0: Tensor, real: Tensor, fake: Tensor) -> Tensor:
+def motion_matching(x0: Tensor, real: Tensor, fake: Tensor, keep: Tensor | None = None) -> Tensor:
     """`distribution_matching` of the differences between neighbouring frames. Mean over all elements.
+
+    `keep`, `[B]` or `[B, F]`, says how much each clip or frame counts; a difference counts as the later of its frames does.
 
     Weights of the differences: `0.7 (1 + e_j / e_last)`, with e the error of the motion summed up to there, and 0.3 of `1.2^j`
     scaled to mean 1, which is our reading of "normalised". The published code computes this term without a gradient; here it has
@@ -18,8 +20,19 @@ def motion_matching(x0: Tensor, real: Tensor, fake: Tensor) -> Tensor:
     """
     moved, wanted, seen = (x.diff(dim=2) for x in (x0, real, fake))
     error = (moved.detach() - wanted).abs().mean((1, *range(3, x0.ndim)))
-    summed = error.cumsum(1)
+    counts = torch.ones_like(error) if keep is None else _of_differences(keep, error)
+    share = counts / counts.mean(1, keepdim=True).clamp_min(FLOOR)  # of the clip's differences
+    summed = (share * error).cumsum(1)
     growth = 1.2 ** torch.arange(error.shape[1], dtype=error.dtype, device=error.device)
-    weight = 0.7 * (1 + summed / (summed[:, -1:] + FLOOR)) + 0.3 * growth / growth.mean()
+    weight = 0.7 * (1 + summed / (summed[:, -1:] + FLOOR)) + 0.3 * growth / (share * growth).mean(1, keepdim=True)
     gap = (seen - wanted).detach()
-    return toward(moved, broadcast(weight / (error.mean(1, keepdim=True) + FLOOR), gap) * gap)
+    weight = counts * weight / ((share * error).mean(1, keepdim=True) + FLOOR)
+    return toward(moved, broadcast(weight, gap) * gap)
+
+
+def _of_differences(keep: Tensor, error: Tensor) -> Tensor:
+    """How much each difference counts, `[B, F - 1]`: in sum as much as the clip's frames."""
+    if keep.ndim == 1:
+        return keep[:, None].expand_as(error)
+    later = keep[:, 1:]
+    return later * keep.mean(1, keepdim=True) / later.mean(1, keepdim=True).clamp_min(FLOOR)

@@ -54,8 +54,7 @@ class ProgressiveAdversarial(Method):
         require_bounds(self)
         if self.adversary.clean or self.adversary.density is not None:
             raise ValueError("steps end at times of their own: leave adversary.clean and adversary.density as they are")
-        if self.adversary.split > 0:
-            raise ValueError("adversary.split divides the calls of DMD2 between its scores and D; write split: 0")
+        self.adversary.check_whole()
         if self.alone > 0 and self.adversary.r1 + self.adversary.r2 > 0:
             raise ValueError(
                 "r1 and r2 move the end of a step, which alone shows twice; write alone: 0, or r1: 0 and r2: 0"

@@ -38,7 +38,6 @@ from fewstep.methods.base import Method, Nets, Update
 from fewstep.methods.matching import Matching, Noised, ReverseKL, Scores
 from fewstep.methods.roles import Role
 from fewstep.methods.rollouts import BackwardSimulation, Rolled
-from fewstep.methods.rollouts.grids import exact, stops
 from fewstep.methods.scorers import Scorers
 from fewstep.methods.work import Work
 
@@ -81,7 +80,7 @@ class TDM(Method):
                 "line 3 makes the critic know where steps land, and not the student's clips, which SiD, SIM and the KL's exact "
                 "weight compare it with; give TDM matching: ReverseKL, with weight distance or one"
             )
-        if self.high <= (landed := _latest_landing(self.rollout)):
+        if self.high <= (landed := self.rollout.latest_landing):
             raise ValueError(
                 f"a step of the rollout lands at {landed:.4f}, and high: {self.high:g} leaves no time above it; raise high"
             )
@@ -130,13 +129,6 @@ class TDM(Method):
             Work(self.scorers.role, self.matching.teacher_calls(self.guidance)),
             Work("critic", 3 * turns + 1 + back),
         )
-
-
-def _latest_landing(rollout: BackwardSimulation) -> float:
-    """The largest time at which a step of the rollout may land: after its first exit, or at the end of its phase."""
-    exits = zip(exact(rollout.grids, rollout.shift), stops(rollout.grids, rollout.exit, rollout.span), strict=True)
-    which = 0 if rollout.phase is None else -1
-    return max((*grid, 0.0)[found[which] + 1] for grid, found in exits)
 
 
 def unbiased(noised: Noised, s: Tensor, path: NoisePath) -> tuple[Tensor, Tensor, Tensor]:

@@ -83,9 +83,9 @@ class Alternating(Method):
             yield from self.reinforcement.updates(round * self.ratio + turn - 1)  # 2
 
     def check(self, steps: int) -> None:
-        rounds, turn = divmod(steps, self.ratio + 1)
-        self.distillation.check(rounds + (turn > 0))
-        self.reinforcement.check(steps - rounds - (turn > 0))
+        distilled = -(-steps // (self.ratio + 1))
+        self.distillation.check(distilled)
+        self.reinforcement.check(steps - distilled)
 
     def contract(self, teacher: Contract) -> Contract:
         return self.distillation.contract(teacher)

@@ -30,7 +30,8 @@ class ReverseKL(Matching):
     `one` is Diff-Instruct's public code; `exact`, `a^2 / s^2`, is the KL itself, which grows without bound at low noise."""
 
     motion: Amount = 0.0
-    """Weight of the same on differences of neighbouring frames (Diagonal Distillation, 2603.09488: 0.2); 0: off."""
+    """Weight of the same on differences of neighbouring frames, always with weight `distance` (Diagonal Distillation, 2603.09488:
+    0.2); 0: off."""
 
     decoupled: bool = False
     """Whether guidance is read apart, at a time of its own below that of the student's input (Decoupled DMD, 2511.22677):
@@ -55,7 +56,7 @@ class ReverseKL(Matching):
                 else scores.real_guided_at(noised.x_t, noised.t, apart)
             )
         loss = targets.distribution_matching(noised.x0, real, fake, weight_of(self.weight, noised, scores), keep=keep)
-        return loss + self.motion * motion_matching(noised.x0, real, fake) if self.motion > 0 else loss
+        return loss + self.motion * motion_matching(noised.x0, real, fake, keep) if self.motion > 0 else loss
 
     def guided_at(self, x_s: Tensor, path: NoisePath, s: Tensor, below: Tensor, rng: Rng) -> Point | None:
         if not self.decoupled:

@@ -14,7 +14,7 @@ from fewstep.core import Batch, Call, Rng
 from fewstep.diffusion import Prediction, shifted
 from fewstep.diffusion.samplers import full
 from fewstep.methods.rollouts.base import Rolled, Rollout, Visit
-from fewstep.methods.rollouts.grids import WHOLE, Exit, Phase, deepest, drawn, require_phase, stops
+from fewstep.methods.rollouts.grids import WHOLE, Exit, Phase, deepest, drawn, exact, require_phase, stops
 from fewstep.models.denoiser import Predictor
 
 
@@ -36,8 +36,6 @@ class BackwardSimulation(Rollout):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.span[0] < self.span[1] <= 1:
-            raise ValueError(f"a phase is [low, high] with 0 <= low < high <= 1, got {list(self.span)}")
         require_phase(self.grids, self.span)
         if self.grad_calls < 1:
             raise ValueError(f"grad_calls must be at least 1, got {self.grad_calls}")
@@ -85,6 +83,13 @@ class BackwardSimulation(Rollout):
         if self.phase is None:
             return times[rolled.exit + 1]
         return times[stops((rolled.grid,), "last", self.shifted_phase)[0][0] + 1]
+
+    @property
+    def latest_landing(self) -> float:
+        """The largest time at which a last step may land."""
+        exits = zip(exact(self.grids, self.shift), stops(self.grids, self.exit, self.span), strict=True)
+        which = 0 if self.phase is None else -1
+        return max((*grid, 0.0)[found[which] + 1] for grid, found in exits)
 
     @property
     def shifted_phase(self) -> Phase:

@@ -49,6 +49,8 @@ def drawn(grids: Grids, exit: Exit, shift: float, rng: Rng, phase: Phase = WHOLE
 def require_phase(grids: Grids, phase: Phase) -> None:
     """ValueError unless a phase has steps in every grid, and ends where a step begins, or where the clips are clean."""
     low, high = phase
+    if not 0 <= low < high <= 1:
+        raise ValueError(f"a phase is [low, high] with 0 <= low < high <= 1, got {list(phase)}")
     for grid in grids:
         if low not in (*grid, 0.0) or not any(low < t <= high for t in grid):
             raise ValueError(
