@@ -284,7 +284,9 @@ def test_a_discriminator_that_is_no_log_ratio_is_refused(adversary: Adversary | 
 
 
 def test_what_it_asks_the_discriminator_is_in_the_cost() -> None:
-    asks, does_not = (DMD2(matching=matching, adversary=Adversary()).cost() for matching in (FDivergence(), ReverseKL()))
+    asks, does_not = (
+        DMD2(matching=matching, adversary=Adversary()).cost() for matching in (FDivergence(), ReverseKL())
+    )
     assert sum(work.forwards for work in asks) == sum(work.forwards for work in does_not) + 1
 
 

@@ -14,6 +14,7 @@ from fewstep.evaluate.page.table import percent
 from fewstep.leaderboard.budget import DEMO
 from fewstep.leaderboard.claims import CLAIMS, Verdict, judge
 from fewstep.leaderboard.contest import PROBES, contestants
+from fewstep.leaderboard.differences import difference
 from fewstep.leaderboard.results import TEACHER, Figures, Result, number
 from fewstep.leaderboard.runs import COUNTS, SUITE
 from fewstep.leaderboard.switches import JOINED
@@ -101,8 +102,42 @@ def budget_section(budget: float, results: Sequence[Result], reference: Figures)
             *HEADINGS,
             *rows([*(n for n in names if n == base), *own]),
             "",
+            *gains(base, own, results),
         ]
     return "\n".join(lines)
+
+
+def gains(base: str, changed: Sequence[str], results: Sequence[Result]) -> list[str]:
+    """What each change adds to the figures of the base, where both were run."""
+    if not (runs := {run.seed: run for run in results if run.name == base}):
+        return []
+    lines = [
+        f"What each change adds to {base}, accuracy / distance, with intervals over prompts; bold if the interval is without 0:",
+        "",
+        f"| | {' | '.join(in_steps(n) for n in COUNTS)} |",
+        f"| --- |{' ---: |' * len(COUNTS)}",
+    ]
+    for name in changed:
+        own = {run.seed: run for run in results if run.name == name and run.seed in runs}
+        if own:
+            both = [(own[seed].rows, runs[seed].rows) for seed in sorted(own)]
+            cells = [_gain([(one[n], two[n]) for one, two in both if n in one and n in two]) for n in COUNTS]
+            lines.append(f"| {name.partition(JOINED)[2]} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _gain(pairs: Sequence[tuple[Figures, Figures]]) -> str:
+    """Of rows of the same seeds, changed and base; figures without an interval are left out."""
+    cells = []
+    for figure in ("accuracy", "frechet") if pairs else ():
+        sides = [
+            [(getattr(row, figure), getattr(row, f"{figure}_ci")) for row in rows] for rows in zip(*pairs, strict=True)
+        ]
+        if all(interval for rows in sides for _, interval in rows):
+            one = difference(*sides)
+            cell = f"{one.value:+.2f} [{one.low:.2f}, {one.high:.2f}]"
+            cells.append(f"**{cell}**" if one.clear else cell)
+    return " / ".join(cells)
 
 
 HEADINGS = (
