@@ -54,8 +54,7 @@ class DMD2(Method):
     critic_updates: Count = 5
     """Critic updates per student update, all in one iteration."""
     critic_guidance: CFG = CFG()
-    """Guidance of the critic: none in DMD2, the teacher's in SiD-LSG (2406.01561), 0 (no prompt) in Zero-CFG (2505.12674),
-    where the pass for the prompt is made all the same."""
+    """Guidance of the critic: none in DMD2, the teacher's in SiD-LSG (2406.01561), 0 in Zero-CFG (2505.12674; both are run)."""
     warmup: Natural = 0
     """First iterations, which train only the critic (and the discriminator)."""
     score_density: TimeDensity = Uniform(low=0.02, high=0.98)
