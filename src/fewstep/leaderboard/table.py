@@ -21,10 +21,13 @@ from fewstep.leaderboard.switches import JOINED
 
 HEAD = """# Leaderboard
 
-Every method on the same teacher, the built-in one, with the same budget, prompts, seeds and rule. `fewstep leaderboard` runs what
-is missing and writes this page. Each run is one JSON file in `bench/leaderboard`, named `ROW-BUDGET-SEED.json`. The recipe of a
-row is `ROW.yaml` in `src/fewstep/recipes/leaderboard`. A row `A{joined}B` is the recipe of row A with the change B of
-`src/fewstep/leaderboard/switches.py`.
+Every method that makes whole clips from noise, on the same teacher, the built-in one, with the same budget, prompts, seeds and rule.
+These have no row: `SelfAdversarial`, which streams, `LatentPixel` and `TimeAwareDistillation`, which begin at a clip, MSD with its
+several students, MagicDistillation, which is for adapters, and BLADE, whose student is sparse.
+
+`fewstep leaderboard` runs what is missing and writes this page. Each run is one JSON file in `bench/leaderboard`, named
+`ROW-BUDGET-SEED.json`. The recipe of a row is `ROW.yaml` in `src/fewstep/recipes/leaderboard`. A row `A{joined}B` is the recipe of row A
+with the change B of `src/fewstep/leaderboard/switches.py`.
 
 - **Budget**: forward passes of the teacher on one clip, {demo:,.0f} of them, as many as `fewstep demo` trains with. A backward
   pass counts two. Pairs that are stored before a run count too. These do not count: the decoder and the reward networks of

@@ -39,7 +39,7 @@ from fewstep.methods.work import Work
 
 @dataclass(frozen=True, kw_only=True)
 class DMD2(Method):
-    """Distribution matching distillation."""
+    """Distribution matching distillation (DMD, DMD2); with other matchings Diff-Instruct, VSD, f-distill, SiD and SIM."""
 
     cite: ClassVar[str] = "Yin et al., Improved Distribution Matching Distillation for Fast Image Synthesis, 2405.14867"
     continues: ClassVar[bool] = True

@@ -37,7 +37,7 @@ from fewstep.methods.work import Work
 
 @dataclass(frozen=True, kw_only=True)
 class AdversarialDistillation(Method):
-    """Latent adversarial distillation."""
+    """Latent adversarial distillation (LADD); with its terms ADD, SF-V, GDD, Seaweed-APT and the mobile student."""
 
     cite: ClassVar[str] = "Sauer et al., Latent Adversarial Diffusion Distillation, 2403.12015"
 

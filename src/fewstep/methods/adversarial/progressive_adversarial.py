@@ -37,7 +37,7 @@ from fewstep.methods.work import Work
 
 @dataclass(frozen=True, kw_only=True)
 class ProgressiveAdversarial(Method):
-    """Progressive adversarial distillation."""
+    """Progressive adversarial distillation (SDXL-Lightning, AnimateDiff-Lightning)."""
 
     cite: ClassVar[str] = "Lin et al., SDXL-Lightning: Progressive Adversarial Diffusion Distillation, 2402.13929"
 

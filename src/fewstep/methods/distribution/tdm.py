@@ -44,7 +44,7 @@ from fewstep.methods.work import Work
 
 @dataclass(frozen=True, kw_only=True)
 class TDM(Method):
-    """Trajectory distribution matching, and phased distribution matching distillation."""
+    """Trajectory distribution matching (TDM; sparse: BLADE), and phased distribution matching distillation (Phased DMD)."""
 
     cite: ClassVar[str] = (
         "Luo et al., Learning Few-Step Diffusion Models by Trajectory Distribution Matching, 2503.06674"

@@ -31,7 +31,7 @@ from fewstep.methods.work import Work
 
 @dataclass(frozen=True, kw_only=True)
 class Alternating(Method):
-    """Distillation and reinforcement by turns."""
+    """Distillation and reinforcement by turns (Flash-DMD's stage 2, DMDR)."""
 
     cite: ClassVar[str] = "Chen et al., Flash-DMD (stage 2), 2511.20549"
 

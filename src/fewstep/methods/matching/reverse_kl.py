@@ -20,7 +20,8 @@ Weight = Literal["distance", "one", "exact"]
 
 @dataclass(frozen=True, kw_only=True)
 class ReverseKL(Matching):
-    """The gradient of KL(student_t | teacher_t), with a weight for each time (DMD2, 2405.14867; Diff-Instruct, 2305.18455).
+    """The gradient of KL(student_t | teacher_t), with a weight for each time (DMD2, 2405.14867; Diff-Instruct, 2305.18455; VSD,
+    2305.16213).
 
     No gradient goes through teacher and critic.
     """
