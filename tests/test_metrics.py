@@ -29,7 +29,7 @@ from fewstep.metrics import (
     split_half,
     wilson,
 )
-from fewstep.metrics.statistics import difference_of_shares, ratio_interval, t_quantile
+from fewstep.metrics.statistics import difference_interval, difference_of_shares, ratio_interval, t_quantile
 from fewstep.world.grammar import sample_scenes
 from fewstep.world.renderer import Variation, render
 
@@ -456,3 +456,10 @@ def test_saturation_and_contrast() -> None:
     for metric in (saturation, contrast):
         with pytest.raises(ValueError, match=r"\[B, 3, F, H, W\]"):
             metric(torch.zeros(1, 4, 2, 4, 4))
+
+
+def test_an_interval_of_a_difference_is_that_of_independent_shares() -> None:
+    """Newcombe 1998, table II: 56 of 70 less 48 of 80, method 10."""
+    one, other = (56 / 70, wilson(56, 70)), (48 / 80, wilson(48, 80))
+    assert difference_interval(*one, *other) == pytest.approx((0.0524, 0.3339), abs=1e-4)
+    assert difference_interval(*other, *one) == pytest.approx((-0.3339, -0.0524), abs=1e-4)

@@ -11,23 +11,24 @@ from fewstep.core.atomic import write_text
 from fewstep.diffusion.times import in_steps
 from fewstep.engine.probe import merit
 from fewstep.evaluate.page.table import percent
+from fewstep.evaluate.results import Range
 from fewstep.leaderboard.budget import DEMO
 from fewstep.leaderboard.claims import CLAIMS, Verdict, judge
 from fewstep.leaderboard.contest import PROBES, contestants
-from fewstep.leaderboard.differences import difference
 from fewstep.leaderboard.results import TEACHER, Figures, Result, number
 from fewstep.leaderboard.runs import COUNTS, SUITE
 from fewstep.leaderboard.switches import JOINED
+from fewstep.metrics.statistics import difference_interval
 
 HEAD = """# Leaderboard
 
-Every method that makes whole clips from noise, on the same teacher, the built-in one, with the same budget, prompts, seeds and rule.
-These have no row: `SelfAdversarial`, which streams, `LatentPixel` and `TimeAwareDistillation`, which begin at a clip, MSD with its
-several students, MagicDistillation, which is for adapters, and BLADE, whose student is sparse.
+Every method that makes whole clips from noise, with the same teacher (the built-in one), budget, prompts, seeds and rule. These
+have no row: `SelfAdversarial`, which streams; `LatentPixel` and `TimeAwareDistillation`, which begin at a clip; MSD with its
+several students; MagicDistillation, which is for adapters; and BLADE, whose student is sparse.
 
 `fewstep leaderboard` runs what is missing and writes this page. Each run is one JSON file in `bench/leaderboard`, named
-`ROW-BUDGET-SEED.json`. The recipe of a row is `ROW.yaml` in `src/fewstep/recipes/leaderboard`. A row `A{joined}B` is the recipe of row A
-with the change B of `src/fewstep/leaderboard/switches.py`.
+`ROW-BUDGET-SEED.json`. The recipe of a row is `ROW.yaml` in `src/fewstep/recipes/leaderboard`. A row `A{joined}B` is the recipe
+of row A with the change B of `src/fewstep/leaderboard/switches.py`.
 
 - **Budget**: forward passes of the teacher on one clip, {demo:,.0f} of them, as many as `fewstep demo` trains with. A backward
   pass counts two. Pairs that are stored before a run count too. These do not count: the decoder and the reward networks of
@@ -115,7 +116,7 @@ def gains(base: str, changed: Sequence[str], results: Sequence[Result]) -> list[
     if not (runs := {run.seed: run for run in results if run.name == base}):
         return []
     lines = [
-        f"What each change adds to {base}, accuracy / distance, with intervals over prompts; bold if the interval is without 0:",
+        f"What each change adds to {base}, accuracy / distance, with the intervals of independent clips; bold: without 0:",
         "",
         f"| | {' | '.join(in_steps(n) for n in COUNTS)} |",
         f"| --- |{' ---: |' * len(COUNTS)}",
@@ -133,14 +134,19 @@ def _gain(pairs: Sequence[tuple[Figures, Figures]]) -> str:
     """Of rows of the same seeds, changed and base; figures without an interval are left out."""
     cells = []
     for figure in ("accuracy", "frechet") if pairs else ():
-        sides = [
-            [(getattr(row, figure), getattr(row, f"{figure}_ci")) for row in rows] for rows in zip(*pairs, strict=True)
-        ]
-        if all(interval for rows in sides for _, interval in rows):
-            one = difference(*sides)
-            cell = f"{one.value:+.2f} [{one.low:.2f}, {one.high:.2f}]"
-            cells.append(f"**{cell}**" if one.clear else cell)
+        if any(getattr(row, f"{figure}_ci") is None for rows in pairs for row in rows):
+            continue
+        (new, its), (old, other) = (_middle(rows, figure) for rows in zip(*pairs, strict=True))
+        low, high = difference_interval(new, its, old, other)
+        cell = f"{new - old:+.2f} [{low:.2f}, {high:.2f}]"
+        cells.append(cell if low <= 0 <= high else f"**{cell}**")
     return " / ".join(cells)
+
+
+def _middle(rows: Sequence[Figures], figure: str) -> tuple[float, Range]:
+    """Means over seeds of a figure and of its interval."""
+    low, high = (mean(getattr(row, f"{figure}_ci")[end] for row in rows) for end in (0, 1))
+    return mean(getattr(row, figure) for row in rows), (low, high)
 
 
 HEADINGS = (

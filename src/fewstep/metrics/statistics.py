@@ -95,6 +95,17 @@ def difference_of_shares(first: Tensor, second: Tensor, confidence: float = 0.95
     return Interval(max(low, -1.0), min(high, 1.0))
 
 
+def difference_interval(first: float, its: tuple[float, float], second: float, other: tuple[float, float]) -> Interval:
+    """Interval of `first - second`, independent figures with intervals of their own (MOVER: Zou and Donner 2008).
+
+    With Wilson's intervals it is that of two shares by Newcombe 1998, method 10. For paired values, `mean_interval` of their
+    differences is narrower.
+    """
+    below = math.hypot(first - its[0], other[1] - second)
+    above = math.hypot(its[1] - first, second - other[0])
+    return Interval(first - second - below, first - second + above)
+
+
 def jackknife(value: float, without: Tensor, confidence: float = 0.95) -> Interval:
     """Student's t interval around a statistic, from its values `[G]` without each group of the data in turn.
 
