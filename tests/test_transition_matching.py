@@ -202,8 +202,8 @@ def test_the_slope_does_not_drown_in_the_rounding_of_bfloat16() -> None:
             terms(METHOD.student_loss(Nets({"student": student}), given, Rng(0)))
         heard.append(student.answers)
     (late, early, own), (rounded_late, rounded_early, rounded_own) = heard
-    difference = late - early
-    assert (rounded_late - rounded_early - difference).norm() < 0.03 * difference.norm()
+    difference, error = late - early, (rounded_late - rounded_early) - (late - early)
+    assert error.norm() < 1e-4 * difference.norm()  # rounded: 1e-2, in so small a network
     assert not torch.equal(rounded_own, own)
 
 
