@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,15 +11,16 @@ import pytest
 import torch
 
 from fewstep import Pipeline, Recipe, Students, VideoModel
-from fewstep.core import Batch, Cond, Rng
+from fewstep.core import Batch, Cond, Rng, dump
 from fewstep.core.build import RecipeError
 from fewstep.core.shipped import shipped
-from fewstep.data import ByCentroid, DataError, Part, Partition, Prompts, centroids
+from fewstep.data import ByCentroid, Data, DataError, Part, Partition, Prompts, Texts, centroids, parts
 from fewstep.data.parts import embedding
 from fewstep.diffusion import CFG, Uniform
 from fewstep.engine import train
 from fewstep.methods import DMD2, FlowMatching, Nets, TeacherForced
-from fewstep.models.source import Pretrained
+from fewstep.models.source import Diffusers, Pretrained
+from fewstep.streaming import Video
 from fewstep.world.data import WorldClips
 from fewstep.world.grammar import ATTRIBUTES, Scene, describe, paraphrase, parse, sample_scenes
 from fewstep.world.parts import ByAttribute
@@ -36,14 +38,16 @@ from support_gaussian import (
     normal,
     terms,
 )
+from tiny_models import shared
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 DIRECTION = ByAttribute(attribute="direction", of=4)
 TEXTS = ["red", "scarlet", "crimson", "blue", "navy", "azure"]
 
 
-def encode(prompt: str) -> Cond:
+def encode(prompts: Sequence[str]) -> Cond:
     """Two clusters of states; the last token is padding, which must not count."""
+    (prompt,) = prompts
     side = 10.0 * (TEXTS.index(prompt) > 2)
     text = torch.tensor([[[side, 0.1 * TEXTS.index(prompt)], [side, 0.0], [1e3 * (TEXTS.index(prompt) % 2), 0.0]]])
     return Cond(text, torch.tensor([[True, True, False]]))
@@ -91,7 +95,7 @@ def test_centroids_part_prompts_by_what_they_mean(tmp_path: Path) -> None:
     parts = [rule.part(text, encode) for text in TEXTS]
     assert parts[:3] == parts[:1] * 3 and parts[3:] == [1 - parts[0]] * 3
     means = torch.stack(
-        [torch.stack([embedding(encode(t)) for t in group]).mean(0) for group in (TEXTS[:3], TEXTS[3:])]
+        [torch.stack([embedding(encode([t])) for t in group]).mean(0) for group in (TEXTS[:3], TEXTS[3:])]
     )
     torch.testing.assert_close(found[[parts[0], 1 - parts[0]]], means)
     rows = [Part(by=rule, index=k).rows(TEXTS, encode) for k in range(2)]
@@ -99,12 +103,38 @@ def test_centroids_part_prompts_by_what_they_mean(tmp_path: Path) -> None:
     assert torch.equal(centroids(TEXTS, encode, 2, file), found), "a function of the seed"
     with pytest.raises(DataError, match="has 2 centroids of width 2; wanted are 3"):
         ByCentroid(of=3, path=str(file)).part("red", encode)
-    with pytest.raises(DataError, match="there are 1 different prompts for 2 parts"):
-        centroids(["red", "red"], encode, 2, file)
+    for copies in (2, 40):
+        with pytest.raises(DataError, match="there are 2 different prompts for 3 parts"):
+            centroids(["red", "navy"] * copies, encode, 3, file)
     with pytest.raises(DataError, match="nowhere: no such file; make it with"):
         ByCentroid(of=2, path="nowhere").part("red", encode)
     with pytest.raises(DataError, match="none of 3 prompts belongs to part"):
         Part(by=rule, index=1 - parts[0]).rows(TEXTS[:3], encode)
+
+
+def test_the_text_encoder_is_what_encodes(tmp_path: Path) -> None:
+    """As many parts as prompts: the centroids are their embeddings, although all begin with the same letter."""
+    model, prompts = tiny_model(), ["a red ball", "a blue box", "a green star"]
+    found = centroids(prompts, model.text.encode, 3, tmp_path / "new" / "centroids.safetensors")
+    wanted = torch.stack([embedding(model.text.encode([prompt])) for prompt in prompts])
+    rule = ByCentroid(of=3, path=str(tmp_path / "new" / "centroids.safetensors"))
+    parts = [rule.part(prompt, model.text.encode) for prompt in prompts]
+    assert sorted(parts) == [0, 1, 2] and not found.requires_grad
+    torch.testing.assert_close(found[parts], wanted)
+
+
+def test_prompts_go_where_those_of_training_went(tmp_path: Path) -> None:
+    """Also with states of the training data, which come without padding from a folder."""
+    model, scenes = tiny_model(), sample_scenes(40, torch.Generator().manual_seed(2))
+    prompts, file = sorted({describe(scene) for scene in scenes}), tmp_path / "centroids.safetensors"
+    centroids(prompts, model.text.encode, 3, file)
+    rule = ByCentroid(of=3, path=str(file))
+    routes = Students(by=rule, students=(model, tiny_model(1), tiny_model(2))).route(prompts)
+    assert set(routes) == {0, 1, 2}
+    for cache in ("", str(tmp_path / "texts")):
+        texts = Texts(model, frozenset({"prompts"}), cache, prompts)
+        rows = [Part(by=rule, index=index).rows(prompts, texts.encode) for index in range(3)]
+        assert rows == [[row for row, its in enumerate(routes) if its == index] for index in range(3)]
 
 
 # --- data -----------------------------------------------------------------------------------------------------------------
@@ -240,6 +270,98 @@ def test_each_prompt_gets_the_clip_of_its_student() -> None:
         Students(by=Halves(of=2), students=(tiny_model(), other))
 
 
+def test_each_student_is_told_of_the_images_of_its_own_prompts() -> None:
+    size, prompts, seeds = {"num_frames": 5, "height": 32, "width": 32}, ["a", "long", "b", "longer"], (5, 6, 7, 8)
+    model = Diffusers(source=str(shared("wan_image")), text_dtype="float32", **size).load()
+    students = Students(by=Halves(of=2), students=(model, model))
+    images = 2 * Rng(0).rand((4, 3, 32, 32), "images") - 1
+    options = {"num_inference_steps": 1, "guidance_scale": 1.0}
+    wanted = torch.cat([model([p], seed=[s], image=i, **options) for p, s, i in zip(prompts, seeds, images)])
+    torch.testing.assert_close(students(prompts, seed=seeds, image=images, **options), wanted, atol=1e-4, rtol=0)
+    same = students(prompts[:2], seed=seeds[:2], image=images[0], **options)
+    torch.testing.assert_close(same[1:], model(["long"], seed=[6], image=images[0], **options), atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="image has 3 entries for 4 prompts; give one for all, or one for each"):
+        students(prompts, image=images[:3], **options)
+
+
+def test_each_student_begins_with_the_videos_of_its_own_prompts() -> None:
+    students, prompts = Students(by=Halves(of=2), students=(tiny_model(1), tiny_model(2))), ["a", "long", "b"]
+    latents = Rng(0).randn((3, *tiny_model().latent_shape()), "videos")
+    given = [Video(lambda _, row=row: latents[row : row + 1], 0.7) for row in range(3)]  # type: ignore[misc]
+    wanted = [students.students[k]([p], seed=[r], video=given[r]) for r, (k, p) in enumerate(zip((0, 1, 0), prompts))]
+    made = students(prompts, seed=(0, 1, 2), video=Video(lambda _: latents, 0.7))
+    torch.testing.assert_close(made, torch.cat(wanted))
+    cond, null = tiny_model().conditions(["x", "y", "z"])
+    negative = students(prompts, seed=(0, 1, 2), negative=cond)
+    assert not torch.equal(negative, students(prompts, seed=(0, 1, 2), negative=null))
+    alone = students.students[1](prompts[1:2], seed=[1], negative=cond[1:2])
+    torch.testing.assert_close(negative[1:2], alone)
+
+
+def made_of(folder: Path, part: Part, model: VideoModel, **told: Part) -> Path:
+    """A folder as a run on `part` leaves it; `told`: the parts of other models in its provenance."""
+    data = {f"{of}.data settings": dump(WorldClips(part=its), Data) for of, its in told.items()}
+    base = Recipe(
+        model=Pretrained(), method=DMD2(rollout=ONE_STEP), data=Prompts(path="x", part=part), settings=small(1)
+    )
+    data["data settings"] = dump(base.data, Data)
+    provenance = {key: json.dumps(value, sort_keys=True) for key, value in data.items()}
+    model.with_card(provenance=provenance, name=folder.name).save(folder)
+    base.save(folder)
+    return folder
+
+
+def test_students_have_all_but_the_denoiser_in_common(tmp_path: Path) -> None:
+    model = Diffusers(source=str(shared("wan_image")), text_dtype="float32").load()
+    runs = [made_of(tmp_path / f"{k}", Part(by=DIRECTION, index=k), model) for k in range(4)]
+    opened = Students.open(*runs).students
+    for student in opened[1:]:
+        assert student.parts.keys() == model.parts.keys() == opened[0].parts.keys() and "image" in model.parts
+        assert all((student.parts[name] is opened[0].parts[name]) == (name != "denoiser") for name in student.parts)
+
+
+def test_students_of_several_models_are_refused(tmp_path: Path) -> None:
+    rule = ByAttribute(attribute="size", of=2)
+    runs = [made_of(tmp_path / f"{k}", Part(by=rule, index=k), tiny_model(k)) for k in range(2)]
+    with pytest.raises(ValueError, match="1 has another codec than .*0; train both from one model"):
+        Students.open(*runs)
+
+
+def test_a_student_of_stages_on_several_parts_is_refused(tmp_path: Path) -> None:
+    """Its second stage began with the student of another part; that of a teacher that has parts of its own is none."""
+    rule, other = ByAttribute(attribute="size", of=2), Part(by=DIRECTION, index=3)
+    first, second = (Part(by=rule, index=index) for index in range(2))
+    good = made_of(tmp_path / "0", first, tiny_model(), student=first, teacher=other)
+    assert len(Students.open(good, made_of(tmp_path / "1", second, tiny_model())).students) == 2
+    mixed = made_of(tmp_path / "mixed", second, tiny_model(), **{"student.student": first})
+    with pytest.raises(ValueError, match="mixed was trained on part 1, and a stage before on part 0; train it again"):
+        Students.open(good, mixed)
+
+
+def test_students_of_centroids_that_were_made_again_are_refused(tmp_path: Path) -> None:
+    base, file = tiny_model().save(tmp_path / "base"), tmp_path / "centroids.safetensors"
+    prompts, runs = ["a red ball", "a blue box"], []
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    centroids(prompts, tiny_model().text.encode, 2, file)
+    kept = file.read_bytes()
+    for index in range(2):
+        part = Part(by=ByCentroid(of=2, path=str(file)), index=index)
+        recipe = Recipe(
+            model=Pretrained(source=str(base)),
+            method=DMD2(critic_updates=1, rollout=ONE_STEP),
+            data=Prompts(path=str(tmp_path / "prompts.txt"), part=part),
+            settings=small(1),
+        )
+        runs.append(recipe.complete(tmp_path / f"{index}"))
+    assert sorted(Students.open(*runs).route(prompts)) == [0, 1]
+    centroids(["a red ball", "a green star"], tiny_model().text.encode, 2, file)
+    with pytest.raises(ValueError, match="was trained with another partition .* put back the file"):
+        Students.open(*runs)
+    file.write_bytes(kept)
+    parts._read.cache_clear()
+    assert len(Students.open(*runs).students) == 2
+
+
 def test_students_of_runs_know_their_parts(tmp_path: Path) -> None:
     base = tiny_model().save(tmp_path / "base")
     rule, runs = ByAttribute(attribute="size", of=2), []
@@ -259,6 +381,9 @@ def test_students_of_runs_know_their_parts(tmp_path: Path) -> None:
     assert students.students[0].text is students.students[1].text
     expected = torch.cat([alone[1](prompts[:1], seed=[4]), alone[0](prompts[1:], seed=[5])])
     torch.testing.assert_close(students(prompts, seed=4), expected)
+    later = replace(recipe, settings=small(1, start=str(runs[0]))).complete(tmp_path / "later")
+    with pytest.raises(ValueError, match="was trained on part 1, and a stage before on part 0"):
+        Students.open(runs[0], later)
     with pytest.raises(
         ValueError, match=r"students of parts \[0\], and there are 2 parts; give each part's student once"
     ):

@@ -17,11 +17,11 @@ from fewstep.diffusion import VP, Grid, Kind, NoisePath, Prediction, RectifiedFl
 from fewstep.engine import train
 from fewstep.engine.prepare import require_possible
 from fewstep.methods import DMD2, BackwardSimulation, Nets, TransitionMatching
-from fewstep.models import Lora
+from fewstep.models import Denoiser, Lora
 from fewstep.models.source import Pretrained
 from fewstep.recipe import Recipe
 from fewstep.world.data import WorldClips
-from support_engine import FRAMES, Everything, small, tiny_model
+from support_engine import FRAMES, Everything, shaken, small, tiny_model
 from support_gaussian import cond_of, conds_of, terms
 
 B, SHAPE, LABELS = 6, (1, 2, 4, 4), [1, 2, 1, 1, 2, 1]
@@ -176,6 +176,35 @@ def test_prompts_are_dropped_in_all_runs_alike() -> None:
     student = Known(lambda y_s, s, r: y_s)
     loss(replace(METHOD, cond_drop=1.0), student)
     assert [asked.labels for asked in student.asked] == [[0] * B] * 3
+
+
+class Heard(nn.Module):
+    """A network whose answers are kept."""
+
+    def __init__(self, network: Denoiser) -> None:
+        super().__init__()
+        self.network, self.path, self.kind, self.answers = network, network.path, network.kind, list[Tensor]()
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond, call: Call = Call()) -> Prediction:
+        made = self.network(x_t, t, cond, call)
+        self.answers.append(made.raw.detach())
+        return made
+
+
+def test_the_slope_does_not_drown_in_the_rounding_of_bfloat16() -> None:
+    """A difference of two calls d apart: under autocast it is that of float32, and only the trained call is rounded."""
+    model = tiny_model(depth=3).transformed(HEAD)
+    shaken(model.denoiser.backbone.flow_head)
+    given, heard = Everything().open(model, METHOD.needs).batch(B, Rng(0)), []
+    for rounds in (False, True):
+        student = Heard(model.denoiser)
+        with torch.autocast("cpu", torch.bfloat16, enabled=rounds):
+            terms(METHOD.student_loss(Nets({"student": student}), given, Rng(0)))
+        heard.append(student.answers)
+    (late, early, own), (rounded_late, rounded_early, rounded_own) = heard
+    difference, error = late - early, (rounded_late - rounded_early) - (late - early)
+    assert error.norm() < 1e-4 * difference.norm()  # rounded: 1e-2, in so small a network
+    assert not torch.equal(rounded_own, own)
 
 
 def test_both_stages(tmp_path: Path) -> None:

@@ -167,7 +167,9 @@ def test_a_share_of_the_clips_has_no_prompt() -> None:
         assert abs(network.questions[0].labels.count(0) / 200 - share) < (0.08 if 0 < share < 1 else 1e-9)
 
 
-@pytest.mark.parametrize("rollout", [FromLow(), FromLow(grids=((0.6,),), noise=None, cond_drop=0.0)])
+@pytest.mark.parametrize(
+    "rollout", [FromLow(), FromLow(grids=((0.6,),), noise=None, cond_drop=0.0), FromLow(shift=3.0, noise=None)]
+)
 def test_sampling_begins_where_training_does(rollout: FromLow) -> None:
     """The rollout is the sampler of the contract, bit for bit, also as a model that is given a video."""
     model = student_of(rollout)
@@ -175,7 +177,7 @@ def test_sampling_begins_where_training_does(rollout: FromLow) -> None:
     some = data.open(model, frozenset({"prompts", "low"})).batch(2, Rng(0))
     seeds, contract = Seeds((3, 4)), model.card.contract
     noise = seeds.randn(some.low.shape, "start")
-    x_t = some.low if rollout.noise == 0 else 0.4 * some.low + 0.6 * noise
+    x_t = some.low if rollout.noise == 0 else (1 - rollout.time) * some.low + rollout.time * noise
     with torch.no_grad():
         told = model.conditions(some.prompts, guided=False)[0]
         wanted = model.denoiser(x_t, torch.full((2,), rollout.time), told).x0
@@ -285,6 +287,11 @@ def test_refused_starts() -> None:
         FromLow(stream=Stream())
     with pytest.raises(ValueError, match="noise must be less than 1"):
         FromLow(noise=1.0)
+    with pytest.raises(
+        ValueError, match=r"noise: null is the noise of the time in grids, 1\.0.*give grids a time below 1"
+    ):
+        FromLow(noise=None, grids=((1.0,),))
+    assert FromLow(grids=((1.0,),)).grid == FromVideo(time=1.0, noise=0.0)
 
 
 # --- regression (DOVE) ----------------------------------------------------------------------------------------------------
@@ -327,6 +334,17 @@ def test_pixels_count_in_0_to_1_and_motion_from_frame_to_frame() -> None:
     torch.testing.assert_close(losses["motion"].detach(), 2.0 * steps.abs().mean())
     sum(losses.values()).backward()
     assert networks.student.clips.grad is not None
+
+
+def test_a_clip_of_one_frame_has_no_motion() -> None:
+    shape = (B, 1, 1, 4, 4)
+    sharp, low = (Rng(4).randn(shape, name).double() for name in ("frames", "low"))
+    given = Batch(conds_of(LABELS), cond_of(0, B), shape[1:], low=low, frames=sharp)
+    networks = Nets({"student": FreeClips(shape), "codec": Twice()})
+    losses = terms(LatentPixel(latents=0.0, pixels=1.0, motion=1.0).student_loss(networks, given, Rng(0)))
+    assert set(losses) == {"pixels"} and losses["pixels"].isfinite()
+    with pytest.raises(ValueError, match="clips of one frame have no motion, and motion alone is trained"):
+        terms(LatentPixel(latents=0.0, motion=1.0).student_loss(networks, given, Rng(0)))
 
 
 def test_a_regression_needs_what_it_compares() -> None:

@@ -137,6 +137,8 @@ class Recipe(Written):
         chain = {f"teacher.{key}" if distilled else key: value for key, value in before.items()}
         machine = describe_machine(self.settings.device)
         chain |= {"licence": before["licence"]} if distilled and "licence" in before else {}
+        part = getattr(self.data, "part", None)
+        chain |= {"partition": part.by.content} if part is not None and part.by.content else {}
         return {
             **chain,
             "recipe": self.hash,

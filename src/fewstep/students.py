@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from fewstep.core import Cond
+from fewstep.core import Cond, dump
 from fewstep.data.parts import Part, Partition
 from fewstep.models.bundle import VideoModel
+from fewstep.models.card import Card
 from fewstep.models.source import Pretrained
 from fewstep.recipe import Recipe
+from fewstep.streaming import Video
 from fewstep.written import FILE
-
-SHARED = ("text", "codec")
-"""Parts that all students have in common."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +48,9 @@ class Students:
     @classmethod
     def open(cls, *runs: Path | str) -> Self:
         """Load the students of runs, in any order: folders with a result and the recipe that it was trained with, which says
-        on which part (`data.part`). Text encoder and autoencoder are loaded once.
+        on which part (`data.part`). All networks but the denoiser are loaded once.
 
-        ValueError for runs whose parts are not the parts of one partition, each once.
+        ValueError for runs whose parts are not the parts of one partition, each once, and for a run of stages on several parts.
         """
         parts = {str(run): _part(Path(run)) for run in runs}
         rules = {part.by for part in parts.values()}
@@ -64,10 +64,13 @@ class Students:
                 f"these are the students of parts {found}, and there are {by.of} parts; give each part's student once"
             )
         first = VideoModel.from_pretrained(order[0])
-        shared, students = {name: first.parts[name] for name in SHARED if name in first.parts}, [first]
-        for run in order[1:]:
+        shared, students = {name: part for name, part in first.parts.items() if name != "denoiser"}, [first]
+        for run in order:
             card = Pretrained(source=run).card()
-            for name in shared:
+            _require_one_part(run, card, parts[run])
+            if run == order[0]:
+                continue
+            for name in sorted(shared.keys() | card.parts.keys() - {"denoiser"}):
                 if card.fingerprints.get(name) != first.card.fingerprints.get(name):
                     raise ValueError(f"{run} has another {name} than {order[0]}; train both from one model")
             alone = Pretrained(source=run).load(parts=("denoiser",))
@@ -79,7 +82,10 @@ class Students:
         return [self.by.part(prompt, self._encode) for prompt in prompts]
 
     def __call__(self, prompts: Sequence[str], *, seed: int | Sequence[int] = 0, **options: Any) -> Tensor:
-        """Clips `[B, 3, F, H, W]` in [-1, 1], in the order of the prompts; `options` are those of `VideoModel`, for all clips."""
+        """Clips `[B, 3, F, H, W]` in [-1, 1], in the order of the prompts; `options` are those of `VideoModel`.
+
+        Images, videos and negative conditions are one for all clips, or one for each; other options are for all.
+        """
         if isinstance(prompts, str):
             raise ValueError("prompts is one text; give a list of texts")
         seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
@@ -89,7 +95,8 @@ class Students:
         routes = self.route(prompts)
         for part in sorted(set(routes)):
             rows = [row for row, its in enumerate(routes) if its == part]
-            clips = self.students[part]([prompts[r] for r in rows], seed=[seeds[r] for r in rows], **options)
+            own = {name: _own(name, option, rows, len(prompts)) for name, option in options.items()}
+            clips = self.students[part]([prompts[r] for r in rows], seed=[seeds[r] for r in rows], **own)
             made |= dict(zip(rows, clips, strict=True))
         return torch.stack([made[row] for row in range(len(prompts))])
 
@@ -99,16 +106,51 @@ class Students:
             student.to(place)
         return self
 
-    def _encode(self, prompt: str) -> Cond:
+    def _encode(self, prompts: Sequence[str]) -> Cond:
         model = self.students[0]
         model.bring("text")
         with torch.no_grad():
-            return model.text.encode([prompt])
+            return model.text.encode(prompts)
 
 
 def _sized(student: VideoModel) -> tuple[int, int, int, float]:
     card = student.card
     return card.num_frames, card.height, card.width, card.fps
+
+
+def _own(name: str, option: Any, rows: Sequence[int], count: int) -> Any:
+    """An option for the clips in `rows` of `count`: what is one for each clip is cut, what is one for all stays."""
+    if isinstance(option, Video):
+        return replace(option, latents=lambda chunk: _own(name, option.latents(chunk), rows, count))
+    if isinstance(option, Mapping):
+        return {key: _cut(name, x, rows, count) if isinstance(x, Tensor) else x for key, x in option.items()}
+    each = isinstance(option, Cond) or (isinstance(option, Tensor) and option.ndim > 3)
+    return _cut(name, option, rows, count) if each else option
+
+
+def _cut(name: str, told: Any, rows: Sequence[int], count: int) -> Any:
+    if len(told) not in (1, count):
+        raise ValueError(f"{name} has {len(told)} entries for {count} prompts; give one for all, or one for each")
+    return told if len(told) == 1 else told[torch.tensor(rows)]
+
+
+def _require_one_part(run: str, card: Card, part: Part) -> None:
+    """ValueError for a student one of whose stages was trained on another part, or with another file of the partition."""
+    by, here = dump(part, Part)["by"], part.by.content
+    for key in (key for key in card.provenance if key.endswith("data settings")):
+        stage, its = key.removesuffix("data settings"), json.loads(card.provenance[key]).get("part")
+        if its is None or its["by"] != by:
+            continue
+        if its["index"] != part.index:
+            raise ValueError(
+                f"{run} was trained on part {part.index}, and a stage before on part {its['index']}; train it again with one "
+                "data.part.index in all stages"
+            )
+        if (there := card.provenance.get(f"{stage}partition", "")) != here:
+            raise ValueError(
+                f"{run} was trained with another partition ({there or 'unknown'}) than the file of {part.by} has now ({here}); "
+                "put back the file that all students were trained with, or train them again with this one"
+            )
 
 
 def _part(run: Path) -> Part:

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -20,8 +21,8 @@ from fewstep.core import Cond
 from fewstep.core.bounds import Natural, Size, require_bounds
 from fewstep.data.base import DataError
 
-Encode = Callable[[str], Cond]
-"""Text states of one prompt."""
+Encode = Callable[[Sequence[str]], Cond]
+"""Text states of a list of prompts, as a text encoder gives them: `model.text.encode`."""
 ROUNDS = 50
 
 
@@ -36,6 +37,11 @@ class Partition(ABC):
     def part(self, prompt: str, encode: Encode | None = None) -> int:
         """The part of a prompt, from 0 to `of - 1`; `encode` is for rules that read text states. DataError for a prompt that the
         rule cannot read."""
+
+    @property
+    def content(self) -> str:
+        """Digest of what the rule reads from a file, which a student's card keeps; empty for a rule without a file."""
+        return ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +58,17 @@ class ByCentroid(Partition):
     def part(self, prompt: str, encode: Encode | None = None) -> int:
         if encode is None:
             raise DataError("ByCentroid reads text states, and there is no text encoder; give a model with one")
-        found, its = _read(self.path), embedding(encode(prompt))
+        found, its = _read(self.path), embedding(encode([prompt]))
         if found.shape != (self.of, len(its)):
             raise DataError(
                 f"{self.path} has {len(found)} centroids of width {found.shape[1]}; wanted are {self.of} (of) of width "
                 f"{len(its)}, the text encoder's; make the file with it (fewstep.data.centroids), or write that number"
             )
         return int((found - its).square().sum(1).argmin())
+
+    @property
+    def content(self) -> str:
+        return sha256(_read(self.path).numpy().tobytes()).hexdigest()[:12]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,20 +100,22 @@ def embedding(cond: Cond) -> Tensor:
     return ((cond.text[0].float() * read).sum(0) / read.sum().clamp_min(1)).cpu()
 
 
+@torch.no_grad()
 def centroids(prompts: Sequence[str], encode: Encode, of: int, file: str | Path, seed: int = 0) -> Tensor:
     """Find `of` centroids of the prompts' embeddings, `[of, D]`, and write them to `file` (safetensors).
 
-    k-means from points that are drawn far apart (k-means++). DataError for fewer different prompts than parts.
+    `encode` is the text encoder's, `model.text.encode`. k-means from points that are drawn far apart (k-means++). DataError for
+    fewer different prompts than parts.
+
+    >>> centroids(["a red ball", "a blue box"], model.text.encode, 2, "centroids.safetensors")  # doctest: +SKIP
     """
-    points = torch.stack([embedding(encode(prompt)) for prompt in prompts]).double()
+    points = torch.stack([embedding(encode([prompt])) for prompt in prompts]).double()
+    if (different := len(points.unique(dim=0))) < of:
+        raise DataError(f"there are {different} different prompts for {of} parts; give more prompts, or fewer parts")
     generator = torch.Generator().manual_seed(seed)
     chosen = points[torch.randint(len(points), (1,), generator=generator)]
     while len(chosen) < of:
         distance = torch.cdist(points, chosen).square().amin(1)
-        if not distance.any():
-            raise DataError(
-                f"there are {len(chosen)} different prompts for {of} parts; give more prompts, or fewer parts"
-            )
         chosen = torch.cat([chosen, points[torch.multinomial(distance, 1, generator=generator)]])
     for _ in range(ROUNDS):
         nearest = torch.cdist(points, chosen).argmin(1)
@@ -111,6 +123,7 @@ def centroids(prompts: Sequence[str], encode: Encode, of: int, file: str | Path,
         if torch.equal(moved, chosen):
             break
         chosen = moved
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
     save_file({"centroids": chosen.float().contiguous()}, file)
     _read.cache_clear()
     return chosen.float()

@@ -45,7 +45,7 @@ class Prompts(Data):
         pictured = prompts if isinstance(prompts, Pictured) else None
         images = None if pictured is None else PictureConditions(model, pictured, model.card.num_frames)
         texts = Texts(model, needs, self.text_cache, prompts)
-        rows = range(len(prompts)) if self.part is None else self.part.rows(prompts, texts.states)
+        rows = range(len(prompts)) if self.part is None else self.part.rows(prompts, texts.encode)
         return _PromptSource(model, prompts, rows, texts, images)
 
 

@@ -67,7 +67,7 @@ class Latents(Data):
         self.check(model)
         reader = ShardReader(self.path, "latents")
         texts = Texts(model, needs, self.text_cache, reader.captions)
-        rows = range(len(reader)) if self.part is None else self.part.rows(reader.captions, texts.states)
+        rows = range(len(reader)) if self.part is None else self.part.rows(reader.captions, texts.encode)
         return _LatentSource(reader, rows, texts, "x0" in needs, image_names(model))
 
 

@@ -49,9 +49,12 @@ class Texts:
 
     def __call__(self, prompts: Sequence[str], device: str | torch.device) -> tuple[Cond, Cond]:
         """Conditions of `prompts`, and as many of the negative prompt."""
-        states = [self.states(prompt) for prompt in (*prompts, self.negative)]
-        both = Cond.cat([padded(cond, self.length) for cond in states]).to(device)
+        both = self.encode((*prompts, self.negative)).to(device)
         return both[:-1], both[-1:].expand(len(prompts))
+
+    def encode(self, prompts: Sequence[str]) -> Cond:
+        """What the text encoder says of `prompts`, on the CPU."""
+        return Cond.cat([padded(self.states(prompt), self.length) for prompt in prompts])
 
     def _make(self, prompt: str) -> Cond:
         if self.stored is not None:

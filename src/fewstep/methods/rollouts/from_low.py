@@ -42,6 +42,11 @@ class FromLow(Rollout):
                 f"grids has one time above 0, and 1 at most, because FromLow makes one step; write [[0.4]], not "
                 f"{[list(grid) for grid in self.grids]}"
             )
+        if self.noise is None and self.time >= 1:
+            raise ValueError(
+                f"noise: null is the noise of the time in grids, {self.grids[0][0]}, at which nothing is left of the low clip; "
+                "give grids a time below 1, or noise a number below 1, such as 0"
+            )
         if self.stream is not None and (self.stream.commit != "last" or self.stream.rolling > 1):
             raise ValueError(
                 "chunks of FromLow read what the calls of earlier chunks left; write stream.commit: last, and leave rolling "

@@ -9,8 +9,10 @@ Chen et al., DOVE: Efficient One-Step Diffusion Model for Real-World Video Super
 
 The stages are two of a recipe: latents alone, then pixels and motion. Pixels count in [0, 1], as in the authors' code.
 
+Clips of one frame, which are stage 2's images, have no second term in line 4.
+
 Not from the paper: all frames are decoded at once, and what is decoded is not clipped. Left out: the perceptual term of stage 2
-(DISTS), for which the package has no network, and stage 2's single images, which are clips of one frame to it.
+(DISTS), for which the package has no network.
 """
 
 from __future__ import annotations
@@ -73,8 +75,10 @@ class LatentPixel(Method):
             made, sharp = nets.codec.decode(x) / 2, batch.require("frames") / 2
             if self.pixels:
                 losses["pixels"] = self.pixels * mse(made, sharp)  # 4
-            if self.motion:
+            if self.motion and made.shape[2] > 1:
                 losses["motion"] = self.motion * pseudo_huber(made.diff(dim=2), sharp.diff(dim=2), 0.0)
+        if not losses:
+            raise ValueError("clips of one frame have no motion, and motion alone is trained; raise latents or pixels")
         yield losses
 
     def cost(self) -> tuple[Work, ...]:
