@@ -32,7 +32,7 @@ from fewstep.methods.work import Work
 
 @dataclass(frozen=True, kw_only=True)
 class LatentPixel(Method):
-    """One-step super-resolution by regression, in latents and in pixels."""
+    """One-step super-resolution by regression, in latents and in pixels (DOVE; with chunks, FlashVSR)."""
 
     cite: ClassVar[str] = "Chen et al., DOVE: Efficient One-Step Diffusion Model for Real-World Video SR, 2505.16239"
 

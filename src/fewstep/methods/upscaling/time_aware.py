@@ -42,7 +42,7 @@ from fewstep.methods.work import Work
 
 @dataclass(frozen=True, kw_only=True)
 class TimeAwareDistillation(Method):
-    """One-step super-resolution by the scores of a teacher's clip and of the student's."""
+    """One-step super-resolution by the scores of a teacher's clip and of the student's (TAD-SR)."""
 
     cite: ClassVar[str] = (
         "He et al., One Step Diffusion-based Super-Resolution with Time-Aware Distillation, 2408.07476"
