@@ -10,7 +10,6 @@ from fewstep.core.build import RecipeError, digest
 from fewstep.core.env import place
 from fewstep.data import Data
 from fewstep.engine import Settings
-from fewstep.engine.prepare import require_same
 from fewstep.engine.probe import WorldProbe
 from fewstep.engine.result import result_from, result_of, role_of
 from fewstep.engine.student import transforms_of
@@ -62,9 +61,7 @@ class Planned:
 
     def check(self) -> None:
         """As `Recipe.check`."""
-        self.alone.check(self.card)
-        if self.begun is not None:
-            require_same(self.recipe.method, self.recipe.settings, self.card, self.begun)
+        self.recipe.check(self.card, self.begun)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -93,7 +93,7 @@ class Adversary:
             listed = ", ".join(f"{t:.3g}" for t in times)
             raise ValueError(
                 f"adversary.split is {self.split}, and the last calls of the rollout are at the times {listed}, after the shift; "
-                "choose a split with times above it, for the scores, and others up to it, for the discriminator, or write split: 0"
+                "choose a split with times above it, for the scores, and others up to it, for the discriminator; or write 0"
             )
 
     def check_alone(self) -> None:
@@ -121,6 +121,11 @@ class Adversary:
     def eyes(self) -> str:
         """The role whose features D reads."""
         return "eyes" if self.trained else "teacher"
+
+    @property
+    def least_batch(self) -> int:
+        """Fewest clips of a batch: with `mismatched` one has the prompt of another."""
+        return 2 if self.mismatched else 1
 
     @property
     def needs(self) -> frozenset[str]:
