@@ -213,11 +213,7 @@ def require_possible(
     require_same(method, settings, card, begun)
     require_clips(method, card)
     require_going_on(method, settings)
-    if settings.batch < method.least_batch:
-        raise ValueError(
-            f"settings.batch is {settings.batch}, and {name} compares clips of a batch with each other; write at least "
-            f"settings.batch: {method.least_batch}"
-        )
+    require_batch(method, settings)
     for role in set(lenders(method)).intersection(roles):
         raise ValueError(
             f"{name} trains the {role}, which stays frozen; make a role that is a Copy of it and train that"
@@ -316,6 +312,15 @@ def require_going_on(method: Method, settings: Settings) -> None:
         raise ValueError(
             f"{name} carries clips from one update to the next, and processes that share a clip would each carry a part of it; "
             "write settings.parallel.sequence: 1"
+        )
+
+
+def require_batch(method: Method, settings: Settings) -> None:
+    """Refuse (ValueError) a batch that is too small for what the method compares within it."""
+    if settings.batch < method.least_batch:
+        raise ValueError(
+            f"settings.batch is {settings.batch}, and {type(method).__name__} compares clips of a batch with each other; write "
+            f"at least settings.batch: {method.least_batch}"
         )
 
 
