@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 import pytest
@@ -171,9 +172,13 @@ def test_expected_calls() -> None:
     assert BackwardSimulation(grids=NESTED).calls == pytest.approx((1 + 1.5 + 2.5) / 3)
 
 
-def test_a_grid_that_does_not_start_at_one_is_refused() -> None:
-    with pytest.raises(ValueError, match="decreases strictly from"):
-        BackwardSimulation(grids=((0.9, 0.5),))
+@pytest.mark.parametrize("grid", [(0.9, 0.5), (999.0, 749.0, 499.0), (1.0, 0.5, 0.0), (1.0, 0.5, 0.5), (1.0, -0.5)])
+def test_a_grid_that_is_none_is_refused_as_it_was_written(grid: tuple[float, ...]) -> None:
+    """With what a grid is, and with the numbers of the recipe, not with shifted ones."""
+    words = rf"decreases strictly from 1.0 .*without the final 0.*timestep / 1000.*got {re.escape(str(list(grid)))}$"
+    for shift in (1.0, 3.0):
+        with pytest.raises(ValueError, match=words):
+            BackwardSimulation(grids=(grid,), shift=shift)
 
 
 @pytest.mark.parametrize("shift", [1.0, 5.0])

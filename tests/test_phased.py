@@ -11,16 +11,17 @@ from torch import Tensor
 
 from fewstep import Pipeline, Recipe, Stage, VideoModel
 from fewstep.compress import Experts, Int8, StepScales
-from fewstep.core import Batch, Call, Rng
+from fewstep.core import Batch, Call, RecipeError, Rng
 from fewstep.diffusion import CFG, from_x0
 from fewstep.diffusion.experts import expert_at
 from fewstep.engine.settings import Optim, Settings
-from fewstep.methods import TDM, BackwardSimulation, Nets, Rolled
+from fewstep.methods import TDM, BackwardSimulation, FlowMatching, Nets, Rolled
 from fewstep.methods.rollouts.grids import stops
 from fewstep.models.bundle import read_card
 from fewstep.models.experts import Experts as ByTime
 from fewstep.models.lora import Lora
 from fewstep.models.source import Pretrained
+from fewstep.pipeline import read
 from fewstep.world.data import WorldClips
 from support_engine import FRAMES, shaken, small, tiny_model
 from support_gaussian import RF, SCALAR, Asked, FreeClips, GaussianTeacher, cond_of, f64, minimise, terms
@@ -285,6 +286,48 @@ def test_a_phase_without_experts_of_its_own_is_refused(
     model = Pretrained(source=str(teacher))
     with pytest.raises(ValueError, match=words):
         Recipe(model=model, method=phased(phase), data=DATA, settings=settings).check()
+
+
+@pytest.mark.parametrize(
+    ("phase", "optim", "expert"),
+    [
+        (CLEAN, Optim(only=("experts.0.",)), 1),
+        (NOISY, Optim(only=("experts.1.",)), 0),
+        (NOISY, Optim(only=("experts.1.", "experts.0."), frozen=("experts.0.",)), 0),
+    ],
+)
+def test_a_phase_whose_expert_is_not_trained_is_refused(
+    teacher: Path, phase: tuple[float, float], optim: Optim, expert: int
+) -> None:
+    recipe = Recipe(
+        model=Pretrained(source=str(teacher)), method=phased(phase), data=DATA,
+        settings=replace(SETTINGS, optim={"student": optim}),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=rf"those of expert {expert}, .*write only: \[experts\.{expert}\.\]"):
+        recipe.check()
+    for fits in (Optim(only=(f"experts.{expert}.",)), Optim(only=("blocks",)), Optim(frozen=("experts.0.blocks.0.",))):
+        replace(recipe, settings=replace(SETTINGS, optim={"student": fits})).check()
+
+
+def test_phases_that_leave_steps_to_nobody_are_refused(teacher: Path) -> None:
+    """Where a stage trains a phase again, or none comes for it; not where the student was distilled before."""
+    noisy = Stage(model=Pretrained(source=str(teacher)), method=phased(NOISY), data=DATA, settings=SETTINGS)
+    clean, again = replace(noisy, model=None, method=phased(CLEAN)), replace(noisy, model=None)
+    whole = replace(noisy, method=TDM(rollout=BackwardSimulation(grids=(GRID,), mode="ode"), guidance=CFG()))
+    flow = replace(noisy, method=FlowMatching())
+    for wrong in ((noisy,), (noisy, again), (flow, again)):
+        with pytest.raises(RecipeError, match=r"steps from t = 0\.5, 0\.25 .* phases [ab] \[0\.5, 1\.0\]"):
+            Pipeline(stages=dict(zip("ab", wrong, strict=False))).check()
+    with pytest.raises(RecipeError, match=r"steps from t = 1, 0\.75 "):
+        Pipeline(stages={"clean": replace(clean, model=noisy.model)}).check()
+    for fits in ((noisy, clean), (noisy, again, clean), (flow, again, clean), (whole, again)):
+        Pipeline(stages=dict(zip("abc", fits, strict=False))).check()
+    first = {
+        "stages.clean.method.rollout.phase": "[0.67, 1.0]",
+        "stages.clean.settings.optim.student.only": "[experts.0.]",
+    }
+    with pytest.raises(RecipeError, match=r"no stage trains the steps from t = 0\.67, 0\.5 "):
+        read("leaderboard/phased_dmd", list(first.items())).check()
 
 
 def test_weight_decay_would_move_the_other_experts(teacher: Path) -> None:

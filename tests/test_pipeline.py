@@ -11,7 +11,7 @@ import pytest
 from fewstep import Pipeline, Stage, VideoModel
 from fewstep.core import RecipeError
 from fewstep.engine.run import Run
-from fewstep.methods import DMD2, Consistency, FlowMatching
+from fewstep.methods import DMD2, PSO, Consistency, FlowMatching
 from fewstep.models.bundle import read_card
 from fewstep.models.source import Pretrained, Previous, Scratch
 from fewstep.models.spec import Spec
@@ -148,6 +148,96 @@ def test_what_cannot_work_in_the_last_stage_is_refused_before_the_first(two: Pip
         with pytest.raises(RecipeError, match=words):
             pipeline.run(tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "words"),
+    [
+        (
+            "flash_dmd",
+            "reinforcement.method.distillation.adversary.layers",
+            "[2, 9]",
+            r"layers must be from -6 to 5.*\[2, 9\]",
+        ),
+        (
+            "apt",
+            "adversarial.method.adversary.layers",
+            "[99]",
+            r"the discriminator of .* reads .* eyes: layers must be from -6 to 5",
+        ),
+        ("tmd", "dmd2.method.adversary.layers", "[99]", "layers must be from -6 to 5"),
+    ],
+)
+def test_a_discriminator_without_its_blocks_is_refused_before_the_first_stage(
+    name: str, key: str, value: str, words: str
+) -> None:
+    stage = key.partition(".")[0]
+    with pytest.raises(RecipeError, match=f"stage {stage}: .*{words}"):
+        read(f"leaderboard/{name}", [(f"stages.{key}", value)]).check()
+
+
+def test_a_last_stage_that_compares_clips_of_one_is_refused_before_the_first() -> None:
+    within = "stages.reinforcement."
+    alone = [(within + "method.distillation.adversary.mismatched", "true"), (within + "settings.batch", "1")]
+    with pytest.raises(
+        RecipeError, match=r"stage reinforcement: .*Alternating compares .* at least settings\.batch: 2"
+    ):
+        read("leaderboard/flash_dmd", alone).check()
+    read("leaderboard/flash_dmd", alone[:1]).check()
+    read("leaderboard/flash_dmd", alone[1:]).check()
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [
+        ("pso", {"pso.method.rollout.shift": "1.0"}, "stage pso: PSO .*another grid"),
+        ("pso", {"dmd2.method.rollout.mode": "ode"}, "stage pso: PSO .*another sampler .*Renoise.*DDIM"),
+        ("pso", {"pso.method.rollout.grids": "[[1.0]]"}, "another grid"),
+        ("pso", {"pso.model": "{type: Previous}", "pso.method.rollout.shift": "1.0"}, "another grid"),
+        (
+            "dmdr",
+            {f"reinforcement.method.{each}.rollout.shift": "1.0" for each in ("distillation", "reinforcement")},
+            "stage reinforcement: Alternating .*another grid",
+        ),
+        (
+            "flash_dmd",
+            {
+                f"reinforcement.method.{each}.rollout.grids": "[[1.0], [1.0, 0.5]]"
+                for each in ("distillation", "reinforcement")
+            },
+            "another grid",
+        ),
+    ],
+)
+def test_a_student_is_reinforced_as_it_was_distilled(name: str, changes: dict[str, str], words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        read(f"leaderboard/{name}", [(f"stages.{key}", value) for key, value in changes.items()]).check()
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("pso", {"dmd2.method.rollout.shift": "2.0", "pso.method.rollout.shift": "2.0"}),
+        ("pso", {"pso.model": "{type: Previous}"}),
+        ("consistency_dmd2", {"dmd2.method.rollout.shift": "2.0"}),  # a distillation may have a sampler of its own
+    ],
+)
+def test_a_sampler_may_be_that_of_the_student_or_of_a_new_distillation(name: str, changes: dict[str, str]) -> None:
+    read(f"leaderboard/{name}", [(f"stages.{key}", value) for key, value in changes.items()]).check()
+
+
+def test_a_start_is_reinforced_as_it_was_distilled(whole: Path, teacher: Path) -> None:
+    """With settings.start, and where the student is the model of the recipe."""
+    student = whole / "2-dmd2" / "student"
+    settings = replace(small(1), start=str(student))
+    begun = Recipe(model=Pretrained(source=str(teacher)), method=PSO(rollout=TWO_GRIDS), data=DATA, settings=settings)
+    alone = replace(begun, model=Pretrained(source=str(student)), settings=small(1))
+    fresh = replace(begun, method=PSO(), settings=small(1))
+    for fits in (begun, alone, fresh):
+        fits.check()
+    for wrong in (begun, alone):
+        with pytest.raises(ValueError, match="PSO improves a student at its own steps, .*another grid"):
+            replace(wrong, method=PSO()).check()
 
 
 def test_the_student_of_the_stage_before_may_be_the_teacher(two: Pipeline, teacher: Path, tmp_path: Path) -> None:

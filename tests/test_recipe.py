@@ -13,9 +13,24 @@ from fewstep.catalogue import classes
 from fewstep.core.build import load_yaml
 from fewstep.core.shipped import shipped
 from fewstep.data import DataError
-from fewstep.diffusion import CFG, DDIM, Contract, Shifted
+from fewstep.diffusion import CFG, DDIM, Contract, Shifted, Uniform
 from fewstep.engine import Optim, Settings, WorldProbe
-from fewstep.methods import DMD2, FlowMatching, Reconstruction
+from fewstep.methods import (
+    AVDM2,
+    DMD2,
+    AdversarialDistillation,
+    Adversary,
+    Alternating,
+    FDivergence,
+    FlowMatching,
+    Matching,
+    Method,
+    Progressive,
+    ProgressiveAdversarial,
+    Reconstruction,
+    ReverseKL,
+    Reweighting,
+)
 from fewstep.models import Spec
 from fewstep.models.bundle import VideoModel, read_card
 from fewstep.models.source import Pretrained, Scratch, outline
@@ -188,6 +203,51 @@ def test_check_refuses_before_any_weight(tiny: Path) -> None:
         ).check()
     with pytest.raises(FileNotFoundError, match="no card.json"):
         recipe.override([("model", "{type: Pretrained, source: nowhere}")]).check()
+
+
+COMPARING = (
+    DMD2(adversary=Adversary(mismatched=True)),
+    DMD2(adversary=Adversary(), matching=FDivergence()),
+    DMD2(reweighting=Reweighting()),
+    AVDM2(adversary=Adversary(mismatched=True, density=Uniform())),
+    AdversarialDistillation(adversary=Adversary(mismatched=True, density=Uniform(), draws=2)),
+    ProgressiveAdversarial(
+        progressive=Progressive(stages=((4, 1), (2, 1))), adversary=Adversary(mismatched=True, trained=True)
+    ),
+    Alternating(distillation=DMD2(reweighting=Reweighting())),
+)
+"""Methods whose losses compare clips of a batch."""
+
+
+@pytest.mark.parametrize("method", COMPARING, ids=lambda method: type(method).__name__)
+def test_a_batch_of_one_has_nothing_to_compare(tiny: Path, method: Method) -> None:
+    pair = replace(Recipe.load(tiny), method=method, settings=Settings(steps=2, batch=2))
+    pair.check()
+    with pytest.raises(
+        ValueError, match=rf"batch is 1, and {type(method).__name__} .*write at least settings\.batch: 2"
+    ):
+        replace(pair, settings=Settings(steps=2, batch=1)).check()
+
+
+@pytest.mark.parametrize("matching", [FDivergence(kind="reverse_kl"), ReverseKL()])
+def test_a_batch_of_one_is_enough_elsewhere(tiny: Path, matching: Matching) -> None:
+    method = DMD2(matching=matching, adversary=Adversary(draws=2, density=Uniform()))
+    replace(Recipe.load(tiny), method=method, settings=Settings(steps=2, batch=1)).check()
+
+
+def test_blocks_that_a_network_does_not_have_are_refused_before_any_weight(tiny: Path) -> None:
+    """Of the teacher, and of a copy of it."""
+    for trained in (False, True):
+        method = DMD2(adversary=Adversary(layers=(-1, 0), trained=trained))
+        recipe = replace(Recipe.load(tiny), method=method)
+        recipe.check()
+        for layers in ((0, 1), (-2,)):
+            wrong = replace(method, adversary=Adversary(layers=layers, trained=trained))
+            of = "eyes" if trained else "teacher"
+            with pytest.raises(
+                ValueError, match=rf"discriminator of DMD2 reads .* the {of}: layers must be from -1 to 0"
+            ):
+                replace(recipe, method=wrong).check()
 
 
 def test_scratch_is_reproducible_and_its_outline_has_no_memory(tiny: Path) -> None:

@@ -21,6 +21,8 @@ from fewstep.methods import (
     BackwardSimulation,
     Consistency,
     Feedback,
+    FromData,
+    FromLow,
     Making,
     MotionReward,
     Nets,
@@ -28,6 +30,7 @@ from fewstep.methods import (
     Reward,
     Reweighting,
     Rolled,
+    Rollout,
     SelfForced,
     StreamingLong,
     WorldReward,
@@ -332,7 +335,7 @@ def test_consistency_with_feedback_is_consistency_and_the_reward_of_its_predicti
 
 
 @pytest.mark.parametrize(
-    ("split", "scored", "judged"), [(0.0, [1, 1], [1, 1]), (0.5, [1, 0], [0, 1]), (0.3, [1, 1], [0, 0])]
+    ("split", "scored", "judged"), [(0.0, [1, 1], [1, 1]), (0.5, [1, 0], [0, 1]), (0.7, [1, 0], [0, 1])]
 )
 def test_high_calls_learn_from_scores_alone_and_low_ones_from_the_discriminator_alone(
     split: float, scored: list[int], judged: list[int]
@@ -373,3 +376,25 @@ def test_a_split_without_scores_is_refused() -> None:
         AdversarialDistillation(adversary=Adversary(density=Uniform(), split=0.5))
     with pytest.raises(ValueError, match="StreamingLong goes on with clips"):
         DMD2(rollout=StreamingLong(), adversary=Adversary(split=0.5))
+
+
+@pytest.mark.parametrize(
+    ("rollout", "split", "fits"),
+    [
+        (BackwardSimulation(), 0.01, 0.25),
+        (BackwardSimulation(), 1.0, 0.75),
+        (BackwardSimulation(grids=((1.0,),)), 0.9, None),
+        (BackwardSimulation(shift=5.0), 0.5, 0.625),  # the last step of 0.25 begins at 0.625
+        (BackwardSimulation(exit="last"), 0.5, None),
+        (BackwardSimulation(mode="ode", phase=(0.5, 1.0)), 0.5, 0.75),
+        (FromData(grids=((1.0,), (1.0, 0.5))), 0.3, 0.5),
+        (SelfForced(exit="last"), 0.5, None),
+        (FromLow(), 0.3, None),
+    ],
+)
+def test_a_split_that_divides_nothing_is_refused(rollout: Rollout, split: float, fits: float | None) -> None:
+    """One of the two would never move the student. The times are those after the shift."""
+    with pytest.raises(ValueError, match=rf"split is {split}, and the last calls of the rollout .*after the shift"):
+        DMD2(rollout=rollout, adversary=Adversary(split=split))
+    if fits is not None:
+        DMD2(rollout=rollout, adversary=Adversary(split=fits))

@@ -10,7 +10,7 @@ from fewstep.core.build import RecipeError, digest
 from fewstep.core.env import place
 from fewstep.data import Data
 from fewstep.engine import Settings
-from fewstep.engine.prepare import require_same
+from fewstep.engine.phases import require_every_step
 from fewstep.engine.probe import WorldProbe
 from fewstep.engine.result import result_from, result_of, role_of
 from fewstep.engine.student import transforms_of
@@ -62,9 +62,7 @@ class Planned:
 
     def check(self) -> None:
         """As `Recipe.check`."""
-        self.alone.check(self.card)
-        if self.begun is not None:
-            require_same(self.recipe.method, self.recipe.settings, self.card, self.begun)
+        self.recipe.check(self.card, self.begun)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,11 +111,17 @@ class Pipeline(Written):
 
     def check(self) -> None:
         """Refuse a stage that cannot work before the first stage begins. The error names the stage."""
-        for planned in self.plan(Path("OUTPUT")):
+        stages = list(self.plan(Path("OUTPUT")))
+        for planned in stages:
             try:
                 planned.check()
             except ValueError as error:
                 raise RecipeError(f"stage {planned.name}: {error}") from error
+        if stages[0].recipe.settings.start is None and stages[0].card.role == "teacher":
+            try:
+                require_every_step([(planned.name, planned.recipe.method, planned.card) for planned in stages])
+            except ValueError as error:
+                raise RecipeError(f"recipe: {error}") from error
 
     def run(self, output: Path | str, *, quiet: bool = False) -> VideoModel:
         """Run the stages and return the last one's student. The same call resumes a stopped run.

@@ -59,12 +59,12 @@ class Recipe(Written):
         """
         return digest(without_parallel(self.tree()))
 
-    def check(self, card: Card | None = None) -> Card:
+    def check(self, card: Card | None = None, begun: Card | None = None) -> Card:
         """Refuse what cannot work before any weight is loaded, and return the card of the model the run starts from.
 
-        `card` stands for a model that does not exist yet. The data must provide what the method needs and fit the model. The
-        model must have the part that is trained, the method must have a sampling contract for it, every optimiser must belong
-        to a trained role, and the run must be long enough.
+        `card` stands for a model that does not exist yet, `begun` for a student at `settings.start` that does not. The data must
+        provide what the method needs and fit the model. The model must have the part that is trained, the method must have a
+        sampling contract for it, every optimiser must belong to a trained role, and the run must be long enough.
         """
         require(self.data, self.method)
         card, name = self.model.card() if card is None else card, type(self.method).__name__
@@ -75,7 +75,7 @@ class Recipe(Written):
                 f"name a {self.method.part} under model"
             )
         self.method.contract(card.contract)
-        require_possible(self.method, self.settings, card, self.probe)
+        require_possible(self.method, self.settings, card, self.probe, begun)
         self.data.check_card(card)
         return card
 

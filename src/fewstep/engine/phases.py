@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -17,14 +19,43 @@ from fewstep.models import Card
 def require_experts(method: Method, settings: Settings, card: Card) -> None:
     """Refuse (ValueError) a phase that would change what another phase trains; `card` is the teacher's."""
     boundaries = boundaries_of(replace(card, transforms=transforms_of(card, settings, method)))
-    for rollout in method.rollouts:
-        if isinstance(rollout, BackwardSimulation) and rollout.phase is not None:
-            _require_own(rollout, boundaries)
-            if settings.lora is None and settings.optim_of("student").weight_decay > 0:
-                raise ValueError(
-                    "weight decay moves the experts of other phases, too; write settings.optim.student.weight_decay: 0, or "
-                    "train adapters (settings.lora)"
-                )
+    for rollout in phased(method):
+        _require_own(rollout, boundaries)
+        _require_trained(rollout, boundaries, settings)
+        if settings.lora is None and settings.optim_of("student").weight_decay > 0:
+            raise ValueError(
+                "weight decay moves the experts of other phases, too; write settings.optim.student.weight_decay: 0, or "
+                "train adapters (settings.lora)"
+            )
+
+
+def phased(method: Method) -> list[BackwardSimulation]:
+    """The method's rollouts that train some steps only."""
+    return [each for each in method.rollouts if isinstance(each, BackwardSimulation) and each.phase is not None]
+
+
+def require_every_step(stages: Sequence[tuple[str, Method, Card]]) -> None:
+    """Refuse (ValueError) phases that leave some steps of their student to nobody, so that these stay the teacher's.
+
+    `stages` are names, methods and teachers' cards, in their order, of a student that begins as the first teacher.
+    """
+    trained = dict[str, list[BackwardSimulation]]()
+    for name, method, card in reversed(stages):
+        if found := phased(method):
+            trained[name] = found
+        elif method.part == "denoiser" and method.contract(card.contract).trained:
+            return  # this stage, and what comes after it: every step has been trained
+    if not trained:
+        return
+    every = [rollout for found in trained.values() for rollout in found]
+    steps = zip(sum(every[0].grids, ()), sum(exact(every[0].grids, every[0].shift), ()), strict=True)
+    left = [step for step, t in steps if not any(low < t <= high for low, high in (r.shifted_phase for r in every))]
+    if left:
+        listed = ", ".join(f"{name} {list(r.span)}" for name, found in reversed(trained.items()) for r in found)
+        raise ValueError(
+            f"no stage trains the steps from t = {', '.join(f'{t:g}' for t in left)} (before the shift), which would stay the "
+            f"teacher's; the stages have the phases {listed}; give one of them, or one more, the phase of these steps"
+        )
 
 
 def boundaries_of(card: Card) -> tuple[float, ...]:
@@ -34,6 +65,21 @@ def boundaries_of(card: Card) -> tuple[float, ...]:
             return transform.boundaries
     known = card.parts.get("denoiser")
     return () if known is None else tuple(cast(list[float], known.args.get("boundaries", ())))
+
+
+def _require_trained(rollout: BackwardSimulation, boundaries: tuple[float, ...], settings: Settings) -> None:
+    """Refuse (ValueError) parameters to train (`only`, `frozen`) that leave an expert of the phase as it is."""
+    low, high = rollout.shifted_phase
+    own = {expert_at(boundaries, t) for grid in exact(rollout.grids, rollout.shift) for t in grid if low < t <= high}
+    optim = settings.optim_of("student")
+    named = [re.search(r"experts\.(\d+)", key) for key in optim.only]
+    only = {int(found[1]) for found in named if found} if all(named) and named else own
+    frozen = {int(found[1]) for key in optim.frozen if (found := re.search(r"experts\.(\d+)\.?$", key))}
+    if idle := sorted(own - (only - frozen)):
+        raise ValueError(
+            f"the steps of the phase {rollout.span} are those of expert {idle[0]}, and settings.optim.student leaves it as it is "
+            f"(only: {list(optim.only)}, frozen: {list(optim.frozen)}); write only: [experts.{idle[0]}.], or leave both out"
+        )
 
 
 def _require_own(rollout: BackwardSimulation, boundaries: tuple[float, ...]) -> None:

@@ -22,6 +22,7 @@ from fewstep.core.build import digest
 from fewstep.core.devices import require_device, require_device_name
 from fewstep.core.env import place
 from fewstep.data.base import Data, Source
+from fewstep.engine.begun import require_same
 from fewstep.engine.effective import in_effect
 from fewstep.engine.health.monitor import watching
 from fewstep.engine.heap import keep_freed_memory
@@ -37,7 +38,7 @@ from fewstep.engine.probe import Probe
 from fewstep.engine.run import Run
 from fewstep.engine.settings import Parallel, Settings
 from fewstep.engine.shard import hollow, shard
-from fewstep.engine.student import equipped, require_transformable, transforms_of, with_student
+from fewstep.engine.student import equipped, require_features, require_transformable, with_student
 from fewstep.engine.views import Views
 from fewstep.methods.base import Method, Nets
 from fewstep.models import Card, Denoiser, VideoModel
@@ -192,8 +193,13 @@ class Networks:
         return cls(model=model, nets=nets, base=base, average=average, shell=shell, exact=kept, spread=spread)
 
 
-def require_possible(method: Method, settings: Settings, card: Card, probe: Probe | None) -> tuple[str, ...]:
-    """The roles that will be trained. Refuse (ValueError) a setting that would do nothing, or would fail during the run."""
+def require_possible(
+    method: Method, settings: Settings, card: Card, probe: Probe | None, begun: Card | None = None
+) -> tuple[str, ...]:
+    """The roles that will be trained. Refuse (ValueError) a setting that would do nothing, or would fail during the run.
+
+    `begun` is the card of the student at `settings.start`, if it is known before that folder exists.
+    """
     settings = equipped(settings, method, card)
     require_device_name(settings.device, "settings.device")
     name, roles = type(method).__name__, trained_roles(method, settings.steps)
@@ -204,9 +210,10 @@ def require_possible(method: Method, settings: Settings, card: Card, probe: Prob
             f"{', '.join(roles)}); write more steps than the method's warm-up has"
         )
     require_alike(method, card)
-    require_same(method, settings, card)
+    require_same(method, settings, card, begun)
     require_clips(method, card)
     require_going_on(method, settings)
+    require_batch(method, settings)
     for role in set(lenders(method)).intersection(roles):
         raise ValueError(
             f"{name} trains the {role}, which stays frozen; make a role that is a Copy of it and train that"
@@ -220,6 +227,7 @@ def require_possible(method: Method, settings: Settings, card: Card, probe: Prob
         made.check(settings.lora)
     if method.part == "denoiser":
         require_transformable(method, settings, card)
+        require_features(method, settings, card)
         require_experts(method, settings, card)
     if settings.frozen == "bf16" and settings.autocast != "bf16":
         raise ValueError(
@@ -291,35 +299,6 @@ def _eight_bit(settings: Settings) -> dict[str, str]:
     return {role: optim.type for role, optim in settings.optim.items() if optim.type in EIGHT_BIT}
 
 
-def require_same(method: Method, settings: Settings, card: Card, begun: Card | None = None) -> None:
-    """Refuse (ValueError) a `settings.start` whose denoiser differs from the teacher's. `begun` is its card, if it is known
-    before the folder exists."""
-    if settings.start is None:
-        return
-    if method.part != "denoiser":
-        raise ValueError(f"settings.start is for a denoiser, and this method trains the {method.part}; leave it out")
-    begun = begun or starts(settings)["student"].card()
-    if "denoiser" not in begun.parts:
-        raise ValueError(f"settings.start: {settings.start} has no denoiser; it has {', '.join(begun.parts)}")
-    pairs = {
-        "denoiser": (begun.parts["denoiser"], card.parts.get("denoiser", begun.parts["denoiser"])),
-        "path": (begun.path, card.path),
-        "kind": (begun.kind, card.kind),
-    }
-    for what, (theirs, own) in pairs.items():
-        if theirs != own:
-            raise ValueError(
-                f"settings.start: {settings.start} does not match this teacher: its {what} is {theirs}, and the teacher's is "
-                f"{own}; give a student of the same model"
-            )
-    wanted = transforms_of(card, settings, method)
-    if begun.transforms != wanted[: max(len(card.transforms), len(begun.transforms))]:
-        raise ValueError(
-            f"settings.start: {settings.start} is no student of this teacher: it has the transforms {list(begun.transforms)}, "
-            f"and this run's student {list(wanted)}; write those that it has besides the teacher's in settings.transforms"
-        )
-
-
 def require_going_on(method: Method, settings: Settings) -> None:
     """Refuse (ValueError) streams that go on from update to update where nobody can go on with them."""
     name = type(method).__name__
@@ -333,6 +312,15 @@ def require_going_on(method: Method, settings: Settings) -> None:
         raise ValueError(
             f"{name} carries clips from one update to the next, and processes that share a clip would each carry a part of it; "
             "write settings.parallel.sequence: 1"
+        )
+
+
+def require_batch(method: Method, settings: Settings) -> None:
+    """Refuse (ValueError) a batch that is too small for what the method compares within it."""
+    if settings.batch < method.least_batch:
+        raise ValueError(
+            f"settings.batch is {settings.batch}, and {type(method).__name__} compares clips of a batch with each other; write "
+            f"at least settings.batch: {method.least_batch}"
         )
 
 

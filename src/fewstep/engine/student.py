@@ -12,6 +12,7 @@ from fewstep.engine.nets import origin, sources, synced, trained_roles
 from fewstep.engine.settings import Settings
 from fewstep.engine.shard import divided, gathered
 from fewstep.methods.base import Method
+from fewstep.methods.roles import require_blocks
 from fewstep.models import Card, Denoiser, VideoModel
 from fewstep.models.card import allocate, sketch
 from fewstep.models.fingerprint import describe
@@ -105,6 +106,24 @@ def require_transformable(method: Method, settings: Settings, card: Card) -> Non
             sketch("denoiser", replace(card, transforms=every))
         except ValueError as error:
             raise ValueError(f"settings.transforms: {error}") from error
+
+
+def require_features(method: Method, settings: Settings, card: Card) -> None:
+    """Refuse (ValueError) a role that reads features of blocks which its network does not have."""
+    cards = {"teacher": card, "student": replace(card, transforms=transforms_of(card, settings, method))}
+    cards |= {role: source.card() for role, source in sources(method).items()}
+    for name, role in method.aux().items():
+        read = None if role.needs is None or not role.reads else cards[origin(method, role.needs, cards)]
+        if read is None or "denoiser" not in read.parts:
+            continue
+        denoiser = sketch("denoiser", read)
+        assert isinstance(denoiser, Denoiser)
+        try:
+            require_blocks(role.reads, len(denoiser.backbone.widths))
+        except ValueError as error:
+            raise ValueError(
+                f"the {name} of {type(method).__name__} reads features of the {role.needs}: {error}"
+            ) from None
 
 
 def _changed(before: VideoModel, teacher: VideoModel, settings: Settings) -> VideoModel:

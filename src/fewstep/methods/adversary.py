@@ -63,8 +63,9 @@ class Adversary:
     """Weight of the approximate R1 penalty (2501.08316), on real clips; `r2` on generated ones. 0: off."""
     r2: Amount = 0.0
     split: Fraction = 0.0
-    """Time that divides the student's calls in `DMD2`: above it only the scores move their clips, up to it only D (Flash-DMD,
-    2511.20549). 0: both, everywhere. In the paper D sees pixels of clips that were made to the end, noised and predicted."""
+    """Time, after the shift, that divides the student's calls in `DMD2`: above it only the scores move their clips, up to it only
+    D (Flash-DMD, 2511.20549). 0: both, everywhere. In the paper D sees pixels of clips that were made to the end, noised and
+    predicted."""
     rho: Positive = 0.1
     """Size of the perturbation of noised latents in r1 and r2. lambda rho^2 is what counts."""
 
@@ -78,11 +79,21 @@ class Adversary:
             )
 
     def check(self, rollout: Rollout) -> None:
-        """Refuse (ValueError) a split of clips that go on, which have no time at which they were predicted."""
-        if self.split > 0 and not rollout.whole:
+        """Refuse (ValueError) a split that leaves scores or D without calls, and one of clips that go on, which have no time at
+        which they were predicted."""
+        if self.split == 0:
+            return
+        if not rollout.whole:
             raise ValueError(
                 f"adversary.split divides whole clips by the time of their last call, and {type(rollout).__name__} goes on with "
                 "clips; write split: 0"
+            )
+        times = sorted(rollout.ends, reverse=True)
+        if not times[-1] <= self.split < times[0]:
+            listed = ", ".join(f"{t:.3g}" for t in times)
+            raise ValueError(
+                f"adversary.split is {self.split}, and the last calls of the rollout are at the times {listed}, after the shift; "
+                "choose a split with times above it, for the scores, and others up to it, for the discriminator; or write 0"
             )
 
     def check_alone(self) -> None:
@@ -110,6 +121,11 @@ class Adversary:
     def eyes(self) -> str:
         """The role whose features D reads."""
         return "eyes" if self.trained else "teacher"
+
+    @property
+    def least_batch(self) -> int:
+        """Fewest clips of a batch: with `mismatched` one has the prompt of another."""
+        return 2 if self.mismatched else 1
 
     @property
     def needs(self) -> frozenset[str]:

@@ -105,6 +105,14 @@ class Method(ABC):
     continues: ClassVar[bool] = False
     """Whether it trains on clips that have a past or conditions of their own: rollouts that are not `whole`."""
 
+    reinforces: ClassVar[bool] = False
+    """Whether it improves a student that has been distilled, which it must then sample as that distillation did."""
+
+    @property
+    def least_batch(self) -> int:
+        """Fewest clips of a batch with which its losses can be computed: the most that one of its fields asks for."""
+        return max((getattr(held, "least_batch", 1) for held in vars(self).values()), default=1)
+
     @property
     def needs(self) -> frozenset[str]:
         """Fields of Batch that the method reads. They are compared with the data before any weight is loaded."""

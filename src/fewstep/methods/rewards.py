@@ -137,6 +137,11 @@ class Reweighting(_Held):
         if wrong := Bounds(above=1).problem(self.limit):
             raise ValueError(f"limit {wrong}; at 1 the reward does not count")
 
+    @property
+    def least_batch(self) -> int:
+        """Fewest clips of a batch, whose weights have mean 1."""
+        return 2
+
     def weights(self, score: Tensor) -> Tensor:
         """`exp(r / beta)` over its mean in the batch, limited, and over its mean again: `[B]`. ValueError for a single clip,
         whose weight is always 1."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -74,6 +74,11 @@ class Role(ABC):
         """Whether it and its copies see single frames, noised on a path of their own; else what the run's model sees."""
         return False
 
+    @property
+    def reads(self) -> tuple[int, ...]:
+        """Blocks of the network that it `needs` whose features it reads; negative numbers count from the end."""
+        return ()
+
     def check(self, lora: Lora | None) -> None:  # noqa: B027 - most roles exist with adapters and without
         """Refuse (ValueError) a run with whole networks (`lora` None), or with these adapters, if the role cannot be made."""
 
@@ -127,13 +132,14 @@ class Heads(Role):
     def needs(self) -> str:
         return self.of
 
+    @property
+    def reads(self) -> tuple[int, ...]:
+        return self.layers
+
     def make(self, name: str, making: Making) -> nn.Module:
         eyes = making.denoiser(self.of)
         widths = eyes.backbone.widths
-        if not all(-len(widths) <= layer < len(widths) for layer in self.layers):
-            raise ValueError(
-                f"layers must be from -{len(widths)} to {len(widths) - 1}, the blocks of this network; got {list(self.layers)}"
-            )
+        require_blocks(self.layers, len(widths))
         seen = [self.views * widths[layer] for layer in self.layers]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(making.seed)
@@ -236,6 +242,12 @@ class Judge(Role):
     def make(self, name: str, making: Making) -> nn.Module:
         encoder = VideoModel.from_pretrained(self.model).part("features")
         return encoder if making.device is None else encoder.to(making.device)
+
+
+def require_blocks(layers: Sequence[int], count: int) -> None:
+    """Refuse (ValueError) layers that a network of so many blocks does not have."""
+    if not all(-count <= layer < count for layer in layers):
+        raise ValueError(f"layers must be from -{count} to {count - 1}, the blocks of this network; got {list(layers)}")
 
 
 ROLES = (Copy, Heads, Weak, Other, Decoder, Judge)

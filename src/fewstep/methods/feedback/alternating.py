@@ -34,6 +34,7 @@ class Alternating(Method):
     """Distillation and reinforcement by turns (Flash-DMD's stage 2, DMDR)."""
 
     cite: ClassVar[str] = "Chen et al., Flash-DMD (stage 2), 2511.20549"
+    reinforces: ClassVar[bool] = True
 
     distillation: Method = DMD2()
     """What keeps the student near its teacher."""

@@ -40,6 +40,7 @@ class GRPO(Method):
     """Group relative policy optimization of a student that has been distilled."""
 
     cite: ClassVar[str] = "Shao et al., DeepSeekMath, 2402.03300; on sampling steps: Liu et al., Flow-GRPO, 2505.05470"
+    reinforces: ClassVar[bool] = True
 
     rollout: BackwardSimulation = BackwardSimulation()
     """The student's sampler, as it was distilled; its steps must be random."""

@@ -47,6 +47,7 @@ class PSO(Method):
     cite: ClassVar[str] = (
         "Miao et al., Tuning Timestep-Distilled Diffusion Models Using Pairwise Sample Optimization, 2410.03190"
     )
+    reinforces: ClassVar[bool] = True
 
     rollout: BackwardSimulation = BackwardSimulation()
     """The student's sampler, as it was distilled; its steps must be random."""

@@ -41,6 +41,11 @@ class FDivergence(Matching):
         if self.low >= self.high:
             raise ValueError(f"low must be below high, got {self.low} and {self.high}")
 
+    @property
+    def least_batch(self) -> int:
+        """Fewest clips of a batch, whose weights have mean 1."""
+        return 1 if self.kind == "reverse_kl" else 2
+
     def loss(self, noised: Noised, scores: Scores, keep: Tensor | None = None) -> Tensor:
         if scores.logits is None:
             raise ValueError(

@@ -14,7 +14,7 @@ from fewstep.core import Batch, Call, Rng
 from fewstep.diffusion import Prediction, shifted
 from fewstep.diffusion.samplers import full
 from fewstep.methods.rollouts.base import Rolled, Rollout, Visit
-from fewstep.methods.rollouts.grids import WHOLE, Exit, Phase, deepest, drawn, exact, require_phase, stops
+from fewstep.methods.rollouts.grids import WHOLE, Exit, Phase, deepest, drawn, ends, exact, require_phase, stops
 from fewstep.models.denoiser import Predictor
 
 
@@ -44,6 +44,10 @@ class BackwardSimulation(Rollout):
     def span(self) -> Phase:
         """The phase, or all steps."""
         return WHOLE if self.phase is None else self.phase
+
+    @property
+    def ends(self) -> set[float]:
+        return ends(self.grids, self.exit, self.shift, self.span)
 
     @property
     def calls(self) -> float:

@@ -19,7 +19,7 @@ from fewstep.core import Batch, Cond, Rng, Seeds
 from fewstep.core.bounds import Positive
 from fewstep.diffusion import DDIM, Contract, Renoise, Sampler
 from fewstep.methods.rollouts.context import Context
-from fewstep.methods.rollouts.grids import Grids, exact, student_contract
+from fewstep.methods.rollouts.grids import Grids, ends, exact, student_contract
 from fewstep.models.denoiser import Predictor
 from fewstep.streaming.blocks import Chunks
 
@@ -105,6 +105,11 @@ class Rollout(ABC):
     def whole(self) -> bool:
         """Whether the clip is `x0` alone, with the conditions of the batch (`Rolled.past`, `Rolled.conds`)."""
         return True
+
+    @property
+    def ends(self) -> set[float]:
+        """Times, after the shift, of the last calls, which make the clips that losses see."""
+        return ends(self.grids, getattr(self, "exit", "random"), self.shift)
 
     @property
     def calls(self) -> float:

@@ -63,6 +63,10 @@ class FromLow(Rollout):
         return float(shifted(torch.tensor(self.grids[0][0], dtype=torch.float64), self.shift))
 
     @property
+    def ends(self) -> set[float]:
+        return {self.time}
+
+    @property
     def grid(self) -> FromVideo:
         """Where sampling begins, in training and afterwards."""
         return FromVideo(time=self.time, noise=self.time if self.noise is None else self.noise)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -46,6 +47,13 @@ def drawn(grids: Grids, exit: Exit, shift: float, rng: Rng, phase: Phase = WHOLE
     return exact(grids, shift)[which], found[rng.integer("exit", len(found)) if exit == "random" else 0]
 
 
+def ends(grids: Grids, exit: Exit, shift: float, phase: Phase = WHOLE) -> set[float]:
+    """The shifted times of the steps at which a rollout may stop."""
+    return {
+        grid[step] for grid, found in zip(exact(grids, shift), stops(grids, exit, phase), strict=True) for step in found
+    }
+
+
 def require_phase(grids: Grids, phase: Phase) -> None:
     """ValueError unless a phase has steps in every grid, and ends where a step begins, or where the clips are clean."""
     low, high = phase
@@ -68,6 +76,12 @@ def exact(grids: Grids, shift: float) -> Grids:
         raise ValueError(
             f"grids needs one list of times for each number of steps, such as [[1.0], [1.0, 0.5]], got {grids}"
         )
+    for grid in grids:
+        if grid[0] != 1 or grid[-1] <= 0 or not all(a > b for a, b in pairwise(grid)):
+            raise ValueError(
+                "each of the grids decreases strictly from 1.0 to a time above 0, without the final 0, which is always added; "
+                f"times are timestep / 1000, before the shift; got {list(grid)}"
+            )
     moved = [tuple(float(t) for t in shifted(torch.tensor(g, dtype=torch.float64), shift)) for g in grids]
     return tuple(check_grid((*g, 0.0))[:-1] for g in moved)
 
