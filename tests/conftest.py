@@ -56,7 +56,7 @@ def ctrl_c_is_heard() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def single_thread() -> Iterator[None]:
     """Sums in one order on every machine, and tiny networks run fastest so."""
     before = torch.get_num_threads()

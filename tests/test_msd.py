@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -357,7 +358,13 @@ def test_students_of_centroids_that_were_made_again_are_refused(tmp_path: Path) 
     centroids(["a red ball", "a green star"], tiny_model().text.encode, 2, file)
     with pytest.raises(ValueError, match="was trained with another partition .* put back the file"):
         Students.open(*runs)
+    shutil.rmtree(runs[1])
+    centroids(prompts, tiny_model().text.encode, 2, file, seed=1)
+    with pytest.raises(ValueError, match="partition"):  # nor does a stopped run go on with it
+        recipe.complete(tmp_path / "1")
     file.write_bytes(kept)
+    parts._read.cache_clear()
+    runs[1] = recipe.complete(tmp_path / "1")
     parts._read.cache_clear()
     assert len(Students.open(*runs).students) == 2
 

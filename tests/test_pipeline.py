@@ -176,6 +176,15 @@ def test_a_discriminator_without_its_blocks_is_refused_before_the_first_stage(
         read(f"leaderboard/{name}", [(f"stages.{key}", value)]).check()
 
 
+def test_stages_on_several_parts_of_the_prompts_are_refused() -> None:
+    other = [("stages.dmd_gan.data.part.index", "2")]
+    with pytest.raises(
+        RecipeError, match=r"stage dmd trains on part 0 .*dmd_gan on part 2; .*--stages\.dmd\.data\.part\.index 2"
+    ):
+        read("world/msd", other).check()
+    read("world/msd", [*other, ("stages.dmd.data.part.index", "2")]).check()
+
+
 def test_a_last_stage_that_compares_clips_of_one_is_refused_before_the_first() -> None:
     within = "stages.reinforcement."
     alone = [(within + "method.distillation.adversary.mismatched", "true"), (within + "settings.batch", "1")]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fewstep.core.build import RecipeError, digest
 from fewstep.core.env import place
-from fewstep.data import Data
+from fewstep.data import Data, Part, Partition
 from fewstep.engine import Settings
 from fewstep.engine.phases import require_every_step
 from fewstep.engine.probe import WorldProbe
@@ -111,6 +111,7 @@ class Pipeline(Written):
 
     def check(self) -> None:
         """Refuse a stage that cannot work before the first stage begins. The error names the stage."""
+        self._require_one_part()
         stages = list(self.plan(Path("OUTPUT")))
         for planned in stages:
             try:
@@ -122,6 +123,18 @@ class Pipeline(Written):
                 require_every_step([(planned.name, planned.recipe.method, planned.card) for planned in stages])
             except ValueError as error:
                 raise RecipeError(f"recipe: {error}") from error
+
+    def _require_one_part(self) -> None:
+        """Refuse (RecipeError) stages that train one student on several parts of the same partition."""
+        seen = dict[Partition, tuple[str, int]]()
+        for name, stage in self.stages.items():
+            if isinstance(part := getattr(stage.data, "part", None), Part):
+                other, index = seen.setdefault(part.by, (name, part.index))
+                if index != part.index:
+                    raise RecipeError(
+                        f"stage {other} trains on part {index} of the prompts, and stage {name} on part {part.index}; give both "
+                        f"one index: --stages.{other}.data.part.index {part.index}"
+                    )
 
     def run(self, output: Path | str, *, quiet: bool = False) -> VideoModel:
         """Run the stages and return the last one's student. The same call resumes a stopped run.

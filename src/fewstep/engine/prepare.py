@@ -46,7 +46,7 @@ from fewstep.models.depot import Depot, deposit, depot_of
 from fewstep.models.lora import duplicate
 from fewstep.models.spread import Spread, to_cpu
 
-WHOSE = ("recipe", "method", "cite", "teacher", "data")
+WHOSE = ("recipe", "method", "cite", "teacher", "data", "partition")
 """Provenance entries that identify a run; the others (machine, versions) may change when the run is resumed."""
 
 
