@@ -10,6 +10,12 @@ from collections.abc import Mapping
 Changes = tuple[tuple[str, str], ...]
 """Overrides of a recipe, as on the command line."""
 
+SMALL_BATCH: Changes = (
+    ("settings.batch", "8"), ("settings.ema", "0.95"),  # the same average, in clips
+    ("settings.optim.student.warmup", "10"), ("settings.optim.critic.warmup", "10"),
+)  # fmt: skip
+"""Half the clips per iteration, and so twice the iterations."""
+
 SWITCHES: Mapping[str, Mapping[str, Changes]] = {
     "dmd2": {
         "critic_updates_1": (("method.critic-updates", "1"),),
@@ -20,7 +26,9 @@ SWITCHES: Mapping[str, Mapping[str, Changes]] = {
         "ema_0.98": (("settings.ema", "0.98"),),
         "unshifted_times": (("method.score-density.shift", "1"), ("method.critic-density.shift", "1")),
         "guided_everywhere": (("method.guidance.high", "1"),),
+        "batch_8": SMALL_BATCH,
     },
+    "dmd2_feedback": {"batch_8": SMALL_BATCH},
     "dmd2_gan": {
         "weight_0.1": (("method.adversary.weight", "0.1"),),
         "r1": (("method.adversary.r1", "1"),),
