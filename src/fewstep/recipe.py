@@ -15,7 +15,7 @@ from fewstep.core.build import RecipeError, digest, dump
 from fewstep.core.env import place
 from fewstep.core.lock import holding
 from fewstep.core.yaml import read_text
-from fewstep.data import Data, require
+from fewstep.data import Data, partition_of, require
 from fewstep.engine import Settings
 from fewstep.engine.loop import complete
 from fewstep.engine.prepare import require_possible, require_processes
@@ -63,8 +63,7 @@ class Recipe(Written):
         """Refuse what cannot work before any weight is loaded, and return the card of the model the run starts from.
 
         `card` stands for a model that does not exist yet, `begun` for a student at `settings.start` that does not. The data must
-        provide what the method needs and fit the model. The model must have the part that is trained, the method must have a
-        sampling contract for it, every optimiser must belong to a trained role, and the run must be long enough.
+        fit the model and the method, the method the model's part that it trains, and the settings all of them.
         """
         require(self.data, self.method)
         card, name = self.model.card() if card is None else card, type(self.method).__name__
@@ -137,8 +136,7 @@ class Recipe(Written):
         chain = {f"teacher.{key}" if distilled else key: value for key, value in before.items()}
         machine = describe_machine(self.settings.device)
         chain |= {"licence": before["licence"]} if distilled and "licence" in before else {}
-        part = getattr(self.data, "part", None)
-        chain |= {"partition": part.by.content} if part is not None and part.by.content else {}
+        chain |= partition_of(self.data)
         return {
             **chain,
             "recipe": self.hash,

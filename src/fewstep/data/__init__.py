@@ -9,7 +9,7 @@ from fewstep.data.layouts import LAYOUTS, Item
 from fewstep.data.listing import Listing, read_listing
 from fewstep.data.order import draw_indices
 from fewstep.data.pairs import PairPlan, PairsCost, PairsMade, StoredPairs, make_pairs, pairs_cost
-from fewstep.data.parts import PARTITIONS, ByCentroid, Part, Partition, centroids
+from fewstep.data.parts import PARTITIONS, ByCentroid, Part, Partition, centroids, partition_of
 from fewstep.data.prepare import Preparation, Prepared, prepare
 from fewstep.data.prompts import Prompts, read_prompts
 from fewstep.data.report import Count, Report
@@ -24,6 +24,6 @@ __all__ = [
     "DATA", "LAYOUTS", "PARTITIONS", "ByCentroid", "Clip", "ClipError", "Clipped", "Count", "Cut", "Data", "DataError",
     "Degradation", "Item", "Keep", "Latents", "Listing", "PairPlan", "PairsCost", "PairsMade", "Part", "Partition",
     "Preparation", "Prepared", "Progress", "Prompts", "Report", "Source", "StoredPairs", "Texts", "Videos", "centroids",
-    "draw_indices", "make_pairs", "pairs_cost", "prepare", "prepared_clips", "read_clips", "read_listing", "read_prompts",
-    "read_video", "require", "store_texts", "to_floats", "to_pixels", "write_video",
+    "draw_indices", "make_pairs", "pairs_cost", "partition_of", "prepare", "prepared_clips", "read_clips", "read_listing",
+    "read_prompts", "read_video", "require", "store_texts", "to_floats", "to_pixels", "write_video",
 ]  # fmt: skip

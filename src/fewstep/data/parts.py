@@ -94,6 +94,12 @@ class Part:
         return kept
 
 
+def partition_of(data: object) -> dict[str, str]:
+    """What a student's card says of the file that its data were divided by: `partition`, its digest; nothing without one."""
+    part = getattr(data, "part", None)
+    return {"partition": part.by.content} if part is not None and part.by.content else {}
+
+
 def embedding(cond: Cond) -> Tensor:
     """Mean of a prompt's text states over its tokens, float32 `[D]` on the CPU."""
     read = cond.mask[0][:, None].float()

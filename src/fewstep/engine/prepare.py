@@ -6,7 +6,7 @@ import copy
 import difflib
 import importlib.util
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -317,11 +317,17 @@ def require_going_on(method: Method, settings: Settings) -> None:
 
 def require_batch(method: Method, settings: Settings) -> None:
     """Refuse (ValueError) a batch that is too small for what the method compares within it."""
-    if settings.batch < method.least_batch:
+    if settings.batch < (least := least_batch(method)):
         raise ValueError(
             f"settings.batch is {settings.batch}, and {type(method).__name__} compares clips of a batch with each other; write "
-            f"at least settings.batch: {method.least_batch}"
+            f"at least settings.batch: {least}"
         )
+
+
+def least_batch(held: Any) -> int:
+    """Fewest clips of a batch with which the losses of a method can be computed: the most that one of its parts asks for."""
+    parts = [getattr(held, field.name) for field in fields(held)] if is_dataclass(held) else []
+    return max([getattr(held, "least_batch", 1), *map(least_batch, parts)])
 
 
 def require_clips(method: Method, card: Card) -> None:

@@ -109,11 +109,6 @@ class Method(ABC):
     """Whether it improves a student that has been distilled, which it must then sample as that distillation did."""
 
     @property
-    def least_batch(self) -> int:
-        """Fewest clips of a batch with which its losses can be computed: the most that one of its fields asks for."""
-        return max((getattr(held, "least_batch", 1) for held in vars(self).values()), default=1)
-
-    @property
     def needs(self) -> frozenset[str]:
         """Fields of Batch that the method reads. They are compared with the data before any weight is loaded."""
         return frozenset({"prompts"})

@@ -12,8 +12,7 @@ Yin et al., Improved Distribution Matching Distillation for Fast Image Synthesis
     7  + anchor * d(student(stored state), stored endpoint)
     8  critic <- (1 - align) critic + align student                              (if align > 0)
 
-Line 5 is the `matching`: others make this loop Diff-Instruct, f-distill, SiD or SIM. Not from the paper: turns of an iteration
-share prompts, not noise; D is heads on frozen teacher features; critic warm-up; lines 7 (DMD's, with pseudo-Huber) and 8.
+Not from the paper: turns share prompts, not noise; D's features are frozen; critic warm-up; lines 7 (with pseudo-Huber) and 8.
 """
 
 from __future__ import annotations

@@ -38,6 +38,7 @@ from fewstep.methods.base import Method, Nets, Update
 from fewstep.methods.matching import Matching, Noised, ReverseKL, Scores
 from fewstep.methods.roles import Role
 from fewstep.methods.rollouts import BackwardSimulation, Rolled
+from fewstep.methods.rollouts.grids import latest_landing
 from fewstep.methods.scorers import Scorers
 from fewstep.methods.work import Work
 
@@ -80,7 +81,8 @@ class TDM(Method):
                 "line 3 makes the critic know where steps land, and not the student's clips, which SiD, SIM and the KL's exact "
                 "weight compare it with; give TDM matching: ReverseKL, with weight distance or one"
             )
-        if self.high <= (landed := self.rollout.latest_landing):
+        student = self.rollout
+        if self.high <= (landed := latest_landing(student.grids, student.exit, student.shift, student.phase)):
             raise ValueError(
                 f"a step of the rollout lands at {landed:.4f}, and high: {self.high:g} leaves no time above it; raise high"
             )

@@ -20,8 +20,7 @@ Weight = Literal["distance", "one", "exact"]
 
 @dataclass(frozen=True, kw_only=True)
 class ReverseKL(Matching):
-    """The gradient of KL(student_t | teacher_t), with a weight for each time (DMD2, 2405.14867; Diff-Instruct, 2305.18455; VSD,
-    2305.16213).
+    """The gradient of KL(student_t | teacher_t), with a weight for each time (DMD2, 2405.14867; Diff-Instruct, 2305.18455; VSD).
 
     No gradient goes through teacher and critic.
     """
@@ -31,8 +30,7 @@ class ReverseKL(Matching):
     `one` is Diff-Instruct's public code; `exact`, `a^2 / s^2`, is the KL itself, which grows without bound at low noise."""
 
     motion: Amount = 0.0
-    """Weight of the same on differences of neighbouring frames, always with weight `distance` (Diagonal Distillation, 2603.09488:
-    0.2); 0: off."""
+    """Weight of the same, by `distance`, on differences of frames (Diagonal Distillation, 2603.09488: 0.2); 0: off."""
 
     decoupled: bool = False
     """Whether guidance is read apart, at a time of its own below that of the student's input (Decoupled DMD, 2511.22677):

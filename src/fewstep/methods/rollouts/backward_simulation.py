@@ -14,7 +14,7 @@ from fewstep.core import Batch, Call, Rng
 from fewstep.diffusion import Prediction, shifted
 from fewstep.diffusion.samplers import full
 from fewstep.methods.rollouts.base import Rolled, Rollout, Visit
-from fewstep.methods.rollouts.grids import WHOLE, Exit, Phase, deepest, drawn, ends, exact, require_phase, stops
+from fewstep.methods.rollouts.grids import WHOLE, Exit, Phase, deepest, drawn, require_phase, stops
 from fewstep.models.denoiser import Predictor
 
 
@@ -44,10 +44,6 @@ class BackwardSimulation(Rollout):
     def span(self) -> Phase:
         """The phase, or all steps."""
         return WHOLE if self.phase is None else self.phase
-
-    @property
-    def ends(self) -> set[float]:
-        return ends(self.grids, self.exit, self.shift, self.span)
 
     @property
     def calls(self) -> float:
@@ -87,13 +83,6 @@ class BackwardSimulation(Rollout):
         if self.phase is None:
             return times[rolled.exit + 1]
         return times[stops((rolled.grid,), "last", self.shifted_phase)[0][0] + 1]
-
-    @property
-    def latest_landing(self) -> float:
-        """The largest time at which a last step may land."""
-        exits = zip(exact(self.grids, self.shift), stops(self.grids, self.exit, self.span), strict=True)
-        which = 0 if self.phase is None else -1
-        return max((*grid, 0.0)[found[which] + 1] for grid, found in exits)
 
     @property
     def shifted_phase(self) -> Phase:

@@ -19,7 +19,7 @@ from fewstep.core import Batch, Cond, Rng, Seeds
 from fewstep.core.bounds import Positive
 from fewstep.diffusion import DDIM, Contract, Renoise, Sampler
 from fewstep.methods.rollouts.context import Context
-from fewstep.methods.rollouts.grids import Grids, ends, exact, student_contract
+from fewstep.methods.rollouts.grids import WHOLE, Grids, ends, exact, student_contract
 from fewstep.models.denoiser import Predictor
 from fewstep.streaming.blocks import Chunks
 
@@ -109,7 +109,7 @@ class Rollout(ABC):
     @property
     def ends(self) -> set[float]:
         """Times, after the shift, of the last calls, which make the clips that losses see."""
-        return ends(self.grids, getattr(self, "exit", "random"), self.shift)
+        return ends(self.grids, getattr(self, "exit", "random"), self.shift, getattr(self, "span", WHOLE))
 
     @property
     def calls(self) -> float:

@@ -54,6 +54,13 @@ def ends(grids: Grids, exit: Exit, shift: float, phase: Phase = WHOLE) -> set[fl
     }
 
 
+def latest_landing(grids: Grids, exit: Exit, shift: float, phase: Phase | None) -> float:
+    """The largest time at which the last step of a rollout may land: after its first exit, or at the end of its phase."""
+    exits = zip(exact(grids, shift), stops(grids, exit, phase or WHOLE), strict=True)
+    which = 0 if phase is None else -1
+    return max((*grid, 0.0)[found[which] + 1] for grid, found in exits)
+
+
 def require_phase(grids: Grids, phase: Phase) -> None:
     """ValueError unless a phase has steps in every grid, and ends where a step begins, or where the clips are clean."""
     low, high = phase
