@@ -63,18 +63,15 @@ class Students:
             raise ValueError(
                 f"these are the students of parts {found}, and there are {by.of} parts; give each part's student once"
             )
+        cards = {run: Pretrained(source=run).card() for run in order}
+        for run, card in cards.items():
+            _require_one_part(run, card, parts[run])
+            _require_shared(run, card, order[0], cards[order[0]])
         first = VideoModel.from_pretrained(order[0])
         shared, students = {name: part for name, part in first.parts.items() if name != "denoiser"}, [first]
-        for run in order:
-            card = Pretrained(source=run).card()
-            _require_one_part(run, card, parts[run])
-            if run == order[0]:
-                continue
-            for name in sorted(shared.keys() | card.parts.keys() - {"denoiser"}):
-                if card.fingerprints.get(name) != first.card.fingerprints.get(name):
-                    raise ValueError(f"{run} has another {name} than {order[0]}; train both from one model")
+        for run in order[1:]:
             alone = Pretrained(source=run).load(parts=("denoiser",))
-            students.append(VideoModel(card, {**shared, "denoiser": alone.denoiser}))
+            students.append(VideoModel(cards[run], {**shared, "denoiser": alone.denoiser}))
         return cls(by=by, students=tuple(students))
 
     def route(self, prompts: Sequence[str]) -> list[int]:
@@ -151,6 +148,13 @@ def _require_one_part(run: str, card: Card, part: Part) -> None:
                 f"{run} was trained with another partition ({there or 'unknown'}) than the file of {part.by} has now ({here}); "
                 "put back the file that all students were trained with, or train them again with this one"
             )
+
+
+def _require_shared(run: str, card: Card, first: str, its: Card) -> None:
+    """ValueError for a student whose other networks are not those of the first."""
+    for name in sorted((card.parts.keys() | its.parts.keys()) - {"denoiser"}):
+        if card.fingerprints.get(name) != its.fingerprints.get(name):
+            raise ValueError(f"{run} has another {name} than {first}; train both from one model")
 
 
 def _part(run: Path) -> Part:

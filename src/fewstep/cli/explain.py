@@ -14,6 +14,7 @@ from rich.text import Text
 
 from fewstep.catalogue import entry, where
 from fewstep.cli.screen import screen
+from fewstep.core.held import held_objects
 from fewstep.core.shipped import header, shipped
 from fewstep.core.yaml import to_yaml
 from fewstep.methods.base import Method, Sync, Update
@@ -100,17 +101,6 @@ def papers(thing: Any) -> list[str]:
         if about.cite:
             found[f"{about.name}: {about.cite}"] = None
     return list(found)
-
-
-def held_objects(thing: Any) -> Iterator[Any]:
-    """Every dataclass below `thing`."""
-    for field in dataclasses.fields(thing):
-        value = getattr(thing, field.name)
-        inner = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else (value,)
-        for item in inner:
-            if dataclasses.is_dataclass(item) and not isinstance(item, type):
-                yield item
-                yield from held_objects(item)
 
 
 def _events(method: Method, step: int) -> str:

@@ -49,7 +49,7 @@ def require_every_step(stages: Sequence[tuple[str, Method, Card]]) -> None:
         return
     every = [rollout for found in trained.values() for rollout in found]
     steps = zip(sum(every[0].grids, ()), sum(exact(every[0].grids, every[0].shift), ()), strict=True)
-    left = [step for step, t in steps if not any(low < t <= high for low, high in (r.shifted_phase for r in every))]
+    left = [step for step, t in steps if not any(_inside(rollout, t) for rollout in every)]
     if left:
         listed = ", ".join(f"{name} {list(r.span)}" for name, found in reversed(trained.items()) for r in found)
         raise ValueError(
@@ -69,8 +69,7 @@ def boundaries_of(card: Card) -> tuple[float, ...]:
 
 def _require_trained(rollout: BackwardSimulation, boundaries: tuple[float, ...], settings: Settings) -> None:
     """Refuse (ValueError) parameters to train (`only`, `frozen`) that leave an expert of the phase as it is."""
-    low, high = rollout.shifted_phase
-    own = {expert_at(boundaries, t) for grid in exact(rollout.grids, rollout.shift) for t in grid if low < t <= high}
+    own = {expert_at(boundaries, t) for t in _times(rollout) if _inside(rollout, t)}
     optim = settings.optim_of("student")
     named = [re.search(r"experts\.(\d+)", key) for key in optim.only]
     only = {int(found[1]) for found in named if found} if all(named) and named else own
@@ -83,14 +82,13 @@ def _require_trained(rollout: BackwardSimulation, boundaries: tuple[float, ...],
 
 
 def _require_own(rollout: BackwardSimulation, boundaries: tuple[float, ...]) -> None:
-    low, high = rollout.shifted_phase
-    times = {t for grid in exact(rollout.grids, rollout.shift) for t in grid}
-    inside = {t for t in times if low < t <= high}
+    times = _times(rollout)
+    inside = {t for t in times if _inside(rollout, t)}
     trained = {expert_at(boundaries, t) for t in inside}
     shared = [t for t in times - inside if expert_at(boundaries, t) in trained]
     if not shared:
         return
-    later, earlier = [t for t in times if t <= low], [t for t in times if t > high]
+    later, earlier = [t for t in times if t < min(inside)], [t for t in times if t > max(inside)]
     between = [(max(later), min(inside))] if later else []
     between += [(max(inside), min(earlier))] if earlier else []
     raise ValueError(
@@ -98,3 +96,14 @@ def _require_own(rollout: BackwardSimulation, boundaries: tuple[float, ...]) -> 
         "give the student experts, settings.transforms: [{type: Experts, boundaries: [...]}], with a boundary "
         + " and one ".join(f"above {below:g} and at most {above:g}" for below, above in between)
     )
+
+
+def _times(rollout: BackwardSimulation) -> set[float]:
+    """All times at which a step begins, as the network is told."""
+    return {t for grid in exact(rollout.grids, rollout.shift) for t in grid}
+
+
+def _inside(rollout: BackwardSimulation, t: float) -> bool:
+    """Whether a step that begins at `t` is one of the phase."""
+    low, high = rollout.shifted_phase
+    return low < t <= high

@@ -6,7 +6,7 @@ import copy
 import difflib
 import importlib.util
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -21,6 +21,7 @@ from fewstep.core import Rng, dump
 from fewstep.core.build import digest
 from fewstep.core.devices import require_device, require_device_name
 from fewstep.core.env import place
+from fewstep.core.held import held_objects
 from fewstep.data.base import Data, Source
 from fewstep.engine.begun import require_same
 from fewstep.engine.effective import in_effect
@@ -324,10 +325,9 @@ def require_batch(method: Method, settings: Settings) -> None:
         )
 
 
-def least_batch(held: Any) -> int:
+def least_batch(method: Method) -> int:
     """Fewest clips of a batch with which the losses of a method can be computed: the most that one of its parts asks for."""
-    parts = [getattr(held, field.name) for field in fields(held)] if is_dataclass(held) else []
-    return max([getattr(held, "least_batch", 1), *map(least_batch, parts)])
+    return max(getattr(part, "least_batch", 1) for part in (method, *held_objects(method)))
 
 
 def require_clips(method: Method, card: Card) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import ast
 import hashlib
 import inspect
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 from fewstep.core.build import digest
+from fewstep.core.held import held_objects
 from fewstep.core.shipped import shipped
 from fewstep.engine.probe import WorldProbe
 from fewstep.leaderboard.budget import lengthened
@@ -65,7 +66,7 @@ class Contestant:
     def code(self) -> str:
         """12 characters: the recipe, the teacher, and the code of the method, of all that it holds and of `SHARED`; without
         docstrings, comments and what only refuses a recipe (`__post_init__`)."""
-        held: set[Any] = {type(found) for stage in self.stages for found in _objects(stage.method)}
+        held: set[Any] = {type(part) for stage in self.stages for part in (stage.method, *held_objects(stage.method))}
         files = {Path(inspect.getfile(part)) for part in (*held, *SHARED)}
         sources = [hashlib.sha256(_bare(path).encode()).hexdigest() for path in sorted(files)]
         return digest([self.recipe.tree(), teacher_code(), sources])
@@ -97,17 +98,6 @@ def contestants() -> Mapping[str, Contestant]:
 def teacher_code() -> str:
     """Fingerprint of the teacher of all rows."""
     return VideoModel.from_pretrained("world").fingerprint("denoiser")
-
-
-def _objects(value: Any) -> Iterator[Any]:
-    """A frozen object and all objects in its fields."""
-    if is_dataclass(value) and not isinstance(value, type):
-        yield value
-        for field in fields(value):
-            yield from _objects(getattr(value, field.name))
-    elif isinstance(value, tuple):
-        for item in value:
-            yield from _objects(item)
 
 
 def _bare(path: Path) -> str:
