@@ -19,7 +19,7 @@ from fewstep.leaderboard.claims import CLAIMS, Claim, Verdict, judge
 from fewstep.leaderboard.results import TEACHER, load_result
 from fewstep.leaderboard.runs import APART, LARGEST, PAIR_STEPS, PAIRED, SEEDS, SUITE
 from fewstep.leaderboard.stages import stages_of
-from fewstep.leaderboard.switches import SWITCHES
+from fewstep.leaderboard.switches import SWITCHES, TERMS
 from fewstep.leaderboard.table import budget_section, gains, rule, said
 from fewstep.methods import METHODS, Progressive
 from fewstep.methods.work import Work
@@ -318,11 +318,28 @@ def test_a_change_is_told_by_what_it_adds_to_runs_of_its_seeds() -> None:
     base = [result("dmd2", {4: figures(0.5), 1: figures(0.2)}), result("dmd2", {4: figures(0.9)}, seed=1)]
     changed = result("dmd2+r1", {4: figures(0.8, 2.0), 2: figures(0.7)})
     alone = result("dmd2+r1", {4: figures(0.1)}, seed=7)
-    *_, line, _ = gains("dmd2", ["dmd2+ema_off", "dmd2+r1"], [*base, changed, alone])
+    *_, line, _ = gains("dmd2", {"dmd2+ema_off": "ema_off", "dmd2+r1": "r1"}, [*base, changed, alone])
     assert line == "| r1 | **+0.30 [0.23, 0.37]** / +0.00 [-0.28, 0.28] |  |  |"
-    assert gains("gdd", ["dmd2+r1"], [changed]) == []
+    assert gains("gdd", {"dmd2+r1": "r1"}, [changed]) == []
     few = [result(name, {4: replace(figures(0.5), frechet_ci=None)}) for name in ("dmd2", "dmd2+r1")]
-    assert gains("dmd2", ["dmd2+r1"], few)[-2] == "| r1 | +0.00 [-0.07, 0.07] |  |  |"
+    assert gains("dmd2", {"dmd2+r1": "r1"}, few)[-2] == "| r1 | +0.00 [-0.07, 0.07] |  |  |"
+
+
+def test_rows_that_are_a_base_with_one_term_more_are_told_as_changes_of_it() -> None:
+    known = contestants()
+    for base, terms in TERMS.items():
+        for name in terms:
+            one, other = (known[row].recipe for row in (base, name))
+            changed = {
+                key.split(".")[1]
+                for each in one.diff(other)
+                if not (key := each.key).startswith(("data.", "settings.optim."))
+            }
+            assert changed - {"steps"} <= {"anchor", "anchor_rollout"} or len(changed - {"steps"}) == 1, name
+    rows = {4: figures(0.8), 2: figures(0.7), 1: figures(0.5)}
+    made = [result("dmd2", rows), result("dmd2+ema_off", rows), result("dmd2_gan", {4: figures(0.5)})]
+    _, below = budget_section(1.0, made, figures(0.9)).split("What each change adds to dmd2")
+    assert "| discriminator, weight 0.03 | **-0.30 [-0.37, -0.23]** / +0.00 [-0.28, 0.28] |  |  |" in below
 
 
 def test_a_table_without_the_teacher_is_refused(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """What papers recommend for a stable run, one change at a time: rows of a base and one switch, `dmd2+critic_updates_5`.
 
-The regression anchor and the discriminator, which have data or optimisers of their own, are rows themselves: `dmd`, `dmd2_gan`.
+Terms that have data or optimisers of their own, such as the regression anchor and the discriminator, are rows themselves (`TERMS`).
 """
 
 from __future__ import annotations
@@ -36,6 +36,18 @@ SWITCHES: Mapping[str, Mapping[str, Changes]] = {
     },
 }
 """The changes of each switch, by the row that it is tried on."""
+
+TERMS: Mapping[str, Mapping[str, str]] = {
+    "dmd2": {
+        "dmd": "regression anchor",
+        "dmd2_gan": "discriminator, weight 0.03",
+        "dmd2_feedback": "gradient of a reward",
+        "dmd2_muon": "Muon in place of AdamW",
+        "decoupled_dmd": "guidance at a time of its own",
+        "diff_instruct": "weight 1 in place of the distance's",
+    },
+}
+"""Rows that are a base with one thing more, or another: what that is, by the base and the row's name."""
 
 JOINED = "+"
 """Between the name of a row and that of its switch."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from statistics import mean
@@ -17,7 +17,7 @@ from fewstep.leaderboard.claims import CLAIMS, Verdict, judge
 from fewstep.leaderboard.contest import PROBES, contestants
 from fewstep.leaderboard.results import TEACHER, Figures, Result, number
 from fewstep.leaderboard.runs import COUNTS, SUITE
-from fewstep.leaderboard.switches import JOINED
+from fewstep.leaderboard.switches import JOINED, TERMS
 from fewstep.metrics.statistics import difference_interval
 
 HEAD = """# Leaderboard
@@ -106,13 +106,13 @@ def budget_section(budget: float, results: Sequence[Result], reference: Figures)
             *HEADINGS,
             *rows([*(n for n in names if n == base), *own]),
             "",
-            *gains(base, own, results),
+            *gains(base, {name: name.partition(JOINED)[2] for name in own} | TERMS.get(base, {}), results),
         ]
     return "\n".join(lines)
 
 
-def gains(base: str, changed: Sequence[str], results: Sequence[Result]) -> list[str]:
-    """What each change adds to the figures of the base, where both were run."""
+def gains(base: str, changed: Mapping[str, str], results: Sequence[Result]) -> list[str]:
+    """What each change adds to the figures of the base, where both were run; `changed` names the change of each row."""
     if not (runs := {run.seed: run for run in results if run.name == base}):
         return []
     lines = [
@@ -121,12 +121,12 @@ def gains(base: str, changed: Sequence[str], results: Sequence[Result]) -> list[
         f"| | {' | '.join(in_steps(n) for n in COUNTS)} |",
         f"| --- |{' ---: |' * len(COUNTS)}",
     ]
-    for name in changed:
+    for name, change in changed.items():
         own = {run.seed: run for run in results if run.name == name and run.seed in runs}
         if own:
             both = [(own[seed].rows, runs[seed].rows) for seed in sorted(own)]
             cells = [_gain([(one[n], two[n]) for one, two in both if n in one and n in two]) for n in COUNTS]
-            lines.append(f"| {name.partition(JOINED)[2]} | {' | '.join(cells)} |")
+            lines.append(f"| {change} | {' | '.join(cells)} |")
     return [*lines, ""]
 
 
