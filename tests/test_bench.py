@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fewstep.compress import FrameInput
 from fewstep.diffusion import CFG, Stream
 from fewstep.methods import DMD2
+from fewstep.models import VideoModel
 from fewstep.world.actions import random_keys
 from fewstep.world.data import WorldClips
 from support_engine import FRAMES, tiny_model
@@ -169,3 +171,43 @@ def test_a_server_that_grows_is_told_from_one_that_does_not(monkeypatch: pytest.
     assert not soaking.trend(seconds, [-t for t in seconds]).grows
     with pytest.raises(ValueError, match="too few"):
         soaking.trend(seconds[:20], seconds[:20])
+
+
+@pytest.fixture
+def msd(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """`bench/msd.py` with few clips."""
+    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parent.parent / "bench")])
+    module = importlib.import_module("msd")
+    monkeypatch.setattr(module, "fitted", lambda settings: settings)
+    monkeypatch.setattr(module, "SUITE", replace(module.SUITE, prompts=12, seeds_per_prompt=2, latency_runs=1))
+    return module
+
+
+def test_students_of_parts_share_a_budget_or_have_one_each(msd: ModuleType) -> None:
+    apart, shared = msd.Case(parts=4), msd.Case(parts=4, together=True)
+    alone = msd.recipe_of(apart, None)
+    assert alone.data.part is None and alone.method.rollout.grids == ((1.0,),)
+    assert msd.recipe_of(shared, None).settings.steps == msd.recipe_of(apart, 3).settings.steps == alone.settings.steps
+    assert msd.recipe_of(shared, 3).settings.steps == alone.settings.steps // 4
+    assert msd.recipe_of(shared, 3).data.part.index == 3
+    assert len({msd.folder(case, index) for case in (apart, shared) for index in range(4)}) == 8
+
+
+def test_students_of_parts_are_judged_on_their_own_prompts(
+    msd: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    teacher = VideoModel.from_pretrained("world")
+    monkeypatch.setattr(msd, "student", lambda case, index: teacher)
+    case = msd.Case(output=str(tmp_path))
+    found = msd.main(case)
+    parts = [found["part 0"], found["part 1"]]
+    assert sum(part["prompts"] for part in parts) == 12
+    for part in parts:
+        assert part["its own"]["distance"] == part["one student"]["distance"] > 50, "a teacher in one step"
+    asked = [
+        set(
+            json.loads((tmp_path / f"figures-{msd.folder(case, index)}" / "results.json").read_text())["suite"]["texts"]
+        )
+        for index in (0, 1)
+    ]
+    assert [{case.by.part(text) for text in texts} for texts in asked] == [{0}, {1}]

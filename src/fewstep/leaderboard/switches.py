@@ -1,6 +1,6 @@
 """What papers recommend for a stable run, one change at a time: rows of a base and one switch, `dmd2+critic_updates_5`.
 
-Terms that have data or optimisers of their own, such as the regression anchor and the discriminator, are rows themselves (`TERMS`).
+Terms with data or optimisers of their own, such as the regression anchor and the discriminator, are rows themselves (`TERMS`).
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ def budget_section(budget: float, results: Sequence[Result], reference: Figures)
             *HEADINGS,
             *rows([*(n for n in names if n == base), *own]),
             "",
-            *gains(base, {name: name.partition(JOINED)[2] for name in own} | TERMS.get(base, {}), results),
+            *gains(base, {**{name: name.partition(JOINED)[2] for name in own}, **TERMS.get(base, {})}, results),
         ]
     return "\n".join(lines)
 
