@@ -35,22 +35,16 @@ from fewstep.methods import (
     Adversary,
     DiffusionForced,
     ErrorRecycling,
-    FDivergence,
     Feedback,
-    Fisher,
     FlowMatching,
-    FromData,
     FromLow,
     LatentPixel,
     Method,
     MotionReward,
     MovingBuffer,
     Reweighting,
-    RollingForced,
-    ScoreImplicit,
     Scorers,
     SelfForced,
-    StreamingLong,
     TeacherForced,
     WorldReward,
 )
@@ -227,16 +221,17 @@ def test_a_field_that_is_only_checked_or_printed_is_found(unread: Callable[..., 
 
 
 def test_methods_and_rollouts_read_every_field(unread: Callable[..., set[str]], tmp_path: Path) -> None:
-    cases: dict[str, Method] = {**CASES, "data": DMD2(critic_updates=1, rollout=FromData())}
+    cases: dict[str, Method] = {**CASES}
     cases["images"] = FlowMatching(image_fraction=1.0)
     cases["low chunks"] = LatentPixel(rollout=FromLow(stream=Stream(commit="last")))
-    cases["stream"] = DMD2(critic_updates=1, rollout=SelfForced())
-    cases["rolling"] = DMD2(critic_updates=1, rollout=RollingForced())
     cases["long"] = DMD2(critic_updates=1, rollout=SelfForced(clips=2, overlap=1))
-    cases["streaming long"] = DMD2(critic_updates=1, rollout=StreamingLong())
-    cases["f"] = DMD2(critic_updates=1, adversary=Adversary(r2=1.0), matching=FDivergence())
-    cases["sid"] = DMD2(critic_updates=1, matching=Fisher())
-    cases["sim"] = DMD2(critic_updates=1, matching=ScoreImplicit())
+    for rollout in ROLLOUTS:
+        cases[rollout.__name__] = DMD2(critic_updates=1, rollout=rollout())
+    for matching in MATCHINGS:
+        adversary = Adversary(r2=1.0) if matching.judged else None
+        cases[matching.__name__] = DMD2(critic_updates=1, adversary=adversary, matching=matching())
+    for reward in REWARDS:
+        cases[reward.__name__] = DMD2(critic_updates=1, feedback=Feedback(reward=reward()))
     cases["above"] = TDM(interval="above")
     cases["reweighting"] = DMD2(critic_updates=1, reweighting=Reweighting(reward=MotionReward()))
     cases["feedback"] = DMD2(critic_updates=1, feedback=Feedback(ceiling=0.0, frames=1))

@@ -16,7 +16,7 @@ from fewstep.evaluate.cases import SEED_STRIDE
 from fewstep.leaderboard import DEMO, Contestant, Run, contestants, lengthened, work
 from fewstep.leaderboard.budget import BLOCKS, CLIP, share
 from fewstep.leaderboard.claims import CLAIMS, Claim, Verdict, judge
-from fewstep.leaderboard.results import TEACHER, load_result
+from fewstep.leaderboard.results import COUNTS, TEACHER, load_result
 from fewstep.leaderboard.runs import APART, LARGEST, PAIR_STEPS, PAIRED, SEEDS, SUITE
 from fewstep.leaderboard.stages import stages_of
 from fewstep.leaderboard.switches import SWITCHES, TERMS
@@ -225,8 +225,14 @@ def test_a_verdict_says_what_it_compares() -> None:
     assert any(line.endswith("motion at 4 steps, phased_dmd 0.50 (1 seed), dmd2 0.50 (2 seeds).") for line in lines)
 
 
-def test_claims_name_rows() -> None:
-    assert {name for claim in CLAIMS for name in (claim.better, claim.worse)} <= set(contestants())
+def test_claims_name_rows_that_serve_their_number_of_steps() -> None:
+    known = contestants()
+    for claim in CLAIMS:
+        for name in (claim.better, claim.worse):
+            assert name in known, f"no recipe leaderboard/{name} for the claim: {claim.text}"
+            first, *_, last = (stages := known[name].stages)[0], stages[-1]
+            counts = last.method.contract(first.model.card().contract).counts  # type: ignore[union-attr]
+            assert claim.steps in set(counts) & set(COUNTS), f"{name} has no figures that could judge: {claim.text}"
 
 
 def test_rows_are_sorted_by_the_rule_and_seeds_show_their_spread() -> None:

@@ -105,7 +105,16 @@ def test_a_budget_that_is_none_is_refused(bench: Bench, budget: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "reason"), [(("--seeds", "1000"), "from 0 to 999"), (("dmd3",), "no such row: dmd3")]
+    ("words", "reason"),
+    [
+        (("--seeds", "1000"), "from 0 to 999"),
+        (("dmd2", "--seeds"), "--seeds has no value"),
+        (("dmd2", "--budget"), "--budget has no value"),
+        (("dmd3",), "no such row: dmd3; did you mean dmd?"),
+        (("leaderboard/sid",), "no such row: leaderboard/sid; did you mean sid?"),
+        (("dmd2_gan+r2",), "choose from dmd2_gan, dmd2_gan+weight_0.1, dmd2_gan+r1, dmd2_gan+block_head"),
+        (("nothing-like-it",), "choose from teacher, add,"),
+    ],
 )
 def test_a_seed_and_a_row_that_do_not_exist_are_refused(bench: Bench, words: tuple[str, ...], reason: str) -> None:
     code, _, err = bench(*words)
@@ -124,6 +133,17 @@ def test_a_damaged_file_is_refused_before_the_first_run(bench: Bench) -> None:
     (bench.results / "sid-1-0.json").write_text("{")
     code, _, err = bench("dmd2")
     assert code == 2 and "sid-1-0.json cannot be read" in err and "Delete it" in err
+    assert bench.made == []
+
+
+@pytest.mark.parametrize("taken", ["results", "runs", "table.md"])
+def test_a_place_that_cannot_be_written_is_refused_before_the_first_run(bench: Bench, taken: str) -> None:
+    if taken == "table.md":
+        (bench.folder / taken).mkdir()
+    else:
+        (bench.folder / taken).write_text("a file")
+    code, _, err = bench("dmd2")
+    assert code == 2 and taken in err and "directory" in err
     assert bench.made == []
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from fewstep import leaderboard
 from fewstep.evaluate.results import CLIPS, FILE
-from fewstep.leaderboard import TEACHER, Result
+from fewstep.leaderboard import TEACHER, Figures, Result
 from fewstep.leaderboard.results import load_result, load_results
 from fewstep.leaderboard.runs import figures_of
 from fewstep.leaderboard.table import heading
@@ -68,6 +68,9 @@ def _without(name: str) -> Callable[[dict[str, Any]], Any]:
         (lambda tree: tree | {"rows": {"four": tree["rows"]["4"]}}, "four"),
         (lambda tree: tree | {"rows": {"4": _without("motion")(tree["rows"]["4"])}}, "motion"),
         (lambda tree: tree | {"rows": {"4": tree["rows"]["4"] | {"accuracy": None}}}, "accuracy"),
+        (lambda tree: tree | {"rows": {"4": tree["rows"]["4"] | {"accuracy": 7.0}}}, "accuracy must be at most 1"),
+        (lambda tree: tree | {"rows": {"4": tree["rows"]["4"] | {"frechet": -1.0}}}, "frechet must be at least 0"),
+        (lambda tree: tree | {"rows": {"0": tree["rows"]["4"]}}, "must be at least 1, got 0"),
         (lambda tree: tree | {"budget": "much"}, "budget"),
     ],
 )  # fmt: skip
@@ -81,10 +84,28 @@ def test_a_damaged_file_is_one_error_that_says_what_to_do(
     assert str(path) in str(error.value) and "Delete it and run the row again" in str(error.value)
 
 
-@pytest.mark.parametrize("content", [b'{"name": "a", ', b"", b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "rows", [ROWS, {50: replace(figures(0.9), motion=0.0)}, {50: replace(figures(0.9), diversity=0.0)}]
+)
+def test_a_teacher_by_whose_figures_nothing_can_be_divided_is_refused(tmp_path: Path, rows: dict[int, Figures]) -> None:
+    result(TEACHER, rows, budget=0.0).save(tmp_path)
+    with pytest.raises(ValueError, match="motion and diversity at its own steps.*fewstep leaderboard teacher"):
+        load_results(tmp_path)
+
+
+def test_a_row_that_is_written_twice_is_refused(tmp_path: Path) -> None:
+    path = result("a", ROWS).save(tmp_path)
+    path.write_text(path.read_text().replace('"2": {', '"4": {'))
+    with pytest.raises(ValueError, match="a key occurs twice in 4, 4, 1"):
+        load_results(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b'{"name": "a", ', b"", b"\xff\xfe", b"[" * 100_000])
 def test_a_file_that_is_no_json_is_the_same_error(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a-1-0.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"a-1-0\.json cannot be read: .* Delete it and run the row again"):
+    with pytest.raises(
+        ValueError, match=r"a-1-0\.json cannot be read: .* Delete it and run the row again: fewstep leaderboard a"
+    ):
         load_results(tmp_path)
 
 

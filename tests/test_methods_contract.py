@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from itertools import combinations
 from typing import Any
 
@@ -23,6 +25,7 @@ from fewstep.diffusion import (
     Uniform,
     uniform_grid,
 )
+from fewstep.engine.prepare import require_possible
 from fewstep.methods import (
     AVDM2,
     DMD2,
@@ -61,6 +64,7 @@ from fewstep.methods import (
     Role,
     ScoreImplicit,
     Scorers,
+    SelfForced,
     Sync,
     TimeAwareDistillation,
     TransitionMatching,
@@ -72,7 +76,7 @@ from fewstep.models.denoiser import Denoiser
 from fewstep.models.features import ClipFeatures
 from fewstep.models.text import TextEncoder
 from fewstep.models.video_dit import VideoDiT
-from support_engine import TinyImages
+from support_engine import TinyImages, small, tiny_model
 from support_gaussian import ONE_STEP, terms
 
 B, SHAPE, SIZES = 2, (4, 3, 4, 4), (3, 5, 2, 2, 2, 2)
@@ -289,3 +293,14 @@ def test_folded_frames_are_different_frames_of_the_stated_clip() -> None:
 def test_values_that_cannot_train_are_refused(method: str, wrong: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         next(kind for kind in METHODS if kind.__name__ == method)(**wrong)
+
+
+@pytest.mark.parametrize(("method", "said"), [
+    (KnowledgeDistillation(huber=-1.0), "KnowledgeDistillation.huber must be more than 0, got -1.0"),
+    (DMD2(guidance=CFG(scale=math.nan)), "CFG.scale must be a finite number, got nan"),
+    (DMD2(score_density=Uniform(low=-1.0)), "Uniform.low must be"),
+    (DMD2(rollout=SelfForced(clips=-1)), "SelfForced.clips must be at least 1, got -1"),
+])  # fmt: skip
+def test_numbers_out_of_bounds_are_refused_from_python_as_in_a_recipe(method: Method, said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        require_possible(method, small(1), tiny_model().card, None)

@@ -27,6 +27,8 @@ _ADVICE = {
     errno.EROFS: "give another place",
     errno.EACCES: "give another place, or get the permission to use this one",
     errno.EPERM: "give another place, or get the permission to use this one",
+    errno.EISDIR: "give a file",
+    errno.ENOTDIR: "a part of this path is a file; give another place",
     errno.ENAMETOOLONG: "give a shorter name",
 }
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -41,8 +42,11 @@ class Leaderboard(Command):
 
     def run(self, overrides: Overrides) -> int:
         from fewstep import leaderboard
+        from fewstep.core.atomic import require_writable
 
-        runs = self._runs()
+        runs, page = self._runs(), self.runs / "leaderboard.html"
+        for path in (self.table, page) if self.show else (self.results / "any.json", self.table, page):
+            require_writable(path)  # or this is an error after hours, too
         leaderboard.load_results(self.results)  # a damaged file is an error now, not after hours
         missing = [one for one in runs if not one.done(self.results)]
         print(f"{len(runs) - len(missing)} of {len(runs)} runs are there, in {self.results}", flush=True)
@@ -52,7 +56,7 @@ class Leaderboard(Command):
             self._run(missing)
         results = leaderboard.load_results(self.results)
         print(leaderboard.write_table(results, self.table))
-        print(leaderboard.write_page(results, self.runs, self.runs / "leaderboard.html"))
+        print(leaderboard.write_page(results, self.runs, page))
         return 0
 
     def _runs(self) -> list[Run]:
@@ -60,8 +64,11 @@ class Leaderboard(Command):
         from fewstep import leaderboard
 
         known = leaderboard.contestants()
-        if unknown := set(self.names) - set(known) - {leaderboard.TEACHER}:
-            raise UsageError(f"no such row: {', '.join(sorted(unknown))}; choose from teacher, {', '.join(known)}")
+        for option, given in (("--budget", self.budget), ("--seeds", self.seeds)):
+            if not given:
+                raise UsageError(f"{option} has no value; give at least one, or leave it out")
+        if unknown := sorted(set(self.names) - set(known) - {leaderboard.TEACHER}):
+            raise UsageError(f"no such row: {', '.join(unknown)}; {_instead(unknown[0], known)}")
         names = [name for name in self.names or known if name in known]
         try:
             runs = [
@@ -102,3 +109,15 @@ class Leaderboard(Command):
         print(f"{made.seconds / 60:.1f} minutes; {leaderboard.summary(made)}", flush=True)
         for line in leaderboard.fallen(stored, made, teacher) if stored else []:
             print(f"worse than before: {line}", flush=True)
+
+
+def _instead(name: str, known: Iterable[str]) -> str:
+    """What to write instead of a row that does not exist: the switches of its base, the row that is most like it, or any."""
+    from fewstep.leaderboard import JOINED, TEACHER
+
+    rows = [TEACHER, *known]
+    base = name.partition(JOINED)[0]
+    if JOINED in name and base in rows:
+        return f"choose from {', '.join(row for row in rows if row.partition(JOINED)[0] == base)}"
+    near = get_close_matches(name.rpartition("/")[2], rows, n=1)
+    return f"did you mean {near[0]}?" if near else f"choose from {', '.join(rows)}"

@@ -84,7 +84,10 @@ def _draft_file(path: Path) -> Path:
 def require_writable(path: Path) -> None:
     """Check, before work begins, that the file `path` can be written; OSError if not. Its folder is created."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if path.exists() and not os.access(path, os.W_OK):

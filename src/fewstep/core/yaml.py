@@ -90,6 +90,14 @@ def load_json(path: Path, what: str) -> Any:
         raise RecipeError(f"{path} is not {what}: {error}; copy the folder again") from None
 
 
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, as `object_pairs_hook` of `json.loads`; ValueError if a key occurs twice."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise ValueError(f"a key occurs twice in {', '.join(key for key, _ in pairs)}; remove one")
+    return made
+
+
 def to_yaml(tree: Any, *, one_line: bool = False) -> str:
     """Text that `load_yaml` reads back as the same tree, in the order given; lists of numbers on one line.
 

@@ -14,6 +14,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+from fewstep.core.yaml import unique_keys
 from fewstep.data.base import DataError
 from fewstep.data.lines import Lines
 from fewstep.data.video import ClipError
@@ -203,7 +204,7 @@ def _json_rows(table: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line, object_pairs_hook=_unique)
+                row = json.loads(line, object_pairs_hook=unique_keys)
             except RecursionError:
                 raise DataError(f"{where} is nested too deeply; a row is one object of texts and numbers") from None
             except ValueError as error:
@@ -211,14 +212,6 @@ def _json_rows(table: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             if not isinstance(row, dict):
                 raise DataError(f'{where} must be an object such as {{"video": "duck.mp4", "caption": "a duck"}}')
             yield where, row
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; ValueError if a key occurs twice."""
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        raise ValueError(f"a key occurs twice in {', '.join(key for key, _ in pairs)}; remove one")
-    return made
 
 
 def _csv_rows(table: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:

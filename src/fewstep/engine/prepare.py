@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from fewstep.attention import Ulysses
 from fewstep.core import Rng, dump
+from fewstep.core.bounds import require_bounds
 from fewstep.core.build import digest
 from fewstep.core.devices import require_device, require_device_name
 from fewstep.core.env import place
@@ -204,6 +205,8 @@ def require_possible(
     settings = equipped(settings, method, card)
     require_device_name(settings.device, "settings.device")
     name, roles = type(method).__name__, trained_roles(method, settings.steps)
+    for part in (method, *held_objects(method)):
+        require_bounds(part, type(part).__name__)  # from Python nobody has looked at them
     method.check(settings.steps)
     if "student" not in roles:
         raise ValueError(
@@ -230,24 +233,22 @@ def require_possible(
         require_transformable(method, settings, card)
         require_features(method, settings, card)
         require_experts(method, settings, card)
+        require_again(settings)
     if settings.frozen == "bf16" and settings.autocast != "bf16":
         raise ValueError(
             "settings.frozen: bf16 keeps what autocast casts in every call; write autocast: bf16, or leave frozen out"
         )
-    if method.part == "denoiser":
-        require_again(settings)
     if method.part != "denoiser":
+        who = f"{name} trains the {method.part}"
         if settings.frozen != "float32":
-            raise ValueError(f"settings.frozen is for denoisers, and {name} trains the {method.part}; leave it out")
+            raise ValueError(f"settings.frozen is for denoisers, and {who}; leave it out")
         for setting in ("compile", "preview_every", "lora", "transforms"):
             if getattr(settings, setting) and (setting, method.part) != ("preview_every", "codec"):
-                who = f"{name} trains the {method.part}"
                 raise ValueError(f"settings.{setting} is for denoisers, and {who}; leave it out")
         for field in ("shard", "replicate", "sequence", "checkpointing"):
             if getattr(settings.parallel, field) != getattr(Parallel(), field):
                 raise ValueError(
-                    f"settings.parallel.{field} is for denoisers, and {name} trains the {method.part}, which every process "
-                    "holds whole; leave it out"
+                    f"settings.parallel.{field} is for denoisers, and {who}, which every process holds whole; leave it out"
                 )
     if probe is not None:
         probe.check(card, method.part)

@@ -6,10 +6,12 @@ from fewstep.leaderboard.page import write_page
 from fewstep.leaderboard.regressions import fallen
 from fewstep.leaderboard.results import TEACHER, Figures, Result, load_result, load_results, summary
 from fewstep.leaderboard.runs import Run, measure_teacher, run, teacher_measured
+from fewstep.leaderboard.switches import JOINED
 from fewstep.leaderboard.table import write_table
 
 __all__ = [
     "DEMO",
+    "JOINED",
     "TEACHER",
     "Contestant",
     "Figures",

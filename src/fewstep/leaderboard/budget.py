@@ -16,6 +16,8 @@ from fewstep.pipeline import Pipeline, Stage
 from fewstep.recipe import Recipe
 
 Part = TypeVar("Part", Recipe, Stage)
+CLIP, BLOCKS = 16, 6
+"""Frames of a clip of the built-in world, and blocks of its teacher."""
 
 
 def work(recipe: Recipe | Pipeline) -> float:
@@ -27,28 +29,25 @@ def work(recipe: Recipe | Pipeline) -> float:
 
 
 def work_of(stage: Recipe | Stage) -> float:
+    """Forward-equivalents of one stage, of all clips of its iterations."""
     settings = stage.settings
     frames = getattr(stage.data, "num_frames", None) or CLIP
     per_clip = sum(share(one, frames) for one in stage.method.cost())
     return settings.steps * settings.batch * settings.accumulate * per_clip
 
 
-def share(one: Work, frames: int, blocks: int | None = None) -> float:
+def share(one: Work, frames: int, blocks: int = BLOCKS) -> float:
     """Forward-equivalents on whole clips: a network that reads 4 of 16 frames counts a quarter, one that runs 2 of 8 blocks too.
 
     >>> share(Work("critic", 3, frames=4), frames=16), share(Work("teacher", 2, layers=(0, 1)), frames=16, blocks=8)
     (0.75, 0.5)
     """
-    blocks = blocks or BLOCKS
     seen = min(one.frames, frames) / frames if one.frames else 1.0
     deep = 1.0
     if one.layers:
         deep = (max(layer % blocks for layer in one.layers) + 1) / blocks
     return one.forwards * seen * deep
 
-
-CLIP, BLOCKS = 16, 6
-"""Frames of a clip of the built-in world, and blocks of its teacher."""
 
 DEMO = work(demo.RECIPE)
 """The demo's budget: what `fewstep demo` spends on training."""

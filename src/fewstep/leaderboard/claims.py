@@ -96,7 +96,7 @@ class Verdict:
 def judge(claim: Claim, results: Sequence[Result], reference: Figures) -> Verdict:
     """Confirmed or contradicted only if the two rows' intervals do not touch; with several seeds, those of all pairs of seeds.
 
-    `reference` are the teacher's figures at its own steps.
+    `results` are runs with one budget, and `reference` are the teacher's figures at its own steps.
     """
     better, worse = (_rows(results, name, claim.steps) for name in (claim.better, claim.worse))
     if not better or not worse or not all(measured(row, claim.figure) for row in (*better, *worse)):

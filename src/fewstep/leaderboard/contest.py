@@ -85,10 +85,10 @@ class Contestant:
 
 def contestants() -> Mapping[str, Contestant]:
     """Everyone who takes part, by name: all recipes, then each switch on its row."""
-    names = {name.removeprefix(FOLDER): path for name, path in shipped().items() if name.startswith(FOLDER)}
-    rows = {name: Contestant(name, path) for name, path in names.items()}
+    paths = {name.removeprefix(FOLDER): path for name, path in shipped().items() if name.startswith(FOLDER)}
+    rows = {name: Contestant(name, path) for name, path in paths.items()}
     switched = [
-        Contestant(f"{base}{JOINED}{switch}", names[base], changes)
+        Contestant(f"{base}{JOINED}{switch}", paths[base], changes)
         for base, switches in SWITCHES.items() for switch, changes in switches.items()
     ]  # fmt: skip
     return rows | {one.name: one for one in switched}

@@ -17,8 +17,8 @@ from fewstep.evaluate.page.animate import gif_bytes
 from fewstep.evaluate.page.table import percent
 from fewstep.evaluate.page.template import page
 from fewstep.evaluate.results import CLIPS, FILE
-from fewstep.leaderboard.results import TEACHER, Result
-from fewstep.leaderboard.runs import COUNTS, figures_of
+from fewstep.leaderboard.results import COUNTS, TEACHER, Result
+from fewstep.leaderboard.runs import figures_of
 from fewstep.leaderboard.table import rule, title_of
 
 SHOWN = 3

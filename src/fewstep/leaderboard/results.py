@@ -9,23 +9,28 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.core.atomic import write_text
+from fewstep.core.bounds import Amount, Fraction, Natural
 from fewstep.core.build import build
+from fewstep.core.yaml import unique_keys
 from fewstep.evaluate.results import Range, Row
 
 TEACHER = "teacher"
+
+COUNTS = (4, 2, 1)
+"""Steps of the rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
     """One student, or the teacher, at one number of steps, on the clips that all rows share. Not relative to anything."""
 
-    accuracy: float
+    accuracy: Fraction
     accuracy_ci: Range
-    frechet: float
+    frechet: Amount
     frechet_ci: Range | None
-    motion: float
-    diversity: float
-    flicker: float
+    motion: Amount
+    diversity: Amount
+    flicker: Amount
 
     @classmethod
     def of(cls, row: Row) -> Figures:
@@ -49,10 +54,10 @@ class Result:
     method: str
     code: str
     """`Contestant.code` of the run: of what was run."""
-    budget: float
+    budget: Amount
     """In units of the demo's budget; 0: nothing was trained."""
-    seed: int
-    iterations: int
+    seed: Natural
+    iterations: Natural
     """Of all stages."""
     spent: float
     """Forward-equivalents, stored pairs included."""
@@ -103,18 +108,23 @@ def number(budget: float) -> str:
 
 def load_result(path: Path) -> Result:
     """One run. ValueError for a file that cannot be read as one, or that has another run's name."""
+    again = f"Delete it and run the row again: fewstep leaderboard {path.stem.partition('-')[0]}"
     try:
-        result = build(Result, json.loads(path.read_text(encoding="utf-8")), at="result")
+        result = build(Result, json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys), at="result")
         result = replace(result, rows={int(steps): row for steps, row in result.rows.items()})
-    except ValueError as error:
-        raise ValueError(
-            f"{path} cannot be read: {error}. Delete it and run the row again: fewstep leaderboard"
-        ) from None
+        if few := [steps for steps in result.rows if steps < 1]:
+            raise ValueError(f"a number of steps must be at least 1, got {few[0]}")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read: {error}. {again}") from None
     if not result.rows:
-        raise ValueError(f"{path} has no figures. Delete it and run the row again: fewstep leaderboard")
+        raise ValueError(f"{path} has no figures. {again}")
     if path.name != result.file:
         raise ValueError(
             f"{path} has the figures of {result.file}, and a copy would count as another run. Delete it, or give it that name"
+        )
+    if result.name == TEACHER and not (max(result.rows) > max(COUNTS) and result.most.motion and result.most.diversity):
+        raise ValueError(
+            f"{path} lacks the teacher's motion and diversity at its own steps, by which all others are divided. {again}"
         )
     return result
 

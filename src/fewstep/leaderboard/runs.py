@@ -19,7 +19,7 @@ from fewstep.evaluate.latency import peak_memory
 from fewstep.evaluate.machine import describe_machine, versions
 from fewstep.leaderboard.budget import DEMO, work
 from fewstep.leaderboard.contest import Contestant, teacher_code
-from fewstep.leaderboard.results import TEACHER, Figures, Result, file_of, load_result, number
+from fewstep.leaderboard.results import COUNTS, TEACHER, Figures, Result, file_of, load_result, number
 from fewstep.leaderboard.stages import each, stages_of
 from fewstep.methods import FromPairs
 from fewstep.methods.rollouts.grids import exact
@@ -28,9 +28,6 @@ from fewstep.models.runtime import Runtime
 from fewstep.pipeline import Pipeline
 from fewstep.recipe import Recipe
 from fewstep.world.grammar import world_prompts
-
-COUNTS = (4, 2, 1)
-"""Steps of the rows."""
 
 SUITE = Suite(prompts=96, seeds_per_prompt=2, batch=32, seed=2027, latency_runs=3, latency_budget=1.0)
 """What every row is measured on: 192 clips of 96 prompts. The probe's prompts are others. Training draws scenes of the built-in

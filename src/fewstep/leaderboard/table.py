@@ -15,8 +15,8 @@ from fewstep.evaluate.results import Range
 from fewstep.leaderboard.budget import DEMO
 from fewstep.leaderboard.claims import CLAIMS, Verdict, judge
 from fewstep.leaderboard.contest import PROBES, contestants
-from fewstep.leaderboard.results import TEACHER, Figures, Result, number
-from fewstep.leaderboard.runs import COUNTS, SUITE
+from fewstep.leaderboard.results import COUNTS, TEACHER, Figures, Result, number
+from fewstep.leaderboard.runs import SUITE
 from fewstep.leaderboard.switches import JOINED, TERMS
 from fewstep.metrics.statistics import difference_interval
 

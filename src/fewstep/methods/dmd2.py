@@ -127,7 +127,7 @@ class DMD2(Method):
             real, fake = self.adversary.pair(nets, batch, late, shown.cond, rng, (eps, t))
             losses["adversarial"] = self.adversary.student_loss(nets, real, fake)  # 6
         if self.feedback:
-            losses["reward"] = self.feedback.loss(rolled.x0, shown, nets, rng)
+            losses["reward"] = self.feedback.loss(rolled.x0, shown, nets, rng)  # 6
         yield losses
         if self.anchor > 0:
             stored = self.anchor_rollout(nets.student, batch, rng, grad=True)

@@ -2,9 +2,9 @@
 
 Salimans et al., Multistep Distillation of Diffusion Models via Moment Matching, 2406.04103, algorithm 2 (alternating).
 
-    1  t, x_t = noised clip;  s = a random time between t and one student step below
-    2  x = student(x_t, t);  x_s = where the step from t to s lands
-    repeat critic_updates times:
+    repeat critic_updates times, and lines 1 and 2 once more before line 4:
+    1    t, x_t = noised clip;  s = a random time between t and one student step below
+    2    x = student(x_t, t);  x_s = where the step from t to s lands
     3    critic: minimise |x - critic(x_s)|^2 + |guided teacher(x_s) - critic(x_s)|^2       (no gradient in x)
     4  student: minimise x . (critic(x_s) - guided teacher(x_s))                              (no gradient in x_s)
 
