@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from fewstep.attention import Ulysses
 from fewstep.core import Rng, dump
+from fewstep.core.bounds import require_bounds
 from fewstep.core.build import digest
 from fewstep.core.devices import require_device, require_device_name
 from fewstep.core.env import place
@@ -29,7 +30,7 @@ from fewstep.engine.health.monitor import watching
 from fewstep.engine.heap import keep_freed_memory
 from fewstep.engine.memory import EIGHT_BIT
 from fewstep.engine.mesh import Processes, join, require_mesh
-from fewstep.engine.nets import build_for, lenders, origin, require_alike, sources, starts, trained_roles
+from fewstep.engine.nets import build_for, lenders, origin, require_alike, require_clean, sources, starts, trained_roles
 from fewstep.engine.offload import Shelf
 from fewstep.engine.optim import RoleOptimizer
 from fewstep.engine.phases import require_experts
@@ -201,6 +202,8 @@ def require_possible(
 
     `begun` is the card of the student at `settings.start`, if it is known before that folder exists.
     """
+    for part in (method, *held_objects(method)):
+        require_bounds(part, type(part).__name__)  # files are checked when they are read; objects made in Python, here
     settings = equipped(settings, method, card)
     require_device_name(settings.device, "settings.device")
     name, roles = type(method).__name__, trained_roles(method, settings.steps)
@@ -227,6 +230,7 @@ def require_possible(
     for made in method.aux().values():
         made.check(settings.lora)
     if method.part == "denoiser":
+        require_clean(card)
         require_transformable(method, settings, card)
         require_features(method, settings, card)
         require_experts(method, settings, card)
