@@ -564,7 +564,7 @@ def test_numbers_out_of_bounds_are_refused_in_python_too(method: Method, message
 def test_noise_that_hides_the_clean_clip_is_no_prediction(path: NoisePath) -> None:
     """Without signal at t = 1 a prediction of the noise gives an infinite x0, of which a run would only say NaN."""
     with pytest.raises(
-        ValueError, match="no signal: at t = 1, where students begin; give a model of kind flow, v or x0"
+        ValueError, match="has no signal: at t = 1, where students begin; give a model of kind flow, v or x0"
     ):
         require_possible(DMD2(), small(3), tiny_model(0, path, "eps").card, None)
     for fits in (tiny_model(0, VP(), "eps"), tiny_model(0, path, "v"), tiny_model(0, path, "x0")):

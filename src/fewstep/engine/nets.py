@@ -136,8 +136,8 @@ def require_clean(card: Card) -> None:
     p, q = row(card.kind, c)
     if abs(float(c.a * q - c.s * p)) < 1e-9:
         raise ValueError(
-            f"{card.name!r} predicts {card.kind}, which says nothing of the clean clip where its path ({type(card.path).__name__}) has "
-            "no signal: at t = 1, where students begin; give a model of kind flow, v or x0, or a path that keeps some signal"
+            f"{card.name!r} predicts {card.kind}, which says nothing of the clean clip where {type(card.path).__name__} has no "
+            "signal: at t = 1, where students begin; give a model of kind flow, v or x0, or a path that keeps some signal"
         )
 
 
