@@ -155,11 +155,12 @@ class Walk(nn.Module):
 
 
 class ByInterval(nn.Module):
-    """A critic with a mean of its own between every two times of the grid."""
+    """A critic with a mean of its own between every two times of the grid, and one deviation."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.path, self.net = RF, GaussianTeacher(torch.zeros(4), STD)
+        self.path, self.net = RF, GaussianTeacher(torch.zeros(4), 0.0)
+        self.net.std = nn.Parameter(f64(0.6))
 
     def forward(self, x_t: Tensor, t: Tensor, *rest: object) -> Prediction:
         interval = (t.double()[:, None] <= f64(*GRID[1:])).sum(1)
@@ -178,6 +179,7 @@ def test_where_every_step_lands_right_nothing_moves_and_a_wrong_step_moves_alone
     minimise(list(critic.parameters()), lambda: torch.stack(losses()).sum())
     wanted = [MEAN + OFF * (landed == off) for landed in (0.75, 0.5, 0.25, 0.0)]
     assert critic.net.means.tolist() == pytest.approx(wanted, abs=0.1)
+    assert float(critic.net.std) == pytest.approx(STD, abs=0.05)
     moved = dict[float, float]()
     for n in seeds:
         (slope,) = torch.autograd.grad(terms(method.student_loss(networks, batch, Rng(0, n)))["matching"], student.push)
