@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fewstep.core import Batch, Pairs, Rng
+from fewstep.core import Batch, Cond, Pairs, Rng
 from fewstep.core.build import build, dump
 from fewstep.diffusion import (
     CFG,
@@ -64,6 +65,7 @@ from fewstep.methods import (
     Sync,
     TimeAwareDistillation,
     TransitionMatching,
+    Update,
 )  # fmt: skip
 from fewstep.methods.frames import fold_frames
 from fewstep.methods.rollouts import NESTED
@@ -212,6 +214,45 @@ def test_losses_are_a_function_of_seed_and_step(method: Method) -> None:
     if method.part != "text":  # reading a prompt has no randomness
         assert first != losses(Rng(0, 4))
         assert first != losses(Rng(1, 3))
+
+
+@cases
+def test_networks_are_told_the_clips_own_prompts(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In their order, and the null prompt after them and never alone, where no prompt is dropped."""
+    nets, batch, asked = make_nets(method), make_batch(method.needs), list[Cond]()
+    for name in ("forward", "features"):
+
+        def noted(
+            self: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, *rest: Any, known: Any = getattr(Denoiser, name)
+        ) -> Any:
+            asked.append(cond)
+            return known(self, x_t, t, cond, *rest)
+
+        monkeypatch.setattr(Denoiser, name, noted)
+    for step in range(3):  # several exits of a rollout, and both methods of two that take turns
+        for event in undropped(method).updates(step):
+            if isinstance(event, Update):
+                terms(event.losses(nets, batch, Rng(0, step)))
+    own, null = words(batch.cond), words(batch.uncond)[0]
+    for told in map(words, asked):
+        prompts = [word for word in told if word != null]
+        assert told == prompts + [null] * (len(told) - len(prompts)), "the null prompt comes second"
+        assert len(prompts) in (len(told), len(told) / 2)
+        assert prompts == [word for word in own for _ in range(len(prompts) // B)]
+    assert bool(asked) == (method.part == "denoiser")
+
+
+def undropped(method: Method) -> Method:
+    """The same without any clip whose prompt is left out; TwinFlow asks for it alone, for its guidance."""
+    changes: dict[str, Any] = {name: 0.0 for name in ("cond_drop", "strength") if hasattr(method, name)}
+    if isinstance(low := getattr(method, "rollout", None), FromLow):
+        changes["rollout"] = replace(low, cond_drop=0.0)
+    return replace(method, **changes)
+
+
+def words(cond: Cond) -> list[bytes]:
+    """What each row is told, without padding."""
+    return [row[mask].numpy().tobytes() for row, mask in zip(cond.text, cond.mask, strict=True)]
 
 
 @cases

@@ -179,7 +179,7 @@ def test_where_every_step_lands_right_nothing_moves_and_a_wrong_step_moves_alone
     minimise(list(critic.parameters()), lambda: torch.stack(losses()).sum())
     wanted = [MEAN + OFF * (landed == off) for landed in (0.75, 0.5, 0.25, 0.0)]
     assert critic.net.means.tolist() == pytest.approx(wanted, abs=0.1)
-    assert float(critic.net.std) == pytest.approx(STD, abs=0.05)
+    assert critic.net.std.item() == pytest.approx(STD, abs=0.05)
     moved = dict[float, float]()
     for n in seeds:
         (slope,) = torch.autograd.grad(terms(method.student_loss(networks, batch, Rng(0, n)))["matching"], student.push)
