@@ -202,8 +202,7 @@ def require_possible(
 
     `begun` is the card of the student at `settings.start`, if it is known before that folder exists.
     """
-    for part in (method, *held_objects(method)):
-        require_bounds(part, type(part).__name__)  # files are checked when they are read; objects made in Python, here
+    require_sound(method, card)
     settings = equipped(settings, method, card)
     require_device_name(settings.device, "settings.device")
     name, roles = type(method).__name__, trained_roles(method, settings.steps)
@@ -230,16 +229,14 @@ def require_possible(
     for made in method.aux().values():
         made.check(settings.lora)
     if method.part == "denoiser":
-        require_clean(card)
         require_transformable(method, settings, card)
         require_features(method, settings, card)
         require_experts(method, settings, card)
+        require_again(settings)
     if settings.frozen == "bf16" and settings.autocast != "bf16":
         raise ValueError(
             "settings.frozen: bf16 keeps what autocast casts in every call; write autocast: bf16, or leave frozen out"
         )
-    if method.part == "denoiser":
-        require_again(settings)
     if method.part != "denoiser":
         if settings.frozen != "float32":
             raise ValueError(f"settings.frozen is for denoisers, and {name} trains the {method.part}; leave it out")
@@ -302,6 +299,14 @@ def require_eight_bit(settings: Settings) -> None:
 
 def _eight_bit(settings: Settings) -> dict[str, str]:
     return {role: optim.type for role, optim in settings.optim.items() if optim.type in EIGHT_BIT}
+
+
+def require_sound(method: Method, card: Card) -> None:
+    """Refuse (ValueError) numbers out of bounds, which files cannot hold and Python can, and a model that tells no clean clip."""
+    for part in (method, *held_objects(method)):
+        require_bounds(part, type(part).__name__)
+    if method.part == "denoiser":
+        require_clean(card)
 
 
 def require_going_on(method: Method, settings: Settings) -> None:
