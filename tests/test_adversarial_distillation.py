@@ -15,7 +15,7 @@ from fewstep.methods import AdversarialDistillation, Adversary, BackwardSimulati
 from support_engine import tiny_model
 from support_gaussian import ONE_STEP, Asked, FreeClips, GaussianTeacher, MeanHead, cond_of, conds_of, f64, terms
 
-B, SHAPE, LABELS = 4, (1, 4, 8, 8), [1, 2, 1, 1]
+B, SHAPE, LABELS, MEAN, STD = 4, (1, 4, 8, 8), [1, 2, 1, 1], 0.7, 0.4
 METHOD = AdversarialDistillation(
     rollout=ONE_STEP, adversary=Adversary(weight=0.5, density=Uniform(low=0.3, high=0.4)), guidance=CFG(scale=2.5)
 )
@@ -44,6 +44,37 @@ def test_the_student_gets_the_gradient_of_the_discriminator_alone() -> None:
     slope = -0.5 * torch.sigmoid(-logits) / B * (1 - seen.t.double()) / made[0].numel()
     torch.testing.assert_close(made.grad, slope.reshape(-1, 1, 1, 1, 1).expand_as(made))
     assert all(p.grad is None for p in networks.teacher.parameters())
+
+
+class Perfect(torch.nn.Module):
+    """The logit `log p(x_t) / q(x_t)` per element, of N(mean, STD^2) against N(own mean, STD^2), both noised: its best value."""
+
+    def __init__(self, mean: float, own: float, t: float) -> None:
+        super().__init__()
+        self.variance = (1 - t) ** 2 * STD**2 + t * t
+        self.means = (1 - t) * f64(mean, own)
+
+    def forward(self, features: list[torch.Tensor]) -> torch.Tensor:
+        (x_t,) = features
+        from_data, from_student = ((x_t - mean) ** 2 / (2 * self.variance) for mean in self.means)
+        return (from_student - from_data).flatten(1)
+
+
+@pytest.mark.parametrize("own", [0.2, 1.5, MEAN])
+def test_a_perfect_discriminator_moves_the_student_to_the_mean_of_the_data(own: float) -> None:
+    """Of clips N(own, STD^2) the mean has the gradient `-E sigmoid(-l) a^2 (m - own) / V`, which is 0 at the data's m."""
+    t, size = 0.4, 64
+    adversary = Adversary(weight=1.0, density=Uniform(low=t, high=t))
+    student = FreeClips((size, *SHAPE))
+    with torch.no_grad():
+        student.clips.mul_(STD).add_(own)
+    networks = Nets({**nets(), "student": student, "discriminator": Perfect(MEAN, own, t)})
+    batch = Batch(conds_of([1] * size), cond_of(0, size), SHAPE, x0=torch.zeros(size, *SHAPE).double())
+    terms(replace(METHOD, adversary=adversary).student_loss(networks, batch, Rng(0)))["adversarial"].backward()
+    (seen,) = networks.teacher.questions
+    logits, slope = networks.discriminator([seen.x_t]), 0.6**2 * (MEAN - own) / (0.6**2 * STD**2 + t * t)
+    assert float(student.clips.grad.sum()) == pytest.approx(float(-(torch.sigmoid(-logits) * slope).mean()), rel=1e-6)
+    assert (float(student.clips.grad.sum()) < 0) == (own < MEAN)
 
 
 def test_the_discriminator_compares_real_clips_with_the_students() -> None:

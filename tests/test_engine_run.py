@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,16 +18,17 @@ from PIL import Image
 from fewstep.core import Batch, Losses, Rng
 from fewstep.core.finite import NonFiniteError
 from fewstep.data.base import Data, Source
+from fewstep.diffusion import CFG, VP, NoisePath, RectifiedFlow, Trig, Uniform
 from fewstep.engine import CheckpointError, Optim, Parallel, Settings, WorldProbe, train
 from fewstep.engine.checkpoint import RunState, checkpoints
 from fewstep.engine.log import RunLog, read_metrics
 from fewstep.engine.nets import build_nets, trained_roles
 from fewstep.engine.optim import RoleOptimizer, learning_rate
 from fewstep.engine.outline import Outline
-from fewstep.engine.prepare import prepare
+from fewstep.engine.prepare import prepare, require_possible
 from fewstep.engine.preview import HEAD
 from fewstep.engine.run import Run
-from fewstep.methods import DMD2, Adversary, Copy, FlowMatching, Method, Nets, Sync, Update
+from fewstep.methods import DMD2, Adversary, Copy, FlowMatching, KnowledgeDistillation, Method, Nets, Sync, Update
 from fewstep.models import Backbone, Card, FeatureHeads, VideoModel, fingerprint
 from fewstep.models.averaging import blend
 from fewstep.models.fingerprint import describe
@@ -541,6 +543,32 @@ def test_a_bad_probe_figure_stops_the_run(tmp_path: Path) -> None:
 def test_what_would_do_nothing_is_refused(method: Method, others: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         train(tiny_model(), method, Everything(), small(3, **others), tmp_path, quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (DMD2(guidance=CFG(scale=math.nan)), "CFG.scale must be a finite number, got nan"),
+        (DMD2(score_density=Uniform(low=-1.0)), "Uniform.low must be at least 0, got -1.0"),
+        (DMD2(adversary=Adversary(density=Uniform(shift=-3.0))), "Uniform.shift must be more than 0, got -3.0"),
+        (KnowledgeDistillation(huber=-1.0), "KnowledgeDistillation.huber must be more than 0, got -1.0"),
+    ],
+)
+def test_numbers_out_of_bounds_are_refused_in_python_too(method: Method, message: str) -> None:
+    """A recipe file cannot hold them, and an object that a method holds need not check itself."""
+    with pytest.raises(ValueError, match=message):
+        require_possible(method, small(3), tiny_model().card, None)
+
+
+@pytest.mark.parametrize("path", [RectifiedFlow(), Trig()])
+def test_noise_that_hides_the_clean_clip_is_no_prediction(path: NoisePath) -> None:
+    """Without signal at t = 1 a prediction of the noise gives an infinite x0, of which a run would only say NaN."""
+    with pytest.raises(
+        ValueError, match="has no signal: at t = 1, where students begin; give a model of kind flow, v or x0"
+    ):
+        require_possible(DMD2(), small(3), tiny_model(0, path, "eps").card, None)
+    for fits in (tiny_model(0, VP(), "eps"), tiny_model(0, path, "v"), tiny_model(0, path, "x0")):
+        require_possible(DMD2(), small(3), fits.card, None)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])

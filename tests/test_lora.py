@@ -17,11 +17,11 @@ from fewstep.compress import Branches, Int8
 from fewstep.compress.linear import linears
 from fewstep.core import Batch, Call, Cond, Rng
 from fewstep.core.compiling import compile_problem
-from fewstep.diffusion import CFG
+from fewstep.diffusion import CFG, Prediction
 from fewstep.engine import Optim, Parallel, Settings, train
 from fewstep.engine.nets import build_nets
 from fewstep.engine.prepare import prepare
-from fewstep.methods import DMD2, Consistency, Nets, Progressive, Reconstruction, Scorers
+from fewstep.methods import DMD2, Consistency, Nets, Progressive, Reconstruction, ReverseKL, Scorers
 from fewstep.models import Denoiser, Lora, VideoModel, fingerprint
 from fewstep.models.averaging import blend
 from fewstep.models.lora import (
@@ -39,7 +39,7 @@ from fewstep.models.spread import Spread
 from fewstep.models.stored import write_tensors
 from fewstep.world.data import WorldClips
 from support_engine import FRAMES, small, tiny_model
-from support_gaussian import ONE_STEP
+from support_gaussian import ONE_STEP, RF, FreeClips, cond_of
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 LORA = Lora(rank=4, alpha=8.0)
@@ -405,6 +405,39 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     for cut in (Parallel(shard=2), Parallel(replicate=2), Parallel(offload=True)):
         with pytest.raises(ValueError, match="write checkpointing: true, so that each comes again"):
             prepare(tiny_model(), DMD, data, small(1, lora=LORA, parallel=cut), tmp_path)
+
+
+class Linear(nn.Module):
+    """A denoiser that is linear in its weights: x0 = W x_t, with adapters or without."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.path = layer, RF
+
+    def forward(self, x_t: Tensor, t: Tensor, *rest: object) -> Prediction:
+        return Prediction(self.layer(x_t), "x0", x_t, t, RF)
+
+
+def test_a_weakened_teacher_leaves_one_minus_its_share_of_the_gradient() -> None:
+    """MagicDistillation: at 0 DMD's own, bit for bit; at 1 nothing; in between the exact share, where weights act linearly."""
+    plain = nn.Linear(8, 8, bias=False, dtype=torch.float64).requires_grad_(False)
+    torch.manual_seed(0)
+    adapted = LoraLinear(plain, 3, 0.7)
+    for matrix in adapted.parameters():
+        nn.init.normal_(matrix)
+    teacher, critic = Linear(plain), Linear(adapted).requires_grad_(False)
+    method = DMD2(guidance=CFG(), rollout=ONE_STEP, matching=ReverseKL(weight="one"))
+    batch, found = Batch(cond_of(1, 4), cond_of(0, 4), (1, 2, 4, 8)), {}
+    for share in (None, 0.0, 0.25, 0.5, 1.0):
+        student = FreeClips((4, 1, 2, 4, 8))
+        held = method if share is None else replace(method, scorers=Scorers(weak=0.5))
+        real = {} if share is None else {"real": weaken(critic, share)}  # type: ignore[arg-type]
+        nets = Nets({"student": student, "teacher": teacher, "critic": critic, **real})
+        next(held.student_loss(nets, batch, Rng(0)))["matching"].backward()
+        found[share] = student.clips.grad
+    assert found[None] is not None and found[None].any() and torch.equal(found[0.0], found[None])
+    for share in (0.25, 0.5, 1.0):
+        torch.testing.assert_close(found[share], (1 - share) * found[None], rtol=1e-12, atol=1e-15)
 
 
 def test_weak_real_score_shrinks_the_matching_gradient() -> None:

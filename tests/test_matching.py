@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fewstep.core import Batch, Cond, Rng
-from fewstep.diffusion import CFG
+from fewstep.diffusion import CFG, Uniform
 from fewstep.methods import DMD2, Adversary, Nets, targets
 from fewstep.methods.matching import FDivergence, Fisher, Matching, Noised, ReverseKL, ScoreImplicit, Scores
 from support_gaussian import RF, SCALAR, Asked, GaussianTeacher, cond_of, f64
@@ -277,10 +277,18 @@ def test_what_cannot_work_is_refused() -> None:
 
 @pytest.mark.parametrize("adversary", [
     None, Adversary(mismatched=True), Adversary(clean=True), Adversary(loss="hinge"), Adversary(loss="relativistic"),
+    Adversary(density=Uniform(high=0.5)),
 ])  # fmt: skip
 def test_a_discriminator_that_is_no_log_ratio_is_refused(adversary: Adversary | None) -> None:
-    with pytest.raises(ValueError, match="loss: softplus, and neither clean nor mismatched"):
+    """Or that has learnt it at other times than those of the scores and of the critic."""
+    with pytest.raises(ValueError, match="loss: softplus, density: null, neither clean nor mismatched"):
         DMD2(matching=FDivergence(), adversary=adversary)
+
+
+def test_a_discriminator_may_draw_the_times_of_scores_or_critic_itself() -> None:
+    for density in (DMD2().score_density, DMD2().critic_density):
+        DMD2(matching=FDivergence(), adversary=Adversary(density=density, draws=2))
+    DMD2(adversary=Adversary(density=Uniform(high=0.5), loss="hinge"))
 
 
 def test_what_it_asks_the_discriminator_is_in_the_cost() -> None:

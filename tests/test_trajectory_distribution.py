@@ -7,15 +7,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.core import Batch, Rng
 from fewstep.core.shipped import shipped
-from fewstep.diffusion import CFG, VP, NoisePath, from_x0
+from fewstep.diffusion import CFG, VP, NoisePath, Prediction, from_x0
 from fewstep.leaderboard.stages import stages_of
 from fewstep.methods import TDM, BackwardSimulation, MomentMatching, Nets, targets
 from fewstep.methods.distribution.tdm import unbiased
 from fewstep.methods.matching import FDivergence, Fisher, Noised, ReverseKL, ScoreImplicit
+from fewstep.methods.progressive import landing
 from fewstep.methods.rollouts import Rolled
 from fewstep.methods.rollouts.grids import exact, stops
 from fewstep.pipeline import read
@@ -133,12 +134,60 @@ def test_the_critic_learns_without_gradient_in_the_student() -> None:
     assert not any(question.grad for question in networks.student.questions)
 
 
-def test_a_landing_at_the_teachers_own_states_moves_nothing() -> None:
-    """Student and critic are exact: what is compared is the same distribution, at every time."""
-    teacher = GaussianTeacher(MEANS, STD)
-    networks = Nets({**nets(), "critic": Asked(teacher), "teacher": Asked(teacher)})
-    terms(replace(METHOD, guidance=CFG()).student_loss(networks, make_batch(), Rng(0)))["matching"].backward()
-    assert float(networks.student.net.clips.grad.abs().max()) == 0
+MEAN, OFF = 0.7, 0.8
+
+
+class Walk(nn.Module):
+    """A student whose every step lands on the teacher's marginal, as its ODE does; at the time `off` by OFF in clean latents."""
+
+    def __init__(self, off: float | None) -> None:
+        super().__init__()
+        self.off, self.path, self.teacher = off, RF, GaussianTeacher(f64(0, MEAN), STD).requires_grad_(False)
+        self.push = nn.Parameter(f64(0.0))
+
+    def forward(self, x_t: Tensor, t: Tensor, *rest: object) -> Prediction:
+        times, extra = (*GRID, 0.0), lambda u: (1 - u) * OFF if u == self.off else 0.0
+        here = float(t[0])
+        there = times[times.index(here) + 1]
+        x_s = self.teacher.flow_map(x_t - extra(here), here, there, MEAN) + extra(there)
+        x0 = landing(x_t, t, x_s, torch.full_like(t, there), RF)
+        return Prediction(x0 + self.push, "x0", x_t, t, RF)
+
+
+class ByInterval(nn.Module):
+    """A critic with a mean of its own between every two times of the grid, and one deviation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.path, self.net = RF, GaussianTeacher(torch.zeros(4), 0.0)
+        self.net.std = nn.Parameter(f64(0.6))
+
+    def forward(self, x_t: Tensor, t: Tensor, *rest: object) -> Prediction:
+        interval = (t.double()[:, None] <= f64(*GRID[1:])).sum(1)
+        return self.net(x_t, t, conds_of(interval.tolist()))
+
+
+@pytest.mark.parametrize("off", [None, 0.5, 0.0])
+def test_where_every_step_lands_right_nothing_moves_and_a_wrong_step_moves_alone(off: float | None) -> None:
+    """The critic learns each interval from the landings; the student is moved where the step of that interval lands off."""
+    method = replace(METHOD, guidance=CFG(), high=0.9, low=0.2, matching=ReverseKL(weight="one"))
+    size, seeds = 4000, range(12)
+    batch = Batch(cond_of(1, size), cond_of(0, size), SCALAR)
+    student, critic = Walk(off), ByInterval()
+    networks = Nets({"student": student, "critic": critic, "teacher": student.teacher})
+    losses = lambda: [terms(method.critic_loss(0, networks, batch, Rng(0, n)))["denoising"] for n in seeds]  # noqa: E731
+    minimise(list(critic.parameters()), lambda: torch.stack(losses()).sum())
+    wanted = [MEAN + OFF * (landed == off) for landed in (0.75, 0.5, 0.25, 0.0)]
+    assert critic.net.means.tolist() == pytest.approx(wanted, abs=0.1)
+    assert critic.net.std.item() == pytest.approx(STD, abs=0.05)
+    moved = dict[float, float]()
+    for n in seeds:
+        (slope,) = torch.autograd.grad(terms(method.student_loss(networks, batch, Rng(0, n)))["matching"], student.push)
+        rolled = method.rollout(student, batch, Rng(0, n).fold("student"), grad=False)
+        moved[method.rollout.landing(rolled)] = float(slope)
+    assert moved.keys() == {0.75, 0.5, 0.25, 0.0}
+    for landed, slope in moved.items():
+        assert slope > 0.1 if landed == off else abs(slope) < 0.08, landed
 
 
 def test_tdm_says_what_it_costs_and_refuses_fresh_noise() -> None:

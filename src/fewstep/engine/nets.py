@@ -6,8 +6,10 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
+import torch
 from torch import nn
 
+from fewstep.diffusion.prediction import row
 from fewstep.engine.settings import Settings
 from fewstep.methods.base import Method, Nets, Sync, Update
 from fewstep.methods.roles import Copy, Making
@@ -126,6 +128,17 @@ def require_alike(method: Method, card: Card) -> None:
                     f"the method's {role}: {other.name!r} has {what} {its}, and {card.name!r} {mine[what]}; give a model that "
                     "was trained with the same autoencoder and text encoder, on the same noise path"
                 )
+
+
+def require_clean(card: Card) -> None:
+    """Refuse (ValueError) a denoiser whose prediction does not tell the clean clip at t = 1, where students begin."""
+    c = card.path.coeffs(torch.ones((), dtype=torch.float64))
+    p, q = row(card.kind, c)
+    if abs(float(c.a * q - c.s * p)) < 1e-9:
+        raise ValueError(
+            f"{card.name!r} predicts {card.kind}, which says nothing of the clean clip where {type(card.path).__name__} has no "
+            "signal: at t = 1, where students begin; give a model of kind flow, v or x0, or a path that keeps some signal"
+        )
 
 
 def _facts(card: Card, like: Card) -> dict[str, object]:

@@ -30,7 +30,7 @@ from fewstep.engine.health.monitor import watching
 from fewstep.engine.heap import keep_freed_memory
 from fewstep.engine.memory import EIGHT_BIT
 from fewstep.engine.mesh import Processes, join, require_mesh
-from fewstep.engine.nets import build_for, lenders, origin, require_alike, sources, starts, trained_roles
+from fewstep.engine.nets import build_for, lenders, origin, require_alike, require_clean, sources, starts, trained_roles
 from fewstep.engine.offload import Shelf
 from fewstep.engine.optim import RoleOptimizer
 from fewstep.engine.phases import require_experts
@@ -202,11 +202,10 @@ def require_possible(
 
     `begun` is the card of the student at `settings.start`, if it is known before that folder exists.
     """
+    require_sound(method, card)
     settings = equipped(settings, method, card)
     require_device_name(settings.device, "settings.device")
     name, roles = type(method).__name__, trained_roles(method, settings.steps)
-    for part in (method, *held_objects(method)):
-        require_bounds(part, type(part).__name__)  # from Python nobody has looked at them
     method.check(settings.steps)
     if "student" not in roles:
         raise ValueError(
@@ -299,6 +298,14 @@ def require_eight_bit(settings: Settings) -> None:
 
 def _eight_bit(settings: Settings) -> dict[str, str]:
     return {role: optim.type for role, optim in settings.optim.items() if optim.type in EIGHT_BIT}
+
+
+def require_sound(method: Method, card: Card) -> None:
+    """Refuse (ValueError) numbers out of bounds, which files cannot hold and Python can, and a model that tells no clean clip."""
+    for part in (method, *held_objects(method)):
+        require_bounds(part, type(part).__name__)
+    if method.part == "denoiser":
+        require_clean(card)
 
 
 def require_going_on(method: Method, settings: Settings) -> None:

@@ -76,9 +76,9 @@ class DMD2(Method):
     def __post_init__(self) -> None:
         require_bounds(self)
         self.matching.check(self.guidance)
-        if self.matching.judged and ((d := self.adversary) is None or d.loss != "softplus" or d.clean or d.mismatched):
-            ratio = f"{type(self.matching).__name__} reads the ratio of densities from a discriminator"
-            raise ValueError(f"{ratio}; give an adversary with loss: softplus, and neither clean nor mismatched")
+        m, d, at = self.matching, self.adversary, (None, self.score_density, self.critic_density)
+        if m.judged and (d is None or d.loss != "softplus" or d.clean or d.mismatched or d.density not in at):
+            raise ValueError(f"{m} needs an adversary with loss: softplus, density: null, neither clean nor mismatched")
         for held in self.held:
             held.check(self.rollout)
 

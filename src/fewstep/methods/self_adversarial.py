@@ -43,7 +43,7 @@ from fewstep.methods.work import Work
 
 @dataclass(frozen=True, kw_only=True)
 class SelfAdversarial(Method):
-    """Adversarial self-distillation, with distribution matching."""
+    """Adversarial self-distillation (ASD), with distribution matching."""
 
     cite: ClassVar[str] = (
         "Yang et al., Towards One-step Causal Video Generation via Adversarial Self-Distillation, 2511.01419"

@@ -11,8 +11,9 @@ Sauer et al., Fast High-Resolution Image Synthesis with Latent Adversarial Diffu
     6  + regression * d(x, x0), if x was predicted from noised x0               (SF-V, 2406.04324)
 
 The discriminator is an `Adversary`; that of Seaweed-APT (2501.08316) is trained whole and sees clean clips. Not from the papers:
-features are the teacher's also where ADD has DINOv2's of pixels; all turns of an iteration use the same prompts with different
-noise; the hinge of SF-V, which is printed with the wrong sign, has the usual one.
+features are the teacher's also where ADD has DINOv2's of pixels; penalties are approximate (2501.08316) also where ADD, GDD and
+SF-V have the exact gradient; SF-V's heads for single frames and single places are of one kind; all turns of an iteration use the
+same prompts with different noise; the hinge of SF-V, which is printed with the wrong sign, has the usual one.
 """
 
 from __future__ import annotations

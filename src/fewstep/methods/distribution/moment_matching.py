@@ -12,7 +12,7 @@ The best critic lies in the middle between the student's mean and the teacher's,
 zero if x is a sample of the clean clips given x_t, and not if it is their mean: the student learns to sample.
 
 Not from the paper, or not known: the deterministic step in line 2 in place of the ancestral one; weights are 1 in clean latents;
-line 4 is divided by DMD's distance.
+line 4 is divided by DMD's distance. Left out: the paper's other algorithm, which has no critic and matches in parameter space.
 """
 
 from __future__ import annotations

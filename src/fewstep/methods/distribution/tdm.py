@@ -17,7 +17,8 @@ Phased DMD (2510.27684) is this method with `interval: above` (u in [s, 1]), sev
 the steps of a phase are trained, and s is its end. One stage of a recipe trains one phase, with a new critic, and one expert
 of a student with the transform `Experts`; the experts of earlier phases only make the states where it begins.
 
-Not from the paper: line 3, where it weighs a regression on x; the normaliser is DMD's mean and not a pseudo-Huber distance.
+Not from the paper: line 3, where it weighs a regression on x; the normaliser is DMD's mean and not a pseudo-Huber distance. Left
+out: the number of steps as an input of student and critic (TDM-unify); with several grids one critic knows the landings of all.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ from fewstep.methods.work import Work
 
 @dataclass(frozen=True, kw_only=True)
 class TransitionMatching(Method):
-    """Transition matching by mean flows."""
+    """Transition matching distillation (TMD), first stage: mean flows."""
 
     cite: ClassVar[str] = "Nie et al., Transition Matching Distillation for Fast Video Generation, 2601.09881"
 
