@@ -16,6 +16,13 @@ SMALL_BATCH: Changes = (
 )  # fmt: skip
 """Half the clips per iteration, and so twice the iterations."""
 
+SMALLEST_BATCH: Changes = (
+    ("settings.batch", "2"), ("settings.ema", "0.985"),
+    ("settings.optim.student.lr", "3e-4"), ("settings.optim.critic.lr", "3e-4"),
+    ("settings.optim.student.warmup", "40"), ("settings.optim.critic.warmup", "40"),
+)  # fmt: skip
+"""An eighth of the clips per iteration, at half the rate, and so eight times the iterations."""
+
 SWITCHES: Mapping[str, Mapping[str, Changes]] = {
     "dmd2": {
         "critic_updates_1": (("method.critic-updates", "1"),),
@@ -28,7 +35,7 @@ SWITCHES: Mapping[str, Mapping[str, Changes]] = {
         "guided_everywhere": (("method.guidance.high", "1"),),
         "batch_8": SMALL_BATCH,
     },
-    "dmd2_feedback": {"batch_8": SMALL_BATCH},
+    "dmd2_feedback": {"batch_8": SMALL_BATCH, "batch_2": SMALLEST_BATCH},
     "dmd2_gan": {
         "weight_0.1": (("method.adversary.weight", "0.1"),),
         "r1": (("method.adversary.r1", "1"),),
