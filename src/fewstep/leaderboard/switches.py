@@ -10,17 +10,23 @@ from collections.abc import Mapping
 Changes = tuple[tuple[str, str], ...]
 """Overrides of a recipe, as on the command line."""
 
-SMALL_BATCH: Changes = (
+HALF_BATCH: Changes = (
     ("settings.batch", "8"), ("settings.ema", "0.95"),  # the same average, in clips
     ("settings.optim.student.warmup", "10"), ("settings.optim.critic.warmup", "10"),
 )  # fmt: skip
 """Half the clips per iteration, and so twice the iterations."""
 
-SMALLEST_BATCH: Changes = (
-    ("settings.batch", "2"), ("settings.ema", "0.985"), ("settings.optim.student.lr", "3e-4"),  # the critic keeps its 6e-4
+QUARTER_BATCH: Changes = (
+    ("settings.batch", "4"), ("settings.ema", "0.97"), ("settings.optim.student.lr", "3e-4"),  # the critic keeps its 6e-4
+    ("settings.optim.student.warmup", "20"), ("settings.optim.critic.warmup", "20"),
+)  # fmt: skip
+"""A quarter of the clips, and so four times the iterations, of a student that is half as fast as its critic."""
+
+EIGHTH_BATCH: Changes = (
+    ("settings.batch", "2"), ("settings.ema", "0.985"), ("settings.optim.student.lr", "3e-4"),
     ("settings.optim.student.warmup", "40"), ("settings.optim.critic.warmup", "40"),
 )  # fmt: skip
-"""An eighth of the clips per iteration, and so eight times the iterations, of a student that is half as fast as its critic."""
+"""The same with an eighth of the clips."""
 
 SWITCHES: Mapping[str, Mapping[str, Changes]] = {
     "dmd2": {
@@ -32,10 +38,11 @@ SWITCHES: Mapping[str, Mapping[str, Changes]] = {
         "ema_0.98": (("settings.ema", "0.98"),),
         "unshifted_times": (("method.score-density.shift", "1"), ("method.critic-density.shift", "1")),
         "guided_everywhere": (("method.guidance.high", "1"),),
-        "batch_8": SMALL_BATCH,
-        "batch_2": SMALLEST_BATCH,
+        "batch_8": HALF_BATCH,
+        "batch_4": QUARTER_BATCH,
+        "batch_2": EIGHTH_BATCH,
     },
-    "dmd2_feedback": {"batch_8": SMALL_BATCH, "batch_2": SMALLEST_BATCH},
+    "dmd2_feedback": {"batch_8": HALF_BATCH, "batch_2": EIGHTH_BATCH},
     "dmd2_gan": {
         "weight_0.1": (("method.adversary.weight", "0.1"),),
         "r1": (("method.adversary.r1", "1"),),
