@@ -41,7 +41,7 @@ from fewstep.engine.prepare import prepare
 from fewstep.methods import DMD2
 from fewstep.methods.rollouts import FromData
 from fewstep.models import VideoModel
-from measuring import Clock, Fixed, Timer, load, middle, rounded, without_defaults, write
+from measuring import Clock, Fixed, Timer, keep, load, middle, rounded
 
 TIMES = (0.999, 0.75, 0.5, 0.25)
 """Where FastGen's student is trained: its rectified flow ends at 0.999. Ours begins at 1."""
@@ -229,7 +229,7 @@ def main(case: Case) -> int:
     found = compare(case)
     git = ["git", "-C", str(case.fastgen), "rev-parse", "HEAD"]
     found["fastgen"] = subprocess.run(git, check=True, capture_output=True, text=True).stdout.strip()
-    path = write("-".join(["against_fastgen", *without_defaults(case)]), case, found, case.device)
+    path = keep("against_fastgen", case, found, case.device)
     for name, value in found["medians"].items():
         print(f"{name:40} {value:9.4f}")
     print(path)

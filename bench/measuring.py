@@ -215,6 +215,18 @@ def middle(values: list[float]) -> float:
     return round(median(values), 4)
 
 
+def show(name: str, case: Any, found: Mapping[str, Any]) -> None:
+    """Print figures, and where they are kept."""
+    for key, value in found.items():
+        print(key, value)
+    print(keep(name, case, found))
+
+
+def keep(name: str, case: Any, found: Mapping[str, Any], device: str = "cpu") -> Path:
+    """Keep figures in a file that is named by what the case changes."""
+    return write("-".join([name, *changes(case)]), case, found, device)
+
+
 def write(name: str, case: Any, found: Mapping[str, Any], device: str = "cpu") -> Path:
     """Keep figures with where they come from."""
     facts = {"case": {key: value for key, value in asdict(case).items() if not isinstance(value, Path)}, **found}
@@ -224,8 +236,8 @@ def write(name: str, case: Any, found: Mapping[str, Any], device: str = "cpu") -
     return path
 
 
-def without_defaults(case: Any) -> list[str]:
-    """What a case changes, for its file's name."""
+def changes(case: Any) -> list[str]:
+    """What a case changes, as words of a file's name."""
     default = type(case)()
     return [
         f"{key}-{value}".lower().replace("true", "on").replace("/", "_")

@@ -28,7 +28,7 @@ from fewstep.recipe import Recipe
 from fewstep.world.data import WorldClips
 from fewstep.world.grammar import world_prompts
 from fewstep.world.parts import ByAttribute
-from measuring import rounded, without_defaults, write
+from measuring import rounded, show
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,4 @@ def folder(case: Case, index: int | None) -> str:
 
 if __name__ == "__main__":
     case = tyro.cli(Case, description=__doc__)
-    found = main(case)
-    for name, value in found.items():
-        print(name, value)
-    print(write("-".join(["msd", *without_defaults(case)]), case, found))
+    show("msd", case, main(case))

@@ -25,7 +25,7 @@ from fewstep.core import Seeds
 from fewstep.models import VideoModel
 from fewstep.models.runtime import Runtime
 from fewstep.models.source import Diffusers
-from measuring import WAN, Clock, Timer, middle, rounded, without_defaults, write
+from measuring import WAN, Clock, Timer, keep, middle, rounded
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 WARM_UP = 2
@@ -135,7 +135,7 @@ def measure(case: Case) -> dict[str, Any]:
 def main(case: Case) -> None:
     found = measure(case)
     print(found["seconds"], found["ratio"], f"difference {found['difference']:.1e}")
-    print(write("-".join(["sample", *without_defaults(case)]), case, found, case.device))
+    print(keep("sample", case, found, case.device))
 
 
 if __name__ == "__main__":

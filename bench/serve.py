@@ -28,7 +28,7 @@ import tyro
 from websockets.asyncio.client import connect
 
 from fewstep.models import VideoModel
-from measuring import rounded, without_defaults, write
+from measuring import rounded, show
 from soaking import soak
 
 SERVER = """
@@ -186,7 +186,4 @@ def measured(url: str, room: int, engine: float, case: Case) -> dict[str, Any]:
 
 if __name__ == "__main__":
     case = tyro.cli(Case, description=__doc__)
-    found = main(case)
-    for name, value in found.items():
-        print(name, value)
-    print(write("-".join(["serve", *without_defaults(case)]), case, found))
+    show("serve", case, main(case))

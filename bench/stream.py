@@ -29,7 +29,7 @@ from fewstep.models import Card, Denoiser, VideoModel
 from fewstep.models.repattern import repattern
 from fewstep.models.runtime import Runtime
 from fewstep.streaming import LiveSession, Session
-from measuring import WAN, Timer, load, middle, rounded, without_defaults, write
+from measuring import WAN, Timer, changes, load, middle, rounded, write
 
 PROMPT = "a red circle moves left"
 GRIDS = {1: (1.0, 0.0), 2: (1.0, 0.75, 0.0), 4: (1.0, 0.9375, 0.8333, 0.625, 0.0)}
@@ -204,7 +204,7 @@ def main(case: Case) -> None:
     for name, value in found.items():
         print(name, value)
     named = replace(case, model=case.model.rstrip("/").replace("/", "_"))
-    print(write("-".join(["stream", *without_defaults(named)]), case, found, case.device))
+    print(write("-".join(["stream", *changes(named)]), case, found, case.device))
 
 
 if __name__ == "__main__":

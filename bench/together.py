@@ -24,7 +24,7 @@ from fewstep.models import VideoModel
 from fewstep.serve.worker import full_chunks
 from fewstep.streaming import LiveSession
 from fewstep.streaming.together import Together
-from measuring import rounded, without_defaults, write
+from measuring import rounded, show
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,4 @@ def timed(work: Callable[[], None], times: int) -> float:
 
 if __name__ == "__main__":
     case = tyro.cli(Case, description=__doc__)
-    found = main(case)
-    for name, value in found.items():
-        print(name, value)
-    print(write("-".join(["together", *without_defaults(case)]), case, found))
+    show("together", case, main(case))

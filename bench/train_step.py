@@ -24,7 +24,7 @@ from fewstep.evaluate.latency import peak_memory
 from fewstep.methods import DMD2, BackwardSimulation
 from fewstep.methods.base import Method
 from fewstep.recipe import Recipe
-from measuring import Clock, Forward, Stopwatch, Timer, load, middle, rounded, without_defaults, write
+from measuring import Clock, Forward, Stopwatch, Timer, keep, load, middle, rounded
 
 METHOD = DMD2(rollout=BackwardSimulation(grids=((1.0, 0.5),), exit="last"), critic_updates=5)
 """Two steps of the student's sampler in every turn: no draw decides how long a cycle takes."""
@@ -124,7 +124,7 @@ def main(case: Case) -> int:
         print("skipped: wan-1.3b is for a GPU (--device cuda); a cycle of it would take a CPU a day")
         return 0
     found = measure(case)
-    path = write("-".join(["train_step", *without_defaults(case)]), case, found, case.device)
+    path = keep("train_step", case, found, case.device)
     for name, value in (found["medians"] | found["phases"]).items():
         print(f"{name:40} {value:9.4f}")
     print(f"cost {found['cost']:g}, counted {found['counted']:g}; peak {found['memory']['peak'] / 2**20:.0f} MiB")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -25,13 +26,20 @@ from support_engine import FRAMES, tiny_model
 from test_streaming import streaming_model
 
 pytestmark = pytest.mark.usefixtures("single_thread")
+Bench = Callable[[str], ModuleType]
 
 
 @pytest.fixture
-def train_step(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """`bench/train_step.py` with a tiny model in place of its own."""
+def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
+    """Imports a script of `bench/` by its name, with the others beside it."""
     monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parent.parent / "bench")])
-    module = importlib.import_module("train_step")
+    return importlib.import_module
+
+
+@pytest.fixture
+def train_step(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """`bench/train_step.py` with a tiny model in place of its own."""
+    module = bench("train_step")
     monkeypatch.setattr(module, "load", lambda name: (tiny_model(), WorldClips(num_frames=FRAMES)))
     return module
 
@@ -57,9 +65,9 @@ class Operations(TorchDispatchMode):
 
 
 def test_phases_add_up_to_the_cycle_and_nothing_stays_behind(
-    train_step: ModuleType, monkeypatch: pytest.MonkeyPatch
+    train_step: ModuleType, bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measuring = importlib.import_module("measuring")
+    measuring = bench("measuring")
     with Operations() as operations:
         monkeypatch.setitem(measuring.CLOCKS, "wall", lambda: operations.seconds)
         found = train_step.measure(train_step.Case(batch=2, rounds=2))
@@ -68,10 +76,12 @@ def test_phases_add_up_to_the_cycle_and_nothing_stays_behind(
     assert found["memory"]["peak"] > 0
 
 
-def test_a_recipe_is_measured_on_the_adapter_of_wan(train_step: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recipe_is_measured_on_the_adapter_of_wan(
+    train_step: ModuleType, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The class and the recipe that a GPU measures, at toy size."""
     pytest.importorskip("diffusers", reason="needs the extra diffusers")
-    measuring = importlib.import_module("measuring")
+    measuring = bench("measuring")
     small = {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 8}
     monkeypatch.setattr(measuring, "WAN", small | {"freq_dim": 16, "ffn_dim": 32, "num_layers": 1})
     monkeypatch.setattr(measuring, "WAN_CLIP", (4, 2, 4, 4))
@@ -87,11 +97,10 @@ def test_a_recipe_is_measured_on_the_adapter_of_wan(train_step: ModuleType, monk
         train_step.Case(recipe=recipe, batch=2)
 
 
-def test_shards_of_one_process_train_as_the_whole_network(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_of_one_process_train_as_the_whole_network(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """The part that a GPU runs, at toy size: the same losses and weights, and nothing of the group stays behind."""
     pytest.importorskip("diffusers", reason="needs the extra diffusers")
-    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parent.parent / "bench")])
-    gpu = importlib.import_module("gpu")
+    gpu = bench("gpu")
     monkeypatch.setattr(gpu, "TEXT", (6, 8))
     monkeypatch.setattr(gpu, "WAN", gpu.WAN | {"attention_head_dim": 12, "text_dim": 8, "freq_dim": 16})
     cut: list[bool] = []
@@ -116,11 +125,10 @@ def test_a_gpu_that_is_not_there_is_said_to_be(train_step: ModuleType, capsys: p
 
 
 @pytest.mark.parametrize("case", [{}, {"model": "wan-1.3b", "small": True, "steps": 1}], ids=["world", "wan"])
-def test_the_figures_of_a_stream(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_figures_of_a_stream(case: dict[str, Any], bench: Bench) -> None:
     if case:
         pytest.importorskip("diffusers", reason="needs the extra diffusers")
-    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parent.parent / "bench")])
-    stream = importlib.import_module("stream")
+    stream = bench("stream")
     found = stream.measure(stream.Case(chunk=1, window=2, sink=0, rounds=1, chunks=2, **case))
     assert found["network calls"] == (2 if case else 3) and found["chunk over its network calls"] >= 1
     for where in ("decoded beside", "decoded between"):
@@ -130,10 +138,9 @@ def test_the_figures_of_a_stream(case: dict[str, Any], monkeypatch: pytest.Monke
     assert 0 < found["first frame, ms"]["p50"] <= found["first frame, ms"]["p99"]
 
 
-def test_obeyed_keys_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_obeyed_keys_are_counted(bench: Bench) -> None:
     """On a model that was not trained: shares lie between 0 and 1, and an object that stands still obeys where no key is held."""
-    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parent.parent / "bench")])
-    actions = importlib.import_module("actions")
+    actions = bench("actions")
     model = tiny_model().transformed(FrameInput(name="keys", width=4, default=0.0))
     found = actions.measure(model, actions.Case(student="", clips=5, frames=FRAMES, steps=1, at_once=3))
     dice = torch.Generator().manual_seed(0)
@@ -144,10 +151,11 @@ def test_obeyed_keys_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"obeyed", "chance", "nothing", "rendered", "seen"} < found.keys() and 0 <= found["obeyed"][0] <= 1
 
 
-def test_a_stream_that_begins_with_an_image_follows_a_beat_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_that_begins_with_an_image_follows_a_beat_from_it(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a model that was not trained, whose first frame is the real clip's."""
-    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parent.parent / "bench")])
-    actions, begun = importlib.import_module("actions"), list[Tensor]()
+    actions, begun = bench("actions"), list[Tensor]()
     beat = FrameInput(name="beat", back=2, ahead=2, default=0.5)
     stream = streaming_model(Stream(chunks=(1, 2), window=5, sink=1)).card.contract
     model = tiny_model().with_card(contract=stream).transformed(beat)
@@ -158,10 +166,9 @@ def test_a_stream_that_begins_with_an_image_follows_a_beat_from_it(monkeypatch: 
     assert found["still"] == [0, 0, 0]
 
 
-def test_a_server_that_grows_is_told_from_one_that_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_grows_is_told_from_one_that_does_not(bench: Bench) -> None:
     """Closed form on a line, whose beginning does not count; and of 200 rows of noise about 1 in 40 seems to grow."""
-    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parent.parent / "bench")])
-    soaking = importlib.import_module("soaking")
+    soaking = bench("soaking")
     seconds = [36.0 * number for number in range(100)]
     line = soaking.trend(seconds, [5.0 if t < 700 else 3 + 2 * t / 3600 for t in seconds])
     assert line.slope == pytest.approx(2) and line.interval == pytest.approx((2, 2)) and line.grows
@@ -174,10 +181,9 @@ def test_a_server_that_grows_is_told_from_one_that_does_not(monkeypatch: pytest.
 
 
 @pytest.fixture
-def msd(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def msd(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """`bench/msd.py` with few clips."""
-    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parent.parent / "bench")])
-    module = importlib.import_module("msd")
+    module = bench("msd")
     monkeypatch.setattr(module, "fitted", lambda settings: settings)
     monkeypatch.setattr(module, "SUITE", replace(module.SUITE, prompts=12, seeds_per_prompt=2, latency_runs=1))
     return module

@@ -35,6 +35,12 @@ def row(kind: Kind, c: Coeffs) -> tuple[Tensor | float, Tensor | float]:
     raise ValueError(f"prediction kind {kind!r} is unknown; choose one of {', '.join(KINDS)}")
 
 
+def determinant(kind: Kind, c: Coeffs) -> Tensor | float:
+    """`a q - s p`, which x0 and eps are divided by: 0 where a prediction says nothing that `x_t` does not."""
+    p, q = row(kind, c)
+    return c.a * q - c.s * p
+
+
 @dataclass(frozen=True)
 class Prediction:
     """What every Denoiser returns. `x0`, `eps`, `flow` and `score` are views, computed on demand.
@@ -58,14 +64,14 @@ class Prediction:
     def x0(self) -> Tensor:
         """The clean latents this prediction stands for. Undefined (infinite) where `x_t` carries no signal for it."""
         c = self.coeffs
-        p, q = row(self.kind, c)
-        return (q * self.x_t - c.s * self.raw) / (c.a * q - c.s * p)
+        _, q = row(self.kind, c)
+        return (q * self.x_t - c.s * self.raw) / determinant(self.kind, c)
 
     @property
     def eps(self) -> Tensor:
         c = self.coeffs
-        p, q = row(self.kind, c)
-        return (c.a * self.raw - p * self.x_t) / (c.a * q - c.s * p)
+        p, _ = row(self.kind, c)
+        return (c.a * self.raw - p * self.x_t) / determinant(self.kind, c)
 
     @property
     def flow(self) -> Tensor:

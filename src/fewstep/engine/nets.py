@@ -9,7 +9,7 @@ from types import MappingProxyType
 import torch
 from torch import nn
 
-from fewstep.diffusion.prediction import row
+from fewstep.diffusion.prediction import determinant
 from fewstep.engine.settings import Settings
 from fewstep.methods.base import Method, Nets, Sync, Update
 from fewstep.methods.roles import Copy, Making
@@ -133,8 +133,7 @@ def require_alike(method: Method, card: Card) -> None:
 def require_clean(card: Card) -> None:
     """Refuse (ValueError) a denoiser whose prediction does not tell the clean clip at t = 1, where students begin."""
     c = card.path.coeffs(torch.ones((), dtype=torch.float64))
-    p, q = row(card.kind, c)
-    if abs(float(c.a * q - c.s * p)) < 1e-9:
+    if abs(float(determinant(card.kind, c))) < 1e-9:
         raise ValueError(
             f"{card.name!r} predicts {card.kind}, which says nothing of the clean clip where {type(card.path).__name__} has no "
             "signal: at t = 1, where students begin; give a model of kind flow, v or x0, or a path that keeps some signal"

@@ -302,7 +302,7 @@ def _eight_bit(settings: Settings) -> dict[str, str]:
 
 def require_sound(method: Method, card: Card) -> None:
     """Refuse (ValueError) numbers out of bounds, which files cannot hold and Python can, and a model that tells no clean clip."""
-    for part in (method, *held_objects(method)):
+    for part in held_objects(method):
         require_bounds(part, type(part).__name__)
     if method.part == "denoiser":
         require_clean(card)
@@ -335,7 +335,7 @@ def require_batch(method: Method, settings: Settings) -> None:
 
 def least_batch(method: Method) -> int:
     """Fewest clips of a batch with which the losses of a method can be computed: the most that one of its parts asks for."""
-    return max(getattr(part, "least_batch", 1) for part in (method, *held_objects(method)))
+    return max(getattr(part, "least_batch", 1) for part in held_objects(method))
 
 
 def require_clips(method: Method, card: Card) -> None:

@@ -66,7 +66,7 @@ class Contestant:
     def code(self) -> str:
         """12 characters: the recipe, the teacher, and the code of the method, of all that it holds and of `SHARED`; without
         docstrings, comments and what only refuses a recipe (`__post_init__`)."""
-        held: set[Any] = {type(part) for stage in self.stages for part in (stage.method, *held_objects(stage.method))}
+        held: set[Any] = {type(part) for stage in self.stages for part in held_objects(stage.method)}
         files = {Path(inspect.getfile(part)) for part in (*held, *SHARED)}
         sources = [hashlib.sha256(_bare(path).encode()).hexdigest() for path in sorted(files)]
         return digest([self.recipe.tree(), teacher_code(), sources])

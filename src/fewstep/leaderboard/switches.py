@@ -10,23 +10,15 @@ from collections.abc import Mapping
 Changes = tuple[tuple[str, str], ...]
 """Overrides of a recipe, as on the command line."""
 
-HALF_BATCH: Changes = (
-    ("settings.batch", "8"), ("settings.ema", "0.95"),  # the same average, in clips
-    ("settings.optim.student.warmup", "10"), ("settings.optim.critic.warmup", "10"),
-)  # fmt: skip
-"""Half the clips per iteration, and so twice the iterations."""
+HALF_RATE: Changes = (("settings.optim.student.lr", "3e-4"),)
+"""A student that is half as fast as its critic, which keeps its 6e-4."""
 
-QUARTER_BATCH: Changes = (
-    ("settings.batch", "4"), ("settings.ema", "0.97"), ("settings.optim.student.lr", "3e-4"),  # the critic keeps its 6e-4
-    ("settings.optim.student.warmup", "20"), ("settings.optim.critic.warmup", "20"),
-)  # fmt: skip
-"""A quarter of the clips, and so four times the iterations, of a student that is half as fast as its critic."""
 
-EIGHTH_BATCH: Changes = (
-    ("settings.batch", "2"), ("settings.ema", "0.985"), ("settings.optim.student.lr", "3e-4"),
-    ("settings.optim.student.warmup", "40"), ("settings.optim.critic.warmup", "40"),
-)  # fmt: skip
-"""The same with an eighth of the clips."""
+def batch(clips: int, *, ema: float) -> Changes:
+    """Fewer clips per iteration, and so more iterations; the average and the warm-up are as long as before, in clips."""
+    warmup = {f"settings.optim.{role}.warmup": 80 // clips for role in ("student", "critic")}
+    return tuple((key, str(value)) for key, value in ({"settings.batch": clips, "settings.ema": ema} | warmup).items())
+
 
 SWITCHES: Mapping[str, Mapping[str, Changes]] = {
     "dmd2": {
@@ -38,11 +30,11 @@ SWITCHES: Mapping[str, Mapping[str, Changes]] = {
         "ema_0.98": (("settings.ema", "0.98"),),
         "unshifted_times": (("method.score-density.shift", "1"), ("method.critic-density.shift", "1")),
         "guided_everywhere": (("method.guidance.high", "1"),),
-        "batch_8": HALF_BATCH,
-        "batch_4": QUARTER_BATCH,
-        "batch_2": EIGHTH_BATCH,
+        "batch_8": batch(8, ema=0.95),
+        "batch_4": batch(4, ema=0.97) + HALF_RATE,
+        "batch_2": batch(2, ema=0.985) + HALF_RATE,
     },
-    "dmd2_feedback": {"batch_8": HALF_BATCH, "batch_2": EIGHTH_BATCH},
+    "dmd2_feedback": {"batch_8": batch(8, ema=0.95), "batch_2": batch(2, ema=0.985) + HALF_RATE},
     "dmd2_gan": {
         "weight_0.1": (("method.adversary.weight", "0.1"),),
         "r1": (("method.adversary.r1", "1"),),
