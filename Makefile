@@ -53,6 +53,7 @@ lint: $(VENV)/.lint
 	$(BIN)/lint-imports
 	$(BIN)/python tools/circles.py
 	$(BIN)/mypy
+	$(BIN)/python tools/notebooks.py --types
 
 format: $(VENV)/.lint
 	$(BIN)/ruff format .

@@ -10,6 +10,8 @@ import pytest
 
 from fewstep import demo
 from fewstep.evaluate import Suite
+from fewstep.leaderboard import contestants
+from fewstep.leaderboard.budget import DEMO
 from fewstep.models.bundle import VideoModel
 from fewstep.models.source import Pretrained
 from fewstep.recipe import Recipe
@@ -59,3 +61,11 @@ def test_the_longer_recipe_makes_a_student_like_the_demos() -> None:
     teacher = demo.RECIPE.model.card().contract
     assert longer.method.contract(teacher) == demo.RECIPE.method.contract(teacher)  # its student is sampled alike
     assert longer.settings.steps > demo.RECIPE.settings.steps
+
+
+def test_the_demo_runs_the_best_row_of_the_leaderboard() -> None:
+    """What the run writes besides, and when, is its own; the iterations are those of the budget that all rows have."""
+    row, run = contestants()["dmd2+batch_4"].prepared(DEMO, seed=0), demo.RECIPE
+    assert (run.model, run.method, run.data) == (row.model, row.method, row.data)
+    own = {name: getattr(run.settings, name) for name in ("log_every", "save_every")}
+    assert run.settings == replace(row.settings, **own)

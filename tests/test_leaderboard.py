@@ -267,6 +267,11 @@ def test_a_run_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     again = leaderboard.run(Run(one, budget=0.0004), results, runs, suite=suite, quiet=True)
     assert (again.seconds, again.memory_mb) == (made.seconds, made.memory_mb), "those of training, which was complete"
     place = runs / "small-0.0004-0" / one.code
+    (
+        place / "run" / "cost.json"
+    ).unlink()  # as after a stop at the last iteration, of a training that had taken 1000 seconds
+    (place / "run" / "metrics.jsonl").write_text('{"step": 1, "time": 1000.0}\n')
+    assert leaderboard.run(Run(one, budget=0.0004), results, runs, suite=suite, quiet=True).seconds > 1000
     with holding(place), pytest.raises(FolderInUse):
         leaderboard.run(Run(one, budget=0.0004), results, runs, suite=suite, quiet=True)
     teacher = replace(result("teacher", {n: figures(0.5) for n in (50, 4, 2, 1)}), budget=0.0)

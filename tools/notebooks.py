@@ -3,6 +3,7 @@
     python tools/notebooks.py                                  run all, each in a fresh process and folder
     python tools/notebooks.py examples/NAME.ipynb              run one
     python tools/notebooks.py examples/NAME.ipynb --output X   leave it as it is, and write the one with outputs to X
+    python tools/notebooks.py --types                          run nothing: does the code of all still fit the library's?
 
 It needs no Jupyter: a cell is Python, and what stands in its last line is shown, as text or, where it can be drawn
 (`_repr_png_`, as pictures of Pillow can), as a picture. A cell that fails ends the run, and nothing is written.
@@ -31,8 +32,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Run the notebooks of examples/ and store what they print and show.")
     parser.add_argument("notebooks", type=Path, nargs="*", help="default: all of examples/")
     parser.add_argument("--output", type=Path, help="write one notebook's outputs to another file")
+    parser.add_argument("--types", action="store_true", help="run nothing, and check their code with mypy")
     options = parser.parse_args(argv)
     paths = options.notebooks or sorted((ROOT / "examples").glob("*.ipynb"))
+    if options.types:
+        return typed(paths)
     if len(paths) > 1:
         if options.output:
             parser.error("--output is for one notebook")
@@ -47,6 +51,18 @@ def main(argv: list[str] | None = None) -> int:
     )
     print(f"{path.name}: {len(made['cells'])} cells ran, {pictures} pictures")
     return 0
+
+
+def typed(paths: list[Path]) -> int:
+    """Let mypy read the code cells of each notebook as one module; returns its exit status."""
+    with tempfile.TemporaryDirectory() as folder:
+        modules = [Path(folder) / f"{path.stem}.py" for path in paths]
+        for path, module in zip(paths, modules, strict=True):
+            cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+            module.write_text(
+                "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code"), encoding="utf-8"
+            )
+        return subprocess.run([sys.executable, "-m", "mypy", *modules], check=False, cwd=ROOT).returncode
 
 
 def executed(notebook: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from fewstep.core.lock import holding
 from fewstep.data.pairs import PairPlan, StoredPairs, make_pairs
 from fewstep.demo import fitted
 from fewstep.diffusion import CFG
+from fewstep.engine.log import read_metrics
 from fewstep.evaluate import Entry, Suite, evaluate
 from fewstep.evaluate.latency import peak_memory
 from fewstep.evaluate.machine import describe_machine, versions
@@ -120,11 +121,15 @@ def _run(this: Run, results: Path, folder: Path, place: Path, suite: Suite, quie
 
 
 def _trained(recipe: Recipe | Pipeline, place: Path, began: float, quiet: bool) -> tuple[Path, dict[str, float]]:
-    """The student's folder, and seconds and peak memory of its training, also if that was complete before."""
-    made = list[Path]()
+    """The student's folder, and seconds and peak memory of its training, also if that was complete before.
+
+    What was trained before a stop counts for as long as its logs say.
+    """
+    made, logs = list[Path](), [read_metrics(path) for path in place.rglob("metrics.jsonl")]
+    earlier = sum(rows[-1]["time"] for rows in logs if rows)
     peak, _ = peak_memory(lambda: made.append(recipe.complete(place, quiet=quiet)))
     if not (place / COST).is_file():
-        cost = {"seconds": time.monotonic() - began, "memory_mb": peak / 2**20}
+        cost = {"seconds": earlier + time.monotonic() - began, "memory_mb": peak / 2**20}
         write_text(place / COST, json.dumps(cost, indent=1) + "\n")
     return made[0], json.loads((place / COST).read_text(encoding="utf-8"))
 
