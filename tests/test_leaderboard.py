@@ -20,7 +20,7 @@ from fewstep.leaderboard.results import COUNTS, TEACHER, load_result
 from fewstep.leaderboard.runs import APART, LARGEST, PAIR_STEPS, PAIRED, SEEDS, SUITE
 from fewstep.leaderboard.stages import stages_of
 from fewstep.leaderboard.switches import SWITCHES, TERMS
-from fewstep.leaderboard.table import budget_section, gains, rule, said
+from fewstep.leaderboard.table import ahead, budget_section, gains, rule, said
 from fewstep.methods import METHODS, Progressive
 from fewstep.methods.work import Work
 from fewstep.models.bundle import VideoModel
@@ -233,6 +233,19 @@ def test_claims_name_rows_that_serve_their_number_of_steps() -> None:
             first, *_, last = (stages := known[name].stages)[0], stages[-1]
             counts = last.method.contract(first.model.card().contract).counts  # type: ignore[union-attr]
             assert claim.steps in set(counts) & set(COUNTS), f"{name} has no figures that could judge: {claim.text}"
+
+
+def test_the_row_that_is_ahead_at_each_number_of_steps_is_named() -> None:
+    """By the mean of its seeds; a number of steps that no row serves has no line."""
+    rows = [
+        result("lucky", {4: figures(0.3)}),
+        result("lucky", {4: figures(0.9)}, seed=1),
+        result("steady+small", {4: figures(0.64)}),
+        result("one", {1: figures(0.4)}),
+    ]
+    four, one = (line for line in ahead(rows, figures(0.8)) if line.startswith("- "))
+    assert four.startswith("- 4 steps: **steady+small**, ") and "80 % of the teacher's accuracy at 1.0 times" in four
+    assert one.startswith("- 1 step") and "**one**" in one and "50 % of the teacher's" in one and one.endswith("1 seed")
 
 
 def test_rows_are_sorted_by_the_rule_and_seeds_show_their_spread() -> None:

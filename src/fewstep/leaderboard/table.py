@@ -91,6 +91,8 @@ def budget_section(budget: float, results: Sequence[Result], reference: Figures)
     lines = [
         f"## {title_of(budget)}",
         "",
+        *ahead(results, reference),
+        "",
         "Accuracy / distance at each number of steps; motion and diversity at the fewest steps of the row.",
         "",
         *HEADINGS,
@@ -109,6 +111,25 @@ def budget_section(budget: float, results: Sequence[Result], reference: Figures)
             *gains(base, {**{name: name.partition(JOINED)[2] for name in own}, **TERMS.get(base, {})}, results),
         ]
     return "\n".join(lines)
+
+
+def ahead(results: Sequence[Result], reference: Figures) -> list[str]:
+    """The row that has most clips right at each number of steps, those with a change too, beside the teacher at its own steps."""
+    lines = ["Most clips right, of all rows and those with one change, beside the teacher at its own steps:", ""]
+    for n in COUNTS:
+        served: dict[str, list[Figures]] = {}
+        for run in results:
+            if n in run.rows:
+                served.setdefault(run.name, []).append(run.rows[n])
+        if served:
+            name, best = max(served.items(), key=lambda item: mean(row.accuracy for row in item[1]))
+            share = mean(row.accuracy for row in best) / reference.accuracy
+            far = mean(row.frechet for row in best) / reference.frechet
+            lines.append(
+                f"- {in_steps(n)}: **{name}**, {percent(share)} of the teacher's accuracy at {far:.1f} times its distance, "
+                f"{_seeds(len(best))}"
+            )
+    return lines
 
 
 def gains(base: str, changed: Mapping[str, str], results: Sequence[Result]) -> list[str]:
