@@ -3,9 +3,9 @@
     python bench/msd.py
     python bench/msd.py --parts 4 --attribute direction --budget 2
 
-Each student has the recipe of the leaderboard's DMD2, for one step alone. `--budget` is that of each student, in units of what
-the demo spends on training; with `--together` it is that of all of them. The prompts and the noise of the clips are those of
-the leaderboard. A stopped run resumes.
+Each student has the recipe of the leaderboard's `dmd2+batch_4`, for one step alone. `--budget` is that of each student, in units
+of what the demo spends on training; with `--together` it is that of all of them. The prompts and the noise of the clips are those
+of the leaderboard. A stopped run resumes.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from fewstep.demo import fitted
 from fewstep.evaluate import Entry, evaluate
 from fewstep.leaderboard.budget import DEMO, lengthened
 from fewstep.leaderboard.runs import SUITE
+from fewstep.leaderboard.switches import SWITCHES
 from fewstep.models import VideoModel
 from fewstep.models.runtime import Runtime
 from fewstep.recipe import Recipe
@@ -72,7 +73,9 @@ def student(case: Case, index: int | None) -> VideoModel:
 
 
 def recipe_of(case: Case, index: int | None) -> Recipe:
-    recipe = Recipe.load(shipped()["leaderboard/dmd2"], [("method.rollout.grids", "[[1.0]]")])
+    recipe = Recipe.load(
+        shipped()["leaderboard/dmd2"], [*SWITCHES["dmd2"]["batch_4"], ("method.rollout.grids", "[[1.0]]")]
+    )
     recipe = lengthened(recipe, DEMO * case.budget / (case.parts if case.together and index is not None else 1))
     part = None if index is None else Part(by=case.by, index=index)
     settings = replace(fitted(recipe.settings), seed=case.seed, health=None)
