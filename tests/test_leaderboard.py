@@ -44,7 +44,7 @@ def test_the_unit_is_a_forward_pass_of_the_teacher_on_a_whole_clip() -> None:
 def test_the_demo_spends_the_demos_budget() -> None:
     # two critic turns of (2/3 + 1 calls of a rollout, 3 of the critic), one student turn, guided below t = 0.9
     rollout = (1 + 1.5 + 2.5) / 3
-    assert pytest.approx(140 * 16 * (2 * rollout + rollout + 2 + 2 + 3 * 2 + 1)) == DEMO
+    assert pytest.approx(560 * 4 * (2 * rollout + rollout + 2 + 2 + 3 * 2 + 1)) == DEMO
     assert work(demo.RECIPE) == DEMO
     accumulated = replace(demo.RECIPE, settings=replace(demo.RECIPE.settings, accumulate=3))
     assert work(accumulated) == 3 * DEMO
@@ -61,6 +61,12 @@ def test_every_row_spends_its_budget_and_no_more(name: str) -> None:
         assert all(stage.settings.seed == 3 for stage in stages)
         assert stages[-1].probe is not None
         assert -(-stages[-1].settings.steps // stages[-1].probe.every) == 4
+
+
+def test_the_header_of_every_row_has_its_own_command() -> None:
+    for one in contestants().values():
+        if not one.changes:
+            assert f"\n# fewstep leaderboard {one.name}\n" in one.path.read_text(encoding="utf-8"), one.path
 
 
 def test_every_row_has_a_method_of_the_package_and_serves_a_row_of_the_table() -> None:

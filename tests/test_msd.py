@@ -397,6 +397,8 @@ def test_students_of_runs_know_their_parts(tmp_path: Path) -> None:
         Students.open(runs[0])
     with pytest.raises(ValueError, match="so nobody knows its part"):
         Students.open(base, runs[1])
+    with pytest.raises(ValueError, match="give the folder of a run for each part"):
+        Students.open()
     whole = Recipe(
         model=Pretrained(source=str(base)), method=method, data=WorldClips(num_frames=FRAMES), settings=small(1)
     )

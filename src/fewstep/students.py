@@ -52,6 +52,8 @@ class Students:
 
         ValueError for runs whose parts are not the parts of one partition, each once, and for a run of stages on several parts.
         """
+        if not runs:
+            raise ValueError("no runs are given; give the folder of a run for each part")
         parts = {str(run): _part(Path(run)) for run in runs}
         rules = {part.by for part in parts.values()}
         if len(rules) != 1:

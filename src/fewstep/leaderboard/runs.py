@@ -11,6 +11,7 @@ from typing import Any
 from fewstep.core.atomic import write_text
 from fewstep.core.build import digest
 from fewstep.core.lock import holding
+from fewstep.core.yaml import load_json
 from fewstep.data.pairs import PairPlan, StoredPairs, make_pairs
 from fewstep.demo import fitted
 from fewstep.diffusion import CFG
@@ -131,7 +132,7 @@ def _trained(recipe: Recipe | Pipeline, place: Path, began: float, quiet: bool) 
     if not (place / COST).is_file():
         cost = {"seconds": earlier + time.monotonic() - began, "memory_mb": peak / 2**20}
         write_text(place / COST, json.dumps(cost, indent=1) + "\n")
-    return made[0], json.loads((place / COST).read_text(encoding="utf-8"))
+    return made[0], load_json(place / COST, "the cost of a training")
 
 
 def measure_teacher(results: Path, folder: Path, *, suite: Suite = SUITE) -> Result:
