@@ -6,14 +6,21 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers.models.attention import FeedForward
 from torch.nn import functional as F
 
 from fewstep.core import Batch, Rng
+from fewstep.core.shipped import shipped
 from fewstep.diffusion import CFG, Uniform
 from fewstep.engine.nets import build_nets
+from fewstep.leaderboard.stages import stages_of
 from fewstep.methods import AdversarialDistillation, Adversary, BackwardSimulation, FromData, Nets
+from fewstep.models.source import Diffusers, Pretrained
+from fewstep.models.video_dit import MLP
+from fewstep.pipeline import read
 from support_engine import tiny_model
 from support_gaussian import ONE_STEP, Asked, FreeClips, GaussianTeacher, MeanHead, cond_of, conds_of, f64, terms
+from tiny_models import shared
 
 B, SHAPE, LABELS, MEAN, STD = 4, (1, 4, 8, 8), [1, 2, 1, 1], 0.7, 0.4
 METHOD = AdversarialDistillation(
@@ -145,6 +152,22 @@ def test_a_whole_discriminator_learns_in_its_own_turn_only() -> None:
         assert {role for role in networks if any(p.grad is not None for p in networks[role].parameters())} == {
             *update.roles
         }
+
+
+@pytest.mark.parametrize("name", ["leaderboard/gdd", "wan21_1p3b/gdd"])
+def test_gdd_freezes_feed_forward_layers_and_patches_and_nothing_else(name: str) -> None:
+    """The names in both recipes, for their own networks: attention, norms and times are trained (2405.20750)."""
+    source = Pretrained(source="world") if name == "leaderboard/gdd" else Diffusers(source=str(shared("wan")))
+    network, (stage,) = source.load(parts=("denoiser",)).denoiser, stages_of(read(shipped()[name], []))
+    wanted = {
+        f"{path}.{inner}"
+        for path, module in network.named_modules()
+        if isinstance(module, (MLP, FeedForward)) or path.endswith((".patches", ".patch_embedding"))
+        for inner, _ in module.named_parameters()
+    }
+    optim = stage.settings.optim["student"]
+    assert {key for key, _ in network.named_parameters() if not optim.trains(key)} == wanted
+    assert len(wanted) >= 2 + 2 * len(network.backbone.blocks)
 
 
 def test_fields_say_who_is_there_and_what_it_costs() -> None:

@@ -543,6 +543,16 @@ def test_joint_head_brings_layers_of_any_size_and_width_together() -> None:
     assert all(volume.grad is not None and volume.grad.any() for volume in volumes)
 
 
+@pytest.mark.parametrize("kind", [FeatureHeads, JointHead])
+def test_heads_of_convolutions_see_the_order_of_frames(kind: type[nn.Module]) -> None:
+    """A head that sees single frames gives a clip the same mean logit in any order, and teaches no motion (SF-V, 2406.04324)."""
+    torch.manual_seed(0)
+    head = (FeatureHeads([16, 8], [0, -1]) if kind is FeatureHeads else JointHead([16, 8])).double()
+    volumes = [torch.randn(2, width, 4, 8, 8, dtype=torch.float64) for width in (16, 8)]
+    mixed = head([volume[:, :, [2, 0, 3, 1]] for volume in volumes])
+    assert ((mixed.mean(1) - head(volumes).mean(1)).abs() > 1e-6).all()
+
+
 def test_block_head_is_attention_of_all_patches_at_the_coarsest_size() -> None:
     torch.manual_seed(0)
     head = BlockHead([32, 8], hidden=24, heads=2)
