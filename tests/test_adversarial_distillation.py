@@ -98,6 +98,13 @@ def test_the_discriminator_compares_real_clips_with_the_students() -> None:
     assert not torch.equal(again, losses["discriminator"]), "every turn has its own samples"
 
 
+def test_the_students_clips_have_no_gradient_in_the_discriminators_turn() -> None:
+    networks = nets()
+    asked = Asked(networks.student)
+    terms(METHOD.discriminator_loss(0, Nets({**networks.roles, "student": asked}), make_batch(), Rng(0)))
+    assert [question.grad for question in asked.questions] == [False]
+
+
 def test_the_teachers_opinion_is_adds() -> None:
     """lambda a_t |x - guided teacher(x_t)|^2, with no gradient through the teacher."""
     networks, method = nets(), replace(METHOD, distillation=2.5, distillation_density=Uniform(low=0.6, high=0.7))
@@ -110,6 +117,8 @@ def test_the_teachers_opinion_is_adds() -> None:
     plain, free = (teacher(x_t, t, cond).x0 for cond in (conds_of(LABELS), cond_of(0, B)))
     wanted = 2.5 * (1 - t.double()).reshape(-1, 1, 1, 1, 1) * 2 * (made.detach() - (free + 2.5 * (plain - free)))
     torch.testing.assert_close(made.grad, wanted / made.numel())
+    noise = (x_t - (1 - t.double()).reshape(-1, 1, 1, 1, 1) * made.detach()) / t.double().reshape(-1, 1, 1, 1, 1)
+    assert abs(float(noise.mean())) < 0.2 and abs(float(noise.std()) - 1) < 0.1, "it is asked about the student's clip"
 
 
 def test_a_clip_is_compared_with_the_one_it_was_predicted_from() -> None:
@@ -118,6 +127,8 @@ def test_a_clip_is_compared_with_the_one_it_was_predicted_from() -> None:
     loss = terms(method.student_loss(networks, batch, Rng(0)))["regression"]
     error = networks.student.clips.detach() - batch.require("x0")
     torch.testing.assert_close(loss.detach(), 0.1 * ((error.square() + 1e-6).sqrt() - 1e-3).mean())
+    wide = terms(replace(method, huber=0.5).student_loss(networks, batch, Rng(0)))["regression"]
+    torch.testing.assert_close(wide.detach(), 0.1 * ((error.square() + 0.25).sqrt() - 0.5).mean())
 
 
 def test_clean_clips_are_shown_as_they_are_at_times_that_vary() -> None:

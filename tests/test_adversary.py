@@ -101,6 +101,42 @@ def test_r2_is_about_generated_clips() -> None:
     assert abs(float((moved.x_t - fake).std()) - 0.1) < 0.01
 
 
+def test_a_penalty_moves_the_noised_clip_itself_at_its_own_time_and_prompt() -> None:
+    """`x_t + rho n`: n does not depend on the clip, the other penalty has another, and nothing else changes."""
+    moves = {}
+    for scale in (0.0, 3.0):
+        networks, real, fake = nets(), shown(scale * clips("real")), shown(scale * clips("fake"))
+        Adversary(r1=1.0, r2=1.0, rho=0.2).discriminator_losses(networks, real, fake, Rng(0))
+        for name, at, clip in (("r1", 2, real), ("r2", 3, fake)):
+            asked = networks.teacher.questions[at]
+            assert torch.equal(asked.t, clip.t) and asked.labels == [1] * B
+            moves[name, scale] = asked.x_t - clip.x_t
+            assert float(moves[name, scale].std()) == pytest.approx(0.2, rel=0.05)
+    for name in ("r1", "r2"):
+        torch.testing.assert_close(moves[name, 0.0], moves[name, 3.0])
+    assert float((moves["r1", 0.0] * moves["r2", 0.0]).mean()) == pytest.approx(0.0, abs=0.2 * 0.2 / 5)
+
+
+@pytest.mark.parametrize("name", ["r1", "r2"])
+def test_a_penalty_has_its_gradient_at_both_of_its_points(name: str) -> None:
+    """For D = w mean(x) the penalty is w^2 times what does not depend on w."""
+    networks = nets()
+    adversary = Adversary(**{name: 2.0})  # type: ignore[arg-type]
+    penalty = adversary.discriminator_losses(networks, shown(clips("real")), shown(clips("fake")), Rng(0))[name]
+    penalty.backward()
+    assert networks.discriminator.weight.grad.item() == pytest.approx(2 * penalty.item() / 1.5, rel=1e-9)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_discriminators_losses_have_no_gradient_in_the_clips(trained: bool) -> None:
+    frozen = nets()
+    networks = Nets({**frozen.roles, "eyes": frozen.teacher})
+    real, fake = clips("real").requires_grad_(), clips("fake").requires_grad_()
+    adversary = Adversary(r1=1.0, r2=1.0, trained=trained)
+    sum(adversary.discriminator_losses(networks, shown(real), shown(fake), Rng(0)).values(), f64(0.0)).backward()
+    assert real.grad is None and fake.grad is None
+
+
 def test_clips_have_times_of_their_own_only_where_they_have_a_density() -> None:
     batch = Batch(cond_of(1, B), cond_of(0, B), SHAPE, x0=clips("real"))
     given = (clips("eps"), torch.full((B,), 0.25, dtype=torch.float64))
@@ -193,6 +229,8 @@ def test_its_work_counts_every_clip_that_it_reads() -> None:
 def test_what_cannot_work_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one, such as"):
         Adversary(layers=())
+    with pytest.raises(ValueError, match=r"names a block twice.*write each once, got \[2, 4, 2\]"):
+        Adversary(layers=(2, 4, 2))
     with pytest.raises(ValueError, match="weight"):
         Adversary(weight=0.0)
     with pytest.raises(ValueError, match="rho"):

@@ -273,6 +273,38 @@ def test_numbers_are_finite_and_within_their_bounds() -> None:
         make(critic_updates=2**63)
 
 
+@dataclass(frozen=True)
+class Mistakable:
+    """A field of every kind that can be mistaken."""
+
+    loss: Literal["hinge", "softplus"] = "hinge"
+    critic: Shape | Literal["real"] | None = None
+    real: Shape | None = None
+    steps: Count = 1
+    rate: Positive = 1.0
+    name: str | None = None
+    losses: tuple[Literal["hinge", "softplus"], ...] = ()
+
+    def __post_init__(self) -> None:
+        require_bounds(self)
+
+
+def test_words_and_kinds_of_numbers_are_those_of_the_annotation_in_python_too() -> None:
+    Mistakable(loss="softplus", critic="real", steps=2, rate=2, name="any", losses=("hinge",))
+    for given, words in (
+        ({"loss": "wgan"}, "loss cannot be 'wgan'; accepted: hinge, softplus"),
+        ({"critic": "student"}, "critic cannot be 'student'; accepted: real"),
+        ({"real": "world"}, "real must be of type Shape, got 'world'"),
+        ({"losses": ("hinge", "wgan")}, "losses[1] cannot be 'wgan'; accepted: hinge, softplus"),
+        ({"rate": "0.1"}, "rate must be of type float, got '0.1'"),
+        ({"steps": 1.5}, "steps must be a whole number, got 1.5"),
+        ({"losses": 2}, "losses must be a tuple, such as (2,), got 2"),
+    ):
+        with pytest.raises(ValueError) as raised:
+            Mistakable(**given)  # type: ignore[arg-type]
+        assert words in str(raised.value)
+
+
 def test_yaml_has_no_traps() -> None:
     tree = load_yaml("a: 1e-5\nb: yes\nc: 010\nd: 12:30\ne: 2024-01-01\nf: true\ng: ~\nh: -3\ni: 1.\nj: 'true'")
     assert tree == {

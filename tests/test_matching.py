@@ -15,6 +15,7 @@ from fewstep.core import Batch, Cond, Rng
 from fewstep.diffusion import CFG, Uniform
 from fewstep.methods import DMD2, Adversary, Nets, targets
 from fewstep.methods.matching import FDivergence, Fisher, Matching, Noised, ReverseKL, ScoreImplicit, Scores
+from fewstep.methods.motion import motion_matching
 from support_gaussian import RF, SCALAR, Asked, GaussianTeacher, cond_of, f64
 
 MEAN, STD = 0.7, 0.8
@@ -160,6 +161,29 @@ def test_what_counts_more_counts_more_in_an_f_divergence_too(frames: int) -> Non
     matching = FDivergence(kind="forward_kl")
     expected = told(ReverseKL())[1] * (matching.weights(logits)[:, None] * keep).reshape(3, 1, frames, 1, 1)
     torch.testing.assert_close(told(matching, keep, lambda x_t, t: logits)[1], expected)
+
+
+def test_motion_counts_besides_with_its_weight_and_what_counts() -> None:
+    """On differences of frames, from the critic's towards the teacher's, by `keep`."""
+    keep = f64(0.5, 2.0, 0.5)
+    x0, t = element("clip", torch.empty(3, 2, 4, 2, 2)).requires_grad_(), torch.full((3,), 0.5, dtype=torch.float64)
+    eps = element("noise", x0)
+    noised, known = Noised(x0, RF.add_noise(x0, eps, t), t, eps), scores(count=3)
+    with torch.no_grad():
+        real, fake = known.real(noised.x_t, t), known.fake(noised.x_t, t)
+
+    def grad(loss: Tensor) -> Tensor:
+        return torch.autograd.grad(loss, x0, retain_graph=True)[0]
+
+    whole, plain = (ReverseKL(motion=w).loss(noised, known, keep) for w in (0.2, 0.0))
+    torch.testing.assert_close(grad(whole) - grad(plain), 0.2 * grad(motion_matching(x0, real, fake, keep)))
+
+
+def test_the_ratio_is_that_of_the_mean_of_the_heads() -> None:
+    """`r = exp(mean logit)`: neither a sum, which grows with the heads, nor a mean of ratios."""
+    logits = f64(-0.5, 0.7, 0.3, -0.1, 1.0, 0.2).reshape(3, 2)
+    r = f64(0.1, 0.1, 0.6).exp()
+    torch.testing.assert_close(FDivergence(kind="forward_kl").weights(logits), r / r.mean())
 
 
 def test_decoupled_guidance_has_noise_of_its_own() -> None:

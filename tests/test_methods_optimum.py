@@ -285,3 +285,11 @@ def test_dmd2_anchor_is_zero_for_the_exact_pairs() -> None:
     losses = terms(method.student_loss(nets, make_batch(32, pairs=pairs), Rng(0)))
     assert losses["anchor"].item() < 1e-12
     assert losses["matching"].item() > 1e-12
+
+
+def test_dmd2_anchor_moves_the_student_to_the_stored_end() -> None:
+    pairs = stored_pairs(GaussianTeacher(MEANS, STD), normal(32), 8)
+    nets = one_step_nets(STD, 0.0)
+    method = DMD2(rollout=ONE_STEP, anchor=0.25, anchor_rollout=FromPairs(grids=((1.0,),)))
+    terms(method.student_loss(nets, make_batch(32, pairs=pairs), Rng(0)))["anchor"].backward()
+    assert any(weight.grad is not None and weight.grad.abs().max() > 0 for weight in nets.student.parameters())

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from fewstep.core import Rng
 from fewstep.diffusion import KINDS, Kind, Prediction, RectifiedFlow, Trig, target
 from fewstep.methods import gan, targets
 from fewstep.methods.motion import motion_matching
@@ -22,7 +23,7 @@ def test_toward_has_the_stated_gradient_and_value(dtype: torch.dtype) -> None:
     assert g.grad is None
     g = g.detach()
     torch.testing.assert_close(x.grad, g / g.numel(), rtol=1e-6, atol=0)
-    torch.testing.assert_close(loss.detach(), g.square().mean() / 2)
+    torch.testing.assert_close(loss.detach(), g.square().mean() / 2, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("path", [RectifiedFlow(), Trig()], ids=lambda p: type(p).__name__)
@@ -88,6 +89,17 @@ def test_pseudo_huber_limits() -> None:
     torch.testing.assert_close(targets.pseudo_huber(x, zero, 0.0), f64(2.0)[0])
     torch.testing.assert_close(targets.pseudo_huber(x, zero, 1e4) * 2e4, targets.mse(x, zero), rtol=1e-6, atol=0)
     assert targets.pseudo_huber(x, x, 1e-3) == 0
+
+
+def test_clips_and_frames_count_by_their_weights() -> None:
+    a, b = (Rng(7).randn((2, 1, 3, 2, 2), name).double() for name in "ab")
+    clip, frame = f64(0.5, 2.0), f64(0.5, 2.0, 1.0, 0.0, 3.0, 1.0).reshape(2, 3)
+    for loss, each in (
+        (targets.mse, (a - b).square()),
+        (targets.pseudo_huber, ((a - b).square() + 1e-6).sqrt() - 1e-3),
+    ):
+        torch.testing.assert_close(loss(a, b, weight=clip), (clip.reshape(2, 1, 1, 1, 1) * each).mean())
+        torch.testing.assert_close(loss(a, b, weight=frame), (frame.reshape(2, 1, 3, 1, 1) * each).mean())
 
 
 def test_adversarial_terms() -> None:

@@ -66,6 +66,17 @@ def turns(method: ProgressiveAdversarial, step: int) -> list[Update]:
     return [event for event in method.updates(step) if isinstance(event, Update)]
 
 
+def test_the_student_has_noise_of_its_own() -> None:
+    """Line 3 is line 2 with new noise."""
+    networks = nets()
+    starts = []
+    for update in turns(METHOD, 10):
+        asked = Asked(networks.student)
+        terms(update.losses(Nets({**networks.roles, "student": asked}), batch(), Rng(0)))
+        starts += [question.x_t for question in asked.questions]
+    assert len(starts) == 2 and not torch.equal(*starts)
+
+
 def test_stages_of_many_steps_have_the_regression_and_those_of_few_the_discriminator() -> None:
     named = [
         [event.roles if isinstance(event, Update) else event for event in METHOD.updates(s)] for s in (0, 9, 10, 11)

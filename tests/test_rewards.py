@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from fewstep.core import Batch, Rng
 from fewstep.diffusion import CFG, Uniform
+from fewstep.engine.compared import require_judged
 from fewstep.engine.nets import build_nets
-from fewstep.engine.prepare import prepare
+from fewstep.engine.prepare import prepare, require_possible
 from fewstep.methods import (
     AVDM2,
     DMD2,
+    GRPO,
     AdversarialDistillation,
     Adversary,
     BackwardSimulation,
@@ -24,6 +26,7 @@ from fewstep.methods import (
     FromData,
     FromLow,
     Making,
+    Method,
     MotionReward,
     Nets,
     ReverseKL,
@@ -37,6 +40,7 @@ from fewstep.methods import (
 )
 from fewstep.metrics import motion
 from fewstep.models import VideoModel
+from fewstep.models.fingerprint import describe
 from fewstep.world.checker import indices
 from fewstep.world.data import WorldClips
 from fewstep.world.grammar import sample_scenes
@@ -155,6 +159,17 @@ def test_a_single_frame_has_no_motion() -> None:
         MotionReward().score(torch.zeros(2, 3, 1, 4, 4), Batch(cond_of(1, 2), cond_of(0, 2), SHAPE), Nets({}))
 
 
+def test_a_reward_sees_frames_as_they_are_shown() -> None:
+    """A decoder may leave [-1, 1], where every picture ends: brighter than white pleases nobody more."""
+    latents = torch.full((2, *SHAPE), 0.5, dtype=torch.float64)
+    latents[1] = 7.0
+    latents.requires_grad_()
+    r = Linear().of(latents, Batch(cond_of(1, 2), cond_of(0, 2), SHAPE), Nets({"codec": Plain()}))
+    torch.testing.assert_close(r.detach(), f64(0.5, 1.0))
+    r.sum().backward()
+    assert latents.grad is not None and (latents.grad[0] > 0).all() and (latents.grad[1] == 0).all()
+
+
 def test_what_cannot_count_is_refused() -> None:
     with pytest.raises(ValueError, match="raise settings.batch"):
         Reweighting().weights(torch.zeros(1))
@@ -162,6 +177,37 @@ def test_what_cannot_count_is_refused() -> None:
         Reweighting(limit=1.0)
     with pytest.raises(ValueError, match="beta must be more than 0"):
         Reweighting(beta=0.0)
+    with pytest.raises(ValueError, match="one frame has no motion, .*; write frames: 2, or 0 for all"):
+        Feedback(frames=1, reward=MotionReward())
+    assert Feedback(frames=1).frames == 1  # what a prompt says may be seen in one
+
+
+@pytest.mark.parametrize("held", [DMD2(reweighting=Reweighting()), Consistency(feedback=Feedback()), GRPO()])
+def test_a_reward_of_a_model_without_a_codec_is_refused_before_any_weight(held: Method) -> None:
+    model = tiny_model()
+    card = replace(model.card, parts={name: describe(part) for name, part in model.parts.items()})
+    require_judged(held, card)
+    blind = replace(card, parts={name: part for name, part in card.parts.items() if name != "codec"})
+    require_judged(DMD2(), blind)
+    with pytest.raises(
+        ValueError, match=f"{type(held).__name__} decodes clips .*'tiny' has no codec; take a model with"
+    ):
+        require_judged(held, blind)
+    with pytest.raises(ValueError, match="has no codec"):
+        require_possible(held, small(2), blind, None)
+
+
+def test_feedback_on_more_frames_than_there_are_is_refused_before_any_weight() -> None:
+    model = tiny_model()
+    card = replace(model.card, parts={name: describe(part) for name, part in model.parts.items()})
+    for method in (DMD2, Consistency):
+        require_judged(method(feedback=Feedback(frames=FRAMES)), card)
+        with pytest.raises(
+            ValueError, match=f"{FRAMES + 1}, and a clip of 'tiny' has {FRAMES} latent .* at most {FRAMES}, or"
+        ):
+            require_judged(method(feedback=Feedback(frames=FRAMES + 1)), card)
+    longer = Feedback(frames=FRAMES + 1, reward=MotionReward())
+    require_judged(DMD2(rollout=StreamingLong(), feedback=longer), card)  # a stream's stretch has a length of its own
 
 
 def test_a_run_decodes_with_a_copy_that_is_neither_trained_nor_kept(tmp_path: Path) -> None:

@@ -190,6 +190,32 @@ def test_where_every_step_lands_right_nothing_moves_and_a_wrong_step_moves_alone
         assert slope > 0.1 if landed == off else abs(slope) < 0.08, landed
 
 
+def test_the_critics_weight_falls_where_its_target_grows() -> None:
+    """`min(1, 10 b^2)`, b the noise from s to u: on a straight path `b^2 = u^2 - ((1 - u) s / (1 - s))^2`."""
+    s, u = f64(0.5, 0.5, 0.0), f64(0.51, 0.9, 0.2)
+    x = torch.zeros(3, 1, 1, 1, 1, dtype=torch.float64)
+    b2 = u.square() - ((1 - u) * s / (1 - s)).square()
+    torch.testing.assert_close(unbiased(Noised(x, x, u, x), s, RF)[2], (10 * b2).clamp_max(1))
+    assert 10 * b2[0] < 1 < 10 * b2[1]
+
+
+def test_times_next_to_the_landing_are_left_out() -> None:
+    rolled = METHOD.rollout(nets().student, make_batch(), Rng(0), grad=False)
+    for low in (0.02, 0.9):
+        noised, s = replace(METHOD, low=low).noised(rolled, RF, Rng(0))
+        share = (noised.t - s) / (rolled.t.clamp_max(METHOD.high) - s)
+        assert low <= float(share.min()) and float(share.max()) <= 1
+
+
+@pytest.mark.parametrize("method", [replace(METHOD, critic_updates=2), MomentMatching(critic_updates=2)])
+def test_every_turn_has_noise_of_its_own(method: TDM | MomentMatching) -> None:
+    networks = nets()
+    for update in method.updates(0):
+        terms(update.losses(networks, make_batch(), Rng(0)))
+    seen = [question.x_t for question in networks.critic.questions]
+    assert len(seen) == 3 and not any(torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
+
+
 def test_tdm_says_what_it_costs_and_refuses_fresh_noise() -> None:
     assert sum(work.forwards for work in METHOD.cost()) == 2.5 + 4.5 + 2 + 4
     with pytest.raises(ValueError, match="rollout.mode to ode"):

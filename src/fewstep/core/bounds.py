@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 import types
 from collections.abc import Hashable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 @dataclass(frozen=True)
@@ -70,23 +71,24 @@ def bounds_of(expected: Any) -> Bounds:
 
 
 def require_bounds(thing: Any, at: str = "") -> None:
-    """ValueError names the first field of a dataclass whose number is out of bounds: call it in `__post_init__`.
+    """ValueError names the first field of a dataclass whose number is out of bounds, or whose word or number is none that its
+    annotation accepts: call it in `__post_init__`.
 
     `at` is where recipes have it: `settings.health`.
     """
     cls: Any = type(thing)
-    for name, expected in _hints(cls).items():
-        for key, wrong in _problems(expected, getattr(thing, name, None), name):
+    for field in fields(thing):
+        for key, wrong in _problems(_hints(cls)[field.name], getattr(thing, field.name, None), field.name):
             raise ValueError(f"{at}{'.' if at else ''}{key} {wrong}")
 
 
 def _problems(expected: Any, value: Any, key: str) -> Iterator[tuple[str, str]]:
-    """Key and problem of every number in `value`, by its annotation."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    """Key and problem of every number and text in `value`, by its annotation."""
+    if isinstance(value, (int, float, str)) and not isinstance(value, bool):
         arms = get_args(expected) if get_origin(expected) in (Union, types.UnionType) else (expected,)
-        kinds = {arm: get_args(arm)[0] if get_origin(arm) is Annotated else arm for arm in arms}
-        found = [arm for arm, kind in kinds.items() if kind in (int, float)]
-        if found and (wrong := bounds_of(found[0]).problem(value)):
+        kinds = {get_args(arm)[0] if get_origin(arm) is Annotated else arm: arm for arm in arms}
+        wrong = _text_problem([*kinds], value) if isinstance(value, str) else _number_problem(kinds, value)
+        if wrong:
             yield key, wrong
     elif isinstance(value, Mapping) and len(get_args(expected)) == 2:
         for name, item in value.items():
@@ -95,6 +97,26 @@ def _problems(expected: Any, value: Any, key: str) -> Iterator[tuple[str, str]]:
         each = get_args(expected)
         for i, item in enumerate(value):
             yield from _problems(each[0] if Ellipsis in each else each[min(i, len(each) - 1)], item, f"{key}[{i}]")
+
+
+def _number_problem(kinds: Mapping[Any, Any], value: float) -> str:
+    """What is wrong with a number, by kinds and their annotations; or nothing."""
+    if all(get_origin(kind) is tuple for kind in kinds):
+        return f"must be a tuple, such as ({value},), got {value}"
+    if isinstance(value, float) and int in kinds and float not in kinds:
+        return f"must be a whole number, got {value}"
+    return next((bounds_of(kinds[kind]).problem(value) for kind in (int, float) if kind in kinds), "")
+
+
+def _text_problem(kinds: list[Any], value: str) -> str:
+    """What is wrong with a text; or nothing."""
+    words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+    if value in words or {str, Path, Any}.intersection(kinds):
+        return ""
+    if words:
+        return f"cannot be {value!r}; accepted: {', '.join(map(str, words))}"
+    names = [getattr(kind, "__name__", str(kind)) for kind in kinds if kind is not types.NoneType]
+    return f"must be of type {' or '.join(names)}, got {value!r}"
 
 
 @cache

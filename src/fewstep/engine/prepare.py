@@ -25,6 +25,7 @@ from fewstep.core.env import place
 from fewstep.core.held import held_objects
 from fewstep.data.base import Data, Source
 from fewstep.engine.begun import require_same
+from fewstep.engine.compared import require_batch, require_judged
 from fewstep.engine.effective import in_effect
 from fewstep.engine.health.monitor import watching
 from fewstep.engine.heap import keep_freed_memory
@@ -217,6 +218,7 @@ def require_possible(
     require_clips(method, card)
     require_going_on(method, settings)
     require_batch(method, settings)
+    require_judged(method, card)
     for role in set(lenders(method)).intersection(roles):
         raise ValueError(
             f"{name} trains the {role}, which stays frozen; make a role that is a Copy of it and train that"
@@ -322,20 +324,6 @@ def require_going_on(method: Method, settings: Settings) -> None:
             f"{name} carries clips from one update to the next, and processes that share a clip would each carry a part of it; "
             "write settings.parallel.sequence: 1"
         )
-
-
-def require_batch(method: Method, settings: Settings) -> None:
-    """Refuse (ValueError) a batch that is too small for what the method compares within it."""
-    if settings.batch < (least := least_batch(method)):
-        raise ValueError(
-            f"settings.batch is {settings.batch}, and {type(method).__name__} compares clips of a batch with each other; write "
-            f"at least settings.batch: {least}"
-        )
-
-
-def least_batch(method: Method) -> int:
-    """Fewest clips of a batch with which the losses of a method can be computed: the most that one of its parts asks for."""
-    return max(getattr(part, "least_batch", 1) for part in held_objects(method))
 
 
 def require_clips(method: Method, card: Card) -> None:

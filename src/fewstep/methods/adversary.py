@@ -73,6 +73,10 @@ class Adversary:
         require_bounds(self)
         if not self.layers:
             raise ValueError("layers names no block of the teacher; give at least one, such as (-1,), the last")
+        if len(set(self.layers)) < len(self.layers):
+            raise ValueError(
+                f"layers names a block twice, whose heads would do the same work; write each once, got {list(self.layers)}"
+            )
         if self.draws > 1 and self.density is None:
             raise ValueError(
                 "draws are drawn from adversary.density, which is null; give it a density, or write draws: 1"

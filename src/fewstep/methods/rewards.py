@@ -176,6 +176,8 @@ class Feedback(_Held):
 
     def __post_init__(self) -> None:
         require_bounds(self)
+        if self.frames == 1 and isinstance(self.reward, MotionReward):
+            raise ValueError("one frame has no motion, which MotionReward measures; write frames: 2, or 0 for all")
 
     def loss(self, x0: Tensor, batch: Batch, nets: Nets, rng: Rng) -> Tensor:
         """`lambda_r` times the loss of clips `[B, C, F, H, W]`. ValueError for clips of fewer than `frames` frames."""
