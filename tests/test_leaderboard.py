@@ -250,7 +250,8 @@ def test_the_row_that_is_ahead_at_each_number_of_steps_is_named() -> None:
         result("one", {1: figures(0.4)}),
     ]
     four, one = (line for line in ahead(rows, figures(0.8)) if line.startswith("- "))
-    assert four.startswith("- 4 steps: **steady+small**, ") and "80 % of the teacher's accuracy at 1.0 times" in four
+    assert four.startswith("- 4 steps: **steady+small**, ") and "80 % of the teacher's accuracy, 1.0 times" in four
+    assert "and 100 % of its diversity" in four
     assert one.startswith("- 1 step") and "**one**" in one and "50 % of the teacher's" in one and one.endswith("1 seed")
 
 

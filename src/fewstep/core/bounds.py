@@ -103,7 +103,7 @@ def _number_problem(kinds: Mapping[Any, Any], value: float) -> str:
     """What is wrong with a number, by kinds and their annotations; or nothing."""
     if all(get_origin(kind) is tuple for kind in kinds):
         return f"must be a tuple, such as ({value},), got {value}"
-    if isinstance(value, float) and int in kinds and float not in kinds:
+    if isinstance(value, float) and not value.is_integer() and int in kinds and float not in kinds:
         return f"must be a whole number, got {value}"
     return next((bounds_of(kinds[kind]).problem(value) for kind in (int, float) if kind in kinds), "")
 

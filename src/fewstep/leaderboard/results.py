@@ -18,6 +18,8 @@ TEACHER = "teacher"
 
 COUNTS = (4, 2, 1)
 """Steps of the rows."""
+RELATIVE = ("motion", "diversity", "flicker")
+"""Figures that the table divides by the teacher's at its own steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +64,7 @@ class Result:
     spent: float
     """Forward-equivalents, stored pairs included."""
     seconds: float
-    """Time of training, pairs and probes included, figures not; of a resumed training, of its last part."""
+    """Time of training, of all its parts if it was resumed, pairs and probes included, figures not."""
     memory_mb: float
     """Peak memory of the process while it trained."""
     rows: Mapping[int, Figures]
@@ -78,7 +80,7 @@ class Result:
 
     @property
     def most(self) -> Figures:
-        """Figures at the most steps: of the teacher, what motion and diversity are relative to."""
+        """Figures at the most steps: of the teacher, what `RELATIVE` are relative to."""
         return self.rows[max(self.rows)]
 
     def save(self, folder: Path) -> Path:
@@ -122,9 +124,10 @@ def load_result(path: Path) -> Result:
         raise ValueError(
             f"{path} has the figures of {result.file}, and a copy would count as another run. Delete it, or give it that name"
         )
-    if result.name == TEACHER and not (max(result.rows) > max(COUNTS) and result.most.motion and result.most.diversity):
+    divisors = [getattr(result.most, figure) for figure in RELATIVE]
+    if result.name == TEACHER and not (max(result.rows) > max(COUNTS) and all(divisors)):
         raise ValueError(
-            f"{path} lacks the teacher's motion and diversity at its own steps, by which all others are divided. {again}"
+            f"{path} lacks the teacher's {', '.join(RELATIVE)} at its own steps, by which all others are divided. {again}"
         )
     return result
 

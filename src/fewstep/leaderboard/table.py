@@ -15,7 +15,7 @@ from fewstep.evaluate.results import Range
 from fewstep.leaderboard.budget import DEMO
 from fewstep.leaderboard.claims import CLAIMS, Verdict, judge
 from fewstep.leaderboard.contest import PROBES, contestants
-from fewstep.leaderboard.results import COUNTS, TEACHER, Figures, Result, number
+from fewstep.leaderboard.results import COUNTS, RELATIVE, TEACHER, Figures, Result, number
 from fewstep.leaderboard.runs import SUITE
 from fewstep.leaderboard.switches import JOINED, TERMS
 from fewstep.metrics.statistics import difference_interval
@@ -37,9 +37,9 @@ of row A with the change B of `src/fewstep/leaderboard/switches.py`.
   prompts. Methods with stages inside (progressive, lightning) train students of more steps first; the rule judges those too in
   the final number of steps, for which they are not made, so the choice is in effect among fewer.
 - **Figures**: {clips} clips of {prompts} prompts. Accuracy: all six attributes of the prompt are right. Distance: Frechet, to
-  rendered clips of the same prompts, whose own distance is {floor:.2f}. Motion and diversity are relative to the teacher at its
-  own steps; motion is better the nearer it is to 1. Training draws its scenes at random from the same world, so it meets some of
-  these.
+  rendered clips of the same prompts, whose own distance is {floor:.2f}. Motion, diversity (of clips of
+  one prompt) and flicker are relative to the teacher at its own steps; motion is better the nearer it is to 1. Training draws
+  its scenes at random from the same world, so it meets some of these.
 - **Intervals** are over prompts, not over seeds of training: where a row has one seed, another seed may change a verdict.
 - With several seeds: the mean, and the lowest and highest in brackets. The best rows, by the same rule, come first; a number of
   steps that a student does not serve counts as nothing right.
@@ -72,12 +72,11 @@ def heading(floor: float) -> str:
 def teacher_section(teacher: Result) -> str:
     reference = teacher.most
     lines = [
-        f"| {n} | {percent(row.accuracy)} | {row.frechet:.2f} | {row.motion / reference.motion:.2f} | "
-        f"{row.diversity / reference.diversity:.2f} |"
+        f"| {n} | {percent(row.accuracy)} | {row.frechet:.2f} | {' | '.join(relative([row], reference))} |"
         for n, row in sorted(teacher.rows.items(), reverse=True)
     ]
-    head = "| steps of the teacher | accuracy | distance | motion | diversity |\n| ---: | ---: | ---: | ---: | ---: |"
-    return "\n".join(["## The teacher", "", head, *lines, ""])
+    names = ["steps of the teacher", "accuracy", "distance", *RELATIVE]
+    return "\n".join(["## The teacher", "", f"| {' | '.join(names)} |", f"|{' ---: |' * len(names)}", *lines, ""])
 
 
 def budget_section(budget: float, results: Sequence[Result], reference: Figures) -> str:
@@ -85,19 +84,18 @@ def budget_section(budget: float, results: Sequence[Result], reference: Figures)
     names = sorted({result.name for result in results}, key=lambda name: -rule(results, name))
     switched = {name.partition(JOINED)[0] for name in names if JOINED in name}
 
-    def rows(chosen: Iterable[str]) -> list[str]:
-        return [row(name, [r for r in results if r.name == name], reference) for name in chosen]
+    def table(chosen: Iterable[str]) -> list[str]:
+        lines = [row(name, [r for r in results if r.name == name], reference) for name in chosen]
+        return [*HEADINGS, *lines, ""] if lines else []
 
     lines = [
         f"## {title_of(budget)}",
         "",
         *ahead(results, reference),
         "",
-        "Accuracy / distance at each number of steps; motion and diversity at the fewest steps of the row.",
+        "Accuracy / distance at each number of steps; motion, diversity and flicker at the fewest steps of the row.",
         "",
-        *HEADINGS,
-        *rows(name for name in names if JOINED not in name),
-        "",
+        *table(name for name in names if JOINED not in name),
         *said(results, reference),
     ]
     for base in sorted(switched):
@@ -105,9 +103,7 @@ def budget_section(budget: float, results: Sequence[Result], reference: Figures)
         lines += [
             f"### {base}, one change at a time",
             "",
-            *HEADINGS,
-            *rows([*(n for n in names if n == base), *own]),
-            "",
+            *table([*(n for n in names if n == base), *own]),
             *gains(base, {**{name: name.partition(JOINED)[2] for name in own}, **TERMS.get(base, {})}, results),
         ]
     return "\n".join(lines)
@@ -125,9 +121,10 @@ def ahead(results: Sequence[Result], reference: Figures) -> list[str]:
             name, best = max(served.items(), key=lambda item: mean(row.accuracy for row in item[1]))
             share = mean(row.accuracy for row in best) / reference.accuracy
             far = mean(row.frechet for row in best) / reference.frechet
+            varied = mean(row.diversity for row in best) / reference.diversity
             lines.append(
-                f"- {in_steps(n)}: **{name}**, {percent(share)} of the teacher's accuracy at {far:.1f} times its distance, "
-                f"{_seeds(len(best))}"
+                f"- {in_steps(n)}: **{name}**, {percent(share)} of the teacher's accuracy, {far:.1f} times its distance and "
+                f"{percent(varied)} of its diversity, {_seeds(len(best))}"
             )
     return lines
 
@@ -171,8 +168,8 @@ def _middle(rows: Sequence[Figures], figure: str) -> tuple[float, Range]:
 
 
 HEADINGS = (
-    f"| | {' | '.join(in_steps(n) for n in COUNTS)} | motion | diversity | iterations | minutes | memory | seeds |",
-    f"| --- |{' ---: |' * (len(COUNTS) + 6)}",
+    f"| | {' | '.join([*map(in_steps, COUNTS), *RELATIVE])} | iterations | minutes | memory | seeds |",
+    f"| --- |{' ---: |' * (len(COUNTS) + len(RELATIVE) + 4)}",
 )
 """Of a table of rows."""
 
@@ -183,12 +180,15 @@ def title_of(budget: float) -> str:
 
 def row(name: str, runs: Sequence[Result], reference: Figures) -> str:
     cells = [cell([run.rows[n] for run in runs if n in run.rows]) for n in COUNTS]
-    fewest = [run.rows[min(run.rows)] for run in runs]
-    cells += [spread([one.motion / reference.motion for one in fewest])]
-    cells += [spread([one.diversity / reference.diversity for one in fewest])]
+    cells += relative([run.rows[min(run.rows)] for run in runs], reference)
     cells += [f"{runs[0].iterations}", f"{mean(run.seconds for run in runs) / 60:.0f}"]
     cells += [f"{max(run.memory_mb for run in runs) / 1024:.1f} GiB", str(len(runs))]
     return f"| {name} | {' | '.join(cells)} |"
+
+
+def relative(rows: Sequence[Figures], reference: Figures) -> list[str]:
+    """Of several seeds, what is told in shares of the teacher's."""
+    return [spread([getattr(row, name) / getattr(reference, name) for row in rows]) for name in RELATIVE]
 
 
 def cell(rows: Sequence[Figures]) -> str:
