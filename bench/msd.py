@@ -16,13 +16,12 @@ from typing import Any, Literal
 
 import tyro
 
-from fewstep.core.shipped import shipped
 from fewstep.data import Part
 from fewstep.demo import fitted
 from fewstep.evaluate import Entry, evaluate
 from fewstep.leaderboard.budget import DEMO, lengthened
+from fewstep.leaderboard.contest import contestants
 from fewstep.leaderboard.runs import SUITE
-from fewstep.leaderboard.switches import SWITCHES
 from fewstep.models import VideoModel
 from fewstep.models.runtime import Runtime
 from fewstep.recipe import Recipe
@@ -73,9 +72,8 @@ def student(case: Case, index: int | None) -> VideoModel:
 
 
 def recipe_of(case: Case, index: int | None) -> Recipe:
-    recipe = Recipe.load(
-        shipped()["leaderboard/dmd2"], [*SWITCHES["dmd2"]["batch_4"], ("method.rollout.grids", "[[1.0]]")]
-    )
+    row = contestants()["dmd2+batch_4"]
+    recipe = Recipe.load(row.path, [*row.changes, ("method.rollout.grids", "[[1.0]]")])
     recipe = lengthened(recipe, DEMO * case.budget / (case.parts if case.together and index is not None else 1))
     part = None if index is None else Part(by=case.by, index=index)
     settings = replace(fitted(recipe.settings), seed=case.seed, health=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -279,7 +280,9 @@ class Mistakable:
 
     loss: Literal["hinge", "softplus"] = "hinge"
     critic: Shape | Literal["real"] | None = None
-    real: Shape | None = None
+    pair: tuple[Positive, ...] | None = None
+    named: Mapping[str, Positive] | None = None
+    anything: object = None
     steps: Count = 1
     rate: Positive = 1.0
     name: str | None = None
@@ -290,15 +293,16 @@ class Mistakable:
 
 
 def test_words_and_kinds_of_numbers_are_those_of_the_annotation_in_python_too() -> None:
-    Mistakable(loss="softplus", critic="real", steps=2, rate=2, name="any", losses=("hinge",))
+    Mistakable(loss="softplus", critic="real", steps=2, rate=2, name="any", losses=("hinge",), pair=(0.5, 1))
+    Mistakable(anything="a text", named={"a": 1})
     for given, words in (
         ({"loss": "wgan"}, "loss cannot be 'wgan'; accepted: hinge, softplus"),
         ({"critic": "student"}, "critic cannot be 'student'; accepted: real"),
-        ({"real": "world"}, "real must be of type Shape, got 'world'"),
+        ({"pair": (0.5, 0.0)}, "pair[1] must be more than 0, got 0.0"),
+        ({"named": {"a": -1}}, "named.a must be more than 0, got -1"),
         ({"losses": ("hinge", "wgan")}, "losses[1] cannot be 'wgan'; accepted: hinge, softplus"),
-        ({"rate": "0.1"}, "rate must be of type float, got '0.1'"),
+        ({"rate": "0.1"}, "rate must be a number, got '0.1'"),
         ({"steps": 1.5}, "steps must be a whole number, got 1.5"),
-        ({"losses": 2}, "losses must be a tuple, such as (2,), got 2"),
     ):
         with pytest.raises(ValueError) as raised:
             Mistakable(**given)  # type: ignore[arg-type]

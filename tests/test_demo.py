@@ -63,7 +63,7 @@ def test_the_longer_recipe_makes_a_student_like_the_demos() -> None:
     assert longer.settings.steps > demo.RECIPE.settings.steps
 
 
-def test_the_demo_runs_the_best_row_of_the_leaderboard() -> None:
+def test_the_demo_runs_a_row_of_the_leaderboard() -> None:
     """What the run writes besides, and when, is its own; the iterations are those of the budget that all rows have."""
     row, run = contestants()["dmd2+batch_4"].prepared(DEMO, seed=0), demo.RECIPE
     assert (run.model, run.method, run.data) == (row.model, row.method, row.data)

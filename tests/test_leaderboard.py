@@ -17,7 +17,7 @@ from fewstep.leaderboard import DEMO, Contestant, Run, contestants, lengthened, 
 from fewstep.leaderboard.budget import BLOCKS, CLIP, share
 from fewstep.leaderboard.claims import CLAIMS, Claim, Verdict, judge
 from fewstep.leaderboard.results import COUNTS, TEACHER, load_result
-from fewstep.leaderboard.runs import APART, LARGEST, PAIR_STEPS, PAIRED, SEEDS, SUITE
+from fewstep.leaderboard.runs import APART, COST, LARGEST, PAIR_STEPS, PAIRED, SEEDS, SUITE
 from fewstep.leaderboard.stages import stages_of
 from fewstep.leaderboard.switches import SWITCHES, TERMS
 from fewstep.leaderboard.table import ahead, budget_section, gains, rule, said
@@ -287,9 +287,7 @@ def test_a_run_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     again = leaderboard.run(Run(one, budget=0.0004), results, runs, suite=suite, quiet=True)
     assert (again.seconds, again.memory_mb) == (made.seconds, made.memory_mb), "those of training, which was complete"
     place = runs / "small-0.0004-0" / one.code
-    (
-        place / "run" / "cost.json"
-    ).unlink()  # as after a stop at the last iteration, of a training that had taken 1000 seconds
+    (place / "run" / COST).unlink()  # as after a stop at the last iteration, when 1000 seconds had passed
     (place / "run" / "metrics.jsonl").write_text('{"step": 1, "time": 1000.0}\n')
     assert leaderboard.run(Run(one, budget=0.0004), results, runs, suite=suite, quiet=True).seconds > 1000
     with holding(place), pytest.raises(FolderInUse):

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from fewstep import leaderboard
 from fewstep.evaluate.results import CLIPS, FILE
 from fewstep.leaderboard import TEACHER, Figures, Result
-from fewstep.leaderboard.results import RELATIVE, load_result, load_results
+from fewstep.leaderboard.results import DIVISORS, load_result, load_results
 from fewstep.leaderboard.runs import figures_of
 from fewstep.leaderboard.table import heading
 from fewstep.models.bundle import VideoModel
@@ -86,11 +86,11 @@ def test_a_damaged_file_is_one_error_that_says_what_to_do(
 
 @pytest.mark.parametrize(
     "rows",
-    [ROWS, *({50: replace(figures(0.9), **{name: 0.0})} for name in RELATIVE)],  # type: ignore[arg-type]
+    [ROWS, *({50: replace(figures(0.9), **{name: 0.0})} for name in DIVISORS)],  # type: ignore[arg-type]
 )
 def test_a_teacher_by_whose_figures_nothing_can_be_divided_is_refused(tmp_path: Path, rows: dict[int, Figures]) -> None:
     result(TEACHER, rows, budget=0.0).save(tmp_path)
-    with pytest.raises(ValueError, match="motion, diversity, flicker at its own steps.*fewstep leaderboard teacher"):
+    with pytest.raises(ValueError, match="lacks the teacher's .* at its own steps.*fewstep leaderboard teacher"):
         load_results(tmp_path)
 
 

@@ -190,7 +190,7 @@ def test_a_reward_of_a_model_without_a_codec_is_refused_before_any_weight(held: 
     blind = replace(card, parts={name: part for name, part in card.parts.items() if name != "codec"})
     require_judged(DMD2(), blind)
     with pytest.raises(
-        ValueError, match=f"{type(held).__name__} decodes clips .*'tiny' has no codec; take a model with"
+        ValueError, match=f"{type(held).__name__} looks at decoded frames, .*'tiny' has no codec; take a model with"
     ):
         require_judged(held, blind)
     with pytest.raises(ValueError, match="has no codec"):

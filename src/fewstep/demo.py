@@ -29,8 +29,7 @@ from fewstep.world.data import WorldClips
 GRIDS = ((1.0,), (1.0, 0.5), (1.0, 0.83, 0.67, 0.5))
 """Times of 1, 2 and 4 steps before the shift. Two and four steps end from the same time, so that it is trained often."""
 
-STUDENT = Optim(lr=3e-4, betas=(0.9, 0.99), warmup=20, decay="cosine")
-CRITIC = replace(STUDENT, lr=6e-4)
+OPTIM = Optim(lr=3e-4, betas=(0.9, 0.99), warmup=20, decay="cosine")
 """Many small updates, and a critic that is twice as fast as its student: the row `dmd2+batch_4` of docs/leaderboard.md."""
 
 RECIPE = Recipe(
@@ -50,7 +49,7 @@ RECIPE = Recipe(
         log_every=4,
         save_every=100,
         health=None,  # checks would add 3 %; the probe chooses the student, and 128 clips of each row are measured at the end
-        optim={"student": STUDENT, "critic": CRITIC},
+        optim={"student": OPTIM, "critic": replace(OPTIM, lr=6e-4)},
     ),
     probe=WorldProbe(every=280, prompts=16),
 )

@@ -1,4 +1,5 @@
-"""Bounds of numbers, written next to a field's type; the builder refuses other values, and so can a class.
+"""Bounds of numbers, written next to a field's type; the builder refuses other values, and so can a class. So are words that a
+field does not accept.
 
 `steps: Count` is a whole number from 1 to a thousand million. Numbers that are not finite are refused wherever a number is
 expected, with or without bounds.
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import math
 import types
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -71,8 +72,8 @@ def bounds_of(expected: Any) -> Bounds:
 
 
 def require_bounds(thing: Any, at: str = "") -> None:
-    """ValueError names the first field of a dataclass whose number is out of bounds, or whose word or number is none that its
-    annotation accepts: call it in `__post_init__`.
+    """ValueError names the first field of a dataclass whose number is out of bounds or in the wrong place, or whose word is none
+    of those accepted: call it in `__post_init__`. Other types are not compared.
 
     `at` is where recipes have it: `settings.health`.
     """
@@ -83,40 +84,37 @@ def require_bounds(thing: Any, at: str = "") -> None:
 
 
 def _problems(expected: Any, value: Any, key: str) -> Iterator[tuple[str, str]]:
-    """Key and problem of every number and text in `value`, by its annotation."""
+    """Key and problem of every number and word in `value`, by its annotation."""
+    arms = get_args(expected) if get_origin(expected) in (Union, types.UnionType) else (expected,)
+    kinds = {get_args(arm)[0] if get_origin(arm) is Annotated else arm: arm for arm in arms}
+    inner = {get_origin(kind): get_args(kind) for kind in kinds}
     if isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        arms = get_args(expected) if get_origin(expected) in (Union, types.UnionType) else (expected,)
-        kinds = {get_args(arm)[0] if get_origin(arm) is Annotated else arm: arm for arm in arms}
-        wrong = _text_problem([*kinds], value) if isinstance(value, str) else _number_problem(kinds, value)
-        if wrong:
+        if wrong := _word_problem(kinds, value) if isinstance(value, str) else _number_problem(kinds, value):
             yield key, wrong
-    elif isinstance(value, Mapping) and len(get_args(expected)) == 2:
+    elif isinstance(value, Mapping):
+        _, of = inner.get(Mapping) or inner.get(dict) or (Any, Any)
         for name, item in value.items():
-            yield from _problems(get_args(expected)[1], item, f"{key}.{name}")
-    elif isinstance(value, tuple) and get_args(expected):
-        each = get_args(expected)
+            yield from _problems(of, item, f"{key}.{name}")
+    elif isinstance(value, tuple) and (each := inner.get(tuple)):
         for i, item in enumerate(value):
             yield from _problems(each[0] if Ellipsis in each else each[min(i, len(each) - 1)], item, f"{key}[{i}]")
 
 
 def _number_problem(kinds: Mapping[Any, Any], value: float) -> str:
     """What is wrong with a number, by kinds and their annotations; or nothing."""
-    if all(get_origin(kind) is tuple for kind in kinds):
-        return f"must be a tuple, such as ({value},), got {value}"
     if isinstance(value, float) and not value.is_integer() and int in kinds and float not in kinds:
         return f"must be a whole number, got {value}"
     return next((bounds_of(kinds[kind]).problem(value) for kind in (int, float) if kind in kinds), "")
 
 
-def _text_problem(kinds: list[Any], value: str) -> str:
-    """What is wrong with a text; or nothing."""
+def _word_problem(kinds: Iterable[Any], value: str) -> str:
+    """What is wrong with a text where some words are accepted, or numbers alone; or nothing."""
     words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
-    if value in words or {str, Path, Any}.intersection(kinds):
+    if value in words or {str, Path, Any, object}.intersection(kinds):
         return ""
     if words:
         return f"cannot be {value!r}; accepted: {', '.join(map(str, words))}"
-    names = [getattr(kind, "__name__", str(kind)) for kind in kinds if kind is not types.NoneType]
-    return f"must be of type {' or '.join(names)}, got {value!r}"
+    return f"must be a number, got {value!r}" if {int, float}.intersection(kinds) else ""
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Whether a run has what its losses compare and judge: clips of a batch, and the frames that a reward sees."""
+"""Whether a run has what its losses compare: clips of a batch, and decoded frames."""
 
 from __future__ import annotations
 
@@ -26,17 +26,16 @@ def least_batch(method: Method) -> int:
 
 def require_judged(method: Method, card: Card) -> None:
     """Refuse (ValueError) a method that decodes clips of a model without a codec, and feedback on more frames than clips have."""
-    name, shape = type(method).__name__, latent_shape_of(card)
-    if shape is None:
-        if "codec" in method.aux() and card.parts:  # a model made in memory tells its parts when it is saved
-            raise ValueError(
-                f"{name} decodes clips (a reward sees their frames), and {card.name!r} has no codec; take a model with one, or "
-                "leave rewards out"
-            )
-        return
-    for part in held_objects(method):
-        if isinstance(part, Feedback) and part.frames > shape[1] and all(rollout.whole for rollout in method.rollouts):
-            raise ValueError(
-                f"feedback.frames is {part.frames}, and a clip of {card.name!r} has {shape[1]} latent frames; write at most "
-                f"{shape[1]}, or 0, which takes them all"
-            )
+    name, parts = type(method).__name__, card.parts  # no parts: made in memory, they are told when it is saved
+    if "codec" in method.aux() and parts and "codec" not in parts:
+        raise ValueError(
+            f"{name} looks at decoded frames, and {card.name!r} has no codec; take a model with one, or leave out what "
+            "looks at them"
+        )
+    most = max((part.frames for part in held_objects(method) if isinstance(part, Feedback)), default=0)
+    shape = latent_shape_of(card) if most and all(rollout.whole for rollout in method.rollouts) else None
+    if shape is not None and most > shape[1]:
+        raise ValueError(
+            f"feedback.frames is {most}, and a clip of {card.name!r} has {shape[1]} latent frames; write at most {shape[1]}, or "
+            "0 for all"
+        )

@@ -19,7 +19,9 @@ TEACHER = "teacher"
 COUNTS = (4, 2, 1)
 """Steps of the rows."""
 RELATIVE = ("motion", "diversity", "flicker")
-"""Figures that the table divides by the teacher's at its own steps."""
+"""Figures that the tables show in shares of the teacher's at its own steps."""
+DIVISORS = ("accuracy", "frechet", *RELATIVE)
+"""The teacher's figures that others are divided by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +66,8 @@ class Result:
     spent: float
     """Forward-equivalents, stored pairs included."""
     seconds: float
-    """Time of training, of all its parts if it was resumed, pairs and probes included, figures not."""
+    """Time of training, with pairs and probes, without figures; of what came before a stop, the part that its logs tell, without
+    pairs."""
     memory_mb: float
     """Peak memory of the process while it trained."""
     rows: Mapping[int, Figures]
@@ -124,10 +127,10 @@ def load_result(path: Path) -> Result:
         raise ValueError(
             f"{path} has the figures of {result.file}, and a copy would count as another run. Delete it, or give it that name"
         )
-    divisors = [getattr(result.most, figure) for figure in RELATIVE]
-    if result.name == TEACHER and not (max(result.rows) > max(COUNTS) and all(divisors)):
+    lacking = [name for name in DIVISORS if not getattr(result.most, name)]
+    if result.name == TEACHER and (lacking or max(result.rows) <= max(COUNTS)):
         raise ValueError(
-            f"{path} lacks the teacher's {', '.join(RELATIVE)} at its own steps, by which all others are divided. {again}"
+            f"{path} lacks the teacher's {', '.join(lacking or DIVISORS)} at its own steps, by which others are divided. {again}"
         )
     return result
 

@@ -127,9 +127,9 @@ def _trained(recipe: Recipe | Pipeline, place: Path, began: float, quiet: bool) 
     What was trained before a stop counts for as long as its logs say.
     """
     made, logs = list[Path](), [read_metrics(path) for path in place.rglob("metrics.jsonl")]
-    earlier = sum(rows[-1]["time"] for rows in logs if rows)
     peak, _ = peak_memory(lambda: made.append(recipe.complete(place, quiet=quiet)))
     if not (place / COST).is_file():
+        earlier = sum(rows[-1]["time"] for rows in logs if rows)
         cost = {"seconds": earlier + time.monotonic() - began, "memory_mb": peak / 2**20}
         write_text(place / COST, json.dumps(cost, indent=1) + "\n")
     return made[0], load_json(place / COST, "the cost of a training")

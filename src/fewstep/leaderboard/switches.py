@@ -1,4 +1,5 @@
 """What papers recommend for a stable run, one change at a time: rows of a base and one switch, `dmd2+critic_updates_5`.
+A switch may set several keys that belong together.
 
 Terms with data or optimisers of their own, such as the regression anchor and the discriminator, are rows themselves (`TERMS`).
 """
@@ -12,13 +13,14 @@ Changes = tuple[tuple[str, str], ...]
 
 HALF_RATE: Changes = (("settings.optim.student.lr", "3e-4"),)
 """A student that is half as fast as its critic, which keeps its 6e-4."""
+
 FAST: Changes = (("settings.optim.student.lr", "5e-4"), ("settings.optim.critic.lr", "2e-3"))
 """A faster student, and a critic that is four times as fast: more clips are right, and those of one prompt differ less."""
 
 
 def batch(clips: int, *, ema: float) -> Changes:
     """Fewer clips per iteration, and so more iterations; the average and the warm-up are as long as before, in clips."""
-    warmup = {f"settings.optim.{role}.warmup": 80 // clips for role in ("student", "critic")}
+    warmup = {f"settings.optim.{role}.warmup": 5 * 16 // clips for role in ("student", "critic")}
     return tuple((key, str(value)) for key, value in ({"settings.batch": clips, "settings.ema": ema} | warmup).items())
 
 

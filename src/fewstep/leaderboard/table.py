@@ -37,9 +37,9 @@ of row A with the change B of `src/fewstep/leaderboard/switches.py`.
   prompts. Methods with stages inside (progressive, lightning) train students of more steps first; the rule judges those too in
   the final number of steps, for which they are not made, so the choice is in effect among fewer.
 - **Figures**: {clips} clips of {prompts} prompts. Accuracy: all six attributes of the prompt are right. Distance: Frechet, to
-  rendered clips of the same prompts, whose own distance is {floor:.2f}. Motion, diversity (of clips of
-  one prompt) and flicker are relative to the teacher at its own steps; motion is better the nearer it is to 1. Training draws
-  its scenes at random from the same world, so it meets some of these.
+  rendered clips of the same prompts, whose own distance is {floor:.2f}. Motion, diversity (of clips
+  of one prompt) and flicker are relative to the teacher at its own steps; motion is better the nearer it is to 1. Training
+  draws its scenes at random from the same world, so it meets some of these.
 - **Intervals** are over prompts, not over seeds of training: where a row has one seed, another seed may change a verdict.
 - With several seeds: the mean, and the lowest and highest in brackets. The best rows, by the same rule, come first; a number of
   steps that a student does not serve counts as nothing right.
@@ -119,9 +119,10 @@ def ahead(results: Sequence[Result], reference: Figures) -> list[str]:
                 served.setdefault(run.name, []).append(run.rows[n])
         if served:
             name, best = max(served.items(), key=lambda item: mean(row.accuracy for row in item[1]))
-            share = mean(row.accuracy for row in best) / reference.accuracy
-            far = mean(row.frechet for row in best) / reference.frechet
-            varied = mean(row.diversity for row in best) / reference.diversity
+            share, far, varied = (
+                mean(getattr(row, figure) for row in best) / getattr(reference, figure)
+                for figure in ("accuracy", "frechet", "diversity")
+            )
             lines.append(
                 f"- {in_steps(n)}: **{name}**, {percent(share)} of the teacher's accuracy, {far:.1f} times its distance and "
                 f"{percent(varied)} of its diversity, {_seeds(len(best))}"
@@ -187,7 +188,7 @@ def row(name: str, runs: Sequence[Result], reference: Figures) -> str:
 
 
 def relative(rows: Sequence[Figures], reference: Figures) -> list[str]:
-    """Of several seeds, what is told in shares of the teacher's."""
+    """The figures in shares of the teacher's, over several seeds."""
     return [spread([getattr(row, name) / getattr(reference, name) for row in rows]) for name in RELATIVE]
 
 
