@@ -68,6 +68,11 @@ def shaken(network: nn.Module, scale: float = 0.05) -> nn.Module:
     return network
 
 
+def stored_card(model: VideoModel) -> Card:
+    """The card that a model has when it is saved, which tells its parts."""
+    return replace(model.card, parts={name: describe(part) for name, part in model.parts.items()})
+
+
 def tiny_model(seed: int = 0, path: NoisePath = RectifiedFlow(), kind: Kind = "flow", depth: int = 2) -> VideoModel:
     """All four parts, a few thousand weights each, equal for equal seeds."""
     with torch.random.fork_rng():
@@ -92,8 +97,7 @@ class TinyImages(ModelSource):
     depth: int = 2
 
     def card(self) -> Card:
-        model = self.load()
-        return replace(model.card, parts={name: describe(part) for name, part in model.parts.items()})
+        return stored_card(self.load())
 
     def load(self, leave: Collection[str] = (), parts: Collection[str] = PARTS) -> VideoModel:
         model = tiny_model(self.seed, VP(), "eps", self.depth)
@@ -110,8 +114,7 @@ class Sized(ModelSource):
     text: int = 16
 
     def card(self) -> Card:
-        model = self.load()
-        return replace(model.card, parts={name: describe(part) for name, part in model.parts.items()})
+        return stored_card(self.load())
 
     def load(self, leave: Collection[str] = (), parts: Collection[str] = PARTS) -> VideoModel:
         with torch.random.fork_rng():

@@ -47,9 +47,9 @@ from fewstep.methods.targets import mse
 from fewstep.models import Card, Lora, VideoModel
 from fewstep.models.card import PARTS
 from fewstep.models.depot import Depot, depot_of
-from fewstep.models.fingerprint import describe, fingerprint
+from fewstep.models.fingerprint import fingerprint
 from fewstep.models.source import ModelSource
-from support_engine import CASES, Everything, Sized, small, tiny_model
+from support_engine import CASES, Everything, Sized, small, stored_card, tiny_model
 
 ROOT = Path(__file__).parent.parent
 STEPS = 2
@@ -61,8 +61,7 @@ class EightBits(ModelSource):
     """Another tiny model, with eight bits."""
 
     def card(self) -> Card:
-        model = self.load()
-        return replace(model.card, parts={name: describe(part) for name, part in model.parts.items()})
+        return stored_card(self.load())
 
     def load(self, leave: Collection[str] = (), parts: Collection[str] = PARTS) -> VideoModel:
         return tiny_model(7).transformed(Int8())

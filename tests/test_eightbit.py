@@ -27,9 +27,9 @@ from fewstep.engine.prepare import prepare, require_possible, require_processes
 from fewstep.engine.space import checkpoint_bytes
 from fewstep.methods import Method
 from fewstep.models import Lora, VideoModel
-from fewstep.models.fingerprint import describe, fingerprint
+from fewstep.models.fingerprint import fingerprint
 from fewstep.models.source import Pretrained
-from support_engine import CASES, FRAMES, Everything, small, tiny_model
+from support_engine import CASES, FRAMES, Everything, small, stored_card, tiny_model
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 EIGHT = Optim(type="adamw8bit", lr=1e-3)
@@ -247,7 +247,7 @@ def test_what_cannot_be_is_refused_before_a_weight_is_loaded(method: str, others
 
 
 def test_what_can_be_is_not_refused() -> None:
-    card = replace(tiny_model().card, parts={name: describe(part) for name, part in tiny_model().parts.items()})
+    card = stored_card(tiny_model())
     for others in (
         {"optim": PAGED, "device": "cuda"},
         {"optim": {"student": EIGHT}, "device": "cuda", "parallel": Parallel(offload=True)},
@@ -274,7 +274,7 @@ def test_divided_weights_are_refused(tmp_path: Path) -> None:
 
 
 def planned(method: Method, model: VideoModel, **others: Any) -> Plan:
-    card = replace(model.card, parts={name: describe(part) for name, part in model.parts.items()})
+    card = stored_card(model)
     return Outline.of(card, method, small(20, health=None, **others), FRAMES).plan()
 
 

@@ -31,8 +31,7 @@ from fewstep.engine.run import Run
 from fewstep.methods import DMD2, Adversary, Copy, FlowMatching, KnowledgeDistillation, Method, Nets, Sync, Update
 from fewstep.models import Backbone, Card, FeatureHeads, VideoModel, fingerprint
 from fewstep.models.averaging import blend
-from fewstep.models.fingerprint import describe
-from support_engine import CASES, FRAMES, LONG, Everything, TinyImages, small, tiny_model
+from support_engine import CASES, FRAMES, LONG, Everything, TinyImages, small, stored_card, tiny_model
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 
@@ -613,10 +612,7 @@ def test_a_part_of_a_network_is_trained_alone(kind: str, tmp_path: Path) -> None
     ]
     assert again.allocate(state.keys()).keys() == state.keys()
     moments = sum(tensor.nbytes for key, tensor in state.items() if key.split("/")[1] != "step")
-    parts = {name: describe(part) for name, part in tiny_model().parts.items()}
-    outline = Outline.of(
-        replace(tiny_model().card, parts=parts), CASES["FlowMatching"], small(4, optim={"student": optim}), FRAMES
-    )
+    outline = Outline.of(stored_card(tiny_model()), CASES["FlowMatching"], small(4, optim={"student": optim}), FRAMES)
     (student,) = (held for held in outline.plan().holdings if held.role == "student")
     assert student.trained == sum(before[name].numel() for name in moved) and student.optimizer == moments
     assert "only attention and cross" in run.effective.optimizers["student"]

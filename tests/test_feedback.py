@@ -32,8 +32,7 @@ from fewstep.methods import (
 )
 from fewstep.methods.feedback.grpo import log_ratio
 from fewstep.methods.feedback.random_step import RandomStep
-from fewstep.models.fingerprint import describe
-from support_engine import FRAMES, small, tiny_model
+from support_engine import FRAMES, small, stored_card, tiny_model
 from support_gaussian import ONE_STEP, RF, AffineTableStudent, Asked, cond_of, f64, minimise, terms
 
 B, SHAPE = 3, (2, 3, 2, 2)
@@ -446,7 +445,7 @@ def test_a_plan_measures_both_turns() -> None:
         reinforcement=PSO(rollout=ONE_STEP, reward=MotionReward()),
         ratio=2,
     )
-    card = replace(model.card, parts={name: describe(part) for name, part in model.parts.items()})
+    card = stored_card(model)
     phases = Outline.of(card, method, settings, FRAMES).plan().phases
     assert [phase.roles for phase in phases] == [("critic",), ("student",), ("student",)]
     assert "critic" in phases[1].reads and "reference" not in phases[1].reads

@@ -23,10 +23,9 @@ from fewstep.engine import train
 from fewstep.engine.outline import Outline
 from fewstep.methods import DMD2, BackwardSimulation
 from fewstep.models import Denoiser, VideoModel
-from fewstep.models.fingerprint import describe
 from fewstep.models.source import Diffusers
 from fewstep.models.video_dit import VideoDiT
-from support_engine import FRAMES, Everything, shaken, small, tiny_model
+from support_engine import FRAMES, Everything, shaken, small, stored_card, tiny_model
 from tiny_models import TINY, shared
 
 pytestmark = pytest.mark.usefixtures("single_thread")
@@ -241,10 +240,7 @@ def test_distribution_matching_trains_through_it(tmp_path: Path) -> None:
     saved = VideoModel.from_pretrained(student.save(tmp_path / "student"))
     clips = [m.latents(["a red ball"], num_frames=FRAMES) for m in (student, saved)]
     assert torch.equal(*clips)
-    parts = {name: describe(part) for name, part in model.parts.items()}
-    plain, headed = (
-        Outline.of(replace(model.card, parts=parts), method, s, FRAMES).plan() for s in (small(3), settings)
-    )
+    plain, headed = (Outline.of(stored_card(model), method, s, FRAMES).plan() for s in (small(3), settings))
     own = sum(p.numel() for p in student.denoiser.parameters())
     assert [each.parameters for each in headed.holdings if each.role == "student"] == [own]
     assert headed.flops > plain.flops

@@ -26,11 +26,10 @@ from fewstep.engine.prepare import prepare
 from fewstep.methods import AVDM2, DMD2, Adversary, BackwardSimulation, Consistency, Method, Update
 from fewstep.models import Card, FrameAutoencoder, Lora, VideoModel
 from fewstep.models.bundle import read_card
-from fewstep.models.fingerprint import describe
 from fewstep.models.source import Pretrained
 from fewstep.recipe import Recipe
 from fewstep.world.data import WorldClips
-from support_engine import CASES, FRAMES, TinyImages, small, tiny_model
+from support_engine import CASES, FRAMES, TinyImages, small, stored_card, tiny_model
 from support_memory import METHOD, settings_of
 from support_parallel import METHODS, results
 from support_processes import together
@@ -45,8 +44,7 @@ ONE_CALL = CASES["KnowledgeDistillation"]
 
 
 def tiny_card(depth: int = 2) -> Card:
-    model = tiny_model(depth=depth)
-    return replace(model.card, parts={name: describe(part) for name, part in model.parts.items()})
+    return stored_card(tiny_model(depth=depth))
 
 
 # --- arithmetic -----------------------------------------------------------------------------------------------------------
@@ -333,7 +331,7 @@ def test_checks_pictures_and_probes_hold_what_is_planned(tmp_path: Path) -> None
     model, method, file = tiny_model(), FEW, tmp_path / "prompts.txt"
     codec = FrameAutoencoder(width=16, depth=1)
     model = VideoModel(replace(model.card, height=128, width=128), {**model.parts, "codec": codec})
-    card = replace(model.card, parts={name: describe(part) for name, part in model.parts.items()})
+    card = stored_card(model)
     file.write_text("one cat\ntwo cats\nthree\nfour\n", encoding="utf-8")
     settings = small(3, preview_every=3, ema=0.9, health=Health(every=3, prompts=2))
     plan = Outline.of(card, method, settings, probed=6).plan()

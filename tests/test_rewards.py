@@ -40,12 +40,11 @@ from fewstep.methods import (
 )
 from fewstep.metrics import motion
 from fewstep.models import VideoModel
-from fewstep.models.fingerprint import describe
 from fewstep.world.checker import indices
 from fewstep.world.data import WorldClips
 from fewstep.world.grammar import sample_scenes
 from fewstep.world.renderer import Variation, render
-from support_engine import FRAMES, small, tiny_model
+from support_engine import FRAMES, small, stored_card, tiny_model
 from support_gaussian import (
     ONE_STEP,
     AffineTableStudent,
@@ -185,7 +184,7 @@ def test_what_cannot_count_is_refused() -> None:
 @pytest.mark.parametrize("held", [DMD2(reweighting=Reweighting()), Consistency(feedback=Feedback()), GRPO()])
 def test_a_reward_of_a_model_without_a_codec_is_refused_before_any_weight(held: Method) -> None:
     model = tiny_model()
-    card = replace(model.card, parts={name: describe(part) for name, part in model.parts.items()})
+    card = stored_card(model)
     require_judged(held, card)
     blind = replace(card, parts={name: part for name, part in card.parts.items() if name != "codec"})
     require_judged(DMD2(), blind)
@@ -199,7 +198,7 @@ def test_a_reward_of_a_model_without_a_codec_is_refused_before_any_weight(held: 
 
 def test_feedback_on_more_frames_than_there_are_is_refused_before_any_weight() -> None:
     model = tiny_model()
-    card = replace(model.card, parts={name: describe(part) for name, part in model.parts.items()})
+    card = stored_card(model)
     for method in (DMD2, Consistency):
         require_judged(method(feedback=Feedback(frames=FRAMES)), card)
         with pytest.raises(

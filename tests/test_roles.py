@@ -21,10 +21,9 @@ from fewstep.engine.views import View
 from fewstep.methods import DMD2, ROLES, Copy, Decoder, Heads, Judge, Making, Method, Nets, Other, Role, Update, Weak
 from fewstep.methods.targets import mse
 from fewstep.models import Denoiser, Lora, fingerprint
-from fewstep.models.fingerprint import describe
 from fewstep.models.lora import duplicate
 from fewstep.models.spread import Spread
-from support_engine import FRAMES, Everything, TinyImages, small, tiny_model
+from support_engine import FRAMES, Everything, TinyImages, small, stored_card, tiny_model
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 
@@ -91,7 +90,7 @@ def test_a_new_role_is_one_class(tmp_path: Path) -> None:
         and origin(method, "start", {"teacher", "student"}) == "student"
     )
     model = tiny_model()
-    card = replace(model.card, parts={name: describe(part) for name, part in model.parts.items()})
+    card = stored_card(model)
     plan = Outline.of(card, method, small(2), FRAMES).plan()
     assert {h.role: h.trained for h in plan.holdings}.items() >= {"start": 0, "gain": 1}.items()
     run = prepare(model, method, Everything(), small(2), tmp_path)

@@ -17,11 +17,10 @@ from fewstep.engine.outline import Outline
 from fewstep.engine.prepare import require_possible
 from fewstep.methods import DMD2, Nets, TwinFlow
 from fewstep.models import Lora
-from fewstep.models.fingerprint import describe
 from fewstep.models.source import Pretrained
 from fewstep.recipe import Recipe
 from fewstep.world.data import WorldClips
-from support_engine import FRAMES, Everything, small, tiny_model
+from support_engine import FRAMES, Everything, small, stored_card, tiny_model
 from support_gaussian import cond_of, conds_of
 
 B, SHAPE, LABELS, MEAN, STD = 6, (1, 2, 4, 4), [1, 2, 1, 1, 2, 1], 0.7, 0.4
@@ -182,8 +181,7 @@ def test_a_network_learns_to_read_what_it_needs(tmp_path: Path) -> None:
     scalars = student.denoiser.backbone.scalars
     assert all(bool(scalars[name].out.weight.any()) for name in ("until", "twin"))
     assert student(["a red ball"], num_frames=FRAMES).isfinite().all()
-    parts = {name: describe(part) for name, part in model.parts.items()}
-    plan = Outline.of(replace(model.card, parts=parts), method, small(2), FRAMES).plan()
+    plan = Outline.of(stored_card(model), method, small(2), FRAMES).plan()
     (held,) = (each for each in plan.holdings if each.role == "student")
     assert held.parameters == sum(p.numel() for p in student.denoiser.parameters())
     again = train(student, method, Everything(), small(1), tmp_path / "again", quiet=True)
