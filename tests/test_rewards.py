@@ -183,8 +183,7 @@ def test_what_cannot_count_is_refused() -> None:
 
 @pytest.mark.parametrize("held", [DMD2(reweighting=Reweighting()), Consistency(feedback=Feedback()), GRPO()])
 def test_a_reward_of_a_model_without_a_codec_is_refused_before_any_weight(held: Method) -> None:
-    model = tiny_model()
-    card = stored_card(model)
+    card = stored_card(tiny_model())
     require_judged(held, card)
     blind = replace(card, parts={name: part for name, part in card.parts.items() if name != "codec"})
     require_judged(DMD2(), blind)
@@ -197,8 +196,7 @@ def test_a_reward_of_a_model_without_a_codec_is_refused_before_any_weight(held: 
 
 
 def test_feedback_on_more_frames_than_there_are_is_refused_before_any_weight() -> None:
-    model = tiny_model()
-    card = stored_card(model)
+    card = stored_card(tiny_model())
     for method in (DMD2, Consistency):
         require_judged(method(feedback=Feedback(frames=FRAMES)), card)
         with pytest.raises(

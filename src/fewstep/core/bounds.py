@@ -8,12 +8,14 @@ expected, with or without bounds.
 from __future__ import annotations
 
 import math
-import types
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+from fewstep.core.annotations import arms_of, element_of, value_of
+from fewstep.core.choices import nearest
 
 
 @dataclass(frozen=True)
@@ -85,19 +87,16 @@ def require_bounds(thing: Any, at: str = "") -> None:
 
 def _problems(expected: Any, value: Any, key: str) -> Iterator[tuple[str, str]]:
     """Key and problem of every number and word in `value`, by its annotation."""
-    arms = get_args(expected) if get_origin(expected) in (Union, types.UnionType) else (expected,)
-    kinds = {get_args(arm)[0] if get_origin(arm) is Annotated else arm: arm for arm in arms}
-    inner = {get_origin(kind): get_args(kind) for kind in kinds}
     if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        kinds = {get_args(arm)[0] if get_origin(arm) is Annotated else arm: arm for arm in arms_of(expected)}
         if wrong := _word_problem(kinds, value) if isinstance(value, str) else _number_problem(kinds, value):
             yield key, wrong
     elif isinstance(value, Mapping):
-        _, of = inner.get(Mapping) or inner.get(dict) or (Any, Any)
         for name, item in value.items():
-            yield from _problems(of, item, f"{key}.{name}")
-    elif isinstance(value, tuple) and (each := inner.get(tuple)):
+            yield from _problems(value_of(expected), item, f"{key}.{name}")
+    elif isinstance(value, tuple):
         for i, item in enumerate(value):
-            yield from _problems(each[0] if Ellipsis in each else each[min(i, len(each) - 1)], item, f"{key}[{i}]")
+            yield from _problems(element_of(expected, i), item, f"{key}[{i}]")
 
 
 def _number_problem(kinds: Mapping[Any, Any], value: float) -> str:
@@ -113,7 +112,7 @@ def _word_problem(kinds: Iterable[Any], value: str) -> str:
     if value in words or {str, Path, Any, object}.intersection(kinds):
         return ""
     if words:
-        return f"cannot be {value!r}; accepted: {', '.join(map(str, words))}"
+        return f"cannot be {value!r}; {nearest(value, map(str, words))}"
     return f"must be a number, got {value!r}" if {int, float}.intersection(kinds) else ""
 
 

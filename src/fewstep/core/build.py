@@ -12,7 +12,6 @@ an import path `package.module:Class`. What is outside fewstep is imported only 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 import inspect
 import math
@@ -20,13 +19,15 @@ import re
 import sys
 import types
 from abc import ABC
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
+from fewstep.core.annotations import MAPPINGS, SEQUENCES, UNIONS, arms_of, element_of, value_of
 from fewstep.core.bounds import bounds_of
+from fewstep.core.choices import nearest
 from fewstep.core.yaml import NUMBER, RecipeError, digest, load_yaml, to_yaml
 
 __all__ = [
@@ -38,7 +39,6 @@ Names = Mapping[str, type]
 _SCALARS: dict[Any, str] = {
     bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path",
 }  # fmt: skip
-_SEQUENCES = (tuple, list, Sequence, frozenset)
 _MISSING = dataclasses.MISSING
 _DOTTED = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*")
 
@@ -97,7 +97,7 @@ def build(expected: Any, tree: Any, names: Names = types.MappingProxyType({}), a
         return tree
     if origin is Literal:
         return _literal(get_args(expected), tree, at)
-    if origin in (Union, types.UnionType):
+    if origin in UNIONS:
         return _union(expected, tree, names, at)
     if expected is None or expected is type(None):
         if tree is not None:
@@ -108,9 +108,9 @@ def build(expected: Any, tree: Any, names: Names = types.MappingProxyType({}), a
         if expected in (int, float) and (wrong := bounds.problem(value)):
             raise at.fail(wrong)
         return value
-    if (origin or expected) in _SEQUENCES:
+    if (origin or expected) in SEQUENCES:
         return _sequence(expected, tree, names, at)
-    if (origin or expected) in (dict, Mapping):
+    if (origin or expected) in MAPPINGS:
         return _mapping(expected, tree, names, at)
     return _object((expected,), tree, names, at)
 
@@ -141,11 +141,11 @@ def dump(value: Any, expected: Any = None) -> Any:
     if isinstance(value, (str, Path)):
         return str(value)
     if isinstance(value, Mapping):
-        inner = _element(expected, Mapping, 1)
+        inner = value_of(expected)
         return {str(key): dump(item, inner) for key, item in value.items()}
     if isinstance(value, (tuple, list, frozenset)):
         items = sorted(value) if isinstance(value, frozenset) else value
-        return [dump(item, _element(expected, value, i)) for i, item in enumerate(items)]
+        return [dump(item, element_of(expected, i)) for i, item in enumerate(items)]
     if hasattr(value, "to_tree"):
         return value.to_tree()
     if not dataclasses.is_dataclass(value):
@@ -169,7 +169,7 @@ def parameters(target: Callable[..., Any]) -> tuple[Parameter, ...]:
 
 def unknown(at: At, key: str, accepted: Iterable[str]) -> RecipeError:
     """The error for a key that nothing reads."""
-    return at.key(key).fail(f"is unknown; {_nearest(key, list(accepted))}")
+    return at.key(key).fail(f"is unknown; {nearest(key, accepted)}")
 
 
 def type_name(cls: type) -> str:
@@ -184,11 +184,11 @@ def describe(expected: Any) -> str:
         return describe(arguments[0])
     if origin is Literal:
         return "one of " + ", ".join(map(str, arguments))
-    if origin in (Union, types.UnionType):
+    if origin in UNIONS:
         return " or ".join(describe(a) for a in arguments)
-    if origin in _SEQUENCES:
+    if origin in SEQUENCES:
         return "a list of " + ", ".join(dict.fromkeys(describe(a) for a in arguments if a is not Ellipsis))
-    if origin in (dict, Mapping):
+    if origin in MAPPINGS:
         return f"keys with {describe(arguments[1])} each"
     return "null" if expected is type(None) else _SCALARS.get(expected, getattr(expected, "__name__", str(expected)))
 
@@ -213,7 +213,7 @@ def _literal(accepted: tuple[Any, ...], tree: Any, at: At) -> Any:
     for value in accepted:
         if value == tree and type(value) is type(tree):
             return value
-    raise at.fail(f"cannot be {_show(tree)}; {_nearest(str(tree), [str(a) for a in accepted])}")
+    raise at.fail(f"cannot be {_show(tree)}; {nearest(str(tree), map(str, accepted))}")
 
 
 def _union(expected: Any, tree: Any, names: Names, at: At) -> Any:
@@ -283,7 +283,7 @@ def _choose(classes: tuple[Any, ...], tree: Mapping[str, Any], names: Names, at:
     choices = {name: cls for name, cls in names.items() if issubclass(cls, classes) and not _abstract(cls)}
     choices |= {cls.__name__: cls for cls in classes if not _abstract(cls)}
     if "type" not in tree:
-        raise at.key("type").fail(f"is missing; {_nearest('', list(choices))}")
+        raise at.key("type").fail(f"is missing; {nearest('', choices)}")
     chosen = find_class(tree["type"], classes, choices, at.key("type"))
     return chosen, {key: value for key, value in tree.items() if key != "type"}
 
@@ -297,10 +297,10 @@ def find_class(name: Any, base: type | tuple[type, ...], choices: Names, at: At)
             wanted = base if isinstance(base, tuple) else (base,)
             raise at.fail(f"is {name}, which is not a {' or '.join(c.__name__ for c in wanted)}")
         if _abstract(chosen):
-            raise at.fail(f"is {name}, which is abstract; {_nearest(chosen.__name__, list(choices))}")
+            raise at.fail(f"is {name}, which is abstract; {nearest(chosen.__name__, choices)}")
         return chosen
     if not isinstance(name, str) or name not in choices:
-        raise at.fail(f"cannot be {_show(name)}; {_nearest(str(name), [*choices, 'package.module:Class'])}")
+        raise at.fail(f"cannot be {_show(name)}; {nearest(str(name), [*choices, 'package.module:Class'])}")
     return choices[name]
 
 
@@ -334,7 +334,7 @@ def _require_mapping(tree: Any, at: At) -> None:
 
 def _read_raw(expected: Any, raw: Raw, at: At) -> Any:
     """Command-line text as the plain value `expected` wants: text stays text, anything else is YAML."""
-    arms = get_args(expected) if get_origin(expected) in (Union, types.UnionType) else (expected,)
+    arms = arms_of(expected)
     wants_text = any(arm in (str, Path) or (get_origin(arm) is Literal and str(raw) in get_args(arm)) for arm in arms)
     value = load_yaml(raw, f"{at.where}: {at.path}") if raw.strip() else ""
     plain = not isinstance(value, (Mapping, list)) and not (value is None and type(None) in arms)
@@ -349,9 +349,8 @@ def _classes(expected: Any) -> tuple[Any, ...]:
     """The classes among the arms of an annotation that are built from keys and values."""
     if get_origin(expected) is Annotated:
         expected = get_args(expected)[0]
-    arms = get_args(expected) if get_origin(expected) in (Union, types.UnionType) else (expected,)
-    plain = {*_SCALARS, *_SEQUENCES, dict, Mapping, type(None), object}
-    return tuple(a for a in arms if isinstance(a, type) and get_origin(a) is None and a not in plain)
+    plain = {*_SCALARS, *SEQUENCES, *MAPPINGS, type(None), object}
+    return tuple(a for a in arms_of(expected) if isinstance(a, type) and get_origin(a) is None and a not in plain)
 
 
 def _typed(cls: type, expected: Any) -> bool:
@@ -361,18 +360,6 @@ def _typed(cls: type, expected: Any) -> bool:
     return _classes(expected) != (cls,)
 
 
-def _element(expected: Any, value: Any, index: int) -> Any:
-    """The annotation of element `index` of a container annotated `expected`."""
-    if get_origin(expected) in (Union, types.UnionType):
-        mapping = value is Mapping
-        arms = [a for a in get_args(expected) if (get_origin(a) in (dict, Mapping)) == mapping and get_origin(a)]
-        expected = arms[0] if arms else None
-    arguments = get_args(expected)
-    if not arguments:
-        return None
-    return arguments[index] if index < len(arguments) and arguments[index] is not Ellipsis else arguments[0]
-
-
 def _default(field: dataclasses.Field[Any]) -> Any:
     return field.default_factory() if field.default_factory is not _MISSING else field.default
 
@@ -380,21 +367,3 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 def _show(value: Any) -> str:
     text = repr(str(value)) if isinstance(value, str) else repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-FIELD_WORDS = {
-    "vae": "codec", "autoencoder": "codec", "transformer": "denoiser", "unet": "denoiser", "dit": "denoiser",
-    "text_encoder": "text", "image_encoder": "image", "learning_rate": "lr", "max_steps": "steps", "batch_size": "batch",
-}  # fmt: skip
-"""What others call a key, and what it is called here."""
-
-
-def _nearest(word: str, accepted: list[str]) -> str:
-    plain = word.lower().replace("-", "_")
-    close = difflib.get_close_matches(word, accepted, n=1, cutoff=0.6) or [
-        a for a in accepted if a.lower().replace("_", "") == plain.replace("_", "")
-    ]
-    if FIELD_WORDS.get(plain) in accepted:
-        close = [FIELD_WORDS[plain]]
-    choices = f"accepted: {', '.join(accepted) or 'nothing'}"
-    return f"did you mean {close[0]}? ({choices})" if close else choices
