@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewstep.compress import FrameInput
+from fewstep.data import Degradation
 from fewstep.diffusion import CFG, Stream
-from fewstep.methods import DMD2
+from fewstep.methods import DMD2, FromLow
 from fewstep.models import VideoModel
 from fewstep.world.actions import random_keys
 from fewstep.world.data import WorldClips
@@ -217,3 +218,24 @@ def test_students_of_parts_are_judged_on_their_own_prompts(
         for index in (0, 1)
     ]
     assert [{case.by.part(text) for text in texts} for texts in asked] == [{0}, {1}]
+
+
+def test_clips_that_a_student_makes_sharp_are_compared_with_the_sharp_ones(bench: Bench, tmp_path: Path) -> None:
+    """On a model that was not trained: it makes other clips with a prompt than without, and is worse than what it is given."""
+    upscaling, rollout = bench("upscaling"), FromLow()
+    world = VideoModel.from_pretrained("world")
+    world.with_card(contract=rollout.contract(world.card.contract), role="student").save(tmp_path / "student")
+    case = upscaling.Case(
+        students=(str(tmp_path / "student"),),
+        clips=6,
+        at_once=4,
+        picture=tmp_path / "clips.gif",
+        low=Degradation(factor=2),
+    )
+    found = upscaling.measure(case)
+    told, untold = (found[str(tmp_path / "student") + name] for name in (", with prompt", ""))
+    best, given, low = (found[name] for name in ("sharp, encoded", "bicubic, encoded", "bicubic"))
+    assert told["psnr"] != untold["psnr"] and told["psnr"][0] < given["psnr"][0] < best["psnr"][0]
+    assert low["sharpness"][0] < best["sharpness"][0] and best["accuracy"] > 0.5
+    assert all(row["psnr"][1] < row["psnr"][0] < row["psnr"][2] for row in found.values())
+    assert (tmp_path / "clips.gif").stat().st_size > 0

@@ -18,13 +18,23 @@ from fewstep.engine import Optim, Parallel, Settings, train
 from fewstep.engine.checkpoint import Checkpoint, RunState, checkpoints
 from fewstep.engine.outline import Outline
 from fewstep.engine.prepare import prepare, require_possible
-from fewstep.methods import AVDM2, DMD2, Nets, Rolled, Rollout, SelfForced, StreamingLong
+from fewstep.methods import (
+    AVDM2,
+    DMD2,
+    AdversarialDistillation,
+    Adversary,
+    Nets,
+    Rolled,
+    Rollout,
+    SelfForced,
+    StreamingLong,
+)
 from fewstep.methods.targets import dmd_normaliser
 from fewstep.models import VideoModel
 from fewstep.streaming import Session
 from fewstep.world.data import WorldClips
 from support_engine import FRAMES, die, small, tiny_model
-from support_gaussian import FreeClips, GaussianTeacher, cond_of, conds_of, f64, terms
+from support_gaussian import Asked, FreeClips, GaussianTeacher, MeanHead, cond_of, conds_of, f64, terms
 from test_memory import tiny_card
 from test_self_forced import STREAMS, TWO, Heard, Late, rolled_by
 from test_streaming import PROMPTS, streaming_model
@@ -117,6 +127,45 @@ def test_losses_look_at_the_new_frames_and_networks_at_the_whole_clip_with_its_o
     eps = Rng(0).fold("critic/0").randn(clip.shape, "eps")
     error = (GaussianTeacher(means + 0.4, 0.5)(x_t, t, cond).raw - (eps - clip)).square()
     torch.testing.assert_close(loss, error[:, :, 2:].mean())
+
+
+def test_a_discriminator_sees_a_later_part_with_its_past_and_its_own_prompts() -> None:
+    """AAPT's long clips, judged in parts that overlap; real clips keep their prompts. ADD's line counts new frames alone."""
+    shape, labels, mine = (1, 3, 4, 4), [2, 1], [1, 1]
+    past, student = Rng(9).randn((2, 1, 2, 4, 4), "past").double(), FreeClips((2, *shape))
+    teacher = Asked(GaussianTeacher(f64(-0.2, 0.7, 1.5), 0.4))
+    nets = Nets({"student": student, "teacher": teacher, "discriminator": MeanHead()})
+    real = Rng(3).randn((2, 1, 5, 4, 4), "real").double()
+    batch = Batch(conds_of(mine), cond_of(0, 2), shape, x0=real)
+    method = AdversarialDistillation(
+        rollout=Given(past=past, labels=labels), adversary=Adversary(clean=True, density=Uniform()), guidance=CFG(),
+        distillation=2.5, distillation_density=Uniform(low=0.6, high=0.7),
+    )  # fmt: skip
+    terms(method.discriminator_loss(0, nets, batch, Rng(0)))
+    clip = torch.cat([past, student.clips.detach()], 2)
+    assert [question.labels for question in teacher.questions] == [mine, labels]
+    assert torch.equal(teacher.questions[0].x_t, real) and torch.equal(teacher.questions[1].x_t, clip)
+    losses = terms(method.student_loss(nets, batch, Rng(0)))
+    *_, shown, asked = teacher.questions
+    assert torch.equal(shown.x_t, clip) and shown.labels == asked.labels == labels
+    losses["distillation"].backward()
+    opinion = teacher.net(asked.x_t, asked.t, conds_of(labels)).x0[:, :, 2:]
+    gap = 2.5 * (1 - asked.t.double()).reshape(-1, 1, 1, 1, 1) * 2 * (student.clips.detach() - opinion)
+    torch.testing.assert_close(student.clips.grad, gap / student.clips.numel())
+
+
+def test_a_student_that_streams_learns_from_parts_of_longer_clips(tmp_path: Path) -> None:
+    """One frame at a time, a logit per frame, pairs of logits and both penalties: AAPT, in a run."""
+    judge = Adversary(loss="relativistic", density=Uniform(), trained=True, clean=True, head="frames", r1=1.0, r2=1.0)
+    rollout = SelfForced(stream=WINDOW, grids=((1.0,),), clips=2, overlap=1)
+    method = AdversarialDistillation(rollout=rollout, adversary=judge)
+    run = prepare(tiny_model(), method, WorldClips(num_frames=FRAMES), small(2, health=None), tmp_path)
+    before = {role: [p.clone() for p in run.nets.roles[role].parameters()] for role in ("student", "discriminator")}
+    for _ in range(2):
+        run.iterate()
+    for role, weights in before.items():
+        moved = zip(weights, run.nets.roles[role].parameters(), strict=True)
+        assert any(not torch.equal(a, b) for a, b in moved), role
 
 
 def test_an_overlap_that_cannot_be_is_refused(tmp_path: Path) -> None:

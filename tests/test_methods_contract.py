@@ -107,6 +107,7 @@ CASES: dict[str, Method] = {cls.__name__: cls() for cls in METHODS} | {
     "DMD2-relativistic": DMD2(critic_updates=1, adversary=Adversary(loss="relativistic", r2=1.0, density=Uniform())),
     "DMD2-hinge": DMD2(critic_updates=1, adversary=Adversary(loss="hinge", head="joint")),
     "AdversarialDistillation-block": AdversarialDistillation(adversary=Adversary(head="block", density=Uniform())),
+    "AdversarialDistillation-frames": AdversarialDistillation(adversary=Adversary(head="frames", density=Uniform())),
     "DMD2-sid": DMD2(critic_updates=1, matching=Fisher(alpha=1.2), critic_guidance=CFG(scale=3.0)),
     "DMD2-sim": DMD2(critic_updates=1, matching=ScoreImplicit()),
     "DMD2-weak": DMD2(critic_updates=1, scorers=Scorers(weak=0.25)),

@@ -18,6 +18,7 @@ from fewstep.metrics import (
     drift,
     frozen,
     luma,
+    psnr,
     repetition,
     saturation,
     sharpness,
@@ -97,6 +98,15 @@ def test_sharpness_of_white_noise_is_the_root_of_twenty():
     """The Laplacian has the weights 4, -1, -1, -1, -1, and the sum of their squares is 20."""
     noise = 0.3 * torch.randn(1, 1, 2, 200, 200, generator=torch.Generator().manual_seed(1)).expand(1, 3, 2, 200, 200)
     assert float(sharpness(noise)) == pytest.approx(math.sqrt(20), rel=0.01)
+
+
+def test_psnr_of_an_error_of_a_tenth_of_the_range_is_20_dB_in_each_clip():
+    clip = texture(frames=2)
+    two = torch.cat([clip + 0.2, clip - 0.02])
+    assert psnr(two, torch.cat([clip, clip])).tolist() == pytest.approx([20, 40], abs=1e-3)
+    assert psnr(clip, clip).tolist() == [math.inf]
+    with pytest.raises(ValueError, match=r"one shape, got \[1, 3, 2, 48, 48\] and \[1, 3, 1, 48, 48\]"):
+        psnr(clip, clip[:, :, :1])
 
 
 def test_a_colour_of_twice_the_chroma_has_twice_the_saturation():

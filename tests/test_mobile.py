@@ -87,10 +87,12 @@ def test_a_fresh_head_does_not_push_the_student_and_soon_learns_to() -> None:
 
 def test_every_kind_of_head_is_made_for_the_features_that_it_reads() -> None:
     making, made = Making(roles={"teacher": tiny_model(depth=DEPTH).denoiser}), {}
-    for head in ("separate", "joint", "block"):
+    for head in ("separate", "joint", "block", "query"):
         network = Heads("teacher", (0, -1), head, views=2).make("discriminator", making)  # type: ignore[arg-type]
         made[type(network).__name__] = network.args["widths"]
-    assert made == {"FeatureHeads": [48, 48], "JointHead": [48, 48], "BlockHead": [48, 48]}
+    assert made == {"FeatureHeads": [48, 48], "JointHead": [48, 48], "BlockHead": [48, 48], "QueryHead": [48, 48]}
+    framewise = [Heads("teacher", (0,), head).make("discriminator", making).framewise for head in ("query", "frames")]
+    assert framewise == [False, True]
 
 
 def test_a_run_is_saved_and_goes_on_bit_for_bit(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
+from torch.nn import functional as F
 
 from fewstep.attention import BlockCausal, Dense, Grid3, Importance, Int8Memory, Keep, KVCache, Window
 from fewstep.attention.pattern import Pattern
@@ -27,6 +28,7 @@ from fewstep.models import (
     FeatureHeads,
     FrameAutoencoder,
     JointHead,
+    QueryHead,
     Spec,
     TextEncoder,
     VideoDiT,
@@ -573,11 +575,39 @@ def test_block_head_is_attention_of_all_patches_at_the_coarsest_size() -> None:
     assert torch.allclose(head([volume[1:] for volume in volumes]), plain[1:], atol=1e-5), "clips do not see each other"
 
 
+def test_a_query_head_is_attention_of_one_learned_query_per_layer() -> None:
+    """Softmax attention written out, for one head; a fresh network says 0."""
+    torch.manual_seed(0)
+    head, volumes = QueryHead([6, 8], hidden=4, heads=1), [torch.randn(2, 6, 3, 4, 4), torch.randn(2, 8, 3, 2, 2)]
+    assert torch.equal(head(volumes), torch.zeros(2, 1)), "fresh, it has no opinion"
+    head, found = awake(head), []
+    for query, volume in zip(head.queries, volumes, strict=True):
+        tokens = F.layer_norm(F.adaptive_avg_pool3d(volume, (3, 2, 2)).flatten(2).transpose(1, 2), volume.shape[1:2])
+        k, v = query.key_value(tokens).chunk(2, -1)
+        share = (k @ query.query.flatten() / 2).softmax(-1)
+        found.append(query.out((share[..., None] * v).sum(1)))
+    wanted = head.logit(F.layer_norm(torch.cat(found, -1), (8,)))
+    assert wanted.abs().min() > 1e-3 and torch.allclose(head(volumes), wanted, atol=1e-5)
+
+
+def test_a_framewise_query_head_judges_each_frame_by_itself() -> None:
+    torch.manual_seed(0)
+    head, whole = (awake(QueryHead([6, 8], hidden=8, heads=2, framewise=each)) for each in (True, False))
+    volumes = [torch.randn(2, width, 3, 2, 2) for width in (6, 8)]
+    logits = head(volumes)
+    assert logits.shape == (2, 3) and whole(volumes).shape == (2, 1)
+    whole.load_state_dict(head.state_dict())
+    alone = [whole([volume[:, :, f : f + 1] for volume in volumes]) for f in range(3)]
+    assert torch.allclose(logits, torch.cat(alone, 1), atol=1e-6), "one query, frame by frame"
+    assert far(alone[0], alone[1])
+
+
 EXAMPLES = (
     small(BlockCausal(chunk=2)),
     FeatureHeads([16, 8], [1, -1]),
     JointHead([16, 24]),
     BlockHead([16, 24], hidden=32, heads=2),
+    QueryHead([16, 24], hidden=32, heads=2, framewise=True),
     FrameAutoencoder(width=16),
     TextEncoder(attribute_sizes=(2, 3)),
     ClipFeatures(width=16),

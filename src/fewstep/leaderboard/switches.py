@@ -17,6 +17,9 @@ HALF_RATE: Changes = (("settings.optim.student.lr", "3e-4"),)
 FAST: Changes = (("settings.optim.student.lr", "5e-4"), ("settings.optim.critic.lr", "2e-3"))
 """A faster student, and a critic that is four times as fast: more clips are right, and those of one prompt differ less."""
 
+STEADY: Changes = (("method.guidance.scale", "2"), ("method.guidance.high", "0.8"), ("method.critic-updates", "3"))
+"""Less guidance, none of it at noisy times, and a critic that keeps up: what `world/dmd2` has for a longer run."""
+
 
 def batch(clips: int, *, ema: float) -> Changes:
     """Fewer clips per iteration, and so more iterations; the average and the warm-up are as long as before, in clips."""
@@ -37,6 +40,7 @@ SWITCHES: Mapping[str, Mapping[str, Changes]] = {
         "batch_8": batch(8, ema=0.95),
         "batch_4": batch(4, ema=0.97) + HALF_RATE,
         "batch_4_fast": batch(4, ema=0.97) + FAST,
+        "batch_4_steady": batch(4, ema=0.995) + HALF_RATE + STEADY,
         "batch_2": batch(2, ema=0.985) + HALF_RATE,
     },
     "dmd2_feedback": {"batch_8": batch(8, ema=0.95), "batch_2": batch(2, ema=0.985) + HALF_RATE},
@@ -45,6 +49,9 @@ SWITCHES: Mapping[str, Mapping[str, Changes]] = {
         "r1": (("method.adversary.r1", "1"),),
         "block_head": (("method.adversary.head", "block"),),  # every patch sees the whole clip, 2507.13343
     },
+    "magic_distillation": {
+        "plain_teacher": (("method.scorers.weak", "0"),)
+    },  # adapters alone, which collapse in the paper
 }
 """The changes of each switch, by the row that it is tried on."""
 

@@ -58,7 +58,8 @@ class Adversary:
     it looks at what the prompt says, and not at faults of the picture alone. Half of the weight of what is not real."""
     head: Head = "separate"
     """separate: a small convolutional head per layer, with a logit per clip. joint: one on all layers, with a logit per patch
-    (AVDM2). block: one transformer block on all layers, with a logit per patch that has seen the whole clip (2507.13343)."""
+    (AVDM2). block: one transformer block on all layers, with a logit per patch that has seen the whole clip (2507.13343). query:
+    one learned query per layer, with a logit per clip (Seaweed-APT). frames: the same, with a logit per latent frame (AAPT)."""
     r1: Amount = 0.0
     """Weight of the approximate R1 penalty (2501.08316), on real clips; `r2` on generated ones. 0: off."""
     r2: Amount = 0.0

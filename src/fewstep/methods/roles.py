@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from fewstep.core import Rng
-from fewstep.models import BlockHead, Denoiser, FeatureHeads, JointHead, VideoModel
+from fewstep.models import BlockHead, Denoiser, FeatureHeads, JointHead, QueryHead, VideoModel
 from fewstep.models.lora import Lora, adapt, adapters, duplicate, weaken
 from fewstep.models.source import ModelSource
 
-Head = Literal["separate", "joint", "block"]
-"""Discriminator heads on features of several layers: a head per layer, or one on all of them, of convolutions or of a transformer
-block."""
+Head = Literal["separate", "joint", "block", "query", "frames"]
+"""Discriminator heads on features of several layers: a head per layer, or one on all of them, of convolutions, of a transformer
+block, or of queries."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +152,9 @@ class Heads(Role):
                 return FeatureHeads(widths, self.layers)
             case "joint":
                 return JointHead(widths)
-        return BlockHead(widths)
+            case "block":
+                return BlockHead(widths)
+        return QueryHead(widths, framewise=self.head == "frames")
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from fewstep.metrics.frozen import frozen
 from fewstep.metrics.luma import luma
 from fewstep.metrics.motion import motion
 from fewstep.metrics.pooled import pooled
+from fewstep.metrics.psnr import psnr
 from fewstep.metrics.repetition import repetition
 from fewstep.metrics.sharpness import sharpness
 from fewstep.metrics.statistics import (
@@ -35,6 +36,6 @@ from fewstep.metrics.statistics import (
 __all__ = [
     "Interval", "black", "bootstrap_interval", "brightness", "clipped", "clustered_wilson", "contrast", "cuts", "diversity",
     "drift", "energy", "flicker", "frechet", "frechet_infinity", "frechet_without", "frozen", "gaussian_distance", "jackknife",
-    "luma", "mean_interval", "motion", "percentile", "pooled", "ratio_of_means", "repetition", "saturation", "sharpness",
-    "shuffled", "split_half", "wilson",
+    "luma", "mean_interval", "motion", "percentile", "pooled", "psnr", "ratio_of_means", "repetition", "saturation",
+    "sharpness", "shuffled", "split_half", "wilson",
 ]  # fmt: skip

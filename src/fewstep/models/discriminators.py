@@ -1,5 +1,5 @@
 """Small heads that distinguish real from generated clips by a denoiser's features (DMD2, 2405.14867; AVDM2, 2412.05899;
-mobile adversarial distillation, 2507.13343)."""
+mobile adversarial distillation, 2507.13343; Seaweed-APT, 2501.08316)."""
 
 from __future__ import annotations
 
@@ -83,6 +83,50 @@ class BlockHead(nn.Module):
         x_BNE = torch.stack([projector(_norm(tokens)) for projector, tokens in pairs]).sum(0)
         x_BNE = self.block(x_BNE, Grid3(*volumes[0].shape[2:]))
         return self.logit(_norm(x_BNE)).squeeze(-1).to(features[0].dtype)
+
+
+class QueryHead(nn.Module):
+    """All feature layers, each `[B, width, F, h, w]` of its own width and size, to one logit per clip: on each layer one learned
+    query attends to all patches, and what the queries find is joined (Seaweed-APT). With `framewise` a query attends to one
+    latent frame at a time, and each frame has a logit (AAPT, 2506.09350).
+
+    A head adds no places to the patches: it knows the order of frames from features that know it. Layers are pooled to the
+    coarsest of them. A fresh head gives the logit 0.
+    """
+
+    def __init__(self, widths: Sequence[int], hidden: int = 256, heads: int = 4, *, framewise: bool = False) -> None:
+        super().__init__()
+        if hidden % heads:
+            raise ValueError(f"heads must divide hidden, got {heads} and {hidden}")
+        self.args = {"widths": list(widths), "hidden": hidden, "heads": heads, "framewise": framewise}
+        self.framewise = framewise
+        self.queries = nn.ModuleList(_Query(width, hidden, heads) for width in widths)
+        self.logit = nn.Linear(hidden * len(widths), 1)
+        nn.init.zeros_(self.logit.weight)
+        nn.init.zeros_(self.logit.bias)
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        """Logits `[B, 1]`, or `[B, F]` with `framewise`; large means real."""
+        tokens_BFPE = [volume.flatten(3).permute(0, 2, 3, 1) for volume in _pooled(features)]
+        sets = [x.flatten(0, 1) if self.framewise else x.flatten(1, 2) for x in tokens_BFPE]
+        found = [query(tokens) for query, tokens in zip(self.queries, sets, strict=True)]
+        return self.logit(_norm(torch.cat(found, -1))).reshape(len(features[0]), -1).to(features[0].dtype)
+
+
+class _Query(nn.Module):
+    """One learned query that attends to tokens `[N, P, width]`: what it finds, `[N, hidden]`."""
+
+    def __init__(self, width: int, hidden: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Parameter(torch.randn(1, 1, hidden))
+        self.key_value = nn.Linear(width, 2 * hidden)
+        self.out = nn.Linear(hidden, hidden)
+
+    def forward(self, tokens_NPE: Tensor) -> Tensor:
+        k, v = (split_heads(y, self.heads) for y in self.key_value(_norm(tokens_NPE)).chunk(2, -1))
+        q = split_heads(self.query.to(k).expand(len(tokens_NPE), -1, -1), self.heads)
+        return self.out(merge_heads(attend(q, k, v))).squeeze(1)
 
 
 class _Head(nn.Module):

@@ -11,13 +11,13 @@ from torch import nn
 from fewstep.core import RecipeError
 from fewstep.core.build import At, find_class
 from fewstep.models.autoencoder import FrameAutoencoder
-from fewstep.models.discriminators import BlockHead, FeatureHeads, JointHead
+from fewstep.models.discriminators import BlockHead, FeatureHeads, JointHead, QueryHead
 from fewstep.models.features import ClipFeatures
 from fewstep.models.text import TextEncoder
 from fewstep.models.video_dit import VideoDiT
 
 NETWORKS: tuple[type[nn.Module], ...] = (
-    VideoDiT, FeatureHeads, JointHead, BlockHead, FrameAutoencoder, TextEncoder, ClipFeatures,
+    VideoDiT, FeatureHeads, JointHead, BlockHead, QueryHead, FrameAutoencoder, TextEncoder, ClipFeatures,
 )  # fmt: skip
 ADAPTED = MappingProxyType(
     {

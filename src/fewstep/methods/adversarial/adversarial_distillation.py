@@ -10,10 +10,13 @@ Sauer et al., Fast High-Resolution Image Synthesis with Latent Adversarial Diffu
     5  + distillation * a_t |x - guided teacher(x_t)|^2                         (ADD, 2311.17042)
     6  + regression * d(x, x0), if x was predicted from noised x0               (SF-V, 2406.04324)
 
-The discriminator is an `Adversary`; that of Seaweed-APT (2501.08316) is trained whole and sees clean clips. Not from the papers:
-features are the teacher's also where ADD has DINOv2's of pixels; penalties are approximate (2501.08316) also where ADD, GDD and
-SF-V have the exact gradient; SF-V's heads for single frames and single places are of one kind; all turns of an iteration use the
-same prompts with different noise; the hinge of SF-V, which is printed with the wrong sign, has the usual one.
+The discriminator is an `Adversary`; that of Seaweed-APT (2501.08316) is trained whole and sees clean clips. AAPT (2506.09350)
+judges long streams in parts that overlap: a rollout that goes on, whose clips it sees with the frames before them.
+
+Not from the papers: features are the teacher's also where ADD has DINOv2's of pixels; penalties are approximate (2501.08316) also
+where ADD, GDD and SF-V have the exact gradient; SF-V's heads for single frames and single places are of one kind; in AAPT's D a
+frame has seen later ones; all turns of an iteration use the same prompts with different noise; the hinge of SF-V, which is
+printed with the wrong sign, has the usual one.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from fewstep.core.bounds import Amount, Count, Positive, require_bounds
 from fewstep.diffusion import CFG, LogitNormal, TimeDensity, Uniform
 from fewstep.methods import targets
 from fewstep.methods.adversary import Adversary
-from fewstep.methods.base import Method, Nets, Update
+from fewstep.methods.base import Method, Nets, Update, judged
 from fewstep.methods.roles import Role
 from fewstep.methods.rollouts import FromData, Rollout
 from fewstep.methods.work import Work
@@ -38,9 +41,10 @@ from fewstep.methods.work import Work
 
 @dataclass(frozen=True, kw_only=True)
 class AdversarialDistillation(Method):
-    """Latent adversarial distillation (LADD); with its terms ADD, SF-V, GDD, Seaweed-APT and the mobile student."""
+    """Latent adversarial distillation (LADD); with its terms ADD, SF-V, GDD, Seaweed-APT, AAPT and the mobile student."""
 
     cite: ClassVar[str] = "Sauer et al., Latent Adversarial Diffusion Distillation, 2403.12015"
+    continues: ClassVar[bool] = True
 
     rollout: Rollout = FromData()
     """How the student's clips are made: from noised clips (LADD, ADD, SF-V), or with its own sampler (`BackwardSimulation`)."""
@@ -87,21 +91,23 @@ class AdversarialDistillation(Method):
 
     def discriminator_loss(self, turn: int, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Losses]:
         rng = rng.fold(f"discriminator/{turn}")  # new samples in every turn
-        x = self.rollout(nets.student, batch, rng, grad=False).x0  # 1
-        yield self.adversary.discriminator_losses(nets, *self.adversary.pair(nets, batch, x, batch.cond, rng), rng)  # 2
+        x, _, shown, _ = judged(self.rollout(nets.student, batch, rng, grad=False), batch, nets)  # 1
+        yield self.adversary.discriminator_losses(nets, *self.adversary.pair(nets, batch, x, shown.cond, rng), rng)  # 2
 
     def student_loss(self, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Losses]:
         rng = rng.fold("student")
-        x = self.rollout(nets.student, batch, rng, grad=True).x0  # 3
-        losses = {
-            "adversarial": self.adversary.student_loss(nets, *self.adversary.pair(nets, batch, x, batch.cond, rng))
-        }  # 4
+        x, keep, shown, judges = judged(self.rollout(nets.student, batch, rng, grad=True), batch, nets)  # 3
+        pair = self.adversary.pair(nets, batch, x, shown.cond, rng)
+        losses = {"adversarial": self.adversary.student_loss(nets, *pair)}  # 4
         if self.distillation > 0:
             t = self.distillation_density.sample(len(x), rng)
             with torch.no_grad():
                 x_t = nets.teacher.path.add_noise(x, rng.randn(x.shape, "eps"), t)
-                real = self.guidance(nets.teacher, x_t, t, batch.cond, batch.uncond).x0
-            losses["distillation"] = self.distillation * targets.mse(x, real, nets.teacher.path.coeffs(t).a)  # 5
+                real = self.guidance(judges.teacher, x_t, t, shown.cond, shown.uncond).x0
+            a = nets.teacher.path.coeffs(t).a
+            losses["distillation"] = self.distillation * targets.mse(
+                x, real, a if keep is None else a[:, None] * keep
+            )  # 5
         if self.regression > 0:
             losses["regression"] = self.regression * targets.pseudo_huber(x, batch.require("x0"), self.huber)  # 6
         yield losses
