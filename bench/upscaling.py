@@ -22,11 +22,13 @@ from torch import Tensor
 from tyro.conf import Positional, arg
 
 from fewstep.core import Rng
+from fewstep.core.bounds import Bounds, Count, require_bounds
 from fewstep.core.pixels import covering
 from fewstep.data.degradation import Degradation
 from fewstep.evaluate.features.extractors import FeatureMap, feature_map
 from fewstep.evaluate.page.animate import grid_gif
-from fewstep.metrics import frechet, mean_interval, psnr, sharpness
+from fewstep.metrics import frechet, mean_interval, psnr, ratio_of_means, sharpness
+from fewstep.metrics.statistics import ratio_interval
 from fewstep.models import VideoModel
 from fewstep.models.videos import video_of
 from fewstep.world.checker import Checker
@@ -37,6 +39,7 @@ from measuring import write
 SHOWN = 4
 """Clips in the picture."""
 SIZE = (CANVAS, CANVAS)
+TOLD = ", with prompt"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,13 +47,16 @@ class Case:
     """Students and clips."""
 
     students: Positional[Annotated[tuple[str, ...], arg(metavar="STUDENT")]] = ()
-    clips: int = 96
-    at_once: int = 16
+    clips: Annotated[int, Bounds(2, 10**6)] = 96
+    at_once: Count = 16
     low: Degradation = Degradation(factor=4, blur=0.5, noise=0.05)
     """How the low clips are made; of the recipes `world/upscaling` and its kin."""
     seed: int = 1000
     picture: Path | None = None
-    """GIF of the first clips side by side."""
+    """GIF of the first clips side by side; students are numbered in their order."""
+
+    def __post_init__(self) -> None:
+        require_bounds(self)
 
 
 @dataclass(frozen=True)
@@ -82,16 +88,17 @@ class Clips:
         for name, student in students.items():
             for told in (False, True):
                 prompts = [describe(scene) if told else "" for scene in self.scenes]
-                yield name + (", with prompt" if told else ""), torch.cat([
-                    student(prompts[i : i + case.at_once], video=video_of(student, self.low[i : i + case.at_once]))
+                yield name + (TOLD if told else ""), torch.cat([
+                    student(prompts[i : i + case.at_once], video=video_of(student, self.low[i : i + case.at_once]), seed=i)
                     for i in range(0, case.clips, case.at_once)
                 ])  # fmt: skip
         yield "sharp, encoded", parts(through, case.at_once, self.sharp)
 
     def figures(self, clips: Tensor, features: FeatureMap) -> dict[str, Any]:
-        near, fine = psnr(clips, self.sharp), sharpness(clips) / sharpness(self.sharp).mean()
+        near, fine = psnr(clips, self.sharp), (sharpness(clips), sharpness(self.sharp))
         return {
-            "psnr": interval(near), "sharpness": interval(fine),
+            "psnr": rounded(float(near.mean()), *mean_interval(near)),
+            "sharpness": rounded(ratio_of_means(*fine), *ratio_interval(*fine)),
             "accuracy": round(Checker().score(clips, self.scenes).accuracy()["all"], 3),
             "distance": round(frechet(features.map(clips), features.map(self.sharp)), 2),
         }  # fmt: skip
@@ -101,19 +108,28 @@ def parts(fn: Callable[[Tensor], Tensor], size: int, clips: Tensor) -> Tensor:
     return torch.cat([fn(part) for part in clips.split(size)])
 
 
-def interval(values: Tensor) -> list[float]:
-    """Mean, and the ends of its interval."""
-    return [round(value, 3) for value in (float(values.mean()), *mean_interval(values))]
+def rounded(*values: float) -> list[float]:
+    """A figure, and the ends of its interval."""
+    return [round(value, 3) for value in values]
+
+
+def opened(name: str) -> VideoModel:
+    """ValueError for a model that begins with noise, and would not look at the low clip."""
+    model = VideoModel.from_pretrained(name)
+    if model.card.contract.grid.video_noise is None:
+        raise ValueError(f"{name} makes clips from noise; give students that begin with a video (rollout: FromLow)")
+    return model
 
 
 @torch.no_grad()
 def measure(case: Case) -> dict[str, Any]:
-    students = {name: VideoModel.from_pretrained(name) for name in case.students}
+    students = {name: opened(name) for name in case.students}
+    labels = {name + told: f"{i}{told}" for i, name in enumerate(students, 1) for told in ("", TOLD)}
     clips, features = Clips.of(case), feature_map("auto", SIZE, torch.device("cpu"))
     found, columns = dict[str, Any](), {"rendered": clips.sharp[:SHOWN]}
     for name, made in clips.made(students, case):
         made = made.clamp(-1, 1)
-        found[name], columns[name] = clips.figures(made, features), made[:SHOWN]
+        found[name], columns[labels.get(name, name)] = clips.figures(made, features), made[:SHOWN]
         print(name, found[name], flush=True)
     if case.picture is not None:
         print(grid_gif(case.picture, columns))

@@ -17,12 +17,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewstep.compress import FrameInput
+from fewstep.core.pixels import covering
 from fewstep.data import Degradation
 from fewstep.diffusion import CFG, Stream
+from fewstep.evaluate.features.extractors import feature_map
 from fewstep.methods import DMD2, FromLow
+from fewstep.metrics import frechet, psnr, sharpness
 from fewstep.models import VideoModel
 from fewstep.world.actions import random_keys
+from fewstep.world.checker import Checker
 from fewstep.world.data import WorldClips
+from fewstep.world.grammar import describe
 from support_engine import FRAMES, tiny_model
 from test_streaming import streaming_model
 
@@ -220,22 +225,59 @@ def test_students_of_parts_are_judged_on_their_own_prompts(
     assert [{case.by.part(text) for text in texts} for texts in asked] == [{0}, {1}]
 
 
-def test_clips_that_a_student_makes_sharp_are_compared_with_the_sharp_ones(bench: Bench, tmp_path: Path) -> None:
-    """On a model that was not trained: it makes other clips with a prompt than without, and is worse than what it is given."""
-    upscaling, rollout = bench("upscaling"), FromLow()
-    world = VideoModel.from_pretrained("world")
-    world.with_card(contract=rollout.contract(world.card.contract), role="student").save(tmp_path / "student")
-    case = upscaling.Case(
-        students=(str(tmp_path / "student"),),
-        clips=6,
-        at_once=4,
-        picture=tmp_path / "clips.gif",
-        low=Degradation(factor=2),
+@pytest.fixture
+def upscaling(bench: Bench) -> ModuleType:
+    """`bench/upscaling.py`."""
+    return bench("upscaling")
+
+
+class Enlarging:
+    """A student that scales its video up, and keeps what it is asked."""
+
+    def __init__(self) -> None:
+        self.prompts, self.seeds = list[str](), list[int]()
+
+    def __call__(self, prompts: list[str], *, video: Tensor, seed: int) -> Tensor:
+        self.prompts += prompts
+        self.seeds += range(seed, seed + len(prompts))
+        return covering(video, (32, 32))
+
+
+def test_figures_of_upscaling_are_those_of_the_metrics(upscaling: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A student that does what bicubic does has its figures; they are computed here from the clips themselves."""
+    student = Enlarging()
+    monkeypatch.setattr(upscaling, "opened", lambda name: student)
+    monkeypatch.setattr(upscaling, "video_of", lambda student, frames: frames)
+    case = upscaling.Case(students=("mine",), clips=5, at_once=2, low=Degradation(factor=4))
+    found, clips = upscaling.measure(case), upscaling.Clips.of(case)
+    assert found["mine"] == found["mine, with prompt"] == found["bicubic"]
+    assert student.prompts == [""] * 5 + [describe(scene) for scene in clips.scenes]
+    assert student.seeds == [0, 1, 2, 3, 4] * 2, "a clip's noise does not depend on how many are made at once"
+    scaled, features = (
+        covering(clips.low, (32, 32)).clamp(-1, 1),
+        feature_map("auto", (32, 32), torch.device("cpu")).map,
     )
-    found = upscaling.measure(case)
-    told, untold = (found[str(tmp_path / "student") + name] for name in (", with prompt", ""))
-    best, given, low = (found[name] for name in ("sharp, encoded", "bicubic, encoded", "bicubic"))
-    assert told["psnr"] != untold["psnr"] and told["psnr"][0] < given["psnr"][0] < best["psnr"][0]
-    assert low["sharpness"][0] < best["sharpness"][0] and best["accuracy"] > 0.5
+    assert found["mine"]["psnr"][0] == pytest.approx(float(psnr(scaled, clips.sharp).mean()), abs=1e-3)
+    ratio = float(sharpness(scaled).mean() / sharpness(clips.sharp).mean())
+    assert found["mine"]["sharpness"][0] == pytest.approx(ratio, abs=1e-3) and 0.1 < ratio < 0.9
+    assert found["mine"]["distance"] == pytest.approx(frechet(features(scaled), features(clips.sharp)), abs=1e-2)
+    assert found["mine"]["accuracy"] == float(Checker().score(scaled, clips.scenes).all_right.double().mean()) < 1
+    assert not torch.equal(upscaling.Clips.of(replace(case, seed=1)).sharp, clips.sharp)
     assert all(row["psnr"][1] < row["psnr"][0] < row["psnr"][2] for row in found.values())
-    assert (tmp_path / "clips.gif").stat().st_size > 0
+
+
+def test_students_of_upscaling_are_opened_and_shown(upscaling: ModuleType, tmp_path: Path) -> None:
+    """On a model that was not trained: it makes other clips with a prompt than without, and is worse than what it is given."""
+    folder, rollout = tmp_path / "student", FromLow()
+    world = VideoModel.from_pretrained("world")
+    world.with_card(contract=rollout.contract(world.card.contract), role="student").save(folder)
+    picture = tmp_path / "clips.gif"
+    found = upscaling.measure(upscaling.Case(students=(str(folder),), clips=6, at_once=4, picture=picture))
+    told, untold = (found[f"{folder}{name}"] for name in (", with prompt", ""))
+    best, given = (found[name] for name in ("sharp, encoded", "bicubic, encoded"))
+    assert told["psnr"] != untold["psnr"] and told["psnr"][0] < given["psnr"][0] < best["psnr"][0]
+    assert picture.stat().st_size > 0
+    with pytest.raises(ValueError, match="world makes clips from noise; give students that begin with a video"):
+        upscaling.measure(upscaling.Case(students=("world",)))
+    with pytest.raises(ValueError, match="clips must be at least 2"):
+        upscaling.Case(clips=1)

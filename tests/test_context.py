@@ -12,12 +12,13 @@ from torch import Tensor
 from fewstep.attention import Facing, Int8Memory, KVCache, MovingSink, Retrieval
 from fewstep.core import Batch, Call, Rng
 from fewstep.core.call import Causal
-from fewstep.diffusion import CFG, Stream
+from fewstep.diffusion import CFG, Stream, Uniform
 from fewstep.engine import train
+from fewstep.engine.nets import build_nets
 from fewstep.engine.prepare import require_going_on
-from fewstep.methods import AVDM2, DMD2, Nets, Rolled, SelfForced
+from fewstep.methods import AVDM2, DMD2, AdversarialDistillation, Adversary, Nets, Rolled, SelfForced
 from fewstep.methods.rollouts.context import Context
-from fewstep.methods.targets import denoising, distribution_matching
+from fewstep.methods.targets import denoising, distribution_matching, mse
 from fewstep.streaming import Session
 from fewstep.world.data import WorldClips
 from support_engine import FRAMES, small, tiny_model
@@ -165,6 +166,27 @@ def test_losses_are_on_the_clip_alone_and_judges_read_its_context() -> None:
         eps = LAST.fold("critic/0").randn(rolled.x0.shape, "eps")
         expected = denoising(rolled.context.over(roles["critic"].denoiser)(x_t, t, cond), rolled.x0, eps)
     torch.testing.assert_close(again, expected)
+
+
+def test_the_teachers_opinion_of_a_clip_reads_its_context() -> None:
+    """ADD's line of a stream; the discriminator is shown the clip alone."""
+    stream = Stream(chunks=(2,), window=6, sink=2)
+    model, rollout = streaming_model(stream), forced(stream)
+    method = AdversarialDistillation(
+        rollout=rollout, distillation=1.0, guidance=CFG(), adversary=Adversary(clean=True, density=Uniform())
+    )
+    nets, rng = Nets({**build_nets(tiny_model(1), method, seed=0), "student": model.denoiser}), LAST.fold("student")
+    cond, uncond = model.conditions(PROMPTS)
+    batch = Batch(cond, uncond, (4, 4, 8, 8), x0=torch.zeros(2, 4, 4, 8, 8))
+    found = terms(method.student_loss(nets, batch, LAST))["distillation"].detach()
+    rolled = rollout(model.denoiser, batch, rng, grad=False)
+    assert rolled.context is not None
+    t = method.distillation_density.sample(2, rng)
+    with torch.no_grad():
+        x_t = nets["teacher"].path.add_noise(rolled.x0, rng.randn(rolled.x0.shape, "eps"), t)
+        real, alone = (ask(x_t, t, cond).x0 for ask in (rolled.context.over(nets["teacher"]), nets["teacher"]))
+    torch.testing.assert_close(found, mse(rolled.x0, real, 1 - t))
+    assert abs(float(found - mse(rolled.x0, alone, 1 - t))) > 1e-6
 
 
 def test_the_beginning_of_a_stream_has_no_context() -> None:

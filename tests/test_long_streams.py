@@ -136,9 +136,9 @@ def test_a_discriminator_sees_a_later_part_with_its_past_and_its_own_prompts() -
     teacher = Asked(GaussianTeacher(f64(-0.2, 0.7, 1.5), 0.4))
     nets = Nets({"student": student, "teacher": teacher, "discriminator": MeanHead()})
     real = Rng(3).randn((2, 1, 5, 4, 4), "real").double()
-    batch = Batch(conds_of(mine), cond_of(0, 2), shape, x0=real)
+    batch, guidance = Batch(conds_of(mine), cond_of(2, 2), shape, x0=real), CFG(scale=2.0)
     method = AdversarialDistillation(
-        rollout=Given(past=past, labels=labels), adversary=Adversary(clean=True, density=Uniform()), guidance=CFG(),
+        rollout=Given(past=past, labels=labels), adversary=Adversary(clean=True, density=Uniform()), guidance=guidance,
         distillation=2.5, distillation_density=Uniform(low=0.6, high=0.7),
     )  # fmt: skip
     terms(method.discriminator_loss(0, nets, batch, Rng(0)))
@@ -147,10 +147,11 @@ def test_a_discriminator_sees_a_later_part_with_its_past_and_its_own_prompts() -
     assert torch.equal(teacher.questions[0].x_t, real) and torch.equal(teacher.questions[1].x_t, clip)
     losses = terms(method.student_loss(nets, batch, Rng(0)))
     *_, shown, asked = teacher.questions
-    assert torch.equal(shown.x_t, clip) and shown.labels == asked.labels == labels
+    assert torch.equal(shown.x_t, clip) and shown.labels == labels and asked.labels == [*labels, 0, 0]
     losses["distillation"].backward()
-    opinion = teacher.net(asked.x_t, asked.t, conds_of(labels)).x0[:, :, 2:]
-    gap = 2.5 * (1 - asked.t.double()).reshape(-1, 1, 1, 1, 1) * 2 * (student.clips.detach() - opinion)
+    x_t, t = asked.x_t[:2], asked.t[:2]
+    opinion = guidance(teacher.net, x_t, t, conds_of(labels), cond_of(0, 2)).x0[:, :, 2:]
+    gap = 2.5 * (1 - t.double()).reshape(-1, 1, 1, 1, 1) * 2 * (student.clips.detach() - opinion)
     torch.testing.assert_close(student.clips.grad, gap / student.clips.numel())
 
 
@@ -160,12 +161,37 @@ def test_a_student_that_streams_learns_from_parts_of_longer_clips(tmp_path: Path
     rollout = SelfForced(stream=WINDOW, grids=((1.0,),), clips=2, overlap=1)
     method = AdversarialDistillation(rollout=rollout, adversary=judge)
     run = prepare(tiny_model(), method, WorldClips(num_frames=FRAMES), small(2, health=None), tmp_path)
-    before = {role: [p.clone() for p in run.nets.roles[role].parameters()] for role in ("student", "discriminator")}
+    before = {role: [p.clone() for p in run.nets.roles[role].parameters()] for role in method.aux() | {"student": None}}
     for _ in range(2):
         run.iterate()
     for role, weights in before.items():
         moved = zip(weights, run.nets.roles[role].parameters(), strict=True)
         assert any(not torch.equal(a, b) for a, b in moved), role
+    assert before.keys() == {"student", "eyes", "discriminator"}
+
+
+def test_what_a_discriminator_cannot_judge_in_a_stream_is_refused() -> None:
+    pairs = Adversary(loss="relativistic", density=Uniform())
+    for method in (DMD2, AdversarialDistillation):
+        with pytest.raises(ValueError, match="pairs of one prompt, and StreamingLong goes on with prompts of earlier"):
+            method(rollout=StreamingLong(), adversary=pairs)
+    context = SelfForced(stream=PAIRS, clips=2, context=True)
+    with pytest.raises(ValueError, match="a discriminator does not read it; write context: false"):
+        AdversarialDistillation(rollout=context, adversary=pairs)
+    AdversarialDistillation(rollout=context, adversary=pairs, distillation=1.0)
+
+
+def test_a_plan_measures_the_stretch_with_most_frames_that_are_trained() -> None:
+    """A later one reads more, and trains fewer if it has an overlap."""
+    found = {}
+    for overlap in (0, 1):
+        rollout = SelfForced(stream=WINDOW, grids=((1.0,),), clips=2, overlap=overlap)
+        outline = Outline.of(tiny_card(depth=1), DMD2(rollout=rollout), small(1, health=None, batch=1), FRAMES)
+        *_, student = outline.method.updates(0)
+        first, last = (outline.phase(student, {"stretch": stretch}).activations for stretch in (0, 2**31))
+        assert outline.phase(student, rollout.fullest).activations == max(first, last)
+        found[overlap] = first < last
+    assert found == {0: True, 1: False}
 
 
 def test_an_overlap_that_cannot_be_is_refused(tmp_path: Path) -> None:

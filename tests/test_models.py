@@ -588,6 +588,8 @@ def test_a_query_head_is_attention_of_one_learned_query_per_layer() -> None:
         found.append(query.out((share[..., None] * v).sum(1)))
     wanted = head.logit(F.layer_norm(torch.cat(found, -1), (8,)))
     assert wanted.abs().min() > 1e-3 and torch.allclose(head(volumes), wanted, atol=1e-5)
+    head(volumes).square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in head.parameters())
 
 
 def test_a_framewise_query_head_judges_each_frame_by_itself() -> None:
@@ -599,6 +601,7 @@ def test_a_framewise_query_head_judges_each_frame_by_itself() -> None:
     whole.load_state_dict(head.state_dict())
     alone = [whole([volume[:, :, f : f + 1] for volume in volumes]) for f in range(3)]
     assert torch.allclose(logits, torch.cat(alone, 1), atol=1e-6), "one query, frame by frame"
+    assert Spec.of(head).build()(volumes).shape == (2, 3), "also when it is built again"
     assert far(alone[0], alone[1])
 
 

@@ -317,7 +317,7 @@ def require_going_on(method: Method, settings: Settings) -> None:
         if not (rollout.whole or method.continues):
             raise ValueError(
                 f"{type(rollout).__name__} makes clips with a past or prompts of their own, and {name} would show its networks "
-                "neither; use DMD2, or a rollout of whole clips (SelfForced with overlap: 0)"
+                "neither; use DMD2 or AdversarialDistillation, or a rollout of whole clips (SelfForced with overlap: 0)"
             )
     if method.carries and settings.parallel.sequence > 1:
         raise ValueError(

@@ -77,6 +77,10 @@ CLAIMS: tuple[Claim, ...] = (
         cite="2402.13929", text="A discriminator makes better students of progressive distillation than the regression does.",
         better="lightning", worse="progressive", figure="frechet",
     ),
+    Claim(
+        cite="2503.13319", text="A teacher that leans to its critic makes better students of adapters, in four steps.",
+        better="magic_distillation", worse="magic_distillation+plain_teacher", figure="frechet", steps=4,
+    ),
 )  # fmt: skip
 """Claims that the table can judge."""
 

@@ -22,7 +22,7 @@ STEADY: Changes = (("method.guidance.scale", "2"), ("method.guidance.high", "0.8
 
 
 def batch(clips: int, *, ema: float) -> Changes:
-    """Fewer clips per iteration, and so more iterations; the average and the warm-up are as long as before, in clips."""
+    """Fewer clips per iteration, and so more iterations; the warm-up is as long as before, in clips."""
     warmup = {f"settings.optim.{role}.warmup": 5 * 16 // clips for role in ("student", "critic")}
     return tuple((key, str(value)) for key, value in ({"settings.batch": clips, "settings.ema": ema} | warmup).items())
 
@@ -50,8 +50,8 @@ SWITCHES: Mapping[str, Mapping[str, Changes]] = {
         "block_head": (("method.adversary.head", "block"),),  # every patch sees the whole clip, 2507.13343
     },
     "magic_distillation": {
-        "plain_teacher": (("method.scorers.weak", "0"),)
-    },  # adapters alone, which collapse in the paper
+        "plain_teacher": (("method.scorers.weak", "0"),),  # adapters alone, which collapse in the paper
+    },
 }
 """The changes of each switch, by the row that it is tried on."""
 

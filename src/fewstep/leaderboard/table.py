@@ -24,7 +24,7 @@ HEAD = """# Leaderboard
 
 Every method that makes whole clips from noise, with the same teacher (the built-in one), budget, prompts, seeds and rule. These
 have no row: `SelfAdversarial`, which streams; `LatentPixel` and `TimeAwareDistillation`, which begin at a clip; MSD with its
-several students; MagicDistillation, which is for adapters; and BLADE, whose student is sparse.
+several students; and BLADE, whose student is sparse.
 
 `fewstep leaderboard` runs what is missing and writes this page. Each run is one JSON file in `bench/leaderboard`, named
 `ROW-BUDGET-SEED.json`. The recipe of a row is `ROW.yaml` in `src/fewstep/recipes/leaderboard`. A row `A{joined}B` is the recipe

@@ -59,7 +59,8 @@ class Adversary:
     head: Head = "separate"
     """separate: a small convolutional head per layer, with a logit per clip. joint: one on all layers, with a logit per patch
     (AVDM2). block: one transformer block on all layers, with a logit per patch that has seen the whole clip (2507.13343). query:
-    one learned query per layer, with a logit per clip (Seaweed-APT). frames: the same, with a logit per latent frame (AAPT)."""
+    one learned query per layer, with a logit per clip (Seaweed-APT). frames: the same, with a logit per frame of the features
+    (AAPT), also of frames that other losses leave out, such as an overlap."""
     r1: Amount = 0.0
     """Weight of the approximate R1 penalty (2501.08316), on real clips; `r2` on generated ones. 0: off."""
     r2: Amount = 0.0
@@ -84,8 +85,13 @@ class Adversary:
             )
 
     def check(self, rollout: Rollout) -> None:
-        """Refuse (ValueError) a split that leaves scores or D without calls, and one of clips that go on, which have no time at
-        which they were predicted."""
+        """Refuse (ValueError) pairs of different prompts; a split that leaves scores or D without calls, and one of clips that go
+        on, which have no time at which they were predicted."""
+        if self.paired and rollout.carries:
+            raise ValueError(
+                f"adversary.loss: relativistic compares pairs of one prompt, and {type(rollout).__name__} goes on with prompts "
+                "of earlier batches; write loss: softplus, or take SelfForced with clips and overlap"
+            )
         if self.split == 0:
             return
         if not rollout.whole:

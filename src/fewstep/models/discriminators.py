@@ -1,5 +1,8 @@
 """Small heads that distinguish real from generated clips by a denoiser's features (DMD2, 2405.14867; AVDM2, 2412.05899;
-mobile adversarial distillation, 2507.13343; Seaweed-APT, 2501.08316)."""
+mobile adversarial distillation, 2507.13343; Seaweed-APT, 2501.08316).
+
+Legend: B batch, F frames, P patches of a frame or of a clip, N tokens, E width.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +91,7 @@ class BlockHead(nn.Module):
 class QueryHead(nn.Module):
     """All feature layers, each `[B, width, F, h, w]` of its own width and size, to one logit per clip: on each layer one learned
     query attends to all patches, and what the queries find is joined (Seaweed-APT). With `framewise` a query attends to one
-    latent frame at a time, and each frame has a logit (AAPT, 2506.09350).
+    frame of the features at a time, and each frame has a logit (AAPT, 2506.09350).
 
     A head adds no places to the patches: it knows the order of frames from features that know it. Layers are pooled to the
     coarsest of them. A fresh head gives the logit 0.

@@ -35,7 +35,7 @@ from fewstep.methods import targets
 from fewstep.methods.adversary import Adversary
 from fewstep.methods.base import Method, Nets, Update, judged
 from fewstep.methods.roles import Role
-from fewstep.methods.rollouts import FromData, Rollout
+from fewstep.methods.rollouts import FromData, Rollout, SelfForced
 from fewstep.methods.work import Work
 
 
@@ -66,6 +66,12 @@ class AdversarialDistillation(Method):
     def __post_init__(self) -> None:
         require_bounds(self)
         self.adversary.check_alone()
+        self.adversary.check(self.rollout)
+        if isinstance(self.rollout, SelfForced) and self.rollout.context and self.distillation == 0:
+            raise ValueError(
+                "context is for the teacher's opinion, and a discriminator does not read it; write context: false, or give "
+                "distillation a weight"
+            )
         if self.regression > 0 and not isinstance(self.rollout, FromData):
             raise ValueError(
                 f"regression compares a clip with the one it was predicted from, and {type(self.rollout).__name__} begins with "

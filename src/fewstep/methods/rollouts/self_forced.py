@@ -76,7 +76,7 @@ class SelfForced(Rollout):
                 f"this stream denoises {self.stream.rolling} chunks at once, and this rollout one chunk after the other; take "
                 "RollingForced, or leave stream.rolling out"
             )
-        require_stretch(self.clips, self.overlap, self.given, self.context)
+        require_stretch(self.stream, self.clips, self.overlap, self.given, self.context)
         if self.context:
             require_frames(self.stream)
 
@@ -98,9 +98,9 @@ class SelfForced(Rollout):
 
     @property
     def fullest(self) -> Mapping[str, int]:
-        """The longest grid, its last exit, and as much before the stretch as may be."""
+        """The longest grid, its last exit, and the last stretch; with an overlap the first, all of which is trained."""
         drawn = {"exit": lcm(*self.stream.steps) - 1} if self.stream.steps else deepest(self.grids)
-        return drawn | ({"stretch": 2**31} if self.clips > 1 else {})
+        return drawn | ({"stretch": 0 if self.overlap else 2**31} if self.clips > 1 else {})
 
     def __call__(self, student: Predictor, batch: Batch, rng: Rng, *, grad: bool) -> Rolled:
         loop, exit, of = self._drawn(student, rng)

@@ -28,7 +28,7 @@ class StreamingLong(Rollout):
 
         1  a stream begins with the prompts of the batch, and a first clip of F frames, as long as the teacher's clips
         2  each call goes on from the memory that the call before has left: F - overlap new frames, each chunk stopped at one exit
-        3  networks that judge see the last `overlap` frames and the new ones; losses count the new ones
+        3  networks that judge see the last `overlap` frames and the new ones; losses but a GAN's count the new
         4  at one random clip the prompts become those of the batch of that moment: the memory is made anew from the last latents
            with them (`Chunks.recache`), and student, teacher and critic use them from then on
         5  before the stream would be longer than `length` frames, another one begins

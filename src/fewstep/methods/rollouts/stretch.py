@@ -46,10 +46,15 @@ class Stretch:
         return cls(begin, bounds.index(trained), lengths[: bounds.index(bounds[begin] + frames)])
 
 
-def require_stretch(clips: int, overlap: int, given: int, context: bool) -> None:
+def require_stretch(stream: Stream, clips: int, overlap: int, given: int, context: bool) -> None:
     """ValueError for fields of a rollout that contradict each other."""
     if overlap and clips == 1:
         raise ValueError("overlap begins a later stretch; let a rollout have more clips, or write overlap: 0")
+    if overlap % stream.chunks[-1]:
+        raise ValueError(
+            f"an overlap of {overlap} frames is not whole chunks of {list(stream.chunks)}; the later ones have "
+            f"{stream.chunks[-1]}, so write a multiple of that"
+        )
     if given and clips > 1:
         raise ValueError("a rollout of several clips cannot begin with data; write clips: 1, or given: 0")
     if context and clips == 1:
