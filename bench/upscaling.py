@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -67,13 +68,14 @@ class Clips:
     sharp: Tensor
     """`[B, 3, F, 32, 32]` in [-1, 1]; `low` is smaller."""
     low: Tensor
+    features: FeatureMap
 
     @classmethod
     def of(cls, case: Case) -> Clips:
         dice = torch.Generator().manual_seed(case.seed)
         scenes, variation = sample_scenes(case.clips, dice), Variation.sample(case.clips, dice)
         sharp = render(scenes, variation, 16)
-        return cls(scenes, sharp, case.low(sharp, Rng(case.seed)))
+        return cls(scenes, sharp, case.low(sharp, Rng(case.seed)), feature_map("auto", SIZE, sharp.device))
 
     def made(self, students: Mapping[str, VideoModel], case: Case) -> Iterator[tuple[str, Tensor]]:
         """Clips `[B, 3, F, 32, 32]` by the name of who made them."""
@@ -94,13 +96,18 @@ class Clips:
                 ])  # fmt: skip
         yield "sharp, encoded", parts(through, case.at_once, self.sharp)
 
-    def figures(self, clips: Tensor, features: FeatureMap) -> dict[str, Any]:
-        near, fine = psnr(clips, self.sharp), (sharpness(clips), sharpness(self.sharp))
+    @cached_property
+    def own(self) -> tuple[Tensor, Tensor]:
+        """Sharpness and features of the rendered clips."""
+        return sharpness(self.sharp), self.features.map(self.sharp)
+
+    def figures(self, clips: Tensor) -> dict[str, Any]:
+        near, fine, (rendered, features) = psnr(clips, self.sharp), sharpness(clips), self.own
         return {
-            "psnr": rounded(float(near.mean()), *mean_interval(near)),
-            "sharpness": rounded(ratio_of_means(*fine), *ratio_interval(*fine)),
+            "psnr": thousandths(float(near.mean()), *mean_interval(near)),
+            "sharpness": thousandths(ratio_of_means(fine, rendered), *ratio_interval(fine, rendered)),
             "accuracy": round(Checker().score(clips, self.scenes).accuracy()["all"], 3),
-            "distance": round(frechet(features.map(clips), features.map(self.sharp)), 2),
+            "distance": round(frechet(self.features.map(clips), features), 2),
         }  # fmt: skip
 
 
@@ -108,7 +115,7 @@ def parts(fn: Callable[[Tensor], Tensor], size: int, clips: Tensor) -> Tensor:
     return torch.cat([fn(part) for part in clips.split(size)])
 
 
-def rounded(*values: float) -> list[float]:
+def thousandths(*values: float) -> list[float]:
     """A figure, and the ends of its interval."""
     return [round(value, 3) for value in values]
 
@@ -125,11 +132,11 @@ def opened(name: str) -> VideoModel:
 def measure(case: Case) -> dict[str, Any]:
     students = {name: opened(name) for name in case.students}
     labels = {name + told: f"{i}{told}" for i, name in enumerate(students, 1) for told in ("", TOLD)}
-    clips, features = Clips.of(case), feature_map("auto", SIZE, torch.device("cpu"))
-    found, columns = dict[str, Any](), {"rendered": clips.sharp[:SHOWN]}
+    clips, found = Clips.of(case), dict[str, Any]()
+    columns = {"rendered": clips.sharp[:SHOWN]}
     for name, made in clips.made(students, case):
         made = made.clamp(-1, 1)
-        found[name], columns[labels.get(name, name)] = clips.figures(made, features), made[:SHOWN]
+        found[name], columns[labels.get(name, name)] = clips.figures(made), made[:SHOWN]
         print(name, found[name], flush=True)
     if case.picture is not None:
         print(grid_gif(case.picture, columns))
