@@ -162,7 +162,8 @@ def test_code_is_the_method_with_what_it_holds_but_not_its_prose(
             return one.code
 
     assert changed("dmd2.py", "Distribution matching distillation (DMD, DMD2)", "Something else") == before
-    assert changed("dmd2.py", "self.warmup:", "self.warmup + 1:") != before
+    assert changed("dmd2.py", "warmup=self.warmup", "warmup=self.warmup + 1") != before
+    assert changed("turns.py", "step >= warmup", "step > warmup") != before
     assert changed("targets.py", "gap = (fake - real)", "gap = (real - fake)") != before
     assert changed("backward_simulation.py", "grad", "grads") != before
 

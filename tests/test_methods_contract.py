@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import combinations
 from typing import Any
@@ -121,6 +122,15 @@ CASES: dict[str, Method] = {cls.__name__: cls() for cls in METHODS} | {
     "AVDM2-score-only": AVDM2(adversary=None, guidance=CFG()),
 }
 cases = pytest.mark.parametrize("method", CASES.values(), ids=CASES.keys())
+
+
+def roles_of(events: Iterable[Update | Sync]) -> list[tuple[str, ...]]:
+    return [event.roles for event in events if isinstance(event, Update)]
+
+
+def roles(method: Method, step: int) -> list[tuple[str, ...]]:
+    """Who is trained in the updates of an iteration."""
+    return roles_of(method.updates(step))
 
 
 def shaken(network: nn.Module) -> nn.Module:
@@ -289,6 +299,33 @@ def test_contract_and_cost(method: Method) -> None:
     assert method.cite
 
 
+WARMED = {name: method for name, method in CASES.items() if hasattr(method, "warmup") and len(roles(method, 0)) > 1}
+
+
+@pytest.mark.parametrize("method", WARMED.values(), ids=WARMED.keys())
+def test_a_warm_up_trains_all_but_the_student(method: Any) -> None:
+    warm = replace(method, warmup=2)
+    for step in (0, 1):
+        assert roles(warm, step) == [trained for trained in roles(method, step) if trained != ("student",)]
+    assert roles(warm, 2) == roles(method, 2) and roles(method, 0).count(("student",)) == 1
+
+
+@pytest.mark.parametrize("method", [pytest.param(m, id=n) for n, m in WARMED.items() if hasattr(m, "align")])
+def test_a_critic_takes_a_share_of_the_students_weights_after_each_of_its_updates(method: Any) -> None:
+    plain = list(replace(method, align=0.0).updates(2))
+    aligned = list(replace(method, align=0.25, warmup=1).updates(2))
+    assert not any(isinstance(event, Sync) for event in plain)
+    assert aligned[-1] == Sync("critic", "student", 0.75) and roles_of(aligned[:-1]) == roles_of(plain)
+    assert not any(isinstance(event, Sync) for event in replace(method, align=0.25, warmup=1).updates(0))
+
+
+def test_whoever_trains_others_before_the_student_has_a_warm_up() -> None:
+    followed = {
+        type(method) for method in CASES.values() if roles(method, 0)[-1] == ("student",) != roles(method, 0)[0]
+    }
+    assert {type(method) for method in WARMED.values()} == followed - {Alternating}, "Alternating holds one that has it"
+
+
 def test_a_critic_begins_as_the_teacher() -> None:
     assert DMD2().aux() == {"critic": Copy("teacher")} and DMD2().critic == "critic"
     assert Consistency().critic is None, "its target is a copy that nobody trains"
@@ -325,6 +362,7 @@ def test_folded_frames_are_different_frames_of_the_stated_clip() -> None:
     ("TwinFlow", {"delta": 0.5}, "delta < 0.5"),
     ("SelfAdversarial", {"layers": ()}, "at least one layer"),
     ("TimeAwareDistillation", {"regression": 0.0, "score": 0.0, "adversary": None}, "leave no loss"),
+    ("TimeAwareDistillation", {"adversary": None, "warmup": 1}, "write warmup: 0, or give an adversary"),
     ("ProgressiveAdversarial", {"alone": 0.5, "adversary": Adversary(trained=True, r1=1.0)}, "write alone: 0"),
     ("ProgressiveAdversarial", {"adversary": Adversary(trained=True, split=0.5)}, "write split: 0"),
 ])  # fmt: skip

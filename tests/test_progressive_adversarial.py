@@ -66,6 +66,18 @@ def turns(method: ProgressiveAdversarial, step: int) -> list[Update]:
     return [event for event in method.updates(step) if isinstance(event, Update)]
 
 
+def test_each_stage_with_a_discriminator_warms_it_up() -> None:
+    def trained(step: int) -> list[tuple[str, ...]]:
+        events = replace(METHOD, warmup=3).updates(step)
+        return [event.roles for event in events if isinstance(event, Update)]
+
+    assert [trained(step) for step in (0, 9)] == [[("student",)]] * 2, "no discriminator, no warm-up"
+    assert [trained(step) for step in (10, 11, 12)] == [[("discriminator",)]] * 3
+    assert [trained(step) for step in (13, 19)] == [[("discriminator",), ("student",)]] * 2
+    with pytest.raises(ValueError, match="warmup 10 leaves no update of the student in a stage of 10"):
+        replace(METHOD, warmup=10)
+
+
 def test_the_student_has_noise_of_its_own() -> None:
     """Line 3 is line 2 with new noise."""
     networks = nets()

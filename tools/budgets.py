@@ -28,6 +28,7 @@ SUPPORT = {  # files of a room that are not one of its algorithms, and may hold 
         "rewards",
         "roles",
         "targets",
+        "turns",
         "underway",
     },
     "attention": {

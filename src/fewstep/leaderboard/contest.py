@@ -18,7 +18,7 @@ from fewstep.engine.probe import WorldProbe
 from fewstep.leaderboard.budget import lengthened
 from fewstep.leaderboard.stages import each, stages_of
 from fewstep.leaderboard.switches import JOINED, SWITCHES, Changes
-from fewstep.methods import gan, targets
+from fewstep.methods import gan, targets, turns
 from fewstep.methods.matching import base as matchings
 from fewstep.methods.rollouts import base as rollouts
 from fewstep.methods.rollouts import grids
@@ -30,8 +30,8 @@ FOLDER = "leaderboard/"
 PROBES = 4
 """Times at which a run is judged, evenly spread, the last one at its end. The best student by `WorldProbe`'s rule is kept."""
 
-SHARED = (gan, targets, matchings, rollouts, grids)
-"""Formulas that many methods call: a row counts as changed if one of them has changed."""
+SHARED = (gan, targets, turns, matchings, rollouts, grids)
+"""What many methods call: a row counts as changed if one of them has changed."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,9 @@ HALF_RATE: Changes = (("settings.optim.student.lr", "3e-4"),)
 FAST: Changes = (("settings.optim.student.lr", "5e-4"), ("settings.optim.critic.lr", "2e-3"))
 """A faster student, and a critic that is four times as fast: more clips are right, and those of one prompt differ less."""
 
+ONE_TURN: Changes = (("method.critic-updates", "1"),)
+"""One update of the critic per student update, where the critic is fast enough: more iterations for the same cost."""
+
 STEADY: Changes = (("method.guidance.scale", "2"), ("method.guidance.high", "0.8"), ("method.critic-updates", "3"))
 """Less guidance, none of it at noisy times, and a critic that keeps up: what `world/dmd2` has for a longer run."""
 
@@ -29,7 +32,7 @@ def batch(clips: int, *, ema: float) -> Changes:
 
 SWITCHES: Mapping[str, Mapping[str, Changes]] = {
     "dmd2": {
-        "critic_updates_1": (("method.critic-updates", "1"),),
+        "critic_updates_1": ONE_TURN,
         "critic_updates_5": (("method.critic-updates", "5"),),  # DMD2, 2405.14867
         "slow_critic": (("settings.optim.critic.lr", "2e-4"),),  # two time scales: a third of the student's rate
         "slow_student": (("settings.optim.student.lr", "2e-4"),),
@@ -40,6 +43,7 @@ SWITCHES: Mapping[str, Mapping[str, Changes]] = {
         "batch_8": batch(8, ema=0.95),
         "batch_4": batch(4, ema=0.97) + HALF_RATE,
         "batch_4_fast": batch(4, ema=0.97) + FAST,
+        "batch_4_one_turn": batch(4, ema=0.97) + FAST + ONE_TURN,
         "batch_4_steady": batch(4, ema=0.995) + HALF_RATE + STEADY,
         "batch_2": batch(2, ema=0.985) + HALF_RATE,
     },
@@ -48,6 +52,13 @@ SWITCHES: Mapping[str, Mapping[str, Changes]] = {
         "weight_0.1": (("method.adversary.weight", "0.1"),),
         "r1": (("method.adversary.r1", "1"),),
         "block_head": (("method.adversary.head", "block"),),  # every patch sees the whole clip, 2507.13343
+    },
+    "ladd": {
+        "warmup_30": (("method.warmup", "30"),),  # its heads begin at chance
+        "block_head": (  # every patch sees the whole clip, which must fit its prompt: the discriminator of `world/avdm2`
+            ("method.adversary.head", "block"),
+            ("method.adversary.mismatched", "true"),
+        ),
     },
     "magic_distillation": {
         "plain_teacher": (("method.scorers.weak", "0"),),  # adapters alone, which collapse in the paper

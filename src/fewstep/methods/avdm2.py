@@ -26,15 +26,16 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from fewstep.core import Batch, Cond, Losses, Rng
-from fewstep.core.bounds import Amount, Count, require_bounds
+from fewstep.core.bounds import Amount, Count, Natural, require_bounds
 from fewstep.diffusion import CFG, TimeDensity, Uniform
 from fewstep.methods import targets
 from fewstep.methods.adversary import Adversary
-from fewstep.methods.base import Method, Nets, Update
+from fewstep.methods.base import Method, Nets, Sync, Update
 from fewstep.methods.frames import fold_frames
 from fewstep.methods.matching import ReverseKL, Scores
 from fewstep.methods.roles import Copy, Other, Role
 from fewstep.methods.rollouts import BackwardSimulation, Rollout
+from fewstep.methods.turns import in_turns
 from fewstep.methods.work import Work
 from fewstep.models.source import ModelSource
 
@@ -65,6 +66,8 @@ class AVDM2(Method):
     enough that they differ. null: none, and no clips are needed."""
     critic_updates: Count = 2
     """Updates of critic and discriminator per student update, all in one iteration."""
+    warmup: Natural = 0
+    """First iterations, which train only critic and discriminator."""
     score_density: TimeDensity = Uniform(low=0.2, high=0.98)
     """s: density of times for scores and critic, on the path of the teacher whose score is matched."""
 
@@ -72,9 +75,7 @@ class AVDM2(Method):
         require_bounds(self)
         self.matching.check(self.guidance, stills=self.score == "frames")
         if (self.score == "none" or self.score_weight == 0) and self.adversary is None:
-            raise ValueError(
-                "without scores (score: none, or score_weight: 0) and adversary null no loss is left; set one"
-            )
+            raise ValueError("no scores (score: none, or score_weight: 0) and adversary null: no loss is left; set one")
         if self.adversary:
             self.adversary.check_alone()
         if self.score != "frames" and self.image_teacher is not None:
@@ -97,11 +98,10 @@ class AVDM2(Method):
         critic = {} if self.score == "none" else {self.fake: Copy(self.real)}
         return {**image, **critic} | (self.adversary.roles if self.adversary else {})
 
-    def updates(self, step: int) -> Iterator[Update]:
+    def updates(self, step: int) -> Iterator[Update | Sync]:
         trained = tuple(role for role, made in self.aux().items() if made.trainable)
-        for k in range(self.critic_updates):
-            yield Update(trained, partial(self.critic_loss, k))
-        yield Update(("student",), self.student_loss)
+        turns = [Update(trained, partial(self.critic_loss, k)) for k in range(self.critic_updates)]
+        return in_turns(step, turns, Update(("student",), self.student_loss), warmup=self.warmup)
 
     def critic_loss(self, turn: int, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Losses]:
         rng = rng.fold(f"critic/{turn}")  # new samples in every turn

@@ -33,6 +33,7 @@ from fewstep.methods.rewards import Feedback, Reweighting
 from fewstep.methods.roles import Role
 from fewstep.methods.rollouts import BackwardSimulation, FromPairs, Rollout
 from fewstep.methods.scorers import Scorers
+from fewstep.methods.turns import in_turns
 from fewstep.methods.work import Work
 
 
@@ -96,12 +97,8 @@ class DMD2(Method):
 
     def updates(self, step: int) -> Iterator[Update | Sync]:
         trained = tuple(role for role, made in self.aux().items() if made.trainable)
-        for k in range(self.critic_updates):
-            yield Update(trained, partial(self.critic_loss, k))
-        if step >= self.warmup:
-            yield Update(("student",), self.student_loss)
-            if self.align > 0:
-                yield Sync("critic", "student", 1 - self.align)  # 8
+        turns = [Update(trained, partial(self.critic_loss, k)) for k in range(self.critic_updates)]
+        return in_turns(step, turns, Update(("student",), self.student_loss), warmup=self.warmup, align=self.align)  # 8
 
     def critic_loss(self, turn: int, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Losses]:
         rng = rng.fold(f"critic/{turn}")  # new samples in every turn

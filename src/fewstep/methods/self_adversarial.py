@@ -31,13 +31,14 @@ import torch
 from torch import Tensor
 
 from fewstep.core import Batch, Cond, Losses, Rng
-from fewstep.core.bounds import Amount, Count, Positive, require_bounds
+from fewstep.core.bounds import Amount, Count, Natural, Part, Positive, require_bounds
 from fewstep.diffusion import CFG, TimeDensity, Uniform
 from fewstep.methods import gan, targets
-from fewstep.methods.base import Method, Nets, Update
+from fewstep.methods.base import Method, Nets, Sync, Update
 from fewstep.methods.matching import Noised, ReverseKL, Scores
 from fewstep.methods.roles import Copy, Heads, Role
 from fewstep.methods.rollouts import NESTED, BackwardSimulation, Rollout, SelfForced
+from fewstep.methods.turns import in_turns
 from fewstep.methods.work import Work
 
 
@@ -56,6 +57,10 @@ class SelfAdversarial(Method):
     """lambda: weight of line 6 under mean reduction."""
     critic_updates: Count = 5
     """Updates of critic and discriminator per student update, all in one iteration."""
+    warmup: Natural = 0
+    """First iterations, which train only critic and discriminator."""
+    align: Part = 0.0
+    """Share of the student's weights that the critic takes after each update of the student (SenseFlow: 0.03); 0: none."""
     score_density: TimeDensity = Uniform(low=0.02, high=0.98)
     """Density of t for the score difference, and for the discriminator."""
     critic_density: TimeDensity = Uniform()
@@ -72,9 +77,8 @@ class SelfAdversarial(Method):
         own = isinstance(self.rollout, SelfForced) and self.rollout.stream.steps
         if not isinstance(self.rollout, SelfForced | BackwardSimulation) or len(set(self.rollout.grids)) < 2 or own:
             raise ValueError(
-                "clips of two step counts are compared, from the same noise: rollout is SelfForced or BackwardSimulation, with "
-                "grids of at least two step counts, which all chunks have (no stream.steps); got "
-                f"{type(self.rollout).__name__} with grids={self.rollout.grids}"
+                "clips of two step counts are compared: rollout is SelfForced or BackwardSimulation, with grids of at least two "
+                f"step counts, for all chunks (no stream.steps); got {type(self.rollout).__name__} with {self.rollout.grids}"
             )
         if not self.layers or getattr(self.rollout, "phase", None) is not None:
             raise ValueError("give at least one layer of the teacher, such as -1, and no rollout.phase: clips end at 0")
@@ -88,12 +92,12 @@ class SelfAdversarial(Method):
     def aux(self) -> dict[str, Role]:
         return {"critic": Copy("teacher"), "discriminator": Heads("teacher", self.layers * (len(self.grids) - 1))}
 
-    def updates(self, step: int) -> Iterator[Update]:
+    def updates(self, step: int) -> Iterator[Update | Sync]:
         n = step % len(self.grids)
         trained = ("critic", "discriminator") if n + 1 < len(self.grids) else ("critic",)
-        for k in range(self.critic_updates):
-            yield Update(trained, partial(self.critic_loss, n, k))
-        yield Update(("student",), partial(self.student_loss, n))
+        turns = [Update(trained, partial(self.critic_loss, n, k)) for k in range(self.critic_updates)]
+        own = Update(("student",), partial(self.student_loss, n))
+        return in_turns(step, turns, own, warmup=self.warmup, align=self.align)
 
     def critic_loss(self, n: int, turn: int, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Losses]:
         rng = rng.fold(f"critic/{turn}")  # new samples in every turn
@@ -128,9 +132,7 @@ class SelfAdversarial(Method):
     def pair(self, n: int, nets: Nets, batch: Batch, rng: Rng, *, grad: bool) -> tuple[Tensor, Tensor | None]:
         """Clips `[B, C, F, H, W]` of the n-th step count, and of the next larger one, from the same random numbers."""
         y = self.grids[n](nets.student, batch, rng, grad=grad).x0
-        if n + 1 == len(self.grids):
-            return y, None
-        return y, self.grids[n + 1](nets.student, batch, rng, grad=False).x0
+        return y, (self.grids[n + 1](nets.student, batch, rng, grad=False).x0 if n + 1 < len(self.grids) else None)
 
     def logits(self, n: int, nets: Nets, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """D_n: the heads are those of D_1, then those of D_2, and so on. Gradients flow through the frozen features to `x_t`."""
@@ -138,12 +140,10 @@ class SelfAdversarial(Method):
         return nets.discriminator(taps)[:, n * len(self.layers) : (n + 1) * len(self.layers)]
 
     def cost(self) -> tuple[Work, ...]:
-        turns, counts, views = self.critic_updates, len(self.grids), 4 if self.r1 > 0 else 2
-        pairs = (counts - 1) / counts
+        turns, views, pairs = self.critic_updates, 4 if self.r1 > 0 else 2, (len(self.grids) - 1) / len(self.grids)
         every, more = fmean(each.calls for each in self.grids), fmean(each.calls for each in self.grids[1:])
-        trained = fmean(each.work for each in self.grids)
         return (
-            Work("student", turns * every + trained + (turns + 1) * pairs * more),
+            Work("student", turns * every + fmean(each.work for each in self.grids) + (turns + 1) * pairs * more),
             Work("teacher", self.guidance.passes),
             Work("critic", 3 * turns + 1),
             Work("teacher", pairs * (views * turns + 3), layers=self.layers),

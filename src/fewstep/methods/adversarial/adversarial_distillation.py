@@ -29,13 +29,14 @@ from typing import ClassVar
 import torch
 
 from fewstep.core import Batch, Losses, Rng
-from fewstep.core.bounds import Amount, Count, Positive, require_bounds
+from fewstep.core.bounds import Amount, Count, Natural, Positive, require_bounds
 from fewstep.diffusion import CFG, LogitNormal, TimeDensity, Uniform
 from fewstep.methods import targets
 from fewstep.methods.adversary import Adversary
-from fewstep.methods.base import Method, Nets, Update, judged
+from fewstep.methods.base import Method, Nets, Sync, Update, judged
 from fewstep.methods.roles import Role
 from fewstep.methods.rollouts import FromData, Rollout, SelfForced
+from fewstep.methods.turns import in_turns
 from fewstep.methods.work import Work
 
 
@@ -52,6 +53,8 @@ class AdversarialDistillation(Method):
     """The discriminator. LADD's times have a logit of mean 1: high times judge structure, low ones texture."""
     discriminator_updates: Count = 1
     """Updates of the discriminator per update of the student, all in one iteration."""
+    warmup: Natural = 0
+    """First iterations, which train only the discriminator."""
     distillation: Amount = 0.0
     """lambda of line 5 (ADD: 2.5 beside an adversarial weight of 1); 0: the teacher has no opinion."""
     guidance: CFG = CFG(scale=3.0)
@@ -90,10 +93,10 @@ class AdversarialDistillation(Method):
     def aux(self) -> dict[str, Role]:
         return self.adversary.roles
 
-    def updates(self, step: int) -> Iterator[Update]:
-        for k in range(self.discriminator_updates):
-            yield Update(tuple(self.adversary.roles), partial(self.discriminator_loss, k))
-        yield Update(("student",), self.student_loss)
+    def updates(self, step: int) -> Iterator[Update | Sync]:
+        trained, count = tuple(self.adversary.roles), self.discriminator_updates
+        turns = [Update(trained, partial(self.discriminator_loss, k)) for k in range(count)]
+        return in_turns(step, turns, Update(("student",), self.student_loss), warmup=self.warmup)
 
     def discriminator_loss(self, turn: int, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Losses]:
         rng = rng.fold(f"discriminator/{turn}")  # new samples in every turn

@@ -25,13 +25,14 @@ from typing import ClassVar, Self
 import torch
 
 from fewstep.core import Batch, Losses, Rng
-from fewstep.core.bounds import Count, Part, require_bounds
+from fewstep.core.bounds import Count, Natural, Part, require_bounds
 from fewstep.diffusion import CFG, Contract
 from fewstep.methods.adversary import Adversary, Shown
 from fewstep.methods.base import Method, Nets, Sync, Update
 from fewstep.methods.histories import WholeClip
 from fewstep.methods.progressive import Progressive
 from fewstep.methods.roles import Heads, Role
+from fewstep.methods.turns import in_turns
 from fewstep.methods.work import Work
 
 
@@ -49,6 +50,8 @@ class ProgressiveAdversarial(Method):
     """Share of each of these stages, at its end, in which D does not see where the step began."""
     adversary: Adversary = Adversary(weight=1.0, trained=True)
     """D: its losses, layers and stabilisers. Steps are shown as they end, at their own times."""
+    warmup: Natural = 0
+    """First iterations of each of these stages, which train only D: in a new stage it sees other steps."""
 
     def __post_init__(self) -> None:
         require_bounds(self)
@@ -66,6 +69,8 @@ class ProgressiveAdversarial(Method):
                 f"the last stage has {self.progressive.stages[-1][0]} steps, and only stages of at most {self.steps} have the "
                 "discriminator; raise steps, add stages, or take Progressive"
             )
+        if self.warmup >= (shortest := min(length for n, length in self.progressive.stages if n <= self.steps)):
+            raise ValueError(f"warmup {self.warmup} leaves no update of the student in a stage of {shortest}; lower it")
 
     @property
     def needs(self) -> frozenset[str]:
@@ -88,8 +93,9 @@ class ProgressiveAdversarial(Method):
                 continue
             guidance = self.progressive.guidance_in(index)
             alone = step - start >= (1 - self.alone) * length
-            yield Update(tuple(self.adversary.roles), partial(self.discriminator_loss, steps, guidance, alone))
-            yield Update(("student",), partial(self.student_loss, steps, guidance, alone))
+            judge = Update(tuple(self.adversary.roles), partial(self.discriminator_loss, steps, guidance, alone))
+            student = Update(("student",), partial(self.student_loss, steps, guidance, alone))
+            yield from in_turns(step - start, [judge], student, warmup=self.warmup)
 
     def discriminator_loss(
         self, steps: int, guidance: CFG, alone: bool, nets: Nets, batch: Batch, rng: Rng

@@ -26,13 +26,14 @@ import torch
 from torch import Tensor
 
 from fewstep.core import Batch, Losses, Rng
-from fewstep.core.bounds import Count, Positive, require_bounds
+from fewstep.core.bounds import Count, Natural, Positive, require_bounds
 from fewstep.diffusion import CFG, DDIM, Contract, shifted, uniform_grid
 from fewstep.methods import targets
-from fewstep.methods.base import Method, Nets, Update
+from fewstep.methods.base import Method, Nets, Sync, Update
 from fewstep.methods.roles import Role
 from fewstep.methods.rollouts import student_contract
 from fewstep.methods.scorers import Scorers
+from fewstep.methods.turns import in_turns
 from fewstep.methods.work import Work
 
 LEAST = 1e-3
@@ -55,6 +56,8 @@ class MomentMatching(Method):
     """Teacher and critic, if they are other models than the student's, such as larger ones."""
     critic_updates: Count = 1
     """Critic updates per student update, all in one iteration."""
+    warmup: Natural = 0
+    """First iterations, which train only the critic."""
 
     def __post_init__(self) -> None:
         require_bounds(self)
@@ -68,10 +71,9 @@ class MomentMatching(Method):
     def aux(self) -> dict[str, Role]:
         return self.scorers.roles
 
-    def updates(self, step: int) -> Iterator[Update]:
-        for k in range(self.critic_updates):
-            yield Update(("critic",), partial(self.critic_loss, k))
-        yield Update(("student",), self.student_loss)
+    def updates(self, step: int) -> Iterator[Update | Sync]:
+        turns = [Update(("critic",), partial(self.critic_loss, k)) for k in range(self.critic_updates)]
+        return in_turns(step, turns, Update(("student",), self.student_loss), warmup=self.warmup)
 
     def critic_loss(self, turn: int, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Losses]:
         with torch.no_grad():

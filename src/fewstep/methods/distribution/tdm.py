@@ -32,15 +32,16 @@ import torch
 from torch import Tensor
 
 from fewstep.core import Batch, Losses, Rng
-from fewstep.core.bounds import Count, Fraction, require_bounds
+from fewstep.core.bounds import Count, Fraction, Natural, Part, require_bounds
 from fewstep.diffusion import CFG, NoisePath, from_x0
 from fewstep.methods import targets
-from fewstep.methods.base import Method, Nets, Update
+from fewstep.methods.base import Method, Nets, Sync, Update
 from fewstep.methods.matching import Matching, Noised, ReverseKL, Scores
 from fewstep.methods.roles import Role
 from fewstep.methods.rollouts import BackwardSimulation, Rolled
 from fewstep.methods.rollouts.grids import latest_landing
 from fewstep.methods.scorers import Scorers
+from fewstep.methods.turns import in_turns
 from fewstep.methods.work import Work
 
 
@@ -62,6 +63,10 @@ class TDM(Method):
     """How the difference of teacher and critic becomes a loss."""
     critic_updates: Count = 1
     """Critic updates per student update, all in one iteration."""
+    warmup: Natural = 0
+    """First iterations, which train only the critic. It is new in each phase."""
+    align: Part = 0.0
+    """Share of the student's weights that the critic takes after each update of the student (SenseFlow: 0.03); 0: none."""
     interval: Literal["step", "above"] = "step"
     """Times of the comparison: those of the step, from where it lands to where it began, or all above where it lands."""
     low: Fraction = 0.02
@@ -95,10 +100,9 @@ class TDM(Method):
     def aux(self) -> dict[str, Role]:
         return self.scorers.roles
 
-    def updates(self, step: int) -> Iterator[Update]:
-        for k in range(self.critic_updates):
-            yield Update(("critic",), partial(self.critic_loss, k))
-        yield Update(("student",), self.student_loss)
+    def updates(self, step: int) -> Iterator[Update | Sync]:
+        turns = [Update(("critic",), partial(self.critic_loss, k)) for k in range(self.critic_updates)]
+        return in_turns(step, turns, Update(("student",), self.student_loss), warmup=self.warmup, align=self.align)
 
     def critic_loss(self, turn: int, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Losses]:
         rng = rng.fold(f"critic/{turn}")  # new samples in every turn

@@ -34,9 +34,10 @@ from fewstep.core.bounds import Amount, Natural, require_bounds
 from fewstep.diffusion import CFG, DDIM, Prediction, TimeDensity, Uniform
 from fewstep.methods import targets
 from fewstep.methods.adversary import Adversary
-from fewstep.methods.base import Method, Nets, Update
+from fewstep.methods.base import Method, Nets, Sync, Update
 from fewstep.methods.roles import Role
 from fewstep.methods.rollouts import FromLow, Rolled
+from fewstep.methods.turns import in_turns
 from fewstep.methods.work import Work
 
 
@@ -62,11 +63,15 @@ class TimeAwareDistillation(Method):
     """Times u of line 6 (code: the lowest 3 of 15 steps)."""
     adversary: Adversary | None = Adversary(weight=0.02, loss="hinge", density=Uniform(low=0.02, high=0.98))
     """D, at all times (code: hinge, lambda_G = 0.02); null: none."""
+    warmup: Natural = 0
+    """First iterations, which train only D."""
 
     def __post_init__(self) -> None:
         require_bounds(self)
         if self.adversary is not None:
             self.adversary.check_alone()
+        elif self.warmup > 0:
+            raise ValueError("warmup trains D alone, and adversary null is no D; write warmup: 0, or give an adversary")
         if self.regression == self.score == 0 and self.adversary is None:
             raise ValueError("regression 0, score 0 and adversary null leave no loss; set one of the three")
         if self.teacher_steps and self.rollout.grid.noise != self.rollout.time:
@@ -88,10 +93,9 @@ class TimeAwareDistillation(Method):
     def aux(self) -> dict[str, Role]:
         return {} if self.adversary is None else self.adversary.roles
 
-    def updates(self, step: int) -> Iterator[Update]:
-        if self.adversary is not None:
-            yield Update(tuple(self.adversary.roles), self.discriminator_loss)
-        yield Update(("student",), self.student_loss)
+    def updates(self, step: int) -> Iterator[Update | Sync]:
+        turns = [] if self.adversary is None else [Update(tuple(self.adversary.roles), self.discriminator_loss)]
+        return in_turns(step, turns, Update(("student",), self.student_loss), warmup=self.warmup)
 
     def discriminator_loss(self, nets: Nets, batch: Batch, rng: Rng) -> Iterator[Losses]:
         rng = rng.fold("discriminator")
