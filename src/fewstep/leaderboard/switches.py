@@ -23,6 +23,12 @@ ONE_TURN: Changes = (("method.critic-updates", "1"),)
 STEADY: Changes = (("method.guidance.scale", "2"), ("method.guidance.high", "0.8"), ("method.critic-updates", "3"))
 """Less guidance, none of it at noisy times, and a critic that keeps up: what `world/dmd2` has for a longer run."""
 
+BLOCK_HEAD: Changes = (("method.adversary.head", "block"),)
+"""Every patch of the discriminator sees the whole clip (2507.13343)."""
+
+MISMATCHED: Changes = (("method.adversary.mismatched", "true"),)
+"""A discriminator that must read the prompt: a real clip under another one's prompt is not real."""
+
 
 def batch(clips: int, *, ema: float) -> Changes:
     """Fewer clips per iteration, and so more iterations; the warm-up is as long as before, in clips."""
@@ -51,15 +57,14 @@ SWITCHES: Mapping[str, Mapping[str, Changes]] = {
     "dmd2_gan": {
         "weight_0.1": (("method.adversary.weight", "0.1"),),
         "r1": (("method.adversary.r1", "1"),),
-        "block_head": (("method.adversary.head", "block"),),  # every patch sees the whole clip, 2507.13343
+        "block_head": BLOCK_HEAD,
     },
     "ladd": {
         "warmup_30": (("method.warmup", "30"),),  # its heads begin at chance
-        "block_head": (  # every patch sees the whole clip, which must fit its prompt: the discriminator of `world/avdm2`
-            ("method.adversary.head", "block"),
-            ("method.adversary.mismatched", "true"),
-        ),
+        "mismatched": MISMATCHED,
+        "avdm2_head": BLOCK_HEAD + MISMATCHED,  # as in `world/avdm2`
     },
+    "sf_v": {"avdm2_head": BLOCK_HEAD + MISMATCHED},
     "magic_distillation": {
         "plain_teacher": (("method.scorers.weak", "0"),),  # adapters alone, which collapse in the paper
     },
