@@ -68,8 +68,7 @@ def turns(method: ProgressiveAdversarial, step: int) -> list[Update]:
 
 def test_each_stage_with_a_discriminator_warms_it_up() -> None:
     def trained(step: int) -> list[tuple[str, ...]]:
-        events = replace(METHOD, warmup=3).updates(step)
-        return [event.roles for event in events if isinstance(event, Update)]
+        return [event.roles for event in turns(replace(METHOD, warmup=3), step)]
 
     assert [trained(step) for step in (0, 9)] == [[("student",)]] * 2, "no discriminator, no warm-up"
     assert [trained(step) for step in (10, 11, 12)] == [[("discriminator",)]] * 3

@@ -49,7 +49,7 @@ def share(one: Work, frames: int, blocks: int = BLOCKS) -> float:
 
 
 DEMO = 35_840.0
-"""The demo's budget: `fewstep demo` trains for as many iterations as it pays for."""
+"""The demo's budget, in forward passes: `fewstep demo` trains for as many iterations as it pays for."""
 
 
 def lengthened(recipe: Recipe | Pipeline, budget: float) -> Recipe | Pipeline:
