@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import pytest
 
@@ -290,6 +291,42 @@ class Mistakable:
 
     def __post_init__(self) -> None:
         require_bounds(self)
+
+
+class Interface(Protocol):
+    """What an object can do, whoever it is."""
+
+
+@dataclass(frozen=True)
+class Another:
+    size: int = 1
+
+
+@dataclass(frozen=True)
+class Holding:
+    """Fields that hold other objects."""
+
+    kind: Shape = Square()
+    perhaps: Square | None = None
+    several: tuple[Shape, ...] = ()
+    word: Square | Literal["own"] | None = None
+    interface: Interface | None = None
+    anything: Any = None
+
+    def __post_init__(self) -> None:
+        require_bounds(self)
+
+
+def test_objects_are_of_the_classes_of_the_annotation() -> None:
+    Holding(perhaps=Square(side=2.0), several=(Square(), Square()), word="own", interface=Another(), anything=Another())
+    for given, words in (
+        ({"kind": Another()}, "kind must be Shape, got Another"),
+        ({"kind": None}, "kind must be Shape, got None"),
+        ({"perhaps": True}, "perhaps must be Square, got True"),
+        ({"several": (Square(), Another())}, "several[1] must be Shape, got Another"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            Holding(**given)
 
 
 def test_words_and_kinds_of_numbers_are_those_of_the_annotation_in_python_too() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.attention import Importance, Int8Memory, MovingSink, Window
 from fewstep.core import Batch, Carried, Rng
@@ -23,7 +23,9 @@ from fewstep.methods import (
     DMD2,
     AdversarialDistillation,
     Adversary,
+    Feedback,
     Nets,
+    Reward,
     Rolled,
     Rollout,
     SelfForced,
@@ -127,6 +129,46 @@ def test_losses_look_at_the_new_frames_and_networks_at_the_whole_clip_with_its_o
     eps = Rng(0).fold("critic/0").randn(clip.shape, "eps")
     error = (GaussianTeacher(means + 0.4, 0.5)(x_t, t, cond).raw - (eps - clip)).square()
     torch.testing.assert_close(loss, error[:, :, 2:].mean())
+
+
+def test_what_dmd2_holds_sees_the_stream_with_its_own_prompts_and_the_reward_sees_new_frames() -> None:
+    shape, labels, mine = (1, 3, 4, 4), [2, 1], [1, 1]
+    past = Rng(9).randn((2, 1, 2, 4, 4), "past").double()
+    networks: dict[str, nn.Module] = {"student": FreeClips((2, *shape)), "discriminator": MeanHead(), "codec": Plain()}
+    for role, std in (("teacher", 0.4), ("critic", 0.5)):
+        networks[role] = Asked(GaussianTeacher(f64(-0.2, 0.7, 1.5), std).requires_grad_(False))
+    nets = Nets(networks)
+    real = Rng(3).randn((2, 1, 5, 4, 4), "real").double()
+    batch = Batch(conds_of(mine), cond_of(0, 2), shape, x0=real)
+    method = DMD2(
+        rollout=Given(past=past, labels=labels),
+        adversary=Adversary(),
+        feedback=Feedback(reward=NewFrames()),
+        guidance=CFG(),
+    )
+    terms(method.critic_loss(0, nets, batch, Rng(0)))
+    true, made = nets.teacher.questions[-2:]
+    (asked,) = nets.critic.questions
+    assert true.labels == mine and made.labels == asked.labels == labels and torch.equal(made.x_t, asked.x_t)
+    losses = terms(method.student_loss(nets, batch, Rng(0)))
+    scored, judged = nets.critic.questions[-1], nets.teacher.questions[-1]
+    assert judged.labels == labels and torch.equal(judged.x_t, scored.x_t) and judged.x_t.shape[2] == 5
+    assert float(losses["reward"]) == pytest.approx(-0.1 * (2 + 3)), "the label of its own prompt, and three new frames"
+
+
+class Plain(nn.Module):
+    """A codec whose frames are the latents."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewFrames(Reward):
+    """The number of the frames that it sees, and the label of the first clip's prompt."""
+
+    def score(self, frames: Tensor, batch: Batch, nets: Nets) -> Tensor:
+        return torch.full((len(frames),), batch.cond.text[0, 0, 0].item() + frames.shape[2], dtype=torch.float64)
 
 
 def test_a_discriminator_sees_a_later_part_with_its_past_and_its_own_prompts() -> None:

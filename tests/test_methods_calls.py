@@ -126,6 +126,7 @@ def test_dmd2_shows_its_discriminator_real_made_and_nearly_real_clips() -> None:
     real, fake, near = nets.teacher.questions
     eps = noise_of(fake, nets.student.net.clips.detach())
     torch.testing.assert_close(noise_of(real, batch.require("x0")), eps)
+    assert torch.equal(fake.x_t, nets.critic.questions[0].x_t), "the critic's own noise"
     step = (near.x_t - real.x_t) / 0.1
     assert abs(float(step.std()) - 1) < 0.1 and abs(float((step * eps).mean())) < 0.1, "a perturbation of its own"
     assert real.labels == fake.labels == near.labels == LABELS and torch.equal(real.t, fake.t)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fewstep.core import Pairs, Rng
-from fewstep.diffusion import CFG, VP, Contract, NoisePath, Trig, from_x0, uniform_grid
+from fewstep.diffusion import CFG, VP, Contract, NoisePath, Stream, Trig, from_x0, uniform_grid
 from fewstep.methods import (
     DMD2,
     Adversary,
@@ -17,6 +17,7 @@ from fewstep.methods import (
     KnowledgeDistillation,
     Nets,
     Progressive,
+    TeacherForced,
 )  # fmt: skip
 from fewstep.methods.progressive import landing
 from support_gaussian import (
@@ -274,6 +275,10 @@ def test_dmd2_needs_follow_its_fields_and_costs_follow_the_paper() -> None:
     assert DMD2(anchor=0.25).needs == {"prompts", "pairs"}
     forwards = {n: sum(work.forwards for work in DMD2(critic_updates=n).cost()) for n in (1, 5)}
     assert forwards == {1: 7.5 + 5.5, 5: 7.5 + 5 * 5.5}
+    chunked = FromPairs(history=TeacherForced(stream=Stream(chunks=(2,))))
+    for stored, more in ((FromPairs(), 3), (chunked, 6)):
+        method = DMD2(critic_updates=1, anchor=0.25, anchor_rollout=stored)
+        assert sum(work.forwards for work in method.cost()) == forwards[1] + more == forwards[1] + stored.work
 
 
 def test_dmd2_anchor_is_zero_for_the_exact_pairs() -> None:

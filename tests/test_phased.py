@@ -14,8 +14,9 @@ from fewstep.compress import Experts, Int8, StepScales
 from fewstep.core import Batch, Call, RecipeError, Rng
 from fewstep.diffusion import CFG, from_x0
 from fewstep.diffusion.experts import expert_at
+from fewstep.engine.phases import require_experts
 from fewstep.engine.settings import Optim, Settings
-from fewstep.methods import TDM, BackwardSimulation, FlowMatching, Nets, Rolled
+from fewstep.methods import DMD2, TDM, BackwardSimulation, FlowMatching, FromPairs, Nets, Rolled
 from fewstep.methods.rollouts.grids import stops
 from fewstep.models.bundle import read_card
 from fewstep.models.experts import Experts as ByTime
@@ -336,6 +337,16 @@ def test_weight_decay_would_move_the_other_experts(teacher: Path) -> None:
     with pytest.raises(ValueError, match="weight decay moves the experts of other phases"):
         recipe.check()
     replace(recipe, settings=replace(decaying, lora=Lora(rank=2))).check()  # adapters that nothing trains stay zero
+
+
+def test_a_regression_would_train_the_other_experts(teacher: Path) -> None:
+    held, card = DMD2(rollout=rollout(NOISY), guidance=CFG(), anchor=0.25), read_card(teacher)
+    with pytest.raises(
+        ValueError, match=r"trains the step from t = 0\.5, which is not of the phase .* method.anchor: 0"
+    ):
+        require_experts(held, SETTINGS, card)
+    require_experts(replace(held, anchor=0.0), SETTINGS, card)
+    require_experts(replace(held, anchor_rollout=FromPairs(grids=((1.0, 0.75),))), SETTINGS, card)
 
 
 def test_phases_that_no_step_begins_are_refused() -> None:

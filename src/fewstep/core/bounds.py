@@ -8,8 +8,9 @@ expected, with or without bounds.
 from __future__ import annotations
 
 import math
+from abc import ABCMeta
 from collections.abc import Hashable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -74,8 +75,8 @@ def bounds_of(expected: Any) -> Bounds:
 
 
 def require_bounds(thing: Any, at: str = "") -> None:
-    """ValueError names the first field of a dataclass whose number is out of bounds or in the wrong place, or whose word is none
-    of those accepted: call it in `__post_init__`. Other types are not compared.
+    """ValueError names the first field of a dataclass whose number is out of bounds or in the wrong place, whose word is none of
+    those accepted, or whose object is of another class: call it in `__post_init__`. Other types are not compared.
 
     `at` is where recipes have it: `settings.health`.
     """
@@ -90,6 +91,9 @@ def _problems(expected: Any, value: Any, key: str) -> Iterator[tuple[str, str]]:
     if isinstance(value, (int, float, str)) and not isinstance(value, bool):
         kinds = {get_args(arm)[0] if get_origin(arm) is Annotated else arm: arm for arm in arms_of(expected)}
         if wrong := _word_problem(kinds, value) if isinstance(value, str) else _number_problem(kinds, value):
+            yield key, wrong
+    elif value is None or is_dataclass(value) or isinstance(value, bool):
+        if wrong := _class_problem(arms_of(expected), value):
             yield key, wrong
     elif isinstance(value, Mapping):
         for name, item in value.items():
@@ -114,6 +118,20 @@ def _word_problem(kinds: Iterable[Any], value: str) -> str:
     if words:
         return f"cannot be {value!r}; {nearest(value, map(str, words))}"
     return f"must be a number, got {value!r}" if {int, float}.intersection(kinds) else ""
+
+
+def _class_problem(arms: tuple[Any, ...], value: object) -> str:
+    """What is wrong with an object where only those of other classes are accepted; or nothing. Protocols are not compared."""
+    classes = tuple(
+        arm
+        for arm in arms
+        if is_dataclass(arm) or (isinstance(arm, ABCMeta) and not getattr(arm, "_is_protocol", False))
+    )
+    none = type(None) in arms
+    if not classes or len(classes) + none < len(arms) or isinstance(value, classes) or (none and value is None):
+        return ""
+    made = type(value).__name__ if is_dataclass(value) else value
+    return f"must be {' or '.join(arm.__name__ for arm in classes)}, got {made}"
 
 
 @cache

@@ -12,7 +12,7 @@ from fewstep.diffusion.experts import expert_at
 from fewstep.engine.settings import Settings
 from fewstep.engine.student import transforms_of
 from fewstep.methods.base import Method
-from fewstep.methods.rollouts import BackwardSimulation, exact
+from fewstep.methods.rollouts import BackwardSimulation, FromPairs, Rollout, exact
 from fewstep.models import Card
 
 
@@ -22,6 +22,7 @@ def require_experts(method: Method, settings: Settings, card: Card) -> None:
     for rollout in phased(method):
         _require_own(rollout, boundaries)
         _require_trained(rollout, boundaries, settings)
+        _require_pairs_inside(rollout, method)
         if settings.lora is None and settings.optim_of("student").weight_decay > 0:
             raise ValueError(
                 "weight decay moves the experts of other phases, too; write settings.optim.student.weight_decay: 0, or "
@@ -98,7 +99,18 @@ def _require_own(rollout: BackwardSimulation, boundaries: tuple[float, ...]) -> 
     )
 
 
-def _times(rollout: BackwardSimulation) -> set[float]:
+def _require_pairs_inside(rollout: BackwardSimulation, method: Method) -> None:
+    """Refuse (ValueError) a regression on stored states that are not of the phase (`DMD2.anchor`)."""
+    stored = [each for each in method.rollouts if isinstance(each, FromPairs)] if "pairs" in method.needs else []
+    for t in sorted({t for each in stored for t in _times(each)}, reverse=True):
+        if not _inside(rollout, t):
+            raise ValueError(
+                f"the regression on stored pairs trains the step from t = {t:g}, which is not of the phase {rollout.span}; give "
+                "method.anchor_rollout grids of the phase's times alone, or write method.anchor: 0"
+            )
+
+
+def _times(rollout: Rollout) -> set[float]:
     """All times at which a step begins, as the network is told."""
     return {t for grid in exact(rollout.grids, rollout.shift) for t in grid}
 

@@ -139,7 +139,9 @@ class DMD2(Method):
     def cost(self) -> tuple[Work, ...]:
         turns, back, critic = self.critic_updates, self.matching.backward, self.critic_guidance.passes
         return (
-            Work("student", turns * self.rollout.calls + self.rollout.work + (3 if self.anchor > 0 else 0)),
+            Work(
+                "student", turns * self.rollout.calls + self.rollout.work + (self.anchor > 0) * self.anchor_rollout.work
+            ),
             Work(self.scorers.role, self.matching.teacher_calls(self.guidance)),
             Work("critic", (3 * turns + 1 + back) * critic),
             *((self.adversary.work(turns, asked=self.matching.judged),) if self.adversary else ()),
