@@ -122,11 +122,8 @@ def _word_problem(kinds: Iterable[Any], value: str) -> str:
 
 def _class_problem(arms: tuple[Any, ...], value: object) -> str:
     """What is wrong with an object where only those of other classes are accepted; or nothing. Protocols are not compared."""
-    classes = tuple(
-        arm
-        for arm in arms
-        if is_dataclass(arm) or (isinstance(arm, ABCMeta) and not getattr(arm, "_is_protocol", False))
-    )
+    owned = (arm for arm in arms if isinstance(arm, type) and (is_dataclass(arm) or isinstance(arm, ABCMeta)))
+    classes = tuple(arm for arm in owned if not getattr(arm, "_is_protocol", False))
     none = type(None) in arms
     if not classes or len(classes) + none < len(arms) or isinstance(value, classes) or (none and value is None):
         return ""
