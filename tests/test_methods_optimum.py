@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from fewstep.methods import (
     KnowledgeDistillation,
     Nets,
     Progressive,
+    SelfForced,
     TeacherForced,
 )  # fmt: skip
 from fewstep.methods.progressive import landing
@@ -275,10 +277,25 @@ def test_dmd2_needs_follow_its_fields_and_costs_follow_the_paper() -> None:
     assert DMD2(anchor=0.25).needs == {"prompts", "pairs"}
     forwards = {n: sum(work.forwards for work in DMD2(critic_updates=n).cost()) for n in (1, 5)}
     assert forwards == {1: 7.5 + 5.5, 5: 7.5 + 5 * 5.5}
-    chunked = FromPairs(history=TeacherForced(stream=Stream(chunks=(2,))))
-    for stored, more in ((FromPairs(), 3), (chunked, 6)):
-        method = DMD2(critic_updates=1, anchor=0.25, anchor_rollout=stored)
-        assert sum(work.forwards for work in method.cost()) == forwards[1] + more == forwards[1] + stored.work
+    two = Stream(chunks=(2,))
+    chunked = DMD2(rollout=SelfForced(stream=two), anchor_rollout=FromPairs(history=TeacherForced(stream=two)))
+    for method, more in ((DMD2(), 3), (chunked, 6)):
+        plain, anchored = (sum(work.forwards for work in m.cost()) for m in (method, replace(method, anchor=0.25)))
+        assert anchored - plain == pytest.approx(more)
+
+
+def test_an_anchor_trains_a_student_of_the_same_kind() -> None:
+    two, three = (FromPairs(history=TeacherForced(stream=Stream(chunks=(n,)))) for n in (2, 3))
+    forced = SelfForced(stream=Stream(chunks=(2,)))
+    DMD2(rollout=forced, anchor=0.25, anchor_rollout=two)
+    DMD2(rollout=forced, anchor_rollout=three)  # it is off
+    for rollout, stored, words in (
+        (ONE_STEP, two, r"chunks of \[2\] latent frames, and the method's rollout .* whole clips"),
+        (forced, three, r"of \[3\] latent frames, and .* \[2\] latent frames; give both the same stream"),
+        (forced, FromPairs(), r"a student of whole clips, and .* chunks of \[2\]"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            DMD2(rollout=rollout, anchor=0.25, anchor_rollout=stored)
 
 
 def test_dmd2_anchor_is_zero_for_the_exact_pairs() -> None:

@@ -80,7 +80,7 @@ class DMD2(Method):
         m, d, at = self.matching, self.adversary, (None, self.score_density, self.critic_density)
         if m.judged and (d is None or d.loss != "softplus" or d.clean or d.mismatched or d.density not in at):
             raise ValueError(f"{m} needs an adversary with loss: softplus, density: null, neither clean nor mismatched")
-        for held in self.held:
+        for held in [*self.held, self.anchor_rollout] if self.anchor > 0 else self.held:
             held.check(self.rollout)
 
     @property

@@ -42,6 +42,16 @@ class FromPairs(Rollout):
         x_t = states_at(pairs.states, index)
         return predict(self.history.over(student, clean), x_t, pick(pairs.times, index, x_t), batch, grad)
 
+    def check(self, rollout: Rollout) -> None:
+        """Refuse (ValueError) to train a student on stored states that makes clips in another way, or in other chunks."""
+        streams = (self.history.stream, rollout.contract(Contract()).stream)
+        own, other = (None if stream is None else stream.chunks for stream in streams)
+        if own != other:
+            raise ValueError(
+                f"stored states train a student of {ways(own)}, and the method's rollout ({type(rollout).__name__}) one of "
+                f"{ways(other)}; give both the same stream (anchor_rollout.history), or write anchor: 0"
+            )
+
     def _clean(self, pairs: Pairs) -> Tensor:
         """The clips whose clean chunks may be read: those that the teacher read. ValueError if this history reads something else:
         a state of a causal teacher has an endpoint only together with them."""
@@ -83,3 +93,8 @@ def stored_index(pairs: Pairs, t: float) -> int:
         if math.isclose(stored, t, abs_tol=1e-6):
             return i
     raise ValueError(f"time {t:.6g} was not stored; the pairs hold {list(pairs.times)}. Store a grid that contains it.")
+
+
+def ways(chunks: tuple[int, ...] | None) -> str:
+    """How a student makes its clips, in words; None: not in chunks."""
+    return "whole clips" if chunks is None else f"chunks of {list(chunks)} latent frames"
