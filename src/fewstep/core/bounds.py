@@ -1,5 +1,5 @@
-"""Bounds of numbers, written next to a field's type; the builder refuses other values, and so can a class. So are words that a
-field does not accept.
+"""Bounds of numbers, written next to a field's type; the builder refuses other values, and so can a class. So are words, and
+objects of other classes, that a field does not accept.
 
 `steps: Count` is a whole number from 1 to a thousand million. Numbers that are not finite are refused wherever a number is
 expected, with or without bounds.
