@@ -170,6 +170,13 @@ class MeanHead(nn.Module):
         return features[0].flatten(1).mean(1, keepdim=True) * self.weight
 
 
+class Plain(nn.Module):
+    """A codec whose latents are frames."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents
+
+
 def cond_of(label: int, batch: int) -> Cond:
     return conds_of([label] * batch)
 

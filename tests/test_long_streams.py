@@ -36,7 +36,7 @@ from fewstep.models import VideoModel
 from fewstep.streaming import Session
 from fewstep.world.data import WorldClips
 from support_engine import FRAMES, die, small, tiny_model
-from support_gaussian import Asked, FreeClips, GaussianTeacher, MeanHead, cond_of, conds_of, f64, terms
+from support_gaussian import Asked, FreeClips, GaussianTeacher, MeanHead, Plain, cond_of, conds_of, f64, terms
 from test_memory import tiny_card
 from test_self_forced import STREAMS, TWO, Heard, Late, rolled_by
 from test_streaming import PROMPTS, streaming_model
@@ -154,13 +154,6 @@ def test_what_dmd2_holds_sees_the_stream_with_its_own_prompts_and_the_reward_see
     scored, judged = nets.critic.questions[-1], nets.teacher.questions[-1]
     assert judged.labels == labels and torch.equal(judged.x_t, scored.x_t) and judged.x_t.shape[2] == 5
     assert float(losses["reward"]) == pytest.approx(-0.1 * (2 + 3)), "the label of its own prompt, and three new frames"
-
-
-class Plain(nn.Module):
-    """A codec whose frames are the latents."""
-
-    def decode(self, latents: Tensor) -> Tensor:
-        return latents
 
 
 @dataclass(frozen=True, kw_only=True)

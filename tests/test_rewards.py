@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewstep.core import Batch, Rng
 from fewstep.diffusion import CFG, Uniform
@@ -53,6 +53,7 @@ from support_gaussian import (
     FreeClips,
     GaussianTeacher,
     MeanHead,
+    Plain,
     cond_of,
     conds_of,
     f64,
@@ -62,13 +63,6 @@ from support_gaussian import (
 pytestmark = pytest.mark.usefixtures("single_thread")
 B, SHAPE = 3, (3, 4, 4, 4)
 METHOD = DMD2(rollout=ONE_STEP, guidance=CFG())
-
-
-class Plain(nn.Module):
-    """A codec whose latents are frames."""
-
-    def decode(self, latents: Tensor) -> Tensor:
-        return latents
 
 
 @dataclass(frozen=True, kw_only=True)
