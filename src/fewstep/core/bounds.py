@@ -8,14 +8,13 @@ expected, with or without bounds.
 from __future__ import annotations
 
 import math
-from abc import ABCMeta
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from fewstep.core.annotations import arms_of, element_of, value_of
+from fewstep.core.annotations import arms_of, classes_of, element_of, value_of
 from fewstep.core.choices import nearest
 
 
@@ -93,7 +92,7 @@ def _problems(expected: Any, value: Any, key: str) -> Iterator[tuple[str, str]]:
         if wrong := _word_problem(kinds, value) if isinstance(value, str) else _number_problem(kinds, value):
             yield key, wrong
     elif value is None or is_dataclass(value) or isinstance(value, bool):
-        if wrong := _class_problem(arms_of(expected), value):
+        if wrong := _class_problem(expected, value):
             yield key, wrong
     elif isinstance(value, Mapping):
         for name, item in value.items():
@@ -120,10 +119,10 @@ def _word_problem(kinds: Iterable[Any], value: str) -> str:
     return f"must be a number, got {value!r}" if {int, float}.intersection(kinds) else ""
 
 
-def _class_problem(arms: tuple[Any, ...], value: object) -> str:
+def _class_problem(expected: Any, value: object) -> str:
     """What is wrong with an object where only those of other classes are accepted; or nothing. Protocols are not compared."""
-    owned = (arm for arm in arms if isinstance(arm, type) and (is_dataclass(arm) or isinstance(arm, ABCMeta)))
-    classes = tuple(arm for arm in owned if not getattr(arm, "_is_protocol", False))
+    classes = tuple(cls for cls in classes_of(expected) if not getattr(cls, "_is_protocol", False))
+    arms = arms_of(expected)
     none = type(None) in arms
     if not classes or len(classes) + none < len(arms) or isinstance(value, classes) or (none and value is None):
         return ""

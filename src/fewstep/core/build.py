@@ -25,7 +25,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from fewstep.core.annotations import MAPPINGS, SEQUENCES, UNIONS, arms_of, element_of, value_of
+from fewstep.core.annotations import MAPPINGS, SCALARS, SEQUENCES, UNIONS, arms_of, classes_of, element_of, value_of
 from fewstep.core.bounds import bounds_of
 from fewstep.core.choices import nearest
 from fewstep.core.yaml import NUMBER, RecipeError, digest, load_yaml, to_yaml
@@ -36,9 +36,6 @@ __all__ = [
 ]  # fmt: skip
 
 Names = Mapping[str, type]
-_SCALARS: dict[Any, str] = {
-    bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path",
-}  # fmt: skip
 _MISSING = dataclasses.MISSING
 _DOTTED = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*")
 
@@ -103,7 +100,7 @@ def build(expected: Any, tree: Any, names: Names = types.MappingProxyType({}), a
         if tree is not None:
             raise at.fail(f"must be null, got {_show(tree)}")
         return None
-    if expected in _SCALARS:
+    if expected in SCALARS:
         value = _scalar(expected, tree, at)
         if expected in (int, float) and (wrong := bounds.problem(value)):
             raise at.fail(wrong)
@@ -190,7 +187,7 @@ def describe(expected: Any) -> str:
         return "a list of " + ", ".join(dict.fromkeys(describe(a) for a in arguments if a is not Ellipsis))
     if origin in MAPPINGS:
         return f"keys with {describe(arguments[1])} each"
-    return "null" if expected is type(None) else _SCALARS.get(expected, getattr(expected, "__name__", str(expected)))
+    return "null" if expected is type(None) else SCALARS.get(expected, getattr(expected, "__name__", str(expected)))
 
 
 def _scalar(expected: type, tree: Any, at: At) -> Any:
@@ -206,7 +203,7 @@ def _scalar(expected: type, tree: Any, at: At) -> Any:
         return str(tree)
     if expected is Path and isinstance(tree, (str, Path)):
         return Path(tree)
-    raise at.fail(f"must be {_SCALARS[expected]}, got {_show(tree)}")
+    raise at.fail(f"must be {SCALARS[expected]}, got {_show(tree)}")
 
 
 def _literal(accepted: tuple[Any, ...], tree: Any, at: At) -> Any:
@@ -220,7 +217,7 @@ def _union(expected: Any, tree: Any, names: Names, at: At) -> Any:
     arms = get_args(expected)
     if tree is None and type(None) in arms:
         return None
-    classes = _classes(expected)
+    classes = classes_of(expected)
     if isinstance(tree, Mapping) and classes:
         return _object(classes, tree, names, at)
     plain = [arm for arm in arms if arm not in classes and arm is not type(None)]
@@ -345,19 +342,11 @@ def _abstract(cls: type) -> bool:
     return inspect.isabstract(cls) or ABC in cls.__bases__
 
 
-def _classes(expected: Any) -> tuple[Any, ...]:
-    """The classes among the arms of an annotation that are built from keys and values."""
-    if get_origin(expected) is Annotated:
-        expected = get_args(expected)[0]
-    plain = {*_SCALARS, *SEQUENCES, *MAPPINGS, type(None), object}
-    return tuple(a for a in arms_of(expected) if isinstance(a, type) and get_origin(a) is None and a not in plain)
-
-
 def _typed(cls: type, expected: Any) -> bool:
     """Whether `cls` must be named where `expected` is annotated."""
     if expected is None or expected is Any:
         return any(_abstract(base) for base in cls.__mro__[1:-1] if base is not ABC)
-    return _classes(expected) != (cls,)
+    return classes_of(expected) != (cls,)
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

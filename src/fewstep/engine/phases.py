@@ -101,7 +101,7 @@ def _require_own(rollout: BackwardSimulation, boundaries: tuple[float, ...]) -> 
 
 def _require_pairs_inside(rollout: BackwardSimulation, method: Method) -> None:
     """Refuse (ValueError) a regression on stored states that are not of the phase (`DMD2.anchor`)."""
-    stored = [each for each in method.rollouts if isinstance(each, FromPairs)] if "pairs" in method.needs else []
+    stored = [each for each in method.rollouts if isinstance(each, FromPairs)]
     for t in sorted({t for each in stored for t in _times(each)}, reverse=True):
         if not _inside(rollout, t):
             raise ValueError(

@@ -130,8 +130,8 @@ class Method(ABC):
 
     @property
     def rollouts(self) -> tuple[Rollout, ...]:
-        """Fields that are rollouts, which make student samples. Stored data must contain the times at which they start."""
-        return tuple(value for value in vars(self).values() if isinstance(value, Rollout))
+        """Fields that are rollouts, which make student samples, less those whose data the method does not need, as it is set."""
+        return tuple(value for value in vars(self).values() if isinstance(value, Rollout) and value.needs <= self.needs)
 
     @property
     def carries(self) -> bool:

@@ -48,8 +48,8 @@ class FromPairs(Rollout):
         own, other = (None if stream is None else stream.chunks for stream in streams)
         if own != other:
             raise ValueError(
-                f"stored states train a student of {ways(own)}, and the method's rollout ({type(rollout).__name__}) one of "
-                f"{ways(other)}; give both the same stream (anchor_rollout.history), or write anchor: 0"
+                f"stored states train a student of {_ways(own)}, and the method's rollout ({type(rollout).__name__}) one of "
+                f"{_ways(other)}; give both the same stream (anchor_rollout.history), or write anchor: 0"
             )
 
     def _clean(self, pairs: Pairs) -> Tensor:
@@ -95,6 +95,6 @@ def stored_index(pairs: Pairs, t: float) -> int:
     raise ValueError(f"time {t:.6g} was not stored; the pairs hold {list(pairs.times)}. Store a grid that contains it.")
 
 
-def ways(chunks: tuple[int, ...] | None) -> str:
+def _ways(chunks: tuple[int, ...] | None) -> str:
     """How a student makes its clips, in words; None: not in chunks."""
     return "whole clips" if chunks is None else f"chunks of {list(chunks)} latent frames"
