@@ -14,7 +14,7 @@ from fewstep.core.shipped import shipped
 from fewstep.diffusion import CFG, Uniform
 from fewstep.engine.nets import build_nets
 from fewstep.leaderboard.stages import stages_of
-from fewstep.methods import AdversarialDistillation, Adversary, BackwardSimulation, FromData, Nets
+from fewstep.methods import AVDM2, AdversarialDistillation, Adversary, BackwardSimulation, FromData, FromPairs, Nets
 from fewstep.models.source import Diffusers, Pretrained
 from fewstep.models.video_dit import MLP
 from fewstep.pipeline import read
@@ -194,5 +194,19 @@ def test_fields_say_who_is_there_and_what_it_costs() -> None:
 def test_what_cannot_work_is_refused() -> None:
     with pytest.raises(ValueError, match="give it a density"):
         AdversarialDistillation(adversary=Adversary())
-    with pytest.raises(ValueError, match="begins with noise"):
+    with pytest.raises(ValueError, match="does not begin with a noised clip"):
         replace(METHOD, regression=0.1)
+
+
+def test_the_discriminator_has_as_many_turns_as_it_is_given() -> None:
+    method = replace(METHOD, discriminator_updates=3)
+    assert [update.roles for update in method.updates(0)] == [("discriminator",)] * 3 + [("student",)]
+    networks, batch = nets(), make_batch()
+    each = [terms(turn.losses(networks, batch, Rng(0)))["discriminator"].item() for turn in list(method.updates(0))[:3]]
+    assert len(set(each)) == 3, "new samples in every turn"
+    assert sum(work.forwards for work in method.cost()) == (3 + 3) + (3 * 2 + 2)
+
+
+def test_what_a_rollout_needs_is_needed() -> None:
+    for method in (AdversarialDistillation(rollout=FromPairs()), AVDM2(rollout=FromPairs())):
+        assert method.needs == {"prompts", "x0", "pairs"} and method.rollouts == (method.rollout,)

@@ -295,7 +295,7 @@ def test_fields_say_who_is_there_and_what_is_read() -> None:
     assert [AVDM2().critic, AVDM2(score="video").critic, AVDM2(score="none").critic] == ["image_critic", "critic", None]
     for wrong, said in (
         ({"score": "none", "adversary": None}, "no loss is left; set one"),
-        ({"score_weight": 0.0, "adversary": None}, "no loss is left; set one"),
+        ({"score_weight": 0.0}, "score_weight must be more than 0"),
         ({"score": "video", "image_teacher": TinyImages()}, "does not use an image teacher"),
         ({"frames": 0}, "at least 1"),
         ({"adversary": Adversary()}, "adversary.density is null"),

@@ -324,6 +324,10 @@ def test_objects_are_of_the_classes_of_the_annotation() -> None:
         ({"kind": None}, "kind must be Shape, got None"),
         ({"perhaps": True}, "perhaps must be Square, got True"),
         ({"several": (Square(), Another())}, "several[1] must be Shape, got Another"),
+        ({"kind": 0.5}, "kind must be Shape, got 0.5"),
+        ({"kind": "Square"}, "kind must be Shape, got 'Square'"),
+        ({"kind": {"side": 2.0}}, "kind must be Shape, got dict"),
+        ({"perhaps": len}, "perhaps must be Square, got builtin_function_or_method"),
     ):
         with pytest.raises(ValueError, match=re.escape(words)):
             Holding(**given)
@@ -340,6 +344,8 @@ def test_words_and_kinds_of_numbers_are_those_of_the_annotation_in_python_too() 
         ({"losses": ("hinge", "wgan")}, "losses[1] cannot be 'wgan'; accepted: hinge, softplus"),
         ({"rate": "0.1"}, "rate must be a number, got '0.1'"),
         ({"steps": 1.5}, "steps must be a whole number, got 1.5"),
+        ({"losses": "hinge"}, "losses must be a list, such as [1, 2], got 'hinge'"),
+        ({"pair": 0.5}, "pair must be a list, such as [1, 2], got 0.5"),
     ):
         with pytest.raises(ValueError) as raised:
             Mistakable(**given)  # type: ignore[arg-type]

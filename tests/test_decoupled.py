@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from fewstep.core import Batch, Rng
-from fewstep.diffusion import CFG, STG
+from fewstep.diffusion import CFG, STG, from_x0
 from fewstep.engine.prepare import prepare
 from fewstep.methods import AVDM2, DMD2, TDM, BackwardSimulation, Matching, Nets
 from fewstep.methods.matching import MATCHINGS, Noised, Point, ReverseKL, Scores
+from fewstep.methods.rollouts import Rolled
 from fewstep.methods.targets import FLOOR
 from support_engine import Everything, small, tiny_model
 from support_gaussian import RF, Asked, FreeClips, GaussianTeacher, cond_of, conds_of, f64, terms
@@ -201,3 +202,17 @@ def test_what_has_no_effect_or_no_meaning_is_refused() -> None:
     zero, x = torch.zeros(1), torch.zeros(1, *SHAPE)
     with pytest.raises(ValueError, match="give Noised what `guided_at` makes"):
         DECOUPLED.loss(Noised(x, x, zero, x), Scores(*(None,) * 2, GUIDED, *(None,) * 2))  # type: ignore[arg-type]
+
+
+def test_along_a_trajectory_guidance_is_read_above_where_the_step_lands() -> None:
+    """At the landing with noise of its own, between its time and that of the step's input."""
+
+    method = TDM(guidance=GUIDED, matching=ReverseKL(decoupled=True))
+    x0, x_t, t = clips("made", 64), clips("state", 64), torch.full((64,), 0.75, dtype=torch.float64)
+    grid = (1.0, 0.75, 0.5, 0.25)
+    noised, s = method.noised(Rolled(x0, x_t, t, exit=1, grid=grid), RF, Rng(0))
+    apart = noised.guided_at
+    assert apart is not None and float(apart.t.min()) > 0.5 and float(apart.t.max()) < 0.75
+    a, b = RF.between(s, apart.t, x0)
+    eps = (apart.x_t - a * from_x0(x0, x_t, t, RF).step_to(s)) / b
+    assert abs(float(eps.mean())) < 0.05 and float(eps.std()) == pytest.approx(1, abs=0.05)

@@ -23,7 +23,9 @@ from fewstep.methods import (
     Copy,
     MotionReward,
     Nets,
+    Reconstruction,
     Reward,
+    Role,
     Sync,
     TwinFlow,
     Update,
@@ -388,13 +390,13 @@ def test_turns_have_what_both_need() -> None:
     costs = {"student": 0.0, "teacher": 0.0, "critic": 0.0, "reference": 0.0}
     for work in method.cost():
         costs[work.role] += work.forwards
-    assert costs == {"student": (7 + 3 * 6.5) / 4, "teacher": 2 / 4, "critic": 4 / 4, "reference": 3 / 4}
+    assert costs == {"student": (7 + 3 * 6.0) / 4, "teacher": 2 / 4, "critic": 4 / 4, "reference": 3 / 4}
     longer = replace(method, distillation=replace(method.distillation, warmup=4)).lengthened(2.0)
     assert longer.reinforcement == method.reinforcement
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checked(PSO):
+class _Checked:
     """Remembers what it was asked."""
 
     asked: list[int] = field(default_factory=list)
@@ -406,12 +408,28 @@ class Checked(PSO):
         return replace(teacher, steps=step)
 
 
+@dataclass(frozen=True, kw_only=True)
+class CheckedDMD2(_Checked, DMD2):
+    """Of a check of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckedPSO(_Checked, PSO):
+    """Of a check of its own."""
+
+
+class TwinPSO(PSO):
+    """Changes the student as TwinFlow does."""
+
+    transforms = TwinFlow.transforms
+
+
 def test_turns_change_and_check_the_student_as_both_ask() -> None:
     rollout = BackwardSimulation(grids=((1.0,), (1.0, 0.5)))
     method = Alternating(distillation=TwinFlow(), reinforcement=PSO(rollout=rollout))
     assert method.transforms == TwinFlow.transforms
-    assert replace(method, reinforcement=TwinFlow()).transforms == TwinFlow.transforms, "each change once"
-    one, other = Checked(), Checked(reward=MotionReward())
+    assert replace(method, reinforcement=TwinPSO(rollout=rollout)).transforms == TwinFlow.transforms, "each change once"
+    one, other = CheckedDMD2(), CheckedPSO(reward=MotionReward())
     both = Alternating(distillation=one, reinforcement=other, ratio=3)
     both.check(9)
     assert one.asked == [3] and other.asked == [6], "iterations 0, 4 and 8 of 9 distil"
@@ -424,6 +442,14 @@ def test_turns_of_two_samplers_are_refused() -> None:
     with pytest.raises(ValueError, match="the same grids, shift and mode"):
         Alternating(distillation=TDM())
     assert Alternating().contract(Contract(sampler=DDIM())) == DMD2().contract(Contract())
+
+
+def test_turns_are_of_a_distillation_and_a_reinforcement() -> None:
+    for distillation, reinforcement in ((PSO(), DMD2()), (DMD2(), DMD2()), (PSO(), PSO()), (DMD2(), Alternating())):
+        with pytest.raises(ValueError, match=f"got {type(reinforcement).__name__} and {type(distillation).__name__}"):
+            Alternating(distillation=distillation, reinforcement=reinforcement)
+    with pytest.raises(ValueError, match="Reconstruction trains the codec, and reinforcement the denoiser"):
+        Alternating(distillation=Reconstruction())
 
 
 @pytest.mark.parametrize("beta", [2.0, 5.0])
@@ -450,3 +476,62 @@ def test_a_plan_measures_both_turns() -> None:
     assert [phase.roles for phase in phases] == [("critic",), ("student",), ("student",)]
     assert "critic" in phases[1].reads and "reference" not in phases[1].reads
     assert "reference" in phases[2].reads and "critic" not in phases[2].reads
+
+
+@pytest.mark.parametrize(
+    "method",
+    [PSO(rollout=TWO), PSO(rollout=TWO, reward=Linear(), candidates=4), GRPO(rollout=TWO, reward=Linear())],
+    ids=["offline", "PSO", "GRPO"],
+)
+def test_the_cost_is_that_of_the_calls_at_a_mean_exit(method: PSO | GRPO) -> None:
+    """A candidate of the last step is the clip itself: nobody predicts it."""
+    counted: dict[str, float] = {}
+    for exit in (0, 1):
+        rng = next(r for r in (Rng(0, step) for step in range(20)) if r.integer("exit", 2) == exit)
+        student, other = Asked(Shifted()), Asked(Shifted())
+        name = "reference" if isinstance(method, PSO) else "old"
+        terms(method.student_loss(nets(student, name, other), batch(x0=noise("data")), rng))
+        for role, network in (("student", student), (name, other)):
+            counted[role] = counted.get(role, 0) + sum(3 if q.grad else 1 for q in network.questions) / 2
+    assert {work.role: work.forwards for work in method.cost()} == counted
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Counted:
+    """Counts iterations."""
+
+    iterations: float = 1.0
+
+    def lengthened(self, factor: float) -> Any:
+        return replace(self, iterations=factor * self.iterations)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distilled(_Counted, DMD2):
+    """Of a length of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reinforced(_Counted, PSO):
+    """Of a length of its own."""
+
+
+def test_both_turns_grow_with_the_run() -> None:
+    longer = Alternating(distillation=Distilled(), reinforcement=Reinforced()).lengthened(2.0)
+    assert (longer.distillation, longer.reinforcement) == (Distilled(iterations=2.0), Reinforced(iterations=2.0))
+
+
+def test_turns_whose_roles_of_one_name_differ_are_refused() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Other(PSO):
+        def aux(self) -> dict[str, Role]:
+            return {**super().aux(), "critic": Copy("student")}
+
+    Alternating(reinforcement=PSO())
+    with pytest.raises(ValueError, match="each have a critic of their own; choose other methods"):
+        Alternating(reinforcement=Other())
+
+
+def test_turns_have_the_rollouts_of_both() -> None:
+    method = Alternating(distillation=DMD2(anchor=0.25), reinforcement=PSO())
+    assert method.rollouts == (*method.distillation.rollouts, *method.reinforcement.rollouts)

@@ -234,7 +234,7 @@ def test_methods_and_rollouts_read_every_field(unread: Callable[..., set[str]], 
         cases[reward.__name__] = DMD2(critic_updates=1, feedback=Feedback(reward=reward()))
     cases["above"] = TDM(interval="above")
     cases["reweighting"] = DMD2(critic_updates=1, reweighting=Reweighting(reward=MotionReward()))
-    cases["feedback"] = DMD2(critic_updates=1, feedback=Feedback(ceiling=0.0, frames=1))
+    cases["feedback"] = DMD2(critic_updates=1, feedback=Feedback(reward=MotionReward(), ceiling=1.0, frames=2))
     cases["online pairs"] = PSO(reward=WorldReward(), candidates=3)
     cases["scorers"] = DMD2(critic_updates=1, scorers=Scorers(real=Sized(width=36), critic=Sized(width=12)))
     recycling = ErrorRecycling(past=0.0)

@@ -97,7 +97,7 @@ CASES: dict[str, Method] = {cls.__name__: cls() for cls in METHODS} | {
     "DMD2-anchor": DMD2(critic_updates=1, anchor=0.25),
     "DMD2-motion": DMD2(critic_updates=1, matching=ReverseKL(motion=0.2)),
     "DMD2-reweighting": DMD2(critic_updates=1, reweighting=Reweighting()),
-    "DMD2-feedback": DMD2(critic_updates=1, feedback=Feedback(ceiling=0.0, frames=2)),
+    "DMD2-feedback": DMD2(critic_updates=1, feedback=Feedback(reward=MotionReward(), ceiling=1.0, frames=2)),
     "DMD2-split": DMD2(critic_updates=1, adversary=Adversary(split=0.5)),
     "Consistency-feedback": Consistency(feedback=Feedback(reward=MotionReward())),
     "PSO": PSO(beta=1.0),  # networks as unlike as here are far on the flat side of a larger one
@@ -369,3 +369,10 @@ def test_folded_frames_are_different_frames_of_the_stated_clip() -> None:
 def test_values_that_cannot_train_are_refused(method: str, wrong: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         next(kind for kind in METHODS if kind.__name__ == method)(**wrong)
+
+
+def test_a_single_frame_has_its_own_signals() -> None:
+    signal = torch.arange(2 * 5.0).reshape(2, 5, 1)
+    cond = Cond(torch.zeros(2, 1, 1), torch.ones(2, 1, dtype=torch.bool)).with_extra({"keys": signal}, framewise=True)
+    stills = fold_frames(signal.reshape(2, 1, 5, 1, 1), 3, Rng(0))
+    assert torch.equal(stills.of(cond).extra["keys"].flatten(), stills.clips.flatten())

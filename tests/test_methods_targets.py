@@ -176,3 +176,24 @@ def test_motion_matching_moves_the_motion_towards_the_real_one() -> None:
     distances = [((x0 - step * grad).diff(dim=2) - real.diff(dim=2)).square().sum() for step in (0.0, 1.0)]
     assert distances[1] < distances[0]
     assert not torch.autograd.grad(motion_matching(x0, real, real), x0)[0].any()
+
+
+def test_motion_without_error_or_weight_is_finite() -> None:
+    x0, real, fake = (Rng(0).randn((2, 1, 4, 2, 2), name).double() for name in ("x0", "real", "fake"))
+    x0.requires_grad_()
+    for wanted, keep in (
+        (x0.detach(), None),
+        (real, f64(0.0, 2.0)),
+        (real, torch.stack([f64(4, 0, 0, 0), f64(1, 1, 1, 1)])),
+    ):
+        (grad,) = torch.autograd.grad(motion_matching(x0, wanted, fake, keep), x0)
+        assert grad.isfinite().all()
+        assert keep is None or not grad[0].any(), "of a clip that does not count nothing moves"
+
+
+def test_weights_of_clips_may_be_a_column() -> None:
+    x0, real, fake = (Rng(0).randn((2, 1, 4, 2, 2), name).double() for name in ("x0", "real", "fake"))
+    flat, column = (motion_matching(x0, real, fake, keep) for keep in (f64(0.5, 1.5), f64(0.5, 1.5)[:, None]))
+    assert torch.equal(flat, column)
+    with pytest.raises(ValueError, match="one latent frame have no motion to match; write motion: 0"):
+        motion_matching(x0[:, :, :1], real[:, :, :1], fake[:, :, :1])

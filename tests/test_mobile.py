@@ -18,7 +18,16 @@ from fewstep.engine.checkpoint import Checkpoint
 from fewstep.engine.nets import build_for
 from fewstep.engine.prepare import prepare
 from fewstep.engine.student import with_student
-from fewstep.methods import AdversarialDistillation, Adversary, FromData, Nets
+from fewstep.methods import (
+    AdversarialDistillation,
+    Adversary,
+    BackwardSimulation,
+    FromData,
+    Method,
+    Nets,
+    Progressive,
+    SelfAdversarial,
+)
 from fewstep.methods.adversary import Shown
 from fewstep.methods.roles import Heads, Making
 from fewstep.models import BlockHead, VideoModel, fingerprint
@@ -123,3 +132,19 @@ def test_the_head_has_the_size_of_one_block() -> None:
 def test_method_is_the_one_of_its_parts() -> None:
     assert METHOD.adversary.eyes == "teacher" and METHOD.aux() == {"discriminator": Heads("teacher", (0, 1), "block")}
     assert METHOD.adversary.work(1) == replace(METHOD.adversary, head="joint").work(1)
+
+
+@pytest.mark.parametrize(
+    ("method", "role"),
+    [
+        (AdversarialDistillation(adversary=Adversary(trained=True, density=Uniform())), "eyes"),
+        (SelfAdversarial(rollout=BackwardSimulation(grids=((1.0,), (1.0, 0.5)))), "critic"),
+        (Progressive(stages=((2, 1),)), "stage"),
+    ],
+)
+def test_what_begins_as_the_teacher_is_whole_beside_a_pruned_student(method: Method, role: str) -> None:
+    model, settings = tiny_model(depth=4), Settings(steps=2, transforms=(Pruned(blocks=(1, 2)),))
+    nets = build_for(settings, model, method, with_student(model, settings, {}))
+    assert len(nets.student.backbone.blocks) == 2
+    mine, its = (nets[name].state_dict() for name in (role, "teacher"))
+    assert mine.keys() == its.keys() and all(torch.equal(mine[key], its[key]) for key in its)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from fewstep.core import Batch, Rng
 from fewstep.diffusion import CFG, Uniform, uniform_grid
 from fewstep.engine.nets import build_nets
-from fewstep.methods import Adversary, MovingBuffer, Nets, Progressive, ProgressiveAdversarial, Sync, Update
+from fewstep.methods import Adversary, Heads, MovingBuffer, Nets, Progressive, ProgressiveAdversarial, Sync, Update
 from support_engine import tiny_model
 from support_gaussian import (
     AffineTableStudent,
@@ -212,3 +212,26 @@ def test_the_whole_discriminator_is_trained_in_its_own_turn_on_two_views() -> No
 def test_what_it_cannot_be_is_refused(change: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         replace(METHOD, **change)
+
+
+def test_the_head_that_was_asked_for_reads_two_views() -> None:
+    method = replace(METHOD, adversary=Adversary(head="joint", layers=(0, -1), trained=True))
+    assert method.aux()["discriminator"] == Heads("eyes", (0, -1), "joint", views=2)
+
+
+def test_the_shortest_stage_and_either_penalty_count() -> None:
+    longer = Progressive(stages=((4, 10), (2, 20), (1, 5)))
+    with pytest.raises(ValueError, match="no update of the student in a stage of 5"):
+        replace(METHOD, progressive=longer, warmup=5)
+    with pytest.raises(ValueError, match="write alone: 0"):
+        replace(METHOD, alone=0.5, adversary=Adversary(r2=1.0))
+
+
+def test_a_last_stage_that_a_run_ends_in_its_warm_up_is_refused() -> None:
+    method = replace(METHOD, progressive=Progressive(stages=((4, 10), (2, 10))), warmup=4)
+    method.check(15)
+    for steps, left in ((14, 4), (12, 2)):
+        with pytest.raises(
+            ValueError, match=f"leaves {left} iterations .* warmup has 4.* settings.steps of at least 15"
+        ):
+            method.check(steps)

@@ -170,9 +170,13 @@ def test_what_cannot_count_is_refused() -> None:
         Reweighting(limit=1.0)
     with pytest.raises(ValueError, match="beta must be more than 0"):
         Reweighting(beta=0.0)
-    with pytest.raises(ValueError, match="one frame has no motion, .*; write frames: 2, or 0 for all"):
+    with pytest.raises(
+        ValueError, match="MotionReward needs 2 frames .*, got frames: 1; write frames: 2, or 0 for all"
+    ):
         Feedback(frames=1, reward=MotionReward())
-    assert Feedback(frames=1).frames == 1  # what a prompt says may be seen in one
+    with pytest.raises(ValueError, match="WorldReward needs 8 frames .*, got frames: 7; write frames: 8, or 0 for all"):
+        Feedback(frames=7)  # of which it tells no direction
+    assert (Feedback(frames=2, reward=MotionReward()).frames, Feedback(frames=8).frames) == (2, 8)
 
 
 @pytest.mark.parametrize("held", [DMD2(reweighting=Reweighting()), Consistency(feedback=Feedback()), GRPO()])
@@ -190,14 +194,13 @@ def test_a_reward_of_a_model_without_a_codec_is_refused_before_any_weight(held: 
 
 
 def test_feedback_on_more_frames_than_there_are_is_refused_before_any_weight() -> None:
-    card = stored_card(tiny_model())
+    card, longer = stored_card(tiny_model()), Feedback(reward=MotionReward(), frames=FRAMES + 1)
     for method in (DMD2, Consistency):
-        require_judged(method(feedback=Feedback(frames=FRAMES)), card)
+        require_judged(method(feedback=Feedback(reward=MotionReward(), frames=FRAMES)), card)
         with pytest.raises(
             ValueError, match=f"{FRAMES + 1}, and a clip of 'tiny' has {FRAMES} latent .* at most {FRAMES}, or"
         ):
-            require_judged(method(feedback=Feedback(frames=FRAMES + 1)), card)
-    longer = Feedback(frames=FRAMES + 1, reward=MotionReward())
+            require_judged(method(feedback=longer), card)
     require_judged(DMD2(rollout=StreamingLong(), feedback=longer), card)  # a stream's stretch has a length of its own
 
 
@@ -435,3 +438,13 @@ def test_a_split_that_divides_nothing_is_refused(rollout: Rollout, split: float,
         DMD2(rollout=rollout, adversary=Adversary(split=split))
     if fits is not None:
         DMD2(rollout=rollout, adversary=Adversary(split=fits))
+
+
+def test_the_ceiling_is_that_of_each_clip() -> None:
+    """A clip that is good enough is left alone beside one that is not, and does not make up for it."""
+    x0 = torch.stack([torch.full(SHAPE, 0.3), torch.full(SHAPE, 0.1)]).double().requires_grad_(True)
+    feedback = Feedback(reward=Linear(), weight=2.0, ceiling=0.15)
+    loss = feedback.loss(x0, Batch(cond_of(1, 2), cond_of(0, 2), SHAPE), Nets({"codec": Plain()}), Rng(0))
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(2 * 0.05 / 2)
+    assert not x0.grad[0].any() and bool((x0.grad[1] < 0).all())

@@ -33,8 +33,8 @@ from fewstep.methods import (
 )
 from fewstep.models import Lora, VideoModel
 from fewstep.models.lora import adapters
-from fewstep.models.source import Pretrained
-from support_engine import Everything, Sized, TinyImages, small, tiny_model
+from fewstep.models.source import Pretrained, Scratch
+from support_engine import Everything, Sized, TinyImages, small, stored_card, tiny_model
 from support_gaussian import (
     ONE_STEP,
     AffineTableStudent,
@@ -245,6 +245,15 @@ def test_a_model_that_reads_something_else_is_refused(source: Sized, words: str,
     with pytest.raises(ValueError, match=f"the method's {field}: 'tiny' {words}"):
         require_alike(made, LARGE.card())
     require_alike(AVDM2(image_teacher=Sized(width=36, path=VP())), LARGE.card())  # noises its frames on its own path
+
+
+def test_a_frozen_model_that_is_made_new_is_refused_and_a_critic_is_not() -> None:
+    card = stored_card(tiny_model())
+    new = Scratch(**{part: spec for part, spec in card.parts.items() if part in Scratch.made})
+    for made, role in ((DMD2(scorers=Scorers(real=new)), "real"), (AVDM2(image_teacher=new), "image_teacher")):
+        with pytest.raises(ValueError, match=f"the method's {role}: 'scratch' is made new, .*; train it first"):
+            require_alike(made, card)
+    require_alike(DMD2(scorers=Scorers(critic=new)), card)  # which is trained
 
 
 def test_a_critic_of_another_size_takes_no_weights_of_the_student() -> None:

@@ -17,7 +17,7 @@ from fewstep.core.build import build, dump
 from fewstep.diffusion import CFG, DDIM, Contract, Prediction, Shifted, Stream, uniform_grid
 from fewstep.diffusion.path import broadcast
 from fewstep.engine import train
-from fewstep.methods import HISTORIES, METHODS, DiffusionForced, MovingBuffer, Nets, Progressive, Work
+from fewstep.methods import HISTORIES, METHODS, DiffusionForced, MovingBuffer, Nets, Progressive, TeacherForced, Work
 from fewstep.streaming import Chunks, Rolling, Session
 from fewstep.world.data import WorldClips
 from support_engine import small, tiny_model
@@ -157,3 +157,20 @@ def test_a_teacher_that_rolls_is_distilled_into_a_student_that_rolls(tmp_path: P
     assert method.contract(Contract()).stream == method.contract_at(Contract(), 0).stream == stream
     assert session.counts(3) == (4, 1, 1) and student.card.contract.calls() < teacher.card.contract.calls()
     assert torch.cat(list(session.take(3)), 2).isfinite().all()
+
+
+def test_both_networks_read_chunks_as_the_history_says() -> None:
+    asked: list[Any] = []
+
+    class Noted(DiffusionForced):
+        def over(self, network: Any, x0: Tensor) -> Any:
+            asked.append((network, x0))
+            return network
+
+    nets, given = Nets({name: Windowed(MEANS, STD) for name in ("student", "stage")}), batch(2)
+    method = Progressive(stages=((4, 1),), history=Noted(stream=Stream(chunks=(2,))), guidance=CFG())
+    terms(method.student_loss(4, CFG(), nets, given, Rng(0)))
+    assert {id(network) for network, _ in asked} == {id(nets.stage), id(nets.student)}
+    assert all(x0 is given.x0 for _, x0 in asked)
+    forced = Progressive(stages=((4, 1),), history=TeacherForced(), guidance=CFG())
+    assert forced.cost() == (Work("student", 6), Work("stage", 4)), "two calls each: the clean clip, and the noisy one"

@@ -220,3 +220,22 @@ def test_one_student_streams_in_every_step_count(tmp_path: Path) -> None:
     first = replace(student.card.contract, stream=Stream(chunks=(2,), steps=(4, 1)))
     enhanced = student.with_card(contract=first)
     assert Session(enhanced, ["a red ball"]).counts(3) == (4, 1, 1)
+
+
+def test_each_step_count_has_a_head_on_every_layer() -> None:
+    method = replace(WHOLE, layers=(0, -1))
+    for n, own in ((0, [True, True, False, False]), (1, [False, False, True, True])):
+        nets = nets_with(ByTime(), Curved(4))
+        nets.teacher.features = lambda x, t, cond, layers: [x] * len(layers)
+        terms(method.critic_loss(n, 0, nets, batch(), Rng(0)))["discriminator"].backward()
+        assert [bool(g) for g in nets.discriminator.gain.grad] == own
+
+
+def test_its_penalty_looks_at_both_clips_again() -> None:
+    plain, penalised = (replace(WHOLE, critic_updates=2, r1=r1).cost()[-1].forwards for r1 in (0.0, 1.0))
+    assert (plain, penalised) == (pytest.approx(2 / 3 * (2 * 2 + 3)), pytest.approx(2 / 3 * (2 * 4 + 3)))
+
+
+def test_a_phase_is_refused() -> None:
+    with pytest.raises(ValueError, match="no rollout.phase"):
+        SelfAdversarial(rollout=BackwardSimulation(grids=GRIDS[1:], phase=(0, 1)))

@@ -342,3 +342,34 @@ def nets_contract() -> object:
     from fewstep.diffusion import Contract
 
     return Contract()
+
+
+def made_calls(networks: Nets, role: str, size: int = B) -> float:
+    """Forward-equivalents on a clip: a call with gradient of a network that is trained counts three."""
+    return sum(len(q.x_t) / size * (3 if q.grad else 1) for q in networks[role].questions)
+
+
+@pytest.mark.parametrize("turns", [1, 3])
+@pytest.mark.parametrize(
+    "method",
+    [TDM(rollout=BackwardSimulation(grids=(GRID,), exit="last", mode="ode")), MomentMatching(steps=(4,))],
+    ids=["TDM", "MomentMatching"],
+)
+def test_the_cost_is_that_of_the_calls_that_are_made(method: TDM | MomentMatching, turns: int) -> None:
+    networks, method = nets(), replace(method, critic_updates=turns)
+    for update in method.updates(0):
+        terms(update.losses(networks, make_batch(), Rng(0)))
+    assert {work.role: work.forwards for work in method.cost()} == {
+        role: made_calls(networks, role) for role in ("student", "teacher", "critic")
+    }
+
+
+def test_every_sample_belongs_to_one_of_the_step_counts_and_steps_have_all_lengths() -> None:
+    student, size = FreeClips((4096, *SCALAR)), 4096
+    networks, x0 = Nets({"student": Asked(student)}), torch.zeros(size, *SCALAR, dtype=torch.float64)
+    batch = Batch(cond_of(1, size), cond_of(0, size), SCALAR, x0=x0)
+    *_, s = replace(MOMENTS, steps=(4, 1)).stepped(networks, batch, Rng(0))
+    (seen,) = networks.student.questions
+    length = (seen.t - s)[seen.t > 0.9].double()
+    assert float((length > 0.25).double().mean()) == pytest.approx(0.5 * 0.75, abs=0.08), "half of them take steps of 1"
+    assert float((length < 0.125).double().mean()) == pytest.approx(0.5 * (0.125 + 0.5), abs=0.08), "and half of 1/4"

@@ -243,3 +243,10 @@ def test_another_head_than_the_methods_is_refused(tmp_path: Path) -> None:
 def test_what_is_out_of_bounds_is_refused(change: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(change))):
         TransitionMatching(density=Uniform(), **change)  # type: ignore[arg-type]
+
+
+def test_the_cost_is_that_of_its_three_runs() -> None:
+    student = Known(lambda y_s, s, r: torch.zeros_like(y_s))
+    loss(METHOD, student)
+    (work,) = METHOD.cost()
+    assert work.forwards == sum(3 if asked.grad else 1 for asked in student.asked)

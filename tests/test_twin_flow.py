@@ -201,3 +201,35 @@ def test_adapters_cannot_learn_to_read(tmp_path: Path) -> None:
     words = r"TwinFlow needs a student that has ScalarInput\(name='until'\) and .*'twin'.*; this model does not"
     with pytest.raises(ValueError, match=words):
         recipe.check()
+
+
+def test_the_way_of_a_mean_velocity_is_two_steps_and_the_rest() -> None:
+    method, d = replace(METHOD, delta=0.1), 0.1
+    for n in range(12):
+        networks = nets()
+        method.consistency(networks, batch(), Rng(0, n))
+        own, one, two, rest = networks.student.asked
+        assert bool((own.t >= 2 * d).all()) and bool((own.until >= 0).all())
+        assert bool((own.until <= own.t - 2 * d + 1e-6).all()), "the mean velocity goes on where the two steps have led"
+        assert torch.equal(one.x_t, own.x_t) and torch.equal(one.t, own.t)
+        centre = MEAN + 0.1 * torch.tensor(LABELS).double().reshape(-1, 1, 1, 1, 1)
+        for now, then in ((one, two), (two, rest)):
+            torch.testing.assert_close(then.t, now.t - d)
+            velocity = networks.student.mean_velocity(now.x_t, now.t, now.t, centre)
+            torch.testing.assert_close(then.x_t, now.x_t - d * velocity)
+
+
+def test_the_rectification_has_its_weight_and_the_cost_is_that_of_the_calls() -> None:
+    one, less = (replace(METHOD, rectify=w).rectified(nets(), batch(), Rng(0))["rectify"] for w in (1.0, 0.25))
+    torch.testing.assert_close(less, 0.25 * one)
+    for method in (METHOD, replace(METHOD, strength=0.0)):
+        networks = nets()
+        list(method.student_loss(networks, batch(), Rng(0)))
+        (work,) = method.cost()
+        assert work.forwards == sum(3 if asked.grad else 1 for asked in networks.student.asked)
+
+
+def test_clips_are_never_compared_without_noise() -> None:
+    y = torch.zeros(4096, *SHAPE, dtype=torch.float64)
+    _, t, _ = METHOD.noised(nets(), y, Rng(0))
+    assert 0.02 <= float(t.min()) < 0.03 and float(t.max()) <= 1

@@ -291,6 +291,9 @@ def test_refused_starts() -> None:
         ValueError, match=r"noise: null is the noise of the time in grids, 1\.0.*give grids a time below 1"
     ):
         FromLow(noise=None, grids=((1.0,),))
+    with pytest.raises(ValueError, match=r"noise 0\.5 is above the time 0\.4 in grids.*write noise: null"):
+        FromLow(noise=0.5)
+    assert FromLow(noise=0.4).noise == 0.4
     assert FromLow(grids=((1.0,),)).grid == FromVideo(time=1.0, noise=0.0)
 
 

@@ -116,7 +116,7 @@ class Pipeline(Written):
         for planned in stages:
             try:
                 planned.check()
-            except ValueError as error:
+            except (ValueError, FileNotFoundError) as error:
                 raise RecipeError(f"stage {planned.name}: {error}") from error
         if stages[0].recipe.settings.start is None and stages[0].card.role == "teacher":
             try:

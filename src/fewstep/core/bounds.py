@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from fewstep.core.annotations import arms_of, classes_of, element_of, value_of
+from fewstep.core.annotations import SEQUENCES, arms_of, classes_of, element_of, value_of
 from fewstep.core.choices import nearest
 
 
@@ -87,12 +87,11 @@ def require_bounds(thing: Any, at: str = "") -> None:
 
 def _problems(expected: Any, value: Any, key: str) -> Iterator[tuple[str, str]]:
     """Key and problem of every number and word in `value`, by its annotation."""
-    if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+    if wrong := _class_problem(expected, value) or _list_problem(expected, value):
+        yield key, wrong
+    elif isinstance(value, (int, float, str)) and not isinstance(value, bool):
         kinds = {get_args(arm)[0] if get_origin(arm) is Annotated else arm: arm for arm in arms_of(expected)}
         if wrong := _word_problem(kinds, value) if isinstance(value, str) else _number_problem(kinds, value):
-            yield key, wrong
-    elif value is None or is_dataclass(value) or isinstance(value, bool):
-        if wrong := _class_problem(expected, value):
             yield key, wrong
     elif isinstance(value, Mapping):
         for name, item in value.items():
@@ -126,8 +125,15 @@ def _class_problem(expected: Any, value: object) -> str:
     none = type(None) in arms
     if not classes or len(classes) + none < len(arms) or isinstance(value, classes) or (none and value is None):
         return ""
-    made = type(value).__name__ if is_dataclass(value) else value
+    made = repr(value) if value is None or isinstance(value, (bool, int, float, str)) else type(value).__name__
     return f"must be {' or '.join(arm.__name__ for arm in classes)}, got {made}"
+
+
+def _list_problem(expected: Any, value: object) -> str:
+    """What is wrong with a single number or word where only lists are accepted; or nothing."""
+    lists = [arm for arm in arms_of(expected) if get_origin(arm) in SEQUENCES]
+    alone = isinstance(value, (int, float, str)) and len(lists) == len(set(arms_of(expected)) - {type(None)})
+    return f"must be a list, such as [1, 2], got {value!r}" if lists and alone else ""
 
 
 @cache

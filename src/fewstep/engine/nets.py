@@ -15,7 +15,7 @@ from fewstep.methods.base import Method, Nets, Sync, Update
 from fewstep.methods.roles import Copy, Making
 from fewstep.models import Card, Denoiser, Lora, VideoModel
 from fewstep.models.card import latent_shape_of, text_width_of
-from fewstep.models.source import ModelSource, Pretrained
+from fewstep.models.source import MADE_NEW, ModelSource, Pretrained
 
 _LOOKED_AT = 10_000
 """Number of first iterations whose updates are listed, with the last one: a role that is trained once is trained again."""
@@ -118,6 +118,11 @@ def require_alike(method: Method, card: Card) -> None:
         other, like = made.source.card(), replace(card, num_frames=1) if made.stills else card
         if "denoiser" not in other.parts:
             raise ValueError(f"the method's {role}: {other.name!r} has no denoiser; it has {', '.join(other.parts)}")
+        if not made.trainable and other.fingerprints.get("denoiser") == MADE_NEW:
+            raise ValueError(
+                f"the method's {role}: {other.name!r} is made new, and stays as it is made, so it knows nothing; train it first "
+                "(fewstep train), and give the folder of the result"
+            )
         mine, theirs = _facts(card, like), _facts(other, like)
         if not made.stills:
             mine |= {"the path": card.path, "first frames as input:": "image" in card.parts}

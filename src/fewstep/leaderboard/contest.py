@@ -18,8 +18,10 @@ from fewstep.engine.probe import WorldProbe
 from fewstep.leaderboard.budget import lengthened
 from fewstep.leaderboard.stages import each, stages_of
 from fewstep.leaderboard.switches import JOINED, SWITCHES, Changes
-from fewstep.methods import gan, targets, turns
+from fewstep.methods import flow_matching, frames, gan, motion, targets, turns
+from fewstep.methods.feedback import random_step
 from fewstep.methods.matching import base as matchings
+from fewstep.methods.matching import reverse_kl
 from fewstep.methods.rollouts import base as rollouts
 from fewstep.methods.rollouts import grids
 from fewstep.models.bundle import VideoModel
@@ -30,7 +32,7 @@ FOLDER = "leaderboard/"
 PROBES = 4
 """Times at which a run is judged, evenly spread, the last one at its end. The best student by `WorldProbe`'s rule is kept."""
 
-SHARED = (gan, targets, turns, matchings, rollouts, grids)
+SHARED = (flow_matching, frames, gan, motion, targets, turns, random_step, matchings, reverse_kl, rollouts, grids)
 """What many methods call: a row counts as changed if one of them has changed."""
 
 

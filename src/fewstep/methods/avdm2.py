@@ -26,7 +26,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from fewstep.core import Batch, Cond, Losses, Rng
-from fewstep.core.bounds import Amount, Count, Natural, require_bounds
+from fewstep.core.bounds import Count, Natural, Positive, require_bounds
 from fewstep.diffusion import CFG, TimeDensity, Uniform
 from fewstep.methods import targets
 from fewstep.methods.adversary import Adversary
@@ -57,7 +57,7 @@ class AVDM2(Method):
     """Guidance of the teacher whose score is matched; the critic uses none."""
     matching: ReverseKL = ReverseKL()
     """How the difference of teacher and critic becomes line 5."""
-    score_weight: Amount = 1.0
+    score_weight: Positive = 1.0
     """lambda_SDM: weight of the score loss."""
     adversary: Adversary | None = Adversary(
         weight=0.01, density=Uniform(low=0.0, high=0.5), layers=(0, 1), head="joint"
@@ -74,8 +74,8 @@ class AVDM2(Method):
     def __post_init__(self) -> None:
         require_bounds(self)
         self.matching.check(self.guidance, stills=self.score == "frames")
-        if (self.score == "none" or self.score_weight == 0) and self.adversary is None:
-            raise ValueError("no scores (score: none, or score_weight: 0) and adversary null: no loss is left; set one")
+        if self.score == "none" and self.adversary is None:
+            raise ValueError("no scores (score: none) and adversary null: no loss is left; set one")
         if self.adversary:
             self.adversary.check_alone()
         if self.score != "frames" and self.image_teacher is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,9 @@ from fewstep.metrics import motion
 
 class Reward(ABC):
     """How good a clip is, from its frames. A frozen dataclass; networks that it reads are frozen roles of the run."""
+
+    fewest: ClassVar[int] = 1
+    """Frames that it must see; of fewer it says nothing."""
 
     @property
     def needs(self) -> frozenset[str]:
@@ -66,10 +70,12 @@ class MotionReward(Reward):
     motion, so hold out another one (`metrics.flicker`, `metrics.flow`) and look at the clips.
     """
 
+    fewest: ClassVar[int] = 2
+
     def score(self, frames: Tensor, batch: Batch, nets: Nets) -> Tensor:
-        if frames.shape[2] < 2:
+        if frames.shape[2] < self.fewest:
             raise ValueError(
-                "one frame has no motion; let MotionReward see at least two (feedback.frames: 2, or 0 for all)"
+                "one frame has no motion, which MotionReward measures; give it clips of at least two frames"
             )
         return motion(frames)
 
@@ -80,8 +86,11 @@ class WorldReward(Reward):
 
     The package's clip encoder (`world/features`) reads them; it was trained on true clips, so a student can please it with
     clips that are none. The checker (`world.checker`), which is no network, is held out; the Frechet distance is not, because
-    it uses the features of this encoder.
+    it uses the features of this encoder. Of true clips it names the shape in 0.7 and all else in nearly all; of their first four
+    frames the direction in 0.4, of eight in all.
     """
+
+    fewest: ClassVar[int] = 8
 
     @property
     def needs(self) -> frozenset[str]:
@@ -176,8 +185,11 @@ class Feedback(_Held):
 
     def __post_init__(self) -> None:
         require_bounds(self)
-        if self.frames == 1 and isinstance(self.reward, MotionReward):
-            raise ValueError("one frame has no motion, which MotionReward measures; write frames: 2, or 0 for all")
+        if 0 < self.frames < self.reward.fewest:
+            raise ValueError(
+                f"{type(self.reward).__name__} needs {self.reward.fewest} frames or more to judge a clip, got frames: "
+                f"{self.frames}; write frames: {self.reward.fewest}, or 0 for all"
+            )
 
     def loss(self, x0: Tensor, batch: Batch, nets: Nets, rng: Rng) -> Tensor:
         """`lambda_r` times the loss of clips `[B, C, F, H, W]`. ValueError for clips of fewer than `frames` frames."""

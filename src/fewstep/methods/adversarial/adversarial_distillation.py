@@ -77,8 +77,8 @@ class AdversarialDistillation(Method):
             )
         if self.regression > 0 and not isinstance(self.rollout, FromData):
             raise ValueError(
-                f"regression compares a clip with the one it was predicted from, and {type(self.rollout).__name__} begins with "
-                "noise; set regression to 0, or the rollout to FromData"
+                f"regression compares a clip with the one it was predicted from, and {type(self.rollout).__name__} does "
+                "not begin with a noised clip of the data; set regression to 0, or the rollout to FromData"
             )
 
     @property

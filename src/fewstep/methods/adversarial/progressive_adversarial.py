@@ -120,6 +120,12 @@ class ProgressiveAdversarial(Method):
 
     def check(self, steps: int) -> None:
         self.progressive.check(steps)
+        last = steps - sum(length for _, length in self.progressive.stages[:-1])
+        if self.progressive.stages[-1][0] <= self.steps and last <= self.warmup:
+            raise ValueError(
+                f"settings.steps leaves {last} iterations to the last stage, and its warmup has {self.warmup}, so it would not "
+                f"train the student; write settings.steps of at least {steps - last + self.warmup + 1}, or a shorter warmup"
+            )
 
     def lengthened(self, factor: float) -> Self:
         return replace(self, progressive=self.progressive.lengthened(factor))

@@ -45,6 +45,20 @@ class Alternating(Method):
 
     def __post_init__(self) -> None:
         require_bounds(self)
+        if (
+            not self.reinforcement.reinforces
+            or self.distillation.reinforces
+            or isinstance(self.reinforcement, Alternating)
+        ):
+            raise ValueError(
+                "reinforcement is a method that improves a distilled student, such as PSO or GRPO, and distillation one that "
+                f"makes it; got {type(self.reinforcement).__name__} and {type(self.distillation).__name__}"
+            )
+        if self.distillation.part != "denoiser":
+            raise ValueError(
+                f"distillation: {type(self.distillation).__name__} trains the {self.distillation.part}, and reinforcement the "
+                "denoiser; take a method that distils, such as DMD2"
+            )
         both = [method.contract(Contract()) for method in (self.distillation, self.reinforcement)]
         if both[0] != both[1]:
             raise ValueError(

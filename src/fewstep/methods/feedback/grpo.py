@@ -28,7 +28,7 @@ from fewstep.core import Batch, Losses, Rng
 from fewstep.core.bounds import Bounds, Count, Part, Positive, require_bounds
 from fewstep.methods import targets
 from fewstep.methods.base import Method, Nets, Sync, Update
-from fewstep.methods.feedback.random_step import RandomStep, require_random
+from fewstep.methods.feedback.random_step import RandomStep, predicted, require_random
 from fewstep.methods.rewards import Reward, WorldReward
 from fewstep.methods.roles import Copy, Role
 from fewstep.methods.rollouts import BackwardSimulation
@@ -80,7 +80,7 @@ class GRPO(Method):
         yield {"policy": targets.clipped_policy(log_ratio(step, outcomes, x0, rolled.x0), better, self.clip)}  # 5, 6
 
     def cost(self) -> tuple[Work, ...]:
-        return Work("student", 3 + self.candidates), Work("old", self.rollout.calls)
+        return Work("student", 3 + predicted(self.rollout, self.candidates)), Work("old", self.rollout.calls)
 
 
 def log_ratio(step: RandomStep, outcomes: Tensor, x0: Tensor, old: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from fewstep.core.bounds import Bounds, Positive, require_bounds
 from fewstep.diffusion.samplers import full
 from fewstep.methods import targets
 from fewstep.methods.base import Method, Nets, Update
-from fewstep.methods.feedback.random_step import RandomStep, require_random
+from fewstep.methods.feedback.random_step import RandomStep, predicted, require_random
 from fewstep.methods.rewards import Reward
 from fewstep.methods.roles import Copy, Role
 from fewstep.methods.rollouts import BackwardSimulation
@@ -111,5 +111,5 @@ class PSO(Method):
         return outcomes[scores.argmax(0), rows], outcomes[scores.argmin(0), rows]
 
     def cost(self) -> tuple[Work, ...]:
-        own = 3 if self.reward is None else self.rollout.work + self.candidates
+        own = 3 if self.reward is None else self.rollout.work + predicted(self.rollout, self.candidates)
         return Work("student", own), Work("reference", 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from fewstep.diffusion.samplers import full
 from fewstep.methods.base import Nets
 from fewstep.methods.rewards import Reward
 from fewstep.methods.rollouts import BackwardSimulation
+from fewstep.methods.rollouts.grids import stops
 from fewstep.models.denoiser import Predictor
 
 
@@ -66,6 +68,12 @@ class RandomStep:
         after = replace(self.call, step=self.call.step + 1)
         clips = outcomes if self.ends else (nets.student(x_s, self.s, batch.cond, after).x0 for x_s in outcomes)
         return torch.stack(outcomes), torch.stack([reward.of(clip, batch, nets) for clip in clips])
+
+
+def predicted(rollout: BackwardSimulation, count: int) -> float:
+    """Expected calls of the student for so many candidates: in a sampler's last step they are clips, which nobody predicts."""
+    found = zip(rollout.grids, stops(rollout.grids, rollout.exit, rollout.span), strict=True)
+    return count * fmean(fmean(stop < len(grid) - 1 for stop in each) for grid, each in found)
 
 
 def require_random(rollout: BackwardSimulation) -> None:

@@ -47,6 +47,11 @@ class FromLow(Rollout):
                 f"noise: null is the noise of the time in grids, {self.grids[0][0]}, at which nothing is left of the low clip; "
                 "give grids a time below 1, or noise a number below 1, such as 0"
             )
+        if self.noise is not None and self.noise > self.time:
+            raise ValueError(
+                f"noise {self.noise} is above the time {self.time} in grids, which the network is told; write noise: null for "
+                "as much noise as that time has, or less"
+            )
         if self.stream is not None and (self.stream.commit != "last" or self.stream.rolling > 1):
             raise ValueError(
                 "chunks of FromLow read what the calls of earlier chunks left; write stream.commit: last, and leave rolling "
